@@ -1,0 +1,100 @@
+"""What a training step is fed, and who feeds it.
+
+The one structure that the data rooms and the trainer share; it knows neither. Letters used for
+axes everywhere in the project:
+
+    b  samples of this rank in one step      n  samples of all ranks (the global batch)
+    u  distinct texts of this rank           d  embedding dimension
+    l  context length in tokens              c h w  picture channels, height, width
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Batch:
+    """One rank's share of a global batch: pictures, distinct texts, and the classes of both.
+
+    Two samples are positives of each other when their class ids are equal. Class ids are any
+    int64: labels are small numbers, captions without a label carry a 63-bit key of their tokens,
+    so that ranks agree on them without talking.
+    """
+
+    step: int
+    """The optimizer step this batch belongs to, counted from 0."""
+    images: Tensor
+    """uint8 [b h w c], RGB."""
+    tokens: Tensor
+    """int64 [u l]: distinct token rows, padded with 0 to the context length."""
+    text_length: int
+    """Length of the longest row of `tokens` without padding; known here so that trimming needs
+    no read from the device."""
+    text_index: Tensor
+    """int64 [b]: the row of `tokens` that is the text of each picture."""
+    class_ids: Tensor
+    """int64 [b]."""
+    text_class_ids: Tensor
+    """int64 [u]."""
+    text_counts: Tensor
+    """int64 [u]: how many samples of this batch have that text; they sum to b."""
+    slots: Tensor
+    """int64 [b]: places in the GLOBAL batch, 0 to n - 1. Drop path is keyed on them."""
+    sample_ids: Tensor | None = None
+    """int64 [b] on the host: rows of the data set a sample came from, for records and messages."""
+    source_ids: Tensor | None = None
+    """int64 [b] on the host: which of the data sets that is."""
+
+    @property
+    def batch_size(self) -> int:
+        return self.images.shape[0]
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch with what the model reads on `device`; records stay on the host."""
+        moved = {
+            field: getattr(self, field).to(device, non_blocking=True)
+            for field in (
+                "images",
+                "tokens",
+                "text_index",
+                "class_ids",
+                "text_class_ids",
+                "text_counts",
+                "slots",
+            )
+        }
+        return dataclasses.replace(self, **moved)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationBatch:
+    """Pictures to encode, and which samples of the data set they are; the rest is looked up."""
+
+    images: Tensor
+    """uint8 [b h w c], RGB."""
+    sample_ids: Tensor
+    """int64 [b] on the host."""
+
+
+class Loader(Protocol):
+    """Feeds a trainer. A batch is valid until the next one is asked for."""
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        """Batches of the steps `start_step`, `start_step + 1`, ... without end."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class EvaluationLoader(Protocol):
+    """Feeds an evaluation: over all ranks, each sample of one data set exactly once a pass."""
+
+    def __iter__(self) -> Iterator[EvaluationBatch]: ...
+
+    def close(self) -> None: ...
