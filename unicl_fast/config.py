@@ -1,0 +1,285 @@
+"""Every setting of a run, in six frozen groups, checked when they are made.
+
+The sentence under a field is its documentation and its `--help` text. A `TrainConfig` goes to and
+from JSON without loss and is stored in every checkpoint; evaluation starts from it. What stands
+in `EfficiencyConfig` may change speed and memory, never results (precision within its rounding).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which packed data sets, which text for a sample, and how a picture is cut out."""
+
+    train: tuple[str, ...] = ()
+    """Packed data sets to train on, each DIR or DIR=SHARE, SHARE being its part of every batch;
+    without shares a data set's part is its part of all samples."""
+    evaluate: tuple[str, ...] = ()
+    """Packed data sets with labels whose zero-shot accuracy is taken during training."""
+    text: Literal["any", "captions", "labels"] = "any"
+    """The text of a sample that has both captions and labels: one of its captions, the prompt of
+    one of its labels, or (any) one of the two with equal chance, drawn anew at each visit."""
+    templates: Literal["per_sample", "per_class"] = "per_sample"
+    """Draw the prompt template for each sample, as in the paper, or once for each class and batch:
+    then a batch has no more prompts to encode than it has classes."""
+    label_space: Literal["separate", "shared"] = "separate"
+    """Whether label 3 of two data sets is two classes (which still meet if their names are equal)
+    or the same one (then their lists of class names must be equal)."""
+    image_size: int = 224
+    """Side of the square picture the model sees, in pixels."""
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    """Smallest and largest part of the picture's area that a training crop covers."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Smallest and largest width/height of a training crop."""
+    flip_probability: float = 0.5
+    """Chance of a horizontal flip in training."""
+    evaluation_resize: int = 256
+    """Evaluation scales the shorter side to this many pixels, then cuts image_size in the centre."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter for resizing; both are antialiased."""
+    mean: tuple[float, float, float] = CLIP_MEAN
+    """Mean of each colour channel, of values in 0 to 1."""
+    std: tuple[float, float, float] = CLIP_STD
+    """Standard deviation of each colour channel, of values in 0 to 1."""
+    threads: int = 0
+    """Decoding threads of each rank; 0 takes the cores of the machine divided by its ranks."""
+    prefetch: int = 2
+    """Batches decoded ahead of the step."""
+
+    def __post_init__(self) -> None:
+        _require(self.image_size >= 1, f"data.image_size must be positive, not {self.image_size}")
+        low, high = self.crop_scale
+        _require(
+            0 < low <= high <= 1,
+            f"data.crop_scale must rise within (0, 1], not {self.crop_scale}",
+        )
+        low, high = self.crop_ratio
+        _require(0 < low <= high, f"data.crop_ratio must rise above 0, not {self.crop_ratio}")
+        _require(
+            0 <= self.flip_probability <= 1,
+            f"data.flip_probability must lie in 0 to 1, not {self.flip_probability}",
+        )
+        _require(
+            self.evaluation_resize >= self.image_size,
+            f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
+            f"data.image_size ({self.image_size})",
+        )
+        _require(min(self.std) > 0, f"data.std must be positive, not {self.std}")
+        _require(self.threads >= 0, f"data.threads must not be negative, not {self.threads}")
+        _require(self.prefetch >= 1, f"data.prefetch must be at least 1, not {self.prefetch}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """The two encoders and the space they meet in."""
+
+    image_encoder: str = "swin_tiny_patch4_window7_224"
+    """Name of a timm model, or of one registered by unicl_fast.models.small."""
+    drop_path: float = 0.0
+    """Stochastic depth of the image encoder: chance that its last residual branch is left out."""
+    text_width: int = 512
+    """Width of the text encoder."""
+    text_layers: int = 12
+    """Blocks of the text encoder."""
+    text_heads: int = 8
+    """Attention heads of each block; divides text_width."""
+    context_length: int = 77
+    """Longest text in tokens, start and end tokens included."""
+    vocab_size: int = 49408
+    """Size of the tokenizer's vocabulary."""
+    embed_dim: int = 512
+    """Dimension of the space in which pictures and texts are compared."""
+    logit_scale_init: float = math.log(1 / 0.07)
+    """Start value of the learnt logarithm of the scale; the paper's code starts at 1.0."""
+    logit_scale_max: float = math.log(100)
+    """The logarithm of the scale is kept at or below this; inf leaves it free as the paper does."""
+
+    def __post_init__(self) -> None:
+        _require(0 <= self.drop_path < 1, f"model.drop_path must lie in [0, 1): {self.drop_path}")
+        _require(
+            self.text_width % self.text_heads == 0,
+            f"model.text_heads ({self.text_heads}) must divide model.text_width "
+            f"({self.text_width})",
+        )
+        for name in ("text_layers", "context_length", "vocab_size", "embed_dim"):
+            _require(getattr(self, name) >= 1, f"model.{name} must be positive")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    """AdamW with the released recipe's groups, warm-up and cosine."""
+
+    lr: float = 5e-4
+    """Peak learning rate for a global batch of lr_batch_size; scaled linearly to the real one."""
+    lr_batch_size: int = 512
+    """The global batch size that lr is meant for; 0 takes lr as it is."""
+    lr_min: float = 5e-6
+    """Learning rate at the end of the cosine, scaled in the same way."""
+    warmup_fraction: float = 5 / 32
+    """Part of the run during which the learning rate climbs from 0 in a straight line."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay rates of AdamW's two averages."""
+    eps: float = 1e-8
+    """Added to AdamW's denominator."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay; none on 1-D parameters, biases, logit_scale and position tables."""
+    clip_norm: float = 5.0
+    """Gradients are scaled down to this global norm; 0 leaves them alone."""
+
+    def __post_init__(self) -> None:
+        _require(self.lr > 0, f"optim.lr must be positive, not {self.lr}")
+        _require(self.lr_batch_size >= 0, "optim.lr_batch_size must not be negative")
+        _require(0 <= self.lr_min <= self.lr, "optim.lr_min must lie between 0 and optim.lr")
+        _require(
+            0 <= self.warmup_fraction < 1,
+            f"optim.warmup_fraction must lie in [0, 1), not {self.warmup_fraction}",
+        )
+        _require(self.clip_norm >= 0, f"optim.clip_norm must not be negative: {self.clip_norm}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EfficiencyConfig:
+    """Speed and memory. Nothing here changes what is learnt, precision's rounding aside."""
+
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    """Arithmetic of the encoders: autocast to bf16 or fp16 (with loss scaling), or plain. The loss
+    is always taken in fp32 or better."""
+    channels_last: bool = True
+    """Keep pictures and convolution weights in NHWC order, as they leave the decoder."""
+    activation_checkpointing: bool = False
+    """Recompute each encoder block in backward instead of storing its activations: about 1.3 times
+    the time for a third to half of the memory."""
+    unique_texts: bool = True
+    """Encode equal texts of a batch once."""
+    trim_text: bool = True
+    """Leave out the padding behind the longest text of the batch."""
+    fused_optimizer: bool = True
+    """Torch's fused AdamW instead of its loop over parameters."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    """When checkpoints are written and how many stay."""
+
+    every_steps: int = 1000
+    """Steps between checkpoints; the last step always writes one. 0 writes only the last."""
+    keep: int = 3
+    """How many of the newest checkpoints stay on disk; 0 keeps all."""
+
+    def __post_init__(self) -> None:
+        _require(self.every_steps >= 0, "checkpoint.every_steps must not be negative")
+        _require(self.keep >= 0, "checkpoint.keep must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    """How long, how large, where, and what is written down."""
+
+    seed: int = 0
+    """Decides first weights, order of samples, crops, flips, prompts and drop path."""
+    global_batch_size: int = 512
+    """Samples in one optimizer step over all ranks; the number of ranks must divide it."""
+    samples: int = 0
+    """Length of the run in samples seen, rounded up to whole steps. Give this or steps."""
+    steps: int = 0
+    """Length of the run in optimizer steps. Give this or samples."""
+    log_every_steps: int = 10
+    """Steps between lines of metrics.jsonl."""
+    evaluate_every_steps: int = 0
+    """Steps between evaluations of data.evaluate; the last step always has one. 0: only then."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model trains and pictures are decoded; auto takes CUDA when there is any."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.global_batch_size >= 1,
+            f"run.global_batch_size must be positive, not {self.global_batch_size}",
+        )
+        _require(
+            self.samples >= 0 and self.steps >= 0 and not (self.samples and self.steps),
+            f"give run.samples or run.steps, not both ({self.samples}, {self.steps})",
+        )
+        _require(self.log_every_steps >= 1, "run.log_every_steps must be at least 1")
+        _require(self.evaluate_every_steps >= 0, "run.evaluate_every_steps must not be negative")
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run; 0 if no length is given."""
+        return self.steps or -(-self.samples // self.global_batch_size)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TrainConfig:
+    """A whole training run."""
+
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def config_to_dict(config: TrainConfig) -> dict[str, Any]:
+    """Plain nested dictionaries, as stored in config.json."""
+    return dataclasses.asdict(config)
+
+
+def config_from_dict(values: dict[str, Any]) -> TrainConfig:
+    """Rebuilds a config from `config_to_dict`'s result or its JSON.
+
+    Raises:
+        ValueError: a group or field that this version does not know, or a value out of range.
+    """
+    return typing.cast(TrainConfig, _build(TrainConfig, values, path=""))
+
+
+def load_config(path: Path) -> TrainConfig:
+    """Reads a config.json.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not JSON, or not a config of this version.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    return config_from_dict(values)
+
+
+def _build(cls: type[Any], values: Any, *, path: str) -> Any:
+    if not isinstance(values, dict):
+        raise ValueError(f"config: {path or 'the whole'} must be an object, not {values!r}")
+    hints = typing.get_type_hints(cls)
+    unknown = sorted(set(values) - set(hints))
+    if unknown:
+        raise ValueError(
+            f"config: {path + '.' if path else ''}{unknown[0]} is not a setting of this version; "
+            f"known are {', '.join(hints)}"
+        )
+    arguments = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if dataclasses.is_dataclass(hint):
+            arguments[name] = _build(typing.cast(Any, hint), value, path=name)
+        else:  # JSON has no tuples
+            arguments[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**arguments)
