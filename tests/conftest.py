@@ -1,0 +1,19 @@
+"""Fixtures that every room's tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+_CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real pictures and captions; tests that need it are skipped where it is not."""
+    folder = Path(os.environ.get("UNICL_TEST_DATA", _CHECKOUT.parent / "shared" / "data"))
+    if not (folder / "README.md").is_file():
+        pytest.skip(f"no test data at {folder}; set UNICL_TEST_DATA to the folder that holds it")
+    return folder
