@@ -1,0 +1,224 @@
+"""Text -> token ids: CLIP's byte-pair encoding, id for id what `open_clip.tokenize` gives.
+
+The merging of pairs is Hugging Face `tokenizers` (Rust). What comes before it decides whether ids
+are equal, and is done here with the very libraries that open_clip asks: ftfy's repairs, HTML
+entities, Python's `lower()`, and the letters and digits of the `regex` package (see
+`_word_pattern`). The vocabulary file is open_clip's own.
+
+Importing this module imports neither torch nor open_clip: packing workers need only `encode`.
+Padding beyond one call, and what a text means, are left to others.
+"""
+
+from __future__ import annotations
+
+import functools
+import gzip
+import hashlib
+import html
+import importlib.util
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ftfy
+import numpy as np
+import numpy.typing as npt
+import regex  # type: ignore[import-untyped]
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CONTEXT_LENGTH = 77
+_START, _END = "<start_of_text>", "<end_of_text>"
+_WORD_END = "</w>"
+_NUM_MERGES = 49152 - 256 - 2
+"""The file holds more merges than CLIP uses: 2 x 256 bytes, these, and 2 markers make 49,408."""
+
+
+class Tokenizer:
+    """CLIP's tokenizer; `tokenizer(["a photo"])` is what an encoder takes, `encode` what is stored.
+
+    Objects can be pickled and sent to worker processes. `encode` uses the threads of the Rust
+    library unless the environment variable TOKENIZERS_PARALLELISM is "false".
+    """
+
+    name = "clip-bpe"
+
+    def __init__(self, context_length: int = CONTEXT_LENGTH) -> None:
+        if context_length < 2:
+            raise ValueError(
+                f"context_length must hold at least the start and end tokens, not {context_length}"
+            )
+        merges = _read_merges()
+        vocabulary = _build_vocabulary(merges)
+        self.context_length = context_length
+        self.vocab_size = len(vocabulary)
+        self.start_id = vocabulary[_START]
+        self.end_id = vocabulary[_END]
+        self.vocabulary_hash = hashlib.sha256(
+            "\n".join(f"{left} {right}" for left, right in merges).encode()
+        ).hexdigest()
+        """SHA-256 of the merges: two tokenizers with the same hash give the same ids."""
+        self._bpe = tokenizers.Tokenizer(
+            models.BPE(vocab=vocabulary, merges=merges, end_of_word_suffix=_WORD_END)
+        )
+        self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(
+                    tokenizers.Regex(_word_pattern()), behavior="removed", invert=True
+                ),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
+        self._bpe.decoder = decoders.ByteLevel()
+
+    def encode(self, texts: Sequence[str]) -> list[npt.NDArray[np.uint16]]:
+        """Token ids of each text: start token, the text, end token.
+
+        A text that is too long is cut to `context_length` ids of which the last is the end token.
+
+        Args:
+            texts: any strings, also empty ones.
+
+        Returns:
+            One array a text, 2 to `context_length` long, not padded.
+        """
+        if isinstance(texts, str):
+            raise TypeError("encode takes a list of texts; wrap a single text in a list")
+        cleaned = [_clean(text) for text in texts]
+        encodings = self._bpe.encode_batch_fast(cleaned, add_special_tokens=False)
+        room = self.context_length - 2
+        rows = []
+        for text, encoding in zip(cleaned, encodings, strict=True):
+            ids = self._encode_with_markers(text) if "_of_text>" in text else encoding.ids
+            rows.append(np.array([self.start_id, *ids[:room], self.end_id], dtype=np.uint16))
+        return rows
+
+    def __call__(self, texts: str | Sequence[str]) -> Tensor:
+        """Token ids as an encoder takes them.
+
+        Returns:
+            int64 [number of texts, context_length], padded with 0.
+        """
+        import torch  # here, so that packing workers never load it
+
+        rows = self.encode([texts] if isinstance(texts, str) else texts)
+        tokens = np.zeros((len(rows), self.context_length), dtype=np.int64)
+        for token_row, row in zip(tokens, rows, strict=True):
+            token_row[: len(row)] = row
+        return torch.from_numpy(tokens)
+
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
+        """The text that ids stand for, for human eyes: lower case, words set apart by spaces.
+
+        The start token is left out; reading stops at the first end token, so that padding (which
+        is the id of "!") is not taken for text. An id that the vocabulary lacks raises ValueError.
+        """
+        pieces = []
+        for token in map(int, ids):
+            if token == self.end_id:
+                break
+            piece = self._bpe.id_to_token(token) if 0 <= token < self.vocab_size else None
+            if piece is None:
+                raise ValueError(f"token ids lie in 0 to {self.vocab_size - 1}, not {token}")
+            if token != self.start_id:
+                pieces.append(piece)
+        characters = "".join(pieces).replace(_WORD_END, _byte_characters()[ord(" ")])
+        return str(self._bpe.decoder.decode([characters])).strip()
+
+    def _encode_with_markers(self, text: str) -> list[int]:
+        """Ids of a cleaned text that may spell out a marker: open_clip gives a marker its own id.
+
+        Only where it is a word of its own: in "!<end_of_text>" the "<" belongs to the word "!<".
+        That rules out the added tokens of `tokenizers`, which are cut out before any other rule.
+        """
+        markers = {_START: self.start_id, _END: self.end_id}
+        ids: list[int] = []
+        for word, _ in self._bpe.pre_tokenizer.pre_tokenize_str(text):
+            if word in markers:
+                ids.append(markers[word])
+            else:
+                ids.extend(token.id for token in self._bpe.model.tokenize(word))
+        return ids
+
+
+def _clean(text: str) -> str:
+    """What open_clip makes of a text before cutting it into words, up to white space between words.
+
+    White space is left as it is since it only separates words. For printable ASCII without "&"
+    ftfy and `unescape` have nothing to do; skipping them makes such captions several times cheaper.
+    """
+    if text.isascii() and text.isprintable() and "&" not in text:
+        return text.lower()
+    repaired = html.unescape(html.unescape(ftfy.fix_text(text)))
+    # split() also drops what Python takes for white space and `regex` does not (U+001C to U+001F).
+    return " ".join(repaired.split()).lower()
+
+
+def _read_merges() -> list[tuple[str, str]]:
+    """The pairs of CLIP's byte-pair encoding in order of rank, from open_clip's vocabulary file."""
+    spec = importlib.util.find_spec("open_clip")  # finds the folder without running the package
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "the tokenizer reads its vocabulary from the package open_clip_torch; "
+            "install it with: pip install open_clip_torch"
+        )
+    path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing from the installed open_clip_torch; reinstall that package"
+        )
+    lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
+    pairs = [tuple(line.split()) for line in lines]
+    if len(pairs) != _NUM_MERGES or any(len(pair) != 2 for pair in pairs):
+        raise ValueError(f"{path} does not hold {_NUM_MERGES} pairs; reinstall open_clip_torch")
+    return [(left, right) for left, right in pairs]
+
+
+def _build_vocabulary(merges: list[tuple[str, str]]) -> dict[str, int]:
+    """Token -> id: bytes, bytes that end a word, merged pairs, the two markers."""
+    characters = sorted(_byte_characters())  # see _byte_characters for the order of ids
+    tokens = [*characters, *(character + _WORD_END for character in characters)]
+    tokens += [left + right for left, right in merges]
+    tokens += [_START, _END]
+    return {token: index for index, token in enumerate(tokens)}
+
+
+@functools.cache
+def _byte_characters() -> list[str]:
+    """The printable character that stands for each byte, as in GPT-2's byte-level encoding.
+
+    Printable Latin-1 characters stand for themselves; the other 68 bytes take the characters from
+    U+0100 on. Ids of single bytes follow the order of these characters, not of the bytes.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    others = iter(range(0x100, 0x200))
+    return [chr(byte) if byte in printable else chr(next(others)) for byte in range(256)]
+
+
+@functools.cache
+def _word_pattern() -> str:
+    """CLIP's pattern for words, with the classes of characters written out as ranges.
+
+    Rust's regular expressions know another version of Unicode than the `regex` package that
+    open_clip uses: 17,000 letters and 336 digits were not the same in those tried. So the ranges
+    are read from `regex`, by matching it against all characters (about 0.1 s, once a process).
+
+    The pattern ignores case. In lower-case text that concerns two characters: the long s (U+017F)
+    equals "s", and U+0345 is a letter because it equals a small iota.
+    """
+    everything = "".join(map(chr, (*range(0xD800), *range(0xE000, 0x110000))))
+
+    def ranges(character_class: str) -> str:
+        runs = regex.finditer(f"{character_class}+", everything, flags=regex.IGNORECASE)
+        spans = ((match.group()[0], match.group()[-1]) for match in runs)
+        return "".join(f"\\x{{{ord(first):X}}}-\\x{{{ord(last):X}}}" for first, last in spans)
+
+    letters, digits = ranges(r"[\p{L}]"), ranges(r"[\p{N}]")
+    others = ranges(r"[^\s\p{L}\p{N}]")
+    return (
+        "<[s\u017f]tart_of_text>|<end_of_text>|'[s\u017f]|'t|'re|'ve|'m|'ll|'d"
+        f"|[{letters}]+|[{digits}]|[{others}]+"
+    )
