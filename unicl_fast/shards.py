@@ -1,0 +1,320 @@
+"""The packed data set, format version 1: its arrays, its manifest and a plain reader.
+
+A data set is a folder: tar shards that WebDataset and DALI also read, and four small arrays that
+say where each picture lies and which texts and labels it has. `docs/data-format.md` holds the full
+text. This module only reads; `shard_writer` writes. Decoding pictures and choosing which sample
+comes when belong to others.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+QUARANTINE_NAME = "quarantine.csv"
+KEY_DIGITS = 10
+
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("xxh3", "<u8"),
+        ("captions_start", "<u8"),
+        ("captions_count", "<u2"),
+        ("labels_start", "<u8"),
+        ("labels_count", "<u2"),
+    ]
+)
+"""A row of samples.npy: where the picture's bytes lie, its size as displayed, XXH3-64 of the bytes,
+and its ranges of captions.npy and labels.npy."""
+CAPTION_DTYPE = np.dtype([("tokens_start", "<u8"), ("tokens_length", "u1")])
+"""A row of captions.npy: its range of tokens.npy, start and end tokens included."""
+TOKEN_DTYPE = np.dtype("<u2")
+LABEL_DTYPE = np.dtype("<i4")
+ARRAY_DTYPES = {
+    "samples": SAMPLE_DTYPE,
+    "captions": CAPTION_DTYPE,
+    "tokens": TOKEN_DTYPE,
+    "labels": LABEL_DTYPE,
+}
+
+# Beyond this many shards a file is opened for each read: descriptors are a scarce resource (often
+# 1,024 a process), opening a local file costs a few microseconds.
+_MAX_OPEN_SHARDS = 256
+
+
+class DamagedSampleError(ValueError):
+    """The bytes of one sample are not those that were packed; the message names the place."""
+
+
+def sample_key(index: int) -> str:
+    """The name of sample `index` inside its shard, without extension."""
+    return f"{index:0{KEY_DIGITS}d}"
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:06d}.tar"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardInfo:
+    """One tar file of the data set."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    xxh3: str
+    """XXH3-64 of the whole file, 16 hexadecimal digits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a packed data set holds and how it was made. Written last: with it, the set is whole."""
+
+    version: int = FORMAT_VERSION
+    num_samples: int
+    num_captions: int
+    num_tokens: int
+    num_labels: int
+    """Length of labels.npy: a sample may have several labels, or none."""
+    num_quarantined: int
+    shards: tuple[ShardInfo, ...]
+    tokenizer: str
+    vocabulary_hash: str
+    context_length: int
+    class_names: tuple[str, ...]
+    """Display name of each label; empty if the data set has no labels."""
+    templates: tuple[str, ...]
+    """Prompt templates with one {} each."""
+    source: tuple[str, ...]
+    seed: int
+    tool_version: str
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "the manifest") -> Manifest:
+        """Reads what `to_json` wrote; `where` names the file in messages."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(values, dict) or not isinstance(values.get("version"), int):
+            raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")
+        if values["version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{where} has format version {values['version']}, this program reads version "
+                f"{FORMAT_VERSION}; pack the data again with this version's unicl-pack"
+            )
+        manifest: Manifest = _from_values(cls, values, where=where)
+        return manifest
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """The manifest of the data set in `folder`."""
+        path = Path(folder) / MANIFEST_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} is not a packed data set: it has no {MANIFEST_NAME}. "
+                "Make one with: unicl-pack build SOURCE... --out DIR"
+            )
+        return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def _from_values(cls: type[Any], values: Any, *, where: str) -> Any:
+    """Builds a manifest class from parsed JSON, refusing what is missing, unknown or mistyped."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(values, dict) or set(values) != set(hints):
+        found = sorted(values) if isinstance(values, dict) else values
+        raise ValueError(f"{where}: expected the fields {sorted(hints)}, found {found}")
+    arguments: dict[str, Any] = {}
+    for name, value in values.items():
+        hint = hints[name]
+        if typing.get_origin(hint) is tuple:
+            item = typing.get_args(hint)[0]
+            good = isinstance(value, list) and (
+                item is ShardInfo or all(isinstance(entry, item) for entry in value)
+            )
+        else:
+            good = isinstance(value, hint) and not isinstance(value, bool)
+        if not good:
+            raise ValueError(f"{where}: {name} should be {hint}, found {value!r}")
+        if typing.get_origin(hint) is tuple:
+            if typing.get_args(hint)[0] is ShardInfo:
+                value = [_from_values(ShardInfo, entry, where=where) for entry in value]
+            value = tuple(value)
+        arguments[name] = value
+    return cls(**arguments)
+
+
+class PackedDataset:
+    """One packed data set, opened for reading by sample number.
+
+    Arrays are memory-mapped and read-only. Pictures are read with `preadv`, never mapped: a shard
+    that shrinks under a running job is then an error with a name instead of a bus error. Reads from
+    several threads at once are safe.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.manifest = Manifest.load(folder)
+        self.samples: npt.NDArray[Any] = self._load_array("samples", self.manifest.num_samples)
+        self.captions: npt.NDArray[Any] = self._load_array("captions", self.manifest.num_captions)
+        self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
+        self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
+        self._files: dict[int, int] = {}
+        self._closed = False
+        self._check_shards()
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def __enter__(self) -> PackedDataset:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def image_bytes(self, index: int, *, verify: bool = False) -> npt.NDArray[np.uint8]:
+        """The encoded picture (JPEG or PNG) of sample `index`.
+
+        Args:
+            index: 0 to len - 1.
+            verify: also compare with the checksum taken when packing; costs about 10 us for 100 kB.
+
+        Raises:
+            DamagedSampleError: the shard is shorter than it was, or `verify` found other bytes.
+        """
+        row = self.samples[self._checked(index)]
+        size, offset = int(row["size"]), int(row["offset"])
+        data = np.empty(size, dtype=np.uint8)
+        done = self._read_into(int(row["shard"]), data, offset)
+        if done < size:
+            raise DamagedSampleError(
+                f"{self.describe(index)}: the shard ends after {done} of {size} bytes"
+            )
+        if verify and xxhash.xxh3_64_intdigest(data) != int(row["xxh3"]):
+            raise DamagedSampleError(
+                f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
+            )
+        return data
+
+    def caption_tokens(self, index: int, which: int) -> npt.NDArray[np.uint16]:
+        """Token ids of caption `which` of sample `index`, start and end included, unpadded."""
+        row = self.samples[self._checked(index)]
+        count = int(row["captions_count"])
+        if not 0 <= which < count:
+            raise IndexError(f"{self.describe(index)} has {count} captions, not a number {which}")
+        caption = self.captions[int(row["captions_start"]) + which]
+        start = int(caption["tokens_start"])
+        return self.tokens[start : start + int(caption["tokens_length"])]
+
+    def labels_of(self, index: int) -> npt.NDArray[np.int32]:
+        """Labels of sample `index`, in the data set's own label space; empty if it has none."""
+        row = self.samples[self._checked(index)]
+        start = int(row["labels_start"])
+        return self.labels[start : start + int(row["labels_count"])]
+
+    def describe(self, index: int) -> str:
+        """Names one sample for a message: data set, shard, key and offset."""
+        row = self.samples[index]
+        shard = int(row["shard"])
+        known = shard < len(self.manifest.shards)
+        name = self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
+        return f"sample {sample_key(index)} of {self.folder} ({name}, offset {int(row['offset'])})"
+
+    def close(self) -> None:
+        """Closes the shard files; reading pictures afterwards is an error."""
+        self._closed = True
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def _checked(self, index: int) -> int:
+        if not 0 <= index < len(self):
+            raise IndexError(f"{self.folder} has samples 0 to {len(self) - 1}, not {index}")
+        return index
+
+    def _load_array(self, name: str, length: int) -> npt.NDArray[Any]:
+        path = self.folder / f"{name}.npy"
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{path} is missing; the copy of this data set is not complete, copy it again"
+            )
+        try:
+            # an empty array has nothing to map, and mmap refuses it
+            array: npt.NDArray[Any] = np.load(
+                path, mmap_mode="r" if length else None, allow_pickle=False
+            )
+        except (ValueError, OSError, EOFError) as error:
+            raise ValueError(f"{path} is damaged or cut short: {error}") from error
+        if array.dtype != ARRAY_DTYPES[name] or array.shape != (length,):
+            raise ValueError(
+                f"{path}: expected {length} rows of {ARRAY_DTYPES[name]} as the manifest says, "
+                f"found shape {array.shape} of {array.dtype}; copy the data set again"
+            )
+        array.flags.writeable = False
+        return array
+
+    def _check_shards(self) -> None:
+        total = sum(shard.num_samples for shard in self.manifest.shards)
+        if total != len(self):
+            raise ValueError(
+                f"{self.folder / MANIFEST_NAME} contradicts itself: {len(self)} samples, but the "
+                f"shards hold {total}"
+            )
+        for shard in self.manifest.shards:
+            path = self.folder / shard.name
+            if Path(shard.name).name != shard.name:
+                raise ValueError(f"{self.folder / MANIFEST_NAME}: {shard.name!r} is no shard name")
+            if not path.is_file():
+                raise FileNotFoundError(f"{path} is missing; copy the data set again")
+            if path.stat().st_size != shard.num_bytes:
+                raise ValueError(
+                    f"{path} has {path.stat().st_size} bytes, the manifest says {shard.num_bytes}; "
+                    "copy the data set again"
+                )
+
+    def _read_into(self, shard: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
+        """Fills `buffer` from a shard; returns how many bytes there were."""
+        if self._closed:
+            raise ValueError(f"{self.folder} has been closed")
+        if shard >= len(self.manifest.shards):
+            raise DamagedSampleError(f"{self.folder} has no shard {shard}; samples.npy is damaged")
+        file = self._files.get(shard)
+        keep = file is not None or len(self._files) < _MAX_OPEN_SHARDS
+        if file is None:
+            file = os.open(self.folder / self.manifest.shards[shard].name, os.O_RDONLY)
+            if keep and self._files.setdefault(shard, file) != file:
+                keep = False  # another thread was first
+        try:
+            view, done = memoryview(buffer), 0
+            while done < len(view):
+                count = os.preadv(file, [view[done:]], offset + done)
+                if count == 0:
+                    break
+                done += count
+            return done
+        finally:
+            if not keep:
+                os.close(file)
