@@ -11,7 +11,8 @@ axes everywhere in the project:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -98,3 +99,19 @@ class EvaluationLoader(Protocol):
     def __iter__(self) -> Iterator[EvaluationBatch]: ...
 
     def close(self) -> None: ...
+
+
+class ListLoader:
+    """A loader over batches held in memory; after the last comes the first again."""
+
+    def __init__(self, batches: Sequence[Batch]) -> None:
+        if not batches:
+            raise ValueError("a ListLoader needs at least one batch")
+        self._batches = batches
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        for step in itertools.count(start_step):
+            yield dataclasses.replace(self._batches[step % len(self._batches)], step=step)
+
+    def close(self) -> None:
+        pass

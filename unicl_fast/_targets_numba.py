@@ -1,0 +1,213 @@
+"""Numba kernels under `targets` and `prompts`: hash token rows, find equal ones, merge classes.
+
+Apart so that the two modules read as rules, not as loops. Rows are uint16 [b, l], C-contiguous;
+callers check that. Zeros at the end of a row are padding: rows are equal when they are equal
+after padding to the same length, and then they have the same hash, whatever their l.
+
+`keyed_random` has the same mixer, but importing it would load torch.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+UInt16Array = npt.NDArray[np.uint16]
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_INDEX_BITS = np.uint64(0xFFFFFFFF)
+
+
+@njit(cache=True, inline="always")
+def _mix64(value: Any) -> Any:
+    """SplitMix64's bijection of uint64."""
+    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return value ^ (value >> np.uint64(31))
+
+
+@njit(cache=True)
+def _make_factors(length: int) -> UInt64Array:
+    factors = np.empty(length, np.uint64)
+    for position in range(length):
+        factors[position] = _mix64(np.uint64(position + 1) * np.uint64(_GOLDEN)) | np.uint64(1)
+    return factors
+
+
+@functools.lru_cache(maxsize=16)
+def position_factors(length: int) -> UInt64Array:
+    """One odd random factor for each position of a row, for `hash_rows`."""
+    factors: UInt64Array = _make_factors(length)
+    return factors
+
+
+@njit(cache=True)
+def hash_rows(rows: UInt16Array, factors: UInt64Array) -> UInt64Array:
+    """64-bit hashes of rows: mixed sums of token x factor of its position.
+
+    A sum, not a chain, so that the compiler uses vector registers and padding adds nothing. Rows
+    that differ in one token never collide: the factors are odd and tokens are below 2**16.
+    """
+    num_rows, length = rows.shape
+    hashes = np.empty(num_rows, np.uint64)
+    for row in range(num_rows):
+        total = np.uint64(0)
+        for position in range(length):
+            total += np.uint64(rows[row, position]) * factors[position]
+        hashes[row] = _mix64(total)
+    return hashes
+
+
+@njit(cache=True, inline="always")
+def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
+    """Whether two rows are equal up to padding; without early exit, so that it is vectorised."""
+    common = min(left.shape[1], right.shape[1])
+    difference = np.uint16(0)
+    for position in range(common):
+        difference |= left[left_row, position] ^ right[right_row, position]
+    for position in range(common, left.shape[1]):
+        difference |= left[left_row, position]
+    for position in range(common, right.shape[1]):
+        difference |= right[right_row, position]
+    return difference == 0
+
+
+@njit(cache=True)
+def make_table(capacity: int) -> UInt64Array:
+    """An empty hash table for `capacity` rows, at most half full.
+
+    An entry is the upper half of a hash beside the number of a row plus 1; 0 is an empty place.
+    """
+    size = 16
+    while size < 2 * capacity:
+        size *= 2
+    return np.zeros(size, np.uint64)
+
+
+@njit(cache=True)
+def unique_rows(
+    rows: UInt16Array, hashes: UInt64Array, table: UInt64Array
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Finds equal rows; fills `table` with the distinct ones.
+
+    Returns:
+        first: int64 [u], where each distinct row occurs first, rising.
+        index: int64 [b], which distinct row each row is.
+        counts: int64 [u].
+    """
+    num_rows = rows.shape[0]
+    mask = np.uint64(table.shape[0] - 1)
+    first = np.empty(num_rows, np.int64)
+    index = np.empty(num_rows, np.int64)
+    counts = np.zeros(num_rows, np.int64)
+    num_unique = 0
+    for row in range(num_rows):
+        tag = hashes[row] & ~_INDEX_BITS
+        place = hashes[row] & mask
+        while True:
+            entry = table[place]
+            if entry == 0:
+                table[place] = tag | np.uint64(num_unique + 1)
+                first[num_unique] = row
+                counts[num_unique] = 1
+                index[row] = num_unique
+                num_unique += 1
+                break
+            if (entry & ~_INDEX_BITS) == tag:
+                known = np.int64(entry & _INDEX_BITS) - 1
+                if _equal(rows, row, rows, first[known]):
+                    index[row] = known
+                    counts[known] += 1
+                    break
+            place = (place + np.uint64(1)) & mask
+    return first[:num_unique].copy(), index, counts[:num_unique].copy()
+
+
+@njit(cache=True)
+def find_rows(
+    queries: UInt16Array, hashes: UInt64Array, table: UInt64Array, known: UInt16Array
+) -> Int64Array:
+    """int64 [k]: which of the `known` distinct rows each query equals, -1 where none.
+
+    `table` as `unique_rows` filled it for the distinct rows `known`, in that order.
+    """
+    num_queries = queries.shape[0]
+    mask = np.uint64(table.shape[0] - 1)
+    found = np.full(num_queries, -1, np.int64)
+    for query in range(num_queries):
+        tag = hashes[query] & ~_INDEX_BITS
+        place = hashes[query] & mask
+        while table[place] != 0:
+            entry = table[place]
+            if (entry & ~_INDEX_BITS) == tag:
+                candidate = np.int64(entry & _INDEX_BITS) - 1
+                if _equal(queries, query, known, candidate):
+                    found[query] = candidate
+                    break
+            place = (place + np.uint64(1)) & mask
+    return found
+
+
+@njit(cache=True)
+def longest_row(rows: UInt16Array) -> int:
+    """Length of the longest row without padding; 0 if all are empty."""
+    num_rows, length = rows.shape
+    seen = np.zeros(length, np.uint16)
+    for row in range(num_rows):
+        for position in range(length):
+            seen[position] |= rows[row, position]
+    while length > 0 and seen[length - 1] == 0:
+        length -= 1
+    return length
+
+
+@njit(cache=True)
+def label_texts(
+    labels: Int64Array, text_index: Int64Array, num_texts: int
+) -> tuple[Int64Array, npt.NDArray[np.bool_], int]:
+    """What the samples of each distinct text say about its class.
+
+    Returns:
+        text_labels: int64 [u], the first label among a text's samples, -1 if they have none.
+        unlabelled: bool [u], whether some sample of the text has no label.
+        num_conflicts: samples whose label is not the first one of their text.
+    """
+    text_labels = np.full(num_texts, -1, np.int64)
+    unlabelled = np.zeros(num_texts, np.bool_)
+    num_conflicts = 0
+    for sample in range(labels.shape[0]):
+        text, label = text_index[sample], labels[sample]
+        if label < 0:
+            unlabelled[text] = True
+        elif text_labels[text] < 0:
+            text_labels[text] = label
+        elif text_labels[text] != label:
+            num_conflicts += 1
+    return text_labels, unlabelled, num_conflicts
+
+
+@njit(cache=True)
+def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
+    """int64 [num_members]: the smallest member that each one is joined with by the pairs [c, 2]."""
+    parent = np.arange(num_members)
+    for pair in range(pairs.shape[0]):
+        left, right = pairs[pair, 0], pairs[pair, 1]
+        while parent[left] != left:
+            parent[left] = parent[parent[left]]
+            left = parent[left]
+        while parent[right] != right:
+            parent[right] = parent[parent[right]]
+            right = parent[right]
+        if left < right:
+            parent[right] = left
+        else:
+            parent[left] = right
+    for member in range(num_members):  # parents are smaller, so their roots are final already
+        parent[member] = parent[parent[member]]
+    return parent

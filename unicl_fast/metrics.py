@@ -1,0 +1,119 @@
+"""Numbers of a run: metrics.jsonl with stable keys, TensorBoard, and what is averaged in between.
+
+Only rank 0 writes. Tensors are kept as they are until a logging step reads them, so that no other
+step waits for the device.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+
+class StepMeter:
+    """Collects between two logging steps; `summary` is the one place that reads the device."""
+
+    def __init__(self) -> None:
+        self._losses: list[Tensor] = []
+        self._grad_norms: list[Tensor] = []
+        self._wait_seconds = 0.0
+        self._started = time.perf_counter()
+
+    def add(self, *, loss: Tensor, grad_norm: Tensor, wait_seconds: float) -> None:
+        self._losses.append(loss.detach())
+        self._grad_norms.append(grad_norm.detach())
+        self._wait_seconds += wait_seconds
+
+    @property
+    def last_loss(self) -> Tensor:
+        """Loss of the newest step, still on the device."""
+        return self._losses[-1]
+
+    def losses(self) -> list[float]:
+        """Losses of the steps since the last summary."""
+        return torch.stack(self._losses).double().tolist() if self._losses else []
+
+    def summary(self, *, num_samples: int) -> dict[str, float]:
+        """Means since the last summary, and rates; starts anew.
+
+        Args:
+            num_samples: samples of all ranks in these steps.
+        """
+        num_steps = len(self._losses)
+        values = {
+            "loss": sum(self.losses()) / num_steps,
+            "grad_norm": float(torch.stack(self._grad_norms).double().mean()),
+        }
+        elapsed = time.perf_counter() - self._started
+        values["images_per_second"] = num_samples / elapsed
+        values["data_wait_fraction"] = self._wait_seconds / elapsed
+        values["step_seconds"] = elapsed / num_steps
+        self.__init__()  # type: ignore[misc]
+        return values
+
+
+class MetricsWriter:
+    """Appends to `metrics.jsonl` and to TensorBoard files of a run folder."""
+
+    def __init__(self, run_folder: Path, *, start_step: int = 0) -> None:
+        """Opens the files; lines of steps after `start_step` are of a run that was cut off."""
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0's alone
+
+        self._path = run_folder / "metrics.jsonl"
+        if self._path.is_file():
+            kept = [
+                line
+                for line in self._path.read_text(encoding="utf-8").splitlines()
+                if _step_of(line) <= start_step
+            ]
+            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        self._file = self._path.open("a", encoding="utf-8")
+        self._tensorboard = SummaryWriter(
+            str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
+        )
+
+    def write(self, values: dict[str, float | int]) -> None:
+        """One line; `step` is among the values."""
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        step = int(values["step"])
+        for name, value in values.items():
+            if name != "step":
+                self._tensorboard.add_scalar(name, value, global_step=step)
+
+    def close(self) -> None:
+        self._file.close()
+        self._tensorboard.close()
+
+    def __enter__(self) -> MetricsWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def read_metrics(run_folder: Path) -> list[dict[str, float]]:
+    """The lines of a run's metrics.jsonl.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def _step_of(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")  # a line cut off in the middle of writing

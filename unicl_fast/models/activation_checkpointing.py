@@ -1,0 +1,81 @@
+"""Recomputing encoder blocks in backward instead of storing their activations.
+
+One mechanism for both encoders (timm's own switch covers only the image side, and counts every
+BatchNorm statistic twice). Which modules are blocks is a list of class names: an architecture
+that is not in it is refused instead of left silently uncheckpointed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+_BLOCKS = {
+    "SwinTransformerBlock",  # Swin
+    "SwinTransformerV2Block",
+    "Block",  # ViT
+    "FocalNetBlock",
+    "BasicBlock",  # ResNet
+    "Bottleneck",
+    "ConvNeXtBlock",
+    "TextBlock",  # ours
+}
+
+
+def checkpoint_blocks(encoder: nn.Module) -> int:
+    """Makes every block of an encoder recompute its forward pass in backward.
+
+    Returns:
+        The number of blocks.
+
+    Raises:
+        ValueError: no module of a known block class.
+    """
+    blocks = [module for module in encoder.modules() if type(module).__name__ in _BLOCKS]
+    if not blocks:
+        raise ValueError(
+            f"activation checkpointing knows the blocks {', '.join(sorted(_BLOCKS))}; "
+            f"{type(encoder).__name__} has none of them: set "
+            "efficiency.activation_checkpointing=False or add its block class"
+        )
+    for block in blocks:
+        _checkpoint_forward(block)
+    return len(blocks)
+
+
+def _checkpoint_forward(block: nn.Module) -> None:
+    forward = block.forward
+
+    def contexts() -> tuple[
+        contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]
+    ]:
+        return contextlib.nullcontext(), _statistics_left_alone(block)
+
+    def recomputing_forward(*args: object, **kwargs: object) -> object:
+        return checkpoint(
+            forward,
+            *args,
+            use_reentrant=False,
+            preserve_rng_state=False,  # nothing in our models draws from a generator
+            context_fn=contexts,
+            **kwargs,
+        )
+
+    block.forward = recomputing_forward
+
+
+@contextlib.contextmanager
+def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
+    """The second forward pass must not move BatchNorm's running averages again."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True

@@ -1,0 +1,93 @@
+"""Number formats and memory layout, decided in this one place.
+
+How a picture's bytes become the encoder's input, what autocast runs in, and the loss scaler that
+fp16 needs. The rest of the program asks for a `Precision` and does not look inside.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+PrecisionName = Literal["fp32", "bf16", "fp16", "fp64"]
+_COMPUTE_TYPES: dict[str, torch.dtype] = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """Arithmetic of the encoders; weights stay in fp32 (fp64 for `fp64`)."""
+
+    name: PrecisionName
+
+    @property
+    def compute_type(self) -> torch.dtype:
+        """Type of activations and of the pictures fed."""
+        return _COMPUTE_TYPES[self.name]
+
+    @property
+    def weight_type(self) -> torch.dtype:
+        return torch.float64 if self.name == "fp64" else torch.float32
+
+    def autocast(self, device_type: str) -> contextlib.AbstractContextManager[object]:
+        """The context to run encoders in."""
+        if self.name in ("fp32", "fp64"):
+            return contextlib.nullcontext()
+        return torch.autocast(device_type, dtype=self.compute_type)
+
+    def build_scaler(self, device_type: str) -> torch.amp.GradScaler:
+        """Loss scaling for fp16, whose gradients underflow; switched off for the others."""
+        return torch.amp.GradScaler(device_type, enabled=self.name == "fp16")
+
+
+def normalise_images(
+    images: Tensor,
+    *,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: torch.dtype = torch.float32,
+    channels_last: bool = True,
+) -> Tensor:
+    """Decoded pictures to the encoder's input.
+
+    The uint8 batch leaves the decoder in [b h w c] order; seen as [b c h w] that IS channels_last,
+    so no pixel moves. The arithmetic is done in fp32 and rounded once: a bf16 subtraction would
+    lose a bit and a half.
+
+    Args:
+        images: uint8 [b h w c].
+        mean: of each channel, of values in 0 to 1.
+        std: of each channel, of values in 0 to 1.
+        dtype: type of the result.
+        channels_last: False copies the result into [b c h w] memory order.
+
+    Returns:
+        [b c h w] of `dtype`: (images / 255 - mean) / std.
+    """
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != len(mean):
+        raise ValueError(
+            f"expected uint8 pictures [b h w {len(mean)}], got {images.dtype} {list(images.shape)}"
+        )
+    arithmetic = torch.promote_types(torch.float32, dtype)
+    scale = torch.tensor(
+        [1 / (255 * s) for s in std], dtype=arithmetic, device=images.device
+    ).view(-1, 1, 1)
+    shift = torch.tensor(
+        [-m / s for m, s in zip(mean, std, strict=True)], dtype=arithmetic, device=images.device
+    ).view(-1, 1, 1)
+    # the view's strides survive type conversion and pointwise arithmetic
+    normalised = images.permute(0, 3, 1, 2).to(arithmetic).mul_(scale).add_(shift).to(dtype)
+    return normalised if channels_last else normalised.contiguous()
+
+
+def place_module(module: nn.Module, *, device: torch.device, precision: Precision) -> nn.Module:
+    """Moves weights to the device and into the weight type."""
+    return module.to(device=device, dtype=precision.weight_type)

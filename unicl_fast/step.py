@@ -1,0 +1,108 @@
+"""One step's forward half: a batch and a model to the loss of the global batch.
+
+    encode  this rank's pictures and distinct texts
+    gather  the texts of all ranks, with gradient; pictures stay where they are
+    loss    this rank's rows are complete; column statistics are merged over ranks
+
+Every rank ends with the same scalar. Its gradient with respect to a rank's own features is exact,
+so summing parameter gradients over ranks gives the gradient of one process on the joined batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import TrainConfig
+from unicl_fast.dist import Ranks, gather_integers, gather_rows, max_over_ranks, sum_over_ranks
+from unicl_fast.loss import ColumnStatistics, column_losses, compare
+from unicl_fast.precision import Precision, normalise_images
+
+Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
+    """The unified contrastive loss of the global batch.
+
+    Args:
+        encode: the model (or its DDP wrapper): pictures and tokens to features and scale.
+        batch: this rank's share, on the model's device.
+        config: the run's settings.
+        ranks: this process among its peers.
+
+    Returns:
+        A scalar, equal on all ranks.
+    """
+    precision = Precision(config.efficiency.precision)
+    images = normalise_images(
+        batch.images,
+        mean=config.data.mean,
+        std=config.data.std,
+        dtype=precision.compute_type,
+        channels_last=config.efficiency.channels_last,
+    )
+    tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
+    with precision.autocast(batch.images.device.type):
+        image_features, text_features, scale = encode(images, tokens)
+    return contrast_over_ranks(
+        image_features,
+        text_features,
+        class_ids=batch.class_ids,
+        text_class_ids=text_class_ids,
+        text_counts=text_counts,
+        scale=scale,
+        ranks=ranks,
+    )
+
+
+def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """Token rows, their class ids and their counts, as `efficiency` wants them encoded."""
+    length = batch.text_length if config.efficiency.trim_text else batch.tokens.shape[1]
+    tokens = batch.tokens[:, :length]
+    if config.efficiency.unique_texts:
+        return tokens, batch.text_class_ids, batch.text_counts
+    return tokens[batch.text_index], batch.class_ids, torch.ones_like(batch.class_ids)
+
+
+def contrast_over_ranks(
+    image_features: Float[Tensor, "b d"],
+    text_features: Float[Tensor, "u d"],
+    *,
+    class_ids: Tensor,
+    text_class_ids: Tensor,
+    text_counts: Tensor,
+    scale: Tensor,
+    ranks: Ranks,
+) -> Float[Tensor, ""]:
+    """`unified_contrastive_loss` of the features of all ranks, each logit computed once."""
+    sizes = gather_integers(len(text_features), ranks)
+    text_features = gather_rows(text_features, sizes)
+    text_class_ids = gather_rows(text_class_ids, sizes)
+    text_counts = gather_rows(text_counts, sizes)
+    with torch.autocast(image_features.device.type, enabled=False):
+        row_losses, mine = compare(
+            image_features, text_features, class_ids, text_class_ids, text_counts, scale
+        )
+        statistics = _merge_over_ranks(mine, ranks)
+        num_samples = text_counts.sum()
+        i2t = sum_over_ranks(row_losses.sum(), ranks) / num_samples
+        t2i = (text_counts * column_losses(statistics)).sum() / num_samples
+    return (i2t + t2i) / 2
+
+
+def _merge_over_ranks(mine: ColumnStatistics, ranks: Ranks) -> ColumnStatistics:
+    if ranks.world_size == 1:
+        return mine
+    maximum = max_over_ranks(mine.maximum, ranks)
+    sums = torch.stack(
+        [
+            mine.exp_sum * (mine.maximum - maximum).exp(),
+            mine.positive_sum,
+            mine.positive_count,
+        ]
+    )
+    return ColumnStatistics(maximum, *sum_over_ranks(sums, ranks))

@@ -1,0 +1,181 @@
+"""The target map of UniCL (the paper's Algorithm 1): labels and token rows -> class ids.
+
+Two samples are positives of each other when their class ids are equal. This module decides the
+ids of one batch, and finds equal texts so that each is encoded once. It works on the host, on
+NumPy arrays; making tensors of the result is left to the loader, positives to the loss. The loops
+are in `_targets_numba`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from unicl_fast._targets_numba import (
+    Int64Array,
+    UInt16Array,
+    hash_rows,
+    label_texts,
+    longest_row,
+    make_table,
+    position_factors,
+    union_find,
+    unique_rows,
+)
+
+CAPTION_KEYS_START = 1 << 62
+"""Class ids of captions without a class lie from here to 2**63 - 1, those of classes below."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """Distinct texts and class ids of one batch; letters as in `unicl_fast.batch`."""
+
+    tokens: UInt16Array
+    """uint16 [u l], distinct rows in order of first occurrence, padded with 0."""
+    text_index: Int64Array
+    """int64 [b], the row of `tokens` that is the text of each sample."""
+    class_ids: Int64Array
+    """int64 [b]; always text_class_ids[text_index]."""
+    text_class_ids: Int64Array
+    """int64 [u]."""
+    text_counts: Int64Array
+    """int64 [u], how many samples have that text."""
+    text_length: int
+    """Length of the longest row without padding."""
+
+
+class PromptLookup(Protocol):
+    """Knows which texts are prompts of classes; `prompts.ClassPrompts` is one."""
+
+    def lookup(self, rows: UInt16Array) -> Int64Array:
+        """uint16 [k l] -> int64 [k]: the class that has this row as a prompt, -1 if none has."""
+        ...
+
+
+def map_targets(
+    rows: UInt16Array,
+    labels: Int64Array,
+    prompts: PromptLookup | None = None,
+    unique: bool = True,
+) -> Targets:
+    """Gives every sample a class id, and finds the distinct texts.
+
+    The class of a text, and of all its samples:
+
+    1. the labels of its samples;
+    2. if some of its samples have no label: the class that has this text as a prompt;
+    3. if that leaves several classes, they are one class in this batch, under the smallest id;
+    4. if it leaves none: a key of the tokens, in [2**62, 2**63). The same text has the same key on
+       every rank and whatever its padding, so that ranks agree without talking.
+
+    Labels of 1 and 3 are seen within the rows given. Ranks that must agree on them too give the
+    rows of the whole global batch and take their part of the result.
+
+    Args:
+        rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
+        labels: int64 [b], the class of each sample or -1. Label 0 is a class.
+        prompts: finds captions that are prompts of classes; None where there are no prompts.
+        unique: False leaves equal texts apart (u = b, counts of 1) with the same class ids: the
+            plain twin, for tests and comparisons.
+
+    Returns:
+        The targets; `tokens` is new memory unless `unique` is False.
+
+    Raises:
+        ValueError: no rows, or arrays of other shapes, types or ranges.
+    """
+    rows, labels = _check(rows, labels)
+    hashes = hash_rows(rows, position_factors(rows.shape[1]))
+    first, text_index, text_counts = unique_rows(rows, hashes, make_table(len(rows)))
+    tokens = rows[first]
+    text_class_ids = _classes_of_texts(labels, text_index, tokens, hashes[first], prompts)
+    class_ids = text_class_ids[text_index]
+    text_length = int(longest_row(tokens))
+    if unique:
+        return Targets(
+            tokens=tokens,
+            text_index=text_index,
+            class_ids=class_ids,
+            text_class_ids=text_class_ids,
+            text_counts=text_counts,
+            text_length=text_length,
+        )
+    return Targets(
+        tokens=rows,
+        text_index=np.arange(len(rows)),
+        class_ids=class_ids,
+        text_class_ids=class_ids.copy(),
+        text_counts=np.ones(len(rows), dtype=np.int64),
+        text_length=text_length,
+    )
+
+
+def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Joins classes that must be one.
+
+    Args:
+        pairs: int64 [c, 2], ids of classes that are the same.
+
+    Returns:
+        members: int64 [m], the distinct ids of `pairs`, rising.
+        merged: int64 [m], the smallest id that each of them is joined with.
+    """
+    members, positions = np.unique(pairs, return_inverse=True)
+    return members, members[union_find(positions.reshape(pairs.shape), len(members))]
+
+
+def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
+    """`class_ids` with each id that is in `members` (rising, not empty) replaced by its `merged`."""
+    positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
+    return np.where(members[positions] == class_ids, merged[positions], class_ids)
+
+
+def _classes_of_texts(
+    labels: Int64Array,
+    text_index: Int64Array,
+    tokens: UInt16Array,
+    hashes: np.ndarray[tuple[int], np.dtype[np.uint64]],
+    prompts: PromptLookup | None,
+) -> Int64Array:
+    """int64 [u]: the rules of `map_targets`, for each distinct text."""
+    classes, unlabelled, num_conflicts = label_texts(labels, text_index, len(tokens))
+    same = []  # blocks of pairs of classes that turn out to be one
+    if num_conflicts:
+        of_text = classes[text_index]
+        differs = (labels >= 0) & (labels != of_text)
+        same.append(np.stack([labels[differs], of_text[differs]], axis=1))
+    if prompts is not None and unlabelled.any():
+        texts = np.flatnonzero(unlabelled)
+        found = prompts.lookup(tokens[texts])
+        texts, found = texts[found >= 0], found[found >= 0]
+        differs = (classes[texts] >= 0) & (classes[texts] != found)
+        same.append(np.stack([found[differs], classes[texts][differs]], axis=1))
+        classes[texts] = found
+    pairs = np.concatenate(same) if same else np.empty((0, 2), dtype=np.int64)
+    if len(pairs):
+        classes = replace_classes(classes, *merge_classes(pairs))
+    keys = ((hashes >> np.uint64(2)) | np.uint64(CAPTION_KEYS_START)).view(np.int64)
+    return np.where(classes >= 0, classes, keys)
+
+
+def _check(rows: UInt16Array, labels: Int64Array) -> tuple[UInt16Array, Int64Array]:
+    """The two arrays in the layout that the kernels take (a copy only where it must be)."""
+    if rows.ndim != 2 or rows.dtype != np.uint16:
+        raise ValueError(f"rows must be uint16 [b, l], not {rows.dtype} {list(rows.shape)}")
+    if len(rows) == 0:
+        raise ValueError("a batch needs at least one sample; rows is empty")
+    if labels.shape != rows.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels must be int64 [{len(rows)}], one for each row, "
+            f"not {labels.dtype} {list(labels.shape)}"
+        )
+    labels = np.ascontiguousarray(labels, dtype=np.int64)
+    low, high = labels.min(), labels.max()
+    if low < -1 or high >= CAPTION_KEYS_START:
+        raise ValueError(
+            f"labels must be classes from 0 to 2**62 - 1, or -1 for none, not {low} to {high}"
+        )
+    return np.ascontiguousarray(rows), labels

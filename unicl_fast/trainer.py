@@ -1,0 +1,277 @@
+"""The training loop: batches in, updates, then the cadence of logging, evaluating and saving.
+
+Knows no DALI and no command line: it takes any `Loader` (a `ListLoader` on a laptop will do). The
+batch of a step, its drop path and its learning rate are functions of the step, so the state of a
+run is the step, the weights, the optimizer and the loss scaler; resuming restores these four.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from unicl_fast.batch import Batch, Loader
+from unicl_fast.checkpoint import read_state, restore_checkpoint, save_checkpoint
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.dist import Ranks
+from unicl_fast.metrics import MetricsWriter, StepMeter
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.optim import build_optimizer, build_schedule
+from unicl_fast.precision import Precision, place_module
+from unicl_fast.step import global_loss
+
+logger = logging.getLogger(__name__)
+
+Evaluation = Callable[[UniCL], Mapping[str, float]]
+
+
+def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
+    """The device that `run.device` means for this rank.
+
+    Raises:
+        ValueError: CUDA is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("run.device=cuda, but torch finds no CUDA device here; use cpu or auto")
+    if name == "cpu" or not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank)
+
+
+class Trainer:
+    """Trains a `UniCL` model on what a `Loader` feeds."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        loader: Loader,
+        *,
+        run_folder: Path | None = None,
+        model: UniCL | None = None,
+        ranks: Ranks | None = None,
+        device: torch.device | None = None,
+        evaluations: Mapping[str, Evaluation] | None = None,
+        data: Mapping[str, Any] | None = None,
+        progress: bool = True,
+    ) -> None:
+        """Puts the parts together; nothing is trained or written yet.
+
+        Args:
+            config: the run's settings.
+            loader: feeds this rank's share of each global batch.
+            run_folder: where metrics and checkpoints go; None writes nothing.
+            model: None builds one from the config.
+            ranks: this process among its peers; None is one process alone.
+            device: where to train; None takes the one that `run.device` means.
+            evaluations: name -> function of the model that returns named numbers; all ranks call
+                them together.
+            data: what the run is trained on, in JSON's types; stored in checkpoints and compared
+                when a run is resumed.
+            progress: show a progress bar on rank 0.
+
+        Raises:
+            ValueError: the run has no length, or the ranks cannot share the global batch.
+        """
+        self.ranks = ranks or Ranks()
+        self.ranks.share_of(config.run.global_batch_size)
+        self.total_steps = config.run.total_steps
+        if not self.total_steps:
+            raise ValueError("the run has no length: set run.samples or run.steps")
+        self.config = config
+        self.loader = loader
+        self.run_folder = run_folder
+        self.device = device or choose_device(
+            config.run.device, local_rank=self.ranks.local_rank
+        )
+        self.evaluations = dict(evaluations or {})
+        self.data = dict(data or {})
+        self.step = 0
+        self._show_progress = progress and self.ranks.is_main
+
+        precision = Precision(config.efficiency.precision)
+        self.model = model or UniCL(config)
+        place_module(self.model, device=self.device, precision=precision)
+        if config.efficiency.channels_last:
+            self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
+        if self.ranks.world_size > 1:
+            self._encode = DistributedDataParallel(self.model)
+        self.optimizer = build_optimizer(self.model, config)
+        self.schedule = build_schedule(self.optimizer, config, self.total_steps)
+        self.scaler = precision.build_scaler(self.device.type)
+
+    def resume(self, checkpoint: Path) -> None:
+        """Goes back to a checkpoint of this run.
+
+        Raises:
+            FileNotFoundError: no checkpoint there.
+            ValueError: it is damaged, or of another model or other data.
+        """
+        state = read_state(checkpoint)
+        _refuse_differences("model", config_to_dict(state.config)["model"], self._dict("model"))
+        _refuse_differences("data", state.data, self.data)
+        for group in ("data", "optim", "run"):
+            for name, value in config_to_dict(state.config)[group].items():
+                if value != self._dict(group)[name]:
+                    logger.warning(
+                        "resuming with %s.%s = %r; the checkpoint was written with %r",
+                        group, name, self._dict(group)[name], value,
+                    )  # fmt: skip
+        restore_checkpoint(
+            checkpoint, model=self.model, optimizer=self.optimizer, scaler=self.scaler
+        )
+        self.step = state.step
+        logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
+
+    def fit(self) -> None:
+        """Trains to the end of the run.
+
+        Raises:
+            FloatingPointError: the loss of a step is not finite; names the step.
+        """
+        with self._metrics() as metrics, self._progress_bar() as bar:
+            batches = self.loader.batches(self.step)
+            meter = StepMeter()
+            while self.step < self.total_steps:
+                started = time.perf_counter()
+                batch = next(batches).to(self.device)
+                wait_seconds = time.perf_counter() - started
+                loss, grad_norm = self.train_step(batch)
+                meter.add(loss=loss, grad_norm=grad_norm, wait_seconds=wait_seconds)
+                bar.update()
+                if self._is_due(self.config.run.log_every_steps):
+                    self._log(meter, metrics, bar)
+                if self._is_due(self.config.run.evaluate_every_steps):
+                    self._evaluate(metrics)
+                if self._is_due(self.config.checkpoint.every_steps):
+                    self._check_finite(meter)
+                    self.save()
+
+    def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One update.
+
+        Returns:
+            The loss of the global batch and the gradient norm before clipping, both on the device.
+        """
+        self.model.train()
+        self.model.set_drop_path_key(step=batch.step, slots=batch.slots)
+        self.schedule.step_update(self.step + 1)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = global_loss(self._encode, batch, self.config, self.ranks)
+        # DDP averages parameter gradients over ranks; ours are to be summed
+        self.scaler.scale(loss * self.ranks.world_size).backward()
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.config.optim.clip_norm or math.inf
+        )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.model.clamp_logit_scale()
+        self.step += 1
+        return loss.detach(), grad_norm
+
+    def save(self) -> None:
+        """Writes a checkpoint of the present step into the run folder."""
+        if self.run_folder is None or not self.ranks.is_main:
+            return
+        save_checkpoint(
+            self.run_folder / "checkpoints",
+            step=self.step,
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            data=self.data,
+            keep=self.config.checkpoint.keep,
+        )
+
+    def _is_due(self, every_steps: int) -> bool:
+        return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
+
+    def _log(self, meter: StepMeter, metrics: MetricsWriter | None, bar: tqdm[Any]) -> None:
+        self._check_finite(meter)
+        num_steps = len(meter.losses())
+        values = meter.summary(num_samples=num_steps * self.config.run.global_batch_size)
+        values = {
+            "step": self.step,
+            "samples_seen": self.step * self.config.run.global_batch_size,
+            **values,
+            "logit_scale": float(self.model.logit_scale.detach()),
+            "lr": self.optimizer.param_groups[0]["lr"],
+        }
+        if metrics is not None:
+            metrics.write(values)
+        bar.set_postfix_str(
+            f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s, "
+            f"{values['data_wait_fraction']:.0%} waiting for data",
+            refresh=False,
+        )
+
+    def _evaluate(self, metrics: MetricsWriter | None) -> None:
+        self.model.eval()
+        for name, evaluation in self.evaluations.items():
+            results = {f"{name}/{key}": value for key, value in evaluation(self.model).items()}
+            if metrics is not None:
+                metrics.write({"step": self.step, **results})
+                shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
+                tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
+
+    def _check_finite(self, meter: StepMeter) -> None:
+        losses = meter.losses()
+        for index, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                step = self.step - len(losses) + index
+                raise FloatingPointError(
+                    f"the loss of step {step} is {loss}: lower optim.lr, lengthen the warm-up, or "
+                    "use bf16 instead of fp16; the last checkpoint is from before"
+                )
+
+    @contextlib.contextmanager
+    def _metrics(self) -> Iterator[MetricsWriter | None]:
+        if self.run_folder is None or not self.ranks.is_main:
+            yield None
+            return
+        self.run_folder.mkdir(parents=True, exist_ok=True)
+        with MetricsWriter(self.run_folder, start_step=self.step) as metrics:
+            yield metrics
+
+    def _progress_bar(self) -> tqdm[Any]:
+        return tqdm(
+            total=self.total_steps,
+            initial=self.step,
+            desc="train",
+            unit="step",
+            # a log file wants a line now and then, a terminal a live picture
+            mininterval=0.2 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+            disable=not self._show_progress,
+        )
+
+    def _dict(self, group: str) -> dict[str, Any]:
+        values: dict[str, Any] = config_to_dict(self.config)[group]
+        return values
+
+
+def _refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    for name in sorted(set(stored) | set(present)):
+        if stored.get(name) != present.get(name):
+            raise ValueError(
+                f"the checkpoint is of another {what}: {name} was {_short(stored.get(name))} and "
+                f"is now {_short(present.get(name))}; train into another --out, or give what the "
+                "checkpoint was trained with"
+            )
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
