@@ -1,18 +1,14 @@
 """The packed data set, format version 1: its arrays, its manifest and a plain reader.
 
-A data set is a folder: tar shards that WebDataset and DALI also read, and four small arrays that
-say where each picture lies and which texts and labels it has. `docs/data-format.md` holds the full
-text. This module only reads; `shard_writer` writes. Decoding pictures and choosing which sample
-comes when belong to others.
+A data set is a folder: tar shards that WebDataset and DALI also read, four small arrays that say
+where each picture lies and which texts and labels it has, and a manifest. `docs/data-format.md`
+holds the full text. This module only reads; `shard_writer` writes. Decoding pictures and choosing
+which sample comes when belong to others.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import os
-import typing
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -21,8 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-FORMAT_VERSION = 1
-MANIFEST_NAME = "manifest.json"
+from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
+from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
+from unicl_fast.manifest import Manifest as Manifest
+from unicl_fast.manifest import ShardInfo as ShardInfo
+
 QUARANTINE_NAME = "quarantine.csv"
 KEY_DIGITS = 10
 
@@ -69,98 +68,6 @@ def sample_key(index: int) -> str:
 
 def shard_name(index: int) -> str:
     return f"shard-{index:06d}.tar"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShardInfo:
-    """One tar file of the data set."""
-
-    name: str
-    num_samples: int
-    num_bytes: int
-    xxh3: str
-    """XXH3-64 of the whole file, 16 hexadecimal digits."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Manifest:
-    """What a packed data set holds and how it was made. Written last: with it, the set is whole."""
-
-    version: int = FORMAT_VERSION
-    num_samples: int
-    num_captions: int
-    num_tokens: int
-    num_labels: int
-    """Length of labels.npy: a sample may have several labels, or none."""
-    num_quarantined: int
-    shards: tuple[ShardInfo, ...]
-    tokenizer: str
-    vocabulary_hash: str
-    context_length: int
-    class_names: tuple[str, ...]
-    """Display name of each label; empty if the data set has no labels."""
-    templates: tuple[str, ...]
-    """Prompt templates with one {} each."""
-    source: tuple[str, ...]
-    seed: int
-    tool_version: str
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str, *, where: str = "the manifest") -> Manifest:
-        """Reads what `to_json` wrote; `where` names the file in messages."""
-        try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
-        if not isinstance(values, dict) or not isinstance(values.get("version"), int):
-            raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")
-        if values["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"{where} has format version {values['version']}, this program reads version "
-                f"{FORMAT_VERSION}; pack the data again with this version's unicl-pack"
-            )
-        manifest: Manifest = _from_values(cls, values, where=where)
-        return manifest
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
-        """The manifest of the data set in `folder`."""
-        path = Path(folder) / MANIFEST_NAME
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} is not a packed data set: it has no {MANIFEST_NAME}. "
-                "Make one with: unicl-pack build SOURCE... --out DIR"
-            )
-        return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
-
-
-def _from_values(cls: type[Any], values: Any, *, where: str) -> Any:
-    """Builds a manifest class from parsed JSON, refusing what is missing, unknown or mistyped."""
-    hints = typing.get_type_hints(cls)
-    if not isinstance(values, dict) or set(values) != set(hints):
-        found = sorted(values) if isinstance(values, dict) else values
-        raise ValueError(f"{where}: expected the fields {sorted(hints)}, found {found}")
-    arguments: dict[str, Any] = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if typing.get_origin(hint) is tuple:
-            item = typing.get_args(hint)[0]
-            good = isinstance(value, list) and (
-                item is ShardInfo or all(isinstance(entry, item) for entry in value)
-            )
-        else:
-            good = isinstance(value, hint) and not isinstance(value, bool)
-        if not good:
-            raise ValueError(f"{where}: {name} should be {hint}, found {value!r}")
-        if typing.get_origin(hint) is tuple:
-            if typing.get_args(hint)[0] is ShardInfo:
-                value = [_from_values(ShardInfo, entry, where=where) for entry in value]
-            value = tuple(value)
-        arguments[name] = value
-    return cls(**arguments)
 
 
 class PackedDataset:
@@ -214,7 +121,7 @@ class PackedDataset:
             raise DamagedSampleError(
                 f"{self.describe(index)}: the shard ends after {done} of {size} bytes"
             )
-        if verify and xxhash.xxh3_64_intdigest(data) != int(row["xxh3"]):
+        if verify and xxhash.xxh3_64_intdigest(data.data) != int(row["xxh3"]):
             raise DamagedSampleError(
                 f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
             )
@@ -308,7 +215,7 @@ class PackedDataset:
             if keep and self._files.setdefault(shard, file) != file:
                 keep = False  # another thread was first
         try:
-            view, done = memoryview(buffer), 0
+            view, done = buffer.data, 0
             while done < len(view):
                 count = os.preadv(file, [view[done:]], offset + done)
                 if count == 0:

@@ -1,0 +1,108 @@
+"""The manifest of a packed data set: what it holds and how it was made.
+
+A data set is complete when its manifest is there, so this is the first file read and the last one
+written. It says nothing about where samples lie; that is the business of `shards`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import typing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShardInfo:
+    """One tar file of the data set."""
+
+    name: str
+    num_samples: int
+    num_bytes: int
+    xxh3: str
+    """XXH3-64 of the whole file, 16 hexadecimal digits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Manifest:
+    """What a packed data set holds and how it was made. Written last: with it, the set is whole."""
+
+    version: int = FORMAT_VERSION
+    num_samples: int
+    num_captions: int
+    num_tokens: int
+    num_labels: int
+    """Length of labels.npy: a sample may have several labels, or none."""
+    num_quarantined: int
+    shards: tuple[ShardInfo, ...]
+    tokenizer: str
+    vocabulary_hash: str
+    context_length: int
+    class_names: tuple[str, ...]
+    """Display name of each label; empty if the data set has no labels."""
+    templates: tuple[str, ...]
+    """Prompt templates with one {} each."""
+    source: tuple[str, ...]
+    seed: int
+    tool_version: str
+
+    def to_json(self) -> str:
+        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str, *, where: str = "the manifest") -> Manifest:
+        """Reads what `to_json` wrote; `where` names the file in messages."""
+        try:
+            values = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where} is not JSON: {error}") from error
+        if not isinstance(values, dict) or not isinstance(values.get("version"), int):
+            raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")
+        if values["version"] != FORMAT_VERSION:
+            raise ValueError(
+                f"{where} has format version {values['version']}, this program reads version "
+                f"{FORMAT_VERSION}; pack the data again with this version's unicl-pack"
+            )
+        manifest: Manifest = _from_values(cls, values, where=where)
+        return manifest
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str]) -> Manifest:
+        """The manifest of the data set in `folder`."""
+        path = Path(folder) / MANIFEST_NAME
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{folder} is not a packed data set: it has no {MANIFEST_NAME}. "
+                "Make one with: unicl-pack build SOURCE... --out DIR"
+            )
+        return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+
+
+def _from_values(cls: type[Any], values: Any, *, where: str) -> Any:
+    """Builds a manifest class from parsed JSON, refusing what is missing, unknown or mistyped."""
+    hints = typing.get_type_hints(cls)
+    if not isinstance(values, dict) or set(values) != set(hints):
+        found = sorted(values) if isinstance(values, dict) else values
+        raise ValueError(f"{where}: expected the fields {sorted(hints)}, found {found}")
+    arguments = {
+        name: _typed(values[name], hint, where=f"{where}: {name}") for name, hint in hints.items()
+    }
+    return cls(**arguments)
+
+
+def _typed(value: Any, hint: Any, *, where: str) -> Any:
+    """`value` as the type of its field; JSON has no tuples and no classes."""
+    if typing.get_origin(hint) is tuple and isinstance(value, list):
+        item = typing.get_args(hint)[0]
+        return tuple(_typed(entry, item, where=where) for entry in value)
+    if hint is ShardInfo:
+        return _from_values(ShardInfo, value, where=where)
+    if typing.get_origin(hint) is tuple or not isinstance(value, hint) or isinstance(value, bool):
+        raise ValueError(f"{where} should be {hint}, found {value!r}")
+    return value
