@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -17,3 +18,8 @@ def shared_data() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"no test data at {folder}; set UNICL_TEST_DATA to the folder that holds it")
     return folder
+
+
+# Timed out by us, not by hypothesis: first calls compile and the machine may be busy.
+settings.register_profile("unicl_fast", deadline=None, derandomize=True)
+settings.load_profile("unicl_fast")

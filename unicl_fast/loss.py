@@ -172,8 +172,8 @@ def _accumulation_type(
     """Everything in fp32, or in fp64 if the features are."""
     dtype = torch.promote_types(image_features.dtype, text_features.dtype)
     dtype = torch.promote_types(dtype, torch.float32)
-    scale = torch.as_tensor(scale, device=image_features.device)
-    return image_features.to(dtype), text_features.to(dtype), scale.to(dtype)
+    scale = torch.as_tensor(scale, dtype=dtype, device=image_features.device)
+    return image_features.to(dtype), text_features.to(dtype), scale
 
 
 def _check_shapes(
