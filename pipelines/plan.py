@@ -1,0 +1,292 @@
+"""What a step is made of, before anything is read: a pure function of (data, seed, step).
+
+For every slot of a global batch the plan says which sample of which source is fed, with which
+text, cut out where, flipped or not. Nothing is drawn from a generator, so resuming is knowing the
+step, and each rank computes just its own slots of the same global batch whatever the number of
+ranks. Order, shares and crop windows are formulas of order.py and crop.py. Reading bytes, filling
+in tokens and decoding are left to the loader.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numba import njit
+from numpy.typing import NDArray
+
+from unicl_fast.config import DataConfig
+from unicl_fast.keyed_random import fold_key, random_below, random_unit
+from unicl_fast.pipelines.crop import random_windows
+from unicl_fast.pipelines.order import Int64Array, assign_sources, integer_shares, permute
+
+
+class _Purpose(enum.IntEnum):
+    """Keeps the random streams apart. The numbers are part of what a seed means: never reuse."""
+
+    ORDER = 1
+    TEXT_KIND = 2
+    CAPTION = 3
+    LABEL = 4
+    TEMPLATE = 5
+    CROP = 6
+    FLIP = 7
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlanSource:
+    """What the plan must know of one data set."""
+
+    name: str
+    """For messages."""
+    samples: NDArray[Any]
+    """Structured [N] with height, width, captions_count, labels_start, labels_count."""
+    labels: NDArray[np.int32]
+    """Flat; a sample's labels are a range of it."""
+    num_templates: int
+    """Prompt templates of its classes; 0 if it has no class names."""
+    class_ids: Int64Array
+    """Training class of each label [num_classes]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedBatch:
+    """One rank's slots of one global batch; every array has one row a slot, [b]."""
+
+    step: int
+    slots: Int64Array
+    """Places in the global batch."""
+    source_ids: NDArray[np.int32]
+    sample_ids: Int64Array
+    window_starts: NDArray[np.int32]
+    """[b 2] first row and column of the crop."""
+    window_shapes: NDArray[np.int32]
+    """[b 2] height and width of the crop."""
+    flips: NDArray[np.int32]
+    """1 where the crop is mirrored."""
+    captions: Int64Array
+    """Which of the sample's captions is its text; -1 where the text is a prompt."""
+    labels: Int64Array
+    """The label whose prompt is the text; -1 where the text is a caption: a picture shown with a
+    caption is an image-text pair, and its labels, if any, are set aside for this visit."""
+    templates: Int64Array
+    """Which template fills the prompt; -1 where the text is a caption."""
+
+
+class TrainPlan:
+    """Answers what is fed at any step. Holds no state beyond its arguments."""
+
+    def __init__(
+        self,
+        sources: Sequence[PlanSource],
+        *,
+        data: DataConfig,
+        global_batch_size: int,
+        seed: int,
+        shares: Sequence[float] | None = None,
+    ) -> None:
+        """Checks that every visit will have something to show.
+
+        Args:
+            sources: the data sets.
+            data: which text, which crops, how many flips.
+            global_batch_size: slots of one step over all ranks.
+            seed: decides everything that is drawn.
+            shares: each source's part of every batch, in any unit; None takes the numbers of
+                samples, so that all sources finish a pass together.
+
+        Raises:
+            ValueError: an empty source, one smaller than its share of a batch, a sample without
+                usable text, or labels that no class name belongs to.
+        """
+        for source in sources:
+            _check_source(source, text=data.text)
+        if shares is None:
+            shares = [len(source.samples) for source in sources]
+        if len(shares) != len(sources):
+            raise ValueError(f"{len(shares)} shares were given for {len(sources)} data sets")
+        self.shares = integer_shares(shares)
+        self.global_batch_size = global_batch_size
+        _check_sizes(sources, self.shares, global_batch_size=global_batch_size)
+        self._sources = list(sources)
+        self._data = data
+        self._seed = seed
+
+    def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
+        """The slots that `rank` of `world_size` ranks gets of global batch `step`."""
+        size, rest = divmod(self.global_batch_size, world_size)
+        if rest:
+            raise ValueError(
+                f"a global batch of {self.global_batch_size} cannot be shared by {world_size} "
+                "ranks; make run.global_batch_size a multiple of the number of ranks"
+            )
+        slots = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
+        visits = step * self.global_batch_size + slots
+        source_ids, source_visits = assign_sources(visits, self.shares)
+
+        sample_ids = np.empty(size, dtype=np.int64)
+        rows = np.empty(size, dtype=_ROW_DTYPE)
+        texts = np.empty((3, size), dtype=np.int64)
+        for number, source in enumerate(self._sources):
+            mine = np.flatnonzero(source_ids == number)
+            ids = self._samples_of_visits(number, source_visits[mine])
+            sample_ids[mine] = ids
+            found = source.samples[ids]
+            for name in _ROW_DTYPE.names or ():
+                rows[name][mine] = found[name]
+            texts[:, mine] = self._choose_texts(source, rows[mine], visits[mine], step=step)
+        captions, labels, templates = texts
+
+        window_starts, window_shapes = random_windows(
+            rows["height"],
+            rows["width"],
+            visits,
+            key=self._key(_Purpose.CROP),
+            scale=self._data.crop_scale,
+            ratio=self._data.crop_ratio,
+        )
+        return PlannedBatch(
+            step=step,
+            slots=slots,
+            source_ids=source_ids,
+            sample_ids=sample_ids,
+            window_starts=window_starts,
+            window_shapes=window_shapes,
+            flips=_draw_flips(
+                np.uint64(self._key(_Purpose.FLIP)), visits, self._data.flip_probability
+            ),
+            captions=captions,
+            labels=labels,
+            templates=templates,
+        )
+
+    def _key(self, purpose: _Purpose, *parts: int) -> int:
+        return fold_key(self._seed, purpose, *parts)
+
+    def _samples_of_visits(self, number: int, visits: Int64Array) -> Int64Array:
+        """Visit q of a source is place q mod N of its pass q div N, each pass shuffled anew."""
+        size = len(self._sources[number].samples)
+        passes, places = np.divmod(visits, size)
+        ids = np.empty_like(places)
+        for one_pass in np.unique(passes):
+            chosen = passes == one_pass
+            key = self._key(_Purpose.ORDER, number, int(one_pass))
+            ids[chosen] = permute(places[chosen], size=size, key=key)
+        return ids
+
+    def _choose_texts(
+        self, source: PlanSource, rows: NDArray[Any], visits: Int64Array, *, step: int
+    ) -> NDArray[np.int64]:
+        """Caption, label and template of each visit, [3 b]; see `PlannedBatch`."""
+        labels_count = rows["labels_count"] if source.num_templates else 0 * rows["labels_count"]
+        captions, label_places = _draw_texts(
+            np.array(
+                [self._key(p) for p in (_Purpose.TEXT_KIND, _Purpose.CAPTION, _Purpose.LABEL)],
+                dtype=np.uint64,
+            ),
+            visits,
+            rows["captions_count"].astype(np.int64),
+            labels_count.astype(np.int64),
+            _CAPTION_CHANCE[self._data.text],
+        )
+        prompted = label_places >= 0
+        labels = np.full(len(rows), -1, dtype=np.int64)
+        places = rows["labels_start"][prompted].astype(np.int64) + label_places[prompted]
+        labels[prompted] = source.labels[places]
+        templates = np.full(len(rows), -1, dtype=np.int64)
+        if self._data.templates == "per_class":
+            # The class as counter, the step in the key: all ranks draw the same for a class.
+            key, counters = self._key(_Purpose.TEMPLATE, step), source.class_ids[labels[prompted]]
+        else:
+            key, counters = self._key(_Purpose.TEMPLATE), visits[prompted]
+        templates[prompted] = _draw_below(np.uint64(key), counters, source.num_templates)
+        return np.stack([captions, labels, templates])
+
+
+_ROW_DTYPE = np.dtype(
+    [
+        ("height", np.int64),
+        ("width", np.int64),
+        ("captions_count", np.int64),
+        ("labels_start", np.int64),
+        ("labels_count", np.int64),
+    ]
+)
+# How often a sample that has both kinds of text shows a caption.
+_CAPTION_CHANCE = {"any": 0.5, "captions": 1.0, "labels": 0.0}
+
+
+@njit(cache=True, nogil=True)
+def _draw_texts(
+    keys: Any, visits: Any, captions_count: Any, labels_count: Any, caption_chance: Any
+) -> Any:
+    """For each visit a caption's number or a label's, and -1 for the other."""
+    captions = np.full(visits.size, -1, np.int64)
+    labels = np.full(visits.size, -1, np.int64)
+    for i in range(visits.size):
+        wants_caption = random_unit(keys[0], visits[i]) < caption_chance
+        if captions_count[i] > 0 and (wants_caption or labels_count[i] == 0):
+            captions[i] = random_below(keys[1], visits[i], captions_count[i])
+        else:
+            labels[i] = random_below(keys[2], visits[i], labels_count[i])
+    return captions, labels
+
+
+@njit(cache=True, nogil=True)
+def _draw_flips(key: Any, visits: Any, probability: Any) -> Any:
+    flips = np.empty(visits.size, np.int32)
+    for i in range(visits.size):
+        flips[i] = random_unit(key, visits[i]) < probability
+    return flips
+
+
+@njit(cache=True, nogil=True)
+def _draw_below(key: Any, counters: Any, bound: Any) -> Any:
+    drawn = np.empty(counters.size, np.int64)
+    for i in range(counters.size):
+        drawn[i] = random_below(key, counters[i], bound)
+    return drawn
+
+
+def _check_source(source: PlanSource, *, text: Literal["any", "captions", "labels"]) -> None:
+    """Refuses a source with a sample that could not be shown."""
+    if not len(source.samples):
+        raise ValueError(f"{source.name} has no samples")
+    no_captions = source.samples["captions_count"] == 0
+    has_labels = source.samples["labels_count"] > 0
+    if not source.num_templates and (has_labels & (no_captions | (text != "captions"))).any():
+        raise ValueError(
+            f"{source.name} has labels but no class names and templates to make texts of; pack it "
+            "again with class names, or set data.text=captions if all its pictures have captions"
+        )
+    num_mute = int(np.count_nonzero(no_captions & ~has_labels))
+    if num_mute:
+        raise ValueError(
+            f"{num_mute} of the {len(source.samples)} samples of {source.name} have neither a "
+            "caption nor a label; leave them out when packing for training"
+        )
+    num_classes = len(source.class_ids)
+    if source.num_templates and len(source.labels):
+        low, high = int(source.labels.min()), int(source.labels.max())
+        if low < 0 or high >= num_classes:
+            raise ValueError(
+                f"{source.name} has class names for labels 0 to {num_classes - 1}, but labels from "
+                f"{low} to {high}; pack it again with a name for each label"
+            )
+
+
+def _check_sizes(
+    sources: Sequence[PlanSource], shares: tuple[int, ...], *, global_batch_size: int
+) -> None:
+    total = sum(shares)
+    for source, share in zip(sources, shares, strict=True):
+        if len(source.samples) * total < global_batch_size * share:
+            raise ValueError(
+                f"{source.name} has {len(source.samples)} samples, fewer than its share of one "
+                f"global batch, {global_batch_size * share / total:.1f} of {global_batch_size}: "
+                "a batch would hold a sample twice. Give it a smaller share, or make "
+                "run.global_batch_size smaller"
+            )
