@@ -155,8 +155,8 @@ def find_rows(
 
 
 @njit(cache=True)
-def longest_row(rows: UInt16Array) -> int:
-    """Length of the longest row without padding; 0 if all are empty."""
+def longest_row(rows: UInt16Array) -> Any:
+    """int64: length of the longest row without padding; 0 if all are empty."""
     num_rows, length = rows.shape
     seen = np.zeros(length, np.uint16)
     for row in range(num_rows):

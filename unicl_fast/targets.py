@@ -71,8 +71,8 @@ def map_targets(
     4. if it leaves none: a key of the tokens, in [2**62, 2**63). The same text has the same key on
        every rank and whatever its padding, so that ranks agree without talking.
 
-    Labels of 1 and 3 are seen within the rows given. Ranks that must agree on them too give the
-    rows of the whole global batch and take their part of the result.
+    Rules 1 and 3 see the labels of the rows given. So that the result is the same for any number
+    of ranks, each of them maps the whole global batch and takes its part with `slice_targets`.
 
     Args:
         rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
@@ -113,6 +113,33 @@ def map_targets(
     )
 
 
+def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
+    """The targets of samples `start` to `stop - 1`, with only their texts and their counts.
+
+    Texts are again in order of first occurrence; class ids are those of the whole batch.
+    """
+    if not 0 <= start < stop <= len(targets.text_index):
+        raise ValueError(
+            f"a slice of {len(targets.text_index)} samples must be in range and not empty, "
+            f"not {start} to {stop}"
+        )
+    texts, first, inverse, counts = np.unique(
+        targets.text_index[start:stop], return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    tokens = targets.tokens[texts[order]]
+    return Targets(
+        tokens=tokens,
+        text_index=place[inverse],
+        class_ids=targets.class_ids[start:stop],
+        text_class_ids=targets.text_class_ids[texts[order]],
+        text_counts=counts[order],
+        text_length=int(longest_row(tokens)),
+    )
+
+
 def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
     """Joins classes that must be one.
 
@@ -128,7 +155,7 @@ def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
 
 
 def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
-    """`class_ids` with each id that is in `members` (rising, not empty) replaced by its `merged`."""
+    """`class_ids`, each id that is in `members` (rising, not empty) replaced by its `merged`."""
     positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
     return np.where(members[positions] == class_ids, merged[positions], class_ids)
 
