@@ -87,7 +87,7 @@ def batches(draw: st.DrawFn) -> tuple[Rows, npt.NDArray[np.int64], PlainPrompts]
     return as_rows(*texts, length=length), as_labels(*labels), PlainPrompts(classes)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(batches())
 def test_any_batch_gets_the_targets_of_the_oracle(
     batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts],
@@ -97,7 +97,7 @@ def test_any_batch_gets_the_targets_of_the_oracle(
     assert_equal(map_targets(rows, labels), rows, labels, PlainPrompts())
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batches())
 def test_the_plain_twin_has_the_same_classes(
     batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts],
@@ -113,7 +113,7 @@ def test_the_plain_twin_has_the_same_classes(
     assert plain.text_length == targets.text_length
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(batches(), st.data())
 def test_a_slice_has_its_own_texts_and_the_classes_of_the_whole(
     batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject

@@ -76,13 +76,13 @@ def test_difficult_texts_get_the_ids_of_open_clip(tokenizer: Tokenizer, text: st
     assert_same_ids(tokenizer, [text])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.text(), min_size=1, max_size=5))
 def test_any_text_gets_the_ids_of_open_clip(tokenizer: Tokenizer, texts: list[str]) -> None:
     assert_same_ids(tokenizer, texts)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.sampled_from(FRAGMENTS), max_size=30).map("".join))
 def test_joined_fragments_get_the_ids_of_open_clip(tokenizer: Tokenizer, text: str) -> None:
     assert_same_ids(tokenizer, [text])

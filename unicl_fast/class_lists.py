@@ -1,0 +1,127 @@
+"""Lists of class names and prompt templates: files, and the built-in ones of ImageNet.
+
+Apart from `prompts` because packing needs the lists only, not the compiled kernels of the token
+table. Names and templates are open_clip's, wnids are timm's; prompts are made of them elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+SIMPLE_TEMPLATES = ("a photo of a {}.",)
+"""For classes that are things one takes photos of, where variety is not wanted."""
+
+
+def imagenet_class_names() -> tuple[str, ...]:
+    """The 1,000 names CLIP uses for ImageNet-1K, in order of `imagenet_wnids`."""
+    return tuple(_open_clip_metadata().IMAGENET_CLASSNAMES)
+
+
+def imagenet_templates() -> tuple[str, ...]:
+    """The 80 templates CLIP uses for ImageNet, each with one "{}"."""
+    templates = tuple(fill("{}") for fill in _open_clip_metadata().OPENAI_IMAGENET_TEMPLATES)
+    return check_templates(templates, origin="open_clip's ImageNet templates")
+
+
+def imagenet_wnids() -> tuple[str, ...]:
+    """WordNet ids of ImageNet-1K in sorted order, which is the order of its labels."""
+    from timm.data.imagenet_info import ImageNetInfo  # here, because timm loads torch
+
+    info: Any = ImageNetInfo()
+    return tuple(info.label_names())
+
+
+def read_class_names(source: str | Path) -> tuple[str, ...]:
+    """Class names from a file, or the built-in "imagenet".
+
+    Args:
+        source: "imagenet", or a UTF-8 text file with one name a line, label 0 first. Empty lines
+            may follow the last name; one in between would shift the labels and is refused.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file.
+    """
+    if str(source) == "imagenet":
+        return imagenet_class_names()
+    return _read_lines(Path(source), what="class names", built_in="imagenet")
+
+
+def read_templates(source: str | Path) -> tuple[str, ...]:
+    """Prompt templates from a file, or the built-in "imagenet" (80) or "simple" (1).
+
+    Args:
+        source: the name of a built-in list, or a UTF-8 text file with one template a line, each
+            with exactly one "{}" where the class name goes.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file.
+    """
+    if str(source) == "imagenet":
+        return imagenet_templates()
+    if str(source) == "simple":
+        return SIMPLE_TEMPLATES
+    lines = _read_lines(Path(source), what="templates", built_in="imagenet, simple")
+    return check_templates(lines, origin=str(source))
+
+
+def fill_template(template: str, class_name: str) -> str:
+    """The prompt for one class. Braces in the class name are left alone."""
+    return template.replace("{}", class_name)
+
+
+def check_templates(templates: tuple[str, ...], *, origin: str) -> tuple[str, ...]:
+    """The templates, or a ValueError that names `origin` if they cannot make prompts."""
+    if not templates:
+        raise ValueError(f"{origin}: class names need at least one template, and there is none")
+    for template in templates:
+        if template.count("{}") != 1:
+            raise ValueError(
+                f'{origin}: a template needs exactly one "{{}}" for the class name, '
+                f"this one has {template.count('{}')}: {template!r}"
+            )
+    return templates
+
+
+def _read_lines(path: Path, *, what: str, built_in: str) -> tuple[str, ...]:
+    """The lines of a list in a file, stripped."""
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"no file of {what} at {path}; give a text file with one a line, "
+            f"or one of the built-in lists: {built_in}"
+        )
+    try:
+        lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be a text file in UTF-8: {error}") from error
+    if not lines:
+        raise ValueError(f"{path} holds no {what}; it needs one a line")
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            raise ValueError(f"{path}: line {number} is empty; {what} are numbered by their line")
+    return tuple(line.strip() for line in lines)
+
+
+@functools.cache
+def _open_clip_metadata() -> ModuleType:
+    """open_clip's lists of names and templates, without running the package, which loads torch."""
+    package = importlib.util.find_spec("open_clip")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "ImageNet's names and templates come from the package open_clip_torch; "
+            "install it with: pip install open_clip_torch"
+        )
+    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
+    spec = importlib.util.spec_from_file_location("_open_clip_zero_shot_metadata", path)
+    if not path.is_file() or spec is None or spec.loader is None:
+        raise FileNotFoundError(
+            f"{path} is missing from the installed open_clip_torch; reinstall that package"
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
