@@ -1,0 +1,144 @@
+"""What a JPEG's markers say before any pixel is decoded.
+
+Packing must know which files every decoder reads alike: decoders agree on plain 8-bit Huffman
+JPEGs in grey or YCbCr and part ways on the rest. Pillow and libjpeg-turbo's short interface do not
+tell all of it, so the markers are walked here (ITU-T T.81, annex B; Exif 2.32, section 4.6).
+Whether the picture behind them is sound is for `images` to find out.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+_SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})
+_SOS, _EOI, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xE0, 0xE1, 0xEE
+_PLAIN_PROCESSES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; all Huffman
+_ORIENTATION_TAG = 0x0112
+_EXIF_FORMATS = {1: "B", 3: "H", 4: "I"}
+_EXIF_SHORT = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JpegHeader:
+    """The facts that decide whether a JPEG can be kept as it is."""
+
+    height: int
+    width: int
+    process: int
+    """Low byte of the SOF marker: 0xC0 baseline, 0xC2 progressive, ..."""
+    precision: int
+    component_ids: tuple[int, ...]
+    jfif: bool
+    adobe_transform: int | None
+    orientation: int
+    """Exif orientation 1 to 8; 1 where there is none."""
+    orientation_clear: bool
+    """False if Exif data is broken or unusual, so that decoders may read it differently."""
+
+    @property
+    def is_ycbcr(self) -> bool:
+        """Whether three components are luma and chroma, by the rules that libjpeg follows."""
+        if len(self.component_ids) != 3:
+            return False
+        if self.jfif:
+            return True
+        if self.adobe_transform is not None:
+            return self.adobe_transform == 1
+        return self.component_ids != tuple(b"RGB")
+
+    @property
+    def is_plain(self) -> bool:
+        """8-bit grey or YCbCr, Huffman coded, the right way up."""
+        return (
+            self.process in _PLAIN_PROCESSES
+            and self.precision == 8
+            and (len(self.component_ids) == 1 or self.is_ycbcr)
+            and self.orientation == 1
+            and self.orientation_clear
+        )
+
+
+def read_jpeg_header(data: bytes) -> JpegHeader:
+    """Walks the markers up to the first scan.
+
+    Raises:
+        ValueError: the markers do not lead to a frame and a scan.
+    """
+    frame: tuple[int, bytes] | None = None
+    jfif, adobe_transform = False, None
+    orientations: list[int | None] = []
+    position = 2
+    while True:
+        marker, body, position = _next_segment(data, position)
+        if marker in _SOF_MARKERS and frame is None:
+            frame = marker, body
+        elif marker == _APP0 and body.startswith(b"JFIF\0"):
+            jfif = True
+        elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
+            adobe_transform = body[11]
+        elif marker == _APP1 and body.startswith(b"Exif\0"):
+            orientations.append(_exif_orientation(body[6:]))
+        elif marker == _SOS:
+            break
+        elif marker == _EOI:
+            raise ValueError("the JPEG ends before its picture begins")
+    if frame is None:
+        raise ValueError("the JPEG has no frame header before its first scan")
+    process, body = frame
+    if len(body) < 6 or len(body) < 6 + 3 * body[5]:
+        raise ValueError("the JPEG's frame header is cut short")
+    precision, height, width, components = struct.unpack_from(">BHHB", body)
+    known = orientations[0] if orientations else 1
+    return JpegHeader(
+        height=height,
+        width=width,
+        process=process,
+        precision=precision,
+        component_ids=tuple(body[6 + 3 * index] for index in range(components)),
+        jfif=jfif,
+        adobe_transform=adobe_transform,
+        orientation=known if known is not None and 1 <= known <= 8 else 1,
+        orientation_clear=len(orientations) <= 1 and known == 1,
+    )
+
+
+def _next_segment(data: bytes, position: int) -> tuple[int, bytes, int]:
+    """The marker at `position`, its body, and where the next marker is expected."""
+    if data[position : position + 1] != b"\xff":
+        where = "ends inside its header" if position >= len(data) else "has garbage in its header"
+        raise ValueError(f"the JPEG {where} (byte {position})")
+    while data[position : position + 1] == b"\xff":  # any number of fill bytes may come first
+        position += 1
+    if position >= len(data):
+        raise ValueError(f"the JPEG ends inside its header (byte {position})")
+    marker = data[position]
+    position += 1
+    if marker in _WITHOUT_LENGTH or marker == _EOI:
+        return marker, b"", position
+    length = int.from_bytes(data[position : position + 2], "big")
+    if length < 2 or position + length > len(data):
+        raise ValueError(f"the JPEG ends inside its header (byte {position})")
+    return marker, data[position + 2 : position + length], position + length
+
+
+def _exif_orientation(tiff: bytes) -> int | None:
+    """The orientation in Exif data: 1 if none is given, None if it cannot be read for certain."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack_from(order + "HHI", tiff, entry)
+            if tag == _ORIENTATION_TAG:
+                if kind not in _EXIF_FORMATS or number != 1:
+                    return None
+                (value,) = struct.unpack_from(order + _EXIF_FORMATS[kind], tiff, entry + 8)
+                # in another type than SHORT an upright picture may be rotated by some decoder
+                return None if kind != _EXIF_SHORT and value == 1 else int(value)
+    except struct.error:
+        return None
+    return 1
