@@ -72,10 +72,11 @@ def _checkpoint_forward(block: nn.Module) -> None:
 def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
     """The second forward pass must not move BatchNorm's running averages again."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:
-        norm.track_running_stats = False
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, num_batches_tracked) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked

@@ -1,0 +1,96 @@
+"""Functions that several processes run together; here so that child processes can import them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.multiprocessing as mp
+from small_runs import global_batch, tiny_config
+
+from unicl_fast.dist import process_group
+from unicl_fast.trainer import Trainer
+
+
+def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: object) -> None:
+    """Calls `worker(*arguments)` in `world_size` processes that form a gloo group."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(
+        _enter,
+        args=(worker, world_size, port, arguments),
+        nprocs=world_size,
+        join=True,
+    )
+
+
+def _enter(
+    rank: int, worker: Callable[..., None], world_size: int, port: int, arguments: tuple
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with process_group(torch.device("cpu"), timeout_seconds=60) as ranks:
+        worker(ranks, *arguments)
+
+
+class StepwiseLoader:
+    """Feeds a rank's slice of the test's global batches."""
+
+    def __init__(self, images: torch.Tensor, *, rank: int = 0, world_size: int = 1) -> None:
+        self.images, self.rank, self.world_size = images, rank, world_size
+
+    def batches(self, start_step: int):  # noqa: ANN201
+        step = start_step
+        while True:
+            yield global_batch(
+                self.images, step=step, rank=self.rank, world_size=self.world_size
+            )
+            step += 1
+
+    def close(self) -> None: ...
+
+
+def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]:  # noqa: ANN001
+    """Loss and parameter gradients of the first step, before clipping."""
+    from unicl_fast.step import global_loss
+
+    trainer = Trainer(
+        config,
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        ranks=ranks,
+        progress=False,
+    )
+    batch = next(trainer.loader.batches(0))
+    trainer.model.train()
+    trainer.model.set_drop_path_key(step=0, slots=batch.slots)
+    loss = global_loss(trainer._encode, batch, config, ranks)
+    (loss * ranks.world_size).backward()
+    return loss.item(), {
+        name: parameter.grad for name, parameter in trainer.model.named_parameters()
+    }
+
+
+def write_gradients(ranks, images: torch.Tensor, folder: str) -> None:  # noqa: ANN001
+    loss, gradients = first_gradients(images, ranks, tiny_config())
+    torch.save((loss, gradients), Path(folder) / f"{ranks.rank}.pt")
+
+
+def train(ranks, images: torch.Tensor, folder: str, steps: int) -> None:  # noqa: ANN001
+    trainer = Trainer(
+        tiny_config(steps=steps),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=Path(folder),
+        ranks=ranks,
+        progress=False,
+    )
+    trainer.fit()

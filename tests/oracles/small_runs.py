@@ -1,0 +1,76 @@
+"""A tiny configuration and real pictures with texts, for tests that train."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unicl_fast.batch import Batch
+from unicl_fast.collate import collate
+from unicl_fast.config import (
+    CheckpointConfig,
+    DataConfig,
+    EfficiencyConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from unicl_fast.tokenizer import Tokenizer
+
+IMAGE_SIZE = 32
+TEXTS = [
+    "a photo of a dog",
+    "a photo of a cat",
+    "the photo of a cat in the snow, taken from far away by somebody in a hurry",
+    "two people",
+    "a photo of a horse",
+]
+TEXT_LABELS = [0, 1, 1, -1, 7]
+
+
+def tiny_config(
+    *, image_encoder: str = "test_vit", steps: int = 6, **efficiency: object
+) -> TrainConfig:
+    """fp64 and free of BatchNorm by default, with drop path on."""
+    return TrainConfig(
+        data=DataConfig(image_size=IMAGE_SIZE, evaluation_resize=IMAGE_SIZE),
+        model=ModelConfig(
+            image_encoder=image_encoder,
+            drop_path=0.3,
+            text_width=16,
+            text_heads=2,
+            text_layers=2,
+            embed_dim=8,
+        ),
+        optim=OptimConfig(lr=1e-3, lr_batch_size=0),
+        efficiency=EfficiencyConfig(**({"precision": "fp64"} | efficiency)),
+        checkpoint=CheckpointConfig(every_steps=2, keep=0),
+        run=RunConfig(global_batch_size=12, steps=steps, log_every_steps=1, device="cpu"),
+    )
+
+
+def real_pictures(shared_data: Path, count: int) -> torch.Tensor:
+    """uint8 [count 32 32 3] from photographs."""
+    files = sorted((shared_data / "captions" / "flickr8k" / "images").glob("*.jpg"))[:count]
+    pictures = [Image.open(file).convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)) for file in files]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+
+
+def global_batch(
+    images: torch.Tensor, *, step: int = 0, rank: int = 0, world_size: int = 1
+) -> Batch:
+    """12 samples with texts and labels of uneven classes; the last third are captions only."""
+    which = (torch.arange(12) * 7 + step) % 3
+    which[8:] = 3
+    which[5] = 4
+    tokens = Tokenizer()(TEXTS)[which]
+    labels = torch.tensor(TEXT_LABELS)[which]
+    batch = collate(
+        images.roll(step, dims=0), tokens, labels, step=step, rank=rank, world_size=world_size
+    )
+    return dataclasses.replace(batch, step=step)

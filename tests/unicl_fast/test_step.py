@@ -1,0 +1,108 @@
+"""Two and three ranks equal one process, and each efficiency switch leaves the result alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import StepwiseLoader, first_gradients, run_on_ranks, train, write_gradients
+from small_runs import global_batch, real_pictures, tiny_config
+
+from unicl_fast.dist import Ranks
+from unicl_fast.loss import unified_contrastive_loss
+from unicl_fast.metrics import read_metrics
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.precision import normalise_images
+from unicl_fast.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def images(shared_data: Path) -> torch.Tensor:
+    return real_pictures(shared_data, 12)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_give_the_loss_and_gradients_of_one_process(
+    images: torch.Tensor, tmp_path: Path, world_size: int
+) -> None:
+    alone_loss, alone = first_gradients(images, Ranks(), tiny_config())
+    run_on_ranks(write_gradients, world_size, images, str(tmp_path))
+    for rank in range(world_size):
+        loss, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert loss == pytest.approx(alone_loss, rel=1e-13)
+        assert gradients.keys() == alone.keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, alone[name], rtol=1e-9, atol=1e-13, msg=name)
+            assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
+
+
+@pytest.mark.dist
+def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_path: Path) -> None:
+    config = tiny_config(steps=6)
+    Trainer(config, StepwiseLoader(images), run_folder=tmp_path / "one", progress=False).fit()
+    run_on_ranks(train, 2, images, str(tmp_path / "two"), 6)
+    one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
+    assert [line["loss"] for line in two] == pytest.approx(
+        [line["loss"] for line in one], rel=1e-11
+    )
+    assert [line["grad_norm"] for line in two] == pytest.approx(
+        [line["grad_norm"] for line in one], rel=1e-9
+    )
+
+
+def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
+    """All texts encoded at full length, loss from the public function."""
+    config = tiny_config()
+    loss, _ = first_gradients(images, Ranks(), config)
+    batch = global_batch(images)
+    model = UniCL(config).double().train()
+    model.set_drop_path_key(step=0, slots=batch.slots)
+    pictures = normalise_images(
+        batch.images, mean=config.data.mean, std=config.data.std, dtype=torch.float64
+    )
+    plain = unified_contrastive_loss(
+        model.encode_image(pictures),
+        model.encode_text(batch.tokens[batch.text_index]),
+        batch.class_ids,
+        model.logit_scale.exp(),
+    )
+    assert loss == pytest.approx(plain.item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_resnet10_small", "test_resnet"])
+@pytest.mark.parametrize(
+    "switch",
+    [
+        {"unique_texts": False},
+        {"trim_text": False},
+        {"unique_texts": False, "trim_text": False},
+        {"channels_last": False},
+        {"activation_checkpointing": True},
+        {"fused_optimizer": False},
+    ],
+    ids=lambda switch: ",".join(switch),
+)
+def test_efficiency_changes_nothing(
+    images: torch.Tensor, switch: dict[str, bool], image_encoder: str
+) -> None:
+    """Loss, gradients, updated weights and BatchNorm's running averages after three steps."""
+
+    def trained(**efficiency: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+        config = tiny_config(image_encoder=image_encoder, steps=3, **efficiency)
+        trainer = Trainer(config, StepwiseLoader(images), progress=False)
+        batches = trainer.loader.batches(0)
+        losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
+        return losses, trainer.model.state_dict()
+
+    plain_losses, plain = trained()
+    losses, weights = trained(**switch)
+    assert losses == pytest.approx(plain_losses, rel=1e-10)
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, plain[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+def test_ranks_that_cannot_share_the_batch_are_told_which_sizes_would_do() -> None:
+    with pytest.raises(ValueError, match="set run.global_batch_size to 8 or 12"):
+        Ranks(rank=0, world_size=4).share_of(10)
