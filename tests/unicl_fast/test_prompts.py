@@ -213,7 +213,7 @@ def test_lookup_finds_prompts_of_any_padding_and_nothing_else(
     rows[:, 76] = 7  # beyond the width of the table
     assert (imagenet.lookup(rows) == -1).all()
     with pytest.raises(ValueError, match="uint16"):
-        imagenet.lookup(rows.astype(np.int64))  # type: ignore[arg-type]
+        imagenet.lookup(rows.astype(np.int64))
 
 
 def test_captions_and_labels_meet_through_the_target_map(tokenizer: Tokenizer) -> None:
