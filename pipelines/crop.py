@@ -45,7 +45,7 @@ def random_windows(
     Returns:
         int32 [b 2] first row and column, and int32 [b 2] height and width.
     """
-    return _random_windows(
+    starts, shapes = _random_windows(
         heights.astype(np.int64),
         widths.astype(np.int64),
         counters,
@@ -53,6 +53,7 @@ def random_windows(
         np.array(scale, dtype=np.float64),
         np.array(ratio, dtype=np.float64),
     )
+    return starts, shapes
 
 
 @njit(cache=True, nogil=True)

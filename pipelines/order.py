@@ -128,9 +128,10 @@ def assign_sources(
     Returns:
         int32 source ids, and int64 numbers of the slots that source had before.
     """
-    return _assign_sources(
+    source_ids, visits = _assign_sources(
         np.ascontiguousarray(slots, dtype=np.int64), np.asarray(shares, dtype=np.int64)
     )
+    return source_ids, visits
 
 
 @njit(cache=True, inline="always")

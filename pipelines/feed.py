@@ -1,0 +1,108 @@
+"""Runs a DALI graph over batches that are prepared on the host, and hands out torch tensors.
+
+What DALI cannot carry (numbers the host must know without reading the device, names for messages)
+walks beside it in a queue: graphs give their batches in the order in which they took them. Batches
+are prepared by one thread, ahead of the decoding, so that waiting for storage hides behind it.
+What a batch holds is the loader's business.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Generator, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Generic, TypeVar
+
+import torch
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from unicl_fast.pipelines.graph import Source
+
+Facts = TypeVar("Facts")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HostBatch(Generic[Facts]):
+    """What one run of a graph takes, and what is remembered about it meanwhile."""
+
+    inputs: tuple[Any, ...]
+    facts: Facts
+
+
+class DecodingError(RuntimeError):
+    """DALI could not make pictures of a batch; the message names the samples."""
+
+
+def run_graph(
+    build: Callable[[Source], Pipeline],
+    host_batches: Iterator[HostBatch[Facts]],
+    *,
+    device: torch.device,
+    ahead: int,
+    describe: Callable[[Facts], str],
+) -> Generator[tuple[list[Tensor], Facts], None, None]:
+    """Outputs and facts of every batch, in order. Close the generator to stop before the end.
+
+    Tensors share DALI's memory without a copy. They stay valid as long as they are held, even when
+    the graph is gone: the default executor counts references and reuses a buffer only when nobody
+    looks at it (a test pins that).
+
+    Args:
+        build: makes the graph around a source.
+        host_batches: what to feed; runs in another thread.
+        device: where the graph's outputs lie.
+        ahead: batches prepared before they are asked for, beside those that the graph prefetches.
+        describe: names the samples of a batch, for the message when it cannot be decoded.
+    """
+    in_flight: collections.deque[Facts] = collections.deque()
+    ready: collections.deque[Future[HostBatch[Facts] | None]] = collections.deque()
+    host_error: Exception | None = None
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker:
+
+        def prepare_next() -> None:
+            ready.append(worker.submit(next, host_batches, None))
+
+        def source() -> tuple[Any, ...]:
+            nonlocal host_error
+            try:
+                batch = ready.popleft().result()
+            except Exception as error:
+                host_error = error
+                raise
+            if batch is None:
+                raise StopIteration
+            prepare_next()
+            in_flight.append(batch.facts)
+            return batch.inputs
+
+        for _ in range(ahead):
+            prepare_next()
+        pipeline = build(source)
+        try:
+            while True:
+                try:
+                    outputs = _run(pipeline, device)
+                except StopIteration:
+                    return
+                except RuntimeError as error:
+                    if error is host_error or not in_flight:
+                        raise
+                    raise DecodingError(f"{describe(in_flight[0])}: {error}") from error
+                yield (
+                    [from_dlpack(output.as_tensor()) for output in outputs],
+                    (in_flight.popleft()),
+                )
+                del outputs  # held here, the buffers could not be reused for the next batch
+        finally:
+            for future in ready:
+                future.cancel()
+
+
+def _run(pipeline: Pipeline, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return pipeline.run()
+    # Ordered after DALI's work on torch's stream, without waiting for it on the host.
+    return pipeline.run(cuda_stream=torch.cuda.current_stream(device))
