@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from typing import Any
 
 import timm
@@ -20,7 +21,7 @@ def build_image_encoder(
         ValueError: timm knows no such model, or the model cannot take this size.
     """
     if not timm.is_model(name):
-        similar = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:8]) or "none"
+        similar = ", ".join(difflib.get_close_matches(name, timm.list_models(), n=5)) or "none"
         raise ValueError(
             f"model.image_encoder: timm knows no model {name!r}; similar names: {similar}"
         )

@@ -1,0 +1,151 @@
+"""Encoders: causality, padding, drop path by key, presets that run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from small_runs import TEXTS, tiny_config
+
+from unicl_fast import UniCL, build_model
+from unicl_fast.keyed_random import fold_key, key_tensor, random_unit, uniform_tensor
+from unicl_fast.models.activation_checkpointing import checkpoint_blocks
+from unicl_fast.models.drop_path import KeyedDropPath
+from unicl_fast.optim import split_parameters
+from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.tokenizer import Tokenizer
+
+
+@pytest.fixture(scope="module")
+def model() -> UniCL:
+    return UniCL(tiny_config()).double().eval()
+
+
+def test_padding_and_what_follows_the_end_change_nothing(model: UniCL) -> None:
+    tokens = Tokenizer()(TEXTS)
+    features = model.encode_text(tokens)
+    longest = int(tokens.argmax(dim=1).max()) + 1
+    torch.testing.assert_close(
+        model.encode_text(tokens[:, :longest]), features, rtol=1e-12, atol=1e-14
+    )
+    garbage = tokens.clone()
+    garbage[0, int(tokens[0].argmax()) + 1 :] = 1234
+    torch.testing.assert_close(model.encode_text(garbage), features, rtol=1e-12, atol=1e-14)
+
+
+def test_features_have_unit_norm(model: UniCL) -> None:
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    for features in (model.encode_image(images), model.encode_text(Tokenizer()(TEXTS))):
+        torch.testing.assert_close(
+            features.norm(dim=1), torch.ones(len(features), dtype=torch.float64)
+        )
+
+
+def test_a_text_that_is_too_long_for_the_encoder_is_refused(model: UniCL) -> None:
+    with pytest.raises(ValueError, match="78 tokens, the text encoder takes 77"):
+        model.encode_text(torch.zeros(1, 78, dtype=torch.int64))
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = UniCL(tiny_config())
+    torch.manual_seed(2)
+    state_before = torch.random.get_rng_state()
+    second = UniCL(tiny_config())
+    assert torch.equal(torch.random.get_rng_state(), state_before)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+
+
+def test_torch_and_numba_draw_the_same_numbers() -> None:
+    keys = [fold_key(1, 2, 3), fold_key(3, 2, 1), fold_key(-1)]
+    assert len(set(keys)) == 3
+    drawn = uniform_tensor(key_tensor(keys).unsqueeze(1), torch.arange(100).unsqueeze(0))
+    for row, key in zip(drawn.tolist(), keys, strict=True):
+        assert row == [random_unit(key, counter) for counter in range(100)]
+
+
+def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
+    model = UniCL(tiny_config()).double().train()
+    layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
+    assert model.drop_path_key.num_layers == len(layers) > 4
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    slots = torch.tensor([40, 41, 42, 43, 44, 45])
+
+    def features(rows: torch.Tensor, step: int) -> torch.Tensor:
+        model.set_drop_path_key(step=step, slots=slots[rows])
+        return model.encode_image(images[rows])
+
+    everything = features(torch.arange(6), step=5)
+    part = features(torch.tensor([4, 1]), step=5)
+    torch.testing.assert_close(part, everything[[4, 1]], rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(features(torch.arange(6), step=6), everything)
+    model.eval()
+    assert torch.equal(features(torch.arange(6), step=5), features(torch.arange(6), step=6))
+
+
+def test_drop_path_keeps_the_share_and_the_mean_it_should() -> None:
+    model = UniCL(tiny_config())
+    layer = KeyedDropPath(drop_prob=0.3, layer=1, key=model.drop_path_key).train()
+    model.set_drop_path_key(step=3, slots=torch.arange(20_000))
+    out = layer(torch.ones(20_000, 1, 1))
+    assert out.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert out.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_training_without_a_key_says_what_is_missing() -> None:
+    model = UniCL(tiny_config()).double().train()
+    with pytest.raises(RuntimeError, match="set_drop_path_key"):
+        model.encode_image(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+
+
+def test_weight_decay_spares_what_the_recipe_spares() -> None:
+    model = build_model("swin-tiny")
+    spared = {id(parameter) for parameter in split_parameters(model)[1]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in spared}
+    assert {"logit_scale", "text_encoder.positional_embedding"} <= names
+    assert any("relative_position_bias_table" in name for name in names)
+    assert all(
+        parameter.ndim > 1 or name in names for name, parameter in model.named_parameters()
+    )
+    for name in ("image_projection", "text_encoder.token_embedding.weight"):
+        assert name not in names
+
+
+def test_swin_tiny_has_the_size_of_the_released_checkpoint() -> None:
+    model = build_model("swin-tiny")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 91_340_667
+
+
+def test_unknown_names_are_answered_with_known_ones() -> None:
+    with pytest.raises(ValueError, match="cifar10-small"):
+        build_model("cifar-10")
+    config = tiny_config(image_encoder="swin_tinny_patch4_window7_224")
+    with pytest.raises(ValueError, match="swin_tiny_patch4_window7_224"):
+        UniCL(config)
+
+
+def test_checkpointing_refuses_an_encoder_whose_blocks_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="add its block class"):
+        checkpoint_blocks(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_each_preset_runs_forward_and_backward(name: str) -> None:
+    config = build_preset(name)
+    config = dataclasses.replace(
+        config, efficiency=dataclasses.replace(config.efficiency, activation_checkpointing=True)
+    )
+    model = UniCL(config).train()
+    size = config.data.image_size
+    model.set_drop_path_key(step=0, slots=torch.arange(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image_features, text_features, scale = model(
+            torch.randn(2, 3, size, size), Tokenizer(config.model.context_length)(TEXTS[:2])
+        )
+    (scale * (image_features * text_features).sum()).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
