@@ -30,7 +30,7 @@ _HOMES = {
     "Tokenizer": "unicl_fast.tokenizer",
     "Trainer": "unicl_fast.trainer",
 }
-__all__ = sorted(_HOMES)  # noqa: PLE0605
+__all__ = sorted(_HOMES)
 
 # In a bare checkout pipelines/, tools/ and benchmarks/ lie beside this folder, not inside it as
 # in an install (see setup.py). Looking there too lets both resolve the same names.

@@ -69,9 +69,7 @@ def save_checkpoint(
         "config": config_to_dict(model.config),
         "scaler": scaler.state_dict(),
         "data": data,
-        "checksums": {
-            name: file_checksum(aside / name) for name in (_MODEL_FILE, _OPTIMIZER_FILE)
-        },
+        "checksums": {name: file_checksum(aside / name) for name in (_MODEL_FILE, _OPTIMIZER_FILE)},
     }
     (aside / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
     for path in [*aside.iterdir(), aside]:

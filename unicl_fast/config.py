@@ -51,7 +51,7 @@ class DataConfig:
     flip_probability: float = 0.5
     """Chance of a horizontal flip in training."""
     evaluation_resize: int = 256
-    """Evaluation scales the shorter side to this many pixels, then cuts image_size in the centre."""
+    """Evaluation scales the shorter side to this, in pixels, then cuts image_size in the centre."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Filter for resizing; both are antialiased."""
     mean: tuple[float, float, float] = CLIP_MEAN

@@ -151,3 +151,32 @@ def _pad_rows(rows: Tensor, size: int) -> Tensor:
     if len(rows) == size:
         return rows.contiguous()
     return torch.cat([rows, rows.new_zeros(size - len(rows), *rows.shape[1:])])
+
+
+def adopt_slurm_ranks() -> None:
+    """Under `srun` with several tasks, says in torchrun's variables what SLURM says in its own.
+
+    Does nothing where torchrun has spoken, or where srun started a single task.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "WORLD_SIZE" in os.environ or tasks == 1:
+        return
+    first_node = first_host(os.environ["SLURM_STEP_NODELIST"])
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": os.environ["SLURM_STEP_TASKS_PER_NODE"].split("(")[0].split(",")[0],
+    }
+    os.environ.setdefault("MASTER_ADDR", first_node)
+    # the same on all ranks, and different for jobs that share a node
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+
+
+def first_host(node_list: str) -> str:
+    """The first name of a SLURM node list, for example `node007` of `node[007-012,020],gpu1`."""
+    head, bracket, ranges = node_list.partition("[")
+    if "," in head or not bracket:
+        return head.split(",")[0]
+    first = ranges.partition("]")[0].split(",")[0].split("-")[0]
+    return head + first

@@ -46,7 +46,7 @@ def random_unit(key: Any, counter: Any) -> Any:
 
 @njit(cache=True, inline="always")
 def random_below(key: Any, counter: Any, bound: Any) -> Any:
-    """int64 in [0, bound), number `counter` of the stream `key`; biased by less than bound/2**53."""
+    """int64 in [0, bound), number `counter` of the stream `key`; bias below bound / 2**53."""
     return np.int64(random_unit(key, counter) * np.float64(bound))
 
 

@@ -77,9 +77,9 @@ def normalise_images(
             f"expected uint8 pictures [b h w {len(mean)}], got {images.dtype} {list(images.shape)}"
         )
     arithmetic = torch.promote_types(torch.float32, dtype)
-    scale = torch.tensor(
-        [1 / (255 * s) for s in std], dtype=arithmetic, device=images.device
-    ).view(-1, 1, 1)
+    scale = torch.tensor([1 / (255 * s) for s in std], dtype=arithmetic, device=images.device).view(
+        -1, 1, 1
+    )
     shift = torch.tensor(
         [-m / s for m, s in zip(mean, std, strict=True)], dtype=arithmetic, device=images.device
     ).view(-1, 1, 1)

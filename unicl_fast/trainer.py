@@ -91,9 +91,7 @@ class Trainer:
         self.config = config
         self.loader = loader
         self.run_folder = run_folder
-        self.device = device or choose_device(
-            config.run.device, local_rank=self.ranks.local_rank
-        )
+        self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
         self.evaluations = dict(evaluations or {})
         self.data = dict(data or {})
         self.step = 0

@@ -52,9 +52,7 @@ class StepwiseLoader:
     def batches(self, start_step: int):  # noqa: ANN201
         step = start_step
         while True:
-            yield global_batch(
-                self.images, step=step, rank=self.rank, world_size=self.world_size
-            )
+            yield global_batch(self.images, step=step, rank=self.rank, world_size=self.world_size)
             step += 1
 
     def close(self) -> None: ...

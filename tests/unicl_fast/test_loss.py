@@ -130,9 +130,7 @@ def test_both_views_on_both_sides_without_self_is_supcon() -> None:
     logits = (views @ views.T / temperature).fill_diagonal_(-torch.inf)
     log_probability = logits.log_softmax(dim=1)
     positives = (labels.unsqueeze(0) == labels.unsqueeze(1)).fill_diagonal_(False)
-    supcon = -(
-        torch.where(positives, log_probability, 0).sum(dim=1) / positives.sum(dim=1)
-    ).mean()
+    supcon = -(torch.where(positives, log_probability, 0).sum(dim=1) / positives.sum(dim=1)).mean()
     ours = unified_contrastive_loss(views, views, labels, 1 / temperature, exclude_self=True)
     torch.testing.assert_close(ours, supcon, rtol=1e-12, atol=1e-12)
 
@@ -176,9 +174,7 @@ def test_float64_stays_float64_under_autocast() -> None:
 
 def test_without_any_positive_the_loss_is_zero_and_its_gradient_finite() -> None:
     images = unit_rows(2).requires_grad_()
-    loss = unified_contrastive_loss(
-        images, images, torch.tensor([0, 1]), 10.0, exclude_self=True
-    )
+    loss = unified_contrastive_loss(images, images, torch.tensor([0, 1]), 10.0, exclude_self=True)
     loss.backward()
     assert loss.item() == 0
     assert images.grad.isfinite().all()

@@ -106,9 +106,7 @@ def test_weight_decay_spares_what_the_recipe_spares() -> None:
     names = {name for name, parameter in model.named_parameters() if id(parameter) in spared}
     assert {"logit_scale", "text_encoder.positional_embedding"} <= names
     assert any("relative_position_bias_table" in name for name in names)
-    assert all(
-        parameter.ndim > 1 or name in names for name, parameter in model.named_parameters()
-    )
+    assert all(parameter.ndim > 1 or name in names for name, parameter in model.named_parameters())
     for name in ("image_projection", "text_encoder.token_embedding.weight"):
         assert name not in names
 

@@ -20,8 +20,9 @@ from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationLoader
 from unicl_fast.dist import Ranks
+from unicl_fast.evaluation.encode import encode_pictures, encode_token_rows
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.precision import Precision, normalise_images
+from unicl_fast.prompts import fill_template
 from unicl_fast.tokenizer import Tokenizer
 
 
@@ -129,19 +130,10 @@ def zero_shot_classifier(
         batch_size: prompts encoded at once.
         progress: show a progress bar.
     """
-    tokenizer = Tokenizer(model.config.model.context_length)
-    precision = Precision(model.config.efficiency.precision)
-    device = model.logit_scale.device
-    prompts = [template.replace("{}", name) for name in class_names for template in templates]
-    features = []
-    for start in tqdm(
-        range(0, len(prompts), batch_size), desc="encode prompts", disable=not progress
-    ):
-        tokens = tokenizer(prompts[start : start + batch_size])
-        tokens = tokens[:, : int(tokens.argmax(dim=1).max()) + 1]  # up to the last end token
-        with precision.autocast(device.type):
-            features.append(model.encode_text(tokens.to(device)))
-    each = torch.cat(features).view(len(class_names), len(templates), -1)
+    prompts = [fill_template(template, name) for name in class_names for template in templates]
+    rows = Tokenizer(model.config.model.context_length).encode(prompts)
+    features = encode_token_rows(model, rows, batch_size=batch_size, progress=progress)
+    each = features.view(len(class_names), len(templates), -1)
     return F.normalize(each.mean(dim=1), dim=-1)
 
 
@@ -201,30 +193,7 @@ def zero_shot_accuracy(
     )
 
 
-def encode_pictures(model: UniCL, images: Tensor) -> Float[Tensor, "b d"]:
-    """Unit-norm features of decoded pictures, in the precision the model was trained in.
-
-    Args:
-        model: in evaluation mode.
-        images: uint8 [b h w c].
-    """
-    config = model.config
-    precision = Precision(config.efficiency.precision)
-    device = model.logit_scale.device
-    normalised = normalise_images(
-        images.to(device, non_blocking=True),
-        mean=config.data.mean,
-        std=config.data.std,
-        dtype=precision.compute_type,
-        channels_last=config.efficiency.channels_last,
-    )
-    with precision.autocast(device.type):
-        return model.encode_image(normalised)
-
-
-def _predict(
-    model: UniCL, images: Tensor, classifier: Float[Tensor, "k d"]
-) -> list[list[int]]:
+def _predict(model: UniCL, images: Tensor, classifier: Float[Tensor, "k d"]) -> list[list[int]]:
     features = encode_pictures(model, images)
     scores = features @ classifier.to(features.dtype).T
     return scores.topk(min(5, classifier.shape[0]), dim=1).indices.tolist()  # type: ignore[no-any-return]

@@ -72,9 +72,7 @@ class TextEncoder(nn.Module):
         self.context_length = context_length
         self.token_embedding = nn.Embedding(vocab_size, width)
         self.positional_embedding = nn.Parameter(torch.empty(context_length, width))
-        self.resblocks = nn.ModuleList(
-            TextBlock(width=width, heads=heads) for _ in range(layers)
-        )
+        self.resblocks = nn.ModuleList(TextBlock(width=width, heads=heads) for _ in range(layers))
         self.ln_final = nn.LayerNorm(width, eps=_LAYER_NORM_EPS)
         nn.init.trunc_normal_(self.positional_embedding, std=_INIT_STD)
         for module in self.modules():

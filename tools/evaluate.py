@@ -1,0 +1,186 @@
+"""`unicl-eval`: how good a trained model is.
+
+Takes packed data sets, and folders or zips of class folders, which are packed into a temporary
+folder first: so a picture reaches the model in one way only, and what cannot be decoded is
+counted and named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import tyro
+
+from unicl_fast.checkpoint import load_model
+from unicl_fast.dist import Ranks, adopt_slurm_ranks, process_group
+from unicl_fast.evaluation.retrieval import RetrievalResult
+from unicl_fast.evaluation.zero_shot import ZeroShotResult
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.prompts import read_class_names, read_templates
+from unicl_fast.shards import MANIFEST_NAME, PackedDataset
+from unicl_fast.tools.launch import configure_logging, start_ranks
+from unicl_fast.tools.pack_dataset import build_dataset
+from unicl_fast.tools.packed_data import (
+    evaluate_retrieval,
+    evaluate_zero_shot,
+    move_to_device,
+)
+from unicl_fast.trainer import choose_device
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot:
+    """Zero-shot classification: top-1, top-5 and mean per class, with 95 % intervals."""
+
+    checkpoint: Path
+    """A run folder (its newest checkpoint is taken) or one checkpoint folder."""
+    data: Path
+    """A packed data set with labels, or a folder or zip of class folders."""
+    class_names: str = ""
+    """Names instead of the data's own: a file with one a line, or imagenet."""
+    templates: str = ""
+    """Prompt templates instead of the data's own: a file with one a line, imagenet, or simple."""
+    batch_size: int = 256
+    """Pictures encoded at once by each rank."""
+    json: Path | None = None
+    """Also write the result, with a rate for each class, into this file."""
+    nproc: int = 1
+    """Ranks to start on this machine; leave it at 1 under torchrun or SLURM."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Retrieval:
+    """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance."""
+
+    checkpoint: Path
+    """A run folder (its newest checkpoint is taken) or one checkpoint folder."""
+    data: Path
+    """A packed data set with captions."""
+    batch_size: int = 256
+    """Pictures encoded at once."""
+    json: Path | None = None
+    """Also write the result into this file."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the model runs."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 2 on wrong input."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"zero-shot": ZeroShot, "retrieval": Retrieval},
+        args=argv,
+        prog="unicl-eval",
+        description="Evaluates a trained model.",
+    )
+    if isinstance(command, ZeroShot) and command.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)
+    adopt_slurm_ranks()
+    try:
+        run_zero_shot(command) if isinstance(command, ZeroShot) else run_retrieval(command)
+    except (ValueError, FileNotFoundError) as error:
+        print(f"unicl-eval: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def run_zero_shot(command: ZeroShot) -> ZeroShotResult:
+    """Evaluates on all ranks; rank 0 prints the table and writes the JSON."""
+    with _model_on_ranks(command.checkpoint, command.device) as (model, ranks):
+        packed = open_or_pack(
+            command.data, class_names=command.class_names, templates=command.templates, ranks=ranks
+        )
+        with packed as dataset:
+            result = evaluate_zero_shot(
+                model,
+                dataset,
+                class_names=read_class_names(command.class_names) if command.class_names else (),
+                templates=read_templates(command.templates) if command.templates else (),
+                ranks=ranks,
+                batch_size=command.batch_size,
+                progress=ranks.is_main,
+            )
+            num_quarantined = dataset.manifest.num_quarantined
+        if ranks.is_main:
+            _report(result, command, {"num_quarantined": num_quarantined})
+            if num_quarantined:
+                print(f"{num_quarantined} files were refused when packing; not counted above")
+    return result
+
+
+def run_retrieval(command: Retrieval) -> RetrievalResult:
+    """Evaluates in this process, prints the table and writes the JSON."""
+    with (
+        _model_on_ranks(command.checkpoint, command.device) as (model, ranks),
+        PackedDataset(command.data) as dataset,
+    ):
+        if ranks.world_size > 1:
+            raise ValueError("retrieval compares all pictures with all captions in one process")
+        result = evaluate_retrieval(model, dataset, batch_size=command.batch_size, progress=True)
+        _report(result, command, {})
+    return result
+
+
+@contextlib.contextmanager
+def open_or_pack(
+    path: Path, *, class_names: str = "", templates: str = "", ranks: Ranks
+) -> Iterator[PackedDataset]:
+    """A packed data set as it is; class folders packed by rank 0 into a temporary folder."""
+    if (path / MANIFEST_NAME).is_file():
+        with PackedDataset(path) as dataset:
+            yield dataset
+        return
+    with contextlib.ExitStack() as stack:
+        folder: list[Any] = [None]
+        if ranks.is_main:
+            root = stack.enter_context(tempfile.TemporaryDirectory(prefix="unicl-eval-"))
+            folder[0] = str(Path(root) / "packed")
+            build_dataset(
+                [path],
+                folder[0],
+                class_names=class_names,
+                templates=templates,
+                progress=sys.stderr.isatty(),
+            )
+        if ranks.world_size > 1:
+            dist.broadcast_object_list(folder, src=0, group=ranks.host_group)
+        yield stack.enter_context(PackedDataset(folder[0]))
+        if ranks.world_size > 1:
+            dist.barrier(group=ranks.host_group)  # rank 0 removes what the others still read
+
+
+@contextlib.contextmanager
+def _model_on_ranks(checkpoint: Path, device_name: str) -> Iterator[tuple[UniCL, Ranks]]:
+    device = choose_device(device_name, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with process_group(device) as ranks:
+        configure_logging(ranks)
+        yield move_to_device(load_model(checkpoint), device), ranks
+
+
+def _report(
+    result: ZeroShotResult | RetrievalResult, command: ZeroShot | Retrieval, more: dict[str, Any]
+) -> None:
+    print(result.to_table())
+    if command.json is not None:
+        values = {"checkpoint": str(command.checkpoint), "data": str(command.data)}
+        values |= result.to_json() | more
+        command.json.parent.mkdir(parents=True, exist_ok=True)
+        command.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        print(f"written to {command.json}")
+
+
+if __name__ == "__main__":
+    main()

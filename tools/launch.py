@@ -1,0 +1,37 @@
+"""How programs become ranks, and how they speak: shared by training and evaluation."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import NoReturn
+
+from unicl_fast.dist import Ranks
+
+
+def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
+    """Replaces this process by torchrun, which starts a program `nproc` times on this machine.
+
+    Args:
+        module: what to start, as for `python -m`.
+        nproc: number of ranks.
+        argv: the program's arguments.
+    """
+    # without this every rank would start as many threads as the machine has cores
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *argv])
+
+
+def configure_logging(ranks: Ranks) -> None:
+    """Rank 0 speaks; the others only when something is wrong."""
+    logging.basicConfig(
+        level=logging.INFO if ranks.is_main else logging.ERROR,
+        format="%(levelname).1s %(name)s: %(message)s",
+    )
+    if not ranks.is_main:
+        warnings.simplefilter("ignore")

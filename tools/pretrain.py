@@ -1,0 +1,216 @@
+"""`unicl-pretrain`: packed data sets to a trained UniCL model.
+
+Starts ranks (`--nproc`, or takes those of torchrun or SLURM), puts data, model and trainer
+together, and leaves the loop to `unicl_fast.trainer`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import tyro
+
+from unicl_fast.checkpoint import find_checkpoint
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.dist import Ranks, adopt_slurm_ranks, process_group
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.tools.launch import configure_logging, start_ranks
+from unicl_fast.tools.packed_data import (
+    build_prompts,
+    check_tokenizer,
+    describe_sources,
+    evaluate_zero_shot,
+    open_sources,
+)
+from unicl_fast.trainer import Evaluation, Trainer, choose_device
+
+logger = logging.getLogger("unicl_fast")
+
+_DEFAULT_PRESET = "swin-tiny"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PretrainArguments(TrainConfig):
+    """Trains a UniCL model on packed data sets (see unicl-pack).
+
+    Example: unicl-pretrain --preset cifar10-small --data.train packed/cifar10 --out runs/cifar10
+    """
+
+    out: Path
+    """The run folder: config.json, metrics.jsonl, checkpoints/, tensorboard/."""
+    preset: str = _DEFAULT_PRESET
+    """What all other settings start from."""
+    nproc: int = 1
+    """Ranks to start on this machine; leave it at 1 under torchrun or SLURM."""
+    resume: str = "never"
+    """auto goes on from the newest checkpoint in --out if there is one; or a checkpoint's path."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Entry point; exits with 2 on wrong input."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    arguments = parse_arguments(argv)
+    if arguments.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        start_ranks("unicl_fast.tools.pretrain", nproc=arguments.nproc, argv=argv)
+    adopt_slurm_ranks()
+    try:
+        pretrain(arguments)
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        print(f"unicl-pretrain: {error}", file=sys.stderr)
+        sys.exit(2 if not isinstance(error, FloatingPointError) else 1)
+
+
+def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
+    """The preset first, then every other flag on top of it."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--preset", default=_DEFAULT_PRESET)
+    name = finder.parse_known_args(argv)[0].preset
+    try:
+        preset = build_preset(name)
+    except ValueError as error:
+        print(f"unicl-pretrain: {error}", file=sys.stderr)
+        sys.exit(2)
+    groups = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
+    default = PretrainArguments(**groups, preset=name, out=tyro.MISSING)
+    return tyro.cli(
+        PretrainArguments,
+        default=default,
+        args=argv,
+        prog="unicl-pretrain",
+        description=f"{PretrainArguments.__doc__}\n\nPresets: {', '.join(PRESETS)}. The defaults "
+        f"below are those of {name}.",
+    )
+
+
+def pretrain(arguments: PretrainArguments, *, progress: bool = True) -> None:
+    """Runs on this rank from the first step, or a checkpoint's, to the end.
+
+    Raises:
+        ValueError: settings, data or checkpoint that do not go together; says what to change.
+        FileNotFoundError: a data set or checkpoint that is not there.
+    """
+    config = TrainConfig(
+        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)}
+    )
+    if not config.data.train:
+        raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
+    device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with process_group(device) as ranks:
+        configure_logging(ranks)
+        trainer = build_trainer(
+            config, run_folder=arguments.out, ranks=ranks, device=device, progress=progress
+        )
+        checkpoint = choose_checkpoint(arguments.resume, arguments.out)
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        if ranks.is_main:
+            arguments.out.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config_to_dict(trainer.config), indent=1)
+            (arguments.out / "config.json").write_text(text + "\n", encoding="utf-8")
+        try:
+            trainer.fit()
+        finally:
+            trainer.loader.close()
+        if ranks.is_main:
+            logger.info(
+                "done: %d steps. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
+                trainer.step,
+                arguments.out,
+            )
+
+
+def build_trainer(
+    config: TrainConfig,
+    *,
+    run_folder: Path,
+    ranks: Ranks,
+    device: torch.device,
+    progress: bool = True,
+) -> Trainer:
+    """Opens the data, checks that it suits the model, and puts the trainer together."""
+    datasets, shares = open_sources(config.data.train)
+    for dataset in datasets:
+        check_tokenizer(dataset, context_length=config.model.context_length)
+    config = _with_length(config, num_samples=sum(len(dataset) for dataset in datasets))
+    prompts = build_prompts(datasets, config.data)
+    loader = TrainLoader(
+        config,
+        datasets,
+        shares,
+        prompts,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+    )
+    return Trainer(
+        config,
+        loader,
+        run_folder=run_folder,
+        ranks=ranks,
+        device=device,
+        evaluations=_build_evaluations(config, ranks),
+        data=describe_sources(datasets, shares),
+        progress=progress,
+    )
+
+
+def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
+    """The checkpoint that `--resume` means, or None for a fresh start.
+
+    Raises:
+        ValueError: the run folder already holds a run and `--resume` does not say what to do.
+        FileNotFoundError: no checkpoint at the path given.
+    """
+    if resume not in ("auto", "never"):
+        return find_checkpoint(resume)
+    try:
+        newest = find_checkpoint(run_folder)
+    except FileNotFoundError:
+        return None
+    if resume == "never":
+        raise ValueError(
+            f"{run_folder} already holds {newest.name}: go on with --resume auto, or choose "
+            "another --out"
+        )
+    return newest
+
+
+def _with_length(config: TrainConfig, *, num_samples: int) -> TrainConfig:
+    """The released recipe's 32 passes where the run has no length of its own."""
+    if config.run.total_steps:
+        return config
+    return dataclasses.replace(
+        config, run=dataclasses.replace(config.run, samples=32 * num_samples)
+    )
+
+
+def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluation]:
+    datasets, _ = open_sources(config.data.evaluate)
+
+    def evaluation_of(index: int) -> Evaluation:
+        def evaluate(model: UniCL) -> dict[str, float]:
+            result = evaluate_zero_shot(model, datasets[index], ranks=ranks)
+            return {"top1": result.top1, "top5": result.top5}
+
+        return evaluate
+
+    return {
+        f"zero_shot/{dataset.folder.name}": evaluation_of(index)
+        for index, dataset in enumerate(datasets)
+    }
+
+
+if __name__ == "__main__":
+    main()
