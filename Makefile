@@ -1,0 +1,34 @@
+# Two commands: `make demo` and `make test`. Each sets up .venv by itself the first time.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-all lint clean
+
+demo: $(VENV)/demo.stamp
+	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
+
+test: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest
+
+# Everything that a machine without a GPU can run.
+test-all: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(VENV)/dev.stamp
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy unicl_fast
+
+clean:
+	rm -rf $(VENV) build dist demo-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicl_fast needs Python 3.11 or newer: make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+# A stamp is made when the install succeeded; a changed pyproject.toml installs again.
+$(VENV)/%.stamp: pyproject.toml setup.py | $(BIN)/python
+	$(BIN)/python -m pip install --editable '.[$*]'
+	touch $@
