@@ -1,0 +1,139 @@
+"""`unicl-pack`: pictures with labels, captions or both -> a packed, verified, shuffled data set.
+
+This module reads arguments and prints; what it does is `build_dataset`, which other programs call
+directly.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import FrameType
+from typing import Annotated, NoReturn, TextIO
+
+import tyro
+
+from unicl_fast.images import RESIZE_QUALITY
+from unicl_fast.shard_writer import DEFAULT_SHARD_BYTES
+from unicl_fast.shards import QUARANTINE_NAME
+from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
+from unicl_fast.tools.build_dataset import build_dataset as build_dataset
+
+
+@dataclass(frozen=True, kw_only=True)
+class Build:
+    """Pack pictures with labels, captions or both into one data set folder.
+
+    Each SOURCE is a folder of class folders (the class is the name of the folder that directly
+    holds the picture), a zip of one (FILE.zip, or FILE.zip/FOLDER for a part of it), or a list with
+    one picture a row (.csv, .tsv or .jsonl) and columns for its path, captions and labels. Several
+    sources become one data set; equal class names become one class.
+
+    Every picture is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
+    reason, and packing goes on. Plain JPEGs and PNGs keep their bytes.
+
+    Examples:
+      unicl-pack build photos/ --out packed/photos
+
+      unicl-pack build captions.csv --out packed/captions --where split=train
+
+      unicl-pack build imagenet/train --out packed/imagenet --class-names imagenet
+
+      unicl-pack build images.zip/train --out packed/small --resize short:256
+    """
+
+    sources: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...]")
+    ]
+    """Class folders, zips of them, or lists."""
+    out: str
+    """Folder to make. It must not exist yet, or be empty; it appears when it is whole."""
+    seed: int = 0
+    """Decides the order of the samples, shuffled over all sources."""
+    class_names: str = ""
+    """What labels stand for: a file with one name a line in label order, or with KEY<TAB>NAME lines
+    (KEY being a folder name, say), or the built-in imagenet (keys are WordNet ids such as
+    n01440764). By default the labels found are the names, sorted, blanks for underscores."""
+    templates: str = ""
+    """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
+    (80 prompts) or simple (1). By default imagenet where there are labels."""
+    image_column: str = ""
+    """Column with picture paths, if it is not called image, file or path."""
+    caption_column: str = ""
+    """Column with captions, if it is not called caption or captions."""
+    label_column: str = ""
+    """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
+    into --class-names."""
+    image_root: str = ""
+    """Folder or zip that picture paths in lists are relative to; by default the list's folder."""
+    where: Annotated[
+        tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="COLUMN=VALUE")
+    ] = ()
+    """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
+    then all must hold."""
+    resize: str = ""
+    """short:PIXELS scales pictures down until their shorter side has so many pixels, and encodes
+    them anew. Smaller ones keep their bytes. 256 is usual for training at 224."""
+    quality: int = RESIZE_QUALITY
+    """JPEG quality of pictures that were scaled, 1 to 100."""
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    """Largest size of a shard, in bytes."""
+    workers: int = 0
+    """Processes that read and check pictures; 0 takes one for each core."""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line; exits with 0 when done, 2 for wrong input or usage."""
+    signal.signal(signal.SIGTERM, _stop)
+    command = tyro.extras.subcommand_cli_from_dict({"build": Build}, args=arguments)
+    try:
+        summary = build_dataset(**vars(command))
+    except KeyboardInterrupt:
+        _fail("stopped; nothing was written", code=130)
+    except (ValueError, OSError, RuntimeError) as error:
+        _fail(str(error), code=2)
+    _print(_report(summary))
+
+
+def _report(summary: BuildSummary) -> str:
+    """The closing summary, and what to do next."""
+    texts = f"{summary.num_captions:,} captions, {summary.num_labels:,} labels"
+    classes = f" of {summary.num_classes:,} classes" if summary.num_classes else ""
+    rate = summary.num_samples / summary.seconds
+    lines = [
+        f"{summary.out}: {summary.num_samples:,} pictures, {texts}{classes}",
+        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} pictures/s; "
+        f"{summary.num_reencoded:,} encoded anew, the others byte for byte",
+    ]
+    if summary.passed_over:
+        parts = ", ".join(f"{count:,} {what}" for what, count in summary.passed_over.items())
+        lines.append(f"passed over: {parts}")
+    if summary.num_quarantined:
+        lines.append(
+            f"left out: {summary.num_quarantined:,}, listed in {summary.out / QUARANTINE_NAME} - "
+            + summary.quarantined
+        )
+    lines.append(f"next: unicl-pretrain --preset NAME --data.train {summary.out} --out RUN")
+    return "\n".join(lines)
+
+
+def _print(text: str, *, file: TextIO = sys.stdout) -> None:
+    """Prints names from anywhere: bytes that the terminal has no character for are escaped."""
+    encoding = file.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    _print(f"unicl-pack: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    """Turns SIGTERM into an exit that cleans up."""
+    raise SystemExit(128 + number)
+
+
+if __name__ == "__main__":
+    main()
