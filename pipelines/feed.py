@@ -15,11 +15,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
 import torch
-from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from unicl_fast.pipelines.graph import Source
+from unicl_fast.pipelines.graph import Pipeline, Source
 
 Facts = TypeVar("Facts")
 

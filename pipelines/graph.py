@@ -16,7 +16,7 @@ import torch
 
 try:
     from nvidia.dali import fn, types
-    from nvidia.dali.pipeline import Pipeline
+    from nvidia.dali.pipeline import Pipeline as Pipeline
 except ImportError as error:
     raise ImportError(
         "the data pipeline runs on NVIDIA DALI, which is not installed here; "

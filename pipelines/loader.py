@@ -51,9 +51,8 @@ class TrainLoader:
         self,
         config: TrainConfig,
         datasets: Sequence[PackedDataset],
+        shares: Sequence[float] | None,
         prompts: ClassPrompts,
-        *,
-        shares: Sequence[float] | None = None,
         rank: int = 0,
         world_size: int = 1,
         device: torch.device | str = "cpu",
@@ -63,8 +62,8 @@ class TrainLoader:
         Args:
             config: the run's.
             datasets: what to train on, open; closing them is the caller's business.
-            prompts: made of the same data sets in the same order.
             shares: each data set's part of every batch; None takes the numbers of samples.
+            prompts: made of the same data sets in the same order.
             rank: which slice of a global batch this loader makes.
             world_size: how many slices there are.
             device: where pictures are decoded and batches lie.

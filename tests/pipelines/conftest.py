@@ -1,0 +1,117 @@
+"""Small packed data sets of real pictures, made once a session."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import xxhash
+from PIL import Image
+
+from unicl_fast.images import check_picture
+from unicl_fast.prompts import SIMPLE_TEMPLATES, ClassPrompts
+from unicl_fast.shard_writer import DatasetWriter, PackedSample
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tokenizer import Tokenizer
+
+TEMPLATES = (*SIMPLE_TEMPLATES, "a drawing of a {}.", "the {}.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture's file contents and its texts."""
+
+    image: bytes
+    captions: Sequence[str] = ()
+    labels: Sequence[int] = ()
+
+
+def pack(
+    out: Path, samples: Sequence[Sample], *, class_names: Sequence[str], tokenizer: Tokenizer
+) -> PackedDataset:
+    with DatasetWriter(out, shard_bytes=1_000_000) as writer:
+        for sample in samples:
+            picture = check_picture(sample.image)
+            writer.add(
+                PackedSample(
+                    image=picture.data,
+                    extension=picture.extension,
+                    height=picture.height,
+                    width=picture.width,
+                    xxh3=xxhash.xxh3_64_intdigest(picture.data),
+                    captions=sample.captions,
+                    tokens=tokenizer.encode(list(sample.captions)),
+                    labels=sample.labels,
+                )
+            )
+        writer.finish(
+            tokenizer=tokenizer.name,
+            vocabulary_hash=tokenizer.vocabulary_hash,
+            context_length=tokenizer.context_length,
+            class_names=class_names,
+            templates=TEMPLATES if class_names else (),
+            source=["tests"],
+            seed=0,
+            tool_version="0",
+        )
+    return PackedDataset(out)
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.fixture(scope="session")
+def labelled(
+    shared_data: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PackedDataset]:
+    """61 ImageNet JPEGs at full size, all nine grey ones among them, and one PNG; with labels."""
+    folder = shared_data / "decode"
+    with (folder / "labels.csv").open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    grey = [row for row in rows if row["mode"] == "L"]
+    rows = grey + [row for row in rows if row["mode"] != "L"][: 60 - len(grey)]
+    names = list(dict.fromkeys(row["clip_classname"] for row in rows))
+    files = [folder / "images" / Path(row["file"]).name for row in rows]
+    samples = [
+        Sample(path.read_bytes(), labels=[names.index(row["clip_classname"])])
+        for path, row in zip(files, rows, strict=True)
+    ]
+    png = io.BytesIO()
+    Image.open(files[-1]).save(png, format="PNG")
+    samples.append(Sample(png.getvalue(), labels=samples[-1].labels))
+    out = tmp_path_factory.mktemp("packed") / "labelled"
+    with pack(out, samples, class_names=names, tokenizer=tokenizer) as dataset:
+        yield dataset
+
+
+@pytest.fixture(scope="session")
+def captioned(
+    shared_data: Path, tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[PackedDataset]:
+    """50 Flickr8k photos (4:2:0 JPEGs, most at 200 pixels) with five captions each."""
+    folder = shared_data / "captions" / "flickr8k"
+    lines = (folder / "captions.jsonl").read_text(encoding="utf-8").splitlines()[:50]
+    samples = [
+        Sample((folder / row["image"]).read_bytes(), captions=row["captions"])
+        for row in map(json.loads, lines)
+    ]
+    out = tmp_path_factory.mktemp("packed") / "captioned"
+    with pack(out, samples, class_names=(), tokenizer=tokenizer) as dataset:
+        yield dataset
+
+
+@pytest.fixture(scope="session")
+def prompts(
+    labelled: PackedDataset, captioned: PackedDataset, tokenizer: Tokenizer
+) -> ClassPrompts:
+    """Of `labelled` and `captioned`, in this order."""
+    return ClassPrompts(
+        [(d.manifest.class_names, d.manifest.templates) for d in (labelled, captioned)], tokenizer
+    )

@@ -1,0 +1,91 @@
+"""Crop windows follow torchvision's RandomResizedCrop."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import RandomResizedCrop
+
+from unicl_fast.pipelines.crop import random_windows
+
+SCALE = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+
+
+def our_windows(height: int, width: int, count: int, *, key: int = 3) -> np.ndarray:
+    starts, shapes = random_windows(
+        np.full(count, height),
+        np.full(count, width),
+        np.arange(count),
+        key=key,
+        scale=SCALE,
+        ratio=RATIO,
+    )
+    return np.concatenate([starts, shapes], axis=1)
+
+
+def torchvision_windows(height: int, width: int, count: int) -> np.ndarray:
+    picture = torch.empty(3, height, width, device="meta")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        windows = [
+            RandomResizedCrop.get_params(picture, list(SCALE), list(RATIO)) for _ in range(count)
+        ]
+    return np.array(windows)
+
+
+def largest_gap(one: np.ndarray, other: np.ndarray) -> float:
+    """The two-sample Kolmogorov-Smirnov statistic."""
+    both = np.unique(np.concatenate([one, other]))
+    below = [np.searchsorted(np.sort(x), both, side="right") / len(x) for x in (one, other)]
+    return float(np.abs(below[0] - below[1]).max())
+
+
+@pytest.mark.parametrize(
+    ("height", "width"), [(375, 500), (500, 333), (32, 32), (64, 300), (700, 60), (5, 7)]
+)
+def test_windows_follow_the_law_of_random_resized_crop(height: int, width: int) -> None:
+    count = 4000
+    ours = our_windows(height, width, count)
+    theirs = torchvision_windows(height, width, count)
+    limit = 1.95 * np.sqrt(2 / count)  # passed by chance once in a thousand tests
+    for column in range(4):
+        assert largest_gap(ours[:, column], theirs[:, column]) < limit
+    for one, other in ((0, 2), (1, 3), (2, 3)):  # position and size, height and width together
+        assert largest_gap(
+            ours[:, one] + 0.618 * ours[:, other], theirs[:, one] + 0.618 * theirs[:, other]
+        ) < (limit)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1000), (1000, 1), (10, 2000), (3000, 20)])
+def test_pictures_too_narrow_for_any_try_get_the_central_window(height: int, width: int) -> None:
+    ours = np.unique(our_windows(height, width, 200), axis=0)
+    theirs = np.unique(torchvision_windows(height, width, 200), axis=0)
+    assert np.array_equal(ours, theirs)
+
+
+@given(
+    height=st.integers(1, 65535),
+    width=st.integers(1, 65535),
+    key=st.integers(0, 2**64 - 1),
+    low=st.floats(0.001, 1.0),
+    narrow=st.floats(0.05, 1.0),
+)
+@settings(deadline=None)
+def test_windows_always_lie_inside(
+    height: int, width: int, key: int, low: float, narrow: float
+) -> None:
+    starts, shapes = random_windows(
+        np.full(50, height),
+        np.full(50, width),
+        np.arange(50),
+        key=key,
+        scale=(low, 1.0),
+        ratio=(narrow, 1 / narrow),
+    )
+    assert starts.min() >= 0
+    assert shapes.min() >= 1
+    assert ((starts + shapes) <= [height, width]).all()

@@ -1,0 +1,255 @@
+"""DALI's pictures against a plain decode with Pillow, on real files.
+
+What is known to differ, and by how much (levels of 255; the limits below are these, rounded up):
+
+* Decoding is equal to the last bit: both use libjpeg-turbo's default transform and upsampling, and
+  a window is decoded with its neighbours' chroma in view.
+* Pillow resamples rows, rounds to whole levels, then resamples columns; DALI rounds once. That
+  moves every sixth value by one level: mean difference 0.17, largest 1.
+* At the border of a crop, DALI repeats the last pixel where the filter reaches beyond it, Pillow
+  leaves the outside out and lets the rest weigh more. An eighth of a triangular filter lies outside
+  there, so that an outermost row or column may differ by an eighth of the contrast: seen up to 16.
+* Bicubic overshoots at edges; Pillow clips to 0..255 between its two passes, DALI at the end. At
+  hard edges that makes up to 14 levels, and the border's effect is larger.
+"""
+
+from __future__ import annotations
+
+import io
+import subprocess
+import sys
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageOps
+from torchvision import transforms
+
+from unicl_fast.config import DataConfig
+from unicl_fast.pipelines.crop import central_windows, random_windows
+from unicl_fast.pipelines.feed import HostBatch, run_graph
+from unicl_fast.pipelines.graph import Interpolation, build_evaluation_graph, build_train_graph
+from unicl_fast.shards import PackedDataset
+
+pytestmark = pytest.mark.dali
+
+SIZE = 96
+PILLOW_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def windows_of(dataset: PackedDataset) -> tuple[np.ndarray, np.ndarray]:
+    return random_windows(
+        dataset.samples["height"],
+        dataset.samples["width"],
+        np.arange(len(dataset)),
+        key=11,
+        scale=(0.08, 1.0),
+        ratio=(3 / 4, 4 / 3),
+    )
+
+
+def alternate_flips(count: int) -> np.ndarray:
+    return (np.arange(count) % 2).astype(np.int32)
+
+
+def open_picture(dataset: PackedDataset, index: int) -> Image.Image:
+    return Image.open(io.BytesIO(dataset.image_bytes(index).tobytes())).convert("RGB")
+
+
+def train_pictures(
+    dataset: PackedDataset,
+    *,
+    image_size: int = SIZE,
+    interpolation: Interpolation = "bilinear",
+    device: str = "cpu",
+) -> torch.Tensor:
+    starts, shapes = windows_of(dataset)
+    count = len(dataset)
+    encoded = [dataset.image_bytes(index) for index in range(count)]
+    words = np.arange(3 * count).reshape(count, 3)
+    batch = HostBatch(inputs=(encoded, starts, shapes, alternate_flips(count), words), facts="all")
+    build = partial(
+        build_train_graph,
+        batch_size=count,
+        image_size=image_size,
+        interpolation=interpolation,
+        device=torch.device(device),
+        threads=2,
+        prefetch=1,
+    )
+    ((images, carried), _) = next(
+        run_graph(build, iter([batch]), device=torch.device(device), ahead=1, describe=str)
+    )
+    assert np.array_equal(carried.cpu().numpy(), words)
+    return images.cpu()
+
+
+def train_twin(
+    dataset: PackedDataset, *, image_size: int = SIZE, interpolation: str = "bilinear"
+) -> np.ndarray:
+    starts, shapes = windows_of(dataset)
+    flips = alternate_flips(len(dataset))
+    pictures = []
+    for index in range(len(dataset)):
+        (top, left), (height, width) = starts[index].tolist(), shapes[index].tolist()
+        picture = open_picture(dataset, index).crop((left, top, left + width, top + height))
+        picture = picture.resize((image_size, image_size), PILLOW_FILTERS[interpolation])
+        pictures.append(np.asarray(ImageOps.mirror(picture) if flips[index] else picture))
+    return np.stack(pictures)
+
+
+def evaluation_pictures(
+    dataset: PackedDataset,
+    data: DataConfig,
+    *,
+    interpolation: Interpolation = "bilinear",
+    device: str = "cpu",
+) -> torch.Tensor:
+    encoded = [dataset.image_bytes(index) for index in range(len(dataset))]
+    regions = central_windows(
+        dataset.samples["height"],
+        dataset.samples["width"],
+        resize=data.evaluation_resize,
+        crop=data.image_size,
+    )
+    build = partial(
+        build_evaluation_graph,
+        batch_size=len(dataset),
+        image_size=data.image_size,
+        interpolation=interpolation,
+        device=torch.device(device),
+        threads=2,
+        prefetch=1,
+    )
+    batch = HostBatch(inputs=(encoded, *regions), facts="all")
+    ((images,), _) = next(
+        run_graph(build, iter([batch]), device=torch.device(device), ahead=1, describe=str)
+    )
+    return images.cpu()
+
+
+def differences(ours: torch.Tensor, twin: np.ndarray) -> np.ndarray:
+    assert ours.dtype == torch.uint8
+    assert tuple(ours.shape) == twin.shape
+    return np.abs(ours.numpy().astype(int) - twin)
+
+
+@pytest.mark.parametrize("kind", ["labelled", "captioned"])
+def test_train_pictures_equal_pillow_s(kind: str, request: pytest.FixtureRequest) -> None:
+    dataset = request.getfixturevalue(kind)
+    gap = differences(train_pictures(dataset), train_twin(dataset))
+    assert gap.mean() < 0.25
+    assert gap[:, 1:-1, 1:-1].max() <= 1
+    assert gap.max() <= 20
+
+
+def test_decoding_a_window_equals_cutting_the_decoded_picture(captioned: PackedDataset) -> None:
+    """Without resampling nothing may differ, at the window's edge either (4:2:0 chroma)."""
+    side = 64
+    chosen = np.flatnonzero(
+        (captioned.samples["height"] >= side + 9) & (captioned.samples["width"] >= side + 5)
+    )
+    assert len(chosen) > 30
+    count = len(chosen)
+    encoded = [captioned.image_bytes(index) for index in chosen.tolist()]
+    starts = np.tile(np.array([9, 5], dtype=np.int32), (count, 1))
+    shapes = np.full((count, 2), side, dtype=np.int32)
+    words = np.zeros((count, 1), dtype=np.int64)
+    batch = HostBatch(
+        inputs=(encoded, starts, shapes, np.zeros(count, dtype=np.int32), words), facts=""
+    )
+    cpu = torch.device("cpu")
+    build = partial(
+        build_train_graph,
+        batch_size=count,
+        image_size=side,
+        interpolation="bilinear",
+        device=cpu,
+        threads=2,
+        prefetch=1,
+    )
+    ((images, _), _) = next(run_graph(build, iter([batch]), device=cpu, ahead=1, describe=str))
+    whole = [np.asarray(open_picture(captioned, index)) for index in chosen.tolist()]
+    twin = np.stack([picture[9 : 9 + side, 5 : 5 + side] for picture in whole])
+    assert differences(images, twin).max() == 0
+
+
+def test_bicubic_train_pictures_equal_pillow_s(labelled: PackedDataset) -> None:
+    gap = differences(
+        train_pictures(labelled, interpolation="bicubic"),
+        train_twin(labelled, interpolation="bicubic"),
+    )
+    assert gap.mean() < 0.25
+    assert np.quantile(gap, 0.995) <= 1
+    assert gap.max() <= 20
+
+
+def test_grey_pictures_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:
+    images = train_pictures(labelled)
+    is_grey = [(picture == picture[..., :1]).all().item() for picture in images]
+    assert all(is_grey[:9])
+    assert sum(is_grey) < 20
+    png = len(labelled) - 1
+    assert bytes(labelled.image_bytes(png)[:4]) == b"\x89PNG"
+    assert np.abs(images[png].numpy().astype(int) - train_twin(labelled)[png]).mean() < 0.25
+
+
+@pytest.mark.parametrize(("resize", "crop"), [(256, 224), (224, 224), (37, 32)])
+@pytest.mark.parametrize("kind", ["labelled", "captioned"])
+def test_evaluation_pictures_equal_torchvision_s_resize_and_centre_crop(
+    kind: str, resize: int, crop: int, request: pytest.FixtureRequest
+) -> None:
+    dataset = request.getfixturevalue(kind)
+    data = DataConfig(image_size=crop, evaluation_resize=resize)
+    reference = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
+    twin = np.stack(
+        [np.asarray(reference(open_picture(dataset, index))) for index in range(len(dataset))]
+    )
+    gap = differences(evaluation_pictures(dataset, data), twin)
+    assert gap.mean() < 0.25
+    assert gap[:, 1:-1, 1:-1].max() <= 1
+    assert gap.max() <= 20
+
+
+def test_both_graphs_refuse_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for build in (build_train_graph, build_evaluation_graph):
+        with pytest.raises(RuntimeError, match=r"no usable CUDA driver.*run\.device=cpu"):
+            build(
+                lambda: (),
+                batch_size=1,
+                image_size=8,
+                interpolation="bilinear",
+                device=torch.device("cuda", 0),
+                threads=1,
+                prefetch=1,
+            )
+
+
+def test_without_dali_the_message_says_what_to_install() -> None:
+    script = (
+        "import sys; sys.modules['nvidia.dali'] = None\n"
+        "import unicl_fast.pipelines.plan\n"  # needs no DALI
+        "import unicl_fast.pipelines.loader"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 1
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert last_line.startswith("ImportError")
+    assert "pip install nvidia-dali-cuda120" in last_line
+
+
+@pytest.mark.gpu
+def test_gpu_pictures_equal_the_cpu_s(labelled: PackedDataset) -> None:
+    """On a GPU the decoder's transform and chroma upsampling differ by a few levels."""
+    gap = differences(train_pictures(labelled, device="cuda"), train_pictures(labelled).numpy())
+    assert gap.mean() < 2
+    data = DataConfig()
+    gap = differences(
+        evaluation_pictures(labelled, data, device="cuda"),
+        evaluation_pictures(labelled, data).numpy(),
+    )
+    assert gap.mean() < 2

@@ -1,0 +1,295 @@
+"""The loaders on real packed data: what a batch holds, and that nothing is lost or doubled."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import shutil
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import DataConfig, EfficiencyConfig, ModelConfig, RunConfig, TrainConfig
+from unicl_fast.pipelines.feed import DecodingError
+from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader, decoding_threads
+from unicl_fast.prompts import ClassPrompts, fill_template
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.dali
+
+BATCH = 12
+
+
+def make_config(*, unique_texts: bool = True, context_length: int = 77, **data: Any) -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **data),
+        model=ModelConfig(context_length=context_length),
+        efficiency=EfficiencyConfig(unique_texts=unique_texts),
+        run=RunConfig(global_batch_size=BATCH, seed=3),
+    )
+
+
+@pytest.fixture
+def datasets(labelled: PackedDataset, captioned: PackedDataset) -> list[PackedDataset]:
+    return [labelled, captioned]
+
+
+def take(
+    datasets: list[PackedDataset],
+    prompts: ClassPrompts,
+    *,
+    start: int = 0,
+    count: int,
+    shares: list[float] | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    config: TrainConfig | None = None,
+) -> list[Batch]:
+    loader = TrainLoader(
+        config or make_config(), datasets, shares, prompts, rank=rank, world_size=world_size
+    )
+    batches = list(itertools.islice(loader.batches(start), count))
+    loader.close()
+    return batches
+
+
+def texts_of(batch: Batch) -> torch.Tensor:
+    """Token rows and class ids by sample, whatever the order of distinct texts."""
+    return torch.cat([batch.tokens[batch.text_index], batch.class_ids[:, None]], dim=1)
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    for field in dataclasses.fields(Batch):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        same = torch.equal(left, right) if isinstance(left, torch.Tensor) else left == right
+        assert same, field.name
+
+
+def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: ClassPrompts) -> None:
+    for step, batch in enumerate(take(datasets, prompts, count=4)):
+        assert batch.step == step
+        assert batch.images.dtype == torch.uint8
+        assert tuple(batch.images.shape) == (BATCH, 32, 32, 3)
+        u = len(batch.tokens)
+        assert tuple(batch.tokens.shape) == (u, 77)
+        assert len(torch.unique(batch.tokens, dim=0)) == u
+        assert batch.text_length == int((batch.tokens != 0).sum(dim=1).max())
+        assert int(batch.text_counts.sum()) == BATCH
+        assert torch.equal(batch.text_counts, torch.bincount(batch.text_index, minlength=u))
+        assert torch.equal(batch.class_ids, batch.text_class_ids[batch.text_index])
+        assert batch.slots.tolist() == list(range(BATCH))
+        for name in ("tokens", "text_index", "class_ids", "text_class_ids", "text_counts"):
+            tensor = getattr(batch, name)
+            assert tensor.dtype == torch.int64
+            assert tensor.is_contiguous()
+
+
+def test_each_picture_comes_with_a_text_of_its_own_sample(
+    datasets: list[PackedDataset], prompts: ClassPrompts, tokenizer: Tokenizer
+) -> None:
+    labelled, captioned = datasets
+    manifest = labelled.manifest
+    kinds = Counter()
+    for batch in take(datasets, prompts, count=8):
+        assert batch.sample_ids is not None
+        assert batch.source_ids is not None
+        rows = batch.tokens[batch.text_index].numpy()
+        for i in range(BATCH):
+            sample, source = int(batch.sample_ids[i]), int(batch.source_ids[i])
+            row, class_id = rows[i], int(batch.class_ids[i])
+            kinds[source] += 1
+            if source == 0:
+                label = int(labelled.labels_of(sample)[0])
+                name = manifest.class_names[label]
+                allowed = [fill_template(t, name) for t in manifest.templates]
+                assert class_id == prompts.class_of(0, label)
+                assert (tokenizer(allowed).numpy() == row).all(axis=1).any()
+            else:
+                count = int(captioned.samples[sample]["captions_count"])
+                allowed_rows = [captioned.caption_tokens(sample, k) for k in range(count)]
+                assert any(np.array_equal(r, row[: len(r)]) for r in allowed_rows)
+                assert class_id >= 2**62
+    assert min(kinds.values()) > 30
+
+
+def test_each_sample_is_seen_once_a_pass(
+    datasets: list[PackedDataset], prompts: ClassPrompts
+) -> None:
+    total = len(datasets[0]) + len(datasets[1])
+    steps = -(-total // BATCH)
+    seen = Counter()
+    for batch in take(datasets, prompts, count=steps):
+        assert batch.sample_ids is not None
+        assert batch.source_ids is not None
+        seen.update(zip(batch.source_ids.tolist(), batch.sample_ids.tolist(), strict=True))
+    assert len(seen) == total
+    assert sum(count - 1 for count in seen.values()) == steps * BATCH - total
+
+
+def test_pictures_belong_to_their_samples(labelled: PackedDataset, prompts: ClassPrompts) -> None:
+    """Whole pictures (no crop, no flip), compared by their mean colour."""
+    config = make_config(crop_scale=(1.0, 1.0), crop_ratio=(0.1, 10.0), flip_probability=0.0)
+    pictures = EvaluationLoader(labelled, config.data, batch_size=len(labelled))
+    reference = next(iter(pictures)).images.float()
+    for batch in take([labelled], prompts, count=3, config=config):
+        assert batch.sample_ids is not None
+        colours = batch.images.float().mean(dim=(1, 2))
+        distance = torch.cdist(colours, reference.mean(dim=(1, 2)))
+        own = distance.gather(1, batch.sample_ids[:, None])
+        assert (distance < own).float().mean() < 0.15
+
+
+def test_restarting_at_a_step_gives_the_same_batches(
+    datasets: list[PackedDataset], prompts: ClassPrompts
+) -> None:
+    whole = take(datasets, prompts, count=6)
+    for one, other in zip(whole[3:], take(datasets, prompts, start=3, count=3), strict=True):
+        assert_equal(one, other)
+
+
+def test_one_loader_can_be_asked_again(
+    datasets: list[PackedDataset], prompts: ClassPrompts
+) -> None:
+    loader = TrainLoader(make_config(), datasets, None, prompts)
+    first = [next(loader.batches(5)) for _ in range(2)]
+    assert_equal(*first)
+    loader.close()
+    assert_equal(first[0], next(loader.batches(5)))
+    loader.close()
+    loader.close()
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_join_to_the_global_batch(
+    datasets: list[PackedDataset], prompts: ClassPrompts, world_size: int
+) -> None:
+    shares = [1.0, 2.0]
+    whole = take(datasets, prompts, start=7, count=3, shares=shares)
+    ranks = [
+        take(datasets, prompts, start=7, count=3, shares=shares, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for step, expected in enumerate(whole):
+        parts = [batches[step] for batches in ranks]
+        for name in ("images", "slots", "sample_ids", "source_ids"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(expected, name)), name
+        assert torch.equal(torch.cat([texts_of(part) for part in parts]), texts_of(expected))
+        assert expected.source_ids is not None
+        assert torch.bincount(expected.source_ids).tolist() == [4, 8]
+
+
+def test_texts_that_are_not_made_unique_say_the_same(
+    labelled: PackedDataset, prompts: ClassPrompts
+) -> None:
+    (unique,) = take([labelled], prompts, count=1)
+    (plain,) = take([labelled], prompts, count=1, config=make_config(unique_texts=False))
+    assert len(plain.tokens) == BATCH
+    assert torch.equal(texts_of(unique), texts_of(plain))
+    assert torch.equal(unique.images, plain.images)
+
+
+def test_a_shorter_context_cuts_captions_and_keeps_their_end(
+    captioned: PackedDataset, tokenizer: Tokenizer
+) -> None:
+    prompts = ClassPrompts([((), ())], tokenizer)
+    (long,) = take([captioned], prompts, count=1)
+    (short,) = take([captioned], prompts, count=1, config=make_config(context_length=8))
+    rows, cut = texts_of(long)[:, :-1], texts_of(short)[:, :-1]
+    assert short.text_length == 8
+    assert tuple(cut.shape) == (BATCH, 8)
+    assert torch.equal(cut[:, :7], rows[:, :7])
+    assert (cut[:, 7] == tokenizer.end_id).all()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [7, 1000])
+def test_evaluation_shows_each_sample_once_over_all_ranks_and_passes(
+    captioned: PackedDataset, world_size: int, batch_size: int
+) -> None:
+    data = make_config().data
+    loaders = [
+        EvaluationLoader(captioned, data, batch_size=batch_size, rank=rank, world_size=world_size)
+        for rank in range(world_size)
+    ]
+    for _ in range(2):
+        seen: list[int] = []
+        for loader in loaders:
+            batches = list(loader)
+            assert len(batches) == len(loader)
+            for batch in batches:
+                assert tuple(batch.images.shape) == (len(batch.sample_ids), 32, 32, 3)
+                seen += batch.sample_ids.tolist()
+        assert sorted(seen) == list(range(len(captioned)))
+
+
+def test_evaluation_pictures_do_not_depend_on_ranks_or_batch_size(
+    captioned: PackedDataset,
+) -> None:
+    data = make_config().data
+    (whole,) = EvaluationLoader(captioned, data, batch_size=1000)
+    for batch in EvaluationLoader(captioned, data, batch_size=6, rank=1, world_size=3):
+        assert torch.equal(batch.images, whole.images[batch.sample_ids])
+
+
+def test_a_rank_without_samples_has_nothing_to_evaluate(captioned: PackedDataset) -> None:
+    loader = EvaluationLoader(captioned, make_config().data, batch_size=4, rank=70, world_size=80)
+    assert len(loader) == 0
+    assert list(loader) == []
+
+
+@pytest.fixture
+def spoilt(captioned: PackedDataset, tmp_path: Path) -> Iterator[tuple[PackedDataset, int]]:
+    """A copy of `captioned`, the bytes of one picture overwritten, and which one."""
+    index = 17
+    folder = shutil.copytree(captioned.folder, tmp_path / "spoilt")
+    row = captioned.samples[index]
+    with (folder / captioned.manifest.shards[int(row["shard"])].name).open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(bytes(int(row["size"])))
+    with PackedDataset(folder) as dataset:
+        yield dataset, index
+
+
+def test_damaged_bytes_are_named_before_they_reach_the_decoder(
+    spoilt: tuple[PackedDataset, int],
+) -> None:
+    dataset, index = spoilt
+    with pytest.raises(ValueError, match=f"sample {index:010d} of .*spoilt.*checksum"):
+        list(EvaluationLoader(dataset, make_config().data, batch_size=5))
+
+
+def test_what_cannot_be_decoded_is_named_with_its_step(
+    spoilt: tuple[PackedDataset, int], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bytes that are as they were packed, and yet no picture."""
+    dataset, index = spoilt
+    read = dataset.image_bytes
+    monkeypatch.setattr(dataset, "image_bytes", lambda i, verify: read(i))
+    loader = TrainLoader(make_config(), [dataset], None, ClassPrompts([((), ())], tokenizer))
+    step = next(
+        step
+        for step in itertools.count()
+        if index in loader.plan.batch(step, rank=0, world_size=1).sample_ids
+    )
+    with pytest.raises(DecodingError, match=rf"step {step}, rank 0.*sample {index:010d} of"):
+        list(itertools.islice(loader.batches(0), 10))
+    loader.close()
+
+
+def test_threads_are_this_rank_s_part_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    assert decoding_threads(0) == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert decoding_threads(0) == 2
+    assert decoding_threads(7) == 7
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert decoding_threads(0) == 1

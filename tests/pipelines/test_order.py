@@ -1,0 +1,148 @@
+"""Order and shares: every sample once a pass, every source its part, at any step."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections import Counter
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.keyed_random import fold_key
+from unicl_fast.pipelines.order import assign_sources, integer_shares, permute
+
+
+@given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
+@settings(deadline=None)
+def test_permute_is_a_bijection(size: int, key: int) -> None:
+    image = permute(np.arange(size), size=size, key=key)
+    assert np.array_equal(np.sort(image), np.arange(size))
+
+
+@given(size=st.integers(10**5, 2**48), key=st.integers(0, 2**64 - 1), data=st.data())
+@settings(deadline=None, max_examples=50)
+def test_permute_of_a_large_set_stays_inside_and_never_repeats(
+    size: int, key: int, data: st.DataObject
+) -> None:
+    start = data.draw(st.integers(0, size - 1000))
+    image = permute(np.arange(start, start + 1000), size=size, key=key)
+    assert image.min() >= 0
+    assert image.max() < size
+    assert len(np.unique(image)) == 1000
+
+
+def test_permute_does_not_depend_on_what_else_is_asked() -> None:
+    whole = permute(np.arange(1000), size=1000, key=5)
+    part = permute(np.array([[999, 3], [500, 3]]), size=1000, key=5)
+    assert np.array_equal(part, whole[[[999, 3], [500, 3]]])
+
+
+def test_keys_give_unrelated_permutations() -> None:
+    orders = [permute(np.arange(1000), size=1000, key=fold_key(0, i)) for i in range(20)]
+    for one, other in itertools.combinations(orders, 2):
+        # two unrelated permutations agree in 1 place on average
+        assert np.count_nonzero(one == other) < 10
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 5, 6])
+def test_all_orders_of_a_tiny_set_are_equally_likely(size: int) -> None:
+    tries = 20_000
+    orders = Counter(
+        tuple(permute(np.arange(size), size=size, key=fold_key(size, i)).tolist())
+        for i in range(tries)
+    )
+    expected = tries / math.factorial(size)
+    assert len(orders) == math.factorial(size)
+    chi_square = sum((count - expected) ** 2 / expected for count in orders.values())
+    freedom = math.factorial(size) - 1
+    assert chi_square < freedom + 4 * math.sqrt(2 * freedom) + 4
+
+
+@pytest.mark.parametrize("size", [7, 64, 65, 1000])
+def test_the_first_place_goes_to_every_sample_equally_often(size: int) -> None:
+    tries = 20 * size
+    first = [int(permute(np.zeros(1, int), size=size, key=fold_key(9, i))[0]) for i in range(tries)]
+    counts = np.bincount(first, minlength=size)
+    chi_square = float(((counts - 20) ** 2 / 20).sum())
+    assert abs(chi_square - (size - 1)) < 5 * math.sqrt(2 * size)
+
+
+def test_neighbouring_places_get_unrelated_samples() -> None:
+    image = permute(np.arange(100_000), size=100_000, key=1).astype(float)
+    assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 0.015  # deviation 0.003
+    assert abs(np.corrcoef(image, np.arange(100_000))[0, 1]) < 0.015
+
+
+@pytest.mark.parametrize("size", [0, -1, 2**48 + 1])
+def test_a_size_out_of_range_is_refused(size: int) -> None:
+    with pytest.raises(ValueError, match=r"1 to 2\*\*48"):
+        permute(np.zeros(1, int), size=size, key=0)
+
+
+shares_strategy = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
+
+
+@given(shares=shares_strategy, start=st.integers(0, 2**50))
+@settings(deadline=None)
+def test_every_source_keeps_its_share_at_any_slot(shares: list[int], start: int) -> None:
+    whole = integer_shares(shares)
+    source_ids, visits = assign_sources(np.arange(start, start + 500), whole)
+    for source, share in enumerate(shares):
+        mine = np.flatnonzero(source_ids == source)
+        # numbered without a gap ...
+        assert np.array_equal(np.diff(visits[mine]), np.ones(max(len(mine) - 1, 0)))
+        # ... and the count before each slot is the exact share, within half a sample a level
+        level = min(source + 1, len(shares) - 1)
+        for place in mine[:3]:
+            exact = Fraction(start + int(place)) * share / sum(shares)
+            assert abs(int(visits[place]) - exact) <= Fraction(1, 2) * level + 1
+
+
+@given(shares=shares_strategy)
+@settings(deadline=None)
+def test_visits_are_counted_from_the_first_slot(shares: list[int]) -> None:
+    source_ids, visits = assign_sources(np.arange(2000), integer_shares(shares))
+    for source in range(len(shares)):
+        mine = visits[source_ids == source]
+        assert np.array_equal(mine, np.arange(len(mine)))
+
+
+def test_two_sources_alternate_evenly() -> None:
+    source_ids, _ = assign_sources(np.arange(3000), integer_shares([1, 2]))
+    assert np.bincount(source_ids).tolist() == [1000, 2000]
+    windows = np.lib.stride_tricks.sliding_window_view(source_ids == 0, 30).sum(axis=1)
+    assert windows.min() >= 9
+    assert windows.max() <= 11
+
+
+@pytest.mark.parametrize(
+    ("given_shares", "expected"),
+    [
+        ([1.0], (1,)),
+        ([0.5, 0.3, 0.2], (5, 3, 2)),
+        ([1 / 3, 2 / 3], (1, 2)),
+        ([1_281_167, 3_318_333], (1_281_167, 3_318_333)),
+        ([0.1, 100], (1, 1000)),
+    ],
+)
+def test_shares_become_the_integers_that_were_meant(
+    given_shares: list[float], expected: tuple[int, ...]
+) -> None:
+    assert integer_shares(given_shares) == expected
+
+
+def test_huge_counts_are_rounded_to_a_billionth() -> None:
+    counts = [5_000_000_001, 3_000_000_019]
+    first, second = integer_shares(counts)
+    assert first + second < 2**31
+    assert abs(first / (first + second) - counts[0] / sum(counts)) < 2e-9
+
+
+@pytest.mark.parametrize("shares", [[], [1.0, 0.0], [1.0, -1], [math.inf], [math.nan], [1, 1e12]])
+def test_shares_that_make_no_sense_are_refused(shares: list[float]) -> None:
+    with pytest.raises(ValueError, match="source"):
+        integer_shares(shares)

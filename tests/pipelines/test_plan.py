@@ -1,0 +1,252 @@
+"""The plan is a pure function of seed and step, whatever the number of ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.config import DataConfig
+from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan
+from unicl_fast.shards import SAMPLE_DTYPE
+
+NUM_CLASSES = 10
+
+
+def make_source(
+    size: int, *, captions: int = 0, labels: int = 0, name: str = "data", num_templates: int = 5
+) -> PlanSource:
+    samples = np.zeros(size, dtype=SAMPLE_DTYPE)
+    samples["height"] = 100 + np.arange(size) % 50
+    samples["width"] = 120
+    samples["captions_count"] = captions
+    samples["labels_count"] = labels
+    samples["labels_start"] = labels * np.arange(size)
+    return PlanSource(
+        name=name,
+        samples=samples,
+        labels=(np.arange(size * labels) % NUM_CLASSES).astype(np.int32),
+        num_templates=num_templates,
+        class_ids=np.arange(NUM_CLASSES),
+    )
+
+
+def make_plan(*sources: PlanSource, batch: int = 8, seed: int = 0, **options: Any) -> TrainPlan:
+    shares = options.pop("shares", None)
+    return TrainPlan(
+        sources, data=DataConfig(**options), global_batch_size=batch, seed=seed, shares=shares
+    )
+
+
+def arrays(batch: PlannedBatch) -> dict[str, np.ndarray]:
+    return {
+        field.name: getattr(batch, field.name)
+        for field in dataclasses.fields(batch)
+        if field.name != "step"
+    }
+
+
+def divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@given(
+    sizes=st.lists(st.integers(24, 200), min_size=1, max_size=3),
+    batch=st.integers(1, 24),
+    step=st.integers(0, 2**40),
+    seed=st.integers(-(2**63), 2**63),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
+    sizes: list[int], batch: int, step: int, seed: int, data: st.DataObject
+) -> None:
+    world_size = data.draw(st.sampled_from(divisors(batch)))
+    plan = make_plan(
+        *(make_source(size, captions=2, labels=2) for size in sizes), batch=batch, seed=seed
+    )
+    whole = arrays(plan.batch(step, rank=0, world_size=1))
+    slices = [arrays(plan.batch(step, rank=r, world_size=world_size)) for r in range(world_size)]
+    for name, expected in whole.items():
+        assert np.array_equal(np.concatenate([s[name] for s in slices]), expected), name
+    assert np.array_equal(whole["slots"], np.arange(batch))
+
+
+@given(size=st.integers(1, 300), seed=st.integers(0, 1000), data=st.data())
+@settings(deadline=None)
+def test_a_pass_visits_each_sample_once_from_any_start(
+    size: int, seed: int, data: st.DataObject
+) -> None:
+    batch = data.draw(st.integers(1, size))
+    world_size = data.draw(st.sampled_from(divisors(batch)))
+    first_pass = data.draw(st.integers(0, 10**6))
+    plan = make_plan(make_source(size, labels=1), batch=batch, seed=seed)
+    start, end = first_pass * size, (first_pass + 1) * size
+    steps = range(start // batch, -(-end // batch))
+    seen = np.concatenate(
+        [
+            plan.batch(step, rank=rank, world_size=world_size).sample_ids
+            for step in steps
+            for rank in range(world_size)
+        ]
+    )
+    seen = seen[start - steps[0] * batch :][:size]
+    assert np.array_equal(np.sort(seen), np.arange(size))
+
+
+def test_each_source_makes_passes_of_its_own() -> None:
+    plan = make_plan(
+        make_source(30, captions=1), make_source(100, labels=1), shares=[0.25, 0.75], batch=40
+    )
+    batches = [plan.batch(step, rank=0, world_size=1) for step in range(12)]
+    source_ids = np.concatenate([b.source_ids for b in batches])
+    sample_ids = np.concatenate([b.sample_ids for b in batches])
+    assert np.bincount(source_ids).tolist() == [120, 360]
+    for source, size in ((0, 30), (1, 100)):
+        visits = sample_ids[source_ids == source]
+        passes = visits[: len(visits) // size * size].reshape(-1, size)
+        assert np.array_equal(np.sort(passes, axis=1), np.tile(np.arange(size), (len(passes), 1)))
+        assert not np.array_equal(passes[0], passes[1])
+
+
+def test_every_rank_gets_every_source_in_proportion() -> None:
+    plan = make_plan(
+        make_source(1000, captions=1), make_source(1000, labels=1), shares=[1, 3], batch=64
+    )
+    for rank in range(4):
+        batch = plan.batch(3, rank=rank, world_size=4)
+        assert np.bincount(batch.source_ids).tolist() == [4, 12]
+
+
+def test_without_shares_all_sources_finish_a_pass_together() -> None:
+    plan = make_plan(make_source(100, captions=1), make_source(300, labels=1), batch=40)
+    batches = [plan.batch(step, rank=0, world_size=1) for step in range(10)]
+    seen = Counter(
+        pair
+        for b in batches
+        for pair in zip(b.source_ids.tolist(), b.sample_ids.tolist(), strict=True)
+    )
+    assert len(seen) == 400
+    assert set(seen.values()) == {1}
+
+
+def test_seeds_change_everything_drawn() -> None:
+    source = make_source(500, captions=5, labels=3)
+    one, other = (
+        arrays(make_plan(source, batch=200, seed=seed).batch(0, rank=0, world_size=1))
+        for seed in (0, 1)
+    )
+    for name in set(one) - {"slots", "source_ids"}:
+        assert not np.array_equal(one[name], other[name]), name
+
+
+def test_a_visit_in_another_pass_draws_anew() -> None:
+    plan = make_plan(make_source(50, captions=5), batch=50)
+    first, second = (plan.batch(step, rank=0, world_size=1) for step in (0, 1))
+    one, other = np.argsort(first.sample_ids), np.argsort(second.sample_ids)
+    assert not np.array_equal(first.window_starts[one], second.window_starts[other])
+    assert not np.array_equal(first.captions[one], second.captions[other])
+    assert not np.array_equal(first.flips[one], second.flips[other])
+
+
+def all_of(plan: TrainPlan, steps: int) -> dict[str, np.ndarray]:
+    batches = [arrays(plan.batch(step, rank=0, world_size=1)) for step in range(steps)]
+    return {name: np.concatenate([b[name] for b in batches]) for name in batches[0]}
+
+
+def test_any_text_is_a_fair_coin_between_kinds_then_uniform_within() -> None:
+    drawn = all_of(make_plan(make_source(1000, captions=5, labels=2), batch=1000), 20)
+    is_caption = drawn["captions"] >= 0
+    assert abs(is_caption.mean() - 0.5) < 0.02
+    assert np.array_equal(is_caption, drawn["labels"] < 0)
+    assert np.array_equal(is_caption, drawn["templates"] < 0)
+    counts = np.bincount(drawn["captions"][is_caption], minlength=5)
+    assert abs(counts / counts.sum() - 0.2).max() < 0.02
+    templates = np.bincount(drawn["templates"][~is_caption], minlength=5)
+    assert abs(templates / templates.sum() - 0.2).max() < 0.02
+    # sample i has labels 2 i and 2 i + 1 (mod 10), each equally often
+    place = (drawn["labels"] - 2 * drawn["sample_ids"])[~is_caption] % NUM_CLASSES
+    assert set(place.tolist()) == {0, 1}
+    assert abs(place.mean() - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("text", ["any", "captions", "labels"])
+def test_a_sample_with_one_kind_of_text_shows_that(text: str) -> None:
+    sources = make_source(100, captions=3), make_source(100, labels=2)
+    drawn = all_of(make_plan(*sources, batch=50, text=text), 8)
+    assert ((drawn["captions"] >= 0) == (drawn["source_ids"] == 0)).all()
+    assert ((drawn["labels"] >= 0) == (drawn["source_ids"] == 1)).all()
+
+
+@pytest.mark.parametrize(("text", "shown"), [("captions", "captions"), ("labels", "labels")])
+def test_a_sample_with_both_kinds_shows_the_one_asked_for(text: str, shown: str) -> None:
+    drawn = all_of(make_plan(make_source(100, captions=2, labels=2), batch=100, text=text), 3)
+    assert (drawn[shown] >= 0).all()
+
+
+def test_templates_per_class_are_one_for_a_class_and_step_on_all_ranks() -> None:
+    plan = make_plan(make_source(200, labels=1), batch=100, templates="per_class")
+    drawn_of_class: dict[int, set[int]] = {}
+    for step in range(30):
+        templates: dict[int, set[int]] = {}
+        for rank in range(4):
+            batch = plan.batch(step, rank=rank, world_size=4)
+            for label, template in zip(
+                batch.labels.tolist(), batch.templates.tolist(), strict=True
+            ):
+                templates.setdefault(label, set()).add(template)
+                drawn_of_class.setdefault(label, set()).add(template)
+        assert all(len(found) == 1 for found in templates.values())
+    assert all(len(found) == 5 for found in drawn_of_class.values())
+
+
+def test_flips_have_the_chance_that_was_asked_for() -> None:
+    for chance in (0.0, 0.3, 1.0):
+        plan = make_plan(make_source(5000, labels=1), batch=5000, flip_probability=chance)
+        assert abs(plan.batch(0, rank=0, world_size=1).flips.mean() - chance) < 0.03
+
+
+def test_a_source_smaller_than_its_share_of_a_batch_is_refused() -> None:
+    sources = make_source(10, captions=1, name="little"), make_source(1000, labels=1)
+    with pytest.raises(ValueError, match=r"little has 10 samples.*50\.0 of 100.*smaller"):
+        make_plan(*sources, batch=100, shares=[1, 1])
+    make_plan(*sources, batch=100, shares=[1, 9])
+
+
+def test_samples_without_any_text_are_refused_and_counted() -> None:
+    source = make_source(20, captions=1, name="mute")
+    source.samples["captions_count"][:3] = 0
+    with pytest.raises(ValueError, match="3 of the 20 samples of mute"):
+        make_plan(source)
+
+
+def test_labels_without_class_names_are_refused_unless_never_shown() -> None:
+    labels_only = make_source(20, labels=1, num_templates=0)
+    both = make_source(20, captions=1, labels=1, num_templates=0)
+    for source, text in ((labels_only, "any"), (labels_only, "captions"), (both, "any")):
+        with pytest.raises(ValueError, match="no class names"):
+            make_plan(source, text=text)
+    drawn = all_of(make_plan(both, text="captions"), 2)
+    assert (drawn["captions"] == 0).all()
+
+
+def test_a_label_beyond_the_class_names_is_refused() -> None:
+    source = make_source(20, labels=1)
+    source.labels[7] = NUM_CLASSES
+    with pytest.raises(ValueError, match=r"0 to 9.*from 0 to 10"):
+        make_plan(source)
+
+
+def test_ranks_that_cannot_share_a_batch_are_refused() -> None:
+    with pytest.raises(ValueError, match="8 cannot be shared by 3 ranks"):
+        make_plan(make_source(20, labels=1)).batch(0, rank=0, world_size=3)
+
+
+def test_shares_must_match_the_data_sets() -> None:
+    with pytest.raises(ValueError, match="2 shares were given for 1 data sets"):
+        make_plan(make_source(20, labels=1), shares=[1, 2])
