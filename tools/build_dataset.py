@@ -47,9 +47,9 @@ class BuildSummary:
     num_samples: int
     num_captions: int
     num_labels: int
-    num_classes: int
     num_reencoded: int
     num_quarantined: int
+    class_names: tuple[str, ...]
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
     passed_over: dict[str, int]
@@ -154,7 +154,7 @@ def build_dataset(
         num_samples=manifest.num_samples,
         num_captions=manifest.num_captions,
         num_labels=manifest.num_labels,
-        num_classes=len(manifest.class_names),
+        class_names=manifest.class_names,
         num_reencoded=num_reencoded,
         num_quarantined=manifest.num_quarantined,
         quarantined=problems.describe(),

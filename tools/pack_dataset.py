@@ -6,6 +6,7 @@ directly.
 
 from __future__ import annotations
 
+import re
 import signal
 import sys
 from collections.abc import Sequence
@@ -20,6 +21,8 @@ from unicl_fast.shard_writer import DEFAULT_SHARD_BYTES
 from unicl_fast.shards import QUARANTINE_NAME
 from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
 from unicl_fast.tools.build_dataset import build_dataset as build_dataset
+
+_WORDNET_ID = re.compile(r"n\d{8}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _report(summary: BuildSummary) -> str:
     """The closing summary, and what to do next."""
     texts = f"{summary.num_captions:,} captions, {summary.num_labels:,} labels"
-    classes = f" of {summary.num_classes:,} classes" if summary.num_classes else ""
+    classes = f" of {len(summary.class_names):,} classes" if summary.class_names else ""
     rate = summary.num_samples / summary.seconds
     lines = [
         f"{summary.out}: {summary.num_samples:,} pictures, {texts}{classes}",
@@ -114,6 +117,11 @@ def _report(summary: BuildSummary) -> str:
         lines.append(
             f"left out: {summary.num_quarantined:,}, listed in {summary.out / QUARANTINE_NAME} - "
             + summary.quarantined
+        )
+    if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):
+        lines.append(
+            "note: the class names are WordNet ids, from which no text encoder learns much; "
+            "--class-names imagenet, or a file of KEY<TAB>NAME lines, gives them words"
         )
     lines.append(f"next: unicl-pretrain --preset NAME --data.train {summary.out} --out RUN")
     return "\n".join(lines)

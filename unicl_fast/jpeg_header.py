@@ -137,7 +137,9 @@ def _exif_orientation(tiff: bytes) -> int | None:
                 if kind not in _EXIF_FORMATS or number != 1:
                     return None
                 (value,) = struct.unpack_from(order + _EXIF_FORMATS[kind], tiff, entry + 8)
-                # in another type than SHORT an upright picture may be rotated by some decoder
+                if value == 0 and kind == _EXIF_SHORT:
+                    return 1  # "unknown", which Picasa wrote into many photos; none rotates it
+                # in another type than SHORT some decoders see the value and some do not
                 return None if kind != _EXIF_SHORT and value == 1 else int(value)
     except struct.error:
         return None
