@@ -24,6 +24,7 @@ from unicl_fast.dist import Ranks, adopt_slurm_ranks, process_group
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.tools.figures import draw_curves
 from unicl_fast.tools.launch import configure_logging, start_ranks
 from unicl_fast.tools.packed_data import (
     build_prompts,
@@ -47,7 +48,7 @@ class PretrainArguments(TrainConfig):
     """
 
     out: Path
-    """The run folder: config.json, metrics.jsonl, checkpoints/, tensorboard/."""
+    """The run folder: config.json, metrics.jsonl, curves.png, checkpoints/, tensorboard/."""
     preset: str = _DEFAULT_PRESET
     """What all other settings start from."""
     nproc: int = 1
@@ -64,10 +65,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         start_ranks("unicl_fast.tools.pretrain", nproc=arguments.nproc, argv=argv)
     adopt_slurm_ranks()
     try:
-        pretrain(arguments)
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        pretrain(split_config(arguments), run_folder=arguments.out, resume=arguments.resume)
+    except (ValueError, FileNotFoundError) as error:
         print(f"unicl-pretrain: {error}", file=sys.stderr)
-        sys.exit(2 if not isinstance(error, FloatingPointError) else 1)
+        sys.exit(2)
+    except FloatingPointError as error:
+        print(f"unicl-pretrain: {error}", file=sys.stderr)
+        sys.exit(1)
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
@@ -92,16 +96,30 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     )
 
 
-def pretrain(arguments: PretrainArguments, *, progress: bool = True) -> None:
+def split_config(arguments: PretrainArguments) -> TrainConfig:
+    """The run's settings without what only the command line knows."""
+    groups = {
+        field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)
+    }
+    return TrainConfig(**groups)
+
+
+def pretrain(
+    config: TrainConfig, *, run_folder: Path, resume: str = "never", progress: bool = True
+) -> None:
     """Runs on this rank from the first step, or a checkpoint's, to the end.
+
+    Args:
+        config: the run's settings.
+        run_folder: where everything is written.
+        resume: "never", "auto" or the path of a checkpoint.
+        progress: show a progress bar on rank 0.
 
     Raises:
         ValueError: settings, data or checkpoint that do not go together; says what to change.
         FileNotFoundError: a data set or checkpoint that is not there.
+        FloatingPointError: the loss is not finite.
     """
-    config = TrainConfig(
-        **{field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)}
-    )
     if not config.data.train:
         raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
@@ -109,25 +127,27 @@ def pretrain(arguments: PretrainArguments, *, progress: bool = True) -> None:
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
+        checkpoint = choose_checkpoint(resume, run_folder)
         trainer = build_trainer(
-            config, run_folder=arguments.out, ranks=ranks, device=device, progress=progress
+            config, run_folder=run_folder, ranks=ranks, device=device, progress=progress
         )
-        checkpoint = choose_checkpoint(arguments.resume, arguments.out)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         if ranks.is_main:
-            arguments.out.mkdir(parents=True, exist_ok=True)
+            run_folder.mkdir(parents=True, exist_ok=True)
             text = json.dumps(config_to_dict(trainer.config), indent=1)
-            (arguments.out / "config.json").write_text(text + "\n", encoding="utf-8")
+            (run_folder / "config.json").write_text(text + "\n", encoding="utf-8")
         try:
             trainer.fit()
         finally:
             trainer.loader.close()
         if ranks.is_main:
+            draw_curves(run_folder, run_folder / "curves.png")
             logger.info(
-                "done: %d steps. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
+                "%d steps done, curves in %s. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
                 trainer.step,
-                arguments.out,
+                run_folder / "curves.png",
+                run_folder,
             )
 
 
@@ -135,11 +155,13 @@ def build_trainer(
     config: TrainConfig,
     *,
     run_folder: Path,
-    ranks: Ranks,
-    device: torch.device,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
     progress: bool = True,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together."""
+    ranks = ranks or Ranks()
+    device = device or choose_device(config.run.device)
     datasets, shares = open_sources(config.data.train)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)

@@ -36,6 +36,6 @@ def unicl_resnet10_small(pretrained: bool = False, **kwargs: Any) -> ResNet:
 
 
 @register_model
-def unicl_resnet10_medium(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Four stages of one basic block, 48 to 384 channels: 2.8 M parameters."""
-    return _small_resnet((1, 1, 1, 1), (48, 96, 192, 384), **kwargs)
+def unicl_resnet14_small(pretrained: bool = False, **kwargs: Any) -> ResNet:
+    """Four stages of 1, 2, 2, 1 basic blocks, 32 to 256 channels: 1.6 M parameters."""
+    return _small_resnet((1, 2, 2, 1), (32, 64, 128, 256), **kwargs)
