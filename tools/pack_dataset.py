@@ -97,7 +97,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("stopped; nothing was written", code=130)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error), code=2)
-    _print(_report(summary))
+    _print(_report(summary), sys.stdout)
 
 
 def _report(summary: BuildSummary) -> str:
@@ -127,14 +127,14 @@ def _report(summary: BuildSummary) -> str:
     return "\n".join(lines)
 
 
-def _print(text: str, *, file: TextIO = sys.stdout) -> None:
+def _print(text: str, file: TextIO) -> None:
     """Prints names from anywhere: bytes that the terminal has no character for are escaped."""
     encoding = file.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def _fail(message: str, *, code: int) -> NoReturn:
-    _print(f"unicl-pack: {message}", file=sys.stderr)
+    _print(f"unicl-pack: {message}", sys.stderr)
     raise SystemExit(code)
 
 

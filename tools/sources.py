@@ -136,7 +136,10 @@ def _read_list(path: Path, options: ListOptions) -> Source:
     tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
     conditions = [_split_condition(condition) for condition in options.where]
     read_rows = _csv_rows if path.suffix.lower() in (".csv", ".tsv") else _jsonl_rows
-    columns = _choose_columns(path, _column_names(read_rows(path)), options, conditions)
+    header = _column_names(read_rows(path))
+    if not header:
+        raise ValueError(f"{path} has no rows that can be read")
+    columns = _choose_columns(path, header, options, conditions)
     items: dict[str, Item] = {}
     broken: list[Item] = []
     passed_over: Counter[str] = Counter()
@@ -172,8 +175,8 @@ def _read_list(path: Path, options: ListOptions) -> Source:
 @dataclass(frozen=True, slots=True)
 class _Columns:
     image: str
-    caption: str | None
-    label: str | None
+    captions: tuple[str, ...]
+    labels: tuple[str, ...]
 
 
 def _column_names(rows: Iterable[tuple[int, Row]]) -> list[str]:
@@ -188,29 +191,29 @@ def _column_names(rows: Iterable[tuple[int, Row]]) -> list[str]:
 def _choose_columns(
     path: Path, header: list[str], options: ListOptions, conditions: list[tuple[str, str]]
 ) -> _Columns:
-    """Finds the columns to read."""
+    """Finds the columns to read. JSON rows may say `caption` here and `captions` there."""
 
-    def choose(wanted: str, usual: tuple[str, ...], option: str) -> str | None:
+    def choose(wanted: str, usual: tuple[str, ...], option: str) -> tuple[str, ...]:
         if wanted and wanted not in header:
             raise ValueError(f"{path} has no column {wanted!r} ({option}); it has {header}")
-        return wanted or next((name for name in usual if name in header), None)
+        return (wanted,) if wanted else tuple(name for name in usual if name in header)
 
-    image = choose(options.image_column, IMAGE_COLUMNS, "--image-column")
-    caption = choose(options.caption_column, CAPTION_COLUMNS, "--caption-column")
-    label = choose(options.label_column, LABEL_COLUMNS, "--label-column")
+    images = choose(options.image_column, IMAGE_COLUMNS, "--image-column")
+    captions = choose(options.caption_column, CAPTION_COLUMNS, "--caption-column")
+    labels = choose(options.label_column, LABEL_COLUMNS, "--label-column")
     for column, _ in conditions:
         choose(column, (), "--where")
-    if image is None:
+    if not images:
         raise ValueError(
             f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with picture paths "
             f"by --image-column. It has {header}"
         )
-    if caption is None and label is None:
+    if not captions and not labels:
         raise ValueError(
             f"{path} has neither captions nor labels in columns of the usual names; name them by "
             f"--caption-column or --label-column. It has {header}"
         )
-    return _Columns(image, caption, label)
+    return _Columns(images[0], captions, labels)
 
 
 def _find_picture(tree: Tree, name: str) -> Item:
@@ -225,20 +228,32 @@ def _find_picture(tree: Tree, name: str) -> Item:
 
 def _add_texts(item: Item, row: dict[str, Any], columns: _Columns, line: int) -> None:
     """Adds a row's captions and labels, each once; a wrong type is the item's problem."""
-    for column, texts in ((columns.caption, item.captions), (columns.label, item.labels)):
-        value = None if column is None else row.get(column)
-        for text in value if isinstance(value, list) else [value]:
-            if text is None or (isinstance(text, str) and not text.strip()):
-                continue
-            if texts is item.labels and text in (-1, "-1"):
-                continue  # by convention no label
-            number = isinstance(text, int) and not isinstance(text, bool)
-            if not isinstance(text, str) and not (number and texts is item.labels):
-                item.problem = Problem(
-                    kind="bad row", message=f"line {line}: {column} holds {text!r}"
-                )
-            elif text not in texts:
-                texts.append(text)
+    for column in columns.captions:
+        for caption in _values(row.get(column)):
+            if not isinstance(caption, str):
+                item.problem = _bad_value(line, column, caption)
+            elif caption not in item.captions:
+                item.captions.append(caption)
+    for column in columns.labels:
+        for label in _values(row.get(column)):
+            if not isinstance(label, (str, int)) or isinstance(label, bool):
+                item.problem = _bad_value(line, column, label)
+            elif label not in (-1, "-1", *item.labels):  # -1 is the usual sign for none
+                item.labels.append(label)
+
+
+def _values(value: Any) -> list[Any]:
+    """A field as a list, without blanks."""
+    values = value if isinstance(value, list) else [value]
+    return [
+        entry
+        for entry in values
+        if entry is not None and not (isinstance(entry, str) and not entry.strip())
+    ]
+
+
+def _bad_value(line: int, column: str, value: Any) -> Problem:
+    return Problem(kind="bad row", message=f"line {line}: {column} holds {value!r}")
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
