@@ -1,0 +1,31 @@
+"""Keeps freed memory in the process, because getting it anew costs more than filling it.
+
+glibc takes every block above 32 MB (less at first) from the kernel and gives it back when it is
+freed. The kernel clears each page at its first touch: writing a fresh float32 batch of 64 pictures
+(38 MB) took 19 ms here, writing one that was there 2 ms, and a training step on the CPU that
+touched 30,000 fresh pages took 1.4 times the processor time of one that touched none.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_MAX = -4
+_NEVER = 2**31 - 1
+
+
+def keep_freed_memory() -> bool:
+    """Tells glibc to reuse freed blocks of any size; for programs to call when they start.
+
+    The price: the process stays as large as it ever was. Child processes made by fork inherit it.
+
+    Returns:
+        Whether the C library took it; another one than glibc is left as it is.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return bool(mallopt(_M_MMAP_MAX, 0)) and bool(mallopt(_M_TRIM_THRESHOLD, _NEVER))
