@@ -146,9 +146,7 @@ class TrainLoader:
         )
         # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
         # to a prompt are found by look-up, so no other rank's labels can change a class here.
-        targets = map_targets(
-            rows, classes, self._prompts, unique=self._config.efficiency.unique_texts
-        )
+        targets = map_targets(rows, classes, self._prompts)
         encoded = [
             self._datasets[source].image_bytes(sample, verify=True)
             for source, sample in zip(

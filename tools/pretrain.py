@@ -22,6 +22,7 @@ from unicl_fast.checkpoint import find_checkpoint
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks, adopt_slurm_ranks, process_group
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.tools.figures import draw_curves
@@ -64,6 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.nproc > 1 and "WORLD_SIZE" not in os.environ:
         start_ranks("unicl_fast.tools.pretrain", nproc=arguments.nproc, argv=argv)
     adopt_slurm_ranks()
+    keep_freed_memory()
     try:
         pretrain(split_config(arguments), run_folder=arguments.out, resume=arguments.resume)
     except (ValueError, FileNotFoundError) as error:

@@ -63,9 +63,8 @@ def cifar10_small() -> TrainConfig:
     return TrainConfig(
         data=DataConfig(
             image_size=32,
-            crop_scale=(0.4, 1.0),
+            crop_scale=(0.5, 1.0),
             evaluation_resize=32,
-            templates="per_class",
         ),
         model=ModelConfig(
             image_encoder="unicl_resnet14_small",
@@ -74,10 +73,10 @@ def cifar10_small() -> TrainConfig:
             text_heads=4,
             embed_dim=128,
         ),
-        optim=OptimConfig(lr=2e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.2),
+        optim=OptimConfig(lr=1.5e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
         efficiency=EfficiencyConfig(precision="bf16"),
-        checkpoint=CheckpointConfig(every_steps=500, keep=2),
-        run=RunConfig(global_batch_size=256, samples=16 * 50_000),
+        checkpoint=CheckpointConfig(every_steps=390, keep=2),
+        run=RunConfig(global_batch_size=256, samples=16 * 50_000, evaluate_every_steps=390),
     )
 
 

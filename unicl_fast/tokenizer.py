@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 import ftfy
 import numpy as np
 import numpy.typing as npt
-import regex  # type: ignore[import-untyped]
+import regex
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 

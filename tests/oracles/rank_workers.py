@@ -49,7 +49,7 @@ class StepwiseLoader:
     def __init__(self, images: torch.Tensor, *, rank: int = 0, world_size: int = 1) -> None:
         self.images, self.rank, self.world_size = images, rank, world_size
 
-    def batches(self, start_step: int):  # noqa: ANN201
+    def batches(self, start_step: int):
         step = start_step
         while True:
             yield global_batch(self.images, step=step, rank=self.rank, world_size=self.world_size)
@@ -58,7 +58,7 @@ class StepwiseLoader:
     def close(self) -> None: ...
 
 
-def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]:  # noqa: ANN001
+def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]:
     """Loss and parameter gradients of the first step, before clipping."""
     from unicl_fast.step import global_loss
 
@@ -78,12 +78,12 @@ def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]: 
     }
 
 
-def write_gradients(ranks, images: torch.Tensor, folder: str) -> None:  # noqa: ANN001
+def write_gradients(ranks, images: torch.Tensor, folder: str) -> None:
     loss, gradients = first_gradients(images, ranks, tiny_config())
     torch.save((loss, gradients), Path(folder) / f"{ranks.rank}.pt")
 
 
-def train(ranks, images: torch.Tensor, folder: str, steps: int) -> None:  # noqa: ANN001
+def train(ranks, images: torch.Tensor, folder: str, steps: int) -> None:
     trainer = Trainer(
         tiny_config(steps=steps),
         StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),

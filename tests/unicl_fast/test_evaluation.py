@@ -126,9 +126,7 @@ def test_retrieval_counts_what_a_sort_counts() -> None:
         assert result.text_to_image[place].num_found == found
     assert 0 < result.text_to_image[0].num_found < 60
     assert result.text_to_image[0].chance == pytest.approx(1 / 30)
-    assert result.image_to_text[1].chance == pytest.approx(
-        1 - math.comb(58, 5) / math.comb(60, 5)
-    )
+    assert result.image_to_text[1].chance == pytest.approx(1 - math.comb(58, 5) / math.comb(60, 5))
 
 
 def test_a_collapsed_model_finds_nothing() -> None:

@@ -24,7 +24,7 @@ def images(shared_data: Path) -> torch.Tensor:
     return real_pictures(shared_data, 12)
 
 
-def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:  # noqa: ANN001
+def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
     return Trainer(
         config or tiny_config(), StepwiseLoader(images), run_folder=folder, progress=False
     )

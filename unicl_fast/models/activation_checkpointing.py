@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -55,7 +56,7 @@ def _checkpoint_forward(block: nn.Module) -> None:
     ]:
         return contextlib.nullcontext(), _statistics_left_alone(block)
 
-    def recomputing_forward(*args: object, **kwargs: object) -> object:
+    def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(
             forward,
             *args,

@@ -1,0 +1,187 @@
+"""The programs as a user runs them, on real pictures: train, kill, resume, two ranks, evaluate."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from unicl_fast.checkpoint import list_checkpoints
+from unicl_fast.metrics import read_metrics
+
+pytestmark = pytest.mark.dali
+
+STEPS = 8
+SMALL = [
+    *("--preset", "digits-small", "--model.image-encoder", "test_vit", "--data.image-size", "32"),
+    *("--data.evaluation-resize", "32", "--model.drop-path", "0.2", "--model.text-width", "16"),
+    *("--run.global-batch-size", "8", "--run.samples", "0", "--run.steps", str(STEPS)),
+    *("--run.log-every-steps", "1", "--run.evaluate-every-steps", "0", "--run.device", "cpu"),
+    *("--checkpoint.every-steps", "2", "--checkpoint.keep", "0"),
+]
+
+
+def run(program: str, *arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", f"unicl_fast.tools.{program}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=180,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 pictures as class folders and packed, and captioned photographs packed."""
+    folder = tmp_path_factory.mktemp("data")
+    archive = zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip")
+    names = [name for name in archive.namelist() if name.endswith(("0001.jpg", "0002.jpg"))]
+    names += [name for name in archive.namelist() if name.endswith("cat/0003.jpg")]
+    for name in names:
+        archive.extract(name, folder / "classes")
+    lines = (shared_data / "captions" / "flickr8k" / "captions.jsonl").read_text().splitlines()
+    (folder / "list.jsonl").write_text("\n".join(lines[:20]))
+    run("pack_dataset", "build", folder / "classes", "--out", folder / "labels")
+    run(
+        *("pack_dataset", "build", folder / "list.jsonl", "--out", folder / "captions"),
+        *("--image-root", shared_data / "captions" / "flickr8k"),
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path) -> Path:
+    out = data / "unbroken"
+    run("pretrain", *SMALL, "--data.train", data / "labels", data / "captions", "--out", out)
+    return out
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run_folder) if "loss" in line]
+
+
+def weights(run_folder: Path) -> bytes:
+    newest = list_checkpoints(run_folder / "checkpoints")[-1]
+    return (newest / "model.safetensors").read_bytes()
+
+
+def test_a_run_leaves_what_the_readme_promises(unbroken: Path) -> None:
+    assert len(losses(unbroken)) == STEPS
+    assert Image.open(unbroken / "curves.png").size[0] > 300
+    config = json.loads((unbroken / "config.json").read_text())
+    assert config["model"]["image_encoder"] == "test_vit"
+
+
+def test_killed_and_resumed_it_equals_the_unbroken_run_bit_for_bit(
+    data: Path, unbroken: Path
+) -> None:
+    out = data / "killed"
+    arguments = [*SMALL, "--data.train", data / "labels", data / "captions", "--out", out]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unicl_fast.tools.pretrain", *map(str, arguments)],
+        stderr=subprocess.DEVNULL,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(out / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert list_checkpoints(out / "checkpoints")
+    refused = run("pretrain", *arguments, expect=2)
+    assert "--resume auto" in refused.stderr
+    run("pretrain", *arguments, "--resume", "auto")
+    assert losses(out) == losses(unbroken)
+    assert weights(out) == weights(unbroken)
+
+
+@pytest.mark.dist
+def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
+    out = data / "two"
+    run(
+        *("pretrain", *SMALL, "--data.train", data / "labels", data / "captions", "--out", out),
+        *("--efficiency.precision", "fp64", "--nproc", "2"),
+    )
+    alone = data / "alone"
+    run(
+        *("pretrain", *SMALL, "--data.train", data / "labels", data / "captions", "--out", alone),
+        *("--efficiency.precision", "fp64"),
+    )
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-10)
+
+
+@pytest.mark.dist
+def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(
+    data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    def result(name: str, source: Path, *more: str) -> dict:
+        path = tmp_path / f"{name}.json"
+        arguments = ["--checkpoint", unbroken, "--data", source, "--json", path]
+        done = run("evaluate", "zero-shot", *arguments, "--device", "cpu", *more)
+        assert "top-1" in done.stdout
+        return json.loads(path.read_text())
+
+    packed = result("packed", data / "labels")
+    assert packed["num_samples"] == 21
+    assert packed["num_classes"] == 10
+    for other in (
+        result("folder", data / "classes"),
+        result("ranks", data / "labels", "--nproc", "2"),
+        result("ranks-folder", data / "classes", "--nproc", "2", "--batch-size", "3"),
+    ):
+        for key in ("num_samples", "top1", "top5", "mean_per_class", "per_class"):
+            assert other[key] == packed[key], key
+
+
+def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) -> None:
+    path = tmp_path / "retrieval.json"
+    run(
+        *("evaluate", "retrieval", "--checkpoint", unbroken, "--data", data / "captions"),
+        *("--json", path, "--device", "cpu"),
+    )
+    values = json.loads(path.read_text())
+    assert (values["num_images"], values["num_captions"]) == (20, 100)
+    assert values["text_to_image_recall_at_5_chance"] == pytest.approx(5 / 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "swin-tinny", "--out", "x"], "presets are swin-tiny"),
+        ([*SMALL, "--out", "x"], "give --data.train DIR"),
+        ([*SMALL, "--out", "x", "--data.train", "nowhere"], "nowhere"),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}=0.5", "{captions}"], "or none"),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}", "--run.global-batch-size", "64"], "21"),
+        ([*SMALL, "--out", "x", "--model.context-length", "20", "--data.train", "{labels}"], "77"),
+    ],
+    ids=["preset", "no data", "no such data", "half the shares", "too few samples", "context"],
+)
+def test_wrong_input_ends_with_2_and_a_sentence(
+    data: Path, tmp_path: Path, arguments: list[str], message: str
+) -> None:
+    filled = [
+        word.replace("{labels}", str(data / "labels")).replace("{captions}", str(data / "captions"))
+        for word in arguments
+    ]
+    done = run("pretrain", *filled, expect=2)
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_help_explains_every_setting() -> None:
+    done = run("pretrain", "--help")
+    for words in ("--data.train", "--efficiency.precision", "DIR=SHARE", "cifar10-small"):
+        assert words in done.stdout
+    for words in ("zero-shot", "retrieval"):
+        assert words in run("evaluate", "--help").stdout
