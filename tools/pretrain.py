@@ -146,7 +146,8 @@ def pretrain(
         if ranks.is_main:
             draw_curves(run_folder, run_folder / "curves.png")
             logger.info(
-                "%d steps done, curves in %s. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
+                "%d steps done, curves in %s. Next: "
+                "unicl-eval zero-shot --checkpoint %s --data DIR",
                 trainer.step,
                 run_folder / "curves.png",
                 run_folder,

@@ -127,7 +127,7 @@ class _GatherRows(torch.autograd.Function):
         return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
 
     @staticmethod
-    def backward(ctx: Any, grad: Float[Tensor, "u d"]) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Float[Tensor, "u d"]) -> tuple[Tensor, None]:
         sizes, rank = ctx.sizes, dist.get_rank()
         blocks = [_pad_rows(block, max(sizes)) for block in grad.split(sizes)]
         mine = torch.empty_like(blocks[rank])
@@ -143,7 +143,7 @@ class _SumOverRanks(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
         return grad
 
 

@@ -196,4 +196,4 @@ def zero_shot_accuracy(
 def _predict(model: UniCL, images: Tensor, classifier: Float[Tensor, "k d"]) -> list[list[int]]:
     features = encode_pictures(model, images)
     scores = features @ classifier.to(features.dtype).T
-    return scores.topk(min(5, classifier.shape[0]), dim=1).indices.tolist()  # type: ignore[no-any-return]
+    return scores.topk(min(5, classifier.shape[0]), dim=1).indices.tolist()

@@ -29,13 +29,13 @@ def _small_resnet(layers: tuple[int, ...], channels: tuple[int, ...], **kwargs: 
     return model
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def unicl_resnet10_small(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """Four stages of one basic block, 32 to 256 channels: 1.2 M parameters."""
     return _small_resnet((1, 1, 1, 1), (32, 64, 128, 256), **kwargs)
 
 
-@register_model
+@register_model  # type: ignore[untyped-decorator]
 def unicl_resnet14_small(pretrained: bool = False, **kwargs: Any) -> ResNet:
     """Four stages of 1, 2, 2, 1 basic blocks, 32 to 256 channels: 1.6 M parameters."""
     return _small_resnet((1, 2, 2, 1), (32, 64, 128, 256), **kwargs)
