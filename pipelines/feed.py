@@ -104,4 +104,4 @@ def _run(pipeline: Pipeline, device: torch.device) -> Any:
     if device.type == "cpu":
         return pipeline.run()
     # Ordered after DALI's work on torch's stream, without waiting for it on the host.
-    return pipeline.run(cuda_stream=torch.cuda.current_stream(device))
+    return pipeline.run(torch.cuda.current_stream(device))  # positional only in DALI 2.4

@@ -253,8 +253,10 @@ def decoding_threads(threads: int) -> int:
     """Decoding threads of this rank: as given, or (0) its part of the cores it may run on."""
     if threads:
         return threads
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, len(os.sched_getaffinity(0)) // ranks_here)
+    cores = len(os.sched_getaffinity(0))
+    if cores == os.cpu_count():  # else the launcher has bound this rank to its own part already
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores)
 
 
 def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:
@@ -270,6 +272,6 @@ def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> 
 
 def _cannot_decode(names: Sequence[str], *, where: str) -> str:
     return (
-        f"{where}: a picture of this batch could not be decoded; the shards can be checked with "
-        f"`unicl-pack verify DIR`. The batch is " + "; ".join(names)
+        f"{where}: a picture of this batch could not be decoded, though its bytes are those that "
+        "were packed. The batch is " + "; ".join(names)
     )

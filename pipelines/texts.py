@@ -56,12 +56,17 @@ def gather_texts(
             _copy_texts(
                 found.reshape(-1),
                 np.arange(len(chosen), dtype=np.int64) * found.shape[1],
-                np.count_nonzero(found, axis=1),
+                _lengths(found),
                 chosen,
                 rows,
             )
             classes[chosen] = prompts.classes_of(number, labels)
     return rows, classes
+
+
+def _lengths(rows: NDArray[np.uint16]) -> NDArray[np.int64]:
+    """Tokens of each padded row, up to its end token; 0 is padding behind it, and "!" before."""
+    return rows.shape[1] - np.argmax(rows[:, ::-1] != 0, axis=1)
 
 
 @njit(cache=True, nogil=True)

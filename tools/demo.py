@@ -28,6 +28,7 @@ from unicl_fast.tools.packed_data import evaluate_zero_shot
 from unicl_fast.tools.pretrain import build_trainer, pretrain
 from unicl_fast.trainer import choose_device
 
+_MARK = ".unicl-demo"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
     "a photo of the number {}.",
@@ -53,7 +54,11 @@ def main() -> None:
     out: Path = arguments.out
     keep_freed_memory()
     started = time.perf_counter()
+    if out.exists() and not (out / _MARK).is_file() and any(out.iterdir()):
+        raise SystemExit(f"{out} holds something else than an earlier demo: choose another --out")
     shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True)
+    (out / _MARK).touch()
 
     print("1. Writing the pictures as somebody might have them: class folders, and a list")
     write_pictures(out / "pictures")

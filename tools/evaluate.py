@@ -27,10 +27,11 @@ from unicl_fast.evaluation.retrieval import RetrievalResult
 from unicl_fast.evaluation.zero_shot import ZeroShotResult
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.host_memory import keep_freed_memory
-from unicl_fast.prompts import read_class_names, read_templates
+from unicl_fast.prompts import read_templates
 from unicl_fast.shards import MANIFEST_NAME, PackedDataset
-from unicl_fast.tools.launch import configure_logging, start_ranks
-from unicl_fast.tools.pack_dataset import build_dataset
+from unicl_fast.tools.build_dataset import build_dataset
+from unicl_fast.tools.class_names import read_label_space
+from unicl_fast.tools.launch import configure_logging, start_ranks, stop
 from unicl_fast.tools.packed_data import (
     evaluate_retrieval,
     evaluate_zero_shot,
@@ -93,8 +94,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         run_zero_shot(command) if isinstance(command, ZeroShot) else run_retrieval(command)
     except (ValueError, FileNotFoundError) as error:
-        print(f"unicl-eval: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop("unicl-eval", error, code=2)
+    except (OSError, RuntimeError) as error:  # a picture, a disk or a device that failed
+        stop("unicl-eval", error, code=1)
 
 
 def run_zero_shot(command: ZeroShot) -> ZeroShotResult:
@@ -107,7 +109,9 @@ def run_zero_shot(command: ZeroShot) -> ZeroShotResult:
             result = evaluate_zero_shot(
                 model,
                 dataset,
-                class_names=read_class_names(command.class_names) if command.class_names else (),
+                class_names=read_label_space(command.class_names).names
+                if command.class_names
+                else (),
                 templates=read_templates(command.templates) if command.templates else (),
                 ranks=ranks,
                 batch_size=command.batch_size,

@@ -29,6 +29,14 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
     os.execv(sys.executable, [sys.executable, *launcher, "-m", module, *argv])
 
 
+def stop(program: str, error: Exception, *, code: int) -> NoReturn:
+    """Ends with the error's sentence; its traceback is there for who asks (UNICL_TRACEBACK=1)."""
+    if os.environ.get("UNICL_TRACEBACK"):
+        raise error
+    print(f"{program}: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
 def _without_option(argv: Sequence[str], name: str) -> list[str]:
     """`argv` without `name VALUE` and `name=VALUE`."""
     kept, skip = [], False

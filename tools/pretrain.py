@@ -25,8 +25,9 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.figures import draw_curves
-from unicl_fast.tools.launch import configure_logging, start_ranks
+from unicl_fast.tools.launch import configure_logging, start_ranks, stop
 from unicl_fast.tools.packed_data import (
     build_prompts,
     check_tokenizer,
@@ -63,17 +64,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parse_arguments(argv)
     if arguments.nproc > 1 and "WORLD_SIZE" not in os.environ:
+        try:
+            check_request(arguments)  # here it ends with one sentence and 2; in torchrun with many
+        except (ValueError, FileNotFoundError) as error:
+            stop("unicl-pretrain", error, code=2)
         start_ranks("unicl_fast.tools.pretrain", nproc=arguments.nproc, argv=argv)
     adopt_slurm_ranks()
     keep_freed_memory()
     try:
         pretrain(split_config(arguments), run_folder=arguments.out, resume=arguments.resume)
     except (ValueError, FileNotFoundError) as error:
-        print(f"unicl-pretrain: {error}", file=sys.stderr)
-        sys.exit(2)
-    except FloatingPointError as error:
-        print(f"unicl-pretrain: {error}", file=sys.stderr)
-        sys.exit(1)
+        stop("unicl-pretrain", error, code=2)
+    except (FloatingPointError, OSError, RuntimeError) as error:
+        stop("unicl-pretrain", error, code=1)
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
@@ -84,8 +87,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     try:
         preset = build_preset(name)
     except ValueError as error:
-        print(f"unicl-pretrain: {error}", file=sys.stderr)
-        sys.exit(2)
+        stop("unicl-pretrain", error, code=2)
     groups = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
     default = PretrainArguments(**groups, preset=name, out=tyro.MISSING)
     return tyro.cli(
@@ -96,6 +98,24 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
         description=f"{PretrainArguments.__doc__}\n\nPresets: {', '.join(PRESETS)}. The defaults "
         f"below are those of {name}.",
     )
+
+
+def check_request(arguments: PretrainArguments) -> None:
+    """Refuses what can be told to be wrong before ranks are started.
+
+    Raises:
+        ValueError: no data, shares that do not fit, ranks that cannot share the batch, or a run
+            folder in use.
+        FileNotFoundError: a data set or checkpoint that is not there.
+    """
+    if not arguments.data.train:
+        raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
+    Ranks(world_size=arguments.nproc).share_of(arguments.run.global_batch_size)
+    choose_checkpoint(arguments.resume, arguments.out)
+    datasets, _ = open_sources(arguments.data.train)
+    for dataset in datasets:
+        check_tokenizer(dataset, context_length=arguments.model.context_length)
+        dataset.close()
 
 
 def split_config(arguments: PretrainArguments) -> TrainConfig:
@@ -222,7 +242,15 @@ def _with_length(config: TrainConfig, *, num_samples: int) -> TrainConfig:
 
 
 def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluation]:
-    datasets, _ = open_sources(config.data.evaluate)
+    datasets = [PackedDataset(folder) for folder in config.data.evaluate]
+    names = [dataset.folder.name for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"data.evaluate: folders need different names to be told apart, got {' '.join(names)}"
+        )
+    for dataset in datasets:
+        if not dataset.manifest.class_names:
+            raise ValueError(f"data.evaluate: {dataset.folder} has no labels for zero-shot")
 
     def evaluation_of(index: int) -> Evaluation:
         def evaluate(model: UniCL) -> dict[str, float]:

@@ -24,7 +24,7 @@ class Batch:
     """One rank's share of a global batch: pictures, distinct texts, and the classes of both.
 
     Two samples are positives of each other when their class ids are equal. Class ids are any
-    int64: labels are small numbers, captions without a label carry a 63-bit key of their tokens,
+    int64: labels are small numbers, captions without a label carry a 62-bit key of their tokens,
     so that ranks agree on them without talking.
     """
 

@@ -124,17 +124,29 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 def restore_checkpoint(
     checkpoint: Path,
+    state: CheckpointState,
     *,
     model: UniCL,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-) -> CheckpointState:
-    """Puts weights, optimizer and scaler back as they were after `state.step` steps."""
-    state = read_state(checkpoint)
+) -> None:
+    """Puts weights, optimizer and scaler back as they were after `state.step` steps.
+
+    `state` is what `read_state` said of the checkpoint.
+    """
     model.load_state_dict(load_file(checkpoint / _MODEL_FILE))
     _restore_optimizer(model, optimizer, load_file(checkpoint / _OPTIMIZER_FILE))
     scaler.load_state_dict(state.scaler)
-    return state
+
+
+def remove_later_checkpoints(checkpoints_folder: Path, *, step: int) -> None:
+    """Clears what a run that went back to `step` has left ahead of it, and unfinished writes."""
+    for checkpoint in list_checkpoints(checkpoints_folder):
+        if _step_of(checkpoint) > step:
+            logger.warning("removing %s: the run goes on from step %d", checkpoint, step)
+            shutil.rmtree(checkpoint)
+    for unfinished in checkpoints_folder.glob(".step-*.partial"):
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def find_checkpoint(path: str | Path) -> Path:

@@ -59,7 +59,8 @@ class DataConfig:
     std: tuple[float, float, float] = CLIP_STD
     """Standard deviation of each colour channel, of values in 0 to 1."""
     threads: int = 0
-    """Decoding threads of each rank; 0 takes the cores of the machine divided by its ranks."""
+    """Decoding threads of each rank; 0 takes the cores this job may use, divided by its ranks
+    on this machine."""
     prefetch: int = 2
     """Batches decoded ahead of the step."""
 

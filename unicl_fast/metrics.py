@@ -6,8 +6,11 @@ step waits for the device.
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +22,9 @@ class StepMeter:
     """Collects between two logging steps; `summary` is the one place that reads the device."""
 
     def __init__(self) -> None:
+        self._start_anew()
+
+    def _start_anew(self) -> None:
         self._losses: list[Tensor] = []
         self._grad_norms: list[Tensor] = []
         self._wait_seconds = 0.0
@@ -29,14 +35,20 @@ class StepMeter:
         self._grad_norms.append(grad_norm.detach())
         self._wait_seconds += wait_seconds
 
-    @property
-    def last_loss(self) -> Tensor:
-        """Loss of the newest step, still on the device."""
-        return self._losses[-1]
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """What happens inside is no training, and does not count in the rates."""
+        started = time.perf_counter()
+        yield
+        self._started += time.perf_counter() - started
 
     def losses(self) -> list[float]:
         """Losses of the steps since the last summary."""
-        return torch.stack(self._losses).double().tolist() if self._losses else []
+        return _read(self._losses)
+
+    def grad_norms(self) -> list[float]:
+        """Gradient norms of the same steps, before clipping."""
+        return _read(self._grad_norms)
 
     def summary(self, *, num_samples: int) -> dict[str, float]:
         """Means since the last summary, and rates; starts anew.
@@ -46,15 +58,24 @@ class StepMeter:
         """
         num_steps = len(self._losses)
         values = {
-            "loss": sum(self.losses()) / num_steps,
-            "grad_norm": float(torch.stack(self._grad_norms).double().mean()),
+            "loss": _mean(self.losses()),
+            # JSON knows no infinity: overflows that the loss scaler skipped are left out
+            "grad_norm": _mean([norm for norm in self.grad_norms() if math.isfinite(norm)]),
         }
         elapsed = time.perf_counter() - self._started
         values["images_per_second"] = num_samples / elapsed
         values["data_wait_fraction"] = self._wait_seconds / elapsed
         values["step_seconds"] = elapsed / num_steps
-        self.__init__()  # type: ignore[misc]
+        self._start_anew()
         return values
+
+
+def _read(values: list[Tensor]) -> list[float]:
+    return torch.stack(values).double().tolist() if values else []
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / max(1, len(values))
 
 
 class MetricsWriter:

@@ -7,6 +7,7 @@ fp16 needs. The rest of the program asks for a `Precision` and does not look ins
 from __future__ import annotations
 
 import contextlib
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -81,10 +82,7 @@ def normalise_images(
     b, h, w, c = images.shape
     arithmetic = torch.promote_types(torch.float32, dtype)
     # a row of the picture as one long line: broadcasting over 3 channels would not vectorise
-    scale = _line([1 / (255 * s) for s in std], w, like=images, dtype=arithmetic)
-    shift = _line(
-        [-m / s for m, s in zip(mean, std, strict=True)], w, like=images, dtype=arithmetic
-    )
+    scale, shift = _lines(tuple(mean), tuple(std), w, arithmetic, images.device)
     normalised = torch.empty(b, h, w * c, dtype=dtype, device=images.device)
     piece = b if images.device.type != "cpu" else max(1, _CACHED_VALUES // (h * w * c))
     lines = images.reshape(b, h, w * c)
@@ -97,8 +95,21 @@ def normalise_images(
     return seen if channels_last else seen.contiguous()
 
 
-def _line(values: list[float], width: int, *, like: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.tensor(values * width, dtype=dtype, device=like.device)
+@functools.lru_cache(maxsize=32)
+def _lines(
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    width: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Factor and offset for each value of a row of pixels; made once, since a GPU would wait."""
+    scale = [1 / (255 * s) for s in std]
+    shift = [-m / s for m, s in zip(mean, std, strict=True)]
+    return (
+        torch.tensor(scale * width, dtype=dtype, device=device),
+        torch.tensor(shift * width, dtype=dtype, device=device),
+    )
 
 
 def place_module(module: nn.Module, *, device: torch.device, precision: Precision) -> nn.Module:

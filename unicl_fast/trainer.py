@@ -22,7 +22,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from unicl_fast.batch import Batch, Loader
-from unicl_fast.checkpoint import read_state, restore_checkpoint, save_checkpoint
+from unicl_fast.checkpoint import (
+    read_state,
+    remove_later_checkpoints,
+    restore_checkpoint,
+    save_checkpoint,
+)
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks
 from unicl_fast.metrics import MetricsWriter, StepMeter
@@ -35,6 +40,9 @@ logger = logging.getLogger(__name__)
 
 Evaluation = Callable[[UniCL], Mapping[str, float]]
 
+# Samples are numbered by step, batch size and seed: with others a run would go on elsewhere.
+_MUST_NOT_CHANGE = {"run": ("seed", "global_batch_size"), "efficiency": ("precision",)}
+
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
     """The device that `run.device` means for this rank.
@@ -46,6 +54,14 @@ def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
         raise ValueError("run.device=cuda, but torch finds no CUDA device here; use cpu or auto")
     if name == "cpu" or not torch.cuda.is_available():
         return torch.device("cpu")
+    visible = torch.cuda.device_count()
+    if visible == 1:  # SLURM may show each task its own device only
+        return torch.device("cuda", 0)
+    if local_rank >= visible:
+        raise ValueError(
+            f"local rank {local_rank} has no device of its own: torch sees {visible}; start as "
+            "many ranks as there are devices"
+        )
     return torch.device("cuda", local_rank)
 
 
@@ -117,17 +133,24 @@ class Trainer:
             ValueError: it is damaged, or of another model or other data.
         """
         state = read_state(checkpoint)
-        _refuse_differences("model", config_to_dict(state.config)["model"], self._dict("model"))
+        stored = config_to_dict(state.config)
+        _refuse_differences("model", stored["model"], self._dict("model"))
         _refuse_differences("data", state.data, self.data)
+        for group, names in _MUST_NOT_CHANGE.items():
+            _refuse_differences(
+                group,
+                {name: stored[group][name] for name in names},
+                {name: self._dict(group)[name] for name in names},
+            )
         for group in ("data", "optim", "run"):
-            for name, value in config_to_dict(state.config)[group].items():
+            for name, value in stored[group].items():
                 if value != self._dict(group)[name]:
                     logger.warning(
                         "resuming with %s.%s = %r; the checkpoint was written with %r",
                         group, name, self._dict(group)[name], value,
                     )  # fmt: skip
         restore_checkpoint(
-            checkpoint, model=self.model, optimizer=self.optimizer, scaler=self.scaler
+            checkpoint, state, model=self.model, optimizer=self.optimizer, scaler=self.scaler
         )
         self.step = state.step
         logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
@@ -139,6 +162,8 @@ class Trainer:
             FloatingPointError: the loss of a step is not finite; names the step.
         """
         with self._metrics() as metrics, self._progress_bar() as bar:
+            if self.run_folder is not None and self.ranks.is_main:
+                remove_later_checkpoints(self.run_folder / "checkpoints", step=self.step)
             batches = self.loader.batches(self.step)
             meter = StepMeter()
             while self.step < self.total_steps:
@@ -150,11 +175,12 @@ class Trainer:
                 bar.update()
                 if self._is_due(self.config.run.log_every_steps):
                     self._log(meter, metrics, bar)
-                if self._is_due(self.config.run.evaluate_every_steps):
-                    self._evaluate(metrics)
-                if self._is_due(self.config.checkpoint.every_steps):
-                    self._check_finite(meter)
-                    self.save()
+                with meter.paused():
+                    if self._is_due(self.config.checkpoint.every_steps):
+                        self._check_finite(meter)
+                        self.save()
+                    if self._is_due(self.config.run.evaluate_every_steps):
+                        self._evaluate(metrics)
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update.
@@ -217,6 +243,10 @@ class Trainer:
 
     def _evaluate(self, metrics: MetricsWriter | None) -> None:
         self.model.eval()
+        if self.ranks.world_size > 1:
+            # DDP gives rank 0's BatchNorm averages to the others before a forward pass, not after
+            for buffer in self.model.buffers():
+                torch.distributed.broadcast(buffer, src=0)
         for name, evaluation in self.evaluations.items():
             results = {f"{name}/{key}": value for key, value in evaluation(self.model).items()}
             if metrics is not None:
@@ -225,14 +255,17 @@ class Trainer:
                 tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
 
     def _check_finite(self, meter: StepMeter) -> None:
-        losses = meter.losses()
-        for index, loss in enumerate(losses):
-            if not math.isfinite(loss):
-                step = self.step - len(losses) + index
-                raise FloatingPointError(
-                    f"the loss of step {step} is {loss}: lower optim.lr, lengthen the warm-up, or "
-                    "use bf16 instead of fp16; the last checkpoint is from before"
-                )
+        watched = {"loss": meter.losses()}
+        if not self.scaler.is_enabled():  # the scaler skips steps whose gradients overflow
+            watched["gradient norm"] = meter.grad_norms()
+        for what, values in watched.items():
+            for index, value in enumerate(values):
+                if not math.isfinite(value):
+                    step = self.step - len(values) + index
+                    raise FloatingPointError(
+                        f"the {what} of step {step} is {value}: lower optim.lr, lengthen the "
+                        "warm-up, or use bf16 instead of fp16; the last checkpoint is from before"
+                    )
 
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsWriter | None]:

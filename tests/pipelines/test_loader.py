@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import DataConfig, EfficiencyConfig, ModelConfig, RunConfig, TrainConfig
+from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from unicl_fast.pipelines.feed import DecodingError
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader, decoding_threads
 from unicl_fast.prompts import ClassPrompts, fill_template
@@ -27,11 +27,10 @@ pytestmark = pytest.mark.dali
 BATCH = 12
 
 
-def make_config(*, unique_texts: bool = True, context_length: int = 77, **data: Any) -> TrainConfig:
+def make_config(*, context_length: int = 77, **data: Any) -> TrainConfig:
     return TrainConfig(
         data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **data),
         model=ModelConfig(context_length=context_length),
-        efficiency=EfficiencyConfig(unique_texts=unique_texts),
         run=RunConfig(global_batch_size=BATCH, seed=3),
     )
 
@@ -80,7 +79,7 @@ def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: Clas
         u = len(batch.tokens)
         assert tuple(batch.tokens.shape) == (u, 77)
         assert len(torch.unique(batch.tokens, dim=0)) == u
-        assert batch.text_length == int((batch.tokens != 0).sum(dim=1).max())
+        assert batch.text_length == int(batch.tokens.argmax(dim=1).max()) + 1
         assert int(batch.text_counts.sum()) == BATCH
         assert torch.equal(batch.text_counts, torch.bincount(batch.text_index, minlength=u))
         assert torch.equal(batch.class_ids, batch.text_class_ids[batch.text_index])
@@ -186,14 +185,17 @@ def test_ranks_join_to_the_global_batch(
         assert torch.bincount(expected.source_ids).tolist() == [4, 8]
 
 
-def test_texts_that_are_not_made_unique_say_the_same(
-    labelled: PackedDataset, prompts: ClassPrompts
+def test_prompts_with_an_exclamation_mark_keep_their_end(
+    labelled: PackedDataset, tokenizer: Tokenizer
 ) -> None:
-    (unique,) = take([labelled], prompts, count=1)
-    (plain,) = take([labelled], prompts, count=1, config=make_config(unique_texts=False))
-    assert len(plain.tokens) == BATCH
-    assert torch.equal(texts_of(unique), texts_of(plain))
-    assert torch.equal(unique.images, plain.images)
+    """The id of "!" is 0, like padding."""
+    names = [f"yahoo!(tm) {number}!" for number in range(len(labelled.manifest.class_names))]
+    template = "a photo of {}"
+    (batch,) = take([labelled], ClassPrompts([(names, [template])], tokenizer), count=1)
+    rows = tokenizer([fill_template(template, name) for name in names]).tolist()
+    assert any(0 in row[: row.index(tokenizer.end_id)] for row in rows)
+    assert all(row in rows for row in batch.tokens.tolist())
+    assert batch.text_length == int(batch.tokens.argmax(dim=1).max()) + 1
 
 
 def test_a_shorter_context_cuts_captions_and_keeps_their_end(
@@ -286,6 +288,7 @@ def test_what_cannot_be_decoded_is_named_with_its_step(
 
 def test_threads_are_this_rank_s_part_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 12)
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     assert decoding_threads(0) == 12
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
@@ -293,3 +296,5 @@ def test_threads_are_this_rank_s_part_of_the_cores(monkeypatch: pytest.MonkeyPat
     assert decoding_threads(7) == 7
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert decoding_threads(0) == 1
+    monkeypatch.setattr("os.cpu_count", lambda: 64)  # bound to 12 of them by the launcher
+    assert decoding_threads(0) == 12

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -15,11 +16,12 @@ import pytest
 from PIL import Image
 
 from unicl_fast.checkpoint import list_checkpoints
+from unicl_fast.config import TrainConfig
 from unicl_fast.metrics import read_metrics
 
 pytestmark = pytest.mark.dali
 
-STEPS = 8
+STEPS = 12
 SMALL = [
     *("--preset", "digits-small", "--model.image-encoder", "test_vit", "--data.image-size", "32"),
     *("--data.evaluation-resize", "32", "--model.drop-path", "0.2", "--model.text-width", "16"),
@@ -97,8 +99,9 @@ def test_killed_and_resumed_it_equals_the_unbroken_run_bit_for_bit(
     while not list_checkpoints(out / "checkpoints") and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.wait()
-    assert list_checkpoints(out / "checkpoints")
+    assert process.wait() == -signal.SIGKILL, "the run ended before it could be killed"
+    newest = list_checkpoints(out / "checkpoints")[-1]
+    assert newest.name < f"step-{STEPS:08d}"
     refused = run("pretrain", *arguments, expect=2)
     assert "--resume auto" in refused.stderr
     run("pretrain", *arguments, "--resume", "auto")
@@ -119,6 +122,16 @@ def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
         *("--efficiency.precision", "fp64"),
     )
     assert losses(out) == pytest.approx(losses(alone), rel=1e-10)
+
+
+@pytest.mark.dist
+def test_wrong_input_ends_with_2_before_ranks_are_started(data: Path) -> None:
+    done = run(
+        *("pretrain", *SMALL, "--data.train", data / "labels", "--out", data / "three"),
+        *("--nproc", "3"),
+        expect=2,
+    )
+    assert "set run.global_batch_size to 6 or 9" in done.stderr
 
 
 @pytest.mark.dist
@@ -180,8 +193,13 @@ def test_wrong_input_ends_with_2_and_a_sentence(
 
 
 def test_help_explains_every_setting() -> None:
-    done = run("pretrain", "--help")
-    for words in ("--data.train", "--efficiency.precision", "DIR=SHARE", "cifar10-small"):
-        assert words in done.stdout
+    shown = " ".join(run("pretrain", "--help").stdout.replace("│", " ").split())
+    for group in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(group.default_factory):
+            assert f"--{group.name}.{field.name.replace('_', '-')}" in shown.replace(
+                f"--{group.name}.no-", f"--{group.name}."
+            ), field.name
+    for words in ("DIR=SHARE", "cifar10-small", "Stochastic depth of the image encoder"):
+        assert words in shown
     for words in ("zero-shot", "retrieval"):
         assert words in run("evaluate", "--help").stdout

@@ -158,7 +158,8 @@ def test_shards_are_tars_with_numbered_members(packed: Path) -> None:
 
 
 def test_webdataset_reads_the_shards(packed: Path) -> None:
-    webdataset = pytest.importorskip("webdataset")
+    import webdataset
+
     shards = [str(path) for path in sorted(packed.glob("*.tar"))]
     read = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("rgb8"))
     assert [one["__key__"] for one in read] == [f"{number:010d}" for number in range(9)]
@@ -168,7 +169,8 @@ def test_webdataset_reads_the_shards(packed: Path) -> None:
 
 @pytest.mark.dali
 def test_indexes_equal_those_of_dalis_own_tool(packed: Path, tmp_path: Path) -> None:
-    wds2idx = pytest.importorskip("wds2idx")
+    import wds2idx
+
     for shard in packed.glob("*.tar"):
         with wds2idx.IndexCreator(str(shard), str(tmp_path / "i.idx"), verbose=False) as creator:
             creator.create_index()
@@ -177,7 +179,8 @@ def test_indexes_equal_those_of_dalis_own_tool(packed: Path, tmp_path: Path) -> 
 
 @pytest.mark.dali
 def test_dalis_webdataset_reader_reads_the_shards(packed: Path) -> None:
-    dali = pytest.importorskip("nvidia.dali")
+    import nvidia.dali as dali
+
     shards = sorted(packed.glob("*.tar"))
 
     @dali.pipeline_def(batch_size=9, num_threads=1, device_id=None)

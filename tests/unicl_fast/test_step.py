@@ -87,20 +87,39 @@ def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
 def test_efficiency_changes_nothing(
     images: torch.Tensor, switch: dict[str, bool], image_encoder: str
 ) -> None:
-    """Loss, gradients, updated weights and BatchNorm's running averages after three steps."""
+    """Loss and gradients of a step; weights and BatchNorm's running averages after three."""
 
     def trained(**efficiency: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
         config = tiny_config(image_encoder=image_encoder, steps=3, **efficiency)
+        gradients[bool(efficiency)] = first_gradients(images, Ranks(), config)[1]
         trainer = Trainer(config, StepwiseLoader(images), progress=False)
         batches = trainer.loader.batches(0)
         losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
         return losses, trainer.model.state_dict()
 
+    gradients: dict[bool, dict[str, torch.Tensor]] = {}
     plain_losses, plain = trained()
     losses, weights = trained(**switch)
     assert losses == pytest.approx(plain_losses, rel=1e-10)
+    for name, gradient in gradients[True].items():
+        torch.testing.assert_close(
+            gradient, gradients[False][name], rtol=1e-8, atol=1e-12, msg=name
+        )
     for name, weight in weights.items():
         torch.testing.assert_close(weight, plain[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.003)])
+def test_narrow_arithmetic_is_off_by_its_rounding_alone(
+    images: torch.Tensor, precision: str, tolerance: float
+) -> None:
+    """Loss to the type's resolution; gradients point the same way."""
+    loss, gradients = first_gradients(images, Ranks(), tiny_config(precision="fp32"))
+    narrow_loss, narrow = first_gradients(images, Ranks(), tiny_config(precision=precision))
+    assert narrow_loss == pytest.approx(loss, rel=tolerance)
+    flat = torch.cat([gradient.flatten() for gradient in gradients.values()])
+    flat_narrow = torch.cat([gradient.flatten() for gradient in narrow.values()])
+    assert torch.nn.functional.cosine_similarity(flat, flat_narrow, dim=0) > 1 - 5 * tolerance
 
 
 def test_ranks_that_cannot_share_the_batch_are_told_which_sizes_would_do() -> None:

@@ -12,10 +12,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from open_clip import tokenizer as open_clip_tokenizer
 
 from unicl_fast.tokenizer import Tokenizer
-
-open_clip_tokenizer = pytest.importorskip("open_clip").tokenizer
 
 FRAGMENTS = [
     "'s", "'S", "'LL", "'re", "'\u017f", "<start_of_text>", "<END_OF_TEXT>", "<\u017ftart_of_text>",

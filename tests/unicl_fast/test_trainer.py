@@ -79,6 +79,27 @@ def test_going_back_drops_the_lines_of_the_steps_to_come(
     assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
 
 
+def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    trainer_in(tmp_path, images).fit()
+    again = trainer_in(tmp_path, images)
+    again.resume(tmp_path / "checkpoints" / "step-00000002")
+    unfinished = tmp_path / "checkpoints" / ".step-00000005.partial"
+    unfinished.mkdir()
+
+    class StopError(Exception):
+        pass
+
+    def stop(self: object, start_step: int) -> None:
+        raise StopError
+
+    again.loader.batches = stop.__get__(again.loader)
+    with pytest.raises(StopError):
+        again.fit()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+
+
 def test_only_the_newest_checkpoints_stay(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config()
     config = dataclasses.replace(
@@ -113,6 +134,11 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
     wider = dataclasses.replace(config, model=dataclasses.replace(config.model, text_width=32))
     with pytest.raises(ValueError, match="another model: text_width was 16 and is now 32"):
         trainer_in(tmp_path / "b", images, wider).resume(checkpoint)
+    reseeded = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+    with pytest.raises(ValueError, match="another run: seed was 0 and is now 1"):
+        trainer_in(tmp_path / "d", images, reseeded).resume(checkpoint)
+    with pytest.raises(ValueError, match="precision was 'fp64' and is now 'fp16'"):
+        trainer_in(tmp_path / "e", images, tiny_config(precision="fp16")).resume(checkpoint)
     other = trainer_in(tmp_path / "c", images)
     other.data = {"train": ["other pictures"]}
     with pytest.raises(ValueError, match="another data"):

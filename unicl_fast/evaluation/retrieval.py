@@ -96,12 +96,14 @@ def retrieval(
         image_of_text: int64 [m], the picture of each caption; every picture has one at least.
 
     Raises:
-        ValueError: a picture without a caption.
+        ValueError: a picture without a caption, or features that are not finite.
     """
     n, m = len(image_features), len(text_features)
     captions_of_image = torch.bincount(image_of_text, minlength=n)
     if n == 0 or int(captions_of_image.min()) == 0:
         raise ValueError("retrieval needs pictures that have a caption each")
+    if not (image_features.isfinite().all() and text_features.isfinite().all()):
+        raise ValueError("features hold values that are not finite: the model is broken")
     better_texts, better_images = [], []
     for start in range(0, n, _CHUNK):
         scores = image_features[start : start + _CHUNK] @ text_features.T

@@ -41,3 +41,8 @@ def build_image_encoder(
     replace_drop_path(encoder, key)
     assert isinstance(encoder, nn.Module)
     return encoder
+
+
+def feature_width(encoder: nn.Module) -> int:
+    """Width of what a timm model without classifier returns, which is not always num_features."""
+    return int(getattr(encoder, "head_hidden_size", None) or encoder.num_features)  # type: ignore[arg-type]

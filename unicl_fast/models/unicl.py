@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.activation_checkpointing import checkpoint_blocks
 from unicl_fast.models.drop_path import DropPathKey
-from unicl_fast.models.image_encoder import build_image_encoder
+from unicl_fast.models.image_encoder import build_image_encoder, feature_width
 from unicl_fast.models.text_encoder import TextEncoder
 
 
@@ -46,7 +46,7 @@ class UniCL(nn.Module):
                 layers=model.text_layers,
                 heads=model.text_heads,
             )
-            image_width = int(self.image_encoder.num_features)  # type: ignore[arg-type]
+            image_width = feature_width(self.image_encoder)
             self.image_projection = nn.Parameter(torch.empty(image_width, model.embed_dim))
             self.text_projection = nn.Parameter(torch.empty(model.text_width, model.embed_dim))
             nn.init.trunc_normal_(self.image_projection, std=0.02)
