@@ -46,7 +46,7 @@ def build_train_graph(
 
     Args:
         source: gives encoded pictures as a list of uint8 arrays, window starts (row, column) int32
-            [b 2], window shapes (height, width) int32 [b 2], flips int32 [b], words int64 [b k].
+            [b 2], window shapes (height, width) int32 [b 2], flips int32 [b], integers int64 [b k].
         batch_size: most samples of a batch.
         image_size: side of the square.
         interpolation: filter, antialiased.
@@ -55,11 +55,11 @@ def build_train_graph(
         prefetch: batches worked on ahead.
 
     Returns:
-        A pipeline with two outputs: pictures uint8 [b h w c] and the words, both on `device`.
+        A pipeline with two outputs: pictures uint8 [b h w c] and the integers, both on `device`.
     """
     pipeline = _new_pipeline(batch_size, device=device, threads=threads, prefetch=prefetch)
     with pipeline:
-        encoded, starts, shapes, flips, words = fn.external_source(
+        encoded, starts, shapes, flips, integers = fn.external_source(
             source,
             num_outputs=5,
             batch=True,
@@ -86,7 +86,7 @@ def build_train_graph(
             interp_type=_FILTERS[interpolation],
             antialias=True,
         )
-        pipeline.set_outputs(pictures, _on_device(words, device))
+        pipeline.set_outputs(pictures, _on_device(integers, device))
     return pipeline
 
 

@@ -23,9 +23,9 @@ from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.pipelines.crop import central_windows
 from unicl_fast.pipelines.feed import HostBatch, run_graph
 from unicl_fast.pipelines.graph import build_evaluation_graph, build_train_graph
+from unicl_fast.pipelines.integer_block import pack_integers, unpack_integers
 from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan
 from unicl_fast.pipelines.texts import gather_texts
-from unicl_fast.pipelines.words import pack_words, unpack_words
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
 from unicl_fast.targets import map_targets
@@ -119,7 +119,7 @@ class TrainLoader:
                 describe=self._describe,
             )
         ) as running:
-            for (images, words), facts in running:
+            for (images, integers), facts in running:
                 planned = facts.planned
                 yield Batch(
                     step=planned.step,
@@ -127,9 +127,9 @@ class TrainLoader:
                     text_length=facts.text_length,
                     sample_ids=torch.from_numpy(planned.sample_ids),
                     source_ids=torch.from_numpy(planned.source_ids.astype(np.int64)),
-                    **unpack_words(words, num_texts=facts.num_texts),
+                    **unpack_integers(integers, num_texts=facts.num_texts),
                 )
-                del images, words  # held here, their buffers could not be reused
+                del images, integers  # held here, their buffers could not be reused
 
     def _host_batches(self, start_step: int) -> Iterator[HostBatch[_TrainFacts]]:
         step = start_step
@@ -153,9 +153,9 @@ class TrainLoader:
                 planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True
             )
         ]
-        words = pack_words(targets, planned.slots, context_length=context_length)
+        integers = pack_integers(targets, planned.slots, context_length=context_length)
         return HostBatch(
-            inputs=(encoded, planned.window_starts, planned.window_shapes, planned.flips, words),
+            inputs=(encoded, planned.window_starts, planned.window_shapes, planned.flips, integers),
             facts=_TrainFacts(
                 planned=planned,
                 num_texts=len(targets.tokens),

@@ -23,8 +23,8 @@ from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.presets import build_preset
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
+from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_contact_sheet
-from unicl_fast.tools.packed_data import evaluate_zero_shot
 from unicl_fast.tools.pretrain import build_trainer, pretrain
 from unicl_fast.trainer import choose_device
 

@@ -31,12 +31,8 @@ from unicl_fast.prompts import read_templates
 from unicl_fast.shards import MANIFEST_NAME, PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.class_names import read_label_space
+from unicl_fast.tools.evaluations import evaluate_retrieval, evaluate_zero_shot, move_to_device
 from unicl_fast.tools.launch import configure_logging, start_ranks, stop
-from unicl_fast.tools.packed_data import (
-    evaluate_retrieval,
-    evaluate_zero_shot,
-    move_to_device,
-)
 from unicl_fast.trainer import choose_device
 
 

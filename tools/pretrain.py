@@ -26,13 +26,13 @@ from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.shards import PackedDataset
+from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_curves
 from unicl_fast.tools.launch import configure_logging, start_ranks, stop
-from unicl_fast.tools.packed_data import (
+from unicl_fast.tools.training_data import (
     build_prompts,
     check_tokenizer,
     describe_sources,
-    evaluate_zero_shot,
     open_sources,
 )
 from unicl_fast.trainer import Evaluation, Trainer, choose_device

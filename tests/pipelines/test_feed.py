@@ -66,9 +66,9 @@ def test_every_batch_comes_once_and_beside_its_facts(
     encoded: list[np.ndarray], count: int, prefetch: int
 ) -> None:
     seen = []
-    for (images, words), number in run(host_batches(encoded, count), prefetch=prefetch):
+    for (images, integers), number in run(host_batches(encoded, count), prefetch=prefetch):
         assert tuple(images.shape) == (4, SIZE, SIZE, 3)
-        assert words.tolist() == [[number, number]] * 4
+        assert integers.tolist() == [[number, number]] * 4
         seen.append(number)
     assert seen == list(range(count))
 

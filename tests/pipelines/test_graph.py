@@ -67,8 +67,10 @@ def train_pictures(
     starts, shapes = windows_of(dataset)
     count = len(dataset)
     encoded = [dataset.image_bytes(index) for index in range(count)]
-    words = np.arange(3 * count).reshape(count, 3)
-    batch = HostBatch(inputs=(encoded, starts, shapes, alternate_flips(count), words), facts="all")
+    integers = np.arange(3 * count).reshape(count, 3)
+    batch = HostBatch(
+        inputs=(encoded, starts, shapes, alternate_flips(count), integers), facts="all"
+    )
     build = partial(
         build_train_graph,
         batch_size=count,
@@ -81,7 +83,7 @@ def train_pictures(
     ((images, carried), _) = next(
         run_graph(build, iter([batch]), device=torch.device(device), ahead=1, describe=str)
     )
-    assert np.array_equal(carried.cpu().numpy(), words)
+    assert np.array_equal(carried.cpu().numpy(), integers)
     return images.cpu()
 
 
@@ -155,9 +157,9 @@ def test_decoding_a_window_equals_cutting_the_decoded_picture(captioned: PackedD
     encoded = [captioned.image_bytes(index) for index in chosen.tolist()]
     starts = np.tile(np.array([9, 5], dtype=np.int32), (count, 1))
     shapes = np.full((count, 2), side, dtype=np.int32)
-    words = np.zeros((count, 1), dtype=np.int64)
+    integers = np.zeros((count, 1), dtype=np.int64)
     batch = HostBatch(
-        inputs=(encoded, starts, shapes, np.zeros(count, dtype=np.int32), words), facts=""
+        inputs=(encoded, starts, shapes, np.zeros(count, dtype=np.int32), integers), facts=""
     )
     cpu = torch.device("cpu")
     build = partial(

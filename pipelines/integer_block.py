@@ -17,7 +17,7 @@ from unicl_fast.targets import Targets
 _FIELDS = 5
 
 
-def pack_words(
+def pack_integers(
     targets: Targets, slots: NDArray[np.int64], *, context_length: int
 ) -> NDArray[np.int64]:
     """Targets and slots of b samples as one int64 [b context_length + 5].
@@ -38,8 +38,8 @@ def pack_words(
     return block
 
 
-def unpack_words(block: Tensor, *, num_texts: int) -> dict[str, Tensor]:
-    """The fields of `Batch` that `pack_words` stored, as contiguous views of the block."""
+def unpack_integers(block: Tensor, *, num_texts: int) -> dict[str, Tensor]:
+    """The fields of `Batch` that `pack_integers` stored, as contiguous views of the block."""
     size, width = block.shape
     fields = block.view(-1)[: _FIELDS * size].view(_FIELDS, size)
     tokens = block.view(-1)[_FIELDS * size :].view(size, width - _FIELDS)

@@ -1,0 +1,88 @@
+"""Packed data sets as training takes them: opened with their shares, checked, described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from unicl_fast.config import DataConfig
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tokenizer import Tokenizer
+
+
+def open_sources(specs: Sequence[str]) -> tuple[list[PackedDataset], list[float] | None]:
+    """Opens DIR or DIR=SHARE each.
+
+    Returns:
+        The data sets and their shares; None where no share was given.
+
+    Raises:
+        ValueError: some have a share and some have none.
+        FileNotFoundError: not a packed data set.
+    """
+    folders, shares = [], []
+    for spec in specs:
+        folder, _, share = spec.rpartition("=")
+        try:
+            shares.append(float(share) if folder else None)
+        except ValueError:  # a folder with = in its name
+            folder, share = "", spec
+            shares.append(None)
+        folders.append(folder or share)
+    given = [share for share in shares if share is not None]
+    if given and len(given) < len(shares):
+        raise ValueError(
+            f"data.train: give every data set a share (DIR=SHARE) or none, not {' '.join(specs)}"
+        )
+    return [PackedDataset(folder) for folder in folders], given or None
+
+
+def build_prompts(datasets: Sequence[PackedDataset], data: DataConfig) -> ClassPrompts:
+    """The prompts of all classes of all data sets, by the config's rule for label spaces."""
+    return ClassPrompts(
+        [(dataset.manifest.class_names, dataset.manifest.templates) for dataset in datasets],
+        Tokenizer(),
+        label_space=data.label_space,
+    )
+
+
+def describe_sources(
+    datasets: Sequence[PackedDataset], shares: Sequence[float] | None
+) -> dict[str, Any]:
+    """What a run is trained on, for its checkpoints: contents, not places, so data may be moved."""
+    manifests = [dataset.manifest for dataset in datasets]
+    return {
+        "shares": list(shares) if shares else None,
+        "sources": [
+            {
+                "num_samples": manifest.num_samples,
+                "shards": [shard.xxh3 for shard in manifest.shards],
+                "num_classes": len(manifest.class_names),
+            }
+            for manifest in manifests
+        ],
+        "vocabulary_hash": [manifest.vocabulary_hash for manifest in manifests],
+        "class_names": [list(manifest.class_names) for manifest in manifests],
+        "templates": [list(manifest.templates) for manifest in manifests],
+    }
+
+
+def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
+    """Refuses token ids that the model would misread.
+
+    Raises:
+        ValueError: packed with another vocabulary or longer texts than the model takes.
+    """
+    manifest, tokenizer = dataset.manifest, Tokenizer()
+    if manifest.vocabulary_hash != tokenizer.vocabulary_hash:
+        raise ValueError(
+            f"{dataset.folder} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
+            f"{manifest.vocabulary_hash[:16]}, this version has {tokenizer.name} "
+            f"{tokenizer.vocabulary_hash[:16]}: pack it again"
+        )
+    if manifest.context_length > context_length:
+        raise ValueError(
+            f"{dataset.folder} holds texts of up to {manifest.context_length} tokens, the model "
+            f"takes {context_length}: set model.context_length={manifest.context_length}"
+        )
