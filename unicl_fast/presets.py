@@ -60,11 +60,16 @@ def vit_base() -> TrainConfig:
 
 
 def cifar10_small() -> TrainConfig:
-    """CIFAR-10 on two CPU cores within 20 minutes: 17 passes of a 14-layer residual network."""
+    """CIFAR-10 on two CPU cores within 20 minutes: 20 passes of a 14-layer residual network.
+
+    The model sees 28 of the 32 pixels: a crop of 0.6 to 1 of the area has about that side, so that
+    training pictures are not blurred by enlarging them and evaluation shows objects at the same
+    scale (Touvron et al., arXiv 1906.06423), for three quarters of the arithmetic.
+    """
     return TrainConfig(
         data=DataConfig(
-            image_size=32,
-            crop_scale=(0.75, 1.0),
+            image_size=28,
+            crop_scale=(0.6, 1.0),
             evaluation_resize=32,
         ),
         model=ModelConfig(
@@ -76,8 +81,8 @@ def cifar10_small() -> TrainConfig:
         ),
         optim=OptimConfig(lr=1e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
         efficiency=EfficiencyConfig(precision="bf16"),
-        checkpoint=CheckpointConfig(every_steps=1000, keep=2),
-        run=RunConfig(global_batch_size=128, samples=17 * 50_000, evaluate_every_steps=1000),
+        checkpoint=CheckpointConfig(every_steps=1562, keep=2),
+        run=RunConfig(global_batch_size=128, samples=20 * 50_000, evaluate_every_steps=1562),
     )
 
 
