@@ -91,4 +91,6 @@ def train(ranks, images: torch.Tensor, folder: str, steps: int) -> None:
         ranks=ranks,
         progress=False,
     )
+    if resume:
+        trainer.resume(Path(resume))
     trainer.fit()

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import StepwiseLoader, first_gradients, run_on_ranks, train, write_gradients
+from rank_workers import (
+    StepwiseLoader,
+    first_gradients,
+    run_on_ranks,
+    train,
+    write_evaluated_buffers,
+    write_gradients,
+)
 from small_runs import global_batch, real_pictures, tiny_config
 
 from unicl_fast.dist import Ranks
@@ -50,6 +57,27 @@ def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_pat
     assert [line["grad_norm"] for line in two] == pytest.approx(
         [line["grad_norm"] for line in one], rel=1e-9
     )
+
+
+@pytest.mark.dist
+def test_two_ranks_resumed_equal_two_ranks_unbroken(images: torch.Tensor, tmp_path: Path) -> None:
+    run_on_ranks(train, 2, images, str(tmp_path / "unbroken"), 6)
+    middle = tmp_path / "unbroken" / "checkpoints" / "step-00000004"
+    run_on_ranks(train, 2, images, str(tmp_path / "resumed"), 6, str(middle))
+    last = "checkpoints/step-00000006/model.safetensors"
+    unbroken = (tmp_path / "unbroken" / last).read_bytes()
+    assert (tmp_path / "resumed" / last).read_bytes() == unbroken
+
+
+@pytest.mark.dist
+def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    run_on_ranks(write_evaluated_buffers, 2, images, str(tmp_path))
+    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert any("running_mean" in name for name in one)
+    for name, buffer in one.items():
+        assert torch.equal(buffer, two[name]), name
 
 
 def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
