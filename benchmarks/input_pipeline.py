@@ -155,8 +155,8 @@ def torchvision_batches(folder: Path, settings: Settings) -> Generator[Tensor, N
 def compare(ours: Iterator[Tensor], theirs: Iterator[Tensor], settings: Settings) -> None:
     """Refuses to time two pipelines that do not make the same thing.
 
-    Crops are drawn differently, so that statistics are compared here: those of single batches differ
-    by about 0.05 from each other. That equal crops give equal pixels is tests/pipelines/test_graph.
+    Crops are drawn differently, so statistics are compared: those of single batches differ by about
+    0.05 from each other. Equal crops give equal pixels: tests/pipelines/test_graph.py.
     """
     shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
     moments = []

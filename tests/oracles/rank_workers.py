@@ -83,7 +83,23 @@ def write_gradients(ranks, images: torch.Tensor, folder: str) -> None:
     torch.save((loss, gradients), Path(folder) / f"{ranks.rank}.pt")
 
 
-def train(ranks, images: torch.Tensor, folder: str, steps: int) -> None:
+def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
+    """BatchNorm's averages as an evaluation on each rank sees them."""
+
+    def evaluation(model: torch.nn.Module) -> dict[str, float]:
+        torch.save(dict(model.named_buffers()), Path(folder) / f"{ranks.rank}.pt")
+        return {}
+
+    Trainer(
+        tiny_config(image_encoder="unicl_resnet10_small", steps=2, precision="fp32"),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        ranks=ranks,
+        evaluations={"buffers": evaluation},
+        progress=False,
+    ).fit()
+
+
+def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:
     trainer = Trainer(
         tiny_config(steps=steps),
         StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
