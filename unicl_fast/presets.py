@@ -106,7 +106,7 @@ def digits_small() -> TrainConfig:
         optim=OptimConfig(lr=1e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
         efficiency=EfficiencyConfig(precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=100, keep=2),
-        run=RunConfig(global_batch_size=128, samples=50_000, evaluate_every_steps=100),
+        run=RunConfig(global_batch_size=128, samples=70_000, evaluate_every_steps=100),
     )
 
 
