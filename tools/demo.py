@@ -23,7 +23,7 @@ from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.presets import build_preset
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
-from unicl_fast.tools.evaluations import evaluate_zero_shot
+from unicl_fast.tools.evaluations import evaluate_zero_shot, move_to_device
 from unicl_fast.tools.figures import draw_contact_sheet
 from unicl_fast.tools.pretrain import build_trainer, pretrain
 from unicl_fast.trainer import choose_device
@@ -138,9 +138,9 @@ def train(out: Path, packed: dict[str, Path], *, samples: int = 0) -> None:
 
 def evaluate(out: Path, held_out: Path) -> float:
     """What `unicl-eval zero-shot` does; returns top-1 in 0 to 1."""
-    device = choose_device("auto")
+    model = move_to_device(load_model(out / "run"), choose_device("auto"))
     with PackedDataset(held_out) as dataset:
-        result = evaluate_zero_shot(load_model(out / "run").to(device), dataset)
+        result = evaluate_zero_shot(model, dataset)
     print(result.to_table())
     (out / "zero-shot.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
     return result.top1

@@ -108,8 +108,6 @@ def check_request(arguments: PretrainArguments) -> None:
             folder in use.
         FileNotFoundError: a data set or checkpoint that is not there.
     """
-    if not arguments.data.train:
-        raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
     Ranks(world_size=arguments.nproc).share_of(arguments.run.global_batch_size)
     choose_checkpoint(arguments.resume, arguments.out)
     datasets, _ = open_sources(arguments.data.train)
@@ -142,8 +140,6 @@ def pretrain(
         FileNotFoundError: a data set or checkpoint that is not there.
         FloatingPointError: the loss is not finite.
     """
-    if not config.data.train:
-        raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)

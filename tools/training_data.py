@@ -18,9 +18,11 @@ def open_sources(specs: Sequence[str]) -> tuple[list[PackedDataset], list[float]
         The data sets and their shares; None where no share was given.
 
     Raises:
-        ValueError: some have a share and some have none.
+        ValueError: none are given, or some have a share and some have none.
         FileNotFoundError: not a packed data set.
     """
+    if not specs:
+        raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
     folders, shares = [], []
     for spec in specs:
         folder, _, share = spec.rpartition("=")
