@@ -35,6 +35,7 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
+from unicl_fast.pipelines.graph import Resample
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.precision import normalise_images
@@ -64,6 +65,8 @@ class Settings:
     """Turns that each takes."""
     batches: int = 20
     """Batches of a turn."""
+    resample: Resample = "fused"
+    """What resizes here."""
     tune_contender: bool = False
     """Let torchvision's workers keep freed memory too, which nobody does by default."""
 
@@ -116,6 +119,7 @@ def our_batches(dataset: PackedDataset, settings: Settings) -> Generator[Tensor,
             image_size=settings.image_size,
             evaluation_resize=settings.image_size,
             threads=settings.threads,
+            resample=settings.resample,
         ),
         run=RunConfig(global_batch_size=settings.batch_size),
     )

@@ -106,6 +106,7 @@ class TrainLoader:
             batch_size=self._config.run.global_batch_size // self._world_size,
             image_size=data.image_size,
             interpolation=data.interpolation,
+            resample=data.resample,
             device=self._device,
             threads=decoding_threads(data.threads),
             prefetch=data.prefetch,
@@ -155,7 +156,13 @@ class TrainLoader:
         ]
         integers = pack_integers(targets, planned.slots, context_length=context_length)
         return HostBatch(
-            inputs=(encoded, planned.window_starts, planned.window_shapes, planned.flips, integers),
+            inputs=(
+                encoded,
+                planned.window_starts,
+                planned.window_shapes,
+                planned.flips[:, None],
+                integers,
+            ),
             facts=_TrainFacts(
                 planned=planned,
                 num_texts=len(targets.tokens),
@@ -212,6 +219,7 @@ class EvaluationLoader:
             batch_size=min(self._batch_size, len(self._ids)),
             image_size=self._data.image_size,
             interpolation=self._data.interpolation,
+            resample=self._data.resample,
             device=self._device,
             threads=decoding_threads(self._data.threads),
             prefetch=self._data.prefetch,

@@ -54,6 +54,8 @@ class DataConfig:
     """Evaluation scales the shorter side to this, in pixels, then cuts image_size in the centre."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
     """Filter for resizing; both are antialiased."""
+    resample: Literal["fused", "dali"] = "fused"
+    """What resizes on the CPU: one fused operator, or DALI's own. On a GPU it is DALI's."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Mean of each colour channel, of values in 0 to 1."""
     std: tuple[float, float, float] = CLIP_STD

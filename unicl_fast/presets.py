@@ -60,29 +60,29 @@ def vit_base() -> TrainConfig:
 
 
 def cifar10_small() -> TrainConfig:
-    """CIFAR-10 on two CPU cores within 20 minutes: 20 passes of a 14-layer residual network.
+    """CIFAR-10 on two CPU cores within 20 minutes: 12 passes of a seven-layer network.
 
-    The model sees 28 of the 32 pixels: a crop of 0.6 to 1 of the area has about that side, so that
-    training pictures are not blurred by enlarging them and evaluation shows objects at the same
-    scale (Touvron et al., arXiv 1906.06423), for three quarters of the arithmetic.
+    The model sees 28 x 28 of the 32 x 32 pixels, cut anywhere in training and at the centre in
+    evaluation: no picture is scaled, and there is a quarter less to compute.
     """
     return TrainConfig(
         data=DataConfig(
             image_size=28,
-            crop_scale=(0.6, 1.0),
+            crop_scale=(28**2 / 32**2, 28**2 / 32**2),
+            crop_ratio=(1.0, 1.0),
             evaluation_resize=32,
         ),
         model=ModelConfig(
-            image_encoder="unicl_resnet14_small",
+            image_encoder="unicl_convnet7_small",
             text_width=64,
             text_layers=2,
             text_heads=2,
             embed_dim=128,
         ),
-        optim=OptimConfig(lr=1e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
+        optim=OptimConfig(lr=2e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
         efficiency=EfficiencyConfig(precision="bf16"),
         checkpoint=CheckpointConfig(every_steps=1562, keep=2),
-        run=RunConfig(global_batch_size=128, samples=20 * 50_000, evaluate_every_steps=1562),
+        run=RunConfig(global_batch_size=128, samples=12 * 50_000, evaluate_every_steps=781),
     )
 
 
@@ -97,7 +97,7 @@ def digits_small() -> TrainConfig:
             evaluation_resize=28,
         ),
         model=ModelConfig(
-            image_encoder="unicl_resnet10_small",
+            image_encoder="unicl_convnet7_small",
             text_width=128,
             text_layers=2,
             text_heads=4,
@@ -115,7 +115,7 @@ def mixed_small() -> TrainConfig:
     return TrainConfig(
         data=DataConfig(image_size=64, crop_scale=(0.4, 1.0), evaluation_resize=64),
         model=ModelConfig(
-            image_encoder="unicl_resnet10_small",
+            image_encoder="unicl_convnet7_small",
             text_width=128,
             text_layers=2,
             text_heads=4,

@@ -91,7 +91,7 @@ def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
         return {}
 
     Trainer(
-        tiny_config(image_encoder="unicl_resnet10_small", steps=2, precision="fp32"),
+        tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32"),
         StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
         ranks=ranks,
         evaluations={"buffers": evaluation},

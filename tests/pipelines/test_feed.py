@@ -39,7 +39,7 @@ def host_batches(
             pictures,
             np.zeros((4, 2), dtype=np.int32),
             np.full((4, 2), 60, dtype=np.int32),
-            np.zeros(4, dtype=np.int32),
+            np.zeros((4, 1), dtype=np.int32),
             np.full((4, 2), number, dtype=np.int64),
         )
         yield HostBatch(inputs=inputs, facts=number)
@@ -53,6 +53,7 @@ def run(
         batch_size=4,
         image_size=SIZE,
         interpolation="bilinear",
+        resample="fused",
         device=CPU,
         threads=2,
         prefetch=prefetch,

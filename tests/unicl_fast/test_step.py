@@ -99,7 +99,7 @@ def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
     assert loss == pytest.approx(plain.item(), rel=1e-13)
 
 
-@pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_resnet10_small", "test_resnet"])
+@pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_convnet7_small", "test_resnet"])
 @pytest.mark.parametrize(
     "switch",
     [

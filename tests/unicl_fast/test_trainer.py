@@ -31,7 +31,7 @@ def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_resnet10_small"])
+@pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_convnet7_small"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     images: torch.Tensor, tmp_path: Path, precision: str, image_encoder: str
 ) -> None:
@@ -161,7 +161,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
 
 def test_a_list_of_batches_trains_and_the_loss_falls(images: torch.Tensor) -> None:
     config = dataclasses.replace(
-        tiny_config(image_encoder="unicl_resnet10_small", steps=40),
+        tiny_config(image_encoder="unicl_convnet7_small", steps=40),
         efficiency=EfficiencyConfig(precision="fp32"),
     )
     trainer = Trainer(config, ListLoader([global_batch(images)]), progress=False)

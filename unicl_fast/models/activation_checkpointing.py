@@ -23,7 +23,8 @@ _BLOCKS = {
     "BasicBlock",  # ResNet
     "Bottleneck",
     "ConvNeXtBlock",
-    "TextBlock",  # ours
+    "SmallConvBlock",  # ours
+    "TextBlock",
 }
 
 

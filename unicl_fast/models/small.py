@@ -1,41 +1,63 @@
-"""Small residual networks for 32-pixel pictures, under timm's names.
+"""A small convolutional network for small pictures, under a timm name.
 
-timm's ResNets begin with a stride-2 convolution and a pooling that leave 8 x 8 of a 32 x 32
-picture. These begin at full size. They are registered with timm, so that `model.image_encoder`
-takes them like any other, and anyone can add their own in the same way.
+timm's networks begin with strides that leave 8 x 8 of a 32 x 32 picture. This one follows what
+trains fastest on CIFAR-10 (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv
+2404.00498): seven layers without residual branches, a 2 x 2 convolution first, and a pooling
+early in each block. It is registered with timm, so that `model.image_encoder` takes it like any
+other, and anyone can add their own in the same way.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+from jaxtyping import Float
 from timm.models import register_model
-from timm.models.resnet import BasicBlock, ResNet
-from torch import nn
+from torch import Tensor, nn
 
 
-def _small_resnet(layers: tuple[int, ...], channels: tuple[int, ...], **kwargs: Any) -> ResNet:
-    # what timm.create_model passes to every entry point and a ResNet does not take
-    for name in ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"):
-        kwargs.pop(name, None)
-    # the deep stem is the one whose width timm lets us choose; the next line replaces it
-    model = ResNet(
-        BasicBlock, layers=layers, channels=channels, stem_type="deep",
-        stem_width=channels[0] // 2, **kwargs,
-    )  # fmt: skip
-    model.conv1 = nn.Conv2d(model.in_chans, channels[0], kernel_size=3, padding=1, bias=False)
-    model.maxpool = nn.Identity()
-    model.init_weights()
-    return model
+class SmallConvBlock(nn.Sequential):
+    """Two 3 x 3 convolutions; the first is followed by a pooling that halves the picture."""
+
+    def __init__(self, in_channels: int, channels: int) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False),
+            nn.MaxPool2d(2),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(channels, channels, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
+        )
+
+
+class SmallConvNet(nn.Module):
+    """Pictures [b in_chans h w], h and w at least 9, to the mean response of each channel."""
+
+    def __init__(
+        self, stem_channels: int = 24, channels: tuple[int, ...] = (64, 128, 256), in_chans: int = 3
+    ) -> None:
+        super().__init__()
+        self.num_features = channels[-1]
+        self.stem = nn.Sequential(
+            nn.Conv2d(in_chans, stem_channels, kernel_size=2), nn.ReLU(inplace=True)
+        )
+        widths = (stem_channels, *channels)
+        self.blocks = nn.Sequential(
+            *(SmallConvBlock(w, c) for w, c in zip(widths, channels, strict=False))
+        )
+        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
+        return self.pool(self.blocks(self.stem(images)))  # type: ignore[no-any-return]
 
 
 @register_model  # type: ignore[untyped-decorator]
-def unicl_resnet10_small(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Four stages of one basic block, 32 to 256 channels: 1.2 M parameters."""
-    return _small_resnet((1, 1, 1, 1), (32, 64, 128, 256), **kwargs)
-
-
-@register_model  # type: ignore[untyped-decorator]
-def unicl_resnet14_small(pretrained: bool = False, **kwargs: Any) -> ResNet:
-    """Four stages of 1, 2, 2, 1 basic blocks, 32 to 256 channels: 1.6 M parameters."""
-    return _small_resnet((1, 2, 2, 1), (32, 64, 128, 256), **kwargs)
+def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
+    """Blocks of 64, 128 and 256 channels: 1.2 M parameters."""
+    if kwargs.get("drop_path_rate"):
+        raise TypeError("it has no residual branches that drop path could leave out")
+    return SmallConvNet(in_chans=kwargs.get("in_chans", 3))

@@ -1,0 +1,236 @@
+"""From a decoded picture to a square in one pass: cut, resample with antialias, mirror.
+
+DALI's resize on the CPU takes longer than decoding does. This kernel runs inside DALI's graph, on
+its threads, and follows Pillow's and torchvision's law: filters are widened when they shrink,
+and what lies outside the picture has no weight. It goes down the square one row at a time: the
+rows under the filter are added up into one line of floats (long, contiguous, vectorised, and small
+enough for the first-level cache), and the line is then filtered to pixels. Values are rounded once,
+at the end.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from llvmlite import ir
+from numba import njit, types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+_CHANNELS = 3
+# What one vector instruction of _filter_pixels works on.
+_PIXELS = 4
+_TAPS = 4
+_LANES = 4
+_SIXTEEN = ir.VectorType(ir.FloatType(), 16)
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+def resample_region(
+    out: Any,
+    picture: Any,
+    top: float,
+    bottom: float,
+    left: float,
+    right: float,
+    mirror: bool,
+    cubic: bool,
+) -> None:
+    """Fills a square with a region of a picture.
+
+    The filter may look beyond the region, but not beyond the picture.
+
+    Args:
+        out: uint8 [size size 3], written.
+        picture: uint8 [h w 3].
+        top: first row of the region, in pixels; may lie between two.
+        bottom: end of its rows.
+        left: first column.
+        right: end of its columns.
+        mirror: whether left and right are exchanged.
+        cubic: cubic filter (a = -0.5) instead of the triangular one that is called bilinear.
+    """
+    size = out.shape[0]
+    height, width = picture.shape[0], picture.shape[1]
+    first_rows, row_weights = _taps(height, top, bottom, size, cubic)
+    first_columns, column_weights = _taps(width, left, right, size, cubic)
+    first_values, spread_weights = _spread_taps(first_columns, column_weights, mirror)
+    rows = picture.reshape(height, width * _CHANNELS)
+    # Vectors reach beyond the ends of lines: zeros are read there, and what is written is either
+    # overwritten by the next line or, at the square's end, falls into a spare one.
+    padded_line = np.zeros(rows.shape[1] + spread_weights[0].size, np.float32)
+    line = padded_line[: rows.shape[1]]
+    pixels = out.reshape(-1)
+    spare_pixels = np.empty(first_values.size * _CHANNELS + _PIXELS, np.uint8)
+    for y in range(size):
+        _add_rows(line, rows, first_rows[y], row_weights[y])
+        start = y * size * _CHANNELS
+        if start + spare_pixels.size <= pixels.size:
+            _filter_line(pixels[start:], padded_line, first_values, spread_weights)
+        else:
+            _filter_line(spare_pixels, padded_line, first_values, spread_weights)
+            pixels[start : start + size * _CHANNELS] = spare_pixels[: size * _CHANNELS]
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+def _taps(length: int, start: float, end: float, size: int, cubic: bool) -> Any:
+    """First input position [size] and weights [size taps] of every output position.
+
+    All have the same number of taps, some of weight 0: a loop whose length changed from pixel to
+    pixel would be mispredicted at every second one.
+    """
+    scale = (end - start) / size
+    widened = max(scale, 1.0)
+    support = widened * (2.0 if cubic else 1.0)
+    first = np.empty(size, np.int64)
+    taps = 0
+    for i in range(size):
+        center = start + (i + 0.5) * scale
+        low = max(np.int64(center - support + 0.5), 0)
+        high = min(np.int64(center + support + 0.5), length)
+        first[i] = low
+        taps = max(taps, high - low)
+    weights = np.empty((size, taps), np.float32)
+    for i in range(size):
+        center = start + (i + 0.5) * scale
+        first[i] = min(first[i], length - taps)
+        total = 0.0
+        for t in range(taps):
+            distance = abs(first[i] + t + 0.5 - center) / widened
+            weight = _cubic(distance) if cubic else max(1.0 - distance, 0.0)
+            weights[i, t] = weight
+            total += weight
+        for t in range(taps):
+            weights[i, t] /= total
+    return first, weights
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"}, inline="always")
+def _cubic(x: float) -> float:
+    if x < 1.0:
+        return (1.5 * x - 2.5) * x * x + 1.0
+    if x < 2.0:
+        return ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+    return 0.0
+
+
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+def _add_rows(line: Any, rows: Any, first: int, weights: Any) -> None:
+    """line[j] = sum of weights[t] * rows[first + t, j]; two rows at once, to halve its traffic."""
+    taps = weights.size
+    a = weights[0]
+    row_a = rows[first]
+    for j in range(line.size):
+        line[j] = a * np.float32(row_a[j])
+    for t in range(1, taps - 1, 2):
+        a, b = weights[t], weights[t + 1]
+        row_a, row_b = rows[first + t], rows[first + t + 1]
+        for j in range(line.size):
+            line[j] += a * np.float32(row_a[j]) + b * np.float32(row_b[j])
+    if taps % 2 == 0:
+        a = weights[taps - 1]
+        row_a = rows[first + taps - 1]
+        for j in range(line.size):
+            line[j] += a * np.float32(row_a[j])
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _spread_taps(first: Any, weights: Any, mirror: bool) -> Any:
+    """Columns' taps as `_filter_pixels` takes them, in the order of the output's pixels.
+
+    First value [n], n a multiple of 4, and weights [n groups 16]: of four taps, each in four lanes.
+    What was added has weights of 0.
+    """
+    size, taps = weights.shape
+    padded_size = -(-size // _PIXELS) * _PIXELS
+    groups = -(-taps // _TAPS)
+    first_values = np.zeros(padded_size, np.int64)
+    spread = np.zeros((padded_size, groups, _TAPS * _LANES), np.float32)
+    for x in range(size):
+        source = size - 1 - x if mirror else x
+        first_values[x] = first[source] * _CHANNELS
+        for t in range(taps):
+            for lane in range(_LANES):
+                spread[x, t // _TAPS, t % _TAPS * _LANES + lane] = weights[source, t]
+    return first_values, spread
+
+
+@njit(cache=True, nogil=True, error_model="numpy")
+def _filter_line(pixels: Any, line: Any, first_values: Any, weights: Any) -> None:
+    for x in range(0, first_values.size, _PIXELS):
+        _filter_pixels(pixels, line, first_values, weights, x)
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _filter_pixels(
+    typing_context: Any, pixels: Any, line: Any, first_values: Any, weights: Any, x: Any
+) -> Any:
+    """Four pixels of three channels, from x on: the weighted sums of `line`, rounded and clipped.
+
+    Vector instructions are spelt out because no compiler finds them: a load brings four taps of
+    three channels, which are spread to four lanes a tap; the fourth lane carries a neighbour's red
+    and is dropped at the end. LLVM makes of them what the processor has.
+    """
+    index = ir.IntType(64)
+    byte = ir.IntType(8)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pixels, line, first_values, weights = (
+            context.make_array(array_type)(context, builder, value)
+            for array_type, value in zip(signature.args, arguments[:4], strict=False)
+        )
+        x = arguments[4]
+        groups = builder.extract_value(weights.shape, 1)
+        zeros = ir.Constant(_SIXTEEN, [0.0] * 16)
+        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(_PIXELS)]
+        with cgutils.for_range(builder, groups) as loop:
+            for i in range(_PIXELS):
+                pixel = builder.add(x, index(i))
+                first = builder.load(builder.gep(first_values.data, [pixel]))
+                done = builder.mul(loop.index, index(_TAPS * _CHANNELS))
+                values = _load(builder, line.data, builder.add(first, done))
+                values = _shuffle(
+                    builder, values, values, [3 * t + c for t in range(4) for c in range(4)]
+                )
+                group = builder.add(builder.mul(pixel, groups), loop.index)
+                factors = _load(builder, weights.data, builder.mul(group, index(16)))
+                product = builder.fmul(values, factors, flags=["contract"])
+                added = builder.fadd(builder.load(sums[i]), product, flags=["contract"])
+                builder.store(added, sums[i])
+        # a, b, c, d of four taps each -> ab and cd of two -> one vector with a sum in four lanes
+        a, b, c, d = (builder.load(each) for each in sums)
+        ab, cd = _add_halves(builder, a, b, 8), _add_halves(builder, c, d, 8)
+        total = _add_halves(builder, ab, cd, 4)
+        total = builder.fadd(total, ir.Constant(_SIXTEEN, [0.5] * 16))
+        for comparison, bound in (("<", 0.0), (">", 255.0)):
+            bounds = ir.Constant(_SIXTEEN, [bound] * 16)
+            beyond = builder.fcmp_ordered(comparison, total, bounds)
+            total = builder.select(beyond, bounds, total)
+        levels = builder.fptosi(total, ir.VectorType(ir.IntType(32), 16))
+        levels = builder.trunc(levels, ir.VectorType(byte, 16))
+        kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
+        levels = _shuffle(builder, levels, levels, kept + kept[:4])
+        place = builder.gep(pixels.data, [builder.mul(x, index(_CHANNELS))])
+        builder.store(levels, builder.bitcast(place, levels.type.as_pointer()), align=1)
+        return context.get_dummy_value()
+
+    return types.void(pixels, line, first_values, weights, types.int64), generate
+
+
+def _load(builder: Any, data: Any, offset: Any) -> Any:
+    pointer = builder.bitcast(builder.gep(data, [offset]), _SIXTEEN.as_pointer())
+    return builder.load(pointer, align=4)
+
+
+def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
+    mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
+    return builder.shuffle_vector(a, b, mask)
+
+
+def _add_halves(builder: Any, a: Any, b: Any, width: int) -> Any:
+    """Of every 2 * width lanes of a, then of b, the first half plus the second."""
+    starts = range(0, 32, 2 * width)
+    firsts = [start + lane for start in starts for lane in range(width)]
+    seconds = [lane + width for lane in firsts]
+    return builder.fadd(_shuffle(builder, a, b, firsts), _shuffle(builder, a, b, seconds))

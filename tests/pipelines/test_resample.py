@@ -1,0 +1,125 @@
+"""The fused resampling kernel against an oracle in fp64 and against torchvision's."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional
+
+from unicl_fast.pipelines.resample import resample_region
+
+sides = st.integers(1, 70)
+TORCHVISION_MODES = {False: InterpolationMode.BILINEAR, True: InterpolationMode.BICUBIC}
+
+
+def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+
+
+def resampled(
+    picture: np.ndarray,
+    size: int,
+    *,
+    region: tuple[float, float, float, float] | None = None,
+    mirror: bool = False,
+    cubic: bool = False,
+) -> np.ndarray:
+    """The kernel's square, and a check that it wrote nothing around it."""
+    guard = 64
+    memory = np.full(2 * guard + size * size * 3, 77, np.uint8)
+    square = memory[guard:-guard].reshape(size, size, 3)
+    top, bottom, left, right = region or (0, picture.shape[0], 0, picture.shape[1])
+    resample_region(
+        square, picture, float(top), float(bottom), float(left), float(right), mirror, cubic
+    )
+    assert (memory[:guard] == 77).all()
+    assert (memory[-guard:] == 77).all()
+    return square
+
+
+def oracle_weights(length: int, start: float, end: float, size: int, *, cubic: bool) -> np.ndarray:
+    """Pillow's law as a matrix [size length]."""
+    scale = (end - start) / size
+    widened = max(scale, 1.0)
+    centers = start + (np.arange(size) + 0.5) * scale
+    x = np.abs(np.arange(length) + 0.5 - centers[:, None]) / widened
+    if cubic:
+        near = 1.5 * x**3 - 2.5 * x**2 + 1
+        far = -0.5 * x**3 + 2.5 * x**2 - 4 * x + 2
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0.0))
+    else:
+        weights = np.maximum(1 - x, 0)
+    # Pillow takes whole pixels: those whose centre is within the filter, to the rounding
+    reach = widened * (2 if cubic else 1)
+    first = np.maximum((centers - reach + 0.5).astype(int), 0)
+    last = np.minimum((centers + reach + 0.5).astype(int), length)
+    position = np.arange(length)
+    inside = (position >= first[:, None]) & (position < last[:, None])
+    weights = np.where(inside, weights, 0.0)
+    return weights / weights.sum(axis=1, keepdims=True)
+
+
+@given(
+    height=sides,
+    width=sides,
+    size=st.integers(1, 40),
+    mirror=st.booleans(),
+    cubic=st.booleans(),
+    seed=st.integers(0, 2**32),
+    data=st.data(),
+)
+@settings(max_examples=400, deadline=None)
+def test_any_region_equals_the_oracle(
+    height: int, width: int, size: int, mirror: bool, cubic: bool, seed: int, data: st.DataObject
+) -> None:
+    picture = random_picture(height, width, seed)
+    region = []
+    for length in (height, width):
+        start = data.draw(st.floats(0, length - 1))
+        region += [start, data.draw(st.floats(min(start + 1, length), length))]
+    square = resampled(picture, size, region=tuple(region), mirror=mirror, cubic=cubic)
+    vertical = oracle_weights(height, *region[:2], size, cubic=cubic)
+    horizontal = oracle_weights(width, *region[2:], size, cubic=cubic)
+    exact = np.einsum("yh,hwc,xw->yxc", vertical, picture.astype(np.float64), horizontal)
+    if mirror:
+        exact = exact[:, ::-1]
+    assert np.abs(square - exact.clip(0, 255)).max() < 0.501  # rounded once
+
+
+@given(height=sides, width=sides, size=st.integers(1, 96), seed=st.integers(0, 2**32))
+@settings(max_examples=200, deadline=None)
+def test_bilinear_is_torchvision_s_to_one_level(
+    height: int, width: int, size: int, seed: int
+) -> None:
+    """Torchvision rounds to whole levels between its two passes, hence the one."""
+    picture = random_picture(height, width, seed)
+    twin = functional.resize(
+        torch.from_numpy(picture).permute(2, 0, 1), [size, size], antialias=True
+    )
+    gap = resampled(picture, size).astype(int) - twin.permute(1, 2, 0).numpy()
+    assert np.abs(gap).max() <= 1
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+def test_large_pictures_equal_torchvision_s(cubic: bool) -> None:
+    """Smooth ones, on which cubic does not overshoot: torchvision clips between its passes."""
+    picture = np.stack(np.meshgrid(np.arange(200), np.arange(173), [1, 2, 3]), axis=-1).sum(-1)
+    picture = np.ascontiguousarray(picture.astype(np.uint8)).repeat(4, 0).repeat(4, 1)
+    assert picture.shape == (692, 800, 3)
+    smooth = functional.gaussian_blur(torch.from_numpy(picture).permute(2, 0, 1), [31, 31])
+    twin = functional.resize(
+        smooth, [224, 224], interpolation=TORCHVISION_MODES[cubic], antialias=True
+    )
+    square = resampled(np.ascontiguousarray(smooth.permute(1, 2, 0).numpy()), 224, cubic=cubic)
+    assert np.abs(square.astype(int) - twin.permute(1, 2, 0).numpy()).max() <= 1
+
+
+def test_a_square_of_its_own_size_is_copied() -> None:
+    picture = random_picture(28, 28)
+    assert np.array_equal(resampled(picture, 28), picture)
+    assert np.array_equal(resampled(picture, 28, mirror=True), picture[:, ::-1])
+    assert np.array_equal(resampled(picture, 28, cubic=True), picture)
