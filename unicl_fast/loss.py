@@ -31,8 +31,8 @@ from unicl_fast.positives import Membership, as_membership, find_positives
 Directions = Literal["both", "i2t", "t2i"]
 Form = Literal["auto", "dense", "tiled"]
 
-# Below it the dense form is the faster one and needs some 50 MB; docs/loss.md.
-_SMALLEST_TILED = 1 << 20
+# Logits b u. Below it the dense form is the faster one on the CPU, and small; docs/loss.md.
+_SMALLEST_TILED = 1 << 19
 
 
 class Statistics(NamedTuple):
