@@ -70,11 +70,14 @@ def print_figures(figures: Figures) -> None:
         print(f"{name:46} {figure['median']:10.4g}  {spread}", flush=True)
 
 
-def write_result(path: Path | None, figures: Figures, settings: Any, *packages: str) -> None:
-    """Writes figures, settings and machine as JSON, if a path is given."""
+def write_result(
+    path: Path | None, figures: Figures, settings: Any, *packages: str, **more: Any
+) -> None:
+    """Writes figures, settings, machine and what else there is to say, if a path is given."""
     if path is None:
         return
     result = {
+        **more,
         "figures": figures,
         "settings": dataclasses.asdict(settings),
         "machine": describe_machine(*packages),
