@@ -14,18 +14,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import multiprocessing
 import os
-import platform
-import statistics
-import subprocess
 import tempfile
 import time
 from collections.abc import Generator, Iterator
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -34,6 +28,7 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
+from unicl_fast.benchmarks.harness import Figures, print_figures, summarise, write_result
 from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
 from unicl_fast.pipelines.graph import Resample
 from unicl_fast.pipelines.host_memory import keep_freed_memory
@@ -87,16 +82,9 @@ def main() -> None:
             keep_freed_memory()
             compare(ours, theirs, settings)
             figures = measure(ours, theirs, settings)
-    for name, figure in figures.items():
-        spread = f"({figure['low']:.2f} to {figure['high']:.2f})"
-        print(f"{name:38} {figure['median']:9.2f}  {spread}")
-    if settings.json is not None:
-        result = {
-            "figures": figures,
-            "settings": dataclasses.asdict(settings),
-            "machine": describe_machine(),
-        }
-        settings.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    print_figures(figures)
+    packages = ("torchvision", "pillow", "numpy", "numba", "nvidia-dali-cuda120")
+    write_result(settings.json, figures, settings, *packages)
 
 
 def write_class_folders(dataset: PackedDataset, folder: Path) -> None:
@@ -178,7 +166,7 @@ def compare(ours: Iterator[Tensor], theirs: Iterator[Tensor], settings: Settings
         raise RuntimeError("the two pipelines make different pictures; nothing was timed")
 
 
-def measure(ours: Iterator[Tensor], theirs: Iterator[Tensor], settings: Settings) -> dict[str, Any]:
+def measure(ours: Iterator[Tensor], theirs: Iterator[Tensor], settings: Settings) -> Figures:
     """Rates of both in turns, and the ratio of each pair of turns.
 
     Processor time is taken beside wall time: on a machine that others use too, it is the figure
@@ -195,10 +183,7 @@ def measure(ours: Iterator[Tensor], theirs: Iterator[Tensor], settings: Settings
         "torchvision, images/processor second": [theirs[1] for theirs, _ in turns],
         "ratio by processor time": [ours[1] / theirs[1] for theirs, ours in turns],
     }
-    return {
-        name: {"median": statistics.median(x), "low": min(x), "high": max(x), "all": x}
-        for name, x in figures.items()
-    }
+    return {name: summarise(values) for name, values in figures.items()}
 
 
 def take_turn(batches: Iterator[Tensor], settings: Settings) -> tuple[float, float]:
@@ -220,28 +205,6 @@ def processor_seconds() -> float:
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-def describe_machine() -> dict[str, Any]:
-    """What a figure depends on."""
-    cpu_info = Path("/proc/cpuinfo")
-    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"],
-        cwd=Path(__file__).parent,
-        capture_output=True,
-        text=True,
-        check=False,
-    ).stdout.strip()
-    packages = ("torch", "torchvision", "pillow", "numpy", "numba", "nvidia-dali-cuda120")
-    return {
-        "processor": models[0] if models else platform.processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "python": platform.python_version(),
-        "commit": commit or "unknown",
-        **{package: version(package) for package in packages},
-    }
 
 
 if __name__ == "__main__":

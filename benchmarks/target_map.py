@@ -10,12 +10,11 @@ from __future__ import annotations
 
 import functools
 import statistics
-import time
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.benchmarks.harness import take_turns
 from unicl_fast.targets import map_targets
 
 _ROUNDS = 5
@@ -27,10 +26,14 @@ def main() -> None:
     for batch_size in (1024, 8192, 65536):
         rows, labels = _make_batch(batch_size)
         assert len(map_targets(rows, labels).tokens) == len(np.unique(rows, axis=0))
-        ours, theirs = [], []
-        for _ in range(_ROUNDS):
-            theirs.append(_seconds(functools.partial(np.unique, rows, axis=0)))
-            ours.append(_seconds(functools.partial(map_targets, rows, labels)))
+        turns = take_turns(
+            {
+                "unique": functools.partial(np.unique, rows, axis=0),
+                "map_targets": functools.partial(map_targets, rows, labels),
+            },
+            rounds=_ROUNDS,
+        )
+        theirs, ours = ([turn.wall_seconds for turn in turns[name]] for name in turns)
         ratio = statistics.median(slow / fast for slow, fast in zip(theirs, ours, strict=True))
         fast, slow = (statistics.median(times) * 1e3 for times in (ours, theirs))
         print(f"{batch_size:<9,} {fast:8.3f} ms {slow:16.2f} ms {ratio:9.0f}")
@@ -42,12 +45,6 @@ def _make_batch(batch_size: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np
     pool[np.arange(77) >= random.integers(8, 40, (len(pool), 1))] = 0
     choice = random.integers(0, len(pool), batch_size)
     return pool[choice], np.where(choice % 2 == 0, choice % 1000, -1)
-
-
-def _seconds(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
 
 
 if __name__ == "__main__":

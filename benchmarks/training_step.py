@@ -13,11 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import tyro
@@ -26,7 +23,13 @@ from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.benchmarks.input_pipeline import describe_machine
+from unicl_fast.benchmarks.harness import (
+    Figures,
+    print_figures,
+    summarise,
+    take_turns,
+    write_result,
+)
 from unicl_fast.config import (
     DataConfig,
     EfficiencyConfig,
@@ -92,16 +95,10 @@ def main() -> None:
         "tokens of distinct texts": int(batch.text_lengths.sum()),
         "tokens of all texts with padding": texts.numel(),
     }
-    for name, value in {**facts, **{n: f["shown"] for n, f in figures.items()}}.items():
-        print(f"{name:36} {value}")
-    if settings.json is not None:
-        result = {
-            "facts": facts,
-            "figures": figures,
-            "settings": dataclasses.asdict(settings),
-            "machine": describe_machine(),
-        }
-        settings.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    for name, value in facts.items():
+        print(f"{name:46} {value}")
+    print_figures(figures)
+    write_result(settings.json, figures, settings, "open_clip_torch", "timm", facts=facts)
 
 
 def take_batch(config: TrainConfig, data: Path) -> Batch:
@@ -211,31 +208,14 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Te
             raise RuntimeError(f"the {what} differ by {gap}; nothing was timed")
 
 
-def measure(contestants: dict[str, Callable[[], object]], settings: Settings) -> dict[str, Any]:
+def measure(contestants: dict[str, Callable[[], object]], settings: Settings) -> Figures:
     """Pictures a second of each, in turns, and the ratio of each pair of turns."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for turn in range(settings.rounds + 1):
-        for name, work in contestants.items():
-            start = time.perf_counter()
-            work()
-            if turn:
-                seconds[name].append(time.perf_counter() - start)
+    turns = take_turns(contestants, rounds=settings.rounds)
+    seconds = {name: [turn.wall_seconds for turn in x] for name, x in turns.items()}
     rates = {f"{n}, images/s": [settings.batch_size / s for s in x] for n, x in seconds.items()}
     ours, theirs = seconds.values()
     rates["ratio"] = [slow / fast for fast, slow in zip(ours, theirs, strict=True)]
     return {name: summarise(values) for name, values in rates.items()}
-
-
-def summarise(values: list[float]) -> dict[str, Any]:
-    """Median and spread."""
-    middle, low, high = torch.tensor(values).median().item(), min(values), max(values)
-    return {
-        "median": middle,
-        "low": low,
-        "high": high,
-        "all": values,
-        "shown": f"{middle:.2f} ({low:.2f} to {high:.2f})",
-    }
 
 
 if __name__ == "__main__":

@@ -16,7 +16,8 @@ ROOMS = ("pipelines", "tools", "benchmarks")
 LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"},
-    {"_targets_numba", "targets", "prompts", "loss", "models", "precision", "optim", "metrics"},
+    {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
+    | {"positives", "loss_tiled", "loss"},
     {"collate", "presets", "checkpoint"},
     {"step", "evaluation"},
     {"trainer"},

@@ -175,6 +175,9 @@ class EfficiencyConfig:
     """Compute texts with their padding to the context length, with padding to the longest of the
     batch, or without padding: all tokens in one row, spread out for attention only (which needs
     unique_texts; without it they are trimmed)."""
+    loss: Literal["auto", "dense", "tiled"] = "auto"
+    """Hold the logits of all pictures and texts (dense), or go through them in tiles and store none
+    (tiled): the same loss in a fiftieth of the memory. auto takes tiles where they are faster."""
     fused_optimizer: bool = True
     """Torch's fused AdamW instead of its loop over parameters."""
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
 from unicl_fast.dist import Ranks, gather_integers, gather_rows, max_over_ranks, sum_over_ranks
-from unicl_fast.loss import ColumnStatistics, column_losses, compare
+from unicl_fast.loss import Form, Statistics, compare, losses
 from unicl_fast.precision import Precision, normalise_images
 
 Encode = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor, Tensor]]
@@ -57,6 +57,7 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
         text_counts=text_counts,
         scale=scale,
         ranks=ranks,
+        form=config.efficiency.loss,
     )
 
 
@@ -87,6 +88,7 @@ def contrast_over_ranks(
     text_counts: Tensor,
     scale: Tensor,
     ranks: Ranks,
+    form: Form = "auto",
 ) -> Float[Tensor, ""]:
     """`unified_contrastive_loss` of the features of all ranks, each logit computed once."""
     sizes = gather_integers(len(text_features), ranks)
@@ -94,25 +96,23 @@ def contrast_over_ranks(
     text_class_ids = gather_rows(text_class_ids, sizes)
     text_counts = gather_rows(text_counts, sizes)
     with torch.autocast(image_features.device.type, enabled=False):
-        row_losses, mine = compare(
-            image_features, text_features, class_ids, text_class_ids, text_counts, scale
+        rows, mine = compare(
+            image_features, text_features, class_ids, text_class_ids, text_counts, scale, form=form
         )
-        statistics = _merge_over_ranks(mine, ranks)
+        columns = _merge_over_ranks(mine, ranks)
         num_samples = text_counts.sum()
-        i2t = sum_over_ranks(row_losses.sum(), ranks) / num_samples
-        t2i = (text_counts * column_losses(statistics)).sum() / num_samples
+        i2t = sum_over_ranks(losses(rows).sum(), ranks) / num_samples
+        t2i = (text_counts * losses(columns)).sum() / num_samples
     return (i2t + t2i) / 2
 
 
-def _merge_over_ranks(mine: ColumnStatistics, ranks: Ranks) -> ColumnStatistics:
+def _merge_over_ranks(mine: Statistics, ranks: Ranks) -> Statistics:
+    """What all ranks' pictures together say about the texts: two all-reduces of a few [u]."""
     if ranks.world_size == 1:
         return mine
-    maximum = max_over_ranks(mine.maximum, ranks)
-    sums = torch.stack(
-        [
-            mine.exp_sum * (mine.maximum - maximum).exp(),
-            mine.positive_sum,
-            mine.positive_count,
-        ]
+    maximum = max_over_ranks(mine.log_sum_exp.detach(), ranks)
+    exp_sum, positive_sum, positive_weight = sum_over_ranks(
+        torch.stack([(mine.log_sum_exp - maximum).exp(), mine.positive_sum, mine.positive_weight]),
+        ranks,
     )
-    return ColumnStatistics(maximum, *sum_over_ranks(sums, ranks))
+    return Statistics(maximum + exp_sum.log(), positive_sum, positive_weight)

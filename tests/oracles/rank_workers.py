@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 import torch.multiprocessing as mp
-from small_runs import global_batch, tiny_config
+from small_runs import global_batch, ragged_features, tiny_config
 
 from unicl_fast.dist import process_group
 from unicl_fast.trainer import Trainer
@@ -79,8 +79,35 @@ def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]:
 
 
 def write_gradients(ranks, images: torch.Tensor, folder: str) -> None:
-    loss, gradients = first_gradients(images, ranks, tiny_config())
-    torch.save((loss, gradients), Path(folder) / f"{ranks.rank}.pt")
+    """Loss and parameter gradients of this rank, with the loss in both forms."""
+    for form in ("dense", "tiled"):
+        loss, gradients = first_gradients(images, ranks, tiny_config(loss=form))
+        torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
+
+
+def write_feature_gradients(ranks, folder: str) -> None:
+    """Loss and gradients of this rank's pictures and of the table of texts, in both forms."""
+    from unicl_fast.step import contrast_over_ranks
+
+    images, texts, text_index, class_ids = ragged_features()
+    share = ranks.share_of(len(images))
+    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    distinct, counts = text_index[mine].unique(return_counts=True)
+    class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
+    for form in ("dense", "tiled"):
+        inputs = images[mine].clone().requires_grad_(), texts.clone().requires_grad_()
+        loss = contrast_over_ranks(
+            inputs[0],
+            inputs[1][distinct],
+            class_ids=class_ids[mine],
+            text_class_ids=torch.tensor([class_of_text[text] for text in distinct.tolist()]),
+            text_counts=counts,
+            scale=torch.tensor(40.0, dtype=torch.float64),
+            ranks=ranks,
+            form=form,
+        )
+        gradients = torch.autograd.grad(loss, inputs)
+        torch.save((loss.item(), *gradients), Path(folder) / f"{form}{ranks.rank}.pt")
 
 
 def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:

@@ -74,3 +74,21 @@ def global_batch(
         images.roll(step, dims=0), tokens, labels, step=step, rank=rank, world_size=world_size
     )
     return dataclasses.replace(batch, step=step)
+
+
+def ragged_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures [16 d], texts [t d], which text a picture has, and class ids of the pictures.
+
+    Of four ranks the first has classes of uneven sizes, the second one class with two texts, the
+    third one text, the fourth distinct captions that occur nowhere else.
+    """
+    generator = torch.Generator().manual_seed(5)
+    text_index = torch.tensor([0, 1, 1, 2, 3, 1, 3, 1, 0, 0, 0, 0, 4, 5, 6, 7])
+    text_classes = torch.tensor([0, 1, -9, 1, *(2**62 + torch.arange(4)).tolist()])
+    images, texts = (
+        torch.nn.functional.normalize(
+            torch.randn(n, 6, dtype=torch.float64, generator=generator), dim=1
+        )
+        for n in (len(text_index), len(text_classes))
+    )
+    return images, texts, text_index, text_classes[text_index]

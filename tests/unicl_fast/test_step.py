@@ -1,4 +1,4 @@
-"""Two and three ranks equal one process, and each efficiency switch leaves the result alone."""
+"""Two to four ranks equal one process, and each efficiency switch leaves the result alone."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ from rank_workers import (
     run_on_ranks,
     train,
     write_evaluated_buffers,
+    write_feature_gradients,
     write_gradients,
 )
-from small_runs import global_batch, real_pictures, tiny_config
+from small_runs import global_batch, ragged_features, real_pictures, tiny_config
 
 from unicl_fast.dist import Ranks
 from unicl_fast.loss import unified_contrastive_loss
 from unicl_fast.metrics import read_metrics
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.precision import normalise_images
+from unicl_fast.targets import CAPTION_KEYS_START
 from unicl_fast.trainer import Trainer
 
 
@@ -30,19 +32,55 @@ def images(shared_data: Path) -> torch.Tensor:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, 3, 4])
 def test_ranks_give_the_loss_and_gradients_of_one_process(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
-    alone_loss, alone = first_gradients(images, Ranks(), tiny_config())
+    """Classes and numbers of distinct texts differ by rank; the last rank may have no label."""
+    shares = [global_batch(images, rank=rank, world_size=world_size) for rank in range(world_size)]
+    assert len({len(share.tokens) for share in shares}) > 1
+    if world_size > 2:
+        assert (shares[-1].text_class_ids >= CAPTION_KEYS_START).all()
+    alone_loss, alone = first_gradients(images, Ranks(), tiny_config(loss="dense"))
     run_on_ranks(write_gradients, world_size, images, str(tmp_path))
-    for rank in range(world_size):
-        loss, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+    for written in [
+        f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(world_size)
+    ]:
+        loss, gradients = torch.load(tmp_path / written, weights_only=True)
         assert loss == pytest.approx(alone_loss, rel=1e-13)
         assert gradients.keys() == alone.keys()
         for name, gradient in gradients.items():
             torch.testing.assert_close(gradient, alone[name], rtol=1e-9, atol=1e-13, msg=name)
             assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_ranks_with_ragged_texts_give_the_gradients_of_one_process(
+    tmp_path: Path, world_size: int
+) -> None:
+    """Features instead of a model: one rank with a single text, one with distinct captions only."""
+    images, texts, text_index, class_ids = ragged_features()
+    inputs = images.requires_grad_(), texts.requires_grad_()
+    alone = unified_contrastive_loss(
+        images, texts[text_index], class_ids, 40.0, form="dense", text_class_ids=class_ids
+    )
+    gradients = torch.autograd.grad(alone, inputs)
+    if world_size == 1:
+        write_feature_gradients(Ranks(), str(tmp_path))
+    else:
+        run_on_ranks(write_feature_gradients, world_size, str(tmp_path))
+    for form in ("dense", "tiled"):
+        results = [
+            torch.load(tmp_path / f"{form}{rank}.pt", weights_only=True)
+            for rank in range(world_size)
+        ]
+        for loss, _, _ in results:
+            assert loss == pytest.approx(alone.item(), rel=1e-13)
+        of_images = torch.cat([of_images for _, of_images, _ in results])
+        of_texts = torch.stack([of_texts for _, _, of_texts in results]).sum(dim=0)
+        torch.testing.assert_close(of_images, gradients[0], rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(of_texts, gradients[1], rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.dist
@@ -110,6 +148,7 @@ def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
         {"channels_last": False},
         {"activation_checkpointing": True},
         {"fused_optimizer": False},
+        {"loss": "tiled"},
     ],
     ids=lambda switch: ",".join(f"{name}={value}" for name, value in switch.items()),
 )
