@@ -1,0 +1,134 @@
+"""What a batch of captions costs the text encoder, with its padding and without.
+
+    python -m unicl_fast.benchmarks.text_encoding --data PACKED [--json FILE]
+
+Forward and backward of the paper's text encoder over real captions: padded to the context length,
+trimmed to the longest, packed without padding. Beside them stands a full batch, whose texts all
+have as many tokens as fit: its time for each token is the price at which the captions' real tokens
+are counted. First the three layouts' features are compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+
+from unicl_fast.benchmarks.harness import print_figures, summarise, take_turns, write_result
+from unicl_fast.models.text_encoder import TextEncoder
+from unicl_fast.pipelines.host_memory import keep_freed_memory
+from unicl_fast.precision import Precision, PrecisionName, place_module
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tokenizer import Tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured."""
+
+    data: Path
+    """Packed data set with captions."""
+    json: Path | None = None
+    """Where the result is written as JSON."""
+    batch_size: int = 64
+    """Captions of a batch."""
+    width: int = 512
+    """Width of the encoder; a head for each 64."""
+    layers: int = 12
+    """Its blocks."""
+    precision: PrecisionName = "bf16"
+    """Arithmetic."""
+    rounds: int = 5
+    """Turns of each layout."""
+
+
+def main() -> None:
+    """Compares, measures, prints, and writes the JSON if one is wanted."""
+    run(tyro.cli(Settings, description=__doc__))
+
+
+def run(settings: Settings) -> None:
+    """The whole of it for given settings."""
+    keep_freed_memory()
+    tokenizer = Tokenizer()
+    tokens = read_captions(settings.data, settings.batch_size)
+    lengths = tokens.argmax(dim=1) + 1
+    trimmed, num_tokens = tokens[:, : int(lengths.max())], int(lengths.sum())
+    full = torch.randint(1, 40_000, tokens.shape, generator=torch.Generator().manual_seed(0))
+    full[:, -1] = tokenizer.end_id
+    encoder = TextEncoder(
+        vocab_size=49408,
+        context_length=tokens.shape[1],
+        width=settings.width,
+        layers=settings.layers,
+        heads=settings.width // 64,
+    )
+    precision = Precision(settings.precision)
+    place_module(encoder, device=torch.device("cpu"), precision=precision)
+    compare(encoder, tokens, trimmed, num_tokens)
+
+    def forward_and_backward(rows: Tensor, known: int | None = None) -> Callable[[], object]:
+        def work() -> object:
+            with precision.autocast("cpu"):
+                features = encoder(rows, known)
+            features.float().square().sum().backward()
+            return encoder.zero_grad()
+
+        return work
+
+    turns = take_turns(
+        {
+            "full": forward_and_backward(full),
+            "padded": forward_and_backward(tokens),
+            "trimmed": forward_and_backward(trimmed),
+            "packed": forward_and_backward(trimmed, num_tokens),
+        },
+        rounds=settings.rounds,
+    )
+    seconds = {name: [turn.wall_seconds for turn in taken] for name, taken in turns.items()}
+    share = num_tokens / tokens.numel()
+    figures = {f"{name}, s": summarise(values) for name, values in seconds.items()}
+    for name in ("padded", "trimmed", "packed"):
+        ratios = [
+            mine / (whole * share)
+            for mine, whole in zip(seconds[name], seconds["full"], strict=True)
+        ]
+        figures[f"{name}, times the cost of its real tokens"] = summarise(ratios)
+    print(f"{len(tokens)} captions, {num_tokens} tokens, longest {int(lengths.max())}")
+    print_figures(figures)
+    write_result(settings.json, figures, settings, real_tokens=num_tokens, longest=lengths.max())
+
+
+def read_captions(data: Path, count: int) -> Tensor:
+    """Token rows [count 77] of the first captions of the data set's first pictures."""
+    with PackedDataset(data) as dataset:
+        with_captions = np.flatnonzero(dataset.samples["captions_count"])[:count]
+        if len(with_captions) < count:
+            raise ValueError(
+                f"{data} has captions for {len(with_captions)} pictures, but {count} are wanted; "
+                "lower --batch-size"
+            )
+        rows = torch.zeros(count, dataset.manifest.context_length, dtype=torch.int64)
+        for row, index in zip(rows, with_captions.tolist(), strict=True):
+            caption = dataset.caption_tokens(index, 0)
+            row[: len(caption)] = torch.from_numpy(caption.astype(np.int64))
+    return rows
+
+
+@torch.no_grad()
+def compare(encoder: TextEncoder, tokens: Tensor, trimmed: Tensor, num_tokens: int) -> None:
+    """Refuses to time layouts that do not compute the same features, in fp32."""
+    padded = encoder(tokens)
+    for other in (encoder(trimmed), encoder(trimmed, num_tokens)):
+        gap = float((other - padded).abs().max())
+        if not np.isfinite(gap) or gap > 1e-3:
+            raise RuntimeError(f"the layouts' features differ by {gap}; nothing was timed")
+
+
+if __name__ == "__main__":
+    main()
