@@ -18,7 +18,7 @@ LIBRARY_LEVELS = [
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"},
     {"_targets_numba", "targets", "prompts", "loss", "models", "precision", "optim", "metrics"},
     {"collate", "presets", "checkpoint"},
-    {"step", "evaluation"},
+    {"step", "cached_gradients", "evaluation"},
     {"trainer"},
 ]
 

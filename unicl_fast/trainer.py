@@ -22,6 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from unicl_fast.batch import Batch, Loader
+from unicl_fast.cached_gradients import (
+    back_propagate_in_micro_batches,
+    refuse_batch_statistics,
+)
 from unicl_fast.checkpoint import (
     read_state,
     remove_later_checkpoints,
@@ -97,7 +101,8 @@ class Trainer:
             progress: show a progress bar on rank 0.
 
         Raises:
-            ValueError: the run has no length, or the ranks cannot share the global batch.
+            ValueError: the run has no length, the ranks cannot share the global batch, or the
+                model cannot be trained in micro-batches as the config asks.
         """
         self.ranks = ranks or Ranks()
         self.ranks.share_of(config.run.global_batch_size)
@@ -115,6 +120,8 @@ class Trainer:
 
         precision = Precision(config.efficiency.precision)
         self.model = model or UniCL(config)
+        if config.efficiency.micro_batch_size:
+            refuse_batch_statistics(self.model)
         place_module(self.model, device=self.device, precision=precision)
         if config.efficiency.channels_last:
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -189,12 +196,9 @@ class Trainer:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
         self.model.train()
-        self.model.set_drop_path_key(step=batch.step, slots=batch.slots)
         self.schedule.step_update(self.step + 1)
         self.optimizer.zero_grad(set_to_none=True)
-        loss = global_loss(self._encode, batch, self.config, self.ranks)
-        # DDP averages parameter gradients over ranks; ours are to be summed
-        self.scaler.scale(loss * self.ranks.world_size).backward()
+        loss = self.back_propagate(batch)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.optim.clip_norm or math.inf
@@ -203,7 +207,33 @@ class Trainer:
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
-        return loss.detach(), grad_norm
+        return loss, grad_norm
+
+    def back_propagate(self, batch: Batch) -> Tensor:
+        """Adds the gradient of the global batch's loss to the parameters' `.grad`.
+
+        It is the loss scaler's multiple of the gradient where there is a scaler (fp16).
+
+        Returns:
+            The loss of the global batch, on the device.
+        """
+        if 0 < self.config.efficiency.micro_batch_size < batch.batch_size:
+            return back_propagate_in_micro_batches(
+                self.model,
+                self._encode,
+                batch,
+                self.config,
+                self.ranks,
+                scale_loss=self._scale_loss,
+            )
+        self.model.set_drop_path_key(step=batch.step, slots=batch.slots)
+        loss = global_loss(self._encode, batch, self.config, self.ranks)
+        self._scale_loss(loss).backward()
+        return loss.detach()
+
+    def _scale_loss(self, loss: Tensor) -> Tensor:
+        # DDP averages parameter gradients over ranks; ours are to be summed
+        return self.scaler.scale(loss * self.ranks.world_size)
 
     def save(self) -> None:
         """Writes a checkpoint of the present step into the run folder."""

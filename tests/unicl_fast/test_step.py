@@ -35,7 +35,7 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
     alone_loss, alone = first_gradients(images, Ranks(), tiny_config())
-    run_on_ranks(write_gradients, world_size, images, str(tmp_path))
+    run_on_ranks(write_gradients, world_size, images, str(tmp_path), {})
     for rank in range(world_size):
         loss, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
         assert loss == pytest.approx(alone_loss, rel=1e-13)
