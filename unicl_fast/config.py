@@ -178,7 +178,8 @@ class EfficiencyConfig:
     trim_text: bool = True
     """Leave out the padding behind the longest text of the batch."""
     fused_optimizer: bool = True
-    """Torch's fused AdamW instead of its loop over parameters."""
+    """Torch's fused AdamW instead of its loop over parameters. It is also the one that leaves out
+    an update of a bad step without the host waiting for the device."""
 
     def __post_init__(self) -> None:
         _require(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from timm.scheduler.cosine_lr import CosineLRScheduler
-from torch import nn
+from torch import Tensor, nn
 
 from unicl_fast.config import TrainConfig
 
@@ -49,6 +51,27 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
         eps=optim.eps,
         fused=config.efficiency.fused_optimizer,
     )
+
+
+@torch.no_grad()
+def update_unless(is_bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """One update of parameters and optimizer state, or none at all where `is_bad`.
+
+    Zeroed gradients would not do: weight decay and the averages would move all the same. Torch's
+    fused AdamW takes the flag where it is, on the device; for others the host has to read it.
+
+    Args:
+        is_bad: bool [], on the parameters' device.
+        optimizer: what `build_optimizer` made.
+    """
+    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
+        masked: Any = optimizer
+        # what torch.amp.GradScaler tells it by, without a scale
+        masked.grad_scale, masked.found_inf = None, is_bad.float()
+        masked.step()
+        del masked.grad_scale, masked.found_inf
+    elif not is_bad.item():
+        optimizer.step()
 
 
 def build_schedule(

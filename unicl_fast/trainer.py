@@ -36,7 +36,7 @@ from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks
 from unicl_fast.metrics import MetricsWriter, StepMeter
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.optim import build_optimizer, build_schedule
+from unicl_fast.optim import build_optimizer, build_schedule, update_unless
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.step import global_loss
 
@@ -190,20 +190,23 @@ class Trainer:
                         self._evaluate(metrics)
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One update.
+        """One update; none if the loss or the gradient norm is not finite.
+
+        Nothing here waits for the device, as far as the optimizer allows (see `update_unless`): a
+        bad step is told at the next logging.
 
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
         self.model.train()
         self.schedule.step_update(self.step + 1)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss = self.back_propagate(batch)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.optim.clip_norm or math.inf
         )
-        self.scaler.step(self.optimizer)
+        update_unless(~(loss.isfinite() & grad_norm.isfinite()), self.optimizer)
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
@@ -254,12 +257,11 @@ class Trainer:
 
     def _log(self, meter: StepMeter, metrics: MetricsWriter | None, bar: tqdm[Any]) -> None:
         self._check_finite(meter)
-        num_steps = len(meter.losses())
-        values = meter.summary(num_samples=num_steps * self.config.run.global_batch_size)
+        global_batch_size = self.config.run.global_batch_size
         values = {
             "step": self.step,
-            "samples_seen": self.step * self.config.run.global_batch_size,
-            **values,
+            "samples_seen": self.step * global_batch_size,
+            **meter.summary(global_batch_size=global_batch_size),
             "logit_scale": float(self.model.logit_scale.detach()),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
@@ -285,13 +287,13 @@ class Trainer:
                 tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
 
     def _check_finite(self, meter: StepMeter) -> None:
-        watched = {"loss": meter.losses()}
-        if not self.scaler.is_enabled():  # the scaler skips steps whose gradients overflow
-            watched["gradient norm"] = meter.grad_norms()
-        for what, values in watched.items():
-            for index, value in enumerate(values):
+        steps = meter.read()
+        for step, (loss, grad_norm) in enumerate(steps, start=self.step - len(steps)):
+            watched = {"loss": loss}
+            if not self.scaler.is_enabled():  # the scaler tries how far it can go
+                watched["gradient norm"] = grad_norm
+            for what, value in watched.items():
                 if not math.isfinite(value):
-                    step = self.step - len(values) + index
                     raise FloatingPointError(
                         f"the {what} of step {step} is {value}: lower optim.lr, lengthen the "
                         "warm-up, or use bf16 instead of fp16; the last checkpoint is from before"
