@@ -139,18 +139,26 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     for name, parameter in trainer.model.named_parameters():
         for key, value in trainer.optimizer.state[parameter].items():
             state[f"{key} of {name}"] = value
+    for index, group in enumerate(trainer.optimizer.param_groups):
+        state[f"steps of group {index}"] = torch.as_tensor(group.get("step", 0))
     return {name: value.clone() for name, value in state.items()}
 
 
 @pytest.mark.parametrize(
-    "efficiency",
-    [{}, {"precision": "fp16"}, {"micro_batch_size": 5}, {"fused_optimizer": False}],
-    ids=lambda efficiency: ",".join(efficiency) or "default",
+    "settings",
+    [
+        {},
+        {"precision": "fp16"},
+        {"micro_batch_size": 5},
+        {"fused_optimizer": False},
+        {"optimizer": "lamb"},
+    ],
+    ids=lambda settings: ",".join(settings) or "default",
 )
 def test_a_bad_step_changes_neither_weights_nor_optimizer(
-    images: torch.Tensor, efficiency: dict
+    images: torch.Tensor, settings: dict
 ) -> None:
-    trainer = trainer_of(images, **efficiency)
+    trainer = trainer_of(images, **settings)
     batches = trainer.loader.batches(0)
     trainer.train_step(next(batches))
     trainer.train_step(next(batches))
