@@ -36,8 +36,7 @@ class _TrainFacts:
     """What the host knows of a batch that is being decoded."""
 
     planned: PlannedBatch
-    num_texts: int
-    text_length: int
+    text_lengths: NDArray[np.int64]
 
 
 class TrainLoader:
@@ -125,10 +124,10 @@ class TrainLoader:
                 yield Batch(
                     step=planned.step,
                     images=images,
-                    text_length=facts.text_length,
+                    text_lengths=facts.text_lengths,
                     sample_ids=torch.from_numpy(planned.sample_ids),
                     source_ids=torch.from_numpy(planned.source_ids.astype(np.int64)),
-                    **unpack_integers(integers, num_texts=facts.num_texts),
+                    **unpack_integers(integers, num_texts=len(facts.text_lengths)),
                 )
                 del images, integers  # held here, their buffers could not be reused
 
@@ -163,11 +162,7 @@ class TrainLoader:
                 planned.flips[:, None],
                 integers,
             ),
-            facts=_TrainFacts(
-                planned=planned,
-                num_texts=len(targets.tokens),
-                text_length=targets.text_length,
-            ),
+            facts=_TrainFacts(planned=planned, text_lengths=targets.text_lengths),
         )
 
     def _describe(self, facts: _TrainFacts) -> str:

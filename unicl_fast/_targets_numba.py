@@ -155,16 +155,15 @@ def find_rows(
 
 
 @njit(cache=True)
-def longest_row(rows: UInt16Array) -> Any:
-    """int64: length of the longest row without padding; 0 if all are empty."""
-    num_rows, length = rows.shape
-    seen = np.zeros(length, np.uint16)
-    for row in range(num_rows):
-        for position in range(length):
-            seen[position] |= rows[row, position]
-    while length > 0 and seen[length - 1] == 0:
-        length -= 1
-    return length
+def row_lengths(rows: UInt16Array) -> Any:
+    """int64 [k]: lengths of rows without padding."""
+    lengths = np.empty(len(rows), np.int64)
+    for row in range(len(rows)):
+        length = rows.shape[1]
+        while length > 0 and rows[row, length - 1] == 0:
+            length -= 1
+        lengths[row] = length
+    return lengths
 
 
 @njit(cache=True)

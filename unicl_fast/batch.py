@@ -15,7 +15,9 @@ import itertools
 from collections.abc import Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 
@@ -34,9 +36,9 @@ class Batch:
     """uint8 [b h w c], RGB."""
     tokens: Tensor
     """int64 [u l]: distinct token rows, padded with 0 to the context length."""
-    text_length: int
-    """Length of the longest row of `tokens` without padding; known here so that trimming needs
-    no read from the device."""
+    text_lengths: NDArray[np.int64]
+    """int64 [u] on the host: tokens of each row without padding. Known here so that leaving the
+    padding out needs no read from the device."""
     text_index: Tensor
     """int64 [b]: the row of `tokens` that is the text of each picture."""
     class_ids: Tensor

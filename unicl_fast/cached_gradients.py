@@ -16,6 +16,7 @@ Batch Size under Memory Limited Setup", 2021 (arXiv 2101.06983).
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import torch
@@ -73,9 +74,9 @@ def back_propagate_in_micro_batches(
     precision = Precision(config.efficiency.precision)
     device_type = batch.images.device.type
     size = config.efficiency.micro_batch_size
-    tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
     pictures = list(zip(batch.images.split(size), batch.slots.split(size), strict=True))
-    texts = tokens.split(size)
+    pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
+    texts = [(tokens, num_tokens) for tokens, num_tokens, _, _ in pieces]
 
     def input_of(images: Tensor, slots: Tensor) -> Tensor:
         model.set_drop_path_key(step=batch.step, slots=slots)
@@ -84,7 +85,7 @@ def back_propagate_in_micro_batches(
     # one autocast for the whole pass: the weights are cast once
     with torch.no_grad(), precision.autocast(device_type):
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pictures])
-        text_features = torch.cat([model.encode_text(piece) for piece in texts])
+        text_features = torch.cat([model.encode_text(*rows) for rows in texts])
         scale = model.logit_scale.exp()
 
     features = [image_features, text_features, scale]
@@ -94,8 +95,8 @@ def back_propagate_in_micro_batches(
         image_features,
         text_features,
         class_ids=batch.class_ids,
-        text_class_ids=text_class_ids,
-        text_counts=text_counts,
+        text_class_ids=torch.cat([class_ids for _, _, class_ids, _ in pieces]),
+        text_counts=torch.cat([counts for _, _, _, counts in pieces]),
         scale=scale,
         ranks=ranks,
     )
@@ -103,17 +104,35 @@ def back_propagate_in_micro_batches(
     image_gradients, text_gradients = image_gradient.split(size), text_gradient.split(size)
 
     # one autocast for each graph: weights cast in one must not be found in the cache of the next
-    for piece, gradient in zip(pictures[:-1], image_gradients, strict=False):
+    for images, gradient in zip(pictures[:-1], image_gradients, strict=False):
         with precision.autocast(device_type):
-            image_features = model.encode_image(input_of(*piece))
+            image_features = model.encode_image(input_of(*images))
         image_features.backward(gradient)
     for rows, gradient in zip(texts[:-1], text_gradients, strict=False):
         with precision.autocast(device_type):
-            text_features = model.encode_text(rows)
+            text_features = model.encode_text(*rows)
         text_features.backward(gradient)
     with precision.autocast(device_type):
-        last_features = encode(input_of(*pictures[-1]), texts[-1])
+        last_features = encode(input_of(*pictures[-1]), *texts[-1])
     torch.autograd.backward(
         last_features, [image_gradients[-1], text_gradients[-1], scale_gradient]
     )
     return loss.detach()
+
+
+def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:
+    """The batch with some of its texts each, so that a piece is no longer than its own longest."""
+    names: tuple[str, ...]
+    if config.efficiency.unique_texts:
+        num_texts = len(batch.tokens)
+        names = ("tokens", "text_lengths", "text_class_ids", "text_counts")
+    else:
+        num_texts = len(batch.text_index)
+        names = ("text_index", "class_ids")
+    size = config.efficiency.micro_batch_size
+    return [
+        dataclasses.replace(
+            batch, **{name: getattr(batch, name)[start : start + size] for name in names}
+        )
+        for start in range(0, num_texts, size)
+    ]

@@ -50,7 +50,7 @@ def collate(
         step=step,
         images=images[start:stop],
         tokens=torch.from_numpy(targets.tokens.astype(np.int64)),
-        text_length=targets.text_length,
+        text_lengths=targets.text_lengths,
         text_index=torch.from_numpy(targets.text_index),
         class_ids=torch.from_numpy(targets.class_ids),
         text_class_ids=torch.from_numpy(targets.text_class_ids),

@@ -186,8 +186,10 @@ class EfficiencyConfig:
     of the whole global batch. Refused with BatchNorm."""
     unique_texts: bool = True
     """Encode equal texts of a batch once."""
-    trim_text: bool = True
-    """Leave out the padding behind the longest text of the batch."""
+    text_layout: Literal["padded", "trimmed", "packed"] = "packed"
+    """Compute texts with their padding to the context length, with padding to the longest of the
+    batch, or without padding: all tokens in one row, spread out for attention only (which needs
+    unique_texts; without it they are trimmed)."""
     fused_optimizer: bool = True
     """For optim.name=adamw: torch's fused kernel instead of its loop over parameters. Also the one
     that leaves out the update of a bad step without the host waiting for the device."""

@@ -22,14 +22,15 @@ from unicl_fast.dist import Ranks, gather_integers, gather_rows, max_over_ranks,
 from unicl_fast.loss import ColumnStatistics, column_losses, compare
 from unicl_fast.precision import Precision, normalise_images
 
-Encode = Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+Encode = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor, Tensor]]
 
 
 def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
     """The unified contrastive loss of the global batch.
 
     Args:
-        encode: the model (or its DDP wrapper): pictures and tokens to features and scale.
+        encode: the model (or its DDP wrapper): pictures, tokens and how many of them to compute,
+            to features and scale.
         batch: this rank's share, on the model's device.
         config: the run's settings.
         ranks: this process among its peers.
@@ -39,9 +40,9 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
     """
     precision = Precision(config.efficiency.precision)
     images = encoder_input(batch.images, config)
-    tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
+    tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
     with precision.autocast(batch.images.device.type):
-        image_features, text_features, scale = encode(images, tokens)
+        image_features, text_features, scale = encode(images, tokens, num_tokens)
     return contrast_over_ranks(
         image_features,
         text_features,
@@ -64,13 +65,22 @@ def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
     )
 
 
-def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, Tensor, Tensor]:
-    """Token rows, their class ids and their counts, as `efficiency` wants them encoded."""
-    length = batch.text_length if config.efficiency.trim_text else batch.tokens.shape[1]
-    tokens = batch.tokens[:, :length]
-    if config.efficiency.unique_texts:
-        return tokens, batch.text_class_ids, batch.text_counts
-    return tokens[batch.text_index], batch.class_ids, torch.ones_like(batch.class_ids)
+def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | None, Tensor, Tensor]:
+    """What to encode, as `efficiency` wants it.
+
+    Returns:
+        Token rows [u l]; how many of their tokens to compute, None for all with the padding; class
+        ids [u] and counts [u] of the texts.
+    """
+    efficiency = config.efficiency
+    tokens = batch.tokens
+    if efficiency.text_layout != "padded":
+        tokens = tokens[:, : batch.text_lengths.max()]
+    if not efficiency.unique_texts:
+        class_ids = batch.class_ids
+        return tokens[batch.text_index], None, class_ids, torch.ones_like(class_ids)
+    num_tokens = int(batch.text_lengths.sum()) if efficiency.text_layout == "packed" else None
+    return tokens, num_tokens, batch.text_class_ids, batch.text_counts
 
 
 def contrast_over_ranks(

@@ -18,9 +18,9 @@ from unicl_fast._targets_numba import (
     UInt16Array,
     hash_rows,
     label_texts,
-    longest_row,
     make_table,
     position_factors,
+    row_lengths,
     union_find,
     unique_rows,
 )
@@ -43,8 +43,8 @@ class Targets:
     """int64 [u]."""
     text_counts: Int64Array
     """int64 [u], how many samples have that text."""
-    text_length: int
-    """Length of the longest row without padding."""
+    text_lengths: Int64Array
+    """int64 [u], tokens of each row without padding."""
 
 
 class PromptLookup(Protocol):
@@ -93,7 +93,6 @@ def map_targets(
     tokens = rows[first]
     text_class_ids = _classes_of_texts(labels, text_index, tokens, hashes[first], prompts)
     class_ids = text_class_ids[text_index]
-    text_length = int(longest_row(tokens))
     if unique:
         return Targets(
             tokens=tokens,
@@ -101,7 +100,7 @@ def map_targets(
             class_ids=class_ids,
             text_class_ids=text_class_ids,
             text_counts=text_counts,
-            text_length=text_length,
+            text_lengths=row_lengths(tokens),
         )
     return Targets(
         tokens=rows,
@@ -109,7 +108,7 @@ def map_targets(
         class_ids=class_ids,
         text_class_ids=class_ids.copy(),
         text_counts=np.ones(len(rows), dtype=np.int64),
-        text_length=text_length,
+        text_lengths=row_lengths(rows),
     )
 
 
@@ -136,7 +135,7 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
         class_ids=targets.class_ids[start:stop],
         text_class_ids=targets.text_class_ids[texts[order]],
         text_counts=counts[order],
-        text_length=int(longest_row(tokens)),
+        text_lengths=row_lengths(tokens),
     )
 
 

@@ -36,7 +36,14 @@ def assert_equal_gradients(found: dict, expected: dict) -> None:
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 5, 11])
 @pytest.mark.parametrize(
     "others",
-    [{}, {"unique_texts": False}, {"activation_checkpointing": True}, {"channels_last": False}],
+    [
+        {},
+        {"unique_texts": False},
+        {"text_layout": "padded"},
+        {"text_layout": "trimmed"},
+        {"activation_checkpointing": True},
+        {"channels_last": False},
+    ],
     ids=lambda others: ",".join(others) or "default",
 )
 def test_micro_batches_give_the_gradients_of_the_batch(

@@ -8,12 +8,15 @@ import numpy as np
 import pytest
 import torch
 from small_runs import TEXTS, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast import UniCL, build_model
 from unicl_fast.keyed_random import fold_key, fold_key_tensor, random_unit, uniform_tensor
 from unicl_fast.models.activation_checkpointing import checkpoint_blocks
 from unicl_fast.models.drop_path import KeyedDropPath
+from unicl_fast.models.text_encoder import TextEncoder
 from unicl_fast.optim import split_parameters
+from unicl_fast.precision import Precision, place_module
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.tokenizer import Tokenizer
 
@@ -41,6 +44,47 @@ def test_features_have_unit_norm(model: UniCL) -> None:
         torch.testing.assert_close(
             features.norm(dim=1), torch.ones(len(features), dtype=torch.float64)
         )
+
+
+def test_packed_texts_equal_padded_ones_and_their_gradients(model: UniCL) -> None:
+    tokens = Tokenizer()(TEXTS)
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    parameters = [*model.text_encoder.parameters(), model.text_projection]
+    target = torch.randn(len(TEXTS), model.config.model.embed_dim, dtype=torch.float64)
+    results = []
+    for texts, known in ((tokens, None), (tokens[:, :20], num_tokens), (tokens, num_tokens)):
+        features = model.encode_text(texts, known)
+        results.append([features, *torch.autograd.grad((features * target).sum(), parameters)])
+    for packed in results[1:]:
+        torch.testing.assert_close(packed, results[0], rtol=1e-11, atol=1e-13)
+
+
+def test_plain_attention_equals_the_fused_one(model: UniCL) -> None:
+    tokens = Tokenizer()(TEXTS)[:, :20]
+    features = model.encode_text(tokens)
+    place_module(model, device=torch.device("cpu"), precision=Precision("bf16"))
+    switches = [part for part in model.modules() if hasattr(part, "fused_attn")]
+    assert {type(part).__name__ for part in switches} >= {"CausalAttention", "Attention"}
+    assert not any(part.fused_attn for part in switches)
+    model.double()
+    torch.testing.assert_close(model.encode_text(tokens), features, rtol=1e-12, atol=1e-14)
+    place_module(model, device=torch.device("cpu"), precision=Precision("fp64"))
+    assert all(part.fused_attn for part in switches)
+
+
+def test_packed_texts_cost_what_their_tokens_cost() -> None:
+    """Products of matrices, attention aside, which is a fiftieth of them at this width."""
+    encoder = TextEncoder(vocab_size=49408, context_length=77, width=256, layers=1, heads=4)
+    tokens = Tokenizer()(TEXTS)
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    assert num_tokens < tokens.numel() / 7
+    costs = []
+    for texts, known in ((tokens, None), (tokens, num_tokens)):
+        with FlopCounterMode(display=False) as counter:
+            encoder(texts, known)
+        by_operator = counter.get_flop_counts()["Global"]
+        costs.append(by_operator[torch.ops.aten.addmm])
+    assert costs[1] / costs[0] == pytest.approx(num_tokens / tokens.numel(), rel=1e-6)
 
 
 def test_a_text_that_is_too_long_for_the_encoder_is_refused(model: UniCL) -> None:

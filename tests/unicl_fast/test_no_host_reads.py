@@ -80,7 +80,8 @@ def rarely_logging(log_every_steps: int) -> TrainConfig:
         {"precision": "fp16"},
         {"micro_batch_size": 5},
         {"micro_batch_size": 5, "precision": "fp16", "activation_checkpointing": True},
-        {"unique_texts": False, "trim_text": False},
+        {"text_layout": "trimmed"},
+        {"unique_texts": False, "text_layout": "padded"},
     ],
     ids=lambda efficiency: ",".join(f"{k}={v}" for k, v in efficiency.items()) or "default",
 )

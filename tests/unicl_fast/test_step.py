@@ -104,20 +104,21 @@ def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
     "switch",
     [
         {"unique_texts": False},
-        {"trim_text": False},
-        {"unique_texts": False, "trim_text": False},
+        {"text_layout": "padded"},
+        {"text_layout": "trimmed"},
+        {"unique_texts": False, "text_layout": "padded"},
         {"channels_last": False},
         {"activation_checkpointing": True},
         {"fused_optimizer": False},
     ],
-    ids=lambda switch: ",".join(switch),
+    ids=lambda switch: ",".join(f"{name}={value}" for name, value in switch.items()),
 )
 def test_efficiency_changes_nothing(
-    images: torch.Tensor, switch: dict[str, bool], image_encoder: str
+    images: torch.Tensor, switch: dict[str, object], image_encoder: str
 ) -> None:
     """Loss and gradients of a step; weights and BatchNorm's running averages after three."""
 
-    def trained(**efficiency: bool) -> tuple[list[float], dict[str, torch.Tensor]]:
+    def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
         config = tiny_config(image_encoder=image_encoder, steps=3, **efficiency)
         gradients[bool(efficiency)] = first_gradients(images, Ranks(), config)[1]
         trainer = Trainer(config, StepwiseLoader(images), progress=False)

@@ -62,7 +62,7 @@ def assert_equal(
     assert targets.text_class_ids.tolist() == classes
     assert targets.class_ids.tolist() == [classes[text] for text in index]
     assert targets.text_counts.tolist() == counts
-    assert targets.text_length == max(map(len, texts))
+    assert targets.text_lengths.max() == max(map(len, texts))
     for name in ("text_index", "class_ids", "text_class_ids", "text_counts"):
         assert getattr(targets, name).dtype == np.int64
     assert targets.tokens.dtype == np.uint16
@@ -110,7 +110,7 @@ def test_the_plain_twin_has_the_same_classes(
     assert plain.text_counts.tolist() == [1] * len(rows)
     assert plain.class_ids.tolist() == targets.class_ids.tolist()
     assert plain.text_class_ids.tolist() == targets.class_ids.tolist()
-    assert plain.text_length == targets.text_length
+    assert plain.text_lengths.max() == targets.text_lengths.max()
 
 
 @settings(max_examples=100)
@@ -129,7 +129,7 @@ def test_a_slice_has_its_own_texts_and_the_classes_of_the_whole(
     assert part.tokens.tolist() == alone.tokens.tolist()
     assert part.text_index.tolist() == alone.text_index.tolist()
     assert part.text_counts.tolist() == alone.text_counts.tolist()
-    assert part.text_length == alone.text_length
+    assert part.text_lengths.tolist() == alone.text_lengths.tolist()
 
 
 def test_label_0_is_a_class() -> None:
@@ -173,7 +173,7 @@ def test_a_batch_of_equal_texts_has_one_text() -> None:
     targets = map_targets(as_rows(*[[5, 6, 7]] * 1000), np.full(1000, -1))
     assert targets.tokens.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0]]
     assert targets.text_counts.tolist() == [1000]
-    assert targets.text_length == 3
+    assert targets.text_lengths.max() == 3
 
 
 @pytest.mark.parametrize("label", [-1, 0, BIG])

@@ -6,6 +6,8 @@ converting them is renaming.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -13,6 +15,27 @@ from torch.nn import functional as F
 
 _LAYER_NORM_EPS = 1e-12  # as released; PyTorch's default is 1e-5
 _INIT_STD = 0.02
+
+
+class Packing(NamedTuple):
+    """Where the p tokens that are not padding lie among u texts of l.
+
+    Everything but attention treats each token by itself, and is 98 % of the arithmetic at width
+    512 and 20 tokens. So tokens lie in one row, and are spread out for attention only.
+    """
+
+    positions: Int[Tensor, " p"]
+    """Rising places in the flattened [u l]."""
+    shape: tuple[int, int]
+
+    def pack(self, padded: Float[Tensor, "u l w"]) -> Float[Tensor, "p w"]:
+        return padded.flatten(0, 1).index_select(0, self.positions)
+
+    def spread(self, packed: Float[Tensor, "p w"]) -> Float[Tensor, "u l w"]:
+        """Zeros in the padding, which no real token sees: it lies behind them."""
+        u, l = self.shape  # noqa: E741
+        padded = packed.new_zeros(u * l, packed.shape[1])
+        return padded.index_copy(0, self.positions, packed).view(u, l, -1)
 
 
 class QuickGELU(nn.Module):
@@ -31,17 +54,35 @@ class CausalAttention(nn.Module):
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
+        self.fused_attn = True  # timm's name for this switch; see precision.place_module
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
         nn.init.trunc_normal_(self.in_proj_weight, std=_INIT_STD)
 
-    def forward(self, x: Float[Tensor, "u l w"]) -> Float[Tensor, "u l w"]:
-        u, l, w = x.shape  # noqa: E741
+    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        query, key, value = qkv.view(u, l, 3, self.heads, w // self.heads).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-        return self.out_proj(mixed.transpose(1, 2).reshape(u, l, w))  # type: ignore[no-any-return]
+        if packing is not None:
+            qkv = packing.spread(qkv)
+        u, l, w3 = qkv.shape  # noqa: E741
+        qkv = qkv.view(u, l, 3, self.heads, w3 // 3 // self.heads)
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        attend = F.scaled_dot_product_attention if self.fused_attn else _plain_attention
+        mixed = attend(query, key, value, is_causal=True)
+        mixed = mixed.transpose(1, 2).reshape(u, l, w3 // 3)
+        if packing is not None:
+            mixed = packing.pack(mixed)
+        return self.out_proj(mixed)  # type: ignore[no-any-return]
+
+
+def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool) -> Tensor:
+    """The twin of `scaled_dot_product_attention`, written as products of matrices."""
+    assert is_causal
+    l = query.shape[-2]  # noqa: E741
+    future = query.new_full((l, l), float("-inf")).triu(diagonal=1)
+    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + future
+    mixed: Tensor = scores.softmax(dim=-1) @ value
+    return mixed
 
 
 class TextBlock(nn.Module):
@@ -57,8 +98,8 @@ class TextBlock(nn.Module):
         self.mlp.add_module("gelu", QuickGELU())
         self.mlp.add_module("c_proj", nn.Linear(4 * width, width))
 
-    def forward(self, x: Float[Tensor, "u l w"]) -> Float[Tensor, "u l w"]:
-        x = x + self.attn(self.ln_1(x))
+    def forward(self, x: Tensor, packing: Packing | None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), packing)
         return x + self.mlp(self.ln_2(x))  # type: ignore[no-any-return]
 
 
@@ -81,21 +122,35 @@ class TextEncoder(nn.Module):
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
-    def forward(self, tokens: Int[Tensor, "u l"]) -> Float[Tensor, "u w"]:
+    def forward(
+        self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
+    ) -> Float[Tensor, "u w"]:
         """Features at the end-of-text token, which has the largest id of the vocabulary.
 
         Args:
             tokens: int64 [u l], l at most the context length.
+            num_tokens: how many of them are not padding, to compute those only. Must be exact.
         """
-        length = tokens.shape[1]
-        if length > self.context_length:
+        u, l = tokens.shape  # noqa: E741
+        if l > self.context_length:
             raise ValueError(
-                f"texts have {length} tokens, the text encoder takes {self.context_length}: "
+                f"texts have {l} tokens, the text encoder takes {self.context_length}: "
                 "tokenize with its context length"
             )
-        x = self.token_embedding(tokens) + self.positional_embedding[:length]
+        ends = tokens.argmax(dim=1)
+        positions = torch.arange(l, device=tokens.device)
+        if num_tokens is None:
+            packing = None
+            x = self.token_embedding(tokens) + self.positional_embedding[:l]
+        else:
+            padding = (positions > ends[:, None]).flatten()
+            # a stable sort brings what is not padding to the front; nonzero() would read the device
+            packing = Packing(padding.byte().argsort(stable=True)[:num_tokens], (u, l))
+            x = self.token_embedding(tokens.flatten()[packing.positions])
+            x = x + self.positional_embedding[packing.positions % l]
         for block in self.resblocks:
-            x = block(x)
-        rows = torch.arange(tokens.shape[0], device=tokens.device)
+            x = block(x, packing)
         # normalising after picking the token is the same and l times less
-        return self.ln_final(x[rows, tokens.argmax(dim=1)])  # type: ignore[no-any-return]
+        if packing is None:
+            return self.ln_final(x[torch.arange(u, device=x.device), ends])  # type: ignore[no-any-return]
+        return self.ln_final(x[(ends + 1).cumsum(0) - 1])  # type: ignore[no-any-return]

@@ -60,15 +60,27 @@ class UniCL(nn.Module):
         """Unit-norm features [b d] of normalised pictures [b c h w]."""
         return _unit_norm(self.image_encoder(images) @ self.image_projection)
 
-    def encode_text(self, tokens: Int[Tensor, "u l"]) -> Float[Tensor, "u d"]:
-        """Unit-norm features [u d] of token rows [u l] that end with the end-of-text token."""
-        return _unit_norm(self.text_encoder(tokens) @ self.text_projection)
+    def encode_text(
+        self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
+    ) -> Float[Tensor, "u d"]:
+        """Unit-norm features [u d] of token rows [u l] that end with the end-of-text token.
+
+        Args:
+            tokens: int64 [u l], padded behind the end-of-text token.
+            num_tokens: how many of them are not padding, to compute those only; exactly, since it
+                is not checked (that would read the device). None computes all.
+        """
+        return _unit_norm(self.text_encoder(tokens, num_tokens) @ self.text_projection)
 
     def forward(
-        self, images: Float[Tensor, "b c h w"], tokens: Int[Tensor, "u l"]
+        self,
+        images: Float[Tensor, "b c h w"],
+        tokens: Int[Tensor, "u l"],
+        num_tokens: int | None = None,
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "u d"], Float[Tensor, ""]]:
         """Image features, text features, and the scale of their products."""
-        return self.encode_image(images), self.encode_text(tokens), self.logit_scale.exp()
+        texts = self.encode_text(tokens, num_tokens)
+        return self.encode_image(images), texts, self.logit_scale.exp()
 
     def set_drop_path_key(self, *, step: int, slots: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""

@@ -1,0 +1,242 @@
+"""Training steps a second, beside open_clip's own.
+
+    python -m unicl_fast.benchmarks.training_step --data PACKED [--json FILE]
+
+Both train the same timm image encoder and the same text encoder on the same pictures and texts,
+from the same weights; first their features and (on captions) their losses are compared. Then they
+take turns, a step each. open_clip's step is written as its training script does it, with the best
+of its flags on a CPU: bf16 autocast. It gets its pictures normalised already; ours are counted from
+the bytes that the decoder gives. What decoding costs is benchmarks/input_pipeline.py's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import tyro
+from open_clip.loss import ClipLoss
+from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
+from torch import Tensor
+
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.benchmarks.input_pipeline import describe_machine
+from unicl_fast.config import (
+    DataConfig,
+    EfficiencyConfig,
+    ModelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.pipelines.host_memory import keep_freed_memory
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.precision import normalise_images
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import PackedDataset
+from unicl_fast.step import global_loss
+from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.trainer import Trainer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What is measured."""
+
+    data: Path
+    """Packed data set; with captions, or with labels (one prompt a class is the telling case)."""
+    json: Path | None = None
+    """Where the result is written as JSON."""
+    image_encoder: str = "swin_tiny_patch4_window7_224"
+    """A timm model."""
+    image_size: int = 224
+    """Side of the pictures."""
+    batch_size: int = 32
+    """Pictures of a step."""
+    rounds: int = 5
+    """Steps that each takes, after one that is not counted."""
+
+
+def main() -> None:
+    """Compares, measures, prints, and writes the JSON if one is wanted."""
+    settings = tyro.cli(Settings, description=__doc__)
+    keep_freed_memory()  # both gain by it
+    config = TrainConfig(
+        data=DataConfig(image_size=settings.image_size, evaluation_resize=settings.image_size),
+        model=ModelConfig(image_encoder=settings.image_encoder),
+        efficiency=EfficiencyConfig(precision="bf16"),
+        run=RunConfig(global_batch_size=settings.batch_size, steps=1000, device="cpu"),
+    )
+    batch = take_batch(config, settings.data)
+    trainer = Trainer(config, ListLoader([batch]), progress=False)
+    theirs = build_open_clip(trainer.model, config)
+    pictures = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
+    texts = batch.tokens[batch.text_index]
+    compare(trainer.model, theirs, batch, pictures, texts)
+    figures = measure(
+        {
+            "unicl_fast": lambda: trainer.train_step(batch),
+            "open_clip": open_clip_step(theirs, pictures, texts),
+        },
+        settings,
+    )
+    facts = {
+        "pictures": settings.batch_size,
+        "distinct texts": len(batch.tokens),
+        "tokens of distinct texts": int(batch.text_lengths.sum()),
+        "tokens of all texts with padding": texts.numel(),
+    }
+    for name, value in {**facts, **{n: f["shown"] for n, f in figures.items()}}.items():
+        print(f"{name:36} {value}")
+    if settings.json is not None:
+        result = {
+            "facts": facts,
+            "figures": figures,
+            "settings": dataclasses.asdict(settings),
+            "machine": describe_machine(),
+        }
+        settings.json.write_text(json.dumps(result, indent=1, default=str) + "\n")
+
+
+def take_batch(config: TrainConfig, data: Path) -> Batch:
+    """The first batch of a run on the data set, in memory of its own."""
+    with PackedDataset(data) as dataset:
+        manifest = dataset.manifest
+        prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+        loader = TrainLoader(config, [dataset], None, prompts)
+        with contextlib.closing(loader):
+            batch = next(loader.batches(0))
+            return dataclasses.replace(
+                batch,
+                **{
+                    field.name: getattr(batch, field.name).clone()
+                    for field in dataclasses.fields(batch)
+                    if isinstance(getattr(batch, field.name), Tensor)
+                },
+            )
+
+
+def build_open_clip(ours: UniCL, config: TrainConfig) -> CLIP:
+    """The same model as open_clip builds it, with the same weights."""
+    model = config.model
+    theirs = CLIP(
+        model.embed_dim,
+        CLIPVisionCfg(
+            timm_model_name=model.image_encoder,
+            timm_pool="avg",
+            timm_proj="linear",
+            image_size=config.data.image_size,
+        ),
+        CLIPTextCfg(
+            context_length=model.context_length,
+            vocab_size=model.vocab_size,
+            width=model.text_width,
+            heads=model.text_heads,
+            layers=model.text_layers,
+        ),
+        quick_gelu=True,
+    )
+    with torch.no_grad():
+        theirs.visual.trunk.load_state_dict(ours.image_encoder.state_dict())
+        theirs.visual.head.proj.weight.copy_(ours.image_projection.T)
+        theirs.text_projection.copy_(ours.text_projection)
+        theirs.logit_scale.copy_(ours.logit_scale)
+        text = {
+            f"transformer.{name}" if name.startswith("resblocks") else name: weight
+            for name, weight in ours.text_encoder.state_dict().items()
+        }
+        unknown = theirs.load_state_dict(text, strict=False).unexpected_keys
+    if unknown:
+        raise RuntimeError(f"open_clip's text encoder has no {', '.join(unknown)}")
+    return theirs
+
+
+def open_clip_step(model: CLIP, pictures: Tensor, texts: Tensor) -> Callable[[], object]:
+    """A step as open_clip's training script takes it, without ranks and gradient scaling."""
+    loss_of = ClipLoss()
+    spared = [p for n, p in model.named_parameters() if p.ndim < 2 or "bias" in n or "scale" in n]
+    decayed = [p for p in model.parameters() if all(p is not other for other in spared)]
+    optimizer = torch.optim.AdamW(
+        [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}],
+        lr=5e-4,
+    )
+    pictures = pictures.contiguous()
+    model.train()
+
+    def step() -> object:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(*model(pictures, texts)[:3])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+        with torch.no_grad():
+            model.logit_scale.clamp_(0, 4.6052)
+        return loss
+
+    return step
+
+
+@torch.no_grad()
+def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Tensor) -> None:
+    """Refuses to time two models that do not compute the same thing, in fp32.
+
+    open_clip's LayerNorms add 1e-5 to the variance, ours 1e-12: hence the tolerance.
+    """
+    ours.eval()
+    theirs.eval()
+    pairs = {
+        "image features": (ours.encode_image(pictures), theirs.encode_image(pictures, True)),
+        "text features": (
+            ours.encode_text(batch.tokens)[batch.text_index],
+            theirs.encode_text(texts, True),
+        ),
+    }
+    if len(batch.tokens) == batch.batch_size:  # every text another: then UniCL is CLIP
+        config = dataclasses.replace(ours.config, efficiency=EfficiencyConfig(precision="fp32"))
+        pairs["losses"] = (
+            global_loss(ours, batch, config, Trainer(config, ListLoader([batch])).ranks),
+            ClipLoss()(*theirs(pictures, texts)[:3]),
+        )
+    for what, (one, other) in pairs.items():
+        gap = float((one - other).abs().max())
+        print(f"{what} differ by at most {gap:.1e}")
+        if not gap < 5e-3:
+            raise RuntimeError(f"the {what} differ by {gap}; nothing was timed")
+
+
+def measure(contestants: dict[str, Callable[[], object]], settings: Settings) -> dict[str, Any]:
+    """Pictures a second of each, in turns, and the ratio of each pair of turns."""
+    seconds: dict[str, list[float]] = {name: [] for name in contestants}
+    for turn in range(settings.rounds + 1):
+        for name, work in contestants.items():
+            start = time.perf_counter()
+            work()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    rates = {f"{n}, images/s": [settings.batch_size / s for s in x] for n, x in seconds.items()}
+    ours, theirs = seconds.values()
+    rates["ratio"] = [slow / fast for fast, slow in zip(ours, theirs, strict=True)]
+    return {name: summarise(values) for name, values in rates.items()}
+
+
+def summarise(values: list[float]) -> dict[str, Any]:
+    """Median and spread."""
+    middle, low, high = torch.tensor(values).median().item(), min(values), max(values)
+    return {
+        "median": middle,
+        "low": low,
+        "high": high,
+        "all": values,
+        "shown": f"{middle:.2f} ({low:.2f} to {high:.2f})",
+    }
+
+
+if __name__ == "__main__":
+    main()
