@@ -14,12 +14,12 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipelines", "tools", "benchmarks")
 # Lower rooms know nothing of higher ones; modules not named are free to know any library module.
 LIBRARY_LEVELS = [
-    {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header"},
+    {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"},
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
     | {"positives", "loss_tiled", "loss"},
     {"collate", "presets", "checkpoint"},
-    {"step", "evaluation"},
+    {"step", "cached_gradients", "evaluation"},
     {"trainer"},
 ]
 
@@ -48,7 +48,17 @@ def forbidden(folder: str, *prefixes: str) -> list[str]:
 
 def test_the_library_knows_no_dali_no_command_line_and_no_other_room() -> None:
     rooms = [f"unicl_fast.{room}" for room in ROOMS]
-    assert not forbidden("unicl_fast", "nvidia", "tyro", "argparse", "apex", "mlxtend", *rooms)
+    assert not forbidden("unicl_fast", "nvidia", "tyro", "argparse", "mlxtend", *rooms)
+
+
+def test_apex_is_imported_in_one_place_and_only_when_asked() -> None:
+    found = [name for room in ("unicl_fast", *ROOMS) for name in forbidden(room, "apex", "amp_C")]
+    assert {line.split(" imports ")[0] for line in found} == {"unicl_fast/nvidia_apex.py"}
+    code = (
+        "import sys; sys.modules['apex'] = sys.modules['amp_C'] = None;"
+        "import unicl_fast, unicl_fast.optim, unicl_fast.nvidia_apex"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)
 
 
 def test_pipelines_know_no_model_no_loss_and_no_program() -> None:

@@ -31,6 +31,7 @@ _NAME = re.compile(r"step-(\d{8,})")
 _MODEL_FILE = "model.safetensors"
 _OPTIMIZER_FILE = "optimizer.safetensors"
 _STATE_FILE = "state.json"
+_GROUP_STEP = "group_step"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +45,8 @@ class CheckpointState:
     """State of the fp16 loss scaler; empty for the other precisions."""
     data: dict[str, Any]
     """What the run was trained on, as the trainer was told: names, classes, tokenizer."""
+    optimizer: str
+    """Class name of the optimizer, whose state no other can take over."""
     checksums: dict[str, str]
 
 
@@ -69,6 +72,7 @@ def save_checkpoint(
         "config": config_to_dict(model.config),
         "scaler": scaler.state_dict(),
         "data": data,
+        "optimizer": type(optimizer).__name__,
         "checksums": {name: file_checksum(aside / name) for name in (_MODEL_FILE, _OPTIMIZER_FILE)},
     }
     (aside / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
@@ -106,6 +110,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
             config=config_from_dict(values["config"]),
             scaler=values["scaler"],
             data=values["data"],
+            optimizer=values.get("optimizer", "AdamW"),  # there was no other at first
             checksums=values["checksums"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -133,7 +138,17 @@ def restore_checkpoint(
     """Puts weights, optimizer and scaler back as they were after `state.step` steps.
 
     `state` is what `read_state` said of the checkpoint.
+
+    Raises:
+        ValueError: the checkpoint is of another optimizer.
     """
+    present = type(optimizer).__name__
+    if state.optimizer != present:
+        raise ValueError(
+            f"the checkpoint holds the state of {state.optimizer}, and optim.name now means "
+            f"{present}: set optim.name to the one it was trained with "
+            f"({state.config.optim.name})"
+        )
     model.load_state_dict(load_file(checkpoint / _MODEL_FILE))
     _restore_optimizer(model, optimizer, load_file(checkpoint / _OPTIMIZER_FILE))
     scaler.load_state_dict(state.scaler)
@@ -198,11 +213,17 @@ def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """AdamW's averages under the names of their parameters, for example `exp_avg.logit_scale`."""
+    """Averages under the names of their parameters, for example `exp_avg.logit_scale`.
+
+    LAMB and apex count steps for each parameter group, not for each parameter: `group_step.0`.
+    """
     tensors = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state.get(parameter, {}).items():
             tensors[f"{key}.{name}"] = torch.as_tensor(value)
+    for index, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            tensors[f"{_GROUP_STEP}.{index}"] = torch.as_tensor(group["step"])
     return _contiguous(tensors)
 
 
@@ -212,11 +233,16 @@ def _restore_optimizer(
     parameters = dict(model.named_parameters())
     for full_name, value in tensors.items():
         key, name = full_name.split(".", 1)
+        if key == _GROUP_STEP:  # a Python int where the optimizer had one
+            step = value if value.is_floating_point() else int(value)
+            optimizer.param_groups[int(name)]["step"] = step
+            continue
         parameter = parameters[name]
-        if value.shape == parameter.shape:  # averages lie like their parameter; `step` is a scalar
+        if key == "step":  # on the host, unless a fused kernel counts
+            if any(group.get("fused") for group in optimizer.param_groups):
+                value = value.to(parameter.device)
+        else:  # averages lie like their parameter
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        elif any(group.get("fused") for group in optimizer.param_groups):
-            value = value.to(parameter.device)
         optimizer.state[parameter][key] = value
 
 

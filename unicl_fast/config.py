@@ -18,6 +18,8 @@ from typing import Any, Literal
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+OptimizerName = Literal["adamw", "lamb", "apex-fusedadam", "apex-fusedlamb", "auto"]
+
 
 def _require(condition: bool, message: str) -> None:
     if not condition:
@@ -127,8 +129,12 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """AdamW with the released recipe's groups, warm-up and cosine."""
+    """The released recipe's groups, warm-up and cosine, with the optimizer one likes."""
 
+    name: OptimizerName = "adamw"
+    """AdamW (torch's), LAMB (timm's, for very large batches), the fused kernels of NVIDIA's apex
+    for either, or auto: apex's AdamW on a CUDA device if that apex is installed, else torch's. All
+    but torch's fused AdamW make the host wait once a step, to know if a bad one is left out."""
     lr: float = 5e-4
     """Peak learning rate for a global batch of lr_batch_size; scaled linearly to the real one."""
     lr_batch_size: int = 512
@@ -138,15 +144,20 @@ class OptimConfig:
     warmup_fraction: float = 5 / 32
     """Part of the run during which the learning rate climbs from 0 in a straight line."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """Decay rates of AdamW's two averages."""
+    """Decay rates of the averages of the gradient and of its square."""
     eps: float = 1e-8
-    """Added to AdamW's denominator."""
+    """Added to the denominator of the update."""
     weight_decay: float = 0.1
     """Decoupled weight decay; none on 1-D parameters, biases, logit_scale and position tables."""
     clip_norm: float = 5.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
 
     def __post_init__(self) -> None:
+        names = typing.get_args(OptimizerName)
+        _require(
+            self.name in names,
+            f"optim.name must be one of {', '.join(names)}, not {self.name!r}",
+        )
         _require(self.lr > 0, f"optim.lr must be positive, not {self.lr}")
         _require(self.lr_batch_size >= 0, "optim.lr_batch_size must not be negative")
         _require(0 <= self.lr_min <= self.lr, "optim.lr_min must lie between 0 and optim.lr")
@@ -169,6 +180,10 @@ class EfficiencyConfig:
     activation_checkpointing: bool = False
     """Recompute each encoder block in backward instead of storing its activations: about 1.3 times
     the time for a third to half of the memory."""
+    micro_batch_size: int = 0
+    """Pictures that a rank encodes at once; 0: its whole share of the batch. Each is encoded twice,
+    for about 4/3 of the time, and activations are kept for this many only. The loss is still that
+    of the whole global batch. Refused with BatchNorm."""
     unique_texts: bool = True
     """Encode equal texts of a batch once."""
     text_layout: Literal["padded", "trimmed", "packed"] = "packed"
@@ -179,7 +194,14 @@ class EfficiencyConfig:
     """Hold the logits of all pictures and texts (dense), or go through them in tiles and store none
     (tiled): the same loss in a fiftieth of the memory. auto takes tiles where they are faster."""
     fused_optimizer: bool = True
-    """Torch's fused AdamW instead of its loop over parameters."""
+    """For optim.name=adamw: torch's fused kernel instead of its loop over parameters. Also the one
+    that leaves out the update of a bad step without the host waiting for the device."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.micro_batch_size >= 0,
+            f"efficiency.micro_batch_size must not be negative, not {self.micro_batch_size}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

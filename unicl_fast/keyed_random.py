@@ -85,12 +85,23 @@ def uniform_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
     Returns:
         float64 in [0, 1) of the broadcast shape.
     """
+    return _shift_right(_random_bits_tensor(keys, counters), 11).to(torch.float64) * _TO_UNIT
+
+
+def fold_key_tensor(key: int, parts: Tensor) -> Tensor:
+    """Keys with one more part each, made on the device of `parts`, which no copy waits for.
+
+    Args:
+        key: what `fold_key` made of the parts before.
+        parts: int64.
+
+    Returns:
+        int64 with the bits of `fold_key(..., part)` for each part.
+    """
+    return _random_bits_tensor(key, parts)
+
+
+def _random_bits_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
     key = _signed(keys) if isinstance(keys, int) else keys
     mixed = _mix_tensor(counters * _signed(_GOLDEN) + key)
-    bits = _mix_tensor(mixed ^ key)
-    return _shift_right(bits, 11).to(torch.float64) * _TO_UNIT
-
-
-def key_tensor(keys: list[int], device: torch.device | str = "cpu") -> Tensor:
-    """Keys from `fold_key` as the int64 tensor that `uniform_tensor` takes."""
-    return torch.tensor([_signed(key) for key in keys], dtype=torch.int64, device=device)
+    return _mix_tensor(mixed ^ key)

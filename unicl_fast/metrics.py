@@ -19,20 +19,18 @@ from torch import Tensor
 
 
 class StepMeter:
-    """Collects between two logging steps; `summary` is the one place that reads the device."""
+    """Collects between two logging steps; only `read` and `summary` wait for the device."""
 
     def __init__(self) -> None:
         self._start_anew()
 
     def _start_anew(self) -> None:
-        self._losses: list[Tensor] = []
-        self._grad_norms: list[Tensor] = []
+        self._on_device: list[Tensor] = []
         self._wait_seconds = 0.0
         self._started = time.perf_counter()
 
     def add(self, *, loss: Tensor, grad_norm: Tensor, wait_seconds: float) -> None:
-        self._losses.append(loss.detach())
-        self._grad_norms.append(grad_norm.detach())
+        self._on_device.append(torch.stack([loss.detach(), grad_norm.detach()]))
         self._wait_seconds += wait_seconds
 
     @contextlib.contextmanager
@@ -42,36 +40,30 @@ class StepMeter:
         yield
         self._started += time.perf_counter() - started
 
-    def losses(self) -> list[float]:
-        """Losses of the steps since the last summary."""
-        return _read(self._losses)
+    def read(self) -> list[tuple[float, float]]:
+        """Loss and gradient norm before clipping, of each step since the last summary."""
+        if not self._on_device:
+            return []
+        return [(loss, norm) for loss, norm in torch.stack(self._on_device).double().tolist()]
 
-    def grad_norms(self) -> list[float]:
-        """Gradient norms of the same steps, before clipping."""
-        return _read(self._grad_norms)
-
-    def summary(self, *, num_samples: int) -> dict[str, float]:
+    def summary(self, *, global_batch_size: int) -> dict[str, float]:
         """Means since the last summary, and rates; starts anew.
 
         Args:
-            num_samples: samples of all ranks in these steps.
+            global_batch_size: samples of all ranks in a step.
         """
-        num_steps = len(self._losses)
+        steps = self.read()
         values = {
-            "loss": _mean(self.losses()),
+            "loss": _mean([loss for loss, _ in steps]),
             # JSON knows no infinity: overflows that the loss scaler skipped are left out
-            "grad_norm": _mean([norm for norm in self.grad_norms() if math.isfinite(norm)]),
+            "grad_norm": _mean([norm for _, norm in steps if math.isfinite(norm)]),
         }
         elapsed = time.perf_counter() - self._started
-        values["images_per_second"] = num_samples / elapsed
+        values["images_per_second"] = len(steps) * global_batch_size / elapsed
         values["data_wait_fraction"] = self._wait_seconds / elapsed
-        values["step_seconds"] = elapsed / num_steps
+        values["step_seconds"] = elapsed / len(steps)
         self._start_anew()
         return values
-
-
-def _read(values: list[Tensor]) -> list[float]:
-    return torch.stack(values).double().tolist() if values else []
 
 
 def _mean(values: list[float]) -> float:

@@ -39,13 +39,7 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
         A scalar, equal on all ranks.
     """
     precision = Precision(config.efficiency.precision)
-    images = normalise_images(
-        batch.images,
-        mean=config.data.mean,
-        std=config.data.std,
-        dtype=precision.compute_type,
-        channels_last=config.efficiency.channels_last,
-    )
+    images = encoder_input(batch.images, config)
     tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
     with precision.autocast(batch.images.device.type):
         image_features, text_features, scale = encode(images, tokens, num_tokens)
@@ -58,6 +52,17 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
         scale=scale,
         ranks=ranks,
         form=config.efficiency.loss,
+    )
+
+
+def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
+    """Decoded pictures uint8 [b h w c] as the image encoder takes them: normalised [b c h w]."""
+    return normalise_images(
+        images,
+        mean=config.data.mean,
+        std=config.data.std,
+        dtype=Precision(config.efficiency.precision).compute_type,
+        channels_last=config.efficiency.channels_last,
     )
 
 

@@ -22,6 +22,10 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from unicl_fast.batch import Batch, Loader
+from unicl_fast.cached_gradients import (
+    back_propagate_in_micro_batches,
+    refuse_batch_statistics,
+)
 from unicl_fast.checkpoint import (
     read_state,
     remove_later_checkpoints,
@@ -32,7 +36,7 @@ from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks
 from unicl_fast.metrics import MetricsWriter, StepMeter
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.optim import build_optimizer, build_schedule
+from unicl_fast.optim import build_optimizer, build_schedule, update_unless
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.step import global_loss
 
@@ -97,7 +101,8 @@ class Trainer:
             progress: show a progress bar on rank 0.
 
         Raises:
-            ValueError: the run has no length, or the ranks cannot share the global batch.
+            ValueError: the run has no length, the ranks cannot share the global batch, or the
+                model cannot be trained in micro-batches as the config asks.
         """
         self.ranks = ranks or Ranks()
         self.ranks.share_of(config.run.global_batch_size)
@@ -115,6 +120,8 @@ class Trainer:
 
         precision = Precision(config.efficiency.precision)
         self.model = model or UniCL(config)
+        if config.efficiency.micro_batch_size:
+            refuse_batch_statistics(self.model)
         place_module(self.model, device=self.device, precision=precision)
         if config.efficiency.channels_last:
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -183,27 +190,53 @@ class Trainer:
                         self._evaluate(metrics)
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One update.
+        """One update; none if the loss or the gradient norm is not finite.
+
+        Nothing here waits for the device, as far as the optimizer allows (see `update_unless`): a
+        bad step is told at the next logging.
 
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
         self.model.train()
-        self.model.set_drop_path_key(step=batch.step, slots=batch.slots)
         self.schedule.step_update(self.step + 1)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = global_loss(self._encode, batch, self.config, self.ranks)
-        # DDP averages parameter gradients over ranks; ours are to be summed
-        self.scaler.scale(loss * self.ranks.world_size).backward()
+        self.optimizer.zero_grad()
+        loss = self.back_propagate(batch)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.optim.clip_norm or math.inf
         )
-        self.scaler.step(self.optimizer)
+        update_unless(~(loss.isfinite() & grad_norm.isfinite()), self.optimizer)
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
-        return loss.detach(), grad_norm
+        return loss, grad_norm
+
+    def back_propagate(self, batch: Batch) -> Tensor:
+        """Adds the gradient of the global batch's loss to the parameters' `.grad`.
+
+        It is the loss scaler's multiple of the gradient where there is a scaler (fp16).
+
+        Returns:
+            The loss of the global batch, on the device.
+        """
+        if 0 < self.config.efficiency.micro_batch_size < batch.batch_size:
+            return back_propagate_in_micro_batches(
+                self.model,
+                self._encode,
+                batch,
+                self.config,
+                self.ranks,
+                scale_loss=self._scale_loss,
+            )
+        self.model.set_drop_path_key(step=batch.step, slots=batch.slots)
+        loss = global_loss(self._encode, batch, self.config, self.ranks)
+        self._scale_loss(loss).backward()
+        return loss.detach()
+
+    def _scale_loss(self, loss: Tensor) -> Tensor:
+        # DDP averages parameter gradients over ranks; ours are to be summed
+        return self.scaler.scale(loss * self.ranks.world_size)
 
     def save(self) -> None:
         """Writes a checkpoint of the present step into the run folder."""
@@ -224,12 +257,11 @@ class Trainer:
 
     def _log(self, meter: StepMeter, metrics: MetricsWriter | None, bar: tqdm[Any]) -> None:
         self._check_finite(meter)
-        num_steps = len(meter.losses())
-        values = meter.summary(num_samples=num_steps * self.config.run.global_batch_size)
+        global_batch_size = self.config.run.global_batch_size
         values = {
             "step": self.step,
-            "samples_seen": self.step * self.config.run.global_batch_size,
-            **values,
+            "samples_seen": self.step * global_batch_size,
+            **meter.summary(global_batch_size=global_batch_size),
             "logit_scale": float(self.model.logit_scale.detach()),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
@@ -255,13 +287,13 @@ class Trainer:
                 tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
 
     def _check_finite(self, meter: StepMeter) -> None:
-        watched = {"loss": meter.losses()}
-        if not self.scaler.is_enabled():  # the scaler skips steps whose gradients overflow
-            watched["gradient norm"] = meter.grad_norms()
-        for what, values in watched.items():
-            for index, value in enumerate(values):
+        steps = meter.read()
+        for step, (loss, grad_norm) in enumerate(steps, start=self.step - len(steps)):
+            watched = {"loss": loss}
+            if not self.scaler.is_enabled():  # the scaler tries how far it can go
+                watched["gradient norm"] = grad_norm
+            for what, value in watched.items():
                 if not math.isfinite(value):
-                    step = self.step - len(values) + index
                     raise FloatingPointError(
                         f"the {what} of step {step} is {value}: lower optim.lr, lengthen the "
                         "warm-up, or use bf16 instead of fp16; the last checkpoint is from before"

@@ -60,8 +60,6 @@ class StepwiseLoader:
 
 def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]:
     """Loss and parameter gradients of the first step, before clipping."""
-    from unicl_fast.step import global_loss
-
     trainer = Trainer(
         config,
         StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
@@ -70,18 +68,20 @@ def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]:
     )
     batch = next(trainer.loader.batches(0))
     trainer.model.train()
-    trainer.model.set_drop_path_key(step=0, slots=batch.slots)
-    loss = global_loss(trainer._encode, batch, config, ranks)
-    (loss * ranks.world_size).backward()
+    # GradScaler's first scale is found by trial: it would overflow here, and skip the step
+    enabled = trainer.scaler.is_enabled()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=enabled)
+    loss = trainer.back_propagate(batch)
+    trainer.scaler.unscale_(trainer.optimizer)
     return loss.item(), {
         name: parameter.grad for name, parameter in trainer.model.named_parameters()
     }
 
 
-def write_gradients(ranks, images: torch.Tensor, folder: str) -> None:
+def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
     """Loss and parameter gradients of this rank, with the loss in both forms."""
     for form in ("dense", "tiled"):
-        loss, gradients = first_gradients(images, ranks, tiny_config(loss=form))
+        loss, gradients = first_gradients(images, ranks, tiny_config(**efficiency, loss=form))
         torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
 
 
@@ -137,3 +137,27 @@ def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = ""
     if resume:
         trainer.resume(Path(resume))
     trainer.fit()
+
+
+def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
+    """Gradient values that DDP sends in each of three steps in micro-batches of 2."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    trainer = Trainer(
+        tiny_config(micro_batch_size=2),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        ranks=ranks,
+        progress=False,
+    )
+    reduced = [0, 0, 0]
+
+    def count(state, bucket):  # DDP reads annotations, and takes no strings
+        reduced[trainer.step] += bucket.buffer().numel()
+        return allreduce_hook(None, bucket)
+
+    trainer._encode.register_comm_hook(None, count)
+    batches = trainer.loader.batches(0)
+    for _ in range(3):
+        trainer.train_step(next(batches))
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    torch.save({"reduced": reduced, "parameters": parameters}, Path(folder) / f"{ranks.rank}.pt")

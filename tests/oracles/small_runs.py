@@ -34,7 +34,11 @@ TEXT_LABELS = [0, 1, 1, -1, 7]
 
 
 def tiny_config(
-    *, image_encoder: str = "test_vit", steps: int = 6, **efficiency: object
+    *,
+    image_encoder: str = "test_vit",
+    steps: int = 6,
+    optimizer: str = "adamw",
+    **efficiency: object,
 ) -> TrainConfig:
     """fp64 and free of BatchNorm by default, with drop path on where there are branches."""
     return TrainConfig(
@@ -47,7 +51,7 @@ def tiny_config(
             text_layers=2,
             embed_dim=8,
         ),
-        optim=OptimConfig(lr=1e-3, lr_batch_size=0),
+        optim=OptimConfig(name=optimizer, lr=1e-3, lr_batch_size=0),
         efficiency=EfficiencyConfig(**({"precision": "fp64"} | efficiency)),
         checkpoint=CheckpointConfig(every_steps=2, keep=0),
         run=RunConfig(global_batch_size=12, steps=steps, log_every_steps=1, device="cpu"),

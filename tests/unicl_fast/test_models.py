@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import torch
 from small_runs import TEXTS, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast import UniCL, build_model
-from unicl_fast.keyed_random import fold_key, key_tensor, random_unit, uniform_tensor
+from unicl_fast.keyed_random import fold_key, fold_key_tensor, random_unit, uniform_tensor
 from unicl_fast.models.activation_checkpointing import checkpoint_blocks
 from unicl_fast.models.drop_path import KeyedDropPath
 from unicl_fast.models.text_encoder import TextEncoder
@@ -103,11 +104,13 @@ def test_weights_depend_on_the_seed_alone() -> None:
 
 
 def test_torch_and_numba_draw_the_same_numbers() -> None:
-    keys = [fold_key(1, 2, 3), fold_key(3, 2, 1), fold_key(-1)]
+    keys = [fold_key(1, -2, part) for part in (0, 3, -1)]
     assert len(set(keys)) == 3
-    drawn = uniform_tensor(key_tensor(keys).unsqueeze(1), torch.arange(100).unsqueeze(0))
+    folded = fold_key_tensor(fold_key(1, -2), torch.tensor([0, 3, -1]))
+    assert [key % 2**64 for key in folded.tolist()] == keys
+    drawn = uniform_tensor(folded.unsqueeze(1), torch.arange(100).unsqueeze(0))
     for row, key in zip(drawn.tolist(), keys, strict=True):
-        assert row == [random_unit(key, counter) for counter in range(100)]
+        assert row == [random_unit(np.uint64(key), counter) for counter in range(100)]
 
 
 def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:

@@ -42,7 +42,7 @@ def test_ranks_give_the_loss_and_gradients_of_one_process(
     if world_size > 2:
         assert (shares[-1].text_class_ids >= CAPTION_KEYS_START).all()
     alone_loss, alone = first_gradients(images, Ranks(), tiny_config(loss="dense"))
-    run_on_ranks(write_gradients, world_size, images, str(tmp_path))
+    run_on_ranks(write_gradients, world_size, images, str(tmp_path), {})
     for written in [
         f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(world_size)
     ]:

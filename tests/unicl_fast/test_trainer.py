@@ -30,12 +30,15 @@ def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
     )
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize(
+    ("precision", "optimizer"),
+    [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("fp32", "lamb"), ("fp16", "lamb")],
+)
 @pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_convnet7_small"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
-    images: torch.Tensor, tmp_path: Path, precision: str, image_encoder: str
+    images: torch.Tensor, tmp_path: Path, precision: str, optimizer: str, image_encoder: str
 ) -> None:
-    config = tiny_config(image_encoder=image_encoder, precision=precision)
+    config = tiny_config(image_encoder=image_encoder, precision=precision, optimizer=optimizer)
     unbroken = trainer_in(tmp_path / "unbroken", images, config)
     unbroken.fit()
     resumed = trainer_in(tmp_path / "resumed", images, config)
@@ -139,6 +142,8 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
         trainer_in(tmp_path / "d", images, reseeded).resume(checkpoint)
     with pytest.raises(ValueError, match="precision was 'fp64' and is now 'fp16'"):
         trainer_in(tmp_path / "e", images, tiny_config(precision="fp16")).resume(checkpoint)
+    with pytest.raises(ValueError, match="the state of AdamW, and optim.name now means Lamb"):
+        trainer_in(tmp_path / "f", images, tiny_config(optimizer="lamb")).resume(checkpoint)
     other = trainer_in(tmp_path / "c", images)
     other.data = {"train": ["other pictures"]}
     with pytest.raises(ValueError, match="another data"):

@@ -7,10 +7,11 @@ state. Stochastic depth itself: Huang et al., arXiv 1603.09382.
 
 from __future__ import annotations
 
+import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from unicl_fast.keyed_random import fold_key, key_tensor, uniform_tensor
+from unicl_fast.keyed_random import fold_key, fold_key_tensor, uniform_tensor
 
 _PURPOSE = 0xD409
 
@@ -32,10 +33,9 @@ class DropPathKey:
         """
         if self.num_layers == 0:
             return
-        keys = [fold_key(self.seed, _PURPOSE, step, layer) for layer in range(self.num_layers)]
-        self._uniform = uniform_tensor(
-            key_tensor(keys, device=slots.device).unsqueeze(1), slots.unsqueeze(0)
-        )
+        layers = torch.arange(self.num_layers, device=slots.device)
+        keys = fold_key_tensor(fold_key(self.seed, _PURPOSE, step), layers)
+        self._uniform = uniform_tensor(keys.unsqueeze(1), slots.unsqueeze(0))
 
     def uniform(self, layer: int) -> Tensor:
         """float64 [b] in [0, 1) of a layer."""

@@ -1,0 +1,153 @@
+"""Parameter groups, the optimizers by name, and whose apex is installed."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from small_runs import tiny_config
+from timm.optim import Lamb
+
+from unicl_fast import optim
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.nvidia_apex import has_apex_optimizers, load_apex_optimizers
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+class RecordingOptimizer(torch.optim.AdamW):
+    """Stands for an optimizer of apex."""
+
+    def __init__(self, groups: list, **arguments: object) -> None:
+        self.arguments = arguments
+        super().__init__(groups, lr=arguments["lr"])
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **modules: ModuleType | None) -> None:
+    for name in ("apex", "apex.optimizers", "amp_C"):
+        monkeypatch.setitem(sys.modules, name, modules.get(name.replace(".", "_")))
+
+
+def module_with(name: str, **contents: object) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(contents)
+    return module
+
+
+def install_nvidia_apex(monkeypatch: pytest.MonkeyPatch, *, compiled: bool = True) -> ModuleType:
+    fused_adam = type("FusedAdam", (RecordingOptimizer,), {})
+    fused_lamb = type("FusedLAMB", (RecordingOptimizer,), {})
+    optimizers = module_with("apex.optimizers", FusedAdam=fused_adam, FusedLAMB=fused_lamb)
+    install(
+        monkeypatch,
+        apex=module_with("apex", __path__=[], optimizers=optimizers),
+        apex_optimizers=optimizers,
+        amp_C=module_with("amp_C") if compiled else None,
+    )
+    return optimizers
+
+
+def install_web_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `pip install apex` gives."""
+    install(monkeypatch, apex=module_with("apex", MessageFactory=object))
+
+
+def test_nvidias_apex_is_known_by_its_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers = install_nvidia_apex(monkeypatch)
+    assert load_apex_optimizers() is optimizers
+    assert has_apex_optimizers()
+
+
+def test_another_project_of_that_name_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_web_toolkit(monkeypatch)
+    assert not has_apex_optimizers()
+    with pytest.raises(ValueError, match="git clone https://github.com/NVIDIA/apex") as caught:
+        load_apex_optimizers()
+    assert "pip install apex" not in str(caught.value)
+
+
+def test_a_stranger_beside_the_extension_is_not_it_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = module_with("apex.optimizers")
+    install(
+        monkeypatch,
+        apex=module_with("apex", __path__=[], optimizers=empty),
+        apex_optimizers=empty,
+        amp_C=module_with("amp_C"),
+    )
+    with pytest.raises(ValueError, match="no attribute 'FusedAdam'"):
+        load_apex_optimizers()
+
+
+def test_apex_without_its_cuda_extensions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidia_apex(monkeypatch, compiled=False)
+    with pytest.raises(ValueError, match="amp_C"):
+        load_apex_optimizers()
+
+
+def test_auto_takes_apex_where_it_can_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_web_toolkit(monkeypatch)
+    assert optim.choose_optimizer("auto", device=CUDA, precision="bf16") == "adamw"
+    install_nvidia_apex(monkeypatch)
+    assert optim.choose_optimizer("auto", device=CUDA, precision="bf16") == "apex-fusedadam"
+    assert optim.choose_optimizer("auto", device=CUDA, precision="fp64") == "adamw"
+    assert optim.choose_optimizer("auto", device=CPU, precision="fp32") == "adamw"
+
+
+@pytest.mark.parametrize("name", ["apex-fusedadam", "apex-fusedlamb"])
+def test_apex_is_refused_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidia_apex(monkeypatch)
+    config = tiny_config(optimizer=name, precision="fp32")
+    with pytest.raises(ValueError, match=f"optim.name={name} runs on CUDA devices"):
+        optim.build_optimizer(UniCL(config), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "extra"),
+    [
+        ("apex-fusedadam", "FusedAdam", {"adam_w_mode": True}),
+        ("apex-fusedlamb", "FusedLAMB", {"max_grad_norm": math.inf}),
+    ],
+)
+def test_apex_gets_the_settings(
+    name: str, kind: str, extra: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_nvidia_apex(monkeypatch)
+    monkeypatch.setattr(optim, "choose_optimizer", lambda name, **where: name)  # as if on CUDA
+    config = tiny_config(optimizer=name)
+    optimizer = optim.build_optimizer(UniCL(config), config)
+    assert type(optimizer).__name__ == kind
+    assert optimizer.arguments == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8} | extra
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("lamb", Lamb)])
+def test_every_parameter_is_in_one_of_the_papers_groups(name: str, kind: type) -> None:
+    config = tiny_config(optimizer=name)
+    model = UniCL(config)
+    optimizer = optim.build_optimizer(model, config)
+    assert type(optimizer) is kind
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert any(parameter is model.logit_scale for parameter in spared["params"])
+    grouped = [id(parameter) for parameter in decayed["params"] + spared["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_lamb_leaves_clipping_to_the_config() -> None:
+    """The first LAMB step of an undecayed parameter has Adam's size: the gradient's does not."""
+    config = tiny_config(optimizer="lamb")
+    model = UniCL(config)
+    optimizer = optim.build_optimizer(model, config)
+    assert optimizer.defaults["max_grad_norm"] is None
+    before = model.logit_scale.item()
+    model.logit_scale.grad = torch.tensor(1000.0)
+    optimizer.step()
+    assert model.logit_scale.item() == pytest.approx(before - 1e-3, rel=1e-4)
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="optim.name must be one of adamw, lamb, .* not 'sgd'"):
+        tiny_config(optimizer="sgd")
