@@ -53,6 +53,12 @@ def _time(work: Callable[[], object]) -> Turn:
     return Turn(time.perf_counter() - wall, time.process_time() - processor)
 
 
+def ratios_of(turns: Mapping[str, Sequence[Turn]], slow: str, fast: str) -> list[float]:
+    """How many times as long one took as another, in each round."""
+    pairs = zip(turns[slow], turns[fast], strict=True)
+    return [one.wall_seconds / other.wall_seconds for one, other in pairs]
+
+
 def summarise(values: Sequence[float]) -> dict[str, Any]:
     """Median, spread, and all values."""
     return {

@@ -1,6 +1,6 @@
 """Pictures per second of the input pipeline on the CPU, beside torchvision's.
 
-    python -m unicl_fast.benchmarks.input_pipeline --data PACKED [--json FILE]
+    unicl-bench input --data PACKED [--json FILE]
 
 Both cut, resample (antialiased), mirror and normalise the same files into float32 batches of the
 same size, with the same number of threads or worker processes; ours lie in channels_last order.
@@ -22,7 +22,6 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
-import tyro
 from torch import Tensor
 from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
@@ -44,7 +43,7 @@ _WARM_UP = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Pictures a second of the input pipeline on the CPU, beside torchvision."""
 
     data: Path
     """Packed data set with labels."""
@@ -66,9 +65,8 @@ class Settings:
     """Let torchvision's workers keep freed memory too, which nobody does by default."""
 
 
-def main() -> None:
+def run(settings: Settings) -> None:
     """Compares, measures, prints, and writes the JSON if one is wanted."""
-    settings = tyro.cli(Settings, description=__doc__)
     torch.set_num_threads(1)  # the cores are busy decoding; more threads only wait for each other
     if settings.tune_contender:
         keep_freed_memory()  # workers inherit it
@@ -205,7 +203,3 @@ def processor_seconds() -> float:
         fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
         ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
     return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Time and memory of the loss, forward and backward, beside open_clip's ClipLoss.
 
-    python -m unicl_fast.benchmarks.loss [--sizes 1024 4096] [--json FILE]
+    unicl-bench loss [--sizes 1024 4096] [--json FILE]
 
 All classes are distinct, since that is all that ClipLoss knows; then both losses are the same
 number, which is proven before anything is timed. The floor is what four matrix products of the
@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import tyro
 from open_clip.loss import ClipLoss
 from torch import Tensor
 from torch.nn import functional as F
@@ -54,7 +53,7 @@ CONTESTANTS = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Time and memory of the loss, beside open_clip's and the dense form."""
 
     json: Path | None = None
     """Where the result is written as JSON."""
@@ -74,9 +73,8 @@ class Settings:
     """Measure memory, too."""
 
 
-def main() -> None:
+def run(settings: Settings) -> None:
     """Compares, measures, prints, and writes the JSON if one is wanted."""
-    settings = tyro.cli(Settings, description=__doc__)
     torch.set_num_threads(settings.threads)
     compare(settings)
     figures: Figures = {}
@@ -218,7 +216,3 @@ def _peak_megabytes(name: str, n: int, settings: Settings) -> float:
     Contestant(name, 256, settings.embed_dim)()  # loads the libraries
     peak: int = peak_bytes(Contestant(name, n, settings.embed_dim))
     return peak / 1e6
-
-
-if __name__ == "__main__":
-    main()

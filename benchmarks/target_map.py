@@ -1,42 +1,84 @@
-"""Time of the target map beside `np.unique`.
+"""Time of the target map, beside what finds equal rows in common libraries.
 
-    python -m unicl_fast.benchmarks.target_map
+    unicl-bench targets [--sizes 1024 8192] [--json FILE]
 
-Half of the rows are captions, half have labels; a third of the texts occurs more than once. Both
-must find the same distinct rows first. Then they take turns.
+Half of the rows are captions, half have labels; a third of the texts occurs more than once. All
+must find the same number of distinct rows first. The others find the rows only; ours gives classes,
+too.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-import statistics
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
-from unicl_fast.benchmarks.harness import take_turns
+from unicl_fast.benchmarks.harness import (
+    Figures,
+    print_figures,
+    ratios_of,
+    summarise,
+    take_turns,
+    write_result,
+)
 from unicl_fast.targets import map_targets
 
-_ROUNDS = 5
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Time of the target map, beside np.unique, torch.unique and others."""
+
+    sizes: tuple[int, ...] = (1024, 8192, 65536)
+    """Rows of a batch."""
+    json: Path | None = None
+    """Where the result is written as JSON."""
+    rounds: int = 5
+    """Turns that each takes."""
 
 
-def main() -> None:
-    """Prints milliseconds for batches of three sizes."""
-    print("rows      map_targets   np.unique(axis=0)   ratio")
-    for batch_size in (1024, 8192, 65536):
-        rows, labels = _make_batch(batch_size)
-        assert len(map_targets(rows, labels).tokens) == len(np.unique(rows, axis=0))
-        turns = take_turns(
-            {
-                "unique": functools.partial(np.unique, rows, axis=0),
-                "map_targets": functools.partial(map_targets, rows, labels),
-            },
-            rounds=_ROUNDS,
-        )
-        theirs, ours = ([turn.wall_seconds for turn in turns[name]] for name in turns)
-        ratio = statistics.median(slow / fast for slow, fast in zip(theirs, ours, strict=True))
-        fast, slow = (statistics.median(times) * 1e3 for times in (ours, theirs))
-        print(f"{batch_size:<9,} {fast:8.3f} ms {slow:16.2f} ms {ratio:9.0f}")
+def run(settings: Settings) -> None:
+    """Compares, measures, prints, and writes the JSON if one is wanted."""
+    torch.set_num_threads(1)
+    figures: Figures = {}
+    for size in settings.sizes:
+        contestants = make_contestants(size)
+        distinct = {name: int(work()) for name, work in contestants.items()}
+        if len(set(distinct.values())) > 1:
+            raise RuntimeError(f"they find other numbers of distinct rows: {distinct}")
+        turns = take_turns(contestants, rounds=settings.rounds)
+        measured: Figures = {}
+        for name, taken in turns.items():
+            milliseconds = [turn.wall_seconds * 1e3 for turn in taken]
+            measured[f"{size:,} rows, {name}, ms"] = summarise(milliseconds)
+        for name in list(turns)[1:]:
+            ratios = ratios_of(turns, name, "map_targets")
+            measured[f"{size:,} rows, times {name}"] = summarise(ratios)
+        print_figures(measured)
+        figures |= measured
+    write_result(settings.json, figures, settings, "numpy", "numba")
+
+
+def make_contestants(size: int) -> dict[str, Callable[[], int]]:
+    """Each returns how many distinct rows it found."""
+    rows, labels = _make_batch(size)
+    tensor = torch.from_numpy(rows.astype(np.int16))  # torch cannot sort uint16
+    return {
+        "map_targets": lambda: len(map_targets(rows, labels).tokens),
+        "np.unique(axis=0)": lambda: len(np.unique(rows, axis=0)),
+        "torch.unique(dim=0)": lambda: len(torch.unique(tensor, dim=0)),
+        "np.unique of void rows": functools.partial(_unique_void_rows, rows),
+        "dict of bytes": lambda: len(dict.fromkeys(map(bytes, rows))),
+    }
+
+
+def _unique_void_rows(rows: npt.NDArray[np.uint16]) -> int:
+    as_items = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))
+    return len(np.unique(as_items, return_index=True, return_inverse=True)[1])
 
 
 def _make_batch(batch_size: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:
@@ -45,7 +87,3 @@ def _make_batch(batch_size: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np
     pool[np.arange(77) >= random.integers(8, 40, (len(pool), 1))] = 0
     choice = random.integers(0, len(pool), batch_size)
     return pool[choice], np.where(choice % 2 == 0, choice % 1000, -1)
-
-
-if __name__ == "__main__":
-    main()

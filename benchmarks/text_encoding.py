@@ -1,6 +1,6 @@
 """What a batch of captions costs the text encoder, with its padding and without.
 
-    python -m unicl_fast.benchmarks.text_encoding --data PACKED [--json FILE]
+    unicl-bench text --data PACKED [--json FILE]
 
 Forward and backward of the paper's text encoder over real captions: padded to the context length,
 trimmed to the longest, packed without padding. Beside them stands a full batch, whose texts all
@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from torch import Tensor
 
 from unicl_fast.benchmarks.harness import print_figures, summarise, take_turns, write_result
@@ -29,7 +28,7 @@ from unicl_fast.tokenizer import Tokenizer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """What captions cost the text encoder, with their padding and without."""
 
     data: Path
     """Packed data set with captions."""
@@ -47,13 +46,8 @@ class Settings:
     """Turns of each layout."""
 
 
-def main() -> None:
-    """Compares, measures, prints, and writes the JSON if one is wanted."""
-    run(tyro.cli(Settings, description=__doc__))
-
-
 def run(settings: Settings) -> None:
-    """The whole of it for given settings."""
+    """Compares, measures, prints, and writes the JSON if one is wanted."""
     keep_freed_memory()
     tokenizer = Tokenizer()
     tokens = read_captions(settings.data, settings.batch_size)
@@ -128,7 +122,3 @@ def compare(encoder: TextEncoder, tokens: Tensor, trimmed: Tensor, num_tokens: i
         gap = float((other - padded).abs().max())
         if not np.isfinite(gap) or gap > 1e-3:
             raise RuntimeError(f"the layouts' features differ by {gap}; nothing was timed")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,52 +1,70 @@
 """Texts per second of the tokenizer, beside open_clip's.
 
-    python -m unicl_fast.benchmarks.tokenize_rate [FILE ...]
+    unicl-bench tokenize [--files captions.jsonl ...] [--json FILE]
 
-Both must give the same ids first. Then they take turns, so that a change of the machine's mood hits
-both, and the median of the ratios is what counts. One thread: importing open_clip switches the
-threads of the Rust library off.
+Both must give the same ids first. One thread: importing open_clip switches the threads of the Rust
+library off.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
-import statistics
-import sys
-import time
 from pathlib import Path
 
+from unicl_fast.benchmarks.harness import (
+    print_figures,
+    ratios_of,
+    summarise,
+    take_turns,
+    write_result,
+)
 from unicl_fast.prompts import fill_template, imagenet_class_names, imagenet_templates
 from unicl_fast.tokenizer import Tokenizer
 
-_ROUNDS = 5
-_MAX_TEXTS = 20_000
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Texts a second of the tokenizer, beside open_clip's."""
+
+    files: tuple[Path, ...] = ()
+    """Text files with a caption a line, or .jsonl lists such as unicl-pack reads; without any,
+    ImageNet's prompts."""
+    json: Path | None = None
+    """Where the result is written as JSON."""
+    texts: int = 20_000
+    """At most so many."""
+    rounds: int = 5
+    """Turns that each takes."""
 
 
-def main() -> None:
-    """Times the texts of the files given (ImageNet prompts if there are none)."""
-    texts = _read_texts(sys.argv[1:])[:_MAX_TEXTS]
+def run(settings: Settings) -> None:
+    """Compares, measures, prints, and writes the JSON if one is wanted."""
     from open_clip import tokenize
 
+    texts = _read_texts(settings.files)[: settings.texts]
     tokenizer = Tokenizer()
-    if not tokenizer(texts).equal(tokenize(texts)):  # also the warm-up of both
-        sys.exit("the ids are not open_clip's: nothing to compare")
-    ours, theirs = [], []
-    for _ in range(_ROUNDS):
-        start = time.perf_counter()
-        tokenize(texts)
-        middle = time.perf_counter()
-        tokenizer(texts)
-        theirs.append(middle - start)
-        ours.append(time.perf_counter() - middle)
-    ratios = [slow / fast for slow, fast in zip(theirs, ours, strict=True)]
-    print(f"texts       {len(texts):,} (the same ids)")
-    print(f"open_clip   {len(texts) / statistics.median(theirs):,.0f} texts/s")
-    print(f"unicl_fast  {len(texts) / statistics.median(ours):,.0f} texts/s")
-    print(f"ratio       {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    if not tokenizer(texts).equal(tokenize(texts)):
+        raise RuntimeError("the ids are not open_clip's: nothing was timed")
+    turns = take_turns(
+        {
+            "unicl_fast": functools.partial(tokenizer, texts),
+            "open_clip": functools.partial(tokenize, texts),
+        },
+        rounds=settings.rounds,
+    )
+    figures = {
+        f"{name}, texts/s": summarise([len(texts) / turn.wall_seconds for turn in taken])
+        for name, taken in turns.items()
+    }
+    figures["times open_clip"] = summarise(ratios_of(turns, "open_clip", "unicl_fast"))
+    print(f"{len(texts):,} texts, the same ids")
+    print_figures(figures)
+    write_result(settings.json, figures, settings, "tokenizers", "open_clip_torch")
 
 
-def _read_texts(paths: list[str]) -> list[str]:
-    """Lines of text files, and the captions in .jsonl lists such as unicl-pack reads."""
+def _read_texts(paths: tuple[Path, ...]) -> list[str]:
     if not paths:
         return [
             fill_template(template, name)
@@ -55,14 +73,10 @@ def _read_texts(paths: list[str]) -> list[str]:
         ]
     texts: list[str] = []
     for path in paths:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-        if path.endswith(".jsonl"):
+        lines = path.read_text(encoding="utf-8").splitlines()
+        if path.suffix == ".jsonl":
             for record in map(json.loads, lines):
                 texts += record.get("captions") or [record["caption"]]
         else:
             texts += lines
     return texts
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """Training steps a second, beside open_clip's own.
 
-    python -m unicl_fast.benchmarks.training_step --data PACKED [--json FILE]
+    unicl-bench step --data PACKED [--json FILE]
 
 Both train the same timm image encoder and the same text encoder on the same pictures and texts,
 from the same weights; first their features and (on captions) their losses are compared. Then they
@@ -17,7 +17,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-import tyro
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
 from torch import Tensor
@@ -50,7 +49,7 @@ from unicl_fast.trainer import Trainer
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is measured."""
+    """Training steps, beside open_clip's own."""
 
     data: Path
     """Packed data set; with captions, or with labels (one prompt a class is the telling case)."""
@@ -66,9 +65,8 @@ class Settings:
     """Steps that each takes, after one that is not counted."""
 
 
-def main() -> None:
+def run(settings: Settings) -> None:
     """Compares, measures, prints, and writes the JSON if one is wanted."""
-    settings = tyro.cli(Settings, description=__doc__)
     keep_freed_memory()  # both gain by it
     config = TrainConfig(
         data=DataConfig(image_size=settings.image_size, evaluation_resize=settings.image_size),
@@ -216,7 +214,3 @@ def measure(contestants: dict[str, Callable[[], object]], settings: Settings) ->
     ours, theirs = seconds.values()
     rates["ratio"] = [slow / fast for fast, slow in zip(ours, theirs, strict=True)]
     return {name: summarise(values) for name, values in rates.items()}
-
-
-if __name__ == "__main__":
-    main()
