@@ -17,7 +17,7 @@ LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"},
     {"_targets_numba", "targets", "prompts", "loss", "models", "precision", "optim", "metrics"},
-    {"collate", "presets", "checkpoint"},
+    {"collate", "presets", "checkpoint", "compilation"},
     {"step", "cached_gradients", "evaluation"},
     {"trainer"},
 ]
