@@ -18,7 +18,7 @@ LIBRARY_LEVELS = [
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"},
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
     | {"positives", "loss_tiled", "loss"},
-    {"collate", "presets", "checkpoint"},
+    {"collate", "presets", "checkpoint", "compilation"},
     {"step", "cached_gradients", "evaluation"},
     {"trainer"},
 ]

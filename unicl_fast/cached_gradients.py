@@ -102,7 +102,8 @@ def back_propagate_in_micro_batches(
         form=config.efficiency.loss,
     )
     image_gradient, text_gradient, scale_gradient = torch.autograd.grad(scale_loss(loss), features)
-    image_gradients, text_gradients = image_gradient.split(size), text_gradient.split(size)
+    image_gradients = image_gradient.split(size)
+    text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
 
     # one autocast for each graph: weights cast in one must not be found in the cache of the next
     for images, gradient in zip(pictures[:-1], image_gradients, strict=False):

@@ -180,6 +180,10 @@ class EfficiencyConfig:
     activation_checkpointing: bool = False
     """Recompute each encoder block in backward instead of storing its activations: about 1.3 times
     the time for a third to half of the memory."""
+    compile: bool = False
+    """Compile both encoders with torch.compile: minutes at the start, faster steps after. Texts are
+    padded to a few sizes, so that new ones seldom compile anew. Needs a C++ compiler. Refused
+    with activation_checkpointing of BatchNorm."""
     micro_batch_size: int = 0
     """Pictures that a rank encodes at once; 0: its whole share of the batch. Each is encoded twice,
     for about 4/3 of the time, and activations are kept for this many only. The loss is still that

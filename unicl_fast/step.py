@@ -17,6 +17,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unicl_fast.batch import Batch
+from unicl_fast.compilation import pad_texts, round_up_length
 from unicl_fast.config import TrainConfig
 from unicl_fast.dist import Ranks, gather_integers, gather_rows, max_over_ranks, sum_over_ranks
 from unicl_fast.loss import Form, Statistics, compare, losses
@@ -71,17 +72,19 @@ def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | No
 
     Returns:
         Token rows [u l]; how many of their tokens to compute, None for all with the padding; class
-        ids [u] and counts [u] of the texts.
+        ids [u] and counts [u] of the texts. Where encoders are compiled, sizes are rounded up.
     """
     efficiency = config.efficiency
     tokens = batch.tokens
     if efficiency.text_layout != "padded":
-        tokens = tokens[:, : batch.text_lengths.max()]
+        longest = int(batch.text_lengths.max())
+        tokens = tokens[:, : round_up_length(longest) if efficiency.compile else longest]
     if not efficiency.unique_texts:
         class_ids = batch.class_ids
         return tokens[batch.text_index], None, class_ids, torch.ones_like(class_ids)
     num_tokens = int(batch.text_lengths.sum()) if efficiency.text_layout == "packed" else None
-    return tokens, num_tokens, batch.text_class_ids, batch.text_counts
+    texts = tokens, num_tokens, batch.text_class_ids, batch.text_counts
+    return pad_texts(*texts) if efficiency.compile else texts
 
 
 def contrast_over_ranks(

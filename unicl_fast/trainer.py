@@ -32,6 +32,7 @@ from unicl_fast.checkpoint import (
     restore_checkpoint,
     save_checkpoint,
 )
+from unicl_fast.compilation import compile_encoders
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks
 from unicl_fast.metrics import MetricsWriter, StepMeter
@@ -102,7 +103,7 @@ class Trainer:
 
         Raises:
             ValueError: the run has no length, the ranks cannot share the global batch, or the
-                model cannot be trained in micro-batches as the config asks.
+                model cannot be trained in micro-batches or compiled as the config asks.
         """
         self.ranks = ranks or Ranks()
         self.ranks.share_of(config.run.global_batch_size)
@@ -125,6 +126,8 @@ class Trainer:
         place_module(self.model, device=self.device, precision=precision)
         if config.efficiency.channels_last:
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.efficiency.compile:
+            compile_encoders(self.model)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
         if self.ranks.world_size > 1:
             self._encode = DistributedDataParallel(self.model)

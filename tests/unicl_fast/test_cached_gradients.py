@@ -24,6 +24,12 @@ def images(shared_data: Path) -> torch.Tensor:
     return real_pictures(shared_data, 12)
 
 
+@pytest.fixture(scope="module")
+def plain(images: torch.Tensor) -> tuple[float, dict]:
+    """Loss and gradients of one process without micro-batches."""
+    return first_gradients(images, Ranks(), tiny_config())
+
+
 def assert_equal_gradients(found: dict, expected: dict) -> None:
     assert found.keys() == expected.keys()
     assert "logit_scale" in found
@@ -47,27 +53,29 @@ def assert_equal_gradients(found: dict, expected: dict) -> None:
     ids=lambda others: ",".join(others) or "default",
 )
 def test_micro_batches_give_the_gradients_of_the_batch(
-    images: torch.Tensor, micro_batch_size: int, others: dict[str, bool]
+    images: torch.Tensor, plain: tuple[float, dict], micro_batch_size: int, others: dict
 ) -> None:
-    plain_loss, plain = first_gradients(images, Ranks(), tiny_config())
     config = tiny_config(micro_batch_size=micro_batch_size, **others)
     loss, gradients = first_gradients(images, Ranks(), config)
-    assert loss == pytest.approx(plain_loss, rel=1e-13)
-    assert_equal_gradients(gradients, plain)
+    assert loss == pytest.approx(plain[0], rel=1e-13)
+    assert_equal_gradients(gradients, plain[1])
 
 
 @pytest.mark.dist
 @pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 4), (2, 1), (3, 3)])
 def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
-    images: torch.Tensor, tmp_path: Path, world_size: int, micro_batch_size: int
+    images: torch.Tensor,
+    plain: tuple[float, dict],
+    tmp_path: Path,
+    world_size: int,
+    micro_batch_size: int,
 ) -> None:
-    plain_loss, plain = first_gradients(images, Ranks(), tiny_config())
     efficiency = {"micro_batch_size": micro_batch_size}
     run_on_ranks(write_gradients, world_size, images, str(tmp_path), efficiency)
     for written in [f"{form}{r}.pt" for form in ("dense", "tiled") for r in range(world_size)]:
         loss, gradients = torch.load(tmp_path / written, weights_only=True)
-        assert loss == pytest.approx(plain_loss, rel=1e-13)
-        assert_equal_gradients(gradients, plain)
+        assert loss == pytest.approx(plain[0], rel=1e-13)
+        assert_equal_gradients(gradients, plain[1])
 
 
 @pytest.mark.dist

@@ -57,13 +57,17 @@ def _checkpoint_forward(block: nn.Module) -> None:
     ]:
         return contextlib.nullcontext(), _statistics_left_alone(block)
 
+    # torch.compile can take no contexts: only where there is something to leave alone
+    has_statistics = any(isinstance(module, _BatchNorm) for module in block.modules())
+    context: dict[str, Any] = {"context_fn": contexts} if has_statistics else {}
+
     def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(
             forward,
             *args,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in our models draws from a generator
-            context_fn=contexts,
+            **context,
             **kwargs,
         )
 

@@ -18,21 +18,21 @@ _INIT_STD = 0.02
 
 
 class Packing(NamedTuple):
-    """Where the p tokens that are not padding lie among u texts of l.
+    """Where the p tokens that are computed lie among u texts of l.
 
     Everything but attention treats each token by itself, and is 98 % of the arithmetic at width
     512 and 20 tokens. So tokens lie in one row, and are spread out for attention only.
     """
 
     positions: Int[Tensor, " p"]
-    """Rising places in the flattened [u l]."""
+    """Places in the flattened [u l]: what is not padding, rising, then perhaps some padding."""
     shape: tuple[int, int]
 
     def pack(self, padded: Float[Tensor, "u l w"]) -> Float[Tensor, "p w"]:
         return padded.flatten(0, 1).index_select(0, self.positions)
 
     def spread(self, packed: Float[Tensor, "p w"]) -> Float[Tensor, "u l w"]:
-        """Zeros in the padding, which no real token sees: it lies behind them."""
+        """Anything in the padding, which no real token sees: it lies behind them."""
         u, l = self.shape  # noqa: E741
         padded = packed.new_zeros(u * l, packed.shape[1])
         return padded.index_copy(0, self.positions, packed).view(u, l, -1)
@@ -129,7 +129,8 @@ class TextEncoder(nn.Module):
 
         Args:
             tokens: int64 [u l], l at most the context length.
-            num_tokens: how many of them are not padding, to compute those only. Must be exact.
+            num_tokens: how many of them are not padding, to compute those only; or more, and some
+                padding is computed too.
         """
         u, l = tokens.shape  # noqa: E741
         if l > self.context_length:

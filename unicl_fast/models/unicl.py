@@ -67,7 +67,7 @@ class UniCL(nn.Module):
 
         Args:
             tokens: int64 [u l], padded behind the end-of-text token.
-            num_tokens: how many of them are not padding, to compute those only; exactly, since it
+            num_tokens: how many of them are not padding, to compute those only; not fewer, which
                 is not checked (that would read the device). None computes all.
         """
         return _unit_norm(self.text_encoder(tokens, num_tokens) @ self.text_projection)

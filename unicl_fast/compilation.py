@@ -1,0 +1,91 @@
+"""The encoders through torch.compile, and texts in few shapes, so that it seldom compiles anew.
+
+Pictures come in one shape, texts in another at every step: as many as are distinct, as long as the
+longest. Rounded up to a few sizes they meet graphs that exist; the first change of a size makes
+torch compile once more, for any value of it. What is added does not count: padding tokens lie
+behind what is read, and a text of count 0 is as if it were not there.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from unicl_fast.models.unicl import UniCL
+
+_COMPILERS = ("g++", "clang++", "c++")
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile's kernels need, on a GPU too."""
+    named = os.environ.get("CXX")
+    return any(shutil.which(name) for name in ([named] if named else _COMPILERS))
+
+
+def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
+    """Makes both encoders compile themselves at their next calls; names of weights stay.
+
+    Raises:
+        ValueError: no C++ compiler, or blocks with BatchNorm that are recomputed in backward.
+    """
+    if backend == "inductor" and not has_compiler():
+        raise ValueError(
+            "efficiency.compile needs a C++ compiler, and none of "
+            f"{os.environ.get('CXX') or ', '.join(_COMPILERS)} is found: install one (for example "
+            "the package g++ of your distribution), or set efficiency.compile=False"
+        )
+    checkpointed = model.config.efficiency.activation_checkpointing
+    if checkpointed and any(isinstance(module, _BatchNorm) for module in model.modules()):
+        raise ValueError(
+            "efficiency.compile cannot keep BatchNorm's averages still while a block is computed "
+            "again: set efficiency.activation_checkpointing=False or efficiency.compile=False, or "
+            "take an image encoder without BatchNorm (Swin, ViT, FocalNet)"
+        )
+    model.image_encoder.compile(backend=backend)
+    model.text_encoder.compile(backend=backend)
+
+
+def round_up_length(length: int) -> int:
+    """The next multiple of 8: at most ten lengths for a context of 77."""
+    return -(-length // 8) * 8
+
+
+def round_up_count(count: int) -> int:
+    """The next of four sizes an octave (8, 16, 24, 32, 40, 48, 56, 64, 80, ..., 512, 640, ...).
+
+    At most a quarter is added, and a run whose batches are alike meets one or two of them.
+    """
+    step = max(8, (1 << (count - 1).bit_length()) // 8)
+    return -(-count // step) * step
+
+
+def pad_texts(
+    tokens: Tensor, num_tokens: int | None, class_ids: Tensor, counts: Tensor
+) -> tuple[Tensor, int | None, Tensor, Tensor]:
+    """Rounds up how many texts there are, and how many tokens are computed.
+
+    Args:
+        tokens: int64 [u l]; l is left alone.
+        num_tokens: how many of them are not padding; None where all are computed.
+        class_ids: int64 [u].
+        counts: int64 [u].
+
+    Returns:
+        The same four, for more texts: the last rows are padding of count 0.
+    """
+    num_texts, length = tokens.shape
+    padded_texts = round_up_count(num_texts)
+    added = padded_texts - num_texts
+    if num_tokens is not None:
+        # of an empty row its first token is read
+        num_tokens = min(round_up_count(num_tokens + added), padded_texts * length)
+    return (
+        F.pad(tokens, (0, 0, 0, added)),
+        num_tokens,
+        F.pad(class_ids, (0, added)),
+        F.pad(counts, (0, added)),
+    )
