@@ -203,7 +203,7 @@ class Trainer:
         """
         self.model.train()
         self.schedule.step_update(self.step + 1)
-        self.optimizer.zero_grad()
+        self.optimizer.zero_grad()  # sets them to None; apex's takes no argument that would say so
         loss = self.back_propagate(batch)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
