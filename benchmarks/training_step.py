@@ -124,7 +124,7 @@ def build_open_clip(ours: UniCL, config: TrainConfig) -> CLIP:
         model.embed_dim,
         CLIPVisionCfg(
             timm_model_name=model.image_encoder,
-            timm_pool="avg",
+            timm_pool="",  # the network's own, as here
             timm_proj="linear",
             image_size=config.data.image_size,
         ),

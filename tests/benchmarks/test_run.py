@@ -1,0 +1,77 @@
+"""Each stage of `unicl-bench` once, small: it compares, measures, writes. No figure is judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from unicl_fast.benchmarks import harness
+from unicl_fast.benchmarks.run import STAGES, main
+from unicl_fast.tools.pack_dataset import main as pack
+
+SMALL = {
+    "targets": ["--sizes", "64"],
+    "tokenize": ["--texts", "50"],
+    "loss": ["--sizes", "64", "--no-memory"],
+    "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
+    "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
+    "input": ["--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"],
+}
+
+
+@pytest.fixture(scope="module")
+def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("benchmarks")
+    captions = (shared_data / "captions" / "flickr8k" / "captions.jsonl").read_text()
+    (folder / "few.jsonl").write_text("\n".join(captions.splitlines()[:16]))
+    root = str(shared_data / "captions" / "flickr8k")
+    captioned, labelled = folder / "captioned", folder / "labelled"
+    pack(["build", str(folder / "few.jsonl"), "--image-root", root, "--out", str(captioned)])
+    pictures = shared_data / "tiny-imagenet"
+    source = ["build", str(pictures / "labels.csv"), "--where", "split=val"]
+    root = str(pictures / "tiny-imagenet-200-subset.zip")
+    pack([*source, "--label-column", "words", "--image-root", root, "--out", str(labelled)])
+    return {"text": captioned, "step": captioned, "input": labelled}
+
+
+@pytest.mark.parametrize("stage", [s for s in STAGES if s not in ("text", "step", "input")])
+def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> None:
+    run_small(stage, tmp_path / "result.json")
+
+
+@pytest.mark.dali
+@pytest.mark.parametrize("stage", ["text", "step", "input"])
+def test_a_stage_on_data_writes_its_figures(
+    stage: str, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    run_small(stage, tmp_path / "result.json", "--data", str(packed[stage]))
+
+
+def run_small(stage: str, path: Path, *more: str) -> None:
+    main([stage, *SMALL[stage], "--rounds", "1", "--json", str(path), *more])
+    result = json.loads(path.read_text())
+    assert result["settings"]["rounds"] == 1
+    assert {"processor", "cores", "torch", "commit"} <= result["machine"].keys()
+    for name, figure in result["figures"].items():
+        assert figure["low"] <= figure["median"] <= figure["high"], name
+        assert len(figure["all"]) >= 1
+
+
+def test_data_that_is_not_there_is_said_in_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(["text", "--data", str(tmp_path / "nowhere")])
+    assert stopped.value.code == 2
+    assert "nowhere" in capsys.readouterr().err
+
+
+def test_turns_alternate() -> None:
+    seen: list[str] = []
+    turns = harness.take_turns(
+        {name: lambda name=name: seen.append(name) for name in "ab"}, rounds=2, warm_up=1
+    )
+    assert seen == ["a", "b"] * 3
+    assert [len(taken) for taken in turns.values()] == [2, 2]
