@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     (stage,) = [module for module in STAGES.values() if isinstance(settings, module.Settings)]
     try:
         stage.run(settings)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"unicl-bench: {error}", file=sys.stderr)
         sys.exit(2)
 

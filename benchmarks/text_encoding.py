@@ -95,7 +95,9 @@ def run(settings: Settings) -> None:
         figures[f"{name}, times the cost of its real tokens"] = summarise(ratios)
     print(f"{len(tokens)} captions, {num_tokens} tokens, longest {int(lengths.max())}")
     print_figures(figures)
-    write_result(settings.json, figures, settings, real_tokens=num_tokens, longest=lengths.max())
+    write_result(
+        settings.json, figures, settings, real_tokens=num_tokens, longest=int(lengths.max())
+    )
 
 
 def read_captions(data: Path, count: int) -> Tensor:

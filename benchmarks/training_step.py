@@ -36,6 +36,7 @@ from unicl_fast.config import (
     RunConfig,
     TrainConfig,
 )
+from unicl_fast.dist import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.loader import TrainLoader
@@ -196,7 +197,7 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Te
     if len(batch.tokens) == batch.batch_size:  # every text another: then UniCL is CLIP
         config = dataclasses.replace(ours.config, efficiency=EfficiencyConfig(precision="fp32"))
         pairs["losses"] = (
-            global_loss(ours, batch, config, Trainer(config, ListLoader([batch])).ranks),
+            global_loss(ours, batch, config, Ranks()),
             ClipLoss()(*theirs(pictures, texts)[:3]),
         )
     for what, (one, other) in pairs.items():

@@ -17,13 +17,13 @@ import torch
 try:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline as Pipeline
-
-    from unicl_fast.pipelines.fused_operators import region_operator, window_operator
 except ImportError as error:
     raise ImportError(
         "the data pipeline runs on NVIDIA DALI, which is not installed here; "
         "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
     ) from error
+
+from unicl_fast.pipelines.fused_operators import region_operator, window_operator
 
 Source = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""

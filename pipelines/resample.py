@@ -42,9 +42,10 @@ def resample_region(
     The filter may look beyond the region, but not beyond the picture.
 
     Args:
-        out: uint8 [size size 3], written.
+        out: uint8 [size size 3], a square, written.
         picture: uint8 [h w 3].
-        top: first row of the region, in pixels; may lie between two.
+        top: first row of the region, in pixels; may lie between two. The region is not empty and
+            lies in the picture: nothing is checked here.
         bottom: end of its rows.
         left: first column.
         right: end of its columns.

@@ -110,7 +110,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
             config=config_from_dict(values["config"]),
             scaler=values["scaler"],
             data=values["data"],
-            optimizer=values.get("optimizer", "AdamW"),  # there was no other at first
+            optimizer=values["optimizer"],
             checksums=values["checksums"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
@@ -146,8 +146,8 @@ def restore_checkpoint(
     if state.optimizer != present:
         raise ValueError(
             f"the checkpoint holds the state of {state.optimizer}, and optim.name now means "
-            f"{present}: set optim.name to the one it was trained with "
-            f"({state.config.optim.name})"
+            f"{present}: set optim.name to what means {state.optimizer} here (it was "
+            f"{state.config.optim.name} where it was trained)"
         )
     model.load_state_dict(load_file(checkpoint / _MODEL_FILE))
     _restore_optimizer(model, optimizer, load_file(checkpoint / _OPTIMIZER_FILE))

@@ -1,6 +1,6 @@
 """The encoders through torch.compile, and texts in few shapes, so that it seldom compiles anew.
 
-Pictures come in one shape, texts in another at every step: as many as are distinct, as long as the
+Pictures come in few shapes, texts in another at every step: as many as are distinct, as long as the
 longest. Rounded up to a few sizes they meet graphs that exist; the first change of a size makes
 torch compile once more, for any value of it. What is added does not count: padding tokens lie
 behind what is read, and a text of count 0 is as if it were not there.
@@ -17,13 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.models.unicl import UniCL
 
-_COMPILERS = ("g++", "clang++", "c++")
-
 
 def has_compiler() -> bool:
-    """Whether there is the C++ compiler that torch.compile's kernels need, on a GPU too."""
-    named = os.environ.get("CXX")
-    return any(shutil.which(name) for name in ([named] if named else _COMPILERS))
+    """Whether there is the C++ compiler that torch.compile takes: $CXX, or g++."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
@@ -34,9 +31,9 @@ def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
     """
     if backend == "inductor" and not has_compiler():
         raise ValueError(
-            "efficiency.compile needs a C++ compiler, and none of "
-            f"{os.environ.get('CXX') or ', '.join(_COMPILERS)} is found: install one (for example "
-            "the package g++ of your distribution), or set efficiency.compile=False"
+            f"efficiency.compile needs a C++ compiler, and {os.environ.get('CXX', 'g++')} is not "
+            "found: install one (for example the package g++ of your distribution), name it in "
+            "the environment variable CXX, or set efficiency.compile=False"
         )
     checkpointed = model.config.efficiency.activation_checkpointing
     if checkpointed and any(isinstance(module, _BatchNorm) for module in model.modules()):
@@ -57,7 +54,7 @@ def round_up_length(length: int) -> int:
 def round_up_count(count: int) -> int:
     """The next of four sizes an octave (8, 16, 24, 32, 40, 48, 56, 64, 80, ..., 512, 640, ...).
 
-    At most a quarter is added, and a run whose batches are alike meets one or two of them.
+    At most a quarter is added from 32 on, and a run whose batches are alike meets one or two of them.
     """
     step = max(8, (1 << (count - 1).bit_length()) // 8)
     return -(-count // step) * step

@@ -21,6 +21,14 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 OptimizerName = Literal["adamw", "lamb", "apex-fusedadam", "apex-fusedlamb", "auto"]
 
 
+def _require_known_choices(group: str, settings: object) -> None:
+    """Refuses values that are not among those of a field's Literal type."""
+    for name, kind in typing.get_type_hints(type(settings)).items():
+        choices, value = typing.get_args(kind), getattr(settings, name)
+        if typing.get_origin(kind) is Literal and value not in choices:
+            raise ValueError(f"{group}.{name} must be one of {', '.join(choices)}, not {value!r}")
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -69,6 +77,7 @@ class DataConfig:
     """Batches decoded ahead of the step."""
 
     def __post_init__(self) -> None:
+        _require_known_choices("data", self)
         _require(self.image_size >= 1, f"data.image_size must be positive, not {self.image_size}")
         low, high = self.crop_scale
         _require(
@@ -153,11 +162,7 @@ class OptimConfig:
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
 
     def __post_init__(self) -> None:
-        names = typing.get_args(OptimizerName)
-        _require(
-            self.name in names,
-            f"optim.name must be one of {', '.join(names)}, not {self.name!r}",
-        )
+        _require_known_choices("optim", self)
         _require(self.lr > 0, f"optim.lr must be positive, not {self.lr}")
         _require(self.lr_batch_size >= 0, "optim.lr_batch_size must not be negative")
         _require(0 <= self.lr_min <= self.lr, "optim.lr_min must lie between 0 and optim.lr")
@@ -202,6 +207,7 @@ class EfficiencyConfig:
     that leaves out the update of a bad step without the host waiting for the device."""
 
     def __post_init__(self) -> None:
+        _require_known_choices("efficiency", self)
         _require(
             self.micro_batch_size >= 0,
             f"efficiency.micro_batch_size must not be negative, not {self.micro_batch_size}",
@@ -242,6 +248,7 @@ class RunConfig:
     """Where the model trains and pictures are decoded; auto takes CUDA when there is any."""
 
     def __post_init__(self) -> None:
+        _require_known_choices("run", self)
         _require(
             self.global_batch_size >= 1,
             f"run.global_batch_size must be positive, not {self.global_batch_size}",

@@ -53,11 +53,11 @@ class StepMeter:
             global_batch_size: samples of all ranks in a step.
         """
         steps = self.read()
-        values = {
-            "loss": _mean([loss for loss, _ in steps]),
-            # JSON knows no infinity: overflows that the loss scaler skipped are left out
-            "grad_norm": _mean([norm for _, norm in steps if math.isfinite(norm)]),
-        }
+        values = {"loss": _mean([loss for loss, _ in steps])}
+        # JSON knows no infinity: overflows that the loss scaler skipped are left out
+        finite = [norm for _, norm in steps if math.isfinite(norm)]
+        if finite:
+            values["grad_norm"] = _mean(finite)
         elapsed = time.perf_counter() - self._started
         values["images_per_second"] = len(steps) * global_batch_size / elapsed
         values["data_wait_fraction"] = self._wait_seconds / elapsed
@@ -67,7 +67,7 @@ class StepMeter:
 
 
 def _mean(values: list[float]) -> float:
-    return sum(values) / max(1, len(values))
+    return sum(values) / len(values)
 
 
 class MetricsWriter:

@@ -169,7 +169,8 @@ class Trainer:
         """Trains to the end of the run.
 
         Raises:
-            FloatingPointError: the loss of a step is not finite; names the step.
+            FloatingPointError: a loss or a gradient norm was not finite; names the step. Told at
+                the next logging or checkpoint.
         """
         with self._metrics() as metrics, self._progress_bar() as bar:
             if self.run_folder is not None and self.ranks.is_main:
@@ -298,9 +299,16 @@ class Trainer:
             for what, value in watched.items():
                 if not math.isfinite(value):
                     raise FloatingPointError(
-                        f"the {what} of step {step} is {value}: lower optim.lr, lengthen the "
-                        "warm-up, or use bf16 instead of fp16; the last checkpoint is from before"
+                        f"the {what} of step {step} is {value}, and the update was left out: lower "
+                        "optim.lr or lengthen the warm-up; checkpoints are from before"
                     )
+        overflowed = bool(steps) and not any(math.isfinite(norm) for _, norm in steps)
+        # updates are left out while the scale halves; below 1 it has nothing more to give
+        if overflowed and self.scaler.is_enabled() and self.scaler.get_scale() < 1:
+            raise FloatingPointError(
+                f"no gradient of the {len(steps)} steps before step {self.step} was finite in "
+                "fp16, whatever the loss scale: use efficiency.precision=bf16"
+            )
 
     @contextlib.contextmanager
     def _metrics(self) -> Iterator[MetricsWriter | None]:

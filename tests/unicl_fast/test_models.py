@@ -59,17 +59,18 @@ def test_packed_texts_equal_padded_ones_and_their_gradients(model: UniCL) -> Non
         torch.testing.assert_close(packed, results[0], rtol=1e-11, atol=1e-13)
 
 
-def test_plain_attention_equals_the_fused_one(model: UniCL) -> None:
+def test_attention_is_plain_in_16_bits_on_a_cpu_and_equals_the_fused_one() -> None:
+    model = UniCL(tiny_config()).double().eval()
     tokens = Tokenizer()(TEXTS)[:, :20]
     features = model.encode_text(tokens)
+    place_module(model, device=torch.device("cpu"), precision=Precision("fp64"))
+    assert all(part.fused_attn for part in model.modules() if hasattr(part, "fused_attn"))
     place_module(model, device=torch.device("cpu"), precision=Precision("bf16"))
     switches = [part for part in model.modules() if hasattr(part, "fused_attn")]
     assert {type(part).__name__ for part in switches} >= {"CausalAttention", "Attention"}
     assert not any(part.fused_attn for part in switches)
     model.double()
     torch.testing.assert_close(model.encode_text(tokens), features, rtol=1e-12, atol=1e-14)
-    place_module(model, device=torch.device("cpu"), precision=Precision("fp64"))
-    assert all(part.fused_attn for part in switches)
 
 
 def test_packed_texts_cost_what_their_tokens_cost() -> None:

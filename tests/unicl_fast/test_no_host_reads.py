@@ -78,6 +78,7 @@ def rarely_logging(log_every_steps: int) -> TrainConfig:
         {"precision": "fp32"},
         {"precision": "bf16"},
         {"precision": "fp16"},
+        {"loss": "tiled"},
         {"micro_batch_size": 5},
         {"micro_batch_size": 5, "precision": "fp16", "activation_checkpointing": True},
         {"text_layout": "trimmed"},

@@ -80,7 +80,7 @@ def _plain_attention(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bo
     assert is_causal
     l = query.shape[-2]  # noqa: E741
     future = query.new_full((l, l), float("-inf")).triu(diagonal=1)
-    scores = (query @ key.transpose(-1, -2)) * query.shape[-1] ** -0.5 + future
+    scores = (query * query.shape[-1] ** -0.5) @ key.transpose(-1, -2) + future
     mixed: Tensor = scores.softmax(dim=-1) @ value
     return mixed
 
