@@ -54,7 +54,7 @@ def round_up_length(length: int) -> int:
 def round_up_count(count: int) -> int:
     """The next of four sizes an octave (8, 16, 24, 32, 40, 48, 56, 64, 80, ..., 512, 640, ...).
 
-    At most a quarter is added from 32 on, and a run whose batches are alike meets one or two of them.
+    At most a quarter is added from 32 on. A run whose batches are alike meets one or two sizes.
     """
     step = max(8, (1 << (count - 1).bit_length()) // 8)
     return -(-count // step) * step
