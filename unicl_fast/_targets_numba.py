@@ -159,9 +159,12 @@ def row_lengths(rows: UInt16Array) -> Any:
     """int64 [k]: lengths of rows without padding."""
     lengths = np.empty(len(rows), np.int64)
     for row in range(len(rows)):
-        length = rows.shape[1]
-        while length > 0 and rows[row, length - 1] == 0:
-            length -= 1
+        # the largest position of a token, not the first one from behind: without a way out of the
+        # loop the compiler takes many positions at once
+        length = np.int32(0)
+        for position in range(rows.shape[1]):
+            end = np.int32(position + 1) if rows[row, position] != 0 else np.int32(0)
+            length = max(length, end)
         lengths[row] = length
     return lengths
 
