@@ -31,8 +31,8 @@ from unicl_fast.positives import Membership, as_membership, find_positives
 Directions = Literal["both", "i2t", "t2i"]
 Form = Literal["auto", "dense", "tiled"]
 
-# Logits b u. Below it the dense form is the faster one on the CPU, and small; docs/loss.md.
-_SMALLEST_TILED = 1 << 19
+# Logits b u. Below it the dense form is as fast or faster on the CPU, and small; docs/loss.md.
+_SMALLEST_TILED = 1 << 20
 
 
 class Statistics(NamedTuple):
