@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
 
 from unicl_fast.batch import Batch
 from unicl_fast.metrics import read_metrics
@@ -92,6 +93,7 @@ def _wrap(text: str, *, width: int = 22, max_lines: int = 3) -> str:
 def _label(axis: Axes, *, title: str, y: str) -> None:
     axis.set_title(title, loc="left", color=_INK)
     axis.set_xlabel("samples seen")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_ylabel(y)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
