@@ -23,6 +23,16 @@ from typing import Any
 Figures = dict[str, dict[str, Any]]
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings:
+    """What every stage can be told."""
+
+    json: Path | None = None
+    """Where the result is written as JSON."""
+    rounds: int = 5
+    """Turns that each takes."""
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Turn:
     """One contestant's work, once."""
@@ -53,10 +63,12 @@ def _time(work: Callable[[], object]) -> Turn:
     return Turn(time.perf_counter() - wall, time.process_time() - processor)
 
 
-def ratios_of(turns: Mapping[str, Sequence[Turn]], slow: str, fast: str) -> list[float]:
-    """How many times as long one took as another, in each round."""
-    pairs = zip(turns[slow], turns[fast], strict=True)
-    return [one.wall_seconds / other.wall_seconds for one, other in pairs]
+def ratios_of(
+    turns: Mapping[str, Sequence[Turn]], one: str, other: str, *, unit: str = "wall_seconds"
+) -> list[float]:
+    """How many times as long `one` took as `other`, in each round; `unit` is a field of `Turn`."""
+    pairs = zip(turns[one], turns[other], strict=True)
+    return [getattr(mine, unit) / getattr(theirs, unit) for mine, theirs in pairs]
 
 
 def summarise(values: Sequence[float]) -> dict[str, Any]:
@@ -77,18 +89,29 @@ def print_figures(figures: Figures) -> None:
 
 
 def write_result(
-    path: Path | None, figures: Figures, settings: Any, *packages: str, **more: Any
+    settings: BenchmarkSettings, figures: Figures, *packages: str, **more: Any
 ) -> None:
-    """Writes figures, settings, machine and what else there is to say, if a path is given."""
-    if path is None:
+    """Writes figures, settings, machine and what else there is to say into `settings.json`, if set.
+
+    Of paths their last two parts: where a machine keeps its data is nobody's business.
+    """
+    if settings.json is None:
         return
+    described = dataclasses.asdict(settings)
+    del described["json"]
     result = {
         **more,
         "figures": figures,
-        "settings": dataclasses.asdict(settings),
+        "settings": described,
         "machine": describe_machine(*packages),
     }
-    path.write_text(json.dumps(result, indent=1, default=str) + "\n")
+    settings.json.write_text(json.dumps(result, indent=1, default=_last_parts) + "\n")
+
+
+def _last_parts(value: object) -> str:
+    if not isinstance(value, Path):
+        raise TypeError(f"a result holds numbers, texts and paths, not {value!r}")
+    return str(Path(*value.parts[-2:]))
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:

@@ -27,9 +27,14 @@ from torch.utils.data import ConcatDataset, DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from unicl_fast.benchmarks.harness import Figures, print_figures, summarise, write_result
-from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
-from unicl_fast.pipelines.graph import Resample
+from unicl_fast.benchmarks.harness import (
+    BenchmarkSettings,
+    Figures,
+    print_figures,
+    summarise,
+    write_result,
+)
+from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, Resample, RunConfig, TrainConfig
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.precision import normalise_images
@@ -42,13 +47,11 @@ _WARM_UP = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(BenchmarkSettings):
     """Pictures a second of the input pipeline on the CPU, beside torchvision."""
 
     data: Path
     """Packed data set with labels."""
-    json: Path | None = None
-    """Where the result is written as JSON."""
     batch_size: int = 64
     """Pictures of a batch."""
     image_size: int = 224
@@ -82,7 +85,7 @@ def run(settings: Settings) -> None:
             figures = measure(ours, theirs, settings)
     print_figures(figures)
     packages = ("torchvision", "pillow", "numpy", "numba", "nvidia-dali-cuda120")
-    write_result(settings.json, figures, settings, *packages)
+    write_result(settings, figures, *packages)
 
 
 def write_class_folders(dataset: PackedDataset, folder: Path) -> None:

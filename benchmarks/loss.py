@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import multiprocessing
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,10 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unicl_fast.benchmarks.harness import (
+    BenchmarkSettings,
     Figures,
     Turn,
     peak_bytes,
     print_figures,
+    ratios_of,
     summarise,
     take_turns,
     write_result,
@@ -52,17 +53,13 @@ CONTESTANTS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(BenchmarkSettings):
     """Time and memory of the loss, beside open_clip's and the dense form."""
 
-    json: Path | None = None
-    """Where the result is written as JSON."""
     sizes: tuple[int, ...] = (1024, 4096, 16384, 32768)
     """Pictures, and texts."""
     embed_dim: int = 512
     """Dimension of the features."""
-    rounds: int = 5
-    """Turns that each takes."""
     rounds_of_largest: int = 3
     """The same above largest_stored."""
     largest_stored: int = 16384
@@ -84,7 +81,7 @@ def run(settings: Settings) -> None:
             measured |= measure_memory(n, settings)
         print_figures(measured)
         figures |= measured
-    write_result(settings.json, figures, settings, "open_clip_torch")
+    write_result(settings, figures, "open_clip_torch")
 
 
 class Contestant:
@@ -179,10 +176,7 @@ def measure_time(n: int, settings: Settings) -> Figures:
         base = BASELINE if BASELINE in turns else "4 products fp32"
         if name != base:
             for unit in ("wall_seconds", "processor_seconds"):
-                ratios = [
-                    getattr(ours, unit) / getattr(other, unit)
-                    for ours, other in zip(theirs, turns[base], strict=True)
-                ]
+                ratios = ratios_of(turns, name, base, unit=unit)
                 suffix = "" if unit == "wall_seconds" else ", processor"
                 figures[f"{n}: {name} / {base}{suffix}"] = summarise(ratios)
     return figures

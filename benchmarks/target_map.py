@@ -12,13 +12,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from unicl_fast.benchmarks.harness import (
+    BenchmarkSettings,
     Figures,
     print_figures,
     ratios_of,
@@ -30,15 +30,11 @@ from unicl_fast.targets import map_targets
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(BenchmarkSettings):
     """Time of the target map, beside np.unique, torch.unique and others."""
 
     sizes: tuple[int, ...] = (1024, 8192, 65536)
     """Rows of a batch."""
-    json: Path | None = None
-    """Where the result is written as JSON."""
-    rounds: int = 5
-    """Turns that each takes."""
 
 
 def run(settings: Settings) -> None:
@@ -60,7 +56,7 @@ def run(settings: Settings) -> None:
             measured[f"{size:,} rows, times {name}"] = summarise(ratios)
         print_figures(measured)
         figures |= measured
-    write_result(settings.json, figures, settings, "numpy", "numba")
+    write_result(settings, figures, "numpy", "numba")
 
 
 def make_contestants(size: int) -> dict[str, Callable[[], int]]:

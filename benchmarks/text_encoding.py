@@ -18,22 +18,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from unicl_fast.benchmarks.harness import print_figures, summarise, take_turns, write_result
+from unicl_fast.benchmarks.harness import (
+    BenchmarkSettings,
+    print_figures,
+    ratios_of,
+    summarise,
+    take_turns,
+    write_result,
+)
+from unicl_fast.config import PrecisionName
 from unicl_fast.models.text_encoder import TextEncoder
 from unicl_fast.pipelines.host_memory import keep_freed_memory
-from unicl_fast.precision import Precision, PrecisionName, place_module
+from unicl_fast.precision import Precision, place_module
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(BenchmarkSettings):
     """What captions cost the text encoder, with their padding and without."""
 
     data: Path
     """Packed data set with captions."""
-    json: Path | None = None
-    """Where the result is written as JSON."""
     batch_size: int = 64
     """Captions of a batch."""
     width: int = 512
@@ -42,8 +48,6 @@ class Settings:
     """Its blocks."""
     precision: PrecisionName = "bf16"
     """Arithmetic."""
-    rounds: int = 5
-    """Turns of each layout."""
 
 
 def run(settings: Settings) -> None:
@@ -84,20 +88,17 @@ def run(settings: Settings) -> None:
         },
         rounds=settings.rounds,
     )
-    seconds = {name: [turn.wall_seconds for turn in taken] for name, taken in turns.items()}
     share = num_tokens / tokens.numel()
-    figures = {f"{name}, s": summarise(values) for name, values in seconds.items()}
+    figures = {
+        f"{name}, s": summarise([turn.wall_seconds for turn in taken])
+        for name, taken in turns.items()
+    }
     for name in ("padded", "trimmed", "packed"):
-        ratios = [
-            mine / (whole * share)
-            for mine, whole in zip(seconds[name], seconds["full"], strict=True)
-        ]
+        ratios = [ratio / share for ratio in ratios_of(turns, name, "full")]
         figures[f"{name}, times the cost of its real tokens"] = summarise(ratios)
     print(f"{len(tokens)} captions, {num_tokens} tokens, longest {int(lengths.max())}")
     print_figures(figures)
-    write_result(
-        settings.json, figures, settings, real_tokens=num_tokens, longest=int(lengths.max())
-    )
+    write_result(settings, figures, real_tokens=num_tokens, longest=int(lengths.max()))
 
 
 def read_captions(data: Path, count: int) -> Tensor:

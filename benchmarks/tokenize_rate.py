@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 
 from unicl_fast.benchmarks.harness import (
+    BenchmarkSettings,
     print_figures,
     ratios_of,
     summarise,
@@ -25,18 +26,14 @@ from unicl_fast.tokenizer import Tokenizer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(BenchmarkSettings):
     """Texts a second of the tokenizer, beside open_clip's."""
 
     files: tuple[Path, ...] = ()
     """Text files with a caption a line, or .jsonl lists such as unicl-pack reads; without any,
     ImageNet's prompts."""
-    json: Path | None = None
-    """Where the result is written as JSON."""
     texts: int = 20_000
     """At most so many."""
-    rounds: int = 5
-    """Turns that each takes."""
 
 
 def run(settings: Settings) -> None:
@@ -61,7 +58,7 @@ def run(settings: Settings) -> None:
     figures["times open_clip"] = summarise(ratios_of(turns, "open_clip", "unicl_fast"))
     print(f"{len(texts):,} texts, the same ids")
     print_figures(figures)
-    write_result(settings.json, figures, settings, "tokenizers", "open_clip_torch")
+    write_result(settings, figures, "tokenizers", "open_clip_torch")
 
 
 def _read_texts(paths: tuple[Path, ...]) -> list[str]:

@@ -23,8 +23,10 @@ from torch import Tensor
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.benchmarks.harness import (
+    BenchmarkSettings,
     Figures,
     print_figures,
+    ratios_of,
     summarise,
     take_turns,
     write_result,
@@ -49,21 +51,17 @@ from unicl_fast.trainer import Trainer
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings:
+class Settings(BenchmarkSettings):
     """Training steps, beside open_clip's own."""
 
     data: Path
     """Packed data set; with captions, or with labels (one prompt a class is the telling case)."""
-    json: Path | None = None
-    """Where the result is written as JSON."""
     image_encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model."""
     image_size: int = 224
     """Side of the pictures."""
     batch_size: int = 32
     """Pictures of a step."""
-    rounds: int = 5
-    """Steps that each takes, after one that is not counted."""
 
 
 def run(settings: Settings) -> None:
@@ -97,7 +95,7 @@ def run(settings: Settings) -> None:
     for name, value in facts.items():
         print(f"{name:46} {value}")
     print_figures(figures)
-    write_result(settings.json, figures, settings, "open_clip_torch", "timm", facts=facts)
+    write_result(settings, figures, "open_clip_torch", "timm", facts=facts)
 
 
 def take_batch(config: TrainConfig, data: Path) -> Batch:
@@ -210,8 +208,9 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Te
 def measure(contestants: dict[str, Callable[[], object]], settings: Settings) -> Figures:
     """Pictures a second of each, in turns, and the ratio of each pair of turns."""
     turns = take_turns(contestants, rounds=settings.rounds)
-    seconds = {name: [turn.wall_seconds for turn in x] for name, x in turns.items()}
-    rates = {f"{n}, images/s": [settings.batch_size / s for s in x] for n, x in seconds.items()}
-    ours, theirs = seconds.values()
-    rates["ratio"] = [slow / fast for fast, slow in zip(ours, theirs, strict=True)]
+    rates = {
+        f"{name}, images/s": [settings.batch_size / turn.wall_seconds for turn in taken]
+        for name, taken in turns.items()
+    }
+    rates["ratio"] = ratios_of(turns, "open_clip", "unicl_fast")
     return {name: summarise(values) for name, values in rates.items()}

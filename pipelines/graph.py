@@ -10,9 +10,11 @@ Which bytes go in, and what becomes of the outputs, is left to feed.py and loade
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any
 
 import torch
+
+from unicl_fast.config import Interpolation, Resample
 
 try:
     from nvidia.dali import fn, types
@@ -27,9 +29,6 @@ from unicl_fast.pipelines.fused_operators import region_operator, window_operato
 
 Source = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""
-Interpolation = Literal["bilinear", "bicubic"]
-Resample = Literal["fused", "dali"]
-"""On the CPU; a GPU's resize is DALI's."""
 
 # DALI widens these filters when it shrinks a picture (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
@@ -158,6 +157,7 @@ def build_evaluation_graph(
 
 
 def _is_fused(resample: Resample, device: torch.device) -> bool:
+    """A GPU's resize is DALI's."""
     return resample == "fused" and device.type == "cpu"
 
 

@@ -123,7 +123,7 @@ def back_propagate_in_micro_batches(
 
 
 def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:
-    """The batch with some of its texts each, so that a piece is no longer than its own longest."""
+    """The batch with some of its texts each; distinct ones are cut to their own piece's longest."""
     names: tuple[str, ...]
     if config.efficiency.unique_texts:
         num_texts = len(batch.tokens)

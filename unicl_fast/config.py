@@ -18,6 +18,10 @@ from typing import Any, Literal
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+Interpolation = Literal["bilinear", "bicubic"]
+Resample = Literal["fused", "dali"]
+PrecisionName = Literal["fp32", "bf16", "fp16", "fp64"]
+LossForm = Literal["auto", "dense", "tiled"]
 OptimizerName = Literal["adamw", "lamb", "apex-fusedadam", "apex-fusedlamb", "auto"]
 
 
@@ -62,9 +66,9 @@ class DataConfig:
     """Chance of a horizontal flip in training."""
     evaluation_resize: int = 256
     """Evaluation scales the shorter side to this, in pixels, then cuts image_size in the centre."""
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    interpolation: Interpolation = "bilinear"
     """Filter for resizing; both are antialiased."""
-    resample: Literal["fused", "dali"] = "fused"
+    resample: Resample = "fused"
     """What resizes on the CPU: one fused operator, or DALI's own. On a GPU it is DALI's."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Mean of each colour channel, of values in 0 to 1."""
@@ -177,7 +181,7 @@ class OptimConfig:
 class EfficiencyConfig:
     """Speed and memory. Nothing here changes what is learnt, precision's rounding aside."""
 
-    precision: Literal["fp32", "bf16", "fp16", "fp64"] = "fp32"
+    precision: PrecisionName = "fp32"
     """Arithmetic of the encoders: autocast to bf16 or fp16 (with loss scaling), or plain. The loss
     is always taken in fp32 or better."""
     channels_last: bool = True
@@ -199,7 +203,7 @@ class EfficiencyConfig:
     """Compute texts with their padding to the context length, with padding to the longest of the
     batch, or without padding: all tokens in one row, spread out for attention only (which needs
     unique_texts; without it they are trimmed)."""
-    loss: Literal["auto", "dense", "tiled"] = "auto"
+    loss: LossForm = "auto"
     """Hold the logits of all pictures and texts (dense), or go through them in tiles and store none
     (tiled): the same loss in a fiftieth of the memory. auto takes tiles where they are faster."""
     fused_optimizer: bool = True

@@ -25,11 +25,11 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from unicl_fast.config import LossForm
 from unicl_fast.loss_tiled import compare_tiled
 from unicl_fast.positives import Membership, as_membership, find_positives
 
 Directions = Literal["both", "i2t", "t2i"]
-Form = Literal["auto", "dense", "tiled"]
 
 # Logits b u. Below it the dense form is as fast or faster on the CPU, and small; docs/loss.md.
 _SMALLEST_TILED = 1 << 20
@@ -60,7 +60,7 @@ def unified_contrastive_loss(
     text_counts: Int[Tensor, " u"] | None = None,
     exclude_self: bool = False,
     directions: Directions = "both",
-    form: Form = "auto",
+    form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
     """The loss of pictures against texts; equal class ids are positives.
 
@@ -128,7 +128,7 @@ def compare(
     scale: Float[Tensor, ""] | float,
     *,
     exclude_self: bool = False,
-    form: Form = "auto",
+    form: LossForm = "auto",
 ) -> tuple[Statistics, Statistics]:
     """Some pictures against all texts: what is known then about the pictures and about the texts.
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 import contextlib
 import functools
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-PrecisionName = Literal["fp32", "bf16", "fp16", "fp64"]
+from unicl_fast.config import PrecisionName
+
 _CACHED_VALUES = 1 << 18
 """Values normalised at once on the CPU: 1 MiB of fp32, a core's second-level cache."""
 _COMPUTE_TYPES: dict[str, torch.dtype] = {

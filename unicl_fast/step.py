@@ -18,9 +18,9 @@ from torch import Tensor
 
 from unicl_fast.batch import Batch
 from unicl_fast.compilation import pad_texts, round_up_length
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import LossForm, TrainConfig
 from unicl_fast.dist import Ranks, gather_integers, gather_rows, max_over_ranks, sum_over_ranks
-from unicl_fast.loss import Form, Statistics, compare, losses
+from unicl_fast.loss import Statistics, compare, losses
 from unicl_fast.precision import Precision, normalise_images
 
 Encode = Callable[[Tensor, Tensor, int | None], tuple[Tensor, Tensor, Tensor]]
@@ -96,7 +96,7 @@ def contrast_over_ranks(
     text_counts: Tensor,
     scale: Tensor,
     ranks: Ranks,
-    form: Form = "auto",
+    form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
     """`unified_contrastive_loss` of the features of all ranks, each logit computed once."""
     sizes = gather_integers(len(text_features), ranks)

@@ -27,12 +27,10 @@ import torch
 from PIL import Image, ImageOps
 from torchvision import transforms
 
-from unicl_fast.config import DataConfig
+from unicl_fast.config import DataConfig, Interpolation, Resample
 from unicl_fast.pipelines.crop import central_windows, random_windows
 from unicl_fast.pipelines.feed import HostBatch, run_graph
 from unicl_fast.pipelines.graph import (
-    Interpolation,
-    Resample,
     build_evaluation_graph,
     build_train_graph,
 )
