@@ -1,8 +1,6 @@
-"""The resampling kernel as DALI operators.
+"""The resampling kernel as a DALI operator.
 
-They run inside the graph on DALI's threads, one call a sample, without Python's lock. Building one
-compiles its entry points, which takes seconds: each kind is built once in a process, and used by
-every graph.
+It runs inside the graph on DALI's threads, one call a sample, without Python's lock.
 """
 
 from __future__ import annotations
@@ -13,33 +11,35 @@ from typing import Any
 from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 
-from unicl_fast.pipelines.resample import resample_region
+from unicl_fast.pipelines.resample import resample_function
 
 
-@functools.cache
-def window_operator(image_size: int, interpolation: str) -> Any:
-    """(pictures uint8 [h w 3], flips int32 [1]) -> whole pictures as squares, mirrored or not."""
+@functools.cache  # DALI compiles around the kernel for a second or two
+def resample_operator(image_size: int, interpolation: str) -> Any:
+    """Resamples regions of pictures to squares, mirrored or not.
+
+    Takes pictures uint8 [h w 3], starts and ends of regions float32 [2] in pixels (rows, then
+    columns; ends beyond the picture mean its end), and flips int32 [1]; gives uint8 [size size 3].
+    """
     cubic = interpolation == "bicubic"
+    resample = resample_function()
 
-    def run(square: Any, window: Any, flip: Any) -> None:
-        height, width = window.shape[0], window.shape[1]
-        resample_region(square, window, 0.0, height, 0.0, width, flip[0] != 0, cubic)
+    def run(square: Any, picture: Any, start: Any, end: Any, flip: Any) -> None:
+        height, width = picture.shape[0], picture.shape[1]
+        resample(
+            square.ctypes,
+            square.shape[0],
+            picture.ctypes,
+            height,
+            width,
+            start[0],
+            min(end[0], height),
+            start[1],
+            min(end[1], width),
+            flip[0] != 0,
+            cubic,
+        )
 
-    return _operator(run, image_size, in_types=[types.UINT8, types.INT32])
-
-
-@functools.cache
-def region_operator(image_size: int, interpolation: str) -> Any:
-    """(pictures uint8 [h w 3], starts float32 [2], ends float32 [2]) -> regions as squares."""
-    cubic = interpolation == "bicubic"
-
-    def run(square: Any, picture: Any, start: Any, end: Any) -> None:
-        resample_region(square, picture, start[0], end[0], start[1], end[1], False, cubic)
-
-    return _operator(run, image_size, in_types=[types.UINT8, types.FLOAT, types.FLOAT])
-
-
-def _operator(run: Any, image_size: int, *, in_types: list[Any]) -> Any:
     def set_shapes(outputs: Any, inputs: Any) -> None:
         for shape in outputs[0]:
             shape[0] = image_size
@@ -50,7 +50,7 @@ def _operator(run: Any, image_size: int, *, in_types: list[Any]) -> Any:
         run_fn=run,
         setup_fn=set_shapes,
         out_types=[types.UINT8],
-        in_types=in_types,
+        in_types=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
         outs_ndim=[3],
-        ins_ndim=[3, *(1 for _ in in_types[1:])],
+        ins_ndim=[3, 1, 1, 1],
     )

@@ -9,6 +9,7 @@ Which bytes go in, and what becomes of the outputs, is left to feed.py and loade
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +26,7 @@ except ImportError as error:
         "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
     ) from error
 
-from unicl_fast.pipelines.fused_operators import region_operator, window_operator
+from unicl_fast.pipelines.fused_operators import resample_operator
 
 Source = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""
@@ -84,7 +85,8 @@ def build_train_graph(
             adjust_orientation=False,
         )
         if _is_fused(resample, device):
-            pictures = window_operator(image_size, interpolation)(windows, flips)
+            start, end = (types.Constant([edge] * 2, dtype=types.FLOAT) for edge in (0.0, math.inf))
+            pictures = resample_operator(image_size, interpolation)(windows, start, end, flips)
         else:
             # One operator for resampling and mirroring: 5 to 10 % faster on the CPU than two.
             pictures = fn.resize_crop_mirror(
@@ -142,7 +144,8 @@ def build_evaluation_graph(
             adjust_orientation=False,
         )
         if _is_fused(resample, device):
-            pictures = region_operator(image_size, interpolation)(whole, starts, ends)
+            unflipped = types.Constant([0], dtype=types.INT32)
+            pictures = resample_operator(image_size, interpolation)(whole, starts, ends, unflipped)
         else:
             pictures = fn.resize(
                 whole,

@@ -10,11 +10,12 @@ at the end.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import carray, cfunc, njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
@@ -235,3 +236,41 @@ def _add_halves(builder: Any, a: Any, b: Any, width: int) -> Any:
     firsts = [start + lane for start in starts for lane in range(width)]
     seconds = [lane + width for lane in firsts]
     return builder.fadd(_shuffle(builder, a, b, firsts), _shuffle(builder, a, b, seconds))
+
+
+@functools.cache
+def resample_function() -> Any:
+    """`resample_region` as a ctypes function of addresses, compiled once for a machine.
+
+    For code that is compiled anew in each process: the kernel as such would be compiled with it.
+    Arguments: address of the square, its side, address of the picture, its height and width, then
+    those of `resample_region` from `top` on.
+    """
+
+    @cfunc(
+        types.void(
+            *(types.CPointer(types.uint8), types.int64),
+            *(types.CPointer(types.uint8), types.int64, types.int64),
+            *([types.float64] * 4),
+            *([types.boolean] * 2),
+        ),
+        cache=True,
+    )
+    def resample(
+        square: Any,
+        size: int,
+        picture: Any,
+        height: int,
+        width: int,
+        top: float,
+        bottom: float,
+        left: float,
+        right: float,
+        mirror: bool,
+        cubic: bool,
+    ) -> None:
+        square = carray(square, (size, size, _CHANNELS))
+        picture = carray(picture, (height, width, _CHANNELS))
+        resample_region(square, picture, top, bottom, left, right, mirror, cubic)
+
+    return resample.ctypes

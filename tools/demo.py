@@ -8,25 +8,17 @@ learns from both kinds together; then the held-out digits are told apart by prom
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
+import shlex
 import shutil
-import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from unicl_fast.checkpoint import load_model
-from unicl_fast.pipelines.host_memory import keep_freed_memory
-from unicl_fast.presets import build_preset
-from unicl_fast.shards import PackedDataset
-from unicl_fast.tools.build_dataset import build_dataset
-from unicl_fast.tools.evaluations import evaluate_zero_shot, move_to_device
-from unicl_fast.tools.figures import draw_contact_sheet
-from unicl_fast.tools.pretrain import build_trainer, pretrain
-from unicl_fast.trainer import choose_device
+from unicl_fast.tools import evaluate, pack_dataset, pretrain
 
 _MARK = ".unicl-demo"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -52,7 +44,6 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=0, help="samples seen; 0: the preset's")
     arguments = parser.parse_args()
     out: Path = arguments.out
-    keep_freed_memory()
     started = time.perf_counter()
     if out.exists() and not (out / _MARK).is_file() and any(out.iterdir()):
         raise SystemExit(f"{out} holds something else than an earlier demo: choose another --out")
@@ -62,14 +53,37 @@ def main() -> None:
 
     print("1. Writing the pictures as somebody might have them: class folders, and a list")
     write_pictures(out / "pictures")
+    pictures, packed, trained = out / "pictures", out / "packed", out / "run"
+    templates = ["--templates", pictures / "templates.txt"]
+
     print("2. Packing them")
-    packed = pack(out)
-    print("3. Training on labels and captions together")
-    train(out, packed, samples=arguments.samples)
-    print("4. Telling the held-out digits apart by their prompts")
-    top1 = evaluate(out, packed["held-out"])
-    print_next_steps(out, seconds=time.perf_counter() - started)
-    print(f"zero-shot top-1: {100 * top1:.1f}")
+    for name in ("labelled", "held-out"):
+        source = [pictures / name, *templates]
+        run(pack_dataset.main, "unicl-pack", "build", *source, "--out", packed / name)
+    captions = pictures / "captioned" / "captions.jsonl"
+    run(pack_dataset.main, "unicl-pack", "build", captions, "--out", packed / "captioned")
+
+    print("\n3. Training on labels and captions together")
+    data = ["--data.train", packed / "labelled", packed / "captioned"]
+    data += ["--data.evaluate", packed / "held-out"]
+    length = ["--run.samples", str(arguments.samples)] if arguments.samples else []
+    settings = ["--preset", "digits-small", *length]
+    run(pretrain.main, "unicl-pretrain", *settings, *data, "--out", trained)
+
+    print("\n4. Telling the held-out digits apart by their prompts")
+    result = out / "zero-shot.json"
+    held_out = ["--checkpoint", trained, "--data", packed / "held-out", "--json", result]
+    run(evaluate.main, "unicl-eval", "zero-shot", *held_out)
+
+    print_next_steps(trained, seconds=time.perf_counter() - started)
+    print(f"zero-shot top-1: {100 * json.loads(result.read_text())['top1']:.1f}")
+
+
+def run(program: Callable[[Sequence[str]], None], *words: str | Path) -> None:
+    """Runs a program of this package, and shows how one would."""
+    name, *arguments = map(str, words)
+    print(f"\n$ {shlex.join([name, *arguments])}", flush=True)
+    program(arguments)
 
 
 def write_pictures(folder: Path) -> None:
@@ -96,64 +110,14 @@ def write_pictures(folder: Path) -> None:
     (folder / "templates.txt").write_text("\n".join(TEMPLATES) + "\n", encoding="utf-8")
 
 
-def pack(out: Path) -> dict[str, Path]:
-    """What `unicl-pack build` does, three times."""
-    pictures = out / "pictures"
-    sources = {
-        "labelled": pictures / "labelled",
-        "captioned": pictures / "captioned" / "captions.jsonl",
-        "held-out": pictures / "held-out",
-    }
-    packed = {name: out / "packed" / name for name in sources}
-    for name, source in sources.items():
-        summary = build_dataset(
-            [source],
-            packed[name],
-            templates="" if name == "captioned" else str(pictures / "templates.txt"),
-            progress=sys.stderr.isatty(),
-        )
-        print(
-            f"   {packed[name]}: {summary.num_samples} pictures, {summary.num_labels} labels, "
-            f"{summary.num_captions} captions"
-        )
-    return packed
-
-
-def train(out: Path, packed: dict[str, Path], *, samples: int = 0) -> None:
-    """What `unicl-pretrain --preset digits-small` does, and a picture of the first batch."""
-    config = build_preset("digits-small")
-    data = dataclasses.replace(
-        config.data,
-        train=(str(packed["labelled"]), str(packed["captioned"])),
-        evaluate=(str(packed["held-out"]),),
-    )
-    run = dataclasses.replace(config.run, samples=samples or config.run.samples)
-    config = dataclasses.replace(config, data=data, run=run)
-    trainer = build_trainer(config, run_folder=out / "run")
-    draw_contact_sheet(next(iter(trainer.loader.batches(0))), out / "contact-sheet.png")
-    trainer.loader.close()
-    pretrain(config, run_folder=out / "run")
-    shutil.copy(out / "run" / "curves.png", out / "curves.png")
-
-
-def evaluate(out: Path, held_out: Path) -> float:
-    """What `unicl-eval zero-shot` does; returns top-1 in 0 to 1."""
-    model = move_to_device(load_model(out / "run"), choose_device("auto"))
-    with PackedDataset(held_out) as dataset:
-        result = evaluate_zero_shot(model, dataset)
-    print(result.to_table())
-    (out / "zero-shot.json").write_text(json.dumps(result.to_json(), indent=1) + "\n")
-    return result.top1
-
-
-def print_next_steps(out: Path, *, seconds: float) -> None:
+def print_next_steps(trained: Path, *, seconds: float) -> None:
     """What was made, and how to do the same with other pictures."""
     print(
         f"""
 Done in {seconds:.0f} s. Look at
-   {out / "contact-sheet.png"}   the first batch as the model saw it; equal frames are positives
-   {out / "curves.png"}          loss and held-out accuracy
-   {out / "run" / "metrics.jsonl"}, and: tensorboard --logdir {out / "run"}
+   {trained / "contact-sheet.png"}   the first batch as the model saw it; equal frames are positives
+   {trained / "curves.png"}          loss and held-out accuracy
+   {trained / "metrics.jsonl"}, and: tensorboard --logdir {trained}
 
 The same with your own pictures:
    unicl-pack build CLASS_FOLDERS --out packed/labels

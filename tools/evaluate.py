@@ -7,33 +7,16 @@ counted and named.
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
 import sys
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-import torch
-import torch.distributed as dist
 import tyro
 
-from unicl_fast.checkpoint import load_model
-from unicl_fast.dist import Ranks, adopt_slurm_ranks, process_group
-from unicl_fast.evaluation.retrieval import RetrievalResult
-from unicl_fast.evaluation.zero_shot import ZeroShotResult
-from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.host_memory import keep_freed_memory
-from unicl_fast.prompts import read_templates
-from unicl_fast.shards import MANIFEST_NAME, PackedDataset
-from unicl_fast.tools.build_dataset import build_dataset
-from unicl_fast.tools.class_names import read_label_space
-from unicl_fast.tools.evaluations import evaluate_retrieval, evaluate_zero_shot, move_to_device
-from unicl_fast.tools.launch import configure_logging, start_ranks, stop
-from unicl_fast.trainer import choose_device
+from unicl_fast.tools.launch import start_ranks, stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,6 +66,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="unicl-eval",
         description="Evaluates a trained model.",
     )
+    # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
+    from unicl_fast.dist import adopt_slurm_ranks
+    from unicl_fast.pipelines.host_memory import keep_freed_memory
+    from unicl_fast.tools.evaluation_run import run_retrieval, run_zero_shot
+
     if isinstance(command, ZeroShot) and command.nproc > 1 and "WORLD_SIZE" not in os.environ:
         start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)
     adopt_slurm_ranks()
@@ -93,95 +81,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop("unicl-eval", error, code=2)
     except (OSError, RuntimeError) as error:  # a picture, a disk or a device that failed
         stop("unicl-eval", error, code=1)
-
-
-def run_zero_shot(command: ZeroShot) -> ZeroShotResult:
-    """Evaluates on all ranks; rank 0 prints the table and writes the JSON."""
-    with _model_on_ranks(command.checkpoint, command.device) as (model, ranks):
-        packed = open_or_pack(
-            command.data, class_names=command.class_names, templates=command.templates, ranks=ranks
-        )
-        with packed as dataset:
-            result = evaluate_zero_shot(
-                model,
-                dataset,
-                class_names=read_label_space(command.class_names).names
-                if command.class_names
-                else (),
-                templates=read_templates(command.templates) if command.templates else (),
-                ranks=ranks,
-                batch_size=command.batch_size,
-                progress=ranks.is_main,
-            )
-            num_quarantined = dataset.manifest.num_quarantined
-        if ranks.is_main:
-            _report(result, command, {"num_quarantined": num_quarantined})
-            if num_quarantined:
-                print(f"{num_quarantined} files were refused when packing; not counted above")
-    return result
-
-
-def run_retrieval(command: Retrieval) -> RetrievalResult:
-    """Evaluates in this process, prints the table and writes the JSON."""
-    with (
-        _model_on_ranks(command.checkpoint, command.device) as (model, ranks),
-        PackedDataset(command.data) as dataset,
-    ):
-        if ranks.world_size > 1:
-            raise ValueError("retrieval compares all pictures with all captions in one process")
-        result = evaluate_retrieval(model, dataset, batch_size=command.batch_size, progress=True)
-        _report(result, command, {})
-    return result
-
-
-@contextlib.contextmanager
-def open_or_pack(
-    path: Path, *, class_names: str = "", templates: str = "", ranks: Ranks
-) -> Iterator[PackedDataset]:
-    """A packed data set as it is; class folders packed by rank 0 into a temporary folder."""
-    if (path / MANIFEST_NAME).is_file():
-        with PackedDataset(path) as dataset:
-            yield dataset
-        return
-    with contextlib.ExitStack() as stack:
-        folder: list[Any] = [None]
-        if ranks.is_main:
-            root = stack.enter_context(tempfile.TemporaryDirectory(prefix="unicl-eval-"))
-            folder[0] = str(Path(root) / "packed")
-            build_dataset(
-                [path],
-                folder[0],
-                class_names=class_names,
-                templates=templates,
-                progress=sys.stderr.isatty(),
-            )
-        if ranks.world_size > 1:
-            dist.broadcast_object_list(folder, src=0, group=ranks.host_group)
-        yield stack.enter_context(PackedDataset(folder[0]))
-        if ranks.world_size > 1:
-            dist.barrier(group=ranks.host_group)  # rank 0 removes what the others still read
-
-
-@contextlib.contextmanager
-def _model_on_ranks(checkpoint: Path, device_name: str) -> Iterator[tuple[UniCL, Ranks]]:
-    device = choose_device(device_name, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    with process_group(device) as ranks:
-        configure_logging(ranks)
-        yield move_to_device(load_model(checkpoint), device), ranks
-
-
-def _report(
-    result: ZeroShotResult | RetrievalResult, command: ZeroShot | Retrieval, more: dict[str, Any]
-) -> None:
-    print(result.to_table())
-    if command.json is not None:
-        values = {"checkpoint": str(command.checkpoint), "data": str(command.data)}
-        values |= result.to_json() | more
-        command.json.parent.mkdir(parents=True, exist_ok=True)
-        command.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {command.json}")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ import os
 import sys
 import warnings
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from unicl_fast.dist import Ranks
+if TYPE_CHECKING:  # it imports torch, for which --help need not wait
+    from unicl_fast.dist import Ranks
 
 
 def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:

@@ -14,17 +14,22 @@ from small_runs import global_batch, ragged_features, tiny_config
 from unicl_fast.dist import process_group
 from unicl_fast.trainer import Trainer
 
+# Ranks are forked from a process that has imported the library and done nothing else: a fresh
+# interpreter would import torch and timm for five seconds each time.
+mp.set_forkserver_preload(["unicl_fast.trainer", "unicl_fast.tools.training_run"])
+
 
 def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: object) -> None:
     """Calls `worker(*arguments)` in `world_size` processes that form a gloo group."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(
+    mp.start_processes(
         _enter,
         args=(worker, world_size, port, arguments),
         nprocs=world_size,
         join=True,
+        start_method="forkserver",
     )
 
 

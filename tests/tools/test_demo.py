@@ -29,7 +29,7 @@ def test_the_demo_ends_with_its_figure_and_leaves_its_pictures(tmp_path: Path) -
     assert last.startswith("zero-shot top-1: ")
     assert 0 <= float(last.split(": ")[1]) <= 100
     for name in ("contact-sheet.png", "curves.png"):
-        assert Image.open(out / name).size[0] > 300
+        assert Image.open(out / "run" / name).size[0] > 300
     assert (out / "run" / "metrics.jsonl").is_file()
     for words in ("unicl-pack build", "unicl-pretrain", "unicl-eval"):
         assert words in done.stdout

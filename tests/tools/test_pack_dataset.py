@@ -245,6 +245,8 @@ def test_a_stopped_build_leaves_nothing(
             str(tmp_path / "out"),
         ],
         stderr=subprocess.PIPE,
+        # a shell that starts tests behind itself lets its children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and process.poll() is None:

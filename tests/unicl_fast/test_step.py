@@ -137,7 +137,24 @@ def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
     assert loss == pytest.approx(plain.item(), rel=1e-13)
 
 
-@pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_convnet7_small", "test_resnet"])
+def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> tuple:
+    """Gradients of the first step; losses and weights of three."""
+    config = tiny_config(image_encoder=image_encoder, steps=3, **efficiency)
+    gradients = first_gradients(images, Ranks(), config)[1]
+    trainer = Trainer(config, StepwiseLoader(images), progress=False)
+    batches = trainer.loader.batches(0)
+    losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
+    return gradients, losses, trainer.model.state_dict()
+
+
+@pytest.fixture(
+    scope="module", params=["test_vit", "unicl_convnet7_small", "test_resnet"], name="plain"
+)
+def train_plainly(images: torch.Tensor, request: pytest.FixtureRequest) -> tuple[str, tuple]:
+    """The image encoder's name, and what it is after steps without any switch."""
+    return request.param, trained(images, request.param)
+
+
 @pytest.mark.parametrize(
     "switch",
     [
@@ -153,28 +170,16 @@ def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
     ids=lambda switch: ",".join(f"{name}={value}" for name, value in switch.items()),
 )
 def test_efficiency_changes_nothing(
-    images: torch.Tensor, switch: dict[str, object], image_encoder: str
+    images: torch.Tensor, switch: dict[str, object], plain: tuple[str, tuple]
 ) -> None:
     """Loss and gradients of a step; weights and BatchNorm's running averages after three."""
-
-    def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
-        config = tiny_config(image_encoder=image_encoder, steps=3, **efficiency)
-        gradients[bool(efficiency)] = first_gradients(images, Ranks(), config)[1]
-        trainer = Trainer(config, StepwiseLoader(images), progress=False)
-        batches = trainer.loader.batches(0)
-        losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
-        return losses, trainer.model.state_dict()
-
-    gradients: dict[bool, dict[str, torch.Tensor]] = {}
-    plain_losses, plain = trained()
-    losses, weights = trained(**switch)
+    image_encoder, (plain_gradients, plain_losses, plain_weights) = plain
+    gradients, losses, weights = trained(images, image_encoder, **switch)
     assert losses == pytest.approx(plain_losses, rel=1e-10)
-    for name, gradient in gradients[True].items():
-        torch.testing.assert_close(
-            gradient, gradients[False][name], rtol=1e-8, atol=1e-12, msg=name
-        )
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain_gradients[name], rtol=1e-8, atol=1e-12, msg=name)
     for name, weight in weights.items():
-        torch.testing.assert_close(weight, plain[name], rtol=1e-7, atol=1e-9, msg=name)
+        torch.testing.assert_close(weight, plain_weights[name], rtol=1e-7, atol=1e-9, msg=name)
 
 
 @pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 0.02), ("fp16", 0.003)])

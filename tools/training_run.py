@@ -1,0 +1,206 @@
+"""A training run on this rank: packed data sets, model and trainer put together, and run.
+
+`pretrain` is what `unicl-pretrain` does once its arguments are read. The loop itself is
+`unicl_fast.trainer`'s.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from unicl_fast.batch import Batch, Loader
+from unicl_fast.checkpoint import find_checkpoint
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.dist import Ranks, process_group
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tools.evaluations import evaluate_zero_shot
+from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
+from unicl_fast.tools.launch import configure_logging
+from unicl_fast.tools.training_data import (
+    build_prompts,
+    check_tokenizer,
+    describe_sources,
+    open_sources,
+)
+from unicl_fast.trainer import Evaluation, Trainer, choose_device
+
+logger = logging.getLogger("unicl_fast")
+
+
+def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: str) -> None:
+    """Refuses what can be told to be wrong before ranks are started.
+
+    Raises:
+        ValueError: no data, shares that do not fit, ranks that cannot share the batch, or a run
+            folder in use.
+        FileNotFoundError: a data set or checkpoint that is not there.
+    """
+    Ranks(world_size=nproc).share_of(config.run.global_batch_size)
+    choose_checkpoint(resume, run_folder)
+    datasets, _ = open_sources(config.data.train)
+    for dataset in datasets:
+        check_tokenizer(dataset, context_length=config.model.context_length)
+        dataset.close()
+
+
+def pretrain(
+    config: TrainConfig, *, run_folder: Path, resume: str = "never", progress: bool = True
+) -> None:
+    """Runs on this rank from the first step, or a checkpoint's, to the end.
+
+    Args:
+        config: the run's settings.
+        run_folder: where everything is written.
+        resume: "never", "auto" or the path of a checkpoint.
+        progress: show a progress bar on rank 0.
+
+    Raises:
+        ValueError: settings, data or checkpoint that do not go together; says what to change.
+        FileNotFoundError: a data set or checkpoint that is not there.
+        FloatingPointError: the loss is not finite.
+    """
+    device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with process_group(device) as ranks:
+        configure_logging(ranks)
+        checkpoint = choose_checkpoint(resume, run_folder)
+        trainer = build_trainer(
+            config, run_folder=run_folder, ranks=ranks, device=device, progress=progress
+        )
+        if checkpoint is not None:
+            trainer.resume(checkpoint)
+        if ranks.is_main:
+            trainer.loader = _FirstBatchDrawn(trainer.loader, run_folder / "contact-sheet.png")
+            run_folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config_to_dict(trainer.config), indent=1)
+            (run_folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        try:
+            trainer.fit()
+        finally:
+            trainer.loader.close()
+        if ranks.is_main:
+            draw_curves(run_folder, run_folder / "curves.png")
+            logger.info(
+                "%d steps done, curves in %s. Next: "
+                "unicl-eval zero-shot --checkpoint %s --data DIR",
+                trainer.step,
+                run_folder / "curves.png",
+                run_folder,
+            )
+
+
+def build_trainer(
+    config: TrainConfig,
+    *,
+    run_folder: Path,
+    ranks: Ranks | None = None,
+    device: torch.device | None = None,
+    progress: bool = True,
+) -> Trainer:
+    """Opens the data, checks that it suits the model, and puts the trainer together."""
+    ranks = ranks or Ranks()
+    device = device or choose_device(config.run.device)
+    datasets, shares = open_sources(config.data.train)
+    for dataset in datasets:
+        check_tokenizer(dataset, context_length=config.model.context_length)
+    config = _with_length(config, num_samples=sum(len(dataset) for dataset in datasets))
+    prompts = build_prompts(datasets, config.data)
+    loader = TrainLoader(
+        config,
+        datasets,
+        shares,
+        prompts,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+    )
+    return Trainer(
+        config,
+        loader,
+        run_folder=run_folder,
+        ranks=ranks,
+        device=device,
+        evaluations=_build_evaluations(config, ranks),
+        data=describe_sources(datasets, shares),
+        progress=progress,
+    )
+
+
+class _FirstBatchDrawn:
+    """A loader whose first batch is drawn on its way: what the model really gets."""
+
+    def __init__(self, loader: Loader, path: Path) -> None:
+        self._loader, self._path = loader, path
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        for batch in self._loader.batches(start_step):
+            if batch.step == start_step:
+                draw_contact_sheet(batch, self._path)
+            yield batch
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
+    """The checkpoint that `--resume` means, or None for a fresh start.
+
+    Raises:
+        ValueError: the run folder already holds a run and `--resume` does not say what to do.
+        FileNotFoundError: no checkpoint at the path given.
+    """
+    if resume not in ("auto", "never"):
+        return find_checkpoint(resume)
+    try:
+        newest = find_checkpoint(run_folder)
+    except FileNotFoundError:
+        return None
+    if resume == "never":
+        raise ValueError(
+            f"{run_folder} already holds {newest.name}: go on with --resume auto, or choose "
+            "another --out"
+        )
+    return newest
+
+
+def _with_length(config: TrainConfig, *, num_samples: int) -> TrainConfig:
+    """The released recipe's 32 passes where the run has no length of its own."""
+    if config.run.total_steps:
+        return config
+    return dataclasses.replace(
+        config, run=dataclasses.replace(config.run, samples=32 * num_samples)
+    )
+
+
+def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluation]:
+    datasets = [PackedDataset(folder) for folder in config.data.evaluate]
+    names = [dataset.folder.name for dataset in datasets]
+    if len(set(names)) < len(names):
+        raise ValueError(
+            f"data.evaluate: folders need different names to be told apart, got {' '.join(names)}"
+        )
+    for dataset in datasets:
+        if not dataset.manifest.class_names:
+            raise ValueError(f"data.evaluate: {dataset.folder} has no labels for zero-shot")
+
+    def evaluation_of(index: int) -> Evaluation:
+        def evaluate(model: UniCL) -> dict[str, float]:
+            result = evaluate_zero_shot(model, datasets[index], ranks=ranks)
+            return {"top1": result.top1, "top5": result.top5}
+
+        return evaluate
+
+    return {
+        f"zero_shot/{dataset.folder.name}": evaluation_of(index)
+        for index, dataset in enumerate(datasets)
+    }
