@@ -14,6 +14,7 @@ import tyro
 from unicl_fast.benchmarks import (
     input_pipeline,
     loss,
+    step_profile,
     target_map,
     text_encoding,
     tokenize_rate,
@@ -27,6 +28,7 @@ STAGES = {
     "loss": loss,
     "text": text_encoding,
     "step": training_step,
+    "profile": step_profile,
 }
 
 

@@ -90,7 +90,7 @@ def map_targets(
     rows, labels = _check(rows, labels)
     hashes = hash_rows(rows, position_factors(rows.shape[1]))
     first, text_index, text_counts = unique_rows(rows, hashes, make_table(len(rows)))
-    tokens = rows[first]
+    tokens = rows.take(first, axis=0)
     text_class_ids = _classes_of_texts(labels, text_index, tokens, hashes[first], prompts)
     class_ids = text_class_ids[text_index]
     if unique:
@@ -128,14 +128,14 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
     order = np.argsort(first)
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
-    tokens = targets.tokens[texts[order]]
+    texts = texts[order]
     return Targets(
-        tokens=tokens,
+        tokens=targets.tokens[texts],
         text_index=place[inverse],
         class_ids=targets.class_ids[start:stop],
-        text_class_ids=targets.text_class_ids[texts[order]],
+        text_class_ids=targets.text_class_ids[texts],
         text_counts=counts[order],
-        text_lengths=row_lengths(tokens),
+        text_lengths=targets.text_lengths[texts],
     )
 
 

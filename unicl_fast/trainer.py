@@ -203,9 +203,13 @@ class Trainer:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
         self.model.train()
-        self.schedule.step_update(self.step + 1)
         self.optimizer.zero_grad()  # sets them to None; apex's takes no argument that would say so
         loss = self.back_propagate(batch)
+        return loss, self.update(loss)
+
+    def update(self, loss: Tensor) -> Tensor:
+        """The second half of `train_step`, when gradients are there; returns their norm."""
+        self.schedule.step_update(self.step + 1)
         self.scaler.unscale_(self.optimizer)
         grad_norm = torch.nn.utils.clip_grad_norm_(
             self.model.parameters(), self.config.optim.clip_norm or math.inf
@@ -214,7 +218,7 @@ class Trainer:
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
-        return loss, grad_norm
+        return grad_norm
 
     def back_propagate(self, batch: Batch) -> Tensor:
         """Adds the gradient of the global batch's loss to the parameters' `.grad`.

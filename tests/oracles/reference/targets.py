@@ -18,7 +18,7 @@ def trim(row: Sequence[int]) -> Row:
 def caption_key(row: Sequence[int]) -> int:
     """The class of a text that has no other: a hash of its tokens, in [2**62, 2**63)."""
     total = sum(
-        token * (_mix64((position + 1) * 0x9E3779B97F4A7C15) | 1)
+        (token << 16 * (position % 2)) * (_mix64((position // 2 + 1) * 0x9E3779B97F4A7C15) | 1)
         for position, token in enumerate(row)
     )
     return (_mix64(total) >> 2) | 2**62
