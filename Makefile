@@ -3,13 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-slow test-all lint clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
 
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
+
+# What `test` leaves out because it takes long.
+test-slow: $(VENV)/dev.stamp
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 # Everything that a machine without a GPU can run.
 test-all: $(VENV)/dev.stamp

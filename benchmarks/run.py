@@ -6,44 +6,46 @@ same thing, and times nothing if they do not; then they take turns (harness.py).
 
 from __future__ import annotations
 
+import importlib
 import sys
 from collections.abc import Sequence
 
 import tyro
 
-from unicl_fast.benchmarks import (
-    input_pipeline,
-    loss,
-    step_profile,
-    target_map,
-    text_encoding,
-    tokenize_rate,
-    training_step,
-)
-
 STAGES = {
-    "input": input_pipeline,
-    "targets": target_map,
-    "tokenize": tokenize_rate,
-    "loss": loss,
-    "text": text_encoding,
-    "step": training_step,
-    "profile": step_profile,
+    "input": ("input_pipeline", "pictures a second, against torchvision's loader"),
+    "targets": ("target_map", "equal texts and classes, against np.unique and others"),
+    "tokenize": ("tokenize_rate", "texts a second, against open_clip's tokenizer"),
+    "loss": ("loss", "time and memory of the loss, against open_clip's and the dense form"),
+    "text": ("text_encoding", "what captions cost in the text encoder, padded, trimmed, packed"),
+    "step": ("training_step", "training steps, against open_clip's own"),
+    "profile": ("step_profile", "a training step by its parts, against the matmul floor"),
 }
+_HELP = """usage: unicl-bench STAGE [OPTIONS]
+
+Measures a part beside what one would take instead: medians over rounds in which all take turns.
+Contestants that disagree are not timed.
+
+{stages}
+
+unicl-bench STAGE --help explains the options of a stage."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
-    settings = tyro.extras.subcommand_cli_from_dict(
-        {name: module.Settings for name, module in STAGES.items()},
-        args=sys.argv[1:] if argv is None else list(argv),
-        prog="unicl-bench",
-        description="Measures a part beside what one would take instead: medians over rounds in "
-        "which all take turns. Contestants that disagree are not timed.",
-    )
-    (stage,) = [module for module in STAGES.values() if isinstance(settings, module.Settings)]
+    stage, *options = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    if stage not in STAGES:
+        lines = [f"  {name:10}{what}" for name, (_, what) in STAGES.items()]
+        asked = stage in ("-h", "--help")
+        print(_HELP.format(stages="\n".join(lines)), file=sys.stdout if asked else sys.stderr)
+        if not asked:
+            print(f"\nunicl-bench: there is no stage {stage!r}", file=sys.stderr)
+        sys.exit(0 if asked else 2)
+    # only the stage that is asked for is imported: each takes its contenders along
+    module = importlib.import_module(f"unicl_fast.benchmarks.{STAGES[stage][0]}")
+    settings = tyro.cli(module.Settings, args=options, prog=f"unicl-bench {stage}")
     try:
-        stage.run(settings)
+        module.run(settings)
     except (ValueError, OSError, RuntimeError) as error:
         print(f"unicl-bench: {error}", file=sys.stderr)
         sys.exit(2)

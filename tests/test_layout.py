@@ -20,7 +20,7 @@ LIBRARY_LEVELS = [
     | {"positives", "loss_tiled", "loss"},
     {"collate", "presets", "checkpoint", "compilation"},
     {"step", "cached_gradients", "evaluation"},
-    {"trainer"},
+    {"trainer", "memory_check"},
 ]
 
 

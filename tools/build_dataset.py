@@ -34,7 +34,15 @@ from unicl_fast.tools.class_names import (
     refuse_numbers,
 )
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
-from unicl_fast.tools.sources import Item, Label, ListOptions, Problem, Source, read_source
+from unicl_fast.tools.sources import (
+    Item,
+    Label,
+    ListOptions,
+    Problem,
+    Source,
+    read_source,
+    split_condition,
+)
 
 _REASONS_SHOWN = 5
 
@@ -94,6 +102,8 @@ def build_dataset(
     _require_in("--seed", seed, 0, 2**63 - 1)
     _require_in("--quality", quality, 1, 100)
     _require_in("--workers", workers, 0, 1024)
+    for condition in where:
+        split_condition(condition)  # said before any source is read
     options = PictureOptions(short_side=_parse_resize(resize), quality=quality)
     require_free(out)
     lists = ListOptions(

@@ -69,13 +69,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
     from unicl_fast.dist import adopt_slurm_ranks
     from unicl_fast.pipelines.host_memory import keep_freed_memory
-    from unicl_fast.tools.evaluation_run import run_retrieval, run_zero_shot
+    from unicl_fast.tools.evaluation_run import check_request, run_retrieval, run_zero_shot
 
-    if isinstance(command, ZeroShot) and command.nproc > 1 and "WORLD_SIZE" not in os.environ:
-        start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)
-    adopt_slurm_ranks()
-    keep_freed_memory()
     try:
+        check_request(command)
+        if isinstance(command, ZeroShot) and command.nproc > 1 and "WORLD_SIZE" not in os.environ:
+            start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)
+        adopt_slurm_ranks()
+        keep_freed_memory()
         run_zero_shot(command) if isinstance(command, ZeroShot) else run_retrieval(command)
     except (ValueError, FileNotFoundError) as error:
         stop("unicl-eval", error, code=2)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from unicl_fast.checkpoint import load_model
+from unicl_fast.checkpoint import find_checkpoint, load_model
 from unicl_fast.dist import Ranks, process_group
 from unicl_fast.evaluation.retrieval import RetrievalResult
 from unicl_fast.evaluation.zero_shot import ZeroShotResult
@@ -27,6 +27,22 @@ from unicl_fast.tools.evaluate import Retrieval, ZeroShot
 from unicl_fast.tools.evaluations import evaluate_retrieval, evaluate_zero_shot, move_to_device
 from unicl_fast.tools.launch import configure_logging
 from unicl_fast.trainer import choose_device
+
+
+def check_request(command: ZeroShot | Retrieval) -> None:
+    """Refuses what can be told to be wrong before ranks are started or a model is loaded.
+
+    Raises:
+        ValueError: a number out of range.
+        FileNotFoundError: no checkpoint, or no data.
+    """
+    if command.batch_size < 1:
+        raise ValueError(f"--batch-size must be at least 1, not {command.batch_size}")
+    if isinstance(command, ZeroShot) and command.nproc < 1:
+        raise ValueError(f"--nproc must be at least 1, not {command.nproc}")
+    find_checkpoint(command.checkpoint)
+    if isinstance(command, Retrieval):
+        PackedDataset(command.data).close()
 
 
 def run_zero_shot(command: ZeroShot) -> ZeroShotResult:

@@ -96,6 +96,11 @@ def evaluate_retrieval(
     """
     counts = dataset.samples["captions_count"].astype(np.int64)
     captioned = np.flatnonzero(counts)
+    if not len(captioned):
+        raise ValueError(
+            f"{dataset.folder} has no captions: retrieval needs a data set packed with a caption "
+            "column; for labels there is unicl-eval zero-shot"
+        )
     loader = EvaluationLoader(
         dataset, model.config.data, batch_size=batch_size, device=model.logit_scale.device
     )

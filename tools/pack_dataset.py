@@ -90,7 +90,9 @@ class Build:
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 0 when done, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
-    command = tyro.extras.subcommand_cli_from_dict({"build": Build}, args=arguments)
+    command = tyro.extras.subcommand_cli_from_dict(
+        {"build": Build}, args=arguments, prog="unicl-pack"
+    )
     try:
         summary = build_dataset(**vars(command))
     except KeyboardInterrupt:

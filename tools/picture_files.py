@@ -224,7 +224,9 @@ def open_tree(place: Path) -> Tree:
         return FolderTree(place)
     archive = next((path for path in (place, *place.parents) if path.is_file()), None)
     if archive is None:
-        raise FileNotFoundError(f"{place}: no such folder, zip or list")
+        raise FileNotFoundError(
+            f"{place}: no such folder or zip of pictures, and no list (.csv, .tsv, .jsonl)"
+        )
     if not zipfile.is_zipfile(archive):
         raise ValueError(
             f"{archive} is neither a folder nor a zip; sources are folders of class folders, zips "

@@ -45,6 +45,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = parse_arguments(argv)
     config = split_config(arguments)
+    if arguments.nproc < 1:
+        error = ValueError(f"--nproc must be at least 1, not {arguments.nproc}")
+        stop("unicl-pretrain", error, code=2)
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
     from unicl_fast.dist import adopt_slurm_ranks
     from unicl_fast.pipelines.host_memory import keep_freed_memory

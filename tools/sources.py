@@ -119,7 +119,10 @@ def _read_class_folders(path: Path) -> Source:
         elif folders:
             items.append(Item(name, entry, labels=[folders[-1]]))
         else:
-            problem = Problem(kind="no class", message="the picture lies in no class folder")
+            problem = Problem(
+                kind="no class",
+                message="the picture lies in no class folder; expected for example cat/1.jpg",
+            )
             items.append(Item(name, problem=problem))
     if not items:
         raise ValueError(
@@ -134,7 +137,7 @@ def _read_class_folders(path: Path) -> Source:
 def _read_list(path: Path, options: ListOptions) -> Source:
     """Rows with the same picture are one sample with all their captions and labels."""
     tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
-    conditions = [_split_condition(condition) for condition in options.where]
+    conditions = [split_condition(condition) for condition in options.where]
     read_rows = _csv_rows if path.suffix.lower() in (".csv", ".tsv") else _jsonl_rows
     header = _column_names(read_rows(path))
     if not header:
@@ -296,7 +299,7 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
                 yield number, Problem(kind="bad row", message="not a JSON object")
 
 
-def _split_condition(condition: str) -> tuple[str, str]:
+def split_condition(condition: str) -> tuple[str, str]:
     column, equals, value = condition.partition("=")
     if not equals or not column:
         raise ValueError(f"--where takes COLUMN=VALUE, not {condition!r}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from unicl_fast.config import DataConfig
@@ -37,6 +38,9 @@ def open_sources(specs: Sequence[str]) -> tuple[list[PackedDataset], list[float]
         raise ValueError(
             f"data.train: give every data set a share (DIR=SHARE) or none, not {' '.join(specs)}"
         )
+    for folder, share in zip(folders, shares, strict=True):
+        if share is None and "=" in folder and not Path(folder).exists():
+            raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
     return [PackedDataset(folder) for folder in folders], given or None
 
 

@@ -19,6 +19,7 @@ from unicl_fast.batch import Batch, Loader
 from unicl_fast.checkpoint import find_checkpoint
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks, process_group
+from unicl_fast.memory_check import check_memory
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.shards import PackedDataset
@@ -50,6 +51,8 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
+    for folder in config.data.evaluate:
+        PackedDataset(folder).close()
 
 
 def pretrain(
@@ -77,6 +80,8 @@ def pretrain(
         trainer = build_trainer(
             config, run_folder=run_folder, ranks=ranks, device=device, progress=progress
         )
+        share = ranks.share_of(config.run.global_batch_size)
+        check_memory(trainer.model, trainer.config, share=share, device=device)
         if checkpoint is not None:
             trainer.resume(checkpoint)
         if ranks.is_main:

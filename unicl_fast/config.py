@@ -241,9 +241,10 @@ class RunConfig:
     global_batch_size: int = 512
     """Samples in one optimizer step over all ranks; the number of ranks must divide it."""
     samples: int = 0
-    """Length of the run in samples seen, rounded up to whole steps. Give this or steps."""
+    """Length of the run in samples seen, rounded up to whole steps. 0, and no steps either:
+    unicl-pretrain takes 32 passes over the data, as the released recipe does."""
     steps: int = 0
-    """Length of the run in optimizer steps. Give this or samples."""
+    """Length of the run in optimizer steps; counts instead of samples where it is not 0."""
     log_every_steps: int = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every_steps: int = 0
@@ -258,8 +259,8 @@ class RunConfig:
             f"run.global_batch_size must be positive, not {self.global_batch_size}",
         )
         _require(
-            self.samples >= 0 and self.steps >= 0 and not (self.samples and self.steps),
-            f"give run.samples or run.steps, not both ({self.samples}, {self.steps})",
+            self.samples >= 0 and self.steps >= 0,
+            f"run.samples and run.steps must not be negative, not {self.samples}, {self.steps}",
         )
         _require(self.log_every_steps >= 1, "run.log_every_steps must be at least 1")
         _require(self.evaluate_every_steps >= 0, "run.evaluate_every_steps must not be negative")

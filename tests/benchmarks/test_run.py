@@ -18,8 +18,11 @@ SMALL = {
     "loss": ["--sizes", "64", "--no-memory"],
     "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
     "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
+    "profile": ["--batch-size", "4", "--preset", "digits-small"],
     "input": ["--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"],
 }
+
+ON_DATA = ("text", "step", "profile", "input")
 
 
 @pytest.fixture(scope="module")
@@ -34,16 +37,16 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     source = ["build", str(pictures / "labels.csv"), "--where", "split=val"]
     root = str(pictures / "tiny-imagenet-200-subset.zip")
     pack([*source, "--label-column", "words", "--image-root", root, "--out", str(labelled)])
-    return {"text": captioned, "step": captioned, "input": labelled}
+    return {"text": captioned, "step": captioned, "profile": captioned, "input": labelled}
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES if s not in ("text", "step", "input")])
+@pytest.mark.parametrize("stage", [s for s in STAGES if s not in ON_DATA])
 def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> None:
     run_small(stage, tmp_path / "result.json")
 
 
 @pytest.mark.dali
-@pytest.mark.parametrize("stage", ["text", "step", "input"])
+@pytest.mark.parametrize("stage", ON_DATA)
 def test_a_stage_on_data_writes_its_figures(
     stage: str, packed: dict[str, Path], tmp_path: Path
 ) -> None:

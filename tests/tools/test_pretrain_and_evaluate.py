@@ -207,8 +207,16 @@ def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) ->
         ([*SMALL, "--out", "x", "--data.train", "{labels}=0.5", "{captions}"], "or none"),
         ([*SMALL, "--out", "x", "--data.train", "{labels}", "--run.global-batch-size", "64"], "21"),
         ([*SMALL, "--out", "x", "--model.context-length", "20", "--data.train", "{labels}"], "77"),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "no number behind its ="),
+        ([*SMALL, "--out", "x", "--nproc", "0"], "at least 1, not 0"),
+        (
+            [*SMALL, "--out", "x", "--nproc", "2", "--data.train", "{labels}"]
+            + ["--data.evaluate", "nowhere"],
+            "nowhere is not a packed data set",
+        ),
     ],
-    ids=["preset", "no data", "no such data", "half the shares", "too few samples", "context"],
+    ids=["preset", "no data", "no such data", "half the shares", "too few samples", "context"]
+    + ["no share", "no ranks", "no data to evaluate"],
 )
 def test_wrong_input_ends_with_2_and_a_sentence(
     data: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
@@ -219,6 +227,33 @@ def test_wrong_input_ends_with_2_and_a_sentence(
     ]
     with pytest.raises(SystemExit) as stopped:
         call(pretrain, *filled)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["zero-shot", "--checkpoint", "nowhere", "--data", "{labels}", "--nproc", "2"], "nowhere"),
+        (["retrieval", "--checkpoint", "{run}", "--data", "{labels}"], "has no captions"),
+        (
+            ["zero-shot", "--checkpoint", "{run}", "--data", "{labels}", "--batch-size", "0"],
+            "not 0",
+        ),
+        (["zero-shot", "--checkpoint", "{run}", "--data", "{captions}"], "has no classes"),
+    ],
+    ids=["no checkpoint", "no captions", "no batch", "no classes"],
+)
+def test_what_cannot_be_evaluated_ends_with_2_and_a_sentence(
+    data: Path,
+    unbroken: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"labels": data / "labels", "captions": data / "captions", "run": unbroken}
+    with pytest.raises(SystemExit) as stopped:
+        call(evaluate, *(word.format(**places) for word in arguments))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 

@@ -52,11 +52,14 @@ class ZeroShotResult:
 
     @property
     def mean_per_class_interval(self) -> tuple[float, float]:
-        """95 % interval of the mean over classes, from each class's binomial variance."""
-        variance = sum(
-            right / count * (1 - right / count) / count for _, count, right in self.per_class
-        ) / (len(self.per_class) ** 2)
-        half = 1.96 * math.sqrt(variance)
+        """95 % interval of the mean over classes, from each class's binomial variance.
+
+        The variance is taken at (right + 1) / (count + 2), so that a class of which all or none
+        were right is not thought to be known exactly.
+        """
+        rates = [((right + 1) / (count + 2), count) for _, count, right in self.per_class]
+        variance = sum(rate * (1 - rate) / count for rate, count in rates)
+        half = 1.96 * math.sqrt(variance) / len(rates)
         return max(0.0, self.mean_per_class - half), min(1.0, self.mean_per_class + half)
 
     @property
