@@ -210,13 +210,17 @@ def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) ->
         ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "no number behind its ="),
         ([*SMALL, "--out", "x", "--nproc", "0"], "at least 1, not 0"),
         (
-            [*SMALL, "--out", "x", "--nproc", "2", "--data.train", "{labels}"]
-            + ["--data.evaluate", "nowhere"],
+            [
+                *(*SMALL, "--out", "x", "--nproc", "2", "--data.train", "{labels}"),
+                *("--data.evaluate", "nowhere"),
+            ],
             "nowhere is not a packed data set",
         ),
     ],
-    ids=["preset", "no data", "no such data", "half the shares", "too few samples", "context"]
-    + ["no share", "no ranks", "no data to evaluate"],
+    ids=[
+        *("preset", "no data", "no such data", "half the shares", "too few samples", "context"),
+        *("no share", "no ranks", "no data to evaluate"),
+    ],
 )
 def test_wrong_input_ends_with_2_and_a_sentence(
     data: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
