@@ -16,6 +16,7 @@ from pathlib import Path
 import tyro
 
 from unicl_fast.config import TrainConfig
+from unicl_fast.interruption import EXIT_INTERRUPTED, Interrupted
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.tools.launch import start_ranks, stop
 
@@ -37,7 +38,8 @@ class PretrainArguments(TrainConfig):
     nproc: int = 1
     """Ranks to start on this machine; leave it at 1 under torchrun or SLURM."""
     resume: str = "never"
-    """auto goes on from the newest checkpoint in --out if there is one; or a checkpoint's path."""
+    """auto goes on from the newest checkpoint in --out that is not damaged, if there is one; or a
+    checkpoint's path."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     run_folder, nproc, resume = arguments.out, arguments.nproc, arguments.resume
     if nproc > 1 and "WORLD_SIZE" not in os.environ:
-        try:  # here it ends with one sentence and 2; in torchrun with many
+        try:  # one sentence instead of one from each rank
             check_request(config, run_folder=run_folder, nproc=nproc, resume=resume)
         except (ValueError, FileNotFoundError) as error:
             stop("unicl-pretrain", error, code=2)
@@ -66,6 +68,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         pretrain(config, run_folder=run_folder, resume=resume)
     except (ValueError, FileNotFoundError) as error:
         stop("unicl-pretrain", error, code=2)
+    except Interrupted as error:
+        print(f"unicl-pretrain: {error}; go on with --resume auto", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except KeyboardInterrupt:
+        stop("unicl-pretrain", Interrupted("ended at once; checkpoints are from before"), code=130)
     except (FloatingPointError, OSError, RuntimeError) as error:
         stop("unicl-pretrain", error, code=1)
 

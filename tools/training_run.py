@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from unicl_fast.batch import Batch, Loader
-from unicl_fast.checkpoint import find_checkpoint
+from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks, process_group
 from unicl_fast.memory_check import check_memory
@@ -161,21 +161,20 @@ def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
     """The checkpoint that `--resume` means, or None for a fresh start.
 
     Raises:
-        ValueError: the run folder already holds a run and `--resume` does not say what to do.
+        ValueError: the run folder already holds a run and `--resume` does not say what to do, or
+            all its checkpoints are damaged.
         FileNotFoundError: no checkpoint at the path given.
     """
-    if resume not in ("auto", "never"):
+    if resume == "auto":
+        return find_sound_checkpoint(run_folder)
+    if resume != "never":
         return find_checkpoint(resume)
-    try:
-        newest = find_checkpoint(run_folder)
-    except FileNotFoundError:
-        return None
-    if resume == "never":
+    if found := list_checkpoints(run_folder / "checkpoints"):
         raise ValueError(
-            f"{run_folder} already holds {newest.name}: go on with --resume auto, or choose "
+            f"{run_folder} already holds {found[-1].name}: go on with --resume auto, or choose "
             "another --out"
         )
-    return newest
+    return None
 
 
 def _with_length(config: TrainConfig, *, num_samples: int) -> TrainConfig:

@@ -111,12 +111,24 @@ def unique_rows(
         counts: int64 [u].
     """
     first, index, counts = _group_rows(rows, hashes, table, False)
+    if not _groups_agree(rows, first, index):
+        table[:] = 0
+        first, index, counts = _group_rows(rows, hashes, table, True)
+    return first, index, counts
+
+
+@njit(cache=True)
+def _groups_agree(rows: UInt16Array, first: Int64Array, index: Int64Array) -> bool:
+    """Whether each row equals the first one of its group."""
+    agree = True
     for row in range(rows.shape[0]):
         known = first[index[row]]
-        if known != row and not _equal(rows, row, rows, known):
-            table[:] = 0
-            return _group_rows(rows, hashes, table, True)
-    return first, index, counts
+        if known != row:
+            difference = np.uint16(0)
+            for position in range(rows.shape[1]):
+                difference |= rows[row, position] ^ rows[known, position]
+            agree &= difference == 0
+    return agree
 
 
 @njit(cache=True)
@@ -207,13 +219,12 @@ def label_texts(
     unlabelled = np.zeros(num_texts, np.bool_)
     num_conflicts = 0
     for sample in range(labels.shape[0]):
+        # without branches, which a processor could only guess
         text, label = text_index[sample], labels[sample]
-        if label < 0:
-            unlabelled[text] = True
-        elif text_labels[text] < 0:
-            text_labels[text] = label
-        elif text_labels[text] != label:
-            num_conflicts += 1
+        known = text_labels[text]
+        unlabelled[text] |= label < 0
+        text_labels[text] = known if known >= 0 else label
+        num_conflicts += int((label >= 0) & (known >= 0) & (known != label))
     return text_labels, unlabelled, num_conflicts
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 import xxhash
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -60,24 +61,33 @@ def save_checkpoint(
     data: dict[str, Any],
     keep: int,
 ) -> Path:
-    """Writes `step-XXXXXXXX` whole or not at all, then removes all but the newest `keep`."""
+    """Writes `step-XXXXXXXX` whole or not at all, then removes all but the newest `keep`.
+
+    Raises:
+        OSError: it cannot be written (disk full, no permission); those from before are untouched.
+    """
     target = checkpoints_folder / f"step-{step:08d}"
     aside = checkpoints_folder / f".{target.name}.partial"
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    save_file(_contiguous(model.state_dict()), aside / _MODEL_FILE)
-    save_file(_optimizer_tensors(model, optimizer), aside / _OPTIMIZER_FILE)
-    state = {
-        "step": step,
-        "config": config_to_dict(model.config),
-        "scaler": scaler.state_dict(),
-        "data": data,
-        "optimizer": type(optimizer).__name__,
-        "checksums": {name: file_checksum(aside / name) for name in (_MODEL_FILE, _OPTIMIZER_FILE)},
-    }
-    (aside / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-    for path in [*aside.iterdir(), aside]:
-        _flush_to_disk(path)
+    try:
+        aside.mkdir(parents=True)
+        save_file(_contiguous(model.state_dict()), aside / _MODEL_FILE)
+        save_file(_optimizer_tensors(model, optimizer), aside / _OPTIMIZER_FILE)
+        files = (_MODEL_FILE, _OPTIMIZER_FILE)
+        state = {
+            "step": step,
+            "config": config_to_dict(model.config),
+            "scaler": scaler.state_dict(),
+            "data": data,
+            "optimizer": type(optimizer).__name__,
+            "checksums": {name: file_checksum(aside / name) for name in files},
+        }
+        (aside / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        for path in [*aside.iterdir(), aside]:
+            _flush_to_disk(path)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise OSError(f"{target} cannot be written: {error}") from error
     shutil.rmtree(target, ignore_errors=True)  # a step repeated after going back
     aside.rename(target)
     _flush_to_disk(checkpoints_folder)
@@ -180,6 +190,30 @@ def find_checkpoint(path: str | Path) -> Path:
             "folders itself"
         )
     return checkpoints[-1]
+
+
+def find_sound_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint of a run whose files are what they were; None where there is none.
+
+    Says which newer ones it passed over, and why.
+
+    Raises:
+        ValueError: there are some, and all are damaged.
+    """
+    checkpoints = list_checkpoints(run_folder / "checkpoints")
+    for checkpoint in reversed(checkpoints):
+        try:
+            read_state(checkpoint)
+        except (ValueError, OSError) as error:
+            logger.warning("passing over a checkpoint: %s", error)
+        else:
+            return checkpoint
+    if checkpoints:
+        raise ValueError(
+            f"all {len(checkpoints)} checkpoints of {run_folder} are damaged: start anew with "
+            "another --out, or bring one back from a copy"
+        )
+    return None
 
 
 def load_model(path: str | Path) -> UniCL:

@@ -35,6 +35,7 @@ from unicl_fast.checkpoint import (
 from unicl_fast.compilation import compile_encoders
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks
+from unicl_fast.interruption import Interrupted, Interruption
 from unicl_fast.metrics import MetricsWriter, StepMeter
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, update_unless
@@ -168,11 +169,18 @@ class Trainer:
     def fit(self) -> None:
         """Trains to the end of the run.
 
+        Signals that ask for an end (see `interruption`) are watched for meanwhile.
+
         Raises:
+            Interrupted: a signal came; a checkpoint of the last step is written.
             FloatingPointError: a loss or a gradient norm was not finite; names the step. Told at
                 the next logging or checkpoint.
         """
-        with self._metrics() as metrics, self._progress_bar() as bar:
+        with (
+            self._metrics() as metrics,
+            self._progress_bar() as bar,
+            Interruption() as interruption,
+        ):
             if self.run_folder is not None and self.ranks.is_main:
                 remove_later_checkpoints(self.run_folder / "checkpoints", step=self.step)
             batches = self.loader.batches(self.step)
@@ -184,12 +192,18 @@ class Trainer:
                 loss, grad_norm = self.train_step(batch)
                 meter.add(loss=loss, grad_norm=grad_norm, wait_seconds=wait_seconds)
                 bar.update()
+                stops = interruption.has_come(self.ranks)
                 if self._is_due(self.config.run.log_every_steps):
                     self._log(meter, metrics, bar)
                 with meter.paused():
-                    if self._is_due(self.config.checkpoint.every_steps):
+                    if self._is_due(self.config.checkpoint.every_steps) or stops:
                         self._check_finite(meter)
-                        self.save()
+                        self.save(must=stops or self.step == self.total_steps)
+                    if stops and self.step < self.total_steps:
+                        name = interruption.signal_name or "another rank's signal"
+                        raise Interrupted(
+                            f"stopped by {name} after step {self.step} of {self.total_steps}"
+                        )
                     if self._is_due(self.config.run.evaluate_every_steps):
                         self._evaluate(metrics)
 
@@ -246,19 +260,29 @@ class Trainer:
         # DDP averages parameter gradients over ranks; ours are to be summed
         return self.scaler.scale(loss * self.ranks.world_size)
 
-    def save(self) -> None:
-        """Writes a checkpoint of the present step into the run folder."""
+    def save(self, *, must: bool = True) -> None:
+        """Writes a checkpoint of the present step into the run folder.
+
+        Raises:
+            OSError: it cannot be written, and it `must`. Otherwise that is only said, loudly:
+                training goes on, and the next one may fit.
+        """
         if self.run_folder is None or not self.ranks.is_main:
             return
-        save_checkpoint(
-            self.run_folder / "checkpoints",
-            step=self.step,
-            model=self.model,
-            optimizer=self.optimizer,
-            scaler=self.scaler,
-            data=self.data,
-            keep=self.config.checkpoint.keep,
-        )
+        try:
+            save_checkpoint(
+                self.run_folder / "checkpoints",
+                step=self.step,
+                model=self.model,
+                optimizer=self.optimizer,
+                scaler=self.scaler,
+                data=self.data,
+                keep=self.config.checkpoint.keep,
+            )
+        except OSError as error:
+            if must:
+                raise
+            logger.error("NO CHECKPOINT of step %d: %s; training goes on", self.step, error)
 
     def _is_due(self, every_steps: int) -> bool:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)

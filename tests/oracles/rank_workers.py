@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.multiprocessing as mp
 from small_runs import global_batch, ragged_features, tiny_config
 
 from unicl_fast.dist import process_group
+from unicl_fast.interruption import Interrupted
 from unicl_fast.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
@@ -166,3 +168,23 @@ def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
         trainer.train_step(next(batches))
     parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
     torch.save({"reduced": reduced, "parameters": parameters}, Path(folder) / f"{ranks.rank}.pt")
+
+
+def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
+    """Rank 1 sends itself SIGTERM at step 2; each rank writes down where it stopped."""
+    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(
+        tiny_config(steps=50), loader, run_folder=folder / "run", ranks=ranks, progress=False
+    )
+    step_of = trainer.train_step
+
+    def train_step(batch):
+        if ranks.rank == 1 and batch.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(batch)
+
+    trainer.train_step = train_step
+    try:
+        trainer.fit()
+    except Interrupted:
+        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))

@@ -117,6 +117,78 @@ def test_killed_and_resumed_it_equals_the_unbroken_run_bit_for_bit(
     assert weights(out) == weights(unbroken)
 
 
+LONG = [word.replace(str(STEPS), "100000") if word == str(STEPS) else word for word in SMALL]
+
+
+def start_long_run(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    """A run of two ranks that is training and has written a checkpoint."""
+    arguments = [*LONG, "--data.train", data / "labels", data / "captions", "--out", out, *more]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unicl_fast.tools.pretrain", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(out / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None
+    return process
+
+
+def processes_of(out: Path) -> dict[int, str]:
+    """Process id -> RANK ("" for the launcher) of all that train into a folder."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(out).encode() in words:
+            rank = next((v[5:] for v in variables if v.startswith(b"RANK=")), b"")
+            found[int(folder.name)] = rank.decode()
+    return found
+
+
+def wait_until_gone(out: Path) -> None:
+    deadline = time.monotonic() + 40
+    while processes_of(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(out)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
+    data: Path, tmp_path: Path, nproc: str
+) -> None:
+    process = start_long_run(data, tmp_path / "run", "--nproc", nproc)
+    process.send_signal(signal.SIGUSR1 if nproc == "2" else signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors[-3000:]
+    assert "go on with --resume auto" in errors
+    assert "Traceback" not in errors
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert f"after step {int(newest.name[5:])} of" in errors
+    wait_until_gone(tmp_path / "run")
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
+def test_no_rank_outlives_the_others(data: Path, tmp_path: Path, victim: str) -> None:
+    out = tmp_path / "run"
+    process = start_long_run(data, out, "--nproc", "2")
+    running = processes_of(out)
+    assert sorted(running.values()) == ["", "0", "1"]
+    (number,) = [pid for pid, rank in running.items() if rank == ("1" if victim == "rank" else "")]
+    os.kill(number, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode == (137 if victim == "rank" else -signal.SIGKILL)
+    wait_until_gone(out)
+
+
 @pytest.mark.dist
 def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
     out = data / "two"
