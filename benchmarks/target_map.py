@@ -3,9 +3,8 @@
     unicl-bench targets [--sizes 1024 8192] [--json FILE]
 
 Half of the rows are captions, half have labels; a third of the texts occurs more than once. Rows
-begin alike, as captions do, which sorting feels and hashing does not. All
-must find the same number of distinct rows first. The others find the rows only; ours gives classes,
-too.
+begin alike, as captions do, which sorting feels and hashing does not. All must find the same number
+of distinct rows first. The others find the rows only; ours gives classes, too.
 """
 
 from __future__ import annotations

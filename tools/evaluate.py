@@ -85,4 +85,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    # by its name, so that the commands are the same classes for all modules
+    from unicl_fast.tools.evaluate import main as main_by_name
+
+    main_by_name()

@@ -14,6 +14,7 @@ import sys
 import time
 import warnings
 from collections.abc import Sequence
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from unicl_fast.interruption import EXIT_INTERRUPTED
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # it imports torch, for which --help need not wait
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 30.0
+_LIBC = ctypes.CDLL(None)
 
 
 def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
@@ -47,52 +49,64 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
         "MASTER_PORT": str(port),
     }
     # without this every rank would start as many threads as the machine has cores
-    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // nproc))}
+    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
     sys.stdout.flush()
-    ranks: list[subprocess.Popen[bytes]] = []
-    for number in _FORWARDED:
-        signal.signal(number, lambda number, _: _send(ranks, number))
-    for rank in range(nproc):
-        ranks.append(
-            subprocess.Popen(
-                [sys.executable, "-m", module, *argv],
-                env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,  # Ctrl-C reaches them once, through this process
-                preexec_fn=functools.partial(_end_with, os.getpid()),
-            )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *argv],
+            env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            start_new_session=True,  # Ctrl-C reaches them once, through this process
+            preexec_fn=functools.partial(_end_with, os.getpid()),
         )
-    sys.exit(_wait_for(ranks))
+        for rank in range(nproc)
+    ]
+    sys.exit(_Ranks(started).wait())
 
 
 def _end_with(parent: int) -> None:
     """Asks the kernel to end this process when its parent is gone, however that happens."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-def _send(ranks: Sequence[subprocess.Popen[bytes]], number: int) -> None:
-    for rank in ranks:
-        if rank.poll() is None:
-            rank.send_signal(number)
+class _Ranks:
+    """The started ranks, and how long those that should have ended are waited for."""
 
+    def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+        self._ranks = ranks
+        self._deadline = math.inf
+        self._num_interrupts = 0
+        for number in _FORWARDED:
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                signal.signal(number, self._forward)
 
-def _wait_for(ranks: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code of the first rank that did not end well; 0 if all did."""
-    code = 0
-    deadline = math.inf
-    while running := [rank for rank in ranks if rank.poll() is None]:
-        failed = [rank.returncode for rank in ranks if rank.returncode]
-        if failed and not code:
-            code = failed[0]
-            deadline = time.monotonic() + _SECONDS_TO_END
-            if code != EXIT_INTERRUPTED:  # then all stop by themselves, at the same step
-                _send(running, signal.SIGTERM)
-        if time.monotonic() > deadline:
-            _send(running, signal.SIGKILL)
-        time.sleep(0.05)
-    code = code or next((rank.returncode for rank in ranks if rank.returncode), 0)
-    return code if code >= 0 else 128 - code
+    def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._send(number)
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts == 2:  # a rank in the middle of a collective does not hear it
+            self._deadline = time.monotonic() + 5
+
+    def _send(self, number: int) -> None:
+        for rank in self._ranks:
+            if rank.poll() is None:
+                rank.send_signal(number)
+
+    def wait(self) -> int:
+        """The exit code of the first rank that did not end well; 0 if all did."""
+        code = 0
+        while any(rank.poll() is None for rank in self._ranks):
+            failed = [rank.returncode for rank in self._ranks if rank.returncode]
+            if failed and not code:
+                code = failed[0]
+                if code != EXIT_INTERRUPTED:  # then all stop by themselves, at the same step
+                    self._send(signal.SIGTERM)
+                    self._deadline = time.monotonic() + _SECONDS_TO_END
+            if time.monotonic() > self._deadline:
+                self._send(signal.SIGKILL)
+            time.sleep(0.05)
+        code = code or next((rank.returncode for rank in self._ranks if rank.returncode), 0)
+        return code if code >= 0 else 128 - code
 
 
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:

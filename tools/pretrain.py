@@ -69,7 +69,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError) as error:
         stop("unicl-pretrain", error, code=2)
     except Interrupted as error:
-        print(f"unicl-pretrain: {error}; go on with --resume auto", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"unicl-pretrain: {error}; go on with --resume auto", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
         stop("unicl-pretrain", Interrupted("ended at once; checkpoints are from before"), code=130)

@@ -76,7 +76,7 @@ def pretrain(
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
-        checkpoint = choose_checkpoint(resume, run_folder)
+        checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         trainer = build_trainer(
             config, run_folder=run_folder, ranks=ranks, device=device, progress=progress
         )
@@ -142,19 +142,37 @@ def build_trainer(
 
 
 class _FirstBatchDrawn:
-    """A loader whose first batch is drawn on its way: what the model really gets."""
+    """A loader whose first batch of all is drawn on its way: what the model really gets."""
 
     def __init__(self, loader: Loader, path: Path) -> None:
         self._loader, self._path = loader, path
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         for batch in self._loader.batches(start_step):
-            if batch.step == start_step:
-                draw_contact_sheet(batch, self._path)
+            if batch.step == 0:
+                try:
+                    draw_contact_sheet(batch, self._path)
+                except OSError as error:
+                    logger.error("no contact sheet: %s", error)
             yield batch
 
     def close(self) -> None:
         self._loader.close()
+
+
+def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | None:
+    """`choose_checkpoint` of rank 0 on all ranks: others might see another state of the disk."""
+    chosen: list[Path | Exception | None] = [None]
+    if ranks.is_main:
+        try:
+            chosen[0] = choose_checkpoint(resume, run_folder)
+        except (ValueError, OSError) as error:
+            chosen[0] = error
+    if ranks.world_size > 1:
+        torch.distributed.broadcast_object_list(chosen, src=0, group=ranks.host_group)
+    if isinstance(chosen[0], Exception):
+        raise chosen[0]
+    return chosen[0]
 
 
 def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:

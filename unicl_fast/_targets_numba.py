@@ -43,7 +43,7 @@ def _make_factors(length: int) -> UInt64Array:
 @functools.lru_cache(maxsize=16)
 def position_factors(length: int) -> UInt64Array:
     """Odd random factors for rows of that length, for `hash_rows`."""
-    factors: UInt64Array = _make_factors(length)
+    factors: UInt64Array = _make_factors(-(-length // 2))  # one for a pair of tokens
     return factors
 
 

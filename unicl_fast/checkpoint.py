@@ -35,6 +35,10 @@ _STATE_FILE = "state.json"
 _GROUP_STEP = "group_step"
 
 
+class DamagedCheckpointError(ValueError):
+    """A file of a checkpoint is not what was written."""
+
+
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
     """What state.json says."""
@@ -85,12 +89,12 @@ def save_checkpoint(
         (aside / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for path in [*aside.iterdir(), aside]:
             _flush_to_disk(path)
+        shutil.rmtree(target, ignore_errors=True)  # a step repeated after going back
+        aside.rename(target)
+        _flush_to_disk(checkpoints_folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(aside, ignore_errors=True)
         raise OSError(f"{target} cannot be written: {error}") from error
-    shutil.rmtree(target, ignore_errors=True)  # a step repeated after going back
-    aside.rename(target)
-    _flush_to_disk(checkpoints_folder)
     _remove_old(checkpoints_folder, keep=keep)
     return target
 
@@ -108,7 +112,8 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
     Raises:
         FileNotFoundError: not a checkpoint folder, or a file of it is missing.
-        ValueError: a file was changed or is damaged.
+        DamagedCheckpointError: a file was changed or is damaged.
+        ValueError: a config that this version does not know.
     """
     path = checkpoint / _STATE_FILE
     if not path.is_file():
@@ -124,13 +129,15 @@ def read_state(checkpoint: Path) -> CheckpointState:
             checksums=values["checksums"],
         )
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}; use another checkpoint") from error
+        raise DamagedCheckpointError(
+            f"{path} is damaged: {error!r}; use another checkpoint"
+        ) from error
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
         found = file_checksum(checkpoint / name)
         if found != expected:
-            raise ValueError(
+            raise DamagedCheckpointError(
                 f"{checkpoint / name} is damaged: its xxh3 is {found}, {_STATE_FILE} says "
                 f"{expected}; use another checkpoint"
             )
@@ -164,12 +171,17 @@ def restore_checkpoint(
     scaler.load_state_dict(state.scaler)
 
 
-def remove_later_checkpoints(checkpoints_folder: Path, *, step: int) -> None:
-    """Clears what a run that went back to `step` has left ahead of it, and unfinished writes."""
+def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
+    """Moves away what a run that went back to `step` has left ahead of it; unfinished writes go.
+
+    Damaged ones are among them, perhaps, and somebody may want to look.
+    """
     for checkpoint in list_checkpoints(checkpoints_folder):
         if _step_of(checkpoint) > step:
-            logger.warning("removing %s: the run goes on from step %d", checkpoint, step)
-            shutil.rmtree(checkpoint)
+            aside = checkpoint.with_name(f"{checkpoint.name}.aside")
+            logger.warning("moved to %s: the run goes on from step %d", aside, step)
+            shutil.rmtree(aside, ignore_errors=True)
+            checkpoint.rename(aside)
     for unfinished in checkpoints_folder.glob(".step-*.partial"):
         shutil.rmtree(unfinished, ignore_errors=True)
 
@@ -198,13 +210,14 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
     Says which newer ones it passed over, and why.
 
     Raises:
-        ValueError: there are some, and all are damaged.
+        ValueError: there are some, and all are damaged; or a config this version does not know.
+        OSError: the disk cannot be read, which says nothing of what is on it.
     """
     checkpoints = list_checkpoints(run_folder / "checkpoints")
     for checkpoint in reversed(checkpoints):
         try:
             read_state(checkpoint)
-        except (ValueError, OSError) as error:
+        except (DamagedCheckpointError, FileNotFoundError) as error:
             logger.warning("passing over a checkpoint: %s", error)
         else:
             return checkpoint
@@ -289,7 +302,10 @@ def _step_of(checkpoint: Path) -> int:
 def _remove_old(checkpoints_folder: Path, *, keep: int) -> None:
     if keep:
         for old in list_checkpoints(checkpoints_folder)[:-keep]:
-            shutil.rmtree(old)
+            try:
+                shutil.rmtree(old)
+            except OSError as error:
+                logger.warning("an old checkpoint stays: %s", error)
 
 
 def _flush_to_disk(path: Path) -> None:

@@ -33,6 +33,7 @@ class Interruption:
     def __init__(self) -> None:
         self.signal_name = ""
         """The first signal that came, "" for none."""
+        self._num_interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
         self._pending: Any = None
 
@@ -57,7 +58,8 @@ class Interruption:
             self._pending[0].wait()  # all ranks have asked; none must leave before it is answered
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.signal_name == "SIGINT":
+        self._num_interrupts += number == signal.SIGINT
+        if self._num_interrupts == 2:
             raise KeyboardInterrupt
         self.signal_name = self.signal_name or signal.Signals(number).name
 

@@ -28,9 +28,9 @@ from unicl_fast.cached_gradients import (
 )
 from unicl_fast.checkpoint import (
     read_state,
-    remove_later_checkpoints,
     restore_checkpoint,
     save_checkpoint,
+    set_later_checkpoints_aside,
 )
 from unicl_fast.compilation import compile_encoders
 from unicl_fast.config import TrainConfig, config_to_dict
@@ -182,7 +182,7 @@ class Trainer:
             Interruption() as interruption,
         ):
             if self.run_folder is not None and self.ranks.is_main:
-                remove_later_checkpoints(self.run_folder / "checkpoints", step=self.step)
+                set_later_checkpoints_aside(self.run_folder / "checkpoints", step=self.step)
             batches = self.loader.batches(self.step)
             meter = StepMeter()
             while self.step < self.total_steps:
@@ -200,6 +200,10 @@ class Trainer:
                         self._check_finite(meter)
                         self.save(must=stops or self.step == self.total_steps)
                     if stops and self.step < self.total_steps:
+                        if (
+                            self.ranks.world_size > 1
+                        ):  # nobody leaves before the checkpoint is whole
+                            torch.distributed.barrier(group=self.ranks.host_group)
                         name = interruption.signal_name or "another rank's signal"
                         raise Interrupted(
                             f"stopped by {name} after step {self.step} of {self.total_steps}"

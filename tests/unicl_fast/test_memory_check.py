@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+from pathlib import Path
 
 import pytest
 import torch
@@ -34,6 +35,16 @@ def test_what_is_kept_for_backward_grows_as_foretold() -> None:
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
     assert features.requires_grad
     assert 64 * foretold == pytest.approx(held, rel=0.35)
+
+
+def test_weights_in_a_narrow_type_are_not_counted_for_each_picture() -> None:
+    config = tiny_config(precision="bf16")
+    model = UniCL(config)
+    two, four, eight = (memory_check._kept_bytes(model, config, CPU, n) for n in (2, 4, 8))
+    of_one = activation_bytes(model, config, CPU)
+    assert of_one == (four - two) // 2
+    assert eight - four == pytest.approx(4 * of_one, rel=0.01)
+    assert two > 2 * of_one
 
 
 def test_recomputed_blocks_keep_less() -> None:
@@ -84,5 +95,17 @@ def test_what_hardly_fits_is_warned_of(
     assert "micro_batch_size to 32" in caplog.text
 
 
-def test_this_machine_has_memory() -> None:
-    assert 1e8 < memory_check.free_memory(CPU) < 1e14
+def test_ranks_of_a_machine_share_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    whole = memory_check.free_memory(CPU)
+    assert 1e8 < whole < 1e14
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert memory_check.free_memory(CPU) == pytest.approx(whole / 4, rel=0.2)
+
+
+def test_files_that_were_read_are_no_obstacle(tmp_path: Path) -> None:
+    """A control group's limit, less what it uses, plus what it would give up."""
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("900\n")
+    (tmp_path / "memory.stat").write_text("anon 300\ninactive_file 500\nactive_file 70\n")
+    assert memory_check._free_in_group(tmp_path) == 670

@@ -193,7 +193,7 @@ def test_keys_of_a_hundred_thousand_captions_are_distinct() -> None:
     rows[:, 3], rows[:, 40], rows[:, 76] = numbers % 50, numbers // 50 % 50, numbers // 2500
     keys = map_targets(rows, np.full(len(rows), -1)).class_ids
     assert len(np.unique(keys)) == len(rows)
-    # The key of a caption must be the same on every rank, so also in every process and release.
+    # The key of a caption must be the same on every rank, so also in every process.
     assert key_of((49406, 320, 1929, 49407)) == 6288395689219992146
 
 
