@@ -100,7 +100,9 @@ def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
     again.loader.batches = stop.__get__(again.loader)
     with pytest.raises(StopError):
         again.fit()
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000002"]
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step-00000002", "step-00000004.aside", "step-00000006.aside"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == found[:1]
 
 
 def test_only_the_newest_checkpoints_stay(images: torch.Tensor, tmp_path: Path) -> None:
