@@ -226,8 +226,9 @@ def test_a_run_goes_on_with_any_number_of_ranks(data: Path, tmp_path: Path) -> N
     assert losses(out) == pytest.approx(losses(tmp_path / "unbroken"), rel=1e-9)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("victim", ["rank", pytest.param("launcher", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("victim", ["rank", "launcher"])
 def test_no_rank_outlives_the_others(data: Path, tmp_path: Path, victim: str) -> None:
     out = tmp_path / "run"
     process = start_long_run(data, out, "--nproc", "2")

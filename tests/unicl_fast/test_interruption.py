@@ -24,6 +24,14 @@ def images(shared_data: Path) -> torch.Tensor:
     return real_pictures(shared_data, 12)
 
 
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard() -> Iterator[None]:
+    """A shell that starts tests behind itself lets them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class SignallingLoader(StepwiseLoader):
     """Sends this process a signal while the batch of a step is fetched."""
 
