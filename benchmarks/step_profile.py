@@ -30,6 +30,7 @@ from unicl_fast.benchmarks.harness import (
     write_result,
 )
 from unicl_fast.benchmarks.training_step import take_batch
+from unicl_fast.config import DeviceName
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.precision import Precision
 from unicl_fast.presets import build_preset
@@ -49,8 +50,8 @@ class Settings(BenchmarkSettings):
     """Model and settings."""
     batch_size: int = 16
     """Pictures of a step."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    device: DeviceName = "auto"
+    """Where the step runs."""
 
 
 def run(settings: Settings) -> None:

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import tyro
 
+from unicl_fast.config import DeviceName
 from unicl_fast.tools.launch import start_ranks, stop
 
 
@@ -37,7 +37,7 @@ class ZeroShot:
     """Also write the result, with a rate for each class, into this file."""
     nproc: int = 1
     """Ranks to start on this machine; leave it at 1 under torchrun or SLURM."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where the model runs."""
 
 
@@ -53,7 +53,7 @@ class Retrieval:
     """Pictures encoded at once."""
     json: Path | None = None
     """Also write the result into this file."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where the model runs."""
 
 

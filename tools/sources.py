@@ -300,6 +300,11 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
 
 
 def split_condition(condition: str) -> tuple[str, str]:
+    """Column and value of a `--where` condition.
+
+    Raises:
+        ValueError: it is not COLUMN=VALUE.
+    """
     column, equals, value = condition.partition("=")
     if not equals or not column:
         raise ValueError(f"--where takes COLUMN=VALUE, not {condition!r}")

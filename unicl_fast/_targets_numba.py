@@ -124,10 +124,7 @@ def _groups_agree(rows: UInt16Array, first: Int64Array, index: Int64Array) -> bo
     for row in range(rows.shape[0]):
         known = first[index[row]]
         if known != row:
-            difference = np.uint16(0)
-            for position in range(rows.shape[1]):
-                difference |= rows[row, position] ^ rows[known, position]
-            agree &= difference == 0
+            agree &= _equal(rows, row, rows, known)
     return agree
 
 

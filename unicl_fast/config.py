@@ -22,6 +22,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 Resample = Literal["fused", "dali"]
 PrecisionName = Literal["fp32", "bf16", "fp16", "fp64"]
 LossForm = Literal["auto", "dense", "tiled"]
+DeviceName = Literal["auto", "cpu", "cuda"]
 OptimizerName = Literal["adamw", "lamb", "apex-fusedadam", "apex-fusedlamb", "auto"]
 
 
@@ -249,7 +250,7 @@ class RunConfig:
     """Steps between lines of metrics.jsonl."""
     evaluate_every_steps: int = 0
     """Steps between evaluations of data.evaluate; the last step always has one. 0: only then."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: DeviceName = "auto"
     """Where the model trains and pictures are decoded; auto takes CUDA when there is any."""
 
     def __post_init__(self) -> None:

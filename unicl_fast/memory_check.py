@@ -26,7 +26,7 @@ def check_memory(model: UniCL, config: TrainConfig, *, share: int, device: torch
     """Warns where a step will hardly fit, and refuses where it cannot.
 
     Only the image encoder's activations are counted: texts come in all lengths, and the rest is
-    small beside them. So the need is higher than what is said here, never lower.
+    small beside them. What is said is about a lower bound, except for compiled encoders.
 
     Args:
         model: on its device.

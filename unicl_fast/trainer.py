@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -200,16 +200,15 @@ class Trainer:
                         self._check_finite(meter)
                         self.save(must=stops or self.step == self.total_steps)
                     if stops and self.step < self.total_steps:
-                        if (
-                            self.ranks.world_size > 1
-                        ):  # nobody leaves before the checkpoint is whole
-                            torch.distributed.barrier(group=self.ranks.host_group)
-                        name = interruption.signal_name or "another rank's signal"
-                        raise Interrupted(
-                            f"stopped by {name} after step {self.step} of {self.total_steps}"
-                        )
+                        self._leave(interruption)
                     if self._is_due(self.config.run.evaluate_every_steps):
                         self._evaluate(metrics)
+
+    def _leave(self, interruption: Interruption) -> NoReturn:
+        if self.ranks.world_size > 1:  # nobody leaves before the checkpoint is whole
+            torch.distributed.barrier(group=self.ranks.host_group)
+        name = interruption.signal_name or "another rank's signal"
+        raise Interrupted(f"stopped by {name} after step {self.step} of {self.total_steps}")
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update; none if the loss or the gradient norm is not finite.

@@ -13,15 +13,10 @@ from rank_workers import (
     run_on_ranks,
     write_gradients,
 )
-from small_runs import real_pictures, tiny_config
+from small_runs import tiny_config
 
 from unicl_fast.dist import Ranks
 from unicl_fast.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_pictures(shared_data, 12)
 
 
 @pytest.fixture(scope="module")

@@ -12,15 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import StepwiseLoader
-from small_runs import real_pictures, tiny_config
+from small_runs import tiny_config
 
 from unicl_fast.checkpoint import find_sound_checkpoint, list_checkpoints, read_state
 from unicl_fast.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_pictures(shared_data, 12)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import StepwiseLoader, first_gradients
-from small_runs import real_pictures, tiny_config
+from small_runs import tiny_config
 from torch._dynamo.utils import counters
 
 from unicl_fast import trainer as trainer_module
@@ -26,11 +26,6 @@ from unicl_fast.dist import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_pictures(shared_data, 12)
 
 
 @pytest.fixture(autouse=True)

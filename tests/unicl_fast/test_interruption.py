@@ -10,18 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import StepwiseLoader, run_on_ranks, train_until_rank_1_is_signalled
-from small_runs import real_pictures, tiny_config
+from small_runs import tiny_config
 
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoint import list_checkpoints
 from unicl_fast.dist import Ranks
 from unicl_fast.interruption import Interrupted, Interruption
 from unicl_fast.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_pictures(shared_data, 12)
 
 
 @pytest.fixture(autouse=True)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 import torch
-from small_runs import global_batch, real_pictures, tiny_config
+from small_runs import global_batch, tiny_config
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicl_fast.batch import ListLoader
@@ -50,11 +49,6 @@ class WaitingOperators(TorchDispatchMode):
         if name in WAITING or by_mask:
             self.found.append(name)
         return function(*args, **(kwargs or {}))
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_pictures(shared_data, 12)
 
 
 def trainer_of(images: torch.Tensor, **efficiency: object) -> Trainer:

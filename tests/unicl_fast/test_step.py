@@ -15,7 +15,7 @@ from rank_workers import (
     write_feature_gradients,
     write_gradients,
 )
-from small_runs import global_batch, ragged_features, real_pictures, tiny_config
+from small_runs import global_batch, ragged_features, tiny_config
 
 from unicl_fast.dist import Ranks
 from unicl_fast.loss import unified_contrastive_loss
@@ -24,11 +24,6 @@ from unicl_fast.models.unicl import UniCL
 from unicl_fast.precision import normalise_images
 from unicl_fast.targets import CAPTION_KEYS_START
 from unicl_fast.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_pictures(shared_data, 12)
 
 
 @pytest.mark.dist

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import StepwiseLoader
-from small_runs import global_batch, real_pictures, tiny_config
+from small_runs import global_batch, tiny_config
 
 from unicl_fast import load_model
 from unicl_fast.batch import ListLoader
@@ -17,11 +17,6 @@ from unicl_fast.checkpoint import list_checkpoints, read_state
 from unicl_fast.config import EfficiencyConfig, load_config
 from unicl_fast.metrics import read_metrics
 from unicl_fast.trainer import Trainer
-
-
-@pytest.fixture(scope="module")
-def images(shared_data: Path) -> torch.Tensor:
-    return real_pictures(shared_data, 12)
 
 
 def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
