@@ -126,6 +126,7 @@ class TrainLoader:
                     images=images,
                     text_lengths=facts.text_lengths,
                     sample_ids=torch.from_numpy(planned.sample_ids),
+                    scheduled_ids=torch.from_numpy(planned.sample_ids),
                     source_ids=torch.from_numpy(planned.source_ids.astype(np.int64)),
                     **unpack_integers(integers, num_texts=len(facts.text_lengths)),
                 )
