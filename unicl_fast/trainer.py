@@ -36,6 +36,7 @@ from unicl_fast.compilation import compile_encoders
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks
 from unicl_fast.interruption import Interrupted, Interruption
+from unicl_fast.ledger import Ledger
 from unicl_fast.metrics import MetricsWriter, StepMeter
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, update_unless
@@ -85,6 +86,7 @@ class Trainer:
         device: torch.device | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
         data: Mapping[str, Any] | None = None,
+        ledger: Ledger | None = None,
         progress: bool = True,
     ) -> None:
         """Puts the parts together; nothing is trained or written yet.
@@ -100,6 +102,7 @@ class Trainer:
                 them together.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
+            ledger: writes down what every step was fed; None writes none.
             progress: show a progress bar on rank 0.
 
         Raises:
@@ -117,6 +120,7 @@ class Trainer:
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
         self.evaluations = dict(evaluations or {})
         self.data = dict(data or {})
+        self.ledger = ledger
         self.step = 0
         self._show_progress = progress and self.ranks.is_main
 
@@ -180,6 +184,7 @@ class Trainer:
             self._metrics() as metrics,
             self._progress_bar() as bar,
             Interruption() as interruption,
+            self.ledger.segment(self.step) if self.ledger else contextlib.nullcontext(),
         ):
             if self.run_folder is not None and self.ranks.is_main:
                 set_later_checkpoints_aside(self.run_folder / "checkpoints", step=self.step)
@@ -190,6 +195,8 @@ class Trainer:
                 batch = next(batches).to(self.device)
                 wait_seconds = time.perf_counter() - started
                 loss, grad_norm = self.train_step(batch)
+                if self.ledger is not None:
+                    self.ledger.record(batch)
                 meter.add(loss=loss, grad_norm=grad_norm, wait_seconds=wait_seconds)
                 bar.update()
                 stops = interruption.has_come(self.ranks)
@@ -198,7 +205,9 @@ class Trainer:
                 with meter.paused():
                     if self._is_due(self.config.checkpoint.every_steps) or stops:
                         self._check_finite(meter)
-                        self.save(must=stops or self.step == self.total_steps)
+                        must = stops or self.step == self.total_steps
+                        if self.ledger is None or self.ledger.settle(must=must):
+                            self.save(must=must)
                     if stops and self.step < self.total_steps:
                         self._leave(interruption)
                     if self._is_due(self.config.run.evaluate_every_steps):
