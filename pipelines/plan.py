@@ -76,6 +76,17 @@ class PlannedBatch:
     """Which template fills the prompt; -1 where the text is a caption."""
 
 
+def samples_of_visits(visits: Int64Array, *, source: int, size: int, seed: int) -> Int64Array:
+    """Visit q of a source is place q mod N of its pass q div N, each pass shuffled anew."""
+    passes, places = np.divmod(visits, size)
+    ids = np.empty_like(places)
+    for one_pass in np.unique(passes):
+        chosen = passes == one_pass
+        key = fold_key(seed, _Purpose.ORDER, source, int(one_pass))
+        ids[chosen] = permute(places[chosen], size=size, key=key)
+    return ids
+
+
 class TrainPlan:
     """Answers what is fed at any step. Holds no state beyond its arguments."""
 
@@ -113,7 +124,7 @@ class TrainPlan:
         _check_sizes(sources, self.shares, global_batch_size=global_batch_size)
         self._sources = list(sources)
         self._data = data
-        self._seed = seed
+        self.seed = seed
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The slots that `rank` of `world_size` ranks gets of global batch `step`."""
@@ -164,18 +175,11 @@ class TrainPlan:
         )
 
     def _key(self, purpose: _Purpose, *parts: int) -> int:
-        return fold_key(self._seed, purpose, *parts)
+        return fold_key(self.seed, purpose, *parts)
 
     def _samples_of_visits(self, number: int, visits: Int64Array) -> Int64Array:
-        """Visit q of a source is place q mod N of its pass q div N, each pass shuffled anew."""
         size = len(self._sources[number].samples)
-        passes, places = np.divmod(visits, size)
-        ids = np.empty_like(places)
-        for one_pass in np.unique(passes):
-            chosen = passes == one_pass
-            key = self._key(_Purpose.ORDER, number, int(one_pass))
-            ids[chosen] = permute(places[chosen], size=size, key=key)
-        return ids
+        return samples_of_visits(visits, source=number, size=size, seed=self.seed)
 
     def _choose_texts(
         self, source: PlanSource, rows: NDArray[Any], visits: Int64Array, *, step: int

@@ -16,7 +16,14 @@ ROOMS = ("pipelines", "tools", "benchmarks")
 LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
-    | {"interruption", "ledger_format", "ledger", "ledger_passes", "ledger_proof"},
+    | {
+        "interruption",
+        "ledger_format",
+        "ledger_reading",
+        "ledger_passes",
+        "ledger_proof",
+        "ledger",
+    },
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
     | {"positives", "loss_tiled", "loss"},
     {"collate", "presets", "checkpoint", "compilation"},

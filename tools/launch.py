@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import dataclasses
 import functools
 import logging
 import math
@@ -13,7 +15,7 @@ import subprocess
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
@@ -26,9 +28,12 @@ _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 30.0
 _LIBC = ctypes.CDLL(None)
+EXIT_WRONG_INPUT = 2
+_RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own, so that ranks have one rule
+_OWN_RANK = "UNICL_FAST_RANK"
 
 
-def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
+def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: int = 0) -> NoReturn:
     """Starts a program `nproc` times on this machine as ranks of one group, and ends as they do.
 
     Signals go on to all ranks. If a rank fails, the others are ended too; ranks do not outlive this
@@ -38,29 +43,60 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
         module: what to start, as for `python -m`.
         nproc: number of ranks.
         argv: the program's arguments; --nproc means nothing to a rank.
+        max_restarts: how often all ranks are started again after one has died; never after wrong
+            input or a signal that asked for an end. They see `is_restarted`.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    shared = {
-        "WORLD_SIZE": str(nproc),
-        "LOCAL_WORLD_SIZE": str(nproc),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    # without this every rank would start as many threads as the machine has cores
-    threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
-    sys.stdout.flush()
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", module, *argv],
-            env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            start_new_session=True,  # Ctrl-C reaches them once, through this process
-            preexec_fn=functools.partial(_end_with, os.getpid()),
-        )
-        for rank in range(nproc)
-    ]
-    sys.exit(_Ranks(started).wait())
+    launcher = _Launcher()
+    for attempt in range(max_restarts + 1):
+        launcher.start(module, nproc=nproc, argv=argv, attempt=attempt)
+        ended = launcher.wait()
+        if not ended.by_accident or launcher.asked_to_stop:
+            break
+        if attempt < max_restarts:
+            _say(f"{ended}: starting all again, restart {attempt + 1} of {max_restarts}")
+        elif max_restarts:
+            _say(f"{ended}, and all {max_restarts} restarts are used up")
+    sys.exit(ended.exit_code)
+
+
+def is_restarted() -> bool:
+    """Whether this rank was started again after a failure, by us or by torchrun."""
+    return int(os.environ.get(_RESTART_COUNT, "0")) > 0
+
+
+def is_own_rank() -> bool:
+    """Whether `start_ranks` has started this process."""
+    return _OWN_RANK in os.environ
+
+
+def _say(text: str) -> None:
+    print(f"unicl_fast: {text}", file=sys.stderr, flush=True)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Ended:
+    """How ranks ended: by the first that did not end well, or well."""
+
+    rank: int
+    returncode: int
+    """As subprocess has it: minus the signal that killed it."""
+    wrong_input: bool
+    """Any rank said so."""
+
+    @property
+    def by_accident(self) -> bool:
+        """Whether another try may end differently."""
+        return self.returncode not in (0, EXIT_INTERRUPTED) and not self.wrong_input
+
+    @property
+    def exit_code(self) -> int:
+        """As a shell has it."""
+        return self.returncode if self.returncode >= 0 else 128 - self.returncode
+
+    def __str__(self) -> str:
+        if self.returncode >= 0:
+            return f"RANK {self.rank} ENDED WITH CODE {self.returncode}"
+        return f"RANK {self.rank} WAS KILLED BY {signal.Signals(-self.returncode).name}"
 
 
 def _end_with(parent: int) -> None:
@@ -70,18 +106,48 @@ def _end_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-class _Ranks:
+class _Launcher:
     """The started ranks, and how long those that should have ended are waited for."""
 
-    def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-        self._ranks = ranks
+    def __init__(self) -> None:
+        self.asked_to_stop = False
+        self._ranks: list[subprocess.Popen[bytes]] = []
         self._deadline = math.inf
         self._num_interrupts = 0
         for number in _FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._forward)
 
+    def start(self, module: str, *, nproc: int, argv: Sequence[str], attempt: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        shared = {
+            "WORLD_SIZE": str(nproc),
+            "LOCAL_WORLD_SIZE": str(nproc),
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port),
+            _RESTART_COUNT: str(attempt),
+            _OWN_RANK: "1",
+        }
+        # without this every rank would start as many threads as the machine has cores
+        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
+        sys.stdout.flush()
+        self._deadline = math.inf
+        self._ranks = [
+            subprocess.Popen(
+                [sys.executable, "-m", module, *argv],
+                env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                start_new_session=True,  # Ctrl-C reaches them once, through this process
+                preexec_fn=functools.partial(_end_with, os.getpid()),
+            )
+            for rank in range(nproc)
+        ]
+        if self.asked_to_stop:  # while they were being started
+            self._send(signal.SIGTERM)
+
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        self.asked_to_stop = True
         self._send(number)
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts == 2:  # a rank in the middle of a collective does not hear it
@@ -92,27 +158,55 @@ class _Ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    def wait(self) -> int:
-        """The exit code of the first rank that did not end well; 0 if all did."""
-        code = 0
+    def wait(self) -> _Ended:
+        """Waits for all ranks; after the first that fails the others are ended."""
+        first: int | None = None
         while any(rank.poll() is None for rank in self._ranks):
-            failed = [rank.returncode for rank in self._ranks if rank.returncode]
-            if failed and not code:
-                code = failed[0]
-                if code != EXIT_INTERRUPTED:  # then all stop by themselves, at the same step
+            if first is None:
+                first = self._first_failed()
+                interrupted = (
+                    first is not None and self._ranks[first].returncode == EXIT_INTERRUPTED
+                )
+                if first is not None and not interrupted:  # those all stop at the same step
                     self._send(signal.SIGTERM)
                     self._deadline = time.monotonic() + _SECONDS_TO_END
             if time.monotonic() > self._deadline:
                 self._send(signal.SIGKILL)
             time.sleep(0.05)
-        code = code or next((rank.returncode for rank in self._ranks if rank.returncode), 0)
-        return code if code >= 0 else 128 - code
+        first = self._first_failed() if first is None else first
+        return _Ended(
+            rank=first or 0,
+            returncode=0 if first is None else self._ranks[first].returncode,
+            wrong_input=any(rank.returncode == EXIT_WRONG_INPUT for rank in self._ranks),
+        )
+
+    def _first_failed(self) -> int | None:
+        """A rank that did not end well; one that was killed before those that then lost a peer."""
+        codes = [rank.poll() for rank in self._ranks]
+        failed = [number for number, code in enumerate(codes) if code]
+        return min(failed, key=lambda number: (codes[number] or 0) > 0, default=None)
+
+
+class SharedRefusal(ValueError):  # noqa: N818 - what is wrong is its cause
+    """All ranks find the same wrong: one of them says it."""
+
+
+@contextlib.contextmanager
+def refused_by_all() -> Iterator[None]:
+    """What is refused inside is refused by every rank in the same words, and said once."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError) as error:
+        raise SharedRefusal(str(error)) from error
 
 
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:
     """Ends with the error's sentence; its traceback is there for who asks (UNICL_TRACEBACK=1)."""
     if os.environ.get("UNICL_TRACEBACK"):
         raise error
+    if isinstance(error, SharedRefusal) and os.environ.get("RANK", "0") != "0":
+        time.sleep(1)  # torchrun ends all ranks after the first: let rank 0 have spoken
+        sys.exit(code)
     print(f"{program}: {error}", file=sys.stderr)
     sys.exit(code)
 

@@ -18,7 +18,7 @@ import tyro
 from unicl_fast.config import TrainConfig
 from unicl_fast.interruption import EXIT_INTERRUPTED, Interrupted
 from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.tools.launch import start_ranks, stop
+from unicl_fast.tools.launch import is_own_rank, is_restarted, start_ranks, stop
 
 _DEFAULT_PRESET = "swin-tiny"
 
@@ -40,6 +40,12 @@ class PretrainArguments(TrainConfig):
     resume: str = "never"
     """auto goes on from the newest checkpoint in --out that is not damaged, if there is one; or a
     checkpoint's path."""
+    max_restarts: int = 0
+    """How often the ranks that this program starts may be started again, from the newest
+    checkpoint, after one of them has died. (torchrun has a flag of that name for its own ranks.)"""
+    ledger: bool = False
+    """Write down what every step was fed, in --out/ledger, for unicl-ledger to prove. A run that
+    has a ledger goes on with it in any case."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,22 +56,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments.nproc < 1:
         error = ValueError(f"--nproc must be at least 1, not {arguments.nproc}")
         stop("unicl-pretrain", error, code=2)
+    if arguments.max_restarts < 0:
+        error = ValueError(f"--max-restarts must not be negative, not {arguments.max_restarts}")
+        stop("unicl-pretrain", error, code=2)
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
     from unicl_fast.dist import adopt_slurm_ranks
     from unicl_fast.pipelines.host_memory import keep_freed_memory
-    from unicl_fast.tools.training_run import check_request, pretrain
+    from unicl_fast.tools.training_run import check_request, pretrain, resume_after_failure
 
     run_folder, nproc, resume = arguments.out, arguments.nproc, arguments.resume
-    if nproc > 1 and "WORLD_SIZE" not in os.environ:
+    adopt_slurm_ranks()
+    if "WORLD_SIZE" in os.environ:
+        if arguments.max_restarts and not is_own_rank():
+            error = ValueError(
+                "--max-restarts is for ranks that --nproc starts; these were started by torchrun "
+                "or srun: give it to torchrun, or let the scheduler start the job again with "
+                "--resume auto"
+            )
+            stop("unicl-pretrain", error, code=2)
+    elif nproc > 1 or arguments.max_restarts:
         try:  # one sentence instead of one from each rank
             check_request(config, run_folder=run_folder, nproc=nproc, resume=resume)
         except (ValueError, FileNotFoundError) as error:
             stop("unicl-pretrain", error, code=2)
-        start_ranks("unicl_fast.tools.pretrain", nproc=nproc, argv=argv)
-    adopt_slurm_ranks()
+        start_ranks(
+            "unicl_fast.tools.pretrain",
+            nproc=nproc,
+            argv=argv,
+            max_restarts=arguments.max_restarts,
+        )
+    if is_restarted():
+        resume = resume_after_failure(resume, run_folder)
     keep_freed_memory()
     try:
-        pretrain(config, run_folder=run_folder, resume=resume)
+        pretrain(config, run_folder=run_folder, resume=resume, ledger=arguments.ledger)
     except (ValueError, FileNotFoundError) as error:
         stop("unicl-pretrain", error, code=2)
     except Interrupted as error:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,13 +19,15 @@ from unicl_fast.batch import Batch, Loader
 from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks, process_group
+from unicl_fast.ledger import Ledger, has_ledger
+from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
-from unicl_fast.tools.launch import configure_logging
+from unicl_fast.tools.launch import configure_logging, refused_by_all
 from unicl_fast.tools.training_data import (
     build_prompts,
     check_tokenizer,
@@ -56,7 +58,12 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
 
 
 def pretrain(
-    config: TrainConfig, *, run_folder: Path, resume: str = "never", progress: bool = True
+    config: TrainConfig,
+    *,
+    run_folder: Path,
+    resume: str = "never",
+    ledger: bool = False,
+    progress: bool = True,
 ) -> None:
     """Runs on this rank from the first step, or a checkpoint's, to the end.
 
@@ -64,9 +71,11 @@ def pretrain(
         config: the run's settings.
         run_folder: where everything is written.
         resume: "never", "auto" or the path of a checkpoint.
+        ledger: write down what every step was fed; a run that has a ledger goes on with it.
         progress: show a progress bar on rank 0.
 
     Raises:
+        SharedRefusal: what all ranks find wrong in the same way.
         ValueError: settings, data or checkpoint that do not go together; says what to change.
         FileNotFoundError: a data set or checkpoint that is not there.
         FloatingPointError: the loss is not finite.
@@ -76,14 +85,21 @@ def pretrain(
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
-        checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
+        with refused_by_all():
+            share = ranks.share_of(config.run.global_batch_size)
+            checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         trainer = build_trainer(
-            config, run_folder=run_folder, ranks=ranks, device=device, progress=progress
+            config,
+            run_folder=run_folder,
+            ranks=ranks,
+            device=device,
+            ledger=has_ledger(run_folder, ranks) or ledger,
+            progress=progress,
         )
-        share = ranks.share_of(config.run.global_batch_size)
         check_memory(trainer.model, trainer.config, share=share, device=device)
         if checkpoint is not None:
-            trainer.resume(checkpoint)
+            with refused_by_all():
+                trainer.resume(checkpoint)
         if ranks.is_main:
             trainer.loader = _FirstBatchDrawn(trainer.loader, run_folder / "contact-sheet.png")
             run_folder.mkdir(parents=True, exist_ok=True)
@@ -110,6 +126,7 @@ def build_trainer(
     run_folder: Path,
     ranks: Ranks | None = None,
     device: torch.device | None = None,
+    ledger: bool = False,
     progress: bool = True,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together."""
@@ -137,7 +154,21 @@ def build_trainer(
         device=device,
         evaluations=_build_evaluations(config, ranks),
         data=describe_sources(datasets, shares),
+        ledger=_build_ledger(run_folder, loader, datasets, ranks) if ledger else None,
         progress=progress,
+    )
+
+
+def _build_ledger(
+    run_folder: Path, loader: TrainLoader, datasets: Sequence[PackedDataset], ranks: Ranks
+) -> Ledger:
+    return Ledger(
+        run_folder / LEDGER_FOLDER,
+        sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
+        global_batch_size=loader.plan.global_batch_size,
+        seed=loader.plan.seed,
+        shares=loader.plan.shares,
+        ranks=ranks,
     )
 
 
@@ -193,6 +224,14 @@ def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
             "another --out"
         )
     return None
+
+
+def resume_after_failure(resume: str, run_folder: Path) -> str:
+    """What `--resume` means for ranks that were started again: the newest checkpoint of this run.
+
+    Where none has been written yet, the run begins as it did at first.
+    """
+    return "auto" if list_checkpoints(run_folder / "checkpoints") else resume
 
 
 def _with_length(config: TrainConfig, *, num_samples: int) -> TrainConfig:

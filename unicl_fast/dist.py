@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import math
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -44,11 +45,22 @@ class Ranks:
         if global_batch_size % self.world_size:
             below = global_batch_size // self.world_size * self.world_size
             near = [size for size in (below, below + self.world_size) if size]
+            # ranks first: a run that is resumed cannot change its batch
+            ranks = sorted(
+                [n for n in range(1, global_batch_size + 1) if global_batch_size % n == 0],
+                key=lambda n: abs(math.log(n / self.world_size)),
+            )[:4]
             raise ValueError(
                 f"{self.world_size} ranks cannot share a global batch of {global_batch_size} "
-                f"evenly: set run.global_batch_size to {' or '.join(map(str, near))}"
+                f"evenly: start {_either(sorted(ranks))} {'ranks' if max(ranks) > 1 else 'rank'}, "
+                f"or set run.global_batch_size to {_either(near)} in a new run"
             )
         return global_batch_size // self.world_size
+
+
+def _either(numbers: list[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 @contextlib.contextmanager

@@ -103,6 +103,10 @@ class Ledger:
         self._next_step = step
         self._write()
         _flush_folder(self.folder)
+        if self._header.segment == 1 and step and self._ranks.is_main:
+            logger.warning(
+                "the ledger begins at step %d: what was fed before cannot be proven", step
+            )
 
     def record(self, batch: Batch) -> None:
         """Hands the record of a step that was done to the kernel, which keeps it if we are killed.
@@ -206,7 +210,7 @@ class Ledger:
 
 
 def has_ledger(run_folder: Path, ranks: Ranks) -> bool:
-    """Whether the run has a ledger from before, as rank 0 sees it."""
+    """Whether the run has a ledger from an earlier start, as rank 0 sees it."""
     found = ranks.is_main and (run_folder / LEDGER_FOLDER).is_dir()
     return any(gather_integers(int(found), ranks))
 

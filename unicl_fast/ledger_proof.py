@@ -7,6 +7,7 @@ megabytes, however long the run.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,14 +15,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.ledger_format import (
-    DamagedSegmentError,
-    SegmentFile,
-    SegmentHeader,
-    list_segments,
-    read_segment_file,
-)
+from unicl_fast.ledger_format import DamagedSegmentError, SegmentHeader, list_segments
 from unicl_fast.ledger_passes import Passes, SourceProof
+from unicl_fast.ledger_reading import SegmentFile, read_segment_file
 
 _ENDLESS = 1 << 62
 _VISITS_AT_ONCE = 1 << 20
@@ -80,6 +76,11 @@ class LedgerProof:
         return not (self.holes or self.faults) and all(source.holds for source in self.sources)
 
     @property
+    def num_lost_slots(self) -> int:
+        """Slots of the steps without records."""
+        return sum(end - start for start, end in self.holes) * self.global_batch_size
+
+    @property
     def num_superseded(self) -> int:
         """Steps that were done twice, because the run had gone back to a checkpoint."""
         return sum(segment.num_superseded for segment in self.segments)
@@ -115,7 +116,7 @@ def prove(folder: Path, *, steps_done: int = 0, watch: Watch | None = None) -> L
     counting = [segment for segment in segments if segment.counts]
     faults += _differences(counting)
     covered = _union(
-        (start, min(end, segment.counts_until))
+        (max(start, segment.header.start_step), min(end, segment.counts_until))
         for segment in counting
         for start, end in segment.steps
     )
@@ -225,7 +226,7 @@ def _differences(segments: Sequence[Segment]) -> list[str]:
     return [
         f"segments {one[0]} and {other[0]} are of different runs: batches of {one[1]} out of "
         f"sources of {one[2]} samples, and batches of {other[1]} out of {other[2]}"
-        for one, other in zip(facts, facts[1:], strict=False)
+        for one, other in itertools.pairwise(facts)
         if one[1:] != other[1:]
     ]
 

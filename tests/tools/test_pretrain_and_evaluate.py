@@ -7,67 +7,28 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-import zipfile
-from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 from PIL import Image
+from program_runs import (
+    SMALL,
+    STEPS,
+    call,
+    losses,
+    processes_of,
+    run,
+    start,
+    wait_until_gone,
+    weights,
+)
 
 from unicl_fast.checkpoint import list_checkpoints
 from unicl_fast.config import TrainConfig
-from unicl_fast.metrics import read_metrics
-from unicl_fast.tools import evaluate, pack_dataset, pretrain
+from unicl_fast.tools import evaluate, pretrain
 
 pytestmark = pytest.mark.dali
-
-STEPS = 12
-SMALL = [
-    *("--preset", "digits-small", "--model.image-encoder", "test_vit", "--data.image-size", "32"),
-    *("--data.evaluation-resize", "32", "--model.drop-path", "0.2", "--model.text-width", "16"),
-    *("--run.global-batch-size", "8", "--run.samples", "0", "--run.steps", str(STEPS)),
-    *("--run.log-every-steps", "1", "--run.evaluate-every-steps", "0", "--run.device", "cpu"),
-    *("--checkpoint.every-steps", "2", "--checkpoint.keep", "0"),
-]
-
-
-def run(program: str, *arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", f"unicl_fast.tools.{program}", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=180,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == expect, done.stderr[-3000:]
-    return done
-
-
-def call(program: ModuleType, *arguments: str | Path) -> None:
-    """In this process, which has imported everything already."""
-    program.main([str(argument) for argument in arguments])
-
-
-@pytest.fixture(scope="module")
-def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """CIFAR-10 pictures as class folders and packed, and captioned photographs packed."""
-    folder = tmp_path_factory.mktemp("data")
-    archive = zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip")
-    names = [name for name in archive.namelist() if name.endswith(("0001.jpg", "0002.jpg"))]
-    names += [name for name in archive.namelist() if name.endswith("cat/0003.jpg")]
-    for name in names:
-        archive.extract(name, folder / "classes")
-    lines = (shared_data / "captions" / "flickr8k" / "captions.jsonl").read_text().splitlines()
-    (folder / "list.jsonl").write_text("\n".join(lines[:20]))
-    call(pack_dataset, "build", folder / "classes", "--out", folder / "labels")
-    call(
-        *(pack_dataset, "build", folder / "list.jsonl", "--out", folder / "captions"),
-        *("--image-root", shared_data / "captions" / "flickr8k"),
-    )
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,15 +36,6 @@ def unbroken(data: Path) -> Path:
     out = data / "unbroken"
     run("pretrain", *SMALL, "--data.train", data / "labels", data / "captions", "--out", out)
     return out
-
-
-def losses(run_folder: Path) -> list[float]:
-    return [line["loss"] for line in read_metrics(run_folder) if "loss" in line]
-
-
-def weights(run_folder: Path) -> bytes:
-    newest = list_checkpoints(run_folder / "checkpoints")[-1]
-    return (newest / "model.safetensors").read_bytes()
 
 
 def test_a_run_leaves_what_the_readme_promises(unbroken: Path) -> None:
@@ -118,31 +70,6 @@ def test_killed_and_resumed_it_equals_the_unbroken_run_bit_for_bit(
 LONG = [word.replace(str(STEPS), "100000") if word == str(STEPS) else word for word in SMALL]
 
 
-def start(*arguments: str | Path) -> subprocess.Popen[str]:
-    process = subprocess.Popen(
-        [sys.executable, "-m", "unicl_fast.tools.pretrain", *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        # a shell that starts tests behind itself lets its children ignore it
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
-    )
-    STARTED.append(process)
-    return process
-
-
-STARTED: list[subprocess.Popen[str]] = []
-
-
-@pytest.fixture(autouse=True)
-def _nothing_is_left_running() -> Iterator[None]:
-    yield
-    while STARTED:
-        process = STARTED.pop()
-        process.kill()  # its ranks end with it
-        process.wait()
-
-
 def start_long_run(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     """A run of two ranks that is training and has written a checkpoint."""
     sources = ["--data.train", data / "labels", data / "captions"]
@@ -152,28 +79,6 @@ def start_long_run(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
         time.sleep(0.02)
     assert process.poll() is None
     return process
-
-
-def processes_of(out: Path) -> dict[int, str]:
-    """Process id -> RANK ("" for the launcher) of all that train into a folder."""
-    found = {}
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            words = (folder / "cmdline").read_bytes().split(b"\0")
-            variables = (folder / "environ").read_bytes().split(b"\0")
-        except OSError:
-            continue
-        if str(out).encode() in words:
-            rank = next((v[5:] for v in variables if v.startswith(b"RANK=")), b"")
-            found[int(folder.name)] = rank.decode()
-    return found
-
-
-def wait_until_gone(out: Path) -> None:
-    deadline = time.monotonic() + 40
-    while processes_of(out) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not processes_of(out)
 
 
 @pytest.mark.dist
@@ -190,40 +95,6 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert f"after step {int(newest.name[5:])} of" in errors
     wait_until_gone(tmp_path / "run")
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_a_run_goes_on_with_any_number_of_ranks(data: Path, tmp_path: Path) -> None:
-    """300 steps in fp64, with augmentation and drop path: stopped three times, on other ranks."""
-    steps = 300
-    settings = [
-        *[word if word != str(STEPS) else str(steps) for word in SMALL],
-        *("--run.global-batch-size", "12", "--data.flip-probability", "0.5"),
-        *("--efficiency.precision", "fp64", "--checkpoint.every-steps", "5"),
-        *("--data.train", data / "labels", data / "captions", "--resume", "auto"),
-    ]
-    call(pretrain, *settings, "--out", tmp_path / "unbroken")
-    out = tmp_path / "elastic"
-    started = [0]
-    for nproc in (1, 2, 3):
-        process = start(*settings, "--out", out, "--nproc", str(nproc))
-        deadline = time.monotonic() + 100
-        while time.monotonic() < deadline and process.poll() is None:
-            found = list_checkpoints(out / "checkpoints")
-            if found and int(found[-1].name[5:]) >= started[-1] + 40:
-                break
-            time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-        assert process.returncode == 75, errors[-3000:]
-        started.append(int(list_checkpoints(out / "checkpoints")[-1].name[5:]))
-    run("pretrain", *settings, "--out", out, "--nproc", "4")
-    assert started == sorted(set(started))
-    assert started[-1] < steps
-    lines = [line for line in read_metrics(out) if "loss" in line]
-    assert [line["step"] for line in lines] == list(range(1, steps + 1))
-    assert losses(out) == pytest.approx(losses(tmp_path / "unbroken"), rel=1e-9)
 
 
 @pytest.mark.slow
