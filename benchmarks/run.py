@@ -20,6 +20,7 @@ STAGES = {
     "text": ("text_encoding", "what captions cost in the text encoder, padded, trimmed, packed"),
     "step": ("training_step", "training steps, against open_clip's own"),
     "profile": ("step_profile", "a training step by its parts, against the matmul floor"),
+    "ledger": ("ledger", "a ledger's record beside a small step; visits proven a second"),
 }
 _HELP = """usage: unicl-bench STAGE [OPTIONS]
 

@@ -91,6 +91,8 @@ class _Ended:
     @property
     def exit_code(self) -> int:
         """As a shell has it."""
+        if self.wrong_input:
+            return EXIT_WRONG_INPUT
         return self.returncode if self.returncode >= 0 else 128 - self.returncode
 
     def __str__(self) -> str:
@@ -164,10 +166,8 @@ class _Launcher:
         while any(rank.poll() is None for rank in self._ranks):
             if first is None:
                 first = self._first_failed()
-                interrupted = (
-                    first is not None and self._ranks[first].returncode == EXIT_INTERRUPTED
-                )
-                if first is not None and not interrupted:  # those all stop at the same step
+                code = 0 if first is None else self._ranks[first].returncode
+                if code not in (0, EXIT_INTERRUPTED):  # those all stop at the same step
                     self._send(signal.SIGTERM)
                     self._deadline = time.monotonic() + _SECONDS_TO_END
             if time.monotonic() > self._deadline:

@@ -19,6 +19,7 @@ SMALL = {
     "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
     "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
+    "ledger": ["--visits", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
     "input": ["--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"],
 }
 
