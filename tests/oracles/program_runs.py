@@ -28,7 +28,7 @@ def run(program: str, *arguments: str | Path, expect: int = 0) -> subprocess.Com
         [sys.executable, "-m", f"unicl_fast.tools.{program}", *map(str, arguments)],
         capture_output=True,
         text=True,
-        timeout=180,
+        timeout=240,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == expect, done.stderr[-3000:]

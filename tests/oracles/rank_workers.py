@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
 from small_runs import global_batch, ragged_features, tiny_config
 
-from unicl_fast.dist import process_group
+from unicl_fast.dist import Ranks, process_group
 from unicl_fast.interruption import Interrupted
+from unicl_fast.ledger import Ledger
+from unicl_fast.ledger_format import LedgerSource
+from unicl_fast.ledger_proof import prove
 from unicl_fast.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
@@ -63,6 +70,31 @@ class StepwiseLoader:
             step += 1
 
     def close(self) -> None: ...
+
+
+NAMED = LedgerSource("pictures", 32)
+
+
+class NamedLoader(StepwiseLoader):
+    """The same batches, whose samples are said to be those of one source, one after another."""
+
+    def batches(self, start_step: int):
+        for batch in super().batches(start_step):
+            ids = (batch.step * 12 + batch.slots) % NAMED.num_samples
+            yield dataclasses.replace(
+                batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
+            )
+
+
+def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
+    return Ledger(
+        run_folder / "ledger",
+        sources=[NAMED],
+        global_batch_size=12,
+        seed=0,
+        shares=[1],
+        ranks=ranks,
+    )
 
 
 def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]:
@@ -188,3 +220,31 @@ def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -
         trainer.fit()
     except Interrupted:
         (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
+
+
+def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> None:
+    """Six steps; rank 1 may be slow to write its records. Says what checkpoints found written."""
+    ledger = ledger_in(folder, ranks)
+    trainer = Trainer(
+        tiny_config(),
+        NamedLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=folder,
+        ranks=ranks,
+        ledger=ledger,
+        progress=False,
+    )
+    write, found = ledger._write, []
+
+    def write_late() -> None:
+        time.sleep(0.2)
+        write()
+
+    def save(*_: object, step: int, **__: object) -> None:
+        found.append([step, prove(folder / "ledger").steps])
+
+    if slow and ranks.rank == 1:
+        ledger._write = write_late
+    with mock.patch("unicl_fast.trainer.save_checkpoint", save):
+        trainer.fit()
+    if ranks.is_main:
+        (folder / "found.json").write_text(json.dumps(found))

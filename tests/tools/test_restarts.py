@@ -46,7 +46,7 @@ def sources(data: Path) -> list[str | Path]:
 @pytest.fixture(scope="module")
 def unbroken(data: Path) -> Path:
     out = data / "unbroken-fp64"
-    call(pretrain, *FP64, *sources(data), "--out", out)
+    run("pretrain", *FP64, *sources(data), "--out", out)
     return out
 
 
@@ -253,7 +253,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(
         *("--efficiency.precision", precision, "--checkpoint.every-steps", "5"),
         *("--data.train", data / "labels", data / "captions", "--resume", "auto"),
     ]
-    call(pretrain, *settings, "--out", tmp_path / "unbroken")
+    run("pretrain", *settings, "--out", tmp_path / "unbroken")
     out = tmp_path / "elastic"
     started = [0]
     for nproc in (1, 2, 3):

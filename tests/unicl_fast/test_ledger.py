@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import json
 import os
 from collections import Counter
 from pathlib import Path
@@ -13,13 +14,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_workers import StepwiseLoader
+from rank_workers import (
+    NAMED,
+    NamedLoader,
+    StepwiseLoader,
+    ledger_in,
+    run_on_ranks,
+    write_a_ledger,
+)
 from small_runs import tiny_config
 
 from unicl_fast import ledger as ledger_module
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoint import list_checkpoints
-from unicl_fast.ledger import Ledger
+from unicl_fast.dist import Ranks
 from unicl_fast.ledger_format import (
     LedgerSource,
     SegmentHeader,
@@ -375,28 +383,6 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
     assert list(file.substitutes(5, 9)) == differs
 
 
-class NamedLoader(StepwiseLoader):
-    """The test's batches with ids: 12 samples a step out of sources of 37 and 300."""
-
-    def batches(self, start_step: int):
-        share = N // self.world_size
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        for batch in super().batches(start_step):
-            ids = torch.from_numpy(IDS[batch.step, mine].copy())
-            yield dataclasses.replace(
-                batch,
-                source_ids=torch.from_numpy(SOURCE_IDS[batch.step, mine].copy()),
-                scheduled_ids=ids,
-                sample_ids=ids,
-            )
-
-
-def ledger_in(run_folder: Path) -> Ledger:
-    return Ledger(
-        run_folder / "ledger", sources=SOURCES, global_batch_size=N, seed=0, shares=(1, 1)
-    )
-
-
 def trainer_in(folder: Path, images: torch.Tensor, loader: StepwiseLoader | None = None) -> Trainer:
     return Trainer(
         tiny_config(),
@@ -416,21 +402,24 @@ def test_the_trainer_writes_a_record_of_every_step(images: torch.Tensor, tmp_pat
     assert proof.holds
     assert (proof.steps, proof.num_superseded, len(proof.segments)) == (6, 4, 2)
     source_ids, ids = proof.segments[1].files[0].batch_rows(2, 6)
-    assert np.array_equal(source_ids, SOURCE_IDS[2:6])
-    assert np.array_equal(ids, IDS[2:6])
+    assert not source_ids.any()
+    assert np.array_equal(ids.reshape(-1), np.arange(2 * N, 6 * N) % NAMED.num_samples)
 
 
-def test_the_record_is_there_when_a_checkpoint_is_begun(
-    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_all_records_are_there_when_a_checkpoint_is_begun(
+    images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
-    seen = []
-
-    def save(folder: Path, *, step: int, **_: object) -> None:
-        seen.append((step, prove(tmp_path / "ledger").steps))
-
-    monkeypatch.setattr("unicl_fast.trainer.save_checkpoint", save)
-    trainer_in(tmp_path, images).fit()
-    assert seen == [(2, 2), (4, 4), (6, 6)]
+    if world_size == 1:
+        write_a_ledger(Ranks(), images, tmp_path, False)
+    else:
+        run_on_ranks(write_a_ledger, 2, images, tmp_path, True)
+    assert json.loads((tmp_path / "found.json").read_text()) == [[2, 2], [4, 4], [6, 6]]
+    proof = prove(tmp_path / "ledger", steps_done=6)
+    assert proof.holds
+    assert [segment.header.world_size for segment in proof.segments] == [world_size]
+    assert (proof.sources[0].visits, proof.sources[0].complete_passes) == (72, 2)
 
 
 def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
@@ -487,7 +476,7 @@ def test_ids_that_do_not_exist_are_refused(
     ledger = ledger_in(tmp_path)
     batch: Batch = next(NamedLoader(images).batches(0))
     wrong = getattr(batch, field).clone()
-    wrong[4] = 300
+    wrong[4] = NAMED.num_samples
     with ledger.segment(0), pytest.raises(ValueError, match="step 0 has s"):
         ledger.record(dataclasses.replace(batch, **{field: wrong}))
 
