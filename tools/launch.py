@@ -188,16 +188,26 @@ class _Launcher:
 
 
 class SharedRefusal(ValueError):  # noqa: N818 - what is wrong is its cause
-    """All ranks find the same wrong: one of them says it."""
+    """Ranks refuse together; rank 0 says why, or the one that alone knows."""
 
 
 @contextlib.contextmanager
-def refused_by_all() -> Iterator[None]:
-    """What is refused inside is refused by every rank in the same words, and said once."""
+def refused_together(ranks: Ranks) -> Iterator[None]:
+    """All ranks pass, or none: what is refused inside by all is said by rank 0 alone."""
+    from unicl_fast.dist import gather_integers
+
+    error: Exception | None = None
     try:
         yield
-    except (ValueError, FileNotFoundError) as error:
-        raise SharedRefusal(str(error)) from error
+    except (ValueError, FileNotFoundError) as caught:
+        error = caught
+    refused = gather_integers(int(error is not None), ranks)
+    if error is not None:
+        if refused[0]:
+            raise SharedRefusal(str(error)) from error
+        raise error
+    if any(refused):
+        raise SharedRefusal(f"rank {refused.index(1)} cannot go on, and says why")
 
 
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:

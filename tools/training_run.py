@@ -27,7 +27,7 @@ from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
-from unicl_fast.tools.launch import configure_logging, refused_by_all
+from unicl_fast.tools.launch import configure_logging, refused_together
 from unicl_fast.tools.training_data import (
     build_prompts,
     check_tokenizer,
@@ -75,7 +75,7 @@ def pretrain(
         progress: show a progress bar on rank 0.
 
     Raises:
-        SharedRefusal: what all ranks find wrong in the same way.
+        SharedRefusal: a ValueError that ranks found together.
         ValueError: settings, data or checkpoint that do not go together; says what to change.
         FileNotFoundError: a data set or checkpoint that is not there.
         FloatingPointError: the loss is not finite.
@@ -85,7 +85,7 @@ def pretrain(
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
-        with refused_by_all():
+        with refused_together(ranks):
             share = ranks.share_of(config.run.global_batch_size)
             checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         trainer = build_trainer(
@@ -98,7 +98,7 @@ def pretrain(
         )
         check_memory(trainer.model, trainer.config, share=share, device=device)
         if checkpoint is not None:
-            with refused_by_all():
+            with refused_together(ranks):
                 trainer.resume(checkpoint)
         if ranks.is_main:
             trainer.loader = _FirstBatchDrawn(trainer.loader, run_folder / "contact-sheet.png")
