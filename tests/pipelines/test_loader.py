@@ -16,8 +16,10 @@ import torch
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.feed import DecodingError
-from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader, decoding_threads
+from unicl_fast.pipelines.graph import decoding_threads
+from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.prompts import ClassPrompts, fill_template
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer

@@ -279,7 +279,7 @@ def test_arrays_are_read_only(packed: Path) -> None:
 def test_many_shards_do_not_use_up_descriptors(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unicl_fast.shards._MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("unicl_fast.shard_reader._MAX_OPEN_SHARDS", 1)
     with PackedDataset(packed) as dataset:
         before = len(os.listdir("/proc/self/fd"))
         for number in (0, 8, 4, 8, 0):
