@@ -3,14 +3,14 @@
 What DALI cannot carry (numbers the host must know without reading the device, names for messages)
 walks beside it in a queue: graphs give their batches in the order in which they took them. Batches
 are prepared by one thread, ahead of the decoding, so that waiting for storage hides behind it.
-What a batch holds is the loader's business.
+What a batch holds, and which picture of one that fails is to blame, is the loaders' business.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
 
@@ -32,7 +32,12 @@ class HostBatch(Generic[Facts]):
 
 
 class DecodingError(RuntimeError):
-    """DALI could not make pictures of a batch; the message names the samples."""
+    """DALI could not make pictures of a batch, and its graph is of no more use."""
+
+    def __init__(self, message: str, in_flight: Sequence[Any] = ()) -> None:
+        """`in_flight`: facts of the batches that had not come out, the one that failed first."""
+        super().__init__(message)
+        self.in_flight = tuple(in_flight)
 
 
 def run_graph(
@@ -41,7 +46,6 @@ def run_graph(
     *,
     device: torch.device,
     ahead: int,
-    describe: Callable[[Facts], str],
 ) -> Generator[tuple[list[Tensor], Facts], None, None]:
     """Outputs and facts of every batch, in order. Close the generator to stop before the end.
 
@@ -54,7 +58,10 @@ def run_graph(
         host_batches: what to feed; runs in another thread.
         device: where the graph's outputs lie.
         ahead: batches prepared before they are asked for, beside those that the graph prefetches.
-        describe: names the samples of a batch, for the message when it cannot be decoded.
+
+    Raises:
+        DecodingError: DALI failed at the batch that was to come out next. Whatever `host_batches`
+            raises comes as it is.
     """
     in_flight: collections.deque[Facts] = collections.deque()
     ready: collections.deque[Future[HostBatch[Facts] | None]] = collections.deque()
@@ -89,7 +96,7 @@ def run_graph(
                 except RuntimeError as error:
                     if error is host_error or not in_flight:
                         raise
-                    raise DecodingError(f"{describe(in_flight[0])}: {error}") from error
+                    raise DecodingError(str(error), in_flight) from error
                 yield (
                     [from_dlpack(output.as_tensor()) for output in outputs],
                     (in_flight.popleft()),

@@ -10,6 +10,7 @@ Which bytes go in, and what becomes of the outputs, is left to feed.py and loade
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -157,6 +158,16 @@ def build_evaluation_graph(
             )
         pipeline.set_outputs(pictures)
     return pipeline
+
+
+def decoding_threads(threads: int) -> int:
+    """Decoding threads of this rank: as given, or (0) its part of the cores it may run on."""
+    if threads:
+        return threads
+    cores = len(os.sched_getaffinity(0))
+    if cores == os.cpu_count():  # else the launcher has bound this rank to its own part already
+        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, cores)
 
 
 def _is_fused(resample: Resample, device: torch.device) -> bool:

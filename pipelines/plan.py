@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numba import njit
@@ -22,6 +22,8 @@ from unicl_fast.config import DataConfig
 from unicl_fast.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.pipelines.crop import random_windows
 from unicl_fast.pipelines.order import Int64Array, assign_sources, integer_shares, permute
+from unicl_fast.pipelines.plan_source import PlanSource as PlanSource
+from unicl_fast.pipelines.plan_source import check_sizes, check_source
 
 
 class _Purpose(enum.IntEnum):
@@ -34,22 +36,7 @@ class _Purpose(enum.IntEnum):
     TEMPLATE = 5
     CROP = 6
     FLIP = 7
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PlanSource:
-    """What the plan must know of one data set."""
-
-    name: str
-    """For messages."""
-    samples: NDArray[Any]
-    """Structured [N] with height, width, captions_count, labels_start, labels_count."""
-    labels: NDArray[np.int32]
-    """Flat; a sample's labels are a range of it."""
-    num_templates: int
-    """Prompt templates of its classes; 0 if it has no class names."""
-    class_ids: Int64Array
-    """Training class of each label [num_classes]."""
+    SUBSTITUTE = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,14 +101,14 @@ class TrainPlan:
                 usable text, or labels that no class name belongs to.
         """
         for source in sources:
-            _check_source(source, text=data.text)
+            check_source(source, text=data.text)
         if shares is None:
             shares = [len(source.samples) for source in sources]
         if len(shares) != len(sources):
             raise ValueError(f"{len(shares)} shares were given for {len(sources)} data sets")
         self.shares = integer_shares(shares)
         self.global_batch_size = global_batch_size
-        _check_sizes(sources, self.shares, global_batch_size=global_batch_size)
+        check_sizes(sources, self.shares, global_batch_size=global_batch_size)
         self._sources = list(sources)
         self._data = data
         self.seed = seed
@@ -135,27 +122,75 @@ class TrainPlan:
                 "ranks; make run.global_batch_size a multiple of the number of ranks"
             )
         slots = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
+        source_ids, sample_ids = self._scheduled(step, slots)
+        return self._furnish(step, slots, source_ids, sample_ids)
+
+    def substitute(self, step: int, slots: Int64Array, *, attempt: int) -> PlannedBatch:
+        """What is fed in some places of a global batch whose planned sample cannot be.
+
+        Another sample of the same source, with text, window and flip of its own: as `batch`, a
+        function of (data, seed, step, slot, attempt) and nothing else. The attempts of one place
+        go through all other samples of its source, in an order of that place's own, before any
+        comes again; a source of one sample has only that one. A substitute may stand in the
+        batch, or the pass, a second time.
+
+        Args:
+            step: of the batch.
+            slots: places in the global batch [b].
+            attempt: counted from 1; the next one is for places whose substitute is bad too.
+        """
+        source_ids, sample_ids = self._scheduled(step, slots)
+        for i, (slot, number) in enumerate(zip(slots.tolist(), source_ids.tolist(), strict=True)):
+            size = len(self._sources[number].samples)
+            num_others = max(1, size - 1)
+            visit = step * self.global_batch_size + slot
+            key = self._key(_Purpose.SUBSTITUTE, _Purpose.ORDER, number, visit)
+            place = np.array([(attempt - 1) % num_others], dtype=np.int64)
+            distance = 1 + int(permute(place, size=num_others, key=key)[0])
+            sample_ids[i] = (sample_ids[i] + distance) % size
+        return self._furnish(
+            step, slots, source_ids, sample_ids, streams=(_Purpose.SUBSTITUTE, attempt)
+        )
+
+    def _scheduled(self, step: int, slots: Int64Array) -> tuple[NDArray[np.int32], Int64Array]:
+        """Source and sample of each place of a global batch."""
         visits = step * self.global_batch_size + slots
         source_ids, source_visits = assign_sources(visits, self.shares)
+        sample_ids = np.empty(len(slots), dtype=np.int64)
+        for number in range(len(self._sources)):
+            mine = np.flatnonzero(source_ids == number)
+            sample_ids[mine] = self._samples_of_visits(number, source_visits[mine])
+        return source_ids, sample_ids
 
-        sample_ids = np.empty(size, dtype=np.int64)
+    def _furnish(
+        self,
+        step: int,
+        slots: Int64Array,
+        source_ids: NDArray[np.int32],
+        sample_ids: Int64Array,
+        *,
+        streams: tuple[int, ...] = (),
+    ) -> PlannedBatch:
+        """Text, window and flip for samples; `streams` tells a substitute's numbers apart."""
+        size = len(slots)
+        visits = step * self.global_batch_size + slots
         rows = np.empty(size, dtype=_ROW_DTYPE)
         texts = np.empty((3, size), dtype=np.int64)
         for number, source in enumerate(self._sources):
             mine = np.flatnonzero(source_ids == number)
-            ids = self._samples_of_visits(number, source_visits[mine])
-            sample_ids[mine] = ids
-            found = source.samples[ids]
+            found = source.samples[sample_ids[mine]]
             for name in _ROW_DTYPE.names or ():
                 rows[name][mine] = found[name]
-            texts[:, mine] = self._choose_texts(source, rows[mine], visits[mine], step=step)
+            texts[:, mine] = self._choose_texts(
+                source, rows[mine], visits[mine], step=step, streams=streams
+            )
         captions, labels, templates = texts
 
         window_starts, window_shapes = random_windows(
             rows["height"],
             rows["width"],
             visits,
-            key=self._key(_Purpose.CROP),
+            key=self._key(*streams, _Purpose.CROP),
             scale=self._data.crop_scale,
             ratio=self._data.crop_ratio,
         )
@@ -167,30 +202,35 @@ class TrainPlan:
             window_starts=window_starts,
             window_shapes=window_shapes,
             flips=_draw_flips(
-                np.uint64(self._key(_Purpose.FLIP)), visits, self._data.flip_probability
+                np.uint64(self._key(*streams, _Purpose.FLIP)), visits, self._data.flip_probability
             ),
             captions=captions,
             labels=labels,
             templates=templates,
         )
 
-    def _key(self, purpose: _Purpose, *parts: int) -> int:
-        return fold_key(self.seed, purpose, *parts)
+    def _key(self, *parts: int) -> int:
+        """The key of a stream, named by purposes and what tells streams of one purpose apart."""
+        return fold_key(self.seed, *parts)
 
     def _samples_of_visits(self, number: int, visits: Int64Array) -> Int64Array:
         size = len(self._sources[number].samples)
         return samples_of_visits(visits, source=number, size=size, seed=self.seed)
 
     def _choose_texts(
-        self, source: PlanSource, rows: NDArray[Any], visits: Int64Array, *, step: int
+        self,
+        source: PlanSource,
+        rows: NDArray[Any],
+        visits: Int64Array,
+        *,
+        step: int,
+        streams: tuple[int, ...],
     ) -> NDArray[np.int64]:
         """Caption, label and template of each visit, [3 b]; see `PlannedBatch`."""
         labels_count = rows["labels_count"] if source.num_templates else 0 * rows["labels_count"]
+        purposes = (_Purpose.TEXT_KIND, _Purpose.CAPTION, _Purpose.LABEL)
         captions, label_places = _draw_texts(
-            np.array(
-                [self._key(p) for p in (_Purpose.TEXT_KIND, _Purpose.CAPTION, _Purpose.LABEL)],
-                dtype=np.uint64,
-            ),
+            np.array([self._key(*streams, purpose) for purpose in purposes], dtype=np.uint64),
             visits,
             rows["captions_count"].astype(np.int64),
             labels_count.astype(np.int64),
@@ -202,10 +242,11 @@ class TrainPlan:
         labels[prompted] = source.labels[places]
         templates = np.full(len(rows), -1, dtype=np.int64)
         if self._data.templates == "per_class":
-            # The class as counter, the step in the key: all ranks draw the same for a class.
+            # The class as counter, the step in the key: all ranks draw the same for a class, and
+            # so do substitutes.
             key, counters = self._key(_Purpose.TEMPLATE, step), source.class_ids[labels[prompted]]
         else:
-            key, counters = self._key(_Purpose.TEMPLATE), visits[prompted]
+            key, counters = self._key(*streams, _Purpose.TEMPLATE), visits[prompted]
         templates[prompted] = _draw_below(np.uint64(key), counters, source.num_templates)
         return np.stack([captions, labels, templates])
 
@@ -253,44 +294,3 @@ def _draw_below(key: Any, counters: Any, bound: Any) -> Any:
     for i in range(counters.size):
         drawn[i] = random_below(key, counters[i], bound)
     return drawn
-
-
-def _check_source(source: PlanSource, *, text: Literal["any", "captions", "labels"]) -> None:
-    """Refuses a source with a sample that could not be shown."""
-    if not len(source.samples):
-        raise ValueError(f"{source.name} has no samples")
-    no_captions = source.samples["captions_count"] == 0
-    has_labels = source.samples["labels_count"] > 0
-    if not source.num_templates and (has_labels & (no_captions | (text != "captions"))).any():
-        raise ValueError(
-            f"{source.name} has labels but no class names and templates to make texts of; pack it "
-            "again with class names, or set data.text=captions if all its pictures have captions"
-        )
-    num_mute = int(np.count_nonzero(no_captions & ~has_labels))
-    if num_mute:
-        raise ValueError(
-            f"{num_mute} of the {len(source.samples)} samples of {source.name} have neither a "
-            "caption nor a label; leave them out when packing for training"
-        )
-    num_classes = len(source.class_ids)
-    if source.num_templates and len(source.labels):
-        low, high = int(source.labels.min()), int(source.labels.max())
-        if low < 0 or high >= num_classes:
-            raise ValueError(
-                f"{source.name} has class names for labels 0 to {num_classes - 1}, but labels from "
-                f"{low} to {high}; pack it again with a name for each label"
-            )
-
-
-def _check_sizes(
-    sources: Sequence[PlanSource], shares: tuple[int, ...], *, global_batch_size: int
-) -> None:
-    total = sum(shares)
-    for source, share in zip(sources, shares, strict=True):
-        if len(source.samples) * total < global_batch_size * share:
-            raise ValueError(
-                f"{source.name} has {len(source.samples)} samples, fewer than its share of one "
-                f"global batch, {global_batch_size * share / total:.1f} of {global_batch_size}: "
-                "a batch would hold a sample twice. Give it a smaller share, or make "
-                "run.global_batch_size smaller"
-            )

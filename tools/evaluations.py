@@ -17,7 +17,7 @@ from unicl_fast.evaluation.zero_shot import (
     zero_shot_classifier,
 )
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.loader import EvaluationLoader
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.shards import PackedDataset
 
 

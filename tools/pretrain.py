@@ -32,7 +32,7 @@ class PretrainArguments(TrainConfig):
 
     out: Path
     """The run folder: config.json, metrics.jsonl, contact-sheet.png, curves.png, checkpoints/ and
-    tensorboard/."""
+    tensorboard/; quarantine.csv if samples of the data are bad."""
     preset: str = _DEFAULT_PRESET
     """What all other settings start from."""
     nproc: int = 1

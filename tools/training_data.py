@@ -12,15 +12,21 @@ from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 
 
-def open_sources(specs: Sequence[str]) -> tuple[list[PackedDataset], list[float] | None]:
+def open_sources(
+    specs: Sequence[str], *, max_bad_fraction: float
+) -> tuple[list[PackedDataset], list[float] | None]:
     """Opens DIR or DIR=SHARE each.
+
+    Args:
+        specs: as in `data.train`.
+        max_bad_fraction: part of a data set's samples whose shards may be damaged.
 
     Returns:
         The data sets and their shares; None where no share was given.
 
     Raises:
         ValueError: none are given, or some have a share and some have none.
-        FileNotFoundError: not a packed data set.
+        FileNotFoundError: not a packed data set, or too much of it missing.
     """
     if not specs:
         raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
@@ -41,7 +47,8 @@ def open_sources(specs: Sequence[str]) -> tuple[list[PackedDataset], list[float]
     for folder, share in zip(folders, shares, strict=True):
         if share is None and "=" in folder and not Path(folder).exists():
             raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
-    return [PackedDataset(folder) for folder in folders], given or None
+    datasets = [PackedDataset(folder, max_bad_fraction=max_bad_fraction) for folder in folders]
+    return datasets, given or None
 
 
 def build_prompts(datasets: Sequence[PackedDataset], data: DataConfig) -> ClassPrompts:

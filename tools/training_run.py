@@ -24,7 +24,7 @@ from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.shards import PackedDataset
+from unicl_fast.shards import QUARANTINE_NAME, PackedDataset
 from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
 from unicl_fast.tools.launch import configure_logging, refused_together
@@ -49,7 +49,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     """
     Ranks(world_size=nproc).share_of(config.run.global_batch_size)
     choose_checkpoint(resume, run_folder)
-    datasets, _ = open_sources(config.data.train)
+    datasets, _ = open_sources(config.data.train, max_bad_fraction=config.data.max_bad_fraction)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
@@ -79,6 +79,7 @@ def pretrain(
         ValueError: settings, data or checkpoint that do not go together; says what to change.
         FileNotFoundError: a data set or checkpoint that is not there.
         FloatingPointError: the loss is not finite.
+        TooManyBadSamplesError: more of the data is bad than `data.max_bad_fraction`.
     """
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
@@ -132,7 +133,9 @@ def build_trainer(
     """Opens the data, checks that it suits the model, and puts the trainer together."""
     ranks = ranks or Ranks()
     device = device or choose_device(config.run.device)
-    datasets, shares = open_sources(config.data.train)
+    datasets, shares = open_sources(
+        config.data.train, max_bad_fraction=config.data.max_bad_fraction
+    )
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
     config = _with_length(config, num_samples=sum(len(dataset) for dataset in datasets))
@@ -145,6 +148,7 @@ def build_trainer(
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=device,
+        quarantine=run_folder / QUARANTINE_NAME,
     )
     return Trainer(
         config,

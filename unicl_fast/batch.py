@@ -50,10 +50,10 @@ class Batch:
     slots: Tensor
     """int64 [b]: places in the GLOBAL batch, 0 to n - 1. Drop path is keyed on them."""
     sample_ids: Tensor | None = None
-    """int64 [b] on the host: rows of the data set the samples came from, for records and messages."""
+    """int64 [b] on the host: rows of the data set the samples came from, for records."""
     scheduled_ids: Tensor | None = None
-    """int64 [b] on the host: the rows that were planned; others than `sample_ids` where a bad sample
-    was replaced by one of the same data set."""
+    """int64 [b] on the host: the rows that were planned; others than `sample_ids` where a bad
+    sample was replaced by one of the same data set."""
     source_ids: Tensor | None = None
     """int64 [b] on the host: which of the data sets that is."""
 

@@ -80,6 +80,10 @@ class DataConfig:
     on this machine."""
     prefetch: int = 2
     """Batches decoded ahead of the step."""
+    max_bad_fraction: float = 0.01
+    """Samples that cannot be read or decoded are replaced by others and listed in quarantine.csv
+    of the run; a run stops when they are more than this part of what it has fed (of at least
+    10,000), and does not start when more than this part of a data set is missing."""
 
     def __post_init__(self) -> None:
         _require_known_choices("data", self)
@@ -103,6 +107,10 @@ class DataConfig:
         _require(min(self.std) > 0, f"data.std must be positive, not {self.std}")
         _require(self.threads >= 0, f"data.threads must not be negative, not {self.threads}")
         _require(self.prefetch >= 1, f"data.prefetch must be at least 1, not {self.prefetch}")
+        _require(
+            0 <= self.max_bad_fraction <= 1,
+            f"data.max_bad_fraction must lie in 0 to 1, not {self.max_bad_fraction}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

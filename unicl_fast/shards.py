@@ -8,6 +8,9 @@ which sample comes when belong to others.
 
 from __future__ import annotations
 
+import errno
+import logging
+import mmap
 import os
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +24,9 @@ from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
 from unicl_fast.manifest import Manifest as Manifest
 from unicl_fast.manifest import ShardInfo as ShardInfo
+from unicl_fast.shard_reader import ShardReader
+
+logger = logging.getLogger(__name__)
 
 QUARANTINE_NAME = "quarantine.csv"
 KEY_DIGITS = 10
@@ -52,13 +58,16 @@ ARRAY_DTYPES = {
     "labels": LABEL_DTYPE,
 }
 
-# Beyond this many shards a file is opened for each read: descriptors are a scarce resource (often
-# 1,024 a process), opening a local file costs a few microseconds.
-_MAX_OPEN_SHARDS = 256
+# What is wrong with the process or the machine, not with a shard.
+_NOT_THE_SHARDS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 class DamagedSampleError(ValueError):
-    """The bytes of one sample are not those that were packed; the message names the place."""
+    """The bytes of one sample are gone or not those that were packed; the message names it."""
+
+
+class DamagedDatasetError(RuntimeError):
+    """A data set was changed under a running job, beyond what can be gone on with."""
 
 
 def sample_key(index: int) -> str:
@@ -73,21 +82,33 @@ def shard_name(index: int) -> str:
 class PackedDataset:
     """One packed data set, opened for reading by sample number.
 
-    Arrays are memory-mapped and read-only. Pictures are read with `preadv`, never mapped: a shard
-    that shrinks under a running job is then an error with a name instead of a bus error. Reads from
-    several threads at once are safe.
+    Pictures are read with `preadv`, never mapped: a shard that shrinks or vanishes under a running
+    job is then an error with a name instead of a bus error. Reads from several threads at once are
+    safe. Arrays are memory-mapped and read-only, since they may be larger than memory should pay
+    for; see `check_arrays` for what that costs.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, max_bad_fraction: float = 0.0) -> None:
+        """Opens the arrays and looks at the shards' sizes.
+
+        Args:
+            folder: what `unicl-pack build` made.
+            max_bad_fraction: shards that are missing or of another size are tolerated, with a
+                warning, if they hold at most this part of the samples. For training, which feeds
+                others instead; an evaluation would count wrong.
+
+        Raises:
+            FileNotFoundError: no data set there, or a file of it is missing.
+            ValueError: a file of it is damaged.
+        """
         self.folder = Path(folder)
         self.manifest = Manifest.load(folder)
         self.samples: npt.NDArray[Any] = self._load_array("samples", self.manifest.num_samples)
         self.captions: npt.NDArray[Any] = self._load_array("captions", self.manifest.num_captions)
         self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
-        self._files: dict[int, int] = {}
-        self._closed = False
-        self._check_shards()
+        self._reader = ShardReader(self.folder, [shard.name for shard in self.manifest.shards])
+        self._check_shards(max_bad_fraction)
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -111,12 +132,22 @@ class PackedDataset:
             verify: also compare with the checksum taken when packing; costs about 10 us for 100 kB.
 
         Raises:
-            DamagedSampleError: the shard is shorter than it was, or `verify` found other bytes.
+            DamagedSampleError: the shard cannot be read or is shorter than it was, or `verify`
+                found other bytes.
         """
         row = self.samples[self._checked(index)]
-        size, offset = int(row["size"]), int(row["offset"])
+        shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
+        if shard >= len(self.manifest.shards):
+            raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
         data = np.empty(size, dtype=np.uint8)
-        done = self._read_into(int(row["shard"]), data, offset)
+        try:
+            done = self._reader.read_into(shard, data, offset)
+        except (OSError, OverflowError) as error:
+            if isinstance(error, OSError) and error.errno in _NOT_THE_SHARDS:
+                raise
+            raise DamagedSampleError(
+                f"{self.describe(index)}: the shard cannot be read: {error}"
+            ) from error
         if done < size:
             raise DamagedSampleError(
                 f"{self.describe(index)}: the shard ends after {done} of {size} bytes"
@@ -145,17 +176,38 @@ class PackedDataset:
 
     def describe(self, index: int) -> str:
         """Names one sample for a message: data set, shard, key and offset."""
-        row = self.samples[index]
-        shard = int(row["shard"])
+        place = f"{self.shard_of(index)}, offset {int(self.samples[index]['offset'])}"
+        return f"sample {sample_key(index)} of {self.folder} ({place})"
+
+    def shard_of(self, index: int) -> str:
+        """The name of the shard that holds sample `index`, for messages."""
+        shard = int(self.samples[index]["shard"])
         known = shard < len(self.manifest.shards)
-        name = self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
-        return f"sample {sample_key(index)} of {self.folder} ({name}, offset {int(row['offset'])})"
+        return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
+
+    def check_arrays(self) -> None:
+        """Tells whether the arrays' files have shrunk since they were opened; costs 2 us.
+
+        Reading behind the end of a mapped file ends the process with a bus error, without a word.
+        A file that is removed or replaced by another (as `mv` and most programs that copy do) stays
+        what it was for those who have it open; only one that is cut in place goes away under them.
+        Asked before each batch, this leaves the moment between the question and the reading.
+
+        Raises:
+            DamagedDatasetError: one has; names it.
+        """
+        for name in ARRAY_DTYPES:
+            mapped = getattr(self, name).base
+            if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
+                raise DamagedDatasetError(
+                    f"{self.folder / name}.npy was cut from {len(mapped)} to {mapped.size()} bytes "
+                    "while it was in use: copy the data set again, and replace files under a "
+                    "running job by renaming, not in place"
+                )
 
     def close(self) -> None:
         """Closes the shard files; reading pictures afterwards is an error."""
-        self._closed = True
-        while self._files:
-            os.close(self._files.popitem()[1])
+        self._reader.close()
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
@@ -183,45 +235,50 @@ class PackedDataset:
         array.flags.writeable = False
         return array
 
-    def _check_shards(self) -> None:
+    def _check_shards(self, max_bad_fraction: float) -> None:
         total = sum(shard.num_samples for shard in self.manifest.shards)
         if total != len(self):
             raise ValueError(
                 f"{self.folder / MANIFEST_NAME} contradicts itself: {len(self)} samples, but the "
                 f"shards hold {total}"
             )
+        faults: list[ValueError | FileNotFoundError] = []
+        num_bad = 0
         for shard in self.manifest.shards:
-            path = self.folder / shard.name
             if Path(shard.name).name != shard.name:
                 raise ValueError(f"{self.folder / MANIFEST_NAME}: {shard.name!r} is no shard name")
-            if not path.is_file():
-                raise FileNotFoundError(f"{path} is missing; copy the data set again")
-            if path.stat().st_size != shard.num_bytes:
-                raise ValueError(
-                    f"{path} has {path.stat().st_size} bytes, the manifest says {shard.num_bytes}; "
-                    "copy the data set again"
-                )
+            fault = self._fault_of(shard)
+            if fault is not None:
+                faults.append(fault)
+                num_bad += shard.num_samples
+        if not faults:
+            return
+        if not max_bad_fraction:
+            raise faults[0]
+        damage = (
+            f"{faults[0]} ({len(faults)} such of {len(self.manifest.shards)} shards, with "
+            f"{num_bad} of {len(self)} samples"
+        )
+        if num_bad > max_bad_fraction * len(self):
+            raise type(faults[0])(
+                f"{damage}: more than data.max_bad_fraction = {max_bad_fraction} allows)"
+            )
+        logger.warning(
+            "DAMAGED DATA SET: %s: within data.max_bad_fraction = %s, so others are fed instead)",
+            damage, max_bad_fraction,
+        )  # fmt: skip
 
-    def _read_into(self, shard: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
-        """Fills `buffer` from a shard; returns how many bytes there were."""
-        if self._closed:
-            raise ValueError(f"{self.folder} has been closed")
-        if shard >= len(self.manifest.shards):
-            raise DamagedSampleError(f"{self.folder} has no shard {shard}; samples.npy is damaged")
-        file = self._files.get(shard)
-        keep = file is not None or len(self._files) < _MAX_OPEN_SHARDS
-        if file is None:
-            file = os.open(self.folder / self.manifest.shards[shard].name, os.O_RDONLY)
-            if keep and self._files.setdefault(shard, file) != file:
-                keep = False  # another thread was first
+    def _fault_of(self, shard: ShardInfo) -> ValueError | FileNotFoundError | None:
+        path = self.folder / shard.name
         try:
-            view, done = buffer.data, 0
-            while done < len(view):
-                count = os.preadv(file, [view[done:]], offset + done)
-                if count == 0:
-                    break
-                done += count
-            return done
-        finally:
-            if not keep:
-                os.close(file)
+            num_bytes = path.stat().st_size if path.is_file() else None
+        except OSError as error:
+            return ValueError(f"{path} cannot be read: {error}")
+        if num_bytes is None:
+            return FileNotFoundError(f"{path} is missing; copy the data set again")
+        if num_bytes != shard.num_bytes:
+            return ValueError(
+                f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}; "
+                "copy the data set again"
+            )
+        return None

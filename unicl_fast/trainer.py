@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from unicl_fast.bad_visits import BadVisits
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.cached_gradients import (
     back_propagate_in_micro_batches,
@@ -179,7 +180,14 @@ class Trainer:
             Interrupted: a signal came; a checkpoint of the last step is written.
             FloatingPointError: a loss or a gradient norm was not finite; names the step. Told at
                 the next logging or checkpoint.
+            TooManyBadSamplesError: more samples had to be replaced than the config allows. Told at
+                the next logging.
         """
+        bad_visits = BadVisits(
+            max_fraction=self.config.data.max_bad_fraction,
+            global_batch_size=self.config.run.global_batch_size,
+            run_folder=self.run_folder,
+        )
         with (
             self._metrics() as metrics,
             self._progress_bar() as bar,
@@ -198,10 +206,13 @@ class Trainer:
                 if self.ledger is not None:
                     self.ledger.record(batch)
                 meter.add(loss=loss, grad_norm=grad_norm, wait_seconds=wait_seconds)
+                bad_visits.add(batch)
                 bar.update()
                 stops = interruption.has_come(self.ranks)
                 if self._is_due(self.config.run.log_every_steps):
-                    self._log(meter, metrics, bar)
+                    num_bad = bad_visits.total(self.ranks)
+                    self._log(meter, metrics, bar, bad_samples=num_bad)
+                    bad_visits.check(num_bad)
                 with meter.paused():
                     if self._is_due(self.config.checkpoint.every_steps) or stops:
                         self._check_finite(meter)
@@ -299,7 +310,9 @@ class Trainer:
     def _is_due(self, every_steps: int) -> bool:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
-    def _log(self, meter: StepMeter, metrics: MetricsWriter | None, bar: tqdm[Any]) -> None:
+    def _log(
+        self, meter: StepMeter, metrics: MetricsWriter | None, bar: tqdm[Any], *, bad_samples: int
+    ) -> None:
         self._check_finite(meter)
         global_batch_size = self.config.run.global_batch_size
         values = {
@@ -308,6 +321,7 @@ class Trainer:
             **meter.summary(global_batch_size=global_batch_size),
             "logit_scale": float(self.model.logit_scale.detach()),
             "lr": self.optimizer.param_groups[0]["lr"],
+            "bad_samples": bad_samples,
         }
         if metrics is not None:
             metrics.write(values)

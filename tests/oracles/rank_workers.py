@@ -248,3 +248,31 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
         trainer.fit()
     if ranks.is_main:
         (folder / "found.json").write_text(json.dumps(found))
+
+
+def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> None:
+    """Rank r reports r + 1 replaced samples a step; each rank writes down why the run stopped."""
+    import unicl_fast.bad_visits as bad_visits
+
+    class Loader(StepwiseLoader):
+        def batches(self, start_step: int):
+            for batch in super().batches(start_step):
+                scheduled = torch.arange(batch.batch_size)
+                shown = scheduled.clone()
+                shown[: self.rank + 1] += 100
+                yield dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
+
+    bad_visits.LEAST_VISITS = 30
+    config = tiny_config(steps=50)
+    data = dataclasses.replace(config.data, max_bad_fraction=0.2)
+    trainer = Trainer(
+        dataclasses.replace(config, data=data),
+        Loader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=Path(folder),
+        ranks=ranks,
+        progress=False,
+    )
+    try:
+        trainer.fit()
+    except bad_visits.TooManyBadSamplesError as error:
+        (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))

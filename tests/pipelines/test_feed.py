@@ -58,7 +58,7 @@ def run(
         threads=2,
         prefetch=prefetch,
     )
-    return run_graph(build, batches, device=CPU, ahead=2, describe=lambda n: f"batch number {n}")
+    return run_graph(build, batches, device=CPU, ahead=2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
@@ -93,14 +93,24 @@ def test_buffers_are_reused_when_nobody_holds_them(encoded: list[np.ndarray]) ->
     assert len(places) < 40  # one a batch if none were reused; how many is the allocator's affair
 
 
-def test_a_batch_that_cannot_be_decoded_is_named_and_those_before_it_arrive(
-    encoded: list[np.ndarray],
+@pytest.mark.parametrize(("prefetch", "in_flight"), [(1, (5,)), (2, (5, 6)), (3, (5, 6, 7))])
+def test_a_batch_that_cannot_be_decoded_is_told_and_those_before_it_arrive(
+    encoded: list[np.ndarray], prefetch: int, in_flight: tuple[int, ...]
 ) -> None:
-    running = run(host_batches(encoded, 9, damaged=5))
+    running = run(host_batches(encoded, 9, damaged=5), prefetch=prefetch)
     assert [next(running)[1] for _ in range(5)] == [0, 1, 2, 3, 4]
-    with pytest.raises(DecodingError, match="batch number 5") as caught:
+    with pytest.raises(DecodingError, match="image_slice") as caught:
         next(running)
-    assert "image_slice" in str(caught.value)
+    assert caught.value.in_flight == in_flight
+
+
+@pytest.mark.parametrize("damaged", [0, 8])
+def test_the_first_and_the_last_batch_can_fail_too(encoded: list[np.ndarray], damaged: int) -> None:
+    running = run(host_batches(encoded, 9, damaged=damaged))
+    assert [next(running)[1] for _ in range(damaged)] == list(range(damaged))
+    with pytest.raises(DecodingError) as caught:
+        next(running)
+    assert caught.value.in_flight[0] == damaged
 
 
 def test_an_error_while_preparing_a_batch_arrives_as_it_is(encoded: list[np.ndarray]) -> None:

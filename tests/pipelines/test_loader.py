@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import shutil
 from collections import Counter
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,8 +13,9 @@ import torch
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
-from unicl_fast.pipelines.feed import DecodingError
-from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader, decoding_threads
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.graph import decoding_threads
+from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.prompts import ClassPrompts, fill_template
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
@@ -244,45 +242,6 @@ def test_a_rank_without_samples_has_nothing_to_evaluate(captioned: PackedDataset
     loader = EvaluationLoader(captioned, make_config().data, batch_size=4, rank=70, world_size=80)
     assert len(loader) == 0
     assert list(loader) == []
-
-
-@pytest.fixture
-def spoilt(captioned: PackedDataset, tmp_path: Path) -> Iterator[tuple[PackedDataset, int]]:
-    """A copy of `captioned`, the bytes of one picture overwritten, and which one."""
-    index = 17
-    folder = shutil.copytree(captioned.folder, tmp_path / "spoilt")
-    row = captioned.samples[index]
-    with (folder / captioned.manifest.shards[int(row["shard"])].name).open("r+b") as file:
-        file.seek(int(row["offset"]))
-        file.write(bytes(int(row["size"])))
-    with PackedDataset(folder) as dataset:
-        yield dataset, index
-
-
-def test_damaged_bytes_are_named_before_they_reach_the_decoder(
-    spoilt: tuple[PackedDataset, int],
-) -> None:
-    dataset, index = spoilt
-    with pytest.raises(ValueError, match=f"sample {index:010d} of .*spoilt.*checksum"):
-        list(EvaluationLoader(dataset, make_config().data, batch_size=5))
-
-
-def test_what_cannot_be_decoded_is_named_with_its_step(
-    spoilt: tuple[PackedDataset, int], tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Bytes that are as they were packed, and yet no picture."""
-    dataset, index = spoilt
-    read = dataset.image_bytes
-    monkeypatch.setattr(dataset, "image_bytes", lambda i, verify: read(i))
-    loader = TrainLoader(make_config(), [dataset], None, ClassPrompts([((), ())], tokenizer))
-    step = next(
-        step
-        for step in itertools.count()
-        if index in loader.plan.batch(step, rank=0, world_size=1).sample_ids
-    )
-    with pytest.raises(DecodingError, match=rf"step {step}, rank 0.*sample {index:010d} of"):
-        list(itertools.islice(loader.batches(0), 10))
-    loader.close()
 
 
 def test_threads_are_this_rank_s_part_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -250,3 +250,71 @@ def test_ranks_that_cannot_share_a_batch_are_refused() -> None:
 def test_shares_must_match_the_data_sets() -> None:
     with pytest.raises(ValueError, match="2 shares were given for 1 data sets"):
         make_plan(make_source(20, labels=1), shares=[1, 2])
+
+
+@given(
+    sizes=st.lists(st.integers(2, 60), min_size=1, max_size=3),
+    step=st.integers(0, 2**40),
+    seed=st.integers(-(2**63), 2**63),
+    data=st.data(),
+)
+@settings(deadline=None)
+def test_substitutes_are_all_other_samples_of_the_source_each_once(
+    sizes: list[int], step: int, seed: int, data: st.DataObject
+) -> None:
+    batch = data.draw(st.integers(1, min(sizes)))
+    plan = make_plan(
+        *(make_source(size, captions=2, labels=2) for size in sizes), batch=batch, seed=seed
+    )
+    planned = plan.batch(step, rank=0, world_size=1)
+    place = data.draw(st.integers(0, batch - 1))
+    source, scheduled = int(planned.source_ids[place]), int(planned.sample_ids[place])
+    size = sizes[source]
+    tried = []
+    for attempt in range(1, 2 * size - 1):
+        substitute = plan.substitute(step, planned.slots[[place]], attempt=attempt)
+        assert substitute.slots.tolist() == [place]
+        assert substitute.source_ids.tolist() == [source]
+        tried += substitute.sample_ids.tolist()
+    assert sorted(tried[: size - 1]) == [i for i in range(size) if i != scheduled]
+    assert tried[size - 1 :] == tried[: size - 1]
+
+
+def test_a_substitute_depends_on_step_slot_and_attempt_and_on_nothing_else() -> None:
+    sources = make_source(3000, captions=3), make_source(2000, labels=2)
+    plan = make_plan(*sources, batch=200)
+    slots = np.arange(200)
+    whole = arrays(plan.substitute(7, slots, attempt=2))
+    again = make_plan(*sources, batch=200)
+    for name, expected in whole.items():
+        chosen = arrays(again.substitute(7, slots[[150, 3]], attempt=2))[name]
+        assert np.array_equal(chosen, expected[[150, 3]]), name
+    for other in (
+        plan.substitute(8, slots, attempt=2),
+        plan.substitute(7, slots, attempt=3),
+        make_plan(*sources, batch=200, seed=1).substitute(7, slots, attempt=2),
+    ):
+        same = np.mean(whole["sample_ids"] == other.sample_ids)
+        assert same < 0.02
+        assert np.mean(whole["window_starts"] == other.window_starts) < 0.2
+        assert 0.3 < np.mean(whole["flips"] == other.flips) < 0.7
+    planned = plan.batch(7, rank=0, world_size=1)
+    assert 0.3 < np.mean(whole["flips"] == planned.flips) < 0.7
+    assert len(np.unique(whole["sample_ids"])) > 180
+
+
+def test_substitutes_take_their_class_s_template_of_the_step() -> None:
+    plan = make_plan(make_source(200, labels=1), batch=100, templates="per_class")
+    planned = plan.batch(4, rank=0, world_size=1)
+    substitutes = plan.substitute(4, planned.slots, attempt=1)
+    of_class = dict(zip(planned.labels.tolist(), planned.templates.tolist(), strict=True))
+    assert [of_class[label] for label in substitutes.labels.tolist()] == (
+        substitutes.templates.tolist()
+    )
+
+
+def test_a_source_of_one_sample_has_no_other() -> None:
+    plan = make_plan(make_source(1, labels=1), batch=1)
+    for attempt in (1, 2, 3):
+        substitute = plan.substitute(5, np.zeros(1, dtype=np.int64), attempt=attempt)
+        assert substitute.sample_ids.tolist() == [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import os
@@ -21,6 +22,7 @@ from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import (
     CAPTION_DTYPE,
     SAMPLE_DTYPE,
+    DamagedDatasetError,
     DamagedSampleError,
     Manifest,
     PackedDataset,
@@ -252,6 +254,93 @@ def test_a_shard_that_shrinks_under_us_is_an_error_with_a_name(packed: Path) -> 
             dataset.image_bytes(8)
 
 
+def test_damaged_shards_are_tolerated_up_to_a_part_and_said_aloud(
+    packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = Manifest.load(packed).shards
+    (packed / shards[0].name).unlink()
+    os.truncate(packed / shards[1].name, 1000)
+    num_bad = shards[0].num_samples + shards[1].num_samples
+    for tolerated in (0.0, (num_bad - 0.5) / 9):
+        with pytest.raises(FileNotFoundError, match=f"{shards[0].name} is missing"):
+            PackedDataset(packed, max_bad_fraction=tolerated)
+    with pytest.raises(FileNotFoundError, match=f"2 such .*with {num_bad} of 9.*0.01 allows"):
+        PackedDataset(packed, max_bad_fraction=0.01)
+    assert not caplog.records
+    with PackedDataset(packed, max_bad_fraction=num_bad / 9) as dataset:
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert f"with {num_bad} of 9 samples" in record.message
+        for number in range(9):
+            if number < num_bad:
+                with pytest.raises(
+                    DamagedSampleError, match=f"{number:010d} .*{shards[0].name}|ends"
+                ):
+                    dataset.image_bytes(number)
+            else:
+                assert dataset.image_bytes(number, verify=True).tobytes() == jpeg(number)
+
+
+def test_a_shard_that_cannot_be_read_is_an_error_with_the_sample_s_name(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_with(number: int) -> None:
+        def preadv(*_: Any) -> int:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("os.preadv", preadv)
+
+    with PackedDataset(packed) as dataset:
+        dataset.image_bytes(3)
+        for number in (errno.EIO, errno.ESTALE):
+            fail_with(number)
+            with pytest.raises(DamagedSampleError, match=f"0000000003 .*{os.strerror(number)}"):
+                dataset.image_bytes(3)
+        fail_with(errno.ENOMEM)  # not the shard's fault
+        with pytest.raises(OSError, match="memory"):
+            dataset.image_bytes(3)
+
+
+def test_a_file_that_the_file_system_has_forgotten_is_opened_anew(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with PackedDataset(packed) as dataset:
+        dataset.image_bytes(0)
+        (stale,) = dataset._reader._files.values()
+        preadv = os.preadv
+
+        def forgetful(file: int, *arguments: Any) -> int:
+            if file == stale:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return preadv(file, *arguments)
+
+        monkeypatch.setattr("os.preadv", forgetful)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            assert dataset.image_bytes(0, verify=True).tobytes() == jpeg(0)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["samples", "captions", "tokens", "labels"])
+def test_arrays_that_are_replaced_stay_what_they_were(packed: Path, name: str) -> None:
+    with PackedDataset(packed) as dataset:
+        before = np.array(getattr(dataset, name))
+        other = packed / "other"
+        other.write_bytes(b"short")
+        other.rename(packed / f"{name}.npy")
+        dataset.check_arrays()
+        assert np.array_equal(getattr(dataset, name), before)
+
+
+@pytest.mark.parametrize("name", ["samples", "captions", "tokens", "labels"])
+def test_arrays_cut_in_place_are_told(packed: Path, name: str) -> None:
+    with PackedDataset(packed) as dataset:
+        dataset.check_arrays()
+        os.truncate(packed / f"{name}.npy", 300)
+        with pytest.raises(DamagedDatasetError, match=rf"{name}\.npy was cut .* 300 bytes"):
+            dataset.check_arrays()
+
+
 def test_changed_bytes_are_found_by_the_checksum(packed: Path) -> None:
     with PackedDataset(packed) as dataset:
         with (packed / dataset.manifest.shards[0].name).open("r+b") as file:
@@ -279,7 +368,7 @@ def test_arrays_are_read_only(packed: Path) -> None:
 def test_many_shards_do_not_use_up_descriptors(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unicl_fast.shards._MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("unicl_fast.shard_reader._MAX_OPEN_SHARDS", 1)
     with PackedDataset(packed) as dataset:
         before = len(os.listdir("/proc/self/fd"))
         for number in (0, 8, 4, 8, 0):

@@ -1,0 +1,129 @@
+"""Bad samples of a run: noticed, remembered, listed, and others fed in their place.
+
+A sample is bad when its bytes cannot be read, are not those that were packed (checksum), or are
+refused by the decoder. Which sample stands in for it is the plan's to say; here is what was found
+to be bad, and the search for the first substitute that is not. What is remembered only saves
+trying again: a process that has forgotten it feeds the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unicl_fast.bad_visits import TooManyBadSamplesError
+from unicl_fast.pipelines.plan import PlannedBatch, TrainPlan
+from unicl_fast.pipelines.quarantine import BadSample, QuarantineFile
+from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
+
+logger = logging.getLogger(__name__)
+
+MAX_ATTEMPTS = 100
+"""Substitutes tried for one place. When so many fail, the data is gone, not damaged: with half of
+all samples bad it happens once in 10**30 places."""
+_LOGGED = 5
+_REASON_LENGTH = 300
+
+
+class BadSamples:
+    """What is known to be bad in the data sets of this process; read through it."""
+
+    def __init__(self, datasets: Sequence[PackedDataset], quarantine: Path | None) -> None:
+        """`quarantine`: the list in the run's folder, shared by its ranks; None writes none."""
+        self._datasets = list(datasets)
+        self._known: set[tuple[int, int]] = set()
+        self._file = None if quarantine is None else QuarantineFile(quarantine)
+
+    def read(self, source: int, sample: int) -> NDArray[np.uint8] | None:
+        """The encoded picture, its checksum compared; None if the sample is bad."""
+        if (source, sample) in self._known:
+            return None
+        dataset = self._datasets[source]
+        try:
+            return dataset.image_bytes(sample, verify=True)
+        except DamagedSampleError as error:
+            self.add(source, sample, str(error).removeprefix(f"{dataset.describe(sample)}: "))
+            return None
+
+    def add(self, source: int, sample: int, reason: str) -> None:
+        """Remembers that a sample is not to be fed, says so, and lists it."""
+        if (source, sample) in self._known:
+            return
+        self._known.add((source, sample))
+        dataset = self._datasets[source]
+        if len(self._known) <= _LOGGED:
+            logger.error(
+                "BAD SAMPLE: %s: %s; another of the same data set is fed in its place",
+                dataset.describe(sample), reason,
+            )  # fmt: skip
+        if len(self._known) == _LOGGED:
+            logger.error(
+                "further bad samples are counted in metrics.jsonl (bad_samples) and listed in %s",
+                self._where,
+            )
+        if self._file is not None:
+            row = dataset.samples[sample]
+            self._file.add(
+                BadSample(
+                    data_set=str(dataset.folder),
+                    shard=dataset.shard_of(sample),
+                    key=sample_key(sample),
+                    offset=int(row["offset"]),
+                    reason=reason[:_REASON_LENGTH],
+                )
+            )
+
+    def read_batch(
+        self, plan: TrainPlan, planned: PlannedBatch
+    ) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
+        """The encoded pictures of a batch, and the batch with substitutes where they were needed.
+
+        Raises:
+            TooManyBadSamplesError: no good sample was found for a place.
+        """
+        pairs = zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True)
+        encoded = [self.read(source, sample) for source, sample in pairs]
+        bad = [place for place, picture in enumerate(encoded) if picture is None]
+        if bad:
+            planned = _copied(planned)
+        for place in bad:
+            encoded[place] = self._read_substitute(plan, planned, place)
+        return planned, [picture for picture in encoded if picture is not None]
+
+    def _read_substitute(
+        self, plan: TrainPlan, planned: PlannedBatch, place: int
+    ) -> NDArray[np.uint8]:
+        """Puts the first good substitute into one place of `planned`; returns its picture."""
+        source, scheduled = int(planned.source_ids[place]), int(planned.sample_ids[place])
+        slots = planned.slots[place : place + 1]
+        for attempt in range(1, MAX_ATTEMPTS + 1):
+            substitute = plan.substitute(planned.step, slots, attempt=attempt)
+            picture = self.read(source, int(substitute.sample_ids[0]))
+            if picture is not None:
+                for field in _SLOT_FIELDS:
+                    getattr(planned, field)[place] = getattr(substitute, field)[0]
+                return picture
+        raise TooManyBadSamplesError(
+            f"step {planned.step}: {self._datasets[source].describe(scheduled)} is bad, and so are "
+            f"{MAX_ATTEMPTS} others that were tried in its place: see {self._where}, and check "
+            "that the data set is whole and its storage reachable"
+        )
+
+    @property
+    def _where(self) -> str:
+        return "the log" if self._file is None else str(self._file.path)
+
+
+_SLOT_FIELDS = tuple(
+    field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"
+)
+
+
+def _copied(planned: PlannedBatch) -> PlannedBatch:
+    copies = {field: getattr(planned, field).copy() for field in _SLOT_FIELDS}
+    return PlannedBatch(step=planned.step, **copies)

@@ -1,0 +1,133 @@
+"""Each picture of one packed data set once, for evaluation.
+
+Here nothing is replaced: an accuracy over other pictures than those of the data set would be
+another number. A picture that cannot be read or decoded ends the evaluation, with its name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Generator, Iterator
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from unicl_fast.batch import EvaluationBatch
+from unicl_fast.config import DataConfig
+from unicl_fast.pipelines.crop import central_windows
+from unicl_fast.pipelines.culprits import find_undecodable, reason_of
+from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
+from unicl_fast.pipelines.graph import Pipeline, build_evaluation_graph, decoding_threads
+from unicl_fast.shards import PackedDataset
+
+
+class EvaluationLoader:
+    """Pictures of one data set for evaluation; implements `unicl_fast.batch.EvaluationLoader`.
+
+    Rank r of w shows the samples r, r + w, r + 2 w, ...: over all ranks each sample exactly once,
+    without padding, so that counts can be summed. May be iterated any number of times.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Args as for `TrainLoader`; `batch_size` is this rank's, its last batch may be smaller."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, not {batch_size}")
+        self._dataset = dataset
+        self._data = data
+        self._batch_size = batch_size
+        self._device = torch.device(device)
+        self._ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
+
+    def __len__(self) -> int:
+        """Batches of this rank in one pass."""
+        return -(-len(self._ids) // self._batch_size)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        """One pass.
+
+        Raises:
+            DamagedSampleError: a picture's bytes are gone or not those that were packed.
+            DecodingError: pictures that the decoder refuses; names them.
+        """
+        if not len(self._ids):
+            return
+        try:
+            yield from self._decode()
+        except DecodingError as error:
+            failed, reason = error.in_flight, reason_of(error)
+        else:
+            return
+        for ids in failed:
+            self._refuse_culprits(ids)
+        raise DecodingError(
+            f"{self._dataset.folder}: decoding fails, though each picture can be decoded alone: "
+            f"{reason}"
+        )
+
+    def _decode(self) -> Generator[EvaluationBatch, None, None]:
+        graph = self._graph(
+            batch_size=min(self._batch_size, len(self._ids)),
+            threads=decoding_threads(self._data.threads),
+            prefetch=self._data.prefetch,
+        )
+        host_batches = (
+            self._host_batch(self._ids[start : start + self._batch_size])
+            for start in range(0, len(self._ids), self._batch_size)
+        )
+        with contextlib.closing(
+            run_graph(graph, host_batches, device=self._device, ahead=self._data.prefetch)
+        ) as running:
+            for (images,), ids in running:
+                yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))
+                del images
+
+    def _graph(self, *, batch_size: int, threads: int, prefetch: int) -> partial[Pipeline]:
+        return partial(
+            build_evaluation_graph,
+            batch_size=batch_size,
+            image_size=self._data.image_size,
+            interpolation=self._data.interpolation,
+            resample=self._data.resample,
+            device=self._device,
+            threads=threads,
+            prefetch=prefetch,
+        )
+
+    def _refuse_culprits(self, ids: NDArray[np.int64]) -> None:
+        one = self._graph(batch_size=1, threads=1, prefetch=1)
+        reasons = find_undecodable(one, self._host_batch(ids).inputs, device=self._device)
+        if reasons:
+            raise DecodingError(
+                "cannot be decoded, though the bytes are those that were packed; pack the data "
+                "again without: "
+                + "; ".join(
+                    f"{self._dataset.describe(int(ids[place]))}: {reason}"
+                    for place, reason in reasons.items()
+                )
+            )
+
+    def _host_batch(self, ids: NDArray[np.int64]) -> HostBatch[NDArray[np.int64]]:
+        self._dataset.check_arrays()
+        samples = self._dataset.samples[ids]
+        starts, ends = central_windows(
+            samples["height"],
+            samples["width"],
+            resize=self._data.evaluation_resize,
+            crop=self._data.image_size,
+        )
+        encoded = [self._dataset.image_bytes(sample, verify=True) for sample in ids.tolist()]
+        return HostBatch(inputs=(encoded, starts, ends), facts=ids)
+
+    def close(self) -> None:
+        """Nothing outlives a pass; here for the protocol."""

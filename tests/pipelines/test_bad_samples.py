@@ -1,0 +1,415 @@
+"""Bad samples while a run goes on: what is fed instead, and that nothing else changes."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from damage import copy_of, flip_byte, shard_of, store, undecodable
+
+from unicl_fast.bad_visits import TooManyBadSamplesError
+from unicl_fast.batch import Batch
+from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.pipelines import culprits
+from unicl_fast.pipelines.bad_samples import MAX_ATTEMPTS
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.feed import DecodingError
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import DamagedDatasetError, DamagedSampleError, PackedDataset
+
+pytestmark = pytest.mark.dali
+
+BATCH = 12
+STEPS = 10  # more than a pass over both data sets
+LABELLED, CAPTIONED = 0, 1
+
+
+def make_loader(datasets: Sequence[PackedDataset], prompts: ClassPrompts, **more: Any) -> Any:
+    config = TrainConfig(
+        data=DataConfig(image_size=32, evaluation_resize=36, threads=2, templates="per_class"),
+        run=RunConfig(global_batch_size=BATCH, seed=3),
+    )
+    return TrainLoader(config, datasets, None, prompts, **more)
+
+
+def take(loader: TrainLoader, *, start: int = 0, count: int = STEPS) -> list[Batch]:
+    batches = list(itertools.islice(loader.batches(start), count))
+    loader.close()
+    return batches
+
+
+@pytest.fixture
+def sound(labelled: PackedDataset, captioned: PackedDataset) -> list[PackedDataset]:
+    return [labelled, captioned]
+
+
+@pytest.fixture
+def folders(sound: list[PackedDataset], tmp_path: Path) -> list[Path]:
+    """Copies to be spoilt."""
+    return [copy_of(dataset, tmp_path / dataset.folder.name) for dataset in sound]
+
+
+@pytest.fixture
+def spoilt(folders: list[Path]) -> Iterator[Any]:
+    """Opens the copies, once they are spoilt."""
+    opened: list[PackedDataset] = []
+
+    def open_all() -> list[PackedDataset]:
+        opened.extend(PackedDataset(folder, max_bad_fraction=1.0) for folder in folders)
+        return opened[-len(folders) :]
+
+    yield open_all
+    for dataset in opened:
+        dataset.close()
+
+
+def planned_pairs(loader: TrainLoader, step: int) -> list[tuple[int, int]]:
+    planned = loader.plan.batch(step, rank=0, world_size=1)
+    return list(zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True))
+
+
+def texts_of(batch: Batch) -> torch.Tensor:
+    return torch.cat([batch.tokens[batch.text_index], batch.class_ids[:, None]], dim=1)
+
+
+def assert_only_bad_ones_differ(
+    batches: Sequence[Batch], expected: Sequence[Batch], bad: set[tuple[int, int]]
+) -> int:
+    """Compares with batches of sound data, place by place; returns how many were replaced."""
+    replaced = 0
+    for batch, whole in zip(batches, expected, strict=True):
+        assert batch.step == whole.step
+        assert batch.scheduled_ids is not None
+        assert batch.sample_ids is not None
+        assert batch.source_ids is not None
+        assert torch.equal(batch.scheduled_ids, whole.sample_ids)
+        assert torch.equal(batch.source_ids, whole.source_ids)
+        assert torch.equal(batch.slots, whole.slots)
+        pairs = zip(batch.source_ids.tolist(), batch.scheduled_ids.tolist(), strict=True)
+        is_bad = torch.tensor([pair in bad for pair in pairs])
+        assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
+        shown = zip(batch.source_ids.tolist(), batch.sample_ids.tolist(), strict=True)
+        assert not bad & set(shown)
+        assert torch.equal(batch.images[~is_bad], whole.images[~is_bad])
+        assert torch.equal(texts_of(batch)[~is_bad], texts_of(whole)[~is_bad])
+        replaced += int(is_bad.sum())
+    return replaced
+
+
+def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
+    """The loader, as if it had met the bad samples already."""
+    for source, sample in sorted(bad):
+        loader._bad.add(source, sample, "told by the test")
+    return loader
+
+
+def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
+    for one, other in zip(batches, others, strict=True):
+        for name in ("images", "sample_ids", "scheduled_ids", "source_ids", "slots"):
+            assert torch.equal(getattr(one, name), getattr(other, name)), (one.step, name)
+        assert torch.equal(texts_of(one), texts_of(other))
+
+
+@pytest.mark.parametrize("kind", ["flipped byte", "html", "gif", "cut png", "wrong size"])
+def test_one_bad_sample_is_replaced_and_nothing_else_changes(
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts, kind: str
+) -> None:
+    expected = take(make_loader(sound, prompts))
+    bad = 17
+    if kind == "flipped byte":
+        flip_byte(folders[CAPTIONED], bad)
+    elif kind == "wrong size":  # a sound picture, smaller than the index says
+        store(folders[CAPTIONED], bad, culprits._sound_picture().tobytes())
+    else:
+        store(folders[CAPTIONED], bad, undecodable(kind))
+    batches = take(make_loader(spoilt(), prompts))
+    assert assert_only_bad_ones_differ(batches, expected, {(CAPTIONED, bad)}) >= 1
+
+
+def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
+) -> None:
+    """Fed from sound data by a plan that has the substitutes in it: the same bits."""
+    bad = {(LABELLED, 5), (LABELLED, 40), (CAPTIONED, 17), (CAPTIONED, 20)}
+    for source, sample in sorted(bad):
+        flip_byte(folders[source], sample)
+    batches = take(make_loader(spoilt(), prompts))
+    loader = make_loader(sound, prompts)
+    plan_of = loader.plan.batch
+
+    def with_substitutes(step: int, *, rank: int, world_size: int) -> Any:
+        planned = plan_of(step, rank=rank, world_size=world_size)
+        for place, pair in enumerate(planned_pairs_of(planned)):
+            if pair in bad:
+                chosen = next(
+                    one
+                    for attempt in itertools.count(1)
+                    if (pair[0], int((one := loader.plan.substitute(
+                        step, planned.slots[[place]], attempt=attempt)).sample_ids[0])) not in bad
+                )  # fmt: skip
+                for name in ("sample_ids", "window_starts", "window_shapes", "flips", "captions"):
+                    getattr(planned, name)[place] = getattr(chosen, name)[0]
+                for name in ("labels", "templates"):
+                    getattr(planned, name)[place] = getattr(chosen, name)[0]
+        return planned
+
+    loader.plan.batch = with_substitutes  # type: ignore[method-assign]
+    for one, other in zip(batches, take(loader), strict=True):
+        assert torch.equal(one.images, other.images)
+        assert torch.equal(texts_of(one), texts_of(other))
+
+
+def planned_pairs_of(planned: Any) -> list[tuple[int, int]]:
+    return list(zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True))
+
+
+def many_bad(loader: TrainLoader) -> dict[tuple[int, int], str]:
+    """Of both kinds and sources; several of one batch; also the first two substitutes of one."""
+    first = planned_pairs(loader, 2)
+    kinds = ("flip", "html", "gif", "flip", "cut png")
+    bad = dict(zip(first[:5], kinds, strict=True))
+    slot = np.array([0], dtype=np.int64)
+    for attempt, kind in ((1, "flip"), (2, "html")):
+        substitute = loader.plan.substitute(2, slot, attempt=attempt)
+        bad[(first[0][0], int(substitute.sample_ids[0]))] = kind
+    bad[planned_pairs(loader, 3)[7]] = "gif"
+    bad[planned_pairs(loader, 7)[1]] = "html"
+    return bad
+
+
+def spoil(folders: Sequence[Path], bad: dict[tuple[int, int], str]) -> None:
+    for (source, sample), kind in bad.items():
+        if kind == "flip":
+            flip_byte(folders[source], sample)
+        else:
+            store(folders[source], sample, undecodable(kind))
+
+
+def test_many_bad_ones_of_both_kinds_and_bad_substitutes(
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
+) -> None:
+    loader = make_loader(sound, prompts)
+    expected = take(loader)
+    bad = many_bad(loader)
+    assert len(bad) >= 8
+    spoil(folders, bad)
+    batches = take(make_loader(spoilt(), prompts))
+    assert assert_only_bad_ones_differ(batches, expected, set(bad)) >= len(bad)
+    # known beforehand, they are replaced by the same, on data where nothing is wrong with them
+    assert_same(batches, take(remembering(make_loader(sound, prompts), set(bad))))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_join_to_the_same_global_batches(
+    sound: list[PackedDataset],
+    folders: list[Path],
+    spoilt: Any,
+    prompts: ClassPrompts,
+    world_size: int,
+) -> None:
+    spoil(folders, many_bad(make_loader(sound, prompts)))
+    datasets = spoilt()
+    whole = take(make_loader(datasets, prompts), count=9)
+    ranks = [
+        take(make_loader(datasets, prompts, rank=rank, world_size=world_size), count=9)
+        for rank in range(world_size)
+    ]
+    for step, expected in enumerate(whole):
+        parts = [batches[step] for batches in ranks]
+        for name in ("images", "sample_ids", "scheduled_ids", "source_ids", "slots"):
+            joined = torch.cat([getattr(part, name) for part in parts])
+            assert torch.equal(joined, getattr(expected, name)), name
+        assert torch.equal(torch.cat([texts_of(part) for part in parts]), texts_of(expected))
+
+
+@pytest.mark.parametrize("start", [2, 3, 8])
+def test_a_restart_gives_the_same_with_and_without_memory(
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts, start: int
+) -> None:
+    spoil(folders, many_bad(make_loader(sound, prompts)))
+    loader = make_loader(spoilt(), prompts)
+    whole = take(loader)
+    assert_same(whole[start:], take(loader, start=start, count=STEPS - start))
+    anew = make_loader(spoilt(), prompts)
+    assert_same(whole[start:], take(anew, start=start, count=STEPS - start))
+
+
+def test_batches_handed_out_stay_what_they_were(
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
+) -> None:
+    spoil(folders, many_bad(make_loader(sound, prompts)))
+    loader = make_loader(spoilt(), prompts)
+    held, copies = [], []
+    for batch in itertools.islice(loader.batches(0), STEPS):
+        held.append(batch.images)
+        copies.append(batch.images.clone())
+    loader.close()
+    for images, copy in zip(held, copies, strict=True):
+        assert torch.equal(images, copy)
+
+
+def test_a_shard_cut_or_deleted_while_it_is_read_is_replaced_sample_by_sample(
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
+) -> None:
+    expected = take(make_loader(sound, prompts))
+    datasets = spoilt()
+    names = [datasets[LABELLED].shard_of(i) for i in range(len(sound[LABELLED]))]
+    cut, gone = names[0], names[-1]
+    assert cut != gone
+    loader = make_loader(datasets, prompts)
+    running = loader.batches(0)
+    batches = [next(running)]
+    os.truncate(folders[LABELLED] / cut, 700)  # some of its samples have been read, or are being
+    datasets[LABELLED]._reader._files.clear()  # as if none had been opened yet
+    (folders[LABELLED] / gone).unlink()
+    batches += list(itertools.islice(running, STEPS - 1))
+    loader.close()
+    bad = {(LABELLED, i) for i, name in enumerate(names) if name in (cut, gone)}
+    # by then up to four more batches had been prepared
+    assert assert_only_bad_ones_differ(batches[5:], expected[5:], bad) > 3
+    shown = [b.sample_ids == b.scheduled_ids for b in batches[:5]]
+    for batch, whole, same in zip(batches, expected, shown, strict=False):
+        assert torch.equal(batch.images[same], whole.images[same])
+
+
+def test_a_deleted_file_that_is_open_is_read_on(
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
+) -> None:
+    datasets = spoilt()
+    for dataset in datasets:
+        for i in range(len(dataset)):
+            dataset.image_bytes(i)
+    for folder in folders:
+        for path in folder.iterdir():
+            path.unlink()
+    assert_same(take(make_loader(datasets, prompts)), take(make_loader(sound, prompts)))
+
+
+def test_arrays_cut_in_place_end_the_run_with_a_sentence(
+    folders: list[Path], spoilt: Any, prompts: ClassPrompts
+) -> None:
+    loader = make_loader(spoilt(), prompts)
+    running = loader.batches(0)
+    next(running)
+    os.truncate(folders[CAPTIONED] / "tokens.npy", 200)
+    with pytest.raises(DamagedDatasetError, match=r"tokens\.npy was cut from \d+ to 200 bytes"):
+        list(itertools.islice(running, 10))
+    loader.close()
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_quarantine_file_lists_each_once_over_ranks_and_restarts(
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    bad = many_bad(make_loader(sound, prompts))
+    spoil(folders, bad)
+    path = tmp_path / "run" / "quarantine.csv"
+    take(make_loader(sound, prompts, quarantine=path))
+    assert not path.exists()
+    datasets = spoilt()
+    for world_size in (2, 1):
+        loaders = [
+            make_loader(datasets, prompts, rank=rank, world_size=world_size, quarantine=path)
+            for rank in range(world_size)
+        ]
+        running = [loader.batches(0) for loader in loaders]
+        for _ in range(3 * STEPS):
+            for batches in running:
+                next(batches)
+        for loader in loaders:
+            loader.close()
+    rows = rows_of(path)
+    places = {str(folder): source for source, folder in enumerate(folders)}
+    assert sorted((places[row["data_set"]], int(row["key"])) for row in rows) == sorted(bad)
+    for row in rows:
+        source = places[row["data_set"]]
+        sample = int(row["key"])
+        assert row["key"] == f"{sample:010d}"
+        assert row["shard"] == datasets[source].shard_of(sample)
+        assert int(row["offset"]) == datasets[source].samples[sample]["offset"]
+        wanted = "checksum" if bad[source, sample] == "flip" else "the decoder refuses it"
+        assert wanted in row["reason"]
+        assert len(row["reason"]) < 300
+    said = [record.message for record in caplog.records if "BAD SAMPLE" in record.message]
+    assert len(said) == 5 * 3  # the first five of each of three loaders
+    assert str(path) in caplog.text
+
+
+def test_when_nothing_is_good_the_run_ends_and_says_where_to_look(
+    folders: list[Path], spoilt: Any, prompts: ClassPrompts, tmp_path: Path
+) -> None:
+    datasets = spoilt()
+    for shard in folders[LABELLED].glob("*.tar"):
+        shard.unlink()
+    loader = make_loader(datasets, prompts, quarantine=tmp_path / "quarantine.csv")
+    with pytest.raises(
+        TooManyBadSamplesError, match=rf"step 0: .*{MAX_ATTEMPTS} others.*quarantine\.csv"
+    ):
+        next(loader.batches(0))
+    loader.close()
+
+
+def test_a_decoder_that_fails_at_everything_condemns_nothing(
+    folders: list[Path],
+    spoilt: Any,
+    prompts: ClassPrompts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    store(folders[CAPTIONED], 17, undecodable("html"))
+    no_picture = np.frombuffer(b"as if the device were gone", dtype=np.uint8)
+    monkeypatch.setattr(culprits, "_sound_picture", lambda: no_picture)
+    loader = make_loader(spoilt(), prompts, quarantine=tmp_path / "quarantine.csv")
+    with pytest.raises(DecodingError):
+        list(itertools.islice(loader.batches(0), STEPS))
+    loader.close()
+    assert not (tmp_path / "quarantine.csv").exists()
+
+
+def test_a_batch_that_fails_though_its_pictures_do_not_is_named_by_its_step(
+    folders: list[Path], spoilt: Any, prompts: ClassPrompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store(folders[CAPTIONED], 17, undecodable("html"))
+    loader = make_loader(spoilt(), prompts)
+    step = next(s for s in itertools.count() if (CAPTIONED, 17) in planned_pairs(loader, s))
+    monkeypatch.setattr("unicl_fast.pipelines.loader.find_undecodable", lambda *_, **__: {})
+    with pytest.raises(DecodingError, match=rf"step {step}, rank 0: .*alone: nvImageCodec"):
+        list(itertools.islice(loader.batches(0), STEPS))
+    loader.close()
+
+
+def test_evaluation_names_what_it_cannot_show_and_replaces_nothing(
+    folders: list[Path], spoilt: Any
+) -> None:
+    data = DataConfig(image_size=32, evaluation_resize=36, threads=2)
+    store(folders[CAPTIONED], 47, undecodable("html"))
+    store(folders[CAPTIONED], 45, undecodable("gif"))
+    dataset = spoilt()[CAPTIONED]
+    loader = EvaluationLoader(dataset, data, batch_size=5)
+    batches = iter(loader)
+    assert sum(len(next(batches).sample_ids) for _ in range(9)) == 45
+    with pytest.raises(DecodingError, match=r"sample 0000000045.*sample 0000000047") as caught:
+        next(batches)
+    assert str(caught.value).count("sample 0") == 2
+    flip_byte(folders[CAPTIONED], 3)
+    with pytest.raises(DamagedSampleError, match="sample 0000000003 .*checksum"):
+        list(loader)
+    shard_of(folders[CAPTIONED], 3).unlink()
+    with (
+        PackedDataset(folders[CAPTIONED], max_bad_fraction=1.0) as opened_later,
+        pytest.raises(DamagedSampleError, match="sample 0000000000 .*cannot be read.*No such file"),
+    ):
+        list(EvaluationLoader(opened_later, data, batch_size=5))
