@@ -47,6 +47,7 @@ class CheckpointWriter:
         self.best: Best | None = None
         """Of those whose checkpoint is on the disk."""
         self._copies = HostCopies()
+        self._metric: str | None = None
         self._last_step: int | None = None
         self._thread: threading.Thread | None = None
         self._pinning: threading.Thread | None = None
@@ -65,6 +66,7 @@ class CheckpointWriter:
         """
         self.wait()
         set_later_checkpoints_aside(self.folder, step=step)
+        self._metric = metric
         self.best = find_best(self.folder, metric=metric, lines=lines)
         if self.folder.is_dir():
             write_best(self.folder, self.best)
@@ -107,11 +109,28 @@ class CheckpointWriter:
         """Whether the checkpoint of a step is there, or being written."""
         return self._last_step == step or (self.folder / checkpoint_name(step)).is_dir()
 
-    def would_be_best(self, value: float) -> bool:
-        """Whether a number is higher than that of any checkpoint on the disk."""
+    def better_than_best(self, step: int, numbers: Mapping[str, float]) -> Best | None:
+        """The step as the new best, if its number is higher than that of any on the disk.
+
+        Args:
+            step: that was evaluated.
+            numbers: of its evaluations, by their keys in metrics.jsonl.
+        """
+        if self._metric is None:
+            return None
+        if self._metric not in numbers:
+            logger.warning(
+                "no best checkpoint is kept: checkpoint.best means %s, and evaluations give %s",
+                self._metric, ", ".join(numbers) or "nothing",
+            )  # fmt: skip
+            self._metric = None
+            return None
         if self._pinning is not None:
             self._pinning.join()  # of an evaluation before
-        return math.isfinite(value) and (self.best is None or value > self.best.value)
+        value = numbers[self._metric]
+        if not math.isfinite(value) or (self.best is not None and value <= self.best.value):
+            return None
+        return Best(step, self._metric, value)
 
     def keep_as_best(self, best: Best) -> None:
         """Makes a checkpoint that `has` says is there the best, once it is written."""

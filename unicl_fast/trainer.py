@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from unicl_fast.batch import Batch, Loader
-from unicl_fast.best import Best, choose_metric
+from unicl_fast.best import choose_metric
 from unicl_fast.cached_gradients import (
     back_propagate_in_micro_batches,
     refuse_batch_statistics,
@@ -206,7 +206,7 @@ class Trainer:
             if self._checkpoints is not None:
                 self._checkpoints.begin(step=self.step, metric=metric, lines=lines)
             if self._owes_evaluation(lines):
-                self._evaluate(metrics, best_metric=metric)
+                self._evaluate(metrics)
             batches = self.loader.batches(self.step)
             meter = StepMeter()
             while self.step < self.total_steps:
@@ -227,7 +227,7 @@ class Trainer:
                         self._leave(interruption)
                     if self._is_due(self.config.run.evaluate_every_steps):
                         self._check_finite(meter)
-                        self._evaluate(metrics, best_metric=metric)
+                        self._evaluate(metrics)
 
     def _leave(self, interruption: Interruption) -> NoReturn:
         if self.ranks.world_size > 1:  # nobody leaves before the checkpoint is whole
@@ -346,7 +346,7 @@ class Trainer:
             )
         return bool(gather_integers(int(owes), self.ranks)[0])
 
-    def _evaluate(self, metrics: MetricsWriter | None, *, best_metric: str | None) -> None:
+    def _evaluate(self, metrics: MetricsWriter | None) -> None:
         model = self.evaluated_model.eval()
         if self.ranks.world_size > 1:
             # DDP gives rank 0's BatchNorm averages to the others before a forward pass, not after
@@ -360,12 +360,13 @@ class Trainer:
                 metrics.write({"step": self.step, **results})
                 shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
                 tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
-        if self._checkpoints is not None and best_metric in numbers:
-            value = numbers[best_metric]
-            if self._checkpoints.would_be_best(value):
-                if not self._checkpoints.has(self.step):  # evaluations have a cadence of their own
-                    self.save(must=False)
-                self._checkpoints.keep_as_best(Best(self.step, best_metric, value))
+        if self._checkpoints is None:
+            return
+        best = self._checkpoints.better_than_best(self.step, numbers)
+        if best is not None:
+            if not self._checkpoints.has(self.step):  # evaluations have a cadence of their own
+                self.save(must=False)
+            self._checkpoints.keep_as_best(best)
 
     def _check_finite(self, meter: StepMeter) -> None:
         steps = meter.read()
