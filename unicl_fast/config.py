@@ -173,9 +173,18 @@ class OptimConfig:
     """Decoupled weight decay; none on 1-D parameters, biases, logit_scale and position tables."""
     clip_norm: float = 5.0
     """Gradients are scaled down to this global norm; 0 leaves them alone."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights, which is evaluated and stored beside them, for
+    example 0.9999; 0 keeps none."""
+    ema_warmup: bool = True
+    """Let the decay climb to ema_decay as 1 - step ** (-2/3), so that the first, random weights are
+    soon forgotten; False takes ema_decay from the second step on."""
 
     def __post_init__(self) -> None:
         _require_known_choices("optim", self)
+        _require(
+            0 <= self.ema_decay < 1, f"optim.ema_decay must lie in [0, 1), not {self.ema_decay}"
+        )
         _require(self.lr > 0, f"optim.lr must be positive, not {self.lr}")
         _require(self.lr_batch_size >= 0, "optim.lr_batch_size must not be negative")
         _require(0 <= self.lr_min <= self.lr, "optim.lr_min must lie between 0 and optim.lr")
@@ -235,6 +244,9 @@ class CheckpointConfig:
     """Steps between checkpoints; the last step always writes one. 0 writes only the last."""
     keep: int = 3
     """How many of the newest checkpoints stay on disk; 0 keeps all."""
+    best: str = ""
+    """The number of an evaluation whose highest value keeps its checkpoint too, for example
+    zero_shot/NAME/top1; empty takes top1 of the first data set in data.evaluate; none: no best."""
 
     def __post_init__(self) -> None:
         _require(self.every_steps >= 0, "checkpoint.every_steps must not be negative")
