@@ -252,7 +252,7 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
 
     if slow and ranks.rank == 1:
         ledger._write = write_late
-    with mock.patch("unicl_fast.trainer.save_checkpoint", save):
+    with mock.patch("unicl_fast.checkpoint_writer.CheckpointWriter.write", save):
         trainer.fit()
     if ranks.is_main:
         (folder / "found.json").write_text(json.dumps(found))

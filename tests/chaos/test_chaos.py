@@ -1,0 +1,47 @@
+"""The chaos run as a test: short by default, in full among the slow ones."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytestmark = [pytest.mark.dali, pytest.mark.dist]
+
+
+def run_chaos(folder: Path, *, kills: int, checkpoint_kills: int, damage: str) -> dict:
+    report = folder / "report.json"
+    done = subprocess.run(
+        [
+            *(sys.executable, Path(__file__).with_name("chaos_run.py"), "--out", folder / "chaos"),
+            *("--kills", str(kills), "--checkpoint-kills", str(checkpoint_kills)),
+            *("--damage", damage, "--json", report),
+        ],
+        capture_output=True,
+        text=True,
+    )
+    assert report.is_file(), done.stderr[-4000:]
+    found = json.loads(report.read_text(encoding="utf-8"))
+    assert found["faults"] == []
+    assert done.returncode == 0
+    assert found["kills"] == kills
+    assert found["ledger"]["samples_lost"] == found["ledger"]["scheduled_twice_in_a_pass"] == 0
+    return found
+
+
+@pytest.mark.timeout(280)
+def test_a_run_that_is_killed_three_times_loses_nothing(tmp_path: Path) -> None:
+    run_chaos(tmp_path, kills=3, checkpoint_kills=1, damage="before")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)
+@pytest.mark.parametrize("damage", ["before", "midway"])
+def test_a_run_that_is_killed_twenty_times_loses_nothing(tmp_path: Path, damage: str) -> None:
+    report = run_chaos(tmp_path, kills=20, checkpoint_kills=8, damage=damage)
+    assert report["kills_while_a_checkpoint_was_written"] >= 5
+    assert report["rank_changes"] >= 4
+    assert report["mean_steps_between_kills"] >= 10
