@@ -14,12 +14,13 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipelines", "tools", "benchmarks")
 # Lower rooms know nothing of higher ones; modules not named are free to know any library module.
 LIBRARY_LEVELS = [
-    {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"},
+    {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"}
+    | {"stages", "ending_at_once"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
-    | {"interruption"},
+    | {"interruption", "heartbeats", "watchdog"},
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
     | {"positives", "loss_tiled", "loss"},
-    {"collate", "presets", "checkpoint", "compilation"},
+    {"collate", "presets", "checkpoint", "compilation", "bad_steps"},
     {"step", "cached_gradients", "evaluation"},
     {"trainer", "memory_check"},
 ]

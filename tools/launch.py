@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from unicl_fast.interruption import EXIT_INTERRUPTED
+from unicl_fast import ending_at_once
+from unicl_fast.ending_at_once import EXIT_INTERRUPTED
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.dist import Ranks
@@ -25,6 +26,7 @@ if TYPE_CHECKING:  # it imports torch, for which --help need not wait
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 30.0
+_SECONDS_TO_FOLLOW = 10.0
 _LIBC = ctypes.CDLL(None)
 
 
@@ -63,6 +65,12 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
     sys.exit(_Ranks(started).wait())
 
 
+def end_with_torchrun() -> None:
+    """Under torchrun, ends this rank when torchrun is gone, as those of `start_ranks` do."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with(os.getppid())
+
+
 def _end_with(parent: int) -> None:
     """Asks the kernel to end this process when its parent is gone, however that happens."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -75,13 +83,16 @@ class _Ranks:
 
     def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         self._ranks = ranks
-        self._deadline = math.inf
+        self._deadline = self._patience = math.inf
         self._num_interrupts = 0
+        self._forwarded: set[int] = set()
+        ending_at_once.forbid()  # the ranks decide
         for number in _FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._forward)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        self._forwarded.add(number)
         self._send(number)
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts == 2:  # a rank in the middle of a collective does not hear it
@@ -96,17 +107,31 @@ class _Ranks:
         """The exit code of the first rank that did not end well; 0 if all did."""
         code = 0
         while any(rank.poll() is None for rank in self._ranks):
-            failed = [rank.returncode for rank in self._ranks if rank.returncode]
-            if failed and not code:
-                code = failed[0]
-                if code != EXIT_INTERRUPTED:  # then all stop by themselves, at the same step
-                    self._send(signal.SIGTERM)
-                    self._deadline = time.monotonic() + _SECONDS_TO_END
+            code = code or self._worst_code()
+            if code and self._patience == math.inf:
+                # asked to stop, all end by themselves, at the same step; if not, they are told to
+                self._patience = time.monotonic()
+                self._patience += _SECONDS_TO_FOLLOW if code == EXIT_INTERRUPTED else 0
+            if time.monotonic() >= self._patience and self._deadline == math.inf:
+                self._send(signal.SIGTERM)
+                self._deadline = time.monotonic() + _SECONDS_TO_END
             if time.monotonic() > self._deadline:
-                self._send(signal.SIGKILL)
+                self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
-        code = code or next((rank.returncode for rank in self._ranks if rank.returncode), 0)
-        return code if code >= 0 else 128 - code
+        return code or self._worst_code()
+
+    def _worst_code(self) -> int:
+        """Of the ranks that have ended by now, as a shell would tell it; 0 if all went well."""
+        codes = [self._code_of(rank) for rank in self._ranks if rank.returncode]
+        # one that ended at once may have torn another out of a collective
+        if self._forwarded and EXIT_INTERRUPTED in codes:
+            return EXIT_INTERRUPTED
+        return codes[0] if codes else 0
+
+    def _code_of(self, rank: subprocess.Popen[bytes]) -> int:
+        if -rank.returncode in self._forwarded:  # it had not begun to listen
+            return EXIT_INTERRUPTED
+        return rank.returncode if rank.returncode > 0 else 128 - rank.returncode
 
 
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:

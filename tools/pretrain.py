@@ -13,12 +13,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from unicl_fast.config import TrainConfig
-from unicl_fast.interruption import EXIT_INTERRUPTED, Interrupted
+from unicl_fast.ending_at_once import EXIT_ABORTED, EXIT_INTERRUPTED, ending_at_once
+from unicl_fast.interruption import Interrupted
 from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.tools.launch import start_ranks, stop
+from unicl_fast.tools.launch import end_with_torchrun, start_ranks, stop
 
 _DEFAULT_PRESET = "swin-tiny"
 
@@ -43,8 +42,13 @@ class PretrainArguments(TrainConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 2 on wrong input."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Entry point; exits with 2 on wrong input, and as docs/architecture.md says otherwise."""
+    # first of all: whoever wants the machine back may say so at any time
+    with ending_at_once("unicl-pretrain"):
+        _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     config = split_config(arguments)
     if arguments.nproc < 1:
@@ -63,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             stop("unicl-pretrain", error, code=2)
         start_ranks("unicl_fast.tools.pretrain", nproc=nproc, argv=argv)
     adopt_slurm_ranks()
+    end_with_torchrun()
     keep_freed_memory()
     try:
         pretrain(config, run_folder=run_folder, resume=resume)
@@ -73,7 +78,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"unicl-pretrain: {error}; go on with --resume auto", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        stop("unicl-pretrain", Interrupted("ended at once; checkpoints are from before"), code=130)
+        stop(
+            "unicl-pretrain",
+            Interrupted("ended at once; checkpoints are from before"),
+            code=EXIT_ABORTED,
+        )
     except (FloatingPointError, OSError, RuntimeError) as error:
         stop("unicl-pretrain", error, code=1)
 
@@ -88,6 +97,8 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     except ValueError as error:
         stop("unicl-pretrain", error, code=2)
     groups = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
+    import tyro  # here, so that signals are heard before it is imported
+
     default = PretrainArguments(**groups, preset=name, out=tyro.MISSING)
     return tyro.cli(
         PretrainArguments,

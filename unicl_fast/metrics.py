@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from types import TracebackType
 
@@ -53,11 +53,12 @@ class StepMeter:
             global_batch_size: samples of all ranks in a step.
         """
         steps = self.read()
-        values = {"loss": _mean([loss for loss, _ in steps])}
-        # JSON knows no infinity: overflows that the loss scaler skipped are left out
-        finite = [norm for _, norm in steps if math.isfinite(norm)]
-        if finite:
-            values["grad_norm"] = _mean(finite)
+        values = {}
+        # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
+        for name, column in (("loss", 0), ("grad_norm", 1)):
+            finite = [step[column] for step in steps if math.isfinite(step[column])]
+            if finite:
+                values[name] = _mean(finite)
         elapsed = time.perf_counter() - self._started
         values["images_per_second"] = len(steps) * global_batch_size / elapsed
         values["data_wait_fraction"] = self._wait_seconds / elapsed
@@ -123,6 +124,13 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     """
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def unwritten_evaluations(run_folder: Path, names: Collection[str], *, step: int) -> list[str]:
+    """Those of the named evaluations that have no line in metrics.jsonl at `step`."""
+    lines = [line for line in read_metrics(run_folder) if line["step"] == step]
+    written = {key for line in lines for key in line}
+    return [name for name in names if not any(key.startswith(f"{name}/") for key in written)]
 
 
 def _step_of(line: str) -> float:

@@ -12,7 +12,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from unicl_fast.bad_steps import BadSteps, KeptStatistics
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.cached_gradients import (
     back_propagate_in_micro_batches,
@@ -34,12 +35,14 @@ from unicl_fast.checkpoint import (
 )
 from unicl_fast.compilation import compile_encoders
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.dist import Ranks
+from unicl_fast.dist import Ranks, from_rank_0
+from unicl_fast.evaluation.progress import EvaluationStopped, stopping_when
 from unicl_fast.interruption import Interrupted, Interruption
-from unicl_fast.metrics import MetricsWriter, StepMeter
+from unicl_fast.metrics import MetricsWriter, StepMeter, unwritten_evaluations
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, update_unless
 from unicl_fast.precision import Precision, place_module
+from unicl_fast.stages import WaitingForRanks, mark
 from unicl_fast.step import global_loss
 
 logger = logging.getLogger(__name__)
@@ -48,6 +51,9 @@ Evaluation = Callable[[UniCL], Mapping[str, float]]
 
 # Samples are numbered by step, batch size and seed: with others a run would go on elsewhere.
 _MUST_NOT_CHANGE = {"run": ("seed", "global_batch_size"), "efficiency": ("precision",)}
+
+# A first step fills caches and makes kernels, and torch.compile meets most sizes in a few steps.
+_COMPILING_STEPS = 16
 
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
@@ -118,6 +124,8 @@ class Trainer:
         self.evaluations = dict(evaluations or {})
         self.data = dict(data or {})
         self.step = 0
+        self._start_step = 0  # of this process
+        self._saved_step = 0
         self._show_progress = progress and self.ranks.is_main
 
         precision = Precision(config.efficiency.precision)
@@ -135,6 +143,14 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
         self.scaler = precision.build_scaler(self.device.type)
+        self._statistics = KeptStatistics(self.model) if config.run.max_bad_steps else None
+        self._bad_steps = BadSteps(
+            config,
+            ranks=self.ranks,
+            run_folder=run_folder,
+            scales_loss=self.scaler.is_enabled(),
+        )
+        self._last_metrics: dict[str, float] = {}
 
     def resume(self, checkpoint: Path) -> None:
         """Goes back to a checkpoint of this run.
@@ -163,7 +179,8 @@ class Trainer:
         restore_checkpoint(
             checkpoint, state, model=self.model, optimizer=self.optimizer, scaler=self.scaler
         )
-        self.step = state.step
+        self.step = self._saved_step = state.step
+        self._bad_steps.start_at(self.step)
         logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
 
     def fit(self) -> None:
@@ -173,9 +190,10 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; a checkpoint of the last step is written.
-            FloatingPointError: a loss or a gradient norm was not finite; names the step. Told at
-                the next logging or checkpoint.
+            FloatingPointError: a loss or a gradient norm was not finite, once more than
+                `run.max_bad_steps`; names the step. Told at the next logging or checkpoint.
         """
+        self._start_step = self.step
         with (
             self._metrics() as metrics,
             self._progress_bar() as bar,
@@ -183,14 +201,18 @@ class Trainer:
         ):
             if self.run_folder is not None and self.ranks.is_main:
                 set_later_checkpoints_aside(self.run_folder / "checkpoints", step=self.step)
+            if not self._evaluate(metrics, interruption, self._owed_evaluations()):
+                self._leave(interruption)
             batches = self.loader.batches(self.step)
             meter = StepMeter()
             while self.step < self.total_steps:
+                self._mark("waiting for the next batch")
                 started = time.perf_counter()
                 batch = next(batches).to(self.device)
                 wait_seconds = time.perf_counter() - started
                 loss, grad_norm = self.train_step(batch)
                 meter.add(loss=loss, grad_norm=grad_norm, wait_seconds=wait_seconds)
+                self._bad_steps.remember(batch)
                 bar.update()
                 stops = interruption.has_come(self.ranks)
                 if self._is_due(self.config.run.log_every_steps):
@@ -201,11 +223,26 @@ class Trainer:
                         self.save(must=stops or self.step == self.total_steps)
                     if stops and self.step < self.total_steps:
                         self._leave(interruption)
-                    if self._is_due(self.config.run.evaluate_every_steps):
-                        self._evaluate(metrics)
+                    if self._is_due(self.config.run.evaluate_every_steps) and not self._evaluate(
+                        metrics, interruption, self.evaluations
+                    ):
+                        self._check_finite(meter)
+                        if self._saved_step != self.step:
+                            self.save()
+                        self._leave(interruption)
+
+    def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
+        """Tells a watchdog what begins now (see `stages`)."""
+        steps_done = self.step - self._start_step
+        patience = 1.0 if steps_done else 3.0
+        if self.config.efficiency.compile and steps_done < _COMPILING_STEPS:
+            patience = 6.0
+        waits_for_ranks = waits_for_ranks and self.ranks.world_size > 1
+        mark(stage, self.step, patience=patience, waits_for_ranks=waits_for_ranks)
 
     def _leave(self, interruption: Interruption) -> NoReturn:
         if self.ranks.world_size > 1:  # nobody leaves before the checkpoint is whole
+            self._mark("leaving: waiting for other ranks", waits_for_ranks=True)
             torch.distributed.barrier(group=self.ranks.host_group)
         name = interruption.signal_name or "another rank's signal"
         raise Interrupted(f"stopped by {name} after step {self.step} of {self.total_steps}")
@@ -219,10 +256,21 @@ class Trainer:
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
+        self._mark("step")
         self.model.train()
+        if self._statistics is not None:
+            self._statistics.keep()
         self.optimizer.zero_grad()  # sets them to None; apex's takes no argument that would say so
         loss = self.back_propagate(batch)
-        return loss, self.update(loss)
+        self._mark("step: update", waits_for_ranks=True)  # the host may wait for the device's norm
+        grad_norm = self.update(loss)
+        if self._statistics is not None:
+            # the loss scaler's overflows are no bad steps: their activations are sound
+            is_good = loss.isfinite()
+            if not self.scaler.is_enabled():
+                is_good &= grad_norm.isfinite()
+            self._statistics.put_back_where(~is_good)
+        return loss, grad_norm
 
     def update(self, loss: Tensor) -> Tensor:
         """The second half of `train_step`, when gradients are there; returns their norm."""
@@ -260,6 +308,8 @@ class Trainer:
         return loss.detach()
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
+        # what follows is the backward pass, at whose end DDP waits for the others
+        self._mark("step: back-propagating", waits_for_ranks=True)
         # DDP averages parameter gradients over ranks; ours are to be summed
         return self.scaler.scale(loss * self.ranks.world_size)
 
@@ -272,6 +322,7 @@ class Trainer:
         """
         if self.run_folder is None or not self.ranks.is_main:
             return
+        self._mark("checkpoint")
         try:
             save_checkpoint(
                 self.run_folder / "checkpoints",
@@ -282,6 +333,7 @@ class Trainer:
                 data=self.data,
                 keep=self.config.checkpoint.keep,
             )
+            self._saved_step = self.step
         except OSError as error:
             if must:
                 raise
@@ -297,42 +349,64 @@ class Trainer:
             "step": self.step,
             "samples_seen": self.step * global_batch_size,
             **meter.summary(global_batch_size=global_batch_size),
+            "bad_steps": self._bad_steps.count,
             "logit_scale": float(self.model.logit_scale.detach()),
             "lr": self.optimizer.param_groups[0]["lr"],
         }
+        self._last_metrics = values
         if metrics is not None:
             metrics.write(values)
         bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s, "
+            f"loss {values.get('loss', math.nan):.3f}, {values['images_per_second']:.0f} images/s, "
             f"{values['data_wait_fraction']:.0%} waiting for data",
             refresh=False,
         )
 
-    def _evaluate(self, metrics: MetricsWriter | None) -> None:
+    def _owed_evaluations(self) -> list[str]:
+        """Those of the step that the run goes on from which were cut off: they have no line yet."""
+        owed: list[str] = []
+        is_due = self.step > 0 and self._is_due(self.config.run.evaluate_every_steps)
+        if is_due and self.run_folder is not None and self.ranks.is_main:
+            owed = unwritten_evaluations(self.run_folder, self.evaluations, step=self.step)
+        names: list[str] = from_rank_0(owed, self.ranks)
+        return names
+
+    def _evaluate(
+        self, metrics: MetricsWriter | None, interruption: Interruption, names: Iterable[str]
+    ) -> bool:
+        """Writes what the named evaluations say of the present step.
+
+        Returns:
+            Whether all came to their end, the same on all ranks; a signal stops them, and they are
+            made up for when the run goes on.
+        """
+        try:
+            with stopping_when(lambda: bool(interruption.signal_name)):
+                for name in names:
+                    self._mark("evaluation")
+                    self._evaluate_one(name, metrics)
+        except EvaluationStopped:
+            return False
+        return True
+
+    def _evaluate_one(self, name: str, metrics: MetricsWriter | None) -> None:
         self.model.eval()
         if self.ranks.world_size > 1:
             # DDP gives rank 0's BatchNorm averages to the others before a forward pass, not after
-            for buffer in self.model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-        for name, evaluation in self.evaluations.items():
-            results = {f"{name}/{key}": value for key, value in evaluation(self.model).items()}
-            if metrics is not None:
-                metrics.write({"step": self.step, **results})
-                shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
-                tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
+            with WaitingForRanks():
+                for buffer in self.model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+        results = self.evaluations[name](self.model).items()
+        values = {f"{name}/{key}": value for key, value in results}
+        if metrics is not None:
+            metrics.write({"step": self.step, **values})
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
 
     def _check_finite(self, meter: StepMeter) -> None:
+        self._mark("reading the loss", waits_for_ranks=True)
         steps = meter.read()
-        for step, (loss, grad_norm) in enumerate(steps, start=self.step - len(steps)):
-            watched = {"loss": loss}
-            if not self.scaler.is_enabled():  # the scaler tries how far it can go
-                watched["gradient norm"] = grad_norm
-            for what, value in watched.items():
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the {what} of step {step} is {value}, and the update was left out: lower "
-                        "optim.lr or lengthen the warm-up; checkpoints are from before"
-                    )
+        self._bad_steps.judge(steps, done=self.step, last_metrics=self._last_metrics)
         overflowed = bool(steps) and not any(math.isfinite(norm) for _, norm in steps)
         # updates are left out while the scale halves; below 1 it has nothing more to give
         if overflowed and self.scaler.is_enabled() and self.scaler.get_scale() < 1:
