@@ -15,7 +15,7 @@ ROOMS = ("pipelines", "tools", "benchmarks")
 # Lower rooms know nothing of higher ones; modules not named are free to know any library module.
 LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"}
-    | {"stages", "ending_at_once"},
+    | {"stages", "ending_at_once", "exit_codes"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
     | {"interruption", "heartbeats", "watchdog"},
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}

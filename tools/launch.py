@@ -18,7 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from unicl_fast import ending_at_once
-from unicl_fast.ending_at_once import EXIT_INTERRUPTED
+from unicl_fast.exit_codes import EXIT_HUNG, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.dist import Ranks
@@ -114,7 +114,9 @@ class _Ranks:
                 self._patience += _SECONDS_TO_FOLLOW if code == EXIT_INTERRUPTED else 0
             if time.monotonic() >= self._patience and self._deadline == math.inf:
                 self._send(signal.SIGTERM)
-                self._deadline = time.monotonic() + _SECONDS_TO_END
+                # what waits for a rank that hangs cannot finish anything; it has to say so, no more
+                seconds = _SECONDS_TO_FOLLOW if code == EXIT_HUNG else _SECONDS_TO_END
+                self._deadline = time.monotonic() + seconds
             if time.monotonic() > self._deadline:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
@@ -132,6 +134,15 @@ class _Ranks:
         if -rank.returncode in self._forwarded:  # it had not begun to listen
             return EXIT_INTERRUPTED
         return rank.returncode if rank.returncode > 0 else 128 - rank.returncode
+
+
+def explain(error: Exception) -> Exception:
+    """What torch says of a collective whose other side is gone, in words."""
+    if "by peer" not in str(error):  # connection closed, or reset
+        return error
+    return RuntimeError(
+        f"another rank has ended, and its own message says why; this one cannot go on ({error})"
+    )
 
 
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:

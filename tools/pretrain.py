@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.ending_at_once import EXIT_ABORTED, EXIT_INTERRUPTED, ending_at_once
+from unicl_fast.ending_at_once import ending_at_once
+from unicl_fast.exit_codes import EXIT_ABORTED, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
 from unicl_fast.interruption import Interrupted
 from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.tools.launch import end_with_torchrun, start_ranks, stop
+from unicl_fast.tools.launch import end_with_torchrun, explain, start_ranks, stop
 
 _DEFAULT_PRESET = "swin-tiny"
 
@@ -53,7 +54,7 @@ def _main(argv: Sequence[str]) -> None:
     config = split_config(arguments)
     if arguments.nproc < 1:
         error = ValueError(f"--nproc must be at least 1, not {arguments.nproc}")
-        stop("unicl-pretrain", error, code=2)
+        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
     from unicl_fast.dist import adopt_slurm_ranks
     from unicl_fast.pipelines.host_memory import keep_freed_memory
@@ -64,7 +65,7 @@ def _main(argv: Sequence[str]) -> None:
         try:  # one sentence instead of one from each rank
             check_request(config, run_folder=run_folder, nproc=nproc, resume=resume)
         except (ValueError, FileNotFoundError) as error:
-            stop("unicl-pretrain", error, code=2)
+            stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
         start_ranks("unicl_fast.tools.pretrain", nproc=nproc, argv=argv)
     adopt_slurm_ranks()
     end_with_torchrun()
@@ -72,7 +73,7 @@ def _main(argv: Sequence[str]) -> None:
     try:
         pretrain(config, run_folder=run_folder, resume=resume)
     except (ValueError, FileNotFoundError) as error:
-        stop("unicl-pretrain", error, code=2)
+        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"unicl-pretrain: {error}; go on with --resume auto", file=sys.stderr)
@@ -84,7 +85,7 @@ def _main(argv: Sequence[str]) -> None:
             code=EXIT_ABORTED,
         )
     except (FloatingPointError, OSError, RuntimeError) as error:
-        stop("unicl-pretrain", error, code=1)
+        stop("unicl-pretrain", explain(error), code=EXIT_FAULT)
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
@@ -95,7 +96,7 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     try:
         preset = build_preset(name)
     except ValueError as error:
-        stop("unicl-pretrain", error, code=2)
+        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     groups = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
     import tyro  # here, so that signals are heard before it is imported
 

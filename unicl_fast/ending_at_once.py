@@ -16,10 +16,7 @@ import threading
 from collections.abc import Iterator
 from types import FrameType
 
-EXIT_INTERRUPTED = 75
-"""EX_TEMPFAIL of sysexits.h: stopped where it can go on."""
-EXIT_ABORTED = 130
-"""As shells have it for Ctrl-C; here for the second one."""
+from unicl_fast.exit_codes import EXIT_ABORTED, EXIT_INTERRUPTED
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 

@@ -13,8 +13,8 @@ from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
 from unicl_fast import ending_at_once
-from unicl_fast.ending_at_once import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from unicl_fast.ending_at_once import WATCHED
+from unicl_fast.exit_codes import EXIT_INTERRUPTED as EXIT_INTERRUPTED
 from unicl_fast.stages import WaitingForRanks
 
 if TYPE_CHECKING:

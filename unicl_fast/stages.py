@@ -9,6 +9,9 @@ from __future__ import annotations
 from types import TracebackType
 from typing import NamedTuple
 
+OR_WAITING = ", or waiting for other ranks"
+"""Behind the name of work with collectives in its midst, which cannot be told from them here."""
+
 
 class Stage(NamedTuple):
     """One stretch of work that ends, or gives a sign of progress, within the time limit."""
@@ -60,6 +63,7 @@ class WaitingForRanks:
         global _now
         self._before = _now
         name, step, patience, _ = _now
+        name = name.removesuffix(OR_WAITING)
         _now = Stage(f"{name}: waiting for other ranks", step, patience, True)
 
     def __exit__(

@@ -42,7 +42,7 @@ from unicl_fast.metrics import MetricsWriter, StepMeter, unwritten_evaluations
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, update_unless
 from unicl_fast.precision import Precision, place_module
-from unicl_fast.stages import WaitingForRanks, mark
+from unicl_fast.stages import OR_WAITING, WaitingForRanks, mark
 from unicl_fast.step import global_loss
 
 logger = logging.getLogger(__name__)
@@ -232,17 +232,24 @@ class Trainer:
                         self._leave(interruption)
 
     def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
-        """Tells a watchdog what begins now (see `stages`)."""
+        """Tells a watchdog what begins now (see `stages`).
+
+        Args:
+            stage: its name.
+            waits_for_ranks: whether some of it is a collective, for example DDP's.
+        """
         steps_done = self.step - self._start_step
         patience = 1.0 if steps_done else 3.0
         if self.config.efficiency.compile and steps_done < _COMPILING_STEPS:
             patience = 6.0
         waits_for_ranks = waits_for_ranks and self.ranks.world_size > 1
+        if waits_for_ranks:
+            stage += OR_WAITING
         mark(stage, self.step, patience=patience, waits_for_ranks=waits_for_ranks)
 
     def _leave(self, interruption: Interruption) -> NoReturn:
         if self.ranks.world_size > 1:  # nobody leaves before the checkpoint is whole
-            self._mark("leaving: waiting for other ranks", waits_for_ranks=True)
+            self._mark("leaving", waits_for_ranks=True)
             torch.distributed.barrier(group=self.ranks.host_group)
         name = interruption.signal_name or "another rank's signal"
         raise Interrupted(f"stopped by {name} after step {self.step} of {self.total_steps}")
@@ -256,7 +263,7 @@ class Trainer:
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
-        self._mark("step")
+        self._mark("step: encoding", waits_for_ranks=True)
         self.model.train()
         if self._statistics is not None:
             self._statistics.keep()

@@ -23,13 +23,11 @@ from types import TracebackType
 
 from unicl_fast import stages
 from unicl_fast.dist import Ranks
+from unicl_fast.exit_codes import EXIT_HUNG
 from unicl_fast.heartbeats import Heartbeat, Heartbeats
 from unicl_fast.stages import Stage
 
 logger = logging.getLogger(__name__)
-
-EXIT_HUNG = 70
-"""EX_SOFTWARE of sysexits.h. (124 would be mistaken for that of timeout(1).)"""
 
 # Beyond all that stages may last: the watchdog's message comes first, and is the better one.
 _GROUP_TIMEOUTS = 10
@@ -162,7 +160,7 @@ class Watchdog:
                 silence=self._silence,
             )
         advice = next((text for name, text in _ADVICE.items() if stage.name.startswith(name)), "")
-        if advice and not stage.name.endswith("waiting for other ranks"):
+        if advice and not stage.name.endswith(": waiting for other ranks"):
             sentences.append(f"Probably {advice}.")
         sentences.append(
             "Go on with --resume auto; if this may take so long, raise run.timeout_seconds (0: no "

@@ -39,8 +39,8 @@ class Clock:
     def pass_by(self, seconds: float) -> None:
         """Seconds during which the watchdog's thread runs every second."""
         for _ in range(int(seconds)):
-            self.now += 1
-            self.watchdog._tick(self.now)
+            if not self.codes:
+                self.jump(1)
 
     def jump(self, seconds: float) -> None:
         """Seconds during which the whole process stands still."""
@@ -122,7 +122,7 @@ def test_nobody_is_blamed_for_waiting_while_another_rank_works() -> None:
         assert clock.codes == []
         line.beats[1] = (Stage("checkpoint", 8), -1.0)  # that one hangs, and says so itself
         clock.pass_by(2)
-        assert clock.codes[0] == EXIT_HUNG
+        assert clock.codes == [EXIT_HUNG]
 
 
 def test_a_rank_that_hangs_in_its_own_work_does_not_wait_for_others() -> None:
@@ -210,7 +210,7 @@ def test_a_rank_whose_data_hang_is_the_one_that_speaks(
             assert processes[other].exitcode not in (0, None)
     said = said_by(tmp_path, 1)
     assert "rank 1 of 3 HANGS: 'waiting for the next batch' in step 5 has lasted" in said
-    assert "In 'step: waiting for other ranks' in step 5: ranks 0, 2." in said
+    assert "In 'step: encoding: waiting for other ranks' in step 5: ranks 0, 2." in said
 
 
 @pytest.mark.dist
@@ -224,9 +224,8 @@ def test_ranks_that_wait_for_a_stopped_one_name_it_and_the_collective(
         processes[0].join(150)
         assert processes[0].exitcode == EXIT_HUNG
     said = said_by(tmp_path, 0)
-    # in a collective that Python calls, or in the one at the end of DDP's backward pass
-    assert "rank 0 of 2 HANGS: 'step: " in said or "HANGS: 'reading the loss" in said
-    assert "waiting for other ranks'" in said or "'step: back-propagating'" in said
+    assert "rank 0 of 2 HANGS: 'step: " in said
+    assert "waiting for other ranks' in step" in said
     assert "LOOK THERE FIRST: rank 1 has given no sign of life for" in said
 
 
