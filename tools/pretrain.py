@@ -46,6 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input, and as docs/architecture.md says otherwise."""
     # first of all: whoever wants the machine back may say so at any time
     with ending_at_once("unicl-pretrain"):
+        end_with_torchrun()
         _main(sys.argv[1:] if argv is None else list(argv))
 
 
@@ -68,7 +69,6 @@ def _main(argv: Sequence[str]) -> None:
             stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
         start_ranks("unicl_fast.tools.pretrain", nproc=nproc, argv=argv)
     adopt_slurm_ranks()
-    end_with_torchrun()
     keep_freed_memory()
     try:
         pretrain(config, run_folder=run_folder, resume=resume)

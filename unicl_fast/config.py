@@ -258,7 +258,7 @@ class RunConfig:
     timeout_seconds: float = 600
     """A rank that waits for a batch, for other ranks or for storage longer than this has hung: it
     says in what, and ends the run with code 70. Before the first step is done it has 3 times as
-    long, with efficiency.compile 6 times for 16 steps. 0: no limit."""
+    long; with efficiency.compile 6 times, for 16 steps and in evaluations. 0: no limit."""
 
     def __post_init__(self) -> None:
         _require_known_choices("run", self)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import os
 import secrets
 import socket
@@ -19,6 +20,8 @@ from dataclasses import dataclass
 
 from unicl_fast.dist import Ranks, gather_objects
 from unicl_fast.stages import Stage
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +42,6 @@ class _Address:
     host_name: str
     ip: str
     port: int
-    token: str
 
     def seen_from(self, other: _Address) -> tuple[str, int]:
         if self.host_name == other.host_name:
@@ -54,25 +56,29 @@ class Heartbeats:
     def __init__(self, ranks: Ranks) -> None:
         """Opens a port and exchanges addresses; all ranks come here together.
 
-        Raises:
-            OSError: no port.
+        A rank that gets no port says so, and neither hears nor is heard.
         """
         self.heard: dict[int, Heartbeat] = {}
         self._rank = ranks.rank
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
-        self._socket.bind(("", 0))
-        mine = _Address(
-            host_name=socket.gethostname(),
-            ip=_own_ip(os.environ.get("MASTER_ADDR", "127.0.0.1")),
-            port=self._socket.getsockname()[1],
-            token=secrets.token_hex(8),
-        )
-        addresses: Sequence[_Address] = gather_objects(mine, ranks)
-        self._token = addresses[0].token  # others on the network may send what they like
+        mine: _Address | None = None
+        try:
+            self._socket.bind(("", 0))
+            mine = _Address(
+                host_name=socket.gethostname(),
+                ip=_own_ip(os.environ.get("MASTER_ADDR", "127.0.0.1")),
+                port=self._socket.getsockname()[1],
+            )
+        except OSError as error:
+            logger.error("no heartbeats: %s; if a rank hangs, it may go unnamed", error)
+        # others on the network may send what they like: rank 0's word tells ours
+        words: Sequence[tuple[str, _Address | None]]
+        words = gather_objects((secrets.token_hex(8), mine), ranks)
+        self._token = words[0][0]
         self._targets: dict[int, tuple[str, int]] = {}
-        for rank, address in enumerate(addresses):
-            if rank != self._rank:
+        for rank, (_, address) in enumerate(words):
+            if rank != self._rank and address is not None and mine is not None:
                 host, port = address.seen_from(mine)
                 # a name is looked up now: later it might take long; unknown, it is not told
                 with contextlib.suppress(OSError):

@@ -240,7 +240,8 @@ class Trainer:
         """
         steps_done = self.step - self._start_step
         patience = 1.0 if steps_done else 3.0
-        if self.config.efficiency.compile and steps_done < _COMPILING_STEPS:
+        compiles = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")
+        if self.config.efficiency.compile and compiles:
             patience = 6.0
         waits_for_ranks = waits_for_ranks and self.ranks.world_size > 1
         if waits_for_ranks:
@@ -390,7 +391,7 @@ class Trainer:
         try:
             with stopping_when(lambda: bool(interruption.signal_name)):
                 for name in names:
-                    self._mark("evaluation")
+                    self._mark(f"evaluation {name}")
                     self._evaluate_one(name, metrics)
         except EvaluationStopped:
             return False

@@ -14,7 +14,6 @@ stops this thread too: then it is the other ranks that notice.
 from __future__ import annotations
 
 import faulthandler
-import logging
 import os
 import threading
 import time
@@ -26,8 +25,6 @@ from unicl_fast.dist import Ranks
 from unicl_fast.exit_codes import EXIT_HUNG
 from unicl_fast.heartbeats import Heartbeat, Heartbeats
 from unicl_fast.stages import Stage
-
-logger = logging.getLogger(__name__)
 
 # Beyond all that stages may last: the watchdog's message comes first, and is the better one.
 _GROUP_TIMEOUTS = 10
@@ -45,7 +42,7 @@ _ADVICE = {
 
 def group_timeout(limit_seconds: float) -> float:
     """The time limit for torch's collectives that leaves the first word to the watchdog."""
-    return _GROUP_TIMEOUTS * limit_seconds or _NO_LIMIT_SECONDS
+    return min(_GROUP_TIMEOUTS * limit_seconds or _NO_LIMIT_SECONDS, _NO_LIMIT_SECONDS)
 
 
 class Watchdog:
@@ -99,12 +96,8 @@ class Watchdog:
 
     def meet(self, ranks: Ranks) -> None:
         """From here on ranks tell each other what they do; all come here together."""
-        if self._thread is None or ranks.world_size == 1:
-            return
-        try:
+        if self._thread is not None and ranks.world_size > 1:
             self._heartbeats = Heartbeats(ranks)
-        except OSError as error:
-            logger.warning("no heartbeats: %s; if a rank hangs, others cannot name it", error)
 
     def _watch(self) -> None:
         while not self._stopped.wait(self._interval):

@@ -15,7 +15,9 @@ import torch
 import torch.multiprocessing as mp
 from small_runs import global_batch, poison_step, ragged_features, tiny_config
 
-from unicl_fast.dist import process_group
+from unicl_fast.batch import EvaluationBatch
+from unicl_fast.dist import Ranks, process_group
+from unicl_fast.evaluation.zero_shot import zero_shot_accuracy
 from unicl_fast.interruption import Interrupted
 from unicl_fast.trainer import Trainer
 from unicl_fast.watchdog import Watchdog
@@ -290,3 +292,58 @@ def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path) -> Non
         poison_step(trainer, step=2)
     trainer.fit()
     torch.save(trainer.model.state_dict(), folder / f"{ranks.rank}.pt")
+
+
+class ZeroShotOfFour:
+    """An evaluation of four batches a rank; in one of its passes this process gets SIGTERM."""
+
+    def __init__(
+        self, images: torch.Tensor, *, ranks: Ranks | None = None, signals_in_pass: int = 0
+    ) -> None:
+        self.images, self.ranks, self.signals_in_pass = images, ranks or Ranks(), signals_in_pass
+        self.shown: list[int] = []
+        """Batches of each pass."""
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        self.shown.append(0)
+        for number in range(4):
+            if number == 2 and len(self.shown) == self.signals_in_pass:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.shown[-1] = number
+            places = slice(3 * number, 3 * number + 3)
+            yield EvaluationBatch(images=self.images[places], sample_ids=torch.arange(12)[places])
+        self.shown[-1] = 4
+
+    def close(self) -> None: ...
+
+    def __call__(self, model) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(1)
+        width = model.config.model.embed_dim
+        result = zero_shot_accuracy(
+            model,
+            self,
+            torch.randn(3, width, dtype=torch.float64, generator=generator),
+            labels_of=lambda sample: [sample % 3],
+            class_names=("a", "b", "c"),
+            ranks=self.ranks,
+        )
+        return {"top1": result.top1}
+
+
+def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
+    """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes where it stopped."""
+    config = tiny_config(steps=50)
+    trainer = Trainer(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, evaluate_every_steps=3)),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=folder / "run",
+        ranks=ranks,
+        evaluations={
+            "some": ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
+        },
+        progress=False,
+    )
+    try:
+        trainer.fit()
+    except Interrupted:
+        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
