@@ -15,9 +15,9 @@ ROOMS = ("pipelines", "tools", "benchmarks")
 # Lower rooms know nothing of higher ones; modules not named are free to know any library module.
 LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"}
-    | {"shard_reader", "differences", "whole_files"},
+    | {"shard_reader", "differences", "whole_files", "stages", "ending_at_once", "exit_codes"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
-    | {"interruption", "checkpoint_files"}
+    | {"interruption", "checkpoint_files", "heartbeats", "watchdog"}
     | {
         "ledger_format",
         "ledger_reading",
@@ -27,7 +27,7 @@ LIBRARY_LEVELS = [
     },
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
     | {"positives", "loss_tiled", "loss", "best", "ema", "checkpoint_writer"},
-    {"collate", "presets", "checkpoint", "compilation", "bad_visits"},
+    {"collate", "presets", "checkpoint", "compilation", "bad_visits", "bad_steps"},
     {"step", "cached_gradients", "evaluation", "training_state"},
     {"trainer", "memory_check"},
 ]

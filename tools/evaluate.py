@@ -17,7 +17,7 @@ from typing import Literal
 import tyro
 
 from unicl_fast.config import DeviceName
-from unicl_fast.tools.launch import start_ranks, stop
+from unicl_fast.tools.launch import end_with_torchrun, start_ranks, stop
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class Retrieval:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
+    end_with_torchrun()
     argv = sys.argv[1:] if argv is None else list(argv)
     command = tyro.extras.subcommand_cli_from_dict(
         {"zero-shot": ZeroShot, "retrieval": Retrieval},

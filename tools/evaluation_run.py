@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from unicl_fast.tools.class_names import read_label_space
 from unicl_fast.tools.evaluate import Retrieval, ZeroShot
 from unicl_fast.tools.evaluations import evaluate_retrieval, evaluate_zero_shot, move_to_device
 from unicl_fast.tools.launch import configure_logging
+from unicl_fast.tools.temporary_folder import temporary_folder
 from unicl_fast.trainer import choose_device
 
 
@@ -96,8 +96,7 @@ def open_or_pack(
     with contextlib.ExitStack() as stack:
         folder: list[Any] = [None]
         if ranks.is_main:
-            root = stack.enter_context(tempfile.TemporaryDirectory(prefix="unicl-eval-"))
-            folder[0] = str(Path(root) / "packed")
+            folder[0] = str(stack.enter_context(temporary_folder("unicl-eval-")) / "packed")
             build_dataset(
                 [path],
                 folder[0],

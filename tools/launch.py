@@ -19,7 +19,8 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from unicl_fast.interruption import EXIT_INTERRUPTED
+from unicl_fast import ending_at_once
+from unicl_fast.exit_codes import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.dist import Ranks
@@ -27,8 +28,8 @@ if TYPE_CHECKING:  # it imports torch, for which --help need not wait
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
 _SECONDS_TO_END = 30.0
+_SECONDS_TO_FOLLOW = 10.0
 _LIBC = ctypes.CDLL(None)
-EXIT_WRONG_INPUT = 2
 _RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own, so that ranks have one rule
 _OWN_RANK = "UNICL_FAST_RANK"
 
@@ -101,6 +102,12 @@ class _Ended:
         return f"RANK {self.rank} WAS KILLED BY {signal.Signals(-self.returncode).name}"
 
 
+def end_with_torchrun() -> None:
+    """Under torchrun, ends this rank when torchrun is gone, as those of `start_ranks` do."""
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        _end_with(os.getppid())
+
+
 def _end_with(parent: int) -> None:
     """Asks the kernel to end this process when its parent is gone, however that happens."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
@@ -112,13 +119,18 @@ class _Launcher:
     """The started ranks, and how long those that should have ended are waited for."""
 
     def __init__(self) -> None:
-        self.asked_to_stop = False
         self._ranks: list[subprocess.Popen[bytes]] = []
-        self._deadline = math.inf
+        self._deadline = self._patience = math.inf
         self._num_interrupts = 0
+        self._forwarded: set[int] = set()
+        ending_at_once.forbid()  # the ranks decide
         for number in _FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._forward)
+
+    @property
+    def asked_to_stop(self) -> bool:
+        return bool(self._forwarded)
 
     def start(self, module: str, *, nproc: int, argv: Sequence[str], attempt: int) -> None:
         with socket.socket() as probe:
@@ -135,7 +147,7 @@ class _Launcher:
         # without this every rank would start as many threads as the machine has cores
         threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
         sys.stdout.flush()
-        self._deadline = math.inf
+        self._deadline = self._patience = math.inf
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
@@ -149,7 +161,7 @@ class _Launcher:
             self._send(signal.SIGTERM)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self.asked_to_stop = True
+        self._forwarded.add(number)
         self._send(number)
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts == 2:  # a rank in the middle of a collective does not hear it
@@ -166,25 +178,42 @@ class _Launcher:
         while any(rank.poll() is None for rank in self._ranks):
             if first is None:
                 first = self._first_failed()
-                code = 0 if first is None else self._ranks[first].returncode
-                if code not in (0, EXIT_INTERRUPTED):  # those all stop at the same step
-                    self._send(signal.SIGTERM)
-                    self._deadline = time.monotonic() + _SECONDS_TO_END
+                code = 0 if first is None else self._code_of(first)
+                if first is not None:
+                    # asked to stop, all end by themselves, at the same step; if not, they are told
+                    self._patience = time.monotonic()
+                    self._patience += _SECONDS_TO_FOLLOW if code == EXIT_INTERRUPTED else 0
+            if time.monotonic() >= self._patience and self._deadline == math.inf:
+                self._send(signal.SIGTERM)
+                # what waits for a rank that hangs cannot finish anything; it has to say so, no more
+                seconds = _SECONDS_TO_FOLLOW if code == EXIT_HUNG else _SECONDS_TO_END
+                self._deadline = time.monotonic() + seconds
             if time.monotonic() > self._deadline:
-                self._send(signal.SIGKILL)
+                self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
         first = self._first_failed() if first is None else first
         return _Ended(
             rank=first or 0,
-            returncode=0 if first is None else self._ranks[first].returncode,
+            returncode=0 if first is None else self._code_of(first),
             wrong_input=any(rank.returncode == EXIT_WRONG_INPUT for rank in self._ranks),
         )
 
     def _first_failed(self) -> int | None:
-        """A rank that did not end well; one that was killed before those that then lost a peer."""
-        codes = [rank.poll() for rank in self._ranks]
-        failed = [number for number, code in enumerate(codes) if code]
-        return min(failed, key=lambda number: (codes[number] or 0) > 0, default=None)
+        """A rank that did not end well: the one that explains how the others ended."""
+        failed = [number for number, rank in enumerate(self._ranks) if rank.poll()]
+
+        def precedence(number: int) -> tuple[bool, bool]:
+            # who ended at once when asked, or was killed, may have torn others out of a collective
+            code = self._code_of(number)
+            return not (self._forwarded and code == EXIT_INTERRUPTED), code > 0
+
+        return min(failed, key=precedence, default=None)
+
+    def _code_of(self, number: int) -> int:
+        """How a rank ended, as subprocess has it."""
+        code = self._ranks[number].returncode
+        # killed by what was passed on: it had not begun to listen
+        return EXIT_INTERRUPTED if -code in self._forwarded else code
 
 
 class SharedRefusal(ValueError):  # noqa: N818 - what is wrong is its cause

@@ -13,12 +13,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import tyro
-
 from unicl_fast.config import TrainConfig
-from unicl_fast.interruption import EXIT_INTERRUPTED, Interrupted
+from unicl_fast.ending_at_once import ending_at_once
+from unicl_fast.exit_codes import EXIT_ABORTED, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
+from unicl_fast.interruption import Interrupted
 from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.tools.launch import is_own_rank, is_restarted, start_ranks, stop
+from unicl_fast.tools.launch import (
+    end_with_torchrun,
+    explain,
+    is_own_rank,
+    is_restarted,
+    start_ranks,
+    stop,
+)
 
 _DEFAULT_PRESET = "swin-tiny"
 
@@ -49,16 +56,22 @@ class PretrainArguments(TrainConfig):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Entry point; exits with 2 on wrong input."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    """Entry point; exits with 2 on wrong input, and as docs/architecture.md says otherwise."""
+    # first of all: whoever wants the machine back may say so at any time
+    with ending_at_once("unicl-pretrain"):
+        end_with_torchrun()
+        _main(sys.argv[1:] if argv is None else list(argv))
+
+
+def _main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
     config = split_config(arguments)
     if arguments.nproc < 1:
         error = ValueError(f"--nproc must be at least 1, not {arguments.nproc}")
-        stop("unicl-pretrain", error, code=2)
+        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     if arguments.max_restarts < 0:
         error = ValueError(f"--max-restarts must not be negative, not {arguments.max_restarts}")
-        stop("unicl-pretrain", error, code=2)
+        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
     from unicl_fast.dist import adopt_slurm_ranks
     from unicl_fast.pipelines.host_memory import keep_freed_memory
@@ -73,12 +86,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 "or srun: give it to torchrun, or let the scheduler start the job again with "
                 "--resume auto"
             )
-            stop("unicl-pretrain", error, code=2)
+            stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     elif nproc > 1 or arguments.max_restarts:
         try:  # one sentence instead of one from each rank
             check_request(config, run_folder=run_folder, nproc=nproc, resume=resume)
         except (ValueError, FileNotFoundError) as error:
-            stop("unicl-pretrain", error, code=2)
+            stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
         start_ranks(
             "unicl_fast.tools.pretrain",
             nproc=nproc,
@@ -91,15 +104,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         pretrain(config, run_folder=run_folder, resume=resume, ledger=arguments.ledger)
     except (ValueError, FileNotFoundError) as error:
-        stop("unicl-pretrain", error, code=2)
+        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     except Interrupted as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"unicl-pretrain: {error}; go on with --resume auto", file=sys.stderr)
         sys.exit(EXIT_INTERRUPTED)
     except KeyboardInterrupt:
-        stop("unicl-pretrain", Interrupted("ended at once; checkpoints are from before"), code=130)
+        stop(
+            "unicl-pretrain",
+            Interrupted("ended at once; checkpoints are from before"),
+            code=EXIT_ABORTED,
+        )
     except (FloatingPointError, OSError, RuntimeError) as error:
-        stop("unicl-pretrain", error, code=1)
+        stop("unicl-pretrain", explain(error), code=EXIT_FAULT)
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
@@ -110,8 +127,10 @@ def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
     try:
         preset = build_preset(name)
     except ValueError as error:
-        stop("unicl-pretrain", error, code=2)
+        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     groups = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
+    import tyro  # here, so that signals are heard before it is imported
+
     default = PretrainArguments(**groups, preset=name, out=tyro.MISSING)
     return tyro.cli(
         PretrainArguments,

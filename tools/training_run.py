@@ -19,13 +19,14 @@ from unicl_fast.batch import Batch, Loader
 from unicl_fast.best import choose_metric
 from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.dist import Ranks, process_group
+from unicl_fast.dist import Ranks, from_rank_0, process_group
 from unicl_fast.ledger import Ledger, has_ledger
 from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.shards import QUARANTINE_NAME, PackedDataset
+from unicl_fast.stages import mark
 from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
 from unicl_fast.tools.launch import configure_logging, refused_together
@@ -36,6 +37,7 @@ from unicl_fast.tools.training_data import (
     open_sources,
 )
 from unicl_fast.trainer import Evaluation, Trainer, choose_device
+from unicl_fast.watchdog import Watchdog, group_timeout
 
 logger = logging.getLogger("unicl_fast")
 
@@ -87,11 +89,22 @@ def pretrain(
     device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    with process_group(device) as ranks:
+    limit = config.run.timeout_seconds
+    with (
+        Watchdog(
+            limit_seconds=limit,
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        ) as watchdog,
+        process_group(device, timeout_seconds=group_timeout(limit)) as ranks,
+    ):
         configure_logging(ranks)
+        watchdog.meet(ranks)
+        mark("reading checkpoints")
         with refused_together(ranks):
             share = ranks.share_of(config.run.global_batch_size)
             checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
+        mark("opening the data and building the model")
         trainer = build_trainer(
             config,
             run_folder=run_folder,
@@ -102,6 +115,7 @@ def pretrain(
         )
         check_memory(trainer.model, trainer.config, share=share, device=device)
         if checkpoint is not None:
+            mark("reading the checkpoint")
             with refused_together(ranks):
                 trainer.resume(checkpoint)
         if ranks.is_main:
@@ -112,8 +126,10 @@ def pretrain(
         try:
             trainer.fit()
         finally:
+            mark("closing the data")
             trainer.loader.close()
         if ranks.is_main:
+            mark("drawing the curves")
             _draw_curves(run_folder)
             logger.info(
                 "%d steps done. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
@@ -208,17 +224,16 @@ class _FirstBatchDrawn:
 
 def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | None:
     """`choose_checkpoint` of rank 0 on all ranks: others might see another state of the disk."""
-    chosen: list[Path | Exception | None] = [None]
+    chosen: Path | Exception | None = None
     if ranks.is_main:
         try:
-            chosen[0] = choose_checkpoint(resume, run_folder)
+            chosen = choose_checkpoint(resume, run_folder)
         except (ValueError, OSError) as error:
-            chosen[0] = error
-    if ranks.world_size > 1:
-        torch.distributed.broadcast_object_list(chosen, src=0, group=ranks.host_group)
-    if isinstance(chosen[0], Exception):
-        raise chosen[0]
-    return chosen[0]
+            chosen = error
+    chosen = from_rank_0(chosen, ranks)
+    if isinstance(chosen, Exception):
+        raise chosen
+    return chosen
 
 
 def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:

@@ -272,6 +272,13 @@ class RunConfig:
     """Steps between evaluations of data.evaluate; the last step always has one. 0: only then."""
     device: DeviceName = "auto"
     """Where the model trains and pictures are decoded; auto takes CUDA when there is any."""
+    max_bad_steps: int = 0
+    """Steps of this process whose loss or gradient norm may be not finite: each update is left out,
+    and said loudly. One more stops the run. Their samples are in non-finite-step-*.json."""
+    timeout_seconds: float = 600
+    """A rank that waits for a batch, for other ranks or for storage longer than this has hung: it
+    says in what, and ends the run with code 70. Before the first step is done it has 3 times as
+    long; with efficiency.compile 6 times, for 16 steps and in evaluations. 0: no limit."""
 
     def __post_init__(self) -> None:
         _require_known_choices("run", self)
@@ -285,6 +292,11 @@ class RunConfig:
         )
         _require(self.log_every_steps >= 1, "run.log_every_steps must be at least 1")
         _require(self.evaluate_every_steps >= 0, "run.evaluate_every_steps must not be negative")
+        _require(self.max_bad_steps >= 0, "run.max_bad_steps must not be negative")
+        _require(
+            0 <= self.timeout_seconds < math.inf,
+            f"run.timeout_seconds must be 0 (no limit) or more, not {self.timeout_seconds}",
+        )
 
     @property
     def total_steps(self) -> int:

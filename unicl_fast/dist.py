@@ -21,6 +21,9 @@ import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 
+from unicl_fast import stages
+from unicl_fast.stages import WaitingForRanks
+
 
 @dataclass(frozen=True, slots=True)
 class Ranks:
@@ -65,12 +68,18 @@ def _either(numbers: list[int]) -> str:
 
 @contextlib.contextmanager
 def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iterator[Ranks]:
-    """Joins the ranks that torchrun's environment names; alone, there is nothing to join."""
+    """Joins the ranks that torchrun's environment names; alone, there is nothing to join.
+
+    Args:
+        device: decides between NCCL and gloo.
+        timeout_seconds: how long a collective, or the meeting itself, waits for another rank.
+    """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     if world_size == 1:
         yield Ranks()
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
+    stages.mark("meeting the other ranks", waits_for_ranks=True)
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
     try:
         yield Ranks(
@@ -80,6 +89,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
             host_group=dist.new_group(backend="gloo", timeout=timeout),
         )
     finally:
+        stages.mark("parting from the other ranks", waits_for_ranks=True)
         dist.destroy_process_group()
 
 
@@ -89,8 +99,29 @@ def gather_integers(value: int, ranks: Ranks) -> list[int]:
         return [value]
     mine = torch.tensor([value], dtype=torch.int64)
     gathered = [torch.empty_like(mine) for _ in range(ranks.world_size)]
-    dist.all_gather(gathered, mine, group=ranks.host_group)
+    with WaitingForRanks():
+        dist.all_gather(gathered, mine, group=ranks.host_group)
     return [int(tensor) for tensor in gathered]
+
+
+def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
+    """What every rank gives, in rank order, exchanged on the host; pickled, so keep it small."""
+    if ranks.world_size == 1:
+        return [value]
+    gathered: list[Any] = [None] * ranks.world_size
+    with WaitingForRanks():
+        dist.all_gather_object(gathered, value, group=ranks.host_group)
+    return gathered
+
+
+def from_rank_0(value: Any, ranks: Ranks) -> Any:
+    """What rank 0 gives, on all ranks, exchanged on the host."""
+    if ranks.world_size == 1:
+        return value
+    values = [value]
+    with WaitingForRanks():
+        dist.broadcast_object_list(values, src=0, group=ranks.host_group)
+    return values[0]
 
 
 def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
@@ -122,7 +153,8 @@ def max_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     if ranks.world_size == 1:
         return x
     x = x.clone()
-    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    with WaitingForRanks():
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return x
 
 
@@ -132,7 +164,8 @@ class _GatherRows(torch.autograd.Function):
         ctx.sizes = sizes
         padded = _pad_rows(rows, max(sizes))
         gathered = rows.new_empty(len(sizes) * max(sizes), *rows.shape[1:])
-        dist.all_gather_into_tensor(gathered, padded)
+        with WaitingForRanks():
+            dist.all_gather_into_tensor(gathered, padded)
         if min(sizes) == max(sizes):
             return gathered
         blocks = gathered.split(max(sizes))
@@ -143,7 +176,8 @@ class _GatherRows(torch.autograd.Function):
         sizes, rank = ctx.sizes, dist.get_rank()
         blocks = [_pad_rows(block, max(sizes)) for block in grad.split(sizes)]
         mine = torch.empty_like(blocks[rank])
-        dist.reduce_scatter_tensor(mine, torch.cat(blocks))
+        with WaitingForRanks():
+            dist.reduce_scatter_tensor(mine, torch.cat(blocks))
         return mine[: sizes[rank]], None
 
 
@@ -151,7 +185,8 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
         x = x.clone()
-        dist.all_reduce(x)
+        with WaitingForRanks():
+            dist.all_reduce(x)
         return x
 
     @staticmethod

@@ -2,6 +2,7 @@
 
 The step that runs is finished, a checkpoint is written, and the program ends with code 75 ("try
 again later"), so that a job script knows that the run can go on. All ranks stop at the same step.
+While there is nothing to save yet, the program ends at once with the same code (`ending_at_once`).
 """
 
 from __future__ import annotations
@@ -11,13 +12,13 @@ import threading
 from types import FrameType, TracebackType
 from typing import TYPE_CHECKING, Any
 
+from unicl_fast import ending_at_once
+from unicl_fast.ending_at_once import WATCHED
+from unicl_fast.exit_codes import EXIT_INTERRUPTED as EXIT_INTERRUPTED
+from unicl_fast.stages import WaitingForRanks
+
 if TYPE_CHECKING:
     from unicl_fast.dist import Ranks
-
-EXIT_INTERRUPTED = 75
-"""EX_TEMPFAIL of sysexits.h."""
-
-_WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt, it is no error
@@ -41,7 +42,7 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():
             self._before = {
                 number: signal.signal(number, self._note)
-                for number in _WATCHED
+                for number in WATCHED
                 if signal.getsignal(number) is not signal.SIG_IGN  # nohup, a shell's background
             }
         return self
@@ -55,7 +56,9 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._pending is not None and kind in (None, Interrupted):
-            self._pending[0].wait()  # all ranks have asked; none must leave before it is answered
+            with WaitingForRanks():  # all have asked; none must leave before it is answered
+                self._pending[0].wait()
+        ending_at_once.allow()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._num_interrupts += number == signal.SIGINT
@@ -69,6 +72,7 @@ class Interruption:
         Call it once a step, on all ranks. Among several it tells what was known a step earlier, so
         that asking the others costs no waiting.
         """
+        ending_at_once.forbid()  # a step is done: there is something to save
         if ranks.world_size == 1:
             return bool(self.signal_name)
         import torch
@@ -77,7 +81,8 @@ class Interruption:
         answer = False
         if self._pending is not None:
             work, flag = self._pending
-            work.wait()
+            with WaitingForRanks():
+                work.wait()
             answer = bool(flag)
         flag = torch.tensor(int(bool(self.signal_name)))
         work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=ranks.host_group, async_op=True)

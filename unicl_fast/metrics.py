@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 
@@ -60,11 +60,12 @@ class StepMeter:
             global_batch_size: samples of all ranks in a step.
         """
         steps = self.read()
-        values = {"loss": _mean([loss for loss, _ in steps])}
-        # JSON knows no infinity: overflows that the loss scaler skipped are left out
-        finite = [norm for _, norm in steps if math.isfinite(norm)]
-        if finite:
-            values["grad_norm"] = _mean(finite)
+        values = {}
+        # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
+        for name, column in (("loss", 0), ("grad_norm", 1)):
+            finite = [step[column] for step in steps if math.isfinite(step[column])]
+            if finite:
+                values[name] = _mean(finite)
         elapsed = time.perf_counter() - self._started
         values["images_per_second"] = len(steps) * global_batch_size / elapsed
         values["data_wait_fraction"] = self._wait_seconds / elapsed
@@ -178,6 +179,14 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     """
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def unwritten_evaluations(
+    lines: Iterable[Mapping[str, float]], names: Collection[str], *, step: int
+) -> list[str]:
+    """Those of the named evaluations that have no line among those of metrics.jsonl at `step`."""
+    written = {key for line in lines if line["step"] == step for key in line}
+    return [name for name in names if not any(key.startswith(f"{name}/") for key in written)]
 
 
 def _open_to_append(path: Path) -> io.FileIO:

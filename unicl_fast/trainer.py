@@ -13,7 +13,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from unicl_fast.bad_steps import BadSteps, KeptStatistics
 from unicl_fast.bad_visits import BadVisits
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.best import choose_metric
@@ -34,14 +35,16 @@ from unicl_fast.checkpoint_writer import CheckpointWriter
 from unicl_fast.compilation import compile_encoders
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.differences import refuse_differences
-from unicl_fast.dist import Ranks, gather_integers
+from unicl_fast.dist import Ranks, from_rank_0
 from unicl_fast.ema import WeightAverage
+from unicl_fast.evaluation.progress import EvaluationStopped, stopping_when
 from unicl_fast.interruption import Interrupted, Interruption
 from unicl_fast.ledger import Ledger
-from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics
+from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics, unwritten_evaluations
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, update_unless
 from unicl_fast.precision import Precision, place_module
+from unicl_fast.stages import OR_WAITING, WaitingForRanks, mark
 from unicl_fast.step import global_loss
 from unicl_fast.training_state import collect_tensors, describe_state, restore_checkpoint
 
@@ -51,6 +54,9 @@ Evaluation = Callable[[UniCL], Mapping[str, float]]
 
 # Samples are numbered by step, batch size and seed: with others a run would go on elsewhere.
 _MUST_NOT_CHANGE = {"run": ("seed", "global_batch_size"), "efficiency": ("precision",)}
+
+# A first step fills caches and makes kernels, and torch.compile meets most sizes in a few steps.
+_COMPILING_STEPS = 16
 
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
@@ -108,8 +114,9 @@ class Trainer:
             progress: show a progress bar on rank 0.
 
         Raises:
-            ValueError: the run has no length, the ranks cannot share the global batch, or the
-                model cannot be trained in micro-batches or compiled as the config asks.
+            ValueError: the run has no length, the ranks cannot share the global batch, the model
+                cannot be trained in micro-batches or compiled as the config asks, or
+                `checkpoint.best` names what no evaluation gives.
         """
         self.ranks = ranks or Ranks()
         self.ranks.share_of(config.run.global_batch_size)
@@ -124,6 +131,8 @@ class Trainer:
         self.data = dict(data or {})
         self.ledger = ledger
         self.step = 0
+        self._start_step = 0  # of this process
+        self._saved_step = 0
         self._show_progress = progress and self.ranks.is_main
 
         precision = Precision(config.efficiency.precision)
@@ -147,6 +156,15 @@ class Trainer:
             self._checkpoints = CheckpointWriter(
                 run_folder / "checkpoints", keep=config.checkpoint.keep
             )
+        self._statistics = KeptStatistics(self.model) if config.run.max_bad_steps else None
+        self._bad_steps = BadSteps(
+            config,
+            ranks=self.ranks,
+            run_folder=run_folder,
+            scales_loss=self.scaler.is_enabled(),
+        )
+        self._last_metrics: dict[str, float] = {}
+        self._best_metric = choose_metric(config.checkpoint.best, self.evaluations)
 
     @property
     def evaluated_model(self) -> UniCL:
@@ -185,7 +203,8 @@ class Trainer:
             optimizer=self.optimizer,
             scaler=self.scaler,
         )
-        self.step = state.step
+        self.step = self._saved_step = state.step
+        self._bad_steps.start_at(self.step)
         logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
 
     def fit(self) -> None:
@@ -195,19 +214,19 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; a checkpoint of the last step is written.
-            FloatingPointError: a loss or a gradient norm was not finite; names the step. Told at
-                the next logging, checkpoint or evaluation.
+            FloatingPointError: a loss or a gradient norm was not finite, once more than
+                `run.max_bad_steps`; names the step. Told at the next logging, checkpoint or
+                evaluation.
             TooManyBadSamplesError: more samples had to be replaced than the config allows. Told at
                 the next logging.
-            ValueError: `checkpoint.best` names what no evaluation gives.
             OSError: the run folder, or the last checkpoint, cannot be written.
         """
+        self._start_step = self.step
         bad_visits = BadVisits(
             max_fraction=self.config.data.max_bad_fraction,
             global_batch_size=self.config.run.global_batch_size,
             run_folder=self.run_folder,
         )
-        metric = choose_metric(self.config.checkpoint.best, self.evaluations)
         with (
             self._metrics() as metrics,
             self._progress_bar() as bar,
@@ -217,12 +236,13 @@ class Trainer:
         ):
             lines = read_metrics(self.run_folder) if metrics and self.run_folder else []
             if self._checkpoints is not None:
-                self._checkpoints.begin(step=self.step, metric=metric, lines=lines)
-            if self._owes_evaluation(lines):
-                self._evaluate(metrics)
+                self._checkpoints.begin(step=self.step, metric=self._best_metric, lines=lines)
+            if not self._evaluate(metrics, interruption, self._owed_evaluations(lines)):
+                self._leave(interruption)
             batches = self.loader.batches(self.step)
             meter = StepMeter()
             while self.step < self.total_steps:
+                self._mark("waiting for the next batch")
                 started = time.perf_counter()
                 batch = next(batches).to(self.device)
                 wait_seconds = time.perf_counter() - started
@@ -231,6 +251,7 @@ class Trainer:
                     self.ledger.record(batch)
                 meter.add(loss=loss, grad_norm=grad_norm, wait_seconds=wait_seconds)
                 bad_visits.add(batch)
+                self._bad_steps.remember(batch)
                 bar.update()
                 stops = interruption.has_come(self.ranks)
                 if self._is_due(self.config.run.log_every_steps):
@@ -240,17 +261,36 @@ class Trainer:
                 with meter.paused():
                     if self._is_due(self.config.checkpoint.every_steps) or stops:
                         self._check_finite(meter)
-                        must = stops or self.step == self.total_steps
-                        if self.ledger is None or self.ledger.settle(must=must):
-                            self.save(must=must)
+                        self.save(must=stops or self.step == self.total_steps)
                     if stops and self.step < self.total_steps:
                         self._leave(interruption)
                     if self._is_due(self.config.run.evaluate_every_steps):
                         self._check_finite(meter)
-                        self._evaluate(metrics)
+                        if not self._evaluate(metrics, interruption, self.evaluations):
+                            if self._saved_step != self.step:
+                                self.save()
+                            self._leave(interruption)
+
+    def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
+        """Tells a watchdog what begins now (see `stages`).
+
+        Args:
+            stage: its name.
+            waits_for_ranks: whether some of it is a collective, for example DDP's.
+        """
+        steps_done = self.step - self._start_step
+        patience = 1.0 if steps_done else 3.0
+        compiles = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")
+        if self.config.efficiency.compile and compiles:
+            patience = 6.0
+        waits_for_ranks = waits_for_ranks and self.ranks.world_size > 1
+        if waits_for_ranks:
+            stage += OR_WAITING
+        mark(stage, self.step, patience=patience, waits_for_ranks=waits_for_ranks)
 
     def _leave(self, interruption: Interruption) -> NoReturn:
         if self.ranks.world_size > 1:  # nobody leaves before the checkpoint is whole
+            self._mark("leaving", waits_for_ranks=True)
             torch.distributed.barrier(group=self.ranks.host_group)
         name = interruption.signal_name or "another rank's signal"
         raise Interrupted(f"stopped by {name} after step {self.step} of {self.total_steps}")
@@ -264,10 +304,21 @@ class Trainer:
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
         """
+        self._mark("step: encoding", waits_for_ranks=True)
         self.model.train()
+        if self._statistics is not None:
+            self._statistics.keep()
         self.optimizer.zero_grad()  # sets them to None; apex's takes no argument that would say so
         loss = self.back_propagate(batch)
-        return loss, self.update(loss)
+        self._mark("step: update", waits_for_ranks=True)  # the host may wait for the device's norm
+        grad_norm = self.update(loss)
+        if self._statistics is not None:
+            # the loss scaler's overflows are no bad steps: their activations are sound
+            is_good = loss.isfinite()
+            if not self.scaler.is_enabled():
+                is_good &= grad_norm.isfinite()
+            self._statistics.put_back_where(~is_good)
+        return loss, grad_norm
 
     def update(self, loss: Tensor) -> Tensor:
         """The second half of `train_step`, when gradients are there; returns their norm."""
@@ -307,11 +358,13 @@ class Trainer:
         return loss.detach()
 
     def _scale_loss(self, loss: Tensor) -> Tensor:
+        # what follows is the backward pass, at whose end DDP waits for the others
+        self._mark("step: back-propagating", waits_for_ranks=True)
         # DDP averages parameter gradients over ranks; ours are to be summed
         return self.scaler.scale(loss * self.ranks.world_size)
 
     def save(self, *, must: bool = True) -> None:
-        """Writes a checkpoint of the present step into the run folder.
+        """Writes a checkpoint of the present step into the run folder; all ranks call it together.
 
         Args:
             must: come back when it is on the disk; otherwise it is written while training goes on.
@@ -320,6 +373,10 @@ class Trainer:
             OSError: it cannot be written, and it `must`. Otherwise that is only said, loudly:
                 training goes on, and the next one may fit.
         """
+        self._mark("checkpoint", waits_for_ranks=self.ledger is not None)
+        if self.ledger is not None and not self.ledger.settle(must=must):
+            return
+        self._saved_step = self.step
         if self._checkpoints is None:
             return
         self._checkpoints.write(
@@ -343,66 +400,85 @@ class Trainer:
             "step": self.step,
             "samples_seen": self.step * global_batch_size,
             **meter.summary(global_batch_size=global_batch_size),
+            "bad_steps": self._bad_steps.count,
             "logit_scale": float(self.model.logit_scale.detach()),
             "lr": self.optimizer.param_groups[0]["lr"],
             "bad_samples": bad_samples,
         }
+        self._last_metrics = values
         if metrics is not None:
             metrics.write(values)
         bar.set_postfix_str(
-            f"loss {values['loss']:.3f}, {values['images_per_second']:.0f} images/s, "
+            f"loss {values.get('loss', math.nan):.3f}, {values['images_per_second']:.0f} images/s, "
             f"{values['data_wait_fraction']:.0%} waiting for data",
             refresh=False,
         )
 
-    def _owes_evaluation(self, lines: list[dict[str, float]]) -> bool:
-        """Whether the run was cut off between a step and its evaluation; the same on all ranks.
+    def _owed_evaluations(self, lines: list[dict[str, float]]) -> list[str]:
+        """Those of the step that the run goes on from which were cut off: they have no line yet.
 
         Args:
             lines: of metrics.jsonl, on rank 0.
         """
-        owes = False
-        if self._checkpoints is not None and self.step > 0:
-            done = {key for line in lines if line["step"] == self.step for key in line}
-            owes = self._is_due(self.config.run.evaluate_every_steps) and any(
-                not any(key.startswith(f"{name}/") for key in done) for name in self.evaluations
-            )
-        return bool(gather_integers(int(owes), self.ranks)[0])
+        owed: list[str] = []
+        is_due = self.step > 0 and self._is_due(self.config.run.evaluate_every_steps)
+        if is_due and self.run_folder is not None and self.ranks.is_main:
+            owed = unwritten_evaluations(lines, self.evaluations, step=self.step)
+        names: list[str] = from_rank_0(owed, self.ranks)
+        return names
 
-    def _evaluate(self, metrics: MetricsWriter | None) -> None:
+    def _evaluate(
+        self, metrics: MetricsWriter | None, interruption: Interruption, names: Collection[str]
+    ) -> bool:
+        """Writes what the named evaluations say of the present step.
+
+        Returns:
+            Whether all came to their end, the same on all ranks; a signal stops them, and they are
+            made up for when the run goes on.
+        """
+        values: dict[str, float] = {}
+        try:
+            with stopping_when(lambda: bool(interruption.signal_name)):
+                for name in names:
+                    self._mark(f"evaluation {name}")
+                    values |= self._evaluate_one(name, metrics)
+        except EvaluationStopped:
+            return False
+        # of evaluations that were made up for, the others' numbers are known since the start
+        if len(names) == len(self.evaluations) or self._best_metric in values:
+            self._keep_if_best(values)
+        return True
+
+    def _evaluate_one(self, name: str, metrics: MetricsWriter | None) -> dict[str, float]:
         model = self.evaluated_model.eval()
         if self.ranks.world_size > 1:
             # DDP gives rank 0's BatchNorm averages to the others before a forward pass, not after
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
-        numbers: dict[str, float] = {}
-        for name, evaluation in self.evaluations.items():
-            results = {f"{name}/{key}": value for key, value in evaluation(model).items()}
-            numbers |= results
-            if metrics is not None:
-                metrics.write({"step": self.step, **results})
-                shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
-                tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
-        if self._checkpoints is None:
-            return
-        best = self._checkpoints.better_than_best(self.step, numbers)
-        if best is not None:
-            if not self._checkpoints.has(self.step):  # evaluations have a cadence of their own
-                self.save(must=False)
+            with WaitingForRanks():
+                for buffer in model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+        results = self.evaluations[name](model).items()
+        values = {f"{name}/{key}": value for key, value in results}
+        if metrics is not None:
+            metrics.write({"step": self.step, **values})
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
+        return values
+
+    def _keep_if_best(self, values: Mapping[str, float]) -> None:
+        """Pins the checkpoint of this step, written now if need be, if none is better."""
+        best = None
+        if self._checkpoints is not None:
+            best = self._checkpoints.better_than_best(self.step, values)
+        # evaluations have a cadence of their own
+        if self._saved_step != self.step and from_rank_0(best is not None, self.ranks):
+            self.save(must=False)
+        if self._checkpoints is not None and best is not None:
             self._checkpoints.keep_as_best(best)
 
     def _check_finite(self, meter: StepMeter) -> None:
+        self._mark("reading the loss", waits_for_ranks=True)
         steps = meter.read()
-        for step, (loss, grad_norm) in enumerate(steps, start=self.step - len(steps)):
-            watched = {"loss": loss}
-            if not self.scaler.is_enabled():  # the scaler tries how far it can go
-                watched["gradient norm"] = grad_norm
-            for what, value in watched.items():
-                if not math.isfinite(value):
-                    raise FloatingPointError(
-                        f"the {what} of step {step} is {value}, and the update was left out: lower "
-                        "optim.lr or lengthen the warm-up; checkpoints are from before"
-                    )
+        self._bad_steps.judge(steps, done=self.step, last_metrics=self._last_metrics)
         overflowed = bool(steps) and not any(math.isfinite(norm) for _, norm in steps)
         # updates are left out while the scale halves; below 1 it has nothing more to give
         if overflowed and self.scaler.is_enabled() and self.scaler.get_scale() < 1:

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
-from small_runs import global_batch, ragged_features, tiny_config
+from small_runs import global_batch, poison_step, ragged_features, tiny_config
 
+from unicl_fast.batch import EvaluationBatch
 from unicl_fast.dist import Ranks, process_group
+from unicl_fast.evaluation.zero_shot import zero_shot_accuracy
 from unicl_fast.interruption import Interrupted
 from unicl_fast.ledger import Ledger
 from unicl_fast.ledger_format import LedgerSource
 from unicl_fast.ledger_proof import prove
 from unicl_fast.trainer import Trainer
+from unicl_fast.watchdog import Watchdog
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
 # interpreter would import torch and timm for five seconds each time.
@@ -30,16 +34,37 @@ mp.set_forkserver_preload(["unicl_fast.trainer", "unicl_fast.tools.training_run"
 
 def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: object) -> None:
     """Calls `worker(*arguments)` in `world_size` processes that form a gloo group."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     mp.start_processes(
         _enter,
-        args=(worker, world_size, port, arguments),
+        args=(worker, world_size, _free_port(), arguments),
         nprocs=world_size,
         join=True,
         start_method="forkserver",
     )
+
+
+@contextlib.contextmanager
+def ranks_of(worker: Callable[..., None], world_size: int, *arguments: object) -> Iterator[list]:
+    """The same processes, each for itself: one that fails ends no other. All end with the block."""
+    port, context = _free_port(), mp.get_context("forkserver")
+    processes = [
+        context.Process(target=_enter, args=(rank, worker, world_size, port, arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def _enter(
@@ -284,3 +309,135 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
         trainer.fit()
     except bad_visits.TooManyBadSamplesError as error:
         (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
+
+
+class HangingLoader(StepwiseLoader):
+    """Never gives the batch of a step."""
+
+    def __init__(self, images: torch.Tensor, *, hangs_at: int, **ranks: int) -> None:
+        super().__init__(images, **ranks)
+        self.hangs_at = hangs_at
+
+    def batches(self, start_step: int):
+        for batch in super().batches(start_step):
+            if batch.step == self.hangs_at:
+                time.sleep(600)
+            yield batch
+
+
+def train_watched(
+    ranks,
+    images: torch.Tensor,
+    folder: Path,
+    limit_seconds: float,
+    hangs_at: dict[int, int],
+    steps: int = 100_000,
+) -> None:
+    """Trains under a watchdog; what a rank says goes to stderr-RANK, its step to step-RANK.
+
+    `hangs_at` has the step at which a rank's loader hangs.
+    """
+    descriptor = os.open(folder / f"stderr-{ranks.rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 2)
+    config = tiny_config(steps=steps)
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0)
+    )
+    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
+    loader = HangingLoader(images, hangs_at=hangs_at.get(ranks.rank, -1), **mine)
+    with Watchdog(limit_seconds=limit_seconds, **mine) as watchdog:
+        watchdog.meet(ranks)
+        trainer = Trainer(config, loader, ranks=ranks, progress=False)
+        step_of = trainer.train_step
+
+        def train_step(batch):
+            result = step_of(batch)
+            (folder / f"step-{ranks.rank}").write_text(str(trainer.step))
+            return result
+
+        trainer.train_step = train_step
+        trainer.fit()
+
+
+class RecordedLoader(StepwiseLoader):
+    """Says of each sample where it comes from: ids that tell the step and the place."""
+
+    def batches(self, start_step: int):
+        for batch in super().batches(start_step):
+            sample_ids = 100 * batch.step + batch.slots
+            yield dataclasses.replace(
+                batch,
+                sample_ids=sample_ids,
+                scheduled_ids=sample_ids + 50,
+                source_ids=batch.slots % 2,
+            )
+
+
+def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path) -> None:
+    config = tiny_config(steps=4)
+    trainer = Trainer(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, max_bad_steps=1)),
+        RecordedLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=folder / "run",
+        ranks=ranks,
+        progress=False,
+    )
+    if ranks.rank == 1:
+        poison_step(trainer, step=2)
+    trainer.fit()
+    torch.save(trainer.model.state_dict(), folder / f"{ranks.rank}.pt")
+
+
+class ZeroShotOfFour:
+    """An evaluation of four batches a rank; in one of its passes this process gets SIGTERM."""
+
+    def __init__(
+        self, images: torch.Tensor, *, ranks: Ranks | None = None, signals_in_pass: int = 0
+    ) -> None:
+        self.images, self.ranks, self.signals_in_pass = images, ranks or Ranks(), signals_in_pass
+        self.shown: list[int] = []
+        """Batches of each pass."""
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        self.shown.append(0)
+        for number in range(4):
+            if number == 2 and len(self.shown) == self.signals_in_pass:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.shown[-1] = number
+            places = slice(3 * number, 3 * number + 3)
+            yield EvaluationBatch(images=self.images[places], sample_ids=torch.arange(12)[places])
+        self.shown[-1] = 4
+
+    def close(self) -> None: ...
+
+    def __call__(self, model) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(1)
+        width = model.config.model.embed_dim
+        result = zero_shot_accuracy(
+            model,
+            self,
+            torch.randn(3, width, dtype=torch.float64, generator=generator),
+            labels_of=lambda sample: [sample % 3],
+            class_names=("a", "b", "c"),
+            ranks=self.ranks,
+        )
+        return {"top1": result.top1}
+
+
+def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
+    """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes where it stopped."""
+    config = tiny_config(steps=50)
+    trainer = Trainer(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, evaluate_every_steps=3)),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=folder / "run",
+        ranks=ranks,
+        evaluations={
+            "some": ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
+        },
+        progress=False,
+    )
+    try:
+        trainer.fit()
+    except Interrupted:
+        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))

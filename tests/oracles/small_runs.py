@@ -21,6 +21,7 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.trainer import Trainer
 
 IMAGE_SIZE = 32
 TEXTS = [
@@ -96,3 +97,17 @@ def ragged_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.T
         for n in (len(text_index), len(text_classes))
     )
     return images, texts, text_index, text_classes[text_index]
+
+
+def poison_step(trainer: Trainer, *, step: int) -> None:
+    """In that step the features of the first picture, and what BatchNorm sees, are not numbers."""
+
+    def poison(module: torch.nn.Module, inputs: tuple, outputs: torch.Tensor) -> torch.Tensor:
+        if not module.training or trainer.step != step:
+            return outputs
+        return torch.cat([outputs[:1] * torch.nan, outputs[1:]])
+
+    encoder = trainer.model.image_encoder
+    convolutions = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    for module in (convolutions[0], encoder):
+        module.register_forward_hook(poison)

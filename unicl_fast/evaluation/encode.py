@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
+from unicl_fast.evaluation.progress import may_go_on
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.precision import Precision, normalise_images
 
@@ -62,6 +63,7 @@ def encode_token_rows(
     features = []
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="encode texts", disable=not progress):
+        may_go_on()  # shows progress; asked to stop, the pictures are left off, and all ranks know
         chosen = [rows[row] for row in order[start : start + batch_size]]
         tokens = torch.zeros(len(chosen), len(chosen[-1]), dtype=torch.int64)
         for number, row in enumerate(chosen):

@@ -21,8 +21,10 @@ from tqdm import tqdm
 from unicl_fast.batch import EvaluationLoader
 from unicl_fast.dist import Ranks
 from unicl_fast.evaluation.encode import encode_pictures, encode_token_rows
+from unicl_fast.evaluation.progress import EvaluationStopped, may_go_on
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.prompts import fill_template
+from unicl_fast.stages import WaitingForRanks
 from unicl_fast.tokenizer import Tokenizer
 
 
@@ -165,10 +167,15 @@ def zero_shot_accuracy(
 
     Raises:
         ValueError: no sample has a label.
+        EvaluationStopped: it was asked to leave off, on all ranks.
     """
-    counts = torch.zeros(4, dtype=torch.int64)  # labelled, right, right in five, without label
+    # labelled, right, right in five, without label, ranks that left off
+    counts = torch.zeros(5, dtype=torch.int64)
     per_class = torch.zeros(len(class_names), 2, dtype=torch.int64)
     for batch in tqdm(loader, desc="classify", total=num_batches, disable=num_batches is None):
+        if not may_go_on():
+            counts[4] = 1
+            break
         best = _predict(model, batch.images, classifier)
         for sample, ranking in zip(batch.sample_ids.tolist(), best, strict=True):
             labels = [int(label) for label in labels_of(sample)]
@@ -176,11 +183,14 @@ def zero_shot_accuracy(
                 counts[3] += 1
                 continue
             right = ranking[0] in labels
-            counts += torch.tensor([1, right, not set(labels).isdisjoint(ranking), 0])
+            counts += torch.tensor([1, right, not set(labels).isdisjoint(ranking), 0, 0])
             per_class[labels[0]] += torch.tensor([1, right])
     if ranks is not None and ranks.world_size > 1:
-        dist.all_reduce(counts, group=ranks.host_group)
-        dist.all_reduce(per_class, group=ranks.host_group)
+        with WaitingForRanks():
+            dist.all_reduce(counts, group=ranks.host_group)
+            dist.all_reduce(per_class, group=ranks.host_group)
+    if counts[4]:
+        raise EvaluationStopped
     if counts[0] == 0:
         raise ValueError("no sample of this data set has a label: zero-shot needs some")
     return ZeroShotResult(
