@@ -93,7 +93,7 @@ def run_graph(
                     outputs = _run(pipeline, device)
                 except StopIteration:
                     return
-                except RuntimeError as error:
+                except Exception as error:  # DALI's are of several types
                     if error is host_error or not in_flight:
                         raise
                     raise DecodingError(str(error), in_flight) from error
