@@ -16,6 +16,7 @@ ROOMS = ("pipelines", "tools", "benchmarks")
 LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
+    | {"rendezvous"}
     | {
         "interruption",
         "ledger_format",

@@ -18,7 +18,7 @@ import torch
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.dist import Ranks, process_group
+from unicl_fast.dist import Ranks, gather_integers, process_group
 from unicl_fast.ledger import Ledger, has_ledger
 from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
@@ -27,7 +27,7 @@ from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
-from unicl_fast.tools.launch import configure_logging, refused_together
+from unicl_fast.tools.launch import configure_logging, is_restarted, refused_together
 from unicl_fast.tools.training_data import (
     build_prompts,
     check_tokenizer,
@@ -85,6 +85,9 @@ def pretrain(
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
+        # agents of torchrun on nodes whose ranks were well do not count it as a restart
+        if any(gather_integers(int(is_restarted()), ranks)):
+            resume = resume_after_failure(resume, run_folder)
         with refused_together(ranks):
             share = ranks.share_of(config.run.global_batch_size)
             checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
