@@ -19,7 +19,6 @@ import torch
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.benchmarks.harness import (
     BenchmarkSettings,
-    peak_bytes,
     print_figures,
     ratios_of,
     summarise,
@@ -130,7 +129,6 @@ def _proving(settings: Settings, folder: Path) -> dict[str, dict[str, object]]:
     return {
         "bytes a visit": summarise([size / visits]),
         "millions of visits proven a second": summarise([visits / s / 1e6 for s in seconds]),
-        "memory of the proof, MB": summarise([peak_bytes(lambda: prove(folder)) / 1e6]),
     }
 
 

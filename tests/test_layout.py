@@ -17,7 +17,7 @@ LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"}
     | {"shard_reader", "differences", "whole_files", "stages", "ending_at_once", "exit_codes"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
-    | {"interruption", "checkpoint_files", "heartbeats", "watchdog"}
+    | {"interruption", "checkpoint_files", "heartbeats", "watchdog", "rendezvous"}
     | {
         "ledger_format",
         "ledger_reading",

@@ -18,14 +18,7 @@ from unicl_fast.ending_at_once import ending_at_once
 from unicl_fast.exit_codes import EXIT_ABORTED, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
 from unicl_fast.interruption import Interrupted
 from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.tools.launch import (
-    end_with_torchrun,
-    explain,
-    is_own_rank,
-    is_restarted,
-    start_ranks,
-    stop,
-)
+from unicl_fast.tools.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
 
 _DEFAULT_PRESET = "swin-tiny"
 
@@ -75,7 +68,7 @@ def _main(argv: Sequence[str]) -> None:
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
     from unicl_fast.dist import adopt_slurm_ranks
     from unicl_fast.pipelines.host_memory import keep_freed_memory
-    from unicl_fast.tools.training_run import check_request, pretrain, resume_after_failure
+    from unicl_fast.tools.training_run import check_request, pretrain
 
     run_folder, nproc, resume = arguments.out, arguments.nproc, arguments.resume
     adopt_slurm_ranks()
@@ -98,8 +91,6 @@ def _main(argv: Sequence[str]) -> None:
             argv=argv,
             max_restarts=arguments.max_restarts,
         )
-    if is_restarted():
-        resume = resume_after_failure(resume, run_folder)
     keep_freed_memory()
     try:
         pretrain(config, run_folder=run_folder, resume=resume, ledger=arguments.ledger)

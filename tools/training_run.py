@@ -19,7 +19,7 @@ from unicl_fast.batch import Batch, Loader
 from unicl_fast.best import choose_metric
 from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.dist import Ranks, from_rank_0, process_group
+from unicl_fast.dist import Ranks, from_rank_0, gather_integers, process_group
 from unicl_fast.ledger import Ledger, has_ledger
 from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
@@ -29,7 +29,7 @@ from unicl_fast.shards import QUARANTINE_NAME, PackedDataset
 from unicl_fast.stages import mark
 from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
-from unicl_fast.tools.launch import configure_logging, refused_together
+from unicl_fast.tools.launch import configure_logging, is_restarted, refused_together
 from unicl_fast.tools.training_data import (
     build_prompts,
     check_tokenizer,
@@ -101,6 +101,9 @@ def pretrain(
         configure_logging(ranks)
         watchdog.meet(ranks)
         mark("reading checkpoints")
+        # agents of torchrun on nodes whose ranks were well do not count it as a restart
+        if any(gather_integers(int(is_restarted()), ranks)):
+            resume = resume_after_failure(resume, run_folder)
         with refused_together(ranks):
             share = ranks.share_of(config.run.global_batch_size)
             checkpoint = _choose_on_rank_0(ranks, resume, run_folder)

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from unicl_fast import stages
+from unicl_fast.rendezvous import open_store
 from unicl_fast.stages import WaitingForRanks
 
 
@@ -80,10 +81,17 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
     stages.mark("meeting the other ranks", waits_for_ranks=True)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timeout)
+    store, rank, world_size = open_store(timeout)
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=store,
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
     try:
         yield Ranks(
-            rank=dist.get_rank(),
+            rank=rank,
             local_rank=int(os.environ.get("LOCAL_RANK", "0")),
             world_size=world_size,
             host_group=dist.new_group(backend="gloo", timeout=timeout),
