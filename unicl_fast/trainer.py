@@ -114,9 +114,8 @@ class Trainer:
             progress: show a progress bar on rank 0.
 
         Raises:
-            ValueError: the run has no length, the ranks cannot share the global batch, the model
-                cannot be trained in micro-batches or compiled as the config asks, or
-                `checkpoint.best` names what no evaluation gives.
+            ValueError: the run has no length, the ranks cannot share the global batch, or the
+                model cannot be trained in micro-batches or compiled as the config asks.
         """
         self.ranks = ranks or Ranks()
         self.ranks.share_of(config.run.global_batch_size)
@@ -164,7 +163,7 @@ class Trainer:
             scales_loss=self.scaler.is_enabled(),
         )
         self._last_metrics: dict[str, float] = {}
-        self._best_metric = choose_metric(config.checkpoint.best, self.evaluations)
+        self._best_metric: str | None = None
 
     @property
     def evaluated_model(self) -> UniCL:
@@ -219,9 +218,11 @@ class Trainer:
                 evaluation.
             TooManyBadSamplesError: more samples had to be replaced than the config allows. Told at
                 the next logging.
+            ValueError: `checkpoint.best` names what no evaluation gives.
             OSError: the run folder, or the last checkpoint, cannot be written.
         """
         self._start_step = self.step
+        self._best_metric = choose_metric(self.config.checkpoint.best, self.evaluations)
         bad_visits = BadVisits(
             max_fraction=self.config.data.max_bad_fraction,
             global_batch_size=self.config.run.global_batch_size,
