@@ -2,7 +2,7 @@
 
 torchrun keeps one store for all its restarts, and torch (2.13, pytorch issue 135712) puts the same
 keys into it each time. A rank that is quicker than its peers reads where they WERE, and calls an
-address at which nobody answers: four of four restarts of two ranks that were watched ended so. The
+address at which nobody answers: most restarts of two ranks that were watched ended so. The
 count of restarts does not tell attempts apart, since agents on nodes whose ranks were well do not
 count.
 """
