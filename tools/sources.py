@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.tools.picture_files import Entry, EntryError, Tree, open_tree
+from unicl_fast.tools.entries import Entry, EntryError, RefusedEntry, Tree
+from unicl_fast.tools.picture_files import open_tree
 
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 IMAGE_COLUMNS = ("image", "file", "path")
@@ -34,6 +35,9 @@ NOT_PICTURES = frozenset(
     for extension in group.split()
 )
 """Extensions passed over in class folders; a file with any other, or none, is tried."""
+
+MAX_TEXTS = 65_535
+"""Captions, and labels, that the packed format counts for one sample."""
 
 Label = str | int
 
@@ -112,7 +116,10 @@ def _read_class_folders(path: Path) -> Source:
     for name, entry in open_tree(path).entries():
         *folders, file_name = name.split("/")
         suffix = os.path.splitext(file_name)[1].lower()
-        if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+        if isinstance(entry, RefusedEntry):
+            problem = Problem(kind=entry.kind, message=entry.message)
+            items.append(Item(name, problem=problem))
+        elif any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
             passed_over["hidden files"] += 1
         elif suffix in NOT_PICTURES:
             passed_over[f"{suffix} files"] += 1
@@ -167,6 +174,9 @@ def _read_list(path: Path, options: ListOptions) -> Source:
     for item in items.values():
         if item.problem is None and not item.captions and not item.labels:
             item.problem = Problem(kind="no text", message="neither a caption nor a label")
+        elif max(len(item.captions), len(item.labels)) > MAX_TEXTS:
+            message = f"more than {MAX_TEXTS:,} captions or labels"
+            item.problem = Problem(kind="too many texts", message=message)
     return Source(
         name=path.name,
         items=[*items.values(), *broken],
@@ -220,11 +230,15 @@ def _choose_columns(
 
 
 def _find_picture(tree: Tree, name: str) -> Item:
-    if name.startswith("/") or ".." in name.split("/"):
+    """A whole path is as good as one relative to the root, if it leads there."""
+    if ".." in name.split("/"):
         problem = Problem(kind="outside", message="paths must stay inside the image root")
         return Item(name, problem=problem)
     try:
-        return Item(name, tree.find(name))
+        entry = tree.find(name)
+        if isinstance(entry, RefusedEntry):
+            raise EntryError(entry.kind, entry.message)
+        return Item(name, entry)
     except EntryError as error:
         return Item(name, problem=Problem(kind=error.kind, message=str(error)))
 

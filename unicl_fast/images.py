@@ -10,8 +10,10 @@ Decoding for training is DALI's business; this module only decides what DALI is 
 
 from __future__ import annotations
 
+import contextlib
 import io
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,8 +24,8 @@ from PIL import Image, UnidentifiedImageError
 from unicl_fast.jpeg_header import JpegHeader, read_jpeg_header
 
 MAX_PIXELS = 89_478_485
-"""Largest picture accepted, checked before any memory is taken: a quarter GiB as RGB, and the limit
-above which Pillow warns of decompression bombs."""
+"""Largest picture accepted by default, checked before any memory is taken: a quarter GiB as RGB,
+and the limit above which Pillow warns of decompression bombs."""
 MAX_SIDE = 65_500
 """libjpeg's limit for a side."""
 MAX_SCANS = 500
@@ -35,7 +37,7 @@ RESIZE_SUBSAMPLING = "420"
 
 PILLOW_FORMATS = (
     "JPEG", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "BMP", "TIFF", "PPM", "ICO", "PCX", "SGI",
-    "PSD", "QOI",
+    "PSD", "QOI", "XVThumb",
 )  # fmt: skip
 """What Pillow may be asked to open: no format that starts another program (EPS), and none without
 a signature (TGA), which would take any file for a picture."""
@@ -69,7 +71,13 @@ class Picture:
     """Whether `data` differs from the bytes that came in."""
 
 
-def check_picture(data: bytes, *, short_side: int = 0, quality: int = RESIZE_QUALITY) -> Picture:
+def check_picture(
+    data: bytes,
+    *,
+    short_side: int = 0,
+    quality: int = RESIZE_QUALITY,
+    max_pixels: int = MAX_PIXELS,
+) -> Picture:
     """Checks a picture's bytes and normalises them if need be.
 
     Args:
@@ -77,6 +85,7 @@ def check_picture(data: bytes, *, short_side: int = 0, quality: int = RESIZE_QUA
         short_side: a picture whose shorter side is longer than this many pixels is scaled down to
             it and encoded anew; 0 leaves sizes alone. Nothing is ever enlarged.
         quality: JPEG quality of scaled pictures, 1 to 100.
+        max_pixels: a picture with more is refused by what its header says, before it is decoded.
 
     Raises:
         PictureError: the picture is damaged, not a picture, too large, or of an unsupported kind.
@@ -84,18 +93,37 @@ def check_picture(data: bytes, *, short_side: int = 0, quality: int = RESIZE_QUA
     if not data:
         raise PictureError("empty", "the file is empty")
     if data.startswith(_JPEG_SIGNATURE):
-        return _check_jpeg(data, short_side=short_side, quality=quality)
-    if data.startswith(_PNG_SIGNATURE):
-        return _check_png(data, short_side=short_side, quality=quality)
-    return _encode(_pixels_of(_open(data)), short_side=short_side, quality=quality)
+        return _check_jpeg(data, short_side=short_side, quality=quality, max_pixels=max_pixels)
+    with _pillow_limits(max_pixels):
+        if data.startswith(_PNG_SIGNATURE):
+            return _check_png(data, short_side=short_side, quality=quality)
+        return _encode(_pixels_of(_open(data)), short_side=short_side, quality=quality)
 
 
-def _check_jpeg(data: bytes, *, short_side: int, quality: int) -> Picture:
+@contextlib.contextmanager
+def _pillow_limits(max_pixels: int) -> Iterator[None]:
+    """Makes Pillow's own check of sizes raise above `max_pixels`, and silences its other warnings.
+
+    Pillow checks wherever a size becomes known, also late: an icon of 16 x 16 by its directory may
+    hold a PNG of any size, and the first frame of a GIF may be larger than its screen.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters raises, or is checked here
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def _check_jpeg(data: bytes, *, short_side: int, quality: int, max_pixels: int) -> Picture:
     try:
         header = read_jpeg_header(data)
     except ValueError as error:
         raise PictureError("damaged", str(error)) from error
-    _check_size(header.height, header.width)
+    _check_size(header.height, header.width, max_pixels)
     if data.count(b"\xff\xda") > MAX_SCANS:
         raise PictureError("unsupported", f"the JPEG has more than {MAX_SCANS} scans")
     if header.is_plain and not _needs_resize(header.height, header.width, short_side):
@@ -107,7 +135,9 @@ def _check_jpeg(data: bytes, *, short_side: int, quality: int) -> Picture:
             width=header.width,
             reencoded=False,
         )
-    return _encode(_jpeg_pixels(data, header), short_side=short_side, quality=quality)
+    with _pillow_limits(max_pixels):
+        pixels = _jpeg_pixels(data, header)
+    return _encode(pixels, short_side=short_side, quality=quality)
 
 
 def _check_jpeg_data(data: bytes) -> None:
@@ -123,7 +153,9 @@ def _decode_jpeg(data: bytes, **options: object) -> Pixels:
     """libjpeg-turbo with warnings taken as errors: a cut or damaged JPEG gives no grey tail."""
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, strict=True, **options)
-    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
+    except MemoryError as error:
+        raise PictureError("too large", "libjpeg: not enough memory") from error
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise PictureError("damaged", f"libjpeg: {error}") from error
     return pixels
 
@@ -164,25 +196,23 @@ def _check_png(data: bytes, *, short_side: int, quality: int) -> Picture:
 def _open(data: bytes) -> Image.Image:
     """Pillow's view of the file, its size checked before anything is decoded."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters raises, or is checked here
-            image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+        image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except UnidentifiedImageError:
         raise PictureError("not a picture", "no known picture format") from None
     except Exception as error:
         raise _pillow_error(error) from error
-    _check_size(image.height, image.width)
+    _check_size(image.height, image.width, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
     return image
 
 
 def _pixels_of(image: Image.Image) -> Pixels:
     """Decodes what Pillow opened: its first frame, 8 bits, grey or RGB, the right way up."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-            pixels = np.asarray(_to_grey_or_rgb(image))
-            orientation = _orientation(image)
+        if image.mode == "F":
+            raise PictureError("unsupported", "floating-point pixels have no known range")
+        image.load()
+        pixels = np.asarray(_to_grey_or_rgb(image))
+        orientation = _orientation(image)
     except PictureError:
         raise
     except Exception as error:
@@ -192,16 +222,15 @@ def _pixels_of(image: Image.Image) -> Pixels:
 
 def _pillow_error(error: Exception) -> PictureError:
     """Pillow's plugins raise whatever their parsing stumbles over, from OSError to IndexError."""
-    if isinstance(error, (Image.DecompressionBombError, MemoryError)):
-        return PictureError("too large", f"Pillow: {error}")
+    too_large = (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError)
+    if isinstance(error, too_large):
+        return PictureError("too large", f"Pillow: {str(error) or 'not enough memory'}")
     return PictureError("damaged", f"Pillow: {type(error).__name__}: {error}")
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
         return _from_16_bits(np.asarray(image))
-    if image.mode == "F":
-        raise PictureError("unsupported", "floating-point pixels have no known range")
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
@@ -239,13 +268,13 @@ def _turn_upright(pixels: Pixels, orientation: int) -> Pixels:
     return pixels
 
 
-def _check_size(height: int, width: int) -> None:
+def _check_size(height: int, width: int, max_pixels: int) -> None:
     if height < 1 or width < 1:
         raise PictureError("damaged", f"the header says {width} x {height} pixels")
-    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
+    if height * width > max_pixels or max(height, width) > MAX_SIDE:
         raise PictureError(
             "too large",
-            f"{width} x {height} pixels; at most {MAX_PIXELS:,} and {MAX_SIDE:,} a side are taken",
+            f"{width} x {height} pixels; at most {max_pixels:,} and {MAX_SIDE:,} a side are taken",
         )
 
 
@@ -269,7 +298,7 @@ def _encode(pixels: Pixels, *, short_side: int, quality: int) -> Picture:
             colorspace="GRAY" if channels == 1 else "RGB",
             colorsubsampling="Gray" if channels == 1 else subsampling,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise PictureError("unsupported", f"libjpeg cannot encode it: {error}") from error
     _check_jpeg_data(data)
     height, width, _ = pixels.shape

@@ -15,7 +15,8 @@ from unicl_fast.tools.class_names import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.tools.picture_files import Entry, EntryError, FileEntry, open_tree
+from unicl_fast.tools.entries import Entry, EntryError
+from unicl_fast.tools.picture_files import FileEntry, open_tree
 from unicl_fast.tools.sources import Item, ListOptions, Source, read_source
 
 
