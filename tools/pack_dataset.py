@@ -86,7 +86,7 @@ class Build:
     """Largest size of a shard, in bytes."""
     max_pixels: int = MAX_PIXELS
     """A picture with more pixels is left out by what its header says, before it is decoded. A
-    worker's memory is limited to what so many pixels need, 4.7 GB by default."""
+    worker's memory is limited to what so many pixels may need: 5 GB by default."""
     picture_seconds: float = DEFAULT_PICTURE_SECONDS
     """A picture that takes longer to read and check is left out, as is one that crashes a decoder;
     both are tried twice. 0 waits for ever."""

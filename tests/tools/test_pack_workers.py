@@ -66,7 +66,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build(
-    monkeypatch: pytest.MonkeyPatch, folder: Path, out: Path, entries: dict[str, Entry], workers: int
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    out: Path,
+    entries: dict[str, Entry],
+    workers: int,
 ) -> dict[str, bytes]:
     """Packs `folder` with other entries under some names; returns the files made."""
     read = build_module.read_source
