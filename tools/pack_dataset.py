@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -137,9 +138,15 @@ def _report(summary: BuildSummary) -> str:
 
 
 def _print(text: str, file: TextIO) -> None:
-    """Prints names from anywhere: bytes that the terminal has no character for are escaped."""
+    """Prints names from anywhere: what the terminal cannot show, or would obey, is escaped."""
     encoding = file.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+    shown = "".join(
+        character
+        if character == "\n" or unicodedata.category(character) != "Cc"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

@@ -66,15 +66,13 @@ class FolderTree:
     def entries(self) -> list[tuple[str, Entry]]:
         found: list[tuple[str, Entry]] = []
         seen: set[str] = set()
-        waiting = [(str(self._root), "")]  # not by recursion: folders can be nested deeper than it
+        # not by recursion: folders can be nested deeper than Python's stack
+        waiting = [_Folder(str(self._root), self._real_root, "")]
         while waiting:
-            folder, prefix = waiting.pop()
-            real = os.path.realpath(folder)
-            if real in seen:
-                continue
-            seen.add(real)
-            folders = self._list(folder, prefix, found)
-            waiting.extend(reversed(folders))
+            folder = waiting.pop()
+            if folder.real not in seen:
+                seen.add(folder.real)
+                waiting.extend(reversed(_list_folder(folder, found)))
         found.sort(key=lambda entry: entry[0])
         return found
 
@@ -95,27 +93,42 @@ class FolderTree:
             raise EntryError("missing", f"no such file in {self._root}") from error
         return FileEntry(path, status.st_size)
 
-    def _list(
-        self, folder: str, prefix: str, found: list[tuple[str, Entry]]
-    ) -> list[tuple[str, str]]:
-        """Adds the files right in a folder to `found`; returns the folders in it."""
-        folders = []
-        with os.scandir(folder) as listing:
-            children = sorted(listing, key=lambda child: child.name)
-        for child in children:
-            try:
-                if child.is_dir():
-                    folders.append((child.path, f"{prefix}{child.name}/"))
-                    continue
-                size = child.stat().st_size
-            except FileNotFoundError:
-                size = 0  # a dangling link; reading it will say so
-            except OSError as error:  # a link to itself
-                reason = error.strerror or str(error)
-                found.append((prefix + child.name, RefusedEntry("unreadable", reason)))
+
+@dataclass(frozen=True, slots=True)
+class _Folder:
+    """A folder on the way through a tree; `real` is its path without links."""
+
+    path: str
+    real: str
+    prefix: str
+
+
+def _list_folder(folder: _Folder, found: list[tuple[str, Entry]]) -> list[_Folder]:
+    """Adds the files right in a folder to `found`; returns the folders in it."""
+    folders = []
+    with os.scandir(folder.path) as listing:
+        children = sorted(listing, key=lambda child: child.name)
+    for child in children:
+        name = folder.prefix + child.name
+        try:
+            if child.is_dir():
+                # resolving is slow where it is deep, and only links need it
+                real = (
+                    os.path.realpath(child.path)
+                    if child.is_symlink()
+                    else os.path.join(folder.real, child.name)
+                )
+                folders.append(_Folder(child.path, real, name + "/"))
                 continue
-            found.append((prefix + child.name, FileEntry(child.path, size)))
-        return folders
+            size = child.stat().st_size
+        except FileNotFoundError:
+            size = 0  # a dangling link; reading it will say so
+        except OSError as error:  # a link to itself
+            reason = error.strerror or str(error)
+            found.append((name, RefusedEntry("unreadable", reason)))
+            continue
+        found.append((name, FileEntry(child.path, size)))
+    return folders
 
 
 def open_tree(place: Path) -> Tree:

@@ -31,8 +31,8 @@ from unicl_fast.tools.entries import MAX_FILE_BYTES, Entry, EntryError
 from unicl_fast.tools.sources import Problem
 
 BYTES_PER_PIXEL = 40
-"""What decoding and encoding may hold at once for each pixel. Measured: 25 for transparent JPEG 2000
-and WebP, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves another 6."""
+"""What decoding and encoding may hold at once for each pixel. Measured: 25 for transparent WebP and
+JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves another 6."""
 _SMALL_FILE_BYTES = 16_000_000
 _BYTES_BESIDE_PICTURES = 400_000_000
 """The tokenizer, decoders' tables, and the heap's slack."""

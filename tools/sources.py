@@ -38,6 +38,7 @@ NOT_PICTURES = frozenset(
 
 MAX_TEXTS = 65_535
 """Captions, and labels, that the packed format counts for one sample."""
+_TOO_MANY = "too many texts"
 
 Label = str | int
 
@@ -174,9 +175,6 @@ def _read_list(path: Path, options: ListOptions) -> Source:
     for item in items.values():
         if item.problem is None and not item.captions and not item.labels:
             item.problem = Problem(kind="no text", message="neither a caption nor a label")
-        elif max(len(item.captions), len(item.labels)) > MAX_TEXTS:
-            message = f"more than {MAX_TEXTS:,} captions or labels"
-            item.problem = Problem(kind="too many texts", message=message)
     return Source(
         name=path.name,
         items=[*items.values(), *broken],
@@ -245,18 +243,34 @@ def _find_picture(tree: Tree, name: str) -> Item:
 
 def _add_texts(item: Item, row: dict[str, Any], columns: _Columns, line: int) -> None:
     """Adds a row's captions and labels, each once; a wrong type is the item's problem."""
+    if item.problem is not None and item.problem.kind == _TOO_MANY:
+        return
+    captions: list[str] = []
+    labels: list[Label] = []
     for column in columns.captions:
         for caption in _values(row.get(column)):
-            if not isinstance(caption, str):
+            if isinstance(caption, str):
+                captions.append(caption)
+            else:
                 item.problem = _bad_value(line, column, caption)
-            elif caption not in item.captions:
-                item.captions.append(caption)
     for column in columns.labels:
         for label in _values(row.get(column)):
             if not isinstance(label, (str, int)) or isinstance(label, bool):
                 item.problem = _bad_value(line, column, label)
-            elif label not in (-1, "-1", *item.labels):  # -1 is the usual sign for none
-                item.labels.append(label)
+            elif label not in (-1, "-1"):  # the usual sign for none
+                labels.append(label)
+    item.captions = _merge(item.captions, captions)
+    item.labels = _merge(item.labels, labels)
+    if max(len(item.captions), len(item.labels)) > MAX_TEXTS:
+        message = f"more than {MAX_TEXTS:,} captions or labels"
+        item.problem = Problem(kind=_TOO_MANY, message=message)
+
+
+def _merge(known: list[Any], new: list[Any]) -> list[Any]:
+    """Both, each value once, in order. A row with one value is the usual case, and made cheap."""
+    if len(new) == 1:
+        return known if new[0] in known else [*known, *new]
+    return list(dict.fromkeys([*known, *new]))
 
 
 def _values(value: Any) -> list[Any]:

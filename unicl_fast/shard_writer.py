@@ -94,7 +94,10 @@ class DatasetWriter:
         self._quarantine_file = (self.aside / QUARANTINE_NAME).open(
             "w", encoding="utf-8", errors="backslashreplace", newline=""
         )
-        self._quarantine = csv.writer(self._quarantine_file, lineterminator="\n")
+        # all in quotes: Python before 3.13 writes a carriage return without, and reads a new line
+        self._quarantine = csv.writer(
+            self._quarantine_file, lineterminator="\n", quoting=csv.QUOTE_ALL
+        )
         self._quarantine.writerow(["source", "name", "kind", "message"])
 
     def __enter__(self) -> DatasetWriter:
@@ -194,8 +197,9 @@ class DatasetWriter:
         for array in self._arrays.values():
             array.finish()
         sync_and_close(self._quarantine_file)
-        with (self.aside / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
+        # lone surrogates stand for bytes of a file name; as escapes they are good JSON
+        with (self.aside / MANIFEST_NAME).open("wb") as file:
+            file.write(manifest.to_json().encode("utf-8", "backslashreplace"))
             sync_and_close(file)
         sync_folder(self.aside)
         require_free(self.out)
