@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from unicl_fast.array_files import check_arrays, open_array
 from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
 from unicl_fast.manifest import Manifest as Manifest
@@ -78,7 +79,19 @@ class PackedDataset:
     several threads at once are safe.
     """
 
-    def __init__(self, folder: str | os.PathLike[str]) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, check: bool = True) -> None:
+        """Opens the data set in `folder`.
+
+        Args:
+            folder: what `unicl-pack build` made.
+            check: compare the arrays with their checksums, and what refers to something with what
+                is there: about a second for ten million samples. Without it a damaged array gives
+                wrong samples, or worse.
+
+        Raises:
+            FileNotFoundError: not a data set, or a file of it is missing.
+            ValueError: its files contradict each other or their checksums.
+        """
         self.folder = Path(folder)
         self.manifest = Manifest.load(folder)
         self.samples: npt.NDArray[Any] = self._load_array("samples", self.manifest.num_samples)
@@ -88,6 +101,10 @@ class PackedDataset:
         self._files: dict[int, int] = {}
         self._closed = False
         self._check_shards()
+        self.largest_token: int | None = None
+        """Largest token id of all captions; None if opened without `check`."""
+        if check:
+            self.largest_token = check_arrays(self.folder, self.manifest, ARRAY_DTYPES)
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -163,25 +180,7 @@ class PackedDataset:
         return index
 
     def _load_array(self, name: str, length: int) -> npt.NDArray[Any]:
-        path = self.folder / f"{name}.npy"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing; the copy of this data set is not complete, copy it again"
-            )
-        try:
-            # an empty array has nothing to map, and mmap refuses it
-            array: npt.NDArray[Any] = np.load(
-                path, mmap_mode="r" if length else None, allow_pickle=False
-            )
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path} is damaged or cut short: {error}") from error
-        if array.dtype != ARRAY_DTYPES[name] or array.shape != (length,):
-            raise ValueError(
-                f"{path}: expected {length} rows of {ARRAY_DTYPES[name]} as the manifest says, "
-                f"found shape {array.shape} of {array.dtype}; copy the data set again"
-            )
-        array.flags.writeable = False
-        return array
+        return open_array(self.folder / f"{name}.npy", ARRAY_DTYPES[name], length)
 
     def _check_shards(self) -> None:
         total = sum(shard.num_samples for shard in self.manifest.shards)
@@ -190,10 +189,13 @@ class PackedDataset:
                 f"{self.folder / MANIFEST_NAME} contradicts itself: {len(self)} samples, but the "
                 f"shards hold {total}"
             )
-        for shard in self.manifest.shards:
+        for number, shard in enumerate(self.manifest.shards):
             path = self.folder / shard.name
-            if Path(shard.name).name != shard.name:
-                raise ValueError(f"{self.folder / MANIFEST_NAME}: {shard.name!r} is no shard name")
+            if shard.name != shard_name(number):
+                raise ValueError(
+                    f"{self.folder / MANIFEST_NAME}: shard {number} should be called "
+                    f"{shard_name(number)}, not {shard.name!r}"
+                )
             if not path.is_file():
                 raise FileNotFoundError(f"{path} is missing; copy the data set again")
             if path.stat().st_size != shard.num_bytes:
