@@ -15,13 +15,13 @@ ROOMS = ("pipelines", "tools", "benchmarks")
 # Lower rooms know nothing of higher ones; modules not named are free to know any library module.
 LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"}
-    | {"pillow_decoding", "checksums", "array_files"},
+    | {"differences", "whole_files", "pillow_decoding", "checksums", "array_files", "sealed_json"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
-    | {"interruption"},
+    | {"interruption", "checkpoint_files"},
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
-    | {"positives", "loss_tiled", "loss"},
+    | {"positives", "loss_tiled", "loss", "best", "ema", "checkpoint_writer"},
     {"collate", "presets", "checkpoint", "compilation"},
-    {"step", "cached_gradients", "evaluation"},
+    {"step", "cached_gradients", "evaluation", "training_state"},
     {"trainer", "memory_check"},
 ]
 

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -24,7 +25,7 @@ class ZeroShot:
     """Zero-shot classification: top-1, top-5 and mean per class, with 95 % intervals."""
 
     checkpoint: Path
-    """A run folder (its newest checkpoint is taken) or one checkpoint folder."""
+    """A run folder (its newest checkpoint is taken), RUN/best, or one checkpoint folder."""
     data: Path
     """A packed data set with labels, or a folder or zip of class folders."""
     class_names: str = ""
@@ -35,6 +36,8 @@ class ZeroShot:
     """Pictures encoded at once by each rank."""
     json: Path | None = None
     """Also write the result, with a rate for each class, into this file."""
+    weights: Literal["auto", "ema", "model"] = "auto"
+    """The moving average of the weights, those of the last step, or the average if there is one."""
     nproc: int = 1
     """Ranks to start on this machine; leave it at 1 under torchrun or SLURM."""
     device: DeviceName = "auto"
@@ -46,13 +49,15 @@ class Retrieval:
     """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance."""
 
     checkpoint: Path
-    """A run folder (its newest checkpoint is taken) or one checkpoint folder."""
+    """A run folder (its newest checkpoint is taken), RUN/best, or one checkpoint folder."""
     data: Path
     """A packed data set with captions."""
     batch_size: int = 256
     """Pictures encoded at once."""
     json: Path | None = None
     """Also write the result into this file."""
+    weights: Literal["auto", "ema", "model"] = "auto"
+    """The moving average of the weights, those of the last step, or the average if there is one."""
     device: DeviceName = "auto"
     """Where the model runs."""
 

@@ -47,7 +47,7 @@ def check_request(command: ZeroShot | Retrieval) -> None:
 
 def run_zero_shot(command: ZeroShot) -> ZeroShotResult:
     """Evaluates on all ranks; rank 0 prints the table and writes the JSON."""
-    with _model_on_ranks(command.checkpoint, command.device) as (model, ranks):
+    with _model_on_ranks(command) as (model, ranks):
         packed = open_or_pack(
             command.data, class_names=command.class_names, templates=command.templates, ranks=ranks
         )
@@ -74,7 +74,7 @@ def run_zero_shot(command: ZeroShot) -> ZeroShotResult:
 def run_retrieval(command: Retrieval) -> RetrievalResult:
     """Evaluates in this process, prints the table and writes the JSON."""
     with (
-        _model_on_ranks(command.checkpoint, command.device) as (model, ranks),
+        _model_on_ranks(command) as (model, ranks),
         PackedDataset(command.data) as dataset,
     ):
         if ranks.world_size > 1:
@@ -113,13 +113,14 @@ def open_or_pack(
 
 
 @contextlib.contextmanager
-def _model_on_ranks(checkpoint: Path, device_name: str) -> Iterator[tuple[UniCL, Ranks]]:
-    device = choose_device(device_name, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+def _model_on_ranks(command: ZeroShot | Retrieval) -> Iterator[tuple[UniCL, Ranks]]:
+    device = choose_device(command.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     with process_group(device) as ranks:
         configure_logging(ranks)
-        yield move_to_device(load_model(checkpoint), device), ranks
+        model = load_model(command.checkpoint, weights=command.weights)
+        yield move_to_device(model, device), ranks
 
 
 def _report(
@@ -127,7 +128,11 @@ def _report(
 ) -> None:
     print(result.to_table())
     if command.json is not None:
-        values = {"checkpoint": str(command.checkpoint), "data": str(command.data)}
+        values = {
+            "checkpoint": str(command.checkpoint),
+            "weights": command.weights,
+            "data": str(command.data),
+        }
         values |= result.to_json() | more
         command.json.parent.mkdir(parents=True, exist_ok=True)
         command.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

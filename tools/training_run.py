@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from unicl_fast.batch import Batch, Loader
+from unicl_fast.best import choose_metric
 from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dist import Ranks, process_group
@@ -46,13 +47,15 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
         FileNotFoundError: a data set or checkpoint that is not there.
     """
     Ranks(world_size=nproc).share_of(config.run.global_batch_size)
-    choose_checkpoint(resume, run_folder)
+    if resume != "auto":  # rank 0 reads checkpoints and says what it passes over; once is enough
+        choose_checkpoint(resume, run_folder)
     datasets, _ = open_sources(config.data.train)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
     for folder in config.data.evaluate:
         PackedDataset(folder).close()
+    choose_metric(config.checkpoint.best, map(_evaluation_name, config.data.evaluate))
 
 
 def pretrain(
@@ -94,14 +97,22 @@ def pretrain(
         finally:
             trainer.loader.close()
         if ranks.is_main:
-            draw_curves(run_folder, run_folder / "curves.png")
+            _draw_curves(run_folder)
             logger.info(
-                "%d steps done, curves in %s. Next: "
-                "unicl-eval zero-shot --checkpoint %s --data DIR",
+                "%d steps done. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
                 trainer.step,
-                run_folder / "curves.png",
                 run_folder,
             )
+
+
+def _draw_curves(run_folder: Path) -> None:
+    """A picture that cannot be drawn or written must not make a trained model look like none."""
+    try:
+        draw_curves(run_folder, run_folder / "curves.png")
+    except (OSError, ValueError) as error:
+        logger.error("no curves: %s", error)
+    else:
+        logger.info("curves in %s", run_folder / "curves.png")
 
 
 def build_trainer(
@@ -204,6 +215,10 @@ def _with_length(config: TrainConfig, *, num_samples: int) -> TrainConfig:
     )
 
 
+def _evaluation_name(folder: str | Path) -> str:
+    return f"zero_shot/{Path(folder).name}"
+
+
 def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluation]:
     datasets = [PackedDataset(folder) for folder in config.data.evaluate]
     names = [dataset.folder.name for dataset in datasets]
@@ -223,6 +238,6 @@ def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluatio
         return evaluate
 
     return {
-        f"zero_shot/{dataset.folder.name}": evaluation_of(index)
+        _evaluation_name(dataset.folder): evaluation_of(index)
         for index, dataset in enumerate(datasets)
     }

@@ -1,38 +1,43 @@
 """Weights and optimizer state on disk: safetensors and JSON, never a pickle.
 
-A checkpoint is a folder `step-00001000/` with `model.safetensors`, `optimizer.safetensors` and
-`state.json`, which holds the step, the config and the checksums of the other files. It is written
-under another name, flushed to the disk and renamed, so that a folder of the right name is whole.
-A run folder holds `config.json` and `checkpoints/`.
+A checkpoint is a folder `step-00001000/` with `model.safetensors`, `ema.safetensors` (the moving
+average of the weights, where the run keeps one), `optimizer.safetensors` and `state.json`, which
+holds the step, the config and the checksums of the other files. A run folder holds `config.json`
+and `checkpoints/`; there `best.json` names the best one.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import os
-import re
-import shutil
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import torch
-import xxhash
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
 
-from unicl_fast.config import TrainConfig, config_from_dict, config_to_dict
+from unicl_fast.best import read_best
+from unicl_fast.checkpoint_files import (
+    STATE_FILE,
+    checkpoint_name,
+    list_checkpoints,
+)
+from unicl_fast.checksums import file_checksum
+from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.precision import Precision
+from unicl_fast.sealed_json import unseal
 
 logger = logging.getLogger(__name__)
 
-_NAME = re.compile(r"step-(\d{8,})")
-_MODEL_FILE = "model.safetensors"
-_OPTIMIZER_FILE = "optimizer.safetensors"
-_STATE_FILE = "state.json"
-_GROUP_STEP = "group_step"
+Weights = Literal["auto", "ema", "model"]
+
+MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+_BEST = "best"
 
 
 class DamagedCheckpointError(ValueError):
@@ -55,146 +60,80 @@ class CheckpointState:
     checksums: dict[str, str]
 
 
-def save_checkpoint(
-    checkpoints_folder: Path,
-    *,
-    step: int,
-    model: UniCL,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-    data: dict[str, Any],
-    keep: int,
-) -> Path:
-    """Writes `step-XXXXXXXX` whole or not at all, then removes all but the newest `keep`.
-
-    Raises:
-        OSError: it cannot be written (disk full, no permission); those from before are untouched.
-    """
-    target = checkpoints_folder / f"step-{step:08d}"
-    aside = checkpoints_folder / f".{target.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    try:
-        aside.mkdir(parents=True)
-        save_file(_contiguous(model.state_dict()), aside / _MODEL_FILE)
-        save_file(_optimizer_tensors(model, optimizer), aside / _OPTIMIZER_FILE)
-        files = (_MODEL_FILE, _OPTIMIZER_FILE)
-        state = {
-            "step": step,
-            "config": config_to_dict(model.config),
-            "scaler": scaler.state_dict(),
-            "data": data,
-            "optimizer": type(optimizer).__name__,
-            "checksums": {name: file_checksum(aside / name) for name in files},
-        }
-        (aside / _STATE_FILE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for path in [*aside.iterdir(), aside]:
-            _flush_to_disk(path)
-        shutil.rmtree(target, ignore_errors=True)  # a step repeated after going back
-        aside.rename(target)
-        _flush_to_disk(checkpoints_folder)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise OSError(f"{target} cannot be written: {error}") from error
-    _remove_old(checkpoints_folder, keep=keep)
-    return target
-
-
-def list_checkpoints(checkpoints_folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    if not checkpoints_folder.is_dir():
-        return []
-    found = [path for path in checkpoints_folder.iterdir() if _NAME.fullmatch(path.name)]
-    return sorted(found, key=_step_of)
-
-
 def read_state(checkpoint: Path) -> CheckpointState:
     """Reads state.json and compares the checksums it names.
+
+    A file is read for its checksum once in the life of a process, unless it has changed since.
 
     Raises:
         FileNotFoundError: not a checkpoint folder, or a file of it is missing.
         DamagedCheckpointError: a file was changed or is damaged.
         ValueError: a config that this version does not know.
     """
-    path = checkpoint / _STATE_FILE
+    path = checkpoint / STATE_FILE
     if not path.is_file():
-        raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {_STATE_FILE}")
+        raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE_FILE}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        state = CheckpointState(
-            step=int(values["step"]),
-            config=config_from_dict(values["config"]),
-            scaler=values["scaler"],
-            data=values["data"],
-            optimizer=values["optimizer"],
-            checksums=values["checksums"],
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        values = unseal(path.read_bytes())
+        _check_types(values)
+    except ValueError as error:
         raise DamagedCheckpointError(
-            f"{path} is damaged: {error!r}; use another checkpoint"
+            f"{path} is damaged: {error}; use another checkpoint"
         ) from error
+    state = CheckpointState(
+        step=values["step"],
+        config=config_from_dict(values["config"]),
+        scaler=values["scaler"],
+        data=values["data"],
+        optimizer=values["optimizer"],
+        checksums=values["checksums"],
+    )
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
-        found = file_checksum(checkpoint / name)
+        found = _checksum_read_once(checkpoint / name)
         if found != expected:
             raise DamagedCheckpointError(
-                f"{checkpoint / name} is damaged: its xxh3 is {found}, {_STATE_FILE} says "
+                f"{checkpoint / name} is damaged: its xxh3 is {found}, {STATE_FILE} says "
                 f"{expected}; use another checkpoint"
             )
     return state
 
 
-def restore_checkpoint(
-    checkpoint: Path,
-    state: CheckpointState,
-    *,
-    model: UniCL,
-    optimizer: torch.optim.Optimizer,
-    scaler: torch.amp.GradScaler,
-) -> None:
-    """Puts weights, optimizer and scaler back as they were after `state.step` steps.
-
-    `state` is what `read_state` said of the checkpoint.
-
-    Raises:
-        ValueError: the checkpoint is of another optimizer.
-    """
-    present = type(optimizer).__name__
-    if state.optimizer != present:
-        raise ValueError(
-            f"the checkpoint holds the state of {state.optimizer}, and optim.name now means "
-            f"{present}: set optim.name to what means {state.optimizer} here (it was "
-            f"{state.config.optim.name} where it was trained)"
-        )
-    model.load_state_dict(load_file(checkpoint / _MODEL_FILE))
-    _restore_optimizer(model, optimizer, load_file(checkpoint / _OPTIMIZER_FILE))
-    scaler.load_state_dict(state.scaler)
-
-
-def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
-    """Moves away what a run that went back to `step` has left ahead of it; unfinished writes go.
-
-    Damaged ones are among them, perhaps, and somebody may want to look.
-    """
-    for checkpoint in list_checkpoints(checkpoints_folder):
-        if _step_of(checkpoint) > step:
-            aside = checkpoint.with_name(f"{checkpoint.name}.aside")
-            logger.warning("moved to %s: the run goes on from step %d", aside, step)
-            shutil.rmtree(aside, ignore_errors=True)
-            checkpoint.rename(aside)
-    for unfinished in checkpoints_folder.glob(".step-*.partial"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+def _check_types(values: dict[str, Any]) -> None:
+    """Refuses a state whose fields are not what they are written as."""
+    expected = {
+        "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str,
+        "checksums": dict,
+    }  # fmt: skip
+    for name, kind in expected.items():
+        if type(values.get(name)) is not kind:
+            raise ValueError(f"{name} should be there and of type {kind.__name__}")
+    if not 0 <= values["step"] < 2**53:
+        raise ValueError("step should be a count")
+    checksums = values["checksums"]
+    if not {MODEL_FILE, OPTIMIZER_FILE} <= set(checksums) <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
+        raise ValueError(f"checksums are of {', '.join(map(repr, checksums)) or 'no file'}")
+    for name, value in values["scaler"].items():
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"the loss scaler's {name} should be a finite number")
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a run folder (its newest) or a checkpoint folder stands for.
+    """The checkpoint that a path stands for.
+
+    Args:
+        path: a run folder, for its newest checkpoint; RUN/best, for its best one; or a checkpoint.
 
     Raises:
-        FileNotFoundError: neither.
+        FileNotFoundError: none of these.
+        ValueError: best.json is damaged.
     """
     path = Path(path)
-    if (path / _STATE_FILE).is_file():
+    if (path / STATE_FILE).is_file():
         return path
+    if path.name == _BEST and not path.exists():
+        return _find_best(path.parent)
     checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not checkpoints:
         raise FileNotFoundError(
@@ -202,6 +141,23 @@ def find_checkpoint(path: str | Path) -> Path:
             "folders itself"
         )
     return checkpoints[-1]
+
+
+def _find_best(run_folder: Path) -> Path:
+    for folder in (run_folder / "checkpoints", run_folder):
+        best = read_best(folder)
+        if best is not None:
+            checkpoint = folder / checkpoint_name(best.step)
+            if not checkpoint.is_dir():
+                raise FileNotFoundError(
+                    f"{folder} names {checkpoint.name} as its best, which is not there; take "
+                    f"another one: {run_folder} stands for the newest"
+                )
+            return checkpoint
+    raise FileNotFoundError(
+        f"{run_folder} has no best checkpoint: a run has one when it evaluates (data.evaluate); "
+        f"{run_folder} itself stands for the newest"
+    )
 
 
 def find_sound_checkpoint(run_folder: Path) -> Path | None:
@@ -229,88 +185,108 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
     return None
 
 
-def load_model(path: str | Path) -> UniCL:
+def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
     """The trained model of a run folder or a checkpoint, in evaluation mode on the CPU.
+
+    Args:
+        path: a run folder (its newest checkpoint is taken), RUN/best, or a checkpoint.
+        weights: "ema" takes the moving average of the weights, "model" those of the last step,
+            "auto" the average where there is one.
 
     Raises:
         FileNotFoundError: no checkpoint there.
-        ValueError: a damaged checkpoint.
+        ValueError: a damaged checkpoint, or one without the average that was asked for.
     """
     checkpoint = find_checkpoint(path)
-    model = UniCL(read_state(checkpoint).config)
-    weights = load_file(checkpoint / _MODEL_FILE)
-    if next(iter(weights.values())).dtype == torch.float64:
-        model.double()
-    model.load_state_dict(weights)
+    state = read_state(checkpoint)
+    has_average = EMA_FILE in state.checksums
+    if weights == "ema" and not has_average:
+        raise ValueError(
+            f"{checkpoint} has no average of the weights (optim.ema_decay was 0): take weights "
+            "model or auto"
+        )
+    _require_text_sizes(checkpoint / MODEL_FILE, state.config)
+    model = UniCL(state.config)
+    # weights, and their average, are in the type of the run
+    model.to(Precision(state.config.efficiency.precision).weight_type)
+    takes_average = has_average and weights != "model"
+    load_weights(model, checkpoint / (EMA_FILE if takes_average else MODEL_FILE))
     return model.eval()
 
 
-def file_checksum(path: Path) -> str:
-    """xxh3-64 of a file, as 16 hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+_checksums_read: dict[tuple[int, ...], str] = {}
 
 
-def _contiguous(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    # channels_last weights are stored in their logical order: files do not depend on efficiency
-    return {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+def _checksum_read_once(path: Path) -> str:
+    """`file_checksum`, kept for as long as the file is the same one, of the same time and size."""
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if identity not in _checksums_read:
+        _checksums_read[identity] = file_checksum(path)
+    return _checksums_read[identity]
 
 
-def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Averages under the names of their parameters, for example `exp_avg.logit_scale`.
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
 
-    LAMB and apex count steps for each parameter group, not for each parameter: `group_step.0`.
+    Raises:
+        DamagedCheckpointError: it is none.
     """
-    tensors = {}
-    for name, parameter in model.named_parameters():
-        for key, value in optimizer.state.get(parameter, {}).items():
-            tensors[f"{key}.{name}"] = torch.as_tensor(value)
-    for index, group in enumerate(optimizer.param_groups):
-        if "step" in group:
-            tensors[f"{_GROUP_STEP}.{index}"] = torch.as_tensor(group["step"])
-    return _contiguous(tensors)
-
-
-def _restore_optimizer(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    parameters = dict(model.named_parameters())
-    for full_name, value in tensors.items():
-        key, name = full_name.split(".", 1)
-        if key == _GROUP_STEP:  # a Python int where the optimizer had one
-            step = value if value.is_floating_point() else int(value)
-            optimizer.param_groups[int(name)]["step"] = step
-            continue
-        parameter = parameters[name]
-        if key == "step":  # on the host, unless a fused kernel counts
-            if any(group.get("fused") for group in optimizer.param_groups):
-                value = value.to(parameter.device)
-        else:  # averages lie like their parameter
-            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-        optimizer.state[parameter][key] = value
-
-
-def _step_of(checkpoint: Path) -> int:
-    match = _NAME.fullmatch(checkpoint.name)
-    assert match is not None
-    return int(match.group(1))
-
-
-def _remove_old(checkpoints_folder: Path, *, keep: int) -> None:
-    if keep:
-        for old in list_checkpoints(checkpoints_folder)[:-keep]:
-            try:
-                shutil.rmtree(old)
-            except OSError as error:
-                logger.warning("an old checkpoint stays: %s", error)
-
-
-def _flush_to_disk(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        return load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, or a KeyError for a type of number unknown here
+        raise DamagedCheckpointError(
+            f"{path} is no safetensors file: {error!r}; use another checkpoint"
+        ) from error
+
+
+def _require_text_sizes(path: Path, config: TrainConfig) -> None:
+    """Compares the sizes that a config sets with those in the file, before they are built.
+
+    A model of sizes that nobody trained can be larger than memory, and building it is no way to
+    find out.
+    """
+    model = config.model
+    expected = {
+        "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
+        "text_encoder.positional_embedding": [model.context_length, model.text_width],
+        "text_projection": [model.text_width, model.embed_dim],
+    }
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
+    except OSError:
+        raise
+    except Exception as error:
+        raise DamagedCheckpointError(
+            f"{path} is no safetensors file: {error!r}; use another checkpoint"
+        ) from error
+    layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
+    if found != expected or len(layers) != model.text_layers:
+        raise DamagedCheckpointError(
+            f"{path} is not of the model that its config describes: a text encoder of "
+            f"{model.text_layers} layers with {expected} is expected, {len(layers)} layers with "
+            f"{found} came; use another checkpoint"
+        )
+
+
+def load_weights(model: UniCL, path: Path) -> None:
+    """Gives a model the weights in a safetensors file, in the model's own type and layout.
+
+    Raises:
+        ValueError: the file is damaged, or holds the weights of another model.
+    """
+    tensors = read_tensors(path)
+    try:
+        for name, value in model.state_dict().items():
+            if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():
+                raise RuntimeError(f"{name} holds {tensors[name].dtype}")
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {path} are not those of the model that its config describes: {error}; "
+            "use another checkpoint, or the versions of unicl_fast and timm it was written with"
+        ) from error

@@ -1,14 +1,17 @@
 """Numbers of a run: metrics.jsonl with stable keys, TensorBoard, and what is averaged in between.
 
 Only rank 0 writes. Tensors are kept as they are until a logging step reads them, so that no other
-step waits for the device.
+step waits for the device. A disk that fails costs lines, not the run.
 """
 
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import logging
 import math
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +19,10 @@ from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from unicl_fast.whole_files import write_text_whole
+
+logger = logging.getLogger(__name__)
 
 
 class StepMeter:
@@ -71,10 +78,18 @@ def _mean(values: list[float]) -> float:
 
 
 class MetricsWriter:
-    """Appends to `metrics.jsonl` and to TensorBoard files of a run folder."""
+    """Appends to `metrics.jsonl` and to TensorBoard files of a run folder.
+
+    What cannot be written is said once, and left out: metrics.jsonl goes on when the disk does (in
+    a new file, where the folder has gone), TensorBoard's files end there.
+    """
 
     def __init__(self, run_folder: Path, *, start_step: int = 0) -> None:
-        """Opens the files; lines of steps after `start_step` are of a run that was cut off."""
+        """Opens the files; lines of steps after `start_step` are of a run that was cut off.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
         from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0's alone
 
         self._path = run_folder / "metrics.jsonl"
@@ -84,24 +99,64 @@ class MetricsWriter:
                 for line in self._path.read_text(encoding="utf-8").splitlines()
                 if _step_of(line) <= start_step
             ]
-            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        self._file = self._path.open("a", encoding="utf-8")
-        self._tensorboard = SummaryWriter(
+            write_text_whole(self._path, "".join(line + "\n" for line in kept))
+        self._file = _open_to_append(self._path)
+        self._fails = False
+        self._tensorboard: SummaryWriter | None = SummaryWriter(
             str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
         )
 
     def write(self, values: dict[str, float | int]) -> None:
         """One line; `step` is among the values."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
         step = int(values["step"])
-        for name, value in values.items():
-            if name != "step":
-                self._tensorboard.add_scalar(name, value, global_step=step)
+        try:
+            self._append((json.dumps(values) + "\n").encode())
+        except OSError as error:
+            if not self._fails:
+                logger.error(
+                    "NO LINE of step %d in %s: %s; training goes on, and writes again when it can",
+                    step, self._path, error,
+                )  # fmt: skip
+            self._fails = True
+        else:
+            if self._fails:
+                logger.warning("%s is written again, from step %d on", self._path, step)
+            self._fails = False
+        with self._tensorboard_or_none():
+            if self._tensorboard is not None:
+                for name, value in values.items():
+                    if name != "step":
+                        self._tensorboard.add_scalar(name, value, global_step=step)
+
+    def _append(self, line: bytes) -> None:
+        """The whole line or nothing of it: the next one must not stick to half a line."""
+        if not self._path.exists():  # the folder was moved or removed
+            self._file.close()
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = _open_to_append(self._path)
+        size = os.fstat(self._file.fileno()).st_size
+        try:
+            written = 0
+            while written < len(line):
+                written += self._file.write(line[written:]) or 0
+        except OSError:
+            self._file.truncate(size)
+            raise
+
+    @contextlib.contextmanager
+    def _tensorboard_or_none(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, RuntimeError) as error:  # its thread has died of it
+            logger.error("NO MORE TensorBoard files: %s; training goes on", error)
+            self._tensorboard = None
 
     def close(self) -> None:
+        """Closes the files; what TensorBoard could not write is said, not raised."""
         self._file.close()
-        self._tensorboard.close()
+        with self._tensorboard_or_none():
+            if self._tensorboard is not None:
+                self._tensorboard.close()
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -123,6 +178,10 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     """
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
+
+
+def _open_to_append(path: Path) -> io.FileIO:
+    return io.FileIO(path, "a")  # unbuffered: what is refused does not come back later
 
 
 def _step_of(line: str) -> float:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.array_files import check_arrays, open_array
+from unicl_fast.array_files import open_array, verify_arrays
 from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
 from unicl_fast.manifest import Manifest as Manifest
@@ -79,12 +79,12 @@ class PackedDataset:
     several threads at once are safe.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, check: bool = True) -> None:
+    def __init__(self, folder: str | os.PathLike[str], *, verify: bool = True) -> None:
         """Opens the data set in `folder`.
 
         Args:
             folder: what `unicl-pack build` made.
-            check: compare the arrays with their checksums, and what refers to something with what
+            verify: compare the arrays with their checksums, and what refers to something with what
                 is there: about a second for ten million samples. Without it a damaged array gives
                 wrong samples, or worse.
 
@@ -102,9 +102,9 @@ class PackedDataset:
         self._closed = False
         self._check_shards()
         self.largest_token: int | None = None
-        """Largest token id of all captions; None if opened without `check`."""
-        if check:
-            self.largest_token = check_arrays(self.folder, self.manifest, ARRAY_DTYPES)
+        """Largest token id of all captions; None if opened without `verify`."""
+        if verify:
+            self.largest_token = verify_arrays(self.folder, self.manifest, ARRAY_DTYPES)
 
     def __len__(self) -> int:
         return self.manifest.num_samples

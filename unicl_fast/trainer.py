@@ -2,7 +2,8 @@
 
 Knows no DALI and no command line: it takes any `Loader` (a `ListLoader` on a laptop will do). The
 batch of a step, its drop path and its learning rate are functions of the step, so the state of a
-run is the step, the weights, the optimizer and the loss scaler; resuming restores these four.
+run is the step, the weights and their average, the optimizer and the loss scaler; resuming restores
+these.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from unicl_fast.batch import Batch, Loader
+from unicl_fast.best import choose_metric
 from unicl_fast.cached_gradients import (
     back_propagate_in_micro_batches,
     refuse_batch_statistics,
 )
-from unicl_fast.checkpoint import (
-    read_state,
-    restore_checkpoint,
-    save_checkpoint,
-    set_later_checkpoints_aside,
-)
+from unicl_fast.checkpoint import read_state
+from unicl_fast.checkpoint_writer import CheckpointWriter
 from unicl_fast.compilation import compile_encoders
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.dist import Ranks
+from unicl_fast.differences import refuse_differences
+from unicl_fast.dist import Ranks, gather_integers
+from unicl_fast.ema import WeightAverage
 from unicl_fast.interruption import Interrupted, Interruption
-from unicl_fast.metrics import MetricsWriter, StepMeter
+from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, update_unless
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.step import global_loss
+from unicl_fast.training_state import collect_tensors, describe_state, restore_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -127,6 +128,7 @@ class Trainer:
         place_module(self.model, device=self.device, precision=precision)
         if config.efficiency.channels_last:
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = WeightAverage(self.model, config.optim) if config.optim.ema_decay else None
         if config.efficiency.compile:
             compile_encoders(self.model)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
@@ -135,6 +137,16 @@ class Trainer:
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
         self.scaler = precision.build_scaler(self.device.type)
+        self._checkpoints: CheckpointWriter | None = None
+        if run_folder is not None and self.ranks.is_main:
+            self._checkpoints = CheckpointWriter(
+                run_folder / "checkpoints", keep=config.checkpoint.keep
+            )
+
+    @property
+    def evaluated_model(self) -> UniCL:
+        """What evaluations are given: the average of the weights, where the run keeps one."""
+        return self.model if self.ema is None else self.ema.model
 
     def resume(self, checkpoint: Path) -> None:
         """Goes back to a checkpoint of this run.
@@ -145,10 +157,10 @@ class Trainer:
         """
         state = read_state(checkpoint)
         stored = config_to_dict(state.config)
-        _refuse_differences("model", stored["model"], self._dict("model"))
-        _refuse_differences("data", state.data, self.data)
+        refuse_differences("model", stored["model"], self._dict("model"))
+        refuse_differences("data", state.data, self.data)
         for group, names in _MUST_NOT_CHANGE.items():
-            _refuse_differences(
+            refuse_differences(
                 group,
                 {name: stored[group][name] for name in names},
                 {name: self._dict(group)[name] for name in names},
@@ -161,7 +173,12 @@ class Trainer:
                         group, name, self._dict(group)[name], value,
                     )  # fmt: skip
         restore_checkpoint(
-            checkpoint, state, model=self.model, optimizer=self.optimizer, scaler=self.scaler
+            checkpoint,
+            state,
+            model=self.model,
+            ema=self.ema,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
         )
         self.step = state.step
         logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
@@ -174,15 +191,22 @@ class Trainer:
         Raises:
             Interrupted: a signal came; a checkpoint of the last step is written.
             FloatingPointError: a loss or a gradient norm was not finite; names the step. Told at
-                the next logging or checkpoint.
+                the next logging, checkpoint or evaluation.
+            ValueError: `checkpoint.best` names what no evaluation gives.
+            OSError: the run folder, or the last checkpoint, cannot be written.
         """
+        metric = choose_metric(self.config.checkpoint.best, self.evaluations)
         with (
             self._metrics() as metrics,
             self._progress_bar() as bar,
             Interruption() as interruption,
+            self._checkpoints.finishing() if self._checkpoints else contextlib.nullcontext(),
         ):
-            if self.run_folder is not None and self.ranks.is_main:
-                set_later_checkpoints_aside(self.run_folder / "checkpoints", step=self.step)
+            lines = read_metrics(self.run_folder) if metrics and self.run_folder else []
+            if self._checkpoints is not None:
+                self._checkpoints.begin(step=self.step, metric=metric, lines=lines)
+            if self._owes_evaluation(lines):
+                self._evaluate(metrics)
             batches = self.loader.batches(self.step)
             meter = StepMeter()
             while self.step < self.total_steps:
@@ -202,6 +226,7 @@ class Trainer:
                     if stops and self.step < self.total_steps:
                         self._leave(interruption)
                     if self._is_due(self.config.run.evaluate_every_steps):
+                        self._check_finite(meter)
                         self._evaluate(metrics)
 
     def _leave(self, interruption: Interruption) -> NoReturn:
@@ -235,6 +260,8 @@ class Trainer:
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.step)
         return grad_norm
 
     def back_propagate(self, batch: Batch) -> Tensor:
@@ -266,26 +293,23 @@ class Trainer:
     def save(self, *, must: bool = True) -> None:
         """Writes a checkpoint of the present step into the run folder.
 
+        Args:
+            must: come back when it is on the disk; otherwise it is written while training goes on.
+
         Raises:
             OSError: it cannot be written, and it `must`. Otherwise that is only said, loudly:
                 training goes on, and the next one may fit.
         """
-        if self.run_folder is None or not self.ranks.is_main:
+        if self._checkpoints is None:
             return
-        try:
-            save_checkpoint(
-                self.run_folder / "checkpoints",
-                step=self.step,
-                model=self.model,
-                optimizer=self.optimizer,
-                scaler=self.scaler,
-                data=self.data,
-                keep=self.config.checkpoint.keep,
-            )
-        except OSError as error:
-            if must:
-                raise
-            logger.error("NO CHECKPOINT of step %d: %s; training goes on", self.step, error)
+        self._checkpoints.write(
+            collect_tensors(model=self.model, ema=self.ema, optimizer=self.optimizer),
+            describe_state(
+                model=self.model, optimizer=self.optimizer, scaler=self.scaler, data=self.data
+            ),
+            step=self.step,
+            must=must,
+        )
 
     def _is_due(self, every_steps: int) -> bool:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
@@ -308,18 +332,41 @@ class Trainer:
             refresh=False,
         )
 
+    def _owes_evaluation(self, lines: list[dict[str, float]]) -> bool:
+        """Whether the run was cut off between a step and its evaluation; the same on all ranks.
+
+        Args:
+            lines: of metrics.jsonl, on rank 0.
+        """
+        owes = False
+        if self._checkpoints is not None and self.step > 0:
+            done = {key for line in lines if line["step"] == self.step for key in line}
+            owes = self._is_due(self.config.run.evaluate_every_steps) and any(
+                not any(key.startswith(f"{name}/") for key in done) for name in self.evaluations
+            )
+        return bool(gather_integers(int(owes), self.ranks)[0])
+
     def _evaluate(self, metrics: MetricsWriter | None) -> None:
-        self.model.eval()
+        model = self.evaluated_model.eval()
         if self.ranks.world_size > 1:
             # DDP gives rank 0's BatchNorm averages to the others before a forward pass, not after
-            for buffer in self.model.buffers():
+            for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
+        numbers: dict[str, float] = {}
         for name, evaluation in self.evaluations.items():
-            results = {f"{name}/{key}": value for key, value in evaluation(self.model).items()}
+            results = {f"{name}/{key}": value for key, value in evaluation(model).items()}
+            numbers |= results
             if metrics is not None:
                 metrics.write({"step": self.step, **results})
                 shown = ", ".join(f"{key} {value:.4g}" for key, value in results.items())
                 tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
+        if self._checkpoints is None:
+            return
+        best = self._checkpoints.better_than_best(self.step, numbers)
+        if best is not None:
+            if not self._checkpoints.has(self.step):  # evaluations have a cadence of their own
+                self.save(must=False)
+            self._checkpoints.keep_as_best(best)
 
     def _check_finite(self, meter: StepMeter) -> None:
         steps = meter.read()
@@ -365,18 +412,3 @@ class Trainer:
     def _dict(self, group: str) -> dict[str, Any]:
         values: dict[str, Any] = config_to_dict(self.config)[group]
         return values
-
-
-def _refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    for name in sorted(set(stored) | set(present)):
-        if stored.get(name) != present.get(name):
-            raise ValueError(
-                f"the checkpoint is of another {what}: {name} was {_short(stored.get(name))} and "
-                f"is now {_short(present.get(name))}; train into another --out, or give what the "
-                "checkpoint was trained with"
-            )
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 200 else text[:200] + "..."

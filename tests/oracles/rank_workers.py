@@ -133,6 +133,14 @@ def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
     ).fit()
 
 
+def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
+    """Trains, and writes the average of the weights as this rank has it."""
+    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(config, loader, ranks=ranks, progress=False)
+    trainer.fit()
+    torch.save(trainer.ema.model.state_dict(), folder / f"{ranks.rank}.pt")
+
+
 def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:
     trainer = Trainer(
         tiny_config(steps=steps),

@@ -51,8 +51,12 @@ class WaitingOperators(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def trainer_of(images: torch.Tensor, **efficiency: object) -> Trainer:
-    return Trainer(tiny_config(**efficiency), ListLoader([global_batch(images)]), progress=False)
+def trainer_of(images: torch.Tensor, *, ema_decay: float = 0.0, **efficiency: object) -> Trainer:
+    config = tiny_config(**efficiency)
+    config = dataclasses.replace(
+        config, optim=dataclasses.replace(config.optim, ema_decay=ema_decay)
+    )
+    return Trainer(config, ListLoader([global_batch(images)]), progress=False)
 
 
 def rarely_logging(log_every_steps: int) -> TrainConfig:
@@ -77,6 +81,9 @@ def rarely_logging(log_every_steps: int) -> TrainConfig:
         {"micro_batch_size": 5, "precision": "fp16", "activation_checkpointing": True},
         {"text_layout": "trimmed"},
         {"unique_texts": False, "text_layout": "padded"},
+        {"ema_decay": 0.99},
+        {"ema_decay": 0.99, "micro_batch_size": 5, "precision": "fp32"},
+        {"ema_decay": 0.99, "image_encoder": "unicl_convnet7_small", "precision": "fp32"},
     ],
     ids=lambda efficiency: ",".join(f"{k}={v}" for k, v in efficiency.items()) or "default",
 )

@@ -49,6 +49,16 @@ def checkpoint_blocks(encoder: nn.Module) -> int:
     return len(blocks)
 
 
+def undo_in_copy(encoder: nn.Module) -> None:
+    """Lets the blocks of a copied encoder keep what they compute, as blocks do by themselves.
+
+    A copy would share the recomputing function of the original's blocks, and so run those.
+    """
+    for module in encoder.modules():
+        if type(module).__name__ in _BLOCKS:
+            module.__dict__.pop("forward", None)
+
+
 def _checkpoint_forward(block: nn.Module) -> None:
     forward = block.forward
 
