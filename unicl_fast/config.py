@@ -363,31 +363,28 @@ def _build(cls: type[Any], values: Any, *, path: str) -> Any:
 def _typed(value: Any, hint: Any, *, name: str) -> Any:
     """A setting out of JSON, which has no tuples; refuses values of another type."""
     kinds = typing.get_args(hint)
-    origin = typing.get_origin(hint)
-    if origin is tuple and isinstance(value, list):
-        if kinds[-1] is Ellipsis:
-            kinds = kinds[:1] * len(value)
-        if len(kinds) == len(value):
-            pairs = zip(value, kinds, strict=True)
-            return tuple(_typed(entry, kind, name=name) for entry, kind in pairs)
-    elif origin is Literal:
-        if isinstance(value, str):
-            return value  # which ones are known is checked with the other settings
-    elif isinstance(value, bool) or hint is bool:
-        if isinstance(value, bool) and hint is bool:
-            return value
-    elif hint is float:
-        if isinstance(value, (int, float)) and not math.isnan(value) and abs(value) < 2**1023:
-            return value
-        if value in (math.inf, -math.inf):
-            return value
-    elif hint is int:
-        if isinstance(value, int) and abs(value) < 2**63:
-            return value
-    elif isinstance(value, hint):
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list):
+            if kinds[-1] is Ellipsis:
+                kinds = kinds[:1] * len(value)
+            if len(kinds) == len(value):
+                pairs = zip(value, kinds, strict=True)
+                return tuple(_typed(entry, kind, name=name) for entry, kind in pairs)
+    elif _is_of(value, hint):
         return value
-    expected = getattr(hint, "__name__", hint)
-    raise ValueError(f"config: {name} must be of type {expected}, not {_short(value)}")
+    raise ValueError(
+        f"config: {name} must be of type {getattr(hint, '__name__', hint)}, not {_short(value)}"
+    )
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str)  # which ones are known is checked with the other settings
+    if isinstance(value, bool) or hint is bool:  # a bool is an int to Python
+        return isinstance(value, bool) and hint is bool
+    if isinstance(value, int):
+        return hint in (int, float) and abs(value) < 2**63
+    return isinstance(value, hint) and value == value  # NaN is of no use anywhere
 
 
 def _short(value: Any) -> str:
