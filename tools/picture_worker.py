@@ -184,6 +184,7 @@ def _serve(connection: Connection, options: PictureOptions, context_length: int)
         connection.send(None)
         while True:
             for task in connection.recv():
+                checker.prepare(task)
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
                 result = checker.check(task)
                 signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
@@ -211,7 +212,13 @@ class _Checker:
         self._context_length = context_length
         self._tokenizer: Tokenizer | None = None
 
+    def prepare(self, task: Task) -> None:
+        """What is not to be counted as the sample's time."""
+        if task.captions and self._tokenizer is None:  # data sets of labels need none
+            self._tokenizer = Tokenizer(self._context_length)
+
     def check(self, task: Task) -> Checked | Problem:
+        """The picture and its tokens, or what is wrong with them; never an exception."""
         try:
             return self._check(task)
         except (EntryError, PictureError) as error:
@@ -232,8 +239,7 @@ class _Checker:
         )
         tokens: list[npt.NDArray[np.uint16]] = []
         if task.captions:
-            if self._tokenizer is None:  # data sets of labels need none
-                self._tokenizer = Tokenizer(self._context_length)
+            assert self._tokenizer is not None
             try:
                 tokens = self._tokenizer.encode(list(task.captions))
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
