@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -265,6 +266,91 @@ def test_wrong_input_ends_with_2_before_ranks_are_started(data: Path) -> None:
         expect=2,
     )
     assert "set run.global_batch_size to 6 or 9" in done.stderr
+
+
+NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+
+
+@pytest.mark.parametrize(
+    ("other", "sources", "difference"),
+    [
+        (
+            [],
+            ["{labels}"],
+            r"class_names had 2 elements and now has 1, and class_names\[1\] was \[\]",
+        ),
+        ([], ["{labels}=0.5", "{captions}=0.5"], r"shares was None and is now \[0.5, 0.5\]"),
+        ([], ["{renamed}", "{captions}"], r"class_names\[0\]\[3\] was 'cat' and is now 'tomcat'"),
+        ([], ["{reworded}", "{captions}"], r"templates\[0\] had \d+ elements and now has 1, and "),
+        ([], ["{reseeded}", "{captions}"], r"sources\[0\].shards\[0\] was '\w+' and is now '\w+'"),
+        (
+            ["--model.text-width", "32"],
+            ["{labels}", "{captions}"],
+            "text_width was 16 and is now 32",
+        ),
+    ],
+    ids=["data set", "shares", "class names", "templates", "order of shards", "model"],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(
+    data: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    other: list[str],
+    sources: list[str],
+    difference: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
+    names.write_text("\n".join(NAMES).replace("cat", "tomcat"))
+    templates.write_text("some {}\n")
+    changes = {
+        "renamed": ["--class-names", names],
+        "reworded": ["--templates", templates],
+        "reseeded": ["--seed", "7"],
+    }
+    places = {"labels": data / "labels", "captions": data / "captions"}
+    for name, flags in changes.items():
+        places[name] = tmp_path / name
+        if f"{{{name}}}" in sources:
+            call(pack_dataset, "build", data / "classes", "--out", places[name], *flags)
+    with pytest.raises(SystemExit) as stopped:
+        call(
+            *(pretrain, *SMALL, "--out", tmp_path / "run", "--resume", unbroken, *other),
+            *("--data.train", *(source.format(**places) for source in sources)),
+        )
+    assert stopped.value.code == 2
+    assert re.search(difference, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_average_of_the_weights_and_the_best_checkpoint_can_be_asked_for(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    call(
+        *(pretrain, *SMALL, "--data.train", data / "labels", "--data.evaluate", data / "labels"),
+        *("--optim.ema-decay", "0.9", "--run.evaluate-every-steps", "3", "--out", out),
+        *("--checkpoint.keep", "1"),
+    )
+    numbers = {
+        line["step"]: line["zero_shot/labels/top1"]
+        for line in read_metrics(out)
+        if "zero_shot/labels/top1" in line
+    }
+    best = max(numbers, key=lambda step: (numbers[step], -step))
+    assert sorted(numbers) == [3, 6, 9, 12]
+    assert {int(path.name[5:]) for path in list_checkpoints(out / "checkpoints")} == {best, 12}
+    path = tmp_path / "result.json"
+    assert zero_shot(out / "best", data / "labels", path)["top1"] == numbers[best]
+    assert zero_shot(out, data / "labels", path, "--weights", "ema")["top1"] == numbers[12]
+    zero_shot(out, data / "labels", path, "--weights", "model")
+    with pytest.raises(SystemExit) as stopped:
+        call(
+            *(pretrain, *SMALL, "--data.train", data / "labels", "--out", tmp_path / "other"),
+            *("--checkpoint.best", "zero_shot/labels/top1"),
+        )
+    assert stopped.value.code == 2
+    assert "no evaluation of this run gives that number" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

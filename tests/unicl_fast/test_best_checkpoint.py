@@ -153,9 +153,7 @@ def test_an_evaluation_that_a_stop_left_out_is_made_up_for(
     values = RISING_AND_FALLING | {4: 0.9}
     stopped = trainer_in(tmp_path, images, values, evaluate_every=2)
     with monkeypatch.context() as patch:
-        patch.setattr(
-            "unicl_fast.interruption.Interruption.has_come", lambda *_: stopped.step == 4
-        )
+        patch.setattr("unicl_fast.interruption.Interruption.has_come", lambda *_: stopped.step == 4)
         with pytest.raises(Interrupted, match="after step 4"):
             stopped.fit()
     assert evaluated_steps(tmp_path) == [2]

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import resource
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from rank_workers import StepwiseLoader
+from safetensors.torch import save_file
 from small_runs import tiny_config
 
+from unicl_fast import load_model
+from unicl_fast.batch import Batch
 from unicl_fast.checkpoint import find_sound_checkpoint, list_checkpoints, read_state
+from unicl_fast.checkpoint_files import (
+    file_checksum,
+    set_later_checkpoints_aside,
+    write_checkpoint,
+)
+from unicl_fast.metrics import MetricsWriter, read_metrics
 from unicl_fast.trainer import Trainer
 
 
@@ -31,11 +42,16 @@ def run_folder(trained: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained, tmp_path / "run"))
 
 
-@contextlib.contextmanager
-def full_disk() -> Iterator[None]:
+def full_disk() -> contextlib.AbstractContextManager[None]:
     """No file may grow beyond 10 kB."""
+    return limited_files(10_000)
+
+
+@contextlib.contextmanager
+def limited_files(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond a size."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
     try:
         yield
     finally:
@@ -95,6 +111,160 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
     assert read_state(first).step == 0
     trainer.save()
     assert len(list_checkpoints(tmp_path / "checkpoints")) == 2
+
+
+def fit_with(trainer: Trainer, *, before_step: Callable[[int], None]) -> None:
+    """Trains, and lets something happen before each step."""
+    step_of = trainer.train_step
+
+    def train_step(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        before_step(batch.step)
+        return step_of(batch)
+
+    trainer.train_step = train_step
+    trainer.fit()
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("fault", ["full disk", "a file in the way", "folder gone", "run gone"])
+def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
+    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """Of steps 2, 4, 6 and 8 the disk fails those of 4 and 6."""
+    folder = tmp_path / "run"
+    checkpoints = folder / "checkpoints"
+    trainer = Trainer(
+        tiny_config(steps=8), StepwiseLoader(images), run_folder=folder, progress=False
+    )
+    faults = contextlib.ExitStack()
+
+    def before_step(step: int) -> None:
+        if step == 3:
+            trainer._checkpoints.wait()
+            if fault == "full disk":
+                faults.enter_context(full_disk())
+            elif fault == "run gone":
+                folder.rename(tmp_path / "elsewhere")
+            else:
+                checkpoints.rename(folder / "elsewhere")
+                if fault == "a file in the way":
+                    checkpoints.write_text("")
+        elif step == 7:
+            trainer._checkpoints.wait()
+            faults.close()
+            if fault == "a file in the way":
+                checkpoints.unlink()
+                (folder / "elsewhere").rename(checkpoints)
+
+    with faults:
+        fit_with(trainer, before_step=before_step)
+    if fault in ("full disk", "a file in the way"):
+        assert steps_in(folder) == [2, 8]
+        for step in (4, 6):
+            assert f"NO CHECKPOINT of step {step}" in caplog.text
+        assert [path for path in checkpoints.iterdir() if "step" not in path.name] == []
+        assert not list(checkpoints.glob(".*"))
+    else:  # it is made again
+        assert steps_in(folder) == [4, 6, 8]
+        elsewhere = tmp_path / "elsewhere" / "checkpoints"
+        assert (elsewhere if fault == "run gone" else folder / "elsewhere").is_dir()
+    for checkpoint in list_checkpoints(checkpoints):
+        read_state(checkpoint)
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines][-2:] == [7, 8]
+    if fault != "run gone":
+        assert len(lines) == 8
+
+
+def test_the_last_checkpoint_must_be_written(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer = Trainer(
+        tiny_config(steps=4), StepwiseLoader(images), run_folder=tmp_path, progress=False
+    )
+
+    def before_step(step: int) -> None:
+        if step == 3:
+            trainer._checkpoints.wait()
+            faults.enter_context(full_disk())
+
+    with contextlib.ExitStack() as faults, pytest.raises(OSError, match="00004 cannot be written"):
+        fit_with(trainer, before_step=before_step)
+    assert steps_in(tmp_path) == [2]
+    read_state(list_checkpoints(tmp_path / "checkpoints")[0])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write({"step": 1, "loss": 4.0})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        with limited_files(size + 5):  # half of the next line would fit
+            for step in (2, 3, 4):
+                metrics.write({"step": step, "loss": 3.0})
+                time.sleep(0.1)  # TensorBoard's thread meets the limit too
+        metrics.write({"step": 5, "loss": 2.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 5]
+    assert caplog.text.count("NO LINE of step") == 1
+    assert "is written again, from step 5 on" in caplog.text
+    assert caplog.text.count("NO MORE TensorBoard files") == 1
+
+
+def test_writing_a_step_again_never_leaves_it_without_a_checkpoint(run_folder: Path) -> None:
+    """A checkpoint that is written over one from before takes its place at the very end."""
+    checkpoints = run_folder / "checkpoints"
+    before = read_state(checkpoints / "step-00000006")
+    tensors = {"model.safetensors": {"weight": torch.ones(100_000)}}
+    with full_disk(), pytest.raises(OSError, match="cannot be written"):
+        write_checkpoint(checkpoints, step=6, files=tensors, state={})
+    assert read_state(checkpoints / "step-00000006") == before
+    (checkpoints / "step-00000006").rename(checkpoints / ".step-00000006.replaced")  # cut off there
+    set_later_checkpoints_aside(checkpoints, step=6)
+    assert read_state(checkpoints / "step-00000006") == before
+    write_checkpoint(checkpoints, step=6, files=tensors, state={})
+    assert sorted(path.name for path in (checkpoints / "step-00000006").iterdir()) == [
+        "model.safetensors",
+        "state.json",
+    ]
+    assert not list(checkpoints.glob(".*"))
+
+
+def test_a_checkpoint_is_read_for_its_checksums_once(
+    images: torch.Tensor, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def checksum(path: Path) -> str:
+        read.append(path.name)
+        return file_checksum(path)
+
+    monkeypatch.setattr("unicl_fast.checkpoint.file_checksum", checksum)
+    found = find_sound_checkpoint(run_folder)
+    assert found is not None
+    trainer = Trainer(tiny_config(), StepwiseLoader(images), run_folder=run_folder, progress=False)
+    trainer.resume(found)
+    assert sorted(read) == ["model.safetensors", "optimizer.safetensors"]
+    flip_a_byte(found / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        trainer.resume(found)
+
+
+def test_a_checkpoint_of_other_tensors_is_refused(run_folder: Path) -> None:
+    newest = list_checkpoints(run_folder / "checkpoints")[-1]
+    for content, message in ((b"not tensors", "no safetensors file"), (None, "are not those of")):
+        if content is None:
+            save_file({"weight": torch.ones(3)}, newest / "model.safetensors")
+        else:
+            (newest / "model.safetensors").write_bytes(content)
+        state = json.loads((newest / "state.json").read_text())
+        state["checksums"]["model.safetensors"] = file_checksum(newest / "model.safetensors")
+        (newest / "state.json").write_text(json.dumps(state))
+        with pytest.raises(ValueError, match=message):
+            load_model(newest)
 
 
 def test_a_folder_that_is_gone_is_made_again(images: torch.Tensor, tmp_path: Path) -> None:
