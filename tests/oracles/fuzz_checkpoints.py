@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 import torch
-from damage import damaged_bytes, damaged_json, damaged_safetensors
+from damaged_files import damaged_bytes, damaged_json, damaged_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rank_workers import StepwiseLoader

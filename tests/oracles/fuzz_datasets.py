@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from damage import damaged_bytes, damaged_json, damaged_npy
+from damaged_files import damaged_bytes, damaged_json, damaged_npy
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
