@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 import unicl_fast
-from unicl_fast.images import RESIZE_QUALITY
+from unicl_fast.images import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY
 from unicl_fast.prompts import read_templates
 from unicl_fast.shard_writer import (
     DEFAULT_SHARD_BYTES,
@@ -43,6 +43,9 @@ from unicl_fast.tools.sources import (
     read_source,
     split_condition,
 )
+
+DEFAULT_PICTURE_SECONDS = 30.0
+"""A hundred times what the largest ordinary photograph takes."""
 
 _REASONS_SHOWN = 5
 
@@ -82,6 +85,8 @@ def build_dataset(
     resize: str = "",
     quality: int = RESIZE_QUALITY,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
+    max_pixels: int = MAX_PIXELS,
+    picture_seconds: float = DEFAULT_PICTURE_SECONDS,
     workers: int = 0,
     progress: bool = True,
 ) -> BuildSummary:
@@ -102,9 +107,16 @@ def build_dataset(
     _require_in("--seed", seed, 0, 2**63 - 1)
     _require_in("--quality", quality, 1, 100)
     _require_in("--workers", workers, 0, 1024)
+    _require_in("--max-pixels", max_pixels, 1, MAX_SIDE**2)
+    _require_in("--picture-seconds", picture_seconds, 0, 86_400)
     for condition in where:
         split_condition(condition)  # said before any source is read
-    options = PictureOptions(short_side=_parse_resize(resize), quality=quality)
+    options = PictureOptions(
+        short_side=_parse_resize(resize),
+        quality=quality,
+        max_pixels=max_pixels,
+        seconds=picture_seconds,
+    )
     require_free(out)
     lists = ListOptions(
         image_column=image_column,
@@ -263,6 +275,6 @@ def _parse_resize(resize: str) -> int:
     return int(pixels)
 
 
-def _require_in(name: str, value: int, low: int, high: int) -> None:
+def _require_in(name: str, value: float, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{name} must lie in {low:,} to {high:,}, not {value:,}")

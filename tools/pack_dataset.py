@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import signal
 import sys
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
@@ -16,9 +17,10 @@ from typing import Annotated, NoReturn, TextIO
 
 import tyro
 
-from unicl_fast.images import RESIZE_QUALITY
+from unicl_fast.images import MAX_PIXELS, RESIZE_QUALITY
 from unicl_fast.shard_writer import DEFAULT_SHARD_BYTES
 from unicl_fast.shards import QUARANTINE_NAME
+from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
 from unicl_fast.tools.build_dataset import build_dataset as build_dataset
 
@@ -83,6 +85,12 @@ class Build:
     """JPEG quality of pictures that were scaled, 1 to 100."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
+    max_pixels: int = MAX_PIXELS
+    """A picture with more pixels is left out by what its header says, before it is decoded. A
+    worker's memory is limited to what so many pixels may need: 5 GB by default."""
+    picture_seconds: float = DEFAULT_PICTURE_SECONDS
+    """A picture that takes longer to read and check is left out, as is one that crashes a decoder;
+    both are tried twice. 0 waits for ever."""
     workers: int = 0
     """Processes that read and check pictures; 0 takes one for each core."""
 
@@ -130,9 +138,15 @@ def _report(summary: BuildSummary) -> str:
 
 
 def _print(text: str, file: TextIO) -> None:
-    """Prints names from anywhere: bytes that the terminal has no character for are escaped."""
+    """Prints names from anywhere: what the terminal cannot show, or would obey, is escaped."""
     encoding = file.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file)
+    shown = "".join(
+        character
+        if character == "\n" or unicodedata.category(character) != "Cc"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def _fail(message: str, *, code: int) -> NoReturn:

@@ -1,62 +1,29 @@
-"""Reads, checks and tokenises samples in worker processes, and hands them back in order.
+"""Checks samples in worker processes, and hands the results back in order.
 
-Separate from the program so that a worker imports what it needs and no more: neither torch nor a
-command line. Results come in the order of the tasks whatever the number of workers, and only a few
-chunks are under way at a time, so memory does not grow with the data set.
+Each thread here looks after one worker process (`picture_worker`). Results come in the order of the
+tasks whatever the number of workers, and only a few chunks are under way at a time, so memory does
+not grow with the data set. A picture that ends its worker, by a crash, by taking too long or for
+want of memory, is tried once more by itself in a fresh process, and left out if that ends as well:
+nothing else is lost, and what is packed is the same as if the picture had merely been damaged.
 """
 
 from __future__ import annotations
 
-import contextlib
-import multiprocessing
-import os
-import signal
+import threading
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
-import numpy as np
-import numpy.typing as npt
-import xxhash
-
-from unicl_fast.images import Picture, PictureError, check_picture
-from unicl_fast.tokenizer import Tokenizer
-from unicl_fast.tools.picture_files import Entry, EntryError
+from unicl_fast.tools.picture_worker import Checked as Checked
+from unicl_fast.tools.picture_worker import PictureOptions as PictureOptions
+from unicl_fast.tools.picture_worker import PictureWorker, WorkerDeathError
+from unicl_fast.tools.picture_worker import Task as Task
 from unicl_fast.tools.sources import Problem
 
 _CHUNK_ITEMS = 64
 _CHUNK_BYTES = 4_000_000
 _CHUNKS_AHEAD = 3
 """Chunks under way for each worker: one in hand, one waiting, one on its way back."""
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Task:
-    """One sample to check; `name` is for messages."""
-
-    name: str
-    entry: Entry
-    captions: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Checked:
-    """A sound picture, and the tokens of its captions."""
-
-    picture: Picture
-    xxh3: int
-    tokens: list[npt.NDArray[np.uint16]]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PictureOptions:
-    """What is done to sound pictures."""
-
-    short_side: int
-    """Scale the shorter side down to this; 0 leaves sizes alone."""
-    quality: int
 
 
 def check_in_order(
@@ -69,36 +36,103 @@ def check_in_order(
     must not take this program's files with it.
 
     Raises:
-        RuntimeError: a worker process died; the message names the pictures it may have been at.
+        RuntimeError: no worker process can be started.
     """
-    executor = ProcessPoolExecutor(
-        max_workers=workers,
-        mp_context=multiprocessing.get_context("spawn"),
-        initializer=_start_worker,
-        initargs=(options, context_length),
-    )
-    under_way: deque[tuple[list[Task], Future[list[Checked | Problem]]]] = deque()
+    pool = _Pool(options, context_length=context_length)
+    threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-pack")
+    under_way: deque[Future[list[Checked | Problem]]] = deque()
     chunks = _chunks(tasks)
     try:
         while True:
             for chunk in chunks:
-                under_way.append((chunk, executor.submit(_check_chunk, chunk)))
+                under_way.append(threads.submit(pool.check, chunk))
                 if len(under_way) >= workers * _CHUNKS_AHEAD:
                     break
             if not under_way:
                 return
-            results = under_way[0][1].result()  # still in the queue if its worker has died
-            under_way.popleft()
-            yield from results
-    except BrokenProcessPool as error:
-        names = [task.name for chunk, _ in under_way for task in chunk]
-        raise RuntimeError(
-            "a worker process died: out of memory, killed, or crashed by a picture. "
-            + (f"It was at one of {len(names)} pictures from {names[0]} on; " if names else "")
-            + "fewer --workers take less memory"
-        ) from error
+            yield from under_way.popleft().result()
     finally:
-        executor.shutdown(wait=True, cancel_futures=True)
+        pool.kill()
+        threads.shutdown(wait=True, cancel_futures=True)
+        pool.reap()
+
+
+class _Pool:
+    """Worker processes at the threads' disposal, started when they are needed."""
+
+    def __init__(self, options: PictureOptions, *, context_length: int) -> None:
+        self._options = options
+        self._context_length = context_length
+        self._lock = threading.Lock()
+        self._idle: list[PictureWorker] = []
+        self._alive: set[PictureWorker] = set()
+        self._closed = False
+
+    def check(self, tasks: list[Task]) -> list[Checked | Problem]:
+        """One result for each task, whatever becomes of the workers."""
+        results: list[Checked | Problem] = []
+        while len(results) < len(tasks):
+            worker = self._take()
+            try:
+                for result in worker.check(tasks[len(results) :]):
+                    results.append(result)  # one by one: those before a death count
+            except WorkerDeathError:
+                self._forget(worker)
+                results.append(self._check_alone(tasks[len(results)]))
+            else:
+                self._give_back(worker)
+        return results
+
+    def kill(self) -> None:
+        """Ends all workers; a thread that waits for one gives up its chunk."""
+        with self._lock:
+            self._closed = True
+            for worker in self._alive:
+                worker.kill()
+
+    def reap(self) -> None:
+        """After `kill`, when no thread is left that asks."""
+        for worker in self._alive:
+            worker.reap()
+
+    def _check_alone(self, task: Task) -> Checked | Problem:
+        """A second try in a fresh process.
+
+        The first may have died of something else: a neighbour's leak, a signal from outside, or a
+        clock that ran on while the whole job was stopped (Ctrl-Z).
+        """
+        worker = self._start()
+        try:
+            (result,) = worker.check([task])
+        except WorkerDeathError as death:
+            self._forget(worker)
+            return death.problem
+        self._give_back(worker)
+        return result
+
+    def _take(self) -> PictureWorker:
+        with self._lock:
+            if self._idle:
+                return self._idle.pop()
+        return self._start()
+
+    def _start(self) -> PictureWorker:
+        worker = PictureWorker(self._options, context_length=self._context_length)
+        with self._lock:
+            self._alive.add(worker)
+            if self._closed:
+                worker.kill()
+        return worker
+
+    def _give_back(self, worker: PictureWorker) -> None:
+        with self._lock:
+            self._idle.append(worker)
+
+    def _forget(self, worker: PictureWorker) -> None:
+        with self._lock:
+            self._alive.discard(worker)
+            if self._closed:
+                raise RuntimeError("the build is over")  # nobody waits for this chunk any more
 
 
 def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
@@ -112,46 +146,3 @@ def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
             chunk, num_bytes = [], 0
     if chunk:
         yield chunk
-
-
-# State of a worker process, set once by its initializer.
-_options = PictureOptions(short_side=0, quality=90)
-_tokenizer: Tokenizer | None = None
-_context_length = 0
-
-
-def _start_worker(options: PictureOptions, context_length: int) -> None:
-    global _options, _context_length
-    _options, _context_length = options, context_length
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
-    # libtiff prints its complaints from C. They would tear the progress bar, and what matters of
-    # them comes back as the reason in quarantine.csv.
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-
-
-def _check_chunk(tasks: Sequence[Task]) -> list[Checked | Problem]:
-    return [_check(task) for task in tasks]
-
-
-def _check(task: Task) -> Checked | Problem:
-    try:
-        data = task.entry.read()
-        picture = check_picture(data, short_side=_options.short_side, quality=_options.quality)
-    except (EntryError, PictureError) as error:
-        return Problem(kind=error.kind, message=str(error))
-    tokens: list[npt.NDArray[np.uint16]] = []
-    if task.captions:
-        try:
-            tokens = _get_tokenizer().encode(list(task.captions))
-        except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
-            return Problem(kind="bad caption", message=f"cannot be tokenised: {error}")
-    return Checked(picture=picture, xxh3=xxhash.xxh3_64_intdigest(picture.data), tokens=tokens)
-
-
-def _get_tokenizer() -> Tokenizer:
-    global _tokenizer
-    if _tokenizer is None:  # built on the first caption: data sets of labels need none
-        _tokenizer = Tokenizer(_context_length)
-    return _tokenizer

@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.tools.picture_files import Entry, EntryError, Tree, open_tree
+from unicl_fast.tools.entries import Entry, EntryError, RefusedEntry, Tree
+from unicl_fast.tools.picture_files import open_tree
 
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson")
 IMAGE_COLUMNS = ("image", "file", "path")
@@ -34,6 +35,10 @@ NOT_PICTURES = frozenset(
     for extension in group.split()
 )
 """Extensions passed over in class folders; a file with any other, or none, is tried."""
+
+MAX_TEXTS = 65_535
+"""Captions, and labels, that the packed format counts for one sample."""
+_TOO_MANY = "too many texts"
 
 Label = str | int
 
@@ -112,7 +117,10 @@ def _read_class_folders(path: Path) -> Source:
     for name, entry in open_tree(path).entries():
         *folders, file_name = name.split("/")
         suffix = os.path.splitext(file_name)[1].lower()
-        if any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
+        if isinstance(entry, RefusedEntry):
+            problem = Problem(kind=entry.kind, message=entry.message)
+            items.append(Item(name, problem=problem))
+        elif any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
             passed_over["hidden files"] += 1
         elif suffix in NOT_PICTURES:
             passed_over[f"{suffix} files"] += 1
@@ -220,29 +228,49 @@ def _choose_columns(
 
 
 def _find_picture(tree: Tree, name: str) -> Item:
-    if name.startswith("/") or ".." in name.split("/"):
+    """A whole path is as good as one relative to the root, if it leads there."""
+    if ".." in name.split("/"):
         problem = Problem(kind="outside", message="paths must stay inside the image root")
         return Item(name, problem=problem)
     try:
-        return Item(name, tree.find(name))
+        entry = tree.find(name)
+        if isinstance(entry, RefusedEntry):
+            raise EntryError(entry.kind, entry.message)
+        return Item(name, entry)
     except EntryError as error:
         return Item(name, problem=Problem(kind=error.kind, message=str(error)))
 
 
 def _add_texts(item: Item, row: dict[str, Any], columns: _Columns, line: int) -> None:
     """Adds a row's captions and labels, each once; a wrong type is the item's problem."""
+    if item.problem is not None and item.problem.kind == _TOO_MANY:
+        return
+    captions: list[str] = []
+    labels: list[Label] = []
     for column in columns.captions:
         for caption in _values(row.get(column)):
-            if not isinstance(caption, str):
+            if isinstance(caption, str):
+                captions.append(caption)
+            else:
                 item.problem = _bad_value(line, column, caption)
-            elif caption not in item.captions:
-                item.captions.append(caption)
     for column in columns.labels:
         for label in _values(row.get(column)):
             if not isinstance(label, (str, int)) or isinstance(label, bool):
                 item.problem = _bad_value(line, column, label)
-            elif label not in (-1, "-1", *item.labels):  # -1 is the usual sign for none
-                item.labels.append(label)
+            elif label not in (-1, "-1"):  # the usual sign for none
+                labels.append(label)
+    item.captions = _merge(item.captions, captions)
+    item.labels = _merge(item.labels, labels)
+    if max(len(item.captions), len(item.labels)) > MAX_TEXTS:
+        message = f"more than {MAX_TEXTS:,} captions or labels"
+        item.problem = Problem(kind=_TOO_MANY, message=message)
+
+
+def _merge(known: list[Any], new: list[Any]) -> list[Any]:
+    """Both, each value once, in order. A row with one value is the usual case, and made cheap."""
+    if len(new) == 1:
+        return known if new[0] in known else [*known, *new]
+    return list(dict.fromkeys([*known, *new]))
 
 
 def _values(value: Any) -> list[Any]:

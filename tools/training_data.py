@@ -94,6 +94,11 @@ def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
             f"{manifest.vocabulary_hash[:16]}, this version has {tokenizer.name} "
             f"{tokenizer.vocabulary_hash[:16]}: pack it again"
         )
+    if dataset.largest_token is not None and dataset.largest_token >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{dataset.folder / 'tokens.npy'} is damaged: token {dataset.largest_token} is beyond "
+            f"the vocabulary of {tokenizer.vocab_size}; copy the data set again"
+        )
     if manifest.context_length > context_length:
         raise ValueError(
             f"{dataset.folder} holds texts of up to {manifest.context_length} tokens, the model "

@@ -8,13 +8,13 @@ and `checkpoints/`; there `best.json` names the best one.
 
 from __future__ import annotations
 
-import json
 import logging
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from safetensors import SafetensorError
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -22,12 +22,13 @@ from unicl_fast.best import read_best
 from unicl_fast.checkpoint_files import (
     STATE_FILE,
     checkpoint_name,
-    file_checksum,
     list_checkpoints,
 )
+from unicl_fast.checksums import file_checksum
 from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.precision import Precision
+from unicl_fast.sealed_json import unseal
 
 logger = logging.getLogger(__name__)
 
@@ -73,19 +74,20 @@ def read_state(checkpoint: Path) -> CheckpointState:
     if not path.is_file():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE_FILE}")
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        state = CheckpointState(
-            step=int(values["step"]),
-            config=config_from_dict(values["config"]),
-            scaler=values["scaler"],
-            data=values["data"],
-            optimizer=values["optimizer"],
-            checksums=values["checksums"],
-        )
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        values = unseal(path.read_bytes())
+        _check_types(values)
+    except ValueError as error:
         raise DamagedCheckpointError(
-            f"{path} is damaged: {error!r}; use another checkpoint"
+            f"{path} is damaged: {error}; use another checkpoint"
         ) from error
+    state = CheckpointState(
+        step=values["step"],
+        config=config_from_dict(values["config"]),
+        scaler=values["scaler"],
+        data=values["data"],
+        optimizer=values["optimizer"],
+        checksums=values["checksums"],
+    )
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
@@ -96,6 +98,25 @@ def read_state(checkpoint: Path) -> CheckpointState:
                 f"{expected}; use another checkpoint"
             )
     return state
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Refuses a state whose fields are not what they are written as."""
+    expected = {
+        "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str,
+        "checksums": dict,
+    }  # fmt: skip
+    for name, kind in expected.items():
+        if type(values.get(name)) is not kind:
+            raise ValueError(f"{name} should be there and of type {kind.__name__}")
+    if not 0 <= values["step"] < 2**53:
+        raise ValueError("step should be a count")
+    checksums = values["checksums"]
+    if not {MODEL_FILE, OPTIMIZER_FILE} <= set(checksums) <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
+        raise ValueError(f"checksums are of {', '.join(map(repr, checksums)) or 'no file'}")
+    for name, value in values["scaler"].items():
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"the loss scaler's {name} should be a finite number")
 
 
 def find_checkpoint(path: str | Path) -> Path:
@@ -184,6 +205,7 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
             f"{checkpoint} has no average of the weights (optim.ema_decay was 0): take weights "
             "model or auto"
         )
+    _require_text_sizes(checkpoint / MODEL_FILE, state.config)
     model = UniCL(state.config)
     # weights, and their average, are in the type of the run
     model.to(Precision(state.config.efficiency.precision).weight_type)
@@ -212,10 +234,43 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     """
     try:
         return load_file(path)
-    except SafetensorError as error:
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, or a KeyError for a type of number unknown here
         raise DamagedCheckpointError(
-            f"{path} is no safetensors file: {error}; use another checkpoint"
+            f"{path} is no safetensors file: {error!r}; use another checkpoint"
         ) from error
+
+
+def _require_text_sizes(path: Path, config: TrainConfig) -> None:
+    """Compares the sizes that a config sets with those in the file, before they are built.
+
+    A model of sizes that nobody trained can be larger than memory, and building it is no way to
+    find out.
+    """
+    model = config.model
+    expected = {
+        "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
+        "text_encoder.positional_embedding": [model.context_length, model.text_width],
+        "text_projection": [model.text_width, model.embed_dim],
+    }
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
+    except OSError:
+        raise
+    except Exception as error:
+        raise DamagedCheckpointError(
+            f"{path} is no safetensors file: {error!r}; use another checkpoint"
+        ) from error
+    layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
+    if found != expected or len(layers) != model.text_layers:
+        raise DamagedCheckpointError(
+            f"{path} is not of the model that its config describes: a text encoder of "
+            f"{model.text_layers} layers with {expected} is expected, {len(layers)} layers with "
+            f"{found} came; use another checkpoint"
+        )
 
 
 def load_weights(model: UniCL, path: Path) -> None:
@@ -224,8 +279,12 @@ def load_weights(model: UniCL, path: Path) -> None:
     Raises:
         ValueError: the file is damaged, or holds the weights of another model.
     """
+    tensors = read_tensors(path)
     try:
-        model.load_state_dict(read_tensors(path))
+        for name, value in model.state_dict().items():
+            if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():
+                raise RuntimeError(f"{name} holds {tensors[name].dtype}")
+        model.load_state_dict(tensors)
     except RuntimeError as error:
         raise ValueError(
             f"the weights in {path} are not those of the model that its config describes: {error}; "

@@ -6,7 +6,6 @@ is `unicl_fast.checkpoint`'s, when it is written `unicl_fast.checkpoint_writer`'
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import shutil
@@ -14,11 +13,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from unicl_fast.checksums import file_checksum
+from unicl_fast.sealed_json import seal
 from unicl_fast.whole_files import flush_to_disk
 
 logger = logging.getLogger(__name__)
@@ -76,7 +76,7 @@ def write_checkpoint(
         for name, tensors in files.items():
             save_file(tensors, aside / name)
         checksums = {name: file_checksum(aside / name) for name in files}
-        text = json.dumps({"step": step, **state, "checksums": checksums}, indent=1)
+        text = seal({"step": step, **state, "checksums": checksums})
         (aside / STATE_FILE).write_text(text, encoding="utf-8")
         for path in [*aside.iterdir(), aside]:
             flush_to_disk(path)
@@ -122,15 +122,6 @@ def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
             checkpoint.rename(aside)
     for unfinished in checkpoints_folder.glob(".step-*.partial"):
         shutil.rmtree(unfinished, ignore_errors=True)
-
-
-def file_checksum(path: Path) -> str:
-    """xxh3-64 of a file, as 16 hexadecimal digits."""
-    digest = xxhash.xxh3_64()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 def _move_out_of_the_way(target: Path) -> Path | None:

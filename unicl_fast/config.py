@@ -18,6 +18,13 @@ from typing import Any, Literal
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
+# Far beyond what anybody trains: damaged settings should not take memory before they are noticed.
+_MOST_PIXELS_A_SIDE = 8192
+_MOST = {
+    "text_width": 65_536, "text_layers": 1024, "text_heads": 1024, "context_length": 65_536,
+    "vocab_size": 2**24, "embed_dim": 65_536,
+}  # fmt: skip
+
 Interpolation = Literal["bilinear", "bicubic"]
 Resample = Literal["fused", "dali"]
 PrecisionName = Literal["fp32", "bf16", "fp16", "fp64"]
@@ -87,7 +94,10 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_known_choices("data", self)
-        _require(self.image_size >= 1, f"data.image_size must be positive, not {self.image_size}")
+        _require(
+            1 <= self.image_size <= _MOST_PIXELS_A_SIDE,
+            f"data.image_size must lie in 1 to {_MOST_PIXELS_A_SIDE}, not {self.image_size}",
+        )
         low, high = self.crop_scale
         _require(
             0 < low <= high <= 1,
@@ -140,13 +150,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         _require(0 <= self.drop_path < 1, f"model.drop_path must lie in [0, 1): {self.drop_path}")
+        for name, most in _MOST.items():
+            value = getattr(self, name)
+            _require(1 <= value <= most, f"model.{name} must lie in 1 to {most}, not {value}")
         _require(
             self.text_width % self.text_heads == 0,
             f"model.text_heads ({self.text_heads}) must divide model.text_width "
             f"({self.text_width})",
         )
-        for name in ("text_layers", "context_length", "vocab_size", "embed_dim"):
-            _require(getattr(self, name) >= 1, f"model.{name} must be positive")
+        _require(
+            math.isfinite(self.logit_scale_init),
+            f"model.logit_scale_init must be finite, not {self.logit_scale_init}",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -338,15 +353,16 @@ def load_config(path: Path) -> TrainConfig:
         ValueError: not JSON, or not a config of this version.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
+        values = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}") from error
     return config_from_dict(values)
 
 
 def _build(cls: type[Any], values: Any, *, path: str) -> Any:
     if not isinstance(values, dict):
-        raise ValueError(f"config: {path or 'the whole'} must be an object, not {values!r}")
+        kind = type(values).__name__
+        raise ValueError(f"config: {path or 'the whole'} must be an object, not a {kind}")
     hints = typing.get_type_hints(cls)
     unknown = sorted(set(values) - set(hints))
     if unknown:
@@ -359,6 +375,41 @@ def _build(cls: type[Any], values: Any, *, path: str) -> Any:
         hint = hints[name]
         if dataclasses.is_dataclass(hint):
             arguments[name] = _build(typing.cast(Any, hint), value, path=name)
-        else:  # JSON has no tuples
-            arguments[name] = tuple(value) if isinstance(value, list) else value
+        else:
+            arguments[name] = _typed(value, hint, name=f"{path}.{name}")
     return cls(**arguments)
+
+
+def _typed(value: Any, hint: Any, *, name: str) -> Any:
+    """A setting out of JSON, which has no tuples; refuses values of another type."""
+    kinds = typing.get_args(hint)
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, list):
+            if kinds[-1] is Ellipsis:
+                kinds = kinds[:1] * len(value)
+            if len(kinds) == len(value):
+                pairs = zip(value, kinds, strict=True)
+                return tuple(_typed(entry, kind, name=name) for entry, kind in pairs)
+    elif _is_of(value, hint):
+        return value
+    raise ValueError(
+        f"config: {name} must be of type {getattr(hint, '__name__', hint)}, not {_short(value)}"
+    )
+
+
+def _is_of(value: Any, hint: Any) -> bool:
+    if typing.get_origin(hint) is Literal:
+        return isinstance(value, str)  # which ones are known is checked with the other settings
+    if isinstance(value, bool) or hint is bool:  # a bool is an int to Python
+        return isinstance(value, bool) and hint is bool
+    if isinstance(value, int):
+        return hint in (int, float) and abs(value) < 2**63
+    return isinstance(value, hint) and value == value  # NaN is of no use anywhere
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # ValueError: a number of more than 4,300 digits
+        text = f"a {type(value).__name__}"
+    return text if len(text) <= 100 else text[:100] + "..."

@@ -10,50 +10,39 @@ Decoding for training is DALI's business; this module only decides what DALI is 
 
 from __future__ import annotations
 
-import io
-import warnings
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 import simplejpeg
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from unicl_fast.jpeg_header import JpegHeader, read_jpeg_header
+from unicl_fast.pillow_decoding import MAX_PIXELS as MAX_PIXELS
+from unicl_fast.pillow_decoding import MAX_SIDE as MAX_SIDE
+from unicl_fast.pillow_decoding import PictureError as PictureError
+from unicl_fast.pillow_decoding import (
+    Pixels,
+    check_size,
+    open_picture,
+    orientation_of,
+    pillow_error,
+    pillow_limits,
+    pixels_of,
+    turn_upright,
+)
 
-MAX_PIXELS = 89_478_485
-"""Largest picture accepted, checked before any memory is taken: a quarter GiB as RGB, and the limit
-above which Pillow warns of decompression bombs."""
-MAX_SIDE = 65_500
-"""libjpeg's limit for a side."""
 MAX_SCANS = 500
 """A progressive JPEG with more scans is an attack on the decoder's time; cameras write about 10."""
+MAX_PNG_EXTRA = 1_000_000
+"""Largest chunk beside pixels of a PNG that keeps its bytes; at run time 8 MB would be refused."""
 REENCODE_QUALITY = 95
 REENCODE_SUBSAMPLING = "444"
 RESIZE_QUALITY = 90
 RESIZE_SUBSAMPLING = "420"
 
-PILLOW_FORMATS = (
-    "JPEG", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "BMP", "TIFF", "PPM", "ICO", "PCX", "SGI",
-    "PSD", "QOI",
-)  # fmt: skip
-"""What Pillow may be asked to open: no format that starts another program (EPS), and none without
-a signature (TGA), which would take any file for a picture."""
-
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
-_ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
-
-Pixels = npt.NDArray[np.uint8]
-
-
-class PictureError(ValueError):
-    """Why a picture was refused: a short `kind` to count by, and a sentence."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +58,13 @@ class Picture:
     """Whether `data` differs from the bytes that came in."""
 
 
-def check_picture(data: bytes, *, short_side: int = 0, quality: int = RESIZE_QUALITY) -> Picture:
+def check_picture(
+    data: bytes,
+    *,
+    short_side: int = 0,
+    quality: int = RESIZE_QUALITY,
+    max_pixels: int = MAX_PIXELS,
+) -> Picture:
     """Checks a picture's bytes and normalises them if need be.
 
     Args:
@@ -77,6 +72,7 @@ def check_picture(data: bytes, *, short_side: int = 0, quality: int = RESIZE_QUA
         short_side: a picture whose shorter side is longer than this many pixels is scaled down to
             it and encoded anew; 0 leaves sizes alone. Nothing is ever enlarged.
         quality: JPEG quality of scaled pictures, 1 to 100.
+        max_pixels: a picture with more is refused by what its header says, before it is decoded.
 
     Raises:
         PictureError: the picture is damaged, not a picture, too large, or of an unsupported kind.
@@ -84,18 +80,19 @@ def check_picture(data: bytes, *, short_side: int = 0, quality: int = RESIZE_QUA
     if not data:
         raise PictureError("empty", "the file is empty")
     if data.startswith(_JPEG_SIGNATURE):
-        return _check_jpeg(data, short_side=short_side, quality=quality)
-    if data.startswith(_PNG_SIGNATURE):
-        return _check_png(data, short_side=short_side, quality=quality)
-    return _encode(_pixels_of(_open(data)), short_side=short_side, quality=quality)
+        return _check_jpeg(data, short_side=short_side, quality=quality, max_pixels=max_pixels)
+    with pillow_limits(max_pixels):
+        if data.startswith(_PNG_SIGNATURE):
+            return _check_png(data, short_side=short_side, quality=quality)
+        return _encode(pixels_of(open_picture(data)), short_side=short_side, quality=quality)
 
 
-def _check_jpeg(data: bytes, *, short_side: int, quality: int) -> Picture:
+def _check_jpeg(data: bytes, *, short_side: int, quality: int, max_pixels: int) -> Picture:
     try:
         header = read_jpeg_header(data)
     except ValueError as error:
         raise PictureError("damaged", str(error)) from error
-    _check_size(header.height, header.width)
+    check_size(header.height, header.width, max_pixels)
     if data.count(b"\xff\xda") > MAX_SCANS:
         raise PictureError("unsupported", f"the JPEG has more than {MAX_SCANS} scans")
     if header.is_plain and not _needs_resize(header.height, header.width, short_side):
@@ -107,7 +104,9 @@ def _check_jpeg(data: bytes, *, short_side: int, quality: int) -> Picture:
             width=header.width,
             reencoded=False,
         )
-    return _encode(_jpeg_pixels(data, header), short_side=short_side, quality=quality)
+    with pillow_limits(max_pixels):
+        pixels = _jpeg_pixels(data, header)
+    return _encode(pixels, short_side=short_side, quality=quality)
 
 
 def _check_jpeg_data(data: bytes) -> None:
@@ -123,7 +122,9 @@ def _decode_jpeg(data: bytes, **options: object) -> Pixels:
     """libjpeg-turbo with warnings taken as errors: a cut or damaged JPEG gives no grey tail."""
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, strict=True, **options)
-    except (ValueError, RuntimeError, OverflowError, MemoryError) as error:
+    except MemoryError as error:
+        raise PictureError("too large", "libjpeg: not enough memory") from error
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise PictureError("damaged", f"libjpeg: {error}") from error
     return pixels
 
@@ -132,27 +133,28 @@ def _jpeg_pixels(data: bytes, header: JpegHeader) -> Pixels:
     """Decodes any JPEG that is read without warnings, turned the right way up."""
     if len(header.component_ids) == 4:
         _decode_jpeg(data, colorspace="CMYK", min_height=1, min_width=1)
-        return _pixels_of(_open(data))  # Pillow knows which CMYK files are stored inverted
+        return pixels_of(open_picture(data))  # Pillow knows which CMYK files are stored inverted
     grey = len(header.component_ids) == 1
     pixels = _decode_jpeg(data, colorspace="GRAY" if grey else "RGB")
-    return _turn_upright(pixels, header.orientation)
+    return turn_upright(pixels, header.orientation)
 
 
 def _check_png(data: bytes, *, short_side: int, quality: int) -> Picture:
-    image = _open(data)
+    image = open_picture(data)
     try:
         image.verify()  # the checksums of all chunks; `load` skips those of the pixel data
     except Exception as error:
-        raise _pillow_error(error) from error
-    image = _open(data)
-    pixels = _pixels_of(image)
+        raise pillow_error(error) from error
+    image = open_picture(data)
+    pixels = pixels_of(image)
     bit_depth, colour_type = data[24], data[25]
     if (
         bit_depth == 8
         and colour_type in _PLAIN_PNG_COLOUR_TYPES
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
-        and _orientation(image) == 1
+        and orientation_of(image) == 1
+        and _largest_extra(data) <= MAX_PNG_EXTRA
         and not _needs_resize(image.height, image.width, short_side)
     ):
         return Picture(
@@ -161,92 +163,15 @@ def _check_png(data: bytes, *, short_side: int, quality: int) -> Picture:
     return _encode(pixels, short_side=short_side, quality=quality)
 
 
-def _open(data: bytes) -> Image.Image:
-    """Pillow's view of the file, its size checked before anything is decoded."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters raises, or is checked here
-            image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
-    except UnidentifiedImageError:
-        raise PictureError("not a picture", "no known picture format") from None
-    except Exception as error:
-        raise _pillow_error(error) from error
-    _check_size(image.height, image.width)
-    return image
-
-
-def _pixels_of(image: Image.Image) -> Pixels:
-    """Decodes what Pillow opened: its first frame, 8 bits, grey or RGB, the right way up."""
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image.load()
-            pixels = np.asarray(_to_grey_or_rgb(image))
-            orientation = _orientation(image)
-    except PictureError:
-        raise
-    except Exception as error:
-        raise _pillow_error(error) from error
-    return _turn_upright(pixels if pixels.ndim == 3 else pixels[..., None], orientation)
-
-
-def _pillow_error(error: Exception) -> PictureError:
-    """Pillow's plugins raise whatever their parsing stumbles over, from OSError to IndexError."""
-    if isinstance(error, (Image.DecompressionBombError, MemoryError)):
-        return PictureError("too large", f"Pillow: {error}")
-    return PictureError("damaged", f"Pillow: {type(error).__name__}: {error}")
-
-
-def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(np.asarray(image))
-    if image.mode == "F":
-        raise PictureError("unsupported", "floating-point pixels have no known range")
-    if image.mode in _ALPHA_MODES or "transparency" in image.info:
-        opaque = Image.new("RGBA", image.size, "white")
-        opaque.alpha_composite(image.convert("RGBA"))
-        return opaque.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
-    if image.mode in ("1", "L"):
-        return image.convert("L")
-    return image.convert("RGB")
-
-
-def _from_16_bits(values: npt.NDArray[np.integer]) -> Image.Image:
-    """Scales 0 to 65,535 onto 0 to 255, rounded: a division by 257."""
-    if values.min() < 0 or values.max() > 65535:
-        raise PictureError("unsupported", "32-bit pixels beyond 16 bits have no known range")
-    scaled = (values.astype(np.uint32) + 128) // 257
-    return Image.fromarray(scaled.astype(np.uint8))
-
-
-def _orientation(image: Image.Image) -> int:
-    """Exif orientation of a loaded picture; unreadable Exif data count as none."""
-    try:
-        value = image.getexif().get(0x0112, 1)
-    except Exception:
-        return 1
-    return value if isinstance(value, int) and 1 <= value <= 8 else 1
-
-
-def _turn_upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Applies the Exif orientation: 2, 4 mirror; 3, 6, 8 turn; 5, 7 do both."""
-    if orientation >= 5:
-        pixels = pixels.transpose(1, 0, 2)
-    if orientation in (3, 4, 7, 8):
-        pixels = pixels[::-1]
-    if orientation in (2, 3, 6, 7):
-        pixels = pixels[:, ::-1]
-    return pixels
-
-
-def _check_size(height: int, width: int) -> None:
-    if height < 1 or width < 1:
-        raise PictureError("damaged", f"the header says {width} x {height} pixels")
-    if height * width > MAX_PIXELS or max(height, width) > MAX_SIDE:
-        raise PictureError(
-            "too large",
-            f"{width} x {height} pixels; at most {MAX_PIXELS:,} and {MAX_SIDE:,} a side are taken",
-        )
+def _largest_extra(png: bytes) -> int:
+    """Length of a sound PNG's longest chunk that holds no pixels: profiles, texts, Exif data."""
+    largest, position = 0, len(_PNG_SIGNATURE)
+    while position + 8 <= len(png):
+        length = int.from_bytes(png[position : position + 4], "big")
+        if png[position + 4 : position + 8] != b"IDAT":
+            largest = max(largest, length)
+        position += 12 + length
+    return largest
 
 
 def _needs_resize(height: int, width: int, short_side: int) -> bool:
@@ -269,7 +194,7 @@ def _encode(pixels: Pixels, *, short_side: int, quality: int) -> Picture:
             colorspace="GRAY" if channels == 1 else "RGB",
             colorsubsampling="Gray" if channels == 1 else subsampling,
         )
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OverflowError) as error:
         raise PictureError("unsupported", f"libjpeg cannot encode it: {error}") from error
     _check_jpeg_data(data)
     height, width, _ = pixels.shape

@@ -59,15 +59,15 @@ class Manifest:
     def from_json(cls, text: str, *, where: str = "the manifest") -> Manifest:
         """Reads what `to_json` wrote; `where` names the file in messages."""
         try:
-            values = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from error
+            values = json.loads(text, object_pairs_hook=_refuse_repeated)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{where} is not JSON as it should be: {error}") from error
         if not isinstance(values, dict) or not isinstance(values.get("version"), int):
             raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")
         if values["version"] != FORMAT_VERSION:
             raise ValueError(
-                f"{where} has format version {values['version']}, this program reads version "
-                f"{FORMAT_VERSION}; pack the data again with this version's unicl-pack"
+                f"{where} has format version {_short(values['version'])}, this program reads "
+                f"version {FORMAT_VERSION}; pack the data again with this version's unicl-pack"
             )
         manifest: Manifest = _from_values(cls, values, where=where)
         return manifest
@@ -81,14 +81,26 @@ class Manifest:
                 f"{folder} is not a packed data set: it has no {MANIFEST_NAME}. "
                 "Make one with: unicl-pack build SOURCE... --out DIR"
             )
-        return cls.from_json(path.read_text(encoding="utf-8"), where=str(path))
+        try:
+            text = path.read_bytes().decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}") from error
+        return cls.from_json(text, where=str(path))
+
+
+def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """JSON lets a key come twice, and readers differ in which one counts."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError(f"a field comes twice among {[name for name, _ in pairs]}")
+    return values
 
 
 def _from_values(cls: type[Any], values: Any, *, where: str) -> Any:
     """Builds a manifest class from parsed JSON, refusing what is missing, unknown or mistyped."""
     hints = typing.get_type_hints(cls)
     if not isinstance(values, dict) or set(values) != set(hints):
-        found = sorted(values) if isinstance(values, dict) else values
+        found = _short(sorted(values) if isinstance(values, dict) else values)
         raise ValueError(f"{where}: expected the fields {sorted(hints)}, found {found}")
     arguments = {
         name: _typed(values[name], hint, where=f"{where}: {name}") for name, hint in hints.items()
@@ -104,5 +116,16 @@ def _typed(value: Any, hint: Any, *, where: str) -> Any:
     if hint is ShardInfo:
         return _from_values(ShardInfo, value, where=where)
     if typing.get_origin(hint) is tuple or not isinstance(value, hint) or isinstance(value, bool):
-        raise ValueError(f"{where} should be {hint}, found {value!r}")
+        raise ValueError(f"{where} should be {hint}, found {_short(value)}")
+    if hint is int and not 0 <= value < 2**63:
+        raise ValueError(f"{where} should lie in 0 to 2**63 - 1, found {_short(value)}")
     return value
+
+
+def _short(value: Any) -> str:
+    """A value for a message; what is nested too deep for Python to print is only named."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # ValueError: a number of more than 4,300 digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 200 else text[:200] + "..."

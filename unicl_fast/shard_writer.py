@@ -21,7 +21,9 @@ from types import TracebackType
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
+from unicl_fast.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 from unicl_fast.shard_files import (
     BLOCK,
     END_OF_TAR,
@@ -94,7 +96,10 @@ class DatasetWriter:
         self._quarantine_file = (self.aside / QUARANTINE_NAME).open(
             "w", encoding="utf-8", errors="backslashreplace", newline=""
         )
-        self._quarantine = csv.writer(self._quarantine_file, lineterminator="\n")
+        # all in quotes: Python before 3.13 writes a carriage return without, and reads a new line
+        self._quarantine = csv.writer(
+            self._quarantine_file, lineterminator="\n", quoting=csv.QUOTE_ALL
+        )
         self._quarantine.writerow(["source", "name", "kind", "message"])
 
     def __enter__(self) -> DatasetWriter:
@@ -194,14 +199,27 @@ class DatasetWriter:
         for array in self._arrays.values():
             array.finish()
         sync_and_close(self._quarantine_file)
-        with (self.aside / MANIFEST_NAME).open("w", encoding="utf-8") as file:
-            file.write(manifest.to_json())
+        # lone surrogates stand for bytes of a file name; as escapes they are good JSON
+        manifest_bytes = manifest.to_json().encode("utf-8", "backslashreplace")
+        self._write_checksums(manifest_bytes)
+        with (self.aside / MANIFEST_NAME).open("wb") as file:
+            file.write(manifest_bytes)
             sync_and_close(file)
         sync_folder(self.aside)
         require_free(self.out)
         self.aside.rename(self.out)
         sync_folder(self.out.parent)
         return manifest
+
+    def _write_checksums(self, manifest: bytes) -> None:
+        """Lists all files of the folder, the manifest that is still to be written among them."""
+        known = {shard.name: shard.xxh3 for shard in self._shards}
+        known[MANIFEST_NAME] = xxhash.xxh3_64_hexdigest(manifest)
+        others = (path for path in self.aside.iterdir() if path.name not in known)
+        known |= {path.name: file_checksum(path) for path in others}
+        with (self.aside / CHECKSUMS_NAME).open("w", encoding="utf-8") as file:
+            file.write(format_checksums(known.items()))
+            sync_and_close(file)
 
     def discard(self) -> None:
         """Removes what has been written; nothing to do after `finish`."""

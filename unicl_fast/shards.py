@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from unicl_fast.array_files import open_array, verify_arrays
 from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
 from unicl_fast.manifest import Manifest as Manifest
@@ -88,18 +89,27 @@ class PackedDataset:
     for; see `check_arrays` for what that costs.
     """
 
-    def __init__(self, folder: str | os.PathLike[str], *, max_bad_fraction: float = 0.0) -> None:
-        """Opens the arrays and looks at the shards' sizes.
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        *,
+        max_bad_fraction: float = 0.0,
+        verify: bool = True,
+    ) -> None:
+        """Opens the data set in `folder`.
 
         Args:
             folder: what `unicl-pack build` made.
             max_bad_fraction: shards that are missing or of another size are tolerated, with a
                 warning, if they hold at most this part of the samples. For training, which feeds
                 others instead; an evaluation would count wrong.
+            verify: compare the arrays with their checksums, and what refers to something with what
+                is there: about a second for ten million samples. Without it a damaged array gives
+                wrong samples, or worse.
 
         Raises:
-            FileNotFoundError: no data set there, or a file of it is missing.
-            ValueError: a file of it is damaged.
+            FileNotFoundError: not a data set, or a file of it is missing.
+            ValueError: its files contradict each other or their checksums.
         """
         self.folder = Path(folder)
         self.manifest = Manifest.load(folder)
@@ -109,6 +119,10 @@ class PackedDataset:
         self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
         self._reader = ShardReader(self.folder, [shard.name for shard in self.manifest.shards])
         self._check_shards(max_bad_fraction)
+        self.largest_token: int | None = None
+        """Largest token id of all captions; None if opened without `verify`."""
+        if verify:
+            self.largest_token = verify_arrays(self.folder, self.manifest, ARRAY_DTYPES)
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -215,25 +229,7 @@ class PackedDataset:
         return index
 
     def _load_array(self, name: str, length: int) -> npt.NDArray[Any]:
-        path = self.folder / f"{name}.npy"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{path} is missing; the copy of this data set is not complete, copy it again"
-            )
-        try:
-            # an empty array has nothing to map, and mmap refuses it
-            array: npt.NDArray[Any] = np.load(
-                path, mmap_mode="r" if length else None, allow_pickle=False
-            )
-        except (ValueError, OSError, EOFError) as error:
-            raise ValueError(f"{path} is damaged or cut short: {error}") from error
-        if array.dtype != ARRAY_DTYPES[name] or array.shape != (length,):
-            raise ValueError(
-                f"{path}: expected {length} rows of {ARRAY_DTYPES[name]} as the manifest says, "
-                f"found shape {array.shape} of {array.dtype}; copy the data set again"
-            )
-        array.flags.writeable = False
-        return array
+        return open_array(self.folder / f"{name}.npy", ARRAY_DTYPES[name], length)
 
     def _check_shards(self, max_bad_fraction: float) -> None:
         total = sum(shard.num_samples for shard in self.manifest.shards)
@@ -244,9 +240,12 @@ class PackedDataset:
             )
         faults: list[ValueError | FileNotFoundError] = []
         num_bad = 0
-        for shard in self.manifest.shards:
-            if Path(shard.name).name != shard.name:
-                raise ValueError(f"{self.folder / MANIFEST_NAME}: {shard.name!r} is no shard name")
+        for number, shard in enumerate(self.manifest.shards):
+            if shard.name != shard_name(number):
+                raise ValueError(
+                    f"{self.folder / MANIFEST_NAME}: shard {number} should be called "
+                    f"{shard_name(number)}, not {shard.name!r}"
+                )
             fault = self._fault_of(shard)
             if fault is not None:
                 faults.append(fault)

@@ -19,6 +19,7 @@ from unicl_fast.checkpoint import (
     MODEL_FILE,
     OPTIMIZER_FILE,
     CheckpointState,
+    DamagedCheckpointError,
     load_weights,
     read_tensors,
 )
@@ -88,7 +89,17 @@ def restore_checkpoint(
     elif ema is not None:
         logger.warning("the checkpoint has no average of the weights: it starts with them")
         ema.start_from(model)
-    _restore_optimizer(model, optimizer, read_tensors(checkpoint / OPTIMIZER_FILE))
+    tensors = read_tensors(checkpoint / OPTIMIZER_FILE)
+    try:
+        _check_optimizer_tensors(model, optimizer, tensors)
+        if scaler.is_enabled() and set(state.scaler) != set(scaler.state_dict()):
+            raise ValueError(f"the loss scaler's state has {sorted(state.scaler)}")
+    except ValueError as error:
+        raise DamagedCheckpointError(
+            f"{checkpoint} does not hold the optimizer's state of this model: {error}; use another "
+            "checkpoint"
+        ) from error
+    _restore_optimizer(model, optimizer, tensors)
     scaler.load_state_dict(state.scaler)
 
 
@@ -105,6 +116,37 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
         if "step" in group:
             tensors[f"{_GROUP_STEP}.{index}"] = torch.as_tensor(group["step"])
     return tensors
+
+
+def _check_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuses what `_optimizer_tensors` cannot have written of this model.
+
+    Copying would spread a single number over a whole tensor without a word.
+    """
+    parameters = dict(model.named_parameters())
+    keys_of: dict[str, set[str]] = {}
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition(".")
+        if key == _GROUP_STEP:
+            known = name.isdecimal() and int(name) < len(optimizer.param_groups)
+            shape = torch.Size()
+        else:
+            known = name in parameters
+            shape = parameters[name].shape if known and key != "step" else torch.Size()
+            keys_of.setdefault(name, set()).add(key)
+        if not known:
+            raise ValueError(f"there is no {full_name} here")
+        if value.shape != shape:
+            raise ValueError(f"{full_name} is {list(value.shape)}, expected {list(shape)}")
+        counts = key in ("step", _GROUP_STEP)
+        if counts and not 0 <= float(value) < 2**53:
+            raise ValueError(f"{full_name} is no count")
+        if not counts and not value.is_floating_point():
+            raise ValueError(f"{full_name} holds {value.dtype}")
+    if len({frozenset(keys) for keys in keys_of.values()}) > 1:
+        raise ValueError("some parameters have more of it than others")
 
 
 def _restore_optimizer(

@@ -21,7 +21,6 @@ from PIL import Image
 
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
-from unicl_fast.tools import pack_workers
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.pack_dataset import main
 
@@ -192,6 +191,9 @@ def test_the_program_says_what_it_did_and_what_comes_next(
         (["FOLDER", "--out", "FOLDER"], "not an empty folder"),
         (["FOLDER", "--out", "OUT", "--resize", "256"], "short:PIXELS"),
         (["FOLDER", "--out", "OUT", "--quality", "0"], "--quality"),
+        (["FOLDER", "--out", "OUT", "--max-pixels", "0"], "--max-pixels"),
+        (["FOLDER", "--out", "OUT", "--picture-seconds", "-1"], "--picture-seconds"),
+        (["FOLDER", "--out", "OUT", "--picture-seconds", "nan"], "--picture-seconds"),
         (["FOLDER", "--out", "OUT", "--class-names", "NAMES"], "'cat' is not among"),
         (["--out", "OUT"], "at least one source"),
         (["FOLDER"], "--out"),
@@ -259,38 +261,6 @@ def test_a_stopped_build_leaves_nothing(
     assert process.returncode == 128 + number
     assert b"Traceback" not in errors
     assert os.listdir(tmp_path) == ["many.zip"]
-
-
-class Deadly:
-    """An entry whose reading kills the process, as a decoder's crash would."""
-
-    num_bytes = 1
-
-    def __reduce__(self) -> tuple[object, ...]:
-        # run when the worker unpickles its task; test modules cannot be imported there
-        return os.kill, (_OwnPid(), signal.SIGKILL)
-
-    def read(self) -> bytes:
-        raise AssertionError
-
-
-class _OwnPid:
-    def __reduce__(self) -> tuple[object, ...]:
-        return os.getpid, ()
-
-
-@pytest.mark.dist
-def test_a_worker_that_dies_ends_the_build_with_a_sentence() -> None:
-    options = pack_workers.PictureOptions(short_side=0, quality=90)
-    with pytest.raises(RuntimeError, match=r"worker process died.*from first\.jpg on"):
-        list(
-            pack_workers.check_in_order(
-                [pack_workers.Task(name="first.jpg", entry=Deadly())],
-                options=options,
-                context_length=77,
-                workers=1,
-            )
-        )
 
 
 def test_real_captions_and_labels_are_packed_together(shared_data: Path, tmp_path: Path) -> None:

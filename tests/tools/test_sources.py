@@ -15,7 +15,8 @@ from unicl_fast.tools.class_names import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.tools.picture_files import Entry, EntryError, FileEntry, open_tree
+from unicl_fast.tools.entries import Entry, EntryError
+from unicl_fast.tools.picture_files import FileEntry, open_tree
 from unicl_fast.tools.sources import Item, ListOptions, Source, read_source
 
 
@@ -32,6 +33,18 @@ def read(entry: Entry | None) -> bytes:
 
 def by_name(source: Source) -> dict[str, Item]:
     return {item.name: item for item in source.items}
+
+
+def kinds(source: Source) -> list[str]:
+    """What became of each item: its problem, or nothing where it can be read."""
+    found = []
+    for item in source.items:
+        try:
+            assert item.problem or item.entry
+            found.append(item.problem.kind if item.problem else "" * len(read(item.entry)))
+        except EntryError as error:
+            found.append(error.kind)
+    return found
 
 
 def test_class_is_the_folder_that_holds_the_picture(tmp_path: Path) -> None:
@@ -192,8 +205,7 @@ def test_broken_rows_and_paths_that_leave_the_root_are_kept_with_their_problem(
         f"{tmp_path}/secret.jpg,b\nlink.jpg,c\ngone.jpg,d\nfolder,e\ntoo,many,fields\n,no path\n"
     )
     source = read_source(str(tmp_path / "root" / "list.csv"))
-    kinds = [(item.problem.kind if item.problem else "") for item in source.items]
-    assert kinds == ["outside"] * 3 + ["missing", "unreadable", "bad row", "bad row"]
+    assert kinds(source) == ["outside"] * 3 + ["missing", "unreadable", "bad row", "bad row"]
 
 
 def test_broken_json_lines_are_named_by_number(tmp_path: Path) -> None:

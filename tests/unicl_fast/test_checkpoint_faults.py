@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import resource
 import shutil
@@ -21,11 +20,12 @@ from unicl_fast import load_model
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoint import find_sound_checkpoint, list_checkpoints, read_state
 from unicl_fast.checkpoint_files import (
-    file_checksum,
     set_later_checkpoints_aside,
     write_checkpoint,
 )
+from unicl_fast.checksums import file_checksum
 from unicl_fast.metrics import MetricsWriter, read_metrics
+from unicl_fast.sealed_json import seal, unseal
 from unicl_fast.trainer import Trainer
 
 
@@ -260,9 +260,9 @@ def test_a_checkpoint_of_other_tensors_is_refused(run_folder: Path) -> None:
             save_file({"weight": torch.ones(3)}, newest / "model.safetensors")
         else:
             (newest / "model.safetensors").write_bytes(content)
-        state = json.loads((newest / "state.json").read_text())
+        state = unseal((newest / "state.json").read_bytes())
         state["checksums"]["model.safetensors"] = file_checksum(newest / "model.safetensors")
-        (newest / "state.json").write_text(json.dumps(state))
+        (newest / "state.json").write_text(seal(state))
         with pytest.raises(ValueError, match=message):
             load_model(newest)
 

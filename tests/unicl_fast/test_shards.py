@@ -63,12 +63,14 @@ def sample(number: int, **changes: Any) -> PackedSample:
     return PackedSample(image=image, xxh3=xxhash.xxh3_64_intdigest(image), **(fields | changes))
 
 
-def write(out: Path, samples: list[PackedSample], *, shard_bytes: int = 10**9) -> Manifest:
+def write(
+    out: Path, samples: list[PackedSample], *, shard_bytes: int = 10**9, **facts: Any
+) -> Manifest:
     with DatasetWriter(out, shard_bytes=shard_bytes) as writer:
         for one in samples:
             writer.add(one)
         writer.quarantine(source="test", name="x\udcff.jpg", kind="damaged", message="a, b")
-        return writer.finish(**FACTS)
+        return writer.finish(**(FACTS | facts))
 
 
 @pytest.fixture
@@ -97,6 +99,7 @@ def test_what_was_written_is_read_back(packed: Path) -> None:
             assert dataset.labels_of(number).tolist() == expected.labels
 
 
+MANY_CLASSES = [str(number) for number in range(70_000)]
 token_rows = st.lists(st.integers(0, 65535), min_size=2, max_size=77)
 
 
@@ -105,7 +108,7 @@ token_rows = st.lists(st.integers(0, 65535), min_size=2, max_size=77)
         st.tuples(
             st.binary(min_size=1, max_size=1500),
             st.lists(token_rows, max_size=3),
-            st.lists(st.integers(0, 2**31 - 1), max_size=3),
+            st.lists(st.integers(0, 69_999), max_size=3),
         ).filter(lambda sample: sample[1] or sample[2]),
         min_size=1,
         max_size=8,
@@ -132,6 +135,7 @@ def test_any_samples_survive_the_round_trip(
             for image, rows, labels in samples
         ],
         shard_bytes=shard_bytes,
+        class_names=MANY_CLASSES,
     )
     with PackedDataset(out) as dataset:
         for number, (image, rows, labels) in enumerate(samples):

@@ -1,0 +1,103 @@
+"""What packing accepts of the hostile files, DALI's graphs decode: all of it, in every window."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from bombs import BOMBS, SOUND_BOMBS, honest
+from PIL import Image
+
+from unicl_fast.images import Picture, PictureError, check_picture
+from unicl_fast.pipelines.crop import central_windows
+from unicl_fast.pipelines.graph import build_evaluation_graph, build_train_graph
+
+pytestmark = pytest.mark.dali
+
+SIZE = 32
+GRAPH: dict[str, Any] = {
+    "image_size": SIZE,
+    "interpolation": "bilinear",
+    "device": torch.device("cpu"),
+    "threads": 2,
+    "prefetch": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def accepted(shared_data: Path) -> dict[str, Picture]:
+    """Of the hostile set and of the bombs, everything that packing takes."""
+    folder = shared_data / "hostile"
+    with (folder / "manifest.csv").open(encoding="utf-8", newline="") as file:
+        data = {row["file"]: (folder / row["file"]).read_bytes() for row in csv.DictReader(file)}
+    data |= {name: make() for name, make in BOMBS.items()} | honest(40)
+    taken = {}
+    for name, content in data.items():
+        try:
+            taken[name] = check_picture(content, max_pixels=50_000_000)
+        except PictureError:
+            continue
+    assert len(taken) == 176 + len(SOUND_BOMBS) + len(honest(40))
+    return taken
+
+
+def corners(pictures: list[Picture]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Starts and shapes of windows: the whole, and one pixel at the corners and in the middle."""
+    sizes = np.array([[picture.height, picture.width] for picture in pictures], np.int32)
+    yield np.zeros_like(sizes), sizes
+    one = np.ones_like(sizes)
+    for place in (np.zeros_like(sizes), sizes // 2, sizes - 1):
+        yield place, one
+    yield np.stack([sizes[:, 0] - 1, np.zeros_like(sizes[:, 0])], axis=1), one
+
+
+@pytest.mark.parametrize("resample", ["fused", "dali"])
+def test_every_accepted_picture_is_decoded_in_every_training_window(
+    accepted: dict[str, Picture], resample: str
+) -> None:
+    pictures = list(accepted.values())
+    encoded = [np.frombuffer(picture.data, np.uint8) for picture in pictures]
+    windows = list(corners(pictures))
+    flips = np.zeros((len(pictures), 1), np.int32)
+    inputs = iter([(encoded, *window, flips, flips.astype(np.int64)) for window in windows])
+    graph = build_train_graph(
+        lambda: next(inputs), batch_size=len(pictures), resample=resample, **GRAPH
+    )
+    for starts, shapes in windows:
+        images = graph.run()[0]
+        for place, (name, picture) in enumerate(accepted.items()):
+            pixels = images.at(place)
+            assert pixels.shape == (SIZE, SIZE, 3), name
+            if shapes[place].max() == 1:  # the very pixel, however far it is stretched
+                y, x = starts[place]
+                wanted = Image.open(io.BytesIO(picture.data)).convert("RGB").getpixel((x, y))
+                difference = np.abs(pixels.astype(int) - np.array(wanted)).max()
+                assert difference <= (0 if picture.extension == "png" else 8), name
+
+
+@pytest.mark.parametrize("resample", ["fused", "dali"])
+def test_every_accepted_picture_is_decoded_for_evaluation(
+    accepted: dict[str, Picture], resample: str
+) -> None:
+    pictures = list(accepted.values())
+    encoded = [np.frombuffer(picture.data, np.uint8) for picture in pictures]
+    starts, ends = central_windows(
+        np.array([picture.height for picture in pictures]),
+        np.array([picture.width for picture in pictures]),
+        resize=SIZE,
+        crop=SIZE,
+    )
+    inputs = iter([(encoded, starts, ends)])
+    graph = build_evaluation_graph(
+        lambda: next(inputs), batch_size=len(pictures), resample=resample, **GRAPH
+    )
+    (images,) = graph.run()
+    assert [images.at(place).shape for place in range(len(pictures))] == [(SIZE, SIZE, 3)] * len(
+        pictures
+    )

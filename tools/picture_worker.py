@@ -1,0 +1,247 @@
+"""One process that reads, checks and tokenises samples, and the handle that talks to it.
+
+A decoder written in C can crash, loop or ask for all memory there is, and Python can interrupt none
+of it. So pictures are checked in a process of their own, under two limits that the kernel holds:
+a timer that ends the process when one picture takes too long, and a ceiling on its memory. The
+process answers picture by picture; the first without an answer is the one it died of. What follows
+from a death is decided in `pack_workers`.
+
+Imports what a worker needs and no more: neither torch nor a command line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from unicl_fast.images import Picture, PictureError, check_picture
+from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.tools.entries import MAX_FILE_BYTES, Entry, EntryError
+from unicl_fast.tools.sources import Problem
+
+BYTES_PER_PIXEL = 40
+"""What decoding and encoding may hold at once for each pixel. Measured: 25 for transparent WebP and
+JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves another 6."""
+_SMALL_FILE_BYTES = 16_000_000
+_BYTES_BESIDE_PICTURES = 400_000_000
+"""The tokenizer, decoders' tables, and the heap's slack."""
+_OUT_OF_MEMORY = 77
+"""Exit code of a worker that ran into its limit."""
+
+# Starting and reaping children is not safe in several threads at once (multiprocessing polls all
+# children of the process whenever one is started).
+_children_lock = threading.Lock()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Task:
+    """One sample to check; `name` is for messages."""
+
+    name: str
+    entry: Entry
+    captions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Checked:
+    """A sound picture, and the tokens of its captions."""
+
+    picture: Picture
+    xxh3: int
+    tokens: list[npt.NDArray[np.uint16]]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PictureOptions:
+    """What is done to sound pictures, and what one may cost."""
+
+    short_side: int
+    """Scale the shorter side down to this; 0 leaves sizes alone."""
+    quality: int
+    max_pixels: int
+    seconds: float
+    """Longest time for one sample, reading included; 0 sets no limit."""
+
+    @property
+    def max_file_bytes(self) -> int:
+        """Largest file read: twice what 16-bit RGBA pixels without compression take."""
+        return min(MAX_FILE_BYTES, _SMALL_FILE_BYTES + 16 * self.max_pixels)
+
+    @property
+    def memory_bytes(self) -> int:
+        """What a worker may take beyond its start: the file, packed and unpacked, and pixels."""
+        pictures = 2 * self.max_file_bytes + BYTES_PER_PIXEL * self.max_pixels
+        return pictures + _BYTES_BESIDE_PICTURES
+
+
+class WorkerDeathError(Exception):
+    """A worker process ended before its time; `problem` says how, in the words of a quarantine."""
+
+    def __init__(self, problem: Problem) -> None:
+        super().__init__(problem.message)
+        self.problem = problem
+
+
+class PictureWorker:
+    """The main process's end of one worker."""
+
+    def __init__(self, options: PictureOptions, *, context_length: int) -> None:
+        """Starts the process and waits until it is ready.
+
+        Raises:
+            RuntimeError: it cannot be started, which is no picture's fault.
+        """
+        self._options = options
+        context = multiprocessing.get_context("spawn")
+        self._connection, theirs = context.Pipe()
+        self._process = context.Process(
+            target=_serve, args=(theirs, options, context_length), daemon=True
+        )
+        with _children_lock:
+            self._process.start()
+        theirs.close()  # only the process holds it now: its end is the end of the pipe
+        try:
+            self._connection.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(
+                f"a worker process could not start ({self.reap()}); if this is a script of yours, "
+                'guard its main part by if __name__ == "__main__":, and see if memory is free'
+            ) from error
+
+    def check(self, tasks: Sequence[Task]) -> Iterator[Checked | Problem]:
+        """One result for each task, in order.
+
+        Raises:
+            WorkerDeathError: the process ended at the first task that has no result.
+        """
+        try:
+            self._connection.send(tasks)
+            for _ in tasks:
+                yield self._connection.recv()
+        except (EOFError, OSError) as error:
+            self.reap()
+            raise WorkerDeathError(self._cause_of_death()) from error
+
+    def kill(self) -> None:
+        """Ends the process at once; whoever waits for a result gets a `WorkerDeathError`."""
+        self._process.kill()
+
+    def reap(self) -> str:
+        """Collects what is left of the process once it has ended; says how it did."""
+        self._connection.close()
+        with _children_lock:
+            self._process.join()
+        return f"exit code {self._process.exitcode}"
+
+    def _cause_of_death(self) -> Problem:
+        code = self._process.exitcode or 0
+        if code == -signal.SIGALRM:
+            return Problem(
+                kind="too slow", message=f"not done after {self._options.seconds:g} seconds"
+            )
+        if code == _OUT_OF_MEMORY:
+            return Problem(
+                kind="too large", message="takes more memory than its number of pixels should"
+            )
+        if code == -signal.SIGKILL:
+            return Problem(kind="crash", message="the process was killed, for want of memory maybe")
+        how = f"exit code {code}" if code >= 0 else _signal_name(-code)
+        return Problem(kind="crash", message=f"a decoder crashed ({how})")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+# From here on: what runs inside the process.
+
+
+def _serve(connection: Connection, options: PictureOptions, context_length: int) -> None:
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
+    # libtiff prints its complaints from C. They would tear the progress bar, and what matters of
+    # them comes back as the reason in quarantine.csv.
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    _limit_memory(options.memory_bytes)
+    checker = _Checker(options, context_length)
+    with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
+        connection.send(None)
+        while True:
+            for task in connection.recv():
+                checker.prepare(task)
+                signal.setitimer(signal.ITIMER_REAL, options.seconds)
+                result = checker.check(task)
+                signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
+                connection.send(result)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Lets this process take `num_bytes` more than it has; an allocation beyond that fails.
+
+    RLIMIT_DATA counts private writable memory (since Linux 4.7), not files and not the address
+    space that allocators merely reserve.
+    """
+    pages = int(open("/proc/self/statm", encoding="ascii").read().split()[5])  # noqa: SIM115
+    limit = pages * resource.getpagesize() + num_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+class _Checker:
+    """Checks one sample after another."""
+
+    def __init__(self, options: PictureOptions, context_length: int) -> None:
+        self._options = options
+        self._context_length = context_length
+        self._tokenizer: Tokenizer | None = None
+
+    def prepare(self, task: Task) -> None:
+        """What is not to be counted as the sample's time."""
+        if task.captions and self._tokenizer is None:  # data sets of labels need none
+            self._tokenizer = Tokenizer(self._context_length)
+
+    def check(self, task: Task) -> Checked | Problem:
+        """The picture and its tokens, or what is wrong with them; never an exception."""
+        try:
+            return self._check(task)
+        except (EntryError, PictureError) as error:
+            if isinstance(error.__cause__, MemoryError):
+                os._exit(_OUT_OF_MEMORY)
+            return Problem(kind=error.kind, message=str(error))
+        except MemoryError:
+            os._exit(_OUT_OF_MEMORY)  # to be tried again with a heap that nobody has used
+        except Exception as error:  # a fault of ours or of a library must cost one sample only
+            return Problem(kind="failed", message=f"{type(error).__name__}: {error}")
+
+    def _check(self, task: Task) -> Checked | Problem:
+        picture = check_picture(
+            task.entry.read(max_bytes=self._options.max_file_bytes),
+            short_side=self._options.short_side,
+            quality=self._options.quality,
+            max_pixels=self._options.max_pixels,
+        )
+        tokens: list[npt.NDArray[np.uint16]] = []
+        if task.captions:
+            assert self._tokenizer is not None
+            try:
+                tokens = self._tokenizer.encode(list(task.captions))
+            except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
+                return Problem(kind="bad caption", message=f"cannot be tokenised: {error}")
+        return Checked(picture=picture, xxh3=xxhash.xxh3_64_intdigest(picture.data), tokens=tokens)

@@ -1,0 +1,147 @@
+"""Decodes pictures with Pillow: of any format, to 8-bit grey or RGB, the right way up.
+
+Formats are those with a signature and without a program behind them; sizes are checked whenever one
+becomes known, so that no header makes Pillow take more memory than the limit on pixels allows. What
+`images` does with the result, and which pictures never come here, is its own business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, UnidentifiedImageError
+
+MAX_PIXELS = 89_478_485
+"""Largest picture accepted by default, checked before any memory is taken: a quarter GiB as RGB,
+and the limit above which Pillow warns of decompression bombs."""
+MAX_SIDE = 65_500
+"""libjpeg's limit for a side."""
+PILLOW_FORMATS = (
+    "JPEG", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "BMP", "TIFF", "PPM", "ICO", "PCX", "SGI",
+    "PSD", "QOI", "XVThumb",
+)  # fmt: skip
+"""What Pillow may be asked to open: no format that starts another program (EPS), and none without
+a signature (TGA), which would take any file for a picture."""
+
+
+_ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
+
+Pixels = npt.NDArray[np.uint8]
+
+
+class PictureError(ValueError):
+    """Why a picture was refused: a short `kind` to count by, and a sentence."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+@contextlib.contextmanager
+def pillow_limits(max_pixels: int) -> Iterator[None]:
+    """Makes Pillow's own check of sizes raise above `max_pixels`, and silences its other warnings.
+
+    Pillow checks wherever a size becomes known, also late: an icon of 16 x 16 by its directory may
+    hold a PNG of any size, and the first frame of a GIF may be larger than its screen.
+    """
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = max_pixels
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what matters raises, or is checked here
+            warnings.simplefilter("error", Image.DecompressionBombWarning)
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
+
+
+def open_picture(data: bytes) -> Image.Image:
+    """Pillow's view of the file, its size checked before anything is decoded."""
+    try:
+        image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
+    except UnidentifiedImageError:
+        raise PictureError("not a picture", "no known picture format") from None
+    except Exception as error:
+        raise pillow_error(error) from error
+    check_size(image.height, image.width, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
+    return image
+
+
+def pixels_of(image: Image.Image) -> Pixels:
+    """Decodes what Pillow opened: its first frame, 8 bits, grey or RGB, the right way up."""
+    try:
+        if image.mode == "F":
+            raise PictureError("unsupported", "floating-point pixels have no known range")
+        image.load()
+        pixels = np.asarray(_to_grey_or_rgb(image))
+        orientation = orientation_of(image)
+    except PictureError:
+        raise
+    except Exception as error:
+        raise pillow_error(error) from error
+    return turn_upright(pixels if pixels.ndim == 3 else pixels[..., None], orientation)
+
+
+def pillow_error(error: Exception) -> PictureError:
+    """Pillow's plugins raise whatever their parsing stumbles over, from OSError to IndexError."""
+    if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
+        size = str(error).split(" exceeds")[0]  # the limit it goes on to name may be twice ours
+        return PictureError("too large", f"{size}; at most {Image.MAX_IMAGE_PIXELS:,} are taken")
+    if isinstance(error, MemoryError):
+        return PictureError("too large", "Pillow: not enough memory")
+    return PictureError("damaged", f"Pillow: {type(error).__name__}: {error}")
+
+
+def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        return _from_16_bits(np.asarray(image))
+    if image.mode in _ALPHA_MODES or "transparency" in image.info:
+        opaque = Image.new("RGBA", image.size, "white")
+        opaque.alpha_composite(image.convert("RGBA"))
+        return opaque.convert("L" if image.mode in ("1", "L", "LA", "La") else "RGB")
+    if image.mode in ("1", "L"):
+        return image.convert("L")
+    return image.convert("RGB")
+
+
+def _from_16_bits(values: npt.NDArray[np.integer]) -> Image.Image:
+    """Scales 0 to 65,535 onto 0 to 255, rounded: a division by 257."""
+    if values.min() < 0 or values.max() > 65535:
+        raise PictureError("unsupported", "32-bit pixels beyond 16 bits have no known range")
+    scaled = (values.astype(np.uint32) + 128) // 257
+    return Image.fromarray(scaled.astype(np.uint8))
+
+
+def orientation_of(image: Image.Image) -> int:
+    """Exif orientation of a loaded picture; unreadable Exif data count as none."""
+    try:
+        value = image.getexif().get(0x0112, 1)
+    except Exception:
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
+    """Applies the Exif orientation: 2, 4 mirror; 3, 6, 8 turn; 5, 7 do both."""
+    if orientation >= 5:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return pixels
+
+
+def check_size(height: int, width: int, max_pixels: int) -> None:
+    if height < 1 or width < 1:
+        raise PictureError("damaged", f"the header says {width} x {height} pixels")
+    if height * width > max_pixels or max(height, width) > MAX_SIDE:
+        raise PictureError(
+            "too large",
+            f"{width} x {height} pixels; at most {max_pixels:,} and {MAX_SIDE:,} a side are taken",
+        )
