@@ -239,6 +239,15 @@ def refused_together(ranks: Ranks) -> Iterator[None]:
         raise SharedRefusal(f"rank {refused.index(1)} cannot go on, and says why")
 
 
+def explain(error: Exception) -> Exception:
+    """What torch says of a collective whose other side is gone, in words."""
+    if "by peer" not in str(error):  # connection closed, or reset
+        return error
+    return RuntimeError(
+        f"another rank has ended, and its own message says why; this one cannot go on ({error})"
+    )
+
+
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:
     """Ends with the error's sentence; its traceback is there for who asks (UNICL_TRACEBACK=1)."""
     if os.environ.get("UNICL_TRACEBACK"):
