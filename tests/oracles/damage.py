@@ -11,6 +11,12 @@ import numpy as np
 import xxhash
 from PIL import Image
 
+from unicl_fast.checksums import (
+    CHECKSUMS_NAME,
+    file_checksum,
+    format_checksums,
+    read_checksums,
+)
 from unicl_fast.shards import PackedDataset
 
 
@@ -62,3 +68,8 @@ def shard_of(folder: Path, sample: int) -> Path:
 def _write_samples(folder: Path, samples: np.ndarray) -> None:
     np.save(folder / "new.npy", samples)
     (folder / "new.npy").rename(folder / "samples.npy")
+    checksums = read_checksums(folder)
+    assert checksums is not None
+    checksums["samples.npy"] = file_checksum(folder / "samples.npy")
+    text = format_checksums(checksums.items())
+    (folder / CHECKSUMS_NAME).write_text(text, encoding="utf-8")
