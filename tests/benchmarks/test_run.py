@@ -18,6 +18,7 @@ SMALL = {
     "loss": ["--sizes", "64", "--no-memory"],
     "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
     "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
+    "checkpoint": ["--image-encoder", "test_vit", "--image-size", "160", "--steps", "2"],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
     "input": ["--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"],
 }
