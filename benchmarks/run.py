@@ -19,6 +19,7 @@ STAGES = {
     "loss": ("loss", "time and memory of the loss, against open_clip's and the dense form"),
     "text": ("text_encoding", "what captions cost in the text encoder, padded, trimmed, packed"),
     "step": ("training_step", "training steps, against open_clip's own"),
+    "checkpoint": ("checkpoint_cost", "what a checkpoint costs, written beside and waited for"),
     "profile": ("step_profile", "a training step by its parts, against the matmul floor"),
     "ledger": ("ledger", "a ledger's record beside a small step; visits proven a second"),
 }
@@ -36,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
     stage, *options = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if stage not in STAGES:
-        lines = [f"  {name:10}{what}" for name, (_, what) in STAGES.items()]
+        lines = [f"  {name:12}{what}" for name, (_, what) in STAGES.items()]
         asked = stage in ("-h", "--help")
         print(_HELP.format(stages="\n".join(lines)), file=sys.stdout if asked else sys.stderr)
         if not asked:

@@ -389,6 +389,11 @@ class Trainer:
             must=must,
         )
 
+    def finish_writing(self) -> None:
+        """Comes back when what `save` began is on the disk, or was said to have failed."""
+        if self._checkpoints is not None:
+            self._checkpoints.wait()
+
     def _is_due(self, every_steps: int) -> bool:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 

@@ -18,6 +18,7 @@ SMALL = {
     "loss": ["--sizes", "64", "--no-memory"],
     "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
     "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
+    "checkpoint": ["--image-encoder", "test_vit", "--image-size", "160", "--steps", "2"],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
     "ledger": ["--visits", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
     "input": ["--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"],

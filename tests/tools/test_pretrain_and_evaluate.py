@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -140,9 +141,6 @@ def test_wrong_input_ends_with_2_before_ranks_are_started(data: Path) -> None:
     assert "set run.global_batch_size to 6 or 9" in done.stderr
 
 
-NAMES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
-
-
 @pytest.mark.parametrize(
     ("other", "sources", "difference"),
     [
@@ -172,19 +170,17 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(
     difference: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    names, templates = tmp_path / "names.txt", tmp_path / "templates.txt"
-    names.write_text("\n".join(NAMES).replace("cat", "tomcat"))
-    templates.write_text("some {}\n")
-    changes = {
-        "renamed": ["--class-names", names],
-        "reworded": ["--templates", templates],
-        "reseeded": ["--seed", "7"],
-    }
+    manifest = json.loads((data / "labels" / "manifest.json").read_text())
+    renamed = ["tomcat" if name == "cat" else name for name in manifest["class_names"]]
+    changes = {"renamed": {"class_names": renamed}, "reworded": {"templates": ["some {}"]}}
     places = {"labels": data / "labels", "captions": data / "captions"}
-    for name, flags in changes.items():
-        places[name] = tmp_path / name
-        if f"{{{name}}}" in sources:
-            call(pack_dataset, "build", data / "classes", "--out", places[name], *flags)
+    for name, change in changes.items():
+        places[name] = Path(shutil.copytree(data / "labels", tmp_path / name))
+        (places[name] / "manifest.json").write_text(json.dumps(manifest | change))
+    places["reseeded"] = tmp_path / "reseeded"
+    if "{reseeded}" in sources:
+        build = ["build", data / "classes", "--out", places["reseeded"], "--seed", "7"]
+        call(pack_dataset, *build)
     with pytest.raises(SystemExit) as stopped:
         call(
             *(pretrain, *SMALL, "--out", tmp_path / "run", "--resume", unbroken, *other),

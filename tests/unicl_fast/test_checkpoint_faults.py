@@ -144,7 +144,7 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
 
     def before_step(step: int) -> None:
         if step == 3:
-            trainer._checkpoints.wait()
+            trainer.finish_writing()
             if fault == "full disk":
                 faults.enter_context(full_disk())
             elif fault == "run gone":
@@ -154,7 +154,7 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
                 if fault == "a file in the way":
                     checkpoints.write_text("")
         elif step == 7:
-            trainer._checkpoints.wait()
+            trainer.finish_writing()
             faults.close()
             if fault == "a file in the way":
                 checkpoints.unlink()
@@ -187,7 +187,7 @@ def test_the_last_checkpoint_must_be_written(images: torch.Tensor, tmp_path: Pat
 
     def before_step(step: int) -> None:
         if step == 3:
-            trainer._checkpoints.wait()
+            trainer.finish_writing()
             faults.enter_context(full_disk())
 
     with contextlib.ExitStack() as faults, pytest.raises(OSError, match="00004 cannot be written"):

@@ -69,7 +69,7 @@ def test_training_goes_on_while_it_is_written_and_what_is_written_is_from_before
     trainer.train_step(next(batches))
     assert not list_checkpoints(tmp_path / "checkpoints")
     disk.may_write.set()
-    trainer._checkpoints.wait()
+    trainer.finish_writing()
     (written,) = list_checkpoints(tmp_path / "checkpoints")
     assert written.name == "step-00000001"
     assert torch.equal(load_file(written / "model.safetensors")["image_projection"], weights)
@@ -160,7 +160,7 @@ def test_a_good_write_is_finished_when_training_fails_unless_one_asks_twice_to_s
             trainer.fit()
         found = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
     assert found == written
-    trainer._checkpoints.wait()
+    trainer.finish_writing()
 
 
 def test_a_fault_of_the_program_is_not_taken_for_one_of_the_disk(
