@@ -18,15 +18,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from unicl_fast import ending_at_once
-from unicl_fast.exit_codes import EXIT_HUNG, EXIT_INTERRUPTED
+from unicl_fast.exit_codes import EXIT_FAULT, EXIT_HUNG, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.dist import Ranks
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+# How long the others may take to end by themselves when one has failed, or was asked to stop,
+_SECONDS_TO_FOLLOW = 2.0
+_SECONDS_TO_SAVE = 10.0
+# and when they are told to. What waits for a rank that hangs has only to say so.
 _SECONDS_TO_END = 30.0
-_SECONDS_TO_FOLLOW = 10.0
+_SECONDS_TO_SAY_SO = 10.0
 _LIBC = ctypes.CDLL(None)
 
 
@@ -83,7 +87,7 @@ class _Ranks:
 
     def __init__(self, ranks: Sequence[subprocess.Popen[bytes]]) -> None:
         self._ranks = ranks
-        self._deadline = self._patience = math.inf
+        self._deadline = math.inf
         self._num_interrupts = 0
         self._forwarded: set[int] = set()
         ending_at_once.forbid()  # the ranks decide
@@ -104,36 +108,39 @@ class _Ranks:
                 rank.send_signal(number)
 
     def wait(self) -> int:
-        """The exit code of the first rank that did not end well; 0 if all did."""
-        code = 0
-        while any(rank.poll() is None for rank in self._ranks):
-            code = code or self._worst_code()
-            if code and self._patience == math.inf:
-                # asked to stop, all end by themselves, at the same step; if not, they are told to
-                self._patience = time.monotonic()
-                self._patience += _SECONDS_TO_FOLLOW if code == EXIT_INTERRUPTED else 0
-            if time.monotonic() >= self._patience and self._deadline == math.inf:
-                self._send(signal.SIGTERM)
-                # what waits for a rank that hangs cannot finish anything; it has to say so, no more
-                seconds = _SECONDS_TO_FOLLOW if code == EXIT_HUNG else _SECONDS_TO_END
-                self._deadline = time.monotonic() + seconds
-            if time.monotonic() > self._deadline:
+        """The exit code of the rank that brought about the end; 0 if all went well."""
+        code, follow_until = 0, math.inf
+        while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them
+            now = time.monotonic()
+            if self._deadline == math.inf:  # what comes later is our own doing
+                code = self._telling_code()
+                if code and follow_until == math.inf:
+                    # asked to stop, all end at the same step; and one may be seen before its cause
+                    interrupted = code == EXIT_INTERRUPTED
+                    follow_until = now + (_SECONDS_TO_SAVE if interrupted else _SECONDS_TO_FOLLOW)
+                if now >= follow_until:
+                    self._send(signal.SIGTERM)
+                    hung = code == EXIT_HUNG
+                    self._deadline = now + (_SECONDS_TO_SAY_SO if hung else _SECONDS_TO_END)
+            if now > self._deadline:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
-        return code or self._worst_code()
+        return code if self._deadline < math.inf and code else self._telling_code()
 
-    def _worst_code(self) -> int:
+    def _telling_code(self) -> int:
         """Of the ranks that have ended by now, as a shell would tell it; 0 if all went well."""
         codes = [self._code_of(rank) for rank in self._ranks if rank.returncode]
         # one that ended at once may have torn another out of a collective
         if self._forwarded and EXIT_INTERRUPTED in codes:
             return EXIT_INTERRUPTED
-        return codes[0] if codes else 0
+        # so may one that crashed or hung: the other has lost its peer, which is a fault
+        return next((code for code in codes if code != EXIT_FAULT), codes[0] if codes else 0)
 
     def _code_of(self, rank: subprocess.Popen[bytes]) -> int:
         if -rank.returncode in self._forwarded:  # it had not begun to listen
             return EXIT_INTERRUPTED
-        return rank.returncode if rank.returncode > 0 else 128 - rank.returncode
+        code: int = rank.returncode
+        return code if code > 0 else 128 - code
 
 
 def explain(error: Exception) -> Exception:
