@@ -20,15 +20,19 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from unicl_fast import ending_at_once
-from unicl_fast.exit_codes import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
+from unicl_fast.exit_codes import EXIT_FAULT, EXIT_HUNG, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.dist import Ranks
 
 _FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 _PR_SET_PDEATHSIG = 1
+# How long the others may take to end by themselves when one has failed, or was asked to stop,
+_SECONDS_TO_FOLLOW = 2.0
+_SECONDS_TO_SAVE = 10.0
+# and when they are told to. What waits for a rank that hangs has only to say so.
 _SECONDS_TO_END = 30.0
-_SECONDS_TO_FOLLOW = 10.0
+_SECONDS_TO_SAY_SO = 10.0
 _LIBC = ctypes.CDLL(None)
 _RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own, so that ranks have one rule
 _OWN_RANK = "UNICL_FAST_RANK"
@@ -120,7 +124,7 @@ class _Launcher:
 
     def __init__(self) -> None:
         self._ranks: list[subprocess.Popen[bytes]] = []
-        self._deadline = self._patience = math.inf
+        self._deadline = math.inf
         self._num_interrupts = 0
         self._forwarded: set[int] = set()
         ending_at_once.forbid()  # the ranks decide
@@ -147,7 +151,7 @@ class _Launcher:
         # without this every rank would start as many threads as the machine has cores
         threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
         sys.stdout.flush()
-        self._deadline = self._patience = math.inf
+        self._deadline = math.inf
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
@@ -174,44 +178,46 @@ class _Launcher:
 
     def wait(self) -> _Ended:
         """Waits for all ranks; after the first that fails the others are ended."""
-        first: int | None = None
-        while any(rank.poll() is None for rank in self._ranks):
-            if first is None:
-                first = self._first_failed()
-                code = 0 if first is None else self._code_of(first)
-                if first is not None:
-                    # asked to stop, all end by themselves, at the same step; if not, they are told
-                    self._patience = time.monotonic()
-                    self._patience += _SECONDS_TO_FOLLOW if code == EXIT_INTERRUPTED else 0
-            if time.monotonic() >= self._patience and self._deadline == math.inf:
-                self._send(signal.SIGTERM)
-                # what waits for a rank that hangs cannot finish anything; it has to say so, no more
-                seconds = _SECONDS_TO_FOLLOW if code == EXIT_HUNG else _SECONDS_TO_END
-                self._deadline = time.monotonic() + seconds
-            if time.monotonic() > self._deadline:
+        telling, follow_until = None, math.inf
+        while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them
+            now = time.monotonic()
+            if self._deadline == math.inf:  # what comes later is our own doing
+                telling = self._telling_rank()
+                code = 0 if telling is None else self._code_of(telling)
+                if code and follow_until == math.inf:
+                    # asked to stop, all end at the same step; and one may be seen before its cause
+                    interrupted = code == EXIT_INTERRUPTED
+                    follow_until = now + (_SECONDS_TO_SAVE if interrupted else _SECONDS_TO_FOLLOW)
+                if now >= follow_until:
+                    self._send(signal.SIGTERM)
+                    hung = code == EXIT_HUNG
+                    self._deadline = now + (_SECONDS_TO_SAY_SO if hung else _SECONDS_TO_END)
+            if now > self._deadline:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
-        first = self._first_failed() if first is None else first
+        if telling is None or self._deadline == math.inf:
+            telling = self._telling_rank()
         return _Ended(
-            rank=first or 0,
-            returncode=0 if first is None else self._code_of(first),
+            rank=telling or 0,
+            returncode=0 if telling is None else self._code_of(telling),
             wrong_input=any(rank.returncode == EXIT_WRONG_INPUT for rank in self._ranks),
         )
 
-    def _first_failed(self) -> int | None:
-        """A rank that did not end well: the one that explains how the others ended."""
-        failed = [number for number, rank in enumerate(self._ranks) if rank.poll()]
+    def _telling_rank(self) -> int | None:
+        """Of the ranks that have ended badly by now, the one that explains how the others did."""
+        failed = [number for number, rank in enumerate(self._ranks) if rank.returncode]
 
         def precedence(number: int) -> tuple[bool, bool]:
-            # who ended at once when asked, or was killed, may have torn others out of a collective
+            # One that ended at once when asked to may have torn another out of a collective; so may
+            # one that crashed or hung: the other has lost its peer, which is a fault.
             code = self._code_of(number)
-            return not (self._forwarded and code == EXIT_INTERRUPTED), code > 0
+            return not (self._forwarded and code == EXIT_INTERRUPTED), code == EXIT_FAULT
 
         return min(failed, key=precedence, default=None)
 
     def _code_of(self, number: int) -> int:
         """How a rank ended, as subprocess has it."""
-        code = self._ranks[number].returncode
+        code: int = self._ranks[number].returncode
         # killed by what was passed on: it had not begun to listen
         return EXIT_INTERRUPTED if -code in self._forwarded else code
 

@@ -117,7 +117,7 @@ class Watchdog:
                 self._beat_due = now + self._beat_every
                 self._heartbeats.send(stage, age_seconds=self._age, left_seconds=left)
         if left < 0 and not (stage.waits_for_ranks and self._another_works(now)):
-            os.write(2, f"unicl_fast: {self._describe(now)}\n".encode())
+            os.write(2, f"\nunicl_fast: {self._describe(now)}\n".encode())
             faulthandler.dump_traceback(2)
             self._end(EXIT_HUNG)
 

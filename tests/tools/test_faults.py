@@ -137,8 +137,8 @@ def test_nothing_outlives_a_crashed_rank(data: Path, tmp_path: Path, nproc: int,
         program.wait_for(lambda: is_training(tmp_path))
         assert sorted(program.processes().values()) == ["", *map(str, range(nproc))]
         crash(program, kind, program.rank(1))
-        # of the crashed rank, or 1 of another one that lost its peer and ended first
-        assert program.wait() in (CODES[kind], 1), program.messages
+        # its own, and not the one of another that lost its peer
+        assert program.wait() == CODES[kind], program.messages
         program.wait_until_gone()
 
 
@@ -192,7 +192,7 @@ def test_reading_that_hangs_ends_the_run_with_70_and_is_named(
             f"rank {guilty}{of_ranks} HANGS: 'waiting for the next batch' in step"
             in program.messages
         )
-        assert "unicl-feed" in program.messages or "image_bytes" in program.messages  # the stacks
+        assert "sitecustomize.py" in program.messages  # the stack of the thread that hangs
         program.wait_until_gone()
 
 

@@ -22,7 +22,7 @@ from rank_workers import (
 from small_runs import tiny_config
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoint import list_checkpoints
+from unicl_fast.checkpoint import list_checkpoints, read_state
 from unicl_fast.dist import Ranks
 from unicl_fast.interruption import Interrupted, Interruption
 from unicl_fast.metrics import read_metrics
@@ -80,6 +80,31 @@ def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
 def test_a_signal_in_the_last_step_lets_the_run_end(images: torch.Tensor) -> None:
     loader = SignallingLoader(images, step=2, number=signal.SIGTERM)
     Trainer(tiny_config(steps=3), loader, progress=False).fit()
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(2, 2), (5, 3)], ids=["last", "earlier"])
+def test_a_signal_during_a_save_waits_for_the_save(
+    images: torch.Tensor, tmp_path: Path, steps: int, expected: int
+) -> None:
+    """The run ends well if it was the last one, and otherwise after one more step."""
+    config = tiny_config(steps=steps)  # saves in every second
+    trainer = Trainer(config, StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    state_dict = trainer.scaler.state_dict
+
+    def signal_in_between() -> dict[str, object]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state_dict()
+
+    trainer.scaler.state_dict = signal_in_between
+    if steps == 2:
+        trainer.fit()
+    else:
+        with pytest.raises(Interrupted, match="SIGTERM after step 3 of 5"):
+            trainer.fit()
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    assert read_state(newest).step == expected
+    assert read_state(newest.with_name("step-00000002")).step == 2
 
 
 def test_a_second_ctrl_c_ends_at_once() -> None:

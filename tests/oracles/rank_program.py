@@ -1,0 +1,14 @@
+"""A rank that does what its own one of the arguments says: a number to exit with, or `sleep`."""
+
+import os
+import signal
+import sys
+import time
+
+if __name__ == "__main__":
+    asked = sys.argv[1 + int(os.environ["RANK"])]
+    if asked == "sleep":
+        signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(9))
+        print("asleep", flush=True)
+        time.sleep(600)
+    sys.exit(int(asked))
