@@ -65,10 +65,11 @@ def run(settings: Settings) -> None:
     with tempfile.TemporaryDirectory(dir=settings.folder, prefix="unicl-bench-") as folder:
         trainer, batch = build(settings, Path(folder))
         size = compare(trainer)
-        taken = measure(trainer, batch, settings)
+        taken, held_up = measure(trainer, batch, settings)
     step = statistics.median(taken["without"]) / settings.steps
     figures = {f"{settings.steps} steps, {name}, s": values for name, values in taken.items()}
     for name in ("awaited", "beside"):
+        figures[f"save() of one {name}, s"] = held_up[name]
         cost = [one - none for one, none in zip(taken[name], taken["without"], strict=True)]
         figures[f"cost of one {name}, s"] = cost
         figures[f"cost of one {name}, steps"] = [seconds / step for seconds in cost]
@@ -115,14 +116,21 @@ def compare(trainer: Trainer) -> int:
     return sum(path.stat().st_size for path in checkpoint.iterdir())
 
 
-def measure(trainer: Trainer, batch: Batch, settings: Settings) -> dict[str, list[float]]:
-    """Seconds of each contestant's turns; the first round is off the clock."""
+def measure(
+    trainer: Trainer, batch: Batch, settings: Settings
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+    """Seconds of each contestant's turns, and of the call within that saves; after a round of both.
+
+    The call is what every machine waits for. Turns have more in them where the writing thread and
+    the steps share few cores.
+    """
     saves: dict[str, Callable[[], None]] = {
         "without": lambda: None,
         "awaited": trainer.save,
         "beside": lambda: trainer.save(must=False),
     }
     taken: dict[str, list[float]] = {name: [] for name in saves}
+    held_up: dict[str, list[float]] = {name: [] for name in saves}
     for number in range(settings.rounds + 1):
         for name, save in saves.items():
             gc.collect()
@@ -130,10 +138,14 @@ def measure(trainer: Trainer, batch: Batch, settings: Settings) -> dict[str, lis
             for step in range(settings.steps):
                 loss, _ = trainer.train_step(batch)
                 if step == 0:
+                    loss.item()
+                    before = time.perf_counter()
                     save()
+                    saving = time.perf_counter() - before
             loss.item()  # a device is waited for
             seconds = time.perf_counter() - started
             trainer.finish_writing()
             if number:
                 taken[name].append(seconds)
-    return taken
+                held_up[name].append(saving)
+    return taken, held_up

@@ -56,7 +56,7 @@ def write_checkpoint(
 ) -> Path:
     """Writes `step-XXXXXXXX` whole or not at all.
 
-    safetensors and xxhash let other threads run meanwhile (safetensors since 0.8).
+    safetensors and xxhash let other threads of Python run meanwhile (tried with safetensors 0.8.0).
 
     Args:
         checkpoints_folder: made if it is not there.
