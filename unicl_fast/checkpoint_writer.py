@@ -1,8 +1,9 @@
 """When checkpoints are written: beside the training, one at a time, the best one kept.
 
 A checkpoint is copied to the host while training waits (0.3 s for the 1.5 GB of a Swin-T and its
-average, on one core), and written by a thread while it goes on. One that is due before the last is on the disk waits for it:
-none is left out, and one copy of the state is all the memory that is needed.
+average, on one core), and written by a thread while it goes on. One that is due before the last is
+on the disk waits for it: none is left out, and one copy of the state is all the memory that is
+needed.
 """
 
 from __future__ import annotations
