@@ -111,7 +111,8 @@ def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run(tmp_path: Path,
     sprung = tmp_path / "sprung"
     checkpoint = tmp_path / "step-00000001"
     checkpoint.mkdir()
-    file = checkpoint / "model.safetensors"
+    file, optimizer = checkpoint / "model.safetensors", checkpoint / "optimizer.safetensors"
+    optimizer.write_bytes(b"")  # not looked into for a model
     if kind == "pickle":
         file.write_bytes(pickle.dumps(Trap(sprung)))
     else:
@@ -122,7 +123,7 @@ def test_a_pickle_in_the_place_of_weights_is_refused_and_not_run(tmp_path: Path,
         "scaler": {},
         "data": {},
         "optimizer": "AdamW",
-        "checksums": {file.name: file_checksum(file)},
+        "checksums": {path.name: file_checksum(path) for path in (file, optimizer)},
     }
     (checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="is no safetensors file"):
