@@ -25,11 +25,24 @@ def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
     )
 
 
+FORMATS = [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("fp32", "lamb")]
+FORMATS += [("fp16", "lamb")]
+
+
 @pytest.mark.parametrize(
-    ("precision", "optimizer"),
-    [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("fp32", "lamb"), ("fp16", "lamb")],
+    ("image_encoder", "precision", "optimizer"),
+    [
+        *(("test_vit", *names) for names in FORMATS),
+        # few processors have kernels for convolutions in fp16: without them it takes minutes
+        *(
+            pytest.param(
+                *("unicl_convnet7_small", *names),
+                marks=pytest.mark.slow if names[0] == "fp16" else (),
+            )
+            for names in FORMATS
+        ),
+    ],
 )
-@pytest.mark.parametrize("image_encoder", ["test_vit", "unicl_convnet7_small"])
 def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
     images: torch.Tensor, tmp_path: Path, precision: str, optimizer: str, image_encoder: str
 ) -> None:
