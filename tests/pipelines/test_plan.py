@@ -298,8 +298,13 @@ def test_a_substitute_depends_on_step_slot_and_attempt_and_on_nothing_else() -> 
         assert same < 0.02
         assert np.mean(whole["window_starts"] == other.window_starts) < 0.2
         assert 0.3 < np.mean(whole["flips"] == other.flips) < 0.7
-    planned = plan.batch(7, rank=0, world_size=1)
+    planned, later = (plan.batch(step, rank=0, world_size=1) for step in (7, 12))
     assert 0.3 < np.mean(whole["flips"] == planned.flips) < 0.7
+    distance = whole["sample_ids"] - planned.sample_ids
+    assert (
+        np.mean(distance == plan.substitute(12, slots, attempt=2).sample_ids - later.sample_ids)
+        < 0.02
+    )
     assert len(np.unique(whole["sample_ids"])) > 180
 
 
