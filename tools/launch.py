@@ -18,6 +18,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from unicl_fast import ending_at_once
+from unicl_fast.ending_at_once import AT_NO_RISK
 from unicl_fast.exit_codes import EXIT_FAULT, EXIT_HUNG, EXIT_INTERRUPTED
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
@@ -62,11 +63,18 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str]) -> NoReturn:
             [sys.executable, "-m", module, *argv],
             env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # Ctrl-C reaches them once, through this process
-            preexec_fn=functools.partial(_end_with, os.getpid()),
+            preexec_fn=functools.partial(_begin_rank, os.getpid()),
         )
         for rank in range(nproc)
     ]
     sys.exit(_Ranks(started).wait())
+
+
+def _begin_rank(parent: int) -> None:
+    for number in _FORWARDED:  # until the rank handles them itself, they end it
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    _end_with(parent)
 
 
 def end_with_torchrun() -> None:
@@ -90,10 +98,10 @@ class _Ranks:
         self._deadline = math.inf
         self._num_interrupts = 0
         self._forwarded: set[int] = set()
-        ending_at_once.forbid()  # the ranks decide
         for number in _FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._forward)
+        ending_at_once.forbid()  # the ranks decide; not before their signals are passed on
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         self._forwarded.add(number)
@@ -125,7 +133,12 @@ class _Ranks:
             if now > self._deadline:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
-        return code if self._deadline < math.inf and code else self._telling_code()
+        code = code if self._deadline < math.inf and code else self._telling_code()
+        killed_by = -self._ranks[0].returncode
+        if killed_by in self._forwarded:  # it would have said so
+            name = signal.Signals(killed_by).name
+            print(f"stopped by {name}; {AT_NO_RISK}", file=sys.stderr)
+        return code
 
     def _telling_code(self) -> int:
         """Of the ranks that have ended by now, as a shell would tell it; 0 if all went well."""
