@@ -20,6 +20,7 @@ from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 from unicl_fast import ending_at_once
+from unicl_fast.ending_at_once import AT_NO_RISK
 from unicl_fast.exit_codes import EXIT_FAULT, EXIT_HUNG, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
@@ -106,6 +107,13 @@ class _Ended:
         return f"RANK {self.rank} WAS KILLED BY {signal.Signals(-self.returncode).name}"
 
 
+def _begin_rank(parent: int) -> None:
+    for number in _FORWARDED:  # until the rank handles them itself, they end it
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
+    _end_with(parent)
+
+
 def end_with_torchrun() -> None:
     """Under torchrun, ends this rank when torchrun is gone, as those of `start_ranks` do."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -127,10 +135,10 @@ class _Launcher:
         self._deadline = math.inf
         self._num_interrupts = 0
         self._forwarded: set[int] = set()
-        ending_at_once.forbid()  # the ranks decide
         for number in _FORWARDED:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, self._forward)
+        ending_at_once.forbid()  # the ranks decide; not before their signals are passed on
 
     @property
     def asked_to_stop(self) -> bool:
@@ -157,7 +165,7 @@ class _Launcher:
                 [sys.executable, "-m", module, *argv],
                 env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,  # Ctrl-C reaches them once, through this process
-                preexec_fn=functools.partial(_end_with, os.getpid()),
+                preexec_fn=functools.partial(_begin_rank, os.getpid()),
             )
             for rank in range(nproc)
         ]
@@ -195,6 +203,9 @@ class _Launcher:
             if now > self._deadline:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
+        killed_by = -self._ranks[0].returncode
+        if killed_by in self._forwarded:  # it would have said so
+            _say(f"stopped by {signal.Signals(killed_by).name}; {AT_NO_RISK}")
         if telling is None or self._deadline == math.inf:
             telling = self._telling_rank()
         return _Ended(

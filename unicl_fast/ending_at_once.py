@@ -20,19 +20,22 @@ from unicl_fast.exit_codes import EXIT_ABORTED, EXIT_INTERRUPTED
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
+AT_NO_RISK = "no step is at risk; go on with --resume auto"
+"""The rest of the sentence on which signal has stopped a program."""
+
 _SECONDS_TO_UNWIND = 10.0
 
 _forbidden = False
 
 
 def forbid() -> None:
-    """From here on there is something to save: whoever calls this handles the signals."""
+    """From here on there is something to save; handlers of one's own are to be in place by now."""
     global _forbidden
     _forbidden = True
 
 
 def allow() -> None:
-    """All is saved again."""
+    """All is saved again; to be called before those handlers go."""
     global _forbidden
     _forbidden = False
 
@@ -54,9 +57,15 @@ def ending_at_once(program: str) -> Iterator[None]:
     os.set_blocking(writing, False)
     allow()
     wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    # without a handler of Python's own nothing is written; `Interruption` puts its own in place
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # Mostly the listener is first. But a signal that comes just before another handler takes
+        # this one's place, and `forbid` follows, would be heard by neither.
+        if not _forbidden:
+            _end(program, signal.Signals(number).name)
+
     handlers = {
-        number: signal.signal(number, _do_nothing)
+        number: signal.signal(number, end)
         for number in WATCHED
         if signal.getsignal(number) is not signal.SIG_IGN
     }
@@ -79,10 +88,6 @@ def ending_at_once(program: str) -> Iterator[None]:
         allow()
 
 
-def _do_nothing(number: int, frame: FrameType | None) -> None:
-    """The listener does it."""
-
-
 def _listen(program: str, reading: int, left: threading.Event) -> None:
     num_interrupts = 0
     while not left.is_set():
@@ -98,6 +103,5 @@ def _listen(program: str, reading: int, left: threading.Event) -> None:
 
 def _end(program: str, signal_name: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # one sentence is enough
-        what = "no step is at risk; go on with --resume auto"
-        os.write(2, f"{program}: stopped by {signal_name}; {what}\n".encode())
+        os.write(2, f"{program}: stopped by {signal_name}; {AT_NO_RISK}\n".encode())
     os._exit(EXIT_INTERRUPTED)

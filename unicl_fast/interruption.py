@@ -53,12 +53,12 @@ class Interruption:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        ending_at_once.allow()
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._pending is not None and kind in (None, Interrupted):
             with WaitingForRanks():  # all have asked; none must leave before it is answered
                 self._pending[0].wait()
-        ending_at_once.allow()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._num_interrupts += number == signal.SIGINT

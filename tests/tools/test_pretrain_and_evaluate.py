@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 import signal
@@ -20,7 +19,6 @@ from program_runs import (
     STEPS,
     call,
     losses,
-    processes_of,
     run,
     start,
     wait_until_gone,
@@ -102,20 +100,6 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("victim", ["rank", "launcher"])
-def test_no_rank_outlives_the_others(data: Path, tmp_path: Path, victim: str) -> None:
-    out = tmp_path / "run"
-    process = start_long_run(data, out, "--nproc", "2")
-    running = processes_of(out)
-    assert sorted(running.values()) == ["", "0", "1"]
-    (number,) = [pid for pid, rank in running.items() if rank == ("1" if victim == "rank" else "")]
-    os.kill(number, signal.SIGKILL)
-    process.communicate(timeout=60)
-    # 137 of the killed rank, or 1 of the other one, which lost its peer
-    assert process.returncode in ((137, 1) if victim == "rank" else (-signal.SIGKILL,))
-    wait_until_gone(out)
-
-
 @pytest.mark.dist
 def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
     out = data / "two"
