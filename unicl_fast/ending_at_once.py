@@ -25,6 +25,8 @@ AT_NO_RISK = "no step is at risk; go on with --resume auto"
 
 _SECONDS_TO_UNWIND = 10.0
 
+_ending = threading.Lock()
+
 _forbidden = False
 
 
@@ -102,6 +104,8 @@ def _listen(program: str, reading: int, left: threading.Event) -> None:
 
 
 def _end(program: str, signal_name: str) -> None:
+    if not _ending.acquire(blocking=False):
+        return  # the other thread is at it
     if os.environ.get("RANK", "0") == "0":  # one sentence is enough
         os.write(2, f"{program}: stopped by {signal_name}; {AT_NO_RISK}\n".encode())
     os._exit(EXIT_INTERRUPTED)
