@@ -87,7 +87,7 @@ def train_pictures(
         prefetch=1,
     )
     ((images, carried), _) = next(
-        run_graph(build, iter([batch]), device=torch.device(device), ahead=1, describe=str)
+        run_graph(build, iter([batch]), device=torch.device(device), ahead=1)
     )
     assert np.array_equal(carried.cpu().numpy(), integers)
     return images.cpu()
@@ -133,9 +133,7 @@ def evaluation_pictures(
         prefetch=1,
     )
     batch = HostBatch(inputs=(encoded, *regions), facts="all")
-    ((images,), _) = next(
-        run_graph(build, iter([batch]), device=torch.device(device), ahead=1, describe=str)
-    )
+    ((images,), _) = next(run_graph(build, iter([batch]), device=torch.device(device), ahead=1))
     return images.cpu()
 
 
@@ -193,7 +191,7 @@ def test_decoding_a_window_equals_cutting_the_decoded_picture(
         threads=2,
         prefetch=1,
     )
-    ((images, _), _) = next(run_graph(build, iter([batch]), device=cpu, ahead=1, describe=str))
+    ((images, _), _) = next(run_graph(build, iter([batch]), device=cpu, ahead=1))
     whole = [np.asarray(open_picture(captioned, index)) for index in chosen.tolist()]
     twin = np.stack([picture[9 : 9 + side, 5 : 5 + side] for picture in whole])
     assert differences(images, twin).max() == 0
