@@ -41,7 +41,10 @@ def make_loader(datasets: Sequence[PackedDataset], prompts: ClassPrompts, **more
 
 
 def take(loader: TrainLoader, *, start: int = 0, count: int = STEPS) -> list[Batch]:
-    batches = list(itertools.islice(loader.batches(start), count))
+    host = torch.device("cpu")
+    batches = [batch.to(host) for batch in itertools.islice(loader.batches(start), count)]
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()  # the copies are not waited for
     loader.close()
     return batches
 
@@ -193,18 +196,19 @@ def spoil(folders: Sequence[Path], bad: dict[tuple[int, int], str]) -> None:
             store(folders[source], sample, undecodable(kind))
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_many_bad_ones_of_both_kinds_and_bad_substitutes(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
+    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts, device: str
 ) -> None:
-    loader = make_loader(sound, prompts)
+    loader = make_loader(sound, prompts, device=device)
     expected = take(loader)
     bad = many_bad(loader)
     assert len(bad) >= 8
     spoil(folders, bad)
-    batches = take(make_loader(spoilt(), prompts))
+    batches = take(make_loader(spoilt(), prompts, device=device))
     assert assert_only_bad_ones_differ(batches, expected, set(bad)) >= len(bad)
     # known beforehand, they are replaced by the same, on data where nothing is wrong with them
-    assert_same(batches, take(remembering(make_loader(sound, prompts), set(bad))))
+    assert_same(batches, take(remembering(make_loader(sound, prompts, device=device), set(bad))))
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
