@@ -27,7 +27,8 @@ from program_runs import (
 
 from unicl_fast.checkpoint import list_checkpoints
 from unicl_fast.config import TrainConfig
-from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.metrics import read_metrics
+from unicl_fast.tools import evaluate, pack_dataset, pretrain
 
 pytestmark = pytest.mark.dali
 
