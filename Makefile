@@ -11,9 +11,9 @@ demo: $(VENV)/demo.stamp
 test: $(VENV)/dev.stamp
 	$(BIN)/python -m pytest
 
-# What `test` leaves out because it takes long.
+# What `test` leaves out because it takes minutes, as far as it does not take many.
 test-slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not long and not gpu"
 
 # Everything that a machine without a GPU can run.
 test-all: $(VENV)/dev.stamp

@@ -32,12 +32,13 @@ def run_chaos(folder: Path, *, kills: int, checkpoint_kills: int, damage: str) -
     return found
 
 
-@pytest.mark.timeout(280)
+@pytest.mark.timeout(600)
 def test_a_run_that_is_killed_three_times_loses_nothing(tmp_path: Path) -> None:
     run_chaos(tmp_path, kills=3, checkpoint_kills=1, damage="before")
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(1500)
 @pytest.mark.parametrize("damage", ["before", "midway"])
 def test_a_run_that_is_killed_twenty_times_loses_nothing(tmp_path: Path, damage: str) -> None:

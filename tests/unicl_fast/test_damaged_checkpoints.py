@@ -45,6 +45,7 @@ def test_any_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_much_more_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
     fuzz(tmp_path, 1500)
 

@@ -86,6 +86,7 @@ def test_any_damage_is_a_clear_error_or_changes_nothing(packed: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_much_more_damage_is_a_clear_error_or_changes_nothing(packed: Path) -> None:
     fuzz(packed, 15_000)
 
@@ -233,6 +234,7 @@ print(json.dumps([len(dataset), time.process_time() - started, (peak() - before)
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ten_million_samples_are_opened_in_two_seconds_and_no_memory(tmp_path: Path) -> None:
     million = 1_000_000
     arrays = {name: ArrayFile(tmp_path, name) for name in ARRAY_DTYPES}
