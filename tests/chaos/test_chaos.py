@@ -12,13 +12,15 @@ import pytest
 pytestmark = [pytest.mark.dali, pytest.mark.dist]
 
 
-def run_chaos(folder: Path, *, kills: int, checkpoint_kills: int, damage: str) -> dict:
+def run_chaos(
+    folder: Path, *, kills: int, checkpoint_kills: int, damage: str, ranks: int = 0
+) -> dict:
     report = folder / "report.json"
     done = subprocess.run(
         [
             *(sys.executable, Path(__file__).with_name("chaos_run.py"), "--out", folder / "chaos"),
             *("--kills", str(kills), "--checkpoint-kills", str(checkpoint_kills)),
-            *("--damage", damage, "--json", report),
+            *("--damage", damage, "--ranks", str(ranks), "--json", report),
         ],
         capture_output=True,
         text=True,
@@ -35,6 +37,13 @@ def run_chaos(folder: Path, *, kills: int, checkpoint_kills: int, damage: str) -
 @pytest.mark.timeout(600)
 def test_a_run_that_is_killed_three_times_loses_nothing(tmp_path: Path) -> None:
     run_chaos(tmp_path, kills=3, checkpoint_kills=1, damage="before")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_on_one_rank_it_equals_the_unbroken_run_bit_for_bit(tmp_path: Path) -> None:
+    report = run_chaos(tmp_path, kills=5, checkpoint_kills=2, damage="before", ranks=1)
+    assert report["largest_difference_of_weights"] == report["largest_difference_of_losses"] == 0
 
 
 @pytest.mark.slow
