@@ -195,3 +195,24 @@ def test_each_preset_runs_forward_and_backward(name: str) -> None:
     for parameter_name, parameter in model.named_parameters():
         assert parameter.grad is not None, parameter_name
         assert parameter.grad.isfinite().all(), parameter_name
+
+
+def test_gradients_are_the_same_bits_each_time_on_two_threads() -> None:
+    """What threads add up must not depend on which comes first: a run is to be repeatable."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(vocab_size=100, context_length=16, width=128, layers=1, heads=2)
+    lengths = torch.arange(600) % 12 + 4
+    tokens = torch.randint(1, 98, (600, 16)) * (torch.arange(16) < lengths[:, None])
+    tokens[torch.arange(600), lengths - 1] = 99
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first: dict[str, torch.Tensor] = {}
+        for _ in range(20):
+            encoder.zero_grad()
+            encoder(tokens, int(lengths.sum())).square().sum().backward()
+            for name, parameter in encoder.named_parameters():
+                gradient = first.setdefault(name, parameter.grad.clone())
+                assert torch.equal(parameter.grad, gradient), name
+    finally:
+        torch.set_num_threads(threads)

@@ -148,7 +148,8 @@ class TextEncoder(nn.Module):
             # a stable sort brings what is not padding to the front; nonzero() would read the device
             packing = Packing(padding.byte().argsort(stable=True)[:num_tokens], (u, l))
             x = self.token_embedding(tokens.flatten()[packing.positions])
-            x = x + self.positional_embedding[packing.positions % l]
+            # not by an index: the gradient of one is added up in any order by several threads
+            x = x + F.embedding(packing.positions % l, self.positional_embedding)
         for block in self.resblocks:
             x = block(x, packing)
         # normalising after picking the token is the same and l times less
