@@ -49,7 +49,6 @@ class CheckpointWriter:
         """Of those whose checkpoint is on the disk."""
         self._copies = HostCopies()
         self._metric: str | None = None
-        self._last_step: int | None = None
         self._thread: threading.Thread | None = None
         self._pinning: threading.Thread | None = None
         self._fault: BaseException | None = None
@@ -104,11 +103,6 @@ class CheckpointWriter:
             write_and_tidy()
         else:
             self._thread = self._start(write_and_tidy, failed=f"NO CHECKPOINT of step {step}")
-        self._last_step = step
-
-    def has(self, step: int) -> bool:
-        """Whether the checkpoint of a step is there, or being written."""
-        return self._last_step == step or (self.folder / checkpoint_name(step)).is_dir()
 
     def better_than_best(self, step: int, numbers: Mapping[str, float]) -> Best | None:
         """The step as the new best, if its number is higher than that of any on the disk.
@@ -134,7 +128,7 @@ class CheckpointWriter:
         return Best(step, self._metric, value)
 
     def keep_as_best(self, best: Best) -> None:
-        """Makes a checkpoint that `has` says is there the best, once it is written."""
+        """Makes the step the best, once its checkpoint, which is there or begun, is written."""
 
         def pin() -> None:
             if not (self.folder / checkpoint_name(best.step)).is_dir():

@@ -27,6 +27,7 @@ from unicl_fast.ledger_format import (
     list_segments,
     segment_name,
 )
+from unicl_fast.whole_files import flush_to_disk
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +103,8 @@ class Ledger:
         self._waiting = bytearray(encode_header(self._header))
         self._next_step = step
         self._write()
-        _flush_folder(self.folder)
+        # so that the file's name survives a machine that goes down, as its contents do
+        flush_to_disk(self.folder)
         if self._header.segment == 1 and step and self._ranks.is_main:
             logger.warning(
                 "the ledger begins at step %d: what was fed before cannot be proven", step
@@ -213,12 +215,3 @@ def has_ledger(run_folder: Path, ranks: Ranks) -> bool:
     """Whether the run has a ledger from an earlier start, as rank 0 sees it."""
     found = ranks.is_main and (run_folder / LEDGER_FOLDER).is_dir()
     return any(gather_integers(int(found), ranks))
-
-
-def _flush_folder(folder: Path) -> None:
-    """So that the file's name survives a machine that goes down, as its contents do."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -31,7 +31,6 @@ from unicl_fast.shard_files import (
     ShardFile,
     padded_bytes,
     sync_and_close,
-    sync_folder,
 )
 from unicl_fast.shards import (
     ARRAY_DTYPES,
@@ -42,6 +41,7 @@ from unicl_fast.shards import (
     sample_key,
     shard_name,
 )
+from unicl_fast.whole_files import flush_to_disk
 
 DEFAULT_SHARD_BYTES = 512_000_000
 """A shard is closed before it would grow beyond this: large enough for sequential reads, small
@@ -205,10 +205,10 @@ class DatasetWriter:
         with (self.aside / MANIFEST_NAME).open("wb") as file:
             file.write(manifest_bytes)
             sync_and_close(file)
-        sync_folder(self.aside)
+        flush_to_disk(self.aside)
         require_free(self.out)
         self.aside.rename(self.out)
-        sync_folder(self.out.parent)
+        flush_to_disk(self.out.parent)
         return manifest
 
     def _write_checksums(self, manifest: bytes) -> None:
