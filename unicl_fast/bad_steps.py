@@ -1,6 +1,6 @@
 """Steps whose loss or gradient norm is not finite: which samples they saw, and how many may be.
 
-The update of such a step is masked on the device (`optim.update_unless`), and the host learns of it
+The update of such a step is masked on the device (`optim.update`), and the host learns of it
 at the next logging or checkpoint. Until then it remembers which samples each step had, from records
 that are on the host anyway. All ranks see the same loss and norm, so all judge alike.
 """

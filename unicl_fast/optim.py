@@ -20,6 +20,9 @@ from unicl_fast.nvidia_apex import has_apex_optimizers, load_apex_optimizers
 
 logger = logging.getLogger(__name__)
 
+_SUMMED_AT_ONCE = 2**18
+"""Squares in one dot product: more round too much in fp32, fewer cost calls."""
+
 _UNDECAYED_NAMES = (
     "logit_scale",
     "positional_embedding",
@@ -106,23 +109,52 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 
 
 @torch.no_grad()
-def update_unless(is_bad: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """One update of parameters and optimizer state, or none at all where `is_bad`.
+def gradient_norm(model: nn.Module) -> Tensor:
+    """Length of the gradient of all parameters together: float [], on their device.
 
-    Zeroed gradients would not do: weight decay and the averages would move all the same. Torch's
-    fused AdamW takes the flag where it is, on the device; for others the host has to read it.
+    On the CPU by dot products of pieces, which take 0.4 of the time of torch's norm there and round
+    less: its single sum over the 25 million entries of the token table is off by 5e-4 in fp32.
+    """
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    if not gradients or gradients[0].device.type != "cpu":
+        return torch.nn.utils.get_total_norm(gradients)
+    pieces = [piece for one in gradients for piece in one.reshape(-1).split(_SUMMED_AT_ONCE)]
+    return torch.stack([torch.dot(piece, piece) for piece in pieces]).sum().sqrt()
+
+
+@torch.no_grad()
+def update(
+    optimizer: torch.optim.Optimizer,
+    grad_norm: Tensor,
+    *,
+    clip_norm: float,
+    leave_out: Tensor,
+) -> None:
+    """One update with the clipped gradient, or none at all where it is to be left out.
+
+    Torch's fused AdamW takes the factor and the flag where they are, on the device, and so spares a
+    pass over all gradients; for others gradients are multiplied, and the host has to read the flag.
+    Zeroed gradients would not do: weight decay and the averages would move all the same.
 
     Args:
-        is_bad: bool [], on the parameters' device.
         optimizer: what `build_optimizer` made.
+        grad_norm: what `gradient_norm` says, [].
+        clip_norm: the longest gradient that is used as it is; 0 is any.
+        leave_out: bool [], on the parameters' device.
     """
+    # as torch's clip_grad_norm_ has it
+    divisor = ((grad_norm + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else None
     if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-        masked: Any = optimizer
-        # what torch.amp.GradScaler tells it by, without a scale
-        masked.grad_scale, masked.found_inf = None, is_bad.float()
-        masked.step()
-        del masked.grad_scale, masked.found_inf
-    elif not is_bad.item():
+        fused: Any = optimizer
+        # what torch.amp.GradScaler tells it by
+        fused.grad_scale = None if divisor is None else divisor.float()
+        fused.found_inf = leave_out.float()
+        fused.step()
+        del fused.grad_scale, fused.found_inf
+    elif not leave_out.item():
+        if divisor is not None:
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
+            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
         optimizer.step()
 
 

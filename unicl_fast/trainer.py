@@ -42,7 +42,7 @@ from unicl_fast.interruption import Interrupted, Interruption
 from unicl_fast.ledger import Ledger
 from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics, unwritten_evaluations
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.optim import build_optimizer, build_schedule, update_unless
+from unicl_fast.optim import build_optimizer, build_schedule, gradient_norm, update
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.stages import OR_WAITING, WaitingForRanks, mark
 from unicl_fast.step import global_loss
@@ -299,7 +299,7 @@ class Trainer:
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One update; none if the loss or the gradient norm is not finite.
 
-        Nothing here waits for the device, as far as the optimizer allows (see `update_unless`): a
+        Nothing here waits for the device, as far as the optimizer allows (see `optim.update`): a
         bad step is told at the next logging.
 
         Returns:
@@ -325,10 +325,13 @@ class Trainer:
         """The second half of `train_step`, when gradients are there; returns their norm."""
         self.schedule.step_update(self.step + 1)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.config.optim.clip_norm or math.inf
+        grad_norm = gradient_norm(self.model)
+        update(
+            self.optimizer,
+            grad_norm,
+            clip_norm=self.config.optim.clip_norm,
+            leave_out=~(loss.isfinite() & grad_norm.isfinite()),
         )
-        update_unless(~(loss.isfinite() & grad_norm.isfinite()), self.optimizer)
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1

@@ -151,3 +151,34 @@ def test_lamb_leaves_clipping_to_the_config() -> None:
 def test_an_unknown_optimizer_is_refused() -> None:
     with pytest.raises(ValueError, match="optim.name must be one of adamw, lamb, .* not 'sgd'"):
         tiny_config(optimizer="sgd")
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("fused", [True, False])
+def test_clipping_is_torchs_own(fused: bool, clip_norm: float) -> None:
+    def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).double()
+        model.append(torch.nn.Linear(2, 2).double())  # gets no gradient
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+    (ours, our_optimizer), (plain, plain_optimizer) = build(), build()
+    for model in (ours, plain):
+        model[:2](torch.ones(4, 7, dtype=torch.float64)).square().sum().backward()
+    norm = optim.gradient_norm(ours)
+    no = torch.tensor(False)
+    optim.update(our_optimizer, norm, clip_norm=clip_norm, leave_out=no)
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip_norm or math.inf)
+    plain_optimizer.step()
+    torch.testing.assert_close(norm, expected, rtol=1e-14, atol=0)
+    # the fused kernel takes the factor in fp32
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=1e-8)
+
+
+def test_the_norm_of_a_large_gradient_is_exact_to_fp32() -> None:
+    """A plain fp32 sum over 25 million squares is off by 5e-4."""
+    layer = torch.nn.Embedding(49408, 512)
+    layer.weight.grad = torch.randn(49408, 512, generator=torch.Generator().manual_seed(1))
+    exact = layer.weight.grad.double().norm()
+    torch.testing.assert_close(optim.gradient_norm(layer).double(), exact, rtol=1e-6, atol=0)
