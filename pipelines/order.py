@@ -134,6 +134,16 @@ def assign_sources(
     return source_ids, visits
 
 
+def visits_before(slot: int, shares: tuple[int, ...]) -> list[int]:
+    """How many of the global slots [0, slot) each source has: what `assign_sources` comes to."""
+    visits, total = [], sum(shares)
+    for share in shares:
+        visits.append(int(_count_before(slot, share, total)))
+        slot -= visits[-1]
+        total -= share
+    return visits
+
+
 @njit(cache=True, inline="always")
 def _count_before(slot: Any, share: Any, total: Any) -> Any:
     """How many of the slots [0, slot) go to `share` of `total`: slot * share / total, rounded.

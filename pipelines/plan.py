@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from unicl_fast.config import DataConfig
 from unicl_fast.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.pipelines.crop import random_windows
-from unicl_fast.pipelines.order import Int64Array, assign_sources, integer_shares, permute
+from unicl_fast.pipelines.order import (
+    Int64Array,
+    assign_sources,
+    integer_shares,
+    permute,
+    visits_before,
+)
 from unicl_fast.pipelines.plan_source import PlanSource as PlanSource
 from unicl_fast.pipelines.plan_source import check_sizes, check_source
 
@@ -124,6 +130,12 @@ class TrainPlan:
         slots = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
         source_ids, sample_ids = self._scheduled(step, slots)
         return self._furnish(step, slots, source_ids, sample_ids)
+
+    def passes(self, num_steps: int) -> list[float]:
+        """How often each source has been gone through after so many steps."""
+        visits = visits_before(num_steps * self.global_batch_size, self.shares)
+        sizes = [len(source.samples) for source in self._sources]
+        return [count / size for count, size in zip(visits, sizes, strict=True)]
 
     def substitute(self, step: int, slots: Int64Array, *, attempt: int) -> PlannedBatch:
         """What is fed in some places of a global batch whose planned sample cannot be.

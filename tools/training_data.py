@@ -12,14 +12,8 @@ from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 
 
-def open_sources(
-    specs: Sequence[str], *, max_bad_fraction: float
-) -> tuple[list[PackedDataset], list[float] | None]:
-    """Opens DIR or DIR=SHARE each.
-
-    Args:
-        specs: as in `data.train`.
-        max_bad_fraction: part of a data set's samples whose shards may be damaged.
+def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
+    """Opens what `data.train` names, DIR or DIR=SHARE each, as far as `data.fraction` says.
 
     Returns:
         The data sets and their shares; None where no share was given.
@@ -28,10 +22,10 @@ def open_sources(
         ValueError: none are given, or some have a share and some have none.
         FileNotFoundError: not a packed data set, or too much of it missing.
     """
-    if not specs:
+    if not data.train:
         raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
     folders, shares = [], []
-    for spec in specs:
+    for spec in data.train:
         folder, _, share = spec.rpartition("=")
         try:
             shares.append(float(share) if folder else None)
@@ -42,13 +36,27 @@ def open_sources(
     given = [share for share in shares if share is not None]
     if given and len(given) < len(shares):
         raise ValueError(
-            f"data.train: give every data set a share (DIR=SHARE) or none, not {' '.join(specs)}"
+            "data.train: give every data set a share (DIR=SHARE) or none, not "
+            + " ".join(data.train)
         )
     for folder, share in zip(folders, shares, strict=True):
         if share is None and "=" in folder and not Path(folder).exists():
             raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
-    datasets = [PackedDataset(folder, max_bad_fraction=max_bad_fraction) for folder in folders]
+    fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
+    datasets = [
+        PackedDataset(folder, fraction=fraction, max_bad_fraction=data.max_bad_fraction)
+        for folder, fraction in zip(folders, fractions, strict=True)
+    ]
     return datasets, given or None
+
+
+def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
+    """A short name for each: its folder's, numbered where several folders have the same."""
+    names = [dataset.folder.resolve().name for dataset in datasets]
+    return [
+        f"{name}-{names[: place + 1].count(name)}" if names.count(name) > 1 else name
+        for place, name in enumerate(names)
+    ]
 
 
 def build_prompts(datasets: Sequence[PackedDataset], data: DataConfig) -> ClassPrompts:
@@ -69,11 +77,11 @@ def describe_sources(
         "shares": list(shares) if shares else None,
         "sources": [
             {
-                "num_samples": manifest.num_samples,
-                "shards": [shard.xxh3 for shard in manifest.shards],
-                "num_classes": len(manifest.class_names),
+                "num_samples": len(dataset),
+                "shards": [shard.xxh3 for shard in dataset.manifest.shards],
+                "num_classes": len(dataset.manifest.class_names),
             }
-            for manifest in manifests
+            for dataset in datasets
         ],
         "vocabulary_hash": [manifest.vocabulary_hash for manifest in manifests],
         "class_names": [list(manifest.class_names) for manifest in manifests],

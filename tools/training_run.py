@@ -26,6 +26,7 @@ from unicl_fast.memory_check import check_memory
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.shards import QUARANTINE_NAME, PackedDataset
+from unicl_fast.source_meter import SourceMeter
 from unicl_fast.stages import mark
 from unicl_fast.tools.evaluations import evaluate_zero_shot
 from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
@@ -34,6 +35,7 @@ from unicl_fast.tools.training_data import (
     build_prompts,
     check_tokenizer,
     describe_sources,
+    names_of,
     open_sources,
 )
 from unicl_fast.trainer import Evaluation, Trainer, choose_device
@@ -53,7 +55,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     Ranks(world_size=nproc).share_of(config.run.global_batch_size)
     if resume != "auto":  # rank 0 reads checkpoints and says what it passes over; once is enough
         choose_checkpoint(resume, run_folder)
-    datasets, _ = open_sources(config.data.train, max_bad_fraction=config.data.max_bad_fraction)
+    datasets, _ = open_sources(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
@@ -163,9 +165,7 @@ def build_trainer(
     """Opens the data, checks that it suits the model, and puts the trainer together."""
     ranks = ranks or Ranks()
     device = device or choose_device(config.run.device)
-    datasets, shares = open_sources(
-        config.data.train, max_bad_fraction=config.data.max_bad_fraction
-    )
+    datasets, shares = open_sources(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
     config = _with_length(config, num_samples=sum(len(dataset) for dataset in datasets))
@@ -188,6 +188,7 @@ def build_trainer(
         device=device,
         evaluations=_build_evaluations(config, ranks),
         data=describe_sources(datasets, shares),
+        sources=SourceMeter(names_of(datasets), passes=loader.plan.passes),
         ledger=_build_ledger(run_folder, loader, datasets, ranks) if ledger else None,
         progress=progress,
     )

@@ -53,6 +53,9 @@ class DataConfig:
     train: tuple[str, ...] = ()
     """Packed data sets to train on, each DIR or DIR=SHARE, SHARE being its part of every batch;
     without shares a data set's part is its part of all samples."""
+    fraction: tuple[float, ...] = (1.0,)
+    """Part of each data set that is used, one number for all or one for each: 0.5 is its first
+    half, which is a random one, since packing has shuffled it."""
     evaluate: tuple[str, ...] = ()
     """Packed data sets with labels whose zero-shot accuracy is taken during training."""
     text: Literal["any", "captions", "labels"] = "any"
@@ -94,6 +97,12 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_known_choices("data", self)
+        _require(
+            len(self.fraction) in {1, len(self.train)}
+            and all(0 < part <= 1 for part in self.fraction),
+            "data.fraction takes one number in (0, 1] for all data sets or one for each of the "
+            f"{len(self.train)}, not {self.fraction}",
+        )
         _require(
             1 <= self.image_size <= _MOST_PIXELS_A_SIDE,
             f"data.image_size must lie in 1 to {_MOST_PIXELS_A_SIDE}, not {self.image_size}",

@@ -7,6 +7,7 @@ jitter and random erasing are not here yet); the small ones train on two CPU cor
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from unicl_fast.config import (
@@ -34,9 +35,26 @@ def swin_tiny() -> TrainConfig:
     return _released("swin_tiny_patch4_window7_224", drop_path=0.2)
 
 
+def swin_tiny_half_half() -> TrainConfig:
+    """Swin-T on the first half of each data set: as many samples as one of them has.
+
+    The paper's mixes of equal size: `--data.train in21k yfcc14m`.
+    """
+    return _with_halves(swin_tiny())
+
+
 def swin_base() -> TrainConfig:
     """Swin-B; drop path 0.5."""
     return _released("swin_base_patch4_window7_224", drop_path=0.5)
+
+
+def swin_base_half_half() -> TrainConfig:
+    """Swin-B on the first half of each data set, as swin-tiny-half-half."""
+    return _with_halves(swin_base())
+
+
+def _with_halves(config: TrainConfig) -> TrainConfig:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, fraction=(0.5,)))
 
 
 def focalnet_base() -> TrainConfig:
@@ -130,7 +148,9 @@ def mixed_small() -> TrainConfig:
 
 PRESETS: dict[str, Callable[[], TrainConfig]] = {
     "swin-tiny": swin_tiny,
+    "swin-tiny-half-half": swin_tiny_half_half,
     "swin-base": swin_base,
+    "swin-base-half-half": swin_base_half_half,
     "focalnet-base": focalnet_base,
     "resnet50": resnet50,
     "resnet101": resnet101,

@@ -93,6 +93,7 @@ class PackedDataset:
         self,
         folder: str | os.PathLike[str],
         *,
+        fraction: float = 1.0,
         max_bad_fraction: float = 0.0,
         verify: bool = True,
     ) -> None:
@@ -100,6 +101,8 @@ class PackedDataset:
 
         Args:
             folder: what `unicl-pack build` made.
+            fraction: part of its samples that is there to be used, in (0, 1]: the first ones, at
+                least one. Packing has shuffled them, so it is a random part, always the same.
             max_bad_fraction: shards that are missing or of another size are tolerated, with a
                 warning, if they hold at most this part of the samples. For training, which feeds
                 others instead; an evaluation would count wrong.
@@ -113,7 +116,9 @@ class PackedDataset:
         """
         self.folder = Path(folder)
         self.manifest = Manifest.load(folder)
-        self.samples: npt.NDArray[Any] = self._load_array("samples", self.manifest.num_samples)
+        self._all_samples = self._load_array("samples", self.manifest.num_samples)
+        num_used = min(max(1, round(fraction * len(self._all_samples))), len(self._all_samples))
+        self.samples: npt.NDArray[Any] = self._all_samples[:num_used]
         self.captions: npt.NDArray[Any] = self._load_array("captions", self.manifest.num_captions)
         self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
@@ -125,7 +130,7 @@ class PackedDataset:
             self.largest_token = verify_arrays(self.folder, self.manifest, ARRAY_DTYPES)
 
     def __len__(self) -> int:
-        return self.manifest.num_samples
+        return len(self.samples)
 
     def __enter__(self) -> PackedDataset:
         return self
@@ -210,8 +215,14 @@ class PackedDataset:
         Raises:
             DamagedDatasetError: one has; names it.
         """
-        for name in ARRAY_DTYPES:
-            mapped = getattr(self, name).base
+        arrays: tuple[npt.NDArray[Any], ...] = (
+            self._all_samples,
+            self.captions,
+            self.tokens,
+            self.labels,
+        )
+        for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
+            mapped: Any = array.base
             if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
                 raise DamagedDatasetError(
                     f"{self.folder / name}.npy was cut from {len(mapped)} to {mapped.size()} bytes "
@@ -233,10 +244,10 @@ class PackedDataset:
 
     def _check_shards(self, max_bad_fraction: float) -> None:
         total = sum(shard.num_samples for shard in self.manifest.shards)
-        if total != len(self):
+        if total != self.manifest.num_samples:
             raise ValueError(
-                f"{self.folder / MANIFEST_NAME} contradicts itself: {len(self)} samples, but the "
-                f"shards hold {total}"
+                f"{self.folder / MANIFEST_NAME} contradicts itself: {self.manifest.num_samples} "
+                f"samples, but the shards hold {total}"
             )
         faults: list[ValueError | FileNotFoundError] = []
         num_bad = 0
@@ -256,9 +267,9 @@ class PackedDataset:
             raise faults[0]
         damage = (
             f"{faults[0]} ({len(faults)} such of {len(self.manifest.shards)} shards, with "
-            f"{num_bad} of {len(self)} samples"
+            f"{num_bad} of {total} samples"
         )
-        if num_bad > max_bad_fraction * len(self):
+        if num_bad > max_bad_fraction * total:
             raise type(faults[0])(
                 f"{damage}: more than data.max_bad_fraction = {max_bad_fraction} allows)"
             )

@@ -44,6 +44,7 @@ from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics, unwritten
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, gradient_norm, update
 from unicl_fast.precision import Precision, place_module
+from unicl_fast.source_meter import SourceMeter
 from unicl_fast.stages import OR_WAITING, WaitingForRanks, mark
 from unicl_fast.step import global_loss
 from unicl_fast.training_state import collect_tensors, describe_state, restore_checkpoint
@@ -94,6 +95,7 @@ class Trainer:
         device: torch.device | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
         data: Mapping[str, Any] | None = None,
+        sources: SourceMeter | None = None,
         ledger: Ledger | None = None,
         progress: bool = True,
     ) -> None:
@@ -110,6 +112,7 @@ class Trainer:
                 them together.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
+            sources: says at logging steps what each data set gives; None says nothing of them.
             ledger: writes down what every step was fed; None writes none.
             progress: show a progress bar on rank 0.
 
@@ -128,6 +131,7 @@ class Trainer:
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
         self.evaluations = dict(evaluations or {})
         self.data = dict(data or {})
+        self.sources = sources
         self.ledger = ledger
         self.step = 0
         self._start_step = 0  # of this process
@@ -257,7 +261,7 @@ class Trainer:
                 stops = interruption.has_come(self.ranks)
                 if self._is_due(self.config.run.log_every_steps):
                     num_bad = bad_visits.total(self.ranks)
-                    self._log(meter, metrics, bar, bad_samples=num_bad)
+                    self._log(meter, metrics, bar, batch, bad_samples=num_bad)
                     bad_visits.check(num_bad)
                 with meter.paused():
                     if self._is_due(self.config.checkpoint.every_steps) or stops:
@@ -401,7 +405,13 @@ class Trainer:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
     def _log(
-        self, meter: StepMeter, metrics: MetricsWriter | None, bar: tqdm[Any], *, bad_samples: int
+        self,
+        meter: StepMeter,
+        metrics: MetricsWriter | None,
+        bar: tqdm[Any],
+        batch: Batch,
+        *,
+        bad_samples: int,
     ) -> None:
         self._check_finite(meter)
         global_batch_size = self.config.run.global_batch_size
@@ -414,6 +424,8 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "bad_samples": bad_samples,
         }
+        if self.sources is not None:
+            values |= self.sources.describe(batch, self.ranks, num_steps=self.step)
         self._last_metrics = values
         if metrics is not None:
             metrics.write(values)

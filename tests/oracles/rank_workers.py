@@ -24,6 +24,7 @@ from unicl_fast.interruption import Interrupted
 from unicl_fast.ledger import Ledger
 from unicl_fast.ledger_format import LedgerSource
 from unicl_fast.ledger_proof import prove
+from unicl_fast.source_meter import SourceMeter
 from unicl_fast.trainer import Trainer
 from unicl_fast.watchdog import Watchdog
 
@@ -441,3 +442,12 @@ def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path
         trainer.fit()
     except Interrupted:
         (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
+
+
+def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None:
+    """Each rank writes down what a `SourceMeter` says of its slice of a batch of two sources."""
+    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    batch = next(iter(loader.batches(0)))
+    batch = dataclasses.replace(batch, source_ids=batch.slots % 2)
+    meter = SourceMeter(["a", "b"], passes=lambda step: [1.0, 2.0])
+    Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))

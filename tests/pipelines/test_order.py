@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.keyed_random import fold_key
-from unicl_fast.pipelines.order import assign_sources, integer_shares, permute
+from unicl_fast.pipelines.order import assign_sources, integer_shares, permute, visits_before
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
@@ -109,6 +109,14 @@ def test_visits_are_counted_from_the_first_slot(shares: list[int]) -> None:
     for source in range(len(shares)):
         mine = visits[source_ids == source]
         assert np.array_equal(mine, np.arange(len(mine)))
+
+
+@given(shares=shares_strategy, end=st.integers(0, 600))
+@settings(deadline=None)
+def test_visits_before_a_slot_are_those_that_were_assigned(shares: list[int], end: int) -> None:
+    whole = integer_shares(shares)
+    source_ids, _ = assign_sources(np.arange(end), whole)
+    assert visits_before(end, whole) == np.bincount(source_ids, minlength=len(shares)).tolist()
 
 
 def test_two_sources_alternate_evenly() -> None:

@@ -323,3 +323,10 @@ def test_a_source_of_one_sample_has_no_other() -> None:
     for attempt in (1, 2, 3):
         substitute = plan.substitute(5, np.zeros(1, dtype=np.int64), attempt=attempt)
         assert substitute.sample_ids.tolist() == [0]
+
+
+def test_passes_are_counted_by_source() -> None:
+    sources = [make_source(40, labels=1), make_source(100, captions=1)]
+    plan = make_plan(*sources, batch=10, shares=[1, 1])
+    assert plan.passes(0) == [0, 0]
+    assert plan.passes(16) == [2, 0.8]

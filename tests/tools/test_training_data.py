@@ -7,10 +7,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from unicl_fast.config import DataConfig
+from unicl_fast.differences import refuse_differences
 from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
-from unicl_fast.tools.training_data import check_tokenizer
+from unicl_fast.tools.training_data import (
+    check_tokenizer,
+    describe_sources,
+    names_of,
+    open_sources,
+)
 
 
 @pytest.mark.parametrize("token", [49_405, 49_408])
@@ -44,3 +51,33 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) ->
         else:
             with pytest.raises(ValueError, match="token 49408 is beyond the vocabulary of 49408"):
                 check_tokenizer(dataset, context_length=77)
+
+
+def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
+    folders = (str(data / "labels"), f"{data / 'captions'}")
+    whole, _ = open_sources(DataConfig(train=folders))
+    halves, shares = open_sources(DataConfig(train=folders, fraction=(0.5,)))
+    parts, _ = open_sources(DataConfig(train=folders, fraction=(1.0, 0.25)))
+    sizes = [len(dataset) for dataset in whole]
+    assert [len(dataset) for dataset in halves] == [round(size / 2) for size in sizes]
+    assert [len(dataset) for dataset in parts] == [sizes[0], round(sizes[1] / 4)]
+    assert shares is None
+    with pytest.raises(ValueError, match=r"num_samples was 20 and is now 5"):
+        refuse_differences("data", describe_sources(whole, None), describe_sources(parts, None))
+    for dataset in (*whole, *halves, *parts):
+        dataset.close()
+
+
+@pytest.mark.parametrize("fraction", [(0.5, 0.5), (0.0,), (1.1,), (-1.0,), ()])
+def test_parts_that_make_no_sense_are_refused(fraction: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="data.fraction takes one number in"):
+        DataConfig(train=("a", "b", "c"), fraction=fraction)
+
+
+def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").symlink_to(data / "labels")
+    folders = (str(data / "labels"), str(data / "captions"), str(tmp_path / "labels"))
+    datasets, _ = open_sources(DataConfig(train=folders))
+    assert names_of(datasets) == ["labels-1", "captions", "labels-2"]
+    for dataset in datasets:
+        dataset.close()

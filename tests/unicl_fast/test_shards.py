@@ -403,3 +403,22 @@ def test_a_sample_without_any_text_is_refused(tmp_path: Path) -> None:
         pytest.raises(ValueError, match="captions or labels"),
     ):
         writer.add(dataclasses.replace(sample(0), captions=[], tokens=[], labels=[]))
+
+
+@pytest.mark.parametrize(("fraction", "used"), [(1.0, 5), (0.5, 2), (0.7, 4), (0.001, 1)])
+def test_a_part_of_a_data_set_is_its_first_samples(
+    tmp_path: Path, fraction: float, used: int
+) -> None:
+    write(tmp_path / "set", [sample(number) for number in range(5)])
+    with (
+        PackedDataset(tmp_path / "set") as whole,
+        PackedDataset(tmp_path / "set", fraction=fraction) as part,
+    ):
+        assert len(part) == len(part.samples) == used
+        assert np.array_equal(part.samples, whole.samples[:used])
+        assert bytes(part.image_bytes(used - 1)) == bytes(whole.image_bytes(used - 1))
+        with pytest.raises(IndexError, match=f"samples 0 to {used - 1}"):
+            part.image_bytes(used)
+        os.truncate(tmp_path / "set" / "samples.npy", 600)
+        with pytest.raises(DamagedDatasetError, match="samples.npy was cut"):
+            part.check_arrays()
