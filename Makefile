@@ -8,16 +8,20 @@ BIN := $(VENV)/bin
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
 
+# A process of tests for each core; a file's tests stay together, since they share what they made.
+JOBS ?= $(shell nproc)
+PYTEST := $(BIN)/python -m pytest --numprocesses $(JOBS) --maxprocesses 8 --dist loadfile
+
 test: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # What `test` leaves out because it takes minutes, as far as it does not take many.
 test-slow: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "slow and not long and not gpu"
+	$(PYTEST) -m "slow and not long and not gpu"
 
 # Everything that a machine without a GPU can run.
 test-all: $(VENV)/dev.stamp
-	$(BIN)/python -m pytest -m "not gpu"
+	$(PYTEST) -m "not gpu"
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

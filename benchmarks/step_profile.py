@@ -31,11 +31,12 @@ from unicl_fast.benchmarks.harness import (
 )
 from unicl_fast.benchmarks.training_step import take_batch
 from unicl_fast.config import DeviceName
+from unicl_fast.devices import choose_device
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.precision import Precision
 from unicl_fast.presets import build_preset
 from unicl_fast.step import contrast_over_ranks, encoder_input, texts_to_encode
-from unicl_fast.trainer import Trainer, choose_device
+from unicl_fast.trainer import Trainer
 
 _SQUARE = 4096
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from unicl_fast.checkpoint import find_checkpoint, load_model
+from unicl_fast.devices import choose_device
 from unicl_fast.dist import Ranks, process_group
 from unicl_fast.evaluation.retrieval import RetrievalResult
 from unicl_fast.evaluation.zero_shot import ZeroShotResult
@@ -26,7 +27,6 @@ from unicl_fast.tools.evaluate import Retrieval, ZeroShot
 from unicl_fast.tools.evaluations import evaluate_retrieval, evaluate_zero_shot, move_to_device
 from unicl_fast.tools.launch import configure_logging
 from unicl_fast.tools.temporary_folder import temporary_folder
-from unicl_fast.trainer import choose_device
 
 
 def check_request(command: ZeroShot | Retrieval) -> None:

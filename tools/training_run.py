@@ -19,7 +19,9 @@ from unicl_fast.batch import Batch, Loader
 from unicl_fast.best import choose_metric
 from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
 from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.devices import choose_device
 from unicl_fast.dist import Ranks, from_rank_0, gather_integers, process_group
+from unicl_fast.evaluation.during_training import Evaluation
 from unicl_fast.ledger import Ledger, has_ledger
 from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
@@ -38,7 +40,7 @@ from unicl_fast.tools.training_data import (
     names_of,
     open_sources,
 )
-from unicl_fast.trainer import Evaluation, Trainer, choose_device
+from unicl_fast.trainer import Trainer
 from unicl_fast.watchdog import Watchdog, group_timeout
 
 logger = logging.getLogger("unicl_fast")

@@ -142,20 +142,24 @@ def update(
         clip_norm: the longest gradient that is used as it is; 0 is any.
         leave_out: bool [], on the parameters' device.
     """
+    is_fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
+    if not is_fused and leave_out.item():
+        return
     # as torch's clip_grad_norm_ has it
     divisor = ((grad_norm + 1e-6) / clip_norm).clamp(min=1.0) if clip_norm else None
-    if isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]:
-        fused: Any = optimizer
-        # what torch.amp.GradScaler tells it by
-        fused.grad_scale = None if divisor is None else divisor.float()
-        fused.found_inf = leave_out.float()
-        fused.step()
-        del fused.grad_scale, fused.found_inf
-    elif not leave_out.item():
-        if divisor is not None:
-            parameters = [p for group in optimizer.param_groups for p in group["params"]]
-            torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
+    # the fused kernel takes its factor in fp32 and would round gradients that are not
+    if divisor is not None and not (is_fused and divisor.dtype == torch.float32):
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        torch._foreach_div_([p.grad for p in parameters if p.grad is not None], divisor)
+        divisor = None
+    if not is_fused:
         optimizer.step()
+        return
+    fused: Any = optimizer
+    # what torch.amp.GradScaler tells it by
+    fused.grad_scale, fused.found_inf = divisor, leave_out.float()
+    fused.step()
+    del fused.grad_scale, fused.found_inf
 
 
 def build_schedule(

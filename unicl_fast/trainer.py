@@ -34,51 +34,33 @@ from unicl_fast.checkpoint import read_state
 from unicl_fast.checkpoint_writer import CheckpointWriter
 from unicl_fast.compilation import compile_encoders
 from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.devices import choose_device
 from unicl_fast.differences import refuse_differences
 from unicl_fast.dist import Ranks, from_rank_0
 from unicl_fast.ema import WeightAverage
-from unicl_fast.evaluation.progress import EvaluationStopped, stopping_when
+from unicl_fast.evaluation.during_training import (
+    Evaluation,
+    evaluate_by_name,
+    owed_evaluations,
+)
 from unicl_fast.interruption import Interrupted, Interruption
 from unicl_fast.ledger import Ledger
-from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics, unwritten_evaluations
+from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, gradient_norm, update
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.source_meter import SourceMeter
-from unicl_fast.stages import OR_WAITING, WaitingForRanks, mark
+from unicl_fast.stages import OR_WAITING, mark
 from unicl_fast.step import global_loss
 from unicl_fast.training_state import collect_tensors, describe_state, restore_checkpoint
 
 logger = logging.getLogger(__name__)
-
-Evaluation = Callable[[UniCL], Mapping[str, float]]
 
 # Samples are numbered by step, batch size and seed: with others a run would go on elsewhere.
 _MUST_NOT_CHANGE = {"run": ("seed", "global_batch_size"), "efficiency": ("precision",)}
 
 # A first step fills caches and makes kernels, and torch.compile meets most sizes in a few steps.
 _COMPILING_STEPS = 16
-
-
-def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
-    """The device that `run.device` means for this rank.
-
-    Raises:
-        ValueError: CUDA is asked for and there is none.
-    """
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ValueError("run.device=cuda, but torch finds no CUDA device here; use cpu or auto")
-    if name == "cpu" or not torch.cuda.is_available():
-        return torch.device("cpu")
-    visible = torch.cuda.device_count()
-    if visible == 1:  # SLURM may show each task its own device only
-        return torch.device("cuda", 0)
-    if local_rank >= visible:
-        raise ValueError(
-            f"local rank {local_rank} has no device of its own: torch sees {visible}; start as "
-            "many ranks as there are devices"
-        )
-    return torch.device("cuda", local_rank)
 
 
 class Trainer:
@@ -242,8 +224,15 @@ class Trainer:
             lines = read_metrics(self.run_folder) if metrics and self.run_folder else []
             if self._checkpoints is not None:
                 self._checkpoints.begin(step=self.step, metric=self._best_metric, lines=lines)
-            if not self._evaluate(metrics, interruption, self._owed_evaluations(lines)):
-                self._leave(interruption)
+            if self.step > 0 and self._is_due(self.config.run.evaluate_every_steps):
+                owed = owed_evaluations(
+                    lines,
+                    self.evaluations if self.run_folder else (),
+                    step=self.step,
+                    ranks=self.ranks,
+                )
+                if not self._evaluate(metrics, interruption, owed):
+                    self._leave(interruption)
             batches = self.loader.batches(self.step)
             meter = StepMeter()
             while self.step < self.total_steps:
@@ -435,19 +424,6 @@ class Trainer:
             refresh=False,
         )
 
-    def _owed_evaluations(self, lines: list[dict[str, float]]) -> list[str]:
-        """Those of the step that the run goes on from which were cut off: they have no line yet.
-
-        Args:
-            lines: of metrics.jsonl, on rank 0.
-        """
-        owed: list[str] = []
-        is_due = self.step > 0 and self._is_due(self.config.run.evaluate_every_steps)
-        if is_due and self.run_folder is not None and self.ranks.is_main:
-            owed = unwritten_evaluations(lines, self.evaluations, step=self.step)
-        names: list[str] = from_rank_0(owed, self.ranks)
-        return names
-
     def _evaluate(
         self, metrics: MetricsWriter | None, interruption: Interruption, names: Collection[str]
     ) -> bool:
@@ -457,33 +433,22 @@ class Trainer:
             Whether all came to their end, the same on all ranks; a signal stops them, and they are
             made up for when the run goes on.
         """
-        values: dict[str, float] = {}
-        try:
-            with stopping_when(lambda: bool(interruption.signal_name)):
-                for name in names:
-                    self._mark(f"evaluation {name}")
-                    values |= self._evaluate_one(name, metrics)
-        except EvaluationStopped:
+        values = evaluate_by_name(
+            self.evaluations,
+            names,
+            self.evaluated_model,
+            step=self.step,
+            ranks=self.ranks,
+            metrics=metrics,
+            begin=lambda name: self._mark(f"evaluation {name}"),
+            is_stopped=lambda: bool(interruption.signal_name),
+        )
+        if values is None:
             return False
         # of evaluations that were made up for, the others' numbers are known since the start
         if len(names) == len(self.evaluations) or self._best_metric in values:
             self._keep_if_best(values)
         return True
-
-    def _evaluate_one(self, name: str, metrics: MetricsWriter | None) -> dict[str, float]:
-        model = self.evaluated_model.eval()
-        if self.ranks.world_size > 1:
-            # DDP gives rank 0's BatchNorm averages to the others before a forward pass, not after
-            with WaitingForRanks():
-                for buffer in model.buffers():
-                    torch.distributed.broadcast(buffer, src=0)
-        results = self.evaluations[name](model).items()
-        values = {f"{name}/{key}": value for key, value in results}
-        if metrics is not None:
-            metrics.write({"step": self.step, **values})
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
-        return values
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:
         """Pins the checkpoint of this step, written now if need be, if none is better."""

@@ -1,4 +1,4 @@
-"""The chaos run as a test: short by default, in full among the slow ones."""
+"""The chaos run as a test: short among the slow ones, in full among the long ones."""
 
 from __future__ import annotations
 
@@ -34,6 +34,7 @@ def run_chaos(
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_that_is_killed_three_times_loses_nothing(tmp_path: Path) -> None:
     run_chaos(tmp_path, kills=3, checkpoint_kills=1, damage="before")
