@@ -1,16 +1,13 @@
 """Augmentation with DALI's operators, on both devices: rows of the plan in, pictures out.
 
 On a GPU this is what runs; on the CPU it is the twin of the fused operator (augment_kernels.py),
-which `data.resample=dali` asks for. Each picture goes through those operators alone that its row
-asks for: DALI splits the batch at every `if` below (AutoGraph reads them, so this module is converted
-when a graph is built) and puts it together behind it. Operators that no source of a run uses are not
-in its graph.
+which `data.resample=dali` asks for. A picture goes through those operators alone that its row asks
+for: DALI splits the batch at every `if` below (AutoGraph reads them: this module is converted when
+a graph is built) and puts it together behind it. What no source uses is not in a run's graph.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -18,54 +15,9 @@ from nvidia.dali import fn, types
 from nvidia.dali.auto_aug import augmentations as suite
 from nvidia.dali.auto_aug.core import augmentation, select
 
-from unicl_fast.augmentation import Augmentation
-from unicl_fast.pipelines.augment_plan import STAGE_WIDTH, Column, num_stages
-from unicl_fast.pipelines.policies import Operator, operators_of
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class GraphParts:
-    """What the graph of a run must hold for the augmentations of its sources."""
-
-    operators: tuple[Operator, ...]
-    """Of policies, in order."""
-    stages: int
-    twists: bool
-    blurs: bool
-    erases: bool
-    fill: tuple[int, int, int]
-    """Levels that an erased rectangle shows."""
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether pictures leave the graph as they were resampled."""
-        return not (self.stages or self.twists or self.blurs or self.erases)
-
-    @property
-    def grey(self) -> int:
-        """What a warp shows where there was no picture: DALI takes one level for all channels."""
-        return (sum(self.fill) + 1) // 3
-
-
-def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> GraphParts:
-    """The parts that at least one source uses.
-
-    Args:
-        augmentations: of the sources.
-        mean: colour, in 0 to 1, of erased rectangles.
-    """
-    operators: set[Operator] = set()
-    for each in augmentations:
-        operators |= operators_of(each.policy)
-    red, green, blue = (round(255 * min(max(level, 0.0), 1.0)) for level in mean)
-    return GraphParts(
-        operators=tuple(sorted(operators)),
-        stages=num_stages(augmentations),
-        twists=any(each.twists_colours for each in augmentations),
-        blurs=any(each.blur > 0 for each in augmentations),
-        erases=any(each.erase > 0 for each in augmentations),
-        fill=(red, green, blue),
-    )
+from unicl_fast.pipelines.augment_parts import GraphParts
+from unicl_fast.pipelines.augment_plan import STAGE_WIDTH, Column
+from unicl_fast.pipelines.policies import Operator
 
 
 def augment(pictures: Any, rows: Any, parts: GraphParts) -> Any:
@@ -81,7 +33,7 @@ def augment(pictures: Any, rows: Any, parts: GraphParts) -> Any:
     """
     for stage in range(parts.stages):
         pictures = _apply_stage(pictures, rows, parts, Column.STAGES + stage * STAGE_WIDTH)
-    if parts.twists:
+    if parts.twists:  # noqa: SIM102 - the second `if` is DALI's
         if rows[Column.IS_TWISTED] > 0:
             pictures = fn.color_twist(
                 pictures,
@@ -90,7 +42,7 @@ def augment(pictures: Any, rows: Any, parts: GraphParts) -> Any:
                 saturation=rows[Column.SATURATION],
                 hue=rows[Column.HUE],
             )
-    if parts.blurs:
+    if parts.blurs:  # noqa: SIM102
         if rows[Column.SIGMA] > 0:
             pictures = fn.gaussian_blur(pictures, sigma=rows[Column.SIGMA])
     if parts.erases:

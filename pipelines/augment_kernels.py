@@ -45,9 +45,7 @@ _SOLARIZE, _SOLARIZE_ADD, _INVERT, _EQUALIZE, _AUTO_CONTRAST = (
     )
 )
 _compiled = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-_inlined = njit(
-    cache=True, nogil=True, fastmath={"contract"}, error_model="numpy", inline="always"
-)
+_inlined = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy", inline="always")
 
 
 @_compiled
@@ -157,7 +155,7 @@ def _look_up(picture: Any, tables: Any) -> None:
 
 @_compiled
 def _histograms(picture: Any) -> Any:
-    """Of each channel, [3 256]; two of them in turns, since equal neighbours wait for each other."""
+    """Of each channel, [3 256]; counted in two, since equal neighbours wait for each other."""
     counts = np.zeros((2, _CHANNELS, 256), np.int32)
     pixels = picture.reshape(-1, _CHANNELS)
     for i in range(pixels.shape[0]):
@@ -289,7 +287,7 @@ def _sharpen(picture: Any, factor: Any) -> None:
 @_compiled
 def _blur(picture: Any, sigma: Any) -> None:
     size = picture.shape[0]
-    radius = max(int(math.ceil(3.0 * sigma)), 1)
+    radius = max(math.ceil(3.0 * sigma), 1)
     taps = 2 * radius + 1
     weights = np.empty(taps, np.float32)
     total = 0.0

@@ -206,9 +206,7 @@ def _draw_rand(
 
 
 @njit(cache=True, nogil=True)
-def _draw_trivial(
-    rows: Any, visits: Any, key: Any, table: Any, side: int, start: int
-) -> None:
+def _draw_trivial(rows: Any, visits: Any, key: Any, table: Any, side: int, start: int) -> None:
     for i in range(visits.size):
         stream = random_bits(key, visits[i])
         write_operation(

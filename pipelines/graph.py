@@ -28,7 +28,8 @@ except ImportError as error:
         "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
     ) from error
 
-from unicl_fast.pipelines.augment import GraphParts, augment
+from unicl_fast.pipelines.augment import augment
+from unicl_fast.pipelines.augment_parts import GraphParts
 from unicl_fast.pipelines.fused_operators import augment_operator, resample_operator
 
 Source = Callable[[], tuple[Any, ...]]

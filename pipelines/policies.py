@@ -107,6 +107,12 @@ def _factors(slope: float, *, least: float = 0.0) -> list[Operation]:
     return [Operation(name, op, _Kind.FACTOR, **rule) for name, op in names.items()]
 
 
+def _posterize(start: float, slope: float, rounding: _Rounding, *, least: float = 0) -> Operation:
+    return Operation(
+        "Posterize", Operator.POSTERIZE, _Kind.BITS, start, slope, rounding, least=least
+    )
+
+
 _AUTO_CONTRAST = Operation("AutoContrast", Operator.AUTO_CONTRAST)
 _EQUALIZE = Operation("Equalize", Operator.EQUALIZE)
 _INVERT = Operation("Invert", Operator.INVERT)
@@ -115,7 +121,7 @@ RAND = (
     # timm's "increasing" set of 15. The least is 1 bit: with none, pictures would be black.
     *_moves(0.3, 0.45, 30.0, relative=True),
     *_factors(0.9, least=0.1),
-    Operation("Posterize", Operator.POSTERIZE, _Kind.BITS, start=4, slope=-4, rounding=_Rounding.DOWN, least=1),
+    _posterize(4, -4, _Rounding.DOWN, least=1),
     Operation("Solarize", Operator.SOLARIZE, start=256, slope=-256, rounding=_Rounding.DOWN),
     Operation("SolarizeAdd", Operator.SOLARIZE_ADD, slope=110, rounding=_Rounding.DOWN),
     _AUTO_CONTRAST,
@@ -127,7 +133,9 @@ TRIVIAL = (
     # Table 7 of arXiv 2103.10158, the wide space; shifts are 32 pixels whatever the picture's size.
     *_moves(0.99, 32.0, 135.0, relative=False),
     *_factors(0.99),
-    Operation("Posterize", Operator.POSTERIZE, _Kind.BITS, start=8, slope=-6, rounding=_Rounding.NEAREST),
+    Operation(
+        "Posterize", Operator.POSTERIZE, _Kind.BITS, start=8, slope=-6, rounding=_Rounding.NEAREST
+    ),
     Operation("Solarize", Operator.SOLARIZE, start=255, slope=-255),
     _AUTO_CONTRAST,
     _EQUALIZE,
@@ -143,7 +151,9 @@ AUTO = (
     Operation("Contrast", Operator.CONTRAST, **_AUTO_FACTOR),
     Operation("Color", Operator.COLOR, **_AUTO_FACTOR),
     Operation("Sharpness", Operator.SHARPNESS, **_AUTO_FACTOR),
-    Operation("Posterize", Operator.POSTERIZE, _Kind.BITS, start=4, slope=4, rounding=_Rounding.DOWN),
+    Operation(
+        "Posterize", Operator.POSTERIZE, _Kind.BITS, start=4, slope=4, rounding=_Rounding.DOWN
+    ),
     Operation("Solarize", Operator.SOLARIZE, slope=256, rounding=_Rounding.DOWN),
     _AUTO_CONTRAST,
     _EQUALIZE,

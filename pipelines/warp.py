@@ -85,8 +85,8 @@ def _run(
     far = 1e6  # beyond any side; keeps the conversions to integers defined
     enter = min(max(enter, -far), far)
     leave = min(max(leave, -far), far)
-    low = min(max(int(math.ceil(enter + slack)), first), last)
-    high = min(max(int(math.floor(leave - slack)) + 1, low), last)
+    low = min(max(math.ceil(enter + slack), first), last)
+    high = min(max(math.floor(leave - slack) + 1, low), last)
     return low, high
 
 
@@ -151,9 +151,7 @@ def _blend_pixel(
         index = ir.IntType(64)
 
         def load(offset: Any) -> Any:
-            pointer = builder.bitcast(
-                builder.gep(source.data, [offset]), bytes_of.as_pointer()
-            )
+            pointer = builder.bitcast(builder.gep(source.data, [offset]), bytes_of.as_pointer())
             wide = builder.zext(builder.load(pointer, align=1), lanes)
             return builder.sitofp(wide, floats)
 

@@ -209,9 +209,17 @@ def check_augment_entries(entries: Sequence[str]) -> None:
     _split_entries(entries)
 
 
-def asks_for_second_view(entries: Sequence[str]) -> bool:
-    """Whether `data.augment` would make each batch hold its pictures twice."""
-    return any(augmentation.views == 2 for augmentation in _split_entries(entries).values())
+def refuse_second_view(entries: Sequence[str]) -> None:
+    """For objectives that would not look at a second view of each picture.
+
+    Raises:
+        ValueError: `data.augment` asks for one.
+    """
+    if any(augmentation.views == 2 for augmentation in _split_entries(entries).values()):
+        raise ValueError(
+            f"data.augment ({' '.join(entries)}) shows each picture in two views, but this run's "
+            "objective would not look at the second; add views=1, for example supcon,views=1"
+        )
 
 
 def augmentations_of(entries: Sequence[str], folders: Sequence[Path | str]) -> list[Augmentation]:
