@@ -65,10 +65,9 @@ def test_what_is_written_is_what_is_read(name: str, values: dict[str, object]) -
 @given(st.text(alphabet="unicl,=.:0123blrx\n\u00e9", max_size=20))
 @settings(max_examples=50)
 def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
-    try:
-        parse_augmentation(text)
-    except ValueError as error:
-        assert str(error).startswith("augmentation ")
+    if text not in AUGMENTATIONS:
+        with pytest.raises(ValueError, match="^augmentation "):
+            parse_augmentation(text)
 
 
 def test_jitter_is_three_numbers_at_once() -> None:
