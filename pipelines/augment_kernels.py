@@ -147,21 +147,24 @@ def _look_up_bits(picture: Any, operator: int, a: Any) -> None:
 
 @_compiled
 def _look_up(picture: Any, tables: Any) -> None:
-    pixels = picture.reshape(-1, _CHANNELS)
-    for i in range(pixels.shape[0]):
+    values = picture.reshape(-1)
+    for i in range(values.size // _CHANNELS):
         for c in range(_CHANNELS):
-            pixels[i, c] = tables[c, pixels[i, c]]
+            values[_CHANNELS * i + c] = tables[c, values[_CHANNELS * i + c]]
 
 
 @_compiled
 def _histograms(picture: Any) -> Any:
     """Of each channel, [3 256]; counted in two, since equal neighbours wait for each other."""
     counts = np.zeros((2, _CHANNELS, 256), np.int32)
-    pixels = picture.reshape(-1, _CHANNELS)
-    for i in range(pixels.shape[0]):
+    values = picture.reshape(-1)
+    for i in range(values.size // _CHANNELS):
         for c in range(_CHANNELS):
-            counts[i & 1, c, pixels[i, c]] += 1
-    return counts[0] + counts[1]
+            counts[i & 1, c, values[_CHANNELS * i + c]] += 1
+    for c in range(_CHANNELS):
+        for level in range(256):
+            counts[0, c, level] += counts[1, c, level]
+    return counts[0]
 
 
 @_compiled
@@ -356,7 +359,9 @@ def augment_function() -> Any:
         out: Any, picture: Any, size: int, row: Any, width: int, red: int, green: int, blue: int
     ) -> None:
         target = carray(out, (size, size, _CHANNELS))
-        target[:] = carray(picture, (size, size, _CHANNELS))
+        source, copied = carray(picture, (target.size,)), target.reshape(-1)
+        for i in range(copied.size):
+            copied[i] = source[i]
         fill = np.empty(_CHANNELS, np.uint8)
         fill[0], fill[1], fill[2] = red, green, blue
         augment_square(target, carray(row, (width,)), fill)

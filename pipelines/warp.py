@@ -36,7 +36,9 @@ def warp(picture: Any, matrix: Any, grey: int) -> None:
     size = picture.shape[0]
     source = np.empty(picture.size + _SPARE_BYTES, np.uint8)
     pixels = picture.reshape(-1)
-    source[: pixels.size] = pixels
+    # Loops, not slices: those bring error messages along, which take Numba seconds to compile.
+    for i in range(pixels.size):
+        source[i] = pixels[i]
     half = np.float32(0.5)
     step_x, step_y = matrix[0], matrix[3]
     for y in range(size):
@@ -47,8 +49,10 @@ def warp(picture: Any, matrix: Any, grey: int) -> None:
         first, last = _run(start_y, step_y, -1.0, size, -_SLACK, first, last)
         low, high = _run(start_x, step_x, 0.0, size - 1, _SLACK, first, last)
         low, high = _run(start_y, step_y, 0.0, size - 1, _SLACK, low, high)
-        pixels[y * size * _CHANNELS : (y * size + first) * _CHANNELS] = grey
-        pixels[(y * size + last) * _CHANNELS : (y + 1) * size * _CHANNELS] = grey
+        for i in range(y * size * _CHANNELS, (y * size + first) * _CHANNELS):
+            pixels[i] = grey
+        for i in range((y * size + last) * _CHANNELS, (y + 1) * size * _CHANNELS):
+            pixels[i] = grey
         for x in range(first, low):
             _blend_at_border(pixels, source, size, x, y, start_x, step_x, start_y, step_y, grey)
         for x in range(low, high):
