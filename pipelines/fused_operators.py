@@ -1,6 +1,6 @@
-"""The resampling kernel as a DALI operator.
+"""Our kernels as DALI operators: resampling, and augmentation.
 
-It runs inside the graph on DALI's threads, one call a sample, without Python's lock.
+They run inside the graph on DALI's threads, one call a sample, without Python's lock.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 from nvidia.dali import types
 from nvidia.dali.plugin.numba import NumbaFunction
 
+from unicl_fast.pipelines.augment_kernels import augment_function
 from unicl_fast.pipelines.resample import resample_function
 
 
@@ -53,4 +54,35 @@ def resample_operator(image_size: int, interpolation: str) -> Any:
         in_types=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
         outs_ndim=[3],
         ins_ndim=[3, 1, 1, 1],
+    )
+
+
+@functools.cache
+def augment_operator(image_size: int, fill: tuple[int, int, int]) -> Any:
+    """Does to squares what their rows of the plan say.
+
+    Takes pictures uint8 [size size 3] and rows float32 [k], columns as in `augment_plan.Column`;
+    gives uint8 [size size 3]. `fill` is what an erased rectangle shows.
+    """
+    red, green, blue = fill
+    augment = augment_function()
+
+    def run(out: Any, picture: Any, row: Any) -> None:
+        augment(
+            out.ctypes, picture.ctypes, out.shape[0], row.ctypes, row.shape[0], red, green, blue
+        )
+
+    def set_shapes(outputs: Any, inputs: Any) -> None:
+        for shape in outputs[0]:
+            shape[0] = image_size
+            shape[1] = image_size
+            shape[2] = 3
+
+    return NumbaFunction(
+        run_fn=run,
+        setup_fn=set_shapes,
+        out_types=[types.UINT8],
+        in_types=[types.UINT8, types.FLOAT],
+        outs_ndim=[3],
+        ins_ndim=[3, 1],
     )

@@ -21,13 +21,16 @@ from unicl_fast.config import Interpolation, Resample
 try:
     from nvidia.dali import fn, types
     from nvidia.dali.pipeline import Pipeline as Pipeline
+    from nvidia.dali.pipeline import pipeline_def
 except ImportError as error:
     raise ImportError(
         "the data pipeline runs on NVIDIA DALI, which is not installed here; "
         "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
     ) from error
 
-from unicl_fast.pipelines.fused_operators import resample_operator
+from unicl_fast.pipelines.augment import augment
+from unicl_fast.pipelines.augment_parts import GraphParts
+from unicl_fast.pipelines.fused_operators import augment_operator, resample_operator
 
 Source = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""
@@ -47,13 +50,14 @@ def build_train_graph(
     device: torch.device,
     threads: int,
     prefetch: int,
+    augmentation: GraphParts | None = None,
 ) -> Pipeline:
-    """Decode the window, resample it to a square, mirror it.
+    """Decode the window, resample it to a square, mirror it, augment it.
 
     Args:
         source: gives encoded pictures as a list of uint8 arrays, window starts (row, column) int32
             [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], integers int64
-            [b k].
+            [b k], and, where there is augmentation, its rows float32 [b m].
         batch_size: most samples of a batch.
         image_size: side of the square.
         interpolation: filter, antialiased.
@@ -61,18 +65,18 @@ def build_train_graph(
         device: where pictures end up.
         threads: decoding threads on the host.
         prefetch: batches worked on ahead.
+        augmentation: what the sources need (see `augment.parts_for`); None does without.
 
     Returns:
         A pipeline with two outputs: pictures uint8 [b h w c] and the integers, both on `device`.
     """
-    pipeline = _new_pipeline(batch_size, device=device, threads=threads, prefetch=prefetch)
-    with pipeline:
-        encoded, starts, shapes, flips, integers = fn.external_source(
-            source,
-            num_outputs=5,
-            batch=True,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64],
-            ndim=[1, 1, 1, 1, 1],
+
+    def define() -> tuple[Any, Any]:
+        kinds = [types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64, types.FLOAT]
+        if augmentation is None:
+            kinds.pop()
+        encoded, starts, shapes, flips, integers, *rows = fn.external_source(
+            source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=[1] * len(kinds)
         )
         # Only the blocks under the window are decoded. Sizes in the index are as displayed and
         # packing leaves no picture with an orientation tag, so nothing may turn it here.
@@ -98,8 +102,16 @@ def build_train_graph(
                 interp_type=_FILTERS[interpolation],
                 antialias=True,
             )
-        pipeline.set_outputs(pictures, _on_device(integers, device))
-    return pipeline
+        if augmentation is not None:
+            if _is_fused(resample, device):
+                pictures = augment_operator(image_size, augmentation.fill)(pictures, *rows)
+            else:
+                pictures = augment(pictures, *rows, augmentation)
+        return pictures, _on_device(integers, device)
+
+    conditionals = augmentation is not None and not _is_fused(resample, device)
+    build = pipeline_def(define, enable_conditionals=conditionals)
+    return build(**_pipeline_settings(batch_size, device, threads, prefetch))
 
 
 def build_evaluation_graph(
@@ -129,7 +141,7 @@ def build_evaluation_graph(
     Returns:
         A pipeline with one output: pictures uint8 [b h w c] on `device`.
     """
-    pipeline = _new_pipeline(batch_size, device=device, threads=threads, prefetch=prefetch)
+    pipeline = Pipeline(**_pipeline_settings(batch_size, device, threads, prefetch))
     with pipeline:
         encoded, starts, ends = fn.external_source(
             source,
@@ -175,9 +187,9 @@ def _is_fused(resample: Resample, device: torch.device) -> bool:
     return resample == "fused" and device.type == "cpu"
 
 
-def _new_pipeline(
-    batch_size: int, *, device: torch.device, threads: int, prefetch: int
-) -> Pipeline:
+def _pipeline_settings(
+    batch_size: int, device: torch.device, threads: int, prefetch: int
+) -> dict[str, Any]:
     if device.type not in ("cpu", "cuda"):
         raise ValueError(f"DALI decodes for cpu or cuda, not for {device}; set run.device")
     if device.type == "cuda" and not torch.cuda.is_available():
@@ -185,12 +197,12 @@ def _new_pipeline(
             "pictures were to be decoded on a GPU, but this machine has no usable CUDA driver; "
             "set run.device=cpu, or check the driver with nvidia-smi"
         )
-    return Pipeline(
-        batch_size=batch_size,
-        num_threads=threads,
-        device_id=_device_index(device),
-        prefetch_queue_depth=prefetch,
-    )
+    return {
+        "batch_size": batch_size,
+        "num_threads": threads,
+        "device_id": _device_index(device),
+        "prefetch_queue_depth": prefetch,
+    }
 
 
 def _device_index(device: torch.device) -> int | None:

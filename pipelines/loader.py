@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from unicl_fast.augmentation import augmentations_of
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
+from unicl_fast.pipelines.augment_parts import parts_for
 from unicl_fast.pipelines.bad_samples import BadSamples
 from unicl_fast.pipelines.culprits import find_undecodable, reason_of
 from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
@@ -27,6 +29,7 @@ from unicl_fast.pipelines.graph import Pipeline, build_train_graph, decoding_thr
 from unicl_fast.pipelines.integer_block import pack_integers, unpack_integers
 from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan
 from unicl_fast.pipelines.texts import gather_texts
+from unicl_fast.pipelines.views import graph_inputs, split_views
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
 from unicl_fast.targets import map_targets
@@ -81,12 +84,18 @@ class TrainLoader:
         self._device = torch.device(device)
         self._running: Generator[Batch, None, None] | None = None
         self._bad = BadSamples(self._datasets, quarantine)
+        augmentations = augmentations_of(
+            config.data.augment, [dataset.folder for dataset in self._datasets]
+        )
+        parts = parts_for(augmentations, config.data.mean)
+        self._augmentation = None if parts.is_empty else parts
         self.plan = TrainPlan(
             [_plan_source(dataset, prompts, i) for i, dataset in enumerate(self._datasets)],
             data=config.data,
             global_batch_size=config.run.global_batch_size,
             seed=config.run.seed,
             shares=shares,
+            augmentations=augmentations,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
 
@@ -135,6 +144,7 @@ class TrainLoader:
             image_size=self._config.data.image_size,
             interpolation=self._config.data.interpolation,
             resample=self._config.data.resample,
+            augmentation=self._augmentation,
             device=self._device,
             threads=threads,
             prefetch=prefetch,
@@ -144,7 +154,8 @@ class TrainLoader:
         """Batches from a step on, until there is one that cannot be decoded."""
         data = self._config.data
         graph = self._graph(
-            batch_size=self._config.run.global_batch_size // self._world_size,
+            batch_size=self.plan.num_views
+            * (self._config.run.global_batch_size // self._world_size),
             threads=decoding_threads(data.threads),
             prefetch=data.prefetch,
         )
@@ -153,16 +164,18 @@ class TrainLoader:
             run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
         ) as running:
             for (images, integers), facts in running:
+                first, second = split_views(images, num_views=self.plan.num_views)
                 yield Batch(
                     step=facts.fed.step,
-                    images=images,
+                    images=first,
+                    second_images=second,
                     text_lengths=facts.text_lengths,
                     sample_ids=torch.from_numpy(facts.fed.sample_ids),
                     scheduled_ids=torch.from_numpy(facts.scheduled_ids),
                     source_ids=torch.from_numpy(facts.fed.source_ids.astype(np.int64)),
-                    **unpack_integers(integers, num_texts=len(facts.text_lengths)),
+                    **unpack_integers(integers[: len(first)], num_texts=len(facts.text_lengths)),
                 )
-                del images, integers  # held here, their buffers could not be reused
+                del images, first, second, integers  # held here, their buffers could not be reused
 
     def _blame(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""
@@ -171,6 +184,7 @@ class TrainLoader:
         reasons = find_undecodable(one, batch.inputs, device=self._device)
         fed = batch.facts.fed
         for place, reason in reasons.items():
+            place %= len(fed.sample_ids)  # of the second view
             self._bad.add(
                 int(fed.source_ids[place]),
                 int(fed.sample_ids[place]),
@@ -193,7 +207,7 @@ class TrainLoader:
         targets = map_targets(rows, classes, self._prompts)
         integers = pack_integers(targets, fed.slots, context_length=context_length)
         return HostBatch(
-            inputs=(encoded, fed.window_starts, fed.window_shapes, fed.flips[:, None], integers),
+            inputs=graph_inputs(fed, encoded, integers),
             facts=_TrainFacts(
                 fed=fed, scheduled_ids=planned.sample_ids, text_lengths=targets.text_lengths
             ),

@@ -1,10 +1,10 @@
 """What a step is made of, before anything is read: a pure function of (data, seed, step).
 
 For every slot of a global batch the plan says which sample of which source is fed, with which
-text, cut out where, flipped or not. Nothing is drawn from a generator, so resuming is knowing the
-step, and each rank computes just its own slots of the same global batch whatever the number of
-ranks. Order, shares and crop windows are formulas of order.py and crop.py. Reading bytes, filling
-in tokens and decoding are left to the loader.
+text, cut out where, flipped or not, and what else is done to it. Nothing is drawn from a generator,
+so resuming is knowing the step, and each rank computes just its own slots of the same global batch
+whatever the number of ranks. Order, shares, crop windows and augmentation are formulas of order.py,
+crop.py and augment_plan.py. Reading bytes, filling in tokens and decoding are left to the loader.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
+from unicl_fast.augmentation import Augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.keyed_random import fold_key, random_below, random_unit
+from unicl_fast.pipelines.augment_plan import draw_rows, num_stages, row_width
 from unicl_fast.pipelines.crop import random_windows
 from unicl_fast.pipelines.order import (
     Int64Array,
@@ -43,6 +45,8 @@ class _Purpose(enum.IntEnum):
     CROP = 6
     FLIP = 7
     SUBSTITUTE = 8
+    SECOND_VIEW = 9
+    AUGMENT = 10
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -67,6 +71,11 @@ class PlannedBatch:
     caption is an image-text pair, and its labels, if any, are set aside for this visit."""
     templates: Int64Array
     """Which template fills the prompt; -1 where the text is a caption."""
+    second_cuts: NDArray[np.int32]
+    """[b 5] start, shape and flip of each picture's second view; [b 0] where there is one view."""
+    augment_rows: NDArray[np.float32]
+    """[b v k] what is done to each view beyond that, columns as in `augment_plan.Column`; k is 0
+    where no source augments."""
 
 
 def samples_of_visits(visits: Int64Array, *, source: int, size: int, seed: int) -> Int64Array:
@@ -91,6 +100,7 @@ class TrainPlan:
         global_batch_size: int,
         seed: int,
         shares: Sequence[float] | None = None,
+        augmentations: Sequence[Augmentation] | None = None,
     ) -> None:
         """Checks that every visit will have something to show.
 
@@ -101,6 +111,7 @@ class TrainPlan:
             seed: decides everything that is drawn.
             shares: each source's part of every batch, in any unit; None takes the numbers of
                 samples, so that all sources finish a pass together.
+            augmentations: each source's, all with the same number of views; None is none.
 
         Raises:
             ValueError: an empty source, one smaller than its share of a batch, a sample without
@@ -117,6 +128,8 @@ class TrainPlan:
         check_sizes(sources, self.shares, global_batch_size=global_batch_size)
         self._sources = list(sources)
         self._data = data
+        self._augmentations = list(augmentations or [Augmentation()] * len(sources))
+        self.num_views = self._augmentations[0].views
         self.seed = seed
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
@@ -140,11 +153,11 @@ class TrainPlan:
     def substitute(self, step: int, slots: Int64Array, *, attempt: int) -> PlannedBatch:
         """What is fed in some places of a global batch whose planned sample cannot be.
 
-        Another sample of the same source, with text, window and flip of its own: as `batch`, a
-        function of (data, seed, step, slot, attempt) and nothing else. The attempts of one place
-        go through all other samples of its source, in an order of that place's own, before any
-        comes again; a source of one sample has only that one. A substitute may stand in the
-        batch, or the pass, a second time.
+        Another sample of the same source, with text, window, flip and augmentation of its own: as
+        `batch`, a function of (data, seed, step, slot, attempt) and nothing else. The attempts of
+        one place go through all other samples of its source, in an order of that place's own,
+        before any comes again; a source of one sample has only that one. A substitute may stand in
+        the batch, or the pass, a second time.
 
         Args:
             step: of the batch.
@@ -183,7 +196,7 @@ class TrainPlan:
         *,
         streams: tuple[int, ...] = (),
     ) -> PlannedBatch:
-        """Text, window and flip for samples; `streams` tells a substitute's numbers apart."""
+        """Text, windows, flips and augmentation; `streams` tells a substitute's numbers apart."""
         size = len(slots)
         visits = step * self.global_batch_size + slots
         rows = np.empty(size, dtype=_ROW_DTYPE)
@@ -198,14 +211,11 @@ class TrainPlan:
             )
         captions, labels, templates = texts
 
-        window_starts, window_shapes = random_windows(
-            rows["height"],
-            rows["width"],
-            visits,
-            key=self._key(*streams, _Purpose.CROP),
-            scale=self._data.crop_scale,
-            ratio=self._data.crop_ratio,
-        )
+        cuts = [
+            self._cut(rows, source_ids, visits, streams=view_streams)
+            for view_streams in self._view_streams(streams)
+        ]
+        (window_starts, window_shapes, flips), *second = cuts
         return PlannedBatch(
             step=step,
             slots=slots,
@@ -213,13 +223,67 @@ class TrainPlan:
             sample_ids=sample_ids,
             window_starts=window_starts,
             window_shapes=window_shapes,
-            flips=_draw_flips(
-                np.uint64(self._key(*streams, _Purpose.FLIP)), visits, self._data.flip_probability
-            ),
+            flips=flips,
             captions=captions,
             labels=labels,
             templates=templates,
+            second_cuts=_joined(second, size),
+            augment_rows=self._augment(source_ids, visits, streams=streams),
         )
+
+    def _view_streams(self, streams: tuple[int, ...]) -> list[tuple[int, ...]]:
+        """What tells the numbers of each view apart."""
+        return [streams, (*streams, _Purpose.SECOND_VIEW)][: self.num_views]
+
+    def _cut(
+        self,
+        rows: NDArray[Any],
+        source_ids: NDArray[np.int32],
+        visits: Int64Array,
+        *,
+        streams: tuple[int, ...],
+    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """Window starts [b 2], window shapes [b 2] and flips [b] of one view."""
+        crop, flip = self._key(*streams, _Purpose.CROP), self._key(*streams, _Purpose.FLIP)
+        starts = np.empty((len(visits), 2), dtype=np.int32)
+        shapes = np.empty_like(starts)
+        flips = np.empty(len(visits), dtype=np.int32)
+        for number, augmentation in enumerate(self._augmentations):
+            mine = np.flatnonzero(source_ids == number)
+            starts[mine], shapes[mine] = random_windows(
+                rows["height"][mine],
+                rows["width"][mine],
+                visits[mine],
+                key=crop,
+                scale=augmentation.crop_scale or self._data.crop_scale,
+                ratio=self._data.crop_ratio,
+            )
+            chance = augmentation.flip
+            if chance is None:
+                chance = self._data.flip_probability
+            flips[mine] = _draw_flips(np.uint64(flip), visits[mine], chance)
+        return starts, shapes, flips
+
+    def _augment(
+        self, source_ids: NDArray[np.int32], visits: Int64Array, *, streams: tuple[int, ...]
+    ) -> NDArray[np.float32]:
+        """What is done to each view of each picture, [b v k]."""
+        width, stages = row_width(self._augmentations), num_stages(self._augmentations)
+        drawn = np.zeros((len(visits), self.num_views, width), dtype=np.float32)
+        if not width:
+            return drawn
+        for view, view_streams in enumerate(self._view_streams(streams)):
+            key = self._key(*view_streams, _Purpose.AUGMENT)
+            for number, augmentation in enumerate(self._augmentations):
+                mine = np.flatnonzero(source_ids == number)
+                drawn[mine, view] = draw_rows(
+                    augmentation,
+                    visits[mine],
+                    key=key,
+                    image_size=self._data.image_size,
+                    stages=stages,
+                )
+        return drawn
 
     def _key(self, *parts: int) -> int:
         """The key of a stream, named by purposes and what tells streams of one purpose apart."""
@@ -274,6 +338,12 @@ _ROW_DTYPE = np.dtype(
 )
 # How often a sample that has both kinds of text shows a caption.
 _CAPTION_CHANCE = {"any": 0.5, "captions": 1.0, "labels": 0.0}
+
+
+def _joined(cuts: Sequence[tuple[NDArray[np.int32], ...]], size: int) -> NDArray[np.int32]:
+    """Starts, shapes and flips of a view side by side, [b 5]; [b 0] if there is none."""
+    columns = [part.reshape(size, -1) for cut in cuts for part in cut]
+    return np.concatenate([np.empty((size, 0), dtype=np.int32), *columns], axis=1)
 
 
 @njit(cache=True, nogil=True)

@@ -14,16 +14,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 ROOMS = ("pipelines", "tools", "benchmarks")
 # Lower rooms know nothing of higher ones; modules not named are free to know any library module.
 LIBRARY_LEVELS = [
-    {
-        "batch",
-        "config",
-        "devices",
-        "keyed_random",
-        "manifest",
-        "images",
-        "jpeg_header",
-        "nvidia_apex",
-    }
+    {"augmentation", "batch", "config", "devices", "keyed_random", "manifest", "images"}
+    | {"jpeg_header", "nvidia_apex"}
     | {"shard_reader", "differences", "whole_files", "stages", "ending_at_once", "exit_codes"}
     | {"pillow_decoding", "checksums", "array_files", "sealed_json"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}

@@ -1,7 +1,7 @@
 """`unicl-pack`: pictures with labels, captions or both -> a packed, verified, shuffled data set.
 
 This module reads arguments and prints; what it does is `build_dataset`, which other programs call
-directly.
+directly, and `show_dataset`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ import sys
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, Literal, NoReturn, TextIO
 
 import tyro
 
@@ -95,19 +96,68 @@ class Build:
     """Processes that read and check pictures; 0 takes one for each core."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Show:
+    """Draw pictures of a packed data set, and what an augmentation does to them, as a PNG.
+
+    With --augment each of its steps has a row of its own, on the pictures' centres, with the
+    numbers that were drawn; the last rows show all together, as training would.
+
+    Examples:
+      unicl-pack show packed/photos --out photos.png
+
+      unicl-pack show packed/photos --augment unicl,blur=0.5 --out unicl.png
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """Packed data set."""
+    out: Path = Path("contact-sheet.png")
+    """File to write."""
+    augment: str = ""
+    """As an entry of unicl-pretrain's --data.augment: none, clip, unicl or supcon, and changes."""
+    samples: int = 8
+    """Pictures to show, evenly spread over the data set."""
+    image_size: int = 224
+    """Side of the square that the model would see, in pixels."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter for resizing."""
+    seed: int = 0
+    """Decides what is drawn."""
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 0 when done, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(
-        {"build": Build}, args=arguments, prog="unicl-pack"
+        {"build": Build, "show": Show}, args=arguments, prog="unicl-pack"
     )
     try:
-        summary = build_dataset(**vars(command))
+        report = _show(command) if isinstance(command, Show) else _build(command)
     except KeyboardInterrupt:
         _fail("stopped; nothing was written", code=130)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error), code=2)
-    _print(_report(summary), sys.stdout)
+    _print(report, sys.stdout)
+
+
+def _build(command: Build) -> str:
+    return _report(build_dataset(**vars(command)))
+
+
+def _show(command: Show) -> str:
+    # matplotlib, torch and DALI, which packing can do without
+    from unicl_fast.tools.show_dataset import show_dataset
+
+    out = show_dataset(
+        command.folder,
+        command.out,
+        augment=command.augment,
+        samples=command.samples,
+        image_size=command.image_size,
+        interpolation=command.interpolation,
+        seed=command.seed,
+    )
+    return f"{out}: look at it"
 
 
 def _report(summary: BuildSummary) -> str:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from unicl_fast.augmentation import augmentations_of, refuse_second_view
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.best import choose_metric
 from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
@@ -50,14 +51,16 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     """Refuses what can be told to be wrong before ranks are started.
 
     Raises:
-        ValueError: no data, shares that do not fit, ranks that cannot share the batch, or a run
-            folder in use.
+        ValueError: no data, shares or augmentations that do not fit, ranks that cannot share the
+            batch, or a run folder in use.
         FileNotFoundError: a data set or checkpoint that is not there.
     """
     Ranks(world_size=nproc).share_of(config.run.global_batch_size)
+    refuse_second_view(config.data.augment)
     if resume != "auto":  # rank 0 reads checkpoints and says what it passes over; once is enough
         choose_checkpoint(resume, run_folder)
     datasets, _ = open_sources(config.data)
+    augmentations_of(config.data.augment, [dataset.folder for dataset in datasets])
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()

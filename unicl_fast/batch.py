@@ -49,6 +49,9 @@ class Batch:
     """int64 [u]: how many samples of this batch have that text; they sum to b."""
     slots: Tensor
     """int64 [b]: places in the GLOBAL batch, 0 to n - 1. Drop path is keyed on them."""
+    second_images: Tensor | None = None
+    """uint8 [b h w c], RGB: each picture once more, cut and augmented otherwise, where
+    `data.augment` asks for two views."""
     sample_ids: Tensor | None = None
     """int64 [b] on the host: rows of the data set the samples came from, for records."""
     scheduled_ids: Tensor | None = None
@@ -75,6 +78,8 @@ class Batch:
                 "slots",
             )
         }
+        if self.second_images is not None:
+            moved["second_images"] = self.second_images.to(device, non_blocking=True)
         return dataclasses.replace(self, **moved)
 
 

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from unicl_fast.augmentation import check_augment_entries
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -75,12 +77,17 @@ class DataConfig:
     """Smallest and largest width/height of a training crop."""
     flip_probability: float = 0.5
     """Chance of a horizontal flip in training."""
+    augment: tuple[str, ...] = ()
+    """What else is done to training pictures: a preset (none, clip, unicl, supcon) and changes to
+    it, for example unicl,blur=0.5; NAME:SPEC is for the data set whose folder is called NAME. See
+    docs/augmentation.md."""
     evaluation_resize: int = 256
     """Evaluation scales the shorter side to this, in pixels, then cuts image_size in the centre."""
     interpolation: Interpolation = "bilinear"
     """Filter for resizing; both are antialiased."""
     resample: Resample = "fused"
-    """What resizes on the CPU: one fused operator, or DALI's own. On a GPU it is DALI's."""
+    """What resizes and augments on the CPU: fused operators, or DALI's own. On a GPU it is
+    DALI's."""
     mean: tuple[float, float, float] = CLIP_MEAN
     """Mean of each colour channel, of values in 0 to 1."""
     std: tuple[float, float, float] = CLIP_STD
@@ -118,6 +125,7 @@ class DataConfig:
             0 <= self.flip_probability <= 1,
             f"data.flip_probability must lie in 0 to 1, not {self.flip_probability}",
         )
+        check_augment_entries(self.augment)
         _require(
             self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "

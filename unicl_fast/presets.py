@@ -1,8 +1,8 @@
 """Presets: functions that return a whole TrainConfig.
 
 `unicl-pretrain --preset NAME` starts from one; every field can be set after it. The large ones are
-the paper's encoders with the released recipe's optimizer and schedule (its RandAugment, colour
-jitter and random erasing are not here yet); the small ones train on two CPU cores.
+the paper's encoders with the released recipe's optimizer, schedule and augmentation (RandAugment,
+colour jitter, random erasing); the small ones train on two CPU cores, with crops and flips alone.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from unicl_fast.config import (
 def _released(image_encoder: str, *, drop_path: float = 0.0) -> TrainConfig:
     """The released recipe: 224 pixels, global batch 4,096, AdamW, 5 of 32 epochs of warm-up."""
     return TrainConfig(
+        data=DataConfig(augment=("unicl",)),
         model=ModelConfig(image_encoder=image_encoder, drop_path=drop_path),
         efficiency=EfficiencyConfig(precision="bf16"),
         run=RunConfig(global_batch_size=4096),

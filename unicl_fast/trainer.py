@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from unicl_fast.augmentation import refuse_second_view
 from unicl_fast.bad_steps import BadSteps, KeptStatistics
 from unicl_fast.bad_visits import BadVisits
 from unicl_fast.batch import Batch, Loader
@@ -99,9 +100,11 @@ class Trainer:
             progress: show a progress bar on rank 0.
 
         Raises:
-            ValueError: the run has no length, the ranks cannot share the global batch, or the
-                model cannot be trained in micro-batches or compiled as the config asks.
+            ValueError: the run has no length, the ranks cannot share the global batch, the model
+                cannot be trained in micro-batches or compiled as the config asks, or two views
+                are asked for.
         """
+        refuse_second_view(config.data.augment)
         self.ranks = ranks or Ranks()
         self.ranks.share_of(config.run.global_batch_size)
         self.total_steps = config.run.total_steps

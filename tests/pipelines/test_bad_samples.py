@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -34,7 +35,13 @@ LABELLED, CAPTIONED = 0, 1
 
 def make_loader(datasets: Sequence[PackedDataset], prompts: ClassPrompts, **more: Any) -> Any:
     config = TrainConfig(
-        data=DataConfig(image_size=32, evaluation_resize=36, threads=2, templates="per_class"),
+        data=DataConfig(
+            image_size=32,
+            evaluation_resize=36,
+            threads=2,
+            templates="per_class",
+            augment=("unicl,views=2",),
+        ),
         run=RunConfig(global_batch_size=BATCH, seed=3),
     )
     return TrainLoader(config, datasets, None, prompts, **more)
@@ -83,6 +90,12 @@ def texts_of(batch: Batch) -> torch.Tensor:
     return torch.cat([batch.tokens[batch.text_index], batch.class_ids[:, None]], dim=1)
 
 
+def views_of(batch: Batch) -> torch.Tensor:
+    """Both views of each picture [b 2 h w c]."""
+    assert batch.second_images is not None
+    return torch.stack([batch.images, batch.second_images], dim=1)
+
+
 def assert_only_bad_ones_differ(
     batches: Sequence[Batch], expected: Sequence[Batch], bad: set[tuple[int, int]]
 ) -> int:
@@ -101,7 +114,7 @@ def assert_only_bad_ones_differ(
         assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
         shown = zip(batch.source_ids.tolist(), batch.sample_ids.tolist(), strict=True)
         assert not bad & set(shown)
-        assert torch.equal(batch.images[~is_bad], whole.images[~is_bad])
+        assert torch.equal(views_of(batch)[~is_bad], views_of(whole)[~is_bad])
         assert torch.equal(texts_of(batch)[~is_bad], texts_of(whole)[~is_bad])
         replaced += int(is_bad.sum())
     return replaced
@@ -116,7 +129,8 @@ def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
 
 def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
     for one, other in zip(batches, others, strict=True):
-        for name in ("images", "sample_ids", "scheduled_ids", "source_ids", "slots"):
+        assert torch.equal(views_of(one), views_of(other))
+        for name in ("sample_ids", "scheduled_ids", "source_ids", "slots"):
             assert torch.equal(getattr(one, name), getattr(other, name)), (one.step, name)
         assert torch.equal(texts_of(one), texts_of(other))
 
@@ -158,15 +172,14 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
                     if (pair[0], int((one := loader.plan.substitute(
                         step, planned.slots[[place]], attempt=attempt)).sample_ids[0])) not in bad
                 )  # fmt: skip
-                for name in ("sample_ids", "window_starts", "window_shapes", "flips", "captions"):
-                    getattr(planned, name)[place] = getattr(chosen, name)[0]
-                for name in ("labels", "templates"):
-                    getattr(planned, name)[place] = getattr(chosen, name)[0]
+                for field in dataclasses.fields(planned):
+                    if field.name != "step":
+                        getattr(planned, field.name)[place] = getattr(chosen, field.name)[0]
         return planned
 
     loader.plan.batch = with_substitutes  # type: ignore[method-assign]
     for one, other in zip(batches, take(loader), strict=True):
-        assert torch.equal(one.images, other.images)
+        assert torch.equal(views_of(one), views_of(other))
         assert torch.equal(texts_of(one), texts_of(other))
 
 

@@ -150,6 +150,68 @@ def test_restarting_at_a_step_gives_the_same_batches(
         assert_equal(one, other)
 
 
+AUGMENTED = ("unicl,blur=0.3,grayscale=0.2", "captioned:none,policy=trivial,erase=0.5")
+
+
+@pytest.mark.parametrize("resample", ["fused", "dali"])
+def test_augmented_batches_are_the_same_from_any_step_and_over_any_ranks(
+    datasets: list[PackedDataset], prompts: ClassPrompts, resample: str
+) -> None:
+    config = make_config(augment=AUGMENTED, resample=resample, interpolation="bicubic")
+    whole = take(datasets, prompts, count=3, config=config)
+    (later,) = take(datasets, prompts, start=2, count=1, config=config)
+    assert_equal(whole[2], later)
+    ranks = [
+        take(datasets, prompts, start=1, count=1, rank=rank, world_size=2, config=config)[0]
+        for rank in range(2)
+    ]
+    assert torch.equal(torch.cat([part.images for part in ranks]), whole[1].images)
+
+
+def test_augmentation_changes_the_pictures_of_its_own_source_only(
+    datasets: list[PackedDataset], prompts: ClassPrompts
+) -> None:
+    plain = take(datasets, prompts, count=2)
+    for resample in ("fused", "dali"):
+        config = make_config(augment=("captioned:none,brightness=0.5",), resample=resample)
+        same = take(datasets, prompts, count=2, config=make_config(resample=resample))
+        for one, other, reference in zip(
+            take(datasets, prompts, count=2, config=config), same, plain, strict=True
+        ):
+            assert one.source_ids is not None
+            changed = (one.images != other.images).flatten(1).any(dim=1)
+            assert torch.equal(changed, one.source_ids == 1)
+            assert torch.equal(texts_of(one), texts_of(reference))
+
+
+def test_a_name_that_is_no_data_set_s_is_refused(
+    datasets: list[PackedDataset], prompts: ClassPrompts
+) -> None:
+    config = make_config(augment=("pictures:unicl",))
+    with pytest.raises(ValueError, match="no data set is called 'pictures'; there are labelled, "):
+        TrainLoader(config, datasets, None, prompts)
+
+
+def test_two_views(datasets: list[PackedDataset], prompts: ClassPrompts) -> None:
+    config = make_config(augment=("supcon,crop_scale=0.08..1",))
+    (both,) = take(datasets, prompts, start=4, count=1, config=config)
+    single = make_config(augment=("supcon,crop_scale=0.08..1,views=1",))
+    (one,) = take(datasets, prompts, start=4, count=1, config=single)
+    assert both.second_images is not None
+    assert one.second_images is None
+    assert both.second_images.shape == both.images.shape
+    assert torch.equal(both.images, one.images)
+    assert (both.images != both.second_images).flatten(1).any(dim=1).all()
+    assert torch.equal(texts_of(both), texts_of(one))
+    parts = [
+        take(datasets, prompts, start=4, count=1, rank=r, world_size=3, config=config)[0]
+        for r in range(3)
+    ]
+    seconds = [part.second_images for part in parts if part.second_images is not None]
+    assert torch.equal(torch.cat(seconds), both.second_images)
+    assert both.to(torch.device("cpu")).second_images is not None
+
+
 def test_one_loader_can_be_asked_again(
     datasets: list[PackedDataset], prompts: ClassPrompts
 ) -> None:

@@ -11,11 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
+from unicl_fast.pipelines.augment_plan import Column
 from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan
 from unicl_fast.shards import SAMPLE_DTYPE
 
 NUM_CLASSES = 10
+EVERYTHING = "supcon,policy=rand,policy_probability=1,jitter_probability=1,erase=0.5"
 
 
 def make_source(
@@ -38,8 +41,14 @@ def make_source(
 
 def make_plan(*sources: PlanSource, batch: int = 8, seed: int = 0, **options: Any) -> TrainPlan:
     shares = options.pop("shares", None)
+    augment = options.pop("augment", "none")
     return TrainPlan(
-        sources, data=DataConfig(**options), global_batch_size=batch, seed=seed, shares=shares
+        sources,
+        data=DataConfig(**options),
+        global_batch_size=batch,
+        seed=seed,
+        shares=shares,
+        augmentations=[parse_augmentation(augment)] * len(sources),
     )
 
 
@@ -68,7 +77,10 @@ def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
 ) -> None:
     world_size = data.draw(st.sampled_from(divisors(batch)))
     plan = make_plan(
-        *(make_source(size, captions=2, labels=2) for size in sizes), batch=batch, seed=seed
+        *(make_source(size, captions=2, labels=2) for size in sizes),
+        batch=batch,
+        seed=seed,
+        augment=EVERYTHING,
     )
     whole = arrays(plan.batch(step, rank=0, world_size=1))
     slices = [arrays(plan.batch(step, rank=r, world_size=world_size)) for r in range(world_size)]
@@ -138,11 +150,63 @@ def test_without_shares_all_sources_finish_a_pass_together() -> None:
 def test_seeds_change_everything_drawn() -> None:
     source = make_source(500, captions=5, labels=3)
     one, other = (
-        arrays(make_plan(source, batch=200, seed=seed).batch(0, rank=0, world_size=1))
+        arrays(
+            make_plan(source, batch=200, seed=seed, augment=EVERYTHING).batch(
+                0, rank=0, world_size=1
+            )
+        )
         for seed in (0, 1)
     )
     for name in set(one) - {"slots", "source_ids"}:
         assert not np.array_equal(one[name], other[name]), name
+
+
+def test_the_views_of_a_picture_share_nothing_drawn_but_its_text() -> None:
+    batch = make_plan(make_source(500, labels=1), batch=400, augment=EVERYTHING).batch(
+        3, rank=0, world_size=1
+    )
+    starts, shapes, flips = np.split(batch.second_cuts, [2, 4], axis=1)
+    assert np.mean((starts == batch.window_starts) & (shapes == batch.window_shapes)) < 0.02
+    assert 0.4 < np.mean(flips[:, 0] == batch.flips) < 0.6
+    first, second = batch.augment_rows.transpose(1, 0, 2)
+    for column in (*range(Column.BRIGHTNESS, Column.ERASED + 4), Column.STAGES):
+        assert abs(np.corrcoef(first[:, column], second[:, column])[0, 1]) < 0.2, column
+
+
+def test_a_second_view_or_augmentation_leaves_everything_else_alone() -> None:
+    source = make_source(300, captions=5, labels=3)
+    plain, full = (
+        arrays(
+            make_plan(source, batch=200, augment=augment, crop_scale=(0.2, 1.0)).batch(
+                2, rank=0, world_size=1
+            )
+        )
+        for augment in ("none", EVERYTHING)
+    )
+    for name in set(plain) - {"second_cuts", "augment_rows"}:
+        assert np.array_equal(plain[name], full[name]), name
+    assert plain["second_cuts"].size == plain["augment_rows"].size == 0
+
+
+def test_each_source_has_its_own_crops_flips_and_augmentation() -> None:
+    sources = [make_source(600, labels=1), make_source(600, labels=1)]
+    plan = TrainPlan(
+        sources,
+        data=DataConfig(),
+        global_batch_size=400,
+        seed=0,
+        augmentations=[parse_augmentation("clip"), parse_augmentation("unicl,flip=1")],
+    )
+    batch = plan.batch(0, rank=0, world_size=1)
+    mild, strong = (batch.source_ids == number for number in (0, 1))
+    area = batch.window_shapes.prod(axis=1)
+    assert area[mild].min() > 0.85 * 100 * 120
+    assert np.median(area[strong]) < 0.7 * 100 * 120
+    assert not batch.flips[mild].any()
+    assert batch.flips[strong].all()
+    assert (batch.augment_rows[mild] == batch.augment_rows[mild][:1]).all()
+    assert not batch.augment_rows[mild, 0, 0].any()
+    assert batch.augment_rows[strong, 0, 0].all()
 
 
 def test_a_visit_in_another_pass_draws_anew() -> None:
@@ -282,24 +346,26 @@ def test_substitutes_are_all_other_samples_of_the_source_each_once(
 
 def test_a_substitute_depends_on_step_slot_and_attempt_and_on_nothing_else() -> None:
     sources = make_source(3000, captions=3), make_source(2000, labels=2)
-    plan = make_plan(*sources, batch=200)
+    plan = make_plan(*sources, batch=200, augment=EVERYTHING)
     slots = np.arange(200)
     whole = arrays(plan.substitute(7, slots, attempt=2))
-    again = make_plan(*sources, batch=200)
+    again = make_plan(*sources, batch=200, augment=EVERYTHING)
     for name, expected in whole.items():
         chosen = arrays(again.substitute(7, slots[[150, 3]], attempt=2))[name]
         assert np.array_equal(chosen, expected[[150, 3]]), name
     for other in (
         plan.substitute(8, slots, attempt=2),
         plan.substitute(7, slots, attempt=3),
-        make_plan(*sources, batch=200, seed=1).substitute(7, slots, attempt=2),
+        make_plan(*sources, batch=200, seed=1, augment=EVERYTHING).substitute(7, slots, attempt=2),
     ):
         same = np.mean(whole["sample_ids"] == other.sample_ids)
         assert same < 0.02
         assert np.mean(whole["window_starts"] == other.window_starts) < 0.2
         assert 0.3 < np.mean(whole["flips"] == other.flips) < 0.7
+        assert (whole["augment_rows"] != other.augment_rows).any(axis=(1, 2)).all()
     planned, later = (plan.batch(step, rank=0, world_size=1) for step in (7, 12))
     assert 0.3 < np.mean(whole["flips"] == planned.flips) < 0.7
+    assert (whole["augment_rows"] != planned.augment_rows).any(axis=(1, 2)).all()
     distance = whole["sample_ids"] - planned.sample_ids
     assert (
         np.mean(distance == plan.substitute(12, slots, attempt=2).sample_ids - later.sample_ids)

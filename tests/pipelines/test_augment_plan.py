@@ -1,0 +1,230 @@
+"""What is drawn for a picture: the laws of timm, torchvision and the papers."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections import Counter
+
+import numpy as np
+import pytest
+from timm.data import auto_augment as timm_augment
+from torchvision.transforms import v2
+
+from unicl_fast.augmentation import Augmentation, parse_augmentation
+from unicl_fast.pipelines.augment_plan import (
+    STAGE_WIDTH,
+    Column,
+    draw_rows,
+    neutral_rows,
+    row_width,
+)
+from unicl_fast.pipelines.policies import (
+    AUTO,
+    RAND,
+    TRIVIAL,
+    Operation,
+    Operator,
+    auto_pairs,
+    table_of,
+    write_operation,
+)
+
+MANY = 40_000
+SIDE = 224
+
+
+def drawn(spec: str, *, count: int = MANY, key: int = 3) -> np.ndarray:
+    augmentation = parse_augmentation(spec)
+    return draw_rows(
+        augmentation,
+        np.arange(count),
+        key=key,
+        image_size=SIDE,
+        stages=augmentation.stages,
+    )
+
+
+def stage(rows: np.ndarray, number: int) -> np.ndarray:
+    start = Column.STAGES + number * STAGE_WIDTH
+    return rows[:, start : start + STAGE_WIDTH]
+
+
+def row_of(operation: Operation, *, level: float, negate: bool) -> np.ndarray:
+    row = np.empty(STAGE_WIDTH, np.float32)
+    write_operation(row, table_of((operation,))[0], level, negate, SIDE)
+    return row
+
+
+def assert_chance(happened: np.ndarray, chance: float) -> None:
+    """Within five standard errors."""
+    error = math.sqrt(chance * (1 - chance) / len(happened))
+    assert abs(happened.mean() - chance) <= 5 * error
+
+
+def test_each_thing_happens_as_often_as_it_should_and_independently() -> None:
+    rows = drawn("none,jitter=0.4,hue=0.1,jitter_probability=0.7,grayscale=0.2,blur=0.5,erase=0.25")
+    jittered = rows[:, Column.BRIGHTNESS] != 1
+    grey = rows[:, Column.SATURATION] == 0
+    blurred, erased = rows[:, Column.SIGMA] > 0, rows[:, Column.ERASED + 2] > 0
+    happened = [(jittered, 0.7), (grey, 0.2), (blurred, 0.5), (erased, 0.25)]
+    for i, (one, chance) in enumerate(happened):
+        assert_chance(one, chance)
+        for other, other_chance in happened[:i]:
+            assert_chance(one & other, chance * other_chance)
+    assert np.array_equal(rows[:, Column.IS_TWISTED] == 1, jittered | grey)
+    assert (rows[~jittered & ~grey, : Column.SIGMA] == neutral_rows(1, stages=0)[0, :5]).all()
+
+
+def test_jitter_and_blur_are_uniform_in_their_ranges() -> None:
+    rows = drawn("none,brightness=0.4,contrast=1.5,saturation=0.2,hue=0.1,blur=1")
+    ranges = {
+        Column.BRIGHTNESS: (0.6, 1.4),
+        Column.CONTRAST: (0.0, 2.5),
+        Column.SATURATION: (0.8, 1.2),
+        Column.HUE: (-36.0, 36.0),
+        Column.SIGMA: (0.1, 2.0),
+    }
+    for column, (low, high) in ranges.items():
+        places = np.sort((rows[:, column] - low) / (high - low))
+        gap = np.abs(places - (np.arange(MANY) + 0.5) / MANY).max()
+        assert gap < 1.95 / math.sqrt(MANY), column  # Kolmogorov's test at 1 in 1,000
+
+
+def test_rectangles_lie_in_the_picture_and_have_area_and_shape_of_the_config() -> None:
+    rows = drawn("none,erase=1,erase_area=0.05..0.2,erase_ratio=0.5..2")
+    top, left, height, width = rows[:, Column.ERASED : Column.STAGES].T
+    assert (np.minimum(top, left) >= 0).all()
+    assert (np.maximum(top + height, left + width) <= SIDE).all()
+    assert top.min() == left.min() == 0
+    area, ratio = height * width / SIDE**2, height / width
+    assert 0.049 < area.min() < 0.052
+    assert 0.19 < area.max() < 0.202
+    assert 0.49 < ratio.min() < 0.51
+    assert 1.95 < ratio.max() < 2.05
+    assert abs(np.log(ratio).mean()) < 0.02
+
+
+def test_randaugment_draws_each_operation_equally_often_with_timm_s_strength() -> None:
+    rows = drawn("none,policy=rand,policy_ops=3,policy_probability=0.6")
+    magnitudes = []
+    for number in range(3):
+        operators = stage(rows, number)[:, 0]
+        assert_chance(operators > 0, 0.6)
+        counts = Counter(operators.astype(int).tolist())
+        share = 0.6 / len(RAND)
+        for operator in set(counts) - {0}:
+            expected = share * sum(operation.operator == operator for operation in RAND)
+            assert_chance(operators == operator, expected)
+        factors = stage(rows, number)[operators == Operator.BRIGHTNESS, 1]
+        assert_chance(factors > 1, 0.5)
+        magnitudes.append(np.abs(factors[factors > 1] - 1) / 0.09)
+    magnitude = np.concatenate(magnitudes)
+    below = magnitude[magnitude < 9.99]  # the others are cut off at 10
+    assert abs(np.median(magnitude) - 9) < 0.05
+    assert abs((9 - below[below < 9]).std() / (0.5 * math.sqrt(1 - 2 / math.pi)) - 1) < 0.1
+    assert 0.01 < (magnitude > 9.99).mean() < 0.04  # one in 44 lies two deviations above
+
+
+def test_autoaugment_takes_the_pairs_of_the_paper() -> None:
+    policies = timm_augment.auto_augment_policy_original({})
+    theirs = [[(op.name, op.prob, op.magnitude) for op in pair] for pair in policies]
+    ours = [
+        [(AUTO[int(place)].name, chance, round(10 * level)) for place, chance, level in pair]
+        for pair in auto_pairs().tolist()
+    ]
+    assert [[(n.replace("PosterizeOriginal", "Posterize"), p, m) for n, p, m in pair]
+            for pair in theirs] == ours  # fmt: skip
+    rows = drawn("none,policy=auto")
+    wanted = Counter()
+    for pair in auto_pairs():
+        wanted[int(AUTO[int(pair[0, 0])].operator)] += pair[0, 1] / 25
+    for operator, chance in wanted.items():
+        assert_chance(stage(rows, 0)[:, 0] == operator, chance)
+
+
+def test_trivialaugment_draws_one_operation_of_31_strengths() -> None:
+    rows = drawn("none,policy=trivial")
+    assert rows.shape[1] == Column.STAGES + STAGE_WIDTH
+    operators = stage(rows, 0)[:, 0]
+    assert_chance(operators == 0, 1 / len(TRIVIAL))
+    assert_chance(operators == Operator.WARP, 5 / len(TRIVIAL))
+    factors = stage(rows, 0)[operators == Operator.SHARPNESS, 1]
+    assert len(np.unique(factors)) == 61  # 0 has no sign
+
+
+TIMM_NAMES = {
+    **{name: f"{name}Increasing" for name in ("Brightness", "Contrast", "Color", "Sharpness")},
+    **{name: f"{name}Increasing" for name in ("Posterize", "Solarize")},
+    **{name: f"{name}Rel" for name in ("TranslateX", "TranslateY")},
+}
+
+
+def matrix_of(name: str, value: float) -> list[float]:
+    if name == "Rotate":
+        angle = math.radians(value)
+        cosine, sine = math.cos(angle), math.sin(angle)
+        half = SIDE / 2
+        return [cosine, -sine, half * (1 - cosine + sine), sine, cosine, half * (1 - sine - cosine)]
+    scale = SIDE if name.startswith("Translate") else 1
+    place = {"ShearX": 1, "ShearY": 3, "TranslateX": 2, "TranslateY": 5}[name]
+    matrix = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
+    matrix[place] = value * scale
+    return matrix
+
+
+@pytest.mark.parametrize("level", [0.0, 0.31, 0.9, 0.95])
+@pytest.mark.parametrize("negate", [False, True])
+@pytest.mark.parametrize("operation", RAND, ids=lambda operation: operation.name)
+def test_randaugment_s_strengths_are_timm_s(
+    operation: Operation, level: float, negate: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(random, "random", lambda: 1.0 if negate else 0.0)
+    name = TIMM_NAMES.get(operation.name, operation.name)
+    rule = timm_augment.LEVEL_TO_ARG[name]
+    theirs = rule(10 * level, {})[0] if rule else 0.0
+    row = row_of(operation, level=level, negate=negate)
+    assert row[0] == operation.operator
+    if operation.operator == Operator.WARP:
+        assert np.allclose(row[1:], matrix_of(operation.name, theirs), atol=2e-4)
+    elif operation.operator == Operator.POSTERIZE:
+        assert row[1] == 256 - 2 ** (8 - max(theirs, 1))  # with no bit left pictures are black
+    else:
+        assert row[1] == pytest.approx(theirs, abs=1e-5)
+
+
+@pytest.mark.parametrize("place", [0, 1, 15, 30])
+@pytest.mark.parametrize("operation", TRIVIAL, ids=lambda operation: operation.name)
+def test_trivialaugment_s_strengths_are_torchvision_s(operation: Operation, place: int) -> None:
+    strengths, signed = v2.TrivialAugmentWide._AUGMENTATION_SPACE[operation.name]
+    table = strengths(31, SIDE, SIDE)
+    theirs = 0.0 if table is None else float(table[place])
+    row = row_of(operation, level=place / 30, negate=False)
+    assert row[0] == operation.operator
+    assert signed == operation.signed
+    if operation.operator == Operator.WARP:
+        value = theirs / SIDE if operation.name.startswith("Translate") else theirs
+        assert np.allclose(row[1:], matrix_of(operation.name, value), atol=2e-4)
+    elif operation.operator == Operator.POSTERIZE:
+        assert row[1] == 256 - 2 ** (8 - theirs)
+    elif signed:
+        assert row[1] == pytest.approx(1 + theirs, abs=1e-5)
+    else:  # of 255 levels
+        assert row[1] == pytest.approx(255 * theirs, abs=1e-3)
+
+
+def test_rows_are_functions_of_key_and_visit() -> None:
+    augmentation = parse_augmentation("unicl,blur=0.5,grayscale=0.2")
+    whole = drawn("unicl,blur=0.5,grayscale=0.2", count=100)
+    visits = np.array([77, 3, 50])
+    part = draw_rows(augmentation, visits, key=3, image_size=SIDE, stages=4)
+    assert np.array_equal(part[:, : whole.shape[1]], whole[visits])
+    assert not part[:, whole.shape[1] :].any()
+    other = drawn("unicl,blur=0.5,grayscale=0.2", count=100, key=4)
+    assert (other[:, Column.BRIGHTNESS] != whole[:, Column.BRIGHTNESS]).all()
+
+
+def test_without_augmentation_there_are_no_rows() -> None:
+    clip = parse_augmentation("clip")
+    assert row_width([Augmentation(), clip]) == 0
+    assert row_width([clip, parse_augmentation("none,grayscale=0.1")]) == Column.STAGES

@@ -1,0 +1,142 @@
+"""The text form of augmentations, and which data set gets which."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.augmentation import (
+    AUGMENTATIONS,
+    Augmentation,
+    augmentations_of,
+    parse_augmentation,
+    refuse_second_view,
+)
+from unicl_fast.config import DataConfig, TrainConfig, config_from_dict, config_to_dict
+from unicl_fast.presets import build_preset
+
+chances = st.floats(0, 1)
+numbers = st.floats(0, 5)
+ranges = st.tuples(st.floats(0.01, 0.5), st.floats(0.5, 1.0))
+FIELDS = {
+    "crop_scale": st.none() | ranges,
+    "flip": st.none() | chances,
+    "policy": st.sampled_from(["none", "rand", "trivial", "auto"]),
+    "policy_ops": st.integers(1, 4),
+    "policy_probability": chances,
+    "magnitude": st.floats(0, 10),
+    "magnitude_std": numbers,
+    "brightness": numbers,
+    "contrast": numbers,
+    "saturation": numbers,
+    "hue": st.floats(0, 0.5),
+    "jitter_probability": chances,
+    "grayscale": chances,
+    "blur": chances,
+    "blur_sigma": ranges,
+    "erase": chances,
+    "erase_area": ranges,
+    "erase_ratio": ranges,
+    "views": st.sampled_from([1, 2]),
+}
+
+
+def written(value: object) -> str:
+    return f"{value[0]!r}..{value[1]!r}" if isinstance(value, tuple) else str(value)
+
+
+def test_the_strategies_know_all_fields() -> None:
+    assert set(FIELDS) == {field.name for field in dataclasses.fields(Augmentation)}
+
+
+@given(
+    name=st.sampled_from(sorted(AUGMENTATIONS)), values=st.fixed_dictionaries({}, optional=FIELDS)
+)
+def test_what_is_written_is_what_is_read(name: str, values: dict[str, object]) -> None:
+    values = {field: value for field, value in values.items() if value is not None}
+    text = ",".join([name, *(f"{field}={written(value)}" for field, value in values.items())])
+    assert parse_augmentation(text) == dataclasses.replace(AUGMENTATIONS[name], **values)
+
+
+@given(st.text(alphabet="unicl,=.:0123blrx\n\u00e9", max_size=20))
+@settings(max_examples=50)
+def test_any_other_text_is_refused_in_a_sentence(text: str) -> None:
+    if text not in AUGMENTATIONS:
+        with pytest.raises(ValueError, match="^augmentation "):
+            parse_augmentation(text)
+
+
+def test_jitter_is_three_numbers_at_once() -> None:
+    augmentation = parse_augmentation("none,jitter=0.3,contrast=0.1")
+    assert (augmentation.brightness, augmentation.contrast, augmentation.saturation) == (
+        0.3, 0.1, 0.3
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("strong", "no 'strong' to start from; known are none, clip, unicl, supcon"),
+        ("unicl,blurr=1", "no field 'blurr'; fields are .*blur_sigma"),
+        ("unicl,blur", "expected FIELD=VALUE, not 'blur'"),
+        ("unicl,blur=much", "blur must be a number, not 'much'"),
+        ("unicl,blur=1.5", "blur is a probability and must lie in 0 to 1, not 1.5"),
+        ("unicl,blur=nan", "blur is a probability"),
+        ("unicl,blur_sigma=2", "blur_sigma must be a range LOW..HIGH, not '2'"),
+        ("unicl,crop_scale=0.5..1.5", "crop_scale must rise above 0 up to 1"),
+        ("unicl,policy=best", "policy must be one of none, rand, trivial, auto"),
+        ("unicl,views=1.0", "views must be a whole number"),
+        ("unicl,views=3", "views must be 1 or 2"),
+        ("unicl,magnitude=11", "magnitude must lie in 0 to 10"),
+        ("unicl,brightness=-1", "brightness must be 0"),
+        ("unicl,hue=0.6", "hue must lie in 0 to 0.5"),
+    ],
+)
+def test_what_is_wrong_is_said_when_the_config_is_made(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        parse_augmentation(text)
+    with pytest.raises(ValueError, match=f"data.augment: .*{message}"):
+        DataConfig(augment=(text,))
+
+
+def test_an_entry_for_one_data_set_counts_before_the_one_for_all() -> None:
+    folders = ["packed/a/train", "packed/b/train", "packed/captions", "packed/odd:name"]
+    found = augmentations_of(
+        ["unicl", "captions:clip", "b/train:none", "odd:name:none,blur=1"], folders
+    )
+    unicl, clip, none = (AUGMENTATIONS[name] for name in ("unicl", "clip", "none"))
+    assert found == [unicl, none, clip, Augmentation(blur=1.0)]
+    assert augmentations_of(["train:clip", "b/train:unicl"], folders) == [clip, unicl, none, none]
+    assert augmentations_of([], folders) == [none] * 4
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        (["c:unicl"], "no data set is called 'c'; there are a, b"),
+        (["a:supcon"], "views are a 2, b 1"),
+        (["unicl", "clip"], "two entries for all data sets: unicl clip"),
+        (["a:unicl", "a:clip"], "two entries for a"),
+        ([":unicl"], "expected NAME:SPEC"),
+    ],
+)
+def test_entries_that_fit_no_data_set_or_not_together(entries: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        augmentations_of(entries, ["x/a", "x/b"])
+
+
+def test_a_second_view_that_nobody_looks_at_is_refused() -> None:
+    with pytest.raises(ValueError, match="two views.*views=1"):
+        refuse_second_view(["a:supcon"])
+    refuse_second_view(["supcon,views=1", "a:unicl"])
+
+
+def test_the_released_recipe_is_that_of_the_large_presets() -> None:
+    assert build_preset("swin-base").data.augment == ("unicl",)
+    assert build_preset("cifar10-small").data.augment == ()
+    config = TrainConfig(data=DataConfig(augment=("unicl,blur=0.5", "a:clip")))
+    assert config_from_dict(json.loads(json.dumps(config_to_dict(config)))) == config
