@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -187,7 +188,16 @@ def measure(ours: Iterator[Tensor], theirs: Iterator[Tensor], settings: Settings
     return {name: summarise(values) for name, values in figures.items()}
 
 
-def take_turn(batches: Iterator[Tensor], settings: Settings) -> tuple[float, float]:
+class _Turns(Protocol):
+    """What `take_turn` must know of a stage's settings."""
+
+    @property
+    def batches(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+
+
+def take_turn(batches: Iterator[Tensor], settings: _Turns) -> tuple[float, float]:
     """Pictures per second of wall time and of processor time."""
     for _ in range(_WARM_UP):
         next(batches)

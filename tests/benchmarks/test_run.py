@@ -21,10 +21,14 @@ SMALL = {
     "checkpoint": ["--image-encoder", "test_vit", "--image-size", "160", "--steps", "2"],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
     "ledger": ["--visits", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
+    "augment": [
+        *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
+        *("--augment", "none,grayscale=0.5"),
+    ],
     "input": ["--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"],
 }
 
-ON_DATA = ("text", "step", "profile", "input")
+ON_DATA = ("text", "step", "profile", "input", "augment")
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +43,13 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     source = ["build", str(pictures / "labels.csv"), "--where", "split=val"]
     root = str(pictures / "tiny-imagenet-200-subset.zip")
     pack([*source, "--label-column", "words", "--image-root", root, "--out", str(labelled)])
-    return {"text": captioned, "step": captioned, "profile": captioned, "input": labelled}
+    return {
+        "text": captioned,
+        "step": captioned,
+        "profile": captioned,
+        "input": labelled,
+        "augment": labelled,
+    }
 
 
 @pytest.mark.parametrize("stage", [s for s in STAGES if s not in ON_DATA])

@@ -222,3 +222,11 @@ def test_a_config_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"data": {"colour": 1}}')
     with pytest.raises(ValueError, match="data.colour is not a setting"):
         load_config(tmp_path / "config.json")
+
+
+def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:
+    config = tiny_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, augment=("supcon",)))
+    images = torch.zeros(12, config.data.image_size, config.data.image_size, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
+        Trainer(config, ListLoader([global_batch(images)]), progress=False)

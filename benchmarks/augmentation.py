@@ -1,0 +1,136 @@
+"""What augmentation costs the input pipeline on the CPU, and what DALI's own operators would.
+
+    unicl-bench augment --data PACKED [--json FILE]
+
+The same pictures leave loaders with and without augmentation, with the fused operator and with
+DALI's; first the two are compared on a batch, then all take turns. Figures are rates against the
+loader that only cuts, resamples and mirrors, fused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from unicl_fast.augmentation import parse_augmentation
+from unicl_fast.benchmarks.harness import (
+    BenchmarkSettings,
+    print_figures,
+    summarise,
+    write_result,
+)
+from unicl_fast.benchmarks.input_pipeline import take_turn
+from unicl_fast.config import DataConfig, Resample, RunConfig, TrainConfig
+from unicl_fast.pipelines.host_memory import keep_freed_memory
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tokenizer import Tokenizer
+
+_CROP_ONLY = "none"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(BenchmarkSettings):
+    """Pictures a second with augmentation against without, and with DALI's operators."""
+
+    data: Path
+    """Packed data set with labels."""
+    augment: tuple[str, ...] = (
+        "unicl",
+        "supcon,views=1",
+        "none,policy=trivial",
+        "none,policy=auto",
+    )
+    """As entries of data.augment, one view each: two are twice the pictures."""
+    batch_size: int = 64
+    """Pictures of a batch."""
+    image_size: int = 224
+    """Side of the squares."""
+    threads: int = 2
+    """Decoding threads."""
+    batches: int = 20
+    """Batches of a turn."""
+
+
+def run(settings: Settings) -> None:
+    """Compares, measures, prints, and writes the JSON if one is wanted."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    specs = (_CROP_ONLY, *settings.augment)
+    for spec in specs:
+        if parse_augmentation(spec).views != 1:
+            raise ValueError(f"{spec}: add views=1; a second view is one more picture")
+    with PackedDataset(settings.data) as dataset, contextlib.ExitStack() as stack:
+        loaders = {
+            (spec, resample): stack.enter_context(
+                contextlib.closing(batches_of(dataset, settings, spec, resample))
+            )
+            for spec in specs
+            for resample in ("fused", "dali")
+        }
+        for spec in specs:
+            compare(spec, next(loaders[spec, "fused"]), next(loaders[spec, "dali"]))
+        figures = measure(loaders, settings)
+    print_figures(figures)
+    write_result(settings, figures, "numpy", "numba", "nvidia-dali-cuda120")
+
+
+def batches_of(
+    dataset: PackedDataset, settings: Settings, spec: str, resample: Resample
+) -> Generator[Tensor, None, None]:
+    """Pictures uint8 [b h w c] of the training loader."""
+    config = TrainConfig(
+        data=DataConfig(
+            image_size=settings.image_size,
+            evaluation_resize=settings.image_size,
+            threads=settings.threads,
+            resample=resample,
+            augment=(spec,),
+        ),
+        run=RunConfig(global_batch_size=settings.batch_size),
+    )
+    manifest = dataset.manifest
+    prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+    loader = TrainLoader(config, [dataset], None, prompts)
+    try:
+        for batch in loader.batches(0):
+            yield batch.images
+    finally:
+        loader.close()
+
+
+def compare(spec: str, fused: Tensor, dali: Tensor) -> None:
+    """Refuses to time operators that do not do the same.
+
+    They resample a level apart, and DALI repeats border pixels (tests/pipelines/test_graph.py);
+    thresholds of a policy make more of that in a few places.
+    """
+    gap = (fused.int() - dali.int()).abs().float().flatten(1).mean(1)
+    print(f"{spec}: mean difference of a picture {gap.median():.3f}, at most {gap.max():.3f}")
+    if gap.median() > 0.5 or (gap > 3).float().mean() > 0.1:
+        raise RuntimeError(f"{spec}: the fused operator and DALI's differ; nothing was timed")
+
+
+def measure(
+    loaders: dict[tuple[str, Resample], Iterator[Tensor]], settings: Settings
+) -> dict[str, dict[str, object]]:
+    """Rates of all in turns, and the ratio of each round to its round without augmentation."""
+    turns: dict[tuple[str, Resample], list[tuple[float, float]]] = {name: [] for name in loaders}
+    for _ in range(settings.rounds):
+        for name, batches in loaders.items():
+            turns[name].append(take_turn(batches, settings))
+    plain = turns[_CROP_ONLY, "fused"]
+    figures = {}
+    for (spec, resample), mine in turns.items():
+        name = f"{spec}, {resample}"
+        figures[f"{name}: images/s"] = summarise([rate for rate, _ in mine])
+        for place, kind in ((0, "rate"), (1, "rate by processor time")):
+            ratios = [a[place] / b[place] for a, b in zip(mine, plain, strict=True)]
+            figures[f"{name}: {kind} against none"] = summarise(ratios)
+    return figures
