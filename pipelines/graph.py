@@ -1,4 +1,4 @@
-"""The DALI graphs: encoded pictures and windows go in, uint8 [h w c] squares come out.
+"""The DALI graphs: pictures (encoded or not) and windows go in, uint8 [h w c] squares come out.
 
 One definition serves both devices: on `cpu` everything runs on the host and no driver is needed,
 on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -32,6 +32,8 @@ from unicl_fast.pipelines.fused_operators import resample_operator
 Source = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""
 
+Pictures = Literal["files", "pixels", "squares"]
+
 # DALI widens these filters when it shrinks a picture (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -47,13 +49,15 @@ def build_train_graph(
     device: torch.device,
     threads: int,
     prefetch: int,
+    pictures: Pictures = "files",
 ) -> Pipeline:
     """Decode the window, resample it to a square, mirror it.
 
     Args:
         source: gives encoded pictures as a list of uint8 arrays, window starts (row, column) int32
             [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], integers int64
-            [b k].
+            [b k]. With `pictures` as pixels the first is uint8 [b h w 3]; as squares there are only
+            uint8 [b size size 3] and the integers.
         batch_size: most samples of a batch.
         image_size: side of the square.
         interpolation: filter, antialiased.
@@ -61,45 +65,84 @@ def build_train_graph(
         device: where pictures end up.
         threads: decoding threads on the host.
         prefetch: batches worked on ahead.
+        pictures: what the source gives: files, decoded pictures, or squares that are made of those.
 
     Returns:
         A pipeline with two outputs: pictures uint8 [b h w c] and the integers, both on `device`.
     """
     pipeline = _new_pipeline(batch_size, device=device, threads=threads, prefetch=prefetch)
     with pipeline:
-        encoded, starts, shapes, flips, integers = fn.external_source(
-            source,
-            num_outputs=5,
-            batch=True,
-            dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64],
-            ndim=[1, 1, 1, 1, 1],
-        )
-        # Only the blocks under the window are decoded. Sizes in the index are as displayed and
-        # packing leaves no picture with an orientation tag, so nothing may turn it here.
-        windows = fn.decoders.image_slice(
-            encoded,
-            start=starts,
-            shape=shapes,
-            axis_names="HW",
-            device=_decoder_device(device),
-            output_type=types.RGB,
-            adjust_orientation=False,
-        )
-        if _is_fused(resample, device):
-            start, end = (types.Constant([edge] * 2, dtype=types.FLOAT) for edge in (0.0, math.inf))
-            pictures = resample_operator(image_size, interpolation)(windows, start, end, flips)
-        else:
-            # One operator for resampling and mirroring: 5 to 10 % faster on the CPU than two.
-            pictures = fn.resize_crop_mirror(
-                windows,
-                size=[image_size, image_size],
-                crop=[image_size, image_size],
-                mirror=fn.squeeze(flips, axes=0),
-                interp_type=_FILTERS[interpolation],
-                antialias=True,
+        if pictures == "squares":
+            squares, integers = fn.external_source(
+                source,
+                num_outputs=2,
+                batch=True,
+                dtype=[types.UINT8, types.INT64],
+                ndim=[3, 1],
+                layout=["HWC", ""],
             )
-        pipeline.set_outputs(pictures, _on_device(integers, device))
+        else:
+            first, starts, shapes, flips, integers = fn.external_source(
+                source,
+                num_outputs=5,
+                batch=True,
+                dtype=[types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64],
+                ndim=[1 if pictures == "files" else 3, 1, 1, 1, 1],
+                layout=["" if pictures == "files" else "HWC", "", "", "", ""],
+            )
+            squares = _resampled(
+                _windows(first, starts, shapes, device=device, pictures=pictures),
+                flips,
+                image_size=image_size,
+                interpolation=interpolation,
+                resample=resample,
+                device=device,
+            )
+        pipeline.set_outputs(squares, _on_device(integers, device))
     return pipeline
+
+
+def _windows(
+    first: Any, starts: Any, shapes: Any, *, device: torch.device, pictures: Pictures
+) -> Any:
+    """What is seen of each picture, uint8 [h w c] of its own size."""
+    if pictures == "pixels":
+        return fn.slice(_on_device(first, device), start=starts, shape=shapes, axis_names="HW")
+    # Only the blocks under the window are decoded. Sizes in the index are as displayed and
+    # packing leaves no picture with an orientation tag, so nothing may turn it here.
+    return fn.decoders.image_slice(
+        first,
+        start=starts,
+        shape=shapes,
+        axis_names="HW",
+        device=_decoder_device(device),
+        output_type=types.RGB,
+        adjust_orientation=False,
+    )
+
+
+def _resampled(
+    windows: Any,
+    flips: Any,
+    *,
+    image_size: int,
+    interpolation: Interpolation,
+    resample: Resample,
+    device: torch.device,
+) -> Any:
+    """Squares, mirrored where they should be."""
+    if is_fused(resample, device):
+        start, end = (types.Constant([edge] * 2, dtype=types.FLOAT) for edge in (0.0, math.inf))
+        return resample_operator(image_size, interpolation)(windows, start, end, flips)
+    # One operator for resampling and mirroring: 5 to 10 % faster on the CPU than two.
+    return fn.resize_crop_mirror(
+        windows,
+        size=[image_size, image_size],
+        crop=[image_size, image_size],
+        mirror=fn.squeeze(flips, axes=0),
+        interp_type=_FILTERS[interpolation],
+        antialias=True,
+    )
 
 
 def build_evaluation_graph(
@@ -144,7 +187,7 @@ def build_evaluation_graph(
             output_type=types.RGB,
             adjust_orientation=False,
         )
-        if _is_fused(resample, device):
+        if is_fused(resample, device):
             unflipped = types.Constant([0], dtype=types.INT32)
             pictures = resample_operator(image_size, interpolation)(whole, starts, ends, unflipped)
         else:
@@ -170,8 +213,8 @@ def decoding_threads(threads: int) -> int:
     return max(1, cores)
 
 
-def _is_fused(resample: Resample, device: torch.device) -> bool:
-    """A GPU's resize is DALI's."""
+def is_fused(resample: Resample, device: torch.device) -> bool:
+    """Whether our operator resamples; a GPU's resize is DALI's."""
     return resample == "fused" and device.type == "cpu"
 
 

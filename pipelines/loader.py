@@ -22,14 +22,33 @@ from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
 from unicl_fast.pipelines.bad_samples import BadSamples
 from unicl_fast.pipelines.culprits import find_undecodable, reason_of
-from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
-from unicl_fast.pipelines.graph import Pipeline, build_train_graph, decoding_threads
+from unicl_fast.pipelines.feed import (
+    DecodingError,
+    HostBatch,
+    Outputs,
+    run_graph,
+    run_without_graph,
+)
+from unicl_fast.pipelines.graph import (
+    Pictures,
+    Pipeline,
+    build_train_graph,
+    decoding_threads,
+    is_fused,
+)
 from unicl_fast.pipelines.integer_block import pack_integers, unpack_integers
-from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan
+from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan, split_steps
+from unicl_fast.pipelines.raw_pictures import SquareMaker, are_decoded
 from unicl_fast.pipelines.texts import gather_texts
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
 from unicl_fast.targets import map_targets
+
+_PLANNED_AT_ONCE = 4096
+"""Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
+
+_Texts = tuple[NDArray[np.uint16], NDArray[np.int64]]
+"""Token rows [b l] and training classes [b]."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,6 +99,11 @@ class TrainLoader:
         self._world_size = world_size
         self._device = torch.device(device)
         self._running: Generator[Batch, None, None] | None = None
+        self._batch_size = config.run.global_batch_size // world_size
+        self._pictures: Pictures = "files"
+        if are_decoded(self._datasets):
+            fused = is_fused(config.data.resample, self._device)
+            self._pictures = "squares" if fused else "pixels"
         self._bad = BadSamples(self._datasets, quarantine)
         self.plan = TrainPlan(
             [_plan_source(dataset, prompts, i) for i, dataset in enumerate(self._datasets)],
@@ -122,6 +146,8 @@ class TrainLoader:
             else:
                 return
             step = failed[0].fed.step
+            if self._pictures != "files":  # nothing is decoded, so no picture is to blame
+                raise DecodingError(f"step {step}, rank {self._rank}: the graph fails: {reason}")
             if not any(self._blame(facts.fed) for facts in failed):
                 raise DecodingError(
                     f"step {step}, rank {self._rank}: decoding fails, though each picture can be "
@@ -138,20 +164,15 @@ class TrainLoader:
             device=self._device,
             threads=threads,
             prefetch=prefetch,
+            pictures=self._pictures,
         )
 
     def _decode(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from a step on, until there is one that cannot be decoded."""
-        data = self._config.data
-        graph = self._graph(
-            batch_size=self._config.run.global_batch_size // self._world_size,
-            threads=decoding_threads(data.threads),
-            prefetch=data.prefetch,
-        )
-        host_batches = map(self._host_batch, itertools.count(start_step))
-        with contextlib.closing(
-            run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
-        ) as running:
+        with (
+            contextlib.closing(self._host_batches(start_step)) as host_batches,
+            contextlib.closing(self._run(host_batches)) as running,
+        ):
             for (images, integers), facts in running:
                 yield Batch(
                     step=facts.fed.step,
@@ -164,9 +185,22 @@ class TrainLoader:
                 )
                 del images, integers  # held here, their buffers could not be reused
 
+    def _run(self, host_batches: Iterator[HostBatch[_TrainFacts]]) -> Outputs[_TrainFacts]:
+        """Pictures and integers of every batch, and what the host knows of it."""
+        data = self._config.data
+        if self._pictures == "squares":  # and nothing follows
+            # One batch is being planned and one resampled, beside those that are ready.
+            return run_without_graph(host_batches, ahead=data.prefetch + 2)
+        graph = self._graph(
+            batch_size=self._batch_size,
+            threads=decoding_threads(data.threads),
+            prefetch=data.prefetch,
+        )
+        return run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
+
     def _blame(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""
-        batch = self._host_batch(failed.step)
+        batch = next(self._host_batches(failed.step, at_once=1))
         one = self._graph(batch_size=1, threads=1, prefetch=1)
         reasons = find_undecodable(one, batch.inputs, device=self._device)
         fed = batch.facts.fed
@@ -178,26 +212,79 @@ class TrainLoader:
             )
         return bool(reasons) or not np.array_equal(fed.sample_ids, failed.sample_ids)
 
-    def _host_batch(self, step: int) -> HostBatch[_TrainFacts]:
-        """Everything of one step that is not pixels, and the encoded pictures."""
-        context_length = self._config.model.context_length
-        for dataset in self._datasets:
-            dataset.check_arrays()
-        planned = self.plan.batch(step, rank=self._rank, world_size=self._world_size)
-        fed, encoded = self._bad.read_batch(self.plan, planned)
-        rows, classes = gather_texts(
-            fed, self._datasets, self._prompts, context_length=context_length
-        )
+    def _host_batches(
+        self, start_step: int, *, at_once: int = 0
+    ) -> Generator[HostBatch[_TrainFacts], None, None]:
+        """What goes into the graph at each step; `at_once` steps are planned together."""
+        count = at_once or max(1, _PLANNED_AT_ONCE // self._batch_size)
+        with self._square_maker() as maker:
+            for first in itertools.count(start_step, count):
+                self._check_arrays()
+                long = self.plan.long_batch(
+                    first, count, rank=self._rank, world_size=self._world_size
+                )
+                rows, classes = self._texts_of(long)
+                global_batch_size = self.plan.global_batch_size
+                steps = split_steps(long, count, global_batch_size=global_batch_size)
+                for place, planned in enumerate(steps):
+                    mine = slice(place * self._batch_size, (place + 1) * self._batch_size)
+                    yield self._host_batch(planned, (rows[mine], classes[mine]), maker)
+
+    def _host_batch(
+        self, planned: PlannedBatch, texts: _Texts, maker: SquareMaker | None
+    ) -> HostBatch[_TrainFacts]:
+        """Everything of one step that is not decoded, with what has no need to be."""
+        self._check_arrays()
+        if self._pictures == "files":
+            fed, pictures = self._bad.read_batch(self.plan, planned)
+        else:
+            fed, pictures = self._bad.read_pixels(self.plan, planned)
+        if fed is not planned:
+            texts = self._texts_of(fed)
         # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
         # to a prompt are found by look-up, so no other rank's labels can change a class here.
-        targets = map_targets(rows, classes, self._prompts)
-        integers = pack_integers(targets, fed.slots, context_length=context_length)
+        targets = map_targets(*texts, self._prompts)
+        integers = pack_integers(
+            targets, fed.slots, context_length=self._config.model.context_length
+        )
+        if maker is not None:
+            inputs = (maker.start(pictures, fed), integers)
+        else:
+            windows = fed.window_starts, fed.window_shapes
+            inputs = (pictures, *windows, fed.flips[:, None], integers)
         return HostBatch(
-            inputs=(encoded, fed.window_starts, fed.window_shapes, fed.flips[:, None], integers),
+            inputs=inputs,
             facts=_TrainFacts(
                 fed=fed, scheduled_ids=planned.sample_ids, text_lengths=targets.text_lengths
             ),
         )
+
+    @contextlib.contextmanager
+    def _square_maker(self) -> Iterator[SquareMaker | None]:
+        """Threads that make squares, where that is done in front of the graph."""
+        if self._pictures != "squares":
+            yield None
+            return
+        data = self._config.data
+        maker = SquareMaker(
+            image_size=data.image_size,
+            interpolation=data.interpolation,
+            threads=decoding_threads(data.threads),
+        )
+        with contextlib.closing(maker):
+            yield maker
+
+    def _texts_of(self, planned: PlannedBatch) -> _Texts:
+        return gather_texts(
+            planned,
+            self._datasets,
+            self._prompts,
+            context_length=self._config.model.context_length,
+        )
+
+    def _check_arrays(self) -> None:
+        for dataset in self._datasets:
+            dataset.check_arrays()
 
 
 def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:

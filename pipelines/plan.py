@@ -19,7 +19,7 @@ from numba import njit
 from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig
-from unicl_fast.keyed_random import fold_key, random_below, random_unit
+from unicl_fast.keyed_random import fold_key, random_below, random_bits, random_unit
 from unicl_fast.pipelines.crop import random_windows
 from unicl_fast.pipelines.order import Int64Array, assign_sources, integer_shares, permute
 from unicl_fast.pipelines.plan_source import PlanSource as PlanSource
@@ -61,6 +61,24 @@ class PlannedBatch:
     caption is an image-text pair, and its labels, if any, are set aside for this visit."""
     templates: Int64Array
     """Which template fills the prompt; -1 where the text is a caption."""
+
+
+SLOT_FIELDS = tuple(
+    field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"
+)
+"""What a batch has of each slot."""
+
+
+def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> list[PlannedBatch]:
+    """The batches of a long one, as `TrainPlan.batch` gives them; views."""
+    size = len(long.slots) // count
+    slots = long.slots[:size] % global_batch_size
+    batches = []
+    for part in range(count):
+        mine = slice(part * size, (part + 1) * size)
+        fields = {name: getattr(long, name)[mine] for name in SLOT_FIELDS}
+        batches.append(PlannedBatch(step=long.step + part, **fields | {"slots": slots}))
+    return batches
 
 
 def samples_of_visits(visits: Int64Array, *, source: int, size: int, seed: int) -> Int64Array:
@@ -115,6 +133,14 @@ class TrainPlan:
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The slots that `rank` of `world_size` ranks gets of global batch `step`."""
+        return self.long_batch(step, 1, rank=rank, world_size=world_size)
+
+    def long_batch(self, step: int, count: int, *, rank: int, world_size: int) -> PlannedBatch:
+        """The batches of `count` steps from `step` on, one behind the other; see `split_steps`.
+
+        Planning a step takes some 30 calls, whatever its size; for small batches it pays to make
+        them once for many steps. Slots are counted on from step to step.
+        """
         size, rest = divmod(self.global_batch_size, world_size)
         if rest:
             raise ValueError(
@@ -122,8 +148,9 @@ class TrainPlan:
                 "ranks; make run.global_batch_size a multiple of the number of ranks"
             )
         slots = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
-        source_ids, sample_ids = self._scheduled(step, slots)
-        return self._furnish(step, slots, source_ids, sample_ids)
+        firsts = self.global_batch_size * np.arange(count, dtype=np.int64)
+        slots = (firsts[:, None] + slots).reshape(-1)
+        return self._furnish(step, slots, *self._scheduled(step, slots))
 
     def substitute(self, step: int, slots: Int64Array, *, attempt: int) -> PlannedBatch:
         """What is fed in some places of a global batch whose planned sample cannot be.
@@ -181,9 +208,7 @@ class TrainPlan:
             found = source.samples[sample_ids[mine]]
             for name in _ROW_DTYPE.names or ():
                 rows[name][mine] = found[name]
-            texts[:, mine] = self._choose_texts(
-                source, rows[mine], visits[mine], step=step, streams=streams
-            )
+            texts[:, mine] = self._choose_texts(source, rows[mine], visits[mine], streams=streams)
         captions, labels, templates = texts
 
         window_starts, window_shapes = random_windows(
@@ -223,7 +248,6 @@ class TrainPlan:
         rows: NDArray[Any],
         visits: Int64Array,
         *,
-        step: int,
         streams: tuple[int, ...],
     ) -> NDArray[np.int64]:
         """Caption, label and template of each visit, [3 b]; see `PlannedBatch`."""
@@ -244,10 +268,14 @@ class TrainPlan:
         if self._data.templates == "per_class":
             # The class as counter, the step in the key: all ranks draw the same for a class, and
             # so do substitutes.
-            key, counters = self._key(_Purpose.TEMPLATE, step), source.class_ids[labels[prompted]]
+            key = self._key(_Purpose.TEMPLATE)
+            steps = visits[prompted] // self.global_batch_size
+            classes = source.class_ids[labels[prompted]]
+            drawn = _draw_by_step(np.uint64(key), steps, classes, source.num_templates)
         else:
-            key, counters = self._key(*streams, _Purpose.TEMPLATE), visits[prompted]
-        templates[prompted] = _draw_below(np.uint64(key), counters, source.num_templates)
+            key = self._key(*streams, _Purpose.TEMPLATE)
+            drawn = _draw_below(np.uint64(key), visits[prompted], source.num_templates)
+        templates[prompted] = drawn
         return np.stack([captions, labels, templates])
 
 
@@ -293,4 +321,13 @@ def _draw_below(key: Any, counters: Any, bound: Any) -> Any:
     drawn = np.empty(counters.size, np.int64)
     for i in range(counters.size):
         drawn[i] = random_below(key, counters[i], bound)
+    return drawn
+
+
+@njit(cache=True, nogil=True)
+def _draw_by_step(key: Any, steps: Any, counters: Any, bound: Any) -> Any:
+    """`_draw_below` with the key that `fold_key` makes of `key` and each one's step."""
+    drawn = np.empty(counters.size, np.int64)
+    for i in range(counters.size):
+        drawn[i] = random_below(random_bits(key, steps[i]), counters[i], bound)
     return drawn

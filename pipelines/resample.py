@@ -1,11 +1,11 @@
 """From a decoded picture to a square in one pass: cut, resample with antialias, mirror.
 
 DALI's resize on the CPU takes longer than decoding does. This kernel runs inside DALI's graph, on
-its threads (or, of a raw data set, in front of it by the batch), and follows Pillow's and torchvision's law: filters are widened when they shrink,
-and what lies outside the picture has no weight. It goes down the square one row at a time: the
-rows under the filter are added up into one line of floats (long, contiguous, vectorised, and small
-enough for the first-level cache), and the line is then filtered to pixels. Values are rounded once,
-at the end.
+its threads (or, of a raw data set, in front of it by the batch), and follows Pillow's and
+torchvision's law: filters are widened when they shrink, and what lies outside the picture has no
+weight. It goes down the square one row at a time: the rows under the filter are added up into one
+line of floats (long, contiguous, vectorised, and small enough for the first-level cache), and the
+line is then filtered to pixels. Values are rounded once, at the end.
 """
 
 from __future__ import annotations
