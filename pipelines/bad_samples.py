@@ -93,29 +93,53 @@ class BadSamples:
         return planned, [picture for picture in encoded if picture is not None]
 
     def read_pixels(
-        self, plan: TrainPlan, planned: PlannedBatch
-    ) -> tuple[PlannedBatch, NDArray[np.uint8]]:
-        """As `read_batch`, of raw data sets of one size: uint8 [b h w 3].
+        self, plan: TrainPlan, batches: Sequence[PlannedBatch]
+    ) -> tuple[list[PlannedBatch], NDArray[np.uint8]]:
+        """As `read_batch`, for several batches from raw data sets of one size.
+
+        Returns:
+            The batches, with substitutes where they were needed, and uint8 [b h w 3] of all of
+            them, one behind the other.
 
         Raises:
             TooManyBadSamplesError: no good sample was found for a place.
         """
-        size = len(planned.slots)
-        pixels = np.empty((size, *(self._datasets[0].picture_shape or ())), dtype=np.uint8)
-        sound = np.zeros(size, dtype=np.bool_)
+        sample_ids = np.concatenate([batch.sample_ids for batch in batches])
+        source_ids = np.concatenate([batch.source_ids for batch in batches])
+        shape = self._datasets[0].picture_shape or ()
+        pixels = np.empty((len(sample_ids), *shape), dtype=np.uint8)
+        sound = np.zeros(len(sample_ids), dtype=np.bool_)
         for number, dataset in enumerate(self._datasets):
-            places = np.flatnonzero(planned.source_ids == number)
-            sound[places] = dataset.read_pixels(planned.sample_ids[places], pixels, places)
-        pairs = _pairs(planned) if self._known or not sound.all() else []
-        bad = [place for place, pair in enumerate(pairs) if pair in self._known or not sound[place]]
+            places = np.flatnonzero(source_ids == number)
+            sound[places] = dataset.read_pixels(sample_ids[places], pixels, places)
+        fed = list(batches)
+        if not self._known and sound.all():
+            return fed, pixels
+        start = 0
+        for number, batch in enumerate(batches):
+            end = start + len(batch.slots)
+            fed[number] = self._replace_bad(plan, batch, pixels[start:end], sound[start:end])
+            start = end
+        return fed, pixels
+
+    def _replace_bad(
+        self,
+        plan: TrainPlan,
+        planned: PlannedBatch,
+        pixels: NDArray[np.uint8],
+        sound: NDArray[np.bool_],
+    ) -> PlannedBatch:
+        """The batch with substitutes where it is not `sound` [b]; their pixels are filled in."""
+        pairs = _pairs(planned)
+        bad = [place for place, pair in enumerate(pairs) if not sound[place] or pair in self._known]
         if bad:
             planned = _copied(planned)
         for place in bad:
-            picture = self.read(*pairs[place])  # which says what is wrong
+            picture = self.read(*pairs[place])  # tries again, and says what is wrong
             if picture is None:
                 picture = self._read_substitute(plan, planned, place)
             pixels[place] = picture[-pixels[place].size :].reshape(pixels[place].shape)
-        return planned, pixels
+        return planned
 
     def _read_substitute(
         self, plan: TrainPlan, planned: PlannedBatch, place: int

@@ -30,7 +30,7 @@ class HostBatch(Generic[Facts]):
     """What one run of a graph takes, and what is remembered about it meanwhile."""
 
     inputs: tuple[Any, ...]
-    """Arrays, or what has a `result()` that waits for one."""
+    """Arrays, or functions that wait for one."""
     facts: Facts
 
 
@@ -110,21 +110,25 @@ def run_graph(
                 future.cancel()
 
 
-def run_without_graph(host_batches: Iterator[HostBatch[Facts]], *, ahead: int) -> Outputs[Facts]:
+def run_without_graph(
+    groups: Iterator[Sequence[HostBatch[Facts]]], *, ahead: int
+) -> Outputs[Facts]:
     """As `run_graph` on the CPU, where nothing is left for a graph to do: inputs are the outputs.
 
     Args:
-        host_batches: what to hand out; runs in another thread.
-        ahead: batches prepared before they are asked for.
+        groups: what to hand out, several batches at a time; runs in another thread.
+        ahead: groups prepared before they are asked for.
     """
-    ready: collections.deque[Future[HostBatch[Facts] | None]] = collections.deque()
+    ready: collections.deque[Future[Sequence[HostBatch[Facts]] | None]] = collections.deque()
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker:
         try:
             for _ in range(ahead):
-                ready.append(worker.submit(next, host_batches, None))
-            while (batch := ready.popleft().result()) is not None:
-                ready.append(worker.submit(next, host_batches, None))
-                yield [torch.from_numpy(array) for array in _awaited(batch.inputs)], batch.facts
+                ready.append(worker.submit(next, groups, None))
+            while (group := ready.popleft().result()) is not None:
+                ready.append(worker.submit(next, groups, None))
+                for batch in group:
+                    arrays = _awaited(batch.inputs)
+                    yield [torch.from_numpy(array) for array in arrays], batch.facts
         finally:
             for future in ready:
                 future.cancel()
@@ -132,7 +136,7 @@ def run_without_graph(host_batches: Iterator[HostBatch[Facts]], *, ahead: int) -
 
 def _awaited(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
     """All inputs as arrays or lists of them."""
-    return tuple(each.result() if hasattr(each, "result") else each for each in inputs)
+    return tuple(each() if callable(each) else each for each in inputs)
 
 
 def _run(pipeline: Pipeline, device: torch.device) -> Any:

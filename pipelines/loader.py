@@ -169,10 +169,7 @@ class TrainLoader:
 
     def _decode(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from a step on, until there is one that cannot be decoded."""
-        with (
-            contextlib.closing(self._host_batches(start_step)) as host_batches,
-            contextlib.closing(self._run(host_batches)) as running,
-        ):
+        with contextlib.closing(self._run(start_step)) as running:
             for (images, integers), facts in running:
                 yield Batch(
                     step=facts.fed.step,
@@ -185,22 +182,25 @@ class TrainLoader:
                 )
                 del images, integers  # held here, their buffers could not be reused
 
-    def _run(self, host_batches: Iterator[HostBatch[_TrainFacts]]) -> Outputs[_TrainFacts]:
+    def _run(self, start_step: int) -> Outputs[_TrainFacts]:
         """Pictures and integers of every batch, and what the host knows of it."""
         data = self._config.data
         if self._pictures == "squares":  # and nothing follows
-            # One batch is being planned and one resampled, beside those that are ready.
-            return run_without_graph(host_batches, ahead=data.prefetch + 2)
+            with contextlib.closing(self._host_groups(start_step)) as groups:
+                # One group is being planned and one resampled, beside those that are ready.
+                yield from run_without_graph(groups, ahead=data.prefetch + 2)
+            return
         graph = self._graph(
             batch_size=self._batch_size,
             threads=decoding_threads(data.threads),
             prefetch=data.prefetch,
         )
-        return run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
+        with contextlib.closing(self._host_batches(start_step)) as host_batches:
+            yield from run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
 
     def _blame(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""
-        batch = next(self._host_batches(failed.step, at_once=1))
+        batch = next(self._host_batches(failed.step))
         one = self._graph(batch_size=1, threads=1, prefetch=1)
         reasons = find_undecodable(one, batch.inputs, device=self._device)
         fed = batch.facts.fed
@@ -212,33 +212,57 @@ class TrainLoader:
             )
         return bool(reasons) or not np.array_equal(fed.sample_ids, failed.sample_ids)
 
-    def _host_batches(
-        self, start_step: int, *, at_once: int = 0
-    ) -> Generator[HostBatch[_TrainFacts], None, None]:
-        """What goes into the graph at each step; `at_once` steps are planned together."""
-        count = at_once or max(1, _PLANNED_AT_ONCE // self._batch_size)
-        with self._square_maker() as maker:
-            for first in itertools.count(start_step, count):
-                self._check_arrays()
-                long = self.plan.long_batch(
-                    first, count, rank=self._rank, world_size=self._world_size
-                )
-                rows, classes = self._texts_of(long)
-                global_batch_size = self.plan.global_batch_size
-                steps = split_steps(long, count, global_batch_size=global_batch_size)
-                for place, planned in enumerate(steps):
-                    mine = slice(place * self._batch_size, (place + 1) * self._batch_size)
-                    yield self._host_batch(planned, (rows[mine], classes[mine]), maker)
+    def _host_batches(self, start_step: int) -> Generator[HostBatch[_TrainFacts], None, None]:
+        """What goes into the graph at each step, pictures as files or pixels."""
+        for planned, texts in self._planned(start_step):
+            self._check_arrays()
+            if self._pictures == "files":
+                fed, pictures = self._bad.read_batch(self.plan, planned)
+            else:
+                (fed,), pictures = self._bad.read_pixels(self.plan, [planned])
+            windows = fed.window_starts, fed.window_shapes, fed.flips[:, None]
+            integers, facts = self._without_pictures(planned, fed, texts)
+            yield HostBatch(inputs=(pictures, *windows, integers), facts=facts)
 
-    def _host_batch(
-        self, planned: PlannedBatch, texts: _Texts, maker: SquareMaker | None
-    ) -> HostBatch[_TrainFacts]:
-        """Everything of one step that is not decoded, with what has no need to be."""
-        self._check_arrays()
-        if self._pictures == "files":
-            fed, pictures = self._bad.read_batch(self.plan, planned)
-        else:
-            fed, pictures = self._bad.read_pixels(self.plan, planned)
+    def _host_groups(self, start_step: int) -> Generator[list[HostBatch[_TrainFacts]], None, None]:
+        """Squares and integers of each step, of some steps at a time."""
+        data, shape = self._config.data, self._datasets[0].picture_shape
+        assert shape is not None
+        steps = self._planned(start_step)
+        maker = SquareMaker(
+            image_size=data.image_size,
+            interpolation=data.interpolation,
+            threads=decoding_threads(data.threads),
+        )
+        with contextlib.closing(maker):
+            count = maker.batches_at_once(self._batch_size, shape)
+            while True:
+                self._check_arrays()
+                planned, texts = zip(*itertools.islice(steps, count), strict=True)
+                fed, pixels = self._bad.read_pixels(self.plan, planned)
+                squares = maker.start(pixels, fed)
+                group = []
+                for step in zip(planned, fed, texts, squares, strict=True):
+                    integers, facts = self._without_pictures(*step[:3])
+                    group.append(HostBatch(inputs=(step[3], integers), facts=facts))
+                yield group
+
+    def _planned(self, start_step: int) -> Generator[tuple[PlannedBatch, _Texts], None, None]:
+        """Plan and texts of each step; those of many are made in one go."""
+        size, count = self._batch_size, max(1, _PLANNED_AT_ONCE // self._batch_size)
+        for first in itertools.count(start_step, count):
+            self._check_arrays()
+            long = self.plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
+            rows, classes = self._texts_of(long)
+            steps = split_steps(long, count, global_batch_size=self.plan.global_batch_size)
+            for place, planned in enumerate(steps):
+                mine = slice(place * size, (place + 1) * size)
+                yield planned, (rows[mine], classes[mine])
+
+    def _without_pictures(
+        self, planned: PlannedBatch, fed: PlannedBatch, texts: _Texts
+    ) -> tuple[NDArray[np.int64], _TrainFacts]:
+        """The integers of a step, and what the host knows of it; `texts` are those planned."""
         if fed is not planned:
             texts = self._texts_of(fed)
         # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
@@ -247,32 +271,9 @@ class TrainLoader:
         integers = pack_integers(
             targets, fed.slots, context_length=self._config.model.context_length
         )
-        if maker is not None:
-            inputs = (maker.start(pictures, fed), integers)
-        else:
-            windows = fed.window_starts, fed.window_shapes
-            inputs = (pictures, *windows, fed.flips[:, None], integers)
-        return HostBatch(
-            inputs=inputs,
-            facts=_TrainFacts(
-                fed=fed, scheduled_ids=planned.sample_ids, text_lengths=targets.text_lengths
-            ),
+        return integers, _TrainFacts(
+            fed=fed, scheduled_ids=planned.sample_ids, text_lengths=targets.text_lengths
         )
-
-    @contextlib.contextmanager
-    def _square_maker(self) -> Iterator[SquareMaker | None]:
-        """Threads that make squares, where that is done in front of the graph."""
-        if self._pictures != "squares":
-            yield None
-            return
-        data = self._config.data
-        maker = SquareMaker(
-            image_size=data.image_size,
-            interpolation=data.interpolation,
-            threads=decoding_threads(data.threads),
-        )
-        with contextlib.closing(maker):
-            yield maker
 
     def _texts_of(self, planned: PlannedBatch) -> _Texts:
         return gather_texts(

@@ -72,13 +72,16 @@ SLOT_FIELDS = tuple(
 def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> list[PlannedBatch]:
     """The batches of a long one, as `TrainPlan.batch` gives them; views."""
     size = len(long.slots) // count
+    fields = {name: getattr(long, name) for name in SLOT_FIELDS if name != "slots"}
     slots = long.slots[:size] % global_batch_size
-    batches = []
-    for part in range(count):
-        mine = slice(part * size, (part + 1) * size)
-        fields = {name: getattr(long, name)[mine] for name in SLOT_FIELDS}
-        batches.append(PlannedBatch(step=long.step + part, **fields | {"slots": slots}))
-    return batches
+    return [
+        PlannedBatch(
+            step=long.step + part,
+            slots=slots,
+            **{name: values[part * size : (part + 1) * size] for name, values in fields.items()},
+        )
+        for part in range(count)
+    ]
 
 
 def samples_of_visits(visits: Int64Array, *, source: int, size: int, seed: int) -> Int64Array:
@@ -201,19 +204,18 @@ class TrainPlan:
         """Text, window and flip for samples; `streams` tells a substitute's numbers apart."""
         size = len(slots)
         visits = step * self.global_batch_size + slots
-        rows = np.empty(size, dtype=_ROW_DTYPE)
+        heights, widths = np.empty((2, size), dtype=np.int64)
         texts = np.empty((3, size), dtype=np.int64)
         for number, source in enumerate(self._sources):
             mine = np.flatnonzero(source_ids == number)
-            found = source.samples[sample_ids[mine]]
-            for name in _ROW_DTYPE.names or ():
-                rows[name][mine] = found[name]
-            texts[:, mine] = self._choose_texts(source, rows[mine], visits[mine], streams=streams)
+            rows = np.asarray(source.samples)[sample_ids[mine]]
+            heights[mine], widths[mine] = rows["height"], rows["width"]
+            texts[:, mine] = self._choose_texts(source, rows, visits[mine], streams=streams)
         captions, labels, templates = texts
 
         window_starts, window_shapes = random_windows(
-            rows["height"],
-            rows["width"],
+            heights,
+            widths,
             visits,
             key=self._key(*streams, _Purpose.CROP),
             scale=self._data.crop_scale,
@@ -279,15 +281,6 @@ class TrainPlan:
         return np.stack([captions, labels, templates])
 
 
-_ROW_DTYPE = np.dtype(
-    [
-        ("height", np.int64),
-        ("width", np.int64),
-        ("captions_count", np.int64),
-        ("labels_start", np.int64),
-        ("labels_count", np.int64),
-    ]
-)
 # How often a sample that has both kinds of text shows a caption.
 _CAPTION_CHANCE = {"any": 0.5, "captions": 1.0, "labels": 0.0}
 

@@ -16,13 +16,10 @@ import numpy as np
 from unicl_fast._targets_numba import (
     Int64Array,
     UInt16Array,
-    hash_rows,
-    label_texts,
-    make_table,
+    group_texts,
     position_factors,
     row_lengths,
     union_find,
-    unique_rows,
 )
 
 CAPTION_KEYS_START = 1 << 62
@@ -88,10 +85,10 @@ def map_targets(
         ValueError: no rows, or arrays of other shapes, types or ranges.
     """
     rows, labels = _check(rows, labels)
-    hashes = hash_rows(rows, position_factors(rows.shape[1]))
-    first, text_index, text_counts = unique_rows(rows, hashes, make_table(len(rows)))
-    tokens = rows.take(first, axis=0)
-    text_class_ids = _classes_of_texts(labels, text_index, tokens, hashes[first], prompts)
+    tokens, hashes, text_index, text_counts, text_lengths, *known = group_texts(
+        rows, labels, position_factors(rows.shape[1])
+    )
+    text_class_ids = _classes_of_texts(labels, text_index, tokens, hashes, prompts, *known)
     class_ids = text_class_ids[text_index]
     if unique:
         return Targets(
@@ -100,7 +97,7 @@ def map_targets(
             class_ids=class_ids,
             text_class_ids=text_class_ids,
             text_counts=text_counts,
-            text_lengths=row_lengths(tokens),
+            text_lengths=text_lengths,
         )
     return Targets(
         tokens=rows,
@@ -165,15 +162,20 @@ def _classes_of_texts(
     tokens: UInt16Array,
     hashes: np.ndarray[tuple[int], np.dtype[np.uint64]],
     prompts: PromptLookup | None,
+    classes: Int64Array,
+    unlabelled: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    num_conflicts: int,
+    num_unlabelled: int,
 ) -> Int64Array:
-    """int64 [u]: the rules of `map_targets`, for each distinct text."""
-    classes, unlabelled, num_conflicts = label_texts(labels, text_index, len(tokens))
+    """int64 [u]: the rules of `map_targets`, for each distinct text; the last four are known."""
+    if not num_unlabelled and not num_conflicts:
+        return classes
     same = []  # blocks of pairs of classes that turn out to be one
     if num_conflicts:
         of_text = classes[text_index]
         differs = (labels >= 0) & (labels != of_text)
         same.append(np.stack([labels[differs], of_text[differs]], axis=1))
-    if prompts is not None and unlabelled.any():
+    if prompts is not None and num_unlabelled:
         texts = np.flatnonzero(unlabelled)
         found = prompts.lookup(tokens[texts])
         texts, found = texts[found >= 0], found[found >= 0]
