@@ -68,7 +68,7 @@ def packed(tmp_path: Path) -> Path:
 
 
 @given(count=st.integers(1, 9), height=st.integers(1, 12), width=st.integers(1, 12), data=st.data())
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_pictures_come_back_one_by_one_and_in_any_order(
     tmp_path_factory: pytest.TempPathFactory, count: int, height: int, width: int, data: Any
 ) -> None:
