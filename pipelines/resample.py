@@ -26,8 +26,7 @@ _TAPS = 4
 _LANES = 4
 # Lines of small pictures are multiples of this: what LLVM's loops take at once.
 _LINE = 32
-_MOST_FLOATS = 1 << 14
-"""Pictures of up to so many values are turned into floats whole: they stay in the cache."""
+_MOST_FLOATS = 1 << 14  # these stay in the cache
 _SIXTEEN = ir.VectorType(ir.FloatType(), 16)
 
 
@@ -91,6 +90,7 @@ def resample_windows(
     cubic: bool,
     begin: int,
     end: int,
+    most_floats: int = _MOST_FLOATS,
 ) -> None:
     """Windows of pictures to squares: `resample_region` of each window cut out, bit for bit.
 
@@ -107,6 +107,7 @@ def resample_windows(
         cubic: which filter.
         begin: the first picture to take, for threads that share a batch.
         end: behind the last one.
+        most_floats: values of pictures up to which they are turned into floats whole.
     """
     height, width = pictures.shape[1], pictures.shape[2]
     size = squares.shape[1]
@@ -122,7 +123,7 @@ def resample_windows(
     stride = _padded(width * _CHANNELS, _LINE)
     line_memory = np.zeros(stride + groups * _TAPS * _LANES, np.float32)
     spare_pixels = np.empty(_spare_size(size), np.uint8)
-    small = height * stride <= _MOST_FLOATS
+    small = height * stride <= most_floats
     floats = np.zeros(height * stride if small else 0, np.float32)
     bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
     for i in range(begin, end):
