@@ -42,13 +42,19 @@ from unicl_fast.pipelines.raw_pictures import SquareMaker, are_decoded
 from unicl_fast.pipelines.texts import gather_texts
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
-from unicl_fast.targets import map_targets
+from unicl_fast.targets import map_steps
 
 _PLANNED_AT_ONCE = 4096
 """Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
 
-_Texts = tuple[NDArray[np.uint16], NDArray[np.int64]]
-"""Token rows [b l] and training classes [b]."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Planned:
+    """A step as long as nothing is bad: all of it but the pictures."""
+
+    batch: PlannedBatch
+    integers: NDArray[np.int64]
+    text_lengths: NDArray[np.int64]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -214,14 +220,14 @@ class TrainLoader:
 
     def _host_batches(self, start_step: int) -> Generator[HostBatch[_TrainFacts], None, None]:
         """What goes into the graph at each step, pictures as files or pixels."""
-        for planned, texts in self._planned(start_step):
+        for planned in self._planned(start_step):
             self._check_arrays()
             if self._pictures == "files":
-                fed, pictures = self._bad.read_batch(self.plan, planned)
+                fed, pictures = self._bad.read_batch(self.plan, planned.batch)
             else:
-                (fed,), pictures = self._bad.read_pixels(self.plan, [planned])
+                (fed,), pictures = self._bad.read_pixels(self.plan, [planned.batch])
             windows = fed.window_starts, fed.window_shapes, fed.flips[:, None]
-            integers, facts = self._without_pictures(planned, fed, texts)
+            integers, facts = self._without_pictures(planned, fed)
             yield HostBatch(inputs=(pictures, *windows, integers), facts=facts)
 
     def _host_groups(self, start_step: int) -> Generator[list[HostBatch[_TrainFacts]], None, None]:
@@ -238,44 +244,52 @@ class TrainLoader:
             count = maker.batches_at_once(self._batch_size, shape)
             while True:
                 self._check_arrays()
-                planned, texts = zip(*itertools.islice(steps, count), strict=True)
-                fed, pixels = self._bad.read_pixels(self.plan, planned)
+                planned = list(itertools.islice(steps, count))
+                batches = [step.batch for step in planned]
+                fed, pixels = self._bad.read_pixels(self.plan, batches)
                 squares = maker.start(pixels, fed)
                 group = []
-                for step in zip(planned, fed, texts, squares, strict=True):
-                    integers, facts = self._without_pictures(*step[:3])
-                    group.append(HostBatch(inputs=(step[3], integers), facts=facts))
+                for step, fed_batch, made in zip(planned, fed, squares, strict=True):
+                    integers, facts = self._without_pictures(step, fed_batch)
+                    group.append(HostBatch(inputs=(made, integers), facts=facts))
                 yield group
 
-    def _planned(self, start_step: int) -> Generator[tuple[PlannedBatch, _Texts], None, None]:
-        """Plan and texts of each step; those of many are made in one go."""
+    def _planned(self, start_step: int) -> Generator[_Planned, None, None]:
+        """Each step without its pictures; those of many are made in one go."""
         size, count = self._batch_size, max(1, _PLANNED_AT_ONCE // self._batch_size)
+        context_length = self._config.model.context_length
         for first in itertools.count(start_step, count):
             self._check_arrays()
             long = self.plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
-            rows, classes = self._texts_of(long)
+            # A rank's own texts are enough: a text with a label is always a prompt, and captions
+            # equal to a prompt are found by look-up, so no other rank's labels can change a class.
+            targets = map_steps(*self._texts_of(long), self._prompts, size=size)
             steps = split_steps(long, count, global_batch_size=self.plan.global_batch_size)
+            integers = pack_integers(targets, steps[0].slots, context_length=context_length)
             for place, planned in enumerate(steps):
-                mine = slice(place * size, (place + 1) * size)
-                yield planned, (rows[mine], classes[mine])
+                start = place * size
+                texts_end = start + int(targets.num_texts[place])
+                yield _Planned(
+                    batch=planned,
+                    integers=integers[start : start + size],
+                    text_lengths=targets.text_lengths[start:texts_end],
+                )
 
     def _without_pictures(
-        self, planned: PlannedBatch, fed: PlannedBatch, texts: _Texts
+        self, planned: _Planned, fed: PlannedBatch
     ) -> tuple[NDArray[np.int64], _TrainFacts]:
-        """The integers of a step, and what the host knows of it; `texts` are those planned."""
-        if fed is not planned:
-            texts = self._texts_of(fed)
-        # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
-        # to a prompt are found by look-up, so no other rank's labels can change a class here.
-        targets = map_targets(*texts, self._prompts)
-        integers = pack_integers(
-            targets, fed.slots, context_length=self._config.model.context_length
-        )
+        """The integers of a step, and what the host knows of it."""
+        integers, text_lengths = planned.integers, planned.text_lengths
+        if fed is not planned.batch:  # substitutes come with texts of their own
+            targets = map_steps(*self._texts_of(fed), self._prompts, size=len(fed.slots))
+            context_length = self._config.model.context_length
+            integers = pack_integers(targets, fed.slots, context_length=context_length)
+            text_lengths = targets.text_lengths[: targets.num_texts[0]]
         return integers, _TrainFacts(
-            fed=fed, scheduled_ids=planned.sample_ids, text_lengths=targets.text_lengths
+            fed=fed, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths
         )
 
-    def _texts_of(self, planned: PlannedBatch) -> _Texts:
+    def _texts_of(self, planned: PlannedBatch) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
         return gather_texts(
             planned,
             self._datasets,

@@ -188,7 +188,7 @@ class TrainPlan:
         source_ids, source_visits = assign_sources(visits, self.shares)
         sample_ids = np.empty(len(slots), dtype=np.int64)
         for number in range(len(self._sources)):
-            mine = np.flatnonzero(source_ids == number)
+            mine = self._places_of(number, source_ids)
             sample_ids[mine] = self._samples_of_visits(number, source_visits[mine])
         return source_ids, sample_ids
 
@@ -207,8 +207,8 @@ class TrainPlan:
         heights, widths = np.empty((2, size), dtype=np.int64)
         texts = np.empty((3, size), dtype=np.int64)
         for number, source in enumerate(self._sources):
-            mine = np.flatnonzero(source_ids == number)
-            rows = np.asarray(source.samples)[sample_ids[mine]]
+            mine = self._places_of(number, source_ids)
+            rows = source.samples.take(sample_ids[mine])  # of whole rows 18 times as fast as []
             heights[mine], widths[mine] = rows["height"], rows["width"]
             texts[:, mine] = self._choose_texts(source, rows, visits[mine], streams=streams)
         captions, labels, templates = texts
@@ -239,6 +239,10 @@ class TrainPlan:
     def _key(self, *parts: int) -> int:
         """The key of a stream, named by purposes and what tells streams of one purpose apart."""
         return fold_key(self.seed, *parts)
+
+    def _places_of(self, number: int, source_ids: NDArray[np.int32]) -> Any:
+        """Index of a source's places [b]; all of them, without a copy, if it is the only one."""
+        return slice(None) if len(self._sources) == 1 else np.flatnonzero(source_ids == number)
 
     def _samples_of_visits(self, number: int, visits: Int64Array) -> Int64Array:
         size = len(self._sources[number].samples)

@@ -263,6 +263,40 @@ def group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> 
 
 
 @njit(cache=True)
+def group_steps(rows: UInt16Array, labels: Int64Array, factors: UInt64Array, size: int) -> Any:
+    """`group_texts` of consecutive batches of `size` rows.
+
+    What belongs to the texts of a batch begins where its rows begin, and is 0 behind the last text.
+
+    Returns:
+        tokens uint16 [b, l], index, counts, lengths and text_labels int64 [b]; of each batch
+        num_texts int64, and bool is_plain: all its texts have a label, each one only.
+    """
+    steps = rows.shape[0] // size
+    tokens = np.zeros(rows.shape, np.uint16)
+    index = np.empty(rows.shape[0], np.int64)
+    counts, lengths, text_labels = (
+        np.zeros(rows.shape[0], np.int64),
+        np.zeros(rows.shape[0], np.int64),
+        np.zeros(rows.shape[0], np.int64),
+    )
+    num_texts = np.empty(steps, np.int64)
+    is_plain = np.empty(steps, np.bool_)
+    for step in range(steps):
+        start, end = step * size, (step + 1) * size
+        found = group_texts(rows[start:end], labels[start:end], factors)
+        texts = found[0].shape[0]
+        tokens[start : start + texts] = found[0]
+        index[start:end] = found[2]
+        counts[start : start + texts] = found[3]
+        lengths[start : start + texts] = found[4]
+        text_labels[start : start + texts] = found[5]
+        num_texts[step] = texts
+        is_plain[step] = found[7] == 0 and found[8] == 0
+    return tokens, index, counts, lengths, text_labels, num_texts, is_plain
+
+
+@njit(cache=True)
 def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
     """int64 [num_members]: the smallest member that each one is joined with by the pairs [c, 2]."""
     parent = np.arange(num_members)
