@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.config import DataConfig
+from unicl_fast.manifest import Manifest
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
@@ -70,7 +71,7 @@ def describe_sources(
         "sources": [
             {
                 "num_samples": manifest.num_samples,
-                "shards": [shard.xxh3 for shard in manifest.shards],
+                "shards": _checksums(manifest),
                 "num_classes": len(manifest.class_names),
             }
             for manifest in manifests
@@ -79,6 +80,12 @@ def describe_sources(
         "class_names": [list(manifest.class_names) for manifest in manifests],
         "templates": [list(manifest.templates) for manifest in manifests],
     }
+
+
+def _checksums(manifest: Manifest) -> list[str]:
+    """Of all files that hold samples."""
+    pixels = [] if manifest.pixels is None else [manifest.pixels.xxh3]
+    return [shard.xxh3 for shard in manifest.shards] + pixels
 
 
 def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:

@@ -10,7 +10,7 @@ import pytest
 from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
-from unicl_fast.tools.training_data import check_tokenizer
+from unicl_fast.tools.training_data import check_tokenizer, describe_sources
 
 
 @pytest.mark.parametrize("token", [49_405, 49_408])
@@ -44,3 +44,31 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) ->
         else:
             with pytest.raises(ValueError, match="token 49408 is beyond the vocabulary of 49408"):
                 check_tokenizer(dataset, context_length=77)
+
+
+def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:
+    """A run does not go on with other pictures, though descriptions and shards are the same."""
+    described = []
+    for level in (1, 2, 1):
+        out = tmp_path / str(len(described))
+        with DatasetWriter(out, pictures="raw") as writer:
+            writer.add(
+                PackedSample(
+                    image=bytes([level]) * 12, extension="raw", height=2, width=2, xxh3=0,
+                    labels=[0],
+                )
+            )  # fmt: skip
+            writer.finish(
+                **tokenizer_facts, context_length=77, class_names=["x"], templates=["{}"],
+                source=["here"], seed=0, tool_version="0",
+            )  # fmt: skip
+        with PackedDataset(out) as dataset:
+            described.append(describe_sources([dataset], None))
+    assert described[0] == described[2]
+    assert described[0] != described[1]
+
+
+@pytest.fixture
+def tokenizer_facts() -> dict[str, str]:
+    tokenizer = Tokenizer()
+    return {"tokenizer": tokenizer.name, "vocabulary_hash": tokenizer.vocabulary_hash}
