@@ -8,7 +8,6 @@ trying again: a process that has forgotten it feeds the same.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unicl_fast.bad_visits import TooManyBadSamplesError
-from unicl_fast.pipelines.plan import PlannedBatch, TrainPlan
+from unicl_fast.pipelines.plan import SLOT_FIELDS, PlannedBatch, TrainPlan
 from unicl_fast.pipelines.quarantine import BadSample, QuarantineFile
 from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
 
@@ -67,13 +66,12 @@ class BadSamples:
                 self._where,
             )
         if self._file is not None:
-            row = dataset.samples[sample]
             self._file.add(
                 BadSample(
                     data_set=str(dataset.folder),
                     shard=dataset.shard_of(sample),
                     key=sample_key(sample),
-                    offset=int(row["offset"]),
+                    offset=dataset.offset_of(sample),
                     reason=reason[:_REASON_LENGTH],
                 )
             )
@@ -86,14 +84,62 @@ class BadSamples:
         Raises:
             TooManyBadSamplesError: no good sample was found for a place.
         """
-        pairs = zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True)
-        encoded = [self.read(source, sample) for source, sample in pairs]
+        encoded = [self.read(source, sample) for source, sample in _pairs(planned)]
         bad = [place for place, picture in enumerate(encoded) if picture is None]
         if bad:
             planned = _copied(planned)
         for place in bad:
             encoded[place] = self._read_substitute(plan, planned, place)
         return planned, [picture for picture in encoded if picture is not None]
+
+    def read_pixels(
+        self, plan: TrainPlan, batches: Sequence[PlannedBatch]
+    ) -> tuple[list[PlannedBatch], NDArray[np.uint8]]:
+        """As `read_batch`, for several batches from raw data sets of one size.
+
+        Returns:
+            The batches, with substitutes where they were needed, and uint8 [b h w 3] of all of
+            them, one behind the other.
+
+        Raises:
+            TooManyBadSamplesError: no good sample was found for a place.
+        """
+        sample_ids = np.concatenate([batch.sample_ids for batch in batches])
+        source_ids = np.concatenate([batch.source_ids for batch in batches])
+        shape = self._datasets[0].picture_shape or ()
+        pixels = np.empty((len(sample_ids), *shape), dtype=np.uint8)
+        sound = np.zeros(len(sample_ids), dtype=np.bool_)
+        for number, dataset in enumerate(self._datasets):
+            places = np.flatnonzero(source_ids == number)
+            sound[places] = dataset.read_pixels(sample_ids[places], pixels, places)
+        fed = list(batches)
+        if not self._known and sound.all():
+            return fed, pixels
+        start = 0
+        for number, batch in enumerate(batches):
+            end = start + len(batch.slots)
+            fed[number] = self._replace_bad(plan, batch, pixels[start:end], sound[start:end])
+            start = end
+        return fed, pixels
+
+    def _replace_bad(
+        self,
+        plan: TrainPlan,
+        planned: PlannedBatch,
+        pixels: NDArray[np.uint8],
+        sound: NDArray[np.bool_],
+    ) -> PlannedBatch:
+        """The batch with substitutes where it is not `sound` [b]; their pixels are filled in."""
+        pairs = _pairs(planned)
+        bad = [place for place, pair in enumerate(pairs) if not sound[place] or pair in self._known]
+        if bad:
+            planned = _copied(planned)
+        for place in bad:
+            picture = self.read(*pairs[place])  # tries again, and says what is wrong
+            if picture is None:
+                picture = self._read_substitute(plan, planned, place)
+            pixels[place] = picture[-pixels[place].size :].reshape(pixels[place].shape)
+        return planned
 
     def _read_substitute(
         self, plan: TrainPlan, planned: PlannedBatch, place: int
@@ -105,7 +151,7 @@ class BadSamples:
             substitute = plan.substitute(planned.step, slots, attempt=attempt)
             picture = self.read(source, int(substitute.sample_ids[0]))
             if picture is not None:
-                for field in _SLOT_FIELDS:
+                for field in SLOT_FIELDS:
                     getattr(planned, field)[place] = getattr(substitute, field)[0]
                 return picture
         raise TooManyBadSamplesError(
@@ -119,11 +165,11 @@ class BadSamples:
         return "the log" if self._file is None else str(self._file.path)
 
 
-_SLOT_FIELDS = tuple(
-    field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"
-)
+def _pairs(planned: PlannedBatch) -> list[tuple[int, int]]:
+    """Source and sample of each place."""
+    return list(zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True))
 
 
 def _copied(planned: PlannedBatch) -> PlannedBatch:
-    copies = {field: getattr(planned, field).copy() for field in _SLOT_FIELDS}
+    copies = {field: getattr(planned, field).copy() for field in SLOT_FIELDS}
     return PlannedBatch(step=planned.step, **copies)

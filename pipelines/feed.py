@@ -1,4 +1,4 @@
-"""Runs a DALI graph over batches that are prepared on the host, and hands out torch tensors.
+"""Runs a DALI graph, or none, over batches prepared on the host, and hands out torch tensors.
 
 What DALI cannot carry (numbers the host must know without reading the device, names for messages)
 walks beside it in a queue: graphs give their batches in the order in which they took them. Batches
@@ -21,6 +21,8 @@ from torch.utils.dlpack import from_dlpack
 from unicl_fast.pipelines.graph import Pipeline, Source
 
 Facts = TypeVar("Facts")
+Outputs = Generator[tuple[list[Tensor], Facts], None, None]
+"""What comes out of each batch, and what was remembered about it."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,6 +30,7 @@ class HostBatch(Generic[Facts]):
     """What one run of a graph takes, and what is remembered about it meanwhile."""
 
     inputs: tuple[Any, ...]
+    """Arrays, or functions that wait for one."""
     facts: Facts
 
 
@@ -46,7 +49,7 @@ def run_graph(
     *,
     device: torch.device,
     ahead: int,
-) -> Generator[tuple[list[Tensor], Facts], None, None]:
+) -> Outputs[Facts]:
     """Outputs and facts of every batch, in order. Close the generator to stop before the end.
 
     Tensors share DALI's memory without a copy. They stay valid as long as they are held, even when
@@ -82,7 +85,7 @@ def run_graph(
                 raise StopIteration
             prepare_next()
             in_flight.append(batch.facts)
-            return batch.inputs
+            return _awaited(batch.inputs)
 
         for _ in range(ahead):
             prepare_next()
@@ -105,6 +108,35 @@ def run_graph(
         finally:
             for future in ready:
                 future.cancel()
+
+
+def run_without_graph(
+    groups: Iterator[Sequence[HostBatch[Facts]]], *, ahead: int
+) -> Outputs[Facts]:
+    """As `run_graph` on the CPU, where nothing is left for a graph to do: inputs are the outputs.
+
+    Args:
+        groups: what to hand out, several batches at a time; runs in another thread.
+        ahead: groups prepared before they are asked for.
+    """
+    ready: collections.deque[Future[Sequence[HostBatch[Facts]] | None]] = collections.deque()
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker:
+        try:
+            for _ in range(ahead):
+                ready.append(worker.submit(next, groups, None))
+            while (group := ready.popleft().result()) is not None:
+                ready.append(worker.submit(next, groups, None))
+                for batch in group:
+                    arrays = _awaited(batch.inputs)
+                    yield [torch.from_numpy(array) for array in arrays], batch.facts
+        finally:
+            for future in ready:
+                future.cancel()
+
+
+def _awaited(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """All inputs as arrays or lists of them."""
+    return tuple(each() if callable(each) else each for each in inputs)
 
 
 def _run(pipeline: Pipeline, device: torch.device) -> Any:

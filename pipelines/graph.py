@@ -1,4 +1,4 @@
-"""The DALI graphs: encoded pictures and windows go in, uint8 [h w c] squares come out.
+"""The DALI graphs: pictures (encoded or not) and windows go in, uint8 [h w c] squares come out.
 
 One definition serves both devices: on `cpu` everything runs on the host and no driver is needed,
 on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -35,6 +35,8 @@ from unicl_fast.pipelines.fused_operators import augment_operator, resample_oper
 Source = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""
 
+Pictures = Literal["files", "pixels", "squares"]
+
 # DALI widens these filters when it shrinks a picture (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
@@ -50,6 +52,7 @@ def build_train_graph(
     device: torch.device,
     threads: int,
     prefetch: int,
+    pictures: Pictures = "files",
     augmentation: GraphParts | None = None,
 ) -> Pipeline:
     """Decode the window, resample it to a square, mirror it, augment it.
@@ -57,7 +60,9 @@ def build_train_graph(
     Args:
         source: gives encoded pictures as a list of uint8 arrays, window starts (row, column) int32
             [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], integers int64
-            [b k], and, where there is augmentation, its rows float32 [b m].
+            [b k], and, where there is augmentation, its rows float32 [b m]. With `pictures` as
+            pixels the first is uint8 [b h w 3]; as squares, uint8 [b size size 3], and windows and
+            flips are not given.
         batch_size: most samples of a batch.
         image_size: side of the square.
         interpolation: filter, antialiased.
@@ -65,53 +70,94 @@ def build_train_graph(
         device: where pictures end up.
         threads: decoding threads on the host.
         prefetch: batches worked on ahead.
-        augmentation: what the sources need (see `augment.parts_for`); None does without.
+        pictures: what the source gives: files, decoded pictures, or squares that are made of those.
+        augmentation: what the sources need (see `augment_parts.parts_for`); None does without.
 
     Returns:
         A pipeline with two outputs: pictures uint8 [b h w c] and the integers, both on `device`.
     """
+    fused = is_fused(resample, device)
 
     def define() -> tuple[Any, Any]:
-        kinds = [types.UINT8, types.INT32, types.INT32, types.INT32, types.INT64, types.FLOAT]
-        if augmentation is None:
-            kinds.pop()
-        encoded, starts, shapes, flips, integers, *rows = fn.external_source(
-            source, num_outputs=len(kinds), batch=True, dtype=kinds, ndim=[1] * len(kinds)
+        first, *cuts, integers, rows = _training_inputs(
+            source, pictures=pictures, has_rows=augmentation is not None
         )
-        # Only the blocks under the window are decoded. Sizes in the index are as displayed and
-        # packing leaves no picture with an orientation tag, so nothing may turn it here.
-        windows = fn.decoders.image_slice(
-            encoded,
-            start=starts,
-            shape=shapes,
-            axis_names="HW",
-            device=_decoder_device(device),
-            output_type=types.RGB,
-            adjust_orientation=False,
-        )
-        if _is_fused(resample, device):
-            start, end = (types.Constant([edge] * 2, dtype=types.FLOAT) for edge in (0.0, math.inf))
-            pictures = resample_operator(image_size, interpolation)(windows, start, end, flips)
-        else:
-            # One operator for resampling and mirroring: 5 to 10 % faster on the CPU than two.
-            pictures = fn.resize_crop_mirror(
-                windows,
-                size=[image_size, image_size],
-                crop=[image_size, image_size],
-                mirror=fn.squeeze(flips, axes=0),
-                interp_type=_FILTERS[interpolation],
-                antialias=True,
+        squares = first
+        if pictures != "squares":
+            starts, shapes, flips = cuts
+            squares = _resampled(
+                _windows(first, starts, shapes, device=device, pictures=pictures),
+                flips,
+                image_size=image_size,
+                interpolation=interpolation,
+                fused=fused,
             )
         if augmentation is not None:
-            if _is_fused(resample, device):
-                pictures = augment_operator(image_size, augmentation.fill)(pictures, *rows)
+            if fused:
+                squares = augment_operator(image_size, augmentation.fill)(squares, rows)
             else:
-                pictures = augment(pictures, *rows, augmentation)
-        return pictures, _on_device(integers, device)
+                squares = augment(squares, rows, augmentation)
+        return squares, _on_device(integers, device)
 
-    conditionals = augmentation is not None and not _is_fused(resample, device)
-    build = pipeline_def(define, enable_conditionals=conditionals)
+    build = pipeline_def(define, enable_conditionals=augmentation is not None and not fused)
     return build(**_pipeline_settings(batch_size, device, threads, prefetch))
+
+
+def _training_inputs(source: Source, *, pictures: Pictures, has_rows: bool) -> list[Any]:
+    """Nodes of what a source gives; the last is None where there is no augmentation."""
+    first = (types.UINT8, 1 if pictures == "files" else 3, "" if pictures == "files" else "HWC")
+    kinds = [first, (types.INT64, 1, "")]
+    if pictures != "squares":
+        kinds[1:1] = [(types.INT32, 1, "")] * 3
+    if has_rows:
+        kinds.append((types.FLOAT, 1, ""))
+    dtypes, ndims, layouts = (list(column) for column in zip(*kinds, strict=True))
+    nodes = fn.external_source(
+        source, num_outputs=len(kinds), batch=True, dtype=dtypes, ndim=ndims, layout=layouts
+    )
+    return [*nodes, *[None] * (not has_rows)]
+
+
+def _windows(
+    first: Any, starts: Any, shapes: Any, *, device: torch.device, pictures: Pictures
+) -> Any:
+    """What is seen of each picture, uint8 [h w c] of its own size."""
+    if pictures == "pixels":
+        return fn.slice(_on_device(first, device), start=starts, shape=shapes, axis_names="HW")
+    # Only the blocks under the window are decoded. Sizes in the index are as displayed and
+    # packing leaves no picture with an orientation tag, so nothing may turn it here.
+    return fn.decoders.image_slice(
+        first,
+        start=starts,
+        shape=shapes,
+        axis_names="HW",
+        device=_decoder_device(device),
+        output_type=types.RGB,
+        adjust_orientation=False,
+    )
+
+
+def _resampled(
+    windows: Any,
+    flips: Any,
+    *,
+    image_size: int,
+    interpolation: Interpolation,
+    fused: bool,
+) -> Any:
+    """Squares, mirrored where they should be."""
+    if fused:
+        start, end = (types.Constant([edge] * 2, dtype=types.FLOAT) for edge in (0.0, math.inf))
+        return resample_operator(image_size, interpolation)(windows, start, end, flips)
+    # One operator for resampling and mirroring: 5 to 10 % faster on the CPU than two.
+    return fn.resize_crop_mirror(
+        windows,
+        size=[image_size, image_size],
+        crop=[image_size, image_size],
+        mirror=fn.squeeze(flips, axes=0),
+        interp_type=_FILTERS[interpolation],
+        antialias=True,
+    )
 
 
 def build_evaluation_graph(
@@ -156,7 +202,7 @@ def build_evaluation_graph(
             output_type=types.RGB,
             adjust_orientation=False,
         )
-        if _is_fused(resample, device):
+        if is_fused(resample, device):
             unflipped = types.Constant([0], dtype=types.INT32)
             pictures = resample_operator(image_size, interpolation)(whole, starts, ends, unflipped)
         else:
@@ -182,8 +228,8 @@ def decoding_threads(threads: int) -> int:
     return max(1, cores)
 
 
-def _is_fused(resample: Resample, device: torch.device) -> bool:
-    """A GPU's resize is DALI's."""
+def is_fused(resample: Resample, device: torch.device) -> bool:
+    """Whether our operator resamples; a GPU's resize is DALI's."""
     return resample == "fused" and device.type == "cpu"
 
 

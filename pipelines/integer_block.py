@@ -8,34 +8,69 @@ it is cut out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
+from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
-from unicl_fast.targets import Targets
+from unicl_fast.targets import TargetSteps
 
 _FIELDS = 5
 
 
 def pack_integers(
-    targets: Targets, slots: NDArray[np.int64], *, context_length: int
+    steps: TargetSteps, slots: NDArray[np.int64], *, context_length: int
 ) -> NDArray[np.int64]:
-    """Targets and slots of b samples as one int64 [b context_length + 5].
+    """Targets and slots of some batches of b samples as int64 [steps * b, context_length + 5].
 
     Rows of tokens are padded with 0 to `context_length`; there are never more texts than samples.
+
+    Args:
+        steps: targets of the batches.
+        slots: of one batch, int64 [b]; all have the same.
+        context_length: at least the length of the rows of tokens.
     """
-    size = len(slots)
-    block = np.zeros((size, context_length + _FIELDS), dtype=np.int64)
-    fields = block.reshape(-1)[: _FIELDS * size].reshape(_FIELDS, size)
-    tokens = block.reshape(-1)[_FIELDS * size :].reshape(size, context_length)
-    num_texts = len(targets.tokens)
-    fields[0] = targets.text_index
-    fields[1] = targets.class_ids
-    fields[2] = slots
-    fields[3, :num_texts] = targets.text_class_ids
-    fields[4, :num_texts] = targets.text_counts
-    tokens[:num_texts, : targets.tokens.shape[1]] = targets.tokens
+    block = np.zeros((len(steps.text_index), context_length + _FIELDS), dtype=np.int64)
+    _pack(
+        block.reshape(-1),
+        steps.num_texts,
+        steps.tokens,
+        steps.text_index,
+        steps.text_class_ids,
+        steps.text_counts,
+        slots,
+        context_length,
+    )
     return block
+
+
+@njit(cache=True)
+def _pack(
+    block: Any,
+    num_texts: Any,
+    tokens: Any,
+    text_index: Any,
+    text_class_ids: Any,
+    text_counts: Any,
+    slots: Any,
+    context_length: Any,
+) -> None:
+    size = slots.size
+    for step in range(num_texts.size):
+        first = step * size
+        field = first * (context_length + _FIELDS)
+        for i in range(size):
+            block[field + i] = text_index[first + i]
+            block[field + size + i] = text_class_ids[first + text_index[first + i]]
+            block[field + 2 * size + i] = slots[i]
+        for text in range(num_texts[step]):
+            block[field + 3 * size + text] = text_class_ids[first + text]
+            block[field + 4 * size + text] = text_counts[first + text]
+            row = field + _FIELDS * size + text * context_length
+            for position in range(tokens.shape[1]):
+                block[row + position] = tokens[first + text, position]
 
 
 def unpack_integers(block: Tensor, *, num_texts: int) -> dict[str, Tensor]:

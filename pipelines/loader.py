@@ -8,15 +8,12 @@ bad_samples.py's. evaluation_loader.py shows each sample of one data set once.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import itertools
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.batch import Batch
@@ -24,25 +21,21 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.pipelines.augment_parts import parts_for
 from unicl_fast.pipelines.bad_samples import BadSamples
 from unicl_fast.pipelines.culprits import find_undecodable, reason_of
-from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
-from unicl_fast.pipelines.graph import Pipeline, build_train_graph, decoding_threads
-from unicl_fast.pipelines.integer_block import pack_integers, unpack_integers
+from unicl_fast.pipelines.feed import DecodingError, Outputs, run_graph, run_without_graph
+from unicl_fast.pipelines.graph import (
+    Pictures,
+    Pipeline,
+    build_train_graph,
+    decoding_threads,
+    is_fused,
+)
+from unicl_fast.pipelines.host_batches import HostBatches, TrainFacts
+from unicl_fast.pipelines.integer_block import unpack_integers
 from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan
-from unicl_fast.pipelines.texts import gather_texts
-from unicl_fast.pipelines.views import graph_inputs, split_views
+from unicl_fast.pipelines.raw_pictures import are_decoded
+from unicl_fast.pipelines.views import split_views
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
-from unicl_fast.targets import map_targets
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _TrainFacts:
-    """What the host knows of a batch that is being decoded."""
-
-    fed: PlannedBatch
-    """With substitutes in the places of bad samples."""
-    scheduled_ids: NDArray[np.int64]
-    text_lengths: NDArray[np.int64]
 
 
 class TrainLoader:
@@ -83,6 +76,11 @@ class TrainLoader:
         self._world_size = world_size
         self._device = torch.device(device)
         self._running: Generator[Batch, None, None] | None = None
+        self._batch_size = config.run.global_batch_size // world_size
+        self._pictures: Pictures = "files"
+        if are_decoded(self._datasets):
+            fused = is_fused(config.data.resample, self._device)
+            self._pictures = "squares" if fused else "pixels"
         self._bad = BadSamples(self._datasets, quarantine)
         augmentations = augmentations_of(
             config.data.augment, [dataset.folder for dataset in self._datasets]
@@ -98,6 +96,16 @@ class TrainLoader:
             augmentations=augmentations,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
+        self._host = HostBatches(
+            config,
+            self._datasets,
+            prompts,
+            self.plan,
+            self._bad,
+            rank=rank,
+            world_size=world_size,
+            pictures=self._pictures,
+        )
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Batches of the steps `start_step`, `start_step + 1`, ... without end.
@@ -131,6 +139,8 @@ class TrainLoader:
             else:
                 return
             step = failed[0].fed.step
+            if self._pictures != "files":  # nothing is decoded, so no picture is to blame
+                raise DecodingError(f"step {step}, rank {self._rank}: the graph fails: {reason}")
             if not any(self._blame(facts.fed) for facts in failed):
                 raise DecodingError(
                     f"step {step}, rank {self._rank}: decoding fails, though each picture can be "
@@ -144,25 +154,16 @@ class TrainLoader:
             image_size=self._config.data.image_size,
             interpolation=self._config.data.interpolation,
             resample=self._config.data.resample,
-            augmentation=self._augmentation,
             device=self._device,
             threads=threads,
             prefetch=prefetch,
+            pictures=self._pictures,
+            augmentation=self._augmentation,
         )
 
     def _decode(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from a step on, until there is one that cannot be decoded."""
-        data = self._config.data
-        graph = self._graph(
-            batch_size=self.plan.num_views
-            * (self._config.run.global_batch_size // self._world_size),
-            threads=decoding_threads(data.threads),
-            prefetch=data.prefetch,
-        )
-        host_batches = map(self._host_batch, itertools.count(start_step))
-        with contextlib.closing(
-            run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
-        ) as running:
+        with contextlib.closing(self._run(start_step)) as running:
             for (images, integers), facts in running:
                 first, second = split_views(images, num_views=self.plan.num_views)
                 yield Batch(
@@ -177,9 +178,25 @@ class TrainLoader:
                 )
                 del images, first, second, integers  # held here, their buffers could not be reused
 
+    def _run(self, start_step: int) -> Outputs[TrainFacts]:
+        """Pictures and integers of every batch, and what the host knows of it."""
+        data = self._config.data
+        if self._pictures == "squares" and self._augmentation is None:
+            with contextlib.closing(self._host.groups(start_step)) as groups:
+                # One group is being planned and one resampled, beside those that are ready.
+                yield from run_without_graph(groups, ahead=data.prefetch + 2)
+            return
+        graph = self._graph(
+            batch_size=self.plan.num_views * self._batch_size,
+            threads=decoding_threads(data.threads),
+            prefetch=data.prefetch,
+        )
+        with contextlib.closing(self._host.batches(start_step)) as host_batches:
+            yield from run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
+
     def _blame(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""
-        batch = self._host_batch(failed.step)
+        batch = next(self._host.batches(failed.step))
         one = self._graph(batch_size=1, threads=1, prefetch=1)
         reasons = find_undecodable(one, batch.inputs, device=self._device)
         fed = batch.facts.fed
@@ -191,27 +208,6 @@ class TrainLoader:
                 f"the decoder refuses it: {reason}",
             )
         return bool(reasons) or not np.array_equal(fed.sample_ids, failed.sample_ids)
-
-    def _host_batch(self, step: int) -> HostBatch[_TrainFacts]:
-        """Everything of one step that is not pixels, and the encoded pictures."""
-        context_length = self._config.model.context_length
-        for dataset in self._datasets:
-            dataset.check_arrays()
-        planned = self.plan.batch(step, rank=self._rank, world_size=self._world_size)
-        fed, encoded = self._bad.read_batch(self.plan, planned)
-        rows, classes = gather_texts(
-            fed, self._datasets, self._prompts, context_length=context_length
-        )
-        # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
-        # to a prompt are found by look-up, so no other rank's labels can change a class here.
-        targets = map_targets(rows, classes, self._prompts)
-        integers = pack_integers(targets, fed.slots, context_length=context_length)
-        return HostBatch(
-            inputs=graph_inputs(fed, encoded, integers),
-            facts=_TrainFacts(
-                fed=fed, scheduled_ids=planned.sample_ids, text_lengths=targets.text_lengths
-            ),
-        )
 
 
 def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:

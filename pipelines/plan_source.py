@@ -13,6 +13,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from unicl_fast.array_files import blocks_of
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSource:
@@ -34,14 +36,17 @@ def check_source(source: PlanSource, *, text: Literal["any", "captions", "labels
     """Refuses a source with a sample that could not be shown."""
     if not len(source.samples):
         raise ValueError(f"{source.name} has no samples")
-    no_captions = source.samples["captions_count"] == 0
-    has_labels = source.samples["labels_count"] > 0
-    if not source.num_templates and (has_labels & (no_captions | (text != "captions"))).any():
+    num_mute, unprompted = 0, False
+    for rows in blocks_of(source.samples):
+        no_captions = rows["captions_count"] == 0
+        has_labels = rows["labels_count"] > 0
+        unprompted |= bool((has_labels & (no_captions | (text != "captions"))).any())
+        num_mute += int(np.count_nonzero(no_captions & ~has_labels))
+    if not source.num_templates and unprompted:
         raise ValueError(
             f"{source.name} has labels but no class names and templates to make texts of; pack it "
             "again with class names, or set data.text=captions if all its pictures have captions"
         )
-    num_mute = int(np.count_nonzero(no_captions & ~has_labels))
     if num_mute:
         raise ValueError(
             f"{num_mute} of the {len(source.samples)} samples of {source.name} have neither a "
@@ -49,7 +54,8 @@ def check_source(source: PlanSource, *, text: Literal["any", "captions", "labels
         )
     num_classes = len(source.class_ids)
     if source.num_templates and len(source.labels):
-        low, high = int(source.labels.min()), int(source.labels.max())
+        extremes = [(int(part.min()), int(part.max())) for part in blocks_of(source.labels)]
+        low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
         if low < 0 or high >= num_classes:
             raise ValueError(
                 f"{source.name} has class names for labels 0 to {num_classes - 1}, but labels from "

@@ -39,9 +39,9 @@ def gather_texts(
     for number, dataset in enumerate(datasets):
         mine = planned.source_ids == number
         chosen = np.flatnonzero(mine & (planned.captions >= 0))
-        samples = dataset.samples[planned.sample_ids[chosen]]
+        samples = dataset.samples.take(planned.sample_ids[chosen])
         places = samples["captions_start"].astype(np.int64) + planned.captions[chosen]
-        captions = dataset.captions[places]
+        captions = dataset.captions.take(places)
         _copy_texts(
             np.asarray(dataset.tokens),
             captions["tokens_start"].astype(np.int64),

@@ -1,12 +1,13 @@
-"""Two views of each picture through a graph that knows of one.
+"""One view of each picture or two, through a graph that knows of one.
 
-The graph gets every picture twice, all first views and then all second ones, each with cuts and
-numbers of its own; its output is cut in two. Both views are decoded, which a picture shared by
-them would save only where their windows overlap.
+For two, the graph gets every picture twice, all first views and then all second ones, each with
+cuts and numbers of its own; its output is cut in two. Both views are decoded, which a picture
+shared by them would save only where their windows overlap.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,22 +18,43 @@ from unicl_fast.pipelines.plan import PlannedBatch
 
 
 def graph_inputs(
-    planned: PlannedBatch, encoded: list[NDArray[np.uint8]], integers: NDArray[np.int64]
+    planned: PlannedBatch,
+    pictures: list[NDArray[np.uint8]] | NDArray[np.uint8],
+    integers: NDArray[np.int64],
 ) -> tuple[Any, ...]:
-    """What the training graph takes for a batch: see `graph.build_train_graph`."""
-    inputs: list[Any] = [
-        encoded, planned.window_starts, planned.window_shapes, planned.flips[:, None], integers
-    ]  # fmt: skip
+    """What the training graph takes for a batch of files or pixels: `graph.build_train_graph`."""
+    if planned.num_views == 1:
+        starts, shapes, flips = planned.cuts(0)
+    else:
+        starts, shapes, flips = map(
+            np.concatenate, zip(planned.cuts(0), planned.cuts(1), strict=True)
+        )
+        if isinstance(pictures, list):
+            pictures = pictures * 2
+        else:
+            pictures = np.concatenate([pictures] * 2)
+    return pictures, starts, shapes, flips[:, None], *_beside(planned, integers)
+
+
+def square_inputs(
+    planned: PlannedBatch,
+    views: Sequence[Callable[[], NDArray[np.uint8]]],
+    integers: NDArray[np.int64],
+) -> tuple[Any, ...]:
+    """The same for squares; `views` wait for those of each view, uint8 [b s s 3]."""
+    squares = views[0] if len(views) == 1 else lambda: np.concatenate([view() for view in views])
+    return squares, *_beside(planned, integers)
+
+
+def _beside(planned: PlannedBatch, integers: NDArray[np.int64]) -> list[NDArray[Any]]:
+    """What goes beside the pictures: integers, and rows of augmentation if there is any."""
     rows = planned.augment_rows
-    if planned.second_cuts.shape[1]:
-        second = np.split(planned.second_cuts, [2, 4], axis=1)
-        cuts = [np.concatenate(pair) for pair in zip(inputs[1:4], second, strict=True)]
+    if planned.num_views == 2:
         # the second half of the integers is never looked at
-        inputs = [encoded * 2, *cuts, np.concatenate([integers, np.zeros_like(integers)])]
-        rows = rows.transpose(1, 0, 2).reshape(-1, 1, rows.shape[2])
-    if rows.shape[2]:
-        inputs.append(np.ascontiguousarray(rows[:, 0]))
-    return tuple(inputs)
+        integers = np.concatenate([integers, np.zeros_like(integers)])
+    if not rows.shape[2]:
+        return [integers]
+    return [integers, np.ascontiguousarray(rows.transpose(1, 0, 2)).reshape(-1, rows.shape[2])]
 
 
 def split_views(images: Tensor, *, num_views: int) -> tuple[Tensor, Tensor | None]:

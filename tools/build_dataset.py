@@ -7,18 +7,21 @@ writes the folder. The command line is `pack_dataset`.
 
 from __future__ import annotations
 
+import math
 import os
 import time
+import typing
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from tqdm import tqdm
 
 import unicl_fast
-from unicl_fast.images import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY
+from unicl_fast.images import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, Picture, PictureFormat
 from unicl_fast.prompts import read_templates
 from unicl_fast.shard_writer import (
     DEFAULT_SHARD_BYTES,
@@ -65,8 +68,10 @@ class BuildSummary:
     """Counts by kind and the first few reasons, as text."""
     passed_over: dict[str, int]
     """Files and rows that were not tried, by reason."""
+    picture_size: tuple[int, int] | None
+    """Height and width of all pictures of a raw data set."""
     num_bytes: int
-    """Bytes of the shards."""
+    """Bytes of the shards, and of decoded pictures."""
     seconds: float
 
 
@@ -84,6 +89,7 @@ def build_dataset(
     where: Sequence[str] = (),
     resize: str = "",
     quality: int = RESIZE_QUALITY,
+    format: PictureFormat = "keep",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     max_pixels: int = MAX_PIXELS,
     picture_seconds: float = DEFAULT_PICTURE_SECONDS,
@@ -111,11 +117,14 @@ def build_dataset(
     _require_in("--picture-seconds", picture_seconds, 0, 86_400)
     for condition in where:
         split_condition(condition)  # said before any source is read
+    short_side, square_side = _parse_resize(resize, max_pixels=max_pixels)
     options = PictureOptions(
-        short_side=_parse_resize(resize),
+        short_side=short_side,
+        square_side=square_side,
         quality=quality,
         max_pixels=max_pixels,
         seconds=picture_seconds,
+        format=_known_format(format),
     )
     require_free(out)
     lists = ListOptions(
@@ -133,10 +142,13 @@ def build_dataset(
     samples = _shuffle([(source.name, item) for source in read for item in source.items], seed=seed)
     problems = _Problems()
     num_reencoded = 0
-    with DatasetWriter(out, shard_bytes=shard_bytes) as writer:
+    one_size = _OneSize(square_side) if format == "raw" else None
+    pictures: Literal["encoded", "raw"] = "encoded" if one_size is None else "raw"
+    with DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures) as writer:
         results = _check(
             samples,
             options=options,
+            one_size=one_size,
             context_length=tokenizer.context_length,
             workers=workers or len(os.sched_getaffinity(0)),
         )
@@ -154,6 +166,8 @@ def build_dataset(
                 )
                 problems.note(item.name, result)
             else:
+                if one_size is not None:
+                    one_size.require(result.picture, item.name)
                 writer.add(_packed_sample(source, item, result, numbers))
                 num_reencoded += result.picture.reencoded
         if writer.num_samples == 0:
@@ -181,9 +195,40 @@ def build_dataset(
         num_quarantined=manifest.num_quarantined,
         quarantined=problems.describe(),
         passed_over=dict(passed_over),
-        num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+        picture_size=None if one_size is None else one_size.size,
+        num_bytes=writer.num_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+class _OneSize:
+    """The size of all pictures of a raw data set, once it is known."""
+
+    def __init__(self, square_side: int) -> None:
+        """`square_side`: what they are scaled to; 0 where the first picture decides."""
+        self.size = (square_side, square_side) if square_side else None
+        self._first = ""
+
+    def require(self, picture: Picture, name: str) -> None:
+        """Refuses a picture of another size than the first one.
+
+        Raises:
+            ValueError: names both.
+        """
+        size = picture.height, picture.width
+        if self.size is None:
+            self.size, self._first = size, name
+        elif size != self.size:
+            height, width = self.size
+            raise ValueError(
+                f"--format raw takes pictures of one size, but {self._first} has {width} x "
+                f"{height} pixels and {name} has {size[1]} x {size[0]}: add --resize "
+                f"square:PIXELS, such as square:{min(self.size)}, which scales and cuts all"
+            )
+
+    def answer_bytes(self, options: PictureOptions) -> int:
+        """Most that a checked picture can take."""
+        return 3 * (math.prod(self.size) if self.size else options.max_pixels)
 
 
 class _Problems:
@@ -229,13 +274,21 @@ def _check(
     samples: Sequence[tuple[str, Item]],
     *,
     options: PictureOptions,
+    one_size: _OneSize | None,
     context_length: int,
     workers: int,
 ) -> Iterator[Checked | Problem]:
     """One result for each sample, in order; samples with a problem never reach a worker."""
+    # Tasks are made when they are handed out: by then the first pictures may have told the size.
     results = check_in_order(
         (
-            Task(name=item.name, entry=item.entry, captions=tuple(item.captions))
+            Task(
+                name=item.name,
+                entry=item.entry,
+                captions=tuple(item.captions),
+                size=None if one_size is None else one_size.size,
+                answer_bytes=0 if one_size is None else one_size.answer_bytes(options),
+            )
             for _, item in samples
             if item.problem is None and item.entry is not None
         ),
@@ -265,14 +318,32 @@ def _packed_sample(
     )
 
 
-def _parse_resize(resize: str) -> int:
-    """`short:256` -> 256; nothing -> 0."""
+def _parse_resize(resize: str, *, max_pixels: int) -> tuple[int, int]:
+    """`short:256` -> (256, 0), `square:32` -> (0, 32), nothing -> (0, 0)."""
     if not resize:
-        return 0
-    kind, _, pixels = resize.partition(":")
-    if kind != "short" or not pixels.isdecimal() or int(pixels) < 1:
-        raise ValueError(f"--resize takes short:PIXELS, such as short:256, not {resize!r}")
-    return int(pixels)
+        return 0, 0
+    kind, _, number = resize.partition(":")
+    if kind not in ("short", "square") or not number.isdecimal() or not int(number) >= 1:
+        raise ValueError(
+            "--resize takes short:PIXELS, such as short:256, or square:PIXELS, such as square:32, "
+            f"not {resize!r}"
+        )
+    pixels = int(number)
+    if kind == "short":
+        return pixels, 0
+    if pixels > MAX_SIDE or pixels**2 > max_pixels:
+        raise ValueError(
+            f"--resize {resize} would make pictures of {pixels**2:,} pixels; at most "
+            f"{max_pixels:,} (--max-pixels) and {MAX_SIDE:,} a side are taken"
+        )
+    return 0, pixels
+
+
+def _known_format(format: PictureFormat) -> PictureFormat:
+    known = typing.get_args(PictureFormat)
+    if format not in known:
+        raise ValueError(f"--format takes {' or '.join(known)}, not {format!r}")
+    return format
 
 
 def _require_in(name: str, value: float, low: int, high: int) -> None:

@@ -140,7 +140,7 @@ def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
     num_bytes = 0
     for task in tasks:
         chunk.append(task)
-        num_bytes += task.entry.num_bytes
+        num_bytes += max(task.entry.num_bytes, task.answer_bytes)
         if len(chunk) >= _CHUNK_ITEMS or num_bytes >= _CHUNK_BYTES:
             yield chunk
             chunk, num_bytes = [], 0

@@ -12,6 +12,7 @@ Imports what a worker needs and no more: neither torch nor a command line.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import resource
@@ -25,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.images import Picture, PictureError, check_picture
+from unicl_fast.images import Picture, PictureError, PictureFormat, check_picture
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.entries import MAX_FILE_BYTES, Entry, EntryError
 from unicl_fast.tools.sources import Problem
@@ -51,6 +52,10 @@ class Task:
     name: str
     entry: Entry
     captions: tuple[str, ...] = ()
+    size: tuple[int, int] | None = None
+    """Height and width that a decoded picture must have: another's pixels stay in the worker."""
+    answer_bytes: int = 0
+    """Most that the picture may take once it is checked, where that is more than its file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -72,6 +77,9 @@ class PictureOptions:
     max_pixels: int
     seconds: float
     """Longest time for one sample, reading included; 0 sets no limit."""
+    square_side: int = 0
+    """Make pictures squares of so many pixels a side; 0 leaves sizes alone."""
+    format: PictureFormat = "keep"
 
     @property
     def max_file_bytes(self) -> int:
@@ -234,9 +242,13 @@ class _Checker:
         picture = check_picture(
             task.entry.read(max_bytes=self._options.max_file_bytes),
             short_side=self._options.short_side,
+            square_side=self._options.square_side,
             quality=self._options.quality,
             max_pixels=self._options.max_pixels,
+            format=self._options.format,
         )
+        if task.size is not None and (picture.height, picture.width) != task.size:
+            picture = dataclasses.replace(picture, data=b"")
         tokens: list[npt.NDArray[np.uint16]] = []
         if task.captions:
             assert self._tokenizer is not None

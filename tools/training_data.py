@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.config import DataConfig
+from unicl_fast.manifest import Manifest
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
@@ -78,7 +79,7 @@ def describe_sources(
         "sources": [
             {
                 "num_samples": len(dataset),
-                "shards": [shard.xxh3 for shard in dataset.manifest.shards],
+                "shards": _checksums(dataset.manifest),
                 "num_classes": len(dataset.manifest.class_names),
             }
             for dataset in datasets
@@ -87,6 +88,12 @@ def describe_sources(
         "class_names": [list(manifest.class_names) for manifest in manifests],
         "templates": [list(manifest.templates) for manifest in manifests],
     }
+
+
+def _checksums(manifest: Manifest) -> list[str]:
+    """Of all files that hold samples."""
+    pixels = [] if manifest.pixels is None else [manifest.pixels.xxh3]
+    return [shard.xxh3 for shard in manifest.shards] + pixels
 
 
 def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:

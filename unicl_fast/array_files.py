@@ -9,6 +9,8 @@ Ten million samples take about a second (`tests/unicl_fast/test_damaged_datasets
 from __future__ import annotations
 
 import ast
+import mmap
+import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,8 @@ from unicl_fast.manifest import MANIFEST_NAME, Manifest
 
 _MAGIC = b"\x93NUMPY\x01\x00"
 _MAX_HEADER_BYTES = 10_000
+HEADER_BYTES = 512
+"""Of the .npy files that we write."""
 _BLOCK_ROWS = 1 << 16
 """Rows looked at together: few megabytes, so that a look at all of them stays in the cache."""
 
@@ -60,6 +64,22 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
     return np.memmap(path, dtype, mode="r", offset=start, shape=(length,))
 
 
+def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The first `HEADER_BYTES` of our .npy files (NPY format 1.0).
+
+    Of a fixed length, so that a file can be written before its number of rows is known.
+    """
+    fields = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    length = HEADER_BYTES - len(_MAGIC) - 2
+    text = repr(fields).ljust(length - 1) + "\n"
+    assert len(text) == length
+    return _MAGIC + struct.pack("<H", length) + text.encode("ascii")
+
+
 def _read_header(path: Path) -> tuple[Any, int]:
     """What the header of a .npy file says, and where the rows begin.
 
@@ -76,6 +96,18 @@ def _read_header(path: Path) -> tuple[Any, int]:
         return ast.literal_eval(text.decode("latin-1")), len(head) + length
     except Exception as error:  # SyntaxError, but also MemoryError or RecursionError
         raise ValueError(f"its header cannot be read: {type(error).__name__}") from error
+
+
+def blocks_of(array: Rows) -> Iterator[Rows]:
+    """All rows in blocks; pages of a mapped file that were read for it are given back.
+
+    They would stay counted as this process's memory: half a gigabyte for ten million samples.
+    """
+    mapped: Any = array.base
+    for start in range(0, len(array), _BLOCK_ROWS):
+        yield np.asarray(array)[start : start + _BLOCK_ROWS]
+        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def verify_arrays(folder: Path, manifest: Manifest, dtypes: dict[str, np.dtype[Any]]) -> int:
@@ -153,11 +185,17 @@ class _SampleCheck:
         if no_shard.any():
             return [(no_shard, "names a shard that does not exist")]
         ends = self._shard_bytes[rows["shard"]]
+        pixels = self._manifest.pixels
+        if pixels is None:
+            wrong_size = np.zeros(len(rows), np.bool_)
+        else:
+            wrong_size = (rows["height"] != pixels.height) | (rows["width"] != pixels.width)
         captions, labels = rows["captions_count"], rows["labels_count"]
         return [
             (_leaves(rows["offset"], rows["size"], ends), "lies beyond the end of its shard"),
             (rows["size"] == 0, "is a picture of no bytes"),
             ((rows["height"] == 0) | (rows["width"] == 0), "is a picture of no pixels"),
+            (wrong_size, "is a picture of another size than the manifest says"),
             (
                 _leaves(rows["captions_start"], captions, self._manifest.num_captions),
                 "names captions that do not exist",

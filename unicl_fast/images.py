@@ -3,7 +3,8 @@
 A picture that is a plain 8-bit grey or RGB JPEG or PNG, the right way up and free of damage, keeps
 its bytes. Anything else that can be read is decoded here and encoded anew, so that the decoder of
 the training run meets no surprises. What cannot be read, or reads only with warnings, is refused
-with a `PictureError` that gives the reason. `docs/data-format.md` lists the conversions.
+with a `PictureError` that gives the reason. `docs/data-format.md` lists the conversions. For a raw
+data set the same decoding gives pixels, and nothing is encoded.
 
 Decoding for training is DALI's business; this module only decides what DALI is given.
 """
@@ -11,6 +12,7 @@ Decoding for training is DALI's business; this module only decides what DALI is 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import simplejpeg
@@ -45,68 +47,105 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
 
 
+PictureFormat = Literal["keep", "raw"]
+"""What becomes of a sound picture: its bytes are kept (or encoded anew where need be), or it is
+decoded for good."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Picture:
-    """A picture that every decoder reads alike."""
+    """A picture that every decoder reads alike, or its pixels."""
 
     data: bytes
+    """A file, or (raw) RGB pixels [h w 3]."""
     extension: str
-    """jpg or png."""
+    """jpg, png or raw."""
     height: int
     width: int
     reencoded: bool
-    """Whether `data` differs from the bytes that came in."""
+    """Whether `data` is another file than came in."""
 
 
 def check_picture(
     data: bytes,
     *,
     short_side: int = 0,
+    square_side: int = 0,
     quality: int = RESIZE_QUALITY,
     max_pixels: int = MAX_PIXELS,
+    format: PictureFormat = "keep",
 ) -> Picture:
     """Checks a picture's bytes and normalises them if need be.
 
     Args:
         data: the contents of a picture file.
         short_side: a picture whose shorter side is longer than this many pixels is scaled down to
-            it and encoded anew; 0 leaves sizes alone. Nothing is ever enlarged.
+            it and encoded anew; 0 leaves sizes alone. Nothing is enlarged by it.
+        square_side: a picture that is no square of so many pixels is scaled, down or up, until its
+            shorter side has them, and cut at both ends of the longer one; 0 leaves sizes alone.
         quality: JPEG quality of scaled pictures, 1 to 100.
         max_pixels: a picture with more is refused by what its header says, before it is decoded.
+        format: what is made of it.
 
     Raises:
         PictureError: the picture is damaged, not a picture, too large, or of an unsupported kind.
     """
     if not data:
         raise PictureError("empty", "the file is empty")
+    target = _Target(short_side=short_side, square_side=square_side, quality=quality)
+    decoded = _decode(data, target, max_pixels=max_pixels, keep=format == "keep")
+    if isinstance(decoded, Picture):
+        return decoded
+    return _encode(decoded, target) if format == "keep" else _as_pixels(target.scaled(decoded))
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Target:
+    """How large a picture becomes, and how a scaled one is encoded."""
+
+    short_side: int
+    square_side: int
+    quality: int
+
+    def needs_resize(self, height: int, width: int) -> bool:
+        if self.square_side:
+            return (height, width) != (self.square_side, self.square_side)
+        return 0 < self.short_side < min(height, width)
+
+    def scaled(self, pixels: Pixels) -> Pixels:
+        if not self.needs_resize(*pixels.shape[:2]):
+            return pixels
+        if self.square_side:
+            return _cut_square(pixels, self.square_side)
+        return _scale_down(pixels, self.short_side)
+
+
+def _decode(data: bytes, target: _Target, *, max_pixels: int, keep: bool) -> Picture | Pixels:
+    """Decodes a picture strictly; with `keep`, one that may keep its bytes comes back as it is."""
     if data.startswith(_JPEG_SIGNATURE):
-        return _check_jpeg(data, short_side=short_side, quality=quality, max_pixels=max_pixels)
+        return _decode_any_jpeg(data, target, max_pixels=max_pixels, keep=keep)
     with pillow_limits(max_pixels):
         if data.startswith(_PNG_SIGNATURE):
-            return _check_png(data, short_side=short_side, quality=quality)
-        return _encode(pixels_of(open_picture(data)), short_side=short_side, quality=quality)
+            return _decode_png(data, target, keep=keep)
+        return pixels_of(open_picture(data))
 
 
-def _check_jpeg(data: bytes, *, short_side: int, quality: int, max_pixels: int) -> Picture:
+def _decode_any_jpeg(
+    data: bytes, target: _Target, *, max_pixels: int, keep: bool
+) -> Picture | Pixels:
     try:
         header = read_jpeg_header(data)
     except ValueError as error:
         raise PictureError("damaged", str(error)) from error
-    check_size(header.height, header.width, max_pixels)
+    height, width = header.height, header.width
+    check_size(height, width, max_pixels)
     if data.count(b"\xff\xda") > MAX_SCANS:
         raise PictureError("unsupported", f"the JPEG has more than {MAX_SCANS} scans")
-    if header.is_plain and not _needs_resize(header.height, header.width, short_side):
+    if keep and header.is_plain and not target.needs_resize(height, width):
         _check_jpeg_data(data)
-        return Picture(
-            data=data,
-            extension="jpg",
-            height=header.height,
-            width=header.width,
-            reencoded=False,
-        )
+        return Picture(data=data, extension="jpg", height=height, width=width, reencoded=False)
     with pillow_limits(max_pixels):
-        pixels = _jpeg_pixels(data, header)
-    return _encode(pixels, short_side=short_side, quality=quality)
+        return _jpeg_pixels(data, header)
 
 
 def _check_jpeg_data(data: bytes) -> None:
@@ -139,7 +178,7 @@ def _jpeg_pixels(data: bytes, header: JpegHeader) -> Pixels:
     return turn_upright(pixels, header.orientation)
 
 
-def _check_png(data: bytes, *, short_side: int, quality: int) -> Picture:
+def _decode_png(data: bytes, target: _Target, *, keep: bool) -> Picture | Pixels:
     image = open_picture(data)
     try:
         image.verify()  # the checksums of all chunks; `load` skips those of the pixel data
@@ -149,18 +188,19 @@ def _check_png(data: bytes, *, short_side: int, quality: int) -> Picture:
     pixels = pixels_of(image)
     bit_depth, colour_type = data[24], data[25]
     if (
-        bit_depth == 8
+        keep
+        and bit_depth == 8
         and colour_type in _PLAIN_PNG_COLOUR_TYPES
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
         and orientation_of(image) == 1
         and _largest_extra(data) <= MAX_PNG_EXTRA
-        and not _needs_resize(image.height, image.width, short_side)
+        and not target.needs_resize(image.height, image.width)
     ):
         return Picture(
             data=data, extension="png", height=image.height, width=image.width, reencoded=False
         )
-    return _encode(pixels, short_side=short_side, quality=quality)
+    return pixels
 
 
 def _largest_extra(png: bytes) -> int:
@@ -174,19 +214,13 @@ def _largest_extra(png: bytes) -> int:
     return largest
 
 
-def _needs_resize(height: int, width: int, short_side: int) -> bool:
-    return 0 < short_side < min(height, width)
-
-
-def _encode(pixels: Pixels, *, short_side: int, quality: int) -> Picture:
-    """Pixels to a plain JPEG, scaled down first if asked for; checked like any other."""
-    subsampling = REENCODE_SUBSAMPLING
+def _encode(pixels: Pixels, target: _Target) -> Picture:
+    """Pixels to a plain JPEG, scaled first if asked for; checked like any other."""
+    subsampling, quality = REENCODE_SUBSAMPLING, REENCODE_QUALITY
+    if target.needs_resize(*pixels.shape[:2]):
+        pixels = target.scaled(pixels)
+        subsampling, quality = RESIZE_SUBSAMPLING, target.quality
     height, width, channels = pixels.shape
-    if _needs_resize(height, width, short_side):
-        pixels = _scale_down(pixels, short_side)
-        subsampling = RESIZE_SUBSAMPLING
-    else:
-        quality = REENCODE_QUALITY
     try:
         data: bytes = simplejpeg.encode_jpeg(
             np.ascontiguousarray(pixels),
@@ -197,18 +231,43 @@ def _encode(pixels: Pixels, *, short_side: int, quality: int) -> Picture:
     except (ValueError, RuntimeError, OverflowError) as error:
         raise PictureError("unsupported", f"libjpeg cannot encode it: {error}") from error
     _check_jpeg_data(data)
-    height, width, _ = pixels.shape
     return Picture(data=data, extension="jpg", height=height, width=width, reencoded=True)
+
+
+def _as_pixels(pixels: Pixels) -> Picture:
+    """The pixels themselves, grey ones as RGB."""
+    height, width, _ = pixels.shape
+    rgb = np.broadcast_to(pixels, (height, width, 3))
+    return Picture(data=rgb.tobytes(), extension="raw", height=height, width=width, reencoded=False)
 
 
 def _scale_down(pixels: Pixels, short_side: int) -> Pixels:
     """Bicubic with antialiasing, the shorter side becoming `short_side`."""
     height, width, _ = pixels.shape
     scale = short_side / min(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return _resample(pixels, size=(max(1, round(width * scale)), max(1, round(height * scale))))
+
+
+def _cut_square(pixels: Pixels, side: int) -> Pixels:
+    """The central square, scaled down or up to `side`: bicubic, antialiased.
+
+    Only the square is made, since a picture of one row of pixels would become millions of them.
+    """
+    height, width, _ = pixels.shape
+    edge = min(height, width)
+    top, left = (height - edge) // 2, (width - edge) // 2
+    if edge == side:
+        return pixels[top : top + edge, left : left + edge]
+    return _resample(pixels, size=(side, side), box=(left, top, left + edge, top + edge))
+
+
+def _resample(
+    pixels: Pixels, *, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
+) -> Pixels:
+    """Pillow's bicubic filter, of the whole picture or a box (left, top, right, bottom) of it."""
     # Pillow takes grey pixels without a channel axis
     image = Image.fromarray(
         np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     )
-    scaled = np.asarray(image.resize(size, Image.Resampling.BICUBIC))
+    scaled = np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box))
     return scaled if scaled.ndim == 3 else scaled[..., None]

@@ -10,11 +10,15 @@ import dataclasses
 import json
 import os
 import typing
+from collections.abc import Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
+"""Of data sets whose shards hold encoded pictures."""
+RAW_FORMAT_VERSION = 2
+"""Of data sets whose pictures are decoded and lie in one array."""
 MANIFEST_NAME = "manifest.json"
 
 
@@ -25,6 +29,19 @@ class ShardInfo:
     name: str
     num_samples: int
     num_bytes: int
+    xxh3: str
+    """XXH3-64 of the whole file, 16 hexadecimal digits."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PixelsInfo:
+    """The array of decoded pictures of a raw data set."""
+
+    height: int
+    """Of every picture, and so is the width."""
+    width: int
+    num_bytes: int
+    """Of the whole file, header included."""
     xxh3: str
     """XXH3-64 of the whole file, 16 hexadecimal digits."""
 
@@ -51,9 +68,14 @@ class Manifest:
     source: tuple[str, ...]
     seed: int
     tool_version: str
+    pixels: PixelsInfo | None = None
+    """Where the pictures are; None (and no field in the file) if they are in the shards."""
 
     def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False) + "\n"
+        values = dataclasses.asdict(self)
+        if self.pixels is None:
+            del values["pixels"]
+        return json.dumps(values, indent=1, ensure_ascii=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str, *, where: str = "the manifest") -> Manifest:
@@ -64,12 +86,15 @@ class Manifest:
             raise ValueError(f"{where} is not JSON as it should be: {error}") from error
         if not isinstance(values, dict) or not isinstance(values.get("version"), int):
             raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")
-        if values["version"] != FORMAT_VERSION:
+        version = values["version"]
+        if version is True or version not in (FORMAT_VERSION, RAW_FORMAT_VERSION):
             raise ValueError(
-                f"{where} has format version {_short(values['version'])}, this program reads "
-                f"version {FORMAT_VERSION}; pack the data again with this version's unicl-pack"
+                f"{where} has format version {_short(version)}, this program reads versions "
+                f"{FORMAT_VERSION} and {RAW_FORMAT_VERSION}; pack the data again with this "
+                "version's unicl-pack"
             )
-        manifest: Manifest = _from_values(cls, values, where=where)
+        absent = set() if version == RAW_FORMAT_VERSION else {"pixels"}
+        manifest: Manifest = _from_values(cls, values, where=where, absent=absent)
         return manifest
 
     @classmethod
@@ -88,6 +113,10 @@ class Manifest:
         return cls.from_json(text, where=str(path))
 
 
+def shard_name(index: int) -> str:
+    return f"shard-{index:06d}.tar"
+
+
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """JSON lets a key come twice, and readers differ in which one counts."""
     values = dict(pairs)
@@ -96,9 +125,12 @@ def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _from_values(cls: type[Any], values: Any, *, where: str) -> Any:
-    """Builds a manifest class from parsed JSON, refusing what is missing, unknown or mistyped."""
-    hints = typing.get_type_hints(cls)
+def _from_values(cls: type[Any], values: Any, *, where: str, absent: Set[str] = frozenset()) -> Any:
+    """Builds a manifest class from parsed JSON, refusing what is missing, unknown or mistyped.
+
+    Fields in `absent` must not be there.
+    """
+    hints = {name: hint for name, hint in typing.get_type_hints(cls).items() if name not in absent}
     if not isinstance(values, dict) or set(values) != set(hints):
         found = _short(sorted(values) if isinstance(values, dict) else values)
         raise ValueError(f"{where}: expected the fields {sorted(hints)}, found {found}")
@@ -115,6 +147,8 @@ def _typed(value: Any, hint: Any, *, where: str) -> Any:
         return tuple(_typed(entry, item, where=where) for entry in value)
     if hint is ShardInfo:
         return _from_values(ShardInfo, value, where=where)
+    if hint == PixelsInfo | None:  # where the field is there at all, it says something
+        return _from_values(PixelsInfo, value, where=where)
     if typing.get_origin(hint) is tuple or not isinstance(value, hint) or isinstance(value, bool):
         raise ValueError(f"{where} should be {hint}, found {_short(value)}")
     if hint is int and not 0 <= value < 2**63:

@@ -1,4 +1,4 @@
-"""The files of a packed data set while they grow: a tar with its DALI index, an array of rows.
+"""The files of a packed data set while they grow: a tar with its DALI index, arrays of rows.
 
 Apart from `shard_writer`, which decides what goes where, these know one file each: its layout,
 its checksum, and how it gets safely onto the disk.
@@ -6,8 +6,8 @@ its checksum, and how it gets safely onto the disk.
 
 from __future__ import annotations
 
+import math
 import os
-import struct
 import tarfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -15,11 +15,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import xxhash
 
+from unicl_fast.array_files import HEADER_BYTES, npy_header
+from unicl_fast.checksums import file_checksum
+from unicl_fast.manifest import PixelsInfo
+from unicl_fast.pixel_file import CHANNELS, PIXEL_DTYPE, PIXELS_NAME
 from unicl_fast.shards import ARRAY_DTYPES, ShardInfo
 
 BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
-_NPY_HEADER_BYTES = 512
 
 
 class ShardFile:
@@ -66,31 +69,88 @@ class ShardFile:
 
 
 class ArrayFile:
-    """A one-dimensional .npy file that grows row by row; its length is filled in at the end."""
+    """A .npy file that grows row by row; its length is filled in at the end."""
 
-    def __init__(self, folder: Path, name: str) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        name: str,
+        *,
+        dtype: np.dtype[Any] | None = None,
+        row_shape: tuple[int, ...] = (),
+    ) -> None:
+        """By default of the type that the array of this name has, and one-dimensional."""
         self.file: BinaryIO = (folder / f"{name}.npy").open("wb", buffering=1 << 20)
-        self.file.write(bytes(_NPY_HEADER_BYTES))
+        self.file.write(bytes(HEADER_BYTES))
         self.length = 0
-        self._dtype = ARRAY_DTYPES[name]
+        self._dtype = ARRAY_DTYPES[name] if dtype is None else dtype
+        self._row_shape = row_shape
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the whole file so far."""
+        return HEADER_BYTES + self.length * self._dtype.itemsize * math.prod(self._row_shape)
 
     def append(self, data: bytes, *, rows: int = 1) -> None:
         self.file.write(data)
         self.length += rows
 
     def finish(self) -> None:
-        # NPY format 1.0. Written here because the header must be as long as the place kept for it.
-        fields = {
-            "descr": np.lib.format.dtype_to_descr(self._dtype),
-            "fortran_order": False,
-            "shape": (self.length,),
-        }
-        length = _NPY_HEADER_BYTES - 10
-        text = repr(fields).ljust(length - 1) + "\n"
-        assert len(text) == length
         self.file.seek(0)
-        self.file.write(b"\x93NUMPY\x01\x00" + struct.pack("<H", length) + text.encode("ascii"))
+        self.file.write(npy_header(self._dtype, (self.length, *self._row_shape)))
         sync_and_close(self.file)
+
+
+class GrowingPixels:
+    """The array of a raw data set's decoded pictures; the first one says how large all are."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._array: ArrayFile | None = None
+        self._height = self._width = 0
+
+    @property
+    def num_bytes(self) -> int:
+        return 0 if self._array is None else self._array.num_bytes
+
+    def append(self, pixels: bytes, *, height: int, width: int) -> None:
+        """Appends one picture [h w 3].
+
+        Raises:
+            ValueError: it is of another size than the first one, or its bytes are not.
+        """
+        if self._array is None:
+            self._height, self._width = height, width
+            self._array = ArrayFile(
+                self._folder,
+                PIXELS_NAME.removesuffix(".npy"),
+                dtype=PIXEL_DTYPE,
+                row_shape=(height, width, CHANNELS),
+            )
+        size = self._height, self._width
+        if (height, width) != size or len(pixels) != CHANNELS * math.prod(size):
+            raise ValueError(
+                f"a raw data set has pictures of one size, {self._width} x {self._height} pixels "
+                f"of three bytes here, not {width} x {height} in {len(pixels)} bytes"
+            )
+        self._array.append(pixels)
+
+    def finish(self) -> PixelsInfo:
+        """Closes and syncs the file."""
+        assert self._array is not None, "a data set has at least one sample"
+        self._array.finish()
+        path = self._folder / PIXELS_NAME
+        return PixelsInfo(
+            height=self._height,
+            width=self._width,
+            num_bytes=self._array.num_bytes,
+            xxh3=file_checksum(path),  # read again: the header, its beginning, is written last
+        )
+
+    def close(self) -> None:
+        """For a file that is not wanted any more."""
+        if self._array is not None:
+            self._array.file.close()
 
 
 def padded_bytes(size: int) -> int:

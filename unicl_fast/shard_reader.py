@@ -57,6 +57,23 @@ class ShardReader:
             if not keep:
                 os.close(file)
 
+    def descriptor(self, number: int) -> int:
+        """A file's descriptor, for reads that are not made here; kept open until `close`.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: the reader has been closed.
+        """
+        if self._closed:
+            raise ValueError(f"{self._folder} has been closed")
+        file = self._files.get(number)
+        if file is None:
+            opened = os.open(self._paths[number], os.O_RDONLY)
+            file = self._files.setdefault(number, opened)
+            if file != opened:  # another thread was first
+                os.close(opened)
+        return file
+
     def close(self) -> None:
         """Closes the files; reading afterwards is an error."""
         self._closed = True

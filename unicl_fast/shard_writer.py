@@ -3,7 +3,8 @@
 Everything is written into a folder beside the final one and renamed when it is whole, so a build
 that fails or is killed leaves nothing that looks like a data set. The bytes written depend on the
 samples and their order only: tar headers carry no time, owner or machine. Pictures are taken as
-they come; checking them belongs to `images`.
+they come; checking them belongs to `images`. Of a raw data set the pictures, decoded, go into an
+array of their own, and the shards hold their descriptions.
 """
 
 from __future__ import annotations
@@ -18,22 +19,27 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from unicl_fast.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
+from unicl_fast.manifest import RAW_FORMAT_VERSION, PixelsInfo
+from unicl_fast.pixel_file import PIXELS_NAME
 from unicl_fast.shard_files import (
     BLOCK,
     END_OF_TAR,
     ArrayFile,
+    GrowingPixels,
     ShardFile,
     padded_bytes,
     sync_and_close,
 )
 from unicl_fast.shards import (
     ARRAY_DTYPES,
+    FORMAT_VERSION,
     MANIFEST_NAME,
     QUARANTINE_NAME,
     Manifest,
@@ -56,8 +62,9 @@ class PackedSample:
     """One sample ready to be written."""
 
     image: bytes
+    """The contents of a picture file, or of a raw data set the pixels [h w 3]."""
     extension: str
-    """jpg or png."""
+    """jpg or png; of a raw data set it has no meaning."""
     height: int
     width: int
     xxh3: int
@@ -78,8 +85,20 @@ class DatasetWriter:
     """
 
     def __init__(
-        self, out: str | os.PathLike[str], *, shard_bytes: int = DEFAULT_SHARD_BYTES
+        self,
+        out: str | os.PathLike[str],
+        *,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        pictures: Literal["encoded", "raw"] = "encoded",
     ) -> None:
+        """Makes the folder that is renamed at the end.
+
+        Args:
+            out: the final folder; must not exist, or be empty.
+            shard_bytes: largest size of a shard.
+            pictures: files as they come, in the shards, or (raw, format version 2) decoded pixels
+                of one size in one array.
+        """
         if shard_bytes < 1:
             raise ValueError(f"shard_bytes must be positive, not {shard_bytes}")
         self.out = Path(out)
@@ -92,6 +111,7 @@ class DatasetWriter:
         self._shard_bytes = shard_bytes
         self._shards: list[ShardInfo] = []
         self._shard: ShardFile | None = None
+        self._pixels = GrowingPixels(self.aside) if pictures == "raw" else None
         self._arrays = {name: ArrayFile(self.aside, name) for name in ARRAY_DTYPES}
         self._quarantine_file = (self.aside / QUARANTINE_NAME).open(
             "w", encoding="utf-8", errors="backslashreplace", newline=""
@@ -123,9 +143,10 @@ class DatasetWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the shards so far."""
+        """Bytes of the shards, and of decoded pictures, so far."""
         unfinished = 0 if self._shard is None else self._shard.num_bytes
-        return sum(shard.num_bytes for shard in self._shards) + unfinished
+        pixels = 0 if self._pixels is None else self._pixels.num_bytes
+        return sum(shard.num_bytes for shard in self._shards) + unfinished + pixels
 
     def add(self, sample: PackedSample) -> None:
         """Appends a sample; its number is the count of samples before it."""
@@ -133,17 +154,18 @@ class DatasetWriter:
             raise ValueError("each caption needs its tokens")
         if not 0 < max(len(sample.captions), len(sample.labels)) < 2**16:
             raise ValueError("a sample needs 1 to 65,535 captions or labels")
-        members = [
-            (sample.extension, sample.image),
-            ("json", _describe(sample)),
-        ]
+        members = [("json", _describe(sample))]
+        if self._pixels is None:
+            members.insert(0, (sample.extension, sample.image))
+        else:
+            self._pixels.append(sample.image, height=sample.height, width=sample.width)
         offset = self._shard_for(members).add(sample_key(self.num_samples), members)
         captions, labels, tokens = (self._arrays[name] for name in ("captions", "labels", "tokens"))
         self._arrays["samples"].append(
             _SAMPLE_ROW.pack(
                 len(self._shards),
                 offset,
-                len(sample.image),
+                len(members[0][1]),
                 sample.height,
                 sample.width,
                 sample.xxh3,
@@ -180,7 +202,9 @@ class DatasetWriter:
         if self.num_samples == 0:
             raise ValueError("a data set needs at least one sample")
         self._close_shard()
+        pixels = None if self._pixels is None else self._pixels.finish()
         manifest = Manifest(
+            version=FORMAT_VERSION if pixels is None else RAW_FORMAT_VERSION,
             num_samples=self.num_samples,
             num_captions=self.num_captions,
             num_tokens=self._arrays["tokens"].length,
@@ -195,13 +219,14 @@ class DatasetWriter:
             source=tuple(source),
             seed=seed,
             tool_version=tool_version,
+            pixels=pixels,
         )
         for array in self._arrays.values():
             array.finish()
         sync_and_close(self._quarantine_file)
         # lone surrogates stand for bytes of a file name; as escapes they are good JSON
         manifest_bytes = manifest.to_json().encode("utf-8", "backslashreplace")
-        self._write_checksums(manifest_bytes)
+        self._write_checksums(manifest_bytes, pixels)
         with (self.aside / MANIFEST_NAME).open("wb") as file:
             file.write(manifest_bytes)
             sync_and_close(file)
@@ -211,9 +236,11 @@ class DatasetWriter:
         flush_to_disk(self.out.parent)
         return manifest
 
-    def _write_checksums(self, manifest: bytes) -> None:
+    def _write_checksums(self, manifest: bytes, pixels: PixelsInfo | None) -> None:
         """Lists all files of the folder, the manifest that is still to be written among them."""
         known = {shard.name: shard.xxh3 for shard in self._shards}
+        if pixels is not None:
+            known[PIXELS_NAME] = pixels.xxh3
         known[MANIFEST_NAME] = xxhash.xxh3_64_hexdigest(manifest)
         others = (path for path in self.aside.iterdir() if path.name not in known)
         known |= {path.name: file_checksum(path) for path in others}
@@ -229,6 +256,8 @@ class DatasetWriter:
             self._shard.file.close()
         for array in self._arrays.values():
             array.file.close()
+        if self._pixels is not None:
+            self._pixels.close()
         self._quarantine_file.close()
         shutil.rmtree(self.aside)
 

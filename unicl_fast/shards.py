@@ -1,15 +1,15 @@
-"""The packed data set, format version 1: its arrays, its manifest and a plain reader.
+"""The packed data set, format versions 1 and 2: its arrays, its manifest and a plain reader.
 
 A data set is a folder: tar shards that WebDataset and DALI also read, four small arrays that say
-where each picture lies and which texts and labels it has, and a manifest. `docs/data-format.md`
-holds the full text. This module only reads; `shard_writer` writes. Decoding pictures and choosing
-which sample comes when belong to others.
+where each picture lies and which texts and labels it has, and a manifest. In a raw data set
+(version 2) the pictures are decoded and lie in an array of their own (`pixel_file`).
+`docs/data-format.md` holds the full text. This module only reads; `shard_writer` writes. Decoding
+pictures and choosing which sample comes when belong to others.
 """
 
 from __future__ import annotations
 
 import errno
-import logging
 import mmap
 import os
 from pathlib import Path
@@ -21,13 +21,14 @@ import numpy.typing as npt
 import xxhash
 
 from unicl_fast.array_files import open_array, verify_arrays
+from unicl_fast.file_check import check_files
 from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
 from unicl_fast.manifest import Manifest as Manifest
 from unicl_fast.manifest import ShardInfo as ShardInfo
+from unicl_fast.manifest import shard_name as shard_name
+from unicl_fast.pixel_file import PIXELS_NAME, PixelFile, row_checksums
 from unicl_fast.shard_reader import ShardReader
-
-logger = logging.getLogger(__name__)
 
 QUARANTINE_NAME = "quarantine.csv"
 KEY_DIGITS = 10
@@ -76,10 +77,6 @@ def sample_key(index: int) -> str:
     return f"{index:0{KEY_DIGITS}d}"
 
 
-def shard_name(index: int) -> str:
-    return f"shard-{index:06d}.tar"
-
-
 class PackedDataset:
     """One packed data set, opened for reading by sample number.
 
@@ -103,9 +100,9 @@ class PackedDataset:
             folder: what `unicl-pack build` made.
             fraction: part of its samples that is there to be used, in (0, 1]: the first ones, at
                 least one. Packing has shuffled them, so it is a random part, always the same.
-            max_bad_fraction: shards that are missing or of another size are tolerated, with a
-                warning, if they hold at most this part of the samples. For training, which feeds
-                others instead; an evaluation would count wrong.
+            max_bad_fraction: shards (and the file of decoded pictures) that are missing or of
+                another size are tolerated, with a warning, if they hold at most this part of the
+                pictures. For training, which feeds others instead; an evaluation would count wrong.
             verify: compare the arrays with their checksums, and what refers to something with what
                 is there: about a second for ten million samples. Without it a damaged array gives
                 wrong samples, or worse.
@@ -122,8 +119,18 @@ class PackedDataset:
         self.captions: npt.NDArray[Any] = self._load_array("captions", self.manifest.num_captions)
         self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
-        self._reader = ShardReader(self.folder, [shard.name for shard in self.manifest.shards])
-        self._check_shards(max_bad_fraction)
+        pixels = self.manifest.pixels
+        self._pixel_file = (
+            None if pixels is None else PixelFile(self.folder, pixels, len(self._all_samples))
+        )
+        names = [shard.name for shard in self.manifest.shards]
+        self._reader = ShardReader(self.folder, [*names, PIXELS_NAME])
+        check_files(
+            self.folder,
+            self.manifest,
+            pixel_file=self._pixel_file,
+            max_bad_fraction=max_bad_fraction,
+        )
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
@@ -143,39 +150,80 @@ class PackedDataset:
     ) -> None:
         self.close()
 
+    @property
+    def picture_shape(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of every picture of a raw data set; None of others."""
+        return None if self._pixel_file is None else self._pixel_file.shape
+
     def image_bytes(self, index: int, *, verify: bool = False) -> npt.NDArray[np.uint8]:
-        """The encoded picture (JPEG or PNG) of sample `index`.
+        """The picture of sample `index` as a file: JPEG or PNG, or of a raw data set PNM (P6).
 
         Args:
             index: 0 to len - 1.
             verify: also compare with the checksum taken when packing; costs about 10 us for 100 kB.
 
         Raises:
-            DamagedSampleError: the shard cannot be read or is shorter than it was, or `verify`
-                found other bytes.
+            DamagedSampleError: the file that holds it cannot be read or is shorter than it was, or
+                `verify` found other bytes.
         """
         row = self.samples[self._checked(index)]
-        shard, size, offset = int(row["shard"]), int(row["size"]), int(row["offset"])
-        if shard >= len(self.manifest.shards):
-            raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
-        data = np.empty(size, dtype=np.uint8)
+        if self._pixel_file is None:
+            file, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
+            header = b""
+            if file >= len(self.manifest.shards):
+                raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
+        else:
+            file, offset = len(self.manifest.shards), self._pixel_file.offset_of(index)
+            header, size = self._pixel_file.pnm_header, self._pixel_file.row_bytes
+        data = np.empty(len(header) + size, dtype=np.uint8)
+        data[: len(header)] = np.frombuffer(header, dtype=np.uint8)
+        stored = data[len(header) :]
         try:
-            done = self._reader.read_into(shard, data, offset)
+            done = self._reader.read_into(file, stored, offset)
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno in _NOT_THE_SHARDS:
                 raise
             raise DamagedSampleError(
-                f"{self.describe(index)}: the shard cannot be read: {error}"
+                f"{self.describe(index)}: {self._holder} cannot be read: {error}"
             ) from error
         if done < size:
             raise DamagedSampleError(
-                f"{self.describe(index)}: the shard ends after {done} of {size} bytes"
+                f"{self.describe(index)}: {self._holder} ends after {done} of {size} bytes"
             )
-        if verify and xxhash.xxh3_64_intdigest(data.data) != int(row["xxh3"]):
+        if verify and xxhash.xxh3_64_intdigest(stored.data) != int(row["xxh3"]):
             raise DamagedSampleError(
                 f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
             )
         return data
+
+    def read_pixels(
+        self,
+        indices: npt.NDArray[np.int64],
+        out: npt.NDArray[np.uint8],
+        places: npt.NDArray[np.int64],
+    ) -> npt.NDArray[np.bool_]:
+        """Many pictures of a raw data set, decoded, their checksums compared: 1 us each of 3 kB.
+
+        Args:
+            indices: which samples, int64 [k], each in 0 to len - 1.
+            out: uint8 [b h w 3], contiguous; out[places[i]] becomes the picture of indices[i].
+            places: int64 [k].
+
+        Returns:
+            bool [k]: which of them are as they were packed. What is wrong with the others
+            `image_bytes` says.
+        """
+        assert self._pixel_file is not None
+        try:
+            file = self._reader.descriptor(len(self.manifest.shards))
+        except OSError as error:
+            if error.errno in _NOT_THE_SHARDS:
+                raise
+            return np.zeros(len(indices), np.bool_)
+        whole = self._pixel_file.read_rows(file, indices, out, places)
+        expected = np.asarray(self.samples)["xxh3"][indices]
+        result: npt.NDArray[np.bool_] = whole & (row_checksums(out, places) == expected)
+        return result
 
     def caption_tokens(self, index: int, which: int) -> npt.NDArray[np.uint16]:
         """Token ids of caption `which` of sample `index`, start and end included, unpadded."""
@@ -194,12 +242,20 @@ class PackedDataset:
         return self.labels[start : start + int(row["labels_count"])]
 
     def describe(self, index: int) -> str:
-        """Names one sample for a message: data set, shard, key and offset."""
-        place = f"{self.shard_of(index)}, offset {int(self.samples[index]['offset'])}"
+        """Names one sample for a message: data set, file, key and offset."""
+        place = f"{self.shard_of(index)}, offset {self.offset_of(index)}"
         return f"sample {sample_key(index)} of {self.folder} ({place})"
 
+    def offset_of(self, index: int) -> int:
+        """The first byte of the picture of sample `index` in its file, for messages."""
+        if self._pixel_file is not None:
+            return self._pixel_file.offset_of(index)
+        return int(self.samples[index]["offset"])
+
     def shard_of(self, index: int) -> str:
-        """The name of the shard that holds sample `index`, for messages."""
+        """The name of the file that holds the picture of sample `index`, for messages."""
+        if self._pixel_file is not None:
+            return PIXELS_NAME
         shard = int(self.samples[index]["shard"])
         known = shard < len(self.manifest.shards)
         return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
@@ -234,6 +290,10 @@ class PackedDataset:
         """Closes the shard files; reading pictures afterwards is an error."""
         self._reader.close()
 
+    @property
+    def _holder(self) -> str:
+        return "the shard" if self._pixel_file is None else PIXELS_NAME
+
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
             raise IndexError(f"{self.folder} has samples 0 to {len(self) - 1}, not {index}")
@@ -241,54 +301,3 @@ class PackedDataset:
 
     def _load_array(self, name: str, length: int) -> npt.NDArray[Any]:
         return open_array(self.folder / f"{name}.npy", ARRAY_DTYPES[name], length)
-
-    def _check_shards(self, max_bad_fraction: float) -> None:
-        total = sum(shard.num_samples for shard in self.manifest.shards)
-        if total != self.manifest.num_samples:
-            raise ValueError(
-                f"{self.folder / MANIFEST_NAME} contradicts itself: {self.manifest.num_samples} "
-                f"samples, but the shards hold {total}"
-            )
-        faults: list[ValueError | FileNotFoundError] = []
-        num_bad = 0
-        for number, shard in enumerate(self.manifest.shards):
-            if shard.name != shard_name(number):
-                raise ValueError(
-                    f"{self.folder / MANIFEST_NAME}: shard {number} should be called "
-                    f"{shard_name(number)}, not {shard.name!r}"
-                )
-            fault = self._fault_of(shard)
-            if fault is not None:
-                faults.append(fault)
-                num_bad += shard.num_samples
-        if not faults:
-            return
-        if not max_bad_fraction:
-            raise faults[0]
-        damage = (
-            f"{faults[0]} ({len(faults)} such of {len(self.manifest.shards)} shards, with "
-            f"{num_bad} of {total} samples"
-        )
-        if num_bad > max_bad_fraction * total:
-            raise type(faults[0])(
-                f"{damage}: more than data.max_bad_fraction = {max_bad_fraction} allows)"
-            )
-        logger.warning(
-            "DAMAGED DATA SET: %s: within data.max_bad_fraction = %s, so others are fed instead)",
-            damage, max_bad_fraction,
-        )  # fmt: skip
-
-    def _fault_of(self, shard: ShardInfo) -> ValueError | FileNotFoundError | None:
-        path = self.folder / shard.name
-        try:
-            num_bytes = path.stat().st_size if path.is_file() else None
-        except OSError as error:
-            return ValueError(f"{path} cannot be read: {error}")
-        if num_bytes is None:
-            return FileNotFoundError(f"{path} is missing; copy the data set again")
-        if num_bytes != shard.num_bytes:
-            return ValueError(
-                f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}; "
-                "copy the data set again"
-            )
-        return None

@@ -16,13 +16,11 @@ import numpy as np
 from unicl_fast._targets_numba import (
     Int64Array,
     UInt16Array,
-    hash_rows,
-    label_texts,
-    make_table,
+    group_steps,
+    group_texts,
     position_factors,
     row_lengths,
     union_find,
-    unique_rows,
 )
 
 CAPTION_KEYS_START = 1 << 62
@@ -45,6 +43,25 @@ class Targets:
     """int64 [u], how many samples have that text."""
     text_lengths: Int64Array
     """int64 [u], tokens of each row without padding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TargetSteps:
+    """Targets of several batches of one size, one behind the other.
+
+    Fields as of `Targets`; what belongs to the texts of a batch begins where its samples begin, and
+    means nothing behind its last text.
+    """
+
+    size: int
+    """Samples of a batch."""
+    num_texts: Int64Array
+    """int64 [steps]."""
+    tokens: UInt16Array
+    text_index: Int64Array
+    text_class_ids: Int64Array
+    text_counts: Int64Array
+    text_lengths: Int64Array
 
 
 class PromptLookup(Protocol):
@@ -88,10 +105,10 @@ def map_targets(
         ValueError: no rows, or arrays of other shapes, types or ranges.
     """
     rows, labels = _check(rows, labels)
-    hashes = hash_rows(rows, position_factors(rows.shape[1]))
-    first, text_index, text_counts = unique_rows(rows, hashes, make_table(len(rows)))
-    tokens = rows.take(first, axis=0)
-    text_class_ids = _classes_of_texts(labels, text_index, tokens, hashes[first], prompts)
+    tokens, hashes, text_index, text_counts, text_lengths, *known = group_texts(
+        rows, labels, position_factors(rows.shape[1])
+    )
+    text_class_ids = _classes_of_texts(labels, text_index, tokens, hashes, prompts, *known)
     class_ids = text_class_ids[text_index]
     if unique:
         return Targets(
@@ -100,7 +117,7 @@ def map_targets(
             class_ids=class_ids,
             text_class_ids=text_class_ids,
             text_counts=text_counts,
-            text_lengths=row_lengths(tokens),
+            text_lengths=text_lengths,
         )
     return Targets(
         tokens=rows,
@@ -109,6 +126,47 @@ def map_targets(
         text_class_ids=class_ids.copy(),
         text_counts=np.ones(len(rows), dtype=np.int64),
         text_lengths=row_lengths(rows),
+    )
+
+
+def map_steps(
+    rows: UInt16Array, labels: Int64Array, prompts: PromptLookup | None, *, size: int
+) -> TargetSteps:
+    """`map_targets` of consecutive batches of `size` samples, for batches so small that calls cost.
+
+    Args:
+        rows: as of `map_targets`, of all batches.
+        labels: as of `map_targets`.
+        prompts: as of `map_targets`.
+        size: samples of each batch.
+    """
+    if size == len(rows):
+        targets = map_targets(rows, labels, prompts)
+        return TargetSteps(
+            size=size,
+            num_texts=np.array([len(targets.tokens)]),
+            tokens=targets.tokens,
+            text_index=targets.text_index,
+            text_class_ids=targets.text_class_ids,
+            text_counts=targets.text_counts,
+            text_lengths=targets.text_lengths,
+        )
+    rows, labels = _check(rows, labels)
+    tokens, index, counts, lengths, classes, num_texts, is_plain = group_steps(
+        rows, labels, position_factors(rows.shape[1]), size
+    )
+    for step in np.flatnonzero(~is_plain).tolist():
+        mine = slice(step * size, (step + 1) * size)
+        targets = map_targets(rows[mine], labels[mine], prompts)
+        classes[mine.start : mine.start + num_texts[step]] = targets.text_class_ids
+    return TargetSteps(
+        size=size,
+        num_texts=num_texts,
+        tokens=tokens,
+        text_index=index,
+        text_class_ids=classes,
+        text_counts=counts,
+        text_lengths=lengths,
     )
 
 
@@ -165,15 +223,20 @@ def _classes_of_texts(
     tokens: UInt16Array,
     hashes: np.ndarray[tuple[int], np.dtype[np.uint64]],
     prompts: PromptLookup | None,
+    classes: Int64Array,
+    unlabelled: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    num_conflicts: int,
+    num_unlabelled: int,
 ) -> Int64Array:
-    """int64 [u]: the rules of `map_targets`, for each distinct text."""
-    classes, unlabelled, num_conflicts = label_texts(labels, text_index, len(tokens))
+    """int64 [u]: the rules of `map_targets`, for each distinct text; the last four are known."""
+    if not num_unlabelled and not num_conflicts:
+        return classes
     same = []  # blocks of pairs of classes that turn out to be one
     if num_conflicts:
         of_text = classes[text_index]
         differs = (labels >= 0) & (labels != of_text)
         same.append(np.stack([labels[differs], of_text[differs]], axis=1))
-    if prompts is not None and unlabelled.any():
+    if prompts is not None and num_unlabelled:
         texts = np.flatnonzero(unlabelled)
         found = prompts.lookup(tokens[texts])
         texts, found = texts[found >= 0], found[found >= 0]

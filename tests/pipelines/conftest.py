@@ -5,61 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import xxhash
+from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.images import check_picture
-from unicl_fast.prompts import SIMPLE_TEMPLATES, ClassPrompts
-from unicl_fast.shard_writer import DatasetWriter, PackedSample
+from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
-
-TEMPLATES = (*SIMPLE_TEMPLATES, "a drawing of a {}.", "the {}.")
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A picture's file contents and its texts."""
-
-    image: bytes
-    captions: Sequence[str] = ()
-    labels: Sequence[int] = ()
-
-
-def pack(
-    out: Path, samples: Sequence[Sample], *, class_names: Sequence[str], tokenizer: Tokenizer
-) -> PackedDataset:
-    with DatasetWriter(out, shard_bytes=1_000_000) as writer:
-        for sample in samples:
-            picture = check_picture(sample.image)
-            writer.add(
-                PackedSample(
-                    image=picture.data,
-                    extension=picture.extension,
-                    height=picture.height,
-                    width=picture.width,
-                    xxh3=xxhash.xxh3_64_intdigest(picture.data),
-                    captions=sample.captions,
-                    tokens=tokenizer.encode(list(sample.captions)),
-                    labels=sample.labels,
-                )
-            )
-        writer.finish(
-            tokenizer=tokenizer.name,
-            vocabulary_hash=tokenizer.vocabulary_hash,
-            context_length=tokenizer.context_length,
-            class_names=class_names,
-            templates=TEMPLATES if class_names else (),
-            source=["tests"],
-            seed=0,
-            tool_version="0",
-        )
-    return PackedDataset(out)
 
 
 @pytest.fixture(scope="session")

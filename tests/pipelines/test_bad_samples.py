@@ -152,7 +152,11 @@ def test_one_bad_sample_is_replaced_and_nothing_else_changes(
 
 
 def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
-    sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts
+    sound: list[PackedDataset],
+    folders: list[Path],
+    spoilt: Any,
+    prompts: ClassPrompts,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Fed from sound data by a plan that has the substitutes in it: the same bits."""
     bad = {(LABELLED, 5), (LABELLED, 40), (CAPTIONED, 17), (CAPTIONED, 20)}
@@ -160,10 +164,11 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
         flip_byte(folders[source], sample)
     batches = take(make_loader(spoilt(), prompts))
     loader = make_loader(sound, prompts)
-    plan_of = loader.plan.batch
+    plan_of = loader.plan.long_batch
+    monkeypatch.setattr("unicl_fast.pipelines.loader._PLANNED_AT_ONCE", 1)
 
-    def with_substitutes(step: int, *, rank: int, world_size: int) -> Any:
-        planned = plan_of(step, rank=rank, world_size=world_size)
+    def with_substitutes(step: int, count: int, *, rank: int, world_size: int) -> Any:
+        planned = plan_of(step, count, rank=rank, world_size=world_size)
         for place, pair in enumerate(planned_pairs_of(planned)):
             if pair in bad:
                 chosen = next(
@@ -177,7 +182,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
                         getattr(planned, field.name)[place] = getattr(chosen, field.name)[0]
         return planned
 
-    loader.plan.batch = with_substitutes  # type: ignore[method-assign]
+    loader.plan.long_batch = with_substitutes  # type: ignore[method-assign]
     for one, other in zip(batches, take(loader), strict=True):
         assert torch.equal(views_of(one), views_of(other))
         assert torch.equal(texts_of(one), texts_of(other))

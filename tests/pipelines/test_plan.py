@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.pipelines.augment_plan import Column
-from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan
+from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan, split_steps
 from unicl_fast.shards import SAMPLE_DTYPE
 
 NUM_CLASSES = 10
@@ -62,6 +62,31 @@ def arrays(batch: PlannedBatch) -> dict[str, np.ndarray]:
 
 def divisors(number: int) -> list[int]:
     return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@given(
+    step=st.integers(0, 2**40),
+    count=st.integers(1, 5),
+    rank=st.integers(0, 2),
+    templates=st.sampled_from(["per_class", "per_sample"]),
+    text=st.sampled_from(["any", "captions", "labels"]),
+)
+@settings(deadline=None)
+def test_steps_planned_together_are_planned_as_each_alone(
+    step: int, count: int, rank: int, templates: str, text: str
+) -> None:
+    plan = make_plan(
+        make_source(40, labels=2, captions=1), make_source(25, captions=3),
+        batch=12, templates=templates, text=text,
+    )  # fmt: skip
+    long = plan.long_batch(step, count, rank=rank, world_size=3)
+    batches = split_steps(long, count, global_batch_size=12)
+    assert [batch.step for batch in batches] == list(range(step, step + count))
+    for batch in batches:
+        alone = arrays(plan.batch(batch.step, rank=rank, world_size=3))
+        found = arrays(batch)
+        assert found.keys() == alone.keys()
+        assert all(np.array_equal(found[name], alone[name]) for name in alone)
 
 
 @given(

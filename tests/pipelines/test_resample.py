@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from unicl_fast.pipelines.resample import resample_region
+from unicl_fast.pipelines.crop import random_windows
+from unicl_fast.pipelines.resample import resample_region, resample_windows
 
 sides = st.integers(1, 70)
 TORCHVISION_MODES = {False: InterpolationMode.BILINEAR, True: InterpolationMode.BICUBIC}
@@ -123,3 +124,39 @@ def test_a_square_of_its_own_size_is_copied() -> None:
     assert np.array_equal(resampled(picture, 28), picture)
     assert np.array_equal(resampled(picture, 28, mirror=True), picture[:, ::-1])
     assert np.array_equal(resampled(picture, 28, cubic=True), picture)
+
+
+@given(
+    height=sides,
+    width=sides,
+    size=st.integers(1, 40),
+    cubic=st.booleans(),
+    few_floats=st.booleans(),
+    key=st.integers(0, 2**64 - 1),
+)
+@settings(max_examples=200, deadline=None)
+def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
+    height: int, width: int, size: int, cubic: bool, few_floats: bool, key: int
+) -> None:
+    """Small pictures are turned into floats first, large ones are not."""
+    count = 5
+    rng = np.random.default_rng(key)
+    pictures = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    starts, shapes = random_windows(
+        np.full(count, height), np.full(count, width), np.arange(count),
+        key=key, scale=(0.02, 1.0), ratio=(0.3, 3.0),
+    )  # fmt: skip
+    flips = rng.integers(0, 2, count).astype(np.int32)
+    guard = 64
+    memory = np.full(2 * guard + count * size * size * 3, 77, np.uint8)
+    squares = memory[guard:-guard].reshape(count, size, size, 3)
+    most = 0 if few_floats else 1 << 14
+    for begin, end in ((0, 2), (2, 2), (2, count)):
+        resample_windows(squares, pictures, starts, shapes, flips, cubic, begin, end, most)
+    assert (memory[:guard] == 77).all()
+    assert (memory[-guard:] == 77).all()
+    for i in range(count):
+        (top, left), (h, w) = starts[i], shapes[i]
+        window = np.ascontiguousarray(pictures[i, top : top + h, left : left + w])
+        alone = resampled(window, size, mirror=bool(flips[i]), cubic=cubic)
+        assert np.array_equal(squares[i], alone)

@@ -81,3 +81,31 @@ def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
     assert names_of(datasets) == ["labels-1", "captions", "labels-2"]
     for dataset in datasets:
         dataset.close()
+
+
+def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:
+    """A run does not go on with other pictures, though descriptions and shards are the same."""
+    described = []
+    for level in (1, 2, 1):
+        out = tmp_path / str(len(described))
+        with DatasetWriter(out, pictures="raw") as writer:
+            writer.add(
+                PackedSample(
+                    image=bytes([level]) * 12, extension="raw", height=2, width=2, xxh3=0,
+                    labels=[0],
+                )
+            )  # fmt: skip
+            writer.finish(
+                **tokenizer_facts, context_length=77, class_names=["x"], templates=["{}"],
+                source=["here"], seed=0, tool_version="0",
+            )  # fmt: skip
+        with PackedDataset(out) as dataset:
+            described.append(describe_sources([dataset], None))
+    assert described[0] == described[2]
+    assert described[0] != described[1]
+
+
+@pytest.fixture
+def tokenizer_facts() -> dict[str, str]:
+    tokenizer = Tokenizer()
+    return {"tokenizer": tokenizer.name, "vocabulary_hash": tokenizer.vocabulary_hash}

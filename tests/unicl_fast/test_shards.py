@@ -218,7 +218,7 @@ def test_manifest_survives_json(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 2}, "format version 2"),
+        ({"version": 3}, "format version 3, this program reads versions 1 and 2"),
         ({"num_samples": "9"}, "num_samples"),
         ({"shards": [3]}, "shards"),
         ({"class_names": [1]}, "class_names"),
@@ -268,13 +268,13 @@ def test_damaged_shards_are_tolerated_up_to_a_part_and_said_aloud(
     for tolerated in (0.0, (num_bad - 0.5) / 9):
         with pytest.raises(FileNotFoundError, match=f"{shards[0].name} is missing"):
             PackedDataset(packed, max_bad_fraction=tolerated)
-    with pytest.raises(FileNotFoundError, match=f"2 such .*with {num_bad} of 9.*0.01 allows"):
+    with pytest.raises(FileNotFoundError, match=f"2 such .*of {num_bad} of 9.*0.01 allows"):
         PackedDataset(packed, max_bad_fraction=0.01)
     assert not caplog.records
     with PackedDataset(packed, max_bad_fraction=num_bad / 9) as dataset:
         (record,) = caplog.records
         assert record.levelname == "WARNING"
-        assert f"with {num_bad} of 9 samples" in record.message
+        assert f"of {num_bad} of 9 samples" in record.message
         for number in range(9):
             if number < num_bad:
                 with pytest.raises(

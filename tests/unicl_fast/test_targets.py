@@ -15,7 +15,7 @@ from reference import targets as reference
 
 from unicl_fast._targets_numba import find_rows, hash_rows, make_table, position_factors
 from unicl_fast._targets_numba import unique_rows as unique_rows_kernel
-from unicl_fast.targets import Targets, map_targets, slice_targets
+from unicl_fast.targets import Targets, map_steps, map_targets, slice_targets
 
 Rows = npt.NDArray[np.uint16]
 BIG = 2**31 - 1
@@ -111,6 +111,24 @@ def test_the_plain_twin_has_the_same_classes(
     assert plain.class_ids.tolist() == targets.class_ids.tolist()
     assert plain.text_class_ids.tolist() == targets.class_ids.tolist()
     assert plain.text_lengths.max() == targets.text_lengths.max()
+
+
+@settings(max_examples=150)
+@given(batches(), st.data())
+def test_steps_mapped_together_are_mapped_as_each_alone(
+    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
+) -> None:
+    rows, labels, prompts = batch
+    size = data.draw(st.sampled_from([n for n in range(1, len(rows) + 1) if len(rows) % n == 0]))
+    steps = map_steps(rows, labels, prompts, size=size)
+    assert len(steps.num_texts) == len(rows) // size
+    for step, texts in enumerate(steps.num_texts.tolist()):
+        first = step * size
+        alone = map_targets(rows[first : first + size], labels[first : first + size], prompts)
+        assert steps.text_index[first : first + size].tolist() == alone.text_index.tolist()
+        for name in ("tokens", "text_class_ids", "text_counts", "text_lengths"):
+            found = getattr(steps, name)[first : first + texts]
+            assert found.tolist() == getattr(alone, name).tolist(), name
 
 
 @settings(max_examples=100)

@@ -1,0 +1,170 @@
+"""What the host prepares of each step, in one thread: plan, texts, bytes.
+
+Numbers and texts are made for many steps in one go, since calling NumPy costs more than small
+batches do; pictures are read step by step, or, where they are decoded already, some steps at once
+(raw_pictures.py). Decoding, and what a batch looks like in the end, are the loader's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unicl_fast.config import TrainConfig
+from unicl_fast.pipelines.bad_samples import BadSamples
+from unicl_fast.pipelines.feed import HostBatch
+from unicl_fast.pipelines.graph import Pictures, decoding_threads
+from unicl_fast.pipelines.integer_block import pack_integers
+from unicl_fast.pipelines.plan import PlannedBatch, TrainPlan, split_steps
+from unicl_fast.pipelines.raw_pictures import SquareMaker
+from unicl_fast.pipelines.texts import gather_texts
+from unicl_fast.pipelines.views import graph_inputs, square_inputs
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import PackedDataset
+from unicl_fast.targets import map_steps
+
+_PLANNED_AT_ONCE = 4096
+"""Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainFacts:
+    """What the host knows of a batch that is being decoded."""
+
+    fed: PlannedBatch
+    """With substitutes in the places of bad samples."""
+    scheduled_ids: NDArray[np.int64]
+    text_lengths: NDArray[np.int64]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Planned:
+    """A step as long as nothing is bad: all of it but the pictures."""
+
+    batch: PlannedBatch
+    integers: NDArray[np.int64]
+    text_lengths: NDArray[np.int64]
+
+
+class HostBatches:
+    """One rank's steps, as they go into the graph."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        datasets: Sequence[PackedDataset],
+        prompts: ClassPrompts,
+        plan: TrainPlan,
+        bad: BadSamples,
+        *,
+        rank: int,
+        world_size: int,
+        pictures: Pictures,
+    ) -> None:
+        """As for `loader.TrainLoader`; `pictures` as for `graph.build_train_graph`."""
+        self._config = config
+        self._datasets = datasets
+        self._prompts = prompts
+        self._plan = plan
+        self._bad = bad
+        self._rank = rank
+        self._world_size = world_size
+        self._pictures = pictures
+        self._batch_size = config.run.global_batch_size // world_size
+
+    def batches(self, start_step: int) -> Generator[HostBatch[TrainFacts], None, None]:
+        """Every step from one on."""
+        if self._pictures == "squares":
+            with contextlib.closing(self.groups(start_step)) as groups:
+                for group in groups:
+                    yield from group
+            return
+        pictures: Any
+        for planned in self._planned(start_step):
+            self._check_arrays()
+            if self._pictures == "files":
+                fed, pictures = self._bad.read_batch(self._plan, planned.batch)
+            else:
+                (fed,), pictures = self._bad.read_pixels(self._plan, [planned.batch])
+            integers, facts = self._without_pictures(planned, fed)
+            yield HostBatch(inputs=graph_inputs(fed, pictures, integers), facts=facts)
+
+    def groups(self, start_step: int) -> Generator[list[HostBatch[TrainFacts]], None, None]:
+        """The same with squares instead of pictures, some steps at a time."""
+        data, shape = self._config.data, self._datasets[0].picture_shape
+        assert shape is not None
+        steps = self._planned(start_step)
+        maker = SquareMaker(
+            image_size=data.image_size,
+            interpolation=data.interpolation,
+            threads=decoding_threads(data.threads),
+        )
+        with contextlib.closing(maker):
+            count = maker.batches_at_once(self._batch_size, shape)
+            while True:
+                self._check_arrays()
+                planned = list(itertools.islice(steps, count))
+                fed, pixels = self._bad.read_pixels(self._plan, [step.batch for step in planned])
+                squares = [
+                    maker.start(pixels, [batch.cuts(view) for batch in fed])
+                    for view in range(self._plan.num_views)
+                ]
+                group = []
+                for step, batch, *views in zip(planned, fed, *squares, strict=True):
+                    integers, facts = self._without_pictures(step, batch)
+                    inputs = square_inputs(batch, views, integers)
+                    group.append(HostBatch(inputs=inputs, facts=facts))
+                yield group
+
+    def _planned(self, start_step: int) -> Generator[_Planned, None, None]:
+        """Each step without its pictures; those of many are made in one go."""
+        size, count = self._batch_size, max(1, _PLANNED_AT_ONCE // self._batch_size)
+        context_length = self._config.model.context_length
+        for first in itertools.count(start_step, count):
+            self._check_arrays()
+            long = self._plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
+            # A rank's own texts are enough: a text with a label is always a prompt, and captions
+            # equal to a prompt are found by look-up, so no other rank's labels can change a class.
+            targets = map_steps(*self._texts_of(long), self._prompts, size=size)
+            steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
+            integers = pack_integers(targets, steps[0].slots, context_length=context_length)
+            for place, planned in enumerate(steps):
+                start = place * size
+                texts_end = start + int(targets.num_texts[place])
+                yield _Planned(
+                    batch=planned,
+                    integers=integers[start : start + size],
+                    text_lengths=targets.text_lengths[start:texts_end],
+                )
+
+    def _without_pictures(
+        self, planned: _Planned, fed: PlannedBatch
+    ) -> tuple[NDArray[np.int64], TrainFacts]:
+        """The integers of a step, and what the host knows of it."""
+        integers, text_lengths = planned.integers, planned.text_lengths
+        if fed is not planned.batch:  # substitutes come with texts of their own
+            targets = map_steps(*self._texts_of(fed), self._prompts, size=len(fed.slots))
+            context_length = self._config.model.context_length
+            integers = pack_integers(targets, fed.slots, context_length=context_length)
+            text_lengths = targets.text_lengths[: targets.num_texts[0]]
+        return integers, TrainFacts(
+            fed=fed, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths
+        )
+
+    def _texts_of(self, planned: PlannedBatch) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+        return gather_texts(
+            planned,
+            self._datasets,
+            self._prompts,
+            context_length=self._config.model.context_length,
+        )
+
+    def _check_arrays(self) -> None:
+        for dataset in self._datasets:
+            dataset.check_arrays()

@@ -1,0 +1,334 @@
+"""Raw data sets past the decoder: the same batches as of the same pictures in files."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import itertools
+import os
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from damage import copy_of
+from packed_sets import Sample, pack
+from PIL import Image
+
+from unicl_fast.bad_visits import TooManyBadSamplesError
+from unicl_fast.batch import Batch
+from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.feed import DecodingError, run_graph
+from unicl_fast.pipelines.graph import build_train_graph
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import DamagedSampleError, PackedDataset
+from unicl_fast.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.dali
+
+HEIGHT, WIDTH, SIZE, BATCH = 24, 30, 32, 12
+STEPS = 10  # more than a pass over both data sets
+LABELLED, CAPTIONED = 0, 1
+
+
+def png(seed: int) -> bytes:
+    pixels = np.random.default_rng(seed).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(pixels if seed % 5 else pixels[..., 0]).save(file, format="PNG")
+    return file.getvalue()
+
+
+Sets = dict[str, list[PackedDataset]]
+
+
+@pytest.fixture(scope="module")
+def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iterator[Sets]:
+    """The same samples twice: as PNGs and raw; labelled ones and captioned ones of one size."""
+    folder = tmp_path_factory.mktemp("packed")
+    labelled = [Sample(png(i), labels=[i % 3]) for i in range(40)]
+    captioned = [Sample(png(100 + i), captions=[f"picture {i}", "a thing"]) for i in range(30)]
+    found: Sets = {
+        form: [
+            pack(folder / f"{form} {name}", samples, class_names=names, tokenizer=tokenizer,
+                 raw=form == "raw")
+            for name, samples, names in (
+                ("labelled", labelled, ["cat", "dog", "yak"]), ("captioned", captioned, ())
+            )
+        ]
+        for form in ("png", "raw")
+    }  # fmt: skip
+    yield found
+    for dataset in itertools.chain(*found.values()):
+        dataset.close()
+
+
+@pytest.fixture(scope="module")
+def prompts(sets: Sets, tokenizer: Tokenizer) -> ClassPrompts:
+    manifests = [dataset.manifest for dataset in sets["png"]]
+    return ClassPrompts([(m.class_names, m.templates) for m in manifests], tokenizer)
+
+
+def make_loader(
+    datasets: Sequence[PackedDataset], prompts: ClassPrompts, *, batch: int = BATCH, **more: Any
+) -> TrainLoader:
+    data = {key: more.pop(key) for key in ("resample", "interpolation") if key in more}
+    config = TrainConfig(
+        data=DataConfig(image_size=SIZE, evaluation_resize=36, threads=2, **data),
+        run=RunConfig(global_batch_size=batch, seed=3),
+    )
+    return TrainLoader(config, datasets, None, prompts, **more)
+
+
+def take(loader: TrainLoader, *, start: int = 0, count: int = STEPS) -> list[Batch]:
+    batches = list(itertools.islice(loader.batches(start), count))
+    loader.close()
+    return batches
+
+
+def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
+    for one, other in zip(batches, others, strict=True):
+        for field in dataclasses.fields(Batch):
+            left, right = getattr(one, field.name), getattr(other, field.name)
+            assert np.array_equal(left, right), (one.step, field.name)
+
+
+@pytest.mark.parametrize("resample", ["fused", "dali"])
+def test_raw_pictures_give_the_batches_of_files(
+    sets: Sets, prompts: ClassPrompts, resample: str
+) -> None:
+    raw = make_loader(sets["raw"], prompts, resample=resample)
+    assert raw._pictures == {"fused": "squares", "dali": "pixels"}[resample]
+    batches = take(raw)
+    assert_same(batches, take(make_loader(sets["png"], prompts, resample=resample)))
+    assert batches[0].images.dtype == torch.uint8
+    assert tuple(batches[0].images.shape) == (BATCH, SIZE, SIZE, 3)
+
+
+@pytest.mark.parametrize("batch", [1, 5, 70])
+def test_any_batch_size_and_number_of_threads_gives_the_same_pictures(
+    sets: Sets, prompts: ClassPrompts, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group of batches is one, or many; squares are shared by threads, or not."""
+    few = take(make_loader(sets["raw"], prompts, batch=batch), count=6)
+    monkeypatch.setattr("unicl_fast.pipelines.raw_pictures._MOST_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.raw_pictures._PART_BYTES", 100)
+    monkeypatch.setattr("unicl_fast.pipelines.loader._PLANNED_AT_ONCE", 1)
+    assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
+
+
+def test_raw_and_files_train_together_through_the_decoder(
+    sets: Sets, prompts: ClassPrompts
+) -> None:
+    loader = make_loader([sets["raw"][LABELLED], sets["png"][CAPTIONED]], prompts)
+    assert loader._pictures == "files"
+    assert_same(take(loader), take(make_loader(sets["raw"], prompts)))
+
+
+def test_raw_data_sets_of_two_sizes_train_together(
+    sets: Sets, prompts: ClassPrompts, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    larger = Image.effect_noise((50, 40), 90)
+    file = io.BytesIO()
+    larger.save(file, format="PNG")
+    samples = [Sample(file.getvalue(), captions=["noise"]) for _ in range(20)]
+    with pack(tmp_path / "set", samples, class_names=(), tokenizer=tokenizer, raw=True) as other:
+        batches = take(make_loader([sets["raw"][LABELLED], other], prompts), count=3)
+    assert {int(source) for batch in batches for source in batch.source_ids} == {0, 1}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_join_and_a_restart_goes_on(
+    sets: Sets, prompts: ClassPrompts, world_size: int
+) -> None:
+    whole = take(make_loader(sets["raw"], prompts))
+    assert_same(whole[7:], take(make_loader(sets["raw"], prompts), start=7, count=3))
+    ranks = [
+        take(make_loader(sets["raw"], prompts, rank=rank, world_size=world_size))
+        for rank in range(world_size)
+    ]
+    for step, expected in enumerate(whole):
+        for name in ("images", "slots", "sample_ids", "scheduled_ids", "source_ids"):
+            joined = torch.cat([getattr(batches[step], name) for batches in ranks])
+            assert torch.equal(joined, getattr(expected, name)), name
+
+
+def test_batches_handed_out_stay_what_they_were(sets: Sets, prompts: ClassPrompts) -> None:
+    loader = make_loader(sets["raw"], prompts)
+    held, copies = [], []
+    for batch in itertools.islice(loader.batches(0), 200):
+        held.append(batch.images)
+        copies.append(batch.images.clone())
+    loader.close()
+    assert all(map(torch.equal, held, copies))
+
+
+def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts) -> None:
+    """For operators that follow resampling: the graph that files and pixels go through too."""
+    loader = make_loader(sets["raw"], prompts)
+    batches = take(loader, count=3)
+    groups = loader._host_groups(0)
+    host_batches = itertools.chain.from_iterable(groups)
+    build = partial(
+        build_train_graph, batch_size=BATCH, image_size=SIZE, interpolation="bilinear",
+        resample="fused", device=torch.device("cpu"), threads=1, prefetch=1, pictures="squares",
+    )  # fmt: skip
+    running = run_graph(build, host_batches, device=torch.device("cpu"), ahead=1)
+    for batch, ((images, integers), facts) in zip(batches, running, strict=False):
+        assert facts.fed.step == batch.step
+        assert torch.equal(images, batch.images)
+        assert len(integers) == BATCH
+    running.close()
+    groups.close()
+
+
+# From here on: damage.
+
+
+@pytest.fixture
+def folders(sets: Sets, tmp_path: Path) -> list[Path]:
+    """Copies to be spoilt."""
+    return [copy_of(dataset, tmp_path / dataset.folder.name) for dataset in sets["raw"]]
+
+
+@pytest.fixture
+def opened(folders: list[Path]) -> Iterator[Callable[[], list[PackedDataset]]]:
+    """Opens the copies, once they are spoilt."""
+    found: list[PackedDataset] = []
+
+    def open_all() -> list[PackedDataset]:
+        found.extend(PackedDataset(folder, max_bad_fraction=1.0) for folder in folders)
+        return found[-len(folders) :]
+
+    yield open_all
+    for dataset in found:
+        dataset.close()
+
+
+ROW = HEIGHT * WIDTH * 3
+
+
+def flip_pixel(folder: Path, sample: int) -> None:
+    with (folder / "pixels.npy").open("r+b") as file:
+        file.seek(512 + sample * ROW + ROW // 2)
+        (old,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([old ^ 1]))
+
+
+def num_replaced(
+    batches: Sequence[Batch], expected: Sequence[Batch], bad: set[tuple[int, int]]
+) -> int:
+    """Checks that the bad ones, and nothing else, are others than those of sound data."""
+    count = 0
+    for batch, whole in zip(batches, expected, strict=True):
+        assert batch.source_ids is not None
+        assert batch.sample_ids is not None
+        assert torch.equal(batch.scheduled_ids, whole.sample_ids)  # type: ignore[arg-type]
+        planned = zip(batch.source_ids.tolist(), batch.scheduled_ids.tolist(), strict=True)  # type: ignore[union-attr]
+        is_bad = torch.tensor([pair in bad for pair in planned])
+        assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
+        assert torch.equal(batch.images[~is_bad], whole.images[~is_bad])
+        texts, expected_texts = (b.tokens[b.text_index][~is_bad] for b in (batch, whole))
+        assert torch.equal(texts, expected_texts)
+        count += int(is_bad.sum())
+    return count
+
+
+def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
+    sets: Sets, folders: list[Path], opened: Any, prompts: ClassPrompts, tmp_path: Path
+) -> None:
+    expected = take(make_loader(sets["raw"], prompts))
+    bad = {(LABELLED, 7), (LABELLED, 39), (CAPTIONED, 0)}
+    for source, sample in bad:
+        flip_pixel(folders[source], sample)
+    path = tmp_path / "quarantine.csv"
+    batches = take(make_loader(opened(), prompts, quarantine=path))
+    assert num_replaced(batches, expected, bad) >= len(bad)
+    # what is fed instead is a function of the step, and the same through the decoder and DALI
+    again = make_loader(opened(), prompts)
+    assert_same(batches[3:], take(again, start=3, count=STEPS - 3))
+    for source, sample in bad:
+        again._bad.add(source, sample, "told by the test")
+    assert_same(batches, take(again))
+    mixed = [opened()[LABELLED], sets["png"][CAPTIONED]]
+    for batch, other in zip(batches, take(make_loader(mixed, prompts)), strict=True):
+        same = batch.source_ids == LABELLED
+        assert torch.equal(batch.images[same], other.images[same])
+    with path.open(newline="") as file:
+        rows = {(row["data_set"], int(row["key"])): row for row in csv.DictReader(file)}
+    assert set(rows) == {(str(folders[source]), sample) for source, sample in bad}
+    for (_, sample), row in rows.items():
+        assert (row["shard"], int(row["offset"])) == ("pixels.npy", 512 + sample * ROW)
+        assert "checksum" in row["reason"]
+
+
+@pytest.mark.parametrize("kind", ["cut", "gone"])
+def test_pixels_that_vanish_under_a_run_are_replaced(
+    sets: Sets, folders: list[Path], opened: Any, prompts: ClassPrompts, kind: str
+) -> None:
+    count = 400
+    expected = take(make_loader(sets["raw"], prompts), count=count)
+    datasets = opened()
+    loader = make_loader(datasets, prompts)
+    running = loader.batches(0)
+    batches = [next(running)]
+    path = folders[CAPTIONED] / "pixels.npy"
+    if kind == "cut":
+        os.truncate(path, 512 + 12 * ROW + 5)
+        bad = {(CAPTIONED, sample) for sample in range(12, 30)}
+    else:
+        flip_pixel(folders[CAPTIONED], 4)
+        path.unlink()  # those who have it open read on
+        bad = {(CAPTIONED, 4)}
+    batches += itertools.islice(running, count - 1)
+    loader.close()
+    # by then some groups of batches had been read
+    assert num_replaced(batches[-20:], expected[-20:], bad) >= 20 * BATCH / 70 / 2
+    if kind == "gone":
+        with PackedDataset(folders[CAPTIONED], max_bad_fraction=1.0) as later:
+            with pytest.raises(DamagedSampleError, match=r"pixels\.npy cannot be read: .*No such"):
+                later.image_bytes(3)
+            alone = make_loader([datasets[LABELLED], later], prompts)
+            with pytest.raises(TooManyBadSamplesError, match="100 others"):
+                next(alone.batches(0))
+            alone.close()
+
+
+def test_a_graph_that_fails_is_no_picture_s_fault(
+    sets: Sets, prompts: ClassPrompts, tmp_path: Path
+) -> None:
+    loader = make_loader(
+        sets["raw"], prompts, resample="dali", quarantine=tmp_path / "quarantine.csv"
+    )
+    plan_of = loader.plan.long_batch
+
+    def beyond(*args: Any, **options: Any) -> Any:
+        planned = plan_of(*args, **options)
+        planned.window_shapes[:] = HEIGHT + 9
+        return planned
+
+    loader.plan.long_batch = beyond  # type: ignore[method-assign]
+    with pytest.raises(DecodingError, match="step 0, rank 0: the graph fails"):
+        next(loader.batches(0))
+    loader.close()
+    assert not (tmp_path / "quarantine.csv").exists()
+
+
+def test_evaluation_shows_the_pixels_of_files_and_names_damage(
+    sets: Sets, folders: list[Path], opened: Any
+) -> None:
+    data = DataConfig(image_size=SIZE, evaluation_resize=36, threads=2)
+    for form, dataset in (("png", sets["png"][0]), ("raw", sets["raw"][0])):
+        (whole,) = EvaluationLoader(dataset, data, batch_size=64)
+        if form == "png":
+            expected = whole
+    assert torch.equal(whole.images, expected.images)
+    flip_pixel(folders[LABELLED], 3)
+    with pytest.raises(DamagedSampleError, match=r"sample 0000000003 .*pixels\.npy.*checksum"):
+        list(EvaluationLoader(opened()[LABELLED], data, batch_size=5))
