@@ -111,9 +111,13 @@ def _training_inputs(source: Source, *, pictures: Pictures, has_rows: bool) -> l
         kinds[1:1] = [(types.INT32, 1, "")] * 3
     if has_rows:
         kinds.append((types.FLOAT, 1, ""))
-    dtypes, ndims, layouts = (list(column) for column in zip(*kinds, strict=True))
     nodes = fn.external_source(
-        source, num_outputs=len(kinds), batch=True, dtype=dtypes, ndim=ndims, layout=layouts
+        source,
+        num_outputs=len(kinds),
+        batch=True,
+        dtype=[dtype for dtype, _, _ in kinds],
+        ndim=[ndim for _, ndim, _ in kinds],
+        layout=[layout for _, _, layout in kinds],
     )
     return [*nodes, *[None] * (not has_rows)]
 

@@ -118,7 +118,7 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_pictures(
     few = take(make_loader(sets["raw"], prompts, batch=batch), count=6)
     monkeypatch.setattr("unicl_fast.pipelines.raw_pictures._MOST_AT_ONCE", 1)
     monkeypatch.setattr("unicl_fast.pipelines.raw_pictures._PART_BYTES", 100)
-    monkeypatch.setattr("unicl_fast.pipelines.loader._PLANNED_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.host_batches._PLANNED_AT_ONCE", 1)
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
 
@@ -172,7 +172,7 @@ def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts)
     """For operators that follow resampling: the graph that files and pixels go through too."""
     loader = make_loader(sets["raw"], prompts)
     batches = take(loader, count=3)
-    groups = loader._host_groups(0)
+    groups = loader._host.groups(0)
     host_batches = itertools.chain.from_iterable(groups)
     build = partial(
         build_train_graph, batch_size=BATCH, image_size=SIZE, interpolation="bilinear",
