@@ -77,7 +77,7 @@ def prompts(sets: Sets, tokenizer: Tokenizer) -> ClassPrompts:
 def make_loader(
     datasets: Sequence[PackedDataset], prompts: ClassPrompts, *, batch: int = BATCH, **more: Any
 ) -> TrainLoader:
-    data = {key: more.pop(key) for key in ("resample", "interpolation") if key in more}
+    data = {key: more.pop(key) for key in ("resample", "interpolation", "augment") if key in more}
     config = TrainConfig(
         data=DataConfig(image_size=SIZE, evaluation_resize=36, threads=2, **data),
         run=RunConfig(global_batch_size=batch, seed=3),
@@ -98,14 +98,17 @@ def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
             assert np.array_equal(left, right), (one.step, field.name)
 
 
+@pytest.mark.parametrize("augment", ["none", "unicl", "supcon", "none,views=2"])
 @pytest.mark.parametrize("resample", ["fused", "dali"])
 def test_raw_pictures_give_the_batches_of_files(
-    sets: Sets, prompts: ClassPrompts, resample: str
+    sets: Sets, prompts: ClassPrompts, resample: str, augment: str
 ) -> None:
-    raw = make_loader(sets["raw"], prompts, resample=resample)
+    settings = {"resample": resample, "augment": (augment,)}
+    raw = make_loader(sets["raw"], prompts, **settings)
     assert raw._pictures == {"fused": "squares", "dali": "pixels"}[resample]
     batches = take(raw)
-    assert_same(batches, take(make_loader(sets["png"], prompts, resample=resample)))
+    assert (batches[0].second_images is None) == (augment in ("none", "unicl"))
+    assert_same(batches, take(make_loader(sets["png"], prompts, **settings)))
     assert batches[0].images.dtype == torch.uint8
     assert tuple(batches[0].images.shape) == (BATCH, SIZE, SIZE, 3)
 
