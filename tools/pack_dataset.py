@@ -1,7 +1,7 @@
 """`unicl-pack`: pictures with labels, captions or both -> a packed, verified, shuffled data set.
 
 This module reads arguments and prints; what it does is `build_dataset`, which other programs call
-directly.
+directly. The other sub-commands have modules of their own.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from unicl_fast.shards import QUARANTINE_NAME
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
 from unicl_fast.tools.build_dataset import build_dataset as build_dataset
+from unicl_fast.tools.verify_command import Verify
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -94,20 +95,26 @@ class Build:
     workers: int = 0
     """Processes that read and check pictures; 0 takes one for each core."""
 
+    def run(self) -> tuple[str, int]:
+        """What there is to say at the end, and the exit code."""
+        return _report(build_dataset(**vars(self))), 0
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 0 when done, 2 for wrong input or usage."""
+    """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(
-        {"build": Build}, args=arguments, prog="unicl-pack"
+        {"build": Build, "verify": Verify}, args=arguments, prog="unicl-pack"
     )
     try:
-        summary = build_dataset(**vars(command))
+        report, code = command.run()
     except KeyboardInterrupt:
         _fail("stopped; nothing was written", code=130)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error), code=2)
-    _print(_report(summary), sys.stdout)
+    _print(report, sys.stdout)
+    if code:
+        raise SystemExit(code)
 
 
 def _report(summary: BuildSummary) -> str:

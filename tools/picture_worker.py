@@ -12,6 +12,7 @@ Imports what a worker needs and no more: neither torch nor a command line.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import resource
@@ -72,6 +73,8 @@ class PictureOptions:
     max_pixels: int
     seconds: float
     """Longest time for one sample, reading included; 0 sets no limit."""
+    return_pictures: bool = True
+    """Whether results bring the pictures' bytes; a verification needs what was found only."""
 
     @property
     def max_file_bytes(self) -> int:
@@ -244,4 +247,7 @@ class _Checker:
                 tokens = self._tokenizer.encode(list(task.captions))
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
                 return Problem(kind="bad caption", message=f"cannot be tokenised: {error}")
-        return Checked(picture=picture, xxh3=xxhash.xxh3_64_intdigest(picture.data), tokens=tokens)
+        xxh3 = xxhash.xxh3_64_intdigest(picture.data)
+        if not self._options.return_pictures:
+            picture = dataclasses.replace(picture, data=b"")
+        return Checked(picture=picture, xxh3=xxh3, tokens=tokens)
