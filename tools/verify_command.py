@@ -123,8 +123,12 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
         kinds = sorted(summary.faults.items(), key=lambda item: -item[1])
         counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
         lines.append(f"{summary.folder}: FAULTS FOUND: {counts}; looked at {looked_at}")
-        lines.append("copy the named files again, or leave damaged pictures out by: unicl-pack "
-                     f"merge {summary.folder} --out DIR")  # fmt: skip
+        if not summary.num_samples:
+            lines.append("the samples were not looked at, which takes a manifest and all arrays")
+        lines.append(
+            "copy the named files again; damaged pictures can be left out by: "
+            f"unicl-pack merge {summary.folder} --out DIR"
+        )
     else:
         lines.append(f"{summary.folder}: sound; {looked_at}")
         if not summary.num_decoded:

@@ -9,6 +9,7 @@ fault is noted and checking goes on, so that one look tells all that is to be co
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections import Counter, deque
@@ -164,7 +165,8 @@ def _check_samples(
     for result in results:
         sample = waiting.popleft()
         if isinstance(result, Problem):
-            checks.fault(sample.index, "picture", f"{result.kind}: {result.message}")
+            kind = "tokens" if result.kind == "bad caption" else "picture"
+            checks.fault(sample.index, kind, f"{result.kind}: {result.message}")
         else:
             checks.compare_picture(sample.index, result)
             checks.compare_tokens(sample.index, result.tokens)
@@ -179,7 +181,7 @@ def _tokenizer_of(dataset: PackedDataset, *, note: NoteFault) -> Tokenizer | Non
         message = f"context_length is {manifest.context_length}; expected is 2 to 255"
         note(Fault(file="manifest.json", kind="manifest", message=message))
         return None
-    tokenizer = Tokenizer(manifest.context_length)
+    tokenizer = _make_tokenizer(manifest.context_length)
     ours = (tokenizer.name, tokenizer.vocabulary_hash)
     if (manifest.tokenizer, manifest.vocabulary_hash) != ours:
         message = (
@@ -190,6 +192,9 @@ def _tokenizer_of(dataset: PackedDataset, *, note: NoteFault) -> Tokenizer | Non
         note(Fault(file="manifest.json", kind="tokens", message=message))
         return None
     return tokenizer
+
+
+_make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each
 
 
 @dataclass(frozen=True, slots=True)
