@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 import unicl_fast
@@ -34,6 +33,7 @@ from unicl_fast.tools.class_names import (
     refuse_numbers,
 )
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.tools.sample_order import shuffled_order
 from unicl_fast.tools.sources import (
     Item,
     Label,
@@ -130,7 +130,8 @@ def build_dataset(
     space, numbers = _number_labels(read, class_names)
     template_list = read_templates(templates or "imagenet") if space.names else ()
     tokenizer = Tokenizer()
-    samples = _shuffle([(source.name, item) for source in read for item in source.items], seed=seed)
+    listed = [(source.name, item) for source in read for item in source.items]
+    samples = [listed[place] for place in shuffled_order(len(listed), seed=seed)]
     problems = _Problems()
     num_reencoded = 0
     with DatasetWriter(out, shard_bytes=shard_bytes) as writer:
@@ -213,16 +214,6 @@ def _number_labels(read: Sequence[Source], class_names: str) -> tuple[LabelSpace
         labels |= found
     space = read_label_space(class_names) if class_names else collect_label_space(labels)
     return space, {label: space.number_of(label) for label in labels}
-
-
-def _shuffle(samples: list[tuple[str, Item]], *, seed: int) -> list[tuple[str, Item]]:
-    """The same order for the same seed, on any machine and with any NumPy.
-
-    NumPy keeps the raw stream of a bit generator for good (NEP 19) but not what `permutation` makes
-    of it, so the samples are sorted by raw 64-bit numbers.
-    """
-    numbers = np.random.PCG64(seed).random_raw(len(samples))
-    return [samples[place] for place in np.argsort(numbers, kind="stable")]
 
 
 def _check(
