@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from tqdm import tqdm
 
@@ -32,8 +33,9 @@ from unicl_fast.tools.class_names import (
     read_label_space,
     refuse_numbers,
 )
+from unicl_fast.tools.duplicates import join_duplicates
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
-from unicl_fast.tools.sample_order import shuffled_order
+from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.sources import (
     Item,
     Label,
@@ -82,6 +84,8 @@ def build_dataset(
     label_column: str = "",
     image_root: str = "",
     where: Sequence[str] = (),
+    leave_out: str = "",
+    duplicates: Literal["keep", "join"] = "keep",
     resize: str = "",
     quality: int = RESIZE_QUALITY,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -118,6 +122,7 @@ def build_dataset(
         seconds=picture_seconds,
     )
     require_free(out)
+    unwanted = read_leave_out(leave_out)
     lists = ListOptions(
         image_column=image_column,
         caption_column=caption_column,
@@ -130,7 +135,21 @@ def build_dataset(
     space, numbers = _number_labels(read, class_names)
     template_list = read_templates(templates or "imagenet") if space.names else ()
     tokenizer = Tokenizer()
+    passed_over: Counter[str] = Counter()
+    for one in read:
+        passed_over.update(one.passed_over)
     listed = [(source.name, item) for source in read for item in source.items]
+    if unwanted:
+        wanted = [one for one in listed if (one[0], one[1].name) not in unwanted]
+        passed_over[f"pictures named in {leave_out}"] = len(listed) - len(wanted)
+        listed = wanted
+    if duplicates == "join":
+        join_duplicates(
+            listed,
+            max_file_bytes=options.max_file_bytes,
+            workers=workers or len(os.sched_getaffinity(0)),
+            progress=progress,
+        )
     samples = [listed[place] for place in shuffled_order(len(listed), seed=seed)]
     problems = _Problems()
     num_reencoded = 0
@@ -169,9 +188,6 @@ def build_dataset(
             seed=seed,
             tool_version=unicl_fast.__version__,
         )
-    passed_over: Counter[str] = Counter()
-    for source_read in read:
-        passed_over.update(source_read.passed_over)
     return BuildSummary(
         out=out,
         num_samples=manifest.num_samples,

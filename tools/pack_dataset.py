@@ -13,7 +13,7 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import FrameType
-from typing import Annotated, NoReturn, TextIO
+from typing import Annotated, Literal, NoReturn, TextIO
 
 import tyro
 
@@ -80,6 +80,13 @@ class Build:
     ] = ()
     """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
     then all must hold."""
+    leave_out: str = ""
+    """A CSV file with the columns source and name: pictures to leave out, such as inspect's
+    --duplicates-list writes."""
+    duplicates: Literal["keep", "join"] = "keep"
+    """What to do with files that are equal byte for byte: keep them all, or join them into one
+    sample with the captions and labels of all. Those that went into another are listed in
+    OUT/quarantine.csv. Files that share their size with another are then read twice."""
     resize: str = ""
     """short:PIXELS scales pictures down until their shorter side has so many pixels, and encodes
     them anew. Smaller ones keep their bytes. 256 is usual for training at 224."""
