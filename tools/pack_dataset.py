@@ -23,6 +23,7 @@ from unicl_fast.shards import QUARANTINE_NAME
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
 from unicl_fast.tools.build_dataset import build_dataset as build_dataset
+from unicl_fast.tools.inspect_command import Inspect
 from unicl_fast.tools.merge_command import Merge
 from unicl_fast.tools.verify_command import Verify
 
@@ -112,7 +113,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(
-        {"build": Build, "verify": Verify, "merge": Merge}, args=arguments, prog="unicl-pack"
+        {"build": Build, "verify": Verify, "inspect": Inspect, "merge": Merge},
+        args=arguments,
+        prog="unicl-pack",
     )
     try:
         report, code = command.run()

@@ -115,6 +115,24 @@ class SampleReader:
             )
         return StoredSample(members=members, picture=picture, description=description)
 
+    def read_description(self, index: int) -> Description:
+        """What KEY.json says of a sample, without reading its picture.
+
+        Raises:
+            DamagedSampleError: it cannot be read.
+        """
+        shard, start, end = self.span(index)
+        skipped = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
+        block = np.empty(max(0, end - start - skipped), np.uint8)
+        try:
+            done = self._reader.read_into(shard, block, start + skipped)
+            members = split_members(block[:done].data, start=start + skipped, key=sample_key(index))
+            if [member.extension for member in members] != ["json"]:
+                raise ValueError("there is no JSON behind its picture")
+            return parse_description(bytes(members[0].data))
+        except (OSError, ValueError) as error:
+            raise self._damaged(index, str(error)) from error
+
     def close(self) -> None:
         self._reader.close()
 
