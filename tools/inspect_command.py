@@ -218,7 +218,8 @@ def _copies(copies: Copies) -> str:
     if not copies.num_groups:
         return "none"
     differ = f", labels differ in {copies.num_labels_differ:,}" if copies.num_labels_differ else ""
-    return f"{copies.num_surplus:,} in {copies.num_groups:,} groups{differ}"
+    groups = "1 group" if copies.num_groups == 1 else f"{copies.num_groups:,} groups"
+    return f"{copies.num_surplus:,} in {groups}{differ}"
 
 
 def _numbers(what: str, spread: Spread) -> tuple[str, ...]:

@@ -44,8 +44,9 @@ table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nu
 th { text-align: left; color: var(--soft); font-weight: 500; font-size: 14px }
 th, td { padding: 7px 12px 7px 0; border-bottom: 1px solid var(--line); vertical-align: top;
   overflow-wrap: anywhere }
+.stack td:first-child { white-space: nowrap }
 td.n, th.n { text-align: right; white-space: nowrap; overflow-wrap: normal }
-.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(132px, 1fr));
+.sheet { display: grid; grid-template-columns: repeat(auto-fill, minmax(118px, 1fr));
   gap: 18px 14px; margin-top: 14px }
 .card { margin: 0; min-width: 0; font-size: 13px; line-height: 1.35 }
 .card img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px;
@@ -64,7 +65,7 @@ td.n, th.n { text-align: right; white-space: nowrap; overflow-wrap: normal }
 .bars i { display: block; height: 13px; min-width: 1px; background: var(--accent);
   border-radius: 2px }
 .bars .n { text-align: right }
-.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(300px, 100%), 1fr));
+.columns { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(420px, 100%), 1fr));
   gap: 20px 40px }
 .plot { margin: 14px 0 0; min-width: 0 }
 .plot figcaption { font-size: 14px; font-weight: 600 }
@@ -90,8 +91,11 @@ footer { margin-top: 56px; color: var(--soft); font-size: 14px }
   .stack tr { display: block; border-bottom: 1px solid var(--line); padding: 8px 0 }
   .stack td { display: flex; justify-content: space-between; gap: 14px; border: 0;
     padding: 2px 0; text-align: right; white-space: normal }
+  .stack td:last-child { display: block; text-align: left }
+  .stack td:first-child { font-weight: 600 }
   .stack td::before { content: attr(data-label); color: var(--soft); text-align: left;
-    flex: none }
+    flex: none; font-weight: 400 }
+  .stack td:last-child::before { display: block }
 }
 """
 
@@ -251,18 +255,19 @@ def _card(picture: ShownPicture, note: str = "") -> str:
     tiny = ' class="tiny"' if max(picture.height, picture.width) <= 100 else ""
     tags = "".join(f'<bdi class="tag">{_text(name)}</bdi>' for name in picture.class_names[:4])
     more = len(picture.class_names) - 4
-    tags += f'<span class="more">and {more} more</span>' if more > 0 else ""
+    tags += f'<span class="more">+{more}</span>' if more > 0 else ""
     caption = ""
     if picture.captions:
         caption = f'<span class="text" dir="auto">{_text(picture.captions[0][:400])}</span>'
         others = len(picture.captions) - 1
-        caption += f'<span class="more">and {others} more</span>' if others else ""
+        words = "caption" if others == 1 else "captions"
+        caption += f'<span class="more">+{others} {words}</span>' if others else ""
     hover = _text(
         f"{picture.key}: {picture.name} of {picture.source}, {picture.width} x {picture.height}"
     )
     note = f'<span class="more">{note}</span>' if note else ""
     return (
-        f'<figure class="card" title="{hover}"><img{tiny} src="{picture.uri}" loading="lazy" '
+        f'<figure class="card" title="{hover}"><img{tiny} src="{picture.uri}" '
         f'alt="sample {picture.key}"><figcaption>{tags}{caption}{note}</figcaption></figure>'
     )
 
@@ -341,11 +346,11 @@ aria-label="{title}">{shapes}</svg>
 def _spread_plot(title: str, spread: Spread, unit: str = "") -> str:
     if spread.smallest == spread.largest:
         words = f"all {_number(spread.smallest)}{unit}"
-    else:
-        words = (
-            f"{_number(spread.smallest)} to {_number(spread.largest)}{unit}, median "
-            f"{_number(spread.median)}, 95 % up to {_number(spread.percentile_95)}"
-        )
+        return f'<figure class="plot"><figcaption>{title}<span>{words}</span></figcaption></figure>'
+    words = (
+        f"{_number(spread.smallest)} to {_number(spread.largest)}{unit}, median "
+        f"{_number(spread.median)}, 95 % up to {_number(spread.percentile_95)}"
+    )
     hovers = [
         f"{_number(low)} to {_number(high)}: {count:,}"
         for low, high, count in zip(spread.edges[:-1], spread.edges[1:], spread.counts, strict=True)
@@ -413,7 +418,9 @@ def _copies(inspection: Inspection, exact: Sequence[ShownGroup], near: Sequence[
 def _groups(copies: Copies, shown: Sequence[ShownGroup], what: str) -> str:
     if not copies.num_groups:
         return "<p>None.</p>"
-    words = f"{copies.num_surplus:,} pictures are {what}, in {copies.num_groups:,} groups"
+    one = copies.num_surplus == 1
+    words = f"{copies.num_surplus:,} {'picture is' if one else 'pictures are'} {what}"
+    words += f", in {copies.num_groups:,} groups" if copies.num_groups > 1 else ""
     if copies.num_labels_differ:
         words += f'; <span class="warn">in {copies.num_labels_differ:,} the labels differ</span>'
     parts = [f"<p>{words}.</p>"]
@@ -429,7 +436,7 @@ def _groups(copies: Copies, shown: Sequence[ShownGroup], what: str) -> str:
         parts.append(f'<div class="group">{head}<div class="sheet">{cards}</div></div>')
     if copies.num_groups > len(shown):
         parts.append(
-            f'<p class="soft">{copies.num_groups - len(shown):,} more groups are not shown; '
+            f'<p class="soft">Not shown: {copies.num_groups - len(shown):,} more; '
             "--duplicates-list has all.</p>"
         )
     return "".join(parts)
@@ -445,8 +452,8 @@ def _coincidences(inspection: Inspection) -> str:
             for group in inspection.equal_classes[:20]
         )
         parts.append(
-            f"<p>{len(inspection.equal_classes):,} groups of classes have a prompt in common, and "
-            f"are one class in training:</p><ul>{items}</ul>"
+            "<p>These classes have a prompt in common, and are one class in training:</p>"
+            f"<ul>{items}</ul>"
         )
     else:
         parts.append("<p>All classes have names of their own.</p>")
