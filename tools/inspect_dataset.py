@@ -69,7 +69,7 @@ class Copies:
     num_surplus: int
     """Pictures beyond the first of each group."""
     num_labels_differ: int
-    """Groups whose pictures do not all have the same labels."""
+    """Groups whose labelled pictures do not all have the same labels."""
     groups: tuple[Group, ...]
 
 
@@ -338,7 +338,7 @@ def _copies(
     found = []
     for leader, followers in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
         samples = (leader, *followers)
-        labels = {tuple(sorted(dataset.labels_of(index).tolist())) for index in samples}
+        labels = {tuple(sorted(dataset.labels_of(index).tolist())) for index in samples} - {()}
         distances: tuple[int, ...] = ()
         if hashes is not None:
             distances = tuple(count_bits(hashes[list(samples)] ^ hashes[leader]).tolist())

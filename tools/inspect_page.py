@@ -55,7 +55,8 @@ td.n, th.n { text-align: right; white-space: nowrap; overflow-wrap: normal }
 .card figcaption { margin-top: 5px; overflow-wrap: anywhere }
 .card .text { display: -webkit-box; -webkit-box-orient: vertical; -webkit-line-clamp: 3;
   overflow: hidden }
-.card .more { color: var(--soft); font-size: 12px }
+.card .more { display: block; color: var(--soft); font-size: 12px }
+.card .tag + .more { display: inline }
 .tag { display: inline-block; max-width: 100%; background: var(--tint); color: #174a78;
   border-radius: 3px; padding: 0 6px; margin: 0 4px 3px 0 }
 .bars { display: grid; grid-template-columns: minmax(0, max-content) minmax(60px, 1fr) max-content;
@@ -272,10 +273,14 @@ def _card(picture: ShownPicture, note: str = "") -> str:
     )
 
 
+def _bar(part: float) -> str:
+    return f'<i style="width:{100 * part:.2f}%"></i>' if part else ""
+
+
 def _bars(rows: Sequence[tuple[str, int]], largest: int) -> str:
     lines = "".join(
         f'<bdi class="name">{_text(name)}</bdi>'
-        f'<span><i style="width:{100 * count / max(1, largest):.2f}%"></i></span>'
+        f"<span>{_bar(count / max(1, largest))}</span>"
         f'<span class="n">{count:,}</span>'
         for name, count in rows
     )
@@ -294,7 +299,7 @@ def _classes(inspection: Inspection) -> str:
         else f"{len(ordered):,} classes with {largest:,} pictures each"
     )
     if empty:
-        words += f'; <span class="warn">{empty:,} have none</span>'
+        words += f'; <span class="warn">without any: {empty:,}</span>'
     several = {
         count: number for count, number in inspection.labels_per_picture.items() if count > 1
     }
@@ -355,7 +360,9 @@ def _spread_plot(title: str, spread: Spread, unit: str = "") -> str:
         f"{_number(low)} to {_number(high)}: {count:,}"
         for low, high, count in zip(spread.edges[:-1], spread.edges[1:], spread.counts, strict=True)
     ]
-    ends = (_number(spread.edges[0]), _number(spread.edges[-1]))
+    first, second, *_, last = spread.edges
+    each_number_a_bin = second - first == 1
+    ends = (_number(first), _number(last - 1 if each_number_a_bin else last))
     return _plot(title, spread.counts, ends, words, hovers)
 
 
@@ -418,8 +425,8 @@ def _copies(inspection: Inspection, exact: Sequence[ShownGroup], near: Sequence[
 def _groups(copies: Copies, shown: Sequence[ShownGroup], what: str) -> str:
     if not copies.num_groups:
         return "<p>None.</p>"
-    one = copies.num_surplus == 1
-    words = f"{copies.num_surplus:,} {'picture is' if one else 'pictures are'} {what}"
+    pictures = "picture is" if copies.num_surplus == 1 else "pictures are"
+    words = f"{copies.num_surplus:,} {pictures} {what}"
     words += f", in {copies.num_groups:,} groups" if copies.num_groups > 1 else ""
     if copies.num_labels_differ:
         words += f'; <span class="warn">in {copies.num_labels_differ:,} the labels differ</span>'
