@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
@@ -41,6 +41,10 @@ class Merge:
     leave_out: str = ""
     """A CSV file with the columns source and name: samples to leave out, such as inspect's
     --duplicates-list writes."""
+    duplicates: Literal["keep", "join"] = "keep"
+    """What to do with pictures that are equal byte for byte: keep them all, or join them into one
+    sample with the captions and labels of all. Those that went into another are listed in
+    OUT/quarantine.csv."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
 
@@ -59,6 +63,8 @@ def _in_words(summary: MergeSummary, *, leave_out: str) -> str:
     ]
     if leave_out:
         lines.append(f"left out, since {leave_out} names them: {summary.num_left_out:,}")
+    if summary.num_joined:
+        lines.append(f"went into others with the same picture: {summary.num_joined:,}")
     if summary.num_damaged:
         lines.append(
             f"DAMAGED and left out: {summary.num_damaged:,}; copy the inputs again and merge anew "

@@ -3,19 +3,21 @@
 Nothing is decoded or encoded: pictures and tokens are copied, shuffled anew over all inputs by the
 seed as a build does, labels get the numbers of the joined classes. What is copied is compared with
 its checksums on the way; a damaged sample is left out and listed, as a build does with a damaged
-picture, since all others are sound. What is held in memory is 16 bytes a sample.
+picture, since all others are sound. Memory holds some numbers for each sample, and no texts.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
+import dataclasses
 import os
 import time
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -39,7 +41,11 @@ from unicl_fast.shards import (
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.join_classes import join_classes, join_templates
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
+from unicl_fast.tools.sources import MAX_TEXTS
 from unicl_fast.tools.stored_samples import SampleReader, StoredSample
+
+_DAMAGED, _DUPLICATE, _LEFT_OUT = "damaged", "duplicate", "left out"
+_DAMAGED_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +61,8 @@ class MergeSummary:
     class_names: tuple[str, ...]
     num_left_out: int
     """Samples that the list of --leave-out named."""
+    num_joined: int
+    """Samples that went into others with the same picture."""
     damaged: tuple[str, ...]
     """The first few samples that were left out because they are damaged, each with its reason."""
     num_damaged: int
@@ -70,6 +78,7 @@ def merge_datasets(
     seed: int = 0,
     templates: str = "",
     leave_out: str = "",
+    duplicates: Literal["keep", "join"] = "keep",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: bool = True,
 ) -> MergeSummary:
@@ -87,8 +96,7 @@ def merge_datasets(
         raise ValueError(f"--seed must lie in 0 to {2**63 - 1:,}, not {seed:,}")
     require_free(Path(out))
     unwanted = read_leave_out(leave_out)
-    first_damaged: list[str] = []
-    num_damaged = num_left_out = 0
+    tally = _Tally()
     with contextlib.ExitStack() as stack:
         inputs = _open_inputs(folders, stack)
         names, label_maps = join_classes([one.dataset.manifest.class_names for one in inputs])
@@ -101,31 +109,31 @@ def merge_datasets(
         for one in inputs:
             for row in one.quarantine_rows():
                 writer.quarantine(**row)
-        for one, index in tqdm(
-            _in_order(inputs, seed=seed),
-            total=sum(len(one.dataset) for one in inputs),
+        samples = _Samples(inputs, unwanted=unwanted, join=duplicates == "join")
+        for number in tqdm(
+            shuffled_order(len(samples), seed=seed),
             desc="merging",
             unit=" pictures",
             disable=not progress,
             smoothing=0.1,
         ):
-            copied = one.copy(index)
+            copied = samples.copy(int(number))
             if isinstance(copied, PackedSample):
-                if (copied.source, copied.name) in unwanted:
-                    num_left_out += 1
-                else:
-                    writer.add(copied)
-                continue
-            writer.quarantine(
-                source=copied.source, name=copied.name, kind="damaged", message=copied.message
-            )
-            num_damaged += 1
-            if len(first_damaged) < 5:
-                first_damaged.append(copied.message)
+                writer.add(copied)
+            elif copied.kind == _LEFT_OUT:
+                tally.num_left_out += 1
+            else:
+                writer.quarantine(
+                    source=copied.source,
+                    name=copied.name,
+                    kind=copied.kind,
+                    message=copied.message,
+                )
+                tally.note(copied)
         if writer.num_samples == 0:
             raise ValueError(
-                f"nothing was left to copy: {num_damaged} samples are damaged, {num_left_out} "
-                "were to be left out"
+                f"nothing was left to copy: {tally.num_damaged} samples are damaged, "
+                f"{tally.num_left_out} were to be left out"
             )
         manifest = writer.finish(
             tokenizer=inputs[0].dataset.manifest.tokenizer,
@@ -144,9 +152,10 @@ def merge_datasets(
         num_labels=manifest.num_labels,
         num_quarantined=manifest.num_quarantined,
         class_names=manifest.class_names,
-        num_left_out=num_left_out,
-        damaged=tuple(first_damaged),
-        num_damaged=num_damaged,
+        num_left_out=tally.num_left_out,
+        num_joined=tally.num_joined,
+        damaged=tuple(tally.damaged),
+        num_damaged=tally.num_damaged,
         num_bytes=sum(shard.num_bytes for shard in manifest.shards),
         seconds=time.perf_counter() - started,
     )
@@ -179,21 +188,99 @@ def _open_inputs(
     return inputs
 
 
-def _in_order(inputs: Sequence[_Input], *, seed: int) -> Iterator[tuple[_Input, int]]:
-    """Every sample once, shuffled over all inputs."""
-    starts = [0]
-    for one in inputs:
-        starts.append(starts[-1] + len(one.dataset))
-    for number in shuffled_order(starts[-1], seed=seed):
-        which = bisect_right(starts, number) - 1
-        yield inputs[which], int(number) - starts[which]
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
-class _DamagedSample:
+class _NotCopied:
+    """Why a sample is not in the new data set."""
+
     source: str
     name: str
-    message: str
+    kind: str
+    message: str = ""
+
+
+class _Tally:
+    """Counts what was not copied."""
+
+    def __init__(self) -> None:
+        self.num_left_out = self.num_joined = self.num_damaged = 0
+        self.damaged: list[str] = []
+
+    def note(self, sample: _NotCopied) -> None:
+        self.num_joined += sample.kind == _DUPLICATE
+        if sample.kind == _DAMAGED:
+            self.num_damaged += 1
+            if len(self.damaged) < _DAMAGED_SHOWN:
+                self.damaged.append(sample.message)
+
+
+class _Samples:
+    """The samples of all inputs, numbered through."""
+
+    def __init__(
+        self, inputs: Sequence[_Input], *, unwanted: frozenset[tuple[str, str]], join: bool
+    ) -> None:
+        self._inputs = inputs
+        self._unwanted = unwanted
+        self._starts = [0]
+        for one in inputs:
+            self._starts.append(self._starts[-1] + len(one.dataset))
+        self._equal = self._find_equal() if join else {}
+        """For each sample whose picture others have too: all of them, in one list."""
+        self._written: dict[int, str] = {}
+        """For the first of such a list, the sample that has been written for all."""
+
+    def __len__(self) -> int:
+        return self._starts[-1]
+
+    def copy(self, number: int) -> PackedSample | _NotCopied:
+        """A sample as it is to be written, with what others with the same picture add to it."""
+        copied = self._copy(number)
+        equal = self._equal.get(number)
+        if equal is None or isinstance(copied, _NotCopied):
+            return copied
+        if equal[0] in self._written:
+            return _NotCopied(
+                source=copied.source,
+                name=copied.name,
+                kind=_DUPLICATE,
+                message=f"the same bytes as {self._written[equal[0]]}, which has its texts too",
+            )
+        self._written[equal[0]] = f"{copied.name} of {copied.source}"
+        texts = dict(zip(copied.captions, copied.tokens, strict=True))
+        labels = dict.fromkeys(copied.labels)
+        for other in map(self._copy, (one for one in equal if one != number)):
+            if not isinstance(other, PackedSample) or other.image != copied.image:
+                continue
+            more = texts | dict(zip(other.captions, other.tokens, strict=True))
+            if len(more) <= MAX_TEXTS:  # a placeholder may stand for any number of pictures
+                texts = more
+            labels |= dict.fromkeys(other.labels)
+        return dataclasses.replace(
+            copied, captions=tuple(texts), tokens=tuple(texts.values()), labels=tuple(labels)
+        )
+
+    def _copy(self, number: int) -> PackedSample | _NotCopied:
+        which = bisect_right(self._starts, number) - 1
+        copied = self._inputs[which].copy(number - self._starts[which])
+        if (copied.source, copied.name) in self._unwanted:
+            return _NotCopied(source=copied.source, name=copied.name, kind=_LEFT_OUT)
+        return copied
+
+    def _find_equal(self) -> dict[int, list[int]]:
+        """Samples with the same picture, by size and checksum."""
+        rows = [one.dataset.samples for one in self._inputs]
+        keys = np.empty((len(self), 2), np.uint64)
+        keys[:, 0] = np.concatenate([part["xxh3"] for part in rows])
+        keys[:, 1] = np.concatenate([part["size"] for part in rows])
+        order = np.lexsort((keys[:, 1], keys[:, 0]))
+        keys = keys[order]
+        ends = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
+        bounds = np.concatenate([[0], ends, [len(keys)]])
+        equal: dict[int, list[int]] = {}
+        for place in np.flatnonzero(np.diff(bounds) > 1):
+            numbers = order[bounds[place] : bounds[place + 1]].tolist()
+            equal |= dict.fromkeys(numbers, numbers)
+        return equal
 
 
 class _Input:
@@ -249,13 +336,16 @@ class _Input:
             for row in csv.DictReader(file):
                 yield {field: row[field] for field in ("source", "name", "kind", "message")}
 
-    def copy(self, index: int) -> PackedSample | _DamagedSample:
+    def copy(self, index: int) -> PackedSample | _NotCopied:
         """A sample as it is written into the new data set, or what is wrong with it."""
         try:
             sample = self._reader.read(index)
         except DamagedSampleError as error:
-            return _DamagedSample(
-                source=str(self.dataset.folder), name=sample_key(index), message=str(error)
+            return _NotCopied(
+                kind=_DAMAGED,
+                source=str(self.dataset.folder),
+                name=sample_key(index),
+                message=str(error),
             )
         tokens = [
             self.dataset.caption_tokens(index, which)
@@ -263,7 +353,8 @@ class _Input:
         ]
         fault = self._fault_of(index, sample, tokens)
         if fault:
-            return _DamagedSample(
+            return _NotCopied(
+                kind=_DAMAGED,
                 source=sample.description.source,
                 name=sample.description.name,
                 message=f"{self.dataset.describe(index)}: {fault}",

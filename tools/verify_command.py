@@ -38,7 +38,7 @@ class Verify:
     Examples:
       unicl-pack verify packed/photos
 
-      unicl-pack verify packed/photos --no-decode      # as fast as the disk
+      unicl-pack verify packed/photos --no-decode      # everything else
 
       unicl-pack verify packed/photos --list faults.csv --json verify.json
     """

@@ -165,6 +165,52 @@ def test_a_list_of_samples_is_left_out(packed: dict[str, Path], tmp_path: Path) 
     assert "3.jpg" not in {sample[1] for sample in contents(tmp_path / "set")}
 
 
+def test_equal_pictures_of_all_sets_become_one_sample(
+    packed: dict[str, Path], tmp_path: Path
+) -> None:
+    """Labels in one set, captions in the other; one copy is damaged, which costs nothing."""
+    rows = [
+        {"image": f"{number:03d}.jpg", "captions": [f"so {number}", "so"], "label": "cat"}
+        for number in range(0, 6)
+    ]
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    text = "\n".join(json.dumps(row) for row in rows)
+    (tmp_path / "in" / "more.jsonl").write_text(text)
+    build_dataset([tmp_path / "in" / "more.jsonl"], tmp_path / "more", workers=1, progress=False)
+    flip_byte(tmp_path / "more", 2)
+    damaged = contents_of_texts(tmp_path / "more")[2][1]
+    outputs = []
+    for name in ("a", "b"):
+        summary = merge(packed["photos"], tmp_path / "more", out=tmp_path / name, duplicates="join")
+        outputs.append({path.name: path.read_bytes() for path in (tmp_path / name).iterdir()})
+    assert outputs[0] == outputs[1]
+    assert (summary.num_samples, summary.num_joined, summary.num_damaged) == (30, 5, 1)
+    found = {sample[2]: sample[4:] for sample in contents(tmp_path / "a")}
+    for number in range(6):
+        captions, tokens, labels = found[jpeg(number)]
+        own = ("cat", "dog", "sea lion")[number % 3]
+        if f"{number:03d}.jpg" == damaged:
+            assert (captions, labels) == ((), [own])
+        else:
+            assert set(captions) == {f"so {number}", "so"}
+            assert set(labels) == {own, "cat"}
+            assert tokens == [ids.tolist() for ids in Tokenizer().encode(captions)]
+    kinds = [row[2] for row in quarantined(tmp_path / "a") if "the same bytes as" in row[3]]
+    assert kinds == ["duplicate"] * 5
+    assert not faults_of(tmp_path / "a")
+
+
+def contents_of_texts(folder: Path) -> list[tuple[str, str]]:
+    """Source and name of each sample, in order; pictures may be damaged."""
+    with PackedDataset(folder) as dataset:
+        reader = SampleReader(dataset)
+        texts = [reader.read_description(index) for index in range(len(dataset))]
+        reader.close()
+    return [(text.source, text.name) for text in texts]
+
+
 def test_captions_that_were_cut_are_cut_later(tmp_path: Path) -> None:
     for length in (6, 77):
         tokenizer = Tokenizer(length)
