@@ -194,11 +194,16 @@ def _check_shards(folder: Path, manifest: Manifest, *, note: NoteFault) -> None:
 def _check_quarantine(folder: Path, manifest: Manifest, *, note: NoteFault) -> None:
     try:
         with (folder / QUARANTINE_NAME).open(encoding="utf-8", newline="") as file:
-            header, *rows = csv.reader(file)
-        if header != ["source", "name", "kind", "message"] or any(len(row) != 4 for row in rows):
+            rows = csv.reader(file)
+            header = next(rows, [])
+            num_rows = num_odd = 0
+            for row in rows:
+                num_rows += 1
+                num_odd += len(row) != len(header)
+        if header != ["source", "name", "kind", "message"] or num_odd:
             raise ValueError("expected are rows of source, name, kind and message")
-        if len(rows) != manifest.num_quarantined:
-            raise ValueError(f"{len(rows)} rows, the manifest says {manifest.num_quarantined}")
+        if num_rows != manifest.num_quarantined:
+            raise ValueError(f"{num_rows} rows, the manifest says {manifest.num_quarantined}")
     except OSError:  # said already
         return
     except (ValueError, csv.Error) as error:

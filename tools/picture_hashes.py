@@ -13,6 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -67,9 +68,16 @@ def hash_pictures(
         ) as processes,
         tqdm(total=count, desc="hashing", unit=" pictures", disable=not progress) as bar,
     ):
-        for start, part in _in_turn(processes, starts, count=count):
-            hashes[start : start + len(part)] = part
-            bar.update(len(part))
+        try:
+            for start, part in _in_turn(processes, starts, count=count):
+                hashes[start : start + len(part)] = part
+                bar.update(len(part))
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that decodes pictures ended before its time, for want of memory or by a "
+                f"crash of the decoder: unicl-pack verify {folder} finds such a picture, --no-near "
+                "does without decoding"
+            ) from error
     return hashes
 
 

@@ -80,12 +80,9 @@ def test_equal_files_become_one_sample_with_all_texts(sources: list[Path], tmp_p
     assert first == second
 
 
-def test_by_default_nothing_is_joined(sources: list[Path], tmp_path: Path) -> None:
-    build_dataset(sources, tmp_path / "set", workers=1, progress=False)
-    assert len(read(tmp_path / "set")) == 7
-
-
-def test_what_a_list_names_is_passed_over(sources: list[Path], tmp_path: Path) -> None:
+def test_what_a_list_names_is_passed_over_and_nothing_is_joined_unasked(
+    sources: list[Path], tmp_path: Path
+) -> None:
     (tmp_path / "out.csv").write_text("source,name\nphotos.zip,cat/1.jpg\nlist.jsonl,dog/3.jpg\n")
     summary = build_dataset(
         sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"), workers=1, progress=False

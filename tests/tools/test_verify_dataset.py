@@ -133,7 +133,7 @@ def test_what_was_packed_is_sound(packed: Path) -> None:
 
 
 @given(data=st.data(), where=places, flip=flips)
-@settings(max_examples=150)
+@settings(max_examples=120)
 def test_a_flipped_byte_anywhere_is_found(
     copy: Path, data: st.DataObject, where: int, flip: int
 ) -> None:
@@ -175,7 +175,7 @@ def test_without_checksums_a_sample_still_contradicts_its_neighbours(
 
 
 @given(data=st.data(), where=places, flip=flips)
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_arrays_contradict_the_shards(
     copy: Path, data: st.DataObject, where: int, flip: int
 ) -> None:
