@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 from tqdm import tqdm
 
 import unicl_fast
@@ -36,7 +35,9 @@ from unicl_fast.tools.class_names import (
     read_label_space,
     refuse_numbers,
 )
+from unicl_fast.tools.duplicates import join_duplicates
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.sources import (
     Item,
     Label,
@@ -87,6 +88,8 @@ def build_dataset(
     label_column: str = "",
     image_root: str = "",
     where: Sequence[str] = (),
+    leave_out: str = "",
+    duplicates: Literal["keep", "join"] = "keep",
     resize: str = "",
     quality: int = RESIZE_QUALITY,
     format: PictureFormat = "keep",
@@ -127,6 +130,7 @@ def build_dataset(
         format=_known_format(format),
     )
     require_free(out)
+    unwanted = read_leave_out(leave_out)
     lists = ListOptions(
         image_column=image_column,
         caption_column=caption_column,
@@ -139,7 +143,22 @@ def build_dataset(
     space, numbers = _number_labels(read, class_names)
     template_list = read_templates(templates or "imagenet") if space.names else ()
     tokenizer = Tokenizer()
-    samples = _shuffle([(source.name, item) for source in read for item in source.items], seed=seed)
+    passed_over: Counter[str] = Counter()
+    for one in read:
+        passed_over.update(one.passed_over)
+    listed = [(source.name, item) for source in read for item in source.items]
+    if unwanted:
+        wanted = [one for one in listed if (one[0], one[1].name) not in unwanted]
+        passed_over[f"pictures named in {leave_out}"] = len(listed) - len(wanted)
+        listed = wanted
+    if duplicates == "join":
+        join_duplicates(
+            listed,
+            max_file_bytes=options.max_file_bytes,
+            workers=workers or len(os.sched_getaffinity(0)),
+            progress=progress,
+        )
+    samples = [listed[place] for place in shuffled_order(len(listed), seed=seed)]
     problems = _Problems()
     num_reencoded = 0
     one_size = _OneSize(square_side) if format == "raw" else None
@@ -182,9 +201,6 @@ def build_dataset(
             seed=seed,
             tool_version=unicl_fast.__version__,
         )
-    passed_over: Counter[str] = Counter()
-    for source_read in read:
-        passed_over.update(source_read.passed_over)
     return BuildSummary(
         out=out,
         num_samples=manifest.num_samples,
@@ -258,16 +274,6 @@ def _number_labels(read: Sequence[Source], class_names: str) -> tuple[LabelSpace
         labels |= found
     space = read_label_space(class_names) if class_names else collect_label_space(labels)
     return space, {label: space.number_of(label) for label in labels}
-
-
-def _shuffle(samples: list[tuple[str, Item]], *, seed: int) -> list[tuple[str, Item]]:
-    """The same order for the same seed, on any machine and with any NumPy.
-
-    NumPy keeps the raw stream of a bit generator for good (NEP 19) but not what `permutation` makes
-    of it, so the samples are sorted by raw 64-bit numbers.
-    """
-    numbers = np.random.PCG64(seed).random_raw(len(samples))
-    return [samples[place] for place in np.argsort(numbers, kind="stable")]
 
 
 def _check(

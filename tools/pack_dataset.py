@@ -1,7 +1,7 @@
 """`unicl-pack`: pictures with labels, captions or both -> a packed, verified, shuffled data set.
 
 This module reads arguments and prints; what it does is `build_dataset`, which other programs call
-directly, and `show_dataset`.
+directly. The other sub-commands have modules of their own.
 """
 
 from __future__ import annotations
@@ -24,6 +24,9 @@ from unicl_fast.shards import QUARANTINE_NAME
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
 from unicl_fast.tools.build_dataset import build_dataset as build_dataset
+from unicl_fast.tools.inspect_command import Inspect
+from unicl_fast.tools.merge_command import Merge
+from unicl_fast.tools.verify_command import Verify
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -81,6 +84,13 @@ class Build:
     ] = ()
     """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
     then all must hold."""
+    leave_out: str = ""
+    """A CSV file with the columns source and name: pictures to leave out, such as inspect's
+    --duplicates-list writes."""
+    duplicates: Literal["keep", "join"] = "keep"
+    """What to do with files that are equal byte for byte: keep them all, or join them into one
+    sample with the captions and labels of all. Those that went into another are listed in
+    OUT/quarantine.csv. Files that share their size with another are then read twice."""
     resize: str = ""
     """short:PIXELS scales pictures down until their shorter side has so many pixels, and encodes
     them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales
@@ -101,6 +111,10 @@ class Build:
     both are tried twice. 0 waits for ever."""
     workers: int = 0
     """Processes that read and check pictures; 0 takes one for each core."""
+
+    def run(self) -> tuple[str, int]:
+        """What there is to say at the end, and the exit code."""
+        return _report(build_dataset(**vars(self))), 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,40 +145,31 @@ class Show:
     seed: int = 0
     """Decides what is drawn."""
 
+    def run(self) -> tuple[str, int]:
+        """What there is to say at the end, and the exit code."""
+        # matplotlib, torch and DALI, which packing can do without
+        from unicl_fast.tools.show_dataset import show_dataset
+
+        return f"{show_dataset(**vars(self))}: look at it", 0
+
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 0 when done, 2 for wrong input or usage."""
+    """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(
-        {"build": Build, "show": Show}, args=arguments, prog="unicl-pack"
+        {"build": Build, "verify": Verify, "inspect": Inspect, "merge": Merge, "show": Show},
+        args=arguments,
+        prog="unicl-pack",
     )
     try:
-        report = _show(command) if isinstance(command, Show) else _build(command)
+        report, code = command.run()
     except KeyboardInterrupt:
         _fail("stopped; nothing was written", code=130)
     except (ValueError, OSError, RuntimeError) as error:
         _fail(str(error), code=2)
     _print(report, sys.stdout)
-
-
-def _build(command: Build) -> str:
-    return _report(build_dataset(**vars(command)))
-
-
-def _show(command: Show) -> str:
-    # matplotlib, torch and DALI, which packing can do without
-    from unicl_fast.tools.show_dataset import show_dataset
-
-    out = show_dataset(
-        command.folder,
-        command.out,
-        augment=command.augment,
-        samples=command.samples,
-        image_size=command.image_size,
-        interpolation=command.interpolation,
-        seed=command.seed,
-    )
-    return f"{out}: look at it"
+    if code:
+        raise SystemExit(code)
 
 
 def _report(summary: BuildSummary) -> str:

@@ -80,6 +80,8 @@ class PictureOptions:
     square_side: int = 0
     """Make pictures squares of so many pixels a side; 0 leaves sizes alone."""
     format: PictureFormat = "keep"
+    return_pictures: bool = True
+    """Whether results bring the pictures' bytes; a verification needs what was found only."""
 
     @property
     def max_file_bytes(self) -> int:
@@ -256,4 +258,7 @@ class _Checker:
                 tokens = self._tokenizer.encode(list(task.captions))
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
                 return Problem(kind="bad caption", message=f"cannot be tokenised: {error}")
-        return Checked(picture=picture, xxh3=xxhash.xxh3_64_intdigest(picture.data), tokens=tokens)
+        xxh3 = xxhash.xxh3_64_intdigest(picture.data)
+        if not self._options.return_pictures:
+            picture = dataclasses.replace(picture, data=b"")
+        return Checked(picture=picture, xxh3=xxh3, tokens=tokens)

@@ -42,7 +42,7 @@ class ShardFile:
         for extension, data in members:
             name = f"{key}.{extension}"
             entries.append(f"{extension} {self.num_bytes + BLOCK} {len(data)} {name}")
-            self._write(_tar_header(name, len(data)))
+            self._write(tar_header(name, len(data)))
             self._write(data)
             self._write(bytes(padded_bytes(len(data)) - len(data)))
         self._index.append(" ".join(entries))
@@ -166,7 +166,7 @@ def _make_tar_template() -> bytes:
 _TAR_TEMPLATE = _make_tar_template()
 
 
-def _tar_header(name: str, size: int) -> bytes:
+def tar_header(name: str, size: int) -> bytes:
     """A ustar header with name and size only: no time, no owner, the same on every machine.
 
     Three times as fast as tarfile's, which matters when pictures are smaller than a kilobyte.

@@ -46,6 +46,18 @@ def store(folder: Path, sample: int, data: bytes) -> None:
     _write_samples(folder, samples)
 
 
+def mend_checksums(folder: Path, name: str) -> None:
+    """Makes checksums.txt, and the manifest for a shard, agree with a file that was changed."""
+    checksums = read_checksums(folder)
+    assert checksums is not None
+    old, new = checksums[name], file_checksum(folder / name)
+    manifest = folder / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(old.encode(), new.encode()))
+    checksums |= {name: new, "manifest.json": file_checksum(manifest)}
+    text = format_checksums(checksums.items())
+    (folder / CHECKSUMS_NAME).write_text(text, encoding="utf-8")
+
+
 def undecodable(kind: str) -> bytes:
     """What the run-time decoder refuses, though it is what was packed."""
     if kind == "html":

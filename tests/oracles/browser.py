@@ -1,0 +1,79 @@
+"""Opens a page in headless Chromium and tells what it made of it."""
+
+from __future__ import annotations
+
+import html
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+
+# A frame is as narrow as a phone where a window cannot be; srcdoc keeps the page's own policy and
+# lets the outer page look in.
+_OUTER = """<!DOCTYPE html><meta charset="utf-8"><body style="margin:0">
+<iframe id="page" style="border:0;width:WIDTHpx;height:4000px" srcdoc="PAGE"></iframe>
+<script>
+window.broken = false;
+document.getElementById("page").onload = () => {
+  const page = document.getElementById("page").contentDocument;
+  const images = [...page.images];
+  const beside = [...page.querySelectorAll("main *")].filter((one) => {
+    const box = one.getBoundingClientRect();
+    return box.width > 0 && (box.right > WIDTH + 0.5 || box.left < -0.5);
+  });
+  const found = {
+    headings: [...page.querySelectorAll("h1, h2")].map((one) => one.textContent),
+    images: images.length,
+    broken_images: images.filter((image) => !image.naturalWidth).length,
+    plots: page.querySelectorAll("svg").length,
+    scripts: page.scripts.length,
+    handlers: [...page.querySelectorAll("*")].filter((one) =>
+      [...one.attributes].some((attribute) => attribute.name.startsWith("on"))).length,
+    addresses: [...page.querySelectorAll("[src], [href], [srcset]")].map((one) =>
+      (one.getAttribute("src") || one.getAttribute("href") || "").slice(0, 5)),
+    scroll_width: page.documentElement.scrollWidth,
+    beside: beside.map((one) => one.outerHTML.slice(0, 120)),
+    smallest_font: Math.min(...[...page.querySelectorAll("main *")]
+      .filter((one) => one.childNodes.length && one.textContent.trim() && !one.closest("svg"))
+      .map((one) => parseFloat(getComputedStyle(one).fontSize))),
+    text: page.body.innerText,
+    broken: window.broken || Boolean(document.getElementById("page").contentWindow.broken),
+  };
+  const result = document.createElement("pre");
+  result.id = "result";
+  result.textContent = JSON.stringify(found);
+  document.body.replaceChildren(result);
+};
+</script>
+"""
+
+
+def look_at(page: Path, tmp_path: Path, *, width: int) -> dict[str, Any]:
+    """What a browser of some width shows; skips the test where there is no Chromium."""
+    program = next(filter(None, map(shutil.which, _NAMES)), None)
+    if program is None:
+        pytest.skip(f"no browser: none of {', '.join(_NAMES)} is installed")
+    outer = _OUTER.replace("WIDTH", str(width))
+    outer = outer.replace("PAGE", html.escape(page.read_text(encoding="utf-8"), quote=True))
+    path = tmp_path / f"outer-{width}.html"
+    path.write_text(outer, encoding="utf-8")
+    done = subprocess.run(
+        [
+            *(program, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"),
+            "--hide-scrollbars",
+            *(f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={max(width, 500)},900"),
+            *("--virtual-time-budget=20000", "--dump-dom", path.as_uri()),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    start, end = '<pre id="result">', "</pre>"
+    assert start in done.stdout, done.stderr[-2000:]
+    found: dict[str, Any] = json.loads(html.unescape(done.stdout.split(start)[1].split(end)[0]))
+    return found

@@ -1,0 +1,93 @@
+"""`unicl-pack build --duplicates join` and `--leave-out`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tools.build_dataset import build_dataset
+from unicl_fast.tools.stored_samples import SampleReader
+
+
+def jpeg(number: int) -> bytes:
+    pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
+    return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Path]:
+    """One picture in two classes and with captions, one twice in a class, four of their own."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name, number in {"cat/1": 1, "cat/2": 2, "cat/2b": 2, "dog/1": 1, "dog/3": 3}.items():
+            archive.writestr(f"{name}.jpg", jpeg(number))
+        archive.writestr("dog/cut.jpg", jpeg(5)[:200])
+        archive.writestr("dog/cut2.jpg", jpeg(5)[:200])
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "b.jpg").write_bytes(jpeg(4))
+    rows = [
+        {"image": "a.jpg", "captions": ["so", "so it is"], "label": "cat"},
+        {"image": "b.jpg", "captions": ["so"]},
+        {"image": "missing.jpg", "captions": ["so"]},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return [tmp_path / "photos.zip", tmp_path / "list.jsonl"]
+
+
+def read(out: Path) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Captions and names of labels by the name of the sample."""
+    found = {}
+    with PackedDataset(out) as dataset:
+        reader = SampleReader(dataset)
+        for index in range(len(dataset)):
+            text = reader.read(index).description
+            labels = [dataset.manifest.class_names[label] for label in text.labels]
+            found[text.name] = (text.captions, labels)
+        reader.close()
+    return found
+
+
+def listed(out: Path) -> dict[str, tuple[str, str]]:
+    with (out / "quarantine.csv").open(newline="") as file:
+        return {row["name"]: (row["kind"], row["message"]) for row in csv.DictReader(file)}
+
+
+def test_equal_files_become_one_sample_with_all_texts(sources: list[Path], tmp_path: Path) -> None:
+    for workers in (1, 3):
+        out = tmp_path / f"set{workers}"
+        build_dataset(sources, out, duplicates="join", workers=workers, progress=False)
+        assert read(out) == {
+            "cat/1.jpg": (("so", "so it is"), ["cat", "dog"]),
+            "cat/2.jpg": ((), ["cat"]),
+            "dog/3.jpg": ((), ["dog"]),
+            "b.jpg": (("so",), []),
+        }
+        out_of = listed(out)
+        duplicates = {name for name, (kind, _) in out_of.items() if kind == "duplicate"}
+        assert duplicates == {"cat/2b.jpg", "dog/1.jpg", "a.jpg", "dog/cut2.jpg"}
+        assert out_of["a.jpg"][1].startswith("the same bytes as cat/1.jpg of photos.zip")
+        assert out_of["dog/cut.jpg"][0] == "damaged"
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("set1", "set3")
+    )
+    assert first == second
+
+
+def test_what_a_list_names_is_passed_over_and_nothing_is_joined_unasked(
+    sources: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out.csv").write_text("source,name\nphotos.zip,cat/1.jpg\nlist.jsonl,dog/3.jpg\n")
+    summary = build_dataset(
+        sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"), workers=1, progress=False
+    )
+    assert set(read(tmp_path / "set")) == {
+        "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
+    }  # fmt: skip
+    assert summary.passed_over[f"pictures named in {tmp_path / 'out.csv'}"] == 1

@@ -1,0 +1,275 @@
+"""`unicl-pack inspect`: its numbers, and its page as a browser shows it."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import look_at
+from PIL import Image
+
+from unicl_fast.tools import inspect_dataset as inspect_module
+from unicl_fast.tools.build_dataset import build_dataset
+from unicl_fast.tools.concepts import count_concepts
+from unicl_fast.tools.inspect_dataset import Inspection, inspect_dataset
+from unicl_fast.tools.pack_dataset import main
+
+HOSTILE = "<script>parent.broken = broken = true</script><img src=x onerror=parent.broken=true>"
+CLASSES = ["cat", "Cat", "dog & fox", '"><svg onload=parent.broken=true>', "empty"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photograph-like noise with labels and captions: copies, prompts, hostile texts."""
+    root = tmp_path_factory.mktemp("inspect")
+    generator = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+
+    def add(image: Image.Image, kind: str = "jpg", **texts: Any) -> None:
+        name = f"{len(rows):03d}.{kind}"
+        image.save(root / name, quality=90)
+        rows.append({"image": name, **texts})
+
+    for number in range(20):
+        small = generator.integers(0, 256, (8, 8, 3), np.uint8)
+        image = Image.fromarray(small).resize((96 + 8 * (number % 4), 120), 3)
+        texts: dict[str, Any] = {"label": CLASSES[number % 4]}
+        if number < 12:
+            texts["captions"] = [f"a red bird on a tree {number}", "A photo of a dog & fox."]
+        add(image, **texts)
+        if number < 3:
+            add(image, label=CLASSES[number], captions=[HOSTILE])  # the same bytes
+        if number == 4:
+            add(image.resize((300, 360)), "png", label="dog & fox")  # alike, and of another class
+    (root / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (root / "names").write_text("\n".join(CLASSES))
+    (root / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    with (root / "list.jsonl").open("a") as file:
+        file.write('\n{"image": "cut.jpg", "label": "cat"}')
+    build_dataset(
+        *([root / "list.jsonl"], root / "set"), class_names=str(root / "names"),
+        templates="simple", workers=1, progress=False,
+    )  # fmt: skip
+    return root / "set"
+
+
+@pytest.fixture(scope="module")
+def inspection(packed: Path) -> Inspection:
+    return inspect_dataset(packed, workers=1, progress=False)
+
+
+def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
+    assert (inspection.num_samples, inspection.num_labels) == (24, 24)
+    assert dict(inspection.class_counts) == {
+        "cat": 6, "Cat": 6, "dog & fox": 7, CLASSES[3]: 5, "empty": 0
+    }  # fmt: skip
+    assert inspection.num_captions == 2 * 12 + 3
+    assert inspection.num_distinct_captions == 14
+    assert inspection.repeated_captions[0] == ("a photo of a dog & fox .", 12)
+    assert inspection.captions_equal_to_prompts == (("a photo of a dog & fox .", "dog & fox", 12),)
+    assert inspection.equal_classes == (("cat", "Cat"),)
+    assert inspection.quarantined == {"damaged": 1}
+    assert inspection.heights.largest == 360
+    assert sum(inspection.widths.counts) == 24
+    assert inspection.captions_per_picture is not None
+    assert inspection.captions_per_picture.counts == (3, 12)
+    label, text = inspection.concepts
+    assert (label.num_images, label.num_concepts, label.images_per_concept) == (24, 4, 6)
+    assert label.kind == "categories with pictures, of 5 named"
+    assert text.num_images == 15
+    words = {word for word, _ in inspection.frequent_concepts}
+    assert words == {"a", "photo", "of", "dog", "fox", "red", "bird", "on", "tree"} | {
+        *("script", "parent", "broken", "true"),  # three times in each of three hostile captions
+    }
+    assert text.num_concepts == len(words)
+    assert "words" in text.kind
+    assert "spaCy" in text.kind
+
+
+def test_copies_are_found_by_bytes_and_by_eye(inspection: Inspection) -> None:
+    assert (inspection.exact_copies.num_groups, inspection.exact_copies.num_surplus) == (3, 3)
+    assert inspection.exact_copies.num_labels_differ == 0
+    assert inspection.near_copies is not None
+    (group,) = inspection.near_copies.groups
+    assert group.labels_differ
+    assert len(group.samples) == 2
+    assert 0 < max(group.distances) <= 4 or group.distances == (0, 0)
+
+
+def test_concepts_are_noun_phrases_where_spacy_can_find_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for spaCy: noun phrases are what stands between commas."""
+
+    def word(text: str) -> SimpleNamespace:
+        return SimpleNamespace(text=text, pos_="DET" if text.lower() in ("a", "the") else "NOUN")
+
+    class Language:
+        def pipe(self, texts: Any, batch_size: int) -> Any:
+            for text in texts:
+                chunks = [[word(one) for one in part.split()] for part in text.split(",")]
+                yield SimpleNamespace(noun_chunks=chunks)
+
+    def load(name: str, exclude: list[str]) -> Language:
+        assert name == "en_core_web_sm"
+        return Language()
+
+    installed = {"en_core_web_sm"}
+    spacy = SimpleNamespace(
+        load=load, util=SimpleNamespace(is_package=installed.__contains__), __spec__=object()
+    )
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    texts = ["a Red bird,the tree"] * 4 + ["red bird, it"] * 2 + ["the"] * 9
+    found = count_concepts(texts)
+    assert found.most_frequent == (("red bird", 6),)
+    assert "noun phrases" in found.kind
+    assert "en_core_web_sm" in found.kind
+    assert count_concepts(texts, how="words").num_concepts == 3
+    installed.clear()
+    assert "spaCy's model en_core_web_sm is not installed" in count_concepts(texts).kind
+    with pytest.raises(ValueError, match="spacy download en_core_web_sm"):
+        count_concepts(texts, how="noun-phrases")
+
+
+def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
+    try:
+        main(["inspect", *map(str, arguments)])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out + printed.err
+
+
+class Tags(HTMLParser):
+    """Which elements and attributes a page has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+
+@pytest.fixture(scope="module")
+def written(packed: Path, inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the program writes; the inspection itself is the one from above."""
+    folder = tmp_path_factory.mktemp("written")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            "unicl_fast.tools.inspect_command.inspect_dataset", lambda *_, **__: inspection
+        )
+        main(["inspect", str(packed), "--html", str(folder / "page.html"), "--json",
+              str(folder / "all.json"), "--duplicates-list", str(folder / "list.csv")])  # fmt: skip
+    return folder
+
+
+def test_the_page_needs_nothing_else_and_obeys_no_text(written: Path) -> None:
+    page = (written / "page.html").read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(page)
+    names = {tag for tag, _ in tags.tags}
+    assert not names & {"script", "link", "iframe", "object", "form", "base"}
+    images = [attributes for tag, attributes in tags.tags if tag == "img"]
+    assert len(images) == 24 + 6 + 2
+    assert all(str(attributes["src"]).startswith("data:image/") for attributes in images)
+    for _, attributes in tags.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "&lt;script&gt;" in page
+    assert "url(" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_the_list_of_copies_can_be_left_out(packed: Path, written: Path) -> None:
+    rows = list(csv.DictReader((written / "list.csv").open(newline="")))
+    assert sorted(row["kind"] for row in rows) == ["duplicate"] * 3 + ["near duplicate"]
+    main(["merge", str(packed), "--leave-out", str(written / "list.csv"),
+          "--out", str(written / "clean")])  # fmt: skip
+    again = inspect_dataset(written / "clean", near=False, progress=False)
+    assert (again.num_samples, again.exact_copies.num_groups) == (20, 0)
+    assert again.near_copies is None
+    found = json.loads((written / "all.json").read_text())
+    assert found["class_counts"][0] == ["cat", 6]
+    assert found["exact_copies"]["num_surplus"] == 3
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_all_parts_at_phone_and_desktop_width(
+    written: Path, tmp_path: Path, width: int
+) -> None:
+    found = look_at(written / "page.html", tmp_path, width=width)
+    assert found["headings"] == [
+        "set", "Images and concepts", "Contact sheet", "Classes", "Captions", "Pictures",
+        "Copies", "Texts that coincide", "Left out when packed",
+    ]  # fmt: skip
+    assert (found["images"], found["broken_images"]) == (32, 0)
+    assert found["plots"] >= 6
+    assert found["scroll_width"] == width
+    assert found["beside"] == []
+    assert found["smallest_font"] >= 12
+    assert (found["scripts"], found["handlers"], found["broken"]) == (0, 0, False)
+    assert set(found["addresses"]) == {"data:"}
+    for text in (HOSTILE[:40], CLASSES[3], "dog & fox", "labels differ", "cat, Cat"):
+        assert text in found["text"]
+
+
+def test_the_program_prints_table_1(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(packed, "--no-near", "--concepts", "words", capsys=capsys)
+    assert code == 0
+    table = [line.split() for line in text.splitlines() if line.startswith("image-")]
+    assert table[0][:4] == ["image-label", "24", "4", "6.00"]
+    assert table[1][:4] == ["image-text", "15", "13", "1.15"]
+    assert "exact copies: 3 in 3 groups" in text
+    assert "near copies" not in text
+    assert "left out when packed: 1 damaged" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["NOWHERE"], "not a packed data set"),
+        (["SET", "--near-distance", "13"], "0 to 12"),
+        (["SET", "--sheet", "-1"], "--sheet"),
+        (["SET"], "unicl_fast[inspect]"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(
+    packed: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if arguments == ["SET"]:  # without ImageHash
+        monkeypatch.setattr(
+            "unicl_fast.tools.picture_hashes.importlib.util.find_spec", lambda _: None
+        )
+    places = {"NOWHERE": tmp_path / "nowhere", "SET": packed}
+    code, text = run(*(places.get(word, word) for word in arguments), capsys=capsys)
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_histograms_have_round_bins() -> None:
+    spread = inspect_module._spread_of_some(np.array([3, 4, 4, 5]))
+    assert (spread.edges, spread.counts) == ((3.0, 4.0, 5.0, 6.0), (1, 2, 1))
+    spread = inspect_module._spread_of_some(np.array([213, 640, 480, 333]))
+    assert spread.edges[0] == 200
+    assert spread.edges[1] == 220
+    assert sum(spread.counts) == 4
+    spread = inspect_module._spread_of_some(np.array([0.5, 3.01, 1.0]), unit=0.05)
+    assert spread.edges[1] - spread.edges[0] == pytest.approx(0.1)
+    assert sum(spread.counts) == 3
+    spread = inspect_module._spread_of_some(np.array([1.0]), unit=0.05)
+    assert spread.counts == (1,)

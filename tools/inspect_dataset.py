@@ -1,0 +1,404 @@
+"""What is in a packed data set: `unicl-pack inspect` as a function.
+
+Numbers only. Most come from the arrays in one look; texts are read from the shards, and pictures
+only for their perceptual hashes, in worker processes. `inspect_page` makes a page of it. Whether a
+data set is sound is another question, which `verify_dataset` answers.
+"""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from unicl_fast.class_lists import fill_template
+from unicl_fast.shards import QUARANTINE_NAME, PackedDataset
+from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.tools.concepts import DEFAULT_MODEL, Concepts, HowToCount, count_concepts
+from unicl_fast.tools.near_duplicates import count_bits, find_leaders
+from unicl_fast.tools.picture_hashes import hash_pictures, require_imagehash
+from unicl_fast.tools.stored_samples import SampleReader
+
+DEFAULT_DISTANCE = 4
+"""In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
+of unrelated photographs none (docs/verify-and-inspect.md)."""
+
+_BINS = 30
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A quantity over many things: five numbers and a histogram."""
+
+    smallest: float
+    median: float
+    mean: float
+    percentile_95: float
+    largest: float
+    edges: tuple[float, ...]
+    """Of the bins, one more than there are bins."""
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Pictures that are copies of one another, or look alike."""
+
+    samples: tuple[int, ...]
+    """The first stays; the others are its copies."""
+    distances: tuple[int, ...]
+    """Bits in which each hash differs from the first's; empty for exact copies."""
+    labels_differ: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """Groups of copies."""
+
+    num_groups: int
+    num_surplus: int
+    """Pictures beyond the first of each group."""
+    num_labels_differ: int
+    """Groups whose labelled pictures do not all have the same labels."""
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConceptRow:
+    """A row of the paper's Table 1."""
+
+    data: str
+    num_images: int
+    num_concepts: int
+    images_per_concept: float
+    """0 where there are no concepts."""
+    kind: str
+    """What a concept is here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """All that there is to say about a data set."""
+
+    folder: Path
+    num_samples: int
+    num_captions: int
+    num_tokens: int
+    num_labels: int
+    num_shards: int
+    num_bytes: int
+    num_quarantined: int
+    quarantined: dict[str, int]
+    """By kind."""
+    source: tuple[str, ...]
+    seed: int
+    tool_version: str
+    num_with_labels: int
+    num_with_captions: int
+    num_with_both: int
+    class_counts: tuple[tuple[str, int], ...]
+    """Name and number of pictures of each class, in label order."""
+    labels_per_picture: dict[int, int]
+    """How many labelled pictures have so many labels."""
+    captions_per_picture: Spread | None
+    caption_tokens: Spread | None
+    """Lengths without start and end token."""
+    num_cut_captions: int
+    """As long as the context allows, so that most of them were cut."""
+    num_distinct_captions: int
+    """Distinct in their tokens."""
+    repeated_captions: tuple[tuple[str, int], ...]
+    """The most frequent ones that occur more than once."""
+    frequent_concepts: tuple[tuple[str, int], ...]
+    heights: Spread
+    widths: Spread
+    aspects: Spread
+    """Width divided by height."""
+    picture_bytes: Spread
+    exact_copies: Copies
+    near_distance: int
+    near_copies: Copies | None
+    """Those that are not exact; None where nobody looked for them."""
+    equal_classes: tuple[tuple[str, ...], ...]
+    """Groups of classes with a prompt in common: one class in training."""
+    num_captions_equal_to_prompts: int
+    captions_equal_to_prompts: tuple[tuple[str, str, int], ...]
+    """Caption, name of the class, and how often; the most frequent ones."""
+    concepts: tuple[ConceptRow, ...]
+    seconds: float
+
+
+def inspect_dataset(
+    folder: str | os.PathLike[str],
+    *,
+    near: bool = True,
+    near_distance: int = DEFAULT_DISTANCE,
+    concepts: HowToCount = "auto",
+    spacy_model: str = DEFAULT_MODEL,
+    workers: int = 0,
+    progress: bool = True,
+) -> Inspection:
+    """Describes a data set; `inspect_command.Inspect` explains the arguments.
+
+    With `near` it starts worker processes by spawning them, so a script that calls this must guard
+    its main part by `if __name__ == "__main__":`.
+
+    Raises:
+        FileNotFoundError: not a data set.
+        ValueError: it is damaged, or ImageHash or spaCy is asked for and not installed.
+    """
+    started = time.perf_counter()
+    if near:
+        require_imagehash()
+    with PackedDataset(folder) as dataset:
+        rows, manifest = dataset.samples, dataset.manifest
+        texts = _Texts(dataset, progress=progress)
+        has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
+        found = count_concepts(texts, how=concepts, model=spacy_model) if len(texts) else None
+        class_counts = _class_counts(dataset)
+        exact = _exact_leaders(dataset)
+        near_copies = None
+        if near:
+            hashes = hash_pictures(dataset.folder, len(dataset), workers=workers, progress=progress)
+            near_copies = _near_copies(dataset, hashes, exact, near_distance)
+        captions = _look_at_captions(dataset)
+        return Inspection(
+            folder=dataset.folder,
+            num_samples=manifest.num_samples,
+            num_captions=manifest.num_captions,
+            num_tokens=manifest.num_tokens,
+            num_labels=manifest.num_labels,
+            num_shards=len(manifest.shards),
+            num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+            num_quarantined=manifest.num_quarantined,
+            quarantined=_quarantined(dataset.folder),
+            source=manifest.source,
+            seed=manifest.seed,
+            tool_version=manifest.tool_version,
+            num_with_labels=int(has_labels.sum()),
+            num_with_captions=int(has_captions.sum()),
+            num_with_both=int((has_labels & has_captions).sum()),
+            class_counts=class_counts,
+            labels_per_picture=_counted(rows["labels_count"][has_labels]),
+            captions_per_picture=_spread(rows["captions_count"][has_captions]),
+            caption_tokens=_spread(dataset.captions["tokens_length"].astype(int) - 2),
+            frequent_concepts=() if found is None else found.most_frequent,
+            heights=_spread_of_some(rows["height"]),
+            widths=_spread_of_some(rows["width"]),
+            aspects=_spread_of_some(rows["width"] / rows["height"], unit=0.05),
+            picture_bytes=_spread_of_some(rows["size"]),
+            exact_copies=_copies(dataset, exact),
+            near_distance=near_distance,
+            near_copies=near_copies,
+            concepts=_table_1(class_counts, found, int(has_labels.sum()), int(has_captions.sum())),
+            **captions,
+            seconds=time.perf_counter() - started,
+        )
+
+
+class _Texts:
+    """All captions, read from the shards each time they are asked for."""
+
+    def __init__(self, dataset: PackedDataset, *, progress: bool) -> None:
+        self._dataset = dataset
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self._dataset.captions)
+
+    def __iter__(self) -> Iterator[str]:
+        with_captions = np.flatnonzero(self._dataset.samples["captions_count"])
+        reader = SampleReader(self._dataset)
+        try:
+            for index in tqdm(
+                with_captions, desc="reading captions", unit=" pictures", disable=not self._progress
+            ):
+                yield from reader.read_description(int(index)).captions
+        finally:
+            reader.close()
+
+
+def _table_1(
+    class_counts: Sequence[tuple[str, int]],
+    found: Concepts | None,
+    num_labelled: int,
+    num_captioned: int,
+) -> tuple[ConceptRow, ...]:
+    """The paper's row for labelled pictures, and for captioned ones."""
+    rows: list[tuple[str, int, int, str]] = []
+    if num_labelled:
+        used = sum(count > 0 for _, count in class_counts)
+        kind = "categories with pictures"
+        if used < len(class_counts):
+            kind += f", of {len(class_counts):,} named"
+        rows.append(("image-label", num_labelled, used, kind))
+    if found is not None:
+        rows.append(("image-text", num_captioned, found.num_concepts, found.kind))
+    return tuple(
+        ConceptRow(
+            data=data,
+            num_images=images,
+            num_concepts=concepts,
+            images_per_concept=images / concepts if concepts else 0.0,
+            kind=kind,
+        )
+        for data, images, concepts, kind in rows
+    )
+
+
+def _class_counts(dataset: PackedDataset) -> tuple[tuple[str, int], ...]:
+    names = dataset.manifest.class_names
+    counts = np.bincount(dataset.labels, minlength=len(names))
+    return tuple(zip(names, counts.tolist(), strict=True))
+
+
+def _counted(values: npt.NDArray[Any]) -> dict[int, int]:
+    numbers, counts = np.unique(values, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+
+def _spread(values: npt.NDArray[Any]) -> Spread | None:
+    return _spread_of_some(values) if len(values) else None
+
+
+def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
+    """Five numbers, and a histogram of at most some 30 bins at round numbers.
+
+    Args:
+        values: at least one.
+        unit: a bin is at least so wide; 1 for whole numbers.
+    """
+    low, high = float(values.min()), float(values.max())
+    step = unit
+    while (high - low) / step > _BINS:
+        exponent = math.floor(math.log10(step) + 1e-9)
+        mantissa = round(step / 10**exponent)
+        step = {1: 2, 2: 5, 5: 10}[mantissa] * 10.0**exponent
+    first = math.floor(low / step + 1e-9)
+    num_bins = math.floor(high / step + 1e-9) - first + 1
+    edges = np.round((first + np.arange(num_bins + 1)) * step, 6)
+    counts, _ = np.histogram(values, edges)
+    return Spread(
+        smallest=low,
+        median=float(np.median(values)),
+        mean=float(values.mean()),
+        percentile_95=float(np.percentile(values, 95)),
+        largest=high,
+        edges=tuple(edges.tolist()),
+        counts=tuple(counts.tolist()),
+    )
+
+
+def _quarantined(folder: Path) -> dict[str, int]:
+    """How much was left out, by kind."""
+    with (folder / QUARANTINE_NAME).open(encoding="utf-8", newline="") as file:
+        counts = Counter(row["kind"] for row in csv.DictReader(file))
+    return dict(counts.most_common())
+
+
+def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:
+    """The first picture with the same bytes, by size and checksum."""
+    keys = np.stack([dataset.samples["xxh3"], dataset.samples["size"].astype(np.uint64)], axis=1)
+    _, first, index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
+    leaders: npt.NDArray[np.int64] = first[index.reshape(-1)]
+    return leaders
+
+
+def _near_copies(
+    dataset: PackedDataset,
+    hashes: npt.NDArray[np.uint64],
+    exact: npt.NDArray[np.int64],
+    distance: int,
+) -> Copies:
+    """Near copies among what is left when exact ones are gone."""
+    kept = np.flatnonzero(exact == np.arange(len(exact)))
+    leaders = np.arange(len(hashes))
+    leaders[kept] = kept[find_leaders(hashes[kept], distance)]
+    return _copies(dataset, leaders, hashes)
+
+
+def _copies(
+    dataset: PackedDataset,
+    leaders: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64] | None = None,
+) -> Copies:
+    groups: dict[int, list[int]] = {}
+    for follower in np.flatnonzero(leaders != np.arange(len(leaders))).tolist():
+        groups.setdefault(int(leaders[follower]), []).append(follower)
+    found = []
+    for leader, followers in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        samples = (leader, *followers)
+        labels = {tuple(sorted(dataset.labels_of(index).tolist())) for index in samples} - {()}
+        distances: tuple[int, ...] = ()
+        if hashes is not None:
+            distances = tuple(count_bits(hashes[list(samples)] ^ hashes[leader]).tolist())
+        found.append(Group(samples=samples, distances=distances, labels_differ=len(labels) > 1))
+    return Copies(
+        num_groups=len(found),
+        num_surplus=sum(len(group.samples) - 1 for group in found),
+        num_labels_differ=sum(group.labels_differ for group in found),
+        groups=tuple(found),
+    )
+
+
+def _look_at_captions(dataset: PackedDataset) -> dict[str, Any]:
+    """Captions by their tokens: how many are equal to each other, to prompts; and equal classes."""
+    manifest = dataset.manifest
+    tokenizer = Tokenizer(manifest.context_length)
+    occurrences = Counter(
+        dataset.tokens[start : start + length].tobytes()
+        for start, length in zip(
+            dataset.captions["tokens_start"].tolist(),
+            dataset.captions["tokens_length"].tolist(),
+            strict=True,
+        )
+    )
+
+    def text_of(tokens: bytes) -> str:
+        return tokenizer.decode(np.frombuffer(tokens, np.uint16))
+
+    class_of, equal_classes = _prompts(manifest.class_names, manifest.templates, tokenizer)
+    equal = Counter({key: count for key, count in occurrences.items() if key in class_of})
+    return {
+        "num_cut_captions": int(
+            (dataset.captions["tokens_length"] == manifest.context_length).sum()
+        ),
+        "num_distinct_captions": len(occurrences),
+        "repeated_captions": tuple(
+            (text_of(tokens), count) for tokens, count in occurrences.most_common(10) if count > 1
+        ),
+        "equal_classes": equal_classes,
+        "num_captions_equal_to_prompts": equal.total(),
+        "captions_equal_to_prompts": tuple(
+            (text_of(tokens), manifest.class_names[class_of[tokens]], count)
+            for tokens, count in equal.most_common(10)
+        ),
+    }
+
+
+def _prompts(
+    names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer
+) -> tuple[dict[bytes, int], tuple[tuple[str, ...], ...]]:
+    """The class of each prompt by its tokens, and groups of classes that share one."""
+    class_of: dict[bytes, int] = {}
+    joined: dict[int, int] = {}
+    for number, name in enumerate(names):
+        prompts = tokenizer.encode([fill_template(template, name) for template in templates])
+        for tokens in prompts:
+            first = class_of.setdefault(tokens.tobytes(), number)
+            if first != number:
+                joined[number] = joined.get(first, first)
+    groups: dict[int, list[str]] = {}
+    for member, first in joined.items():
+        groups.setdefault(first, [names[first]]).append(names[member])
+    return class_of, tuple(tuple(group) for group in groups.values())

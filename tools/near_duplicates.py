@@ -1,0 +1,133 @@
+"""Finds pictures that look alike: 64-bit perceptual hashes that differ in few bits.
+
+Comparing all with all would take N**2 / 2 steps. Instead the bits are cut into blocks: hashes that
+differ in at most r bits agree in at least m of r + m blocks, so for each choice of m blocks the
+hashes are sorted by them, and only neighbours with equal blocks are compared. m is chosen by what
+it costs for N hashes. Only numbers here; where hashes come from is `picture_hashes`'s business.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import numpy.typing as npt
+
+MAX_DISTANCE = 12
+"""Beyond this unrelated pictures come near each other, and the search becomes slow."""
+MAX_PAIRS = 20_000_000
+_BITS = 64
+
+Hashes = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.int64]
+
+
+class TooManyPairsError(ValueError):
+    """So many pictures look alike that a list of them would be of no use."""
+
+
+def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
+    """Which earlier picture each one looks like.
+
+    A picture follows the first earlier one within `max_distance` bits that follows no other itself.
+    So each follower is near the picture that stays for it, never merely a neighbour's neighbour.
+
+    Args:
+        hashes: uint64 [n].
+        max_distance: in bits, 0 to 12.
+
+    Returns:
+        int64 [n]: the picture that each follows, its own number if it follows none.
+
+    Raises:
+        TooManyPairsError: more than 20 million pairs are near each other.
+    """
+    if not 0 <= max_distance <= MAX_DISTANCE:
+        raise ValueError(f"the distance must lie in 0 to {MAX_DISTANCE} bits, not {max_distance}")
+    if not len(hashes):
+        return np.empty(0, np.int64)
+    distinct, first, index = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")  # distinct hashes as they first occur
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    leaders = np.arange(len(order))
+    for later, earlier in near_pairs(distinct[order], max_distance)[:, ::-1].tolist():
+        if leaders[later] == later and leaders[earlier] == earlier:
+            leaders[later] = earlier
+    result: Indices = first[order][leaders][rank[index.reshape(-1)]].astype(np.int64)
+    return result
+
+
+def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
+    """All pairs within a distance.
+
+    Args:
+        hashes: uint64 [n], all different.
+        max_distance: in bits.
+
+    Returns:
+        int64 [pairs, 2], the smaller number first; sorted by the larger, then by the smaller.
+
+    Raises:
+        TooManyPairsError: more than 20 million.
+    """
+    num_exact = _choose_blocks(len(hashes), max_distance)
+    num_blocks = max_distance + num_exact
+    bounds = [_BITS * block // num_blocks for block in range(num_blocks + 1)]
+    masks = [
+        (1 << end) - (1 << start) for start, end in itertools.pairwise(bounds)
+    ]  # of the bits of each block
+    found: Indices = np.empty(0, np.int64)  # later * n + earlier, each pair once
+    for blocks in itertools.combinations(masks, num_exact):
+        found = np.union1d(found, _pairs_by_key(hashes, sum(blocks), max_distance))
+        if len(found) > MAX_PAIRS:
+            raise TooManyPairsError(
+                f"more than {MAX_PAIRS:,} pairs of pictures are within {max_distance} bits of each "
+                "other: such pictures have too little detail for perceptual hashes; choose a "
+                "smaller distance"
+            )
+    later, earlier = np.divmod(found, max(1, len(hashes)))
+    return np.stack([earlier, later], axis=1)
+
+
+def _choose_blocks(count: int, max_distance: int) -> int:
+    """How many blocks must agree, for the least work: sorting and comparing."""
+
+    def cost(num_exact: int) -> float:
+        num_blocks = max_distance + num_exact
+        by_chance = count * count / 2 ** (_BITS * num_exact / num_blocks + 1)
+        return math.comb(num_blocks, num_exact) * (20 * count + by_chance)
+
+    return min(range(1, 7), key=cost)
+
+
+def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
+    """Near pairs among hashes that agree in the bits of `mask`, as later * n + earlier."""
+    keys = hashes & np.uint64(mask)
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    keys = keys[order]
+    found = [np.empty(0, np.int64)]
+    num_found = 0
+    # places whose neighbour `step` places on has the same key; fewer with each step
+    places = np.flatnonzero(keys[1:] == keys[:-1])
+    step = 1
+    while len(places):
+        one, other = order[places], order[places + step]  # stable: `one` is the earlier
+        near = count_bits(hashes[one] ^ hashes[other]) <= max_distance
+        found.append(other[near] * len(hashes) + one[near])
+        num_found += len(found[-1])
+        if num_found > MAX_PAIRS:
+            break
+        step += 1
+        places = places[places + step < len(keys)]
+        places = places[keys[places] == keys[places + step]]
+    return np.concatenate(found)
+
+
+def count_bits(values: Hashes) -> npt.NDArray[np.uint8]:
+    """How many bits are set in each; NumPy's own counter came with 2.0."""
+    table = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)
+    octets = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 8)
+    counts: npt.NDArray[np.uint8] = table[octets].sum(axis=-1, dtype=np.uint8)
+    return counts

@@ -1,0 +1,242 @@
+"""One sample of a packed data set with everything its shard holds of it: picture, texts, origin.
+
+Training needs the arrays and the picture only (`unicl_fast.shards`). Programs that check, describe
+or copy a data set also read the JSON members, and want each byte of a shard accounted for: a sample
+is read in one piece, from its first header to the next sample's.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from unicl_fast.shard_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
+from unicl_fast.shard_reader import ShardReader
+from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
+from unicl_fast.tools.entries import EntryError, check_file_size
+
+_FIELDS = {"captions", "labels", "source", "name"}
+_PICTURES = ("jpg", "png")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """What KEY.json says of a sample."""
+
+    captions: tuple[str, ...]
+    labels: tuple[int, ...]
+    source: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One file in a shard."""
+
+    extension: str
+    offset: int
+    """First byte of its contents in the shard."""
+    data: memoryview
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredSample:
+    """A sample as its shard holds it."""
+
+    members: tuple[Member, ...]
+    picture: Member
+    description: Description
+
+    def index_line(self, index: int) -> str:
+        """The sample's line of the shard's .idx file, without the line's end."""
+        return " ".join(
+            f"{member.extension} {member.offset} {len(member.data)} "
+            f"{sample_key(index)}.{member.extension}"
+            for member in self.members
+        )
+
+
+class SampleReader:
+    """Reads whole samples by number; close it at the end."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._dataset = dataset
+        self._shards = dataset.manifest.shards
+        self._reader = ShardReader(dataset.folder, [shard.name for shard in self._shards])
+
+    def span(self, index: int) -> tuple[int, int, int]:
+        """Shard number, and where a sample's first header begins and its last padding ends.
+
+        Raises:
+            DamagedSampleError: samples.npy names no such place.
+        """
+        rows = self._dataset.samples
+        shard, start = int(rows[index]["shard"]), int(rows[index]["offset"]) - BLOCK
+        if shard >= len(self._shards):
+            raise DamagedSampleError(f"{self._dataset.describe(index)}: there is no such shard")
+        last = index + 1 == len(rows) or int(rows[index + 1]["shard"]) != shard
+        end_of_shard = self._shards[shard].num_bytes - len(END_OF_TAR)
+        end = end_of_shard if last else int(rows[index + 1]["offset"]) - BLOCK
+        if not 0 <= start < end <= end_of_shard:
+            raise DamagedSampleError(
+                f"{self._dataset.describe(index)}: samples.npy places it from byte {start} to {end}"
+            )
+        return shard, start, end
+
+    def read(self, index: int) -> StoredSample:
+        """Everything the shard holds of sample `index`; checksums are left to the caller.
+
+        Raises:
+            DamagedSampleError: it cannot be read, or is not what the format says.
+        """
+        shard, start, end = self.span(index)
+        block = np.empty(end - start, np.uint8)
+        try:
+            done = self._reader.read_into(shard, block, start)
+        except OSError as error:
+            raise self._damaged(index, f"the shard cannot be read: {error}") from error
+        if done < len(block):
+            raise self._damaged(index, f"the shard ends after {done} of {len(block)} bytes")
+        try:
+            members = split_members(block.data, start=start, key=sample_key(index))
+            picture, description = _picture_and_text(members)
+        except ValueError as error:
+            raise self._damaged(index, str(error)) from error
+        row = self._dataset.samples[index]
+        if (picture.offset, len(picture.data)) != (int(row["offset"]), int(row["size"])):
+            raise self._damaged(
+                index,
+                f"the picture has {len(picture.data)} bytes from byte {picture.offset} on, "
+                f"samples.npy says {int(row['size'])} from {int(row['offset'])}",
+            )
+        return StoredSample(members=members, picture=picture, description=description)
+
+    def read_description(self, index: int) -> Description:
+        """What KEY.json says of a sample, without reading its picture.
+
+        Raises:
+            DamagedSampleError: it cannot be read.
+        """
+        shard, start, end = self.span(index)
+        skipped = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
+        block = np.empty(max(0, end - start - skipped), np.uint8)
+        try:
+            done = self._reader.read_into(shard, block, start + skipped)
+            members = split_members(block[:done].data, start=start + skipped, key=sample_key(index))
+            if [member.extension for member in members] != ["json"]:
+                raise ValueError("there is no JSON behind its picture")
+            return parse_description(bytes(members[0].data))
+        except (OSError, ValueError) as error:
+            raise self._damaged(index, str(error)) from error
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _damaged(self, index: int, message: str) -> DamagedSampleError:
+        return DamagedSampleError(f"{self._dataset.describe(index)}: {message}")
+
+
+def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
+    """The members that fill a piece of a shard from its first to its last byte.
+
+    Args:
+        block: headers, contents and padding.
+        start: where the piece begins in the shard.
+        key: what the members must be called, without extension.
+
+    Raises:
+        ValueError: a byte of it is none that `unicl_fast.shard_files` would have written.
+    """
+    members: list[Member] = []
+    position = 0
+    while position < len(block):
+        header = bytes(block[position : position + BLOCK])
+        name, size = _read_header(header)
+        if name is None:
+            raise ValueError(f"the tar header at byte {start + position} is damaged")
+        stem, _, extension = name.partition(".")
+        if stem != key or not extension:
+            raise ValueError(f"a member is called {name!r}, which should be {key}.EXTENSION")
+        first = position + BLOCK
+        end = first + padded_bytes(size)
+        if end > len(block):
+            raise ValueError(f"{name} of {size} bytes reaches into the next sample")
+        if any(block[first + size : end]):
+            raise ValueError(f"the padding after {name} is not empty")
+        members.append(
+            Member(extension=extension, offset=start + first, data=block[first : first + size])
+        )
+        position = end
+    return tuple(members)
+
+
+def _read_header(header: bytes) -> tuple[str | None, int]:
+    """Name and size in a tar header; no name if any byte of it is not as we write it."""
+    try:
+        name = header[:100].split(b"\0", 1)[0].decode("ascii")
+        size = int(header[124:135], 8)
+        sound = size >= 0 and tar_header(name, size) == header
+    except (ValueError, IndexError):
+        return None, 0
+    return (name, size) if sound else (None, 0)
+
+
+def _picture_and_text(members: tuple[Member, ...]) -> tuple[Member, Description]:
+    """A sample of format version 1 is a picture and a JSON, in this order."""
+    found = [member.extension for member in members]
+    if len(found) != 2 or found[0] not in _PICTURES or found[1] != "json":
+        raise ValueError(f"its members are {', '.join(found)}; expected are jpg or png, then json")
+    return members[0], parse_description(bytes(members[1].data))
+
+
+def parse_description(data: bytes) -> Description:
+    """Reads KEY.json.
+
+    Raises:
+        ValueError: it is not what `unicl-pack build` writes.
+    """
+    try:
+        values: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its JSON cannot be read: {error}") from error
+    if not isinstance(values, dict) or set(values) != _FIELDS:
+        raise ValueError(f"its JSON does not hold the fields {sorted(_FIELDS)}, and no others")
+    captions, labels = values["captions"], values["labels"]
+    if not (
+        isinstance(captions, list)
+        and isinstance(labels, list)
+        and all(isinstance(value, str) for value in [*captions, values["source"], values["name"]])
+        and all(type(label) is int for label in labels)
+    ):
+        raise ValueError("its JSON holds values of the wrong type")
+    return Description(
+        captions=tuple(captions),
+        labels=tuple(labels),
+        source=values["source"],
+        name=values["name"],
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class StoredPicture:
+    """A picture in a shard as an `Entry` that worker processes read by themselves."""
+
+    path: Path
+    offset: int
+    num_bytes: int
+
+    def read(self, *, max_bytes: int) -> bytes:
+        check_file_size(self.num_bytes, max_bytes)
+        try:
+            with self.path.open("rb", buffering=0) as file:
+                file.seek(self.offset)
+                data = file.read(self.num_bytes)
+        except OSError as error:
+            raise EntryError("unreadable", str(error)) from error
+        if len(data) < self.num_bytes:
+            raise EntryError("damaged", "the shard ends within the picture")
+        return data
