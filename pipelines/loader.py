@@ -192,9 +192,13 @@ class TrainLoader:
         """Pictures and integers of every batch, and what the host knows of it."""
         data = self._config.data
         if self._pictures == "squares":  # and nothing follows
-            with contextlib.closing(self._host_groups(start_step)) as groups:
-                # One group is being planned and one resampled, beside those that are ready.
-                yield from run_without_graph(groups, ahead=data.prefetch + 2)
+            with contextlib.closing(self._square_maker()) as maker:
+                yield from run_without_graph(
+                    partial(self._host_group, maker),
+                    itertools.count(start_step, maker.batches_at_once),
+                    workers=maker.groups_at_once,
+                    ahead=data.prefetch + maker.groups_at_once - 1,
+                )
             return
         graph = self._graph(
             batch_size=self._batch_size,
@@ -220,7 +224,11 @@ class TrainLoader:
 
     def _host_batches(self, start_step: int) -> Generator[HostBatch[_TrainFacts], None, None]:
         """What goes into the graph at each step, pictures as files or pixels."""
-        for planned in self._planned(start_step):
+        count = max(1, _PLANNED_AT_ONCE // self._batch_size)
+        firsts = itertools.count(start_step, count)
+        for planned in itertools.chain.from_iterable(
+            self._plan_steps(first, count) for first in firsts
+        ):
             self._check_arrays()
             if self._pictures == "files":
                 fed, pictures = self._bad.read_batch(self.plan, planned.batch)
@@ -230,50 +238,49 @@ class TrainLoader:
             integers, facts = self._without_pictures(planned, fed)
             yield HostBatch(inputs=(pictures, *windows, integers), facts=facts)
 
-    def _host_groups(self, start_step: int) -> Generator[list[HostBatch[_TrainFacts]], None, None]:
-        """Squares and integers of each step, of some steps at a time."""
+    def _host_group(self, maker: SquareMaker, first_step: int) -> list[HostBatch[_TrainFacts]]:
+        """Squares and integers of some steps; in any thread."""
+        planned = self._plan_steps(first_step, maker.batches_at_once)
+        fed, pixels = self._bad.read_pixels(self.plan, [step.batch for step in planned])
+        group = []
+        for step, fed_batch, squares in zip(planned, fed, maker.make(pixels, fed), strict=True):
+            integers, facts = self._without_pictures(step, fed_batch)
+            group.append(HostBatch(inputs=(squares, integers), facts=facts))
+        return group
+
+    def _square_maker(self) -> SquareMaker:
         data, shape = self._config.data, self._datasets[0].picture_shape
         assert shape is not None
-        steps = self._planned(start_step)
-        maker = SquareMaker(
+        return SquareMaker(
+            batch_size=self._batch_size,
+            picture_shape=shape,
             image_size=data.image_size,
             interpolation=data.interpolation,
             threads=decoding_threads(data.threads),
         )
-        with contextlib.closing(maker):
-            count = maker.batches_at_once(self._batch_size, shape)
-            while True:
-                self._check_arrays()
-                planned = list(itertools.islice(steps, count))
-                batches = [step.batch for step in planned]
-                fed, pixels = self._bad.read_pixels(self.plan, batches)
-                squares = maker.start(pixels, fed)
-                group = []
-                for step, fed_batch, made in zip(planned, fed, squares, strict=True):
-                    integers, facts = self._without_pictures(step, fed_batch)
-                    group.append(HostBatch(inputs=(made, integers), facts=facts))
-                yield group
 
-    def _planned(self, start_step: int) -> Generator[_Planned, None, None]:
-        """Each step without its pictures; those of many are made in one go."""
-        size, count = self._batch_size, max(1, _PLANNED_AT_ONCE // self._batch_size)
+    def _plan_steps(self, first: int, count: int) -> list[_Planned]:
+        """Some steps without their pictures, made in one go."""
+        self._check_arrays()
+        size = self._batch_size
+        long = self.plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
+        # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
+        # to a prompt are found by look-up, so no other rank's labels can change a class here.
+        targets = map_steps(*self._texts_of(long), self._prompts, size=size)
+        steps = split_steps(long, count, global_batch_size=self.plan.global_batch_size)
         context_length = self._config.model.context_length
-        for first in itertools.count(start_step, count):
-            self._check_arrays()
-            long = self.plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
-            # A rank's own texts are enough: a text with a label is always a prompt, and captions
-            # equal to a prompt are found by look-up, so no other rank's labels can change a class.
-            targets = map_steps(*self._texts_of(long), self._prompts, size=size)
-            steps = split_steps(long, count, global_batch_size=self.plan.global_batch_size)
-            integers = pack_integers(targets, steps[0].slots, context_length=context_length)
-            for place, planned in enumerate(steps):
-                start = place * size
-                texts_end = start + int(targets.num_texts[place])
-                yield _Planned(
-                    batch=planned,
-                    integers=integers[start : start + size],
-                    text_lengths=targets.text_lengths[start:texts_end],
-                )
+        integers = pack_integers(targets, steps[0].slots, context_length=context_length)
+        starts = range(0, count * size, size)
+        return [
+            _Planned(
+                batch=batch,
+                integers=integers[start : start + size],
+                text_lengths=targets.text_lengths[start : start + num_texts],
+            )
+            for batch, start, num_texts in zip(
+                steps, starts, targets.num_texts.tolist(), strict=True
+            )
+        ]
 
     def _without_pictures(
         self, planned: _Planned, fed: PlannedBatch
