@@ -9,6 +9,7 @@ trying again: a process that has forgotten it feeds the same.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -36,6 +37,7 @@ class BadSamples:
         """`quarantine`: the list in the run's folder, shared by its ranks; None writes none."""
         self._datasets = list(datasets)
         self._known: set[tuple[int, int]] = set()
+        self._replacing = threading.Lock()
         self._file = None if quarantine is None else QuarantineFile(quarantine)
 
     def read(self, source: int, sample: int) -> NDArray[np.uint8] | None:
@@ -95,7 +97,7 @@ class BadSamples:
     def read_pixels(
         self, plan: TrainPlan, batches: Sequence[PlannedBatch]
     ) -> tuple[list[PlannedBatch], NDArray[np.uint8]]:
-        """As `read_batch`, for several batches from raw data sets of one size.
+        """As `read_batch`, for several batches from raw data sets of one size; from any thread.
 
         Returns:
             The batches, with substitutes where they were needed, and uint8 [b h w 3] of all of
@@ -116,10 +118,11 @@ class BadSamples:
         if not self._known and sound.all():
             return fed, pixels
         start = 0
-        for number, batch in enumerate(batches):
-            end = start + len(batch.slots)
-            fed[number] = self._replace_bad(plan, batch, pixels[start:end], sound[start:end])
-            start = end
+        with self._replacing:
+            for number, batch in enumerate(batches):
+                end = start + len(batch.slots)
+                fed[number] = self._replace_bad(plan, batch, pixels[start:end], sound[start:end])
+                start = end
         return fed, pixels
 
     def _replace_bad(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Generic, TypeVar
@@ -30,7 +31,6 @@ class HostBatch(Generic[Facts]):
     """What one run of a graph takes, and what is remembered about it meanwhile."""
 
     inputs: tuple[Any, ...]
-    """Arrays, or functions that wait for one."""
     facts: Facts
 
 
@@ -85,7 +85,7 @@ def run_graph(
                 raise StopIteration
             prepare_next()
             in_flight.append(batch.facts)
-            return _awaited(batch.inputs)
+            return batch.inputs
 
         for _ in range(ahead):
             prepare_next()
@@ -111,32 +111,33 @@ def run_graph(
 
 
 def run_without_graph(
-    groups: Iterator[Sequence[HostBatch[Facts]]], *, ahead: int
+    make_group: Callable[[int], Sequence[HostBatch[Facts]]],
+    starts: Iterator[int],
+    *,
+    workers: int,
+    ahead: int,
 ) -> Outputs[Facts]:
     """As `run_graph` on the CPU, where nothing is left for a graph to do: inputs are the outputs.
 
     Args:
-        groups: what to hand out, several batches at a time; runs in another thread.
+        make_group: some consecutive batches, complete; called in several threads at once.
+        starts: what to call it with, in order; without end.
+        workers: threads.
         ahead: groups prepared before they are asked for.
     """
-    ready: collections.deque[Future[Sequence[HostBatch[Facts]] | None]] = collections.deque()
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker:
+    ready: collections.deque[Future[Sequence[HostBatch[Facts]]]] = collections.deque()
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-feed") as pool:
         try:
-            for _ in range(ahead):
-                ready.append(worker.submit(next, groups, None))
-            while (group := ready.popleft().result()) is not None:
-                ready.append(worker.submit(next, groups, None))
+            for start in itertools.islice(starts, ahead):
+                ready.append(pool.submit(make_group, start))
+            while True:
+                group = ready.popleft().result()
+                ready.append(pool.submit(make_group, next(starts)))
                 for batch in group:
-                    arrays = _awaited(batch.inputs)
-                    yield [torch.from_numpy(array) for array in arrays], batch.facts
+                    yield [torch.from_numpy(array) for array in batch.inputs], batch.facts
         finally:
             for future in ready:
                 future.cancel()
-
-
-def _awaited(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """All inputs as arrays or lists of them."""
-    return tuple(each() if callable(each) else each for each in inputs)
 
 
 def _run(pipeline: Pipeline, device: torch.device) -> Any:

@@ -80,68 +80,73 @@ class HostBatches:
 
     def batches(self, start_step: int) -> Generator[HostBatch[TrainFacts], None, None]:
         """Every step from one on."""
-        if self._pictures == "squares":
-            with contextlib.closing(self.groups(start_step)) as groups:
-                for group in groups:
-                    yield from group
-            return
-        pictures: Any
-        for planned in self._planned(start_step):
-            self._check_arrays()
-            if self._pictures == "files":
-                fed, pictures = self._bad.read_batch(self._plan, planned.batch)
-            else:
-                (fed,), pictures = self._bad.read_pixels(self._plan, [planned.batch])
-            integers, facts = self._without_pictures(planned, fed)
-            yield HostBatch(inputs=graph_inputs(fed, pictures, integers), facts=facts)
+        if self._pictures != "squares":
+            count = max(1, _PLANNED_AT_ONCE // self._batch_size)
+            for first in itertools.count(start_step, count):
+                yield from map(self._with_pictures, self._plan_steps(first, count))
+        with contextlib.closing(self.square_maker()) as maker:
+            for first in itertools.count(start_step, maker.batches_at_once):
+                yield from self.group(maker, first)
 
-    def groups(self, start_step: int) -> Generator[list[HostBatch[TrainFacts]], None, None]:
-        """The same with squares instead of pictures, some steps at a time."""
+    def group(self, maker: SquareMaker, first_step: int) -> list[HostBatch[TrainFacts]]:
+        """Some steps with squares instead of pictures; in any thread."""
+        planned = self._plan_steps(first_step, maker.batches_at_once)
+        fed, pixels = self._bad.read_pixels(self._plan, [step.batch for step in planned])
+        squares = [
+            maker.make(pixels, [batch.cuts(view) for batch in fed])
+            for view in range(self._plan.num_views)
+        ]
+        group = []
+        for step, batch, *views in zip(planned, fed, *squares, strict=True):
+            integers, facts = self._without_pictures(step, batch)
+            group.append(HostBatch(inputs=square_inputs(batch, views, integers), facts=facts))
+        return group
+
+    def square_maker(self) -> SquareMaker:
+        """What `group` takes; to be closed."""
         data, shape = self._config.data, self._datasets[0].picture_shape
         assert shape is not None
-        steps = self._planned(start_step)
-        maker = SquareMaker(
+        return SquareMaker(
+            batch_size=self._batch_size,
+            picture_shape=shape,
             image_size=data.image_size,
             interpolation=data.interpolation,
             threads=decoding_threads(data.threads),
         )
-        with contextlib.closing(maker):
-            count = maker.batches_at_once(self._batch_size, shape)
-            while True:
-                self._check_arrays()
-                planned = list(itertools.islice(steps, count))
-                fed, pixels = self._bad.read_pixels(self._plan, [step.batch for step in planned])
-                squares = [
-                    maker.start(pixels, [batch.cuts(view) for batch in fed])
-                    for view in range(self._plan.num_views)
-                ]
-                group = []
-                for step, batch, *views in zip(planned, fed, *squares, strict=True):
-                    integers, facts = self._without_pictures(step, batch)
-                    inputs = square_inputs(batch, views, integers)
-                    group.append(HostBatch(inputs=inputs, facts=facts))
-                yield group
 
-    def _planned(self, start_step: int) -> Generator[_Planned, None, None]:
-        """Each step without its pictures; those of many are made in one go."""
-        size, count = self._batch_size, max(1, _PLANNED_AT_ONCE // self._batch_size)
+    def _with_pictures(self, planned: _Planned) -> HostBatch[TrainFacts]:
+        """A step with its pictures as files or pixels."""
+        self._check_arrays()
+        pictures: Any
+        if self._pictures == "files":
+            fed, pictures = self._bad.read_batch(self._plan, planned.batch)
+        else:
+            (fed,), pictures = self._bad.read_pixels(self._plan, [planned.batch])
+        integers, facts = self._without_pictures(planned, fed)
+        return HostBatch(inputs=graph_inputs(fed, pictures, integers), facts=facts)
+
+    def _plan_steps(self, first: int, count: int) -> list[_Planned]:
+        """Some steps without their pictures, made in one go."""
+        self._check_arrays()
+        size = self._batch_size
+        long = self._plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
+        # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
+        # to a prompt are found by look-up, so no other rank's labels can change a class here.
+        targets = map_steps(*self._texts_of(long), self._prompts, size=size)
+        steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
         context_length = self._config.model.context_length
-        for first in itertools.count(start_step, count):
-            self._check_arrays()
-            long = self._plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
-            # A rank's own texts are enough: a text with a label is always a prompt, and captions
-            # equal to a prompt are found by look-up, so no other rank's labels can change a class.
-            targets = map_steps(*self._texts_of(long), self._prompts, size=size)
-            steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
-            integers = pack_integers(targets, steps[0].slots, context_length=context_length)
-            for place, planned in enumerate(steps):
-                start = place * size
-                texts_end = start + int(targets.num_texts[place])
-                yield _Planned(
-                    batch=planned,
-                    integers=integers[start : start + size],
-                    text_lengths=targets.text_lengths[start:texts_end],
-                )
+        integers = pack_integers(targets, steps[0].slots, context_length=context_length)
+        starts = range(0, count * size, size)
+        return [
+            _Planned(
+                batch=batch,
+                integers=integers[start : start + size],
+                text_lengths=targets.text_lengths[start : start + num_texts],
+            )
+            for batch, start, num_texts in zip(
+                steps, starts, targets.num_texts.tolist(), strict=True
+            )
+        ]
 
     def _without_pictures(
         self, planned: _Planned, fed: PlannedBatch

@@ -8,6 +8,7 @@ bad_samples.py's. evaluation_loader.py shows each sample of one data set once.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -182,9 +183,13 @@ class TrainLoader:
         """Pictures and integers of every batch, and what the host knows of it."""
         data = self._config.data
         if self._pictures == "squares" and self._augmentation is None:
-            with contextlib.closing(self._host.groups(start_step)) as groups:
-                # One group is being planned and one resampled, beside those that are ready.
-                yield from run_without_graph(groups, ahead=data.prefetch + 2)
+            with contextlib.closing(self._host.square_maker()) as maker:
+                yield from run_without_graph(
+                    partial(self._host.group, maker),
+                    itertools.count(start_step, maker.batches_at_once),
+                    workers=maker.groups_at_once,
+                    ahead=data.prefetch + maker.groups_at_once - 1,
+                )
             return
         graph = self._graph(
             batch_size=self.plan.num_views * self._batch_size,

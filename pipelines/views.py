@@ -7,7 +7,7 @@ shared by them would save only where their windows overlap.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -38,11 +38,11 @@ def graph_inputs(
 
 def square_inputs(
     planned: PlannedBatch,
-    views: Sequence[Callable[[], NDArray[np.uint8]]],
+    views: Sequence[NDArray[np.uint8]],
     integers: NDArray[np.int64],
 ) -> tuple[Any, ...]:
-    """The same for squares; `views` wait for those of each view, uint8 [b s s 3]."""
-    squares = views[0] if len(views) == 1 else lambda: np.concatenate([view() for view in views])
+    """The same for the squares of each view, uint8 [b s s 3]."""
+    squares = views[0] if len(views) == 1 else np.concatenate(views)
     return squares, *_beside(planned, integers)
 
 

@@ -120,7 +120,6 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_pictures(
     """A group of batches is one, or many; squares are shared by threads, or not."""
     few = take(make_loader(sets["raw"], prompts, batch=batch), count=6)
     monkeypatch.setattr("unicl_fast.pipelines.raw_pictures._MOST_AT_ONCE", 1)
-    monkeypatch.setattr("unicl_fast.pipelines.raw_pictures._PART_BYTES", 100)
     monkeypatch.setattr("unicl_fast.pipelines.host_batches._PLANNED_AT_ONCE", 1)
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
@@ -175,8 +174,7 @@ def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts)
     """For operators that follow resampling: the graph that files and pixels go through too."""
     loader = make_loader(sets["raw"], prompts)
     batches = take(loader, count=3)
-    groups = loader._host.groups(0)
-    host_batches = itertools.chain.from_iterable(groups)
+    host_batches = iter(loader._host.group(loader._host.square_maker(), 0))
     build = partial(
         build_train_graph, batch_size=BATCH, image_size=SIZE, interpolation="bilinear",
         resample="fused", device=torch.device("cpu"), threads=1, prefetch=1, pictures="squares",
@@ -187,7 +185,6 @@ def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts)
         assert torch.equal(images, batch.images)
         assert len(integers) == BATCH
     running.close()
-    groups.close()
 
 
 # From here on: damage.
