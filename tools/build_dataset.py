@@ -34,15 +34,17 @@ from unicl_fast.tools.class_names import (
     refuse_numbers,
 )
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.tools.retry import choose_listed, read_quarantine
 from unicl_fast.tools.sources import (
     Item,
     Label,
     ListOptions,
     Problem,
     Source,
-    read_source,
+    read_sources,
     split_condition,
 )
+from unicl_fast.tools.spool import Spool
 
 DEFAULT_PICTURE_SECONDS = 30.0
 """A hundred times what the largest ordinary photograph takes."""
@@ -82,6 +84,7 @@ def build_dataset(
     label_column: str = "",
     image_root: str = "",
     where: Sequence[str] = (),
+    retry: str | os.PathLike[str] = "",
     resize: str = "",
     quality: int = RESIZE_QUALITY,
     shard_bytes: int = DEFAULT_SHARD_BYTES,
@@ -103,7 +106,7 @@ def build_dataset(
     started = time.perf_counter()
     out = Path(out)
     if not sources:
-        raise ValueError("name at least one source: class folders, a zip of them, or a list")
+        raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     _require_in("--seed", seed, 0, 2**63 - 1)
     _require_in("--quality", quality, 1, 100)
     _require_in("--workers", workers, 0, 1024)
@@ -126,14 +129,21 @@ def build_dataset(
         where=tuple(where),
     )
     places = [os.fspath(source) for source in sources]
-    read = [read_source(place, lists) for place in places]
+    listed = read_quarantine(Path(retry)) if retry else None
+    spool = Spool(out)
+    read = read_sources(places, lists, spool)
     space, numbers = _number_labels(read, class_names)
     template_list = read_templates(templates or "imagenet") if space.names else ()
     tokenizer = Tokenizer()
-    samples = _shuffle([(source.name, item) for source in read for item in source.items], seed=seed)
+    passed_over = sum((source.passed_over for source in read), Counter[str]())
+    if listed is None:
+        found = [(source.name, item) for source in read for item in source.items]
+    else:  # labels keep the numbers that they have in the build of all
+        found = choose_listed(listed, read, passed_over)
+    samples = _shuffle(found, seed=seed)
     problems = _Problems()
     num_reencoded = 0
-    with DatasetWriter(out, shard_bytes=shard_bytes) as writer:
+    with spool, DatasetWriter(out, shard_bytes=shard_bytes) as writer:
         results = _check(
             samples,
             options=options,
@@ -168,9 +178,6 @@ def build_dataset(
             seed=seed,
             tool_version=unicl_fast.__version__,
         )
-    passed_over: Counter[str] = Counter()
-    for source_read in read:
-        passed_over.update(source_read.passed_over)
     return BuildSummary(
         out=out,
         num_samples=manifest.num_samples,
@@ -208,7 +215,7 @@ def _number_labels(read: Sequence[Source], class_names: str) -> tuple[LabelSpace
     labels: dict[Label, None] = {}
     for source in read:
         found = dict.fromkeys(label for item in source.items for label in item.labels)
-        if not class_names and not source.has_class_folders:
+        if not class_names and not source.labels_are_names:
             refuse_numbers(found, source.name)
         labels |= found
     space = read_label_space(class_names) if class_names else collect_label_space(labels)
