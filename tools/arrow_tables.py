@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TextIO
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -72,9 +73,10 @@ def convert(task: TableTask) -> TableResult:
         magic = file.read(6)
     try:
         table: _Table = _ParquetTable(task.path) if magic[:4] == b"PAR1" else _ArrowTable(task.path)
+        header = list(table.schema.names)  # which need not be UTF-8
     except _BROKEN as error:
         return TableResult(damaged=[(0, -1, _reason(error))])
-    columns = _choose_columns(task.path, table.schema, task.options)
+    columns = _choose_columns(task.path, header, task.options)
     names = _class_names(table.schema, task.features, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
     with (
@@ -87,6 +89,8 @@ def convert(task: TableTask) -> TableResult:
                 writer.write(first, batch, table.place_of)
             except (pa.ArrowException, UnicodeDecodeError) as error:
                 result.damaged.append((first, first + batch.num_rows, _reason(error)))
+            except ValueError as error:
+                raise ValueError(f"{task.path}: {error}") from error
             pictures.flush()
             rows.flush()  # so that what is whole can be taken if this process is to die
     return result
@@ -116,9 +120,8 @@ class _Columns:
         return list(dict.fromkeys((self.image, *self.captions, *self.labels, *self.others)))
 
 
-def _choose_columns(path: str, schema: pa.Schema, options: ListOptions) -> _Columns:
+def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Columns:
     """Finds the columns to read; usual names count in any case, as in LAION's TEXT."""
-    header = list(schema.names)
     if len(set(header)) < len(header):
         raise ValueError(f"{path} has several columns of one name: {header}")
 
@@ -375,14 +378,37 @@ class _Images:
                 f"the column of pictures is of type {column.type}; expected bytes, paths, or a "
                 "struct of both"
             )
-        if self._bytes is not None and not _is_bytes(self._bytes.type):
-            self._bytes = None
+        self._stretches: _Stretches | None = None
+        if self._bytes is not None and _is_bytes(self._bytes.type):
+            self._stretches = _Stretches(self._bytes)
 
     def bytes_at(self, place: int) -> pa.Buffer | None:
-        return None if self._bytes is None else self._bytes[place].as_buffer()
+        return None if self._stretches is None else self._stretches.at(place)
 
     def path_at(self, place: int) -> str | None:
         return None if self._paths is None else self._paths[place].as_py()
+
+
+class _Stretches:
+    """The values of a column of bytes, each as a stretch of the column's own memory.
+
+    pyarrow's scalars are copies, which would hide that a value lies in the file as it is.
+    """
+
+    def __init__(self, column: pa.Array) -> None:
+        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+            column = column.cast(pa.large_binary())
+        kind = np.int64 if pa.types.is_large_binary(column.type) else np.int32
+        _, offsets, self._data = column.buffers()
+        start = column.offset
+        self._offsets = np.frombuffer(offsets, kind)[start : start + len(column) + 1].tolist()
+        self._is_valid = column.is_valid().to_pylist()
+
+    def at(self, place: int) -> pa.Buffer | None:
+        if not self._is_valid[place]:
+            return None
+        start, end = self._offsets[place : place + 2]
+        return pa.py_buffer(b"") if self._data is None else self._data.slice(start, end - start)
 
 
 def _as_list(value: Any) -> list[Any]:

@@ -17,6 +17,7 @@ MAX_ELEMENT = 64 << 20
 """Characters of one element, twice which may be held. The outline of a crowd takes some 100,000."""
 
 _decoder = json.JSONDecoder()
+_BEHIND_VALUES = frozenset(" \t\r\n,]}:")
 _NO_BLANK = re.compile(r"[^ \t\r\n]")
 
 
@@ -75,7 +76,7 @@ class _Reader:
         while True:
             name = self._value()
             if not isinstance(name, str):
-                raise ValueError(f"a field's name at character {self._place} is no text")
+                raise ValueError(f"a field's name at character {self._place:,} is no text")
             self._expect(":")
             if self._peek() == "[":
                 self._next()
@@ -99,14 +100,19 @@ class _Reader:
         self._peek()
         wanted = _BLOCK
         while True:
+            is_all = self._ended or len(self._text) - self._at > MAX_ELEMENT
             try:
                 value, end = _decoder.raw_decode(self._text, self._at)
-            except ValueError as error:
-                if self._ended or len(self._text) - self._at > MAX_ELEMENT:
-                    raise ValueError(f"at character {self._place}: {error}") from error
+            except json.JSONDecodeError as error:
+                if is_all:
+                    place = self._passed + error.pos
+                    raise ValueError(f"at character {place:,}: {error.msg}") from error
+            except ValueError as error:  # a number of more digits than Python converts
+                if is_all:
+                    raise ValueError(f"at character {self._place:,}: {error}") from error
             else:
-                # a number at the end of the window may go on behind it
-                if end < len(self._text) or self._ended:
+                # a number at the end of the window, as 1 or 1. may be, can go on behind it
+                if is_all or self._text[end : end + 1] in _BEHIND_VALUES:
                     self._at = end
                     return value
             self._more(wanted)
@@ -117,9 +123,9 @@ class _Reader:
         if not found or found not in characters:
             wanted = " or ".join(characters)
             raise ValueError(
-                f"at character {self._place}: {found!r} where {wanted} should be"
+                f"at character {self._place:,}: {found!r} where {wanted} should be"
                 if found
-                else f"it ends at character {self._place}, where {wanted} should be"
+                else f"it ends at character {self._place:,}, where {wanted} should be"
             )
         return found
 

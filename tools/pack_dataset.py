@@ -76,7 +76,7 @@ class Build:
     image_column: str = ""
     """Column with picture paths, or pictures, if it is not called image, file or path."""
     caption_column: str = ""
-    """Column with captions, or field of KEY.json in tars, if it is not called caption or captions."""
+    """Column with captions, if it is not called caption or captions; in tars, field of KEY.json."""
     label_column: str = ""
     """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
     into --class-names. For CIFAR-100, coarse_labels."""

@@ -201,7 +201,8 @@ class _SampleMaker:
             status = group.row.get("status")
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
-            self.refuse(key, "missing", "a sample without a picture")
+            problem = group.problem or Problem(kind="missing", message="a sample without a picture")
+            self._items.append(Item(key, problem=problem, place=group.place))
             return
         if not meets(group.row, self._conditions):
             self.passed_over["rows that --where left out"] += 1
