@@ -305,6 +305,8 @@ class _RowWriter:
     def write(
         self, first: int, batch: pa.RecordBatch, place_of: Callable[[pa.Buffer], int | None]
     ) -> None:
+        if batch.num_rows == 0:
+            return
         columns = self._columns
         names = dict.fromkeys((*columns.captions, *columns.labels, *columns.others))
         fields = {name: batch.column(name).to_pylist() for name in names}

@@ -34,7 +34,7 @@ from unicl_fast.tools.class_names import (
     refuse_numbers,
 )
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
-from unicl_fast.tools.retry import choose_listed, read_quarantine
+from unicl_fast.tools.retry import choose_listed, read_quarantine, require_same_classes
 from unicl_fast.tools.sources import (
     Item,
     Label,
@@ -139,6 +139,7 @@ def build_dataset(
     if listed is None:
         found = [(source.name, item) for source in read for item in source.items]
     else:  # labels keep the numbers that they have in the build of all
+        require_same_classes(Path(retry), space.names)
         found = choose_listed(listed, read, passed_over)
     samples = _shuffle(found, seed=seed)
     problems = _Problems()

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from unicl_fast.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.tools.items import Item, Source
 
 _COLUMNS = ("source", "name", "kind", "message")
@@ -50,6 +51,25 @@ def read_quarantine(path: Path) -> Listed:
     if not found:
         raise ValueError(f"{path} names nothing: that build left nothing out")
     return found
+
+
+def require_same_classes(quarantine: Path, class_names: Sequence[str]) -> None:
+    """Refuses to number labels otherwise than the build that the list is of, if that lies there.
+
+    Raises:
+        ValueError: the class names differ.
+    """
+    if not (quarantine.parent / MANIFEST_NAME).is_file():
+        return
+    before = Manifest.load(quarantine.parent).class_names
+    if tuple(class_names) != before:
+        new = sorted(set(class_names) - set(before)) or ["the same in another order"]
+        raise ValueError(
+            f"{quarantine.parent} has {len(before):,} class names, and now there are "
+            f"{len(class_names):,} (new: {', '.join(new[:3])}), so labels would be numbered "
+            "otherwise. Give the --class-names of that build; if there were none, correct the "
+            "labels, or pack all anew"
+        )
 
 
 def choose_listed(
