@@ -301,6 +301,7 @@ class _RowWriter:
         self._result = result
         self._rows = rows
         self._pictures = pictures
+        self._written = 0
 
     def write(
         self, first: int, batch: pa.RecordBatch, place_of: Callable[[pa.Buffer], int | None]
@@ -349,8 +350,8 @@ class _RowWriter:
         offset = place_of(buffer)
         in_place = offset is not None
         if offset is None:
-            offset = self._pictures.tell()
-            self._pictures.write(buffer)
+            offset = self._written
+            self._written += self._pictures.write(buffer)
         return {"offset": offset, "size": buffer.size, "in_place": in_place}
 
 

@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
-_MEMORY_BYTES = 2_000_000_000
-"""For batches of 16 MB, a page or two of each column, and the dictionary of one."""
+_MEMORY_BYTES = 5_000_000_000
+"""A ceiling: for a page, packed and unpacked, which may have 2 GB each; 16 MB is a usual use."""
 _SPLIT = re.compile(r"(.+)-\d{5}-of-\d{5}.*\.parquet")
 _COLUMNS = Columns("", ("captions",), ("labels",))
 _MAX_JSON_BYTES = 64_000_000
@@ -121,7 +121,7 @@ class _Reader:
             with rows.open("rb") as file:
                 for line in file:
                     if line.endswith(b"\n"):  # not so where the process died in the middle
-                        behind = self._add_row(task, json.loads(line)) + 1
+                        behind = self._add_row(task, path.name, json.loads(line)) + 1
             rows.unlink()
         if isinstance(result, Problem):
             self.broken.append(Item(f"{path.name} from row {behind}", problem=result))
@@ -133,9 +133,8 @@ class _Reader:
             problem = Problem(kind="damaged", message=message)
             self.broken.append(Item(f"{path.name} {rest}", problem=problem))
 
-    def _add_row(self, task: TableTask, row: dict[str, Any]) -> int:
+    def _add_row(self, task: TableTask, file_name: str, row: dict[str, Any]) -> int:
         number: int = row["row"]
-        file_name = Path(task.path).name
         name = f"{file_name}:{number}"
         problem = row.get("problem")
         if "path" in row and problem is None:
@@ -164,7 +163,11 @@ class _Reader:
 
 def is_saved_dataset(place: Path) -> bool:
     """Whether a folder was written by `save_to_disk` of Hugging Face's `datasets`."""
-    return (place / "state.json").is_file() or (place / "dataset_dict.json").is_file()
+    state = place / "state.json"
+    if not state.is_file():
+        return (place / "dataset_dict.json").is_file()
+    with state.open("rb") as file:  # others have files of this name too
+        return b'"_data_files"' in file.read(_MAX_JSON_BYTES)
 
 
 def read_saved_dataset(place: Path, options: ListOptions, spool: Spool) -> Source:

@@ -115,14 +115,14 @@ def _read_folder(path: Path, options: ListOptions, spool: Spool) -> Source:
     """A folder by what lies right in it; what is nothing else is one of class folders."""
     if source_tables.is_saved_dataset(path):
         return source_tables.read_saved_dataset(path, options, spool)
-    with os.scandir(path) as listing:
-        entries = [entry for entry in listing if not entry.name.startswith(".")]
-    files = sorted(entry.name for entry in entries if entry.is_file())
-    folders = {entry.name for entry in entries if entry.is_dir()}
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    files = sorted(name for name in names if os.path.isfile(path / name))
+    folders = {name for name in names if os.path.isdir(path / name)}
     name = path.name or str(path)
     if source_cifar.is_cifar(files):
         return source_cifar.read_cifar(path, options, spool)
-    if any(f"{folder}_stats.json" in files or f"{folder}.parquet" in files for folder in folders):
+    shards = (folder for folder in folders if folder.isdecimal())
+    if any(f"{shard}{end}" in files for shard in shards for end in ("_stats.json", ".parquet")):
         return source_tars.read_image_folders(path, options)
     tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
     if tars and not folders:

@@ -73,40 +73,41 @@ class Spool:
             OSError: it cannot be opened, or the disk is full.
         """
         place = self.new_file()
-        with open_regular(path) as packed, place.open("wb") as unpacked:
-            limit, written, read = _SMALL, 0, 0
-            inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
-            while block := packed.read(_BLOCK):
-                read += len(block)
-                limit = max(_SMALL, MAX_EXPANSION * read)
-                while block:
-                    if inflater.eof:  # members of a .gz may follow each other (RFC 1952, 2.2)
-                        block = block.lstrip(b"\0")
-                        if not block:
-                            break
-                        inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
-                    try:
-                        data = inflater.decompress(block, _BLOCK)
-                    except zlib.error as error:
-                        return place, f"its gzip data are broken: {error}"
-                    block = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
-                    written += len(data)
-                    if written > limit:
-                        return place, f"it unpacks to more than {MAX_EXPANSION} times its size"
-                    _write(unpacked, data)
-        return place, "" if inflater.eof else "it ends in the middle of its gzip data"
+        try:
+            with open_regular(path) as packed, place.open("wb") as unpacked:
+                return place, _inflate(packed, unpacked)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise full_disk(place) from error
+            raise
 
 
-def _write(file: BinaryIO, data: bytes) -> None:
-    try:
-        file.write(data)
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise full_disk(file.name) from error
-        raise
+def _inflate(packed: BinaryIO, unpacked: BinaryIO) -> str:
+    """Unpacks a .gz until its end or its fault, which is returned."""
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    read = written = 0
+    while block := packed.read(_BLOCK):
+        read += len(block)
+        while block:
+            if inflater.eof:  # members of a .gz may follow each other (RFC 1952, 2.2)
+                block = block.lstrip(b"\0")
+                if not block:
+                    break
+                inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            try:
+                data = inflater.decompress(block, _BLOCK)
+            except zlib.error as error:
+                return f"its gzip data are broken: {error}"
+            block = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+            written += len(data)
+            if written > max(_SMALL, MAX_EXPANSION * read):
+                return f"it unpacks to more than {MAX_EXPANSION} times its size"
+            unpacked.write(data)
+    return "" if inflater.eof else "it ends in the middle of its gzip data"
 
 
 def full_disk(place: object) -> OSError:
+    """The error that says what the room is for."""
     return OSError(
         errno.ENOSPC,
         f"no room left for {place}, where pictures that cannot be read in place are unpacked; it "

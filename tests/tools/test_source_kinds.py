@@ -5,6 +5,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -148,13 +153,44 @@ def coco_files(data: Path, folder: Path) -> list[Path]:
     return [folder / "annotations" / f"{kind}_train2017.json" for kind in made]
 
 
-@pytest.mark.parametrize("extra", ["a.tar", "a.parquet", "data.arrow", "train_map.txt"])
+@pytest.mark.parametrize(
+    "extra", ["a.tar", "cat.parquet", "data.arrow", "train_map.txt", "state.json"]
+)
 def test_class_folders_with_other_things_in_them_stay_class_folders(
     tmp_path: Path, extra: str
 ) -> None:
     (tmp_path / "cat").mkdir()
     (tmp_path / "cat" / "1.jpg").write_bytes(jpeg(1))
-    (tmp_path / extra).write_bytes(b"x")
+    (tmp_path / extra).write_bytes(b"{}")
+    (tmp_path / "self").symlink_to("self")
     source = read_source(str(tmp_path))
-    assert [item.name for item in source.items] == ["cat/1.jpg"]
+    assert [item.name for item in source.items] == ["cat/1.jpg", "self"]
     assert sum(source.passed_over.values()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_build_stopped_while_it_unpacks_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    table = pa.table({"image": [os.urandom(100_000)] * 3000, "label": ["x"] * 3000})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, use_dictionary=False, compression="zstd")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "unicl_fast.tools.pack_dataset"),
+            *("build", str(path), "--out", str(tmp_path / "out")),
+        ],
+        stderr=subprocess.PIPE,
+        # a shell that starts tests behind itself lets its children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(file.stat().st_size > 1_000_000 for file in tmp_path.glob("out.spool-*/*")):
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], errors
+    assert list(tmp_path.iterdir()) == [path]

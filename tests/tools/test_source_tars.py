@@ -240,6 +240,17 @@ def test_gzip_bombs_and_cut_gzip_are_named(tmp_path: Path) -> None:
     assert outcomes(source)["b.tar.gz/000"] == "read"
 
 
+def test_a_full_disk_is_told_by_what_it_is_needed_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gzip.compress(three_samples(tmp_path / "b").read_bytes())
+    (tmp_path / "b.tar.gz").write_bytes(whole)
+    spool = Spool(tmp_path / "out")
+    monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
+    with pytest.raises(OSError, match="no room left for .*takes as much room as they do"):
+        read_source(str(tmp_path / "b.tar.gz"), None, spool)
+
+
 def test_img2dataset_in_tars_counts_its_failures(tmp_path: Path) -> None:
     three_samples(tmp_path / "00000.tar")
     statistics = {"count": 10, "successes": 3, "failed_to_download": 6, "failed_to_resize": 1}
