@@ -37,6 +37,7 @@ from unicl_fast.tools.class_names import (
 )
 from unicl_fast.tools.duplicates import join_duplicates
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.tools.retry import choose_listed, read_quarantine, require_same_classes
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.sources import (
     Item,
@@ -44,9 +45,10 @@ from unicl_fast.tools.sources import (
     ListOptions,
     Problem,
     Source,
-    read_source,
+    read_sources,
     split_condition,
 )
+from unicl_fast.tools.spool import Spool
 
 DEFAULT_PICTURE_SECONDS = 30.0
 """A hundred times what the largest ordinary photograph takes."""
@@ -90,6 +92,7 @@ def build_dataset(
     where: Sequence[str] = (),
     leave_out: str = "",
     duplicates: Literal["keep", "join"] = "keep",
+    retry: str | os.PathLike[str] = "",
     resize: str = "",
     quality: int = RESIZE_QUALITY,
     format: PictureFormat = "keep",
@@ -112,7 +115,7 @@ def build_dataset(
     started = time.perf_counter()
     out = Path(out)
     if not sources:
-        raise ValueError("name at least one source: class folders, a zip of them, or a list")
+        raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     _require_in("--seed", seed, 0, 2**63 - 1)
     _require_in("--quality", quality, 1, 100)
     _require_in("--workers", workers, 0, 1024)
@@ -139,31 +142,35 @@ def build_dataset(
         where=tuple(where),
     )
     places = [os.fspath(source) for source in sources]
-    read = [read_source(place, lists) for place in places]
+    listed = read_quarantine(Path(retry)) if retry else None
+    spool = Spool(out)
+    read = read_sources(places, lists, spool)
     space, numbers = _number_labels(read, class_names)
     template_list = read_templates(templates or "imagenet") if space.names else ()
     tokenizer = Tokenizer()
-    passed_over: Counter[str] = Counter()
-    for one in read:
-        passed_over.update(one.passed_over)
-    listed = [(source.name, item) for source in read for item in source.items]
+    passed_over = sum((source.passed_over for source in read), Counter[str]())
+    if listed is None:
+        found = [(source.name, item) for source in read for item in source.items]
+    else:  # labels keep the numbers that they have in the build of all
+        require_same_classes(Path(retry), space.names)
+        found = choose_listed(listed, read, passed_over)
     if unwanted:
-        wanted = [one for one in listed if (one[0], one[1].name) not in unwanted]
-        passed_over[f"pictures named in {leave_out}"] = len(listed) - len(wanted)
-        listed = wanted
-    if duplicates == "join":
-        join_duplicates(
-            listed,
-            max_file_bytes=options.max_file_bytes,
-            workers=workers or len(os.sched_getaffinity(0)),
-            progress=progress,
-        )
-    samples = [listed[place] for place in shuffled_order(len(listed), seed=seed)]
+        wanted = [one for one in found if (one[0], one[1].name) not in unwanted]
+        passed_over[f"pictures named in {leave_out}"] = len(found) - len(wanted)
+        found = wanted
     problems = _Problems()
     num_reencoded = 0
     one_size = _OneSize(square_side) if format == "raw" else None
     pictures: Literal["encoded", "raw"] = "encoded" if one_size is None else "raw"
-    with DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures) as writer:
+    with spool, DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures) as writer:
+        if duplicates == "join":
+            join_duplicates(
+                found,
+                max_file_bytes=options.max_file_bytes,
+                workers=workers or len(os.sched_getaffinity(0)),
+                progress=progress,
+            )
+        samples = [found[place] for place in shuffled_order(len(found), seed=seed)]
         results = _check(
             samples,
             options=options,
@@ -269,7 +276,7 @@ def _number_labels(read: Sequence[Source], class_names: str) -> tuple[LabelSpace
     labels: dict[Label, None] = {}
     for source in read:
         found = dict.fromkeys(label for item in source.items for label in item.labels)
-        if not class_names and not source.has_class_folders:
+        if not class_names and not source.labels_are_names:
             refuse_numbers(found, source.name)
         labels |= found
     space = read_label_space(class_names) if class_names else collect_label_space(labels)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from unicl_fast.prompts import imagenet_wnids, read_class_names
-from unicl_fast.tools.sources import Label
+from unicl_fast.tools.items import Label
 
 
 @dataclass(frozen=True, slots=True)

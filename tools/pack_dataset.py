@@ -37,8 +37,13 @@ class Build:
 
     Each SOURCE is a folder of class folders (the class is the name of the folder that directly
     holds the picture), a zip of one (FILE.zip, or FILE.zip/FOLDER for a part of it), or a list with
-    one picture a row (.csv, .tsv or .jsonl) and columns for its path, captions and labels. Several
-    sources become one data set; equal class names become one class.
+    one picture a row (.csv, .tsv, .jsonl, .json or .parquet) and columns for its path, or itself,
+    captions and labels. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
+    {000..123}.tar), img2dataset's folders, data sets of Hugging Face (a folder of save_to_disk or
+    of Parquet files), COCO's captions and instances (.json, both together), a map of a zip
+    (train_map.txt beside train.zip), TSV files with pictures in base64, CIFAR (folder or .tar.gz),
+    and IDX files as of MNIST. docs/sources.md says how each is read. Several sources become one
+    data set; equal class names become one class.
 
     Every picture is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
     reason, and packing goes on. Plain JPEGs and PNGs keep their bytes.
@@ -53,12 +58,16 @@ class Build:
       unicl-pack build images.zip/train --out packed/small --resize short:256
 
       unicl-pack build cifar10-train.zip --out packed/cifar10 --format raw
+
+      unicl-pack build captions_val2017.json instances_val2017.json --image-root val2017 --out coco
+
+      unicl-pack build photos/ --out packed/rest --retry packed/photos/quarantine.csv
     """
 
     sources: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...]")
     ]
-    """Class folders, zips of them, or lists."""
+    """Class folders, lists, archives, data sets of others."""
     out: str
     """Folder to make. It must not exist yet, or be empty; it appears when it is whole."""
     seed: int = 0
@@ -71,14 +80,15 @@ class Build:
     """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
     (80 prompts) or simple (1). By default imagenet where there are labels."""
     image_column: str = ""
-    """Column with picture paths, if it is not called image, file or path."""
+    """Column with picture paths, or pictures, if it is not called image, file or path."""
     caption_column: str = ""
-    """Column with captions, if it is not called caption or captions."""
+    """Column with captions, if it is not called caption or captions; in tars, field of KEY.json."""
     label_column: str = ""
     """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
-    into --class-names."""
+    into --class-names. For CIFAR-100, coarse_labels."""
     image_root: str = ""
-    """Folder or zip that picture paths in lists are relative to; by default the list's folder."""
+    """Folder or zip that picture paths in lists are relative to; by default the list's folder, and
+    for COCO's files the one that is called as they are (val2017) or images."""
     where: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="COLUMN=VALUE")
     ] = ()
@@ -91,6 +101,9 @@ class Build:
     """What to do with files that are equal byte for byte: keep them all, or join them into one
     sample with the captions and labels of all. Those that went into another are listed in
     OUT/quarantine.csv. Files that share their size with another are then read twice."""
+    retry: str = ""
+    """The quarantine.csv of an earlier build from the same sources: packs only what it names, with
+    labels numbered as in that build, so that both can be trained on together."""
     resize: str = ""
     """short:PIXELS scales pictures down until their shorter side has so many pixels, and encodes
     them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales

@@ -14,11 +14,11 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from unicl_fast.tools.items import Problem
 from unicl_fast.tools.picture_worker import Checked as Checked
 from unicl_fast.tools.picture_worker import PictureOptions as PictureOptions
 from unicl_fast.tools.picture_worker import PictureWorker, WorkerDeathError
 from unicl_fast.tools.picture_worker import Task as Task
-from unicl_fast.tools.sources import Problem
 
 _CHUNK_ITEMS = 64
 _CHUNK_BYTES = 4_000_000

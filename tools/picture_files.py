@@ -138,11 +138,12 @@ def open_tree(place: Path) -> Tree:
     archive = next((path for path in (place, *place.parents) if path.is_file()), None)
     if archive is None:
         raise FileNotFoundError(
-            f"{place}: no such folder or zip of pictures, and no list (.csv, .tsv, .jsonl)"
+            f"{place}: no such folder or zip of pictures, and no list (.csv, .jsonl, .parquet, ...)"
         )
     if not zipfile.is_zipfile(archive):
         raise ValueError(
             f"{archive} is neither a folder nor a zip; sources are folders of class folders, zips "
-            "of them, and lists whose name ends in .csv, .tsv or .jsonl"
+            "of them, lists whose name ends in .csv, .tsv, .jsonl, .json or .parquet, and what "
+            "docs/sources.md names"
         )
     return ZipTree(archive, place.relative_to(archive).as_posix() if place != archive else "")

@@ -15,9 +15,7 @@ import contextlib
 import dataclasses
 import multiprocessing
 import os
-import resource
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
@@ -29,7 +27,14 @@ import xxhash
 from unicl_fast.images import Picture, PictureError, PictureFormat, check_picture
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.entries import MAX_FILE_BYTES, Entry, EntryError
-from unicl_fast.tools.sources import Problem
+from unicl_fast.tools.items import Problem
+from unicl_fast.tools.limited_processes import (
+    OUT_OF_MEMORY,
+    children_lock,
+    describe_crash,
+    limit_memory,
+    silence_complaints,
+)
 
 BYTES_PER_PIXEL = 40
 """What decoding and encoding may hold at once for each pixel. Measured: 25 for transparent WebP and
@@ -37,12 +42,6 @@ JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves
 _SMALL_FILE_BYTES = 16_000_000
 _BYTES_BESIDE_PICTURES = 400_000_000
 """The tokenizer, decoders' tables, and the heap's slack."""
-_OUT_OF_MEMORY = 77
-"""Exit code of a worker that ran into its limit."""
-
-# Starting and reaping children is not safe in several threads at once (multiprocessing polls all
-# children of the process whenever one is started).
-_children_lock = threading.Lock()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,7 +117,7 @@ class PictureWorker:
         self._process = context.Process(
             target=_serve, args=(theirs, options, context_length), daemon=True
         )
-        with _children_lock:
+        with children_lock:
             self._process.start()
         theirs.close()  # only the process holds it now: its end is the end of the pipe
         try:
@@ -150,7 +149,7 @@ class PictureWorker:
     def reap(self) -> str:
         """Collects what is left of the process once it has ended; says how it did."""
         self._connection.close()
-        with _children_lock:
+        with children_lock:
             self._process.join()
         return f"exit code {self._process.exitcode}"
 
@@ -160,21 +159,11 @@ class PictureWorker:
             return Problem(
                 kind="too slow", message=f"not done after {self._options.seconds:g} seconds"
             )
-        if code == _OUT_OF_MEMORY:
+        if code == OUT_OF_MEMORY:
             return Problem(
                 kind="too large", message="takes more memory than its number of pixels should"
             )
-        if code == -signal.SIGKILL:
-            return Problem(kind="crash", message="the process was killed, for want of memory maybe")
-        how = f"exit code {code}" if code >= 0 else _signal_name(-code)
-        return Problem(kind="crash", message=f"a decoder crashed ({how})")
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
+        return describe_crash(code)
 
 
 # From here on: what runs inside the process.
@@ -184,11 +173,8 @@ def _serve(connection: Connection, options: PictureOptions, context_length: int)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
-    # libtiff prints its complaints from C. They would tear the progress bar, and what matters of
-    # them comes back as the reason in quarantine.csv.
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
-    _limit_memory(options.memory_bytes)
+    silence_complaints()  # libtiff has many
+    limit_memory(options.memory_bytes)
     checker = _Checker(options, context_length)
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         connection.send(None)
@@ -199,19 +185,6 @@ def _serve(connection: Connection, options: PictureOptions, context_length: int)
                 result = checker.check(task)
                 signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
                 connection.send(result)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Lets this process take `num_bytes` more than it has; an allocation beyond that fails.
-
-    RLIMIT_DATA counts private writable memory (since Linux 4.7), not files and not the address
-    space that allocators merely reserve.
-    """
-    pages = int(open("/proc/self/statm", encoding="ascii").read().split()[5])  # noqa: SIM115
-    limit = pages * resource.getpagesize() + num_bytes
-    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    if hard == resource.RLIM_INFINITY or limit < hard:
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
 class _Checker:
@@ -233,10 +206,10 @@ class _Checker:
             return self._check(task)
         except (EntryError, PictureError) as error:
             if isinstance(error.__cause__, MemoryError):
-                os._exit(_OUT_OF_MEMORY)
+                os._exit(OUT_OF_MEMORY)
             return Problem(kind=error.kind, message=str(error))
         except MemoryError:
-            os._exit(_OUT_OF_MEMORY)  # to be tried again with a heap that nobody has used
+            os._exit(OUT_OF_MEMORY)  # to be tried again with a heap that nobody has used
         except Exception as error:  # a fault of ours or of a library must cost one sample only
             return Problem(kind="failed", message=f"{type(error).__name__}: {error}")
 

@@ -6,6 +6,7 @@ import csv
 import multiprocessing
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.entries import Entry, RefusedEntry
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Problem, Task, check_in_order
 from unicl_fast.tools.sources import ListOptions, Source
+from unicl_fast.tools.spool import Spool
 
 pytestmark = pytest.mark.dist
 
@@ -73,15 +75,16 @@ def build(
     workers: int,
 ) -> dict[str, bytes]:
     """Packs `folder` with other entries under some names; returns the files made."""
-    read = build_module.read_source
+    read = build_module.read_sources
 
-    def replaced(place: str, lists: ListOptions) -> Source:
-        source = read(place, lists)
-        for item in source.items:
-            item.entry = entries.get(item.name, item.entry)
-        return source
+    def replaced(places: Sequence[str], lists: ListOptions, spool: Spool) -> list[Source]:
+        sources = read(places, lists, spool)
+        for source in sources:
+            for item in source.items:
+                item.entry = entries.get(item.name, item.entry)
+        return sources
 
-    monkeypatch.setattr(build_module, "read_source", replaced)
+    monkeypatch.setattr(build_module, "read_sources", replaced)
     build_dataset([folder], out, workers=workers, picture_seconds=2, progress=False)
     monkeypatch.undo()
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}

@@ -1,0 +1,148 @@
+"""`--retry quarantine.csv`: what a build left out, once more.
+
+The same sources are read again, and what is packed are the samples that the list names. Where it
+names the rest of a file that was cut or damaged, these are all samples from there on; where it
+names a line of a list, the picture of that line.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from unicl_fast.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.tools.items import Item, Source
+
+_COLUMNS = ("source", "name", "kind", "message")
+_RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
+_ENDLESS = 2**64
+
+Listed = Counter[tuple[str, str]]
+"""(source, name) of what a quarantine.csv names, and how often it does."""
+
+
+def read_quarantine(path: Path) -> Listed:
+    """Reads the quarantine.csv of a build.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it is none, or names nothing.
+    """
+    found: Listed = Counter()
+    try:
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.reader(file)
+            header = next(reader, [])
+            if tuple(header) != _COLUMNS:
+                raise ValueError(
+                    f"{path} is no quarantine.csv of unicl-pack: its first line must be "
+                    f"{','.join(_COLUMNS)}, and is {','.join(header)[:200]!r}"
+                )
+            for row in reader:
+                if len(row) != len(_COLUMNS):
+                    raise ValueError(f"{path}, line {reader.line_num}: {len(row)} fields of 4")
+                found[row[0], row[1]] += 1
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not found:
+        raise ValueError(f"{path} names nothing: that build left nothing out")
+    return found
+
+
+def require_same_classes(quarantine: Path, class_names: Sequence[str]) -> None:
+    """Refuses to number labels otherwise than the build that the list is of, if that lies there.
+
+    Raises:
+        ValueError: the class names differ.
+    """
+    if not (quarantine.parent / MANIFEST_NAME).is_file():
+        return
+    before = Manifest.load(quarantine.parent).class_names
+    if tuple(class_names) != before:
+        new = sorted(set(class_names) - set(before)) or ["the same in another order"]
+        raise ValueError(
+            f"{quarantine.parent} has {len(before):,} class names, and now there are "
+            f"{len(class_names):,} (new: {', '.join(new[:3])}), so labels would be numbered "
+            "otherwise. Give the --class-names of that build; if there were none, correct the "
+            "labels, or pack all anew"
+        )
+
+
+def choose_listed(
+    listed: Listed, sources: Sequence[Source], passed_over: Counter[str]
+) -> list[tuple[str, Item]]:
+    """The samples that a list names, with their source's name, in the order of the sources.
+
+    Args:
+        listed: the list.
+        sources: all that was read.
+        passed_over: gets the number of names that fit nothing any more.
+
+    Raises:
+        ValueError: the sources have nothing that is named, or have it more often.
+    """
+    stretches: dict[str, list[_Stretch]] = {}
+    for source, name in listed:
+        if (stretch := _stretch_of(name)) is not None:
+            stretches.setdefault(source, []).append(stretch)
+    chosen: list[tuple[str, Item]] = []
+    met: Listed = Counter()
+    for read in sources:
+        source = _as_listed(read.name)
+        for item in read.items:
+            names = [each.name for each in stretches.get(source, ()) if each.holds(source, item)]
+            own = _as_listed(item.name)
+            exact = [name for name in (own, f"line {item.place}") if (source, name) in listed]
+            if names or exact:
+                chosen.append((read.name, item))
+                met.update((source, name) for name in exact)
+                met |= Counter({(source, name): 1 for name in names})
+    if not chosen:
+        raise ValueError(
+            "nothing that --retry names is in the sources; give those of the build it is of"
+        )
+    for key, count in met.items():
+        if count > listed[key]:
+            raise ValueError(
+                f"--retry names {key[1]} of {key[0]} {listed[key]} times, and the sources have it "
+                f"{count} times: several sources are called {key[0]}, give one of them at a time"
+            )
+    if gone := len(listed.keys() - met.keys()):
+        passed_over["names of --retry that the sources no longer have"] += gone
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
+class _Stretch:
+    """Part of a file of a source, as a list names it."""
+
+    name: str
+    file: str
+    low: int
+    high: int
+
+    def holds(self, source: str, item: Item) -> bool:
+        """Whether the sample lies in it; also what has become of the stretch since."""
+        own = _stretch_of(item.name) if item.problem is not None else None
+        if own is not None:
+            return own.file == self.file and own.name != self.name
+        in_file = item.name.startswith((f"{self.file}/", f"{self.file}:")) or source == self.file
+        return in_file and self.low <= item.place <= self.high
+
+
+def _stretch_of(name: str) -> _Stretch | None:
+    match = _RANGE.fullmatch(name)
+    if match is None:
+        return None
+    file, start, first, last = match.groups()
+    low, high = (int(start), _ENDLESS) if start else (int(first), int(last))
+    return _Stretch(name, file, low, high)
+
+
+def _as_listed(name: str) -> str:
+    """A name as the list has it, which is UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode("utf-8")

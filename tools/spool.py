@@ -1,0 +1,115 @@
+"""A folder beside the output for what can only be read from its beginning to its end.
+
+Samples are packed in shuffled order, and a picture in a Parquet file or a .gz cannot be reached
+without unpacking what lies before it. So such files are unpacked once, in order, and pictures are
+read from the copy. That takes as much room as their pictures, on the disk that is to hold the
+packed ones anyway, and never more memory than a block.
+"""
+
+from __future__ import annotations
+
+import errno
+import secrets
+import shutil
+import weakref
+import zlib
+from pathlib import Path
+from types import TracebackType
+from typing import BinaryIO
+
+from unicl_fast.tools.spans import open_regular
+
+_BLOCK = 1 << 20
+MAX_EXPANSION = 100
+"""A .gz that unpacks to more than this many times its size is a bomb: pixels shrink to a fifth,
+photographs not at all, and only a blank MNIST would come near."""
+_SMALL = 16_000_000
+"""A file may always unpack to so many bytes."""
+
+
+class Spool:
+    """The folder; made when it is first needed, and removed at the end.
+
+    Use it as a context manager. Where it is never entered, it goes with the object.
+    """
+
+    def __init__(self, out: Path | None) -> None:
+        """`out` is the folder that is to be made; the spool lies beside it. None allows no file."""
+        self._folder = out and out.with_name(f"{out.name}.spool-{secrets.token_hex(4)}")
+        self._num_files = 0
+        if self._folder is not None:
+            self._removal = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._folder is not None:
+            self._removal()
+
+    def new_file(self) -> Path:
+        """A place for one more file, which the caller makes."""
+        if self._folder is None:
+            raise ValueError(
+                "this source must be unpacked to be read, and there is no place for it"
+            )
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._num_files += 1
+        return self._folder / f"{self._num_files:06d}"
+
+    def gunzip(self, path: str) -> tuple[Path, str]:
+        """Unpacks a .gz file.
+
+        Returns:
+            The unpacked file, and what is wrong with the .gz, or nothing. What could be unpacked
+            before the fault is kept.
+
+        Raises:
+            OSError: it cannot be opened, or the disk is full.
+        """
+        place = self.new_file()
+        try:
+            with open_regular(path) as packed, place.open("wb") as unpacked:
+                return place, _inflate(packed, unpacked)
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise full_disk(place) from error
+            raise
+
+
+def _inflate(packed: BinaryIO, unpacked: BinaryIO) -> str:
+    """Unpacks a .gz until its end or its fault, which is returned."""
+    inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+    read = written = 0
+    while block := packed.read(_BLOCK):
+        read += len(block)
+        while block:
+            if inflater.eof:  # members of a .gz may follow each other (RFC 1952, 2.2)
+                block = block.lstrip(b"\0")
+                if not block:
+                    break
+                inflater = zlib.decompressobj(zlib.MAX_WBITS | 16)
+            try:
+                data = inflater.decompress(block, _BLOCK)
+            except zlib.error as error:
+                return f"its gzip data are broken: {error}"
+            block = inflater.unused_data if inflater.eof else inflater.unconsumed_tail
+            written += len(data)
+            if written > max(_SMALL, MAX_EXPANSION * read):
+                return f"it unpacks to more than {MAX_EXPANSION} times its size"
+            unpacked.write(data)
+    return "" if inflater.eof else "it ends in the middle of its gzip data"
+
+
+def full_disk(place: object) -> OSError:
+    """The error that says what the room is for."""
+    return OSError(
+        errno.ENOSPC,
+        f"no room left for {place}, where pictures that cannot be read in place are unpacked; it "
+        "takes as much room as they do, on the disk of --out",
+    )
