@@ -1,4 +1,4 @@
-"""Squares of decoded pictures, made by the batch on threads of our own.
+"""Squares of decoded pictures, made by the batch.
 
 What a raw data set needs instead of a decoder: the operator that resamples files' pictures inside
 DALI's graph takes windows of pixels here, in front of it. A picture of 32 pixels a side takes 3 us,
