@@ -15,7 +15,7 @@ import xxhash
 from tqdm import tqdm
 
 from unicl_fast.tools.entries import Entry, EntryError
-from unicl_fast.tools.sources import MAX_TEXTS, Item, Problem
+from unicl_fast.tools.items import MAX_TEXTS, Item, Problem
 
 _AHEAD = 64
 """Files under way for each thread."""

@@ -39,9 +39,9 @@ from unicl_fast.shards import (
     sample_key,
 )
 from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.tools.items import MAX_TEXTS
 from unicl_fast.tools.join_classes import join_classes, join_templates
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
-from unicl_fast.tools.sources import MAX_TEXTS
 from unicl_fast.tools.stored_samples import SampleReader, StoredSample
 
 _DAMAGED, _DUPLICATE, _LEFT_OUT = "damaged", "duplicate", "left out"

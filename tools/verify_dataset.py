@@ -27,8 +27,8 @@ from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.folder_check import Fault, NoteFault, check_folder
+from unicl_fast.tools.items import Problem
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
-from unicl_fast.tools.sources import Problem
 from unicl_fast.tools.stored_samples import (
     Description,
     SampleReader,

@@ -132,7 +132,8 @@ def test_missing_shards_are_tolerated_up_to_the_limit_and_refused_beyond_it(
     lost = list(range(first, first + shards[1].num_samples))
     refused = train(tmp_path / "refused", expect=2)
     assert f"{shards[1].name} is missing" in refused
-    assert f"with {len(lost)} of 40 samples: more than data.max_bad_fraction = 0.01" in refused
+    part = f"with the pictures of {len(lost)} of 40 samples"
+    assert f"{part}: more than data.max_bad_fraction = 0.01" in refused
     assert not (tmp_path / "refused").exists()
     errors = train(tmp_path / "run", "--data.max-bad-fraction", "0.5", "--resume", "auto")
     assert "DAMAGED DATA SET" in errors
