@@ -53,7 +53,7 @@ class Contender:
     """ours and peers make normalised float32 [b c h w]; limits and stages are parts of that."""
     what: str
     code: str
-    """module:function of this folder; takes a `Task`, yields batches, or numbers of pictures."""
+    """module:function; takes a `Task`, yields batches, or numbers of pictures."""
     prepare: str = ""
     """module:function that writes what it reads into `task.scratch`, in a process of its own."""
     install: str = ""
@@ -66,6 +66,7 @@ class Contender:
     jpeg_only: bool = False
 
 
+_HERE = "unicl_fast.benchmarks"
 _BENCH = "pip install 'unicl_fast[bench]'"
 _FFCV = (
     f"apt-get install libopencv-dev libturbojpeg0-dev pkg-config, {_BENCH}, then "
@@ -76,14 +77,14 @@ OURS = Contender(
     name="unicl_fast",
     kind="ours",
     what="TrainLoader: DALI decodes the crop, our fused kernel resizes it, normalised at the end",
-    code="input_own:ours",
+    code=f"{_HERE}.input_own:ours",
     differs="batches lie in channels_last order",
 )
 RAW = Contender(
     name="unicl_fast-raw",
     kind="ours",
     what="the same loader on the data set of --raw-data",
-    code="input_own:ours",
+    code=f"{_HERE}.input_own:ours",
     differs="batches lie in channels_last order; reads --raw-data",
 )
 PEERS = (
@@ -91,32 +92,32 @@ PEERS = (
         name="torchvision",
         kind="peer",
         what="ImageFolder, PIL transforms, DataLoader",
-        code="input_torch_peers:torchvision_batches",
+        code=f"{_HERE}.input_torch_peers:torchvision_batches",
     ),
     Contender(
         name="torchvision-v2",
         kind="peer",
         what="ImageFolder with decode_image, transforms.v2 on uint8 tensors, DataLoader",
-        code="input_torch_peers:torchvision_v2_batches",
+        code=f"{_HERE}.input_torch_peers:torchvision_v2_batches",
     ),
     Contender(
         name="timm",
         kind="peer",
         what="timm's create_loader with its prefetcher, no augmentation beyond crop and flip",
-        code="input_torch_peers:timm_batches",
+        code=f"{_HERE}.input_torch_peers:timm_batches",
     ),
     Contender(
         name="webdataset",
         kind="peer",
         what="tars as open_clip reads them: resampled shards, a shuffle buffer, PIL, WebLoader",
-        code="input_torch_peers:webdataset_batches",
+        code=f"{_HERE}.input_torch_peers:webdataset_batches",
         install=_BENCH,
     ),
     Contender(
         name="spdl",
         kind="peer",
         what="SPDL's pipeline of threads, FFmpeg decodes, crops and scales",
-        code="input_native_peers:spdl_batches",
+        code=f"{_HERE}.input_native_peers:spdl_batches",
         install=f"apt-get install ffmpeg, {_BENCH}",
         tolerance=3.0,
         differs="FFmpeg's decoder, chroma upsampling and scaler",
@@ -125,8 +126,8 @@ PEERS = (
         name="ffcv-jpg",
         kind="peer",
         what="FFCV on JPEGs of at most 500 pixels and quality 90, as its users write ImageNet",
-        code="input_ffcv:jpg_batches",
-        prepare="input_ffcv:write_jpg",
+        code=f"{_HERE}.input_ffcv:jpg_batches",
+        prepare=f"{_HERE}.input_ffcv:write_jpg",
         install=_FFCV,
         tolerance=3.0,
         differs="pictures encoded anew, the fast DCT, OpenCV's area filter",
@@ -135,8 +136,8 @@ PEERS = (
         name="ffcv-raw",
         kind="peer",
         what="FFCV on decoded pictures of at most 500 pixels",
-        code="input_ffcv:raw_batches",
-        prepare="input_ffcv:write_raw",
+        code=f"{_HERE}.input_ffcv:raw_batches",
+        prepare=f"{_HERE}.input_ffcv:write_raw",
         install=_FFCV,
         tolerance=3.0,
         differs="OpenCV's area filter; several times the disk",
@@ -145,7 +146,7 @@ PEERS = (
         name="pool",
         kind="peer",
         what="a thread pool, simplejpeg and OpenCV, batches in buffers used again",
-        code="input_native_peers:pool_batches",
+        code=f"{_HERE}.input_native_peers:pool_batches",
         install=_BENCH,
         tolerance=3.0,
         differs="OpenCV's area filter; batches lie in channels_last order",
@@ -154,7 +155,7 @@ PEERS = (
         name="dali",
         kind="peer",
         what="plain DALI: webdataset reader, random crop decoder, its own resize and normalise",
-        code="input_native_peers:dali_batches",
+        code=f"{_HERE}.input_native_peers:dali_batches",
         differs="border pixels repeated under the filter",
     ),
 )
@@ -163,56 +164,56 @@ PARTS = (
         name="decode",
         kind="limit",
         what="DALI decodes the crop and nothing else, bytes in memory",
-        code="input_own:decode_alone",
+        code=f"{_HERE}.input_own:decode_alone",
     ),
     Contender(
         name="turbojpeg",
         kind="limit",
         what="libjpeg-turbo decodes the whole picture and nothing else, bytes in memory",
-        code="input_own:turbojpeg_alone",
+        code=f"{_HERE}.input_own:turbojpeg_alone",
         jpeg_only=True,
     ),
     Contender(
         name="read",
         kind="limit",
         what="our reader gets the bytes and compares their checksums, one thread",
-        code="input_own:read",
+        code=f"{_HERE}.input_own:read",
     ),
     Contender(
         name="write",
         kind="limit",
         what="a float32 batch is written into memory that is there, one thread",
-        code="input_own:write",
+        code=f"{_HERE}.input_own:write",
     ),
     Contender(
         name="plan",
         kind="stage",
         what="samples, windows and flips of a batch, one thread",
-        code="input_own:plan",
+        code=f"{_HERE}.input_own:plan",
     ),
     Contender(
         name="texts",
         kind="stage",
         what="token rows gathered, equal ones and classes found, one thread",
-        code="input_own:texts",
+        code=f"{_HERE}.input_own:texts",
     ),
     Contender(
         name="resample",
         kind="stage",
         what="decoded crops to squares, mirrored",
-        code="input_own:resample",
+        code=f"{_HERE}.input_own:resample",
     ),
     Contender(
         name="normalise",
         kind="stage",
         what="uint8 batches to float32, one thread",
-        code="input_own:normalise",
+        code=f"{_HERE}.input_own:normalise",
     ),
     Contender(
         name="loader",
         kind="stage",
         what="the whole TrainLoader, uint8 batches as the training step takes them",
-        code="input_own:loader",
+        code=f"{_HERE}.input_own:loader",
     ),
 )
 
@@ -234,6 +235,6 @@ def choose(asked: tuple[str, ...], offered: tuple[Contender, ...]) -> list[Conte
 def load(code: str) -> Callable[[Task], Iterator[Any]]:
     """The function that `code` names."""
     module, _, function = code.partition(":")
-    found = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), function)
+    found = getattr(importlib.import_module(module), function)
     assert callable(found)
     return found  # type: ignore[no-any-return]

@@ -174,6 +174,8 @@ def serve(descriptor: int) -> None:
             return
         except ImportError as error:
             connection.send(("missing", str(error)))
+        except ContenderError as error:
+            connection.send(("failed", str(error)))
         except Exception as error:  # whatever a peer raises is its own
             connection.send(("failed", f"{type(error).__name__}: {error}"))
 
@@ -192,16 +194,16 @@ def _serve_batches(connection: Connection, contender: Contender, task: Task) -> 
             moments = [_moments(_levels(next(batches), task)) for _ in range(number)]
             connection.send(("moments", np.concatenate(moments)))
         else:
-            warm_up(batches)
+            warm_up(batches, min(number, _WARM_UP_SECONDS))
             connection.send(("warm", None))
             connection.send(("turn", take_turn(batches, number)))
 
 
-def warm_up(batches: Iterator[Any]) -> None:
+def warm_up(batches: Iterator[Any], seconds: float) -> None:
     """Takes what was ready, and lets caches fill."""
     start = time.perf_counter()
     taken = 0
-    while taken < _WARM_UP or time.perf_counter() - start < _WARM_UP_SECONDS:
+    while taken < _WARM_UP or time.perf_counter() - start < seconds:
         next(batches)
         taken += 1
 
@@ -230,7 +232,7 @@ def _levels(batch: Any, task: Task) -> np.ndarray:
     expected = (task.batch_size, 3, task.image_size, task.image_size)
     if tuple(batch.shape) != expected or "float32" not in str(batch.dtype):
         raise ContenderError(f"made {batch.dtype} {tuple(batch.shape)}, not float32 {expected}")
-    pictures = np.array(batch.permute(0, 2, 3, 1), dtype=np.float32)
+    pictures = np.array(batch, dtype=np.float32).transpose(0, 2, 3, 1)
     return (pictures * np.float32(CLIP_STD) + np.float32(CLIP_MEAN)) * 255
 
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import tyro
 
 STAGES = {
-    "input": ("input_pipeline", "pictures a second, against torchvision's loader"),
+    "input": ("input_pipeline", "pictures a second, against nine other loaders and the limits"),
     "targets": ("target_map", "equal texts and classes, against np.unique and others"),
     "tokenize": ("tokenize_rate", "texts a second, against open_clip's tokenizer"),
     "loss": ("loss", "time and memory of the loss, against open_clip's and the dense form"),

@@ -21,7 +21,10 @@ SMALL = {
     "checkpoint": ["--image-encoder", "test_vit", "--image-size", "160", "--steps", "2"],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
     "ledger": ["--visits", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
-    "input": ["--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"],
+    "input": [
+        *("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1"),
+        *("--peers", "none", "--parts", "none"),
+    ],
 }
 
 ON_DATA = ("text", "step", "profile", "input")
