@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from unicl_fast.pipelines.graph import Pipeline, Source
+from unicl_fast.pipelines.host_memory import return_freed_memory
 
 Facts = TypeVar("Facts")
 
@@ -87,6 +88,8 @@ def run_graph(
         for _ in range(ahead):
             prepare_next()
         pipeline = build(source)
+        pipeline.build()
+        return_freed_memory()
         try:
             while True:
                 try:

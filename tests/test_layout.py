@@ -16,7 +16,7 @@ ROOMS = ("pipelines", "tools", "benchmarks")
 LIBRARY_LEVELS = [
     {"batch", "config", "keyed_random", "manifest", "images", "jpeg_header", "nvidia_apex"}
     | {"shard_reader", "differences", "whole_files", "stages", "ending_at_once", "exit_codes"}
-    | {"pillow_decoding", "checksums", "array_files", "sealed_json"},
+    | {"pillow_decoding", "checksums", "array_files", "sealed_json", "_normalise_numba"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
     | {"interruption", "checkpoint_files", "heartbeats", "watchdog", "rendezvous"}
     | {
