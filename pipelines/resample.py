@@ -23,8 +23,8 @@ from numba.extending import intrinsic
 _CHANNELS = 3
 # What one vector instruction of _filter_pixels works on.
 _PIXELS = 4
-_TAPS = 4
 _LANES = 4
+_FOUR = ir.VectorType(ir.FloatType(), 4)
 _SIXTEEN = ir.VectorType(ir.FloatType(), 16)
 
 
@@ -208,75 +208,72 @@ def _add_rows(line: Any, rows: Any, first: int, weights: Any) -> None:
 def _spread_taps(first: Any, weights: Any, mirror: bool) -> Any:
     """Columns' taps as `_filter_pixels` takes them, in the order of the output's pixels.
 
-    First value [n], n a multiple of 4, and weights [n groups 16]: of four taps, each in four lanes.
-    What was added has weights of 0.
+    First value [n], n a multiple of 4, and weights [n/4 taps 16]: of four pixels, each in four
+    lanes. What was added has weights of 0.
     """
     size, taps = weights.shape
-    padded_size = -(-size // _PIXELS) * _PIXELS
-    groups = -(-taps // _TAPS)
-    first_values = np.zeros(padded_size, np.int64)
-    spread = np.zeros((padded_size, groups, _TAPS * _LANES), np.float32)
+    groups = -(-size // _PIXELS)
+    first_values = np.zeros(groups * _PIXELS, np.int64)
+    spread = np.zeros((groups, taps, _PIXELS * _LANES), np.float32)
     for x in range(size):
         source = size - 1 - x if mirror else x
         first_values[x] = first[source] * _CHANNELS
         for t in range(taps):
             for lane in range(_LANES):
-                spread[x, t // _TAPS, t % _TAPS * _LANES + lane] = weights[source, t]
+                spread[x // _PIXELS, t, x % _PIXELS * _LANES + lane] = weights[source, t]
     return first_values, spread
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _filter_line(pixels: Any, line: Any, first_values: Any, weights: Any) -> None:
-    for x in range(0, first_values.size, _PIXELS):
-        _filter_pixels(pixels, line, first_values, weights, x)
+    for group in range(weights.shape[0]):
+        _filter_pixels(pixels, line, first_values, weights, group)
 
 
 @intrinsic  # type: ignore[untyped-decorator]
 def _filter_pixels(
-    typing_context: Any, pixels: Any, line: Any, first_values: Any, weights: Any, x: Any
+    typing_context: Any, pixels: Any, line: Any, first_values: Any, weights: Any, group: Any
 ) -> Any:
-    """Four pixels of three channels, from x on: the weighted sums of `line`, rounded and clipped.
+    """Four pixels of three channels: the weighted sums of `line`, rounded and clipped.
 
-    Vector instructions are spelt out because no compiler finds them: a load brings four taps of
-    three channels, which are spread to four lanes a tap; the fourth lane carries a neighbour's red
-    and is dropped at the end. LLVM makes of them what the processor has.
+    Vector instructions are spelt out because no compiler finds them: for each tap four loads of
+    four lanes make a vector, whose fourth lanes carry a neighbour's red and are dropped at the end.
+    LLVM makes of them what the processor has.
     """
     index = ir.IntType(64)
     byte = ir.IntType(8)
+    whole = ir.VectorType(ir.IntType(32), 16)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pixels, line, first_values, weights = (
             context.make_array(array_type)(context, builder, value)
             for array_type, value in zip(signature.args, arguments[:4], strict=False)
         )
-        x = arguments[4]
-        groups = builder.extract_value(weights.shape, 1)
-        zeros = ir.Constant(_SIXTEEN, [0.0] * 16)
-        sums = [cgutils.alloca_once_value(builder, zeros) for _ in range(_PIXELS)]
-        with cgutils.for_range(builder, groups) as loop:
-            for i in range(_PIXELS):
-                pixel = builder.add(x, index(i))
-                first = builder.load(builder.gep(first_values.data, [pixel]))
-                done = builder.mul(loop.index, index(_TAPS * _CHANNELS))
-                values = _load(builder, line.data, builder.add(first, done))
-                values = _shuffle(
-                    builder, values, values, [3 * t + c for t in range(4) for c in range(4)]
-                )
-                group = builder.add(builder.mul(pixel, groups), loop.index)
-                factors = _load(builder, weights.data, builder.mul(group, index(16)))
-                product = builder.fmul(values, factors, flags=["contract"])
-                added = builder.fadd(builder.load(sums[i]), product, flags=["contract"])
-                builder.store(added, sums[i])
-        # a, b, c, d of four taps each -> ab and cd of two -> one vector with a sum in four lanes
-        a, b, c, d = (builder.load(each) for each in sums)
-        ab, cd = _add_halves(builder, a, b, 8), _add_halves(builder, c, d, 8)
-        total = _add_halves(builder, ab, cd, 4)
-        total = builder.fadd(total, ir.Constant(_SIXTEEN, [0.5] * 16))
-        for comparison, bound in (("<", 0.0), (">", 255.0)):
-            bounds = ir.Constant(_SIXTEEN, [bound] * 16)
-            beyond = builder.fcmp_ordered(comparison, total, bounds)
-            total = builder.select(beyond, bounds, total)
-        levels = builder.fptosi(total, ir.VectorType(ir.IntType(32), 16))
+        group = arguments[4]
+        x = builder.mul(group, index(_PIXELS))
+        taps = builder.extract_value(weights.shape, 1)
+        places = [
+            builder.load(builder.gep(first_values.data, [builder.add(x, index(i))]))
+            for i in range(_PIXELS)
+        ]
+        total_place = cgutils.alloca_once_value(builder, ir.Constant(_SIXTEEN, [0.5] * 16))
+        with cgutils.for_range(builder, taps) as loop:
+            done = builder.mul(loop.index, index(_CHANNELS))
+            a, b, c, d = (
+                _load(builder, line.data, builder.add(place, done), _FOUR) for place in places
+            )
+            ab, cd = (_shuffle(builder, *pair, list(range(8))) for pair in ((a, b), (c, d)))
+            values = _shuffle(builder, ab, cd, list(range(16)))
+            row = builder.add(builder.mul(group, taps), loop.index)
+            factors = _load(builder, weights.data, builder.mul(row, index(16)), _SIXTEEN)
+            product = builder.fmul(values, factors, flags=["contract"])
+            added = builder.fadd(builder.load(total_place), product, flags=["contract"])
+            builder.store(added, total_place)
+        levels = builder.fptosi(builder.load(total_place), whole)
+        for comparison, bound in (("<", 0), (">", 255)):
+            bounds = ir.Constant(whole, [bound] * 16)
+            beyond = builder.icmp_signed(comparison, levels, bounds)
+            levels = builder.select(beyond, bounds, levels)
         levels = builder.trunc(levels, ir.VectorType(byte, 16))
         kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
         levels = _shuffle(builder, levels, levels, kept + kept[:4])
@@ -287,22 +284,14 @@ def _filter_pixels(
     return types.void(pixels, line, first_values, weights, types.int64), generate
 
 
-def _load(builder: Any, data: Any, offset: Any) -> Any:
-    pointer = builder.bitcast(builder.gep(data, [offset]), _SIXTEEN.as_pointer())
+def _load(builder: Any, data: Any, offset: Any, kind: Any) -> Any:
+    pointer = builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
     return builder.load(pointer, align=4)
 
 
 def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
     return builder.shuffle_vector(a, b, mask)
-
-
-def _add_halves(builder: Any, a: Any, b: Any, width: int) -> Any:
-    """Of every 2 * width lanes of a, then of b, the first half plus the second."""
-    starts = range(0, 32, 2 * width)
-    firsts = [start + lane for start in starts for lane in range(width)]
-    seconds = [lane + width for lane in firsts]
-    return builder.fadd(_shuffle(builder, a, b, firsts), _shuffle(builder, a, b, seconds))
 
 
 @functools.cache
