@@ -88,9 +88,9 @@ def run_graph(
         for _ in range(ahead):
             prepare_next()
         pipeline = build(source)
-        pipeline.build()
-        return_freed_memory()
         try:
+            pipeline.build()
+            return_freed_memory()
             while True:
                 try:
                     outputs = _run(pipeline, device)
