@@ -31,8 +31,8 @@ def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 assert keep_freed_memory()
-texts = [b"x" * 1000 for _ in range(100_000)]
-held = b"y" * 1000
+texts = [bytes(1000) for _ in range(100_000)]
+held = bytes(1000)
 del texts
 kept = resident()
 return_freed_memory()
