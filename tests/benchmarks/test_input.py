@@ -47,14 +47,14 @@ def _workers_find_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 pictures of blocks in random colours, 60 x 80."""
+    """24 smooth pictures in random colours, 60 x 80: no filter's choice is stressed."""
     folder = tmp_path_factory.mktemp("input")
     draw = np.random.default_rng(0)
     with DatasetWriter(folder / "packed") as writer:
         for index in range(24):
-            blocks = draw.integers(0, 256, (12, 16, 3), dtype=np.uint8).repeat(5, 0).repeat(5, 1)
+            colours = Image.fromarray(draw.integers(0, 256, (4, 5, 3), dtype=np.uint8))
             path = folder / f"{index}.jpg"
-            Image.fromarray(blocks).save(path)
+            colours.resize((80, 60), Image.Resampling.BICUBIC).save(path)
             data = path.read_bytes()
             writer.add(
                 PackedSample(
