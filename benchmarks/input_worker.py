@@ -29,6 +29,7 @@ import numpy as np
 
 from unicl_fast.benchmarks.input_contenders import Contender, Task, load
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
+from unicl_fast.pipelines.host_memory import keep_freed_memory
 
 _WARM_UP = 8
 """Batches taken before the clock starts: what was ready before the turn does not count."""
@@ -70,6 +71,8 @@ class Worker:
                 [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,
+                # the cores are busy decoding; more threads of torch's would wait for each other
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
             )
         self._connection = Connection(ours.detach())
         self._connection.send((contender, task, prepare))
@@ -181,6 +184,8 @@ def serve(descriptor: int) -> None:
 
 
 def _serve_batches(connection: Connection, contender: Contender, task: Task) -> None:
+    if task.keep_memory:
+        keep_freed_memory()  # workers inherit it
     batches = load(contender.code)(task)
     connection.send(("ready", None))
     while True:
