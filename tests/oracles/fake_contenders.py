@@ -83,8 +83,11 @@ def with_a_child(task: Task) -> Iterator[int]:
     if os.fork() == 0:
         held = np.ones(50_000_000, np.uint8)
         for number in itertools.count(int(held[-1])):
-            counter.write_text(str(number))
+            counter.with_suffix(".new").write_text(str(number))
+            counter.with_suffix(".new").rename(counter)  # readers never see half of it
             time.sleep(0.001)
+    while not counter.exists():
+        time.sleep(0.001)
     while True:
         time.sleep(0.001)
         yield task.batch_size
