@@ -98,7 +98,8 @@ def write_result(
     if settings.json is None:
         return
     described = dataclasses.asdict(settings)
-    del described["json"]
+    for written in ("json", "plot"):
+        described.pop(written, None)
     result = {
         **more,
         "figures": figures,

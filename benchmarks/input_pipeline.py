@@ -1,32 +1,25 @@
-"""Pictures per second of the input pipeline on the CPU, beside torchvision's.
+"""Pictures per second of the input pipeline on the CPU, beside what else one could take.
 
-    unicl-bench input --data PACKED [--json FILE]
+    unicl-bench input --data PACKED [--peers torchvision dali] [--json FILE] [--plot FILE.png]
 
-Both cut, resample (antialiased), mirror and normalise the same files into float32 batches of the
-same size, with the same number of threads or worker processes; ours lie in channels_last order.
-First their batches are compared, then they take turns, so that a change of the machine's mood hits
-both; the median of the ratios is what counts. The contender is what most people write:
-ImageFolder, PIL transforms, DataLoader. Its workers are left as they are, while this process keeps
-freed memory (see pipelines/host_memory.py); --tune-contender gives its workers that advantage too.
+Every contender cuts, resizes, mirrors and normalises the same files into float32 batches, with the
+same number of threads or worker processes. Their pictures are compared first (input_compare.py).
+Then each runs alone, for its memory; then they take turns, all but one stopped, and what counts is
+the median of the ratios within a round. Limits and stages, which are parts of the work, take turns
+with them. What is not installed is named and passed over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
-import os
 import tempfile
-import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Protocol
+from typing import Any, TypeVar
 
-import torch
-from torch import Tensor
-from torch.utils.data import ConcatDataset, DataLoader
-from torchvision import transforms
-from torchvision.datasets import ImageFolder
+import numpy as np
 
 from unicl_fast.benchmarks.harness import (
     BenchmarkSettings,
@@ -35,184 +28,263 @@ from unicl_fast.benchmarks.harness import (
     summarise,
     write_result,
 )
-from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, Resample, RunConfig, TrainConfig
-from unicl_fast.pipelines.host_memory import keep_freed_memory
-from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.precision import normalise_images
-from unicl_fast.prompts import ClassPrompts
+from unicl_fast.benchmarks.input_compare import (
+    Gap,
+    comparison_task,
+    differs_in_law,
+    gap_to,
+    write_class_folder,
+)
+from unicl_fast.benchmarks.input_contenders import (
+    OURS,
+    PARTS,
+    PEERS,
+    RAW,
+    Contender,
+    Kind,
+    Task,
+    choose,
+)
+from unicl_fast.benchmarks.input_worker import ContenderError, MissingPackageError, Rate, Worker
+from unicl_fast.config import Resample
 from unicl_fast.shards import PackedDataset
-from unicl_fast.tokenizer import Tokenizer
 
-# Batches that both have ready when their turn comes; they are taken before the clock starts.
-_WARM_UP = 8
+T = TypeVar("T")
+
+_COMPARED = 192
+"""Pictures of each contender that are compared with Pillow's."""
+_MOMENTS = 1024
+"""Pictures of each whose means and deviations are compared."""
+_PACKAGES = (
+    *("torchvision", "timm", "webdataset", "spdl", "ffcv", "simplejpeg", "opencv-python-headless"),
+    *("nvidia-dali-cuda120", "pillow", "numpy", "numba"),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(BenchmarkSettings):
-    """Pictures a second of the input pipeline on the CPU, beside torchvision."""
+    """Pictures a second of the input pipeline on the CPU, beside what else one could take."""
 
     data: Path
-    """Packed data set with labels."""
+    """Packed data set of JPEGs or PNGs; everybody reads its pictures."""
+    raw_data: Path | None = None
+    """The same pictures packed in another format, for a second contender of ours."""
+    peers: tuple[str, ...] = ("all",)
+    """Whom to compare with: torchvision, torchvision-v2, timm, webdataset, spdl, ffcv-jpg,
+    ffcv-raw, pool, dali; or all."""
+    parts: tuple[str, ...] = ("all",)
+    """Limits and stages that take turns too: decode, turbojpeg, read, write, plan, texts,
+    resample, normalise, loader; or all, or none."""
     batch_size: int = 64
     """Pictures of a batch."""
     image_size: int = 224
     """Side of the squares."""
     threads: int = 2
-    """Decoding threads here, worker processes there."""
+    """Decoding threads, or worker processes."""
     rounds: int = 7
     """Turns that each takes."""
-    batches: int = 20
-    """Batches of a turn."""
+    seconds: float = 3.0
+    """Length of a turn."""
     resample: Resample = "fused"
-    """What resizes here."""
-    tune_contender: bool = False
-    """Let torchvision's workers keep freed memory too, which nobody does by default."""
+    """What resizes in our loader."""
+    tune_peers: bool = False
+    """Let peers keep freed memory as our programs do, which none of them does by itself."""
+    plot: Path | None = None
+    """Where a bar chart of the rates is written, as PNG."""
 
 
 def run(settings: Settings) -> None:
-    """Compares, measures, prints, and writes the JSON if one is wanted."""
-    torch.set_num_threads(1)  # the cores are busy decoding; more threads only wait for each other
-    if settings.tune_contender:
-        keep_freed_memory()  # workers inherit it
-    with PackedDataset(settings.data) as dataset, tempfile.TemporaryDirectory() as folder:
-        write_class_folders(dataset, Path(folder))
-        with (
-            contextlib.closing(our_batches(dataset, settings)) as ours,
-            contextlib.closing(torchvision_batches(Path(folder), settings)) as theirs,
-        ):
-            next(theirs)  # starts the workers
-            keep_freed_memory()
-            compare(ours, theirs, settings)
-            figures = measure(ours, theirs, settings)
-    print_figures(figures)
-    packages = ("torchvision", "pillow", "numpy", "numba", "nvidia-dali-cuda120")
-    write_result(settings, figures, *packages)
-
-
-def write_class_folders(dataset: PackedDataset, folder: Path) -> None:
-    """The same files as a class folder, byte for byte."""
-    for index in range(len(dataset)):
-        labels = dataset.labels_of(index)
-        if not len(labels):
-            raise ValueError(f"{dataset.describe(index)} has no label; ImageFolder needs one")
-        home = folder / f"{int(labels[0]):06d}"
-        home.mkdir(exist_ok=True)
-        data = dataset.image_bytes(index)
-        extension = "png" if bytes(data[:4]) == b"\x89PNG" else "jpg"
-        (home / f"{index}.{extension}").write_bytes(data.tobytes())
-
-
-def our_batches(dataset: PackedDataset, settings: Settings) -> Generator[Tensor, None, None]:
-    """Normalised float32 [b c h w] of the training loader."""
-    config = TrainConfig(
-        data=DataConfig(
+    """Compares, measures, prints, and writes the JSON and the plot if they are wanted."""
+    ours = [OURS, RAW] if settings.raw_data else [OURS]
+    others = choose(settings.peers, PEERS) + choose(settings.parts, PARTS)
+    race = _Race([*ours, *others])
+    with (
+        tempfile.TemporaryDirectory(prefix="unicl-bench-") as folder,
+        PackedDataset(settings.data) as dataset,
+    ):
+        task = Task(
+            data=settings.data.absolute(),
+            scratch=Path(folder),
+            batch_size=settings.batch_size,
             image_size=settings.image_size,
-            evaluation_resize=settings.image_size,
             threads=settings.threads,
             resample=settings.resample,
-        ),
-        run=RunConfig(global_batch_size=settings.batch_size),
-    )
-    manifest = dataset.manifest
-    prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
-    loader = TrainLoader(config, [dataset], None, prompts)
-    try:
-        for batch in loader.batches(0):
-            yield normalise_images(batch.images, mean=CLIP_MEAN, std=CLIP_STD)
-    finally:
-        loader.close()
+            keep_memory=settings.tune_peers,
+        )
+        tasks = {each.name: task for each in race.still_in()}
+        if settings.raw_data:
+            tasks[RAW.name] = dataclasses.replace(task, data=settings.raw_data.absolute())
+        if bytes(dataset.image_bytes(0)[:2]) != b"\xff\xd8":
+            race.leave_out_jpeg_only()
+        write_class_folder(dataset, task.class_folder)
+        gaps = race.compare_pixels(*comparison_task(dataset, task))
+        race.prepare(tasks)
+        figures = race.measure_memory(tasks, settings.seconds)
+        figures |= race.measure_rates(tasks, settings)
+    print_figures(figures)
+    result = {"contenders": race.described(gaps), "left_out": race.left_out}
+    write_result(settings, figures, *_installed(), **result)
+    if settings.plot is not None:
+        from unicl_fast.benchmarks.input_report import plot
+
+        plot({settings.data.name: {"figures": figures, **result}}, settings.plot)
 
 
-def torchvision_batches(folder: Path, settings: Settings) -> Generator[Tensor, None, None]:
-    """The same of ImageFolder and DataLoader, without the stop between passes."""
-    transform = transforms.Compose(
-        [
-            transforms.RandomResizedCrop(settings.image_size),
-            transforms.RandomHorizontalFlip(),
-            transforms.ToTensor(),
-            transforms.Normalize(CLIP_MEAN, CLIP_STD),
+class _Race:
+    """Those that take part, and why others do not any more."""
+
+    def __init__(self, contenders: list[Contender]) -> None:
+        self._contenders = contenders
+        self.left_out: dict[str, str] = {}
+
+    def still_in(self, *kinds: Kind) -> list[Contender]:
+        return [
+            each
+            for each in self._contenders
+            if each.name not in self.left_out and (not kinds or each.kind in kinds)
         ]
-    )
-    pictures = ImageFolder(str(folder), transform)
-    wanted = (settings.rounds + 2) * (settings.batches + _WARM_UP) * settings.batch_size
-    loader: DataLoader[tuple[Tensor, Tensor]] = DataLoader(
-        ConcatDataset([pictures] * (wanted // len(pictures) + 1)),
-        batch_size=settings.batch_size,
-        shuffle=True,
-        num_workers=settings.threads,
-        drop_last=True,
-    )
-    for images, _ in loader:
-        yield images
+
+    def attempt(self, contender: Contender, work: Callable[[], T]) -> T | None:
+        """The result of `work`; None, and a note, if the contender cannot do it.
+
+        Raises:
+            RuntimeError: it is ours.
+        """
+        try:
+            return work()
+        except ContenderError as error:
+            reason = str(error)
+            if isinstance(error, MissingPackageError) and contender.install:
+                reason = f"{reason}; to have it: {contender.install}"
+            if contender.kind == "ours":
+                raise RuntimeError(f"{contender.name}: {reason}") from error
+            self.leave_out(contender, reason)
+            return None
+
+    def leave_out(self, contender: Contender, reason: str) -> None:
+        print(f"{contender.name} is passed over: {reason}", flush=True)
+        self.left_out[contender.name] = reason
+
+    def leave_out_jpeg_only(self) -> None:
+        for each in self.still_in():
+            if each.jpeg_only:
+                self.leave_out(each, "the pictures are not JPEGs")
+
+    def compare_pixels(self, task: Task, truth: np.ndarray) -> dict[str, Gap]:
+        """Everybody's pictures against Pillow's; who makes something else is out."""
+        gaps = {}
+        for each in self.still_in("ours", "peer"):
+            gap = self.attempt(each, lambda each=each: _gap(each, task, truth))  # type: ignore[misc]
+            if gap is not None:
+                gaps[each.name] = gap
+                print(f"{each.name}: {gap.mean:.2f} levels from Pillow's in the mean", flush=True)
+        return gaps
+
+    def prepare(self, tasks: Mapping[str, Task]) -> None:
+        for each in self.still_in():
+            self.attempt(each, lambda each=each: _prepare(each, tasks[each.name]))  # type: ignore[misc]
+
+    def measure_memory(self, tasks: Mapping[str, Task], seconds: float) -> Figures:
+        """Each alone, so that nobody shares a library with it."""
+        figures = {}
+        for each in self.still_in("ours", "peer"):
+
+            def work(each: Contender = each) -> list[float]:
+                with Worker(each, tasks[each.name]) as worker:
+                    return [number / 1e6 for number in worker.memory(seconds)]
+
+            megabytes = self.attempt(each, work)
+            if megabytes:
+                figures[f"{each.name}, MB"] = summarise(megabytes)
+        return figures
+
+    def measure_rates(self, tasks: Mapping[str, Task], settings: Settings) -> Figures:
+        """Turns of all, after the laws of their crops were compared."""
+        with contextlib.ExitStack() as stack:
+            workers: dict[str, Worker] = {}
+            for each in self.still_in():
+                worker = self.attempt(
+                    each,
+                    lambda each=each: stack.enter_context(Worker(each, tasks[each.name])),  # type: ignore[misc]
+                )
+                if worker is not None:
+                    workers[each.name] = worker
+            self._compare_laws(workers, settings)
+            rates: dict[str, list[Rate]] = {name: [] for name in workers}
+            for _ in range(settings.rounds):
+                for each in self.still_in():
+                    turn = self.attempt(
+                        each,
+                        lambda each=each: workers[each.name].turn(settings.seconds),  # type: ignore[misc]
+                    )
+                    if turn is not None:
+                        rates[each.name].append(turn)
+        return self._rate_figures({each.name: rates[each.name] for each in self.still_in()})
+
+    def _compare_laws(self, workers: Mapping[str, Worker], settings: Settings) -> None:
+        batches = -(-_MOMENTS // settings.batch_size)
+        reference = workers[OURS.name].moments(batches)
+        for each in self.still_in("ours", "peer"):
+            moments = self.attempt(each, lambda each=each: workers[each.name].moments(batches))  # type: ignore[misc]
+            difference = "" if moments is None else differs_in_law(moments, reference)
+            if difference:
+                self.leave_out(each, difference)
+
+    def _rate_figures(self, rates: Mapping[str, list[Rate]]) -> Figures:
+        figures = {}
+        for unit, field in (("s", "wall"), ("processor second", "processor")):
+            values = {
+                name: [getattr(rate, field) for rate in taken] for name, taken in rates.items()
+            }
+            for name, all_rates in values.items():
+                figures[f"{name}, images/{unit}"] = summarise(all_rates)
+            suffix = "" if field == "wall" else ", by processor time"
+            for own in self.still_in("ours"):
+                for other in self.still_in("peer", "limit"):
+                    pairs = zip(values[own.name], values[other.name], strict=True)
+                    ratios = [mine / theirs for mine, theirs in pairs]
+                    figures[f"{own.name} / {other.name}{suffix}"] = summarise(ratios)
+        return figures
+
+    def described(self, gaps: Mapping[str, Gap]) -> dict[str, dict[str, Any]]:
+        """For the JSON: what each one is, and how near its pictures are to Pillow's."""
+        described: dict[str, dict[str, Any]] = {}
+        for each in self.still_in():
+            facts: dict[str, Any] = {"kind": each.kind, "what": each.what}
+            if each.differs:
+                facts["differs"] = each.differs
+            if each.name in gaps:
+                facts["levels_from_pillow"] = dataclasses.asdict(gaps[each.name])
+            described[each.name] = facts
+        return described
 
 
-def compare(ours: Iterator[Tensor], theirs: Iterator[Tensor], settings: Settings) -> None:
-    """Refuses to time two pipelines that do not make the same thing.
-
-    Crops are drawn differently, so the means and deviations of pictures are compared, and may
-    differ by five standard errors. Equal crops give equal pixels: tests/pipelines/test_graph.py.
-    """
-    shape = (settings.batch_size, 3, settings.image_size, settings.image_size)
-    moments = []
-    for batches in (ours, theirs):
-        taken = [next(batches) for _ in range(_WARM_UP)]
-        for images in taken:
-            if tuple(images.shape) != shape or images.dtype != torch.float32:
-                raise RuntimeError(f"expected float32 {shape}, got {images.dtype} {images.shape}")
-        pixels = torch.cat(taken).flatten(1)
-        moments.append(torch.stack([pixels.mean(1), pixels.std(1)]))
-    mean, theirs_mean = (moment.mean(1) for moment in moments)
-    error = sum(moment.var(1) / moment.shape[1] for moment in moments) ** 0.5
-    print(f"mean and deviation {mean.tolist()} and {theirs_mean.tolist()}, error {error.tolist()}")
-    if ((mean - theirs_mean).abs() > 5 * error).any():
-        raise RuntimeError("the two pipelines make different pictures; nothing was timed")
+def _gap(contender: Contender, task: Task, truth: np.ndarray) -> Gap:
+    _prepare(contender, task)
+    with Worker(contender, task) as worker:
+        pictures = worker.pictures(_COMPARED)
+    try:
+        gap = gap_to(truth, pictures)
+    except ValueError as error:
+        raise ContenderError(str(error)) from error
+    if gap.mean > contender.tolerance:
+        raise ContenderError(
+            f"it makes other pictures: {gap.mean:.2f} levels from Pillow's in the mean, "
+            f"where {contender.tolerance} are allowed"
+        )
+    return gap
 
 
-def measure(ours: Iterator[Tensor], theirs: Iterator[Tensor], settings: Settings) -> Figures:
-    """Rates of both in turns, and the ratio of each pair of turns.
-
-    Processor time is taken beside wall time: on a machine that others use too, it is the figure
-    that can be trusted.
-    """
-    turns = [
-        (take_turn(theirs, settings), take_turn(ours, settings)) for _ in range(settings.rounds)
-    ]
-    figures = {
-        "unicl_fast, images/s": [ours[0] for _, ours in turns],
-        "torchvision, images/s": [theirs[0] for theirs, _ in turns],
-        "ratio": [ours[0] / theirs[0] for theirs, ours in turns],
-        "unicl_fast, images/processor second": [ours[1] for _, ours in turns],
-        "torchvision, images/processor second": [theirs[1] for theirs, _ in turns],
-        "ratio by processor time": [ours[1] / theirs[1] for theirs, ours in turns],
-    }
-    return {name: summarise(values) for name, values in figures.items()}
+def _prepare(contender: Contender, task: Task) -> None:
+    if contender.prepare:
+        with Worker(contender, task, prepare=True):
+            pass
 
 
-class _Turns(Protocol):
-    """What `take_turn` must know of a stage's settings."""
-
-    @property
-    def batches(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-
-
-def take_turn(batches: Iterator[Tensor], settings: _Turns) -> tuple[float, float]:
-    """Pictures per second of wall time and of processor time."""
-    for _ in range(_WARM_UP):
-        next(batches)
-    start, processor_start = time.perf_counter(), processor_seconds()
-    for _ in range(settings.batches):
-        next(batches)
-    pictures = settings.batches * settings.batch_size
-    wall, processor = time.perf_counter() - start, processor_seconds() - processor_start
-    return pictures / wall, pictures / processor
-
-
-def processor_seconds() -> float:
-    """Processor time of all threads of this process and of its workers so far."""
-    ticks = 0
-    for child in multiprocessing.active_children():
-        fields = Path(f"/proc/{child.pid}/stat").read_text().rpartition(")")[2].split()
-        ticks += int(fields[11]) + int(fields[12])  # utime and stime, proc(5)
-    return time.process_time() + ticks / os.sysconf("SC_CLK_TCK")
+def _installed() -> list[str]:
+    found = []
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            version(package)
+            found.append(package)
+    return found

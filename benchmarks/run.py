@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import tyro
 
 STAGES = {
-    "input": ("input_pipeline", "pictures a second, against torchvision's loader"),
+    "input": ("input_pipeline", "pictures a second, against nine other loaders and the limits"),
     "augment": ("augmentation", "what augmentation costs the loader, fused and with DALI's"),
     "targets": ("target_map", "equal texts and classes, against np.unique and others"),
     "tokenize": ("tokenize_rate", "texts a second, against open_clip's tokenizer"),

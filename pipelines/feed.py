@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from unicl_fast.pipelines.graph import Pipeline, Source
+from unicl_fast.pipelines.host_memory import return_freed_memory
 
 Facts = TypeVar("Facts")
 Outputs = Generator[tuple[list[Tensor], Facts], None, None]
@@ -91,6 +92,8 @@ def run_graph(
             prepare_next()
         pipeline = build(source)
         try:
+            pipeline.build()
+            return_freed_memory()
             while True:
                 try:
                     outputs = _run(pipeline, device)

@@ -17,7 +17,7 @@ LIBRARY_LEVELS = [
     {"augmentation", "batch", "config", "devices", "keyed_random", "manifest", "images"}
     | {"jpeg_header", "nvidia_apex"}
     | {"shard_reader", "differences", "whole_files", "stages", "ending_at_once", "exit_codes"}
-    | {"pillow_decoding", "checksums", "array_files", "sealed_json"}
+    | {"pillow_decoding", "checksums", "array_files", "sealed_json", "_normalise_numba"}
     | {"pixel_file", "_pixels_numba", "file_check"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
     | {"interruption", "checkpoint_files", "heartbeats", "watchdog", "rendezvous"}

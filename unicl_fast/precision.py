@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from unicl_fast._normalise_numba import normalise_lines
 from unicl_fast.config import PrecisionName
 
 _CACHED_VALUES = 1 << 18
@@ -63,7 +64,8 @@ def normalise_images(
 
     The uint8 batch leaves the decoder in [b h w c] order; seen as [b c h w] that IS channels_last,
     so no pixel moves. The arithmetic is done in fp32 and rounded once: a bf16 subtraction would
-    lose a bit and a half. On the CPU it goes through the batch in pieces that stay in the cache.
+    lose a bit and a half. On the CPU it is one pass to fp32, and to other types goes through the
+    batch in pieces that stay in the cache.
 
     Args:
         images: uint8 [b h w c].
@@ -84,15 +86,29 @@ def normalise_images(
     # a row of the picture as one long line: broadcasting over 3 channels would not vectorise
     scale, shift = _lines(tuple(mean), tuple(std), w, arithmetic, images.device)
     normalised = torch.empty(b, h, w * c, dtype=dtype, device=images.device)
-    piece = b if images.device.type != "cpu" else max(1, _CACHED_VALUES // (h * w * c))
     lines = images.reshape(b, h, w * c)
-    for target, source in zip(normalised.split(piece), lines.split(piece), strict=True):
-        if dtype == arithmetic:
-            target.copy_(source).mul_(scale).add_(shift)
-        else:
-            target.copy_(source.to(arithmetic).mul_(scale).add_(shift))
+    if images.device.type == "cpu" and dtype == torch.float32:
+        _normalise_on_host(normalised, lines, scale, shift)
+    else:
+        piece = b if images.device.type != "cpu" else max(1, _CACHED_VALUES // (h * w * c))
+        for target, source in zip(normalised.split(piece), lines.split(piece), strict=True):
+            if dtype == arithmetic:
+                target.copy_(source).mul_(scale).add_(shift)
+            else:
+                target.copy_(source.to(arithmetic).mul_(scale).add_(shift))
     seen = normalised.view(b, h, w, c).permute(0, 3, 1, 2)
     return seen if channels_last else seen.contiguous()
+
+
+def _normalise_on_host(target: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> None:
+    """Both [b h v], of float32 and uint8, and contiguous."""
+    values = source.shape[2]
+    normalise_lines(
+        target.view(-1, values).numpy(),
+        source.reshape(-1, values).numpy(),
+        scale.numpy(),
+        shift.numpy(),
+    )
 
 
 @functools.lru_cache(maxsize=32)

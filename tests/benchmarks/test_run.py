@@ -25,7 +25,10 @@ SMALL = {
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
         *("--augment", "none,grayscale=0.5"),
     ],
-    "input": ["--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"],
+    "input": [
+        *("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1"),
+        *("--peers", "none", "--parts", "none"),
+    ],
 }
 
 ON_DATA = ("text", "step", "profile", "input", "augment")

@@ -4,14 +4,18 @@ What is known to differ, and by how much (levels of 255; the limits below are th
 
 * Decoding is equal to the last bit: both use libjpeg-turbo's default transform and upsampling, and
   a window is decoded with its neighbours' chroma in view.
-* Pillow resamples rows, rounds to whole levels, then resamples columns; DALI and the fused operator
+* Pillow resamples columns, rounds to whole levels, then resamples rows; DALI and the fused operator
   round once. That moves every sixth value by one level: mean difference 0.17, largest 1.
 * At the border of a crop, DALI repeats the last pixel where the filter reaches beyond it; Pillow
   and the fused operator leave the outside out and let the rest weigh more. An eighth of a
   triangular filter lies outside there, so that an outermost row or column of DALI's may differ by
   an eighth of the contrast: seen up to 16.
-* Bicubic overshoots at edges; Pillow clips to 0..255 between its two passes, the others at the end.
-  At hard edges that makes up to 14 levels; with DALI's, the border's effect is larger.
+* Bicubic overshoots at edges; Pillow and torchvision clip to 0..255 between their two passes, and
+  the fused operator does so too, in torchvision's arithmetic. Pillow 13 takes some pictures' rows
+  first: at hard edges the order makes up to 14 levels. With DALI's resize, the border's effect is
+  larger.
+* A window one pixel wide of a picture with halved chroma: libjpeg-turbo interpolates chroma only
+  in wider ones. Up to 5 levels, in windows that no crop law makes of a picture of any size.
 """
 
 from __future__ import annotations
@@ -26,6 +30,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 from torchvision import transforms
+from torchvision.transforms.v2 import functional
 
 from unicl_fast.config import DataConfig, Interpolation, Resample
 from unicl_fast.pipelines.crop import central_windows, random_windows
@@ -34,6 +39,7 @@ from unicl_fast.pipelines.graph import (
     build_evaluation_graph,
     build_train_graph,
 )
+from unicl_fast.pipelines.resample import resample_region
 from unicl_fast.shards import PackedDataset
 
 pytestmark = pytest.mark.dali
@@ -42,7 +48,10 @@ SIZE = 96
 PILLOW_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
-def windows_of(dataset: PackedDataset) -> tuple[np.ndarray, np.ndarray]:
+Windows = tuple[np.ndarray, np.ndarray]
+
+
+def windows_of(dataset: PackedDataset) -> Windows:
     return random_windows(
         dataset.samples["height"],
         dataset.samples["width"],
@@ -147,6 +156,67 @@ def assert_equal_to_rounding(gap: np.ndarray, resample: Resample) -> None:
     assert gap.mean() < 0.25
     assert gap[:, 1:-1, 1:-1].max() <= 1
     assert gap.max() <= (1 if resample == "fused" else 20)
+
+
+def torchvision_twin(
+    dataset: PackedDataset, windows: Windows, interpolation: Interpolation
+) -> np.ndarray:
+    """What transforms.v2 makes of the same windows as uint8 tensors."""
+    starts, shapes = windows
+    flips = alternate_flips(len(dataset))
+    pictures = []
+    for index in range(len(dataset)):
+        whole = torch.from_numpy(np.array(open_picture(dataset, index))).permute(2, 0, 1)
+        square = functional.resized_crop(
+            whole,
+            *starts[index].tolist(),
+            *shapes[index].tolist(),
+            size=[SIZE, SIZE],
+            interpolation=transforms.InterpolationMode(interpolation),
+            antialias=True,
+        )
+        pictures.append(square.flip(2) if flips[index] else square)
+    return torch.stack(pictures).permute(0, 2, 3, 1).numpy()
+
+
+def smallest_windows(dataset: PackedDataset) -> Windows:
+    """Single pixels, and lines of one pixel's width, at corners and in the middle."""
+    sizes = np.stack([dataset.samples["height"], dataset.samples["width"]], axis=1).astype(np.int32)
+    kinds = np.arange(len(dataset)) % 3
+    shapes = np.ones_like(sizes)
+    shapes[kinds == 1, 0] = sizes[kinds == 1, 0]
+    shapes[kinds == 2, 1] = sizes[kinds == 2, 1]
+    places = (np.arange(len(dataset)) % 5)[:, None] / 4
+    return ((sizes - shapes) * places).astype(np.int32), shapes
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("kind", ["labelled", "captioned"])
+def test_real_crops_are_torchvision_s_to_one_level(
+    kind: str, interpolation: Interpolation, request: pytest.FixtureRequest
+) -> None:
+    dataset = request.getfixturevalue(kind)
+    ours = train_pictures(dataset, interpolation=interpolation)
+    gap = differences(ours, torchvision_twin(dataset, windows_of(dataset), interpolation))
+    assert gap.max() <= 1
+    assert gap.mean() < (0.25 if interpolation == "bilinear" else 0.01)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_windows_of_one_pixel_are_torchvision_s_to_one_level(
+    captioned: PackedDataset, interpolation: Interpolation
+) -> None:
+    """Cut out of decoded pictures: the decoder's part is told at the top."""
+    starts, shapes = windows = smallest_windows(captioned)
+    squares = np.empty((len(captioned), SIZE, SIZE, 3), np.uint8)
+    for index, flip in enumerate(alternate_flips(len(captioned))[:, 0]):
+        (top, left), (height, width) = starts[index].tolist(), shapes[index].tolist()
+        whole = np.asarray(open_picture(captioned, index))
+        crop = np.ascontiguousarray(whole[top : top + height, left : left + width])
+        edges = (0.0, float(height), 0.0, float(width))
+        resample_region(squares[index], crop, *edges, bool(flip), interpolation == "bicubic")
+    twin = torchvision_twin(captioned, windows, interpolation)
+    assert differences(torch.from_numpy(squares), twin).max() <= 1
 
 
 both_resamplers = pytest.mark.parametrize("resample", ["fused", "dali"])

@@ -23,7 +23,34 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+RETURNING = """
+from pathlib import Path
+from unicl_fast.pipelines.host_memory import keep_freed_memory, return_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+assert keep_freed_memory()
+texts = [bytes(1000) for _ in range(100_000)]
+held = bytes(1000)
+del texts
+kept = resident()
+return_freed_memory()
+print(kept - resident())
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+
+
+@glibc
+def test_what_is_free_can_be_given_back_once() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", RETURNING], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) > 80_000_000
+
+
+@glibc
 def test_a_large_block_is_reused_instead_of_fetched_anew() -> None:
     faults = {}
     for mode in ("plain", "keep"):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
@@ -40,6 +40,16 @@ def resampled(
     assert (memory[:guard] == 77).all()
     assert (memory[-guard:] == 77).all()
     return square
+
+
+def torchvision_s(picture: np.ndarray, size: int, cubic: bool) -> np.ndarray:
+    twin = functional.resize(
+        torch.from_numpy(picture).permute(2, 0, 1),
+        [size, size],
+        interpolation=TORCHVISION_MODES[cubic],
+        antialias=True,
+    )
+    return twin.permute(1, 2, 0).numpy().astype(int)
 
 
 def oracle_weights(length: int, start: float, end: float, size: int, *, cubic: bool) -> np.ndarray:
@@ -77,6 +87,11 @@ def oracle_weights(length: int, start: float, end: float, size: int, *, cubic: b
 def test_any_region_equals_the_oracle(
     height: int, width: int, size: int, mirror: bool, cubic: bool, seed: int, data: st.DataObject
 ) -> None:
+    """Bilinear is rounded once; cubic after each of its passes, as in torchvision.
+
+    Weights of 16 bits may move values of the first pass over the edge of their rounding, and the
+    second weighs such levels with 1.25 at most, all together.
+    """
     picture = random_picture(height, width, seed)
     region = []
     for length in (height, width):
@@ -85,38 +100,41 @@ def test_any_region_equals_the_oracle(
     square = resampled(picture, size, region=tuple(region), mirror=mirror, cubic=cubic)
     vertical = oracle_weights(height, *region[:2], size, cubic=cubic)
     horizontal = oracle_weights(width, *region[2:], size, cubic=cubic)
-    exact = np.einsum("yh,hwc,xw->yxc", vertical, picture.astype(np.float64), horizontal)
+    narrow = np.einsum("hwc,xw->hxc", picture.astype(np.float64), horizontal)
+    if cubic:
+        narrow = np.floor(narrow + 0.5).clip(0, 255)
+    exact = np.einsum("yh,hxc->yxc", vertical, narrow).clip(0, 255)
     if mirror:
         exact = exact[:, ::-1]
-    assert np.abs(square - exact.clip(0, 255)).max() < 0.501  # rounded once
-
-
-@given(height=sides, width=sides, size=st.integers(1, 96), seed=st.integers(0, 2**32))
-@settings(max_examples=200, deadline=None)
-def test_bilinear_is_torchvision_s_to_one_level(
-    height: int, width: int, size: int, seed: int
-) -> None:
-    """Torchvision rounds to whole levels between its two passes, hence the one."""
-    picture = random_picture(height, width, seed)
-    twin = functional.resize(
-        torch.from_numpy(picture).permute(2, 0, 1), [size, size], antialias=True
-    )
-    gap = resampled(picture, size).astype(int) - twin.permute(1, 2, 0).numpy()
-    assert np.abs(gap).max() <= 1
+    assert np.abs(square - exact).max() < (1.75 if cubic else 0.501)
 
 
 @pytest.mark.parametrize("cubic", [False, True])
-def test_large_pictures_equal_torchvision_s(cubic: bool) -> None:
-    """Smooth ones, on which cubic does not overshoot: torchvision clips between its passes."""
-    picture = np.stack(np.meshgrid(np.arange(200), np.arange(173), [1, 2, 3]), axis=-1).sum(-1)
-    picture = np.ascontiguousarray(picture.astype(np.uint8)).repeat(4, 0).repeat(4, 1)
-    assert picture.shape == (692, 800, 3)
-    smooth = functional.gaussian_blur(torch.from_numpy(picture).permute(2, 0, 1), [31, 31])
-    twin = functional.resize(
-        smooth, [224, 224], interpolation=TORCHVISION_MODES[cubic], antialias=True
-    )
-    square = resampled(np.ascontiguousarray(smooth.permute(1, 2, 0).numpy()), 224, cubic=cubic)
-    assert np.abs(square.astype(int) - twin.permute(1, 2, 0).numpy()).max() <= 1
+@given(height=sides, width=sides, size=st.integers(1, 96), seed=st.integers(0, 2**32))
+@example(height=1, width=1, size=96, seed=0)
+@example(height=1, width=70, size=20, seed=0)
+@example(height=70, width=1, size=20, seed=0)
+@example(height=70, width=70, size=1, seed=0)
+@settings(max_examples=200, deadline=None)
+def test_noise_of_any_size_is_torchvision_s_to_one_level(
+    cubic: bool, height: int, width: int, size: int, seed: int
+) -> None:
+    """Torchvision rounds to whole levels between its two passes, hence the one."""
+    picture = random_picture(height, width, seed)
+    gap = resampled(picture, size, cubic=cubic).astype(int) - torchvision_s(picture, size, cubic)
+    assert np.abs(gap).max() <= 1
+    if cubic:  # the same arithmetic, as far as float32 carries it
+        assert np.count_nonzero(gap) <= 1
+
+
+@pytest.mark.parametrize("cubic", [False, True])
+@pytest.mark.parametrize("size", [224, 32])
+def test_large_pictures_are_torchvision_s_to_one_level(cubic: bool, size: int) -> None:
+    """Black and white stripes and noise, on which a cubic filter overshoots everywhere."""
+    picture = random_picture(692, 811)
+    picture[:300] = np.where(np.arange(811) // 7 % 2, 255, 0)[:, None]
+    gap = resampled(picture, size, cubic=cubic).astype(int) - torchvision_s(picture, size, cubic)
+    assert np.abs(gap).max() <= 1
 
 
 def test_a_square_of_its_own_size_is_copied() -> None:

@@ -1,0 +1,209 @@
+"""Our own loader for `unicl-bench input`, its stages, and what limits them.
+
+Whole loaders yield normalised float32 [b c h w]; stages and limits yield numbers of pictures. A
+stage gets what comes before it from memory. Those that run beside each other in the loader use
+`threads` threads, those that its feeding thread does one after another use one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from unicl_fast.benchmarks.input_contenders import Task
+from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
+from unicl_fast.pipelines.bad_samples import BadSamples
+from unicl_fast.pipelines.host_memory import keep_freed_memory
+from unicl_fast.pipelines.integer_block import pack_integers
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.plan import PlannedBatch
+from unicl_fast.pipelines.resample import resample_region
+from unicl_fast.pipelines.texts import gather_texts
+from unicl_fast.precision import normalise_images
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import PackedDataset
+from unicl_fast.targets import map_targets
+from unicl_fast.tokenizer import Tokenizer
+
+_HELD = 1024
+"""Pictures that are held in memory for a stage."""
+
+
+class _Own:
+    """The training loader, and the parts it is made of."""
+
+    def __init__(self, task: Task) -> None:
+        keep_freed_memory()  # as our programs do
+        self.task = task
+        self.config = TrainConfig(
+            data=DataConfig(
+                image_size=task.image_size,
+                evaluation_resize=task.image_size,
+                crop_scale=task.scale,
+                crop_ratio=task.ratio,
+                flip_probability=task.flip,
+                threads=task.threads,
+                resample=task.resample,
+            ),
+            run=RunConfig(global_batch_size=task.batch_size),
+        )
+        self.dataset = PackedDataset(task.data)
+        manifest = self.dataset.manifest
+        self.prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+        self.loader = TrainLoader(self.config, [self.dataset], None, self.prompts)
+        self.bad = BadSamples([self.dataset], None)
+
+    def planned(self, step: int) -> PlannedBatch:
+        return self.loader.plan.batch(step, rank=0, world_size=1)
+
+    def read(self, step: int) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
+        return self.bad.read_batch(self.loader.plan, self.planned(step))
+
+    def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
+        """So many batches as make `_HELD` pictures, at least one."""
+        return [self.read(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
+
+
+def ours(task: Task) -> Iterator[Tensor]:
+    """The whole of it, normalised as the training step does it."""
+    for batch in _Own(task).loader.batches(0):
+        yield normalise_images(batch.images, mean=CLIP_MEAN, std=CLIP_STD)
+        del batch  # held here, its buffer could not be used for the next one
+
+
+def loader(task: Task) -> Iterator[int]:
+    """Batches as the training step takes them: uint8."""
+    for batch in _Own(task).loader.batches(0):
+        yield len(batch.images)
+        del batch
+
+
+def plan(task: Task) -> Iterator[int]:
+    own = _Own(task)
+    for step in itertools.count():
+        yield len(own.planned(step).slots)
+
+
+def texts(task: Task) -> Iterator[int]:
+    own = _Own(task)
+    batches = [own.planned(step) for step in range(16)]
+    length = own.config.model.context_length
+    for planned in itertools.cycle(batches):
+        rows, classes = gather_texts(planned, [own.dataset], own.prompts, context_length=length)
+        targets = map_targets(rows, classes, own.prompts)
+        yield len(pack_integers(targets, planned.slots, context_length=length))
+
+
+def read(task: Task) -> Iterator[int]:
+    own = _Own(task)
+    for step in itertools.count():
+        yield len(own.read(step)[1])
+
+
+def decode_alone(task: Task) -> Iterator[int]:
+    """The decoder of graph.py with nothing behind it."""
+    own = _Own(task)
+    batches = itertools.cycle(
+        [(encoded, fed.window_starts, fed.window_shapes) for fed, encoded in own.held()]
+    )
+    pipeline = Pipeline(
+        batch_size=task.batch_size,
+        num_threads=task.threads,
+        device_id=None,
+        prefetch_queue_depth=own.config.data.prefetch,
+    )
+    with pipeline:
+        encoded, starts, shapes = fn.external_source(
+            lambda: next(batches),
+            num_outputs=3,
+            batch=True,
+            dtype=[types.UINT8, types.INT32, types.INT32],
+            ndim=[1, 1, 1],
+        )
+        windows = fn.decoders.image_slice(
+            encoded,
+            start=starts,
+            shape=shapes,
+            axis_names="HW",
+            output_type=types.RGB,
+            adjust_orientation=False,
+        )
+        pipeline.set_outputs(windows)
+    while True:
+        (pictures,) = pipeline.run()
+        yield len(pictures)
+        del pictures
+
+
+def turbojpeg_alone(task: Task) -> Iterator[int]:
+    from unicl_fast.benchmarks.input_native_peers import decode_whole
+
+    yield from _in_threads(
+        task, decode_whole, [(picture,) for _, encoded in _Own(task).held() for picture in encoded]
+    )
+
+
+def resample(task: Task) -> Iterator[int]:
+    """Our kernel on crops that are decoded, in threads as DALI runs it."""
+    from unicl_fast.benchmarks.input_native_peers import decode_whole
+
+    crops = []
+    for fed, encoded in _Own(task).held():
+        corners = zip(
+            fed.window_starts.tolist(), fed.window_shapes.tolist(), fed.flips, strict=True
+        )
+        for picture, ((top, left), (height, width), flip) in zip(encoded, corners, strict=True):
+            whole = decode_whole(picture)
+            crop = whole[top : top + height, left : left + width].copy()
+            crops.append((crop, bool(flip)))
+    size = task.image_size
+
+    def work(crop: NDArray[np.uint8], flip: bool) -> None:
+        square = np.empty((size, size, 3), np.uint8)
+        height, width = map(float, crop.shape[:2])
+        resample_region(square, crop, 0.0, height, 0.0, width, flip, False)
+
+    yield from _in_threads(task, work, crops)
+
+
+def normalise(task: Task) -> Iterator[int]:
+    keep_freed_memory()
+    shape = (task.batch_size, task.image_size, task.image_size, 3)
+    batches = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(4)]
+    for images in itertools.cycle(batches):
+        yield len(normalise_images(images, mean=CLIP_MEAN, std=CLIP_STD))
+
+
+def write(task: Task) -> Iterator[int]:
+    """What putting down the result costs, if it were there."""
+    batch = torch.empty(task.batch_size, 3, task.image_size, task.image_size)
+    for value in itertools.count():
+        yield len(batch.fill_(value % 7))
+
+
+def _in_threads(task: Task, work: Any, arguments: list[Any]) -> Iterator[int]:
+    """Runs `work` over all arguments again and again; pieces of a batch, for a thread each."""
+    size = max(1, task.batch_size // task.threads)
+    pieces = [arguments[i : i + size] for i in range(0, len(arguments), size)]
+
+    def run(piece: list[Any]) -> int:
+        for each in piece:
+            work(*each)
+        return len(piece)
+
+    with ThreadPoolExecutor(task.threads) as pool:
+        running = [pool.submit(run, pieces[i % len(pieces)]) for i in range(2 * task.threads)]
+        for number in itertools.count(len(running)):
+            done = running.pop(0).result()
+            running.append(pool.submit(run, pieces[number % len(pieces)]))
+            yield done

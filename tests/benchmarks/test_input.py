@@ -1,0 +1,193 @@
+"""`unicl-bench input`: who makes something else is not timed, who waits does not run.
+
+Mostly with contenders of tests/oracles/fake_contenders.py, whose processes start quickly.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from PIL import Image
+
+from unicl_fast.benchmarks import input_pipeline
+from unicl_fast.benchmarks.input_compare import gap_to
+from unicl_fast.benchmarks.input_contenders import (
+    OURS,
+    PARTS,
+    PEERS,
+    Contender,
+    Kind,
+    Task,
+    choose,
+)
+from unicl_fast.benchmarks.input_pipeline import Settings, run
+from unicl_fast.benchmarks.input_report import plot, table
+from unicl_fast.benchmarks.input_worker import Worker
+from unicl_fast.shard_writer import DatasetWriter, PackedSample
+
+ORACLES = Path(__file__).resolve().parents[1] / "oracles"
+
+
+def fake(function: str, kind: Kind = "peer", **more: Any) -> Contender:
+    facts = {"name": function.replace("_", "-"), "what": "for tests"} | more
+    return Contender(kind=kind, code=f"fake_contenders:{function}", **facts)
+
+
+@pytest.fixture(autouse=True)
+def _workers_find_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(ORACLES))
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """24 smooth pictures in random colours, 60 x 80: no filter's choice is stressed."""
+    folder = tmp_path_factory.mktemp("input")
+    draw = np.random.default_rng(0)
+    with DatasetWriter(folder / "packed") as writer:
+        for index in range(24):
+            colours = Image.fromarray(draw.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+            path = folder / f"{index}.jpg"
+            colours.resize((80, 60), Image.Resampling.BICUBIC).save(path)
+            data = path.read_bytes()
+            writer.add(
+                PackedSample(
+                    image=data,
+                    extension="jpg",
+                    height=60,
+                    width=80,
+                    xxh3=xxhash.xxh3_64_intdigest(data),
+                    labels=[index % 2],
+                )
+            )
+        writer.finish(
+            tokenizer="clip",
+            vocabulary_hash="",
+            context_length=77,
+            class_names=["even", "odd"],
+            templates=["a {}."],
+            source=["tests"],
+            seed=0,
+            tool_version="0",
+        )
+    return folder / "packed"
+
+
+def settings_for(packed: Path, json_path: Path | None = None, **more: Any) -> Settings:
+    small: dict[str, Any] = {
+        "batch_size": 8,
+        "image_size": 16,
+        "threads": 1,
+        "rounds": 2,
+        "seconds": 0.1,
+    }
+    return Settings(data=packed, json=json_path, **(small | more))
+
+
+def test_who_makes_something_else_is_left_out_and_the_others_are_timed(
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    peers = ("honest", "nearest", "mirrored", "bytes_instead", "darker_crops", "dies")
+    fakes = [fake(name) for name in peers]
+    fakes.append(fake("not_installed", install="pip install a-package"))
+    monkeypatch.setattr(input_pipeline, "OURS", fake("honest", "ours", name="unicl_fast"))
+    monkeypatch.setattr(input_pipeline, "PEERS", tuple(fakes))
+    run(settings_for(packed, tmp_path / "result.json", parts=("none",)))
+    result = json.loads((tmp_path / "result.json").read_text())
+    assert set(result["contenders"]) == {"unicl_fast", "honest"}
+    expected = {
+        "nearest": r"other pictures: \d+\.\d+ levels",
+        "mirrored": r"other pictures: \d+\.\d+ levels",
+        "bytes-instead": r"^made uint8 \(16, 3, 16, 16\), not float32",
+        "darker-crops": "pictures' mean is .* ours is",
+        "dies": "process ended with code 9",
+        "not-installed": "a_package_that_nobody_has.*pip install a-package",
+    }
+    assert set(result["left_out"]) == set(expected)
+    for name, reason in expected.items():
+        assert re.search(reason, result["left_out"][name]), name
+    assert "not-installed is passed over" in capsys.readouterr().out
+    ratio = result["figures"]["unicl_fast / honest"]
+    assert len(ratio["all"]) == 2
+    assert 0.5 < ratio["median"] < 2  # the same work
+    assert result["figures"]["honest, MB"]["low"] > 5
+    assert result["contenders"]["honest"]["levels_from_pillow"]["mean"] < 0.01
+    assert result["settings"]["data"].endswith("packed")
+
+    text = table(result)
+    assert "| honest |" in text
+    assert "passed over: No module named" in text
+    plot({"small": result}, tmp_path / "plot.png")
+    with Image.open(tmp_path / "plot.png") as picture:
+        assert min(picture.size) > 100
+
+
+def test_ours_making_something_else_ends_the_run(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(input_pipeline, "OURS", fake("mirrored", "ours"))
+    with pytest.raises(RuntimeError, match="mirrored: it makes other pictures"):
+        run(settings_for(packed, peers=("none",), parts=("none",)))
+
+
+def test_who_has_no_turn_is_stopped_children_included_and_all_memory_counts(tmp_path: Path) -> None:
+    task = Task(data=tmp_path, scratch=tmp_path, batch_size=2, image_size=8, threads=1)
+    counter = tmp_path / "counter"
+    with Worker(fake("with_a_child"), task) as worker:
+        rate = worker.turn(0.1)
+        assert 0 < rate.wall < 2100  # batches of two, a millisecond each
+        stopped_at = counter.read_text()
+        time.sleep(0.2)
+        assert counter.read_text() == stopped_at
+        assert min(worker.memory(0.2)) > 55_000_000
+        assert int(counter.read_text()) > int(stopped_at)
+    ended_at = counter.read_text()
+    time.sleep(0.1)
+    assert counter.read_text() == ended_at
+
+
+def test_a_picture_is_compared_with_the_one_it_shows() -> None:
+    truth = np.random.default_rng(0).uniform(0, 255, (6, 16, 16, 3)).astype(np.float32)
+    gap = gap_to(truth, truth[[3, 1, 5, 0, 4, 2, 2]] + 1)
+    assert gap.mean == pytest.approx(1, abs=1e-4)
+    assert gap.high == pytest.approx(1, abs=1e-4)
+    with pytest.raises(ValueError, match="only 2 of 6 pictures"):
+        gap_to(truth, truth[[3, 1, 3, 1]])
+
+
+def test_contenders_are_chosen_by_name() -> None:
+    assert choose(("all",), PEERS) == list(PEERS)
+    assert choose(("none",), PEERS) == []
+    assert [each.name for each in choose(("dali,timm", "pool"), PEERS)] == ["timm", "pool", "dali"]
+    with pytest.raises(ValueError, match="'dahli' is not among torchvision, .*dali, all, none"):
+        choose(("dahli",), PEERS)
+
+
+@pytest.mark.slow
+@pytest.mark.dali
+@pytest.mark.parametrize("contender", [OURS, *PEERS], ids=lambda each: each.name)
+def test_every_contender_makes_pillow_s_pictures(
+    contender: Contender, packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Those whose package is there."""
+    monkeypatch.setattr(input_pipeline, "OURS", OURS)
+    monkeypatch.setattr(input_pipeline, "PEERS", (contender,) if contender != OURS else ())
+    parts = ("all",) if contender == OURS else ("none",)
+    json_path = tmp_path / "result.json"
+    run(settings_for(packed, json_path, rounds=1, parts=parts, image_size=32))
+    result = json.loads(json_path.read_text())
+    expected = {contender.name, OURS.name, *(each.name for each in PARTS if contender == OURS)}
+    if contender.name in result["left_out"]:
+        assert contender.install
+        assert contender.install in result["left_out"][contender.name]
+        pytest.skip(result["left_out"][contender.name])
+    assert set(result["contenders"]) == expected
