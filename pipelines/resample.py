@@ -284,11 +284,8 @@ def _fill_in_two_passes(
 
     A cubic filter overshoots at edges, and torchvision clips and rounds between its passes: on
     noise, one pass was up to 24 levels away from it; two are equal to it in all but 3 of 36 million
-    values, which are one level away. Two passes take 1.3 to 1.6 times as long as one.
-
-    Args:
-        narrow: memory for rows of the square's width.
-        sums: memory for a line of the square.
+    values, which are one level away. Two passes take 1.3 to 1.6 times as long as one. `narrow` is
+    memory for rows of the square's width, `sums` for a line of floats.
     """
     size = out.shape[0]
     taps = row_weights.shape[1]
