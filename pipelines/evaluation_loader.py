@@ -7,6 +7,7 @@ another number. A picture that cannot be read or decoded ends the evaluation, wi
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Generator, Iterator
 from functools import partial
 
@@ -19,7 +20,7 @@ from unicl_fast.config import DataConfig
 from unicl_fast.pipelines.crop import central_windows
 from unicl_fast.pipelines.culprits import find_undecodable, reason_of
 from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
-from unicl_fast.pipelines.graph import Pipeline, build_evaluation_graph, decoding_threads
+from unicl_fast.pipelines.graph import Pipeline, build_evaluation_graph
 from unicl_fast.shards import PackedDataset
 
 
@@ -76,11 +77,7 @@ class EvaluationLoader:
         )
 
     def _decode(self) -> Generator[EvaluationBatch, None, None]:
-        graph = self._graph(
-            batch_size=min(self._batch_size, len(self._ids)),
-            threads=decoding_threads(self._data.threads),
-            prefetch=self._data.prefetch,
-        )
+        graph = self._graph(self._data, batch_size=min(self._batch_size, len(self._ids)))
         host_batches = (
             self._host_batch(self._ids[start : start + self._batch_size])
             for start in range(0, len(self._ids), self._batch_size)
@@ -92,20 +89,14 @@ class EvaluationLoader:
                 yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))
                 del images
 
-    def _graph(self, *, batch_size: int, threads: int, prefetch: int) -> partial[Pipeline]:
+    def _graph(self, data: DataConfig, *, batch_size: int) -> partial[Pipeline]:
         return partial(
-            build_evaluation_graph,
-            batch_size=batch_size,
-            image_size=self._data.image_size,
-            interpolation=self._data.interpolation,
-            resample=self._data.resample,
-            device=self._device,
-            threads=threads,
-            prefetch=prefetch,
+            build_evaluation_graph, data=data, batch_size=batch_size, device=self._device
         )
 
     def _refuse_culprits(self, ids: NDArray[np.int64]) -> None:
-        one = self._graph(batch_size=1, threads=1, prefetch=1)
+        data = dataclasses.replace(self._data, threads=1, prefetch=1)
+        one = self._graph(data, batch_size=1)
         reasons = find_undecodable(one, self._host_batch(ids).inputs, device=self._device)
         if reasons:
             raise DecodingError(

@@ -8,6 +8,7 @@ bad_samples.py's. evaluation_loader.py shows each sample of one data set once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
@@ -18,7 +19,7 @@ import torch
 
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.batch import Batch
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.pipelines.augment_parts import parts_for
 from unicl_fast.pipelines.bad_samples import BadSamples
 from unicl_fast.pipelines.culprits import find_undecodable, reason_of
@@ -27,7 +28,6 @@ from unicl_fast.pipelines.graph import (
     Pictures,
     Pipeline,
     build_train_graph,
-    decoding_threads,
     is_fused,
 )
 from unicl_fast.pipelines.host_batches import HostBatches, TrainFacts
@@ -148,16 +148,12 @@ class TrainLoader:
                     f"decoded alone: {reason}"
                 )
 
-    def _graph(self, *, batch_size: int, threads: int, prefetch: int) -> partial[Pipeline]:
+    def _graph(self, data: DataConfig, *, batch_size: int) -> partial[Pipeline]:
         return partial(
             build_train_graph,
+            data=data,
             batch_size=batch_size,
-            image_size=self._config.data.image_size,
-            interpolation=self._config.data.interpolation,
-            resample=self._config.data.resample,
             device=self._device,
-            threads=threads,
-            prefetch=prefetch,
             pictures=self._pictures,
             augmentation=self._augmentation,
         )
@@ -191,18 +187,15 @@ class TrainLoader:
                     ahead=data.prefetch + maker.groups_at_once - 1,
                 )
             return
-        graph = self._graph(
-            batch_size=self.plan.num_views * self._batch_size,
-            threads=decoding_threads(data.threads),
-            prefetch=data.prefetch,
-        )
+        graph = self._graph(data, batch_size=self.plan.num_views * self._batch_size)
         with contextlib.closing(self._host.batches(start_step)) as host_batches:
             yield from run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
 
     def _blame(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""
         batch = next(self._host.batches(failed.step))
-        one = self._graph(batch_size=1, threads=1, prefetch=1)
+        data = dataclasses.replace(self._config.data, threads=1, prefetch=1)
+        one = self._graph(data, batch_size=1)
         reasons = find_undecodable(one, batch.inputs, device=self._device)
         fed = batch.facts.fed
         for place, reason in reasons.items():

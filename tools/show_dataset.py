@@ -30,7 +30,7 @@ from unicl_fast.pipelines.augment_parts import parts_for
 from unicl_fast.pipelines.augment_plan import STAGE_WIDTH, Column, draw_rows, neutral_rows
 from unicl_fast.pipelines.crop import random_windows
 from unicl_fast.pipelines.feed import HostBatch, run_graph
-from unicl_fast.pipelines.graph import build_train_graph, decoding_threads
+from unicl_fast.pipelines.graph import build_train_graph
 from unicl_fast.pipelines.policies import (
     AUTO,
     OPERATIONS,
@@ -269,14 +269,10 @@ def _run(
         inputs.append(rows)
     build = partial(
         build_train_graph,
+        data=dataclasses.replace(data, threads=0, prefetch=1),
         batch_size=size,
-        image_size=data.image_size,
-        interpolation=data.interpolation,
-        resample=data.resample,
         augmentation=None if parts.is_empty else parts,
         device=torch.device("cpu"),
-        threads=decoding_threads(0),
-        prefetch=1,
     )
     batches = iter([HostBatch(inputs=tuple(inputs), facts=None)])
     ((images, _), _) = next(run_graph(build, batches, device=torch.device("cpu"), ahead=1))

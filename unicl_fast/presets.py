@@ -24,7 +24,7 @@ from unicl_fast.config import (
 def _released(image_encoder: str, *, drop_path: float = 0.0) -> TrainConfig:
     """The released recipe: 224 pixels, global batch 4,096, AdamW, 5 of 32 epochs of warm-up."""
     return TrainConfig(
-        data=DataConfig(augment=("unicl",)),
+        data=DataConfig(augment=("unicl",), interpolation="bicubic"),
         model=ModelConfig(image_encoder=image_encoder, drop_path=drop_path),
         efficiency=EfficiencyConfig(precision="bf16"),
         run=RunConfig(global_batch_size=4096),

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from unicl_fast.config import DataConfig
 from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
 from unicl_fast.pipelines.graph import build_train_graph
 
@@ -50,13 +51,9 @@ def run(
 ) -> Iterator[tuple[list[torch.Tensor], int]]:
     build = partial(
         build_train_graph,
+        data=DataConfig(image_size=SIZE, evaluation_resize=SIZE, threads=2, prefetch=prefetch),
         batch_size=4,
-        image_size=SIZE,
-        interpolation="bilinear",
-        resample="fused",
         device=CPU,
-        threads=2,
-        prefetch=prefetch,
     )
     return run_graph(build, batches, device=CPU, ahead=2)
 

@@ -20,6 +20,7 @@ What is known to differ, and by how much (levels of 255; the limits below are th
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import subprocess
 import sys
@@ -87,13 +88,16 @@ def train_pictures(
     )
     build = partial(
         build_train_graph,
+        data=DataConfig(
+            image_size=image_size,
+            evaluation_resize=image_size,
+            interpolation=interpolation,
+            resample=resample,
+            threads=2,
+            prefetch=1,
+        ),
         batch_size=count,
-        image_size=image_size,
-        interpolation=interpolation,
-        resample=resample,
         device=torch.device(device),
-        threads=2,
-        prefetch=1,
     )
     ((images, carried), _) = next(
         run_graph(build, iter([batch]), device=torch.device(device), ahead=1)
@@ -133,13 +137,11 @@ def evaluation_pictures(
     )
     build = partial(
         build_evaluation_graph,
+        data=dataclasses.replace(
+            data, interpolation=interpolation, resample=resample, threads=2, prefetch=1
+        ),
         batch_size=len(dataset),
-        image_size=data.image_size,
-        interpolation=interpolation,
-        resample=resample,
         device=torch.device(device),
-        threads=2,
-        prefetch=1,
     )
     batch = HostBatch(inputs=(encoded, *regions), facts="all")
     ((images,), _) = next(run_graph(build, iter([batch]), device=torch.device(device), ahead=1))
@@ -253,13 +255,11 @@ def test_decoding_a_window_equals_cutting_the_decoded_picture(
     cpu = torch.device("cpu")
     build = partial(
         build_train_graph,
+        data=DataConfig(
+            image_size=side, evaluation_resize=side, resample=resample, threads=2, prefetch=1
+        ),
         batch_size=count,
-        image_size=side,
-        interpolation="bilinear",
-        resample=resample,
         device=cpu,
-        threads=2,
-        prefetch=1,
     )
     ((images, _), _) = next(run_graph(build, iter([batch]), device=cpu, ahead=1))
     whole = [np.asarray(open_picture(captioned, index)) for index in chosen.tolist()]
@@ -308,16 +308,7 @@ def test_both_graphs_refuse_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for build in (build_train_graph, build_evaluation_graph):
         with pytest.raises(RuntimeError, match=r"no usable CUDA driver.*run\.device=cpu"):
-            build(
-                lambda: (),
-                batch_size=1,
-                image_size=8,
-                interpolation="bilinear",
-                resample="dali",
-                device=torch.device("cuda", 0),
-                threads=1,
-                prefetch=1,
-            )
+            build(lambda: (), data=DataConfig(), batch_size=1, device=torch.device("cuda", 0))
 
 
 def test_without_dali_the_message_says_what_to_install() -> None:

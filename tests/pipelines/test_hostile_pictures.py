@@ -6,7 +6,6 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import torch
 from bombs import BOMBS, SOUND_BOMBS, honest
 from PIL import Image
 
+from unicl_fast.config import DataConfig, Resample
 from unicl_fast.images import Picture, PictureError, check_picture
 from unicl_fast.pipelines.crop import central_windows
 from unicl_fast.pipelines.graph import build_evaluation_graph, build_train_graph
@@ -21,13 +21,13 @@ from unicl_fast.pipelines.graph import build_evaluation_graph, build_train_graph
 pytestmark = pytest.mark.dali
 
 SIZE = 32
-GRAPH: dict[str, Any] = {
-    "image_size": SIZE,
-    "interpolation": "bilinear",
-    "device": torch.device("cpu"),
-    "threads": 2,
-    "prefetch": 1,
-}
+CPU = torch.device("cpu")
+
+
+def settings(resample: Resample) -> DataConfig:
+    return DataConfig(
+        image_size=SIZE, evaluation_resize=SIZE, resample=resample, threads=2, prefetch=1
+    )
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def corners(pictures: list[Picture]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
 def test_every_accepted_picture_is_decoded_in_every_training_window(
-    accepted: dict[str, Picture], resample: str
+    accepted: dict[str, Picture], resample: Resample
 ) -> None:
     pictures = list(accepted.values())
     encoded = [np.frombuffer(picture.data, np.uint8) for picture in pictures]
@@ -67,7 +67,7 @@ def test_every_accepted_picture_is_decoded_in_every_training_window(
     flips = np.zeros((len(pictures), 1), np.int32)
     inputs = iter([(encoded, *window, flips, flips.astype(np.int64)) for window in windows])
     graph = build_train_graph(
-        lambda: next(inputs), batch_size=len(pictures), resample=resample, **GRAPH
+        lambda: next(inputs), data=settings(resample), batch_size=len(pictures), device=CPU
     )
     for starts, shapes in windows:
         images = graph.run()[0]
@@ -83,7 +83,7 @@ def test_every_accepted_picture_is_decoded_in_every_training_window(
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
 def test_every_accepted_picture_is_decoded_for_evaluation(
-    accepted: dict[str, Picture], resample: str
+    accepted: dict[str, Picture], resample: Resample
 ) -> None:
     pictures = list(accepted.values())
     encoded = [np.frombuffer(picture.data, np.uint8) for picture in pictures]
@@ -95,7 +95,7 @@ def test_every_accepted_picture_is_decoded_for_evaluation(
     )
     inputs = iter([(encoded, starts, ends)])
     graph = build_evaluation_graph(
-        lambda: next(inputs), batch_size=len(pictures), resample=resample, **GRAPH
+        lambda: next(inputs), data=settings(resample), batch_size=len(pictures), device=CPU
     )
     (images,) = graph.run()
     assert [images.at(place).shape for place in range(len(pictures))] == [(SIZE, SIZE, 3)] * len(

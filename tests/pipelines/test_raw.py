@@ -176,9 +176,12 @@ def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts)
     batches = take(loader, count=3)
     host_batches = iter(loader._host.group(loader._host.square_maker(), 0))
     build = partial(
-        build_train_graph, batch_size=BATCH, image_size=SIZE, interpolation="bilinear",
-        resample="fused", device=torch.device("cpu"), threads=1, prefetch=1, pictures="squares",
-    )  # fmt: skip
+        build_train_graph,
+        data=DataConfig(image_size=SIZE, evaluation_resize=36, threads=1, prefetch=1),
+        batch_size=BATCH,
+        device=torch.device("cpu"),
+        pictures="squares",
+    )
     running = run_graph(build, host_batches, device=torch.device("cpu"), ahead=1)
     for batch, ((images, integers), facts) in zip(batches, running, strict=False):
         assert facts.fed.step == batch.step
