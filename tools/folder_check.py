@@ -25,6 +25,7 @@ from unicl_fast.checksums import (
     read_checksums,
 )
 from unicl_fast.class_lists import check_templates
+from unicl_fast.pixel_file import PIXELS_NAME, PixelFile
 from unicl_fast.shard_files import END_OF_TAR
 from unicl_fast.shards import (
     ARRAY_DTYPES,
@@ -79,7 +80,8 @@ def check_folder(folder: Path, *, note: NoteFault, progress: bool) -> PackedData
     _check_manifest(manifest, note=note)
     _check_shards(folder, manifest, note=note)
     _check_quarantine(folder, manifest, note=note)
-    if not _check_arrays(folder, manifest, damaged, note=note):
+    pixels_agree = _check_pixels(folder, manifest, note=note)
+    if not _check_arrays(folder, manifest, damaged, note=note) or not pixels_agree:
         return None
     try:
         dataset = PackedDataset(folder, max_bad_fraction=1.0, verify=False)
@@ -96,7 +98,8 @@ def expected_files(manifest: Manifest) -> set[str]:
     shards = {shard.name for shard in manifest.shards}
     indexes = {Path(name).with_suffix(".idx").name for name in shards}
     arrays = {f"{name}.npy" for name in ARRAY_DTYPES}
-    return shards | indexes | arrays | {MANIFEST_NAME, QUARANTINE_NAME}
+    pixels = set() if manifest.pixels is None else {PIXELS_NAME}
+    return shards | indexes | arrays | pixels | {MANIFEST_NAME, QUARANTINE_NAME}
 
 
 def _check_checksums(
@@ -128,10 +131,12 @@ def _check_checksums(
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))
     total = sum(entries[name].stat().st_size for name in present if entries[name].is_file())
     bar = tqdm(total=total, desc="checksums", unit="B", unit_scale=True, disable=not progress)
-    shards = {shard.name: shard.xxh3 for shard in manifest.shards} if manifest else {}
+    large = {shard.name: shard.xxh3 for shard in manifest.shards} if manifest else {}
+    if manifest is not None and manifest.pixels is not None:
+        large[PIXELS_NAME] = manifest.pixels.xxh3
     with bar:
         for name in present:
-            fault = _compare_file(entries[name], listed, shards)
+            fault = _compare_file(entries[name], listed, large)
             if fault is not None:
                 note(fault)
                 damaged.add(name)
@@ -139,8 +144,8 @@ def _check_checksums(
     return damaged
 
 
-def _compare_file(path: Path, listed: dict[str, str], shards: dict[str, str]) -> Fault | None:
-    """One file against the list and, a shard, against the manifest."""
+def _compare_file(path: Path, listed: dict[str, str], large: dict[str, str]) -> Fault | None:
+    """One file against the list and, a large one, against the manifest."""
     try:
         mode = path.stat().st_mode
         if not stat.S_ISREG(mode):
@@ -150,7 +155,7 @@ def _compare_file(path: Path, listed: dict[str, str], shards: dict[str, str]) ->
         return Fault(file=path.name, kind="unreadable", message=str(error))
     # without a list everything passes that the manifest has no checksum of
     by_list = listed.get(path.name, "nothing of it") if listed else found
-    by_manifest = shards.get(path.name, found)
+    by_manifest = large.get(path.name, found)
     for where, expected in ((CHECKSUMS_NAME, by_list), (MANIFEST_NAME, by_manifest)):
         if found != expected:
             message = f"its checksum is {found}, {where} says {expected}"
@@ -189,6 +194,20 @@ def _check_shards(folder: Path, manifest: Manifest, *, note: NoteFault) -> None:
             continue
         message = f"{num_bytes} bytes, the manifest says {shard.num_bytes}"
         note(Fault(file=shard.name, kind="shard", message=message))
+
+
+def _check_pixels(folder: Path, manifest: Manifest, *, note: NoteFault) -> bool:
+    """Size and header of decoded pictures; whether the manifest agrees with itself about them."""
+    if manifest.pixels is None:
+        return True
+    try:
+        found = PixelFile(folder, manifest.pixels, manifest.num_samples).find_fault()
+    except ValueError as error:
+        note(Fault(file=MANIFEST_NAME, kind="manifest", message=str(error)))
+        return False
+    if found is not None and isinstance(found[0], ValueError):  # if it is missing, that was said
+        note(Fault(file=PIXELS_NAME, kind="array", message=str(found[0])))
+    return True
 
 
 def _check_quarantine(folder: Path, manifest: Manifest, *, note: NoteFault) -> None:

@@ -27,7 +27,7 @@ from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.concepts import DEFAULT_MODEL, Concepts, HowToCount, count_concepts
 from unicl_fast.tools.near_duplicates import count_bits, find_leaders
 from unicl_fast.tools.picture_hashes import hash_pictures, require_imagehash
-from unicl_fast.tools.stored_samples import SampleReader
+from unicl_fast.tools.stored_samples import SampleReader, picture_sizes
 
 DEFAULT_DISTANCE = 4
 """In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
@@ -97,6 +97,9 @@ class Inspection:
     num_labels: int
     num_shards: int
     num_bytes: int
+    """Bytes of the shards, and of decoded pictures."""
+    is_raw: bool
+    """Whether pictures are kept as pixels."""
     num_quarantined: int
     quarantined: dict[str, int]
     """By kind."""
@@ -179,7 +182,9 @@ def inspect_dataset(
             num_tokens=manifest.num_tokens,
             num_labels=manifest.num_labels,
             num_shards=len(manifest.shards),
-            num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+            num_bytes=sum(shard.num_bytes for shard in manifest.shards)
+            + (manifest.pixels.num_bytes if manifest.pixels is not None else 0),
+            is_raw=manifest.pixels is not None,
             num_quarantined=manifest.num_quarantined,
             quarantined=_quarantined(dataset.folder),
             source=manifest.source,
@@ -196,7 +201,7 @@ def inspect_dataset(
             heights=_spread_of_some(rows["height"]),
             widths=_spread_of_some(rows["width"]),
             aspects=_spread_of_some(rows["width"] / rows["height"], unit=0.05),
-            picture_bytes=_spread_of_some(rows["size"]),
+            picture_bytes=_spread_of_some(picture_sizes(dataset)),
             exact_copies=_copies(dataset, exact),
             near_distance=near_distance,
             near_copies=near_copies,
@@ -308,7 +313,8 @@ def _quarantined(folder: Path) -> dict[str, int]:
 
 def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:
     """The first picture with the same bytes, by size and checksum."""
-    keys = np.stack([dataset.samples["xxh3"], dataset.samples["size"].astype(np.uint64)], axis=1)
+    sizes = picture_sizes(dataset).astype(np.uint64)
+    keys = np.stack([dataset.samples["xxh3"], sizes], axis=1)
     _, first, index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
     leaders: npt.NDArray[np.int64] = first[index.reshape(-1)]
     return leaders

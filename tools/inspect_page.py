@@ -188,11 +188,12 @@ def _head(inspection: Inspection, name: str) -> str:
     sources = ", ".join(_text(source) for source in inspection.source[:8])
     sources += f" and {len(inspection.source) - 8} more" if len(inspection.source) > 8 else ""
     shards = "shard" if inspection.num_shards == 1 else "shards"
+    pixels = "pixels.npy and " if inspection.is_raw else ""
     return f"""<header>
 <h1 dir="auto">{name}</h1>
 <div class="where">{_text(str(inspection.folder))}: {inspection.num_bytes / 1e6:,.1f} MB in
-{inspection.num_shards:,} {shards}, packed by unicl_fast {_text(inspection.tool_version)}, seed
-{inspection.seed}, from {sources}</div>
+{pixels}{inspection.num_shards:,} {shards}, packed by unicl_fast
+{_text(inspection.tool_version)}, seed {inspection.seed}, from {sources}</div>
 <ul class="tiles">{items}</ul>
 </header>"""
 
@@ -391,12 +392,13 @@ def _captions(inspection: Inspection) -> str:
 
 
 def _pictures(inspection: Inspection) -> str:
+    size_of = "Size of the pixels" if inspection.is_raw else "Size of the file"
     plots = "".join(
         [
             _spread_plot("Width", inspection.widths, " pixels"),
             _spread_plot("Height", inspection.heights, " pixels"),
             _spread_plot("Width / height", inspection.aspects),
-            _spread_plot("Size of the file", inspection.picture_bytes, " bytes"),
+            _spread_plot(size_of, inspection.picture_bytes, " bytes"),
         ]
     )
     return f"""<section id="pictures"><h2>Pictures</h2>

@@ -19,7 +19,7 @@ class Merge:
     Pictures and tokens are copied byte for byte and shuffled over all inputs. Classes with equal
     names become one; those of the first data set keep their numbers. What is copied is compared
     with its checksums: a damaged sample is left out and listed in OUT/quarantine.csv, together with
-    what the inputs list there.
+    what the inputs list there. Raw data sets go together if their pictures are of one size.
 
     Examples:
       unicl-pack merge packed/photos packed/pairs --out packed/both

@@ -1,7 +1,8 @@
 """Several packed data sets -> one: `unicl-pack merge` as a function.
 
 Nothing is decoded or encoded: pictures and tokens are copied, shuffled anew over all inputs by the
-seed as a build does, labels get the numbers of the joined classes. What is copied is compared with
+seed as a build does, labels get the numbers of the joined classes. So raw data sets, whose pictures
+are pixels of one size, go together with others of that size only. What is copied is compared with
 its checksums on the way; a damaged sample is left out and listed, as a build does with a damaged
 picture, since all others are sound. Memory holds some numbers for each sample, and no texts.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
+import math
 import os
 import time
 from bisect import bisect_right
@@ -42,7 +44,12 @@ from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.items import MAX_TEXTS
 from unicl_fast.tools.join_classes import join_classes, join_templates
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
-from unicl_fast.tools.stored_samples import SampleReader, StoredSample
+from unicl_fast.tools.stored_samples import (
+    Description,
+    SampleReader,
+    StoredSample,
+    picture_sizes,
+)
 
 _DAMAGED, _DUPLICATE, _LEFT_OUT = "damaged", "duplicate", "left out"
 _DAMAGED_SHOWN = 5
@@ -67,7 +74,7 @@ class MergeSummary:
     """The first few samples that were left out because they are damaged, each with its reason."""
     num_damaged: int
     num_bytes: int
-    """Bytes of the shards."""
+    """Bytes of the shards, and of decoded pictures."""
     seconds: float
 
 
@@ -105,7 +112,10 @@ def merge_datasets(
         context_length = max(manifest.context_length for manifest in manifests.values())
         for one, labels in zip(inputs, label_maps, strict=True):
             one.prepare(labels, context_length=context_length, progress=progress)
-        writer = stack.enter_context(DatasetWriter(out, shard_bytes=shard_bytes))
+        pictures: Literal["encoded", "raw"] = (
+            "encoded" if inputs[0].dataset.picture_shape is None else "raw"
+        )
+        writer = stack.enter_context(DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures))
         for one in inputs:
             for row in one.quarantine_rows():
                 writer.quarantine(**row)
@@ -156,7 +166,7 @@ def merge_datasets(
         num_joined=tally.num_joined,
         damaged=tuple(tally.damaged),
         num_damaged=tally.num_damaged,
-        num_bytes=sum(shard.num_bytes for shard in manifest.shards),
+        num_bytes=writer.num_bytes,
         seconds=time.perf_counter() - started,
     )
 
@@ -185,7 +195,29 @@ def _open_inputs(
                 f"{other.vocabulary_hash[:12]}...; their tokens mean different things. Pack one of "
                 "them again with the other's version of unicl-pack"
             )
+        _require_equal_pictures(first, one.dataset)
     return inputs
+
+
+def _require_equal_pictures(first: PackedDataset, other: PackedDataset) -> None:
+    """Refuses raw with another size, or with files, which would take decoding or encoding."""
+    if first.picture_shape == other.picture_shape:
+        return
+    kinds = [
+        "picture files"
+        if dataset.picture_shape is None
+        else f"pixels, {dataset.picture_shape[1]} x {dataset.picture_shape[0]} a picture"
+        for dataset in (first, other)
+    ]
+    if first.picture_shape is None or other.picture_shape is None:
+        again = "both with --format raw or both without"
+    else:
+        again = "both with --format raw and the same --resize square:PIXELS"
+    raise ValueError(
+        f"{first.folder} holds {kinds[0]}, {other.folder} {kinds[1]}: a merge copies pictures as "
+        f"they are. Build their sources again, {again}, or do not merge: --data.train takes "
+        "several data sets, of any kinds"
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -268,10 +300,10 @@ class _Samples:
 
     def _find_equal(self) -> dict[int, list[int]]:
         """Samples with the same picture, by size and checksum."""
-        rows = [one.dataset.samples for one in self._inputs]
+        datasets = [one.dataset for one in self._inputs]
         keys = np.empty((len(self), 2), np.uint64)
-        keys[:, 0] = np.concatenate([part["xxh3"] for part in rows])
-        keys[:, 1] = np.concatenate([part["size"] for part in rows])
+        keys[:, 0] = np.concatenate([dataset.samples["xxh3"] for dataset in datasets])
+        keys[:, 1] = np.concatenate([picture_sizes(dataset) for dataset in datasets])
         order = np.lexsort((keys[:, 1], keys[:, 0]))
         keys = keys[order]
         ends = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
@@ -340,6 +372,7 @@ class _Input:
         """A sample as it is written into the new data set, or what is wrong with it."""
         try:
             sample = self._reader.read(index)
+            image = self._picture_of(index, sample)
         except DamagedSampleError as error:
             return _NotCopied(
                 kind=_DAMAGED,
@@ -351,18 +384,18 @@ class _Input:
             self.dataset.caption_tokens(index, which)
             for which in range(int(self.dataset.samples[index]["captions_count"]))
         ]
-        fault = self._fault_of(index, sample, tokens)
+        fault = self._fault_of(index, sample, image, tokens)
         if fault:
             return _NotCopied(
                 kind=_DAMAGED,
                 source=sample.description.source,
                 name=sample.description.name,
-                message=f"{self.dataset.describe(index)}: {fault}",
+                message=fault,
             )
         row = self.dataset.samples[index]
         return PackedSample(
-            image=bytes(sample.picture.data),
-            extension=sample.picture.extension,
+            image=image,
+            extension=sample.members[0].extension,
             height=int(row["height"]),
             width=int(row["width"]),
             xxh3=int(row["xxh3"]),
@@ -376,18 +409,38 @@ class _Input:
     def close(self) -> None:
         self._reader.close()
 
+    def _picture_of(self, index: int, sample: StoredSample) -> bytes:
+        """The picture as it is stored: a file, or pixels [h w 3]."""
+        if sample.picture is not None:
+            return bytes(sample.picture.data)
+        assert self.dataset.picture_shape is not None
+        return self.dataset.image_bytes(index)[-math.prod(self.dataset.picture_shape) :].tobytes()
+
     def _fault_of(
-        self, index: int, sample: StoredSample, tokens: Sequence[npt.NDArray[np.uint16]]
+        self,
+        index: int,
+        sample: StoredSample,
+        image: bytes,
+        tokens: Sequence[npt.NDArray[np.uint16]],
     ) -> str:
         """Why a sample is not what was packed; empty if it is."""
-        row, description = self.dataset.samples[index], sample.description
-        if xxhash.xxh3_64_intdigest(sample.picture.data) != int(row["xxh3"]):
-            return "the picture's bytes are not those that were packed (checksum)"
+        if xxhash.xxh3_64_intdigest(image) != int(self.dataset.samples[index]["xxh3"]):
+            return (
+                f"{self.dataset.describe(index)}: the picture's bytes are not those that were "
+                "packed (checksum)"
+            )
+        text = self._fault_of_text(index, sample.description, tokens)
+        return f"{self.dataset.describe(index, 'members')}: {text}" if text else ""
+
+    def _fault_of_text(
+        self, index: int, description: Description, tokens: Sequence[npt.NDArray[np.uint16]]
+    ) -> str:
         if description.labels != tuple(self.dataset.labels_of(index).tolist()):
             return "its JSON has other labels than labels.npy"
         if len(description.captions) != len(tokens):
             return f"{len(description.captions)} captions in its JSON, {len(tokens)} in the arrays"
-        if self._old_tokenizer is not None and int(row["shard"]) in self._changed_shards:
+        shard = int(self.dataset.samples[index]["shard"])
+        if self._old_tokenizer is not None and shard in self._changed_shards:
             again = self._old_tokenizer.encode(description.captions)
             if any(
                 ids.tolist() != stored.tolist() for ids, stored in zip(again, tokens, strict=True)

@@ -2,17 +2,20 @@
 
 Training needs the arrays and the picture only (`unicl_fast.shards`). Programs that check, describe
 or copy a data set also read the JSON members, and want each byte of a shard accounted for: a sample
-is read in one piece, from its first header to the next sample's.
+is read in one piece, from its first header to the next sample's. Of a raw data set that piece is
+the JSON; the pixels are one array, which `PackedDataset` reads.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from unicl_fast.shard_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
 from unicl_fast.shard_reader import ShardReader
@@ -20,7 +23,8 @@ from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.tools.entries import EntryError, check_file_size
 
 _FIELDS = {"captions", "labels", "source", "name"}
-_PICTURES = ("jpg", "png")
+_MEMBERS = (["jpg", "json"], ["png", "json"])
+_MEMBERS_OF_RAW = (["json"],)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,8 +52,12 @@ class StoredSample:
     """A sample as its shard holds it."""
 
     members: tuple[Member, ...]
-    picture: Member
     description: Description
+
+    @property
+    def picture(self) -> Member | None:
+        """The picture as a file; None of a raw data set, whose pictures are not in its shards."""
+        return self.members[0] if len(self.members) > 1 else None
 
     def index_line(self, index: int) -> str:
         """The sample's line of the shard's .idx file, without the line's end."""
@@ -66,6 +74,7 @@ class SampleReader:
     def __init__(self, dataset: PackedDataset) -> None:
         self._dataset = dataset
         self._shards = dataset.manifest.shards
+        self._is_raw = dataset.picture_shape is not None
         self._reader = ShardReader(dataset.folder, [shard.name for shard in self._shards])
 
     def span(self, index: int) -> tuple[int, int, int]:
@@ -77,14 +86,12 @@ class SampleReader:
         rows = self._dataset.samples
         shard, start = int(rows[index]["shard"]), int(rows[index]["offset"]) - BLOCK
         if shard >= len(self._shards):
-            raise DamagedSampleError(f"{self._dataset.describe(index)}: there is no such shard")
+            raise self._damaged(index, "there is no such shard")
         last = index + 1 == len(rows) or int(rows[index + 1]["shard"]) != shard
         end_of_shard = self._shards[shard].num_bytes - len(END_OF_TAR)
         end = end_of_shard if last else int(rows[index + 1]["offset"]) - BLOCK
         if not 0 <= start < end <= end_of_shard:
-            raise DamagedSampleError(
-                f"{self._dataset.describe(index)}: samples.npy places it from byte {start} to {end}"
-            )
+            raise self._damaged(index, f"samples.npy places it from byte {start} to {end}")
         return shard, start, end
 
     def read(self, index: int) -> StoredSample:
@@ -103,17 +110,18 @@ class SampleReader:
             raise self._damaged(index, f"the shard ends after {done} of {len(block)} bytes")
         try:
             members = split_members(block.data, start=start, key=sample_key(index))
-            picture, description = _picture_and_text(members)
+            _check_kinds(members, is_raw=self._is_raw)
+            description = parse_description(bytes(members[-1].data))
         except ValueError as error:
             raise self._damaged(index, str(error)) from error
-        row = self._dataset.samples[index]
-        if (picture.offset, len(picture.data)) != (int(row["offset"]), int(row["size"])):
+        row, first = self._dataset.samples[index], members[0]
+        if (first.offset, len(first.data)) != (int(row["offset"]), int(row["size"])):
             raise self._damaged(
                 index,
-                f"the picture has {len(picture.data)} bytes from byte {picture.offset} on, "
+                f"the {first.extension} has {len(first.data)} bytes from byte {first.offset} on, "
                 f"samples.npy says {int(row['size'])} from {int(row['offset'])}",
             )
-        return StoredSample(members=members, picture=picture, description=description)
+        return StoredSample(members=members, description=description)
 
     def read_description(self, index: int) -> Description:
         """What KEY.json says of a sample, without reading its picture.
@@ -122,13 +130,14 @@ class SampleReader:
             DamagedSampleError: it cannot be read.
         """
         shard, start, end = self.span(index)
-        skipped = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
+        picture = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
+        skipped = 0 if self._is_raw else picture
         block = np.empty(max(0, end - start - skipped), np.uint8)
         try:
             done = self._reader.read_into(shard, block, start + skipped)
             members = split_members(block[:done].data, start=start + skipped, key=sample_key(index))
             if [member.extension for member in members] != ["json"]:
-                raise ValueError("there is no JSON behind its picture")
+                raise ValueError("there is no JSON where it should be")
             return parse_description(bytes(members[0].data))
         except (OSError, ValueError) as error:
             raise self._damaged(index, str(error)) from error
@@ -137,7 +146,15 @@ class SampleReader:
         self._reader.close()
 
     def _damaged(self, index: int, message: str) -> DamagedSampleError:
-        return DamagedSampleError(f"{self._dataset.describe(index)}: {message}")
+        return DamagedSampleError(f"{self._dataset.describe(index, 'members')}: {message}")
+
+
+def picture_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
+    """Bytes of each picture, [N]: of its file, or of its pixels in a raw data set."""
+    sizes: npt.NDArray[np.uint32] = dataset.samples["size"]
+    if dataset.picture_shape is None:
+        return sizes
+    return np.full(len(dataset), math.prod(dataset.picture_shape), np.uint32)
 
 
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
@@ -185,12 +202,12 @@ def _read_header(header: bytes) -> tuple[str | None, int]:
     return (name, size) if sound else (None, 0)
 
 
-def _picture_and_text(members: tuple[Member, ...]) -> tuple[Member, Description]:
-    """A sample of format version 1 is a picture and a JSON, in this order."""
+def _check_kinds(members: tuple[Member, ...], *, is_raw: bool) -> None:
+    """A sample of format version 1 is a picture and a JSON, in this order; of a raw one, a JSON."""
     found = [member.extension for member in members]
-    if len(found) != 2 or found[0] not in _PICTURES or found[1] != "json":
-        raise ValueError(f"its members are {', '.join(found)}; expected are jpg or png, then json")
-    return members[0], parse_description(bytes(members[1].data))
+    if found not in (_MEMBERS_OF_RAW if is_raw else _MEMBERS):
+        expected = "json alone" if is_raw else "jpg or png, then json"
+        raise ValueError(f"its members are {', '.join(found)}; expected are {expected}")
 
 
 def parse_description(data: bytes) -> Description:

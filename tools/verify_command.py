@@ -31,7 +31,8 @@ class Verify:
     Compared are: all files with checksums.txt and the manifest; references and counts in the
     arrays; each sample's piece of its shard with samples.npy, byte by byte; captions, tokenised
     again, with the stored tokens; labels; the index for DALI. Every picture is decoded strictly,
-    in worker processes with limits, and its size compared. All faults are listed, not the first.
+    in worker processes with limits, and its size compared; one that is kept as pixels (raw) is
+    compared with its checksum. All faults are listed, not the first.
 
     Exit code: 0 sound, 1 faults found, 2 no data set there or wrong usage.
 
@@ -46,7 +47,8 @@ class Verify:
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """The data set."""
     decode: bool = True
-    """Decode all pictures; everything else takes a fraction of the time."""
+    """Decode all pictures; everything else takes a fraction of the time. Pictures of a raw data set
+    are decoded already."""
     show: int = 20
     """Faults to print; the others are counted."""
     list: Path | None = None
@@ -69,7 +71,7 @@ class Verify:
                 f"{self.max_pixels}"
             )
         # opening a damaged data set warns of what will be fed instead, which is not the matter here
-        logging.getLogger("unicl_fast.shards").setLevel(logging.ERROR)
+        logging.getLogger("unicl_fast.file_check").setLevel(logging.ERROR)
         first: list[Fault] = []
         with _listed(self.list) as rows:
 
@@ -114,8 +116,9 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
     if summary.num_faults > len(first):
         rest = f"and {summary.num_faults - len(first):,} more"
         lines.append(f"{rest}, listed in {listed}" if listed else f"{rest}; --list FILE has all")
+    decoded = "kept as pixels" if summary.is_raw else f"{summary.num_decoded:,} decoded"
     looked_at = (
-        f"{summary.num_samples:,} pictures ({summary.num_decoded:,} decoded), "
+        f"{summary.num_samples:,} pictures ({decoded}), "
         f"{summary.num_captions:,} captions, {summary.num_labels:,} labels, "
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s"
     )
@@ -131,7 +134,7 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
         )
     else:
         lines.append(f"{summary.folder}: sound; {looked_at}")
-        if not summary.num_decoded:
+        if not summary.num_decoded and not summary.is_raw:
             lines.append("pictures were compared with their checksums, and not decoded")
     return "\n".join(lines)
 

@@ -3,8 +3,9 @@
 Everything is compared with everything else: files with their checksums and with what the manifest
 says of them, references in the arrays with what they refer to (`folder_check`), and here each
 sample's piece of its shard, byte by byte, with samples.npy, captions with their tokens, labels, the
-index for DALI. Pictures are decoded as strictly as when they were packed, in worker processes. A
-fault is noted and checking goes on, so that one look tells all that is to be copied again.
+index for DALI. Pictures are decoded as strictly as when they were packed, in worker processes;
+those of a raw data set are pixels already, and have their checksums. A fault is noted and checking
+goes on, so that one look tells all that is to be copied again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import xxhash
 from tqdm import tqdm
 
 from unicl_fast.images import MAX_PIXELS, RESIZE_QUALITY
+from unicl_fast.pixel_file import PIXELS_NAME
 from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
@@ -50,6 +52,8 @@ class VerifySummary:
     num_labels: int
     num_bytes: int
     """Bytes of all files."""
+    is_raw: bool
+    """Whether pictures are kept as pixels, so that there is nothing to decode."""
     num_decoded: int
     """Pictures that were decoded."""
     faults: dict[str, int]
@@ -79,7 +83,7 @@ def verify_dataset(
     Args:
         folder: what `unicl-pack build` or `merge` made.
         note: called with each fault as soon as it is found, a data set's many thousands too.
-        decode: also decode all pictures; by far the longest part.
+        decode: also decode all pictures; by far the longest part. Has no meaning for a raw set.
         workers: processes that decode; 0 takes one for each core.
         max_pixels: as in a build.
         picture_seconds: as in a build.
@@ -98,6 +102,7 @@ def verify_dataset(
 
     dataset = check_folder(folder, note=count, progress=progress)
     num_decoded = 0
+    is_raw = dataset is not None and dataset.picture_shape is not None
     if dataset is not None:
         options = PictureOptions(
             short_side=0,
@@ -107,10 +112,12 @@ def verify_dataset(
             return_pictures=False,
         )
         with dataset:
+            if is_raw:
+                _check_pixels(dataset, note=count, progress=progress)
             num_decoded = _check_samples(
                 dataset,
                 note=count,
-                options=options if decode else None,
+                options=options if decode and not is_raw else None,
                 workers=workers or len(os.sched_getaffinity(0)),
                 progress=progress,
             )
@@ -121,10 +128,27 @@ def verify_dataset(
         num_captions=0 if manifest is None else manifest.num_captions,
         num_labels=0 if manifest is None else manifest.num_labels,
         num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        is_raw=is_raw,
         num_decoded=num_decoded,
         faults=dict(counts),
         seconds=time.perf_counter() - started,
     )
+
+
+def _check_pixels(dataset: PackedDataset, *, note: NoteFault, progress: bool) -> None:
+    """Each picture of a raw data set against its checksum.
+
+    Apart from the walk through the shards: neither costs the other where one of them is damaged.
+    """
+    if not (dataset.folder / PIXELS_NAME).is_file():  # said already
+        return
+    numbers = range(len(dataset))
+    for index in tqdm(numbers, desc="pixels", unit=" pictures", disable=not progress):
+        try:
+            dataset.image_bytes(index, verify=True)
+        except DamagedSampleError as error:
+            message = _without_place(error)
+            note(Fault(file=PIXELS_NAME, kind="checksum", message=message, sample=index))
 
 
 def _check_samples(
@@ -153,6 +177,7 @@ def _check_samples(
 
     def tasks() -> Iterator[Task]:
         for sample in sound:
+            assert sample.picture is not None  # there is no decoding of raw data sets
             waiting.append(sample)
             yield Task(
                 name=sample_key(sample.index), entry=sample.picture, captions=sample.captions
@@ -202,7 +227,8 @@ class _Sound:
     """A sample whose bytes are those that were packed."""
 
     index: int
-    picture: StoredPicture
+    picture: StoredPicture | None
+    """None of a raw data set."""
     captions: tuple[str, ...]
 
 
@@ -244,7 +270,7 @@ class _SampleChecks:
         self._has_tokenizer = has_tokenizer
 
     def fault(self, index: int, kind: str, message: str) -> None:
-        shard = self._dataset.shard_of(index)
+        shard = self._dataset.shard_of(index, "members")
         self._note(Fault(file=shard, kind=kind, message=message, sample=index))
 
     def walk(self) -> Iterator[_Sound]:
@@ -269,7 +295,9 @@ class _SampleChecks:
                     picture = sample.picture
                     yield _Sound(
                         index,
-                        StoredPicture(path, picture.offset, len(picture.data)),
+                        None
+                        if picture is None
+                        else StoredPicture(path, picture.offset, len(picture.data)),
                         sample.description.captions if self._has_tokenizer else (),
                     )
                 if len(lines) == shard.num_samples:
@@ -296,7 +324,8 @@ class _SampleChecks:
             return None
         row = self._dataset.samples[index]
         problems: list[tuple[str, str]] = []
-        if xxhash.xxh3_64_intdigest(sample.picture.data) != int(row["xxh3"]):
+        picture = sample.picture  # of a raw data set compared already
+        if picture is not None and xxhash.xxh3_64_intdigest(picture.data) != int(row["xxh3"]):
             problems.append(("checksum", "the picture's bytes are not those that were packed"))
         problems += self._compare_texts(index, sample.description)
         for kind, message in problems:

@@ -14,7 +14,7 @@ import mmap
 import os
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +32,9 @@ from unicl_fast.shard_reader import ShardReader
 
 QUARANTINE_NAME = "quarantine.csv"
 KEY_DIGITS = 10
+
+Part = Literal["picture", "members"]
+"""Of a sample: its picture, or its members in a shard, which in a raw data set lie elsewhere."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -241,20 +244,20 @@ class PackedDataset:
         start = int(row["labels_start"])
         return self.labels[start : start + int(row["labels_count"])]
 
-    def describe(self, index: int) -> str:
+    def describe(self, index: int, part: Part = "picture") -> str:
         """Names one sample for a message: data set, file, key and offset."""
-        place = f"{self.shard_of(index)}, offset {self.offset_of(index)}"
+        place = f"{self.shard_of(index, part)}, offset {self.offset_of(index, part)}"
         return f"sample {sample_key(index)} of {self.folder} ({place})"
 
-    def offset_of(self, index: int) -> int:
-        """The first byte of the picture of sample `index` in its file, for messages."""
-        if self._pixel_file is not None:
+    def offset_of(self, index: int, part: Part = "picture") -> int:
+        """The first byte of a part of sample `index` in its file, for messages."""
+        if self._pixel_file is not None and part == "picture":
             return self._pixel_file.offset_of(index)
         return int(self.samples[index]["offset"])
 
-    def shard_of(self, index: int) -> str:
-        """The name of the file that holds the picture of sample `index`, for messages."""
-        if self._pixel_file is not None:
+    def shard_of(self, index: int, part: Part = "picture") -> str:
+        """The name of the file that holds a part of sample `index`, for messages."""
+        if self._pixel_file is not None and part == "picture":
             return PIXELS_NAME
         shard = int(self.samples[index]["shard"])
         known = shard < len(self.manifest.shards)
