@@ -157,7 +157,7 @@ def _in_words(inspection: Inspection) -> str:
     lines = [
         f"{inspection.folder}: {inspection.num_samples:,} pictures, {inspection.num_captions:,} "
         f"captions, {inspection.num_labels:,} labels{classes}, "
-        f"{inspection.num_bytes / 1e6:,.1f} MB{' as pixels (raw)' if inspection.is_raw else ''}",
+        f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
         "",
         *_columns(
             [
