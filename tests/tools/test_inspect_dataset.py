@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import csv
+import io
 import json
 import sys
 from html.parser import HTMLParser
@@ -231,6 +233,44 @@ def test_the_program_prints_table_1(packed: Path, capsys: pytest.CaptureFixture[
     assert "exact copies: 3 in 3 groups" in text
     assert "near copies" not in text
     assert "left out when packed: 1 damaged" in text
+
+
+def test_a_raw_set_is_described_by_its_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of different bytes and names of different lengths, but the same pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3), np.uint8)
+    for name, content, level in (("cat/1", 0, 1), ("dog/a longer name", 0, 9), ("dog/2", 1, 1)):
+        path = tmp_path / "in" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[content]).save(path, compress_level=level)
+    build_dataset([tmp_path / "in"], tmp_path / "set", format="raw", workers=1, progress=False)
+    code, text = run(
+        *(tmp_path / "set", "--workers", 1, "--html", tmp_path / "page.html"),
+        *("--json", tmp_path / "all.json", "--duplicates-list", tmp_path / "list.csv"),
+        capsys=capsys,
+    )
+    assert code == 0
+    assert "MB, kept as pixels" in text
+    assert "exact copies: 1 in 1 group, labels differ in 1" in text
+    found = json.loads((tmp_path / "all.json").read_text())
+    files = [*(tmp_path / "set").glob("*.tar"), tmp_path / "set" / "pixels.npy"]
+    assert found["num_bytes"] == sum(path.stat().st_size for path in files)
+    assert found["picture_bytes"]["smallest"] == found["picture_bytes"]["largest"] == 20 * 24 * 3
+    assert found["near_copies"]["num_groups"] == 0
+    (row,) = csv.DictReader((tmp_path / "list.csv").open(newline=""))
+    assert row["kind"] == "duplicate"
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "pixels.npy and 1 shard" in page
+    assert "Size of the pixels" in page
+    tags = Tags()
+    tags.feed(page)
+    sheet = [dict(attributes)["src"] for tag, attributes in tags.tags if tag == "img"][:3]
+    shown = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(str(uri).split(",")[1]))))
+        for uri in sheet
+    ]
+    assert np.array_equal(shown, np.load(tmp_path / "set" / "pixels.npy"))
 
 
 @pytest.mark.parametrize(

@@ -59,6 +59,16 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
+def raw(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """As `packed`, with pictures kept as pixels, 32 x 24 each."""
+    out = tmp_path_factory.mktemp("raw")
+    for name, paths in {**{name: [path] for name, path in sources.items()},
+                        "both": list(sources.values())}.items():  # fmt: skip
+        build_dataset(paths, out / name, format="raw", workers=1, progress=False)
+    return {name: out / name for name in (*sources, "both")}
+
+
+@pytest.fixture(scope="module")
 def packed(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Each source packed, and both in one build."""
     out = tmp_path_factory.mktemp("packed")
@@ -113,6 +123,67 @@ def test_a_merge_is_one_build_of_all_sources(packed: dict[str, Path], tmp_path: 
         assert merged.manifest.source == both.manifest.source
         has_caption = merged.samples["captions_count"] > 0
     assert 3 < has_caption[:25].sum() < 22  # shuffled over both
+
+
+def test_a_merge_of_raw_sets_is_one_raw_build(raw: dict[str, Path], tmp_path: Path) -> None:
+    summary = merge(raw["photos"], raw["pairs"], out=tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(raw["both"])
+    assert not faults_of(tmp_path / "set")
+    with PackedDataset(tmp_path / "set") as merged, PackedDataset(raw["both"]) as both:
+        assert merged.picture_shape == (24, 32, 3)
+        assert merged.manifest.pixels is not None
+        assert both.manifest.pixels is not None
+        assert merged.manifest.pixels.num_bytes == both.manifest.pixels.num_bytes
+        shards = sum(shard.num_bytes for shard in merged.manifest.shards)
+        assert summary.num_bytes == shards + merged.manifest.pixels.num_bytes
+
+
+def test_damaged_pixels_are_left_out_and_named(raw: dict[str, Path], tmp_path: Path) -> None:
+    with PackedDataset(raw["pairs"]) as dataset:
+        damaged = copy_of(dataset, tmp_path / "pairs")
+    name = contents_of_texts(damaged)[4][1]
+    data = bytearray((damaged / "pixels.npy").read_bytes())
+    data[512 + 4 * 24 * 32 * 3] ^= 1
+    (damaged / "pixels.npy").write_bytes(data)
+    summary = merge(damaged, out=tmp_path / "set")
+    assert (summary.num_samples, summary.num_damaged) == (19, 1)
+    (row,) = [row for row in quarantined(tmp_path / "set") if str(damaged) in row[3]]
+    assert row[:3] == ("list.jsonl", name, "damaged")
+    assert "(pixels.npy, offset 9728)" in row[3]
+    assert not faults_of(tmp_path / "set")
+
+
+def test_equal_pixels_become_one_sample_whatever_is_said_of_them(tmp_path: Path) -> None:
+    """Their descriptions, which are what samples.npy has the sizes of, are not equally long."""
+    for name in ("cat", "a much longer name"):
+        (tmp_path / name / name).mkdir(parents=True)
+        (tmp_path / name / name / "1.jpg").write_bytes(jpeg(1))
+        build_dataset(
+            *([tmp_path / name], tmp_path / f"raw {name}"), format="raw", workers=1, progress=False
+        )  # fmt: skip
+    inputs = [tmp_path / "raw cat", tmp_path / "raw a much longer name"]
+    rows = [np.load(path / "samples.npy")[0] for path in inputs]
+    assert rows[0]["size"] != rows[1]["size"]
+    summary = merge(*inputs, out=tmp_path / "set", duplicates="join")
+    assert (summary.num_samples, summary.num_joined) == (1, 1)
+    assert set(contents(tmp_path / "set")[0][6]) == {"cat", "a much longer name"}  # type: ignore[call-overload]
+
+
+def test_pictures_of_different_kinds_are_refused(
+    packed: dict[str, Path], raw: dict[str, Path], sources: dict[str, Path], tmp_path: Path
+) -> None:
+    build_dataset(
+        *([sources["photos"]], tmp_path / "small"), format="raw", resize="square:8", workers=1,
+        progress=False,
+    )  # fmt: skip
+    for first, second, message in (
+        (packed["photos"], raw["pairs"], "photos holds picture files, .*pairs pixels, 32 x 24 a"),
+        (raw["pairs"], packed["photos"], "both with --format raw or both without, or do not"),
+        (raw["pairs"], tmp_path / "small", "8 x 8 a picture.* same --resize square:PIXELS, or"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            merge(first, second, out=tmp_path / "set")
+    assert os.listdir(tmp_path) == ["small"]
 
 
 def test_the_seed_alone_decides_the_order(packed: dict[str, Path], tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import shutil
 import time
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -61,8 +62,14 @@ def sample(image: bytes, number: int, **changes: object) -> PackedSample:
     return PackedSample(**(values | changes))  # type: ignore[arg-type]
 
 
-def write(out: Path, samples: list[PackedSample], *, shard_bytes: int = 12_000) -> Path:
-    with DatasetWriter(out, shard_bytes=shard_bytes) as writer:
+def write(
+    out: Path,
+    samples: list[PackedSample],
+    *,
+    shard_bytes: int = 12_000,
+    pictures: Literal["encoded", "raw"] = "encoded",
+) -> Path:
+    with DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures) as writer:
         for one in samples:
             writer.add(one)
         writer.quarantine(source="photos", name="bad.jpg", kind="damaged", message="cut")
@@ -91,6 +98,16 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def copy(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """To be damaged, and mended by who damages it."""
     return Path(shutil.copytree(packed, tmp_path_factory.mktemp("copy") / "set"))
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine samples of 6 x 5 pixels, in several shards; to be damaged and mended."""
+    pixels = np.random.default_rng(0).integers(0, 256, (9, 5, 6, 3), np.uint8)
+    samples = [
+        sample(one.tobytes(), number, height=5, width=6) for number, one in enumerate(pixels, 1)
+    ]
+    return write(tmp_path_factory.mktemp("raw") / "set", samples, shard_bytes=4000, pictures="raw")
 
 
 def faults_of(folder: Path, *, decode: bool = False) -> list[Fault]:
@@ -241,6 +258,78 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     assert not multiprocessing.active_children()
     quick = {fault.sample for fault in faults_of(out)}
     assert quick == {5, 6, 7}
+
+
+def test_a_raw_set_is_sound_and_nothing_is_decoded(
+    raw: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert len(list(raw.glob("shard-*.tar"))) >= 3
+    code, text = run(raw, capsys=capsys)
+    assert code == 0
+    assert f"{raw}: sound; 9 pictures (kept as pixels), 9 captions" in text
+
+
+@given(data=st.data(), where=places, flip=flips)
+@settings(max_examples=60)
+def test_a_flipped_byte_anywhere_in_a_raw_set_is_found(
+    raw: Path, data: st.DataObject, where: int, flip: int
+) -> None:
+    name = data.draw(st.sampled_from(sorted(set(os.listdir(raw)) - {"checksums.txt"})))
+    with Damaged(raw, name, where, flip):
+        assert name in {fault.file for fault in faults_of(raw)}
+
+
+@given(where=places, flip=flips)
+@settings(max_examples=40)
+def test_pixels_are_compared_without_checksums_of_files_too(
+    raw: Path, where: int, flip: int
+) -> None:
+    """The header with the manifest, each picture with its own checksum; shards are not blamed."""
+    with Damaged(raw, "pixels.npy", where, flip, mend=True) as damaged:
+        (fault,) = faults_of(raw)
+        assert fault.file == "pixels.npy"
+        if damaged.place < 512:
+            assert (fault.kind, fault.sample) == ("array", None)
+        else:
+            assert (fault.kind, fault.sample) == ("checksum", (damaged.place - 512) // 90)
+
+
+def test_pixels_that_are_missing_or_cut_are_named(
+    raw: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = raw / "pixels.npy"
+    whole = path.read_bytes()
+    path.unlink()
+    assert [(fault.file, fault.kind) for fault in faults_of(raw)] == [("pixels.npy", "missing")]
+    for num_bytes, num_whole in ((512 + 7 * 90 + 1, 7), (100, 0)):
+        path.write_bytes(whole[:num_bytes])
+        found = faults_of(raw)
+        assert {fault.file for fault in found} == {"pixels.npy"}
+        assert [fault.kind for fault in found][:2] == ["checksum", "array"]
+        assert [fault.sample for fault in found][2:] == list(range(num_whole, 9))
+    caplog.clear()
+    assert run(raw, capsys=capsys)[0] == 1
+    assert not caplog.records  # of what training would feed instead
+    path.write_bytes(whole)
+    assert not faults_of(raw)
+
+
+def test_a_damaged_shard_of_a_raw_set_leaves_its_pictures_compared(raw: Path) -> None:
+    with Damaged(raw, "shard-000000.tar", 3, 1), Damaged(raw, "pixels.npy", 512, 1, mend=True):
+        found = {(fault.file, fault.kind) for fault in faults_of(raw) if fault.sample == 0}
+    assert found == {("shard-000000.tar", "shard"), ("pixels.npy", "checksum")}
+
+
+def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw: Path) -> None:
+    path = raw / "manifest.json"
+    with Damaged(raw, "manifest.json", 0, 0):
+        values = json.loads(path.read_text())
+        values["pixels"]["height"] += 1
+        path.write_text(json.dumps(values))
+        mend_checksums(raw, "manifest.json")
+        messages = [fault.message for fault in faults_of(raw) if fault.kind == "manifest"]
+    assert len(messages) == 1
+    assert "9 pictures of 6 x 6 pixels" in messages[0]
 
 
 def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
