@@ -70,10 +70,8 @@ class Verify:
                 f"from 1; not {self.show}, {self.workers}, {self.picture_seconds:g}, "
                 f"{self.max_pixels}"
             )
-        # opening a damaged data set warns of what will be fed instead, which is not the matter here
-        logging.getLogger("unicl_fast.file_check").setLevel(logging.ERROR)
         first: list[Fault] = []
-        with _listed(self.list) as rows:
+        with _listed(self.list) as rows, _without_warnings():
 
             def note(fault: Fault) -> None:
                 if len(first) < max(self.show, _MOST_IN_JSON):
@@ -94,6 +92,21 @@ class Verify:
             text = json.dumps(_as_json(summary, first[:_MOST_IN_JSON]), indent=1)
             write_text_whole(self.json, f"{text}\n")
         return _in_words(summary, first[: self.show], self.list), int(summary.num_faults > 0)
+
+
+@contextlib.contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Opening a damaged data set warns of what will be fed instead, which is not the matter here.
+
+    The level is put back: others in this process are to be warned.
+    """
+    logger = logging.getLogger("unicl_fast.file_check")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -310,6 +310,9 @@ def test_pixels_that_are_missing_or_cut_are_named(
     caplog.clear()
     assert run(raw, capsys=capsys)[0] == 1
     assert not caplog.records  # of what training would feed instead
+    # which whoever opens it afterwards in this process is told all the same
+    PackedDataset(raw, max_bad_fraction=1.0).close()
+    assert "DAMAGED DATA SET" in caplog.text
     path.write_bytes(whole)
     assert not faults_of(raw)
 
