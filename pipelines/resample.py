@@ -75,26 +75,21 @@ def resample_region(
     rows = picture.reshape(height, width * _CHANNELS)
     padded_line = np.zeros(rows.shape[1] + _LANES, np.float32)
     line = padded_line[: rows.shape[1]]
-    if cubic:
-        narrow = np.empty(height * _stride(size), np.uint8)
-        sums = np.empty(size * _CHANNELS, np.float32)
-        _fill_in_two_passes(
-            out,
-            rows,
-            line,
-            padded_line,
-            first_rows,
-            row_weights,
-            first_values,
-            spread,
-            narrow,
-            sums,
-        )
-    else:
-        spare = np.empty(_stride(size), np.uint8)
-        _fill_in_one_pass(
-            out, rows, line, padded_line, first_rows, row_weights, first_values, spread, spare
-        )
+    narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
+    sums = np.empty(size * _CHANNELS, np.float32)
+    _fill_square(
+        out,
+        rows,
+        line,
+        padded_line,
+        first_rows,
+        row_weights,
+        first_values,
+        spread,
+        narrow,
+        sums,
+        cubic,
+    )
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
@@ -138,9 +133,8 @@ def resample_windows(
     spread_memory = np.zeros(groups * most_taps * _PIXELS * _LANES, np.float32)
     stride = _padded(width * _CHANNELS, _LINE)
     line_memory = np.zeros(stride + _LANES, np.float32)
-    narrow = np.empty(height * _stride(size) if cubic else 0, np.uint8)
+    narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
     sums = np.empty(size * _CHANNELS, np.float32)
-    spare = np.empty(_stride(size), np.uint8)
     small = height * stride <= most_floats
     floats = np.zeros(height * stride if small else 0, np.float32)
     bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
@@ -171,32 +165,20 @@ def resample_windows(
                     target[j] = np.float32(source[j])
                 target[length:] = 0.0
             line = line_memory[:padded_length]
-            if cubic:
-                _fill_in_two_passes(
-                    squares[i], window, line, line_memory, first_rows, row_weights, first_values,
-                    spread, narrow, sums,
-                )  # fmt: skip
-            else:
-                _fill_in_one_pass(
-                    squares[i], window, line, line_memory, first_rows, row_weights, first_values,
-                    spread, spare,
-                )  # fmt: skip
+            _fill_square(
+                squares[i], window, line, line_memory, first_rows, row_weights, first_values,
+                spread, narrow, sums, cubic,
+            )  # fmt: skip
         else:
             raw_window = bytes_[: rows * length].reshape(rows, length)
             for y in range(rows):
                 source = picture[offset + y * width * _CHANNELS :]
                 raw_window[y] = source[:length]
             line = line_memory[:length]
-            if cubic:
-                _fill_in_two_passes(
-                    squares[i], raw_window, line, line_memory, first_rows, row_weights,
-                    first_values, spread, narrow, sums,
-                )  # fmt: skip
-            else:
-                _fill_in_one_pass(
-                    squares[i], raw_window, line, line_memory, first_rows, row_weights,
-                    first_values, spread, spare,
-                )  # fmt: skip
+            _fill_square(
+                squares[i], raw_window, line, line_memory, first_rows, row_weights, first_values,
+                spread, narrow, sums, cubic,
+            )  # fmt: skip
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -216,9 +198,59 @@ def _stride(size: int) -> int:
     return _groups(size) * _PIXELS * _CHANNELS + _PIXELS
 
 
-# The two functions below have neither calls nor parts of arrays in their loops: both cost Numba
-# atomic counts up and down, which for a short line take five times as long as the line. In both,
-# `padded_line` is `line` and what vectors read behind it, which has no weight.
+@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy", inline="always")
+def _fill_square(
+    out: Any,
+    rows: Any,
+    line: Any,
+    padded_line: Any,
+    first_rows: Any,
+    row_weights: Any,
+    first_values: Any,
+    spread: Any,
+    narrow: Any,
+    sums: Any,
+    cubic: bool,
+) -> None:
+    """The square from rows of a picture [h l], floats or bytes.
+
+    Args:
+        out: as of `resample_region`.
+        rows: of the picture.
+        line: memory for one row as floats, as long as a row.
+        padded_line: `line` and what vectors read behind it, which has no weight.
+        first_rows: as of `_find_taps`.
+        row_weights: as of `_weigh_taps`.
+        first_values: as of `_spread_taps`.
+        spread: as of `_spread_taps`.
+        narrow: memory for rows of the square's width: of the whole picture if `cubic`, else one.
+        sums: memory for a line of the square as floats.
+        cubic: which filter.
+    """
+    if cubic:
+        _fill_in_two_passes(
+            out,
+            rows,
+            line,
+            padded_line,
+            first_rows,
+            row_weights,
+            first_values,
+            spread,
+            narrow,
+            sums,
+        )
+    else:
+        _fill_in_one_pass(
+            out, rows, line, padded_line, first_rows, row_weights, first_values, spread, narrow
+        )
+
+
+# In the loops below there are neither calls nor parts of arrays: both cost Numba atomic counts up
+# and down, which for a short line take five times as long as the line. Even one inlined function
+# for the sums of rows in both takes 1.4 times as long for pictures of 32 pixels. Nor are places
+# added up in an index: Numba allows for negative ones, and no such loop is vectorised (cubic then
+# takes 4 times as long).
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
@@ -231,13 +263,14 @@ def _fill_in_one_pass(
     row_weights: Any,
     first_values: Any,
     spread: Any,
-    spare: Any,
+    narrow: Any,
 ) -> None:
-    """The square from rows of a picture [h l], floats or bytes."""
+    """Rows are added up to one line of floats, which is filtered to pixels."""
     size = out.shape[0]
     taps = row_weights.shape[1]
     length = line.size
     pixels = out.reshape(-1)
+    spare = narrow.reshape(-1)
     for y in range(size):
         # line = the weighted sum of rows, two rows at once, to halve its traffic
         first = first_rows[y]
@@ -284,40 +317,39 @@ def _fill_in_two_passes(
 
     A cubic filter overshoots at edges, and torchvision clips and rounds between its passes: on
     noise, one pass was up to 24 levels away from it; two are equal to it in all but 3 of 36 million
-    values, which are one level away. Two passes take 1.3 to 1.6 times as long as one. `narrow` is
-    memory for rows of the square's width, `sums` for a line of floats.
+    values, which are one level away. Two passes take 1.3 to 1.6 times as long as one.
     """
     size = out.shape[0]
     taps = row_weights.shape[1]
     length = line.size
-    stride = _stride(size)
     low, high = first_rows[0], first_rows[size - 1] + taps
+    bytes_ = narrow.reshape(-1)
+    stride = narrow.shape[1]
     for y in range(low, high):
         for j in range(length):
             line[j] = np.float32(rows[y, j])
         for group in range(spread.shape[0]):
-            _filter_pixels(narrow, (y - low) * stride, padded_line, first_values, spread, group)
-    pixels = out.reshape(-1)
+            _filter_pixels(bytes_, (y - low) * stride, padded_line, first_values, spread, group)
     width = size * _CHANNELS
+    lines = out.reshape(size, width)
     for y in range(size):
-        start = (first_rows[y] - low) * stride
+        first = first_rows[y] - low
         a = np.float32(row_weights[y, 0])
         for j in range(width):
-            sums[j] = a * np.float32(narrow[start + j])
+            sums[j] = a * np.float32(narrow[first, j])
         for t in range(1, taps - 1, 2):
             a, b = np.float32(row_weights[y, t]), np.float32(row_weights[y, t + 1])
-            row_a, row_b = start + t * stride, start + (t + 1) * stride
+            row = first + t
             for j in range(width):
-                sums[j] += a * np.float32(narrow[row_a + j]) + b * np.float32(narrow[row_b + j])
+                sums[j] += a * np.float32(narrow[row, j]) + b * np.float32(narrow[row + 1, j])
         if taps % 2 == 0:
             a = np.float32(row_weights[y, taps - 1])
-            row_a = start + (taps - 1) * stride
+            row = first + taps - 1
             for j in range(width):
-                sums[j] += a * np.float32(narrow[row_a + j])
-        place = y * width
+                sums[j] += a * np.float32(narrow[row, j])
         for j in range(width):
             rounded = sums[j] + np.float32(0.5)
-            pixels[place + j] = np.uint8(min(max(rounded, np.float32(0.0)), np.float32(255.0)))
+            lines[y, j] = np.uint8(min(max(rounded, np.float32(0.0)), np.float32(255.0)))
 
 
 @njit(cache=True, nogil=True, inline="always")
