@@ -6,6 +6,7 @@ They run inside the graph on DALI's threads, one call a sample, without Python's
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 from nvidia.dali import types
@@ -41,20 +42,7 @@ def resample_operator(image_size: int, interpolation: str) -> Any:
             cubic,
         )
 
-    def set_shapes(outputs: Any, inputs: Any) -> None:
-        for shape in outputs[0]:
-            shape[0] = image_size
-            shape[1] = image_size
-            shape[2] = 3
-
-    return NumbaFunction(
-        run_fn=run,
-        setup_fn=set_shapes,
-        out_types=[types.UINT8],
-        in_types=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
-        outs_ndim=[3],
-        ins_ndim=[3, 1, 1, 1],
-    )
+    return _operator(run, image_size, types.FLOAT, types.FLOAT, types.INT32)
 
 
 @functools.cache
@@ -72,6 +60,12 @@ def augment_operator(image_size: int, fill: tuple[int, int, int]) -> Any:
             out.ctypes, picture.ctypes, out.shape[0], row.ctypes, row.shape[0], red, green, blue
         )
 
+    return _operator(run, image_size, types.FLOAT)
+
+
+def _operator(run: Callable[..., None], image_size: int, *vectors: Any) -> Any:
+    """Makes squares out of pictures and vectors of the types given."""
+
     def set_shapes(outputs: Any, inputs: Any) -> None:
         for shape in outputs[0]:
             shape[0] = image_size
@@ -82,7 +76,7 @@ def augment_operator(image_size: int, fill: tuple[int, int, int]) -> Any:
         run_fn=run,
         setup_fn=set_shapes,
         out_types=[types.UINT8],
-        in_types=[types.UINT8, types.FLOAT],
+        in_types=[types.UINT8, *vectors],
         outs_ndim=[3],
-        ins_ndim=[3, 1],
+        ins_ndim=[3, *[1] * len(vectors)],
     )

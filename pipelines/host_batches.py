@@ -88,6 +88,10 @@ class HostBatches:
             for first in itertools.count(start_step, maker.batches_at_once):
                 yield from self.group(maker, first)
 
+    def batch(self, step: int) -> HostBatch[TrainFacts]:
+        """One step, of files or pixels."""
+        return self._with_pictures(*self._plan_steps(step, 1))
+
     def group(self, maker: SquareMaker, first_step: int) -> list[HostBatch[TrainFacts]]:
         """Some steps with squares instead of pictures; in any thread."""
         planned = self._plan_steps(first_step, maker.batches_at_once)

@@ -193,7 +193,7 @@ class TrainLoader:
 
     def _blame(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""
-        batch = next(self._host.batches(failed.step))
+        batch = self._host.batch(failed.step)
         data = dataclasses.replace(self._config.data, threads=1, prefetch=1)
         one = self._graph(data, batch_size=1)
         reasons = find_undecodable(one, batch.inputs, device=self._device)

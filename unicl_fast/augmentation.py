@@ -286,16 +286,14 @@ _FIELDS = typing.get_type_hints(Augmentation)
 def _parse_value(text: str, field: str, value: str, *, hint: Any) -> Any:
     if hint == Policy:
         return value  # which there are is checked with the others
-    kinds = [kind for kind in typing.get_args(hint) or (hint,) if kind is not type(None)]
+    expected = "a whole number" if hint is int else "a number"
     try:
-        if tuple[float, float] in kinds or hint == tuple[float, float]:
+        if tuple[float, float] in (hint, *typing.get_args(hint)):  # or that or None
+            expected = "a range LOW..HIGH"
             low, high = value.split("..")
             return float(low), float(high)
-        return int(value) if int in kinds else float(value)
+        return int(value) if hint is int else float(value)
     except ValueError as error:
-        expected = "a whole number" if int in kinds else "a number"
-        if tuple[float, float] in kinds or hint == tuple[float, float]:
-            expected = "a range LOW..HIGH"
         raise ValueError(
             f"augmentation {text!r}: {field} must be {expected}, not {value!r}"
         ) from error

@@ -273,8 +273,15 @@ def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
 
 @pytest.mark.parametrize("kind", ["cut", "gone"])
 def test_pixels_that_vanish_under_a_run_are_replaced(
-    sets: Sets, folders: list[Path], opened: Any, prompts: ClassPrompts, kind: str
+    sets: Sets,
+    folders: list[Path],
+    opened: Any,
+    prompts: ClassPrompts,
+    kind: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    # few batches are read at once, else all could have been read before the damage is done
+    monkeypatch.setattr("unicl_fast.pipelines.raw_pictures._MOST_AT_ONCE", 4 * BATCH)
     count = 400
     expected = take(make_loader(sets["raw"], prompts), count=count)
     datasets = opened()
