@@ -21,7 +21,10 @@ from torch import Tensor
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.benchmarks.harness import (
     BenchmarkSettings,
+    Figures,
+    Turn,
     print_figures,
+    ratios_of,
     summarise,
     write_result,
 )
@@ -119,31 +122,32 @@ def compare(spec: str, fused: Tensor, dali: Tensor) -> None:
         raise RuntimeError(f"{spec}: the fused operator and DALI's differ; nothing was timed")
 
 
-def measure(
-    loaders: dict[tuple[str, Resample], Iterator[Tensor]], settings: Settings
-) -> dict[str, dict[str, object]]:
+def measure(loaders: dict[tuple[str, Resample], Iterator[Tensor]], settings: Settings) -> Figures:
     """Rates of all in turns, and the ratio of each round to its round without augmentation."""
-    turns: dict[tuple[str, Resample], list[tuple[float, float]]] = {name: [] for name in loaders}
+    turns: dict[str, list[Turn]] = {", ".join(name): [] for name in loaders}
     for _ in range(settings.rounds):
-        for name, batches in loaders.items():
+        for name, batches in zip(turns, loaders.values(), strict=True):
             turns[name].append(take_turn(batches, settings))
-    plain = turns[_CROP_ONLY, "fused"]
+    plain = f"{_CROP_ONLY}, fused"
+    pictures = settings.batches * settings.batch_size
     figures = {}
-    for (spec, resample), mine in turns.items():
-        name = f"{spec}, {resample}"
-        figures[f"{name}: images/s"] = summarise([rate for rate, _ in mine])
-        for place, kind in ((0, "rate"), (1, "rate by processor time")):
-            ratios = [a[place] / b[place] for a, b in zip(mine, plain, strict=True)]
+    for name, mine in turns.items():
+        figures[f"{name}: images/s"] = summarise([pictures / turn.wall_seconds for turn in mine])
+        for unit, kind in (
+            ("wall_seconds", "rate"),
+            ("processor_seconds", "rate by processor time"),
+        ):
+            # of equal numbers of pictures: how many times as long the other one takes
+            ratios = ratios_of(turns, plain, name, unit=unit)
             figures[f"{name}: {kind} against none"] = summarise(ratios)
     return figures
 
 
-def take_turn(batches: Iterator[Tensor], settings: Settings) -> tuple[float, float]:
-    """Pictures per second of wall time and of processor time, once what lay ready is gone."""
+def take_turn(batches: Iterator[Tensor], settings: Settings) -> Turn:
+    """Takes `batches` of them, once what lay ready is gone."""
     for _ in range(_WARM_UP):
         next(batches)
     wall, processor = time.perf_counter(), time.process_time()
     for _ in range(settings.batches):
         next(batches)
-    pictures = settings.batches * settings.batch_size
-    return pictures / (time.perf_counter() - wall), pictures / (time.process_time() - processor)
+    return Turn(time.perf_counter() - wall, time.process_time() - processor)

@@ -24,8 +24,6 @@ from unicl_fast.shards import PackedDataset
 
 _SQUARES = 48
 _BATCH = 16
-_ENOUGH = 4 * _SQUARES
-"""Pictures taken of each; those who draw with replacement do not show all of them sooner."""
 _STANDARD_ERRORS = 5
 _THUMBNAIL = 8
 
@@ -54,28 +52,32 @@ def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarra
     """A task whose answer is known: squares shown whole, unmirrored.
 
     Writes the squares, cut out of the middle of the data set's first pictures, into
-    `task.scratch`.
+    `task.scratch`: as JPEGs, or raw as the data set is.
 
     Returns:
         The task, and Pillow's pictures: float32 [n h w 3] in levels of 255.
     """
     scratch = task.scratch / "squares"
-    scratch.mkdir()
+    scratch.mkdir(parents=True)
     size = (task.image_size, task.image_size)
+    is_raw = dataset.picture_shape is not None
     truth = []
-    with DatasetWriter(scratch / "packed") as writer:
+    with DatasetWriter(scratch / "packed", pictures="raw" if is_raw else "encoded") as writer:
         for index in range(min(_SQUARES, len(dataset))):
-            data = _square(bytes(dataset.image_bytes(index)))
-            with Image.open(io.BytesIO(data)) as picture:
-                side = picture.width
-                resized = picture.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+            square = _square(bytes(dataset.image_bytes(index)))
+            data = square.tobytes()
+            if not is_raw:
+                data = _jpeg(square)
+                with Image.open(io.BytesIO(data)) as picture:
+                    square = picture.convert("RGB")
+            resized = square.resize(size, Image.Resampling.BILINEAR)
             truth.append(np.asarray(resized, dtype=np.float32))
             writer.add(
                 PackedSample(
                     image=data,
-                    extension="jpg",
-                    height=side,
-                    width=side,
+                    extension="raw" if is_raw else "jpg",
+                    height=square.height,
+                    width=square.width,
                     xxh3=xxhash.xxh3_64_intdigest(data),
                     labels=[0],
                 )
@@ -107,11 +109,14 @@ def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarra
     )
 
 
-def _square(encoded: bytes) -> bytes:
+def _square(encoded: bytes) -> Image.Image:
     with Image.open(io.BytesIO(encoded)) as picture:
         side = min(picture.size)
         left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        square = picture.convert("RGB").crop((left, top, left + side, top + side))
+        return picture.convert("RGB").crop((left, top, left + side, top + side))
+
+
+def _jpeg(square: Image.Image) -> bytes:
     buffer = io.BytesIO()
     square.save(buffer, format="JPEG", quality=95)
     return buffer.getvalue()

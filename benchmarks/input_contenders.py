@@ -63,7 +63,6 @@ class Contender:
     less makes 0.2; those with another filter or decoder have a wider one."""
     differs: str = ""
     """What it does not do as the others do."""
-    jpeg_only: bool = False
 
 
 _HERE = "unicl_fast.benchmarks"
@@ -171,7 +170,6 @@ PARTS = (
         kind="limit",
         what="libjpeg-turbo decodes the whole picture and nothing else, bytes in memory",
         code=f"{_HERE}.input_own:turbojpeg_alone",
-        jpeg_only=True,
     ),
     Contender(
         name="read",

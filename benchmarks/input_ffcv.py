@@ -23,14 +23,14 @@ _EPOCH = 500_000
 """Pictures of one of its epochs; between two of them its threads start anew."""
 
 
-def write_jpg(task: Task) -> Iterator[int]:
-    """The data set as JPEGs in FFCV's format; a step for each file written."""
-    yield _write(task, "jpg")
+def write_jpg(task: Task) -> None:
+    """The data set as JPEGs in FFCV's format."""
+    _write(task, "jpg")
 
 
-def write_raw(task: Task) -> Iterator[int]:
+def write_raw(task: Task) -> None:
     """The data set as pixels in FFCV's format."""
-    yield _write(task, "raw")
+    _write(task, "raw")
 
 
 def jpg_batches(task: Task) -> Iterator[Tensor]:
@@ -45,7 +45,7 @@ def _path(task: Task, mode: str) -> Path:
     return task.scratch / f"{mode}.beton"
 
 
-def _write(task: Task, mode: str) -> int:
+def _write(task: Task, mode: str) -> None:
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
 
@@ -55,7 +55,6 @@ def _write(task: Task, mode: str) -> int:
         str(_path(task, mode)), {"image": image, "label": IntField()}, num_workers=1
     )
     writer.from_indexed_dataset(folder)
-    return _path(task, mode).stat().st_size
 
 
 def _batches(task: Task, mode: str) -> Iterator[Tensor]:

@@ -21,8 +21,10 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from unicl_fast.benchmarks.input_contenders import Task
+from unicl_fast.benchmarks.input_worker import ContenderError
 from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
 from unicl_fast.pipelines.bad_samples import BadSamples
+from unicl_fast.pipelines.graph import decode_windows
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.integer_block import pack_integers
 from unicl_fast.pipelines.loader import TrainLoader
@@ -32,7 +34,7 @@ from unicl_fast.pipelines.texts import gather_texts
 from unicl_fast.precision import normalise_images
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
-from unicl_fast.targets import map_targets
+from unicl_fast.targets import map_steps
 from unicl_fast.tokenizer import Tokenizer
 
 _HELD = 1024
@@ -66,12 +68,16 @@ class _Own:
     def planned(self, step: int) -> PlannedBatch:
         return self.loader.plan.batch(step, rank=0, world_size=1)
 
-    def read(self, step: int) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
-        return self.bad.read_batch(self.loader.plan, self.planned(step))
+    def some_planned(self) -> list[PlannedBatch]:
+        """So many batches as make `_HELD` pictures, at least one."""
+        return [self.planned(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
+
+    def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
+        return self.bad.read_batch(self.loader.plan, planned)
 
     def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
-        """So many batches as make `_HELD` pictures, at least one."""
-        return [self.read(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
+        """`some_planned` with their encoded pictures."""
+        return [self.read(planned) for planned in self.some_planned()]
 
 
 def ours(task: Task) -> Iterator[Tensor]:
@@ -96,18 +102,17 @@ def plan(task: Task) -> Iterator[int]:
 
 def texts(task: Task) -> Iterator[int]:
     own = _Own(task)
-    batches = [own.planned(step) for step in range(16)]
     length = own.config.model.context_length
-    for planned in itertools.cycle(batches):
+    for planned in itertools.cycle(own.some_planned()):
         rows, classes = gather_texts(planned, [own.dataset], own.prompts, context_length=length)
-        targets = map_targets(rows, classes, own.prompts)
+        targets = map_steps(rows, classes, own.prompts, size=len(rows))
         yield len(pack_integers(targets, planned.slots, context_length=length))
 
 
 def read(task: Task) -> Iterator[int]:
     own = _Own(task)
-    for step in itertools.count():
-        yield len(own.read(step)[1])
+    for planned in itertools.cycle(own.some_planned()):
+        yield len(own.read(planned)[1])
 
 
 def decode_alone(task: Task) -> Iterator[int]:
@@ -130,15 +135,16 @@ def decode_alone(task: Task) -> Iterator[int]:
             dtype=[types.UINT8, types.INT32, types.INT32],
             ndim=[1, 1, 1],
         )
-        windows = fn.decoders.image_slice(
-            encoded,
-            start=starts,
-            shape=shapes,
-            axis_names="HW",
-            output_type=types.RGB,
-            adjust_orientation=False,
+        pipeline.set_outputs(
+            decode_windows(
+                encoded,
+                starts,
+                shapes,
+                data=own.config.data,
+                device=torch.device("cpu"),
+                pictures="files",
+            )
         )
-        pipeline.set_outputs(windows)
     while True:
         (pictures,) = pipeline.run()
         yield len(pictures)
@@ -148,9 +154,10 @@ def decode_alone(task: Task) -> Iterator[int]:
 def turbojpeg_alone(task: Task) -> Iterator[int]:
     from unicl_fast.benchmarks.input_native_peers import decode_whole
 
-    yield from _in_threads(
-        task, decode_whole, [(picture,) for _, encoded in _Own(task).held() for picture in encoded]
-    )
+    pictures = [(picture,) for _, encoded in _Own(task).held() for picture in encoded]
+    if any(bytes(picture[:2]) != b"\xff\xd8" for (picture,) in pictures):
+        raise ContenderError("the pictures are not JPEGs")
+    yield from _in_threads(task, decode_whole, pictures)
 
 
 def resample(task: Task) -> Iterator[int]:

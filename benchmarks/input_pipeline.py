@@ -52,7 +52,8 @@ from unicl_fast.shards import PackedDataset
 T = TypeVar("T")
 
 _COMPARED = 192
-"""Pictures of each contender that are compared with Pillow's."""
+"""Pictures of each contender that are compared with Pillow's: four times as many as there are
+squares, since those who draw with replacement do not show all of them sooner."""
 _MOMENTS = 1024
 """Pictures of each whose means and deviations are compared."""
 _PACKAGES = (
@@ -114,10 +115,15 @@ def run(settings: Settings) -> None:
         tasks = {each.name: task for each in race.still_in()}
         if settings.raw_data:
             tasks[RAW.name] = dataclasses.replace(task, data=settings.raw_data.absolute())
-        if bytes(dataset.image_bytes(0)[:2]) != b"\xff\xd8":
-            race.leave_out_jpeg_only()
         write_class_folder(dataset, task.class_folder)
-        gaps = race.compare_pixels(*comparison_task(dataset, task))
+        question = comparison_task(dataset, task)
+        questions = dict.fromkeys(tasks, question)
+        if settings.raw_data:
+            with PackedDataset(settings.raw_data) as raw_dataset:
+                questions[RAW.name] = comparison_task(
+                    raw_dataset, dataclasses.replace(task, scratch=task.scratch / "raw")
+                )
+        gaps = race.compare_pixels(questions)
         race.prepare(tasks)
         figures = race.measure_memory(tasks, settings.seconds)
         figures |= race.measure_rates(tasks, settings)
@@ -144,14 +150,14 @@ class _Race:
             if each.name not in self.left_out and (not kinds or each.kind in kinds)
         ]
 
-    def attempt(self, contender: Contender, work: Callable[[], T]) -> T | None:
-        """The result of `work`; None, and a note, if the contender cannot do it.
+    def attempt(self, contender: Contender, work: Callable[[Contender], T]) -> T | None:
+        """The result of its `work`; None, and a note, if the contender cannot do it.
 
         Raises:
             RuntimeError: it is ours.
         """
         try:
-            return work()
+            return work(contender)
         except ContenderError as error:
             reason = str(error)
             if isinstance(error, MissingPackageError) and contender.install:
@@ -165,16 +171,15 @@ class _Race:
         print(f"{contender.name} is passed over: {reason}", flush=True)
         self.left_out[contender.name] = reason
 
-    def leave_out_jpeg_only(self) -> None:
-        for each in self.still_in():
-            if each.jpeg_only:
-                self.leave_out(each, "the pictures are not JPEGs")
+    def compare_pixels(self, questions: Mapping[str, tuple[Task, np.ndarray]]) -> dict[str, Gap]:
+        """Everybody's pictures against Pillow's; who makes something else is out.
 
-    def compare_pixels(self, task: Task, truth: np.ndarray) -> dict[str, Gap]:
-        """Everybody's pictures against Pillow's; who makes something else is out."""
+        Args:
+            questions: for each name a task and its answer, see `comparison_task`.
+        """
         gaps = {}
         for each in self.still_in("ours", "peer"):
-            gap = self.attempt(each, lambda each=each: _gap(each, task, truth))  # type: ignore[misc]
+            gap = self.attempt(each, lambda who: _gap(who, *questions[who.name]))
             if gap is not None:
                 gaps[each.name] = gap
                 print(f"{each.name}: {gap.mean:.2f} levels from Pillow's in the mean", flush=True)
@@ -182,18 +187,18 @@ class _Race:
 
     def prepare(self, tasks: Mapping[str, Task]) -> None:
         for each in self.still_in():
-            self.attempt(each, lambda each=each: _prepare(each, tasks[each.name]))  # type: ignore[misc]
+            self.attempt(each, lambda who: _prepare(who, tasks[who.name]))
 
     def measure_memory(self, tasks: Mapping[str, Task], seconds: float) -> Figures:
         """Each alone, so that nobody shares a library with it."""
+
+        def measure(who: Contender) -> list[float]:
+            with Worker(who, tasks[who.name]) as worker:
+                return [number / 1e6 for number in worker.memory(seconds)]
+
         figures = {}
         for each in self.still_in("ours", "peer"):
-
-            def work(each: Contender = each) -> list[float]:
-                with Worker(each, tasks[each.name]) as worker:
-                    return [number / 1e6 for number in worker.memory(seconds)]
-
-            megabytes = self.attempt(each, work)
+            megabytes = self.attempt(each, measure)
             if megabytes:
                 figures[f"{each.name}, MB"] = summarise(megabytes)
         return figures
@@ -204,8 +209,7 @@ class _Race:
             workers: dict[str, Worker] = {}
             for each in self.still_in():
                 worker = self.attempt(
-                    each,
-                    lambda each=each: stack.enter_context(Worker(each, tasks[each.name])),  # type: ignore[misc]
+                    each, lambda who: stack.enter_context(Worker(who, tasks[who.name]))
                 )
                 if worker is not None:
                     workers[each.name] = worker
@@ -213,19 +217,21 @@ class _Race:
             rates: dict[str, list[Rate]] = {name: [] for name in workers}
             for _ in range(settings.rounds):
                 for each in self.still_in():
-                    turn = self.attempt(
-                        each,
-                        lambda each=each: workers[each.name].turn(settings.seconds),  # type: ignore[misc]
-                    )
+                    turn = self.attempt(each, lambda who: workers[who.name].turn(settings.seconds))
                     if turn is not None:
                         rates[each.name].append(turn)
         return self._rate_figures({each.name: rates[each.name] for each in self.still_in()})
 
     def _compare_laws(self, workers: Mapping[str, Worker], settings: Settings) -> None:
         batches = -(-_MOMENTS // settings.batch_size)
-        reference = workers[OURS.name].moments(batches)
+
+        def moments_of(who: Contender) -> np.ndarray:
+            return workers[who.name].moments(batches)
+
+        reference = self.attempt(OURS, moments_of)
+        assert reference is not None  # else the run has ended
         for each in self.still_in("ours", "peer"):
-            moments = self.attempt(each, lambda each=each: workers[each.name].moments(batches))  # type: ignore[misc]
+            moments = None if each is OURS else self.attempt(each, moments_of)
             difference = "" if moments is None else differs_in_law(moments, reference)
             if difference:
                 self.leave_out(each, difference)

@@ -88,7 +88,7 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             [f"limit: {name}" if kind == "limit" else name for name, kind in reversed(rows)],
         )
         panel.set_xlim(0, 1.32 * top)
-        panel.set_xlabel(_axis_label(result, rows), fontsize=8)
+        panel.set_xlabel(_axis_label(result), fontsize=8)
         panel.set_title(title, fontsize=10)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
@@ -109,7 +109,8 @@ def _bars(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Names and kinds from top to bottom: limits, then whole pipelines, the fastest first."""
     rows = [(name, facts["kind"]) for name, facts in _by_rate(result)]
     whole = [(name, kind) for name, kind in rows if kind in ("ours", "peer")]
-    return [row for row in rows if row[1] == "limit" and row not in _beyond(result)] + whole
+    beyond = _beyond(result)
+    return [row for row in rows if row[1] == "limit" and row not in beyond] + whole
 
 
 def _beyond(result: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -124,7 +125,7 @@ def _beyond(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _axis_label(result: Mapping[str, Any], rows: list[tuple[str, str]]) -> str:
+def _axis_label(result: Mapping[str, Any]) -> str:
     label = "images/s: median and spread (memory of all processes)"
     beyond = [
         f"{name} {result['figures'][f'{name}, images/s']['median']:,.0f}"

@@ -64,7 +64,6 @@ class Worker:
 
     def __init__(self, contender: Contender, task: Task, *, prepare: bool = False) -> None:
         """Starts the process; `prepare` only writes what the contender reads."""
-        self.name = contender.name
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -168,8 +167,7 @@ def serve(descriptor: int) -> None:
         try:
             contender, task, prepare = connection.recv()
             if prepare:
-                for _ in load(contender.prepare)(task):
-                    pass
+                load(contender.prepare)(task)
                 connection.send(("done", None))
                 return
             _serve_batches(connection, contender, task)

@@ -92,11 +92,7 @@ def draw_rows(
     if not augmentation.changes_pixels:
         return rows
     key = np.uint64(key)  # type: ignore[assignment]
-    jitter = (
-        augmentation.jitter_probability if max(_strengths(augmentation)) > 0 else 0.0,
-        *_strengths(augmentation),
-        augmentation.grayscale,
-    )
+    jitter = (augmentation.jitter_chance, *augmentation.strengths, augmentation.grayscale)
     blur = (augmentation.blur, *augmentation.blur_sigma)
     erase = (augmentation.erase, *augmentation.erase_area, *augmentation.erase_ratio)
     _draw_colours(rows, visits, key, np.array(jitter), np.array(blur))
@@ -115,15 +111,6 @@ def draw_rows(
     elif augmentation.policy == "auto":
         _draw_auto(rows, visits, key, table, auto_pairs(), image_size, start)
     return rows
-
-
-def _strengths(augmentation: Augmentation) -> tuple[float, float, float, float]:
-    return (
-        augmentation.brightness,
-        augmentation.contrast,
-        augmentation.saturation,
-        augmentation.hue,
-    )
 
 
 # Which numbers of a picture's stream are for what: part of what a seed means, never reuse.

@@ -78,7 +78,7 @@ def build_train_graph(
         if pictures != "squares":
             starts, shapes, flips = cuts
             squares = _resampled(
-                _windows(first, starts, shapes, data=data, device=device, pictures=pictures),
+                decode_windows(first, starts, shapes, data=data, device=device, pictures=pictures),
                 flips,
                 data=data,
                 fused=fused,
@@ -113,7 +113,7 @@ def _training_inputs(source: Source, *, pictures: Pictures, has_rows: bool) -> l
     return [*nodes, *[None] * (not has_rows)]
 
 
-def _windows(
+def decode_windows(
     first: Any,
     starts: Any,
     shapes: Any,

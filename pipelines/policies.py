@@ -9,13 +9,16 @@ pixels is written in augment_kernels.py and augment.py.
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numba import njit
 from numpy.typing import NDArray
+
+from unicl_fast.augmentation import Policy
 
 
 class Operator(enum.IntEnum):
@@ -180,11 +183,12 @@ OPERATIONS: dict[str, tuple[Operation, ...]] = {
 }
 
 
-def operators_of(policy: Literal["none", "rand", "trivial", "auto"]) -> set[Operator]:
+def operators_of(policy: Policy) -> set[Operator]:
     """Those that a policy may ask for, `IDENTITY` left out."""
     return {operation.operator for operation in OPERATIONS[policy]} - {Operator.IDENTITY}
 
 
+@functools.cache
 def table_of(operations: tuple[Operation, ...]) -> NDArray[np.float64]:
     """The operations as a table [operations 8] for `write_operation`."""
     rows = [
@@ -194,6 +198,7 @@ def table_of(operations: tuple[Operation, ...]) -> NDArray[np.float64]:
     return np.array(rows, dtype=np.float64).reshape(-1, 8)
 
 
+@functools.cache
 def auto_pairs() -> NDArray[np.float64]:
     """AutoAugment's pairs [25 2 3]: operation's place in `AUTO`, chance, level in 0 to 1."""
     words = _AUTO_PAIRS.split()

@@ -23,14 +23,15 @@ LARGEST_MAGNITUDE = 10.0
 _MOST_POLICY_OPS = 8
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Refuses a setting by a ValueError."""
     if not condition:
         raise ValueError(message)
 
 
 def _require_rising(name: str, bounds: tuple[float, float], *, most: float) -> None:
     low, high = bounds
-    _require(
+    require(
         0 < low <= high <= most and high < math.inf,
         f"{name} must rise above 0{f' up to {most:g} at most' if most < math.inf else ''}, "
         f"not {low:g}..{high:g}",
@@ -81,32 +82,32 @@ class Augmentation:
     """2 shows each picture twice: a second window, flip and augmentation of its own."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.policy in typing.get_args(Policy),
             f"policy must be one of {', '.join(typing.get_args(Policy))}, not {self.policy!r}",
         )
         for name in ("flip", "policy_probability", "jitter_probability", "grayscale", "blur",
                      "erase"):  # fmt: skip
             value = getattr(self, name)
-            _require(
+            require(
                 value is None or 0 <= value <= 1,
                 f"{name} is a probability and must lie in 0 to 1, not {value}",
             )
         for name in ("brightness", "contrast", "saturation"):
             value = getattr(self, name)
-            _require(
+            require(
                 0 <= value < math.inf, f"{name} must be 0 (leave it alone) or more, not {value}"
             )
-        _require(0 <= self.hue <= 0.5, f"hue must lie in 0 to 0.5 turns, not {self.hue}")
-        _require(
+        require(0 <= self.hue <= 0.5, f"hue must lie in 0 to 0.5 turns, not {self.hue}")
+        require(
             1 <= self.policy_ops <= _MOST_POLICY_OPS,
             f"policy_ops must lie in 1 to {_MOST_POLICY_OPS}, not {self.policy_ops}",
         )
-        _require(
+        require(
             0 <= self.magnitude <= LARGEST_MAGNITUDE,
             f"magnitude must lie in 0 to {LARGEST_MAGNITUDE:g}, not {self.magnitude}",
         )
-        _require(
+        require(
             0 <= self.magnitude_std < math.inf,
             f"magnitude_std must be 0 or more, not {self.magnitude_std}",
         )
@@ -115,17 +116,22 @@ class Augmentation:
         _require_rising("blur_sigma", self.blur_sigma, most=20.0)
         _require_rising("erase_area", self.erase_area, most=1.0)
         _require_rising("erase_ratio", self.erase_ratio, most=math.inf)
-        _require(self.views in (1, 2), f"views must be 1 or 2, not {self.views}")
+        require(self.views in (1, 2), f"views must be 1 or 2, not {self.views}")
 
     @property
     def twists_colours(self) -> bool:
         """Whether colour jitter or loss of colour can happen."""
-        return self._jitters or self.grayscale > 0
+        return max(self.jitter_chance, self.grayscale) > 0
 
     @property
-    def _jitters(self) -> bool:
-        strengths = (self.brightness, self.contrast, self.saturation, self.hue)
-        return self.jitter_probability > 0 and max(strengths) > 0
+    def strengths(self) -> tuple[float, float, float, float]:
+        """Of colour jitter: brightness, contrast, saturation, hue."""
+        return self.brightness, self.contrast, self.saturation, self.hue
+
+    @property
+    def jitter_chance(self) -> float:
+        """Chance that colours are jittered by anything at all."""
+        return self.jitter_probability if max(self.strengths) > 0 else 0.0
 
     @property
     def stages(self) -> int:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from unicl_fast.augmentation import check_augment_entries
+from unicl_fast.augmentation import check_augment_entries, require
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -41,11 +41,6 @@ def _require_known_choices(group: str, settings: object) -> None:
         choices, value = typing.get_args(kind), getattr(settings, name)
         if typing.get_origin(kind) is Literal and value not in choices:
             raise ValueError(f"{group}.{name} must be one of {', '.join(choices)}, not {value!r}")
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -111,45 +106,45 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require_known_choices("data", self)
-        _require(
+        require(
             len(self.fraction) in {1, len(self.train)}
             and all(0 < part <= 1 for part in self.fraction),
             "data.fraction takes one number in (0, 1] for all data sets or one for each of the "
             f"{len(self.train)}, not {self.fraction}",
         )
-        _require(
+        require(
             1 <= self.image_size <= _MOST_PIXELS_A_SIDE,
             f"data.image_size must lie in 1 to {_MOST_PIXELS_A_SIDE}, not {self.image_size}",
         )
         low, high = self.crop_scale
-        _require(
+        require(
             0 < low <= high <= 1,
             f"data.crop_scale must rise within (0, 1], not {self.crop_scale}",
         )
         low, high = self.crop_ratio
-        _require(0 < low <= high, f"data.crop_ratio must rise above 0, not {self.crop_ratio}")
-        _require(
+        require(0 < low <= high, f"data.crop_ratio must rise above 0, not {self.crop_ratio}")
+        require(
             0 <= self.flip_probability <= 1,
             f"data.flip_probability must lie in 0 to 1, not {self.flip_probability}",
         )
         check_augment_entries(self.augment)
-        _require(
+        require(
             self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
             f"data.image_size ({self.image_size})",
         )
-        _require(min(self.std) > 0, f"data.std must be positive, not {self.std}")
-        _require(self.threads >= 0, f"data.threads must not be negative, not {self.threads}")
-        _require(self.prefetch >= 1, f"data.prefetch must be at least 1, not {self.prefetch}")
-        _require(
+        require(min(self.std) > 0, f"data.std must be positive, not {self.std}")
+        require(self.threads >= 0, f"data.threads must not be negative, not {self.threads}")
+        require(self.prefetch >= 1, f"data.prefetch must be at least 1, not {self.prefetch}")
+        require(
             0 <= self.hw_decoder_load <= 1,
             f"data.hw_decoder_load must lie in 0 to 1, not {self.hw_decoder_load}",
         )
-        _require(
+        require(
             min(self.decoder_hint) >= 0,
             f"data.decoder_hint must not be negative, not {self.decoder_hint}",
         )
-        _require(
+        require(
             0 <= self.max_bad_fraction <= 1,
             f"data.max_bad_fraction must lie in 0 to 1, not {self.max_bad_fraction}",
         )
@@ -181,16 +176,16 @@ class ModelConfig:
     """The logarithm of the scale is kept at or below this; inf leaves it free as the paper does."""
 
     def __post_init__(self) -> None:
-        _require(0 <= self.drop_path < 1, f"model.drop_path must lie in [0, 1): {self.drop_path}")
+        require(0 <= self.drop_path < 1, f"model.drop_path must lie in [0, 1): {self.drop_path}")
         for name, most in _MOST.items():
             value = getattr(self, name)
-            _require(1 <= value <= most, f"model.{name} must lie in 1 to {most}, not {value}")
-        _require(
+            require(1 <= value <= most, f"model.{name} must lie in 1 to {most}, not {value}")
+        require(
             self.text_width % self.text_heads == 0,
             f"model.text_heads ({self.text_heads}) must divide model.text_width "
             f"({self.text_width})",
         )
-        _require(
+        require(
             math.isfinite(self.logit_scale_init),
             f"model.logit_scale_init must be finite, not {self.logit_scale_init}",
         )
@@ -229,17 +224,17 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         _require_known_choices("optim", self)
-        _require(
+        require(
             0 <= self.ema_decay < 1, f"optim.ema_decay must lie in [0, 1), not {self.ema_decay}"
         )
-        _require(self.lr > 0, f"optim.lr must be positive, not {self.lr}")
-        _require(self.lr_batch_size >= 0, "optim.lr_batch_size must not be negative")
-        _require(0 <= self.lr_min <= self.lr, "optim.lr_min must lie between 0 and optim.lr")
-        _require(
+        require(self.lr > 0, f"optim.lr must be positive, not {self.lr}")
+        require(self.lr_batch_size >= 0, "optim.lr_batch_size must not be negative")
+        require(0 <= self.lr_min <= self.lr, "optim.lr_min must lie between 0 and optim.lr")
+        require(
             0 <= self.warmup_fraction < 1,
             f"optim.warmup_fraction must lie in [0, 1), not {self.warmup_fraction}",
         )
-        _require(self.clip_norm >= 0, f"optim.clip_norm must not be negative: {self.clip_norm}")
+        require(self.clip_norm >= 0, f"optim.clip_norm must not be negative: {self.clip_norm}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -277,7 +272,7 @@ class EfficiencyConfig:
 
     def __post_init__(self) -> None:
         _require_known_choices("efficiency", self)
-        _require(
+        require(
             self.micro_batch_size >= 0,
             f"efficiency.micro_batch_size must not be negative, not {self.micro_batch_size}",
         )
@@ -296,8 +291,8 @@ class CheckpointConfig:
     zero_shot/NAME/top1; empty takes top1 of the first data set in data.evaluate; none: no best."""
 
     def __post_init__(self) -> None:
-        _require(self.every_steps >= 0, "checkpoint.every_steps must not be negative")
-        _require(self.keep >= 0, "checkpoint.keep must not be negative")
+        require(self.every_steps >= 0, "checkpoint.every_steps must not be negative")
+        require(self.keep >= 0, "checkpoint.keep must not be negative")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -329,18 +324,18 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_known_choices("run", self)
-        _require(
+        require(
             self.global_batch_size >= 1,
             f"run.global_batch_size must be positive, not {self.global_batch_size}",
         )
-        _require(
+        require(
             self.samples >= 0 and self.steps >= 0,
             f"run.samples and run.steps must not be negative, not {self.samples}, {self.steps}",
         )
-        _require(self.log_every_steps >= 1, "run.log_every_steps must be at least 1")
-        _require(self.evaluate_every_steps >= 0, "run.evaluate_every_steps must not be negative")
-        _require(self.max_bad_steps >= 0, "run.max_bad_steps must not be negative")
-        _require(
+        require(self.log_every_steps >= 1, "run.log_every_steps must be at least 1")
+        require(self.evaluate_every_steps >= 0, "run.evaluate_every_steps must not be negative")
+        require(self.max_bad_steps >= 0, "run.max_bad_steps must not be negative")
+        require(
             0 <= self.timeout_seconds < math.inf,
             f"run.timeout_seconds must be 0 (no limit) or more, not {self.timeout_seconds}",
         )

@@ -5,6 +5,7 @@ Mostly with contenders of tests/oracles/fake_contenders.py, whose processes star
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import time
@@ -13,15 +14,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-import xxhash
+from packed_sets import Sample, pack
 from PIL import Image
 
 from unicl_fast.benchmarks import input_pipeline
-from unicl_fast.benchmarks.input_compare import gap_to
+from unicl_fast.benchmarks.input_compare import comparison_task, gap_to
 from unicl_fast.benchmarks.input_contenders import (
     OURS,
     PARTS,
     PEERS,
+    RAW,
     Contender,
     Kind,
     Task,
@@ -30,7 +32,8 @@ from unicl_fast.benchmarks.input_contenders import (
 from unicl_fast.benchmarks.input_pipeline import Settings, run
 from unicl_fast.benchmarks.input_report import plot, table
 from unicl_fast.benchmarks.input_worker import Worker
-from unicl_fast.shard_writer import DatasetWriter, PackedSample
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tokenizer import Tokenizer
 
 ORACLES = Path(__file__).resolve().parents[1] / "oracles"
 
@@ -49,34 +52,19 @@ def _workers_find_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 smooth pictures in random colours, 60 x 80: no filter's choice is stressed."""
     folder = tmp_path_factory.mktemp("input")
+    with pack_pictures(folder / "packed", raw=False) as dataset:
+        return dataset.folder
+
+
+def pack_pictures(out: Path, *, raw: bool) -> PackedDataset:
     draw = np.random.default_rng(0)
-    with DatasetWriter(folder / "packed") as writer:
-        for index in range(24):
-            colours = Image.fromarray(draw.integers(0, 256, (4, 5, 3), dtype=np.uint8))
-            path = folder / f"{index}.jpg"
-            colours.resize((80, 60), Image.Resampling.BICUBIC).save(path)
-            data = path.read_bytes()
-            writer.add(
-                PackedSample(
-                    image=data,
-                    extension="jpg",
-                    height=60,
-                    width=80,
-                    xxh3=xxhash.xxh3_64_intdigest(data),
-                    labels=[index % 2],
-                )
-            )
-        writer.finish(
-            tokenizer="clip",
-            vocabulary_hash="",
-            context_length=77,
-            class_names=["even", "odd"],
-            templates=["a {}."],
-            source=["tests"],
-            seed=0,
-            tool_version="0",
-        )
-    return folder / "packed"
+    samples = []
+    for index in range(24):
+        colours = Image.fromarray(draw.integers(0, 256, (4, 5, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        colours.resize((80, 60), Image.Resampling.BICUBIC).save(file, format="JPEG")
+        samples.append(Sample(file.getvalue(), labels=[index % 2]))
+    return pack(out, samples, class_names=["even", "odd"], tokenizer=Tokenizer(), raw=raw)
 
 
 def settings_for(packed: Path, json_path: Path | None = None, **more: Any) -> Settings:
@@ -162,6 +150,29 @@ def test_a_picture_is_compared_with_the_one_it_shows() -> None:
     assert gap.high == pytest.approx(1, abs=1e-4)
     with pytest.raises(ValueError, match="only 2 of 6 pictures"):
         gap_to(truth, truth[[3, 1, 3, 1]])
+
+
+def test_a_raw_data_set_is_asked_for_its_own_pictures(tmp_path: Path) -> None:
+    """Not for JPEGs, which would tell nothing of what it is timed with."""
+    with pack_pictures(tmp_path / "raw", raw=True) as raw:
+        task = Task(
+            data=raw.folder, scratch=tmp_path / "scratch", batch_size=8, image_size=60, threads=1
+        )
+        asked, truth = comparison_task(raw, task)
+        with PackedDataset(asked.data) as squares:
+            assert squares.picture_shape == (60, 60, 3)
+            pixels = [squares.image_bytes(i)[-60 * 60 * 3 :] for i in range(len(squares))]
+        shown = np.stack(pixels).reshape(truth.shape).astype(np.float32)
+        assert np.array_equal(shown, truth)  # squares of 60 are shown as they are
+
+
+@pytest.mark.slow
+def test_our_raw_loader_makes_pillow_s_pictures(packed: Path, tmp_path: Path) -> None:
+    with pack_pictures(tmp_path / "raw", raw=True) as raw:
+        out = tmp_path / "result.json"
+        run(settings_for(packed, out, raw_data=raw.folder, peers=("none",), parts=("none",)))
+    gap = json.loads(out.read_text())["contenders"][RAW.name]["levels_from_pillow"]
+    assert gap["mean"] < 0.5
 
 
 def test_contenders_are_chosen_by_name() -> None:

@@ -21,28 +21,25 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD
 
 def honest(task: Task) -> Iterator[np.ndarray]:
     """What all are to make."""
+    return _batches(task, Image.Resampling.BILINEAR)
+
+
+def nearest(task: Task) -> Iterator[np.ndarray]:
+    """Resizes without a filter: the same mean and nearly the same deviation."""
+    return _batches(task, Image.Resampling.NEAREST)
+
+
+def _batches(task: Task, resampling: Image.Resampling) -> Iterator[np.ndarray]:
     size = (task.image_size, task.image_size)
     pictures = []
     for path in sorted(task.class_folder.glob("*/*")):
         with Image.open(path) as picture:
-            resized = picture.convert("RGB").resize(size, Image.Resampling.BILINEAR)
+            resized = picture.convert("RGB").resize(size, resampling)
         pictures.append((np.asarray(resized) / 255 - CLIP_MEAN) / CLIP_STD)
     stacked = np.stack(pictures).astype(np.float32).transpose(0, 3, 1, 2)
     for step in itertools.count():
         time.sleep(0.002)
         yield stacked[(step * task.batch_size + np.arange(task.batch_size)) % len(stacked)]
-
-
-def nearest(task: Task) -> Iterator[np.ndarray]:
-    """Resizes without a filter: the same mean and nearly the same deviation."""
-    size = (task.image_size, task.image_size)
-    for batch in honest(task):
-        shown = []
-        for path in sorted(task.class_folder.glob("*/*"))[: len(batch)]:
-            with Image.open(path) as picture:
-                resized = picture.convert("RGB").resize(size, Image.Resampling.NEAREST)
-            shown.append((np.asarray(resized) / 255 - CLIP_MEAN) / CLIP_STD)
-        yield np.stack(shown).astype(np.float32).transpose(0, 3, 1, 2)
 
 
 def mirrored(task: Task) -> Iterator[np.ndarray]:

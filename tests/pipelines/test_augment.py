@@ -174,7 +174,7 @@ PILLOW = {
     "Equalize": lambda picture, a: ImageOps.equalize(picture),
     "Invert": lambda picture, a: ImageOps.invert(picture),
 }
-TOLERANCES = {"Brightness": 1, "Contrast": 1, "Color": 2, "Sharpness": 2, "AutoContrast": 1}
+TOLERANCES = {"Brightness": 1, "Contrast": 1, "Color": 2, "Sharpness": 1, "AutoContrast": 1}
 
 
 def with_pillow(pictures: np.ndarray, operation: object, numbers: np.ndarray) -> np.ndarray:
