@@ -103,11 +103,22 @@ def blocks_of(array: Rows) -> Iterator[Rows]:
 
     They would stay counted as this process's memory: half a gigabyte for ten million samples.
     """
-    mapped: Any = array.base
+    mapped = mapping_of(array)
     for start in range(0, len(array), _BLOCK_ROWS):
         yield np.asarray(array)[start : start + _BLOCK_ROWS]
-        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def mapping_of(array: Rows) -> mmap.mmap | None:
+    """The mapped file that an array's rows lie in; None if they lie in memory.
+
+    A part of a mapped array only knows the array that it is a part of, which knows the file.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
 
 
 def verify_arrays(folder: Path, manifest: Manifest, dtypes: dict[str, np.dtype[Any]]) -> int:

@@ -10,7 +10,6 @@ pictures and choosing which sample comes when belong to others.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.array_files import open_array, verify_arrays
+from unicl_fast.array_files import mapping_of, open_array, verify_arrays
 from unicl_fast.file_check import check_files
 from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
@@ -116,16 +115,14 @@ class PackedDataset:
         """
         self.folder = Path(folder)
         self.manifest = Manifest.load(folder)
-        self._all_samples = self._load_array("samples", self.manifest.num_samples)
-        num_used = min(max(1, round(fraction * len(self._all_samples))), len(self._all_samples))
-        self.samples: npt.NDArray[Any] = self._all_samples[:num_used]
+        total = self.manifest.num_samples
+        num_used = min(max(1, round(fraction * total)), total)
+        self.samples: npt.NDArray[Any] = self._load_array("samples", total)[:num_used]
         self.captions: npt.NDArray[Any] = self._load_array("captions", self.manifest.num_captions)
         self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
         pixels = self.manifest.pixels
-        self._pixel_file = (
-            None if pixels is None else PixelFile(self.folder, pixels, len(self._all_samples))
-        )
+        self._pixel_file = None if pixels is None else PixelFile(self.folder, pixels, total)
         names = [shard.name for shard in self.manifest.shards]
         self._reader = ShardReader(self.folder, [*names, PIXELS_NAME])
         check_files(
@@ -274,15 +271,10 @@ class PackedDataset:
         Raises:
             DamagedDatasetError: one has; names it.
         """
-        arrays: tuple[npt.NDArray[Any], ...] = (
-            self._all_samples,
-            self.captions,
-            self.tokens,
-            self.labels,
-        )
+        arrays = (self.samples, self.captions, self.tokens, self.labels)
         for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
-            mapped: Any = array.base
-            if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
+            mapped = mapping_of(array)
+            if mapped is not None and mapped.size() < len(mapped):
                 raise DamagedDatasetError(
                     f"{self.folder / name}.npy was cut from {len(mapped)} to {mapped.size()} bytes "
                     "while it was in use: copy the data set again, and replace files under a "
