@@ -20,6 +20,7 @@ import numpy.typing as npt
 import xxhash
 
 from unicl_fast.array_files import mapping_of, open_array, verify_arrays
+from unicl_fast.checksums import read_checksums
 from unicl_fast.file_check import check_files
 from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
@@ -134,7 +135,9 @@ class PackedDataset:
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
-            self.largest_token = verify_arrays(self.folder, self.manifest, ARRAY_DTYPES)
+            self.largest_token = verify_arrays(
+                self.folder, self.manifest, ARRAY_DTYPES, checksums=read_checksums(self.folder)
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -271,7 +274,7 @@ class PackedDataset:
         Raises:
             DamagedDatasetError: one has; names it.
         """
-        arrays = (self.samples, self.captions, self.tokens, self.labels)
+        arrays: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
         for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
             mapped = mapping_of(array)
             if mapped is not None and mapped.size() < len(mapped):

@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -227,6 +228,17 @@ def test_files_that_are_missing_added_or_cut_are_named(packed: Path, copy: Path)
     (copy / "photo.jpg").unlink()
     (copy / "folder").rmdir()
     assert not faults_of(copy)
+
+
+@pytest.mark.parametrize("change", [lambda text: text[:-7], lambda text: "?" + text[1:]])
+def test_a_damaged_list_of_checksums_is_one_fault_and_none_of_what_it_lists(
+    copy: Path, change: Callable[[str], str]
+) -> None:
+    with Damaged(copy, "checksums.txt", 0, 0):
+        (copy / "checksums.txt").write_text(change((copy / "checksums.txt").read_text()))
+        assert [(fault.file, fault.kind) for fault in faults_of(copy)] == [
+            ("checksums.txt", "checksum")
+        ]
 
 
 @pytest.mark.dist
