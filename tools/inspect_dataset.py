@@ -396,15 +396,18 @@ def _prompts(
     names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[dict[bytes, int], tuple[tuple[str, ...], ...]]:
     """The class of each prompt by its tokens, and groups of classes that share one."""
+    from unicl_fast.targets import merge_classes  # here, because it loads numba
+
     class_of: dict[bytes, int] = {}
-    joined: dict[int, int] = {}
+    pairs: list[tuple[int, int]] = []
     for number, name in enumerate(names):
         prompts = tokenizer.encode([fill_template(template, name) for template in templates])
         for tokens in prompts:
             first = class_of.setdefault(tokens.tobytes(), number)
             if first != number:
-                joined[number] = joined.get(first, first)
+                pairs.append((first, number))
+    members, merged = merge_classes(np.array(pairs, np.int64).reshape(-1, 2))
     groups: dict[int, list[str]] = {}
-    for member, first in joined.items():
-        groups.setdefault(first, [names[first]]).append(names[member])
+    for member, first in zip(members.tolist(), merged.tolist(), strict=True):
+        groups.setdefault(first, []).append(names[member])
     return class_of, tuple(tuple(group) for group in groups.values())

@@ -17,6 +17,8 @@ import pytest
 from browser import look_at
 from PIL import Image
 
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools import inspect_dataset as inspect_module
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.concepts import count_concepts
@@ -93,6 +95,26 @@ def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
     assert text.num_concepts == len(words)
     assert "words" in text.kind
     assert "spaCy" in text.kind
+
+
+def test_classes_are_joined_as_in_training_through_a_third_one_too(tmp_path: Path) -> None:
+    names, templates = ["x", "a a x", "a x", "y"], ["{}", "a {}"]
+    rows = []
+    for number, name in enumerate(names):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "label": name})
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "names").write_text("\n".join(names))
+    (tmp_path / "templates").write_text("\n".join(templates))
+    build_dataset(
+        *([tmp_path / "list.jsonl"], tmp_path / "set"), class_names=str(tmp_path / "names"),
+        templates=str(tmp_path / "templates"), workers=1, progress=False,
+    )  # fmt: skip
+    found = inspect_dataset(tmp_path / "set", near=False, progress=False)
+    assert found.equal_classes == (("x", "a a x", "a x"),)
+    assert ClassPrompts([(names, templates)], Tokenizer()).merged_classes == (
+        ((0, 0), (0, 1), (0, 2)),
+    )
 
 
 def test_copies_are_found_by_bytes_and_by_eye(inspection: Inspection) -> None:
