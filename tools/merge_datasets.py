@@ -41,7 +41,7 @@ from unicl_fast.shards import (
     sample_key,
 )
 from unicl_fast.tokenizer import Tokenizer
-from unicl_fast.tools.items import MAX_TEXTS
+from unicl_fast.tools.items import join_texts
 from unicl_fast.tools.join_classes import join_classes, join_templates
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.stored_samples import (
@@ -259,7 +259,7 @@ class _Samples:
         self._equal = self._find_equal() if join else {}
         """For each sample whose picture others have too: all of them, in one list."""
         self._written: dict[int, str] = {}
-        """For the first of such a list, the sample that has been written for all."""
+        """For each of them whose texts have been written, the sample that has them."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -270,25 +270,31 @@ class _Samples:
         equal = self._equal.get(number)
         if equal is None or isinstance(copied, _NotCopied):
             return copied
-        if equal[0] in self._written:
+        if number in self._written:
             return _NotCopied(
                 source=copied.source,
                 name=copied.name,
                 kind=_DUPLICATE,
-                message=f"the same bytes as {self._written[equal[0]]}, which has its texts too",
+                message=f"the same bytes as {self._written[number]}, which has its texts too",
             )
-        self._written[equal[0]] = f"{copied.name} of {copied.source}"
-        texts = dict(zip(copied.captions, copied.tokens, strict=True))
-        labels = dict.fromkeys(copied.labels)
-        for other in map(self._copy, (one for one in equal if one != number)):
+        self._written[number] = name = f"{copied.name} of {copied.source}"
+        tokens = dict(zip(copied.captions, copied.tokens, strict=True))
+        captions, labels = list(tokens), list(dict.fromkeys(copied.labels))
+        for other_number in (one for one in equal if one not in self._written):
+            other = self._copy(other_number)
             if not isinstance(other, PackedSample) or other.image != copied.image:
                 continue
-            more = texts | dict(zip(other.captions, other.tokens, strict=True))
-            if len(more) <= MAX_TEXTS:  # a placeholder may stand for any number of pictures
-                texts = more
-            labels |= dict.fromkeys(other.labels)
+            joined = join_texts(captions, labels, other.captions, other.labels)
+            if joined is None:  # it becomes a sample of its own
+                continue
+            captions, labels = joined
+            tokens |= dict(zip(other.captions, other.tokens, strict=True))
+            self._written[other_number] = name
         return dataclasses.replace(
-            copied, captions=tuple(texts), tokens=tuple(texts.values()), labels=tuple(labels)
+            copied,
+            captions=captions,
+            tokens=[tokens[caption] for caption in captions],
+            labels=labels,
         )
 
     def _copy(self, number: int) -> PackedSample | _NotCopied:

@@ -273,6 +273,39 @@ def test_equal_pictures_of_all_sets_become_one_sample(
     assert not faults_of(tmp_path / "a")
 
 
+def test_texts_beyond_what_one_sample_can_have_stay_with_another(tmp_path: Path) -> None:
+    texts = {
+        "a": [f"a {number}" for number in range(40_000)],
+        "b": [f"b {number}" for number in range(40_000)],
+        "c": ["c 1", "c 2"],
+    }
+    ids = np.array([49406, 320, 49407], np.uint16)
+    for name, captions in texts.items():
+        with DatasetWriter(tmp_path / name) as writer:
+            writer.add(
+                PackedSample(
+                    image=jpeg(1), extension="jpg", height=24, width=32,
+                    xxh3=xxhash.xxh3_64_intdigest(jpeg(1)), captions=captions,
+                    tokens=[ids] * len(captions), name=name,
+                )
+            )  # fmt: skip
+            writer.finish(
+                tokenizer="clip-bpe", vocabulary_hash="0", context_length=77, class_names=[],
+                templates=[], source=["here"], seed=0, tool_version="0.1.0",
+            )  # fmt: skip
+    for seed in range(2):
+        out = tmp_path / f"set {seed}"
+        summary = merge(*(tmp_path / name for name in texts), out=out, seed=seed, duplicates="join")
+        assert (summary.num_samples, summary.num_joined) == (2, 1)
+        found = {str(sample[1]): set(sample[4]) for sample in contents(out)}  # type: ignore[call-overload]
+        assert sorted(text for one in found.values() for text in one) == sorted(
+            text for captions in texts.values() for text in captions
+        )
+        (row,) = quarantined(out)
+        holder = row[3].removeprefix("the same bytes as ").split(" ")[0]
+        assert set(texts[row[1]]) <= found[holder]
+
+
 def contents_of_texts(folder: Path) -> list[tuple[str, str]]:
     """Source and name of each sample, in order; pictures may be damaged."""
     with PackedDataset(folder) as dataset:
