@@ -7,7 +7,6 @@ data set is sound is another question, which `verify_dataset` answers.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import time
@@ -27,6 +26,7 @@ from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.concepts import DEFAULT_MODEL, Concepts, HowToCount, count_concepts
 from unicl_fast.tools.near_duplicates import count_bits, find_leaders
 from unicl_fast.tools.picture_hashes import hash_pictures, require_imagehash
+from unicl_fast.tools.quarantine_list import read_left_out
 from unicl_fast.tools.stored_samples import SampleReader, picture_sizes
 
 DEFAULT_DISTANCE = 4
@@ -165,6 +165,7 @@ def inspect_dataset(
         require_imagehash()
     with PackedDataset(folder) as dataset:
         rows, manifest = dataset.samples, dataset.manifest
+        quarantined = _quarantined(dataset)  # refused now, rather than after a look at all pictures
         texts = _Texts(dataset, progress=progress)
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
         found = count_concepts(texts, how=concepts, model=spacy_model) if len(texts) else None
@@ -186,7 +187,7 @@ def inspect_dataset(
             + (manifest.pixels.num_bytes if manifest.pixels is not None else 0),
             is_raw=manifest.pixels is not None,
             num_quarantined=manifest.num_quarantined,
-            quarantined=_quarantined(dataset.folder),
+            quarantined=quarantined,
             source=manifest.source,
             seed=manifest.seed,
             tool_version=manifest.tool_version,
@@ -304,10 +305,12 @@ def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
     )
 
 
-def _quarantined(folder: Path) -> dict[str, int]:
+def _quarantined(dataset: PackedDataset) -> dict[str, int]:
     """How much was left out, by kind."""
-    with (folder / QUARANTINE_NAME).open(encoding="utf-8", newline="") as file:
-        counts = Counter(row["kind"] for row in csv.DictReader(file))
+    rows = read_left_out(
+        dataset.folder / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined
+    )
+    counts = Counter(row.kind for row in rows)
     return dict(counts.most_common())
 
 

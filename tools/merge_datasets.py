@@ -10,7 +10,6 @@ picture, since all others are sound. Memory holds some numbers for each sample, 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import math
 import os
@@ -43,6 +42,7 @@ from unicl_fast.shards import (
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.items import join_texts
 from unicl_fast.tools.join_classes import join_classes, join_templates
+from unicl_fast.tools.quarantine_list import LeftOut, read_left_out
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.stored_samples import (
     Description,
@@ -117,8 +117,10 @@ def merge_datasets(
         )
         writer = stack.enter_context(DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures))
         for one in inputs:
-            for row in one.quarantine_rows():
-                writer.quarantine(**row)
+            for row in one.left_out():
+                writer.quarantine(
+                    source=row.source, name=row.name, kind=row.kind, message=row.message
+                )
         samples = _Samples(inputs, unwanted=unwanted, join=duplicates == "join")
         for number in tqdm(
             shuffled_order(len(samples), seed=seed),
@@ -362,17 +364,13 @@ class _Input:
         if context_length > old_length:
             self._new_tokenizer = Tokenizer(context_length)
 
-    def quarantine_rows(self) -> Iterator[dict[str, str]]:
+    def left_out(self) -> Iterator[LeftOut]:
         """What was left out when this data set was packed."""
         path = self.dataset.folder / QUARANTINE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; copy the data set again")
         checksums = read_checksums(self.dataset.folder)
-        if checksums is not None:
+        if checksums is not None and path.is_file():
             compare_checksum(path, file_checksum(path), checksums)
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                yield {field: row[field] for field in ("source", "name", "kind", "message")}
+        return read_left_out(path)
 
     def copy(self, index: int) -> PackedSample | _NotCopied:
         """A sample as it is written into the new data set, or what is wrong with it."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import json
 import logging
@@ -14,6 +13,7 @@ from typing import Annotated, Any
 import tyro
 
 from unicl_fast.images import MAX_PIXELS
+from unicl_fast.shard_files import create_csv
 from unicl_fast.shards import sample_key
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.folder_check import Fault
@@ -115,9 +115,8 @@ def _listed(path: Path | None) -> Iterator[Any]:
     if path is None:
         yield None
         return
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        rows.writerow(["file", "sample", "kind", "message"])
+    file, rows = create_csv(path, ["file", "sample", "kind", "message"])
+    with file:
         yield rows
 
 

@@ -31,6 +31,7 @@ from unicl_fast.pixel_file import PIXELS_NAME, PixelFile, row_checksums
 from unicl_fast.shard_reader import ShardReader
 
 QUARANTINE_NAME = "quarantine.csv"
+QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
 KEY_DIGITS = 10
 
 Part = Literal["picture", "members"]

@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import look_at
+from damage import copy_of
 from PIL import Image
 
 from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools import inspect_dataset as inspect_module
 from unicl_fast.tools.build_dataset import build_dataset
@@ -160,6 +162,32 @@ def test_concepts_are_noun_phrases_where_spacy_can_find_them(
     assert "spaCy's model en_core_web_sm is not installed" in count_concepts(texts).kind
     with pytest.raises(ValueError, match="spacy download en_core_web_sm"):
         count_concepts(texts, how="noun-phrases")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data_set,shard,key,offset,reason\n", "no quarantine.csv of unicl-pack"),
+        ("source,name,kind,message\n", "0 rows, the manifest says 1"),
+        ("source,name,kind,message\na,b\n", "line 2: 2 fields of 4"),
+        (None, "quarantine.csv is missing; copy the data set again"),
+    ],
+)
+def test_a_damaged_list_of_what_was_left_out_is_refused_in_a_sentence(
+    packed: Path,
+    tmp_path: Path,
+    text: str | None,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with PackedDataset(packed) as dataset:
+        damaged = copy_of(dataset, tmp_path / "set")
+    (damaged / "quarantine.csv").unlink()
+    if text is not None:
+        (damaged / "quarantine.csv").write_text(text)
+    code, errors = run(damaged, "--no-near", "--html", tmp_path / "page.html", capsys=capsys)
+    assert code == 2
+    assert message in errors
 
 
 def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:

@@ -380,6 +380,25 @@ def test_what_does_not_go_together_is_refused(
     assert sorted(os.listdir(tmp_path)) == ["list.txt", "other"]
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data_set,shard,key,offset,reason\na,b,c,d,e\n", "no quarantine.csv of unicl-pack"),
+        ("source,name,kind,message\na,b\n", "line 2: 2 fields of 4"),
+    ],
+)
+def test_a_foreign_list_of_what_was_left_out_is_refused_in_a_sentence(
+    packed: dict[str, Path], tmp_path: Path, text: str, message: str
+) -> None:
+    with PackedDataset(packed["photos"]) as dataset:
+        other = copy_of(dataset, tmp_path / "other")
+    (other / "quarantine.csv").write_text(text)
+    mend_checksums(other, "quarantine.csv")
+    with pytest.raises(ValueError, match=message):
+        merge(other, out=tmp_path / "set")
+    assert os.listdir(tmp_path) == ["other"]
+
+
 def test_templates_may_be_given_where_they_differ(packed: dict[str, Path], tmp_path: Path) -> None:
     with PackedDataset(packed["photos"]) as dataset:
         other = copy_of(dataset, tmp_path / "other")
