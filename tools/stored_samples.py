@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +19,6 @@ import numpy.typing as npt
 from unicl_fast.shard_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
 from unicl_fast.shard_reader import ShardReader
 from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
-from unicl_fast.tools.entries import EntryError, check_file_size
 
 _FIELDS = {"captions", "labels", "source", "name"}
 _MEMBERS = (["jpg", "json"], ["png", "json"])
@@ -236,24 +234,3 @@ def parse_description(data: bytes) -> Description:
         source=values["source"],
         name=values["name"],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPicture:
-    """A picture in a shard as an `Entry` that worker processes read by themselves."""
-
-    path: Path
-    offset: int
-    num_bytes: int
-
-    def read(self, *, max_bytes: int) -> bytes:
-        check_file_size(self.num_bytes, max_bytes)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                data = file.read(self.num_bytes)
-        except OSError as error:
-            raise EntryError("unreadable", str(error)) from error
-        if len(data) < self.num_bytes:
-            raise EntryError("damaged", "the shard ends within the picture")
-        return data
