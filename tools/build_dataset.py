@@ -37,6 +37,7 @@ from unicl_fast.tools.class_names import (
 )
 from unicl_fast.tools.duplicates import join_duplicates
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.tools.quarantine_list import as_listed
 from unicl_fast.tools.retry import choose_listed, read_quarantine, require_same_classes
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.sources import (
@@ -155,7 +156,11 @@ def build_dataset(
         require_same_classes(Path(retry), space.names)
         found = choose_listed(listed, read, passed_over)
     if unwanted:
-        wanted = [one for one in found if (one[0], one[1].name) not in unwanted]
+        wanted = [
+            (source, item)
+            for source, item in found
+            if (as_listed(source), as_listed(item.name)) not in unwanted
+        ]
         passed_over[f"pictures named in {leave_out}"] = len(found) - len(wanted)
         found = wanted
     problems = _Problems()

@@ -42,7 +42,7 @@ from unicl_fast.shards import (
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.items import join_texts
 from unicl_fast.tools.join_classes import join_classes, join_templates
-from unicl_fast.tools.quarantine_list import LeftOut, read_left_out
+from unicl_fast.tools.quarantine_list import LeftOut, as_listed, read_left_out
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.stored_samples import (
     Description,
@@ -302,7 +302,7 @@ class _Samples:
     def _copy(self, number: int) -> PackedSample | _NotCopied:
         which = bisect_right(self._starts, number) - 1
         copied = self._inputs[which].copy(number - self._starts[which])
-        if (copied.source, copied.name) in self._unwanted:
+        if (as_listed(copied.source), as_listed(copied.name)) in self._unwanted:
             return _NotCopied(source=copied.source, name=copied.name, kind=_LEFT_OUT)
         return copied
 
