@@ -20,8 +20,8 @@ from typing import Literal
 from tqdm import tqdm
 
 import unicl_fast
+from unicl_fast.class_lists import read_templates
 from unicl_fast.images import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, Picture, PictureFormat
-from unicl_fast.prompts import read_templates
 from unicl_fast.shard_writer import (
     DEFAULT_SHARD_BYTES,
     DatasetWriter,
