@@ -84,7 +84,7 @@ def check_folder(folder: Path, *, note: NoteFault, progress: bool) -> PackedData
     if not _check_arrays(folder, manifest, damaged, note=note) or not pixels_agree:
         return None
     try:
-        dataset = PackedDataset(folder, max_bad_fraction=1.0, verify=False)
+        dataset = PackedDataset(folder, max_bad_fraction=None, verify=False)
     except (ValueError, OSError) as error:
         note(Fault(file=MANIFEST_NAME, kind="manifest", message=str(error)))
         return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -71,7 +70,7 @@ class Verify:
                 f"{self.max_pixels}"
             )
         first: list[Fault] = []
-        with _listed(self.list) as rows, _without_warnings():
+        with _listed(self.list) as rows:
 
             def note(fault: Fault) -> None:
                 if len(first) < max(self.show, _MOST_IN_JSON):
@@ -92,21 +91,6 @@ class Verify:
             text = json.dumps(_as_json(summary, first[:_MOST_IN_JSON]), indent=1)
             write_text_whole(self.json, f"{text}\n")
         return _in_words(summary, first[: self.show], self.list), int(summary.num_faults > 0)
-
-
-@contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Opening a damaged data set warns of what will be fed instead, which is not the matter here.
-
-    The level is put back: others in this process are to be warned.
-    """
-    logger = logging.getLogger("unicl_fast.file_check")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 @contextlib.contextmanager

@@ -95,7 +95,7 @@ class PackedDataset:
         folder: str | os.PathLike[str],
         *,
         fraction: float = 1.0,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: float | None = 0.0,
         verify: bool = True,
     ) -> None:
         """Opens the data set in `folder`.
@@ -107,6 +107,7 @@ class PackedDataset:
             max_bad_fraction: shards (and the file of decoded pictures) that are missing or of
                 another size are tolerated, with a warning, if they hold at most this part of the
                 pictures. For training, which feeds others instead; an evaluation would count wrong.
+                None tolerates all of them without a warning: for who names the damage by itself.
             verify: compare the arrays with their checksums, and what refers to something with what
                 is there: about a second for ten million samples. Without it a damaged array gives
                 wrong samples, or worse.

@@ -319,7 +319,7 @@ def test_pixels_that_are_missing_or_cut_are_named(
         assert {fault.file for fault in found} == {"pixels.npy"}
         assert [fault.kind for fault in found][:2] == ["checksum", "array"]
         assert [fault.sample for fault in found][2:] == list(range(num_whole, 9))
-    caplog.clear()
+    assert not caplog.records
     assert run(raw, capsys=capsys)[0] == 1
     assert not caplog.records  # of what training would feed instead
     # which whoever opens it afterwards in this process is told all the same
