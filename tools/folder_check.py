@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from unicl_fast.array_files import open_array, verify_arrays
+from unicl_fast.array_files import blocks_of, open_array, verify_arrays
 from unicl_fast.checksums import (
     CHECKSUMS_NAME,
     file_checksum,
@@ -34,8 +34,6 @@ from unicl_fast.shards import (
     PackedDataset,
 )
 from unicl_fast.tools.quarantine_list import read_left_out
-
-_ROWS = 1 << 16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -259,9 +257,8 @@ def _check_ranges(dataset: PackedDataset, *, note: NoteFault) -> None:
         )
     ]
     for file, rows, start, count, length in tables:
-        total = 0
-        for first in range(0, len(rows), _ROWS):
-            block = rows[first : first + _ROWS]
+        first = total = 0
+        for block in blocks_of(rows):
             counts = block[count].astype(np.uint64)
             expected = np.cumsum(counts) - counts + np.uint64(total)
             wrong = block[start] != expected
@@ -273,6 +270,7 @@ def _check_ranges(dataset: PackedDataset, *, note: NoteFault) -> None:
                 )
                 note(Fault(file=file, kind="array", message=message))
                 break
+            first += len(block)
             total += int(counts.sum())
         else:
             if total != length:
