@@ -27,7 +27,7 @@ from unicl_fast.tools.concepts import DEFAULT_MODEL, Concepts, HowToCount, count
 from unicl_fast.tools.near_duplicates import count_bits, find_leaders
 from unicl_fast.tools.picture_hashes import hash_pictures, require_imagehash
 from unicl_fast.tools.quarantine_list import read_left_out
-from unicl_fast.tools.stored_samples import SampleReader, picture_sizes
+from unicl_fast.tools.stored_samples import SampleReader, equal_pictures, picture_sizes
 
 DEFAULT_DISTANCE = 4
 """In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
@@ -315,11 +315,10 @@ def _quarantined(dataset: PackedDataset) -> dict[str, int]:
 
 
 def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:
-    """The first picture with the same bytes, by size and checksum."""
-    sizes = picture_sizes(dataset).astype(np.uint64)
-    keys = np.stack([dataset.samples["xxh3"], sizes], axis=1)
-    _, first, index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    leaders: npt.NDArray[np.int64] = first[index.reshape(-1)]
+    """The first picture with the same bytes."""
+    leaders = np.arange(len(dataset))
+    for group in equal_pictures([dataset]):
+        leaders[group] = group[0]
     return leaders
 
 

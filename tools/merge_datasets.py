@@ -48,7 +48,7 @@ from unicl_fast.tools.stored_samples import (
     Description,
     SampleReader,
     StoredSample,
-    picture_sizes,
+    equal_pictures,
 )
 
 _DAMAGED, _DUPLICATE, _LEFT_OUT = "damaged", "duplicate", "left out"
@@ -307,18 +307,10 @@ class _Samples:
         return copied
 
     def _find_equal(self) -> dict[int, list[int]]:
-        """Samples with the same picture, by size and checksum."""
-        datasets = [one.dataset for one in self._inputs]
-        keys = np.empty((len(self), 2), np.uint64)
-        keys[:, 0] = np.concatenate([dataset.samples["xxh3"] for dataset in datasets])
-        keys[:, 1] = np.concatenate([picture_sizes(dataset) for dataset in datasets])
-        order = np.lexsort((keys[:, 1], keys[:, 0]))
-        keys = keys[order]
-        ends = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
-        bounds = np.concatenate([[0], ends, [len(keys)]])
+        """Samples with the same picture."""
         equal: dict[int, list[int]] = {}
-        for place in np.flatnonzero(np.diff(bounds) > 1):
-            numbers = order[bounds[place] : bounds[place + 1]].tolist()
+        for group in equal_pictures([one.dataset for one in self._inputs]):
+            numbers = group.tolist()
             equal |= dict.fromkeys(numbers, numbers)
         return equal
 

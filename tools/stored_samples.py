@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -153,6 +154,25 @@ def picture_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
     if dataset.picture_shape is None:
         return sizes
     return np.full(len(dataset), math.prod(dataset.picture_shape), np.uint32)
+
+
+def equal_pictures(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64]]:
+    """Samples with the same picture, by size and checksum.
+
+    Returns:
+        Groups of two or more numbers, rising; samples of all data sets are numbered through.
+    """
+    keys = [
+        np.concatenate([picture_sizes(dataset) for dataset in datasets]).astype(np.uint64),
+        np.concatenate([dataset.samples["xxh3"] for dataset in datasets]),
+    ]
+    order = np.lexsort(keys)
+    ends = np.flatnonzero(np.any([np.diff(key[order]) != 0 for key in keys], axis=0)) + 1
+    bounds = np.concatenate([[0], ends, [len(order)]])
+    return [
+        order[bounds[place] : bounds[place + 1]]
+        for place in np.flatnonzero(np.diff(bounds) > 1).tolist()
+    ]
 
 
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
