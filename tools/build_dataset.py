@@ -163,6 +163,7 @@ def build_dataset(
         ]
         passed_over[f"pictures named in {leave_out}"] = len(found) - len(wanted)
         found = wanted
+    workers = workers or len(os.sched_getaffinity(0))
     problems = _Problems()
     num_reencoded = 0
     one_size = _OneSize(square_side) if format == "raw" else None
@@ -172,7 +173,7 @@ def build_dataset(
             join_duplicates(
                 found,
                 max_file_bytes=options.max_file_bytes,
-                workers=workers or len(os.sched_getaffinity(0)),
+                workers=workers,
                 progress=progress,
             )
         samples = [found[place] for place in shuffled_order(len(found), seed=seed)]
@@ -181,7 +182,7 @@ def build_dataset(
             options=options,
             one_size=one_size,
             context_length=tokenizer.context_length,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers,
         )
         for (source, item), result in tqdm(
             zip(samples, results, strict=True),

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 import os
 import time
 from bisect import bisect_right
@@ -409,8 +408,7 @@ class _Input:
         """The picture as it is stored: a file, or pixels [h w 3]."""
         if sample.picture is not None:
             return bytes(sample.picture.data)
-        assert self.dataset.picture_shape is not None
-        return self.dataset.image_bytes(index)[-math.prod(self.dataset.picture_shape) :].tobytes()
+        return self.dataset.pixels_of(self.dataset.image_bytes(index)).tobytes()
 
     def _fault_of(
         self,

@@ -51,8 +51,9 @@ SAMPLE_DTYPE = np.dtype(
         ("labels_count", "<u2"),
     ]
 )
-"""A row of samples.npy: where the picture's bytes lie, its size as displayed, XXH3-64 of the bytes,
-and its ranges of captions.npy and labels.npy."""
+"""A row of samples.npy: where the picture's bytes lie in a shard, its size as displayed, XXH3-64 of
+the bytes, and its ranges of captions.npy and labels.npy. In a raw data set shard, offset and size
+are those of the JSON; the picture's bytes are the row of pixels.npy with the sample's number."""
 CAPTION_DTYPE = np.dtype([("tokens_start", "<u8"), ("tokens_length", "u1")])
 """A row of captions.npy: its range of tokens.npy, start and end tokens included."""
 TOKEN_DTYPE = np.dtype("<u2")
@@ -200,6 +201,11 @@ class PackedDataset:
                 f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
             )
         return data
+
+    def pixels_of(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """What `image_bytes` gave of a raw data set as it is stored: uint8 [h w 3], no header."""
+        assert self._pixel_file is not None
+        return picture[len(self._pixel_file.pnm_header) :].reshape(self._pixel_file.shape)
 
     def read_pixels(
         self,
