@@ -7,19 +7,13 @@ import json
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import simplejpeg
+from pack_runs import jpeg
 
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.merge_datasets import merge_datasets
 from unicl_fast.tools.stored_samples import SampleReader
-
-
-def jpeg(number: int) -> bytes:
-    pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
 import sys
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 from browser import look_at
 from damage import copy_of
+from pack_runs import run_pack
 from PIL import Image
 
 from unicl_fast.prompts import ClassPrompts
@@ -26,6 +28,8 @@ from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.concepts import count_concepts
 from unicl_fast.tools.inspect_dataset import Inspection, inspect_dataset
 from unicl_fast.tools.pack_dataset import main
+
+run = functools.partial(run_pack, "inspect")
 
 HOSTILE = "<script>parent.broken = broken = true</script><img src=x onerror=parent.broken=true>"
 CLASSES = ["cat", "Cat", "dog & fox", '"><svg onload=parent.broken=true>', "empty"]
@@ -188,16 +192,6 @@ def test_a_damaged_list_of_what_was_left_out_is_refused_in_a_sentence(
     code, errors = run(damaged, "--no-near", "--html", tmp_path / "page.html", capsys=capsys)
     assert code == 2
     assert message in errors
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    try:
-        main(["inspect", *map(str, arguments)])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
 
 
 class Tags(HTMLParser):

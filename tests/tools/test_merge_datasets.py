@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 import xxhash
 from damage import copy_of, flip_byte, mend_checksums
+from pack_runs import jpeg
 
 from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import PackedDataset
@@ -29,11 +29,6 @@ from unicl_fast.tools.merge_datasets import MergeSummary, merge_datasets
 from unicl_fast.tools.pack_dataset import main
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.verify_dataset import verify_dataset
-
-
-def jpeg(number: int) -> bytes:
-    pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
 
 
 @pytest.fixture(scope="module")

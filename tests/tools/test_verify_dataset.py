@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import multiprocessing
@@ -20,6 +21,7 @@ import xxhash
 from damage import mend_checksums
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pack_runs import run_pack
 from PIL import Image
 
 from unicl_fast.images import check_picture
@@ -27,9 +29,10 @@ from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import SAMPLE_DTYPE, PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.folder_check import Fault
-from unicl_fast.tools.pack_dataset import main
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.verify_dataset import verify_dataset
+
+run = functools.partial(run_pack, "verify")
 
 TOKENIZER = Tokenizer()
 
@@ -345,16 +348,6 @@ def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw: Path)
         messages = [fault.message for fault in faults_of(raw) if fault.kind == "manifest"]
     assert len(messages) == 1
     assert "9 pictures of 6 x 6 pixels" in messages[0]
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    try:
-        main(["verify", *map(str, arguments)])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
 
 
 def test_the_program_prints_some_and_lists_all(
