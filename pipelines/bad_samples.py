@@ -141,7 +141,7 @@ class BadSamples:
             picture = self.read(*pairs[place])  # tries again, and says what is wrong
             if picture is None:
                 picture = self._read_substitute(plan, planned, place)
-            pixels[place] = picture[-pixels[place].size :].reshape(pixels[place].shape)
+            pixels[place] = self._datasets[pairs[place][0]].pixels_of(picture)
         return planned
 
     def _read_substitute(

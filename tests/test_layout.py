@@ -183,8 +183,14 @@ def test_the_library_trains_from_a_list_of_batches_without_dali(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
-    "module", ["unicl_fast.images", "unicl_fast.tokenizer", "unicl_fast.shard_writer"]
+    "module",
+    [
+        "unicl_fast.images",
+        "unicl_fast.tokenizer",
+        "unicl_fast.shard_writer",
+        "unicl_fast.tools.pack_dataset",
+    ],
 )
-def test_packing_workers_do_not_pay_for_torch(module: str) -> None:
+def test_packing_does_not_pay_for_torch(module: str) -> None:
     code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'numba' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)

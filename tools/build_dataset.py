@@ -20,8 +20,8 @@ from typing import Literal
 from tqdm import tqdm
 
 import unicl_fast
+from unicl_fast.class_lists import read_templates
 from unicl_fast.images import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, Picture, PictureFormat
-from unicl_fast.prompts import read_templates
 from unicl_fast.shard_writer import (
     DEFAULT_SHARD_BYTES,
     DatasetWriter,
@@ -37,6 +37,7 @@ from unicl_fast.tools.class_names import (
 )
 from unicl_fast.tools.duplicates import join_duplicates
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.tools.quarantine_list import as_listed
 from unicl_fast.tools.retry import choose_listed, read_quarantine, require_same_classes
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.sources import (
@@ -155,9 +156,14 @@ def build_dataset(
         require_same_classes(Path(retry), space.names)
         found = choose_listed(listed, read, passed_over)
     if unwanted:
-        wanted = [one for one in found if (one[0], one[1].name) not in unwanted]
+        wanted = [
+            (source, item)
+            for source, item in found
+            if (as_listed(source), as_listed(item.name)) not in unwanted
+        ]
         passed_over[f"pictures named in {leave_out}"] = len(found) - len(wanted)
         found = wanted
+    workers = workers or len(os.sched_getaffinity(0))
     problems = _Problems()
     num_reencoded = 0
     one_size = _OneSize(square_side) if format == "raw" else None
@@ -167,7 +173,7 @@ def build_dataset(
             join_duplicates(
                 found,
                 max_file_bytes=options.max_file_bytes,
-                workers=workers or len(os.sched_getaffinity(0)),
+                workers=workers,
                 progress=progress,
             )
         samples = [found[place] for place in shuffled_order(len(found), seed=seed)]
@@ -176,7 +182,7 @@ def build_dataset(
             options=options,
             one_size=one_size,
             context_length=tokenizer.context_length,
-            workers=workers or len(os.sched_getaffinity(0)),
+            workers=workers,
         )
         for (source, item), result in tqdm(
             zip(samples, results, strict=True),

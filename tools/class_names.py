@@ -12,7 +12,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unicl_fast.prompts import imagenet_wnids, read_class_names
+from unicl_fast.class_lists import imagenet_wnids, read_class_names
 from unicl_fast.tools.items import Label
 
 

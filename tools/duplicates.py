@@ -15,7 +15,7 @@ import xxhash
 from tqdm import tqdm
 
 from unicl_fast.tools.entries import Entry, EntryError
-from unicl_fast.tools.items import MAX_TEXTS, Item, Problem
+from unicl_fast.tools.items import Item, Problem, join_texts
 
 _AHEAD = 64
 """Files under way for each thread."""
@@ -23,7 +23,7 @@ _AHEAD = 64
 
 def join_duplicates(
     samples: Sequence[tuple[str, Item]], *, max_file_bytes: int, workers: int, progress: bool
-) -> int:
+) -> None:
     """Gives the first of equal pictures the captions and labels of all; the others get a problem.
 
     Captions and labels that the first has already are not added. What cannot be read is left
@@ -34,9 +34,6 @@ def join_duplicates(
         max_file_bytes: larger files are not read.
         workers: threads that read.
         progress: show a progress bar.
-
-    Returns:
-        How many samples went into others.
     """
     sizes = Counter(_size(item) for _, item in samples)
     candidates = [
@@ -54,24 +51,20 @@ def join_duplicates(
         smoothing=0.1,
     )
     first_of: dict[bytes, tuple[str, Item]] = {}
-    num_joined = 0
     for (source, item), digest in zip(candidates, digests, strict=True):
         if digest is None:
             continue
         first_source, first = first_of.setdefault(digest, (source, item))
         if first is item:
             continue
-        captions = list(dict.fromkeys([*first.captions, *item.captions]))
-        labels = list(dict.fromkeys([*first.labels, *item.labels]))
-        if max(len(captions), len(labels)) > MAX_TEXTS:  # it stays a sample of its own
+        joined = join_texts(first.captions, first.labels, item.captions, item.labels)
+        if joined is None:  # it stays a sample of its own
             continue
-        first.captions, first.labels = captions, labels
+        first.captions, first.labels = joined
         item.problem = Problem(
             kind="duplicate",
             message=f"the same bytes as {first.name} of {first_source}, which has its texts too",
         )
-        num_joined += 1
-    return num_joined
 
 
 def _size(item: Item) -> int:

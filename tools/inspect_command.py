@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
 import json
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import tyro
 
-from unicl_fast.shards import PackedDataset
+from unicl_fast.shard_files import create_csv
+from unicl_fast.shards import QUARANTINE_COLUMNS, PackedDataset
 from unicl_fast.tools.concepts import DEFAULT_MODEL, HowToCount
 from unicl_fast.tools.inspect_dataset import (
     DEFAULT_DISTANCE,
@@ -22,7 +23,7 @@ from unicl_fast.tools.inspect_dataset import (
 )
 from unicl_fast.tools.inspect_page import ShownGroup, make_page
 from unicl_fast.tools.near_duplicates import MAX_DISTANCE
-from unicl_fast.tools.stored_samples import Description, SampleReader
+from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.thumbnails import shown_pictures
 from unicl_fast.whole_files import write_text_whole
 
@@ -127,29 +128,23 @@ def _as_json(inspection: Inspection) -> dict[str, Any]:
 
 def _write_duplicates(inspection: Inspection, path: Path) -> None:
     """A list in the form of quarantine.csv."""
+    file, rows = create_csv(path, QUARANTINE_COLUMNS)
     with (
+        file,
         PackedDataset(inspection.folder, verify=False) as dataset,
-        path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file,
+        contextlib.closing(SampleReader(dataset)) as reader,
     ):
-        reader = SampleReader(dataset)
-        rows = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        rows.writerow(["source", "name", "kind", "message"])
-
-        def origin(index: int) -> Description:
-            return reader.read_description(index)
-
         for group in inspection.exact_copies.groups:
-            first = origin(group.samples[0])
-            for copy in map(origin, group.samples[1:]):
+            first = reader.read_description(group.samples[0])
+            for copy in map(reader.read_description, group.samples[1:]):
                 message = f"the same bytes as {first.name} of {first.source}"
                 rows.writerow([copy.source, copy.name, "duplicate", message])
         for group in inspection.near_copies.groups if inspection.near_copies else ():
-            first = origin(group.samples[0])
+            first = reader.read_description(group.samples[0])
             for index, distance in zip(group.samples[1:], group.distances[1:], strict=True):
-                copy = origin(index)
+                copy = reader.read_description(index)
                 message = f"{distance} of 64 bits from {first.name} of {first.source}"
                 rows.writerow([copy.source, copy.name, "near duplicate", message])
-        reader.close()
 
 
 def _in_words(inspection: Inspection) -> str:

@@ -7,7 +7,6 @@ data set is sound is another question, which `verify_dataset` answers.
 
 from __future__ import annotations
 
-import csv
 import math
 import os
 import time
@@ -27,7 +26,8 @@ from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.concepts import DEFAULT_MODEL, Concepts, HowToCount, count_concepts
 from unicl_fast.tools.near_duplicates import count_bits, find_leaders
 from unicl_fast.tools.picture_hashes import hash_pictures, require_imagehash
-from unicl_fast.tools.stored_samples import SampleReader, picture_sizes
+from unicl_fast.tools.quarantine_list import read_left_out
+from unicl_fast.tools.stored_samples import SampleReader, equal_pictures, picture_sizes
 
 DEFAULT_DISTANCE = 4
 """In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
@@ -165,6 +165,7 @@ def inspect_dataset(
         require_imagehash()
     with PackedDataset(folder) as dataset:
         rows, manifest = dataset.samples, dataset.manifest
+        quarantined = _quarantined(dataset)  # refused now, rather than after a look at all pictures
         texts = _Texts(dataset, progress=progress)
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
         found = count_concepts(texts, how=concepts, model=spacy_model) if len(texts) else None
@@ -186,7 +187,7 @@ def inspect_dataset(
             + (manifest.pixels.num_bytes if manifest.pixels is not None else 0),
             is_raw=manifest.pixels is not None,
             num_quarantined=manifest.num_quarantined,
-            quarantined=_quarantined(dataset.folder),
+            quarantined=quarantined,
             source=manifest.source,
             seed=manifest.seed,
             tool_version=manifest.tool_version,
@@ -304,19 +305,20 @@ def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
     )
 
 
-def _quarantined(folder: Path) -> dict[str, int]:
+def _quarantined(dataset: PackedDataset) -> dict[str, int]:
     """How much was left out, by kind."""
-    with (folder / QUARANTINE_NAME).open(encoding="utf-8", newline="") as file:
-        counts = Counter(row["kind"] for row in csv.DictReader(file))
+    rows = read_left_out(
+        dataset.folder / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined
+    )
+    counts = Counter(row.kind for row in rows)
     return dict(counts.most_common())
 
 
 def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:
-    """The first picture with the same bytes, by size and checksum."""
-    sizes = picture_sizes(dataset).astype(np.uint64)
-    keys = np.stack([dataset.samples["xxh3"], sizes], axis=1)
-    _, first, index = np.unique(keys, axis=0, return_index=True, return_inverse=True)
-    leaders: npt.NDArray[np.int64] = first[index.reshape(-1)]
+    """The first picture with the same bytes."""
+    leaders = np.arange(len(dataset))
+    for group in equal_pictures([dataset]):
+        leaders[group] = group[0]
     return leaders
 
 
@@ -396,15 +398,18 @@ def _prompts(
     names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[dict[bytes, int], tuple[tuple[str, ...], ...]]:
     """The class of each prompt by its tokens, and groups of classes that share one."""
+    from unicl_fast.targets import merge_classes  # here, because it loads numba
+
     class_of: dict[bytes, int] = {}
-    joined: dict[int, int] = {}
+    pairs: list[tuple[int, int]] = []
     for number, name in enumerate(names):
         prompts = tokenizer.encode([fill_template(template, name) for template in templates])
         for tokens in prompts:
             first = class_of.setdefault(tokens.tobytes(), number)
             if first != number:
-                joined[number] = joined.get(first, first)
+                pairs.append((first, number))
+    members, merged = merge_classes(np.array(pairs, np.int64).reshape(-1, 2))
     groups: dict[int, list[str]] = {}
-    for member, first in joined.items():
-        groups.setdefault(first, [names[first]]).append(names[member])
+    for member, first in zip(members.tolist(), merged.tolist(), strict=True):
+        groups.setdefault(first, []).append(names[member])
     return class_of, tuple(tuple(group) for group in groups.values())

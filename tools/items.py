@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from unicl_fast.tools.entries import Entry
 
@@ -18,6 +18,7 @@ MAX_TEXTS = 65_535
 TOO_MANY = "too many texts"
 
 Label = str | int
+_L = TypeVar("_L", bound=str | int)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -162,3 +163,22 @@ def _matches(found: Any, wanted: str) -> bool:
     if isinstance(found, list):
         return any(_matches(entry, wanted) for entry in found)
     return str(found) == wanted
+
+
+def join_texts(
+    captions: Sequence[str],
+    labels: Sequence[_L],
+    more_captions: Sequence[str],
+    more_labels: Sequence[_L],
+) -> tuple[list[str], list[_L]] | None:
+    """Captions and labels of two samples with the same picture, each once, in order.
+
+    Returns:
+        Both; None if they are more than one sample can have. A placeholder may stand for any number
+        of pictures, and must then stay several samples, so that no text is lost.
+    """
+    all_captions = list(dict.fromkeys([*captions, *more_captions]))
+    all_labels = list(dict.fromkeys([*labels, *more_labels]))
+    if max(len(all_captions), len(all_labels)) > MAX_TEXTS:
+        return None
+    return all_captions, all_labels

@@ -10,9 +10,7 @@ picture, since all others are sound. Memory holds some numbers for each sample, 
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
-import math
 import os
 import time
 from bisect import bisect_right
@@ -41,14 +39,15 @@ from unicl_fast.shards import (
     sample_key,
 )
 from unicl_fast.tokenizer import Tokenizer
-from unicl_fast.tools.items import MAX_TEXTS
+from unicl_fast.tools.items import join_texts
 from unicl_fast.tools.join_classes import join_classes, join_templates
+from unicl_fast.tools.quarantine_list import LeftOut, as_listed, read_left_out
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.stored_samples import (
     Description,
     SampleReader,
     StoredSample,
-    picture_sizes,
+    equal_pictures,
 )
 
 _DAMAGED, _DUPLICATE, _LEFT_OUT = "damaged", "duplicate", "left out"
@@ -117,8 +116,10 @@ def merge_datasets(
         )
         writer = stack.enter_context(DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures))
         for one in inputs:
-            for row in one.quarantine_rows():
-                writer.quarantine(**row)
+            for row in one.left_out():
+                writer.quarantine(
+                    source=row.source, name=row.name, kind=row.kind, message=row.message
+                )
         samples = _Samples(inputs, unwanted=unwanted, join=duplicates == "join")
         for number in tqdm(
             shuffled_order(len(samples), seed=seed),
@@ -259,7 +260,7 @@ class _Samples:
         self._equal = self._find_equal() if join else {}
         """For each sample whose picture others have too: all of them, in one list."""
         self._written: dict[int, str] = {}
-        """For the first of such a list, the sample that has been written for all."""
+        """For each of them whose texts have been written, the sample that has them."""
 
     def __len__(self) -> int:
         return self._starts[-1]
@@ -270,47 +271,45 @@ class _Samples:
         equal = self._equal.get(number)
         if equal is None or isinstance(copied, _NotCopied):
             return copied
-        if equal[0] in self._written:
+        if number in self._written:
             return _NotCopied(
                 source=copied.source,
                 name=copied.name,
                 kind=_DUPLICATE,
-                message=f"the same bytes as {self._written[equal[0]]}, which has its texts too",
+                message=f"the same bytes as {self._written[number]}, which has its texts too",
             )
-        self._written[equal[0]] = f"{copied.name} of {copied.source}"
-        texts = dict(zip(copied.captions, copied.tokens, strict=True))
-        labels = dict.fromkeys(copied.labels)
-        for other in map(self._copy, (one for one in equal if one != number)):
+        self._written[number] = name = f"{copied.name} of {copied.source}"
+        tokens = dict(zip(copied.captions, copied.tokens, strict=True))
+        captions, labels = list(tokens), list(dict.fromkeys(copied.labels))
+        for other_number in (one for one in equal if one not in self._written):
+            other = self._copy(other_number)
             if not isinstance(other, PackedSample) or other.image != copied.image:
                 continue
-            more = texts | dict(zip(other.captions, other.tokens, strict=True))
-            if len(more) <= MAX_TEXTS:  # a placeholder may stand for any number of pictures
-                texts = more
-            labels |= dict.fromkeys(other.labels)
+            joined = join_texts(captions, labels, other.captions, other.labels)
+            if joined is None:  # it becomes a sample of its own
+                continue
+            captions, labels = joined
+            tokens |= dict(zip(other.captions, other.tokens, strict=True))
+            self._written[other_number] = name
         return dataclasses.replace(
-            copied, captions=tuple(texts), tokens=tuple(texts.values()), labels=tuple(labels)
+            copied,
+            captions=captions,
+            tokens=[tokens[caption] for caption in captions],
+            labels=labels,
         )
 
     def _copy(self, number: int) -> PackedSample | _NotCopied:
         which = bisect_right(self._starts, number) - 1
         copied = self._inputs[which].copy(number - self._starts[which])
-        if (copied.source, copied.name) in self._unwanted:
+        if (as_listed(copied.source), as_listed(copied.name)) in self._unwanted:
             return _NotCopied(source=copied.source, name=copied.name, kind=_LEFT_OUT)
         return copied
 
     def _find_equal(self) -> dict[int, list[int]]:
-        """Samples with the same picture, by size and checksum."""
-        datasets = [one.dataset for one in self._inputs]
-        keys = np.empty((len(self), 2), np.uint64)
-        keys[:, 0] = np.concatenate([dataset.samples["xxh3"] for dataset in datasets])
-        keys[:, 1] = np.concatenate([picture_sizes(dataset) for dataset in datasets])
-        order = np.lexsort((keys[:, 1], keys[:, 0]))
-        keys = keys[order]
-        ends = np.flatnonzero((keys[1:] != keys[:-1]).any(axis=1)) + 1
-        bounds = np.concatenate([[0], ends, [len(keys)]])
+        """Samples with the same picture."""
         equal: dict[int, list[int]] = {}
-        for place in np.flatnonzero(np.diff(bounds) > 1):
-            numbers = order[bounds[place] : bounds[place + 1]].tolist()
+        for group in equal_pictures([one.dataset for one in self._inputs]):
+            numbers = group.tolist()
             equal |= dict.fromkeys(numbers, numbers)
         return equal
 
@@ -356,17 +355,13 @@ class _Input:
         if context_length > old_length:
             self._new_tokenizer = Tokenizer(context_length)
 
-    def quarantine_rows(self) -> Iterator[dict[str, str]]:
+    def left_out(self) -> Iterator[LeftOut]:
         """What was left out when this data set was packed."""
         path = self.dataset.folder / QUARANTINE_NAME
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is missing; copy the data set again")
         checksums = read_checksums(self.dataset.folder)
-        if checksums is not None:
+        if checksums is not None and path.is_file():
             compare_checksum(path, file_checksum(path), checksums)
-        with path.open(encoding="utf-8", newline="") as file:
-            for row in csv.DictReader(file):
-                yield {field: row[field] for field in ("source", "name", "kind", "message")}
+        return read_left_out(path)
 
     def copy(self, index: int) -> PackedSample | _NotCopied:
         """A sample as it is written into the new data set, or what is wrong with it."""
@@ -413,8 +408,7 @@ class _Input:
         """The picture as it is stored: a file, or pixels [h w 3]."""
         if sample.picture is not None:
             return bytes(sample.picture.data)
-        assert self.dataset.picture_shape is not None
-        return self.dataset.image_bytes(index)[-math.prod(self.dataset.picture_shape) :].tobytes()
+        return self.dataset.pixels_of(self.dataset.image_bytes(index)).tobytes()
 
     def _fault_of(
         self,

@@ -18,6 +18,7 @@ MAX_DISTANCE = 12
 """Beyond this unrelated pictures come near each other, and the search becomes slow."""
 MAX_PAIRS = 20_000_000
 _BITS = 64
+_BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
@@ -127,7 +128,6 @@ def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
 
 def count_bits(values: Hashes) -> npt.NDArray[np.uint8]:
     """How many bits are set in each; NumPy's own counter came with 2.0."""
-    table = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)
     octets = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 8)
-    counts: npt.NDArray[np.uint8] = table[octets].sum(axis=-1, dtype=np.uint8)
+    counts: npt.NDArray[np.uint8] = _BITS_OF_OCTET[octets].sum(axis=-1, dtype=np.uint8)
     return counts

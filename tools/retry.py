@@ -7,7 +7,6 @@ names a line of a list, the picture of that line.
 
 from __future__ import annotations
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -16,8 +15,8 @@ from pathlib import Path
 
 from unicl_fast.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.tools.items import Item, Source
+from unicl_fast.tools.quarantine_list import as_listed, read_left_out
 
-_COLUMNS = ("source", "name", "kind", "message")
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
 _ENDLESS = 2**64
 
@@ -32,22 +31,9 @@ def read_quarantine(path: Path) -> Listed:
         FileNotFoundError: it is not there.
         ValueError: it is none, or names nothing.
     """
-    found: Listed = Counter()
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.reader(file)
-            header = next(reader, [])
-            if tuple(header) != _COLUMNS:
-                raise ValueError(
-                    f"{path} is no quarantine.csv of unicl-pack: its first line must be "
-                    f"{','.join(_COLUMNS)}, and is {','.join(header)[:200]!r}"
-                )
-            for row in reader:
-                if len(row) != len(_COLUMNS):
-                    raise ValueError(f"{path}, line {reader.line_num}: {len(row)} fields of 4")
-                found[row[0], row[1]] += 1
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not path.is_file():
+        raise FileNotFoundError(f"--retry: there is no file {path}")
+    found: Listed = Counter((row.source, row.name) for row in read_left_out(path))
     if not found:
         raise ValueError(f"{path} names nothing: that build left nothing out")
     return found
@@ -92,10 +78,10 @@ def choose_listed(
     chosen: list[tuple[str, Item]] = []
     met: Listed = Counter()
     for read in sources:
-        source = _as_listed(read.name)
+        source = as_listed(read.name)
         for item in read.items:
             names = [each.name for each in stretches.get(source, ()) if each.holds(source, item)]
-            own = _as_listed(item.name)
+            own = as_listed(item.name)
             exact = [name for name in (own, f"line {item.place}") if (source, name) in listed]
             if names or exact:
                 chosen.append((read.name, item))
@@ -141,8 +127,3 @@ def _stretch_of(name: str) -> _Stretch | None:
     file, start, first, last = match.groups()
     low, high = (int(start), _ENDLESS) if start else (int(first), int(last))
     return _Stretch(name, file, low, high)
-
-
-def _as_listed(name: str) -> str:
-    """A name as the list has it, which is UTF-8."""
-    return name.encode("utf-8", "backslashreplace").decode("utf-8")

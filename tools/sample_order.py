@@ -20,7 +20,7 @@ def shuffled_order(count: int, *, seed: int) -> npt.NDArray[np.int64]:
 
 
 def read_leave_out(path: str) -> frozenset[tuple[str, str]]:
-    """Sources and names of samples to leave out; empty without a file.
+    """Sources and names of samples to leave out, as lists have them; empty without a file.
 
     Args:
         path: a CSV file whose header has the columns `source` and `name`, as quarantine.csv and

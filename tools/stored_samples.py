@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,6 @@ import numpy.typing as npt
 from unicl_fast.shard_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
 from unicl_fast.shard_reader import ShardReader
 from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
-from unicl_fast.tools.entries import EntryError, check_file_size
 
 _FIELDS = {"captions", "labels", "source", "name"}
 _MEMBERS = (["jpg", "json"], ["png", "json"])
@@ -157,6 +156,25 @@ def picture_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
     return np.full(len(dataset), math.prod(dataset.picture_shape), np.uint32)
 
 
+def equal_pictures(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64]]:
+    """Samples with the same picture, by size and checksum.
+
+    Returns:
+        Groups of two or more numbers, rising; samples of all data sets are numbered through.
+    """
+    keys = [
+        np.concatenate([picture_sizes(dataset) for dataset in datasets]).astype(np.uint64),
+        np.concatenate([dataset.samples["xxh3"] for dataset in datasets]),
+    ]
+    order = np.lexsort(keys)
+    ends = np.flatnonzero(np.any([np.diff(key[order]) != 0 for key in keys], axis=0)) + 1
+    bounds = np.concatenate([[0], ends, [len(order)]])
+    return [
+        order[bounds[place] : bounds[place + 1]]
+        for place in np.flatnonzero(np.diff(bounds) > 1).tolist()
+    ]
+
+
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
     """The members that fill a piece of a shard from its first to its last byte.
 
@@ -236,24 +254,3 @@ def parse_description(data: bytes) -> Description:
         source=values["source"],
         name=values["name"],
     )
-
-
-@dataclass(frozen=True, slots=True)
-class StoredPicture:
-    """A picture in a shard as an `Entry` that worker processes read by themselves."""
-
-    path: Path
-    offset: int
-    num_bytes: int
-
-    def read(self, *, max_bytes: int) -> bytes:
-        check_file_size(self.num_bytes, max_bytes)
-        try:
-            with self.path.open("rb", buffering=0) as file:
-                file.seek(self.offset)
-                data = file.read(self.num_bytes)
-        except OSError as error:
-            raise EntryError("unreadable", str(error)) from error
-        if len(data) < self.num_bytes:
-            raise EntryError("damaged", "the shard ends within the picture")
-        return data

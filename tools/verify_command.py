@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import json
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from unicl_fast.images import MAX_PIXELS
+from unicl_fast.shard_files import create_csv
 from unicl_fast.shards import sample_key
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.folder_check import Fault
@@ -71,7 +70,7 @@ class Verify:
                 f"{self.max_pixels}"
             )
         first: list[Fault] = []
-        with _listed(self.list) as rows, _without_warnings():
+        with _listed(self.list) as rows:
 
             def note(fault: Fault) -> None:
                 if len(first) < max(self.show, _MOST_IN_JSON):
@@ -95,29 +94,13 @@ class Verify:
 
 
 @contextlib.contextmanager
-def _without_warnings() -> Iterator[None]:
-    """Opening a damaged data set warns of what will be fed instead, which is not the matter here.
-
-    The level is put back: others in this process are to be warned.
-    """
-    logger = logging.getLogger("unicl_fast.file_check")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-@contextlib.contextmanager
 def _listed(path: Path | None) -> Iterator[Any]:
     """A CSV writer for the faults, or nothing."""
     if path is None:
         yield None
         return
-    with path.open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
-        rows = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
-        rows.writerow(["file", "sample", "kind", "message"])
+    file, rows = create_csv(path, ["file", "sample", "kind", "message"])
+    with file:
         yield rows
 
 

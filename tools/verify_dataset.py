@@ -31,12 +31,8 @@ from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.folder_check import Fault, NoteFault, check_folder
 from unicl_fast.tools.items import Problem
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
-from unicl_fast.tools.stored_samples import (
-    Description,
-    SampleReader,
-    StoredPicture,
-    StoredSample,
-)
+from unicl_fast.tools.spans import Span
+from unicl_fast.tools.stored_samples import Description, SampleReader, StoredSample
 
 _TOKENISE_TOGETHER = 1024
 """Captions that the tokenizer's threads share out."""
@@ -227,7 +223,7 @@ class _Sound:
     """A sample whose bytes are those that were packed."""
 
     index: int
-    picture: StoredPicture | None
+    picture: Span | None
     """None of a raw data set."""
     captions: tuple[str, ...]
 
@@ -297,7 +293,7 @@ class _SampleChecks:
                         index,
                         None
                         if picture is None
-                        else StoredPicture(path, picture.offset, len(picture.data)),
+                        else Span(str(path), picture.offset, len(picture.data)),
                         sample.description.captions if self._has_tokenizer else (),
                     )
                 if len(lines) == shard.num_samples:

@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.checksums import compare_checksum, file_checksum, read_checksums
+from unicl_fast.checksums import compare_checksum, file_checksum
 from unicl_fast.manifest import MANIFEST_NAME, Manifest
 
 _MAGIC = b"\x93NUMPY\x01\x00"
@@ -103,17 +103,41 @@ def blocks_of(array: Rows) -> Iterator[Rows]:
 
     They would stay counted as this process's memory: half a gigabyte for ten million samples.
     """
-    mapped: Any = array.base
+    mapped = mapping_of(array)
     for start in range(0, len(array), _BLOCK_ROWS):
         yield np.asarray(array)[start : start + _BLOCK_ROWS]
-        if isinstance(mapped, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
             mapped.madvise(mmap.MADV_DONTNEED)
 
 
-def verify_arrays(folder: Path, manifest: Manifest, dtypes: dict[str, np.dtype[Any]]) -> int:
+def mapping_of(array: Rows) -> mmap.mmap | None:
+    """The mapped file that an array's rows lie in; None if they lie in memory.
+
+    A part of a mapped array only knows the array that it is a part of, which knows the file.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def verify_arrays(
+    folder: Path,
+    manifest: Manifest,
+    dtypes: dict[str, np.dtype[Any]],
+    *,
+    checksums: dict[str, str] | None,
+) -> int:
     """Compares the arrays with their checksums, and each reference in them with what is there.
 
     They are read, not mapped: mapped pages would count as this process's memory.
+
+    Args:
+        folder: of the data set.
+        manifest: of the data set.
+        dtypes: the types of the arrays to look at, by their names.
+        checksums: what the data set lists, of the arrays and of the manifest; None where it has no
+            list, or where they have been compared.
 
     Returns:
         The largest token id.
@@ -121,7 +145,6 @@ def verify_arrays(folder: Path, manifest: Manifest, dtypes: dict[str, np.dtype[A
     Raises:
         ValueError: a file was changed, or a row refers to what does not exist.
     """
-    checksums = read_checksums(folder)
     largest_token = 0
     checks: dict[str, Callable[[Rows], list[tuple[npt.NDArray[np.bool_], str]]]] = {
         "samples": _SampleCheck(manifest),
@@ -130,7 +153,7 @@ def verify_arrays(folder: Path, manifest: Manifest, dtypes: dict[str, np.dtype[A
     }
     for name, dtype in dtypes.items():
         path = folder / f"{name}.npy"
-        digest = xxhash.xxh3_64()
+        digest = None if checksums is None else xxhash.xxh3_64()
         first = 0
         for block in _blocks(path, dtype, digest):
             if name == "tokens":
@@ -138,7 +161,7 @@ def verify_arrays(folder: Path, manifest: Manifest, dtypes: dict[str, np.dtype[A
             else:
                 _refuse_first(checks[name](block), path=path, first=first)
             first += len(block)
-        if checksums is not None:
+        if checksums is not None and digest is not None:
             compare_checksum(path, digest.hexdigest(), checksums)
     if checksums is not None:
         path = folder / MANIFEST_NAME
@@ -147,19 +170,21 @@ def verify_arrays(folder: Path, manifest: Manifest, dtypes: dict[str, np.dtype[A
 
 
 def _blocks(path: Path, dtype: np.dtype[Any], digest: Any) -> Iterator[Rows]:
-    """All rows of a file, and all bytes into `digest`."""
+    """All rows of a file, and all bytes into `digest`, if there is one."""
     buffer = np.empty(_BLOCK_ROWS, dtype)
     view = memoryview(buffer.view(np.uint8))  # type: ignore[arg-type]
     with path.open("rb", buffering=0) as file:
         head = file.read(len(_MAGIC) + 2)
         head += file.read(int.from_bytes(head[-2:], "little"))
-        digest.update(head)
+        if digest is not None:
+            digest.update(head)
         filled = 0
         while count := file.readinto(view[filled:]):
             filled += count
             whole = filled - filled % dtype.itemsize
             if filled == len(view) or whole == filled:
-                digest.update(view[:whole])
+                if digest is not None:
+                    digest.update(view[:whole])
                 yield buffer[: whole // dtype.itemsize]
                 filled = 0
 

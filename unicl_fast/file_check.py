@@ -16,7 +16,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_files(
-    folder: Path, manifest: Manifest, *, pixel_file: PixelFile | None, max_bad_fraction: float
+    folder: Path,
+    manifest: Manifest,
+    *,
+    pixel_file: PixelFile | None,
+    max_bad_fraction: float | None,
 ) -> None:
     """Compares the shards, and the decoded pictures of a raw data set, with the manifest.
 
@@ -25,7 +29,7 @@ def check_files(
         manifest: of the data set.
         pixel_file: its decoded pictures; None if the pictures are in the shards.
         max_bad_fraction: files that are missing or of another size are tolerated, with a warning,
-            if they hold at most this part of the pictures.
+            if they hold at most this part of the pictures; None tolerates all, without a word.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -53,7 +57,7 @@ def check_files(
         if fault is not None:
             faults.append(fault)
             num_bad += shard.num_samples if pixel_file is None else 0
-    if not faults:
+    if not faults or max_bad_fraction is None:
         return
     if not max_bad_fraction:
         raise faults[0]

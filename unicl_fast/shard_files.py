@@ -6,11 +6,13 @@ its checksum, and how it gets safely onto the disk.
 
 from __future__ import annotations
 
+import csv
 import math
 import os
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import xxhash
@@ -177,6 +179,18 @@ def tar_header(name: str, size: int) -> bytes:
     header[148:156] = b" " * 8  # the checksum is taken over blanks in its own place
     header[148:156] = b"%06o\0 " % sum(header)
     return bytes(header)
+
+
+def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
+    """A list to be written: the open file, and its csv writer, which has written the columns.
+
+    Bytes of a name that are not UTF-8 stand in it as escapes.
+    """
+    file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
+    # all in quotes: Python before 3.13 writes a carriage return without, and reads a new line
+    rows = csv.writer(file, lineterminator="\n", quoting=csv.QUOTE_ALL)
+    rows.writerow(columns)
+    return file, rows
 
 
 def sync_and_close(file: Any) -> None:

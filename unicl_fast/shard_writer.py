@@ -9,7 +9,6 @@ array of their own, and the shards hold their descriptions.
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import secrets
@@ -34,6 +33,7 @@ from unicl_fast.shard_files import (
     ArrayFile,
     GrowingPixels,
     ShardFile,
+    create_csv,
     padded_bytes,
     sync_and_close,
 )
@@ -41,6 +41,7 @@ from unicl_fast.shards import (
     ARRAY_DTYPES,
     FORMAT_VERSION,
     MANIFEST_NAME,
+    QUARANTINE_COLUMNS,
     QUARANTINE_NAME,
     Manifest,
     ShardInfo,
@@ -113,14 +114,9 @@ class DatasetWriter:
         self._shard: ShardFile | None = None
         self._pixels = GrowingPixels(self.aside) if pictures == "raw" else None
         self._arrays = {name: ArrayFile(self.aside, name) for name in ARRAY_DTYPES}
-        self._quarantine_file = (self.aside / QUARANTINE_NAME).open(
-            "w", encoding="utf-8", errors="backslashreplace", newline=""
+        self._quarantine_file, self._quarantine = create_csv(
+            self.aside / QUARANTINE_NAME, QUARANTINE_COLUMNS
         )
-        # all in quotes: Python before 3.13 writes a carriage return without, and reads a new line
-        self._quarantine = csv.writer(
-            self._quarantine_file, lineterminator="\n", quoting=csv.QUOTE_ALL
-        )
-        self._quarantine.writerow(["source", "name", "kind", "message"])
 
     def __enter__(self) -> DatasetWriter:
         return self

@@ -10,7 +10,6 @@ pictures and choosing which sample comes when belong to others.
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 from pathlib import Path
 from types import TracebackType
@@ -20,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.array_files import open_array, verify_arrays
+from unicl_fast.array_files import mapping_of, open_array, verify_arrays
+from unicl_fast.checksums import read_checksums
 from unicl_fast.file_check import check_files
 from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
@@ -31,6 +31,7 @@ from unicl_fast.pixel_file import PIXELS_NAME, PixelFile, row_checksums
 from unicl_fast.shard_reader import ShardReader
 
 QUARANTINE_NAME = "quarantine.csv"
+QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
 KEY_DIGITS = 10
 
 Part = Literal["picture", "members"]
@@ -50,8 +51,9 @@ SAMPLE_DTYPE = np.dtype(
         ("labels_count", "<u2"),
     ]
 )
-"""A row of samples.npy: where the picture's bytes lie, its size as displayed, XXH3-64 of the bytes,
-and its ranges of captions.npy and labels.npy."""
+"""A row of samples.npy: where the picture's bytes lie in a shard, its size as displayed, XXH3-64 of
+the bytes, and its ranges of captions.npy and labels.npy. In a raw data set shard, offset and size
+are those of the JSON; the picture's bytes are the row of pixels.npy with the sample's number."""
 CAPTION_DTYPE = np.dtype([("tokens_start", "<u8"), ("tokens_length", "u1")])
 """A row of captions.npy: its range of tokens.npy, start and end tokens included."""
 TOKEN_DTYPE = np.dtype("<u2")
@@ -94,7 +96,7 @@ class PackedDataset:
         folder: str | os.PathLike[str],
         *,
         fraction: float = 1.0,
-        max_bad_fraction: float = 0.0,
+        max_bad_fraction: float | None = 0.0,
         verify: bool = True,
     ) -> None:
         """Opens the data set in `folder`.
@@ -106,6 +108,7 @@ class PackedDataset:
             max_bad_fraction: shards (and the file of decoded pictures) that are missing or of
                 another size are tolerated, with a warning, if they hold at most this part of the
                 pictures. For training, which feeds others instead; an evaluation would count wrong.
+                None tolerates all of them without a warning: for who names the damage by itself.
             verify: compare the arrays with their checksums, and what refers to something with what
                 is there: about a second for ten million samples. Without it a damaged array gives
                 wrong samples, or worse.
@@ -116,16 +119,14 @@ class PackedDataset:
         """
         self.folder = Path(folder)
         self.manifest = Manifest.load(folder)
-        self._all_samples = self._load_array("samples", self.manifest.num_samples)
-        num_used = min(max(1, round(fraction * len(self._all_samples))), len(self._all_samples))
-        self.samples: npt.NDArray[Any] = self._all_samples[:num_used]
+        total = self.manifest.num_samples
+        num_used = min(max(1, round(fraction * total)), total)
+        self.samples: npt.NDArray[Any] = self._load_array("samples", total)[:num_used]
         self.captions: npt.NDArray[Any] = self._load_array("captions", self.manifest.num_captions)
         self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
         pixels = self.manifest.pixels
-        self._pixel_file = (
-            None if pixels is None else PixelFile(self.folder, pixels, len(self._all_samples))
-        )
+        self._pixel_file = None if pixels is None else PixelFile(self.folder, pixels, total)
         names = [shard.name for shard in self.manifest.shards]
         self._reader = ShardReader(self.folder, [*names, PIXELS_NAME])
         check_files(
@@ -137,7 +138,9 @@ class PackedDataset:
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
-            self.largest_token = verify_arrays(self.folder, self.manifest, ARRAY_DTYPES)
+            self.largest_token = verify_arrays(
+                self.folder, self.manifest, ARRAY_DTYPES, checksums=read_checksums(self.folder)
+            )
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -198,6 +201,11 @@ class PackedDataset:
                 f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
             )
         return data
+
+    def pixels_of(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+        """What `image_bytes` gave of a raw data set as it is stored: uint8 [h w 3], no header."""
+        assert self._pixel_file is not None
+        return picture[len(self._pixel_file.pnm_header) :].reshape(self._pixel_file.shape)
 
     def read_pixels(
         self,
@@ -274,15 +282,10 @@ class PackedDataset:
         Raises:
             DamagedDatasetError: one has; names it.
         """
-        arrays: tuple[npt.NDArray[Any], ...] = (
-            self._all_samples,
-            self.captions,
-            self.tokens,
-            self.labels,
-        )
+        arrays: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
         for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
-            mapped: Any = array.base
-            if isinstance(mapped, mmap.mmap) and mapped.size() < len(mapped):
+            mapped = mapping_of(array)
+            if mapped is not None and mapped.size() < len(mapped):
                 raise DamagedDatasetError(
                     f"{self.folder / name}.npy was cut from {len(mapped)} to {mapped.size()} bytes "
                     "while it was in use: copy the data set again, and replace files under a "

@@ -7,18 +7,13 @@ import json
 import zipfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-import simplejpeg
+from pack_runs import jpeg
 
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
+from unicl_fast.tools.merge_datasets import merge_datasets
 from unicl_fast.tools.stored_samples import SampleReader
-
-
-def jpeg(number: int) -> bytes:
-    pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
 
 
 @pytest.fixture
@@ -91,3 +86,18 @@ def test_what_a_list_names_is_passed_over_and_nothing_is_joined_unasked(
         "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
     }  # fmt: skip
     assert summary.passed_over[f"pictures named in {tmp_path / 'out.csv'}"] == 1
+
+
+def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for number, name in enumerate((b"\xff.jpg", b"plain.jpg")):
+        with open(bytes(tmp_path / "in" / "cat") + b"/" + name, "wb") as file:
+            file.write(jpeg(number))
+    (tmp_path / "out.csv").write_text("source,name\nin,cat/\\udcff.jpg\n")
+    options = {"leave_out": str(tmp_path / "out.csv"), "progress": False}
+    build_dataset([tmp_path / "in"], tmp_path / "all", workers=1, progress=False)
+    build_dataset([tmp_path / "in"], tmp_path / "built", workers=1, **options)  # type: ignore[arg-type]
+    merge_datasets([tmp_path / "all"], tmp_path / "merged", **options)  # type: ignore[arg-type]
+    assert set(read(tmp_path / "all")) == {"cat/\udcff.jpg", "cat/plain.jpg"}
+    assert set(read(tmp_path / "built")) == {"cat/plain.jpg"}
+    assert set(read(tmp_path / "merged")) == {"cat/plain.jpg"}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import functools
 import io
 import json
 import sys
@@ -15,13 +16,20 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import look_at
+from damage import copy_of
+from pack_runs import run_pack
 from PIL import Image
 
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools import inspect_dataset as inspect_module
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.concepts import count_concepts
 from unicl_fast.tools.inspect_dataset import Inspection, inspect_dataset
 from unicl_fast.tools.pack_dataset import main
+
+run = functools.partial(run_pack, "inspect")
 
 HOSTILE = "<script>parent.broken = broken = true</script><img src=x onerror=parent.broken=true>"
 CLASSES = ["cat", "Cat", "dog & fox", '"><svg onload=parent.broken=true>', "empty"]
@@ -95,6 +103,26 @@ def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
     assert "spaCy" in text.kind
 
 
+def test_classes_are_joined_as_in_training_through_a_third_one_too(tmp_path: Path) -> None:
+    names, templates = ["x", "a a x", "a x", "y"], ["{}", "a {}"]
+    rows = []
+    for number, name in enumerate(names):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "label": name})
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "names").write_text("\n".join(names))
+    (tmp_path / "templates").write_text("\n".join(templates))
+    build_dataset(
+        *([tmp_path / "list.jsonl"], tmp_path / "set"), class_names=str(tmp_path / "names"),
+        templates=str(tmp_path / "templates"), workers=1, progress=False,
+    )  # fmt: skip
+    found = inspect_dataset(tmp_path / "set", near=False, progress=False)
+    assert found.equal_classes == (("x", "a a x", "a x"),)
+    assert ClassPrompts([(names, templates)], Tokenizer()).merged_classes == (
+        ((0, 0), (0, 1), (0, 2)),
+    )
+
+
 def test_copies_are_found_by_bytes_and_by_eye(inspection: Inspection) -> None:
     assert (inspection.exact_copies.num_groups, inspection.exact_copies.num_surplus) == (3, 3)
     assert inspection.exact_copies.num_labels_differ == 0
@@ -140,14 +168,30 @@ def test_concepts_are_noun_phrases_where_spacy_can_find_them(
         count_concepts(texts, how="noun-phrases")
 
 
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    try:
-        main(["inspect", *map(str, arguments)])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data_set,shard,key,offset,reason\n", "no quarantine.csv of unicl-pack"),
+        ("source,name,kind,message\n", "0 rows, the manifest says 1"),
+        ("source,name,kind,message\na,b\n", "line 2: 2 fields of 4"),
+        (None, "quarantine.csv is missing; copy the data set again"),
+    ],
+)
+def test_a_damaged_list_of_what_was_left_out_is_refused_in_a_sentence(
+    packed: Path,
+    tmp_path: Path,
+    text: str | None,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with PackedDataset(packed) as dataset:
+        damaged = copy_of(dataset, tmp_path / "set")
+    (damaged / "quarantine.csv").unlink()
+    if text is not None:
+        (damaged / "quarantine.csv").write_text(text)
+    code, errors = run(damaged, "--no-near", "--html", tmp_path / "page.html", capsys=capsys)
+    assert code == 2
+    assert message in errors
 
 
 class Tags(HTMLParser):

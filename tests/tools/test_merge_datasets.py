@@ -15,9 +15,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import simplejpeg
 import xxhash
 from damage import copy_of, flip_byte, mend_checksums
+from pack_runs import jpeg
 
 from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import PackedDataset
@@ -29,11 +29,6 @@ from unicl_fast.tools.merge_datasets import MergeSummary, merge_datasets
 from unicl_fast.tools.pack_dataset import main
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.verify_dataset import verify_dataset
-
-
-def jpeg(number: int) -> bytes:
-    pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
 
 
 @pytest.fixture(scope="module")
@@ -273,6 +268,39 @@ def test_equal_pictures_of_all_sets_become_one_sample(
     assert not faults_of(tmp_path / "a")
 
 
+def test_texts_beyond_what_one_sample_can_have_stay_with_another(tmp_path: Path) -> None:
+    texts = {
+        "a": [f"a {number}" for number in range(40_000)],
+        "b": [f"b {number}" for number in range(40_000)],
+        "c": ["c 1", "c 2"],
+    }
+    ids = np.array([49406, 320, 49407], np.uint16)
+    for name, captions in texts.items():
+        with DatasetWriter(tmp_path / name) as writer:
+            writer.add(
+                PackedSample(
+                    image=jpeg(1), extension="jpg", height=24, width=32,
+                    xxh3=xxhash.xxh3_64_intdigest(jpeg(1)), captions=captions,
+                    tokens=[ids] * len(captions), name=name,
+                )
+            )  # fmt: skip
+            writer.finish(
+                tokenizer="clip-bpe", vocabulary_hash="0", context_length=77, class_names=[],
+                templates=[], source=["here"], seed=0, tool_version="0.1.0",
+            )  # fmt: skip
+    for seed in range(2):
+        out = tmp_path / f"set {seed}"
+        summary = merge(*(tmp_path / name for name in texts), out=out, seed=seed, duplicates="join")
+        assert (summary.num_samples, summary.num_joined) == (2, 1)
+        found = {str(sample[1]): set(sample[4]) for sample in contents(out)}  # type: ignore[call-overload]
+        assert sorted(text for one in found.values() for text in one) == sorted(
+            text for captions in texts.values() for text in captions
+        )
+        (row,) = quarantined(out)
+        holder = row[3].removeprefix("the same bytes as ").split(" ")[0]
+        assert set(texts[row[1]]) <= found[holder]
+
+
 def contents_of_texts(folder: Path) -> list[tuple[str, str]]:
     """Source and name of each sample, in order; pictures may be damaged."""
     with PackedDataset(folder) as dataset:
@@ -345,6 +373,25 @@ def test_what_does_not_go_together_is_refused(
     assert message in errors
     assert "Traceback" not in errors
     assert sorted(os.listdir(tmp_path)) == ["list.txt", "other"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data_set,shard,key,offset,reason\na,b,c,d,e\n", "no quarantine.csv of unicl-pack"),
+        ("source,name,kind,message\na,b\n", "line 2: 2 fields of 4"),
+    ],
+)
+def test_a_foreign_list_of_what_was_left_out_is_refused_in_a_sentence(
+    packed: dict[str, Path], tmp_path: Path, text: str, message: str
+) -> None:
+    with PackedDataset(packed["photos"]) as dataset:
+        other = copy_of(dataset, tmp_path / "other")
+    (other / "quarantine.csv").write_text(text)
+    mend_checksums(other, "quarantine.csv")
+    with pytest.raises(ValueError, match=message):
+        merge(other, out=tmp_path / "set")
+    assert os.listdir(tmp_path) == ["other"]
 
 
 def test_templates_may_be_given_where_they_differ(packed: dict[str, Path], tmp_path: Path) -> None:

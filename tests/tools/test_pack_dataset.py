@@ -14,20 +14,14 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 import pytest
-import simplejpeg
+from pack_runs import jpeg
 from PIL import Image
 
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.pack_dataset import main
-
-
-def jpeg(number: int) -> bytes:
-    pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
 
 
 @pytest.fixture(scope="module")

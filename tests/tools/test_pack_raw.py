@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 from pathlib import Path
@@ -10,13 +11,15 @@ from typing import Any
 import numpy as np
 import pytest
 from bad_entries import CrashingOnce
+from pack_runs import run_pack
 from PIL import Image
 
 from unicl_fast.images import check_picture
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
-from unicl_fast.tools.pack_dataset import main
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, _chunks, check_in_order
+
+run = functools.partial(run_pack, "build", "--workers", 1, "--format", "raw")
 
 pytestmark = pytest.mark.dist
 
@@ -78,16 +81,6 @@ def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_p
         for index in range(len(dataset)):
             dataset.image_bytes(index, verify=True)
             assert len(dataset.labels_of(index)) == 1
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    code = 0
-    try:
-        main(["build", *map(str, arguments), "--workers", "1", "--format", "raw"])
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
 
 
 def test_sizes_that_differ_are_named_and_squares_are_the_way_out(

@@ -9,10 +9,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
-import simplejpeg
 from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry
+from pack_runs import jpeg
 from PIL import Image
 
 from unicl_fast.shards import PackedDataset
@@ -42,11 +41,6 @@ BAD: dict[str, tuple[Entry, str, str]] = {
     ),
     "dog/odd.jpg": (Faulty(), "failed", "KeyError: 'surprise'"),
 }
-
-
-def jpeg(number: int) -> bytes:
-    pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
-    return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
 
 
 def options(**changes: float) -> PictureOptions:

@@ -115,3 +115,5 @@ def test_lists_that_are_no_quarantine_are_refused(tmp_path: Path, text: str, mes
     (tmp_path / "q.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         read_quarantine(tmp_path / "q.csv")
+    with pytest.raises(FileNotFoundError, match=r"--retry: there is no file .*none\.csv"):
+        read_quarantine(tmp_path / "none.csv")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import multiprocessing
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +21,7 @@ import xxhash
 from damage import mend_checksums
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pack_runs import run_pack
 from PIL import Image
 
 from unicl_fast.images import check_picture
@@ -26,9 +29,10 @@ from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import SAMPLE_DTYPE, PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.folder_check import Fault
-from unicl_fast.tools.pack_dataset import main
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.verify_dataset import verify_dataset
+
+run = functools.partial(run_pack, "verify")
 
 TOKENIZER = Tokenizer()
 
@@ -229,6 +233,17 @@ def test_files_that_are_missing_added_or_cut_are_named(packed: Path, copy: Path)
     assert not faults_of(copy)
 
 
+@pytest.mark.parametrize("change", [lambda text: text[:-7], lambda text: "?" + text[1:]])
+def test_a_damaged_list_of_checksums_is_one_fault_and_none_of_what_it_lists(
+    copy: Path, change: Callable[[str], str]
+) -> None:
+    with Damaged(copy, "checksums.txt", 0, 0):
+        (copy / "checksums.txt").write_text(change((copy / "checksums.txt").read_text()))
+        assert [(fault.file, fault.kind) for fault in faults_of(copy)] == [
+            ("checksums.txt", "checksum")
+        ]
+
+
 @pytest.mark.dist
 def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> None:
     sound = jpeg(2)
@@ -307,7 +322,7 @@ def test_pixels_that_are_missing_or_cut_are_named(
         assert {fault.file for fault in found} == {"pixels.npy"}
         assert [fault.kind for fault in found][:2] == ["checksum", "array"]
         assert [fault.sample for fault in found][2:] == list(range(num_whole, 9))
-    caplog.clear()
+    assert not caplog.records
     assert run(raw, capsys=capsys)[0] == 1
     assert not caplog.records  # of what training would feed instead
     # which whoever opens it afterwards in this process is told all the same
@@ -333,16 +348,6 @@ def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw: Path)
         messages = [fault.message for fault in faults_of(raw) if fault.kind == "manifest"]
     assert len(messages) == 1
     assert "9 pictures of 6 x 6 pixels" in messages[0]
-
-
-def run(*arguments: object, capsys: pytest.CaptureFixture[str]) -> tuple[int, str]:
-    try:
-        main(["verify", *map(str, arguments)])
-        code = 0
-    except SystemExit as stop:
-        code = int(stop.code or 0)
-    printed = capsys.readouterr()
-    return code, printed.out + printed.err
 
 
 def test_the_program_prints_some_and_lists_all(

@@ -18,7 +18,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.array_files import npy_header, open_array
+from unicl_fast.array_files import blocks_of, npy_header, open_array
 from unicl_fast.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.manifest import PixelsInfo
 from unicl_fast.pixel_file import PIXEL_DTYPE
@@ -205,6 +205,27 @@ def test_arrays_of_any_length_are_opened_and_checked_block_by_block(
     for wrong in (length + 1, 0 if length else 5):
         with pytest.raises(ValueError, match=f"expected {wrong} rows"):
             open_array(folder / "labels.npy", LABEL_DTYPE, wrong)
+
+
+def resident_bytes(path: Path) -> int:
+    """Of a mapped file, pages that are counted as this process's memory."""
+    mine, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            mine = line.endswith(str(path))
+        elif mine and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux tells what is there")
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_pages_read_for_a_look_at_all_samples_are_given_back(packed: Path, fraction: float) -> None:
+    with PackedDataset(packed, fraction=fraction) as dataset:
+        for rows in blocks_of(dataset.samples):
+            assert int(rows["size"].sum()) > 0
+            assert resident_bytes(packed / "samples.npy") > 0
+        assert resident_bytes(packed / "samples.npy") == 0
 
 
 OPENED = """
