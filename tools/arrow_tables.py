@@ -306,23 +306,27 @@ class _RowWriter:
     def write(
         self, first: int, batch: pa.RecordBatch, place_of: Callable[[pa.Buffer], int | None]
     ) -> None:
+        """Writes the rows of a batch, or none if one cannot be read: all are then named as one."""
         if batch.num_rows == 0:
             return
         columns = self._columns
+        lines: list[str] = []
+        passed_over: Counter[str] = Counter()
         names = dict.fromkeys((*columns.captions, *columns.labels, *columns.others))
         fields = {name: batch.column(name).to_pylist() for name in names}
         images = _Images(batch.column(columns.image))
         for place in range(batch.num_rows):
             row = {name: values[place] for name, values in fields.items()}
             if "status" in row and row["status"] not in (None, "success"):
-                self._result.passed_over["failed downloads of img2dataset"] += 1
+                passed_over["failed downloads of img2dataset"] += 1
                 continue
             if not meets(row, self._conditions):
-                self._result.passed_over["rows that --where left out"] += 1
+                passed_over["rows that --where left out"] += 1
                 continue
             found = self._texts_of(row) | self._picture(images, place, place_of)
-            text = json.dumps(found | {"row": first + place}, default=_other_type)
-            self._rows.write(text + "\n")
+            lines.append(json.dumps(found | {"row": first + place}, default=_other_type) + "\n")
+        self._rows.writelines(lines)
+        self._result.passed_over += passed_over
 
     def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row's texts, with names for numbers; or its problem."""

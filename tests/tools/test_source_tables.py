@@ -216,6 +216,21 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
         read_source(str(tmp_path / "b.parquet"), None, spool)
 
 
+def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(
+    tmp_path: Path, spool: Spool
+) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    names = pa.array([b"0.jpg", b"1.jpg", b"\xff.jpg", b"3.jpg"])
+    paths = pa.Array.from_buffers(pa.string(), 4, names.buffers())  # a text that is not UTF-8
+    rows = pa.table({"path": paths, "label": [1, 2, 1, 1]})
+    pq.write_table(rows, tmp_path / "a.parquet", row_group_size=3)
+    options = ListOptions(where=["label=1"])
+    source = read_source(str(tmp_path / "a.parquet"), options, spool)
+    assert outcomes(source) == {"3.jpg": "read", "a.parquet rows 0 to 2": "damaged"}
+    assert not source.passed_over
+
+
 def test_a_cut_arrow_file_gives_what_comes_before(tmp_path: Path, spool: Spool) -> None:
     path = write_stream(tmp_path / "a.arrow", table(9), rows=3)
     data = path.read_bytes()
