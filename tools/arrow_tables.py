@@ -323,7 +323,9 @@ class _RowWriter:
             if not meets(row, self._conditions):
                 passed_over["rows that --where left out"] += 1
                 continue
-            found = self._texts_of(row) | self._picture(images, place, place_of)
+            found = self._texts_of(row)
+            if "problem" not in found:  # the picture of a bad row would be copied for nothing
+                found |= self._picture(images, place, place_of)
             lines.append(json.dumps(found | {"row": first + place}, default=_other_type) + "\n")
         self._rows.writelines(lines)
         self._result.passed_over += passed_over

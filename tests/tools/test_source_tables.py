@@ -184,6 +184,8 @@ def test_labels_beyond_the_names_and_values_of_other_types_are_named(
     pq.write_table(found, tmp_path / "a.parquet")
     source = read_source(str(tmp_path / "a.parquet"), None, spool)
     assert list(outcomes(source).values()) == ["read", *["bad row"] * 3, "no text"]
+    copied = sum(path.stat().st_size for path in tmp_path.glob("out.spool-*/*"))
+    assert copied == len(jpeg(0)) + len(jpeg(4))  # not those of bad rows
     odd = pa.table({"image": pictures(0, 1), "caption": [b"x", None], "label": [1.5, 2.0]})
     pq.write_table(odd, tmp_path / "a.parquet")
     found = outcomes(read_source(str(tmp_path / "a.parquet"), None, spool))
