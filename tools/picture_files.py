@@ -147,3 +147,16 @@ def open_tree(place: Path) -> Tree:
             "docs/sources.md names"
         )
     return ZipTree(archive, place.relative_to(archive).as_posix() if place != archive else "")
+
+
+class Trees:
+    """Trees by their places, each opened once: a zip may have a long directory."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, Tree] = {}
+
+    def find(self, place: Path) -> Tree:
+        """What `open_tree` makes of a place, with its errors."""
+        if place not in self._opened:
+            self._opened[place] = open_tree(place)
+        return self._opened[place]

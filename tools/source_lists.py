@@ -27,7 +27,7 @@ from unicl_fast.tools.items import (
     split_condition,
 )
 from unicl_fast.tools.json_stream import iter_elements
-from unicl_fast.tools.picture_files import open_tree
+from unicl_fast.tools.picture_files import Trees, open_tree
 
 IMAGE_COLUMNS = ("image", "file", "path")
 CAPTION_COLUMNS = ("caption", "captions")
@@ -60,7 +60,7 @@ def read_map(path: Path, options: ListOptions) -> Source:
     The zip of `train_map.txt` is `train.zip`; `--image-root` names another, or a folder.
     """
     root = Path(options.image_root) if options.image_root else _zip_of_map(path)
-    trees: dict[Path, Tree] = {}
+    trees = Trees()
 
     def find(name: str) -> Item:
         archive, at, inside = name.rpartition("@")
@@ -68,13 +68,12 @@ def read_map(path: Path, options: ListOptions) -> Source:
         if ".." in archive.split("/") or archive.startswith("/"):
             return Item(name, problem=Problem(kind="outside", message="the zip lies elsewhere"))
         try:
-            if place not in trees:
-                trees[place] = open_tree(place)
+            tree = trees.find(place)
         except (OSError, ValueError) as error:
             if not at:
                 raise
             return Item(name, problem=Problem(kind="missing", message=str(error)))
-        item = find_picture(trees[place], inside.lstrip("/") if at else name)
+        item = find_picture(tree, inside.lstrip("/") if at else name)
         item.name = name
         return item
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from foreign_sources import jpeg, outcomes, read, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.tools import source_tables
+from unicl_fast.tools import picture_files, source_tables
 from unicl_fast.tools.arrow_tables import TableResult, TableTask, convert
 from unicl_fast.tools.items import Problem
 from unicl_fast.tools.limited_processes import run_limited
 from unicl_fast.tools.sources import ListOptions, read_source
 from unicl_fast.tools.spool import Spool
+from unicl_fast.tools.zip_files import ZipTree
 
 FEATURES = {
     "image": {"_type": "Image"},
@@ -93,6 +95,32 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
         *("read", "read", "outside", "missing", "missing", "missing"),
     ]
     assert not source.labels_are_names
+
+
+def test_a_zip_of_pictures_is_opened_once_for_all_files(
+    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    class CountedZip(ZipTree):
+        def __init__(self, archive: Path, prefix: str) -> None:
+            super().__init__(archive, prefix)
+            opened.append(archive)
+
+    monkeypatch.setattr(picture_files, "ZipTree", CountedZip)
+    (tmp_path / "set").mkdir()
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for number in (1, 2):
+            archive.writestr(f"{number}.jpg", jpeg(number))
+            rows = pa.table({"path": [f"{number}.jpg"], "label": [number]})
+            pq.write_table(rows, tmp_path / "set" / f"{number}.parquet")
+    options = ListOptions(image_root=str(tmp_path / "p.zip"))
+    source = read_source(str(tmp_path / "set"), options, spool)
+    assert outcomes(source) == {"1.jpg": "read", "2.jpg": "read"}
+    assert opened == [tmp_path / "p.zip"]
+    (tmp_path / "p.zip").unlink()
+    with pytest.raises(FileNotFoundError, match=r"p\.zip: no such folder or zip"):
+        read_source(str(tmp_path / "set"), options, spool)
 
 
 def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: Spool) -> None:
