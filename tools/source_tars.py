@@ -12,7 +12,7 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -158,7 +158,8 @@ class _SampleMaker:
         )
         self._conditions = [split_condition(condition) for condition in options.where]
         asked = {column for column, _ in self._conditions}
-        self._wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
+        wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
+        self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
         self._items: list[Item] = []
         self.passed_over: Counter[str] = Counter()
 
@@ -185,7 +186,7 @@ class _SampleMaker:
                 fields = json.loads(data)
                 if not isinstance(fields, dict):
                     raise ValueError("not a JSON object")
-                group.row |= {k: v for k, v in fields.items() if k in self._wanted - set(_TEXTS)}
+                group.row |= {k: v for k, v in fields.items() if k in self._fields}
             else:
                 text = data.decode("utf-8").strip()
                 is_number = extension == "cls" and len(text) < 10 and text.isdecimal()
@@ -302,10 +303,3 @@ def _count_failures(stem: Path, maker: _SampleMaker) -> None:
         return  # statistics are for people; a shard is whole without
     if failed > 0:
         maker.passed_over[_FAILED] += failed
-
-
-def iter_tar_paths(place: Path) -> Iterator[Path]:
-    """The tars right in a folder, in order."""
-    for path in sorted(place.iterdir()):
-        if path.suffix == ".tar" or path.name.lower().endswith(GZIPPED):
-            yield path
