@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
 import zipfile
 from pathlib import Path
@@ -334,6 +335,23 @@ def test_a_file_that_ends_its_process_costs_what_comes_after(
     found = outcomes(source)
     assert found.pop("b.parquet from row 0") == "too large"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(3)}
+
+
+def test_a_script_without_a_guard_hears_of_it(tmp_path: Path) -> None:
+    """Its every process begins with its main part again, and is refused a process of its own."""
+    pq.write_table(table(3), tmp_path / "a.parquet")
+    places = str(tmp_path / "a.parquet"), str(tmp_path / "out")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from unicl_fast.tools.build_dataset import build_dataset\n"
+        f"build_dataset([Path({places[0]!r})], Path({places[1]!r}), workers=1, progress=False)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == (
+        "RuntimeError: a worker process could not start (exit code 1); if this is a script of "
+        'yours, guard its main part by if __name__ == "__main__":, and see if memory is free'
+    )
 
 
 def test_a_crash_is_told_by_its_signal() -> None:
