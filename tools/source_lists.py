@@ -16,6 +16,7 @@ from typing import Any
 
 from unicl_fast.tools.entries import EntryError, RefusedEntry, Tree
 from unicl_fast.tools.items import (
+    LEFT_OUT,
     Columns,
     Item,
     ListOptions,
@@ -23,7 +24,9 @@ from unicl_fast.tools.items import (
     Source,
     add_texts,
     meets,
+    require_column,
     require_text,
+    require_text_columns,
     split_condition,
 )
 from unicl_fast.tools.json_stream import iter_elements
@@ -114,7 +117,7 @@ def collect_rows(
             broken.append(Item(f"line {line}", problem=row))
             continue
         if not meets(row, conditions):
-            passed_over["rows that --where left out"] += 1
+            passed_over[LEFT_OUT] += 1
             continue
         name = row.get(columns.image)
         if not isinstance(name, str) or not name:
@@ -153,25 +156,22 @@ def _choose_columns(
     """Finds the columns to read. JSON rows may say `caption` here and `captions` there."""
 
     def choose(wanted: str, usual: tuple[str, ...], option: str) -> tuple[str, ...]:
-        if wanted and wanted not in header:
-            raise ValueError(f"{path} has no column {wanted!r} ({option}); it has {header}")
-        return (wanted,) if wanted else tuple(name for name in usual if name in header)
+        if wanted:
+            require_column(path, wanted, header, option)
+            return (wanted,)
+        return tuple(name for name in usual if name in header)
 
     images = choose(options.image_column, IMAGE_COLUMNS, "--image-column")
     captions = choose(options.caption_column, CAPTION_COLUMNS, "--caption-column")
     labels = choose(options.label_column, LABEL_COLUMNS, "--label-column")
     for column, _ in conditions:
-        choose(column, (), "--where")
+        require_column(path, column, header, "--where")
     if not images:
         raise ValueError(
             f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with picture paths "
             f"by --image-column. It has {header}"
         )
-    if not captions and not labels:
-        raise ValueError(
-            f"{path} has neither captions nor labels in columns of the usual names; name them by "
-            f"--caption-column or --label-column. It has {header}"
-        )
+    require_text_columns(path, captions, labels, header)
     return Columns(images[0], captions, labels)
 
 

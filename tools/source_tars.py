@@ -19,6 +19,8 @@ from typing import Any, BinaryIO
 
 from unicl_fast.tools.entries import Entry, EntryError, RefusedEntry
 from unicl_fast.tools.items import (
+    FAILED_DOWNLOADS,
+    LEFT_OUT,
     Columns,
     Item,
     ListOptions,
@@ -41,7 +43,6 @@ PICTURES = frozenset(
 _TEXTS = ("txt", "cls", "json")
 _MAX_TEXT_BYTES = 1 << 20
 """Bytes of a .txt, .cls or .json."""
-_FAILED = "failed downloads of img2dataset"
 GZIPPED = (".tar.gz", ".tgz")
 
 _BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
@@ -206,7 +207,7 @@ class _SampleMaker:
             self._items.append(Item(key, problem=problem, place=group.place))
             return
         if not meets(group.row, self._conditions):
-            self.passed_over["rows that --where left out"] += 1
+            self.passed_over[LEFT_OUT] += 1
             return
         item = Item(key, problem=group.problem, place=group.place)
         _, picture = group.pictures[0]
@@ -302,4 +303,4 @@ def _count_failures(stem: Path, maker: _SampleMaker) -> None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return  # statistics are for people; a shard is whole without
     if failed > 0:
-        maker.passed_over[_FAILED] += failed
+        maker.passed_over[FAILED_DOWNLOADS] += failed

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unicl_fast.tools.items import (
+    LEFT_OUT,
     Columns,
     Item,
     ListOptions,
@@ -81,7 +82,7 @@ def read_tsv(path: Path, options: ListOptions) -> Source:
                 message = f"line {number}: another line has this key"
                 item = Item(f"line {number}", problem=Problem(kind="ambiguous", message=message))
             if conditions and not any(meets(row, conditions) for row in rows):
-                passed_over["rows that --where left out"] += 1
+                passed_over[LEFT_OUT] += 1
                 continue
             item.place = number
             for row in rows if item.problem is None else ():
