@@ -55,7 +55,8 @@ def read_idx(path: Path, spool: Spool) -> Source:
     file, broken = _unpacked(path, spool)
     count, height, width = _read_shape(path, file)
     labels_path = _labels_of(path)
-    labels = _read_labels(labels_path, _unpacked(labels_path, spool)[0], count)
+    labels_file, labels_broken = _unpacked(labels_path, spool)
+    labels = _read_labels(labels_path, labels_file, count)
     size = height * width
     whole = min(count, max(0, os.stat(file).st_size - _HEAD_BYTES) // size)
     items = []
@@ -67,14 +68,22 @@ def read_idx(path: Path, spool: Spool) -> Source:
             place=row,
         )
         items.append(item)
-    for name, found in ((path.name, whole), (labels_path.name, len(labels))):
-        if found < count:
-            message = f"{name} has {found:,} of the {count:,} that it declares"
-            message += f"; {broken}" if broken and name == path.name else ""
-            problem = Problem(kind="damaged", message=message)
-            items.append(Item(f"{path.name} from row {len(items)}", problem=problem))
-            break
+    damage = [
+        _damage(path.name, whole, count, broken),
+        _damage(labels_path.name, len(labels), count, labels_broken),
+    ]
+    if any(damage):
+        problem = Problem(kind="damaged", message=" and ".join(filter(None, damage)))
+        items.append(Item(f"{path.name} from row {len(items)}", problem=problem))
     return Source(name=path.name, items=items, labels_are_names=False, passed_over=Counter())
+
+
+def _damage(name: str, found: int, count: int, broken: str) -> str:
+    """What is wrong with a file; also where all is there, but its checksum is not."""
+    if found == count:
+        return f"{name}: {broken}" if broken else ""
+    short = f"{name} has {found:,} of the {count:,} that it declares"
+    return f"{short}; {broken}" if broken else short
 
 
 def _unpacked(path: Path, spool: Spool) -> tuple[Path, str]:
