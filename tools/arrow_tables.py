@@ -19,7 +19,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from unicl_fast.tools.entries import MAX_FILE_BYTES
-from unicl_fast.tools.items import ListOptions, meets, split_condition
+from unicl_fast.tools.items import (
+    FAILED_DOWNLOADS,
+    LEFT_OUT,
+    ListOptions,
+    meets,
+    require_column,
+    require_text_columns,
+    split_condition,
+)
 from unicl_fast.tools.spans import open_regular
 
 IMAGE_COLUMNS = (
@@ -126,9 +134,8 @@ def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Colu
         raise ValueError(f"{path} has several columns of one name: {header}")
 
     def choose(wanted: str, usual: Sequence[Sequence[str]], option: str) -> tuple[str, ...]:
-        if wanted and wanted not in header:
-            raise ValueError(f"{path} has no column {wanted!r} ({option}); it has {header}")
         if wanted:
+            require_column(path, wanted, header, option)
             return (wanted,)
         for group in usual:
             if found := tuple(name for name in header if name.lower() in group):
@@ -140,7 +147,7 @@ def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Colu
     labels = choose(options.label_column, LABEL_COLUMNS, "--label-column")
     asked = [split_condition(condition)[0] for condition in options.where]
     for column in asked:
-        choose(column, (), "--where")
+        require_column(path, column, header, "--where")
     if not images:
         if any(name.lower() in ADDRESS_COLUMNS for name in header):
             raise ValueError(
@@ -153,11 +160,7 @@ def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Colu
             f"({', '.join(IMAGE_COLUMNS[:3])}, ..., {IMAGE_COLUMNS[-1]}); name it by "
             f"--image-column. It has {header}"
         )
-    if not captions and not labels:
-        raise ValueError(
-            f"{path} has neither captions nor labels in columns of the usual names; name them by "
-            f"--caption-column or --label-column. It has {header}"
-        )
+    require_text_columns(path, captions, labels, header)
     status = ["status"] if set(header) >= _IMG2DATASET else []
     return _Columns(images[0], captions, labels, tuple(dict.fromkeys([*asked, *status])))
 
@@ -306,23 +309,29 @@ class _RowWriter:
     def write(
         self, first: int, batch: pa.RecordBatch, place_of: Callable[[pa.Buffer], int | None]
     ) -> None:
+        """Writes the rows of a batch, or none if one cannot be read: all are then named as one."""
         if batch.num_rows == 0:
             return
         columns = self._columns
+        lines: list[str] = []
+        passed_over: Counter[str] = Counter()
         names = dict.fromkeys((*columns.captions, *columns.labels, *columns.others))
         fields = {name: batch.column(name).to_pylist() for name in names}
         images = _Images(batch.column(columns.image))
         for place in range(batch.num_rows):
             row = {name: values[place] for name, values in fields.items()}
             if "status" in row and row["status"] not in (None, "success"):
-                self._result.passed_over["failed downloads of img2dataset"] += 1
+                passed_over[FAILED_DOWNLOADS] += 1
                 continue
             if not meets(row, self._conditions):
-                self._result.passed_over["rows that --where left out"] += 1
+                passed_over[LEFT_OUT] += 1
                 continue
-            found = self._texts_of(row) | self._picture(images, place, place_of)
-            text = json.dumps(found | {"row": first + place}, default=_other_type)
-            self._rows.write(text + "\n")
+            found = self._texts_of(row)
+            if "problem" not in found:  # the picture of a bad row would be copied for nothing
+                found |= self._picture(images, place, place_of)
+            lines.append(json.dumps(found | {"row": first + place}, default=_other_type) + "\n")
+        self._rows.writelines(lines)
+        self._result.passed_over += passed_over
 
     def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """The row's texts, with names for numbers; or its problem."""

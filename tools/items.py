@@ -17,6 +17,10 @@ MAX_TEXTS = 65_535
 """Captions, and labels, that the packed format counts for one sample."""
 TOO_MANY = "too many texts"
 
+LEFT_OUT = "rows that --where left out"
+FAILED_DOWNLOADS = "failed downloads of img2dataset"
+"""Reasons of what is passed over, where several readers give them."""
+
 Label = str | int
 _L = TypeVar("_L", bound=str | int)
 
@@ -140,6 +144,31 @@ def _bad_value(where: str, column: str, value: Any) -> Problem:
     if len(shown) > 200:
         shown = shown[:200] + "..."
     return Problem(kind="bad row", message=f"{where}: {column} holds {shown}")
+
+
+def require_column(path: object, column: str, header: Sequence[str], option: str) -> None:
+    """Refuses a list without a column that an option names.
+
+    Raises:
+        ValueError: it has none.
+    """
+    if column not in header:
+        raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}")
+
+
+def require_text_columns(
+    path: object, captions: Sequence[str], labels: Sequence[str], header: Sequence[str]
+) -> None:
+    """Refuses a list in which neither columns of captions nor of labels were found.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if not captions and not labels:
+        raise ValueError(
+            f"{path} has neither captions nor labels in columns of the usual names; name them by "
+            f"--caption-column or --label-column. It has {header}"
+        )
 
 
 def split_condition(condition: str) -> tuple[str, str]:

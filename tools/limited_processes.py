@@ -27,10 +27,62 @@ OUT_OF_MEMORY = 77
 
 # Starting and reaping children is not safe in several threads at once (multiprocessing polls all
 # children of the process whenever one is started).
-children_lock = threading.Lock()
+_children_lock = threading.Lock()
 
 
-def limit_memory(num_bytes: int) -> None:
+class LimitedProcess:
+    """This program's end of a process that may die of what it reads."""
+
+    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
+        """Starts `serve(connection, *arguments)` in a process, and waits until it calls `enter`.
+
+        Raises:
+            RuntimeError: it cannot be started, which is the fault of nothing that it would read.
+        """
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
+        with _children_lock:
+            self._process.start()
+        theirs.close()  # only the process holds it now: its end is the end of the pipe
+        try:
+            self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(
+                f"a worker process could not start (exit code {self.reap()}); if this is a script "
+                'of yours, guard its main part by if __name__ == "__main__":, and see if memory '
+                "is free"
+            ) from error
+
+    def kill(self) -> None:
+        """Ends the process at once; whoever waits for its answer gets an `EOFError`."""
+        self._process.kill()
+
+    def reap(self) -> int:
+        """Collects what is left of the process once it has ended; its exit code."""
+        self.connection.close()
+        with _children_lock:
+            self._process.join()
+        return self._process.exitcode or 0
+
+
+def enter(connection: Connection, memory_bytes: int) -> None:
+    """What a process does first: it puts itself under the limits, and says that it is ready.
+
+    Args:
+        connection: to the main process.
+        memory_bytes: what it may take beyond what it has.
+
+    Raises:
+        OSError: the main process is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
+    _silence_complaints()
+    _limit_memory(memory_bytes)
+    connection.send(None)
+
+
+def _limit_memory(num_bytes: int) -> None:
     """Lets this process take `num_bytes` more than it has; an allocation beyond that fails.
 
     RLIMIT_DATA counts private writable memory (since Linux 4.7), not files and not the address
@@ -43,17 +95,20 @@ def limit_memory(num_bytes: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
 
 
-def silence_complaints() -> None:
-    """Libraries in C print complaints of their own, which would tear the progress bar.
+def _silence_complaints() -> None:
+    """Libraries in C, libtiff above all, print complaints of their own.
 
-    What matters of them comes back as the reason in quarantine.csv.
+    These would tear the progress bar. What matters of them comes back as the reason in
+    quarantine.csv.
     """
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
-def describe_crash(code: int) -> Problem:
-    """A process's end that was not its own wish."""
+def describe_death(code: int, *, too_large: str) -> Problem:
+    """A process's end that was not the main one's wish; `too_large` says what its limit means."""
+    if code == OUT_OF_MEMORY:
+        return Problem(kind="too large", message=too_large)
     if code == -signal.SIGKILL:
         return Problem(kind="crash", message="the process was killed, for want of memory maybe")
     how = f"exit code {code}" if code >= 0 else _signal_name(-code)
@@ -80,61 +135,39 @@ def run_limited(
     Yields:
         What the function returns, or how the process ended at that task; the next task then gets a
         new process.
+
+    Raises:
+        RuntimeError: a process cannot be started.
     """
     left = list(tasks)
     while left:
-        with _Process(function, memory_bytes) as process:
+        process = LimitedProcess(_serve, function, memory_bytes)
+        try:
             while left:
-                task = left.pop(0)
-                result = process.call(task)
+                result = _call(process, left.pop(0), memory_bytes)
                 yield result
                 if isinstance(result, Problem):
                     break
+        finally:
+            process.kill()
+            process.reap()
 
 
-class _Process:
-    def __init__(self, function: Callable[[Any], Any], memory_bytes: int) -> None:
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._memory_bytes = memory_bytes
-        self._process = context.Process(
-            target=_serve, args=(theirs, function, memory_bytes), daemon=True
-        )
-        with children_lock:
-            self._process.start()
-        theirs.close()  # only the process holds it now: its end is the end of the pipe
-
-    def __enter__(self) -> _Process:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._connection.close()
-        self._process.kill()
-        with children_lock:
-            self._process.join()
-
-    def call(self, task: Any) -> Any:
-        try:
-            self._connection.send(task)
-            failed, result = self._connection.recv()
-        except (EOFError, OSError):
-            with children_lock:
-                self._process.join()
-            code = self._process.exitcode or 0
-            if code == OUT_OF_MEMORY:
-                message = f"reading it takes more than {self._memory_bytes / 1e9:.1f} GB of memory"
-                return Problem(kind="too large", message=message)
-            return describe_crash(code)
-        if failed:
-            raise result
-        return result
+def _call(process: LimitedProcess, task: Any, memory_bytes: int) -> Any:
+    try:
+        process.connection.send(task)
+        failed, result = process.connection.recv()
+    except (EOFError, OSError):
+        limit = f"reading it takes more than {memory_bytes / 1e9:.1f} GB of memory"
+        return describe_death(process.reap(), too_large=limit)
+    if failed:
+        raise result
+    return result
 
 
 def _serve(connection: Connection, function: Callable[[Any], Any], memory_bytes: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
-    silence_complaints()
-    limit_memory(memory_bytes)
-    with contextlib.suppress(EOFError, OSError):
+    enter(connection, memory_bytes)
+    with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
             task = connection.recv()
             try:

@@ -20,6 +20,7 @@ from unicl_fast.tools.entries import (
     Tree,
     check_file_size,
 )
+from unicl_fast.tools.spans import open_regular
 from unicl_fast.tools.zip_files import ZipTree
 
 _MAX_PATH_BYTES = 4096
@@ -35,25 +36,13 @@ class FileEntry:
 
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         try:
-            # Opening a device can do things (a tape rewinds), so it is looked at first; and again
-            # when it is open, since it may be another file by then. Not blocking: a pipe that lies
-            # among pictures must not stop the program.
-            _require_regular(os.stat(self.path))
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-            with open(descriptor, "rb") as file:
-                status = os.fstat(descriptor)
-                _require_regular(status)
-                check_file_size(status.st_size, max_bytes)
+            with open_regular(self.path) as file:
+                check_file_size(os.fstat(file.fileno()).st_size, max_bytes)
                 data = file.read(max_bytes + 1)  # some files, those of /proc say, have no size
         except OSError as error:
             raise EntryError("unreadable", error.strerror or str(error)) from error
         check_file_size(len(data), max_bytes)
         return data
-
-
-def _require_regular(status: os.stat_result) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise EntryError("unreadable", "not a regular file")
 
 
 class FolderTree:
@@ -86,7 +75,8 @@ class FolderTree:
                     "outside", f"the path leaves {self._root}; --image-root says where pictures are"
                 )
             status = os.stat(path)
-            _require_regular(status)
+            if not stat.S_ISREG(status.st_mode):
+                raise EntryError("unreadable", "not a regular file")
         except EntryError:
             raise
         except (OSError, ValueError) as error:  # ValueError: a zero byte, or half a character
@@ -147,3 +137,16 @@ def open_tree(place: Path) -> Tree:
             "docs/sources.md names"
         )
     return ZipTree(archive, place.relative_to(archive).as_posix() if place != archive else "")
+
+
+class Trees:
+    """Trees by their places, each opened once: a zip may have a long directory."""
+
+    def __init__(self) -> None:
+        self._opened: dict[Path, Tree] = {}
+
+    def find(self, place: Path) -> Tree:
+        """What `open_tree` makes of a place, with its errors."""
+        if place not in self._opened:
+            self._opened[place] = open_tree(place)
+        return self._opened[place]

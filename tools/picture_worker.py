@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
@@ -30,10 +29,9 @@ from unicl_fast.tools.entries import MAX_FILE_BYTES, Entry, EntryError
 from unicl_fast.tools.items import Problem
 from unicl_fast.tools.limited_processes import (
     OUT_OF_MEMORY,
-    children_lock,
-    describe_crash,
-    limit_memory,
-    silence_complaints,
+    LimitedProcess,
+    describe_death,
+    enter,
 )
 
 BYTES_PER_PIXEL = 40
@@ -112,21 +110,7 @@ class PictureWorker:
             RuntimeError: it cannot be started, which is no picture's fault.
         """
         self._options = options
-        context = multiprocessing.get_context("spawn")
-        self._connection, theirs = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(theirs, options, context_length), daemon=True
-        )
-        with children_lock:
-            self._process.start()
-        theirs.close()  # only the process holds it now: its end is the end of the pipe
-        try:
-            self._connection.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError(
-                f"a worker process could not start ({self.reap()}); if this is a script of yours, "
-                'guard its main part by if __name__ == "__main__":, and see if memory is free'
-            ) from error
+        self._process = LimitedProcess(_serve, options, context_length)
 
     def check(self, tasks: Sequence[Task]) -> Iterator[Checked | Problem]:
         """One result for each task, in order.
@@ -135,35 +119,27 @@ class PictureWorker:
             WorkerDeathError: the process ended at the first task that has no result.
         """
         try:
-            self._connection.send(tasks)
+            self._process.connection.send(tasks)
             for _ in tasks:
-                yield self._connection.recv()
+                yield self._process.connection.recv()
         except (EOFError, OSError) as error:
-            self.reap()
             raise WorkerDeathError(self._cause_of_death()) from error
 
     def kill(self) -> None:
         """Ends the process at once; whoever waits for a result gets a `WorkerDeathError`."""
         self._process.kill()
 
-    def reap(self) -> str:
-        """Collects what is left of the process once it has ended; says how it did."""
-        self._connection.close()
-        with children_lock:
-            self._process.join()
-        return f"exit code {self._process.exitcode}"
+    def reap(self) -> None:
+        """Collects what is left of the process once it has ended."""
+        self._process.reap()
 
     def _cause_of_death(self) -> Problem:
-        code = self._process.exitcode or 0
+        code = self._process.reap()
         if code == -signal.SIGALRM:
             return Problem(
                 kind="too slow", message=f"not done after {self._options.seconds:g} seconds"
             )
-        if code == OUT_OF_MEMORY:
-            return Problem(
-                kind="too large", message="takes more memory than its number of pixels should"
-            )
-        return describe_crash(code)
+        return describe_death(code, too_large="takes more memory than its number of pixels should")
 
 
 # From here on: what runs inside the process.
@@ -171,13 +147,10 @@ class PictureWorker:
 
 def _serve(connection: Connection, options: PictureOptions, context_length: int) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
-    silence_complaints()  # libtiff has many
-    limit_memory(options.memory_bytes)
+    enter(connection, options.memory_bytes)
     checker = _Checker(options, context_length)
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
-        connection.send(None)
         while True:
             for task in connection.recv():
                 checker.prepare(task)

@@ -82,7 +82,8 @@ def choose_listed(
         for item in read.items:
             names = [each.name for each in stretches.get(source, ()) if each.holds(source, item)]
             own = as_listed(item.name)
-            exact = [name for name in (own, f"line {item.place}") if (source, name) in listed]
+            # a set: a line that is still broken is called by its place, and counts once
+            exact = {name for name in (own, f"line {item.place}") if (source, name) in listed}
             if names or exact:
                 chosen.append((read.name, item))
                 met.update((source, name) for name in exact)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,7 @@ from unicl_fast.tools.pickled_arrays import (
     PickleRefusedError,
     read_pickle,
 )
-from unicl_fast.tools.spans import PixelSpan, open_regular, read_span
+from unicl_fast.tools.spans import PixelSpan, Span, open_regular, read_span
 from unicl_fast.tools.spool import Spool
 from unicl_fast.tools.tar_members import DamagedTarError, iter_members
 
@@ -33,15 +32,6 @@ _TEST = re.compile(r"(test_batch|test)(\.bin)?")
 _NAMES_OF_100 = ("meta", "fine_label_names.txt")
 _NAMES_OF_10 = ("batches.meta", "batches.meta.txt")
 ARCHIVE = re.compile(r"cifar.*\.(tar|tar\.gz|tgz)", re.IGNORECASE)
-
-
-@dataclass(frozen=True, slots=True)
-class _Stretch:
-    """A file, or one inside an archive."""
-
-    path: str
-    offset: int
-    num_bytes: int
 
 
 def is_cifar(names: Sequence[str]) -> bool:
@@ -101,15 +91,15 @@ def read_cifar(place: Path, options: ListOptions, spool: Spool) -> Source:
     )
 
 
-def _files_of_folder(folder: Path) -> dict[str, _Stretch]:
+def _files_of_folder(folder: Path) -> dict[str, Span]:
     return {
-        path.name: _Stretch(str(path), 0, path.stat().st_size)
+        path.name: Span(str(path), 0, path.stat().st_size)
         for path in sorted(folder.iterdir())
         if path.is_file()
     }
 
 
-def _files_of_archive(archive: Path, spool: Spool) -> dict[str, _Stretch]:
+def _files_of_archive(archive: Path, spool: Spool) -> dict[str, Span]:
     path, broken = str(archive), ""
     if not archive.name.lower().endswith(".tar"):
         unpacked, broken = spool.gunzip(path)
@@ -120,7 +110,7 @@ def _files_of_archive(archive: Path, spool: Spool) -> dict[str, _Stretch]:
             for member in iter_members(file):
                 if member.is_regular:
                     name = member.name.rpartition("/")[2]
-                    files[name] = _Stretch(path, member.offset, member.num_bytes)
+                    files[name] = Span(path, member.offset, member.num_bytes)
     except DamagedTarError as error:
         # the files of CIFAR are few and large: what a cut archive has left is not the data set
         raise ValueError(f"{archive} is damaged: {broken or error}; fetch it again") from error
@@ -137,7 +127,7 @@ def _wants_coarse(column: str) -> bool:
     raise ValueError(f"--label-column of CIFAR is fine_labels or coarse_labels, not {column!r}")
 
 
-def _class_names(files: Mapping[str, _Stretch], *, coarse: bool) -> tuple[str, ...]:
+def _class_names(files: Mapping[str, Span], *, coarse: bool) -> tuple[str, ...]:
     """The names of the classes, if a file has them."""
     kind = "coarse" if coarse else "fine"
     for name in ("batches.meta.txt", f"{kind}_label_names.txt"):
@@ -157,7 +147,7 @@ def _class_names(files: Mapping[str, _Stretch], *, coarse: bool) -> tuple[str, .
     return ()
 
 
-def _unpickle(at: _Stretch) -> dict[str, Any]:
+def _unpickle(at: Span) -> dict[str, Any]:
     with open_regular(at.path) as file:
         fields = read_pickle(file, at.offset, at.num_bytes)
     if not isinstance(fields, dict):
@@ -166,7 +156,7 @@ def _unpickle(at: _Stretch) -> dict[str, Any]:
 
 
 def _read_python(
-    name: str, files: Mapping[str, _Stretch], names: tuple[str, ...], coarse: bool
+    name: str, files: Mapping[str, Span], names: tuple[str, ...], coarse: bool
 ) -> list[Item]:
     at = files[name]
     try:
@@ -206,7 +196,7 @@ def _find_pixels(data: Any) -> tuple[int, int]:
 
 
 def _read_binary(
-    name: str, files: Mapping[str, _Stretch], names: tuple[str, ...], coarse: bool
+    name: str, files: Mapping[str, Span], names: tuple[str, ...], coarse: bool
 ) -> list[Item]:
     at = files[name]
     of_100 = name in ("train.bin", "test.bin")
@@ -231,11 +221,11 @@ def _read_binary(
 
 def _item(name: str, row: int, span: PixelSpan, label: Any, names: tuple[str, ...]) -> Item:
     item = Item(f"{name}:{row}", span, place=row)
-    give_label(item, label, names)
+    _give_label(item, label, names)
     return item
 
 
-def give_label(item: Item, label: Any, names: tuple[str, ...]) -> None:
+def _give_label(item: Item, label: Any, names: tuple[str, ...]) -> None:
     """Gives a number, or the name it stands for; one beyond the names is the item's problem."""
     if not isinstance(label, int) or isinstance(label, bool):
         message = f"the label is {label!r:.100}, not a number"

@@ -23,7 +23,7 @@ from unicl_fast.tools.items import (
     require_text,
 )
 from unicl_fast.tools.json_stream import iter_elements
-from unicl_fast.tools.picture_files import open_tree
+from unicl_fast.tools.picture_files import Trees
 from unicl_fast.tools.source_lists import find_picture
 
 _COLUMNS = Columns("", ("caption",), ("category",))
@@ -47,14 +47,13 @@ def read_coco(paths: Sequence[Path], options: ListOptions) -> Source:
     items: dict[Entry | str, Item] = {}
     broken: list[Item] = []
     passed_over: Counter[str] = Counter()
-    trees: dict[Path, Tree] = {}
+    trees = Trees()
     for path in paths:
         found = _read_file(path)
         root = Path(options.image_root) if options.image_root else _image_folder(path)
-        if root not in trees:
-            trees[root] = open_tree(root)
+        tree = trees.find(root)
         for image in found.images:
-            _add_image(image, found, trees[root], items, broken)
+            _add_image(image, found, tree, items, broken)
         strangers = sum(texts.count for texts in found.texts.values() if not texts.listed)
         if strangers:
             passed_over["annotations of pictures that are not listed"] += strangers

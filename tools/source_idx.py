@@ -14,7 +14,6 @@ from pathlib import Path
 
 from unicl_fast.images import MAX_SIDE
 from unicl_fast.tools.items import Item, Problem, Source
-from unicl_fast.tools.source_cifar import give_label
 from unicl_fast.tools.spans import PixelSpan, open_regular
 from unicl_fast.tools.spool import Spool
 
@@ -22,6 +21,8 @@ _PICTURES = b"\0\0\x08\x03"
 """Unsigned bytes in three dimensions: pictures, rows, columns."""
 _COLOUR = b"\0\0\x08\x04"
 _LABELS = b"\0\0\x08\x01"
+_HEAD_BYTES = 16
+"""Of a file of pictures: what it is, and how long its three dimensions are."""
 
 
 def is_idx(path: Path) -> bool:
@@ -52,28 +53,37 @@ def read_idx(path: Path, spool: Spool) -> Source:
         FileNotFoundError: there is no file of labels.
     """
     file, broken = _unpacked(path, spool)
-    count, height, width, start = _read_shape(path, file)
+    count, height, width = _read_shape(path, file)
     labels_path = _labels_of(path)
-    labels = _read_labels(labels_path, _unpacked(labels_path, spool)[0], count)
+    labels_file, labels_broken = _unpacked(labels_path, spool)
+    labels = _read_labels(labels_path, labels_file, count)
     size = height * width
-    whole = min(count, max(0, os.stat(file).st_size - start) // size)
+    whole = min(count, max(0, os.stat(file).st_size - _HEAD_BYTES) // size)
     items = []
     for row in range(min(whole, len(labels))):
         item = Item(
             f"{path.name}:{row}",
-            PixelSpan(str(file), start + row * size, height, width, channels=1),
+            PixelSpan(str(file), _HEAD_BYTES + row * size, height, width, channels=1),
+            labels=[labels[row]],
             place=row,
         )
-        give_label(item, labels[row], ())
         items.append(item)
-    for name, found in ((path.name, whole), (labels_path.name, len(labels))):
-        if found < count:
-            message = f"{name} has {found:,} of the {count:,} that it declares"
-            message += f"; {broken}" if broken and name == path.name else ""
-            problem = Problem(kind="damaged", message=message)
-            items.append(Item(f"{path.name} from row {len(items)}", problem=problem))
-            break
+    damage = [
+        _damage(path.name, whole, count, broken),
+        _damage(labels_path.name, len(labels), count, labels_broken),
+    ]
+    if any(damage):
+        problem = Problem(kind="damaged", message=" and ".join(filter(None, damage)))
+        items.append(Item(f"{path.name} from row {len(items)}", problem=problem))
     return Source(name=path.name, items=items, labels_are_names=False, passed_over=Counter())
+
+
+def _damage(name: str, found: int, count: int, broken: str) -> str:
+    """What is wrong with a file; also where all is there, but its checksum is not."""
+    if found == count:
+        return f"{name}: {broken}" if broken else ""
+    short = f"{name} has {found:,} of the {count:,} that it declares"
+    return f"{short}; {broken}" if broken else short
 
 
 def _unpacked(path: Path, spool: Spool) -> tuple[Path, str]:
@@ -83,20 +93,20 @@ def _unpacked(path: Path, spool: Spool) -> tuple[Path, str]:
     return spool.gunzip(str(path))
 
 
-def _read_shape(path: Path, file: Path) -> tuple[int, int, int, int]:
-    """Number of pictures, their height and width, and where they begin."""
+def _read_shape(path: Path, file: Path) -> tuple[int, int, int]:
+    """Number of pictures, their height and width."""
     with open_regular(str(file)) as opened:
-        head = opened.read(16)
+        head = opened.read(_HEAD_BYTES)
     if head[:4] == _LABELS:
         raise ValueError(
             f"{path} holds labels; name the file with the pictures, its name says idx3"
         )
-    if head[:4] != _PICTURES or len(head) < 16:
+    if head[:4] != _PICTURES or len(head) < _HEAD_BYTES:
         raise ValueError(f"{path} is no IDX file of grey pictures (unsigned bytes, 3 dimensions)")
     count, height, width = (int.from_bytes(head[at : at + 4], "big") for at in (4, 8, 12))
     if not (count and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
         raise ValueError(f"{path} declares {count:,} pictures of {height:,} x {width:,} pixels")
-    return count, height, width, 16
+    return count, height, width
 
 
 def _labels_of(path: Path) -> Path:

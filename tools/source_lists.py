@@ -16,6 +16,7 @@ from typing import Any
 
 from unicl_fast.tools.entries import EntryError, RefusedEntry, Tree
 from unicl_fast.tools.items import (
+    LEFT_OUT,
     Columns,
     Item,
     ListOptions,
@@ -23,11 +24,13 @@ from unicl_fast.tools.items import (
     Source,
     add_texts,
     meets,
+    require_column,
     require_text,
+    require_text_columns,
     split_condition,
 )
 from unicl_fast.tools.json_stream import iter_elements
-from unicl_fast.tools.picture_files import open_tree
+from unicl_fast.tools.picture_files import Trees, open_tree
 
 IMAGE_COLUMNS = ("image", "file", "path")
 CAPTION_COLUMNS = ("caption", "captions")
@@ -60,7 +63,7 @@ def read_map(path: Path, options: ListOptions) -> Source:
     The zip of `train_map.txt` is `train.zip`; `--image-root` names another, or a folder.
     """
     root = Path(options.image_root) if options.image_root else _zip_of_map(path)
-    trees: dict[Path, Tree] = {}
+    trees = Trees()
 
     def find(name: str) -> Item:
         archive, at, inside = name.rpartition("@")
@@ -68,13 +71,12 @@ def read_map(path: Path, options: ListOptions) -> Source:
         if ".." in archive.split("/") or archive.startswith("/"):
             return Item(name, problem=Problem(kind="outside", message="the zip lies elsewhere"))
         try:
-            if place not in trees:
-                trees[place] = open_tree(place)
+            tree = trees.find(place)
         except (OSError, ValueError) as error:
             if not at:
                 raise
             return Item(name, problem=Problem(kind="missing", message=str(error)))
-        item = find_picture(trees[place], inside.lstrip("/") if at else name)
+        item = find_picture(tree, inside.lstrip("/") if at else name)
         item.name = name
         return item
 
@@ -115,7 +117,7 @@ def collect_rows(
             broken.append(Item(f"line {line}", problem=row))
             continue
         if not meets(row, conditions):
-            passed_over["rows that --where left out"] += 1
+            passed_over[LEFT_OUT] += 1
             continue
         name = row.get(columns.image)
         if not isinstance(name, str) or not name:
@@ -154,25 +156,22 @@ def _choose_columns(
     """Finds the columns to read. JSON rows may say `caption` here and `captions` there."""
 
     def choose(wanted: str, usual: tuple[str, ...], option: str) -> tuple[str, ...]:
-        if wanted and wanted not in header:
-            raise ValueError(f"{path} has no column {wanted!r} ({option}); it has {header}")
-        return (wanted,) if wanted else tuple(name for name in usual if name in header)
+        if wanted:
+            require_column(path, wanted, header, option)
+            return (wanted,)
+        return tuple(name for name in usual if name in header)
 
     images = choose(options.image_column, IMAGE_COLUMNS, "--image-column")
     captions = choose(options.caption_column, CAPTION_COLUMNS, "--caption-column")
     labels = choose(options.label_column, LABEL_COLUMNS, "--label-column")
     for column, _ in conditions:
-        choose(column, (), "--where")
+        require_column(path, column, header, "--where")
     if not images:
         raise ValueError(
             f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with picture paths "
             f"by --image-column. It has {header}"
         )
-    if not captions and not labels:
-        raise ValueError(
-            f"{path} has neither captions nor labels in columns of the usual names; name them by "
-            f"--caption-column or --label-column. It has {header}"
-        )
+    require_text_columns(path, captions, labels, header)
     return Columns(images[0], captions, labels)
 
 

@@ -25,7 +25,7 @@ from unicl_fast.tools.items import (
     require_text,
 )
 from unicl_fast.tools.limited_processes import run_limited
-from unicl_fast.tools.picture_files import open_tree
+from unicl_fast.tools.picture_files import Trees
 from unicl_fast.tools.source_lists import find_picture
 from unicl_fast.tools.spans import Span
 from unicl_fast.tools.spool import Spool, full_disk
@@ -108,6 +108,7 @@ class _Reader:
 
     def __init__(self, options: ListOptions) -> None:
         self._root = options.image_root
+        self._trees = Trees()
         self.items: dict[str, Item] = {}
         self.broken: list[Item] = []
         self.passed_over: Counter[str] = Counter()
@@ -115,7 +116,7 @@ class _Reader:
 
     def add(self, task: TableTask, result: TableResult | Problem) -> None:
         path, rows = Path(task.path), Path(task.rows_file)
-        self._tree = open_tree(Path(self._root) if self._root else path.parent)
+        self._tree = self._trees.find(Path(self._root) if self._root else path.parent)
         behind = 0
         if rows.exists():
             with rows.open("rb") as file:

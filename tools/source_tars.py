@@ -12,13 +12,15 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from unicl_fast.tools.entries import Entry, EntryError, RefusedEntry
 from unicl_fast.tools.items import (
+    FAILED_DOWNLOADS,
+    LEFT_OUT,
     Columns,
     Item,
     ListOptions,
@@ -41,7 +43,6 @@ PICTURES = frozenset(
 _TEXTS = ("txt", "cls", "json")
 _MAX_TEXT_BYTES = 1 << 20
 """Bytes of a .txt, .cls or .json."""
-_FAILED = "failed downloads of img2dataset"
 GZIPPED = (".tar.gz", ".tgz")
 
 _BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
@@ -158,7 +159,8 @@ class _SampleMaker:
         )
         self._conditions = [split_condition(condition) for condition in options.where]
         asked = {column for column, _ in self._conditions}
-        self._wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
+        wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
+        self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
         self._items: list[Item] = []
         self.passed_over: Counter[str] = Counter()
 
@@ -185,7 +187,7 @@ class _SampleMaker:
                 fields = json.loads(data)
                 if not isinstance(fields, dict):
                     raise ValueError("not a JSON object")
-                group.row |= {k: v for k, v in fields.items() if k in self._wanted - set(_TEXTS)}
+                group.row |= {k: v for k, v in fields.items() if k in self._fields}
             else:
                 text = data.decode("utf-8").strip()
                 is_number = extension == "cls" and len(text) < 10 and text.isdecimal()
@@ -205,7 +207,7 @@ class _SampleMaker:
             self._items.append(Item(key, problem=problem, place=group.place))
             return
         if not meets(group.row, self._conditions):
-            self.passed_over["rows that --where left out"] += 1
+            self.passed_over[LEFT_OUT] += 1
             return
         item = Item(key, problem=group.problem, place=group.place)
         _, picture = group.pictures[0]
@@ -301,11 +303,4 @@ def _count_failures(stem: Path, maker: _SampleMaker) -> None:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return  # statistics are for people; a shard is whole without
     if failed > 0:
-        maker.passed_over[_FAILED] += failed
-
-
-def iter_tar_paths(place: Path) -> Iterator[Path]:
-    """The tars right in a folder, in order."""
-    for path in sorted(place.iterdir()):
-        if path.suffix == ".tar" or path.name.lower().endswith(GZIPPED):
-            yield path
+        maker.passed_over[FAILED_DOWNLOADS] += failed

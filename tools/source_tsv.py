@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from unicl_fast.tools.items import (
+    LEFT_OUT,
     Columns,
     Item,
     ListOptions,
@@ -77,11 +78,12 @@ def read_tsv(path: Path, options: ListOptions) -> Source:
     with open_regular(str(path)) as file:
         for number, line in enumerate(_iter_lines(file), start=1):
             item, rows = _read_line(path, line, number)
+            is_read = item.problem is None  # else nobody knows whether it is one to leave out
             if item.name in items:
                 message = f"line {number}: another line has this key"
                 item = Item(f"line {number}", problem=Problem(kind="ambiguous", message=message))
-            if conditions and not any(meets(row, conditions) for row in rows):
-                passed_over["rows that --where left out"] += 1
+            if is_read and conditions and not any(meets(row, conditions) for row in rows):
+                passed_over[LEFT_OUT] += 1
                 continue
             item.place = number
             for row in rows if item.problem is None else ():

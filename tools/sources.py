@@ -49,11 +49,13 @@ def read_sources(
     """Reads all sources of a build; COCO's files become one, whatever stands between them."""
     coco = [Path(place) for place in places if _is_coco(Path(place))]
     sources = []
+    is_coco_read = False
     for place in places:
         if Path(place) not in coco:
             sources.append(read_source(place, options, spool))
-        elif Path(place) == coco[0]:
+        elif not is_coco_read:
             sources.append(read_coco(list(dict.fromkeys(coco)), options or ListOptions()))
+            is_coco_read = True
     return sources
 
 
@@ -63,7 +65,7 @@ def read_source(
     """Reads one source.
 
     Args:
-        place: see docs/data-format.md.
+        place: see docs/sources.md.
         options: for lists, and for what else has columns or fields.
         spool: where what cannot be read in place is unpacked; it must outlive the items. Without
             one such sources are refused.

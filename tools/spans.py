@@ -100,7 +100,11 @@ def read_span(path: str, offset: int, num_bytes: int) -> bytes:
 
 
 def open_regular(path: str) -> io.BufferedReader:
-    """Opens a regular file, and nothing else: a pipe or a device would wait, or do something.
+    """Opens a regular file, and nothing else.
+
+    Opening a device can do things (a tape rewinds), so it is looked at first; and again when it is
+    open, since it may be another file by then. Not blocking: a pipe that lies among pictures must
+    not stop the program.
 
     Raises:
         OSError: it is none, or cannot be opened.
@@ -109,7 +113,7 @@ def open_regular(path: str) -> io.BufferedReader:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     file = open(descriptor, "rb")  # noqa: SIM115
     try:
-        _require_regular(os.fstat(descriptor), path)  # it may be another file by now
+        _require_regular(os.fstat(descriptor), path)
     except OSError:
         file.close()
         raise

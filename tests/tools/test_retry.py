@@ -101,6 +101,12 @@ def test_names_that_are_gone_are_counted_and_names_of_two_sources_refused() -> N
     assert chosen(Counter({("train", "cat/1.jpg"): 2}), read, read) == ["cat/1.jpg"] * 2
 
 
+def test_a_line_that_is_still_broken_is_chosen_once() -> None:
+    problem = Problem(kind="bad row", message="")
+    read = source_of("a.tsv", Item("1", place=1), Item("line 2", problem=problem, place=2))
+    assert chosen(Counter({("a.tsv", "line 2"): 1}), read) == ["line 2"]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

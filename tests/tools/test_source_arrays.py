@@ -237,6 +237,24 @@ def test_idx_files_are_read_with_the_labels_beside_them(tmp_path: Path, name: st
             read_source(str(tmp_path / name), None, spool)
 
 
+@pytest.mark.parametrize("cut", ["images-idx3.gz", "labels-idx1.gz"])
+def test_an_idx_file_whose_checksum_is_cut_off_is_named_and_keeps_its_rows(
+    tmp_path: Path, cut: str
+) -> None:
+    (tmp_path / "images-idx3.gz").write_bytes(gzip.compress(idx(pixels(3)[..., 0])))
+    (tmp_path / "labels-idx1.gz").write_bytes(gzip.compress(idx(np.arange(3, dtype=np.uint8))))
+    (tmp_path / cut).write_bytes((tmp_path / cut).read_bytes()[:-6])
+    with Spool(tmp_path / "out") as spool:
+        source = read_source(str(tmp_path / "images-idx3.gz"), None, spool)
+        assert outcomes(source) == {
+            **{f"images-idx3.gz:{row}": "read" for row in range(3)},
+            "images-idx3.gz from row 3": "damaged",
+        }
+    problem = source.items[-1].problem
+    assert problem is not None
+    assert problem.message == f"{cut}: it ends in the middle of its gzip data"
+
+
 def test_idx_files_that_lie_or_are_cut(tmp_path: Path) -> None:
     pictures, labels = pixels(5)[..., 0], np.zeros(5, np.uint8)
     images, beside = tmp_path / "images-idx3", tmp_path / "labels-idx1"

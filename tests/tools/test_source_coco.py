@@ -70,6 +70,13 @@ def test_captions_and_instances_meet_at_the_picture(coco: Path) -> None:
     assert texts(alone).keys() == {"2.jpg", "3.jpg"}
 
 
+def test_a_file_that_is_named_twice_is_read_once(coco: Path) -> None:
+    captions, instances = (str(path) for path in sorted((coco / "annotations").iterdir()))
+    (source,) = read_sources([captions, captions, instances, captions])
+    assert source.name == "captions_val2017.json+instances_val2017.json"
+    assert len(source.items) == 3
+
+
 def test_pictures_are_found_in_zips_and_in_a_folder_called_images(coco: Path) -> None:
     place = str(coco / "annotations" / "captions_val2017.json")
     with zipfile.ZipFile(coco / "val2017.zip", "w") as archive:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ from foreign_sources import jpeg, outcomes, read, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.tools import source_tables
+from unicl_fast.tools import picture_files, source_tables
 from unicl_fast.tools.arrow_tables import TableResult, TableTask, convert
 from unicl_fast.tools.items import Problem
 from unicl_fast.tools.limited_processes import run_limited
 from unicl_fast.tools.sources import ListOptions, read_source
 from unicl_fast.tools.spool import Spool
+from unicl_fast.tools.zip_files import ZipTree
 
 FEATURES = {
     "image": {"_type": "Image"},
@@ -93,6 +96,32 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
         *("read", "read", "outside", "missing", "missing", "missing"),
     ]
     assert not source.labels_are_names
+
+
+def test_a_zip_of_pictures_is_opened_once_for_all_files(
+    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    class CountedZip(ZipTree):
+        def __init__(self, archive: Path, prefix: str) -> None:
+            super().__init__(archive, prefix)
+            opened.append(archive)
+
+    monkeypatch.setattr(picture_files, "ZipTree", CountedZip)
+    (tmp_path / "set").mkdir()
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for number in (1, 2):
+            archive.writestr(f"{number}.jpg", jpeg(number))
+            rows = pa.table({"path": [f"{number}.jpg"], "label": [number]})
+            pq.write_table(rows, tmp_path / "set" / f"{number}.parquet")
+    options = ListOptions(image_root=str(tmp_path / "p.zip"))
+    source = read_source(str(tmp_path / "set"), options, spool)
+    assert outcomes(source) == {"1.jpg": "read", "2.jpg": "read"}
+    assert opened == [tmp_path / "p.zip"]
+    (tmp_path / "p.zip").unlink()
+    with pytest.raises(FileNotFoundError, match=r"p\.zip: no such folder or zip"):
+        read_source(str(tmp_path / "set"), options, spool)
 
 
 def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: Spool) -> None:
@@ -184,6 +213,8 @@ def test_labels_beyond_the_names_and_values_of_other_types_are_named(
     pq.write_table(found, tmp_path / "a.parquet")
     source = read_source(str(tmp_path / "a.parquet"), None, spool)
     assert list(outcomes(source).values()) == ["read", *["bad row"] * 3, "no text"]
+    copied = sum(path.stat().st_size for path in tmp_path.glob("out.spool-*/*"))
+    assert copied == len(jpeg(0)) + len(jpeg(4))  # not those of bad rows
     odd = pa.table({"image": pictures(0, 1), "caption": [b"x", None], "label": [1.5, 2.0]})
     pq.write_table(odd, tmp_path / "a.parquet")
     found = outcomes(read_source(str(tmp_path / "a.parquet"), None, spool))
@@ -214,6 +245,21 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
     assert set(found.values()) == {"read"}
     with pytest.raises(ValueError, match=r"b\.parquet has no rows that can be read: "):
         read_source(str(tmp_path / "b.parquet"), None, spool)
+
+
+def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(
+    tmp_path: Path, spool: Spool
+) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    names = pa.array([b"0.jpg", b"1.jpg", b"\xff.jpg", b"3.jpg"])
+    paths = pa.Array.from_buffers(pa.string(), 4, names.buffers())  # a text that is not UTF-8
+    rows = pa.table({"path": paths, "label": [1, 2, 1, 1]})
+    pq.write_table(rows, tmp_path / "a.parquet", row_group_size=3)
+    options = ListOptions(where=["label=1"])
+    source = read_source(str(tmp_path / "a.parquet"), options, spool)
+    assert outcomes(source) == {"3.jpg": "read", "a.parquet rows 0 to 2": "damaged"}
+    assert not source.passed_over
 
 
 def test_a_cut_arrow_file_gives_what_comes_before(tmp_path: Path, spool: Spool) -> None:
@@ -289,6 +335,23 @@ def test_a_file_that_ends_its_process_costs_what_comes_after(
     found = outcomes(source)
     assert found.pop("b.parquet from row 0") == "too large"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(3)}
+
+
+def test_a_script_without_a_guard_hears_of_it(tmp_path: Path) -> None:
+    """Its every process begins with its main part again, and is refused a process of its own."""
+    pq.write_table(table(3), tmp_path / "a.parquet")
+    places = str(tmp_path / "a.parquet"), str(tmp_path / "out")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from unicl_fast.tools.build_dataset import build_dataset\n"
+        f"build_dataset([Path({places[0]!r})], Path({places[1]!r}), workers=1, progress=False)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == (
+        "RuntimeError: a worker process could not start (exit code 1); if this is a script of "
+        'yours, guard its main part by if __name__ == "__main__":, and see if memory is free'
+    )
 
 
 def test_a_crash_is_told_by_its_signal() -> None:

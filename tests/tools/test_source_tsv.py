@@ -94,6 +94,24 @@ def test_lines_that_cannot_be_read_are_named(
     assert read(source.items[0]) == jpeg(1)
 
 
+def test_lines_that_cannot_be_read_are_named_whatever_where_asks_for(tmp_path: Path) -> None:
+    good = base64_text(jpeg(1))
+    path = write_lines(
+        tmp_path / "a.tsv",
+        ("a", '{"label": 1, "set": "x"}', good),
+        ("b", '{"label": 1, "set": "y"}', good),
+        ("b", '{"label": 1, "set": "y"}', good),
+        ("alone",),
+        ("json", "{", good),
+        ("json", "{", good),
+    )
+    source = read_source(str(path), ListOptions(where=["set=x"]))
+    assert outcomes(source) == {
+        **{"a": "read", "line 4": "bad row", "json": "bad row", "line 6": "ambiguous"},
+    }
+    assert source.passed_over == {"rows that --where left out": 2}
+
+
 def test_lists_with_a_header_stay_lists(tmp_path: Path) -> None:
     (tmp_path / "1.jpg").write_bytes(jpeg(1))
     path = write_lines(tmp_path / "a.tsv", ("image", "caption"), ("1.jpg", "/9j/ and " + "x" * 99))
