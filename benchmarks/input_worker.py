@@ -36,6 +36,8 @@ _WARM_UP = 8
 _WARM_UP_SECONDS = 0.5
 _PATIENCE = 300.0
 """Seconds for any answer; FFCV and Numba compile at the first batch."""
+_TIME_TO_END = 10.0
+"""Seconds a contender has to end its own workers before all of them are killed."""
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 
 
@@ -150,7 +152,11 @@ class Worker:
 
     def _end(self) -> None:
         self._connection.close()
-        self._signal(signal.SIGKILL)  # ends what is stopped, too
+        # Most end by themselves: loaders killed in mid-batch leave files in /dev/shm.
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_TIME_TO_END)
+        self._signal(signal.SIGKILL)
         self._process.wait()
 
 

@@ -102,7 +102,7 @@ class Program:
         assert not left, f"still running: {left}\n{self.messages}"
         while (files := self._unused_shared_memory()) and time.monotonic() < deadline:
             time.sleep(0.5)
-        assert not files
+        assert not files, f"left in memory: {files}\n{self.messages}"
         assert not [path for path in self.temporary.iterdir() if "elastic" not in path.name]
 
     def _unused_shared_memory(self) -> list[Path]:
