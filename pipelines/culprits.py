@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
+from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graphs
 from unicl_fast.pipelines.graph import Pipeline, Source
 
 _SOUND_SIDE = 16
@@ -42,7 +42,7 @@ def find_undecodable(
     start, size = 0, len(inputs[0])
     while start < size:
         try:
-            for _ in run_graph(build, _one_by_one(inputs, start), device=device, ahead=1):
+            for _ in run_graphs([build], _one_by_one(inputs, start), device=device, ahead=1):
                 pass
             break
         except DecodingError as error:
@@ -50,7 +50,7 @@ def find_undecodable(
             reasons[culprit] = reason_of(error)
             start = culprit + 1
     if reasons:
-        for _ in run_graph(build, iter([_sound(inputs)]), device=device, ahead=1):
+        for _ in run_graphs([build], iter([_sound(inputs)]), device=device, ahead=1):
             pass
     return reasons
 

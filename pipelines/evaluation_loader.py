@@ -19,8 +19,12 @@ from unicl_fast.batch import EvaluationBatch
 from unicl_fast.config import DataConfig
 from unicl_fast.pipelines.crop import central_windows
 from unicl_fast.pipelines.culprits import find_undecodable, reason_of
-from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
-from unicl_fast.pipelines.graph import Pipeline, build_evaluation_graph
+from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graphs
+from unicl_fast.pipelines.graph import (
+    Pipeline,
+    build_evaluation_graph,
+    shares_of_threads,
+)
 from unicl_fast.shards import PackedDataset
 
 
@@ -77,13 +81,17 @@ class EvaluationLoader:
         )
 
     def _decode(self) -> Generator[EvaluationBatch, None, None]:
-        graph = self._graph(self._data, batch_size=min(self._batch_size, len(self._ids)))
+        batch_size = min(self._batch_size, len(self._ids))
+        graphs = [
+            self._graph(share, batch_size=batch_size)
+            for share in shares_of_threads(self._data, self._device)
+        ]
         host_batches = (
             self._host_batch(self._ids[start : start + self._batch_size])
             for start in range(0, len(self._ids), self._batch_size)
         )
         with contextlib.closing(
-            run_graph(graph, host_batches, device=self._device, ahead=self._data.prefetch)
+            run_graphs(graphs, host_batches, device=self._device, ahead=self._data.prefetch)
         ) as running:
             for (images,), ids in running:
                 yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))

@@ -1,9 +1,9 @@
-"""Runs a DALI graph, or none, over batches prepared on the host, and hands out torch tensors.
+"""Runs DALI graphs, or none, over batches prepared on the host, and hands out torch tensors.
 
 What DALI cannot carry (numbers the host must know without reading the device, names for messages)
-walks beside it in a queue: graphs give their batches in the order in which they took them. Batches
-are prepared by one thread, ahead of the decoding, so that waiting for storage hides behind it.
-What a batch holds, and which picture of one that fails is to blame, is the loaders' business.
+walks beside it: graphs give their batches in the order in which they took them. Batches are
+prepared by one thread, ahead of the decoding, so that waiting for storage hides behind it. What a
+batch holds, and which picture of one that fails is to blame, is the loaders' business.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ class DecodingError(RuntimeError):
         self.in_flight = tuple(in_flight)
 
 
-def run_graph(
-    build: Callable[[Source], Pipeline],
+def run_graphs(
+    builds: Sequence[Callable[[Source], Pipeline]],
     host_batches: Iterator[HostBatch[Facts]],
     *,
     device: torch.device,
@@ -53,63 +53,85 @@ def run_graph(
 ) -> Outputs[Facts]:
     """Outputs and facts of every batch, in order. Close the generator to stop before the end.
 
+    Graphs take turns: of k graphs each gets every k-th batch. Within one, an operator begins when
+    the one before has done the whole batch, and threads that are done early wait; another graph's
+    have work meanwhile.
+
     Tensors share DALI's memory without a copy. They stay valid as long as they are held, even when
     the graph is gone: the default executor counts references and reuses a buffer only when nobody
     looks at it (a test pins that).
 
     Args:
-        build: makes the graph around a source.
+        builds: each makes a graph around a source.
         host_batches: what to feed; runs in another thread.
-        device: where the graph's outputs lie.
-        ahead: batches prepared before they are asked for, beside those that the graph prefetches.
+        device: where the graphs' outputs lie.
+        ahead: batches prepared before they are asked for, beside those that graphs prefetch.
 
     Raises:
         DecodingError: DALI failed at the batch that was to come out next. Whatever `host_batches`
             raises comes as it is.
     """
-    in_flight: collections.deque[Facts] = collections.deque()
-    ready: collections.deque[Future[HostBatch[Facts] | None]] = collections.deque()
+    prepared: collections.deque[Future[HostBatch[Facts] | None]] = collections.deque()
+    waiting: list[collections.deque[HostBatch[Facts] | None]] = [
+        collections.deque() for _ in builds
+    ]
+    in_flight: dict[int, Facts] = {}
     host_error: Exception | None = None
+    num_taken = 0
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker:
 
         def prepare_next() -> None:
-            ready.append(worker.submit(next, host_batches, None))
+            prepared.append(worker.submit(next, host_batches, None))
 
-        def source() -> tuple[Any, ...]:
-            nonlocal host_error
+        def deal() -> None:
+            """Gives the next batch to the graph whose turn it is."""
+            nonlocal host_error, num_taken
             try:
-                batch = ready.popleft().result()
+                batch = prepared.popleft().result()
             except Exception as error:
                 host_error = error
                 raise
-            if batch is None:
-                raise StopIteration
+            waiting[num_taken % len(builds)].append(batch)
+            if batch is not None:
+                in_flight[num_taken] = batch.facts
+            num_taken += 1
             prepare_next()
-            in_flight.append(batch.facts)
-            return batch.inputs
+
+        def source_of(lane: int) -> Source:
+            def source() -> tuple[Any, ...]:
+                while not waiting[lane]:
+                    deal()
+                batch = waiting[lane].popleft()
+                if batch is None:
+                    raise StopIteration
+                return batch.inputs
+
+            return source
 
         for _ in range(ahead):
             prepare_next()
-        pipeline = build(source)
+        pipelines = [build(source_of(lane)) for lane, build in enumerate(builds)]
         try:
-            pipeline.build()
+            for pipeline in pipelines:
+                pipeline.build()
             return_freed_memory()
-            while True:
+            for number in itertools.count():
                 try:
-                    outputs = _run(pipeline, device)
+                    outputs = _run(pipelines[number % len(pipelines)], device)
                 except StopIteration:
                     return
                 except Exception as error:  # DALI's are of several types
                     if error is host_error or not in_flight:
                         raise
-                    raise DecodingError(str(error), in_flight) from error
+                    lost = [in_flight[place] for place in sorted(in_flight)]
+                    raise DecodingError(str(error), lost) from error
                 yield (
                     [from_dlpack(output.as_tensor()) for output in outputs],
-                    (in_flight.popleft()),
+                    in_flight.pop(number),
                 )
                 del outputs  # held here, the buffers could not be reused for the next batch
         finally:
-            for future in ready:
+            for future in prepared:
                 future.cancel()
 
 
@@ -120,7 +142,7 @@ def run_without_graph(
     workers: int,
     ahead: int,
 ) -> Outputs[Facts]:
-    """As `run_graph` on the CPU, where nothing is left for a graph to do: inputs are the outputs.
+    """As `run_graphs` on the CPU, where nothing is left for a graph to do: inputs are the outputs.
 
     Args:
         make_group: some consecutive batches, complete; called in several threads at once.

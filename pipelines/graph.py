@@ -9,6 +9,7 @@ Which bytes go in, and what becomes of the outputs, is left to feed.py and loade
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -213,6 +214,18 @@ def decoding_threads(threads: int) -> int:
     if cores == os.cpu_count():  # else the launcher has bound this rank to its own part already
         cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return max(1, cores)
+
+
+def shares_of_threads(data: DataConfig, device: torch.device) -> list[DataConfig]:
+    """The settings of graphs that take turns on the CPU, so that no thread waits for another.
+
+    Two, with half of the threads each; one where there is one thread, nothing is done ahead (they
+    would only take turns waiting), or a GPU does the work.
+    """
+    threads = decoding_threads(data.threads)
+    if threads == 1 or data.prefetch == 1 or device.type != "cpu":
+        return [data]
+    return [dataclasses.replace(data, threads=part) for part in (-(-threads // 2), threads // 2)]
 
 
 def is_fused(resample: Resample, device: torch.device) -> bool:

@@ -23,12 +23,13 @@ from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.pipelines.augment_parts import parts_for
 from unicl_fast.pipelines.bad_samples import BadSamples
 from unicl_fast.pipelines.culprits import find_undecodable, reason_of
-from unicl_fast.pipelines.feed import DecodingError, Outputs, run_graph, run_without_graph
+from unicl_fast.pipelines.feed import DecodingError, Outputs, run_graphs, run_without_graph
 from unicl_fast.pipelines.graph import (
     Pictures,
     Pipeline,
     build_train_graph,
     is_fused,
+    shares_of_threads,
 )
 from unicl_fast.pipelines.host_batches import HostBatches, TrainFacts
 from unicl_fast.pipelines.integer_block import unpack_integers
@@ -187,9 +188,12 @@ class TrainLoader:
                     ahead=data.prefetch + maker.groups_at_once - 1,
                 )
             return
-        graph = self._graph(data, batch_size=self.plan.num_views * self._batch_size)
+        graphs = [
+            self._graph(share, batch_size=self.plan.num_views * self._batch_size)
+            for share in shares_of_threads(data, self._device)
+        ]
         with contextlib.closing(self._host.batches(start_step)) as host_batches:
-            yield from run_graph(graph, host_batches, device=self._device, ahead=data.prefetch)
+            yield from run_graphs(graphs, host_batches, device=self._device, ahead=data.prefetch)
 
     def _blame(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""

@@ -29,7 +29,7 @@ from unicl_fast.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.pipelines.augment_parts import parts_for
 from unicl_fast.pipelines.augment_plan import STAGE_WIDTH, Column, draw_rows, neutral_rows
 from unicl_fast.pipelines.crop import random_windows
-from unicl_fast.pipelines.feed import HostBatch, run_graph
+from unicl_fast.pipelines.feed import HostBatch, run_graphs
 from unicl_fast.pipelines.graph import build_train_graph
 from unicl_fast.pipelines.policies import (
     AUTO,
@@ -275,7 +275,7 @@ def _run(
         device=torch.device("cpu"),
     )
     batches = iter([HostBatch(inputs=tuple(inputs), facts=None)])
-    ((images, _), _) = next(run_graph(build, batches, device=torch.device("cpu"), ahead=1))
+    ((images, _), _) = next(run_graphs([build], batches, device=torch.device("cpu"), ahead=1))
     return images.numpy().reshape(len(strips), len(encoded), *images.shape[1:])
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from unicl_fast.config import DataConfig
-from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graph
+from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graphs
 from unicl_fast.pipelines.graph import build_train_graph
 
 pytestmark = pytest.mark.dali
@@ -47,7 +47,7 @@ def host_batches(
 
 
 def run(
-    batches: Iterator[HostBatch[int]], *, prefetch: int = 2
+    batches: Iterator[HostBatch[int]], *, prefetch: int = 2, graphs: int = 2
 ) -> Iterator[tuple[list[torch.Tensor], int]]:
     build = partial(
         build_train_graph,
@@ -55,16 +55,17 @@ def run(
         batch_size=4,
         device=CPU,
     )
-    return run_graph(build, batches, device=CPU, ahead=2)
+    return run_graphs([build] * graphs, batches, device=CPU, ahead=2)
 
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
-@pytest.mark.parametrize("prefetch", [1, 2, 4])
+@pytest.mark.parametrize(("prefetch", "graphs"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (3, 3)])
 def test_every_batch_comes_once_and_beside_its_facts(
-    encoded: list[np.ndarray], count: int, prefetch: int
+    encoded: list[np.ndarray], count: int, prefetch: int, graphs: int
 ) -> None:
     seen = []
-    for (images, integers), number in run(host_batches(encoded, count), prefetch=prefetch):
+    running = run(host_batches(encoded, count), prefetch=prefetch, graphs=graphs)
+    for (images, integers), number in running:
         assert tuple(images.shape) == (4, SIZE, SIZE, 3)
         assert integers.tolist() == [[number, number]] * 4
         seen.append(number)
@@ -90,11 +91,14 @@ def test_buffers_are_reused_when_nobody_holds_them(encoded: list[np.ndarray]) ->
     assert len(places) < 40  # one a batch if none were reused; how many is the allocator's affair
 
 
-@pytest.mark.parametrize(("prefetch", "in_flight"), [(1, (5,)), (2, (5, 6)), (3, (5, 6, 7))])
+@pytest.mark.parametrize(
+    ("prefetch", "graphs", "in_flight"),
+    [(1, 1, (5,)), (2, 1, (5, 6)), (3, 1, (5, 6, 7)), (2, 2, (5, 6, 7)), (2, 3, (5, 6, 7, 8))],
+)
 def test_a_batch_that_cannot_be_decoded_is_told_and_those_before_it_arrive(
-    encoded: list[np.ndarray], prefetch: int, in_flight: tuple[int, ...]
+    encoded: list[np.ndarray], prefetch: int, graphs: int, in_flight: tuple[int, ...]
 ) -> None:
-    running = run(host_batches(encoded, 9, damaged=5), prefetch=prefetch)
+    running = run(host_batches(encoded, 9, damaged=5), prefetch=prefetch, graphs=graphs)
     assert [next(running)[1] for _ in range(5)] == [0, 1, 2, 3, 4]
     with pytest.raises(DecodingError, match="image_slice") as caught:
         next(running)

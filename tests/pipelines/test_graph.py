@@ -35,10 +35,11 @@ from torchvision.transforms.v2 import functional
 
 from unicl_fast.config import DataConfig, Interpolation, Resample
 from unicl_fast.pipelines.crop import central_windows, random_windows
-from unicl_fast.pipelines.feed import HostBatch, run_graph
+from unicl_fast.pipelines.feed import HostBatch, run_graphs
 from unicl_fast.pipelines.graph import (
     build_evaluation_graph,
     build_train_graph,
+    shares_of_threads,
 )
 from unicl_fast.pipelines.resample import resample_region
 from unicl_fast.shards import PackedDataset
@@ -100,7 +101,7 @@ def train_pictures(
         device=torch.device(device),
     )
     ((images, carried), _) = next(
-        run_graph(build, iter([batch]), device=torch.device(device), ahead=1)
+        run_graphs([build], iter([batch]), device=torch.device(device), ahead=1)
     )
     assert np.array_equal(carried.cpu().numpy(), integers)
     return images.cpu()
@@ -144,7 +145,7 @@ def evaluation_pictures(
         device=torch.device(device),
     )
     batch = HostBatch(inputs=(encoded, *regions), facts="all")
-    ((images,), _) = next(run_graph(build, iter([batch]), device=torch.device(device), ahead=1))
+    ((images,), _) = next(run_graphs([build], iter([batch]), device=torch.device(device), ahead=1))
     return images.cpu()
 
 
@@ -261,7 +262,7 @@ def test_decoding_a_window_equals_cutting_the_decoded_picture(
         batch_size=count,
         device=cpu,
     )
-    ((images, _), _) = next(run_graph(build, iter([batch]), device=cpu, ahead=1))
+    ((images, _), _) = next(run_graphs([build], iter([batch]), device=cpu, ahead=1))
     whole = [np.asarray(open_picture(captioned, index)) for index in chosen.tolist()]
     twin = np.stack([picture[9 : 9 + side, 5 : 5 + side] for picture in whole])
     assert differences(images, twin).max() == 0
@@ -337,3 +338,13 @@ def test_gpu_pictures_equal_the_cpu_s(labelled: PackedDataset) -> None:
         evaluation_pictures(labelled, data).numpy(),
     )
     assert gap.mean() < 2
+
+
+def test_threads_are_shared_out_where_graphs_can_take_turns() -> None:
+    cpu = torch.device("cpu")
+    data = DataConfig(threads=5)
+    assert [part.threads for part in shares_of_threads(data, cpu)] == [3, 2]
+    one_thread, nothing_ahead = DataConfig(threads=1), DataConfig(threads=5, prefetch=1)
+    assert shares_of_threads(one_thread, cpu) == [one_thread]
+    assert shares_of_threads(nothing_ahead, cpu) == [nothing_ahead]
+    assert shares_of_threads(data, torch.device("cuda")) == [data]

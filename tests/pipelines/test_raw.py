@@ -23,7 +23,7 @@ from unicl_fast.bad_visits import TooManyBadSamplesError
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.feed import DecodingError, run_graph
+from unicl_fast.pipelines.feed import DecodingError, run_graphs
 from unicl_fast.pipelines.graph import build_train_graph
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.prompts import ClassPrompts
@@ -182,7 +182,7 @@ def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts)
         device=torch.device("cpu"),
         pictures="squares",
     )
-    running = run_graph(build, host_batches, device=torch.device("cpu"), ahead=1)
+    running = run_graphs([build], host_batches, device=torch.device("cpu"), ahead=1)
     for batch, ((images, integers), facts) in zip(batches, running, strict=False):
         assert facts.fed.step == batch.step
         assert torch.equal(images, batch.images)
