@@ -8,7 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from small_runs import global_batch, tiny_config
+from small_runs import (
+    OBJECTIVES,
+    global_batch,
+    labelled_batch,
+    objective_config,
+    tiny_config,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicl_fast.batch import ListLoader
@@ -93,6 +99,16 @@ def test_a_training_step_reads_nothing(images: torch.Tensor, efficiency: dict) -
     trainer.train_step(next(batches))  # the first one makes what stays
     with WaitingOperators() as operators:
         trainer.train_step(next(batches))
+    assert operators.found == []
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_objective_reads_anything(images: torch.Tensor, objective: str) -> None:
+    batch = labelled_batch(images, objective)
+    trainer = Trainer(objective_config(objective), ListLoader([batch]), progress=False)
+    trainer.train_step(batch)
+    with WaitingOperators() as operators:
+        trainer.train_step(batch)
     assert operators.found == []
 
 
