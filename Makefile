@@ -30,7 +30,7 @@ lint: $(VENV)/dev.stamp
 
 # The site of docs/, read from build/site/index.html; a link that leads nowhere is an error.
 docs: $(VENV)/docs.stamp
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
 	rm -rf $(VENV) build dist demo-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

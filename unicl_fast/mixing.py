@@ -12,7 +12,7 @@ are left as they are, and so are their partners.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -92,8 +92,8 @@ def mix(
     )
     device = images.device
     pairs = batch.slots // 2
-    shares = torch.from_numpy(draws.shares).to(device, non_blocking=True)[pairs]
-    boxes = torch.from_numpy(draws.boxes).to(device, non_blocking=True)[pairs]
+    shares = _on_device(draws.shares, device)[pairs]
+    boxes = _on_device(draws.boxes, device)[pairs]
     partner = _swapped(batch.class_ids)
     is_labelled = batch.class_ids < _CAPTION_KEYS_START
     is_mixed = is_labelled & _swapped(is_labelled)
@@ -142,9 +142,18 @@ def _part_of_cutmix(objective: ObjectiveConfig) -> float:
     return 1.0 if objective.cutmix else 0.0
 
 
+def _on_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
+    """A copy there; from pinned memory, so that the host does not wait for it."""
+    tensor = torch.from_numpy(numbers)
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def _swapped(values: Tensor) -> Tensor:
     """Neighbours in each other's places."""
-    return values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    swapped: Tensor = values.unflatten(0, (-1, 2)).flip(1).flatten(0, 1)
+    return swapped
 
 
 def _inside(boxes: Int[Tensor, "b 4"], size: int) -> Tensor:

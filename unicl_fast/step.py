@@ -65,20 +65,23 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
         image_features, others, scale = encode(images, *inputs)
     if objective.name == "ce":
         rows = _rows_of_classes(class_ids, objective.num_classes)
-        return classify_over_ranks(image_features, others, rows, ranks=ranks, form=form)
+        return classify_over_ranks(
+            image_features, others, rows, scale=scale, ranks=ranks, form=form
+        )
     if objective.name == "supcon":
         return contrast_views_over_ranks(
             image_features, batch.class_ids.repeat(2), scale=scale, ranks=ranks, form=form
         )
+    of_texts: Tensor | Membership = text_class_ids
     if isinstance(class_ids, Membership):
         # equal texts have other labels now, and are columns of their own
         others = others[batch.text_index if config.efficiency.unique_texts else ...]
-        text_class_ids, text_counts = class_ids, torch.ones_like(batch.class_ids)
+        of_texts, text_counts = class_ids, torch.ones_like(batch.class_ids)
     return contrast_over_ranks(
         image_features,
         others,
         class_ids=class_ids,
-        text_class_ids=text_class_ids,
+        text_class_ids=of_texts,
         text_counts=text_counts,
         scale=scale,
         ranks=ranks,
@@ -197,21 +200,23 @@ def classify_over_ranks(
     class_rows: Float[Tensor, "k d"],
     labels: Int[Tensor, " b"] | Membership,
     *,
+    scale: Tensor,
     ranks: Ranks,
     form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the products with k learnt rows: pictures to texts alone, at scale 1.
+    """Cross-entropy of the products with k learnt rows: pictures to texts alone.
 
     Args:
         features: this rank's.
         class_rows: equal on all ranks.
         labels: which of the rows, 0 to k - 1; several in parts for mixed pictures.
+        scale: of the products; a model's is 1 (a number would be copied to the device).
         ranks: who holds the other pictures; as many each.
         form: as in `loss`.
     """
     numbers = torch.arange(len(class_rows), device=class_rows.device)
     with torch.autocast(features.device.type, enabled=False):
-        rows, _ = compare(features, class_rows, labels, numbers, None, 1.0, form=form)
+        rows, _ = compare(features, class_rows, labels, numbers, None, scale, form=form)
         return sum_over_ranks(losses(rows).mean(), ranks) / ranks.world_size
 
 
@@ -220,7 +225,9 @@ def _rows_of_classes(
 ) -> Tensor | Membership:
     """Class ids (`prompts.ClassPrompts`: data set * 2**32 + label) to rows of the classifier."""
     if isinstance(class_ids, Membership):
-        return class_ids._replace(labels=_rows_of_classes(class_ids.labels, num_classes))
+        labels = _rows_of_classes(class_ids.labels, num_classes)
+        assert isinstance(labels, Tensor)
+        return class_ids._replace(labels=labels)
     row = class_ids & (2**32 - 1)
     start = 0
     for source, count in enumerate(num_classes[:-1], start=1):
