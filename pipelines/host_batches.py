@@ -27,7 +27,7 @@ from unicl_fast.pipelines.texts import gather_texts
 from unicl_fast.pipelines.views import graph_inputs, square_inputs
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
-from unicl_fast.targets import map_steps
+from unicl_fast.targets import TargetSteps, map_steps
 
 _PLANNED_AT_ONCE = 4096
 """Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
@@ -136,7 +136,7 @@ class HostBatches:
         long = self._plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
         # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
         # to a prompt are found by look-up, so no other rank's labels can change a class here.
-        targets = map_steps(*self._texts_of(long), self._prompts, size=size)
+        targets = self._targets_of(long)
         steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
         context_length = self._config.model.context_length
         integers = pack_integers(targets, steps[0].slots, context_length=context_length)
@@ -158,7 +158,7 @@ class HostBatches:
         """The integers of a step, and what the host knows of it."""
         integers, text_lengths = planned.integers, planned.text_lengths
         if fed is not planned.batch:  # substitutes come with texts of their own
-            targets = map_steps(*self._texts_of(fed), self._prompts, size=len(fed.slots))
+            targets = self._targets_of(fed)
             context_length = self._config.model.context_length
             integers = pack_integers(targets, fed.slots, context_length=context_length)
             text_lengths = targets.text_lengths[: targets.num_texts[0]]
@@ -166,13 +166,17 @@ class HostBatches:
             fed=fed, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths
         )
 
-    def _texts_of(self, planned: PlannedBatch) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
-        return gather_texts(
+    def _targets_of(self, planned: PlannedBatch) -> TargetSteps:
+        """Of some steps; what their samples' classes are is the objective's to say."""
+        rows, labels = gather_texts(
             planned,
             self._datasets,
             self._prompts,
             context_length=self._config.model.context_length,
         )
+        if self._config.objective.name == "clip":  # a text is its own class
+            return map_steps(rows, np.full_like(labels, -1), None, size=self._batch_size)
+        return map_steps(rows, labels, self._prompts, size=self._batch_size)
 
     def _check_arrays(self) -> None:
         for dataset in self._datasets:

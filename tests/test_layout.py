@@ -30,7 +30,8 @@ LIBRARY_LEVELS = [
     },
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
     | {"positives", "loss_tiled", "loss", "best", "ema", "checkpoint_writer"},
-    {"collate", "presets", "checkpoint", "compilation", "bad_visits", "bad_steps", "source_meter"},
+    {"collate", "presets", "checkpoint", "compilation", "bad_visits", "bad_steps", "source_meter"}
+    | {"mixing"},
     {"step", "cached_gradients", "evaluation", "training_state"},
     {"trainer", "memory_check"},
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from tqdm import tqdm
 
@@ -27,17 +28,19 @@ def evaluate_zero_shot(
     *,
     class_names: Sequence[str] = (),
     templates: Sequence[str] = (),
+    rows_of_classes: npt.NDArray[np.int64] | None = None,
     ranks: Ranks | None = None,
     batch_size: int = 256,
     progress: bool = False,
 ) -> ZeroShotResult:
-    """Zero-shot accuracy on a packed data set.
+    """Zero-shot accuracy on a packed data set, or that of a model trained by cross-entropy.
 
     Args:
         model: in evaluation mode.
         dataset: with labels.
         class_names: instead of the data set's own.
         templates: instead of the data set's own.
+        rows_of_classes: for cross-entropy, which of the model's rows each class has [k].
         ranks: who shares the work.
         batch_size: pictures encoded at once by each rank.
         progress: show progress bars.
@@ -54,12 +57,15 @@ def evaluate_zero_shot(
     class_names = tuple(class_names) or own_names
     if not class_names:
         raise ValueError(f"{dataset.folder} has no classes: zero-shot needs labelled pictures")
-    classifier = zero_shot_classifier(
-        model,
-        class_names=class_names,
-        templates=tuple(templates) or dataset.manifest.templates,
-        progress=progress,
-    )
+    if rows_of_classes is not None and model.class_rows is not None:
+        classifier = model.class_rows.detach()[torch.from_numpy(rows_of_classes)]
+    else:
+        classifier = zero_shot_classifier(
+            model,
+            class_names=class_names,
+            templates=tuple(templates) or dataset.manifest.templates,
+            progress=progress,
+        )
     loader = EvaluationLoader(
         dataset,
         model.config.data,

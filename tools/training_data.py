@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from unicl_fast.config import DataConfig
+import numpy as np
+from numpy.typing import NDArray
+
+from unicl_fast.array_files import blocks_of
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.manifest import Manifest
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
@@ -94,6 +99,66 @@ def _checksums(manifest: Manifest) -> list[str]:
     """Of all files that hold samples."""
     pixels = [] if manifest.pixels is None else [manifest.pixels.xxh3]
     return [shard.xxh3 for shard in manifest.shards] + pixels
+
+
+def suit_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
+    """The config with what an objective without texts needs to know of the data.
+
+    Captions are not looked at then, and cross-entropy gets as many rows as there are classes.
+
+    Raises:
+        ValueError: samples without labels, or another number of classes than the config says.
+    """
+    objective = config.objective
+    if objective.has_texts:
+        return config
+    for dataset in datasets:
+        num_mute = sum(
+            int(np.count_nonzero(rows["labels_count"] == 0)) for rows in blocks_of(dataset.samples)
+        )
+        if num_mute or not dataset.manifest.class_names:
+            raise ValueError(
+                f"objective.name={objective.name} learns from labels, and {num_mute:,} of the "
+                f"{len(dataset):,} samples of {dataset.folder} have none"
+                + ("" if num_mute else "; its labels have no class names")
+                + ": leave it out, or take objective.name=unicl"
+            )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, text="labels"))
+    if objective.name != "ce":
+        return config
+    counts = tuple(len(dataset.manifest.class_names) for dataset in datasets)
+    if config.data.label_space == "shared":
+        counts = (max(counts),)
+    if objective.num_classes not in ((), counts):
+        raise ValueError(
+            f"objective.num_classes is {objective.num_classes}, but the data has {counts}: leave "
+            "it empty, or make the class lists equal"
+        )
+    objective = dataclasses.replace(objective, num_classes=counts)
+    return dataclasses.replace(config, objective=objective)
+
+
+def rows_of_class_names(
+    datasets: Sequence[PackedDataset], names: Sequence[str], *, label_space: str
+) -> NDArray[np.int64]:
+    """For cross-entropy: which learnt row stands for each of some class names.
+
+    Raises:
+        ValueError: a name that no data set of the training has.
+    """
+    row_of: dict[str, int] = {}
+    start = 0
+    for dataset in datasets:
+        for label, name in enumerate(dataset.manifest.class_names):
+            row_of.setdefault(name, start + label)
+        start += 0 if label_space == "shared" else len(dataset.manifest.class_names)
+    unknown = [name for name in names if name not in row_of]
+    if unknown:
+        raise ValueError(
+            f"data.evaluate: {len(unknown)} classes are not among those that the run learns, such "
+            f"as {unknown[0]!r}; a model trained with objective.name=ce knows no others"
+        )
+    return np.array([row_of[name] for name in names], dtype=np.int64)
 
 
 def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from unicl_fast.augmentation import augmentations_of, refuse_second_view
+from unicl_fast.augmentation import augmentations_of, check_views
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.best import choose_metric
 from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
@@ -40,6 +40,8 @@ from unicl_fast.tools.training_data import (
     describe_sources,
     names_of,
     open_sources,
+    rows_of_class_names,
+    suit_objective,
 )
 from unicl_fast.trainer import Trainer
 from unicl_fast.watchdog import Watchdog, group_timeout
@@ -56,17 +58,20 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
         FileNotFoundError: a data set or checkpoint that is not there.
     """
     Ranks(world_size=nproc).share_of(config.run.global_batch_size)
-    refuse_second_view(config.data.augment)
+    check_views(config.data.augment, objective=config.objective.name)
     if resume != "auto":  # rank 0 reads checkpoints and says what it passes over; once is enough
         choose_checkpoint(resume, run_folder)
     datasets, _ = open_sources(config.data)
     augmentations_of(config.data.augment, [dataset.folder for dataset in datasets])
+    suit_objective(config, datasets)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
     for folder in config.data.evaluate:
         PackedDataset(folder).close()
-    choose_metric(config.checkpoint.best, map(_evaluation_name, config.data.evaluate))
+    choose_metric(
+        config.checkpoint.best, [_evaluation_name(config, each) for each in config.data.evaluate]
+    )
 
 
 def pretrain(
@@ -123,7 +128,8 @@ def pretrain(
             ledger=has_ledger(run_folder, ranks) or ledger,
             progress=progress,
         )
-        check_memory(trainer.model, trainer.config, share=share, device=device)
+        views = 2 if trainer.config.objective.name == "supcon" else 1
+        check_memory(trainer.model, trainer.config, share=views * share, device=device)
         if checkpoint is not None:
             mark("reading the checkpoint")
             with refused_together(ranks):
@@ -173,6 +179,7 @@ def build_trainer(
     datasets, shares = open_sources(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
+    config = suit_objective(config, datasets)
     config = _with_length(config, num_samples=sum(len(dataset) for dataset in datasets))
     prompts = build_prompts(datasets, config.data)
     loader = TrainLoader(
@@ -191,7 +198,7 @@ def build_trainer(
         run_folder=run_folder,
         ranks=ranks,
         device=device,
-        evaluations=_build_evaluations(config, ranks),
+        evaluations=_build_evaluations(config, datasets, ranks),
         data=describe_sources(datasets, shares),
         sources=SourceMeter(names_of(datasets), passes=loader.plan.passes),
         ledger=_build_ledger(run_folder, loader, datasets, ranks) if ledger else None,
@@ -282,11 +289,19 @@ def _with_length(config: TrainConfig, *, num_samples: int) -> TrainConfig:
     )
 
 
-def _evaluation_name(folder: str | Path) -> str:
-    return f"zero_shot/{Path(folder).name}"
+def _evaluation_name(config: TrainConfig, folder: str | Path) -> str:
+    kind = "accuracy" if config.objective.name == "ce" else "zero_shot"
+    return f"{kind}/{Path(folder).name}"
 
 
-def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluation]:
+def _build_evaluations(
+    config: TrainConfig, trained: Sequence[PackedDataset], ranks: Ranks
+) -> dict[str, Evaluation]:
+    if config.data.evaluate and config.objective.name == "supcon":
+        raise ValueError(
+            "data.evaluate: a model trained with objective.name=supcon knows neither texts nor "
+            "classes; leave it empty, and take unicl-eval linear-probe or knn afterwards"
+        )
     datasets = [PackedDataset(folder) for folder in config.data.evaluate]
     names = [dataset.folder.name for dataset in datasets]
     if len(set(names)) < len(names):
@@ -296,15 +311,25 @@ def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluatio
     for dataset in datasets:
         if not dataset.manifest.class_names:
             raise ValueError(f"data.evaluate: {dataset.folder} has no labels for zero-shot")
+    rows = [
+        rows_of_class_names(
+            trained, dataset.manifest.class_names, label_space=config.data.label_space
+        )
+        if config.objective.name == "ce"
+        else None
+        for dataset in datasets
+    ]
 
     def evaluation_of(index: int) -> Evaluation:
         def evaluate(model: UniCL) -> dict[str, float]:
-            result = evaluate_zero_shot(model, datasets[index], ranks=ranks)
+            result = evaluate_zero_shot(
+                model, datasets[index], rows_of_classes=rows[index], ranks=ranks
+            )
             return {"top1": result.top1, "top5": result.top5}
 
         return evaluate
 
     return {
-        _evaluation_name(dataset.folder): evaluation_of(index)
+        _evaluation_name(config, dataset.folder): evaluation_of(index)
         for index, dataset in enumerate(datasets)
     }

@@ -215,16 +215,24 @@ def check_augment_entries(entries: Sequence[str]) -> None:
     _split_entries(entries)
 
 
-def refuse_second_view(entries: Sequence[str]) -> None:
-    """For objectives that would not look at a second view of each picture.
+def check_views(entries: Sequence[str], *, objective: str) -> None:
+    """SupCon looks at two views of each picture, the other objectives at one.
 
     Raises:
-        ValueError: `data.augment` asks for one.
+        ValueError: `data.augment` shows another number.
     """
-    if any(augmentation.views == 2 for augmentation in _split_entries(entries).values()):
+    views = {augmentation.views for augmentation in _split_entries(entries).values()}
+    shown = " ".join(entries)
+    if objective == "supcon" and views != {2}:
         raise ValueError(
-            f"data.augment ({' '.join(entries)}) shows each picture in two views, but this run's "
-            "objective would not look at the second; add views=1, for example supcon,views=1"
+            "objective.name=supcon compares two views of each picture, but data.augment "
+            f"({shown or 'empty'}) shows one; set --data.augment supcon, or add views=2, for "
+            "example unicl,views=2"
+        )
+    if objective != "supcon" and 2 in views:
+        raise ValueError(
+            f"data.augment ({shown}) shows each picture in two views, but objective.name="
+            f"{objective} would not look at the second; add views=1, for example supcon,views=1"
         )
 
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.dist import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.precision import Precision
@@ -45,6 +45,20 @@ def refuse_batch_statistics(model: nn.Module) -> None:
                 "efficiency.micro_batch_size=0, or take an image encoder without BatchNorm (Swin, "
                 "ViT, FocalNet)"
             )
+
+
+def refuse_without_texts(objective: ObjectiveConfig) -> None:
+    """Micro-batches are of pictures and texts.
+
+    Raises:
+        ValueError: an objective without texts.
+    """
+    if not objective.has_texts:
+        raise ValueError(
+            f"efficiency.micro_batch_size is for pictures and texts; objective.name="
+            f"{objective.name} has no texts: set it to 0, and efficiency.activation_checkpointing "
+            "if memory is short"
+        )
 
 
 def back_propagate_in_micro_batches(

@@ -205,7 +205,7 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
             f"{checkpoint} has no average of the weights (optim.ema_decay was 0): take weights "
             "model or auto"
         )
-    _require_text_sizes(checkpoint / MODEL_FILE, state.config)
+    _require_sizes(checkpoint / MODEL_FILE, state.config)
     model = UniCL(state.config)
     # weights, and their average, are in the type of the run
     model.to(Precision(state.config.efficiency.precision).weight_type)
@@ -242,22 +242,28 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         ) from error
 
 
-def _require_text_sizes(path: Path, config: TrainConfig) -> None:
+def _require_sizes(path: Path, config: TrainConfig) -> None:
     """Compares the sizes that a config sets with those in the file, before they are built.
 
     A model of sizes that nobody trained can be larger than memory, and building it is no way to
     find out.
     """
-    model = config.model
-    expected = {
-        "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
-        "text_encoder.positional_embedding": [model.context_length, model.text_width],
-        "text_projection": [model.text_width, model.embed_dim],
-    }
+    model, num_layers, expected = config.model, 0, {}
+    if config.objective.has_texts:
+        num_layers = model.text_layers
+        expected = {
+            "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
+            "text_encoder.positional_embedding": [model.context_length, model.text_width],
+            "text_projection": [model.text_width, model.embed_dim],
+        }
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
+            if config.objective.name == "ce":
+                width = file.get_slice("class_rows").get_shape()[1]
+                expected["class_rows"] = [sum(config.objective.num_classes), width]
+                found["class_rows"] = file.get_slice("class_rows").get_shape()
     except OSError:
         raise
     except Exception as error:
@@ -265,10 +271,10 @@ def _require_text_sizes(path: Path, config: TrainConfig) -> None:
             f"{path} is no safetensors file: {error!r}; use another checkpoint"
         ) from error
     layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
-    if found != expected or len(layers) != model.text_layers:
+    if found != expected or len(layers) != num_layers:
         raise DamagedCheckpointError(
             f"{path} is not of the model that its config describes: a text encoder of "
-            f"{model.text_layers} layers with {expected} is expected, {len(layers)} layers with "
+            f"{num_layers} layers with {expected} is expected, {len(layers)} layers with "
             f"{found} came; use another checkpoint"
         )
 

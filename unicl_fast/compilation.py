@@ -42,8 +42,8 @@ def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
             "again: set efficiency.activation_checkpointing=False or efficiency.compile=False, or "
             "take an image encoder without BatchNorm (Swin, ViT, FocalNet)"
         )
-    model.image_encoder.compile(backend=backend)
-    model.text_encoder.compile(backend=backend)
+    for encoder in model.encoders:
+        encoder.compile(backend=backend)
 
 
 def round_up_length(length: int) -> int:

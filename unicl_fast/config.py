@@ -1,4 +1,4 @@
-"""Every setting of a run, in six frozen groups, checked when they are made.
+"""Every setting of a run, in seven frozen groups, checked when they are made.
 
 The sentence under a field is its documentation and its `--help` text. A `TrainConfig` goes to and
 from JSON without loss and is stored in every checkpoint; evaluation starts from it. What stands
@@ -22,6 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
 # Far beyond what anybody trains: damaged settings should not take memory before they are noticed.
 _MOST_PIXELS_A_SIDE = 8192
+_MOST_CLASSES = 2**24
 _MOST = {
     "text_width": 65_536, "text_layers": 1024, "text_heads": 1024, "context_length": 65_536,
     "vocab_size": 2**24, "embed_dim": 65_536,
@@ -32,6 +33,7 @@ Resample = Literal["fused", "dali"]
 PrecisionName = Literal["fp32", "bf16", "fp16", "fp64"]
 LossForm = Literal["auto", "dense", "tiled"]
 DeviceName = Literal["auto", "cpu", "cuda"]
+ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
 OptimizerName = Literal["adamw", "lamb", "apex-fusedadam", "apex-fusedlamb", "auto"]
 
 
@@ -174,6 +176,8 @@ class ModelConfig:
     """Start value of the learnt logarithm of the scale; the paper's code starts at 1.0."""
     logit_scale_max: float = math.log(100)
     """The logarithm of the scale is kept at or below this; inf leaves it free as the paper does."""
+    learn_logit_scale: bool = True
+    """False keeps the scale at its start value, as SupCon does (1 / 0.1)."""
 
     def __post_init__(self) -> None:
         require(0 <= self.drop_path < 1, f"model.drop_path must lie in [0, 1): {self.drop_path}")
@@ -189,6 +193,58 @@ class ModelConfig:
             math.isfinite(self.logit_scale_init),
             f"model.logit_scale_init must be finite, not {self.logit_scale_init}",
         )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ObjectiveConfig:
+    """What is learnt of the pictures; docs/objectives.md."""
+
+    name: ObjectiveName = "unicl"
+    """unicl: pictures against texts, those of the same class are positives. clip: the same, but
+    only equal texts are of the same class, labels are not looked at. supcon: two views of each
+    picture against all others, by label, without texts (data.augment must show two views). ce:
+    cross-entropy over one learnt row for each class, without texts."""
+    mixup: float = 0.0
+    """Pictures with labels are mixed two by two, in parts drawn from Beta(mixup, mixup); 0 mixes
+    none. For unicl and ce."""
+    cutmix: float = 0.0
+    """The same with rectangles cut out of one and put into the other (CutMix)."""
+    mix_probability: float = 1.0
+    """Part of the pairs that are mixed, where mixup or cutmix is set."""
+    cutmix_share: float = 0.5
+    """Where both are set: the part of the mixed pairs that CutMix gets."""
+    num_classes: tuple[int, ...] = ()
+    """For ce: learnt rows for each data set, or one number where data.label_space is shared. Empty
+    takes the data's."""
+
+    def __post_init__(self) -> None:
+        """Refuses values out of range."""
+        _require_known_choices("objective", self)
+        for name in ("mixup", "cutmix"):
+            value = getattr(self, name)
+            require(0 <= value < math.inf, f"objective.{name} must not be negative, not {value}")
+        for name in ("mix_probability", "cutmix_share"):
+            value = getattr(self, name)
+            require(0 <= value <= 1, f"objective.{name} must lie in 0 to 1, not {value}")
+        require(
+            not self.mixes or self.name in ("unicl", "ce"),
+            f"objective.mixup and objective.cutmix mix labels, which {self.name} does not have: "
+            "take unicl or ce, or set both to 0",
+        )
+        require(
+            all(0 <= count <= _MOST_CLASSES for count in self.num_classes),
+            f"objective.num_classes must lie in 0 to {_MOST_CLASSES}, not {self.num_classes}",
+        )
+
+    @property
+    def mixes(self) -> bool:
+        """Whether pictures are mixed."""
+        return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def has_texts(self) -> bool:
+        """Whether pictures are compared with texts, so that there is a text encoder."""
+        return self.name in ("unicl", "clip")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -351,6 +407,7 @@ class TrainConfig:
     """A whole training run."""
 
     data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     efficiency: EfficiencyConfig = field(default_factory=EfficiencyConfig)

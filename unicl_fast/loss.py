@@ -132,7 +132,8 @@ def compare(
 ) -> tuple[Statistics, Statistics]:
     """Some pictures against all texts: what is known then about the pictures and about the texts.
 
-    A text of count 0 is as if it were not there, so ranks may pad their texts.
+    A text of count 0 is as if it were not there, so ranks may pad their texts. With `exclude_self`
+    more "texts" may follow than there are pictures: those of other ranks.
     """
     b, u = len(image_features), len(text_features)
     if form == "auto":
@@ -195,7 +196,7 @@ def _compare_dense(
 ) -> tuple[Statistics, Statistics]:
     """The formula as it is written, from all logits and the matrix of positives [b u]."""
     if exclude_self:
-        itself = torch.eye(len(logits), dtype=torch.bool, device=logits.device)
+        itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
         weights = weights.masked_fill(itself, 0)
         # not -inf: where no other pair is left (one picture), its gradient would be 0/0
         logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)

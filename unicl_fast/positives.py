@@ -29,9 +29,9 @@ class Membership(NamedTuple):
     samples: Int[Tensor, " e"]
     """Which sample, from 0."""
     labels: Int[Tensor, " e"]
-    """Which label, any int64. No pair (sample, label) twice."""
+    """Which label, any int64. The weights of a pair (sample, label) that stands twice add up."""
     weights: Float[Tensor, " e"]
-    """How much of it, above 0: 1 for a plain label, the share for mixed pictures."""
+    """How much of it, at least 0: 1 for a plain label, the share for mixed pictures."""
 
 
 class SparseRows(NamedTuple):
@@ -84,8 +84,10 @@ class Positives(NamedTuple):
     def _without_itself(self, sums: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
         if self.of_itself is None:
             return sums
-        factor = self.of_itself if weights is None else self.of_itself * weights
-        return sums.addcmul_(factor.unsqueeze(1), features, value=-1)
+        count = len(self.of_itself)  # there may be more texts
+        factor = self.of_itself if weights is None else self.of_itself * weights[:count]
+        sums[:count].addcmul_(factor.unsqueeze(1), features[:count], value=-1)
+        return sums
 
 
 def find_positives(
@@ -105,7 +107,7 @@ def find_positives(
         num_images: b.
         num_texts: u.
         dtype: type of the weights.
-        exclude_self: leave out the pairs (i, i); both must be class ids then.
+        exclude_self: leave out the pairs (i, i); both must be class ids then, and u >= b.
     """
     images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
     known = texts.labels.sort().values
@@ -117,7 +119,7 @@ def find_positives(
     if exclude_self:
         assert isinstance(class_ids, Tensor)
         assert isinstance(text_class_ids, Tensor)
-        of_itself = (class_ids == text_class_ids).to(dtype)
+        of_itself = (class_ids == text_class_ids[: len(class_ids)]).to(dtype)
     return Positives(
         _by_rows(images.samples, image_places, image_weights, num_rows=num_images),
         _by_rows(text_places, texts.samples, texts.weights, num_rows=len(known)),

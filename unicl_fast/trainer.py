@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from unicl_fast.augmentation import refuse_second_view
+from unicl_fast.augmentation import check_views
 from unicl_fast.bad_steps import BadSteps, KeptStatistics
 from unicl_fast.bad_visits import BadVisits
 from unicl_fast.batch import Batch, Loader
@@ -30,6 +30,7 @@ from unicl_fast.best import choose_metric
 from unicl_fast.cached_gradients import (
     back_propagate_in_micro_batches,
     refuse_batch_statistics,
+    refuse_without_texts,
 )
 from unicl_fast.checkpoint import read_state
 from unicl_fast.checkpoint_writer import CheckpointWriter
@@ -47,12 +48,13 @@ from unicl_fast.evaluation.during_training import (
 from unicl_fast.interruption import Interrupted, Interruption
 from unicl_fast.ledger import Ledger
 from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics
+from unicl_fast.mixing import refuse_torn_pairs
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, gradient_norm, update
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.source_meter import SourceMeter
 from unicl_fast.stages import OR_WAITING, mark
-from unicl_fast.step import global_loss
+from unicl_fast.step import global_loss, shown_slots
 from unicl_fast.training_state import collect_tensors, describe_state, restore_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -101,12 +103,16 @@ class Trainer:
 
         Raises:
             ValueError: the run has no length, the ranks cannot share the global batch, the model
-                cannot be trained in micro-batches or compiled as the config asks, or two views
-                are asked for.
+                or objective cannot be trained in micro-batches or compiled as the config asks, or
+                the objective needs another number of views.
         """
-        refuse_second_view(config.data.augment)
+        check_views(config.data.augment, objective=config.objective.name)
         self.ranks = ranks or Ranks()
-        self.ranks.share_of(config.run.global_batch_size)
+        refuse_torn_pairs(
+            config.objective,
+            share=self.ranks.share_of(config.run.global_batch_size),
+            micro_batch_size=config.efficiency.micro_batch_size,
+        )
         self.total_steps = config.run.total_steps
         if not self.total_steps:
             raise ValueError("the run has no length: set run.samples or run.steps")
@@ -127,6 +133,7 @@ class Trainer:
         self.model = model or UniCL(config)
         if config.efficiency.micro_batch_size:
             refuse_batch_statistics(self.model)
+            refuse_without_texts(config.objective)
         place_module(self.model, device=self.device, precision=precision)
         if config.efficiency.channels_last:
             self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -164,11 +171,12 @@ class Trainer:
 
         Raises:
             FileNotFoundError: no checkpoint there.
-            ValueError: it is damaged, or of another model or other data.
+            ValueError: it is damaged, or of another model, objective or other data.
         """
         state = read_state(checkpoint)
         stored = config_to_dict(state.config)
         refuse_differences("model", stored["model"], self._dict("model"))
+        refuse_differences("objective", stored["objective"], self._dict("objective"))
         refuse_differences("data", state.data, self.data)
         for group, names in _MUST_NOT_CHANGE.items():
             refuse_differences(
@@ -352,7 +360,8 @@ class Trainer:
                 self.ranks,
                 scale_loss=self._scale_loss,
             )
-        self.model.set_drop_path_key(step=batch.step, slots=batch.slots)
+        slots = shown_slots(batch, global_batch_size=self.config.run.global_batch_size)
+        self.model.set_drop_path_key(step=batch.step, slots=slots)
         loss = global_loss(self._encode, batch, self.config, self.ranks)
         self._scale_loss(loss).backward()
         return loss.detach()

@@ -15,7 +15,14 @@ from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
-from small_runs import global_batch, poison_step, ragged_features, tiny_config
+from small_runs import (
+    LabelledLoader,
+    global_batch,
+    objective_config,
+    poison_step,
+    ragged_features,
+    tiny_config,
+)
 
 from unicl_fast.batch import EvaluationBatch
 from unicl_fast.dist import Ranks, process_group
@@ -123,14 +130,10 @@ def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
     )
 
 
-def first_gradients(images: torch.Tensor, ranks, config) -> tuple[float, dict]:
+def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:
     """Loss and parameter gradients of the first step, before clipping."""
-    trainer = Trainer(
-        config,
-        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
-        ranks=ranks,
-        progress=False,
-    )
+    loader = loader or StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(config, loader, ranks=ranks, progress=False)
     batch = next(trainer.loader.batches(0))
     trainer.model.train()
     # GradScaler's first scale is found by trial: it would overflow here, and skip the step
@@ -148,6 +151,19 @@ def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) 
     for form in ("dense", "tiled"):
         loss, gradients = first_gradients(images, ranks, tiny_config(**efficiency, loss=form))
         torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
+
+
+def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectives: list) -> None:
+    """Loss and parameter gradients of this rank under each objective, with both forms."""
+    for objective in objectives:
+        for form in ("dense", "tiled"):
+            result = first_gradients(
+                images,
+                ranks,
+                objective_config(objective, loss=form),
+                LabelledLoader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
+            )
+            torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 
 
 def write_feature_gradients(ranks, folder: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from unicl_fast.config import (
     DataConfig,
     EfficiencyConfig,
     ModelConfig,
+    ObjectiveConfig,
     OptimConfig,
     RunConfig,
     TrainConfig,
@@ -111,3 +114,73 @@ def poison_step(trainer: Trainer, *, step: int) -> None:
     convolutions = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
     for module in (convolutions[0], encoder):
         module.register_forward_hook(poison)
+
+
+OBJECTIVES = {
+    "unicl": ObjectiveConfig(),
+    "clip": ObjectiveConfig(name="clip"),
+    "supcon": ObjectiveConfig(name="supcon"),
+    "ce": ObjectiveConfig(name="ce", num_classes=(2, 3)),
+    "unicl, mixed": ObjectiveConfig(mixup=0.8, cutmix=1.0),
+    "ce, mixed": ObjectiveConfig(name="ce", num_classes=(2, 3), mixup=0.8, cutmix=1.0),
+}
+
+
+def objective_config(objective: str, **settings: object) -> TrainConfig:
+    """`tiny_config` for one of `OBJECTIVES`."""
+    config = tiny_config(**settings)
+    views = ("supcon",) if objective == "supcon" else ()
+    return dataclasses.replace(
+        config,
+        objective=OBJECTIVES[objective],
+        data=dataclasses.replace(config.data, augment=views),
+    )
+
+
+def labelled_batch(
+    images: torch.Tensor, objective: str, *, step: int = 0, rank: int = 0, world_size: int = 1
+) -> Batch:
+    """12 samples of five classes of two data sets, with prompts for texts.
+
+    Where pictures are mixed by UniCL the last two are captions without a label.
+    """
+    which = (torch.arange(12) * 7 + step) % 5
+    labels = torch.tensor([0, 1, 2**32, 2**32 + 1, 2**32 + 2])[which]
+    prompts = [TEXTS[0], TEXTS[1], TEXTS[4], "a fish", "a bird"]
+    tokens = Tokenizer()(prompts)[which]
+    if objective == "unicl, mixed":
+        labels[-3:] = -1
+        tokens[-3:] = Tokenizer()(TEXTS[2:5])
+    if objective == "clip":
+        labels[:] = -1
+    batch = collate(
+        images.roll(step, dims=0), tokens, labels, step=step, rank=rank, world_size=world_size
+    )
+    second = batch.images.flip(2) if objective == "supcon" else None
+    return dataclasses.replace(batch, second_images=second)
+
+
+class LabelledLoader:
+    """A rank's slices of `labelled_batch`."""
+
+    def __init__(
+        self, images: torch.Tensor, objective: str, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.images, self.objective, self.rank, self.world_size = (
+            images,
+            objective,
+            rank,
+            world_size,
+        )
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        for step in itertools.count(start_step):
+            yield labelled_batch(
+                self.images,
+                self.objective,
+                step=step,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+
+    def close(self) -> None: ...

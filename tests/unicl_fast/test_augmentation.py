@@ -13,8 +13,8 @@ from unicl_fast.augmentation import (
     AUGMENTATIONS,
     Augmentation,
     augmentations_of,
+    check_views,
     parse_augmentation,
-    refuse_second_view,
 )
 from unicl_fast.config import DataConfig, TrainConfig, config_from_dict, config_to_dict
 from unicl_fast.presets import build_preset
@@ -129,10 +129,14 @@ def test_entries_that_fit_no_data_set_or_not_together(entries: list[str], messag
         augmentations_of(entries, ["x/a", "x/b"])
 
 
-def test_a_second_view_that_nobody_looks_at_is_refused() -> None:
+def test_views_are_as_many_as_the_objective_looks_at() -> None:
     with pytest.raises(ValueError, match="two views.*views=1"):
-        refuse_second_view(["a:supcon"])
-    refuse_second_view(["supcon,views=1", "a:unicl"])
+        check_views(["a:supcon"], objective="unicl")
+    check_views(["supcon,views=1", "a:unicl"], objective="unicl")
+    for entries in ([], ["unicl"], ["supcon", "a:unicl"]):
+        with pytest.raises(ValueError, match="shows one; set --data.augment supcon"):
+            check_views(entries, objective="supcon")
+    check_views(["supcon", "a:unicl,views=2"], objective="supcon")
 
 
 def test_the_released_recipe_is_that_of_the_large_presets() -> None:

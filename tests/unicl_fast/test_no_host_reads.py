@@ -8,7 +8,13 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from small_runs import global_batch, tiny_config
+from small_runs import (
+    OBJECTIVES,
+    global_batch,
+    labelled_batch,
+    objective_config,
+    tiny_config,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicl_fast.batch import ListLoader
@@ -94,6 +100,17 @@ def test_a_training_step_reads_nothing(images: torch.Tensor, efficiency: dict) -
     with WaitingOperators() as operators:
         trainer.train_step(next(batches))
     assert operators.found == []
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_no_objective_reads_anything(images: torch.Tensor, objective: str) -> None:
+    batch = labelled_batch(images, objective)
+    trainer = Trainer(objective_config(objective), ListLoader([batch]), progress=False)
+    trainer.train_step(batch)
+    with WaitingOperators() as operators:
+        trainer.train_step(batch)
+    # shares and boxes of mixed pictures come from the host, through pinned memory
+    assert operators.found == ["lift_fresh"] * (2 if "mixed" in objective else 0)
 
 
 def test_the_recorder_sees_reads() -> None:

@@ -1,4 +1,4 @@
-"""UniCL: two encoders, two projections and a scale.
+"""UniCL: two encoders, two projections and a scale; for objectives without texts a part of it.
 
 Holds the model and how it is built from a config. Where weights are stored is
 `unicl_fast.checkpoint`'s business, what the features are compared with is `unicl_fast.loss`'s.
@@ -19,17 +19,28 @@ from unicl_fast.models.text_encoder import TextEncoder
 
 
 class UniCL(nn.Module):
-    """Pictures and texts to unit vectors of one space, and the scale of their products."""
+    """Pictures and texts to unit vectors of one space, and the scale of their products.
+
+    `text_encoder` and `text_projection` are None where the objective has no texts. SupCon compares
+    pictures with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
+    each class a row of weights whose last entry is the bias.
+    """
 
     def __init__(self, config: TrainConfig) -> None:
         """Builds the model with fresh weights drawn from `run.seed`.
 
         Raises:
-            ValueError: an encoder that timm does not know or that cannot be built so.
+            ValueError: an encoder that timm does not know or that cannot be built so, or
+                cross-entropy without a number of classes.
         """
         super().__init__()
         self.config = config
-        model = config.model
+        model, objective = config.model, config.objective
+        classifies = objective.name == "ce"
+        if classifies and not sum(objective.num_classes):
+            raise ValueError(
+                "objective.num_classes: cross-entropy needs classes, and there are none"
+            )
         self.drop_path_key = DropPathKey(config.run.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.run.seed)
@@ -39,26 +50,48 @@ class UniCL(nn.Module):
                 drop_path=model.drop_path,
                 key=self.drop_path_key,
             )
-            self.text_encoder = TextEncoder(
-                vocab_size=model.vocab_size,
-                context_length=model.context_length,
-                width=model.text_width,
-                layers=model.text_layers,
-                heads=model.text_heads,
-            )
+            self.text_encoder = None
+            if objective.has_texts:
+                self.text_encoder = TextEncoder(
+                    vocab_size=model.vocab_size,
+                    context_length=model.context_length,
+                    width=model.text_width,
+                    layers=model.text_layers,
+                    heads=model.text_heads,
+                )
             image_width = feature_width(self.image_encoder)
-            self.image_projection = nn.Parameter(torch.empty(image_width, model.embed_dim))
-            self.text_projection = nn.Parameter(torch.empty(model.text_width, model.embed_dim))
-            nn.init.trunc_normal_(self.image_projection, std=0.02)
-            nn.init.trunc_normal_(self.text_projection, std=0.02)
-        self.logit_scale = nn.Parameter(torch.tensor(model.logit_scale_init))
+            self.image_projection = self.text_projection = self.class_rows = None
+            if classifies:
+                self.class_rows = _projection(sum(objective.num_classes), image_width + 1)
+                nn.init.zeros_(self.class_rows.data[:, -1])
+            else:
+                self.image_projection = _projection(image_width, model.embed_dim)
+            if objective.has_texts:
+                self.text_projection = _projection(model.text_width, model.embed_dim)
+        self.logit_scale = nn.Parameter(
+            torch.tensor(0.0 if classifies else model.logit_scale_init),
+            requires_grad=model.learn_logit_scale and not classifies,
+        )
         if config.efficiency.activation_checkpointing:
-            checkpoint_blocks(self.image_encoder)
-            checkpoint_blocks(self.text_encoder)
+            for encoder in self.encoders:
+                checkpoint_blocks(encoder)
+
+    @property
+    def encoders(self) -> list[nn.Module]:
+        """That of pictures and, where there is one, that of texts."""
+        encoders = [self.image_encoder, self.text_encoder]
+        return [encoder for encoder in encoders if encoder is not None]
 
     def encode_image(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """Unit-norm features [b d] of normalised pictures [b c h w]."""
-        return _unit_norm(self.image_encoder(images) @ self.image_projection)
+        """Features [b d] of normalised pictures [b c h w], of unit norm.
+
+        Under cross-entropy they are what `class_rows` is multiplied by: the encoder's own, behind
+        them a 1 for the bias [b width + 1].
+        """
+        features: Tensor = self.image_encoder(images)
+        if self.image_projection is None:
+            return F.pad(_at_least_fp32(features), (0, 1), value=1.0)
+        return _unit_norm(features @ self.image_projection)
 
     def encode_text(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
@@ -69,18 +102,34 @@ class UniCL(nn.Module):
             tokens: int64 [u l], padded behind the end-of-text token.
             num_tokens: how many of them are not padding, to compute those only; not fewer, which
                 is not checked (that would read the device). None computes all.
+
+        Raises:
+            ValueError: the model was trained without texts.
         """
+        if self.text_encoder is None or self.text_projection is None:
+            raise ValueError(
+                f"this model was trained with objective.name={self.config.objective.name} and has "
+                "no text encoder: it can be evaluated by unicl-eval linear-probe and knn"
+            )
         return _unit_norm(self.text_encoder(tokens, num_tokens) @ self.text_projection)
 
     def forward(
         self,
         images: Float[Tensor, "b c h w"],
-        tokens: Int[Tensor, "u l"],
+        tokens: Int[Tensor, "u l"] | None = None,
         num_tokens: int | None = None,
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "u d"], Float[Tensor, ""]]:
-        """Image features, text features, and the scale of their products."""
-        texts = self.encode_text(tokens, num_tokens)
-        return self.encode_image(images), texts, self.logit_scale.exp()
+        """Image features, what they are compared with, and the scale of the products.
+
+        They are compared with the features of texts if there are tokens, else with the learnt rows
+        of classes, else with themselves.
+        """
+        # texts first: their order decides how gradients are added up
+        others = None if tokens is None else self.encode_text(tokens, num_tokens)
+        features = self.encode_image(images)
+        if others is None:
+            others = features if self.class_rows is None else self.class_rows
+        return features, others, self.logit_scale.exp()
 
     def set_drop_path_key(self, *, step: int, slots: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""
@@ -92,9 +141,17 @@ class UniCL(nn.Module):
         self.logit_scale.clamp_(max=self.config.model.logit_scale_max)
 
 
+def _projection(rows: int, columns: int) -> nn.Parameter:
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(rows, columns), std=0.02))
+
+
 def _unit_norm(features: Tensor) -> Tensor:
-    # in fp32 at least: the norm of bf16 vectors would be off by a percent
-    return F.normalize(features.to(torch.promote_types(torch.float32, features.dtype)), dim=-1)
+    # the norm of bf16 vectors would be off by a percent
+    return F.normalize(_at_least_fp32(features), dim=-1)
+
+
+def _at_least_fp32(features: Tensor) -> Tensor:
+    return features.to(torch.promote_types(torch.float32, features.dtype))
 
 
 def build_model(name: str) -> UniCL:
