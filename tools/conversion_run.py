@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 from torch import Tensor
 
@@ -147,7 +148,8 @@ def _to_timm(command: ToTimm) -> None:
         f'next: timm.create_model("{model.config.model.image_encoder}", num_classes=0, '
         f'checkpoint_path="{command.out / "model.safetensors"}"{more})'
     )
-    print(f'  or: timm.create_model("local-dir:{command.out}", pretrained=True)')
+    if timm.get_pretrained_cfg(model.config.model.image_encoder) is not None:
+        print(f'  or: timm.create_model("local-dir:{command.out}", pretrained=True)')
 
 
 def _to_onnx(command: ToOnnx) -> None:

@@ -58,7 +58,7 @@ def read_export(folder: Path) -> tuple[TrainConfig, Path]:
             f"{weights} is damaged or was exchanged: its xxh3 is {found}, {CONFIG_FILE} says "
             f"{expected}; copy the folder again or convert the model again"
         )
-    return config_from_dict(values.get("config")), weights  # type: ignore[arg-type]
+    return config_from_dict(values.get("config")), weights
 
 
 def _listed_checksum(values: dict[str, Any]) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,30 +9,32 @@ import official_forward
 import pytest
 import torch
 from program_runs import call
-from small_runs import TEXTS, tiny_config
+from small_runs import tiny_config
 
-from unicl_fast import load_model
-from unicl_fast.batch import ListLoader
-from unicl_fast.collate import collate
+from unicl_fast import UniCL, load_model
+from unicl_fast.checkpoint import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
+from unicl_fast.checkpoint_files import write_checkpoint
+from unicl_fast.config import config_to_dict
 from unicl_fast.conversion.official_file import read_official_file, write_official_file
-from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools import convert, evaluate
-from unicl_fast.trainer import Trainer
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with a moving average that differs from its last weights."""
+    """A run as training leaves it, with a moving average that differs from its last weights."""
     folder = tmp_path_factory.mktemp("run")
-    config = tiny_config(image_encoder="unicl_convnet7_small", precision="fp32", steps=2)
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
-    images = torch.randint(
-        0, 256, (12, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
-    )
-    labels = torch.full((12,), -1)
-    batch = collate(images, Tokenizer()((TEXTS * 3)[:12]), labels)
-    batches = [dataclasses.replace(batch, step=step) for step in range(2)]
-    Trainer(config, ListLoader(batches), run_folder=folder, progress=False).fit()
+    config = tiny_config(image_encoder="unicl_convnet7_small", precision="fp32")
+    model = UniCL(config).state_dict()
+    average = {name: tensor * 0.9 for name, tensor in model.items()}
+    average |= {name: tensor for name, tensor in model.items() if not tensor.is_floating_point()}
+    write_checkpoint(
+        folder / "checkpoints",
+        step=2,
+        files={MODEL_FILE: model, EMA_FILE: average, OPTIMIZER_FILE: {}},
+        state={
+            "config": config_to_dict(config), "scaler": {}, "data": {}, "optimizer": "AdamW",
+        },
+    )  # fmt: skip
     return folder
 
 
@@ -51,7 +52,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
          "unicl-eval zero-shot --checkpoint"),
         ("open_clip", {"open_clip_config.json", "open_clip_model.safetensors"}, "local-dir:"),
         ("timm", {"config.json", "model.safetensors"}, "timm.create_model("),
-        ("export", {"image.pt2", "text.pt2", "preprocessing.json"}, "torch.export.load("),
+        pytest.param(
+            "export", {"image.pt2", "text.pt2", "preprocessing.json"}, "torch.export.load(",
+            marks=pytest.mark.slow,
+        ),
     ],
 )  # fmt: skip
 def test_each_format_says_what_it_read_wrote_and_what_is_next(
@@ -99,6 +103,7 @@ def test_what_cannot_be_converted_is_refused(
     assert not out.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.dali
 def test_an_export_is_evaluated_as_its_run_is(trained: Path, data: Path, tmp_path: Path) -> None:
     call(convert, "hf", trained, tmp_path / "export")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 import numpy as np
@@ -24,7 +25,6 @@ from unicl_fast.conversion.new_files import new_folder
 from unicl_fast.conversion.onnx_files import write_onnx
 from unicl_fast.conversion.open_clip_folder import write_open_clip
 from unicl_fast.conversion.timm_folder import write_timm
-from unicl_fast.models.small import SmallConvNet
 from unicl_fast.preprocessing import Preprocessing
 from unicl_fast.presets import build_preset
 from unicl_fast.tokenizer import Tokenizer
@@ -42,7 +42,7 @@ def small_config(image_encoder: str = "test_vit", image_size: int = 160) -> Trai
             interpolation="bicubic",
             mean=(0.4, 0.5, 0.6),
             std=(0.3, 0.2, 0.25),
-            augment=("unicl", "secret:blur=0.5"),
+            augment=("unicl", "secret:clip,blur=0.5"),
         ),
         model=ModelConfig(
             image_encoder=image_encoder,
@@ -62,9 +62,8 @@ def model_with_weights_that_matter(config: TrainConfig) -> UniCL:
     generator = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
-            if tensor.is_floating_point() and tensor.ndim:
-                noise = torch.randn(tensor.shape, generator=generator).abs()
-                tensor.add_(0.1 * noise)
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator).abs())
     return model
 
 
@@ -145,7 +144,7 @@ def test_timm_rounds_the_crop_to_the_size_that_was_meant() -> None:
         data = dataclasses.replace(small_config().data, image_size=size, evaluation_resize=resize)
         config = dataclasses.replace(small_config(), data=data)
         fraction = Preprocessing.of(config).for_timm()["crop_pct"]
-        assert int(size // fraction) == resize
+        assert math.floor(size / fraction) == resize
         assert 0 < fraction <= 1
 
 
@@ -231,6 +230,7 @@ def assert_onnx_gives_our_features(model: UniCL, folder: Path, *, counts: tuple[
             np.testing.assert_allclose(found, encode(inputs[:count]), rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_onnx_files_take_any_number_of_samples(model: UniCL, tmp_path: Path) -> None:
     assert_onnx_gives_our_features(model, tmp_path / "out", counts=(1, 5))
@@ -245,11 +245,9 @@ def test_without_onnxruntime_the_extra_is_named(
         write_onnx(model, tmp_path / "out")
 
 
-def test_features_that_differ_leave_nothing_behind(model: UniCL, tmp_path: Path) -> None:
+def test_features_that_differ_leave_nothing_behind(tmp_path: Path) -> None:
     changed = model_with_weights_that_matter(small_config("unicl_convnet7_small", 32))
-    encoder = changed.image_encoder
-    assert isinstance(encoder, SmallConvNet)
-    encoder.pool = torch.nn.Sequential(torch.nn.AdaptiveMaxPool2d(1), torch.nn.Flatten())
+    changed.image_encoder.register_forward_hook(lambda module, inputs, features: features.flip(1))
     for write in (write_open_clip, write_timm):
         with pytest.raises(RuntimeError, match="differ from ours by"):
             write(changed, tmp_path / "out")
@@ -284,14 +282,23 @@ def test_the_preprocessing_in_words_of_transformers_is_pillows(tmp_path: Path) -
     assert (said["size"], said["crop_size"]["height"]) == ({"shortest_edge": 197}, 160)
 
 
-@pytest.mark.slow
-@torch.inference_mode()
-def test_swin_goes_to_every_format(tmp_path: Path) -> None:
+def swin() -> UniCL:
     """Windows are where the number of samples may be fixed by mistake."""
     config = build_preset("swin-tiny")
-    text = dataclasses.replace(config.model, text_layers=2)
-    model = model_with_weights_that_matter(dataclasses.replace(config, model=text))
+    text = dataclasses.replace(config.model, text_layers=1)
+    return model_with_weights_that_matter(dataclasses.replace(config, model=text))
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_swin_goes_to_torch_libraries(tmp_path: Path) -> None:
+    model = swin()
     assert write_open_clip(model, tmp_path / "open_clip") < 1e-4
     assert write_timm(model, tmp_path / "timm") < 1e-4
     assert write_exported_programs(model, tmp_path / "pt2") < 1e-4
-    assert_onnx_gives_our_features(model, tmp_path / "onnx", counts=(1, 3))
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_swin_goes_to_onnx(tmp_path: Path) -> None:
+    assert_onnx_gives_our_features(swin(), tmp_path / "onnx", counts=(1, 3))

@@ -28,7 +28,16 @@ def entries() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def model(entries: dict[str, Tensor]) -> UniCL:
-    return model_of(entries, source=FILE)
+    """From a file with the older names, of a model wrapped for several GPUs."""
+    older = {
+        "module."
+        + name.replace("image_encoder.", "visual.")
+        .replace("text_encoder.", "lang_encoder.")
+        .replace("image_projection", "vision_projection"): tensor
+        for name, tensor in entries.items()
+    }
+    assert not entries.keys() & older.keys()
+    return model_of(older, source=FILE)
 
 
 @torch.no_grad()
@@ -64,7 +73,7 @@ def test_pictures_are_prepared_as_the_released_models_want_them(model: UniCL) ->
     assert model.logit_scale.item() == pytest.approx(4.7)
 
 
-def test_back_and_forth_gives_the_same_bits_and_older_names_mean_the_same(
+def test_back_again_they_are_the_same_bits_under_their_present_names(
     model: UniCL, entries: dict[str, Tensor], tmp_path: Path
 ) -> None:
     file = tmp_path / "again.pth"
@@ -72,15 +81,6 @@ def test_back_and_forth_gives_the_same_bits_and_older_names_mean_the_same(
     again = read_official_file(file)
     assert again.keys() == entries.keys()
     assert all(torch.equal(again[name], entries[name]) for name in entries)
-    older = {
-        "module."
-        + name.replace("image_encoder.", "visual.")
-        .replace("text_encoder.", "lang_encoder.")
-        .replace("image_projection", "vision_projection"): tensor
-        for name, tensor in again.items()
-    }
-    weights = model_of(older, source=FILE).state_dict()
-    assert all(torch.equal(weights[name], w) for name, w in model.state_dict().items())
 
 
 def test_two_blocks_exchanged_are_another_model(model: UniCL, entries: dict[str, Tensor]) -> None:

@@ -49,5 +49,5 @@ def write_exported_programs(model: UniCL, folder: Path) -> float:
                 wanted = features.repeat(-(-len(rows) // len(features)), 1)[: len(rows)]
                 differences.append(require_equal(wanted, run(rows), what=OUTPUTS[name]))
         values = Preprocessing.of(model.config).as_words()
-        write_json(aside / PREPROCESSING_FILE, values | {"logit_scale": float(model.logit_scale)})
+        write_json(aside / PREPROCESSING_FILE, values | {"logit_scale": model.logit_scale.item()})
     return max(differences)

@@ -51,7 +51,7 @@ def write_export(
                 "model_type": "unicl",
                 "architectures": ["UniCL"],
                 "num_parameters": num_parameters(model),
-                "logit_scale": float(model.logit_scale),
+                "logit_scale": model.logit_scale.item(),
                 "origin": dict(origin),
                 "config": finite(config_to_dict(config)),
                 "checksums": {WEIGHTS_FILE: file_checksum(aside / WEIGHTS_FILE)},

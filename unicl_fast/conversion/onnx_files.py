@@ -60,7 +60,7 @@ def write_onnx(model: UniCL, folder: Path) -> float:
                 for found in [_run(path, batch, name=name)]
             ]
         values = Preprocessing.of(model.config).as_words()
-        write_json(aside / PREPROCESSING_FILE, values | {"logit_scale": float(model.logit_scale)})
+        write_json(aside / PREPROCESSING_FILE, values | {"logit_scale": model.logit_scale.item()})
     return max(differences)
 
 
