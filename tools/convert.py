@@ -34,17 +34,17 @@ class FromOfficial:
       unicl-eval zero-shot --checkpoint models/in21k_yfcc14m --data packed/imagenet-val
     """
 
-    file: Annotated[Path, tyro.conf.Positional]
+    file: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FILE")]
     """The downloaded file."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """A new folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _OfModel:
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or an export."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """A new folder."""
     weights: Weights = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
@@ -62,9 +62,9 @@ class ToOfficial:
       unicl-convert to-official runs/first first.pth
     """
 
-    model: Annotated[Path, tyro.conf.Positional]
+    model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")]
     """A run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or an export."""
-    out: Annotated[Path, tyro.conf.Positional]
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")]
     """A new file, ending in .pth."""
     weights: Weights = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
@@ -157,8 +157,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="unicl-convert",
         description=(
             "Trained models in the formats of others, and microsoft/UniCL's checkpoints in ours. "
-            "Each way is checked: features of the converted model are compared with ours before it "
-            "appears. docs/checkpoints.md has a table of the formats."
+            "What is written is read again and compared before OUT appears. docs/checkpoints.md "
+            "has a table of the formats."
         ),
     )
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
