@@ -149,7 +149,10 @@ def _to_timm(command: ToTimm) -> None:
         f'checkpoint_path="{command.out / "model.safetensors"}"{more})'
     )
     if timm.get_pretrained_cfg(model.config.model.image_encoder) is not None:
-        print(f'  or: timm.create_model("local-dir:{command.out}", pretrained=True)')
+        print(
+            "  or, from timm 1.0.16 on: "
+            f'timm.create_model("local-dir:{command.out}", pretrained=True)'
+        )
 
 
 def _to_onnx(command: ToOnnx) -> None:

@@ -1,8 +1,9 @@
 """The image encoder alone, in a folder that timm reads.
 
 `timm.create_model(NAME, num_classes=0, checkpoint_path="FOLDER/model.safetensors")` gives the
-features before the projection, and `timm.create_model("local-dir:FOLDER", pretrained=True)` knows
-name, picture size and preprocessing by itself.
+features before the projection, and from timm 1.0.16 on
+`timm.create_model("local-dir:FOLDER", pretrained=True)` knows name, picture size and preprocessing
+by itself.
 """
 
 from __future__ import annotations
