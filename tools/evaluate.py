@@ -25,7 +25,8 @@ class ZeroShot:
     """Zero-shot classification: top-1, top-5 and mean per class, with 95 % intervals."""
 
     checkpoint: Path
-    """A run folder (its newest checkpoint is taken), RUN/best, or one checkpoint folder."""
+    """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, or what
+    unicl-convert official or hf wrote."""
     data: Path
     """A packed data set with labels, or a folder or zip of class folders."""
     class_names: str = ""
@@ -49,7 +50,8 @@ class Retrieval:
     """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance."""
 
     checkpoint: Path
-    """A run folder (its newest checkpoint is taken), RUN/best, or one checkpoint folder."""
+    """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, or what
+    unicl-convert official or hf wrote."""
     data: Path
     """A packed data set with captions."""
     batch_size: int = 256

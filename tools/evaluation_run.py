@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from unicl_fast.checkpoint import find_checkpoint, load_model
+from unicl_fast.checkpoint import find_model, load_model
 from unicl_fast.devices import choose_device
 from unicl_fast.dist import Ranks, process_group
 from unicl_fast.evaluation.retrieval import RetrievalResult
@@ -40,7 +40,7 @@ def check_request(command: ZeroShot | Retrieval) -> None:
         raise ValueError(f"--batch-size must be at least 1, not {command.batch_size}")
     if isinstance(command, ZeroShot) and command.nproc < 1:
         raise ValueError(f"--nproc must be at least 1, not {command.nproc}")
-    find_checkpoint(command.checkpoint)
+    find_model(command.checkpoint)
     if isinstance(command, Retrieval):
         PackedDataset(command.data).close()
 

@@ -3,7 +3,8 @@
 A checkpoint is a folder `step-00001000/` with `model.safetensors`, `ema.safetensors` (the moving
 average of the weights, where the run keeps one), `optimizer.safetensors` and `state.json`, which
 holds the step, the config and the checksums of the other files. A run folder holds `config.json`
-and `checkpoints/`; there `best.json` names the best one.
+and `checkpoints/`; there `best.json` names the best one. A model without its run is
+`unicl_fast.export_folder`'s, and is loaded here too.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from unicl_fast.checkpoint_files import (
 )
 from unicl_fast.checksums import file_checksum
 from unicl_fast.config import TrainConfig, config_from_dict
+from unicl_fast.export_folder import is_export, read_export
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.precision import Precision
 from unicl_fast.sealed_json import unseal
@@ -185,32 +187,55 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
     return None
 
 
-def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
-    """The trained model of a run folder or a checkpoint, in evaluation mode on the CPU.
-
-    Args:
-        path: a run folder (its newest checkpoint is taken), RUN/best, or a checkpoint.
-        weights: "ema" takes the moving average of the weights, "model" those of the last step,
-            "auto" the average where there is one.
+def find_model(path: str | Path) -> Path:
+    """The folder that a path stands for where a model is wanted: an export, or a checkpoint.
 
     Raises:
-        FileNotFoundError: no checkpoint there.
-        ValueError: a damaged checkpoint, or one without the average that was asked for.
+        FileNotFoundError: neither.
+        ValueError: best.json is damaged.
     """
-    checkpoint = find_checkpoint(path)
-    state = read_state(checkpoint)
+    path = Path(path)
+    return path if is_export(path) else find_checkpoint(path)
+
+
+def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
+    """The trained model of a run, a checkpoint or an export, in evaluation mode on the CPU.
+
+    Args:
+        path: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or a folder
+            that `unicl-convert hf` or `official` wrote.
+        weights: "ema" takes the moving average of the weights, "model" those of the last step,
+            "auto" the average where there is one. An export has one set, which "ema" refuses.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ValueError: damaged, or without the average that was asked for.
+    """
+    found = find_model(path)
+    if is_export(found):
+        if weights == "ema":
+            raise ValueError(
+                f"{found} is an export, which has one set of weights: take weights auto, or export "
+                "the run's average"
+            )
+        return _build(*read_export(found))
+    state = read_state(found)
     has_average = EMA_FILE in state.checksums
     if weights == "ema" and not has_average:
         raise ValueError(
-            f"{checkpoint} has no average of the weights (optim.ema_decay was 0): take weights "
+            f"{found} has no average of the weights (optim.ema_decay was 0): take weights "
             "model or auto"
         )
-    _require_sizes(checkpoint / MODEL_FILE, state.config)
-    model = UniCL(state.config)
-    # weights, and their average, are in the type of the run
-    model.to(Precision(state.config.efficiency.precision).weight_type)
     takes_average = has_average and weights != "model"
-    load_weights(model, checkpoint / (EMA_FILE if takes_average else MODEL_FILE))
+    return _build(state.config, found / (EMA_FILE if takes_average else MODEL_FILE))
+
+
+def _build(config: TrainConfig, file: Path) -> UniCL:
+    _require_sizes(file, config)
+    model = UniCL(config)
+    # weights, and their average, are in the type of the run
+    model.to(Precision(config.efficiency.precision).weight_type)
+    load_weights(model, file)
     return model.eval()
 
 

@@ -9,7 +9,7 @@ other, and anyone can add their own in the same way.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from jaxtyping import Float
 from timm.models import register_model
@@ -34,6 +34,8 @@ class SmallConvBlock(nn.Sequential):
 class SmallConvNet(nn.Module):
     """Pictures [b in_chans h w], h and w at least 9, to the mean response of each channel."""
 
+    default_cfg: ClassVar[dict[str, Any]] = {}  # timm's models have one, and open_clip asks for it
+
     def __init__(
         self, stem_channels: int = 24, channels: tuple[int, ...] = (64, 128, 256), in_chans: int = 3
     ) -> None:
@@ -54,10 +56,20 @@ class SmallConvNet(nn.Module):
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         return self.pool(self.blocks(self.stem(images)))  # type: ignore[no-any-return]
 
+    def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
+        """As timm's models have it; there is no classifier to begin with."""
+        if num_classes or global_pool not in ("", "avg"):
+            raise ValueError(
+                f"it has no classifier and the mean for pooling, not {num_classes} classes and "
+                f"{global_pool!r}"
+            )
+
 
 @register_model  # type: ignore[untyped-decorator]
 def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
     """Blocks of 64, 128 and 256 channels: 1.2 M parameters."""
+    if pretrained:
+        raise ValueError("nobody publishes weights of it; timm.create_model takes checkpoint_path=")
     if kwargs.get("drop_path_rate"):
         raise TypeError("it has no residual branches that drop path could leave out")
     return SmallConvNet(in_chans=kwargs.get("in_chans", 3))
