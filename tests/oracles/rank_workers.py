@@ -19,6 +19,8 @@ from small_runs import global_batch, poison_step, ragged_features, tiny_config
 
 from unicl_fast.batch import EvaluationBatch
 from unicl_fast.dist import Ranks, process_group
+from unicl_fast.evaluation.classification import ClassificationCounts
+from unicl_fast.evaluation.features import collect_rows
 from unicl_fast.evaluation.zero_shot import zero_shot_accuracy
 from unicl_fast.interruption import Interrupted
 from unicl_fast.ledger import Ledger
@@ -451,3 +453,18 @@ def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None
     batch = dataclasses.replace(batch, source_ids=batch.slots % 2)
     meter = SourceMeter(["a", "b"], passes=lambda step: [1.0, 2.0])
     Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
+
+
+def gather_features_of_slices(ranks, count: int, path: str) -> None:
+    """Each rank has rows r, r + w, ... of a table; rank 0 writes what it got of all of them."""
+    table = torch.arange(count * 3, dtype=torch.float64).view(count, 3)
+    mine = table[ranks.rank :: ranks.world_size]
+    whole = collect_rows(mine if len(mine) else None, num_rows=count, ranks=ranks)
+    assert (whole is None) == (not ranks.is_main)
+    counts = ClassificationCounts(("a", "b"), confusion=True)
+    places = range(ranks.rank, count, ranks.world_size)
+    counts.add([[place % 2, 0] for place in places], [[0] if place else [] for place in places])
+    counts.sum_over(ranks)
+    if whole is not None:
+        found = counts.result(what="this").to_json() | {"whole": whole.tolist()}
+        Path(path).write_text(json.dumps(found))
