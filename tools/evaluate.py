@@ -130,6 +130,101 @@ class Knn(FrozenFeatures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Finetune(Evaluation):
+    """Fine-tuning: the image encoder and a linear head trained on labels by timm's recipe.
+
+    AdamW with a rate that decays with depth, warm-up and cosine, label smoothing, mixup, an average
+    of the weights. The last average is tested, once: nothing is chosen by the test pictures. Crops
+    and flips are those of the checkpoint's config.
+    """
+
+    train: str
+    """Labelled pictures to train on, all of them; written as --data of zero-shot."""
+    data: str
+    """Labelled pictures to test on."""
+    out: Path
+    """Folder for the fine-tuned weights."""
+    head: Literal["probe", "zero-shot", "fresh"] = "probe"
+    """What the head begins as: a linear probe, the zero-shot classifier, or zeros."""
+    epochs: float = 10.0
+    """Passes over the training pictures."""
+    train_batch_size: int = 128
+    """Pictures of one step over all ranks."""
+    lr: float = 5e-4
+    """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
+    layer_decay: float = 0.75
+    """1 trains all layers at the same rate."""
+    weight_decay: float = 0.05
+    """Decoupled; none on 1-D parameters and those that timm's model spares."""
+    warmup_fraction: float = 0.1
+    """Part of the steps during which the rate climbs from 0."""
+    label_smoothing: float = 0.1
+    """Part of the target that is spread over all classes."""
+    mixup: float = 0.2
+    """Alpha of mixup; 0 does none. Mixes within a rank's share of the batch."""
+    cutmix: float = 0.0
+    """Alpha of CutMix; 0 does none."""
+    ema_decay: float = 0.9998
+    """Of the average of the weights, climbing to it as 1 - step ** (-2/3); 0 keeps none."""
+    clip_norm: float = 5.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    augment: str | None = None
+    """What else is done to training pictures instead of the checkpoint's data.augment, such as
+    unicl; see docs/augmentation.md."""
+    seed: int = 0
+    """Of the order, the crops and mixup."""
+    metric: MetricChoice = "auto"
+    """What is reported first; auto as in zero-shot."""
+    figures: Path | None = None
+    """Also draw a confusion matrix into this folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detect(Evaluation):
+    """Transfer to detection: a detector trained over the image encoder, and COCO's metrics.
+
+    torchvision's Faster R-CNN or Mask R-CNN over a feature pyramid of the encoder's maps, BatchNorm
+    frozen, by the 1x schedule. Annotations are of COCO's form (pip install
+    'unicl_fast[evaluation]').
+    """
+
+    train: Path
+    """Objects to train on, an instances_*.json."""
+    train_images: Path
+    """Folder of their pictures."""
+    data: Path
+    """Objects to test on, an instances_*.json."""
+    images: Path
+    """Folder of their pictures."""
+    out: Path
+    """Folder for the detector, its detections and its description."""
+    masks: bool = False
+    """Mask R-CNN and the metrics of masks too; else Faster R-CNN."""
+    epochs: float = 12.0
+    """Passes over the training pictures; 12 is the 1x schedule. The rate drops to a tenth after
+    8/12 and 11/12 of them."""
+    train_batch_size: int = 16
+    """Pictures of one step over all ranks."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw (weight decay 0.05) as usual for Swin, or sgd (momentum 0.9, weight decay 1e-4) as
+    usual for ResNet."""
+    lr: float = 1e-4
+    """Peak learning rate; usual for a batch of 16: 1e-4 with adamw, 0.02 with sgd."""
+    warmup_steps: int = 500
+    """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
+    min_size: int = 800
+    """The shorter side of a picture is scaled to this, in pixels,"""
+    max_size: int = 1333
+    """unless the longer one would be longer than this."""
+    boxes_per_image: int = 512
+    """Proposals of a picture that the heads are trained on."""
+    workers: int = 2
+    """Processes of each rank that decode pictures; 0 decodes in the rank itself."""
+    seed: int = 0
+    """Of the heads, the order, the flips and the proposals."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Retrieval(Evaluation):
     """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
 
@@ -152,6 +247,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             "zero-shot": ZeroShot,
             "linear-probe": LinearProbe,
             "knn": Knn,
+            "finetune": Finetune,
+            "detect": Detect,
             "retrieval": Retrieval,
         },
         args=argv,

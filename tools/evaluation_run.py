@@ -9,8 +9,11 @@ from unicl_fast.checkpoint import find_checkpoint
 from unicl_fast.evaluation.classification import ClassificationResult, Metric
 from unicl_fast.evaluation.encode import device_of
 from unicl_fast.shards import PackedDataset
+from unicl_fast.tools.detect_run import check_detect, run_detect
 from unicl_fast.tools.evaluate import (
+    Detect,
     Evaluation,
+    Finetune,
     FrozenFeatures,
     Knn,
     LinearProbe,
@@ -27,6 +30,7 @@ from unicl_fast.tools.evaluation_figures import (
 from unicl_fast.tools.evaluation_model import model_on_ranks
 from unicl_fast.tools.evaluation_report import classification_table, write_results
 from unicl_fast.tools.evaluations import encode_captioned, evaluate_zero_shot
+from unicl_fast.tools.finetune_run import check_finetune, run_finetune
 from unicl_fast.tools.probe_run import check_probe, run_knn, run_linear_probe
 
 _T = TypeVar("_T")
@@ -53,6 +57,10 @@ def check_request(command: Evaluation) -> None:
         PackedDataset(command.data).close()
     elif isinstance(command, FrozenFeatures):
         check_probe(command)
+    elif isinstance(command, Finetune):
+        check_finetune(command)
+    elif isinstance(command, Detect):
+        check_detect(command)
 
 
 def run(command: Evaluation) -> None:
@@ -63,6 +71,10 @@ def run(command: Evaluation) -> None:
         run_linear_probe(command)
     elif isinstance(command, Knn):
         run_knn(command)
+    elif isinstance(command, Finetune):
+        run_finetune(command)
+    elif isinstance(command, Detect):
+        run_detect(command)
     elif isinstance(command, Retrieval):
         run_retrieval(command)
     else:

@@ -15,9 +15,10 @@ from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 from small_runs import global_batch, poison_step, ragged_features, tiny_config
 
-from unicl_fast.batch import EvaluationBatch
+from unicl_fast.batch import EvaluationBatch, ListLoader
 from unicl_fast.dist import Ranks, process_group
 from unicl_fast.evaluation.classification import ClassificationCounts
 from unicl_fast.evaluation.features import collect_rows
@@ -455,16 +456,46 @@ def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None
     Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
 
 
-def gather_features_of_slices(ranks, count: int, path: str) -> None:
+def gather_features_of_slices(ranks, path: str) -> None:
     """Each rank has rows r, r + w, ... of a table; rank 0 writes what it got of all of them."""
-    table = torch.arange(count * 3, dtype=torch.float64).view(count, 3)
-    mine = table[ranks.rank :: ranks.world_size]
-    whole = collect_rows(mine if len(mine) else None, num_rows=count, ranks=ranks)
-    assert (whole is None) == (not ranks.is_main)
+    tables = []
+    for count in (1, 7):  # of a single row, one rank has none
+        table = torch.arange(count * 3, dtype=torch.float64).view(count, 3)
+        mine = table[ranks.rank :: ranks.world_size]
+        whole = collect_rows(mine if len(mine) else None, num_rows=count, ranks=ranks)
+        assert (whole is None) == (not ranks.is_main)
+        tables.append(None if whole is None else whole.tolist())
     counts = ClassificationCounts(("a", "b"), confusion=True)
-    places = range(ranks.rank, count, ranks.world_size)
+    places = range(ranks.rank, 7, ranks.world_size)
     counts.add([[place % 2, 0] for place in places], [[0] if place else [] for place in places])
     counts.sum_over(ranks)
-    if whole is not None:
-        found = counts.result(what="this").to_json() | {"whole": whole.tolist()}
+    if ranks.is_main:
+        result = counts.result(what="this")
+        found = result.to_json() | {"tables": tables, "confusion": result.confusion.tolist()}
         Path(path).write_text(json.dumps(found))
+
+
+def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
+    """Fine-tunes a few steps on slices of the same batches; rank 0 writes the weights."""
+    # here, since timm.data takes seconds to import, for which the other workers need not wait
+    from unicl_fast.evaluation.finetune import FineTuned, FinetuneSettings, finetune
+
+    model = UniCL(tiny_config())
+    model.double()
+    batches = [
+        dataclasses.replace(
+            global_batch(images, step=step, rank=ranks.rank, world_size=ranks.world_size),
+            sample_ids=torch.arange(12).chunk(ranks.world_size)[ranks.rank],
+        )
+        for step in range(2)
+    ]
+    trained = finetune(
+        model,
+        FineTuned(model, 3),
+        ListLoader(batches),
+        labels_of=lambda sample: [sample % 3],
+        settings=FinetuneSettings(steps=4, mixup=0.0, ema_decay=0.9),
+        ranks=ranks,
+    )
+    if ranks.is_main:
+        save_file(trained.state_dict(), path)

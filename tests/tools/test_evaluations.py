@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pasted_objects import paste_objects
 from PIL import Image
 from program_runs import SMALL, call, run
 from torchvision.datasets import DTD, MNIST
 
+from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.tools.evaluation_data import protocol_metric, short_names
@@ -252,3 +254,45 @@ def test_two_ranks_equal_one(data: Path, trained: Path, arguments: list[str]) ->
     kind, *more = (word.format(**{n: data / n for n in ("captions", "labels", "classes")})
                    for word in arguments)  # fmt: skip
     assert evaluated(kind, trained, *more, nproc=2) == evaluated(kind, trained, *more)
+
+
+def test_a_fine_tuned_encoder_is_tested_and_kept(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--train", data / "labels", "--data", data / "classes", "--train-batch-size", "8"]
+    out = tmp_path / "tuned"
+    values = evaluated("finetune", trained, *sets, "--out", out, "--epochs", "2")
+    assert values["settings"]["steps"] == 5
+    assert values["before"]["top1"] > 0.1, "the probe was fitted on these very pictures"
+    module, names = load_finetuned(out)
+    assert len(names) == module.head.out_features == 10
+    again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
+    assert "name another folder as --out" in again
+
+
+@pytest.mark.slow
+def test_a_detector_is_trained_and_its_figures_written(
+    shared_data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pycocotools")
+    pasted = paste_objects(shared_data, tmp_path / "objects", count=3, num_classes=2, side=64)
+    sets = ["--train", pasted / "instances.json", "--train-images", pasted / "images"]
+    sets += ["--data", pasted / "instances.json", "--images", pasted / "images"]
+    small = ["--min-size", "64", "--max-size", "64", "--boxes-per-image", "16", "--workers", "0"]
+    run_folder = tmp_path / "run"
+    call(
+        *(pretrain, *SMALL, "--model.image-encoder", "unicl_convnet7_small", "--out", run_folder),
+        *("--data.train", trained.parent / "labels", "--model.drop-path", "0", "--run.steps", "2"),
+    )
+    out = tmp_path / "detector"
+    values = evaluated(
+        *("detect", run_folder, *sets, *small, "--out", out, "--epochs", "2"),
+        *("--train-batch-size", "3"),
+    )
+    assert values["settings"]["steps"] == 2
+    assert set(values) >= {"box/AP", "box/AP50"}
+    assert (out / "detector.safetensors").is_file()
+    message = refusal(
+        capsys, "detect", "--checkpoint", trained, *sets, *small, "--out", tmp_path / "other"
+    )
+    assert "take one of ResNet, Swin" in message
