@@ -54,7 +54,7 @@ def draw_confusion(
     parts = shown / np.maximum(shown.sum(axis=1, keepdims=True), 1)
     few = len(names) <= _NAMED_CLASSES
     side = max(4.5, min(0.24 * len(names), 12.0))
-    figure = Figure(figsize=(side + 5.5, side + 1.0), layout="constrained")
+    figure = Figure(figsize=(side + 5.5, side + 1.6), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=(side, 4.0))
     image = left.imshow(parts, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
     left.set_title(title, loc="left", color=INK)

@@ -89,6 +89,7 @@ def run_finetune(command: Finetune) -> None:
         loader = TrainLoader(
             config,
             [train.dataset],
+            shares=None,
             prompts=build_prompts([train.dataset], config.data),
             rank=ranks.rank,
             world_size=ranks.world_size,
