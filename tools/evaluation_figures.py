@@ -12,7 +12,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.evaluations import RetrievalFeatures
@@ -23,6 +23,8 @@ _RIGHT, _WRONG = "#1a7f37", "#b42318"
 _NAMED_CLASSES = 60
 """More names would not be legible."""
 _LISTED = 15
+_SIDE, _CAPTIONS = 2.9, 1.15
+"""Height of a picture, and of three captions under it, in inches."""
 
 
 def most_confused(
@@ -95,8 +97,12 @@ def draw_captions_found(
     places = _spread(len(found.samples), count)
     columns = 4
     rows = -(-len(places) // columns)
-    figure = Figure(figsize=(3.2 * columns, 3.6 * rows), layout="constrained")
+    height = rows * (_SIDE + _CAPTIONS)
+    figure = Figure(figsize=(1.05 * _SIDE * columns, height))
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    figure.subplots_adjust(
+        *(0.01, _CAPTIONS / height, 0.99, 1 - 0.05 / height), wspace=0.05, hspace=_CAPTIONS / _SIDE
+    )
     scores = found.image_features[places] @ found.text_features.T
     with _Captions(found, dataset) as captions:
         for axis, place, best in zip(
@@ -106,10 +112,11 @@ def draw_captions_found(
             for line, text in enumerate(best):
                 right = int(found.image_of_text[text]) == place
                 shown = "\n".join(textwrap.wrap(captions.text(text), 44, max_lines=2))
-                axis.text(
-                    *(0.0, -0.06 - 0.19 * line, f"{line + 1}. {shown}"),
-                    va="top", fontsize=7, color=_RIGHT if right else _WRONG,
-                    transform=axis.transAxes,
+                axis.annotate(
+                    f"{line + 1}. {shown}",
+                    *((0, 0), (0, -5 - 24 * line)),
+                    xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7,
+                    color=_RIGHT if right else _WRONG,
                 )  # fmt: skip
     for axis in axes[len(places) :]:
         axis.set_axis_off()
@@ -122,7 +129,7 @@ def draw_pictures_found(
     """Captions, evenly spread, over the pictures they find; its own has a green frame, as a PNG."""
     places = _spread(len(found.text_features), count)
     columns = min(top, len(found.image_features))
-    figure = Figure(figsize=(2.1 * columns, 2.4 * len(places)), layout="constrained")
+    figure = Figure(figsize=(2.1 * columns, 2.35 * len(places)), layout="constrained")
     grid = figure.subplots(len(places), columns, squeeze=False)
     scores = found.text_features[places] @ found.image_features.T
     with _Captions(found, dataset) as captions:
@@ -172,7 +179,7 @@ def _spread(total: int, count: int) -> list[int]:
 def _show_picture(axis: Axes, dataset: PackedDataset, sample: int) -> None:
     data = dataset.image_bytes(sample, verify=True)
     with Image.open(io.BytesIO(data.tobytes())) as image:
-        image.thumbnail((320, 320))
-        axis.imshow(np.asarray(image.convert("RGB")))
+        # all squares, so that rows and columns are even
+        axis.imshow(np.asarray(ImageOps.pad(image.convert("RGB"), (320, 320), color="white")))
     axis.set_xticks([])
     axis.set_yticks([])

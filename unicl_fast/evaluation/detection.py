@@ -249,7 +249,7 @@ def train_detector(
         for group in optimizer.param_groups:
             group["lr"] = settings.lr * settings.rate(step)
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(parameters, 35.0)  # as detectron2 and mmdetection have it
         optimizer.step()
         steps.set_postfix_str(f"loss {value:.3f}")

@@ -185,7 +185,8 @@ def training_batches(
     places = pictures.with_boxes
 
     def keys() -> Iterator[list[tuple[int, bool]]]:
-        epoch, left = 0, []
+        epoch = 0
+        left: list[tuple[int, bool]] = []
         while True:
             while len(left) < batch_size:
                 generator = np.random.default_rng([seed, epoch])
@@ -202,7 +203,7 @@ def training_batches(
 
     loader = DataLoader(
         _Flipped(pictures),
-        batch_sampler=Sampler(),  # type: ignore[arg-type]
+        batch_sampler=Sampler(),
         num_workers=workers,
         collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True))),
         multiprocessing_context="fork" if workers else None,
