@@ -139,7 +139,7 @@ def _to_open_clip(command: ToOpenClip) -> None:
 
 
 def _to_timm(command: ToTimm) -> None:
-    model = _load(command.model, command.weights)
+    model = _load(command.model, command.weights, needs_texts=False)
     _print_checked(write_timm(model, command.out))
     _print_written(command.out)
     _print_registration(model)
@@ -170,8 +170,13 @@ def _to_export(command: ToExport) -> None:
     print(f'next: torch.export.load("{command.out / "image.pt2"}").module()(pictures)')
 
 
-def _load(path: Path, weights: Weights) -> UniCL:
+def _load(path: Path, weights: Weights, *, needs_texts: bool = True) -> UniCL:
     model = load_model(path, weights=weights).float()
+    if needs_texts and model.text_encoder is None:
+        raise ValueError(
+            f"{path} was trained with objective.name={model.config.objective.name} and has no text "
+            "encoder; unicl-convert timm takes its image encoder"
+        )
     print(
         f"read {find_model(path)}: {model.config.model.image_encoder}, "
         f"{len(model.state_dict()):,} entries, {num_parameters(model):,} parameters"

@@ -1,35 +1,42 @@
-"""What `unicl-eval` does once its arguments are read: open, evaluate, report."""
+"""What `unicl-eval` does once its arguments are read: check, evaluate, report."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import os
-import sys
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
-import torch
-import torch.distributed as dist
+from unicl_fast.checkpoint import find_model
+from unicl_fast.evaluation.classification import ClassificationResult, Metric
+from unicl_fast.evaluation.encode import device_of
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tools.detect_run import check_detect, run_detect
+from unicl_fast.tools.evaluate import (
+    Detect,
+    Evaluation,
+    Finetune,
+    FrozenFeatures,
+    Knn,
+    LinearProbe,
+    MetricChoice,
+    Retrieval,
+    ZeroShot,
+)
+from unicl_fast.tools.evaluation_data import EvaluationData, check_data, open_data, short_names
+from unicl_fast.tools.evaluation_figures import (
+    draw_captions_found,
+    draw_confusion,
+    draw_pictures_found,
+)
+from unicl_fast.tools.evaluation_model import model_on_ranks
+from unicl_fast.tools.evaluation_report import classification_table, write_results
+from unicl_fast.tools.evaluations import encode_captioned, evaluate_zero_shot
+from unicl_fast.tools.finetune_run import check_finetune, run_finetune
+from unicl_fast.tools.probe_run import check_probe, run_knn, run_linear_probe
 
-from unicl_fast.checkpoint import find_model, load_model
-from unicl_fast.devices import choose_device
-from unicl_fast.dist import Ranks, process_group
-from unicl_fast.evaluation.retrieval import RetrievalResult
-from unicl_fast.evaluation.zero_shot import ZeroShotResult
-from unicl_fast.models.unicl import UniCL
-from unicl_fast.prompts import read_templates
-from unicl_fast.shards import MANIFEST_NAME, PackedDataset
-from unicl_fast.tools.build_dataset import build_dataset
-from unicl_fast.tools.class_names import read_label_space
-from unicl_fast.tools.evaluate import Retrieval, ZeroShot
-from unicl_fast.tools.evaluations import evaluate_retrieval, evaluate_zero_shot, move_to_device
-from unicl_fast.tools.launch import configure_logging
-from unicl_fast.tools.temporary_folder import temporary_folder
+_T = TypeVar("_T")
 
 
-def check_request(command: ZeroShot | Retrieval) -> None:
+def check_request(command: Evaluation) -> None:
     """Refuses what can be told to be wrong before ranks are started or a model is loaded.
 
     Raises:
@@ -38,101 +45,163 @@ def check_request(command: ZeroShot | Retrieval) -> None:
     """
     if command.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {command.batch_size}")
-    if isinstance(command, ZeroShot) and command.nproc < 1:
+    if command.nproc < 1:
         raise ValueError(f"--nproc must be at least 1, not {command.nproc}")
     find_model(command.checkpoint)
-    if isinstance(command, Retrieval):
+    if isinstance(command, ZeroShot):
+        for option in ("class_names", "templates", "metric"):
+            _one_for_each(getattr(command, option), command.data, option)
+        for spec in command.data:
+            check_data(spec)
+    elif isinstance(command, Retrieval):
         PackedDataset(command.data).close()
+    elif isinstance(command, FrozenFeatures):
+        check_probe(command)
+    elif isinstance(command, Finetune):
+        check_finetune(command)
+    elif isinstance(command, Detect):
+        check_detect(command)
 
 
-def run_zero_shot(command: ZeroShot) -> ZeroShotResult:
-    """Evaluates on all ranks; rank 0 prints the table and writes the JSON."""
-    with _model_on_ranks(command) as (model, ranks):
-        packed = open_or_pack(
-            command.data, class_names=command.class_names, templates=command.templates, ranks=ranks
-        )
-        with packed as dataset:
-            result = evaluate_zero_shot(
-                model,
-                dataset,
-                class_names=read_label_space(command.class_names).names
-                if command.class_names
-                else (),
-                templates=read_templates(command.templates) if command.templates else (),
+def run(command: Evaluation) -> None:
+    """Evaluates on all ranks; rank 0 reports."""
+    if isinstance(command, ZeroShot):
+        run_zero_shot(command)
+    elif isinstance(command, LinearProbe):
+        run_linear_probe(command)
+    elif isinstance(command, Knn):
+        run_knn(command)
+    elif isinstance(command, Finetune):
+        run_finetune(command)
+    elif isinstance(command, Detect):
+        run_detect(command)
+    elif isinstance(command, Retrieval):
+        run_retrieval(command)
+    else:
+        raise AssertionError(command)
+
+
+def run_zero_shot(command: ZeroShot) -> None:
+    """Evaluates one data set after the other, each reported as soon as it is there."""
+    names = short_names(command.data)
+    class_names = _one_for_each(command.class_names, command.data, "class_names") or [""] * len(
+        names
+    )
+    templates = _one_for_each(command.templates, command.data, "templates") or [""] * len(names)
+    metrics = _one_for_each(command.metric, command.data, "metric")
+    rows: list[tuple[str, Metric, ClassificationResult]] = []
+    values: list[dict[str, Any]] = []
+    with model_on_ranks(command) as (model, ranks):
+        for number, spec in enumerate(command.data):
+            opened = open_data(
+                spec,
+                class_names=_unless_own(class_names[number]),
+                templates=_unless_own(templates[number]),
+                name=names[number],
                 ranks=ranks,
-                batch_size=command.batch_size,
-                progress=ranks.is_main,
             )
-            num_quarantined = dataset.manifest.num_quarantined
-        if ranks.is_main:
-            _report(result, command, {"num_quarantined": num_quarantined})
+            with opened as data:
+                result = evaluate_zero_shot(
+                    model,
+                    data.dataset,
+                    class_names=data.class_names,
+                    templates=data.templates,
+                    ranks=ranks,
+                    batch_size=command.batch_size,
+                    progress=ranks.is_main,
+                    confusion=command.figures is not None,
+                )
+                metric = _metric_of(metrics[number], data)
+                num_quarantined = data.dataset.manifest.num_quarantined
+                values.append(
+                    {"data": spec, "metric": metric, "num_templates": len(data.templates)}
+                    | result.to_json()
+                    | {"num_quarantined": num_quarantined}
+                )
+            rows.append((names[number], metric, result))
+            if not ranks.is_main:
+                continue
+            if len(names) > 1:
+                print(f"\n{names[number]}")
+            print(result.to_table())
             if num_quarantined:
                 print(f"{num_quarantined} files were refused when packing; not counted above")
-    return result
+            if command.figures is not None:
+                assert result.confusion is not None
+                path = command.figures / f"confusion-{names[number]}.png"
+                draw_confusion(
+                    result.confusion, data.class_names, path, title=f"{names[number]}, zero-shot"
+                )
+                print(f"written to {path}")
+        if ranks.is_main:
+            table = classification_table(rows)
+            if len(rows) > 1:
+                print(f"\n{table}")
+            shared: dict[str, Any] = {
+                "checkpoint": str(command.checkpoint),
+                "weights": command.weights,
+            }
+            if len(values) > 1:
+                shared["mean"] = sum(result.value(by) for _, by, result in rows) / len(rows)
+                shared["data_sets"] = values
+            else:  # one data set is told without a list around it
+                shared |= values[0]
+            write_results(shared, table, json_path=command.json, markdown_path=command.markdown)
 
 
-def run_retrieval(command: Retrieval) -> RetrievalResult:
-    """Evaluates in this process, prints the table and writes the JSON."""
+def run_retrieval(command: Retrieval) -> None:
+    """Encodes on all ranks and compares on rank 0."""
     with (
-        _model_on_ranks(command) as (model, ranks),
+        model_on_ranks(command) as (model, ranks),
         PackedDataset(command.data) as dataset,
     ):
-        if ranks.world_size > 1:
-            raise ValueError("retrieval compares all pictures with all captions in one process")
-        result = evaluate_retrieval(model, dataset, batch_size=command.batch_size, progress=True)
-        _report(result, command, {})
-    return result
-
-
-@contextlib.contextmanager
-def open_or_pack(
-    path: Path, *, class_names: str = "", templates: str = "", ranks: Ranks
-) -> Iterator[PackedDataset]:
-    """A packed data set as it is; class folders packed by rank 0 into a temporary folder."""
-    if (path / MANIFEST_NAME).is_file():
-        with PackedDataset(path) as dataset:
-            yield dataset
-        return
-    with contextlib.ExitStack() as stack:
-        folder: list[Any] = [None]
-        if ranks.is_main:
-            folder[0] = str(stack.enter_context(temporary_folder("unicl-eval-")) / "packed")
-            build_dataset(
-                [path],
-                folder[0],
-                class_names=class_names,
-                templates=templates,
-                progress=sys.stderr.isatty(),
-            )
-        if ranks.world_size > 1:
-            dist.broadcast_object_list(folder, src=0, group=ranks.host_group)
-        yield stack.enter_context(PackedDataset(folder[0]))
-        if ranks.world_size > 1:
-            dist.barrier(group=ranks.host_group)  # rank 0 removes what the others still read
-
-
-@contextlib.contextmanager
-def _model_on_ranks(command: ZeroShot | Retrieval) -> Iterator[tuple[UniCL, Ranks]]:
-    device = choose_device(command.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    with process_group(device) as ranks:
-        configure_logging(ranks)
-        model = load_model(command.checkpoint, weights=command.weights)
-        yield move_to_device(model, device), ranks
-
-
-def _report(
-    result: ZeroShotResult | RetrievalResult, command: ZeroShot | Retrieval, more: dict[str, Any]
-) -> None:
-    print(result.to_table())
-    if command.json is not None:
+        found = encode_captioned(
+            model, dataset, ranks=ranks, batch_size=command.batch_size, progress=ranks.is_main
+        )
+        if found is None:
+            return
+        result = found.rank(device_of(model))
+        print(result.to_table())
         values = {
             "checkpoint": str(command.checkpoint),
             "weights": command.weights,
             "data": str(command.data),
         }
-        values |= result.to_json() | more
-        command.json.parent.mkdir(parents=True, exist_ok=True)
-        command.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {command.json}")
+        write_results(
+            values | result.to_json(),
+            result.to_markdown(),
+            json_path=command.json,
+            markdown_path=command.markdown,
+        )
+        if command.figures is not None:
+            for draw, name in (
+                (draw_captions_found, "captions-found.png"),
+                (draw_pictures_found, "pictures-found.png"),
+            ):
+                draw(found, dataset, command.figures / name)
+                print(f"written to {command.figures / name}")
+
+
+def _one_for_each(given: Sequence[_T], data: Sequence[str], option: str) -> list[_T]:
+    """An option's values, one for each data set; none stays none.
+
+    Raises:
+        ValueError: neither one nor one for each.
+    """
+    if len(given) in (0, len(data)):
+        return list(given)
+    if len(given) == 1:
+        return list(given) * len(data)
+    flag = f"--{option.replace('_', '-')}"
+    raise ValueError(
+        f"{flag} takes one value for all data sets or one for each of the {len(data)}, not "
+        f"{len(given)}"
+    )
+
+
+def _unless_own(source: str) -> str:
+    return "" if source == "own" else source
+
+
+def _metric_of(choice: MetricChoice, data: EvaluationData) -> Metric:
+    return data.metric if choice == "auto" else choice

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from tqdm import tqdm
+from numpy.typing import NDArray
+from torch import Tensor
 
 from unicl_fast.dist import Ranks
-from unicl_fast.evaluation.encode import encode_pictures, encode_token_rows
-from unicl_fast.evaluation.retrieval import RetrievalResult, retrieval
-from unicl_fast.evaluation.zero_shot import (
-    ZeroShotResult,
-    zero_shot_accuracy,
-    zero_shot_classifier,
+from unicl_fast.evaluation.classification import ClassificationResult
+from unicl_fast.evaluation.encode import (
+    Layer,
+    device_of,
+    encode_token_rows,
+    require_text_encoder,
 )
+from unicl_fast.evaluation.features import collect_rows, extract_features
+from unicl_fast.evaluation.retrieval import RetrievalResult, retrieval
+from unicl_fast.evaluation.zero_shot import zero_shot_accuracy, zero_shot_classifier
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.shards import PackedDataset
@@ -32,7 +37,8 @@ def evaluate_zero_shot(
     ranks: Ranks | None = None,
     batch_size: int = 256,
     progress: bool = False,
-) -> ZeroShotResult:
+    confusion: bool = False,
+) -> ClassificationResult:
     """Zero-shot accuracy on a packed data set, or that of a model trained by cross-entropy.
 
     Args:
@@ -44,6 +50,7 @@ def evaluate_zero_shot(
         ranks: who shares the work.
         batch_size: pictures encoded at once by each rank.
         progress: show progress bars.
+        confusion: also count which class is taken for which.
 
     Raises:
         ValueError: no class names, or not as many as the data set has.
@@ -72,7 +79,7 @@ def evaluate_zero_shot(
         batch_size=batch_size,
         rank=ranks.rank,
         world_size=ranks.world_size,
-        device=model.logit_scale.device,
+        device=device_of(model),
     )
     return zero_shot_accuracy(
         model,
@@ -82,24 +89,57 @@ def evaluate_zero_shot(
         class_names=class_names,
         ranks=ranks,
         num_batches=len(loader) if progress else None,
+        confusion=confusion,
     )
 
 
-@torch.no_grad()
-def evaluate_retrieval(
-    model: UniCL, dataset: PackedDataset, *, batch_size: int = 256, progress: bool = False
-) -> RetrievalResult:
-    """Caption retrieval on a packed data set; samples without captions are left out.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RetrievalFeatures:
+    """What retrieval compares, on the host."""
+
+    image_features: Tensor
+    """[n d], unit norm."""
+    text_features: Tensor
+    """[m d], unit norm."""
+    image_of_text: Tensor
+    """int64 [m]: row of `image_features`."""
+    samples: NDArray[np.int64]
+    """[n]: which samples of the data set the pictures are."""
+
+    def rank(self, device: torch.device) -> RetrievalResult:
+        """Recalls in both directions, computed on a device."""
+        return retrieval(
+            self.image_features.to(device),
+            self.text_features.to(device),
+            self.image_of_text.to(device),
+        )
+
+
+def encode_captioned(
+    model: UniCL,
+    dataset: PackedDataset,
+    *,
+    ranks: Ranks | None = None,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> RetrievalFeatures | None:
+    """Features of pictures and captions; samples without captions are left out.
 
     Args:
         model: in evaluation mode.
         dataset: with captions.
-        batch_size: pictures, and captions, encoded at once.
+        ranks: who shares the work.
+        batch_size: pictures, and captions, encoded at once by each rank.
         progress: show progress bars.
 
+    Returns:
+        None on all ranks but rank 0.
+
     Raises:
-        ValueError: no sample has a caption.
+        ValueError: no sample has a caption, or the model has no text encoder.
     """
+    ranks = ranks or Ranks()
+    require_text_encoder(model, "retrieval")
     counts = dataset.samples["captions_count"].astype(np.int64)
     captioned = np.flatnonzero(counts)
     if not len(captioned):
@@ -107,25 +147,53 @@ def evaluate_retrieval(
             f"{dataset.folder} has no captions: retrieval needs a data set packed with a caption "
             "column; for labels there is unicl-eval zero-shot"
         )
-    loader = EvaluationLoader(
-        dataset, model.config.data, batch_size=batch_size, device=model.logit_scale.device
-    )
-    image_features = torch.cat(
-        [
-            encode_pictures(model, batch.images)
-            for batch in tqdm(loader, desc="encode pictures", disable=not progress)
-        ]
-    )[torch.from_numpy(captioned)]
-    image_of_text = torch.from_numpy(np.repeat(np.arange(len(captioned)), counts[captioned]))
+    pictures = extract_all(model, dataset, ranks=ranks, batch_size=batch_size, progress=progress)
     rows = [
         dataset.caption_tokens(sample, which)
         for sample in captioned.tolist()
         for which in range(counts[sample])
     ]
-    return retrieval(
-        image_features,
-        encode_token_rows(model, rows, batch_size=batch_size, progress=progress),
-        image_of_text.to(image_features.device),
+    own_rows = rows[ranks.rank :: ranks.world_size]
+    own = None
+    if own_rows:
+        own = encode_token_rows(model, own_rows, batch_size=batch_size, progress=progress).cpu()
+    texts = collect_rows(own, num_rows=len(rows), ranks=ranks)
+    if pictures is None or texts is None:
+        return None
+    return RetrievalFeatures(
+        image_features=pictures[torch.from_numpy(captioned)],
+        text_features=texts,
+        image_of_text=torch.from_numpy(np.repeat(np.arange(len(captioned)), counts[captioned])),
+        samples=captioned,
+    )
+
+
+def extract_all(
+    model: UniCL,
+    dataset: PackedDataset,
+    *,
+    layer: Layer = "projection",
+    ranks: Ranks | None = None,
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Tensor | None:
+    """Features [n d] of all pictures of a data set, on the host; None on all ranks but rank 0."""
+    ranks = ranks or Ranks()
+    loader = EvaluationLoader(
+        dataset,
+        model.config.data,
+        batch_size=batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device_of(model),
+    )
+    return extract_features(
+        model,
+        loader,
+        num_samples=len(dataset),
+        layer=layer,
+        ranks=ranks,
+        num_batches=len(loader) if progress else None,
     )
 
 

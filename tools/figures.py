@@ -15,7 +15,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.metrics import read_metrics
 from unicl_fast.tokenizer import Tokenizer
 
-_INK, _FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
+INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 
 
 def draw_curves(run_folder: Path, path: Path) -> None:
@@ -37,9 +37,9 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     axes[0].plot(seen, [line["loss"] for line in trained], color=_ACCENT)
     _label(axes[0], title="Training loss", y="unified contrastive loss")
     rate = axes[0].twinx()
-    rate.plot(seen, [line["lr"] for line in trained], color=_FAINT, linewidth=1, linestyle="--")
-    rate.set_ylabel("learning rate (dashed)", color=_FAINT)
-    rate.tick_params(colors=_FAINT)
+    rate.plot(seen, [line["lr"] for line in trained], color=FAINT, linewidth=1, linestyle="--")
+    rate.set_ylabel("learning rate (dashed)", color=FAINT)
+    rate.tick_params(colors=FAINT)
     for name, points in evaluations.items():
         label = name.removeprefix("zero_shot/").removesuffix("/top1")
         axes[1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
@@ -49,7 +49,7 @@ def draw_curves(run_folder: Path, path: Path) -> None:
         _label(axes[1], title="Zero-shot top-1", y="%")
         axes[1].set_ylim(0, 105)
         axes[1].legend(loc="lower right", frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_contact_sheet(batch: Batch, path: Path, *, columns: int = 8, rows: int = 4) -> None:
@@ -70,10 +70,10 @@ def draw_contact_sheet(batch: Batch, path: Path, *, columns: int = 8, rows: int 
             continue
         axis.imshow(batch.images[number].cpu().numpy())
         text = tokenizer.decode(batch.tokens[batch.text_index[number]].tolist())
-        axis.set_xlabel(_wrap(text), fontsize=7, color=_INK)
+        axis.set_xlabel(_wrap(text), fontsize=7, color=INK)
         for spine in axis.spines.values():
             spine.set(color=colours[number], linewidth=3)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _class_colours(class_ids: list[int]) -> list[Any]:
@@ -91,7 +91,7 @@ def _wrap(text: str, *, width: int = 22, max_lines: int = 3) -> str:
 
 
 def _label(axis: Axes, *, title: str, y: str) -> None:
-    axis.set_title(title, loc="left", color=_INK)
+    axis.set_title(title, loc="left", color=INK)
     axis.set_xlabel("samples seen")
     axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     axis.set_ylabel(y)
@@ -99,6 +99,7 @@ def _label(axis: Axes, *, title: str, y: str) -> None:
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)

@@ -1,19 +1,29 @@
 """Lists of class names and prompt templates: files, and the built-in ones of ImageNet.
 
 Apart from `prompts` because packing needs the lists only, not the compiled kernels of the token
-table. Names and templates are open_clip's, wnids are timm's; prompts are made of them elsewhere.
+table. Names and templates are open_clip's, wnids are timm's; those of the data sets that CLIP was
+evaluated on come from the package clip-benchmark, where it is installed. Prompts are made of them
+elsewhere.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.util
+import json
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
 """For classes that are things one takes photos of, where variety is not wanted."""
+
+CLIP_BENCHMARK = "clip-benchmark:"
+"""Before the key of a data set, names a list of the package clip-benchmark."""
+_CLIP_BENCHMARK_FILES = {
+    "class names": "en_classnames.json",
+    "templates": "en_zeroshot_classification_templates.json",
+}
 
 
 def imagenet_class_names() -> tuple[str, ...]:
@@ -36,11 +46,12 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 
 def read_class_names(source: str | Path) -> tuple[str, ...]:
-    """Class names from a file, or the built-in "imagenet".
+    """Class names from a file, the built-in "imagenet", or "clip-benchmark:KEY".
 
     Args:
-        source: "imagenet", or a UTF-8 text file with one name a line, label 0 first. Empty lines
-            may follow the last name; one in between would shift the labels and is refused.
+        source: "imagenet"; "clip-benchmark:pets" for the names that package has for Pets; or a
+            UTF-8 text file with one name a line, label 0 first. Empty lines may follow the last
+            name; one in between would shift the labels and is refused.
 
     Raises:
         FileNotFoundError: no such file.
@@ -48,15 +59,20 @@ def read_class_names(source: str | Path) -> tuple[str, ...]:
     """
     if str(source) == "imagenet":
         return imagenet_class_names()
-    return _read_lines(Path(source), what="class names", built_in="imagenet")
+    if str(source).startswith(CLIP_BENCHMARK):
+        return clip_benchmark_list("class names", str(source).removeprefix(CLIP_BENCHMARK))
+    return _read_lines(
+        Path(source), what="class names", built_in=f"imagenet, {CLIP_BENCHMARK}DATA_SET"
+    )
 
 
 def read_templates(source: str | Path) -> tuple[str, ...]:
-    """Prompt templates from a file, or the built-in "imagenet" (80) or "simple" (1).
+    """Prompt templates from a file, "imagenet" (80), "simple" (1), or "clip-benchmark:KEY".
 
     Args:
-        source: the name of a built-in list, or a UTF-8 text file with one template a line, each
-            with exactly one "{}" where the class name goes.
+        source: the name of a built-in list; "clip-benchmark:dtd" for the templates that package has
+            for DTD; or a UTF-8 text file with one template a line, each with exactly one "{}" where
+            the class name goes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -66,7 +82,14 @@ def read_templates(source: str | Path) -> tuple[str, ...]:
         return imagenet_templates()
     if str(source) == "simple":
         return SIMPLE_TEMPLATES
-    lines = _read_lines(Path(source), what="templates", built_in="imagenet, simple")
+    if str(source).startswith(CLIP_BENCHMARK):
+        found = clip_benchmark_list("templates", str(source).removeprefix(CLIP_BENCHMARK))
+        return check_templates(
+            tuple(line.replace("{c}", "{}") for line in found), origin=str(source)
+        )
+    lines = _read_lines(
+        Path(source), what="templates", built_in=f"imagenet, simple, {CLIP_BENCHMARK}DATA_SET"
+    )
     return check_templates(lines, origin=str(source))
 
 
@@ -105,6 +128,47 @@ def _read_lines(path: Path, *, what: str, built_in: str) -> tuple[str, ...]:
         if not line.strip():
             raise ValueError(f"{path}: line {number} is empty; {what} are numbered by their line")
     return tuple(line.strip() for line in lines)
+
+
+def has_clip_benchmark() -> bool:
+    """Whether the package clip-benchmark is installed."""
+    return importlib.util.find_spec("clip_benchmark") is not None
+
+
+def clip_benchmark_list(what: Literal["class names", "templates"], key: str) -> tuple[str, ...]:
+    """A list of clip-benchmark, read from its file: the package itself imports much.
+
+    Args:
+        what: which list.
+        key: of the data set, such as cifar10, pets or fgvc_aircraft.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed.
+        ValueError: it has no such data set; the message lists those it has.
+    """
+    lists = _clip_benchmark_file(_CLIP_BENCHMARK_FILES[what])
+    if key not in lists:
+        raise ValueError(
+            f"clip-benchmark has no {what} for {key!r}; it has them for {', '.join(sorted(lists))}"
+        )
+    return tuple(lists[key])
+
+
+@functools.cache
+def _clip_benchmark_file(name: str) -> dict[str, list[str]]:
+    package = importlib.util.find_spec("clip_benchmark")
+    if package is None or not package.submodule_search_locations:
+        raise ModuleNotFoundError(
+            "names that begin with clip-benchmark: come from the package clip-benchmark; install "
+            "it with: pip install 'unicl_fast[evaluation]'"
+        )
+    path = Path(package.submodule_search_locations[0]) / "datasets" / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing from the installed clip-benchmark; reinstall that package"
+        )
+    lists: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    return lists
 
 
 @functools.cache

@@ -15,6 +15,7 @@ from unittest import mock
 
 import torch
 import torch.multiprocessing as mp
+from safetensors.torch import save_file
 from small_runs import (
     LabelledLoader,
     global_batch,
@@ -24,13 +25,16 @@ from small_runs import (
     tiny_config,
 )
 
-from unicl_fast.batch import EvaluationBatch
+from unicl_fast.batch import EvaluationBatch, ListLoader
 from unicl_fast.dist import Ranks, process_group
+from unicl_fast.evaluation.classification import ClassificationCounts
+from unicl_fast.evaluation.features import collect_rows
 from unicl_fast.evaluation.zero_shot import zero_shot_accuracy
 from unicl_fast.interruption import Interrupted
 from unicl_fast.ledger import Ledger
 from unicl_fast.ledger_format import LedgerSource
 from unicl_fast.ledger_proof import prove
+from unicl_fast.models.unicl import UniCL
 from unicl_fast.source_meter import SourceMeter
 from unicl_fast.trainer import Trainer
 from unicl_fast.watchdog import Watchdog
@@ -467,3 +471,47 @@ def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None
     batch = dataclasses.replace(batch, source_ids=batch.slots % 2)
     meter = SourceMeter(["a", "b"], passes=lambda step: [1.0, 2.0])
     Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
+
+
+def gather_features_of_slices(ranks, path: str) -> None:
+    """Each rank has rows r, r + w, ... of a table; rank 0 writes what it got of all of them."""
+    tables = []
+    for count in (1, 7):  # of a single row, one rank has none
+        table = torch.arange(count * 3, dtype=torch.float64).view(count, 3)
+        mine = table[ranks.rank :: ranks.world_size]
+        whole = collect_rows(mine if len(mine) else None, num_rows=count, ranks=ranks)
+        assert (whole is None) == (not ranks.is_main)
+        tables.append(None if whole is None else whole.tolist())
+    counts = ClassificationCounts(("a", "b"), confusion=True)
+    places = range(ranks.rank, 7, ranks.world_size)
+    counts.add([[place % 2, 0] for place in places], [[0] if place else [] for place in places])
+    counts.sum_over(ranks)
+    if ranks.is_main:
+        result = counts.result(what="this")
+        found = result.to_json() | {"tables": tables, "confusion": result.confusion.tolist()}
+        Path(path).write_text(json.dumps(found))
+
+
+def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
+    """Fine-tunes a few steps on slices of the same batches; rank 0 writes the weights."""
+    # here, since timm.data takes seconds to import, for which the other workers need not wait
+    from unicl_fast.evaluation.finetune import FineTuned, FinetuneSettings, finetune
+
+    model = UniCL(tiny_config()).double()
+    batches = [
+        dataclasses.replace(
+            global_batch(images, step=step, rank=ranks.rank, world_size=ranks.world_size),
+            sample_ids=torch.arange(12).chunk(ranks.world_size)[ranks.rank],
+        )
+        for step in range(2)
+    ]
+    trained = finetune(
+        model,
+        FineTuned(model, 3),
+        ListLoader(batches),
+        labels_of=lambda sample: [sample % 3],
+        settings=FinetuneSettings(steps=4, mixup=0.0, ema_decay=0.9),
+        ranks=ranks,
+    )
+    if ranks.is_main:
+        save_file(trained.state_dict(), path)

@@ -12,10 +12,10 @@ from torch.nn import functional as F
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.batch import EvaluationBatch
+from unicl_fast.evaluation.classification import wilson_interval
 from unicl_fast.evaluation.encode import encode_token_rows
 from unicl_fast.evaluation.retrieval import retrieval
 from unicl_fast.evaluation.zero_shot import (
-    wilson_interval,
     zero_shot_accuracy,
     zero_shot_classifier,
 )

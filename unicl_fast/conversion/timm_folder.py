@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 
-from unicl_fast.conversion.comparison import require_equal, samples_of
+from unicl_fast.conversion.comparison import pictures_for, require_equal
 from unicl_fast.conversion.new_files import new_folder, write_json, write_tensors
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
@@ -80,5 +80,5 @@ def _compare(model: UniCL, folder: Path) -> float:
         checkpoint_path=str(folder / WEIGHTS_FILE),
         **arguments_of(model),
     ).eval()
-    images = samples_of(model).images
+    images = pictures_for(model)
     return require_equal(model.image_encoder(images), theirs(images), what="image features")

@@ -30,7 +30,10 @@ class Tower(nn.Module):
 
 
 def towers_of(model: UniCL) -> dict[str, Tower]:
-    """Both towers, of the model's own weights; the model in fp32 and evaluation mode."""
+    """Both towers, of the model's own weights; the model in fp32 and evaluation mode, with texts."""
+    assert model.image_projection is not None
+    assert model.text_encoder is not None
+    assert model.text_projection is not None
     return {
         IMAGE: Tower(model.image_encoder, model.image_projection).eval(),
         TEXT: Tower(model.text_encoder, model.text_projection).eval(),

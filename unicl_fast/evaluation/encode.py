@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -15,27 +16,68 @@ from unicl_fast.evaluation.progress import may_go_on
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.precision import Precision, normalise_images
 
+Layer = Literal["encoder", "projection"]
+"""Which features of a picture: what the image encoder gives, or its unit-norm projection into the
+space that texts are compared in."""
+
+
+def device_of(model: UniCL) -> torch.device:
+    """Where the model lies."""
+    return next(model.image_encoder.parameters()).device
+
+
+def require_text_encoder(model: UniCL, what: str) -> None:
+    """Refuses a model that was trained without texts.
+
+    Args:
+        model: any.
+        what: needs texts, for the message.
+
+    Raises:
+        ValueError: it has no text encoder.
+    """
+    if model.text_encoder is None:
+        raise ValueError(
+            f"{what} compares pictures with texts, and this model has no text encoder, since it "
+            "was trained without one: take linear-probe, knn, finetune or detect"
+        )
+
+
+def prepare_pictures(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
+    """Decoded pictures as the model's image encoder takes them, on its device.
+
+    Args:
+        model: says how pictures are normalised.
+        images: uint8 [b h w c].
+    """
+    config = model.config
+    return normalise_images(
+        images.to(device_of(model), non_blocking=True),
+        mean=config.data.mean,
+        std=config.data.std,
+        dtype=Precision(config.efficiency.precision).compute_type,
+        channels_last=config.efficiency.channels_last,
+    )
+
 
 @torch.no_grad()
-def encode_pictures(model: UniCL, images: Tensor) -> Float[Tensor, "b d"]:
-    """Unit-norm features of decoded pictures, in the precision the model was trained in.
+def encode_pictures(
+    model: UniCL, images: Tensor, *, layer: Layer = "projection"
+) -> Float[Tensor, "b d"]:
+    """Features of decoded pictures, in the precision the model was trained in.
 
     Args:
         model: in evaluation mode.
         images: uint8 [b h w c].
+        layer: "projection" gives the unit-norm features, "encoder" those before the projection,
+            in fp32 at least.
     """
-    config = model.config
-    precision = Precision(config.efficiency.precision)
-    device = model.logit_scale.device
-    normalised = normalise_images(
-        images.to(device, non_blocking=True),
-        mean=config.data.mean,
-        std=config.data.std,
-        dtype=precision.compute_type,
-        channels_last=config.efficiency.channels_last,
-    )
-    with precision.autocast(device.type):
-        return model.encode_image(normalised)
+    normalised = prepare_pictures(model, images)
+    with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
+        if layer == "projection":
+            return model.encode_image(normalised)
+        features: Tensor = model.image_encoder(normalised)
+    return features.to(torch.promote_types(torch.float32, features.dtype))
 
 
 @torch.no_grad()
@@ -57,7 +99,7 @@ def encode_token_rows(
     if not rows:
         raise ValueError("there are no texts to encode")
     precision = Precision(model.config.efficiency.precision)
-    device = model.logit_scale.device
+    device = device_of(model)
     # texts of like length together: what is padded is computed for nothing
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     features = []

@@ -14,7 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from unicl_fast.evaluation.zero_shot import wilson_interval
+from unicl_fast.evaluation.classification import wilson_interval
 
 KS = (1, 5, 10)
 _CHUNK = 1024
@@ -81,6 +81,24 @@ class RetrievalResult:
                 )
         lines.append(f"{self.num_images} pictures, {self.num_captions} captions")
         return "\n".join(lines)
+
+    def to_markdown(self) -> str:
+        """The same as a Markdown table."""
+        lines = [
+            "| direction | at | % | 95 % interval | chance |",
+            "| :-- | --: | --: | --: | --: |",
+        ]
+        for title, recalls in (
+            ("image -> text", self.image_to_text),
+            ("text -> image", self.text_to_image),
+        ):
+            for recall in recalls:
+                low, high = recall.interval
+                lines.append(
+                    f"| {title} | {recall.k} | {100 * recall.rate:.2f} | {100 * low:.2f} to "
+                    f"{100 * high:.2f} | {100 * recall.chance:.2f} |"
+                )
+        return "\n".join([*lines, "", f"{self.num_images} pictures, {self.num_captions} captions"])
 
 
 def retrieval(

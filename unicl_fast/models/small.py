@@ -9,6 +9,7 @@ other, and anyone can add their own in the same way.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from jaxtyping import Float
@@ -41,6 +42,10 @@ class SmallConvNet(nn.Module):
     ) -> None:
         super().__init__()
         self.num_features = channels[-1]
+        self.feature_info = [
+            {"num_chs": width, "reduction": 2 ** (number + 1), "module": f"blocks.{number}"}
+            for number, width in enumerate(channels)
+        ]
         self.stem = nn.Sequential(
             nn.Conv2d(in_chans, stem_channels, kernel_size=2), nn.ReLU(inplace=True)
         )
@@ -63,6 +68,27 @@ class SmallConvNet(nn.Module):
                 f"it has no classifier and the mean for pooling, not {num_classes} classes and "
                 f"{global_pool!r}"
             )
+
+    def forward_intermediates(
+        self,
+        images: Float[Tensor, "b c h w"],
+        *,
+        indices: Sequence[int] | None = None,
+        intermediates_only: bool = True,
+    ) -> list[Tensor]:
+        """Maps [b c h w] of the blocks in `indices`, of all without it; under timm's name."""
+        if not intermediates_only:
+            raise NotImplementedError("only the maps are given; forward gives the features")
+        maps: list[Tensor] = []
+        image_map = self.stem(images)
+        for block in self.blocks:
+            image_map = block(image_map)
+            maps.append(image_map)
+        return maps if indices is None else [maps[place] for place in indices]
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, str]:
+        """Layers for learning rates that decay with depth, in timm's form."""
+        return {"stem": r"^stem", "blocks": r"^blocks\.(\d+)"}
 
 
 @register_model  # type: ignore[untyped-decorator]

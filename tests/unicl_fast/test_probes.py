@@ -1,0 +1,200 @@
+"""Linear probe, nearest neighbours and the features they stand on, against scikit-learn."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_workers import gather_features_of_slices, run_on_ranks
+from sklearn.linear_model import LogisticRegression
+from sklearn.neighbors import KNeighborsClassifier
+
+from unicl_fast.evaluation.features import FeatureCache
+from unicl_fast.evaluation.knn import knn_accuracy, nearest
+from unicl_fast.evaluation.linear_probe import (
+    LOG10_C,
+    LabelledFeatures,
+    LinearClassifier,
+    draw_shots,
+    evaluate_classifier,
+    fit_logistic_regression,
+    fit_probe,
+    search_peak,
+    split_validation,
+    with_labels,
+)
+
+NAMES = ("a", "b", "c", "d", "e", "f")
+
+
+def clusters(n: int, *, seed: int, spread: float = 2.0) -> LabelledFeatures:
+    """Overlapping clusters whose features have a mean and scales of their own, as real ones do."""
+    generator = torch.Generator().manual_seed(seed)
+    centres = torch.randn(6, 12, generator=torch.Generator().manual_seed(99), dtype=torch.float64)
+    labels = torch.randint(0, 6, (n,), generator=generator)
+    noise = torch.randn(n, 12, generator=generator, dtype=torch.float64)
+    scales = torch.logspace(-1, 1, 12, dtype=torch.float64)
+    features = (centres[labels] + spread * noise) * scales + 3
+    return LabelledFeatures(features, labels, [[int(label)] for label in labels])
+
+
+@pytest.mark.parametrize("c", [1e-3, 1.0, 100.0])
+def test_the_fit_is_scikit_learns(c: float) -> None:
+    data = clusters(400, seed=0)
+    theirs = LogisticRegression(C=c, tol=1e-10, max_iter=20_000)
+    theirs.fit(data.features.numpy(), data.labels.numpy())
+    ours = fit_logistic_regression(data.features, data.labels, num_classes=6, c=c, tolerance=1e-10)
+    # the softmax leaves a common shift of the biases open; the weights' is fixed by the penalty
+    bias = torch.from_numpy(theirs.intercept_)
+    torch.testing.assert_close(ours.weight, torch.from_numpy(theirs.coef_), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(
+        ours.bias - ours.bias.mean(), bias - bias.mean(), rtol=1e-3, atol=1e-5
+    )
+
+
+def test_fp32_and_another_start_lead_to_the_same_probabilities() -> None:
+    data, test = clusters(400, seed=0), clusters(100, seed=1)
+    plain = fit_logistic_regression(data.features, data.labels, num_classes=6, c=1.0)
+    start = fit_logistic_regression(data.features, data.labels, num_classes=6, c=1e-4)
+    narrow = fit_logistic_regression(
+        data.features.float(),
+        data.labels,
+        num_classes=6,
+        c=1.0,
+        start=LinearClassifier(start.weight.float(), start.bias.float()),
+    )
+    assert narrow.weight.dtype == torch.float32
+    expected = plain.scores(test.features).softmax(dim=1)
+    found = narrow.scores(test.features.float()).softmax(dim=1)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-3)
+
+
+def test_a_fit_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    data = clusters(301, seed=0)
+    whole = fit_logistic_regression(data.features, data.labels, num_classes=6, c=1.0)
+    monkeypatch.setattr("unicl_fast.evaluation.linear_probe._LOGITS_AT_ONCE", 6 * 50)
+    pieces = fit_logistic_regression(data.features, data.labels, num_classes=6, c=1.0)
+    torch.testing.assert_close(pieces.weight, whole.weight, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"c": 0.0}, "C must be a positive number, not 0.0"),
+        ({"num_classes": 3}, "labels must lie in 0 to 2, not 0 to 5"),
+        ({"features": torch.full((50, 12), torch.nan)}, "not finite"),
+        ({"features": torch.zeros(0, 12), "labels": torch.zeros(0).long()}, "needs samples"),
+    ],
+    ids=["C", "labels", "not finite", "nothing"],
+)
+def test_what_cannot_be_fitted_is_refused(change: dict, message: str) -> None:
+    data = clusters(50, seed=0)
+    arguments = {"features": data.features, "labels": data.labels, "num_classes": 6, "c": 1.0}
+    with pytest.raises(ValueError, match=message):
+        fit_logistic_regression(**(arguments | change))
+
+
+@pytest.mark.parametrize("peak", [0, 13, 48, 96])
+def test_the_search_finds_the_peak_of_a_hill_in_fifteen_fits(peak: int) -> None:
+    best, scores = search_peak(lambda place: -abs(place - peak), size=len(LOG10_C), first_step=16)
+    assert best == peak
+    assert len(scores) <= 15
+    assert LOG10_C[0] == -6
+    assert LOG10_C[-1] == 6
+
+
+def test_a_probe_takes_the_c_that_validates_best_and_fits_both_parts() -> None:
+    data, validation = clusters(60, seed=0, spread=4.0), clusters(200, seed=1, spread=4.0)
+    fit = fit_probe(data, validation, class_names=NAMES, max_iterations=60)
+    assert fit.validation[fit.c] == max(fit.validation.values())
+    assert len(set(fit.validation.values())) > 3, "C should matter here"
+    both = data.join(validation)
+    plain = fit_logistic_regression(both.features, both.labels, num_classes=6, c=fit.c)
+    torch.testing.assert_close(fit.classifier.weight, plain.weight, rtol=1e-2, atol=1e-4)
+    few = fit_probe(data, validation, class_names=NAMES, refit=False, max_iterations=60)
+    assert few.c == fit.c
+    assert not torch.allclose(few.classifier.weight, fit.classifier.weight, rtol=0.05)
+
+
+def test_any_of_several_labels_is_right_and_samples_without_are_left_out() -> None:
+    features = torch.eye(4, dtype=torch.float64)
+    samples = with_labels(features, [[0], [], [2, 3], [1, 3]], what="this")
+    assert len(samples) == 3
+    assert samples.num_without_label == 1
+    identity = LinearClassifier(torch.eye(4).double(), torch.zeros(4).double())
+    result = evaluate_classifier(identity, samples, class_names=NAMES[:4], confusion=True)
+    assert (result.num_samples, result.num_correct) == (3, 3)
+    assert result.confusion is not None
+    assert result.confusion.tolist() == np.diag([1, 1, 1, 0]).tolist()
+    with pytest.raises(ValueError, match="no sample of this has a label"):
+        with_labels(features, [[], [], [], []], what="this")
+
+
+def test_splits_and_draws_hold_each_class_and_follow_the_seed() -> None:
+    labels = np.repeat([0, 1, 2], [50, 10, 2])
+    train, validation = split_validation(labels, fraction=0.2, seed=0)
+    assert np.bincount(labels[validation], minlength=3).tolist() == [10, 2, 0]
+    assert sorted([*train, *validation]) == list(range(62))
+    assert not np.array_equal(validation, split_validation(labels, fraction=0.2, seed=1)[1])
+    shots, others = draw_shots(labels, shots=8, seed=0)
+    assert np.bincount(labels[shots]).tolist() == [8, 8, 2]
+    assert np.bincount(labels[others], minlength=3).tolist() == [4, 2, 0]
+    assert not set(shots) & set(others)
+    assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
+    with pytest.raises(ValueError, match="take fewer --shots"):
+        draw_shots(labels, shots=64, seed=0)
+    with pytest.raises(ValueError, match="too few to set any aside"):
+        split_validation(np.array([0, 1, 2]), fraction=0.2, seed=0)
+
+
+def test_neighbours_vote_as_scikit_learns_do() -> None:
+    train, test = clusters(200, seed=0), clusters(80, seed=1)
+    results = knn_accuracy(train, test, class_names=NAMES, ks=(1, 15), temperature=0.1)
+    for k, result in results.items():
+        theirs = KNeighborsClassifier(
+            k, metric="cosine", weights=lambda distances: np.exp((1 - distances) / 0.1)
+        ).fit(train.features.numpy(), train.labels.numpy())
+        right = theirs.predict(test.features.numpy()) == test.labels.numpy()
+        assert result.num_correct == right.sum()
+    assert results[1].num_correct != results[15].num_correct
+
+
+def test_the_search_in_chunks_finds_the_same_neighbours() -> None:
+    train, test = clusters(100, seed=0), clusters(30, seed=1)
+    whole = nearest(test.features, train.features, k=7)
+    chunks = nearest(test.features, train.features, k=7, queries_at_once=4, keys_at_once=5)
+    torch.testing.assert_close(chunks[0], whole[0])
+    assert torch.equal(chunks[1], whole[1])
+    with pytest.raises(ValueError, match="k must lie in 1 to the 100 training samples"):
+        knn_accuracy(train, test, class_names=NAMES, ks=(101,))
+
+
+def test_kept_features_come_back_and_damaged_ones_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache, features = FeatureCache(tmp_path / "features"), torch.randn(5, 3)
+    assert not cache.has("key")
+    cache.store("key", features)
+    assert torch.equal(cache.load("key", num_samples=5), features)
+    with pytest.raises(ValueError, match="6 rows of features were expected"):
+        cache.load("key", num_samples=6)
+    (tmp_path / "features" / "key.npy").write_bytes(b"\x93NUMPY\x01\x00 cut")
+    with pytest.raises(ValueError, match="is damaged"):
+        cache.load("key", num_samples=5)
+    (tmp_path / "file").touch()
+    FeatureCache(tmp_path / "file").store("key", features)  # a file where the folder should be
+    assert "features are not kept" in caplog.text
+    assert not FeatureCache(None).has("key")
+
+
+@pytest.mark.dist
+def test_ranks_put_their_rows_and_counts_together(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    run_on_ranks(gather_features_of_slices, 2, str(path))
+    found = json.loads(path.read_text())
+    assert found["tables"] == [np.arange(n * 3.0).reshape(n, 3).tolist() for n in (1, 7)]
+    assert (found["num_samples"], found["num_without_label"], found["top1"]) == (6, 1, 0.5)
+    assert found["confusion"] == [[3, 3], [0, 0]]

@@ -1,0 +1,36 @@
+"""The model of an evaluation on its device and ranks."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import torch
+
+from unicl_fast.checkpoint import load_model
+from unicl_fast.devices import choose_device
+from unicl_fast.dist import Ranks, process_group
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.tools.evaluate import Evaluation
+from unicl_fast.tools.launch import configure_logging
+
+
+@contextlib.contextmanager
+def model_on_ranks(command: Evaluation) -> Iterator[tuple[UniCL, Ranks]]:
+    """The checkpoint's model in evaluation mode, and who shares the work."""
+    device = choose_device(command.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with process_group(device) as ranks:
+        configure_logging(ranks)
+        model = load_model(command.checkpoint, weights=command.weights)
+        yield move_to_device(model, device), ranks
+
+
+def move_to_device(model: UniCL, device: torch.device) -> UniCL:
+    """The model on a device, its convolutions in the memory format it was trained with."""
+    model.to(device)
+    if model.config.efficiency.channels_last:
+        model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model

@@ -1,0 +1,284 @@
+"""Annotated pictures in COCO's format, and COCO's metrics.
+
+Pictures are decoded by Pillow: they come in many sizes with boxes that move with every flip, and a
+detector on this scale waits for its arithmetic, not for pictures. The metrics are pycocotools'.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+
+
+def require_pycocotools() -> None:
+    """Says how to install what is missing.
+
+    Raises:
+        ModuleNotFoundError: pycocotools is.
+    """
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "detect takes COCO's metrics and masks from the package pycocotools; install it with: "
+            "pip install 'unicl_fast[evaluation]'"
+        ) from error
+
+
+class CocoPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Pictures with boxes, and polygons or RLE, as an instances_*.json lists them.
+
+    Class numbers are 1 to k in order of the categories' ids; 0 is the background's. Crowds are
+    trained on by nobody, and counted as COCO's metrics do.
+    """
+
+    def __init__(self, annotations: Path, images: Path, *, masks: bool = False) -> None:
+        """Reads the list.
+
+        Args:
+            annotations: the JSON file.
+            images: folder that its file names are relative to.
+            masks: give masks too.
+
+        Raises:
+            FileNotFoundError: the file, or the first picture, is not there.
+            ValueError: the file is no list of boxes.
+        """
+        if not annotations.is_file():
+            raise FileNotFoundError(
+                f"no file {annotations}: give an instances_*.json of COCO's form"
+            )
+        try:
+            self.content: dict[str, Any] = json.loads(annotations.read_bytes())
+            self.images = sorted(self.content["images"], key=lambda image: image["id"])
+            categories = sorted(self.content["categories"], key=lambda one: one["id"])
+            self.class_names = tuple(str(one["name"]) for one in categories)
+            self.category_ids = [int(one["id"]) for one in categories]
+            number_of = {one: place + 1 for place, one in enumerate(self.category_ids)}
+            self._boxes: dict[int, list[dict[str, Any]]] = {one["id"]: [] for one in self.images}
+            for one in self.content["annotations"]:
+                _, _, width, height = one["bbox"]
+                if width > 0 and height > 0 and not one.get("iscrowd"):
+                    number = number_of[one["category_id"]]
+                    self._boxes[one["image_id"]].append(one | {"number": number})
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(
+                f"{annotations} is no list of objects as COCO has: expected are images with id and "
+                "file_name, categories with id and name, annotations with image_id, "
+                f"category_id and bbox; {error!r}"
+            ) from error
+        if not any(self._boxes.values()):
+            raise ValueError(f"{annotations} has no boxes")
+        self._folder = images
+        self._masks = masks
+        first = images / self.images[0]["file_name"]
+        if not first.is_file():
+            raise FileNotFoundError(f"{annotations} names {first}, which is not there")
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    @property
+    def with_boxes(self) -> list[int]:
+        """Places of pictures that show something; only these can be trained on."""
+        return [place for place, one in enumerate(self.images) if self._boxes[one["id"]]]
+
+    def __getitem__(self, place: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """A picture [3 h w] in 0 to 1 and its target.
+
+        Raises:
+            ValueError: the picture cannot be read.
+        """
+        listed = self.images[place]
+        path = self._folder / listed["file_name"]
+        try:
+            with Image.open(path) as image:
+                pixels = np.array(image.convert("RGB"))
+        except OSError as error:
+            raise ValueError(f"{path} cannot be read: {error}") from error
+        objects = self._boxes[listed["id"]]
+        boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).view(-1, 4)
+        boxes[:, 2:] += boxes[:, :2]
+        target = {
+            "boxes": boxes,
+            "labels": torch.tensor([one["number"] for one in objects], dtype=torch.int64),
+        }
+        if self._masks:
+            target["masks"] = self._masks_of(objects, *pixels.shape[:2])
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, target
+
+    @staticmethod
+    def _masks_of(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:
+        from pycocotools import mask as coco_mask
+
+        masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
+        for number, one in enumerate(objects):
+            shape = one.get("segmentation")
+            if not shape:
+                raise ValueError(
+                    f"annotation {one.get('id')} has no segmentation: leave --masks out"
+                )
+            if isinstance(shape, list):
+                encoded = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
+            elif isinstance(shape["counts"], list):
+                encoded = coco_mask.frPyObjects(shape, height, width)
+            else:
+                encoded = shape
+            masks[number] = torch.from_numpy(np.array(coco_mask.decode(encoded)))
+        return masks
+
+
+class _Flipped(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Pictures by (place, whether to flip)."""
+
+    def __init__(self, pictures: CocoPictures) -> None:
+        self._pictures = pictures
+
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
+        picture, target = self._pictures[key[0]]
+        return flip(picture, target) if key[1] else (picture, target)
+
+
+def flip(picture: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Left becomes right, in picture, boxes and masks."""
+    width = picture.shape[2]
+    boxes = target["boxes"][:, [2, 1, 0, 3]].clone()
+    boxes[:, [0, 2]] = width - boxes[:, [0, 2]]
+    flipped = target | {"boxes": boxes}
+    if "masks" in target:
+        flipped["masks"] = target["masks"].flip(-1)
+    return picture.flip(-1), flipped
+
+
+def training_batches(
+    pictures: CocoPictures,
+    *,
+    batch_size: int,
+    seed: int,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 2,
+) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
+    """Batches without end, half of the pictures flipped; which, the seed and the place decide.
+
+    Args:
+        pictures: those with boxes are taken, each once a pass.
+        batch_size: of all ranks, which share it evenly.
+        seed: of order and flips.
+        rank: whose share.
+        world_size: ranks.
+        workers: processes that decode.
+    """
+    places = pictures.with_boxes
+
+    def keys() -> Iterator[list[tuple[int, bool]]]:
+        epoch = 0
+        left: list[tuple[int, bool]] = []
+        while True:
+            while len(left) < batch_size:
+                generator = np.random.default_rng([seed, epoch])
+                order = generator.permutation(len(places))
+                flips = generator.random(len(places)) < 0.5
+                left += [(places[i], bool(flips[i])) for i in order]
+                epoch += 1
+            yield left[:batch_size][rank::world_size]
+            left = left[batch_size:]
+
+    class Sampler:
+        def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+            return keys()
+
+    loader = DataLoader(
+        _Flipped(pictures),
+        batch_sampler=Sampler(),
+        num_workers=workers,
+        collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True))),
+        multiprocessing_context="fork" if workers else None,
+    )
+    return iter(loader)
+
+
+def as_coco(
+    number: int, found: dict[str, Tensor], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of one picture as COCO's result files have them.
+
+    Args:
+        number: the picture's id.
+        found: from `detection.detect`.
+        category_ids: of the classes 1 to k.
+    """
+    boxes = found["boxes"].clone()
+    boxes[:, 2:] -= boxes[:, :2]
+    rows: list[dict[str, Any]] = [
+        {
+            "image_id": number,
+            "category_id": category_ids[int(label) - 1],
+            "bbox": box,
+            "score": float(score),
+        }
+        for box, label, score in zip(boxes.tolist(), found["labels"], found["scores"], strict=True)
+    ]
+    if "masks" in found:
+        from pycocotools import mask as coco_mask
+
+        for row, mask in zip(rows, found["masks"], strict=True):
+            encoded = coco_mask.encode(np.asfortranarray((mask[0] > 0.5).to(torch.uint8).numpy()))
+            row["segmentation"] = encoded | {"counts": encoded["counts"].decode("ascii")}
+    return rows
+
+
+def coco_metrics(
+    content: dict[str, Any], detections: Sequence[dict[str, Any]], *, masks: bool = False
+) -> dict[str, float]:
+    """COCO's average precisions, in 0 to 1; -1 where there is nothing of that size.
+
+    Args:
+        content: of the annotation file.
+        detections: rows from `as_coco`, of all its pictures.
+        masks: also those of masks.
+
+    Returns:
+        `box/AP` (mean over IoU 0.5 to 0.95), `box/AP50`, ... and `mask/AP`, ...
+    """
+    from pycocotools.coco import COCO
+    from pycocotools.cocoeval import COCOeval
+
+    kinds = {"box": "bbox"} | ({"mask": "segm"} if masks else {})
+    if not detections:
+        return {f"{kind}/{name}": 0.0 for kind in kinds for name in METRICS}
+    values: dict[str, float] = {}
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints at every turn
+        truth = COCO()
+        truth.dataset = copy.deepcopy(content)
+        truth.dataset.setdefault("info", {})
+        for number, one in enumerate(truth.dataset["annotations"], start=1):
+            one.setdefault("id", number)
+            one.setdefault("iscrowd", 0)
+            one.setdefault("area", one["bbox"][2] * one["bbox"][3])
+        truth.createIndex()
+        for kind, name in kinds.items():
+            rows = [
+                {k: v for k, v in row.items() if kind == "mask" or k != "segmentation"}
+                for row in detections
+            ]
+            evaluation = COCOeval(truth, truth.loadRes(rows), name)
+            evaluation.evaluate()
+            evaluation.accumulate()
+            evaluation.summarize()
+            for metric, value in zip(METRICS, evaluation.stats, strict=False):
+                values[f"{kind}/{metric}"] = float(value)
+    return values

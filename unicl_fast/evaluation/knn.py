@@ -1,0 +1,102 @@
+"""Classification by the k nearest training pictures, weighted as DINO does.
+
+Each of the k training samples most similar to a picture votes for its label with weight
+exp(similarity / temperature); similarity is the cosine (Caron et al., arXiv 2104.14294, appendix
+F.1). Exact: every training sample is looked at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.nn import functional as F
+
+from unicl_fast.evaluation.classification import (
+    ClassificationCounts,
+    ClassificationResult,
+    rank_classes,
+)
+from unicl_fast.evaluation.linear_probe import LabelledFeatures
+from unicl_fast.evaluation.progress import may_go_on
+
+TEMPERATURE = 0.07
+_QUERIES, _KEYS = 512, 65_536
+"""Similarities at once: 128 MiB."""
+
+
+def nearest(
+    queries: Float[Tensor, "q d"],
+    keys: Float[Tensor, "n d"],
+    *,
+    k: int,
+    queries_at_once: int = _QUERIES,
+    keys_at_once: int = _KEYS,
+) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
+    """Cosines with the k most similar keys, falling, and which keys they are.
+
+    Memory is that of queries_at_once * keys_at_once similarities, whatever q and n.
+    """
+    keys = F.normalize(keys, dim=1)
+    found_cosines, found_keys = [], []
+    for query in F.normalize(queries, dim=1).split(queries_at_once):
+        may_go_on()  # shows progress
+        best = query.new_empty(len(query), 0)
+        places = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+        for start in range(0, len(keys), keys_at_once):
+            piece = query @ keys[start : start + keys_at_once].T
+            top, where = piece.topk(min(k, piece.shape[1]), dim=1)
+            best = torch.cat([best, top], dim=1)
+            places = torch.cat([places, where + start], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            places = places.gather(1, order)
+        found_cosines.append(best)
+        found_keys.append(places)
+    return torch.cat(found_cosines), torch.cat(found_keys)
+
+
+def knn_accuracy(
+    train: LabelledFeatures,
+    test: LabelledFeatures,
+    *,
+    class_names: Sequence[str],
+    ks: Sequence[int],
+    temperature: float = TEMPERATURE,
+    confusion: bool = False,
+) -> dict[int, ClassificationResult]:
+    """Results for several k, from one search.
+
+    Args:
+        train: those who vote, each for its first label.
+        test: those to be classified.
+        class_names: names of all classes.
+        ks: numbers of neighbours.
+        temperature: of the votes.
+        confusion: also count which class is taken for which.
+
+    Raises:
+        ValueError: a k or a temperature that makes no sense, or features that are not finite.
+    """
+    if not ks or min(ks) < 1 or max(ks) > len(train):
+        raise ValueError(
+            f"k must lie in 1 to the {len(train)} training samples, not {', '.join(map(str, ks))}"
+        )
+    if not temperature > 0:
+        raise ValueError(f"the temperature must be positive, not {temperature}")
+    if not (train.features.isfinite().all() and test.features.isfinite().all()):
+        raise ValueError("features hold values that are not finite: the model is broken")
+    cosines, places = nearest(test.features, train.features, k=max(ks))
+    results = {}
+    for k in ks:
+        counts = ClassificationCounts(class_names, confusion=confusion)
+        for start in range(0, len(test), _QUERIES):
+            rows = slice(start, start + _QUERIES)
+            # relative to the nearest: exp(1 / temperature) may be more than fp32 holds
+            votes = ((cosines[rows, :k] - cosines[rows, :1]) / temperature).exp()
+            scores = votes.new_zeros(len(votes), len(class_names))
+            scores.scatter_add_(1, train.labels[places[rows, :k]], votes)
+            counts.add(rank_classes(scores), test.all_labels[rows])
+        results[k] = counts.result(what="nearest neighbours")
+    return results
