@@ -80,6 +80,7 @@ def read_tables(
         )
         for path in paths
     ]
+    spool.origins.extend(task.path for task in tasks)
     reader = _Reader(options)
     try:
         for task, result in zip(

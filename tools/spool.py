@@ -33,10 +33,18 @@ class Spool:
     Use it as a context manager. Where it is never entered, it goes with the object.
     """
 
-    def __init__(self, out: Path | None) -> None:
-        """`out` is the folder that is to be made; the spool lies beside it. None allows no file."""
-        self._folder = out and out.with_name(f"{out.name}.spool-{secrets.token_hex(4)}")
+    def __init__(self, out: Path | None, *, folder: Path | None = None) -> None:
+        """Makes nothing yet.
+
+        Args:
+            out: the folder that is to be made; the spool lies beside it. None allows no file.
+            folder: where the spool is to lie instead.
+        """
+        beside = out and out.with_name(f"{out.name}.spool-{secrets.token_hex(4)}")
+        self._folder = folder or beside
         self._num_files = 0
+        self.origins: list[str] = []
+        """The files that were unpacked."""
         if self._folder is not None:
             self._removal = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -51,6 +59,11 @@ class Spool:
     ) -> None:
         if self._folder is not None:
             self._removal()
+
+    def locate(self, path: str) -> str | None:
+        """A file's place in the spool, the same in every build; None if it is none of it."""
+        prefix = f"{self._folder}/"
+        return path.removeprefix(prefix) if path.startswith(prefix) else None
 
     def new_file(self) -> Path:
         """A place for one more file, which the caller makes."""
@@ -73,6 +86,7 @@ class Spool:
             OSError: it cannot be opened, or the disk is full.
         """
         place = self.new_file()
+        self.origins.append(path)
         try:
             with open_regular(path) as packed, place.open("wb") as unpacked:
                 return place, _inflate(packed, unpacked)
