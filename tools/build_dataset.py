@@ -42,6 +42,7 @@ from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_i
 from unicl_fast.tools.quarantine_list import as_listed, read_left_out
 from unicl_fast.tools.retry import choose_listed, read_quarantine, require_same_classes
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
+from unicl_fast.tools.sample_views import AllSamples, ChosenSamples, Sample, choose
 from unicl_fast.tools.sources import (
     Item,
     Label,
@@ -218,17 +219,17 @@ def _pack(
     template_list = read_templates(templates or "imagenet") if space.names else ()
     tokenizer = Tokenizer()
     passed_over = sum((source.passed_over for source in read), Counter[str]())
+    found: Sequence[Sample]
     if listed is None:
-        found = [(source.name, item) for source in read for item in source.items]
+        found = AllSamples(read)
     else:  # labels keep the numbers that they have in the build of all
         require_same_classes(Path(retry), space.names)
         found = choose_listed(listed, read, passed_over)
     if unwanted:
-        wanted = [
-            (source, item)
-            for source, item in found
-            if (as_listed(source), as_listed(item.name)) not in unwanted
-        ]
+        wanted = choose(
+            found,
+            lambda sample: (as_listed(sample[0]), as_listed(sample[1].name)) not in unwanted,
+        )
         passed_over[f"pictures named in {leave_out}"] = len(found) - len(wanted)
         found = wanted
     problems = _Problems()
@@ -246,14 +247,15 @@ def _pack(
         if one_size is not None and "first_picture" in writer.notes:
             one_size.restore(*writer.notes["first_picture"])
         if join:
-            join_duplicates(
+            found = join_duplicates(
                 found,
+                spool.new_items(),
                 max_file_bytes=options.max_file_bytes,
                 workers=workers,
                 progress=progress,
             )
         order = shuffled_order(len(found), seed=seed)[writer.num_places :]
-        samples = [found[place] for place in order]
+        samples = ChosenSamples(found, order)
         results = _check(
             samples,
             options=options,

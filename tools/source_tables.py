@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unicl_fast.tools.item_store import NamedItems
 from unicl_fast.tools.items import (
     Columns,
     Item,
@@ -22,7 +23,6 @@ from unicl_fast.tools.items import (
     Problem,
     Source,
     add_texts,
-    require_text,
 )
 from unicl_fast.tools.limited_processes import run_limited
 from unicl_fast.tools.picture_files import Trees
@@ -81,7 +81,7 @@ def read_tables(
         for path in paths
     ]
     spool.origins.extend(task.path for task in tasks)
-    reader = _Reader(options)
+    reader = _Reader(options, spool)
     try:
         for task, result in zip(
             tasks, run_limited(convert, tasks, memory_bytes=_MEMORY_BYTES), strict=True
@@ -94,11 +94,10 @@ def read_tables(
     if not reader.items:
         reasons = [problem.message for item in reader.broken if (problem := item.problem)]
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
-    for item in reader.items.values():
-        require_text(item)
+    reader.items.extend(reader.broken)
     return Source(
         name=name,
-        items=[*reader.items.values(), *reader.broken],
+        items=reader.items,
         labels_are_names=reader.labels_are_names,
         passed_over=reader.passed_over,
     )
@@ -107,10 +106,11 @@ def read_tables(
 class _Reader:
     """Makes items of the rows that have been written out."""
 
-    def __init__(self, options: ListOptions) -> None:
+    def __init__(self, options: ListOptions, spool: Spool) -> None:
         self._root = options.image_root
         self._trees = Trees()
-        self.items: dict[str, Item] = {}
+        self.items = spool.new_items()
+        self._named = NamedItems(self.items)
         self.broken: list[Item] = []
         self.passed_over: Counter[str] = Counter()
         self.labels_are_names = True
@@ -137,24 +137,30 @@ class _Reader:
 
     def _add_row(self, task: TableTask, file_name: str, row: dict[str, Any]) -> int:
         number: int = row["row"]
-        name = f"{file_name}:{number}"
         problem = row.get("problem")
         if "path" in row and problem is None:
-            name = row["path"]
-            if name not in self.items:
-                self.items[name] = self._find(name)
-                self.items[name].place = number
-            item = self.items[name]
-        else:
-            item = self.items[name] = Item(name, place=number)
+            self._add_path(row, f"{file_name}, row {number}")
+            return number
+        item = Item(f"{file_name}:{number}", place=number)
         if problem is not None:
             item.problem = Problem(kind=problem[0], message=problem[1])
-            return number
-        if "offset" in row:
+        else:
             file = task.path if row["in_place"] else task.pictures_file
             item.entry = Span(file, row["offset"], row["size"])
-        add_texts(item, row, _COLUMNS, f"{file_name}, row {number}")
+            add_texts(item, row, _COLUMNS, f"{file_name}, row {number}")
+        self.items.append(item)
         return number
+
+    def _add_path(self, row: dict[str, Any], where: str) -> None:
+        """Adds a row that names its picture; rows with one path are one sample."""
+        known = self._named.find(row["path"])
+        item = self._find(row["path"]) if known is None else Item(row["path"])
+        add_texts(item, row, _COLUMNS, where)
+        if known is None:
+            item.place = row["row"]
+            self._named.append(item)
+        else:
+            self.items.add_row(known, item)
 
     def _find(self, name: str) -> Item:
         if re.match(r"https?://", name):

@@ -1,9 +1,10 @@
-"""A folder beside the output for what can only be read from its beginning to its end.
+"""A folder beside the output for what does not fit into memory or cannot be read in any order.
 
 Samples are packed in shuffled order, and a picture in a Parquet file or a .gz cannot be reached
 without unpacking what lies before it. So such files are unpacked once, in order, and pictures are
 read from the copy. That takes as much room as their pictures, on the disk that is to hold the
-packed ones anyway, and never more memory than a block.
+packed ones anyway, and never more memory than a block. The list of all samples lies there too
+(`item_store`).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
 
+from unicl_fast.tools.item_store import ItemStore
 from unicl_fast.tools.spans import open_regular
 
 _BLOCK = 1 << 20
@@ -74,6 +76,10 @@ class Spool:
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
         return self._folder / f"{self._num_files:06d}"
+
+    def new_items(self) -> ItemStore:
+        """Room for the items of a source."""
+        return ItemStore(self._folder)
 
     def gunzip(self, path: str) -> tuple[Path, str]:
         """Unpacks a .gz file.

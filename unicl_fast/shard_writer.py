@@ -180,9 +180,11 @@ class DatasetWriter:
         members = [("json", _describe(sample))]
         if self._pixels is None:
             members.insert(0, (sample.extension, sample.image))
-        else:
+        # first of all, since what is kept with a finished shard must hold nothing of this sample
+        shard = self._shard_for(members)
+        if self._pixels is not None:
             self._pixels.append(sample.image, height=sample.height, width=sample.width)
-        offset = self._shard_for(members).add(sample_key(self.num_samples), members)
+        offset = shard.add(sample_key(self.num_samples), members)
         captions, labels, tokens = (self._arrays[name] for name in ("captions", "labels", "tokens"))
         self._arrays["samples"].append(
             _SAMPLE_ROW.pack(
