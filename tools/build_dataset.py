@@ -40,6 +40,7 @@ from unicl_fast.tools.class_names import (
 from unicl_fast.tools.duplicates import join_duplicates
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
 from unicl_fast.tools.quarantine_list import as_listed, read_left_out
+from unicl_fast.tools.ray_engine import Engine, check_on_ray, require_engine
 from unicl_fast.tools.retry import choose_listed, read_quarantine, require_same_classes
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
 from unicl_fast.tools.sample_views import AllSamples, ChosenSamples, Sample, choose
@@ -60,7 +61,7 @@ DEFAULT_PICTURE_SECONDS = 30.0
 """A hundred times what the largest ordinary photograph takes."""
 
 _REASONS_SHOWN = 5
-_FREE_TO_CHANGE = {"out", "restart", "workers", "progress"}
+_FREE_TO_CHANGE = {"out", "restart", "workers", "engine", "progress"}
 """Arguments that a build which goes on need not repeat: they leave no trace in the data set."""
 
 
@@ -110,6 +111,7 @@ def build_dataset(
     max_pixels: int = MAX_PIXELS,
     picture_seconds: float = DEFAULT_PICTURE_SECONDS,
     workers: int = 0,
+    engine: Engine = "local",
     restart: bool = False,
     progress: bool = True,
 ) -> BuildSummary:
@@ -136,6 +138,7 @@ def build_dataset(
     _require_in("--workers", workers, 0, 1024)
     _require_in("--max-pixels", max_pixels, 1, MAX_SIDE**2)
     _require_in("--picture-seconds", picture_seconds, 0, 86_400)
+    require_engine(engine)
     for condition in where:
         split_condition(condition)  # said before any source is read
     short_side, square_side = _parse_resize(resize, max_pixels=max_pixels)
@@ -173,7 +176,8 @@ def build_dataset(
                 join=duplicates == "join",
                 retry=retry,
                 shard_bytes=shard_bytes,
-                workers=workers or len(os.sched_getaffinity(0)),
+                workers=workers,
+                engine=engine,
                 progress=progress,
             )
         assert work.summary is not None, "noted before the data set is renamed"
@@ -208,6 +212,7 @@ def _pack(
     retry: str | os.PathLike[str],
     shard_bytes: int,
     workers: int,
+    engine: Engine,
     progress: bool,
 ) -> None:
     """Reads the sources and writes the data set, from its beginning or from where it stands."""
@@ -251,7 +256,7 @@ def _pack(
                 found,
                 spool.new_items(),
                 max_file_bytes=options.max_file_bytes,
-                workers=workers,
+                workers=workers or len(os.sched_getaffinity(0)),
                 progress=progress,
             )
         order = shuffled_order(len(found), seed=seed)[writer.num_places :]
@@ -262,6 +267,7 @@ def _pack(
             one_size=one_size,
             context_length=tokenizer.context_length,
             workers=workers,
+            engine=engine,
         )
         for (source, item), result in tqdm(
             zip(samples, results, strict=True),
@@ -394,10 +400,12 @@ def _check(
     one_size: _OneSize | None,
     context_length: int,
     workers: int,
+    engine: Engine,
 ) -> Iterator[Checked | Problem]:
     """One result for each sample, in order; samples with a problem never reach a worker."""
+    check = check_on_ray if engine == "ray" else check_in_order
     # Tasks are made when they are handed out: by then the first pictures may have told the size.
-    results = check_in_order(
+    results = check(
         (
             Task(
                 name=item.name,

@@ -26,6 +26,7 @@ from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
 from unicl_fast.tools.build_dataset import build_dataset as build_dataset
 from unicl_fast.tools.inspect_command import Inspect
 from unicl_fast.tools.merge_command import Merge
+from unicl_fast.tools.ray_engine import Engine
 from unicl_fast.tools.verify_command import Verify
 from unicl_fast.tools.work_folder import describe_unfinished
 
@@ -127,7 +128,11 @@ class Build:
     """A picture that takes longer to read and check is left out, as is one that crashes a decoder;
     both are tried twice. 0 waits for ever."""
     workers: int = 0
-    """Processes that read and check pictures; 0 takes one for each core."""
+    """Processes that read and check pictures; 0 takes one for each core, here or of the cluster."""
+    engine: Engine = "local"
+    """Where pictures are read and checked: in processes of this machine, or on a Ray cluster
+    (pip install 'unicl_fast[ray]'), whose machines must see sources and --out under the same
+    paths. The data set is the same."""
     restart: bool = False
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
 

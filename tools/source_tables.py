@@ -6,6 +6,7 @@ names. The files themselves are gone through by `arrow_tables`, in a process of 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -28,7 +29,7 @@ from unicl_fast.tools.limited_processes import run_limited
 from unicl_fast.tools.picture_files import Trees
 from unicl_fast.tools.source_lists import find_picture
 from unicl_fast.tools.spans import Span
-from unicl_fast.tools.spool import Spool, full_disk
+from unicl_fast.tools.spool import Spool, full_disk, stamp
 
 if TYPE_CHECKING:
     from unicl_fast.tools.arrow_tables import TableResult, TableTask
@@ -82,11 +83,19 @@ def read_tables(
     ]
     spool.origins.extend(task.path for task in tasks)
     reader = _Reader(options, spool)
+    known = [spool.recall(*_files_of(task)) for task in tasks]
+    new = [task for task, values in zip(tasks, known, strict=True) if values is None]
+    results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
     try:
-        for task, result in zip(
-            tasks, run_limited(convert, tasks, memory_bytes=_MEMORY_BYTES), strict=True
-        ):
+        for task, values in zip(tasks, known, strict=True):
+            if values is not None:
+                reader.add(task, _result_of(values))
+                continue
+            result = next(results)
+            if not isinstance(result, Problem):
+                spool.remember(*_files_of(task), dataclasses.asdict(result))
             reader.add(task, result)
+        assert next(results, None) is None, "which also ends their process"
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise full_disk(tasks[0].pictures_file) from error
@@ -103,11 +112,29 @@ def read_tables(
     )
 
 
+def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
+    """What is made of a file, and what that depends on, for `Spool.remember`."""
+    made_of = [*stamp(task.path), repr(task.options), task.features]
+    return [Path(task.rows_file), Path(task.pictures_file)], made_of
+
+
+def _result_of(values: dict[str, Any]) -> TableResult:
+    from unicl_fast.tools.arrow_tables import TableResult
+
+    damaged = [(first, end, message) for first, end, message in values["damaged"]]
+    return TableResult(
+        labels_are_names=values["labels_are_names"],
+        passed_over=Counter(values["passed_over"]),
+        damaged=damaged,
+    )
+
+
 class _Reader:
     """Makes items of the rows that have been written out."""
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         self._root = options.image_root
+        self._spool = spool
         self._trees = Trees()
         self.items = spool.new_items()
         self._named = NamedItems(self.items)
@@ -124,7 +151,7 @@ class _Reader:
                 for line in file:
                     if line.endswith(b"\n"):  # not so where the process died in the middle
                         behind = self._add_row(task, path.name, json.loads(line)) + 1
-            rows.unlink()
+            self._spool.release(rows)
         if isinstance(result, Problem):
             self.broken.append(Item(f"{path.name} from row {behind}", problem=result))
             return

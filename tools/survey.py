@@ -23,7 +23,7 @@ from unicl_fast.checksums import file_checksum
 from unicl_fast.tools.entries import Entry
 from unicl_fast.tools.items import Item, Label, Source
 from unicl_fast.tools.picture_files import FileEntry
-from unicl_fast.tools.spool import Spool
+from unicl_fast.tools.spool import Spool, stamp
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,15 +49,6 @@ def survey_source(source: Source, spool: Spool) -> Survey:
     for path in holders:
         digest.update(json.dumps(stamp(path)).encode("ascii"))
     return Survey(labels=labels, checksum=f"{count:,} samples, checksum {digest.hexdigest()}")
-
-
-def stamp(path: str) -> tuple[str, int, int]:
-    """A file, its size and when it was written; zeros for one that is not there."""
-    try:
-        status = os.stat(path)
-    except OSError:
-        return path, 0, 0
-    return path, status.st_size, status.st_mtime_ns
 
 
 def stamp_all(paths: Sequence[str]) -> str:

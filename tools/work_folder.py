@@ -19,10 +19,10 @@ from typing import Any
 from unicl_fast.sealed_json import seal, unseal
 from unicl_fast.shard_journal import FinishedShard, read_journal
 from unicl_fast.shard_writer import JOURNAL_NAME, SET_NAME
-from unicl_fast.whole_files import write_text_whole
+from unicl_fast.whole_files import flush_to_disk, write_text_whole
 
 _RECORD_NAME = "build.json"
-_LOCK_NAME = "lock"
+_LOCK_NAME = "unicl-pack.lock"
 _SHOWN = 5
 
 
@@ -44,6 +44,7 @@ class WorkFolder:
     def __enter__(self) -> WorkFolder:
         self._out.parent.mkdir(parents=True, exist_ok=True)
         self._lock = _lock(self.path)
+        flush_to_disk(self._out.parent)
         if self._restart:
             self._clear()
         self._finished = read_journal(self.path / JOURNAL_NAME)
@@ -58,7 +59,6 @@ class WorkFolder:
                 ) from error
         else:
             self._clear()
-        shutil.rmtree(self.spool, ignore_errors=True)
         return self
 
     def __exit__(
@@ -67,14 +67,13 @@ class WorkFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        shutil.rmtree(self.spool, ignore_errors=True)
         if self.path.is_dir() and not read_journal(self.path / JOURNAL_NAME):
             self.remove()
         os.close(self._lock)
 
     @property
     def spool(self) -> Path:
-        """Where sources are unpacked."""
+        """Where sources are unpacked; what was unpacked stays with the finished shards."""
         return self.path / "spool"
 
     @property
@@ -161,11 +160,16 @@ def _lock(folder: Path) -> int:
     """Makes the folder and holds a lock on it until the descriptor is closed.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds it, or the folder is none of ours.
     """
     path = folder / _LOCK_NAME
     while True:
         folder.mkdir(exist_ok=True)
+        if not path.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} is where an unfinished build would lie, and it holds something else; "
+                "move it away or name another --out"
+            )
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except FileNotFoundError:  # a build that ended has just removed the folder

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import os
 import random
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import zipfile
 from collections.abc import Callable
@@ -23,9 +25,9 @@ from pack_runs import jpeg, run_pack
 from PIL import Image
 
 from unicl_fast import shard_writer
-from unicl_fast.shard_journal import ShardJournal, read_journal
+from unicl_fast.shard_journal import FinishedShard, ShardJournal, read_journal
 from unicl_fast.shard_writer import DatasetWriter
-from unicl_fast.tools import work_folder
+from unicl_fast.tools import source_tables, spool, work_folder
 from unicl_fast.tools.build_dataset import BuildSummary, build_dataset
 
 SHARD_BYTES = 30_000
@@ -246,6 +248,32 @@ def read_first(unbroken: dict[str, bytes]) -> int:
     return len(unbroken["shard-000000.idx"].splitlines()) - 1
 
 
+def test_what_was_unpacked_is_not_unpacked_again(
+    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        for number in range(40):
+            for ending, data in (("jpg", jpeg(number)), ("txt", b"a picture")):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    table = {"image": [jpeg(n) for n in range(20)], "caption": [f"number {n}" for n in range(20)]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "b.parquet")
+    places = [tmp_path / "a.tar.gz", tmp_path / "b.parquet"]
+    build(places, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_call(patch, ShardJournal, "append", 2, after=True)
+        killed(lambda: build(places, tmp_path / "set"))
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, "_inflate", None)
+        patch.setattr(source_tables, "run_limited", lambda _, tasks, **__: iter(tasks))
+        build(places, tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["a.tar.gz", "b.parquet", "set", "whole"]
+
+
 def test_two_builds_of_one_data_set_do_not_mix(sources: list[Path], tmp_path: Path) -> None:
     with (
         work_folder.WorkFolder(tmp_path / "set"),
@@ -253,6 +281,38 @@ def test_two_builds_of_one_data_set_do_not_mix(sources: list[Path], tmp_path: Pa
     ):
         build(sources, tmp_path / "set")
     assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_of_somebody_else_is_left_alone(sources: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial" / "precious").touch()
+    with pytest.raises(ValueError, match=r"set.partial .* holds something else; move it away"):
+        build(sources, tmp_path / "set", restart=True)
+    assert os.listdir(tmp_path / "set.partial") == ["precious"]
+
+
+def test_what_the_journal_tells_of_is_on_the_disk(
+    sources: list[Path], checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}
+    lines = []
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    def append(self: ShardJournal, finished: FinishedShard) -> None:
+        folder = tmp_path / "set.partial" / "set"
+        index = finished.shard.name.replace(".tar", ".idx")
+        for name in (finished.shard.name, index, *finished.files):
+            assert synced[(folder / name).stat().st_ino] == (folder / name).stat().st_size
+        assert folder.stat().st_ino in synced
+        lines.append(finished)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(ShardJournal, "append", append)
+    build(sources, tmp_path / "set")
+    assert len(lines) > 4
 
 
 def test_a_stopped_build_says_what_is_kept(
