@@ -38,10 +38,10 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
-@pytest.mark.skipif(has_ray, reason="Ray is installed")
 def test_a_build_on_ray_without_ray_says_what_to_install(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     code, text = run_pack(
         "build", tmp_path, "--out", tmp_path / "o", "--engine", "ray", capsys=capsys
     )
