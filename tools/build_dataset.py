@@ -15,19 +15,21 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 import unicl_fast
 from unicl_fast.class_lists import read_templates
 from unicl_fast.images import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, Picture, PictureFormat
+from unicl_fast.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.shard_writer import (
     DEFAULT_SHARD_BYTES,
     DatasetWriter,
     PackedSample,
     require_free,
 )
+from unicl_fast.shards import QUARANTINE_NAME
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.class_names import (
     LabelSpace,
@@ -37,9 +39,11 @@ from unicl_fast.tools.class_names import (
 )
 from unicl_fast.tools.duplicates import join_duplicates
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
-from unicl_fast.tools.quarantine_list import as_listed
+from unicl_fast.tools.quarantine_list import as_listed, read_left_out
+from unicl_fast.tools.ray_engine import Engine, check_on_ray, require_engine
 from unicl_fast.tools.retry import choose_listed, read_quarantine, require_same_classes
 from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
+from unicl_fast.tools.sample_views import AllSamples, ChosenSamples, Sample, choose
 from unicl_fast.tools.sources import (
     Item,
     Label,
@@ -50,11 +54,15 @@ from unicl_fast.tools.sources import (
     split_condition,
 )
 from unicl_fast.tools.spool import Spool
+from unicl_fast.tools.survey import describe_options, stamp_all, survey_source
+from unicl_fast.tools.work_folder import WorkFolder
 
 DEFAULT_PICTURE_SECONDS = 30.0
 """A hundred times what the largest ordinary photograph takes."""
 
 _REASONS_SHOWN = 5
+_FREE_TO_CHANGE = {"out", "restart", "workers", "engine", "progress"}
+"""Arguments that a build which goes on need not repeat: they leave no trace in the data set."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +85,8 @@ class BuildSummary:
     num_bytes: int
     """Bytes of the shards, and of decoded pictures."""
     seconds: float
+    num_taken_over: int = 0
+    """Samples that an earlier run of the same build had packed, before it was stopped."""
 
 
 def build_dataset(
@@ -101,18 +111,24 @@ def build_dataset(
     max_pixels: int = MAX_PIXELS,
     picture_seconds: float = DEFAULT_PICTURE_SECONDS,
     workers: int = 0,
+    engine: Engine = "local",
+    restart: bool = False,
     progress: bool = True,
 ) -> BuildSummary:
     """Packs sources into one data set folder; `pack_dataset.Build` explains the arguments.
+
+    A build that was stopped or killed goes on behind its last finished shard when it is called with
+    the same arguments, and the result is the same as if nothing had happened.
 
     Starts worker processes by spawning them, so a script that calls this must guard its main part
     by `if __name__ == "__main__":`.
 
     Raises:
-        ValueError: a source, list, label or argument is not what it should be, or nothing at all
-            could be packed.
+        ValueError: a source, list, label or argument is not what it should be, nothing at all
+            could be packed, or an unfinished build in this place is another one.
         FileNotFoundError: a source or file of names is not there.
     """
+    arguments = {name: value for name, value in locals().items() if name not in _FREE_TO_CHANGE}
     started = time.perf_counter()
     out = Path(out)
     if not sources:
@@ -122,6 +138,7 @@ def build_dataset(
     _require_in("--workers", workers, 0, 1024)
     _require_in("--max-pixels", max_pixels, 1, MAX_SIDE**2)
     _require_in("--picture-seconds", picture_seconds, 0, 86_400)
+    require_engine(engine)
     for condition in where:
         split_condition(condition)  # said before any source is read
     short_side, square_side = _parse_resize(resize, max_pixels=max_pixels)
@@ -133,8 +150,6 @@ def build_dataset(
         seconds=picture_seconds,
         format=_known_format(format),
     )
-    require_free(out)
-    unwanted = read_leave_out(leave_out)
     lists = ListOptions(
         image_column=image_column,
         caption_column=caption_column,
@@ -142,51 +157,122 @@ def build_dataset(
         image_root=image_root,
         where=tuple(where),
     )
-    places = [os.fspath(source) for source in sources]
+    with WorkFolder(out, restart=restart) as work:
+        is_done = work.summary is not None and (out / MANIFEST_NAME).is_file()
+        if not is_done:
+            require_free(out)
+        work.require_same("options", describe_options(arguments))
+        if not is_done:
+            _pack(
+                [os.fspath(source) for source in sources],
+                out,
+                work,
+                lists=lists,
+                options=options,
+                seed=seed,
+                class_names=class_names,
+                templates=templates,
+                leave_out=leave_out,
+                join=duplicates == "join",
+                retry=retry,
+                shard_bytes=shard_bytes,
+                workers=workers,
+                engine=engine,
+                progress=progress,
+            )
+        assert work.summary is not None, "noted before the data set is renamed"
+        manifest = Manifest.load(out)
+        summary = BuildSummary(
+            out=out,
+            num_samples=manifest.num_samples,
+            num_captions=manifest.num_captions,
+            num_labels=manifest.num_labels,
+            class_names=manifest.class_names,
+            num_quarantined=manifest.num_quarantined,
+            num_bytes=manifest.num_bytes,
+            seconds=time.perf_counter() - started,
+            **work.summary,
+        )
+        work.remove()
+    return summary
+
+
+def _pack(
+    places: list[str],
+    out: Path,
+    work: WorkFolder,
+    *,
+    lists: ListOptions,
+    options: PictureOptions,
+    seed: int,
+    class_names: str,
+    templates: str,
+    leave_out: str,
+    join: bool,
+    retry: str | os.PathLike[str],
+    shard_bytes: int,
+    workers: int,
+    engine: Engine,
+    progress: bool,
+) -> None:
+    """Reads the sources and writes the data set, from its beginning or from where it stands."""
+    unwanted = read_leave_out(leave_out)
     listed = read_quarantine(Path(retry)) if retry else None
-    spool = Spool(out)
+    spool = Spool(out, folder=work.spool)
     read = read_sources(places, lists, spool)
-    space, numbers = _number_labels(read, class_names)
+    space, numbers = _number_labels(read, class_names, spool, work)
     template_list = read_templates(templates or "imagenet") if space.names else ()
     tokenizer = Tokenizer()
     passed_over = sum((source.passed_over for source in read), Counter[str]())
+    found: Sequence[Sample]
     if listed is None:
-        found = [(source.name, item) for source in read for item in source.items]
+        found = AllSamples(read)
     else:  # labels keep the numbers that they have in the build of all
         require_same_classes(Path(retry), space.names)
         found = choose_listed(listed, read, passed_over)
     if unwanted:
-        wanted = [
-            (source, item)
-            for source, item in found
-            if (as_listed(source), as_listed(item.name)) not in unwanted
-        ]
+        wanted = choose(
+            found,
+            lambda sample: (as_listed(sample[0]), as_listed(sample[1].name)) not in unwanted,
+        )
         passed_over[f"pictures named in {leave_out}"] = len(found) - len(wanted)
         found = wanted
-    workers = workers or len(os.sched_getaffinity(0))
     problems = _Problems()
-    num_reencoded = 0
-    one_size = _OneSize(square_side) if format == "raw" else None
+    one_size = _OneSize(options.square_side) if options.format == "raw" else None
     pictures: Literal["encoded", "raw"] = "encoded" if one_size is None else "raw"
-    with spool, DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures) as writer:
-        if duplicates == "join":
-            join_duplicates(
+    with (
+        spool,
+        DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures, work=work.path) as writer,
+    ):
+        num_taken_over = writer.num_samples
+        num_reencoded: int = writer.notes.get("num_reencoded", 0)
+        if writer.num_quarantined:
+            for row in read_left_out(writer.aside / QUARANTINE_NAME):
+                problems.note(row.name, Problem(kind=row.kind, message=row.message))
+        if one_size is not None and "first_picture" in writer.notes:
+            one_size.restore(*writer.notes["first_picture"])
+        if join:
+            found = join_duplicates(
                 found,
+                spool.new_items(),
                 max_file_bytes=options.max_file_bytes,
-                workers=workers,
+                workers=workers or len(os.sched_getaffinity(0)),
                 progress=progress,
             )
-        samples = [found[place] for place in shuffled_order(len(found), seed=seed)]
+        order = shuffled_order(len(found), seed=seed)[writer.num_places :]
+        samples = ChosenSamples(found, order)
         results = _check(
             samples,
             options=options,
             one_size=one_size,
             context_length=tokenizer.context_length,
             workers=workers,
+            engine=engine,
         )
         for (source, item), result in tqdm(
             zip(samples, results, strict=True),
-            total=len(samples),
+            total=len(found),
+            initial=writer.num_places,
             desc="packing",
             unit=" pictures",
             disable=not progress,
@@ -200,11 +286,22 @@ def build_dataset(
             else:
                 if one_size is not None:
                     one_size.require(result.picture, item.name)
+                    writer.notes["first_picture"] = one_size.first
                 writer.add(_packed_sample(source, item, result, numbers))
                 num_reencoded += result.picture.reencoded
+                writer.notes["num_reencoded"] = num_reencoded
         if writer.num_samples == 0:
             raise ValueError(f"nothing could be packed: {problems.describe()}")
-        manifest = writer.finish(
+        work.note_summary(
+            {
+                "num_reencoded": num_reencoded,
+                "quarantined": problems.describe(),
+                "passed_over": dict(passed_over),
+                "picture_size": None if one_size is None else one_size.size,
+                "num_taken_over": num_taken_over,
+            }
+        )
+        writer.finish(
             tokenizer=tokenizer.name,
             vocabulary_hash=tokenizer.vocabulary_hash,
             context_length=tokenizer.context_length,
@@ -214,20 +311,6 @@ def build_dataset(
             seed=seed,
             tool_version=unicl_fast.__version__,
         )
-    return BuildSummary(
-        out=out,
-        num_samples=manifest.num_samples,
-        num_captions=manifest.num_captions,
-        num_labels=manifest.num_labels,
-        class_names=manifest.class_names,
-        num_reencoded=num_reencoded,
-        num_quarantined=manifest.num_quarantined,
-        quarantined=problems.describe(),
-        passed_over=dict(passed_over),
-        picture_size=None if one_size is None else one_size.size,
-        num_bytes=writer.num_bytes,
-        seconds=time.perf_counter() - started,
-    )
 
 
 class _OneSize:
@@ -237,6 +320,16 @@ class _OneSize:
         """`square_side`: what they are scaled to; 0 where the first picture decides."""
         self.size = (square_side, square_side) if square_side else None
         self._first = ""
+
+    @property
+    def first(self) -> list[Any]:
+        """The size and the name of the first picture, as JSON values for `restore`."""
+        return [self.size, self._first]
+
+    def restore(self, size: list[int] | None, name: str) -> None:
+        """Sets what another run has found out."""
+        self.size = None if size is None else (size[0], size[1])
+        self._first = name
 
     def require(self, picture: Picture, name: str) -> None:
         """Refuses a picture of another size than the first one.
@@ -277,14 +370,25 @@ class _Problems:
         return "\n".join([counts, *(f"  {reason}" for reason in self._first)])
 
 
-def _number_labels(read: Sequence[Source], class_names: str) -> tuple[LabelSpace, dict[Label, int]]:
-    """One label space for all sources, and the class number of each label found in them."""
+def _number_labels(
+    read: Sequence[Source], class_names: str, spool: Spool, work: WorkFolder
+) -> tuple[LabelSpace, dict[Label, int]]:
+    """One label space for all sources, and the class number of each label found in them.
+
+    Raises:
+        ValueError: labels that cannot be numbered, or sources that have changed since an earlier
+            run of this build.
+    """
     labels: dict[Label, None] = {}
-    for source in read:
-        found = dict.fromkeys(label for item in source.items for label in item.labels)
+    checksums = {}
+    for number, source in enumerate(read, start=1):
+        survey = survey_source(source, spool)
+        checksums[f"source {number}, {source.name}"] = survey.checksum
         if not class_names and not source.labels_are_names:
-            refuse_numbers(found, source.name)
-        labels |= found
+            refuse_numbers(survey.labels, source.name)
+        labels |= survey.labels
+    checksums["what was unpacked"] = stamp_all(spool.origins)
+    work.require_same("sources", checksums)
     space = read_label_space(class_names) if class_names else collect_label_space(labels)
     return space, {label: space.number_of(label) for label in labels}
 
@@ -296,10 +400,12 @@ def _check(
     one_size: _OneSize | None,
     context_length: int,
     workers: int,
+    engine: Engine,
 ) -> Iterator[Checked | Problem]:
     """One result for each sample, in order; samples with a problem never reach a worker."""
+    check = check_on_ray if engine == "ray" else check_in_order
     # Tasks are made when they are handed out: by then the first pictures may have told the size.
-    results = check_in_order(
+    results = check(
         (
             Task(
                 name=item.name,

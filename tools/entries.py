@@ -6,6 +6,7 @@ folders are in `picture_files`, those of zips in `zip_files`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,7 +38,7 @@ class Entry(Protocol):
 class Tree(Protocol):
     """Named files under one root, names with forward slashes."""
 
-    def entries(self) -> list[tuple[str, Entry]]:
+    def entries(self) -> Iterator[tuple[str, Entry]]:
         """All files, sorted by name."""
         ...
 

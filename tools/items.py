@@ -53,7 +53,8 @@ class Source:
     """Everything one SOURCE argument stands for."""
 
     name: str
-    items: list[Item]
+    items: Sequence[Item]
+    """Made anew at each look where there may be many of them (`item_store`): not to be changed."""
     labels_are_names: bool
     """Whether labels are names though they may look like numbers: folders, or classes that the
     source itself names. A list may hold numbers that only mean something together with a list of
@@ -109,6 +110,11 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
                 item.problem = _bad_value(where, column, label)
             elif label not in (-1, "-1"):  # the usual sign for none
                 labels.append(label)
+    join_rows(item, captions, labels)
+
+
+def join_rows(item: Item, captions: list[str], labels: list[Label]) -> None:
+    """Adds texts that an item does not have yet; more than can be counted are its problem."""
     item.captions = _merge(item.captions, captions)
     item.labels = _merge(item.labels, labels)
     if max(len(item.captions), len(item.labels)) > MAX_TEXTS:

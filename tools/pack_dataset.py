@@ -26,7 +26,9 @@ from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
 from unicl_fast.tools.build_dataset import build_dataset as build_dataset
 from unicl_fast.tools.inspect_command import Inspect
 from unicl_fast.tools.merge_command import Merge
+from unicl_fast.tools.ray_engine import Engine
 from unicl_fast.tools.verify_command import Verify
+from unicl_fast.tools.work_folder import describe_unfinished
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -47,6 +49,9 @@ class Build:
 
     Every picture is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
     reason, and packing goes on. Plain JPEGs and PNGs keep their bytes.
+
+    A build that was stopped or killed keeps its finished shards in OUT.partial: the same command
+    goes on behind them, and the data set becomes what it would have been without the break.
 
     Examples:
       unicl-pack build photos/ --out packed/photos
@@ -123,7 +128,13 @@ class Build:
     """A picture that takes longer to read and check is left out, as is one that crashes a decoder;
     both are tried twice. 0 waits for ever."""
     workers: int = 0
-    """Processes that read and check pictures; 0 takes one for each core."""
+    """Processes that read and check pictures; 0 takes one for each core, here or of the cluster."""
+    engine: Engine = "local"
+    """Where pictures are read and checked: in processes of this machine, or on a Ray cluster
+    (pip install 'unicl_fast[ray]'), whose machines must see sources and --out under the same
+    paths. The data set is the same."""
+    restart: bool = False
+    """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
 
     def run(self) -> tuple[str, int]:
         """What there is to say at the end, and the exit code."""
@@ -177,24 +188,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         report, code = command.run()
     except KeyboardInterrupt:
-        _fail("stopped; nothing was written", code=130)
-    except (ValueError, OSError, RuntimeError) as error:
+        _fail(f"stopped; {_what_is_left(command) or 'nothing was written'}", code=130)
+    except (OSError, RuntimeError) as error:
+        _fail("\n".join(filter(None, [str(error), _what_is_left(command)])), code=2)
+    except ValueError as error:
         _fail(str(error), code=2)
+    except SystemExit as stop:  # SIGTERM
+        if left := _what_is_left(command):
+            _fail(f"stopped; {left}", code=int(stop.code or 0))
+        raise
     _print(report, sys.stdout)
     if code:
         raise SystemExit(code)
+
+
+def _what_is_left(command: object) -> str:
+    """What an unfinished build can go on with; nothing of other commands."""
+    return describe_unfinished(Path(command.out)) if isinstance(command, Build) else ""
 
 
 def _report(summary: BuildSummary) -> str:
     """The closing summary, and what to do next."""
     texts = f"{summary.num_captions:,} captions, {summary.num_labels:,} labels"
     classes = f" of {len(summary.class_names):,} classes" if summary.class_names else ""
-    rate = summary.num_samples / summary.seconds
+    rate = (summary.num_samples - summary.num_taken_over) / summary.seconds
     lines = [
         f"{summary.out}: {summary.num_samples:,} pictures, {texts}{classes}",
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} pictures/s; "
         + _treatment(summary),
     ]
+    if summary.num_taken_over:
+        lines.append(f"{summary.num_taken_over:,} pictures had been packed before this run")
     if summary.passed_over:
         parts = ", ".join(f"{count:,} {what}" for what, count in summary.passed_over.items())
         lines.append(f"passed over: {parts}")

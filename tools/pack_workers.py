@@ -9,6 +9,7 @@ nothing else is lost, and what is packed is the same as if the picture had merel
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -22,7 +23,7 @@ from unicl_fast.tools.picture_worker import Task as Task
 
 _CHUNK_ITEMS = 64
 _CHUNK_BYTES = 4_000_000
-_CHUNKS_AHEAD = 3
+CHUNKS_AHEAD = 3
 """Chunks under way for each worker: one in hand, one waiting, one on its way back."""
 
 
@@ -31,6 +32,8 @@ def check_in_order(
 ) -> Iterator[Checked | Problem]:
     """Checks tasks in parallel; results come in the order of the tasks.
 
+    `workers` is the number of processes; 0 takes one for each core.
+
     Worker processes are spawned, so a script that calls this must guard its main part by
     `if __name__ == "__main__":`. A single worker is a process too: a picture that crashes a decoder
     must not take this program's files with it.
@@ -38,15 +41,16 @@ def check_in_order(
     Raises:
         RuntimeError: no worker process can be started.
     """
-    pool = _Pool(options, context_length=context_length)
+    workers = workers or len(os.sched_getaffinity(0))
+    pool = WorkerPool(options, context_length=context_length)
     threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-pack")
     under_way: deque[Future[list[Checked | Problem]]] = deque()
-    chunks = _chunks(tasks)
+    chunks = make_chunks(tasks)
     try:
         while True:
             for chunk in chunks:
                 under_way.append(threads.submit(pool.check, chunk))
-                if len(under_way) >= workers * _CHUNKS_AHEAD:
+                if len(under_way) >= workers * CHUNKS_AHEAD:
                     break
             if not under_way:
                 return
@@ -57,8 +61,8 @@ def check_in_order(
         pool.reap()
 
 
-class _Pool:
-    """Worker processes at the threads' disposal, started when they are needed."""
+class WorkerPool:
+    """Worker processes at the disposal of threads, started when they are needed."""
 
     def __init__(self, options: PictureOptions, *, context_length: int) -> None:
         self._options = options
@@ -135,7 +139,8 @@ class _Pool:
                 raise RuntimeError("the build is over")  # nobody waits for this chunk any more
 
 
-def _chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
+def make_chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
+    """Tasks by the handful: so many that handing them out costs little, and few bytes."""
     chunk: list[Task] = []
     num_bytes = 0
     for task in tasks:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +34,8 @@ class FileEntry:
 
     path: str
     num_bytes: int
+    mtime_ns: int = 0
+    """When it was written, by which a build that goes on sees that it was changed."""
 
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         try:
@@ -52,17 +55,32 @@ class FolderTree:
         self._root = root
         self._real_root = os.path.realpath(root)
 
-    def entries(self) -> list[tuple[str, Entry]]:
-        found: list[tuple[str, Entry]] = []
-        seen: set[str] = set()
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        """All files, sorted by name; in memory are the folders, and the names in one of them."""
+        folders = self._folders()
         # not by recursion: folders can be nested deeper than Python's stack
+        waiting: list[tuple[str, Entry | None]] = [("", None)]
+        while waiting:
+            name, entry = waiting.pop()
+            if entry is not None:
+                yield name, entry
+            elif name in folders:
+                waiting += sorted(_list_files(folders[name], name), reverse=True, key=_by_name)
+
+    def _folders(self) -> dict[str, str]:
+        """The folders to be listed: their paths by the beginning of their files' names.
+
+        A folder that several links lead to is listed where it comes first, and once.
+        """
+        found: dict[str, str] = {}
+        seen: set[str] = set()
         waiting = [_Folder(str(self._root), self._real_root, "")]
         while waiting:
             folder = waiting.pop()
             if folder.real not in seen:
                 seen.add(folder.real)
-                waiting.extend(reversed(_list_folder(folder, found)))
-        found.sort(key=lambda entry: entry[0])
+                found[folder.prefix] = folder.path
+                waiting.extend(reversed(_list_folders(folder)))
         return found
 
     def find(self, name: str) -> Entry:
@@ -81,7 +99,7 @@ class FolderTree:
             raise
         except (OSError, ValueError) as error:  # ValueError: a zero byte, or half a character
             raise EntryError("missing", f"no such file in {self._root}") from error
-        return FileEntry(path, status.st_size)
+        return FileEntry(path, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,32 +111,45 @@ class _Folder:
     prefix: str
 
 
-def _list_folder(folder: _Folder, found: list[tuple[str, Entry]]) -> list[_Folder]:
-    """Adds the files right in a folder to `found`; returns the folders in it."""
+def _list_folders(folder: _Folder) -> list[_Folder]:
+    """The folders right in a folder, sorted."""
     folders = []
     with os.scandir(folder.path) as listing:
-        children = sorted(listing, key=lambda child: child.name)
-    for child in children:
-        name = folder.prefix + child.name
-        try:
-            if child.is_dir():
-                # resolving is slow where it is deep, and only links need it
-                real = (
-                    os.path.realpath(child.path)
-                    if child.is_symlink()
-                    else os.path.join(folder.real, child.name)
-                )
-                folders.append(_Folder(child.path, real, name + "/"))
+        for child in listing:
+            try:
+                if not child.is_dir():
+                    continue
+            except OSError:  # a link to itself; it is named among the files
                 continue
-            size = child.stat().st_size
-        except FileNotFoundError:
-            size = 0  # a dangling link; reading it will say so
-        except OSError as error:  # a link to itself
-            reason = error.strerror or str(error)
-            found.append((name, RefusedEntry("unreadable", reason)))
-            continue
-        found.append((name, FileEntry(child.path, size)))
-    return folders
+            # resolving is slow where it is deep, and only links need it
+            real = (
+                os.path.realpath(child.path)
+                if child.is_symlink()
+                else os.path.join(folder.real, child.name)
+            )
+            folders.append(_Folder(child.path, real, f"{folder.prefix}{child.name}/"))
+    return sorted(folders, key=lambda each: each.prefix.removesuffix("/"))
+
+
+def _list_files(path: str, prefix: str) -> Iterator[tuple[str, Entry | None]]:
+    """What lies right in a folder: files, and folders, whose names end in a slash."""
+    with os.scandir(path) as listing:
+        for child in listing:
+            name = prefix + child.name
+            try:
+                if child.is_dir():
+                    yield name + "/", None
+                    continue
+                status = child.stat()
+                yield name, FileEntry(child.path, status.st_size, status.st_mtime_ns)
+            except FileNotFoundError:  # a dangling link; reading it will say so
+                yield name, FileEntry(child.path, 0)
+            except OSError as error:  # a link to itself
+                yield name, RefusedEntry("unreadable", error.strerror or str(error))
+
+
+def _by_name(found: tuple[str, Entry | None]) -> str:
+    return found[0]
 
 
 def open_tree(place: Path) -> Tree:

@@ -16,7 +16,7 @@ def shuffled_order(count: int, *, seed: int) -> npt.NDArray[np.int64]:
     of it, so the numbers are sorted by raw 64-bit numbers.
     """
     keys = np.random.PCG64(seed).random_raw(count)
-    return np.argsort(keys, kind="stable").astype(np.int64)
+    return np.argsort(keys, kind="stable").astype(np.int64, copy=False)
 
 
 def read_leave_out(path: str) -> frozenset[tuple[str, str]]:

@@ -78,10 +78,10 @@ def read_cifar(place: Path, options: ListOptions, spool: Spool) -> Source:
         )
     coarse = _wants_coarse(options.label_column)
     names = _class_names(files, coarse=coarse)
-    items: list[Item] = []
+    items = spool.new_items()
     for name in chosen:
         read = _read_binary if name.endswith(".bin") else _read_python
-        items += read(name, files, names, coarse)
+        items.extend(read(name, files, names, coarse))
     left = sum(1 for name in files if _TEST.fullmatch(name) and name not in chosen)
     return Source(
         name=place.name or str(place),

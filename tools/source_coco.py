@@ -25,13 +25,14 @@ from unicl_fast.tools.items import (
 from unicl_fast.tools.json_stream import iter_elements
 from unicl_fast.tools.picture_files import Trees
 from unicl_fast.tools.source_lists import find_picture
+from unicl_fast.tools.spool import Spool
 
 _COLUMNS = Columns("", ("caption",), ("category",))
 
 Id = int | str
 
 
-def read_coco(paths: Sequence[Path], options: ListOptions) -> Source:
+def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
     """Reads COCO files as one source.
 
     Args:
@@ -40,6 +41,7 @@ def read_coco(paths: Sequence[Path], options: ListOptions) -> Source:
             `categories` with `id` and `name`.
         options: `image_root`, the folder or zip with the pictures; by default it is looked for
             beside each file.
+        spool: has room for the items.
 
     Raises:
         ValueError: a file is no such thing, or is cut short.
@@ -59,11 +61,14 @@ def read_coco(paths: Sequence[Path], options: ListOptions) -> Source:
             passed_over["annotations of pictures that are not listed"] += strangers
         if found.num_unreadable:
             passed_over["annotations that cannot be read"] += found.num_unreadable
+    stored = spool.new_items()
     for item in items.values():
         require_text(item)
+        stored.append(item)
+    stored.extend(broken)
     return Source(
         name="+".join(path.name for path in paths),
-        items=[*items.values(), *broken],
+        items=stored,
         labels_are_names=True,
         passed_over=passed_over,
     )

@@ -59,7 +59,7 @@ def read_idx(path: Path, spool: Spool) -> Source:
     labels = _read_labels(labels_path, labels_file, count)
     size = height * width
     whole = min(count, max(0, os.stat(file).st_size - _HEAD_BYTES) // size)
-    items = []
+    items = spool.new_items()
     for row in range(min(whole, len(labels))):
         item = Item(
             f"{path.name}:{row}",

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast.tools.entries import EntryError, RefusedEntry, Tree
+from unicl_fast.tools.item_store import NamedItems
 from unicl_fast.tools.items import (
     LEFT_OUT,
     Columns,
@@ -25,12 +26,12 @@ from unicl_fast.tools.items import (
     add_texts,
     meets,
     require_column,
-    require_text,
     require_text_columns,
     split_condition,
 )
 from unicl_fast.tools.json_stream import iter_elements
 from unicl_fast.tools.picture_files import Trees, open_tree
+from unicl_fast.tools.spool import Spool
 
 IMAGE_COLUMNS = ("image", "file", "path")
 CAPTION_COLUMNS = ("caption", "captions")
@@ -43,7 +44,7 @@ Row = dict[str, Any] | Problem
 """Fields by column, or why the row cannot be read."""
 
 
-def read_list(path: Path, options: ListOptions) -> Source:
+def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads a .csv, .tsv, .jsonl or .json with a row for each picture, or several."""
     read_rows = _ROW_READERS[path.suffix.lower()]
     conditions = [split_condition(condition) for condition in options.where]
@@ -53,11 +54,11 @@ def read_list(path: Path, options: ListOptions) -> Source:
     columns = _choose_columns(path, header, options, conditions)
     tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
     return collect_rows(
-        path, read_rows(path), columns, conditions, lambda name: find_picture(tree, name)
+        path, read_rows(path), columns, conditions, lambda name: find_picture(tree, name), spool
     )
 
 
-def read_map(path: Path, options: ListOptions) -> Source:
+def read_map(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads `train_map.txt`: lines PATH<TAB>NUMBER, paths in the zip beside it, or ZIP@PATH.
 
     The zip of `train_map.txt` is `train.zip`; `--image-root` names another, or a folder.
@@ -82,7 +83,7 @@ def read_map(path: Path, options: ListOptions) -> Source:
 
     columns = Columns("image", (), ("label",))
     conditions = [split_condition(condition) for condition in options.where]
-    return collect_rows(path, _map_rows(path), columns, conditions, find)
+    return collect_rows(path, _map_rows(path), columns, conditions, find, spool)
 
 
 def _zip_of_map(path: Path) -> Path:
@@ -96,6 +97,7 @@ def collect_rows(
     columns: Columns,
     conditions: list[tuple[str, str]],
     find: Callable[[str], Item],
+    spool: Spool,
 ) -> Source:
     """Makes samples of rows; rows with the same picture are one, with all their texts.
 
@@ -105,12 +107,13 @@ def collect_rows(
         columns: which to take.
         conditions: what `--where` asks for.
         find: makes the item of a picture that is named for the first time.
+        spool: has room for the items.
 
     Raises:
         ValueError: there are no rows.
     """
-    items: dict[str, Item] = {}
-    broken: list[Item] = []
+    items, broken = spool.new_items(), spool.new_items()
+    named = NamedItems(items)
     passed_over: Counter[str] = Counter()
     for line, row in rows:
         if isinstance(row, Problem):
@@ -124,18 +127,21 @@ def collect_rows(
             problem = Problem(kind="bad row", message=f"no picture path in {columns.image!r}")
             broken.append(Item(f"line {line}", problem=problem))
             continue
-        if name not in items:
-            items[name] = find(name)
-            items[name].place = line
-        add_texts(items[name], row, columns, f"line {line}")
+        number = named.find(name)
+        item = find(name) if number is None else Item(name)
+        add_texts(item, row, columns, f"line {line}")
+        if number is None:
+            item.place = line
+            named.append(item)
+        else:
+            items.add_row(number, item)
     if not items and not broken:
         left = ", ".join("=".join(condition) for condition in conditions)
         raise ValueError(f"{path} has no rows" + (f" with {left}" if left else ""))
-    for item in items.values():
-        require_text(item)
+    items.extend(broken)
     return Source(
         name=path.name,
-        items=[*items.values(), *broken],
+        items=items,
         labels_are_names=False,
         passed_over=passed_over,
     )

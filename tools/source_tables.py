@@ -6,6 +6,7 @@ names. The files themselves are gone through by `arrow_tables`, in a process of 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import importlib.util
 import json
@@ -15,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from unicl_fast.tools.item_store import NamedItems
 from unicl_fast.tools.items import (
     Columns,
     Item,
@@ -22,13 +24,12 @@ from unicl_fast.tools.items import (
     Problem,
     Source,
     add_texts,
-    require_text,
 )
 from unicl_fast.tools.limited_processes import run_limited
 from unicl_fast.tools.picture_files import Trees
 from unicl_fast.tools.source_lists import find_picture
 from unicl_fast.tools.spans import Span
-from unicl_fast.tools.spool import Spool, full_disk
+from unicl_fast.tools.spool import Spool, full_disk, stamp
 
 if TYPE_CHECKING:
     from unicl_fast.tools.arrow_tables import TableResult, TableTask
@@ -80,12 +81,21 @@ def read_tables(
         )
         for path in paths
     ]
-    reader = _Reader(options)
+    spool.origins.extend(task.path for task in tasks)
+    reader = _Reader(options, spool)
+    known = [spool.recall(*_files_of(task)) for task in tasks]
+    new = [task for task, values in zip(tasks, known, strict=True) if values is None]
+    results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
     try:
-        for task, result in zip(
-            tasks, run_limited(convert, tasks, memory_bytes=_MEMORY_BYTES), strict=True
-        ):
+        for task, values in zip(tasks, known, strict=True):
+            if values is not None:
+                reader.add(task, _result_of(values))
+                continue
+            result = next(results)
+            if not isinstance(result, Problem):
+                spool.remember(*_files_of(task), dataclasses.asdict(result))
             reader.add(task, result)
+        assert next(results, None) is None, "which also ends their process"
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise full_disk(tasks[0].pictures_file) from error
@@ -93,23 +103,41 @@ def read_tables(
     if not reader.items:
         reasons = [problem.message for item in reader.broken if (problem := item.problem)]
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
-    for item in reader.items.values():
-        require_text(item)
+    reader.items.extend(reader.broken)
     return Source(
         name=name,
-        items=[*reader.items.values(), *reader.broken],
+        items=reader.items,
         labels_are_names=reader.labels_are_names,
         passed_over=reader.passed_over,
+    )
+
+
+def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
+    """What is made of a file, and what that depends on, for `Spool.remember`."""
+    made_of = [*stamp(task.path), repr(task.options), task.features]
+    return [Path(task.rows_file), Path(task.pictures_file)], made_of
+
+
+def _result_of(values: dict[str, Any]) -> TableResult:
+    from unicl_fast.tools.arrow_tables import TableResult
+
+    damaged = [(first, end, message) for first, end, message in values["damaged"]]
+    return TableResult(
+        labels_are_names=values["labels_are_names"],
+        passed_over=Counter(values["passed_over"]),
+        damaged=damaged,
     )
 
 
 class _Reader:
     """Makes items of the rows that have been written out."""
 
-    def __init__(self, options: ListOptions) -> None:
+    def __init__(self, options: ListOptions, spool: Spool) -> None:
         self._root = options.image_root
+        self._spool = spool
         self._trees = Trees()
-        self.items: dict[str, Item] = {}
+        self.items = spool.new_items()
+        self._named = NamedItems(self.items)
         self.broken: list[Item] = []
         self.passed_over: Counter[str] = Counter()
         self.labels_are_names = True
@@ -123,7 +151,7 @@ class _Reader:
                 for line in file:
                     if line.endswith(b"\n"):  # not so where the process died in the middle
                         behind = self._add_row(task, path.name, json.loads(line)) + 1
-            rows.unlink()
+            self._spool.release(rows)
         if isinstance(result, Problem):
             self.broken.append(Item(f"{path.name} from row {behind}", problem=result))
             return
@@ -136,24 +164,30 @@ class _Reader:
 
     def _add_row(self, task: TableTask, file_name: str, row: dict[str, Any]) -> int:
         number: int = row["row"]
-        name = f"{file_name}:{number}"
         problem = row.get("problem")
         if "path" in row and problem is None:
-            name = row["path"]
-            if name not in self.items:
-                self.items[name] = self._find(name)
-                self.items[name].place = number
-            item = self.items[name]
-        else:
-            item = self.items[name] = Item(name, place=number)
+            self._add_path(row, f"{file_name}, row {number}")
+            return number
+        item = Item(f"{file_name}:{number}", place=number)
         if problem is not None:
             item.problem = Problem(kind=problem[0], message=problem[1])
-            return number
-        if "offset" in row:
+        else:
             file = task.path if row["in_place"] else task.pictures_file
             item.entry = Span(file, row["offset"], row["size"])
-        add_texts(item, row, _COLUMNS, f"{file_name}, row {number}")
+            add_texts(item, row, _COLUMNS, f"{file_name}, row {number}")
+        self.items.append(item)
         return number
+
+    def _add_path(self, row: dict[str, Any], where: str) -> None:
+        """Adds a row that names its picture; rows with one path are one sample."""
+        known = self._named.find(row["path"])
+        item = self._find(row["path"]) if known is None else Item(row["path"])
+        add_texts(item, row, _COLUMNS, where)
+        if known is None:
+            item.place = row["row"]
+            self._named.append(item)
+        else:
+            self.items.add_row(known, item)
 
     def _find(self, name: str) -> Item:
         if re.match(r"https?://", name):

@@ -88,36 +88,39 @@ def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spo
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} tars are not there: {missing[0]}")
-    maker = _SampleMaker(options)
+    maker = _SampleMaker(options, spool)
     for path in paths:
         _read_tar(path, maker, spool)
         _count_failures(path.with_suffix(""), maker)
     return maker.source(name, "pictures (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
 
 
-def read_image_folders(place: Path, options: ListOptions) -> Source:
+def read_image_folders(place: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads img2dataset's folders of files: 00000/000000000.jpg, .txt, .json.
 
     Raises:
         ValueError: there is no picture.
     """
-    maker = _SampleMaker(options)
-    groups: dict[str, _Group] = {}
+    maker = _SampleMaker(options, spool)
+    key, group = "", None
     for name, entry in open_tree(place).entries():
         folder, slash, file_name = name.rpartition("/")
-        key, dot, extension = file_name.partition(".")
+        stem, dot, extension = file_name.partition(".")
         if not folder or not dot or file_name.startswith("."):
             if not file_name.endswith((".parquet", "_stats.json")):
                 maker.passed_over["files that belong to no sample"] += 1
             continue
-        group = groups.setdefault(folder + slash + key, _Group())
+        if group is None or key != folder + slash + stem:  # sorted, so a sample's follow each other
+            if group is not None:
+                maker.add(key, group)
+            key, group = folder + slash + stem, _Group()
         extension = extension.lower()
         if extension in PICTURES:
             group.add_picture(extension, entry)
         else:
             read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
             maker.add_text(group, extension, read)
-    for key, group in groups.items():
+    if group is not None:
         maker.add(key, group)
     for folder in sorted(path for path in place.iterdir() if path.is_dir()):
         _count_failures(folder, maker)
@@ -150,7 +153,7 @@ class _Group:
 class _SampleMaker:
     """Turns groups of files into items."""
 
-    def __init__(self, options: ListOptions) -> None:
+    def __init__(self, options: ListOptions, spool: Spool) -> None:
         # .txt and .cls say nothing where a field of .json is asked for by name
         self._columns = Columns(
             "",
@@ -161,19 +164,21 @@ class _SampleMaker:
         asked = {column for column, _ in self._conditions}
         wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
         self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
-        self._items: list[Item] = []
+        self._items = spool.new_items()
+        self._has_picture = False
+        self._first_problem = ""
         self.passed_over: Counter[str] = Counter()
 
     def source(self, name: str, wanted: str) -> Source:
-        if not any(item.entry for item in self._items):
-            problem = next((item.problem.message for item in self._items if item.problem), "")
+        if not self._has_picture:
+            problem = self._first_problem
             raise ValueError(f"{name} holds no {wanted}" + (f": {problem}" if problem else ""))
         return Source(
             name=name, items=self._items, labels_are_names=False, passed_over=self.passed_over
         )
 
     def refuse(self, name: str, kind: str, message: str) -> None:
-        self._items.append(Item(name, problem=Problem(kind=kind, message=message)))
+        self._append(Item(name, problem=Problem(kind=kind, message=message)))
 
     def add_text(self, group: _Group, extension: str, read: Callable[[], bytes]) -> None:
         """Keeps what is wanted of a .txt, .cls or .json; counts files of any other kind."""
@@ -204,7 +209,7 @@ class _SampleMaker:
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
             problem = group.problem or Problem(kind="missing", message="a sample without a picture")
-            self._items.append(Item(key, problem=problem, place=group.place))
+            self._append(Item(key, problem=problem, place=group.place))
             return
         if not meets(group.row, self._conditions):
             self.passed_over[LEFT_OUT] += 1
@@ -221,6 +226,12 @@ class _SampleMaker:
         if item.problem is None:
             add_texts(item, group.row, self._columns, "the sample")
             require_text(item)
+        self._append(item)
+
+    def _append(self, item: Item) -> None:
+        self._has_picture |= item.entry is not None
+        if item.problem is not None and not self._first_problem:
+            self._first_problem = item.problem.message
         self._items.append(item)
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from unicl_fast.tools.item_store import ItemStore, NamedItems
 from unicl_fast.tools.items import (
     LEFT_OUT,
     Columns,
@@ -23,11 +24,11 @@ from unicl_fast.tools.items import (
     Source,
     add_texts,
     meets,
-    require_text,
     split_condition,
 )
 from unicl_fast.tools.source_lists import CAPTION_COLUMNS, LABEL_COLUMNS
 from unicl_fast.tools.spans import Base64Span, open_regular
+from unicl_fast.tools.spool import Spool
 
 _SIGNATURES = (b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b"TU0A", b"AAAA")
 """How base64 of JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 begins."""
@@ -55,7 +56,7 @@ def holds_pictures(path: Path) -> bool:
     return False
 
 
-def read_tsv(path: Path, options: ListOptions) -> Source:
+def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads a TSV of pictures.
 
     In JSON, `class` and `label`, `labels` give labels, `caption` and `captions` captions, in an
@@ -73,13 +74,13 @@ def read_tsv(path: Path, options: ListOptions) -> Source:
     )
     conditions = [split_condition(condition) for condition in options.where]
     passed_over: Counter[str] = Counter()
-    items: dict[str, Item] = {}
-    broken: list[Item] = []
+    items, broken = spool.new_items(), spool.new_items()
+    named = NamedItems(items)
     with open_regular(str(path)) as file:
         for number, line in enumerate(_iter_lines(file), start=1):
             item, rows = _read_line(path, line, number)
             is_read = item.problem is None  # else nobody knows whether it is one to leave out
-            if item.name in items:
+            if named.find(item.name) is not None:
                 message = f"line {number}: another line has this key"
                 item = Item(f"line {number}", problem=Problem(kind="ambiguous", message=message))
             if is_read and conditions and not any(meets(row, conditions) for row in rows):
@@ -91,18 +92,17 @@ def read_tsv(path: Path, options: ListOptions) -> Source:
             if item.entry is None:
                 broken.append(item)
             else:
-                items[item.name] = item
+                named.append(item)
     if not items and not broken:
         raise ValueError(f"{path} has no lines" + (" that --where leaves" if conditions else ""))
     for kind, plain in (("label", columns.labels[0]), ("caption", columns.captions[0])):
         companion = path.with_suffix(f".{kind}.tsv")
         if companion.is_file():
-            _read_companion(companion, plain, columns, items, passed_over)
-    for item in items.values():
-        require_text(item)
+            _read_companion(companion, plain, columns, items, named, passed_over)
+    items.extend(broken)
     return Source(
         name=path.name,
-        items=[*items.values(), *broken],
+        items=items,
         labels_are_names=False,
         passed_over=passed_over,
     )
@@ -183,7 +183,8 @@ def _read_companion(
     path: Path,
     plain: str,
     columns: Columns,
-    items: dict[str, Item],
+    items: ItemStore,
+    named: NamedItems,
     passed_over: Counter[str],
 ) -> None:
     """Adds the texts of .label.tsv or .caption.tsv, found by key."""
@@ -193,9 +194,11 @@ def _read_companion(
                 passed_over[f"lines of {path.name} that are not KEY<TAB>TEXTS"] += 1
                 continue
             key, _, text = line.head.decode("utf-8", "replace").partition("\t")
-            item = items.get(key)
-            if item is None:
+            known = named.find(key)
+            if known is None:
                 passed_over[f"lines of {path.name} about no picture"] += 1
                 continue
+            item = Item(key)
             for row in _rows_of(text, plain, item):
                 add_texts(item, row, columns, f"{path.name}, line {number}")
+            items.add_row(known, item)

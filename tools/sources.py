@@ -54,7 +54,8 @@ def read_sources(
         if Path(place) not in coco:
             sources.append(read_source(place, options, spool))
         elif not is_coco_read:
-            sources.append(read_coco(list(dict.fromkeys(coco)), options or ListOptions()))
+            files = list(dict.fromkeys(coco))
+            sources.append(read_coco(files, options or ListOptions(), spool or Spool(None)))
             is_coco_read = True
     return sources
 
@@ -89,17 +90,17 @@ def read_source(
     if path.parent.is_dir() and (parquet := source_tables.find_parquet(path.parent)):
         chosen = source_tables.choose_split(path.parent, parquet, split=path.name)
         return source_tables.read_tables(f"{path.parent.name}/{name}", chosen, options, spool)
-    return _read_class_folders(path)
+    return _read_class_folders(path, spool)
 
 
 def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
     suffix = path.suffix.lower()
     if suffix == ".tsv" and source_tsv.holds_pictures(path):
-        return source_tsv.read_tsv(path, options)
+        return source_tsv.read_tsv(path, options, spool)
     if _is_coco(path):
-        return read_coco([path], options)
+        return read_coco([path], options, spool)
     if suffix in LIST_SUFFIXES:
-        return read_list(path, options)
+        return read_list(path, options, spool)
     if suffix in TABLE_SUFFIXES:
         return source_tables.read_tables(path.name, [path], options, spool)
     if source_cifar.ARCHIVE.fullmatch(path.name) or source_cifar.is_cifar_file(path):
@@ -107,10 +108,10 @@ def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
     if path.name.lower().endswith(TAR_SUFFIXES):
         return source_tars.read_tars(path.name, [path], options, spool)
     if path.name.lower().endswith(MAP_ENDING):
-        return read_map(path, options)
+        return read_map(path, options, spool)
     if source_idx.is_idx(path):
         return source_idx.read_idx(path, spool)
-    return _read_class_folders(path)
+    return _read_class_folders(path, spool)
 
 
 def _read_folder(path: Path, options: ListOptions, spool: Spool) -> Source:
@@ -125,14 +126,14 @@ def _read_folder(path: Path, options: ListOptions, spool: Spool) -> Source:
         return source_cifar.read_cifar(path, options, spool)
     shards = (folder for folder in folders if folder.isdecimal())
     if any(f"{shard}{end}" in files for shard in shards for end in ("_stats.json", ".parquet")):
-        return source_tars.read_image_folders(path, options)
+        return source_tars.read_image_folders(path, options, spool)
     tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
     if tars and not folders:
         return source_tars.read_tars(name, [path / tar for tar in tars], options, spool)
     if folders <= {"data"} and (parquet := source_tables.find_parquet(path)):
         chosen = source_tables.choose_split(path, parquet)
         return source_tables.read_tables(name, chosen, options, spool)
-    return _read_class_folders(path)
+    return _read_class_folders(path, spool)
 
 
 def _is_coco(path: Path) -> bool:
@@ -140,9 +141,9 @@ def _is_coco(path: Path) -> bool:
     return path.suffix.lower() == ".json" and path.is_file() and first_character(path) != "["
 
 
-def _read_class_folders(path: Path) -> Source:
+def _read_class_folders(path: Path, spool: Spool) -> Source:
     """Class = name of the folder that directly holds the picture."""
-    items: list[Item] = []
+    items = spool.new_items()
     passed_over: Counter[str] = Counter()
     for name, entry in open_tree(path).entries():
         *folders, file_name = name.split("/")

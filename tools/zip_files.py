@@ -13,7 +13,7 @@ import stat
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -114,8 +114,8 @@ class ZipTree:
                 f"{', '.join(folders[:10])}{', ...' if len(folders) > 10 else ''}"
             )
 
-    def entries(self) -> list[tuple[str, Entry]]:
-        return sorted(self._entries.items())
+    def entries(self) -> Iterator[tuple[str, Entry]]:
+        return ((name, self._entries[name]) for name in sorted(self._entries))
 
     def find(self, name: str) -> Entry:
         entry = self._entries.get(name.removeprefix("./"))

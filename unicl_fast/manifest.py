@@ -71,6 +71,12 @@ class Manifest:
     pixels: PixelsInfo | None = None
     """Where the pictures are; None (and no field in the file) if they are in the shards."""
 
+    @property
+    def num_bytes(self) -> int:
+        """Of the shards, and of decoded pictures."""
+        pixels = 0 if self.pixels is None else self.pixels.num_bytes
+        return pixels + sum(shard.num_bytes for shard in self.shards)
+
     def to_json(self) -> str:
         values = dataclasses.asdict(self)
         if self.pixels is None:

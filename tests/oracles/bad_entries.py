@@ -69,3 +69,19 @@ class CrashingOnce:
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return self.data
+
+
+@dataclass(frozen=True)
+class KillsParentOnce:
+    """Kills the process that started the one which reads it first; sound from then on."""
+
+    path: str
+    data: bytes
+    num_bytes: int = 1
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        mark = Path(self.path)
+        if not mark.exists():
+            mark.touch()
+            os.kill(os.getppid(), signal.SIGKILL)
+        return self.data

@@ -246,7 +246,7 @@ def test_a_stopped_build_leaves_nothing(
     )
     deadline = time.monotonic() + 30
     while time.monotonic() < deadline and process.poll() is None:
-        if any(path.stat().st_size for path in tmp_path.glob("out.partial-*/shard-*.tar")):
+        if any(path.stat().st_size for path in tmp_path.glob("out.partial/set/shard-*.tar")):
             break
         time.sleep(0.02)
     assert process.poll() is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import multiprocessing
 import signal
 import time
@@ -73,9 +74,11 @@ def build(
 
     def replaced(places: Sequence[str], lists: ListOptions, spool: Spool) -> list[Source]:
         sources = read(places, lists, spool)
-        for source in sources:
-            for item in source.items:
+        for number, source in enumerate(sources):
+            items = list(source.items)
+            for item in items:
                 item.entry = entries.get(item.name, item.entry)
+            sources[number] = dataclasses.replace(source, items=items)
         return sources
 
     monkeypatch.setattr(build_module, "read_sources", replaced)

@@ -199,7 +199,7 @@ def test_arrays_of_any_length_are_opened_and_checked_block_by_block(
     folder = tmp_path_factory.mktemp("array")
     file = ArrayFile(folder, "labels")
     values = np.arange(length, dtype="<i4")
-    file.append(values.tobytes(), rows=length)
+    file.append(values.tobytes())
     file.finish()
     assert np.array_equal(open_array(folder / "labels.npy", LABEL_DTYPE, length), values)
     for wrong in (length + 1, 0 if length else 5):
@@ -255,8 +255,8 @@ def test_ten_million_samples_are_opened_in_two_seconds_and_no_memory(
         numbers = np.arange(part * million, (part + 1) * million)
         rows["offset"], rows["labels_start"] = numbers * 10, numbers
         rows["size"], rows["height"], rows["width"], rows["labels_count"] = 10, 9, 9, 1
-        arrays["samples"].append(rows.tobytes(), rows=million)
-        arrays["labels"].append((numbers % 1000).astype(LABEL_DTYPE).tobytes(), rows=million)
+        arrays["samples"].append(rows.tobytes())
+        arrays["labels"].append((numbers % 1000).astype(LABEL_DTYPE).tobytes())
     for array in arrays.values():
         array.finish()
     shard = tmp_path / "shard-000000.tar"
