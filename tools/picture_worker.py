@@ -18,6 +18,7 @@ import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -76,7 +77,8 @@ class PictureOptions:
     """Longest time for one sample, reading included; 0 sets no limit."""
     square_side: int = 0
     """Make pictures squares of so many pixels a side; 0 leaves sizes alone."""
-    format: PictureFormat = "keep"
+    format: PictureFormat | Literal["packed"] = "keep"
+    """What is made of sound pictures; packed only looks at them (`images.check_picture`)."""
     return_pictures: bool = True
     """Whether results bring the pictures' bytes; a verification needs what was found only."""
 

@@ -105,6 +105,7 @@ def verify_dataset(
             quality=RESIZE_QUALITY,
             max_pixels=max_pixels,
             seconds=picture_seconds,
+            format="packed",
             return_pictures=False,
         )
         with dataset:
@@ -362,8 +363,8 @@ class _SampleChecks:
             self.fault(
                 index,
                 "picture",
-                "it can be read, but is no plain 8-bit grey or RGB JPEG or PNG the right way up; "
-                "a build would have encoded it anew",
+                "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "
+                "way up; a build would have encoded it anew",
             )
         found = (picture.height, picture.width)
         stored = (int(row["height"]), int(row["width"]))

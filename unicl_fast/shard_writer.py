@@ -65,7 +65,7 @@ class PackedSample:
     image: bytes
     """The contents of a picture file, or of a raw data set the pixels [h w 3]."""
     extension: str
-    """jpg or png; of a raw data set it has no meaning."""
+    """jpg, webp or png; of a raw data set it has no meaning."""
     height: int
     width: int
     xxh3: int

@@ -25,13 +25,14 @@ SMALL = {
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
         *("--augment", "none,grayscale=0.5"),
     ],
+    "pack": ["--pictures", "24", "--formats", "keep", "webp", "--resize", "short:24"],
     "input": [
         *("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1"),
         *("--peers", "none", "--parts", "none"),
     ],
 }
 
-ON_DATA = ("text", "step", "profile", "input", "augment")
+ON_DATA = ("text", "step", "profile", "input", "augment", "pack")
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "profile": captioned,
         "input": labelled,
         "augment": labelled,
+        "pack": pictures / "tiny-imagenet-200-subset.zip",
     }
 
 

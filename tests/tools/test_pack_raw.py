@@ -122,7 +122,7 @@ def test_wrong_usage_is_one_sentence(
     assert code == 2
     if "tiff" not in arguments:  # the last --format counts
         assert message in text
-    with pytest.raises(ValueError, match="--format takes keep or raw, not 'tiff'"):
+    with pytest.raises(ValueError, match="--format takes keep, jpeg, webp, png or raw, not 'tiff'"):
         build_dataset([tmp_path], tmp_path / "out", format="tiff")  # type: ignore[arg-type]
 
 
