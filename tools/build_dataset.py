@@ -360,9 +360,7 @@ def _parse_resize(resize: str, *, max_pixels: int) -> tuple[int, int]:
 def _known_format(format: PictureFormat) -> PictureFormat:
     known = typing.get_args(PictureFormat)
     if format not in known:
-        raise ValueError(
-            f"--format takes {', '.join(known[:-1])} or {known[-1]}, not {format!r}"
-        )
+        raise ValueError(f"--format takes {', '.join(known[:-1])} or {known[-1]}, not {format!r}")
     return format
 
 

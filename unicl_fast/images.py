@@ -20,6 +20,7 @@ import simplejpeg
 from PIL import Image
 
 from unicl_fast.jpeg_header import JpegHeader, read_jpeg_header
+from unicl_fast.picture_encoding import encode_jpeg, encode_png, encode_webp, image_of
 from unicl_fast.pillow_decoding import MAX_PIXELS as MAX_PIXELS
 from unicl_fast.pillow_decoding import MAX_SIDE as MAX_SIDE
 from unicl_fast.pillow_decoding import PictureError as PictureError
@@ -33,7 +34,6 @@ from unicl_fast.pillow_decoding import (
     pixels_of,
     turn_upright,
 )
-from unicl_fast.picture_encoding import encode_jpeg, encode_png, encode_webp, image_of
 from unicl_fast.webp_header import is_webp, simple_webp
 
 MAX_SCANS = 500

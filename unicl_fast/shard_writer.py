@@ -56,6 +56,7 @@ enough to copy and to check one by one."""
 
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -288,4 +289,4 @@ def _describe(sample: PackedSample) -> bytes:
         "name": sample.name,
     }
     # a file name that is not UTF-8 reaches us as lone surrogates, which escapes can carry
-    return json.dumps(fields, separators=(",", ":")).encode("ascii")
+    return _encode_json(fields).encode("ascii")

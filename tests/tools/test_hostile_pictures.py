@@ -102,7 +102,10 @@ def test_of_the_hostile_set_all_that_decoders_agree_on_is_packed(
     assert taken <= agreed
 
 
-@pytest.mark.parametrize("format", ["keep", "webp", "png"])
+@pytest.mark.parametrize(
+    "format",
+    ["keep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jpeg", "webp", "png"))],
+)
 def test_a_worker_takes_no_more_memory_than_its_pixels_need(
     tmp_path: Path, peak_at_rest: float, format: str
 ) -> None:

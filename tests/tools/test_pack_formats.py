@@ -32,7 +32,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).mkdir()
     for number in range(9):
         (root / ("cat", "dog")[number % 2] / f"{number}.jpg").write_bytes(jpeg(number))
-    rgb = Image.fromarray(np.random.default_rng(0).integers(0, 256, (24, 32, 3), np.uint8))
+    noise = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+    rgb = Image.fromarray(noise).resize((32, 24), Image.Resampling.BICUBIC)
     exif = Image.Exif()
     exif[0x0112] = 8
     rgb.save(root / "cat" / "plain.webp")
@@ -75,8 +76,8 @@ def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path
                     difference = np.abs(shown - pixels)
                     if format == "png":
                         assert difference.max() == 0
-                    else:  # noise at quality 90, its chroma at half the size
-                        assert difference.mean() < 45
+                    else:  # quality 90, chroma at half the size
+                        assert difference.mean() < 5
 
 
 def test_verify_inspect_and_merge_take_every_format(
