@@ -89,10 +89,9 @@ def test_verify_inspect_and_merge_take_every_format(
     with PackedDataset(tmp_path / "all") as dataset:
         assert len(dataset) == 45
     assert names_of(tmp_path / "all") == {"jpg", "webp", "png", "json"}
-    for place in (*sets, tmp_path / "all"):
-        code, text = run_pack("verify", place, "--workers", 1, capsys=capsys)
-        assert code == 0, text
-        assert " decoded" in text
+    code, text = run_pack("verify", tmp_path / "all", "--workers", 1, capsys=capsys)
+    assert code == 0, text
+    assert "45 decoded" in text
     page = tmp_path / "page.html"
     code, text = run_pack(
         *("inspect", packed["webp"], "--workers", 1, "--html", page), capsys=capsys
@@ -101,6 +100,7 @@ def test_verify_inspect_and_merge_take_every_format(
     assert page.read_text().count("<img") >= 15
 
 
+@pytest.mark.slow
 @pytest.mark.dali
 def test_show_draws_what_training_would_make_of_webp(
     packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -115,6 +115,7 @@ def test_show_draws_what_training_would_make_of_webp(
     assert sheet.is_file()
 
 
+@pytest.mark.slow
 def test_any_number_of_workers_makes_the_same_bytes(
     folder: Path, packed: dict[str, Path], tmp_path: Path
 ) -> None:
