@@ -74,7 +74,7 @@ class PackEverything:
     )
     """The test data; by default where UNICL_TEST_DATA says."""
     out: Path = Path("tour-run")
-    """Folder to make: a data set and a page for each, and for all together."""
+    """Folder to make: of each, and of all together, a data set, a page, and its numbers in JSON."""
     sets: tuple[str, ...] = ()
     """Take only these, such as coco hostile; by default all that are there."""
     format: PictureFormat = "keep"
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _pack(one: _Set, tour: PackEverything) -> _Row:
-    out, told = tour.out / one.name, tour.out / f".{one.name}.json"
+    out, told = tour.out / one.name, tour.out / f"{one.name}.json"
     words: list[str | Path] = ["build", tour.data / one.source, "--out", out, *one.options]
     if one.image_root:
         words += ["--image-root", tour.data / one.image_root]
@@ -177,7 +177,7 @@ def _merge(names: Sequence[str], tour: PackEverything) -> _Row:
 
 def _look(row: _Row, tour: PackEverything) -> None:
     """Verifies and inspects what was packed."""
-    folder, told = tour.out / row.name, tour.out / f".{row.name}.json"
+    folder, told = tour.out / row.name, tour.out / f"{row.name}.json"
     verified = _told(["verify", folder], tour, told)
     row.verify_seconds = verified["seconds"]
     row.num_faults = sum(verified["faults"].values())
@@ -192,7 +192,6 @@ def _told(words: Sequence[str | Path], tour: PackEverything, path: Path) -> dict
     workers = ["--workers", str(tour.workers)] if tour.workers else []
     _run([*words, *workers], "--json", path)
     told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    path.unlink()
     return told
 
 
