@@ -3,10 +3,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-slow test-all lint docs clean
+.PHONY: demo tour test test-slow test-all lint docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
+
+# All real data from its sources to one verified data set; UNICL_TEST_DATA says where it is.
+tour: $(VENV)/dev.stamp
+	$(BIN)/python -m unicl_fast.tools.pack_everything --out tour-run
 
 # A process of tests for each core; a file's tests stay together, since they share what they made.
 JOBS ?= $(shell nproc)
@@ -33,7 +37,7 @@ docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) build dist demo-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo-run tour-run *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(BIN)/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "unicl_fast needs Python 3.11 or newer: make PYTHON=python3.11")'

@@ -23,6 +23,7 @@ from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import PackedDataset
 
 _SQUARES = 48
+_EXTENSIONS = {b"\x89PNG": "png", b"RIFF": "webp"}
 _BATCH = 16
 _STANDARD_ERRORS = 5
 _THUMBNAIL = 8
@@ -44,7 +45,7 @@ def write_class_folder(dataset: PackedDataset, folder: Path) -> None:
         home = folder / (f"{int(labels[0]):06d}" if len(labels) else "unlabelled")
         home.mkdir(exist_ok=True, parents=True)
         data = bytes(dataset.image_bytes(index))
-        extension = "png" if data.startswith(b"\x89PNG") else "jpg"
+        extension = _EXTENSIONS.get(data[:4], "jpg")
         (home / f"{index}.{extension}").write_bytes(data)
 
 

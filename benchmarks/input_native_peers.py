@@ -39,7 +39,7 @@ def dali_batches(task: Task) -> Iterator[Tensor]:
         encoded = fn.readers.webdataset(
             paths=[str(shard) for shard in shards],
             index_paths=[str(shard.with_suffix(".idx")) for shard in shards],
-            ext=["jpg;png"],
+            ext=["jpg;png;webp"],
             random_shuffle=True,
         )
         pictures = fn.decoders.image_random_crop(

@@ -105,7 +105,7 @@ def build_dataset(
     duplicates: Literal["keep", "join"] = "keep",
     retry: str | os.PathLike[str] = "",
     resize: str = "",
-    quality: int = RESIZE_QUALITY,
+    quality: int | None = None,
     format: PictureFormat = "keep",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     max_pixels: int = MAX_PIXELS,
@@ -134,7 +134,6 @@ def build_dataset(
     if not sources:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     _require_in("--seed", seed, 0, 2**63 - 1)
-    _require_in("--quality", quality, 1, 100)
     _require_in("--workers", workers, 0, 1024)
     _require_in("--max-pixels", max_pixels, 1, MAX_SIDE**2)
     _require_in("--picture-seconds", picture_seconds, 0, 86_400)
@@ -145,10 +144,10 @@ def build_dataset(
     options = PictureOptions(
         short_side=short_side,
         square_side=square_side,
-        quality=quality,
+        quality=_used_quality(quality, format=_known_format(format), resize=resize),
         max_pixels=max_pixels,
         seconds=picture_seconds,
-        format=_known_format(format),
+        format=format,
     )
     lists = ListOptions(
         image_column=image_column,
@@ -467,8 +466,26 @@ def _parse_resize(resize: str, *, max_pixels: int) -> tuple[int, int]:
 def _known_format(format: PictureFormat) -> PictureFormat:
     known = typing.get_args(PictureFormat)
     if format not in known:
-        raise ValueError(f"--format takes {' or '.join(known)}, not {format!r}")
+        raise ValueError(f"--format takes {', '.join(known[:-1])} or {known[-1]}, not {format!r}")
     return format
+
+
+def _used_quality(quality: int | None, *, format: PictureFormat, resize: str) -> int:
+    """The quality of what is encoded; one that nothing would be encoded with is refused."""
+    if quality is None:
+        return RESIZE_QUALITY
+    _require_in("--quality", quality, 1, 100)
+    if format in ("png", "raw"):
+        raise ValueError(
+            f"--quality has no meaning with --format {format}, which keeps every pixel as it is: "
+            "leave it out, or take --format jpeg or webp"
+        )
+    if format == "keep" and not resize:
+        raise ValueError(
+            "--quality would change nothing: without --resize, --format keep encodes only what no "
+            "decoder should meet, at 95; leave it out, or add --resize or --format jpeg or webp"
+        )
+    return quality
 
 
 def _require_in(name: str, value: float, low: int, high: int) -> None:

@@ -34,6 +34,8 @@ DEFAULT_DISTANCE = 4
 of unrelated photographs none (docs/verify-and-inspect.md)."""
 
 _BINS = 30
+_FAR = 3
+"""The largest value lies so many times as far as 99 in 100 do: bins end there."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -280,19 +282,27 @@ def _spread(values: npt.NDArray[Any]) -> Spread | None:
 def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
     """Five numbers, and a histogram of at most some 30 bins at round numbers.
 
+    A few very large values, in whose scale all others would fall into one bin, share a last bin
+    that is wider than the others.
+
     Args:
         values: at least one.
         unit: a bin is at least so wide; 1 for whole numbers.
     """
     low, high = float(values.min()), float(values.max())
+    reach, most = high, float(np.percentile(values, 99))
+    if (high - low) / unit > _BINS and high - low > _FAR * (most - low):
+        reach = most
     step = unit
-    while (high - low) / step > _BINS:
+    while (reach - low) / step > _BINS:
         exponent = math.floor(math.log10(step) + 1e-9)
         mantissa = round(step / 10**exponent)
         step = {1: 2, 2: 5, 5: 10}[mantissa] * 10.0**exponent
     first = math.floor(low / step + 1e-9)
-    num_bins = math.floor(high / step + 1e-9) - first + 1
+    num_bins = math.floor(reach / step + 1e-9) - first + 1
     edges = np.round((first + np.arange(num_bins + 1)) * step, 6)
+    if high > edges[-1]:
+        edges = np.append(edges, high)
     counts, _ = np.histogram(values, edges)
     return Spread(
         smallest=low,

@@ -8,6 +8,8 @@ come from `inspect_dataset`, pictures from `thumbnails`.
 from __future__ import annotations
 
 import html
+import math
+import statistics
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +18,8 @@ from unicl_fast.tools.inspect_dataset import Copies, Group, Inspection, Spread
 from unicl_fast.tools.thumbnails import ShownPicture
 
 _MOST_CLASSES = 40
+_SKEWED = 30
+"""A largest class so many times the median one leaves nothing to see of the others."""
 _ENDS_OF_CLASSES = 15
 """Of more classes than that, so many of the largest and of the smallest are shown."""
 
@@ -50,6 +54,7 @@ td.n, th.n { text-align: right; white-space: nowrap; overflow-wrap: normal }
   gap: 18px 14px; margin-top: 14px }
 .card { margin: 0; min-width: 0; font-size: 13px; line-height: 1.35 }
 .card img { display: block; width: 100%; aspect-ratio: 1; object-fit: contain; border-radius: 4px;
+  outline: 1px solid var(--line); outline-offset: -1px;
   background: #eceff2 }
 .card img.tiny { image-rendering: pixelated }
 .card figcaption { margin-top: 5px; overflow-wrap: anywhere }
@@ -170,7 +175,9 @@ def _text(value: str) -> str:
 
 
 def _number(value: float) -> str:
-    """Whole numbers whole, others with two digits behind the point at most."""
+    """Whole numbers whole, others with two digits behind the point at most, small ones with two."""
+    if 0 < value < 0.1:
+        return f"{value:.2g}"
     return f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:,.2f}"
 
 
@@ -306,25 +313,32 @@ def _classes(inspection: Inspection) -> str:
     }
     if several:
         words += f". {sum(several.values()):,} pictures have several labels, up to {max(several):,}"
-    if len(ordered) <= _MOST_CLASSES:
-        shown = _bars(ordered, largest)
+    present = [entry for entry in ordered if entry[1]]
+    if len(ordered) <= _MOST_CLASSES or not present:
+        shown = _bars(ordered[:_MOST_CLASSES], largest)
     else:
+        counts = [count for _, count in present]
+        is_skewed = largest > _SKEWED * statistics.median(counts)
         shown = _plot(
-            "Pictures of each class, largest class first",
-            [count for _, count in ordered],
-            ("1", f"{len(ordered):,}"),
+            f"Pictures of each class, largest class first{', logarithmic' if is_skewed else ''}",
+            [math.log1p(count) for count in counts] if is_skewed else counts,
+            ("1", f"{len(present):,}"),
             "",
         )
         shown += (
             '<div class="columns"><div><h3>Largest</h3>'
-            f"{_bars(ordered[:_ENDS_OF_CLASSES], largest)}</div><div><h3>Smallest</h3>"
-            f"{_bars(ordered[-_ENDS_OF_CLASSES:], largest)}</div></div>"
+            f"{_bars(present[:_ENDS_OF_CLASSES], largest)}</div><div><h3>Smallest</h3>"
+            f"{_bars(present[-_ENDS_OF_CLASSES:], largest)}</div></div>"
         )
     return f'<section id="classes"><h2>Classes</h2><p>{words}.</p>{shown}</section>'
 
 
 def _plot(
-    title: str, counts: Sequence[int], ends: tuple[str, str], words: str, hovers: Sequence[str] = ()
+    title: str,
+    counts: Sequence[float],
+    ends: tuple[str, str],
+    words: str,
+    hovers: Sequence[str] = (),
 ) -> str:
     """Columns that fill the width; many become one outline, since thinner ones would vanish."""
     top, width = max(counts) or 1, len(counts)
@@ -361,9 +375,12 @@ def _spread_plot(title: str, spread: Spread, unit: str = "") -> str:
         f"{_number(low)} to {_number(high)}: {count:,}"
         for low, high, count in zip(spread.edges[:-1], spread.edges[1:], spread.counts, strict=True)
     ]
-    first, second, *_, last = spread.edges
-    each_number_a_bin = second - first == 1
-    ends = (_number(first), _number(last - 1 if each_number_a_bin else last))
+    first, second, *_, before_last, last = (*spread.edges[:2], *spread.edges)
+    if last - before_last > second - first + 1e-6:
+        end = f"{_number(before_last)} and more"
+    else:
+        end = _number(last - 1 if second - first == 1 else last)
+    ends = (_number(first), end)
     return _plot(title, spread.counts, ends, words, hovers)
 
 

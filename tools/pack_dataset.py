@@ -6,6 +6,8 @@ directly. The other sub-commands have modules of their own.
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 import signal
 import sys
@@ -18,7 +20,7 @@ from typing import Annotated, Literal, NoReturn, TextIO
 
 import tyro
 
-from unicl_fast.images import MAX_PIXELS, RESIZE_QUALITY, PictureFormat
+from unicl_fast.images import MAX_PIXELS, PictureFormat
 from unicl_fast.shard_writer import DEFAULT_SHARD_BYTES
 from unicl_fast.shards import QUARANTINE_NAME
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
@@ -29,6 +31,7 @@ from unicl_fast.tools.merge_command import Merge
 from unicl_fast.tools.ray_engine import Engine
 from unicl_fast.tools.verify_command import Verify
 from unicl_fast.tools.work_folder import describe_unfinished
+from unicl_fast.whole_files import write_text_whole
 
 _WORDNET_ID = re.compile(r"n\d{8}")
 
@@ -61,6 +64,8 @@ class Build:
       unicl-pack build imagenet/train --out packed/imagenet --class-names imagenet
 
       unicl-pack build images.zip/train --out packed/small --resize short:256
+
+      unicl-pack build photos/ --out packed/webp --resize short:256 --format webp --quality 80
 
       unicl-pack build cifar10-train.zip --out packed/cifar10 --format raw
 
@@ -113,12 +118,15 @@ class Build:
     """short:PIXELS scales pictures down until their shorter side has so many pixels, and encodes
     them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales
     down or up until the shorter side has so many, and cuts the longer one at both ends."""
-    quality: int = RESIZE_QUALITY
-    """JPEG quality of pictures that were scaled, 1 to 100."""
+    quality: int | None = None
+    """1 to 100, by default 90: of pictures that become JPEG or WebP with --format, or were scaled
+    with --resize. Refused where nothing would be encoded with it."""
     format: PictureFormat = "keep"
-    """keep: pictures stay files, byte for byte where they are plain JPEGs and PNGs. raw: they are
-    decoded for good, which for small ones (32 pixels a side, say) makes training's input several
-    times as fast; all must be of one size, and take 3 bytes a pixel."""
+    """keep: pictures stay files, byte for byte where they are plain JPEGs and PNGs. jpeg, webp,
+    png: all become files of that format; plain ones that are already, and need no scaling, stay
+    byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
+    makes training's input several times as fast; all must be of one size, and take 3 bytes a
+    pixel. docs/data.md compares them."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
     max_pixels: int = MAX_PIXELS
@@ -135,10 +143,18 @@ class Build:
     paths. The data set is the same."""
     restart: bool = False
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
+    json: Path | None = None
+    """Write what was done, in numbers, into this file."""
 
     def run(self) -> tuple[str, int]:
         """What there is to say at the end, and the exit code."""
-        return _report(build_dataset(**vars(self))), 0
+        options = dict(vars(self))
+        path = options.pop("json")
+        summary = build_dataset(**options)
+        if path is not None:
+            values = dataclasses.asdict(summary) | {"out": str(summary.out)}
+            write_text_whole(path, json.dumps(values, indent=1) + "\n")
+        return _report(summary), 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -239,7 +255,8 @@ def _report(summary: BuildSummary) -> str:
 def _treatment(summary: BuildSummary) -> str:
     """What became of the pictures."""
     if summary.picture_size is None:
-        return f"{summary.num_reencoded:,} encoded anew, the others byte for byte"
+        kept = summary.num_samples - summary.num_reencoded
+        return f"{summary.num_reencoded:,} encoded anew, {kept:,} byte for byte"
     height, width = summary.picture_size
     return f"decoded, {width} x {height} pixels each"
 

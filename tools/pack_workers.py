@@ -23,6 +23,8 @@ from unicl_fast.tools.picture_worker import Task as Task
 
 _CHUNK_ITEMS = 64
 _CHUNK_BYTES = 4_000_000
+_PNG_GROWTH = 8
+"""A photograph as PNG takes up to so many times the bytes of its JPEG."""
 CHUNKS_AHEAD = 3
 """Chunks under way for each worker: one in hand, one waiting, one on its way back."""
 
@@ -45,7 +47,7 @@ def check_in_order(
     pool = WorkerPool(options, context_length=context_length)
     threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-pack")
     under_way: deque[Future[list[Checked | Problem]]] = deque()
-    chunks = make_chunks(tasks)
+    chunks = make_chunks(tasks, options)
     try:
         while True:
             for chunk in chunks:
@@ -77,12 +79,17 @@ class WorkerPool:
         results: list[Checked | Problem] = []
         while len(results) < len(tasks):
             worker = self._take()
+            first = len(results)
             try:
-                for result in worker.check(tasks[len(results) :]):
+                for result in worker.check(tasks[first:]):
                     results.append(result)  # one by one: those before a death count
-            except WorkerDeathError:
+            except WorkerDeathError as death:
                 self._forget(worker)
-                results.append(self._check_alone(tasks[len(results)]))
+                culprit = first + death.num_finished
+                # finished, and their answers died with the worker: nothing is wrong with them
+                results += self.check(tasks[len(results) : culprit])
+                if culprit < len(tasks):
+                    results.append(self._check_alone(tasks[culprit]))
             else:
                 self._give_back(worker)
         return results
@@ -139,13 +146,14 @@ class WorkerPool:
                 raise RuntimeError("the build is over")  # nobody waits for this chunk any more
 
 
-def make_chunks(tasks: Iterable[Task]) -> Iterator[list[Task]]:
+def make_chunks(tasks: Iterable[Task], options: PictureOptions) -> Iterator[list[Task]]:
     """Tasks by the handful: so many that handing them out costs little, and few bytes."""
+    growth = _PNG_GROWTH if options.format == "png" else 1
     chunk: list[Task] = []
     num_bytes = 0
     for task in tasks:
         chunk.append(task)
-        num_bytes += max(task.entry.num_bytes, task.answer_bytes)
+        num_bytes += max(growth * task.entry.num_bytes, task.answer_bytes)
         if len(chunk) >= _CHUNK_ITEMS or num_bytes >= _CHUNK_BYTES:
             yield chunk
             chunk, num_bytes = [], 0

@@ -40,8 +40,13 @@ class FileEntry:
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         try:
             with open_regular(self.path) as file:
-                check_file_size(os.fstat(file.fileno()).st_size, max_bytes)
-                data = file.read(max_bytes + 1)  # some files, those of /proc say, have no size
+                size = os.fstat(file.fileno()).st_size
+                check_file_size(size, max_bytes)
+                # Memory for all that is asked for is taken at once, which for `max_bytes` takes
+                # longer than reading a small file. Some files, those of /proc say, have no size.
+                data = file.read(size + 1)
+                if len(data) > size:
+                    data += file.read(max_bytes + 1 - len(data))
         except OSError as error:
             raise EntryError("unreadable", error.strerror or str(error)) from error
         check_file_size(len(data), max_bytes)

@@ -3,7 +3,8 @@
 A decoder written in C can crash, loop or ask for all memory there is, and Python can interrupt none
 of it. So pictures are checked in a process of their own, under two limits that the kernel holds:
 a timer that ends the process when one picture takes too long, and a ceiling on its memory. The
-process answers picture by picture; the first without an answer is the one it died of. What follows
+process counts the pictures that it has finished in memory that it shares with the main one; so it
+may answer for many small ones at once, and the one it died of is known all the same. What follows
 from a death is decided in `pack_workers`.
 
 Imports what a worker needs and no more: neither torch nor a command line.
@@ -12,12 +13,17 @@ Imports what a worker needs and no more: neither torch nor a command line.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import marshal
+import multiprocessing
 import os
 import signal
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +46,9 @@ JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves
 _SMALL_FILE_BYTES = 16_000_000
 _BYTES_BESIDE_PICTURES = 400_000_000
 """The tokenizer, decoders' tables, and the heap's slack."""
+_ANSWER_BYTES = 64_000
+_ANSWER_SECONDS = 0.02
+"""Answers wait for others until they are so large together, or so old."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,7 +85,8 @@ class PictureOptions:
     """Longest time for one sample, reading included; 0 sets no limit."""
     square_side: int = 0
     """Make pictures squares of so many pixels a side; 0 leaves sizes alone."""
-    format: PictureFormat = "keep"
+    format: PictureFormat | Literal["packed"] = "keep"
+    """What is made of sound pictures; packed only looks at them (`images.check_picture`)."""
     return_pictures: bool = True
     """Whether results bring the pictures' bytes; a verification needs what was found only."""
 
@@ -95,9 +105,11 @@ class PictureOptions:
 class WorkerDeathError(Exception):
     """A worker process ended before its time; `problem` says how, in the words of a quarantine."""
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, num_finished: int) -> None:
+        """`num_finished`: tasks before the one it died of, also those without an answer."""
         super().__init__(problem.message)
         self.problem = problem
+        self.num_finished = num_finished
 
 
 class PictureWorker:
@@ -110,20 +122,26 @@ class PictureWorker:
             RuntimeError: it cannot be started, which is no picture's fault.
         """
         self._options = options
-        self._process = LimitedProcess(_serve, options, context_length)
+        self._finished: Any = multiprocessing.get_context("spawn").RawValue(ctypes.c_int64)
+        self._process = LimitedProcess(_serve, options, context_length, self._finished)
 
     def check(self, tasks: Sequence[Task]) -> Iterator[Checked | Problem]:
         """One result for each task, in order.
 
         Raises:
-            WorkerDeathError: the process ended at the first task that has no result.
+            WorkerDeathError: the process ended before all were done.
         """
+        self._finished.value = num_answered = 0
         try:
             self._process.connection.send(tasks)
-            for _ in tasks:
-                yield self._process.connection.recv()
+            while num_answered < len(tasks):
+                answers = marshal.loads(self._process.connection.recv_bytes())
+                num_answered += len(answers)
+                yield from map(_unpack, answers)
         except (EOFError, OSError) as error:
-            raise WorkerDeathError(self._cause_of_death()) from error
+            raise WorkerDeathError(
+                self._cause_of_death(), num_finished=self._finished.value
+            ) from error
 
     def kill(self) -> None:
         """Ends the process at once; whoever waits for a result gets a `WorkerDeathError`."""
@@ -145,19 +163,62 @@ class PictureWorker:
 # From here on: what runs inside the process.
 
 
-def _serve(connection: Connection, options: PictureOptions, context_length: int) -> None:
+def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
+    """What `_pack` made of a result."""
+    if len(answer) == 2:
+        kind, message = answer
+        return Problem(kind=kind, message=message)
+    data, extension, height, width, reencoded, xxh3, tokens = answer
+    return Checked(
+        picture=Picture(
+            data=data, extension=extension, height=height, width=width, reencoded=reencoded
+        ),
+        xxh3=xxh3,
+        tokens=[np.frombuffer(ids, np.uint16) for ids in tokens],
+    )
+
+
+def _serve(
+    connection: Connection, options: PictureOptions, context_length: int, finished: Any
+) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
     enter(connection, options.memory_bytes)
     checker = _Checker(options, context_length)
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
+            answers: list[tuple[Any, ...]] = []
+            num_bytes, oldest = 0, 0.0
             for task in connection.recv():
                 checker.prepare(task)
                 signal.setitimer(signal.ITIMER_REAL, options.seconds)
-                result = checker.check(task)
+                answer, answer_bytes = _pack(checker.check(task))
                 signal.setitimer(signal.ITIMER_REAL, 0)  # not while the main process is slow
-                connection.send(result)
+                finished.value += 1
+                oldest = oldest if answers else time.monotonic()
+                answers.append(answer)
+                num_bytes += answer_bytes
+                if num_bytes >= _ANSWER_BYTES or time.monotonic() > oldest + _ANSWER_SECONDS:
+                    connection.send_bytes(marshal.dumps(answers))
+                    answers, num_bytes = [], 0
+            if answers:
+                connection.send_bytes(marshal.dumps(answers))
+
+
+def _pack(result: Checked | Problem) -> tuple[tuple[Any, ...], int]:
+    """A result as plain values, and their size: pickling the classes takes as long as decoding."""
+    if isinstance(result, Problem):
+        return (result.kind, result.message), len(result.message)
+    picture, tokens = result.picture, [ids.tobytes() for ids in result.tokens]
+    return (
+        picture.data,
+        picture.extension,
+        picture.height,
+        picture.width,
+        picture.reencoded,
+        result.xxh3,
+        tokens,
+    ), len(picture.data) + sum(map(len, tokens))
 
 
 class _Checker:

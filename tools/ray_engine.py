@@ -65,7 +65,7 @@ def check_on_ray(
     # whatever kills Ray's process is not the pictures' doing, which have processes of their own
     remote = ray.remote(num_cpus=1, max_retries=-1)(_check_chunk)
     under_way: deque[Any] = deque()
-    chunks = make_chunks(tasks)
+    chunks = make_chunks(tasks, options)
     try:
         while True:
             for chunk in chunks:

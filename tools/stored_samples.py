@@ -22,7 +22,7 @@ from unicl_fast.shard_reader import ShardReader
 from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
 
 _FIELDS = {"captions", "labels", "source", "name"}
-_MEMBERS = (["jpg", "json"], ["png", "json"])
+_MEMBERS = (["jpg", "json"], ["webp", "json"], ["png", "json"])
 _MEMBERS_OF_RAW = (["json"],)
 
 
@@ -224,7 +224,7 @@ def _check_kinds(members: tuple[Member, ...], *, is_raw: bool) -> None:
     """A sample of format version 1 is a picture and a JSON, in this order; of a raw one, a JSON."""
     found = [member.extension for member in members]
     if found not in (_MEMBERS_OF_RAW if is_raw else _MEMBERS):
-        expected = "json alone" if is_raw else "jpg or png, then json"
+        expected = "json alone" if is_raw else "jpg, webp or png, then json"
         raise ValueError(f"its members are {', '.join(found)}; expected are {expected}")
 
 

@@ -105,6 +105,7 @@ def verify_dataset(
             quality=RESIZE_QUALITY,
             max_pixels=max_pixels,
             seconds=picture_seconds,
+            format="packed",
             return_pictures=False,
         )
         with dataset:
@@ -189,7 +190,7 @@ def _check_samples(
             kind = "tokens" if result.kind == "bad caption" else "picture"
             checks.fault(sample.index, kind, f"{result.kind}: {result.message}")
         else:
-            checks.compare_picture(sample.index, result)
+            checks.compare_picture(sample.index, result, extension=sample.extension)
             checks.compare_tokens(sample.index, result.tokens)
             num_decoded += 1
     return num_decoded
@@ -226,6 +227,8 @@ class _Sound:
     picture: Span | None
     """None of a raw data set."""
     captions: tuple[str, ...]
+    extension: str
+    """Of the picture's member; empty of a raw data set."""
 
 
 def _tokenise_again(
@@ -295,6 +298,7 @@ class _SampleChecks:
                         if picture is None
                         else Span(str(path), picture.offset, len(picture.data)),
                         sample.description.captions if self._has_tokenizer else (),
+                        "" if picture is None else picture.extension,
                     )
                 if len(lines) == shard.num_samples:
                     self._check_index(path.with_suffix(".idx"), lines)
@@ -355,16 +359,19 @@ class _SampleChecks:
                     "changed, or they were made with another version of ftfy or regex",
                 )
 
-    def compare_picture(self, index: int, checked: Checked) -> None:
-        """A strictly decoded picture against its row."""
+    def compare_picture(self, index: int, checked: Checked, *, extension: str) -> None:
+        """A strictly decoded picture against its row and its member's name."""
         row, picture = self._dataset.samples[index], checked.picture
         if picture.reencoded:
             self.fault(
                 index,
                 "picture",
-                "it can be read, but is no plain 8-bit grey or RGB JPEG or PNG the right way up; "
-                "a build would have encoded it anew",
+                "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "
+                "way up; a build would have encoded it anew",
             )
+        elif picture.extension != extension:
+            message = f"its bytes are those of a .{picture.extension}, not of a .{extension}"
+            self.fault(index, "picture", message)
         found = (picture.height, picture.width)
         stored = (int(row["height"]), int(row["width"]))
         if found != stored:

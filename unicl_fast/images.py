@@ -3,8 +3,9 @@
 A picture that is a plain 8-bit grey or RGB JPEG or PNG, the right way up and free of damage, keeps
 its bytes. Anything else that can be read is decoded here and encoded anew, so that the decoder of
 the training run meets no surprises. What cannot be read, or reads only with warnings, is refused
-with a `PictureError` that gives the reason. `docs/data-format.md` lists the conversions. For a raw
-data set the same decoding gives pixels, and nothing is encoded.
+with a `PictureError` that gives the reason. Where all are wanted in one format, plain ones of that
+format keep their bytes, and no others. `docs/data-format.md` lists the conversions. For a raw data
+set the same decoding gives pixels, and nothing is encoded (`picture_encoding` does it otherwise).
 
 Decoding for training is DALI's business; this module only decides what DALI is given.
 """
@@ -19,6 +20,7 @@ import simplejpeg
 from PIL import Image
 
 from unicl_fast.jpeg_header import JpegHeader, read_jpeg_header
+from unicl_fast.picture_encoding import encode_jpeg, encode_png, encode_webp, image_of
 from unicl_fast.pillow_decoding import MAX_PIXELS as MAX_PIXELS
 from unicl_fast.pillow_decoding import MAX_SIDE as MAX_SIDE
 from unicl_fast.pillow_decoding import PictureError as PictureError
@@ -32,6 +34,7 @@ from unicl_fast.pillow_decoding import (
     pixels_of,
     turn_upright,
 )
+from unicl_fast.webp_header import is_webp, simple_webp
 
 MAX_SCANS = 500
 """A progressive JPEG with more scans is an attack on the decoder's time; cameras write about 10."""
@@ -47,9 +50,19 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
 
 
-PictureFormat = Literal["keep", "raw"]
-"""What becomes of a sound picture: its bytes are kept (or encoded anew where need be), or it is
-decoded for good."""
+PictureFormat = Literal["keep", "jpeg", "webp", "png", "raw"]
+"""What becomes of a sound picture: its bytes are kept (or encoded anew as JPEG where need be), it
+becomes a file of that format, or it is decoded for good."""
+
+_KEPT: dict[PictureFormat | Literal["packed"], frozenset[str]] = {
+    "keep": frozenset({"jpg", "png"}),
+    "jpeg": frozenset({"jpg"}),
+    "webp": frozenset({"webp"}),
+    "png": frozenset({"png"}),
+    "raw": frozenset(),
+    "packed": frozenset({"jpg", "webp", "png"}),
+}
+"""Extensions of the plain pictures that keep their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +72,7 @@ class Picture:
     data: bytes
     """A file, or (raw) RGB pixels [h w 3]."""
     extension: str
-    """jpg, png or raw."""
+    """jpg, webp, png or raw."""
     height: int
     width: int
     reencoded: bool
@@ -73,7 +86,7 @@ def check_picture(
     square_side: int = 0,
     quality: int = RESIZE_QUALITY,
     max_pixels: int = MAX_PIXELS,
-    format: PictureFormat = "keep",
+    format: PictureFormat | Literal["packed"] = "keep",
 ) -> Picture:
     """Checks a picture's bytes and normalises them if need be.
 
@@ -83,9 +96,10 @@ def check_picture(
             it and encoded anew; 0 leaves sizes alone. Nothing is enlarged by it.
         square_side: a picture that is no square of so many pixels is scaled, down or up, until its
             shorter side has them, and cut at both ends of the longer one; 0 leaves sizes alone.
-        quality: JPEG quality of scaled pictures, 1 to 100.
+        quality: 1 to 100, of pictures that become JPEG or WebP; with `format` keep, of those that
+            are scaled.
         max_pixels: a picture with more is refused by what its header says, before it is decoded.
-        format: what is made of it.
+        format: what is made of it; as packed, what a data set may hold keeps its bytes.
 
     Raises:
         PictureError: the picture is damaged, not a picture, too large, or of an unsupported kind.
@@ -93,10 +107,18 @@ def check_picture(
     if not data:
         raise PictureError("empty", "the file is empty")
     target = _Target(short_side=short_side, square_side=square_side, quality=quality)
-    decoded = _decode(data, target, max_pixels=max_pixels, keep=format == "keep")
+    decoded = _decode(data, target, max_pixels=max_pixels, kept=_KEPT[format])
     if isinstance(decoded, Picture):
         return decoded
-    return _encode(decoded, target) if format == "keep" else _as_pixels(target.scaled(decoded))
+    is_scaled = target.needs_resize(*decoded.shape[:2])
+    pixels = target.scaled(decoded)
+    if format == "raw":
+        return _as_pixels(pixels)
+    if format == "webp":
+        return _file(encode_webp(pixels, quality=quality), "webp", pixels)
+    if format == "png":
+        return _file(encode_png(pixels), "png", pixels)
+    return _as_jpeg(pixels, quality=quality if is_scaled or format == "jpeg" else None)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -120,13 +142,17 @@ class _Target:
         return _scale_down(pixels, self.short_side)
 
 
-def _decode(data: bytes, target: _Target, *, max_pixels: int, keep: bool) -> Picture | Pixels:
-    """Decodes a picture strictly; with `keep`, one that may keep its bytes comes back as it is."""
+def _decode(
+    data: bytes, target: _Target, *, max_pixels: int, kept: frozenset[str]
+) -> Picture | Pixels:
+    """Decodes a picture strictly; one that may keep its bytes comes back as it is."""
     if data.startswith(_JPEG_SIGNATURE):
-        return _decode_any_jpeg(data, target, max_pixels=max_pixels, keep=keep)
+        return _decode_any_jpeg(data, target, max_pixels=max_pixels, keep="jpg" in kept)
     with pillow_limits(max_pixels):
         if data.startswith(_PNG_SIGNATURE):
-            return _decode_png(data, target, keep=keep)
+            return _decode_png(data, target, keep="png" in kept)
+        if is_webp(data):
+            return _decode_webp(data, target, keep="webp" in kept)
         return pixels_of(open_picture(data))
 
 
@@ -214,24 +240,40 @@ def _largest_extra(png: bytes) -> int:
     return largest
 
 
-def _encode(pixels: Pixels, target: _Target) -> Picture:
-    """Pixels to a plain JPEG, scaled first if asked for; checked like any other."""
-    subsampling, quality = REENCODE_SUBSAMPLING, REENCODE_QUALITY
-    if target.needs_resize(*pixels.shape[:2]):
-        pixels = target.scaled(pixels)
-        subsampling, quality = RESIZE_SUBSAMPLING, target.quality
-    height, width, channels = pixels.shape
-    try:
-        data: bytes = simplejpeg.encode_jpeg(
-            np.ascontiguousarray(pixels),
-            quality=quality,
-            colorspace="GRAY" if channels == 1 else "RGB",
-            colorsubsampling="Gray" if channels == 1 else subsampling,
-        )
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise PictureError("unsupported", f"libjpeg cannot encode it: {error}") from error
+def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> Picture | Pixels:
+    """Decodes a WebP; libwebp refuses what is cut, and has no checksums for what is changed."""
+    image = open_picture(data)
+    pixels = pixels_of(image)
+    simple = simple_webp(data) if keep else None
+    if (
+        simple is None
+        or image.mode != "RGB"
+        or orientation_of(image) != 1
+        or target.needs_resize(image.height, image.width)
+    ):
+        return pixels
+    return Picture(
+        data=simple,
+        extension="webp",
+        height=image.height,
+        width=image.width,
+        reencoded=simple is not data,
+    )
+
+
+def _as_jpeg(pixels: Pixels, *, quality: int | None) -> Picture:
+    """A plain JPEG, checked like any other; without a quality, nearly what the pixels were."""
+    if quality is None:
+        data = encode_jpeg(pixels, quality=REENCODE_QUALITY, subsampling=REENCODE_SUBSAMPLING)
+    else:
+        data = encode_jpeg(pixels, quality=quality, subsampling=RESIZE_SUBSAMPLING)
     _check_jpeg_data(data)
-    return Picture(data=data, extension="jpg", height=height, width=width, reencoded=True)
+    return _file(data, "jpg", pixels)
+
+
+def _file(data: bytes, extension: str, pixels: Pixels) -> Picture:
+    height, width, _ = pixels.shape
+    return Picture(data=data, extension=extension, height=height, width=width, reencoded=True)
 
 
 def _as_pixels(pixels: Pixels) -> Picture:
@@ -265,9 +307,5 @@ def _resample(
     pixels: Pixels, *, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
 ) -> Pixels:
     """Pillow's bicubic filter, of the whole picture or a box (left, top, right, bottom) of it."""
-    # Pillow takes grey pixels without a channel axis
-    image = Image.fromarray(
-        np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
-    )
-    scaled = np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box))
+    scaled = np.asarray(image_of(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
     return scaled if scaled.ndim == 3 else scaled[..., None]

@@ -45,9 +45,8 @@ class ShardFile:
         for extension, data in members:
             name = f"{key}.{extension}"
             entries.append(f"{extension} {self.num_bytes + BLOCK} {len(data)} {name}")
-            self._write(tar_header(name, len(data)))
-            self._write(data)
-            self._write(bytes(padded_bytes(len(data)) - len(data)))
+            padding = bytes(padded_bytes(len(data)) - len(data))
+            self._write(b"".join([tar_header(name, len(data)), data, padding]))
         self._index.append(" ".join(entries))
         return first
 
@@ -261,18 +260,20 @@ def _make_tar_template() -> bytes:
 
 
 _TAR_TEMPLATE = _make_tar_template()
+# of all bytes but name and size; the checksum is taken over blanks in its own place
+_TEMPLATE_SUM = sum(_TAR_TEMPLATE) - sum(_TAR_TEMPLATE[124:136] + _TAR_TEMPLATE[148:156]) + 8 * 32
 
 
 def tar_header(name: str, size: int) -> bytes:
     """A ustar header with name and size only: no time, no owner, the same on every machine.
 
-    Three times as fast as tarfile's, which matters when pictures are smaller than a kilobyte.
+    A tenth of tarfile's time, which matters when pictures are smaller than a kilobyte.
     """
+    name_bytes, size_bytes = name.encode("ascii"), b"%011o\0" % size
     header = bytearray(_TAR_TEMPLATE)
-    header[: len(name)] = name.encode("ascii")
-    header[124:136] = b"%011o\0" % size
-    header[148:156] = b" " * 8  # the checksum is taken over blanks in its own place
-    header[148:156] = b"%06o\0 " % sum(header)
+    header[: len(name_bytes)] = name_bytes
+    header[124:136] = size_bytes
+    header[148:156] = b"%06o\0 " % (_TEMPLATE_SUM + sum(name_bytes) + sum(size_bytes))
     return bytes(header)
 
 

@@ -64,6 +64,7 @@ SET_NAME, JOURNAL_NAME = "set", "journal"
 
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -73,7 +74,7 @@ class PackedSample:
     image: bytes
     """The contents of a picture file, or of a raw data set the pixels [h w 3]."""
     extension: str
-    """jpg or png; of a raw data set it has no meaning."""
+    """jpg, webp or png; of a raw data set it has no meaning."""
     height: int
     width: int
     xxh3: int
@@ -416,4 +417,4 @@ def _describe(sample: PackedSample) -> bytes:
         "name": sample.name,
     }
     # a file name that is not UTF-8 reaches us as lone surrogates, which escapes can carry
-    return json.dumps(fields, separators=(",", ":")).encode("ascii")
+    return _encode_json(fields).encode("ascii")

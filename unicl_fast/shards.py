@@ -162,7 +162,7 @@ class PackedDataset:
         return None if self._pixel_file is None else self._pixel_file.shape
 
     def image_bytes(self, index: int, *, verify: bool = False) -> npt.NDArray[np.uint8]:
-        """The picture of sample `index` as a file: JPEG or PNG, or of a raw data set PNM (P6).
+        """The picture of sample `index` as a file: JPEG, WebP, PNG, or of a raw set PNM (P6).
 
         Args:
             index: 0 to len - 1.

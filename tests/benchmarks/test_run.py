@@ -25,13 +25,15 @@ SMALL = {
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
         *("--augment", "none,grayscale=0.5"),
     ],
+    "pack": ["--pictures", "24", "--formats", "keep", "webp", "--resize", "short:24"],
     "input": [
         *("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1"),
         *("--peers", "none", "--parts", "none"),
     ],
 }
 
-ON_DATA = ("text", "step", "profile", "input", "augment")
+ON_DATA = ("text", "step", "profile", "input", "augment", "pack")
+STARTING_PROGRAMS = ("pack",)
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "profile": captioned,
         "input": labelled,
         "augment": labelled,
+        "pack": pictures / "tiny-imagenet-200-subset.zip",
     }
 
 
@@ -61,7 +64,10 @@ def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> 
 
 
 @pytest.mark.dali
-@pytest.mark.parametrize("stage", ON_DATA)
+@pytest.mark.parametrize(
+    "stage",
+    [pytest.param(s, marks=[pytest.mark.slow] * (s in STARTING_PROGRAMS)) for s in ON_DATA],
+)
 def test_a_stage_on_data_writes_its_figures(
     stage: str, packed: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -6,6 +6,7 @@ import csv
 import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -16,7 +17,13 @@ from PIL import Image
 from unicl_fast.config import DataConfig, Resample
 from unicl_fast.images import Picture, PictureError, check_picture
 from unicl_fast.pipelines.crop import central_windows
-from unicl_fast.pipelines.graph import build_evaluation_graph, build_train_graph
+from unicl_fast.pipelines.graph import (
+    Pipeline,
+    build_evaluation_graph,
+    build_train_graph,
+    decode_windows,
+    fn,
+)
 
 pytestmark = pytest.mark.dali
 
@@ -30,8 +37,8 @@ def settings(resample: Resample) -> DataConfig:
     )
 
 
-@pytest.fixture(scope="module")
-def accepted(shared_data: Path) -> dict[str, Picture]:
+@pytest.fixture(scope="module", params=["keep", pytest.param("webp", marks=pytest.mark.slow)])
+def accepted(shared_data: Path, request: pytest.FixtureRequest) -> dict[str, Picture]:
     """Of the hostile set and of the bombs, everything that packing takes."""
     folder = shared_data / "hostile"
     with (folder / "manifest.csv").open(encoding="utf-8", newline="") as file:
@@ -40,10 +47,11 @@ def accepted(shared_data: Path) -> dict[str, Picture]:
     taken = {}
     for name, content in data.items():
         try:
-            taken[name] = check_picture(content, max_pixels=50_000_000)
+            taken[name] = check_picture(content, max_pixels=50_000_000, format=request.param)
         except PictureError:
             continue
-    assert len(taken) == 176 + len(SOUND_BOMBS) + len(honest(40))
+    too_wide = 1 if request.param == "webp" else 0
+    assert len(taken) == 176 + len(SOUND_BOMBS) + len(honest(40)) - too_wide
     return taken
 
 
@@ -78,7 +86,7 @@ def test_every_accepted_picture_is_decoded_in_every_training_window(
                 y, x = starts[place]
                 wanted = Image.open(io.BytesIO(picture.data)).convert("RGB").getpixel((x, y))
                 difference = np.abs(pixels.astype(int) - np.array(wanted)).max()
-                assert difference <= (0 if picture.extension == "png" else 8), name
+                assert difference <= (8 if picture.extension == "jpg" else 0), name
 
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
@@ -101,3 +109,29 @@ def test_every_accepted_picture_is_decoded_for_evaluation(
     assert [images.at(place).shape for place in range(len(pictures))] == [(SIZE, SIZE, 3)] * len(
         pictures
     )
+
+
+@pytest.mark.parametrize("format", ["webp", "png"])
+def test_windows_of_real_photographs_are_what_pillow_cuts_out(
+    shared_data: Path, format: Literal["webp", "png"]
+) -> None:
+    """Not a level apart: both formats leave a decoder no choice, unlike JPEG."""
+    paths = sorted((shared_data / "decode" / "images").iterdir())[::20]
+    pictures = [check_picture(path.read_bytes(), format=format, short_side=256) for path in paths]
+    encoded = [np.frombuffer(picture.data, np.uint8) for picture in pictures]
+    sizes = np.array([(picture.height, picture.width) for picture in pictures], np.int32)
+    random = np.random.default_rng(0)
+    shapes = random.integers(1, sizes + 1).astype(np.int32)
+    starts = random.integers(0, sizes - shapes + 1).astype(np.int32)
+    pipeline = Pipeline(batch_size=len(paths), num_threads=2, device_id=None)
+    with pipeline:
+        inputs = fn.external_source(lambda: (encoded, starts, shapes), num_outputs=3, batch=True)
+        pipeline.set_outputs(
+            decode_windows(*inputs, data=settings("dali"), device=CPU, pictures="files")
+        )
+    (windows,) = pipeline.run()
+    for place, data in enumerate(encoded):
+        whole = np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB"))
+        (top, left), (height, width) = starts[place], shapes[place]
+        expected = whole[top : top + height, left : left + width]
+        assert np.array_equal(windows.at(place), expected), paths[place].name

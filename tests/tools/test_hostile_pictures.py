@@ -34,18 +34,22 @@ import json, resource, sys
 from unicl_fast.tools.build_dataset import build_dataset
 
 if __name__ == "__main__":
-    source, out, max_pixels = sys.argv[1:]
-    summary = build_dataset([source], out, max_pixels=int(max_pixels), workers=1, progress=False)
+    source, out, max_pixels, format = sys.argv[1:]
+    summary = build_dataset(
+        [source], out, max_pixels=int(max_pixels), format=format, workers=1, progress=False
+    )
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
     print(json.dumps({"peak": peak, "packed": summary.num_samples, "seconds": summary.seconds}))
 """
 
 
-def measured_build(source: Path, out: Path, tmp_path: Path, max_pixels: int) -> dict[str, float]:
+def measured_build(
+    source: Path, out: Path, tmp_path: Path, max_pixels: int, format: str = "keep"
+) -> dict[str, float]:
     """Packs in a process of its own; returns its worker's peak memory with what was packed."""
     script = tmp_path / "measured_build.py"
     script.write_text(MEASURED_BUILD)
-    command = [sys.executable, str(script), str(source), str(out), str(max_pixels)]
+    command = [sys.executable, str(script), str(source), str(out), str(max_pixels), format]
     result = subprocess.run(command, capture_output=True, text=True, timeout=250)
     assert result.returncode == 0, result.stderr
     found: dict[str, float] = json.loads(result.stdout)
@@ -98,8 +102,12 @@ def test_of_the_hostile_set_all_that_decoders_agree_on_is_packed(
     assert taken <= agreed
 
 
+@pytest.mark.parametrize(
+    "format",
+    ["keep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jpeg", "webp", "png"))],
+)
 def test_a_worker_takes_no_more_memory_than_its_pixels_need(
-    tmp_path: Path, peak_at_rest: float
+    tmp_path: Path, peak_at_rest: float, format: str
 ) -> None:
     """Bombs of every format, and honest pictures at the very limit: 40 bytes a pixel hold it."""
     bombs = tmp_path / "bombs" / "x"
@@ -108,7 +116,7 @@ def test_a_worker_takes_no_more_memory_than_its_pixels_need(
         (bombs / name).write_bytes(make())
     for name, data in honest(1000).items():
         (bombs / name).write_bytes(data)
-    found = measured_build(tmp_path / "bombs", tmp_path / "b", tmp_path, MAX_PIXELS)
+    found = measured_build(tmp_path / "bombs", tmp_path / "b", tmp_path, MAX_PIXELS, format)
     largest_file = max(path.stat().st_size for path in bombs.iterdir())
     assert found["peak"] - peak_at_rest < 40 * MAX_PIXELS + 3 * largest_file
     left_out = {name.removeprefix("x/"): kind for name, kind in quarantined(tmp_path / "b").items()}

@@ -24,6 +24,7 @@ from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools import inspect_dataset as inspect_module
+from unicl_fast.tools import inspect_page
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.concepts import count_concepts
 from unicl_fast.tools.inspect_dataset import Inspection, inspect_dataset
@@ -357,3 +358,24 @@ def test_histograms_have_round_bins() -> None:
     assert sum(spread.counts) == 3
     spread = inspect_module._spread_of_some(np.array([1.0]), unit=0.05)
     assert spread.counts == (1,)
+
+
+def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs() -> None:
+    values = np.array([*range(20, 64)] * 5 + [65_280, 900])
+    spread = inspect_module._spread_of_some(values)
+    assert spread.edges[-3:] == (62.0, 64.0, 65_280.0)
+    assert spread.counts[-1] == 2
+    assert sum(spread.counts) == len(values)
+    assert min(spread.counts[:-1]) == 10
+    plot = inspect_page._spread_plot("Width", spread)
+    assert "<span>20</span><span>64 and more</span>" in plot
+
+
+def test_of_many_classes_the_smallest_that_have_pictures_are_shown() -> None:
+    counts = [("huge", 5000), *((f"class {n}", 1 + n % 7) for n in range(60)), ("none", 0)]
+    shown = inspect_page._classes(
+        SimpleNamespace(class_counts=counts, labels_per_picture={1: 1})  # type: ignore[arg-type]
+    )
+    assert "largest class first, logarithmic" in shown
+    assert "without any: 1" in shown
+    assert ">none<" not in shown

@@ -122,7 +122,7 @@ def test_wrong_usage_is_one_sentence(
     assert code == 2
     if "tiff" not in arguments:  # the last --format counts
         assert message in text
-    with pytest.raises(ValueError, match="--format takes keep or raw, not 'tiff'"):
+    with pytest.raises(ValueError, match="--format takes keep, jpeg, webp, png or raw, not 'tiff'"):
         build_dataset([tmp_path], tmp_path / "out", format="tiff")  # type: ignore[arg-type]
 
 
@@ -152,6 +152,8 @@ def test_chunks_are_as_small_as_answers_are_large() -> None:
     for answer_bytes, longest in ((3072, 64), (150_000, 27), (4_000_000, 1), (10**9, 1)):
         tasks = (Task(name="", entry=entry, answer_bytes=answer_bytes) for _ in range(100))
         assert max(map(len, _chunks(tasks))) == longest
+    files = (Task(name="", entry=CrashingOnce("/", b"", num_bytes=100_000)) for _ in range(50))
+    assert max(map(len, _chunks(files, growth=8))) == 5
 
 
 @pytest.mark.parametrize("size", [(40, 40), (10, 10), (31, 64), (64, 31), (20, 20)])

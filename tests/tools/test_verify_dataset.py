@@ -257,12 +257,13 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
         5: sample(sound, 2, tokens=tokens),
         6: sample(sound, 2, xxh3=1),
         7: sample(sound, 2, captions=["\ud800", "b"], tokens=tokens),
+        8: sample(sound, 2, extension="webp"),
     }
     out = write(tmp_path / "set", [sample(sound, 2), *lies.values(), sample(sound, 2)])
     found = {fault.sample: (fault.kind, fault.message) for fault in faults_of(out, decode=True)}
     assert set(found) == set(lies)
     kinds = {number: kind for number, (kind, _) in found.items()}
-    assert kinds == dict.fromkeys((1, 2, 3, 4), "picture") | {
+    assert kinds == dict.fromkeys((1, 2, 3, 4, 8), "picture") | {
         5: "tokens",
         6: "checksum",
         7: "tokens",
@@ -270,6 +271,7 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     assert "libjpeg" in found[1][1]
     assert "22 x 24 pixels, samples.npy says 22 x 25" in found[3][1]
     assert "would have encoded it anew" in found[4][1]
+    assert found[8][1] == "its bytes are those of a .jpg, not of a .webp"
     assert not multiprocessing.active_children()
     quick = {fault.sample for fault in faults_of(out)}
     assert quick == {5, 6, 7}

@@ -30,7 +30,7 @@ class Tower(nn.Module):
 
 
 def towers_of(model: UniCL) -> dict[str, Tower]:
-    """Both towers, of the model's own weights; the model in fp32 and evaluation mode, with texts."""
+    """Both towers, of the own weights of a model with texts, in fp32 and evaluation mode."""
     assert model.image_projection is not None
     assert model.text_encoder is not None
     assert model.text_projection is not None

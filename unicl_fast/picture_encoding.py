@@ -1,0 +1,80 @@
+"""Encodes pixels as files: JPEG by libjpeg-turbo, WebP and PNG by Pillow.
+
+The same pixels give the same bytes, with no time, no profile and no text in them, and in the
+simplest form of each format, which every decoder reads alike. Which picture is encoded, and how
+well, is for `images` to decide.
+"""
+
+from __future__ import annotations
+
+import io
+from typing import Any
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from unicl_fast.pillow_decoding import PictureError, Pixels
+
+MAX_WEBP_SIDE = 16_383
+"""WebP keeps a side in 14 bits."""
+WEBP_METHOD = 4
+"""libwebp's effort, 0 to 6; 4 is its default."""
+PNG_COMPRESSION = 6
+"""zlib's level; 6 is its default, and Pillow's."""
+
+
+def encode_jpeg(pixels: Pixels, *, quality: int, subsampling: str) -> bytes:
+    """A baseline JPEG of pixels [h w 1] or [h w 3]; `subsampling` of chroma is 444, 422 or 420.
+
+    Raises:
+        PictureError: libjpeg does not take it.
+    """
+    channels = pixels.shape[2]
+    try:
+        data: bytes = simplejpeg.encode_jpeg(
+            np.ascontiguousarray(pixels),
+            quality=quality,
+            colorspace="GRAY" if channels == 1 else "RGB",
+            colorsubsampling="Gray" if channels == 1 else subsampling,
+        )
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise PictureError("unsupported", f"libjpeg cannot encode it: {error}") from error
+    return data
+
+
+def encode_webp(pixels: Pixels, *, quality: int) -> bytes:
+    """A lossy WebP in the simple format; the format has no grey, so all have three channels.
+
+    Raises:
+        PictureError: it is too large for the format.
+    """
+    height, width, _ = pixels.shape
+    if max(height, width) > MAX_WEBP_SIDE:
+        raise PictureError(
+            "unsupported",
+            f"{width} x {height} pixels; WebP holds at most {MAX_WEBP_SIDE:,} a side: --resize "
+            "makes pictures smaller, and --format jpeg or png takes larger ones",
+        )
+    return _saved(pixels, format="WEBP", quality=quality, method=WEBP_METHOD)
+
+
+def encode_png(pixels: Pixels) -> bytes:
+    """A PNG with 8 bits, grey or RGB, that loses nothing."""
+    return _saved(pixels, format="PNG", compress_level=PNG_COMPRESSION)
+
+
+def image_of(pixels: Pixels) -> Image.Image:
+    """Pillow's view of pixels, which knows grey ones without a channel axis."""
+    return Image.fromarray(
+        np.ascontiguousarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
+    )
+
+
+def _saved(pixels: Pixels, *, format: str, **options: Any) -> bytes:
+    file = io.BytesIO()
+    try:
+        image_of(pixels).save(file, format=format, **options)
+    except (ValueError, OSError) as error:
+        raise PictureError("unsupported", f"Pillow cannot encode it: {error}") from error
+    return file.getvalue()
