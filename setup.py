@@ -11,6 +11,7 @@ setup(
     packages=[
         "unicl_fast",
         "unicl_fast.models",
+        "unicl_fast.remote",
         "unicl_fast.evaluation",
         "unicl_fast.pipelines",
         "unicl_fast.tools",

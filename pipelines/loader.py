@@ -177,6 +177,10 @@ class TrainLoader:
 
     def _run(self, start_step: int) -> Outputs[TrainFacts]:
         """Pictures and integers of every batch, and what the host knows of it."""
+        with self._host.reading_ahead(start_step):
+            yield from self._run_graph(start_step)
+
+    def _run_graph(self, start_step: int) -> Outputs[TrainFacts]:
         data = self._config.data
         if self._pictures == "squares" and self._augmentation is None:
             with contextlib.closing(self._host.square_maker()) as maker:
@@ -211,7 +215,7 @@ class TrainLoader:
 def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
     return PlanSource(
-        name=str(Path(dataset.folder)),
+        name=dataset.place,
         samples=dataset.samples,
         labels=dataset.labels,
         num_templates=int(prompts.num_templates[number]),

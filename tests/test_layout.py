@@ -18,7 +18,7 @@ LIBRARY_LEVELS = [
     | {"jpeg_header", "nvidia_apex"}
     | {"shard_reader", "differences", "whole_files", "stages", "ending_at_once", "exit_codes"}
     | {"pillow_decoding", "checksums", "array_files", "sealed_json", "_normalise_numba"}
-    | {"pixel_file", "_pixels_numba", "file_check"},
+    | {"pixel_file", "_pixels_numba", "file_check", "dataset_files", "remote"},
     {"shards", "shard_files", "shard_writer", "tokenizer", "class_lists", "dist"}
     | {"interruption", "checkpoint_files", "heartbeats", "watchdog", "rendezvous"}
     | {

@@ -9,12 +9,16 @@ from typing import Any
 from unicl_fast.config import DataConfig
 from unicl_fast.manifest import Manifest
 from unicl_fast.prompts import ClassPrompts
+from unicl_fast.remote.block_cache import CacheOptions
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 
 
 def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
     """Opens what `data.train` names, DIR or DIR=SHARE each, as far as `data.fraction` says.
+
+    DIR may be a URL too.
 
     Returns:
         The data sets and their shares; None where no share was given.
@@ -41,18 +45,33 @@ def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | N
             + " ".join(data.train)
         )
     for folder, share in zip(folders, shares, strict=True):
-        if share is None and "=" in folder and not Path(folder).exists():
+        if share is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
             raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
     datasets = [
-        PackedDataset(folder, fraction=fraction, max_bad_fraction=data.max_bad_fraction)
+        PackedDataset(
+            folder,
+            fraction=fraction,
+            max_bad_fraction=data.max_bad_fraction,
+            cache=cache_options(data),
+        )
         for folder, fraction in zip(folders, fractions, strict=True)
     ]
     return datasets, given or None
 
 
+def cache_options(data: DataConfig) -> CacheOptions:
+    """Where and how data sets under URLs are kept, as the config has it."""
+    return CacheOptions(
+        folder=Path(data.cache_folder) if data.cache_folder else None,
+        max_bytes=data.cache_bytes,
+        block_bytes=data.block_bytes,
+    )
+
+
 def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
     """A short name for each: its folder's, numbered where several folders have the same."""
+    # of a URL, the folder in the cache has its last part as its name
     names = [dataset.folder.resolve().name for dataset in datasets]
     return [
         f"{name}-{names[: place + 1].count(name)}" if names.count(name) > 1 else name
@@ -105,7 +124,7 @@ def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
     manifest, tokenizer = dataset.manifest, Tokenizer()
     if manifest.vocabulary_hash != tokenizer.vocabulary_hash:
         raise ValueError(
-            f"{dataset.folder} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
+            f"{dataset.place} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
             f"{manifest.vocabulary_hash[:16]}, this version has {tokenizer.name} "
             f"{tokenizer.vocabulary_hash[:16]}: pack it again"
         )
@@ -116,6 +135,6 @@ def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
         )
     if manifest.context_length > context_length:
         raise ValueError(
-            f"{dataset.folder} holds texts of up to {manifest.context_length} tokens, the model "
+            f"{dataset.place} holds texts of up to {manifest.context_length} tokens, the model "
             f"takes {context_length}: set model.context_length={manifest.context_length}"
         )

@@ -36,6 +36,7 @@ from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
 from unicl_fast.tools.launch import configure_logging, is_restarted, refused_together
 from unicl_fast.tools.training_data import (
     build_prompts,
+    cache_options,
     check_tokenizer,
     describe_sources,
     names_of,
@@ -65,7 +66,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
     for folder in config.data.evaluate:
-        PackedDataset(folder).close()
+        PackedDataset(folder, cache=cache_options(config.data)).close()
     choose_metric(config.checkpoint.best, map(_evaluation_name, config.data.evaluate))
 
 
@@ -208,6 +209,7 @@ def _build_ledger(
         global_batch_size=loader.plan.global_batch_size,
         seed=loader.plan.seed,
         shares=loader.plan.shares,
+        shuffle_window=loader.plan.shuffle_window,
         ranks=ranks,
     )
 
@@ -287,7 +289,8 @@ def _evaluation_name(folder: str | Path) -> str:
 
 
 def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluation]:
-    datasets = [PackedDataset(folder) for folder in config.data.evaluate]
+    cache = cache_options(config.data)
+    datasets = [PackedDataset(folder, cache=cache) for folder in config.data.evaluate]
     names = [dataset.folder.name for dataset in datasets]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -295,7 +298,7 @@ def _build_evaluations(config: TrainConfig, ranks: Ranks) -> dict[str, Evaluatio
         )
     for dataset in datasets:
         if not dataset.manifest.class_names:
-            raise ValueError(f"data.evaluate: {dataset.folder} has no labels for zero-shot")
+            raise ValueError(f"data.evaluate: {dataset.place} has no labels for zero-shot")
 
     def evaluation_of(index: int) -> Evaluation:
         def evaluate(model: UniCL) -> dict[str, float]:
