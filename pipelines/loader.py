@@ -122,6 +122,15 @@ class TrainLoader:
         self._running = self._iterate(start_step)
         return self._running
 
+    def host_batches(self, num_steps: int) -> Iterator[TrainFacts]:
+        """What is fed in the first steps, each read and not decoded: for measuring storage."""
+        with (
+            self._host.reading_ahead(0),
+            contextlib.closing(self._host.batches(0)) as batches,
+        ):
+            for batch in itertools.islice(batches, num_steps):
+                yield batch.facts
+
     def close(self) -> None:
         """Stops decoding and frees its buffers; batches that are still held stay valid."""
         if self._running is not None:

@@ -61,7 +61,8 @@ _REASONS_SHOWN = 5
 class BuildSummary:
     """What a build did."""
 
-    out: Path
+    out: Path | str
+    """A folder, or the URL that it was uploaded to."""
     num_samples: int
     num_captions: int
     num_labels: int
@@ -101,9 +102,12 @@ def build_dataset(
     max_pixels: int = MAX_PIXELS,
     picture_seconds: float = DEFAULT_PICTURE_SECONDS,
     workers: int = 0,
+    source_names: Sequence[str] = (),
     progress: bool = True,
 ) -> BuildSummary:
     """Packs sources into one data set folder; `pack_dataset.Build` explains the arguments.
+
+    `source_names` are what the manifest calls the sources, where these are copies.
 
     Starts worker processes by spawning them, so a script that calls this must guard its main part
     by `if __name__ == "__main__":`.
@@ -210,7 +214,7 @@ def build_dataset(
             context_length=tokenizer.context_length,
             class_names=space.names,
             templates=template_list,
-            source=places,
+            source=list(source_names) or places,
             seed=seed,
             tool_version=unicl_fast.__version__,
         )

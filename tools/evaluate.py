@@ -26,8 +26,8 @@ class ZeroShot:
 
     checkpoint: Path
     """A run folder (its newest checkpoint is taken), RUN/best, or one checkpoint folder."""
-    data: Path
-    """A packed data set with labels, or a folder or zip of class folders."""
+    data: str
+    """A packed data set with labels (its folder or URL), or a folder or zip of class folders."""
     class_names: str = ""
     """Names instead of the data's own: a file with one a line, or imagenet."""
     templates: str = ""
@@ -50,8 +50,8 @@ class Retrieval:
 
     checkpoint: Path
     """A run folder (its newest checkpoint is taken), RUN/best, or one checkpoint folder."""
-    data: Path
-    """A packed data set with captions."""
+    data: str
+    """A packed data set with captions: its folder or URL."""
     batch_size: int = 256
     """Pictures encoded at once."""
     json: Path | None = None

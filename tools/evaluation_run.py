@@ -20,6 +20,7 @@ from unicl_fast.evaluation.retrieval import RetrievalResult
 from unicl_fast.evaluation.zero_shot import ZeroShotResult
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.prompts import read_templates
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.shards import MANIFEST_NAME, PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.class_names import read_label_space
@@ -86,10 +87,10 @@ def run_retrieval(command: Retrieval) -> RetrievalResult:
 
 @contextlib.contextmanager
 def open_or_pack(
-    path: Path, *, class_names: str = "", templates: str = "", ranks: Ranks
+    path: str | Path, *, class_names: str = "", templates: str = "", ranks: Ranks
 ) -> Iterator[PackedDataset]:
     """A packed data set as it is; class folders packed by rank 0 into a temporary folder."""
-    if (path / MANIFEST_NAME).is_file():
+    if is_url(path) or (Path(path) / MANIFEST_NAME).is_file():
         with PackedDataset(path) as dataset:
             yield dataset
         return

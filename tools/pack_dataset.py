@@ -26,6 +26,9 @@ from unicl_fast.tools.build_dataset import BuildSummary as BuildSummary
 from unicl_fast.tools.build_dataset import build_dataset as build_dataset
 from unicl_fast.tools.inspect_command import Inspect
 from unicl_fast.tools.merge_command import Merge
+from unicl_fast.tools.remote_build import build_anywhere
+from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES
+from unicl_fast.tools.upload_dataset import Upload
 from unicl_fast.tools.verify_command import Verify
 
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -62,14 +65,17 @@ class Build:
       unicl-pack build captions_val2017.json instances_val2017.json --image-root val2017 --out coco
 
       unicl-pack build photos/ --out packed/rest --retry packed/photos/quarantine.csv
+
+      unicl-pack build s3://bucket/pairs/{000..099}.tar --out s3://bucket/packed/pairs
     """
 
     sources: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...]")
     ]
-    """Class folders, lists, archives, data sets of others."""
+    """Class folders, lists, archives, data sets of others; URLs of them are copied first."""
     out: str
-    """Folder to make. It must not exist yet, or be empty; it appears when it is whole."""
+    """Folder to make, or URL (s3://bucket/folder). It must not exist yet, or be empty; it appears
+    when it is whole."""
     seed: int = 0
     """Decides the order of the samples, shuffled over all sources."""
     class_names: str = ""
@@ -124,10 +130,15 @@ class Build:
     both are tried twice. 0 waits for ever."""
     workers: int = 0
     """Processes that read and check pictures; 0 takes one for each core."""
+    work: str = ""
+    """Folder for copies of sources under URLs, and for what is packed for a URL, until it is there;
+    by default one in ~/.cache/unicl_fast."""
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    """Most that copies of sources under URLs may take there."""
 
     def run(self) -> tuple[str, int]:
         """What there is to say at the end, and the exit code."""
-        return _report(build_dataset(**vars(self))), 0
+        return _report(build_anywhere(**vars(self))), 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(
-        {"build": Build, "verify": Verify, "inspect": Inspect, "merge": Merge, "show": Show},
+        {"build": Build, "verify": Verify, "inspect": Inspect, "merge": Merge, "show": Show}
+        | {"upload": Upload},
         args=arguments,
         prog="unicl-pack",
     )
@@ -200,7 +212,7 @@ def _report(summary: BuildSummary) -> str:
         lines.append(f"passed over: {parts}")
     if summary.num_quarantined:
         lines.append(
-            f"left out: {summary.num_quarantined:,}, listed in {summary.out / QUARANTINE_NAME} - "
+            f"left out: {summary.num_quarantined:,}, listed in {summary.out}/{QUARANTINE_NAME} - "
             + summary.quarantined
         )
     if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):

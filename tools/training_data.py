@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from unicl_fast.remote.block_cache import CacheOptions
 from unicl_fast.remote.object_store import is_url
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
@@ -57,6 +60,8 @@ def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | N
         )
         for folder, fraction in zip(folders, fractions, strict=True)
     ]
+    for dataset in datasets:
+        warn_of_traffic(dataset, data)
     return datasets, given or None
 
 
@@ -77,6 +82,57 @@ def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
         f"{name}-{names[: place + 1].count(name)}" if names.count(name) > 1 else name
         for place, name in enumerate(names)
     ]
+
+
+def traffic_of(datasets: Sequence[PackedDataset]) -> Callable[[], tuple[int, int]] | None:
+    """Asks for the bytes that were read from stores, and those of pictures that were needed.
+
+    None where no data set lies under a URL.
+    """
+    remote = [dataset for dataset in datasets if dataset.remote is not None]
+    if not remote:
+        return None
+
+    def ask() -> tuple[int, int]:
+        read = sum(one.remote.store.traffic.read_bytes for one in remote if one.remote is not None)
+        return read, sum(one.needed_bytes for one in remote)
+
+    return ask
+
+
+def describe_traffic(read: int, needed: int) -> str:
+    """Both in a sentence, for the log."""
+    ratio = f", {read / needed:.2f} times as much" if needed else ""
+    return (
+        f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: {needed / 1e6:,.1f} MB "
+        f"of pictures{ratio}"
+    )
+
+
+def warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
+    """Says when the order of training will read much more from a store than it needs, and why."""
+    if dataset.remote is None:
+        return
+    manifest = dataset.manifest
+    pixels = [] if manifest.pixels is None else [manifest.pixels.num_bytes]
+    total = sum(pixels or (shard.num_bytes for shard in manifest.shards))
+    total = total * len(dataset) // max(1, manifest.num_samples)
+    window = min(data.shuffle_window or len(dataset), len(dataset))
+    # a window, and the next one, which is fetched meanwhile
+    at_once = total if window == len(dataset) else 2 * total * window // len(dataset)
+    if at_once <= data.cache_bytes:
+        return
+    fitting = max(16, int(data.cache_bytes * len(dataset) / (2.5 * total)))
+    what = (
+        f"all of it is shuffled together, {total / 1e9:.1f} GB"
+        if window == len(dataset)
+        else f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
+    )
+    logger.warning(
+        "DATA: %s: %s, and data.cache_bytes keeps %.1f GB: the same blocks will be read again and "
+        "again. Set data.shuffle_window to %d or less, or give the cache more room",
+        dataset.place, what, data.cache_bytes / 1e9, fitting,
+    )  # fmt: skip
 
 
 def build_prompts(datasets: Sequence[PackedDataset], data: DataConfig) -> ClassPrompts:

@@ -39,8 +39,10 @@ from unicl_fast.tools.training_data import (
     cache_options,
     check_tokenizer,
     describe_sources,
+    describe_traffic,
     names_of,
     open_sources,
+    traffic_of,
 )
 from unicl_fast.trainer import Trainer
 from unicl_fast.watchdog import Watchdog, group_timeout
@@ -140,6 +142,8 @@ def pretrain(
             mark("closing the data")
             trainer.loader.close()
         if ranks.is_main:
+            if trainer.sources is not None and trainer.sources.traffic is not None:
+                logger.info(describe_traffic(*trainer.sources.traffic))
             mark("drawing the curves")
             _draw_curves(run_folder)
             logger.info(
@@ -194,7 +198,9 @@ def build_trainer(
         device=device,
         evaluations=_build_evaluations(config, ranks),
         data=describe_sources(datasets, shares),
-        sources=SourceMeter(names_of(datasets), passes=loader.plan.passes),
+        sources=SourceMeter(
+            names_of(datasets), passes=loader.plan.passes, traffic=traffic_of(datasets)
+        ),
         ledger=_build_ledger(run_folder, loader, datasets, ranks) if ledger else None,
         progress=progress,
     )

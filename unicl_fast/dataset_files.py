@@ -15,9 +15,10 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.manifest import MANIFEST_NAME
 from unicl_fast.remote.block_cache import BlockCache, CacheOptions
 from unicl_fast.remote.block_reader import BlockReader, RemoteFile
-from unicl_fast.remote.mirror import is_unchanged, open_mirror
+from unicl_fast.remote.mirror import open_mirror
 from unicl_fast.remote.object_store import ObjectStore, is_url
 from unicl_fast.shard_reader import ShardReader
 
@@ -94,6 +95,7 @@ class RemoteFiles:
         self.options = options
         self._cache = BlockCache(options.place, max_bytes=options.max_bytes)
         self.folder = open_mirror(self.store, options.place, array_names)
+        self._manifest = (self.folder / MANIFEST_NAME).read_bytes()
 
     def where(self, name: str) -> str:
         return self.store.url_of(name)
@@ -109,7 +111,7 @@ class RemoteFiles:
 
     def is_unchanged(self) -> bool:
         """Whether the data set at the URL is still the one that was opened."""
-        return is_unchanged(self.store, self.folder)
+        return self.store.read_whole(MANIFEST_NAME) == self._manifest
 
 
 def files_of(

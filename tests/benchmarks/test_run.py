@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from object_stores import upload
 
 from unicl_fast.benchmarks import harness
 from unicl_fast.benchmarks.run import STAGES, main
@@ -25,13 +26,18 @@ SMALL = {
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
         *("--augment", "none,grayscale=0.5"),
     ],
+    "storage": [
+        *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
+        *("--url", "faulty://bench/set", "--block-bytes", "65536", "--windows", "0", "64"),
+        *("--caches", "1"),
+    ],
     "input": [
         *("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1"),
         *("--peers", "none", "--parts", "none"),
     ],
 }
 
-ON_DATA = ("text", "step", "profile", "input", "augment")
+ON_DATA = ("text", "step", "profile", "input", "augment", "storage")
 
 
 @pytest.fixture(scope="module")
@@ -46,12 +52,14 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     source = ["build", str(pictures / "labels.csv"), "--where", "split=val"]
     root = str(pictures / "tiny-imagenet-200-subset.zip")
     pack([*source, "--label-column", "words", "--image-root", root, "--out", str(labelled)])
+    upload(captioned, "faulty://bench/set")
     return {
         "text": captioned,
         "step": captioned,
         "profile": captioned,
         "input": labelled,
         "augment": labelled,
+        "storage": captioned,
     }
 
 

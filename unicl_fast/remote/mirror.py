@@ -64,11 +64,6 @@ def open_mirror(store: ObjectStore, cache_folder: Path, names: Iterable[str]) ->
     return folder
 
 
-def is_unchanged(store: ObjectStore, folder: Path) -> bool:
-    """Whether the data set at the URL is still the one that was opened in `folder`."""
-    return store.read_whole(MANIFEST_NAME) == (folder / MANIFEST_NAME).read_bytes()
-
-
 def _read_heads(store: ObjectStore) -> tuple[bytes, bytes]:
     """Manifest and checksums that belong together; no bytes where there is no list."""
     reading = 0

@@ -149,7 +149,10 @@ class ObjectStore:
         """Bytes of an object; None where there is none."""
 
         def attempt() -> int:
-            size = self._call("info", self._path(name)).get("size")
+            info = self._call("info", self._path(name))
+            if info.get("type") == "directory":  # what begins other objects' names
+                raise FileNotFoundError(self.url_of(name))
+            size = info.get("size")
             if size is None:
                 raise TypeError("it does not say how large it is, and so cannot be read in ranges")
             return int(size)
@@ -228,6 +231,9 @@ class ObjectStore:
     def _pieces(self, name: str, size: int) -> Iterable[bytes]:
         """An object in order; a few pieces are on their way at the same time."""
         starts = list(range(0, size, TRANSFER_BYTES))
+        if len(starts) < 2:
+            yield self.read(name, 0, size)
+            return
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
             for first in range(0, len(starts), CONNECTIONS):
                 yield from pool.map(
