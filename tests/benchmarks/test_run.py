@@ -69,7 +69,9 @@ def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> 
 
 
 @pytest.mark.dali
-@pytest.mark.parametrize("stage", ON_DATA)
+@pytest.mark.parametrize(
+    "stage", [pytest.param(s, marks=pytest.mark.slow if s == "storage" else ()) for s in ON_DATA]
+)
 def test_a_stage_on_data_writes_its_figures(
     stage: str, packed: dict[str, Path], tmp_path: Path
 ) -> None:
