@@ -12,6 +12,7 @@ setup(
         "unicl_fast",
         "unicl_fast.models",
         "unicl_fast.conversion",
+        "unicl_fast.remote",
         "unicl_fast.evaluation",
         "unicl_fast.pipelines",
         "unicl_fast.tools",

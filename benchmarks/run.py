@@ -15,6 +15,7 @@ import tyro
 STAGES = {
     "input": ("input_pipeline", "pictures a second, against nine other loaders and the limits"),
     "pack": ("pack_rate", "packing, against decoding, scaling and encoding in a bare loop"),
+    "storage": ("remote_storage", "a data set under a URL against a folder; bytes by window"),
     "augment": ("augmentation", "what augmentation costs the loader, fused and with DALI's"),
     "targets": ("target_map", "equal texts and classes, against np.unique and others"),
     "tokenize": ("tokenize_rate", "texts a second, against open_clip's tokenizer"),

@@ -70,7 +70,7 @@ class BadSamples:
         if self._file is not None:
             self._file.add(
                 BadSample(
-                    data_set=str(dataset.folder),
+                    data_set=dataset.place,
                     shard=dataset.shard_of(sample),
                     key=sample_key(sample),
                     offset=dataset.offset_of(sample),

@@ -25,6 +25,7 @@ from unicl_fast.pipelines.graph import (
     build_evaluation_graph,
     shares_of_threads,
 )
+from unicl_fast.pipelines.read_ahead import ReadAhead, blocks_of_half_the_cache
 from unicl_fast.shards import PackedDataset
 
 
@@ -52,6 +53,7 @@ class EvaluationLoader:
         self._data = data
         self._batch_size = batch_size
         self._device = torch.device(device)
+        self._ahead: ReadAhead | None = None
         self._ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
 
     def __len__(self) -> int:
@@ -76,7 +78,7 @@ class EvaluationLoader:
         for ids in failed:
             self._refuse_culprits(ids)
         raise DecodingError(
-            f"{self._dataset.folder}: decoding fails, though each picture can be decoded alone: "
+            f"{self._dataset.place}: decoding fails, though each picture can be decoded alone: "
             f"{reason}"
         )
 
@@ -87,15 +89,43 @@ class EvaluationLoader:
             for share in shares_of_threads(self._data, self._device)
         ]
         host_batches = (
-            self._host_batch(self._ids[start : start + self._batch_size])
+            self._host_batch(self._ids[start : start + self._batch_size], start)
             for start in range(0, len(self._ids), self._batch_size)
         )
-        with contextlib.closing(
-            run_graphs(graphs, host_batches, device=self._device, ahead=self._data.prefetch)
-        ) as running:
+        with (
+            self._reading_ahead(),
+            contextlib.closing(
+                run_graphs(graphs, host_batches, device=self._device, ahead=self._data.prefetch)
+            ) as running,
+        ):
             for (images,), ids in running:
                 yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))
                 del images
+
+    @contextlib.contextmanager
+    def _reading_ahead(self) -> Iterator[None]:
+        """Around a pass: of a data set under a URL the next pictures are fetched meanwhile."""
+        if self._dataset.remote is None or not self._data.read_ahead:
+            yield
+            return
+
+        def visits(batch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+            start = batch * self._batch_size
+            ids = self._ids[start : start + self._batch_size]
+            return (np.zeros(len(ids), np.int32), ids) if len(ids) else None
+
+        self._ahead = ReadAhead(
+            [self._dataset],
+            visits,
+            start=0,
+            stretches=-(-self._data.read_ahead // self._batch_size),
+            most_blocks=blocks_of_half_the_cache([self._dataset]),
+        )
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
 
     def _graph(self, data: DataConfig, *, batch_size: int) -> partial[Pipeline]:
         return partial(
@@ -116,8 +146,10 @@ class EvaluationLoader:
                 )
             )
 
-    def _host_batch(self, ids: NDArray[np.int64]) -> HostBatch[NDArray[np.int64]]:
+    def _host_batch(self, ids: NDArray[np.int64], start: int = 0) -> HostBatch[NDArray[np.int64]]:
         self._dataset.check_arrays()
+        if self._ahead is not None:
+            self._ahead.follow(start // self._batch_size)
         samples = self._dataset.samples[ids]
         starts, ends = central_windows(
             samples["height"],

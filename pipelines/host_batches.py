@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from unicl_fast.pipelines.graph import Pictures, decoding_threads
 from unicl_fast.pipelines.integer_block import pack_integers
 from unicl_fast.pipelines.plan import PlannedBatch, TrainPlan, split_steps
 from unicl_fast.pipelines.raw_pictures import SquareMaker
+from unicl_fast.pipelines.read_ahead import ReadAhead, blocks_of_half_the_cache
 from unicl_fast.pipelines.texts import gather_texts
 from unicl_fast.pipelines.views import graph_inputs, square_inputs
 from unicl_fast.prompts import ClassPrompts
@@ -31,6 +32,8 @@ from unicl_fast.targets import TargetSteps, map_steps
 
 _PLANNED_AT_ONCE = 4096
 """Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
+_LOOKED_AT_TOGETHER = 128
+"""Samples whose blocks are asked for in one go, where data sets lie under a URL."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -77,6 +80,36 @@ class HostBatches:
         self._world_size = world_size
         self._pictures = pictures
         self._batch_size = config.run.global_batch_size // world_size
+        self._ahead: ReadAhead | None = None
+        self._steps_of_stretch = max(1, _LOOKED_AT_TOGETHER // self._batch_size)
+
+    @contextlib.contextmanager
+    def reading_ahead(self, start_step: int) -> Iterator[None]:
+        """Around a run of steps from one on: what lies under a URL is fetched before its turn."""
+        config = self._config
+        if not config.data.read_ahead or all(one.remote is None for one in self._datasets):
+            yield
+            return
+        at_once = self._steps_of_stretch
+
+        def visits(stretch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+            return self._plan.schedule(
+                stretch * at_once, at_once, rank=self._rank, world_size=self._world_size
+            )
+
+        samples = at_once * config.run.global_batch_size
+        self._ahead = ReadAhead(
+            self._datasets,
+            visits,
+            start=start_step // at_once,
+            stretches=-(-config.data.read_ahead // samples),
+            most_blocks=blocks_of_half_the_cache(self._datasets),
+        )
+        try:
+            yield
+        finally:
+            self._ahead.close()
+            self._ahead = None
 
     def batches(self, start_step: int) -> Generator[HostBatch[TrainFacts], None, None]:
         """Every step from one on."""
@@ -95,6 +128,7 @@ class HostBatches:
     def group(self, maker: SquareMaker, first_step: int) -> list[HostBatch[TrainFacts]]:
         """Some steps with squares instead of pictures; in any thread."""
         planned = self._plan_steps(first_step, maker.batches_at_once)
+        self._follow(first_step)
         fed, pixels = self._bad.read_pixels(self._plan, [step.batch for step in planned])
         squares = [
             maker.make(pixels, [batch.cuts(view) for batch in fed])
@@ -121,6 +155,7 @@ class HostBatches:
     def _with_pictures(self, planned: _Planned) -> HostBatch[TrainFacts]:
         """A step with its pictures as files or pixels."""
         self._check_arrays()
+        self._follow(planned.batch.step)
         pictures: Any
         if self._pictures == "files":
             fed, pictures = self._bad.read_batch(self._plan, planned.batch)
@@ -128,6 +163,10 @@ class HostBatches:
             (fed,), pictures = self._bad.read_pixels(self._plan, [planned.batch])
         integers, facts = self._without_pictures(planned, fed)
         return HostBatch(inputs=graph_inputs(fed, pictures, integers), facts=facts)
+
+    def _follow(self, step: int) -> None:
+        if self._ahead is not None:
+            self._ahead.follow(step // self._steps_of_stretch)
 
     def _plan_steps(self, first: int, count: int) -> list[_Planned]:
         """Some steps without their pictures, made in one go."""

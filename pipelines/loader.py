@@ -123,6 +123,15 @@ class TrainLoader:
         self._running = self._iterate(start_step)
         return self._running
 
+    def host_batches(self, num_steps: int) -> Iterator[TrainFacts]:
+        """What is fed in the first steps, each read and not decoded: for measuring storage."""
+        with (
+            self._host.reading_ahead(0),
+            contextlib.closing(self._host.batches(0)) as batches,
+        ):
+            for batch in itertools.islice(batches, num_steps):
+                yield batch.facts
+
     def close(self) -> None:
         """Stops decoding and frees its buffers; batches that are still held stay valid."""
         if self._running is not None:
@@ -178,6 +187,10 @@ class TrainLoader:
 
     def _run(self, start_step: int) -> Outputs[TrainFacts]:
         """Pictures and integers of every batch, and what the host knows of it."""
+        with self._host.reading_ahead(start_step):
+            yield from self._run_graph(start_step)
+
+    def _run_graph(self, start_step: int) -> Outputs[TrainFacts]:
         data = self._config.data
         if self._pictures == "squares" and self._augmentation is None:
             with contextlib.closing(self._host.square_maker()) as maker:
@@ -215,7 +228,7 @@ class TrainLoader:
 def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
     return PlanSource(
-        name=str(Path(dataset.folder)),
+        name=dataset.place,
         samples=dataset.samples,
         labels=dataset.labels,
         num_templates=int(prompts.num_templates[number]),

@@ -8,6 +8,7 @@ This module knows neither pictures nor texts; plan.py puts the answers together.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
@@ -17,7 +18,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-from unicl_fast.keyed_random import random_bits
+from unicl_fast.keyed_random import fold_key, random_bits
 
 Int64Array = NDArray[np.int64]
 
@@ -69,6 +70,58 @@ def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
                 break
         result[i] = np.int64(value)
     return result
+
+
+PIECES_OF_A_WINDOW = 16
+
+
+def permute_in_windows(index: Int64Array, *, size: int, window: int, key: int) -> Int64Array:
+    """As `permute`, but whatever comes close together lies in few places of storage.
+
+    [0, size) is cut into pieces of `window` / 16 neighbours. The pieces are permuted; 16 of them
+    that then follow each other are a window (fewer where windows are to be of nearly equal size),
+    and the elements of a window are permuted. So while one window is gone through, all of it and
+    nothing else is needed. Packing has shuffled the samples, so which ones are neighbours means
+    nothing; with each key other pieces meet.
+
+    Args:
+        index: int64 of any shape, each in [0, size).
+        size: number of elements, at least 1.
+        window: most elements of a window; with `size` or more of them it is one `permute`.
+        key: 64-bit key, as from `fold_key`.
+    """
+    if window >= size:
+        return permute(index, size=size, key=key)
+    piece = -(-window // PIECES_OF_A_WINDOW)
+    pieces, firsts, edges = _windows(size, piece, max(1, window // piece), key)
+    flat = np.ascontiguousarray(index, dtype=np.int64).reshape(-1)
+    windows = np.searchsorted(edges, flat, side="right") - 1
+    places = np.empty_like(flat)
+    for number in np.unique(windows).tolist():
+        mine = windows == number
+        start, end = int(edges[number]), int(edges[number + 1])
+        within = permute(flat[mine] - start, size=end - start, key=fold_key(key, number))
+        places[mine] = start + within
+    which = np.searchsorted(firsts, places, side="right") - 1
+    result: Int64Array = pieces[which] * piece + (places - firsts[which])
+    return result.reshape(index.shape)
+
+
+@functools.lru_cache(maxsize=16)
+def _windows(
+    size: int, piece: int, most: int, key: int
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """The pieces in their order, the place where each begins, and where the windows do.
+
+    The last of the edges is the end of all. Some 10 bytes for each piece, kept for a few passes.
+    """
+    num_pieces = -(-size // piece)
+    pieces = permute(np.arange(num_pieces, dtype=np.int64), size=num_pieces, key=fold_key(key, -1))
+    lengths = np.minimum(piece, size - pieces * piece)
+    firsts = np.concatenate([[0], np.cumsum(lengths)])
+    num_windows = -(-num_pieces // most)
+    edges = firsts[np.arange(num_windows + 1) * num_pieces // num_windows]
+    return pieces, firsts[:-1], edges
 
 
 def integer_shares(shares: Sequence[float]) -> tuple[int, ...]:

@@ -28,6 +28,7 @@ from unicl_fast.pipelines.order import (
     assign_sources,
     integer_shares,
     permute,
+    permute_in_windows,
     visits_before,
 )
 from unicl_fast.pipelines.plan_source import PlanSource as PlanSource
@@ -109,14 +110,19 @@ def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> li
     ]
 
 
-def samples_of_visits(visits: Int64Array, *, source: int, size: int, seed: int) -> Int64Array:
-    """Visit q of a source is place q mod N of its pass q div N, each pass shuffled anew."""
+def samples_of_visits(
+    visits: Int64Array, *, source: int, size: int, seed: int, window: int = 0
+) -> Int64Array:
+    """Visit q of a source is place q mod N of its pass q div N, each pass shuffled anew.
+
+    `window` as `data.shuffle_window`.
+    """
     passes, places = np.divmod(visits, size)
     ids = np.empty_like(places)
     for one_pass in np.unique(passes):
         chosen = passes == one_pass
         key = fold_key(seed, _Purpose.ORDER, source, int(one_pass))
-        ids[chosen] = permute(places[chosen], size=size, key=key)
+        ids[chosen] = permute_in_windows(places[chosen], size=size, window=window or size, key=key)
     return ids
 
 
@@ -162,6 +168,7 @@ class TrainPlan:
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
         self.num_views = self._augmentations[0].views
         self.seed = seed
+        self.shuffle_window = data.shuffle_window
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The slots that `rank` of `world_size` ranks gets of global batch `step`."""
@@ -173,6 +180,20 @@ class TrainPlan:
         Planning a step takes some 30 calls, whatever its size; for small batches it pays to make
         them once for many steps. Slots are counted on from step to step.
         """
+        slots = self._slots(count, rank=rank, world_size=world_size)
+        return self._furnish(step, slots, *self._scheduled(step, slots))
+
+    def schedule(
+        self, step: int, count: int, *, rank: int, world_size: int
+    ) -> tuple[NDArray[np.int32], Int64Array]:
+        """Source and sample of each place of a `long_batch`, and nothing else: for who looks ahead.
+
+        Takes a tenth of a microsecond a place.
+        """
+        return self._scheduled(step, self._slots(count, rank=rank, world_size=world_size))
+
+    def _slots(self, count: int, *, rank: int, world_size: int) -> Int64Array:
+        """Places of `count` steps, counted on from step to step."""
         size, rest = divmod(self.global_batch_size, world_size)
         if rest:
             raise ValueError(
@@ -181,8 +202,7 @@ class TrainPlan:
             )
         slots = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
         firsts = self.global_batch_size * np.arange(count, dtype=np.int64)
-        slots = (firsts[:, None] + slots).reshape(-1)
-        return self._furnish(step, slots, *self._scheduled(step, slots))
+        return (firsts[:, None] + slots).reshape(-1)
 
     def passes(self, num_steps: int) -> list[float]:
         """How often each source has been gone through after so many steps."""
@@ -339,7 +359,9 @@ class TrainPlan:
 
     def _samples_of_visits(self, number: int, visits: Int64Array) -> Int64Array:
         size = len(self._sources[number].samples)
-        return samples_of_visits(visits, source=number, size=size, seed=self.seed)
+        return samples_of_visits(
+            visits, source=number, size=size, seed=self.seed, window=self.shuffle_window
+        )
 
     def _choose_texts(
         self,

@@ -69,7 +69,8 @@ _FREE_TO_CHANGE = {"out", "restart", "workers", "engine", "progress"}
 class BuildSummary:
     """What a build did."""
 
-    out: Path
+    out: Path | str
+    """A folder, or the URL that it was uploaded to."""
     num_samples: int
     num_captions: int
     num_labels: int
@@ -113,12 +114,14 @@ def build_dataset(
     workers: int = 0,
     engine: Engine = "local",
     restart: bool = False,
+    source_names: Sequence[str] = (),
     progress: bool = True,
 ) -> BuildSummary:
     """Packs sources into one data set folder; `pack_dataset.Build` explains the arguments.
 
     A build that was stopped or killed goes on behind its last finished shard when it is called with
     the same arguments, and the result is the same as if nothing had happened.
+    `source_names` are what the manifest calls the sources, where these are copies.
 
     Starts worker processes by spawning them, so a script that calls this must guard its main part
     by `if __name__ == "__main__":`.
@@ -306,7 +309,7 @@ def _pack(
             context_length=tokenizer.context_length,
             class_names=space.names,
             templates=template_list,
-            source=places,
+            source=list(source_names) or places,
             seed=seed,
             tool_version=unicl_fast.__version__,
         )

@@ -52,10 +52,10 @@ class ZeroShot(Evaluation):
     """
 
     data: tuple[str, ...]
-    """One data set or several, evaluated in turn: packed ones with labels; folders or zips of class
-    folders and whatever else unicl-pack reads; or torchvision:CLASS:FOLDER[:SPLIT], the files of
-    torchvision.datasets.CLASS in FOLDER as its download leaves them (nothing is fetched), by
-    default the test split."""
+    """One data set or several, evaluated in turn: packed ones with labels (folders or URLs); folders
+    or zips of class folders and whatever else unicl-pack reads; or
+    torchvision:CLASS:FOLDER[:SPLIT], the files of torchvision.datasets.CLASS in FOLDER as its
+    download leaves them (nothing is fetched), by default the test split."""
     class_names: tuple[str, ...] = ()
     """Names instead of the data's own: a file with one a line, imagenet, or clip-benchmark:KEY
     (pip install 'unicl_fast[evaluation]'), such as clip-benchmark:dtd. One for all data sets, or

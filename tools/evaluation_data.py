@@ -29,6 +29,7 @@ from unicl_fast.class_lists import (
 )
 from unicl_fast.dist import Ranks, from_rank_0
 from unicl_fast.evaluation.classification import Metric
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.shards import MANIFEST_NAME, PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.class_names import read_label_space
@@ -78,7 +79,7 @@ def short_name(spec: str) -> str:
     """A data set's name in tables: that of its folder, or torchvision's."""
     if spec.startswith(TORCHVISION):
         return spec.split(":")[1]
-    return Path(spec).resolve().name
+    return spec.rstrip("/").rpartition("/")[2] if is_url(spec) else Path(spec).resolve().name
 
 
 def short_names(specs: Sequence[str]) -> list[str]:
@@ -106,13 +107,19 @@ def check_data(spec: str) -> None:
     """
     if spec.startswith(TORCHVISION):
         _parse_torchvision(spec)
-    elif (Path(spec) / MANIFEST_NAME).is_file():
+    elif _is_packed(spec):
         PackedDataset(spec, verify=False).close()
     elif not (Path(spec).exists() or Path(spec).parent.is_file() or "{" in spec):
         raise FileNotFoundError(
             f"nothing is at {spec}: give a packed data set, class folders, or "
             f"{TORCHVISION}CLASS:FOLDER"
         )
+
+
+def _is_packed(spec: str) -> bool:
+    if spec.startswith(TORCHVISION):
+        return False
+    return is_url(spec) or (Path(spec) / MANIFEST_NAME).is_file()
 
 
 @contextlib.contextmanager
@@ -138,7 +145,7 @@ def open_data(
         ValueError: not such a data set, or class names that are not its own in number or order.
     """
     with contextlib.ExitStack() as stack:
-        is_packed = not spec.startswith(TORCHVISION) and (Path(spec) / MANIFEST_NAME).is_file()
+        is_packed = _is_packed(spec)
         place: str | None = spec if is_packed else None
         if not is_packed:
             with refused_together(ranks):

@@ -24,6 +24,7 @@ from unicl_fast.checksums import (
     read_checksums,
 )
 from unicl_fast.class_lists import check_templates
+from unicl_fast.dataset_files import LocalFiles
 from unicl_fast.pixel_file import PIXELS_NAME, PixelFile
 from unicl_fast.shard_files import END_OF_TAR
 from unicl_fast.shards import (
@@ -199,7 +200,9 @@ def _check_pixels(folder: Path, manifest: Manifest, *, note: NoteFault) -> bool:
     if manifest.pixels is None:
         return True
     try:
-        found = PixelFile(folder, manifest.pixels, manifest.num_samples).find_fault()
+        found = PixelFile(folder, manifest.pixels, manifest.num_samples).find_fault(
+            LocalFiles(folder)
+        )
     except ValueError as error:
         note(Fault(file=MANIFEST_NAME, kind="manifest", message=str(error)))
         return False

@@ -23,6 +23,7 @@ from unicl_fast.tools.inspect_dataset import (
 )
 from unicl_fast.tools.inspect_page import ShownGroup, make_page
 from unicl_fast.tools.near_duplicates import MAX_DISTANCE
+from unicl_fast.tools.staging import local_copy
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.thumbnails import shown_pictures
 from unicl_fast.whole_files import write_text_whole
@@ -48,8 +49,8 @@ class Inspect:
       unicl-pack merge packed/photos --leave-out near.csv --out packed/clean
     """
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """The data set."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The data set; of one under a URL a copy is made, looked at and removed."""
     html: Path | None = None
     """Write one page with plots and a contact sheet into this file; it needs no other."""
     json: Path | None = None
@@ -80,8 +81,13 @@ class Inspect:
             )
         if min(self.sheet, self.workers) < 0:
             raise ValueError("--sheet and --workers take numbers from 0 on")
+        with local_copy(self.folder) as folder:
+            return self._inspect(folder).replace(str(folder), str(self.folder)), 0
+
+    def _inspect(self, folder: Path) -> str:
+        """What there is to say at the end; writes what is wanted."""
         inspection = inspect_dataset(
-            self.folder,
+            folder,
             near=self.near,
             near_distance=self.near_distance,
             concepts=self.concepts,
@@ -98,7 +104,7 @@ class Inspect:
         written = [path for path in (self.html, self.json, self.duplicates_list) if path]
         if written:
             lines.append(f"written: {', '.join(map(str, written))}")
-        return "\n".join(lines), 0
+        return "\n".join(lines)
 
 
 def _page(inspection: Inspection, *, num_sheet: int) -> str:

@@ -32,7 +32,11 @@ class Replan:
         for number, source in enumerate(header.sources):
             mine = np.flatnonzero(planned_sources == number)
             planned[mine] = samples_of_visits(
-                source_visits[mine], source=number, size=source.num_samples, seed=header.seed
+                source_visits[mine],
+                source=number,
+                size=source.num_samples,
+                seed=header.seed,
+                window=header.shuffle_window,
             )
         different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
         self.num_visits += ids.size

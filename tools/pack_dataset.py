@@ -29,6 +29,9 @@ from unicl_fast.tools.build_dataset import build_dataset as build_dataset
 from unicl_fast.tools.inspect_command import Inspect
 from unicl_fast.tools.merge_command import Merge
 from unicl_fast.tools.ray_engine import Engine
+from unicl_fast.tools.remote_build import build_anywhere
+from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES
+from unicl_fast.tools.upload_dataset import Upload
 from unicl_fast.tools.verify_command import Verify
 from unicl_fast.tools.work_folder import describe_unfinished
 from unicl_fast.whole_files import write_text_whole
@@ -72,14 +75,17 @@ class Build:
       unicl-pack build captions_val2017.json instances_val2017.json --image-root val2017 --out coco
 
       unicl-pack build photos/ --out packed/rest --retry packed/photos/quarantine.csv
+
+      unicl-pack build s3://bucket/pairs/{000..099}.tar --out s3://bucket/packed/pairs
     """
 
     sources: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="SOURCE [SOURCE ...]")
     ]
-    """Class folders, lists, archives, data sets of others."""
+    """Class folders, lists, archives, data sets of others; URLs of them are copied first."""
     out: str
-    """Folder to make. It must not exist yet, or be empty; it appears when it is whole."""
+    """Folder to make, or URL (s3://bucket/folder). It must not exist yet, or be empty; it appears
+    when it is whole."""
     seed: int = 0
     """Decides the order of the samples, shuffled over all sources."""
     class_names: str = ""
@@ -145,12 +151,17 @@ class Build:
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
     json: Path | None = None
     """Write what was done, in numbers, into this file."""
+    work: str = ""
+    """Folder for copies of sources under URLs, and for what is packed for a URL, until it is there;
+    by default one in ~/.cache/unicl_fast."""
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    """Most that copies of sources under URLs may take there."""
 
     def run(self) -> tuple[str, int]:
         """What there is to say at the end, and the exit code."""
         options = dict(vars(self))
         path = options.pop("json")
-        summary = build_dataset(**options)
+        summary = build_anywhere(**options)
         if path is not None:
             values = dataclasses.asdict(summary) | {"out": str(summary.out)}
             write_text_whole(path, json.dumps(values, indent=1) + "\n")
@@ -197,7 +208,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(
-        {"build": Build, "verify": Verify, "inspect": Inspect, "merge": Merge, "show": Show},
+        {"build": Build, "verify": Verify, "inspect": Inspect, "merge": Merge, "show": Show}
+        | {"upload": Upload},
         args=arguments,
         prog="unicl-pack",
     )
@@ -240,7 +252,7 @@ def _report(summary: BuildSummary) -> str:
         lines.append(f"passed over: {parts}")
     if summary.num_quarantined:
         lines.append(
-            f"left out: {summary.num_quarantined:,}, listed in {summary.out / QUARANTINE_NAME} - "
+            f"left out: {summary.num_quarantined:,}, listed in {summary.out}/{QUARANTINE_NAME} - "
             + summary.quarantined
         )
     if summary.class_names and all(map(_WORDNET_ID.fullmatch, summary.class_names)):

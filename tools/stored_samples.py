@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from unicl_fast.shard_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
-from unicl_fast.shard_reader import ShardReader
 from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
 
 _FIELDS = {"captions", "labels", "source", "name"}
@@ -74,7 +73,7 @@ class SampleReader:
         self._dataset = dataset
         self._shards = dataset.manifest.shards
         self._is_raw = dataset.picture_shape is not None
-        self._reader = ShardReader(dataset.folder, [shard.name for shard in self._shards])
+        self._reader = dataset.new_reader()
 
     def span(self, index: int) -> tuple[int, int, int]:
         """Shard number, and where a sample's first header begins and its last padding ends.

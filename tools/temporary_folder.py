@@ -14,7 +14,7 @@ _LOCK_NAME = ".in-use"
 
 
 @contextlib.contextmanager
-def temporary_folder(prefix: str) -> Iterator[Path]:
+def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]:
     """A new folder, removed at the end; those that killed programs have left go first.
 
     Whoever uses a folder holds a lock on a file in it, and the kernel lets go of the lock with the
@@ -22,12 +22,16 @@ def temporary_folder(prefix: str) -> Iterator[Path]:
 
     Args:
         prefix: of the folder's name, the program's own.
+        root: where it is made; None takes the system's place for such.
     """
-    root = Path(tempfile.gettempdir())
+    root = root or Path(tempfile.gettempdir())
     for old in root.glob(f"{prefix}*/{_LOCK_NAME}"):
         with contextlib.suppress(OSError), _locked(old):
             shutil.rmtree(old.parent, ignore_errors=True)
-    with tempfile.TemporaryDirectory(prefix=prefix) as name, _locked(Path(name) / _LOCK_NAME):
+    with (
+        tempfile.TemporaryDirectory(prefix=prefix, dir=root) as name,
+        _locked(Path(name) / _LOCK_NAME),
+    ):
         yield Path(name)
 
 

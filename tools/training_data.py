@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,18 @@ from unicl_fast.array_files import blocks_of
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.manifest import Manifest
 from unicl_fast.prompts import ClassPrompts
+from unicl_fast.remote.block_cache import CacheOptions
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 
 def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
     """Opens what `data.train` names, DIR or DIR=SHARE each, as far as `data.fraction` says.
+
+    DIR may be a URL too.
 
     Returns:
         The data sets and their shares; None where no share was given.
@@ -46,23 +53,91 @@ def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | N
             + " ".join(data.train)
         )
     for folder, share in zip(folders, shares, strict=True):
-        if share is None and "=" in folder and not Path(folder).exists():
+        if share is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
             raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
     datasets = [
-        PackedDataset(folder, fraction=fraction, max_bad_fraction=data.max_bad_fraction)
+        PackedDataset(
+            folder,
+            fraction=fraction,
+            max_bad_fraction=data.max_bad_fraction,
+            cache=cache_options(data),
+        )
         for folder, fraction in zip(folders, fractions, strict=True)
     ]
+    for dataset in datasets:
+        warn_of_traffic(dataset, data)
     return datasets, given or None
+
+
+def cache_options(data: DataConfig) -> CacheOptions:
+    """Where and how data sets under URLs are kept, as the config has it."""
+    return CacheOptions(
+        folder=Path(data.cache_folder) if data.cache_folder else None,
+        max_bytes=data.cache_bytes,
+        block_bytes=data.block_bytes,
+    )
 
 
 def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
     """A short name for each: its folder's, numbered where several folders have the same."""
+    # of a URL, the folder in the cache has its last part as its name
     names = [dataset.folder.resolve().name for dataset in datasets]
     return [
         f"{name}-{names[: place + 1].count(name)}" if names.count(name) > 1 else name
         for place, name in enumerate(names)
     ]
+
+
+def traffic_of(datasets: Sequence[PackedDataset]) -> Callable[[], tuple[int, int]] | None:
+    """Asks for the bytes that were read from stores, and those of pictures that were needed.
+
+    None where no data set lies under a URL.
+    """
+    remote = [dataset for dataset in datasets if dataset.remote is not None]
+    if not remote:
+        return None
+
+    def ask() -> tuple[int, int]:
+        read = sum(one.remote.store.traffic.read_bytes for one in remote if one.remote is not None)
+        return read, sum(one.needed_bytes for one in remote)
+
+    return ask
+
+
+def describe_traffic(read: int, needed: int) -> str:
+    """Both in a sentence, for the log."""
+    ratio = f", {read / needed:.2f} times as much" if needed else ""
+    return (
+        f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: {needed / 1e6:,.1f} MB "
+        f"of pictures{ratio}"
+    )
+
+
+def warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
+    """Says when the order of training will read much more from a store than it needs, and why."""
+    if dataset.remote is None:
+        return
+    manifest = dataset.manifest
+    pixels = [] if manifest.pixels is None else [manifest.pixels.num_bytes]
+    total = sum(pixels or (shard.num_bytes for shard in manifest.shards))
+    total = total * len(dataset) // max(1, manifest.num_samples)
+    window = min(data.shuffle_window or len(dataset), len(dataset))
+    # a window, and the next one, which is fetched meanwhile
+    at_once = total if window == len(dataset) else 2 * total * window // len(dataset)
+    if at_once <= data.cache_bytes:
+        return
+    fitting = max(16, int(data.cache_bytes * len(dataset) / (2.5 * total)))
+    what = (
+        f"all of it is shuffled together, {total / 1e9:.1f} GB"
+        if window == len(dataset)
+        else f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
+    )
+    logger.warning(
+        "DATA: %s: %s, and data.cache_bytes keeps %.1f GB: the same blocks will be read again and "
+        "again. Set data.shuffle_window to %d or less, or give the cache more room",
+        dataset.place, what, data.cache_bytes / 1e9, fitting,
+    )  # fmt: skip
 
 
 def build_prompts(datasets: Sequence[PackedDataset], data: DataConfig) -> ClassPrompts:
@@ -170,7 +245,7 @@ def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
     manifest, tokenizer = dataset.manifest, Tokenizer()
     if manifest.vocabulary_hash != tokenizer.vocabulary_hash:
         raise ValueError(
-            f"{dataset.folder} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
+            f"{dataset.place} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
             f"{manifest.vocabulary_hash[:16]}, this version has {tokenizer.name} "
             f"{tokenizer.vocabulary_hash[:16]}: pack it again"
         )
@@ -181,6 +256,6 @@ def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
         )
     if manifest.context_length > context_length:
         raise ValueError(
-            f"{dataset.folder} holds texts of up to {manifest.context_length} tokens, the model "
+            f"{dataset.place} holds texts of up to {manifest.context_length} tokens, the model "
             f"takes {context_length}: set model.context_length={manifest.context_length}"
         )

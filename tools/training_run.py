@@ -36,12 +36,15 @@ from unicl_fast.tools.figures import draw_contact_sheet, draw_curves
 from unicl_fast.tools.launch import configure_logging, is_restarted, refused_together
 from unicl_fast.tools.training_data import (
     build_prompts,
+    cache_options,
     check_tokenizer,
     describe_sources,
+    describe_traffic,
     names_of,
     open_sources,
     rows_of_class_names,
     suit_objective,
+    traffic_of,
 )
 from unicl_fast.trainer import Trainer
 from unicl_fast.watchdog import Watchdog, group_timeout
@@ -68,7 +71,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
     for folder in config.data.evaluate:
-        PackedDataset(folder).close()
+        PackedDataset(folder, cache=cache_options(config.data)).close()
     choose_metric(
         config.checkpoint.best, [_evaluation_name(config, each) for each in config.data.evaluate]
     )
@@ -145,6 +148,8 @@ def pretrain(
             mark("closing the data")
             trainer.loader.close()
         if ranks.is_main:
+            if trainer.sources is not None and trainer.sources.traffic is not None:
+                logger.info(describe_traffic(*trainer.sources.traffic))
             mark("drawing the curves")
             _draw_curves(run_folder)
             logger.info(
@@ -200,7 +205,9 @@ def build_trainer(
         device=device,
         evaluations=_build_evaluations(config, datasets, ranks),
         data=describe_sources(datasets, shares),
-        sources=SourceMeter(names_of(datasets), passes=loader.plan.passes),
+        sources=SourceMeter(
+            names_of(datasets), passes=loader.plan.passes, traffic=traffic_of(datasets)
+        ),
         ledger=_build_ledger(run_folder, loader, datasets, ranks) if ledger else None,
         progress=progress,
     )
@@ -215,6 +222,7 @@ def _build_ledger(
         global_batch_size=loader.plan.global_batch_size,
         seed=loader.plan.seed,
         shares=loader.plan.shares,
+        shuffle_window=loader.plan.shuffle_window,
         ranks=ranks,
     )
 
@@ -302,7 +310,8 @@ def _build_evaluations(
             "data.evaluate: a model trained with objective.name=supcon knows neither texts nor "
             "classes; leave it empty, and take unicl-eval linear-probe or knn afterwards"
         )
-    datasets = [PackedDataset(folder) for folder in config.data.evaluate]
+    cache = cache_options(config.data)
+    datasets = [PackedDataset(folder, cache=cache) for folder in config.data.evaluate]
     names = [dataset.folder.name for dataset in datasets]
     if len(set(names)) < len(names):
         raise ValueError(
@@ -310,7 +319,7 @@ def _build_evaluations(
         )
     for dataset in datasets:
         if not dataset.manifest.class_names:
-            raise ValueError(f"data.evaluate: {dataset.folder} has no labels for zero-shot")
+            raise ValueError(f"data.evaluate: {dataset.place} has no labels for zero-shot")
     rows = [
         rows_of_class_names(
             trained, dataset.manifest.class_names, label_space=config.data.label_space

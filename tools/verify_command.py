@@ -16,6 +16,7 @@ from unicl_fast.shard_files import create_csv
 from unicl_fast.shards import sample_key
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
 from unicl_fast.tools.folder_check import Fault
+from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.tools.verify_dataset import VerifySummary, verify_dataset
 from unicl_fast.whole_files import write_text_whole
 
@@ -43,8 +44,8 @@ class Verify:
       unicl-pack verify packed/photos --list faults.csv --json verify.json
     """
 
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """The data set."""
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The data set; of one under a URL a copy is made, checked and removed."""
     decode: bool = True
     """Decode all pictures; everything else takes a fraction of the time. Pictures of a raw data set
     are decoded already."""
@@ -60,6 +61,8 @@ class Verify:
     """A picture that takes longer is a fault; 0 waits for ever."""
     workers: int = 0
     """Processes that decode; 0 takes one for each core."""
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
         """What there is to say at the end, and the exit code."""
@@ -70,7 +73,10 @@ class Verify:
                 f"{self.max_pixels}"
             )
         first: list[Fault] = []
-        with _listed(self.list) as rows:
+        with (
+            _listed(self.list) as rows,
+            local_copy(self.folder, room=self.staging_bytes) as folder,
+        ):
 
             def note(fault: Fault) -> None:
                 if len(first) < max(self.show, _MOST_IN_JSON):
@@ -80,13 +86,14 @@ class Verify:
                     rows.writerow([fault.file, key, fault.kind, fault.message])
 
             summary = verify_dataset(
-                self.folder,
+                folder,
                 note=note,
                 decode=self.decode,
                 workers=self.workers,
                 max_pixels=self.max_pixels,
                 picture_seconds=self.picture_seconds,
             )
+        summary = dataclasses.replace(summary, folder=self.folder)
         if self.json is not None:
             text = json.dumps(_as_json(summary, first[:_MOST_IN_JSON]), indent=1)
             write_text_whole(self.json, f"{text}\n")

@@ -42,7 +42,7 @@ _TOKENISE_TOGETHER = 1024
 class VerifySummary:
     """What a verification looked at and found."""
 
-    folder: Path
+    folder: Path | str
     num_samples: int
     num_captions: int
     num_labels: int

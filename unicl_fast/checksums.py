@@ -42,11 +42,20 @@ def read_checksums(folder: Path) -> dict[str, str] | None:
     path = folder / CHECKSUMS_NAME
     if not path.is_file():
         return None
-    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+    return parse_checksums(path.read_bytes(), where=str(path))
+
+
+def parse_checksums(data: bytes, *, where: str) -> dict[str, str]:
+    """Checksum of each file in a list; `where` names the list in messages.
+
+    Raises:
+        ValueError: the list is damaged.
+    """
+    lines = data.decode("utf-8", "replace").split("\n")
     matches = [_LINE.fullmatch(line) for line in lines[:-1]]
     found = {match.group(2): match.group(1) for match in matches if match is not None}
     if lines[-1] or not found or len(found) < len(matches):
-        raise ValueError(f"{path} is damaged or cut short; copy the data set again")
+        raise ValueError(f"{where} is damaged or cut short; copy the data set again")
     return found
 
 

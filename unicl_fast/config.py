@@ -101,6 +101,21 @@ class DataConfig:
     decoder_hint: tuple[int, int] = (0, 0)
     """On a GPU, height and width in pixels of pictures that the decoder sets memory aside for at
     the start, instead of when larger ones come."""
+    shuffle_window: int = 0
+    """Samples that are shuffled among each other; 0: all of a data set. With a number, a pass goes
+    through a data set in windows of so many samples, each put together of 16 stretches from all
+    over it, others in each pass. For data sets under a URL that are larger than cache_bytes: a
+    window is then fetched while the one before it is trained on, and each byte once a pass."""
+    cache_folder: str = ""
+    """Where data sets under a URL (s3://bucket/folder) are kept while they are read, for all ranks
+    of a machine; empty takes unicl_fast in ~/.cache."""
+    cache_bytes: int = 20_000_000_000
+    """Most that pictures take there; what was used longest ago makes room. Arrays come on top."""
+    block_bytes: int = 4_194_304
+    """Of one request to a URL's store, and of one file of the cache."""
+    read_ahead: int = 65_536
+    """Samples of a global batch's order whose pictures are fetched from a URL before their turn, as
+    far as half of cache_bytes holds them; 0 fetches what is missing when it is needed."""
     max_bad_fraction: float = 0.01
     """Samples that cannot be read or decoded are replaced by others and listed in quarantine.csv
     of the run; a run stops when they are more than this part of what it has fed (of at least
@@ -145,6 +160,16 @@ class DataConfig:
         require(
             min(self.decoder_hint) >= 0,
             f"data.decoder_hint must not be negative, not {self.decoder_hint}",
+        )
+        require(
+            self.shuffle_window >= 0 and self.read_ahead >= 0,
+            "data.shuffle_window and data.read_ahead must not be negative, not "
+            f"{self.shuffle_window} and {self.read_ahead}",
+        )
+        require(
+            4096 <= self.block_bytes <= self.cache_bytes // 16,
+            "data.block_bytes must lie between 4096 and a sixteenth of data.cache_bytes, not "
+            f"{self.block_bytes} of {self.cache_bytes}",
         )
         require(
             0 <= self.max_bad_fraction <= 1,

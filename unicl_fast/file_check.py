@@ -7,8 +7,8 @@ since training can feed other samples instead of those that lie in it.
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
+from unicl_fast.dataset_files import DatasetFiles
 from unicl_fast.manifest import MANIFEST_NAME, Manifest, ShardInfo, shard_name
 from unicl_fast.pixel_file import Fault, PixelFile
 
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def check_files(
-    folder: Path,
+    files: DatasetFiles,
     manifest: Manifest,
     *,
     pixel_file: PixelFile | None,
@@ -25,7 +25,7 @@ def check_files(
     """Compares the shards, and the decoded pictures of a raw data set, with the manifest.
 
     Args:
-        folder: of the data set.
+        files: of the data set.
         manifest: of the data set.
         pixel_file: its decoded pictures; None if the pictures are in the shards.
         max_bad_fraction: files that are missing or of another size are tolerated, with a warning,
@@ -39,21 +39,23 @@ def check_files(
     in_shards = sum(shard.num_samples for shard in manifest.shards)
     if in_shards != total:
         raise ValueError(
-            f"{folder / MANIFEST_NAME} contradicts itself: {total} samples, but the shards hold "
-            f"{in_shards}"
+            f"{files.where(MANIFEST_NAME)} contradicts itself: {total} samples, but the shards "
+            f"hold {in_shards}"
         )
     faults: list[Fault] = []
     num_bad = 0
-    if pixel_file is not None and (found := pixel_file.find_fault()) is not None:
+    if pixel_file is not None and (found := pixel_file.find_fault(files)) is not None:
         faults.append(found[0])
         num_bad = found[1]
     for number, shard in enumerate(manifest.shards):
         if shard.name != shard_name(number):
             raise ValueError(
-                f"{folder / MANIFEST_NAME}: shard {number} should be called "
+                f"{files.where(MANIFEST_NAME)}: shard {number} should be called "
                 f"{shard_name(number)}, not {shard.name!r}"
             )
-        fault = _fault_of(folder, shard)
+    sizes = files.sizes_of([shard.name for shard in manifest.shards])
+    for shard in manifest.shards:
+        fault = _fault_of(files, shard, sizes[shard.name])
         if fault is not None:
             faults.append(fault)
             num_bad += shard.num_samples if pixel_file is None else 0
@@ -76,17 +78,15 @@ def check_files(
     )  # fmt: skip
 
 
-def _fault_of(folder: Path, shard: ShardInfo) -> Fault | None:
-    path = folder / shard.name
-    try:
-        num_bytes = path.stat().st_size if path.is_file() else None
-    except OSError as error:
-        return ValueError(f"{path} cannot be read: {error}")
-    if num_bytes is None:
-        return FileNotFoundError(f"{path} is missing; copy the data set again")
-    if num_bytes != shard.num_bytes:
+def _fault_of(files: DatasetFiles, shard: ShardInfo, size: int | OSError | None) -> Fault | None:
+    place = files.where(shard.name)
+    if isinstance(size, OSError):
+        return ValueError(f"{place} cannot be read: {size}")
+    if size is None:
+        return FileNotFoundError(f"{place} is missing; copy the data set again")
+    if size != shard.num_bytes:
         return ValueError(
-            f"{path} has {num_bytes} bytes, the manifest says {shard.num_bytes}; "
-            "copy the data set again"
+            f"{place} has {size} bytes, the manifest says {shard.num_bytes}; copy the data set "
+            "again"
         )
     return None

@@ -46,6 +46,7 @@ class Ledger:
         global_batch_size: int,
         seed: int,
         shares: Sequence[int],
+        shuffle_window: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
         """Nothing is written before `start`.
@@ -56,6 +57,7 @@ class Ledger:
             global_batch_size: slots of a step over all ranks.
             seed: the run's.
             shares: each source's part of every batch.
+            shuffle_window: the run's, as in its config.
             ranks: this process among its peers; None is one process alone.
         """
         self.folder = folder
@@ -64,6 +66,7 @@ class Ledger:
         self._global_batch_size = global_batch_size
         self._seed = seed
         self._shares = tuple(shares)
+        self._shuffle_window = shuffle_window
         self._ranks = ranks or Ranks()
         self._header: SegmentHeader | None = None
         self._file = -1
@@ -97,6 +100,7 @@ class Ledger:
             sources=self._sources,
             seed=self._seed,
             shares=self._shares,
+            shuffle_window=self._shuffle_window,
         )
         path = self.folder / segment_name(self._header.segment, self._ranks.rank)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)

@@ -59,6 +59,8 @@ class SegmentHeader:
     seed: int
     shares: tuple[int, ...]
     """Parts of the sources in every batch. With the seed they allow to plan the run again."""
+    shuffle_window: int = 0
+    """`data.shuffle_window`, which that takes too; not in the file where it is 0."""
 
     @property
     def share(self) -> int:
@@ -99,7 +101,10 @@ def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
 
 
 def encode_header(header: SegmentHeader) -> bytes:
-    text = json.dumps({"version": VERSION} | dataclasses.asdict(header)).encode()
+    values = {"version": VERSION} | dataclasses.asdict(header)
+    if not header.shuffle_window:
+        del values["shuffle_window"]
+    text = json.dumps(values).encode()
     return _START.pack(_MAGIC, len(text), checksum_of(text)) + text
 
 

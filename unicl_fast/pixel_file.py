@@ -8,12 +8,14 @@ that shrinks or vanishes under a running job is then a row that is missing inste
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from unicl_fast.array_files import HEADER_BYTES, npy_header
+from unicl_fast.dataset_files import DatasetFiles
 from unicl_fast.manifest import PixelsInfo
 
 PIXELS_NAME = "pixels.npy"
@@ -27,41 +29,47 @@ Fault = ValueError | FileNotFoundError
 class PixelFile:
     """`pixels.npy` of one data set: uint8 [N h w 3]."""
 
-    def __init__(self, folder: Path, info: PixelsInfo, num_samples: int) -> None:
-        """Nothing is opened before it is read.
+    def __init__(self, place: str | Path, info: PixelsInfo, num_samples: int) -> None:
+        """Nothing is opened before it is read; `place` names the data set in messages.
 
         Raises:
             ValueError: the manifest contradicts itself.
         """
-        self._path = folder / PIXELS_NAME
         self._num_samples = num_samples
         self.shape = (info.height, info.width, CHANNELS)
         self.row_bytes = info.height * info.width * CHANNELS
         self._num_bytes = HEADER_BYTES + num_samples * self.row_bytes
         if not self.row_bytes or self._num_bytes != info.num_bytes:
             raise ValueError(
-                f"the manifest of {folder} contradicts itself: {num_samples} pictures of "
+                f"the manifest of {place} contradicts itself: {num_samples} pictures of "
                 f"{info.width} x {info.height} pixels, but {info.num_bytes} bytes of {PIXELS_NAME}"
             )
         self.pnm_header = f"P6\n{info.width} {info.height}\n255\n".encode("ascii")
         """Before the bytes of a picture it makes a file that decoders read."""
 
-    def offset_of(self, index: int) -> int:
-        """The first byte of picture `index` in the file."""
+    @overload
+    def offset_of(self, index: int) -> int: ...
+
+    @overload
+    def offset_of(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+
+    def offset_of(self, index: Any) -> Any:
+        """The first byte of picture `index`, or of several, in the file."""
         return HEADER_BYTES + index * self.row_bytes
 
-    def find_fault(self) -> tuple[Fault, int] | None:
+    def find_fault(self, files: DatasetFiles) -> tuple[Fault, int] | None:
         """What is wrong with the file, and how many pictures it costs; None if it is whole.
 
         Compares sizes and the header; pixels are compared when they are read.
         """
-        path, total = self._path, self._num_samples
+        path, total = files.where(PIXELS_NAME), self._num_samples
+        num_bytes = files.sizes_of([PIXELS_NAME])[PIXELS_NAME]
+        if num_bytes is None:
+            return FileNotFoundError(f"{path} is missing; copy the data set again"), total
         try:
-            if not path.is_file():
-                return FileNotFoundError(f"{path} is missing; copy the data set again"), total
-            num_bytes = path.stat().st_size
-            with path.open("rb") as file:
-                header = file.read(HEADER_BYTES)
+            if isinstance(num_bytes, OSError):
+                raise num_bytes
+            header = files.head_of(PIXELS_NAME, min(num_bytes, HEADER_BYTES))
         except OSError as error:
             return ValueError(f"{path} cannot be read: {error}"), total
         shape = (total, *self.shape)

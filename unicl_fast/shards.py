@@ -1,8 +1,9 @@
 """The packed data set, format versions 1 and 2: its arrays, its manifest and a plain reader.
 
-A data set is a folder: tar shards that WebDataset and DALI also read, four small arrays that say
-where each picture lies and which texts and labels it has, and a manifest. In a raw data set
-(version 2) the pictures are decoded and lie in an array of their own (`pixel_file`).
+A data set is a folder, or what lies under a URL: tar shards that WebDataset and DALI also read,
+four small arrays that say where each picture lies and which texts and labels it has, and a
+manifest. In a raw data set (version 2) the pictures are decoded and lie in an array of their own
+(`pixel_file`).
 `docs/data-format.md` holds the full text. This module only reads; `shard_writer` writes. Decoding
 pictures and choosing which sample comes when belong to others.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
@@ -21,6 +21,7 @@ import xxhash
 
 from unicl_fast.array_files import mapping_of, open_array, verify_arrays
 from unicl_fast.checksums import read_checksums
+from unicl_fast.dataset_files import FileReader, RemoteFiles, files_of
 from unicl_fast.file_check import check_files
 from unicl_fast.manifest import FORMAT_VERSION as FORMAT_VERSION
 from unicl_fast.manifest import MANIFEST_NAME as MANIFEST_NAME
@@ -28,6 +29,8 @@ from unicl_fast.manifest import Manifest as Manifest
 from unicl_fast.manifest import ShardInfo as ShardInfo
 from unicl_fast.manifest import shard_name as shard_name
 from unicl_fast.pixel_file import PIXELS_NAME, PixelFile, row_checksums
+from unicl_fast.remote.block_cache import CacheOptions
+from unicl_fast.remote.block_reader import BlockReader, RemoteFile
 from unicl_fast.shard_reader import ShardReader
 
 QUARANTINE_NAME = "quarantine.csv"
@@ -98,11 +101,12 @@ class PackedDataset:
         fraction: float = 1.0,
         max_bad_fraction: float | None = 0.0,
         verify: bool = True,
+        cache: CacheOptions | None = None,
     ) -> None:
         """Opens the data set in `folder`.
 
         Args:
-            folder: what `unicl-pack build` made.
+            folder: what `unicl-pack build` made; a path, or a URL such as s3://bucket/folder.
             fraction: part of its samples that is there to be used, in (0, 1]: the first ones, at
                 least one. Packing has shuffled them, so it is a random part, always the same.
             max_bad_fraction: shards (and the file of decoded pictures) that are missing or of
@@ -112,13 +116,20 @@ class PackedDataset:
             verify: compare the arrays with their checksums, and what refers to something with what
                 is there: about a second for ten million samples. Without it a damaged array gives
                 wrong samples, or worse.
+            cache: where bytes of a data set under a URL are kept, and how many.
 
         Raises:
             FileNotFoundError: not a data set, or a file of it is missing.
             ValueError: its files contradict each other or their checksums.
+            StorageError: the store of a URL cannot be reached.
         """
-        self.folder = Path(folder)
-        self.manifest = Manifest.load(folder)
+        files = files_of(folder, cache, [f"{name}.npy" for name in ARRAY_DTYPES])
+        self.place = files.place
+        """What it is called in messages: its folder, or its URL."""
+        self.folder = files.folder
+        """Where manifest and arrays lie; of a data set under a URL, in the cache."""
+        self.remote = files if isinstance(files, RemoteFiles) else None
+        self.manifest = Manifest.load(self.folder)
         total = self.manifest.num_samples
         num_used = min(max(1, round(fraction * total)), total)
         self.samples: npt.NDArray[Any] = self._load_array("samples", total)[:num_used]
@@ -126,11 +137,18 @@ class PackedDataset:
         self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
         pixels = self.manifest.pixels
-        self._pixel_file = None if pixels is None else PixelFile(self.folder, pixels, total)
-        names = [shard.name for shard in self.manifest.shards]
-        self._reader = ShardReader(self.folder, [*names, PIXELS_NAME])
+        self._pixel_file = None if pixels is None else PixelFile(self.place, pixels, total)
+        large = [
+            RemoteFile(name=shard.name, num_bytes=shard.num_bytes, xxh3=shard.xxh3)
+            for shard in self.manifest.shards
+        ]
+        if pixels is not None:
+            large.append(RemoteFile(name=PIXELS_NAME, num_bytes=pixels.num_bytes, xxh3=pixels.xxh3))
+        self._files = files
+        self._large = large
+        self._reader: FileReader = files.reader(large)
         check_files(
-            self.folder,
+            files,
             self.manifest,
             pixel_file=self._pixel_file,
             max_bad_fraction=max_bad_fraction,
@@ -184,23 +202,46 @@ class PackedDataset:
         data = np.empty(len(header) + size, dtype=np.uint8)
         data[: len(header)] = np.frombuffer(header, dtype=np.uint8)
         stored = data[len(header) :]
+        self._read_stored(index, file, stored, offset)
+        expected = int(row["xxh3"])
+        if verify and xxhash.xxh3_64_intdigest(stored.data) != expected:
+            if isinstance(self._reader, BlockReader):  # perhaps it is the cache that is damaged
+                self._reader.discard(file, offset, size)
+                self._read_stored(index, file, stored, offset)
+                if xxhash.xxh3_64_intdigest(stored.data) == expected:
+                    return data
+                self._refuse_change()
+            raise DamagedSampleError(
+                f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
+            )
+        return data
+
+    def _read_stored(
+        self, index: int, file: int, stored: npt.NDArray[np.uint8], offset: int
+    ) -> None:
+        """Fills `stored` from a file, for sample `index`."""
         try:
             done = self._reader.read_into(file, stored, offset)
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno in _NOT_THE_SHARDS:
                 raise
+            self._refuse_change()
             raise DamagedSampleError(
                 f"{self.describe(index)}: {self._holder} cannot be read: {error}"
             ) from error
-        if done < size:
+        if done < len(stored):
             raise DamagedSampleError(
-                f"{self.describe(index)}: {self._holder} ends after {done} of {size} bytes"
+                f"{self.describe(index)}: {self._holder} ends after {done} of {len(stored)} bytes"
             )
-        if verify and xxhash.xxh3_64_intdigest(stored.data) != int(row["xxh3"]):
-            raise DamagedSampleError(
-                f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
+
+    def _refuse_change(self) -> None:
+        """Asks, where bytes are not what they were, whether the whole data set was replaced."""
+        if self.remote is not None and not self.remote.is_unchanged():
+            raise DamagedDatasetError(
+                f"{self.place} was replaced or removed while it was in use: its manifest is "
+                "another one now. Upload a changed data set under another URL; to go on with this "
+                "run, put back what it began with"
             )
-        return data
 
     def pixels_of(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """What `image_bytes` gave of a raw data set as it is stored: uint8 [h w 3], no header."""
@@ -225,6 +266,17 @@ class PackedDataset:
             `image_bytes` says.
         """
         assert self._pixel_file is not None
+        expected = np.asarray(self.samples)["xxh3"][indices]
+        if isinstance(self._reader, BlockReader):
+            whole = self._reader.read_rows(
+                len(self.manifest.shards),
+                self._pixel_file.offset_of(indices),
+                out.reshape(len(out), -1),
+                places,
+            )
+            sound: npt.NDArray[np.bool_] = whole & (row_checksums(out, places) == expected)
+            return sound
+        assert isinstance(self._reader, ShardReader)
         try:
             file = self._reader.descriptor(len(self.manifest.shards))
         except OSError as error:
@@ -232,7 +284,6 @@ class PackedDataset:
                 raise
             return np.zeros(len(indices), np.bool_)
         whole = self._pixel_file.read_rows(file, indices, out, places)
-        expected = np.asarray(self.samples)["xxh3"][indices]
         result: npt.NDArray[np.bool_] = whole & (row_checksums(out, places) == expected)
         return result
 
@@ -255,7 +306,7 @@ class PackedDataset:
     def describe(self, index: int, part: Part = "picture") -> str:
         """Names one sample for a message: data set, file, key and offset."""
         place = f"{self.shard_of(index, part)}, offset {self.offset_of(index, part)}"
-        return f"sample {sample_key(index)} of {self.folder} ({place})"
+        return f"sample {sample_key(index)} of {self.place} ({place})"
 
     def offset_of(self, index: int, part: Part = "picture") -> int:
         """The first byte of a part of sample `index` in its file, for messages."""
@@ -292,6 +343,39 @@ class PackedDataset:
                     "running job by renaming, not in place"
                 )
 
+    def new_reader(self) -> FileReader:
+        """One more reader of the shards by their number, and of pixels.npy behind them."""
+        return self._files.reader(self._large)
+
+    def blocks_of(self, indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
+        """Which blocks hold the pictures of some samples of a data set under a URL.
+
+        Returns:
+            Each (file, block) once, in the order of need; nothing of a data set in a folder.
+        """
+        if not isinstance(self._reader, BlockReader):
+            return []
+        if self._pixel_file is not None:
+            files = np.full(len(indices), len(self.manifest.shards))
+            sizes = np.full(len(indices), self._pixel_file.row_bytes)
+            return self._reader.blocks_of(files, self._pixel_file.offset_of(indices), sizes)
+        rows = self.samples.take(indices)
+        return self._reader.blocks_of(
+            rows["shard"].astype(np.int64),
+            rows["offset"].astype(np.int64),
+            rows["size"].astype(np.int64),
+        )
+
+    def fetch_ahead(self, file: int, block: int) -> None:
+        """Brings a block that `blocks_of` named into the cache."""
+        assert isinstance(self._reader, BlockReader)
+        self._reader.fetch_ahead(file, block)
+
+    @property
+    def needed_bytes(self) -> int:
+        """Bytes of pictures that this process has read of a data set under a URL; else 0."""
+        return self._reader.needs.num_bytes if isinstance(self._reader, BlockReader) else 0
+
     def close(self) -> None:
         """Closes the shard files; reading pictures afterwards is an error."""
         self._reader.close()
@@ -302,7 +386,7 @@ class PackedDataset:
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.folder} has samples 0 to {len(self) - 1}, not {index}")
+            raise IndexError(f"{self.place} has samples 0 to {len(self) - 1}, not {index}")
         return index
 
     def _load_array(self, name: str, length: int) -> npt.NDArray[Any]:

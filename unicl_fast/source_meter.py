@@ -14,17 +14,33 @@ import numpy as np
 import torch
 
 from unicl_fast.batch import Batch
-from unicl_fast.dist import Ranks
+from unicl_fast.dist import Ranks, gather_integers
 from unicl_fast.stages import WaitingForRanks
 
 
 class SourceMeter:
-    """Numbers for metrics.jsonl, under `passes/NAME` and `positives_per_row/NAME`."""
+    """Numbers for metrics.jsonl: `passes/NAME`, `positives_per_row/NAME`, `storage_bytes_...`."""
 
-    def __init__(self, names: Sequence[str], *, passes: Callable[[int], Sequence[float]]) -> None:
-        """`names` of the data sets; `passes` made over each of them after so many steps."""
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        passes: Callable[[int], Sequence[float]],
+        traffic: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:
+        """What there is to say.
+
+        Args:
+            names: of the data sets.
+            passes: made over each of them after so many steps.
+            traffic: bytes that this rank has read from stores, and bytes of pictures that it
+                needed of them; None where all data sets lie in folders.
+        """
         self._names = list(names)
         self._passes = passes
+        self._traffic = traffic
+        self.traffic: tuple[int, int] | None = None
+        """The same of all ranks, when it was last asked for."""
 
     def describe(self, batch: Batch, ranks: Ranks, *, num_steps: int) -> dict[str, float]:
         """The numbers after `num_steps` steps; all ranks call it together.
@@ -35,6 +51,8 @@ class SourceMeter:
         values = dict(
             zip((f"passes/{name}" for name in self._names), self._passes(num_steps), strict=True)
         )
+        if self._traffic is not None:
+            values |= self._describe_traffic(self._traffic(), ranks)
         if batch.source_ids is None:
             return values
         class_ids, source_ids = _gather(
@@ -47,6 +65,11 @@ class SourceMeter:
             if len(mine):
                 values[f"positives_per_row/{name}"] = float(mine.mean())
         return values
+
+    def _describe_traffic(self, mine: tuple[int, int], ranks: Ranks) -> dict[str, float]:
+        read, needed = (sum(gather_integers(number, ranks)) for number in mine)
+        self.traffic = read, needed
+        return {"storage_bytes_read": read, "storage_bytes_needed": needed}
 
 
 def _gather(columns: torch.Tensor, ranks: Ranks) -> torch.Tensor:

@@ -60,7 +60,11 @@ from unicl_fast.training_state import collect_tensors, describe_state, restore_c
 logger = logging.getLogger(__name__)
 
 # Samples are numbered by step, batch size and seed: with others a run would go on elsewhere.
-_MUST_NOT_CHANGE = {"run": ("seed", "global_batch_size"), "efficiency": ("precision",)}
+_MUST_NOT_CHANGE = {
+    "run": ("seed", "global_batch_size"),
+    "efficiency": ("precision",),
+    "data": ("shuffle_window",),
+}
 
 # A first step fills caches and makes kernels, and torch.compile meets most sizes in a few steps.
 _COMPILING_STEPS = 16

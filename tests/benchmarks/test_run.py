@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 
 import pytest
+from object_stores import upload
 
 from unicl_fast.benchmarks import harness
 from unicl_fast.benchmarks.run import STAGES, main
@@ -26,14 +27,19 @@ SMALL = {
         *("--augment", "none,grayscale=0.5"),
     ],
     "pack": ["--pictures", "24", "--formats", "keep", "webp", "--resize", "short:24"],
+    "storage": [
+        *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
+        *("--url", "faulty://bench/set", "--block-bytes", "65536", "--windows", "0", "64"),
+        *("--caches", "1"),
+    ],
     "input": [
         *("--batch-size", "8", "--seconds", "0.1", "--image-size", "32", "--threads", "1"),
         *("--peers", "none", "--parts", "none"),
     ],
 }
 
-ON_DATA = ("text", "step", "profile", "input", "augment", "pack")
-STARTING_PROGRAMS = ("pack",)
+ON_DATA = ("text", "step", "profile", "input", "augment", "pack", "storage")
+SLOW = ("pack", "storage")
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +54,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     source = ["build", str(pictures / "labels.csv"), "--where", "split=val"]
     root = str(pictures / "tiny-imagenet-200-subset.zip")
     pack([*source, "--label-column", "words", "--image-root", root, "--out", str(labelled)])
+    upload(captioned, "faulty://bench/set")
     return {
         "text": captioned,
         "step": captioned,
@@ -55,6 +62,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "input": labelled,
         "augment": labelled,
         "pack": pictures / "tiny-imagenet-200-subset.zip",
+        "storage": captioned,
     }
 
 
@@ -66,7 +74,7 @@ def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> 
 @pytest.mark.dali
 @pytest.mark.parametrize(
     "stage",
-    [pytest.param(s, marks=[pytest.mark.slow] * (s in STARTING_PROGRAMS)) for s in ON_DATA],
+    [pytest.param(s, marks=[pytest.mark.slow] * (s in SLOW)) for s in ON_DATA],
 )
 def test_a_stage_on_data_writes_its_figures(
     stage: str, packed: dict[str, Path], tmp_path: Path

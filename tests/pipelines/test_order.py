@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.keyed_random import fold_key
-from unicl_fast.pipelines.order import assign_sources, integer_shares, permute, visits_before
+from unicl_fast.pipelines.order import (
+    assign_sources,
+    integer_shares,
+    permute,
+    permute_in_windows,
+    visits_before,
+)
 
 
 @given(size=st.integers(1, 5000), key=st.integers(0, 2**64 - 1))
@@ -81,6 +87,38 @@ def test_neighbouring_places_get_unrelated_samples() -> None:
 def test_a_size_out_of_range_is_refused(size: int) -> None:
     with pytest.raises(ValueError, match=r"1 to 2\*\*48"):
         permute(np.zeros(1, int), size=size, key=0)
+
+
+@given(size=st.integers(1, 3000), window=st.integers(1, 3500), key=st.integers(0, 2**64 - 1))
+@settings(deadline=None)
+def test_windows_hold_each_sample_once_and_few_stretches(size: int, window: int, key: int) -> None:
+    image = permute_in_windows(np.arange(size), size=size, window=window, key=key)
+    assert np.array_equal(np.sort(image), np.arange(size))
+    some = permute_in_windows(np.arange(size)[::7], size=size, window=window, key=key)
+    assert np.array_equal(some, image[::7])
+    if window >= size:
+        assert np.array_equal(image, permute(np.arange(size), size=size, key=key))
+        return
+    piece = -(-window // 16)
+    pieces = image // piece
+    last = {int(number): place for place, number in enumerate(pieces.tolist())}
+    first = {int(number): place for place, number in reversed(list(enumerate(pieces.tolist())))}
+    # once begun, a stretch is done with within a window
+    assert max(last[number] - first[number] for number in last) < window
+
+
+def test_windows_mix_their_stretches_and_meet_others_in_each_pass() -> None:
+    images = [
+        permute_in_windows(np.arange(4096), size=4096, window=512, key=fold_key(1, i))
+        for i in range(2)
+    ]
+    for image in images:
+        counts = np.bincount(image[:128] // 32, minlength=128)  # a quarter of the first window
+        assert np.count_nonzero(counts) == 16
+        assert counts.max() < 20
+    first, second = ({*(image[:512] // 32).tolist()} for image in images)
+    assert len(first) == 16
+    assert len(first & second) < 10
 
 
 shares_strategy = st.lists(st.integers(1, 1000), min_size=1, max_size=6)

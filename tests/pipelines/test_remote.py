@@ -1,0 +1,236 @@
+"""Training and evaluating from a URL: the batches of a local copy, each byte fetched as planned."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import itertools
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from object_stores import FaultyStore, empty, upload
+from packed_sets import Sample, pack
+from PIL import Image
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.prompts import ClassPrompts
+from unicl_fast.remote import object_store
+from unicl_fast.remote.block_cache import CacheOptions
+from unicl_fast.remote.object_store import Patience, StorageError
+from unicl_fast.shards import PackedDataset
+from unicl_fast.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.dali
+
+BATCH = 12
+
+
+@pytest.fixture(autouse=True)
+def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    quick = Patience(tries=3, first_pause_seconds=0.01, answer_seconds=2)
+    monkeypatch.setattr(object_store, "patience", quick)
+    empty()
+    yield
+    empty()
+
+
+@pytest.fixture(scope="module")
+def raw(tokenizer: Tokenizer, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
+    samples = []
+    for pixels in np.random.default_rng(0).integers(0, 256, (1200, 32, 32, 3), dtype=np.uint8):
+        png = io.BytesIO()
+        Image.fromarray(pixels).save(png, format="PNG", compress_level=0)
+        samples.append(Sample(png.getvalue(), captions=["noise"]))
+    out = tmp_path_factory.mktemp("packed") / "noise"
+    with pack(out, samples, class_names=(), tokenizer=tokenizer, raw=True) as dataset:
+        yield dataset
+
+
+def config_of(**data: Any) -> TrainConfig:
+    return TrainConfig(
+        data=DataConfig(image_size=32, evaluation_resize=36, threads=2, **data),
+        run=RunConfig(global_batch_size=BATCH, seed=3),
+    )
+
+
+def take(
+    datasets: list[PackedDataset],
+    prompts: ClassPrompts,
+    *,
+    config: TrainConfig,
+    start: int = 0,
+    count: int = 12,
+    rank: int = 0,
+    world_size: int = 1,
+) -> list[Batch]:
+    loader = TrainLoader(config, datasets, None, prompts, rank=rank, world_size=world_size)
+    batches = list(itertools.islice(loader.batches(start), count))
+    loader.close()
+    return batches
+
+
+def assert_equal(one: Batch, other: Batch) -> None:
+    for field in dataclasses.fields(Batch):
+        left, right = getattr(one, field.name), getattr(other, field.name)
+        assert np.array_equal(left, right), field.name
+
+
+def opened(datasets: list[PackedDataset], tmp_path: Path, **options: Any) -> list[PackedDataset]:
+    options = {"block_bytes": 65_536, "max_bytes": 10**8} | options
+    cache = CacheOptions(folder=tmp_path / "cache", **options)
+    return [
+        PackedDataset(upload(one.folder, f"faulty://bucket/{one.folder.name}"), cache=cache)
+        for one in datasets
+    ]
+
+
+def fetched_bytes() -> int:
+    return sum((end or 0) - (start or 0) for _, start, end in FaultyStore.reads)
+
+
+@pytest.mark.parametrize("read_ahead", [0, 100])
+def test_batches_are_those_of_a_local_copy(
+    labelled: PackedDataset, captioned: PackedDataset, prompts: ClassPrompts, tmp_path: Path,
+    read_ahead: int,
+) -> None:  # fmt: skip
+    config = config_of(read_ahead=read_ahead)
+    expected = take([labelled, captioned], prompts, config=config)
+    remote = opened([labelled, captioned], tmp_path)
+    FaultyStore.reads.clear()
+    for one, other in zip(take(remote, prompts, config=config), expected, strict=True):
+        assert_equal(one, other)
+    assert len(FaultyStore.reads) == len(set(FaultyStore.reads))
+    for rank in range(2):
+        parts = take(remote, prompts, config=config, start=3, count=1, rank=rank, world_size=2)
+        half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
+        assert torch.equal(parts[0].images, expected[3].images[half])
+
+
+@pytest.mark.parametrize("resample", ["fused", "dali"])
+def test_decoded_pictures_too(
+    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, resample: str
+) -> None:
+    prompts = ClassPrompts([((), ())], tokenizer)
+    config = config_of(resample=resample, read_ahead=64)
+    remote = opened([raw], tmp_path)
+    batches = take(remote, prompts, config=config)
+    for one, other in zip(batches, take([raw], prompts, config=config), strict=True):
+        assert_equal(one, other)
+
+
+def test_with_a_window_a_pass_fetches_each_byte_about_once(
+    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    """1,200 pictures of 3 kB, a cache that holds half of them, five pictures in a block."""
+    prompts = ClassPrompts([((), ())], tokenizer)
+    remote = opened([raw], tmp_path, block_bytes=16_384, max_bytes=1_900_000)
+    ratios = {}
+    for window in (0, 256):
+        config = config_of(shuffle_window=window, read_ahead=240, resample="dali")
+        start = fetched_bytes()
+        batches = take(remote, prompts, config=config, count=100)
+        ids = torch.cat([batch.sample_ids for batch in batches if batch.sample_ids is not None])
+        assert sorted(ids.tolist()) == list(range(1200))
+        for one, other in zip(batches, take([raw], prompts, config=config, count=100), strict=True):
+            assert_equal(one, other)
+        ratios[window] = (fetched_bytes() - start) / (1200 * 3072)
+    assert ratios[256] < 1.6  # a stretch of 16 pictures is three blocks long and touches four
+    assert ratios[0] > 2 * ratios[256]
+
+
+def test_what_comes_is_fetched_before_it_is_asked_for(
+    raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (remote,) = opened([raw], tmp_path, block_bytes=16_384)
+    names = set()
+
+    def spoil(path: str, data: bytes) -> bytes:
+        names.add(threading.current_thread().name)
+        return data
+
+    FaultyStore.spoil = staticmethod(spoil)
+    config = config_of(read_ahead=1200, resample="dali")
+    loader = TrainLoader(config, [remote], None, ClassPrompts([((), ())], tokenizer))
+    batches = loader.batches(0)
+    next(batches)
+    for _ in range(200):
+        count = len(FaultyStore.reads)
+        time.sleep(0.05)
+        if len(FaultyStore.reads) == count:
+            break
+    FaultyStore.reads.clear()
+    list(itertools.islice(batches, 40))
+    assert not FaultyStore.reads
+    assert names <= {"unicl-read-ahead", "unicl-feed_0"}
+    loader.close()
+    assert "unicl-read-ahead" not in {thread.name for thread in threading.enumerate()}
+
+
+def test_evaluation_reads_each_block_once(captioned: PackedDataset, tmp_path: Path) -> None:
+    (remote,) = opened([captioned], tmp_path)
+    data = config_of().data
+    FaultyStore.reads.clear()
+    for one, other in zip(
+        EvaluationLoader(remote, data, batch_size=7),
+        EvaluationLoader(captioned, data, batch_size=7),
+        strict=True,
+    ):
+        assert torch.equal(one.images, other.images)
+    assert len(FaultyStore.reads) == len(set(FaultyStore.reads)) > 3
+
+
+def test_a_store_that_fails_for_good_ends_the_run_and_replaces_nothing(
+    captioned: PackedDataset, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    (remote,) = opened([captioned], tmp_path)
+    quarantine = tmp_path / "quarantine.csv"
+    prompts = ClassPrompts([((), ())], tokenizer)
+    config = config_of(read_ahead=24)
+    loader = TrainLoader(config, [remote], None, prompts, quarantine=quarantine)
+    batches = loader.batches(0)
+    expected = take([captioned], prompts, config=config, count=4)
+    reads = []
+
+    def spoil(path: str, data: bytes) -> bytes:
+        reads.append(path)
+        if len(reads) > 5:
+            raise ConnectionResetError("by peer")
+        return data
+
+    FaultyStore.spoil = staticmethod(spoil)
+    with pytest.raises(StorageError, match=r"faulty://.*could not be read: ConnectionResetError"):
+        list(itertools.islice(batches, 4))
+    loader.close()
+    assert not quarantine.exists()
+    FaultyStore.spoil = None
+    for one, other in zip(take([remote], prompts, config=config, count=4), expected, strict=True):
+        assert_equal(one, other)
+
+
+def test_a_shard_that_is_gone_is_replaced_as_a_local_one(
+    labelled: PackedDataset, prompts: ClassPrompts, tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    own = ClassPrompts([(labelled.manifest.class_names, labelled.manifest.templates)], tokenizer)
+    (remote,) = opened([labelled], tmp_path)
+    gone = labelled.manifest.shards[1].name
+    del FaultyStore.store[f"/bucket/labelled/{gone}"]
+    batches = take([remote], own, config=config_of(), count=5)
+    for one, other in zip(batches, take([labelled], own, config=config_of(), count=5), strict=True):
+        assert one.sample_ids is not None
+        assert one.scheduled_ids is not None
+        for i, (shown, planned) in enumerate(
+            zip(one.sample_ids.tolist(), one.scheduled_ids.tolist(), strict=True)
+        ):
+            if labelled.shard_of(planned) == gone:
+                assert labelled.shard_of(shown) != gone
+            else:
+                assert torch.equal(one.images[i], other.images[i])

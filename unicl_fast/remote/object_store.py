@@ -1,0 +1,383 @@
+"""Objects under one URL: read in ranges and written, with patience, and errors that name all.
+
+fsspec speaks to the stores; here is what a job needs beyond that. An answer has a time limit, a
+request that fails is made again after growing pauses, and what fails for good is named: URL, range,
+what came, how often it was tried, what to do. An object that is not there is a FileNotFoundError at
+once, as a file would be: asking again makes none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import random
+import re
+import threading
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import xxhash
+
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+CONNECTIONS = 8
+"""Requests of one process at the same time: a store gives some 50 MB/s over each."""
+TRANSFER_BYTES = 8 << 20
+"""Of one request where a whole object is read."""
+_URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.+)", re.DOTALL)
+_EXTRAS = {"s3": "remote", "s3a": "remote"}
+# Asked again, these give the same answer: settings, not the network.
+_NOT_TRANSIENT = (NotImplementedError, TypeError)
+_NO_KEYS = ("NoCredentialsError", "PartialCredentialsError")
+_LISTS_NOTHING = ("http", "https")
+_jitter = random.Random()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Patience:
+    """How often a request is made, and how long it is waited for."""
+
+    tries: int = 6
+    first_pause_seconds: float = 0.5
+    """Twice as long after each further try, a quarter more or less: ranks do not come together."""
+    answer_seconds: float = 60.0
+    """Most that one answer may take. All tries together stay below run.timeout_seconds' default, so
+    that the storage is named before the watchdog speaks."""
+
+
+patience = Patience()
+
+
+class StorageError(RuntimeError):
+    """A store did not give, or take, what was asked, however often it was tried; names it all."""
+
+
+class _IncompleteError(Exception):
+    """Fewer or more bytes came than were asked for."""
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What went over the network for one store in this process."""
+
+    read_bytes: int = 0
+    written_bytes: int = 0
+    requests: int = 0
+    tried_again: int = 0
+
+
+def is_url(place: str | os.PathLike[str]) -> bool:
+    """Whether a place is a URL (s3://bucket/folder) instead of a path."""
+    return isinstance(place, str) and _URL.fullmatch(place) is not None
+
+
+class ObjectStore:
+    """The objects under one URL, as names below it. Safe in several threads, and after a fork."""
+
+    def __init__(self, url: str) -> None:
+        """Nothing is asked before it is needed.
+
+        Args:
+            url: of a folder, such as s3://bucket/packed/photos. Keys, regions and endpoints are
+                found where the store's client looks for them (~/.aws, AWS_... of the environment),
+                and where fsspec does (FSSPEC_S3_... of the environment, ~/.config/fsspec).
+
+        Raises:
+            ValueError: not such a URL.
+        """
+        match = _URL.fullmatch(url)
+        if match is None or "::" in url or "?" in url or "#" in url:
+            raise ValueError(
+                f"{url} is not the URL of a folder: expected is for example s3://bucket/folder, "
+                "with nothing behind a ? or # and without ::"
+            )
+        self.url = url.rstrip("/")
+        self._protocol = match.group(1).lower()
+        self.traffic = Traffic()
+        self._systems: dict[int, Any] = {}
+        self._counting = threading.Lock()
+
+    @property
+    def name(self) -> str:
+        """The last part of the URL."""
+        return self.url.rsplit("/", 1)[-1]
+
+    def url_of(self, name: str) -> str:
+        return f"{self.url}/{name}" if name else self.url
+
+    def read(self, name: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of an object.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            StorageError: it could not be read.
+        """
+        if end <= start:
+            return b""
+        what = f"{self.url_of(name)}, bytes {start} to {end - 1}"
+
+        def attempt() -> bytes:
+            data: bytes = self._call("cat_file", self._path(name), start=start, end=end)
+            if len(data) != end - start:
+                raise _IncompleteError(f"{len(data)} bytes came where {end - start} were asked for")
+            self._count(read_bytes=len(data))
+            return data
+
+        return self._patiently(what, "be read", attempt)
+
+    def read_whole(self, name: str) -> bytes | None:
+        """All bytes of a small object; None where there is none."""
+
+        def attempt() -> bytes:
+            data: bytes = self._call("cat_file", self._path(name))
+            self._count(read_bytes=len(data))
+            return data
+
+        try:
+            return self._patiently(self.url_of(name), "be read", attempt)
+        except FileNotFoundError:
+            return None
+
+    def size_of(self, name: str) -> int | None:
+        """Bytes of an object; None where there is none."""
+
+        def attempt() -> int:
+            info = self._call("info", self._path(name))
+            if info.get("type") == "directory":  # what begins other objects' names
+                raise FileNotFoundError(self.url_of(name))
+            size = info.get("size")
+            if size is None:
+                raise TypeError("it does not say how large it is, and so cannot be read in ranges")
+            return int(size)
+
+        try:
+            return self._patiently(self.url_of(name), "be asked for its size", attempt)
+        except FileNotFoundError:
+            return None
+
+    def list_sizes(self) -> dict[str, int] | None:
+        """Names and sizes of all objects below the URL; None of a store that cannot list.
+
+        Names of objects in folders have a / in them.
+        """
+        if self._protocol in _LISTS_NOTHING:
+            return None
+        root = self._path("")
+
+        def attempt() -> dict[str, int]:
+            found = self._call("find", root, detail=True)
+            return {
+                _below(root, path): int(info.get("size") or 0)
+                for path, info in found.items()
+                if info.get("type") != "directory"
+            }
+
+        try:
+            return self._patiently(self.url, "be listed", attempt)
+        except FileNotFoundError:
+            return {}
+
+    def sizes_of(self, names: Iterable[str]) -> dict[str, int | None]:
+        """Sizes of some objects, by a single listing where there is one."""
+        wanted = list(names)
+        listed = self.list_sizes()
+        if listed is not None:
+            return {name: listed.get(name) for name in wanted}
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
+            return dict(zip(wanted, pool.map(self.size_of, wanted), strict=True))
+
+    def fetch_file(
+        self, name: str, path: Path, *, size: int, progress: Callable[[int], None] | None = None
+    ) -> str:
+        """Copies an object of `size` bytes into a file; returns its XXH3-64 in hexadecimal digits.
+
+        Args:
+            name: of the object.
+            path: the file, which is replaced.
+            size: bytes of it.
+            progress: called with the bytes of each piece as it comes.
+
+        Raises:
+            FileNotFoundError: it is not there.
+            StorageError: it could not be read.
+        """
+        digest = xxhash.xxh3_64()
+        with path.open("wb") as file:
+            for data in self._pieces(name, size):
+                file.write(data)
+                digest.update(data)
+                if progress is not None:
+                    progress(len(data))
+        return digest.hexdigest()
+
+    def checksum_of(
+        self, name: str, *, size: int, progress: Callable[[int], None] | None = None
+    ) -> str:
+        """XXH3-64 of an object of `size` bytes, which is read once and kept nowhere."""
+        digest = xxhash.xxh3_64()
+        for data in self._pieces(name, size):
+            digest.update(data)
+            if progress is not None:
+                progress(len(data))
+        return digest.hexdigest()
+
+    def _pieces(self, name: str, size: int) -> Iterable[bytes]:
+        """An object in order; a few pieces are on their way at the same time."""
+        starts = list(range(0, size, TRANSFER_BYTES))
+        if len(starts) < 2:
+            yield self.read(name, 0, size)
+            return
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
+            for first in range(0, len(starts), CONNECTIONS):
+                yield from pool.map(
+                    lambda start: self.read(name, start, min(start + TRANSFER_BYTES, size)),
+                    starts[first : first + CONNECTIONS],
+                )
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a small object, which is there whole or not at all.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+
+        def attempt() -> None:
+            self._call("pipe_file", self._path(name), data)
+            self._count(written_bytes=len(data))
+
+        self._patiently(self.url_of(name), "be written", attempt)
+
+    def write_file(self, path: Path, name: str) -> None:
+        """Writes a file as an object, in parts where it is large.
+
+        Raises:
+            StorageError: it could not be written.
+        """
+        size = path.stat().st_size
+
+        def attempt() -> None:
+            # a part of it may take as long as an answer, and there may be many
+            limit = patience.answer_seconds * (1 + size // TRANSFER_BYTES)
+            self._call("put_file", str(path), self._path(name), seconds=limit)
+            self._count(written_bytes=size)
+
+        self._patiently(self.url_of(name), "be written", attempt)
+
+    def remove(self, name: str) -> None:
+        """Removes an object, if it is there."""
+        with contextlib.suppress(FileNotFoundError):
+            self._patiently(
+                self.url_of(name), "be removed", lambda: self._call("rm_file", self._path(name))
+            )
+
+    def _patiently(self, what: str, deed: str, attempt: Callable[[], Result]) -> Result:
+        """Tries until it succeeds or there is no more point in it."""
+        limits = patience
+        pause = limits.first_pause_seconds
+        self._system()  # what is wrong with the URL or the installation is said as it is
+        for number in range(1, limits.tries + 1):
+            self._count(requests=1, tried_again=int(number > 1))
+            try:
+                return attempt()
+            except FileNotFoundError as error:
+                raise FileNotFoundError(f"{what}: there is no such object") from error
+            except PermissionError as error:
+                raise StorageError(
+                    f"{what} may not {deed}: {_words(error)}; see that the keys are there and "
+                    "allow it, and that the URL is right"
+                ) from error
+            except Exception as error:  # of whatever client is underneath
+                if isinstance(error, _NOT_TRANSIENT) or type(error).__name__ in _NO_KEYS:
+                    raise StorageError(f"{what} cannot {deed}: {_words(error)}") from error
+                if number == limits.tries:
+                    raise StorageError(
+                        f"{what} could not {deed}: {_words(error)} ({number} tries); see that the "
+                        "store can be reached and answers within "
+                        f"{limits.answer_seconds:g} s, then start again: nothing was lost, and a "
+                        "training run goes on with --resume auto"
+                    ) from error
+                seconds = pause * _jitter.uniform(0.75, 1.25)
+                logger.warning(
+                    "STORAGE: %s could not %s: %s; try %d of %d in %.1f s",
+                    what, deed, _words(error), number + 1, limits.tries, seconds,
+                )  # fmt: skip
+                time.sleep(seconds)
+                pause *= 2
+        raise AssertionError("unreachable")
+
+    def _call(self, method: str, *arguments: Any, seconds: float = 0, **keywords: Any) -> Any:
+        """A method of the file system, within the time limit where its kind allows one."""
+        system = self._system()
+        if not system.async_impl:
+            return getattr(system, method)(*arguments, **keywords)
+        from fsspec.asyn import sync
+
+        limit = seconds or patience.answer_seconds
+        return sync(
+            system.loop, getattr(system, f"_{method}"), *arguments, timeout=limit, **keywords
+        )
+
+    def _system(self) -> Any:
+        """This process's connection: one that was made before a fork must not be used after it."""
+        system = self._systems.get(os.getpid())
+        if system is None:
+            system = self._systems.setdefault(os.getpid(), _connect(self._protocol, self.url))
+        return system
+
+    def _path(self, name: str) -> str:
+        return str(self._system()._strip_protocol(self.url_of(name)))
+
+    def _count(self, **numbers: int) -> None:
+        with self._counting:
+            for name, number in numbers.items():
+                setattr(self.traffic, name, getattr(self.traffic, name) + number)
+
+
+def _connect(protocol: str, url: str) -> Any:
+    import fsspec
+
+    options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
+    if protocol in ("s3", "s3a"):
+        # ours are the tries that count: botocore's inside s3fs's inside them would be 180
+        configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
+        options["config_kwargs"] = {
+            "retries": {"max_attempts": 1},
+            "max_pool_connections": 4 * CONNECTIONS,
+            **configured,
+        }
+    try:
+        system = fsspec.filesystem(protocol, **options)
+    except ImportError as error:
+        extra = _EXTRAS.get(protocol)
+        how = f"pip install 'unicl_fast[{extra}]'" if extra else str(error)
+        raise ValueError(f"{url}: {protocol}:// takes one more package: {how}") from error
+    except ValueError as error:  # a protocol that nobody knows
+        raise ValueError(
+            f"{url}: {error}; known are s3, gs, http, https, and what fsspec lists by "
+            "fsspec.available_protocols()"
+        ) from error
+    if hasattr(system, "retries"):
+        system.retries = 1
+    return system
+
+
+def _below(root: str, path: str) -> str:
+    return path.removeprefix(root).lstrip("/")
+
+
+def _words(error: BaseException) -> str:
+    """An error of a client in a line."""
+    text = " ".join(str(error).split())[:300]
+    if isinstance(error, _IncompleteError):
+        return text
+    if isinstance(error, TimeoutError) and not text:
+        return "no answer came in time"
+    kind = type(error).__name__
+    return f"{kind}: {text}" if text else kind
