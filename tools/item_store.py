@@ -6,7 +6,7 @@ record of each begins, 8 bytes. The file has no name, so the kernel removes it w
 
 Lists speak of a picture in several rows, not always one after another. A record is never changed:
 what a later row adds is a record of its own that points back to the one before. Names are found
-again by an index of checksums, up to 48 bytes a name while a source is read, compared with what is
+again by an index of checksums, up to 54 bytes a name while a source is read, compared with what is
 stored.
 """
 
@@ -188,7 +188,7 @@ class NamedItems:
 
     def append(self, item: Item) -> int:
         """Adds an item whose name is not known yet; returns its number."""
-        if 2 * self._count >= self._mask:
+        if 3 * self._count >= 2 * self._mask:
             self._grow()
         number = self._items.append(item)
         self._put(_checksum(item.name), number + 1)
@@ -205,8 +205,8 @@ class NamedItems:
 
     def _make_table(self, size: int) -> None:
         self._mask = size - 1
-        self._checksums = array("Q", bytes(8 * size))
-        self._numbers = array("I", bytes(4 * size))
+        self._checksums = array("Q", [0]) * size
+        self._numbers = array("I", [0]) * size
 
     def _grow(self) -> None:
         checksums, numbers = self._checksums, self._numbers
