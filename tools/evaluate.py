@@ -52,8 +52,8 @@ class ZeroShot(Evaluation):
     """
 
     data: tuple[str, ...]
-    """One data set or several, evaluated in turn: packed ones with labels (folders or URLs); folders
-    or zips of class folders and whatever else unicl-pack reads; or
+    """One data set or several, evaluated in turn: packed ones with labels (folders or URLs);
+    folders or zips of class folders and whatever else unicl-pack reads; or
     torchvision:CLASS:FOLDER[:SPLIT], the files of torchvision.datasets.CLASS in FOLDER as its
     download leaves them (nothing is fetched), by default the test split."""
     class_names: tuple[str, ...] = ()
