@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
+import timm
 import torch
 from small_runs import TEXTS, tiny_config
 from torch.utils.flop_counter import FlopCounterMode
@@ -170,6 +171,14 @@ def test_unknown_names_are_answered_with_known_ones() -> None:
     config = tiny_config(image_encoder="swin_tinny_patch4_window7_224")
     with pytest.raises(ValueError, match="swin_tiny_patch4_window7_224"):
         UniCL(config)
+
+
+def test_the_small_network_has_no_published_weights_and_says_so() -> None:
+    """Timm would ask for them when it opens a folder, and would otherwise get fresh ones."""
+    with pytest.raises(ValueError, match="checkpoint_path="):
+        timm.create_model("unicl_convnet7_small", pretrained=True)
+    with pytest.raises(ValueError, match="not 10 classes"):
+        timm.create_model("unicl_convnet7_small").reset_classifier(10)
 
 
 def test_checkpointing_refuses_an_encoder_whose_blocks_it_does_not_know() -> None:
