@@ -126,6 +126,7 @@ def test_pixels_are_read_by_the_batch(local: PackedDataset, cache: CacheOptions)
     with PackedDataset(url, cache=cache) as remote:
         assert remote.read_pixels(indices, found, places).all()
         assert np.array_equal(found, expected)
+        assert remote.needed_bytes == found[:5].nbytes
         for block in (cache.place / "blocks").rglob("0*"):
             block.write_bytes(bytes(block.stat().st_size))
         assert not remote.read_pixels(indices, found, places).any()

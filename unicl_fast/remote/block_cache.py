@@ -16,6 +16,7 @@ import errno
 import fcntl
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -26,11 +27,12 @@ logger = logging.getLogger(__name__)
 DEFAULT_CACHE_BYTES = 20_000_000_000
 DEFAULT_BLOCK_BYTES = 4 << 20
 _PART = ".part"
-_FILLED_TO = 0.9
+_FILLED_TO = 0.8
 """Where room is made, that much of the limit stays: one look at all blocks serves many."""
 _TOUCH_SECONDS = 10.0
 """A block that was used so short a time ago need not be marked as used again."""
-_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.002, 0.05
+_FIRST_WAIT_SECONDS, _LONGEST_WAIT_SECONDS = 0.002, 0.02
+_OWN_TURN_SECONDS = 5.0
 _LOCK_PATIENCE_SECONDS = 300.0
 """Longer than all tries of a request: only a holder that was stopped, not killed, takes as long."""
 _MOST_ROUNDS = 20
@@ -77,6 +79,7 @@ class BlockCache:
         self._max_bytes = max_bytes
         self._blocks.mkdir(parents=True, exist_ok=True)
         self._lock_path = folder / "blocks.lock"
+        self._own_turn = threading.Lock()
         self._failed = False
 
     def read_into(
@@ -229,12 +232,17 @@ class BlockCache:
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[int]:
+        # Threads queue here, so that one of each process asks for the lock again and again: nine of
+        # them held each other up for 20 ms a block. Not for ever: a fork may have copied it locked.
+        mine = self._own_turn.acquire(timeout=_OWN_TURN_SECONDS)
         file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(file, wait=True)
+            _lock(file, wait=True, longest=_FIRST_WAIT_SECONDS)
             yield file
         finally:
             os.close(file)
+            if mine:
+                self._own_turn.release()
 
     def _remove_oldest(self, size: int) -> int:
         """Removes what was used longest ago until `size` more fit; returns what is left.
@@ -279,7 +287,7 @@ class _StuckError(Exception):
     """A lock was held for longer than any request takes."""
 
 
-def _lock(file: int, *, wait: bool) -> bool:
+def _lock(file: int, *, wait: bool, longest: float = _LONGEST_WAIT_SECONDS) -> bool:
     """Takes the lock on an open file; False if another has it and it is not waited for.
 
     By asking again and again: a call that waits in the kernel could not be given up.
@@ -297,7 +305,7 @@ def _lock(file: int, *, wait: bool) -> bool:
             if time.monotonic() > end:
                 raise _StuckError from None
             time.sleep(pause)
-            pause = min(2 * pause, _LONGEST_WAIT_SECONDS)
+            pause = min(2 * pause, longest)
         else:
             return True
 

@@ -120,7 +120,7 @@ class BlockReader:
                         whole[mine] = True
             except FileNotFoundError:
                 pass
-        self._count(int(whole.sum()) * size)
+        self._count(int(whole[inside].sum()) * size)  # the others were counted
         return whole
 
     def _read_row(self, number: int, row: npt.NDArray[np.uint8], offset: int) -> bool:
