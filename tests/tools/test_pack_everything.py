@@ -32,15 +32,15 @@ def toured(data: Path, out: Path, *options: str) -> dict[str, dict[str, Any]]:
     return {row["name"]: row for row in rows}
 
 
-def check(rows: dict[str, dict[str, Any]]) -> None:
+def check(rows: dict[str, dict[str, Any]], *, num_hostile: int = SAMPLES["hostile"]) -> None:
     counts = {name: row["num_samples"] for name, row in rows.items()}
     total = counts.pop("everything")
-    assert counts == {name: SAMPLES[name] for name in counts}
+    assert counts == {name: SAMPLES[name] for name in counts} | {"hostile": num_hostile}
     assert total == sum(counts.values())
     assert {row["verify"] for row in rows.values()} == {"sound"}
     refused = {name: sum(row["refused"].values()) for name, row in rows.items()}
     # one of the 434 files is passed over by its name
-    assert refused.pop("hostile") == refused.pop("everything") == 434 - 176 - 1
+    assert refused.pop("hostile") == refused.pop("everything") == 434 - num_hostile - 1
     assert set(refused.values()) == {0}
 
 
@@ -50,7 +50,8 @@ def test_small_sets_as_webp(
 ) -> None:
     out = tmp_path / "tour"
     options = ("--sets", *SMALL, "--format", "webp", "--resize", "short:64", "--no-near")
-    check(toured(shared_data, out, *options))
+    # one of the hostile pictures is too wide for WebP
+    check(toured(shared_data, out, *options), num_hostile=SAMPLES["hostile"] - 1)
     text = capsys.readouterr().out
     assert "$ unicl-pack merge" in text
     assert text.count("sound") >= len(SMALL) + 1
