@@ -153,7 +153,7 @@ def test_the_schedule_is_the_1x_one() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("masks", [False, True])
+@pytest.mark.parametrize("masks", [False, pytest.param(True, marks=pytest.mark.long)])
 def test_a_detector_learns_four_pictures_by_heart(pasted: Path, masks: bool) -> None:
     torch.manual_seed(0)
     pictures = CocoPictures(pasted / "instances.json", pasted / "images", masks=masks)
