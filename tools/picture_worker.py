@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
-import marshal
 import multiprocessing
 import os
 import signal
@@ -135,7 +134,7 @@ class PictureWorker:
         try:
             self._process.connection.send(tasks)
             while num_answered < len(tasks):
-                answers = marshal.loads(self._process.connection.recv_bytes())
+                answers = self._process.connection.recv()
                 num_answered += len(answers)
                 yield from map(_unpack, answers)
         except (EOFError, OSError) as error:
@@ -199,10 +198,10 @@ def _serve(
                 answers.append(answer)
                 num_bytes += answer_bytes
                 if num_bytes >= _ANSWER_BYTES or time.monotonic() > oldest + _ANSWER_SECONDS:
-                    connection.send_bytes(marshal.dumps(answers))
+                    connection.send(answers)
                     answers, num_bytes = [], 0
             if answers:
-                connection.send_bytes(marshal.dumps(answers))
+                connection.send(answers)
 
 
 def _pack(result: Checked | Problem) -> tuple[tuple[Any, ...], int]:

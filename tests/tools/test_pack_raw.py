@@ -17,7 +17,7 @@ from PIL import Image
 from unicl_fast.images import check_picture
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
-from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, _chunks, check_in_order
+from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order, make_chunks
 
 run = functools.partial(run_pack, "build", "--workers", 1, "--format", "raw")
 
@@ -148,12 +148,12 @@ def test_pixels_of_another_size_stay_in_the_worker() -> None:
 
 
 def test_chunks_are_as_small_as_answers_are_large() -> None:
-    entry = CrashingOnce("/", b"")
+    entry, options = CrashingOnce("/", b""), PictureOptions()
     for answer_bytes, longest in ((3072, 64), (150_000, 27), (4_000_000, 1), (10**9, 1)):
         tasks = (Task(name="", entry=entry, answer_bytes=answer_bytes) for _ in range(100))
-        assert max(map(len, _chunks(tasks))) == longest
+        assert max(map(len, make_chunks(tasks, options))) == longest
     files = (Task(name="", entry=CrashingOnce("/", b"", num_bytes=100_000)) for _ in range(50))
-    assert max(map(len, _chunks(files, growth=8))) == 5
+    assert max(map(len, make_chunks(files, PictureOptions(format="png")))) == 5
 
 
 @pytest.mark.parametrize("size", [(40, 40), (10, 10), (31, 64), (64, 31), (20, 20)])
