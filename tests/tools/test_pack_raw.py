@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import io
 import os
@@ -148,12 +149,13 @@ def test_pixels_of_another_size_stay_in_the_worker() -> None:
 
 
 def test_chunks_are_as_small_as_answers_are_large() -> None:
-    entry, options = CrashingOnce("/", b""), PictureOptions()
+    entry = CrashingOnce("/", b"")
+    options = PictureOptions(short_side=0, quality=90, max_pixels=10**6, seconds=1)
     for answer_bytes, longest in ((3072, 64), (150_000, 27), (4_000_000, 1), (10**9, 1)):
         tasks = (Task(name="", entry=entry, answer_bytes=answer_bytes) for _ in range(100))
         assert max(map(len, make_chunks(tasks, options))) == longest
     files = (Task(name="", entry=CrashingOnce("/", b"", num_bytes=100_000)) for _ in range(50))
-    assert max(map(len, make_chunks(files, PictureOptions(format="png")))) == 5
+    assert max(map(len, make_chunks(files, dataclasses.replace(options, format="png")))) == 5
 
 
 @pytest.mark.parametrize("size", [(40, 40), (10, 10), (31, 64), (64, 31), (20, 20)])
