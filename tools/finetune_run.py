@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicl_fast.augmentation import refuse_second_view
-from unicl_fast.config import TrainConfig
+from unicl_fast.augmentation import check_views
+from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.dist import Ranks
 from unicl_fast.evaluation.classification import ClassificationResult, Metric, classify
 from unicl_fast.evaluation.encode import (
@@ -160,11 +160,12 @@ def _config(command: Finetune, config: TrainConfig, dataset: PackedDataset) -> T
         augment=config.data.augment if command.augment is None else tuple(command.augment.split()),
         max_bad_fraction=0.0,
     )
-    refuse_second_view(data.augment)
+    objective = ObjectiveConfig()  # whatever the checkpoint was trained by
+    check_views(data.augment, objective=objective.name)
     run = dataclasses.replace(
         config.run, global_batch_size=command.train_batch_size, seed=command.seed
     )
-    return dataclasses.replace(config, data=data, run=run)
+    return dataclasses.replace(config, data=data, run=run, objective=objective)
 
 
 def _labels_in(data: EvaluationData, names: Sequence[str]) -> list[list[int]]:
