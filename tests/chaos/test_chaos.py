@@ -41,6 +41,7 @@ def test_a_run_that_is_killed_three_times_loses_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_on_one_rank_it_equals_the_unbroken_run_bit_for_bit(tmp_path: Path) -> None:
     report = run_chaos(tmp_path, kills=5, checkpoint_kills=2, damage="before", ranks=1)

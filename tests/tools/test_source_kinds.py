@@ -187,7 +187,7 @@ def test_a_build_stopped_while_it_unpacks_leaves_nothing(
     )
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and process.poll() is None:
-        if any(file.stat().st_size > 1_000_000 for file in tmp_path.glob("out.spool-*/*")):
+        if any(file.stat().st_size > 1_000_000 for file in tmp_path.glob("out.partial/spool/**/*")):
             break
         time.sleep(0.01)
     process.send_signal(number)

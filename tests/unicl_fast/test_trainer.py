@@ -37,7 +37,7 @@ FORMATS += [("fp16", "lamb")]
         *(
             pytest.param(
                 *("unicl_convnet7_small", *names),
-                marks=pytest.mark.slow if names[0] == "fp16" else (),
+                marks=[pytest.mark.slow, pytest.mark.long] if names[0] == "fp16" else (),
             )
             for names in FORMATS
         ),
