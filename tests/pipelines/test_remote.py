@@ -143,8 +143,11 @@ def test_with_a_window_a_pass_fetches_each_byte_about_once(
         for one, other in zip(batches, take([raw], prompts, config=config, count=100), strict=True):
             assert_equal(one, other)
         ratios[window] = (fetched_bytes() - start) / (1200 * 3072)
-    assert ratios[256] < 1.6  # a stretch of 16 pictures is three blocks long and touches four
-    assert ratios[0] > 2 * ratios[256]
+    # A stretch of 16 pictures is three blocks long and touches four; a fifth of the pass is read
+    # ahead behind its end; and what slow threads fetch too late is fetched again: 1.5, or 2 on a
+    # busy machine, where it is 4.7 without a window.
+    assert ratios[256] < 3
+    assert ratios[0] > 1.5 * ratios[256]
 
 
 def test_what_comes_is_fetched_before_it_is_asked_for(
