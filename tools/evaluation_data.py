@@ -35,6 +35,7 @@ from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.class_names import read_label_space
 from unicl_fast.tools.launch import refused_together
 from unicl_fast.tools.temporary_folder import temporary_folder
+from unicl_fast.tools.training_data import numbered
 
 TORCHVISION = "torchvision:"
 
@@ -84,11 +85,7 @@ def short_name(spec: str) -> str:
 
 def short_names(specs: Sequence[str]) -> list[str]:
     """A name for each, numbered where several would have the same."""
-    names = [short_name(spec) for spec in specs]
-    return [
-        f"{name}-{names[: place + 1].count(name)}" if names.count(name) > 1 else name
-        for place, name in enumerate(names)
-    ]
+    return numbered([short_name(spec) for spec in specs])
 
 
 def protocol_metric(name: str) -> Metric:

@@ -73,14 +73,7 @@ def evaluate_zero_shot(
             templates=tuple(templates) or dataset.manifest.templates,
             progress=progress,
         )
-    loader = EvaluationLoader(
-        dataset,
-        model.config.data,
-        batch_size=batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device_of(model),
-    )
+    loader = loader_for(model, dataset, ranks=ranks, batch_size=batch_size)
     return zero_shot_accuracy(
         model,
         loader,
@@ -179,14 +172,7 @@ def extract_all(
 ) -> Tensor | None:
     """Features [n d] of all pictures of a data set, on the host; None on all ranks but rank 0."""
     ranks = ranks or Ranks()
-    loader = EvaluationLoader(
-        dataset,
-        model.config.data,
-        batch_size=batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device_of(model),
-    )
+    loader = loader_for(model, dataset, ranks=ranks, batch_size=batch_size)
     return extract_features(
         model,
         loader,
@@ -194,6 +180,20 @@ def extract_all(
         layer=layer,
         ranks=ranks,
         num_batches=len(loader) if progress else None,
+    )
+
+
+def loader_for(
+    model: UniCL, dataset: PackedDataset, *, ranks: Ranks, batch_size: int
+) -> EvaluationLoader:
+    """This rank's part of a data set, as the model sees pictures and where it is."""
+    return EvaluationLoader(
+        dataset,
+        model.config.data,
+        batch_size=batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device_of(model),
     )
 
 

@@ -34,7 +34,6 @@ from unicl_fast.evaluation.linear_probe import (
 )
 from unicl_fast.evaluation.zero_shot import zero_shot_classifier
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.shards import PackedDataset
@@ -43,7 +42,7 @@ from unicl_fast.tools.evaluation_data import EvaluationData, check_data, open_da
 from unicl_fast.tools.evaluation_figures import draw_confusion
 from unicl_fast.tools.evaluation_model import model_on_ranks
 from unicl_fast.tools.evaluation_report import classification_table, write_results
-from unicl_fast.tools.evaluations import extract_all
+from unicl_fast.tools.evaluations import extract_all, loader_for
 from unicl_fast.tools.training_data import build_prompts
 
 
@@ -198,9 +197,8 @@ def _first_head(
         classifier = zero_shot_classifier(
             model, class_names=train.class_names, templates=train.templates, progress=ranks.is_main
         )
-        loader = EvaluationLoader(
-            train.dataset, model.config.data, batch_size=command.batch_size, device=device
-        )
+        # the same pictures on all ranks, which begin with the same head
+        loader = loader_for(model, train.dataset, ranks=Ranks(), batch_size=command.batch_size)
         first = next(iter(loader))
         return zero_shot_head(
             model, classifier, encode_pictures(model, first.images, layer="encoder")
@@ -239,14 +237,7 @@ def _test(
     command: Finetune,
     ranks: Ranks,
 ) -> ClassificationResult:
-    loader = EvaluationLoader(
-        test.dataset,
-        model.config.data,
-        batch_size=command.batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device_of(model),
-    )
+    loader = loader_for(model, test.dataset, ranks=ranks, batch_size=command.batch_size)
     precision = Precision(model.config.efficiency.precision)
 
     def scores_of(images: Tensor) -> Tensor:

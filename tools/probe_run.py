@@ -28,6 +28,7 @@ from unicl_fast.evaluation.features import FeatureCache
 from unicl_fast.evaluation.knn import knn_accuracy
 from unicl_fast.evaluation.linear_probe import (
     LabelledFeatures,
+    LinearClassifier,
     draw_shots,
     evaluate_classifier,
     fit_logistic_regression,
@@ -170,13 +171,7 @@ def _full_probe(
     if command.c:
         both = train if validation is None else train.join(validation)
         c = command.c
-        classifier = fit_logistic_regression(
-            both.features,
-            both.labels,
-            num_classes=len(names),
-            c=c,
-            max_iterations=command.max_iterations,
-        )
+        classifier = _fit_with_c(command, both, num_classes=len(names))
         num_fitted = len(both)
     else:
         if validation is None:
@@ -239,13 +234,7 @@ def _few_shot(
         train = pool.take(kept)
         if command.c:
             c = command.c
-            classifier = fit_logistic_regression(
-                train.features,
-                train.labels,
-                num_classes=len(names),
-                c=c,
-                max_iterations=command.max_iterations,
-            )
+            classifier = _fit_with_c(command, train, num_classes=len(names))
         else:
             fit = fit_probe(
                 train,
@@ -394,6 +383,19 @@ def feature_key(model: UniCL, dataset: PackedDataset, *, layer: LayerName, weigh
         "device": device_of(model).type,
     }
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
+
+
+def _fit_with_c(
+    command: LinearProbe, samples: LabelledFeatures, *, num_classes: int
+) -> LinearClassifier:
+    """The fit where C is given instead of searched."""
+    return fit_logistic_regression(
+        samples.features,
+        samples.labels,
+        num_classes=num_classes,
+        c=command.c,
+        max_iterations=command.max_iterations,
+    )
 
 
 def _cache_folder(command: FrozenFeatures) -> Path | None:

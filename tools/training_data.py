@@ -82,7 +82,11 @@ def cache_options(data: DataConfig) -> CacheOptions:
 def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
     """A short name for each: its folder's, numbered where several folders have the same."""
     # of a URL, the folder in the cache has its last part as its name
-    names = [dataset.folder.resolve().name for dataset in datasets]
+    return numbered([dataset.folder.resolve().name for dataset in datasets])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names that differ: those that stand several times with a number behind each."""
     return [
         f"{name}-{names[: place + 1].count(name)}" if names.count(name) > 1 else name
         for place, name in enumerate(names)

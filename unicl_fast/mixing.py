@@ -24,9 +24,9 @@ from unicl_fast.batch import Batch
 from unicl_fast.config import ObjectiveConfig
 from unicl_fast.keyed_random import fold_key
 from unicl_fast.positives import Membership
+from unicl_fast.targets import CAPTION_KEYS_START
 
 _PURPOSE = 0x313C
-_CAPTION_KEYS_START = 1 << 62  # of `targets`, which would bring Numba along
 
 
 class PairDraws(NamedTuple):
@@ -95,7 +95,7 @@ def mix(
     shares = _on_device(draws.shares, device)[pairs]
     boxes = _on_device(draws.boxes, device)[pairs]
     partner = _swapped(batch.class_ids)
-    is_labelled = batch.class_ids < _CAPTION_KEYS_START
+    is_labelled = batch.class_ids < CAPTION_KEYS_START
     is_mixed = is_labelled & _swapped(is_labelled)
     shares = torch.where(is_mixed, shares, 1.0)
     boxes = boxes * is_mixed.unsqueeze(1)

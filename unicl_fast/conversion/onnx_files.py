@@ -7,26 +7,15 @@ import importlib.util
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from unicl_fast.conversion.comparison import require_equal, samples_of
-from unicl_fast.conversion.new_files import new_folder, write_json
-from unicl_fast.conversion.towers import (
-    INPUTS,
-    OUTPUTS,
-    Tower,
-    batches_of,
-    inputs_and_features,
-    towers_of,
-)
+from unicl_fast.conversion.towers import INPUTS, OUTPUTS, Tower, write_towers
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.preprocessing import Preprocessing
 
-PREPROCESSING_FILE = "preprocessing.json"
 _NEEDED = ("onnx", "onnxscript", "onnxruntime")
 _OPSET = 18  # of 2022: what runtimes of today all have
 
@@ -47,21 +36,7 @@ def write_onnx(model: UniCL, folder: Path) -> float:
         OSError: it cannot be written.
     """
     require_packages()
-    differences = []
-    with new_folder(folder) as aside:
-        expected = inputs_and_features(samples_of(model))
-        for name, tower in towers_of(model).items():
-            path = aside / f"{name}.onnx"
-            inputs, features = expected[name]
-            _export(tower, inputs, path, name=name)
-            differences += [
-                require_equal(_repeated(features, len(batch)), found, what=OUTPUTS[name])
-                for batch in batches_of(inputs)
-                for found in [_run(path, batch, name=name)]
-            ]
-        values = Preprocessing.of(model.config).as_words()
-        write_json(aside / PREPROCESSING_FILE, values | {"logit_scale": model.logit_scale.item()})
-    return max(differences)
+    return write_towers(model, folder, ".onnx", export=_export, load=_load)
 
 
 def require_packages() -> None:
@@ -79,7 +54,7 @@ def require_packages() -> None:
         )
 
 
-def _export(tower: Tower, inputs: Tensor, path: Path, *, name: str) -> None:
+def _export(tower: Tower, inputs: Tensor, path: Path, name: str) -> None:
     try:
         with _silence():
             torch.onnx.export(
@@ -101,16 +76,16 @@ def _export(tower: Tower, inputs: Tensor, path: Path, *, name: str) -> None:
         ) from error
 
 
-def _run(path: Path, inputs: Tensor, *, name: str) -> Tensor:
+def _load(path: Path, name: str) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (features,) = session.run([OUTPUTS[name]], {INPUTS[name]: inputs.numpy()})
-    return torch.from_numpy(features)
 
+    def run(inputs: Tensor) -> Tensor:
+        (features,) = session.run([OUTPUTS[name]], {INPUTS[name]: inputs.numpy()})
+        return torch.from_numpy(features)
 
-def _repeated(features: Tensor, count: int) -> Tensor:
-    return features.repeat(-(-count // len(features)), 1)[:count]
+    return run
 
 
 @contextlib.contextmanager

@@ -5,16 +5,23 @@ Each holds its own weights and not those of the other.
 
 from __future__ import annotations
 
-import torch
+from collections.abc import Callable
+from pathlib import Path
+
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.conversion.comparison import Samples
+from unicl_fast.conversion.comparison import require_equal, samples_of
+from unicl_fast.conversion.new_files import new_folder, write_json
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.preprocessing import Preprocessing
 
+PREPROCESSING_FILE = "preprocessing.json"
 IMAGE, TEXT = "image", "text"
 INPUTS = {IMAGE: "images", TEXT: "tokens"}
 OUTPUTS = {IMAGE: "image_features", TEXT: "text_features"}
+_OTHER_SIZE = 7
+"""Samples of a batch, beside one and as many as were traced: an export may be fixed to a size."""
 
 
 class Tower(nn.Module):
@@ -40,15 +47,53 @@ def towers_of(model: UniCL) -> dict[str, Tower]:
     }
 
 
-def inputs_and_features(samples: Samples) -> dict[str, tuple[Tensor, Tensor]]:
-    """What each tower is given, and should give."""
-    return {
+def write_towers(
+    model: UniCL,
+    folder: Path,
+    suffix: str,
+    *,
+    export: Callable[[Tower, Tensor, Path, str], None],
+    load: Callable[[Path, str], Callable[[Tensor], Tensor]],
+) -> float:
+    """Exports both towers into a new folder, `image` and `text`, and runs the files.
+
+    Args:
+        model: in fp32 and evaluation mode.
+        folder: to be made.
+        suffix: of the files.
+        export: a tower, traced with inputs, into a file; the last is the tower's name.
+        load: a file of a tower, as a function of its inputs.
+
+    Returns:
+        The largest difference of a feature's coordinates, at three batch sizes.
+
+    Raises:
+        ValueError: the folder is there already.
+        RuntimeError: the features are not ours.
+        OSError: it cannot be written.
+    """
+    samples = samples_of(model)
+    inputs_and_features = {
         IMAGE: (samples.images, samples.image_features),
         TEXT: (samples.tokens, samples.text_features),
     }
+    differences = []
+    with new_folder(folder) as aside:
+        for name, tower in towers_of(model).items():
+            path = aside / f"{name}{suffix}"
+            inputs, features = inputs_and_features[name]
+            export(tower, inputs, path, name)
+            run = load(path, name)
+            for size in (1, len(inputs), _OTHER_SIZE):
+                found = run(_repeated(inputs, size))
+                differences.append(
+                    require_equal(_repeated(features, size), found, what=OUTPUTS[name])
+                )
+        values = Preprocessing.of(model.config).as_words()
+        write_json(aside / PREPROCESSING_FILE, values | {"logit_scale": model.logit_scale.item()})
+    return max(differences)
 
 
-def batches_of(inputs: Tensor) -> list[Tensor]:
-    """One, as many as there are, and 7 samples: sizes that an export may have been fixed to."""
-    repeated = inputs.repeat(7, *[1] * (inputs.ndim - 1))
-    return [inputs[:1], inputs, torch.as_tensor(repeated[:7])]
+def _repeated(rows: Tensor, count: int) -> Tensor:
+    """So many rows, from the first on, and again."""
+    return rows.repeat(-(-count // len(rows)), *[1] * (rows.ndim - 1))[:count]
