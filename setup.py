@@ -17,11 +17,13 @@ setup(
         "unicl_fast.pipelines",
         "unicl_fast.tools",
         "unicl_fast.benchmarks",
+        "unicl_fast.benchmarks.experiments",
     ],
     package_dir={
         "unicl_fast": "unicl_fast",
         "unicl_fast.pipelines": "pipelines",
         "unicl_fast.tools": "tools",
         "unicl_fast.benchmarks": "benchmarks",
+        "unicl_fast.benchmarks.experiments": "benchmarks/experiments",
     },
 )

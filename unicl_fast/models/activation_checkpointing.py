@@ -24,6 +24,7 @@ _BLOCKS = {
     "Bottleneck",
     "ConvNeXtBlock",
     "SmallConvBlock",  # ours
+    "SmallResidualBlock",
     "TextBlock",
 }
 

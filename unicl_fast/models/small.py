@@ -1,10 +1,15 @@
-"""A small convolutional network for small pictures, under a timm name.
+"""Small networks for small pictures, under timm names.
 
-timm's networks begin with strides that leave 8 x 8 of a 32 x 32 picture. This one follows what
-trains fastest on CIFAR-10 (Jordan, "94% on CIFAR-10 in 3.29 Seconds on a Single GPU", arXiv
-2404.00498): seven layers without residual branches, a 2 x 2 convolution first, and a pooling
-early in each block. It is registered with timm, so that `model.image_encoder` takes it like any
-other, and anyone can add their own in the same way.
+timm's networks begin with strides that leave 8 x 8 of a 32 x 32 picture, and are made for a
+thousand classes. These are for two CPU cores and are registered with timm, so that
+`model.image_encoder` takes them like any other; anyone can add their own in the same way.
+
+- `unicl_convnet7_small`: seven layers without residual branches, a 2 x 2 convolution first and a
+  pooling early in each block, after what trains fastest on CIFAR-10 (Jordan, "94% on CIFAR-10 in
+  3.29 Seconds on a Single GPU", arXiv 2404.00498).
+- `unicl_resnet9_small`: three stages, two of them with a residual branch of two convolutions, after
+  Page's ResNet-9 ("How to Train Your ResNet", 2018), at a quarter of its width.
+- `unicl_swin6_small`: timm's Swin with two stages of two and four blocks on patches of 4 pixels.
 """
 
 from __future__ import annotations
@@ -13,8 +18,14 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 from jaxtyping import Float
-from timm.models import register_model
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
+
+# what timm asks: the tables and windows of Swin are made for one size, which it is told
+default_cfgs = generate_default_cfgs(
+    {"unicl_swin6_small.untrained": {"input_size": (3, 32, 32), "fixed_input_size": True}}
+)
 
 
 class SmallConvBlock(nn.Sequential):
@@ -32,13 +43,42 @@ class SmallConvBlock(nn.Sequential):
         )
 
 
+class SmallResidualBlock(nn.Module):
+    """A 3 x 3 convolution and a pooling that halves the picture, then perhaps a residual branch."""
+
+    def __init__(self, in_channels: int, channels: int, *, residual: bool) -> None:
+        super().__init__()
+        self.down = _conv_unit(in_channels, channels, pool=True)
+        self.branch = (
+            nn.Sequential(_conv_unit(channels, channels), _conv_unit(channels, channels))
+            if residual
+            else None
+        )
+
+    def forward(self, image_map: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d h2 w2"]:
+        image_map = self.down(image_map)
+        return image_map if self.branch is None else image_map + self.branch(image_map)
+
+
+def _conv_unit(in_channels: int, channels: int, *, pool: bool = False) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False),
+        *([nn.MaxPool2d(2)] if pool else []),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(inplace=True),
+    )
+
+
 class SmallConvNet(nn.Module):
-    """Pictures [b in_chans h w], h and w at least 9, to the mean response of each channel."""
+    """A stem, blocks that each halve the picture, and one number for each channel of the last.
+
+    Pictures [b in_chans h w], h and w at least 9, to features [b d].
+    """
 
     default_cfg: ClassVar[dict[str, Any]] = {}  # timm's models have one, and open_clip asks for it
 
     def __init__(
-        self, stem_channels: int = 24, channels: tuple[int, ...] = (64, 128, 256), in_chans: int = 3
+        self, stem: nn.Module, blocks: Sequence[nn.Module], channels: Sequence[int], pool: nn.Module
     ) -> None:
         super().__init__()
         self.num_features = channels[-1]
@@ -46,14 +86,9 @@ class SmallConvNet(nn.Module):
             {"num_chs": width, "reduction": 2 ** (number + 1), "module": f"blocks.{number}"}
             for number, width in enumerate(channels)
         ]
-        self.stem = nn.Sequential(
-            nn.Conv2d(in_chans, stem_channels, kernel_size=2), nn.ReLU(inplace=True)
-        )
-        widths = (stem_channels, *channels)
-        self.blocks = nn.Sequential(
-            *(SmallConvBlock(w, c) for w, c in zip(widths, channels, strict=False))
-        )
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.stem = stem
+        self.blocks = nn.Sequential(*blocks)
+        self.pool = nn.Sequential(pool, nn.Flatten())
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -63,9 +98,9 @@ class SmallConvNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
         """As timm's models have it; there is no classifier to begin with."""
-        if num_classes or global_pool not in ("", "avg"):
+        if num_classes or global_pool:
             raise ValueError(
-                f"it has no classifier and the mean for pooling, not {num_classes} classes and "
+                f"it has no classifier and one pooling, not {num_classes} classes and "
                 f"{global_pool!r}"
             )
 
@@ -93,9 +128,44 @@ class SmallConvNet(nn.Module):
 
 @register_model  # type: ignore[untyped-decorator]
 def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
-    """Blocks of 64, 128 and 256 channels: 1.2 M parameters."""
+    """Blocks of 64, 128 and 256 channels, their means: 1.2 M parameters."""
+    _refuse_what_there_is_not(pretrained, kwargs)
+    stem = nn.Sequential(
+        nn.Conv2d(kwargs.get("in_chans", 3), 24, kernel_size=2), nn.ReLU(inplace=True)
+    )
+    blocks = [SmallConvBlock(24, 64), SmallConvBlock(64, 128), SmallConvBlock(128, 256)]
+    return SmallConvNet(stem, blocks, (64, 128, 256), nn.AdaptiveAvgPool2d(1))
+
+
+@register_model  # type: ignore[untyped-decorator]
+def unicl_resnet9_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
+    """Stages of 32, 64 and 128 channels, their largest responses: 0.4 M parameters."""
+    _refuse_what_there_is_not(pretrained, kwargs)
+    stem = _conv_unit(kwargs.get("in_chans", 3), 16)
+    blocks = [
+        SmallResidualBlock(16, 32, residual=True),
+        SmallResidualBlock(32, 64, residual=False),
+        SmallResidualBlock(64, 128, residual=True),
+    ]
+    return SmallConvNet(stem, blocks, (32, 64, 128), nn.AdaptiveMaxPool2d(1))
+
+
+def _refuse_what_there_is_not(pretrained: bool, arguments: dict[str, Any]) -> None:
     if pretrained:
         raise ValueError("nobody publishes weights of it; timm.create_model takes checkpoint_path=")
-    if kwargs.get("drop_path_rate"):
-        raise TypeError("it has no residual branches that drop path could leave out")
-    return SmallConvNet(in_chans=kwargs.get("in_chans", 3))
+    if arguments.get("drop_path_rate"):
+        raise TypeError("it has no drop path: its branches, where it has any, are too few")
+
+
+@register_model  # type: ignore[untyped-decorator]
+def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> SwinTransformer:
+    """Patches of 4 pixels, windows of 4 patches, 96 and 192 channels: 2.1 M parameters.
+
+    At 32 pixels the first stage has four windows, shifted in every other block, and the second one.
+    """
+    if pretrained:
+        raise ValueError("nobody publishes weights of it; timm.create_model takes checkpoint_path=")
+    shape = {"patch_size": 4, "window_size": 4, "embed_dim": 96, "depths": (2, 4)}
+    return build_model_with_cfg(
+        SwinTransformer, "unicl_swin6_small", pretrained, **shape, num_heads=(3, 6), **kwargs
+    )

@@ -1,0 +1,174 @@
+"""The published rows: how to prepare the data, the command of each, and its figure beside ours.
+
+    python -m unicl_fast.benchmarks.experiments full-size --out runs/published
+
+Nothing is trained here: these are commands for a cluster, printed as a script. Whoever has run one
+finds its figure in the table the next time, taken from OUT/ROW.json that its last line writes.
+Published are ImageNet-1K top-1 accuracies, zero-shot but for the four rows that train on its
+labels; from the paper's tables (arXiv 2204.03610) and the authors' list of models.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+
+PREPARATION = {
+    "in1k": (
+        "# ImageNet-1K: imagenet/train and imagenet/val as class folders named by WordNet ids",
+        "unicl-pack build imagenet/train {small} --class-names imagenet --out {packed}/in1k",
+        "unicl-pack build imagenet/val {small} --class-names imagenet --out {packed}/in1k-val",
+    ),
+    "in21k": (
+        "# ImageNet-21K as the paper has it: the 22K folders without those of the 1K classes, so",
+        "# that ImageNet-1K stays unseen; names from WordNet's words.txt (id, tab, name)",
+        "mkdir in21k && comm -23 <(ls imagenet22k) <(ls imagenet/train) "
+        "| xargs -I{{}} ln -s ../imagenet22k/{{}} in21k/{{}}",
+        "grep -F -f <(ls in21k) words.txt > in21k-names.txt",
+        "unicl-pack build in21k {small} --class-names in21k-names.txt --out {packed}/in21k",
+    ),
+    "gcc3m": (
+        "# Conceptual Captions 3M and 12M, YFCC-14M (YFCC100M's pictures with English text):",
+        "# fetched by img2dataset --output_format webdataset; what is missing is left out",
+        "unicl-pack build cc3m/ {small} --out {packed}/gcc3m",
+    ),
+    "gcc15m": ("unicl-pack build cc3m/ cc12m/ {small} --out {packed}/gcc15m",),
+    "yfcc14m": ("unicl-pack build yfcc14m/ {small} --out {packed}/yfcc14m",),
+}
+_SMALL = "--resize short:256"
+_IN1K_SAMPLES = 300 * 1_281_167
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedRow:
+    """One row of the paper."""
+
+    name: str
+    preset: str
+    data: tuple[str, ...]
+    """Names of packed data sets."""
+    published: float
+    """ImageNet-1K top-1 in %."""
+    options: tuple[str, ...] = ()
+
+    @property
+    def sees_labels(self) -> bool:
+        """Whether it is trained on ImageNet-1K itself, so that its figure is not zero-shot."""
+        return "in1k" in self.data
+
+    def commands(self, settings: Settings) -> list[list[str]]:
+        """Training and evaluation."""
+        run_folder = str(settings.out / self.name)
+        held_out = str(settings.packed / "in1k-val")
+        pretrain = ["unicl-pretrain", "--preset", self.preset]
+        pretrain += ["--data.train", *(str(settings.packed / name) for name in self.data)]
+        pretrain += ["--data.evaluate", held_out, *self.options]
+        pretrain += ["--nproc", str(settings.nproc), "--out", run_folder, "--resume", "auto"]
+        evaluate = ["unicl-eval", "zero-shot", "--checkpoint", run_folder, "--data", held_out]
+        return [pretrain, [*evaluate, "--json", f"{run_folder}.json"]]
+
+
+# Swin's own 300 passes where ImageNet-1K's labels are learnt; the recipe's 32 elsewhere. The paper
+# does not say how long the mixes with captions were trained: here a pass is one over all samples.
+_SUPERVISED = ("--run.samples", str(_IN1K_SAMPLES))
+ROWS = (
+    PublishedRow(
+        name="swin-t-in1k", preset="swin-tiny", data=("in1k",), published=79.9, options=_SUPERVISED
+    ),
+    *(
+        PublishedRow(
+            name=f"swin-t-in1k-{pairs}",
+            preset="swin-tiny",
+            data=("in1k", pairs),
+            published=published,
+            options=_SUPERVISED,
+        )
+        for pairs, published in (("gcc3m", 80.2), ("yfcc14m", 81.1), ("gcc15m", 81.8))
+    ),
+    PublishedRow(name="swin-t-yfcc14m", preset="swin-tiny", data=("yfcc14m",), published=30.1),
+    PublishedRow(name="swin-t-in21k", preset="swin-tiny", data=("in21k",), published=28.5),
+    PublishedRow(
+        name="swin-t-in21k-yfcc14m-halves",
+        preset="swin-tiny-half-half",
+        data=("in21k", "yfcc14m"),
+        published=36.4,
+    ),
+    PublishedRow(
+        name="swin-t-in21k-yfcc14m", preset="swin-tiny", data=("in21k", "yfcc14m"), published=40.5
+    ),
+    PublishedRow(name="swin-b-in21k", preset="swin-base", data=("in21k",), published=29.9),
+    PublishedRow(
+        name="swin-b-in21k-yfcc14m-halves",
+        preset="swin-base-half-half",
+        data=("in21k", "yfcc14m"),
+        published=41.1,
+    ),
+    PublishedRow(
+        name="swin-b-in21k-yfcc14m", preset="swin-base", data=("in21k", "yfcc14m"), published=44.3
+    ),
+    PublishedRow(
+        name="swin-b-in21k-yfcc14m-gcc15m",
+        preset="swin-base",
+        data=("in21k", "yfcc14m", "gcc15m"),
+        published=52.2,
+    ),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Commands for the published rows, and a table of theirs and ours."""
+
+    out: Path
+    """Folder for the runs; ROW.json in it fills our column."""
+    packed: Path = Path("packed")
+    """Folder for the packed data sets."""
+    nproc: int = 8
+    """Ranks on each machine."""
+    rows: tuple[str, ...] = ()
+    """Which; all by default."""
+
+
+def run(settings: Settings) -> None:
+    """Prints the script and the table.
+
+    Raises:
+        ValueError: there is no such row.
+    """
+    chosen = _chosen(settings.rows)
+    wanted = {name for row in chosen for name in row.data} | {"in1k"}  # evaluated on it in any case
+    for name, lines in PREPARATION.items():
+        if name in wanted:
+            print("\n".join(line.format(packed=settings.packed, small=_SMALL) for line in lines))
+    for row in chosen:
+        print(f"\n# {row.name}: published {row.published}")
+        print("\n".join(shlex.join(command) for command in row.commands(settings)))
+    print("\n" + "\n".join(f"# {line}" for line in table(settings).splitlines()))
+
+
+def table(settings: Settings) -> str:
+    """The rows as Markdown, with what was measured here beside what was published."""
+    lines = ["| row | trained on | ImageNet-1K top-1 | published | here |", "|---|---|---|---|---|"]
+    for row in _chosen(settings.rows):
+        kind = "its labels learnt" if row.sees_labels else "zero-shot"
+        half = " (half of each)" if row.preset.endswith("half-half") else ""
+        sources = " + ".join(row.data) + half
+        here = _measured(settings.out / f"{row.name}.json")
+        lines.append(f"| {row.name} | {sources} | {kind} | {row.published} | {here} |")
+    return "\n".join(lines)
+
+
+def _chosen(names: tuple[str, ...]) -> list[PublishedRow]:
+    known = {row.name: row for row in ROWS}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"no row {', '.join(unknown)}; rows are {', '.join(known)}")
+    return [known[name] for name in names or known]
+
+
+def _measured(path: Path) -> str:
+    if not path.is_file():
+        return ""
+    return f"{100 * json.loads(path.read_text(encoding='utf-8'))['top1']:.1f}"

@@ -1,0 +1,105 @@
+"""Training runs of an experiment: each in its folder, several beside each other, none twice.
+
+A run is what a user would type: `unicl-pretrain` with options, then `unicl-eval` on what it left.
+Its folder gets `row.json` when all is done, with the numbers and the commands; a run that has one
+is taken as it is, and one that was stopped goes on from its checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from unicl_fast.metrics import read_metrics
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """One training run and what is evaluated after it."""
+
+    name: str
+    """Its folder under the experiment's, for example resnet9/ce/seed0."""
+    pretrain: tuple[str, ...]
+    """Options of unicl-pretrain, without --out."""
+    evaluations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    """Name in the row to arguments of unicl-eval, without --checkpoint and --json."""
+
+
+def run_all(runs: Sequence[Run], folder: Path, *, jobs: int) -> dict[str, Row]:
+    """Does what is not done yet, `jobs` at a time, and returns the row of each by name.
+
+    Raises:
+        RuntimeError: a program failed; the message has the end of what it said.
+    """
+    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    rows: dict[str, Row] = {}
+    with (
+        ThreadPoolExecutor(jobs) as pool,
+        tqdm(total=len(runs), desc="runs", unit="run", dynamic_ncols=True) as bar,
+    ):
+        waiting = {pool.submit(_row_of, run, folder / run.name, threads): run for run in runs}
+        try:
+            for done in as_completed(waiting):
+                name = waiting[done].name
+                rows[name] = done.result()
+                bar.set_postfix_str(name)
+                bar.update()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # those at work end first, and keep what they did
+            raise
+    return {run.name: rows[run.name] for run in runs}
+
+
+def _row_of(run: Run, folder: Path, threads: int) -> Row:
+    path = folder / "row.json"
+    if path.is_file():
+        row = json.loads(path.read_text(encoding="utf-8"))
+        if row["pretrain"] != list(run.pretrain):
+            raise RuntimeError(
+                f"{path} is of other options ({' '.join(row['pretrain'])}): remove {folder}, or "
+                "take another --out"
+            )
+        return dict(row)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder = folder / "run"
+    options = (*run.pretrain, "--out", str(run_folder), "--resume", "auto")
+    _program("pretrain", options, folder / "pretrain.log", threads)
+    row = {"name": run.name, "pretrain": list(run.pretrain), **_last_numbers(run_folder)}
+    for name, arguments in run.evaluations.items():
+        result = folder / f"{name}.json"
+        options = (*arguments, "--checkpoint", str(run_folder), "--json", str(result))
+        _program("evaluate", options, folder / f"{name}.log", threads)
+        row[name] = json.loads(result.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
+    return row
+
+
+def _last_numbers(run_folder: Path) -> Row:
+    """The last value of everything that the run has measured."""
+    last: Row = {}
+    for line in read_metrics(run_folder):
+        last |= line
+    return {"last": last}
+
+
+def _program(module: str, options: Sequence[str], log: Path, threads: int) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
+    command = [sys.executable, "-m", f"unicl_fast.tools.{module}", *options]
+    with log.open("wb") as file:
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
+        ).returncode
+    if code != 0:
+        said = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise RuntimeError(f"unicl {module} {' '.join(options)} ended with {code} ({log}):\n{said}")

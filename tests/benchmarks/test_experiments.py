@@ -1,0 +1,136 @@
+"""The experiments: their arithmetic, each once and small; published rows can be started."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unicl_fast.benchmarks.experiments import full_size, labels_and_captions, objectives, templates
+from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
+from unicl_fast.benchmarks.experiments.runs import Run, run_all
+from unicl_fast.config import TrainConfig
+from unicl_fast.tools.pack_dataset import main as pack
+from unicl_fast.tools.pretrain import parse_arguments, split_config
+
+
+def test_intervals_cover_what_they_say() -> None:
+    """2,000 experiments of five seeds: 95 % of Welch's intervals and of g's hold the truth."""
+    generator = np.random.default_rng(0)
+    difference, deviation, held, held_effect = 1.0, 1.0, 0, 0
+    for _ in range(2000):
+        one = generator.normal(difference, deviation, 5)
+        other = generator.normal(0, deviation, 5)
+        found = difference_of(one.tolist(), other.tolist())
+        held += found.low <= difference <= found.high
+        held_effect += found.effect_low <= difference / deviation <= found.effect_high
+    assert held / 2000 == pytest.approx(0.95, abs=0.015)
+    assert held_effect / 2000 == pytest.approx(0.95, abs=0.025)  # its variance is approximate
+
+
+def test_a_difference_by_hand() -> None:
+    found = difference_of([3.0, 5.0], [0.0, 2.0])
+    assert found.mean == 3.0
+    # both deviations are sqrt(2); 4 samples: 1 - 3 / (4 * 4 - 9) = 4/7; t(0.975, 2) = 4.3027
+    assert found.effect == pytest.approx(3 / math.sqrt(2) * 4 / 7)
+    assert found.high - found.mean == pytest.approx(4.302652729911275 * math.sqrt(2))
+    assert str(mean_of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
+    assert math.isnan(mean_of([1.0]).deviation)
+
+
+def test_each_published_row_is_a_run_that_can_start(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = full_size.Settings(out=Path("runs"))
+    assert len({row.name for row in full_size.ROWS}) == len(full_size.ROWS) == 12
+    for row in full_size.ROWS:
+        config = config_of(row.commands(settings)[0])
+        assert config.run.global_batch_size == 4096
+        assert config.data.fraction == ((0.5,) if "halves" in row.name else (1.0,))
+        assert len(config.data.train) == len(row.data)
+        assert set(row.data) <= set(full_size.PREPARATION)
+    full_size.run(settings)
+    said = capsys.readouterr().out
+    assert "unicl-pretrain --preset swin-base-half-half" in said
+    assert "| swin-t-yfcc14m | yfcc14m | zero-shot | 30.1 |  |" in said
+    with pytest.raises(ValueError, match="rows are swin-t-in1k"):
+        full_size.run(full_size.Settings(out=Path("runs"), rows=("swin-t",)))
+
+
+def config_of(command: list[str]) -> TrainConfig:
+    """What unicl-pretrain makes of a command."""
+    return split_config(parse_arguments(command[1:]))
+
+
+def test_what_was_measured_stands_beside_what_was_published(tmp_path: Path) -> None:
+    (tmp_path / "swin-t-in21k.json").write_text(json.dumps({"top1": 0.2849}))
+    rows = ("swin-t-in21k",)
+    assert full_size.table(full_size.Settings(out=tmp_path, rows=rows)).endswith("| 28.5 | 28.5 |")
+
+
+@pytest.fixture(name="cifar10", scope="module")
+def packed_cifar10(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """600 of CIFAR-10's pictures, packed as the experiments ask."""
+    folder = tmp_path_factory.mktemp("packed")
+    with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
+        pictures = [name for name in archive.namelist() if name.endswith(".jpg")]
+        archive.extractall(folder / "pictures", pictures[::16])
+    source, out = folder / "pictures" / "test", folder / "cifar10"
+    pack(["build", str(source), "--format", "raw", "--out", str(out)])
+    return out
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_objectives_and_templates_share_their_runs(cifar10: Path, tmp_path: Path) -> None:
+    common = {"train": cifar10, "test": cifar10, "out": tmp_path, "length": 0.002}
+    objectives.run(objectives.Settings(**common, seeds=(0, 1)))
+    result = json.loads((tmp_path / "objectives.json").read_text())
+    assert [table["title"] for table in result["tables"]] == [
+        "CIFAR-10 top-1, as it is used",
+        "CIFAR-10 top-1, linear probe",
+    ]
+    used, probed = (table["cells"] for table in result["tables"])
+    assert used["swin6"]["SupCon"] == probed["swin6"]["SupCon"] != used["swin6"]["UniCL"]
+    seen = {row["name"]: row["last"] for row in result["runs"]}
+    assert seen["resnet9/supcon/seed0"]["step"] == seen["resnet9/unicl/seed0"]["step"]
+    assert str(tmp_path) not in (tmp_path / "objectives.json").read_text()
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
+    templates.run(templates.Settings(**common, seeds=(0, 1), rounds=2, round_steps=12))
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
+    assert before.items() <= after.items(), "a finished run was done again"
+    rates = json.loads((tmp_path / "templates.json").read_text())["rate"]["pictures_a_second"]
+    assert [len(values) for values in rates.values()] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_labels_and_captions(shared_data: Path, tmp_path: Path) -> None:
+    settings = labels_and_captions.Settings(
+        data=shared_data, out=tmp_path, length=0.006, seeds=(0, 1)
+    )
+    labels_and_captions.run(settings)
+    [table] = json.loads((tmp_path / "labels-and-captions.json").read_text())["tables"]
+    assert {len(means) for means in table["cells"].values()} == {3}
+    assert table["chance"]["zero-shot top-1, held-back classes"] == 2.5  # of 40 classes
+    held_back, learnt = (
+        {line.split(",")[3] for line in (tmp_path / f"packed/{name}.csv").open()}
+        for name in ("tiny-held-back", "tiny-learnt")
+    )
+    assert held_back & learnt == {"wnid"}
+
+
+def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:
+    (tmp_path / "one").mkdir()
+    (tmp_path / "one" / "row.json").write_text(json.dumps({"pretrain": ["--preset", "x"]}))
+    with pytest.raises(RuntimeError, match="take another --out"):
+        run_all([Run(name="one", pretrain=("--preset", "y"))], tmp_path, jobs=1)
+
+
+def test_a_program_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="no preset 'x'"):
+        run_all([Run(name="one", pretrain=("--preset", "x"))], tmp_path, jobs=1)
