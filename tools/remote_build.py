@@ -18,6 +18,7 @@ from unicl_fast.shards import MANIFEST_NAME
 from unicl_fast.tools.build_dataset import BuildSummary, build_dataset
 from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES, staged_sources, work_folder
 from unicl_fast.tools.upload_dataset import require_free_url, upload_dataset
+from unicl_fast.tools.work_folder import describe_unfinished
 
 
 def build_anywhere(
@@ -46,13 +47,22 @@ def build_anywhere(
             says how to go on.
     """
     place = Path(work) if work else work_folder()
-    with staged_sources(sources, image_root, place=place, room=staging_bytes) as (places, root):
+    folder = Path(out)
+    if is_url(out):
+        store = ObjectStore(out)
+        folder = place / xxhash.xxh3_64_hexdigest(store.url.encode()) / store.name
+    with staged_sources(
+        sources,
+        image_root,
+        out=out,
+        place=place,
+        room=staging_bytes,
+        is_wanted_later=lambda: bool(describe_unfinished(folder)),
+    ) as (places, root):
         if any(map(is_url, sources)):
             options["source_names"] = list(sources)
         if not is_url(out):
             return build_dataset(places, out, image_root=root, **options)
-        store = ObjectStore(out)
-        folder = place / xxhash.xxh3_64_hexdigest(store.url.encode()) / store.name
         if (folder / MANIFEST_NAME).is_file():
             raise ValueError(
                 f"{folder} holds a data set that was packed for {store.url} and not uploaded: go "

@@ -3,23 +3,34 @@
 Nothing of a source is streamed: packing goes through pictures in shuffled order, archives are read
 from both ends, and workers that decode have no network. So a source is copied as a whole, if it is
 not larger than the room that was given.
+
+The copies of a build lie in a folder that is called after what it is made of. Those of a build that
+was killed stay, so that the same command finds the same files and goes on (`work_folder`); each is
+taken as it is if its object is still the one that was copied.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
+import os
 import re
-from collections.abc import Iterator, Sequence
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path, PurePosixPath
 
+import xxhash
 from tqdm import tqdm
 
 from unicl_fast.remote.block_cache import CacheOptions
-from unicl_fast.remote.object_store import ObjectStore, is_url
+from unicl_fast.remote.object_store import ObjectStore, StoredObject, is_url
 from unicl_fast.tools.source_tars import expand_braces
 from unicl_fast.tools.temporary_folder import temporary_folder
+from unicl_fast.tools.work_folder import lock_folder
 
 DEFAULT_STAGING_BYTES = 100_000_000_000
 _FILES_AT_ONCE = 4
@@ -33,31 +44,45 @@ class _Wanted:
 
     store: ObjectStore
     name: str
-    size: int
+    found: StoredObject
     path: Path
 
 
 @contextlib.contextmanager
 def staged_sources(
-    sources: Sequence[str], image_root: str, *, place: Path, room: int
+    sources: Sequence[str],
+    image_root: str,
+    *,
+    out: str,
+    place: Path,
+    room: int,
+    is_wanted_later: Callable[[], bool],
 ) -> Iterator[tuple[list[str], str]]:
     """Sources of a build, and the root of its pictures, as paths; copies go at the end.
 
     Args:
         sources: paths and URLs.
         image_root: a path, a URL, or nothing: then a list brings the folder that it lies in.
+        out: what is built of them: copies for another build are others.
         place: copies go below it.
         room: most bytes of all copies.
+        is_wanted_later: asked when the build has failed: whether it can go on with these copies,
+            which then stay, as they do when it is killed.
 
     Raises:
         FileNotFoundError: there is nothing under a URL.
-        ValueError: copies would take more room, or a URL cannot be taken apart.
+        ValueError: copies would take more room, a URL cannot be taken apart, or the same build is
+            under way.
         StorageError: a store cannot be reached.
     """
     if not any(map(is_url, (*sources, image_root))):
         yield list(sources), image_root
         return
-    with _copies(place) as folder:
+    made_of = json.dumps([*sources, image_root, os.path.abspath(out) if not is_url(out) else out])
+    folder = place / f"sources-{xxhash.xxh3_64_hexdigest(made_of.encode())}"
+    place.mkdir(parents=True, exist_ok=True)
+    lock = lock_folder(folder)
+    try:
         wanted: list[_Wanted] = []
         staged: dict[str, str] = {}
         for number, source in enumerate(dict.fromkeys((*sources, image_root))):
@@ -65,8 +90,47 @@ def staged_sources(
                 path, found = _find(source, folder / str(number), with_folder=not image_root)
                 staged[source] = path
                 wanted += found
-        _fetch(wanted, place=place, room=room)
-        yield [staged.get(source, source) for source in sources], staged.get(image_root, image_root)
+        _fetch(wanted, place=place, room=room, versions=_Versions(folder / "versions.jsonl"))
+        yield (
+            [staged.get(source, source) for source in sources],
+            staged.get(image_root, image_root),
+        )
+    except BaseException:
+        if not is_wanted_later():
+            shutil.rmtree(folder)
+        raise
+    else:
+        shutil.rmtree(folder)
+    finally:
+        os.close(lock)
+
+
+class _Versions:
+    """Which version of its object each copy is of; one line of JSON for each that is whole."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self._known: dict[str, str] = {}
+        if path.is_file():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):  # the last one, if it was cut off
+                    self._known |= json.loads(line)
+
+    def has(self, one: _Wanted) -> bool:
+        """Whether the copy is there, whole, and of the object as it is now."""
+        version = self._known.get(str(one.path), "")
+        return bool(
+            version
+            and version == one.found.version
+            and one.path.is_file()
+            and one.path.stat().st_size == one.found.size
+        )
+
+    def note(self, one: _Wanted) -> None:
+        """The copy is whole."""
+        with self._lock, self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({str(one.path): one.found.version}) + "\n")
 
 
 @contextlib.contextmanager
@@ -99,8 +163,10 @@ def _copies(place: Path) -> Iterator[Path]:
         yield folder
 
 
-def _fetch(wanted: Sequence[_Wanted], *, place: Path, room: int) -> None:
-    needed = sum(one.size for one in wanted)
+def _fetch(
+    wanted: Sequence[_Wanted], *, place: Path, room: int, versions: _Versions | None = None
+) -> None:
+    needed = sum(one.found.size for one in wanted)
     if needed > room:
         raise ValueError(
             f"what lies under the URLs takes {needed:,} bytes, more than --staging-bytes {room:,} "
@@ -111,13 +177,16 @@ def _fetch(wanted: Sequence[_Wanted], *, place: Path, room: int) -> None:
     with bar, ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="unicl-staging") as pool:
         for one in wanted:
             one.path.parent.mkdir(parents=True, exist_ok=True)
-        for size in pool.map(_copy, wanted):
+        for size in pool.map(partial(_copy, versions=versions), wanted):
             bar.update(size)
 
 
-def _copy(one: _Wanted) -> int:
-    one.store.fetch_file(one.name, one.path, size=one.size)
-    return one.size
+def _copy(one: _Wanted, *, versions: _Versions | None) -> int:
+    if versions is None or not versions.has(one):
+        one.store.fetch_file(one.name, one.path, size=one.found.size)
+        if versions is not None:
+            versions.note(one)
+    return one.found.size
 
 
 def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Wanted]]:
@@ -135,26 +204,26 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Want
         return _find_folder(url, folder)
     if len(names := expand_braces(name)) > 1:
         store = ObjectStore(above)
-        sizes = store.sizes_of(names)
-        for one in names:
-            if sizes[one] is None:
+        wanted = []
+        for one, found in store.find_all(names).items():
+            if found is None:
                 raise FileNotFoundError(f"{store.url_of(one)}: there is no such object")
-        found = [_Wanted(store, one, sizes[one] or 0, folder / one) for one in names]
-        return str(folder / name), found
+            wanted.append(_Wanted(store, one, found, folder / one))
+        return str(folder / name), wanted
     store = ObjectStore(above)
-    size = store.size_of(name)
-    if size is None or url.endswith("/"):
+    stored = store.find(name)
+    if stored is None or url.endswith("/"):
         return _find_folder(url, folder)
     suffix = PurePosixPath(name).suffix.lower()
     if with_folder and suffix in _LISTS:
-        _, found = _find_folder(above, folder)
-        return str(folder / store.name / name), found
-    return str(folder / name) + rest, [_Wanted(store, name, size, folder / name)]
+        _, wanted = _find_folder(above, folder)
+        return str(folder / store.name / name), wanted
+    return str(folder / name) + rest, [_Wanted(store, name, stored, folder / name)]
 
 
 def _find_folder(url: str, folder: Path) -> tuple[str, list[_Wanted]]:
     store = ObjectStore(url)
-    listed = store.list_sizes()
+    listed = store.list_objects()
     if listed is None:
         raise ValueError(
             f"{url} is no file, and http cannot list folders: name its archives or lists one by one"
@@ -162,12 +231,12 @@ def _find_folder(url: str, folder: Path) -> tuple[str, list[_Wanted]]:
     if not listed:
         raise FileNotFoundError(f"{url}: there is no such object, and no folder of this name")
     target = folder / store.name
-    found = []
-    for name, size in sorted(listed.items()):
+    wanted = []
+    for name in sorted(listed):
         if not name or name.endswith("/"):  # what some tools make in the place of a folder
             continue
         path = target / name
         if ".." in PurePosixPath(name).parts or not path.is_relative_to(target):
             raise ValueError(f"{store.url_of(name)} has a name that leaves its folder")
-        found.append(_Wanted(store, name, size, path))
-    return str(target), found
+        wanted.append(_Wanted(store, name, listed[name], path))
+    return str(target), wanted

@@ -43,7 +43,7 @@ class WorkFolder:
 
     def __enter__(self) -> WorkFolder:
         self._out.parent.mkdir(parents=True, exist_ok=True)
-        self._lock = _lock(self.path)
+        self._lock = lock_folder(self.path)
         flush_to_disk(self._out.parent)
         if self._restart:
             self._clear()
@@ -156,7 +156,7 @@ def describe_finished(finished: list[FinishedShard]) -> str:
     return f"{shards} ({finished[-1].num_samples:,} samples)"
 
 
-def _lock(folder: Path) -> int:
+def lock_folder(folder: Path) -> int:
     """Makes the folder and holds a lock on it until the descriptor is closed.
 
     Raises:

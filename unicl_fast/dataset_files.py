@@ -101,7 +101,8 @@ class RemoteFiles:
         return self.store.url_of(name)
 
     def sizes_of(self, names: Sequence[str]) -> dict[str, int | OSError | None]:
-        return dict(self.store.sizes_of(names))
+        found = self.store.find_all(names)
+        return {name: None if one is None else one.size for name, one in found.items()}
 
     def head_of(self, name: str, size: int) -> bytes:
         return self.store.read(name, 0, size)

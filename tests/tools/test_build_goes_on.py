@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,7 @@ import numpy as np
 import pytest
 import xxhash
 from inline_checks import check_inline
+from object_stores import FaultyStore, empty
 from pack_runs import jpeg, run_pack
 from PIL import Image
 
@@ -29,6 +31,7 @@ from unicl_fast.shard_journal import FinishedShard, ShardJournal, read_journal
 from unicl_fast.shard_writer import DatasetWriter
 from unicl_fast.tools import source_tables, spool, work_folder
 from unicl_fast.tools.build_dataset import BuildSummary, build_dataset
+from unicl_fast.tools.remote_build import build_anywhere
 
 SHARD_BYTES = 30_000
 Kill = Callable[[], None]
@@ -183,6 +186,43 @@ def test_a_build_killed_again_and_again_goes_on_each_time(
     assert 20 < summary.num_taken_over < summary.num_samples
     assert len(checked) < expected - 20
     assert summary.picture_size == (16, 16)
+
+
+def test_a_build_from_urls_goes_on_with_the_copies_that_it_made(
+    sources: list[Path], checked: list[str], tmp_path: Path
+) -> None:
+    """Copies stay with a build that was killed; what has changed in the store is copied anew."""
+    system = FaultyStore()
+    for path in sources[0].rglob("*.jpg"):
+        system.pipe_file(f"faulty://photos/{path.relative_to(sources[0])}", path.read_bytes())
+    options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False}
+    url, work = "faulty://photos", str(tmp_path / "work")
+    build_anywhere([url], str(tmp_path / "whole"), work=work, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ShardJournal, "append", 2, after=True)
+        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    (copies,) = (tmp_path / "work").glob("sources-*")
+    torn = next(copies.rglob("dog/*.jpg"))
+    torn.write_bytes(torn.read_bytes()[:-1])  # as if it had been killed while copying
+    system.reads.clear()
+    with pytest.raises(ValueError, match="with other sources"):  # its time has changed
+        build_anywhere([url], str(tmp_path / "set"), work=work, **options)
+    assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
+    assert copies.is_dir(), "an error must not take what the next try needs"
+    build_anywhere([url], str(tmp_path / "set"), work=work, restart=True, **options)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert not os.listdir(work)
+    shutil.rmtree(tmp_path / "set")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, DatasetWriter, "add", 60, after=True)
+        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    system.reads.clear()
+    summary = build_anywhere([url], str(tmp_path / "set"), work=work, **options)
+    assert not system.reads
+    assert summary.num_taken_over > 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    empty()
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -71,6 +71,16 @@ class Traffic:
     written_bytes: int = 0
     requests: int = 0
     tried_again: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class StoredObject:
+    """What a store says of an object."""
+
+    size: int
+    """In bytes."""
+    version: str
+    """Changes when the object does: its ETag, or the time it was written; may be empty."""
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
@@ -147,15 +157,20 @@ class ObjectStore:
 
     def size_of(self, name: str) -> int | None:
         """Bytes of an object; None where there is none."""
+        found = self.find(name)
+        return None if found is None else found.size
 
-        def attempt() -> int:
+    def find(self, name: str) -> StoredObject | None:
+        """What the store says of an object; None where there is none."""
+
+        def attempt() -> StoredObject:
             info = self._call("info", self._path(name))
             if info.get("type") == "directory":  # what begins other objects' names
                 raise FileNotFoundError(self.url_of(name))
             size = info.get("size")
             if size is None:
                 raise TypeError("it does not say how large it is, and so cannot be read in ranges")
-            return int(size)
+            return StoredObject(int(size), _version_in(info))
 
         try:
             return self._patiently(self.url_of(name), "be asked for its size", attempt)
@@ -163,7 +178,12 @@ class ObjectStore:
             return None
 
     def list_sizes(self) -> dict[str, int] | None:
-        """Names and sizes of all objects below the URL; None of a store that cannot list.
+        """Names and sizes of all objects below the URL; None of a store that cannot list."""
+        listed = self.list_objects()
+        return None if listed is None else {name: one.size for name, one in listed.items()}
+
+    def list_objects(self) -> dict[str, StoredObject] | None:
+        """All objects below the URL by name; None of a store that cannot list.
 
         Names of objects in folders have a / in them.
         """
@@ -171,10 +191,10 @@ class ObjectStore:
             return None
         root = self._path("")
 
-        def attempt() -> dict[str, int]:
+        def attempt() -> dict[str, StoredObject]:
             found = self._call("find", root, detail=True)
             return {
-                _below(root, path): int(info.get("size") or 0)
+                _below(root, path): StoredObject(int(info.get("size") or 0), _version_in(info))
                 for path, info in found.items()
                 if info.get("type") != "directory"
             }
@@ -184,14 +204,14 @@ class ObjectStore:
         except FileNotFoundError:
             return {}
 
-    def sizes_of(self, names: Iterable[str]) -> dict[str, int | None]:
-        """Sizes of some objects, by a single listing where there is one."""
+    def find_all(self, names: Iterable[str]) -> dict[str, StoredObject | None]:
+        """What the store says of some objects, by a single listing where there is one."""
         wanted = list(names)
-        listed = self.list_sizes()
+        listed = self.list_objects()
         if listed is not None:
             return {name: listed.get(name) for name in wanted}
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
-            return dict(zip(wanted, pool.map(self.size_of, wanted), strict=True))
+            return dict(zip(wanted, pool.map(self.find, wanted), strict=True))
 
     def fetch_file(
         self, name: str, path: Path, *, size: int, progress: Callable[[int], None] | None = None
@@ -338,6 +358,14 @@ class ObjectStore:
         with self._counting:
             for name, number in numbers.items():
                 setattr(self.traffic, name, getattr(self.traffic, name) + number)
+
+
+def _version_in(info: Mapping[str, Any]) -> str:
+    """By whichever name the store's client has for it."""
+    for name in ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created"):
+        if info.get(name):
+            return str(info[name])
+    return ""
 
 
 def _connect(protocol: str, url: str) -> Any:
