@@ -22,7 +22,7 @@ from .runs import Row, Run, run_all
 
 _HELD_BACK = 5  # every fifth class
 _FLICKR_TRAIN = 600
-_SAMPLES = 48_000
+_SAMPLES = 32_000
 
 # data sets with their shares of a batch, and which text a sample with both shows
 _ARMS = {
@@ -30,12 +30,12 @@ _ARMS = {
     "captions": ({"flickr-train": 0.85, "coco": 0.15}, "captions"),
     "both": ({"tiny-learnt": 0.45, "flickr-train": 0.45, "coco": 0.1}, "any"),
 }
-# training sees 40 pixels: decoding photographs of 500 would be most of the time
+# training sees 32 pixels: decoding photographs of 500 would be most of the time
 _SMALL = ("--resize", "short:64", "--quality", "95")
-# beside the preset mixed-small: 40 of 64 pixels, which is what lets fifteen runs fit into an hour
+# beside the preset mixed-small: 32 of 64 pixels, which is what lets fifteen runs fit into half an hour
 _RECIPE = (
-    *("--model.image-encoder", "unicl_resnet9_small", "--data.image-size", "40"),
-    *("--data.evaluation-resize", "44", "--run.evaluate-every-steps", "0"),
+    *("--model.image-encoder", "unicl_resnet9_small", "--data.image-size", "32"),
+    *("--data.evaluation-resize", "36", "--run.evaluate-every-steps", "0"),
     *("--checkpoint.every-steps", "0"),
 )
 

@@ -47,11 +47,11 @@ class Recipe:
 
 _RECIPES: dict[Encoder, Recipe] = {
     "resnet9": Recipe(
-        pictures=600_000,
-        options=("--model.image-encoder", "unicl_resnet9_small", "--optim.lr", "8e-3"),
+        pictures=350_000,
+        options=("--model.image-encoder", "unicl_resnet9_small", "--optim.lr", "6e-3"),
     ),
     "swin6": Recipe(
-        pictures=300_000,
+        pictures=200_000,
         options=(
             *("--model.image-encoder", "unicl_swin6_small", "--optim.lr", "2e-3"),
             *("--data.image-size", "32", "--data.crop-scale", "0.6", "1"),
