@@ -32,7 +32,7 @@ _ARMS = {
 }
 # training sees 32 pixels: decoding photographs of 500 would be most of the time
 _SMALL = ("--resize", "short:64", "--quality", "95")
-# beside the preset mixed-small: 32 of 64 pixels, which is what lets fifteen runs fit into half an hour
+# beside the preset mixed-small; 32 of 64 pixels let fifteen runs fit into half an hour
 _RECIPE = (
     *("--model.image-encoder", "unicl_resnet9_small", "--data.image-size", "32"),
     *("--data.evaluation-resize", "36", "--run.evaluate-every-steps", "0"),
