@@ -7,6 +7,7 @@ writes the folder. The command line is `pack_dataset`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import time
@@ -265,7 +266,7 @@ def _pack(
             )
         order = shuffled_order(len(found), seed=seed)[writer.num_places :]
         samples = ChosenSamples(found, order)
-        results = _check(
+        checked = _check(
             samples,
             options=options,
             one_size=one_size,
@@ -273,8 +274,8 @@ def _pack(
             workers=workers,
             engine=engine,
         )
-        for (source, item), result in tqdm(
-            zip(samples, results, strict=True),
+        for source, item, result in tqdm(
+            checked,
             total=len(found),
             initial=writer.num_places,
             desc="packing",
@@ -398,16 +399,18 @@ def _number_labels(
 
 
 def _check(
-    samples: Sequence[tuple[str, Item]],
+    samples: Sequence[Sample],
     *,
     options: PictureOptions,
     one_size: _OneSize | None,
     context_length: int,
     workers: int,
     engine: Engine,
-) -> Iterator[Checked | Problem]:
-    """One result for each sample, in order; samples with a problem never reach a worker."""
+) -> Iterator[tuple[str, Item, Checked | Problem]]:
+    """Each sample with its result, in order; samples with a problem never reach a worker."""
     check = check_on_ray if engine == "ray" else check_in_order
+    # Made once, and kept while they are under way: making them takes as long as writing them.
+    ahead, behind = itertools.tee(samples)
     # Tasks are made when they are handed out: by then the first pictures may have told the size.
     results = check(
         (
@@ -418,15 +421,15 @@ def _check(
                 size=None if one_size is None else one_size.size,
                 answer_bytes=0 if one_size is None else one_size.answer_bytes(options),
             )
-            for _, item in samples
+            for _, item in ahead
             if item.problem is None and item.entry is not None
         ),
         options=options,
         context_length=context_length,
         workers=workers,
     )
-    for _, item in samples:
-        yield next(results) if item.problem is None else item.problem
+    for source, item in behind:
+        yield source, item, next(results) if item.problem is None else item.problem
 
 
 def _packed_sample(

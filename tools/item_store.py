@@ -31,7 +31,9 @@ from unicl_fast.tools.items import TOO_MANY, Item, Problem, join_rows, require_t
 _HEAD = struct.Struct("<QI")
 """Where the record before it of the same item begins, plus one; and how long this one is."""
 _READ_BYTES = 2048
-"""Read at once: a record is seldom longer."""
+"""Read at once where a record is asked for: it is seldom longer."""
+_WINDOW_BYTES = 1 << 18
+"""Read at once where all are gone through."""
 _BUFFER_BYTES = 1 << 20
 
 
@@ -59,10 +61,17 @@ class ItemStore(Sequence[Item]):
     def __getitem__(self, number: int | slice) -> Item | list[Item]:
         if isinstance(number, slice):
             return [self[each] for each in range(*number.indices(len(self)))]
+        return self._get(number, _Window())
+
+    def __iter__(self) -> Iterator[Item]:
+        window = _Window(num_bytes=_WINDOW_BYTES)
+        return (self._get(number, window) for number in range(len(self)))
+
+    def _get(self, number: int, window: _Window) -> Item:
         records = []
         start = self._newest[number]
         while True:
-            before, record = self._read(start)
+            before, record = self._read(start, window)
             records.append(record)
             if not before:
                 break
@@ -72,9 +81,6 @@ class ItemStore(Sequence[Item]):
             _apply(item, records.pop())
         require_text(item)
         return item
-
-    def __iter__(self) -> Iterator[Item]:
-        return (self[number] for number in range(len(self)))
 
     def name_of(self, number: int) -> str:
         """Of an item that no row was added to, or any other: the name never changes."""
@@ -147,7 +153,7 @@ class ItemStore(Sequence[Item]):
         self._written += len(self._buffer)
         self._buffer.clear()
 
-    def _read(self, start: int) -> tuple[int, Any]:
+    def _read(self, start: int, window: _Window) -> tuple[int, Any]:
         """A record, and the head's pointer to the one before."""
         if start >= self._written:
             place = start - self._written
@@ -155,12 +161,25 @@ class ItemStore(Sequence[Item]):
             place += _HEAD.size
             return before, json.loads(self._buffer[place : place + length])
         descriptor = self._file.fileno()
-        data = os.pread(descriptor, _READ_BYTES, start)
-        before, length = _HEAD.unpack_from(data)
-        end = _HEAD.size + length
-        if end > len(data):
-            data += os.pread(descriptor, end - len(data), start + len(data))
-        return before, json.loads(data[_HEAD.size : end])
+        head = window.read(descriptor, start, _HEAD.size)
+        before, length = _HEAD.unpack(head)
+        return before, json.loads(window.read(descriptor, start + _HEAD.size, length))
+
+
+@dataclasses.dataclass(slots=True)
+class _Window:
+    """Some bytes of a file, so that what lies close together is read at once."""
+
+    num_bytes: int = _READ_BYTES
+    start: int = 0
+    data: bytes = b""
+
+    def read(self, descriptor: int, start: int, length: int) -> bytes:
+        place = start - self.start
+        if not 0 <= place <= place + length <= len(self.data):
+            self.start, place = start, 0
+            self.data = os.pread(descriptor, max(self.num_bytes, length), start)
+        return self.data[place : place + length]
 
 
 class NamedItems:
