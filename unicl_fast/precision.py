@@ -13,11 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from unicl_fast._normalise_numba import normalise_lines
+from unicl_fast._normalise_numba import (
+    ALIGNMENT,
+    BLOCK_VALUES,
+    normalise_lines,
+    normalise_rgb_streaming,
+)
 from unicl_fast.config import PrecisionName
 
 _CACHED_VALUES = 1 << 18
 """Values normalised at once on the CPU: 1 MiB of fp32, a core's second-level cache."""
+_STREAMED_VALUES = 1 << 20
+"""From so many on, 4 MiB of fp32, they are stored past the caches, which would not hold them."""
 _COMPUTE_TYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -88,7 +95,7 @@ def normalise_images(
     normalised = torch.empty(b, h, w * c, dtype=dtype, device=images.device)
     lines = images.reshape(b, h, w * c)
     if images.device.type == "cpu" and dtype == torch.float32:
-        _normalise_on_host(normalised, lines, scale, shift)
+        _normalise_on_host(normalised, lines, scale, shift, channels=c)
     else:
         piece = b if images.device.type != "cpu" else max(1, _CACHED_VALUES // (h * w * c))
         for target, source in zip(normalised.split(piece), lines.split(piece), strict=True):
@@ -100,9 +107,21 @@ def normalise_images(
     return seen if channels_last else seen.contiguous()
 
 
-def _normalise_on_host(target: Tensor, source: Tensor, scale: Tensor, shift: Tensor) -> None:
+def _normalise_on_host(
+    target: Tensor, source: Tensor, scale: Tensor, shift: Tensor, *, channels: int
+) -> None:
     """Both [b h v], of float32 and uint8, and contiguous."""
     values = source.shape[2]
+    if (
+        target.numel() >= _STREAMED_VALUES
+        and channels == 3
+        and values >= BLOCK_VALUES
+        and target.data_ptr() % ALIGNMENT == 0
+    ):
+        normalise_rgb_streaming(
+            target.view(-1).numpy(), source.reshape(-1).numpy(), scale.numpy(), shift.numpy()
+        )
+        return
     normalise_lines(
         target.view(-1, values).numpy(),
         source.reshape(-1, values).numpy(),

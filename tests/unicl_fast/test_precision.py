@@ -6,8 +6,9 @@ import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
 
+from unicl_fast import precision
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
-from unicl_fast.precision import Precision, normalise_images
+from unicl_fast.precision import Precision, _normalise_on_host, normalise_images
 
 PICTURES = torch.arange(2 * 5 * 7 * 3, dtype=torch.int64).mul(37).remainder(256)
 PICTURES = PICTURES.to(torch.uint8).view(2, 5, 7, 3)
@@ -36,6 +37,40 @@ def test_the_other_order_holds_the_same_numbers() -> None:
     first = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD, channels_last=False)
     assert torch.equal(first, last)
     assert first.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("shape", "mean"),
+    [
+        ((64, 75, 75, 3), (0.4, 0.5, 0.6)),  # rows and the whole end within a block
+        ((6, 256, 256, 3), (0.4, 0.5, 0.6)),
+        ((100_000, 1, 4, 3), (0.4, 0.5, 0.6)),  # rows shorter than a block
+        ((6, 256, 256, 4), (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_large_batches_hold_the_same_bits_as_small_ones(
+    shape: tuple[int, ...], mean: tuple[float, ...]
+) -> None:
+    """They are stored past the caches, in blocks that know nothing of rows."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    assert pictures.numel() >= 1 << 20
+    std = tuple(0.2 + number / 10 for number in mean)
+    whole = normalise_images(pictures, mean=mean, std=std)
+    pieces = [normalise_images(piece, mean=mean, std=std) for piece in pictures.tensor_split(32)]
+    assert torch.equal(whole, torch.cat(pieces))
+    channel = (pictures[..., 2].double() / 255 - mean[2]) / std[2]
+    torch.testing.assert_close(whole[:, 2].double(), channel, rtol=0, atol=2e-6)
+
+
+def test_an_address_that_no_block_can_begin_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_STREAMED_VALUES", 0)
+    values = torch.arange(96, dtype=torch.uint8).view(1, 2, 48)
+    factor = torch.tensor([2.0, 3.0, 4.0]).repeat(16)
+    unaligned = torch.zeros(97)[1:].view(1, 2, 48)
+    assert unaligned.data_ptr() % 64
+    _normalise_on_host(unaligned, values, factor, factor, channels=3)
+    torch.testing.assert_close(unaligned, values * factor + factor)
 
 
 def test_what_is_no_uint8_batch_is_refused() -> None:
