@@ -218,19 +218,24 @@ def suit_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> Tr
 
 
 def rows_of_class_names(
-    datasets: Sequence[PackedDataset], names: Sequence[str], *, label_space: str
+    datasets: Sequence[PackedDataset], names: Sequence[str], *, prompts: ClassPrompts
 ) -> NDArray[np.int64]:
     """For cross-entropy: which learnt row stands for each of some class names.
+
+    Classes with a prompt in common share a row, so the prompts of the training are asked, which are
+    made of the same data sets.
 
     Raises:
         ValueError: a name that no data set of the training has.
     """
+    starts = np.cumsum(prompts.num_classes) - prompts.num_classes
     row_of: dict[str, int] = {}
-    start = 0
-    for dataset in datasets:
-        for label, name in enumerate(dataset.manifest.class_names):
-            row_of.setdefault(name, start + label)
-        start += 0 if label_space == "shared" else len(dataset.manifest.class_names)
+    for source, dataset in enumerate(datasets):
+        class_names = dataset.manifest.class_names
+        ids = prompts.classes_of(source, np.arange(len(class_names)))
+        rows = starts[ids >> 32] + (ids & 0xFFFF_FFFF)
+        for name, row in zip(class_names, rows.tolist(), strict=True):
+            row_of.setdefault(name, row)
     unknown = [name for name in names if name not in row_of]
     if unknown:
         raise ValueError(

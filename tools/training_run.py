@@ -28,6 +28,7 @@ from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import QUARANTINE_NAME, PackedDataset
 from unicl_fast.source_meter import SourceMeter
 from unicl_fast.stages import mark
@@ -203,7 +204,7 @@ def build_trainer(
         run_folder=run_folder,
         ranks=ranks,
         device=device,
-        evaluations=_build_evaluations(config, datasets, ranks),
+        evaluations=_build_evaluations(config, datasets, prompts, ranks),
         data=describe_sources(datasets, shares),
         sources=SourceMeter(
             names_of(datasets), passes=loader.plan.passes, traffic=traffic_of(datasets)
@@ -303,7 +304,7 @@ def _evaluation_name(config: TrainConfig, folder: str | Path) -> str:
 
 
 def _build_evaluations(
-    config: TrainConfig, trained: Sequence[PackedDataset], ranks: Ranks
+    config: TrainConfig, trained: Sequence[PackedDataset], prompts: ClassPrompts, ranks: Ranks
 ) -> dict[str, Evaluation]:
     if config.data.evaluate and config.objective.name == "supcon":
         raise ValueError(
@@ -321,9 +322,7 @@ def _build_evaluations(
         if not dataset.manifest.class_names:
             raise ValueError(f"data.evaluate: {dataset.place} has no labels for zero-shot")
     rows = [
-        rows_of_class_names(
-            trained, dataset.manifest.class_names, label_space=config.data.label_space
-        )
+        rows_of_class_names(trained, dataset.manifest.class_names, prompts=prompts)
         if config.objective.name == "ce"
         else None
         for dataset in datasets

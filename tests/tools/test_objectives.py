@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+from pack_runs import jpeg
+from packed_sets import Sample, pack
 from program_runs import SMALL, STEPS, call, losses, weights
 
 from unicl_fast.checkpoint import find_checkpoint, list_checkpoints, load_model
@@ -15,6 +17,7 @@ from unicl_fast.metrics import read_metrics
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
 from unicl_fast.targets import CAPTION_KEYS_START
+from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.training_data import (
     build_prompts,
@@ -90,10 +93,24 @@ def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
     wrong = dataclasses.replace(ce, objective=ObjectiveConfig(name="ce", num_classes=(9,)))
     with pytest.raises(ValueError, match=r"is \(9,\), but the data has \(10, 10\)"):
         suit_objective(wrong, datasets)
-    rows = rows_of_class_names(datasets[1:], ["cat", "airplane"], label_space="separate")
+    prompts = build_prompts(datasets[1:], config.data)
+    rows = rows_of_class_names(datasets[1:], ["cat", "airplane"], prompts=prompts)
     assert rows.tolist() == [3, 0]
     with pytest.raises(ValueError, match="such as 'unicorn'"):
-        rows_of_class_names(datasets, ["cat", "unicorn"], label_space="separate")
+        rows_of_class_names(datasets[1:], ["cat", "unicorn"], prompts=prompts)
+
+
+def test_classes_that_are_one_in_training_are_evaluated_by_its_row(tmp_path: Path) -> None:
+    """Names that differ in capitals give the same tokens, so only the first one's row learns."""
+    samples = [Sample(jpeg(number), labels=[number]) for number in range(3)]
+    names = [("dog", "cat", "Cat"), ("CAT", "hen", "Dog")]
+    datasets = [
+        pack(tmp_path / str(number), samples, class_names=some, tokenizer=Tokenizer())
+        for number, some in enumerate(names)
+    ]
+    prompts = build_prompts(datasets, build_preset("digits-small").data)
+    asked = ["hen", "Cat", "CAT", "cat", "Dog"]
+    assert rows_of_class_names(datasets, asked, prompts=prompts).tolist() == [4, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize(
