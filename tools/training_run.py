@@ -18,7 +18,12 @@ import torch
 from unicl_fast.augmentation import augmentations_of, check_views
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.best import choose_metric
-from unicl_fast.checkpoint import find_checkpoint, find_sound_checkpoint, list_checkpoints
+from unicl_fast.checkpoint import (
+    find_checkpoint,
+    find_sound_checkpoint,
+    list_checkpoints,
+    read_state,
+)
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.devices import choose_device
 from unicl_fast.dist import Ranks, from_rank_0, gather_integers, process_group
@@ -28,6 +33,7 @@ from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.precision import fast_precision
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import QUARANTINE_NAME, PackedDataset
 from unicl_fast.source_meter import SourceMeter
@@ -123,6 +129,7 @@ def pretrain(
         with refused_together(ranks):
             share = ranks.share_of(config.run.global_batch_size)
             checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
+        config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
         mark("opening the data and building the model")
         trainer = build_trainer(
             config,
@@ -158,6 +165,23 @@ def pretrain(
                 trainer.step,
                 run_folder,
             )
+
+
+def _with_precision(
+    config: TrainConfig, *, device: torch.device, checkpoint: Path | None, ranks: Ranks
+) -> TrainConfig:
+    """The config with what `efficiency.precision=auto` means: a checkpoint's, or rank 0's best."""
+    if config.efficiency.precision != "auto":
+        return config
+    if checkpoint is None:
+        precision = from_rank_0(fast_precision(device), ranks)
+        logger.info("precision: %s, the fastest here (efficiency.precision=auto)", precision)
+    else:
+        with refused_together(ranks):
+            precision = read_state(checkpoint).config.efficiency.precision
+    return dataclasses.replace(
+        config, efficiency=dataclasses.replace(config.efficiency, precision=precision)
+    )
 
 
 def _draw_curves(run_folder: Path) -> None:

@@ -30,7 +30,7 @@ _MOST = {
 
 Interpolation = Literal["bilinear", "bicubic"]
 Resample = Literal["fused", "dali"]
-PrecisionName = Literal["fp32", "bf16", "fp16", "fp64"]
+PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 LossForm = Literal["auto", "dense", "tiled"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
@@ -324,7 +324,8 @@ class EfficiencyConfig:
 
     precision: PrecisionName = "fp32"
     """Arithmetic of the encoders: autocast to bf16 or fp16 (with loss scaling), or plain. The loss
-    is always taken in fp32 or better."""
+    is always taken in fp32 or better. auto takes bf16 where the machine computes it faster than
+    fp32 (fp16 on GPUs without it), else fp32; a resumed run keeps what it began with."""
     channels_last: bool = True
     """Keep pictures and convolution weights in NHWC order, as they leave the decoder."""
     activation_checkpointing: bool = False

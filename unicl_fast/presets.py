@@ -26,7 +26,7 @@ def _released(image_encoder: str, *, drop_path: float = 0.0) -> TrainConfig:
     return TrainConfig(
         data=DataConfig(augment=("unicl",), interpolation="bicubic"),
         model=ModelConfig(image_encoder=image_encoder, drop_path=drop_path),
-        efficiency=EfficiencyConfig(precision="bf16"),
+        efficiency=EfficiencyConfig(precision="auto"),
         run=RunConfig(global_batch_size=4096),
     )
 
@@ -99,7 +99,7 @@ def cifar10_small() -> TrainConfig:
             embed_dim=128,
         ),
         optim=OptimConfig(lr=2e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
-        efficiency=EfficiencyConfig(precision="bf16"),
+        efficiency=EfficiencyConfig(precision="auto"),
         checkpoint=CheckpointConfig(every_steps=1562, keep=2),
         run=RunConfig(global_batch_size=128, samples=16 * 50_000, evaluate_every_steps=1562),
     )
@@ -123,7 +123,7 @@ def digits_small() -> TrainConfig:
             embed_dim=64,
         ),
         optim=OptimConfig(lr=1e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
-        efficiency=EfficiencyConfig(precision="bf16"),
+        efficiency=EfficiencyConfig(precision="auto"),
         checkpoint=CheckpointConfig(every_steps=100, keep=2),
         run=RunConfig(global_batch_size=128, samples=70_000, evaluate_every_steps=100),
     )
@@ -141,7 +141,7 @@ def mixed_small() -> TrainConfig:
             embed_dim=128,
         ),
         optim=OptimConfig(lr=1e-3, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
-        efficiency=EfficiencyConfig(precision="bf16"),
+        efficiency=EfficiencyConfig(precision="auto"),
         checkpoint=CheckpointConfig(every_steps=50, keep=2),
         run=RunConfig(global_batch_size=128, samples=80_000, evaluate_every_steps=125),
     )

@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from . import full_size, labels_and_captions, objectives, templates
+from unicl_fast.benchmarks.experiments import full_size, labels_and_captions, objectives, templates
 
 _EXPERIMENTS = {
     "objectives": objectives,

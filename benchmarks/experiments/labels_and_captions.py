@@ -16,9 +16,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from .intervals import difference_of, mean_of
-from .report import ExperimentSettings, Table, write_report
-from .runs import Row, Run, run_all
+from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
+from unicl_fast.benchmarks.experiments.report import ExperimentSettings, Table, write_report
+from unicl_fast.benchmarks.experiments.runs import Row, Run, run_all
 
 _HELD_BACK = 5  # every fifth class
 _FLICKR_TRAIN = 600

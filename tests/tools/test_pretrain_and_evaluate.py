@@ -116,6 +116,16 @@ def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
     assert losses(out) == pytest.approx(losses(alone), rel=1e-10)
 
 
+def test_what_auto_meant_stays_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
+    """Whatever the machine that goes on with it computes fastest: here it begins in fp64."""
+    arguments = [*SMALL, "--data.train", data / "labels", "--out", tmp_path / "run"]
+    call(pretrain, *arguments, "--efficiency.precision", "fp64", "--run.steps", "4")
+    call(pretrain, *arguments, "--efficiency.precision", "auto", "--resume", "auto")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["efficiency"]["precision"] == "fp64"
+    assert len(losses(tmp_path / "run")) == STEPS
+
+
 @pytest.mark.dist
 def test_wrong_input_ends_with_2_before_ranks_are_started(data: Path) -> None:
     done = run(

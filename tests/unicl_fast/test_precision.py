@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
@@ -84,3 +86,26 @@ def test_only_fp16_scales_the_loss() -> None:
         for name in ("fp32", "bf16", "fp16", "fp64")
     }
     assert scaling == {"fp32": False, "bf16": False, "fp16": True, "fp64": False}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512_bf16 amx_bf16 amx_tile", "bf16"),
+        ("vendor_id : AuthenticAMD\nflags : avx2 avx512_bf16", "bf16"),
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512_bf16", "fp32"),
+        ("vendor_id : GenuineIntel\nflags : avx2", "fp32"),
+        ("Features : fp asimd bf16", "fp32"),
+        (None, "fp32"),
+    ],
+)
+def test_auto_is_what_the_processor_computes_fastest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu: str | None, expected: str
+) -> None:
+    info = tmp_path / "cpuinfo"
+    if cpu is not None:
+        info.write_text(f"processor : 0\n{cpu}\n\nprocessor : 1\n")
+    monkeypatch.setattr(precision, "_CPU_INFO", info)
+    assert precision.fast_precision(torch.device("cpu")) == expected
+    monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
+    assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
