@@ -83,7 +83,8 @@ def run(settings: Settings) -> None:
     figures["whole step, times its floor"] = summarise([sum(t.values()) / total for t in taken])
     figures["rate of one product, GFLOP/s"] = summarise([rate / 1e9])
     print_figures(figures)
-    write_result(settings, figures, "timm", operations=operations)
+    precision = trainer.config.efficiency.precision
+    write_result(settings, figures, "timm", operations=operations, precision=precision)
 
 
 class StepInParts:

@@ -177,8 +177,10 @@ class _Window:
     def read(self, descriptor: int, start: int, length: int) -> bytes:
         place = start - self.start
         if not 0 <= place <= place + length <= len(self.data):
+            forwards = start >= self.start  # a record that one behind it points back to is alone
+            num_bytes = self.num_bytes if forwards else min(self.num_bytes, _READ_BYTES)
             self.start, place = start, 0
-            self.data = os.pread(descriptor, max(self.num_bytes, length), start)
+            self.data = os.pread(descriptor, max(num_bytes, length), start)
         return self.data[place : place + length]
 
 

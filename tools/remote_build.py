@@ -18,7 +18,6 @@ from unicl_fast.shards import MANIFEST_NAME
 from unicl_fast.tools.build_dataset import BuildSummary, build_dataset
 from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES, staged_sources, work_folder
 from unicl_fast.tools.upload_dataset import require_free_url, upload_dataset
-from unicl_fast.tools.work_folder import describe_unfinished
 
 
 def build_anywhere(
@@ -54,10 +53,9 @@ def build_anywhere(
     with staged_sources(
         sources,
         image_root,
-        out=out,
+        out=folder,
         place=place,
         room=staging_bytes,
-        is_wanted_later=lambda: bool(describe_unfinished(folder)),
     ) as (places, root):
         if any(map(is_url, sources)):
             options["source_names"] = list(sources)

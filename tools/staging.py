@@ -1,12 +1,12 @@
-"""Copies of what lies under URLs, for programs that need files: all of it, removed at the end.
+"""Copies of what lies under URLs, for programs that need files: all of it, for as long as needed.
 
 Nothing of a source is streamed: packing goes through pictures in shuffled order, archives are read
 from both ends, and workers that decode have no network. So a source is copied as a whole, if it is
 not larger than the room that was given.
 
-The copies of a build lie in a folder that is called after what it is made of. Those of a build that
-was killed stay, so that the same command finds the same files and goes on (`work_folder`); each is
-taken as it is if its object is still the one that was copied.
+Copies go at the end. Those of a build lie in a folder that is called after what it is made of, and
+stay as long as there is an unfinished build to go on with them (`work_folder`): the same command
+then finds the same files. Each is taken as it is if its object is still the one that was copied.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import os
 import re
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -30,10 +30,14 @@ from unicl_fast.remote.block_cache import CacheOptions
 from unicl_fast.remote.object_store import ObjectStore, StoredObject, is_url
 from unicl_fast.tools.source_tars import expand_braces
 from unicl_fast.tools.temporary_folder import temporary_folder
-from unicl_fast.tools.work_folder import lock_folder
+from unicl_fast.tools.work_folder import describe_unfinished, lock_folder
 
 DEFAULT_STAGING_BYTES = 100_000_000_000
 _FILES_AT_ONCE = 4
+_KEPT, _DISCARDED = "sources-", "discarded-"
+_FOR_NAME = "for"
+"""What is packed of the copies beside it: a path."""
+_VERSIONS_NAME = "versions.jsonl"
 _LISTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _INSIDE_ARCHIVE = re.compile(r"(.+?\.(?:zip|tar\.gz))/(.+)", re.IGNORECASE)
 
@@ -53,21 +57,20 @@ def staged_sources(
     sources: Sequence[str],
     image_root: str,
     *,
-    out: str,
+    out: Path,
     place: Path,
     room: int,
-    is_wanted_later: Callable[[], bool],
 ) -> Iterator[tuple[list[str], str]]:
-    """Sources of a build, and the root of its pictures, as paths; copies go at the end.
+    """Sources of a build, and the root of its pictures, as paths.
+
+    Copies go at the end, unless the build has failed and can go on with them.
 
     Args:
         sources: paths and URLs.
         image_root: a path, a URL, or nothing: then a list brings the folder that it lies in.
-        out: what is built of them: copies for another build are others.
+        out: the folder that is packed of them: copies for another one are others.
         place: copies go below it.
         room: most bytes of all copies.
-        is_wanted_later: asked when the build has failed: whether it can go on with these copies,
-            which then stay, as they do when it is killed.
 
     Raises:
         FileNotFoundError: there is nothing under a URL.
@@ -78,11 +81,14 @@ def staged_sources(
     if not any(map(is_url, (*sources, image_root))):
         yield list(sources), image_root
         return
-    made_of = json.dumps([*sources, image_root, os.path.abspath(out) if not is_url(out) else out])
-    folder = place / f"sources-{xxhash.xxh3_64_hexdigest(made_of.encode())}"
+    out = out.absolute()
+    made_of = json.dumps([*sources, image_root, str(out)])
+    folder = place / f"{_KEPT}{xxhash.xxh3_64_hexdigest(made_of.encode())}"
     place.mkdir(parents=True, exist_ok=True)
+    _sweep(place, but=folder)
     lock = lock_folder(folder)
     try:
+        (folder / _FOR_NAME).write_text(str(out), encoding="utf-8", errors="surrogateescape")
         wanted: list[_Wanted] = []
         staged: dict[str, str] = {}
         for number, source in enumerate(dict.fromkeys((*sources, image_root))):
@@ -90,19 +96,63 @@ def staged_sources(
                 path, found = _find(source, folder / str(number), with_folder=not image_root)
                 staged[source] = path
                 wanted += found
-        _fetch(wanted, place=place, room=room, versions=_Versions(folder / "versions.jsonl"))
+        _remove_others(folder, {one.path for one in wanted})
+        _fetch(wanted, place=place, room=room, versions=_Versions(folder / _VERSIONS_NAME))
         yield (
             [staged.get(source, source) for source in sources],
             staged.get(image_root, image_root),
         )
     except BaseException:
-        if not is_wanted_later():
-            shutil.rmtree(folder)
+        if not _has_unfinished(out):
+            _discard(folder)
         raise
     else:
-        shutil.rmtree(folder)
+        _discard(folder)
     finally:
         os.close(lock)
+
+
+def _has_unfinished(out: Path) -> bool:
+    """Whether a build of this folder has finished shards and waits to go on; if in doubt it has."""
+    try:
+        return bool(describe_unfinished(out))
+    except (OSError, ValueError):
+        return True
+
+
+def _sweep(place: Path, *, but: Path) -> None:
+    """Removes copies that no build can go on with: its folder is gone, or was finished since."""
+    for folder in place.glob(f"{_DISCARDED}*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    for note in place.glob(f"{_KEPT}*/{_FOR_NAME}"):
+        if note.parent == but:
+            continue
+        with contextlib.suppress(ValueError, OSError):  # in use, or somebody else sweeps
+            lock = lock_folder(note.parent)
+            try:
+                out = Path(note.read_text(encoding="utf-8", errors="surrogateescape"))
+                if not _has_unfinished(out):
+                    _discard(note.parent)
+            finally:
+                os.close(lock)
+
+
+def _discard(folder: Path) -> None:
+    """Removes a folder; whoever is killed at it leaves nothing under its name."""
+    doomed = folder.with_name(folder.name.replace(_KEPT, _DISCARDED, 1))
+    shutil.rmtree(doomed, ignore_errors=True)
+    folder.rename(doomed)
+    shutil.rmtree(doomed)
+
+
+def _remove_others(folder: Path, wanted: Set[Path]) -> None:
+    """Copies of objects that are no longer there would be packed: folders are read as they are."""
+    for path in folder.glob("*/**/*"):
+        if path.is_file() and path not in wanted:
+            path.unlink()
+    for path in sorted(folder.glob("*/**/"), reverse=True):  # an object may bear its name now
+        with contextlib.suppress(OSError):  # not empty
+            path.rmdir()
 
 
 class _Versions:
@@ -185,6 +235,8 @@ def _copy(one: _Wanted, *, versions: _Versions | None) -> int:
     if versions is None or not versions.has(one):
         one.store.fetch_file(one.name, one.path, size=one.found.size)
         if versions is not None:
+            with one.path.open("rb") as file:
+                os.fsync(file.fileno())  # not noted as whole before it is
             versions.note(one)
     return one.found.size
 

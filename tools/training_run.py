@@ -33,7 +33,7 @@ from unicl_fast.ledger_format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.memory_check import check_memory
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.precision import fast_precision
+from unicl_fast.precision import fast_precision, settle_precision
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import QUARANTINE_NAME, PackedDataset
 from unicl_fast.source_meter import SourceMeter
@@ -179,9 +179,7 @@ def _with_precision(
     else:
         with refused_together(ranks):
             precision = read_state(checkpoint).config.efficiency.precision
-    return dataclasses.replace(
-        config, efficiency=dataclasses.replace(config.efficiency, precision=precision)
-    )
+    return settle_precision(config, device, precision)
 
 
 def _draw_curves(run_folder: Path) -> None:

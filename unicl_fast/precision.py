@@ -7,6 +7,7 @@ fp16 needs. The rest of the program asks for a `Precision` and does not look ins
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from unicl_fast._normalise_numba import (
     normalise_lines,
     normalise_rgb_streaming,
 )
-from unicl_fast.config import PrecisionName
+from unicl_fast.config import PrecisionName, TrainConfig
 from unicl_fast.devices import choose_device
 
 _CACHED_VALUES = 1 << 18
@@ -43,7 +44,7 @@ class Precision:
     name: PrecisionName
 
     def __post_init__(self) -> None:
-        """Turns auto into what it means on this machine."""
+        """Turns auto into what it means here; a trainer has settled it for its device before."""
         if self.name == "auto":
             object.__setattr__(self, "name", fast_precision(choose_device("auto")))
 
@@ -67,6 +68,18 @@ class Precision:
         return torch.amp.GradScaler(device_type, enabled=self.name == "fp16")
 
 
+def settle_precision(
+    config: TrainConfig, device: torch.device, precision: PrecisionName | None = None
+) -> TrainConfig:
+    """The config with `efficiency.precision=auto` made what it means on a device, or as given."""
+    if config.efficiency.precision != "auto":
+        return config
+    efficiency = dataclasses.replace(
+        config.efficiency, precision=precision or fast_precision(device)
+    )
+    return dataclasses.replace(config, efficiency=efficiency)
+
+
 def fast_precision(device: torch.device) -> PrecisionName:
     """What `auto` means on a device.
 
@@ -83,6 +96,7 @@ def fast_precision(device: torch.device) -> PrecisionName:
     return "bf16" if fast else "fp32"
 
 
+@functools.lru_cache(maxsize=1)
 def _cpu_flags() -> tuple[frozenset[str], str]:
     """Instruction sets and vendor of the first processor; none where Linux does not say."""
     try:

@@ -51,7 +51,7 @@ from unicl_fast.metrics import MetricsWriter, StepMeter, read_metrics
 from unicl_fast.mixing import refuse_torn_pairs
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.optim import build_optimizer, build_schedule, gradient_norm, update
-from unicl_fast.precision import Precision, place_module
+from unicl_fast.precision import Precision, place_module, settle_precision
 from unicl_fast.source_meter import SourceMeter
 from unicl_fast.stages import OR_WAITING, mark
 from unicl_fast.step import global_loss, shown_slots
@@ -120,10 +120,10 @@ class Trainer:
         self.total_steps = config.run.total_steps
         if not self.total_steps:
             raise ValueError("the run has no length: set run.samples or run.steps")
-        self.config = config
+        self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
+        self.config = config = settle_precision(config, self.device)
         self.loader = loader
         self.run_folder = run_folder
-        self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
         self.evaluations = dict(evaluations or {})
         self.data = dict(data or {})
         self.sources = sources

@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PREPARATION = {
-    "in1k": (
+    "in1k-val": (
         "# ImageNet-1K: imagenet/train and imagenet/val as class folders named by WordNet ids",
-        "unicl-pack build imagenet/train {small} --class-names imagenet --out {packed}/in1k",
         "unicl-pack build imagenet/val {small} --class-names imagenet --out {packed}/in1k-val",
     ),
+    "in1k": ("unicl-pack build imagenet/train {small} --class-names imagenet --out {packed}/in1k",),
     "in21k": (
         "# ImageNet-21K as the paper has it: the 22K folders without those of the 1K classes, so",
         "# that ImageNet-1K stays unseen; names from WordNet's words.txt (id, tab, name)",
@@ -30,12 +30,17 @@ PREPARATION = {
         "unicl-pack build in21k {small} --class-names in21k-names.txt --out {packed}/in21k",
     ),
     "gcc3m": (
-        "# Conceptual Captions 3M and 12M, YFCC-14M (YFCC100M's pictures with English text):",
-        "# fetched by img2dataset --output_format webdataset; what is missing is left out",
+        "# Conceptual Captions 3M, as img2dataset --output_format webdataset leaves it",
         "unicl-pack build cc3m/ {small} --out {packed}/gcc3m",
     ),
-    "gcc15m": ("unicl-pack build cc3m/ cc12m/ {small} --out {packed}/gcc15m",),
-    "yfcc14m": ("unicl-pack build yfcc14m/ {small} --out {packed}/yfcc14m",),
+    "gcc15m": (
+        "# Conceptual Captions 3M and 12M, likewise",
+        "unicl-pack build cc3m/ cc12m/ {small} --out {packed}/gcc15m",
+    ),
+    "yfcc14m": (
+        "# YFCC100M's 14 million pictures with English text, likewise",
+        "unicl-pack build yfcc14m/ {small} --out {packed}/yfcc14m",
+    ),
 }
 _SMALL = "--resize short:256"
 _IN1K_SAMPLES = 300 * 1_281_167
@@ -138,7 +143,7 @@ def run(settings: Settings) -> None:
         ValueError: there is no such row.
     """
     chosen = _chosen(settings.rows)
-    wanted = {name for row in chosen for name in row.data} | {"in1k"}  # evaluated on it in any case
+    wanted = {name for row in chosen for name in row.data} | {"in1k-val"}
     for name, lines in PREPARATION.items():
         if name in wanted:
             print("\n".join(line.format(packed=settings.packed, small=_SMALL) for line in lines))

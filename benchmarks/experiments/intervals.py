@@ -26,7 +26,7 @@ class Mean:
         return f"{self.mean:.2f} ± {self.deviation:.2f}"
 
     def numbers(self) -> dict[str, Any]:
-        return asdict(self)
+        return _as_json(asdict(self))
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Difference:
         return f"{self.mean:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
 
     def numbers(self) -> dict[str, Any]:
-        return asdict(self)
+        return _as_json(asdict(self))
 
 
 def mean_of(values: Sequence[float]) -> Mean:
@@ -56,7 +56,7 @@ def mean_of(values: Sequence[float]) -> Mean:
 
 
 def difference_of(one: Sequence[float], other: Sequence[float]) -> Difference:
-    """`one` minus `other`, at least two independent values each that are not all equal.
+    """`one` minus `other`, at least two independent values each; g is nan where none has a spread.
 
     The interval of g is that of its large-sample variance, which is rough for five seeds: it says
     about how large the effect is, while Welch's interval says whether there is any.
@@ -67,10 +67,18 @@ def difference_of(one: Sequence[float], other: Sequence[float]) -> Difference:
     pooled = math.sqrt(
         ((n - 1) * statistics.variance(one) + (m - 1) * statistics.variance(other)) / (n + m - 2)
     )
-    effect = mean / pooled * (1 - 3 / (4 * (n + m) - 9))
+    effect = (mean / pooled if pooled else math.nan) * (1 - 3 / (4 * (n + m) - 9))
     reach = stats.norm.ppf((1 + _LEVEL) / 2) * math.sqrt(
         (n + m) / (n * m) + effect**2 / (2 * (n + m))
     )
     return Difference(
         mean, float(interval.low), float(interval.high), effect, effect - reach, effect + reach
     )
+
+
+def _as_json(fields: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no nan."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in fields.items()
+    }

@@ -114,8 +114,9 @@ def make_run(settings: Settings, encoder: Encoder, arm: str, seed: int, *more: s
             *("--run.global-batch-size", str(_BATCH_SIZE // share)),
             *("--run.samples", str(pictures // share), "--run.seed", str(seed)),
             *("--run.evaluate-every-steps", "0", "--checkpoint.every-steps", "500"),
-            *settings.options(),
+            *("--efficiency.precision", settings.precision),
         ),
+        execution=settings.execution(),
         evaluations={"probe": ("linear-probe", *data, "--c", _PROBE_C)},
     )
 

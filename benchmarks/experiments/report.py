@@ -33,10 +33,9 @@ class ExperimentSettings:
     precision: PrecisionName = "fp32"
     """efficiency.precision of all runs; bf16 on a GPU and on a CPU with fast bf16."""
 
-    def options(self) -> tuple[str, ...]:
-        """Options of unicl-pretrain for every run: one decoding thread is enough for small ones."""
-        threads = ("--data.threads", "1") if self.jobs > 1 else ()
-        return ("--efficiency.precision", self.precision, *threads)
+    def execution(self) -> tuple[str, ...]:
+        """Of every run: beside others, one decoding thread is enough for small pictures."""
+        return ("--data.threads", "1") if self.jobs > 1 else ()
 
 
 @dataclass(frozen=True, kw_only=True)

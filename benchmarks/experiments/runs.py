@@ -2,7 +2,8 @@
 
 A run is what a user would type: `unicl-pretrain` with options, then `unicl-eval` on what it left.
 Its folder gets `row.json` when all is done, with the numbers and the commands; a run that has one
-is taken as it is, and one that was stopped goes on from its checkpoint.
+is taken as it is, and one that was stopped goes on from its checkpoint. `asked.json` says what it
+was begun with, so that nothing else is taken for it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Run:
     """Its folder under the experiment's, for example resnet9/ce/seed0."""
     pretrain: tuple[str, ...]
     """Options of unicl-pretrain, without --out."""
+    execution: tuple[str, ...] = ()
+    """More of them, which change how fast it runs and not what comes out."""
     evaluations: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     """Name in the row to arguments of unicl-eval, without --checkpoint and --json."""
 
@@ -62,27 +65,40 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int) -> dict[str, Row]:
 
 
 def _row_of(run: Run, folder: Path, threads: int) -> Row:
+    _note_what_is_asked(run, folder)
     path = folder / "row.json"
     if path.is_file():
-        row = json.loads(path.read_text(encoding="utf-8"))
-        if row["pretrain"] != list(run.pretrain):
-            raise RuntimeError(
-                f"{path} is of other options ({' '.join(row['pretrain'])}): remove {folder}, or "
-                "take another --out"
-            )
-        return dict(row)
-    folder.mkdir(parents=True, exist_ok=True)
+        return dict(json.loads(path.read_text(encoding="utf-8")))
     run_folder = folder / "run"
-    options = (*run.pretrain, "--out", str(run_folder), "--resume", "auto")
-    _program("pretrain", options, folder / "pretrain.log", threads)
+    options = (*run.pretrain, *run.execution, "--out", str(run_folder), "--resume", "auto")
+    run_program("pretrain", options, folder / "pretrain.log", threads=threads)
     row = {"name": run.name, "pretrain": list(run.pretrain), **_last_numbers(run_folder)}
     for name, arguments in run.evaluations.items():
         result = folder / f"{name}.json"
         options = (*arguments, "--checkpoint", str(run_folder), "--json", str(result))
-        _program("evaluate", options, folder / f"{name}.log", threads)
+        run_program("evaluate", options, folder / f"{name}.log", threads=threads)
         row[name] = json.loads(result.read_text(encoding="utf-8"))
     path.write_text(json.dumps(row, indent=1) + "\n", encoding="utf-8")
     return row
+
+
+def _note_what_is_asked(run: Run, folder: Path) -> None:
+    """Writes it down before anything is trained, or compares it with what was.
+
+    Raises:
+        RuntimeError: it was begun with other options or evaluations.
+    """
+    evaluations = {name: list(arguments) for name, arguments in run.evaluations.items()}
+    asked = {"pretrain": list(run.pretrain), "evaluations": evaluations}
+    path = folder / "asked.json"
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
+    elif (before := json.loads(path.read_text(encoding="utf-8"))) != asked:
+        raise RuntimeError(
+            f"{folder} was begun as {json.dumps(before)}, and is asked for as {json.dumps(asked)}: "
+            "remove it, or take another --out"
+        )
 
 
 def _last_numbers(run_folder: Path) -> Row:
@@ -93,7 +109,12 @@ def _last_numbers(run_folder: Path) -> Row:
     return {"last": last}
 
 
-def _program(module: str, options: Sequence[str], log: Path, threads: int) -> None:
+def run_program(module: str, options: Sequence[str], log: Path, *, threads: int) -> None:
+    """Runs a program of unicl_fast.tools, whose output goes into a file.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of what it said.
+    """
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", f"unicl_fast.tools.{module}", *options]
     with log.open("wb") as file:

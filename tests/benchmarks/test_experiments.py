@@ -39,7 +39,8 @@ def test_a_difference_by_hand() -> None:
     assert found.effect == pytest.approx(3 / math.sqrt(2) * 4 / 7)
     assert found.high - found.mean == pytest.approx(4.302652729911275 * math.sqrt(2))
     assert str(mean_of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
-    assert math.isnan(mean_of([1.0]).deviation)
+    assert mean_of([1.0]).numbers()["deviation"] is None
+    assert math.isnan(difference_of([1.0, 1.0], [2.0, 2.0]).effect)
 
 
 def test_each_published_row_is_a_run_that_can_start(capsys: pytest.CaptureFixture[str]) -> None:
@@ -125,12 +126,11 @@ def test_labels_and_captions(shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    (tmp_path / "one").mkdir()
-    (tmp_path / "one" / "row.json").write_text(json.dumps({"pretrain": ["--preset", "x"]}))
-    with pytest.raises(RuntimeError, match="take another --out"):
-        run_all([Run(name="one", pretrain=("--preset", "y"))], tmp_path, jobs=1)
-
-
-def test_a_program_that_fails_is_named_with_what_it_said(tmp_path: Path) -> None:
+    """Also where it was broken off: its checkpoint would be gone on with."""
     with pytest.raises(RuntimeError, match="no preset 'x'"):
         run_all([Run(name="one", pretrain=("--preset", "x"))], tmp_path, jobs=1)
+    with pytest.raises(RuntimeError, match="take another --out"):
+        run_all([Run(name="one", pretrain=("--preset", "y"))], tmp_path, jobs=1)
+    (tmp_path / "one" / "row.json").write_text(json.dumps({"name": "one"}))
+    again = Run(name="one", pretrain=("--preset", "x"), execution=("--data.threads", "1"))
+    assert run_all([again], tmp_path, jobs=1) == {"one": {"name": "one"}}

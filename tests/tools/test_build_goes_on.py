@@ -222,6 +222,22 @@ def test_a_build_from_urls_goes_on_with_the_copies_that_it_made(
     assert not system.reads
     assert summary.num_taken_over > 0
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "set")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, DatasetWriter, "add", 60, after=True)
+        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    system.rm(f"faulty://photos/dog/{torn.name}")  # or it would be packed from its old copy
+    summary = build_anywhere([url], str(tmp_path / "set"), work=work, restart=True, **options)
+    assert summary.num_samples == 79
+    shutil.rmtree(tmp_path / "set")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, DatasetWriter, "add", 60, after=True)
+        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    shutil.rmtree(tmp_path / "set.partial")
+    build_anywhere([url], str(tmp_path / "other"), work=work, **options)
+    assert not os.listdir(work), "copies for a build that nobody can go on with"
     empty()
 
 

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from unicl_fast import UniCL, build_model
 from unicl_fast.keyed_random import fold_key, fold_key_tensor, random_unit, uniform_tensor
 from unicl_fast.models.activation_checkpointing import checkpoint_blocks
-from unicl_fast.models.drop_path import KeyedDropPath
+from unicl_fast.models.drop_path import DropPathKey, KeyedDropPath
+from unicl_fast.models.image_encoder import build_image_encoder
 from unicl_fast.models.text_encoder import TextEncoder
 from unicl_fast.optim import split_parameters
 from unicl_fast.precision import Precision, place_module
@@ -179,6 +180,44 @@ def test_the_small_network_has_no_published_weights_and_says_so() -> None:
         timm.create_model("unicl_convnet7_small", pretrained=True)
     with pytest.raises(ValueError, match="not 10 classes"):
         timm.create_model("unicl_convnet7_small").reset_classifier(10)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "width", "parameters"),
+    [
+        ("unicl_convnet7_small", 28, 256, 1_158_712),
+        ("unicl_resnet9_small", 28, 256, 1_643_552),
+        ("unicl_swin6_small", 32, 192, 2_084_382),
+    ],
+)
+def test_the_small_networks(name: str, size: int, width: int, parameters: int) -> None:
+    """As timm builds them, with maps for detection, and the same gradients when recomputed."""
+    torch.manual_seed(0)
+    encoder = build_image_encoder(name, image_size=size, drop_path=0.0, key=DropPathKey(seed=0))
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
+    images = torch.randn(3, 3, size, size)
+    features = encoder.train()(images)
+    assert features.shape == (3, width)
+    gradients = torch.autograd.grad(features.square().sum(), list(encoder.parameters()))
+    assert checkpoint_blocks(encoder) >= 3
+    again = torch.autograd.grad(encoder(images).square().sum(), list(encoder.parameters()))
+    torch.testing.assert_close(again, gradients)
+    maps = encoder.forward_intermediates(images, intermediates_only=True)
+    assert [one.shape[0] for one in maps] == [3] * len(maps)
+
+
+def test_the_small_swin_gives_timm_its_maps_and_takes_drop_path() -> None:
+    with pytest.raises(ValueError, match="checkpoint_path="):
+        timm.create_model("unicl_swin6_small", pretrained=True)
+    backbone = timm.create_model("unicl_swin6_small", features_only=True)
+    assert [tuple(one.shape[1:]) for one in backbone(torch.randn(2, 3, 32, 32))] == [
+        (8, 8, 96),
+        (4, 4, 192),
+    ]
+    key = DropPathKey(seed=0)
+    encoder = build_image_encoder("unicl_swin6_small", image_size=64, drop_path=0.2, key=key)
+    key.set(step=0, slots=torch.arange(2))
+    assert encoder.train()(torch.randn(2, 3, 64, 64)).shape == (2, 192)
 
 
 def test_checkpointing_refuses_an_encoder_whose_blocks_it_does_not_know() -> None:

@@ -10,7 +10,13 @@ from torchvision.transforms.v2 import functional as V
 
 from unicl_fast import precision
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
-from unicl_fast.precision import Precision, _normalise_on_host, normalise_images
+from unicl_fast.precision import (
+    Precision,
+    _normalise_on_host,
+    normalise_images,
+    settle_precision,
+)
+from unicl_fast.presets import build_preset
 
 PICTURES = torch.arange(2 * 5 * 7 * 3, dtype=torch.int64).mul(37).remainder(256)
 PICTURES = PICTURES.to(torch.uint8).view(2, 5, 7, 3)
@@ -106,6 +112,11 @@ def test_auto_is_what_the_processor_computes_fastest(
     if cpu is not None:
         info.write_text(f"processor : 0\n{cpu}\n\nprocessor : 1\n")
     monkeypatch.setattr(precision, "_CPU_INFO", info)
+    precision._cpu_flags.cache_clear()
     assert precision.fast_precision(torch.device("cpu")) == expected
     monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
     assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
+    config = settle_precision(build_preset("digits-small"), torch.device("cpu"))
+    assert config.efficiency.precision == expected
+    assert settle_precision(config, torch.device("cpu"), "fp64") is config
+    precision._cpu_flags.cache_clear()

@@ -15,7 +15,7 @@ thousand classes. These are for two CPU cores and are registered with timm, so t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Float
 from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
@@ -78,16 +78,23 @@ class SmallConvNet(nn.Module):
     default_cfg: ClassVar[dict[str, Any]] = {}  # timm's models have one, and open_clip asks for it
 
     def __init__(
-        self, stem: nn.Module, blocks: Sequence[nn.Module], channels: Sequence[int], pool: nn.Module
+        self,
+        stem: nn.Module,
+        blocks: Sequence[nn.Module],
+        channels: Sequence[int],
+        *,
+        global_pool: Literal["avg", "max"],
     ) -> None:
         super().__init__()
         self.num_features = channels[-1]
+        self.global_pool = global_pool
         self.feature_info = [
             {"num_chs": width, "reduction": 2 ** (number + 1), "module": f"blocks.{number}"}
             for number, width in enumerate(channels)
         ]
         self.stem = stem
         self.blocks = nn.Sequential(*blocks)
+        pool = nn.AdaptiveAvgPool2d(1) if global_pool == "avg" else nn.AdaptiveMaxPool2d(1)
         self.pool = nn.Sequential(pool, nn.Flatten())
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -98,7 +105,7 @@ class SmallConvNet(nn.Module):
 
     def reset_classifier(self, num_classes: int, global_pool: str = "") -> None:
         """As timm's models have it; there is no classifier to begin with."""
-        if num_classes or global_pool:
+        if num_classes or global_pool not in ("", self.global_pool):
             raise ValueError(
                 f"it has no classifier and one pooling, not {num_classes} classes and "
                 f"{global_pool!r}"
@@ -134,7 +141,7 @@ def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNe
         nn.Conv2d(kwargs.get("in_chans", 3), 24, kernel_size=2), nn.ReLU(inplace=True)
     )
     blocks = [SmallConvBlock(24, 64), SmallConvBlock(64, 128), SmallConvBlock(128, 256)]
-    return SmallConvNet(stem, blocks, (64, 128, 256), nn.AdaptiveAvgPool2d(1))
+    return SmallConvNet(stem, blocks, (64, 128, 256), global_pool="avg")
 
 
 @register_model  # type: ignore[untyped-decorator]
@@ -147,7 +154,7 @@ def unicl_resnet9_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet
         SmallResidualBlock(64, 128, residual=False),
         SmallResidualBlock(128, 256, residual=True),
     ]
-    return SmallConvNet(stem, blocks, (64, 128, 256), nn.AdaptiveMaxPool2d(1))
+    return SmallConvNet(stem, blocks, (64, 128, 256), global_pool="max")
 
 
 def _refuse_what_there_is_not(pretrained: bool, arguments: dict[str, Any]) -> None:
@@ -167,5 +174,9 @@ def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> SwinTransforme
         raise ValueError("nobody publishes weights of it; timm.create_model takes checkpoint_path=")
     shape = {"patch_size": 4, "window_size": 4, "embed_dim": 96, "depths": (2, 4)}
     return build_model_with_cfg(
-        SwinTransformer, "unicl_swin6_small", pretrained, **shape, num_heads=(3, 6), **kwargs
+        SwinTransformer,
+        "unicl_swin6_small",
+        pretrained,
+        feature_cfg={"out_indices": (0, 1), "flatten_sequential": True},
+        **{**shape, "num_heads": (3, 6), **kwargs},
     )

@@ -362,9 +362,10 @@ class ObjectStore:
 
 def _version_in(info: Mapping[str, Any]) -> str:
     """By whichever name the store's client has for it."""
-    for name in ("ETag", "etag", "LastModified", "last_modified", "updated", "mtime", "created"):
-        if info.get(name):
-            return str(info[name])
+    plain = {name.lower().replace("-", "").replace("_", ""): value for name, value in info.items()}
+    for name in ("etag", "contentmd5", "lastmodified", "updated", "mtime", "created"):
+        if plain.get(name):
+            return str(plain[name])
     return ""
 
 
