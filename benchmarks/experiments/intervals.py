@@ -23,7 +23,8 @@ class Mean:
     """Standard deviation between seeds (n - 1); nan for one seed."""
 
     def __str__(self) -> str:
-        return f"{self.mean:.2f} ± {self.deviation:.2f}"
+        spread = "" if math.isnan(self.deviation) else f" ± {self.deviation:.2f}"
+        return f"{self.mean:.2f}{spread}"
 
     def numbers(self) -> dict[str, Any]:
         return _as_json(asdict(self))

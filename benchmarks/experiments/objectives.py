@@ -47,7 +47,7 @@ class Recipe:
 
 _RECIPES: dict[Encoder, Recipe] = {
     "resnet9": Recipe(
-        pictures=350_000,
+        pictures=600_000,
         options=("--model.image-encoder", "unicl_resnet9_small", "--optim.lr", "6e-3"),
     ),
     "swin6": Recipe(

@@ -30,8 +30,8 @@ class ExperimentSettings:
     """Runs beside each other, which share the cores; on GPUs take 1."""
     length: float = 1.0
     """Part of each run's length, to try an experiment out."""
-    precision: PrecisionName = "fp32"
-    """efficiency.precision of all runs; bf16 on a GPU and on a CPU with fast bf16."""
+    precision: PrecisionName = "auto"
+    """efficiency.precision of all runs; each row says what it came to."""
 
     def execution(self) -> tuple[str, ...]:
         """Of every run: beside others, one decoding thread is enough for small pictures."""
@@ -114,9 +114,10 @@ def _shortened(row: Row) -> Row:
     evaluated = {
         key: _numbers_of(value)
         for key, value in row.items()
-        if key not in ("name", "pretrain", "last")
+        if isinstance(value, dict) and key != "last"
     }
-    return {"name": row["name"], "pretrain": options, "last": last, **evaluated}
+    described = {"name": row["name"], "pretrain": options, "precision": row["precision"]}
+    return {**described, "last": last, **evaluated}
 
 
 def _numbers_of(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,7 +72,13 @@ def _row_of(run: Run, folder: Path, threads: int) -> Row:
     run_folder = folder / "run"
     options = (*run.pretrain, *run.execution, "--out", str(run_folder), "--resume", "auto")
     run_program("pretrain", options, folder / "pretrain.log", threads=threads)
-    row = {"name": run.name, "pretrain": list(run.pretrain), **_last_numbers(run_folder)}
+    config = json.loads((run_folder / "config.json").read_text(encoding="utf-8"))
+    row = {
+        "name": run.name,
+        "pretrain": list(run.pretrain),
+        "precision": config["efficiency"]["precision"],
+        **_last_numbers(run_folder),
+    }
     for name, arguments in run.evaluations.items():
         result = folder / f"{name}.json"
         options = (*arguments, "--checkpoint", str(run_folder), "--json", str(result))

@@ -40,6 +40,7 @@ def test_a_difference_by_hand() -> None:
     assert found.high - found.mean == pytest.approx(4.302652729911275 * math.sqrt(2))
     assert str(mean_of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
     assert mean_of([1.0]).numbers()["deviation"] is None
+    assert str(mean_of([1.0])) == "1.00"
     assert math.isnan(difference_of([1.0, 1.0], [2.0, 2.0]).effect)
 
 
