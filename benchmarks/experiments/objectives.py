@@ -48,7 +48,10 @@ class Recipe:
 _RECIPES: dict[Encoder, Recipe] = {
     "resnet9": Recipe(
         pictures=600_000,
-        options=("--model.image-encoder", "unicl_resnet9_small", "--optim.lr", "6e-3"),
+        options=(
+            *("--model.image-encoder", "unicl_resnet9_small", "--optim.lr", "6e-3"),
+            *("--optim.betas", "0.9", "0.98"),
+        ),
     ),
     "swin6": Recipe(
         pictures=200_000,
