@@ -24,6 +24,5 @@ setup(
         "unicl_fast.pipelines": "pipelines",
         "unicl_fast.tools": "tools",
         "unicl_fast.benchmarks": "benchmarks",
-        "unicl_fast.benchmarks.experiments": "benchmarks/experiments",
     },
 )

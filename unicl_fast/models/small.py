@@ -157,9 +157,13 @@ def unicl_resnet9_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet
     return SmallConvNet(stem, blocks, (64, 128, 256), global_pool="max")
 
 
-def _refuse_what_there_is_not(pretrained: bool, arguments: dict[str, Any]) -> None:
+def _refuse_pretrained(pretrained: bool) -> None:
     if pretrained:
         raise ValueError("nobody publishes weights of it; timm.create_model takes checkpoint_path=")
+
+
+def _refuse_what_there_is_not(pretrained: bool, arguments: dict[str, Any]) -> None:
+    _refuse_pretrained(pretrained)
     if arguments.get("drop_path_rate"):
         raise TypeError("it has no drop path: its branches, where it has any, are too few")
 
@@ -170,8 +174,7 @@ def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> SwinTransforme
 
     At 32 pixels the first stage has four windows, shifted in every other block, and the second one.
     """
-    if pretrained:
-        raise ValueError("nobody publishes weights of it; timm.create_model takes checkpoint_path=")
+    _refuse_pretrained(pretrained)
     shape = {"patch_size": 4, "window_size": 4, "embed_dim": 96, "depths": (2, 4)}
     return build_model_with_cfg(
         SwinTransformer,
