@@ -47,10 +47,10 @@ class Recipe:
 
 _RECIPES: dict[Encoder, Recipe] = {
     "resnet9": Recipe(
-        pictures=600_000,
+        pictures=640_000,
         options=(
             *("--model.image-encoder", "unicl_resnet9_small", "--optim.lr", "6e-3"),
-            *("--optim.betas", "0.9", "0.98"),
+            *("--optim.betas", "0.9", "0.98", "--optim.weight-decay", "0.3"),
         ),
     ),
     "swin6": Recipe(

@@ -186,7 +186,7 @@ def test_the_small_network_has_no_published_weights_and_says_so() -> None:
     ("name", "size", "width", "parameters"),
     [
         ("unicl_convnet7_small", 28, 256, 1_158_712),
-        ("unicl_resnet9_small", 28, 256, 1_643_552),
+        ("unicl_resnet9_small", 28, 192, 925_080),
         ("unicl_swin6_small", 32, 192, 2_084_382),
     ],
 )
