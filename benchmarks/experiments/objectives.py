@@ -54,7 +54,7 @@ _RECIPES: dict[Encoder, Recipe] = {
         ),
     ),
     "swin6": Recipe(
-        pictures=400_000,
+        pictures=300_000,
         options=("--model.image-encoder", "unicl_swin6_small", "--optim.betas", "0.9", "0.98"),
     ),
 }

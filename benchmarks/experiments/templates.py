@@ -77,7 +77,10 @@ def _rates(settings: Settings) -> dict[str, object]:
     rates: dict[str, list[float]] = {name: [] for name in _ARMS}
     for number in range(settings.rounds):
         for name, options in _ARMS.items():
-            steps = ("--run.steps", str(settings.round_steps), "--run.log-every-steps", "10")
+            steps = (
+                *("--run.steps", str(settings.round_steps), "--run.log-every-steps", "10"),
+                "--data.evaluate",  # nothing: only the rate is wanted
+            )
             whole = make_run(settings, settings.encoder, "unicl", 0, *options)
             short = Run(
                 name=f"{number}/{name.replace(' ', '-')}", pretrain=(*whole.pretrain, *steps)
