@@ -198,8 +198,11 @@ def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> SwinTransforme
     """
     _refuse_pretrained(pretrained)
     shape = {
-        **{"embed_layer": ConvPatchEmbed, "patch_size": 4, "embed_dim": 96},
-        **{"window_size": 4, "depths": (2, 4)},
+        "embed_layer": ConvPatchEmbed,
+        "patch_size": 4,
+        "window_size": 4,
+        "embed_dim": 96,
+        "depths": (2, 4),
     }
     return build_model_with_cfg(
         SwinTransformer,
