@@ -23,12 +23,15 @@ from unicl_fast._normalise_numba import (
 )
 from unicl_fast.config import PrecisionName, TrainConfig
 from unicl_fast.devices import choose_device
+from unicl_fast.host_buffers import HostBuffers
 
 _CACHED_VALUES = 1 << 18
 """Values normalised at once on the CPU: 1 MiB of fp32, a core's second-level cache."""
 _CPU_INFO = Path("/proc/cpuinfo")
-_STREAMED_VALUES = 1 << 20
-"""From so many on, 4 MiB of fp32, they are stored past the caches, which would not hold them."""
+_LARGE_VALUES = 1 << 20
+"""From so many on, 4 MiB of fp32, they are stored past the caches, which would not hold them, and
+into memory that is used again."""
+_BUFFERS = HostBuffers()
 _COMPUTE_TYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -141,7 +144,10 @@ def normalise_images(
     arithmetic = torch.promote_types(torch.float32, dtype)
     # a row of the picture as one long line: broadcasting over 3 channels would not vectorise
     scale, shift = _lines(tuple(mean), tuple(std), w, arithmetic, images.device)
-    normalised = torch.empty(b, h, w * c, dtype=dtype, device=images.device)
+    if images.device.type == "cpu" and images.numel() >= _LARGE_VALUES:
+        normalised = _BUFFERS.empty((b, h, w * c), dtype)
+    else:
+        normalised = torch.empty(b, h, w * c, dtype=dtype, device=images.device)
     lines = images.reshape(b, h, w * c)
     if images.device.type == "cpu" and dtype == torch.float32:
         _normalise_on_host(normalised, lines, scale, shift, channels=c)
@@ -162,7 +168,7 @@ def _normalise_on_host(
     """Both [b h v], of float32 and uint8, and contiguous."""
     values = source.shape[2]
     if (
-        target.numel() >= _STREAMED_VALUES
+        target.numel() >= _LARGE_VALUES
         and channels == 3
         and values >= BLOCK_VALUES
         and target.data_ptr() % ALIGNMENT == 0

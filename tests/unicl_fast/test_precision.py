@@ -72,7 +72,7 @@ def test_large_batches_hold_the_same_bits_as_small_ones(
 
 
 def test_an_address_that_no_block_can_begin_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(precision, "_STREAMED_VALUES", 0)
+    monkeypatch.setattr(precision, "_LARGE_VALUES", 0)
     values = torch.arange(96, dtype=torch.uint8).view(1, 2, 48)
     factor = torch.tensor([2.0, 3.0, 4.0]).repeat(16)
     unaligned = torch.zeros(97)[1:].view(1, 2, 48)
