@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unicl_fast.pipelines.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.plan import PlannedBatch
 
 
@@ -22,7 +23,10 @@ def graph_inputs(
     pictures: list[NDArray[np.uint8]] | NDArray[np.uint8],
     integers: NDArray[np.int64],
 ) -> tuple[Any, ...]:
-    """What the training graph takes for a batch of files or pixels: `graph.build_train_graph`."""
+    """What the training graph takes for a batch of files or pixels: `graph.build_train_graph`.
+
+    Of files, what the windows need.
+    """
     if planned.num_views == 1:
         starts, shapes, flips = planned.cuts(0)
     else:
@@ -33,6 +37,8 @@ def graph_inputs(
             pictures = pictures * 2
         else:
             pictures = np.concatenate([pictures] * 2)
+    if isinstance(pictures, list):
+        pictures, starts = cut_to_windows(pictures, starts, shapes)
     return pictures, starts, shapes, flips[:, None], *_beside(planned, integers)
 
 

@@ -1,4 +1,4 @@
-"""Encodes pixels as files: JPEG by libjpeg-turbo, WebP and PNG by Pillow.
+"""Encodes pixels as files by Pillow: JPEG (libjpeg-turbo), WebP (libwebp) and PNG.
 
 The same pixels give the same bytes, with no time, no profile and no text in them, and in the
 simplest form of each format, which every decoder reads alike. Which picture is encoded, and how
@@ -8,14 +8,17 @@ well, is for `images` to decide.
 from __future__ import annotations
 
 import io
+import math
 from typing import Any
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from unicl_fast.pillow_decoding import PictureError, Pixels
 
+_SMALLEST_CUT = 128
+"""Pixels of the shorter side."""
+_STRETCHES_A_ROW = 8
 MAX_WEBP_SIDE = 16_383
 """WebP keeps a side in 14 bits."""
 WEBP_METHOD = 4
@@ -30,17 +33,35 @@ def encode_jpeg(pixels: Pixels, *, quality: int, subsampling: str) -> bytes:
     Raises:
         PictureError: libjpeg does not take it.
     """
-    channels = pixels.shape[2]
-    try:
-        data: bytes = simplejpeg.encode_jpeg(
-            np.ascontiguousarray(pixels),
-            quality=quality,
-            colorspace="GRAY" if channels == 1 else "RGB",
-            colorsubsampling="Gray" if channels == 1 else subsampling,
-        )
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise PictureError("unsupported", f"libjpeg cannot encode it: {error}") from error
-    return data
+    height, width, channels = pixels.shape
+    halved = channels == 3 and subsampling != "444"
+    interval = restart_interval(height, width, block_width=16 if halved else 8)
+    return _saved(
+        pixels,
+        format="JPEG",
+        quality=quality,
+        subsampling=":".join(subsampling),
+        **({"restart_marker_blocks": interval} if interval else {}),
+    )
+
+
+def restart_interval(height: int, width: int, *, block_width: int) -> int:
+    """Blocks between restart markers, of which some eight come on a row of a JPEG; 0 sets none.
+
+    They are where the loader cuts a file down to a window's part (`pipelines.jpeg_windows`), so
+    each row must begin with one. In a small picture they would be many for what they save.
+
+    Args:
+        height: in pixels.
+        width: in pixels.
+        block_width: of what is coded together, in pixels: 16 where chroma is halved, else 8.
+    """
+    if min(height, width) < _SMALLEST_CUT:
+        return 0
+    columns = -(-width // block_width)
+    wished = columns / _STRETCHES_A_ROW
+    fitting = (number for number in range(1, columns + 1) if columns % number == 0)
+    return min(fitting, key=lambda number: abs(math.log(number / wished)))
 
 
 def encode_webp(pixels: Pixels, *, quality: int) -> bytes:
