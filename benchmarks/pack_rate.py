@@ -45,7 +45,7 @@ from unicl_fast.benchmarks.harness import (
     write_result,
 )
 from unicl_fast.images import RESIZE_QUALITY, RESIZE_SUBSAMPLING, PictureFormat
-from unicl_fast.picture_encoding import PNG_COMPRESSION, WEBP_METHOD
+from unicl_fast.picture_encoding import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
 from unicl_fast.shards import PackedDataset
 
 _OURS, _BARE = "unicl-pack", "bare loop"
@@ -226,14 +226,8 @@ def _make(data: bytes, recipe: _Recipe) -> bytes:
     pixels, is_scaled = _scale(pixels, height, width, recipe)
     if not is_scaled and recipe.format in ("keep", "jpeg"):
         return data
-    if recipe.format in ("keep", "jpeg"):
-        encoded: bytes = simplejpeg.encode_jpeg(
-            pixels,
-            quality=RESIZE_QUALITY,
-            colorspace=space,
-            colorsubsampling="Gray" if space == "GRAY" else RESIZE_SUBSAMPLING,
-        )
-        return encoded
+    if recipe.format in ("keep", "jpeg"):  # with the markers that make ours comparable
+        return encode_jpeg(pixels, quality=RESIZE_QUALITY, subsampling=RESIZE_SUBSAMPLING)
     if recipe.format == "raw":
         return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))).tobytes()
     file = io.BytesIO()
