@@ -160,6 +160,9 @@ def test_neighbours_vote_as_scikit_learns_do() -> None:
         right = theirs.predict(test.features.numpy()) == test.labels.numpy()
         assert result.num_correct == right.sum()
     assert results[1].num_correct != results[15].num_correct
+    # one neighbour votes for one class, so there is no second to be right
+    assert results[1].num_correct_top5 == results[1].num_correct < len(test)
+    assert results[15].num_correct_top5 > results[15].num_correct
 
 
 def test_the_search_in_chunks_finds_the_same_neighbours() -> None:
