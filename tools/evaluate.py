@@ -108,8 +108,8 @@ class LinearProbe(FrozenFeatures):
     c: float = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[int, ...] = ()
-    """Few-shot: training pictures of each class, such as 1 2 4 8 16. C is chosen by up to 4 others
-    of each class, and the fit is on the shots alone."""
+    """Few-shot: training pictures of each class, such as 1 2 4 8 16. C is chosen by --validation or
+    by up to 4 others of each class, and the fit is on the shots alone."""
     draws: int = 3
     """Few-shot: how often pictures are drawn anew for each number of shots."""
     seed: int = 0

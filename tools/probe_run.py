@@ -87,6 +87,11 @@ def check_probe(command: FrozenFeatures) -> None:
             raise ValueError("--draws and --max-iterations must be at least 1")
         if command.shots and min(command.shots) < 1:
             raise ValueError(f"--shots must be at least 1, not {min(command.shots)}")
+        if command.shots and command.validation and command.c:
+            raise ValueError(
+                f"--validation is to choose C by, and --c {command.c:g} fixes it: with --shots, "
+                "which are fitted alone, give one of the two"
+            )
         if command.seed < 0:
             raise ValueError(f"--seed must not be negative, not {command.seed}")
     elif isinstance(command, Knn):
@@ -109,11 +114,12 @@ def run_linear_probe(command: LinearProbe) -> None:
     metric = extracted[1].metric if command.metric == "auto" else command.metric
     names = extracted[0].class_names
     values = _shared_values(command, train, test) | {"metric": metric}
+    validation = others[0] if others else None
     if command.shots:
-        pool = train.join(others[0]) if others else train
-        table = _few_shot(command, pool, test, names=names, metric=metric, values=values)
+        table = _few_shot(
+            command, train, validation, test, names=names, metric=metric, values=values
+        )
     else:
-        validation = others[0] if others else None
         table = _full_probe(
             command,
             train,
@@ -215,15 +221,26 @@ def _full_probe(
 def _few_shot(
     command: LinearProbe,
     pool: LabelledFeatures,
+    validation: LabelledFeatures | None,
     test: LabelledFeatures,
     *,
     names: tuple[str, ...],
     metric: Metric,
     values: dict[str, Any],
 ) -> str:
-    """Draws, fits and tests; fills `values` and returns the table."""
+    """Draws, fits and tests; fills `values` and returns the table.
+
+    Raises:
+        ValueError: C is to be chosen, and the shots leave nothing to choose it by.
+    """
     labels = pool.labels.cpu().numpy()
-    smallest = int(np.bincount(labels, minlength=len(names))[np.unique(labels)].min())
+    counts = np.bincount(labels)
+    smallest = int(counts[counts > 0].min())
+    if not command.c and validation is None and max(command.shots) >= counts.max():
+        raise ValueError(
+            f"no class has more than {max(command.shots)} training samples, so none are left to "
+            "choose C by: take fewer --shots, give other pictures by --validation, or C by --c"
+        )
     values["shots"] = []
     rows = []
     work = [(shots, draw) for shots in command.shots for draw in range(command.draws)]
@@ -238,7 +255,7 @@ def _few_shot(
         else:
             fit = fit_probe(
                 train,
-                pool.take(aside),
+                pool.take(aside) if validation is None else validation,
                 class_names=names,
                 metric=metric,
                 refit=False,

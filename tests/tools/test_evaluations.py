@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from program_runs import SMALL, call, run
 from torchvision.datasets import DTD, MNIST
 
 from unicl_fast.evaluation.finetune import load_finetuned
+from unicl_fast.evaluation.linear_probe import LOG10_C, LabelledFeatures, ProbeFit, fit_probe
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.tools.evaluation_data import protocol_metric, short_names
@@ -209,6 +211,37 @@ def test_few_shots_are_drawn_several_times(data: Path, trained: Path) -> None:
         assert row["mean"] == pytest.approx(np.mean(row["draws"]))
         assert row["standard_deviation"] == pytest.approx(np.std(row["draws"], ddof=1))
     assert values["shots"][1]["mean"] > values["shots"][0]["mean"], "tested on what it was shown"
+
+
+def test_few_shots_need_other_pictures_only_where_c_is_searched(
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of nine classes there are two pictures, of cats three."""
+    sizes = []
+
+    def fit(train: LabelledFeatures, validation: LabelledFeatures, **settings: Any) -> ProbeFit:
+        sizes.append((len(train), len(validation)))
+        return fit_probe(train, validation, **settings)
+
+    monkeypatch.setattr("unicl_fast.tools.probe_run.fit_probe", fit)
+    sets = ["--train", data / "labels", "--data", data / "labels", "--draws", "1"]
+    sets += ["--features", tmp_path, "--max-iterations", "20", "--shots"]
+    searched = evaluated("linear-probe", trained, *sets, "2")
+    assert searched["shots"][0]["c"][0] in [10**power for power in LOG10_C]
+    message = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, "1", "3")
+    assert "no class has more than 3 training samples" in message
+    fixed = evaluated("linear-probe", trained, *sets, "3", "--c", "1")
+    assert fixed["shots"][0]["c"] == [1.0]
+    others = ["3", "--validation", data / "classes"]
+    by_others = evaluated("linear-probe", trained, *sets, *others)
+    assert by_others["smallest_class"] == 2, "shots are drawn from the training pictures alone"
+    assert sizes == [(20, 1), (21, 21)]
+    refused = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, *others, "--c", "1")
+    assert "give one of the two" in refused
 
 
 def test_neighbours_of_pictures_are_themselves(data: Path, trained: Path) -> None:
