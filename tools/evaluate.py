@@ -82,7 +82,7 @@ class FrozenFeatures(Evaluation):
     """Labelled pictures to test on. Its classes are found among those of --train by name."""
     layer: LayerName = "encoder"
     """Features before the projection into the space of texts, as CLIP's linear probes take them, or
-    behind it (unit norm)."""
+    behind it (unit norm), which a model trained by cross-entropy has not."""
     metric: MetricChoice = "auto"
     """What is reported first, and what C is chosen by; auto as in zero-shot."""
     features: str = "auto"
@@ -232,8 +232,9 @@ class Retrieval(Evaluation):
     All captions of a picture count: it finds one if any of them is among the first k.
     """
 
-    data: Path
-    """A packed data set with captions."""
+    data: str
+    """Pictures with captions: a packed data set (a folder or a URL), or what else unicl-pack reads,
+    such as a list."""
     figures: Path | None = None
     """Also draw pictures over the captions they find, and captions over the pictures they find,
     into this folder."""

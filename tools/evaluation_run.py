@@ -8,7 +8,6 @@ from typing import Any, TypeVar
 from unicl_fast.checkpoint import find_model
 from unicl_fast.evaluation.classification import ClassificationResult, Metric
 from unicl_fast.evaluation.encode import device_of
-from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.detect_run import check_detect, run_detect
 from unicl_fast.tools.evaluate import (
     Detect,
@@ -54,7 +53,7 @@ def check_request(command: Evaluation) -> None:
         for spec in command.data:
             check_data(spec)
     elif isinstance(command, Retrieval):
-        PackedDataset(command.data).close()
+        check_data(command.data)
     elif isinstance(command, FrozenFeatures):
         check_probe(command)
     elif isinstance(command, Finetune):
@@ -153,10 +152,10 @@ def run_retrieval(command: Retrieval) -> None:
     """Encodes on all ranks and compares on rank 0."""
     with (
         model_on_ranks(command) as (model, ranks),
-        PackedDataset(command.data) as dataset,
+        open_data(command.data, ranks=ranks) as data,
     ):
         found = encode_captioned(
-            model, dataset, ranks=ranks, batch_size=command.batch_size, progress=ranks.is_main
+            model, data.dataset, ranks=ranks, batch_size=command.batch_size, progress=ranks.is_main
         )
         if found is None:
             return
@@ -165,7 +164,7 @@ def run_retrieval(command: Retrieval) -> None:
         values = {
             "checkpoint": str(command.checkpoint),
             "weights": command.weights,
-            "data": str(command.data),
+            "data": command.data,
         }
         write_results(
             values | result.to_json(),
@@ -178,7 +177,7 @@ def run_retrieval(command: Retrieval) -> None:
                 (draw_captions_found, "captions-found.png"),
                 (draw_pictures_found, "pictures-found.png"),
             ):
-                draw(found, dataset, command.figures / name)
+                draw(found, data.dataset, command.figures / name)
                 print(f"written to {command.figures / name}")
 
 

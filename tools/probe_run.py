@@ -23,7 +23,7 @@ from tqdm import tqdm
 from unicl_fast.checkpoint import find_model
 from unicl_fast.dist import from_rank_0
 from unicl_fast.evaluation.classification import ClassificationResult, Metric
-from unicl_fast.evaluation.encode import device_of
+from unicl_fast.evaluation.encode import device_of, require_layer
 from unicl_fast.evaluation.features import FeatureCache
 from unicl_fast.evaluation.knn import knn_accuracy
 from unicl_fast.evaluation.linear_probe import (
@@ -299,6 +299,7 @@ def _extract(command: FrozenFeatures, specs: Sequence[str]) -> list[_Extracted] 
     """Features and labels of each data set; None on all ranks but rank 0."""
     extracted = []
     with model_on_ranks(command) as (model, ranks):
+        require_layer(model, command.layer)
         cache = FeatureCache(_cache_folder(command))
         device = device_of(model)
         weights = weights_checksum(model)

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from object_stores import empty, upload
 from pasted_objects import paste_objects
 from PIL import Image
 from program_runs import SMALL, call, run
@@ -272,6 +273,32 @@ def test_retrieval_draws_what_it_found(data: Path, trained: Path, tmp_path: Path
         assert Image.open(tmp_path / name).size[0] > 500
 
 
+def test_retrieval_takes_what_zero_shot_takes(
+    data: Path,
+    trained: Path,
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    url = upload(data / "captions", "faulty://bucket/pairs")
+    found = evaluated("retrieval", trained, "--data", url)
+    empty()
+    assert found["data"] == url
+    assert found["num_captions"] == 5 * found["num_images"] == 100
+    flickr = shared_data / "captions" / "flickr8k"
+    lines = (flickr / "captions.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    (tmp_path / "images").mkdir()
+    for line in lines:
+        shutil.copy(flickr / json.loads(line)["image"], tmp_path / "images")
+    assert evaluated("retrieval", trained, "--data", tmp_path / "list.jsonl")["num_images"] == 3
+    nowhere = tmp_path / "nowhere"
+    message = refusal(capsys, "retrieval", "--checkpoint", trained, "--data", nowhere)
+    assert f"nothing is at {nowhere}" in message
+
+
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize(
@@ -328,4 +355,4 @@ def test_a_detector_is_trained_and_its_figures_written(
     message = refusal(
         capsys, "detect", "--checkpoint", trained, *sets, *small, "--out", tmp_path / "other"
     )
-    assert "take one of ResNet, Swin" in message
+    assert "take timm's ResNet, Swin" in message
