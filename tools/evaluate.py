@@ -28,8 +28,6 @@ class Evaluation:
     checkpoint: Path
     """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, or what
     unicl-convert official or hf wrote."""
-    batch_size: int = 256
-    """Pictures encoded at once by each rank."""
     json: Path | None = None
     """Also write all numbers into this file."""
     markdown: Path | None = None
@@ -44,7 +42,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShot(Evaluation):
+class EncodingEvaluation(Evaluation):
+    """What evaluations are told that encode all pictures of a data set."""
+
+    batch_size: int = 256
+    """Pictures encoded at once by each rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot(EncodingEvaluation):
     """Zero-shot classification: top-1, top-5 and mean per class, with 95 % intervals.
 
     Example: unicl-eval zero-shot --checkpoint runs/first --data packed/held-out class_folders/
@@ -73,7 +79,7 @@ class ZeroShot(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenFeatures(Evaluation):
+class FrozenFeatures(EncodingEvaluation):
     """What evaluations on features of labelled pictures are told."""
 
     train: str
@@ -131,7 +137,7 @@ class Knn(FrozenFeatures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Evaluation):
+class Finetune(EncodingEvaluation):
     """Fine-tuning: the image encoder and a linear head trained on labels by timm's recipe.
 
     AdamW with a rate that decays with depth, warm-up and cosine, label smoothing, mixup, an average
@@ -226,7 +232,7 @@ class Detect(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Evaluation):
+class Retrieval(EncodingEvaluation):
     """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
 
     All captions of a picture count: it finds one if any of them is among the first k.

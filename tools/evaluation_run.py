@@ -11,6 +11,7 @@ from unicl_fast.evaluation.encode import device_of
 from unicl_fast.tools.detect_run import check_detect, run_detect
 from unicl_fast.tools.evaluate import (
     Detect,
+    EncodingEvaluation,
     Evaluation,
     Finetune,
     FrozenFeatures,
@@ -26,7 +27,7 @@ from unicl_fast.tools.evaluation_figures import (
     draw_confusion,
     draw_pictures_found,
 )
-from unicl_fast.tools.evaluation_model import model_on_ranks
+from unicl_fast.tools.evaluation_model import model_on_ranks, shows_progress
 from unicl_fast.tools.evaluation_report import classification_table, write_results
 from unicl_fast.tools.evaluations import encode_captioned, evaluate_zero_shot
 from unicl_fast.tools.finetune_run import check_finetune, run_finetune
@@ -42,7 +43,7 @@ def check_request(command: Evaluation) -> None:
         ValueError: a number out of range.
         FileNotFoundError: no checkpoint, or no data.
     """
-    if command.batch_size < 1:
+    if isinstance(command, EncodingEvaluation) and command.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {command.batch_size}")
     if command.nproc < 1:
         raise ValueError(f"--nproc must be at least 1, not {command.nproc}")
@@ -107,7 +108,7 @@ def run_zero_shot(command: ZeroShot) -> None:
                     templates=data.templates,
                     ranks=ranks,
                     batch_size=command.batch_size,
-                    progress=ranks.is_main,
+                    progress=shows_progress(ranks),
                     confusion=command.figures is not None,
                 )
                 metric = _metric_of(metrics[number], data)
@@ -155,7 +156,11 @@ def run_retrieval(command: Retrieval) -> None:
         open_data(command.data, ranks=ranks) as data,
     ):
         found = encode_captioned(
-            model, data.dataset, ranks=ranks, batch_size=command.batch_size, progress=ranks.is_main
+            model,
+            data.dataset,
+            ranks=ranks,
+            batch_size=command.batch_size,
+            progress=shows_progress(ranks),
         )
         if found is None:
             return

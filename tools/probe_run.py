@@ -41,7 +41,7 @@ from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.evaluate import FrozenFeatures, Knn, LayerName, LinearProbe
 from unicl_fast.tools.evaluation_data import check_data, open_data
 from unicl_fast.tools.evaluation_figures import draw_confusion
-from unicl_fast.tools.evaluation_model import model_on_ranks
+from unicl_fast.tools.evaluation_model import model_on_ranks, shows_progress
 from unicl_fast.tools.evaluation_report import (
     METRIC_NAMES,
     classification_table,
@@ -318,7 +318,7 @@ def _extract(command: FrozenFeatures, specs: Sequence[str]) -> list[_Extracted] 
                         layer=command.layer,
                         ranks=ranks,
                         batch_size=command.batch_size,
-                        progress=ranks.is_main,
+                        progress=shows_progress(ranks),
                     )
                     if features is not None:
                         cache.store(key, features)

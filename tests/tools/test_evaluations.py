@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
@@ -16,11 +17,13 @@ from PIL import Image
 from program_runs import SMALL, call, run
 from torchvision.datasets import DTD, MNIST
 
+from unicl_fast.dist import Ranks
 from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.linear_probe import LOG10_C, LabelledFeatures, ProbeFit, fit_probe
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.tools.evaluation_data import protocol_metric, short_names
+from unicl_fast.tools.evaluation_model import shows_progress
 
 pytestmark = pytest.mark.dali
 
@@ -110,7 +113,9 @@ def test_several_data_sets_make_one_table_and_their_pictures(
     expected = labels["top1"] + mean_over_classes["mean_per_class"] + textures["top1"]
     assert values["mean"] == pytest.approx(expected / 3)
     table = (tmp_path / "table.md").read_text()
-    assert table.strip() in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert table.strip() in shown.out
+    assert "it/s" not in shown.err, "progress bars are for terminals"
     rows = [line.split("|")[1].strip() for line in table.splitlines()]
     assert rows == ["data set", rows[1], "labels", "pets", "DTD", "mean"]
     for name in ("labels", "pets", "DTD"):
@@ -328,6 +333,18 @@ def test_a_fine_tuned_encoder_is_tested_and_kept(
     assert len(names) == module.head.out_features == 10
     again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
     assert "name another folder as --out" in again
+
+
+def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not shows_progress(Ranks())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert shows_progress(Ranks())
+    assert not shows_progress(Ranks(rank=1, world_size=2))
+
+
+def test_detect_does_not_offer_a_batch_size_that_it_would_not_use() -> None:
+    assert "batch_size" in {field.name for field in dataclasses.fields(evaluate.Finetune)}
+    assert "batch_size" not in {field.name for field in dataclasses.fields(evaluate.Detect)}
 
 
 @pytest.mark.slow
