@@ -17,15 +17,18 @@ from PIL import Image
 from program_runs import SMALL, call, run
 from torchvision.datasets import DTD, MNIST
 
+from unicl_fast.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.dist import Ranks
 from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.linear_probe import LOG10_C, LabelledFeatures, ProbeFit, fit_probe
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools import evaluate, pretrain
-from unicl_fast.tools.evaluation_data import protocol_metric, short_names
+from unicl_fast.tools.evaluation_data import _choose_templates, protocol_metric, short_names
 from unicl_fast.tools.evaluation_model import shows_progress
 
 pytestmark = pytest.mark.dali
+
+DTD_KINDS = ("texture", "pattern", "thing", "object")
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,20 @@ def test_the_metric_follows_the_protocol_and_names_tell_data_sets_apart() -> Non
     assert short_names(["a/x", "b/x", "torchvision:DTD:/data", "y"]) == ["x-1", "x-2", "DTD", "y"]
 
 
+def require_clip_benchmark() -> None:
+    if not has_clip_benchmark():
+        pytest.skip("needs the package clip-benchmark: pip install --no-deps clip-benchmark")
+
+
+def test_data_sets_of_clip_benchmark_take_its_lists() -> None:
+    require_clip_benchmark()
+    kinds = [f"a photo of {word} {{}} {kind}." for word in ("a", "the") for kind in DTD_KINDS]
+    assert read_templates("clip-benchmark:dtd") == tuple(kinds)
+    assert _choose_templates("torchvision:DTD:/data", "", None) == tuple(kinds)
+    names = read_class_names("clip-benchmark:pets")
+    assert (len(names), names[0], names[-1]) == (37, "Abyssinian", "Yorkshire Terrier")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -174,7 +191,7 @@ def test_what_zero_shot_cannot_read_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if any("clip-benchmark" in word for word in arguments):
-        pytest.importorskip("clip_benchmark")
+        require_clip_benchmark()
     filled = [word.format(tmp=tmp_path, labels=data / "labels") for word in arguments]
     assert message in refusal(capsys, "zero-shot", "--checkpoint", trained, *filled)
 
