@@ -81,11 +81,9 @@ def _from_official(command: FromOfficial) -> None:
         "xxh3 of that file": file_checksum(command.file),
     }
     write_export(model, command.out, origin=origin)
-    data = model.config.data
     _print_written(command.out)
     print(
-        f"every entry has its place: {model.config.model.image_encoder}, pictures scaled to "
-        f"{data.evaluation_resize} ({data.interpolation}), {data.image_size} in the centre, "
+        f"every entry has its place: {model.config.model.image_encoder}, {_view(model)}, "
         "normalised as ImageNet's"
     )
     print(f"next: unicl-eval zero-shot --checkpoint {command.out} --data DIR")
@@ -99,6 +97,7 @@ def _to_official(command: ToOfficial) -> None:
         assert _are_equal(read_official_file(aside), entries), "torch.save lost something"
     _print_written(command.out)
     print(f"{len(entries):,} entries, {num_official_parameters(entries):,} parameters")
+    print(f"the file has no place for it: this model wants {_view(model)}; set that in the config")
     data = model.config.data
     if not (np.allclose(data.mean, IMAGENET_MEAN) and np.allclose(data.std, IMAGENET_STD)):
         print(
@@ -216,6 +215,15 @@ def _print_written(path: Path) -> None:
     print(f"written to {path}:")
     for file in files:
         print(f"  {file.name:28} {_size(file.stat().st_size)}")
+
+
+def _view(model: UniCL) -> str:
+    """How an evaluation shows pictures to a model, in words."""
+    data = model.config.data
+    return (
+        f"pictures scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
+        "the centre"
+    )
 
 
 def _size(num_bytes: int) -> str:

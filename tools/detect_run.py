@@ -27,7 +27,7 @@ from unicl_fast.evaluation.detection_data import (
 )
 from unicl_fast.evaluation.encode import device_of
 from unicl_fast.tools.evaluate import Detect
-from unicl_fast.tools.evaluation_model import model_on_ranks
+from unicl_fast.tools.evaluation_model import model_on_ranks, shows_progress
 from unicl_fast.tools.evaluation_report import markdown_table, percent, write_results
 
 WEIGHTS_FILE = "detector.safetensors"
@@ -101,12 +101,15 @@ def run_detect(command: Detect) -> None:
             world_size=ranks.world_size,
             workers=command.workers,
         )
-        train_detector(detector, batches, settings, ranks=ranks, progress=ranks.is_main)
+        train_detector(detector, batches, settings, ranks=ranks, progress=shows_progress(ranks))
         places = range(ranks.rank, len(test), ranks.world_size)
         pictures = ((test.images[place]["id"], test[place][0]) for place in places)
         own: list[dict[str, Any]] = []
         for number, found in tqdm(
-            detect(detector, pictures), desc="detect", total=len(places), disable=not ranks.is_main
+            detect(detector, pictures),
+            desc="detect",
+            total=len(places),
+            disable=not shows_progress(ranks),
         ):
             own += as_coco(number, found, test.category_ids)
         detections = [row for part in gather_objects(own, ranks) for row in part]

@@ -28,8 +28,6 @@ class Evaluation:
     checkpoint: Path
     """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, or what
     unicl-convert official or hf wrote."""
-    batch_size: int = 256
-    """Pictures encoded at once by each rank."""
     json: Path | None = None
     """Also write all numbers into this file."""
     markdown: Path | None = None
@@ -44,7 +42,15 @@ class Evaluation:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ZeroShot(Evaluation):
+class EncodingEvaluation(Evaluation):
+    """What evaluations are told that encode all pictures of a data set."""
+
+    batch_size: int = 256
+    """Pictures encoded at once by each rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ZeroShot(EncodingEvaluation):
     """Zero-shot classification: top-1, top-5 and mean per class, with 95 % intervals.
 
     Example: unicl-eval zero-shot --checkpoint runs/first --data packed/held-out class_folders/
@@ -73,7 +79,7 @@ class ZeroShot(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenFeatures(Evaluation):
+class FrozenFeatures(EncodingEvaluation):
     """What evaluations on features of labelled pictures are told."""
 
     train: str
@@ -82,7 +88,7 @@ class FrozenFeatures(Evaluation):
     """Labelled pictures to test on. Its classes are found among those of --train by name."""
     layer: LayerName = "encoder"
     """Features before the projection into the space of texts, as CLIP's linear probes take them, or
-    behind it (unit norm)."""
+    behind it (unit norm), which a model trained by cross-entropy has not."""
     metric: MetricChoice = "auto"
     """What is reported first, and what C is chosen by; auto as in zero-shot."""
     features: str = "auto"
@@ -108,8 +114,8 @@ class LinearProbe(FrozenFeatures):
     c: float = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[int, ...] = ()
-    """Few-shot: training pictures of each class, such as 1 2 4 8 16. C is chosen by up to 4 others
-    of each class, and the fit is on the shots alone."""
+    """Few-shot: training pictures of each class, such as 1 2 4 8 16. C is chosen by --validation or
+    by up to 4 others of each class, and the fit is on the shots alone."""
     draws: int = 3
     """Few-shot: how often pictures are drawn anew for each number of shots."""
     seed: int = 0
@@ -131,7 +137,7 @@ class Knn(FrozenFeatures):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(Evaluation):
+class Finetune(EncodingEvaluation):
     """Fine-tuning: the image encoder and a linear head trained on labels by timm's recipe.
 
     AdamW with a rate that decays with depth, warm-up and cosine, label smoothing, mixup, an average
@@ -226,14 +232,15 @@ class Detect(Evaluation):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Retrieval(Evaluation):
+class Retrieval(EncodingEvaluation):
     """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
 
     All captions of a picture count: it finds one if any of them is among the first k.
     """
 
-    data: Path
-    """A packed data set with captions."""
+    data: str
+    """Pictures with captions: a packed data set (a folder or a URL), or what else unicl-pack reads,
+    such as a list."""
     figures: Path | None = None
     """Also draw pictures over the captions they find, and captions over the pictures they find,
     into this folder."""

@@ -1,9 +1,10 @@
-"""The model of an evaluation on its device and ranks."""
+"""The model of an evaluation on its device and ranks, and whether these show progress."""
 
 from __future__ import annotations
 
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -26,6 +27,11 @@ def model_on_ranks(command: Evaluation) -> Iterator[tuple[UniCL, Ranks]]:
         configure_logging(ranks)
         model = load_model(command.checkpoint, weights=command.weights)
         yield move_to_device(model, device), ranks
+
+
+def shows_progress(ranks: Ranks) -> bool:
+    """Whether this process draws progress bars: rank 0, on a terminal; a log gets none."""
+    return ranks.is_main and sys.stderr.isatty()
 
 
 def move_to_device(model: UniCL, device: torch.device) -> UniCL:

@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 from unicl_fast.checkpoint import find_model
 from unicl_fast.evaluation.classification import ClassificationResult, Metric
 from unicl_fast.evaluation.encode import device_of
-from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.detect_run import check_detect, run_detect
 from unicl_fast.tools.evaluate import (
     Detect,
+    EncodingEvaluation,
     Evaluation,
     Finetune,
     FrozenFeatures,
@@ -27,7 +27,7 @@ from unicl_fast.tools.evaluation_figures import (
     draw_confusion,
     draw_pictures_found,
 )
-from unicl_fast.tools.evaluation_model import model_on_ranks
+from unicl_fast.tools.evaluation_model import model_on_ranks, shows_progress
 from unicl_fast.tools.evaluation_report import classification_table, write_results
 from unicl_fast.tools.evaluations import encode_captioned, evaluate_zero_shot
 from unicl_fast.tools.finetune_run import check_finetune, run_finetune
@@ -43,7 +43,7 @@ def check_request(command: Evaluation) -> None:
         ValueError: a number out of range.
         FileNotFoundError: no checkpoint, or no data.
     """
-    if command.batch_size < 1:
+    if isinstance(command, EncodingEvaluation) and command.batch_size < 1:
         raise ValueError(f"--batch-size must be at least 1, not {command.batch_size}")
     if command.nproc < 1:
         raise ValueError(f"--nproc must be at least 1, not {command.nproc}")
@@ -54,7 +54,7 @@ def check_request(command: Evaluation) -> None:
         for spec in command.data:
             check_data(spec)
     elif isinstance(command, Retrieval):
-        PackedDataset(command.data).close()
+        check_data(command.data)
     elif isinstance(command, FrozenFeatures):
         check_probe(command)
     elif isinstance(command, Finetune):
@@ -108,7 +108,7 @@ def run_zero_shot(command: ZeroShot) -> None:
                     templates=data.templates,
                     ranks=ranks,
                     batch_size=command.batch_size,
-                    progress=ranks.is_main,
+                    progress=shows_progress(ranks),
                     confusion=command.figures is not None,
                 )
                 metric = _metric_of(metrics[number], data)
@@ -153,10 +153,14 @@ def run_retrieval(command: Retrieval) -> None:
     """Encodes on all ranks and compares on rank 0."""
     with (
         model_on_ranks(command) as (model, ranks),
-        PackedDataset(command.data) as dataset,
+        open_data(command.data, ranks=ranks) as data,
     ):
         found = encode_captioned(
-            model, dataset, ranks=ranks, batch_size=command.batch_size, progress=ranks.is_main
+            model,
+            data.dataset,
+            ranks=ranks,
+            batch_size=command.batch_size,
+            progress=shows_progress(ranks),
         )
         if found is None:
             return
@@ -165,7 +169,7 @@ def run_retrieval(command: Retrieval) -> None:
         values = {
             "checkpoint": str(command.checkpoint),
             "weights": command.weights,
-            "data": str(command.data),
+            "data": command.data,
         }
         write_results(
             values | result.to_json(),
@@ -178,7 +182,7 @@ def run_retrieval(command: Retrieval) -> None:
                 (draw_captions_found, "captions-found.png"),
                 (draw_pictures_found, "pictures-found.png"),
             ):
-                draw(found, dataset, command.figures / name)
+                draw(found, data.dataset, command.figures / name)
                 print(f"written to {command.figures / name}")
 
 

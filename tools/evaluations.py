@@ -195,11 +195,3 @@ def loader_for(
         world_size=ranks.world_size,
         device=device_of(model),
     )
-
-
-def move_to_device(model: UniCL, device: torch.device) -> UniCL:
-    """The model on a device, its convolutions in the memory format it was trained with."""
-    model.to(device)
-    if model.config.efficiency.channels_last:
-        model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model

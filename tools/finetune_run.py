@@ -40,7 +40,7 @@ from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.evaluate import Finetune
 from unicl_fast.tools.evaluation_data import EvaluationData, check_data, open_data
 from unicl_fast.tools.evaluation_figures import draw_confusion
-from unicl_fast.tools.evaluation_model import model_on_ranks
+from unicl_fast.tools.evaluation_model import model_on_ranks, shows_progress
 from unicl_fast.tools.evaluation_report import classification_table, write_results
 from unicl_fast.tools.evaluations import extract_all, loader_for
 from unicl_fast.tools.training_data import build_prompts
@@ -101,7 +101,7 @@ def run_finetune(command: Finetune) -> None:
             labels_of=lambda sample: train.dataset.labels_of(sample).tolist(),
             settings=settings,
             ranks=ranks,
-            progress=ranks.is_main,
+            progress=shows_progress(ranks),
         )
         result = _test(model, trained, test, labels, train.class_names, command, ranks)
         if not ranks.is_main:
@@ -195,7 +195,10 @@ def _first_head(
     if command.head == "zero-shot":
         require_text_encoder(model, "finetune --head zero-shot")
         classifier = zero_shot_classifier(
-            model, class_names=train.class_names, templates=train.templates, progress=ranks.is_main
+            model,
+            class_names=train.class_names,
+            templates=train.templates,
+            progress=shows_progress(ranks),
         )
         # the same pictures on all ranks, which begin with the same head
         loader = loader_for(model, train.dataset, ranks=Ranks(), batch_size=command.batch_size)
@@ -209,7 +212,7 @@ def _first_head(
         layer="encoder",
         ranks=ranks,
         batch_size=command.batch_size,
-        progress=ranks.is_main,
+        progress=shows_progress(ranks),
     )
     weight = torch.zeros_like(module.head.weight)
     bias = torch.zeros_like(module.head.bias)
@@ -252,6 +255,6 @@ def _test(
         class_names=names,
         what="fine-tuning",
         ranks=ranks,
-        num_batches=len(loader) if ranks.is_main else None,
+        num_batches=len(loader) if shows_progress(ranks) else None,
         confusion=command.figures is not None,
     )

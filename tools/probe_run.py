@@ -23,7 +23,7 @@ from tqdm import tqdm
 from unicl_fast.checkpoint import find_model
 from unicl_fast.dist import from_rank_0
 from unicl_fast.evaluation.classification import ClassificationResult, Metric
-from unicl_fast.evaluation.encode import device_of
+from unicl_fast.evaluation.encode import device_of, require_layer
 from unicl_fast.evaluation.features import FeatureCache
 from unicl_fast.evaluation.knn import knn_accuracy
 from unicl_fast.evaluation.linear_probe import (
@@ -41,7 +41,7 @@ from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.evaluate import FrozenFeatures, Knn, LayerName, LinearProbe
 from unicl_fast.tools.evaluation_data import check_data, open_data
 from unicl_fast.tools.evaluation_figures import draw_confusion
-from unicl_fast.tools.evaluation_model import model_on_ranks
+from unicl_fast.tools.evaluation_model import model_on_ranks, shows_progress
 from unicl_fast.tools.evaluation_report import (
     METRIC_NAMES,
     classification_table,
@@ -87,6 +87,11 @@ def check_probe(command: FrozenFeatures) -> None:
             raise ValueError("--draws and --max-iterations must be at least 1")
         if command.shots and min(command.shots) < 1:
             raise ValueError(f"--shots must be at least 1, not {min(command.shots)}")
+        if command.shots and command.validation and command.c:
+            raise ValueError(
+                f"--validation is to choose C by, and --c {command.c:g} fixes it: with --shots, "
+                "which are fitted alone, give one of the two"
+            )
         if command.seed < 0:
             raise ValueError(f"--seed must not be negative, not {command.seed}")
     elif isinstance(command, Knn):
@@ -109,11 +114,12 @@ def run_linear_probe(command: LinearProbe) -> None:
     metric = extracted[1].metric if command.metric == "auto" else command.metric
     names = extracted[0].class_names
     values = _shared_values(command, train, test) | {"metric": metric}
+    validation = others[0] if others else None
     if command.shots:
-        pool = train.join(others[0]) if others else train
-        table = _few_shot(command, pool, test, names=names, metric=metric, values=values)
+        table = _few_shot(
+            command, train, validation, test, names=names, metric=metric, values=values
+        )
     else:
-        validation = others[0] if others else None
         table = _full_probe(
             command,
             train,
@@ -215,15 +221,26 @@ def _full_probe(
 def _few_shot(
     command: LinearProbe,
     pool: LabelledFeatures,
+    validation: LabelledFeatures | None,
     test: LabelledFeatures,
     *,
     names: tuple[str, ...],
     metric: Metric,
     values: dict[str, Any],
 ) -> str:
-    """Draws, fits and tests; fills `values` and returns the table."""
+    """Draws, fits and tests; fills `values` and returns the table.
+
+    Raises:
+        ValueError: C is to be chosen, and the shots leave nothing to choose it by.
+    """
     labels = pool.labels.cpu().numpy()
-    smallest = int(np.bincount(labels, minlength=len(names))[np.unique(labels)].min())
+    counts = np.bincount(labels)
+    smallest = int(counts[counts > 0].min())
+    if not command.c and validation is None and max(command.shots) >= counts.max():
+        raise ValueError(
+            f"no class has more than {max(command.shots)} training samples, so none are left to "
+            "choose C by: take fewer --shots, give other pictures by --validation, or C by --c"
+        )
     values["shots"] = []
     rows = []
     work = [(shots, draw) for shots in command.shots for draw in range(command.draws)]
@@ -238,7 +255,7 @@ def _few_shot(
         else:
             fit = fit_probe(
                 train,
-                pool.take(aside),
+                pool.take(aside) if validation is None else validation,
                 class_names=names,
                 metric=metric,
                 refit=False,
@@ -282,6 +299,7 @@ def _extract(command: FrozenFeatures, specs: Sequence[str]) -> list[_Extracted] 
     """Features and labels of each data set; None on all ranks but rank 0."""
     extracted = []
     with model_on_ranks(command) as (model, ranks):
+        require_layer(model, command.layer)
         cache = FeatureCache(_cache_folder(command))
         device = device_of(model)
         weights = weights_checksum(model)
@@ -300,7 +318,7 @@ def _extract(command: FrozenFeatures, specs: Sequence[str]) -> list[_Extracted] 
                         layer=command.layer,
                         ranks=ranks,
                         batch_size=command.batch_size,
-                        progress=ranks.is_main,
+                        progress=shows_progress(ranks),
                     )
                     if features is not None:
                         cache.store(key, features)

@@ -23,10 +23,11 @@ PREPARATION = {
     "in1k": ("unicl-pack build imagenet/train {small} --class-names imagenet --out {packed}/in1k",),
     "in21k": (
         "# ImageNet-21K as the paper has it: the 22K folders without those of the 1K classes, so",
-        "# that ImageNet-1K stays unseen; names from WordNet's words.txt (id, tab, name)",
+        "# that ImageNet-1K stays unseen; WordNet's words.txt has an id, a tab and all names of a",
+        "# class, of which the first is taken: the others would be read as part of each prompt",
         "mkdir in21k && comm -23 <(ls imagenet22k) <(ls imagenet/train) "
         "| xargs -I{{}} ln -s ../imagenet22k/{{}} in21k/{{}}",
-        "grep -F -f <(ls in21k) words.txt > in21k-names.txt",
+        "grep -F -f <(ls in21k) words.txt | cut -d, -f1 > in21k-names.txt",
         "unicl-pack build in21k {small} --class-names in21k-names.txt --out {packed}/in21k",
     ),
     "gcc3m": (

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from object_stores import empty, upload
 from pasted_objects import paste_objects
 from PIL import Image
 from program_runs import SMALL, call, run
 from torchvision.datasets import DTD, MNIST
 
+from unicl_fast.class_lists import has_clip_benchmark, read_class_names, read_templates
+from unicl_fast.dist import Ranks
 from unicl_fast.evaluation.finetune import load_finetuned
+from unicl_fast.evaluation.linear_probe import LOG10_C, LabelledFeatures, ProbeFit, fit_probe
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools import evaluate, pretrain
-from unicl_fast.tools.evaluation_data import protocol_metric, short_names
+from unicl_fast.tools.evaluation_data import _choose_templates, protocol_metric, short_names
+from unicl_fast.tools.evaluation_model import shows_progress
 
 pytestmark = pytest.mark.dali
+
+DTD_KINDS = ("texture", "pattern", "thing", "object")
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +116,9 @@ def test_several_data_sets_make_one_table_and_their_pictures(
     expected = labels["top1"] + mean_over_classes["mean_per_class"] + textures["top1"]
     assert values["mean"] == pytest.approx(expected / 3)
     table = (tmp_path / "table.md").read_text()
-    assert table.strip() in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert table.strip() in shown.out
+    assert "it/s" not in shown.err, "progress bars are for terminals"
     rows = [line.split("|")[1].strip() for line in table.splitlines()]
     assert rows == ["data set", rows[1], "labels", "pets", "DTD", "mean"]
     for name in ("labels", "pets", "DTD"):
@@ -142,6 +153,20 @@ def test_the_metric_follows_the_protocol_and_names_tell_data_sets_apart() -> Non
     assert short_names(["a/x", "b/x", "torchvision:DTD:/data", "y"]) == ["x-1", "x-2", "DTD", "y"]
 
 
+def require_clip_benchmark() -> None:
+    if not has_clip_benchmark():
+        pytest.skip("needs the package clip-benchmark: pip install --no-deps clip-benchmark")
+
+
+def test_data_sets_of_clip_benchmark_take_its_lists() -> None:
+    require_clip_benchmark()
+    kinds = [f"a photo of {word} {{}} {kind}." for word in ("a", "the") for kind in DTD_KINDS]
+    assert read_templates("clip-benchmark:dtd") == tuple(kinds)
+    assert _choose_templates("torchvision:DTD:/data", "", None) == tuple(kinds)
+    names = read_class_names("clip-benchmark:pets")
+    assert (len(names), names[0], names[-1]) == (37, "Abyssinian", "Yorkshire Terrier")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -166,7 +191,7 @@ def test_what_zero_shot_cannot_read_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     if any("clip-benchmark" in word for word in arguments):
-        pytest.importorskip("clip_benchmark")
+        require_clip_benchmark()
     filled = [word.format(tmp=tmp_path, labels=data / "labels") for word in arguments]
     assert message in refusal(capsys, "zero-shot", "--checkpoint", trained, *filled)
 
@@ -211,6 +236,37 @@ def test_few_shots_are_drawn_several_times(data: Path, trained: Path) -> None:
     assert values["shots"][1]["mean"] > values["shots"][0]["mean"], "tested on what it was shown"
 
 
+def test_few_shots_need_other_pictures_only_where_c_is_searched(
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of nine classes there are two pictures, of cats three."""
+    sizes = []
+
+    def fit(train: LabelledFeatures, validation: LabelledFeatures, **settings: Any) -> ProbeFit:
+        sizes.append((len(train), len(validation)))
+        return fit_probe(train, validation, **settings)
+
+    monkeypatch.setattr("unicl_fast.tools.probe_run.fit_probe", fit)
+    sets = ["--train", data / "labels", "--data", data / "labels", "--draws", "1"]
+    sets += ["--features", tmp_path, "--max-iterations", "20", "--shots"]
+    searched = evaluated("linear-probe", trained, *sets, "2")
+    assert searched["shots"][0]["c"][0] in [10**power for power in LOG10_C]
+    message = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, "1", "3")
+    assert "no class has more than 3 training samples" in message
+    fixed = evaluated("linear-probe", trained, *sets, "3", "--c", "1")
+    assert fixed["shots"][0]["c"] == [1.0]
+    others = ["3", "--validation", data / "classes"]
+    by_others = evaluated("linear-probe", trained, *sets, *others)
+    assert by_others["smallest_class"] == 2, "shots are drawn from the training pictures alone"
+    assert sizes == [(20, 1), (21, 21)]
+    refused = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, *others, "--c", "1")
+    assert "give one of the two" in refused
+
+
 def test_neighbours_of_pictures_are_themselves(data: Path, trained: Path) -> None:
     values = evaluated(
         *("knn", trained, "--train", data / "labels", "--data", data / "labels"),
@@ -237,6 +293,32 @@ def test_retrieval_draws_what_it_found(data: Path, trained: Path, tmp_path: Path
     evaluated("retrieval", trained, "--data", data / "captions", "--figures", tmp_path)
     for name in ("captions-found.png", "pictures-found.png"):
         assert Image.open(tmp_path / name).size[0] > 500
+
+
+def test_retrieval_takes_what_zero_shot_takes(
+    data: Path,
+    trained: Path,
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    url = upload(data / "captions", "faulty://bucket/pairs")
+    found = evaluated("retrieval", trained, "--data", url)
+    empty()
+    assert found["data"] == url
+    assert found["num_captions"] == 5 * found["num_images"] == 100
+    flickr = shared_data / "captions" / "flickr8k"
+    lines = (flickr / "captions.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    (tmp_path / "images").mkdir()
+    for line in lines:
+        shutil.copy(flickr / json.loads(line)["image"], tmp_path / "images")
+    assert evaluated("retrieval", trained, "--data", tmp_path / "list.jsonl")["num_images"] == 3
+    nowhere = tmp_path / "nowhere"
+    message = refusal(capsys, "retrieval", "--checkpoint", trained, "--data", nowhere)
+    assert f"nothing is at {nowhere}" in message
 
 
 @pytest.mark.slow
@@ -270,6 +352,18 @@ def test_a_fine_tuned_encoder_is_tested_and_kept(
     assert "name another folder as --out" in again
 
 
+def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not shows_progress(Ranks())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert shows_progress(Ranks())
+    assert not shows_progress(Ranks(rank=1, world_size=2))
+
+
+def test_detect_does_not_offer_a_batch_size_that_it_would_not_use() -> None:
+    assert "batch_size" in {field.name for field in dataclasses.fields(evaluate.Finetune)}
+    assert "batch_size" not in {field.name for field in dataclasses.fields(evaluate.Detect)}
+
+
 @pytest.mark.slow
 def test_a_detector_is_trained_and_its_figures_written(
     shared_data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -295,4 +389,4 @@ def test_a_detector_is_trained_and_its_figures_written(
     message = refusal(
         capsys, "detect", "--checkpoint", trained, *sets, *small, "--out", tmp_path / "other"
     )
-    assert "take one of ResNet, Swin" in message
+    assert "take timm's ResNet, Swin" in message

@@ -18,7 +18,7 @@ from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.presets import build_preset
 from unicl_fast.targets import CAPTION_KEYS_START
 from unicl_fast.tokenizer import Tokenizer
-from unicl_fast.tools import pretrain
+from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.tools.training_data import (
     build_prompts,
     open_sources,
@@ -33,7 +33,9 @@ def objective(name: str) -> list[str]:
     return ["--objective.name", name]
 
 
-def test_a_classifier_is_trained_resumed_and_evaluated(data: Path, tmp_path: Path) -> None:
+def test_a_classifier_is_trained_resumed_and_evaluated(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """With mixup, whose numbers a resumed run must meet again; twice the same data: 20 rows."""
     arguments = [*SMALL, *objective("ce"), "--objective.mixup", "0.8", "--objective.cutmix", "1"]
     arguments += ["--data.train", data / "labels", data / "labels"]
@@ -49,6 +51,11 @@ def test_a_classifier_is_trained_resumed_and_evaluated(data: Path, tmp_path: Pat
         shutil.rmtree(checkpoint)
     call(pretrain, *arguments, "--resume", "auto", "--out", tmp_path / "one")
     assert (losses(tmp_path / "one"), weights(tmp_path / "one")) == unbroken
+    sets = ["--train", data / "labels", "--data", data / "labels", "--layer", "projection"]
+    with pytest.raises(SystemExit) as end:
+        call(evaluate, "knn", "--checkpoint", tmp_path / "one", *sets, "--device", "cpu")
+    assert end.value.code == 2
+    assert "take those of the encoder (--layer encoder)" in capsys.readouterr().err
 
 
 def test_two_views_are_contrasted(data: Path, tmp_path: Path) -> None:

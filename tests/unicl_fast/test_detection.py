@@ -49,6 +49,7 @@ def small_model(encoder: str, *, image_size: int = 32) -> UniCL:
     ("encoder", "image_size", "strides"),
     [
         ("unicl_convnet7_small", 32, [2, 4, 8]),
+        ("unicl_resnet9_small", 32, [2, 4, 8]),
         ("resnet10t", 32, [4, 8, 16, 32]),
         pytest.param("swin_tiny_patch4_window7_224", 224, [4, 8, 16, 32], marks=pytest.mark.slow),
         pytest.param("focalnet_tiny_srf", 224, [4, 8, 16, 32], marks=pytest.mark.slow),
@@ -64,7 +65,7 @@ def test_maps_have_the_strides_and_the_weights_of_the_encoder(
     assert len(levels) == len(strides) + 1
     for stride, level in zip([*strides, 2 * strides[-1]], levels.values(), strict=True):
         assert level.shape[:2] == (2, 256)
-        # our small network's first convolution takes a pixel off
+        # the first convolution of unicl_convnet7_small takes a pixel off
         assert abs(64 / stride - level.shape[2]) <= 1
         assert abs(96 / stride - level.shape[3]) <= 1
     if "swin" not in encoder:  # whose small maps are shifted here, and not there
@@ -75,9 +76,16 @@ def test_maps_have_the_strides_and_the_weights_of_the_encoder(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
-def test_an_encoder_of_one_stride_is_refused() -> None:
-    with pytest.raises(ValueError, match="take one of ResNet, Swin"):
-        PyramidBackbone(small_model("test_vit"))
+@pytest.mark.parametrize(
+    ("encoder", "message"),
+    [
+        ("test_vit", "test_vit is built for one: .*; take timm's ResNet, Swin, ConvNeXt"),
+        ("unicl_swin6_small", "maps of three strides .* unicl_swin6_small has 4, 8; take timm's"),
+    ],
+)
+def test_an_encoder_of_few_strides_is_refused(encoder: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        PyramidBackbone(small_model(encoder))
 
 
 def test_a_flip_moves_boxes_and_masks_with_their_pixels() -> None:

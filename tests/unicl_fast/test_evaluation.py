@@ -109,7 +109,9 @@ def test_texts_are_encoded_in_the_order_given(model: UniCL) -> None:
     torch.testing.assert_close(ours, model.encode_text(Tokenizer()(texts)), rtol=1e-9, atol=1e-12)
 
 
-def test_retrieval_counts_what_a_sort_counts() -> None:
+@pytest.mark.parametrize("chunk", [1024, 7])  # 7 divides neither 30 nor 60
+def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr("unicl_fast.evaluation.retrieval._CHUNK", chunk)
     generator = torch.Generator().manual_seed(0)
     images = F.normalize(torch.randn(30, 6, generator=generator, dtype=torch.float64), dim=1)
     image_of_text = torch.arange(30).repeat_interleave(2).roll(1)

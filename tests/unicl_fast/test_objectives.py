@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.dist import Ranks
+from unicl_fast.evaluation.encode import require_text_encoder
 from unicl_fast.loss import unified_contrastive_loss
 from unicl_fast.mixing import draw_pairs, labels_of_pairs, mix
 from unicl_fast.models.unicl import UniCL
@@ -211,7 +213,8 @@ def test_ranks_give_the_objectives_of_one_process(
         alone_loss, alone = first_gradients(
             images, Ranks(), config, LabelledLoader(images, objective)
         )
-        for written in (f"{form}{rank}" for form in ("dense", "tiled") for rank in (0, 1)):
+        for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
+            written = f"{form}{rank}"
             loss, gradients = torch.load(tmp_path / f"{objective}-{written}.pt", weights_only=True)
             assert loss == pytest.approx(alone_loss, rel=1e-13)
             for name, gradient in alone.items():
@@ -261,7 +264,10 @@ def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
 
 def test_a_model_without_texts_says_so(images: torch.Tensor) -> None:
     _, model = evaluated("supcon")
-    with pytest.raises(ValueError, match="has no text encoder"):
+    for_it = "has no text encoder.*: take .*linear-probe, knn, finetune or detect"
+    with pytest.raises(ValueError, match=for_it):
+        require_text_encoder(model, "zero-shot")
+    with pytest.raises(ValueError, match=for_it):
         model.encode_text(global_batch(images).tokens)
     assert not [name for name, _ in model.named_parameters() if "text" in name]
 

@@ -12,7 +12,12 @@ import torch
 from torch import Tensor
 
 from unicl_fast import UniCL
-from unicl_fast.conversion.official import model_of, num_parameters, official_entries
+from unicl_fast.conversion.official import (
+    _with_present_names,
+    model_of,
+    num_parameters,
+    official_entries,
+)
 from unicl_fast.conversion.official_file import read_official_file, write_official_file
 from unicl_fast.presets import build_preset
 from unicl_fast.tokenizer import Tokenizer
@@ -26,18 +31,22 @@ def entries() -> dict[str, Tensor]:
     return official_forward.random_entries("swin-tiny")
 
 
-@pytest.fixture(scope="module")
-def model(entries: dict[str, Tensor]) -> UniCL:
-    """From a file with the older names, of a model wrapped for several GPUs."""
-    older = {
+def older_names(
+    entries: dict[str, Tensor], *, text_encoder: str = "lang_encoder."
+) -> dict[str, Tensor]:
+    """As older files have them, of a model wrapped for several GPUs."""
+    return {
         "module."
         + name.replace("image_encoder.", "visual.")
-        .replace("text_encoder.", "lang_encoder.")
+        .replace("text_encoder.", text_encoder)
         .replace("image_projection", "vision_projection"): tensor
         for name, tensor in entries.items()
     }
-    assert not entries.keys() & older.keys()
-    return model_of(older, source=FILE)
+
+
+@pytest.fixture(scope="module")
+def model(entries: dict[str, Tensor]) -> UniCL:
+    return model_of(older_names(entries), source=FILE)
 
 
 @torch.no_grad()
@@ -81,6 +90,15 @@ def test_back_again_they_are_the_same_bits_under_their_present_names(
     again = read_official_file(file)
     assert again.keys() == entries.keys()
     assert all(torch.equal(again[name], entries[name]) for name in entries)
+
+
+@pytest.mark.parametrize("text_encoder", ["lang_encoder.", "text."])
+def test_each_older_name_has_its_present_one(entries: dict[str, Tensor], text_encoder: str) -> None:
+    renamed = older_names(entries, text_encoder=text_encoder)
+    assert not entries.keys() & renamed.keys()
+    present = _with_present_names(renamed, source=FILE)
+    assert present.keys() == entries.keys()
+    assert all(present[name] is tensor for name, tensor in entries.items())
 
 
 def test_two_blocks_exchanged_are_another_model(model: UniCL, entries: dict[str, Tensor]) -> None:

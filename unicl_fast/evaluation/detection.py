@@ -34,6 +34,9 @@ from unicl_fast.models.unicl import UniCL
 OptimizerName = Literal["adamw", "sgd"]
 Target = Mapping[str, Tensor]
 
+_FITTING = (
+    "take timm's ResNet, Swin, ConvNeXt or FocalNet, or unicl_resnet9_small or unicl_convnet7_small"
+)
 _PYRAMID_CHANNELS = 256
 _ANCHOR_STRIDES = 8
 """Side of a level's anchors in its strides: 32 pixels at stride 4, as in the paper."""
@@ -52,9 +55,10 @@ class PyramidBackbone(nn.Module):
         self.out_channels = _PYRAMID_CHANNELS
         self.encoder = _flexible_encoder(model)
         infos = [dict(info) for info in cast(Any, self.encoder).feature_info]
-        chosen = _choose_levels([int(info["reduction"]) for info in infos])
+        strides = [int(info["reduction"]) for info in infos]
+        chosen = _choose_levels(strides, encoder=model.config.model.image_encoder)
         self.levels = chosen
-        self.strides = [int(infos[place]["reduction"]) for place in chosen]
+        self.strides = [strides[place] for place in chosen]
         widths = [int(infos[place]["num_chs"]) for place in chosen]
         # transformers leave their maps unnormalised, of very different sizes
         has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.encoder.modules())
@@ -89,7 +93,7 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
     if not (hasattr(source, "forward_intermediates") and hasattr(source, "feature_info")):
         raise ValueError(
             f"detect needs an encoder with timm's forward_intermediates, which {name} has not; "
-            "take one of ResNet, Swin, ConvNeXt or FocalNet"
+            f"{_FITTING}"
         )
     arguments: dict[str, Any] = {
         "pretrained": False,
@@ -108,23 +112,23 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
     except TypeError as error:
         raise ValueError(
             f"detect needs an encoder for pictures of any size, and {name} is built for one: "
-            f"{error}; take one of ResNet, Swin, ConvNeXt or FocalNet"
+            f"{error}; {_FITTING}"
         ) from error
     encoder.load_state_dict(source.state_dict())
     return cast(nn.Module, encoder)
 
 
-def _choose_levels(strides: Sequence[int]) -> list[int]:
+def _choose_levels(strides: Sequence[int], *, encoder: str) -> list[int]:
     """Places of the finest map of each stride, from stride 4 on where that leaves three.
 
     Raises:
-        ValueError: fewer than three strides; a plain ViT has one.
+        ValueError: fewer than three strides; a plain ViT has one, a Swin of two stages two.
     """
     places = {stride: place for place, stride in reversed(list(enumerate(strides)))}
     if len(places) < 3:
         raise ValueError(
-            f"detect needs maps of three strides at least for its pyramid, this encoder has "
-            f"{sorted(places)}; take one of ResNet, Swin, ConvNeXt or FocalNet"
+            f"detect needs maps of three strides at least for its pyramid, and {encoder} has "
+            f"{', '.join(map(str, sorted(places)))}; {_FITTING}"
         )
     coarse = [place for stride, place in places.items() if stride >= 4]
     return sorted(coarse if len(coarse) >= 3 else places.values())[-4:]

@@ -18,7 +18,7 @@ from unicl_fast.precision import Precision, normalise_images
 
 Layer = Literal["encoder", "projection"]
 """Which features of a picture: what the image encoder gives, or its unit-norm projection into the
-space that texts are compared in."""
+space that texts are compared in. A model trained by cross-entropy has no such space."""
 
 
 def device_of(model: UniCL) -> torch.device:
@@ -40,6 +40,23 @@ def require_text_encoder(model: UniCL, what: str) -> None:
         raise ValueError(
             f"{what} compares pictures with texts, and this model has no text encoder, since it "
             "was trained without one: take linear-probe, knn, finetune or detect"
+        )
+
+
+def require_layer(model: UniCL, layer: Layer) -> None:
+    """Refuses features that a model does not have.
+
+    Args:
+        model: any.
+        layer: which features are asked for.
+
+    Raises:
+        ValueError: the projection of a model that has none.
+    """
+    if layer == "projection" and model.image_projection is None:
+        raise ValueError(
+            "features behind the projection were asked for, and this model, trained by "
+            "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
         )
 
 
@@ -69,8 +86,9 @@ def encode_pictures(
     Args:
         model: in evaluation mode.
         images: uint8 [b h w c].
-        layer: "projection" gives the unit-norm features, "encoder" those before the projection,
-            in fp32 at least.
+        layer: "projection" gives the unit-norm features (under cross-entropy what `class_rows` is
+            multiplied by, see `UniCL.encode_image`), "encoder" those before the projection, in
+            fp32 at least.
     """
     normalised = prepare_pictures(model, images)
     with Precision(model.config.efficiency.precision).autocast(normalised.device.type):

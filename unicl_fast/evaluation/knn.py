@@ -97,6 +97,9 @@ def knn_accuracy(
             votes = ((cosines[rows, :k] - cosines[rows, :1]) / temperature).exp()
             scores = votes.new_zeros(len(votes), len(class_names))
             scores.scatter_add_(1, train.labels[places[rows, :k]], votes)
-            counts.add(rank_classes(scores), test.all_labels[rows])
+            # a class without a vote is not found, whatever place is left among the first five
+            voted = (scores > 0).sum(dim=1).tolist()
+            rankings = [best[:n] for best, n in zip(rank_classes(scores), voted, strict=True)]
+            counts.add(rankings, test.all_labels[rows])
         results[k] = counts.result(what="nearest neighbours")
     return results

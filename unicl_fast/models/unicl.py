@@ -109,7 +109,7 @@ class UniCL(nn.Module):
         if self.text_encoder is None or self.text_projection is None:
             raise ValueError(
                 f"this model was trained with objective.name={self.config.objective.name} and has "
-                "no text encoder: it can be evaluated by unicl-eval linear-probe and knn"
+                "no text encoder: take unicl-eval linear-probe, knn, finetune or detect"
             )
         return _unit_norm(self.text_encoder(tokens, num_tokens) @ self.text_projection)
 
