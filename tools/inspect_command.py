@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -98,9 +99,16 @@ class Inspect:
             write_text_whole(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
         if self.html is not None:
             write_text_whole(self.html, _page(inspection, num_sheet=self.sheet))
-        if self.duplicates_list is not None:
-            _write_duplicates(inspection, self.duplicates_list)
         lines = [_in_words(inspection)]
+        if self.duplicates_list is not None and (
+            num_unclear := _write_duplicates(inspection, self.duplicates_list)
+        ):
+            lines.append(
+                f"note: --leave-out will refuse {self.duplicates_list}: names in it that pictures "
+                f"which stay have too: {num_unclear:,}, since several sources are called alike. "
+                "Pack these under names of their own (links to them will do) and inspect that; or "
+                "let --duplicates join of build or merge see to exact copies"
+            )
         written = [path for path in (self.html, self.json, self.duplicates_list) if path]
         if written:
             lines.append(f"written: {', '.join(map(str, written))}")
@@ -132,25 +140,37 @@ def _as_json(inspection: Inspection) -> dict[str, Any]:
     return dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
 
 
-def _write_duplicates(inspection: Inspection, path: Path) -> None:
-    """A list in the form of quarantine.csv."""
+def _write_duplicates(inspection: Inspection, path: Path) -> int:
+    """Writes a list in the form of quarantine.csv.
+
+    Returns:
+        How many of its names pictures that stay have too, so that --leave-out refuses them.
+    """
+    groups = [(group, False) for group in inspection.exact_copies.groups]
+    if inspection.near_copies is not None:
+        groups += [(group, True) for group in inspection.near_copies.groups]
+    listed: Counter[tuple[str, str]] = Counter()
     file, rows = create_csv(path, QUARANTINE_COLUMNS)
     with (
         file,
         PackedDataset(inspection.folder, verify=False) as dataset,
         contextlib.closing(SampleReader(dataset)) as reader,
     ):
-        for group in inspection.exact_copies.groups:
+        for group, is_near in groups:
             first = reader.read_description(group.samples[0])
-            for copy in map(reader.read_description, group.samples[1:]):
-                message = f"the same bytes as {first.name} of {first.source}"
-                rows.writerow([copy.source, copy.name, "duplicate", message])
-        for group in inspection.near_copies.groups if inspection.near_copies else ():
-            first = reader.read_description(group.samples[0])
-            for index, distance in zip(group.samples[1:], group.distances[1:], strict=True):
+            kind = "near duplicate" if is_near else "duplicate"
+            distances = group.distances or (0,) * len(group.samples)
+            for index, distance in zip(group.samples[1:], distances[1:], strict=True):
                 copy = reader.read_description(index)
-                message = f"{distance} of 64 bits from {first.name} of {first.source}"
-                rows.writerow([copy.source, copy.name, "near duplicate", message])
+                likeness = f"{distance} of 64 bits from" if is_near else "the same bytes as"
+                message = f"{likeness} {first.name} of {first.source}"
+                rows.writerow([copy.source, copy.name, kind, message])
+                listed[copy.source, copy.name] += 1
+        for index in range(len(dataset)) if listed else ():
+            sample = reader.read_description(index)
+            if (key := (sample.source, sample.name)) in listed:
+                listed[key] -= 1
+    return sum(count < 0 for count in listed.values())
 
 
 def _in_words(inspection: Inspection) -> str:
