@@ -223,7 +223,7 @@ def _pack(
 ) -> None:
     """Reads the sources and writes the data set, from its beginning or from where it stands."""
     unwanted = LeaveOut(leave_out)
-    listed = read_quarantine(Path(retry)) if retry else None
+    listed = read_quarantine(retry) if retry else None
     spool = Spool(out, folder=work.spool)
     read = read_sources(places, lists, spool)
     space, numbers = _number_labels(read, class_names, spool, work)

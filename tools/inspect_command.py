@@ -24,6 +24,7 @@ from unicl_fast.tools.inspect_dataset import (
 )
 from unicl_fast.tools.inspect_page import ShownGroup, make_page
 from unicl_fast.tools.near_duplicates import MAX_DISTANCE
+from unicl_fast.tools.quarantine_list import DUPLICATE
 from unicl_fast.tools.staging import local_copy
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.thumbnails import shown_pictures
@@ -158,7 +159,7 @@ def _write_duplicates(inspection: Inspection, path: Path) -> int:
     ):
         for group, is_near in groups:
             first = reader.read_description(group.samples[0])
-            kind = "near duplicate" if is_near else "duplicate"
+            kind = "near duplicate" if is_near else DUPLICATE
             distances = group.distances or (0,) * len(group.samples)
             for index, distance in zip(group.samples[1:], distances[1:], strict=True):
                 copy = reader.read_description(index)
