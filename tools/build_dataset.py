@@ -294,7 +294,9 @@ def _pack(
                 num_reencoded += result.picture.reencoded
                 writer.notes["num_reencoded"] = num_reencoded
         if writer.num_samples == 0:
-            raise ValueError(f"nothing could be packed: {problems.describe()}")
+            parts = [f"{count:,} {what}" for what, count in passed_over.items()]
+            passed = f"\npassed over: {', '.join(parts)}" if parts else ""
+            raise ValueError(f"nothing could be packed: {problems.describe()}{passed}")
         work.note_summary(
             {
                 "num_reencoded": num_reencoded,
