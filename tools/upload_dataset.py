@@ -69,7 +69,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     bar = tqdm(
         total=sum(sizes.values()), desc="uploading", unit="B", unit_scale=True, disable=not progress
     )
-    with bar:
+    try:
         for name in names:
             if there.get(name) == sizes[name] and _is_there(store, name, folder, checksums[name]):
                 num_kept += 1
@@ -78,6 +78,14 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
                 num_sent += 1
             bar.update(sizes[name])
         _send(store, folder / MANIFEST_NAME, checksums[MANIFEST_NAME])
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stop.add_note(
+            f"what was uploaded stays under {store.url}, and is no data set until all is there; go "
+            f"on with: unicl-pack upload {folder} --out {store.url}"
+        )
+        raise
+    finally:
+        bar.close()
     kept = f", {num_kept} were there already" if num_kept else ""
     return (
         f"{store.url}: {manifest.num_samples:,} pictures, {sum(sizes.values()) / 1e6:,.1f} MB; "

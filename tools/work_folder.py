@@ -29,7 +29,8 @@ _SHOWN = 5
 class WorkFolder:
     """The folder; use it as a context manager.
 
-    Left without `remove`, it stays if it holds finished shards, and is removed otherwise.
+    Left without `remove`, it stays if it holds finished shards, and is removed otherwise. What it
+    keeps is added to the exception that ends the build, as a note.
     """
 
     def __init__(self, out: Path, *, restart: bool = False) -> None:
@@ -67,7 +68,10 @@ class WorkFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.path.is_dir() and not read_journal(self.path / JOURNAL_NAME):
+        kept = describe_unfinished(self._out)
+        if kept and error is not None:
+            error.add_note(kept)
+        elif not kept and self.path.is_dir():
             self.remove()
         os.close(self._lock)
 
