@@ -24,6 +24,7 @@ from unicl_fast.tools.inspect_dataset import (
 )
 from unicl_fast.tools.inspect_page import ShownGroup, make_page
 from unicl_fast.tools.near_duplicates import MAX_DISTANCE
+from unicl_fast.tools.picture_hashes import has_imagehash
 from unicl_fast.tools.quarantine_list import DUPLICATE
 from unicl_fast.tools.staging import local_copy
 from unicl_fast.tools.stored_samples import SampleReader
@@ -42,7 +43,8 @@ class Inspect:
     Concepts are categories where there are labels; of captions they are the noun phrases that
     spaCy finds more than 5 times, or words where it or its English model is not installed.
 
-    Near copies are found by perceptual hashes (pip install 'unicl_fast[inspect]').
+    Near copies are found by perceptual hashes (pip install 'unicl_fast[inspect]'); without that
+    package they are passed over with a note, unless an option asks for them.
 
     Examples:
       unicl-pack inspect packed/photos --html photos.html
@@ -61,7 +63,8 @@ class Inspect:
     """Write all but the first picture of each group of copies into this CSV file, which --leave-out
     of build and merge takes. Look at it before: what looks alike need not be a copy."""
     near: bool = True
-    """Look for pictures that look alike; takes decoding all."""
+    """Look for pictures that look alike; takes decoding all, and the package ImageHash. Without it
+    --duplicates-list and --near-distance are refused unless --no-near is given."""
     near_distance: int = DEFAULT_DISTANCE
     """In how many of its 64 bits a perceptual hash may differ: 4 finds copies in another size,
     quality, aspect or in grey, 8 also those cut by a twentieth; beyond 10 photographs that have
@@ -88,9 +91,11 @@ class Inspect:
 
     def _inspect(self, folder: Path) -> str:
         """What there is to say at the end; writes what is wanted."""
+        asks_for_near = self.duplicates_list is not None or self.near_distance != DEFAULT_DISTANCE
+        near = self.near and (asks_for_near or has_imagehash())
         inspection = inspect_dataset(
             folder,
-            near=self.near,
+            near=near,
             near_distance=self.near_distance,
             concepts=self.concepts,
             spacy_model=self.spacy_model,
@@ -101,6 +106,11 @@ class Inspect:
         if self.html is not None:
             write_text_whole(self.html, _page(inspection, num_sheet=self.sheet))
         lines = [_in_words(inspection)]
+        if self.near and not near:
+            lines.append(
+                "near copies: not looked for, which takes the package ImageHash: pip install "
+                "'unicl_fast[inspect]'"
+            )
         if self.duplicates_list is not None and (
             num_unclear := _write_duplicates(inspection, self.duplicates_list)
         ):

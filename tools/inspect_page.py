@@ -429,7 +429,7 @@ def _copies(inspection: Inspection, exact: Sequence[ShownGroup], near: Sequence[
         "<h3>To the eye</h3>",
     ]
     if inspection.near_copies is None:
-        parts.append("<p>Nobody looked for them (--no-near).</p>")
+        parts.append("<p>Nobody looked for them (--no-near, or no ImageHash).</p>")
     else:
         parts.append(
             '<p class="soft">Pictures whose perceptual hash differs from an earlier one\'s in at '
