@@ -29,6 +29,7 @@ from unicl_fast.tools.quarantine_list import DUPLICATE
 from unicl_fast.tools.staging import local_copy
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.thumbnails import shown_pictures
+from unicl_fast.tools.words import count_of
 from unicl_fast.whole_files import write_text_whole
 
 _GROUPS_SHOWN = 12
@@ -185,10 +186,12 @@ def _write_duplicates(inspection: Inspection, path: Path) -> int:
 
 
 def _in_words(inspection: Inspection) -> str:
-    classes = f" of {len(inspection.class_counts):,} classes" if inspection.class_counts else ""
+    num_classes = len(inspection.class_counts)
+    classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
     lines = [
-        f"{inspection.folder}: {inspection.num_samples:,} pictures, {inspection.num_captions:,} "
-        f"captions, {inspection.num_labels:,} labels{classes}, "
+        f"{inspection.folder}: {count_of(inspection.num_samples, 'picture')}, "
+        f"{count_of(inspection.num_captions, 'caption')}, "
+        f"{count_of(inspection.num_labels, 'label')}{classes}, "
         f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
         "",
         *_columns(
@@ -250,8 +253,7 @@ def _copies(copies: Copies) -> str:
     if not copies.num_groups:
         return "none"
     differ = f", labels differ in {copies.num_labels_differ:,}" if copies.num_labels_differ else ""
-    groups = "1 group" if copies.num_groups == 1 else f"{copies.num_groups:,} groups"
-    return f"{copies.num_surplus:,} in {groups}{differ}"
+    return f"{copies.num_surplus:,} in {count_of(copies.num_groups, 'group')}{differ}"
 
 
 def _numbers(what: str, spread: Spread) -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from unicl_fast.remote.object_store import is_url
 from unicl_fast.tools.quarantine_list import as_listed
+from unicl_fast.tools.words import count_of
 
 
 class LeaveOut:
@@ -54,7 +55,7 @@ class LeaveOut:
         if self._taken[key] > (rows := self._listed[key]):
             raise ValueError(
                 f"--leave-out: {self._path} names {key[1]} of {key[0]} in "
-                f"{'1 row' if rows == 1 else f'{rows:,} rows'}, and more samples are called so: "
+                f"{count_of(rows, 'row')}, and more samples are called so: "
                 f"several sources are called {key[0]}, so which is meant cannot be told, and "
                 "leaving all out would drop the one that is to stay. Pack sources under names of "
                 "their own (links to them will do) and list copies anew; equal files need no list, "

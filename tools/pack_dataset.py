@@ -33,6 +33,7 @@ from unicl_fast.tools.remote_build import build_anywhere
 from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES
 from unicl_fast.tools.upload_dataset import Upload
 from unicl_fast.tools.verify_command import Verify
+from unicl_fast.tools.words import count_of
 from unicl_fast.whole_files import write_text_whole
 
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -233,16 +234,18 @@ def _what_is_left(error: BaseException) -> str:
 
 def _report(summary: BuildSummary) -> str:
     """The closing summary, and what to do next."""
-    texts = f"{summary.num_captions:,} captions, {summary.num_labels:,} labels"
-    classes = f" of {len(summary.class_names):,} classes" if summary.class_names else ""
+    captions = count_of(summary.num_captions, "caption")
+    labels = count_of(summary.num_labels, "label")
+    classes = f" of {count_of(len(summary.class_names), 'class')}" if summary.class_names else ""
     rate = (summary.num_samples - summary.num_taken_over) / summary.seconds
     lines = [
-        f"{summary.out}: {summary.num_samples:,} pictures, {texts}{classes}",
+        f"{summary.out}: {count_of(summary.num_samples, 'picture')}, {captions}, {labels}{classes}",
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} pictures/s; "
         + _treatment(summary),
     ]
     if summary.num_taken_over:
-        lines.append(f"{summary.num_taken_over:,} pictures had been packed before this run")
+        taken_over = count_of(summary.num_taken_over, "picture")
+        lines.append(f"{taken_over} had been packed before this run")
     if summary.passed_over:
         parts = ", ".join(f"{count:,} {what}" for what, count in summary.passed_over.items())
         lines.append(f"passed over: {parts}")

@@ -23,6 +23,7 @@ from unicl_fast.tools.quarantine_list import (
     duplicate_message,
     read_left_out,
 )
+from unicl_fast.tools.words import count_of
 
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
 _ENDLESS = 2**64
@@ -74,7 +75,7 @@ def require_same_classes(quarantine: Path, class_names: Sequence[str]) -> None:
     if tuple(class_names) != before:
         new = sorted(set(class_names) - set(before)) or ["the same in another order"]
         raise ValueError(
-            f"{quarantine.parent} has {len(before):,} class names, and now there are "
+            f"{quarantine.parent} has {count_of(len(before), 'class name')}, and now there are "
             f"{len(class_names):,} (new: {', '.join(new[:3])}), so labels would be numbered "
             "otherwise. Give the --class-names of that build; if there were none, correct the "
             "labels, or pack all anew"
@@ -118,8 +119,9 @@ def choose_listed(
     for key, count in met.items():
         if count > listed[key]:
             raise ValueError(
-                f"--retry names {key[1]} of {key[0]} {listed[key]} times, and the sources have it "
-                f"{count} times: several sources are called {key[0]}, give one of them at a time"
+                f"--retry names {key[1]} of {key[0]} {count_of(listed[key], 'time')}, and the "
+                f"sources have it {count_of(count, 'time')}: several sources are called {key[0]}, "
+                "give one of them at a time"
             )
     if gone := len(listed.keys() - met.keys()):
         passed_over["names of --retry that the sources no longer have"] += gone

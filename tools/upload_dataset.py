@@ -18,6 +18,7 @@ from unicl_fast.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.remote.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.tools.folder_check import expected_files
+from unicl_fast.tools.words import count_of
 
 _TRIES = 3
 
@@ -88,8 +89,8 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
         bar.close()
     kept = f", {num_kept} were there already" if num_kept else ""
     return (
-        f"{store.url}: {manifest.num_samples:,} pictures, {sum(sizes.values()) / 1e6:,.1f} MB; "
-        f"{num_sent + 1} files sent and read back{kept}"
+        f"{store.url}: {count_of(manifest.num_samples, 'picture')}, "
+        f"{sum(sizes.values()) / 1e6:,.1f} MB; {count_of(num_sent + 1, 'file')} sent and read back{kept}"
     )
 
 
@@ -111,7 +112,8 @@ def require_free_url(
             )
     if others := sorted(set(there) - names):
         raise ValueError(
-            f"{store.url} holds {len(others)} other objects, {others[0]} for one; name another URL"
+            f"{store.url} holds {count_of(len(others), 'other object')}, {others[0]} for one; "
+            "name another URL"
         )
 
 

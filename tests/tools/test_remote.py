@@ -106,7 +106,7 @@ def test_an_upload_goes_on_where_it_was_cut_off_and_appears_when_whole(
     with pytest.raises(ValueError, match="already holds another packed data set"):
         upload_dataset(data / "captions", url, progress=False)
     ObjectStore(f"s3://bucket/{tmp_path.name}/used").write("notes.txt", b"x")
-    with pytest.raises(ValueError, match=r"holds 1 other objects, notes\.txt for one"):
+    with pytest.raises(ValueError, match=r"holds 1 other object, notes\.txt for one"):
         upload_dataset(data / "labels", f"s3://bucket/{tmp_path.name}/used", progress=False)
 
 

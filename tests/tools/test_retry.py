@@ -117,7 +117,7 @@ def test_names_that_are_gone_are_counted_and_names_of_two_sources_refused() -> N
     assert passed_over == {"names of --retry that the sources no longer have": 2}
     with pytest.raises(ValueError, match="nothing that --retry names"):
         chosen(Counter({("val", "x"): 1}), read)
-    with pytest.raises(ValueError, match=r"cat/1.jpg of train 1 times.* have it 2 times"):
+    with pytest.raises(ValueError, match=r"cat/1.jpg of train 1 time,.* have it 2 times"):
         chosen(listed, read, read)
     assert chosen(Counter({("train", "cat/1.jpg"): 2}), read, read) == ["cat/1.jpg"] * 2
 
