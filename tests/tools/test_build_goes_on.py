@@ -15,7 +15,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -534,6 +534,15 @@ def test_a_build_of_real_pictures_killed_ten_times(shared_data: Path, tmp_path: 
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
     generator = random.Random(3)
     kills, journals = 0, []
+    made: dict[str, tuple[int, int]] = {}
+    """Inode and time of each shard that was finished at a kill: it is never written again."""
+
+    def note_finished(folder: Path, names: Iterable[str]) -> None:
+        for name in names:
+            status = (folder / name).stat()
+            is_as_it_was = made.setdefault(name, (status.st_ino, status.st_mtime_ns))
+            assert is_as_it_was == (status.st_ino, status.st_mtime_ns), name
+
     while kills < 10:
         process = subprocess.Popen(
             [*command, "--out", str(tmp_path / "set"), "--workers", str(1 + kills % 3)],
@@ -550,12 +559,16 @@ def test_a_build_of_real_pictures_killed_ten_times(shared_data: Path, tmp_path: 
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-        journals.append(len(read_journal(journal)))
+        finished = [each.shard.name for each in read_journal(journal)]
+        note_finished(tmp_path / "set.partial" / "set", finished)
+        journals.append(len(finished))
     assert kills == 10, f"the build was done after {kills} kills: {journals}"
     assert journals == sorted(journals)
     done = subprocess.run([*command, "--out", tmp_path / "set"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "had been packed before this run" in done.stdout
+    note_finished(tmp_path / "set", list(made))
+    assert len(made) == journals[-1]
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
     with (tmp_path / "set" / "quarantine.csv").open(newline="") as file:
         assert sorted(row["kind"] for row in csv.DictReader(file)) == ["missing", "missing"]
