@@ -3,10 +3,11 @@
     unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp] [--json FILE]
 
 The rival is a bare loop over the same files in as many processes: read, decode strictly, and where
-a picture is changed scale and encode, with the same libraries and settings. It checks no header,
-limits no time or memory, and writes nothing. First every picture that it makes is compared with
-what was packed, byte for byte. Both start their processes on the clock; what that takes is measured
-with one picture, and left out of the ratios that say so.
+a picture is changed scale and encode, with the same libraries and settings. It decodes in full,
+also where bytes are kept and unicl-pack takes a short cut (docs/performance.md says how much). It
+checks no header, limits no time or memory, and writes nothing. First every picture that it makes is
+compared with what was packed, byte for byte. Both start their processes on the clock; what that
+takes is measured with one picture, and left out of the ratios that say so.
 """
 
 from __future__ import annotations

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from pathlib import Path
 
@@ -73,6 +75,32 @@ def test_apex_is_imported_in_one_place_and_only_when_asked() -> None:
         "import unicl_fast, unicl_fast.optim, unicl_fast.nvidia_apex"
     )
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)
+
+
+def test_no_extra_names_a_package_twice() -> None:
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    lists = {"dependencies": project["dependencies"], **project["optional-dependencies"]}
+    for extra, requirements in lists.items():
+        names = [re.split(r"[^\w-]", one)[0] for one in requirements]
+        assert len(set(names)) == len(names), extra
+
+
+def test_every_optional_tool_that_a_test_asks_for_is_named() -> None:
+    """What neither `make test` nor a line of CONTRIBUTING brings would be skipped for ever."""
+    project = tomllib.loads((CHECKOUT / "pyproject.toml").read_text())["project"]
+    brought = "\n".join(project["dependencies"] + project["optional-dependencies"]["dev"])
+    named = (CHECKOUT / "CONTRIBUTING.md").read_text().lower()
+    asked = {
+        found.replace("_", "-")
+        for path in (CHECKOUT / "tests").rglob("*.py")
+        for found in re.findall(
+            r'importorskip\("(\w+)|has_\w+ = .*find_spec\("(\w+)', path.read_text()
+        )
+        for found in found
+        if found
+    }
+    assert {"ray", "clip-benchmark", "s3fs"} <= asked
+    assert not {name for name in asked if name not in brought and name not in named}
 
 
 def test_pipelines_know_no_model_no_loss_and_no_program() -> None:

@@ -39,11 +39,12 @@ from unicl_fast.tools.class_names import (
     refuse_numbers,
 )
 from unicl_fast.tools.duplicates import join_duplicates
+from unicl_fast.tools.leave_out import LeaveOut
 from unicl_fast.tools.pack_workers import Checked, PictureOptions, Task, check_in_order
-from unicl_fast.tools.quarantine_list import as_listed, read_left_out
+from unicl_fast.tools.quarantine_list import read_left_out
 from unicl_fast.tools.ray_engine import Engine, check_on_ray, require_engine
 from unicl_fast.tools.retry import choose_listed, read_quarantine, require_same_classes
-from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
+from unicl_fast.tools.sample_order import shuffled_order
 from unicl_fast.tools.sample_views import AllSamples, ChosenSamples, Sample, choose
 from unicl_fast.tools.sources import (
     Item,
@@ -221,8 +222,8 @@ def _pack(
     progress: bool,
 ) -> None:
     """Reads the sources and writes the data set, from its beginning or from where it stands."""
-    unwanted = read_leave_out(leave_out)
-    listed = read_quarantine(Path(retry)) if retry else None
+    unwanted = LeaveOut(leave_out)
+    listed = read_quarantine(retry) if retry else None
     spool = Spool(out, folder=work.spool)
     read = read_sources(places, lists, spool)
     space, numbers = _number_labels(read, class_names, spool, work)
@@ -236,10 +237,7 @@ def _pack(
         require_same_classes(Path(retry), space.names)
         found = choose_listed(listed, read, passed_over)
     if unwanted:
-        wanted = choose(
-            found,
-            lambda sample: (as_listed(sample[0]), as_listed(sample[1].name)) not in unwanted,
-        )
+        wanted = choose(found, lambda sample: not unwanted.take(sample[0], sample[1].name))
         passed_over[f"pictures named in {leave_out}"] = len(found) - len(wanted)
         found = wanted
     problems = _Problems()
@@ -296,7 +294,9 @@ def _pack(
                 num_reencoded += result.picture.reencoded
                 writer.notes["num_reencoded"] = num_reencoded
         if writer.num_samples == 0:
-            raise ValueError(f"nothing could be packed: {problems.describe()}")
+            parts = [f"{count:,} {what}" for what, count in passed_over.items()]
+            passed = f"\npassed over: {', '.join(parts)}" if parts else ""
+            raise ValueError(f"nothing could be packed: {problems.describe()}{passed}")
         work.note_summary(
             {
                 "num_reencoded": num_reencoded,

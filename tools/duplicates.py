@@ -18,6 +18,7 @@ from tqdm import tqdm
 from unicl_fast.tools.entries import Entry, EntryError
 from unicl_fast.tools.item_store import ItemStore
 from unicl_fast.tools.items import MAX_TEXTS, Problem
+from unicl_fast.tools.quarantine_list import DUPLICATE, duplicate_message
 from unicl_fast.tools.sample_views import ChangedSamples, ChosenSamples, Sample
 
 _AHEAD = 64
@@ -104,10 +105,8 @@ def _join(samples: Sequence[Sample], group: npt.NDArray[np.int64], joined: Chang
             continue
         captions |= more_captions
         labels |= more_labels
-        item.problem = Problem(
-            kind="duplicate",
-            message=f"the same bytes as {first.name} of {first_source}, which has its texts too",
-        )
+        message = duplicate_message(first_source, first.name)
+        item.problem = Problem(kind=DUPLICATE, message=message)
         joined.change(number, item)
     first.captions, first.labels = list(captions), list(labels)
     joined.change(int(group[0]), first)

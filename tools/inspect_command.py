@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +24,12 @@ from unicl_fast.tools.inspect_dataset import (
 )
 from unicl_fast.tools.inspect_page import ShownGroup, make_page
 from unicl_fast.tools.near_duplicates import MAX_DISTANCE
+from unicl_fast.tools.picture_hashes import has_imagehash
+from unicl_fast.tools.quarantine_list import DUPLICATE
 from unicl_fast.tools.staging import local_copy
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.thumbnails import shown_pictures
+from unicl_fast.tools.words import count_of
 from unicl_fast.whole_files import write_text_whole
 
 _GROUPS_SHOWN = 12
@@ -40,7 +44,8 @@ class Inspect:
     Concepts are categories where there are labels; of captions they are the noun phrases that
     spaCy finds more than 5 times, or words where it or its English model is not installed.
 
-    Near copies are found by perceptual hashes (pip install 'unicl_fast[inspect]').
+    Near copies are found by perceptual hashes (pip install 'unicl_fast[inspect]'); without that
+    package they are passed over with a note, unless an option asks for them.
 
     Examples:
       unicl-pack inspect packed/photos --html photos.html
@@ -59,7 +64,8 @@ class Inspect:
     """Write all but the first picture of each group of copies into this CSV file, which --leave-out
     of build and merge takes. Look at it before: what looks alike need not be a copy."""
     near: bool = True
-    """Look for pictures that look alike; takes decoding all."""
+    """Look for pictures that look alike; takes decoding all, and the package ImageHash. Without it
+    --duplicates-list and --near-distance are refused unless --no-near is given."""
     near_distance: int = DEFAULT_DISTANCE
     """In how many of its 64 bits a perceptual hash may differ: 4 finds copies in another size,
     quality, aspect or in grey, 8 also those cut by a twentieth; beyond 10 photographs that have
@@ -86,9 +92,11 @@ class Inspect:
 
     def _inspect(self, folder: Path) -> str:
         """What there is to say at the end; writes what is wanted."""
+        asks_for_near = self.duplicates_list is not None or self.near_distance != DEFAULT_DISTANCE
+        near = self.near and (asks_for_near or has_imagehash())
         inspection = inspect_dataset(
             folder,
-            near=self.near,
+            near=near,
             near_distance=self.near_distance,
             concepts=self.concepts,
             spacy_model=self.spacy_model,
@@ -98,9 +106,21 @@ class Inspect:
             write_text_whole(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
         if self.html is not None:
             write_text_whole(self.html, _page(inspection, num_sheet=self.sheet))
-        if self.duplicates_list is not None:
-            _write_duplicates(inspection, self.duplicates_list)
         lines = [_in_words(inspection)]
+        if self.near and not near:
+            lines.append(
+                "near copies: not looked for, which takes the package ImageHash: pip install "
+                "'unicl_fast[inspect]'"
+            )
+        if self.duplicates_list is not None and (
+            num_unclear := _write_duplicates(inspection, self.duplicates_list)
+        ):
+            lines.append(
+                f"note: --leave-out will refuse {self.duplicates_list}: names in it that pictures "
+                f"which stay have too: {num_unclear:,}, since several sources are called alike. "
+                "Pack these under names of their own (links to them will do) and inspect that; or "
+                "let --duplicates join of build or merge see to exact copies"
+            )
         written = [path for path in (self.html, self.json, self.duplicates_list) if path]
         if written:
             lines.append(f"written: {', '.join(map(str, written))}")
@@ -132,32 +152,46 @@ def _as_json(inspection: Inspection) -> dict[str, Any]:
     return dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
 
 
-def _write_duplicates(inspection: Inspection, path: Path) -> None:
-    """A list in the form of quarantine.csv."""
+def _write_duplicates(inspection: Inspection, path: Path) -> int:
+    """Writes a list in the form of quarantine.csv.
+
+    Returns:
+        How many of its names pictures that stay have too, so that --leave-out refuses them.
+    """
+    groups = [(group, False) for group in inspection.exact_copies.groups]
+    if inspection.near_copies is not None:
+        groups += [(group, True) for group in inspection.near_copies.groups]
+    listed: Counter[tuple[str, str]] = Counter()
     file, rows = create_csv(path, QUARANTINE_COLUMNS)
     with (
         file,
         PackedDataset(inspection.folder, verify=False) as dataset,
         contextlib.closing(SampleReader(dataset)) as reader,
     ):
-        for group in inspection.exact_copies.groups:
+        for group, is_near in groups:
             first = reader.read_description(group.samples[0])
-            for copy in map(reader.read_description, group.samples[1:]):
-                message = f"the same bytes as {first.name} of {first.source}"
-                rows.writerow([copy.source, copy.name, "duplicate", message])
-        for group in inspection.near_copies.groups if inspection.near_copies else ():
-            first = reader.read_description(group.samples[0])
-            for index, distance in zip(group.samples[1:], group.distances[1:], strict=True):
+            kind = "near duplicate" if is_near else DUPLICATE
+            distances = group.distances or (0,) * len(group.samples)
+            for index, distance in zip(group.samples[1:], distances[1:], strict=True):
                 copy = reader.read_description(index)
-                message = f"{distance} of 64 bits from {first.name} of {first.source}"
-                rows.writerow([copy.source, copy.name, "near duplicate", message])
+                likeness = f"{distance} of 64 bits from" if is_near else "the same bytes as"
+                message = f"{likeness} {first.name} of {first.source}"
+                rows.writerow([copy.source, copy.name, kind, message])
+                listed[copy.source, copy.name] += 1
+        for index in range(len(dataset)) if listed else ():
+            sample = reader.read_description(index)
+            if (key := (sample.source, sample.name)) in listed:
+                listed[key] -= 1
+    return sum(count < 0 for count in listed.values())
 
 
 def _in_words(inspection: Inspection) -> str:
-    classes = f" of {len(inspection.class_counts):,} classes" if inspection.class_counts else ""
+    num_classes = len(inspection.class_counts)
+    classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
     lines = [
-        f"{inspection.folder}: {inspection.num_samples:,} pictures, {inspection.num_captions:,} "
-        f"captions, {inspection.num_labels:,} labels{classes}, "
+        f"{inspection.folder}: {count_of(inspection.num_samples, 'picture')}, "
+        f"{count_of(inspection.num_captions, 'caption')}, "
+        f"{count_of(inspection.num_labels, 'label')}{classes}, "
         f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
         "",
         *_columns(
@@ -219,8 +253,7 @@ def _copies(copies: Copies) -> str:
     if not copies.num_groups:
         return "none"
     differ = f", labels differ in {copies.num_labels_differ:,}" if copies.num_labels_differ else ""
-    groups = "1 group" if copies.num_groups == 1 else f"{copies.num_groups:,} groups"
-    return f"{copies.num_surplus:,} in {groups}{differ}"
+    return f"{copies.num_surplus:,} in {count_of(copies.num_groups, 'group')}{differ}"
 
 
 def _numbers(what: str, spread: Spread) -> tuple[str, ...]:

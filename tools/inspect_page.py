@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 from unicl_fast.tools.inspect_dataset import Copies, Group, Inspection, Spread
 from unicl_fast.tools.thumbnails import ShownPicture
+from unicl_fast.tools.words import count_of
 
 _MOST_CLASSES = 40
 _SKEWED = 30
@@ -149,7 +150,7 @@ def make_page(
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light">
-<title>{name}: {inspection.num_samples:,} pictures</title>
+<title>{name}: {count_of(inspection.num_samples, "picture")}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
@@ -185,7 +186,7 @@ def _head(inspection: Inspection, name: str) -> str:
     tiles = [
         (inspection.num_samples, "pictures"),
         (inspection.num_captions, "captions"),
-        (inspection.num_labels, f"labels of {len(inspection.class_counts):,} classes"),
+        (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
         (inspection.exact_copies.num_surplus, "exact copies"),
     ]
     if inspection.near_copies is not None:
@@ -302,9 +303,9 @@ def _classes(inspection: Inspection) -> str:
     largest, smallest = ordered[0][1], ordered[-1][1]
     empty = sum(count == 0 for _, count in ordered)
     words = (
-        f"{len(ordered):,} classes with {smallest:,} to {largest:,} pictures each"
+        f"{count_of(len(ordered), 'class')} with {smallest:,} to {largest:,} pictures each"
         if smallest < largest
-        else f"{len(ordered):,} classes with {largest:,} pictures each"
+        else f"{count_of(len(ordered), 'class')} with {count_of(largest, 'picture')} each"
     )
     if empty:
         words += f'; <span class="warn">without any: {empty:,}</span>'
@@ -388,7 +389,7 @@ def _captions(inspection: Inspection) -> str:
     if inspection.caption_tokens is None or inspection.captions_per_picture is None:
         return ""
     distinct = inspection.num_distinct_captions
-    words = f"{inspection.num_captions:,} captions, {distinct:,} of them distinct"
+    words = f"{count_of(inspection.num_captions, 'caption')}, {distinct:,} of them distinct"
     if inspection.num_cut_captions:
         words += f'; <span class="warn">{inspection.num_cut_captions:,} fill the context</span>'
         words += " and have most likely been cut"
@@ -429,7 +430,7 @@ def _copies(inspection: Inspection, exact: Sequence[ShownGroup], near: Sequence[
         "<h3>To the eye</h3>",
     ]
     if inspection.near_copies is None:
-        parts.append("<p>Nobody looked for them (--no-near).</p>")
+        parts.append("<p>Nobody looked for them (--no-near, or no ImageHash).</p>")
     else:
         parts.append(
             '<p class="soft">Pictures whose perceptual hash differs from an earlier one\'s in at '

@@ -10,6 +10,7 @@ import tyro
 from unicl_fast.shard_writer import DEFAULT_SHARD_BYTES
 from unicl_fast.shards import QUARANTINE_NAME
 from unicl_fast.tools.merge_datasets import MergeSummary, merge_datasets
+from unicl_fast.tools.words import count_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,10 +55,11 @@ class Merge:
 
 
 def _in_words(summary: MergeSummary, *, leave_out: str) -> str:
-    classes = f" of {len(summary.class_names):,} classes" if summary.class_names else ""
+    classes = f" of {count_of(len(summary.class_names), 'class')}" if summary.class_names else ""
     lines = [
-        f"{summary.out}: {summary.num_samples:,} pictures, {summary.num_captions:,} captions, "
-        f"{summary.num_labels:,} labels{classes}",
+        f"{summary.out}: {count_of(summary.num_samples, 'picture')}, "
+        f"{count_of(summary.num_captions, 'caption')}, "
+        f"{count_of(summary.num_labels, 'label')}{classes}",
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, "
         f"{summary.num_samples / summary.seconds:,.0f} pictures/s, all byte for byte",
     ]
@@ -73,7 +75,7 @@ def _in_words(summary: MergeSummary, *, leave_out: str) -> str:
         lines += [f"  {message}" for message in summary.damaged]
     if summary.num_quarantined:
         lines.append(
-            f"{summary.out / QUARANTINE_NAME} lists {summary.num_quarantined:,} pictures that were "
+            f"{summary.out / QUARANTINE_NAME} lists {count_of(summary.num_quarantined, 'picture')} "
             "left out, now or when the inputs were packed"
         )
     lines.append(f"next: unicl-pack verify {summary.out}")

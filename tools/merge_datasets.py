@@ -41,8 +41,9 @@ from unicl_fast.shards import (
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.items import join_texts
 from unicl_fast.tools.join_classes import join_classes, join_templates
-from unicl_fast.tools.quarantine_list import LeftOut, as_listed, read_left_out
-from unicl_fast.tools.sample_order import read_leave_out, shuffled_order
+from unicl_fast.tools.leave_out import LeaveOut
+from unicl_fast.tools.quarantine_list import LeftOut, read_left_out
+from unicl_fast.tools.sample_order import shuffled_order
 from unicl_fast.tools.stored_samples import (
     Description,
     SampleReader,
@@ -101,7 +102,7 @@ def merge_datasets(
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must lie in 0 to {2**63 - 1:,}, not {seed:,}")
     require_free(Path(out))
-    unwanted = read_leave_out(leave_out)
+    unwanted = LeaveOut(leave_out)
     tally = _Tally()
     with contextlib.ExitStack() as stack:
         inputs = _open_inputs(folders, stack)
@@ -132,6 +133,7 @@ def merge_datasets(
             if isinstance(copied, PackedSample):
                 writer.add(copied)
             elif copied.kind == _LEFT_OUT:
+                unwanted.take(copied.source, copied.name)
                 tally.num_left_out += 1
             else:
                 writer.quarantine(
@@ -249,9 +251,7 @@ class _Tally:
 class _Samples:
     """The samples of all inputs, numbered through."""
 
-    def __init__(
-        self, inputs: Sequence[_Input], *, unwanted: frozenset[tuple[str, str]], join: bool
-    ) -> None:
+    def __init__(self, inputs: Sequence[_Input], *, unwanted: LeaveOut, join: bool) -> None:
         self._inputs = inputs
         self._unwanted = unwanted
         self._starts = [0]
@@ -301,7 +301,7 @@ class _Samples:
     def _copy(self, number: int) -> PackedSample | _NotCopied:
         which = bisect_right(self._starts, number) - 1
         copied = self._inputs[which].copy(number - self._starts[which])
-        if (as_listed(copied.source), as_listed(copied.name)) in self._unwanted:
+        if self._unwanted.names(copied.source, copied.name):
             return _NotCopied(source=copied.source, name=copied.name, kind=_LEFT_OUT)
         return copied
 

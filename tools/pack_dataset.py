@@ -33,7 +33,7 @@ from unicl_fast.tools.remote_build import build_anywhere
 from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES
 from unicl_fast.tools.upload_dataset import Upload
 from unicl_fast.tools.verify_command import Verify
-from unicl_fast.tools.work_folder import describe_unfinished
+from unicl_fast.tools.words import count_of
 from unicl_fast.whole_files import write_text_whole
 
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -215,38 +215,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     try:
         report, code = command.run()
-    except KeyboardInterrupt:
-        _fail(f"stopped; {_what_is_left(command) or 'nothing was written'}", code=130)
+    except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, SIGTERM
+        code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
+        _fail(f"stopped; {_what_is_left(stop) or 'this run has written nothing'}", code=code)
     except (OSError, RuntimeError) as error:
-        _fail("\n".join(filter(None, [str(error), _what_is_left(command)])), code=2)
+        _fail("\n".join(filter(None, [str(error), _what_is_left(error)])), code=2)
     except ValueError as error:
         _fail(str(error), code=2)
-    except SystemExit as stop:  # SIGTERM
-        if left := _what_is_left(command):
-            _fail(f"stopped; {left}", code=int(stop.code or 0))
-        raise
     _print(report, sys.stdout)
     if code:
         raise SystemExit(code)
 
 
-def _what_is_left(command: object) -> str:
-    """What an unfinished build can go on with; nothing of other commands."""
-    return describe_unfinished(Path(command.out)) if isinstance(command, Build) else ""
+def _what_is_left(error: BaseException) -> str:
+    """What the same command can go on with, as a build or upload that was ended has noted it."""
+    return "\n".join(getattr(error, "__notes__", ()))
 
 
 def _report(summary: BuildSummary) -> str:
     """The closing summary, and what to do next."""
-    texts = f"{summary.num_captions:,} captions, {summary.num_labels:,} labels"
-    classes = f" of {len(summary.class_names):,} classes" if summary.class_names else ""
+    captions = count_of(summary.num_captions, "caption")
+    labels = count_of(summary.num_labels, "label")
+    classes = f" of {count_of(len(summary.class_names), 'class')}" if summary.class_names else ""
     rate = (summary.num_samples - summary.num_taken_over) / summary.seconds
     lines = [
-        f"{summary.out}: {summary.num_samples:,} pictures, {texts}{classes}",
+        f"{summary.out}: {count_of(summary.num_samples, 'picture')}, {captions}, {labels}{classes}",
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} pictures/s; "
         + _treatment(summary),
     ]
     if summary.num_taken_over:
-        lines.append(f"{summary.num_taken_over:,} pictures had been packed before this run")
+        taken_over = count_of(summary.num_taken_over, "picture")
+        lines.append(f"{taken_over} had been packed before this run")
     if summary.passed_over:
         parts = ", ".join(f"{count:,} {what}" for what, count in summary.passed_over.items())
         lines.append(f"passed over: {parts}")

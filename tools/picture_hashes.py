@@ -32,13 +32,18 @@ _dataset: PackedDataset | None = None
 """In a worker process: what it reads from."""
 
 
+def has_imagehash() -> bool:
+    """Whether ImageHash is installed."""
+    return importlib.util.find_spec("imagehash") is not None
+
+
 def require_imagehash() -> None:
     """Says what to install, before anything is read.
 
     Raises:
         ValueError: ImageHash is not installed.
     """
-    if importlib.util.find_spec("imagehash") is None:
+    if not has_imagehash():
         raise ValueError(
             "near duplicates are found with the package ImageHash: pip install "
             "'unicl_fast[inspect]', or leave them out by --no-near"

@@ -13,6 +13,9 @@ from pathlib import Path
 
 from unicl_fast.shards import QUARANTINE_COLUMNS
 
+DUPLICATE = "duplicate"
+"""The kind of pictures that went into equal ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
@@ -59,6 +62,11 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
             f"{path} is damaged or cut short: {count} rows, the manifest says {num_rows}; "
             "copy the data set again"
         )
+
+
+def duplicate_message(source: str, name: str) -> str:
+    """What a list says of a picture that went into an equal one, which is named."""
+    return f"the same bytes as {name} of {source}, which has its texts too"
 
 
 def as_listed(name: str) -> str:

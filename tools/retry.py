@@ -7,6 +7,7 @@ names a line of a list, the picture of that line.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -14,8 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unicl_fast.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.tools.items import Item, Source
-from unicl_fast.tools.quarantine_list import as_listed, read_left_out
+from unicl_fast.tools.quarantine_list import (
+    DUPLICATE,
+    as_listed,
+    duplicate_message,
+    read_left_out,
+)
+from unicl_fast.tools.words import count_of
 
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
 _ENDLESS = 2**64
@@ -24,18 +32,34 @@ Listed = Counter[tuple[str, str]]
 """(source, name) of what a quarantine.csv names, and how often it does."""
 
 
-def read_quarantine(path: Path) -> Listed:
+def read_quarantine(path: str | os.PathLike[str]) -> Listed:
     """Reads the quarantine.csv of a build.
+
+    Duplicates are taken only if what they went into was left out itself: else they are packed, with
+    their texts, in the first build.
 
     Raises:
         FileNotFoundError: it is not there.
         ValueError: it is none, or names nothing.
     """
-    if not path.is_file():
+    if is_url(path):
+        raise ValueError(
+            f"--retry takes a file on this machine, not {path}: copy it here, and "
+            f"{MANIFEST_NAME} beside it, whose class numbers are kept"
+        )
+    if not Path(path).is_file():
         raise FileNotFoundError(f"--retry: there is no file {path}")
-    found: Listed = Counter((row.source, row.name) for row in read_left_out(path))
+    rows = list(read_left_out(Path(path)))
+    found: Listed = Counter((row.source, row.name) for row in rows if row.kind != DUPLICATE)
+    into_left_out = {duplicate_message(*key) for key in found}
+    found.update(
+        (row.source, row.name)
+        for row in rows
+        if row.kind == DUPLICATE and row.message in into_left_out
+    )
     if not found:
-        raise ValueError(f"{path} names nothing: that build left nothing out")
+        only = ", only duplicates of what it packed" if rows else ""
+        raise ValueError(f"{path} names nothing to pack: that build left nothing out{only}")
     return found
 
 
@@ -51,7 +75,7 @@ def require_same_classes(quarantine: Path, class_names: Sequence[str]) -> None:
     if tuple(class_names) != before:
         new = sorted(set(class_names) - set(before)) or ["the same in another order"]
         raise ValueError(
-            f"{quarantine.parent} has {len(before):,} class names, and now there are "
+            f"{quarantine.parent} has {count_of(len(before), 'class name')}, and now there are "
             f"{len(class_names):,} (new: {', '.join(new[:3])}), so labels would be numbered "
             "otherwise. Give the --class-names of that build; if there were none, correct the "
             "labels, or pack all anew"
@@ -95,8 +119,9 @@ def choose_listed(
     for key, count in met.items():
         if count > listed[key]:
             raise ValueError(
-                f"--retry names {key[1]} of {key[0]} {listed[key]} times, and the sources have it "
-                f"{count} times: several sources are called {key[0]}, give one of them at a time"
+                f"--retry names {key[1]} of {key[0]} {count_of(listed[key], 'time')}, and the "
+                f"sources have it {count_of(count, 'time')}: several sources are called {key[0]}, "
+                "give one of them at a time"
             )
     if gone := len(listed.keys() - met.keys()):
         passed_over["names of --retry that the sources no longer have"] += gone

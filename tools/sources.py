@@ -128,12 +128,19 @@ def _read_folder(path: Path, options: ListOptions, spool: Spool) -> Source:
     if any(f"{shard}{end}" in files for shard in shards for end in ("_stats.json", ".parquet")):
         return source_tars.read_image_folders(path, options, spool)
     tars = [file for file in files if file.lower().endswith(TAR_SUFFIXES)]
-    if tars and not folders:
-        return source_tars.read_tars(name, [path / tar for tar in tars], options, spool)
-    if folders <= {"data"} and (parquet := source_tables.find_parquet(path)):
+    parquet = source_tables.find_parquet(path)
+    # what programs leave beside their output: img2dataset's _tmp, __MACOSX
+    aside = {folder for folder in folders if folder.startswith("_")}
+    if tars and folders == aside:
+        source = source_tars.read_tars(name, [path / tar for tar in tars], options, spool)
+    elif parquet and folders - aside <= {"data"}:
         chosen = source_tables.choose_split(path, parquet)
-        return source_tables.read_tables(name, chosen, options, spool)
-    return _read_class_folders(path, spool)
+        source = source_tables.read_tables(name, chosen, options, spool)
+    else:
+        beside = tars or [file.name for file in parquet if file.parent == path]
+        return _read_class_folders(path, spool, beside=beside)
+    source.passed_over.update(f"folder {folder}" for folder in sorted(aside))
+    return source
 
 
 def _is_coco(path: Path) -> bool:
@@ -141,8 +148,11 @@ def _is_coco(path: Path) -> bool:
     return path.suffix.lower() == ".json" and path.is_file() and first_character(path) != "["
 
 
-def _read_class_folders(path: Path, spool: Spool) -> Source:
-    """Class = name of the folder that directly holds the picture."""
+def _read_class_folders(path: Path, spool: Spool, *, beside: Sequence[str] = ()) -> Source:
+    """Class = name of the folder that directly holds the picture.
+
+    `beside` are tars or Parquet files that lie there too and are not read, which is said.
+    """
     items = spool.new_items()
     passed_over: Counter[str] = Counter()
     for name, entry in open_tree(path).entries():
@@ -153,6 +163,8 @@ def _read_class_folders(path: Path, spool: Spool) -> Source:
             items.append(Item(name, problem=problem))
         elif any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
             passed_over["hidden files"] += 1
+        elif name in beside:
+            passed_over[f"{suffix} files beside folders (name them to pack them)"] += 1
         elif suffix in NOT_PICTURES:
             passed_over[f"{suffix} files"] += 1
         elif folders:
@@ -167,6 +179,12 @@ def _read_class_folders(path: Path, spool: Spool) -> Source:
         raise ValueError(
             f"{path} holds no pictures; expected class folders with pictures in them, such as "
             f"{path}/cat/1.jpg"
+            + (
+                f". Files such as {beside[0]} lie there too, and are not read where there are "
+                "folders beside them: name the files, or move the folders away"
+                if beside
+                else ""
+            )
         )
     return Source(
         name=path.name or str(path), items=items, labels_are_names=True, passed_over=passed_over

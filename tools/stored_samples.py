@@ -220,7 +220,10 @@ def _read_header(header: bytes) -> tuple[str | None, int]:
 
 
 def _check_kinds(members: tuple[Member, ...], *, is_raw: bool) -> None:
-    """A sample of format version 1 is a picture and a JSON, in this order; of a raw one, a JSON."""
+    """A sample is a picture and a JSON, in this order; of a raw data set, a JSON.
+
+    WebPs are taken under version 1 too, as data sets of earlier programs have them.
+    """
     found = [member.extension for member in members]
     if found not in (_MEMBERS_OF_RAW if is_raw else _MEMBERS):
         expected = "json alone" if is_raw else "jpg, webp or png, then json"

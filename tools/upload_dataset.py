@@ -18,6 +18,7 @@ from unicl_fast.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.remote.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.tools.folder_check import expected_files
+from unicl_fast.tools.words import count_of
 
 _TRIES = 3
 
@@ -69,7 +70,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     bar = tqdm(
         total=sum(sizes.values()), desc="uploading", unit="B", unit_scale=True, disable=not progress
     )
-    with bar:
+    try:
         for name in names:
             if there.get(name) == sizes[name] and _is_there(store, name, folder, checksums[name]):
                 num_kept += 1
@@ -78,10 +79,19 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
                 num_sent += 1
             bar.update(sizes[name])
         _send(store, folder / MANIFEST_NAME, checksums[MANIFEST_NAME])
+    except (KeyboardInterrupt, SystemExit) as stop:
+        stop.add_note(
+            f"what was uploaded stays under {store.url}, and is no data set until all is there; go "
+            f"on with: unicl-pack upload {folder} --out {store.url}"
+        )
+        raise
+    finally:
+        bar.close()
     kept = f", {num_kept} were there already" if num_kept else ""
     return (
-        f"{store.url}: {manifest.num_samples:,} pictures, {sum(sizes.values()) / 1e6:,.1f} MB; "
-        f"{num_sent + 1} files sent and read back{kept}"
+        f"{store.url}: {count_of(manifest.num_samples, 'picture')}, "
+        f"{sum(sizes.values()) / 1e6:,.1f} MB; "
+        f"{count_of(num_sent + 1, 'file')} sent and read back{kept}"
     )
 
 
@@ -103,7 +113,8 @@ def require_free_url(
             )
     if others := sorted(set(there) - names):
         raise ValueError(
-            f"{store.url} holds {len(others)} other objects, {others[0]} for one; name another URL"
+            f"{store.url} holds {count_of(len(others), 'other object')}, {others[0]} for one; "
+            "name another URL"
         )
 
 

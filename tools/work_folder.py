@@ -19,6 +19,7 @@ from typing import Any
 from unicl_fast.sealed_json import seal, unseal
 from unicl_fast.shard_journal import FinishedShard, read_journal
 from unicl_fast.shard_writer import JOURNAL_NAME, SET_NAME
+from unicl_fast.tools.words import count_of
 from unicl_fast.whole_files import flush_to_disk, write_text_whole
 
 _RECORD_NAME = "build.json"
@@ -29,7 +30,8 @@ _SHOWN = 5
 class WorkFolder:
     """The folder; use it as a context manager.
 
-    Left without `remove`, it stays if it holds finished shards, and is removed otherwise.
+    Left without `remove`, it stays if it holds finished shards, and is removed otherwise. What it
+    keeps is added to the exception that ends the build, as a note.
     """
 
     def __init__(self, out: Path, *, restart: bool = False) -> None:
@@ -67,7 +69,10 @@ class WorkFolder:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self.path.is_dir() and not read_journal(self.path / JOURNAL_NAME):
+        kept = describe_unfinished(self._out)
+        if kept and error is not None:
+            error.add_note(kept)
+        elif not kept and self.path.is_dir():
             self.remove()
         os.close(self._lock)
 
@@ -152,8 +157,8 @@ def describe_unfinished(out: Path) -> str:
 
 def describe_finished(finished: list[FinishedShard]) -> str:
     """Shards and samples in words."""
-    shards = "1 finished shard" if len(finished) == 1 else f"{len(finished):,} finished shards"
-    return f"{shards} ({finished[-1].num_samples:,} samples)"
+    samples = count_of(finished[-1].num_samples, "sample")
+    return f"{count_of(len(finished), 'finished shard')} ({samples})"
 
 
 def lock_folder(folder: Path) -> int:

@@ -16,9 +16,12 @@ from pathlib import Path
 from typing import Any
 
 FORMAT_VERSION = 1
-"""Of data sets whose shards hold encoded pictures."""
+"""Of data sets whose shards hold JPEGs and PNGs; of earlier programs also WebPs."""
 RAW_FORMAT_VERSION = 2
 """Of data sets whose pictures are decoded and lie in one array."""
+WEBP_FORMAT_VERSION = 3
+"""Of data sets whose shards hold a WebP, which readers of version 1 do not expect."""
+_KNOWN_VERSIONS = (FORMAT_VERSION, RAW_FORMAT_VERSION, WEBP_FORMAT_VERSION)
 MANIFEST_NAME = "manifest.json"
 
 
@@ -93,10 +96,10 @@ class Manifest:
         if not isinstance(values, dict) or not isinstance(values.get("version"), int):
             raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")
         version = values["version"]
-        if version is True or version not in (FORMAT_VERSION, RAW_FORMAT_VERSION):
+        if version is True or version not in _KNOWN_VERSIONS:
             raise ValueError(
                 f"{where} has format version {_short(version)}, this program reads versions "
-                f"{FORMAT_VERSION} and {RAW_FORMAT_VERSION}; pack the data again with this "
+                f"{_KNOWN_VERSIONS[0]} to {_KNOWN_VERSIONS[-1]}; pack the data again with this "
                 "version's unicl-pack"
             )
         absent = set() if version == RAW_FORMAT_VERSION else {"pixels"}

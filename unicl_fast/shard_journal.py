@@ -40,6 +40,8 @@ class FinishedShard:
     """How much of each array, of the list, and of the pixels of a raw data set."""
     picture_size: tuple[int, int] | None
     """Height and width of the pictures of a raw data set."""
+    has_webp: bool = False
+    """Whether there is a WebP in it or before, which makes it another version of the format."""
     notes: Mapping[str, Any] = field(default_factory=dict)
     """What the caller wants to find again: JSON values."""
 

@@ -28,7 +28,7 @@ import numpy.typing as npt
 import xxhash
 
 from unicl_fast.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
-from unicl_fast.manifest import RAW_FORMAT_VERSION, PixelsInfo
+from unicl_fast.manifest import RAW_FORMAT_VERSION, WEBP_FORMAT_VERSION, PixelsInfo
 from unicl_fast.pixel_file import PIXELS_NAME
 from unicl_fast.shard_files import (
     BLOCK,
@@ -131,6 +131,7 @@ class DatasetWriter:
         self._shards: list[ShardInfo] = []
         self._shard: ShardFile | None = None
         self._is_raw = pictures == "raw"
+        self._has_webp = False
         self._journal: ShardJournal | None = None
         finished = [] if work is None else _whole_shards(self.aside, work)
         while finished and not self._take_over(finished):
@@ -183,6 +184,7 @@ class DatasetWriter:
             members.insert(0, (sample.extension, sample.image))
         # first of all, since what is kept with a finished shard must hold nothing of this sample
         shard = self._shard_for(members)
+        self._has_webp |= members[0][0] == "webp"
         if self._pixels is not None:
             self._pixels.append(sample.image, height=sample.height, width=sample.width)
         offset = shard.add(sample_key(self.num_samples), members)
@@ -230,7 +232,7 @@ class DatasetWriter:
         self._close_shard()
         pixels = None if self._pixels is None else self._pixels.finish()
         manifest = Manifest(
-            version=FORMAT_VERSION if pixels is None else RAW_FORMAT_VERSION,
+            version=self._version(),
             num_samples=self.num_samples,
             num_captions=self.num_captions,
             num_tokens=self._arrays["tokens"].length,
@@ -263,6 +265,11 @@ class DatasetWriter:
         if self._journal is not None:
             self._journal.close()
         return manifest
+
+    def _version(self) -> int:
+        if self._is_raw:
+            return RAW_FORMAT_VERSION
+        return WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
 
     def _write_checksums(self, manifest: bytes, pixels: PixelsInfo | None) -> None:
         """Lists all files of the folder, the manifest that is still to be written among them."""
@@ -321,6 +328,7 @@ class DatasetWriter:
         except (ValueError, OSError):
             return False
         self.num_samples, self.num_quarantined = last.num_samples, last.num_quarantined
+        self._has_webp = last.has_webp
         self.notes = dict(last.notes)
         self._shards = [each.shard for each in finished]
         return True
@@ -365,6 +373,7 @@ class DatasetWriter:
                 num_quarantined=self.num_quarantined,
                 files={name: file.kept() for name, file in self._files().items()},
                 picture_size=None if self._pixels is None else self._pixels.size,
+                has_webp=self._has_webp,
                 notes=self.notes,
             )
         )

@@ -1,4 +1,4 @@
-"""The packed data set, format versions 1 and 2: its arrays, its manifest and a plain reader.
+"""The packed data set, format versions 1 to 3: its arrays, its manifest and a plain reader.
 
 A data set is a folder, or what lies under a URL: tar shards that WebDataset and DALI also read,
 four small arrays that say where each picture lies and which texts and labels it has, and a

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from pack_runs import jpeg, run_pack
 from PIL import Image
 
 from unicl_fast import shard_writer
+from unicl_fast.remote.object_store import ObjectStore
 from unicl_fast.shard_journal import FinishedShard, ShardJournal, read_journal
 from unicl_fast.shard_writer import DatasetWriter
 from unicl_fast.tools import source_tables, spool, work_folder
@@ -241,6 +243,28 @@ def test_a_build_from_urls_goes_on_with_the_copies_that_it_made(
     empty()
 
 
+def test_a_build_to_a_url_that_is_killed_goes_on(
+    sources: list[Path], unbroken: dict[str, bytes], checked: list[str], tmp_path: Path
+) -> None:
+    system = FaultyStore()
+    url, work = "faulty://bucket/set", str(tmp_path / "work")
+    options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False, "work": work}
+    places = [*map(str, sources)]
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ShardJournal, "append", 2, after=True)
+        killed(lambda: build_anywhere(places, url, **options))
+    (first,) = (tmp_path / "work").rglob("shard-000000.tar")
+    assert not system.find("faulty://bucket")
+    summary = build_anywhere(places, url, **options)
+    assert not first.exists()
+    assert summary.num_taken_over > 0
+    assert len(checked) < 80 + 9 + 30
+    stored = {Path(path).name: system.cat_file(path) for path in system.find("faulty://bucket")}
+    assert stored == unbroken
+    assert not os.listdir(work)
+    empty()
+
+
 @pytest.fixture
 def unfinished(sources: list[Path], checked: list[str], tmp_path: Path) -> Path:
     """Where a build was to be; two shards of it are finished."""
@@ -397,6 +421,67 @@ def test_a_stopped_build_says_what_is_kept(
     assert "pictures had been packed before this run" in printed
 
 
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), OSError("disk full")])
+def test_a_stopped_build_to_a_url_says_what_is_kept_and_where(
+    sources: list[Path],
+    checked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: BaseException,
+) -> None:
+    """A URL's work folder is none that stands on the command line."""
+    arguments = (*sources, "--shard-bytes", SHARD_BYTES, "--work", tmp_path / "work")
+    left = r"/work/\w+/set\.partial keeps 3 finished shards \(33 samples\); the same command"
+    real = DatasetWriter.add
+
+    def stopping(at: int) -> Callable[[DatasetWriter, Any], None]:
+        def add(self: DatasetWriter, sample: Any) -> None:
+            if self.num_samples == at:
+                raise stop
+            real(self, sample)
+
+        return add
+
+    for at in (1, 40):
+        stop.__notes__ = []
+        monkeypatch.setattr(DatasetWriter, "add", stopping(at))
+        code, printed = run_pack("build", *arguments, "--out", "faulty://bucket/set", capsys=capsys)
+        assert code == {KeyboardInterrupt: 130, SystemExit: 143, OSError: 2}[type(stop)]
+        assert (re.search(left, printed) is not None) == (at == 40)
+        nothing = "stopped; this run has written nothing" in printed
+        assert nothing == (at == 1 and type(stop) is not OSError)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_stopped_upload_says_that_what_was_sent_stays(
+    unbroken: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: BaseException,
+) -> None:
+    (tmp_path / "set").mkdir()
+    for name, data in unbroken.items():
+        (tmp_path / "set" / name).write_bytes(data)
+
+    def checksum_of(self: ObjectStore, name: str, *, size: int) -> str:
+        raise stop
+
+    arguments = ("upload", tmp_path / "set", "--out", "faulty://bucket/set")
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "checksum_of", checksum_of)
+        code, printed = run_pack(*arguments, capsys=capsys)
+    assert code == {KeyboardInterrupt: 130, SystemExit: 143}[type(stop)]
+    assert "stopped; what was uploaded stays under faulty://bucket/set, and is no" in printed
+    assert f"go on with: unicl-pack upload {tmp_path / 'set'} --out faulty://bucket" in printed
+    assert FaultyStore().find("faulty://bucket")
+    code, printed = run_pack(*arguments, capsys=capsys)
+    assert code == 0
+    assert "1 were there already" in printed
+    empty()
+
+
 def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: Path) -> None:
     """Pinned, so that the order of a seed, and all else that is written, stays for good.
 
@@ -449,6 +534,15 @@ def test_a_build_of_real_pictures_killed_ten_times(shared_data: Path, tmp_path: 
     subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
     generator = random.Random(3)
     kills, journals = 0, []
+    made: dict[str, tuple[int, int]] = {}
+    """Inode and time of each shard that was finished at a kill: it is never written again."""
+
+    def note_finished(folder: Path, names: Iterable[str]) -> None:
+        for name in names:
+            status = (folder / name).stat()
+            is_as_it_was = made.setdefault(name, (status.st_ino, status.st_mtime_ns))
+            assert is_as_it_was == (status.st_ino, status.st_mtime_ns), name
+
     while kills < 10:
         process = subprocess.Popen(
             [*command, "--out", str(tmp_path / "set"), "--workers", str(1 + kills % 3)],
@@ -465,12 +559,16 @@ def test_a_build_of_real_pictures_killed_ten_times(shared_data: Path, tmp_path: 
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         kills += 1
-        journals.append(len(read_journal(journal)))
+        finished = [each.shard.name for each in read_journal(journal)]
+        note_finished(tmp_path / "set.partial" / "set", finished)
+        journals.append(len(finished))
     assert kills == 10, f"the build was done after {kills} kills: {journals}"
     assert journals == sorted(journals)
     done = subprocess.run([*command, "--out", tmp_path / "set"], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "had been packed before this run" in done.stdout
+    note_finished(tmp_path / "set", list(made))
+    assert len(made) == journals[-1]
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
     with (tmp_path / "set" / "quarantine.csv").open(newline="") as file:
         assert sorted(row["kind"] for row in csv.DictReader(file)) == ["missing", "missing"]

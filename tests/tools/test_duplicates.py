@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import zipfile
 from pathlib import Path
 
 import pytest
-from pack_runs import jpeg
+from pack_runs import jpeg, run_pack
 
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import build_dataset
@@ -86,6 +87,50 @@ def test_what_a_list_names_is_passed_over_and_nothing_is_joined_unasked(
         "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
     }  # fmt: skip
     assert summary.passed_over[f"pictures named in {tmp_path / 'out.csv'}"] == 1
+
+
+def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a copy's row would take the picture that stays as well, and nobody would notice."""
+    places = [tmp_path / folder / "train" for folder in "ab"]
+    for number, place in enumerate(places):
+        (place / "cat").mkdir(parents=True)
+        for name in ("1", "2"):  # four equal pictures, and one of their own
+            (place / "cat" / f"{name}.jpg").write_bytes(jpeg(1))
+        (place / "cat" / f"own{number}.jpg").write_bytes(jpeg(2 + number))
+    build_dataset(places, tmp_path / "all", workers=1, progress=False)
+    code, said = run_pack(
+        *("inspect", tmp_path / "all", "--no-near", "--duplicates-list", tmp_path / "copies.csv"),
+        capsys=capsys,
+    )
+    assert code == 0
+    assert "note: --leave-out will refuse" in said
+    assert "names in it that pictures which stay have too: 1," in said
+    rows = (tmp_path / "copies.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3
+    before = set(os.listdir(tmp_path))
+    for command in (("build", *places, "--workers", 1), ("merge", tmp_path / "all")):
+        code, said = run_pack(
+            *command, "--leave-out", tmp_path / "copies.csv", "--out", tmp_path / "x", capsys=capsys
+        )
+        assert code == 2
+        assert "of train in 1 row, and more samples are called so" in said
+        assert "several sources are called train" in said
+    assert set(os.listdir(tmp_path)) == before
+    for name in ("1", "2"):  # who means all of them says so
+        rows += [f"train,cat/{name}.jpg,,"] * 2
+    (tmp_path / "copies.csv").write_text("\n".join(rows))
+    options = {"leave_out": str(tmp_path / "copies.csv"), "progress": False}
+    build_dataset(places, tmp_path / "built", workers=1, **options)  # type: ignore[arg-type]
+    merge_datasets([tmp_path / "all"], tmp_path / "merged", **options)  # type: ignore[arg-type]
+    for out in ("built", "merged"):
+        assert set(read(tmp_path / out)) == {"cat/own0.jpg", "cat/own1.jpg"}
+
+
+def test_a_list_under_a_url_is_refused(sources: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--leave-out .* not s3://bucket/list\.csv: copy it here"):
+        build_dataset(sources, tmp_path / "set", leave_out="s3://bucket/list.csv", progress=False)
 
 
 def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import functools
+import importlib.util
 import io
 import json
 import sys
@@ -280,6 +281,33 @@ def test_the_program_prints_table_1(packed: Path, capsys: pytest.CaptureFixture[
     assert "left out when packed: 1 damaged" in text
 
 
+def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for(
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`pip install unicl_fast` does not bring it, and is all that the first steps ask for."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "imagehash" else real(name)
+    )
+    code, text = run(packed, "--concepts", "words", "--html", tmp_path / "a.html", capsys=capsys)
+    assert code == 0, text
+    assert "exact copies: 3 in 3 groups" in text
+    assert (
+        "Nobody looked for them (--no-near, or no ImageHash)." in (tmp_path / "a.html").read_text()
+    )
+    assert "near copies: not looked for, which takes the package ImageHash: pip install" in text
+    for asking in (("--near-distance", 8), ("--duplicates-list", tmp_path / "list.csv")):
+        code, text = run(packed, *asking, capsys=capsys)
+        assert code == 2
+        assert "pip install 'unicl_fast[inspect]', or leave them out by --no-near" in text
+        code, text = run(packed, *asking, "--no-near", capsys=capsys)
+        assert code == 0, text
+        assert "not looked for" not in text
+
+
 def test_a_raw_set_is_described_by_its_pixels(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -324,7 +352,6 @@ def test_a_raw_set_is_described_by_its_pixels(
         (["NOWHERE"], "not a packed data set"),
         (["SET", "--near-distance", "13"], "0 to 12"),
         (["SET", "--sheet", "-1"], "--sheet"),
-        (["SET"], "unicl_fast[inspect]"),
     ],
 )
 def test_wrong_usage_is_exit_code_2(
@@ -332,13 +359,8 @@ def test_wrong_usage_is_exit_code_2(
     tmp_path: Path,
     arguments: list[str],
     message: str,
-    monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    if arguments == ["SET"]:  # without ImageHash
-        monkeypatch.setattr(
-            "unicl_fast.tools.picture_hashes.importlib.util.find_spec", lambda _: None
-        )
     places = {"NOWHERE": tmp_path / "nowhere", "SET": packed}
     code, text = run(*(places.get(word, word) for word in arguments), capsys=capsys)
     assert code == 2

@@ -214,9 +214,11 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(
 ) -> None:
     (tmp_path / "in" / "cat").mkdir(parents=True)
     (tmp_path / "in" / "cat" / "1.jpg").write_text("no picture")
+    (tmp_path / "in" / "0.tar").touch()
     code, _, errors = run(str(tmp_path / "in"), "--out", str(tmp_path / "out"), capsys=capsys)
     assert code == 2
     assert "nothing could be packed: 1 not a picture" in errors
+    assert "passed over: 1 .tar files beside folders (name them to pack them)" in errors
     assert os.listdir(tmp_path) == ["in"]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any, get_args
 
@@ -13,7 +14,9 @@ import pytest
 from pack_runs import jpeg, run_pack
 from PIL import Image
 
+from unicl_fast.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 from unicl_fast.images import PictureFormat
+from unicl_fast.manifest import Manifest
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tools.build_dataset import BuildSummary, build_dataset
 
@@ -65,6 +68,8 @@ def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path
     for format, extension in (("jpeg", "jpg"), ("webp", "webp"), ("png", "png")):
         assert names_of(packed[format]) == {extension, "json"}
     assert names_of(packed["keep"]) == {"jpg", "png", "json"}
+    versions = {format: Manifest.load(folder).version for format, folder in packed.items()}
+    assert versions == {"keep": 1, "jpeg": 1, "png": 1, "raw": 2, "webp": 3}
     with PackedDataset(packed["raw"]) as raw:
         for format in FILES:
             with PackedDataset(packed[format]) as dataset:
@@ -92,12 +97,30 @@ def test_verify_inspect_and_merge_take_every_format(
     code, text = run_pack("verify", tmp_path / "all", "--workers", 1, capsys=capsys)
     assert code == 0, text
     assert "45 decoded" in text
+    assert Manifest.load(tmp_path / "all").version == 3
     page = tmp_path / "page.html"
     code, text = run_pack(
         *("inspect", packed["webp"], "--workers", 1, "--html", page), capsys=capsys
     )
     assert code == 0, text
     assert page.read_text().count("<img") >= 15
+
+
+def test_webps_of_earlier_programs_which_called_it_version_1_are_read(
+    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(packed["webp"], old)
+    text = (old / "manifest.json").read_text().replace('"version": 3', '"version": 1')
+    (old / "manifest.json").write_text(text)
+    names = [path.name for path in old.iterdir() if path.name != CHECKSUMS_NAME]
+    sums = format_checksums((name, file_checksum(old / name)) for name in names)
+    (old / CHECKSUMS_NAME).write_text(sums)
+    code, said = run_pack("verify", old, "--workers", 1, capsys=capsys)
+    assert code == 0, said
+    code, said = run_pack("merge", old, "--out", tmp_path / "new", capsys=capsys)
+    assert code == 0, said
+    assert Manifest.load(tmp_path / "new").version == 3
 
 
 @pytest.mark.slow

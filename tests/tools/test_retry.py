@@ -68,6 +68,27 @@ def test_what_was_repaired_is_packed_with_the_same_class_numbers(tmp_path: Path)
         build(sources, tmp_path / "third", retry=left)
 
 
+def test_joined_duplicates_are_packed_again_only_with_their_first_one(tmp_path: Path) -> None:
+    """Two equal pictures that could be read, and two whose first, and so both, could not."""
+    folder = tmp_path / "photos"
+    for name, number in {"cat/1": 1, "dog/1": 1, "cat/2": 2, "dog/2": 2}.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.jpg").write_bytes(jpeg(number)[: 200 if number == 2 else None])
+    first = build([folder], tmp_path / "first", duplicates="join")
+    assert first.num_samples == 1
+    assert left_out(tmp_path / "first") == {"dog/1.jpg", "cat/2.jpg", "dog/2.jpg"}
+    for name in ("cat/2", "dog/2"):
+        (folder / f"{name}.jpg").write_bytes(jpeg(2))
+    listed = tmp_path / "first" / "quarantine.csv"
+    second = build([folder], tmp_path / "second", duplicates="join", retry=listed)
+    assert second.num_samples == 1
+    assert left_out(tmp_path / "second") == {"dog/2.jpg"}
+    with PackedDataset(tmp_path / "second") as dataset:
+        assert sorted(dataset.labels_of(0).tolist()) == [0, 1]
+    third = build([folder], tmp_path / "third", retry=listed)
+    assert third.num_samples == 2  # each with its own label
+
+
 def source_of(name: str, *items: Item) -> Source:
     return Source(name=name, items=list(items), labels_are_names=True, passed_over=Counter())
 
@@ -96,7 +117,7 @@ def test_names_that_are_gone_are_counted_and_names_of_two_sources_refused() -> N
     assert passed_over == {"names of --retry that the sources no longer have": 2}
     with pytest.raises(ValueError, match="nothing that --retry names"):
         chosen(Counter({("val", "x"): 1}), read)
-    with pytest.raises(ValueError, match=r"cat/1.jpg of train 1 times.* have it 2 times"):
+    with pytest.raises(ValueError, match=r"cat/1.jpg of train 1 time,.* have it 2 times"):
         chosen(listed, read, read)
     assert chosen(Counter({("train", "cat/1.jpg"): 2}), read, read) == ["cat/1.jpg"] * 2
 
@@ -113,6 +134,7 @@ def test_a_line_that_is_still_broken_is_chosen_once() -> None:
         ("", "its first line must be source,name,kind,message"),
         ("data_set,shard,key,offset,reason\n", "no quarantine.csv of unicl-pack"),
         ("source,name,kind,message\n", "names nothing"),
+        ("source,name,kind,message\na,b,duplicate,c\n", "only duplicates of what it packed"),
         ("source,name,kind,message\na,b\n", "line 2: 2 fields of 4"),
         ("source,name,kind,message\n\xff", "cannot be read"),
     ],
@@ -121,5 +143,7 @@ def test_lists_that_are_no_quarantine_are_refused(tmp_path: Path, text: str, mes
     (tmp_path / "q.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
         read_quarantine(tmp_path / "q.csv")
+    with pytest.raises(ValueError, match=r"not s3://b/q\.csv: copy it here, and manifest\.json"):
+        read_quarantine("s3://b/q.csv")
     with pytest.raises(FileNotFoundError, match=r"--retry: there is no file .*none\.csv"):
         read_quarantine(tmp_path / "none.csv")

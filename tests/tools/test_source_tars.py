@@ -105,6 +105,23 @@ def test_folders_braces_archives_in_a_row_and_gzip_are_read_through(tmp_path: Pa
     assert not made[0].exists()
 
 
+def test_folders_that_programs_leave_do_not_hide_tars(tmp_path: Path) -> None:
+    three_samples(tmp_path / "a.tar")
+    for folder in ("_tmp", "__MACOSX"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "_tmp" / "0.feather").write_bytes(b"x")
+    source = read_source(str(tmp_path))
+    assert len(source.items) == 3
+    assert source.passed_over["folder _tmp"] == source.passed_over["folder __MACOSX"] == 1
+    (tmp_path / "notes").mkdir()
+    beside = "tar files beside folders (name them to pack them)"
+    assert read_source(str(tmp_path)).passed_over == {f".{beside}": 1}
+    (tmp_path / "_tmp" / "0.feather").unlink()
+    message = r"holds no pictures; .* a\.tar lie there too, and are not read .*: name the files"
+    with pytest.raises(ValueError, match=message):
+        read_source(str(tmp_path))
+
+
 def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> None:
     data = three_samples(tmp_path / "a.tar").read_bytes()
     with (tmp_path / "a.tar").open("rb") as file:

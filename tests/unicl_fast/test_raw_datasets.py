@@ -125,9 +125,10 @@ def test_pictures_of_another_size_are_not_written(tmp_path: Path) -> None:
 def test_versions_have_their_own_fields(packed: Path) -> None:
     values = json.loads((packed / "manifest.json").read_text())
     for version, pixels, message in (
-        (3, values["pixels"], "version 3, this program reads versions 1 and 2"),
+        (4, values["pixels"], "version 4, this program reads versions 1 to 3"),
         (True, values["pixels"], "version True"),
         (1, values["pixels"], "expected the fields"),
+        (3, values["pixels"], "expected the fields"),
         (2, None, "expected the fields"),
         (2, values["pixels"] | {"height": -1}, "pixels: height should lie in 0"),
         (2, values["pixels"] | {"depth": 1}, "pixels: expected the fields"),

@@ -79,6 +79,26 @@ def packed(tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
+def test_a_webp_makes_it_another_version_also_if_an_earlier_writer_put_it_there(
+    tmp_path: Path,
+) -> None:
+    """A stand-in for WebP: the writer goes by the name."""
+    samples = [sample(number, extension="webp" if number == 1 else "jpg") for number in range(9)]
+    assert write(tmp_path / "jpg", [sample(0)]).version == 1
+    assert write(tmp_path / "webp", samples).version == 3
+    work = tmp_path / "work"
+    work.mkdir()
+    with DatasetWriter(tmp_path / "set", shard_bytes=8_000, work=work) as writer:
+        for one in samples[:7]:
+            writer.add(one)
+    with DatasetWriter(tmp_path / "set", shard_bytes=8_000, work=work) as writer:
+        assert 1 < writer.num_samples < 7
+        for one in samples[writer.num_samples :]:
+            writer.add(one)
+        assert writer.finish(**FACTS).version == 3
+    PackedDataset(tmp_path / "set").close()
+
+
 def test_array_rows_are_packed_as_the_format_says() -> None:
     assert SAMPLE_DTYPE.itemsize == 4 + 8 + 4 + 2 + 2 + 8 + 8 + 2 + 8 + 2
     assert CAPTION_DTYPE.itemsize == 8 + 1
@@ -218,7 +238,7 @@ def test_manifest_survives_json(packed: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": 3}, "format version 3, this program reads versions 1 and 2"),
+        ({"version": 4}, "format version 4, this program reads versions 1 to 3"),
         ({"num_samples": "9"}, "num_samples"),
         ({"shards": [3]}, "shards"),
         ({"class_names": [1]}, "class_names"),
