@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.shard_files import create_csv
 from unicl_fast.shards import QUARANTINE_COLUMNS, PackedDataset
 from unicl_fast.tools.concepts import DEFAULT_MODEL, HowToCount
@@ -23,7 +24,7 @@ from unicl_fast.tools.inspect_dataset import (
 )
 from unicl_fast.tools.inspect_page import ShownGroup, make_page
 from unicl_fast.tools.near_duplicates import MAX_DISTANCE
-from unicl_fast.tools.staging import local_copy
+from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.thumbnails import shown_pictures
 from unicl_fast.whole_files import write_text_whole
@@ -72,6 +73,8 @@ class Inspect:
     """Pictures on the contact sheet."""
     workers: int = 0
     """Processes that hash pictures; 0 takes one for each core."""
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
         """What there is to say at the end, and the exit code."""
@@ -81,8 +84,8 @@ class Inspect:
             )
         if min(self.sheet, self.workers) < 0:
             raise ValueError("--sheet and --workers take numbers from 0 on")
-        with local_copy(self.folder) as folder:
-            return self._inspect(folder).replace(str(folder), str(self.folder)), 0
+        with local_copy(self.folder, room=self.staging_bytes) as folder:
+            return self._inspect(folder), 0
 
     def _inspect(self, folder: Path) -> str:
         """What there is to say at the end; writes what is wanted."""
@@ -94,12 +97,14 @@ class Inspect:
             spacy_model=self.spacy_model,
             workers=self.workers,
         )
+        if is_url(self.folder):  # the copy is gone before anybody reads of it
+            inspection = dataclasses.replace(inspection, folder=self.folder)
         if self.json is not None:
             write_text_whole(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
         if self.html is not None:
-            write_text_whole(self.html, _page(inspection, num_sheet=self.sheet))
+            write_text_whole(self.html, _page(inspection, folder, num_sheet=self.sheet))
         if self.duplicates_list is not None:
-            _write_duplicates(inspection, self.duplicates_list)
+            _write_duplicates(inspection, folder, self.duplicates_list)
         lines = [_in_words(inspection)]
         written = [path for path in (self.html, self.json, self.duplicates_list) if path]
         if written:
@@ -107,8 +112,8 @@ class Inspect:
         return "\n".join(lines)
 
 
-def _page(inspection: Inspection, *, num_sheet: int) -> str:
-    with PackedDataset(inspection.folder, verify=False) as dataset:  # it was verified just now
+def _page(inspection: Inspection, folder: Path, *, num_sheet: int) -> str:
+    with PackedDataset(folder, verify=False) as dataset:  # it was verified just now
 
         def shown(copies: Copies | None) -> list[ShownGroup]:
             groups = copies.groups[:_GROUPS_SHOWN] if copies else ()
@@ -132,12 +137,12 @@ def _as_json(inspection: Inspection) -> dict[str, Any]:
     return dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
 
 
-def _write_duplicates(inspection: Inspection, path: Path) -> None:
+def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> None:
     """A list in the form of quarantine.csv."""
     file, rows = create_csv(path, QUARANTINE_COLUMNS)
     with (
         file,
-        PackedDataset(inspection.folder, verify=False) as dataset,
+        PackedDataset(folder, verify=False) as dataset,
         contextlib.closing(SampleReader(dataset)) as reader,
     ):
         for group in inspection.exact_copies.groups:
