@@ -29,7 +29,7 @@ from unicl_fast.tools.build_dataset import build_dataset as build_dataset
 from unicl_fast.tools.inspect_command import Inspect
 from unicl_fast.tools.merge_command import Merge
 from unicl_fast.tools.ray_engine import Engine
-from unicl_fast.tools.remote_build import build_anywhere
+from unicl_fast.tools.remote_build import build_anywhere, describe_packed, packed_folder
 from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES
 from unicl_fast.tools.upload_dataset import Upload
 from unicl_fast.tools.verify_command import Verify
@@ -216,23 +216,37 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         report, code = command.run()
     except KeyboardInterrupt:
-        _fail(f"stopped; {_what_is_left(command) or 'nothing was written'}", code=130)
+        _fail(_describe_stop(command), code=130)
     except (OSError, RuntimeError) as error:
-        _fail("\n".join(filter(None, [str(error), _what_is_left(command)])), code=2)
+        _fail("\n".join(filter(None, [str(error), _describe_unfinished(command)])), code=2)
     except ValueError as error:
         _fail(str(error), code=2)
     except SystemExit as stop:  # SIGTERM
-        if left := _what_is_left(command):
-            _fail(f"stopped; {left}", code=int(stop.code or 0))
-        raise
+        _fail(_describe_stop(command), code=int(stop.code or 0))
     _print(report, sys.stdout)
     if code:
         raise SystemExit(code)
 
 
-def _what_is_left(command: object) -> str:
+def _describe_unfinished(command: object) -> str:
     """What an unfinished build can go on with; nothing of other commands."""
-    return describe_unfinished(Path(command.out)) if isinstance(command, Build) else ""
+    if not isinstance(command, Build):
+        return ""
+    return describe_unfinished(packed_folder(command.out, command.work))
+
+
+def _describe_stop(command: object) -> str:
+    """What to say of a command that was stopped."""
+    if isinstance(command, Build):
+        packed = describe_packed(command.out, command.work)
+        left = packed or _describe_unfinished(command) or "nothing was written"
+    elif isinstance(command, Upload):
+        left = f"what is in {command.out} stays there; the same command goes on behind it"
+    elif isinstance(command, Merge):
+        left = "nothing was written"
+    else:
+        left = ""
+    return "; ".join(filter(None, ["stopped", left]))
 
 
 def _report(summary: BuildSummary) -> str:
