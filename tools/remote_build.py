@@ -44,11 +44,19 @@ def build_anywhere(
         options: the others of `build_dataset`.
 
     Raises:
-        ValueError: as there, or the sources take more room than is given for them.
+        ValueError: as there, or the sources take more room than is given for them, or would be
+            copied where the other machines of a Ray cluster do not see them.
         FileNotFoundError: a source is not there.
         StorageError: a store cannot be reached. A data set that was packed stays, and the message
             says how to go on.
     """
+    urls = [*filter(is_url, (*sources, image_root, out))]
+    if urls and not work and options.get("engine") == "ray":
+        raise ValueError(
+            "--engine ray with URLs takes --work FOLDER, on a file system that all machines of the "
+            "cluster see under the same path: what is copied, or unpacked, on its way lies there, "
+            f"and by default in {work_folder()} of this machine"
+        )
     store = ObjectStore(out) if is_url(out) else None
     folder = packed_folder(out, work)
     if store is not None:
