@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import tyro
 
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.shard_files import create_csv
 from unicl_fast.shards import QUARANTINE_COLUMNS, PackedDataset
 from unicl_fast.tools.concepts import DEFAULT_MODEL, HowToCount
@@ -26,7 +27,7 @@ from unicl_fast.tools.inspect_page import ShownGroup, make_page
 from unicl_fast.tools.near_duplicates import MAX_DISTANCE
 from unicl_fast.tools.picture_hashes import has_imagehash
 from unicl_fast.tools.quarantine_list import DUPLICATE
-from unicl_fast.tools.staging import local_copy
+from unicl_fast.tools.staging import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.tools.stored_samples import SampleReader
 from unicl_fast.tools.thumbnails import shown_pictures
 from unicl_fast.tools.words import count_of
@@ -78,6 +79,8 @@ class Inspect:
     """Pictures on the contact sheet."""
     workers: int = 0
     """Processes that hash pictures; 0 takes one for each core."""
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
         """What there is to say at the end, and the exit code."""
@@ -87,8 +90,8 @@ class Inspect:
             )
         if min(self.sheet, self.workers) < 0:
             raise ValueError("--sheet and --workers take numbers from 0 on")
-        with local_copy(self.folder) as folder:
-            return self._inspect(folder).replace(str(folder), str(self.folder)), 0
+        with local_copy(self.folder, room=self.staging_bytes) as folder:
+            return self._inspect(folder), 0
 
     def _inspect(self, folder: Path) -> str:
         """What there is to say at the end; writes what is wanted."""
@@ -102,10 +105,12 @@ class Inspect:
             spacy_model=self.spacy_model,
             workers=self.workers,
         )
+        if is_url(self.folder):  # the copy is gone before anybody reads of it
+            inspection = dataclasses.replace(inspection, folder=self.folder)
         if self.json is not None:
             write_text_whole(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
         if self.html is not None:
-            write_text_whole(self.html, _page(inspection, num_sheet=self.sheet))
+            write_text_whole(self.html, _page(inspection, folder, num_sheet=self.sheet))
         lines = [_in_words(inspection)]
         if self.near and not near:
             lines.append(
@@ -113,7 +118,7 @@ class Inspect:
                 "'unicl_fast[inspect]'"
             )
         if self.duplicates_list is not None and (
-            num_unclear := _write_duplicates(inspection, self.duplicates_list)
+            num_unclear := _write_duplicates(inspection, folder, self.duplicates_list)
         ):
             lines.append(
                 f"note: --leave-out will refuse {self.duplicates_list}: names in it that pictures "
@@ -127,8 +132,8 @@ class Inspect:
         return "\n".join(lines)
 
 
-def _page(inspection: Inspection, *, num_sheet: int) -> str:
-    with PackedDataset(inspection.folder, verify=False) as dataset:  # it was verified just now
+def _page(inspection: Inspection, folder: Path, *, num_sheet: int) -> str:
+    with PackedDataset(folder, verify=False) as dataset:  # it was verified just now
 
         def shown(copies: Copies | None) -> list[ShownGroup]:
             groups = copies.groups[:_GROUPS_SHOWN] if copies else ()
@@ -152,7 +157,7 @@ def _as_json(inspection: Inspection) -> dict[str, Any]:
     return dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
 
 
-def _write_duplicates(inspection: Inspection, path: Path) -> int:
+def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
     """Writes a list in the form of quarantine.csv.
 
     Returns:
@@ -165,7 +170,7 @@ def _write_duplicates(inspection: Inspection, path: Path) -> int:
     file, rows = create_csv(path, QUARANTINE_COLUMNS)
     with (
         file,
-        PackedDataset(inspection.folder, verify=False) as dataset,
+        PackedDataset(folder, verify=False) as dataset,
         contextlib.closing(SampleReader(dataset)) as reader,
     ):
         for group, is_near in groups:

@@ -92,7 +92,8 @@ class ConceptRow:
 class Inspection:
     """All that there is to say about a data set."""
 
-    folder: Path
+    folder: Path | str
+    """Or the URL that the folder is a copy of."""
     num_samples: int
     num_captions: int
     num_tokens: int

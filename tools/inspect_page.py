@@ -13,6 +13,7 @@ import statistics
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from unicl_fast.tools.inspect_dataset import Copies, Group, Inspection, Spread
 from unicl_fast.tools.thumbnails import ShownPicture
@@ -129,7 +130,7 @@ def make_page(
         exact: groups of exact copies to show.
         near: groups of near copies to show.
     """
-    name = _text(inspection.folder.resolve().name)
+    name = _text(Path(inspection.folder).resolve().name)  # of a URL, its last part as well
     sections = [
         _head(inspection, name),
         _concepts(inspection),

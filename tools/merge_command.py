@@ -31,9 +31,9 @@ class Merge:
     folders: Annotated[
         tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")
     ]
-    """Packed data sets."""
+    """Packed data sets; folders, no URLs."""
     out: str
-    """Folder to make. It must not exist yet, or be empty; it appears when it is whole."""
+    """Folder to make, no URL. It must not exist yet, or be empty; it appears when it is whole."""
     seed: int = 0
     """Decides the order of the samples, shuffled over all data sets."""
     templates: str = ""

@@ -26,6 +26,7 @@ from tqdm import tqdm
 
 import unicl_fast
 from unicl_fast.checksums import compare_checksum, file_checksum, read_checksums
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.shard_writer import (
     DEFAULT_SHARD_BYTES,
     DatasetWriter,
@@ -101,6 +102,7 @@ def merge_datasets(
         raise ValueError("name at least one packed data set to merge")
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must lie in 0 to {2**63 - 1:,}, not {seed:,}")
+    _refuse_urls(folders, out)
     require_free(Path(out))
     unwanted = LeaveOut(leave_out)
     tally = _Tally()
@@ -172,6 +174,25 @@ def merge_datasets(
         num_bytes=writer.num_bytes,
         seconds=time.perf_counter() - started,
     )
+
+
+def _refuse_urls(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
+    """A merge reads every input in shuffled order, and writes what it cannot take up again.
+
+    Raises:
+        ValueError: says how to do it with folders.
+    """
+    for folder in filter(is_url, folders):
+        raise ValueError(
+            f"{folder} is a URL, and merge reads folders: copy the data set into a folder with the "
+            "store's own program (aws s3 cp --recursive, say), then merge that; training takes "
+            "several data sets, also under URLs, without a merge"
+        )
+    if is_url(out):
+        raise ValueError(
+            f"--out {out} is a URL, and merge writes folders: merge into a folder DIR, then "
+            f"unicl-pack upload DIR --out {out}"
+        )
 
 
 def _open_inputs(

@@ -145,15 +145,15 @@ class Build:
     """Processes that read and check pictures; 0 takes one for each core, here or of the cluster."""
     engine: Engine = "local"
     """Where pictures are read and checked: in processes of this machine, or on a Ray cluster
-    (pip install 'unicl_fast[ray]'), whose machines must see sources and --out under the same
-    paths. The data set is the same."""
+    (pip install 'unicl_fast[ray]'), whose machines must see sources, --out and --work under the
+    same paths. The data set is the same."""
     restart: bool = False
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
     json: Path | None = None
     """Write what was done, in numbers, into this file."""
     work: str = ""
     """Folder for copies of sources under URLs, and for what is packed for a URL, until it is there;
-    by default one in ~/.cache/unicl_fast."""
+    by default one in ~/.cache/unicl_fast. With --engine ray and URLs it must be given."""
     staging_bytes: int = DEFAULT_STAGING_BYTES
     """Most that copies of sources under URLs may take there."""
 

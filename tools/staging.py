@@ -97,7 +97,14 @@ def staged_sources(
                 staged[source] = path
                 wanted += found
         _remove_others(folder, {one.path for one in wanted})
-        _fetch(wanted, place=place, room=room, versions=_Versions(folder / _VERSIONS_NAME))
+        _fetch(
+            wanted,
+            place=place,
+            room=room,
+            advice="give more room, or fewer at a time (unicl-pack merge joins what several "
+            "builds made)",
+            versions=_Versions(folder / _VERSIONS_NAME),
+        )
         yield (
             [staged.get(source, source) for source in sources],
             staged.get(image_root, image_root),
@@ -197,13 +204,19 @@ def local_copy(place: str, *, room: int = DEFAULT_STAGING_BYTES) -> Iterator[Pat
         return
     with _copies(work_folder()) as folder:
         path, wanted = _find_folder(place, folder)
-        _fetch(wanted, place=work_folder(), room=room)
+        _fetch(wanted, place=work_folder(), room=room, advice="give more room")
         yield Path(path)
 
 
 def work_folder() -> Path:
     """Where copies go by default."""
     return CacheOptions().place / "work"
+
+
+def packing_folder(url: str, place: Path) -> Path:
+    """Where what is to lie under a URL is packed, below `place`; alone in a folder of its own."""
+    url = url.rstrip("/")
+    return place / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
 
 
 @contextlib.contextmanager
@@ -214,14 +227,18 @@ def _copies(place: Path) -> Iterator[Path]:
 
 
 def _fetch(
-    wanted: Sequence[_Wanted], *, place: Path, room: int, versions: _Versions | None = None
+    wanted: Sequence[_Wanted],
+    *,
+    place: Path,
+    room: int,
+    advice: str,
+    versions: _Versions | None = None,
 ) -> None:
     needed = sum(one.found.size for one in wanted)
     if needed > room:
         raise ValueError(
             f"what lies under the URLs takes {needed:,} bytes, more than --staging-bytes {room:,} "
-            f"allows in {place}: give more room, or fewer at a time (unicl-pack merge joins what "
-            "several builds made)"
+            f"allows in {place}: {advice}"
         )
     bar = tqdm(total=needed, desc="copying", unit="B", unit_scale=True, disable=None)
     with bar, ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="unicl-staging") as pool:

@@ -18,6 +18,7 @@ from unicl_fast.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.remote.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.tools.folder_check import expected_files
+from unicl_fast.tools.staging import packing_folder
 from unicl_fast.tools.words import count_of
 
 _TRIES = 3
@@ -92,7 +93,16 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
         f"{store.url}: {count_of(manifest.num_samples, 'picture')}, "
         f"{sum(sizes.values()) / 1e6:,.1f} MB; "
         f"{count_of(num_sent + 1, 'file')} sent and read back{kept}"
+        f"{_describe_copy(folder.absolute(), store)}"
     )
+
+
+def _describe_copy(folder: Path, store: ObjectStore) -> str:
+    """What to do with what `unicl-pack build` had packed for this URL; empty of other folders."""
+    above = folder.parent
+    if packing_folder(store.url, above.parent) != folder:
+        return ""
+    return f"\n{folder} was packed for this URL and is not needed any more: rm -r {above}"
 
 
 def require_free_url(

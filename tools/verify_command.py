@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import tyro
 
 from unicl_fast.images import MAX_PIXELS
+from unicl_fast.remote.object_store import is_url
 from unicl_fast.shard_files import create_csv
 from unicl_fast.shards import sample_key
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
@@ -131,15 +132,27 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
         lines.append(f"{summary.folder}: FAULTS FOUND: {counts}; looked at {looked_at}")
         if not summary.num_samples:
             lines.append("the samples were not looked at, which takes a manifest and all arrays")
-        lines.append(
-            "copy the named files again; damaged pictures can be left out by: "
-            f"unicl-pack merge {summary.folder} --out DIR"
-        )
+        lines.append(_what_to_do(str(summary.folder)))
     else:
         lines.append(f"{summary.folder}: sound; {looked_at}")
         if not summary.num_decoded and not summary.is_raw:
             lines.append("pictures were compared with their checksums, and not decoded")
     return "\n".join(lines)
+
+
+def _what_to_do(place: str) -> str:
+    """About faults of the data set at `place`."""
+    if is_url(place):
+        return (
+            f"if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {place} sends "
+            "again what differs; if not, damaged pictures can be left out: copy it into a folder "
+            "DIR with the store's own program, then unicl-pack merge DIR --out MENDED, and "
+            "unicl-pack upload MENDED to another URL"
+        )
+    return (
+        "copy the named files again; damaged pictures can be left out by: "
+        f"unicl-pack merge {place} --out DIR"
+    )
 
 
 def _as_json(summary: VerifySummary, faults: list[Fault]) -> dict[str, Any]:

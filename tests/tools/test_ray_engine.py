@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
+import platform
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
-from bad_entries import Crashing, Faulty, KillsParentOnce
+from bad_entries import (
+    Crashing,
+    Faulty,
+    KillsParentOnce,
+    SaysWhere,
+    SeenHereOnly,
+)
 from pack_runs import jpeg, run_pack
 
+from unicl_fast.tools import ray_engine
 from unicl_fast.tools.build_dataset import build_dataset
 from unicl_fast.tools.items import Problem
+from unicl_fast.tools.picture_files import FileEntry
 from unicl_fast.tools.picture_worker import Checked, PictureOptions, Task
 from unicl_fast.tools.ray_engine import check_on_ray
 
@@ -47,6 +60,147 @@ def test_a_build_on_ray_without_ray_says_what_to_install(
     )
     assert code == 2
     assert "pip install 'unicl_fast[ray]'" in text
+
+
+class InOneProcess:
+    """Stands for Ray: tasks run when they are asked for, and those that wait are counted."""
+
+    exceptions = SimpleNamespace(RayError=ArithmeticError)
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._unfinished: dict[int, Callable[[], Any]] = {}
+        self._finished: dict[int, Any] = {}
+        self.most = 0
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self._cores}
+
+    def remote(self, **_: Any) -> Callable[..., Any]:
+        return lambda function: SimpleNamespace(remote=functools.partial(self._submit, function))
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> int:
+        number = len(self._unfinished) + len(self._finished)
+        self._unfinished[number] = functools.partial(function, *arguments)
+        self.most = max(self.most, len(self._unfinished))
+        return number
+
+    def wait(
+        self, references: list[int], *, num_returns: int, fetch_local: bool
+    ) -> tuple[list[int], list[int]]:
+        for reference in references[:num_returns]:
+            self.get(reference)
+        return references[:num_returns], references[num_returns:]
+
+    def get(self, reference: int) -> Any:
+        if reference not in self._finished:
+            self._finished[reference] = self._unfinished.pop(reference)()
+        return self._finished[reference]
+
+    def cancel(self, reference: int, *, force: bool) -> None:
+        self._unfinished.pop(reference, None)
+
+
+@pytest.mark.parametrize(("workers", "most"), [(1, 1), (3, 3), (0, 2 * 3)])
+def test_no_more_chunks_are_under_way_than_there_are_workers(
+    monkeypatch: pytest.MonkeyPatch, workers: int, most: int
+) -> None:
+    """Ray runs as many as it has cores, whatever this machine's share is to be."""
+
+    def check(tasks: list[Task], *_: Any) -> tuple[str, list[Problem]]:
+        return "m1", [Problem(kind="damaged", message=task.name) for task in tasks]
+
+    ray = InOneProcess(cores=2)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_engine, "_check_chunk", check)
+    tasks = [Task(name=str(number), entry=Faulty()) for number in range(64 * 20)]
+    results = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=workers)
+    assert [result.message for result in results] == [task.name for task in tasks]  # type: ignore[union-attr]
+    assert ray.most == most
+
+
+def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(tasks: list[Task], *_: Any) -> tuple[str, list[Problem]]:
+        seen.extend(task.entry for task in tasks)
+        return "m1", [Problem(kind="unreadable", message="No such file") for _ in tasks]
+
+    seen: list[Any] = []
+    monkeypatch.setitem(sys.modules, "ray", InOneProcess(cores=2))
+    monkeypatch.setattr(ray_engine, "_check_chunk", check)
+    monkeypatch.chdir(tmp_path)
+    Path("1.jpg").write_bytes(jpeg(1))
+    tasks = [Task(name=name, entry=FileEntry(name, 1)) for name in ("gone.jpg", "1.jpg")]
+    results = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1)
+    assert next(results) == Problem(kind="unreadable", message="No such file")
+    with pytest.raises(
+        RuntimeError,
+        match=rf"1\.jpg: m1 could not read {tmp_path}/1\.jpg \(No such file\), and "
+        rf"{platform.node()}, which .* must see the sources, --out and --work",
+    ):
+        next(results)
+    assert seen == [FileEntry(f"{tmp_path}/{name}", 1) for name in ("gone.jpg", "1.jpg")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["s3://bucket/photos", "--out", "OUT"],
+        ["PHOTOS", "--out", "s3://bucket/set"],
+        ["PHOTOS", "--out", "OUT", "--image-root", "s3://bucket/photos"],
+    ],
+)
+def test_urls_want_a_folder_that_all_machines_see(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"OUT": tmp_path / "out", "PHOTOS": tmp_path}
+    words = [places.get(word, word) for word in arguments]
+    code, text = run_pack("build", *words, "--engine", "ray", capsys=capsys)
+    assert code == 2
+    assert "--engine ray with URLs takes --work FOLDER" in text
+    assert not os.listdir(tmp_path)
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("cluster")
+def test_what_another_machine_does_not_see_stops_the_build(tmp_path: Path) -> None:
+    """Here the other machine is another process; what none can read is a picture's problem."""
+    tasks = [Task(name="gone.jpg", entry=FileEntry(str(tmp_path / "gone.jpg"), 1))]
+    (result,) = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1)
+    assert isinstance(result, Problem)
+    assert result.kind == "unreadable"
+    tasks.append(Task(name="2.jpg", entry=SeenHereOnly("/not/shared/2.jpg", os.getpid(), jpeg(2))))
+    with pytest.raises(
+        RuntimeError,
+        match=rf"2\.jpg: {platform.node()} could not read /not/shared/2\.jpg \(No such file.*"
+        "must see the sources, --out and --work",
+    ):
+        list(check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1))
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("cluster")
+def test_relative_paths_do_not_move_the_processes_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    monkeypatch.chdir(tmp_path)
+    tasks = [
+        Task(name="1", entry=FileEntry("1.jpg", 1)),
+        Task(name="where", entry=SaysWhere()),
+    ]
+    found, where = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1)
+    assert isinstance(found, Checked)
+    assert isinstance(where, Problem)
+    assert where.message != str(tmp_path)
 
 
 @needs_ray

@@ -90,6 +90,39 @@ def test_a_store_without_its_package_names_what_to_install(monkeypatch: pytest.M
         ObjectStore("nonsense://bucket/x").read("a", 0, 1)
 
 
+def test_where_folders_must_exist_they_are_made(tmp_path: Path) -> None:
+    store = ObjectStore(f"file://{tmp_path}/new/deeper")
+    store.write("small", b"12")
+    (tmp_path / "large").write_bytes(b"345")
+    ObjectStore(f"file://{tmp_path}/other/deeper").write_file(tmp_path / "large", "large")
+    assert (tmp_path / "new" / "deeper" / "small").read_bytes() == b"12"
+    assert (tmp_path / "other" / "deeper" / "large").read_bytes() == b"345"
+    assert store.traffic.tried_again == 0
+
+
+@pytest.mark.parametrize(("in_buckets", "place"), [(True, "bucket"), (False, "folder")])
+def test_a_bucket_that_is_not_there_is_named_and_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_buckets: bool, place: str
+) -> None:
+    def write(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("none of this name")
+
+    made: list[str] = []
+    monkeypatch.setattr(FaultyStore, "pipe_file", write)
+    monkeypatch.setattr(FaultyStore, "put_file", write)
+    monkeypatch.setattr(FaultyStore, "makedirs", lambda _, path, **__: made.append(path))
+    if in_buckets:
+        monkeypatch.setattr(object_store, "_IN_BUCKETS", ("faulty",))
+    (tmp_path / "large").write_bytes(b"345")
+    store = ObjectStore("faulty://buckte/x")
+    message = rf"faulty://buckte/x/a cannot be written: the {place} .*none of this name.*URL is"
+    with pytest.raises(StorageError, match=message):
+        store.write("a", b"12")
+    with pytest.raises(StorageError, match=message):
+        store.write_file(tmp_path / "large", "a")
+    assert bool(made) != in_buckets
+
+
 def test_samples_are_those_of_the_folder_and_come_once(
     local: PackedDataset, cache: CacheOptions
 ) -> None:

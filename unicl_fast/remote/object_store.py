@@ -37,6 +37,8 @@ _EXTRAS = {"s3": "remote", "s3a": "remote"}
 _NOT_TRANSIENT = (NotImplementedError, TypeError)
 _NO_KEYS = ("NoCredentialsError", "PartialCredentialsError")
 _LISTS_NOTHING = ("http", "https")
+# Here an object needs no folder, and making one that is not there would make a bucket.
+_IN_BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "http", "https")
 _jitter = random.Random()
 
 
@@ -267,12 +269,7 @@ class ObjectStore:
         Raises:
             StorageError: it could not be written.
         """
-
-        def attempt() -> None:
-            self._call("pipe_file", self._path(name), data)
-            self._count(written_bytes=len(data))
-
-        self._patiently(self.url_of(name), "be written", attempt)
+        self._write(name, len(data), lambda: self._call("pipe_file", self._path(name), data))
 
     def write_file(self, path: Path, name: str) -> None:
         """Writes a file as an object, in parts where it is large.
@@ -281,14 +278,36 @@ class ObjectStore:
             StorageError: it could not be written.
         """
         size = path.stat().st_size
+        # a part of it may take as long as an answer, and there may be many
+        limit = patience.answer_seconds * (1 + size // TRANSFER_BYTES)
+        self._write(
+            name,
+            size,
+            lambda: self._call("put_file", str(path), self._path(name), seconds=limit),
+        )
+
+    def _write(self, name: str, num_bytes: int, put: Callable[[], None]) -> None:
+        """Writes an object of `num_bytes` by `put`, and makes the folder that it is to lie in."""
 
         def attempt() -> None:
-            # a part of it may take as long as an answer, and there may be many
-            limit = patience.answer_seconds * (1 + size // TRANSFER_BYTES)
-            self._call("put_file", str(path), self._path(name), seconds=limit)
-            self._count(written_bytes=size)
+            try:
+                put()
+            except FileNotFoundError:
+                if self._protocol in _IN_BUCKETS:
+                    raise
+                self._call("makedirs", self._path(name).rpartition("/")[0], exist_ok=True)
+                put()
+            self._count(written_bytes=num_bytes)
 
-        self._patiently(self.url_of(name), "be written", attempt)
+        try:
+            self._patiently(self.url_of(name), "be written", attempt)
+        except FileNotFoundError as error:
+            place = "bucket" if self._protocol in _IN_BUCKETS else "folder"
+            raise StorageError(
+                f"{self.url_of(name)} cannot be written: the {place} that it is to lie in is not "
+                f"there ({_words(error.__cause__ or error)}); see that the URL is right, or make "
+                f"the {place}, then start again"
+            ) from error
 
     def remove(self, name: str) -> None:
         """Removes an object, if it is there."""
