@@ -99,7 +99,7 @@ def test_every_optional_tool_that_a_test_asks_for_is_named() -> None:
         for found in found
         if found
     }
-    assert {"ray", "clip-benchmark", "s3fs"} <= asked
+    assert {"ray", "s3fs"} <= asked
     assert not {name for name in asked if name not in brought and name not in named}
 
 

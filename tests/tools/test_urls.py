@@ -54,7 +54,7 @@ def build(photos: Path, url: str) -> None:
 
 def raising(error: BaseException) -> Callable[..., None]:
     def function(*_: Any, **__: Any) -> None:
-        raise error
+        raise type(error)(*error.args)  # anew: notes are added to it
 
     return function
 
@@ -86,14 +86,14 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     def add_until(limit: int) -> Callable[..., None]:
         def add(self: DatasetWriter, sample: Any) -> None:
             if self.num_samples == limit:
-                raise error
+                raise type(error)(*error.args)
             real(self, sample)
 
         return add
 
     monkeypatch.setattr(DatasetWriter, "add", add_until(3))
     found, text = run_pack(*arguments, capsys=capsys)
-    assert (found, "stopped; nothing was written" in text) == (code, True), text
+    assert (found, "stopped; this run has written nothing" in text) == (code, True), text
     assert not os.listdir(work), "of a build that kept nothing"
     monkeypatch.setattr(DatasetWriter, "add", add_until(40))
     found, text = run_pack(*arguments, capsys=capsys)
@@ -106,13 +106,14 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
         found, text = run_pack(*arguments, capsys=capsys)
     assert found == code
     (packed,) = work.glob("*/set")
-    assert f"stopped; {packed} holds the packed data set; go on with: unicl-pack upload" in text
+    assert "stopped; what was uploaded stays" in text
+    assert f"go on with: unicl-pack upload {packed} --out {url}" in text
 
     with monkeypatch.context() as patch:
         patch.setattr(upload_module, "_send", raising(error))
         found, text = run_pack("upload", packed, "--out", url, capsys=capsys)
     assert found == code
-    assert f"stopped; what is in {url} stays there; the same command goes on" in text
+    assert f"stopped; what was uploaded stays under {url}" in text
     assert run_pack("upload", packed, "--out", url, capsys=capsys)[0] == 0
 
 
