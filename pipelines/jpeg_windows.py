@@ -5,9 +5,9 @@ before the window's end, of whole rows, though it makes pixels of few. Restart m
 B.2.4.4 and E.1.4) are places where decoding can begin. The packing tool sets some eight in each row
 of blocks (`picture_encoding.restart_interval`), and here the stretches under a window become a
 JPEG of their own: the same header with another size, the stretches, and markers numbered anew. The
-window's pixels are the same bit for bit. For random crops of 256-pixel pictures 0.58 of the bytes are
-left, and DALI's decoder takes 0.85 of the time (282 us against 332, one thread), for files that are 2 %
-longer; cutting takes 13 us. On a GPU less goes over the bus.
+window's pixels are the same bit for bit. Of random crops of 256-pixel pictures 0.58 of the bytes
+are left, and DALI's decoder takes 0.85 of the time (282 us instead of 332, one thread), for files
+that are 2 % longer; cutting takes 13 us. On a GPU less goes over the bus.
 
 Files that do not lend themselves to it are left as they are, and so is what looks damaged: to
 judge that is the decoder's business.

@@ -35,6 +35,7 @@ def run_chaos(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_a_run_that_is_killed_three_times_loses_nothing(tmp_path: Path) -> None:
     run_chaos(tmp_path, kills=3, checkpoint_kills=1, damage="before")
