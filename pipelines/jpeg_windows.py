@@ -21,7 +21,7 @@ import numpy as np
 from numba import njit
 from numpy.typing import NDArray
 
-_BASELINE, _EXTENDED, _DHT, _JPG, _DAC = 0xC0, 0xC1, 0xC4, 0xC8, 0xCC
+_BASELINE, _EXTENDED, _DHT, _DAC = 0xC0, 0xC1, 0xC4, 0xCC
 _RST0, _SOI, _EOI, _SOS, _DRI = 0xD0, 0xD8, 0xD9, 0xDA, 0xDD
 _BLOCK = 8
 _LOW_BITS, _EACH_ONE, _TOP_BITS = (

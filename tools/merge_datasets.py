@@ -43,7 +43,12 @@ from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.items import join_texts
 from unicl_fast.tools.join_classes import join_classes, join_templates
 from unicl_fast.tools.leave_out import LeaveOut
-from unicl_fast.tools.quarantine_list import LeftOut, read_left_out
+from unicl_fast.tools.quarantine_list import (
+    DUPLICATE,
+    LeftOut,
+    duplicate_message,
+    read_left_out,
+)
 from unicl_fast.tools.sample_order import shuffled_order
 from unicl_fast.tools.stored_samples import (
     Description,
@@ -52,7 +57,7 @@ from unicl_fast.tools.stored_samples import (
     equal_pictures,
 )
 
-_DAMAGED, _DUPLICATE, _LEFT_OUT = "damaged", "duplicate", "left out"
+_DAMAGED, _LEFT_OUT = "damaged", "left out"
 _DAMAGED_SHOWN = 5
 
 
@@ -262,7 +267,7 @@ class _Tally:
         self.damaged: list[str] = []
 
     def note(self, sample: _NotCopied) -> None:
-        self.num_joined += sample.kind == _DUPLICATE
+        self.num_joined += sample.kind == DUPLICATE
         if sample.kind == _DAMAGED:
             self.num_damaged += 1
             if len(self.damaged) < _DAMAGED_SHOWN:
@@ -296,10 +301,10 @@ class _Samples:
             return _NotCopied(
                 source=copied.source,
                 name=copied.name,
-                kind=_DUPLICATE,
-                message=f"the same bytes as {self._written[number]}, which has its texts too",
+                kind=DUPLICATE,
+                message=self._written[number],
             )
-        self._written[number] = name = f"{copied.name} of {copied.source}"
+        self._written[number] = message = duplicate_message(copied.source, copied.name)
         tokens = dict(zip(copied.captions, copied.tokens, strict=True))
         captions, labels = list(tokens), list(dict.fromkeys(copied.labels))
         for other_number in (one for one in equal if one not in self._written):
@@ -311,7 +316,7 @@ class _Samples:
                 continue
             captions, labels = joined
             tokens |= dict(zip(other.captions, other.tokens, strict=True))
-            self._written[other_number] = name
+            self._written[other_number] = message
         return dataclasses.replace(
             copied,
             captions=captions,

@@ -431,8 +431,12 @@ def test_a_stopped_build_to_a_url_says_what_is_kept_and_where(
     stop: BaseException,
 ) -> None:
     """A URL's work folder is none that stands on the command line."""
-    arguments = (*sources, "--shard-bytes", SHARD_BYTES, "--work", tmp_path / "work")
-    left = r"/work/\w+/set\.partial keeps 3 finished shards \(33 samples\); the same command"
+    work = tmp_path / "work"
+    arguments = (*sources, "--shard-bytes", SHARD_BYTES, "--work", work)
+    left = (
+        rf"{re.escape(str(work))}/\w+/set\.partial keeps 3 finished shards \(33 samples\); "
+        "the same command"
+    )
     real = DatasetWriter.add
 
     def stopping(at: int) -> Callable[[DatasetWriter, Any], None]:

@@ -98,7 +98,8 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     monkeypatch.setattr(DatasetWriter, "add", add_until(40))
     found, text = run_pack(*arguments, capsys=capsys)
     assert found == code
-    assert re.search(r"stopped; \S+/work/\w+/set\.partial keeps \d finished shards", text), text
+    kept = rf"stopped; {re.escape(str(work))}/\w+/set\.partial keeps \d finished shards"
+    assert re.search(kept, text), text
 
     monkeypatch.setattr(DatasetWriter, "add", real)
     with monkeypatch.context() as patch:
