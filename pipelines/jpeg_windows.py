@@ -2,12 +2,12 @@
 
 A JPEG's codes have no fixed length, so a decoder that is to give a window must read all codes
 before the window's end, of whole rows, though it makes pixels of few. Restart markers (ITU-T T.81,
-B.2.4.4 and E.1.4) are places where decoding can begin. The packing tool sets some eight in each row
-of blocks (`picture_encoding.restart_interval`), and here the stretches under a window become a
-JPEG of their own: the same header with another size, the stretches, and markers numbered anew. The
+B.2.4.4 and E.1.4) are places where decoding can begin. The packing tool sets some in each row of
+blocks (`picture_encoding.restart_interval`), and here the stretches under a window become a JPEG
+of their own: the same header with another size, the stretches, and markers numbered anew. The
 window's pixels are the same bit for bit. Of random crops of 256-pixel pictures 0.58 of the bytes
 are left, and DALI's decoder takes 0.85 of the time (282 us instead of 332, one thread), for files
-that are 2 % longer; cutting takes 13 us. On a GPU less goes over the bus.
+that are 2 to 3 % longer; cutting takes 13 us. On a GPU less goes over the bus.
 
 Files that do not lend themselves to it are left as they are, and so is what looks damaged: to
 judge that is the decoder's business.
@@ -24,6 +24,8 @@ from numpy.typing import NDArray
 _BASELINE, _EXTENDED, _DHT, _DAC = 0xC0, 0xC1, 0xC4, 0xCC
 _RST0, _SOI, _EOI, _SOS, _DRI = 0xD0, 0xD8, 0xD9, 0xDA, 0xDD
 _BLOCK = 8
+_PLAINLY_ENLARGED = 2
+"""Up to so many columns of coarser colour libjpeg repeats them, where it else interpolates."""
 _LOW_BITS, _EACH_ONE, _TOP_BITS = (
     np.uint64(0x0101010101010101 * byte) for byte in (0x7F, 0x01, 0x80)
 )
@@ -86,6 +88,11 @@ def _cut(data: Any, place: Any, shape: Any, out: Any) -> int:
     end_row = -(-min(height, bottom + row_margin) // stretch_height)
     first_column = max(0, left - column_margin) // stretch_width
     end_column = -(-min(width, right + column_margin) // stretch_width)
+    end_height = min(height, end_row * stretch_height)
+    end_width = min(width, end_column * stretch_width)
+    narrow = end_width - first_column * stretch_width <= _PLAINLY_ENLARGED * across
+    if across > 1 and narrow and first_column > 0:
+        first_column -= 1
     if (end_row - first_row) * (end_column - first_column) == row_stretches * (
         -(-height // stretch_height)
     ):
@@ -100,8 +107,6 @@ def _cut(data: Any, place: Any, shape: Any, out: Any) -> int:
     if data[last] != expected:
         return 0
     _copy(out, 0, data, 0, scan)
-    end_height = min(height, end_row * stretch_height)
-    end_width = min(width, end_column * stretch_width)
     _set_two_bytes(out, frame + 5, end_height - first_row * stretch_height)
     _set_two_bytes(out, frame + 7, end_width - first_column * stretch_width)
     length, number = scan, 0
@@ -129,6 +134,11 @@ def _find_parts(data: Any) -> tuple[int, int, int]:
         return 0, 0, 0
     while position + 4 <= data.size and data[position] == 0xFF:
         marker = data[position + 1]
+        if marker == 0xFF:  # any number of fill bytes may come before a marker
+            position += 1
+            continue
+        if marker < _BASELINE or _RST0 <= marker <= _EOI:  # no segment, so it has no length
+            break
         end = position + 2 + _two_bytes(data, position + 2)
         if end > data.size:
             break
@@ -145,7 +155,7 @@ def _find_parts(data: Any) -> tuple[int, int, int]:
             if frame and end - position > 4 and data[position + 4] == data[frame + 9]:
                 return frame, end, interval
             break
-        elif 0xC0 <= marker < _SOI and marker not in (_DHT, _DAC):
+        elif marker < _RST0 and marker not in (_DHT, _DAC):
             break
         position = end
     return 0, 0, 0

@@ -7,6 +7,7 @@ no place there, and some three times its size stay with the process unused.
 
 from __future__ import annotations
 
+import contextlib
 import math
 import mmap
 import threading
@@ -32,20 +33,21 @@ class HostBuffers:
     def empty(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """As `torch.empty`, contiguous, on the CPU, and at the start of a page.
 
-        Its memory is free again when the tensor, all views of it and all graphs that saved it are
-        gone. For large ones: each takes whole pages.
+        Its memory is used again by a later call when the tensor, all views of it and all graphs
+        that saved it are gone. Until then the process keeps it: calls are what frees buffers that
+        are too small or too many. For large ones: each takes whole pages.
         """
-        num_bytes = math.prod(shape) * dtype.itemsize
+        num_bytes = max(1, math.prod(shape) * dtype.itemsize)
         with self._lock:
-            held = [(memory, user) for memory, user in self._buffers if user() is not None]
-            free = [
-                memory
-                for memory, user in self._buffers
-                if user() is None and len(memory) >= num_bytes
-            ]
-            memory, *others = free or [_take(num_bytes)]
+            # each user is asked once: one that went between two questions would be both, and its
+            # memory be given to two
+            asked = [(memory, user, user() is not None) for memory, user in self._buffers]
+            held = [(memory, user) for memory, user, is_held in asked if is_held]
+            fitting = [memory for memory, _, is_held in asked if not is_held]
+            fitting = sorted((each for each in fitting if len(each) >= num_bytes), key=len)
+            memory, *others = fitting or [_take(num_bytes)]
             # a tensor keeps the array alive that it was made of, so when that is gone, so is it
-            array = np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
+            array = np.frombuffer(memory, dtype=np.uint8, count=math.prod(shape) * dtype.itemsize)
             spare = [(each, lambda: None) for each in others[:_SPARE]]
             self._buffers = [*held, (memory, weakref.ref(array)), *spare]
             return torch.from_numpy(array).view(dtype).view(*shape)
@@ -53,6 +55,7 @@ class HostBuffers:
 
 def _take(num_bytes: int) -> mmap.mmap:
     memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
+    # an advice only: some systems have no name for it, some kernels and sandboxes refuse it
+    with contextlib.suppress(AttributeError, OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return memory

@@ -47,6 +47,17 @@ def encoded(pixels: np.ndarray[Any, Any], subsampling: str) -> np.ndarray[Any, n
     return array_of(encode_jpeg(pixels, quality=90, subsampling=subsampling))
 
 
+def with_marker_at_each_block(
+    pixels: np.ndarray[Any, Any], subsampling: str
+) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """More of them than packing sets; files of others have such."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(
+        file, format="JPEG", subsampling=":".join(subsampling), restart_marker_blocks=1
+    )
+    return array_of(file.getvalue())
+
+
 def cut_one(
     data: np.ndarray[Any, Any], start: tuple[int, int], shape: tuple[int, int]
 ) -> tuple[np.ndarray[Any, Any], tuple[int, int]]:
@@ -73,8 +84,24 @@ def test_windows_of_any_picture_have_the_same_pixels(
         decoded(whole)[top : top + rows, left : left + columns],
     )
     assert len(cut) <= len(whole)
-    if rows <= height // 2 and columns <= width // 4:
+    if rows <= height // 2:
         assert len(cut) < 0.75 * len(whole)
+
+
+@pytest.mark.parametrize("subsampling", ["420", "422"])
+@pytest.mark.parametrize("width", [131, 132])
+def test_a_last_stretch_of_a_few_pixels_is_interpolated_as_in_the_whole(
+    subsampling: str, width: int
+) -> None:
+    """Alone it would be so narrow that libjpeg repeats its colours."""
+    whole = with_marker_at_each_block(noise(140, width), subsampling)
+    for columns in (1, 2):
+        cut, (row, column) = cut_one(whole, (30, width - columns), (20, columns))
+        assert cut is not whole
+        np.testing.assert_array_equal(
+            decoded(cut)[row : row + 20, column : column + columns],
+            decoded(whole)[30:50, width - columns :],
+        )
 
 
 def test_the_graph_makes_the_same_squares_of_real_photographs(shared_data: Path) -> None:
@@ -152,6 +179,86 @@ def test_a_file_that_ends_early_is_left_to_the_decoder() -> None:
         assert cut_one(part, (150, 20), (50, 30))[0] is part
 
 
+def test_a_cut_file_ends_as_a_file_ends() -> None:
+    whole = encoded(noise(200, 200), "420")
+    for top in (0, 60, 150):
+        assert cut_one(whole, (top, 20), (50, 30))[0][-2:].tolist() == [0xFF, 0xD9]
+
+
+def _segment(data: np.ndarray[Any, Any], marker: int) -> int:
+    return data.tobytes().index(bytes([0xFF, marker]))
+
+
+def _restart_markers(data: np.ndarray[Any, Any]) -> list[int]:
+    """Where they are in the codes; in these headers nothing looks like one."""
+    scan = _segment(data, 0xDA)
+    return [
+        place
+        for place in range(scan, len(data) - 1)
+        if data[place] == 0xFF and 0xD0 <= data[place + 1] <= 0xD7
+    ]
+
+
+@pytest.mark.parametrize(
+    ("marker", "byte", "value"),
+    [
+        (0xC0, 4, 12),  # bits a sample
+        (0xC0, 9, 2),  # components
+        (0xC0, 1, 0xC2),  # progressive
+        (0xC0, 1, 0xC9),  # arithmetic codes
+        (0xDD, 5, 0),  # no restart interval
+        (0xDA, 4, 1),  # the first scan is of one component
+        (0xDB, 1, 0xC0),  # two frames
+        (0xDB, 1, 0xD8),  # a second picture begins
+        (0xDB, 1, 0x01),  # a marker that has no length
+        (0xDB, 1, 0xD9),  # the end
+    ],
+)
+def test_headers_of_other_kinds_are_left_to_the_decoder(marker: int, byte: int, value: int) -> None:
+    data = encoded(noise(200, 200), "420")
+    assert cut_one(data, (150, 20), (50, 30))[0] is not data
+    data[_segment(data, marker) + byte] = value
+    assert cut_one(data, (150, 20), (50, 30))[0] is data
+
+
+def test_fill_bytes_before_a_marker_are_passed_over() -> None:
+    plain = encoded(noise(200, 200), "420")
+    place = _segment(plain, 0xDB)
+    filled = np.insert(plain, place, [0xFF] * 3)
+    cut, (row, column) = cut_one(filled, (150, 20), (50, 30))
+    assert cut is not filled
+    np.testing.assert_array_equal(
+        decoded(cut)[row : row + 50, column : column + 30], decoded(plain)[150:200, 20:50]
+    )
+
+
+@pytest.mark.parametrize("change", ["missing", "twice", "of another number", "the end instead"])
+def test_markers_out_of_turn_are_left_to_the_decoder(change: str) -> None:
+    data = encoded(noise(200, 224), "420")
+    tenth = _restart_markers(data)[9]
+    if change == "missing":
+        data = np.delete(data, [tenth, tenth + 1])
+    elif change == "twice":
+        data = np.insert(data, tenth, data[tenth : tenth + 2])
+    elif change == "of another number":
+        data[tenth + 1] = 0xD0 + (data[tenth + 1] - 0xD0 + 3) % 8
+    else:
+        data[tenth + 1] = 0xD9
+    assert cut_one(data, (100, 20), (50, 30))[0] is data
+
+
+def test_the_last_marker_must_be_the_one_that_is_due() -> None:
+    end = encoded(noise(200, 200), "420")
+    end[-1] = 0xD0  # in the place of the end
+    assert cut_one(end, (150, 20), (50, 30))[0] is end
+    middle = encoded(noise(200, 200), "420")
+    # one stretch a row of 16 pixels, as 13 is prime; with the margin the window needs seven of them
+    last = _restart_markers(middle)[6]
+    assert cut_one(middle, (50, 20), (50, 30))[0] is not middle
+    middle[last + 1] = 0xD0 + (middle[last + 1] - 0xD0 + 1) % 8
+    assert cut_one(middle, (50, 20), (50, 30))[0] is middle
+
+
 FUZZ = """
 import numpy as np, sys
 from unicl_fast.pipelines.jpeg_windows import cut_to_windows
@@ -192,13 +299,17 @@ def test_damaged_files_lead_nowhere_else(tmp_path: Path) -> None:
         (256, 341, 16, 2),  # 22 blocks
         (384, 256, 16, 2),  # 16
         (256, 384, 16, 3),  # 24
-        (256, 272, 16, 1),  # 17, a prime
+        (256, 272, 16, 17),  # 17, a prime: one stretch
+        (128, 144, 16, 3),  # 9
+        (128, 128, 16, 2),  # 8, which would make stretches of 16 pixels
+        (976, 732, 16, 2),  # 46
         (256, 256, 8, 4),  # 32
+        (256, 192, 8, 4),  # 24
         (127, 400, 16, 0),
         (32, 32, 8, 0),
     ],
 )
-def test_some_eight_stretches_a_row(
+def test_stretches_are_some_eight_a_row_and_not_short(
     height: int, width: int, block_width: int, expected: int
 ) -> None:
     assert restart_interval(height, width, block_width=block_width) == expected

@@ -5,16 +5,21 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from packed_sets import Sample, pack
+from PIL import Image
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
+from unicl_fast.picture_encoding import encode_jpeg
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.graph import decoding_threads
+from unicl_fast.pipelines.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.prompts import ClassPrompts, fill_template
 from unicl_fast.shards import PackedDataset
@@ -210,6 +215,44 @@ def test_two_views(datasets: list[PackedDataset], prompts: ClassPrompts) -> None
     seconds = [part.second_images for part in parts if part.second_images is not None]
     assert torch.equal(torch.cat(seconds), both.second_images)
     assert both.to(torch.device("cpu")).second_images is not None
+
+
+@pytest.mark.parametrize("views", [1, 2])
+def test_files_cut_to_their_windows_give_the_same_batches(
+    views: int,
+    shared_data: Path,
+    tokenizer: Tokenizer,
+    prompts: ClassPrompts,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    files = sorted((shared_data / "decode" / "images").glob("*.JPEG"))[:BATCH]
+    samples = []
+    for file in files:
+        picture = Image.open(file).convert("RGB").resize((224, 168))
+        samples.append(
+            Sample(encode_jpeg(np.asarray(picture), quality=90, subsampling="420"), captions=["a"])
+        )
+    lengths = {True: 0, False: 0}  # of the files that the graphs get
+
+    def cut(pictures: list[Any], *windows: Any) -> tuple[list[Any], Any]:
+        shorter, places = cut_to_windows(pictures, *windows)
+        lengths[True] += sum(map(len, shorter))
+        lengths[False] += sum(map(len, pictures))
+        return shorter, places
+
+    config = make_config(augment=(f"supcon,crop_scale=0.08..1,views={views}",))
+    with pack(tmp_path / "set", samples, class_names=(), tokenizer=tokenizer) as dataset:
+        monkeypatch.setattr("unicl_fast.pipelines.views.cut_to_windows", cut)
+        shorter = take([dataset], prompts, count=2, config=config)
+        monkeypatch.setattr(
+            "unicl_fast.pipelines.views.cut_to_windows",
+            lambda pictures, starts, _: (pictures, starts),
+        )
+        whole = take([dataset], prompts, count=2, config=config)
+    assert 0 < lengths[True] < 0.8 * lengths[False]
+    for one, other in zip(shorter, whole, strict=True):
+        assert_equal(one, other)
 
 
 def test_one_loader_can_be_asked_again(

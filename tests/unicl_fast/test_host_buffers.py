@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import mmap
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -91,6 +93,40 @@ def test_threads_never_get_the_same_memory() -> None:
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_a_user_that_goes_while_it_is_asked_for_leaves_its_memory_once() -> None:
+    """Tensors are dropped by other threads, and by the collector, in the middle of a call."""
+    buffers = HostBuffers()
+    tensor = buffers.empty(SHAPE, torch.float32)
+    ((memory, _),) = buffers._buffers
+    answers = iter([tensor])
+    buffers._buffers = [(memory, lambda: next(answers, None))]
+    others = [buffers.empty(SHAPE, torch.float32) for _ in range(2)]
+    places = [id(memory) for memory, _ in buffers._buffers]
+    assert len(set(places)) == len(places)
+    assert others[0].data_ptr() != others[1].data_ptr()
+
+
+def test_the_smallest_that_fits_is_taken() -> None:
+    buffers = HostBuffers()
+    large, small = (buffers.empty((count, *SHAPE), torch.float32) for count in (4, 2))
+    places = large.data_ptr(), small.data_ptr()
+    del large, small
+    assert buffers.empty(SHAPE, torch.float32).data_ptr() == places[1]
+
+
+def test_huge_pages_are_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *arguments: int) -> None:
+            raise OSError(errno.EINVAL, "this kernel has none")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert HostBuffers().empty(SHAPE, torch.float32).shape == SHAPE
+
+
+def test_nothing_at_all_can_be_had() -> None:
+    assert HostBuffers().empty((0, 3), torch.float32).shape == (0, 3)
 
 
 def test_batches_held_at_once_are_different_and_stay_as_they_were() -> None:
