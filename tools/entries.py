@@ -6,6 +6,8 @@ folders are in `picture_files`, those of zips in `zip_files`.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
@@ -33,6 +35,16 @@ class Entry(Protocol):
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """The file's bytes, or an `EntryError`, also where there are more than `max_bytes`."""
         ...
+
+
+@functools.cache
+def field_names(kind: type[Entry]) -> tuple[str, ...]:
+    """What an entry is made of, in order: entries are dataclasses, stored and compared by fields.
+
+    Raises:
+        TypeError: it is no dataclass.
+    """
+    return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
 
 
 class Tree(Protocol):

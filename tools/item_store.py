@@ -25,7 +25,7 @@ from typing import Any, overload
 
 import xxhash
 
-from unicl_fast.tools.entries import Entry
+from unicl_fast.tools.entries import Entry, field_names
 from unicl_fast.tools.items import TOO_MANY, Item, Problem, join_rows, require_text
 
 _HEAD = struct.Struct("<QI")
@@ -35,6 +35,7 @@ _READ_BYTES = 2048
 _WINDOW_BYTES = 1 << 18
 """Read at once where all are gone through."""
 _BUFFER_BYTES = 1 << 20
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 
 
 class ItemStore(Sequence[Item]):
@@ -109,8 +110,7 @@ class ItemStore(Sequence[Item]):
                 self._numbers[made] = len(self._kinds)
                 self._kinds.append(made)
             kind = self._numbers[made]
-            assert dataclasses.is_dataclass(item.entry), "entries are stored by their fields"
-            fields = [getattr(item.entry, each.name) for each in dataclasses.fields(item.entry)]
+            fields = [getattr(item.entry, name) for name in field_names(made)]
         problem = _plain(item.problem)
         return [item.captions, item.labels, problem, item.name, item.place, kind, *fields]
 
@@ -128,7 +128,7 @@ class ItemStore(Sequence[Item]):
     def _write(self, before: int, record: list[Any]) -> int:
         """Writes a record; returns where it begins."""
         start = self._written + len(self._buffer)
-        data = json.dumps(record, separators=(",", ":")).encode("ascii")
+        data = _ENCODER.encode(record).encode("ascii")
         self._buffer += _HEAD.pack(before, len(data))
         self._buffer += data
         if len(self._buffer) >= _BUFFER_BYTES:
@@ -159,11 +159,13 @@ class ItemStore(Sequence[Item]):
             place = start - self._written
             before, length = _HEAD.unpack_from(self._buffer, place)
             place += _HEAD.size
-            return before, json.loads(self._buffer[place : place + length])
+            return before, json.loads(self._buffer[place : place + length].decode("ascii"))
         descriptor = self._file.fileno()
         head = window.read(descriptor, start, _HEAD.size)
         before, length = _HEAD.unpack(head)
-        return before, json.loads(window.read(descriptor, start + _HEAD.size, length))
+        # as text: of bytes, json would first find out their encoding
+        text = window.read(descriptor, start + _HEAD.size, length).decode("ascii")
+        return before, json.loads(text)
 
 
 @dataclasses.dataclass(slots=True)

@@ -7,7 +7,6 @@ somebody changes files and puts their times back.
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import json
 import os
@@ -20,10 +19,12 @@ import xxhash
 
 import unicl_fast
 from unicl_fast.checksums import file_checksum
-from unicl_fast.tools.entries import Entry
+from unicl_fast.tools.entries import Entry, field_names
 from unicl_fast.tools.items import Item, Label, Source
 from unicl_fast.tools.picture_files import FileEntry
 from unicl_fast.tools.spool import Spool, stamp
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=repr)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -62,15 +63,14 @@ def _spell(item: Item, spool: Spool, holders: dict[str, None]) -> bytes:
     problem = item.problem and (item.problem.kind, item.problem.message)
     entry = None if item.entry is None else _spell_entry(item.entry, spool, holders)
     fields = [item.name, entry, item.captions, item.labels, problem, item.place]
-    return json.dumps(fields, separators=(",", ":"), default=repr).encode("ascii")
+    return _ENCODER.encode(fields).encode("ascii")
 
 
 def _spell_entry(entry: Entry, spool: Spool, holders: dict[str, None]) -> list[Any]:
-    assert dataclasses.is_dataclass(entry), "entries are compared by their fields"
     spelled: list[Any] = [type(entry).__name__]
-    for field in dataclasses.fields(entry):
-        value = getattr(entry, field.name)
-        if field.name in ("path", "archive"):
+    for name in field_names(type(entry)):
+        value = getattr(entry, name)
+        if name in ("path", "archive"):
             inside = spool.locate(value)
             if inside is None and not isinstance(entry, FileEntry):  # which knows its own time
                 holders[value] = None
