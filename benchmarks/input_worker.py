@@ -110,8 +110,7 @@ class Worker:
     def memory(self, seconds: float) -> list[int]:
         """Bytes of all its processes, a few times while it runs for `seconds`.
 
-        Proportional set size: what processes share counts in equal parts. Complete if no other
-        process has the same libraries mapped.
+        As of `session_bytes`.
         """
         self._signal(signal.SIGCONT)
         self._connection.send(("turn", seconds))
@@ -270,11 +269,41 @@ def session_seconds(session: int) -> float:
 
 
 def session_bytes(session: int) -> int:
-    """Proportional set size of all processes of a session."""
-    total = 0
+    """What all processes of a session would hold if they were alone on the machine.
+
+    Pages of a file, such as a library's, count once and whole, whoever else has it mapped (this
+    benchmark has most of them); so does memory that is shared by a name. Other pages can only be
+    shared within the session, between a process and its forks, and count in parts.
+    """
+    named: dict[tuple[str, ...], int] = {}
+    unnamed = 0
     for path, _ in _session_processes(session):
-        with contextlib.suppress(OSError):
-            for line in (path / "smaps_rollup").read_text().splitlines():
-                if line.startswith("Pss:"):
-                    total += int(line.split()[1]) * 1024
-    return total
+        with contextlib.suppress(OSError):  # ended meanwhile
+            for name, sizes in _mappings((path / "smaps").read_text()):
+                if name is None:
+                    unnamed += sizes["Pss"]
+                    continue
+                # what a process has written to is its own, though the mapping has a file
+                own = sizes["Private_Dirty"] if "p" in name[0] else 0
+                unnamed += own
+                named[name] = max(named.get(name, 0), sizes["Rss"] - own)
+    return unnamed + sum(named.values())
+
+
+def _mappings(smaps: str) -> Iterator[tuple[tuple[str, ...] | None, dict[str, int]]]:
+    """Each mapping of a process: what names it, None if no file does, and its sizes in bytes."""
+    name: tuple[str, ...] | None = None
+    sizes: dict[str, int] = {}
+    for line in smaps.splitlines():
+        first, _, rest = line.partition(" ")
+        if first.endswith(":"):
+            if rest.endswith(" kB"):
+                sizes[first[:-1]] = 1024 * int(rest[:-3])
+            continue
+        if sizes:
+            yield name, sizes
+        permissions, offset, device, inode = rest.split()[:4]
+        name = None if inode == "0" else (permissions, offset, device, inode)
+        sizes = {}
+    if sizes:
+        yield name, sizes

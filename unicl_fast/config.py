@@ -92,8 +92,9 @@ class DataConfig:
     threads: int = 0
     """Decoding threads of each rank; 0 takes the cores this job may use, divided by its ranks
     on this machine."""
-    prefetch: int = 2
-    """Batches decoded ahead of the step."""
+    prefetch: int = 4
+    """Batches decoded ahead of the step, in each of the decoder's graphs: two, which take turns, on
+    the CPU, one on a GPU."""
     hw_decoder_load: float = 0.65
     """On a GPU, the part of each batch's JPEGs that its hardware decoder takes, where it has one;
     the others are decoded by its cores. Worth trying: DALI's own benchmark on a Hopper takes 0.12

@@ -8,6 +8,8 @@ from __future__ import annotations
 import io
 import json
 import re
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -31,7 +33,7 @@ from unicl_fast.benchmarks.input_contenders import (
 )
 from unicl_fast.benchmarks.input_pipeline import Settings, run
 from unicl_fast.benchmarks.input_report import plot, table
-from unicl_fast.benchmarks.input_worker import Worker
+from unicl_fast.benchmarks.input_worker import Worker, session_bytes
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
 
@@ -204,3 +206,37 @@ def test_every_contender_makes_pillow_s_pictures(
         assert contender.install in result["left_out"][contender.name]
         pytest.skip(result["left_out"][contender.name])
     assert set(result["contenders"]) == expected
+
+
+_HOLDER = """
+import os, sys
+import numpy
+held = numpy.ones(100_000_000, numpy.uint8)
+if sys.argv[1] == "forks" and os.fork() == 0:
+    own = numpy.ones(30_000_000, numpy.uint8)
+    os.write(1, b"c")
+    os.read(0, 1)
+else:
+    os.write(1, b"p")
+    os.read(0, 1)
+"""
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_memory_of_a_session_counts_what_is_shared_once_and_whole(forks: bool) -> None:
+    """NumPy's libraries are mapped by this process too; its array by the process and its fork."""
+    command = [sys.executable, "-c", _HOLDER, "forks" if forks else "alone"]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdout.read(1 + forks)
+        held = session_bytes(process.pid)
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        process.stdin.write(b"..")
+        process.stdin.close()
+    (resident,) = re.findall(r"VmRSS:\s+(\d+) kB", status)
+    expected = 1024 * int(resident) + 30_000_000 * forks
+    assert held == pytest.approx(expected, abs=8_000_000)
+    assert held > 100_000_000
