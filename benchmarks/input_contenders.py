@@ -162,8 +162,14 @@ PARTS = (
     Contender(
         name="decode",
         kind="limit",
-        what="DALI decodes the crop and nothing else, bytes in memory",
+        what="DALI decodes the crop and nothing else, whole files in memory",
         code=f"{_HERE}.input_own:decode_alone",
+    ),
+    Contender(
+        name="decode-cut",
+        kind="limit",
+        what="the same of files cut to their crops beforehand, as the loader cuts them",
+        code=f"{_HERE}.input_own:decode_cut_alone",
     ),
     Contender(
         name="turbojpeg",
@@ -200,6 +206,12 @@ PARTS = (
         kind="stage",
         what="decoded crops to squares, mirrored",
         code=f"{_HERE}.input_own:resample",
+    ),
+    Contender(
+        name="augment",
+        kind="stage",
+        what="squares changed as the preset unicl asks",
+        code=f"{_HERE}.input_own:augment",
     ),
     Contender(
         name="normalise",

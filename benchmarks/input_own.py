@@ -20,15 +20,20 @@ from nvidia.dali import fn, types
 from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
+from unicl_fast.augmentation import AUGMENTATIONS
 from unicl_fast.benchmarks.input_contenders import Task
 from unicl_fast.benchmarks.input_worker import ContenderError
 from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
+from unicl_fast.pipelines.augment_kernels import augment_square
+from unicl_fast.pipelines.augment_plan import draw_rows, num_stages
 from unicl_fast.pipelines.bad_samples import BadSamples
 from unicl_fast.pipelines.graph import decode_windows
+from unicl_fast.pipelines.host_batches import PLANNED_AT_ONCE
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.integer_block import pack_integers
+from unicl_fast.pipelines.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.pipelines.plan import PlannedBatch
+from unicl_fast.pipelines.plan import PlannedBatch, split_steps
 from unicl_fast.pipelines.resample import resample_region
 from unicl_fast.pipelines.texts import gather_texts
 from unicl_fast.precision import normalise_images
@@ -96,17 +101,23 @@ def loader(task: Task) -> Iterator[int]:
 
 def plan(task: Task) -> Iterator[int]:
     own = _Own(task)
-    for step in itertools.count():
-        yield len(own.planned(step).slots)
+    count = max(1, PLANNED_AT_ONCE // task.batch_size)  # so many steps at once, as the loader does
+    for first in itertools.count(0, count):
+        long = own.loader.plan.long_batch(first, count, rank=0, world_size=1)
+        for batch in split_steps(long, count, global_batch_size=task.batch_size):
+            yield len(batch.slots)
 
 
 def texts(task: Task) -> Iterator[int]:
     own = _Own(task)
     length = own.config.model.context_length
-    for planned in itertools.cycle(own.some_planned()):
-        rows, classes = gather_texts(planned, [own.dataset], own.prompts, context_length=length)
-        targets = map_steps(rows, classes, own.prompts, size=len(rows))
-        yield len(pack_integers(targets, planned.slots, context_length=length))
+    count = max(1, PLANNED_AT_ONCE // task.batch_size)
+    long = own.loader.plan.long_batch(0, count, rank=0, world_size=1)
+    slots = np.arange(task.batch_size)
+    while True:
+        rows, classes = gather_texts(long, [own.dataset], own.prompts, context_length=length)
+        targets = map_steps(rows, classes, own.prompts, size=task.batch_size)
+        yield len(pack_integers(targets, slots, context_length=length))
 
 
 def read(task: Task) -> Iterator[int]:
@@ -116,11 +127,25 @@ def read(task: Task) -> Iterator[int]:
 
 
 def decode_alone(task: Task) -> Iterator[int]:
-    """The decoder of graph.py with nothing behind it."""
+    """The decoder of graph.py with nothing behind it, and whole files before it."""
     own = _Own(task)
-    batches = itertools.cycle(
-        [(encoded, fed.window_starts, fed.window_shapes) for fed, encoded in own.held()]
+    held = ((encoded, fed.window_starts, fed.window_shapes) for fed, encoded in own.held())
+    yield from _decode(own, list(held))
+
+
+def decode_cut_alone(task: Task) -> Iterator[int]:
+    """The same of files that are cut to their windows, as the loader does it."""
+    own = _Own(task)
+    held = (
+        (*cut_to_windows(encoded, fed.window_starts, fed.window_shapes), fed.window_shapes)
+        for fed, encoded in own.held()
     )
+    yield from _decode(own, list(held))
+
+
+def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
+    task = own.task
+    batches = itertools.cycle(held)
     pipeline = Pipeline(
         batch_size=task.batch_size,
         num_threads=task.threads,
@@ -181,6 +206,22 @@ def resample(task: Task) -> Iterator[int]:
         resample_region(square, crop, 0.0, height, 0.0, width, flip, False)
 
     yield from _in_threads(task, work, crops)
+
+
+def augment(task: Task) -> Iterator[int]:
+    """What the preset `unicl` asks for, done to squares in threads as DALI runs it."""
+    chosen = AUGMENTATIONS["unicl"]
+    size, stages = task.image_size, num_stages([chosen])
+    rows = draw_rows(chosen, np.arange(_HELD), key=0, image_size=size, stages=stages)
+    # smooth, as pictures are: what a histogram or a blur costs depends on it little
+    ramp = np.linspace(0, 255, size, dtype=np.uint8)
+    square = np.stack([ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp + ramp[:, None]], 2)
+    fill = np.array(CLIP_MEAN, np.float32) * 255
+
+    def work(row: NDArray[np.float32]) -> None:
+        augment_square(square.copy(), row, fill.astype(np.uint8))
+
+    yield from _in_threads(task, work, [(row,) for row in rows])
 
 
 def normalise(task: Task) -> Iterator[int]:

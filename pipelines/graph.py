@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -32,6 +31,7 @@ except ImportError as error:
 from unicl_fast.pipelines.augment import augment
 from unicl_fast.pipelines.augment_parts import GraphParts
 from unicl_fast.pipelines.fused_operators import augment_operator, resample_operator
+from unicl_fast.processor_cores import cores_of_this_rank
 
 Source = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""
@@ -207,13 +207,8 @@ def build_evaluation_graph(
 
 
 def decoding_threads(threads: int) -> int:
-    """Decoding threads of this rank: as given, or (0) its part of the cores it may run on."""
-    if threads:
-        return threads
-    cores = len(os.sched_getaffinity(0))
-    if cores == os.cpu_count():  # else the launcher has bound this rank to its own part already
-        cores //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, cores)
+    """Decoding threads of this rank: as given, or (0) one for each of its cores."""
+    return threads or cores_of_this_rank()
 
 
 def shares_of_threads(data: DataConfig, device: torch.device) -> list[DataConfig]:

@@ -85,7 +85,7 @@ class TrainLoader:
             self._pictures = "squares" if fused else "pixels"
         self._bad = BadSamples(self._datasets, quarantine)
         augmentations = augmentations_of(
-            config.data.augment, [dataset.folder for dataset in self._datasets]
+            config.data.augment, [dataset.place for dataset in self._datasets]
         )
         parts = parts_for(augmentations, config.data.mean)
         self._augmentation = None if parts.is_empty else parts

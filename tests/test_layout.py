@@ -21,7 +21,8 @@ LIBRARY_LEVELS = [
     | {"shard_reader", "differences", "whole_files", "stages", "ending_at_once", "exit_codes"}
     | {"pillow_decoding", "checksums", "array_files", "sealed_json", "_normalise_numba"}
     | {"pixel_file", "_pixels_numba", "file_check", "preprocessing", "export_folder"}
-    | {"picture_encoding", "webp_header", "dataset_files", "remote", "host_buffers"},
+    | {"picture_encoding", "webp_header", "dataset_files", "remote", "host_buffers"}
+    | {"processor_cores"},
     {"shards", "shard_files", "shard_journal", "shard_writer", "tokenizer", "class_lists", "dist"}
     | {"interruption", "checkpoint_files", "heartbeats", "watchdog", "rendezvous"}
     | {

@@ -24,6 +24,7 @@ import unicl_fast
 from unicl_fast.class_lists import read_templates
 from unicl_fast.images import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, Picture, PictureFormat
 from unicl_fast.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.processor_cores import usable_cores
 from unicl_fast.shard_writer import (
     DEFAULT_SHARD_BYTES,
     DatasetWriter,
@@ -259,7 +260,7 @@ def _pack(
                 found,
                 spool.new_items(),
                 max_file_bytes=options.max_file_bytes,
-                workers=workers or len(os.sched_getaffinity(0)),
+                workers=workers or usable_cores(),
                 progress=progress,
             )
         order = shuffled_order(len(found), seed=seed)[writer.num_places :]

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from unicl_fast import ending_at_once
 from unicl_fast.ending_at_once import AT_NO_RISK
 from unicl_fast.exit_codes import EXIT_FAULT, EXIT_HUNG, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
+from unicl_fast.processor_cores import usable_cores
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.dist import Ranks
@@ -157,7 +158,7 @@ class _Launcher:
             _OWN_RANK: "1",
         }
         # without this every rank would start as many threads as the machine has cores
-        threads = {"OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // nproc))}
+        threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // nproc))}
         sys.stdout.flush()
         self._deadline = math.inf
         self._ranks = [

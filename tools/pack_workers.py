@@ -9,12 +9,12 @@ nothing else is lost, and what is packed is the same as if the picture had merel
 
 from __future__ import annotations
 
-import os
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
+from unicl_fast.processor_cores import usable_cores
 from unicl_fast.tools.items import Problem
 from unicl_fast.tools.picture_worker import Checked as Checked
 from unicl_fast.tools.picture_worker import PictureOptions as PictureOptions
@@ -43,7 +43,7 @@ def check_in_order(
     Raises:
         RuntimeError: no worker process can be started.
     """
-    workers = workers or len(os.sched_getaffinity(0))
+    workers = workers or usable_cores()
     pool = WorkerPool(options, context_length=context_length)
     threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-pack")
     under_way: deque[Future[list[Checked | Problem]]] = deque()

@@ -10,7 +10,6 @@ from __future__ import annotations
 import importlib.util
 import io
 import multiprocessing
-import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -21,6 +20,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
+from unicl_fast.processor_cores import usable_cores
 from unicl_fast.shards import DamagedSampleError, PackedDataset
 
 _CHUNK = 64
@@ -66,7 +66,7 @@ def hash_pictures(
     starts = iter(range(0, count, _CHUNK))
     with (
         ProcessPoolExecutor(
-            workers or len(os.sched_getaffinity(0)),
+            workers or usable_cores(),
             mp_context=context,
             initializer=_open,
             initargs=(folder,),

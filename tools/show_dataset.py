@@ -168,9 +168,10 @@ def _strips(
             ratio=data.crop_ratio,
         )
         chance = data.flip_probability if augmentation.flip is None else augmentation.flip
-        flips = [random_unit(np.uint64(key + 1), i) < chance for i in range(count)]
+        flip_key, row_key = (fold_key(key, number) for number in (1, 2))
+        flips = [random_unit(np.uint64(flip_key), i) < chance for i in range(count)]
         rows = draw_rows(
-            augmentation, visits, key=key + 2, image_size=data.image_size, stages=stages
+            augmentation, visits, key=row_key, image_size=data.image_size, stages=stages
         )
         yield _Strip(
             title="all together" if augmentation.views == 1 else f"view {number + 1}",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -87,10 +88,15 @@ def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
 
 def numbered(names: Sequence[str]) -> list[str]:
     """Names that differ: those that stand several times with a number behind each."""
-    return [
-        f"{name}-{names[: place + 1].count(name)}" if names.count(name) > 1 else name
-        for place, name in enumerate(names)
-    ]
+    taken = {name for name in names if names.count(name) == 1}
+    found = []
+    for name in names:
+        if names.count(name) > 1:
+            numbers = (f"{name}-{number}" for number in itertools.count(1))
+            name = next(each for each in numbers if each not in taken)
+            taken.add(name)
+        found.append(name)
+    return found
 
 
 def traffic_of(datasets: Sequence[PackedDataset]) -> Callable[[], tuple[int, int]] | None:

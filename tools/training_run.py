@@ -72,7 +72,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     if resume != "auto":  # rank 0 reads checkpoints and says what it passes over; once is enough
         choose_checkpoint(resume, run_folder)
     datasets, _ = open_sources(config.data)
-    augmentations_of(config.data.augment, [dataset.folder for dataset in datasets])
+    augmentations_of(config.data.augment, [dataset.place for dataset in datasets])
     suit_objective(config, datasets)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from unicl_fast.images import MAX_PIXELS, RESIZE_QUALITY
 from unicl_fast.pixel_file import PIXELS_NAME
+from unicl_fast.processor_cores import usable_cores
 from unicl_fast.shards import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.tools.build_dataset import DEFAULT_PICTURE_SECONDS
@@ -115,7 +116,7 @@ def verify_dataset(
                 dataset,
                 note=count,
                 options=options if decode and not is_raw else None,
-                workers=workers or len(os.sched_getaffinity(0)),
+                workers=workers or usable_cores(),
                 progress=progress,
             )
     manifest = None if dataset is None else dataset.manifest

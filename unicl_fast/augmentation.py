@@ -236,13 +236,13 @@ def check_views(entries: Sequence[str], *, objective: str) -> None:
         )
 
 
-def augmentations_of(entries: Sequence[str], folders: Sequence[Path | str]) -> list[Augmentation]:
+def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> list[Augmentation]:
     """Each data set's augmentation.
 
     Args:
         entries: as in `data.augment`: SPEC for all data sets, NAME:SPEC for those whose folder is
-            called NAME (or whose path ends with it); the more particular one counts.
-        folders: the data sets.
+            called NAME (or whose path or URL ends with it); the more particular one counts.
+        places: folders or URLs of the data sets.
 
     Raises:
         ValueError: an entry that cannot be read or names no data set, or some data sets with one
@@ -250,30 +250,47 @@ def augmentations_of(entries: Sequence[str], folders: Sequence[Path | str]) -> l
     """
     chosen = _split_entries(entries)
     general = chosen.pop("", Augmentation())
-    parts = [Path(folder).resolve().parts for folder in folders]
-    named = {name: tuple(part for part in Path(name).parts if part != ".") for name in chosen}
-    for name, ending in named.items():
-        if not any(part[-len(ending) :] == ending for part in parts):
+    spelled = [_spellings(place) for place in places]
+    named = {name: tuple(part for part in _parts(name) if part != ".") for name in chosen}
+    for name in named:
+        if not any(_ends_with(paths, named[name]) for paths in spelled):
             raise ValueError(
                 f"data.augment: no data set is called {name!r}; there are "
-                f"{', '.join(part[-1] for part in parts)}"
+                f"{', '.join(paths[0][-1] for paths in spelled)}"
             )
     found = []
-    for part in parts:
-        fitting = [name for name, ending in named.items() if part[-len(ending) :] == ending]
+    for paths in spelled:
+        fitting = [name for name, ending in named.items() if _ends_with(paths, ending)]
         # a longer ending says more
         best = max(fitting, key=lambda name: len(named[name]), default=None)
         found.append(general if best is None else chosen[best])
     if len({augmentation.views for augmentation in found}) > 1:
         views = (
-            f"{part[-1]} {augmentation.views}"
-            for part, augmentation in zip(parts, found, strict=True)
+            f"{paths[0][-1]} {augmentation.views}"
+            for paths, augmentation in zip(spelled, found, strict=True)
         )
         raise ValueError(
             "data.augment: a batch shows all its pictures once or all twice, but views are "
             f"{', '.join(views)}; set views=1 or views=2 for all"
         )
     return found
+
+
+def _parts(place: Path | str) -> tuple[str, ...]:
+    """Of a path, or of what follows the scheme of a URL."""
+    _, scheme, rest = str(place).partition("://")
+    return tuple(part for part in rest.split("/") if part) if scheme else Path(place).parts
+
+
+def _spellings(place: Path | str) -> list[tuple[str, ...]]:
+    """How a data set's place can be written: a link to a folder has two names."""
+    if "://" in str(place):
+        return [_parts(place)]
+    return [Path(place).absolute().parts, Path(place).resolve().parts]
+
+
+def _ends_with(paths: Sequence[tuple[str, ...]], ending: tuple[str, ...]) -> bool:
+    return any(path[-len(ending) :] == ending for path in paths)
 
 
 def _split_entries(entries: Sequence[str]) -> dict[str, Augmentation]:

@@ -18,7 +18,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from unicl_fast.picture_encoding import encode_jpeg
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.graph import decoding_threads
+from unicl_fast.pipelines.graph import _decoder_settings, decoding_threads
 from unicl_fast.pipelines.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.prompts import ClassPrompts, fill_template
@@ -349,15 +349,20 @@ def test_a_rank_without_samples_has_nothing_to_evaluate(captioned: PackedDataset
     assert list(loader) == []
 
 
-def test_threads_are_this_rank_s_part_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: set(range(12)), raising=False)
-    monkeypatch.setattr("os.cpu_count", lambda: 12)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+def test_threads_are_as_given_or_this_rank_s_part_of_the_cores(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("unicl_fast.pipelines.graph.cores_of_this_rank", lambda: 12)
     assert decoding_threads(0) == 12
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
-    assert decoding_threads(0) == 2
     assert decoding_threads(7) == 7
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
-    assert decoding_threads(0) == 1
-    monkeypatch.setattr("os.cpu_count", lambda: 64)  # bound to 12 of them by the launcher
-    assert decoding_threads(0) == 12
+
+
+def test_a_gpu_decodes_with_its_own_settings() -> None:
+    data = DataConfig(hw_decoder_load=0.12, decoder_hint=(900, 1200))
+    assert _decoder_settings(data, torch.device("cpu")) == {"device": "cpu"}
+    assert _decoder_settings(data, torch.device("cuda")) == {
+        "device": "mixed",
+        "hw_decoder_load": 0.12,
+        "preallocate_height_hint": 900,
+        "preallocate_width_hint": 1200,
+    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -112,6 +113,18 @@ def test_an_entry_for_one_data_set_counts_before_the_one_for_all() -> None:
     assert found == [unicl, none, clip, Augmentation(blur=1.0)]
     assert augmentations_of(["train:clip", "b/train:unicl"], folders) == [clip, unicl, none, none]
     assert augmentations_of([], folders) == [none] * 4
+
+
+def test_an_entry_names_a_url_by_its_end_and_a_link_by_either_name(tmp_path: Path) -> None:
+    unicl, clip, none = (AUGMENTATIONS[name] for name in ("unicl", "clip", "none"))
+    urls = ["s3://a/train", "s3://b/train"]
+    assert augmentations_of(["none", "b/train:clip"], urls) == [none, clip]
+    assert augmentations_of(["none", "s3://b/train:clip"], urls) == [none, clip]
+    assert augmentations_of(["train:clip", "a/train:unicl"], urls) == [unicl, clip]
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    for name in ("real", "link"):
+        assert augmentations_of([f"{name}:clip"], [tmp_path / "link"]) == [clip]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,48 @@
+"""How many cores a rank takes for its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from unicl_fast import processor_cores
+from unicl_fast.processor_cores import cores_of_this_rank, usable_cores
+
+
+@pytest.fixture(autouse=True)
+def _twelve_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of 64, for this process and the one that started it; no quota."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    monkeypatch.setattr(processor_cores, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(processor_cores, "_MY_CGROUP", tmp_path / "mine")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "mine").write_text("0::/job/step\n")
+
+
+def test_local_ranks_share_what_their_launcher_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cores_of_this_rank() == 12
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert cores_of_this_rank() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert cores_of_this_rank() == 1
+
+
+def test_a_rank_that_is_bound_to_cores_has_them_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    monkeypatch.setattr(
+        os, "sched_getaffinity", lambda process: set(range(12 if process == 0 else 60))
+    )
+    assert cores_of_this_rank() == 12
+
+
+def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
+    (tmp_path / "job" / "step" / "cpu.max").write_text("max 100000\n")
+    assert usable_cores() == 12
+    (tmp_path / "job" / "cpu.max").write_text("250000 100000\n")
+    assert usable_cores() == 3
+    (tmp_path / "mine").write_text("12:cpu:/old\n")
+    assert usable_cores() == 12
