@@ -155,7 +155,10 @@ class StepInParts:
         with self.part("image encoder backward"):
             images.backward(image_gradient)
         with self.part("text encoder backward"):
-            torch.autograd.backward([texts, scale], [text_gradient, scale_gradient])
+            learnt = [(texts, text_gradient)]
+            if scale.requires_grad:
+                learnt.append((scale, scale_gradient))
+            torch.autograd.backward([one for one, _ in learnt], [one for _, one in learnt])
         return loss.detach()
 
     def count_operations(self) -> dict[str, int]:

@@ -3,8 +3,8 @@
     unicl-bench targets [--sizes 1024 8192] [--json FILE]
 
 Half of the rows are captions, half have labels; a third of the texts occurs more than once. Rows
-begin alike, as captions do, which sorting feels and hashing does not. All must find the same number
-of distinct rows first. The others find the rows only; ours gives classes, too.
+begin alike, as captions do, which sorting feels and hashing does not. All must find the same
+distinct rows first. The others find the rows only; ours gives classes, too.
 """
 
 from __future__ import annotations
@@ -47,6 +47,7 @@ def run(settings: Settings) -> None:
     figures: Figures = {}
     for size in settings.sizes:
         contestants = make_contestants(size)
+        require_same_groups(size)
         distinct = {name: int(work()) for name, work in contestants.items()}
         if len(set(distinct.values())) > 1:
             raise RuntimeError(f"they find other numbers of distinct rows: {distinct}")
@@ -78,6 +79,31 @@ def make_contestants(size: int) -> dict[str, Callable[[], int]]:
         "np.unique of void rows": functools.partial(_unique_void_rows, rows),
         "dict of bytes": lambda: len(dict.fromkeys(map(bytes, rows))),
     }
+
+
+def require_same_groups(size: int) -> None:
+    """Compares which rows are equal by ours and by the others that tell.
+
+    Raises:
+        RuntimeError: they group the rows otherwise.
+    """
+    rows, labels = _make_batch(size)
+    tensor = torch.from_numpy(rows.astype(np.int16))
+    number_of: dict[bytes, int] = {}
+    groups = {
+        "np.unique(axis=0)": np.unique(rows, axis=0, return_inverse=True)[1].reshape(-1),
+        "torch.unique(dim=0)": torch.unique(tensor, dim=0, return_inverse=True)[1].numpy(),
+        "dict of bytes": np.array(
+            [number_of.setdefault(bytes(row), len(number_of)) for row in rows]
+        ),
+    }
+    ours = map_targets(rows, labels)
+    if not np.array_equal(ours.tokens[ours.text_index], rows):
+        raise RuntimeError("map_targets gives rows that are not those it was given")
+    for name, numbers in groups.items():
+        pairs = np.unique(np.stack([numbers, ours.text_index], axis=1), axis=0)
+        if not len(pairs) == len(ours.tokens) == numbers.max() + 1:
+            raise RuntimeError(f"map_targets and {name} group the rows otherwise")
 
 
 def _repeat(work: Callable[[], int], times: int) -> None:

@@ -130,9 +130,14 @@ def back_propagate_in_micro_batches(
         text_features.backward(gradient)
     with precision.autocast(device_type):
         last_features = encode(input_of(*pictures[-1]), *texts[-1])
-    torch.autograd.backward(
-        last_features, [image_gradients[-1], text_gradients[-1], scale_gradient]
-    )
+    last_gradients = [image_gradients[-1], text_gradients[-1], scale_gradient]
+    # a fixed scale has no graph to go back through
+    learnt = [
+        (feature, gradient)
+        for feature, gradient in zip(last_features, last_gradients, strict=True)
+        if feature.requires_grad
+    ]
+    torch.autograd.backward([one for one, _ in learnt], [one for _, one in learnt])
     return loss.detach()
 
 

@@ -34,7 +34,7 @@ PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
 LossForm = Literal["auto", "dense", "tiled"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
-OptimizerName = Literal["adamw", "lamb", "apex-fusedadam", "apex-fusedlamb", "auto"]
+OptimizerName = Literal["adamw", "lamb", "fusedadamw", "fusedlamb", "auto"]
 
 
 def _require_known_choices(group: str, settings: object) -> None:

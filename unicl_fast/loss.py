@@ -83,7 +83,7 @@ def unified_contrastive_loss(
             "auto" takes the faster one for the size.
 
     Returns:
-        A scalar, in fp64 if any input is, else in fp32 whatever the inputs' type. A picture or
+        A scalar, in fp64 if features are, else in fp32 whatever their type. A picture or
         text without any positive contributes 0. In the tiled form the products of bf16 features
         are rounded to bf16, as autocast does, before anything is summed up in fp32: the loss is
         off by less than 0.1 %, a gradient by 1 % (scale 15) to 3 % (100) of its norm.

@@ -36,12 +36,3 @@ def load_apex_optimizers() -> ModuleType:
         ) from error
     assert isinstance(optimizers, ModuleType)
     return optimizers
-
-
-def has_apex_optimizers() -> bool:
-    """Whether `load_apex_optimizers` would succeed."""
-    try:
-        load_apex_optimizers()
-    except ValueError:
-        return False
-    return True

@@ -16,13 +16,14 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.nvidia_apex import has_apex_optimizers, load_apex_optimizers
+from unicl_fast.nvidia_apex import load_apex_optimizers
 
 logger = logging.getLogger(__name__)
 
 _SUMMED_AT_ONCE = 2**18
 """Squares in one dot product: more round too much in fp32, fewer cost calls."""
 
+_OF_APEX = ("fusedadamw", "fusedlamb")
 _UNDECAYED_NAMES = (
     "logit_scale",
     "positional_embedding",
@@ -54,17 +55,19 @@ def choose_optimizer(name: str, *, device: torch.device, precision: str) -> str:
     """What `optim.name` means on this machine.
 
     Args:
-        name: of the config; "auto" is apex's fused AdamW where it can work, else torch's.
+        name: of the config, as timm spells them; "auto" is torch's AdamW, whose fused kernel takes
+            the clipping factor and leaves out a bad step without the host: apex's would need a
+            pass over all gradients for the one and a wait for the device for the other.
         device: of the parameters.
         precision: of the config.
 
     Raises:
         ValueError: an optimizer of apex that cannot work here; says why.
     """
-    apex_can_work = device.type == "cuda" and precision != "fp64"
     if name == "auto":
-        return "apex-fusedadam" if apex_can_work and has_apex_optimizers() else "adamw"
-    if name.startswith("apex-") and not apex_can_work:
+        return "adamw"
+    apex_can_work = device.type == "cuda" and precision != "fp64"
+    if name in _OF_APEX and not apex_can_work:
         raise ValueError(
             f"optim.name={name} runs on CUDA devices with weights in fp32, not on {device.type} "
             f"with efficiency.precision={precision}; take adamw or lamb"
@@ -100,10 +103,10 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
         optimizer = torch.optim.AdamW(groups, fused=fused, **arguments)
     elif name == "lamb":
         optimizer = Lamb(groups, max_grad_norm=None, **arguments)
-    elif name == "apex-fusedadam":
+    elif name == "fusedadamw":
         optimizer = load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **arguments)
     else:
-        assert name == "apex-fusedlamb", name
+        assert name == "fusedlamb", name
         optimizer = load_apex_optimizers().FusedLAMB(groups, max_grad_norm=math.inf, **arguments)
     return optimizer
 

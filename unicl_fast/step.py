@@ -150,18 +150,17 @@ def contrast_over_ranks(
     text_features = gather_rows(text_features, sizes)
     if isinstance(text_class_ids, Membership):
         text_class_ids = _gather_membership(text_class_ids, sizes, ranks)
+        text_counts = gather_rows(text_counts, sizes)
     else:
-        text_class_ids = gather_rows(text_class_ids, sizes)
-    text_counts = gather_rows(text_counts, sizes)
+        facts = torch.stack([text_class_ids, text_counts], dim=1)
+        text_class_ids, text_counts = gather_rows(facts, sizes).T.contiguous()
     with torch.autocast(image_features.device.type, enabled=False):
         rows, mine = compare(
             image_features, text_features, class_ids, text_class_ids, text_counts, scale, form=form
         )
-        columns = _merge_over_ranks(mine, ranks)
-        num_samples = text_counts.sum()
-        i2t = sum_over_ranks(losses(rows).sum(), ranks) / num_samples
-        t2i = (text_counts * losses(columns)).sum() / num_samples
-    return (i2t + t2i) / 2
+        columns, i2t = _merge_over_ranks(mine, losses(rows).sum(), ranks)
+        t2i = (text_counts * losses(columns)).sum()
+    return (i2t + t2i) / (2 * text_counts.sum())
 
 
 def contrast_views_over_ranks(
@@ -247,13 +246,17 @@ def _gather_membership(membership: Membership, sizes: list[int], ranks: Ranks) -
     )
 
 
-def _merge_over_ranks(mine: Statistics, ranks: Ranks) -> Statistics:
-    """What all ranks' pictures together say about the texts: two all-reduces of a few [u]."""
+def _merge_over_ranks(
+    mine: Statistics, loss_sum: Tensor, ranks: Ranks
+) -> tuple[Statistics, Tensor]:
+    """What all ranks' pictures together say about the texts, and their losses' sum.
+
+    Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1].
+    """
     if ranks.world_size == 1:
-        return mine
+        return mine, loss_sum
     maximum = max_over_ranks(mine.log_sum_exp.detach(), ranks)
-    exp_sum, positive_sum, positive_weight = sum_over_ranks(
-        torch.stack([(mine.log_sum_exp - maximum).exp(), mine.positive_sum, mine.positive_weight]),
-        ranks,
-    )
-    return Statistics(maximum + exp_sum.log(), positive_sum, positive_weight)
+    parts = (mine.log_sum_exp - maximum).exp(), mine.positive_sum, mine.positive_weight
+    sums = sum_over_ranks(torch.cat([*parts, loss_sum.reshape(1)]), ranks)
+    exp_sum, positive_sum, positive_weight = sums[:-1].view(3, -1)
+    return Statistics(maximum + exp_sum.log(), positive_sum, positive_weight), sums[-1]

@@ -34,6 +34,7 @@ from unicl_fast.interruption import Interrupted
 from unicl_fast.ledger import Ledger
 from unicl_fast.ledger_format import LedgerSource
 from unicl_fast.ledger_proof import prove
+from unicl_fast.loss_tiled import LARGEST_TILE
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.source_meter import SourceMeter
 from unicl_fast.trainer import Trainer
@@ -150,8 +151,20 @@ def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[f
     }
 
 
+def with_fixed_scale(config):
+    model = dataclasses.replace(config.model, learn_logit_scale=False)
+    return dataclasses.replace(config, model=model)
+
+
+def write_fixed_scale_gradients(ranks, images: torch.Tensor, folder: str) -> None:
+    """Loss and parameter gradients of this rank in micro-batches."""
+    config = with_fixed_scale(tiny_config(micro_batch_size=4))
+    torch.save(first_gradients(images, ranks, config), Path(folder) / f"{ranks.rank}.pt")
+
+
+@mock.patch.dict(LARGEST_TILE, {"cpu": 3})
 def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
-    """Loss and parameter gradients of this rank, with the loss in both forms."""
+    """Loss and parameter gradients of this rank, with the loss in both forms and several tiles."""
     for form in ("dense", "tiled"):
         loss, gradients = first_gradients(images, ranks, tiny_config(**efficiency, loss=form))
         torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
@@ -170,8 +183,9 @@ def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectiv
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 
 
+@mock.patch.dict(LARGEST_TILE, {"cpu": 3})
 def write_feature_gradients(ranks, folder: str) -> None:
-    """Loss and gradients of this rank's pictures and of the table of texts, in both forms."""
+    """Loss and gradients of this rank's pictures and of the table of texts, as above."""
     from unicl_fast.step import contrast_over_ranks
 
     images, texts, text_index, class_ids = ragged_features()
@@ -193,6 +207,48 @@ def write_feature_gradients(ranks, folder: str) -> None:
         )
         gradients = torch.autograd.grad(loss, inputs)
         torch.save((loss.item(), *gradients), Path(folder) / f"{form}{ranks.rank}.pt")
+
+
+def count_work_of_the_loss(ranks, folder: str) -> None:
+    """Products, and values that go over the network, of the loss and its gradients."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from unicl_fast.step import contrast_over_ranks
+
+    generator = torch.Generator().manual_seed(ranks.rank)
+    images = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    texts = torch.randn(
+        3 + ranks.rank, 4, generator=generator, dtype=torch.float64, requires_grad=True
+    )
+    calls: dict[str, list[int]] = {}
+
+    def counting(name: str) -> Callable[..., object]:
+        plain = getattr(torch.distributed, name)
+
+        def count(tensor: torch.Tensor, *rest: object, **options: object) -> object:
+            calls.setdefault(name, []).append(tensor.numel())
+            return plain(tensor, *rest, **options)
+
+        return count
+
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(torch.distributed, name, counting(name)))
+        flops = stack.enter_context(FlopCounterMode(display=False))
+        loss = contrast_over_ranks(
+            images,
+            texts,
+            class_ids=torch.arange(6),
+            text_class_ids=torch.arange(len(texts)),
+            text_counts=torch.ones(len(texts), dtype=torch.int64),
+            scale=torch.tensor(10.0, dtype=torch.float64),
+            ranks=ranks,
+            form="dense",
+        )
+        forward = flops.get_total_flops()
+        loss.backward()
+    torch.save({"forward": forward, "calls": calls}, Path(folder) / f"{ranks.rank}.pt")
 
 
 def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:

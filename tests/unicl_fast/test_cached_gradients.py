@@ -11,6 +11,8 @@ from rank_workers import (
     count_reductions,
     first_gradients,
     run_on_ranks,
+    with_fixed_scale,
+    write_fixed_scale_gradients,
     write_gradients,
 )
 from small_runs import tiny_config
@@ -71,6 +73,20 @@ def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
         loss, gradients = torch.load(tmp_path / written, weights_only=True)
         assert loss == pytest.approx(plain[0], rel=1e-13)
         assert_equal_gradients(gradients, plain[1])
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_micro_batches_with_a_fixed_scale(
+    images: torch.Tensor, tmp_path: Path, world_size: int
+) -> None:
+    plain = first_gradients(images, Ranks(), with_fixed_scale(tiny_config()))
+    run_on_ranks(write_fixed_scale_gradients, world_size, images, str(tmp_path))
+    for rank in range(world_size):
+        loss, gradients = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert loss == pytest.approx(plain[0], rel=1e-13)
+        assert gradients.pop("logit_scale") is None
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, plain[1][name], rtol=1e-9, atol=1e-13, msg=name)
 
 
 @pytest.mark.dist

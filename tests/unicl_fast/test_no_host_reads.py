@@ -18,7 +18,7 @@ from small_runs import (
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicl_fast.batch import ListLoader
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import DeviceName, TrainConfig
 from unicl_fast.trainer import Trainer
 
 # What makes the host wait: values read, shapes that depend on values, and tensors made of Python's
@@ -35,6 +35,8 @@ WAITING = {
     "_unique",
     "_unique2",
     "masked_select",
+    "bincount",
+    "nonzero_numpy",
     "lift_fresh",
 }
 
@@ -52,13 +54,21 @@ class WaitingOperators(TorchDispatchMode):
             isinstance(index, torch.Tensor) and index.dtype in (torch.bool, torch.uint8)
             for index in (args[1] if isinstance(args[1], list | tuple) else ())
         )
-        if name in WAITING or by_mask:
+        sized = name != "repeat_interleave" or (kwargs or {}).get("output_size") is not None
+        if name in WAITING or by_mask or not sized:
             self.found.append(name)
         return function(*args, **(kwargs or {}))
 
 
-def trainer_of(images: torch.Tensor, *, ema_decay: float = 0.0, **efficiency: object) -> Trainer:
+def trainer_of(
+    images: torch.Tensor,
+    *,
+    ema_decay: float = 0.0,
+    device: DeviceName = "cpu",
+    **efficiency: object,
+) -> Trainer:
     config = tiny_config(**efficiency)
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, device=device))
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, ema_decay=ema_decay)
     )
@@ -100,6 +110,34 @@ def test_a_training_step_reads_nothing(images: torch.Tensor, efficiency: dict) -
     with WaitingOperators() as operators:
         trainer.train_step(next(batches))
     assert operators.found == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "efficiency",
+    [
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"precision": "bf16", "loss": "tiled"},
+        {"precision": "bf16", "micro_batch_size": 5},
+        {"precision": "bf16", "ema_decay": 0.99},
+    ],
+    ids=lambda efficiency: ",".join(f"{k}={v}" for k, v in efficiency.items()),
+)
+def test_a_step_on_a_gpu_never_waits_for_it(images: torch.Tensor, efficiency: dict) -> None:
+    """CUDA itself tells: any wait of the host in the step is an error."""
+    trainer = trainer_of(images, device="cuda", **efficiency)
+    assert trainer.device.type == "cuda"
+    batches = trainer.loader.batches(0)
+    for _ in range(2):  # kernels are chosen and memory is taken
+        trainer.train_step(next(batches).to(trainer.device))
+    batch = next(batches).to(trainer.device)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.train_step(batch)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from rank_workers import (
     StepwiseLoader,
+    count_work_of_the_loss,
     first_gradients,
     run_on_ranks,
     train,
@@ -76,6 +77,21 @@ def test_ranks_with_ragged_texts_give_the_gradients_of_one_process(
         of_texts = torch.stack([of_texts for _, _, of_texts in results]).sum(dim=0)
         torch.testing.assert_close(of_images, gradients[0], rtol=1e-10, atol=1e-14)
         torch.testing.assert_close(of_texts, gradients[1], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.dist
+def test_each_logit_is_computed_once_and_only_texts_travel(tmp_path: Path) -> None:
+    """Rank r has 6 pictures and 3 + r texts, features of 4 numbers."""
+    run_on_ranks(count_work_of_the_loss, 3, str(tmp_path))
+    texts, most = 3 + 4 + 5, 5
+    for rank in range(3):
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
+        assert found["forward"] == 2 * 6 * texts * 4
+        assert found["calls"] == {
+            "all_gather_into_tensor": [3 * most * 4, 3 * most * 2],  # features, classes and counts
+            "all_reduce": [texts, 3 * texts + 1],  # maxima, sums
+            "reduce_scatter_tensor": [most * 4],
+        }
 
 
 @pytest.mark.dist
