@@ -3,6 +3,7 @@
     python -m unicl_fast.benchmarks.experiments objectives          # Table 2: CE, SupCon, UniCL
     python -m unicl_fast.benchmarks.experiments labels-and-captions
     python -m unicl_fast.benchmarks.experiments templates
+    python -m unicl_fast.benchmarks.experiments switches            # `efficiency` on and off
     python -m unicl_fast.benchmarks.experiments full-size           # the published rows' commands
 
 Each is a list of `unicl-pretrain` and `unicl-eval` commands (runs.py), and a table and a plot of

@@ -6,12 +6,19 @@ import sys
 
 import tyro
 
-from unicl_fast.benchmarks.experiments import full_size, labels_and_captions, objectives, templates
+from unicl_fast.benchmarks.experiments import (
+    full_size,
+    labels_and_captions,
+    objectives,
+    switches,
+    templates,
+)
 
 _EXPERIMENTS = {
     "objectives": objectives,
     "labels-and-captions": labels_and_captions,
     "templates": templates,
+    "switches": switches,
     "full-size": full_size,
 }
 

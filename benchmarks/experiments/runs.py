@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -62,6 +63,13 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int) -> dict[str, Row]:
             pool.shutdown(cancel_futures=True)  # those at work end first, and keep what they did
             raise
     return {run.name: rows[run.name] for run in runs}
+
+
+def median_rate(run: Run, folder: Path) -> float:
+    """Pictures a second of a run that is done, without its first fifth, which has the start."""
+    lines = read_metrics(folder / run.name / "run")
+    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
+    return statistics.median(rates[len(rates) // 5 :])
 
 
 def _row_of(run: Run, folder: Path, threads: int) -> Row:

@@ -9,7 +9,6 @@ runs of `objectives` are one side of the comparison: with the same --out they ar
 
 from __future__ import annotations
 
-import statistics
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,9 +16,8 @@ from pathlib import Path
 from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
 from unicl_fast.benchmarks.experiments.objectives import Encoder, accuracy_as_used, make_run
 from unicl_fast.benchmarks.experiments.report import ExperimentSettings, Table, write_report
-from unicl_fast.benchmarks.experiments.runs import Run, run_all
+from unicl_fast.benchmarks.experiments.runs import Run, median_rate, run_all
 from unicl_fast.benchmarks.harness import summarise
-from unicl_fast.metrics import read_metrics
 
 _ARMS = {"one a sample": (), "one a class": ("--data.templates", "per_class")}
 
@@ -98,6 +96,4 @@ def _rates(settings: Settings) -> dict[str, object]:
 
 def _rate_of(run: Run, folder: Path) -> float:
     run_all([run], folder, jobs=1)
-    lines = read_metrics(folder / run.name / "run")
-    rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
-    return statistics.median(rates[len(rates) // 5 :])  # the first ones have the start in them
+    return median_rate(run, folder)

@@ -11,7 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unicl_fast.benchmarks.experiments import full_size, labels_and_captions, objectives, templates
+from unicl_fast.benchmarks.experiments import (
+    full_size,
+    labels_and_captions,
+    objectives,
+    switches,
+    templates,
+)
 from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
 from unicl_fast.benchmarks.experiments.runs import Run, run_all
 from unicl_fast.config import TrainConfig
@@ -147,6 +153,19 @@ def test_objectives_and_templates_share_their_runs(cifar10: Path, tmp_path: Path
     assert before.items() <= after.items(), "a finished run was done again"
     rates = json.loads((tmp_path / "templates.json").read_text())["rate"]["pictures_a_second"]
     assert [len(values) for values in rates.values()] == [2, 2]
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_switches(cifar10: Path, tmp_path: Path) -> None:
+    switches.run(
+        switches.Settings(train=cifar10, test=cifar10, out=tmp_path, length=0.01, seeds=(0, 1))
+    )
+    result = json.loads((tmp_path / "switches.json").read_text())
+    [table] = result["tables"]
+    assert set(table["cells"]["cifar10-small"]) == set(result["rate"]["pictures_a_second"])
+    assert [row["last"]["samples_seen"] for row in result["runs"]] == [1024] * 4
 
 
 @pytest.mark.slow
