@@ -23,6 +23,7 @@ STAGES = {
     "text": ("text_encoding", "what captions cost in the text encoder, padded, trimmed, packed"),
     "step": ("training_step", "training steps, against open_clip's own"),
     "checkpoint": ("checkpoint_cost", "what a checkpoint costs, written beside and waited for"),
+    "memory": ("large_batches", "peak memory of a large batch in micro-batches, and of small ones"),
     "profile": ("step_profile", "a training step by its parts, against the matmul floor"),
     "ledger": ("ledger", "a ledger's record beside a small step; visits proven a second"),
 }

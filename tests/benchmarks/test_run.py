@@ -20,6 +20,10 @@ SMALL = {
     "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
     "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
     "checkpoint": ["--image-encoder", "test_vit", "--image-size", "160", "--steps", "2"],
+    "memory": [
+        *("--image-encoder", "test_vit", "--image-size", "32"),
+        *("--large", "16", "--micro", "4", "--plain", "8"),
+    ],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
     "ledger": ["--visits", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
     "augment": [
@@ -38,8 +42,8 @@ SMALL = {
     ],
 }
 
-ON_DATA = ("text", "step", "profile", "input", "augment", "pack", "storage")
-SLOW = ("pack", "storage")
+ON_DATA = ("text", "step", "memory", "profile", "input", "augment", "pack", "storage")
+SLOW = ("pack", "storage", "memory")
 
 
 @pytest.fixture(scope="module")
@@ -58,6 +62,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {
         "text": captioned,
         "step": captioned,
+        "memory": captioned,
         "profile": captioned,
         "input": labelled,
         "augment": labelled,
