@@ -7,7 +7,7 @@ blocks (`picture_encoding.restart_interval`), and here the stretches under a win
 of their own: the same header with another size, the stretches, and markers numbered anew. The
 window's pixels are the same bit for bit. Of random crops of 256-pixel pictures 0.58 of the bytes
 are left, and DALI's decoder takes 0.85 of the time (282 us instead of 332, one thread), for files
-that are 2 to 3 % longer; cutting takes 13 us. On a GPU less goes over the bus.
+that are 2 to 3 % longer; cutting takes 7 us. On a GPU less goes over the bus.
 
 Files that do not lend themselves to it are left as they are, and so is what looks damaged: to
 judge that is the decoder's business.
@@ -18,7 +18,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 from numpy.typing import NDArray
 
 _BASELINE, _EXTENDED, _DHT, _DAC = 0xC0, 0xC1, 0xC4, 0xCC
@@ -26,9 +28,33 @@ _RST0, _SOI, _EOI, _SOS, _DRI = 0xD0, 0xD8, 0xD9, 0xDA, 0xDD
 _BLOCK = 8
 _PLAINLY_ENLARGED = 2
 """Up to so many columns of coarser colour libjpeg repeats them, where it else interpolates."""
-_LOW_BITS, _EACH_ONE, _TOP_BITS = (
-    np.uint64(0x0101010101010101 * byte) for byte in (0x7F, 0x01, 0x80)
-)
+_SCANNED_AT_ONCE = 64
+"""Bytes."""
+
+
+def _define_marker_bytes(typing: Any, address: Any) -> Any:
+    """Which of 64 bytes are 0xFF, as bits: two instructions, which Numba has no name for."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        lanes = ir.VectorType(ir.IntType(8), _SCANNED_AT_ONCE)
+        values = builder.load(builder.inttoptr(arguments[0], lanes.as_pointer()), align=1)
+        ones = ir.Constant(lanes, [0xFF] * _SCANNED_AT_ONCE)
+        return builder.bitcast(builder.icmp_unsigned("==", values, ones), ir.IntType(64))
+
+    return types.uint64(types.uint64), generate
+
+
+def _define_trailing_zeros(typing: Any, bits: Any) -> Any:
+    """The number of the lowest bit that is set; one is."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.cttz(arguments[0], ir.Constant(ir.IntType(1), 1))
+
+    return types.int64(types.uint64), generate
+
+
+_marker_bytes: Any = intrinsic(_define_marker_bytes)
+_trailing_zeros: Any = intrinsic(_define_trailing_zeros)
 
 
 def cut_to_windows(
@@ -167,15 +193,20 @@ def _find_markers(data: Any, position: int, markers: Any) -> bool:
 
     All but the last must be restart markers, counted modulo eight.
     """
-    words = data[: data.size // 8 * 8].view(np.uint64)
     found = 0
-    for index in range(position // 8, words.size + 1):
-        if index < words.size:  # the top bit of each byte that is 0xFF: one word in twelve has one
-            low = words[index] & _LOW_BITS
-            if (low + _EACH_ONE) & words[index] & _TOP_BITS == 0:
-                continue
-        for byte in range(max(position, 8 * index), min(8 * index + 8, data.size - 1)):
-            if data[byte] != 0xFF or data[byte + 1] == 0:  # 0 says that the byte is one of a code
+    last = data.size - 1  # the last byte alone is no marker
+    start = position
+    while start < last:
+        if start + _SCANNED_AT_ONCE <= last:
+            candidates = _marker_bytes(np.uint64(data.ctypes.data + start))
+        else:
+            candidates = np.uint64(0)
+            for byte in range(start, last):
+                candidates |= np.uint64(data[byte] == 0xFF) << np.uint64(byte - start)
+        while candidates:
+            byte = start + _trailing_zeros(candidates)
+            candidates &= candidates - np.uint64(1)  # without its lowest bit
+            if data[byte + 1] == 0:  # which says that the byte is one of a code
                 continue
             markers[found] = byte
             found += 1
@@ -183,6 +214,7 @@ def _find_markers(data: Any, position: int, markers: Any) -> bool:
                 return True
             if data[byte + 1] != _RST0 + (found - 1) % 8:
                 return False
+        start += _SCANNED_AT_ONCE
     return False
 
 
