@@ -27,7 +27,7 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainC
 from unicl_fast.pipelines.augment_kernels import augment_square
 from unicl_fast.pipelines.augment_plan import draw_rows, num_stages
 from unicl_fast.pipelines.bad_samples import BadSamples
-from unicl_fast.pipelines.graph import decode_windows
+from unicl_fast.pipelines.graph import batches_ahead, decode_windows
 from unicl_fast.pipelines.host_batches import PLANNED_AT_ONCE
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.integer_block import pack_integers
@@ -150,7 +150,7 @@ def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
         batch_size=task.batch_size,
         num_threads=task.threads,
         device_id=None,
-        prefetch_queue_depth=own.config.data.prefetch,
+        prefetch_queue_depth=batches_ahead(own.config.data, task.batch_size),
     )
     with pipeline:
         encoded, starts, shapes = fn.external_source(

@@ -22,6 +22,7 @@ from unicl_fast.pipelines.culprits import find_undecodable, reason_of
 from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graphs
 from unicl_fast.pipelines.graph import (
     Pipeline,
+    batches_ahead,
     build_evaluation_graph,
     shares_of_threads,
 )
@@ -92,10 +93,11 @@ class EvaluationLoader:
             self._host_batch(self._ids[start : start + self._batch_size], start)
             for start in range(0, len(self._ids), self._batch_size)
         )
+        ahead = batches_ahead(self._data, batch_size)
         with (
             self._reading_ahead(),
             contextlib.closing(
-                run_graphs(graphs, host_batches, device=self._device, ahead=self._data.prefetch)
+                run_graphs(graphs, host_batches, device=self._device, ahead=ahead)
             ) as running,
         ):
             for (images,), ids in running:

@@ -40,6 +40,7 @@ Pictures = Literal["files", "pixels", "squares"]
 
 # DALI widens these filters when it shrinks a picture (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
+_SMALL_BATCH_BYTES = 16_000_000
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
@@ -211,6 +212,12 @@ def decoding_threads(threads: int) -> int:
     return threads or cores_of_this_rank()
 
 
+def batches_ahead(data: DataConfig, batch_size: int) -> int:
+    """What `data.prefetch` means for batches of so many pictures."""
+    is_small = 3 * batch_size * data.image_size**2 <= _SMALL_BATCH_BYTES
+    return data.prefetch or (4 if is_small else 2)
+
+
 def shares_of_threads(data: DataConfig, device: torch.device) -> list[DataConfig]:
     """The settings of graphs that take turns on the CPU, so that no thread waits for another.
 
@@ -240,7 +247,7 @@ def _pipeline_settings(data: DataConfig, batch_size: int, device: torch.device) 
         "batch_size": batch_size,
         "num_threads": decoding_threads(data.threads),
         "device_id": _device_index(device),
-        "prefetch_queue_depth": data.prefetch,
+        "prefetch_queue_depth": batches_ahead(data, batch_size),
     }
 
 

@@ -27,6 +27,7 @@ from unicl_fast.pipelines.feed import DecodingError, Outputs, run_graphs, run_wi
 from unicl_fast.pipelines.graph import (
     Pictures,
     Pipeline,
+    batches_ahead,
     build_train_graph,
     is_fused,
     shares_of_threads,
@@ -191,22 +192,23 @@ class TrainLoader:
             yield from self._run_graph(start_step)
 
     def _run_graph(self, start_step: int) -> Outputs[TrainFacts]:
-        data = self._config.data
+        data, batch_size = self._config.data, self.plan.num_views * self._batch_size
+        ahead = batches_ahead(data, batch_size)
         if self._pictures == "squares" and self._augmentation is None:
             with contextlib.closing(self._host.square_maker()) as maker:
                 yield from run_without_graph(
                     partial(self._host.group, maker),
                     itertools.count(start_step, maker.batches_at_once),
                     workers=maker.groups_at_once,
-                    ahead=data.prefetch + maker.groups_at_once - 1,
+                    ahead=ahead + maker.groups_at_once - 1,
                 )
             return
         graphs = [
-            self._graph(share, batch_size=self.plan.num_views * self._batch_size)
+            self._graph(share, batch_size=batch_size)
             for share in shares_of_threads(data, self._device)
         ]
         with contextlib.closing(self._host.batches(start_step)) as host_batches:
-            yield from run_graphs(graphs, host_batches, device=self._device, ahead=data.prefetch)
+            yield from run_graphs(graphs, host_batches, device=self._device, ahead=ahead)
 
     def _blame(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""

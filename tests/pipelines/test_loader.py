@@ -18,7 +18,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from unicl_fast.picture_encoding import encode_jpeg
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.graph import _decoder_settings, decoding_threads
+from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead, decoding_threads
 from unicl_fast.pipelines.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.prompts import ClassPrompts, fill_template
@@ -355,6 +355,13 @@ def test_threads_are_as_given_or_this_rank_s_part_of_the_cores(
     monkeypatch.setattr("unicl_fast.pipelines.graph.cores_of_this_rank", lambda: 12)
     assert decoding_threads(0) == 12
     assert decoding_threads(7) == 7
+
+
+def test_fewer_large_batches_are_made_ahead() -> None:
+    data = DataConfig(image_size=224)
+    assert batches_ahead(data, 64) == 4
+    assert batches_ahead(data, 1024) == 2
+    assert batches_ahead(dataclasses.replace(data, prefetch=3), 1024) == 3
 
 
 def test_a_gpu_decodes_with_its_own_settings() -> None:
