@@ -71,7 +71,7 @@ def run(settings: Settings) -> None:
 
 
 def peak_of_a_step(settings: Settings, batch: int, micro: int) -> int:
-    """Largest resident size of unicl-pretrain in bytes.
+    """Largest resident size of unicl-pretrain in bytes; at least this process's own.
 
     Raises:
         RuntimeError: it failed; the message has the end of what it said.
@@ -87,7 +87,11 @@ def peak_of_a_step(settings: Settings, batch: int, micro: int) -> int:
             *("--efficiency.micro-batch-size", str(micro)),
         )
         process = subprocess.Popen(command, stdout=said, stderr=said)
-        _, status, usage = os.wait4(process.pid, 0)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
         process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             said.seek(0)

@@ -16,7 +16,6 @@ import dataclasses
 import io
 import json
 import multiprocessing
-import os
 import resource
 import shutil
 import statistics
@@ -47,6 +46,7 @@ from unicl_fast.benchmarks.harness import (
 )
 from unicl_fast.images import RESIZE_QUALITY, RESIZE_SUBSAMPLING, PictureFormat
 from unicl_fast.picture_encoding import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
+from unicl_fast.processor_cores import usable_cores
 from unicl_fast.shards import PackedDataset
 
 _OURS, _BARE = "unicl-pack", "bare loop"
@@ -130,7 +130,7 @@ def start_turns(settings: Settings, picture: Path, folder: Path) -> dict[str, li
     """Both with a picture for each process: what they cost whatever they do."""
     one = folder / "one" / "class"
     one.mkdir(parents=True)
-    few = [one / f"{number}.jpg" for number in range(len(os.sched_getaffinity(0)))]
+    few = [one / f"{number}.jpg" for number in range(usable_cores())]
     for path in few:
         shutil.copy(picture, path)
     return take_turns_of(settings, few, _Recipe("keep", 0, 0), "", folder)
@@ -209,7 +209,7 @@ def pack(source: Path, out: Path, format: PictureFormat, resize: str) -> Turn:
 def loop(paths: Sequence[Path], recipe: _Recipe) -> list[int]:
     """The bare loop; returns the XXH3 of what it made, in order."""
     chunks = [paths[place : place + _CHUNK] for place in range(0, len(paths), _CHUNK)]
-    processes = len(os.sched_getaffinity(0))
+    processes = usable_cores()
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         hashes = pool.map(_work, chunks, [recipe] * len(chunks))
         return [one for chunk in hashes for one in chunk]

@@ -38,9 +38,10 @@ Source = Callable[[], tuple[Any, ...]]
 
 Pictures = Literal["files", "pixels", "squares"]
 
+_SMALL_BATCH_BYTES = 16_000_000
+"""Of its squares."""
 # DALI widens these filters when it shrinks a picture (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
-_SMALL_BATCH_BYTES = 16_000_000
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 

@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
+
+from unicl_fast.processor_cores import usable_cores
 
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
@@ -46,6 +47,6 @@ def keep_freed_memory() -> bool:
     choices = {
         _M_MMAP_MAX: 0,
         _M_TRIM_THRESHOLD: _NEVER,
-        _M_ARENA_MAX: len(os.sched_getaffinity(0)),
+        _M_ARENA_MAX: usable_cores(),
     }
     return all(mallopt(name, value) for name, value in choices.items())

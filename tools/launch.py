@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NoReturn
 from unicl_fast import ending_at_once
 from unicl_fast.ending_at_once import AT_NO_RISK
 from unicl_fast.exit_codes import EXIT_FAULT, EXIT_HUNG, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
-from unicl_fast.processor_cores import usable_cores
+from unicl_fast.processor_cores import LAUNCHED_BY_US, usable_cores
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.dist import Ranks
@@ -37,7 +37,6 @@ _SECONDS_TO_END = 30.0
 _SECONDS_TO_SAY_SO = 10.0
 _LIBC = ctypes.CDLL(None)
 _RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own, so that ranks have one rule
-_OWN_RANK = "UNICL_FAST_RANK"
 
 
 def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: int = 0) -> NoReturn:
@@ -73,7 +72,7 @@ def is_restarted() -> bool:
 
 def is_own_rank() -> bool:
     """Whether `start_ranks` has started this process."""
-    return _OWN_RANK in os.environ
+    return LAUNCHED_BY_US in os.environ
 
 
 def _say(text: str) -> None:
@@ -155,7 +154,7 @@ class _Launcher:
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
             _RESTART_COUNT: str(attempt),
-            _OWN_RANK: "1",
+            LAUNCHED_BY_US: "1",
         }
         # without this every rank would start as many threads as the machine has cores
         threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // nproc))}

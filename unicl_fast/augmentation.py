@@ -262,7 +262,12 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
     for paths in spelled:
         fitting = [name for name, ending in named.items() if _ends_with(paths, ending)]
         # a longer ending says more
-        best = max(fitting, key=lambda name: len(named[name]), default=None)
+        fitting.sort(key=lambda name: len(named[name]))
+        if len({len(named[name]) for name in fitting[-2:]}) < len(fitting[-2:]):
+            raise ValueError(
+                f"data.augment: {' and '.join(fitting[-2:])} both name {paths[0][-1]}; give it one"
+            )
+        best = fitting[-1] if fitting else None
         found.append(general if best is None else chosen[best])
     if len({augmentation.views for augmentation in found}) > 1:
         views = (

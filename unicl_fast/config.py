@@ -280,8 +280,8 @@ class OptimConfig:
 
     name: OptimizerName = "adamw"
     """AdamW (torch's), LAMB (timm's, for very large batches), the fused kernels of NVIDIA's apex
-    for either, or auto: apex's AdamW on a CUDA device if that apex is installed, else torch's. All
-    but torch's fused AdamW make the host wait once a step, to know if a bad one is left out."""
+    for either, or auto, the one of them that needs no wait: torch's AdamW. All but its fused kernel
+    make the host wait for the device once a step, to know if a bad one is left out."""
     lr: float = 5e-4
     """Peak learning rate for a global batch of lr_batch_size; scaled linearly to the real one."""
     lr_batch_size: int = 512

@@ -22,6 +22,7 @@ from typing import Any
 from tqdm import tqdm
 
 from unicl_fast.metrics import read_metrics
+from unicl_fast.processor_cores import usable_cores
 
 Row = dict[str, Any]
 
@@ -46,7 +47,7 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int) -> dict[str, Row]:
     Raises:
         RuntimeError: a program failed; the message has the end of what it said.
     """
-    threads = max(1, len(os.sched_getaffinity(0)) // jobs)
+    threads = max(1, usable_cores() // jobs)
     rows: dict[str, Row] = {}
     with (
         ThreadPoolExecutor(jobs) as pool,

@@ -16,6 +16,7 @@ from unicl_fast.tools.training_data import (
     check_tokenizer,
     describe_sources,
     names_of,
+    numbered,
     open_sources,
 )
 
@@ -79,6 +80,7 @@ def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
     folders = (str(data / "labels"), str(data / "captions"), str(tmp_path / "labels"))
     datasets, _ = open_sources(DataConfig(train=folders))
     assert names_of(datasets) == ["labels-1", "captions", "labels-2"]
+    assert numbered(["a", "a", "a-1"]) == ["a-2", "a-3", "a-1"]
     for dataset in datasets:
         dataset.close()
 

@@ -125,6 +125,8 @@ def test_an_entry_names_a_url_by_its_end_and_a_link_by_either_name(tmp_path: Pat
     (tmp_path / "link").symlink_to(tmp_path / "real")
     for name in ("real", "link"):
         assert augmentations_of([f"{name}:clip"], [tmp_path / "link"]) == [clip]
+    with pytest.raises(ValueError, match="real and link both name link; give it one"):
+        augmentations_of(["real:clip", "link:unicl"], [tmp_path / "link"])
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from unicl_fast import processor_cores
-from unicl_fast.processor_cores import cores_of_this_rank, usable_cores
+from unicl_fast.processor_cores import LAUNCHED_BY_US, cores_of_this_rank, usable_cores
 
 
 @pytest.fixture(autouse=True)
@@ -16,23 +16,45 @@ def _twelve_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of 64, for this process and the one that started it; no quota."""
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    for name in ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", LAUNCHED_BY_US, "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(processor_cores, "_CGROUPS", tmp_path)
     monkeypatch.setattr(processor_cores, "_MY_CGROUP", tmp_path / "mine")
     (tmp_path / "job" / "step").mkdir(parents=True)
     (tmp_path / "mine").write_text("0::/job/step\n")
 
 
-def test_local_ranks_share_what_their_launcher_may_use(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", LAUNCHED_BY_US])
+def test_local_ranks_share_what_their_launcher_may_use(
+    monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
     assert cores_of_this_rank() == 12
+    monkeypatch.setenv(launcher, "1")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert cores_of_this_rank() == 2
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")  # of the launcher
     assert cores_of_this_rank() == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
     assert cores_of_this_rank() == 1
 
+    def fails(process: int) -> set[int]:
+        if process:
+            raise ProcessLookupError
+        return set(range(12))
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(os, "sched_getaffinity", fails)
+    assert cores_of_this_rank() == 4
+
 
 def test_a_rank_that_is_bound_to_cores_has_them_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert cores_of_this_rank() == 12  # by Slurm, through a shell that is bound as well
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert cores_of_this_rank() == 2
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert cores_of_this_rank() == 4
+    monkeypatch.setenv(LAUNCHED_BY_US, "1")
     monkeypatch.setattr(
         os, "sched_getaffinity", lambda process: set(range(12 if process == 0 else 60))
     )
@@ -45,4 +67,6 @@ def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
     (tmp_path / "job" / "cpu.max").write_text("250000 100000\n")
     assert usable_cores() == 3
     (tmp_path / "mine").write_text("12:cpu:/old\n")
+    assert usable_cores() == 12
+    (tmp_path / "mine").unlink()
     assert usable_cores() == 12
