@@ -39,6 +39,7 @@ def make_loader(datasets: Sequence[PackedDataset], prompts: ClassPrompts, **more
             image_size=32,
             evaluation_resize=36,
             threads=2,
+            prefetch=2,  # a test counts what is made ahead
             templates="per_class",
             augment=("unicl,views=2",),
         ),
