@@ -40,6 +40,10 @@ from unicl_fast.tokenizer import Tokenizer
 ORACLES = Path(__file__).resolve().parents[1] / "oracles"
 
 
+LONG = ("torchvision-v2", "webdataset", "timm")
+"""Contenders of which others of the same kind are tried."""
+
+
 def fake(function: str, kind: Kind = "peer", **more: Any) -> Contender:
     facts = {"name": function.replace("_", "-"), "what": "for tests"} | more
     return Contender(kind=kind, code=f"fake_contenders:{function}", **facts)
@@ -189,7 +193,13 @@ def test_contenders_are_chosen_by_name() -> None:
 
 @pytest.mark.slow
 @pytest.mark.dali
-@pytest.mark.parametrize("contender", [OURS, *PEERS], ids=lambda each: each.name)
+@pytest.mark.parametrize(
+    "contender",
+    [
+        pytest.param(each, id=each.name, marks=[pytest.mark.long] * (each.name in LONG))
+        for each in (OURS, *PEERS)
+    ],
+)
 def test_every_contender_makes_pillow_s_pictures(
     contender: Contender, packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

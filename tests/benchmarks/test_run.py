@@ -79,7 +79,13 @@ def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> 
 @pytest.mark.dali
 @pytest.mark.parametrize(
     "stage",
-    [pytest.param(s, marks=[pytest.mark.slow] * (s in SLOW)) for s in ON_DATA],
+    [
+        pytest.param(
+            stage,
+            marks=[pytest.mark.slow] * (stage in SLOW) + [pytest.mark.long] * (stage == "memory"),
+        )
+        for stage in ON_DATA
+    ],
 )
 def test_a_stage_on_data_writes_its_figures(
     stage: str, packed: dict[str, Path], tmp_path: Path

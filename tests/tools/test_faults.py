@@ -127,8 +127,8 @@ CODES = {"SIGKILL": 137, "segfault": 139, "abort": 134, "exit": 3}
         (2, "SIGKILL"),
         pytest.param(3, "SIGKILL", marks=pytest.mark.slow),
         pytest.param(2, "segfault", marks=pytest.mark.slow),
-        pytest.param(3, "abort", marks=pytest.mark.slow),
-        pytest.param(2, "exit", marks=pytest.mark.slow),
+        pytest.param(3, "abort", marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(2, "exit", marks=[pytest.mark.slow, pytest.mark.long]),
     ],
 )
 def test_nothing_outlives_a_crashed_rank(data: Path, tmp_path: Path, nproc: int, kind: str) -> None:
@@ -144,7 +144,7 @@ def test_nothing_outlives_a_crashed_rank(data: Path, tmp_path: Path, nproc: int,
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("nproc", [2, 3])
+@pytest.mark.parametrize("nproc", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_nothing_outlives_its_launcher(data: Path, tmp_path: Path, nproc: int) -> None:
     with running(*arguments(data, tmp_path, nproc), folder=tmp_path) as program:
         program.wait_for(lambda: is_training(tmp_path))

@@ -142,8 +142,14 @@ def test_alike_batches_compile_once(images: torch.Tensor, monkeypatch: pytest.Mo
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
 @pytest.mark.parametrize(
     "others",
-    [{}, {"micro_batch_size": 5, "activation_checkpointing": True}],
-    ids=["plain", "micro-batches"],
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(
+            {"micro_batch_size": 5, "activation_checkpointing": True},
+            id="micro-batches",
+            marks=pytest.mark.long,
+        ),
+    ],
 )
 def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict) -> None:
     def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
