@@ -28,7 +28,7 @@ from unicl_fast.pipelines.augment_kernels import augment_square
 from unicl_fast.pipelines.augment_plan import draw_rows, num_stages
 from unicl_fast.pipelines.bad_samples import BadSamples
 from unicl_fast.pipelines.graph import batches_ahead, decode_windows
-from unicl_fast.pipelines.host_batches import PLANNED_AT_ONCE
+from unicl_fast.pipelines.host_batches import steps_at_once
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.pipelines.integer_block import pack_integers
 from unicl_fast.pipelines.jpeg_windows import cut_to_windows
@@ -101,7 +101,7 @@ def loader(task: Task) -> Iterator[int]:
 
 def plan(task: Task) -> Iterator[int]:
     own = _Own(task)
-    count = max(1, PLANNED_AT_ONCE // task.batch_size)  # so many steps at once, as the loader does
+    count = steps_at_once(task.batch_size)
     for first in itertools.count(0, count):
         long = own.loader.plan.long_batch(first, count, rank=0, world_size=1)
         for batch in split_steps(long, count, global_batch_size=task.batch_size):
@@ -111,7 +111,7 @@ def plan(task: Task) -> Iterator[int]:
 def texts(task: Task) -> Iterator[int]:
     own = _Own(task)
     length = own.config.model.context_length
-    count = max(1, PLANNED_AT_ONCE // task.batch_size)
+    count = steps_at_once(task.batch_size)
     long = own.loader.plan.long_batch(0, count, rank=0, world_size=1)
     slots = np.arange(task.batch_size)
     while True:
@@ -215,11 +215,12 @@ def augment(task: Task) -> Iterator[int]:
     rows = draw_rows(chosen, np.arange(_HELD), key=0, image_size=size, stages=stages)
     # smooth, as pictures are: what a histogram or a blur costs depends on it little
     ramp = np.linspace(0, 255, size, dtype=np.uint8)
-    square = np.stack([ramp[:, None] + 0 * ramp, ramp + 0 * ramp[:, None], ramp + ramp[:, None]], 2)
-    fill = np.array(CLIP_MEAN, np.float32) * 255
+    across, down = np.meshgrid(ramp, ramp)
+    square = np.stack([down, across, across + down], axis=2)
+    fill = (255 * np.array(CLIP_MEAN)).astype(np.uint8)
 
     def work(row: NDArray[np.float32]) -> None:
-        augment_square(square.copy(), row, fill.astype(np.uint8))
+        augment_square(square.copy(), row, fill)
 
     yield from _in_threads(task, work, [(row,) for row in rows])
 

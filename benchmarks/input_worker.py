@@ -273,8 +273,8 @@ def session_bytes(session: int) -> int:
 
     Pages of a file, such as a library's, count once and whole, whoever else has it mapped (this
     benchmark has most of them); so does memory that is shared by a name, at what the process with
-    the most of it has. Other pages can only be
-    shared within the session, between a process and its forks, and count in parts.
+    the most of it has. Other pages can only be shared within the session, between a process and its
+    forks, and count in parts.
     """
     named: dict[tuple[str, ...], int] = {}
     unnamed = 0

@@ -30,6 +30,7 @@ from unicl_fast.benchmarks.harness import (
     write_result,
 )
 from unicl_fast.benchmarks.training_step import take_batch
+from unicl_fast.cached_gradients import back_propagate_learnt
 from unicl_fast.config import DeviceName
 from unicl_fast.devices import choose_device
 from unicl_fast.pipelines.host_memory import keep_freed_memory
@@ -155,10 +156,7 @@ class StepInParts:
         with self.part("image encoder backward"):
             images.backward(image_gradient)
         with self.part("text encoder backward"):
-            learnt = [(texts, text_gradient)]
-            if scale.requires_grad:
-                learnt.append((scale, scale_gradient))
-            torch.autograd.backward([one for one, _ in learnt], [one for _, one in learnt])
+            back_propagate_learnt([texts, scale], [text_gradient, scale_gradient])
         return loss.detach()
 
     def count_operations(self) -> dict[str, int]:

@@ -30,10 +30,15 @@ from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
 from unicl_fast.targets import TargetSteps, map_steps
 
-PLANNED_AT_ONCE = 4096
+_PLANNED_AT_ONCE = 4096
 """Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
 _LOOKED_AT_TOGETHER = 128
 """Samples whose blocks are asked for in one go, where data sets lie under a URL."""
+
+
+def steps_at_once(batch_size: int) -> int:
+    """Steps that are planned together."""
+    return max(1, _PLANNED_AT_ONCE // batch_size)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -114,7 +119,7 @@ class HostBatches:
     def batches(self, start_step: int) -> Generator[HostBatch[TrainFacts], None, None]:
         """Every step from one on."""
         if self._pictures != "squares":
-            count = max(1, PLANNED_AT_ONCE // self._batch_size)
+            count = steps_at_once(self._batch_size)
             for first in itertools.count(start_step, count):
                 yield from map(self._with_pictures, self._plan_steps(first, count))
         with contextlib.closing(self.square_maker()) as maker:

@@ -262,13 +262,13 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
     for paths in spelled:
         fitting = [name for name, ending in named.items() if _ends_with(paths, ending)]
         # a longer ending says more
-        fitting.sort(key=lambda name: len(named[name]))
-        if len({len(named[name]) for name in fitting[-2:]}) < len(fitting[-2:]):
+        longest = max((len(named[name]) for name in fitting), default=0)
+        best = [name for name in fitting if len(named[name]) == longest]
+        if len(best) > 1:
             raise ValueError(
-                f"data.augment: {' and '.join(fitting[-2:])} both name {paths[0][-1]}; give it one"
+                f"data.augment: {best[0]} and {best[1]} both name {paths[0][-1]}; give it one"
             )
-        best = fitting[-1] if fitting else None
-        found.append(general if best is None else chosen[best])
+        found.append(chosen[best[0]] if best else general)
     if len({augmentation.views for augmentation in found}) > 1:
         views = (
             f"{paths[0][-1]} {augmentation.views}"

@@ -17,7 +17,7 @@ Batch Size under Memory Limited Setup", 2021 (arXiv 2101.06983).
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -131,14 +131,14 @@ def back_propagate_in_micro_batches(
     with precision.autocast(device_type):
         last_features = encode(input_of(*pictures[-1]), *texts[-1])
     last_gradients = [image_gradients[-1], text_gradients[-1], scale_gradient]
-    # a fixed scale has no graph to go back through
-    learnt = [
-        (feature, gradient)
-        for feature, gradient in zip(last_features, last_gradients, strict=True)
-        if feature.requires_grad
-    ]
-    torch.autograd.backward([one for one, _ in learnt], [one for _, one in learnt])
+    back_propagate_learnt(last_features, last_gradients)
     return loss.detach()
+
+
+def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """On from the gradients of features, without those that have no graph, as a fixed scale."""
+    learnt = [pair for pair in zip(features, gradients, strict=True) if pair[0].requires_grad]
+    torch.autograd.backward([feature for feature, _ in learnt], [one for _, one in learnt])
 
 
 def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:

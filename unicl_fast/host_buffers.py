@@ -37,17 +37,17 @@ class HostBuffers:
         that saved it are gone. Until then the process keeps it: calls are what frees buffers that
         are too small or too many. For large ones: each takes whole pages.
         """
-        num_bytes = max(1, math.prod(shape) * dtype.itemsize)
+        num_bytes = math.prod(shape) * dtype.itemsize
         with self._lock:
             # each user is asked once: one that went between two questions would be both, and its
             # memory be given to two
             asked = [(memory, user, user() is not None) for memory, user in self._buffers]
             held = [(memory, user) for memory, user, is_held in asked if is_held]
-            fitting = [memory for memory, _, is_held in asked if not is_held]
-            fitting = sorted((each for each in fitting if len(each) >= num_bytes), key=len)
-            memory, *others = fitting or [_take(num_bytes)]
+            free = [memory for memory, _, is_held in asked if not is_held]
+            fitting = sorted((each for each in free if len(each) >= num_bytes), key=len)
+            memory, *others = fitting or [_take(max(1, num_bytes))]
             # a tensor keeps the array alive that it was made of, so when that is gone, so is it
-            array = np.frombuffer(memory, dtype=np.uint8, count=math.prod(shape) * dtype.itemsize)
+            array = np.frombuffer(memory, dtype=np.uint8, count=num_bytes)
             spare = [(each, lambda: None) for each in others[:_SPARE]]
             self._buffers = [*held, (memory, weakref.ref(array)), *spare]
             return torch.from_numpy(array).view(dtype).view(*shape)

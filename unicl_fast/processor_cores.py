@@ -33,14 +33,15 @@ def cores_of_this_rank() -> int:
 
 def _has_a_launcher() -> bool:
     """Whether the process above this one started all local ranks."""
-    known = LAUNCHED_BY_US in os.environ or _LAUNCHED_BY_TORCHRUN in os.environ
-    return known and os.getppid() != 1
+    return LAUNCHED_BY_US in os.environ or _LAUNCHED_BY_TORCHRUN in os.environ
 
 
 def _is_bound_alone() -> bool:
     mine = os.sched_getaffinity(0)
     if not _has_a_launcher():
         return len(mine) < (os.cpu_count() or 1)
+    if os.getppid() == 1:  # the launcher of a container, or what inherits from one that has ended
+        return False
     try:  # launchers bind nothing: their ranks may run wherever they may themselves
         return os.sched_getaffinity(os.getppid()) != mine
     except OSError:  # it ended just now

@@ -166,7 +166,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
     batches = take(make_loader(spoilt(), prompts))
     loader = make_loader(sound, prompts)
     plan_of = loader.plan.long_batch
-    monkeypatch.setattr("unicl_fast.pipelines.host_batches.PLANNED_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.host_batches._PLANNED_AT_ONCE", 1)
 
     def with_substitutes(step: int, count: int, *, rank: int, world_size: int) -> Any:
         planned = plan_of(step, count, rank=rank, world_size=world_size)

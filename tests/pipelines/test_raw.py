@@ -120,7 +120,7 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_pictures(
     """A group of batches is one, or many; squares are shared by threads, or not."""
     few = take(make_loader(sets["raw"], prompts, batch=batch), count=6)
     monkeypatch.setattr("unicl_fast.pipelines.raw_pictures._MOST_AT_ONCE", 1)
-    monkeypatch.setattr("unicl_fast.pipelines.host_batches.PLANNED_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.host_batches._PLANNED_AT_ONCE", 1)
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
 

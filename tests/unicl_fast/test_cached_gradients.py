@@ -75,6 +75,7 @@ def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
         assert_equal_gradients(gradients, plain[1])
 
 
+@pytest.mark.dist
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_micro_batches_with_a_fixed_scale(
     images: torch.Tensor, tmp_path: Path, world_size: int

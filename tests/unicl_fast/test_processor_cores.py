@@ -59,6 +59,8 @@ def test_a_rank_that_is_bound_to_cores_has_them_to_itself(monkeypatch: pytest.Mo
         os, "sched_getaffinity", lambda process: set(range(12 if process == 0 else 60))
     )
     assert cores_of_this_rank() == 12
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # a container's launcher, or an heir's wider mask
+    assert cores_of_this_rank() == 2
 
 
 def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
