@@ -29,6 +29,11 @@ from unicl_fast.benchmarks.harness import (
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.targets import map_targets
 
+try:
+    import pandas
+except ImportError:
+    pandas = None  # type: ignore[assignment]
+
 _ROWS_OF_A_TURN = 1 << 19
 
 
@@ -45,6 +50,8 @@ def run(settings: Settings) -> None:
     torch.set_num_threads(1)
     keep_freed_memory()  # as in training; all gain by it
     figures: Figures = {}
+    if pandas is None:
+        print("pandas is passed over: it is not installed (pip install 'unicl_fast[bench]')")
     for size in settings.sizes:
         contestants = make_contestants(size)
         require_same_groups(size)
@@ -65,20 +72,23 @@ def run(settings: Settings) -> None:
             measured[f"{size:,} rows, times {name}"] = summarise(ratios)
         print_figures(measured)
         figures |= measured
-    write_result(settings, figures, "numpy", "numba")
+    write_result(settings, figures, "numpy", "numba", "pandas")
 
 
 def make_contestants(size: int) -> dict[str, Callable[[], int]]:
     """Each returns how many distinct rows it found."""
     rows, labels = _make_batch(size)
     tensor = torch.from_numpy(rows.astype(np.int16))  # torch cannot sort uint16
-    return {
+    contestants: dict[str, Callable[[], int]] = {
         "map_targets": lambda: len(map_targets(rows, labels).tokens),
         "np.unique(axis=0)": lambda: len(np.unique(rows, axis=0)),
         "torch.unique(dim=0)": lambda: len(torch.unique(tensor, dim=0)),
         "np.unique of void rows": functools.partial(_unique_void_rows, rows),
         "dict of bytes": lambda: len(dict.fromkeys(map(bytes, rows))),
     }
+    if pandas is not None:
+        contestants["pandas.factorize of bytes"] = lambda: len(pandas.factorize(_as_bytes(rows))[1])
+    return contestants
 
 
 def require_same_groups(size: int) -> None:
@@ -97,6 +107,8 @@ def require_same_groups(size: int) -> None:
             [number_of.setdefault(bytes(row), len(number_of)) for row in rows]
         ),
     }
+    if pandas is not None:
+        groups["pandas.factorize of bytes"] = pandas.factorize(_as_bytes(rows))[0]
     ours = map_targets(rows, labels)
     if not np.array_equal(ours.tokens[ours.text_index], rows):
         raise RuntimeError("map_targets gives rows that are not those it was given")
@@ -114,6 +126,11 @@ def _repeat(work: Callable[[], int], times: int) -> None:
 def _unique_void_rows(rows: npt.NDArray[np.uint16]) -> int:
     as_items = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))
     return len(np.unique(as_items, return_index=True, return_inverse=True)[1])
+
+
+def _as_bytes(rows: npt.NDArray[np.uint16]) -> npt.NDArray[np.object_]:
+    """One object a row; of pandas' ways the fastest: by columns takes three times as long."""
+    return np.fromiter(map(bytes, rows), dtype=object, count=len(rows))
 
 
 def _make_batch(batch_size: int) -> tuple[npt.NDArray[np.uint16], npt.NDArray[np.int64]]:

@@ -3,10 +3,11 @@
     unicl-bench step --data PACKED [--json FILE]
 
 Both train the same timm image encoder and the same text encoder on the same pictures and texts,
-from the same weights; first their features and (on captions) their losses are compared. Then they
-take turns, a step each. open_clip's step is written as its training script does it, with the best
-of its flags on a CPU: bf16 autocast. It gets its pictures normalised already; ours are counted from
-the bytes that the decoder gives. What decoding costs is benchmarks/input_pipeline.py's.
+from the same weights; first their features, the gradients of all their weights and (on captions)
+their losses are compared. Then they take turns, a step each. open_clip's step is written as its
+training script does it, with the best of its flags on a CPU: bf16 autocast. It gets its pictures
+normalised already; ours are counted from the bytes that the decoder gives. What decoding costs is
+benchmarks/input_pipeline.py's.
 
 unicl-pretrain keeps freed memory (pipelines/host_memory.py), open_clip's script does not, and gains
 more by it. Unless --tune-contender is said, neither has it here.
@@ -16,13 +17,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 from open_clip.loss import ClipLoss
 from open_clip.model import CLIP, CLIPTextCfg, CLIPVisionCfg
-from torch import Tensor
+from torch import Tensor, nn
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.benchmarks.harness import (
@@ -51,6 +52,9 @@ from unicl_fast.shards import PackedDataset
 from unicl_fast.step import global_loss
 from unicl_fast.tokenizer import Tokenizer
 from unicl_fast.trainer import Trainer
+
+_ROUNDING = 1e-4
+"""What two orders of the same fp32 arithmetic may differ by, in terms of the largest entry."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,14 +151,19 @@ def build_open_clip(ours: UniCL, config: TrainConfig) -> CLIP:
         theirs.visual.head.proj.weight.copy_(ours.image_projection.T)
         theirs.text_projection.copy_(ours.text_projection)
         theirs.logit_scale.copy_(ours.logit_scale)
-        text = {
-            f"transformer.{name}" if name.startswith("resblocks") else name: weight
-            for name, weight in ours.text_encoder.state_dict().items()
-        }
+        text = {_their_name(name): w for name, w in ours.text_encoder.state_dict().items()}
         unknown = theirs.load_state_dict(text, strict=False).unexpected_keys
     if unknown:
         raise RuntimeError(f"open_clip's text encoder has no {', '.join(unknown)}")
+    for module in [*theirs.transformer.modules(), theirs.ln_final]:
+        if isinstance(module, nn.LayerNorm):
+            module.eps = ours.text_encoder.ln_final.eps
     return theirs
+
+
+def _their_name(name: str) -> str:
+    """What open_clip calls a weight of our text encoder."""
+    return f"transformer.{name}" if name.startswith("resblocks") else name
 
 
 def open_clip_step(model: CLIP, pictures: Tensor, texts: Tensor) -> Callable[[], object]:
@@ -183,32 +192,57 @@ def open_clip_step(model: CLIP, pictures: Tensor, texts: Tensor) -> Callable[[],
     return step
 
 
-@torch.no_grad()
 def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Tensor) -> None:
     """Refuses to time two models that do not compute the same thing, in fp32.
 
-    open_clip's LayerNorms add 1e-5 to the variance, ours 1e-12: hence the tolerance.
+    Raises:
+        RuntimeError: features, losses or gradients differ by more than rounding.
     """
     ours.eval()
     theirs.eval()
-    pairs = {
-        "image features": (ours.encode_image(pictures), theirs.encode_image(pictures, True)),
-        "text features": (
-            ours.encode_text(batch.tokens)[batch.text_index],
-            theirs.encode_text(texts, True),
-        ),
+    image_pair = ours.encode_image(pictures), theirs.encode_image(pictures, True)
+    text_pair = ours.encode_text(batch.tokens)[batch.text_index], theirs.encode_text(texts, True)
+    gaps = {
+        "image features": _largest_gap(*image_pair),
+        "text features": _largest_gap(*text_pair),
     }
     if len(batch.tokens) == batch.batch_size:  # every text another: then UniCL is CLIP
         config = dataclasses.replace(ours.config, efficiency=EfficiencyConfig(precision="fp32"))
-        pairs["losses"] = (
-            global_loss(ours, batch, config, Ranks()),
-            ClipLoss()(*theirs(pictures, texts)[:3]),
-        )
-    for what, (one, other) in pairs.items():
-        gap = float((one - other).abs().max())
-        print(f"{what} differ by at most {gap:.1e}")
-        if not gap < 5e-3:
+        with torch.no_grad():
+            gaps["losses"] = _largest_gap(
+                global_loss(ours, batch, config, Ranks()),
+                ClipLoss()(*theirs(pictures, texts)[:3]),
+            )
+    # not the loss's, which on labels is another: of the same weighted sum of the features
+    weights = [torch.randn(one.shape) for one, _ in (image_pair, text_pair)]
+    for image, text in zip(image_pair, text_pair, strict=True):
+        ((image * weights[0]).sum() + (text * weights[1]).sum()).backward()
+    gaps["gradients"] = max(
+        _largest_gap(one.grad, other.grad) for one, other in _pairs_of_weights(ours, theirs)
+    )
+    ours.zero_grad()
+    theirs.zero_grad()
+    for what, gap in gaps.items():
+        print(f"{what} differ by at most {gap:.1e} of the largest")
+        if not gap < _ROUNDING:
             raise RuntimeError(f"the {what} differ by {gap}; nothing was timed")
+
+
+def _pairs_of_weights(ours: UniCL, theirs: CLIP) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+    trunk = dict(theirs.visual.trunk.named_parameters())
+    whole = dict(theirs.named_parameters())
+    for name, parameter in ours.image_encoder.named_parameters():
+        yield parameter, trunk[name]
+    for name, parameter in ours.text_encoder.named_parameters():
+        yield parameter, whole[_their_name(name)]
+    yield ours.text_projection, theirs.text_projection
+
+
+def _largest_gap(one: Tensor | None, other: Tensor | None) -> float:
+    """The largest difference of two tensors, in terms of the largest entry."""
+    assert one is not None
+    assert other is not None
+    return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
 
 
 def measure(contestants: dict[str, Callable[[], object]], settings: Settings) -> Figures:

@@ -22,6 +22,8 @@ UInt16Array = npt.NDArray[np.uint16]
 Int64Array = npt.NDArray[np.int64]
 UInt64Array = npt.NDArray[np.uint64]
 
+CAPTION_KEYS_START = 1 << 62
+"""Class ids of captions without a class lie from here to 2**63 - 1, those of classes below."""
 _GOLDEN = 0x9E3779B97F4A7C15
 _INDEX_BITS = np.uint64(0xFFFFFFFF)
 _AHEAD = 16
@@ -120,40 +122,61 @@ def make_table(capacity: int) -> UInt64Array:
 @njit(cache=True)
 def unique_rows(
     rows: UInt16Array, hashes: UInt64Array, table: UInt64Array
-) -> tuple[Int64Array, Int64Array, Int64Array]:
+) -> tuple[Int64Array, Int64Array, Int64Array, UInt16Array, Int64Array]:
     """Finds equal rows; fills `table` with the distinct ones.
 
-    Rows are grouped by their hashes and compared afterwards, all in a row: comparing at each step
-    of the search makes the processor wait for memory there. Only where rows turn out to differ
-    are they grouped again, comparing at once.
+    Rows are grouped by their hashes, and compared afterwards, while the distinct ones are copied:
+    comparing at each step of the search makes the processor wait for memory there. Only where rows
+    turn out to differ are they grouped again, comparing at once.
 
     Returns:
         first: int64 [u], where each distinct row occurs first, rising.
         index: int64 [b], which distinct row each row is.
         counts: int64 [u].
+        distinct: uint16 [u, l], rows[first].
+        lengths: int64 [u], their `row_lengths`.
     """
     first, index, counts = _group_rows(rows, hashes, table, False)
-    if not _groups_agree(rows, first, index):
+    agree, distinct, lengths = _take_rows(rows, index, first.size)
+    if not agree:
         table[:] = 0
         first, index, counts = _group_rows(rows, hashes, table, True)
-    return first, index, counts
+        _, distinct, lengths = _take_rows(rows, index, first.size)
+    return first, index, counts, distinct, lengths
 
 
 @njit(cache=True)
-def _groups_agree(rows: UInt16Array, first: Int64Array, index: Int64Array) -> bool:
-    """Whether each row equals the first one of its group."""
+def _take_rows(
+    rows: UInt16Array, index: Int64Array, num_groups: int
+) -> tuple[bool, UInt16Array, Int64Array]:
+    """The first row of each group and its length; and whether all rows equal their group's first.
+
+    Each row is read once. Unsigned places: for signed ones the compiler asks at each token whether
+    they count from behind.
+    """
+    num_rows, length = rows.shape
+    taken = np.empty((num_groups, length), np.uint16)
+    lengths = np.empty(num_groups, np.int64)
     agree = True
-    num_rows, row_bytes = rows.shape[0], 2 * rows.shape[1]
+    num_taken = 0
+    start, row_bytes = np.uint64(taken.ctypes.data), np.uint64(2 * length)
     for row in range(num_rows):
-        ahead = np.uint64(
-            rows.ctypes.data + row_bytes * first[index[min(row + _AHEAD, num_rows - 1)]]
-        )
-        for start in range(0, row_bytes, _CACHE_LINE):
-            _prefetch(ahead + np.uint64(start))
-        known = first[index[row]]
-        if known != row:
-            agree &= _equal(rows, row, rows, known)
-    return agree
+        ahead = start + row_bytes * np.uint64(index[min(row + _AHEAD, num_rows - 1)])
+        for offset in range(0, 2 * length, _CACHE_LINE):
+            _prefetch(ahead + np.uint64(offset))
+        source, target = np.uint64(row), np.uint64(index[row])
+        if index[row] == num_taken:  # the first of its group: groups are numbered as they come
+            # the largest position of a token, as in `row_lengths`
+            tokens = np.int32(0)
+            for position in range(length):
+                token = rows[source, np.uint64(position)]
+                taken[target, np.uint64(position)] = token
+                tokens = max(tokens, np.int32(position + 1) if token != 0 else np.int32(0))
+            lengths[num_taken] = tokens
+            num_taken += 1
+        else:
+            agree &= _equal(rows, source, taken, target)
+    return agree, taken, lengths
 
 
 @njit(cache=True)
@@ -233,25 +256,6 @@ def row_lengths(rows: UInt16Array) -> Any:
 
 
 @njit(cache=True)
-def _take_rows(rows: UInt16Array, which: Int64Array) -> tuple[UInt16Array, Int64Array]:
-    """rows[which] and their `row_lengths`, each row read once.
-
-    Unsigned places: for signed ones the compiler asks at each token whether they count from behind.
-    """
-    taken = np.empty((which.size, rows.shape[1]), np.uint16)
-    lengths = np.empty(which.size, np.int64)
-    for place in range(which.size):
-        row, target = np.uint64(which[place]), np.uint64(place)
-        length = np.int32(0)
-        for position in range(rows.shape[1]):
-            token = rows[row, np.uint64(position)]
-            taken[target, np.uint64(position)] = token
-            length = max(length, np.int32(position + 1) if token != 0 else np.int32(0))
-        lengths[place] = length
-    return taken, lengths
-
-
-@njit(cache=True)
 def label_texts(
     labels: Int64Array, text_index: Int64Array, num_texts: int
 ) -> tuple[Int64Array, npt.NDArray[np.bool_], int]:
@@ -283,7 +287,7 @@ def group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> 
 
     Returns:
         tokens: uint16 [u, l], the distinct rows in order of first occurrence.
-        hashes: uint64 [u], theirs.
+        keys: int64 [u], the class ids that they have if nothing else says one.
         index: int64 [b], which of them each row is.
         counts: int64 [u].
         lengths: int64 [u], as of `row_lengths`.
@@ -291,12 +295,14 @@ def group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> 
         num_unlabelled: texts of which some sample has no label.
     """
     hashes = hash_rows(rows, factors)
-    first, index, counts = unique_rows(rows, hashes, make_table(rows.shape[0]))
-    tokens, lengths = _take_rows(rows, first)
+    first, index, counts, tokens, lengths = unique_rows(rows, hashes, make_table(rows.shape[0]))
     text_labels, unlabelled, num_conflicts = label_texts(labels, index, first.size)
+    keys = np.empty(first.size, np.int64)
+    for text in range(first.size):
+        keys[text] = np.int64((hashes[first[text]] >> np.uint64(2)) | np.uint64(CAPTION_KEYS_START))
     return (
         tokens,
-        hashes[first],
+        keys,
         index,
         counts,
         lengths,

@@ -182,8 +182,7 @@ class ClassPrompts:
         """Finds equal prompts, merges the classes that have them, and fills the hash table."""
         hashes = hash_rows(self.tokens, position_factors(self.tokens.shape[1]))
         self._table = make_table(len(self.tokens))
-        first, index, _ = unique_rows(self.tokens, hashes, self._table)
-        self._distinct = self.tokens[first]
+        first, index, _, self._distinct, _ = unique_rows(self.tokens, hashes, self._table)
         counts = zip(self.num_classes, self.num_templates, strict=True)
         blocks = [
             np.repeat(np.arange(classes) + source * self._source_step, templates)

@@ -14,6 +14,9 @@ from typing import Protocol
 import numpy as np
 
 from unicl_fast._targets_numba import (
+    CAPTION_KEYS_START as CAPTION_KEYS_START,
+)
+from unicl_fast._targets_numba import (
     Int64Array,
     UInt16Array,
     group_steps,
@@ -22,9 +25,6 @@ from unicl_fast._targets_numba import (
     row_lengths,
     union_find,
 )
-
-CAPTION_KEYS_START = 1 << 62
-"""Class ids of captions without a class lie from here to 2**63 - 1, those of classes below."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -105,10 +105,10 @@ def map_targets(
         ValueError: no rows, or arrays of other shapes, types or ranges.
     """
     rows, labels = _check(rows, labels)
-    tokens, hashes, text_index, text_counts, text_lengths, *known = group_texts(
+    tokens, keys, text_index, text_counts, text_lengths, *known = group_texts(
         rows, labels, position_factors(rows.shape[1])
     )
-    text_class_ids = _classes_of_texts(labels, text_index, tokens, hashes, prompts, *known)
+    text_class_ids = _classes_of_texts(labels, text_index, tokens, keys, prompts, *known)
     class_ids = text_class_ids[text_index]
     if unique:
         return Targets(
@@ -221,7 +221,7 @@ def _classes_of_texts(
     labels: Int64Array,
     text_index: Int64Array,
     tokens: UInt16Array,
-    hashes: np.ndarray[tuple[int], np.dtype[np.uint64]],
+    keys: Int64Array,
     prompts: PromptLookup | None,
     classes: Int64Array,
     unlabelled: np.ndarray[tuple[int], np.dtype[np.bool_]],
@@ -246,7 +246,6 @@ def _classes_of_texts(
     pairs = np.concatenate(same) if same else np.empty((0, 2), dtype=np.int64)
     if len(pairs):
         classes = replace_classes(classes, *merge_classes(pairs))
-    keys = ((hashes >> np.uint64(2)) | np.uint64(CAPTION_KEYS_START)).view(np.int64)
     return np.where(classes >= 0, classes, keys)
 
 

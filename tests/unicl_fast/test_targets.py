@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from reference import targets as reference
 
-from unicl_fast._targets_numba import find_rows, hash_rows, make_table, position_factors
+from unicl_fast._targets_numba import (
+    find_rows,
+    hash_rows,
+    make_table,
+    position_factors,
+    row_lengths,
+)
 from unicl_fast._targets_numba import unique_rows as unique_rows_kernel
 from unicl_fast.targets import Targets, map_steps, map_targets, slice_targets
 
@@ -219,12 +225,14 @@ def test_rows_are_compared_even_if_all_hashes_are_equal() -> None:
     rows = as_rows([1], [2], [1], [3], [2], [1])
     hashes = np.zeros(len(rows), dtype=np.uint64)
     table = make_table(len(rows))
-    first, index, counts = unique_rows_kernel(rows, hashes, table)
+    first, index, counts, distinct, lengths = unique_rows_kernel(rows, hashes, table)
+    assert np.array_equal(distinct, rows[first])
+    assert lengths.tolist() == row_lengths(rows[first]).tolist()
     assert first.tolist() == [0, 1, 3]
     assert index.tolist() == [0, 1, 0, 2, 1, 0]
     assert counts.tolist() == [3, 2, 1]
     queries = as_rows([3], [4], [1], length=80)
-    assert find_rows(queries, hashes[:3], table, rows[first]).tolist() == [2, -1, 0]
+    assert find_rows(queries, hashes[:3], table, distinct).tolist() == [2, -1, 0]
 
 
 def test_rows_that_differ_in_one_token_have_different_hashes() -> None:
