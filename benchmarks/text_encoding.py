@@ -3,14 +3,17 @@
     unicl-bench text --data PACKED [--json FILE]
 
 Forward and backward of the paper's text encoder over real captions: padded to the context length,
-trimmed to the longest, packed without padding. Beside them stands a full batch, whose texts all
-have as many tokens as fit: its time for each token is the price at which the captions' real tokens
-are counted. First the three layouts' features are compared.
+trimmed to the longest, in four groups by length, each trimmed to its own longest, and packed
+without padding; on a GPU with torch's kernel for rows of any length, and spread out for attention
+as elsewhere. Beside them stands a full batch, whose texts all have as many tokens as fit: its time
+for each token is the price at which the captions' real tokens are counted. First the layouts'
+features are compared.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -26,8 +29,10 @@ from unicl_fast.benchmarks.harness import (
     take_turns,
     write_result,
 )
-from unicl_fast.config import PrecisionName
-from unicl_fast.models.text_encoder import TextEncoder
+from unicl_fast.config import DeviceName, PrecisionName
+from unicl_fast.devices import choose_device
+from unicl_fast.models.packing import VarlenAttention
+from unicl_fast.models.text_encoder import CausalAttention, TextEncoder
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.shards import PackedDataset
@@ -48,17 +53,20 @@ class Settings(BenchmarkSettings):
     """Its blocks."""
     precision: PrecisionName = "bf16"
     """Arithmetic."""
+    device: DeviceName = "cpu"
+    """Where."""
 
 
 def run(settings: Settings) -> None:
     """Compares, measures, prints, and writes the JSON if one is wanted."""
     keep_freed_memory()
-    tokenizer = Tokenizer()
-    tokens = read_captions(settings.data, settings.batch_size)
+    device = choose_device(settings.device)
+    tokens = read_captions(settings.data, settings.batch_size).to(device)
     lengths = tokens.argmax(dim=1) + 1
     trimmed, num_tokens = tokens[:, : int(lengths.max())], int(lengths.sum())
     full = torch.randint(1, 40_000, tokens.shape, generator=torch.Generator().manual_seed(0))
-    full[:, -1] = tokenizer.end_id
+    full[:, -1] = Tokenizer().end_id
+    full = full.to(device)
     encoder = TextEncoder(
         vocab_size=49408,
         context_length=tokens.shape[1],
@@ -67,33 +75,46 @@ def run(settings: Settings) -> None:
         heads=settings.width // 64,
     )
     precision = Precision(settings.precision)
-    place_module(encoder, device=torch.device("cpu"), precision=precision)
-    compare(encoder, tokens, trimmed, num_tokens)
+    place_module(encoder, device=device, precision=precision)
+    attentions = [part for part in encoder.modules() if isinstance(part, CausalAttention)]
+    varlen = attentions[0].varlen_attn
 
-    def forward_and_backward(rows: Tensor, known: int | None = None) -> Callable[[], object]:
+    def encode_packed(attention: VarlenAttention | None = None) -> Tensor:
+        for part in attentions:
+            part.varlen_attn = attention
+        return encoder(trimmed, num_tokens)
+
+    layouts: dict[str, Callable[[], Tensor]] = {
+        "padded": lambda: encoder(tokens),
+        "trimmed": lambda: encoder(trimmed),
+        "grouped": functools.partial(encode_groups, encoder, *make_groups(tokens, lengths)),
+        "packed": encode_packed,
+    }
+    compare(layouts)
+    if varlen is not None:  # it takes no fp32, in which they were compared
+        layouts["packed, rows of any length"] = functools.partial(encode_packed, varlen)
+
+    def forward_and_backward(encode: Callable[[], Tensor]) -> Callable[[], object]:
         def work() -> object:
-            with precision.autocast("cpu"):
-                features = encoder(rows, known)
+            with precision.autocast(device.type):
+                features = encode()
             features.float().square().sum().backward()
-            return encoder.zero_grad()
+            encoder.zero_grad()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            return None
 
         return work
 
-    turns = take_turns(
-        {
-            "full": forward_and_backward(full),
-            "padded": forward_and_backward(tokens),
-            "trimmed": forward_and_backward(trimmed),
-            "packed": forward_and_backward(trimmed, num_tokens),
-        },
-        rounds=settings.rounds,
-    )
+    works = {"full": forward_and_backward(lambda: encoder(full))}
+    works |= {name: forward_and_backward(encode) for name, encode in layouts.items()}
+    turns = take_turns(works, rounds=settings.rounds)
     share = num_tokens / tokens.numel()
     figures = {
         f"{name}, s": summarise([turn.wall_seconds for turn in taken])
         for name, taken in turns.items()
     }
-    for name in ("padded", "trimmed", "packed"):
+    for name in layouts:
         ratios = [ratio / share for ratio in ratios_of(turns, name, "full")]
         figures[f"{name}, times the cost of its real tokens"] = summarise(ratios)
     print(f"{len(tokens)} captions, {num_tokens} tokens, longest {int(lengths.max())}")
@@ -117,11 +138,27 @@ def read_captions(data: Path, count: int) -> Tensor:
     return rows
 
 
+def make_groups(tokens: Tensor, lengths: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Four groups of equally many texts by length, each as wide as its longest.
+
+    Returns:
+        The groups' tokens, and where each text lies in them.
+    """
+    order = lengths.argsort()
+    groups = [tokens[group, : int(lengths[group].max())] for group in order.chunk(4)]
+    return groups, order.argsort()
+
+
+def encode_groups(encoder: TextEncoder, groups: list[Tensor], places: Tensor) -> Tensor:
+    """Features of one group after the other, in the order of the texts."""
+    return torch.cat([encoder(group) for group in groups])[places]
+
+
 @torch.no_grad()
-def compare(encoder: TextEncoder, tokens: Tensor, trimmed: Tensor, num_tokens: int) -> None:
+def compare(layouts: dict[str, Callable[[], Tensor]]) -> None:
     """Refuses to time layouts that do not compute the same features, in fp32."""
-    padded = encoder(tokens)
-    for other in (encoder(trimmed), encoder(trimmed, num_tokens)):
-        gap = float((other - padded).abs().max())
+    features = {name: encode() for name, encode in layouts.items()}
+    for name, other in features.items():
+        gap = float((other - features["padded"]).abs().max())
         if not np.isfinite(gap) or gap > 1e-3:
-            raise RuntimeError(f"the layouts' features differ by {gap}; nothing was timed")
+            raise RuntimeError(f"features by {name} differ by {gap}; nothing was timed")

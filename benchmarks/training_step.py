@@ -242,6 +242,7 @@ def _largest_gap(one: Tensor | None, other: Tensor | None) -> float:
     """The largest difference of two tensors, in terms of the largest entry."""
     assert one is not None
     assert other is not None
+    one, other = one.detach(), other.detach()
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
 
 

@@ -345,8 +345,8 @@ class EfficiencyConfig:
     """Encode equal texts of a batch once."""
     text_layout: Literal["padded", "trimmed", "packed"] = "packed"
     """Compute texts with their padding to the context length, with padding to the longest of the
-    batch, or without padding: all tokens in one row, spread out for attention only (which needs
-    unique_texts; without it they are trimmed)."""
+    batch, or without padding: all tokens in one row, for attention spread out where there is no
+    kernel for rows of any length (which needs unique_texts; without it they are trimmed)."""
     loss: LossForm = "auto"
     """Hold the logits of all pictures and texts (dense), or go through them in tiles and store none
     (tiled): the same loss in a fiftieth of the memory. auto takes tiles where they are faster."""

@@ -24,6 +24,8 @@ from unicl_fast._normalise_numba import (
 from unicl_fast.config import PrecisionName, TrainConfig
 from unicl_fast.devices import choose_device
 from unicl_fast.host_buffers import HostBuffers
+from unicl_fast.models.packing import find_varlen_attention
+from unicl_fast.models.text_encoder import CausalAttention
 
 _CACHED_VALUES = 1 << 18
 """Values normalised at once on the CPU: 1 MiB of fp32, a core's second-level cache."""
@@ -206,10 +208,17 @@ def place_module(module: nn.Module, *, device: torch.device, precision: Precisio
     """Moves weights to the device and into the weight type, and chooses attention for both.
 
     Torch's fused attention is slower than plain products on a CPU in 16 bits: its backward pass
-    takes 2 to 8 times as long (torch 2.13). Attention modules of timm and ours have a switch.
+    takes 2 to 8 times as long (torch 2.13). Attention modules of timm and ours have a switch. Ours
+    also takes a kernel for texts without padding, where there is one.
     """
-    if device.type == "cpu" and precision.compute_type.itemsize <= 2:
-        for part in module.modules():
-            if hasattr(part, "fused_attn"):  # only ever off: timm leaves some off on purpose
-                part.fused_attn = False  # type: ignore[assignment]
+    fused_is_slow = device.type == "cpu" and precision.compute_type.itemsize <= 2
+    for part in module.modules():
+        if fused_is_slow and hasattr(part, "fused_attn"):
+            part.fused_attn = False  # type: ignore[assignment]  # never on: timm has some off
+        if isinstance(part, CausalAttention):
+            part.varlen_attn = find_varlen_attention(
+                device=device,
+                compute_type=precision.compute_type,
+                head_width=part.out_proj.in_features // part.heads,
+            )
     return module.to(device=device, dtype=precision.weight_type)

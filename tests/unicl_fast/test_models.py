@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 
 import numpy as np
 import pytest
@@ -16,7 +17,8 @@ from unicl_fast.keyed_random import fold_key, fold_key_tensor, random_unit, unif
 from unicl_fast.models.activation_checkpointing import checkpoint_blocks
 from unicl_fast.models.drop_path import DropPathKey, KeyedDropPath
 from unicl_fast.models.image_encoder import build_image_encoder
-from unicl_fast.models.text_encoder import TextEncoder
+from unicl_fast.models.packing import find_varlen_attention
+from unicl_fast.models.text_encoder import CausalAttention, TextEncoder
 from unicl_fast.optim import split_parameters
 from unicl_fast.precision import Precision, place_module
 from unicl_fast.presets import PRESETS, build_preset
@@ -59,6 +61,85 @@ def test_packed_texts_equal_padded_ones_and_their_gradients(model: UniCL) -> Non
         results.append([features, *torch.autograd.grad((features * target).sum(), parameters)])
     for packed in results[1:]:
         torch.testing.assert_close(packed, results[0], rtol=1e-11, atol=1e-13)
+
+
+def attend_each_text(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    window_size: tuple[int, int],
+) -> torch.Tensor:
+    """What torch documents of its kernel for rows of any length, one text after the other.
+
+    As there, the result is not written outside the texts, nor is the gradient.
+    """
+    assert window_size == (-1, 0)
+    assert query_bounds.dtype == torch.int32
+    assert query_bounds is key_bounds
+    bounds = query_bounds.tolist()
+    assert bounds == sorted(bounds)
+    lengths = np.diff(bounds)
+    assert lengths.max() <= min(longest_query, longest_key)
+    result = torch.full_like(query, float("nan"))
+    for start, stop in itertools.pairwise(bounds):
+        if start < stop:
+            one = [part[start:stop].transpose(0, 1) for part in (query, key, value)]
+            mixed = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True)
+            result[start:stop] = mixed.transpose(0, 1)
+    return result
+
+
+@pytest.mark.parametrize("more", [0, 1, 5, 60])
+def test_attention_over_rows_of_any_length_equals_that_over_padded_rows(
+    model: UniCL, more: int
+) -> None:
+    """With more tokens than there are, some padding is computed, as torch.compile has it."""
+    tokens = Tokenizer()(TEXTS)[:, :20]
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    parameters = [*model.text_encoder.parameters(), model.text_projection]
+    target = torch.randn(len(TEXTS), model.config.model.embed_dim, dtype=torch.float64)
+    results = []
+    for attention in (attend_each_text, None):
+        for part in model.modules():
+            if isinstance(part, CausalAttention):
+                part.varlen_attn = attention
+        features = model.encode_text(tokens, min(num_tokens + more, tokens.numel()))
+        results.append([features, *torch.autograd.grad((features * target).sum(), parameters)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-13)
+
+
+def test_only_a_gpu_in_16_bits_attends_over_rows_of_any_length() -> None:
+    for device, dtype in (("cpu", torch.bfloat16), ("cpu", torch.float32), ("meta", torch.float16)):
+        assert (
+            find_varlen_attention(device=torch.device(device), compute_type=dtype, head_width=64)
+            is None
+        )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [0, 37])
+def test_torchs_kernel_for_rows_of_any_length_equals_padded_rows(more: int) -> None:
+    device = torch.device("cuda")
+    encoder = TextEncoder(vocab_size=49408, context_length=77, width=256, layers=2, heads=4)
+    place_module(encoder, device=device, precision=Precision("bf16"))
+    blocks = [part for part in encoder.modules() if isinstance(part, CausalAttention)]
+    assert all(part.varlen_attn is not None for part in blocks)
+    tokens = Tokenizer()(TEXTS).to(device)
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    results = []
+    for known in (num_tokens + more, None):
+        with torch.autocast("cuda", torch.bfloat16):
+            features = encoder(tokens, known).float()
+        gradients = torch.autograd.grad(features.square().sum(), list(encoder.parameters()))
+        results.append([features, *gradients])
+    for packed, padded in zip(*results, strict=True):
+        gap = (packed - padded).norm() / padded.norm().clamp(min=1e-6)
+        assert gap < 0.03, gap  # of bf16; nan fails too
 
 
 def test_attention_is_plain_in_16_bits_on_a_cpu_and_equals_the_fused_one() -> None:

@@ -6,36 +6,15 @@ converting them is renaming.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from unicl_fast.models.packing import Packing, VarlenAttention
+
 _LAYER_NORM_EPS = 1e-12  # as released; PyTorch's default is 1e-5
 _INIT_STD = 0.02
-
-
-class Packing(NamedTuple):
-    """Where the p tokens that are computed lie among u texts of l.
-
-    Everything but attention treats each token by itself, and is 98 % of the arithmetic at width
-    512 and 20 tokens. So tokens lie in one row, and are spread out for attention only.
-    """
-
-    positions: Int[Tensor, " p"]
-    """Places in the flattened [u l]: what is not padding, rising, then perhaps some padding."""
-    shape: tuple[int, int]
-
-    def pack(self, padded: Float[Tensor, "u l w"]) -> Float[Tensor, "p w"]:
-        return padded.flatten(0, 1).index_select(0, self.positions)
-
-    def spread(self, packed: Float[Tensor, "p w"]) -> Float[Tensor, "u l w"]:
-        """Anything in the padding, which no real token sees: it lies behind them."""
-        u, l = self.shape  # noqa: E741
-        padded = packed.new_zeros(u * l, packed.shape[1])
-        return padded.index_copy(0, self.positions, packed).view(u, l, -1)
 
 
 class QuickGELU(nn.Module):
@@ -54,7 +33,9 @@ class CausalAttention(nn.Module):
     def __init__(self, *, width: int, heads: int) -> None:
         super().__init__()
         self.heads = heads
-        self.fused_attn = True  # timm's name for this switch; see precision.place_module
+        # what fits the device; see place_module. The first is timm's name for its switch.
+        self.fused_attn = True
+        self.varlen_attn: VarlenAttention | None = None
         self.in_proj_weight = nn.Parameter(torch.empty(3 * width, width))
         self.in_proj_bias = nn.Parameter(torch.zeros(3 * width))
         self.out_proj = nn.Linear(width, width)
@@ -62,6 +43,10 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing | None) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
+        if packing is not None and self.varlen_attn is not None:
+            heads = qkv.view(len(qkv), 3, self.heads, -1)
+            mixed = packing.attend(self.varlen_attn, heads).flatten(1)
+            return self.out_proj(mixed)  # type: ignore[no-any-return]
         if packing is not None:
             qkv = packing.spread(qkv)
         u, l, w3 = qkv.shape  # noqa: E741
@@ -139,14 +124,11 @@ class TextEncoder(nn.Module):
                 "tokenize with its context length"
             )
         ends = tokens.argmax(dim=1)
-        positions = torch.arange(l, device=tokens.device)
         if num_tokens is None:
             packing = None
             x = self.token_embedding(tokens) + self.positional_embedding[:l]
         else:
-            padding = (positions > ends[:, None]).flatten()
-            # a stable sort brings what is not padding to the front; nonzero() would read the device
-            packing = Packing(padding.byte().argsort(stable=True)[:num_tokens], (u, l))
+            packing = Packing.of(ends, num_tokens, (u, l))
             x = self.token_embedding(tokens.flatten()[packing.positions])
             # not by an index: the gradient of one is added up in any order by several threads
             x = x + F.embedding(packing.positions % l, self.positional_embedding)
@@ -155,4 +137,4 @@ class TextEncoder(nn.Module):
         # normalising after picking the token is the same and l times less
         if packing is None:
             return self.ln_final(x[torch.arange(u, device=x.device), ends])  # type: ignore[no-any-return]
-        return self.ln_final(x[(ends + 1).cumsum(0) - 1])  # type: ignore[no-any-return]
+        return self.ln_final(x[packing.ends])  # type: ignore[no-any-return]
