@@ -165,15 +165,18 @@ class _Tiles:
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yields rows, columns, their logits [r c] to be overwritten, and scratch [r c]."""
         for rows in self.rows:
+            images = self.images[rows]
+            if self._narrow is None:  # in 16 bits it would round once more
+                images = images * self.factor
             for columns in self.columns:
                 shape = _length(rows), _length(columns)
                 logits = _shaped(self._logits, shape)
-                images, texts = self.images[rows], self.texts[columns]
+                texts = self.texts[columns]
                 if self._narrow is None:
                     torch.mm(images, texts.T, out=logits)
                 else:
-                    logits.copy_(torch.mm(images, texts.T, out=_shaped(self._narrow, shape)))
-                logits.mul_(self.factor)
+                    narrow = torch.mm(images, texts.T, out=_shaped(self._narrow, shape))
+                    logits.copy_(narrow).mul_(self.factor)
                 if self.exclude_self:
                     offset = rows.start - columns.start
                     if -shape[0] < offset < shape[1]:
