@@ -19,6 +19,10 @@ SMALL = {
     "loss": ["--sizes", "64", "--no-memory"],
     "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
     "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
+    "switches": [
+        *("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"),
+        "--no-memory",
+    ],
     "checkpoint": ["--image-encoder", "test_vit", "--image-size", "160", "--steps", "2"],
     "memory": [
         *("--image-encoder", "test_vit", "--image-size", "32"),
@@ -42,8 +46,8 @@ SMALL = {
     ],
 }
 
-ON_DATA = ("text", "step", "memory", "profile", "input", "augment", "pack", "storage")
-SLOW = ("pack", "storage", "memory")
+ON_DATA = ("text", "step", "switches", "memory", "profile", "input", "augment", "pack", "storage")
+SLOW = ("pack", "storage", "memory", "switches")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +66,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {
         "text": captioned,
         "step": captioned,
+        "switches": captioned,
         "memory": captioned,
         "profile": captioned,
         "input": labelled,

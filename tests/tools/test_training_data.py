@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 
 from unicl_fast.config import DataConfig
 from unicl_fast.differences import refuse_differences
+from unicl_fast.presets import build_preset
 from unicl_fast.shard_writer import DatasetWriter, PackedSample
 from unicl_fast.shards import PackedDataset
 from unicl_fast.tokenizer import Tokenizer
@@ -66,6 +68,22 @@ def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
     with pytest.raises(ValueError, match=r"num_samples was 20 and is now 5"):
         refuse_differences("data", describe_sources(whole, None), describe_sources(parts, None))
     for dataset in (*whole, *halves, *parts):
+        dataset.close()
+
+
+@pytest.mark.parametrize("name", ["swin-tiny-half-half", "swin-base-half-half"])
+def test_the_presets_of_halves_mix_the_first_half_of_each(data: Path, name: str) -> None:
+    """The paper's mixes: two sets together give as many samples as one of them has."""
+    folders = (str(data / "labels"), str(data / "captions"))
+    config = dataclasses.replace(build_preset(name).data, train=folders)
+    whole, _ = open_sources(DataConfig(train=folders))
+    halves, shares = open_sources(config)
+    for half, full in zip(halves, whole, strict=True):
+        assert len(half) == round(len(full) / 2)
+        assert np.array_equal(half.samples["xxh3"], full.samples["xxh3"][: len(half)])
+    assert shares is None  # each pass sees each sample of both once
+    assert build_preset(name.removesuffix("-half-half")).data.fraction == (1.0,)
+    for dataset in (*whole, *halves):
         dataset.close()
 
 

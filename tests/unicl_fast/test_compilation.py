@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import StepwiseLoader, first_gradients
+from rank_workers import StepwiseLoader, first_gradients, run_on_ranks, write_gradients
 from small_runs import tiny_config
 from torch._dynamo.utils import counters
 
@@ -166,6 +166,25 @@ def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict)
     assert weights.keys() == eager.keys()
     for name, weight in weights.items():
         torch.testing.assert_close(weight, eager[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.dist
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+def test_compiled_ranks_give_the_gradients_of_one_eager_process(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    """Each rank has other numbers of texts and tokens, so its padding is another, too."""
+    eager_loss, eager = first_gradients(images, Ranks(), tiny_config())
+    run_on_ranks(write_gradients, 2, images, str(tmp_path), {"compile": True})
+    for written in [f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(2)]:
+        loss, gradients = torch.load(tmp_path / written, weights_only=True)
+        assert loss == pytest.approx(eager_loss, rel=1e-10)
+        for name, gradient in eager.items():
+            torch.testing.assert_close(
+                gradients[name], gradient, rtol=1e-7, atol=1e-11, msg=f"{written}: {name}"
+            )
 
 
 def test_a_machine_without_a_compiler_is_told(
