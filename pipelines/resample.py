@@ -4,10 +4,11 @@ DALI's resize on the CPU takes longer than decoding does. This kernel runs insid
 its threads (or, of a raw data set, in front of it by the batch), and follows Pillow's and
 torchvision's law: filters are widened when they shrink, and what lies outside the picture has no
 weight. It goes down the square one row at a time: the rows under the filter are added up into one
-line of floats (long, contiguous, vectorised, and small enough for the first-level cache), and the
-line is then filtered to pixels. Values are rounded once, at the end: at most one level from
-torchvision, which rounds between its two passes. The cubic filter takes these two passes itself,
-for the reason given there, and equals torchvision.
+line (long, contiguous, vectorised, and small enough for the first-level cache), and the line is
+then filtered to pixels. All of it is in fixed point, since a vector holds twice as many values of
+16 bits as floats: a line has 128 steps a level, so that levels are in effect rounded once, at the
+end: at most one from torchvision, which rounds between its two passes. The cubic filter takes these
+two passes itself, for the reason given there, and equals torchvision.
 """
 
 from __future__ import annotations
@@ -22,14 +23,22 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _CHANNELS = 3
-# What one vector instruction of _filter_pixels works on.
+# What one vector instruction of _filter_line works on: four pixels, two taps of each, and the
+# four sums that become of one pixel.
 _PIXELS = 4
+_PAIR = 8
 _LANES = 4
+# Places behind the point: of a line's values, of the largest weights of rows and of columns. More
+# would not fit into 16 and 32 bits.
+_LINE_PLACES = 7
+_ROW_PLACES = _LINE_PLACES + 16
+_COLUMN_PLACES = 15
 # Lines of small pictures are multiples of this: what LLVM's loops take at once.
 _LINE = 32
-_MOST_FLOATS = 1 << 14  # these stay in the cache
-_FOUR = ir.VectorType(ir.FloatType(), 4)
-_SIXTEEN = ir.VectorType(ir.FloatType(), 16)
+_MOST_VALUES = 1 << 15  # these stay in the cache
+_EIGHT_SHORT = ir.VectorType(ir.IntType(16), 8)
+_ALL_SHORT = ir.VectorType(ir.IntType(16), 32)
+_SUMS = ir.VectorType(ir.IntType(32), 16)
 
 
 @njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
@@ -62,30 +71,37 @@ def resample_region(
     height, width = picture.shape[0], picture.shape[1]
     first_rows = np.empty(size, np.int64)
     taps = _find_taps(first_rows, height, top, bottom, cubic)
-    row_weights = np.empty((size, taps), np.float64)
-    _weigh_taps(row_weights, first_rows, top, bottom, cubic)
+    weights = np.empty((size, taps), np.float64)
+    _weigh_taps(weights, first_rows, top, bottom, cubic)
+    row_weights = np.empty((size, taps), np.int32)
+    row_places = _to_fixed_point(row_weights, weights, *_limits_of_rows(cubic))
     first_columns = np.empty(size, np.int64)
     taps = _find_taps(first_columns, width, left, right, cubic)
-    column_weights = np.empty((size, taps), np.float64)
-    _weigh_taps(column_weights, first_columns, left, right, cubic)
+    weights = np.empty((size, taps), np.float64)
+    _weigh_taps(weights, first_columns, left, right, cubic)
+    column_weights = np.empty((size, taps), np.int32)
+    column_places = _to_fixed_point(column_weights, weights, *_limits_of_columns(cubic))
     groups = _groups(size)
     first_values = np.zeros(groups * _PIXELS, np.int64)
-    spread = np.zeros((groups, taps, _PIXELS * _LANES), np.float32)
+    spread = np.zeros((groups, _pairs(taps), _PIXELS * _PAIR), np.int16)
     _spread_taps(first_values, spread, first_columns, column_weights, mirror)
     rows = picture.reshape(height, width * _CHANNELS)
-    padded_line = np.zeros(rows.shape[1] + _LANES, np.float32)
+    padded_line = np.empty(rows.shape[1] + _PAIR, np.uint16)
     line = padded_line[: rows.shape[1]]
     narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
     sums = np.empty(size * _CHANNELS, np.float32)
     _fill_square(
         out,
         rows,
+        _ROW_PLACES - row_places,
         line,
         padded_line,
         first_rows,
         row_weights,
+        row_places,
         first_values,
         spread,
+        column_places,
         narrow,
         sums,
         cubic,
@@ -102,7 +118,7 @@ def resample_windows(
     cubic: bool,
     begin: int,
     end: int,
-    most_floats: int = _MOST_FLOATS,
+    most_values: int = _MOST_VALUES,
 ) -> None:
     """Windows of pictures to squares: `resample_region` of each window cut out, bit for bit.
 
@@ -119,7 +135,7 @@ def resample_windows(
         cubic: which filter.
         begin: the first picture to take, for threads that share a batch.
         end: behind the last one.
-        most_floats: values of pictures up to which they are turned into floats whole.
+        most_values: values of pictures up to which they are widened to 16 bits whole.
     """
     height, width = pictures.shape[1], pictures.shape[2]
     size = squares.shape[1]
@@ -128,46 +144,54 @@ def resample_windows(
     first_rows = np.empty(size, np.int64)
     first_columns = np.empty(size, np.int64)
     first_values = np.zeros(groups * _PIXELS, np.int64)
-    row_memory = np.empty(size * most_taps, np.float64)
-    column_memory = np.empty(size * most_taps, np.float64)
-    spread_memory = np.zeros(groups * most_taps * _PIXELS * _LANES, np.float32)
+    weight_memory = np.empty(size * most_taps, np.float64)
+    row_memory = np.empty(size * most_taps, np.int32)
+    column_memory = np.empty(size * most_taps, np.int32)
+    spread_memory = np.zeros(groups * _pairs(most_taps) * _PIXELS * _PAIR, np.int16)
     stride = _padded(width * _CHANNELS, _LINE)
-    line_memory = np.zeros(stride + _LANES, np.float32)
+    line_memory = np.empty(stride + _PAIR, np.uint16)
     narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
     sums = np.empty(size * _CHANNELS, np.float32)
-    small = height * stride <= most_floats
-    floats = np.zeros(height * stride if small else 0, np.float32)
+    small = height * stride <= most_values
+    wide = np.empty(height * stride if small else 0, np.uint16)
     bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
     for i in range(begin, end):
         rows, columns = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
         taps = _find_taps(first_rows, rows, 0.0, rows, cubic)
+        weights = weight_memory[: size * taps].reshape(size, taps)
+        _weigh_taps(weights, first_rows, 0.0, rows, cubic)
         row_weights = row_memory[: size * taps].reshape(size, taps)
-        _weigh_taps(row_weights, first_rows, 0.0, rows, cubic)
+        row_places = _to_fixed_point(row_weights, weights, *_limits_of_rows(cubic))
         taps = _find_taps(first_columns, columns, 0.0, columns, cubic)
+        weights = weight_memory[: size * taps].reshape(size, taps)
+        _weigh_taps(weights, first_columns, 0.0, columns, cubic)
         column_weights = column_memory[: size * taps].reshape(size, taps)
-        _weigh_taps(column_weights, first_columns, 0.0, columns, cubic)
-        spread = spread_memory[: groups * taps * _PIXELS * _LANES].reshape(
-            groups, taps, _PIXELS * _LANES
+        column_places = _to_fixed_point(column_weights, weights, *_limits_of_columns(cubic))
+        pairs = _pairs(taps)
+        spread = spread_memory[: groups * pairs * _PIXELS * _PAIR].reshape(
+            groups, pairs, _PIXELS * _PAIR
         )
-        spread[groups - 1] = 0.0  # of pixels that are not there
+        spread[groups - 1] = 0  # of pixels that are not there
         _spread_taps(first_values, spread, first_columns, column_weights, flips[i] != 0)
         length = columns * _CHANNELS
         picture = pictures[i].reshape(-1)
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
+        lift = _ROW_PLACES - row_places
         if small:
             # A loop over whole vectors has no rest, which would take longer than the vectors do.
             padded_length = _padded(length, _LINE)
-            window = floats[: rows * padded_length].reshape(rows, padded_length)
+            window = wide[: rows * padded_length].reshape(rows, padded_length)
+            raised = 0 if cubic else lift
             for y in range(rows):
                 source = picture[offset + y * width * _CHANNELS :]
                 target = window[y]
                 for j in range(length):
-                    target[j] = np.float32(source[j])
-                target[length:] = 0.0
+                    target[j] = np.uint16(source[j]) << raised
+                target[length:] = 0
             line = line_memory[:padded_length]
             _fill_square(
-                squares[i], window, line, line_memory, first_rows, row_weights, first_values,
-                spread, narrow, sums, cubic,
+                squares[i], window, 0, line, line_memory, first_rows, row_weights, row_places,
+                first_values, spread, column_places, narrow, sums, cubic,
             )  # fmt: skip
         else:
             raw_window = bytes_[: rows * length].reshape(rows, length)
@@ -176,8 +200,8 @@ def resample_windows(
                 raw_window[y] = source[:length]
             line = line_memory[:length]
             _fill_square(
-                squares[i], raw_window, line, line_memory, first_rows, row_weights, first_values,
-                spread, narrow, sums, cubic,
+                squares[i], raw_window, lift, line, line_memory, first_rows, row_weights,
+                row_places, first_values, spread, column_places, narrow, sums, cubic,
             )  # fmt: skip
 
 
@@ -193,6 +217,23 @@ def _groups(size: int) -> int:
 
 
 @njit(cache=True, nogil=True, inline="always")
+def _pairs(taps: int) -> int:
+    return (taps + 1) // 2
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _limits_of_rows(cubic: bool) -> tuple[int, int]:
+    """What weights of rows stay below, and how many places they have at most."""
+    return (1 << 15, 22) if cubic else (1 << 16, _ROW_PLACES)
+
+
+@njit(cache=True, nogil=True, inline="always")
+def _limits_of_columns(cubic: bool) -> tuple[int, int]:
+    """The same of columns. For the cubic filter both are what torchvision has."""
+    return (1 << 15, 22) if cubic else (1 << 15, _COLUMN_PLACES)
+
+
+@njit(cache=True, nogil=True, inline="always")
 def _stride(size: int) -> int:
     """Bytes that a line of the square takes, with what vectors write behind it."""
     return _groups(size) * _PIXELS * _CHANNELS + _PIXELS
@@ -202,27 +243,34 @@ def _stride(size: int) -> int:
 def _fill_square(
     out: Any,
     rows: Any,
+    lift: int,
     line: Any,
     padded_line: Any,
     first_rows: Any,
     row_weights: Any,
+    row_places: int,
     first_values: Any,
     spread: Any,
+    column_places: int,
     narrow: Any,
     sums: Any,
     cubic: bool,
 ) -> None:
-    """The square from rows of a picture [h l], floats or bytes.
+    """The square from rows of a picture [h l].
 
     Args:
         out: as of `resample_region`.
-        rows: of the picture.
-        line: memory for one row as floats, as long as a row.
+        rows: of the picture, uint8; or uint16 and lifted already.
+        lift: places by which levels have to be lifted before they are multiplied by weights of
+            rows, so that a product of 32 bits has a value of the line in its upper half.
+        line: memory for one row, uint16, as long as a row.
         padded_line: `line` and what vectors read behind it, which has no weight.
         first_rows: as of `_find_taps`.
-        row_weights: as of `_weigh_taps`.
+        row_weights: as of `_to_fixed_point`.
+        row_places: of these weights.
         first_values: as of `_spread_taps`.
         spread: as of `_spread_taps`.
+        column_places: of these weights.
         narrow: memory for rows of the square's width: of the whole picture if `cubic`, else one.
         sums: memory for a line of the square as floats.
         cubic: which filter.
@@ -235,14 +283,26 @@ def _fill_square(
             padded_line,
             first_rows,
             row_weights,
+            row_places,
             first_values,
             spread,
+            column_places,
             narrow,
             sums,
         )
     else:
         _fill_in_one_pass(
-            out, rows, line, padded_line, first_rows, row_weights, first_values, spread, narrow
+            out,
+            rows,
+            lift,
+            line,
+            padded_line,
+            first_rows,
+            row_weights,
+            first_values,
+            spread,
+            column_places,
+            narrow,
         )
 
 
@@ -253,49 +313,50 @@ def _fill_square(
 # takes 4 times as long).
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@njit(cache=True, nogil=True, error_model="numpy")
 def _fill_in_one_pass(
     out: Any,
     rows: Any,
+    lift: int,
     line: Any,
     padded_line: Any,
     first_rows: Any,
     row_weights: Any,
     first_values: Any,
     spread: Any,
+    column_places: int,
     narrow: Any,
 ) -> None:
-    """Rows are added up to one line of floats, which is filtered to pixels."""
+    """Rows are added up to one line, which is filtered to pixels."""
     size = out.shape[0]
     taps = row_weights.shape[1]
     length = line.size
     pixels = out.reshape(-1)
     spare = narrow.reshape(-1)
+    places = _LINE_PLACES + column_places
+    # what the products' lower halves, which are dropped, come to on the average
+    rest = taps // 2
     for y in range(size):
-        # line = the weighted sum of rows, two rows at once, to halve its traffic
         first = first_rows[y]
-        a = np.float32(row_weights[y, 0])
-        for j in range(length):
-            line[j] = a * np.float32(rows[first, j])
-        for t in range(1, taps - 1, 2):
-            a, b = np.float32(row_weights[y, t]), np.float32(row_weights[y, t + 1])
-            row = first + t
+        if length < _LINE:
             for j in range(length):
-                line[j] += a * np.float32(rows[row, j]) + b * np.float32(rows[row + 1, j])
-        if taps % 2 == 0:
-            a = np.float32(row_weights[y, taps - 1])
-            row = first + taps - 1
-            for j in range(length):
-                line[j] += a * np.float32(rows[row, j])
+                total = rest
+                for t in range(taps):
+                    level = np.int64(rows[first + t, j]) << lift
+                    total += (level * np.int64(row_weights[y, t])) >> 16
+                line[j] = total
+        else:
+            for j in range(0, length - _LINE + 1, _LINE):
+                _add_rows(line, rows, first, j, row_weights, y, lift, rest)
+            # the last vector overlaps the one before
+            _add_rows(line, rows, first, length - _LINE, row_weights, y, lift, rest)
         # Vectors write beyond the ends of lines: that is overwritten by the next line or, at the
         # square's end, falls into a spare one.
         start = y * size * _CHANNELS
         if start + spare.size <= pixels.size:
-            for group in range(spread.shape[0]):
-                _filter_pixels(pixels, start, padded_line, first_values, spread, group)
+            _filter_line(pixels, start, padded_line, first_values, spread, places)
         else:
-            for group in range(spread.shape[0]):
-                _filter_pixels(spare, 0, padded_line, first_values, spread, group)
+            _filter_line(spare, 0, padded_line, first_values, spread, places)
             for j in range(size * _CHANNELS):
                 pixels[start + j] = spare[j]
 
@@ -308,8 +369,10 @@ def _fill_in_two_passes(
     padded_line: Any,
     first_rows: Any,
     row_weights: Any,
+    row_places: int,
     first_values: Any,
     spread: Any,
+    column_places: int,
     narrow: Any,
     sums: Any,
 ) -> None:
@@ -327,23 +390,25 @@ def _fill_in_two_passes(
     stride = narrow.shape[1]
     for y in range(low, high):
         for j in range(length):
-            line[j] = np.float32(rows[y, j])
-        for group in range(spread.shape[0]):
-            _filter_pixels(bytes_, (y - low) * stride, padded_line, first_values, spread, group)
+            line[j] = np.uint16(rows[y, j])
+        _filter_line(bytes_, (y - low) * stride, padded_line, first_values, spread, column_places)
     width = size * _CHANNELS
     lines = out.reshape(size, width)
+    # Sums of such weights times levels are exact in float32 unless a picture shrinks by so much
+    # that they have more than 16 places; then the last bit may be lost.
+    unit = 0.5**row_places
     for y in range(size):
         first = first_rows[y] - low
-        a = np.float32(row_weights[y, 0])
+        a = np.float32(row_weights[y, 0] * unit)
         for j in range(width):
             sums[j] = a * np.float32(narrow[first, j])
         for t in range(1, taps - 1, 2):
-            a, b = np.float32(row_weights[y, t]), np.float32(row_weights[y, t + 1])
+            a, b = np.float32(row_weights[y, t] * unit), np.float32(row_weights[y, t + 1] * unit)
             row = first + t
             for j in range(width):
                 sums[j] += a * np.float32(narrow[row, j]) + b * np.float32(narrow[row + 1, j])
         if taps % 2 == 0:
-            a = np.float32(row_weights[y, taps - 1])
+            a = np.float32(row_weights[y, taps - 1] * unit)
             row = first + taps - 1
             for j in range(width):
                 sums[j] += a * np.float32(narrow[row, j])
@@ -396,26 +461,24 @@ def _weigh_taps(weights: Any, first: Any, start: float, end: float, cubic: bool)
             total += weight
         for t in range(taps):
             weights[i, t] /= total
-    if cubic:
-        _round_as_torchvision(weights)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _round_as_torchvision(weights: Any) -> None:
-    """To the fixed point of its uint8 kernels: as many binary places as 16 bits leave the largest.
+def _to_fixed_point(fixed: Any, weights: Any, limit: int, most_places: int) -> int:
+    """Weights as whole numbers int32 [size taps] below a limit; how many are behind the point.
 
-    Sums of such weights times levels are exact in float32 unless a picture shrinks by so much that
-    there are more than 16 places; then the last bit may be lost.
+    As many places as the largest weight leaves, which is the law of torchvision's uint8 kernels.
     """
     largest = weights.max()
     places = 0
-    while places < 22 and np.int64(0.5 + largest * 2.0 ** (places + 1)) < 2**15:
+    while places < most_places and np.int64(0.5 + largest * 2.0 ** (places + 1)) < limit:
         places += 1
     unit = 2.0**places
     for i in range(weights.shape[0]):
         for t in range(weights.shape[1]):
             weight = weights[i, t] * unit
-            weights[i, t] = np.int64(weight + (0.5 if weight >= 0 else -0.5)) / unit
+            fixed[i, t] = np.int32(weight + (0.5 if weight >= 0 else -0.5))
+    return places
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -429,86 +492,217 @@ def _cubic(x: float) -> float:
 
 @njit(cache=True, nogil=True, error_model="numpy")
 def _spread_taps(first_values: Any, spread: Any, first: Any, weights: Any, mirror: bool) -> None:
-    """Columns' taps as `_filter_pixels` takes them, in the order of the output's pixels.
+    """Columns' taps as `_filter_line` takes them, in the order of the output's pixels.
 
-    First value [n], n a multiple of 4, and weights float32 [n/4 taps 16]: of four pixels, each in
-    four lanes. Weights of pixels that are not there must be zeros.
+    First value [n], n a multiple of 4, and weights int16 [n/4 pairs 32]: of four pixels, those of
+    two taps beside each other, for each channel, and two that mean nothing. Weights of pixels that
+    are not there must be zeros.
     """
     size, taps = weights.shape
     for x in range(size):
         source = size - 1 - x if mirror else x
         first_values[x] = first[source] * _CHANNELS
-        for t in range(taps):
-            for lane in range(_LANES):
-                spread[x // _PIXELS, t, x % _PIXELS * _LANES + lane] = weights[source, t]
+        place = x % _PIXELS * _PAIR
+        for t in range(2 * spread.shape[1]):
+            weight = np.int16(weights[source, t] if t < taps else 0)
+            for c in range(_CHANNELS):
+                spread[x // _PIXELS, t // 2, place + 2 * c + t % 2] = weight
 
 
 @intrinsic  # type: ignore[untyped-decorator]
-def _filter_pixels(
+def _add_rows(
+    typing_context: Any,
+    line: Any,
+    rows: Any,
+    first: Any,
+    column: Any,
+    weights: Any,
+    y: Any,
+    lift: Any,
+    rest: Any,
+) -> Any:
+    """32 values of a line from `column` on: weighted sums of the rows from `first` on, and `rest`.
+
+    Spelt out since Numba multiplies in 64 bits and no compiler finds the instruction that gives
+    the upper halves of products of 16 bits.
+    """
+    short, long = (ir.VectorType(ir.IntType(bits), _LINE) for bits in (16, 32))
+    is_wide = rows.dtype == types.uint16
+    loaded = short if is_wide else ir.VectorType(ir.IntType(8), _LINE)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        line, rows, weights = (
+            context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 4)
+        )
+        first, column, y = arguments[2], arguments[3], arguments[5]
+        lift, rest = (
+            _repeat(builder, builder.trunc(arguments[i], ir.IntType(16)), _LINE) for i in (6, 7)
+        )
+        length = builder.extract_value(rows.shape, 1)
+        taps = builder.extract_value(weights.shape, 1)
+        total_place = cgutils.alloca_once_value(builder, rest)
+        with cgutils.for_range(builder, taps) as loop:
+            row = builder.add(first, loop.index)
+            place = builder.add(builder.mul(row, length), column)
+            levels = _load(builder, rows.data, place, loaded, align=1)
+            if not is_wide:
+                levels = builder.zext(levels, short)
+            levels = builder.zext(builder.shl(levels, lift), long)
+            place = builder.add(builder.mul(y, taps), loop.index)
+            weight = builder.load(builder.gep(weights.data, [place]))
+            factors = _repeat(builder, builder.trunc(weight, ir.IntType(16)), _LINE)
+            products = builder.mul(levels, builder.zext(factors, long))
+            upper = builder.lshr(products, ir.Constant(long, [16] * _LINE))
+            added = builder.add(builder.load(total_place), builder.trunc(upper, short))
+            builder.store(added, total_place)
+        place = builder.gep(line.data, [column])
+        place = builder.bitcast(place, short.as_pointer())
+        builder.store(builder.load(total_place), place, align=2)
+        return context.get_dummy_value()
+
+    whole = types.int64
+    return types.void(line, rows, whole, whole, weights, whole, whole, whole), generate
+
+
+@intrinsic  # type: ignore[untyped-decorator]
+def _filter_line(
     typing_context: Any,
     pixels: Any,
     start: Any,
     line: Any,
     first_values: Any,
     weights: Any,
-    group: Any,
+    places: Any,
 ) -> Any:
-    """Four pixels of three channels: the weighted sums of `line`, rounded and clipped.
+    """Pixels of three channels: the weighted sums of `line`, rounded and clipped.
 
-    They go to `pixels` from `start` + 12 `group` on, with four bytes behind them that mean nothing.
+    They go to `pixels` from `start` on, four at a time, with four bytes behind the last that mean
+    nothing. `places` are those of line and weights together, to be rounded away.
 
-    Vector instructions are spelt out because no compiler finds them: for each tap four loads of
-    four lanes make a vector, whose fourth lanes carry a neighbour's red and are dropped at the end.
-    LLVM makes of them what the processor has.
+    Vector instructions are spelt out because no compiler finds them: for each pair of taps four
+    loads of two pixels make a vector, whose values are brought beside those that they are added to;
+    then one instruction multiplies and adds. Of the four sums of a pixel the last means nothing and
+    is dropped at the end. LLVM makes of it what the processor has.
     """
     index = ir.IntType(64)
     byte = ir.IntType(8)
-    whole = ir.VectorType(ir.IntType(32), 16)
+    # red, green and blue of two pixels, each beside its fellow, and two values left over
+    beside = [8 * i + j for i in range(4) for j in (0, 3, 1, 4, 2, 5, 6, 7)]
+    kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pixels, line, first_values, weights = (
             context.make_array(signature.args[i])(context, builder, arguments[i])
             for i in (0, 2, 3, 4)
         )
-        start, group = arguments[1], arguments[5]
-        x = builder.mul(group, index(_PIXELS))
-        taps = builder.extract_value(weights.shape, 1)
-        places = [
-            builder.load(builder.gep(first_values.data, [builder.add(x, index(i))]))
-            for i in range(_PIXELS)
-        ]
-        total_place = cgutils.alloca_once_value(builder, ir.Constant(_SIXTEEN, [0.5] * 16))
-        with cgutils.for_range(builder, taps) as loop:
-            done = builder.mul(loop.index, index(_CHANNELS))
+        start, places = arguments[1], arguments[5]
+        groups, pairs = (builder.extract_value(weights.shape, i) for i in (0, 1))
+        shift = _repeat(builder, builder.trunc(places, ir.IntType(32)), 16)
+        one = ir.Constant(_SUMS, [1] * 16)
+        half = builder.lshr(builder.shl(one, shift), one)
+        zero, most = (ir.Constant(_SUMS, [bound] * 16) for bound in (0, 255))
+
+        def products_of(group: Any, firsts: list[Any], pair: Any, count: Any) -> Any:
+            done = builder.mul(pair, index(2 * _CHANNELS))
             a, b, c, d = (
-                _load(builder, line.data, builder.add(place, done), _FOUR) for place in places
+                _load(builder, line.data, builder.add(first, done), _EIGHT_SHORT)
+                for first in firsts
             )
-            ab, cd = (_shuffle(builder, *pair, list(range(8))) for pair in ((a, b), (c, d)))
-            values = _shuffle(builder, ab, cd, list(range(16)))
-            row = builder.add(builder.mul(group, taps), loop.index)
-            factors = _load(builder, weights.data, builder.mul(row, index(16)), _SIXTEEN)
-            product = builder.fmul(values, factors, flags=["contract"])
-            added = builder.fadd(builder.load(total_place), product, flags=["contract"])
-            builder.store(added, total_place)
-        levels = builder.fptosi(builder.load(total_place), whole)
-        for comparison, bound in (("<", 0), (">", 255)):
-            bounds = ir.Constant(whole, [bound] * 16)
-            beyond = builder.icmp_signed(comparison, levels, bounds)
-            levels = builder.select(beyond, bounds, levels)
-        levels = builder.trunc(levels, ir.VectorType(byte, 16))
-        kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
-        levels = _shuffle(builder, levels, levels, kept + kept[:4])
-        place = builder.add(start, builder.mul(x, index(_CHANNELS)))
-        place = builder.gep(pixels.data, [place])
-        builder.store(levels, builder.bitcast(place, levels.type.as_pointer()), align=1)
+            ab, cd = (_shuffle(builder, *two, list(range(16))) for two in ((a, b), (c, d)))
+            values = _shuffle(builder, ab, cd, beside)
+            row = builder.add(builder.mul(group, count), pair)
+            factors = _load(builder, weights.data, builder.mul(row, index(32)), _ALL_SHORT)
+            return _multiply_pairs(context, builder, values, factors)
+
+        def filter_groups(known: int | None) -> None:
+            """All groups of a line; code without an inner loop if the number of pairs is known."""
+            count = pairs if known is None else index(known)
+            with cgutils.for_range(builder, groups) as groups_loop:
+                group = groups_loop.index
+                x = builder.mul(group, index(_PIXELS))
+                firsts = [
+                    builder.load(builder.gep(first_values.data, [builder.add(x, index(i))]))
+                    for i in range(_PIXELS)
+                ]
+                if known is None:
+                    place = cgutils.alloca_once_value(builder, half)
+                    builder.store(half, place)
+                    with cgutils.for_range(builder, count) as loop:
+                        products = products_of(group, firsts, loop.index, count)
+                        builder.store(builder.add(builder.load(place), products), place)
+                    total = builder.load(place)
+                else:
+                    total = half
+                    for pair in range(known):
+                        products = products_of(group, firsts, index(pair), count)
+                        total = builder.add(total, products)
+                levels = builder.ashr(total, shift)
+                levels = builder.select(builder.icmp_signed("<", levels, zero), zero, levels)
+                levels = builder.select(builder.icmp_signed(">", levels, most), most, levels)
+                levels = builder.trunc(levels, ir.VectorType(byte, 16))
+                levels = _shuffle(builder, levels, levels, kept + kept[:4])
+                target = builder.add(start, builder.mul(x, index(_CHANNELS)))
+                target = builder.gep(pixels.data, [target])
+                builder.store(levels, builder.bitcast(target, levels.type.as_pointer()), align=1)
+
+        with builder.if_else(builder.icmp_signed("==", pairs, index(1))) as (is_one, is_more):
+            with is_one:
+                filter_groups(1)
+            with (
+                is_more,
+                builder.if_else(builder.icmp_signed("==", pairs, index(2))) as (is_two, is_other),
+            ):
+                with is_two:
+                    filter_groups(2)
+                with is_other:
+                    filter_groups(None)
         return context.get_dummy_value()
 
-    return types.void(pixels, types.int64, line, first_values, weights, types.int64), generate
+    arguments = pixels, types.int64, line, first_values, weights, types.int64
+    return types.void(*arguments), generate
 
 
-def _load(builder: Any, data: Any, offset: Any, kind: Any) -> Any:
+def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> Any:
+    """Sums of the products of neighbours, int32 [16], of two times int16 [32].
+
+    x86 has one instruction for it, which LLVM does not find; Numba says what it compiles for.
+    """
+    features = context.codegen().magic_tuple()[2].split(",")
+    width = 32 if "+avx512bw" in features else 16 if "+avx2" in features else 0
+    if not width:
+        even, odd = list(range(0, 32, 2)), list(range(1, 32, 2))
+        products = [
+            builder.mul(
+                builder.sext(_shuffle(builder, values, values, lanes), _SUMS),
+                builder.sext(_shuffle(builder, factors, factors, lanes), _SUMS),
+            )
+            for lanes in (even, odd)
+        ]
+        return builder.add(*products)
+    name = "llvm.x86.avx512.pmaddw.d.512" if width == 32 else "llvm.x86.avx2.pmadd.wd"
+    kind = ir.FunctionType(
+        ir.VectorType(ir.IntType(32), width // 2), [ir.VectorType(ir.IntType(16), width)] * 2
+    )
+    multiply = cgutils.get_or_insert_function(builder.module, kind, name)
+    parts = []
+    for begin in range(0, 32, width):
+        lanes = list(range(begin, begin + width))
+        parts.append(
+            builder.call(multiply, [_shuffle(builder, v, v, lanes) for v in (values, factors)])
+        )
+    return parts[0] if width == 32 else _shuffle(builder, *parts, list(range(16)))
+
+
+def _repeat(builder: Any, value: Any, count: int) -> Any:
+    """A vector of so many times the same number."""
+    empty = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
+    one = builder.insert_element(empty, value, ir.Constant(ir.IntType(32), 0))
+    return _shuffle(builder, one, one, [0] * count)
+
+
+def _load(builder: Any, data: Any, offset: Any, kind: Any, align: int = 2) -> Any:
     pointer = builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
-    return builder.load(pointer, align=4)
+    return builder.load(pointer, align=align)
 
 
 def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:

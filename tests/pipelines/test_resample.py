@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -87,10 +91,11 @@ def oracle_weights(length: int, start: float, end: float, size: int, *, cubic: b
 def test_any_region_equals_the_oracle(
     height: int, width: int, size: int, mirror: bool, cubic: bool, seed: int, data: st.DataObject
 ) -> None:
-    """Bilinear is rounded once; cubic after each of its passes, as in torchvision.
+    """Bilinear is rounded once, cubic after each of its passes, as in torchvision.
 
-    Weights of 16 bits may move values of the first pass over the edge of their rounding, and the
-    second weighs such levels with 1.25 at most, all together.
+    Bilinear has a line with 7 places behind the point, and weights with 14 or more: together a
+    twentieth of a level. Cubic's weights of 16 bits may move values of the first pass over the edge
+    of their rounding, and the second weighs such levels with 1.25 at most, all together.
     """
     picture = random_picture(height, width, seed)
     region = []
@@ -106,7 +111,7 @@ def test_any_region_equals_the_oracle(
     exact = np.einsum("yh,hxc->yxc", vertical, narrow).clip(0, 255)
     if mirror:
         exact = exact[:, ::-1]
-    assert np.abs(square - exact).max() < (1.75 if cubic else 0.501)
+    assert np.abs(square - exact).max() < (1.75 if cubic else 0.55)
 
 
 @pytest.mark.parametrize("cubic", [False, True])
@@ -137,6 +142,40 @@ def test_large_pictures_are_torchvision_s_to_one_level(cubic: bool, size: int) -
     assert np.abs(gap).max() <= 1
 
 
+_SUM_OF_SQUARES = """
+import zlib
+import numpy as np
+from unicl_fast.pipelines.resample import resample_region
+total = 0
+for height, width, size in ((1, 1, 9), (30, 7, 12), (90, 120, 56), (200, 190, 56), (500, 333, 40)):
+    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for cubic in (False, True):
+        square = np.empty((size, size, 3), np.uint8)
+        resample_region(square, picture, 0.0, float(height), 0.0, float(width), cubic, cubic)
+        total = zlib.crc32(square, total)
+print(total)
+"""
+
+
+@pytest.mark.slow
+def test_all_processors_make_the_same_pixels() -> None:
+    """With AVX2 alone, and with what every processor has, other instructions multiply."""
+    sums = []
+    features = "+sse3,+ssse3,+sse4.1,+sse4.2,+avx,+avx2,+fma"
+    for chosen in ({}, {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": features},
+                   {"NUMBA_CPU_NAME": "generic", "NUMBA_CPU_FEATURES": ""}):  # fmt: skip
+        found = subprocess.run(
+            [sys.executable, "-c", _SUM_OF_SQUARES],
+            env={**os.environ, **chosen},
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=200,
+        )
+        sums.append(int(found.stdout))
+    assert sums == [sums[0]] * 3
+
+
 def test_a_square_of_its_own_size_is_copied() -> None:
     picture = random_picture(28, 28)
     assert np.array_equal(resampled(picture, 28), picture)
@@ -149,14 +188,14 @@ def test_a_square_of_its_own_size_is_copied() -> None:
     width=sides,
     size=st.integers(1, 40),
     cubic=st.booleans(),
-    few_floats=st.booleans(),
+    few_values=st.booleans(),
     key=st.integers(0, 2**64 - 1),
 )
 @settings(max_examples=200, deadline=None)
 def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
-    height: int, width: int, size: int, cubic: bool, few_floats: bool, key: int
+    height: int, width: int, size: int, cubic: bool, few_values: bool, key: int
 ) -> None:
-    """Small pictures are turned into floats first, large ones are not."""
+    """Small pictures are widened to 16 bits first, large ones are not."""
     count = 5
     rng = np.random.default_rng(key)
     pictures = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
@@ -168,7 +207,7 @@ def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
     guard = 64
     memory = np.full(2 * guard + count * size * size * 3, 77, np.uint8)
     squares = memory[guard:-guard].reshape(count, size, size, 3)
-    most = 0 if few_floats else 1 << 14
+    most = 0 if few_values else 1 << 14
     for begin, end in ((0, 2), (2, 2), (2, count)):
         resample_windows(squares, pictures, starts, shapes, flips, cubic, begin, end, most)
     assert (memory[:guard] == 77).all()
