@@ -23,6 +23,7 @@ from unicl_fast.keyed_random import fold_key, random_bits
 Int64Array = NDArray[np.int64]
 
 _ROUNDS = 8
+_AT_ONCE = 64
 _MAX_SIZE = 1 << 48
 # Keeps remainder * share below 2**62 in the closed formula of `_count_before`.
 _MAX_TOTAL_SHARE = 1 << 31
@@ -55,21 +56,36 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
 
 @njit(cache=True, nogil=True)
 def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
+    """Many at once, round by round; values outside go around together until none is left.
+
+    The rounds of one value wait for each other, those of several do not, and a vector holds eight.
+    """
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
-    result = np.empty(index.size, np.int64)
+    values = np.empty(index.size, np.uint64)
+    outside = np.empty(index.size, np.int64)
+    left, right = np.empty(_AT_ONCE, np.uint64), np.empty(_AT_ONCE, np.uint64)
     for i in range(index.size):
-        value = np.uint64(index[i])
-        while True:
-            left = value >> half_bits
-            right = value & mask
+        values[i], outside[i] = np.uint64(index[i]), i
+    num_outside = index.size
+    while num_outside:
+        for start in range(0, num_outside, _AT_ONCE):
+            count = min(_AT_ONCE, num_outside - start)
+            for i in range(count):
+                value = values[outside[start + i]]
+                left[i], right[i] = value >> half_bits, value & mask
             for step in range(_ROUNDS):
-                counter = (np.uint64(step) << np.uint64(32)) | right
-                left, right = right, left ^ (random_bits(key, counter) & mask)
-            value = (left << half_bits) | right
-            if value < size:
-                break
-        result[i] = np.int64(value)
-    return result
+                for i in range(count):
+                    counter = (np.uint64(step) << np.uint64(32)) | right[i]
+                    mixed = left[i] ^ (random_bits(key, counter) & mask)
+                    left[i], right[i] = right[i], mixed
+            for i in range(count):
+                values[outside[start + i]] = (left[i] << half_bits) | right[i]
+        kept = 0
+        for i in range(num_outside):
+            outside[kept] = outside[i]
+            kept += np.int64(values[outside[i]] >= size)
+        num_outside = kept
+    return values.view(np.int64)
 
 
 PIECES_OF_A_WINDOW = 16
