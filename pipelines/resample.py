@@ -348,8 +348,8 @@ def _fill_in_one_pass(
         else:
             for j in range(0, length - _LINE + 1, _LINE):
                 _add_rows(line, rows, first, j, row_weights, y, lift, rest)
-            # the last vector overlaps the one before
-            _add_rows(line, rows, first, length - _LINE, row_weights, y, lift, rest)
+            if length % _LINE:  # the last vector overlaps the one before
+                _add_rows(line, rows, first, length - _LINE, row_weights, y, lift, rest)
         # Vectors write beyond the ends of lines: that is overwritten by the next line or, at the
         # square's end, falls into a spare one.
         start = y * size * _CHANNELS
