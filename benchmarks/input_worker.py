@@ -29,7 +29,7 @@ import numpy as np
 
 from unicl_fast.benchmarks.input_contenders import Contender, Task, load
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
-from unicl_fast.pipelines.host_memory import keep_freed_memory
+from unicl_fast.pipelines.host_memory import keep_freed_memory, return_freed_memory
 
 _WARM_UP = 8
 """Batches taken before the clock starts: what was ready before the turn does not count."""
@@ -194,17 +194,23 @@ def _serve_batches(connection: Connection, contender: Contender, task: Task) -> 
     while True:
         command, number = connection.recv()
         if command == "pictures":
-            taken: list[np.ndarray] = []
-            while sum(map(len, taken)) < number:
-                taken.append(_levels(next(batches), task))
-            connection.send(("pictures", np.concatenate(taken)))
+            connection.send(("pictures", _take_pictures(batches, number, task)))
         elif command == "moments":
             moments = [_moments(_levels(next(batches), task)) for _ in range(number)]
             connection.send(("moments", np.concatenate(moments)))
         else:
+            return_freed_memory()  # a comparison's, which is no part of a loader
             warm_up(batches, min(number, _WARM_UP_SECONDS))
             connection.send(("warm", None))
             connection.send(("turn", take_turn(batches, number)))
+
+
+def _take_pictures(batches: Iterator[Any], number: int, task: Task) -> np.ndarray:
+    """At least so many pictures, as `_levels` has them."""
+    taken: list[np.ndarray] = []
+    while sum(map(len, taken)) < number:
+        taken.append(_levels(next(batches), task))
+    return np.concatenate(taken)
 
 
 def warm_up(batches: Iterator[Any], seconds: float) -> None:
