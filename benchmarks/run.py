@@ -22,7 +22,7 @@ STAGES = {
     "loss": ("loss", "time and memory of the loss, against open_clip's and the dense form"),
     "text": ("text_encoding", "what captions cost in the text encoder, padded, trimmed, packed"),
     "step": ("training_step", "training steps, against open_clip's own"),
-    "switches": ("step_switches", "what each switch of efficiency does to a training step"),
+    "efficiency": ("efficiency", "what each switch of efficiency does to a training step"),
     "checkpoint": ("checkpoint_cost", "what a checkpoint costs, written beside and waited for"),
     "memory": ("large_batches", "peak memory of a large batch in micro-batches, and of small ones"),
     "profile": ("step_profile", "a training step by its parts, against the matmul floor"),

@@ -72,7 +72,8 @@ def run(settings: Settings) -> None:
             measured[f"{size:,} rows, times {name}"] = summarise(ratios)
         print_figures(measured)
         figures |= measured
-    write_result(settings, figures, "numpy", "numba", "pandas")
+    packages = ["numpy", "numba"] + ["pandas"] * (pandas is not None)
+    write_result(settings, figures, *packages)
 
 
 def make_contestants(size: int) -> dict[str, Callable[[], int]]:

@@ -218,7 +218,7 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Te
     for image, text in zip(image_pair, text_pair, strict=True):
         ((image * weights[0]).sum() + (text * weights[1]).sum()).backward()
     gaps["gradients"] = max(
-        _largest_gap(one.grad, other.grad) for one, other in _pairs_of_weights(ours, theirs)
+        _largest_gap(one, other) for one, other in _pairs_of_gradients(ours, theirs)
     )
     ours.zero_grad()
     theirs.zero_grad()
@@ -228,20 +228,31 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Te
             raise RuntimeError(f"the {what} differ by {gap}; nothing was timed")
 
 
-def _pairs_of_weights(ours: UniCL, theirs: CLIP) -> Iterator[tuple[nn.Parameter, nn.Parameter]]:
+def _pairs_of_gradients(ours: UniCL, theirs: CLIP) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of all weights but the scale, on which features do not depend."""
     trunk = dict(theirs.visual.trunk.named_parameters())
     whole = dict(theirs.named_parameters())
     for name, parameter in ours.image_encoder.named_parameters():
-        yield parameter, trunk[name]
+        yield _gradient(parameter, name), _gradient(trunk[name], name)
     for name, parameter in ours.text_encoder.named_parameters():
-        yield parameter, whole[_their_name(name)]
-    yield ours.text_projection, theirs.text_projection
+        yield _gradient(parameter, name), _gradient(whole[_their_name(name)], name)
+    for one, other in (
+        (ours.text_projection, theirs.text_projection),
+        (ours.image_projection, theirs.visual.head.proj.weight),
+    ):
+        gradient = _gradient(one, "a projection")
+        other_gradient = _gradient(other, "a projection")
+        yield gradient, other_gradient.T if one is ours.image_projection else other_gradient
 
 
-def _largest_gap(one: Tensor | None, other: Tensor | None) -> float:
+def _gradient(parameter: nn.Parameter, name: str) -> Tensor:
+    if parameter.grad is None:
+        raise RuntimeError(f"{name} has no gradient; nothing was timed")
+    return parameter.grad
+
+
+def _largest_gap(one: Tensor, other: Tensor) -> float:
     """The largest difference of two tensors, in terms of the largest entry."""
-    assert one is not None
-    assert other is not None
     one, other = one.detach(), other.detach()
     return float((one - other).abs().max() / other.abs().max().clamp(min=1e-12))
 

@@ -58,7 +58,7 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
 def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
     """Many at once, round by round; values outside go around together until none is left.
 
-    The rounds of one value wait for each other, those of several do not, and a vector holds eight.
+    The rounds of one value wait for each other, those of several do not, and fit into vectors.
     """
     mask = (np.uint64(1) << half_bits) - np.uint64(1)
     values = np.empty(index.size, np.uint64)

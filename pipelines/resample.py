@@ -23,16 +23,18 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 _CHANNELS = 3
-# What one vector instruction of _filter_line works on: four pixels, two taps of each, and the
-# four sums that become of one pixel.
+# What one vector instruction of _filter_line works on: four pixels, of each eight values, which
+# are two taps and what lies behind them; four sums become of one pixel.
 _PIXELS = 4
-_PAIR = 8
+_VALUES = 8
 _LANES = 4
 # Places behind the point: of a line's values, of the largest weights of rows and of columns. More
 # would not fit into 16 and 32 bits.
 _LINE_PLACES = 7
 _ROW_PLACES = _LINE_PLACES + 16
 _COLUMN_PLACES = 15
+_FEW_TAPS = 16
+"""Up to which products are added up by their upper halves; see `_add_rows`."""
 # Lines of small pictures are multiples of this: what LLVM's loops take at once.
 _LINE = 32
 _MOST_VALUES = 1 << 15  # these stay in the cache
@@ -83,10 +85,10 @@ def resample_region(
     column_places = _to_fixed_point(column_weights, weights, *_limits_of_columns(cubic))
     groups = _groups(size)
     first_values = np.zeros(groups * _PIXELS, np.int64)
-    spread = np.zeros((groups, _pairs(taps), _PIXELS * _PAIR), np.int16)
+    spread = np.zeros((groups, _pairs(taps), _PIXELS * _VALUES), np.int16)
     _spread_taps(first_values, spread, first_columns, column_weights, mirror)
     rows = picture.reshape(height, width * _CHANNELS)
-    padded_line = np.empty(rows.shape[1] + _PAIR, np.uint16)
+    padded_line = np.empty(rows.shape[1] + _VALUES, np.uint16)
     line = padded_line[: rows.shape[1]]
     narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
     sums = np.empty(size * _CHANNELS, np.float32)
@@ -147,9 +149,9 @@ def resample_windows(
     weight_memory = np.empty(size * most_taps, np.float64)
     row_memory = np.empty(size * most_taps, np.int32)
     column_memory = np.empty(size * most_taps, np.int32)
-    spread_memory = np.zeros(groups * _pairs(most_taps) * _PIXELS * _PAIR, np.int16)
+    spread_memory = np.zeros(groups * _pairs(most_taps) * _PIXELS * _VALUES, np.int16)
     stride = _padded(width * _CHANNELS, _LINE)
-    line_memory = np.empty(stride + _PAIR, np.uint16)
+    line_memory = np.empty(stride + _VALUES, np.uint16)
     narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
     sums = np.empty(size * _CHANNELS, np.float32)
     small = height * stride <= most_values
@@ -168,8 +170,8 @@ def resample_windows(
         column_weights = column_memory[: size * taps].reshape(size, taps)
         column_places = _to_fixed_point(column_weights, weights, *_limits_of_columns(cubic))
         pairs = _pairs(taps)
-        spread = spread_memory[: groups * pairs * _PIXELS * _PAIR].reshape(
-            groups, pairs, _PIXELS * _PAIR
+        spread = spread_memory[: groups * pairs * _PIXELS * _VALUES].reshape(
+            groups, pairs, _PIXELS * _VALUES
         )
         spread[groups - 1] = 0  # of pixels that are not there
         _spread_taps(first_values, spread, first_columns, column_weights, flips[i] != 0)
@@ -222,15 +224,15 @@ def _pairs(taps: int) -> int:
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _limits_of_rows(cubic: bool) -> tuple[int, int]:
-    """What weights of rows stay below, and how many places they have at most."""
-    return (1 << 15, 22) if cubic else (1 << 16, _ROW_PLACES)
+def _limits_of_rows(cubic: bool) -> tuple[int, int, bool]:
+    """What weights of rows stay below, how many places they have at most, and `carry`."""
+    return (1 << 15, 22, False) if cubic else (1 << 16, _ROW_PLACES, True)
 
 
 @njit(cache=True, nogil=True, inline="always")
-def _limits_of_columns(cubic: bool) -> tuple[int, int]:
+def _limits_of_columns(cubic: bool) -> tuple[int, int, bool]:
     """The same of columns. For the cubic filter both are what torchvision has."""
-    return (1 << 15, 22) if cubic else (1 << 15, _COLUMN_PLACES)
+    return (1 << 15, 22, False) if cubic else (1 << 15, _COLUMN_PLACES, True)
 
 
 @njit(cache=True, nogil=True, inline="always")
@@ -334,22 +336,21 @@ def _fill_in_one_pass(
     pixels = out.reshape(-1)
     spare = narrow.reshape(-1)
     places = _LINE_PLACES + column_places
-    # what the products' lower halves, which are dropped, come to on the average
-    rest = taps // 2
     for y in range(size):
         first = first_rows[y]
         if length < _LINE:
             for j in range(length):
-                total = rest
+                halves, total = taps // 2, np.int64(1 << 15)
                 for t in range(taps):
-                    level = np.int64(rows[first + t, j]) << lift
-                    total += (level * np.int64(row_weights[y, t])) >> 16
-                line[j] = total
+                    product = (np.int64(rows[first + t, j]) << lift) * np.int64(row_weights[y, t])
+                    halves += product >> 16
+                    total += product
+                line[j] = halves if taps <= _FEW_TAPS else total >> 16
         else:
             for j in range(0, length - _LINE + 1, _LINE):
-                _add_rows(line, rows, first, j, row_weights, y, lift, rest)
+                _add_rows(line, rows, first, j, row_weights, y, lift)
             if length % _LINE:  # the last vector overlaps the one before
-                _add_rows(line, rows, first, length - _LINE, row_weights, y, lift, rest)
+                _add_rows(line, rows, first, length - _LINE, row_weights, y, lift)
         # Vectors write beyond the ends of lines: that is overwritten by the next line or, at the
         # square's end, falls into a spare one.
         start = y * size * _CHANNELS
@@ -464,20 +465,26 @@ def _weigh_taps(weights: Any, first: Any, start: float, end: float, cubic: bool)
 
 
 @njit(cache=True, nogil=True, error_model="numpy")
-def _to_fixed_point(fixed: Any, weights: Any, limit: int, most_places: int) -> int:
-    """Weights as whole numbers int32 [size taps] below a limit; how many are behind the point.
+def _to_fixed_point(fixed: Any, weights: Any, limit: int, most_places: int, carry: bool) -> int:
+    """Weights as whole numbers int32 [size taps] below a limit; how many places they have.
 
-    As many places as the largest weight leaves, which is the law of torchvision's uint8 kernels.
+    As many behind the point as the largest weight leaves. Each is rounded by itself, as
+    torchvision's uint8 kernels do it; or, with `carry`, with what was lost of the one before, so
+    that all of a pixel come to 1 and an even picture stays as it is, however many they are.
     """
     largest = weights.max()
+    rounding = 1.0 if carry else 0.5
     places = 0
-    while places < most_places and np.int64(0.5 + largest * 2.0 ** (places + 1)) < limit:
+    while places < most_places and np.int64(rounding + largest * 2.0 ** (places + 1)) < limit:
         places += 1
     unit = 2.0**places
     for i in range(weights.shape[0]):
+        lost = 0.0
         for t in range(weights.shape[1]):
-            weight = weights[i, t] * unit
+            weight = weights[i, t] * unit + lost
             fixed[i, t] = np.int32(weight + (0.5 if weight >= 0 else -0.5))
+            if carry:
+                lost = weight - fixed[i, t]
     return places
 
 
@@ -502,7 +509,7 @@ def _spread_taps(first_values: Any, spread: Any, first: Any, weights: Any, mirro
     for x in range(size):
         source = size - 1 - x if mirror else x
         first_values[x] = first[source] * _CHANNELS
-        place = x % _PIXELS * _PAIR
+        place = x % _PIXELS * _VALUES
         for t in range(2 * spread.shape[1]):
             weight = np.int16(weights[source, t] if t < taps else 0)
             for c in range(_CHANNELS):
@@ -519,12 +526,13 @@ def _add_rows(
     weights: Any,
     y: Any,
     lift: Any,
-    rest: Any,
 ) -> Any:
-    """32 values of a line from `column` on: weighted sums of the rows from `first` on, and `rest`.
+    """32 values of a line from `column` on: weighted sums of the rows from `first` on.
 
-    Spelt out since Numba multiplies in 64 bits and no compiler finds the instruction that gives
-    the upper halves of products of 16 bits.
+    Of few taps the upper halves of products are added up, and what the lower halves, which are
+    dropped, come to on the average: at most 1/16 of a level is lost. Of many taps the products are
+    added up whole. Spelt out since Numba multiplies in 64 bits and no compiler finds the
+    instruction that gives the upper halves of products of 16 bits.
     """
     short, long = (ir.VectorType(ir.IntType(bits), _LINE) for bits in (16, 32))
     is_wide = rows.dtype == types.uint16
@@ -535,33 +543,49 @@ def _add_rows(
             context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 4)
         )
         first, column, y = arguments[2], arguments[3], arguments[5]
-        lift, rest = (
-            _repeat(builder, builder.trunc(arguments[i], ir.IntType(16)), _LINE) for i in (6, 7)
-        )
+        lift = _repeat(builder, builder.trunc(arguments[6], ir.IntType(16)), _LINE)
         length = builder.extract_value(rows.shape, 1)
         taps = builder.extract_value(weights.shape, 1)
-        total_place = cgutils.alloca_once_value(builder, rest)
-        with cgutils.for_range(builder, taps) as loop:
-            row = builder.add(first, loop.index)
-            place = builder.add(builder.mul(row, length), column)
+        few = builder.icmp_signed("<=", taps, ir.IntType(64)(_FEW_TAPS))
+        upper_half = ir.Constant(long, [16] * _LINE)
+
+        def products_of(tap: Any) -> Any:
+            place = builder.add(builder.mul(builder.add(first, tap), length), column)
             levels = _load(builder, rows.data, place, loaded, align=1)
             if not is_wide:
                 levels = builder.zext(levels, short)
             levels = builder.zext(builder.shl(levels, lift), long)
-            place = builder.add(builder.mul(y, taps), loop.index)
+            place = builder.add(builder.mul(y, taps), tap)
             weight = builder.load(builder.gep(weights.data, [place]))
             factors = _repeat(builder, builder.trunc(weight, ir.IntType(16)), _LINE)
-            products = builder.mul(levels, builder.zext(factors, long))
-            upper = builder.lshr(products, ir.Constant(long, [16] * _LINE))
-            added = builder.add(builder.load(total_place), builder.trunc(upper, short))
-            builder.store(added, total_place)
-        place = builder.gep(line.data, [column])
-        place = builder.bitcast(place, short.as_pointer())
-        builder.store(builder.load(total_place), place, align=2)
+            return builder.mul(levels, builder.zext(factors, long))
+
+        def store(values: Any) -> None:
+            place = builder.bitcast(builder.gep(line.data, [column]), short.as_pointer())
+            builder.store(values, place, align=2)
+
+        with builder.if_else(few) as (is_few, is_many):
+            with is_few:
+                rest = builder.trunc(builder.lshr(taps, ir.IntType(64)(1)), ir.IntType(16))
+                total_place = cgutils.alloca_once(builder, short)
+                builder.store(_repeat(builder, rest, _LINE), total_place)
+                with cgutils.for_range(builder, taps) as loop:
+                    upper = builder.lshr(products_of(loop.index), upper_half)
+                    added = builder.add(builder.load(total_place), builder.trunc(upper, short))
+                    builder.store(added, total_place)
+                store(builder.load(total_place))
+            with is_many:
+                total_place = cgutils.alloca_once(builder, long)
+                builder.store(ir.Constant(long, [1 << 15] * _LINE), total_place)
+                with cgutils.for_range(builder, taps) as loop:
+                    added = builder.add(builder.load(total_place), products_of(loop.index))
+                    builder.store(added, total_place)
+                upper = builder.lshr(builder.load(total_place), upper_half)
+                store(builder.trunc(upper, short))
         return context.get_dummy_value()
 
     whole = types.int64
-    return types.void(line, rows, whole, whole, weights, whole, whole, whole), generate
+    return types.void(line, rows, whole, whole, weights, whole, whole), generate
 
 
 @intrinsic  # type: ignore[untyped-decorator]

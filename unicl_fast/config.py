@@ -346,7 +346,7 @@ class EfficiencyConfig:
     text_layout: Literal["padded", "trimmed", "packed"] = "packed"
     """Compute texts with their padding to the context length, with padding to the longest of the
     batch, or without padding: all tokens in one row, for attention spread out where there is no
-    kernel for rows of any length (which needs unique_texts; without it they are trimmed)."""
+    kernel for rows of any length. Packing needs unique_texts; without it texts are trimmed."""
     loss: LossForm = "auto"
     """Hold the logits of all pictures and texts (dense), or go through them in tiles and store none
     (tiled): the same loss in a fiftieth of the memory. auto takes tiles where they are faster."""

@@ -19,7 +19,7 @@ SMALL = {
     "loss": ["--sizes", "64", "--no-memory"],
     "text": ["--batch-size", "4", "--layers", "1", "--width", "64"],
     "step": ["--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"],
-    "switches": [
+    "efficiency": [
         *("--batch-size", "4", "--image-encoder", "test_vit", "--image-size", "160"),
         "--no-memory",
     ],
@@ -46,8 +46,8 @@ SMALL = {
     ],
 }
 
-ON_DATA = ("text", "step", "switches", "memory", "profile", "input", "augment", "pack", "storage")
-SLOW = ("pack", "storage", "memory", "switches")
+ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
+SLOW = ("pack", "storage", "memory", "efficiency")
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     return {
         "text": captioned,
         "step": captioned,
-        "switches": captioned,
+        "efficiency": captioned,
         "memory": captioned,
         "profile": captioned,
         "input": labelled,

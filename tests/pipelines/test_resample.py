@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import llvmlite.binding
 import numpy as np
 import pytest
 import torch
@@ -158,6 +159,10 @@ print(total)
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    not llvmlite.binding.get_host_cpu_features().get("avx512bw"),
+    reason="needs a processor with AVX-512: only then three kinds of code can be compared",
+)
 def test_all_processors_make_the_same_pixels() -> None:
     """With AVX2 alone, and with what every processor has, other instructions multiply."""
     sums = []
@@ -174,6 +179,28 @@ def test_all_processors_make_the_same_pixels() -> None:
         )
         sums.append(int(found.stdout))
     assert sums == [sums[0]] * 3
+
+
+@pytest.mark.parametrize("level", [0, 128, 255])
+@pytest.mark.parametrize(
+    ("height", "width", "size"),
+    [(1, 1, 9), (300, 333, 224), (4096, 8, 16), (9, 8192, 32), (16704, 9, 32), (8, 16704, 1)],
+)
+def test_an_even_picture_stays_as_it_is(height: int, width: int, size: int, level: int) -> None:
+    """However many taps: rounding, each by little, must not come to a level, or leave 16 bits."""
+    picture = np.full((height, width, 3), level, np.uint8)
+    for cubic in (False, True):
+        assert (resampled(picture, size, cubic=cubic) == level).all()
+
+
+@pytest.mark.parametrize(("height", "width", "size"), [(4096, 60, 16), (60, 4096, 16), (900, 9, 8)])
+def test_much_shrunk_pictures_are_torchvision_s_to_one_level(
+    height: int, width: int, size: int
+) -> None:
+    picture = random_picture(height, width)
+    picture[:, : width // 2] //= 8  # dark, where nothing is lost of products and all that is added
+    gap = resampled(picture, size).astype(int) - torchvision_s(picture, size, cubic=False)
+    assert np.abs(gap).max() <= 1
 
 
 def test_a_square_of_its_own_size_is_copied() -> None:

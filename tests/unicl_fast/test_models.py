@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast import UniCL, build_model
 from unicl_fast.keyed_random import fold_key, fold_key_tensor, random_unit, uniform_tensor
+from unicl_fast.models import text_encoder
 from unicl_fast.models.activation_checkpointing import checkpoint_blocks
 from unicl_fast.models.drop_path import DropPathKey, KeyedDropPath
 from unicl_fast.models.image_encoder import build_image_encoder
@@ -72,7 +75,7 @@ def attend_each_text(
     longest_query: int,
     longest_key: int,
     *,
-    window_size: tuple[int, int],
+    window_size: tuple[int, int] = (-1, -1),
 ) -> torch.Tensor:
     """What torch documents of its kernel for rows of any length, one text after the other.
 
@@ -96,13 +99,14 @@ def attend_each_text(
 
 @pytest.mark.parametrize("more", [0, 1, 5, 60])
 def test_attention_over_rows_of_any_length_equals_that_over_padded_rows(
-    model: UniCL, more: int
+    model: UniCL, more: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With more tokens than there are, some padding is computed, as torch.compile has it."""
     tokens = Tokenizer()(TEXTS)[:, :20]
     num_tokens = int((tokens.argmax(dim=1) + 1).sum())
     parameters = [*model.text_encoder.parameters(), model.text_projection]
     target = torch.randn(len(TEXTS), model.config.model.embed_dim, dtype=torch.float64)
+    monkeypatch.setattr(text_encoder, "VARLEN_TYPES", {torch.float64})
     results = []
     for attention in (attend_each_text, None):
         for part in model.modules():
@@ -113,12 +117,67 @@ def test_attention_over_rows_of_any_length_equals_that_over_padded_rows(
     torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-13)
 
 
-def test_only_a_gpu_in_16_bits_attends_over_rows_of_any_length() -> None:
-    for device, dtype in (("cpu", torch.bfloat16), ("cpu", torch.float32), ("meta", torch.float16)):
-        assert (
-            find_varlen_attention(device=torch.device(device), compute_type=dtype, head_width=64)
-            is None
-        )
+def known_of_torch_2_10(query: object, key: object, *, is_causal: bool = False) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, True),
+        ({"device": torch.device("cpu")}, False),
+        ({"compute_type": torch.float32}, False),
+        ({"head_width": 60}, False),
+        ({"head_width": 264}, False),
+        ({"capability": (7, 5)}, False),
+        ({"kernel": known_of_torch_2_10}, False),
+        ({"kernel": None}, False),
+        ({"cuda": None}, False),
+    ],
+    ids=str,
+)
+def test_rows_of_any_length_need_a_gpu_that_can_and_a_torch_that_has_it(
+    change: dict, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    situation = {
+        "device": torch.device("cuda"),
+        "compute_type": torch.bfloat16,
+        "head_width": 64,
+        "capability": (8, 0),
+        "kernel": attend_each_text,
+        "cuda": "12.8",
+        **change,
+    }
+    module = types.ModuleType("torch.nn.attention.varlen")
+    if situation["kernel"] is not None:
+        module.varlen_attn = situation["kernel"]
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setattr(torch.version, "cuda", situation["cuda"])
+    capability = situation["capability"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    asked = {name: situation[name] for name in ("device", "compute_type", "head_width")}
+    assert (find_varlen_attention(**asked) is not None) == found
+
+
+def test_outside_autocast_texts_are_spread_out_as_ever(model: UniCL) -> None:
+    """The kernel takes 16 bits only; weights stay in fp32."""
+    tokens = Tokenizer()(TEXTS)
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    expected = model.encode_text(tokens, num_tokens)
+    for part in model.modules():
+        if isinstance(part, CausalAttention):
+            part.varlen_attn = known_of_torch_2_10  # would fail if it were called
+    features = model.encode_text(tokens, num_tokens)
+    for part in model.modules():
+        if isinstance(part, CausalAttention):
+            part.varlen_attn = None
+    assert torch.equal(features, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5, 10_000])
+def test_impossible_numbers_of_tokens_are_refused(model: UniCL, num_tokens: int) -> None:
+    tokens = Tokenizer()([*TEXTS] * 2)
+    with pytest.raises(ValueError, match=f"num_tokens must be from .* to .*, not {num_tokens}"):
+        model.encode_text(tokens, num_tokens)
 
 
 @pytest.mark.gpu
@@ -131,11 +190,13 @@ def test_torchs_kernel_for_rows_of_any_length_equals_padded_rows(more: int) -> N
     assert all(part.varlen_attn is not None for part in blocks)
     tokens = Tokenizer()(TEXTS).to(device)
     num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    # not the features' squares: behind a LayerNorm their sum is always the same
+    target = torch.randn(len(TEXTS), 256, device=device)
     results = []
     for known in (num_tokens + more, None):
         with torch.autocast("cuda", torch.bfloat16):
             features = encoder(tokens, known).float()
-        gradients = torch.autograd.grad(features.square().sum(), list(encoder.parameters()))
+        gradients = torch.autograd.grad((features * target).sum(), list(encoder.parameters()))
         results.append([features, *gradients])
     for packed, padded in zip(*results, strict=True):
         gap = (packed - padded).norm() / padded.norm().clamp(min=1e-6)

@@ -12,6 +12,8 @@ from torch.nn import functional as F
 
 VarlenAttention = Callable[..., Tensor]
 """`torch.nn.attention.varlen.varlen_attn`, or what computes the same."""
+VARLEN_TYPES = {torch.float16, torch.bfloat16}
+"""What it takes."""
 
 
 class Packing(NamedTuple):
@@ -26,8 +28,9 @@ class Packing(NamedTuple):
     """Places in the flattened [u l]: what is not padding, rising, then perhaps some padding."""
     ends: Int[Tensor, " u"]
     """Where the last token of each text lies in the row."""
-    bounds: Int[Tensor, " s"]
-    """int32, rising from 0 to p: where texts begin in the row, and where the last one ends."""
+    bounds: Int[Tensor, " n"]
+    """int32, rising from 0 to p: where each text begins in the row, where the last one ends, and
+    then where stretches of computed padding do, of up to l tokens or empty. For `attend` only."""
     shape: tuple[int, int]
 
     @classmethod
@@ -40,6 +43,10 @@ class Packing(NamedTuple):
             shape: u and l.
         """
         u, l = shape  # noqa: E741
+        if not u <= num_tokens <= u * l:
+            raise ValueError(
+                f"num_tokens must be from {u}, one for each text, to {u * l}, not {num_tokens}"
+            )
         padding = (torch.arange(l, device=last.device) > last[:, None]).flatten()
         # a stable sort brings what is not padding to the front; nonzero() would read the device
         positions = padding.byte().argsort(stable=True)[:num_tokens]
@@ -78,11 +85,11 @@ def find_varlen_attention(
     """Torch's kernel for rows of any length, or None where it cannot work.
 
     It is FlashAttention: CUDA devices of compute capability 8.0 and up, 16 bits, heads of up to
-    256 values in steps of 8. Torch 2.10 has it under other arguments, older ones have it not.
+    256 values in steps of 8. Torch has it from 2.11 on.
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return None
-    if compute_type.itemsize > 2 or head_width % 8 or head_width > 256:
+    if compute_type not in VARLEN_TYPES or head_width % 8 or head_width > 256:
         return None
     if torch.cuda.get_device_capability(device) < (8, 0):
         return None
@@ -91,5 +98,5 @@ def find_varlen_attention(
     except ImportError:
         return None
     if "window_size" not in (varlen_attn.__kwdefaults__ or {}):
-        return None
+        return None  # 2.10, which calls it is_causal
     return cast(VarlenAttention, varlen_attn)

@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.models.packing import Packing, VarlenAttention
+from unicl_fast.models.packing import VARLEN_TYPES, Packing, VarlenAttention
 
 _LAYER_NORM_EPS = 1e-12  # as released; PyTorch's default is 1e-5
 _INIT_STD = 0.02
@@ -43,9 +43,10 @@ class CausalAttention(nn.Module):
 
     def forward(self, x: Tensor, packing: Packing | None) -> Tensor:
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
-        if packing is not None and self.varlen_attn is not None:
+        attention = self.varlen_attn if qkv.dtype in VARLEN_TYPES else None
+        if packing is not None and attention is not None:
             heads = qkv.view(len(qkv), 3, self.heads, -1)
-            mixed = packing.attend(self.varlen_attn, heads).flatten(1)
+            mixed = packing.attend(attention, heads).flatten(1)
             return self.out_proj(mixed)  # type: ignore[no-any-return]
         if packing is not None:
             qkv = packing.spread(qkv)

@@ -1,6 +1,6 @@
 """What each switch of `efficiency` does to a training step: its time, and its memory.
 
-    unicl-bench switches --data PACKED --image-encoder resnet50 [--json FILE]
+    unicl-bench efficiency --data PACKED --image-encoder resnet50 [--json FILE]
 
 Two trainers take turns on the same batch, from the same weights: one as `unicl-pretrain` runs it
 here, one with a single switch the other way; then the next switch. Their first losses are compared
@@ -63,9 +63,11 @@ def run(settings: Settings) -> None:
     base = base_config(settings)
     batch = take_batch(base, settings.data)
     figures: Figures = {}
+    measured: list[str] = []
     for name, change in switches_of(settings).items():
+        work = steps_of(base, batch)
         try:
-            works = {_AS_IT_IS: steps_of(base, batch), name: steps_of(changed(base, change), batch)}
+            works = {_AS_IT_IS: work, name: steps_of(changed(base, change), batch)}
         except ValueError as error:  # micro-batches of BatchNorm, say
             print(f"{name} is passed over: {error}")
             continue
@@ -73,11 +75,12 @@ def run(settings: Settings) -> None:
         if not abs(losses[0] - losses[1]) <= _LOSSES_AGREE * losses[0]:
             raise RuntimeError(f"{name}: the losses are {losses}; nothing was timed")
         turns = take_turns(works, rounds=settings.rounds)
-        measured = {f"{name}, times as long": summarise(ratios_of(turns, name, _AS_IT_IS))}
-        print_figures(measured)
-        figures |= measured
+        figure = {f"{name}, times as long": summarise(ratios_of(turns, name, _AS_IT_IS))}
+        print_figures(figure)
+        figures |= figure
+        measured.append(name)
     if settings.memory:
-        figures |= measure_memory(settings, batch, list(figures))
+        figures |= measure_memory(settings, batch, measured)
     write_result(settings, figures, "timm", precision=base.efficiency.precision)
 
 
@@ -106,8 +109,9 @@ def switches_of(settings: Settings) -> dict[str, dict[str, object]]:
         "tiled loss": {"loss": "tiled"},
         "no fused optimizer": {"fused_optimizer": False},
         "activation checkpointing": {"activation_checkpointing": True},
-        "two micro-batches": {"micro_batch_size": settings.batch_size // 2},
     }
+    if settings.batch_size > 1:
+        switches["two micro-batches"] = {"micro_batch_size": -(-settings.batch_size // 2)}
     if settings.compile:
         switches["compiled"] = {"compile": True}
     return switches
@@ -131,7 +135,7 @@ def measure_memory(settings: Settings, batch: Batch, measured: list[str]) -> Fig
     changes = {_AS_IT_IS: {}} | {
         name: change
         for name, change in switches_of(settings).items()
-        if f"{name}, times as long" in measured and name != "compiled"  # the compiler's own
+        if name in measured and name != "compiled"  # whose memory would be the compiler's
     }
     figures: Figures = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
@@ -143,4 +147,5 @@ def measure_memory(settings: Settings, batch: Batch, measured: list[str]) -> Fig
 
 
 def _peak_megabytes(config: TrainConfig, batch: Batch) -> float:
+    keep_freed_memory()
     return peak_bytes(steps_of(config, batch)) / 1e6
