@@ -197,9 +197,10 @@ def assign_sources(
     Returns:
         int32 source ids, and int64 numbers of the slots that source had before.
     """
-    source_ids, visits = _assign_sources(
-        np.ascontiguousarray(slots, dtype=np.int64), np.asarray(shares, dtype=np.int64)
-    )
+    slots = np.ascontiguousarray(slots, dtype=np.int64)
+    if len(shares) == 1:
+        return np.zeros(slots.shape, dtype=np.int32), slots.copy()
+    source_ids, visits = _assign_sources(slots, np.asarray(shares, dtype=np.int64))
     return source_ids, visits
 
 
