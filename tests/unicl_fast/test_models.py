@@ -133,7 +133,7 @@ def known_of_torch_2_10(query: object, key: object, *, is_causal: bool = False) 
         ({"kernel": None}, False),
         ({"cuda": None}, False),
     ],
-    ids=str,
+    ids=["all", "cpu", "fp32", "uneven heads", "wide heads", "old gpu", "2.10", "2.9", "rocm"],
 )
 def test_rows_of_any_length_need_a_gpu_that_can_and_a_torch_that_has_it(
     change: dict, found: bool, monkeypatch: pytest.MonkeyPatch
