@@ -48,6 +48,7 @@ SMALL = {
 
 ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
 SLOW = ("pack", "storage", "memory", "efficiency")
+LONG = ("memory", "efficiency")
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> 
     [
         pytest.param(
             stage,
-            marks=[pytest.mark.slow] * (stage in SLOW) + [pytest.mark.long] * (stage == "memory"),
+            marks=[pytest.mark.slow] * (stage in SLOW) + [pytest.mark.long] * (stage in LONG),
         )
         for stage in ON_DATA
     ],
