@@ -28,8 +28,8 @@ from unicl_fast.benchmarks.harness import (
     take_turns,
     write_result,
 )
-from unicl_fast.benchmarks.training_step import take_batch
-from unicl_fast.config import DataConfig, EfficiencyConfig, ModelConfig, RunConfig, TrainConfig
+from unicl_fast.benchmarks.training_step import step_config, take_batch
+from unicl_fast.config import TrainConfig
 from unicl_fast.pipelines.host_memory import keep_freed_memory
 from unicl_fast.precision import settle_precision
 from unicl_fast.trainer import Trainer
@@ -60,14 +60,21 @@ class Settings(BenchmarkSettings):
 def run(settings: Settings) -> None:
     """Compares, measures, prints, and writes the JSON if one is wanted."""
     keep_freed_memory()  # as in training
-    base = base_config(settings)
+    config = step_config(
+        settings.image_encoder,
+        image_size=settings.image_size,
+        batch_size=settings.batch_size,
+        precision="auto",
+    )
+    base = settle_precision(config, torch.device("cpu"))
     batch = take_batch(base, settings.data)
     figures: Figures = {}
-    measured: list[str] = []
-    for name, change in switches_of(settings).items():
+    measured = {_AS_IT_IS: base}
+    for name, change in switches_of(settings, base.efficiency.precision).items():
+        other = changed(base, change)
         work = steps_of(base, batch)
         try:
-            works = {_AS_IT_IS: work, name: steps_of(changed(base, change), batch)}
+            works = {_AS_IT_IS: work, name: steps_of(other, batch)}
         except ValueError as error:  # micro-batches of BatchNorm, say
             print(f"{name} is passed over: {error}")
             continue
@@ -78,30 +85,17 @@ def run(settings: Settings) -> None:
         figure = {f"{name}, times as long": summarise(ratios_of(turns, name, _AS_IT_IS))}
         print_figures(figure)
         figures |= figure
-        measured.append(name)
+        measured[name] = other
     if settings.memory:
-        figures |= measure_memory(settings, batch, measured)
+        figures |= measure_memory(measured, batch)
     write_result(settings, figures, "timm", precision=base.efficiency.precision)
 
 
-def base_config(settings: Settings) -> TrainConfig:
-    """The step as it is trained here."""
-    config = TrainConfig(
-        data=DataConfig(image_size=settings.image_size, evaluation_resize=settings.image_size),
-        model=ModelConfig(image_encoder=settings.image_encoder),
-        efficiency=EfficiencyConfig(precision="auto"),
-        run=RunConfig(global_batch_size=settings.batch_size, steps=1000, device="cpu"),
-    )
-    return settle_precision(config, torch.device("cpu"))
-
-
-def switches_of(settings: Settings) -> dict[str, dict[str, object]]:
-    """What is changed for each figure."""
-    precision = base_config(settings).efficiency.precision
+def switches_of(settings: Settings, precision: str) -> dict[str, dict[str, object]]:
+    """What is changed for each figure, where `precision` is what the step has."""
+    other_precision = "fp32" if precision != "fp32" else "bf16"
     switches: dict[str, dict[str, object]] = {
-        "fp32" if precision != "fp32" else "bf16": {
-            "precision": "fp32" if precision != "fp32" else "bf16"
-        },
+        other_precision: {"precision": other_precision},
         "no channels_last": {"channels_last": False},
         "padded texts": {"text_layout": "padded"},
         "trimmed texts": {"text_layout": "trimmed"},
@@ -129,18 +123,14 @@ def steps_of(config: TrainConfig, batch: Batch) -> Callable[[], float]:
     return lambda: float(trainer.train_step(batch)[0])
 
 
-def measure_memory(settings: Settings, batch: Batch, measured: list[str]) -> Figures:
+def measure_memory(configs: dict[str, TrainConfig], batch: Batch) -> Figures:
     """Megabytes of the first step of each, by fresh processes that share nothing with this one."""
-    base = base_config(settings)
-    changes = {_AS_IT_IS: {}} | {
-        name: change
-        for name, change in switches_of(settings).items()
-        if name in measured and name != "compiled"  # whose memory would be the compiler's
-    }
     figures: Figures = {}
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name, change in changes.items():
-            peak = pool.apply(_peak_megabytes, (changed(base, change), batch))
+        for name, config in configs.items():
+            if config.efficiency.compile:  # its memory would be the compiler's
+                continue
+            peak = pool.apply(_peak_megabytes, (config, batch))
             figures[f"{name}, MB above the model"] = summarise([peak])
     print_figures(figures)
     return figures

@@ -39,6 +39,7 @@ from unicl_fast.config import (
     DataConfig,
     EfficiencyConfig,
     ModelConfig,
+    PrecisionName,
     RunConfig,
     TrainConfig,
 )
@@ -77,11 +78,11 @@ def run(settings: Settings) -> None:
     """Compares, measures, prints, and writes the JSON if one is wanted."""
     if settings.tune_contender:
         keep_freed_memory()
-    config = TrainConfig(
-        data=DataConfig(image_size=settings.image_size, evaluation_resize=settings.image_size),
-        model=ModelConfig(image_encoder=settings.image_encoder),
-        efficiency=EfficiencyConfig(precision="bf16"),
-        run=RunConfig(global_batch_size=settings.batch_size, steps=1000, device="cpu"),
+    config = step_config(
+        settings.image_encoder,
+        image_size=settings.image_size,
+        batch_size=settings.batch_size,
+        precision="bf16",
     )
     batch = take_batch(config, settings.data)
     trainer = Trainer(config, ListLoader([batch]), progress=False)
@@ -106,6 +107,18 @@ def run(settings: Settings) -> None:
         print(f"{name:46} {value}")
     print_figures(figures)
     write_result(settings, figures, "open_clip_torch", "timm", facts=facts)
+
+
+def step_config(
+    image_encoder: str, *, image_size: int, batch_size: int, precision: PrecisionName
+) -> TrainConfig:
+    """Of a training step on the CPU with a timm model and the paper's text encoder."""
+    return TrainConfig(
+        data=DataConfig(image_size=image_size, evaluation_resize=image_size),
+        model=ModelConfig(image_encoder=image_encoder),
+        efficiency=EfficiencyConfig(precision=precision),
+        run=RunConfig(global_batch_size=batch_size, steps=1000, device="cpu"),
+    )
 
 
 def take_batch(config: TrainConfig, data: Path) -> Batch:
@@ -236,13 +249,10 @@ def _pairs_of_gradients(ours: UniCL, theirs: CLIP) -> Iterator[tuple[Tensor, Ten
         yield _gradient(parameter, name), _gradient(trunk[name], name)
     for name, parameter in ours.text_encoder.named_parameters():
         yield _gradient(parameter, name), _gradient(whole[_their_name(name)], name)
-    for one, other in (
-        (ours.text_projection, theirs.text_projection),
-        (ours.image_projection, theirs.visual.head.proj.weight),
-    ):
-        gradient = _gradient(one, "a projection")
-        other_gradient = _gradient(other, "a projection")
-        yield gradient, other_gradient.T if one is ours.image_projection else other_gradient
+    name = "text_projection"
+    yield _gradient(ours.text_projection, name), _gradient(theirs.text_projection, name)
+    name = "image_projection"
+    yield _gradient(ours.image_projection, name), _gradient(theirs.visual.head.proj.weight, name).T
 
 
 def _gradient(parameter: nn.Parameter, name: str) -> Tensor:
