@@ -9,13 +9,12 @@ values that lie side by side, in float32.
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
 import numpy as np
-from numba import carray, cfunc, njit, types
 
+from unicl_fast.kernels import kernel
 from unicl_fast.pipelines.augment_plan import STAGE_WIDTH, Column
 from unicl_fast.pipelines.policies import Operator
 from unicl_fast.pipelines.warp import warp
@@ -44,8 +43,8 @@ _SOLARIZE, _SOLARIZE_ADD, _INVERT, _EQUALIZE, _AUTO_CONTRAST = (
         Operator.AUTO_CONTRAST,
     )
 )
-_compiled = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
-_inlined = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy", inline="always")
+_compiled = kernel(fastmath={"contract"}, error_model="numpy")
+_inlined = kernel(fastmath={"contract"}, error_model="numpy", inline="always")
 
 
 @_compiled
@@ -335,35 +334,3 @@ def _blur(picture: Any, sigma: Any) -> None:
         out_pixels = picture[y].reshape(-1)
         for i in range(length):
             out_pixels[i] = _level(added[i])
-
-
-@functools.cache
-def augment_function() -> Any:
-    """A copy and `augment_square` as a ctypes function of addresses, compiled once for a machine.
-
-    Arguments: address of the result, of the picture, side, address of the row, its length, and the
-    three levels of `fill`.
-    """
-
-    @cfunc(
-        types.void(
-            types.CPointer(types.uint8),
-            types.CPointer(types.uint8),
-            types.int64,
-            types.CPointer(types.float32),
-            *([types.int64] * 4),
-        ),
-        cache=True,
-    )
-    def augment(
-        out: Any, picture: Any, size: int, row: Any, width: int, red: int, green: int, blue: int
-    ) -> None:
-        target = carray(out, (size, size, _CHANNELS))
-        source, copied = carray(picture, (target.size,)), target.reshape(-1)
-        for i in range(copied.size):
-            copied[i] = source[i]
-        fill = np.empty(_CHANNELS, np.uint8)
-        fill[0], fill[1], fill[2] = red, green, blue
-        augment_square(target, carray(row, (width,)), fill)
-
-    return augment.ctypes

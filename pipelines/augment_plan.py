@@ -13,10 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation
+from unicl_fast.kernels import kernel
 from unicl_fast.keyed_random import random_below, random_bits, random_unit
 from unicl_fast.pipelines.policies import (
     NUM_PARAMETERS,
@@ -126,7 +126,7 @@ _STAGES = 64  # 8 each: operation, coin, two for the strength, sign
 _TRIES = 10
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_colours(rows: Any, visits: Any, key: Any, jitter: Any, blur: Any) -> None:
     for i in range(visits.size):
         stream = random_bits(key, visits[i])
@@ -144,7 +144,7 @@ def _draw_colours(rows: Any, visits: Any, key: Any, jitter: Any, blur: Any) -> N
             rows[i, 5] = blur[1] + (blur[2] - blur[1]) * random_unit(stream, _BLUR_SIGMA)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_rectangles(rows: Any, visits: Any, key: Any, erase: Any, side: int) -> None:
     """Random erasing by timm's law: the first of ten rectangles that fits."""
     log_low, log_high = math.log(erase[3]), math.log(erase[4])
@@ -167,7 +167,7 @@ def _draw_rectangles(rows: Any, visits: Any, key: Any, erase: Any, side: int) ->
                 break
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_rand(
     rows: Any, visits: Any, key: Any, table: Any, strength: Any, num_ops: int, side: int, start: int
 ) -> None:
@@ -192,7 +192,7 @@ def _draw_rand(
             )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_trivial(rows: Any, visits: Any, key: Any, table: Any, side: int, start: int) -> None:
     for i in range(visits.size):
         stream = random_bits(key, visits[i])
@@ -205,7 +205,7 @@ def _draw_trivial(rows: Any, visits: Any, key: Any, table: Any, side: int, start
         )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_auto(
     rows: Any, visits: Any, key: Any, table: Any, pairs: Any, side: int, start: int
 ) -> None:

@@ -11,9 +11,9 @@ import math
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from unicl_fast.kernels import kernel
 from unicl_fast.keyed_random import random_bits, random_unit
 
 _TRIES = 10
@@ -56,7 +56,7 @@ def random_windows(
     return starts, shapes
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _random_windows(
     heights: Any, widths: Any, counters: Any, key: Any, scale: Any, ratio: Any
 ) -> Any:

@@ -88,7 +88,8 @@ def build_train_graph(
             )
         if augmentation is not None:
             if fused:
-                squares = augment_operator(data.image_size, augmentation.fill)(squares, rows)
+                fill = types.Constant(list(augmentation.fill), dtype=types.UINT8)
+                squares = augment_operator(data.image_size)(squares, rows, fill)
             else:
                 squares = augment(squares, rows, augmentation)
         return squares, _on_device(integers, device)

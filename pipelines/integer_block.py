@@ -11,10 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unicl_fast.kernels import kernel
 from unicl_fast.targets import TargetSteps
 
 _FIELDS = 5
@@ -46,7 +46,7 @@ def pack_integers(
     return block
 
 
-@njit(cache=True)
+@kernel
 def _pack(
     block: Any,
     num_texts: Any,

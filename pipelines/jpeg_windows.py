@@ -19,9 +19,11 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
 from numpy.typing import NDArray
+
+from unicl_fast.kernels import kernel
 
 _BASELINE, _EXTENDED, _DHT, _DAC = 0xC0, 0xC1, 0xC4, 0xCC
 _RST0, _SOI, _EOI, _SOS, _DRI = 0xD0, 0xD8, 0xD9, 0xDA, 0xDD
@@ -79,7 +81,7 @@ def cut_to_windows(
     return cut, places
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _cut(data: Any, place: Any, shape: Any, out: Any) -> int:
     """Writes the shorter file into `out` and moves `place`; returns its length, 0 if there is none.
 
@@ -152,7 +154,7 @@ def _cut(data: Any, place: Any, shape: Any, out: Any) -> int:
     return length
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _find_parts(data: Any) -> tuple[int, int, int]:
     """Where the frame header and the codes begin, and the restart interval; 0 if it won't do."""
     frame, interval, position = 0, 0, 2
@@ -187,7 +189,7 @@ def _find_parts(data: Any) -> tuple[int, int, int]:
     return 0, 0, 0
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _find_markers(data: Any, position: int, markers: Any) -> bool:
     """The first markers in the codes from a position on; False if they are not what they must be.
 
@@ -218,7 +220,7 @@ def _find_markers(data: Any, position: int, markers: Any) -> bool:
     return False
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _copy(out: Any, place: int, data: Any, begin: int, size: int) -> None:
     """Unsigned places cannot count from the end, so the compiler makes vectors of it."""
     to, at = np.uint64(place), np.uint64(begin)
@@ -226,12 +228,12 @@ def _copy(out: Any, place: int, data: Any, begin: int, size: int) -> None:
         out[to + byte] = data[at + byte]
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _two_bytes(data: Any, position: int) -> int:
     return np.int64(data[position]) << 8 | np.int64(data[position + 1])
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _set_two_bytes(data: Any, position: int, value: int) -> None:
     data[position] = value >> 8
     data[position + 1] = value & 0xFF

@@ -15,9 +15,9 @@ from fractions import Fraction
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from unicl_fast.kernels import kernel
 from unicl_fast.keyed_random import fold_key, random_bits
 
 Int64Array = NDArray[np.int64]
@@ -54,7 +54,7 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
     return result.reshape(index.shape)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
     """Many at once, round by round; values outside go around together until none is left.
 
@@ -214,7 +214,7 @@ def visits_before(slot: int, shares: tuple[int, ...]) -> list[int]:
     return visits
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def _count_before(slot: Any, share: Any, total: Any) -> Any:
     """How many of the slots [0, slot) go to `share` of `total`: slot * share / total, rounded.
 
@@ -223,7 +223,7 @@ def _count_before(slot: Any, share: Any, total: Any) -> Any:
     return (slot // total) * share + ((slot % total) * share + total // 2) // total
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _assign_sources(slots: Any, shares: Any) -> Any:
     source_ids = np.empty(slots.size, np.int32)
     visits = np.empty(slots.size, np.int64)

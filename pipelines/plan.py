@@ -15,11 +15,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from unicl_fast.augmentation import Augmentation
 from unicl_fast.config import DataConfig
+from unicl_fast.kernels import kernel
 from unicl_fast.keyed_random import fold_key, random_below, random_bits, random_unit
 from unicl_fast.pipelines.augment_plan import draw_rows, num_stages, row_width
 from unicl_fast.pipelines.crop import random_windows
@@ -410,7 +410,7 @@ def _joined(cuts: Sequence[tuple[NDArray[np.int32], ...]], size: int) -> NDArray
     return np.concatenate([np.empty((size, 0), dtype=np.int32), *columns], axis=1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_texts(
     keys: Any, visits: Any, captions_count: Any, labels_count: Any, caption_chance: Any
 ) -> Any:
@@ -426,7 +426,7 @@ def _draw_texts(
     return captions, labels
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_flips(key: Any, visits: Any, probability: Any) -> Any:
     flips = np.empty(visits.size, np.int32)
     for i in range(visits.size):
@@ -434,7 +434,7 @@ def _draw_flips(key: Any, visits: Any, probability: Any) -> Any:
     return flips
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_below(key: Any, counters: Any, bound: Any) -> Any:
     drawn = np.empty(counters.size, np.int64)
     for i in range(counters.size):
@@ -442,7 +442,7 @@ def _draw_below(key: Any, counters: Any, bound: Any) -> Any:
     return drawn
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _draw_by_step(key: Any, steps: Any, counters: Any, bound: Any) -> Any:
     """`_draw_below` with the key that `fold_key` makes of `key` and each one's step."""
     drawn = np.empty(counters.size, np.int64)

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
 from unicl_fast.augmentation import Policy
+from unicl_fast.kernels import kernel
 
 
 class Operator(enum.IntEnum):
@@ -210,7 +210,7 @@ def auto_pairs() -> NDArray[np.float64]:
     return np.array(rows, dtype=np.float64).reshape(-1, 2, 3)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -> None:
     """Writes an operator's number and its parameters.
 

@@ -13,14 +13,15 @@ two passes itself, for the reason given there, and equals torchvision.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import carray, cfunc, njit, types
+from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
+
+from unicl_fast.kernels import kernel
 
 _CHANNELS = 3
 # What one vector instruction of _filter_line works on: four pixels, of each eight values, which
@@ -43,7 +44,7 @@ _ALL_SHORT = ir.VectorType(ir.IntType(16), 32)
 _SUMS = ir.VectorType(ir.IntType(32), 16)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@kernel(fastmath={"contract"}, error_model="numpy")
 def resample_region(
     out: Any,
     picture: Any,
@@ -110,7 +111,7 @@ def resample_region(
     )
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@kernel(fastmath={"contract"}, error_model="numpy")
 def resample_windows(
     squares: Any,
     pictures: Any,
@@ -207,41 +208,41 @@ def resample_windows(
             )  # fmt: skip
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _padded(count: int, multiple: int) -> int:
     return -(-count // multiple) * multiple
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _groups(size: int) -> int:
     """Of pixels that are filtered together, in a line of a square."""
     return -(-size // _PIXELS)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _pairs(taps: int) -> int:
     return (taps + 1) // 2
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _limits_of_rows(cubic: bool) -> tuple[int, int, bool]:
     """What weights of rows stay below, how many places they have at most, and `carry`."""
     return (1 << 15, 22, False) if cubic else (1 << 16, _ROW_PLACES, True)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _limits_of_columns(cubic: bool) -> tuple[int, int, bool]:
     """The same of columns. For the cubic filter both are what torchvision has."""
     return (1 << 15, 22, False) if cubic else (1 << 15, _COLUMN_PLACES, True)
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _stride(size: int) -> int:
     """Bytes that a line of the square takes, with what vectors write behind it."""
     return _groups(size) * _PIXELS * _CHANNELS + _PIXELS
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy", inline="always")
+@kernel(fastmath={"contract"}, error_model="numpy", inline="always")
 def _fill_square(
     out: Any,
     rows: Any,
@@ -315,7 +316,7 @@ def _fill_square(
 # takes 4 times as long).
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _fill_in_one_pass(
     out: Any,
     rows: Any,
@@ -362,7 +363,7 @@ def _fill_in_one_pass(
                 pixels[start + j] = spare[j]
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@kernel(fastmath={"contract"}, error_model="numpy")
 def _fill_in_two_passes(
     out: Any,
     rows: Any,
@@ -418,13 +419,13 @@ def _fill_in_two_passes(
             lines[y, j] = np.uint8(min(max(rounded, np.float32(0.0)), np.float32(255.0)))
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _most_taps(length: int, size: int, cubic: bool) -> int:
     """Taps that no region of `length` needs more of."""
     return np.int64(2.0 * max(length / size, 1.0) * (2.0 if cubic else 1.0)) + 2
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _find_taps(first: Any, length: int, start: float, end: float, cubic: bool) -> int:
     """First input position of every output position [size], and the number of taps of all.
 
@@ -446,7 +447,7 @@ def _find_taps(first: Any, length: int, start: float, end: float, cubic: bool) -
     return taps
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _weigh_taps(weights: Any, first: Any, start: float, end: float, cubic: bool) -> None:
     """Fills the weights float64 [size taps] that belong to `_find_taps`."""
     size, taps = weights.shape
@@ -464,7 +465,7 @@ def _weigh_taps(weights: Any, first: Any, start: float, end: float, cubic: bool)
             weights[i, t] /= total
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _to_fixed_point(fixed: Any, weights: Any, limit: int, most_places: int, carry: bool) -> int:
     """Weights as whole numbers int32 [size taps] below a limit; how many places they have.
 
@@ -488,7 +489,7 @@ def _to_fixed_point(fixed: Any, weights: Any, limit: int, most_places: int, carr
     return places
 
 
-@njit(cache=True, nogil=True, inline="always")
+@kernel(inline="always")
 def _cubic(x: float) -> float:
     if x < 1.0:
         return (1.5 * x - 2.5) * x * x + 1.0
@@ -497,7 +498,7 @@ def _cubic(x: float) -> float:
     return 0.0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@kernel(error_model="numpy")
 def _spread_taps(first_values: Any, spread: Any, first: Any, weights: Any, mirror: bool) -> None:
     """Columns' taps as `_filter_line` takes them, in the order of the output's pixels.
 
@@ -732,41 +733,3 @@ def _load(builder: Any, data: Any, offset: Any, kind: Any, align: int = 2) -> An
 def _shuffle(builder: Any, a: Any, b: Any, lanes: list[int]) -> Any:
     mask = ir.Constant(ir.VectorType(ir.IntType(32), len(lanes)), lanes)
     return builder.shuffle_vector(a, b, mask)
-
-
-@functools.cache
-def resample_function() -> Any:
-    """`resample_region` as a ctypes function of addresses, compiled once for a machine.
-
-    For code that is compiled anew in each process: the kernel as such would be compiled with it.
-    Arguments: address of the square, its side, address of the picture, its height and width, then
-    those of `resample_region` from `top` on.
-    """
-
-    @cfunc(
-        types.void(
-            *(types.CPointer(types.uint8), types.int64),
-            *(types.CPointer(types.uint8), types.int64, types.int64),
-            *([types.float64] * 4),
-            *([types.boolean] * 2),
-        ),
-        cache=True,
-    )
-    def resample(
-        square: Any,
-        size: int,
-        picture: Any,
-        height: int,
-        width: int,
-        top: float,
-        bottom: float,
-        left: float,
-        right: float,
-        mirror: bool,
-        cubic: bool,
-    ) -> None:
-        square = carray(square, (size, size, _CHANNELS))
-        picture = carray(picture, (height, width, _CHANNELS))
-        resample_region(square, picture, top, bottom, left, right, mirror, cubic)
-
-    return resample.ctypes

@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from unicl_fast.kernels import kernel
 from unicl_fast.pipelines.plan import PlannedBatch
 from unicl_fast.prompts import ClassPrompts
 from unicl_fast.shards import PackedDataset
@@ -69,7 +69,7 @@ def _lengths(rows: NDArray[np.uint16]) -> NDArray[np.int64]:
     return rows.shape[1] - np.argmax(rows[:, ::-1] != 0, axis=1)
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _copy_texts(tokens: Any, starts: Any, lengths: Any, places: Any, rows: Any) -> None:
     """Copies text i to row places[i]; one that is too long ends in its own last token."""
     longest = rows.shape[1]

@@ -13,14 +13,16 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from unicl_fast.kernels import kernel
 
 _CHANNELS = 3
 # A pixel's load is one channel too long.
 _SPARE_BYTES = 1
 _SLACK = 1e-3
-_compiled = njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+_compiled = kernel(fastmath={"contract"}, error_model="numpy")
 
 
 @_compiled

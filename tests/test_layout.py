@@ -22,7 +22,7 @@ LIBRARY_LEVELS = [
     | {"pillow_decoding", "checksums", "array_files", "sealed_json", "_normalise_numba"}
     | {"pixel_file", "_pixels_numba", "file_check", "preprocessing", "export_folder"}
     | {"picture_encoding", "webp_header", "dataset_files", "remote", "host_buffers"}
-    | {"processor_cores"},
+    | {"processor_cores", "kernels"},
     {"shards", "shard_files", "shard_journal", "shard_writer", "tokenizer", "class_lists", "dist"}
     | {"interruption", "checkpoint_files", "heartbeats", "watchdog", "rendezvous"}
     | {

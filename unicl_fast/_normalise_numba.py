@@ -16,8 +16,10 @@ from typing import Any
 
 import numpy as np
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from unicl_fast.kernels import kernel
 
 BLOCK_VALUES = 48
 """What the streaming kernel stores at once: three vectors of 16, after which RGB begins anew."""
@@ -26,7 +28,7 @@ ALIGNMENT = 64
 _LANES = 16
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@kernel(fastmath={"contract"}, error_model="numpy")
 def normalise_lines(out: Any, lines: Any, scale: Any, shift: Any) -> None:
     """Computes out = lines * scale + shift, rounded once.
 
@@ -82,7 +84,7 @@ _stream_block: Any = intrinsic(_define_stream_block)
 _fence: Any = intrinsic(_define_fence)
 
 
-@njit(cache=True, nogil=True, fastmath={"contract"}, error_model="numpy")
+@kernel(fastmath={"contract"}, error_model="numpy")
 def normalise_rgb_streaming(out: Any, values: Any, scale: Any, shift: Any) -> None:
     """The same of pixels in one row, three values each, with stores past the caches.
 

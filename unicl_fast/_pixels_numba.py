@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from numba import njit, types
+from numba import types
+
+from unicl_fast.kernels import kernel
 
 # Of the C library, so that a loop over rows holds no lock of Python's and can be cached.
 _pread = types.ExternalFunction(
@@ -13,7 +15,7 @@ _pread = types.ExternalFunction(
 )
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def read_rows(file: Any, start: Any, indices: Any, rows: Any, places: Any) -> Any:
     """Reads row indices[i] of a file, whose rows begin at `start`, to rows[places[i]].
 

@@ -15,8 +15,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 from llvmlite import ir
-from numba import njit, types
+from numba import types
 from numba.extending import intrinsic
+
+from unicl_fast.kernels import kernel
 
 UInt16Array = npt.NDArray[np.uint16]
 Int64Array = npt.NDArray[np.int64]
@@ -48,7 +50,7 @@ def _define_prefetch(typing: Any, address: Any) -> Any:
 _prefetch: Any = intrinsic(_define_prefetch)
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def _mix64(value: Any) -> Any:
     """SplitMix64's bijection of uint64."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -56,7 +58,7 @@ def _mix64(value: Any) -> Any:
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True)
+@kernel
 def _make_factors(length: int) -> UInt64Array:
     factors = np.empty(length, np.uint64)
     for position in range(length):
@@ -71,7 +73,7 @@ def position_factors(length: int) -> UInt64Array:
     return factors
 
 
-@njit(cache=True)
+@kernel
 def hash_rows(rows: UInt16Array, factors: UInt64Array) -> UInt64Array:
     """64-bit hashes of rows: mixed sums of pairs of tokens x factor of their position.
 
@@ -93,7 +95,7 @@ def hash_rows(rows: UInt16Array, factors: UInt64Array) -> UInt64Array:
     return hashes
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
     """Whether two rows are equal up to padding; without early exit, so that it is vectorised."""
     common = min(left.shape[1], right.shape[1])
@@ -107,7 +109,7 @@ def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
     return difference == 0
 
 
-@njit(cache=True)
+@kernel
 def make_table(capacity: int) -> UInt64Array:
     """An empty hash table for `capacity` rows, at most half full.
 
@@ -119,7 +121,7 @@ def make_table(capacity: int) -> UInt64Array:
     return np.zeros(size, np.uint64)
 
 
-@njit(cache=True)
+@kernel
 def unique_rows(
     rows: UInt16Array, hashes: UInt64Array, table: UInt64Array
 ) -> tuple[Int64Array, Int64Array, Int64Array, UInt16Array, Int64Array]:
@@ -145,7 +147,7 @@ def unique_rows(
     return first, index, counts, distinct, lengths
 
 
-@njit(cache=True)
+@kernel
 def _take_rows(
     rows: UInt16Array, index: Int64Array, num_groups: int
 ) -> tuple[bool, UInt16Array, Int64Array]:
@@ -179,7 +181,7 @@ def _take_rows(
     return agree, taken, lengths
 
 
-@njit(cache=True)
+@kernel
 def _group_rows(
     rows: UInt16Array, hashes: UInt64Array, table: UInt64Array, compare: bool
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
@@ -215,7 +217,7 @@ def _group_rows(
     return first[:num_unique].copy(), index, counts[:num_unique].copy()
 
 
-@njit(cache=True)
+@kernel
 def find_rows(
     queries: UInt16Array, hashes: UInt64Array, table: UInt64Array, known: UInt16Array
 ) -> Int64Array:
@@ -240,7 +242,7 @@ def find_rows(
     return found
 
 
-@njit(cache=True)
+@kernel
 def row_lengths(rows: UInt16Array) -> Any:
     """int64 [k]: lengths of rows without padding."""
     lengths = np.empty(len(rows), np.int64)
@@ -255,7 +257,7 @@ def row_lengths(rows: UInt16Array) -> Any:
     return lengths
 
 
-@njit(cache=True)
+@kernel
 def label_texts(
     labels: Int64Array, text_index: Int64Array, num_texts: int
 ) -> tuple[Int64Array, npt.NDArray[np.bool_], int]:
@@ -279,7 +281,7 @@ def label_texts(
     return text_labels, unlabelled, num_conflicts
 
 
-@njit(cache=True)
+@kernel
 def group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> tuple[Any, ...]:
     """The distinct texts of a batch and what is known of each, in one call.
 
@@ -313,7 +315,7 @@ def group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> 
     )
 
 
-@njit(cache=True)
+@kernel
 def group_steps(rows: UInt16Array, labels: Int64Array, factors: UInt64Array, size: int) -> Any:
     """`group_texts` of consecutive batches of `size` rows.
 
@@ -347,7 +349,7 @@ def group_steps(rows: UInt16Array, labels: Int64Array, factors: UInt64Array, siz
     return tokens, index, counts, lengths, text_labels, num_texts, is_plain
 
 
-@njit(cache=True)
+@kernel
 def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
     """int64 [num_members]: the smallest member that each one is joined with by the pairs [c, 2]."""
     parent = np.arange(num_members)

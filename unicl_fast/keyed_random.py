@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numba import njit
 from torch import Tensor
+
+from unicl_fast.kernels import kernel
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -23,7 +24,7 @@ _MIX_2 = 0x94D049BB133111EB
 _TO_UNIT = 2.0**-53
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def mix64(value: Any) -> Any:
     """SplitMix64's bijection of uint64: every input bit changes every output bit half the time."""
     value = np.uint64(value)
@@ -32,19 +33,19 @@ def mix64(value: Any) -> Any:
     return value ^ (value >> np.uint64(31))
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def random_bits(key: Any, counter: Any) -> Any:
     """uint64 number `counter` of the stream `key`."""
     return mix64(mix64(np.uint64(counter) * np.uint64(_GOLDEN) + np.uint64(key)) ^ np.uint64(key))
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def random_unit(key: Any, counter: Any) -> Any:
     """float64 in [0, 1), number `counter` of the stream `key`."""
     return np.float64(random_bits(key, counter) >> np.uint64(11)) * _TO_UNIT
 
 
-@njit(cache=True, inline="always")
+@kernel(inline="always")
 def random_below(key: Any, counter: Any, bound: Any) -> Any:
     """int64 in [0, bound), number `counter` of the stream `key`; bias below bound / 2**53."""
     return np.int64(random_unit(key, counter) * np.float64(bound))

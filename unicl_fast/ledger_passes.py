@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from numba import njit
 from numpy.typing import NDArray
 
+from unicl_fast.kernels import kernel
 from unicl_fast.ledger_format import LedgerSource
 
 _MOST_EXAMPLES = 10
@@ -111,7 +111,7 @@ class Passes:
         return told
 
 
-@njit(cache=True, nogil=True)
+@kernel
 def _visit(
     first: Any,
     source_ids: Any,

@@ -36,6 +36,9 @@ _WORD_END = "</w>"
 _NUM_MERGES = 49152 - 256 - 2
 """The file holds more merges than CLIP uses: 2 x 256 bytes, these, and 2 markers make 49,408."""
 
+_ENCODED_AT_ONCE = 4096
+"""Texts; what the library makes of one is many times as large as its ids."""
+
 
 class Tokenizer:
     """CLIP's tokenizer; `tokenizer(["a photo"])` is what an encoder takes, `encode` what is stored.
@@ -87,13 +90,14 @@ class Tokenizer:
         """
         if isinstance(texts, str):
             raise TypeError("encode takes a list of texts; wrap a single text in a list")
-        cleaned = [_clean(text) for text in texts]
-        encodings = self._bpe.encode_batch_fast(cleaned, add_special_tokens=False)
         room = self.context_length - 2
         rows = []
-        for text, encoding in zip(cleaned, encodings, strict=True):
-            ids = self._encode_with_markers(text) if "_of_text>" in text else encoding.ids
-            rows.append(np.array([self.start_id, *ids[:room], self.end_id], dtype=np.uint16))
+        for start in range(0, len(texts), _ENCODED_AT_ONCE):
+            cleaned = [_clean(text) for text in texts[start : start + _ENCODED_AT_ONCE]]
+            encodings = self._bpe.encode_batch_fast(cleaned, add_special_tokens=False)
+            for text, encoding in zip(cleaned, encodings, strict=True):
+                ids = self._encode_with_markers(text) if "_of_text>" in text else encoding.ids
+                rows.append(np.array([self.start_id, *ids[:room], self.end_id], dtype=np.uint16))
         return rows
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:

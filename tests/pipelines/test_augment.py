@@ -74,7 +74,8 @@ def run(
             layout=["HWC", ""],
         )
         if fused:
-            return augment_operator(pictures.shape[1], FILL)(images, numbers)
+            fill = types.Constant(list(FILL), dtype=types.UINT8)
+            return augment_operator(pictures.shape[1])(images, numbers, fill)
         if device == "gpu":
             images = images.gpu()
         return augment(images, numbers, graph_parts)

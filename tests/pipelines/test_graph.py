@@ -26,9 +26,11 @@ import subprocess
 import sys
 from functools import partial
 
+import numba
 import numpy as np
 import pytest
 import torch
+from nvidia.dali.plugin.numba import NumbaFunction
 from PIL import Image, ImageOps
 from torchvision import transforms
 from torchvision.transforms.v2 import functional
@@ -36,6 +38,7 @@ from torchvision.transforms.v2 import functional
 from unicl_fast.config import DataConfig, Interpolation, Resample
 from unicl_fast.pipelines.crop import central_windows, random_windows
 from unicl_fast.pipelines.feed import HostBatch, run_graphs
+from unicl_fast.pipelines.fused_operators import resample_operator
 from unicl_fast.pipelines.graph import (
     build_evaluation_graph,
     build_train_graph,
@@ -310,6 +313,16 @@ def test_both_graphs_refuse_a_gpu_that_is_not_there(monkeypatch: pytest.MonkeyPa
     for build in (build_train_graph, build_evaluation_graph):
         with pytest.raises(RuntimeError, match=r"no usable CUDA driver.*run\.device=cpu"):
             build(lambda: (), data=DataConfig(), batch_size=1, device=torch.device("cuda", 0))
+
+
+@pytest.mark.parametrize("method", ["_run_fn_sig", "_setup_fn_sig"])
+def test_a_dali_that_calls_functions_in_another_way_is_refused(
+    monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    resample_operator(32, "bilinear")
+    monkeypatch.setattr(NumbaFunction, method, lambda *_: numba.types.void(numba.types.int32))
+    with pytest.raises(RuntimeError, match=r"from 2\.0 to 2\.4.*data\.resample=dali"):
+        resample_operator(32, "bilinear")
 
 
 def test_without_dali_the_message_says_what_to_install() -> None:
