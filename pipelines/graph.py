@@ -38,7 +38,7 @@ Source = Callable[[], tuple[Any, ...]]
 
 Pictures = Literal["files", "pixels", "squares"]
 
-_SMALL_BATCH_BYTES = 16_000_000
+_SMALL_BATCH_BYTES = 5_000_000
 """Of its squares."""
 # DALI widens these filters when it shrinks a picture (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.

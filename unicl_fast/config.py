@@ -94,8 +94,8 @@ class DataConfig:
     on this machine."""
     prefetch: int = 0
     """Batches decoded ahead of the step, in each of the decoder's graphs (two, which take turns, on
-    the CPU, one on a GPU). 0: four of small batches, up to 16 MB of pictures a rank, two of large
-    ones, where they cost more memory and gain less."""
+    the CPU, one on a GPU). 0: four of small batches, up to 5 MB of pictures a rank, two of large
+    ones, where more cost memory and gain nothing."""
     hw_decoder_load: float = 0.65
     """On a GPU, the part of each batch's JPEGs that its hardware decoder takes, where it has one;
     the others are decoded by its cores. Worth trying: DALI's own benchmark on a Hopper takes 0.12

@@ -359,8 +359,8 @@ def test_threads_are_as_given_or_this_rank_s_part_of_the_cores(
 
 def test_fewer_large_batches_are_made_ahead() -> None:
     data = DataConfig(image_size=224)
-    assert batches_ahead(data, 64) == 4
-    assert batches_ahead(data, 1024) == 2
+    assert batches_ahead(data, 32) == 4
+    assert batches_ahead(data, 64) == 2
     assert batches_ahead(dataclasses.replace(data, prefetch=3), 1024) == 3
 
 
