@@ -21,7 +21,7 @@ from unicl_fast.pipelines.resample import resample_windows
 from unicl_fast.shards import PackedDataset
 
 _MOST_AT_ONCE = 2048
-_BYTES_AT_ONCE = 16_000_000
+_BYTES_AT_ONCE = 32_000_000
 """Pictures, and bytes of them before and after, that one thread reads and resamples in one go."""
 
 
@@ -36,7 +36,8 @@ class SquareMaker:
 
     Small batches are made several at a time, each such group by one thread from its plan to its
     squares, since a thread that takes work over waits to be woken and for Python's lock: with
-    batches of 64 such pauses took two thirds of the time. A large batch is shared by all threads.
+    batches of 64 such pauses took two thirds of the time. A large batch is shared by all threads;
+    two are made at a time, so that one is resampled while the other is read.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class SquareMaker:
         most = min(_MOST_AT_ONCE, _BYTES_AT_ONCE // bytes_of_one)
         self.batches_at_once = max(1, most // batch_size)
         """How many batches make a group."""
-        self.groups_at_once = threads if batch_size <= most else 1
+        self.groups_at_once = threads if batch_size <= most else min(2, threads)
         """How many groups may be made at the same time."""
         self._threads = threads if batch_size > most else 1
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="unicl-resample")
