@@ -37,7 +37,8 @@ class SquareMaker:
     Small batches are made several at a time, each such group by one thread from its plan to its
     squares, since a thread that takes work over waits to be woken and for Python's lock: with
     batches of 64 such pauses took two thirds of the time. A large batch is shared by all threads;
-    two are made at a time, so that one is resampled while the other is read.
+    two are made at a time, so that one is resampled while the other is read: that is one more in
+    memory.
     """
 
     def __init__(

@@ -72,21 +72,21 @@ def resample_region(
     """
     size = out.shape[0]
     height, width = picture.shape[0], picture.shape[1]
+    most_taps = max(_most_taps(height, size, cubic), _most_taps(width, size, cubic))
+    memory = np.empty(size * most_taps, np.float64)
     first_rows = np.empty(size, np.int64)
-    taps = _find_taps(first_rows, height, top, bottom, cubic)
-    weights = np.empty((size, taps), np.float64)
-    _weigh_taps(weights, first_rows, top, bottom, cubic)
-    row_weights = np.empty((size, taps), np.int32)
-    row_places = _to_fixed_point(row_weights, weights, *_limits_of_rows(cubic))
+    row_weights, row_places = _weights_of(
+        first_rows, memory, np.empty(size * most_taps, np.int32),
+        height, top, bottom, _limits_of_rows(cubic), cubic,
+    )  # fmt: skip
     first_columns = np.empty(size, np.int64)
-    taps = _find_taps(first_columns, width, left, right, cubic)
-    weights = np.empty((size, taps), np.float64)
-    _weigh_taps(weights, first_columns, left, right, cubic)
-    column_weights = np.empty((size, taps), np.int32)
-    column_places = _to_fixed_point(column_weights, weights, *_limits_of_columns(cubic))
+    column_weights, column_places = _weights_of(
+        first_columns, memory, np.empty(size * most_taps, np.int32),
+        width, left, right, _limits_of_columns(cubic), cubic,
+    )  # fmt: skip
     groups = _groups(size)
     first_values = np.zeros(groups * _PIXELS, np.int64)
-    spread = np.zeros((groups, _pairs(taps), _PIXELS * _VALUES), np.int16)
+    spread = np.zeros((groups, _pairs(column_weights.shape[1]), _PIXELS * _VALUES), np.int16)
     _spread_taps(first_values, spread, first_columns, column_weights, mirror)
     rows = picture.reshape(height, width * _CHANNELS)
     padded_line = np.empty(rows.shape[1] + _VALUES, np.uint16)
@@ -160,17 +160,15 @@ def resample_windows(
     bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
     for i in range(begin, end):
         rows, columns = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
-        taps = _find_taps(first_rows, rows, 0.0, rows, cubic)
-        weights = weight_memory[: size * taps].reshape(size, taps)
-        _weigh_taps(weights, first_rows, 0.0, rows, cubic)
-        row_weights = row_memory[: size * taps].reshape(size, taps)
-        row_places = _to_fixed_point(row_weights, weights, *_limits_of_rows(cubic))
-        taps = _find_taps(first_columns, columns, 0.0, columns, cubic)
-        weights = weight_memory[: size * taps].reshape(size, taps)
-        _weigh_taps(weights, first_columns, 0.0, columns, cubic)
-        column_weights = column_memory[: size * taps].reshape(size, taps)
-        column_places = _to_fixed_point(column_weights, weights, *_limits_of_columns(cubic))
-        pairs = _pairs(taps)
+        row_weights, row_places = _weights_of(
+            first_rows, weight_memory, row_memory,
+            rows, 0.0, rows, _limits_of_rows(cubic), cubic,
+        )  # fmt: skip
+        column_weights, column_places = _weights_of(
+            first_columns, weight_memory, column_memory,
+            columns, 0.0, columns, _limits_of_columns(cubic), cubic,
+        )  # fmt: skip
+        pairs = _pairs(column_weights.shape[1])
         spread = spread_memory[: groups * pairs * _PIXELS * _VALUES].reshape(
             groups, pairs, _PIXELS * _VALUES
         )
@@ -423,6 +421,37 @@ def _fill_in_two_passes(
 def _most_taps(length: int, size: int, cubic: bool) -> int:
     """Taps that no region of `length` needs more of."""
     return np.int64(2.0 * max(length / size, 1.0) * (2.0 if cubic else 1.0)) + 2
+
+
+@kernel(inline="always")
+def _weights_of(
+    first: Any,
+    memory: Any,
+    fixed_memory: Any,
+    length: int,
+    start: float,
+    end: float,
+    limits: tuple[int, int, bool],
+    cubic: bool,
+) -> tuple[Any, int]:
+    """Weights of rows or columns, int32 [size taps], and how many places they have.
+
+    Args:
+        first: int64 [size], written: the first input position of every output position.
+        memory: float64, at least size times the taps.
+        fixed_memory: int32, likewise; the result lies in it.
+        length: of the picture.
+        start: of the region.
+        end: of the region.
+        limits: of `_limits_of_rows` or `_limits_of_columns`.
+        cubic: which filter.
+    """
+    size = first.size
+    taps = _find_taps(first, length, start, end, cubic)
+    weights = memory[: size * taps].reshape(size, taps)
+    _weigh_taps(weights, first, start, end, cubic)
+    fixed = fixed_memory[: size * taps].reshape(size, taps)
+    return fixed, _to_fixed_point(fixed, weights, *limits)
 
 
 @kernel(error_model="numpy")

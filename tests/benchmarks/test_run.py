@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from object_stores import upload
@@ -47,7 +48,10 @@ SMALL = {
 }
 
 ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
-SLOW = ("pack", "storage", "memory", "efficiency")
+SLOW = (
+    *("pack", "storage", "memory", "efficiency", "checkpoint"),
+    *("loss", "targets", "step", "profile", "input"),
+)
 LONG = ("memory", "efficiency")
 
 
@@ -77,22 +81,18 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     }
 
 
-@pytest.mark.parametrize("stage", [s for s in STAGES if s not in ON_DATA])
+def marked(stage: str) -> Any:
+    marks = [pytest.mark.slow] * (stage in SLOW) + [pytest.mark.long] * (stage in LONG)
+    return pytest.param(stage, marks=marks)
+
+
+@pytest.mark.parametrize("stage", [marked(s) for s in STAGES if s not in ON_DATA])
 def test_a_stage_without_data_writes_its_figures(stage: str, tmp_path: Path) -> None:
     run_small(stage, tmp_path / "result.json")
 
 
 @pytest.mark.dali
-@pytest.mark.parametrize(
-    "stage",
-    [
-        pytest.param(
-            stage,
-            marks=[pytest.mark.slow] * (stage in SLOW) + [pytest.mark.long] * (stage in LONG),
-        )
-        for stage in ON_DATA
-    ],
-)
+@pytest.mark.parametrize("stage", [marked(s) for s in ON_DATA])
 def test_a_stage_on_data_writes_its_figures(
     stage: str, packed: dict[str, Path], tmp_path: Path
 ) -> None:

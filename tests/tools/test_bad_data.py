@@ -76,6 +76,7 @@ def keys_in_quarantine(run: Path) -> list[int]:
         return sorted(int(row["key"]) for row in csv.DictReader(file))
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_over_spoilt_samples_ends_well_on_one_rank_and_on_two(
     data: Path, train: Callable[..., str], tmp_path: Path

@@ -124,9 +124,9 @@ CODES = {"SIGKILL": 137, "segfault": 139, "abort": 134, "exit": 3}
 @pytest.mark.parametrize(
     ("nproc", "kind"),
     [
-        (2, "SIGKILL"),
+        pytest.param(2, "SIGKILL", marks=pytest.mark.slow),
         pytest.param(3, "SIGKILL", marks=pytest.mark.slow),
-        pytest.param(2, "segfault", marks=pytest.mark.slow),
+        pytest.param(2, "segfault", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(3, "abort", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(2, "exit", marks=[pytest.mark.slow, pytest.mark.long]),
     ],

@@ -48,6 +48,7 @@ def test_a_run_leaves_what_the_readme_promises(unbroken: Path) -> None:
     assert config["model"]["image_encoder"] == "test_vit"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_equals_the_unbroken_run_bit_for_bit(
     data: Path, unbroken: Path
 ) -> None:
@@ -84,7 +85,7 @@ def start_long_run(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("nproc", ["1", "2"])
+@pytest.mark.parametrize("nproc", ["1", pytest.param("2", marks=pytest.mark.slow)])
 def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
     data: Path, tmp_path: Path, nproc: str
 ) -> None:
@@ -235,7 +236,9 @@ def zero_shot(checkpoint: Path, source: Path, path: Path, *more: str, nproc: int
     ("source", "nproc", "more"),
     [
         ("classes", 1, []),
-        pytest.param("classes", 2, ["--batch-size", "3"], marks=pytest.mark.dist),
+        pytest.param(
+            *("classes", 2, ["--batch-size", "3"]), marks=[pytest.mark.dist, pytest.mark.slow]
+        ),
     ],
     ids=["class folders", "class folders on ranks"],
 )

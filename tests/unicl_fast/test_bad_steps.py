@@ -73,7 +73,7 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
     ],
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
-@pytest.mark.parametrize("log_every_steps", [1, 4])
+@pytest.mark.parametrize("log_every_steps", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_bad_step_is_left_out_and_nothing_else(
     images: torch.Tensor, settings: dict, log_every_steps: int
 ) -> None:

@@ -407,7 +407,7 @@ def test_the_trainer_writes_a_record_of_every_step(images: torch.Tensor, tmp_pat
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_all_records_are_there_when_a_checkpoint_is_begun(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:

@@ -202,7 +202,7 @@ def test_a_label_that_stands_twice_adds_up() -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_give_the_objectives_of_one_process(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:

@@ -50,6 +50,16 @@ def test_real_captions_get_the_ids_of_open_clip(shared_data: Path, context_lengt
     assert_same_ids(Tokenizer(context_length), texts)
 
 
+def test_pieces_of_a_long_list_are_put_together(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    texts = [f"{'very ' * i}long" for i in range(7)]
+    whole = [row.tolist() for row in tokenizer.encode(texts)]
+    monkeypatch.setattr("unicl_fast.tokenizer._ENCODED_AT_ONCE", 3)
+    assert [row.tolist() for row in tokenizer.encode(texts)] == whole
+    assert tokenizer.encode([]) == []
+
+
 @pytest.mark.parametrize(
     "text",
     [

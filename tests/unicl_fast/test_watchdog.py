@@ -229,6 +229,7 @@ def test_ranks_that_wait_for_a_stopped_one_name_it_and_the_collective(
     assert "LOOK THERE FIRST: rank 1 has given no sign of life for" in said
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(200)
 def test_a_whole_run_is_not_disturbed(images: torch.Tensor, tmp_path: Path) -> None:
