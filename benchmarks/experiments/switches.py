@@ -16,8 +16,7 @@ from pathlib import Path
 
 from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
 from unicl_fast.benchmarks.experiments.report import ExperimentSettings, Table, write_report
-from unicl_fast.benchmarks.experiments.runs import Run, median_rate, run_all
-from unicl_fast.benchmarks.harness import summarise
+from unicl_fast.benchmarks.experiments.runs import Run, compare_rates, median_rate, run_all
 
 _SAMPLES = 100_000
 _PLAIN = (
@@ -59,19 +58,13 @@ def run(settings: Settings) -> None:
         arm: [median_rate(runs[arm, seed], settings.out) for seed in settings.seeds]
         for arm in _ARMS
     }
-    ratio = summarise([one / other for one, other in zip(*rates.values(), strict=True)])
     table = Table(
         title="CIFAR-10 zero-shot top-1",
         unit="%",
         cells={"cifar10-small": means},
         differences=differences,
     )
-    found = {"ratio": ratio, "pictures_a_second": rates}
-    write_report("switches", settings, [table], rows, rate=found)
-    print(
-        f"pictures a second, all on over plain: {ratio['median']:.2f} "
-        f"({ratio['low']:.2f} to {ratio['high']:.2f})"
-    )
+    write_report("switches", settings, [table], rows, rate=compare_rates(rates, *_ARMS))
 
 
 def _make_run(settings: Settings, arm: str, seed: int) -> Run:

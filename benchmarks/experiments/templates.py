@@ -16,8 +16,7 @@ from pathlib import Path
 from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
 from unicl_fast.benchmarks.experiments.objectives import Encoder, accuracy_as_used, make_run
 from unicl_fast.benchmarks.experiments.report import ExperimentSettings, Table, write_report
-from unicl_fast.benchmarks.experiments.runs import Run, median_rate, run_all
-from unicl_fast.benchmarks.harness import summarise
+from unicl_fast.benchmarks.experiments.runs import Run, compare_rates, median_rate, run_all
 
 _ARMS = {"one a sample": (), "one a class": ("--data.templates", "per_class")}
 
@@ -85,13 +84,7 @@ def _rates(settings: Settings) -> dict[str, object]:
             )
             rates[name].append(_rate_of(short, folder))
     first, second = _ARMS
-    ratios = [b / a for a, b in zip(rates[first], rates[second], strict=True)]
-    found = summarise(ratios)
-    print(
-        f"pictures a second, {second} over {first}: {found['median']:.2f} "
-        f"({found['low']:.2f} to {found['high']:.2f})"
-    )
-    return {"ratio": found, "pictures_a_second": rates}
+    return compare_rates(rates, second, first)
 
 
 def _rate_of(run: Run, folder: Path) -> float:
