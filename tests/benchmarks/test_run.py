@@ -52,7 +52,7 @@ SLOW = (
     *("pack", "storage", "memory", "efficiency", "checkpoint"),
     *("loss", "targets", "step", "profile", "input"),
 )
-LONG = ("memory", "efficiency")
+LONG = ("memory", "efficiency", "checkpoint")
 
 
 @pytest.fixture(scope="module")

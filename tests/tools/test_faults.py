@@ -125,7 +125,7 @@ CODES = {"SIGKILL": 137, "segfault": 139, "abort": 134, "exit": 3}
     ("nproc", "kind"),
     [
         pytest.param(2, "SIGKILL", marks=pytest.mark.slow),
-        pytest.param(3, "SIGKILL", marks=pytest.mark.slow),
+        pytest.param(3, "SIGKILL", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(2, "segfault", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(3, "abort", marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(2, "exit", marks=[pytest.mark.slow, pytest.mark.long]),
@@ -176,7 +176,7 @@ def test_a_crashed_process_leaves_nothing(data: Path, tmp_path: Path, kind: str)
 
 @pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("nproc", [1, 2])
+@pytest.mark.parametrize("nproc", [1, pytest.param(2, marks=pytest.mark.long)])
 def test_reading_that_hangs_ends_the_run_with_70_and_is_named(
     data: Path, tmp_path: Path, nproc: int
 ) -> None:

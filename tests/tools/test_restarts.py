@@ -107,7 +107,7 @@ def start_torchrun(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
     [
         pytest.param(start_own, 1, 0, marks=pytest.mark.slow),
         pytest.param(start_own, 2, 1, marks=pytest.mark.slow),
-        pytest.param(start_own, 2, 0, marks=pytest.mark.slow),
+        pytest.param(start_own, 2, 0, marks=[pytest.mark.slow, pytest.mark.long]),
         pytest.param(start_torchrun, 2, 1, marks=[pytest.mark.slow, pytest.mark.long]),
     ],
     ids=["alone", "rank 1 of 2", "rank 0 of 2", "torchrun"],
@@ -228,6 +228,7 @@ def test_ranks_that_cannot_share_a_batch_are_refused_once(
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_ranks_of_torchrun_refuse_once_what_they_all_refuse(data: Path, unbroken: Path) -> None:
     process = start_torchrun(
         *FP64, *sources(data), "--out", unbroken, "--run.seed", "1", "--resume", "auto", nproc=2
