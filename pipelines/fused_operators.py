@@ -71,7 +71,7 @@ class _Compiled(NumbaFunction):
         """
         if not self._is_known():
             raise RuntimeError(
-                f"data.resample=fused needs a version of NVIDIA DALI from 2.0 to 2.4, or one that "
+                f"data.resample=fused needs a version of NVIDIA DALI from 2.2 to 2.4, or one that "
                 f"calls operators as they do; {nvidia.dali.__version__} does not: install one of "
                 "those, or set data.resample=dali"
             )

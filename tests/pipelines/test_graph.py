@@ -321,7 +321,7 @@ def test_a_dali_that_calls_functions_in_another_way_is_refused(
 ) -> None:
     resample_operator(32, "bilinear")
     monkeypatch.setattr(NumbaFunction, method, lambda *_: numba.types.void(numba.types.int32))
-    with pytest.raises(RuntimeError, match=r"from 2\.0 to 2\.4.*data\.resample=dali"):
+    with pytest.raises(RuntimeError, match=r"from 2\.2 to 2\.4.*data\.resample=dali"):
         resample_operator(32, "bilinear")
 
 

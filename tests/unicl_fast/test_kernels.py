@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numba
 import pytest
 
 CONSTANTS = """
@@ -127,6 +128,9 @@ def test_closures_kept_by_different_processes_are_told_apart(tmp_path: Path) -> 
     assert run(tmp_path, ADD, "2", "1") == "2 1\n1 1\n"
 
 
+@pytest.mark.skipif(
+    not hasattr(numba.config, "CACHE_LOCATOR_CLASSES"), reason="this Numba cannot be told"
+)
 def test_where_numba_is_told_to_look_elsewhere_nothing_is_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
