@@ -184,17 +184,21 @@ def _augment() -> Any:
 @kernel(inline="always")
 def _picture(data: Any, shapes: Any, number: int) -> Any:
     """A tensor of a list as uint8 [h w 3]."""
-    address = carray(_pointer(data), number + 1, np.uint64)[number]
-    shape = carray(_pointer(carray(_pointer(shapes), number + 1, np.uint64)[number]), 2, np.int64)
-    return carray(_pointer(address), (shape[0], shape[1], _CHANNELS), np.uint8)
+    shape = carray(_entry(shapes, number), 2, np.int64)
+    return carray(_entry(data, number), (shape[0], shape[1], _CHANNELS), np.uint8)
 
 
 @kernel(inline="always")
 def _vector(data: Any, shapes: Any, number: int, dtype: Any) -> Any:
     """A tensor of a list as `dtype` [k]."""
-    address = carray(_pointer(data), number + 1, np.uint64)[number]
-    shape = carray(_pointer(carray(_pointer(shapes), number + 1, np.uint64)[number]), 1, np.int64)
-    return carray(_pointer(address), shape[0], dtype)
+    length = carray(_entry(shapes, number), 1, np.int64)[0]
+    return carray(_entry(data, number), length, dtype)
+
+
+@kernel(inline="always")
+def _entry(addresses: Any, number: int) -> Any:
+    """What the address in that place of a list of addresses points to."""
+    return _pointer(carray(_pointer(addresses), number + 1, np.uint64)[number])
 
 
 def _define_pointer(typing: Any, address: Any) -> Any:

@@ -21,7 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from unicl_fast.benchmarks.harness import summarise
+from unicl_fast.benchmarks.harness import print_figures, summarise
 from unicl_fast.metrics import read_metrics
 from unicl_fast.processor_cores import usable_cores
 
@@ -77,10 +77,7 @@ def median_rate(run: Run, folder: Path) -> float:
 def compare_rates(rates: Mapping[str, Sequence[float]], one: str, other: str) -> Row:
     """Prints how many times `other`'s rate `one` has, in pairs as they were taken."""
     found = summarise([a / b for a, b in zip(rates[one], rates[other], strict=True)])
-    print(
-        f"pictures a second, {one} over {other}: {found['median']:.2f} "
-        f"({found['low']:.2f} to {found['high']:.2f})"
-    )
+    print_figures({f"pictures a second, {one} over {other}": found})
     return {"ratio": found, "pictures_a_second": rates}
 
 
