@@ -1,0 +1,119 @@
+"""Twenty steps of each small preset and every preset's settings are what the committed files say.
+
+A change that is not meant to alter results leaves these files alone. One that is meant to runs
+`python tests/golden/test_golden.py`, which writes them anew, and says in its commit why the new
+curve is right. The images are drawn here, so that the curves need no data and the whole way is
+under test: packing, order of samples, text of each sample, crops, loss, optimizer.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from unicl_fast.config import config_to_dict
+from unicl_fast.metrics import read_metrics
+from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.tools import pack_dataset, pretrain
+
+FOLDER = Path(__file__).parent
+STEPS = 20
+COLOURS = ("red", "green", "blue", "grey")
+SHAPES = ("stripes", "waves", "rings")
+CASES = ("digits-small", "cifar10-small", "mixed-small")
+
+
+def draw(number: int, *, side: int) -> tuple[bytes, str, str]:
+    """A PNG of a pattern in a colour, with the names of both."""
+    rng = np.random.default_rng(number)
+    colour, shape = int(rng.integers(len(COLOURS))), int(rng.integers(len(SHAPES)))
+    y, x = np.mgrid[:side, :side] / side - rng.uniform(0.3, 0.7, 2)[:, None, None]
+    where = (x + y, x + 0.2 * np.sin(9 * y), np.hypot(x, y))[shape]
+    pattern = 127.5 + 100 * np.sin(rng.uniform(20, 40) * where)
+    gains = np.eye(3)[colour] * 0.7 + 0.3 if colour < 3 else np.full(3, 0.7)
+    pixels = pattern[..., None] * gains + rng.normal(0, 8, (side, side, 3))
+    file = io.BytesIO()
+    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(file, format="PNG")
+    return file.getvalue(), COLOURS[colour], SHAPES[shape]
+
+
+def pack_drawings(folder: Path) -> tuple[Path, Path]:
+    """Class folders of 120 drawings and a list of 80 with captions, both packed."""
+    lines = []
+    for number in range(200):
+        image, colour, shape = draw(number, side=40)
+        name = f"{colour}/{number:03}.png" if number < 120 else f"captioned/{number:03}.png"
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(image)
+        if number >= 120:
+            captions = [f"{shape} in {colour}", f"a drawing of {colour} {shape}"]
+            lines.append(json.dumps({"image": name, "captions": captions}))
+    (folder / "captioned.jsonl").write_text("\n".join(lines))
+    classes = folder / "classes"
+    classes.mkdir()
+    for colour in COLOURS:
+        (folder / colour).rename(classes / colour)
+    labels, captions = folder / "packed-labels", folder / "packed-captions"
+    pack_dataset.main(["build", str(classes), "--out", str(labels)])
+    pack_dataset.main(["build", str(folder / "captioned.jsonl"), "--out", str(captions)])
+    return labels, captions
+
+
+def train_curve(preset: str, packed: tuple[Path, Path], run_folder: Path) -> list[float]:
+    """The loss of each of the first 20 steps of 32 images in fp32."""
+    data = packed[:1] if preset == "cifar10-small" else packed
+    settings = {
+        "run.global-batch-size": 32, "run.samples": 32 * STEPS, "run.log-every-steps": 1,
+        "run.evaluate-every-steps": 0, "run.device": "cpu", "efficiency.precision": "fp32",
+    }  # fmt: skip
+    arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+    pretrain.main(
+        ["--preset", preset, "--data.train", *map(str, data), *arguments, "--out", str(run_folder)]
+    )
+    return [line["loss"] for line in read_metrics(run_folder) if "loss" in line]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
+    yield pack_drawings(tmp_path_factory.mktemp("drawings"))
+
+
+@pytest.mark.parametrize("preset", CASES)
+def test_a_small_preset_gives_the_committed_loss_curve(
+    preset: str, packed: tuple[Path, Path], tmp_path: Path
+) -> None:
+    committed = json.loads((FOLDER / "curves" / f"{preset}.json").read_text())
+    found = train_curve(preset, packed, tmp_path / "run")
+    # another processor's matrix products round differently; one other sample changes more
+    np.testing.assert_allclose(found, committed, rtol=5e-4)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_preset_has_the_committed_settings(preset: str) -> None:
+    committed = json.loads((FOLDER / "presets" / f"{preset}.json").read_text())
+    assert json.loads(json.dumps(config_to_dict(build_preset(preset)))) == committed
+
+
+def main() -> None:
+    """Writes the committed files anew."""
+    with tempfile.TemporaryDirectory() as name:
+        data = pack_drawings(Path(name))
+        for preset in CASES:
+            curve = train_curve(preset, data, Path(name) / preset)
+            text = json.dumps(curve, indent=1)
+            (FOLDER / "curves" / f"{preset}.json").write_text(text + "\n")
+    for preset in PRESETS:
+        settings = json.loads(json.dumps(config_to_dict(build_preset(preset))))
+        text = json.dumps(settings, indent=1)
+        (FOLDER / "presets" / f"{preset}.json").write_text(text + "\n")
+
+
+if __name__ == "__main__":
+    main()
