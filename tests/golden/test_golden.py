@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import json
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +66,11 @@ def pack_drawings(folder: Path) -> tuple[Path, Path]:
 
 
 def train_curve(preset: str, packed: tuple[Path, Path], run_folder: Path) -> list[float]:
-    """The loss of each of the first 20 steps of 32 images in fp32."""
+    """The loss of each of the first 20 steps of 32 images in fp64."""
     data = packed[:1] if preset == "cifar10-small" else packed
     settings = {
         "run.global-batch-size": 32, "run.samples": 32 * STEPS, "run.log-every-steps": 1,
-        "run.evaluate-every-steps": 0, "run.device": "cpu", "efficiency.precision": "fp32",
+        "run.evaluate-every-steps": 0, "run.device": "cpu", "efficiency.precision": "fp64",
     }  # fmt: skip
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
     pretrain.main(
@@ -81,8 +80,8 @@ def train_curve(preset: str, packed: tuple[Path, Path], run_folder: Path) -> lis
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Path]]:
-    yield pack_drawings(tmp_path_factory.mktemp("drawings"))
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return pack_drawings(tmp_path_factory.mktemp("drawings"))
 
 
 @pytest.mark.parametrize("preset", CASES)
@@ -91,8 +90,8 @@ def test_a_small_preset_gives_the_committed_loss_curve(
 ) -> None:
     committed = json.loads((FOLDER / "curves" / f"{preset}.json").read_text())
     found = train_curve(preset, packed, tmp_path / "run")
-    # another processor's matrix products round differently; one other sample changes more
-    np.testing.assert_allclose(found, committed, rtol=5e-4)
+    # in fp64, since AdamW turns the rounding of fp32 into a percent within twenty steps
+    np.testing.assert_allclose(found, committed, rtol=1e-6)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
