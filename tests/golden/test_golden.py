@@ -66,10 +66,10 @@ def pack_drawings(folder: Path) -> tuple[Path, Path]:
 
 
 def train_curve(preset: str, packed: tuple[Path, Path], run_folder: Path) -> list[float]:
-    """The loss of each of the first 20 steps of 32 images in fp64."""
+    """The loss of each of the first 20 steps of 16 images in fp64."""
     data = packed[:1] if preset == "cifar10-small" else packed
     settings = {
-        "run.global-batch-size": 32, "run.samples": 32 * STEPS, "run.log-every-steps": 1,
+        "run.global-batch-size": 16, "run.samples": 16 * STEPS, "run.log-every-steps": 1,
         "run.evaluate-every-steps": 0, "run.device": "cpu", "efficiency.precision": "fp64",
     }  # fmt: skip
     arguments = [part for name, value in settings.items() for part in (f"--{name}", str(value))]
