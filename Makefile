@@ -10,7 +10,7 @@ demo: $(VENV)/demo.stamp
 
 # All real data from its sources to one verified data set; UNICL_TEST_DATA says where it is.
 tour: $(VENV)/dev.stamp
-	$(BIN)/python -m unicl_fast.tools.pack_everything --out tour-run
+	$(BIN)/python -m unicl_fast.tools.tour --out tour-run
 
 # A process of tests for each core; a file's tests stay together, since they share what they made.
 JOBS ?= $(shell nproc)

@@ -13,20 +13,26 @@ from collections.abc import Sequence
 import tyro
 
 STAGES = {
-    "input": ("input_pipeline", "pictures a second, against nine other loaders and the limits"),
-    "pack": ("pack_rate", "packing, against decoding, scaling and encoding in a bare loop"),
-    "storage": ("remote_storage", "a data set under a URL against a folder; bytes by window"),
-    "augment": ("augmentation", "what augmentation costs the loader, fused and with DALI's"),
-    "targets": ("target_map", "equal texts and classes, against np.unique and others"),
-    "tokenize": ("tokenize_rate", "texts a second, against open_clip's tokenizer"),
-    "loss": ("loss", "time and memory of the loss, against open_clip's and the dense form"),
-    "text": ("text_encoding", "what captions cost in the text encoder, padded, trimmed, packed"),
-    "step": ("training_step", "training steps, against open_clip's own"),
-    "efficiency": ("efficiency", "what each switch of efficiency does to a training step"),
-    "checkpoint": ("checkpoint_cost", "what a checkpoint costs, written beside and waited for"),
-    "memory": ("large_batches", "peak memory of a large batch in micro-batches, and of small ones"),
-    "profile": ("step_profile", "a training step by its parts, against the matmul floor"),
-    "ledger": ("ledger", "a ledger's record beside a small step; visits proven a second"),
+    "input": ("input.pipeline", "pictures a second, against nine other loaders and the limits"),
+    "pack": ("packing.pack", "packing, against decoding, scaling and encoding in a bare loop"),
+    "storage": ("input.storage", "a data set under a URL against a folder; bytes by window"),
+    "augment": ("input.augmentation", "what augmentation costs the loader, fused and with DALI's"),
+    "targets": ("training.targets", "equal texts and classes, against np.unique and others"),
+    "tokenize": ("packing.tokenize", "texts a second, against open_clip's tokenizer"),
+    "loss": (
+        "training.loss",
+        "time and memory of the loss, against open_clip's and the dense form",
+    ),
+    "text": ("training.text", "what captions cost in the text encoder, padded, trimmed, packed"),
+    "step": ("training.step", "training steps, against open_clip's own"),
+    "efficiency": ("training.efficiency", "what each switch of efficiency does to a training step"),
+    "checkpoint": ("training.checkpoint", "what a checkpoint costs, written beside and waited for"),
+    "memory": (
+        "training.memory",
+        "peak memory of a large batch in micro-batches, and of small ones",
+    ),
+    "profile": ("training.profile", "a training step by its parts, against the matmul floor"),
+    "ledger": ("training.ledger", "a ledger's record beside a small step; visits proven a second"),
 }
 _HELP = """usage: unicl-bench STAGE [OPTIONS]
 

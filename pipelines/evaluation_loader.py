@@ -17,17 +17,18 @@ from numpy.typing import NDArray
 
 from unicl_fast.batch import EvaluationBatch
 from unicl_fast.config import DataConfig
-from unicl_fast.pipelines.crop import central_windows
-from unicl_fast.pipelines.culprits import find_undecodable, reason_of
-from unicl_fast.pipelines.feed import DecodingError, HostBatch, run_graphs
-from unicl_fast.pipelines.graph import (
+from unicl_fast.dataset.reader import PackedDataset
+
+from .feed.culprits import find_undecodable, reason_of
+from .feed.feed import DecodingError, HostBatch, run_graphs
+from .feed.read_ahead import ReadAhead, blocks_of_half_the_cache
+from .graph.graph import (
     Pipeline,
     batches_ahead,
     build_evaluation_graph,
     shares_of_threads,
 )
-from unicl_fast.pipelines.read_ahead import ReadAhead, blocks_of_half_the_cache
-from unicl_fast.shards import PackedDataset
+from .plan.crop import central_windows
 
 
 class EvaluationLoader:

@@ -1,6 +1,6 @@
 """From packed data sets to a trainer's batches: plan, read, decode, hand over; without end.
 
-Thin: what a step holds is the plan's, pixels are the graph's, classes are `unicl_fast.targets`',
+Thin: what a step holds is the plan's, pixels are the graph's, classes are `unicl_fast.objectives.targets`',
 running it all ahead of the step is feed.py's, and what is fed instead of a bad sample is
 bad_samples.py's. evaluation_loader.py shows each sample of one data set once.
 """
@@ -20,11 +20,18 @@ import torch
 from unicl_fast.augmentation import augmentations_of
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, TrainConfig
-from unicl_fast.pipelines.augment_parts import parts_for
-from unicl_fast.pipelines.bad_samples import BadSamples
-from unicl_fast.pipelines.culprits import find_undecodable, reason_of
-from unicl_fast.pipelines.feed import DecodingError, Outputs, run_graphs, run_without_graph
-from unicl_fast.pipelines.graph import (
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.text.prompts import ClassPrompts
+
+from .feed.bad_samples import BadSamples
+from .feed.culprits import find_undecodable, reason_of
+from .feed.feed import DecodingError, Outputs, run_graphs, run_without_graph
+from .feed.host_batches import HostBatches, TrainFacts
+from .feed.raw_images import are_decoded
+from .feed.text_block import unpack_integers
+from .feed.views import split_views
+from .graph.augment_parts import parts_for
+from .graph.graph import (
     Pictures,
     Pipeline,
     batches_ahead,
@@ -32,13 +39,7 @@ from unicl_fast.pipelines.graph import (
     is_fused,
     shares_of_threads,
 )
-from unicl_fast.pipelines.host_batches import HostBatches, TrainFacts
-from unicl_fast.pipelines.integer_block import unpack_integers
-from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan
-from unicl_fast.pipelines.raw_pictures import are_decoded
-from unicl_fast.pipelines.views import split_views
-from unicl_fast.prompts import ClassPrompts
-from unicl_fast.shards import PackedDataset
+from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 
 
 class TrainLoader:

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import sys
+import zipfile
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 # Before torch is imported, here and in the programs that tests start: their tensors are too small
 # for two threads, which on a busy machine wait for each other longer than they compute.
@@ -11,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 from hypothesis import settings
+
+if TYPE_CHECKING:
+    import torch
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
 
@@ -22,6 +29,50 @@ def shared_data() -> Path:
     if not (folder / "README.md").is_file():
         pytest.skip(f"no test data at {folder}; set UNICL_TEST_DATA to the folder that holds it")
     return folder
+
+
+@pytest.fixture(scope="session")
+def images(shared_data: Path) -> torch.Tensor:
+    """Twelve photographs, uint8 [12 32 32 3]."""
+    from small_runs import real_pictures
+
+    return real_pictures(shared_data, 12)
+
+
+@pytest.fixture(scope="session")
+def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """CIFAR-10 images as class folders and packed, and captioned photographs packed."""
+    from program_runs import call
+
+    from unicl_fast.tools.pack import __main__ as pack
+
+    folder = tmp_path_factory.mktemp("data")
+    archive = zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip")
+    names = [name for name in archive.namelist() if name.endswith(("0001.jpg", "0002.jpg"))]
+    names += [name for name in archive.namelist() if name.endswith("cat/0003.jpg")]
+    for name in names:
+        archive.extract(name, folder / "classes")
+    lines = (shared_data / "captions" / "flickr8k" / "captions.jsonl").read_text().splitlines()
+    (folder / "list.jsonl").write_text("\n".join(lines[:20]))
+    call(pack, "build", folder / "classes", "--out", folder / "labels")
+    call(
+        *(pack, "build", folder / "list.jsonl", "--out", folder / "captions"),
+        *("--image-root", shared_data / "captions" / "flickr8k"),
+    )
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_running() -> Iterator[None]:
+    """Programs that a test has started end with it."""
+    yield
+    if "program_runs" in sys.modules:
+        from program_runs import STARTED
+
+        while STARTED:
+            process = STARTED.pop()
+            process.kill()  # its ranks end with it
+            process.wait()
 
 
 # Timed out by us, not by hypothesis: first calls compile and the machine may be busy.

@@ -70,10 +70,10 @@ def test_the_library_knows_no_dali_no_command_line_and_no_other_room() -> None:
 
 def test_apex_is_imported_in_one_place_and_only_when_asked() -> None:
     found = [name for room in ("unicl_fast", *ROOMS) for name in forbidden(room, "apex", "amp_C")]
-    assert {line.split(" imports ")[0] for line in found} == {"unicl_fast/nvidia_apex.py"}
+    assert {line.split(" imports ")[0] for line in found} == {"unicl_fast/training/nvidia_apex.py"}
     code = (
         "import sys; sys.modules['apex'] = sys.modules['amp_C'] = None;"
-        "import unicl_fast, unicl_fast.optim, unicl_fast.nvidia_apex"
+        "import unicl_fast, unicl_fast.training.optim, unicl_fast.training.nvidia_apex"
     )
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)
 
@@ -188,7 +188,7 @@ import torch
 from unicl_fast import Batch, Tokenizer, Trainer, UniCL, build_model, load_model
 from unicl_fast import unified_contrastive_loss
 from unicl_fast.batch import ListLoader
-from unicl_fast.collate import collate
+from unicl_fast.objectives.collate import collate
 from small_runs import tiny_config
 from pathlib import Path
 
@@ -204,7 +204,7 @@ assert not any(name.startswith("nvidia.dali.") for name in sys.modules)
 
 
 def test_the_library_trains_from_a_list_of_batches_without_dali(tmp_path: Path) -> None:
-    path = f"{CHECKOUT}:{CHECKOUT / 'tests' / 'oracles'}"
+    path = f"{CHECKOUT}:{CHECKOUT / 'tests' / 'helpers'}"
     subprocess.run(
         [sys.executable, "-c", WITHOUT_DALI, str(tmp_path)],
         env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"},
@@ -216,10 +216,10 @@ def test_the_library_trains_from_a_list_of_batches_without_dali(tmp_path: Path) 
 @pytest.mark.parametrize(
     "module",
     [
-        "unicl_fast.images",
-        "unicl_fast.tokenizer",
-        "unicl_fast.shard_writer",
-        "unicl_fast.tools.pack_dataset",
+        "unicl_fast.images.check",
+        "unicl_fast.text.tokenizer",
+        "unicl_fast.dataset.writer",
+        "unicl_fast.tools.pack.__main__",
     ],
 )
 def test_packing_does_not_pay_for_torch(module: str) -> None:

@@ -11,8 +11,8 @@ import timm
 import torch
 from torch import Tensor
 
-from unicl_fast.checkpoint import find_model, load_model, read_state
-from unicl_fast.checksums import file_checksum
+from unicl_fast.checkpoints.export import is_export
+from unicl_fast.checkpoints.load import find_model, load_model, read_state
 from unicl_fast.conversion.exported_program import write_exported_programs
 from unicl_fast.conversion.hub import num_parameters, write_export
 from unicl_fast.conversion.new_files import new_file, require_new
@@ -27,9 +27,10 @@ from unicl_fast.conversion.official_file import read_official_file, write_offici
 from unicl_fast.conversion.onnx_files import require_packages, write_onnx
 from unicl_fast.conversion.open_clip_folder import require_convertible, write_open_clip
 from unicl_fast.conversion.timm_folder import arguments_of, write_timm
-from unicl_fast.export_folder import is_export
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.tools.convert import (
+from unicl_fast.system.checksums import file_checksum
+
+from .convert import (
     Command,
     FromOfficial,
     ToExport,

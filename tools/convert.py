@@ -13,7 +13,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from unicl_fast.tools.launch import stop
+from unicl_fast.distributed.launch import stop
 
 Weights = Literal["auto", "ema", "model"]
 
@@ -162,7 +162,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ),
     )
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
-    from unicl_fast.tools.conversion_run import run_conversion
+    from .conversion_run import run_conversion
 
     try:
         run_conversion(command)
@@ -174,6 +174,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     # by its name, so that the commands are the same classes for all modules
-    from unicl_fast.tools.convert import main as main_by_name
+    from .convert import main as main_by_name
 
     main_by_name()

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from unicl_fast.tools import evaluate, pack_dataset, pretrain
+from . import evaluate, pretrain
+from .pack import __main__ as pack_dataset
 
 _MARK = ".unicl-demo"
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")

@@ -15,7 +15,7 @@ from typing import Literal
 import tyro
 
 from unicl_fast.config import DeviceName
-from unicl_fast.tools.launch import end_with_torchrun, start_ranks, stop
+from unicl_fast.distributed.launch import end_with_torchrun, start_ranks, stop
 
 MetricChoice = Literal["auto", "top1", "mean_per_class"]
 LayerName = Literal["encoder", "projection"]
@@ -265,9 +265,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "docs/evaluation.md has the protocols.",
     )
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
-    from unicl_fast.dist import adopt_slurm_ranks
-    from unicl_fast.pipelines.host_memory import keep_freed_memory
-    from unicl_fast.tools.evaluation_run import check_request, run
+    from unicl_fast.distributed.ranks import adopt_slurm_ranks
+    from unicl_fast.evaluation.run import check_request, run
+    from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
 
     try:
         check_request(command)
@@ -284,6 +284,6 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     # by its name, so that the commands are the same classes for all modules
-    from unicl_fast.tools.evaluate import main as main_by_name
+    from .evaluate import main as main_by_name
 
     main_by_name()

@@ -1,6 +1,6 @@
 """`unicl-ledger`: proves from a run's ledger that no step is missing and every sample had its turn.
 
-Reading and proving are `unicl_fast.ledger_proof`'s; here the outcome is put into words and JSON.
+Reading and proving are `unicl_fast.ledger.proof`'s; here the outcome is put into words and JSON.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import tyro
 
-from unicl_fast.ledger_format import LEDGER_FOLDER
-from unicl_fast.tools.launch import stop
+from unicl_fast.distributed.launch import stop
+from unicl_fast.ledger.format import LEDGER_FOLDER
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
-    from unicl_fast.ledger_proof import LedgerProof
+    from unicl_fast.ledger.proof import LedgerProof
 
 _MOST_LINES = 10
 
@@ -52,11 +52,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 1 where nothing is proven, 2 on wrong input."""
     argv = sys.argv[1:] if argv is None else list(argv)
     arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
-    from unicl_fast.ledger_proof import prove
+    from unicl_fast.ledger.proof import prove
 
     replanned = None
     if arguments.replan:
-        from unicl_fast.tools.ledger_replan import Replan
+        from .ledger_replan import Replan
 
         replanned = Replan()
     try:

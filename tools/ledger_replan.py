@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.ledger_format import SegmentHeader
-from unicl_fast.pipelines.order import assign_sources
-from unicl_fast.pipelines.plan import samples_of_visits
+from unicl_fast.ledger.format import SegmentHeader
+from unicl_fast.pipelines.plan.order import assign_sources
+from unicl_fast.pipelines.plan.plan import samples_of_visits
 
 
 class Replan:

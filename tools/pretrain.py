@@ -14,11 +14,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.ending_at_once import ending_at_once
-from unicl_fast.exit_codes import EXIT_ABORTED, EXIT_FAULT, EXIT_INTERRUPTED, EXIT_WRONG_INPUT
-from unicl_fast.interruption import Interrupted
+from unicl_fast.distributed.ending_at_once import ending_at_once
+from unicl_fast.distributed.exit_codes import (
+    EXIT_ABORTED,
+    EXIT_FAULT,
+    EXIT_INTERRUPTED,
+    EXIT_WRONG_INPUT,
+)
+from unicl_fast.distributed.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
+from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.tools.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
 
 _DEFAULT_PRESET = "swin-tiny"
 
@@ -66,9 +71,10 @@ def _main(argv: Sequence[str]) -> None:
         error = ValueError(f"--max-restarts must not be negative, not {arguments.max_restarts}")
         stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
-    from unicl_fast.dist import adopt_slurm_ranks
-    from unicl_fast.pipelines.host_memory import keep_freed_memory
-    from unicl_fast.tools.training_run import check_request, pretrain
+    from unicl_fast.distributed.ranks import adopt_slurm_ranks
+    from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+
+    from .pretrain_run import check_request, pretrain
 
     run_folder, nproc, resume = arguments.out, arguments.nproc, arguments.resume
     adopt_slurm_ranks()

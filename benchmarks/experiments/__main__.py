@@ -6,7 +6,7 @@ import sys
 
 import tyro
 
-from unicl_fast.benchmarks.experiments import (
+from . import (
     full_size,
     labels_and_captions,
     objectives,

@@ -16,9 +16,9 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
-from unicl_fast.benchmarks.experiments.report import ExperimentSettings, Table, write_report
-from unicl_fast.benchmarks.experiments.runs import Row, Run, run_all, run_program
+from .intervals import difference_of, mean_of
+from .report import ExperimentSettings, Table, write_report
+from .runs import Row, Run, run_all, run_program
 
 _HELD_BACK = 5  # every fifth class
 _FLICKR_TRAIN = 600
@@ -153,4 +153,4 @@ def _build(source: Path, out: Path, *options: str) -> None:
     if (out / "manifest.json").is_file():
         return
     command = ("build", str(source), "--out", str(out), *options)
-    run_program("pack_dataset", command, out.with_suffix(".log"), threads=1)
+    run_program("pack", command, out.with_suffix(".log"), threads=1)

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from unicl_fast.benchmarks.experiments.intervals import Mean, difference_of, mean_of
-from unicl_fast.benchmarks.experiments.report import ExperimentSettings, Table, write_report
-from unicl_fast.benchmarks.experiments.runs import Row, Run, run_all
+from .intervals import Mean, difference_of, mean_of
+from .report import ExperimentSettings, Table, write_report
+from .runs import Row, Run, run_all
 
 Encoder = Literal["resnet9", "swin6"]
 ARMS = ("ce", "supcon", "unicl")

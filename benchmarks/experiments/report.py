@@ -11,10 +11,11 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from unicl_fast.benchmarks.experiments.intervals import Difference, Mean
-from unicl_fast.benchmarks.experiments.runs import Row
-from unicl_fast.benchmarks.harness import describe_machine
 from unicl_fast.config import PrecisionName
+
+from ..harness import describe_machine
+from .intervals import Difference, Mean
+from .runs import Row
 
 INK, FAINT, ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 _KEPT = ("images_per_second", "samples_seen", "step", "loss")

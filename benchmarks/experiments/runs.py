@@ -21,9 +21,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-from unicl_fast.benchmarks.harness import print_figures, summarise
-from unicl_fast.metrics import read_metrics
-from unicl_fast.processor_cores import usable_cores
+from unicl_fast.system.machine import usable_cores
+from unicl_fast.training.metrics import read_metrics
+
+from ..harness import print_figures, summarise
 
 Row = dict[str, Any]
 

@@ -14,9 +14,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
-from unicl_fast.benchmarks.experiments.report import ExperimentSettings, Table, write_report
-from unicl_fast.benchmarks.experiments.runs import Run, compare_rates, median_rate, run_all
+from .intervals import difference_of, mean_of
+from .report import ExperimentSettings, Table, write_report
+from .runs import Run, compare_rates, median_rate, run_all
 
 _SAMPLES = 100_000
 _PLAIN = (

@@ -13,10 +13,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
-from unicl_fast.benchmarks.experiments.objectives import Encoder, accuracy_as_used, make_run
-from unicl_fast.benchmarks.experiments.report import ExperimentSettings, Table, write_report
-from unicl_fast.benchmarks.experiments.runs import Run, compare_rates, median_rate, run_all
+from .intervals import difference_of, mean_of
+from .objectives import Encoder, accuracy_as_used, make_run
+from .report import ExperimentSettings, Table, write_report
+from .runs import Run, compare_rates, median_rate, run_all
 
 _ARMS = {"one a sample": (), "one a class": ("--data.templates", "per_class")}
 

@@ -1,6 +1,6 @@
 """`unicl-bench input`: who makes something else is not timed, who waits does not run.
 
-Mostly with contenders of tests/oracles/fake_contenders.py, whose processes start quickly.
+Mostly with contenders of tests/helpers/fake_contenders.py, whose processes start quickly.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import pytest
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.benchmarks import input_pipeline
-from unicl_fast.benchmarks.input_compare import comparison_task, gap_to
-from unicl_fast.benchmarks.input_contenders import (
+from unicl_fast.benchmarks.input import pipeline as input_pipeline
+from unicl_fast.benchmarks.input.compare import comparison_task, gap_to
+from unicl_fast.benchmarks.input.contenders import (
     OURS,
     PARTS,
     PEERS,
@@ -31,13 +31,13 @@ from unicl_fast.benchmarks.input_contenders import (
     Task,
     choose,
 )
-from unicl_fast.benchmarks.input_pipeline import Settings, run
-from unicl_fast.benchmarks.input_report import plot, table
-from unicl_fast.benchmarks.input_worker import Worker, session_bytes
-from unicl_fast.shards import PackedDataset
-from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.benchmarks.input.pipeline import Settings, run
+from unicl_fast.benchmarks.input.report import plot, table
+from unicl_fast.benchmarks.input.worker import Worker, session_bytes
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.text.tokenizer import Tokenizer
 
-ORACLES = Path(__file__).resolve().parents[1] / "oracles"
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 
 
 LONG = ("torchvision-v2", "webdataset", "timm")
@@ -51,7 +51,7 @@ def fake(function: str, kind: Kind = "peer", **more: Any) -> Contender:
 
 @pytest.fixture(autouse=True)
 def _workers_find_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("PYTHONPATH", str(ORACLES))
+    monkeypatch.setenv("PYTHONPATH", str(HELPERS))
 
 
 @pytest.fixture(scope="module")

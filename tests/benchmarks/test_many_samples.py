@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from unicl_fast.benchmarks import many_samples
+from unicl_fast.benchmarks.packing import many_samples
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from object_stores import upload
 
 from unicl_fast.benchmarks import harness
 from unicl_fast.benchmarks.run import STAGES, main
-from unicl_fast.tools.pack_dataset import main as pack
+from unicl_fast.tools.pack.__main__ import main as pack
 
 SMALL = {
     "targets": ["--sizes", "64"],

@@ -18,9 +18,10 @@ import pytest
 from PIL import Image
 
 from unicl_fast.config import config_to_dict
-from unicl_fast.metrics import read_metrics
 from unicl_fast.presets import PRESETS, build_preset
-from unicl_fast.tools import pack_dataset, pretrain
+from unicl_fast.tools import pretrain
+from unicl_fast.tools.pack import __main__ as pack_dataset
+from unicl_fast.training.metrics import read_metrics
 
 FOLDER = Path(__file__).parent
 STEPS = 20

@@ -12,9 +12,9 @@ import pytest
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.prompts import ClassPrompts
-from unicl_fast.shards import PackedDataset
-from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")

@@ -26,12 +26,19 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional
 
 from unicl_fast.augmentation import parse_augmentation
-from unicl_fast.pipelines.augment import augment
-from unicl_fast.pipelines.augment_kernels import augment_square, twist_matrix
-from unicl_fast.pipelines.augment_parts import GraphParts, parts_for
-from unicl_fast.pipelines.augment_plan import Column, draw_rows, neutral_rows
-from unicl_fast.pipelines.fused_operators import augment_operator
-from unicl_fast.pipelines.policies import AUTO, RAND, TRIVIAL, Operator, table_of, write_operation
+from unicl_fast.pipelines.graph.augment import augment
+from unicl_fast.pipelines.graph.augment_parts import GraphParts, parts_for
+from unicl_fast.pipelines.graph.fused_operators import augment_operator
+from unicl_fast.pipelines.kernels.augment import augment_square, twist_matrix
+from unicl_fast.pipelines.plan.augment import Column, draw_rows, neutral_rows
+from unicl_fast.pipelines.plan.policies import (
+    AUTO,
+    RAND,
+    TRIVIAL,
+    Operator,
+    table_of,
+    write_operation,
+)
 
 pytestmark = pytest.mark.dali
 

@@ -12,14 +12,14 @@ from timm.data import auto_augment as timm_augment
 from torchvision.transforms import v2
 
 from unicl_fast.augmentation import Augmentation, parse_augmentation
-from unicl_fast.pipelines.augment_plan import (
+from unicl_fast.pipelines.plan.augment import (
     STAGE_WIDTH,
     Column,
     draw_rows,
     neutral_rows,
     row_width,
 )
-from unicl_fast.pipelines.policies import (
+from unicl_fast.pipelines.plan.policies import (
     AUTO,
     RAND,
     TRIVIAL,

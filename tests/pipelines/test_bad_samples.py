@@ -15,16 +15,15 @@ import pytest
 import torch
 from damage import copy_of, flip_byte, shard_of, store, undecodable
 
-from unicl_fast.bad_visits import TooManyBadSamplesError
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
-from unicl_fast.pipelines import culprits
-from unicl_fast.pipelines.bad_samples import MAX_ATTEMPTS
+from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.feed import DecodingError
+from unicl_fast.pipelines.feed.bad_samples import MAX_ATTEMPTS
+from unicl_fast.pipelines.feed.feed import DecodingError, culprits
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.prompts import ClassPrompts
-from unicl_fast.shards import DamagedDatasetError, DamagedSampleError, PackedDataset
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.training.replaced_samples import TooManyBadSamplesError
 
 pytestmark = pytest.mark.dali
 
@@ -166,7 +165,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
     batches = take(make_loader(spoilt(), prompts))
     loader = make_loader(sound, prompts)
     plan_of = loader.plan.long_batch
-    monkeypatch.setattr("unicl_fast.pipelines.host_batches._PLANNED_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._PLANNED_AT_ONCE", 1)
 
     def with_substitutes(step: int, count: int, *, rank: int, world_size: int) -> Any:
         planned = plan_of(step, count, rank=rank, world_size=world_size)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torchvision.transforms import RandomResizedCrop
 
-from unicl_fast.pipelines.crop import random_windows
+from unicl_fast.pipelines.plan.crop import random_windows
 
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)

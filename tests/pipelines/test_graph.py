@@ -36,16 +36,16 @@ from torchvision import transforms
 from torchvision.transforms.v2 import functional
 
 from unicl_fast.config import DataConfig, Interpolation, Resample
-from unicl_fast.pipelines.crop import central_windows, random_windows
-from unicl_fast.pipelines.feed import HostBatch, run_graphs
-from unicl_fast.pipelines.fused_operators import resample_operator
-from unicl_fast.pipelines.graph import (
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.pipelines.feed.feed import HostBatch, run_graphs
+from unicl_fast.pipelines.graph.fused_operators import resample_operator
+from unicl_fast.pipelines.graph.graph import (
     build_evaluation_graph,
     build_train_graph,
     shares_of_threads,
 )
-from unicl_fast.pipelines.resample import resample_region
-from unicl_fast.shards import PackedDataset
+from unicl_fast.pipelines.kernels.resample import resample_region
+from unicl_fast.pipelines.plan.crop import central_windows, random_windows
 
 pytestmark = pytest.mark.dali
 
@@ -328,7 +328,7 @@ def test_a_dali_that_calls_functions_in_another_way_is_refused(
 def test_without_dali_the_message_says_what_to_install() -> None:
     script = (
         "import sys; sys.modules['nvidia.dali'] = None\n"
-        "import unicl_fast.pipelines.plan\n"  # needs no DALI
+        "import unicl_fast.pipelines.plan.plan\n"  # needs no DALI
         "import unicl_fast.pipelines.loader"
     )
     result = subprocess.run(

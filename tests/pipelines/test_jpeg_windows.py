@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unicl_fast.config import DataConfig
-from unicl_fast.picture_encoding import encode_jpeg, restart_interval
-from unicl_fast.pipelines.crop import random_windows
-from unicl_fast.pipelines.feed import HostBatch, run_graphs
-from unicl_fast.pipelines.graph import build_train_graph
-from unicl_fast.pipelines.jpeg_windows import cut_to_windows
+from unicl_fast.images.encode import encode_jpeg, restart_interval
+from unicl_fast.pipelines.feed.feed import HostBatch, run_graphs
+from unicl_fast.pipelines.graph.graph import build_train_graph
+from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
+from unicl_fast.pipelines.plan.crop import random_windows
 
 SUBSAMPLINGS = ("420", "422", "444", "grey")
 
@@ -266,7 +266,7 @@ def test_the_last_marker_must_be_the_one_that_is_due() -> None:
 
 FUZZ = """
 import numpy as np, sys
-from unicl_fast.pipelines.jpeg_windows import cut_to_windows
+from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 
 whole = np.load(sys.argv[1])
 generator = np.random.default_rng(0)

@@ -12,14 +12,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.keyed_random import fold_key, random_bits
-from unicl_fast.pipelines.order import (
+from unicl_fast.pipelines.plan.order import (
     assign_sources,
     integer_shares,
     permute,
     permute_in_windows,
     visits_before,
 )
+from unicl_fast.system.keyed_random import fold_key, random_bits
 
 
 def feistel(index: int, *, size: int, key: int) -> int:

@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
-from unicl_fast.pipelines.augment_plan import Column
-from unicl_fast.pipelines.plan import PlannedBatch, PlanSource, TrainPlan, split_steps
-from unicl_fast.shards import SAMPLE_DTYPE
+from unicl_fast.dataset.reader import SAMPLE_DTYPE
+from unicl_fast.pipelines.plan.augment import Column
+from unicl_fast.pipelines.plan.plan import PlannedBatch, PlanSource, TrainPlan, split_steps
 
 NUM_CLASSES = 10
 EVERYTHING = "supcon,policy=rand,policy_probability=1,jitter_probability=1,erase=0.5"

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional
 
-from unicl_fast.pipelines.crop import random_windows
-from unicl_fast.pipelines.resample import resample_region, resample_windows
+from unicl_fast.pipelines.kernels.resample import resample_region, resample_windows
+from unicl_fast.pipelines.plan.crop import random_windows
 
 sides = st.integers(1, 70)
 TORCHVISION_MODES = {False: InterpolationMode.BILINEAR, True: InterpolationMode.BICUBIC}
@@ -146,7 +146,7 @@ def test_large_pictures_are_torchvision_s_to_one_level(cubic: bool, size: int) -
 _SUM_OF_SQUARES = """
 import zlib
 import numpy as np
-from unicl_fast.pipelines.resample import resample_region
+from unicl_fast.pipelines.kernels.resample import resample_region
 total = 0
 for height, width, size in ((1, 1, 9), (30, 7, 12), (90, 120, 56), (200, 190, 56), (500, 333, 40)):
     picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)

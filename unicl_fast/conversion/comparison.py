@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
 """Largest difference of a coordinate of unit vectors that is let pass; fp32 leaves about 1e-6."""

@@ -1,6 +1,6 @@
 """A folder in the layout of the Hugging Face hub: weights, config, preprocessing, model card.
 
-`load_model` takes it (`unicl_fast.export_folder` reads it), and `hf upload NAME FOLDER` publishes
+`load_model` takes it (`unicl_fast.checkpoints.export` reads it), and `hf upload NAME FOLDER` publishes
 it as it is: it names no path of the machine that it was trained on.
 """
 
@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast import __version__
-from unicl_fast.checksums import file_checksum
+from unicl_fast.checkpoints.export import CONFIG_FILE, FORMAT_VERSION, LIBRARY, WEIGHTS_FILE
+from unicl_fast.checkpoints.preprocessing import Preprocessing
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.conversion.model_card import model_card
 from unicl_fast.conversion.new_files import new_folder, write_json, write_tensors
-from unicl_fast.export_folder import CONFIG_FILE, FORMAT_VERSION, LIBRARY, WEIGHTS_FILE
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.preprocessing import Preprocessing
+from unicl_fast.system.checksums import file_checksum
 
 PREPROCESSOR_FILE = "preprocessor_config.json"
 CARD_FILE = "README.md"

@@ -9,9 +9,9 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from unicl_fast.export_folder import LIBRARY
+from unicl_fast.checkpoints.export import LIBRARY
+from unicl_fast.checkpoints.preprocessing import Preprocessing
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.preprocessing import Preprocessing
 
 _TAGS = ("unicl", "clip", "image-text-label", "contrastive-learning")
 

@@ -15,11 +15,11 @@ import timm
 import torch
 from torch import Tensor
 
+from unicl_fast.checkpoints.preprocessing import Preprocessing
 from unicl_fast.conversion.comparison import require_equal, samples_of
 from unicl_fast.conversion.new_files import new_folder, write_json, write_tensors
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.preprocessing import Preprocessing
 
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "open_clip_model.safetensors"

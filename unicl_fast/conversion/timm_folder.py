@@ -14,11 +14,11 @@ from typing import Any
 import timm
 import torch
 
+from unicl_fast.checkpoints.preprocessing import Preprocessing
 from unicl_fast.conversion.comparison import pictures_for, require_equal
 from unicl_fast.conversion.new_files import new_folder, write_json, write_tensors
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.preprocessing import Preprocessing
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -18,9 +18,9 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationLoader
-from unicl_fast.dist import Ranks, gather_integers
-from unicl_fast.evaluation.progress import EvaluationStopped, may_go_on
-from unicl_fast.stages import WaitingForRanks
+from unicl_fast.distributed.ranks import Ranks, gather_integers
+from unicl_fast.system.progress import EvaluationStopped, may_go_on
+from unicl_fast.system.stages import WaitingForRanks
 
 Metric = Literal["top1", "mean_per_class"]
 

@@ -27,9 +27,9 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tqdm import tqdm
 
-from unicl_fast.dist import Ranks
-from unicl_fast.evaluation.progress import may_go_on
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.progress import may_go_on
 
 OptimizerName = Literal["adamw", "sgd"]
 Target = Mapping[str, Tensor]

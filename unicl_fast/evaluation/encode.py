@@ -12,9 +12,9 @@ from jaxtyping import Float
 from torch import Tensor
 from tqdm import tqdm
 
-from unicl_fast.evaluation.progress import may_go_on
+from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.precision import Precision, normalise_images
+from unicl_fast.system.progress import may_go_on
 
 Layer = Literal["encoder", "projection"]
 """Which features of a picture: what the image encoder gives, or its unit-norm projection into the

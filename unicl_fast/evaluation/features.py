@@ -20,11 +20,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationLoader
-from unicl_fast.dist import Ranks, gather_integers
+from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.evaluation.encode import Layer, encode_pictures
-from unicl_fast.evaluation.progress import EvaluationStopped, may_go_on
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.stages import WaitingForRanks
+from unicl_fast.system.progress import EvaluationStopped, may_go_on
+from unicl_fast.system.stages import WaitingForRanks
 
 logger = logging.getLogger(__name__)
 

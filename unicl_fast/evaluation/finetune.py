@@ -2,7 +2,7 @@
 
 timm's recipe: AdamW with a learning rate that decays with depth, warm-up and cosine, label
 smoothing, mixup and CutMix, an average of the weights. What is evaluated is the last average, never
-the best of several on the test pictures. The trainer of `unicl_fast.trainer` compares pictures with
+the best of several on the test pictures. The trainer of `unicl_fast.training.trainer` compares pictures with
 texts; this loop is small and its own.
 """
 
@@ -31,13 +31,13 @@ from tqdm import tqdm
 
 from unicl_fast.batch import Loader
 from unicl_fast.config import TrainConfig, config_from_dict, config_to_dict
-from unicl_fast.dist import Ranks
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.encode import prepare_pictures
 from unicl_fast.evaluation.linear_probe import LinearClassifier
 from unicl_fast.models.activation_checkpointing import undo_in_copy
 from unicl_fast.models.image_encoder import feature_width
+from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.precision import Precision
 
 logger = logging.getLogger(__name__)
 

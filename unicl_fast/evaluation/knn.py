@@ -20,7 +20,7 @@ from unicl_fast.evaluation.classification import (
     rank_classes,
 )
 from unicl_fast.evaluation.linear_probe import LabelledFeatures
-from unicl_fast.evaluation.progress import may_go_on
+from unicl_fast.system.progress import may_go_on
 
 TEMPERATURE = 0.07
 _QUERIES, _KEYS = 512, 65_536

@@ -28,7 +28,7 @@ from unicl_fast.evaluation.classification import (
     Metric,
     rank_classes,
 )
-from unicl_fast.evaluation.progress import may_go_on
+from unicl_fast.system.progress import may_go_on
 
 MAX_ITERATIONS = 1000
 """Of L-BFGS, as CLIP's."""

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unicl_fast.batch import EvaluationLoader
-from unicl_fast.dist import Ranks
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.classification import ClassificationResult, classify
 from unicl_fast.evaluation.encode import (
     encode_pictures,
@@ -22,8 +22,8 @@ from unicl_fast.evaluation.encode import (
     require_text_encoder,
 )
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.prompts import fill_template
-from unicl_fast.tokenizer import Tokenizer
+from unicl_fast.text.prompts import fill_template
+from unicl_fast.text.tokenizer import Tokenizer
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from unicl_fast.keyed_random import fold_key, fold_key_tensor, uniform_tensor
+from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, uniform_tensor
 
 _PURPOSE = 0xD409
 

@@ -1,0 +1,259 @@
+"""Our own loader for `unicl-bench input`, its stages, and what limits them.
+
+Whole loaders yield normalised float32 [b c h w]; stages and limits yield numbers of pictures. A
+stage gets what comes before it from memory. Those that run beside each other in the loader use
+`threads` threads, those that its feeding thread does one after another use one.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from nvidia.dali import fn, types
+from nvidia.dali.pipeline import Pipeline
+from torch import Tensor
+
+from unicl_fast.augmentation import AUGMENTATIONS
+from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.models.precision import normalise_images
+from unicl_fast.objectives.targets import map_steps
+from unicl_fast.pipelines.feed.bad_samples import BadSamples
+from unicl_fast.pipelines.feed.host_batches import steps_at_once
+from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+from unicl_fast.pipelines.feed.text_block import pack_integers
+from unicl_fast.pipelines.feed.texts import gather_texts
+from unicl_fast.pipelines.graph.graph import batches_ahead, decode_windows
+from unicl_fast.pipelines.kernels.augment import augment_square
+from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
+from unicl_fast.pipelines.kernels.resample import resample_region
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
+from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.tokenizer import Tokenizer
+
+from .contenders import Task
+from .worker import ContenderError
+
+_HELD = 1024
+"""Pictures that are held in memory for a stage."""
+
+
+class _Own:
+    """The training loader, and the parts it is made of."""
+
+    def __init__(self, task: Task) -> None:
+        keep_freed_memory()  # as our programs do
+        self.task = task
+        self.config = TrainConfig(
+            data=DataConfig(
+                image_size=task.image_size,
+                evaluation_resize=task.image_size,
+                crop_scale=task.scale,
+                crop_ratio=task.ratio,
+                flip_probability=task.flip,
+                threads=task.threads,
+                resample=task.resample,
+            ),
+            run=RunConfig(global_batch_size=task.batch_size),
+        )
+        self.dataset = PackedDataset(task.data)
+        manifest = self.dataset.manifest
+        self.prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+        self.loader = TrainLoader(self.config, [self.dataset], None, self.prompts)
+        self.bad = BadSamples([self.dataset], None)
+
+    def planned(self, step: int) -> PlannedBatch:
+        return self.loader.plan.batch(step, rank=0, world_size=1)
+
+    def some_planned(self) -> list[PlannedBatch]:
+        """So many batches as make `_HELD` pictures, at least one."""
+        return [self.planned(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
+
+    def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
+        return self.bad.read_batch(self.loader.plan, planned)
+
+    def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
+        """`some_planned` with their encoded pictures."""
+        return [self.read(planned) for planned in self.some_planned()]
+
+
+def ours(task: Task) -> Iterator[Tensor]:
+    """The whole of it, normalised as the training step does it."""
+    for batch in _Own(task).loader.batches(0):
+        yield normalise_images(batch.images, mean=CLIP_MEAN, std=CLIP_STD)
+        del batch  # held here, its buffer could not be used for the next one
+
+
+def loader(task: Task) -> Iterator[int]:
+    """Batches as the training step takes them: uint8."""
+    for batch in _Own(task).loader.batches(0):
+        yield len(batch.images)
+        del batch
+
+
+def plan(task: Task) -> Iterator[int]:
+    own = _Own(task)
+    count = steps_at_once(task.batch_size)
+    for first in itertools.count(0, count):
+        long = own.loader.plan.long_batch(first, count, rank=0, world_size=1)
+        for batch in split_steps(long, count, global_batch_size=task.batch_size):
+            yield len(batch.slots)
+
+
+def texts(task: Task) -> Iterator[int]:
+    own = _Own(task)
+    length = own.config.model.context_length
+    count = steps_at_once(task.batch_size)
+    long = own.loader.plan.long_batch(0, count, rank=0, world_size=1)
+    slots = np.arange(task.batch_size)
+    while True:
+        rows, classes = gather_texts(long, [own.dataset], own.prompts, context_length=length)
+        targets = map_steps(rows, classes, own.prompts, size=task.batch_size)
+        yield len(pack_integers(targets, slots, context_length=length))
+
+
+def read(task: Task) -> Iterator[int]:
+    own = _Own(task)
+    for planned in itertools.cycle(own.some_planned()):
+        yield len(own.read(planned)[1])
+
+
+def decode_alone(task: Task) -> Iterator[int]:
+    """The decoder of graph.py with nothing behind it, and whole files before it."""
+    own = _Own(task)
+    held = ((encoded, fed.window_starts, fed.window_shapes) for fed, encoded in own.held())
+    yield from _decode(own, list(held))
+
+
+def decode_cut_alone(task: Task) -> Iterator[int]:
+    """The same of files that are cut to their windows, as the loader does it."""
+    own = _Own(task)
+    held = (
+        (*cut_to_windows(encoded, fed.window_starts, fed.window_shapes), fed.window_shapes)
+        for fed, encoded in own.held()
+    )
+    yield from _decode(own, list(held))
+
+
+def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
+    task = own.task
+    batches = itertools.cycle(held)
+    pipeline = Pipeline(
+        batch_size=task.batch_size,
+        num_threads=task.threads,
+        device_id=None,
+        prefetch_queue_depth=batches_ahead(own.config.data, task.batch_size),
+    )
+    with pipeline:
+        encoded, starts, shapes = fn.external_source(
+            lambda: next(batches),
+            num_outputs=3,
+            batch=True,
+            dtype=[types.UINT8, types.INT32, types.INT32],
+            ndim=[1, 1, 1],
+        )
+        pipeline.set_outputs(
+            decode_windows(
+                encoded,
+                starts,
+                shapes,
+                data=own.config.data,
+                device=torch.device("cpu"),
+                pictures="files",
+            )
+        )
+    while True:
+        (pictures,) = pipeline.run()
+        yield len(pictures)
+        del pictures
+
+
+def turbojpeg_alone(task: Task) -> Iterator[int]:
+    from .native_peers import decode_whole
+
+    pictures = [(picture,) for _, encoded in _Own(task).held() for picture in encoded]
+    if any(bytes(picture[:2]) != b"\xff\xd8" for (picture,) in pictures):
+        raise ContenderError("the pictures are not JPEGs")
+    yield from _in_threads(task, decode_whole, pictures)
+
+
+def resample(task: Task) -> Iterator[int]:
+    """Our kernel on crops that are decoded, in threads as DALI runs it."""
+    from .native_peers import decode_whole
+
+    crops = []
+    for fed, encoded in _Own(task).held():
+        corners = zip(
+            fed.window_starts.tolist(), fed.window_shapes.tolist(), fed.flips, strict=True
+        )
+        for picture, ((top, left), (height, width), flip) in zip(encoded, corners, strict=True):
+            whole = decode_whole(picture)
+            crop = whole[top : top + height, left : left + width].copy()
+            crops.append((crop, bool(flip)))
+    size = task.image_size
+
+    def work(crop: NDArray[np.uint8], flip: bool) -> None:
+        square = np.empty((size, size, 3), np.uint8)
+        height, width = map(float, crop.shape[:2])
+        resample_region(square, crop, 0.0, height, 0.0, width, flip, False)
+
+    yield from _in_threads(task, work, crops)
+
+
+def augment(task: Task) -> Iterator[int]:
+    """What the preset `unicl` asks for, done to squares in threads as DALI runs it."""
+    chosen = AUGMENTATIONS["unicl"]
+    size, stages = task.image_size, num_stages([chosen])
+    rows = draw_rows(chosen, np.arange(_HELD), key=0, image_size=size, stages=stages)
+    # smooth, as pictures are: what a histogram or a blur costs depends on it little
+    ramp = np.linspace(0, 255, size, dtype=np.uint8)
+    across, down = np.meshgrid(ramp, ramp)
+    square = np.stack([down, across, across + down], axis=2)
+    fill = (255 * np.array(CLIP_MEAN)).astype(np.uint8)
+
+    def work(row: NDArray[np.float32]) -> None:
+        augment_square(square.copy(), row, fill)
+
+    yield from _in_threads(task, work, [(row,) for row in rows])
+
+
+def normalise(task: Task) -> Iterator[int]:
+    keep_freed_memory()
+    shape = (task.batch_size, task.image_size, task.image_size, 3)
+    batches = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(4)]
+    for images in itertools.cycle(batches):
+        yield len(normalise_images(images, mean=CLIP_MEAN, std=CLIP_STD))
+
+
+def write(task: Task) -> Iterator[int]:
+    """What putting down the result costs, if it were there."""
+    batch = torch.empty(task.batch_size, 3, task.image_size, task.image_size)
+    for value in itertools.count():
+        yield len(batch.fill_(value % 7))
+
+
+def _in_threads(task: Task, work: Any, arguments: list[Any]) -> Iterator[int]:
+    """Runs `work` over all arguments again and again; pieces of a batch, for a thread each."""
+    size = max(1, task.batch_size // task.threads)
+    pieces = [arguments[i : i + size] for i in range(0, len(arguments), size)]
+
+    def run(piece: list[Any]) -> int:
+        for each in piece:
+            work(*each)
+        return len(piece)
+
+    with ThreadPoolExecutor(task.threads) as pool:
+        running = [pool.submit(run, pieces[i % len(pieces)]) for i in range(2 * task.threads)]
+        for number in itertools.count(len(running)):
+            done = running.pop(0).result()
+            running.append(pool.submit(run, pieces[number % len(pieces)]))
+            yield done

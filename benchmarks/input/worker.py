@@ -1,0 +1,317 @@
+"""A contender of `unicl-bench input` in a process of its own, and the handle to it.
+
+Workers of one contender must not run while another has its turn: the whole session of a process is
+stopped by a signal between its turns, whatever threads and children it has. Its memory and its
+processor time are those of all processes of the session.
+
+This module imports no torch: what the handle's process has mapped too would be shared, and shared
+memory counts in part only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from multiprocessing.connection import Connection
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from unicl_fast.config import CLIP_MEAN, CLIP_STD
+from unicl_fast.pipelines.feed.host_memory import keep_freed_memory, return_freed_memory
+
+from .contenders import Contender, Task, load
+
+_WARM_UP = 8
+"""Batches taken before the clock starts: what was ready before the turn does not count."""
+_WARM_UP_SECONDS = 0.5
+_PATIENCE = 300.0
+"""Seconds for any answer; FFCV and Numba compile at the first batch."""
+_TIME_TO_END = 10.0
+"""Seconds a contender has to end its own workers before all of them are killed."""
+_SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+
+
+class ContenderError(RuntimeError):
+    """A contender could not do its work; the message says why."""
+
+
+class MissingPackageError(ContenderError):
+    """What the contender needs is not installed."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Rate:
+    """Pictures per second of one turn."""
+
+    wall: float
+    processor: float
+    """Per second of processor time of all the contender's processes."""
+
+
+class Worker:
+    """A contender's process; use it as a context manager.
+
+    It is stopped (in the sense of SIGSTOP) except while it is asked for something.
+    """
+
+    def __init__(self, contender: Contender, task: Task, *, prepare: bool = False) -> None:
+        """Starts the process; `prepare` only writes what the contender reads."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, str(theirs.fileno())],
+                pass_fds=[theirs.fileno()],
+                start_new_session=True,
+                # the cores are busy decoding; more threads of torch's would wait for each other
+                env={**os.environ, "OMP_NUM_THREADS": "1"},
+            )
+        self._connection = Connection(ours.detach())
+        self._connection.send((contender, task, prepare))
+
+    def __enter__(self) -> Worker:
+        try:
+            self._answer()  # imports, data sets opened
+        except BaseException:
+            self._end()
+            raise
+        self._signal(signal.SIGSTOP)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def pictures(self, count: int) -> np.ndarray:
+        """Its first `count` pictures, or a few more: float32 [n h w 3] in levels of 0 to 255."""
+        return np.asarray(self._ask("pictures", count))
+
+    def moments(self, batches: int) -> np.ndarray:
+        """Mean and deviation of each picture of so many batches [n 2], in levels."""
+        return np.asarray(self._ask("moments", batches))
+
+    def turn(self, seconds: float) -> Rate:
+        """Warms up, then runs for `seconds`."""
+        return Rate(*self._ask("turn", seconds))
+
+    def memory(self, seconds: float) -> list[int]:
+        """Bytes of all its processes, a few times while it runs for `seconds`.
+
+        As of `session_bytes`.
+        """
+        self._signal(signal.SIGCONT)
+        self._connection.send(("turn", seconds))
+        self._answer()  # warm
+        samples = []
+        while not self._connection.poll(seconds / 6):
+            samples.append(session_bytes(self._process.pid))
+        self._answer()
+        self._signal(signal.SIGSTOP)
+        return samples
+
+    def _ask(self, *question: Any) -> Any:
+        self._signal(signal.SIGCONT)
+        self._connection.send(question)
+        answer = self._answer()
+        if question[0] == "turn":
+            answer = self._answer()  # the first one said that it is warm
+        self._signal(signal.SIGSTOP)
+        return answer
+
+    def _answer(self) -> Any:
+        if not self._connection.poll(_PATIENCE):
+            raise ContenderError(f"no answer within {_PATIENCE:.0f} s")
+        try:
+            kind, answer = self._connection.recv()
+        except (EOFError, ConnectionResetError):
+            code = self._process.wait()
+            raise ContenderError(f"its process ended with code {code}") from None
+        if kind == "missing":
+            raise MissingPackageError(answer)
+        if kind == "failed":
+            raise ContenderError(answer)
+        return answer
+
+    def _signal(self, number: signal.Signals) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, number)
+
+    def _end(self) -> None:
+        self._connection.close()
+        # Most end by themselves: loaders killed in mid-batch leave files in /dev/shm.
+        self._signal(signal.SIGCONT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_TIME_TO_END)
+        self._signal(signal.SIGKILL)
+        self._process.wait()
+
+
+# The parent's end of the socket is all there is to say: no command line, no file.
+_PROGRAM = (
+    "import sys; from unicl_fast.benchmarks.input.worker import serve; serve(int(sys.argv[1]))"
+)
+
+
+def serve(descriptor: int) -> None:
+    """Answers the handle at the other end of a socket, until that goes away."""
+    ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
+    with Connection(descriptor) as connection:
+        try:
+            contender, task, prepare = connection.recv()
+            if prepare:
+                load(contender.prepare)(task)
+                connection.send(("done", None))
+                return
+            _serve_batches(connection, contender, task)
+        except EOFError:
+            return
+        except ImportError as error:
+            connection.send(("missing", str(error)))
+        except ContenderError as error:
+            connection.send(("failed", str(error)))
+        except Exception as error:  # whatever a peer raises is its own
+            connection.send(("failed", f"{type(error).__name__}: {error}"))
+
+
+def _serve_batches(connection: Connection, contender: Contender, task: Task) -> None:
+    if task.keep_memory:
+        keep_freed_memory()  # workers inherit it
+    batches = load(contender.code)(task)
+    connection.send(("ready", None))
+    while True:
+        command, number = connection.recv()
+        if command == "pictures":
+            connection.send(("pictures", _take_pictures(batches, number, task)))
+        elif command == "moments":
+            moments = [_moments(_levels(next(batches), task)) for _ in range(number)]
+            connection.send(("moments", np.concatenate(moments)))
+        else:
+            return_freed_memory()  # a comparison's, which is no part of a loader
+            warm_up(batches, min(number, _WARM_UP_SECONDS))
+            connection.send(("warm", None))
+            connection.send(("turn", take_turn(batches, number)))
+
+
+def _take_pictures(batches: Iterator[Any], number: int, task: Task) -> np.ndarray:
+    """At least so many pictures, as `_levels` has them."""
+    taken: list[np.ndarray] = []
+    while sum(map(len, taken)) < number:
+        taken.append(_levels(next(batches), task))
+    return np.concatenate(taken)
+
+
+def warm_up(batches: Iterator[Any], seconds: float) -> None:
+    """Takes what was ready, and lets caches fill."""
+    start = time.perf_counter()
+    taken = 0
+    while taken < _WARM_UP or time.perf_counter() - start < seconds:
+        next(batches)
+        taken += 1
+
+
+def take_turn(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
+    """Pictures per second of wall time and of processor time."""
+    session = os.getsid(0)
+    pictures = 0
+    processor_start, start = session_seconds(session), time.perf_counter()
+    while time.perf_counter() - start < seconds:
+        batch = next(batches)
+        pictures += batch if isinstance(batch, int) else len(batch)
+        del batch  # its buffer can be used again
+    wall = time.perf_counter() - start
+    # clock ticks are hundredths of a second: a short turn may see none
+    processor = max(session_seconds(session) - processor_start, 0.01)
+    return pictures / wall, pictures / processor
+
+
+def _levels(batch: Any, task: Task) -> np.ndarray:
+    """A contender's batch [b c h w] as levels of 255, float32 [b h w c].
+
+    Raises:
+        ContenderError: it is not what all are to make.
+    """
+    expected = (task.batch_size, 3, task.image_size, task.image_size)
+    if tuple(batch.shape) != expected or "float32" not in str(batch.dtype):
+        raise ContenderError(f"made {batch.dtype} {tuple(batch.shape)}, not float32 {expected}")
+    pictures = np.array(batch, dtype=np.float32).transpose(0, 2, 3, 1)
+    return (pictures * np.float32(CLIP_STD) + np.float32(CLIP_MEAN)) * 255
+
+
+def _moments(levels: np.ndarray) -> np.ndarray:
+    values = levels.reshape(len(levels), -1)
+    return np.stack([values.mean(1), values.std(1)], axis=1)
+
+
+def _session_processes(session: int) -> list[tuple[Path, list[str]]]:
+    """Folder in /proc and fields of its stat file, from the state on, of each process."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            if int(fields[3]) == session:
+                found.append((path, fields))
+    return found
+
+
+def session_seconds(session: int) -> float:
+    """Processor time so far of all processes of a session, of ended children too."""
+    ticks = 0
+    for _, fields in _session_processes(session):
+        ticks += sum(int(fields[i]) for i in range(11, 15))  # utime, stime, cutime, cstime
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def session_bytes(session: int) -> int:
+    """What all processes of a session would hold if they were alone on the machine.
+
+    Pages of a file, such as a library's, count once and whole, whoever else has it mapped (this
+    benchmark has most of them); so does memory that is shared by a name, at what the process with
+    the most of it has. Other pages can only be shared within the session, between a process and its
+    forks, and count in parts.
+    """
+    named: dict[tuple[str, ...], int] = {}
+    unnamed = 0
+    for path, _ in _session_processes(session):
+        with contextlib.suppress(OSError):  # ended meanwhile
+            for name, sizes in _mappings((path / "smaps").read_text()):
+                if name is None:
+                    unnamed += sizes["Pss"]
+                    continue
+                # what a process has written to is its own, though the mapping has a file
+                own = sizes["Private_Dirty"] if "p" in name[0] else 0
+                unnamed += own
+                named[name] = max(named.get(name, 0), sizes["Rss"] - own)
+    return unnamed + sum(named.values())
+
+
+def _mappings(smaps: str) -> Iterator[tuple[tuple[str, ...] | None, dict[str, int]]]:
+    """Each mapping of a process: what names it, None if no file does, and its sizes in bytes."""
+    name: tuple[str, ...] | None = None
+    sizes: dict[str, int] = {}
+    for line in smaps.splitlines():
+        first, _, rest = line.partition(" ")
+        if first.endswith(":"):
+            if rest.endswith(" kB"):
+                sizes[first[:-1]] = 1024 * int(rest[:-3])
+            continue
+        if sizes:
+            yield name, sizes
+        permissions, offset, device, inode = rest.split()[:4]
+        name = None if inode == "0" else (permissions, offset, device, inode)
+        sizes = {}
+    if sizes:
+        yield name, sizes

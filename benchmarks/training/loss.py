@@ -1,0 +1,213 @@
+"""Time and memory of the loss, forward and backward, beside open_clip's ClipLoss.
+
+    unicl-bench loss [--sizes 1024 4096] [--json FILE]
+
+All classes are distinct, since that is all that ClipLoss knows; then both losses are the same
+number, which is proven before anything is timed. The floor is what four matrix products of the
+loss's size cost at the rate measured in the same round: one for the logits, one to recompute them,
+two for the gradients. Memory is taken in a fresh process for each contestant, above what it held
+with the inputs there; the gradients are in it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import multiprocessing
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from open_clip.loss import ClipLoss
+from torch import Tensor
+from torch.nn import functional as F
+
+from unicl_fast.objectives.loss import unified_contrastive_loss
+
+from ..harness import (
+    BenchmarkSettings,
+    Figures,
+    Turn,
+    peak_bytes,
+    print_figures,
+    ratios_of,
+    summarise,
+    take_turns,
+    write_result,
+)
+
+_FEW_TEXTS = 1000
+_SCALE = 1 / 0.07
+# Products of tiles as large as the loss's own, enough of them for a steady rate.
+_RATE_PRODUCTS = 64
+_RATE_SIZE, _RATE_DIM = 1024, 512
+
+BASELINE = "ClipLoss fp32"
+CONTESTANTS = {
+    BASELINE: ("clip", torch.float32),
+    "ClipLoss bf16": ("clip", torch.bfloat16),
+    "dense fp32": ("dense", torch.float32),
+    "tiled fp32": ("tiled", torch.float32),
+    "tiled bf16": ("tiled", torch.bfloat16),
+    "tiled fp32, 1,000 texts": ("few", torch.float32),
+    "tiled bf16, 1,000 texts": ("few", torch.bfloat16),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Settings(BenchmarkSettings):
+    """Time and memory of the loss, beside open_clip's and the dense form."""
+
+    sizes: tuple[int, ...] = (1024, 4096, 16384, 32768)
+    """Pictures, and texts."""
+    embed_dim: int = 512
+    """Dimension of the features."""
+    rounds_of_largest: int = 3
+    """The same above largest_stored."""
+    largest_stored: int = 16384
+    """Above it those that hold the logits are left out: at 32,768 they want 17 GB and more."""
+    threads: int = torch.get_num_threads()
+    """Of torch. With 1, processor time hardly depends on who else uses the machine."""
+    memory: bool = True
+    """Measure memory, too."""
+
+
+def run(settings: Settings) -> None:
+    """Compares, measures, prints, and writes the JSON if one is wanted."""
+    torch.set_num_threads(settings.threads)
+    compare(settings)
+    figures: Figures = {}
+    for n in settings.sizes:
+        measured = measure_time(n, settings)
+        if settings.memory:
+            measured |= measure_memory(n, settings)
+        print_figures(measured)
+        figures |= measured
+    write_result(settings, figures, "open_clip_torch")
+
+
+class Contestant:
+    """A loss with its inputs; calling it goes forward and backward."""
+
+    def __init__(self, name: str, n: int, embed_dim: int) -> None:
+        """Makes the inputs: pictures and texts that resemble each other in pairs, and the scale."""
+        self.kind, dtype = CONTESTANTS[name]
+        generator = torch.Generator().manual_seed(0)
+        images, noise = (torch.randn(n, embed_dim, generator=generator) for _ in range(2))
+        texts = F.normalize(images + noise, dim=1)
+        class_ids = torch.arange(n)
+        self._arguments: dict[str, Any] = {}
+        if self.kind == "few":
+            texts, class_ids = texts[:_FEW_TEXTS], class_ids % _FEW_TEXTS
+            self._arguments["text_class_ids"] = class_ids[:_FEW_TEXTS]
+            self._arguments["text_counts"] = class_ids.bincount()
+        self.images = F.normalize(images, dim=1).to(dtype).requires_grad_()
+        self.texts = texts.to(dtype).requires_grad_()
+        self.scale = torch.tensor(_SCALE, requires_grad=True)
+        self.class_ids = class_ids
+        self._clip_loss = ClipLoss()
+
+    def __call__(self) -> Tensor:
+        """The loss; gradients are left with the inputs."""
+        self.images.grad = self.texts.grad = self.scale.grad = None
+        if self.kind == "clip":
+            loss: Tensor = self._clip_loss(self.images, self.texts, self.scale)
+        else:
+            loss = unified_contrastive_loss(
+                self.images,
+                self.texts,
+                self.class_ids,
+                self.scale,
+                form="dense" if self.kind == "dense" else "tiled",
+                **self._arguments,
+            )
+        loss.backward()  # type: ignore[no-untyped-call, unused-ignore]
+        return loss.detach()
+
+
+def contestants_of(n: int, settings: Settings) -> list[str]:
+    """Who can be measured at this size."""
+    return [
+        name
+        for name, (kind, _) in CONTESTANTS.items()
+        if (kind != "few" or n > 2 * _FEW_TEXTS)
+        and (kind in ("tiled", "few") or n <= settings.largest_stored)
+    ]
+
+
+def compare(settings: Settings) -> None:
+    """Refuses to time losses that are not the same; fp64 on the same features is the judge."""
+    n = 3000
+    for name, (kind, dtype) in CONTESTANTS.items():
+        contestant = Contestant(name, n, settings.embed_dim)
+        loss = contestant().double()
+        features = contestant.images, contestant.texts
+        gradients = torch.cat([x.grad.double() for x in features if x.grad is not None])
+        images, texts = (x.detach().double().requires_grad_() for x in features)
+        of_all = torch.arange(n) % len(texts)  # every picture with a text of its own
+        judge = unified_contrastive_loss(images, texts[of_all], of_all, _SCALE, form="dense")
+        exact = torch.cat(torch.autograd.grad(judge, (images, texts)))
+        gap = float((loss - judge.detach()).abs() / judge.detach())
+        gradient_gap = float((gradients - exact).norm() / exact.norm())
+        print(f"{name:46} loss off by {gap:.1e}, gradients by {gradient_gap:.1e} of their norm")
+        # ClipLoss sums up in bf16, too
+        allowed = 1e-5 if dtype == torch.float32 else 5e-2 if kind == "clip" else 1e-3
+        if not (gap < allowed and gradient_gap < (1e-4 if dtype == torch.float32 else 5e-2)):
+            raise RuntimeError(f"{name} is another loss; nothing was timed")
+
+
+def measure_time(n: int, settings: Settings) -> Figures:
+    """Seconds of each, and its part of the baseline's (else of the floor) in the same round."""
+    works: dict[str, Callable[[], object]] = {
+        name: Contestant(name, n, settings.embed_dim) for name in contestants_of(n, settings)
+    }
+    works |= {f"rate {dtype}": _rate_products(dtype) for dtype in ("fp32", "bf16")}
+    rounds = settings.rounds if n <= settings.largest_stored else settings.rounds_of_largest
+    turns = take_turns(works, rounds=rounds, warm_up=1 if n <= 4096 else 0)
+    # 4 products of 2 n^2 d operations each, at the rate of those just timed
+    work = n * n * settings.embed_dim / (_RATE_PRODUCTS * _RATE_SIZE**2 * _RATE_DIM)
+    for dtype in ("fp32", "bf16"):
+        turns[f"4 products {dtype}"] = [
+            Turn(4 * work * turn.wall_seconds, 4 * work * turn.processor_seconds)
+            for turn in turns.pop(f"rate {dtype}")
+        ]
+    figures: Figures = {}
+    for name, theirs in turns.items():
+        figures[f"{n}: {name}, s"] = summarise([turn.wall_seconds for turn in theirs])
+        figures[f"{n}: {name}, processor s"] = summarise([t.processor_seconds for t in theirs])
+        base = BASELINE if BASELINE in turns else "4 products fp32"
+        if name != base:
+            for unit in ("wall_seconds", "processor_seconds"):
+                ratios = ratios_of(turns, name, base, unit=unit)
+                suffix = "" if unit == "wall_seconds" else ", processor"
+                figures[f"{n}: {name} / {base}{suffix}"] = summarise(ratios)
+    return figures
+
+
+def _rate_products(dtype: str) -> Callable[[], object]:
+    type_of = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
+    left, right = (torch.randn(_RATE_SIZE, _RATE_DIM).to(type_of) for _ in range(2))
+    product = torch.empty(_RATE_SIZE, _RATE_SIZE, dtype=type_of)
+
+    def work() -> None:
+        for _ in range(_RATE_PRODUCTS):
+            torch.mm(left, right.T, out=product)
+
+    return work
+
+
+def measure_memory(n: int, settings: Settings) -> Figures:
+    """Megabytes that each needs above its inputs, at most, gradients included."""
+    figures: Figures = {}
+    # fresh processes that share nothing with this one
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        for name in contestants_of(n, settings):
+            peak = pool.apply(_peak_megabytes, (name, n, settings))
+            figures[f"{n}: {name}, MB above the inputs"] = summarise([peak])
+    return figures
+
+
+def _peak_megabytes(name: str, n: int, settings: Settings) -> float:
+    torch.set_num_threads(settings.threads)
+    Contestant(name, 256, settings.embed_dim)()  # loads the libraries
+    peak: int = peak_bytes(Contestant(name, n, settings.embed_dim))
+    return peak / 1e6

@@ -1,0 +1,278 @@
+"""Checkpoints when disks and files fail: what is sound is found, what is there is not harmed."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import resource
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import StepwiseLoader
+from safetensors.torch import save_file
+from small_runs import tiny_config
+
+from unicl_fast import load_model
+from unicl_fast.batch import Batch
+from unicl_fast.checkpoints.files import (
+    set_later_checkpoints_aside,
+    write_checkpoint,
+)
+from unicl_fast.checkpoints.load import find_sound_checkpoint, list_checkpoints, read_state
+from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.sealed_json import seal, unseal
+from unicl_fast.training.metrics import MetricsWriter, read_metrics
+from unicl_fast.training.trainer import Trainer
+
+
+@pytest.fixture(scope="module")
+def trained(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with checkpoints of steps 2, 4 and 6."""
+    folder = tmp_path_factory.mktemp("trained")
+    Trainer(tiny_config(), StepwiseLoader(images), run_folder=folder, progress=False).fit()
+    return folder
+
+
+@pytest.fixture
+def run_folder(trained: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(trained, tmp_path / "run"))
+
+
+def full_disk() -> contextlib.AbstractContextManager[None]:
+    """No file may grow beyond 10 kB."""
+    return limited_files(10_000)
+
+
+@contextlib.contextmanager
+def limited_files(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def flip_a_byte(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(
+    run_folder: Path, name: str, harm: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    newest = list_checkpoints(run_folder / "checkpoints")[-1]
+    if harm == "flip" and name != "state.json":  # most bytes of a text may be another one
+        flip_a_byte(newest / name)
+    elif harm == "remove":
+        (newest / name).unlink()
+    else:
+        (newest / name).write_bytes((newest / name).read_bytes()[:-200])
+    with caplog.at_level(logging.WARNING):
+        found = find_sound_checkpoint(run_folder)
+    assert found is not None
+    assert found.name == "step-00000004"
+    assert "passing over" in caplog.text
+    assert newest.name in caplog.text
+
+
+def test_where_all_are_damaged_nothing_is_started_anew(run_folder: Path) -> None:
+    for checkpoint in list_checkpoints(run_folder / "checkpoints"):
+        flip_a_byte(checkpoint / "model.safetensors")
+    with pytest.raises(ValueError, match="all 3 checkpoints"):
+        find_sound_checkpoint(run_folder)
+
+
+def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
+    assert find_sound_checkpoint(tmp_path) is None
+
+
+def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
+    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = Trainer(tiny_config(), StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    trainer.save()
+    (first,) = list_checkpoints(tmp_path / "checkpoints")
+    trainer.train_step(next(trainer.loader.batches(0)))
+    with full_disk():
+        trainer.save(must=False)
+        with pytest.raises(OSError, match="cannot be written"):
+            trainer.save()
+    assert "NO CHECKPOINT of step 1" in caplog.text
+    assert list((tmp_path / "checkpoints").iterdir()) == [first]
+    assert read_state(first).step == 0
+    trainer.save()
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 2
+
+
+def fit_with(trainer: Trainer, *, before_step: Callable[[int], None]) -> None:
+    """Trains, and lets something happen before each step."""
+    step_of = trainer.train_step
+
+    def train_step(batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        before_step(batch.step)
+        return step_of(batch)
+
+    trainer.train_step = train_step
+    trainer.fit()
+
+
+def steps_in(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+@pytest.mark.parametrize("fault", ["full disk", "a file in the way", "folder gone", "run gone"])
+def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
+    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture, fault: str
+) -> None:
+    """Of steps 2, 4, 6 and 8 the disk fails those of 4 and 6."""
+    folder = tmp_path / "run"
+    checkpoints = folder / "checkpoints"
+    trainer = Trainer(
+        tiny_config(steps=8), StepwiseLoader(images), run_folder=folder, progress=False
+    )
+    faults = contextlib.ExitStack()
+
+    def before_step(step: int) -> None:
+        if step == 3:
+            trainer.finish_writing()
+            if fault == "full disk":
+                faults.enter_context(full_disk())
+            elif fault == "run gone":
+                folder.rename(tmp_path / "elsewhere")
+            else:
+                checkpoints.rename(folder / "elsewhere")
+                if fault == "a file in the way":
+                    checkpoints.write_text("")
+        elif step == 7:
+            trainer.finish_writing()
+            faults.close()
+            if fault == "a file in the way":
+                checkpoints.unlink()
+                (folder / "elsewhere").rename(checkpoints)
+
+    with faults:
+        fit_with(trainer, before_step=before_step)
+    if fault in ("full disk", "a file in the way"):
+        assert steps_in(folder) == [2, 8]
+        for step in (4, 6):
+            assert f"NO CHECKPOINT of step {step}" in caplog.text
+        assert [path for path in checkpoints.iterdir() if "step" not in path.name] == []
+        assert not list(checkpoints.glob(".*"))
+    else:  # it is made again
+        assert steps_in(folder) == [4, 6, 8]
+        elsewhere = tmp_path / "elsewhere" / "checkpoints"
+        assert (elsewhere if fault == "run gone" else folder / "elsewhere").is_dir()
+    for checkpoint in list_checkpoints(checkpoints):
+        read_state(checkpoint)
+    lines = read_metrics(folder)
+    assert [line["step"] for line in lines][-2:] == [7, 8]
+    if fault != "run gone":
+        assert len(lines) == 8
+
+
+def test_the_last_checkpoint_must_be_written(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer = Trainer(
+        tiny_config(steps=4), StepwiseLoader(images), run_folder=tmp_path, progress=False
+    )
+
+    def before_step(step: int) -> None:
+        if step == 3:
+            trainer.finish_writing()
+            faults.enter_context(full_disk())
+
+    with contextlib.ExitStack() as faults, pytest.raises(OSError, match="00004 cannot be written"):
+        fit_with(trainer, before_step=before_step)
+    assert steps_in(tmp_path) == [2]
+    read_state(list_checkpoints(tmp_path / "checkpoints")[0])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write({"step": 1, "loss": 4.0})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        with limited_files(size + 5):  # half of the next line would fit
+            for step in (2, 3, 4):
+                metrics.write({"step": step, "loss": 3.0})
+                time.sleep(0.1)  # TensorBoard's thread meets the limit too
+        metrics.write({"step": 5, "loss": 2.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 5]
+    assert caplog.text.count("NO LINE of step") == 1
+    assert "is written again, from step 5 on" in caplog.text
+    assert caplog.text.count("NO MORE TensorBoard files") == 1
+
+
+def test_writing_a_step_again_never_leaves_it_without_a_checkpoint(run_folder: Path) -> None:
+    """A checkpoint that is written over one from before takes its place at the very end."""
+    checkpoints = run_folder / "checkpoints"
+    before = read_state(checkpoints / "step-00000006")
+    tensors = {"model.safetensors": {"weight": torch.ones(100_000)}}
+    with full_disk(), pytest.raises(OSError, match="cannot be written"):
+        write_checkpoint(checkpoints, step=6, files=tensors, state={})
+    assert read_state(checkpoints / "step-00000006") == before
+    (checkpoints / "step-00000006").rename(checkpoints / ".step-00000006.replaced")  # cut off there
+    set_later_checkpoints_aside(checkpoints, step=6)
+    assert read_state(checkpoints / "step-00000006") == before
+    write_checkpoint(checkpoints, step=6, files=tensors, state={})
+    assert sorted(path.name for path in (checkpoints / "step-00000006").iterdir()) == [
+        "model.safetensors",
+        "state.json",
+    ]
+    assert not list(checkpoints.glob(".*"))
+
+
+def test_a_checkpoint_is_read_for_its_checksums_once(
+    images: torch.Tensor, run_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+
+    def checksum(path: Path) -> str:
+        read.append(path.name)
+        return file_checksum(path)
+
+    monkeypatch.setattr("unicl_fast.checkpoints.load.file_checksum", checksum)
+    found = find_sound_checkpoint(run_folder)
+    assert found is not None
+    trainer = Trainer(tiny_config(), StepwiseLoader(images), run_folder=run_folder, progress=False)
+    trainer.resume(found)
+    assert sorted(read) == ["model.safetensors", "optimizer.safetensors"]
+    flip_a_byte(found / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        trainer.resume(found)
+
+
+def test_a_checkpoint_of_other_tensors_is_refused(run_folder: Path) -> None:
+    newest = list_checkpoints(run_folder / "checkpoints")[-1]
+    for content, message in (
+        (b"not tensors", "no safetensors file"),
+        (None, "not of the model that"),
+    ):
+        if content is None:
+            save_file({"weight": torch.ones(3)}, newest / "model.safetensors")
+        else:
+            (newest / "model.safetensors").write_bytes(content)
+        state = unseal((newest / "state.json").read_bytes())
+        state["checksums"]["model.safetensors"] = file_checksum(newest / "model.safetensors")
+        (newest / "state.json").write_text(seal(state))
+        with pytest.raises(ValueError, match=message):
+            load_model(newest)
+
+
+def test_a_folder_that_is_gone_is_made_again(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer = Trainer(tiny_config(), StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    trainer.save()
+    shutil.rmtree(tmp_path / "checkpoints")
+    trainer.save()
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 1

@@ -1,0 +1,207 @@
+"""A damaged checkpoint or config is an error that says so, whoever wants it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import fuzz_checkpoints
+import pytest
+import torch
+from rank_workers import StepwiseLoader
+from safetensors.torch import load_file, save_file
+from small_runs import tiny_config
+
+from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model, read_state
+from unicl_fast.config import TrainConfig, config_from_dict, config_to_dict, load_config
+from unicl_fast.system.sealed_json import seal, unseal
+from unicl_fast.training.trainer import Trainer
+
+
+def fuzz(folder: Path, examples: int) -> None:
+    """Runs the fuzzer in a process of its own, so that a crash of it is a failure here."""
+    program = Path(fuzz_checkpoints.__file__)
+    result = subprocess.run(
+        [sys.executable, str(program), str(folder), str(examples)],
+        capture_output=True,
+        text=True,
+        timeout=290,
+        env={**os.environ, "PYTHONPATH": f"{program.parents[2]}:{program.parent}"},
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    counts = json.loads(result.stdout)
+    assert counts["refused"] > examples / 2
+    assert counts["fits"] > 0
+
+
+def test_any_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
+    fuzz(tmp_path, 100)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_much_more_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
+    fuzz(tmp_path, 1500)
+
+
+@pytest.fixture(scope="module")
+def trainer(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+    folder = tmp_path_factory.mktemp("run")
+    config = tiny_config(steps=2)
+    trainer = Trainer(config, StepwiseLoader(images), run_folder=folder, progress=False)
+    trainer.fit()
+    return trainer
+
+
+@pytest.fixture
+def checkpoint(trainer: Trainer, tmp_path: Path) -> Path:
+    assert trainer.run_folder is not None
+    place = trainer.run_folder / "checkpoints" / "step-00000002"
+    return Path(shutil.copytree(place, tmp_path / place.name))
+
+
+def change_state(checkpoint: Path, **changes: Any) -> None:
+    """Writes another state with a seal that fits."""
+    state = unseal((checkpoint / "state.json").read_bytes())
+    for name, value in changes.items():
+        holder = state
+        *groups, last = name.split("__")
+        for group in groups:
+            holder = holder[group]
+        holder[last] = value
+    (checkpoint / "state.json").write_text(seal(state))
+
+
+def change_tensors(checkpoint: Path, file: str, **changes: torch.Tensor | None) -> None:
+    tensors = load_file(checkpoint / file)
+    for name, value in changes.items():
+        if value is None:
+            del tensors[name]
+        else:
+            tensors[name] = value
+    save_file(tensors, checkpoint / file)
+    fuzz_checkpoints.make_fit(checkpoint)
+
+
+def test_every_flipped_digit_of_the_state_is_found(checkpoint: Path) -> None:
+    original = (checkpoint / "state.json").read_bytes()
+    digits = [place for place, byte in enumerate(original) if chr(byte).isdigit()]
+    for place in digits[::3]:
+        data = bytearray(original)
+        data[place] = ord("0") + (data[place] - ord("0") + 1) % 10
+        (checkpoint / "state.json").write_bytes(data)
+        with pytest.raises(DamagedCheckpointError, match=r"state\.json is damaged"):
+            read_state(checkpoint)
+
+
+def test_a_state_without_a_seal_is_read_as_before(checkpoint: Path) -> None:
+    state = unseal((checkpoint / "state.json").read_bytes())
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    assert read_state(checkpoint).step == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"step": -1}, "step should be a count"),
+        ({"step": 10**30}, "step should be a count"),
+        ({"step": "2"}, "step should be there and of type int"),
+        ({"checksums": {}}, "checksums are of no file"),
+        ({"checksums__../../x": "0"}, "checksums are of"),
+        ({"scaler": {"scale": float("nan")}}, "scale should be a finite number"),
+        ({"scaler": {"scale": -1.0}}, "scale should be a finite number"),
+        ({"config__model__vocab_size": 2**23}, "not of the model that its config describes"),
+        ({"config__model__text_layers": 1000}, "not of the model that its config describes"),
+        ({"config__model__text_width": 65_536}, "not of the model that its config describes"),
+        ({"config__model__text_width": 10**9}, "model.text_width must lie in 1 to 65536"),
+        ({"config__model__text_heads": 0}, "model.text_heads must lie in 1"),
+        ({"config__model__embed_dim": 2.5}, "config: model.embed_dim must be of type int"),
+        ({"config__data__image_size": 10**6}, "data.image_size must lie in 1 to 8192"),
+        ({"config__model__image_encoder": "resnet50"}, "not those of the model"),
+        ({"config": []}, "config should be there and of type dict"),
+    ],
+)
+def test_states_that_cannot_be_are_refused_before_anything_is_built(
+    checkpoint: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_state(checkpoint, **changes)
+    with pytest.raises(ValueError, match=message):
+        load_model(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"exp_avg.text_projection": torch.zeros(1)}, r"exp_avg\.text_projection is \[1\]"),
+        ({"exp_avg.text_projection": None}, "some parameters have more of it"),
+        ({"exp_avg.nothing": torch.zeros(3)}, r"no exp_avg\.nothing"),
+        ({"group_step.77": torch.tensor(1)}, r"no group_step\.77"),
+        ({"step.text_projection": torch.tensor(float("nan"))}, "no count"),
+        ({"exp_avg.logit_scale": torch.tensor(1)}, r"logit_scale holds torch\.int64"),
+    ],
+)
+def test_an_optimizers_state_that_does_not_fit_is_not_spread_over_the_model(
+    trainer: Trainer, checkpoint: Path, changes: dict[str, Any], message: str
+) -> None:
+    change_tensors(checkpoint, "optimizer.safetensors", **changes)
+    with pytest.raises(DamagedCheckpointError, match=message):
+        trainer.resume(checkpoint)
+
+
+def test_whole_numbers_are_no_weights(trainer: Trainer, checkpoint: Path) -> None:
+    change_tensors(checkpoint, "model.safetensors", logit_scale=torch.tensor(1))
+    for use in (trainer.resume, load_model):
+        with pytest.raises(ValueError, match="logit_scale holds torch.int64"):
+            use(checkpoint)
+
+
+CONFIG = config_to_dict(tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("data", "image_size", "32"),
+        ("data", "image_size", True),
+        ("data", "image_size", None),
+        ("data", "train", "packed"),
+        ("data", "train", [1]),
+        ("data", "crop_scale", [0.1]),
+        ("data", "crop_scale", {"low": 0.1}),
+        ("data", "interpolation", ["bilinear"]),
+        ("model", "text_heads", 0),
+        ("model", "logit_scale_init", float("inf")),
+        ("optim", "lr", float("nan")),
+        ("optim", "lr", 10**400),
+        ("optim", "betas", [0.9, "x"]),
+        ("efficiency", "unique_texts", 1),
+        ("run", "seed", 2**64),
+        ("run", "samples", 1.5),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(group: str, name: str, value: Any) -> None:
+    values = json.loads(json.dumps(CONFIG))
+    values[group][name] = value
+    with pytest.raises(ValueError, match=f"{group}.{name} must"):
+        config_from_dict(values)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"", b"{", b"[]", b'{"run": 3}'])
+def test_files_that_are_no_config_say_so(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="config"):
+        load_config(tmp_path / "config.json")
+
+
+def test_configs_survive_json() -> None:
+    config = TrainConfig()
+    free = config_to_dict(config)
+    free["model"]["logit_scale_max"] = math.inf
+    for values in (config_to_dict(config), config_to_dict(tiny_config()), free):
+        assert config_to_dict(config_from_dict(json.loads(json.dumps(values)))) == values

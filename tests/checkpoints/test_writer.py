@@ -1,0 +1,230 @@
+"""Checkpoints are written beside the training: what is copied when, and what waits for what."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import StepwiseLoader
+from safetensors.torch import load_file
+from small_runs import tiny_config
+
+from unicl_fast.checkpoints import writer as checkpoint_writer
+from unicl_fast.checkpoints.files import list_checkpoints, write_checkpoint
+from unicl_fast.checkpoints.writer import CheckpointWriter, HostCopies
+from unicl_fast.distributed.signals import Interrupted
+from unicl_fast.training.trainer import Trainer
+
+
+def trainer_in(folder: Path, images: torch.Tensor, *, steps: int = 6) -> Trainer:
+    return Trainer(
+        tiny_config(steps=steps), StepwiseLoader(images), run_folder=folder, progress=False
+    )
+
+
+class SlowDisk:
+    """Writes checkpoints when it is told to."""
+
+    def __init__(self) -> None:
+        self.may_write = threading.Event()
+        self.asked = threading.Event()
+        self.steps: list[int] = []
+        self.at_once = 0
+        self.most_at_once = 0
+
+    def write(self, folder: Path, *, step: int, **rest: object) -> Path:
+        self.at_once += 1
+        self.most_at_once = max(self.most_at_once, self.at_once)
+        self.asked.set()
+        assert self.may_write.wait(60)
+        self.steps.append(step)
+        self.at_once -= 1
+        return write_checkpoint(folder, step=step, **rest)
+
+
+@pytest.fixture
+def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
+    disk = SlowDisk()
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", disk.write)
+    yield disk
+    disk.may_write.set()
+
+
+def test_training_goes_on_while_it_is_written_and_what_is_written_is_from_before(
+    images: torch.Tensor, tmp_path: Path, disk: SlowDisk
+) -> None:
+    trainer = trainer_in(tmp_path, images)
+    batches = trainer.loader.batches(0)
+    trainer.train_step(next(batches))
+    weights = trainer.model.image_projection.detach().clone()
+    average = trainer.optimizer.state[trainer.model.image_projection]["exp_avg"].clone()
+    trainer.save(must=False)
+    assert disk.asked.wait(60)
+    trainer.train_step(next(batches))
+    trainer.train_step(next(batches))
+    assert not list_checkpoints(tmp_path / "checkpoints")
+    disk.may_write.set()
+    trainer.finish_writing()
+    (written,) = list_checkpoints(tmp_path / "checkpoints")
+    assert written.name == "step-00000001"
+    assert torch.equal(load_file(written / "model.safetensors")["image_projection"], weights)
+    stored = load_file(written / "optimizer.safetensors")
+    assert torch.equal(stored["exp_avg.image_projection"], average)
+    assert stored["step.image_projection"] == 1
+
+
+def test_one_that_is_due_meanwhile_waits_and_none_is_left_out(
+    images: torch.Tensor, tmp_path: Path, disk: SlowDisk, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = trainer_in(tmp_path, images, steps=8)
+    threading.Timer(1.5, disk.may_write.set).start()
+    trainer.fit()
+    assert disk.steps == [2, 4, 6, 8]
+    assert disk.most_at_once == 1
+    assert len(list_checkpoints(tmp_path / "checkpoints")) == 4
+
+
+def test_waiting_for_a_slow_disk_is_said(
+    images: torch.Tensor,
+    tmp_path: Path,
+    disk: SlowDisk,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(checkpoint_writer, "_NOTEWORTHY_SECONDS", 0.1)
+    trainer = trainer_in(tmp_path, images)
+    trainer.save(must=False)
+    threading.Timer(0.3, disk.may_write.set).start()
+    with caplog.at_level(logging.WARNING):
+        trainer.save()
+    assert "for the checkpoint before to be written" in caplog.text
+
+
+@contextmanager
+def written_later(disk: SlowDisk) -> Iterator[None]:
+    timer = threading.Timer(1.0, disk.may_write.set)
+    timer.start()
+    yield
+    timer.join()
+
+
+def test_at_the_end_it_is_awaited(images: torch.Tensor, tmp_path: Path, disk: SlowDisk) -> None:
+    trainer = trainer_in(tmp_path, images, steps=2)
+    with written_later(disk):
+        trainer.fit()
+        assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
+            "step-00000002"
+        ]
+
+
+def test_an_interruption_waits_for_its_own(
+    images: torch.Tensor, tmp_path: Path, disk: SlowDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = trainer_in(tmp_path, images)
+    monkeypatch.setattr("unicl_fast.distributed.signals.Interruption.has_come", lambda *_: True)
+    with written_later(disk), pytest.raises(Interrupted):
+        trainer.fit()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step-00000001"]
+
+
+class FaultError(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "written"), [(FaultError, ["step-00000002"]), (KeyboardInterrupt, [])]
+)
+def test_a_good_write_is_finished_when_training_fails_unless_one_asks_twice_to_stop(
+    images: torch.Tensor,
+    tmp_path: Path,
+    disk: SlowDisk,
+    error: type[BaseException],
+    written: list[str],
+) -> None:
+    trainer = trainer_in(tmp_path, images)
+    step_of = trainer.train_step
+
+    def train_step(batch):
+        if batch.step == 2:
+            raise error
+        return step_of(batch)
+
+    trainer.train_step = train_step
+    with written_later(disk):
+        with pytest.raises(error):
+            trainer.fit()
+        found = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert found == written
+    trainer.finish_writing()
+
+
+def test_a_fault_of_the_program_is_not_taken_for_one_of_the_disk(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(*_: object, **__: object) -> None:
+        raise FaultError("wrong")
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", write)
+    with pytest.raises(RuntimeError, match="writing a checkpoint failed: FaultError"):
+        trainer_in(tmp_path, images).fit()
+
+
+def test_copies_are_in_logical_order_and_their_memory_is_used_again() -> None:
+    files = {
+        "one": {
+            "flags": torch.tensor([True, False, True]),
+            "wide": torch.randn(3, 2, dtype=torch.float64),
+            "scalar": torch.tensor(2.5),
+            "none": torch.zeros(0, 4),
+            "narrow": torch.randn(5).bfloat16(),
+        },
+        "two": {
+            "kernel": torch.randn(4, 3, 2, 2).to(memory_format=torch.channels_last),
+            "scalar": torch.tensor(7),
+        },
+    }
+    copies = HostCopies()
+    first = copies.take(files)
+    where = first["two"]["kernel"].data_ptr()
+    for file, tensors in files.items():
+        for name, tensor in tensors.items():
+            assert torch.equal(first[file][name], tensor), name
+            assert first[file][name].is_contiguous()
+    files["two"]["kernel"] += 1
+    second = copies.take(files)
+    assert second["two"]["kernel"].data_ptr() == where
+    assert torch.equal(second["two"]["kernel"], files["two"]["kernel"])
+    files["two"]["more"] = torch.ones(2)
+    assert copies.take(files)["two"]["more"].tolist() == [1, 1]
+
+
+def test_copies_survive_their_files(tmp_path: Path) -> None:
+    files = {
+        "a.safetensors": {
+            "narrow": torch.randn(5).bfloat16(),
+            "wide": torch.randn(3, dtype=torch.float64),
+            "scalar": torch.tensor(2.5),
+        }
+    }
+    writer = CheckpointWriter(tmp_path, keep=0)
+    writer.write(files, {}, step=3, must=True)
+    for name, tensor in load_file(tmp_path / "step-00000003" / "a.safetensors").items():
+        assert torch.equal(tensor, files["a.safetensors"][name]), name
+
+
+@pytest.mark.gpu
+def test_copies_from_a_device_are_ordered_before_the_next_update() -> None:
+    weights = torch.ones(1 << 24, device="cuda")
+    copies = HostCopies()
+    for value in range(1, 4):
+        weights.fill_(value)
+        taken = copies.take({"a": {"weights": weights}})
+        weights.fill_(-1)  # the next update, which must come behind the copy
+        copies.wait()
+        assert taken["a"]["weights"].is_pinned()
+        assert (taken["a"]["weights"] == value).all()

@@ -1,0 +1,304 @@
+"""Models in the formats of others give equal features there, at any batch size."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import open_clip
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_data_config
+from torch.nn import functional as F
+
+from unicl_fast import UniCL, load_model
+from unicl_fast.checkpoints.preprocessing import Preprocessing
+from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
+from unicl_fast.conversion.comparison import require_equal
+from unicl_fast.conversion.exported_program import write_exported_programs
+from unicl_fast.conversion.hub import write_export
+from unicl_fast.conversion.new_files import new_folder
+from unicl_fast.conversion.onnx_files import write_onnx
+from unicl_fast.conversion.open_clip_folder import write_open_clip
+from unicl_fast.conversion.timm_folder import write_timm
+from unicl_fast.presets import build_preset
+from unicl_fast.text.tokenizer import Tokenizer
+
+TEXTS = ["a photo of a dog", "", "two people in the snow"]
+
+
+def small_config(image_encoder: str = "test_vit", image_size: int = 160) -> TrainConfig:
+    """A timm model with position tables, and statistics that nobody else has."""
+    return TrainConfig(
+        data=DataConfig(
+            train=("/home/somebody/secret=0.5",),
+            image_size=image_size,
+            evaluation_resize=image_size + 37,
+            interpolation="bicubic",
+            mean=(0.4, 0.5, 0.6),
+            std=(0.3, 0.2, 0.25),
+            augment=("unicl", "secret:clip,blur=0.5"),
+        ),
+        model=ModelConfig(
+            image_encoder=image_encoder,
+            text_width=32,
+            text_layers=2,
+            text_heads=2,
+            embed_dim=24,
+            context_length=30,
+            logit_scale_max=float("inf"),
+        ),
+    )
+
+
+def model_with_weights_that_matter(config: TrainConfig) -> UniCL:
+    """No bias is 0, no scale 1."""
+    model = UniCL(config).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for tensor in [*model.parameters(), *model.buffers()]:
+            if tensor.is_floating_point() and tensor.ndim == 1:
+                tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator).abs())
+    return model
+
+
+@pytest.fixture(scope="module")
+def model() -> UniCL:
+    return model_with_weights_that_matter(small_config())
+
+
+@pytest.fixture(scope="module")
+def images() -> torch.Tensor:
+    return torch.randn(5, 3, 160, 160, generator=torch.Generator().manual_seed(2))
+
+
+@pytest.fixture(scope="module")
+def tokens() -> torch.Tensor:
+    return Tokenizer(30)(TEXTS)
+
+
+@torch.inference_mode()
+def test_open_clip_gives_equal_features_and_the_same_preprocessing(
+    model: UniCL, images: torch.Tensor, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    assert write_open_clip(model, folder) < 1e-5
+    theirs, _, prepare = open_clip.create_model_and_transforms(f"local-dir:{folder}")
+    theirs.eval()
+    close = {"rtol": 0, "atol": 1e-5}
+    torch.testing.assert_close(
+        F.normalize(theirs.encode_image(images), dim=-1), model.encode_image(images), **close
+    )
+    torch.testing.assert_close(
+        F.normalize(theirs.encode_text(tokens), dim=-1), model.encode_text(tokens), **close
+    )
+    torch.testing.assert_close(theirs.logit_scale, model.logit_scale)
+    assert torch.equal(open_clip.get_tokenizer(f"local-dir:{folder}")(TEXTS), tokens)
+    resize, crop, *_, normalise = prepare.transforms
+    assert (resize.size, crop.size) == (160, (160, 160))
+    assert resize.interpolation.value == "bicubic"
+    assert normalise.mean == [0.4, 0.5, 0.6]
+
+
+def test_open_clip_cannot_build_an_encoder_at_another_size(tmp_path: Path) -> None:
+    model = UniCL(small_config(image_size=96))
+    with pytest.raises(ValueError, match="for pictures of 160 pixels alone.*trained at 96"):
+        write_open_clip(model, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("image_size", [160, 96])
+@torch.inference_mode()
+def test_timm_gives_equal_features_and_the_same_preprocessing(
+    tmp_path: Path, image_size: int
+) -> None:
+    model = model_with_weights_that_matter(small_config(image_size=image_size))
+    folder = tmp_path / "out"
+    assert write_timm(model, folder) < 1e-5
+    images = torch.randn(3, 3, image_size, image_size)
+    expected = model.image_encoder(images)
+    file = folder / "model.safetensors"
+    by_name = timm.create_model(
+        "test_vit", num_classes=0, checkpoint_path=file, img_size=image_size
+    )
+    by_folder = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    for theirs in (by_name, by_folder):
+        torch.testing.assert_close(theirs.eval()(images), expected, rtol=0, atol=1e-5)
+    resize, crop, *_, normalise = create_transform(
+        **resolve_data_config({}, model=by_folder)
+    ).transforms
+    assert resize.size == image_size + 37
+    assert tuple(crop.size) == (image_size, image_size)
+    assert resize.interpolation.value == "bicubic"
+    torch.testing.assert_close(normalise.std, torch.tensor([0.3, 0.2, 0.25]))
+
+
+def test_timm_rounds_the_crop_to_the_size_that_was_meant() -> None:
+    """It scales to floor(size / crop_pct), which a quotient of floats may miss by one."""
+    for size, resize in [(224, 256), (28, 32), (28, 28), (288, 299), (147, 299), (9, 1009)]:
+        data = dataclasses.replace(small_config().data, image_size=size, evaluation_resize=resize)
+        config = dataclasses.replace(small_config(), data=data)
+        fraction = Preprocessing.of(config).for_timm()["crop_pct"]
+        assert math.floor(size / fraction) == resize
+        assert 0 < fraction <= 1
+
+
+def test_an_export_is_read_back_bit_for_bit_and_names_no_place_or_data_set(
+    model: UniCL, images: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    write_export(model, folder, origin={"steps": 12}, license="mit")
+    again = load_model(folder)
+    assert again.state_dict().keys() == model.state_dict().keys()
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert Preprocessing.of(again.config) == Preprocessing.of(model.config)
+    texts = {
+        path.name: path.read_text() for path in folder.iterdir() if path.suffix != ".safetensors"
+    }
+    assert texts.keys() == {"config.json", "preprocessor_config.json", "README.md"}
+    assert not any("secret" in text or "Infinity" in text for text in texts.values())
+    assert "license: mit" in texts["README.md"]
+    assert "| steps | 12 |" in texts["README.md"]
+    with pytest.raises(ValueError, match="one set of weights"):
+        load_model(folder, weights="ema")
+
+
+def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    write_export(model, folder, origin={})
+    config, weights = folder / "config.json", folder / "model.safetensors"
+    values, contents = config.read_text(), weights.read_bytes()
+    weights.write_bytes(contents[:-1] + bytes([contents[-1] ^ 1]))
+    with pytest.raises(ValueError, match="damaged or was exchanged"):
+        load_model(folder)
+    weights.write_bytes(contents)
+    for old, new, message in (
+        ('"library_name": "unicl_fast"', '"library_name": "timm"', "read by their own libraries"),
+        ('"format_version": 1', '"format_version": 2', "format version 2"),
+        ('"text_width": 32', '"text_width": 64', "not of the model that its config describes"),
+        ("{", "", "is not JSON"),
+    ):
+        assert old in values
+        config.write_text(values.replace(old, new, 1))
+        with pytest.raises(ValueError, match=message):
+            load_model(folder)
+
+
+@torch.inference_mode()
+def test_exported_programs_take_any_number_of_samples(
+    model: UniCL, images: torch.Tensor, tokens: torch.Tensor, tmp_path: Path
+) -> None:
+    folder = tmp_path / "out"
+    assert write_exported_programs(model, folder) < 1e-5
+    image, text = (torch.export.load(folder / f"{name}.pt2").module() for name in ("image", "text"))
+    for count in (1, 5):
+        torch.testing.assert_close(
+            image(images[:count]), model.encode_image(images[:count]), rtol=0, atol=1e-5
+        )
+    torch.testing.assert_close(text(tokens), model.encode_text(tokens), rtol=0, atol=1e-5)
+    assert_preprocessing_is_said(folder, model)
+
+
+def assert_preprocessing_is_said(folder: Path, model: UniCL) -> None:
+    said = json.loads((folder / "preprocessing.json").read_text())
+    assert said["image"]["resize_shorter_side_to"] == 197
+    assert said["image"]["mean"] == [0.4, 0.5, 0.6]
+    assert said["text"]["end_token"] == Tokenizer().end_id
+    assert said["logit_scale"] == pytest.approx(model.logit_scale.item())
+
+
+def assert_onnx_gives_our_features(model: UniCL, folder: Path, *, counts: tuple[int, ...]) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    assert write_onnx(model, folder) < 1e-4
+    size = model.config.data.image_size
+    images = torch.randn(max(counts), 3, size, size)
+    tokens = Tokenizer(model.config.model.context_length)(TEXTS * 3)
+    for name, inputs, encode in (
+        ("image", images, model.encode_image),
+        ("text", tokens, model.encode_text),
+    ):
+        session = onnxruntime.InferenceSession(folder / f"{name}.onnx")
+        for count in counts:
+            (found,) = session.run(None, {session.get_inputs()[0].name: inputs[:count].numpy()})
+            np.testing.assert_allclose(found, encode(inputs[:count]), rtol=0, atol=1e-5)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_onnx_files_take_any_number_of_samples(model: UniCL, tmp_path: Path) -> None:
+    assert_onnx_gives_our_features(model, tmp_path / "out", counts=(1, 5))
+    assert_preprocessing_is_said(tmp_path / "out", model)
+
+
+def test_without_onnxruntime_the_extra_is_named(
+    model: UniCL, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ValueError, match=r"pip install 'unicl_fast\[convert\]'"):
+        write_onnx(model, tmp_path / "out")
+
+
+def test_features_that_differ_leave_nothing_behind(tmp_path: Path) -> None:
+    changed = model_with_weights_that_matter(small_config("unicl_convnet7_small", 32))
+    changed.image_encoder.register_forward_hook(lambda module, inputs, features: features.flip(1))
+    for write in (write_open_clip, write_timm):
+        with pytest.raises(RuntimeError, match="differ from ours by"):
+            write(changed, tmp_path / "out")
+    assert not any(tmp_path.iterdir())
+    nothing = torch.full((2, 3), float("nan"))
+    with pytest.raises(RuntimeError, match="differ from ours by nan"):
+        require_equal(torch.ones(2, 3), nothing, what="image features")
+
+
+def test_nothing_is_written_over_and_nothing_half(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+
+    def fail() -> None:
+        with new_folder(out) as aside:
+            (aside / "file").write_text("x")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
+    assert not any(tmp_path.iterdir())
+    out.mkdir()  # empty: it may be one's own
+    with new_folder(out) as aside:
+        (aside / "file").write_text("x")
+    with pytest.raises(ValueError, match="is there already"), new_folder(out):
+        pass
+    assert (out / "file").read_text() == "x"
+
+
+def test_the_preprocessing_in_words_of_transformers_is_pillows(tmp_path: Path) -> None:
+    said = Preprocessing.of(small_config()).for_transformers()
+    assert said["resample"] == Image.Resampling.BICUBIC
+    assert (said["size"], said["crop_size"]["height"]) == ({"shortest_edge": 197}, 160)
+
+
+def swin() -> UniCL:
+    """Windows are where the number of samples may be fixed by mistake."""
+    config = build_preset("swin-tiny")
+    text = dataclasses.replace(config.model, text_layers=1)
+    return model_with_weights_that_matter(dataclasses.replace(config, model=text))
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_swin_goes_to_torch_libraries(tmp_path: Path) -> None:
+    model = swin()
+    assert write_open_clip(model, tmp_path / "open_clip") < 1e-4
+    assert write_timm(model, tmp_path / "timm") < 1e-4
+    assert write_exported_programs(model, tmp_path / "pt2") < 1e-4
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_swin_goes_to_onnx(tmp_path: Path) -> None:
+    assert_onnx_gives_our_features(swin(), tmp_path / "onnx", counts=(1, 3))

@@ -1,0 +1,303 @@
+"""A damaged data set is an error that says so: no other exception, no crash, no wrong sample."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fuzz_datasets
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.dataset.arrays import blocks_of, npy_header, open_array
+from unicl_fast.dataset.growing_files import ArrayFile
+from unicl_fast.dataset.manifest import PixelsInfo
+from unicl_fast.dataset.pixels import PIXEL_DTYPE
+from unicl_fast.dataset.reader import (
+    ARRAY_DTYPES,
+    LABEL_DTYPE,
+    SAMPLE_DTYPE,
+    Manifest,
+    PackedDataset,
+    ShardInfo,
+)
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Seven samples in three shards, with captions, labels or both."""
+    out = tmp_path / "set"
+    with DatasetWriter(out, shard_bytes=9000) as writer:
+        for number in range(7):
+            image = bytes([number]) * (500 + number)
+            captions = ["text"] * (number % 3)
+            writer.add(
+                PackedSample(
+                    image=image,
+                    extension="jpg",
+                    height=16,
+                    width=20 + number,
+                    xxh3=xxhash.xxh3_64_intdigest(image),
+                    captions=captions,
+                    tokens=[np.array([49406, number, 7, 49407], np.uint16) for _ in captions],
+                    labels=[number % 2] if number % 3 != 1 else [],
+                )
+            )
+        writer.quarantine(source="here", name="bad.jpg", kind="damaged", message="cut")
+        writer.finish(
+            tokenizer="clip-bpe",
+            vocabulary_hash="0123",
+            context_length=77,
+            class_names=["cat", "dog"],
+            templates=["a photo of a {}"],
+            source=["here"],
+            seed=0,
+            tool_version="0.1.0",
+        )
+    return out
+
+
+def test_any_damage_is_a_clear_error_or_changes_nothing(packed: Path) -> None:
+    counts = fuzz_datasets.fuzz(packed, 600)
+    assert min(counts.values()) > 20, counts  # each way out has been tried
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_much_more_damage_is_a_clear_error_or_changes_nothing(packed: Path) -> None:
+    fuzz_datasets.fuzz(packed, 15_000)
+
+
+@pytest.mark.parametrize(
+    "name", ["samples.npy", "captions.npy", "tokens.npy", "labels.npy", "manifest.json"]
+)
+def test_every_flipped_bit_of_arrays_and_manifest_is_found(packed: Path, name: str) -> None:
+    """Tokens, labels and class names have no meaning of their own that could give them away."""
+    original = (packed / name).read_bytes()
+    step = max(1, len(original) // 150)
+    for place in range(0, len(original), step):
+        data = bytearray(original)
+        data[place] ^= 1 << place % 8
+        (packed / name).write_bytes(data)
+        with pytest.raises(ValueError, match=str(packed)):
+            PackedDataset(packed)
+
+
+def rewrite(packed: Path, name: str, change: Any) -> None:
+    """Changes rows of an array and its checksum with it, as somebody with intentions would."""
+    path = packed / f"{name}.npy"
+    content = path.read_bytes()
+    rows = np.frombuffer(content[512:], ARRAY_DTYPES[name]).copy()
+    change(rows)
+    path.write_bytes(content[:512] + rows.tobytes())
+    checksums = (packed / CHECKSUMS_NAME).read_text().splitlines()
+    listed = [line for line in checksums if not line.endswith(f" {path.name}")]
+    listed.append(f"XXH3_{file_checksum(path)}  {path.name}")
+    (packed / CHECKSUMS_NAME).write_text("\n".join(listed) + "\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value", "message"),
+    [
+        ("samples", "shard", 3, "row 4 names a shard that does not exist"),
+        ("samples", "offset", 10**6, "beyond the end of its shard"),
+        ("samples", "offset", 2**64 - 100, "beyond the end of its shard"),
+        ("samples", "size", 2**32 - 1, "beyond the end of its shard"),
+        ("samples", "size", 0, "no bytes"),
+        ("samples", "height", 0, "no pixels"),
+        ("samples", "captions_start", 2**64 - 1, "captions that do not exist"),
+        ("samples", "captions_count", 65_535, "captions that do not exist"),
+        ("samples", "labels_start", 6, "labels that do not exist"),
+        ("captions", "tokens_start", 2**64 - 2, "tokens that do not exist"),
+        ("captions", "tokens_start", 25, "tokens that do not exist"),
+        ("captions", "tokens_length", 0, "no tokens"),
+        ("captions", "tokens_length", 78, "more than 77"),
+        ("labels", "", 2, "not one of the 2 classes"),
+        ("labels", "", -1, "not one of the 2 classes"),
+    ],
+)
+def test_references_to_what_is_not_there_are_refused_whatever_the_checksums_say(
+    packed: Path, name: str, field: str, value: int, message: str
+) -> None:
+    def change(rows: Any) -> None:
+        (rows[field] if field else rows)[4] = value
+
+    rewrite(packed, name, change)
+    with pytest.raises(ValueError, match=message):
+        PackedDataset(packed)
+
+
+def test_a_sample_without_any_text_is_refused(packed: Path) -> None:
+    def change(rows: Any) -> None:
+        rows["captions_count"][4] = rows["labels_count"][4] = 0
+
+    rewrite(packed, "samples", change)
+    with pytest.raises(ValueError, match="row 4 has neither captions nor labels"):
+        PackedDataset(packed)
+
+
+def test_a_pickle_in_an_array_is_not_run(packed: Path, tmp_path: Path) -> None:
+    class Trap:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return os.mkdir, (str(tmp_path / "sprung"),)
+
+    fields = {"descr": "|O", "fortran_order": False, "shape": (7,)}
+    header = repr(fields).ljust(501) + "\n"
+    trap = b"\x93NUMPY\x01\x00\xf6\x01" + header.encode() + pickle.dumps([Trap()] * 7)
+    (packed / "samples.npy").write_bytes(trap)
+    with pytest.raises(ValueError, match=r"samples\.npy: expected 7 rows"):
+        PackedDataset(packed)
+    assert not (tmp_path / "sprung").exists()
+
+
+def test_a_header_of_blanks_takes_no_time(packed: Path) -> None:
+    """Python's tokenizer, by which NumPy would mend it, takes minutes for this one."""
+    content = (packed / "labels.npy").read_bytes()
+    blanks = b"{" + b" " * 9_900 + b"!"
+    header = b"\x93NUMPY\x01\x00" + len(blanks).to_bytes(2, "little") + blanks
+    (packed / "labels.npy").write_bytes(header + content[512:])
+    started = time.process_time()
+    with pytest.raises(ValueError, match="header cannot be read"):
+        PackedDataset(packed)
+    assert time.process_time() - started < 1
+
+
+def test_a_data_set_without_checksums_is_read_as_before(packed: Path) -> None:
+    expected = fuzz_datasets.read_all(packed)
+    (packed / CHECKSUMS_NAME).unlink()
+    assert fuzz_datasets.read_all(packed) == expected
+
+
+def test_all_files_are_listed_with_their_checksums(packed: Path) -> None:
+    listed = read_checksums(packed)
+    assert listed == {
+        path.name: xxhash.xxh3_64_hexdigest(path.read_bytes())
+        for path in packed.iterdir()
+        if path.name != CHECKSUMS_NAME
+    }
+    shards = {shard.name: shard.xxh3 for shard in Manifest.load(packed).shards}
+    assert len(shards) == 3
+    assert shards.items() <= listed.items()
+
+
+@given(length=st.integers(0, 50), data=st.data())
+@settings(max_examples=40)
+def test_arrays_of_any_length_are_opened_and_checked_block_by_block(
+    tmp_path_factory: pytest.TempPathFactory, length: int, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("array")
+    file = ArrayFile(folder, "labels")
+    values = np.arange(length, dtype="<i4")
+    file.append(values.tobytes())
+    file.finish()
+    assert np.array_equal(open_array(folder / "labels.npy", LABEL_DTYPE, length), values)
+    for wrong in (length + 1, 0 if length else 5):
+        with pytest.raises(ValueError, match=f"expected {wrong} rows"):
+            open_array(folder / "labels.npy", LABEL_DTYPE, wrong)
+
+
+def resident_bytes(path: Path) -> int:
+    """Of a mapped file, pages that are counted as this process's memory."""
+    mine, total = False, 0
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            mine = line.endswith(str(path))
+        elif mine and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+@pytest.mark.skipif(not Path("/proc/self/smaps").is_file(), reason="only Linux tells what is there")
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_pages_read_for_a_look_at_all_samples_are_given_back(packed: Path, fraction: float) -> None:
+    with PackedDataset(packed, fraction=fraction) as dataset:
+        for rows in blocks_of(dataset.samples):
+            assert int(rows["size"].sum()) > 0
+            assert resident_bytes(packed / "samples.npy") > 0
+        assert resident_bytes(packed / "samples.npy") == 0
+
+
+OPENED = """
+import json, sys, time
+from unicl_fast.dataset.reader import PackedDataset
+
+def peak():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+
+before, started = peak(), time.process_time()
+dataset = PackedDataset(sys.argv[1])
+print(json.dumps([len(dataset), time.process_time() - started, (peak() - before) / 1024]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.parametrize("version", [1, 2])
+def test_ten_million_samples_are_opened_in_two_seconds_and_no_memory(
+    tmp_path: Path, version: int
+) -> None:
+    million = 1_000_000
+    arrays = {name: ArrayFile(tmp_path, name) for name in ARRAY_DTYPES}
+    rows = np.zeros(million, SAMPLE_DTYPE)
+    for part in range(10):
+        numbers = np.arange(part * million, (part + 1) * million)
+        rows["offset"], rows["labels_start"] = numbers * 10, numbers
+        rows["size"], rows["height"], rows["width"], rows["labels_count"] = 10, 9, 9, 1
+        arrays["samples"].append(rows.tobytes())
+        arrays["labels"].append((numbers % 1000).astype(LABEL_DTYPE).tobytes())
+    for array in arrays.values():
+        array.finish()
+    shard = tmp_path / "shard-000000.tar"
+    with shard.open("wb") as file:
+        file.truncate(100 * million)
+    pixels = None
+    if version == 2:
+        pixels = PixelsInfo(
+            height=9, width=9, num_bytes=512 + 10 * million * 9 * 9 * 3, xxh3="0" * 16
+        )
+        with (tmp_path / "pixels.npy").open("wb") as file:
+            file.write(npy_header(PIXEL_DTYPE, (10 * million, 9, 9, 3)))
+            file.truncate(pixels.num_bytes)
+    manifest = Manifest(
+        version=version,
+        num_samples=10 * million,
+        num_captions=0,
+        num_tokens=0,
+        num_labels=10 * million,
+        num_quarantined=0,
+        shards=(
+            ShardInfo(name=shard.name, num_samples=10 * million, num_bytes=100 * million, xxh3="0"),
+        ),
+        tokenizer="clip-bpe",
+        vocabulary_hash="0",
+        context_length=77,
+        class_names=tuple(map(str, range(1000))),
+        templates=("{}",),
+        source=("here",),
+        seed=0,
+        tool_version="0",
+        pixels=pixels,
+    )
+    (tmp_path / "manifest.json").write_text(manifest.to_json())
+    lines = [f"XXH3_{file_checksum(path)}  {path.name}\n" for path in tmp_path.glob("[!p]*.[nj]*")]
+    (tmp_path / CHECKSUMS_NAME).write_text("".join(lines))
+    result = subprocess.run(
+        [sys.executable, "-c", OPENED, str(tmp_path)], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    count, seconds, megabytes = json.loads(result.stdout)
+    assert count == 10 * million
+    assert seconds < 2
+    assert megabytes < 50

@@ -1,0 +1,222 @@
+"""Raw data sets (format version 2): written, read, damaged."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import fuzz_datasets
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.reader import SAMPLE_DTYPE, PackedDataset
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
+
+FACTS: dict[str, Any] = {
+    "tokenizer": "clip-bpe",
+    "vocabulary_hash": "0123",
+    "context_length": 77,
+    "class_names": ["cat", "dog"],
+    "templates": ["a photo of a {}"],
+    "source": ["here"],
+    "seed": 0,
+    "tool_version": "0.1.0",
+}
+
+
+def sample_of(pixels: np.ndarray, number: int) -> PackedSample:
+    captions = ["text"] * (number % 3)
+    return PackedSample(
+        image=pixels.tobytes(),
+        extension="raw",
+        height=pixels.shape[0],
+        width=pixels.shape[1],
+        xxh3=xxhash.xxh3_64_intdigest(pixels.tobytes()),
+        captions=captions,
+        tokens=[np.array([49406, number, 49407], np.uint16) for _ in captions],
+        labels=[number % 2] if number % 3 != 1 else [],
+    )
+
+
+def write(out: Path, pictures: np.ndarray, *, shard_bytes: int = 4000) -> Path:
+    with DatasetWriter(out, shard_bytes=shard_bytes, pictures="raw") as writer:
+        for number, pixels in enumerate(pictures):
+            writer.add(sample_of(pixels, number))
+        assert writer.num_bytes >= pictures.nbytes
+        writer.finish(**FACTS)
+    return out
+
+
+def noise(*shape: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    """Seven pictures of 6 x 5 pixels; the shards hold their descriptions."""
+    return write(tmp_path / "set", noise(7, 5, 6))
+
+
+@given(count=st.integers(1, 9), height=st.integers(1, 12), width=st.integers(1, 12), data=st.data())
+@settings(max_examples=25)
+def test_pictures_come_back_one_by_one_and_in_any_order(
+    tmp_path_factory: pytest.TempPathFactory, count: int, height: int, width: int, data: Any
+) -> None:
+    pictures = noise(count, height, width)
+    out = write(tmp_path_factory.mktemp("raw") / "set", pictures)
+    assert np.array_equal(np.load(out / "pixels.npy"), pictures)
+    indices = data.draw(st.lists(st.integers(0, count - 1), max_size=12))
+    places = data.draw(st.permutations(range(len(indices) + 2)))[: len(indices)]
+    with PackedDataset(out) as dataset:
+        assert dataset.picture_shape == (height, width, 3)
+        for index, pixels in enumerate(pictures):
+            file = io.BytesIO(dataset.image_bytes(index, verify=True).tobytes())
+            assert np.array_equal(np.asarray(Image.open(file)), pixels)
+        found = np.full((len(indices) + 2, height, width, 3), 7, np.uint8)
+        expected = found.copy()
+        expected[places] = pictures[indices]
+        sound = dataset.read_pixels(np.array(indices, np.int64), found, np.array(places, np.int64))
+        assert sound.all()
+        assert len(sound) == len(indices)
+        assert np.array_equal(found, expected)
+
+
+def test_the_files_are_those_of_the_format(packed: Path) -> None:
+    manifest = json.loads((packed / "manifest.json").read_text())
+    assert manifest["version"] == 2
+    pixels = packed / "pixels.npy"
+    assert manifest["pixels"] == {
+        "height": 5,
+        "width": 6,
+        "num_bytes": 512 + 7 * 5 * 6 * 3,
+        "xxh3": file_checksum(pixels),
+    }
+    listed = read_checksums(packed)
+    assert listed == {
+        path.name: file_checksum(path) for path in packed.iterdir() if path.name != CHECKSUMS_NAME
+    }
+    with PackedDataset(packed) as dataset:
+        assert len(dataset.manifest.shards) > 1
+        assert "pixels.npy, offset 602" in dataset.describe(1)
+        for row in dataset.samples:
+            shard = packed / dataset.manifest.shards[int(row["shard"])].name
+            member = shard.read_bytes()[int(row["offset"]) : int(row["offset"]) + int(row["size"])]
+            assert set(json.loads(member)) == {"captions", "labels", "source", "name"}
+
+
+def test_pictures_of_another_size_are_not_written(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "set", pictures="raw") as writer:
+        writer.add(sample_of(noise(4, 5), 0))
+        with pytest.raises(ValueError, match="one size, 5 x 4 .*not 4 x 5"):
+            writer.add(sample_of(noise(5, 4), 1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_versions_have_their_own_fields(packed: Path) -> None:
+    values = json.loads((packed / "manifest.json").read_text())
+    for version, pixels, message in (
+        (4, values["pixels"], "version 4, this program reads versions 1 to 3"),
+        (True, values["pixels"], "version True"),
+        (1, values["pixels"], "expected the fields"),
+        (3, values["pixels"], "expected the fields"),
+        (2, None, "expected the fields"),
+        (2, values["pixels"] | {"height": -1}, "pixels: height should lie in 0"),
+        (2, values["pixels"] | {"depth": 1}, "pixels: expected the fields"),
+        (2, [], "pixels: expected the fields"),
+    ):
+        changed = values | {"version": version, "pixels": pixels}
+        if pixels is None:
+            del changed["pixels"]
+        with pytest.raises(ValueError, match=message):
+            Manifest.from_json(json.dumps(changed))
+
+
+def rewrite_manifest(packed: Path, **pixels: int) -> None:
+    values = json.loads((packed / "manifest.json").read_text())
+    values["pixels"] |= pixels
+    (packed / "manifest.json").write_text(json.dumps(values))
+    (packed / CHECKSUMS_NAME).unlink()
+
+
+@pytest.mark.parametrize(
+    ("pixels", "message"),
+    [
+        ({"height": 0}, "contradicts itself: 7 pictures of 6 x 0"),
+        ({"height": 4}, "contradicts itself"),
+        ({"num_bytes": 99}, "contradicts itself"),
+        ({"height": 10, "width": 3}, "does not begin as an array"),
+        ({"height": 2**62, "width": 2**62}, "contradicts itself"),
+    ],
+)
+def test_sizes_that_contradict_each_other_are_refused(
+    packed: Path, pixels: dict[str, int], message: str
+) -> None:
+    rewrite_manifest(packed, **pixels)
+    with pytest.raises(ValueError, match=message):
+        PackedDataset(packed)
+
+
+def test_a_sample_of_another_size_is_refused(packed: Path) -> None:
+    content = (packed / "samples.npy").read_bytes()
+    rows = np.frombuffer(content[512:], SAMPLE_DTYPE).copy()
+    rows["width"][3] = 7
+    (packed / "samples.npy").write_bytes(content[:512] + rows.tobytes())
+    (packed / CHECKSUMS_NAME).unlink()
+    with pytest.raises(ValueError, match="row 3 is a picture of another size"):
+        PackedDataset(packed)
+
+
+def test_lost_pixels_are_an_error_or_bad_samples(
+    packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = packed / "pixels.npy"
+    os.truncate(path, 512 + 5 * 90 + 1)
+    with pytest.raises(ValueError, match=r"pixels\.npy has 963 bytes, the manifest says 1142"):
+        PackedDataset(packed)
+    with pytest.raises(ValueError, match="pictures of 2 of 7 samples: more than"):
+        PackedDataset(packed, max_bad_fraction=0.2)
+    with (
+        caplog.at_level(logging.WARNING),
+        PackedDataset(packed, max_bad_fraction=0.3) as dataset,
+    ):
+        assert "DAMAGED DATA SET" in caplog.text
+        out = np.empty((7, 5, 6, 3), np.uint8)
+        sound = dataset.read_pixels(np.arange(7), out, np.arange(7))
+        assert sound.tolist() == [True] * 5 + [False] * 2
+        with pytest.raises(ValueError, match=r"pixels\.npy ends after 1 of 90 bytes"):
+            dataset.image_bytes(5)
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match=r"pixels\.npy is missing"):
+        PackedDataset(packed)
+    with PackedDataset(packed, max_bad_fraction=1.0) as dataset:
+        assert not dataset.read_pixels(np.arange(7), out, np.arange(7)).any()
+
+
+def test_a_shard_of_descriptions_costs_no_pictures(packed: Path) -> None:
+    (packed / "shard-000000.tar").unlink()
+    with pytest.raises(FileNotFoundError, match="shard-000000"):
+        PackedDataset(packed)
+    with PackedDataset(packed, max_bad_fraction=0.01) as dataset:
+        dataset.image_bytes(0, verify=True)
+
+
+def test_reading_after_close_is_an_error(packed: Path) -> None:
+    dataset = PackedDataset(packed)
+    dataset.close()
+    with pytest.raises(ValueError, match="has been closed"):
+        dataset.read_pixels(np.arange(1), np.empty((1, 5, 6, 3), np.uint8), np.arange(1))
+
+
+def test_any_damage_is_a_clear_error_or_changes_nothing(packed: Path) -> None:
+    counts = fuzz_datasets.fuzz(packed, 400)
+    assert min(counts.values()) > 10, counts  # each way out has been tried

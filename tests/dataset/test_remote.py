@@ -1,0 +1,398 @@
+"""Data sets under URLs: the same samples as from a folder, whatever the store and the cache do."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import io
+import logging
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from object_stores import FaultyStore, empty, upload
+from packed_sets import Sample, pack
+from PIL import Image
+
+from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
+from unicl_fast.dataset.remote import block_cache, mirror, object_store
+from unicl_fast.dataset.remote.block_cache import BlockCache, CacheOptions
+from unicl_fast.dataset.remote.mirror import open_mirror
+from unicl_fast.dataset.remote.object_store import ObjectStore, Patience, StorageError, is_url
+from unicl_fast.text.tokenizer import Tokenizer
+
+BLOCK = 4096
+
+
+@pytest.fixture(autouse=True)
+def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    quick = Patience(tries=3, first_pause_seconds=0.01, answer_seconds=2)
+    monkeypatch.setattr(object_store, "patience", quick)
+    monkeypatch.setattr(mirror, "_BETWEEN_READINGS_SECONDS", 0.01)
+    empty()
+    yield
+    empty()
+
+
+def picture(seed: int, side: int) -> bytes:
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(file, format="PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["files", "raw"])
+def local(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
+    """40 pictures of noise, 3.6 kB each, so that many lie across the border of two blocks."""
+    samples = [Sample(picture(i, 34), captions=[f"noise {i}"]) for i in range(40)]
+    out = tmp_path_factory.mktemp("packed") / "noise"
+    with pack(out, samples, class_names=(), tokenizer=Tokenizer(), raw=request.param) as dataset:
+        yield dataset
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> CacheOptions:
+    return CacheOptions(folder=tmp_path / "cache", max_bytes=10**7, block_bytes=BLOCK)
+
+
+@pytest.mark.parametrize(
+    ("place", "expected"),
+    [
+        ("s3://b/x", True),
+        ("memory://x", True),
+        ("a/b", False),
+        ("C:/x", False),
+        (Path("s3:/b"), False),
+    ],
+)
+def test_what_is_a_url(place: Any, expected: bool) -> None:
+    assert is_url(place) == expected
+
+
+@pytest.mark.parametrize("url", ["simplecache::s3://b/x", "https://h/x?key=1", "s3://"])
+def test_urls_that_are_no_folders_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="is not the URL of a folder"):
+        ObjectStore(url)
+
+
+def test_a_store_without_its_package_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "s3fs", None)
+    with pytest.raises(ValueError, match=r"pip install 'unicl_fast\[remote\]'"):
+        ObjectStore("s3://bucket/x").read("a", 0, 1)
+    with pytest.raises(ValueError, match="known are s3, gs"):
+        ObjectStore("nonsense://bucket/x").read("a", 0, 1)
+
+
+def test_where_folders_must_exist_they_are_made(tmp_path: Path) -> None:
+    store = ObjectStore(f"file://{tmp_path}/new/deeper")
+    store.write("small", b"12")
+    (tmp_path / "large").write_bytes(b"345")
+    ObjectStore(f"file://{tmp_path}/other/deeper").write_file(tmp_path / "large", "large")
+    assert (tmp_path / "new" / "deeper" / "small").read_bytes() == b"12"
+    assert (tmp_path / "other" / "deeper" / "large").read_bytes() == b"345"
+    assert store.traffic.tried_again == 0
+
+
+@pytest.mark.parametrize(("in_buckets", "place"), [(True, "bucket"), (False, "folder")])
+def test_a_bucket_that_is_not_there_is_named_and_not_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_buckets: bool, place: str
+) -> None:
+    def write(*_: Any, **__: Any) -> None:
+        raise FileNotFoundError("none of this name")
+
+    made: list[str] = []
+    monkeypatch.setattr(FaultyStore, "pipe_file", write)
+    monkeypatch.setattr(FaultyStore, "put_file", write)
+    monkeypatch.setattr(FaultyStore, "makedirs", lambda _, path, **__: made.append(path))
+    if in_buckets:
+        monkeypatch.setattr(object_store, "_IN_BUCKETS", ("faulty",))
+    (tmp_path / "large").write_bytes(b"345")
+    store = ObjectStore("faulty://buckte/x")
+    message = rf"faulty://buckte/x/a cannot be written: the {place} .*none of this name.*URL is"
+    with pytest.raises(StorageError, match=message):
+        store.write("a", b"12")
+    with pytest.raises(StorageError, match=message):
+        store.write_file(tmp_path / "large", "a")
+    assert bool(made) != in_buckets
+
+
+def test_samples_are_those_of_the_folder_and_come_once(
+    local: PackedDataset, cache: CacheOptions
+) -> None:
+    url = upload(local.folder, "faulty://bucket/noise")
+    with PackedDataset(url, cache=cache) as remote:
+        FaultyStore.reads.clear()
+        for i in reversed(range(len(local))):
+            assert np.array_equal(remote.image_bytes(i, verify=True), local.image_bytes(i))
+            assert np.array_equal(remote.caption_tokens(i, 0), local.caption_tokens(i, 0))
+        assert len(FaultyStore.reads) == len(set(FaultyStore.reads))
+        blocks = remote.blocks_of(np.arange(len(local)))
+        assert len(FaultyStore.reads) == len(blocks) > 20
+        header = 0 if local.picture_shape is None else len(b"P6\n34 34\n255\n")
+        sizes = [len(local.image_bytes(i)) - header for i in range(len(local))]
+        assert remote.needed_bytes == sum(sizes)
+        assert remote.place == url
+        assert remote.folder.name == "noise"
+        assert url in remote.describe(3)
+    FaultyStore.reads.clear()
+    with PackedDataset(url, cache=cache) as again:
+        assert np.array_equal(again.image_bytes(7), local.image_bytes(7))
+    names = [path.rsplit("/", 1)[1] for path, _, _ in FaultyStore.reads]
+    assert set(names) <= {"manifest.json", "checksums.txt", "pixels.npy"}  # the latter's header
+
+
+def test_pixels_are_read_by_the_batch(local: PackedDataset, cache: CacheOptions) -> None:
+    if local.picture_shape is None:
+        pytest.skip("not decoded")
+    url = upload(local.folder, "faulty://bucket/noise")
+    indices, places = np.array([5, 39, 0, 17, 18]), np.array([4, 3, 2, 1, 0])
+    expected = np.zeros((6, *local.picture_shape), np.uint8)
+    found = expected.copy()
+    assert local.read_pixels(indices, expected, places).all()
+    with PackedDataset(url, cache=cache) as remote:
+        assert remote.read_pixels(indices, found, places).all()
+        assert np.array_equal(found, expected)
+        assert remote.needed_bytes == found[:5].nbytes
+        for block in (cache.place / "blocks").rglob("0*"):
+            block.write_bytes(bytes(block.stat().st_size))
+        assert not remote.read_pixels(indices, found, places).any()
+        assert np.array_equal(remote.image_bytes(5, verify=True), local.image_bytes(5))
+        del FaultyStore.store["/bucket/noise/pixels.npy"]
+        for block in (cache.place / "blocks").rglob("0*"):
+            block.unlink()
+        assert not remote.read_pixels(indices, found, places).any()
+
+
+def test_what_the_cache_lost_or_spoilt_is_fetched_again(
+    local: PackedDataset, cache: CacheOptions
+) -> None:
+    url = upload(local.folder, "faulty://bucket/noise")
+    with PackedDataset(url, cache=cache) as remote:
+        for i in range(len(local)):
+            remote.image_bytes(i)
+        for number, block in enumerate(sorted((cache.place / "blocks").rglob("0*"))):
+            if number % 3 == 0:
+                block.write_bytes(b"\0" * block.stat().st_size)
+            elif number % 3 == 1:
+                os.truncate(block, 100)
+            else:
+                block.unlink()
+        for i in range(len(local)):
+            assert np.array_equal(remote.image_bytes(i, verify=True), local.image_bytes(i))
+
+
+def test_a_store_that_fails_now_and_then_changes_nothing(
+    local: PackedDataset, cache: CacheOptions, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = upload(local.folder, "faulty://bucket/noise")
+    calls = iter(range(10**6))
+    caplog.set_level(logging.CRITICAL)  # hundreds of warnings
+
+    def spoil(path: str, data: bytes) -> bytes:
+        number = next(calls)
+        if number % 5 == 1:
+            raise ConnectionResetError("reset")
+        return data[: len(data) // 2] if number % 5 == 3 and "shard" in path else data
+
+    FaultyStore.spoil = staticmethod(spoil)
+    with PackedDataset(url, cache=cache) as remote:
+        for i in range(len(local)):
+            assert np.array_equal(remote.image_bytes(i, verify=True), local.image_bytes(i))
+        assert remote.remote is not None
+        assert remote.remote.store.traffic.tried_again > 5
+
+
+def test_a_store_that_fails_for_good_is_named(local: PackedDataset, cache: CacheOptions) -> None:
+    url = upload(local.folder, "faulty://bucket/noise")
+    with PackedDataset(url, cache=cache) as remote:
+
+        def spoil(path: str, data: bytes) -> bytes:
+            raise OSError(errno.EIO, "an internal error")
+
+        FaultyStore.spoil = staticmethod(spoil)
+        FaultyStore.reads.clear()
+        with pytest.raises(
+            StorageError,
+            match=r"faulty://bucket/noise/\S+, bytes \d+ to \d+ could not be read: .*an internal "
+            r"error.*\(3 tries\).*--resume auto",
+        ):
+            remote.image_bytes(0)
+        assert len(FaultyStore.reads) == 3
+        FaultyStore.spoil = staticmethod(lambda path, data: data[:-1])
+        with pytest.raises(StorageError, match=r"4095 bytes came where 4096 were asked for"):
+            remote.image_bytes(0)
+
+
+def test_a_shard_that_is_gone_is_a_damaged_sample(
+    local: PackedDataset, cache: CacheOptions
+) -> None:
+    url = upload(local.folder, "faulty://bucket/noise")
+    with PackedDataset(url, cache=cache) as remote:
+        del FaultyStore.store[f"/bucket/noise/{local.shard_of(3)}"]
+        with pytest.raises(DamagedSampleError, match=r"sample 0000000003 .*no such object"):
+            remote.image_bytes(3)
+    with pytest.raises(FileNotFoundError, match=r"faulty://\S+ is missing"):
+        PackedDataset(url, cache=cache)
+
+
+def test_a_data_set_that_changed_is_noticed(
+    local: PackedDataset, cache: CacheOptions, tmp_path: Path
+) -> None:
+    url = upload(local.folder, "faulty://bucket/noise")
+    samples = [Sample(picture(100 + i, 34), captions=[f"other {i}"]) for i in range(40)]
+    raw = local.picture_shape is not None
+    other = pack(tmp_path / "o", samples, class_names=(), tokenizer=Tokenizer(), raw=raw)
+    with other, PackedDataset(url, cache=cache) as remote:
+        remote.image_bytes(0, verify=True)
+        upload(other.folder, url)
+        assert np.array_equal(remote.image_bytes(0, verify=True), local.image_bytes(0))
+        with pytest.raises(DamagedDatasetError, match=f"{url} was replaced or removed while"):
+            remote.image_bytes(39, verify=True)
+        with PackedDataset(url, cache=cache) as opened_later:
+            for i in (0, 39):
+                found = opened_later.image_bytes(i, verify=True)
+                assert np.array_equal(found, other.image_bytes(i))
+    upload(local.folder, url)
+    with PackedDataset(url, cache=cache) as back:  # a block of the other's must not be taken
+        assert np.array_equal(back.image_bytes(39, verify=True), local.image_bytes(39))
+
+
+def test_arrays_are_compared_with_their_checksums(
+    local: PackedDataset, cache: CacheOptions
+) -> None:
+    url = upload(local.folder, "faulty://bucket/noise")
+    PackedDataset(url, cache=cache).close()
+    (tokens,) = cache.place.rglob("tokens.npy")
+    tokens.write_bytes(tokens.read_bytes()[::-1])  # in the cache: is fetched again
+    PackedDataset(url, cache=cache).close()
+    assert tokens.read_bytes() == (local.folder / "tokens.npy").read_bytes()
+    tokens.unlink()
+    data = bytearray((local.folder / "tokens.npy").read_bytes())
+    data[-1] ^= 1
+    store = ObjectStore(url)
+    store.write("tokens.npy", bytes(data))
+    with pytest.raises(ValueError, match=rf"{url}/tokens\.npy is damaged: its checksum"):
+        PackedDataset(url, cache=cache)
+    store.remove("checksums.txt")
+    store.write("manifest.json", (local.folder / "manifest.json").read_bytes() + b" ")
+    upload(local.folder, url)
+    store.write("manifest.json", (local.folder / "manifest.json").read_bytes() + b" ")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged, or just being replaced"):
+        open_mirror(store, cache.place, [])
+    store.remove("manifest.json")
+    with pytest.raises(FileNotFoundError, match=f"{url} is not a packed data set"):
+        PackedDataset(url, cache=cache)
+
+
+def test_the_cache_stays_within_its_bytes_and_keeps_what_is_used(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, max_bytes=20 * BLOCK)
+    fetched: list[int] = []
+
+    def read(number: int) -> None:
+        def fetch() -> bytes:
+            fetched.append(number)
+            return bytes([number]) * BLOCK
+
+        view = bytearray(10)
+        cache.read_into(f"file/{number:08d}", BLOCK, memoryview(view), 5, fetch)
+        assert view == bytes([number]) * 10
+
+    old = time.time() - 1000
+    for number in range(60):
+        read(number)
+        read(0)
+        for path in (tmp_path / "blocks").rglob("0*"):
+            if not path.name.endswith("00"):
+                os.utime(path, (old + number, old + number))
+        size = sum(path.stat().st_size for path in (tmp_path / "blocks").rglob("0*"))
+        assert size <= 20 * BLOCK
+    assert fetched.count(0) == 1
+    assert len(fetched) == 60
+
+
+def test_blocks_are_fetched_once_by_threads_and_forked_processes(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    log.touch()
+
+    def fetch() -> bytes:
+        with log.open("ab", buffering=0) as file:
+            file.write(b"x")
+        time.sleep(0.02)
+        return b"y" * BLOCK
+
+    def read_all() -> None:
+        cache = BlockCache(tmp_path / "cache", max_bytes=10**6)
+        for number in range(10):
+            view = bytearray(BLOCK)
+            cache.read_into(f"f/{number}", BLOCK, memoryview(view), 0, fetch)
+            assert view == b"y" * BLOCK
+
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=read_all) for _ in range(3)]
+    threads = [threading.Thread(target=read_all) for _ in range(3)]
+    for one in (*processes, *threads):
+        one.start()
+    for one in (*processes, *threads):
+        one.join()
+    assert [one.exitcode for one in processes] == [0, 0, 0]
+    assert log.stat().st_size == 10
+
+
+def test_who_was_killed_leaves_nothing_that_others_wait_for(tmp_path: Path) -> None:
+    cache = BlockCache(tmp_path, max_bytes=10 * BLOCK)
+    started = tmp_path / "started"
+
+    def fetch_for_ever() -> bytes:
+        started.touch()
+        time.sleep(600)
+        return b""
+
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=cache.ensure, args=("f/0", BLOCK, fetch_for_ever))
+    process.start()
+    while not started.exists():
+        time.sleep(0.01)
+    cache.ensure("f/0", BLOCK, fetch_for_ever)  # comes back at once: another is at it
+    os.kill(process.pid or 0, signal.SIGKILL)
+    process.join()
+    (left,) = (tmp_path / "blocks").rglob("*.part")
+    os.utime(left, (0, 0))
+    view = bytearray(BLOCK)
+    cache.read_into("f/0", BLOCK, memoryview(view), 0, lambda: b"z" * BLOCK)
+    assert view == b"z" * BLOCK
+    assert not list((tmp_path / "blocks").rglob("*.part"))
+    left.touch()  # of a block that nobody wants again
+    for number in range(1, 20):
+        cache.read_into(f"f/{number}", BLOCK, memoryview(view), 0, lambda: b"z" * BLOCK)
+    assert not left.exists()
+
+
+@pytest.mark.parametrize("where", ["full", "stopped"])
+def test_without_a_cache_that_works_reading_goes_on(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = BlockCache(tmp_path, max_bytes=10 * BLOCK)
+    with contextlib.ExitStack() as stack:
+        if where == "full":
+
+            def write(file: int, data: bytes) -> None:
+                raise OSError(errno.ENOSPC, "No space left on device")
+
+            monkeypatch.setattr(block_cache, "_write_all", write)
+        else:
+            monkeypatch.setattr(block_cache, "_LOCK_PATIENCE_SECONDS", 0.1)
+            (tmp_path / "blocks" / "f").mkdir()
+            part = stack.enter_context((tmp_path / "blocks" / "f" / "0.part").open("w"))
+            block_cache._lock(part.fileno(), wait=False)
+        for _ in range(2):
+            view = bytearray(8)
+            cache.read_into("f/0", BLOCK, memoryview(view), 0, lambda: b"z" * BLOCK)
+            assert view == b"z" * 8
+    assert caplog.text.count("CACHE: blocks cannot be kept") == (where == "full")

@@ -1,0 +1,444 @@
+"""The packed format: what is written is what is read, by us and by others."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from unicl_fast.dataset.reader import (
+    CAPTION_DTYPE,
+    SAMPLE_DTYPE,
+    DamagedDatasetError,
+    DamagedSampleError,
+    Manifest,
+    PackedDataset,
+)
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+
+FACTS: dict[str, Any] = {
+    "tokenizer": "clip-bpe",
+    "vocabulary_hash": "0123",
+    "context_length": 77,
+    "class_names": ["cat", "Käse"],
+    "templates": ["a photo of a {}"],
+    "source": ["here"],
+    "seed": 3,
+    "tool_version": "0.1.0",
+}
+
+
+def jpeg(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.new("RGB", (20 + number, 16), (number * 20, 90, 10)).save(file, format="JPEG")
+    return file.getvalue()
+
+
+def sample(number: int, **changes: Any) -> PackedSample:
+    image = changes.pop("image", jpeg(number))
+    fields: dict[str, Any] = {
+        "extension": "jpg",
+        "height": 16,
+        "width": 20 + number,
+        "captions": [f"caption {which} of {number}" for which in range(number % 3)],
+        "tokens": [
+            np.array([49406, number, which, 49407], np.uint16) for which in range(number % 3)
+        ],
+        "labels": list(range(2 - number % 2)),
+        "source": "test",
+        "name": f"{number}.jpg",
+    }
+    return PackedSample(image=image, xxh3=xxhash.xxh3_64_intdigest(image), **(fields | changes))
+
+
+def write(
+    out: Path, samples: list[PackedSample], *, shard_bytes: int = 10**9, **facts: Any
+) -> Manifest:
+    with DatasetWriter(out, shard_bytes=shard_bytes) as writer:
+        for one in samples:
+            writer.add(one)
+        writer.quarantine(source="test", name="x\udcff.jpg", kind="damaged", message="a, b")
+        return writer.finish(**(FACTS | facts))
+
+
+@pytest.fixture
+def packed(tmp_path: Path) -> Path:
+    write(tmp_path / "set", [sample(number) for number in range(9)], shard_bytes=8_000)
+    return tmp_path / "set"
+
+
+def test_a_webp_makes_it_another_version_also_if_an_earlier_writer_put_it_there(
+    tmp_path: Path,
+) -> None:
+    """A stand-in for WebP: the writer goes by the name."""
+    samples = [sample(number, extension="webp" if number == 1 else "jpg") for number in range(9)]
+    assert write(tmp_path / "jpg", [sample(0)]).version == 1
+    assert write(tmp_path / "webp", samples).version == 3
+    work = tmp_path / "work"
+    work.mkdir()
+    with DatasetWriter(tmp_path / "set", shard_bytes=8_000, work=work) as writer:
+        for one in samples[:7]:
+            writer.add(one)
+    with DatasetWriter(tmp_path / "set", shard_bytes=8_000, work=work) as writer:
+        assert 1 < writer.num_samples < 7
+        for one in samples[writer.num_samples :]:
+            writer.add(one)
+        assert writer.finish(**FACTS).version == 3
+    PackedDataset(tmp_path / "set").close()
+
+
+def test_array_rows_are_packed_as_the_format_says() -> None:
+    assert SAMPLE_DTYPE.itemsize == 4 + 8 + 4 + 2 + 2 + 8 + 8 + 2 + 8 + 2
+    assert CAPTION_DTYPE.itemsize == 8 + 1
+
+
+def test_what_was_written_is_read_back(packed: Path) -> None:
+    with PackedDataset(packed) as dataset:
+        assert len(dataset) == 9
+        assert len(dataset.manifest.shards) > 2
+        for number in range(9):
+            expected = sample(number)
+            row = dataset.samples[number]
+            assert dataset.image_bytes(number, verify=True).tobytes() == expected.image
+            assert (row["height"], row["width"]) == (expected.height, expected.width)
+            assert row["captions_count"] == len(expected.captions)
+            for which, ids in enumerate(expected.tokens):
+                assert dataset.caption_tokens(number, which).tolist() == ids.tolist()
+            assert dataset.labels_of(number).tolist() == expected.labels
+
+
+MANY_CLASSES = [str(number) for number in range(70_000)]
+token_rows = st.lists(st.integers(0, 65535), min_size=2, max_size=77)
+
+
+@given(
+    samples=st.lists(
+        st.tuples(
+            st.binary(min_size=1, max_size=1500),
+            st.lists(token_rows, max_size=3),
+            st.lists(st.integers(0, 69_999), max_size=3),
+        ).filter(lambda sample: sample[1] or sample[2]),
+        min_size=1,
+        max_size=8,
+    ),
+    shard_bytes=st.integers(1, 6000),
+)
+@settings(max_examples=30, deadline=None)
+def test_any_samples_survive_the_round_trip(
+    tmp_path_factory: pytest.TempPathFactory,
+    samples: list[tuple[bytes, list[list[int]], list[int]]],
+    shard_bytes: int,
+) -> None:
+    out = tmp_path_factory.mktemp("round") / "set"
+    write(
+        out,
+        [
+            sample(
+                0,
+                image=image,
+                captions=["text"] * len(rows),
+                tokens=[np.array(row, np.uint16) for row in rows],
+                labels=labels,
+            )
+            for image, rows, labels in samples
+        ],
+        shard_bytes=shard_bytes,
+        class_names=MANY_CLASSES,
+    )
+    with PackedDataset(out) as dataset:
+        for number, (image, rows, labels) in enumerate(samples):
+            assert dataset.image_bytes(number, verify=True).tobytes() == image
+            for which, row in enumerate(rows):
+                assert dataset.caption_tokens(number, which).tolist() == row
+            assert dataset.labels_of(number).tolist() == labels
+        for info in dataset.manifest.shards:
+            assert info.num_bytes <= shard_bytes or info.num_samples == 1
+
+
+def test_shards_are_tars_with_numbered_members(packed: Path) -> None:
+    number = 0
+    for shard in sorted(packed.glob("*.tar")):
+        with tarfile.open(shard) as tar:
+            members = tar.getmembers()
+            for image, description in zip(members[::2], members[1::2], strict=True):
+                assert image.name == f"{number:010d}.jpg"
+                assert description.name == f"{number:010d}.json"
+                assert (image.mtime, image.uid, image.mode) == (0, 0, 0o644)
+                fields = json.load(tar.extractfile(description))  # type: ignore[arg-type]
+                assert fields["captions"] == sample(number).captions
+                assert fields["labels"] == sample(number).labels
+                number += 1
+    assert number == 9
+
+
+def test_webdataset_reads_the_shards(packed: Path) -> None:
+    import webdataset
+
+    shards = [str(path) for path in sorted(packed.glob("*.tar"))]
+    read = list(webdataset.WebDataset(shards, shardshuffle=False, empty_check=False).decode("rgb8"))
+    assert [one["__key__"] for one in read] == [f"{number:010d}" for number in range(9)]
+    assert [one["jpg"].shape for one in read] == [(16, 20 + number, 3) for number in range(9)]
+    assert [one["json"]["labels"] for one in read] == [sample(n).labels for n in range(9)]
+
+
+@pytest.mark.dali
+def test_indexes_equal_those_of_dalis_own_tool(packed: Path, tmp_path: Path) -> None:
+    import wds2idx
+
+    for shard in packed.glob("*.tar"):
+        with wds2idx.IndexCreator(str(shard), str(tmp_path / "i.idx"), verbose=False) as creator:
+            creator.create_index()
+        assert shard.with_suffix(".idx").read_bytes() == (tmp_path / "i.idx").read_bytes()
+
+
+@pytest.mark.dali
+def test_dalis_webdataset_reader_reads_the_shards(packed: Path) -> None:
+    import nvidia.dali as dali
+
+    shards = sorted(packed.glob("*.tar"))
+
+    @dali.pipeline_def(batch_size=9, num_threads=1, device_id=None)
+    def read() -> Any:
+        encoded, description = dali.fn.readers.webdataset(
+            paths=[str(path) for path in shards],
+            index_paths=[str(path.with_suffix(".idx")) for path in shards],
+            ext=["jpg;png", "json"],
+        )
+        return encoded, description, dali.fn.decoders.image(encoded)
+
+    encoded, description, pixels = read().run()
+    for number in range(9):
+        assert encoded.at(number).tobytes() == jpeg(number)
+        fields = json.loads(description.at(number).tobytes())
+        assert fields["name"] == f"{number}.jpg"
+        assert pixels.at(number).shape == (16, 20 + number, 3)
+
+
+def test_manifest_survives_json(packed: Path) -> None:
+    manifest = Manifest.load(packed)
+    assert Manifest.from_json(manifest.to_json()) == manifest
+    assert manifest.class_names == ("cat", "Käse")
+    assert manifest.num_quarantined == 1
+    for shard in manifest.shards:
+        assert xxhash.xxh3_64_hexdigest((packed / shard.name).read_bytes()) == shard.xxh3
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": 4}, "format version 4, this program reads versions 1 to 3"),
+        ({"num_samples": "9"}, "num_samples"),
+        ({"shards": [3]}, "shards"),
+        ({"class_names": [1]}, "class_names"),
+        ({"unknown": 1}, "unknown"),
+        ({"num_samples": 8}, "8"),
+    ],
+)
+def test_wrong_manifests_are_refused_by_name(
+    packed: Path, change: dict[str, Any], message: str
+) -> None:
+    path = packed / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(ValueError, match=message):
+        PackedDataset(packed)
+
+
+def test_a_folder_without_manifest_is_no_data_set(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"unicl-pack build"):
+        PackedDataset(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["samples.npy", "labels.npy", "tokens.npy", "shard-000001.tar"])
+def test_missing_and_cut_files_are_named(packed: Path, name: str) -> None:
+    os.truncate(packed / name, 300)
+    with pytest.raises(ValueError, match=name):
+        PackedDataset(packed)
+    (packed / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        PackedDataset(packed)
+
+
+def test_a_shard_that_shrinks_under_us_is_an_error_with_a_name(packed: Path) -> None:
+    with PackedDataset(packed) as dataset:
+        shard = dataset.manifest.shards[int(dataset.samples[8]["shard"])].name
+        os.truncate(packed / shard, int(dataset.samples[8]["offset"]) + 5)
+        with pytest.raises(DamagedSampleError, match=f"0000000008.*{shard}.* 5 of"):
+            dataset.image_bytes(8)
+
+
+def test_damaged_shards_are_tolerated_up_to_a_part_and_said_aloud(
+    packed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = Manifest.load(packed).shards
+    (packed / shards[0].name).unlink()
+    os.truncate(packed / shards[1].name, 1000)
+    num_bad = shards[0].num_samples + shards[1].num_samples
+    for tolerated in (0.0, (num_bad - 0.5) / 9):
+        with pytest.raises(FileNotFoundError, match=f"{shards[0].name} is missing"):
+            PackedDataset(packed, max_bad_fraction=tolerated)
+    with pytest.raises(FileNotFoundError, match=f"2 such .*of {num_bad} of 9.*0.01 allows"):
+        PackedDataset(packed, max_bad_fraction=0.01)
+    assert not caplog.records
+    with PackedDataset(packed, max_bad_fraction=num_bad / 9) as dataset:
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert f"of {num_bad} of 9 samples" in record.message
+        for number in range(9):
+            if number < num_bad:
+                with pytest.raises(
+                    DamagedSampleError, match=f"{number:010d} .*{shards[0].name}|ends"
+                ):
+                    dataset.image_bytes(number)
+            else:
+                assert dataset.image_bytes(number, verify=True).tobytes() == jpeg(number)
+
+
+def test_a_shard_that_cannot_be_read_is_an_error_with_the_sample_s_name(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail_with(number: int) -> None:
+        def preadv(*_: Any) -> int:
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr("os.preadv", preadv)
+
+    with PackedDataset(packed) as dataset:
+        dataset.image_bytes(3)
+        for number in (errno.EIO, errno.ESTALE):
+            fail_with(number)
+            with pytest.raises(DamagedSampleError, match=f"0000000003 .*{os.strerror(number)}"):
+                dataset.image_bytes(3)
+        fail_with(errno.ENOMEM)  # not the shard's fault
+        with pytest.raises(OSError, match="memory"):
+            dataset.image_bytes(3)
+
+
+def test_a_file_that_the_file_system_has_forgotten_is_opened_anew(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with PackedDataset(packed) as dataset:
+        dataset.image_bytes(0)
+        (stale,) = dataset._reader._files.values()
+        preadv = os.preadv
+
+        def forgetful(file: int, *arguments: Any) -> int:
+            if file == stale:
+                raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+            return preadv(file, *arguments)
+
+        monkeypatch.setattr("os.preadv", forgetful)
+        before = len(os.listdir("/proc/self/fd"))
+        for _ in range(3):
+            assert dataset.image_bytes(0, verify=True).tobytes() == jpeg(0)
+        assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("name", ["samples", "captions", "tokens", "labels"])
+def test_arrays_that_are_replaced_stay_what_they_were(packed: Path, name: str) -> None:
+    with PackedDataset(packed) as dataset:
+        before = np.array(getattr(dataset, name))
+        other = packed / "other"
+        other.write_bytes(b"short")
+        other.rename(packed / f"{name}.npy")
+        dataset.check_arrays()
+        assert np.array_equal(getattr(dataset, name), before)
+
+
+@pytest.mark.parametrize("name", ["samples", "captions", "tokens", "labels"])
+def test_arrays_cut_in_place_are_told(packed: Path, name: str) -> None:
+    with PackedDataset(packed) as dataset:
+        dataset.check_arrays()
+        os.truncate(packed / f"{name}.npy", 300)
+        with pytest.raises(DamagedDatasetError, match=rf"{name}\.npy was cut .* 300 bytes"):
+            dataset.check_arrays()
+
+
+def test_changed_bytes_are_found_by_the_checksum(packed: Path) -> None:
+    with PackedDataset(packed) as dataset:
+        with (packed / dataset.manifest.shards[0].name).open("r+b") as file:
+            file.seek(int(dataset.samples[0]["offset"]) + 100)
+            file.write(b"\xaa\xaa\xaa")
+        dataset.image_bytes(0)
+        with pytest.raises(DamagedSampleError, match="checksum"):
+            dataset.image_bytes(0, verify=True)
+
+
+def test_numbers_out_of_range_are_refused(packed: Path) -> None:
+    with PackedDataset(packed) as dataset:
+        for index in (-1, 9):
+            with pytest.raises(IndexError, match="0 to 8"):
+                dataset.image_bytes(index)
+        with pytest.raises(IndexError, match="2 captions"):
+            dataset.caption_tokens(2, 2)
+
+
+def test_arrays_are_read_only(packed: Path) -> None:
+    with PackedDataset(packed) as dataset, pytest.raises(ValueError, match="read-only"):
+        dataset.labels[0] = 1
+
+
+def test_many_shards_do_not_use_up_descriptors(
+    packed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unicl_fast.dataset.file_ranges._MAX_OPEN_SHARDS", 1)
+    with PackedDataset(packed) as dataset:
+        before = len(os.listdir("/proc/self/fd"))
+        for number in (0, 8, 4, 8, 0):
+            assert dataset.image_bytes(number).tobytes() == jpeg(number)
+        assert len(os.listdir("/proc/self/fd")) == before + 1
+
+
+def test_nothing_appears_before_it_is_whole(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "set") as writer:
+        writer.add(sample(0))
+        assert not (tmp_path / "set").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_occupied_folder_is_refused(packed: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="already holds a packed data set"):
+        DatasetWriter(packed)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "letter.txt").touch()
+    with pytest.raises(ValueError, match="not an empty folder"):
+        DatasetWriter(tmp_path / "other")
+    assert (tmp_path / "other" / "letter.txt").exists()
+
+
+def test_a_sample_without_any_text_is_refused(tmp_path: Path) -> None:
+    with (
+        DatasetWriter(tmp_path / "set") as writer,
+        pytest.raises(ValueError, match="captions or labels"),
+    ):
+        writer.add(dataclasses.replace(sample(0), captions=[], tokens=[], labels=[]))
+
+
+@pytest.mark.parametrize(("fraction", "used"), [(1.0, 5), (0.5, 2), (0.7, 4), (0.001, 1)])
+def test_a_part_of_a_data_set_is_its_first_samples(
+    tmp_path: Path, fraction: float, used: int
+) -> None:
+    write(tmp_path / "set", [sample(number) for number in range(5)])
+    with (
+        PackedDataset(tmp_path / "set") as whole,
+        PackedDataset(tmp_path / "set", fraction=fraction) as part,
+    ):
+        assert len(part) == len(part.samples) == used
+        assert np.array_equal(part.samples, whole.samples[:used])
+        assert bytes(part.image_bytes(used - 1)) == bytes(whole.image_bytes(used - 1))
+        with pytest.raises(IndexError, match=f"samples 0 to {used - 1}"):
+            part.image_bytes(used)
+        os.truncate(tmp_path / "set" / "samples.npy", 600)
+        with pytest.raises(DamagedDatasetError, match="samples.npy was cut"):
+            part.check_arrays()

@@ -1,0 +1,39 @@
+"""How a launcher ends, given how its ranks do."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HELPERS = Path(__file__).resolve().parents[1] / "helpers"
+LAUNCH = "import sys; from unicl_fast.distributed.launch import start_ranks;" + (
+    "start_ranks('rank_program', nproc=len(sys.argv) - 1, argv=sys.argv[1:])"
+)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("ranks", "code"),
+    [
+        (["0", "0"], 0),
+        (["0", "2"], 2),
+        (["sleep", "3"], 3),  # the first rank notices nothing of the second one's end
+        (["3", "sleep"], 3),
+        (["1", "70", "1"], 70),  # two have lost their peer
+        (["sleep", "sleep", "70"], 70),
+        (["75", "75"], 75),
+    ],
+    ids=str,
+)
+def test_the_code_is_that_of_the_rank_that_brought_about_the_end(
+    ranks: list[str], code: int
+) -> None:
+    paths = f"{HELPERS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    done = subprocess.run(
+        [sys.executable, "-c", LAUNCH, *ranks], timeout=60, env=os.environ | {"PYTHONPATH": paths}
+    )
+    assert done.returncode == code

@@ -1,0 +1,283 @@
+"""Signals that ask a run to stop: it stops where it can go on, on all ranks at once."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import (
+    StepwiseLoader,
+    ZeroShotOfFour,
+    evaluate_until_rank_1_is_signalled,
+    run_on_ranks,
+    train_until_rank_1_is_signalled,
+)
+from small_runs import tiny_config
+
+from unicl_fast.batch import Batch
+from unicl_fast.checkpoints.load import list_checkpoints, read_state
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.signals import Interrupted, Interruption
+from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def _interrupts_are_heard() -> Iterator[None]:
+    """A shell that starts tests behind itself lets them ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class SignallingLoader(StepwiseLoader):
+    """Sends this process a signal while the batch of a step is fetched."""
+
+    def __init__(self, images: torch.Tensor, *, step: int, number: signal.Signals) -> None:
+        super().__init__(images)
+        self.step, self.number = step, number
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        for batch in super().batches(start_step):
+            if batch.step == self.step:
+                os.kill(os.getpid(), self.number)
+            yield batch
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+    images: torch.Tensor, tmp_path: Path, number: signal.Signals
+) -> None:
+    config = tiny_config(steps=6)
+    unbroken = Trainer(config, StepwiseLoader(images), progress=False)
+    unbroken.fit()
+    before = signal.getsignal(number)
+    stopped = Trainer(
+        config,
+        SignallingLoader(images, step=2, number=number),
+        run_folder=tmp_path,
+        progress=False,
+    )
+    with pytest.raises(Interrupted, match=f"{number.name} after step 3 of 6"):
+        stopped.fit()
+    assert signal.getsignal(number) is before
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    assert newest.name == "step-00000003"
+    resumed = Trainer(config, StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    resumed.resume(newest)
+    resumed.fit()
+    for name, weight in unbroken.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_a_signal_in_the_last_step_lets_the_run_end(images: torch.Tensor) -> None:
+    loader = SignallingLoader(images, step=2, number=signal.SIGTERM)
+    Trainer(tiny_config(steps=3), loader, progress=False).fit()
+
+
+@pytest.mark.parametrize(("steps", "expected"), [(2, 2), (5, 3)], ids=["last", "earlier"])
+def test_a_signal_during_a_save_waits_for_the_save(
+    images: torch.Tensor, tmp_path: Path, steps: int, expected: int
+) -> None:
+    """The run ends well if it was the last one, and otherwise after one more step."""
+    config = tiny_config(steps=steps)  # saves in every second
+    trainer = Trainer(config, StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    state_dict = trainer.scaler.state_dict
+
+    def signal_in_between() -> dict[str, object]:
+        if trainer.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return state_dict()
+
+    trainer.scaler.state_dict = signal_in_between
+    if steps == 2:
+        trainer.fit()
+    else:
+        with pytest.raises(Interrupted, match="SIGTERM after step 3 of 5"):
+            trainer.fit()
+    newest = list_checkpoints(tmp_path / "checkpoints")[-1]
+    assert read_state(newest).step == expected
+    assert read_state(newest.with_name("step-00000002")).step == 2
+
+
+def test_a_second_ctrl_c_ends_at_once() -> None:
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.has_come(Ranks())
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_what_a_shell_ignores_stays_ignored() -> None:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with Interruption() as interruption:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert not interruption.has_come(Ranks())
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    run_on_ranks(train_until_rank_1_is_signalled, 2, images, tmp_path)
+    steps = [int((tmp_path / f"rank-{rank}").read_text()) for rank in range(2)]
+    assert steps[0] == steps[1]
+    assert 3 <= steps[0] <= 4
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert newest.name == f"step-{steps[0]:08d}"
+
+
+IN_A_CALL_THAT_HEARS_NOTHING = """
+import ctypes, sys
+from unicl_fast import ending_at_once
+from unicl_fast.distributed.signals import Interruption
+assert "torch" not in sys.modules
+ending_at_once._SECONDS_TO_UNWIND = 0.5
+with ending_at_once.ending_at_once("program"), Interruption():
+    if sys.argv[1] == "training":
+        ending_at_once.forbid()
+    libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
+    print("ready", flush=True)
+    libc.pthread_mutex_lock(mutex)
+    libc.pthread_mutex_lock(mutex)
+"""
+
+
+@pytest.mark.parametrize(
+    ("phase", "signals", "code"),
+    [
+        ("starting", [signal.SIGTERM], 75),
+        ("starting", [signal.SIGINT], 75),
+        ("training", [signal.SIGINT, signal.SIGINT], 130),
+        ("training", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT], None),
+    ],
+    ids=str,
+)
+def test_signals_are_heard_while_the_main_thread_hears_nothing(
+    phase: str, signals: list[signal.Signals], code: int | None
+) -> None:
+    """It hangs in a call that no signal interrupts, as in a collective."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", IN_A_CALL_THAT_HEARS_NOTHING, phase],
+        stdout=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        for number in signals:
+            process.send_signal(number)
+            if signals.count(number) > 1:  # two that wait are one to the kernel
+                with pytest.raises(subprocess.TimeoutExpired):
+                    process.wait(timeout=0.2)
+        if code is None:
+            with pytest.raises(subprocess.TimeoutExpired):
+                process.wait(timeout=2)
+        else:
+            assert process.wait(timeout=30) == code
+    finally:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
+def evaluating(images: torch.Tensor, folder: Path, evaluation: ZeroShotOfFour) -> Trainer:
+    """Evaluates in steps 3 and 6 of 6, and saves in step 6."""
+    config = tiny_config(steps=6)
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, evaluate_every_steps=3),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
+    )
+    return Trainer(
+        config,
+        StepwiseLoader(images),
+        run_folder=folder,
+        evaluations={"first": ZeroShotOfFour(images), "second": evaluation},
+        progress=False,
+    )
+
+
+def evaluations_of(folder: Path) -> list[tuple[float, str, float]]:
+    return [
+        (line["step"], key, value)
+        for line in read_metrics(folder)
+        for key, value in line.items()
+        if key.endswith("top1")
+    ]
+
+
+@pytest.mark.parametrize("step", [3, 6])
+def test_an_evaluation_that_is_broken_off_is_made_up_for(
+    images: torch.Tensor, tmp_path: Path, step: int
+) -> None:
+    unbroken = evaluating(images, tmp_path / "unbroken", ZeroShotOfFour(images))
+    unbroken.fit()
+    expected = evaluations_of(tmp_path / "unbroken")
+    assert [line[:2] for line in expected] == [
+        (3, "first/top1"),
+        (3, "second/top1"),
+        (6, "first/top1"),
+        (6, "second/top1"),
+    ]
+    out = tmp_path / "stopped"
+    stopping = ZeroShotOfFour(images, signals_in_pass=step // 3)
+    stopped = evaluating(images, out, stopping)
+    with pytest.raises(Interrupted, match=f"SIGTERM after step {step} of 6"):
+        stopped.fit()
+    assert stopping.shown[-1] == 2  # of four batches
+    newest = list_checkpoints(out / "checkpoints")[-1]
+    assert newest.name == f"step-{step:08d}"
+    assert evaluations_of(out)[-1][:2] == (step, "first/top1")
+    resumed = evaluating(images, out, ZeroShotOfFour(images))
+    resumed.resume(newest)
+    resumed.fit()
+    assert evaluations_of(out) == expected
+    for name, weight in unbroken.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+
+
+def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    def crash(model: torch.nn.Module) -> dict[str, float]:
+        raise RuntimeError("out of memory")
+
+    crashing = evaluating(images, tmp_path, ZeroShotOfFour(images))
+    crashing.evaluations["second"] = crash
+    config = crashing.config
+    crashing.config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=3)
+    )
+    with pytest.raises(RuntimeError, match="out of memory"):
+        crashing.fit()
+    resumed = evaluating(images, tmp_path, ZeroShotOfFour(images))
+    resumed.resume(list_checkpoints(tmp_path / "checkpoints")[-1])
+    resumed.fit()
+    assert [line[:2] for line in evaluations_of(tmp_path)] == [
+        (3, "first/top1"),
+        (3, "second/top1"),
+        (6, "first/top1"),
+        (6, "second/top1"),
+    ]
+
+
+@pytest.mark.dist
+def test_a_signal_to_one_rank_breaks_an_evaluation_off_on_all(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    run_on_ranks(evaluate_until_rank_1_is_signalled, 2, images, tmp_path)
+    assert [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)] == ["3", "3"]
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert newest.name == "step-00000003"
+    assert not evaluations_of(tmp_path / "run")

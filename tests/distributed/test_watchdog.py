@@ -1,0 +1,240 @@
+"""What hangs is ended, and named by rank and stage; what only takes long is left alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import ranks_of, train_watched
+
+from unicl_fast.distributed.heartbeats import Heartbeat
+from unicl_fast.distributed.watchdog import EXIT_HUNG, Watchdog, describe_others, group_timeout
+from unicl_fast.system import stages
+from unicl_fast.system.stages import Stage, WaitingForRanks, mark, mark_progress
+
+
+@pytest.fixture(autouse=True)
+def _stage_is_our_own() -> Iterator[None]:
+    mark("testing", 7)
+    yield
+    mark("testing")
+
+
+class Clock:
+    """A watchdog without its thread, whose clock goes on when it is told to."""
+
+    def __init__(self, *, limit_seconds: float = 100, world_size: int = 1) -> None:
+        self.codes: list[int] = []
+        self.watchdog = Watchdog(
+            limit_seconds=limit_seconds, world_size=world_size, end=self.codes.append
+        )
+        self.now = time.monotonic()
+
+    def pass_by(self, seconds: float) -> None:
+        """Seconds during which the watchdog's thread runs every second."""
+        for _ in range(int(seconds)):
+            if not self.codes:
+                self.jump(1)
+
+    def jump(self, seconds: float) -> None:
+        """Seconds during which the whole process stands still."""
+        self.now += seconds
+        self.watchdog._tick(self.now)
+
+
+def test_a_stage_that_lasts_too_long_ends_the_process_and_is_named(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    clock = Clock()
+    mark("waiting for the next batch", 12)
+    clock.pass_by(101)
+    assert clock.codes == []
+    clock.pass_by(1)
+    assert clock.codes == [EXIT_HUNG]
+    said = capfd.readouterr().err
+    assert "rank 0 HANGS: 'waiting for the next batch' in step 12 has lasted 101 s" in said
+    assert "run.timeout_seconds=100" in said
+    assert "the storage of data.train is stuck" in said
+    assert "--resume auto" in said
+    assert "test_watchdog.py" in said  # the stacks
+
+
+def test_progress_starts_the_time_anew() -> None:
+    clock = Clock()
+    for sign in (mark_progress, lambda: mark("testing", 7), WaitingForRanks().__enter__):
+        clock.pass_by(90)
+        sign()
+    clock.pass_by(90)
+    assert clock.codes == []
+
+
+def test_what_needs_patience_gets_it() -> None:
+    clock = Clock()
+    mark("step", 0, patience=3)
+    clock.pass_by(300)
+    assert clock.codes == []
+    clock.pass_by(2)
+    assert clock.codes == [EXIT_HUNG]
+
+
+def test_time_in_which_the_process_is_stopped_does_not_count() -> None:
+    clock = Clock()
+    clock.pass_by(50)
+    clock.jump(10_000)
+    clock.pass_by(40)
+    assert clock.codes == []
+
+
+def test_no_limit_watches_nothing() -> None:
+    with Watchdog(limit_seconds=0):
+        assert "unicl-watchdog" not in [thread.name for thread in threading.enumerate()]
+    assert group_timeout(0) > 86400
+    assert group_timeout(600) > 6 * 600
+
+
+class Line:
+    """Heartbeats that only listen."""
+
+    def __init__(self, clock: Clock, beats: dict[int, tuple[Stage, float]]) -> None:
+        self.clock, self.beats = clock, beats
+        self.heard: dict[int, Heartbeat] = {}
+
+    def receive(self) -> None:
+        for rank, (stage, left) in self.beats.items():
+            self.heard[rank] = Heartbeat(stage, 5.0, left, self.clock.now)
+
+    def send(self, stage: Stage, *, age_seconds: float, left_seconds: float) -> None: ...
+
+
+def test_nobody_is_blamed_for_waiting_while_another_rank_works() -> None:
+    """Rank 0 may take long to save; the others wait in a collective of the next step."""
+    clock = Clock(world_size=3)
+    line = Line(clock, {1: (Stage("checkpoint", 8), 50.0), 2: (Stage("x", 8, 1, True), 50.0)})
+    clock.watchdog._heartbeats = line
+    with WaitingForRanks():
+        clock.pass_by(400)
+        assert clock.codes == []
+        line.beats[1] = (Stage("checkpoint", 8), -1.0)  # that one hangs, and says so itself
+        clock.pass_by(2)
+        assert clock.codes == [EXIT_HUNG]
+
+
+def test_a_rank_that_hangs_in_its_own_work_does_not_wait_for_others() -> None:
+    clock = Clock(world_size=2)
+    clock.watchdog._heartbeats = Line(clock, {1: (Stage("checkpoint", 8), 50.0)})
+    clock.pass_by(102)
+    assert clock.codes == [EXIT_HUNG]
+
+
+def test_suspects_are_named_first() -> None:
+    waiting = Stage("step: waiting for other ranks", 8, 1, True)
+    heard = {
+        0: Heartbeat(waiting, 50, 50, heard=99),
+        2: Heartbeat(Stage("waiting for the next batch", 8), 100, -1, heard=99),
+        3: Heartbeat(Stage("step", 8), 1, 99, heard=10),
+        4: Heartbeat(waiting, 50, 50, heard=99),
+    }
+    told = describe_others(heard, rank=1, world_size=6, blame=True, now=100, silence=30)
+    assert told[0].startswith(
+        "LOOK THERE FIRST: rank 3 has given no sign of life for 90 s and was then in 'step' in "
+        "step 8"
+    )
+    assert told[1:] == [
+        "rank 2 is in 'waiting for the next batch' in step 8 for 101 s.",
+        "In 'step: waiting for other ranks' in step 8: ranks 0, 4.",
+        "Nothing was heard of rank 5.",
+    ]
+    own_fault = describe_others(heard, rank=1, world_size=6, blame=False, now=100, silence=30)
+    assert "LOOK" not in " ".join(own_fault)
+
+
+def test_a_mark_costs_next_to_nothing() -> None:
+    """A step has a dozen; a thousandth of a millisecond each is what the docs say at most."""
+    best = min(_seconds_of_marks(1000) for _ in range(20))
+    assert best / 1000 < 5e-6
+
+
+def _seconds_of_marks(count: int) -> float:
+    started = time.perf_counter()
+    for step in range(count):
+        mark("step", step)
+    return time.perf_counter() - started
+
+
+def test_a_collective_is_marked_and_left() -> None:
+    before = stages.now()
+    with WaitingForRanks():
+        assert stages.now() == Stage("testing: waiting for other ranks", 7, 1.0, True)
+    assert stages.now() == before
+    assert stages.now() is not before  # that is progress
+
+
+def wait_for(condition, *, seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it has not happened"
+        time.sleep(0.05)
+
+
+def said_by(folder: Path, rank: int) -> str:
+    return (folder / f"stderr-{rank}").read_text()
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+def test_a_data_thread_that_hangs_ends_a_single_process(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    with ranks_of(train_watched, 1, images, tmp_path, 5.0, {0: 4}) as (process,):
+        process.join(150)
+        assert process.exitcode == EXIT_HUNG
+    assert "rank 0 HANGS: 'waiting for the next batch' in step 4 has lasted" in said_by(tmp_path, 0)
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+def test_a_rank_whose_data_hang_is_the_one_that_speaks(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    with ranks_of(train_watched, 3, images, tmp_path, 5.0, {1: 5}) as processes:
+        processes[1].join(150)
+        assert processes[1].exitcode == EXIT_HUNG
+        for other in (0, 2):  # a launcher would end them; here their peer is gone
+            processes[other].join(60)
+            assert processes[other].exitcode not in (0, None)
+    said = said_by(tmp_path, 1)
+    assert "rank 1 of 3 HANGS: 'waiting for the next batch' in step 5 has lasted" in said
+    assert "In 'step: encoding: waiting for other ranks' in step 5: ranks 0, 2." in said
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+def test_ranks_that_wait_for_a_stopped_one_name_it_and_the_collective(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    with ranks_of(train_watched, 2, images, tmp_path, 5.0, {}) as processes:
+        wait_for(lambda: (tmp_path / "step-0").exists() and (tmp_path / "step-1").exists())
+        os.kill(processes[1].pid, signal.SIGSTOP)
+        processes[0].join(150)
+        assert processes[0].exitcode == EXIT_HUNG
+    said = said_by(tmp_path, 0)
+    assert "rank 0 of 2 HANGS: 'step: " in said
+    assert "waiting for other ranks' in step" in said
+    assert "LOOK THERE FIRST: rank 1 has given no sign of life for" in said
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timeout(200)
+def test_a_whole_run_is_not_disturbed(images: torch.Tensor, tmp_path: Path) -> None:
+    with ranks_of(train_watched, 2, images, tmp_path, 20.0, {}, 30) as processes:
+        for process in processes:
+            process.join(150)
+            assert process.exitcode == 0
+    assert "HANGS" not in said_by(tmp_path, 0) + said_by(tmp_path, 1)

@@ -1,0 +1,109 @@
+"""Entries that do to a packing worker what a broken decoder does; importable in the worker."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from unicl_fast.packing.sources.entries import EntryError
+
+
+@dataclass(frozen=True)
+class Crashing:
+    """Ends the process by a signal, as a segmentation fault or the kernel's OOM killer does."""
+
+    signal: int
+    num_bytes: int = 1
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        os.kill(os.getpid(), self.signal)
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class Hanging:
+    """Stays in C code that holds the interpreter's lock: no Python runs here any more."""
+
+    num_bytes: int = 1
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        ctypes.PyDLL(None).sleep(1000)
+        raise AssertionError
+
+
+@dataclass(frozen=True)
+class Hungry:
+    """Asks for memory and touches all of it."""
+
+    gigabytes: int
+    num_bytes: int = 1
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        return bytes(np.ones(self.gigabytes << 30, np.uint8)[:1])
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """Raises what nobody has thought of."""
+
+    num_bytes: int = 1
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        raise KeyError("surprise")
+
+
+@dataclass(frozen=True)
+class CrashingOnce:
+    """Kills the first process that reads it; sound from then on."""
+
+    path: str
+    data: bytes
+    num_bytes: int = 1
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        mark = Path(self.path)
+        if not mark.exists():
+            mark.touch()
+            os.kill(self.victim(), signal.SIGKILL)
+        return self.data
+
+    def victim(self) -> int:
+        return os.getpid()
+
+
+@dataclass(frozen=True)
+class KillsParentOnce(CrashingOnce):
+    """Kills the process that started the one which reads it first; sound from then on."""
+
+    def victim(self) -> int:
+        return os.getppid()
+
+
+@dataclass(frozen=True)
+class SeenHereOnly:
+    """A file that only one process sees, as a folder that a machine has not mounted."""
+
+    path: str
+    owner: int
+    data: bytes
+    num_bytes: int = 1
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        if os.getpid() != self.owner:
+            raise EntryError("unreadable", "No such file or directory")
+        return self.data
+
+
+@dataclass(frozen=True)
+class SaysWhere:
+    """Names the folder of the process that reads it."""
+
+    num_bytes: int = 1
+
+    def read(self, *, max_bytes: int = 0) -> bytes:
+        raise EntryError("damaged", os.getcwd())

@@ -1,0 +1,87 @@
+"""Spoils packed data sets in the ways that storage and bad luck do."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from PIL import Image
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.system.checksums import (
+    CHECKSUMS_NAME,
+    file_checksum,
+    format_checksums,
+    read_checksums,
+)
+
+
+def copy_of(dataset: PackedDataset, folder: Path) -> Path:
+    return Path(shutil.copytree(dataset.folder, folder))
+
+
+def flip_byte(folder: Path, sample: int) -> None:
+    """One byte in the middle of a picture becomes another; its checksum tells."""
+    row = np.load(folder / "samples.npy", mmap_mode="r")[sample]
+    with shard_of(folder, sample).open("r+b") as file:
+        file.seek(int(row["offset"]) + int(row["size"]) // 2)
+        (old,) = file.read(1)
+        file.seek(-1, os.SEEK_CUR)
+        file.write(bytes([old ^ 0xFF]))
+
+
+def store(folder: Path, sample: int, data: bytes) -> None:
+    """Other bytes in the place of a picture, with the checksum that belongs to them."""
+    samples = np.load(folder / "samples.npy")
+    row = samples[sample]
+    assert len(data) <= row["size"]
+    with shard_of(folder, sample).open("r+b") as file:
+        file.seek(int(row["offset"]))
+        file.write(data)
+    row["size"], row["xxh3"] = len(data), xxhash.xxh3_64_intdigest(data)
+    _write_samples(folder, samples)
+
+
+def mend_checksums(folder: Path, name: str) -> None:
+    """Makes checksums.txt, and the manifest for a shard, agree with a file that was changed."""
+    checksums = read_checksums(folder)
+    assert checksums is not None
+    old, new = checksums[name], file_checksum(folder / name)
+    manifest = folder / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes().replace(old.encode(), new.encode()))
+    checksums |= {name: new, "manifest.json": file_checksum(manifest)}
+    text = format_checksums(checksums.items())
+    (folder / CHECKSUMS_NAME).write_text(text, encoding="utf-8")
+
+
+def undecodable(kind: str) -> bytes:
+    """What the run-time decoder refuses, though it is what was packed."""
+    if kind == "html":
+        return b"<html><title>404</title>not found</html>"
+    file = io.BytesIO()
+    picture = Image.linear_gradient("L").resize((40, 40))
+    if kind == "gif":
+        picture.save(file, format="GIF")
+        return file.getvalue()
+    assert kind == "cut png"
+    picture.save(file, format="PNG")
+    return file.getvalue()[:60]
+
+
+def shard_of(folder: Path, sample: int) -> Path:
+    with PackedDataset(folder, max_bad_fraction=1.0) as dataset:
+        return folder / dataset.shard_of(sample)
+
+
+def _write_samples(folder: Path, samples: np.ndarray) -> None:
+    np.save(folder / "new.npy", samples)
+    (folder / "new.npy").rename(folder / "samples.npy")
+    checksums = read_checksums(folder)
+    assert checksums is not None
+    checksums["samples.npy"] = file_checksum(folder / "samples.npy")
+    text = format_checksums(checksums.items())
+    (folder / CHECKSUMS_NAME).write_text(text, encoding="utf-8")

@@ -1,0 +1,90 @@
+"""Contenders for tests of `unicl-bench input`: quick to start, and some of them up to no good.
+
+Numpy and Pillow only. Their crops are whole pictures squashed to a square, whatever the task's law:
+on squares that is what every contender makes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from unicl_fast.benchmarks.input.contenders import Task
+from unicl_fast.config import CLIP_MEAN, CLIP_STD
+
+
+def honest(task: Task) -> Iterator[np.ndarray]:
+    """What all are to make."""
+    return _batches(task, Image.Resampling.BILINEAR)
+
+
+def nearest(task: Task) -> Iterator[np.ndarray]:
+    """Resizes without a filter: the same mean and nearly the same deviation."""
+    return _batches(task, Image.Resampling.NEAREST)
+
+
+def _batches(task: Task, resampling: Image.Resampling) -> Iterator[np.ndarray]:
+    size = (task.image_size, task.image_size)
+    pictures = []
+    for path in sorted(task.class_folder.glob("*/*")):
+        with Image.open(path) as picture:
+            resized = picture.convert("RGB").resize(size, resampling)
+        pictures.append((np.asarray(resized) / 255 - CLIP_MEAN) / CLIP_STD)
+    stacked = np.stack(pictures).astype(np.float32).transpose(0, 3, 1, 2)
+    for step in itertools.count():
+        time.sleep(0.002)
+        yield stacked[(step * task.batch_size + np.arange(task.batch_size)) % len(stacked)]
+
+
+def mirrored(task: Task) -> Iterator[np.ndarray]:
+    """Mirrors what is not to be mirrored."""
+    for batch in honest(task):
+        yield batch[..., ::-1]
+
+
+def bytes_instead(task: Task) -> Iterator[np.ndarray]:
+    """Leaves the normalising to others."""
+    for batch in honest(task):
+        yield batch.astype(np.uint8)
+
+
+def darker_crops(task: Task) -> Iterator[np.ndarray]:
+    """Passes where the crop is given, and cheats where it is drawn."""
+    for batch in honest(task):
+        yield batch if task.scale == (1.0, 1.0) else batch - np.float32(0.5)
+
+
+def not_installed(task: Task) -> Iterator[np.ndarray]:
+    import a_package_that_nobody_has  # noqa: F401
+
+    yield from honest(task)
+
+
+def dies(task: Task) -> Iterator[np.ndarray]:
+    """Ends its process without a word, in its first turn."""
+    for step, batch in enumerate(honest(task)):
+        if step == 70:
+            os._exit(9)
+        yield batch
+
+
+def with_a_child(task: Task) -> Iterator[int]:
+    """Its child holds 50 MB and counts in a file for as long as it may run."""
+    counter = Path(task.scratch) / "counter"
+    if os.fork() == 0:
+        held = np.ones(50_000_000, np.uint8)
+        for number in itertools.count(int(held[-1])):
+            counter.with_suffix(".new").write_text(str(number))
+            counter.with_suffix(".new").rename(counter)  # readers never see half of it
+            time.sleep(0.001)
+    while not counter.exists():
+        time.sleep(0.001)
+    while True:
+        time.sleep(0.001)
+        yield task.batch_size

@@ -1,0 +1,119 @@
+"""Damages a checkpoint in every way and looks what comes: run as a program, in a process.
+
+    python fuzz_checkpoints.py FOLDER EXAMPLES
+
+FOLDER is made here: a run of two steps with its checkpoint. Half of the damage is as disks do it,
+half as somebody with intentions would: checksums and seal are made to fit again, so that what is
+behind them is tried too. A crash of the interpreter ends this process with a signal, which the test
+that started it sees.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+from damaged_files import damaged_bytes, damaged_json, damaged_safetensors
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from rank_workers import StepwiseLoader
+from small_runs import tiny_config
+
+from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model
+from unicl_fast.config import config_to_dict, load_config
+from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.sealed_json import seal
+from unicl_fast.training.trainer import Trainer
+
+
+def is_clear(error: Exception) -> bool:
+    """Our own words, not an error of a library passed on."""
+    return type(error) in (ValueError, FileNotFoundError, DamagedCheckpointError) and bool(
+        str(error)
+    )
+
+
+def make_fit(checkpoint: Path) -> None:
+    """Checksums and seal of what is there now; a state that is no JSON stays as it is."""
+    try:
+        state = json.loads((checkpoint / "state.json").read_bytes())
+        for name in state["checksums"]:
+            state["checksums"][name] = file_checksum(checkpoint / name)
+        state.pop("seal", None)
+        (checkpoint / "state.json").write_text(seal(state))
+    except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
+        return
+
+
+def same_state(trainer: Trainer, expected: dict[str, torch.Tensor]) -> bool:
+    return all(
+        torch.equal(value, expected[name]) for name, value in trainer.model.state_dict().items()
+    )
+
+
+def main(folder: Path, examples: int) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.WARNING)  # of settings that differ, which is not an error
+    config = tiny_config(steps=2, precision="fp16")
+    pictures = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
+    trainer = Trainer(config, StepwiseLoader(pictures), run_folder=folder, progress=False)
+    trainer.data = {"classes": ["cat", "dog"]}
+    trainer.fit()
+    checkpoint = folder / "checkpoints" / "step-00000002"
+    originals = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    (folder / "config.json").write_text(json.dumps(config_to_dict(config)))
+    originals["../../config.json"] = (folder / "config.json").read_bytes()
+    expected = {name: value.clone() for name, value in trainer.model.state_dict().items()}
+    counts = {"refused": 0, "same": 0, "fits": 0}
+
+    @st.composite
+    def damage(draw: st.DrawFn) -> tuple[str, bytes, bool, bool]:
+        name = draw(st.sampled_from(sorted(originals)))
+        content = originals[name]
+        structured = damaged_json if name.endswith(".json") else damaged_safetensors
+        data = draw(st.one_of(structured(content), structured(content), damaged_bytes(content)))
+        return name, data, draw(st.booleans()), draw(st.booleans())
+
+    @given(case=damage())
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(case: tuple[str, bytes, bool, bool]) -> None:
+        name, data, fitting, resume = case
+        (checkpoint / name).write_bytes(data)
+        if fitting:
+            make_fit(checkpoint)
+        try:
+            if name.endswith("config.json"):
+                load_config(folder / "config.json")
+            elif resume:
+                trainer.resume(checkpoint)
+            else:
+                load_model(checkpoint)
+        except Exception as error:
+            assert is_clear(error), f"{type(error).__name__}: {error}"  # noqa: PT017
+            counts["refused"] += 1
+        else:
+            if fitting or name.endswith("config.json"):
+                counts["fits"] += 1
+            else:
+                assert same_state(trainer, expected)
+                assert trainer.step == 2
+                counts["same"] += 1
+        finally:
+            for changed, content in originals.items():
+                (checkpoint / changed).write_bytes(content)
+
+    check()
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

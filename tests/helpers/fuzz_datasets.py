@@ -1,0 +1,122 @@
+"""Damages a packed data set in every way and looks what comes: run as a program, in a process.
+
+    python fuzz_datasets.py FOLDER EXAMPLES
+
+FOLDER holds the data set; it is damaged in place, file by file, and mended again. A crash of the
+interpreter ends this process with a signal, which the test that started it sees.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from damaged_files import damaged_bytes, damaged_json, damaged_npy
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.dataset.reader import ARRAY_DTYPES, DamagedSampleError, PackedDataset
+from unicl_fast.system.checksums import CHECKSUMS_NAME
+
+NOT_READ = (".idx", ".csv")
+"""Files that our reader leaves alone: damage there changes nothing for it."""
+
+
+def read_all(folder: Path) -> list[Any]:
+    """Every picture, caption and label, and what the manifest says of them."""
+    found: list[Any] = []
+    with PackedDataset(folder) as dataset:
+        manifest = dataset.manifest
+        found.append((manifest.class_names, manifest.templates, manifest.vocabulary_hash))
+        for index in range(len(dataset)):
+            row = dataset.samples[index]
+            found.append(
+                (
+                    dataset.image_bytes(index, verify=True).tobytes(),
+                    (int(row["height"]), int(row["width"])),
+                    [
+                        dataset.caption_tokens(index, which).tolist()
+                        for which in range(int(row["captions_count"]))
+                    ],
+                    dataset.labels_of(index).tolist(),
+                )
+            )
+    return found
+
+
+def is_clear(error: Exception, folder: Path) -> bool:
+    """Our own words: not an error of a library passed on, and it says where."""
+    ours = type(error) in (ValueError, FileNotFoundError, DamagedSampleError)
+    return ours and str(folder) in str(error)
+
+
+def fuzz(folder: Path, examples: int) -> dict[str, int]:
+    """Runs this program on a data set in a process of its own, so that a crash is a failure."""
+    result = subprocess.run(
+        [sys.executable, __file__, str(folder), str(examples)],
+        capture_output=True,
+        text=True,
+        timeout=280,
+    )
+    assert result.returncode == 0, result.stderr[-6000:]
+    counts: dict[str, int] = json.loads(result.stdout)
+    return counts
+
+
+def main(folder: Path, examples: int) -> None:
+    originals = {path.name: path.read_bytes() for path in folder.iterdir()}
+    expected = read_all(folder)
+    pictures = {sample[0] for sample in expected[1:]}
+    counts = {"refused": 0, "same": 0, "consistent": 0}
+
+    @st.composite
+    def damage(draw: st.DrawFn) -> tuple[str, bytes, bool]:
+        name = draw(st.sampled_from(sorted(originals)))
+        content = originals[name]
+        if name.removesuffix(".npy") in ARRAY_DTYPES:
+            data = draw(damaged_npy(content, ARRAY_DTYPES[name.removesuffix(".npy")]))
+        elif name.endswith(".json") and draw(st.booleans()):
+            data = draw(damaged_json(content))
+        else:
+            data = draw(damaged_bytes(content))
+        return name, data, draw(st.booleans())
+
+    @given(case=damage())
+    @settings(
+        max_examples=examples,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    def check(case: tuple[str, bytes, bool]) -> None:
+        name, data, with_checksums = case
+        (folder / name).write_bytes(data)
+        if not with_checksums:
+            (folder / CHECKSUMS_NAME).unlink()
+        try:
+            found = read_all(folder)
+        except Exception as error:
+            assert is_clear(error, folder), f"{type(error).__name__}: {error}"  # noqa: PT017
+            assert not name.endswith(NOT_READ)
+            counts["refused"] += 1
+        else:
+            if with_checksums or name.endswith(NOT_READ):
+                assert found == expected
+                counts["same"] += 1
+            else:  # nothing is there to tell by; but every picture is one that was packed
+                assert {sample[0] for sample in found[1:]} <= pictures
+                counts["consistent"] += 1
+        finally:
+            for changed in {name, CHECKSUMS_NAME}:
+                (folder / changed).write_bytes(originals[changed])
+
+    check()
+    print(json.dumps(counts))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), int(sys.argv[2]))

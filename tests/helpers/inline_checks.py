@@ -1,0 +1,38 @@
+"""Pictures checked in this process, for tests that build often and of what workers do nothing."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Iterator
+
+import pytest
+
+from unicl_fast.packing.build import build as build_module
+from unicl_fast.packing.build.worker import Checked, PictureOptions, Task, _Checker
+from unicl_fast.packing.sources.items import Problem
+from unicl_fast.text.tokenizer import Tokenizer
+
+
+@functools.cache
+def _tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces worker processes; returns the names of the pictures checked, which grows."""
+    names: list[str] = []
+
+    def check(
+        tasks: Iterable[Task], *, options: PictureOptions, context_length: int, **_: object
+    ) -> Iterator[Checked | Problem]:
+        checker = _Checker(options, context_length)
+        checker._tokenizer = tokenizer
+        for task in tasks:
+            names.append(task.name)
+            checker.prepare(task)
+            yield checker.check(task)
+
+    tokenizer = _tokenizer()
+    monkeypatch.setattr(build_module, "check_in_order", check)
+    monkeypatch.setattr(build_module, "Tokenizer", _tokenizer)
+    return names

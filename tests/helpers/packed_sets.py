@@ -1,0 +1,62 @@
+"""Packs a few samples without a program, for tests of what reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import xxhash
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.images.check import check_picture
+from unicl_fast.text.prompts import SIMPLE_TEMPLATES
+from unicl_fast.text.tokenizer import Tokenizer
+
+TEMPLATES = (*SIMPLE_TEMPLATES, "a drawing of a {}.", "the {}.")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture's file contents and its texts."""
+
+    image: bytes
+    captions: Sequence[str] = ()
+    labels: Sequence[int] = ()
+
+
+def pack(
+    out: Path,
+    samples: Sequence[Sample],
+    *,
+    class_names: Sequence[str],
+    tokenizer: Tokenizer,
+    raw: bool = False,
+) -> PackedDataset:
+    with DatasetWriter(out, shard_bytes=1_000_000, pictures="raw" if raw else "encoded") as writer:
+        for sample in samples:
+            picture = check_picture(sample.image, format="raw" if raw else "keep")
+            writer.add(
+                PackedSample(
+                    image=picture.data,
+                    extension=picture.extension,
+                    height=picture.height,
+                    width=picture.width,
+                    xxh3=xxhash.xxh3_64_intdigest(picture.data),
+                    captions=sample.captions,
+                    tokens=tokenizer.encode(list(sample.captions)),
+                    labels=sample.labels,
+                )
+            )
+        writer.finish(
+            tokenizer=tokenizer.name,
+            vocabulary_hash=tokenizer.vocabulary_hash,
+            context_length=tokenizer.context_length,
+            class_names=class_names,
+            templates=TEMPLATES if class_names else (),
+            source=["tests"],
+            seed=0,
+            tool_version="0",
+        )
+    return PackedDataset(out)

@@ -1,0 +1,87 @@
+"""The programs started as a user starts them, and small settings to train with."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import ModuleType
+
+from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.training.metrics import read_metrics
+
+STEPS = 12
+SMALL = [
+    *("--preset", "digits-small", "--model.image-encoder", "test_vit", "--data.image-size", "32"),
+    *("--data.evaluation-resize", "32", "--model.drop-path", "0.2", "--model.text-width", "16"),
+    *("--run.global-batch-size", "8", "--run.samples", "0", "--run.steps", str(STEPS)),
+    *("--run.log-every-steps", "1", "--run.evaluate-every-steps", "0", "--run.device", "cpu"),
+    *("--checkpoint.every-steps", "2", "--checkpoint.keep", "0"),
+]
+
+
+def run(program: str, *arguments: str | Path, expect: int = 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", f"unicl_fast.tools.{program}", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == expect, done.stderr[-3000:]
+    return done
+
+
+def call(program: ModuleType, *arguments: str | Path) -> None:
+    """In this process, which has imported everything already."""
+    program.main([str(argument) for argument in arguments])
+
+
+def losses(run_folder: Path) -> list[float]:
+    return [line["loss"] for line in read_metrics(run_folder) if "loss" in line]
+
+
+def weights(run_folder: Path) -> bytes:
+    newest = list_checkpoints(run_folder / "checkpoints")[-1]
+    return (newest / "model.safetensors").read_bytes()
+
+
+STARTED: list[subprocess.Popen[str]] = []
+
+
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "unicl_fast.tools.pretrain", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        # a shell that starts tests behind itself lets its children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    STARTED.append(process)
+    return process
+
+
+def processes_of(out: Path) -> dict[int, str]:
+    """Process id -> RANK ("" for the launcher) of all that train into a folder."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            variables = (folder / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if str(out).encode() in words:
+            rank = next((v[5:] for v in variables if v.startswith(b"RANK=")), b"")
+            found[int(folder.name)] = rank.decode()
+    return found
+
+
+def wait_until_gone(out: Path) -> None:
+    deadline = time.monotonic() + 40
+    while processes_of(out) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not processes_of(out)

@@ -1,0 +1,573 @@
+"""Functions that several processes run together; here so that child processes can import them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from unittest import mock
+
+import torch
+import torch.multiprocessing as mp
+from safetensors.torch import save_file
+from small_runs import (
+    LabelledLoader,
+    global_batch,
+    objective_config,
+    poison_step,
+    ragged_features,
+    tiny_config,
+)
+
+from unicl_fast.batch import EvaluationBatch, ListLoader
+from unicl_fast.distributed.ranks import Ranks, process_group
+from unicl_fast.distributed.signals import Interrupted
+from unicl_fast.distributed.watchdog import Watchdog
+from unicl_fast.evaluation.classification import ClassificationCounts
+from unicl_fast.evaluation.features import collect_rows
+from unicl_fast.evaluation.zero_shot import zero_shot_accuracy
+from unicl_fast.ledger.format import LedgerSource
+from unicl_fast.ledger.proof import prove
+from unicl_fast.ledger.writer import Ledger
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.training.source_meter import SourceMeter
+from unicl_fast.training.trainer import Trainer
+
+# Ranks are forked from a process that has imported the library and done nothing else: a fresh
+# interpreter would import torch and timm for five seconds each time.
+mp.set_forkserver_preload(["unicl_fast.training.trainer", "unicl_fast.tools.pretrain_run"])
+
+
+def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: object) -> None:
+    """Calls `worker(*arguments)` in `world_size` processes that form a gloo group."""
+    mp.start_processes(
+        _enter,
+        args=(worker, world_size, _free_port(), arguments),
+        nprocs=world_size,
+        join=True,
+        start_method="forkserver",
+    )
+
+
+@contextlib.contextmanager
+def ranks_of(worker: Callable[..., None], world_size: int, *arguments: object) -> Iterator[list]:
+    """The same processes, each for itself: one that fails ends no other. All end with the block."""
+    port, context = _free_port(), mp.get_context("forkserver")
+    processes = [
+        context.Process(target=_enter, args=(rank, worker, world_size, port, arguments))
+        for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _enter(
+    rank: int, worker: Callable[..., None], world_size: int, port: int, arguments: tuple
+) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    with process_group(torch.device("cpu"), timeout_seconds=60) as ranks:
+        worker(ranks, *arguments)
+
+
+class StepwiseLoader:
+    """Feeds a rank's slice of the test's global batches."""
+
+    def __init__(self, images: torch.Tensor, *, rank: int = 0, world_size: int = 1) -> None:
+        self.images, self.rank, self.world_size = images, rank, world_size
+
+    def batches(self, start_step: int):
+        step = start_step
+        while True:
+            yield global_batch(self.images, step=step, rank=self.rank, world_size=self.world_size)
+            step += 1
+
+    def close(self) -> None: ...
+
+
+NAMED = LedgerSource("pictures", 32)
+
+
+class NamedLoader(StepwiseLoader):
+    """The same batches, whose samples are said to be those of one source, one after another."""
+
+    def batches(self, start_step: int):
+        for batch in super().batches(start_step):
+            ids = (batch.step * 12 + batch.slots) % NAMED.num_samples
+            yield dataclasses.replace(
+                batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
+            )
+
+
+def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
+    return Ledger(
+        run_folder / "ledger",
+        sources=[NAMED],
+        global_batch_size=12,
+        seed=0,
+        shares=[1],
+        ranks=ranks,
+    )
+
+
+def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:
+    """Loss and parameter gradients of the first step, before clipping."""
+    loader = loader or StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(config, loader, ranks=ranks, progress=False)
+    batch = next(trainer.loader.batches(0))
+    trainer.model.train()
+    # GradScaler's first scale is found by trial: it would overflow here, and skip the step
+    enabled = trainer.scaler.is_enabled()
+    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=256.0, enabled=enabled)
+    loss = trainer.back_propagate(batch)
+    trainer.scaler.unscale_(trainer.optimizer)
+    return loss.item(), {
+        name: parameter.grad for name, parameter in trainer.model.named_parameters()
+    }
+
+
+def with_fixed_scale(config):
+    model = dataclasses.replace(config.model, learn_logit_scale=False)
+    return dataclasses.replace(config, model=model)
+
+
+def write_fixed_scale_gradients(ranks, images: torch.Tensor, folder: str) -> None:
+    """Loss and parameter gradients of this rank in micro-batches."""
+    config = with_fixed_scale(tiny_config(micro_batch_size=4))
+    torch.save(first_gradients(images, ranks, config), Path(folder) / f"{ranks.rank}.pt")
+
+
+@mock.patch.dict(LARGEST_TILE, {"cpu": 3})
+def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
+    """Loss and parameter gradients of this rank, with the loss in both forms and several tiles."""
+    for form in ("dense", "tiled"):
+        loss, gradients = first_gradients(images, ranks, tiny_config(**efficiency, loss=form))
+        torch.save((loss, gradients), Path(folder) / f"{form}{ranks.rank}.pt")
+
+
+def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectives: list) -> None:
+    """Loss and parameter gradients of this rank under each objective, with both forms."""
+    for objective in objectives:
+        for form in ("dense", "tiled"):
+            result = first_gradients(
+                images,
+                ranks,
+                objective_config(objective, loss=form),
+                LabelledLoader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
+            )
+            torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
+
+
+@mock.patch.dict(LARGEST_TILE, {"cpu": 3})
+def write_feature_gradients(ranks, folder: str) -> None:
+    """Loss and gradients of this rank's pictures and of the table of texts, as above."""
+    from unicl_fast.training.step import contrast_over_ranks
+
+    images, texts, text_index, class_ids = ragged_features()
+    share = ranks.share_of(len(images))
+    mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
+    distinct, counts = text_index[mine].unique(return_counts=True)
+    class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
+    for form in ("dense", "tiled"):
+        inputs = images[mine].clone().requires_grad_(), texts.clone().requires_grad_()
+        loss = contrast_over_ranks(
+            inputs[0],
+            inputs[1][distinct],
+            class_ids=class_ids[mine],
+            text_class_ids=torch.tensor([class_of_text[text] for text in distinct.tolist()]),
+            text_counts=counts,
+            scale=torch.tensor(40.0, dtype=torch.float64),
+            ranks=ranks,
+            form=form,
+        )
+        gradients = torch.autograd.grad(loss, inputs)
+        torch.save((loss.item(), *gradients), Path(folder) / f"{form}{ranks.rank}.pt")
+
+
+def count_work_of_the_loss(ranks, folder: str) -> None:
+    """Products, and values that go over the network, of the loss and its gradients."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    from unicl_fast.training.step import contrast_over_ranks
+
+    generator = torch.Generator().manual_seed(ranks.rank)
+    images = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    texts = torch.randn(
+        3 + ranks.rank, 4, generator=generator, dtype=torch.float64, requires_grad=True
+    )
+    calls: dict[str, list[int]] = {}
+
+    def counting(name: str) -> Callable[..., object]:
+        plain = getattr(torch.distributed, name)
+
+        def count(tensor: torch.Tensor, *rest: object, **options: object) -> object:
+            calls.setdefault(name, []).append(tensor.numel())
+            return plain(tensor, *rest, **options)
+
+        return count
+
+    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+    with contextlib.ExitStack() as stack:
+        for name in names:
+            stack.enter_context(mock.patch.object(torch.distributed, name, counting(name)))
+        flops = stack.enter_context(FlopCounterMode(display=False))
+        loss = contrast_over_ranks(
+            images,
+            texts,
+            class_ids=torch.arange(6),
+            text_class_ids=torch.arange(len(texts)),
+            text_counts=torch.ones(len(texts), dtype=torch.int64),
+            scale=torch.tensor(10.0, dtype=torch.float64),
+            ranks=ranks,
+            form="dense",
+        )
+        forward = flops.get_total_flops()
+        loss.backward()
+    torch.save({"forward": forward, "calls": calls}, Path(folder) / f"{ranks.rank}.pt")
+
+
+def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
+    """BatchNorm's averages as an evaluation on each rank sees them."""
+
+    def evaluation(model: torch.nn.Module) -> dict[str, float]:
+        torch.save(dict(model.named_buffers()), Path(folder) / f"{ranks.rank}.pt")
+        return {}
+
+    Trainer(
+        tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32"),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        ranks=ranks,
+        evaluations={"buffers": evaluation},
+        progress=False,
+    ).fit()
+
+
+def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
+    """Trains, and writes the average of the weights as this rank has it."""
+    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(config, loader, ranks=ranks, progress=False)
+    trainer.fit()
+    torch.save(trainer.ema.model.state_dict(), folder / f"{ranks.rank}.pt")
+
+
+def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:
+    trainer = Trainer(
+        tiny_config(steps=steps),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=Path(folder),
+        ranks=ranks,
+        progress=False,
+    )
+    if resume:
+        trainer.resume(Path(resume))
+    trainer.fit()
+
+
+def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
+    """Gradient values that DDP sends in each of three steps in micro-batches of 2."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    trainer = Trainer(
+        tiny_config(micro_batch_size=2),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        ranks=ranks,
+        progress=False,
+    )
+    reduced = [0, 0, 0]
+
+    def count(state, bucket):  # DDP reads annotations, and takes no strings
+        reduced[trainer.step] += bucket.buffer().numel()
+        return allreduce_hook(None, bucket)
+
+    trainer._encode.register_comm_hook(None, count)
+    batches = trainer.loader.batches(0)
+    for _ in range(3):
+        trainer.train_step(next(batches))
+    parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+    torch.save({"reduced": reduced, "parameters": parameters}, Path(folder) / f"{ranks.rank}.pt")
+
+
+def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
+    """Rank 1 sends itself SIGTERM at step 2; each rank writes down where it stopped."""
+    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(
+        tiny_config(steps=50), loader, run_folder=folder / "run", ranks=ranks, progress=False
+    )
+    step_of = trainer.train_step
+
+    def train_step(batch):
+        if ranks.rank == 1 and batch.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step_of(batch)
+
+    trainer.train_step = train_step
+    try:
+        trainer.fit()
+    except Interrupted:
+        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
+
+
+def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> None:
+    """Six steps; rank 1 may be slow to write its records. Says what checkpoints found written."""
+    ledger = ledger_in(folder, ranks)
+    trainer = Trainer(
+        tiny_config(),
+        NamedLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=folder,
+        ranks=ranks,
+        ledger=ledger,
+        progress=False,
+    )
+    write, found = ledger._write, []
+
+    def write_late() -> None:
+        time.sleep(0.2)
+        write()
+
+    def save(*_: object, step: int, **__: object) -> None:
+        found.append([step, prove(folder / "ledger").steps])
+
+    if slow and ranks.rank == 1:
+        ledger._write = write_late
+    with mock.patch("unicl_fast.checkpoints.writer.CheckpointWriter.write", save):
+        trainer.fit()
+    if ranks.is_main:
+        (folder / "found.json").write_text(json.dumps(found))
+
+
+def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> None:
+    """Rank r reports r + 1 replaced samples a step; each rank writes down why the run stopped."""
+    import unicl_fast.training.replaced_samples as bad_visits
+
+    class Loader(StepwiseLoader):
+        def batches(self, start_step: int):
+            for batch in super().batches(start_step):
+                scheduled = torch.arange(batch.batch_size)
+                shown = scheduled.clone()
+                shown[: self.rank + 1] += 100
+                yield dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
+
+    bad_visits.LEAST_VISITS = 30
+    config = tiny_config(steps=50)
+    data = dataclasses.replace(config.data, max_bad_fraction=0.2)
+    trainer = Trainer(
+        dataclasses.replace(config, data=data),
+        Loader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=Path(folder),
+        ranks=ranks,
+        progress=False,
+    )
+    try:
+        trainer.fit()
+    except bad_visits.TooManyBadSamplesError as error:
+        (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
+
+
+class HangingLoader(StepwiseLoader):
+    """Never gives the batch of a step."""
+
+    def __init__(self, images: torch.Tensor, *, hangs_at: int, **ranks: int) -> None:
+        super().__init__(images, **ranks)
+        self.hangs_at = hangs_at
+
+    def batches(self, start_step: int):
+        for batch in super().batches(start_step):
+            if batch.step == self.hangs_at:
+                time.sleep(600)
+            yield batch
+
+
+def train_watched(
+    ranks,
+    images: torch.Tensor,
+    folder: Path,
+    limit_seconds: float,
+    hangs_at: dict[int, int],
+    steps: int = 100_000,
+) -> None:
+    """Trains under a watchdog; what a rank says goes to stderr-RANK, its step to step-RANK.
+
+    `hangs_at` has the step at which a rank's loader hangs.
+    """
+    descriptor = os.open(folder / f"stderr-{ranks.rank}", os.O_WRONLY | os.O_CREAT)
+    os.dup2(descriptor, 2)
+    config = tiny_config(steps=steps)
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0)
+    )
+    mine = {"rank": ranks.rank, "world_size": ranks.world_size}
+    loader = HangingLoader(images, hangs_at=hangs_at.get(ranks.rank, -1), **mine)
+    with Watchdog(limit_seconds=limit_seconds, **mine) as watchdog:
+        watchdog.meet(ranks)
+        trainer = Trainer(config, loader, ranks=ranks, progress=False)
+        step_of = trainer.train_step
+
+        def train_step(batch):
+            result = step_of(batch)
+            (folder / f"step-{ranks.rank}").write_text(str(trainer.step))
+            return result
+
+        trainer.train_step = train_step
+        trainer.fit()
+
+
+class RecordedLoader(StepwiseLoader):
+    """Says of each sample where it comes from: ids that tell the step and the place."""
+
+    def batches(self, start_step: int):
+        for batch in super().batches(start_step):
+            sample_ids = 100 * batch.step + batch.slots
+            yield dataclasses.replace(
+                batch,
+                sample_ids=sample_ids,
+                scheduled_ids=sample_ids + 50,
+                source_ids=batch.slots % 2,
+            )
+
+
+def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path) -> None:
+    config = tiny_config(steps=4)
+    trainer = Trainer(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, max_bad_steps=1)),
+        RecordedLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=folder / "run",
+        ranks=ranks,
+        progress=False,
+    )
+    if ranks.rank == 1:
+        poison_step(trainer, step=2)
+    trainer.fit()
+    torch.save(trainer.model.state_dict(), folder / f"{ranks.rank}.pt")
+
+
+class ZeroShotOfFour:
+    """An evaluation of four batches a rank; in one of its passes this process gets SIGTERM."""
+
+    def __init__(
+        self, images: torch.Tensor, *, ranks: Ranks | None = None, signals_in_pass: int = 0
+    ) -> None:
+        self.images, self.ranks, self.signals_in_pass = images, ranks or Ranks(), signals_in_pass
+        self.shown: list[int] = []
+        """Batches of each pass."""
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        self.shown.append(0)
+        for number in range(4):
+            if number == 2 and len(self.shown) == self.signals_in_pass:
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.shown[-1] = number
+            places = slice(3 * number, 3 * number + 3)
+            yield EvaluationBatch(images=self.images[places], sample_ids=torch.arange(12)[places])
+        self.shown[-1] = 4
+
+    def close(self) -> None: ...
+
+    def __call__(self, model) -> dict[str, float]:
+        generator = torch.Generator().manual_seed(1)
+        width = model.config.model.embed_dim
+        result = zero_shot_accuracy(
+            model,
+            self,
+            torch.randn(3, width, dtype=torch.float64, generator=generator),
+            labels_of=lambda sample: [sample % 3],
+            class_names=("a", "b", "c"),
+            ranks=self.ranks,
+        )
+        return {"top1": result.top1}
+
+
+def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
+    """Rank 1 gets SIGTERM while it evaluates in step 3; each rank writes where it stopped."""
+    config = tiny_config(steps=50)
+    trainer = Trainer(
+        dataclasses.replace(config, run=dataclasses.replace(config.run, evaluate_every_steps=3)),
+        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        run_folder=folder / "run",
+        ranks=ranks,
+        evaluations={
+            "some": ZeroShotOfFour(images, ranks=ranks, signals_in_pass=int(ranks.rank == 1))
+        },
+        progress=False,
+    )
+    try:
+        trainer.fit()
+    except Interrupted:
+        (folder / f"rank-{ranks.rank}").write_text(str(trainer.step))
+
+
+def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None:
+    """Each rank writes down what a `SourceMeter` says of its slice of a batch of two sources."""
+    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    batch = next(iter(loader.batches(0)))
+    batch = dataclasses.replace(batch, source_ids=batch.slots % 2)
+    meter = SourceMeter(["a", "b"], passes=lambda step: [1.0, 2.0])
+    Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
+
+
+def gather_features_of_slices(ranks, path: str) -> None:
+    """Each rank has rows r, r + w, ... of a table; rank 0 writes what it got of all of them."""
+    tables = []
+    for count in (1, 7):  # of a single row, one rank has none
+        table = torch.arange(count * 3, dtype=torch.float64).view(count, 3)
+        mine = table[ranks.rank :: ranks.world_size]
+        whole = collect_rows(mine if len(mine) else None, num_rows=count, ranks=ranks)
+        assert (whole is None) == (not ranks.is_main)
+        tables.append(None if whole is None else whole.tolist())
+    counts = ClassificationCounts(("a", "b"), confusion=True)
+    places = range(ranks.rank, 7, ranks.world_size)
+    counts.add([[place % 2, 0] for place in places], [[0] if place else [] for place in places])
+    counts.sum_over(ranks)
+    if ranks.is_main:
+        result = counts.result(what="this")
+        found = result.to_json() | {"tables": tables, "confusion": result.confusion.tolist()}
+        Path(path).write_text(json.dumps(found))
+
+
+def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
+    """Fine-tunes a few steps on slices of the same batches; rank 0 writes the weights."""
+    # here, since timm.data takes seconds to import, for which the other workers need not wait
+    from unicl_fast.evaluation.finetune import FineTuned, FinetuneSettings, finetune
+
+    model = UniCL(tiny_config()).double()
+    batches = [
+        dataclasses.replace(
+            global_batch(images, step=step, rank=ranks.rank, world_size=ranks.world_size),
+            sample_ids=torch.arange(12).chunk(ranks.world_size)[ranks.rank],
+        )
+        for step in range(2)
+    ]
+    trained = finetune(
+        model,
+        FineTuned(model, 3),
+        ListLoader(batches),
+        labels_of=lambda sample: [sample % 3],
+        settings=FinetuneSettings(steps=4, mixup=0.0, ema_decay=0.9),
+        ranks=ranks,
+    )
+    if ranks.is_main:
+        save_file(trained.state_dict(), path)

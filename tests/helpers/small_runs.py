@@ -1,0 +1,186 @@
+"""A tiny configuration and real pictures with texts, for tests that train."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import (
+    CheckpointConfig,
+    DataConfig,
+    EfficiencyConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+)
+from unicl_fast.objectives.collate import collate
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.trainer import Trainer
+
+IMAGE_SIZE = 32
+TEXTS = [
+    "a photo of a dog",
+    "a photo of a cat",
+    "the photo of a cat in the snow, taken from far away by somebody in a hurry",
+    "two people",
+    "a photo of a horse",
+]
+TEXT_LABELS = [0, 1, 1, -1, 7]
+
+
+def tiny_config(
+    *,
+    image_encoder: str = "test_vit",
+    steps: int = 6,
+    optimizer: str = "adamw",
+    **efficiency: object,
+) -> TrainConfig:
+    """fp64 and free of BatchNorm by default, with drop path on where there are branches."""
+    return TrainConfig(
+        data=DataConfig(image_size=IMAGE_SIZE, evaluation_resize=IMAGE_SIZE),
+        model=ModelConfig(
+            image_encoder=image_encoder,
+            drop_path=0.0 if image_encoder == "unicl_convnet7_small" else 0.3,
+            text_width=16,
+            text_heads=2,
+            text_layers=2,
+            embed_dim=8,
+        ),
+        optim=OptimConfig(name=optimizer, lr=1e-3, lr_batch_size=0),
+        efficiency=EfficiencyConfig(**({"precision": "fp64"} | efficiency)),
+        checkpoint=CheckpointConfig(every_steps=2, keep=0),
+        run=RunConfig(global_batch_size=12, steps=steps, log_every_steps=1, device="cpu"),
+    )
+
+
+def real_pictures(shared_data: Path, count: int) -> torch.Tensor:
+    """uint8 [count 32 32 3] from photographs."""
+    files = sorted((shared_data / "captions" / "flickr8k" / "images").glob("*.jpg"))[:count]
+    pictures = [Image.open(file).convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)) for file in files]
+    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+
+
+def global_batch(
+    images: torch.Tensor, *, step: int = 0, rank: int = 0, world_size: int = 1
+) -> Batch:
+    """12 samples with texts and labels of uneven classes; the last third are captions only."""
+    which = (torch.arange(12) * 7 + step) % 3
+    which[8:] = 3
+    which[5] = 4
+    tokens = Tokenizer()(TEXTS)[which]
+    labels = torch.tensor(TEXT_LABELS)[which]
+    batch = collate(
+        images.roll(step, dims=0), tokens, labels, step=step, rank=rank, world_size=world_size
+    )
+    return dataclasses.replace(batch, step=step)
+
+
+def ragged_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Pictures [16 d], texts [t d], which text a picture has, and class ids of the pictures.
+
+    Of four ranks the first has classes of uneven sizes, the second one class with two texts, the
+    third one text, the fourth distinct captions that occur nowhere else.
+    """
+    generator = torch.Generator().manual_seed(5)
+    text_index = torch.tensor([0, 1, 1, 2, 3, 1, 3, 1, 0, 0, 0, 0, 4, 5, 6, 7])
+    text_classes = torch.tensor([0, 1, -9, 1, *(2**62 + torch.arange(4)).tolist()])
+    images, texts = (
+        torch.nn.functional.normalize(
+            torch.randn(n, 6, dtype=torch.float64, generator=generator), dim=1
+        )
+        for n in (len(text_index), len(text_classes))
+    )
+    return images, texts, text_index, text_classes[text_index]
+
+
+def poison_step(trainer: Trainer, *, step: int) -> None:
+    """In that step the features of the first picture, and what BatchNorm sees, are not numbers."""
+
+    def poison(module: torch.nn.Module, inputs: tuple, outputs: torch.Tensor) -> torch.Tensor:
+        if not module.training or trainer.step != step:
+            return outputs
+        return torch.cat([outputs[:1] * torch.nan, outputs[1:]])
+
+    encoder = trainer.model.image_encoder
+    convolutions = [module for module in encoder.modules() if isinstance(module, torch.nn.Conv2d)]
+    for module in (convolutions[0], encoder):
+        module.register_forward_hook(poison)
+
+
+OBJECTIVES = {
+    "unicl": ObjectiveConfig(),
+    "clip": ObjectiveConfig(name="clip"),
+    "supcon": ObjectiveConfig(name="supcon"),
+    "ce": ObjectiveConfig(name="ce", num_classes=(2, 3)),
+    "unicl, mixed": ObjectiveConfig(mixup=0.8, cutmix=1.0),
+    "ce, mixed": ObjectiveConfig(name="ce", num_classes=(2, 3), mixup=0.8, cutmix=1.0),
+}
+
+
+def objective_config(objective: str, **settings: object) -> TrainConfig:
+    """`tiny_config` for one of `OBJECTIVES`."""
+    config = tiny_config(**settings)
+    views = ("supcon",) if objective == "supcon" else ()
+    return dataclasses.replace(
+        config,
+        objective=OBJECTIVES[objective],
+        data=dataclasses.replace(config.data, augment=views),
+    )
+
+
+def labelled_batch(
+    images: torch.Tensor, objective: str, *, step: int = 0, rank: int = 0, world_size: int = 1
+) -> Batch:
+    """12 samples of five classes of two data sets, with prompts for texts.
+
+    Where pictures are mixed by UniCL the last two are captions without a label.
+    """
+    which = (torch.arange(12) * 7 + step) % 5
+    labels = torch.tensor([0, 1, 2**32, 2**32 + 1, 2**32 + 2])[which]
+    prompts = [TEXTS[0], TEXTS[1], TEXTS[4], "a fish", "a bird"]
+    tokens = Tokenizer()(prompts)[which]
+    if objective == "unicl, mixed":
+        labels[-3:] = -1
+        tokens[-3:] = Tokenizer()(TEXTS[2:5])
+    if objective == "clip":
+        labels[:] = -1
+    batch = collate(
+        images.roll(step, dims=0), tokens, labels, step=step, rank=rank, world_size=world_size
+    )
+    second = batch.images.flip(2) if objective == "supcon" else None
+    return dataclasses.replace(batch, second_images=second)
+
+
+class LabelledLoader:
+    """A rank's slices of `labelled_batch`."""
+
+    def __init__(
+        self, images: torch.Tensor, objective: str, *, rank: int = 0, world_size: int = 1
+    ) -> None:
+        self.images, self.objective, self.rank, self.world_size = (
+            images,
+            objective,
+            rank,
+            world_size,
+        )
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        for step in itertools.count(start_step):
+            yield labelled_batch(
+                self.images,
+                self.objective,
+                step=step,
+                rank=self.rank,
+                world_size=self.world_size,
+            )
+
+    def close(self) -> None: ...

@@ -1,0 +1,276 @@
+"""Pictures of every kind, made into files of one format."""
+
+from __future__ import annotations
+
+import csv
+import io
+import struct
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps
+
+from unicl_fast.images.check import Picture, PictureError, check_picture
+from unicl_fast.images.encode import MAX_WEBP_SIDE
+from unicl_fast.images.jpeg_header import read_jpeg_header
+from unicl_fast.images.webp_header import simple_webp
+
+Format = Literal["jpeg", "webp", "png"]
+FORMATS: tuple[Format, ...] = ("jpeg", "webp", "png")
+PILLOW = {"jpeg": "JPEG", "webp": "WEBP", "png": "PNG"}
+EXTENSION = {"jpeg": "jpg", "webp": "webp", "png": "png"}
+
+
+def photo(height: int = 40, width: int = 56) -> Image.Image:
+    """A smooth picture with a different corner each, so that turns and mirrors show."""
+    y, x = np.mgrid[0:height, 0:width]
+    planes = [x * 255 / width, y * 255 / height, (x + y) * 255 / (height + width)]
+    return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
+
+
+def saved(image: Image.Image, **options: Any) -> bytes:
+    file = io.BytesIO()
+    image.save(file, **options)
+    return file.getvalue()
+
+
+def shown(data: bytes) -> np.ndarray:
+    """What Pillow sees, upright, on white where it is clear."""
+    image = ImageOps.exif_transpose(Image.open(io.BytesIO(data)))
+    if image.mode.startswith("I;16"):
+        return np.stack([np.rint(np.asarray(image) / 257)] * 3, axis=-1).astype(int)
+    white = Image.new("RGBA", image.size, "white")
+    white.alpha_composite(image.convert("RGBA"))
+    return np.asarray(white.convert("RGB")).astype(int)
+
+
+def turned(image: Image.Image, **options: Any) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return saved(image, exif=exif, **options)
+
+
+def with_alpha(image: Image.Image) -> Image.Image:
+    clear = image.copy()
+    clear.putalpha(Image.linear_gradient("L").resize(image.size))
+    return clear
+
+
+RGB, LIGHT = photo(), photo().convert("L")
+WORDS = Image.fromarray(np.linspace(0, 65535, 40 * 56).reshape(40, 56).astype(np.uint16))
+PLAIN: dict[Format, dict[str, bytes]] = {
+    "jpeg": {
+        "rgb": saved(RGB, format="JPEG"),
+        "grey": saved(LIGHT, format="JPEG"),
+        "profile": saved(RGB, format="JPEG", icc_profile=b"x" * 200),
+    },
+    "webp": {
+        "lossy": saved(RGB, format="WEBP", quality=80),
+        "lossless": saved(RGB, format="WEBP", lossless=True),
+    },
+    "png": {"rgb": saved(RGB, format="PNG"), "grey": saved(LIGHT, format="PNG")},
+}
+OTHERS: dict[str, bytes] = {
+    "cmyk jpeg": saved(RGB.convert("CMYK"), format="JPEG", quality=95),
+    "turned jpeg": turned(RGB, format="JPEG", quality=95),
+    "turned webp": turned(RGB, format="WEBP", quality=95),
+    "turned png": turned(RGB, format="PNG"),
+    "alpha png": saved(with_alpha(RGB), format="PNG"),
+    "grey and alpha png": saved(with_alpha(LIGHT), format="PNG"),
+    "alpha webp": saved(with_alpha(RGB), format="WEBP", lossless=True),
+    "palette png": saved(RGB.quantize(64, dither=Image.Dither.NONE), format="PNG"),
+    "clear palette gif": saved(RGB.quantize(64), format="GIF", transparency=3),
+    "16-bit png": saved(WORDS, format="PNG"),
+    "1-bit png": saved(LIGHT.convert("1"), format="PNG"),
+    "moving webp": saved(
+        RGB, format="WEBP", save_all=True, append_images=[photo(40, 56).rotate(180)]
+    ),
+}
+GREY = {"grey jpeg", "grey png", "grey and alpha png", "16-bit png", "1-bit png"}
+
+
+def every_kind(format: Format) -> dict[str, bytes]:
+    """What is not of this format, or not plain."""
+    plain = {
+        f"{kind} {other}": data
+        for other in FORMATS
+        if other != format
+        for kind, data in PLAIN[other].items()
+    }
+    return OTHERS | plain
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_plain_pictures_of_the_format_keep_their_bytes(format: Format) -> None:
+    for kind, data in PLAIN[format].items():
+        picture = check_picture(data, format=format, quality=30)
+        assert picture.data is data, kind
+        assert not picture.reencoded
+        assert (picture.extension, picture.height, picture.width) == (EXTENSION[format], 40, 56)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_other_kind_becomes_a_plain_file_that_looks_the_same(format: Format) -> None:
+    for kind, data in every_kind(format).items():
+        picture = check_picture(data, format=format, quality=95)
+        assert picture.reencoded, kind
+        assert picture.extension == EXTENSION[format]
+        found, expected = Image.open(io.BytesIO(picture.data)), shown(data)
+        assert found.format == PILLOW[format]
+        assert not found.info.keys() & {"exif", "icc_profile"}
+        assert (picture.height, picture.width) == expected.shape[:2] == found.size[::-1]
+        assert found.mode == ("L" if kind in GREY and format != "webp" else "RGB"), kind
+        difference = np.abs(shown(picture.data) - expected)
+        if format == "png":
+            # two conversions of CMYK, and of a palette's alpha, round apart
+            assert difference.max() <= 1, kind
+        else:  # chroma at half the size: hard edges of colour suffer
+            assert difference.mean() < 4, kind
+        # what was made is plain itself
+        assert check_picture(picture.data, format=format).data is picture.data
+        assert not check_picture(picture.data, format="packed").reencoded
+
+
+@given(
+    data=st.data(),
+    height=st.integers(1, 70),
+    width=st.integers(1, 70),
+    format=st.sampled_from(FORMATS),
+)
+@settings(max_examples=150)
+def test_any_size_is_what_it_should_be_and_comes_back(
+    data: st.DataObject, height: int, width: int, format: Format
+) -> None:
+    noise = np.random.default_rng(height * 100 + width)
+    shape = (height, width, 3) if data.draw(st.booleans()) else (height, width)
+    pixels = noise.integers(0, 256, shape, np.uint8)
+    short, square = data.draw(st.sampled_from([(0, 0), (16, 0), (0, 16)]))
+    source = saved(Image.fromarray(pixels), format="TIFF")
+    picture = check_picture(source, format=format, short_side=short, square_side=square)
+    if square:
+        expected = (16, 16)
+    elif 0 < short < min(height, width):
+        scale = short / min(height, width)
+        expected = round(height * scale), round(width * scale)
+    else:
+        expected = height, width
+    assert (picture.height, picture.width) == expected
+    found = Image.open(io.BytesIO(picture.data))
+    found.load()
+    assert found.size == expected[::-1]
+    again = check_picture(picture.data, format=format, short_side=short, square_side=square)
+    assert again.data is picture.data
+    if format == "png" and expected == (height, width) and not square:
+        assert np.array_equal(np.asarray(found), pixels)
+
+
+def test_quality_is_that_of_every_jpeg_and_webp_that_is_encoded() -> None:
+    source = saved(Image.effect_noise((64, 64), 60).convert("RGB"), format="PNG")
+    for format in ("jpeg", "webp"):
+        sizes = [len(check_picture(source, format=format, quality=q).data) for q in (20, 60, 95)]
+        assert sizes == sorted(set(sizes)), format
+
+
+def extended(data: bytes, *chunks: tuple[bytes, bytes], flags: int = 0) -> bytes:
+    """A simple WebP as an extended one, with more chunks behind its header."""
+    width, height = Image.open(io.BytesIO(data)).size
+    header = struct.pack("<I", flags) + (width - 1).to_bytes(3, "little")
+    body = [(b"VP8X", header + (height - 1).to_bytes(3, "little")), *chunks]
+    parts = b"".join(
+        name + struct.pack("<I", len(content)) + content + bytes(len(content) % 2)
+        for name, content in body
+    )
+    return (
+        b"RIFF" + struct.pack("<I", 4 + len(parts) + len(data) - 12) + b"WEBP" + parts + data[12:]
+    )
+
+
+@pytest.mark.parametrize("kind", ["lossy", "lossless"])
+def test_a_wrapped_webp_loses_its_wrapping_and_not_a_bit_of_its_picture(kind: str) -> None:
+    data = PLAIN["webp"][kind]
+    for wrapped in (extended(data), extended(data, (b"ICCP", b"profile"), flags=0x20)):
+        assert np.array_equal(shown(wrapped), shown(data))
+        picture = check_picture(wrapped, format="webp")
+        assert picture.data == data
+        assert picture.reencoded
+        # a data set holds simple ones only
+        assert check_picture(wrapped, format="packed").reencoded
+
+
+def test_what_decoders_may_see_differently_is_no_simple_webp() -> None:
+    data = PLAIN["webp"]["lossy"]
+    assert simple_webp(data) is data
+    for odd in (data + b"more", data[:-2], extended(data) + data[12:], b"RIFF\4\0\0\0WEBP"):
+        assert simple_webp(odd) is None
+    picture = check_picture(data + b"behind the end", format="webp")
+    assert picture.reencoded
+    assert len(picture.data) == 8 + int.from_bytes(picture.data[4:8], "little")
+
+
+@pytest.mark.parametrize("lossless", [False, True])
+def test_a_cut_webp_is_damaged_also_where_its_sizes_say_otherwise(lossless: bool) -> None:
+    data = saved(
+        Image.effect_noise((200, 150), 60).convert("RGB"), format="WEBP", lossless=lossless
+    )
+    for part in (0.3, 0.6, 0.9):
+        cut = bytearray(data[: int(len(data) * part) // 2 * 2])
+        for _ in range(2):
+            with pytest.raises(PictureError) as caught:
+                check_picture(bytes(cut), format="webp")
+            assert caught.value.kind == "damaged"
+            struct.pack_into("<I", cut, 4, len(cut) - 8)
+            struct.pack_into("<I", cut, 16, len(cut) - 20)
+
+
+def test_what_is_too_wide_for_webp_is_refused_and_fits_elsewhere() -> None:
+    wide = saved(Image.new("RGB", (MAX_WEBP_SIDE + 1, 2)), format="PNG")
+    with pytest.raises(PictureError, match="16384 x 2 pixels; WebP holds at most 16,383"):
+        check_picture(wide, format="webp")
+    assert check_picture(wide, format="jpeg").width == MAX_WEBP_SIDE + 1
+    assert check_picture(wide, format="png").data is wide
+    assert check_picture(wide, format="webp", short_side=1).width == 8192
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_of_hostile_files_every_format_takes_what_it_has_room_for(
+    shared_data: Path, format: Format
+) -> None:
+    folder = shared_data / "hostile"
+    with (folder / "manifest.csv").open(encoding="utf-8") as file:
+        names = [row["file"] for row in csv.DictReader(file)]
+
+    def taken(format: Literal["keep", "jpeg", "webp", "png"]) -> dict[str, Picture]:
+        found = {}
+        for name in names:
+            try:
+                found[name] = check_picture(
+                    (folder / name).read_bytes(), format=format, short_side=64
+                )
+            except PictureError as error:
+                assert str(error)  # noqa: PT017
+        return found
+
+    kept, made = taken("keep"), taken(format)
+    assert len(kept) == 176
+    left_out = [kept[name] for name in kept.keys() - made.keys()]
+    if format == "webp":  # one is that wide
+        assert [max(one.height, one.width) > MAX_WEBP_SIDE for one in left_out] == [True]
+    else:
+        assert not left_out
+    assert made.keys() <= kept.keys()
+    for name, picture in made.items():
+        assert (picture.height, picture.width) == (kept[name].height, kept[name].width), name
+        again = check_picture(picture.data, format="packed")
+        assert not again.reencoded, name
+        assert again.extension == EXTENSION[format]
+
+
+def test_grey_stays_grey_where_the_format_has_it() -> None:
+    data = saved(LIGHT, format="TIFF")
+    made = check_picture(data, format="jpeg", short_side=20)
+    assert len(read_jpeg_header(made.data).component_ids) == 1
+    assert Image.open(io.BytesIO(check_picture(data, format="png", short_side=20).data)).mode == "L"

@@ -1,0 +1,486 @@
+"""What a ledger proves, and what it must not: holes, doubles, superseded steps, damage."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import json
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rank_workers import (
+    NAMED,
+    NamedLoader,
+    StepwiseLoader,
+    ledger_in,
+    run_on_ranks,
+    write_a_ledger,
+)
+from small_runs import tiny_config
+
+from unicl_fast.batch import Batch
+from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.ledger.format import (
+    LedgerSource,
+    SegmentHeader,
+    encode_header,
+    encode_record,
+    segment_name,
+)
+from unicl_fast.ledger.ledger_reading import read_segment_file
+from unicl_fast.ledger.proof import prove
+from unicl_fast.ledger.writer import writer as ledger_module
+from unicl_fast.training.trainer import Trainer
+
+SOURCES = (LedgerSource("labels", 37), LedgerSource("captions", 300))
+N = 12
+STEPS = 60
+
+
+def schedule(steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
+    """Source ids and sample ids [steps N]: each source shuffled anew for every pass."""
+    generator = np.random.default_rng(7)
+    source_ids = generator.integers(0, 2, size=(steps, N))
+    ids = np.empty_like(source_ids)
+    for number, source in enumerate(SOURCES):
+        mine = source_ids == number
+        passes = -(-np.count_nonzero(mine) // source.num_samples)
+        order = [generator.permutation(source.num_samples) for _ in range(passes)]
+        ids[mine] = np.concatenate(order)[: np.count_nonzero(mine)]
+    return source_ids, ids
+
+
+SOURCE_IDS, IDS = schedule()
+
+
+def header(number: int, start: int, *, rank: int = 0, world_size: int = 1) -> SegmentHeader:
+    return SegmentHeader(
+        segment=number,
+        start_step=start,
+        rank=rank,
+        world_size=world_size,
+        global_batch_size=N,
+        sources=SOURCES,
+        seed=0,
+        shares=(1, 1),
+    )
+
+
+def write(
+    folder: Path,
+    number: int,
+    start: int,
+    end: int,
+    *,
+    world_size: int = 1,
+    ids: np.ndarray = IDS,
+    shown: np.ndarray | None = None,
+    fewer: dict[int, int] | None = None,
+    lacks: set[int] | None = None,
+) -> list[Path]:
+    """A start of the program that did the steps `start` to `end`; rank r lost the last fewer[r]."""
+    folder.mkdir(exist_ok=True)
+    shown = ids if shown is None else shown
+    paths = []
+    for rank in range(world_size):
+        head = header(number, start, rank=rank, world_size=world_size)
+        mine = slice(rank * head.share, (rank + 1) * head.share)
+        parts = [encode_header(head)]
+        parts += [
+            encode_record(
+                head,
+                step=step,
+                source_ids=SOURCE_IDS[step, mine],
+                scheduled_ids=ids[step, mine],
+                shown_ids=shown[step, mine],
+            )
+            for step in range(start, end - (fewer or {}).get(rank, 0))
+            if step not in (lacks or set())
+        ]
+        paths.append(folder / segment_name(number, rank))
+        paths[-1].write_bytes(b"".join(parts))
+    return paths
+
+
+def record_at(path: Path, step: int) -> int:
+    """Where the record of a step begins, in a file without substitutes."""
+    file = read_segment_file(path)
+    assert file is not None
+    (run,) = file.runs
+    return run.offset + (step - run.step) * file.header.record_bytes(0)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_an_unbroken_run_is_proven(tmp_path: Path, world_size: int) -> None:
+    write(tmp_path, 1, 0, STEPS, world_size=world_size)
+    proof = prove(tmp_path, steps_done=STEPS)
+    assert proof.holds
+    assert (proof.steps, proof.holes, proof.num_superseded) == (STEPS, (), 0)
+    visits = np.bincount(SOURCE_IDS.reshape(-1)).tolist()
+    assert [source.visits for source in proof.sources] == visits
+    assert [source.complete_passes for source in proof.sources] == [
+        visits[0] // 37,
+        visits[1] // 300,
+    ]
+    assert proof.sources[0].complete_passes > 5
+    assert not proof.notes
+    assert not proof.num_substituted
+
+
+def test_restarts_on_other_ranks_supersede_what_was_done_before(tmp_path: Path) -> None:
+    other = IDS.copy()
+    other[25:] = 0  # what was abandoned may be anything
+    write(tmp_path, 1, 0, 30, ids=other)
+    write(tmp_path, 2, 25, 45, world_size=3, fewer={1: 2})
+    write(tmp_path, 3, 42, 42, world_size=2)  # ended before its first step
+    write(tmp_path, 4, 40, STEPS, world_size=4, fewer={0: 1})
+    proof = prove(tmp_path)
+    assert proof.holds, proof.faults
+    assert proof.steps == STEPS - 1, "the last step lacks a rank, so nobody knows it was done"
+    assert [segment.header.world_size for segment in proof.segments] == [1, 3, 2, 4]
+    assert [segment.num_superseded for segment in proof.segments] == [5, 3, 0, 0]
+    assert proof.num_superseded == 8
+
+
+def test_a_start_that_goes_far_back_supersedes_whole_segments(tmp_path: Path) -> None:
+    wrong = np.zeros_like(IDS)
+    write(tmp_path, 1, 0, 20)
+    write(tmp_path, 2, 20, 40, ids=wrong)
+    write(tmp_path, 3, 30, 50, ids=wrong)
+    write(tmp_path, 4, 10, STEPS, world_size=2)
+    proof = prove(tmp_path)
+    assert proof.holds, proof.faults
+    assert proof.num_superseded == 10 + 20 + 20
+
+
+def test_a_step_that_a_later_start_took_for_done_must_have_all_its_records(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, 30, world_size=2, fewer={1: 1})
+    write(tmp_path, 2, 30, STEPS)
+    proof = prove(tmp_path)
+    assert not proof.holds
+    assert proof.holes == ((29, 30),)
+    assert proof.steps == 29
+    assert proof.num_lost_slots == N
+
+
+def test_steps_that_a_checkpoint_has_done_must_be_there(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, 50)
+    assert prove(tmp_path, steps_done=50).holds
+    proof = prove(tmp_path, steps_done=52)
+    assert proof.holes == ((50, 52),)
+    assert not proof.holds
+
+
+def test_a_ledger_that_begins_late_has_a_hole_at_the_beginning(tmp_path: Path) -> None:
+    write(tmp_path, 1, 10, STEPS)
+    assert prove(tmp_path).holes == ((0, 10),)
+
+
+def test_a_hole_within_a_segment_is_found(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, STEPS, world_size=2, lacks={17, 18})
+    proof = prove(tmp_path)
+    assert proof.holes == ((17, 19),)
+    assert not proof.holds
+
+
+def test_a_segment_without_one_of_its_ranks_proves_nothing(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, 30, world_size=2)[1].unlink()
+    write(tmp_path, 2, 30, STEPS)
+    proof = prove(tmp_path)
+    assert proof.holes == ((0, 30),)
+    assert "nothing of rank 1" in proof.notes[0]
+
+
+@pytest.mark.parametrize("swap", [False, True], ids=["one again", "two exchanged over passes"])
+def test_a_sample_that_is_scheduled_twice_in_a_pass_is_found(tmp_path: Path, swap: bool) -> None:
+    ids = IDS.copy()
+    places = np.argwhere(SOURCE_IDS == 0)
+    first, other = tuple(places[3]), tuple(places[50 if swap else 20])
+    assert ids[first] != ids[other]
+    ids[first], ids[other] = (ids[other], ids[first]) if swap else (ids[other], ids[other])
+    write(tmp_path, 1, 0, STEPS, ids=ids)
+    proof = prove(tmp_path)
+    assert not proof.holds
+    assert (proof.sources[0].scheduled_twice, proof.sources[0].lost) == (2, 2) if swap else (1, 1)
+    assert proof.sources[1].holds
+    assert any("pass 0 of labels schedules sample" in fault for fault in proof.faults)
+    assert any(f"did not schedule sample {IDS[first]}" in fault for fault in proof.faults)
+
+
+def test_a_sample_scheduled_twice_in_the_running_pass_is_found(tmp_path: Path) -> None:
+    ids = IDS.copy()
+    places = np.argwhere(SOURCE_IDS == 1)
+    assert len(places) % 300 > 10
+    ids[tuple(places[-1])] = ids[tuple(places[-2])]
+    write(tmp_path, 1, 0, STEPS, ids=ids)
+    proof = prove(tmp_path)
+    assert (proof.sources[1].scheduled_twice, proof.sources[1].lost) == (1, 0)
+    assert not proof.holds
+
+
+def test_a_sample_beyond_its_source_is_found(tmp_path: Path) -> None:
+    ids = IDS.copy()
+    ids[tuple(np.argwhere(SOURCE_IDS == 0)[-1])] = 37
+    write(tmp_path, 1, 0, STEPS, ids=ids)
+    proof = prove(tmp_path)
+    assert proof.sources[0].unknown == 1
+    assert "labels has no sample 37" in proof.faults[0]
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_substitutes_are_counted_by_sample(tmp_path: Path, world_size: int) -> None:
+    generator = np.random.default_rng(1)
+    shown = IDS.copy()
+    expected: dict[tuple[int, int], Counter[int]] = {}
+    # many in one step, several steps in a row, steps with none between
+    for step, slot in [(0, 0), (0, 5), (0, 11), (1, 3), (2, 3), (30, 7), (STEPS - 1, 11)]:
+        source = int(SOURCE_IDS[step, slot])
+        shown[step, slot] = (IDS[step, slot] + 1 + generator.integers(30)) % 37
+        key = source, int(IDS[step, slot])
+        expected.setdefault(key, Counter())[int(shown[step, slot])] += 1
+    write(tmp_path, 1, 0, STEPS, world_size=world_size, shown=shown)
+    proof = prove(tmp_path)
+    assert proof.holds
+    assert proof.substitutes == expected
+    assert proof.num_substituted == 7
+
+
+def test_a_record_cut_off_anywhere_is_dropped(tmp_path: Path) -> None:
+    shown = IDS.copy()
+    shown[19, 4] = (shown[19, 4] + 1) % 37
+    (path,) = write(tmp_path, 1, 0, 20, shown=shown)
+    whole = path.read_bytes()
+    begin = len(whole) - header(1, 0).record_bytes(1)
+    assert prove(tmp_path).steps == 20
+    for size in range(begin, len(whole)):
+        path.write_bytes(whole[:size])
+        proof = prove(tmp_path)
+        assert proof.holds, size
+        assert proof.steps == 19
+        assert bool(proof.notes) == (size > begin)
+        assert all("ends within a record" in note for note in proof.notes)
+    # what was cut off and done again is no hole; what a later start took for done is one
+    write(tmp_path, 2, 19, STEPS)
+    assert prove(tmp_path).holds
+    (tmp_path / segment_name(2, 0)).unlink()
+    write(tmp_path, 2, 20, STEPS)
+    assert prove(tmp_path).holes == ((19, 20),)
+
+
+def test_a_start_that_ended_within_its_header_is_as_if_it_had_not_been(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, 20)
+    (path,) = write(tmp_path, 2, 10, 10)
+    whole = path.read_bytes()
+    for size in (0, 5, 16, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert prove(tmp_path).holds
+    write(tmp_path, 3, 20, STEPS)
+    assert prove(tmp_path).steps == STEPS
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10_000), st.integers(1, 255), st.sampled_from([1, 2]))
+def test_no_flipped_byte_goes_unnoticed(
+    tmp_path_factory: pytest.TempPathFactory, at: int, flip: int, world_size: int
+) -> None:
+    folder = tmp_path_factory.mktemp("ledger")
+    path = write(folder, 1, 0, 20, world_size=world_size)[-1]
+    data = bytearray(path.read_bytes())
+    at %= len(data)
+    data[at] ^= flip
+    path.write_bytes(data)
+    proof = prove(folder, steps_done=20)
+    assert not proof.holds
+    assert proof.notes
+    header_bytes = len(encode_header(header(1, 0, rank=world_size - 1, world_size=world_size)))
+    if at >= header_bytes:
+        size = header(1, 0, world_size=world_size).record_bytes(0)
+        step = (at - header_bytes) // size
+        assert proof.holes == ((step, step + 1),), "the records behind it can be read"
+
+
+def test_damage_where_a_later_start_has_records_costs_nothing(tmp_path: Path) -> None:
+    (path,) = write(tmp_path, 1, 0, 30)
+    data = bytearray(path.read_bytes())
+    data[record_at(path, 27) + 30] ^= 1
+    path.write_bytes(data)
+    write(tmp_path, 2, 25, STEPS)
+    proof = prove(tmp_path)
+    assert proof.holds
+    assert "is damaged between bytes" in proof.notes[0]
+
+
+def test_segments_of_different_runs_are_no_proof(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, 30)
+    other = dataclasses.replace(header(2, 30), sources=(SOURCES[0], LedgerSource("captions", 301)))
+    (tmp_path / segment_name(2, 0)).write_bytes(encode_header(other))
+    proof = prove(tmp_path)
+    assert "different runs" in proof.faults[0]
+    assert not proof.holds
+
+
+def test_another_version_is_refused_by_its_number(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unicl_fast.ledger.format.VERSION", 2)
+    write(tmp_path, 1, 0, 3)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="format version 2, this program reads 1"):
+        prove(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "id_bytes", "source_bytes"),
+    [
+        ((1,), 1, 0),
+        ((256,), 1, 0),
+        ((257,), 2, 0),
+        ((2**24, 3), 3, 1),
+        ((2**32,), 4, 0),
+        ((2**32 + 1,), 5, 0),
+        ((2**48,) + (1,) * 255, 6, 1),
+        ((1,) * 257, 1, 2),
+    ],
+)
+def test_ids_take_as_few_bytes_as_their_sources_allow(
+    tmp_path: Path, sizes: tuple[int, ...], id_bytes: int, source_bytes: int
+) -> None:
+    head = dataclasses.replace(
+        header(1, 5), sources=tuple(LedgerSource(str(i), size) for i, size in enumerate(sizes))
+    )
+    assert (head.id_bytes, head.source_bytes) == (id_bytes, source_bytes)
+    generator = np.random.default_rng(3)
+    source_ids = generator.integers(0, len(sizes), size=(4, N))
+    scheduled = np.array(sizes)[source_ids] - 1
+    shown = scheduled.copy()
+    shown[2, 3] = 0
+    data = encode_header(head) + b"".join(
+        encode_record(
+            head,
+            step=5 + row,
+            source_ids=source_ids[row],
+            scheduled_ids=scheduled[row],
+            shown_ids=shown[row],
+        )
+        for row in range(4)
+    )
+    path = tmp_path / segment_name(1, 0)
+    path.write_bytes(data)
+    file = read_segment_file(path)
+    assert file is not None
+    assert [(run.step, run.end) for run in file.runs][-1][1] == 9
+    read_sources, read_ids = file.batch_rows(6, 9)
+    assert np.array_equal(read_sources, source_ids[1:])
+    assert np.array_equal(read_ids, scheduled[1:])
+    differs = [] if shown[2, 3] == scheduled[2, 3] else [(7, 3, 0)]
+    assert list(file.substitutes(5, 9)) == differs
+
+
+def trainer_in(folder: Path, images: torch.Tensor, loader: StepwiseLoader | None = None) -> Trainer:
+    return Trainer(
+        tiny_config(),
+        loader or NamedLoader(images),
+        run_folder=folder,
+        ledger=ledger_in(folder),
+        progress=False,
+    )
+
+
+def test_the_trainer_writes_a_record_of_every_step(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer_in(tmp_path, images).fit()
+    again = trainer_in(tmp_path, images)
+    again.resume(tmp_path / "checkpoints" / "step-00000002")
+    again.fit()
+    proof = prove(tmp_path / "ledger", steps_done=6)
+    assert proof.holds
+    assert (proof.steps, proof.num_superseded, len(proof.segments)) == (6, 4, 2)
+    source_ids, ids = proof.segments[1].files[0].batch_rows(2, 6)
+    assert not source_ids.any()
+    assert np.array_equal(ids.reshape(-1), np.arange(2 * N, 6 * N) % NAMED.num_samples)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_all_records_are_there_when_a_checkpoint_is_begun(
+    images: torch.Tensor, tmp_path: Path, world_size: int
+) -> None:
+    if world_size == 1:
+        write_a_ledger(Ranks(), images, tmp_path, False)
+    else:
+        run_on_ranks(write_a_ledger, 2, images, tmp_path, True)
+    assert json.loads((tmp_path / "found.json").read_text()) == [[2, 2], [4, 4], [6, 6]]
+    proof = prove(tmp_path / "ledger", steps_done=6)
+    assert proof.holds
+    assert [segment.header.world_size for segment in proof.segments] == [world_size]
+    assert (proof.sources[0].visits, proof.sources[0].complete_passes) == (72, 2)
+
+
+def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
+    images: torch.Tensor,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    written, write_all = [0], os.write
+
+    def nearly_full(file: int, data: bytes) -> int:
+        written[0] += 1
+        if written[0] == 3:
+            return write_all(file, data[:7])  # a part still fits
+        if written[0] in (4, 5, 6):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_all(file, data)
+
+    monkeypatch.setattr(ledger_module.os, "write", nearly_full)
+    trainer_in(tmp_path, images).fit()
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000004", "step-00000006"]
+    assert "THE LEDGER CANNOT BE WRITTEN" in caplog.text
+    assert "NO CHECKPOINT of step 2" in caplog.text
+    assert "can be written again" in caplog.text
+    proof = prove(tmp_path / "ledger", steps_done=6)
+    assert proof.holds
+    assert not proof.notes
+
+
+def test_a_ledger_that_cannot_be_written_at_the_end_is_an_error(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(file: int, data: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(ledger_module.os, "write", full)
+    with pytest.raises(OSError, match="a checkpoint without it would leave a hole"):
+        trainer_in(tmp_path, images).fit()
+    assert not list_checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_loader_that_does_not_name_its_samples_is_refused(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="a ledger needs a loader whose batches have source_ids"):
+        trainer_in(tmp_path, images, StepwiseLoader(images)).fit()
+
+
+@pytest.mark.parametrize("field", ["source_ids", "scheduled_ids", "sample_ids"])
+def test_ids_that_do_not_exist_are_refused(
+    images: torch.Tensor, tmp_path: Path, field: str
+) -> None:
+    ledger = ledger_in(tmp_path)
+    batch: Batch = next(NamedLoader(images).batches(0))
+    wrong = getattr(batch, field).clone()
+    wrong[4] = NAMED.num_samples
+    with ledger.segment(0), pytest.raises(ValueError, match="step 0 has s"):
+        ledger.record(dataclasses.replace(batch, **{field: wrong}))
+
+
+def test_where_there_is_no_ledger_that_is_said(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no ledger"):
+        prove(tmp_path / "ledger")

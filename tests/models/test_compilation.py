@@ -1,0 +1,208 @@
+"""Compiled encoders: the eager step's result, and no new graph for each batch of texts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import StepwiseLoader, first_gradients, run_on_ranks, write_gradients
+from small_runs import tiny_config
+from torch._dynamo.utils import counters
+
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.config import EfficiencyConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.compilation import (
+    compile_encoders,
+    has_compiler,
+    pad_texts,
+    round_up_count,
+    round_up_length,
+)
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.collate import collate
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training import trainer as trainer_module
+from unicl_fast.training.trainer import Trainer
+
+
+@pytest.fixture(autouse=True)
+def fresh_dynamo() -> Iterator[None]:
+    torch.compiler.reset()
+    counters.clear()
+    yield
+    torch.compiler.reset()
+
+
+def batch_of_texts(images: torch.Tensor, *, num_texts: int, num_words: int, step: int) -> Batch:
+    texts = [f"number {i % num_texts} " + "dog " * num_words for i in range(12)]
+    labels = torch.full((12,), -1)
+    return collate(images, Tokenizer()(texts), labels, step=step)
+
+
+def test_sizes_are_few_and_not_much_larger() -> None:
+    assert [round_up_length(length) for length in (1, 8, 9, 77)] == [8, 8, 16, 80]
+    for count in range(1, 5000):
+        rounded = round_up_count(count)
+        assert count <= rounded <= max(8, 1.25 * count + 8)
+        assert rounded % 8 == 0
+        assert round_up_count(rounded) == rounded
+    assert len({round_up_count(count) for count in range(1, 4097)}) <= 8 + 6 * 4
+
+
+def test_more_tokens_than_there_are_change_no_feature() -> None:
+    model = UniCL(tiny_config()).double().eval()
+    tokens = Tokenizer()(["a dog", "two people in the snow", "a photo of a cat"])[:, :12]
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    exact = model.encode_text(tokens, num_tokens)
+    for more in (num_tokens + 1, num_tokens + 5, tokens.numel()):
+        torch.testing.assert_close(model.encode_text(tokens, more), exact, rtol=1e-12, atol=1e-14)
+    ids = torch.arange(3)
+    padded, more, class_ids, counts = pad_texts(tokens, num_tokens, ids, torch.ones_like(ids))
+    assert (len(padded), len(class_ids), counts.tolist()) == (8, 8, [1, 1, 1, 0, 0, 0, 0, 0])
+    features = model.encode_text(padded, more)
+    torch.testing.assert_close(features[:3], exact, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {"text_layout": "trimmed"},
+        {"text_layout": "padded"},
+        {"unique_texts": False},
+        {"micro_batch_size": 5},
+    ],
+    ids=lambda others: ",".join(others) or "default",
+)
+def test_padded_texts_do_not_count(
+    images: torch.Tensor, others: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes of a compiled step, without compiling."""
+    plain_loss, plain = first_gradients(images, Ranks(), tiny_config())
+    monkeypatch.setattr(trainer_module, "compile_encoders", lambda model: None)
+    loss, gradients = first_gradients(images, Ranks(), tiny_config(compile=True, **others))
+    assert loss == pytest.approx(plain_loss, rel=1e-13)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("layout", ["packed", "trimmed"])
+def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
+    images: torch.Tensor, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How often is the tracer's business, whatever compiles its graphs: here nothing does."""
+    monkeypatch.setattr(
+        trainer_module, "compile_encoders", lambda model: compile_encoders(model, backend="eager")
+    )
+    sizes = [
+        (12, 3),
+        (7, 20),
+        (12, 9),
+        (3, 40),
+        (9, 1),
+        (1, 60),
+        (12, 30),
+        (5, 5),
+        (10, 14),
+        (2, 2),
+    ]
+    batches = [
+        batch_of_texts(images, num_texts=texts, num_words=words, step=step)
+        for step, (texts, words) in enumerate(sizes)
+    ]
+    config = tiny_config(compile=True, text_layout=layout)
+    trainer = Trainer(config, ListLoader(batches), progress=False)
+    graphs = []
+    for batch in batches:
+        trainer.train_step(batch)
+        graphs.append(counters["stats"]["unique_graphs"])
+    assert graphs[0] == 2  # an image encoder and a text encoder
+    assert graphs[-1] <= 4, graphs
+    assert graphs[3:] == [graphs[-1]] * (len(graphs) - 3), graphs
+
+
+def test_alike_batches_compile_once(images: torch.Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        trainer_module, "compile_encoders", lambda model: compile_encoders(model, backend="eager")
+    )
+    batches = [
+        batch_of_texts(images, num_texts=texts, num_words=words, step=step)
+        for step, (texts, words) in enumerate([(12, 8), (11, 9), (10, 10), (12, 7), (9, 11)])
+    ]
+    trainer = Trainer(tiny_config(compile=True), ListLoader(batches), progress=False)
+    for batch in batches:
+        trainer.train_step(batch)
+    assert counters["stats"]["unique_graphs"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+@pytest.mark.parametrize(
+    "others",
+    [
+        pytest.param({}, id="plain"),
+        pytest.param(
+            {"micro_batch_size": 5, "activation_checkpointing": True},
+            id="micro-batches",
+            marks=pytest.mark.long,
+        ),
+    ],
+)
+def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict) -> None:
+    def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
+        config = tiny_config(steps=3, **efficiency)
+        trainer = Trainer(config, StepwiseLoader(images), progress=False)
+        batches = trainer.loader.batches(0)
+        losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
+        return losses, trainer.model.state_dict()
+
+    eager_losses, eager = trained()
+    losses, weights = trained(compile=True, **others)
+    assert counters["stats"]["unique_graphs"] >= 2
+    assert losses == pytest.approx(eager_losses, rel=1e-10)
+    assert weights.keys() == eager.keys()
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, eager[name], rtol=1e-7, atol=1e-9, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.dist
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+def test_compiled_ranks_give_the_gradients_of_one_eager_process(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    """Each rank has other numbers of texts and tokens, so its padding is another, too."""
+    eager_loss, eager = first_gradients(images, Ranks(), tiny_config())
+    run_on_ranks(write_gradients, 2, images, str(tmp_path), {"compile": True})
+    for written in [f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(2)]:
+        loss, gradients = torch.load(tmp_path / written, weights_only=True)
+        assert loss == pytest.approx(eager_loss, rel=1e-10)
+        for name, gradient in eager.items():
+            torch.testing.assert_close(
+                gradients[name], gradient, rtol=1e-7, atol=1e-11, msg=f"{written}: {name}"
+            )
+
+
+def test_a_machine_without_a_compiler_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(ValueError, match="needs a C\\+\\+ compiler.*efficiency.compile=False"):
+        compile_encoders(UniCL(tiny_config(compile=True)))
+
+
+def test_recomputed_batchnorm_is_not_compiled() -> None:
+    config = tiny_config(
+        image_encoder="unicl_convnet7_small", compile=True, activation_checkpointing=True
+    )
+    with pytest.raises(ValueError, match="BatchNorm.*activation_checkpointing=False"):
+        compile_encoders(UniCL(config), backend="eager")
+
+
+def test_compiling_is_off_by_default() -> None:
+    assert not EfficiencyConfig().compile

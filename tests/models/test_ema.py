@@ -1,0 +1,187 @@
+"""The moving average of the weights: what it is, where it is used, and that it survives."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import StepwiseLoader, run_on_ranks, write_averages
+from safetensors.torch import load_file
+from small_runs import IMAGE_SIZE, tiny_config
+
+from unicl_fast import load_model
+from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.config import OptimConfig, TrainConfig
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.trainer import Trainer
+
+
+def averaging_config(*, ema_warmup: bool = True, **settings: object) -> TrainConfig:
+    config = tiny_config(**settings)
+    optim = dataclasses.replace(config.optim, ema_decay=0.9, ema_warmup=ema_warmup)
+    return dataclasses.replace(config, optim=optim)
+
+
+def trainer_in(folder: Path | None, images: torch.Tensor, config: TrainConfig) -> Trainer:
+    return Trainer(config, StepwiseLoader(images), run_folder=folder, progress=False)
+
+
+def assert_equal_weights(one: UniCL, other: UniCL) -> None:
+    for name, weight in one.state_dict().items():
+        assert torch.equal(weight, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("ema_warmup", [True, False])
+@pytest.mark.parametrize("micro_batch_size", [0, 5])
+def test_it_is_the_moving_average_of_the_weights_after_each_step(
+    images: torch.Tensor, ema_warmup: bool, micro_batch_size: int
+) -> None:
+    config = averaging_config(ema_warmup=ema_warmup, micro_batch_size=micro_batch_size)
+    trainer = trainer_in(None, images, config)
+    batches = trainer.loader.batches(0)
+    expected: dict[str, torch.Tensor] = {}
+    for step in range(1, 6):
+        trainer.train_step(next(batches))
+        decay = min(0.9, 1 - step ** (-2 / 3)) if ema_warmup else 0.9 * (step > 1)
+        for name, weight in trainer.model.state_dict().items():
+            before = expected.get(name, torch.zeros_like(weight))
+            expected[name] = decay * before + (1 - decay) * weight
+    assert trainer.ema is not None
+    for name, weight in trainer.ema.model.state_dict().items():
+        torch.testing.assert_close(weight, expected[name], rtol=1e-12, atol=1e-14)
+        assert weight.dtype == torch.float64
+    moved = trainer.model.image_projection - trainer.ema.model.image_projection
+    assert moved.abs().max() > 1e-5
+
+
+@pytest.mark.parametrize("settings", [{}, {"micro_batch_size": 5}, {"fused_optimizer": False}])
+def test_training_is_not_changed_by_it(images: torch.Tensor, settings: dict) -> None:
+    plain = trainer_in(None, images, tiny_config(steps=3, **settings))
+    averaged = trainer_in(None, images, averaging_config(steps=3, **settings))
+    plain.fit()
+    averaged.fit()
+    assert_equal_weights(plain.model, averaged.model)
+
+
+@pytest.mark.parametrize(
+    ("image_encoder", "precision"),
+    [("test_vit", "fp64"), ("test_vit", "bf16"), ("unicl_convnet7_small", "fp32")],
+)
+def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
+    images: torch.Tensor, tmp_path: Path, image_encoder: str, precision: str
+) -> None:
+    config = averaging_config(image_encoder=image_encoder, precision=precision)
+    unbroken = trainer_in(tmp_path / "unbroken", images, config)
+    unbroken.fit()
+    resumed = trainer_in(tmp_path / "resumed", images, config)
+    resumed.resume(tmp_path / "unbroken" / "checkpoints" / "step-00000002")
+    resumed.fit()
+    assert unbroken.ema is not None
+    assert resumed.ema is not None
+    assert_equal_weights(unbroken.ema.model, resumed.ema.model)
+    newest = list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1]
+    stored = load_file(newest / "ema.safetensors")
+    assert stored.keys() == unbroken.ema.model.state_dict().keys()
+    weight_type = torch.float64 if precision == "fp64" else torch.float32
+    assert stored["image_projection"].dtype == weight_type
+
+
+def test_a_bad_step_moves_the_average_towards_the_weights_and_no_further(
+    images: torch.Tensor,
+) -> None:
+    trainer = trainer_in(None, images, averaging_config(ema_warmup=False))
+    batches = trainer.loader.batches(0)
+    for _ in range(2):
+        trainer.train_step(next(batches))
+    assert trainer.ema is not None
+    before = trainer.ema.model.image_projection.clone()
+    weights = trainer.model.image_projection.detach().clone()
+    trainer.model.image_encoder.register_forward_hook(lambda *_: _[-1] * torch.nan)
+    loss, _ = trainer.train_step(next(batches))
+    assert not loss.isfinite()
+    torch.testing.assert_close(
+        trainer.ema.model.image_projection, 0.9 * before + 0.1 * weights, rtol=1e-12, atol=0
+    )
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"activation_checkpointing": True}, {"precision": "bf16"}],
+    ids=["plain", "recomputed activations", "bf16"],
+)
+def test_it_is_what_is_evaluated_and_what_load_model_takes(
+    images: torch.Tensor, tmp_path: Path, settings: dict
+) -> None:
+    pictures = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    seen = []
+
+    def evaluation(model: UniCL) -> dict[str, float]:
+        assert not model.training
+        weight_type = model.image_projection.dtype
+        with torch.no_grad():
+            seen.append(model.encode_image(pictures.to(weight_type)))
+        return {"top1": 0.5}
+
+    trainer = trainer_in(tmp_path, images, averaging_config(**settings))
+    trainer.evaluations = {"digits": evaluation}
+    trainer.fit()
+    assert trainer.ema is not None
+    assert_equal_weights(trainer.ema.model, load_model(tmp_path))
+    assert_equal_weights(trainer.ema.model, load_model(tmp_path, weights="ema"))
+    last = load_model(tmp_path, weights="model")
+    assert_equal_weights(trainer.model, last)
+    evaluated = load_model(tmp_path)
+    weight_type = evaluated.image_projection.dtype
+    with torch.no_grad():
+        expected = evaluated.encode_image(pictures.to(weight_type))
+        others = last.encode_image(pictures.to(weight_type))
+    torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-6)
+    assert (seen[0] - others).abs().max() > 1e-4
+
+
+def test_a_checkpoint_without_it_gives_the_weights_or_says_so(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    trainer = trainer_in(tmp_path, images, tiny_config(steps=2))
+    trainer.fit()
+    assert_equal_weights(trainer.model, load_model(tmp_path))
+    with pytest.raises(ValueError, match="has no average of the weights"):
+        load_model(tmp_path, weights="ema")
+
+
+def test_a_run_without_it_can_go_on_with_it_and_back(
+    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer_in(tmp_path, images, tiny_config(steps=4)).fit()
+    averaged = trainer_in(tmp_path, images, averaging_config(steps=4))
+    averaged.resume(tmp_path / "checkpoints" / "step-00000002")
+    assert averaged.ema is not None
+    assert_equal_weights(averaged.model, averaged.ema.model)
+    assert "it starts with them" in caplog.text
+    averaged.fit()
+    plain = trainer_in(tmp_path, images, tiny_config(steps=5))
+    plain.resume(tmp_path / "checkpoints" / "step-00000004")
+    assert_equal_weights(plain.model, averaged.model)
+
+
+@pytest.mark.dist
+def test_it_is_equal_on_all_ranks_and_that_of_one_process(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    config = averaging_config(steps=3)
+    run_on_ranks(write_averages, 2, images, tmp_path, config)
+    alone = trainer_in(None, images, config)
+    alone.fit()
+    assert alone.ema is not None
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    for name, weight in alone.ema.model.state_dict().items():
+        assert torch.equal(first[name], second[name]), name
+        torch.testing.assert_close(first[name], weight, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0])
+def test_a_decay_out_of_range_is_refused(decay: float) -> None:
+    with pytest.raises(ValueError, match="ema_decay must lie in"):
+        OptimConfig(ema_decay=decay)

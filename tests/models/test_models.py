@@ -1,0 +1,409 @@
+"""Encoders: causality, padding, drop path by key, presets that run."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import sys
+import types
+
+import numpy as np
+import pytest
+import timm
+import torch
+from small_runs import TEXTS, tiny_config
+from torch.utils.flop_counter import FlopCounterMode
+
+from unicl_fast import UniCL, build_model
+from unicl_fast.models import text_encoder
+from unicl_fast.models.activation_checkpointing import checkpoint_blocks
+from unicl_fast.models.drop_path import DropPathKey, KeyedDropPath
+from unicl_fast.models.image_encoder import build_image_encoder
+from unicl_fast.models.packing import find_varlen_attention
+from unicl_fast.models.precision import Precision, place_module
+from unicl_fast.models.text_encoder import CausalAttention, TextEncoder
+from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, random_unit, uniform_tensor
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.optim import split_parameters
+
+
+@pytest.fixture(scope="module")
+def model() -> UniCL:
+    return UniCL(tiny_config()).double().eval()
+
+
+def test_padding_and_what_follows_the_end_change_nothing(model: UniCL) -> None:
+    tokens = Tokenizer()(TEXTS)
+    features = model.encode_text(tokens)
+    longest = int(tokens.argmax(dim=1).max()) + 1
+    torch.testing.assert_close(
+        model.encode_text(tokens[:, :longest]), features, rtol=1e-12, atol=1e-14
+    )
+    garbage = tokens.clone()
+    garbage[0, int(tokens[0].argmax()) + 1 :] = 1234
+    torch.testing.assert_close(model.encode_text(garbage), features, rtol=1e-12, atol=1e-14)
+
+
+def test_features_have_unit_norm(model: UniCL) -> None:
+    images = torch.randn(3, 3, 32, 32, dtype=torch.float64)
+    for features in (model.encode_image(images), model.encode_text(Tokenizer()(TEXTS))):
+        torch.testing.assert_close(
+            features.norm(dim=1), torch.ones(len(features), dtype=torch.float64)
+        )
+
+
+def test_packed_texts_equal_padded_ones_and_their_gradients(model: UniCL) -> None:
+    tokens = Tokenizer()(TEXTS)
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    parameters = [*model.text_encoder.parameters(), model.text_projection]
+    target = torch.randn(len(TEXTS), model.config.model.embed_dim, dtype=torch.float64)
+    results = []
+    for texts, known in ((tokens, None), (tokens[:, :20], num_tokens), (tokens, num_tokens)):
+        features = model.encode_text(texts, known)
+        results.append([features, *torch.autograd.grad((features * target).sum(), parameters)])
+    for packed in results[1:]:
+        torch.testing.assert_close(packed, results[0], rtol=1e-11, atol=1e-13)
+
+
+def attend_each_text(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    query_bounds: torch.Tensor,
+    key_bounds: torch.Tensor,
+    longest_query: int,
+    longest_key: int,
+    *,
+    window_size: tuple[int, int] = (-1, -1),
+) -> torch.Tensor:
+    """What torch documents of its kernel for rows of any length, one text after the other.
+
+    As there, the result is not written outside the texts, nor is the gradient.
+    """
+    assert window_size == (-1, 0)
+    assert query_bounds.dtype == torch.int32
+    assert query_bounds is key_bounds
+    bounds = query_bounds.tolist()
+    assert bounds == sorted(bounds)
+    lengths = np.diff(bounds)
+    assert lengths.max() <= min(longest_query, longest_key)
+    result = torch.full_like(query, float("nan"))
+    for start, stop in itertools.pairwise(bounds):
+        if start < stop:
+            one = [part[start:stop].transpose(0, 1) for part in (query, key, value)]
+            mixed = torch.nn.functional.scaled_dot_product_attention(*one, is_causal=True)
+            result[start:stop] = mixed.transpose(0, 1)
+    return result
+
+
+@pytest.mark.parametrize("more", [0, 1, 5, 60])
+def test_attention_over_rows_of_any_length_equals_that_over_padded_rows(
+    model: UniCL, more: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more tokens than there are, some padding is computed, as torch.compile has it."""
+    tokens = Tokenizer()(TEXTS)[:, :20]
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    parameters = [*model.text_encoder.parameters(), model.text_projection]
+    target = torch.randn(len(TEXTS), model.config.model.embed_dim, dtype=torch.float64)
+    monkeypatch.setattr(text_encoder, "VARLEN_TYPES", {torch.float64})
+    results = []
+    for attention in (attend_each_text, None):
+        for part in model.modules():
+            if isinstance(part, CausalAttention):
+                part.varlen_attn = attention
+        features = model.encode_text(tokens, min(num_tokens + more, tokens.numel()))
+        results.append([features, *torch.autograd.grad((features * target).sum(), parameters)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-11, atol=1e-13)
+
+
+def known_of_torch_2_10(query: object, key: object, *, is_causal: bool = False) -> None: ...
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, True),
+        ({"device": torch.device("cpu")}, False),
+        ({"compute_type": torch.float32}, False),
+        ({"head_width": 60}, False),
+        ({"head_width": 264}, False),
+        ({"capability": (7, 5)}, False),
+        ({"kernel": known_of_torch_2_10}, False),
+        ({"kernel": None}, False),
+        ({"cuda": None}, False),
+    ],
+    ids=["all", "cpu", "fp32", "uneven heads", "wide heads", "old gpu", "2.10", "2.9", "rocm"],
+)
+def test_rows_of_any_length_need_a_gpu_that_can_and_a_torch_that_has_it(
+    change: dict, found: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    situation = {
+        "device": torch.device("cuda"),
+        "compute_type": torch.bfloat16,
+        "head_width": 64,
+        "capability": (8, 0),
+        "kernel": attend_each_text,
+        "cuda": "12.8",
+        **change,
+    }
+    module = types.ModuleType("torch.nn.attention.varlen")
+    if situation["kernel"] is not None:
+        module.varlen_attn = situation["kernel"]
+    monkeypatch.setitem(sys.modules, "torch.nn.attention.varlen", module)
+    monkeypatch.setattr(torch.version, "cuda", situation["cuda"])
+    capability = situation["capability"]
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    asked = {name: situation[name] for name in ("device", "compute_type", "head_width")}
+    assert (find_varlen_attention(**asked) is not None) == found
+
+
+def test_outside_autocast_texts_are_spread_out_as_ever(model: UniCL) -> None:
+    """The kernel takes 16 bits only; weights stay in fp32."""
+    tokens = Tokenizer()(TEXTS)
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    expected = model.encode_text(tokens, num_tokens)
+    for part in model.modules():
+        if isinstance(part, CausalAttention):
+            part.varlen_attn = known_of_torch_2_10  # would fail if it were called
+    features = model.encode_text(tokens, num_tokens)
+    for part in model.modules():
+        if isinstance(part, CausalAttention):
+            part.varlen_attn = None
+    assert torch.equal(features, expected)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5, 10_000])
+def test_impossible_numbers_of_tokens_are_refused(model: UniCL, num_tokens: int) -> None:
+    tokens = Tokenizer()([*TEXTS] * 2)
+    with pytest.raises(ValueError, match=f"num_tokens must be from .* to .*, not {num_tokens}"):
+        model.encode_text(tokens, num_tokens)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("more", [0, 37])
+def test_torchs_kernel_for_rows_of_any_length_equals_padded_rows(more: int) -> None:
+    device = torch.device("cuda")
+    encoder = TextEncoder(vocab_size=49408, context_length=77, width=256, layers=2, heads=4)
+    place_module(encoder, device=device, precision=Precision("bf16"))
+    blocks = [part for part in encoder.modules() if isinstance(part, CausalAttention)]
+    assert all(part.varlen_attn is not None for part in blocks)
+    tokens = Tokenizer()(TEXTS).to(device)
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    # not the features' squares: behind a LayerNorm their sum is always the same
+    target = torch.randn(len(TEXTS), 256, device=device)
+    results = []
+    for known in (num_tokens + more, None):
+        with torch.autocast("cuda", torch.bfloat16):
+            features = encoder(tokens, known).float()
+        gradients = torch.autograd.grad((features * target).sum(), list(encoder.parameters()))
+        results.append([features, *gradients])
+    for packed, padded in zip(*results, strict=True):
+        gap = (packed - padded).norm() / padded.norm().clamp(min=1e-6)
+        assert gap < 0.03, gap  # of bf16; nan fails too
+
+
+def test_attention_is_plain_in_16_bits_on_a_cpu_and_equals_the_fused_one() -> None:
+    model = UniCL(tiny_config()).double().eval()
+    tokens = Tokenizer()(TEXTS)[:, :20]
+    features = model.encode_text(tokens)
+    place_module(model, device=torch.device("cpu"), precision=Precision("fp64"))
+    assert all(part.fused_attn for part in model.modules() if hasattr(part, "fused_attn"))
+    place_module(model, device=torch.device("cpu"), precision=Precision("bf16"))
+    switches = [part for part in model.modules() if hasattr(part, "fused_attn")]
+    assert {type(part).__name__ for part in switches} >= {"CausalAttention", "Attention"}
+    assert not any(part.fused_attn for part in switches)
+    model.double()
+    torch.testing.assert_close(model.encode_text(tokens), features, rtol=1e-12, atol=1e-14)
+
+
+def test_packed_texts_cost_what_their_tokens_cost() -> None:
+    """Products of matrices, attention aside, which is a fiftieth of them at this width."""
+    encoder = TextEncoder(vocab_size=49408, context_length=77, width=256, layers=1, heads=4)
+    tokens = Tokenizer()(TEXTS)
+    num_tokens = int((tokens.argmax(dim=1) + 1).sum())
+    assert num_tokens < tokens.numel() / 7
+    costs = []
+    for texts, known in ((tokens, None), (tokens, num_tokens)):
+        with FlopCounterMode(display=False) as counter:
+            encoder(texts, known)
+        by_operator = counter.get_flop_counts()["Global"]
+        costs.append(by_operator[torch.ops.aten.addmm])
+    assert costs[1] / costs[0] == pytest.approx(num_tokens / tokens.numel(), rel=1e-6)
+
+
+def test_a_text_that_is_too_long_for_the_encoder_is_refused(model: UniCL) -> None:
+    with pytest.raises(ValueError, match="78 tokens, the text encoder takes 77"):
+        model.encode_text(torch.zeros(1, 78, dtype=torch.int64))
+
+
+def test_weights_depend_on_the_seed_alone() -> None:
+    torch.manual_seed(1)
+    first = UniCL(tiny_config())
+    torch.manual_seed(2)
+    state_before = torch.random.get_rng_state()
+    second = UniCL(tiny_config())
+    assert torch.equal(torch.random.get_rng_state(), state_before)
+    for name, weight in first.state_dict().items():
+        assert torch.equal(weight, second.state_dict()[name]), name
+
+
+def test_torch_and_numba_draw_the_same_numbers() -> None:
+    keys = [fold_key(1, -2, part) for part in (0, 3, -1)]
+    assert len(set(keys)) == 3
+    folded = fold_key_tensor(fold_key(1, -2), torch.tensor([0, 3, -1]))
+    assert [key % 2**64 for key in folded.tolist()] == keys
+    drawn = uniform_tensor(folded.unsqueeze(1), torch.arange(100).unsqueeze(0))
+    for row, key in zip(drawn.tolist(), keys, strict=True):
+        assert row == [random_unit(np.uint64(key), counter) for counter in range(100)]
+
+
+def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
+    model = UniCL(tiny_config()).double().train()
+    layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
+    assert model.drop_path_key.num_layers == len(layers) > 4
+    images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
+    slots = torch.tensor([40, 41, 42, 43, 44, 45])
+
+    def features(rows: torch.Tensor, step: int) -> torch.Tensor:
+        model.set_drop_path_key(step=step, slots=slots[rows])
+        return model.encode_image(images[rows])
+
+    everything = features(torch.arange(6), step=5)
+    part = features(torch.tensor([4, 1]), step=5)
+    torch.testing.assert_close(part, everything[[4, 1]], rtol=1e-12, atol=1e-14)
+    assert not torch.allclose(features(torch.arange(6), step=6), everything)
+    model.eval()
+    assert torch.equal(features(torch.arange(6), step=5), features(torch.arange(6), step=6))
+
+
+def test_drop_path_keeps_the_share_and_the_mean_it_should() -> None:
+    model = UniCL(tiny_config())
+    layer = KeyedDropPath(drop_prob=0.3, layer=1, key=model.drop_path_key).train()
+    model.set_drop_path_key(step=3, slots=torch.arange(20_000))
+    out = layer(torch.ones(20_000, 1, 1))
+    assert out.unique().tolist() == pytest.approx([0, 1 / 0.7])
+    assert out.mean().item() == pytest.approx(1, abs=0.02)
+
+
+def test_training_without_a_key_says_what_is_missing() -> None:
+    model = UniCL(tiny_config()).double().train()
+    with pytest.raises(RuntimeError, match="set_drop_path_key"):
+        model.encode_image(torch.randn(2, 3, 32, 32, dtype=torch.float64))
+
+
+def test_weight_decay_spares_what_the_recipe_spares() -> None:
+    model = build_model("swin-tiny")
+    spared = {id(parameter) for parameter in split_parameters(model)[1]}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in spared}
+    assert {"logit_scale", "text_encoder.positional_embedding"} <= names
+    assert any("relative_position_bias_table" in name for name in names)
+    assert all(parameter.ndim > 1 or name in names for name, parameter in model.named_parameters())
+    for name in ("image_projection", "text_encoder.token_embedding.weight"):
+        assert name not in names
+
+
+def test_swin_tiny_has_the_size_of_the_released_checkpoint() -> None:
+    model = build_model("swin-tiny")
+    assert sum(parameter.numel() for parameter in model.parameters()) == 91_340_667
+
+
+def test_unknown_names_are_answered_with_known_ones() -> None:
+    with pytest.raises(ValueError, match="cifar10-small"):
+        build_model("cifar-10")
+    config = tiny_config(image_encoder="swin_tinny_patch4_window7_224")
+    with pytest.raises(ValueError, match="swin_tiny_patch4_window7_224"):
+        UniCL(config)
+
+
+def test_the_small_network_has_no_published_weights_and_says_so() -> None:
+    """Timm would ask for them when it opens a folder, and would otherwise get fresh ones."""
+    with pytest.raises(ValueError, match="checkpoint_path="):
+        timm.create_model("unicl_convnet7_small", pretrained=True)
+    with pytest.raises(ValueError, match="not 10 classes"):
+        timm.create_model("unicl_convnet7_small").reset_classifier(10)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "width", "parameters"),
+    [
+        ("unicl_convnet7_small", 28, 256, 1_158_712),
+        ("unicl_resnet9_small", 28, 192, 925_080),
+        ("unicl_swin6_small", 28, 192, 2_132_502),
+        ("unicl_swin6_small", 32, 192, 2_132_502),
+    ],
+)
+def test_the_small_networks(name: str, size: int, width: int, parameters: int) -> None:
+    """As timm builds them, with maps for detection, and the same gradients when recomputed."""
+    torch.manual_seed(0)
+    encoder = build_image_encoder(name, image_size=size, drop_path=0.0, key=DropPathKey(seed=0))
+    assert sum(parameter.numel() for parameter in encoder.parameters()) == parameters
+    images = torch.randn(3, 3, size, size)
+    features = encoder.train()(images)
+    assert features.shape == (3, width)
+    gradients = torch.autograd.grad(features.square().sum(), list(encoder.parameters()))
+    assert checkpoint_blocks(encoder) >= 3
+    again = torch.autograd.grad(encoder(images).square().sum(), list(encoder.parameters()))
+    torch.testing.assert_close(again, gradients)
+    maps = encoder.forward_intermediates(images, intermediates_only=True)
+    assert [one.shape[0] for one in maps] == [3] * len(maps)
+
+
+def test_the_small_swin_gives_timm_its_maps_and_takes_drop_path() -> None:
+    with pytest.raises(ValueError, match="checkpoint_path="):
+        timm.create_model("unicl_swin6_small", pretrained=True)
+    backbone = timm.create_model("unicl_swin6_small", features_only=True)
+    assert [tuple(one.shape[1:]) for one in backbone(torch.randn(2, 3, 32, 32))] == [
+        (8, 8, 96),
+        (4, 4, 192),
+    ]
+    key = DropPathKey(seed=0)
+    encoder = build_image_encoder("unicl_swin6_small", image_size=64, drop_path=0.2, key=key)
+    key.set(step=0, slots=torch.arange(2))
+    assert encoder.train()(torch.randn(2, 3, 64, 64)).shape == (2, 192)
+
+
+def test_checkpointing_refuses_an_encoder_whose_blocks_it_does_not_know() -> None:
+    with pytest.raises(ValueError, match="add its block class"):
+        checkpoint_blocks(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(PRESETS))
+def test_each_preset_runs_forward_and_backward(name: str) -> None:
+    config = build_preset(name)
+    config = dataclasses.replace(
+        config, efficiency=dataclasses.replace(config.efficiency, activation_checkpointing=True)
+    )
+    model = UniCL(config).train()
+    size = config.data.image_size
+    model.set_drop_path_key(step=0, slots=torch.arange(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        image_features, text_features, scale = model(
+            torch.randn(2, 3, size, size), Tokenizer(config.model.context_length)(TEXTS[:2])
+        )
+    (scale * (image_features * text_features).sum()).backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.isfinite().all(), parameter_name
+
+
+def test_gradients_are_the_same_bits_each_time_on_two_threads() -> None:
+    """What threads add up must not depend on which comes first: a run is to be repeatable."""
+    torch.manual_seed(0)
+    encoder = TextEncoder(vocab_size=100, context_length=16, width=128, layers=1, heads=2)
+    lengths = torch.arange(600) % 12 + 4
+    tokens = torch.randint(1, 98, (600, 16)) * (torch.arange(16) < lengths[:, None])
+    tokens[torch.arange(600), lengths - 1] = 99
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        first: dict[str, torch.Tensor] = {}
+        for _ in range(20):
+            encoder.zero_grad()
+            encoder(tokens, int(lengths.sum())).square().sum().backward()
+            for name, parameter in encoder.named_parameters():
+                gradient = first.setdefault(name, parameter.grad.clone())
+                assert torch.equal(parameter.grad, gradient), name
+    finally:
+        torch.set_num_threads(threads)

@@ -1,0 +1,122 @@
+"""Bytes to the encoder's input, by the one function."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torchvision.transforms.v2 import functional as V
+
+from unicl_fast.config import CLIP_MEAN, CLIP_STD
+from unicl_fast.models import precision
+from unicl_fast.models.precision import (
+    Precision,
+    _normalise_on_host,
+    normalise_images,
+    settle_precision,
+)
+from unicl_fast.presets import build_preset
+
+PICTURES = torch.arange(2 * 5 * 7 * 3, dtype=torch.int64).mul(37).remainder(256)
+PICTURES = PICTURES.to(torch.uint8).view(2, 5, 7, 3)
+
+
+def test_equals_torchvision_and_is_channels_last() -> None:
+    ours = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD)
+    pictures = PICTURES.permute(0, 3, 1, 2).contiguous()
+    theirs = V.normalize(V.to_dtype(pictures, torch.float32, scale=True), CLIP_MEAN, CLIP_STD)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
+    assert ours.shape == (2, 3, 5, 7)
+    assert ours.is_contiguous(memory_format=torch.channels_last)
+    assert not ours.is_contiguous()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_rounds_once(dtype: torch.dtype) -> None:
+    ours = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype)
+    exact = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD, dtype=torch.float64)
+    assert ours.dtype == dtype
+    assert (ours.double() - exact).abs().max() <= torch.finfo(dtype).eps * 1.3
+
+
+def test_the_other_order_holds_the_same_numbers() -> None:
+    last = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD)
+    first = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD, channels_last=False)
+    assert torch.equal(first, last)
+    assert first.is_contiguous()
+
+
+@pytest.mark.parametrize(
+    ("shape", "mean"),
+    [
+        ((64, 75, 75, 3), (0.4, 0.5, 0.6)),  # rows and the whole end within a block
+        ((6, 256, 256, 3), (0.4, 0.5, 0.6)),
+        ((100_000, 1, 4, 3), (0.4, 0.5, 0.6)),  # rows shorter than a block
+        ((6, 256, 256, 4), (0.1, 0.2, 0.3, 0.4)),
+    ],
+)
+def test_large_batches_hold_the_same_bits_as_small_ones(
+    shape: tuple[int, ...], mean: tuple[float, ...]
+) -> None:
+    """They are stored past the caches, in blocks that know nothing of rows."""
+    generator = torch.Generator().manual_seed(0)
+    pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    assert pictures.numel() >= 1 << 20
+    std = tuple(0.2 + number / 10 for number in mean)
+    whole = normalise_images(pictures, mean=mean, std=std)
+    pieces = [normalise_images(piece, mean=mean, std=std) for piece in pictures.tensor_split(32)]
+    assert torch.equal(whole, torch.cat(pieces))
+    channel = (pictures[..., 2].double() / 255 - mean[2]) / std[2]
+    torch.testing.assert_close(whole[:, 2].double(), channel, rtol=0, atol=2e-6)
+
+
+def test_an_address_that_no_block_can_begin_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "_LARGE_VALUES", 0)
+    values = torch.arange(96, dtype=torch.uint8).view(1, 2, 48)
+    factor = torch.tensor([2.0, 3.0, 4.0]).repeat(16)
+    unaligned = torch.zeros(97)[1:].view(1, 2, 48)
+    assert unaligned.data_ptr() % 64
+    _normalise_on_host(unaligned, values, factor, factor, channels=3)
+    torch.testing.assert_close(unaligned, values * factor + factor)
+
+
+def test_what_is_no_uint8_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"expected uint8 pictures \[b h w 3\]"):
+        normalise_images(torch.zeros(1, 3, 4, 4), mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def test_only_fp16_scales_the_loss() -> None:
+    scaling = {
+        name: Precision(name).build_scaler("cpu").is_enabled()
+        for name in ("fp32", "bf16", "fp16", "fp64")
+    }
+    assert scaling == {"fp32": False, "bf16": False, "fp16": True, "fp64": False}
+
+
+@pytest.mark.parametrize(
+    ("cpu", "expected"),
+    [
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512_bf16 amx_bf16 amx_tile", "bf16"),
+        ("vendor_id : AuthenticAMD\nflags : avx2 avx512_bf16", "bf16"),
+        ("vendor_id : GenuineIntel\nflags : avx2 avx512_bf16", "fp32"),
+        ("vendor_id : GenuineIntel\nflags : avx2", "fp32"),
+        ("Features : fp asimd bf16", "fp32"),
+        (None, "fp32"),
+    ],
+)
+def test_auto_is_what_the_processor_computes_fastest(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu: str | None, expected: str
+) -> None:
+    info = tmp_path / "cpuinfo"
+    if cpu is not None:
+        info.write_text(f"processor : 0\n{cpu}\n\nprocessor : 1\n")
+    monkeypatch.setattr(precision, "_CPU_INFO", info)
+    precision._cpu_flags.cache_clear()
+    assert precision.fast_precision(torch.device("cpu")) == expected
+    monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
+    assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
+    config = settle_precision(build_preset("digits-small"), torch.device("cpu"))
+    assert config.efficiency.precision == expected
+    assert settle_precision(config, torch.device("cpu"), "fp64") is config
+    precision._cpu_flags.cache_clear()

@@ -1,0 +1,266 @@
+"""The tiled loss against the dense one in fp64, value and gradients, and what it allocates."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.objectives.positives import Membership
+
+CAPTION_KEY = 2**62
+D = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def small_tiles() -> Iterator[None]:
+    """Of 7 rows and columns, so that small batches have several and ragged ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(LARGEST_TILE, "cpu", 7)
+        yield
+
+
+def rows(n: int, *, seed: int, unit: bool = True) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(n, D, dtype=torch.float64, generator=generator)
+    return F.normalize(features, dim=1) if unit else features
+
+
+def assert_forms_agree(
+    images: torch.Tensor, texts: torch.Tensor, class_ids: Any, scale: float, **arguments: Any
+) -> None:
+    """Loss and gradients of both features and the scale, within rounding of the largest."""
+    found = []
+    for form in ("dense", "tiled"):
+        inputs = [
+            images.clone().requires_grad_(),
+            texts.clone().requires_grad_(),
+            torch.tensor(scale, dtype=torch.float64, requires_grad=True),
+        ]
+        loss = unified_contrastive_loss(
+            inputs[0], inputs[1], class_ids, inputs[2], form=form, **arguments
+        )
+        found.append((loss, *torch.autograd.grad(loss, inputs)))
+    for dense, tiled in zip(*found, strict=True):
+        torch.testing.assert_close(
+            tiled, dense, rtol=1e-10, atol=1e-12 * max(1, scale, float(dense.detach().abs().max()))
+        )
+
+
+structures = st.sampled_from(["one class", "all distinct", "three classes", "keys of captions"])
+
+
+@given(
+    structure=structures,
+    sizes=st.tuples(st.integers(1, 30), st.integers(1, 30)),
+    scale=st.floats(0.01, 100),
+    counts=st.sampled_from(["none", "ones", "many", "with padding"]),
+    directions=st.sampled_from(["both", "i2t", "t2i"]),
+    unit=st.booleans(),
+    duplicates=st.booleans(),
+    seed=st.integers(0, 10_000),
+)
+@settings(max_examples=150)
+def test_any_class_structure(
+    structure: str,
+    sizes: tuple[int, int],
+    scale: float,
+    counts: str,
+    directions: str,
+    unit: bool,
+    duplicates: bool,
+    seed: int,
+) -> None:
+    random = np.random.default_rng(seed)
+    b, u = sizes
+    values = {
+        "one class": np.zeros(b + u, np.int64),
+        "all distinct": random.permutation(max(b, u)).repeat(2)[: b + u],
+        "three classes": random.choice([-1, 0, 2**63 - 1], b + u),
+        "keys of captions": CAPTION_KEY + random.integers(0, b + u, b + u),
+    }[structure]
+    class_ids = torch.from_numpy(random.permutation(values))
+    text_counts = {
+        "none": None,
+        "ones": torch.ones(u, dtype=torch.int64),
+        "many": torch.from_numpy(random.integers(1, 50, u)),
+        "with padding": torch.from_numpy(np.append(random.integers(0, 3, u - 1), 2)),
+    }[counts]
+    images, texts = rows(b, seed=seed, unit=unit), rows(u, seed=seed + 1, unit=unit)
+    if duplicates:
+        images, texts = images[: b // 2 + 1].repeat(2, 1)[:b], texts[:1].repeat(u, 1)
+    assert_forms_agree(
+        images,
+        texts,
+        class_ids[:b],
+        scale,
+        text_class_ids=class_ids[b:],
+        text_counts=text_counts,
+        directions=directions,
+    )
+
+
+@given(
+    classes=st.lists(st.integers(0, 4), min_size=2, max_size=30),
+    scale=st.floats(0.1, 100),
+)
+def test_two_views_without_the_picture_itself(classes: list[int], scale: float) -> None:
+    views = rows(len(classes), seed=len(classes))
+    assert_forms_agree(views, views, torch.tensor(classes), scale, exclude_self=True)
+
+
+def random_membership(random: np.random.Generator, n: int, *, mixed: bool) -> Membership:
+    """Up to 3 of 5 labels a sample (some have none), in no order; weights 1 or shares."""
+    matrix = random.random((n, 5)) * (random.random((n, 5)) < 0.3)
+    samples, labels = matrix.nonzero()
+    if not len(samples):
+        return random_membership(random, n, mixed=mixed)
+    order = random.permutation(len(samples))
+    weights = matrix[samples, labels] if mixed else np.ones(len(samples))
+    return Membership(
+        torch.from_numpy(samples[order]),
+        torch.from_numpy(labels[order] * (CAPTION_KEY // 4) - 3),
+        torch.from_numpy(weights[order]),
+    )
+
+
+def as_matrix(membership: Membership, n: int) -> np.ndarray:
+    labels = np.unique(membership.labels.numpy())
+    matrix = np.zeros((n, 5))
+    columns = (membership.labels.numpy() + 3) // (CAPTION_KEY // 4)
+    assert len(labels) <= 5
+    matrix[membership.samples.numpy(), columns] = membership.weights.numpy()
+    return matrix
+
+
+@given(
+    sizes=st.tuples(st.integers(1, 25), st.integers(1, 25)),
+    mixed=st.booleans(),
+    counted=st.booleans(),
+    scale=st.floats(0.1, 100),
+    seed=st.integers(0, 10_000),
+)
+def test_several_labels_a_sample(
+    sizes: tuple[int, int], mixed: bool, counted: bool, scale: float, seed: int
+) -> None:
+    """Both forms, and the rule itself: weights Y Y^T over the sum of the row."""
+    random = np.random.default_rng(seed)
+    b, u = sizes
+    of_images, of_texts = (random_membership(random, n, mixed=mixed) for n in sizes)
+    counts = torch.from_numpy(random.integers(1, 4, u)) if counted else None
+    images, texts = rows(b, seed=seed), rows(u, seed=seed + 1)
+    arguments = {"text_class_ids": of_texts, "text_counts": counts}
+    assert_forms_agree(images, texts, of_images, scale, **arguments)
+
+    m = np.ones(u) if counts is None else counts.numpy()
+    logits = scale * images.numpy() @ texts.numpy().T
+    weights = as_matrix(of_images, b) @ as_matrix(of_texts, u).T * m
+    log_softmax = logits - np.logaddexp.reduce(logits + np.log(m), axis=1, keepdims=True)
+    row_sums = weights.sum(axis=1)
+    means = (weights * log_softmax).sum(axis=1) / np.where(row_sums > 0, row_sums, 1)
+    ours = unified_contrastive_loss(
+        images, texts, of_images, scale, directions="i2t", form="tiled", **arguments
+    )
+    assert ours.item() == pytest.approx(-means.mean(), rel=1e-10, abs=1e-12)
+
+
+def test_class_ids_are_memberships_of_one_label() -> None:
+    class_ids = torch.tensor([3, 1, 3, 3, 9])
+    membership = Membership(torch.arange(5), class_ids, torch.ones(5))
+    images, texts = rows(5, seed=1), rows(5, seed=2)
+    for form in ("dense", "tiled"):
+        one = unified_contrastive_loss(images, texts, class_ids, 10.0, form=form)
+        other = unified_contrastive_loss(images, texts, membership, 10.0, form=form)
+        torch.testing.assert_close(one, other, rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize("exclude_self", [False, True])
+def test_gradients_equal_differences(exclude_self: bool) -> None:
+    class_ids = torch.tensor([0, 0, 1, 1, 1, 7, 7, 8, 8])
+    counts = None if exclude_self else torch.tensor([1, 2, 3, 1, 1, 1, 4, 1, 1])
+
+    def loss(images: torch.Tensor, texts: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return unified_contrastive_loss(
+            images,
+            texts,
+            class_ids,
+            scale,
+            text_counts=counts,
+            exclude_self=exclude_self,
+            form="tiled",
+        )
+
+    inputs = (rows(9, seed=1), rows(9, seed=2), torch.tensor(3.0, dtype=torch.float64))
+    assert torch.autograd.gradcheck(loss, [x.requires_grad_() for x in inputs])
+
+
+@pytest.mark.parametrize("trained", ["images", "texts", "scale"])
+def test_only_what_is_asked_for_is_differentiated(trained: str) -> None:
+    inputs = {
+        "images": rows(9, seed=1),
+        "texts": rows(9, seed=2),
+        "scale": torch.tensor(5.0, dtype=torch.float64),
+    }
+    inputs[trained].requires_grad_()
+    gradients = []
+    for form in ("dense", "tiled"):
+        loss = unified_contrastive_loss(
+            inputs["images"], inputs["texts"], torch.arange(9) // 2, inputs["scale"], form=form
+        )
+        gradients.append(torch.autograd.grad(loss, inputs[trained])[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-10, atol=1e-14)
+
+
+def test_logits_beyond_the_range_of_exp_in_one_batch() -> None:
+    """fp32 at scale 100: a row of -100 and a row of +100, so that no common shift would do."""
+    u = torch.eye(2).repeat(4, 1)
+    images, texts = torch.cat([u, -u]).requires_grad_(), u.clone().requires_grad_()
+    class_ids, text_class_ids = torch.arange(16) % 8, torch.arange(8)
+    found = []
+    for form in ("dense", "tiled"):
+        loss = unified_contrastive_loss(
+            images, texts, class_ids, 100.0, text_class_ids=text_class_ids, form=form
+        )
+        found.append((loss, *torch.autograd.grad(loss, (images, texts))))
+    for dense, tiled in zip(*found, strict=True):
+        assert tiled.isfinite().all()
+        torch.testing.assert_close(tiled, dense, rtol=1e-5, atol=1e-5)
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most memory that the result of an operation lies in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for value in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(value, torch.Tensor):
+                self.num_bytes = max(self.num_bytes, value.untyped_storage().nbytes())
+        return result
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_no_tensor_is_as_large_as_the_logits(dtype: torch.dtype) -> None:
+    n = 600
+    images, texts = rows(n, seed=1).to(dtype), rows(n, seed=2).to(dtype)
+    class_ids = torch.arange(n) // 3
+    sizes = {}
+    for form in ("dense", "tiled"):
+        inputs = images.clone().requires_grad_(), texts.clone().requires_grad_()
+        with LargestTensor() as largest:
+            unified_contrastive_loss(*inputs, class_ids, 10.0, form=form).backward()
+        sizes[form] = largest.num_bytes
+    assert sizes["dense"] >= n * n * 4
+    assert sizes["tiled"] <= n * D * 4

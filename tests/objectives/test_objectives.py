@@ -1,0 +1,282 @@
+"""Each objective is its textbook formula, on any number of ranks, and refuses what it cannot do."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rank_workers import first_gradients, run_on_ranks, write_objective_gradients
+from small_runs import (
+    OBJECTIVES,
+    LabelledLoader,
+    global_batch,
+    labelled_batch,
+    objective_config,
+    tiny_config,
+)
+from timm.data import Mixup
+from torch.nn import functional as F
+
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.config import ObjectiveConfig, TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation.encode import require_text_encoder
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
+from unicl_fast.training.step import encoder_input, global_loss, shown_pictures, shown_slots
+from unicl_fast.training.trainer import Trainer
+
+
+def evaluated(objective: str, **settings: object) -> tuple[TrainConfig, UniCL]:
+    """In evaluation mode, so that a formula may encode once more, and in fp64."""
+    config = objective_config(objective, **settings)
+    model = UniCL(config).to(torch.float64).eval()
+    if model.class_rows is not None:  # biases begin at 0 and would not be seen
+        torch.nn.init.normal_(model.class_rows.data[:, -1])
+    return config, model
+
+
+def loss_of(model: UniCL, batch: Batch, config: TrainConfig) -> torch.Tensor:
+    return global_loss(model, batch, config, Ranks())
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_supcon_is_the_mean_over_anchors_and_positives(images: torch.Tensor, form: str) -> None:
+    """Khosla et al., equation 2, by loops."""
+    config, model = evaluated("supcon", loss=form)
+    batch = labelled_batch(images, "supcon")
+    views = model.encode_image(encoder_input(shown_pictures(batch), config))
+    classes = batch.class_ids.repeat(2).tolist()
+    scale, total = model.logit_scale.exp(), 0
+    for i, anchor in enumerate(views):
+        others = [a for a in range(len(views)) if a != i]
+        positives = [p for p in others if classes[p] == classes[i]]
+        denominator = torch.stack([(scale * anchor @ views[a]).exp() for a in others]).sum()
+        terms = [((scale * anchor @ views[p]).exp() / denominator).log() for p in positives]
+        total -= torch.stack(terms).mean() / len(views)
+    torch.testing.assert_close(loss_of(model, batch, config), total, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_ce_is_that_of_a_linear_layer(images: torch.Tensor, form: str) -> None:
+    config, model = evaluated("ce", loss=form)
+    batch = labelled_batch(images, "ce")
+    features = model.image_encoder(encoder_input(batch.images, config))
+    weight, bias = model.class_rows[:, :-1], model.class_rows[:, -1]
+    source, label = batch.class_ids >> 32, batch.class_ids & 0xFFFFFFFF
+    expected = F.cross_entropy(F.linear(features, weight, bias), 2 * source + label)
+    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
+
+
+def test_clip_has_one_positive_a_pair_and_equal_texts_as_negatives(images: torch.Tensor) -> None:
+    """Radford et al., figure 3: the diagonal of all pairs, whatever is equal."""
+    config, model = evaluated("clip")
+    batch = labelled_batch(images, "clip")
+    assert len(batch.tokens) < len(images)
+    pictures, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
+    logits = scale * pictures @ texts[batch.text_index].T
+    # an equal text is as good as one's own: its logit is the same
+    diagonal = torch.arange(len(images))
+    expected = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
+    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
+
+
+def mixed_by_hand(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pictures, and shares of labels [n classes], pixel by pixel."""
+    images = encoder_input(batch.images, config)
+    names = sorted(set(batch.class_ids.tolist()))
+    draws = draw_pairs(
+        config.objective, seed=config.run.seed, step=batch.step, num_pairs=6, image_size=32
+    )
+    mixed, shares = images.clone(), torch.zeros(len(images), len(names), dtype=torch.float64)
+    for i in range(len(images)):
+        j, share = i ^ 1, draws.shares[i // 2]
+        top, bottom, left, right = draws.boxes[i // 2]
+        if max(batch.class_ids[[i, j]]) >= 2**62:
+            share = 1.0
+        elif bottom > top:
+            mixed[i, :, top:bottom, left:right] = images[j, :, top:bottom, left:right]
+        else:
+            mixed[i] = share * images[i] + (1 - share) * images[j]
+        shares[i, names.index(batch.class_ids[i])] += share
+        shares[i, names.index(batch.class_ids[j])] += 1 - share
+    return mixed, shares
+
+
+@pytest.mark.parametrize("unique_texts", [True, False])
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_unicl_of_mixed_pictures_takes_labels_times_labels(
+    images: torch.Tensor, form: str, unique_texts: bool
+) -> None:
+    config, model = evaluated("unicl, mixed", loss=form, unique_texts=unique_texts)
+    for step in range(3):
+        batch = labelled_batch(images, "unicl, mixed", step=step)
+        mixed, shares = mixed_by_hand(batch, config)
+        pictures, texts, scale = model(mixed, batch.tokens)
+        logits = scale * pictures @ texts[batch.text_index].T
+        affinity = shares @ shares.T
+        targets = affinity / affinity.sum(1, keepdim=True)
+        expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
+        torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
+
+
+def test_ce_of_mixed_pictures_takes_mixed_labels(images: torch.Tensor) -> None:
+    config, model = evaluated("ce, mixed")
+    batch = labelled_batch(images, "ce, mixed")
+    mixed, shares = mixed_by_hand(batch, config)
+    logits = model.encode_image(mixed) @ model.class_rows.T
+    expected = F.cross_entropy(logits, shares)  # the batch has all five classes, in their order
+    torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(("mixup", "cutmix"), [(0.8, 0.0), (0.0, 1.0)])
+def test_a_pair_is_mixed_as_timm_mixes_it(
+    images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, mixup: float, cutmix: float
+) -> None:
+    """In a batch of two the first and the last, which timm pairs, are neighbours."""
+    config = tiny_config()
+    objective = ObjectiveConfig(mixup=mixup, cutmix=cutmix)
+    batch = dataclasses.replace(
+        labelled_batch(images, "unicl"),
+        images=images[:2],
+        class_ids=torch.tensor([3, 4]),
+        slots=torch.arange(2),
+    )
+    pictures = encoder_input(batch.images, config)
+    draws = draw_pairs(objective, seed=0, step=0, num_pairs=1, image_size=32)
+    theirs = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=5)
+    monkeypatch.setattr(theirs, "_params_per_batch", lambda: (draws.shares[0], cutmix > 0))
+    monkeypatch.setattr(
+        "timm.data.mixup.cutmix_bbox_and_lam",
+        lambda *_, **__: (draws.boxes[0], draws.shares[0]),
+    )
+    expected, targets = theirs(pictures.clone(), batch.class_ids)
+    mixed, labels = mix(pictures, batch, objective, seed=0, global_batch_size=2)
+    torch.testing.assert_close(mixed, expected)
+    ours = torch.zeros(2, 5, dtype=torch.float64)
+    ours.index_put_((labels.samples, labels.labels), labels.weights, accumulate=True)
+    torch.testing.assert_close(ours, targets.double(), rtol=1e-6, atol=1e-6)
+    assert 0 < draws.shares[0] < 1
+
+
+def test_what_is_drawn_follows_its_law() -> None:
+    settings = {"seed": 3, "num_pairs": 4000, "image_size": 224}
+    both = ObjectiveConfig(mixup=0.8, cutmix=1.0, mix_probability=0.5, cutmix_share=0.25)
+    draws = draw_pairs(both, step=0, **settings)
+    cuts = draws.boxes[:, 1] > draws.boxes[:, 0]
+    mixes = (draws.shares < 1) & ~cuts
+    assert cuts.mean() == pytest.approx(0.125, abs=0.03)
+    assert mixes.mean() == pytest.approx(0.375, abs=0.03)
+    # the variance of Beta(a, a) is 1 / (8a + 4)
+    assert draws.shares[mixes].var() == pytest.approx(1 / (8 * 0.8 + 4), abs=0.01)
+    areas = np.diff(draws.boxes[:, :2]) * np.diff(draws.boxes[:, 2:])
+    np.testing.assert_allclose(1 - areas[:, 0][cuts] / 224**2, draws.shares[cuts])
+    again = draw_pairs(both, step=0, **settings)
+    assert (again.shares == draws.shares).all()
+    assert (draw_pairs(both, step=1, **settings).shares != draws.shares).any()
+
+
+def test_mixed_pictures_keep_their_memory_format(images: torch.Tensor) -> None:
+    config = tiny_config()
+    batch = labelled_batch(images, "unicl")
+    pictures = encoder_input(batch.images, config)
+    mixed, _ = mix(pictures, batch, ObjectiveConfig(mixup=1.0), seed=0, global_batch_size=12)
+    assert pictures.is_contiguous(memory_format=torch.channels_last)
+    assert mixed.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_label_that_stands_twice_adds_up() -> None:
+    """Partners of one class: the pair is not mixed at all as far as labels go."""
+    generator = torch.Generator().manual_seed(0)
+    u, v = F.normalize(torch.randn(2, 6, 4, dtype=torch.float64, generator=generator), dim=2)
+    ids, shares = torch.tensor([0, 0, 1, 1, 2, 2]), torch.full((6,), 0.3, dtype=torch.float64)
+    for form in ("dense", "tiled"):
+        mixed = unified_contrastive_loss(u, v, labels_of_pairs(ids, ids, shares), 9.0, form=form)
+        plain = unified_contrastive_loss(u, v, ids, 9.0, form=form)
+        torch.testing.assert_close(mixed, plain, rtol=1e-12, atol=0)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_ranks_give_the_objectives_of_one_process(
+    images: torch.Tensor, tmp_path: Path, world_size: int
+) -> None:
+    """Loss and every parameter's gradient in fp64, drop path on; two views of different masks."""
+    run_on_ranks(write_objective_gradients, world_size, images, str(tmp_path), list(OBJECTIVES))
+    for objective in OBJECTIVES:
+        config = objective_config(objective, loss="dense")
+        alone_loss, alone = first_gradients(
+            images, Ranks(), config, LabelledLoader(images, objective)
+        )
+        for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
+            written = f"{form}{rank}"
+            loss, gradients = torch.load(tmp_path / f"{objective}-{written}.pt", weights_only=True)
+            assert loss == pytest.approx(alone_loss, rel=1e-13)
+            for name, gradient in alone.items():
+                if gradient is None:
+                    assert gradients[name] is None
+                    continue
+                assert gradient.abs().max() > 0, f"{objective}: {name} has nothing to compare"
+                torch.testing.assert_close(
+                    gradients[name], gradient, rtol=1e-9, atol=1e-13, msg=f"{objective} {name}"
+                )
+
+
+def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
+    share = labelled_batch(images, "supcon", rank=1, world_size=3)
+    assert shown_slots(share, global_batch_size=12).tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
+
+
+@pytest.mark.parametrize(
+    ("objective", "efficiency", "message"),
+    [
+        ("supcon", {"micro_batch_size": 4}, "supcon has no texts"),
+        ("ce", {"micro_batch_size": 4}, "ce has no texts"),
+        ("unicl, mixed", {"micro_batch_size": 4}, "cannot be used with objective.mixup"),
+    ],
+)
+def test_what_an_objective_cannot_do_is_refused(
+    images: torch.Tensor, objective: str, efficiency: dict, message: str
+) -> None:
+    loader = ListLoader([global_batch(images)])
+    with pytest.raises(ValueError, match=message):
+        Trainer(objective_config(objective, **efficiency), loader)
+
+
+def test_other_views_and_torn_pairs_are_refused(images: torch.Tensor) -> None:
+    loader = ListLoader([global_batch(images)])
+    config = objective_config("supcon")
+    one_view = dataclasses.replace(config, data=dataclasses.replace(config.data, augment=()))
+    with pytest.raises(ValueError, match="two views"):
+        Trainer(one_view, loader)
+    with pytest.raises(ValueError, match="a rank has 3 of them"):
+        Trainer(objective_config("unicl, mixed"), loader, ranks=Ranks(world_size=4))
+    with pytest.raises(ValueError, match="mix labels, which clip does not have"):
+        ObjectiveConfig(name="clip", mixup=0.1)
+    with pytest.raises(ValueError, match="needs classes"):
+        UniCL(dataclasses.replace(tiny_config(), objective=ObjectiveConfig(name="ce")))
+
+
+def test_a_model_without_texts_says_so(images: torch.Tensor) -> None:
+    _, model = evaluated("supcon")
+    for_it = "has no text encoder.*: take .*linear-probe, knn, finetune or detect"
+    with pytest.raises(ValueError, match=for_it):
+        require_text_encoder(model, "zero-shot")
+    with pytest.raises(ValueError, match=for_it):
+        model.encode_text(global_batch(images).tokens)
+    assert not [name for name, _ in model.named_parameters() if "text" in name]
+
+
+def test_a_fixed_scale_stays(images: torch.Tensor) -> None:
+    config = tiny_config()
+    fixed = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, learn_logit_scale=False)
+    )
+    trainer = Trainer(fixed, ListLoader([global_batch(images)]), progress=False)
+    trainer.fit()
+    assert trainer.model.logit_scale.item() == pytest.approx(config.model.logit_scale_init)

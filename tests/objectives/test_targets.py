@@ -1,0 +1,291 @@
+"""The target map follows its rules for any labels and texts, and agrees with the plain oracle."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import reference_targets as reference
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.objectives._target_kernels import (
+    find_rows,
+    hash_rows,
+    make_table,
+    position_factors,
+    row_lengths,
+)
+from unicl_fast.objectives._target_kernels import unique_rows as unique_rows_kernel
+from unicl_fast.objectives.targets import Targets, map_steps, map_targets, slice_targets
+
+Rows = npt.NDArray[np.uint16]
+BIG = 2**31 - 1
+
+
+@dataclass
+class PlainPrompts:
+    """Prompts in a dictionary: trimmed row -> class."""
+
+    classes: dict[reference.Row, int] = field(default_factory=dict)
+
+    def lookup(self, rows: Rows) -> npt.NDArray[np.int64]:
+        return np.array([self.classes.get(reference.trim(row), -1) for row in rows], dtype=np.int64)
+
+
+def as_rows(*texts: list[int], length: int = 8) -> Rows:
+    rows = np.zeros((len(texts), length), dtype=np.uint16)
+    for row, text in zip(rows, texts, strict=True):
+        row[: len(text)] = text
+    return rows
+
+
+def as_labels(*labels: int) -> npt.NDArray[np.int64]:
+    return np.array(labels, dtype=np.int64)
+
+
+def key_of(row: reference.Row) -> int:
+    """The key of a caption that is alone in its batch."""
+    rows = np.array([row or (0,)], dtype=np.uint16)
+    return int(map_targets(rows, as_labels(-1)).class_ids[0])
+
+
+def assert_equal(
+    targets: Targets,
+    rows: Rows,
+    labels: npt.NDArray[np.int64],
+    prompts: PlainPrompts,
+) -> None:
+    texts, index, classes, counts = reference.map_targets(
+        rows.tolist(), labels.tolist(), prompts.classes
+    )
+    assert [reference.trim(row) for row in targets.tokens] == texts
+    assert targets.text_index.tolist() == index
+    assert targets.text_class_ids.tolist() == classes
+    assert targets.class_ids.tolist() == [classes[text] for text in index]
+    assert targets.text_counts.tolist() == counts
+    assert targets.text_lengths.max() == max(map(len, texts))
+    for name in ("text_index", "class_ids", "text_class_ids", "text_counts"):
+        assert getattr(targets, name).dtype == np.int64
+    assert targets.tokens.dtype == np.uint16
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Rows, npt.NDArray[np.int64], PlainPrompts]:
+    """Batches in which texts, labels and prompts often coincide."""
+    length = draw(st.integers(1, 80))
+    token = st.sampled_from([0, 1, 2, 49407, 65535])
+    short = st.lists(token, max_size=min(length, 3))
+    long = st.lists(token, min_size=length, max_size=length)
+    pool = draw(st.lists(short | long, min_size=1, max_size=6))
+    size = draw(st.integers(1, 40))
+    texts = draw(st.lists(st.sampled_from(pool), min_size=size, max_size=size))
+    label = st.sampled_from([-1, -1, -1, 0, 1, 2, 3, 4, 5, BIG])
+    labels = draw(st.lists(label, min_size=size, max_size=size))
+    classes = {
+        reference.trim(text): draw(st.sampled_from([0, 1, 6, BIG]))
+        for text in draw(st.lists(st.sampled_from(pool), max_size=3))
+    }
+    return as_rows(*texts, length=length), as_labels(*labels), PlainPrompts(classes)
+
+
+@settings(max_examples=400)
+@given(batches())
+def test_any_batch_gets_the_targets_of_the_oracle(
+    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts],
+) -> None:
+    rows, labels, prompts = batch
+    assert_equal(map_targets(rows, labels, prompts), rows, labels, prompts)
+    assert_equal(map_targets(rows, labels), rows, labels, PlainPrompts())
+
+
+@settings(max_examples=100)
+@given(batches())
+def test_the_plain_twin_has_the_same_classes(
+    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts],
+) -> None:
+    rows, labels, prompts = batch
+    targets = map_targets(rows, labels, prompts)
+    plain = map_targets(rows, labels, prompts, unique=False)
+    assert plain.tokens.tolist() == rows.tolist()
+    assert plain.text_index.tolist() == list(range(len(rows)))
+    assert plain.text_counts.tolist() == [1] * len(rows)
+    assert plain.class_ids.tolist() == targets.class_ids.tolist()
+    assert plain.text_class_ids.tolist() == targets.class_ids.tolist()
+    assert plain.text_lengths.max() == targets.text_lengths.max()
+
+
+@settings(max_examples=150)
+@given(batches(), st.data())
+def test_steps_mapped_together_are_mapped_as_each_alone(
+    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
+) -> None:
+    rows, labels, prompts = batch
+    size = data.draw(st.sampled_from([n for n in range(1, len(rows) + 1) if len(rows) % n == 0]))
+    steps = map_steps(rows, labels, prompts, size=size)
+    assert len(steps.num_texts) == len(rows) // size
+    for step, texts in enumerate(steps.num_texts.tolist()):
+        first = step * size
+        alone = map_targets(rows[first : first + size], labels[first : first + size], prompts)
+        assert steps.text_index[first : first + size].tolist() == alone.text_index.tolist()
+        for name in ("tokens", "text_class_ids", "text_counts", "text_lengths"):
+            found = getattr(steps, name)[first : first + texts]
+            assert found.tolist() == getattr(alone, name).tolist(), name
+
+
+@settings(max_examples=100)
+@given(batches(), st.data())
+def test_a_slice_has_its_own_texts_and_the_classes_of_the_whole(
+    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts], data: st.DataObject
+) -> None:
+    rows, labels, prompts = batch
+    start = data.draw(st.integers(0, len(rows) - 1))
+    stop = data.draw(st.integers(start + 1, len(rows)))
+    whole = map_targets(rows, labels, prompts)
+    part = slice_targets(whole, start, stop)
+    alone = map_targets(rows[start:stop], labels[start:stop])
+    assert part.class_ids.tolist() == whole.class_ids[start:stop].tolist()
+    assert part.text_class_ids[part.text_index].tolist() == part.class_ids.tolist()
+    assert part.tokens.tolist() == alone.tokens.tolist()
+    assert part.text_index.tolist() == alone.text_index.tolist()
+    assert part.text_counts.tolist() == alone.text_counts.tolist()
+    assert part.text_lengths.tolist() == alone.text_lengths.tolist()
+
+
+def test_label_0_is_a_class() -> None:
+    targets = map_targets(as_rows([1, 2], [1, 3], [1, 4]), as_labels(0, 0, -1))
+    assert targets.class_ids[:2].tolist() == [0, 0]
+    assert targets.class_ids[2] >= 2**62
+
+
+def test_equal_captions_are_positives_and_others_are_not() -> None:
+    first, second, third = map_targets(
+        as_rows([1, 2], [1, 2], [1, 3]), as_labels(-1, -1, -1)
+    ).class_ids.tolist()
+    assert first == second != third
+    assert {key >> 62 for key in (first, third)} == {1}
+
+
+def test_a_caption_equal_to_a_prompt_belongs_to_its_class() -> None:
+    prompts = PlainPrompts({(1, 2): 0})
+    targets = map_targets(as_rows([1, 2], [1, 9]), as_labels(-1, 0), prompts)
+    assert targets.class_ids.tolist() == [0, 0]
+
+
+def test_a_caption_equal_to_a_labelled_text_belongs_to_its_class() -> None:
+    assert map_targets(as_rows([1], [1]), as_labels(-1, 7)).class_ids.tolist() == [7, 7]
+
+
+def test_labels_that_meet_in_a_text_are_one_class_everywhere_in_the_batch() -> None:
+    rows = as_rows([1], [1], [2], [2], [3], [4])
+    targets = map_targets(rows, as_labels(9, 5, 9, BIG, BIG, 6))
+    assert targets.class_ids.tolist() == [5, 5, 5, 5, 5, 6]
+    assert targets.text_class_ids.tolist() == [5, 5, 5, 6]
+
+
+def test_a_label_and_a_prompt_that_meet_in_a_text_are_one_class() -> None:
+    prompts = PlainPrompts({(1,): 3})
+    targets = map_targets(as_rows([1], [1], [2]), as_labels(8, -1, 8), prompts)
+    assert targets.class_ids.tolist() == [3, 3, 3]
+
+
+def test_a_batch_of_equal_texts_has_one_text() -> None:
+    targets = map_targets(as_rows(*[[5, 6, 7]] * 1000), np.full(1000, -1))
+    assert targets.tokens.tolist() == [[5, 6, 7, 0, 0, 0, 0, 0]]
+    assert targets.text_counts.tolist() == [1000]
+    assert targets.text_lengths.max() == 3
+
+
+@pytest.mark.parametrize("label", [-1, 0, BIG])
+def test_one_sample_is_a_batch(label: int) -> None:
+    targets = map_targets(as_rows([1]), as_labels(label))
+    assert targets.class_ids.tolist() == ([label] if label >= 0 else [key_of((1,))])
+
+
+@given(st.lists(st.integers(0, 65535), max_size=77), st.integers(0, 50))
+def test_padding_does_not_change_the_key_of_a_caption(text: list[int], padding: int) -> None:
+    assert key_of((*text, *[0] * padding)) == key_of(reference.trim(text))
+
+
+def test_keys_of_a_hundred_thousand_captions_are_distinct() -> None:
+    numbers = np.arange(100_000)
+    rows = np.zeros((len(numbers), 77), dtype=np.uint16)
+    rows[:, 3], rows[:, 40], rows[:, 76] = numbers % 50, numbers // 50 % 50, numbers // 2500
+    keys = map_targets(rows, np.full(len(rows), -1)).class_ids
+    assert len(np.unique(keys)) == len(rows)
+    # The key of a caption must be the same on every rank, so also in every process.
+    assert key_of((49406, 320, 1929, 49407)) == 6288395689219992146
+
+
+def test_rows_are_compared_even_if_all_hashes_are_equal() -> None:
+    rows = as_rows([1], [2], [1], [3], [2], [1])
+    hashes = np.zeros(len(rows), dtype=np.uint64)
+    table = make_table(len(rows))
+    first, index, counts, distinct, lengths = unique_rows_kernel(rows, hashes, table)
+    assert np.array_equal(distinct, rows[first])
+    assert lengths.tolist() == row_lengths(rows[first]).tolist()
+    assert first.tolist() == [0, 1, 3]
+    assert index.tolist() == [0, 1, 0, 2, 1, 0]
+    assert counts.tolist() == [3, 2, 1]
+    queries = as_rows([3], [4], [1], length=80)
+    assert find_rows(queries, hashes[:3], table, distinct).tolist() == [2, -1, 0]
+
+
+def test_rows_that_differ_in_one_token_have_different_hashes() -> None:
+    base = np.full(77, 1000, dtype=np.uint16)
+    rows = np.repeat(base[None], 77 * 16, axis=0)
+    for position in range(77):
+        for bit in range(16):
+            rows[position * 16 + bit, position] ^= 1 << bit
+    assert len(np.unique(hash_rows(rows, position_factors(77)))) == len(rows)
+
+
+def test_views_and_read_only_arrays_give_the_same_result() -> None:
+    rows = np.random.default_rng(0).integers(0, 3, (64, 20)).astype(np.uint16)
+    labels = np.random.default_rng(1).integers(-1, 5, 64)
+    frozen = rows[::2, 4:9].copy()
+    frozen.flags.writeable = False
+    view = map_targets(rows[::2, 4:9], labels[::2])
+    assert view.class_ids.tolist() == map_targets(frozen, labels[::2].copy()).class_ids.tolist()
+    assert view.tokens.tolist() == map_targets(frozen, labels[::2]).tokens.tolist()
+
+
+@pytest.mark.parametrize(
+    ("rows", "labels", "message"),
+    [
+        (np.zeros((0, 77), np.uint16), np.zeros(0, np.int64), "at least one sample"),
+        (np.zeros((2, 77), np.int64), np.zeros(2, np.int64), "uint16"),
+        (np.zeros(77, np.uint16), np.zeros(1, np.int64), "uint16"),
+        (np.zeros((2, 77), np.uint16), np.zeros(3, np.int64), r"int64 \[2\]"),
+        (np.zeros((2, 77), np.uint16), np.zeros(2, np.float64), "float64"),
+        (np.zeros((2, 77), np.uint16), np.array([0, -2]), "-2 to 0"),
+        (np.zeros((2, 77), np.uint16), np.array([0, 2**62]), "2\\*\\*62"),
+    ],
+)
+def test_wrong_input_is_refused_in_a_sentence(
+    rows: npt.NDArray[np.generic], labels: npt.NDArray[np.generic], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        map_targets(rows, labels)  # type: ignore[arg-type]
+
+
+def test_a_slice_out_of_range_is_refused() -> None:
+    targets = map_targets(as_rows([1], [2]), as_labels(0, 1))
+    for start, stop in ((0, 3), (1, 1), (-1, 1)):
+        with pytest.raises(ValueError, match="slice of 2 samples"):
+            slice_targets(targets, start, stop)
+
+
+def test_importing_targets_and_prompts_loads_neither_torch_nor_dali() -> None:
+    program = (
+        "import sys, unicl_fast.objectives.targets, unicl_fast.text.prompts; "
+        "print({'torch', 'nvidia.dali', 'timm', 'open_clip'} & set(sys.modules))"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=True
+    )
+    assert result.stdout.strip() == "set()"

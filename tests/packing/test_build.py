@@ -1,0 +1,293 @@
+"""`unicl-pack build`, from files to a data set."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pack_runs import jpeg
+from PIL import Image
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools.pack.__main__ import main
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """90 sound pictures in 3 classes, 1 to be encoded anew, 2 that are none."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(90):
+        place = root / ("cat", "sea_lion", "dog")[number % 3]
+        place.mkdir(exist_ok=True)
+        (place / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    Image.new("RGBA", (9, 7), "red").save(root / "cat" / "alpha.png")
+    (root / "dog" / "cut.jpg").write_bytes(jpeg(1)[:300] + b"\xff\xd9")
+    (root / "dog" / "page.jpg").write_text("<html>")
+    (root / "readme.txt").write_text("hello")
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
+    out = tmp_path_factory.mktemp("packed") / "set"
+    build_dataset([folder], out, workers=2, progress=False)
+    with PackedDataset(out) as dataset:
+        yield dataset
+
+
+def description(dataset: PackedDataset, index: int) -> dict[str, object]:
+    """KEY.json, found through the index file."""
+    row = dataset.samples[index]
+    shard = dataset.folder / dataset.manifest.shards[int(row["shard"])].name
+    for line in shard.with_suffix(".idx").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[1]) == row["offset"]:
+            with shard.open("rb") as file:
+                file.seek(int(fields[5]))
+                found: dict[str, object] = json.loads(file.read(int(fields[6])))
+                return found
+    raise AssertionError(index)
+
+
+def test_every_sound_picture_is_packed_with_its_class(packed: PackedDataset, folder: Path) -> None:
+    assert packed.manifest.class_names == ("cat", "dog", "sea lion")
+    assert len(packed.manifest.templates) == 80
+    names = []
+    for index in range(len(packed)):
+        name = str(description(packed, index)["name"])
+        names.append(name)
+        (label,) = packed.labels_of(index)
+        assert packed.manifest.class_names[label] == name.split("/")[0].replace("_", " ")
+        if not name.endswith("alpha.png"):
+            original = (folder / name).read_bytes()
+            assert packed.image_bytes(index, verify=True).tobytes() == original
+    assert len(names) == len(set(names)) == 91
+
+
+def test_what_is_damaged_is_listed_with_its_reason(packed: PackedDataset) -> None:
+    with (packed.folder / "quarantine.csv").open(newline="") as file:
+        rows = {row["name"]: row for row in csv.DictReader(file)}
+    assert set(rows) == {"dog/cut.jpg", "dog/page.jpg"}
+    assert rows["dog/cut.jpg"]["kind"] == "damaged"
+    assert rows["dog/page.jpg"]["kind"] == "not a picture"
+    assert packed.manifest.num_quarantined == 2
+
+
+def test_samples_are_shuffled_over_the_whole_set(packed: PackedDataset) -> None:
+    labels = [int(packed.labels_of(index)[0]) for index in range(len(packed))]
+    assert labels != sorted(labels)
+    assert {tuple(sorted(set(labels[i : i + 30]))) for i in (0, 30, 60)} == {(0, 1, 2)}
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def test_the_number_of_workers_leaves_no_trace(
+    packed: PackedDataset, folder: Path, tmp_path: Path
+) -> None:
+    build_dataset([folder], tmp_path / "one", workers=1, progress=False)
+    assert contents(tmp_path / "one") == contents(packed.folder)
+
+
+def test_the_seed_decides_the_order(packed: PackedDataset, folder: Path, tmp_path: Path) -> None:
+    build_dataset([folder], tmp_path / "set", seed=1, workers=1, progress=False)
+    with PackedDataset(tmp_path / "set") as other:
+        here = [packed.image_bytes(index).tobytes() for index in range(len(packed))]
+        there = [other.image_bytes(index).tobytes() for index in range(len(other))]
+    assert here != there
+    assert sorted(here) == sorted(there)
+
+
+def test_sources_of_all_kinds_become_one_set(folder: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
+        archive.writestr("x/dog/1.jpg", jpeg(200))
+        archive.writestr("x/yak/2.jpg", jpeg(201))
+    rows = [
+        {"image": "cat/000.jpg", "captions": ["A cat!", "it's a cat"], "labels": ["cat"]},
+        {"image": "dog/002.jpg", "caption": "a dog"},
+        {"image": "sea_lion/001.jpg", "caption": "\ud800 broken text"},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    summary = build_dataset(
+        [tmp_path / "more.zip" / "x", tmp_path / "list.jsonl"],
+        tmp_path / "set",
+        image_root=str(folder),
+        templates="simple",
+        workers=1,
+        progress=False,
+    )
+    assert (summary.num_samples, summary.num_captions, summary.num_labels) == (5, 4, 3)
+    with PackedDataset(tmp_path / "set") as dataset:
+        assert dataset.manifest.class_names == ("cat", "dog", "yak")
+        found = {str(description(dataset, index)["name"]): index for index in range(5)}
+        cat = found["cat/000.jpg"]
+        expected = Tokenizer().encode(["A cat!", "it's a cat"])
+        for which, ids in enumerate(expected):
+            assert dataset.caption_tokens(cat, which).tolist() == ids.tolist()
+        assert dataset.labels_of(cat).tolist() == [0]
+        assert dataset.labels_of(found["dog/002.jpg"]).tolist() == []
+        assert dataset.labels_of(found["yak/2.jpg"]).tolist() == [2]
+
+
+def test_resize_makes_smaller_pictures(tmp_path: Path) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    Image.new("RGB", (400, 300)).save(tmp_path / "in" / "cat" / "big.jpg")
+    (tmp_path / "in" / "cat" / "small.jpg").write_bytes(jpeg(3))
+    summary = build_dataset(
+        [tmp_path / "in"], tmp_path / "out", resize="short:96", workers=1, progress=False
+    )
+    assert summary.num_reencoded == 1
+    with PackedDataset(tmp_path / "out") as dataset:
+        sizes = {(int(row["height"]), int(row["width"])) for row in dataset.samples}
+    assert sizes == {(96, 128), (24, 32)}
+
+
+def run(*arguments: str, capsys: pytest.CaptureFixture[str]) -> tuple[int, str, str]:
+    try:
+        main(["build", *arguments])
+        code = 0
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    printed = capsys.readouterr()
+    return code, printed.out, printed.err
+
+
+def test_the_program_says_what_it_did_and_what_comes_next(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "set")
+    code, text, _ = run(str(folder), "--out", out, "--workers", "1", capsys=capsys)
+    assert code == 0
+    assert "91 pictures, 0 captions, 91 labels of 3 classes" in text
+    assert "1 encoded anew" in text
+    assert "passed over: 1 .txt files" in text
+    assert "dog/page.jpg: no known picture format" in text
+    assert f"unicl-pretrain --preset NAME --data.train {out} --out RUN" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nowhere", "--out", "OUT"], "nowhere"),
+        (["FOLDER", "--out", "FOLDER"], "not an empty folder"),
+        (["FOLDER", "--out", "OUT", "--resize", "256"], "short:PIXELS"),
+        (["FOLDER", "--out", "OUT", "--quality", "0"], "--quality"),
+        (["FOLDER", "--out", "OUT", "--max-pixels", "0"], "--max-pixels"),
+        (["FOLDER", "--out", "OUT", "--picture-seconds", "-1"], "--picture-seconds"),
+        (["FOLDER", "--out", "OUT", "--picture-seconds", "nan"], "--picture-seconds"),
+        (["FOLDER", "--out", "OUT", "--class-names", "NAMES"], "'cat' is not among"),
+        (["--out", "OUT"], "at least one source"),
+        (["FOLDER"], "--out"),
+    ],
+)
+def test_wrong_input_is_one_sentence_and_exit_code_2(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
+) -> None:
+    (tmp_path / "names").write_text("bird\n")
+    places = {"FOLDER": folder, "OUT": tmp_path / "out", "NAMES": tmp_path / "names"}
+    code, _, errors = run(*(str(places.get(a, a)) for a in arguments), capsys=capsys)
+    assert code == 2
+    assert message in errors
+    assert "Traceback" not in errors
+    assert os.listdir(tmp_path) == ["names"]
+
+
+def test_nothing_to_pack_is_an_error_and_leaves_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    (tmp_path / "in" / "cat" / "1.jpg").write_text("no picture")
+    (tmp_path / "in" / "0.tar").touch()
+    code, _, errors = run(str(tmp_path / "in"), "--out", str(tmp_path / "out"), capsys=capsys)
+    assert code == 2
+    assert "nothing could be packed: 1 not a picture" in errors
+    assert "passed over: 1 .tar files beside folders (name them to pack them)" in errors
+    assert os.listdir(tmp_path) == ["in"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_build_leaves_nothing(
+    folder: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    with zipfile.ZipFile(tmp_path / "many.zip", "w") as archive:
+        big = io.BytesIO()
+        Image.effect_noise((1600, 1200), 90).save(big, format="JPEG")
+        for index in range(600):
+            archive.writestr(f"cat/{index}.jpg", big.getvalue())
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "unicl_fast.tools.pack",
+            "build",
+            str(tmp_path / "many.zip"),
+            "--out",
+            str(tmp_path / "out"),
+        ],
+        stderr=subprocess.PIPE,
+        # a shell that starts tests behind itself lets its children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(path.stat().st_size for path in tmp_path.glob("out.partial/set/shard-*.tar")):
+            break
+        time.sleep(0.02)
+    assert process.poll() is None
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert b"Traceback" not in errors
+    assert os.listdir(tmp_path) == ["many.zip"]
+
+
+def test_real_captions_and_labels_are_packed_together(shared_data: Path, tmp_path: Path) -> None:
+    coco = shared_data / "captions" / "coco"
+    summary = build_dataset([coco / "captions.jsonl"], tmp_path / "set", progress=False)
+    rows = [json.loads(line) for line in (coco / "captions.jsonl").read_text().splitlines()]
+    assert summary.num_samples == len(rows) == 100
+    assert summary.num_captions == sum(len(set(row["captions"])) for row in rows)
+    assert summary.num_labels == sum(len(row["labels"]) for row in rows)
+    by_name = {row["image"]: row for row in rows}
+    with PackedDataset(tmp_path / "set") as dataset:
+        for index in (0, 50, 99):
+            row = by_name[str(description(dataset, index)["name"])]
+            assert dataset.image_bytes(index).tobytes() == (coco / row["image"]).read_bytes()
+            assert (dataset.samples[index]["width"], dataset.samples[index]["height"]) == (
+                row["width"],
+                row["height"],
+            )
+            labels = [dataset.manifest.class_names[label] for label in dataset.labels_of(index)]
+            assert labels == row["labels"]
+
+
+def test_wordnet_ids_take_their_names_from_imagenet(shared_data: Path, tmp_path: Path) -> None:
+    build_dataset(
+        [shared_data / "decode" / "labels.csv"],
+        tmp_path / "set",
+        label_column="wnid",
+        class_names="imagenet",
+        where=["imagenet_index=0"],
+        progress=False,
+    )
+    with PackedDataset(tmp_path / "set") as dataset:
+        assert dataset.labels_of(0).tolist() == [0]
+        assert dataset.manifest.class_names[0] == "tench"

@@ -1,0 +1,581 @@
+"""`unicl-pack build` killed at any moment goes on, and nobody can tell from the data set."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import xxhash
+from inline_checks import check_inline
+from object_stores import FaultyStore, empty
+from pack_runs import jpeg, run_pack
+from PIL import Image
+
+from unicl_fast.dataset import writer as shard_writer
+from unicl_fast.dataset.journal import FinishedShard, ShardJournal, read_journal
+from unicl_fast.dataset.remote.object_store import ObjectStore
+from unicl_fast.dataset.writer import DatasetWriter
+from unicl_fast.packing.build import work_folder
+from unicl_fast.packing.build.build import BuildSummary, build_dataset
+from unicl_fast.packing.build.remote_build import build_anywhere
+from unicl_fast.packing.sources import spool
+from unicl_fast.packing.sources import tables as source_tables
+
+SHARD_BYTES = 30_000
+Kill = Callable[[], None]
+
+
+def contents(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Class folders, and a list with captions whose pictures are partly the same; some bad."""
+    root = tmp_path_factory.mktemp("sources")
+    for number in range(80):
+        place = root / "photos" / ("cat", "sea_lion", "dog")[number % 3]
+        place.mkdir(exist_ok=True, parents=True)
+        (place / f"{number:03d}.jpg").write_bytes(jpeg(number))
+        if number % 9 == 0:
+            (place / f"{number:03d}-cut.jpg").write_bytes(jpeg(number)[:300])
+    rows = [
+        {"image": f"photos/cat/{number:03d}.jpg", "captions": [f"cat {number}", "so it is"]}
+        for number in range(0, 90, 3)
+    ]
+    (root / "list.jsonl").write_text("\n".join(map(json.dumps, [*rows, {"image": 3}])))
+    return [root / "photos", root / "list.jsonl"]
+
+
+def build(sources: list[Path], out: Path, **options: Any) -> BuildSummary:
+    options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False} | options
+    return build_dataset(sources, out, **options)
+
+
+@pytest.fixture
+def checked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return check_inline(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def unbroken(sources: list[Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    with pytest.MonkeyPatch.context() as patch:
+        check_inline(patch)
+        out = tmp_path_factory.mktemp("unbroken") / "set"
+        build(sources, out)
+        return contents(out)
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def killed(run: Callable[[], object]) -> None:
+    """Runs something in a process that kills itself on the way."""
+    child = os.fork()
+    if not child:
+        try:
+            run()
+        finally:
+            os._exit(1)
+    _, status = os.waitpid(child, 0)
+    assert os.WIFSIGNALED(status), "it was to be killed, and ended by itself"
+
+
+def at_call(patch: pytest.MonkeyPatch, owner: Any, name: str, number: int, *, after: bool) -> None:
+    """Dies before or after call `number` of a function, counted from 1."""
+    real, calls = getattr(owner, name), []
+
+    def replaced(*arguments: Any, **named: Any) -> Any:
+        calls.append(name)
+        if len(calls) == number and not after:
+            die()
+        result = real(*arguments, **named)
+        if len(calls) == number and after:
+            die()
+        return result
+
+    patch.setattr(owner, name, replaced)
+
+
+def torn_line(patch: pytest.MonkeyPatch) -> None:
+    """The third line of the journal reaches the disk in part."""
+    real, calls = ShardJournal.append, []
+
+    def append(self: ShardJournal, finished: Any) -> None:
+        calls.append(finished)
+        if len(calls) == 3:
+            self._file.write(finished.to_line()[:-20])
+            die()
+        real(self, finished)
+
+    patch.setattr(ShardJournal, "append", append)
+
+
+PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int]] = {
+    "before the first sample": (lambda p: at_call(p, DatasetWriter, "add", 1, after=False), 0),
+    "in the first shard": (lambda p: at_call(p, DatasetWriter, "add", 9, after=True), 0),
+    "with a shard finished": (lambda p: at_call(p, ShardJournal, "append", 1, after=True), 1),
+    "a shard without its line": (lambda p: at_call(p, ShardJournal, "append", 3, after=False), 2),
+    "a torn line": (torn_line, 2),
+    "in mid-shard": (lambda p: at_call(p, DatasetWriter, "add", 70, after=True), 3),
+    "at a bad picture": (lambda p: at_call(p, DatasetWriter, "quarantine", 9, after=True), 1),
+    "before the checksums": (
+        lambda p: at_call(p, shard_writer, "format_checksums", 1, after=False),
+        -1,
+    ),
+    "before the renaming": (lambda p: at_call(p, Path, "rename", 1, after=False), -1),
+    "behind the renaming": (lambda p: at_call(p, Path, "rename", 1, after=True), -1),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_killed_build_goes_on_as_if_nothing_had_been(
+    sources: list[Path],
+    unbroken: dict[str, bytes],
+    checked: list[str],
+    tmp_path: Path,
+    place: str,
+) -> None:
+    prepare, num_finished = PLACES[place]
+    with pytest.MonkeyPatch.context() as patch:
+        prepare(patch)
+        killed(lambda: build(sources, tmp_path / "set"))
+    journal = read_journal(tmp_path / "set.partial" / "journal")
+    num_shards = sum(name.endswith(".tar") for name in unbroken)
+    assert num_shards > 4
+    assert len(journal) >= (num_shards if num_finished < 0 else num_finished)
+    summary = build(sources, tmp_path / "set")
+    assert contents(tmp_path / "set") == unbroken
+    assert os.listdir(tmp_path) == ["set"]
+    done = journal[-1].num_samples + journal[-1].num_quarantined if journal else 0
+    tried = 80 + 9 + 30 + 1
+    quick = 1 + 3  # a line without a path, and pictures that are not there
+    assert tried - done - quick <= len(checked) <= tried - done
+    rows = unbroken["quarantine.csv"].decode().splitlines()[1:]
+    assert summary.num_quarantined == len(rows)
+    assert summary.quarantined.startswith("9 damaged, 3 missing, 1 bad row\n")
+
+
+def test_a_build_killed_again_and_again_goes_on_each_time(
+    sources: list[Path], checked: list[str], tmp_path: Path
+) -> None:
+    """With decoded pictures and joined duplicates, whose work is not in the shards."""
+    options = {"format": "raw", "resize": "square:16", "duplicates": "join", "shard_bytes": 6000}
+    build(sources, tmp_path / "whole", **options)
+    expected = len(checked)
+    checked.clear()
+    for number in range(4):
+        with pytest.MonkeyPatch.context() as patch:
+            at_call(patch, DatasetWriter, "add", 11, after=number % 2 == 0)
+            killed(lambda: build(sources, tmp_path / "set", **options))
+    summary = build(sources, tmp_path / "set", **options)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert 20 < summary.num_taken_over < summary.num_samples
+    assert len(checked) < expected - 20
+    assert summary.picture_size == (16, 16)
+
+
+def test_a_build_from_urls_goes_on_with_the_copies_that_it_made(
+    sources: list[Path], checked: list[str], tmp_path: Path
+) -> None:
+    """Copies stay with a build that was killed; what has changed in the store is copied anew."""
+    system = FaultyStore()
+    for path in sources[0].rglob("*.jpg"):
+        system.pipe_file(f"faulty://photos/{path.relative_to(sources[0])}", path.read_bytes())
+    options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False}
+    url, work = "faulty://photos", str(tmp_path / "work")
+    build_anywhere([url], str(tmp_path / "whole"), work=work, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ShardJournal, "append", 2, after=True)
+        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    (copies,) = (tmp_path / "work").glob("sources-*")
+    torn = next(copies.rglob("dog/*.jpg"))
+    torn.write_bytes(torn.read_bytes()[:-1])  # as if it had been killed while copying
+    system.reads.clear()
+    with pytest.raises(ValueError, match="with other sources"):  # its time has changed
+        build_anywhere([url], str(tmp_path / "set"), work=work, **options)
+    assert {path for path, _, _ in system.reads} == {f"/photos/dog/{torn.name}"}
+    assert copies.is_dir(), "an error must not take what the next try needs"
+    build_anywhere([url], str(tmp_path / "set"), work=work, restart=True, **options)
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert not os.listdir(work)
+    shutil.rmtree(tmp_path / "set")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, DatasetWriter, "add", 60, after=True)
+        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    system.reads.clear()
+    summary = build_anywhere([url], str(tmp_path / "set"), work=work, **options)
+    assert not system.reads
+    assert summary.num_taken_over > 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    shutil.rmtree(tmp_path / "set")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, DatasetWriter, "add", 60, after=True)
+        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    system.rm(f"faulty://photos/dog/{torn.name}")  # or it would be packed from its old copy
+    summary = build_anywhere([url], str(tmp_path / "set"), work=work, restart=True, **options)
+    assert summary.num_samples == 79
+    shutil.rmtree(tmp_path / "set")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, DatasetWriter, "add", 60, after=True)
+        killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
+    shutil.rmtree(tmp_path / "set.partial")
+    build_anywhere([url], str(tmp_path / "other"), work=work, **options)
+    assert not os.listdir(work), "copies for a build that nobody can go on with"
+    empty()
+
+
+def test_a_build_to_a_url_that_is_killed_goes_on(
+    sources: list[Path], unbroken: dict[str, bytes], checked: list[str], tmp_path: Path
+) -> None:
+    system = FaultyStore()
+    url, work = "faulty://bucket/set", str(tmp_path / "work")
+    options = {"shard_bytes": SHARD_BYTES, "workers": 1, "progress": False, "work": work}
+    places = [*map(str, sources)]
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ShardJournal, "append", 2, after=True)
+        killed(lambda: build_anywhere(places, url, **options))
+    (first,) = (tmp_path / "work").rglob("shard-000000.tar")
+    assert not system.find("faulty://bucket")
+    summary = build_anywhere(places, url, **options)
+    assert not first.exists()
+    assert summary.num_taken_over > 0
+    assert len(checked) < 80 + 9 + 30
+    stored = {Path(path).name: system.cat_file(path) for path in system.find("faulty://bucket")}
+    assert stored == unbroken
+    assert not os.listdir(work)
+    empty()
+
+
+@pytest.fixture
+def unfinished(sources: list[Path], checked: list[str], tmp_path: Path) -> Path:
+    """Where a build was to be; two shards of it are finished."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ShardJournal, "append", 2, after=True)
+        killed(lambda: build(sources, tmp_path / "set"))
+    return tmp_path / "set"
+
+
+def test_another_build_does_not_go_on_with_it(
+    sources: list[Path], unfinished: Path, unbroken: dict[str, bytes]
+) -> None:
+    message = r"2 finished shards .*other options:\n  --seed: it was 0, and is 1\n.*--restart"
+    with pytest.raises(ValueError, match=message):
+        build(sources, unfinished, seed=1)
+    with pytest.raises(ValueError, match="other options"):
+        build(sources[:1], unfinished)
+    summary = build(sources, unfinished, workers=2)  # which may change
+    assert summary.num_taken_over > 0
+    assert contents(unfinished) == unbroken
+
+
+def test_restart_begins_anew(sources: list[Path], unfinished: Path) -> None:
+    summary = build(sources, unfinished, seed=1, restart=True)
+    assert summary.num_taken_over == 0
+    assert os.listdir(unfinished.parent) == ["set"]
+
+
+def test_a_source_that_has_changed_is_named(sources: list[Path], unfinished: Path) -> None:
+    picture = sources[0] / "dog" / "002.jpg"
+    before = picture.stat()
+    picture.touch()
+    try:
+        with pytest.raises(ValueError, match="other sources:\n  source 1, photos: it was '89 samp"):
+            build(sources, unfinished)
+    finally:
+        os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+    build(sources, unfinished)
+
+
+def test_finished_shards_that_are_damaged_are_made_again(
+    sources: list[Path], unfinished: Path, unbroken: dict[str, bytes]
+) -> None:
+    """The last shard was changed; then an array behind the first one's rows."""
+    folder = unfinished.parent / "set.partial" / "set"
+    with (folder / "shard-000001.tar").open("r+b") as file:
+        file.seek(600)
+        file.write(b"?")
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, ShardJournal, "append", 1, after=True)
+        killed(lambda: build(sources, unfinished))
+    with (folder / "tokens.npy").open("r+b") as file:
+        file.truncate(file.seek(0, 2) - 2)
+    summary = build(sources, unfinished)
+    assert summary.num_taken_over == read_first(unbroken)
+    assert contents(unfinished) == unbroken
+
+
+def read_first(unbroken: dict[str, bytes]) -> int:
+    """Samples of the first shard."""
+    return len(unbroken["shard-000000.idx"].splitlines()) - 1
+
+
+def test_what_was_unpacked_is_not_unpacked_again(
+    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        for number in range(40):
+            for ending, data in (("jpg", jpeg(number)), ("txt", b"a picture")):
+                member = tarfile.TarInfo(f"{number}.{ending}")
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
+    table = {"image": [jpeg(n) for n in range(20)], "caption": [f"number {n}" for n in range(20)]}
+    parquet.write_table(pyarrow.table(table), tmp_path / "b.parquet")
+    places = [tmp_path / "a.tar.gz", tmp_path / "b.parquet"]
+    build(places, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        at_call(patch, ShardJournal, "append", 2, after=True)
+        killed(lambda: build(places, tmp_path / "set"))
+    with monkeypatch.context() as patch:
+        patch.setattr(spool, "_inflate", None)
+        patch.setattr(source_tables, "run_limited", lambda _, tasks, **__: iter(tasks))
+        build(places, tmp_path / "set")
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    assert sorted(os.listdir(tmp_path)) == ["a.tar.gz", "b.parquet", "set", "whole"]
+
+
+def test_two_builds_of_one_data_set_do_not_mix(sources: list[Path], tmp_path: Path) -> None:
+    with (
+        work_folder.WorkFolder(tmp_path / "set"),
+        pytest.raises(ValueError, match="another build is writing into"),
+    ):
+        build(sources, tmp_path / "set")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_of_somebody_else_is_left_alone(sources: list[Path], tmp_path: Path) -> None:
+    (tmp_path / "set.partial").mkdir()
+    (tmp_path / "set.partial" / "precious").touch()
+    with pytest.raises(ValueError, match=r"set.partial .* holds something else; move it away"):
+        build(sources, tmp_path / "set", restart=True)
+    assert os.listdir(tmp_path / "set.partial") == ["precious"]
+
+
+def test_what_the_journal_tells_of_is_on_the_disk(
+    sources: list[Path], checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: dict[int, int] = {}
+    lines = []
+
+    def fsync(descriptor: int) -> None:
+        status = os.fstat(descriptor)
+        synced[status.st_ino] = status.st_size
+
+    def append(self: ShardJournal, finished: FinishedShard) -> None:
+        folder = tmp_path / "set.partial" / "set"
+        index = finished.shard.name.replace(".tar", ".idx")
+        for name in (finished.shard.name, index, *finished.files):
+            assert synced[(folder / name).stat().st_ino] == (folder / name).stat().st_size
+        assert folder.stat().st_ino in synced
+        lines.append(finished)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(ShardJournal, "append", append)
+    build(sources, tmp_path / "set")
+    assert len(lines) > 4
+
+
+def test_a_stopped_build_says_what_is_kept(
+    sources: list[Path],
+    checked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = (*sources, "--out", tmp_path / "set", "--shard-bytes", str(SHARD_BYTES))
+    with monkeypatch.context() as patch:
+        real = DatasetWriter.add
+
+        def add(self: DatasetWriter, sample: Any) -> None:
+            if self.num_samples == 40:
+                raise KeyboardInterrupt
+            real(self, sample)
+
+        patch.setattr(DatasetWriter, "add", add)
+        code, printed = run_pack("build", *arguments, capsys=capsys)
+    assert code == 130
+    assert "stopped; " in printed
+    assert "set.partial keeps 3 finished shards (33 samples); the same command" in printed
+    code, printed = run_pack("build", *arguments, capsys=capsys)
+    assert code == 0
+    assert "pictures had been packed before this run" in printed
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), OSError("disk full")])
+def test_a_stopped_build_to_a_url_says_what_is_kept_and_where(
+    sources: list[Path],
+    checked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: BaseException,
+) -> None:
+    """A URL's work folder is none that stands on the command line."""
+    work = tmp_path / "work"
+    arguments = (*sources, "--shard-bytes", SHARD_BYTES, "--work", work)
+    left = (
+        rf"{re.escape(str(work))}/\w+/set\.partial keeps 3 finished shards \(33 samples\); "
+        "the same command"
+    )
+    real = DatasetWriter.add
+
+    def stopping(at: int) -> Callable[[DatasetWriter, Any], None]:
+        def add(self: DatasetWriter, sample: Any) -> None:
+            if self.num_samples == at:
+                raise stop
+            real(self, sample)
+
+        return add
+
+    for at in (1, 40):
+        stop.__notes__ = []
+        monkeypatch.setattr(DatasetWriter, "add", stopping(at))
+        code, printed = run_pack("build", *arguments, "--out", "faulty://bucket/set", capsys=capsys)
+        assert code == {KeyboardInterrupt: 130, SystemExit: 143, OSError: 2}[type(stop)]
+        assert (re.search(left, printed) is not None) == (at == 40)
+        nothing = "stopped; this run has written nothing" in printed
+        assert nothing == (at == 1 and type(stop) is not OSError)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143)])
+def test_a_stopped_upload_says_that_what_was_sent_stays(
+    unbroken: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    stop: BaseException,
+) -> None:
+    (tmp_path / "set").mkdir()
+    for name, data in unbroken.items():
+        (tmp_path / "set" / name).write_bytes(data)
+
+    def checksum_of(self: ObjectStore, name: str, *, size: int) -> str:
+        raise stop
+
+    arguments = ("upload", tmp_path / "set", "--out", "faulty://bucket/set")
+    with monkeypatch.context() as patch:
+        patch.setattr(ObjectStore, "checksum_of", checksum_of)
+        code, printed = run_pack(*arguments, capsys=capsys)
+    assert code == {KeyboardInterrupt: 130, SystemExit: 143}[type(stop)]
+    assert "stopped; what was uploaded stays under faulty://bucket/set, and is no" in printed
+    assert f"go on with: unicl-pack upload {tmp_path / 'set'} --out faulty://bucket" in printed
+    assert FaultyStore().find("faulty://bucket")
+    code, printed = run_pack(*arguments, capsys=capsys)
+    assert code == 0
+    assert "1 were there already" in printed
+    empty()
+
+
+def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: Path) -> None:
+    """Pinned, so that the order of a seed, and all else that is written, stays for good.
+
+    Of pixels, not JPEGs: these depend on the encoder's version.
+    """
+    numbers = np.random.PCG64(5).random_raw(40 * 384)
+    records = numbers.astype("<u8").view(np.uint8).reshape(40, 3072)
+    cifar = tmp_path / "cifar"
+    cifar.mkdir()
+    (cifar / "batches.meta.txt").write_text("cat\ndog\n")
+    labels = (np.arange(40) % 2).astype(np.uint8)[:, None]
+    (cifar / "data_batch_1.bin").write_bytes(np.hstack([labels, records]).tobytes())
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for number in range(12):
+            Image.fromarray(records[number].reshape(32, 32, 3)).save(tmp_path / "one.ppm")
+            archive.write(tmp_path / "one.ppm", f"{'dog' if number % 3 else 'yak'}/{number}.ppm")
+    rows = [
+        {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "a picture"]}
+        for n in [*range(14), 3, 4]
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    places = [tmp_path / name for name in ("photos.zip", "cifar", "list.jsonl")]
+    options = {"format": "raw", "seed": 11, "image_root": str(tmp_path / "photos.zip")}
+    build(places, tmp_path / "set", **options)
+    files = {**contents(tmp_path / "set"), "manifest.json": b"", "checksums.txt": b""}
+    digest = xxhash.xxh3_64()
+    for name, data in files.items():
+        digest.update(name.encode() + data.replace(str(tmp_path).encode(), b""))
+    assert digest.hexdigest() == "0a648278b4a4b679"
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_a_build_of_real_pictures_killed_ten_times(shared_data: Path, tmp_path: Path) -> None:
+    """The whole session is killed at random moments; the number of workers changes each time."""
+    source = shared_data / "cifar10" / "cifar10-test.zip" / "test"
+    with zipfile.ZipFile(source.parent) as archive:
+        names = [name for name in archive.namelist() if name[-5:] in ("1.jpg", "4.jpg", "7.jpg")]
+    (tmp_path / "list.csv").write_text(  # some 200 shards: each of ten runs may finish twenty
+        "image,label\n" + "".join(f"{name},{name.split('/')[-2]}\n" for name in names)
+    )
+    for name in (names[5], names[500]):  # and two that are not there
+        with (tmp_path / "list.csv").open("a") as file:
+            file.write(f"{name}.png,cat\n")
+    command = [
+        *(sys.executable, "-m", "unicl_fast.tools.pack", "build"),
+        *(str(tmp_path / "list.csv"), "--image-root", str(source.parent)),
+        *("--shard-bytes", "40000"),
+    ]
+    subprocess.run([*command, "--out", tmp_path / "whole"], check=True, capture_output=True)
+    generator = random.Random(3)
+    kills, journals = 0, []
+    made: dict[str, tuple[int, int]] = {}
+    """Inode and time of each shard that was finished at a kill: it is never written again."""
+
+    def note_finished(folder: Path, names: Iterable[str]) -> None:
+        for name in names:
+            status = (folder / name).stat()
+            is_as_it_was = made.setdefault(name, (status.st_ino, status.st_mtime_ns))
+            assert is_as_it_was == (status.st_ino, status.st_mtime_ns), name
+
+    while kills < 10:
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "set"), "--workers", str(1 + kills % 3)],
+            start_new_session=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        journal = tmp_path / "set.partial" / "journal"
+        while process.poll() is None and len(read_journal(journal)) <= sum(journals[-1:]):
+            time.sleep(0.01)  # until it has done more than the one before
+        time.sleep(generator.uniform(0, 0.05))
+        if process.poll() is not None:
+            break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        kills += 1
+        finished = [each.shard.name for each in read_journal(journal)]
+        note_finished(tmp_path / "set.partial" / "set", finished)
+        journals.append(len(finished))
+    assert kills == 10, f"the build was done after {kills} kills: {journals}"
+    assert journals == sorted(journals)
+    done = subprocess.run([*command, "--out", tmp_path / "set"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "had been packed before this run" in done.stdout
+    note_finished(tmp_path / "set", list(made))
+    assert len(made) == journals[-1]
+    assert contents(tmp_path / "set") == contents(tmp_path / "whole")
+    with (tmp_path / "set" / "quarantine.csv").open(newline="") as file:
+        assert sorted(row["kind"] for row in csv.DictReader(file)) == ["missing", "missing"]
+    assert sorted(os.listdir(tmp_path)) == ["list.csv", "set", "whole"]

@@ -1,0 +1,148 @@
+"""`unicl-pack build --duplicates join` and `--leave-out`."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+from pack_runs import jpeg, run_pack
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.merge import merge_datasets
+
+
+@pytest.fixture
+def sources(tmp_path: Path) -> list[Path]:
+    """One picture in two classes and with captions, one twice in a class, four of their own."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for name, number in {"cat/1": 1, "cat/2": 2, "cat/2b": 2, "dog/1": 1, "dog/3": 3}.items():
+            archive.writestr(f"{name}.jpg", jpeg(number))
+        archive.writestr("dog/cut.jpg", jpeg(5)[:200])
+        archive.writestr("dog/cut2.jpg", jpeg(5)[:200])
+    (tmp_path / "a.jpg").write_bytes(jpeg(1))
+    (tmp_path / "b.jpg").write_bytes(jpeg(4))
+    rows = [
+        {"image": "a.jpg", "captions": ["so", "so it is"], "label": "cat"},
+        {"image": "b.jpg", "captions": ["so"]},
+        {"image": "missing.jpg", "captions": ["so"]},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    return [tmp_path / "photos.zip", tmp_path / "list.jsonl"]
+
+
+def read(out: Path) -> dict[str, tuple[tuple[str, ...], list[str]]]:
+    """Captions and names of labels by the name of the sample."""
+    found = {}
+    with PackedDataset(out) as dataset:
+        reader = SampleReader(dataset)
+        for index in range(len(dataset)):
+            text = reader.read(index).description
+            labels = [dataset.manifest.class_names[label] for label in text.labels]
+            found[text.name] = (text.captions, labels)
+        reader.close()
+    return found
+
+
+def listed(out: Path) -> dict[str, tuple[str, str]]:
+    with (out / "quarantine.csv").open(newline="") as file:
+        return {row["name"]: (row["kind"], row["message"]) for row in csv.DictReader(file)}
+
+
+def test_equal_files_become_one_sample_with_all_texts(sources: list[Path], tmp_path: Path) -> None:
+    for workers in (1, 3):
+        out = tmp_path / f"set{workers}"
+        build_dataset(sources, out, duplicates="join", workers=workers, progress=False)
+        assert read(out) == {
+            "cat/1.jpg": (("so", "so it is"), ["cat", "dog"]),
+            "cat/2.jpg": ((), ["cat"]),
+            "dog/3.jpg": ((), ["dog"]),
+            "b.jpg": (("so",), []),
+        }
+        out_of = listed(out)
+        duplicates = {name for name, (kind, _) in out_of.items() if kind == "duplicate"}
+        assert duplicates == {"cat/2b.jpg", "dog/1.jpg", "a.jpg", "dog/cut2.jpg"}
+        assert out_of["a.jpg"][1].startswith("the same bytes as cat/1.jpg of photos.zip")
+        assert out_of["dog/cut.jpg"][0] == "damaged"
+    first, second = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("set1", "set3")
+    )
+    assert first == second
+
+
+def test_what_a_list_names_is_passed_over_and_nothing_is_joined_unasked(
+    sources: list[Path], tmp_path: Path
+) -> None:
+    (tmp_path / "out.csv").write_text("source,name\nphotos.zip,cat/1.jpg\nlist.jsonl,dog/3.jpg\n")
+    summary = build_dataset(
+        sources, tmp_path / "set", leave_out=str(tmp_path / "out.csv"), workers=1, progress=False
+    )
+    assert set(read(tmp_path / "set")) == {
+        "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
+    }  # fmt: skip
+    assert summary.passed_over[f"pictures named in {tmp_path / 'out.csv'}"] == 1
+
+
+def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a copy's row would take the picture that stays as well, and nobody would notice."""
+    places = [tmp_path / folder / "train" for folder in "ab"]
+    for number, place in enumerate(places):
+        (place / "cat").mkdir(parents=True)
+        for name in ("1", "2"):  # four equal pictures, and one of their own
+            (place / "cat" / f"{name}.jpg").write_bytes(jpeg(1))
+        (place / "cat" / f"own{number}.jpg").write_bytes(jpeg(2 + number))
+    build_dataset(places, tmp_path / "all", workers=1, progress=False)
+    code, said = run_pack(
+        *("inspect", tmp_path / "all", "--no-near", "--duplicates-list", tmp_path / "copies.csv"),
+        capsys=capsys,
+    )
+    assert code == 0
+    assert "note: --leave-out will refuse" in said
+    assert "names in it that pictures which stay have too: 1," in said
+    rows = (tmp_path / "copies.csv").read_text().splitlines()
+    assert len(rows) == 1 + 3
+    before = set(os.listdir(tmp_path))
+    for command in (("build", *places, "--workers", 1), ("merge", tmp_path / "all")):
+        code, said = run_pack(
+            *command, "--leave-out", tmp_path / "copies.csv", "--out", tmp_path / "x", capsys=capsys
+        )
+        assert code == 2
+        assert "of train in 1 row, and more samples are called so" in said
+        assert "several sources are called train" in said
+    assert set(os.listdir(tmp_path)) == before
+    for name in ("1", "2"):  # who means all of them says so
+        rows += [f"train,cat/{name}.jpg,,"] * 2
+    (tmp_path / "copies.csv").write_text("\n".join(rows))
+    options = {"leave_out": str(tmp_path / "copies.csv"), "progress": False}
+    build_dataset(places, tmp_path / "built", workers=1, **options)  # type: ignore[arg-type]
+    merge_datasets([tmp_path / "all"], tmp_path / "merged", **options)  # type: ignore[arg-type]
+    for out in ("built", "merged"):
+        assert set(read(tmp_path / out)) == {"cat/own0.jpg", "cat/own1.jpg"}
+
+
+def test_a_list_under_a_url_is_refused(sources: list[Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--leave-out .* not s3://bucket/list\.csv: copy it here"):
+        build_dataset(sources, tmp_path / "set", leave_out="s3://bucket/list.csv", progress=False)
+
+
+def test_a_name_that_is_not_utf_8_can_be_left_out(tmp_path: Path) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    for number, name in enumerate((b"\xff.jpg", b"plain.jpg")):
+        with open(bytes(tmp_path / "in" / "cat") + b"/" + name, "wb") as file:
+            file.write(jpeg(number))
+    (tmp_path / "out.csv").write_text("source,name\nin,cat/\\udcff.jpg\n")
+    options = {"leave_out": str(tmp_path / "out.csv"), "progress": False}
+    build_dataset([tmp_path / "in"], tmp_path / "all", workers=1, progress=False)
+    build_dataset([tmp_path / "in"], tmp_path / "built", workers=1, **options)  # type: ignore[arg-type]
+    merge_datasets([tmp_path / "all"], tmp_path / "merged", **options)  # type: ignore[arg-type]
+    assert set(read(tmp_path / "all")) == {"cat/\udcff.jpg", "cat/plain.jpg"}
+    assert set(read(tmp_path / "built")) == {"cat/plain.jpg"}
+    assert set(read(tmp_path / "merged")) == {"cat/plain.jpg"}

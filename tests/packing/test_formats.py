@@ -1,0 +1,188 @@
+"""`unicl-pack build --format jpeg|webp|png`, and the other sub-commands on what it makes."""
+
+from __future__ import annotations
+
+import functools
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from pack_runs import jpeg, run_pack
+from PIL import Image
+
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.images.check import PictureFormat
+from unicl_fast.packing.build.build import BuildSummary, build_dataset
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
+
+run = functools.partial(run_pack, "build", "--workers", 1)
+
+pytestmark = pytest.mark.dist
+
+FILES = ("jpeg", "webp", "png")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Nine plain JPEGs and one picture each of other kinds, 32 x 24, and one that is none."""
+    root = tmp_path_factory.mktemp("pictures")
+    for name in ("cat", "dog"):
+        (root / name).mkdir()
+    for number in range(9):
+        (root / ("cat", "dog")[number % 2] / f"{number}.jpg").write_bytes(jpeg(number))
+    noise = np.random.default_rng(0).integers(0, 256, (3, 4, 3), np.uint8)
+    rgb = Image.fromarray(noise).resize((32, 24), Image.Resampling.BICUBIC)
+    exif = Image.Exif()
+    exif[0x0112] = 8
+    rgb.save(root / "cat" / "plain.webp")
+    rgb.save(root / "cat" / "plain.png")
+    rgb.convert("L").save(root / "cat" / "grey.png")
+    rgb.convert("RGBA").save(root / "dog" / "alpha.png")
+    rgb.convert("CMYK").save(root / "dog" / "cmyk.jpg")
+    rgb.transpose(Image.Transpose.ROTATE_90).save(root / "dog" / "turned.jpg", exif=exif)
+    (root / "dog" / "cut.jpg").write_bytes(jpeg(1)[:300] + b"\xff\xd9")
+    return root
+
+
+@pytest.fixture(scope="module")
+def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folder in every format."""
+    out = tmp_path_factory.mktemp("packed")
+    for format in get_args(PictureFormat):
+        build_dataset([folder], out / format, format=format, workers=1, progress=False)
+    return {format: out / format for format in get_args(PictureFormat)}
+
+
+def names_of(folder: Path) -> set[str]:
+    """Extensions of all members of all shards."""
+    lines = [line for path in folder.glob("*.idx") for line in path.read_text().splitlines()[1:]]
+    return {field for line in lines for field in line.split()[::4]}
+
+
+def test_all_become_files_of_the_format_and_show_the_same(packed: dict[str, Path]) -> None:
+    for format, extension in (("jpeg", "jpg"), ("webp", "webp"), ("png", "png")):
+        assert names_of(packed[format]) == {extension, "json"}
+    assert names_of(packed["keep"]) == {"jpg", "png", "json"}
+    versions = {format: Manifest.load(folder).version for format, folder in packed.items()}
+    assert versions == {"keep": 1, "jpeg": 1, "png": 1, "raw": 2, "webp": 3}
+    with PackedDataset(packed["raw"]) as raw:
+        for format in FILES:
+            with PackedDataset(packed[format]) as dataset:
+                assert len(dataset) == len(raw) == 15
+                for index in range(len(raw)):
+                    pixels = raw.pixels_of(raw.image_bytes(index)).astype(int)
+                    data = dataset.image_bytes(index, verify=True).tobytes()
+                    shown = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+                    difference = np.abs(shown - pixels)
+                    if format == "png":
+                        assert difference.max() == 0
+                    else:  # quality 90, chroma at half the size
+                        assert difference.mean() < 5
+
+
+def test_verify_inspect_and_merge_take_every_format(
+    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = [packed[format] for format in FILES]
+    code, text = run_pack("merge", *sets, "--out", tmp_path / "all", capsys=capsys)
+    assert code == 0, text
+    with PackedDataset(tmp_path / "all") as dataset:
+        assert len(dataset) == 45
+    assert names_of(tmp_path / "all") == {"jpg", "webp", "png", "json"}
+    code, text = run_pack("verify", tmp_path / "all", "--workers", 1, capsys=capsys)
+    assert code == 0, text
+    assert "45 decoded" in text
+    assert Manifest.load(tmp_path / "all").version == 3
+    page = tmp_path / "page.html"
+    code, text = run_pack(
+        *("inspect", packed["webp"], "--workers", 1, "--html", page), capsys=capsys
+    )
+    assert code == 0, text
+    assert page.read_text().count("<img") >= 15
+
+
+def test_webps_of_earlier_programs_which_called_it_version_1_are_read(
+    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = tmp_path / "old"
+    shutil.copytree(packed["webp"], old)
+    text = (old / "manifest.json").read_text().replace('"version": 3', '"version": 1')
+    (old / "manifest.json").write_text(text)
+    names = [path.name for path in old.iterdir() if path.name != CHECKSUMS_NAME]
+    sums = format_checksums((name, file_checksum(old / name)) for name in names)
+    (old / CHECKSUMS_NAME).write_text(sums)
+    code, said = run_pack("verify", old, "--workers", 1, capsys=capsys)
+    assert code == 0, said
+    code, said = run_pack("merge", old, "--out", tmp_path / "new", capsys=capsys)
+    assert code == 0, said
+    assert Manifest.load(tmp_path / "new").version == 3
+
+
+@pytest.mark.slow
+@pytest.mark.dali
+def test_show_draws_what_training_would_make_of_webp(
+    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sheet = tmp_path / "sheet.png"
+    code, text = run_pack(
+        *("show", packed["webp"], "--out", sheet, "--augment", "clip", "--samples", 3),
+        *("--image-size", 32),
+        capsys=capsys,
+    )
+    assert code == 0, text
+    assert sheet.is_file()
+
+
+@pytest.mark.slow
+def test_any_number_of_workers_makes_the_same_bytes(
+    folder: Path, packed: dict[str, Path], tmp_path: Path
+) -> None:
+    build_dataset([folder], tmp_path / "out", format="webp", workers=3, progress=False)
+    for path in packed["webp"].iterdir():
+        assert path.read_bytes() == (tmp_path / "out" / path.name).read_bytes(), path.name
+
+
+def test_the_program_scales_counts_and_writes_what_it_did(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told = tmp_path / "told.json"
+    code, text = run(
+        *(folder, "--out", tmp_path / "out", "--format", "webp", "--resize", "short:12"),
+        *("--quality", 40, "--json", told),
+        capsys=capsys,
+    )
+    assert code == 0
+    assert "15 encoded anew, 0 byte for byte" in text
+    summary: dict[str, Any] = json.loads(told.read_text())
+    assert summary.keys() == set(BuildSummary.__dataclass_fields__)
+    assert (summary["num_samples"], summary["num_reencoded"]) == (15, 15)
+    assert summary["num_quarantined"] == 1
+    with PackedDataset(tmp_path / "out") as dataset:
+        assert set(dataset.samples["height"].tolist()) == {12}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--format", "png", "--quality", "90"], "no meaning with --format png"),
+        (["--format", "raw", "--quality", "90"], "no meaning with --format raw"),
+        (["--quality", "90"], "--quality would change nothing"),
+        (["--format", "jpeg", "--quality", "101"], "--quality must lie in 1 to 100"),
+    ],
+)
+def test_a_quality_that_nothing_would_have_is_refused(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    options: list[str],
+    message: str,
+) -> None:
+    code, text = run(folder, "--out", tmp_path / "out", *options, capsys=capsys)
+    assert code == 2
+    assert message in text
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,346 @@
+"""Zips, lists and folders that lie, lead outside, or hold what is no file."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import socket
+import stat
+import subprocess
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.sources import trees as picture_files
+from unicl_fast.packing.sources.entries import EntryError
+from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
+from unicl_fast.packing.sources.trees import open_tree
+
+PICTURE = bytes(simplejpeg.encode_jpeg(np.full((8, 8, 3), 90, np.uint8)))
+
+
+def outcomes(source: Source) -> dict[str, str]:
+    """What becomes of each item: the kind of its problem, or "read"."""
+    found = {}
+    for item in source.items:
+        if item.problem is not None:
+            found[item.name] = item.problem.kind
+            continue
+        assert item.entry is not None
+        try:
+            found[item.name] = "read" if item.entry.read() == PICTURE else "other bytes"
+        except EntryError as error:
+            found[item.name] = error.kind
+    return found
+
+
+def member(name: str, mode: int = 0, *, system: int = 3) -> zipfile.ZipInfo:
+    info = zipfile.ZipInfo(name)
+    info.create_system = system
+    info.external_attr = mode << 16
+    return info
+
+
+def test_zip_members_that_no_sound_zip_has_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the name that is there twice
+        for info in (
+            member("cat/1.jpg", stat.S_IFREG | 0o644),
+            member("cat/plain.jpg"),
+            member("cat/dos.jpg", stat.S_IFLNK, system=0),
+            member("../../cat/out.jpg"),
+            member("/etc/cat/absolute.jpg"),
+            member("cat/../up.jpg"),
+            member("cat/link.jpg", stat.S_IFLNK | 0o777),
+            member("cat/device.jpg", stat.S_IFCHR | 0o666),
+            member("cat/fifo.jpg", stat.S_IFIFO | 0o666),
+            member("cat/twice.jpg"),
+            member("cat/twice.jpg"),
+        ):
+            archive.writestr(info, PICTURE)
+    expected = {
+        "cat/1.jpg": "read",
+        "cat/plain.jpg": "read",
+        "cat/dos.jpg": "read",
+        "../../cat/out.jpg": "outside",
+        "/etc/cat/absolute.jpg": "outside",
+        "cat/../up.jpg": "outside",
+        "cat/link.jpg": "unreadable",
+        "cat/device.jpg": "unreadable",
+        "cat/fifo.jpg": "unreadable",
+        "cat/twice.jpg": "ambiguous",
+    }
+    assert outcomes(read_source(str(path))) == expected
+    rows = ["image,caption", *(f"{name},text" for name in expected)]
+    (tmp_path / "list.csv").write_text("\n".join(rows))
+    listed = read_source(str(tmp_path / "list.csv"), ListOptions(image_root=str(path)))
+    assert outcomes(listed) == expected
+
+
+def test_an_encrypted_member_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cat/1.jpg", PICTURE)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"PK\x01\x02") + 8] |= 1
+    path.write_bytes(data)
+    assert outcomes(read_source(str(path))) == {"cat/1.jpg": "unreadable"}
+
+
+def two_members(path: Path) -> bytearray:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cat/1.jpg", PICTURE)
+        archive.writestr("cat/2.jpg", PICTURE)
+    return bytearray(path.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "kind"),
+    [
+        (42, (0).to_bytes(4, "little"), "damaged"),  # the place of the other: overlapping
+        (42, (2**31).to_bytes(4, "little"), "damaged"),  # far beyond the end
+        (42, (9).to_bytes(4, "little"), "damaged"),  # no header there
+        (20, (2**31).to_bytes(4, "little"), "damaged"),  # packed size
+        (24, (2**31).to_bytes(4, "little"), "too large"),  # size
+        (24, (5).to_bytes(4, "little"), "damaged"),
+        (16, bytes(4), "damaged"),  # checksum
+        (10, (99).to_bytes(2, "little"), "unreadable"),  # method
+    ],
+)
+def test_a_directory_that_lies_costs_the_members_it_lies_about(
+    tmp_path: Path, field: int, value: bytes, kind: str
+) -> None:
+    data = two_members(tmp_path / "set.zip")
+    second = data.rindex(b"PK\x01\x02")
+    data[second + field : second + field + len(value)] = value
+    (tmp_path / "set.zip").write_bytes(data)
+    found = outcomes(read_source(str(tmp_path / "set.zip")))
+    assert found["cat/2.jpg"] == kind
+    overlaps = field == 42 and value in (bytes(4), (9).to_bytes(4, "little"))
+    assert found["cat/1.jpg"] == ("damaged" if overlaps else "read")
+
+
+@given(data=st.data())
+@settings(max_examples=150)
+def test_any_damage_to_a_zip_is_an_error_or_leaves_pictures_as_they_were(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = tmp_path_factory.mktemp("zip") / "set.zip"
+    content = two_members(path)
+    for _ in range(data.draw(st.integers(1, 3))):
+        place = data.draw(st.integers(0, len(content) - 1))
+        content[place] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(len(content) // 2, len(content)))])
+    try:
+        source = read_source(str(path))
+    except ValueError as error:
+        assert "set.zip" in str(error)  # noqa: PT017
+        return
+    assert "other bytes" not in outcomes(source).values()
+
+
+HARD_NAMES = [
+    "a\0b.jpg",
+    "\ud800.jpg",
+    "x" * 300 + ".jpg",
+    "x/" * 40_000 + "1.jpg",
+    "loop/1.jpg",
+    "self.jpg",
+    "~/1.jpg",
+    "",
+    ".",
+    "./../1.jpg",
+    "//etc/hostname",
+    "con\nrow\r.jpg",
+]
+
+
+def test_paths_in_lists_that_lead_nowhere_or_outside_are_listed(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "1.jpg").write_bytes(PICTURE)
+    (root / "loop").symlink_to("loop")
+    (root / "self.jpg").symlink_to("self.jpg")
+    names = [*HARD_NAMES, "1.jpg", "./1.jpg", str(root / "1.jpg"), "/etc/hostname"]
+    rows = [json.dumps({"image": name, "caption": "text"}) for name in names]
+    (root / "list.jsonl").write_text("\n".join(rows))
+    source = read_source(str(root / "list.jsonl"))
+    found = outcomes(source)
+    good = {name for name, kind in found.items() if kind == "read"}
+    # a whole path is taken where it leads inside the root
+    assert good == {"1.jpg", "./1.jpg", str(root / "1.jpg")}
+    assert found["/etc/hostname"] == found["//etc/hostname"] == "outside"
+    assert len(source.items) == len(names)
+    everywhere = read_source(str(root / "list.jsonl"), ListOptions(image_root="/"))
+    assert outcomes(everywhere)[str(root / "1.jpg")] == "read"
+
+
+def row(image: str = '"1.jpg"', **fields: str) -> str:
+    """A line of JSON; values are JSON already."""
+    return "{" + ", ".join(f'"{k}": {v}' for k, v in {"image": image, **fields}.items()) + "}"
+
+
+def nested(depth: int) -> str:
+    return "[" * depth + "]" * depth
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        row(caption=nested(900)),
+        row(caption=nested(100_000)),
+        row(label="9" * 4000),
+        row(label="9" * 5000),
+        row(label="NaN"),
+        row(image=nested(3), caption='"x"'),
+        row(captions=json.dumps([str(number) for number in range(70_000)])),
+        "\udcff\udcfe",
+        "[" * 100_000,
+    ],
+    ids=str.__len__,
+)
+def test_a_row_that_cannot_be_is_left_out_and_the_others_stay(tmp_path: Path, line: str) -> None:
+    (tmp_path / "1.jpg").write_bytes(PICTURE)
+    (tmp_path / "2.jpg").write_bytes(PICTURE)
+    text = line + '\n{"image": "2.jpg", "caption": "x"}\n'
+    (tmp_path / "list.jsonl").write_bytes(text.encode(errors="surrogateescape"))
+    if '"label": 99' in line and len(line) < 4500:  # a number like any other, in no list of names
+        with pytest.raises(ValueError, match="label"):
+            build_dataset([tmp_path / "list.jsonl"], tmp_path / "out", workers=1, progress=False)
+        return
+    summary = build_dataset([tmp_path / "list.jsonl"], tmp_path / "out", workers=1, progress=False)
+    assert (summary.num_samples, summary.num_quarantined) == (1, 1)
+
+
+def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cat = tmp_path / "cat"
+    cat.mkdir()
+    (cat / "1.jpg").write_bytes(PICTURE)
+    os.mkfifo(cat / "fifo.jpg")
+    (cat / "zero.jpg").symlink_to("/dev/zero")
+    (cat / "tape.jpg").symlink_to("/dev/full")
+    (cat / "self.jpg").symlink_to("self.jpg")
+    (cat / "gone.jpg").symlink_to("nowhere")
+    (cat / "up").symlink_to("..")
+    (cat / "mem.jpg").symlink_to("/proc/self/mem")  # a regular file that cannot be read
+    monkeypatch.chdir(cat)  # the name of a socket may have 107 bytes
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind("socket.jpg")
+    opened = []
+    real_open = os.open
+
+    def watched(path: str, *arguments: int) -> int:
+        opened.append(os.path.basename(path))
+        return real_open(path, *arguments)
+
+    monkeypatch.setattr(picture_files.os, "open", watched)
+    found = outcomes(read_source(str(tmp_path)))
+    monkeypatch.undo()
+    assert found.pop("cat/1.jpg") == "read"
+    assert set(found.values()) == {"unreadable"}
+    assert len(found) == 7
+    assert set(opened) == {"1.jpg", "mem.jpg"}
+
+
+def test_a_file_without_a_size_is_read_up_to_the_limit_only(tmp_path: Path) -> None:
+    (tmp_path / "endless.jpg").symlink_to("/proc/self/smaps")
+    entry = next(open_tree(tmp_path).entries())[1]
+    assert entry.num_bytes == 0
+    with pytest.raises(EntryError, match="at most 100 are read"):
+        entry.read(max_bytes=100)
+
+
+def test_folders_nested_deeper_than_pythons_stack_are_listed(tmp_path: Path) -> None:
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    try:
+        for _ in range(1500):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("1.jpg").write_bytes(PICTURE)
+        (item,) = read_source(str(tmp_path)).items
+    finally:
+        os.chdir(before)
+        subprocess.run(["rm", "-r", str(tmp_path / "d")], check=True)  # shutil recurses as well
+    assert item.labels == ["d"]
+
+
+def test_odd_names_reach_the_lists_whole(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from unicl_fast.tools.pack.__main__ import main
+
+    names = [
+        "a\nb.jpg",
+        "c\rd.jpg",
+        'e",f.jpg',
+        "\x1b]0;owned\x07.jpg",
+        "x" * 240 + ".jpg",
+        " .jpg",
+    ]
+    root = tmp_path / "in\udcff"
+    (root / "cat").mkdir(parents=True)
+    for name in names:
+        (root / "cat" / name).write_bytes(b"no picture")
+        (root / "cat" / f"good{name}").write_bytes(PICTURE)
+    raw = os.fsencode(root) + b"/cat/\xff\xfe.jpg"
+    with open(raw, "wb") as file:
+        file.write(b"no picture")
+    main(["build", str(root), "--out", str(tmp_path / "out"), "--workers", "1"])
+    with (tmp_path / "out" / "quarantine.csv").open(newline="", encoding="utf-8") as file:
+        found = {row["name"] for row in csv.DictReader(file)}
+    assert found == {f"cat/{name}" for name in names} | {"cat/\\udcff\\udcfe.jpg"}
+    printed = capsys.readouterr().out
+    assert "\x1b" not in printed
+    assert "\r" not in printed
+    manifest = json.loads((tmp_path / "out" / "manifest.json").read_text(encoding="utf-8"))
+    assert manifest["source"] == [str(root)]
+
+
+def everything_under(place: Path) -> set[str]:
+    return {str(path) for path in place.rglob("*")}
+
+
+@pytest.mark.parametrize("kind", ["zip", "list"])
+def test_nothing_is_written_outside_the_output_folder(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["../escaped.jpg", f"{tmp_path}/absolute/cat/1.jpg", "cat/ok.jpg", "../../cat/up.jpg"]
+    make: dict[str, Callable[[], Path]] = {
+        "zip": lambda: zip_of(tmp_path / "in" / "set.zip", names),
+        "list": lambda: list_of(tmp_path / "in" / "list.csv", names),
+    }
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    (tmp_path / "in" / "cat" / "ok.jpg").write_bytes(PICTURE)
+    (tmp_path / "work").mkdir()
+    source = make[kind]()
+    monkeypatch.chdir(tmp_path / "work")
+    before = everything_under(tmp_path)
+    build_dataset([source], tmp_path / "out", workers=1, progress=False)
+    made = everything_under(tmp_path) - before
+    out = tmp_path / "out"
+    assert made == {str(out)} | {str(path) for path in out.iterdir()}
+
+
+def zip_of(path: Path, names: list[str]) -> Path:
+    with zipfile.ZipFile(path, "w") as archive:
+        for name in names:
+            archive.writestr(name, PICTURE)
+    return path
+
+
+def list_of(path: Path, names: list[str]) -> Path:
+    path.write_text("image,caption\n" + "".join(f"{name},text\n" for name in names))
+    return path

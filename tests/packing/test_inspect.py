@@ -1,0 +1,401 @@
+"""`unicl-pack inspect`: its numbers, and its page as a browser shows it."""
+
+from __future__ import annotations
+
+import base64
+import csv
+import functools
+import importlib.util
+import io
+import json
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+from browser import look_at
+from damage import copy_of
+from pack_runs import run_pack
+from PIL import Image
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.inspect import inspect as inspect_module
+from unicl_fast.packing.inspect import page as inspect_page
+from unicl_fast.packing.inspect.concepts import count_concepts
+from unicl_fast.packing.inspect.inspect import Inspection, inspect_dataset
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools.pack.__main__ import main
+
+run = functools.partial(run_pack, "inspect")
+
+HOSTILE = "<script>parent.broken = broken = true</script><img src=x onerror=parent.broken=true>"
+CLASSES = ["cat", "Cat", "dog & fox", '"><svg onload=parent.broken=true>', "empty"]
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Photograph-like noise with labels and captions: copies, prompts, hostile texts."""
+    root = tmp_path_factory.mktemp("inspect")
+    generator = np.random.default_rng(0)
+    rows: list[dict[str, Any]] = []
+
+    def add(image: Image.Image, kind: str = "jpg", **texts: Any) -> None:
+        name = f"{len(rows):03d}.{kind}"
+        image.save(root / name, quality=90)
+        rows.append({"image": name, **texts})
+
+    for number in range(20):
+        small = generator.integers(0, 256, (8, 8, 3), np.uint8)
+        image = Image.fromarray(small).resize((96 + 8 * (number % 4), 120), 3)
+        texts: dict[str, Any] = {"label": CLASSES[number % 4]}
+        if number < 12:
+            texts["captions"] = [f"a red bird on a tree {number}", "A photo of a dog & fox."]
+        add(image, **texts)
+        if number < 3:
+            add(image, label=CLASSES[number], captions=[HOSTILE])  # the same bytes
+        if number == 4:
+            add(image.resize((300, 360)), "png", label="dog & fox")  # alike, and of another class
+    (root / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (root / "names").write_text("\n".join(CLASSES))
+    (root / "cut.jpg").write_bytes(b"\xff\xd8\xff")
+    with (root / "list.jsonl").open("a") as file:
+        file.write('\n{"image": "cut.jpg", "label": "cat"}')
+    build_dataset(
+        *([root / "list.jsonl"], root / "set"), class_names=str(root / "names"),
+        templates="simple", workers=1, progress=False,
+    )  # fmt: skip
+    return root / "set"
+
+
+@pytest.fixture(scope="module")
+def inspection(packed: Path) -> Inspection:
+    return inspect_dataset(packed, workers=1, progress=False)
+
+
+def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
+    assert (inspection.num_samples, inspection.num_labels) == (24, 24)
+    assert dict(inspection.class_counts) == {
+        "cat": 6, "Cat": 6, "dog & fox": 7, CLASSES[3]: 5, "empty": 0
+    }  # fmt: skip
+    assert inspection.num_captions == 2 * 12 + 3
+    assert inspection.num_distinct_captions == 14
+    assert inspection.repeated_captions[0] == ("a photo of a dog & fox .", 12)
+    assert inspection.captions_equal_to_prompts == (("a photo of a dog & fox .", "dog & fox", 12),)
+    assert inspection.equal_classes == (("cat", "Cat"),)
+    assert inspection.quarantined == {"damaged": 1}
+    assert inspection.heights.largest == 360
+    assert sum(inspection.widths.counts) == 24
+    assert inspection.captions_per_picture is not None
+    assert inspection.captions_per_picture.counts == (3, 12)
+    label, text = inspection.concepts
+    assert (label.num_images, label.num_concepts, label.images_per_concept) == (24, 4, 6)
+    assert label.kind == "categories with pictures, of 5 named"
+    assert text.num_images == 15
+    words = {word for word, _ in inspection.frequent_concepts}
+    assert words == {"a", "photo", "of", "dog", "fox", "red", "bird", "on", "tree"} | {
+        *("script", "parent", "broken", "true"),  # three times in each of three hostile captions
+    }
+    assert text.num_concepts == len(words)
+    assert "words" in text.kind
+    assert "spaCy" in text.kind
+
+
+def test_classes_are_joined_as_in_training_through_a_third_one_too(tmp_path: Path) -> None:
+    names, templates = ["x", "a a x", "a x", "y"], ["{}", "a {}"]
+    rows = []
+    for number, name in enumerate(names):
+        Image.new("L", (8, 8), number).save(tmp_path / f"{number}.png")
+        rows.append({"image": f"{number}.png", "label": name})
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (tmp_path / "names").write_text("\n".join(names))
+    (tmp_path / "templates").write_text("\n".join(templates))
+    build_dataset(
+        *([tmp_path / "list.jsonl"], tmp_path / "set"), class_names=str(tmp_path / "names"),
+        templates=str(tmp_path / "templates"), workers=1, progress=False,
+    )  # fmt: skip
+    found = inspect_dataset(tmp_path / "set", near=False, progress=False)
+    assert found.equal_classes == (("x", "a a x", "a x"),)
+    assert ClassPrompts([(names, templates)], Tokenizer()).merged_classes == (
+        ((0, 0), (0, 1), (0, 2)),
+    )
+
+
+def test_copies_are_found_by_bytes_and_by_eye(inspection: Inspection) -> None:
+    assert (inspection.exact_copies.num_groups, inspection.exact_copies.num_surplus) == (3, 3)
+    assert inspection.exact_copies.num_labels_differ == 0
+    assert inspection.near_copies is not None
+    (group,) = inspection.near_copies.groups
+    assert group.labels_differ
+    assert len(group.samples) == 2
+    assert 0 < max(group.distances) <= 4 or group.distances == (0, 0)
+
+
+def test_concepts_are_noun_phrases_where_spacy_can_find_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stand-in for spaCy: noun phrases are what stands between commas."""
+
+    def word(text: str) -> SimpleNamespace:
+        return SimpleNamespace(text=text, pos_="DET" if text.lower() in ("a", "the") else "NOUN")
+
+    class Language:
+        def pipe(self, texts: Any, batch_size: int) -> Any:
+            for text in texts:
+                chunks = [[word(one) for one in part.split()] for part in text.split(",")]
+                yield SimpleNamespace(noun_chunks=chunks)
+
+    def load(name: str, exclude: list[str]) -> Language:
+        assert name == "en_core_web_sm"
+        return Language()
+
+    installed = {"en_core_web_sm"}
+    spacy = SimpleNamespace(
+        load=load, util=SimpleNamespace(is_package=installed.__contains__), __spec__=object()
+    )
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    texts = ["a Red bird,the tree"] * 4 + ["red bird, it"] * 2 + ["the"] * 9
+    found = count_concepts(texts)
+    assert found.most_frequent == (("red bird", 6),)
+    assert "noun phrases" in found.kind
+    assert "en_core_web_sm" in found.kind
+    assert count_concepts(texts, how="words").num_concepts == 3
+    installed.clear()
+    assert "spaCy's model en_core_web_sm is not installed" in count_concepts(texts).kind
+    with pytest.raises(ValueError, match="spacy download en_core_web_sm"):
+        count_concepts(texts, how="noun-phrases")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("data_set,shard,key,offset,reason\n", "no quarantine.csv of unicl-pack"),
+        ("source,name,kind,message\n", "0 rows, the manifest says 1"),
+        ("source,name,kind,message\na,b\n", "line 2: 2 fields of 4"),
+        (None, "quarantine.csv is missing; copy the data set again"),
+    ],
+)
+def test_a_damaged_list_of_what_was_left_out_is_refused_in_a_sentence(
+    packed: Path,
+    tmp_path: Path,
+    text: str | None,
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with PackedDataset(packed) as dataset:
+        damaged = copy_of(dataset, tmp_path / "set")
+    (damaged / "quarantine.csv").unlink()
+    if text is not None:
+        (damaged / "quarantine.csv").write_text(text)
+    code, errors = run(damaged, "--no-near", "--html", tmp_path / "page.html", capsys=capsys)
+    assert code == 2
+    assert message in errors
+
+
+class Tags(HTMLParser):
+    """Which elements and attributes a page has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+
+@pytest.fixture(scope="module")
+def written(packed: Path, inspection: Inspection, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the program writes; the inspection itself is the one from above."""
+    folder = tmp_path_factory.mktemp("written")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("unicl_fast.tools.pack.inspect.inspect_dataset", lambda *_, **__: inspection)
+        main(["inspect", str(packed), "--html", str(folder / "page.html"), "--json",
+              str(folder / "all.json"), "--duplicates-list", str(folder / "list.csv")])  # fmt: skip
+    return folder
+
+
+def test_the_page_needs_nothing_else_and_obeys_no_text(written: Path) -> None:
+    page = (written / "page.html").read_text(encoding="utf-8")
+    tags = Tags()
+    tags.feed(page)
+    names = {tag for tag, _ in tags.tags}
+    assert not names & {"script", "link", "iframe", "object", "form", "base"}
+    images = [attributes for tag, attributes in tags.tags if tag == "img"]
+    assert len(images) == 24 + 6 + 2
+    assert all(str(attributes["src"]).startswith("data:image/") for attributes in images)
+    for _, attributes in tags.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+    assert "&lt;script&gt;" in page
+    assert "url(" not in page
+    assert "http://" not in page
+    assert "https://" not in page
+
+
+def test_the_list_of_copies_can_be_left_out(packed: Path, written: Path) -> None:
+    rows = list(csv.DictReader((written / "list.csv").open(newline="")))
+    assert sorted(row["kind"] for row in rows) == ["duplicate"] * 3 + ["near duplicate"]
+    main(["merge", str(packed), "--leave-out", str(written / "list.csv"),
+          "--out", str(written / "clean")])  # fmt: skip
+    again = inspect_dataset(written / "clean", near=False, progress=False)
+    assert (again.num_samples, again.exact_copies.num_groups) == (20, 0)
+    assert again.near_copies is None
+    found = json.loads((written / "all.json").read_text())
+    assert found["class_counts"][0] == ["cat", 6]
+    assert found["exact_copies"]["num_surplus"] == 3
+
+
+@pytest.mark.parametrize("width", [360, 1280])
+def test_a_browser_shows_all_parts_at_phone_and_desktop_width(
+    written: Path, tmp_path: Path, width: int
+) -> None:
+    found = look_at(written / "page.html", tmp_path, width=width)
+    assert found["headings"] == [
+        "set", "Images and concepts", "Contact sheet", "Classes", "Captions", "Pictures",
+        "Copies", "Texts that coincide", "Left out when packed",
+    ]  # fmt: skip
+    assert (found["images"], found["broken_images"]) == (32, 0)
+    assert found["plots"] >= 6
+    assert found["scroll_width"] == width
+    assert found["beside"] == []
+    assert found["smallest_font"] >= 12
+    assert (found["scripts"], found["handlers"], found["broken"]) == (0, 0, False)
+    assert set(found["addresses"]) == {"data:"}
+    for text in (HOSTILE[:40], CLASSES[3], "dog & fox", "labels differ", "cat, Cat"):
+        assert text in found["text"]
+
+
+def test_the_program_prints_table_1(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, text = run(packed, "--no-near", "--concepts", "words", capsys=capsys)
+    assert code == 0
+    table = [line.split() for line in text.splitlines() if line.startswith("image-")]
+    assert table[0][:4] == ["image-label", "24", "4", "6.00"]
+    assert table[1][:4] == ["image-text", "15", "13", "1.15"]
+    assert "exact copies: 3 in 3 groups" in text
+    assert "near copies" not in text
+    assert "left out when packed: 1 damaged" in text
+
+
+def test_without_imagehash_near_copies_are_passed_over_unless_they_are_asked_for(
+    packed: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """`pip install unicl_fast` does not bring it, and is all that the first steps ask for."""
+    real = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "imagehash" else real(name)
+    )
+    code, text = run(packed, "--concepts", "words", "--html", tmp_path / "a.html", capsys=capsys)
+    assert code == 0, text
+    assert "exact copies: 3 in 3 groups" in text
+    assert (
+        "Nobody looked for them (--no-near, or no ImageHash)." in (tmp_path / "a.html").read_text()
+    )
+    assert "near copies: not looked for, which takes the package ImageHash: pip install" in text
+    for asking in (("--near-distance", 8), ("--duplicates-list", tmp_path / "list.csv")):
+        code, text = run(packed, *asking, capsys=capsys)
+        assert code == 2
+        assert "pip install 'unicl_fast[inspect]', or leave them out by --no-near" in text
+        code, text = run(packed, *asking, "--no-near", capsys=capsys)
+        assert code == 0, text
+        assert "not looked for" not in text
+
+
+def test_a_raw_set_is_described_by_its_pixels(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files of different bytes and names of different lengths, but the same pixels."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 20, 24, 3), np.uint8)
+    for name, content, level in (("cat/1", 0, 1), ("dog/a longer name", 0, 9), ("dog/2", 1, 1)):
+        path = tmp_path / "in" / f"{name}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels[content]).save(path, compress_level=level)
+    build_dataset([tmp_path / "in"], tmp_path / "set", format="raw", workers=1, progress=False)
+    code, text = run(
+        *(tmp_path / "set", "--workers", 1, "--html", tmp_path / "page.html"),
+        *("--json", tmp_path / "all.json", "--duplicates-list", tmp_path / "list.csv"),
+        capsys=capsys,
+    )
+    assert code == 0
+    assert "MB, kept as pixels" in text
+    assert "exact copies: 1 in 1 group, labels differ in 1" in text
+    found = json.loads((tmp_path / "all.json").read_text())
+    files = [*(tmp_path / "set").glob("*.tar"), tmp_path / "set" / "pixels.npy"]
+    assert found["num_bytes"] == sum(path.stat().st_size for path in files)
+    assert found["picture_bytes"]["smallest"] == found["picture_bytes"]["largest"] == 20 * 24 * 3
+    assert found["near_copies"]["num_groups"] == 0
+    (row,) = csv.DictReader((tmp_path / "list.csv").open(newline=""))
+    assert row["kind"] == "duplicate"
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert "pixels.npy and 1 shard" in page
+    assert "Size of the pixels" in page
+    tags = Tags()
+    tags.feed(page)
+    sheet = [dict(attributes)["src"] for tag, attributes in tags.tags if tag == "img"][:3]
+    shown = [
+        np.asarray(Image.open(io.BytesIO(base64.b64decode(str(uri).split(",")[1]))))
+        for uri in sheet
+    ]
+    assert np.array_equal(shown, np.load(tmp_path / "set" / "pixels.npy"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["NOWHERE"], "not a packed data set"),
+        (["SET", "--near-distance", "13"], "0 to 12"),
+        (["SET", "--sheet", "-1"], "--sheet"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2(
+    packed: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"NOWHERE": tmp_path / "nowhere", "SET": packed}
+    code, text = run(*(places.get(word, word) for word in arguments), capsys=capsys)
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_histograms_have_round_bins() -> None:
+    spread = inspect_module._spread_of_some(np.array([3, 4, 4, 5]))
+    assert (spread.edges, spread.counts) == ((3.0, 4.0, 5.0, 6.0), (1, 2, 1))
+    spread = inspect_module._spread_of_some(np.array([213, 640, 480, 333]))
+    assert spread.edges[0] == 200
+    assert spread.edges[1] == 220
+    assert sum(spread.counts) == 4
+    spread = inspect_module._spread_of_some(np.array([0.5, 3.01, 1.0]), unit=0.05)
+    assert spread.edges[1] - spread.edges[0] == pytest.approx(0.1)
+    assert sum(spread.counts) == 3
+    spread = inspect_module._spread_of_some(np.array([1.0]), unit=0.05)
+    assert spread.counts == (1,)
+
+
+def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs() -> None:
+    values = np.array([*range(20, 64)] * 5 + [65_280, 900])
+    spread = inspect_module._spread_of_some(values)
+    assert spread.edges[-3:] == (62.0, 64.0, 65_280.0)
+    assert spread.counts[-1] == 2
+    assert sum(spread.counts) == len(values)
+    assert min(spread.counts[:-1]) == 10
+    plot = inspect_page._spread_plot("Width", spread)
+    assert "<span>20</span><span>64 and more</span>" in plot
+
+
+def test_of_many_classes_the_smallest_that_have_pictures_are_shown() -> None:
+    counts = [("huge", 5000), *((f"class {n}", 1 + n % 7) for n in range(60)), ("none", 0)]
+    shown = inspect_page._classes(
+        SimpleNamespace(class_counts=counts, labels_per_picture={1: 1})  # type: ignore[arg-type]
+    )
+    assert "largest class first, logarithmic" in shown
+    assert "without any: 1" in shown
+    assert ">none<" not in shown

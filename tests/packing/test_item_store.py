@@ -1,0 +1,179 @@
+"""Items on the disk are what they would be in memory, and memory does not grow with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unicl_fast.packing.build.duplicates import join_duplicates
+from unicl_fast.packing.build.sample_views import AllSamples, ChosenSamples, choose
+from unicl_fast.packing.sources import item_store
+from unicl_fast.packing.sources.entries import RefusedEntry
+from unicl_fast.packing.sources.item_store import ItemStore, NamedItems
+from unicl_fast.packing.sources.items import Columns, Item, Problem, add_texts, require_text
+from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
+from unicl_fast.packing.sources.spans import PixelSpan
+from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.trees import FileEntry, open_tree
+from unicl_fast.packing.sources.zip_files import ZipEntry
+
+COLUMNS = Columns("", ("caption",), ("label",))
+texts = st.sampled_from(["a", "b", "\udcff is no UTF-8", "", 3.5, None, ["c", "d"], "x" * 5000])
+labels = st.sampled_from(["cat", 7, True, -1, None, ["dog", 2**70]])
+
+
+@given(st.lists(st.tuples(st.sampled_from("uvw"), texts, labels), max_size=30))
+def test_rows_in_any_order_make_the_items_that_they_make_in_memory(
+    rows: list[tuple[str, object, object]],
+) -> None:
+    expected: dict[str, Item] = {}
+    store = ItemStore()
+    named = NamedItems(store)
+    for line, (name, caption, label) in enumerate(rows):
+        row = {"caption": caption, "label": label}
+        problem = Problem(kind="missing", message="v") if name == "v" else None
+        new = expected.setdefault(name, Item(name, problem=problem, place=line))
+        add_texts(new, row, COLUMNS, f"line {line}")
+        known = named.find(name)
+        item = Item(name, problem=problem, place=line) if known is None else Item(name)
+        add_texts(item, row, COLUMNS, f"line {line}")
+        if known is None:
+            named.append(item)
+        else:
+            store.add_row(known, item)
+    for item in expected.values():
+        require_text(item)
+    assert list(store) == list(expected.values())
+
+
+def test_a_picture_with_too_many_texts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unicl_fast.packing.sources.items.MAX_TEXTS", 3)
+    store = ItemStore()
+    store.append(Item("a"))
+    for number in range(6):
+        row = Item("a")
+        add_texts(row, {"caption": str(number)}, COLUMNS, "")
+        store.add_row(0, row)
+    problem = store[0].problem
+    assert problem is not None
+    assert problem.kind == "too many texts"
+
+
+def test_all_kinds_of_entries_come_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(item_store, "_BUFFER_BYTES", 100)  # some in the file, the last in memory
+    entries = [
+        FileEntry("a/\udcff.jpg", 5, 17),
+        PixelSpan("b", 3, 8, 9, 3, True),
+        ZipEntry("c.zip", 1, 2, 3, 8, 5, 0),
+        RefusedEntry("outside", "no"),
+        None,
+    ]
+    store = ItemStore(tmp_path / "spool")
+    store.extend(Item(str(n), entry, ["x"], [n]) for n, entry in enumerate(entries * 3))
+    assert [item.entry for item in store] == entries * 3
+    assert [item.name for item in store[-2:]] == ["13", "14"]
+    assert store[3].labels == [3]
+    assert list((tmp_path / "spool").iterdir()) == []  # the file has no name
+    with pytest.raises(IndexError):
+        store[15]
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_names_are_found_among_many_and_told_apart_by_more_than_a_checksum(
+    monkeypatch: pytest.MonkeyPatch, collide: bool
+) -> None:
+    if collide:
+        monkeypatch.setattr(item_store, "_checksum", len)
+    store = ItemStore()
+    named = NamedItems(store)
+    count = 100 if collide else 1500  # more than the first table has room for
+    for number in range(count):
+        assert named.find(f"name {number}") is None
+        assert named.append(Item(f"name {number}")) == number
+    assert [named.find(f"name {number}") for number in range(count)] == list(range(count))
+    assert named.find("name") is None
+
+
+def source(name: str, count: int) -> Source:
+    items = [Item(f"{name}{number}") for number in range(count)]
+    return Source(name=name, items=items, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
+
+
+def test_views_are_the_lists_that_they_stand_for() -> None:
+    every = AllSamples([source("a", 2), source("b", 0), source("c", 3)])
+    assert [item.name for _, item in every] == ["a0", "a1", "c0", "c1", "c2"]
+    assert [name for name, _ in every] == ["a", "a", "c", "c", "c"]
+    some = choose(every, lambda sample: sample[1].name != "a1")
+    assert [item.name for _, item in some] == ["a0", "c0", "c1", "c2"]
+    turned = ChosenSamples(some, np.array([3, 0]))
+    assert [item.name for _, item in turned] == ["c2", "a0"]
+    assert len(choose(every, lambda sample: False)) == 0
+
+
+def test_a_placeholder_for_many_pictures_stays_several_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Equal files with captions of their own: all that one sample can have, and the rest."""
+    monkeypatch.setattr("unicl_fast.packing.build.duplicates.MAX_TEXTS", 50)
+    store = ItemStore()
+    many = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
+    here = FileEntry(__file__, 10)
+    store.extend(Item(str(number), here, [str(number)]) for number in range(52))
+    joined = join_duplicates(
+        AllSamples([many]), ItemStore(), max_file_bytes=10**6, workers=1, progress=False
+    )
+    assert len(joined[0][1].captions) == 50
+    assert joined[1][1].problem is not None
+    assert [joined[number][1].problem for number in (50, 51)] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "folders"])
+def test_memory_does_not_hold_what_is_read(tmp_path: Path, kind: str) -> None:
+    """Bytes a sample that are still held, and at the worst moment; 590 when all was in memory."""
+    count = 4000
+    for place in range(4):
+        (tmp_path / "in" / str(place)).mkdir(parents=True)
+    names = [f"{number % 4}/{number:05d}.jpg" for number in range(count)]
+    for name in names:
+        (tmp_path / "in" / name).touch()
+    with (tmp_path / "in" / "list.jsonl").open("w") as file:
+        for name in names:
+            file.write(json.dumps({"image": name, "caption": f"a picture that is {name}"}) + "\n")
+    place = tmp_path / "in" / ("list.jsonl" if kind == "jsonl" else "")
+    spool = Spool(tmp_path / "out")
+    read_source(str(place), ListOptions(), spool)  # what is loaded once
+    tracemalloc.start()
+    found = read_source(str(place), ListOptions(), spool)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.items) == count
+    buffers = 2 * item_store._BUFFER_BYTES
+    assert held < 30 * count + buffers
+    assert peak < 200 * count + buffers
+
+
+def test_folders_are_listed_in_the_order_of_whole_names(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    for name in ("a/1", "a-b/1", "a.b", "a/z/2", "b/1", "a0/1", "a/-", "a b/c"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "linked").symlink_to(root / "b")  # b comes first, and is listed once
+    (root / "0").symlink_to(tmp_path / "elsewhere")
+    (root / "self").symlink_to(root / "self")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "9").touch()
+    found = dict(open_tree(root).entries())
+    names = ["0/9", "a b/c", "a-b/1", "a.b", "a/-", "a/1", "a/z/2", "a0/1", "b/1", "self"]
+    assert list(found) == names == sorted(names)
+    assert isinstance(found["self"], RefusedEntry)
+    entry = found["a/1"]
+    assert isinstance(entry, FileEntry)
+    assert entry.mtime_ns == os.stat(root / "a/1").st_mtime_ns
+    assert entry.read() == b"a/1"

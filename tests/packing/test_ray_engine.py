@@ -1,0 +1,245 @@
+"""`unicl-pack build --engine ray`: the bytes of a local build, also when Ray's processes die."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import platform
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from bad_entries import (
+    Crashing,
+    Faulty,
+    KillsParentOnce,
+    SaysWhere,
+    SeenHereOnly,
+)
+from pack_runs import jpeg, run_pack
+
+from unicl_fast.packing.build import ray_engine
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build.ray_engine import check_on_ray
+from unicl_fast.packing.build.worker import Checked, PictureOptions, Task
+from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.trees import FileEntry
+
+has_ray = importlib.util.find_spec("ray") is not None
+needs_ray = pytest.mark.skipif(not has_ray, reason="Ray is not installed: pip install -e '.[ray]'")
+OPTIONS = PictureOptions(short_side=0, quality=90, max_pixels=10**6, seconds=5)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """Ray on this machine, with two workers, which can import what tests define."""
+    import ray
+
+    oracles = str(Path(__file__).resolve().parents[1] / "helpers")
+    ray.init(
+        num_cpus=2,
+        include_dashboard=False,
+        log_to_driver=False,
+        runtime_env={"env_vars": {"PYTHONPATH": oracles}},
+    )
+    yield
+    ray.shutdown()
+
+
+def test_a_build_on_ray_without_ray_says_what_to_install(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    code, text = run_pack(
+        "build", tmp_path, "--out", tmp_path / "o", "--engine", "ray", capsys=capsys
+    )
+    assert code == 2
+    assert "pip install 'unicl_fast[ray]'" in text
+
+
+class InOneProcess:
+    """Stands for Ray: tasks run when they are asked for, and those that wait are counted."""
+
+    exceptions = SimpleNamespace(RayError=ArithmeticError)
+
+    def __init__(self, cores: int) -> None:
+        self._cores = cores
+        self._unfinished: dict[int, Callable[[], Any]] = {}
+        self._finished: dict[int, Any] = {}
+        self.most = 0
+
+    def is_initialized(self) -> bool:
+        return True
+
+    def cluster_resources(self) -> dict[str, float]:
+        return {"CPU": self._cores}
+
+    def remote(self, **_: Any) -> Callable[..., Any]:
+        return lambda function: SimpleNamespace(remote=functools.partial(self._submit, function))
+
+    def _submit(self, function: Callable[..., Any], *arguments: Any) -> int:
+        number = len(self._unfinished) + len(self._finished)
+        self._unfinished[number] = functools.partial(function, *arguments)
+        self.most = max(self.most, len(self._unfinished))
+        return number
+
+    def wait(
+        self, references: list[int], *, num_returns: int, fetch_local: bool
+    ) -> tuple[list[int], list[int]]:
+        for reference in references[:num_returns]:
+            self.get(reference)
+        return references[:num_returns], references[num_returns:]
+
+    def get(self, reference: int) -> Any:
+        if reference not in self._finished:
+            self._finished[reference] = self._unfinished.pop(reference)()
+        return self._finished[reference]
+
+    def cancel(self, reference: int, *, force: bool) -> None:
+        self._unfinished.pop(reference, None)
+
+
+@pytest.mark.parametrize(("workers", "most"), [(1, 1), (3, 3), (0, 2 * 3)])
+def test_no_more_chunks_are_under_way_than_there_are_workers(
+    monkeypatch: pytest.MonkeyPatch, workers: int, most: int
+) -> None:
+    """Ray runs as many as it has cores, whatever this machine's share is to be."""
+
+    def check(tasks: list[Task], *_: Any) -> tuple[str, list[Problem]]:
+        return "m1", [Problem(kind="damaged", message=task.name) for task in tasks]
+
+    ray = InOneProcess(cores=2)
+    monkeypatch.setitem(sys.modules, "ray", ray)
+    monkeypatch.setattr(ray_engine, "_check_chunk", check)
+    tasks = [Task(name=str(number), entry=Faulty()) for number in range(64 * 20)]
+    results = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=workers)
+    assert [result.message for result in results] == [task.name for task in tasks]  # type: ignore[union-attr]
+    assert ray.most == most
+
+
+def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check(tasks: list[Task], *_: Any) -> tuple[str, list[Problem]]:
+        seen.extend(task.entry for task in tasks)
+        return "m1", [Problem(kind="unreadable", message="No such file") for _ in tasks]
+
+    seen: list[Any] = []
+    monkeypatch.setitem(sys.modules, "ray", InOneProcess(cores=2))
+    monkeypatch.setattr(ray_engine, "_check_chunk", check)
+    monkeypatch.chdir(tmp_path)
+    Path("1.jpg").write_bytes(jpeg(1))
+    tasks = [Task(name=name, entry=FileEntry(name, 1)) for name in ("gone.jpg", "1.jpg")]
+    results = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1)
+    assert next(results) == Problem(kind="unreadable", message="No such file")
+    with pytest.raises(
+        RuntimeError,
+        match=rf"1\.jpg: m1 could not read {tmp_path}/1\.jpg \(No such file\), and "
+        rf"{platform.node()}, which .* must see the sources, --out and --work",
+    ):
+        next(results)
+    assert seen == [FileEntry(f"{tmp_path}/{name}", 1) for name in ("gone.jpg", "1.jpg")]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["s3://bucket/photos", "--out", "OUT"],
+        ["PHOTOS", "--out", "s3://bucket/set"],
+        ["PHOTOS", "--out", "OUT", "--image-root", "s3://bucket/photos"],
+    ],
+)
+def test_urls_want_a_folder_that_all_machines_see(
+    tmp_path: Path, arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"OUT": tmp_path / "out", "PHOTOS": tmp_path}
+    words = [places.get(word, word) for word in arguments]
+    code, text = run_pack("build", *words, "--engine", "ray", capsys=capsys)
+    assert code == 2
+    assert "--engine ray with URLs takes --work FOLDER" in text
+    assert not os.listdir(tmp_path)
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("cluster")
+def test_what_another_machine_does_not_see_stops_the_build(tmp_path: Path) -> None:
+    """Here the other machine is another process; what none can read is a picture's problem."""
+    tasks = [Task(name="gone.jpg", entry=FileEntry(str(tmp_path / "gone.jpg"), 1))]
+    (result,) = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1)
+    assert isinstance(result, Problem)
+    assert result.kind == "unreadable"
+    tasks.append(Task(name="2.jpg", entry=SeenHereOnly("/not/shared/2.jpg", os.getpid(), jpeg(2))))
+    with pytest.raises(
+        RuntimeError,
+        match=rf"2\.jpg: {platform.node()} could not read /not/shared/2\.jpg \(No such file.*"
+        "must see the sources, --out and --work",
+    ):
+        list(check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1))
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("cluster")
+def test_relative_paths_do_not_move_the_processes_of_the_cluster(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "1.jpg").write_bytes(jpeg(1))
+    monkeypatch.chdir(tmp_path)
+    tasks = [
+        Task(name="1", entry=FileEntry("1.jpg", 1)),
+        Task(name="where", entry=SaysWhere()),
+    ]
+    found, where = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1)
+    assert isinstance(found, Checked)
+    assert isinstance(where, Problem)
+    assert where.message != str(tmp_path)
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("cluster")
+def test_a_cluster_gives_the_bytes_of_this_machine(shared_data: Path, tmp_path: Path) -> None:
+    source = shared_data / "captions" / "flickr8k" / "captions.jsonl"
+    for engine in ("local", "ray"):
+        build_dataset(
+            [source],
+            tmp_path / engine,
+            engine=engine,  # type: ignore[arg-type]
+            resize="short:96",
+            shard_bytes=500_000,
+            workers=2,
+            progress=False,
+        )
+    local, on_ray = (
+        {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
+        for name in ("local", "ray")
+    )
+    assert local == on_ray
+    assert len(local) > 10
+
+
+@needs_ray
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.usefixtures("cluster")
+def test_bad_pictures_and_killed_processes_of_ray_cost_no_others(tmp_path: Path) -> None:
+    sound = KillsParentOnce(str(tmp_path / "mark"), jpeg(3))
+    tasks = [Task(name=str(number), entry=sound, captions=("a cat",)) for number in range(200)]
+    tasks[70] = Task(name="crash", entry=Crashing(signal.SIGSEGV))
+    tasks[150] = Task(name="fault", entry=Faulty())
+    results = list(check_on_ray(tasks, options=OPTIONS, context_length=77, workers=2))
+    assert os.path.exists(tmp_path / "mark"), "no process of Ray was killed"
+    problems = {n: result for n, result in enumerate(results) if isinstance(result, Problem)}
+    assert {n: problem.kind for n, problem in problems.items()} == {70: "crash", 150: "failed"}
+    checked = [result for result in results if isinstance(result, Checked)]
+    assert len(checked) == 198
+    assert {result.picture.data for result in checked} == {jpeg(3)}

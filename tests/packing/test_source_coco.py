@@ -1,0 +1,232 @@
+"""COCO's JSON files, JSON arrays as lists, maps of zips, and JSON larger than memory."""
+
+from __future__ import annotations
+
+import json
+import random
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from foreign_sources import jpeg, outcomes, read, texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.packing.sources import json_stream
+from unicl_fast.packing.sources.json_stream import iter_elements
+from unicl_fast.packing.sources.read_sources import ListOptions, read_source, read_sources
+
+CAPTIONS = {
+    "info": {"year": 2017},
+    "images": [
+        {"id": 1, "file_name": "1.jpg", "height": 8, "width": 8},
+        {"id": 2, "file_name": "2.jpg"},
+    ],
+    "licenses": [],
+    "annotations": [
+        {"image_id": 1, "id": 10, "caption": "one"},
+        {"image_id": 2, "id": 11, "caption": "two"},
+        {"image_id": 1, "id": 12, "caption": "eins"},
+    ],
+}
+INSTANCES = {
+    "annotations": [
+        {"image_id": 2, "category_id": 90, "segmentation": [[1.5] * 8], "iscrowd": 0},
+        {"image_id": 3, "category_id": 1},
+        {"image_id": 2, "category_id": 90},
+        {"image_id": 2, "category_id": 1},
+    ],
+    "images": [{"id": 2, "file_name": "2.jpg"}, {"id": 3, "file_name": "3.jpg"}],
+    "categories": [{"id": 1, "name": "person"}, {"id": 90, "name": "toothbrush"}],
+}
+
+
+@pytest.fixture
+def coco(tmp_path: Path) -> Path:
+    """COCO's own layout."""
+    for folder in ("annotations", "val2017"):
+        (tmp_path / folder).mkdir()
+    for number in (1, 2, 3):
+        (tmp_path / "val2017" / f"{number}.jpg").write_bytes(jpeg(number))
+    (tmp_path / "annotations" / "captions_val2017.json").write_text(json.dumps(CAPTIONS))
+    (tmp_path / "annotations" / "instances_val2017.json").write_text(
+        json.dumps(INSTANCES, indent=2)
+    )
+    return tmp_path
+
+
+def test_captions_and_instances_meet_at_the_picture(coco: Path) -> None:
+    places = [str(path) for path in sorted((coco / "annotations").iterdir())]
+    (source,) = read_sources(places)
+    assert source.name == "captions_val2017.json+instances_val2017.json"
+    assert texts(source) == {
+        "1.jpg": (["one", "eins"], []),
+        "2.jpg": (["two"], ["toothbrush", "person"]),
+        "3.jpg": ([], ["person"]),
+    }
+    assert [read(item) for item in source.items] == [jpeg(1), jpeg(2), jpeg(3)]
+    alone = read_source(places[1], ListOptions(image_root=str(coco / "val2017")))
+    assert texts(alone).keys() == {"2.jpg", "3.jpg"}
+
+
+def test_a_file_that_is_named_twice_is_read_once(coco: Path) -> None:
+    captions, instances = (str(path) for path in sorted((coco / "annotations").iterdir()))
+    (source,) = read_sources([captions, captions, instances, captions])
+    assert source.name == "captions_val2017.json+instances_val2017.json"
+    assert len(source.items) == 3
+
+
+def test_pictures_are_found_in_zips_and_in_a_folder_called_images(coco: Path) -> None:
+    place = str(coco / "annotations" / "captions_val2017.json")
+    with zipfile.ZipFile(coco / "val2017.zip", "w") as archive:
+        for number in (1, 2):
+            archive.write(coco / "val2017" / f"{number}.jpg", f"val2017/{number}.jpg")
+    (coco / "val2017").rename(coco / "images")
+    assert set(outcomes(read_source(place)).values()) == {"read"}
+    (coco / "val2017.zip").unlink()
+    assert set(outcomes(read_source(place)).values()) == {"read"}
+    (coco / "images").rename(coco / "elsewhere")
+    assert set(outcomes(read_source(place)).values()) == {"missing"}
+
+
+def test_entries_that_lie_are_named(coco: Path) -> None:
+    images: list[Any] = [
+        {"id": 1, "file_name": "1.jpg"},
+        {"id": 1, "file_name": "2.jpg"},
+        {"id": 3, "file_name": "3.jpg"},
+        {"id": 4, "file_name": "../annotations/x.json"},
+        {"id": 5, "file_name": "gone.jpg"},
+        {"id": [6], "file_name": "6.jpg"},
+        {"id": 7},
+        8,
+    ]
+    annotations: list[Any] = [
+        {"image_id": 1, "caption": "fine"},
+        {"image_id": 3, "category_id": 5_000_000},
+        {"image_id": 9, "caption": "of no picture"},
+        {"image_id": None, "caption": "x"},
+        {"image_id": 1},
+        7,
+    ]
+    path = coco / "annotations" / "captions_val2017.json"
+    path.write_text(json.dumps({"images": images, "annotations": annotations}))
+    source = read_source(str(path))
+    assert outcomes(source) == {
+        **{"1.jpg": "read", "2.jpg": "ambiguous", "3.jpg": "bad row", "gone.jpg": "missing"},
+        **{"../annotations/x.json": "outside", "image [6]": "bad row", "image 7": "bad row"},
+        "image None": "bad row",
+    }
+    assert source.passed_over == {
+        "annotations of pictures that are not listed": 1,
+        "annotations that cannot be read": 3,
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"images": [], "x": 1}', "no COCO file.*it has: none"),
+        ('{"annotations": [{"image_id": 1, "caption": "x"}]}', "it has: annotations"),
+        (json.dumps(CAPTIONS)[:-40], "cannot be read as JSON"),
+        ('{"images": [' + "[" * 100_000, "nested too deeply|cannot be read"),
+        ("\ufeff", "cannot be read as JSON: it begins with ''"),
+        ('{"images": [{"id": 1 "file_name"', "at character 21"),
+        ('{"images": []} x', "'x' follows"),
+        ('{"images": [1}', "where , or ] should be"),
+    ],
+)
+def test_what_is_no_coco_file_is_refused_in_a_sentence(coco: Path, text: str, message: str) -> None:
+    path = coco / "annotations" / "captions_val2017.json"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        read_source(str(path))
+    assert "captions_val2017.json" in str(caught.value)
+
+
+def test_a_json_array_is_a_list_like_any_other(coco: Path) -> None:
+    rows = [{"image": "1.jpg", "caption": ["a", "b"]}, {"image": "2.jpg", "label": "x"}, 3]
+    (coco / "list.json").write_text(json.dumps(rows))
+    source = read_source(str(coco / "list.json"), ListOptions(image_root=str(coco / "val2017")))
+    assert texts(source) == {"1.jpg": (["a", "b"], []), "2.jpg": ([], ["x"])}
+    assert outcomes(source)["line 3"] == "bad row"
+
+
+def test_maps_of_zips_are_read_as_swin_and_unicl_write_them(tmp_path: Path) -> None:
+    for name in ("train.zip", "00001.zip"):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for number in (1, 2):
+                archive.writestr(f"n01440764/a b{number}.JPEG", jpeg(number))
+    (tmp_path / "train_map.txt").write_text(
+        "n01440764/a b1.JPEG\t0\r\n"
+        "00001.zip@/n01440764/a b2.JPEG\t999\n"
+        "00001.zip@n01440764/a b1.JPEG\t-1\n"
+        "gone.zip@x.JPEG\t1\n"
+        "../x/00001.zip@n01440764/a b1.JPEG\t1\n"
+        "n01440764/gone.JPEG\t3\n"
+        "no label\n"
+    )
+    source = read_source(str(tmp_path / "train_map.txt"))
+    assert texts(source) == {
+        "n01440764/a b1.JPEG": ([], [0]),
+        "00001.zip@/n01440764/a b2.JPEG": ([], [999]),
+    }
+    assert [read(item) for item in source.items[:2]] == [jpeg(1), jpeg(2)]
+    assert list(outcomes(source).values())[2:] == [
+        *("no text", "missing", "outside", "missing", "bad row"),
+    ]
+    elsewhere = ListOptions(image_root=str(tmp_path / "00001.zip"))
+    assert outcomes(read_source(str(tmp_path / "train_map.txt"), elsewhere)) == outcomes(source)
+    (tmp_path / "train.zip").unlink()
+    with pytest.raises(FileNotFoundError, match=r"train\.zip"):
+        read_source(str(tmp_path / "train_map.txt"))
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def pieces_of(value: Any) -> list[tuple[str, Any]]:
+    """What `iter_elements` should give, by Python's own reader."""
+    if isinstance(value, list):
+        return [("", element) for element in value]
+    return [
+        (name, element)
+        for name, entry in value.items()
+        for element in (entry if isinstance(entry, list) else [entry])
+    ]
+
+
+@given(
+    value=st.lists(VALUES, max_size=6) | st.dictionaries(st.text(), VALUES, max_size=6),
+    indent=st.sampled_from([None, 0, 3]),
+    block=st.integers(1, 40),
+)
+@settings(max_examples=60)
+def test_json_in_pieces_is_json(
+    tmp_path_factory: pytest.TempPathFactory, value: Any, indent: int | None, block: int
+) -> None:
+    path = tmp_path_factory.mktemp("json") / "a.json"
+    text = json.dumps(value, indent=indent, ensure_ascii=False)
+    path.write_text(text, encoding="utf-8", errors="surrogatepass")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(json_stream, "_BLOCK", block)
+        assert list(iter_elements(path)) == pieces_of(value)
+        cut = random.Random(block).randrange(len(text))
+        path.write_text(text[:cut], encoding="utf-8", errors="surrogatepass")
+        with pytest.raises(ValueError, match=r"a\.json"):
+            list(iter_elements(path))
+
+
+def test_an_element_without_end_is_not_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(json_stream, "_BLOCK", 1000)
+    monkeypatch.setattr(json_stream, "MAX_ELEMENT", 10_000)
+    (tmp_path / "a.json").write_text('["' + "x" * 1_000_000)
+    reader = iter_elements(tmp_path / "a.json")
+    with pytest.raises(ValueError, match="at character 1"):
+        next(reader)

@@ -1,0 +1,196 @@
+"""All kinds of sources in one build, from real pictures; and what a place is taken for."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from foreign_sources import base64_text, jpeg, planes, python2_pickle, write_tar
+from PIL import Image
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.sources.read_sources import read_source
+
+CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905
+
+
+def test_one_build_from_all_kinds(shared_data: Path, tmp_path: Path) -> None:
+    """Ten pictures of CIFAR-10 in seven wrappings, and three of COCO with captions and labels."""
+    with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
+        files = [archive.read(f"test/{name}/0001.jpg") for name in CIFAR_NAMES]
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
+    numbers = list(range(10))
+    features = {"label": {"_type": "ClassLabel", "names": CIFAR_NAMES}}
+    table = pa.table({"img": files, "label": numbers}).replace_schema_metadata(
+        {"huggingface": json.dumps({"info": {"features": features}})}
+    )
+    sources = [
+        *coco_files(shared_data / "captions" / "coco", tmp_path),
+        tmp_path / "hub",
+        tmp_path / "saved",
+        tmp_path / "tars",
+        tmp_path / "val_map.txt",
+        tmp_path / "test.tsv",
+        tmp_path / "cifar-10-python.tar.gz",
+        tmp_path / "grey-images-idx3-ubyte.gz",
+    ]
+    for name in ("hub", "saved", "tars"):
+        (tmp_path / name).mkdir()
+    pq.write_table(table, tmp_path / "hub" / "test-00000-of-00001.parquet", row_group_size=4)
+    with pa.ipc.new_stream(tmp_path / "saved" / "data-0.arrow", table.schema) as writer:
+        writer.write_table(table)
+    (tmp_path / "saved" / "state.json").write_text(
+        '{"_data_files": [{"filename": "data-0.arrow"}]}'
+    )
+    write_tar(
+        tmp_path / "tars" / "0.tar",
+        [
+            member
+            for number, file in enumerate(files)
+            for member in ((f"{number}.jpg", file), (f"{number}.cls", b"%d" % number))
+        ],
+    )
+    with zipfile.ZipFile(tmp_path / "val.zip", "w") as archive:
+        for number, file in enumerate(files):
+            archive.writestr(f"{number}.jpg", file)
+    lines = [f"{number}.jpg\t{number}\n" for number in numbers]
+    (tmp_path / "val_map.txt").write_text("".join(lines))
+    lines = [f"k{n}\t{n}\t{base64_text(file)}\n" for n, file in enumerate(files)]
+    (tmp_path / "test.tsv").write_text("".join(lines))
+    batch = {"labels": numbers, "data": planes(np.concatenate([pixels] * 3))[:10]}
+    batch["data"] = np.concatenate([batch["data"]] * 3)  # as long as a string that is not held
+    batch["labels"] = numbers * 3
+    members = {
+        "c/batches.meta": python2_pickle({"label_names": CIFAR_NAMES}),
+        "c/data_batch_1": python2_pickle(batch),
+    }
+    packed = gzip.compress(write_tar(tmp_path / "x", members).read_bytes())
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(packed)
+    shape = b"\0\0\0\x0a\0\0\0\x20\0\0\0\x20"
+    for name, data in (
+        ("grey-images-idx3-ubyte.gz", b"\0\0\x08\x03" + shape + pixels[..., 1].tobytes()),
+        ("grey-labels-idx1-ubyte.gz", b"\0\0\x08\x01\0\0\0\x0a" + bytes(numbers)),
+    ):
+        (tmp_path / name).write_bytes(gzip.compress(data))
+    categories = sorted({name for row in coco_rows(shared_data) for name in row["labels"]})
+    names = CIFAR_NAMES + [name for name in categories if name not in CIFAR_NAMES]
+    (tmp_path / "names.txt").write_text("\n".join(names))
+
+    summary = build_dataset(
+        sources,
+        tmp_path / "out",
+        class_names=str(tmp_path / "names.txt"),
+        workers=1,
+        progress=False,
+    )
+
+    assert (summary.num_samples, summary.num_quarantined) == (3 + 7 * 10 + 20, 0)
+    assert not list(tmp_path.glob("out.*"))  # what was unpacked is gone
+    with PackedDataset(tmp_path / "out") as dataset:
+        found: dict[bytes, list[int]] = {}
+        for index in range(len(dataset)):
+            picture = dataset.image_bytes(index, verify=True).tobytes()
+            found.setdefault(picture, []).extend(dataset.labels_of(index).tolist())
+    for number, file in enumerate(files):
+        assert found.pop(file) == [number] * 5  # byte for byte: hub, saved, tars, map, tsv
+        for copies, array in ((3, pixels[number]), (1, pixels[number, ..., 1])):
+            (same,) = (
+                data
+                for data in found
+                if np.array_equal(np.asarray(Image.open(io.BytesIO(data))), array)
+            )
+            assert found.pop(same) == [number] * copies
+    for row in coco_rows(shared_data):
+        data = (shared_data / "captions" / "coco" / row["image"]).read_bytes()
+        assert [names[label] for label in found.pop(data)] == row["labels"]
+    assert not found
+
+
+def coco_rows(shared_data: Path) -> list[dict]:
+    lines = (shared_data / "captions" / "coco" / "captions.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines[:3]]
+
+
+def coco_files(data: Path, folder: Path) -> list[Path]:
+    """The rows as COCO's own files, and the pictures where COCO has them."""
+    rows = coco_rows(data.parents[1])
+    (folder / "annotations").mkdir()
+    (folder / "train2017").symlink_to(data / "images")
+    names = sorted({name for row in rows for name in row["labels"]})
+    images = [
+        {"id": number, "file_name": Path(row["image"]).name} for number, row in enumerate(rows)
+    ]
+    captions = [
+        {"image_id": number, "caption": caption}
+        for number, row in enumerate(rows)
+        for caption in row["captions"]
+    ]
+    instances = [
+        {"image_id": number, "category_id": names.index(name), "iscrowd": 0}
+        for number, row in enumerate(rows)
+        for name in row["labels"] * 2
+    ]
+    categories = [{"id": number, "name": name} for number, name in enumerate(names)]
+    made = {
+        "captions": {"images": images, "annotations": captions},
+        "instances": {"images": images, "categories": categories, "annotations": instances},
+    }
+    for kind, content in made.items():
+        (folder / "annotations" / f"{kind}_train2017.json").write_text(json.dumps(content))
+    return [folder / "annotations" / f"{kind}_train2017.json" for kind in made]
+
+
+@pytest.mark.parametrize(
+    "extra", ["a.tar", "cat.parquet", "data.arrow", "train_map.txt", "state.json"]
+)
+def test_class_folders_with_other_things_in_them_stay_class_folders(
+    tmp_path: Path, extra: str
+) -> None:
+    (tmp_path / "cat").mkdir()
+    (tmp_path / "cat" / "1.jpg").write_bytes(jpeg(1))
+    (tmp_path / extra).write_bytes(b"{}")
+    (tmp_path / "self").symlink_to("self")
+    source = read_source(str(tmp_path))
+    assert [item.name for item in source.items] == ["cat/1.jpg", "self"]
+    assert sum(source.passed_over.values()) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_build_stopped_while_it_unpacks_leaves_nothing(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    table = pa.table({"image": [os.urandom(100_000)] * 3000, "label": ["x"] * 3000})
+    path = tmp_path / "a.parquet"
+    pq.write_table(table, path, use_dictionary=False, compression="zstd")
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "unicl_fast.tools.pack"),
+            *("build", str(path), "--out", str(tmp_path / "out")),
+        ],
+        stderr=subprocess.PIPE,
+        # a shell that starts tests behind itself lets its children ignore it
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if any(file.stat().st_size > 1_000_000 for file in tmp_path.glob("out.partial/spool/**/*")):
+            break
+        time.sleep(0.01)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number], errors
+    assert list(tmp_path.iterdir()) == [path]

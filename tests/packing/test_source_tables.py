@@ -1,0 +1,389 @@
+"""Parquet lists and data sets of Hugging Face."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from foreign_sources import jpeg, outcomes, read, texts
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.packing.limited_processes import run_limited
+from unicl_fast.packing.sources import tables as source_tables
+from unicl_fast.packing.sources import trees as picture_files
+from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, convert
+from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.read_sources import ListOptions, read_source
+from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.zip_files import ZipTree
+
+FEATURES = {
+    "image": {"_type": "Image"},
+    "label": {"names": ["0", "cat"], "_type": "ClassLabel"},
+    "tags": {"feature": {"names": ["big", "small"], "_type": "ClassLabel"}, "_type": "Sequence"},
+}
+
+
+def pictures(*numbers: int, path: str | None = None) -> pa.Array:
+    """Hugging Face's struct of a picture."""
+    kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    return pa.array([{"bytes": jpeg(number), "path": path} for number in numbers], kind)
+
+
+def table(count: int = 6, **columns: Any) -> pa.Table:
+    labels = [number % 2 for number in range(count)]
+    return pa.table({"image": pictures(*range(count)), "label": labels, **columns})
+
+
+def described(found: pa.Table) -> pa.Table:
+    """With the description that `datasets` puts into a file."""
+    text = json.dumps({"info": {"features": FEATURES}})
+    return found.replace_schema_metadata({"huggingface": text})
+
+
+def write_stream(path: Path, found: pa.Table, *, rows: int = 1000) -> Path:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, found.schema) as writer:
+        writer.write_table(found, max_chunksize=rows)
+    return path
+
+
+@pytest.fixture
+def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spool:
+    """With files read in this process: a new one costs a second, and two tests are about it."""
+    monkeypatch.setattr(
+        source_tables, "run_limited", lambda function, tasks, **_: map(function, tasks)
+    )
+    return Spool(tmp_path / "out")
+
+
+def test_pictures_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) -> None:
+    found = described(table(tags=[[0], [1, 0], None, [], [1], [1]]))
+    pq.write_table(found, tmp_path / "a.parquet", row_group_size=4)
+    source = read_source(str(tmp_path / "a.parquet"), None, spool)
+    assert texts(source)["a.parquet:1"] == ([], ["cat"])
+    assert source.labels_are_names  # though one is "0"
+    assert [read(item) for item in source.items] == [jpeg(number) for number in range(6)]
+    tags = ListOptions(label_column="tags", where=["label=1"])
+    source = read_source(str(tmp_path / "a.parquet"), tags, spool)
+    assert texts(source) == {
+        "a.parquet:1": ([], ["small", "big"]),
+        "a.parquet:5": ([], ["small"]),
+    }
+    assert outcomes(source)["a.parquet:3"] == "no text"
+    assert source.passed_over == {"rows that --where left out": 3}
+
+
+def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spool) -> None:
+    for number in (1, 2):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    rows = {
+        "path": ["1.jpg", "2.jpg", "1.jpg", "../x.jpg", "gone.jpg", "http://host/1.jpg", None],
+        "TEXT": ["one", "two", "eins", "x", "x", "x", "x"],
+        "label": [3, -1, 3, 3, 3, 3, 3],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "list.parquet")
+    source = read_source(str(tmp_path / "list.parquet"), None, spool)
+    assert texts(source) == {"1.jpg": (["one", "eins"], [3]), "2.jpg": (["two"], [])}
+    assert list(outcomes(source).values()) == [
+        *("read", "read", "outside", "missing", "missing", "missing"),
+    ]
+    assert not source.labels_are_names
+
+
+def test_a_zip_of_pictures_is_opened_once_for_all_files(
+    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Path] = []
+
+    class CountedZip(ZipTree):
+        def __init__(self, archive: Path, prefix: str) -> None:
+            super().__init__(archive, prefix)
+            opened.append(archive)
+
+    monkeypatch.setattr(picture_files, "ZipTree", CountedZip)
+    (tmp_path / "set").mkdir()
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        for number in (1, 2):
+            archive.writestr(f"{number}.jpg", jpeg(number))
+            rows = pa.table({"path": [f"{number}.jpg"], "label": [number]})
+            pq.write_table(rows, tmp_path / "set" / f"{number}.parquet")
+    options = ListOptions(image_root=str(tmp_path / "p.zip"))
+    source = read_source(str(tmp_path / "set"), options, spool)
+    assert outcomes(source) == {"1.jpg": "read", "2.jpg": "read"}
+    assert opened == [tmp_path / "p.zip"]
+    (tmp_path / "p.zip").unlink()
+    with pytest.raises(FileNotFoundError, match=r"p\.zip: no such folder or zip"):
+        read_source(str(tmp_path / "set"), options, spool)
+
+
+def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: Spool) -> None:
+    rows = {
+        "jpg": [jpeg(1), None],
+        "caption": ["one", "two"],
+        "key": ["0", "1"],
+        "status": ["success", "failed_to_download"],
+        "error_message": [None, "404"],
+        "url": ["http://x", "http://y"],
+    }
+    pq.write_table(pa.table(rows), tmp_path / "a.parquet")
+    source = read_source(str(tmp_path / "a.parquet"), None, spool)
+    assert texts(source) == {"a.parquet:0": (["one"], [])}
+    assert source.passed_over == {"failed downloads of img2dataset": 1}
+    pq.write_table(pa.table({"URL": ["http://x"], "TEXT": ["a"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="addresses of pictures but no pictures.*img2dataset"):
+        read_source(str(tmp_path / "a.parquet"), None, spool)
+    odd = pa.table({"picture": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
+    pq.write_table(odd, tmp_path / "a.parquet")
+    options = ListOptions(image_column="picture", caption_column="say")
+    found = outcomes(read_source(str(tmp_path / "a.parquet"), options, spool))
+    assert found == {"a.parquet:0": "read", "a.parquet:1": "missing"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "message"),
+    [
+        ({"a": [1]}, ListOptions(), "no column with pictures.*It has .'a'"),
+        ({"image": [b"x"]}, ListOptions(), "neither captions nor labels"),
+        ({"image": [b"x"], "label": [1]}, ListOptions(caption_column="c"), "no column 'c'"),
+        ({"image": [b"x"], "label": [1]}, ListOptions(where=["c=1"]), "no column 'c'.*--where"),
+        ({"image": [1.5], "label": [1]}, ListOptions(), "of type double; expected bytes"),
+    ],
+)
+def test_tables_without_the_columns_say_what_they_have(
+    tmp_path: Path, spool: Spool, columns: dict[str, Any], options: ListOptions, message: str
+) -> None:
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match=message):
+        read_source(str(tmp_path / "a.parquet"), options, spool)
+
+
+def test_a_saved_dataset_is_read_where_it_lies(tmp_path: Path, spool: Spool) -> None:
+    folder = tmp_path / "set" / "train"
+    folder.mkdir(parents=True)
+    first, second = "data-00000-of-00002.arrow", "data-00001-of-00002.arrow"
+    write_stream(folder / first, table(5), rows=2)
+    write_stream(folder / second, table(3))
+    state = {"_data_files": [{"filename": first}, {"filename": second}], "_split": "train"}
+    (folder / "state.json").write_text(json.dumps(state))
+    (folder / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
+    (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    source = read_source(str(folder), None, spool)
+    assert source.name == "train"
+    assert [read(item) for item in source.items] == [jpeg(n) for n in (*range(5), *range(3))]
+    assert texts(source)[f"{second}:1"] == ([], ["cat"])
+    made = [path for path in tmp_path.glob("out.spool-*/*") if path.stat().st_size]
+    assert not made  # nothing was copied
+    with pytest.raises(ValueError, match=r"splits train, test; name one, such as .*set/train"):
+        read_source(str(tmp_path / "set"), None, spool)
+    state["_data_files"] = [{"filename": "../../x.arrow"}]
+    (folder / "state.json").write_text(json.dumps(state))
+    with pytest.raises(ValueError, match="does not say what files"):
+        read_source(str(folder), None, spool)
+
+
+def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: Spool) -> None:
+    (tmp_path / "set" / "data").mkdir(parents=True)
+    for name, count in (("train-00000-of-00002", 3), ("train-00001-of-00002", 2), ("test", 1)):
+        path = tmp_path / "set" / "data" / f"{name}.parquet"
+        pq.write_table(described(table(count)), path)
+    path.rename(path.with_name("test-00000-of-00001.parquet"))
+    with pytest.raises(ValueError, match=r"several splits: test, train; name one, .*set/train"):
+        read_source(str(tmp_path / "set"), None, spool)
+    source = read_source(str(tmp_path / "set" / "train"), None, spool)
+    assert source.name == "set/train"
+    assert len(source.items) == 5
+    with pytest.raises(ValueError, match="no split 'val'; it has test, train"):
+        read_source(str(tmp_path / "set" / "val"), None, spool)
+    path.with_name("test-00000-of-00001.parquet").unlink()
+    assert len(read_source(str(tmp_path / "set"), None, spool).items) == 5
+
+
+def test_labels_beyond_the_names_and_values_of_other_types_are_named(
+    tmp_path: Path, spool: Spool
+) -> None:
+    found = described(pa.table({"image": pictures(*range(5)), "label": [0, 2, -2, 2**40, -1]}))
+    pq.write_table(found, tmp_path / "a.parquet")
+    source = read_source(str(tmp_path / "a.parquet"), None, spool)
+    assert list(outcomes(source).values()) == ["read", *["bad row"] * 3, "no text"]
+    copied = sum(path.stat().st_size for path in tmp_path.glob("out.spool-*/*"))
+    assert copied == len(jpeg(0)) + len(jpeg(4))  # not those of bad rows
+    odd = pa.table({"image": pictures(0, 1), "caption": [b"x", None], "label": [1.5, 2.0]})
+    pq.write_table(odd, tmp_path / "a.parquet")
+    found = outcomes(read_source(str(tmp_path / "a.parquet"), None, spool))
+    assert set(found.values()) == {"bad row"}
+
+
+def break_page(path: Path) -> None:
+    """Damages the pictures of the second row group of three."""
+    place = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    data = bytearray(path.read_bytes())
+    data[place : place + 40] = b"\xff" * 40
+    path.write_bytes(data)
+
+
+def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
+    tmp_path: Path, spool: Spool
+) -> None:
+    for name in ("a", "b", "c"):
+        pq.write_table(table(9), tmp_path / f"{name}.parquet", row_group_size=3)
+    break_page(tmp_path / "a.parquet")
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-10])
+    found = outcomes(read_source(str(tmp_path), None, spool))
+    assert found.pop("a.parquet rows 3 to 5") == "damaged"
+    assert found.pop("b.parquet from row 0") == "damaged"
+    assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(9)} - {
+        *(f"a.parquet:{row}" for row in (3, 4, 5)),
+    }
+    assert set(found.values()) == {"read"}
+    with pytest.raises(ValueError, match=r"b\.parquet has no rows that can be read: "):
+        read_source(str(tmp_path / "b.parquet"), None, spool)
+
+
+def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(
+    tmp_path: Path, spool: Spool
+) -> None:
+    for number in range(4):
+        (tmp_path / f"{number}.jpg").write_bytes(jpeg(number))
+    names = pa.array([b"0.jpg", b"1.jpg", b"\xff.jpg", b"3.jpg"])
+    paths = pa.Array.from_buffers(pa.string(), 4, names.buffers())  # a text that is not UTF-8
+    rows = pa.table({"path": paths, "label": [1, 2, 1, 1]})
+    pq.write_table(rows, tmp_path / "a.parquet", row_group_size=3)
+    options = ListOptions(where=["label=1"])
+    source = read_source(str(tmp_path / "a.parquet"), options, spool)
+    assert outcomes(source) == {"3.jpg": "read", "a.parquet rows 0 to 2": "damaged"}
+    assert not source.passed_over
+
+
+def test_a_cut_arrow_file_gives_what_comes_before(tmp_path: Path, spool: Spool) -> None:
+    path = write_stream(tmp_path / "a.arrow", table(9), rows=3)
+    data = path.read_bytes()
+    for cut, rows in ((len(data) // 2, 3), (len(data) - 8, 9)):
+        path.write_bytes(data[:cut])
+        source = read_source(str(path), None, spool)
+        assert outcomes(source) == {
+            **{f"a.arrow:{row}": "read" for row in range(rows)},
+            f"a.arrow from row {rows}": "damaged",
+        }
+
+
+def damaged_copies(kind: str, data: st.DataObject) -> bytes:
+    found = table(4, tags=[[1], [], None, [0, 1]])
+    file = io.BytesIO()
+    if kind == "parquet":
+        pq.write_table(found, file, row_group_size=2, compression="snappy")
+    else:
+        with pa.ipc.new_stream(file, found.schema) as writer:
+            writer.write_table(found, max_chunksize=2)
+    content = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    return bytes(content)
+
+
+@pytest.mark.parametrize("kind", ["parquet", "arrow"])
+@given(data=st.data())
+@settings(max_examples=60)
+def test_any_damage_to_a_table_is_named(
+    tmp_path_factory: pytest.TempPathFactory, kind: str, data: st.DataObject
+) -> None:
+    folder = tmp_path_factory.mktemp("table")
+    path = folder / f"a.{kind}"
+    path.write_bytes(damaged_copies(kind, data))
+    options = ListOptions(label_column="label")
+    task = TableTask(
+        path=str(path),
+        options=options,
+        rows_file=str(folder / "rows"),
+        pictures_file=str(folder / "pictures"),
+    )
+    try:
+        result = convert(task)
+    except ValueError as error:
+        assert str(path) in str(error)  # noqa: PT017
+        return
+    except MemoryError:
+        return
+    assert isinstance(result, TableResult)
+    rows = folder / "rows"
+    for line in rows.read_bytes().splitlines() if rows.exists() else ():
+        row = json.loads(line)
+        if "offset" in row:
+            file = path if row["in_place"] else folder / "pictures"
+            assert row["offset"] + row["size"] <= file.stat().st_size
+
+
+def test_a_file_that_ends_its_process_costs_what_comes_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One value of 20 MB that a dictionary repeats: read out, 20 GB."""
+    monkeypatch.setattr(source_tables, "_MEMORY_BYTES", 200_000_000)
+    spool = Spool(tmp_path / "out")
+    value = b"x" * 20_000_000
+    column = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([value]))
+    pq.write_table(pa.table({"image": column, "label": [1] * 1000}), tmp_path / "b.parquet")
+    pq.write_table(table(3), tmp_path / "a.parquet")
+    pq.write_table(table(3), tmp_path / "c.parquet")
+    source = read_source(str(tmp_path), None, spool)
+    found = outcomes(source)
+    assert found.pop("b.parquet from row 0") == "too large"
+    assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(3)}
+
+
+def test_a_script_without_a_guard_hears_of_it(tmp_path: Path) -> None:
+    """Its every process begins with its main part again, and is refused a process of its own."""
+    pq.write_table(table(3), tmp_path / "a.parquet")
+    places = str(tmp_path / "a.parquet"), str(tmp_path / "out")
+    script = tmp_path / "script.py"
+    script.write_text(
+        "from pathlib import Path\n"
+        "from unicl_fast.packing.build.build import build_dataset\n"
+        f"build_dataset([Path({places[0]!r})], Path({places[1]!r}), workers=1, progress=False)\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)
+    assert done.stderr.splitlines()[-1] == (
+        "RuntimeError: a worker process could not start (exit code 1); if this is a script of "
+        'yours, guard its main part by if __name__ == "__main__":, and see if memory is free'
+    )
+
+
+def test_a_crash_is_told_by_its_signal() -> None:
+    (found,) = run_limited(_crash, ["task"], memory_bytes=10**9)
+    assert isinstance(found, Problem)
+    assert found.message == "a decoder crashed (SIGSEGV)"
+    with pytest.raises(ValueError, match="of the task"):
+        list(run_limited(_refuse, ["task"], memory_bytes=10**9))
+
+
+def _crash(task: str) -> None:
+    import os
+    import signal
+
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
+def _refuse(task: str) -> None:
+    raise ValueError(f"of the {task}")
+
+
+def test_without_pyarrow_the_extra_is_named(
+    tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pq.write_table(table(3), tmp_path / "a.parquet")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(ValueError, match=r"pip install 'unicl_fast\[sources\]'"):
+        read_source(str(tmp_path / "a.parquet"), None, spool)
+
+
+def test_without_a_spool_nothing_is_unpacked(tmp_path: Path) -> None:
+    pq.write_table(table(3), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="no place for it"):
+        read_source(str(tmp_path / "a.parquet"))

@@ -1,0 +1,294 @@
+"""WebDataset tars and what img2dataset writes."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import tarfile
+from pathlib import Path
+
+import pytest
+import webdataset
+from foreign_sources import jpeg, outcomes, read, texts, write_tar
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.packing.sources.read_sources import ListOptions, read_source
+from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.tar_members import DamagedTarError, iter_members
+
+
+def three_samples(path: Path) -> Path:
+    """A caption, a label, and both with more in JSON."""
+    fields = {"caption": "one", "captions": ["two", "one"], "label": ["cat", 3], "split": "val"}
+    return write_tar(
+        path,
+        {
+            "000.jpg": jpeg(0),
+            "000.txt": b"a red square\n",
+            "001.cls": b"7",
+            "001.png": jpeg(1),
+            "f/002.webp": jpeg(2),
+            "f/002.json": json.dumps(fields).encode(),
+            "f/002.txt": b"one",
+        },
+    )
+
+
+def test_a_key_is_a_sample_with_its_texts(tmp_path: Path) -> None:
+    place = str(three_samples(tmp_path / "a.tar"))
+    source = read_source(place)
+    assert texts(source) == {
+        "a.tar/000": (["a red square"], []),
+        "a.tar/001": ([], [7]),
+        "a.tar/f/002": (["one", "two"], ["cat", 3]),
+    }
+    assert [read(item) for item in source.items] == [jpeg(0), jpeg(1), jpeg(2)]
+    only = read_source(place, ListOptions(caption_column="captions", where=["split=val"]))
+    assert texts(only) == {"a.tar/f/002": (["two", "one"], ["cat", 3])}
+    assert only.passed_over == {"rows that --where left out": 2}
+
+
+def test_what_webdataset_writes_is_read(tmp_path: Path) -> None:
+    with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+        for number in range(5):
+            sample = {"__key__": f"{number:06d}", "jpg": jpeg(number), "txt": f"square {number}"}
+            writer.write(sample | {"json": {"label": f"class {number % 2}"}})
+    source = read_source(str(tmp_path / "a.tar"))
+    assert texts(source)["a.tar/000003"] == (["square 3"], ["class 1"])
+    assert [read(item) for item in source.items] == [jpeg(number) for number in range(5)]
+
+
+@pytest.mark.parametrize("style", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_names_are_read_as_tarfile_reads_them(tmp_path: Path, style: int) -> None:
+    names = ["a.jpg", "f/" * 60 + "b.jpg", "\u00e9/" + "c" * 80 + ".jpg", "\udcff.jpg"]
+    if style != tarfile.USTAR_FORMAT:
+        names.append("d" * 300 + ".jpg")
+    with tarfile.open(tmp_path / "a.tar", "w", format=style) as archive:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = len(name)
+            info.mtime = 1.5  # type: ignore[assignment]  # pax writes a header for the half
+            archive.addfile(info, io.BytesIO(os.fsencode(name)))
+        folder = tarfile.TarInfo("folder")
+        folder.type = tarfile.DIRTYPE
+        archive.addfile(folder)
+    with tarfile.open(tmp_path / "a.tar") as archive:
+        expected = [(m.name, m.offset_data, m.size) for m in archive if m.isfile()]
+    with (tmp_path / "a.tar").open("rb") as file:
+        assert [(m.name, m.offset, m.num_bytes) for m in iter_members(file)] == expected
+    assert len(expected) == len(names)
+
+
+def test_folders_braces_archives_in_a_row_and_gzip_are_read_through(tmp_path: Path) -> None:
+    one, two = three_samples(tmp_path / "s-08.tar"), write_tar(tmp_path / "x", {"9.jpg": jpeg(9)})
+    (tmp_path / "s-09.tar").write_bytes(one.read_bytes() + two.read_bytes())
+    (tmp_path / "s-10.tar.gz").write_bytes(gzip.compress(one.read_bytes()))
+    two.unlink()
+    spool = Spool(tmp_path / "out")
+    folder = read_source(str(tmp_path), None, spool)
+    assert len(folder.items) == 10
+    assert {len(read(item)) > 100 for item in folder.items} == {True}
+    assert outcomes(folder)["s-09.tar/9"] == "no text"
+    braces = read_source(str(tmp_path / "s-{08..09}.tar"))
+    assert len(braces.items) == 7
+    with pytest.raises(FileNotFoundError, match="1 of 3 tars.*s-07"):
+        read_source(str(tmp_path / "s-{07..09}.tar"))
+    with pytest.raises(ValueError, match="no range"):
+        read_source(str(tmp_path / "s-{09..07}.tar"))
+    made = [path for path in tmp_path.iterdir() if "spool" in path.name]
+    assert len(made) == 1
+    with spool:
+        pass
+    assert not made[0].exists()
+
+
+def test_folders_that_programs_leave_do_not_hide_tars(tmp_path: Path) -> None:
+    three_samples(tmp_path / "a.tar")
+    for folder in ("_tmp", "__MACOSX"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "_tmp" / "0.feather").write_bytes(b"x")
+    source = read_source(str(tmp_path))
+    assert len(source.items) == 3
+    assert source.passed_over["folder _tmp"] == source.passed_over["folder __MACOSX"] == 1
+    (tmp_path / "notes").mkdir()
+    beside = "tar files beside folders (name them to pack them)"
+    assert read_source(str(tmp_path)).passed_over == {f".{beside}": 1}
+    (tmp_path / "_tmp" / "0.feather").unlink()
+    message = r"holds no pictures; .* a\.tar lie there too, and are not read .*: name the files"
+    with pytest.raises(ValueError, match=message):
+        read_source(str(tmp_path))
+
+
+def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> None:
+    data = three_samples(tmp_path / "a.tar").read_bytes()
+    with (tmp_path / "a.tar").open("rb") as file:
+        members = list(iter_members(file))
+    cut = members[3].offset + 100  # in the picture of the second, whose label is before it
+    (tmp_path / "a.tar").write_bytes(data[:cut])
+    found = outcomes(read_source(str(tmp_path / "a.tar")))
+    expected = {"a.tar/000": "read", "a.tar/001": "damaged"}
+    assert found == expected | {f"a.tar from byte {members[3].header}": "damaged"}
+    # cut where a member ends: the last sample may have had more files
+    (tmp_path / "a.tar").write_bytes(data[: members[1].header])
+    found = outcomes(read_source(str(tmp_path / "a.tar")))
+    assert found == {"a.tar/000": "damaged", f"a.tar from byte {members[1].header}": "damaged"}
+    (tmp_path / "a.tar").write_bytes(data[:100])
+    with pytest.raises(ValueError, match=r"a\.tar holds no pictures .*without its end mark"):
+        read_source(str(tmp_path / "a.tar"))
+    (tmp_path / "a.tar").write_bytes(data[: members[2].header] + b"\xff" * 2048)
+    found = outcomes(read_source(str(three_samples(tmp_path / "b.tar").parent)))
+    assert found[f"a.tar from byte {members[2].header}"] == "damaged"
+    assert sum(name.startswith("b.tar") for name in found) == 3
+
+
+def test_odd_samples_are_refused_by_name(tmp_path: Path) -> None:
+    path = write_tar(
+        tmp_path / "a.tar",
+        [
+            ("one.jpg", jpeg(1)),
+            ("one.jpg", jpeg(2)),
+            ("one.txt", b"twice the same name"),
+            ("two.jpg", jpeg(1)),
+            ("two.png", jpeg(2)),
+            ("two.txt", b"two pictures"),
+            ("alone.txt", b"no picture"),
+            ("list.jpg", jpeg(1)),
+            ("list.json", b"[1]"),
+            ("latin.jpg", jpeg(1)),
+            ("latin.txt", b"caf\xe9"),
+            ("long.jpg", jpeg(1)),
+            ("long.txt", b"x" * 2_000_000),
+            ("none.jpg", jpeg(1)),
+            ("good.jpg", jpeg(1)),
+            ("good.txt", b"good"),
+            ("good.seg.png", jpeg(1)),
+            ("__MACOSX/._x", b""),
+            ("README", b""),
+        ],
+    )
+    with tarfile.open(path, "a") as archive:
+        for name, kind in (("link.jpg", tarfile.SYMTYPE), ("pipe.jpg", tarfile.FIFOTYPE)):
+            info = tarfile.TarInfo(name)
+            info.type, info.linkname = kind, "/etc/passwd"
+            archive.addfile(info)
+    source = read_source(str(path))
+    assert {name.removeprefix("a.tar/"): kind for name, kind in outcomes(source).items()} == {
+        **{"one": "ambiguous", "two": "ambiguous", "alone": "missing", "list": "bad row"},
+        **{"latin": "bad row", "long": "bad row", "none": "no text", "good": "read"},
+        **{"link": "unreadable", "pipe": "unreadable"},
+    }
+    assert source.passed_over == {"files that belong to no sample": 2, ".seg.png files": 1}
+
+
+@pytest.mark.parametrize(
+    "header", [b"\0" * 124 + b"7" * 11, b"\0" * 124 + b"\x80" + b"\x7f" * 11, b"x" * 512]
+)
+def test_headers_that_lie_end_the_tar_there(tmp_path: Path, header: bytes) -> None:
+    block = bytearray(header.ljust(512, b"\0"))
+    block[156:157] = b"x"  # an extended header, which would have to be read
+    if header[:1] != b"x":
+        block[148:156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 256)
+    good = write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(1), "1.txt": b"x"}).read_bytes()
+    with (tmp_path / "a.tar").open("rb") as file:
+        end = list(iter_members(file))[-1].offset + 512
+    (tmp_path / "a.tar").write_bytes(
+        write_tar(tmp_path / "b", {"0.jpg": jpeg(0), "0.txt": b"y"}).read_bytes()[:end]
+        + good[:end]
+        + block
+    )
+    found = outcomes(read_source(str(tmp_path / "a.tar")))
+    assert found == {
+        **{"a.tar/0": "read", "a.tar/1": "damaged", f"a.tar from byte {2 * end}": "damaged"}
+    }
+
+
+@given(data=st.data())
+@settings(max_examples=100)
+def test_any_damage_to_a_tar_is_named_or_leaves_pictures_where_they_were(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
+) -> None:
+    path = three_samples(tmp_path_factory.mktemp("tar") / "a.tar")
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(0, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    try:
+        source = read_source(str(path))
+    except ValueError as error:
+        assert "a.tar" in str(error)  # noqa: PT017
+        return
+    for item in source.items:
+        if item.problem is None:
+            assert len(read(item)) in {len(jpeg(number)) for number in range(3)}
+
+
+@given(data=st.binary(max_size=3000))
+@settings(max_examples=100)
+def test_no_bytes_make_the_tar_reader_fail_otherwise(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
+    path = tmp_path_factory.mktemp("tar") / "a.tar"
+    path.write_bytes(data)
+    with path.open("rb") as file:
+        try:
+            assert all(
+                member.offset + member.num_bytes <= len(data) for member in iter_members(file)
+            )
+        except DamagedTarError as error:
+            assert error.offset <= len(data)  # noqa: PT017
+
+
+def test_gzip_bombs_and_cut_gzip_are_named(tmp_path: Path) -> None:
+    spool = Spool(tmp_path / "out")
+    with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=9) as file:
+        for _ in range(40):
+            file.write(bytes(1_000_000))
+    unpacked, broken = spool.gunzip(str(tmp_path / "a.tar.gz"))
+    assert "100 times" in broken
+    assert unpacked.stat().st_size <= 16_000_000
+    whole = gzip.compress(three_samples(tmp_path / "b").read_bytes())
+    (tmp_path / "b.tar.gz").write_bytes(whole[:-20])
+    source = read_source(str(tmp_path / "b.tar.gz"), None, spool)
+    (problem,) = [name for name in outcomes(source) if "from byte" in name]
+    assert outcomes(source)[problem] == "damaged"
+    assert outcomes(source)["b.tar.gz/000"] == "read"
+
+
+def test_a_full_disk_is_told_by_what_it_is_needed_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gzip.compress(three_samples(tmp_path / "b").read_bytes())
+    (tmp_path / "b.tar.gz").write_bytes(whole)
+    spool = Spool(tmp_path / "out")
+    monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
+    with pytest.raises(OSError, match="no room left for .*takes as much room as they do"):
+        read_source(str(tmp_path / "b.tar.gz"), None, spool)
+
+
+def test_img2dataset_in_tars_counts_its_failures(tmp_path: Path) -> None:
+    three_samples(tmp_path / "00000.tar")
+    statistics = {"count": 10, "successes": 3, "failed_to_download": 6, "failed_to_resize": 1}
+    (tmp_path / "00000_stats.json").write_text(json.dumps(statistics))
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    source = read_source(str(tmp_path))
+    assert len(source.items) == 3
+    assert source.passed_over == {"failed downloads of img2dataset": 7}
+
+
+def test_img2dataset_in_files(tmp_path: Path) -> None:
+    (tmp_path / "00000").mkdir()
+    (tmp_path / "00000.parquet").write_bytes(b"PAR1")
+    (tmp_path / "00000_stats.json").write_text('{"failed_to_download": 1}')
+    for number, status in enumerate(("success", "success", "failed_to_download")):
+        stem = tmp_path / "00000" / f"{number:09d}"
+        fields = {"caption": f"square {number}", "status": status, "key": stem.name}
+        stem.with_suffix(".json").write_text(json.dumps(fields))
+        if status == "success":
+            stem.with_suffix(".jpg").write_bytes(jpeg(number))
+            stem.with_suffix(".txt").write_text(f"square {number}")
+    source = read_source(str(tmp_path))
+    assert texts(source) == {f"00000/{n:09d}": ([f"square {n}"], []) for n in range(2)}
+    assert source.passed_over == {"failed downloads of img2dataset": 1}

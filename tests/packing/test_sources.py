@@ -1,0 +1,320 @@
+"""What a user may have is read as it stands, and nothing of it is lost in silence."""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from unicl_fast.packing.build.class_names import (
+    LabelSpace,
+    collect_label_space,
+    read_label_space,
+    refuse_numbers,
+)
+from unicl_fast.packing.sources.entries import Entry, EntryError
+from unicl_fast.packing.sources.read_sources import Item, ListOptions, Source, read_source
+from unicl_fast.packing.sources.trees import FileEntry, open_tree
+
+
+def make_files(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_bytes(name.encode())
+
+
+def read(entry: Entry | None) -> bytes:
+    assert entry is not None
+    return entry.read()
+
+
+def by_name(source: Source) -> dict[str, Item]:
+    return {item.name: item for item in source.items}
+
+
+def kinds(source: Source) -> list[str]:
+    """What became of each item: its problem, or nothing where it can be read."""
+    found = []
+    for item in source.items:
+        try:
+            assert item.problem or item.entry
+            found.append(item.problem.kind if item.problem else "" * len(read(item.entry)))
+        except EntryError as error:
+            found.append(error.kind)
+    return found
+
+
+def test_class_is_the_folder_that_holds_the_picture(tmp_path: Path) -> None:
+    make_files(tmp_path, "train/big_cat/1.jpg", "train/dog/2.PNG", "val/dog/3", "dog/4.odd")
+    items = by_name(read_source(str(tmp_path)))
+    assert {name: item.labels for name, item in items.items()} == {
+        "train/big_cat/1.jpg": ["big_cat"],
+        "train/dog/2.PNG": ["dog"],
+        "val/dog/3": ["dog"],
+        "dog/4.odd": ["dog"],
+    }
+    assert read(items["val/dog/3"].entry) == b"val/dog/3"
+
+
+def test_what_is_no_picture_is_passed_over_and_counted(tmp_path: Path) -> None:
+    make_files(tmp_path, "a/1.jpg", "a/notes.txt", "b/list.CSV", "a/.hidden", ".git/x.jpg", "2.jpg")
+    source = read_source(str(tmp_path))
+    assert source.passed_over == {".txt files": 1, ".csv files": 1, "hidden files": 2}
+    items = by_name(source)
+    assert set(items) == {"a/1.jpg", "2.jpg"}
+    problem = items["2.jpg"].problem
+    assert problem is not None
+    assert problem.kind == "no class"
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    make_files(tmp_path / "real", "1.jpg")
+    (tmp_path / "set" / "cat").mkdir(parents=True)
+    (tmp_path / "set" / "cat" / "loop").symlink_to(tmp_path / "set")
+    (tmp_path / "set" / "dog").symlink_to(tmp_path / "real")
+    (tmp_path / "set" / "cat" / "gone.jpg").symlink_to(tmp_path / "nowhere")
+    items = by_name(read_source(str(tmp_path / "set")))
+    assert set(items) == {"dog/1.jpg", "cat/gone.jpg"}
+    with pytest.raises(EntryError, match="No such file"):
+        read(items["cat/gone.jpg"].entry)
+
+
+def test_a_pipe_among_the_pictures_does_not_stop_the_program(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo.jpg")
+    with pytest.raises(EntryError, match="not a regular file"):
+        FileEntry(str(tmp_path / "fifo.jpg"), 0).read()
+
+
+@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
+def test_a_zip_is_read_like_the_folder_in_it(tmp_path: Path, method: int) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w", method) as archive:
+        for name in ("train/cat/1.jpg", "train/dog/2.jpg", "val/dog/3.jpg", "__MACOSX/cat/_1.jpg"):
+            archive.writestr(name, name * 50)
+    whole = read_source(str(tmp_path / "set.zip"))
+    assert [item.name for item in whole.items] == [
+        "train/cat/1.jpg",
+        "train/dog/2.jpg",
+        "val/dog/3.jpg",
+    ]
+    part = by_name(read_source(str(tmp_path / "set.zip" / "train")))
+    assert {name: item.labels for name, item in part.items()} == {
+        "cat/1.jpg": ["cat"],
+        "dog/2.jpg": ["dog"],
+    }
+    if method == zipfile.ZIP_LZMA:
+        with pytest.raises(EntryError, match="compression method 14"):
+            read(part["dog/2.jpg"].entry)
+    else:
+        assert read(part["dog/2.jpg"].entry) == b"train/dog/2.jpg" * 50
+
+
+def test_a_zip_without_the_folder_says_what_it_has(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "set.zip", "w") as archive:
+        archive.writestr("train/cat/1.jpg", "x")
+    with pytest.raises(FileNotFoundError, match="at its top are: train"):
+        read_source(str(tmp_path / "set.zip" / "trian"))
+
+
+def test_damage_inside_a_zip_is_found(tmp_path: Path) -> None:
+    path = tmp_path / "set.zip"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("cat/1.jpg", b"0123456789" * 10)
+    data = bytearray(path.read_bytes())
+    data[data.index(b"0123456789")] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(EntryError, match="checksum"):
+        read(read_source(str(path)).items[0].entry)
+
+
+def test_a_zip_entry_cannot_grow_beyond_what_it_declares(tmp_path: Path) -> None:
+    path = tmp_path / "bomb.zip"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("cat/1.jpg", bytes(10_000_000))
+    data = bytearray(path.read_bytes())
+    directory = data.index(b"PK\x01\x02")
+    data[directory + 24 : directory + 28] = (50).to_bytes(4, "little")
+    path.write_bytes(data)
+    with pytest.raises(EntryError, match="checksum"):
+        read(read_source(str(path)).items[0].entry)
+
+
+def test_csv_rows_of_one_picture_are_one_sample(tmp_path: Path) -> None:
+    make_files(tmp_path, "im/1.jpg", "im/2.jpg")
+    (tmp_path / "list.csv").write_text(
+        "\ufeffimage,caption,label\n"
+        'im/1.jpg,"a cat, asleep",cat\n'
+        "im/1.jpg,a sleeping cat,cat\n"
+        "im/2.jpg,,dog\n"
+        "im/1.jpg,a sleeping cat,animal\n",
+        encoding="utf-8",
+    )
+    items = by_name(read_source(str(tmp_path / "list.csv")))
+    assert items["im/1.jpg"].captions == ["a cat, asleep", "a sleeping cat"]
+    assert items["im/1.jpg"].labels == ["cat", "animal"]
+    assert items["im/2.jpg"].captions == []
+    assert read(items["im/2.jpg"].entry) == b"im/2.jpg"
+
+
+def test_jsonl_takes_lists_and_single_values(tmp_path: Path) -> None:
+    make_files(tmp_path / "pictures", "1.jpg", "2.jpg", "3.jpg", "4.jpg")
+    rows = [
+        {"path": "1.jpg", "captions": ["one", "eins"]},
+        {"path": "2.jpg", "captions": "two", "label": 0},
+        {"path": "3.jpg", "label": ["x", "y"]},
+        {"path": "4.jpg", "label": -1, "captions": [" "]},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    options = ListOptions(image_root=str(tmp_path / "pictures"))
+    items = by_name(read_source(str(tmp_path / "list.jsonl"), options))
+    assert items["1.jpg"].captions == ["one", "eins"]
+    assert (items["2.jpg"].captions, items["2.jpg"].labels) == (["two"], [0])
+    assert items["3.jpg"].labels == ["x", "y"]
+    problem = items["4.jpg"].problem
+    assert problem is not None
+    assert problem.kind == "no text"
+
+
+def test_columns_conditions_and_a_zip_as_root(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.writestr("in/1.jpg", b"one")
+        archive.writestr("in/2.jpg", b"two")
+    (tmp_path / "list.tsv").write_text("pic\twords\tsplit\n1.jpg\tone\ttrain\n2.jpg\ttwo\tval\n")
+    options = ListOptions(
+        image_column="pic",
+        caption_column="words",
+        where=["split=val"],
+        image_root=str(tmp_path / "p.zip" / "in"),
+    )
+    source = read_source(str(tmp_path / "list.tsv"), options)
+    (item,) = source.items
+    assert (item.name, item.captions, read(item.entry)) == ("2.jpg", ["two"], b"two")
+    assert source.passed_over == {"rows that --where left out": 1}
+
+
+def test_broken_rows_and_paths_that_leave_the_root_are_kept_with_their_problem(
+    tmp_path: Path,
+) -> None:
+    make_files(tmp_path, "root/1.jpg", "secret.jpg")
+    (tmp_path / "root" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
+    (tmp_path / "root" / "folder").mkdir()
+    (tmp_path / "root" / "list.csv").write_text(
+        "image,caption\n../secret.jpg,a\n"
+        f"{tmp_path}/secret.jpg,b\nlink.jpg,c\ngone.jpg,d\nfolder,e\ntoo,many,fields\n,no path\n"
+    )
+    source = read_source(str(tmp_path / "root" / "list.csv"))
+    assert kinds(source) == ["outside"] * 3 + ["missing", "unreadable", "bad row", "bad row"]
+
+
+def test_broken_json_lines_are_named_by_number(tmp_path: Path) -> None:
+    make_files(tmp_path, "1.jpg")
+    (tmp_path / "list.jsonl").write_text(
+        '{"image": "1.jpg", "caption": "x"}\n{"image":\n[1]\n{"image": "1.jpg", "caption": {}}\n'
+    )
+    items = by_name(read_source(str(tmp_path / "list.jsonl")))
+    assert set(items) == {"1.jpg", "line 2", "line 3"}
+    assert all(item.problem and item.problem.kind == "bad row" for item in items.values())
+
+
+@pytest.mark.parametrize(
+    ("text", "options", "message"),
+    [
+        ("", ListOptions(), "empty"),
+        ("image,caption\n", ListOptions(), "no rows"),
+        ("picture,caption\n1,a\n", ListOptions(), "--image-column"),
+        ("image,words\n1,a\n", ListOptions(), "--caption-column or --label-column"),
+        ("image,caption\n1,a\n", ListOptions(label_column="kind"), "'kind' .--label-column"),
+        ("image,caption\n1,a\n", ListOptions(where=["split=x"]), "--where"),
+        ("image,caption\n1,a\n", ListOptions(where=["caption"]), "COLUMN=VALUE"),
+        ("image,caption\n1,a\n", ListOptions(where=["caption=b"]), "no rows with caption=b"),
+    ],
+)
+def test_lists_that_cannot_be_read_say_what_to_do(
+    tmp_path: Path, text: str, options: ListOptions, message: str
+) -> None:
+    (tmp_path / "list.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_source(str(tmp_path / "list.csv"), options)
+
+
+def test_places_that_are_no_source_say_so(tmp_path: Path) -> None:
+    make_files(tmp_path, "letter.txt", "empty/letter.txt")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        read_source(str(tmp_path / "nowhere"))
+    with pytest.raises(ValueError, match="neither a folder nor a zip"):
+        read_source(str(tmp_path / "letter.txt"))
+    with pytest.raises(ValueError, match="no pictures"):
+        read_source(str(tmp_path / "empty"))
+
+
+def test_names_with_odd_bytes_are_found(tmp_path: Path) -> None:
+    folder = os.fsencode(tmp_path) + b"/cat"
+    os.mkdir(folder)
+    with open(folder + b"/\xff.jpg", "wb") as file:
+        file.write(b"x")
+    assert read(read_source(str(tmp_path)).items[0].entry) == b"x"
+
+
+def test_tree_of_a_list_finds_names_with_dots(tmp_path: Path) -> None:
+    make_files(tmp_path, "a/1.jpg")
+    assert open_tree(tmp_path).find("./a/1.jpg").read() == b"a/1.jpg"
+
+
+def test_labels_are_found_by_key_name_folder_spelling_and_number(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("n01\tbig cat\nn02\tdog\n7\tbird\n")
+    space = read_label_space(str(tmp_path / "names.txt"))
+    assert space.names == ("big cat", "dog", "bird")
+    assert [space.number_of(x) for x in ("n02", "big cat", "big_cat", "7", "1", 2)] == [
+        1,
+        0,
+        0,
+        2,
+        1,
+        2,
+    ]
+    for label in ("cow", "3", 3, -5):
+        with pytest.raises(ValueError, match=str(label)):
+            space.number_of(label)
+
+
+def test_names_that_occur_twice_are_told_apart_by_keys_only() -> None:
+    space = LabelSpace(("crane", "crane"), ("bird", "machine"))
+    assert space.number_of("machine") == 1
+    with pytest.raises(ValueError, match="crane"):
+        space.number_of("crane")
+
+
+def test_names_with_keys_on_some_lines_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("n01\tcat\ndog\n")
+    with pytest.raises(ValueError, match="1 of 2 lines"):
+        read_label_space(str(tmp_path / "names.txt"))
+    (tmp_path / "names.txt").write_text("n01\tcat\nn01\tdog\n")
+    with pytest.raises(ValueError, match="twice"):
+        read_label_space(str(tmp_path / "names.txt"))
+
+
+def test_imagenets_names_are_built_in() -> None:
+    space = read_label_space("imagenet")
+    assert len(space.names) == len(space.keys) == 1000
+    assert space.number_of("n01440764") == 0
+    assert space.names[0] == "tench"
+
+
+def test_labels_found_become_names_in_sorted_order() -> None:
+    space = collect_label_space(["sea_lion", "ant", "sea lion"])
+    assert space.names == ("ant", "sea lion")
+    assert space.number_of("sea_lion") == 1
+
+
+def test_numbers_without_names_are_refused_for_lists_only() -> None:
+    for label in ("3", 3):
+        with pytest.raises(ValueError, match="--class-names"):
+            refuse_numbers(["cat", label], "list.csv")
+    assert collect_label_space(["0", "1"]).names == ("0", "1")
+
+
+def test_a_class_folder_whose_name_is_not_text_is_refused() -> None:
+    with pytest.raises(ValueError, match="rename"):
+        collect_label_space(["caf\udce9"])

@@ -1,0 +1,170 @@
+"""A picture that crashes, hangs or devours memory costs a build itself and nothing else."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import multiprocessing
+import signal
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry
+from pack_runs import jpeg
+from PIL import Image
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.packing.build import build as build_module
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build.worker_pool import (
+    Checked,
+    PictureOptions,
+    Problem,
+    Task,
+    check_in_order,
+)
+from unicl_fast.packing.sources.entries import Entry, RefusedEntry
+from unicl_fast.packing.sources.read_sources import ListOptions, Source
+from unicl_fast.packing.sources.spool import Spool
+
+pytestmark = pytest.mark.dist
+
+# expected of each: what stands in quarantine.csv
+BAD: dict[str, tuple[Entry, str, str]] = {
+    "dog/fault.jpg": (Crashing(signal.SIGSEGV), "crash", "a decoder crashed (SIGSEGV)"),
+    "cat/abort.jpg": (Crashing(signal.SIGABRT), "crash", "a decoder crashed (SIGABRT)"),
+    "cat/killed.jpg": (
+        Crashing(signal.SIGKILL),
+        "crash",
+        "the process was killed, for want of memory maybe",
+    ),
+    "cat/slow.jpg": (Hanging(), "too slow", "not done after 2 seconds"),
+    "dog/hungry.jpg": (
+        Hungry(16),
+        "too large",
+        "takes more memory than its number of pixels should",
+    ),
+    "dog/odd.jpg": (Faulty(), "failed", "KeyError: 'surprise'"),
+}
+
+
+def options(**changes: float) -> PictureOptions:
+    known = {"short_side": 0, "quality": 90, "max_pixels": 10_000_000, "seconds": 2}
+    return PictureOptions(**(known | changes))  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """70 sound pictures, and the names of those that will turn bad."""
+    root = tmp_path_factory.mktemp("pictures")
+    for number in range(70):
+        place = root / ("cat", "dog")[number % 2]
+        place.mkdir(exist_ok=True)
+        (place / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    for name in BAD:
+        (root / name).touch()
+    return root
+
+
+def build(
+    monkeypatch: pytest.MonkeyPatch,
+    folder: Path,
+    out: Path,
+    entries: dict[str, Entry],
+    workers: int,
+) -> dict[str, bytes]:
+    """Packs `folder` with other entries under some names; returns the files made."""
+    read = build_module.read_sources
+
+    def replaced(places: Sequence[str], lists: ListOptions, spool: Spool) -> list[Source]:
+        sources = read(places, lists, spool)
+        for number, source in enumerate(sources):
+            items = list(source.items)
+            for item in items:
+                item.entry = entries.get(item.name, item.entry)
+            sources[number] = dataclasses.replace(source, items=items)
+        return sources
+
+    monkeypatch.setattr(build_module, "read_sources", replaced)
+    build_dataset([folder], out, workers=workers, picture_seconds=2, progress=False)
+    monkeypatch.undo()
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
+    monkeypatch: pytest.MonkeyPatch, folder: Path, tmp_path: Path, workers: int
+) -> None:
+    bad = {name: entry for name, (entry, _, _) in BAD.items()}
+    refused: dict[str, Entry] = {
+        name: RefusedEntry(kind, message) for name, (_, kind, message) in BAD.items()
+    }
+    found = build(monkeypatch, folder, tmp_path / "bad", bad, workers)
+    assert found == build(monkeypatch, folder, tmp_path / "refused", refused, 1)
+    with (tmp_path / "bad" / "quarantine.csv").open(newline="") as file:
+        rows = {row["name"]: (row["kind"], row["message"]) for row in csv.DictReader(file)}
+    assert rows == {name: (kind, message) for name, (_, kind, message) in BAD.items()}
+    with PackedDataset(tmp_path / "bad") as dataset:
+        assert len(dataset) == 70
+        pictures = {dataset.image_bytes(index, verify=True).tobytes() for index in range(70)}
+    assert pictures == {jpeg(number) for number in range(70)}
+
+
+def test_a_death_that_was_not_the_pictures_fault_costs_nothing(tmp_path: Path) -> None:
+    """A signal from outside, a neighbour's leak: the second try in a fresh process is sound."""
+    tasks = [
+        Task(name=str(number), entry=CrashingOnce(str(tmp_path / str(number)), jpeg(number)))
+        for number in range(3)
+    ]
+    results = list(check_in_order(tasks, options=options(), context_length=77, workers=1))
+    assert [result.picture.data for result in results if isinstance(result, Checked)] == [
+        jpeg(number) for number in range(3)
+    ]
+
+
+def test_captions_are_tokenised_after_a_crash_as_before(tmp_path: Path) -> None:
+    sound = CrashingOnce(str(tmp_path / "mark"), jpeg(1))
+    tasks = [
+        Task(name="a", entry=Crashing(signal.SIGSEGV), captions=("lost",)),
+        Task(name="b", entry=sound, captions=("a dog", "two dogs")),
+    ]
+    crash, result = check_in_order(tasks, options=options(), context_length=77, workers=1)
+    assert isinstance(crash, Problem)
+    assert isinstance(result, Checked)
+    assert [len(ids) for ids in result.tokens] == [4, 4]
+
+
+def test_a_picture_that_takes_long_to_decode_is_left_out(tmp_path: Path) -> None:
+    """A real one: 60 million transparent pixels in a file of 250 kB, one second by the clock."""
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    Image.new("RGBA", (10_000, 6_000)).save(tmp_path / "in" / "cat" / "slow.png")
+    (tmp_path / "in" / "cat" / "quick.jpg").write_bytes(jpeg(1))
+    summary = build_dataset(
+        [tmp_path / "in"], tmp_path / "out", picture_seconds=0.5, workers=1, progress=False
+    )
+    assert summary.num_samples == 1
+    assert "cat/slow.png: not done after 0.5 seconds" in summary.quarantined
+
+
+def test_the_limit_is_for_each_picture_and_not_for_waiting() -> None:
+    """A consumer slower than the limit (a full disk cache) makes no picture too slow."""
+    tasks = [Task(name=str(n), entry=CrashingOnce("/", jpeg(n))) for n in range(200)]
+    results = check_in_order(tasks, options=options(seconds=0.4), context_length=77, workers=1)
+    for place, result in enumerate(results):
+        assert isinstance(result, Checked)
+        if place in (0, 64):
+            time.sleep(1)
+
+
+def test_workers_are_gone_when_the_results_are_not_wanted_any_more() -> None:
+    sound = [Task(name="a", entry=CrashingOnce("/", jpeg(1)))] * 64
+    stuck = [Task(name="b", entry=Hanging())] * 200
+    results = check_in_order(
+        sound + stuck, options=options(seconds=0), context_length=77, workers=2
+    )
+    assert isinstance(next(iter(results)), Checked)
+    assert len(multiprocessing.active_children()) == 2
+    results.close()  # type: ignore[attr-defined]
+    assert not multiprocessing.active_children()

@@ -1,0 +1,392 @@
+"""`unicl-eval` as a user runs it, on real pictures: several data sets, probes, retrieval, ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from object_stores import empty, upload
+from pasted_objects import paste_objects
+from PIL import Image
+from program_runs import SMALL, call, run
+from torchvision.datasets import DTD, MNIST
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_names
+from unicl_fast.evaluation.finetune import load_finetuned
+from unicl_fast.evaluation.linear_probe import LOG10_C, LabelledFeatures, ProbeFit, fit_probe
+from unicl_fast.evaluation.model import shows_progress
+from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
+from unicl_fast.tools import evaluate, pretrain
+
+pytestmark = pytest.mark.dali
+
+DTD_KINDS = ("texture", "pattern", "thing", "object")
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path) -> Path:
+    out = data / "evaluated"
+    call(pretrain, *SMALL, "--data.train", data / "labels", "--out", out, "--run.steps", "4")
+    return out
+
+
+def evaluated(kind: str, trained: Path, *more: str | Path, nproc: int = 1) -> dict:
+    path = trained / "result.json"
+    arguments = [kind, "--checkpoint", trained, "--json", path, "--device", "cpu", *more]
+    if nproc == 1:
+        call(evaluate, *arguments)
+    else:
+        run("evaluate", *arguments, "--nproc", str(nproc))
+    return json.loads(path.read_text())
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        call(evaluate, *arguments)
+    assert stopped.value.code == 2
+    return capsys.readouterr().err
+
+
+def make_dtd(root: Path, shared_data: Path) -> Path:
+    """DTD as torchvision's download leaves it, with the pictures that are here."""
+    folder = root / "dtd" / "dtd"
+    shutil.unpack_archive(shared_data / "transfer" / "dtd10" / "dtd10.zip", root / "unpacked")
+    (folder / "labels").mkdir(parents=True)
+    for split in ("train", "val", "test"):
+        lines = []
+        for picture in sorted((root / "unpacked").glob(f"{split}/*/*.jpg"))[::2]:
+            name = f"{picture.parent.name}/{picture.name}"
+            (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, folder / "images" / name)
+            lines.append(name)
+        (folder / "labels" / f"{split}1.txt").write_text("\n".join(lines) + "\n")
+    return root
+
+
+def make_mnist(root: Path) -> Path:
+    """MNIST as torchvision's download leaves it, with five pictures a part."""
+    folder = root / "MNIST" / "raw"
+    folder.mkdir(parents=True)
+    pictures = np.arange(5 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(5, 28, 28)
+    for part in ("train", "t10k"):
+        heads = [(0x803, 5, 28, 28), (0x801, 5)]
+        for kind, head, values in zip(
+            ("images-idx3", "labels-idx1"), heads, (pictures, np.arange(5, dtype=np.uint8)),
+            strict=True,
+        ):  # fmt: skip
+            content = np.array(head, ">u4").tobytes() + values.tobytes()
+            (folder / f"{part}-{kind}-ubyte").write_bytes(content)
+    return root
+
+
+def test_several_data_sets_make_one_table_and_their_pictures(
+    data: Path,
+    trained: Path,
+    shared_data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    alone = evaluated("zero-shot", trained, "--data", data / "labels")
+    pets = tmp_path / "pets"
+    shutil.copytree(data / "labels", pets)
+    dtd = f"torchvision:DTD:{make_dtd(tmp_path / 'tv', shared_data)}"
+    capsys.readouterr()
+    values = evaluated(
+        *("zero-shot", trained, "--data", str(data / "labels"), str(pets), dtd),
+        *("--templates", "own", "simple", "own", "--markdown", tmp_path / "table.md"),
+        *("--figures", tmp_path / "figures"),
+    )
+    labels, mean_over_classes, textures = values["data_sets"]
+    for key in ("top1", "per_class", "num_samples"):
+        assert labels[key] == alone[key]
+    assert (labels["metric"], labels["num_templates"]) == ("top1", 80)
+    assert mean_over_classes["metric"] == "mean_per_class"
+    assert mean_over_classes["num_templates"] == 1
+    files = DTD(tmp_path / "tv", split="test")
+    assert textures["num_samples"] == len(files) == 20
+    assert [row["class"] for row in textures["per_class"]] == files.classes
+    expected = labels["top1"] + mean_over_classes["mean_per_class"] + textures["top1"]
+    assert values["mean"] == pytest.approx(expected / 3)
+    table = (tmp_path / "table.md").read_text()
+    shown = capsys.readouterr()
+    assert table.strip() in shown.out
+    assert "it/s" not in shown.err, "progress bars are for terminals"
+    rows = [line.split("|")[1].strip() for line in table.splitlines()]
+    assert rows == ["data set", rows[1], "labels", "pets", "DTD", "mean"]
+    for name in ("labels", "pets", "DTD"):
+        assert Image.open(tmp_path / "figures" / f"confusion-{name}.png").size[0] > 500
+
+
+def test_pictures_that_torchvision_decodes_keep_their_pixels(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+
+    def look(model: object, dataset: PackedDataset, **arguments: object) -> None:
+        for index in range(len(dataset)):
+            picture = Image.open(io.BytesIO(dataset.image_bytes(index).tobytes()))
+            seen[int(dataset.labels_of(index)[0])] = np.asarray(picture.convert("RGB"))
+        raise ValueError("seen")
+
+    monkeypatch.setattr("unicl_fast.evaluation.run.evaluate_zero_shot", look)
+    root = make_mnist(tmp_path)
+    with pytest.raises(SystemExit):
+        evaluated("zero-shot", trained, "--data", f"torchvision:MNIST:{root}")
+    theirs = {label: np.asarray(picture.convert("RGB")) for picture, label in MNIST(root, False)}
+    assert sorted(seen) == sorted(theirs)
+    assert all(np.array_equal(seen[label], theirs[label]) for label in seen)
+
+
+def test_the_metric_follows_the_protocol_and_names_tell_data_sets_apart() -> None:
+    for name in ("OxfordIIITPet", "pets", "oxford-flowers-102", "FGVCAircraft", "caltech101-test"):
+        assert protocol_metric(name) == "mean_per_class", name
+    for name in ("CIFAR10", "food101", "StanfordCars", "petsounds"):
+        assert protocol_metric(name) == "top1", name
+    assert short_names(["a/x", "b/x", "torchvision:DTD:/data", "y"]) == ["x-1", "x-2", "DTD", "y"]
+
+
+def require_clip_benchmark() -> None:
+    if not has_clip_benchmark():
+        pytest.skip("needs the package clip-benchmark: pip install --no-deps clip-benchmark")
+
+
+def test_data_sets_of_clip_benchmark_take_its_lists() -> None:
+    require_clip_benchmark()
+    kinds = [f"a photo of {word} {{}} {kind}." for word in ("a", "the") for kind in DTD_KINDS]
+    assert read_templates("clip-benchmark:dtd") == tuple(kinds)
+    assert _choose_templates("torchvision:DTD:/data", "", None) == tuple(kinds)
+    names = read_class_names("clip-benchmark:pets")
+    assert (len(names), names[0], names[-1]) == (37, "Abyssinian", "Yorkshire Terrier")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "torchvision:Dtd:{tmp}"], "has no data set Dtd"),
+        (["--data", "torchvision:DTD"], "is written torchvision:CLASS:FOLDER"),
+        (["--data", "torchvision:DTD:{tmp}"], "Nothing is fetched here"),
+        (["--data", "torchvision:CIFAR10:{tmp}:val"], "has the splits train and test, not val"),
+        (["--data", "{tmp}/nothing"], "nothing is at"),
+        (["--data", "{labels}", "{labels}", "--templates", "simple", "simple", "simple"],
+         "--templates takes one value for all data sets or one for each of the 2, not 3"),
+        (["--data", "{labels}", "--class-names", "clip-benchmark:nothing"], "it has them for"),
+        (["--data", "{labels}", "--class-names", "clip-benchmark:pets"], "37 names"),
+    ],
+    ids=["kind", "form", "missing", "split", "nowhere", "too many", "no list", "other list"],
+)  # fmt: skip
+def test_what_zero_shot_cannot_read_is_refused(
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    if any("clip-benchmark" in word for word in arguments):
+        require_clip_benchmark()
+    filled = [word.format(tmp=tmp_path, labels=data / "labels") for word in arguments]
+    assert message in refusal(capsys, "zero-shot", "--checkpoint", trained, *filled)
+
+
+def test_a_linear_probe_finds_its_features_again(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--train", data / "labels", "--data", data / "classes", "--validation-fraction", "0.4"]
+    features = tmp_path / "features"
+    alone = evaluated(
+        *("linear-probe", trained, *sets, "--features", features, "--figures", tmp_path),
+    )
+    kept = {path: path.stat().st_mtime_ns for path in features.iterdir()}
+    # the folder of classes holds the same files in the same order as the packed set
+    assert len(kept) == 1
+    assert (alone["num_train"], alone["num_test"], alone["num_fitted"]) == (21, 21, 21)
+    assert alone["c"] in [row["c"] for row in alone["validation"]]
+    assert Image.open(tmp_path / "confusion-linear-probe.png").size[0] > 500
+    capsys.readouterr()
+    again = evaluated("linear-probe", trained, *sets, "--features", features)
+    assert "found again" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in features.iterdir()} == kept
+    for key in ("c", "top1", "top5", "per_class", "validation"):
+        assert again[key] == alone[key], key
+    other_layer = evaluated(
+        *("linear-probe", trained, *sets, "--features", features, "--layer", "projection"),
+        *("--c", "1.0"),
+    )
+    assert len(list(features.iterdir())) == 2
+    assert (alone["num_features"], other_layer["num_features"]) == (64, 64)
+
+
+def test_few_shots_are_drawn_several_times(data: Path, trained: Path) -> None:
+    values = evaluated(
+        *("linear-probe", trained, "--train", data / "labels", "--data", data / "labels"),
+        *("--features", "none", "--shots", "1", "2", "--draws", "3", "--c", "1.0"),
+    )
+    assert [row["shots"] for row in values["shots"]] == [1, 2]
+    for row in values["shots"]:
+        assert row["mean"] == pytest.approx(np.mean(row["draws"]))
+        assert row["standard_deviation"] == pytest.approx(np.std(row["draws"], ddof=1))
+    assert values["shots"][1]["mean"] > values["shots"][0]["mean"], "tested on what it was shown"
+
+
+def test_few_shots_need_other_pictures_only_where_c_is_searched(
+    data: Path,
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Of nine classes there are two pictures, of cats three."""
+    sizes = []
+
+    def fit(train: LabelledFeatures, validation: LabelledFeatures, **settings: Any) -> ProbeFit:
+        sizes.append((len(train), len(validation)))
+        return fit_probe(train, validation, **settings)
+
+    monkeypatch.setattr("unicl_fast.evaluation.run_probe.fit_probe", fit)
+    sets = ["--train", data / "labels", "--data", data / "labels", "--draws", "1"]
+    sets += ["--features", tmp_path, "--max-iterations", "20", "--shots"]
+    searched = evaluated("linear-probe", trained, *sets, "2")
+    assert searched["shots"][0]["c"][0] in [10**power for power in LOG10_C]
+    message = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, "1", "3")
+    assert "no class has more than 3 training samples" in message
+    fixed = evaluated("linear-probe", trained, *sets, "3", "--c", "1")
+    assert fixed["shots"][0]["c"] == [1.0]
+    others = ["3", "--validation", data / "classes"]
+    by_others = evaluated("linear-probe", trained, *sets, *others)
+    assert by_others["smallest_class"] == 2, "shots are drawn from the training pictures alone"
+    assert sizes == [(20, 1), (21, 21)]
+    refused = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, *others, "--c", "1")
+    assert "give one of the two" in refused
+
+
+def test_neighbours_of_pictures_are_themselves(data: Path, trained: Path) -> None:
+    values = evaluated(
+        *("knn", trained, "--train", data / "labels", "--data", data / "labels"),
+        *("--features", "none", "--k", "1", "5"),
+    )
+    assert [row["k"] for row in values["results"]] == [1, 5]
+    assert values["results"][0]["top1"] == 1.0
+
+
+def test_a_class_that_training_has_not_is_refused(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(data / "classes", tmp_path / "test")
+    folder = next((tmp_path / "test").rglob("cat"))
+    folder.rename(folder.with_name("unicorn"))
+    message = refusal(
+        *(capsys, "linear-probe", "--checkpoint", trained, "--train", data / "labels"),
+        *("--data", tmp_path / "test", "--features", "none"),
+    )
+    assert "has the class 'unicorn', which the training data labels has not" in message
+
+
+def test_retrieval_draws_what_it_found(data: Path, trained: Path, tmp_path: Path) -> None:
+    evaluated("retrieval", trained, "--data", data / "captions", "--figures", tmp_path)
+    for name in ("captions-found.png", "pictures-found.png"):
+        assert Image.open(tmp_path / name).size[0] > 500
+
+
+def test_retrieval_takes_what_zero_shot_takes(
+    data: Path,
+    trained: Path,
+    shared_data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    url = upload(data / "captions", "faulty://bucket/pairs")
+    found = evaluated("retrieval", trained, "--data", url)
+    empty()
+    assert found["data"] == url
+    assert found["num_captions"] == 5 * found["num_images"] == 100
+    flickr = shared_data / "captions" / "flickr8k"
+    lines = (flickr / "captions.jsonl").read_text().splitlines()[:3]
+    (tmp_path / "list.jsonl").write_text("\n".join(lines))
+    (tmp_path / "images").mkdir()
+    for line in lines:
+        shutil.copy(flickr / json.loads(line)["image"], tmp_path / "images")
+    assert evaluated("retrieval", trained, "--data", tmp_path / "list.jsonl")["num_images"] == 3
+    nowhere = tmp_path / "nowhere"
+    message = refusal(capsys, "retrieval", "--checkpoint", trained, "--data", nowhere)
+    assert f"nothing is at {nowhere}" in message
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["retrieval", "--data", "{captions}"],
+        ["linear-probe", "--train", "{labels}", "--data", "{classes}", "--features", "none"],
+        ["zero-shot", "--data", "{classes}", "{labels}", "--batch-size", "5"],
+    ],
+    ids=["retrieval", "linear probe", "zero-shot"],
+)
+def test_two_ranks_equal_one(data: Path, trained: Path, arguments: list[str]) -> None:
+    kind, *more = (word.format(**{n: data / n for n in ("captions", "labels", "classes")})
+                   for word in arguments)  # fmt: skip
+    assert evaluated(kind, trained, *more, nproc=2) == evaluated(kind, trained, *more)
+
+
+def test_a_fine_tuned_encoder_is_tested_and_kept(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--train", data / "labels", "--data", data / "classes", "--train-batch-size", "8"]
+    out = tmp_path / "tuned"
+    values = evaluated("finetune", trained, *sets, "--out", out, "--epochs", "2")
+    assert values["settings"]["steps"] == 5
+    assert values["before"]["top1"] > 0.1, "the probe was fitted on these very pictures"
+    module, names = load_finetuned(out)
+    assert len(names) == module.head.out_features == 10
+    again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
+    assert "name another folder as --out" in again
+
+
+def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not shows_progress(Ranks())
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    assert shows_progress(Ranks())
+    assert not shows_progress(Ranks(rank=1, world_size=2))
+
+
+def test_detect_does_not_offer_a_batch_size_that_it_would_not_use() -> None:
+    assert "batch_size" in {field.name for field in dataclasses.fields(evaluate.Finetune)}
+    assert "batch_size" not in {field.name for field in dataclasses.fields(evaluate.Detect)}
+
+
+@pytest.mark.slow
+def test_a_detector_is_trained_and_its_figures_written(
+    shared_data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("pycocotools")
+    pasted = paste_objects(shared_data, tmp_path / "objects", count=3, num_classes=2, side=64)
+    sets = ["--train", pasted / "instances.json", "--train-images", pasted / "images"]
+    sets += ["--data", pasted / "instances.json", "--images", pasted / "images"]
+    small = ["--min-size", "64", "--max-size", "64", "--boxes-per-image", "16", "--workers", "0"]
+    run_folder = tmp_path / "run"
+    call(
+        *(pretrain, *SMALL, "--model.image-encoder", "unicl_convnet7_small", "--out", run_folder),
+        *("--data.train", trained.parent / "labels", "--model.drop-path", "0", "--run.steps", "2"),
+    )
+    out = tmp_path / "detector"
+    values = evaluated(
+        *("detect", run_folder, *sets, *small, "--out", out, "--epochs", "2"),
+        *("--train-batch-size", "3"),
+    )
+    assert values["settings"]["steps"] == 2
+    assert set(values) >= {"box/AP", "box/AP50"}
+    assert (out / "detector.safetensors").is_file()
+    message = refusal(
+        capsys, "detect", "--checkpoint", trained, *sets, *small, "--out", tmp_path / "other"
+    )
+    assert "take timm's ResNet, Swin" in message

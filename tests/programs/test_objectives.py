@@ -1,0 +1,141 @@
+"""`unicl-pretrain` under each objective, on real pictures: what it feeds, writes and refuses."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+from pack_runs import jpeg
+from packed_sets import Sample, pack
+from program_runs import SMALL, STEPS, call, losses, weights
+
+from unicl_fast.checkpoints.load import find_checkpoint, list_checkpoints, load_model
+from unicl_fast.config import ObjectiveConfig
+from unicl_fast.objectives.targets import CAPTION_KEYS_START
+from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.presets import build_preset
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.training.data import (
+    build_prompts,
+    open_sources,
+    rows_of_class_names,
+    suit_objective,
+)
+from unicl_fast.training.metrics import read_metrics
+
+pytestmark = pytest.mark.dali
+
+
+def objective(name: str) -> list[str]:
+    return ["--objective.name", name]
+
+
+def test_a_classifier_is_trained_resumed_and_evaluated(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With mixup, whose numbers a resumed run must meet again; twice the same data: 20 rows."""
+    arguments = [*SMALL, *objective("ce"), "--objective.mixup", "0.8", "--objective.cutmix", "1"]
+    arguments += ["--data.train", data / "labels", data / "labels"]
+    arguments += ["--data.evaluate", data / "labels"]
+    call(pretrain, *arguments, "--out", tmp_path / "one")
+    model = load_model(tmp_path / "one")
+    assert model.text_encoder is None
+    assert model.class_rows.shape == (20, model.image_encoder.num_features + 1)
+    (last,) = [line for line in read_metrics(tmp_path / "one") if "accuracy/labels/top1" in line]
+    assert 0 <= last["accuracy/labels/top1"] <= last["accuracy/labels/top5"] <= 1
+    unbroken = losses(tmp_path / "one"), weights(tmp_path / "one")
+    for checkpoint in list_checkpoints(tmp_path / "one" / "checkpoints")[STEPS // 4 :]:
+        shutil.rmtree(checkpoint)
+    call(pretrain, *arguments, "--resume", "auto", "--out", tmp_path / "one")
+    assert (losses(tmp_path / "one"), weights(tmp_path / "one")) == unbroken
+    sets = ["--train", data / "labels", "--data", data / "labels", "--layer", "projection"]
+    with pytest.raises(SystemExit) as end:
+        call(evaluate, "knn", "--checkpoint", tmp_path / "one", *sets, "--device", "cpu")
+    assert end.value.code == 2
+    assert "take those of the encoder (--layer encoder)" in capsys.readouterr().err
+
+
+def test_two_views_are_contrasted(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [*SMALL, *objective("supcon"), "--data.augment", "supcon"]
+    call(pretrain, *arguments, "--data.train", data / "labels", "--out", out)
+    assert len(losses(out)) == STEPS
+    assert find_checkpoint(out).is_dir()
+    assert b"text_encoder" not in weights(out)
+
+
+def test_captions_of_clip_are_classes_and_labels_are_not(data: Path) -> None:
+    config = build_preset("digits-small")
+    config = dataclasses.replace(
+        config,
+        objective=ObjectiveConfig(name="clip"),
+        data=dataclasses.replace(config.data, train=(str(data / "labels"), str(data / "captions"))),
+        run=dataclasses.replace(config.run, global_batch_size=16),
+    )
+    datasets, shares = open_sources(config.data)
+    loader = TrainLoader(config, datasets, shares, build_prompts(datasets, config.data))
+    batch = next(loader.batches(0))
+    assert (batch.class_ids >= CAPTION_KEYS_START).all()
+    assert len(set(batch.class_ids.tolist())) == len(batch.tokens)
+    loader.close()
+
+
+def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
+    config = build_preset("digits-small")
+    with_captions = dataclasses.replace(config.data, train=(str(data / "captions"),))
+    datasets, _ = open_sources(with_captions)
+    ce = dataclasses.replace(config, objective=ObjectiveConfig(name="ce"))
+    with pytest.raises(ValueError, match=r"20 of the 20 samples .* have none: leave it out"):
+        suit_objective(ce, datasets)
+    labelled = dataclasses.replace(config.data, train=(str(data / "labels"),) * 2)
+    datasets, _ = open_sources(labelled)
+    suited = suit_objective(ce, datasets)
+    assert suited.objective.num_classes == (10, 10)
+    assert suited.data.text == "labels"
+    shared = dataclasses.replace(ce, data=dataclasses.replace(labelled, label_space="shared"))
+    assert suit_objective(shared, datasets).objective.num_classes == (10,)
+    wrong = dataclasses.replace(ce, objective=ObjectiveConfig(name="ce", num_classes=(9,)))
+    with pytest.raises(ValueError, match=r"is \(9,\), but the data has \(10, 10\)"):
+        suit_objective(wrong, datasets)
+    prompts = build_prompts(datasets[1:], config.data)
+    rows = rows_of_class_names(datasets[1:], ["cat", "airplane"], prompts=prompts)
+    assert rows.tolist() == [3, 0]
+    with pytest.raises(ValueError, match="such as 'unicorn'"):
+        rows_of_class_names(datasets[1:], ["cat", "unicorn"], prompts=prompts)
+
+
+def test_classes_that_are_one_in_training_are_evaluated_by_its_row(tmp_path: Path) -> None:
+    """Names that differ in capitals give the same tokens, so only the first one's row learns."""
+    samples = [Sample(jpeg(number), labels=[number]) for number in range(3)]
+    names = [("dog", "cat", "Cat"), ("CAT", "hen", "Dog")]
+    datasets = [
+        pack(tmp_path / str(number), samples, class_names=some, tokenizer=Tokenizer())
+        for number, some in enumerate(names)
+    ]
+    prompts = build_prompts(datasets, build_preset("digits-small").data)
+    asked = ["hen", "Cat", "CAT", "cat", "Dog"]
+    assert rows_of_class_names(datasets, asked, prompts=prompts).tolist() == [4, 1, 1, 1, 0]
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "message"),
+    [
+        ("supcon", [], "set --data.augment supcon"),
+        ("unicl", ["--data.augment", "supcon"], "would not look at the second"),
+        ("clip", ["--objective.mixup", "1"], "which clip does not have"),
+    ],
+)
+def test_settings_that_do_not_go_together_end_with_2(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, more: list[str],
+    message: str,
+) -> None:  # fmt: skip
+    with pytest.raises(SystemExit) as end:
+        call(
+            *(pretrain, *SMALL, *objective(name), *more),
+            *("--data.train", data / "labels", "--out", tmp_path / "run"),
+        )
+    assert end.value.code == 2
+    assert message in capsys.readouterr().err.replace("\n", " ")

@@ -1,0 +1,367 @@
+"""The programs as a user runs them, on real pictures: train, kill, resume, two ranks, evaluate."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from program_runs import (
+    SMALL,
+    STEPS,
+    call,
+    losses,
+    run,
+    start,
+    wait_until_gone,
+    weights,
+)
+
+from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.config import TrainConfig
+from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools.pack import __main__ as pack_dataset
+from unicl_fast.training.metrics import read_metrics
+
+pytestmark = pytest.mark.dali
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path) -> Path:
+    out = data / "unbroken"
+    run("pretrain", *SMALL, "--data.train", data / "labels", data / "captions", "--out", out)
+    return out
+
+
+def test_a_run_leaves_what_the_readme_promises(unbroken: Path) -> None:
+    assert len(losses(unbroken)) == STEPS
+    assert Image.open(unbroken / "contact-sheet.png").size[0] > 300
+    assert Image.open(unbroken / "curves.png").size[0] > 300
+    config = json.loads((unbroken / "config.json").read_text())
+    assert config["model"]["image_encoder"] == "test_vit"
+
+
+@pytest.mark.slow
+def test_killed_and_resumed_it_equals_the_unbroken_run_bit_for_bit(
+    data: Path, unbroken: Path
+) -> None:
+    out = data / "killed"
+    arguments = [*SMALL, "--data.train", data / "labels", data / "captions", "--out", out]
+    process = start(*arguments)
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(out / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL, "the run ended before it could be killed"
+    newest = list_checkpoints(out / "checkpoints")[-1]
+    assert newest.name < f"step-{STEPS:08d}"
+    refused = run("pretrain", *arguments, expect=2)
+    assert "--resume auto" in refused.stderr
+    run("pretrain", *arguments, "--resume", "auto")
+    assert losses(out) == losses(unbroken)
+    assert weights(out) == weights(unbroken)
+
+
+LONG = [word.replace(str(STEPS), "100000") if word == str(STEPS) else word for word in SMALL]
+
+
+def start_long_run(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    """A run of two ranks that is training and has written a checkpoint."""
+    sources = ["--data.train", data / "labels", data / "captions"]
+    process = start(*LONG, *sources, "--out", out, *more)
+    deadline = time.monotonic() + 120
+    while not list_checkpoints(out / "checkpoints") and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert process.poll() is None
+    return process
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("nproc", ["1", pytest.param("2", marks=pytest.mark.slow)])
+def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
+    data: Path, tmp_path: Path, nproc: str
+) -> None:
+    process = start_long_run(data, tmp_path / "run", "--nproc", nproc)
+    process.send_signal(signal.SIGUSR1 if nproc == "2" else signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors[-3000:]
+    assert "go on with --resume auto" in errors
+    assert "Traceback" not in errors
+    newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
+    assert f"after step {int(newest.name[5:])} of" in errors
+    wait_until_gone(tmp_path / "run")
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.dist
+def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
+    out = data / "two"
+    run(
+        *("pretrain", *SMALL, "--data.train", data / "labels", data / "captions", "--out", out),
+        *("--efficiency.precision", "fp64", "--nproc", "2"),
+    )
+    alone = data / "alone"
+    call(
+        *(pretrain, *SMALL, "--data.train", data / "labels", data / "captions", "--out", alone),
+        *("--efficiency.precision", "fp64"),
+    )
+    assert losses(out) == pytest.approx(losses(alone), rel=1e-10)
+
+
+def test_what_auto_meant_stays_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
+    """Whatever the machine that goes on with it computes fastest: here it begins in fp64."""
+    arguments = [*SMALL, "--data.train", data / "labels", "--out", tmp_path / "run"]
+    call(pretrain, *arguments, "--efficiency.precision", "fp64", "--run.steps", "4")
+    call(pretrain, *arguments, "--efficiency.precision", "auto", "--resume", "auto")
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["efficiency"]["precision"] == "fp64"
+    assert len(losses(tmp_path / "run")) == STEPS
+
+
+@pytest.mark.dist
+def test_wrong_input_ends_with_2_before_ranks_are_started(data: Path) -> None:
+    done = run(
+        *("pretrain", *SMALL, "--data.train", data / "labels", "--out", data / "three"),
+        *("--nproc", "3"),
+        expect=2,
+    )
+    assert "set run.global_batch_size to 6 or 9" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("other", "sources", "difference"),
+    [
+        (
+            [],
+            ["{labels}"],
+            r"class_names had 2 elements and now has 1, and class_names\[1\] was \[\]",
+        ),
+        ([], ["{labels}=0.5", "{captions}=0.5"], r"shares was None and is now \[0.5, 0.5\]"),
+        ([], ["{renamed}", "{captions}"], r"class_names\[0\]\[3\] was 'cat' and is now 'tomcat'"),
+        ([], ["{reworded}", "{captions}"], r"templates\[0\] had \d+ elements and now has 1, and "),
+        ([], ["{reseeded}", "{captions}"], r"sources\[0\].shards\[0\] was '\w+' and is now '\w+'"),
+        (
+            ["--model.text-width", "32"],
+            ["{labels}", "{captions}"],
+            "text_width was 16 and is now 32",
+        ),
+    ],
+    ids=["data set", "shares", "class names", "templates", "order of shards", "model"],
+)
+def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(
+    data: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    other: list[str],
+    sources: list[str],
+    difference: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    manifest = json.loads((data / "labels" / "manifest.json").read_text())
+    renamed = ["tomcat" if name == "cat" else name for name in manifest["class_names"]]
+    changes = {"renamed": {"class_names": renamed}, "reworded": {"templates": ["some {}"]}}
+    places = {"labels": data / "labels", "captions": data / "captions"}
+    for name, change in changes.items():
+        places[name] = Path(shutil.copytree(data / "labels", tmp_path / name))
+        (places[name] / "manifest.json").write_text(json.dumps(manifest | change))
+        (places[name] / "checksums.txt").unlink()  # as of a data set that was packed so
+    places["reseeded"] = tmp_path / "reseeded"
+    if "{reseeded}" in sources:
+        build = ["build", data / "classes", "--out", places["reseeded"], "--seed", "7"]
+        call(pack_dataset, *build)
+    with pytest.raises(SystemExit) as stopped:
+        call(
+            *(pretrain, *SMALL, "--out", tmp_path / "run", "--resume", unbroken, *other),
+            *("--data.train", *(source.format(**places) for source in sources)),
+        )
+    assert stopped.value.code == 2
+    assert re.search(difference, capsys.readouterr().err)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_average_of_the_weights_and_the_best_checkpoint_can_be_asked_for(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    call(
+        *(pretrain, *SMALL, "--data.train", data / "labels", "--data.evaluate", data / "labels"),
+        *("--optim.ema-decay", "0.9", "--run.evaluate-every-steps", "3", "--out", out),
+        *("--checkpoint.keep", "1"),
+    )
+    numbers = {
+        line["step"]: line["zero_shot/labels/top1"]
+        for line in read_metrics(out)
+        if "zero_shot/labels/top1" in line
+    }
+    best = max(numbers, key=lambda step: (numbers[step], -step))
+    assert sorted(numbers) == [3, 6, 9, 12]
+    assert {int(path.name[5:]) for path in list_checkpoints(out / "checkpoints")} == {best, 12}
+    path = tmp_path / "result.json"
+    assert zero_shot(out / "best", data / "labels", path)["top1"] == numbers[best]
+    assert zero_shot(out, data / "labels", path, "--weights", "ema")["top1"] == numbers[12]
+    zero_shot(out, data / "labels", path, "--weights", "model")
+    with pytest.raises(SystemExit) as stopped:
+        call(
+            *(pretrain, *SMALL, "--data.train", data / "labels", "--out", tmp_path / "other"),
+            *("--checkpoint.best", "zero_shot/labels/top1"),
+        )
+    assert stopped.value.code == 2
+    assert "no evaluation of this run gives that number" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def packed_result(data: Path, unbroken: Path) -> dict:
+    return zero_shot(unbroken, data / "labels", data / "packed.json")
+
+
+def zero_shot(checkpoint: Path, source: Path, path: Path, *more: str, nproc: int = 1) -> dict:
+    arguments = ["--checkpoint", checkpoint, "--data", source, "--json", path, "--device", "cpu"]
+    if nproc == 1:
+        call(evaluate, "zero-shot", *arguments, *more)
+    else:
+        run("evaluate", "zero-shot", *arguments, *more, "--nproc", str(nproc))
+    return json.loads(path.read_text())
+
+
+@pytest.mark.parametrize(
+    ("source", "nproc", "more"),
+    [
+        ("classes", 1, []),
+        pytest.param(
+            *("classes", 2, ["--batch-size", "3"]), marks=[pytest.mark.dist, pytest.mark.slow]
+        ),
+    ],
+    ids=["class folders", "class folders on ranks"],
+)
+def test_zero_shot_is_the_same_packed_from_a_folder_and_on_two_ranks(
+    data: Path,
+    unbroken: Path,
+    packed_result: dict,
+    tmp_path: Path,
+    source: str,
+    nproc: int,
+    more: list[str],
+) -> None:
+    assert packed_result["num_samples"] == 21
+    assert packed_result["num_classes"] == 10
+    other = zero_shot(unbroken, data / source, tmp_path / "result.json", *more, nproc=nproc)
+    for key in ("num_samples", "top1", "top5", "mean_per_class", "per_class"):
+        assert other[key] == packed_result[key], key
+
+
+def test_zero_shot_prints_a_table(
+    data: Path, unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    zero_shot(unbroken, data / "labels", tmp_path / "result.json")
+    assert "top-1" in capsys.readouterr().out
+
+
+def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) -> None:
+    path = tmp_path / "retrieval.json"
+    call(
+        *(evaluate, "retrieval", "--checkpoint", unbroken, "--data", data / "captions"),
+        *("--json", path, "--device", "cpu"),
+    )
+    values = json.loads(path.read_text())
+    assert (values["num_images"], values["num_captions"]) == (20, 100)
+    assert values["text_to_image_recall_at_5_chance"] == pytest.approx(5 / 20)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--preset", "swin-tinny", "--out", "x"], "presets are swin-tiny"),
+        ([*SMALL, "--out", "x"], "give --data.train DIR"),
+        ([*SMALL, "--out", "x", "--data.train", "nowhere"], "nowhere"),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}=0.5", "{captions}"], "or none"),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}", "--run.global-batch-size", "64"], "21"),
+        ([*SMALL, "--out", "x", "--model.context-length", "20", "--data.train", "{labels}"], "77"),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "no number behind its ="),
+        ([*SMALL, "--out", "x", "--nproc", "0"], "at least 1, not 0"),
+        (
+            [
+                *(*SMALL, "--out", "x", "--nproc", "2", "--data.train", "{labels}"),
+                *("--data.evaluate", "nowhere"),
+            ],
+            "nowhere is not a packed data set",
+        ),
+    ],
+    ids=[
+        *("preset", "no data", "no such data", "half the shares", "too few samples", "context"),
+        *("no share", "no ranks", "no data to evaluate"),
+    ],
+)
+def test_wrong_input_ends_with_2_and_a_sentence(
+    data: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    filled = [
+        word.replace("{labels}", str(data / "labels")).replace("{captions}", str(data / "captions"))
+        for word in arguments
+    ]
+    with pytest.raises(SystemExit) as stopped:
+        call(pretrain, *filled)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["zero-shot", "--checkpoint", "nowhere", "--data", "{labels}", "--nproc", "2"], "nowhere"),
+        (["retrieval", "--checkpoint", "{run}", "--data", "{labels}"], "has no captions"),
+        (
+            ["zero-shot", "--checkpoint", "{run}", "--data", "{labels}", "--batch-size", "0"],
+            "not 0",
+        ),
+        (["zero-shot", "--checkpoint", "{run}", "--data", "{captions}"], "has no classes"),
+    ],
+    ids=["no checkpoint", "no captions", "no batch", "no classes"],
+)
+def test_what_cannot_be_evaluated_ends_with_2_and_a_sentence(
+    data: Path,
+    unbroken: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    places = {"labels": data / "labels", "captions": data / "captions", "run": unbroken}
+    with pytest.raises(SystemExit) as stopped:
+        call(evaluate, *(word.format(**places) for word in arguments))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_help_does_not_wait_for_torch() -> None:
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "unicl_fast.tools.pretrain", "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert "tyro" in imported
+    assert not imported & {"torch", "timm", "nvidia.dali"}
+
+
+def test_help_explains_every_setting() -> None:
+    shown = " ".join(run("pretrain", "--help").stdout.replace("│", " ").split())
+    for group in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(group.default_factory):
+            assert f"--{group.name}.{field.name.replace('_', '-')}" in shown.replace(
+                f"--{group.name}.no-", f"--{group.name}."
+            ), field.name
+    for words in ("DIR=SHARE", "cifar10-small", "Stochastic depth of the image encoder"):
+        assert words in shown
+    for words in ("zero-shot", "retrieval"):
+        assert words in run("evaluate", "--help").stdout

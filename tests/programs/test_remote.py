@@ -1,0 +1,185 @@
+"""The programs on S3: moto's server, over a line that is slow, is cut, or answers with errors."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from object_stores import FaultyLine, s3_environment, s3_server
+from program_runs import SMALL, losses, run, weights
+
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.remote import object_store
+from unicl_fast.dataset.remote.block_cache import CacheOptions
+from unicl_fast.dataset.remote.object_store import ObjectStore, Patience, StorageError
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build.remote_build import build_anywhere
+from unicl_fast.packing.build.staging import local_copy
+from unicl_fast.packing.build.upload import upload_dataset
+from unicl_fast.packing.verify.verify import verify_dataset
+from unicl_fast.training.metrics import read_metrics
+
+pytest.importorskip("s3fs")
+pytestmark = pytest.mark.slow  # each opening of S3 takes half a second; the like without it is not
+
+
+@pytest.fixture(scope="module")
+def moto(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with s3_server(tmp_path_factory.mktemp("moto")) as port:
+        yield port
+
+
+@pytest.fixture
+def line(moto: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FaultyLine]:
+    line = FaultyLine(moto)
+    for name, value in s3_environment(line.url).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    quick = Patience(tries=4, first_pause_seconds=0.02, answer_seconds=2)
+    monkeypatch.setattr(object_store, "patience", quick)
+    yield line
+    line.shutdown()
+    line.server_close()
+
+
+class NowAndThen:
+    """Each fault in turn, at every so many requests of a method."""
+
+    def __init__(self, *faults: str, method: str = "GET", every: int = 4) -> None:
+        self.met: Counter[str] = Counter()
+        """How often each was."""
+        self._method, self._every = method, every
+        self._calls, self._kinds = itertools.count(1), itertools.cycle(faults)
+        self._lock = threading.Lock()
+
+    def __call__(self, asked: str, path: str) -> str:
+        with self._lock:
+            if asked != self._method or next(self._calls) % self._every:
+                return ""
+            kind = next(self._kinds)
+            self.met[kind] += 1
+            return kind
+
+
+def test_upload_and_reading_survive_what_a_line_does(
+    data: Path, line: FaultyLine, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}/captions"
+    line.fault = writing = NowAndThen("503", "reset", method="PUT", every=3)
+    upload_dataset(data / "captions", url, progress=False)
+    assert set(writing.met) == {"503", "reset"}
+    faults = ("500", "503", "cut", "short", "reset", "slow")
+    line.fault = reading = NowAndThen(*faults)
+    cache = CacheOptions(block_bytes=16_384)
+    with PackedDataset(data / "captions") as local, PackedDataset(url, cache=cache) as remote:
+        for i in range(len(local)):
+            assert bytes(remote.image_bytes(i, verify=True)) == bytes(local.image_bytes(i))
+        assert remote.remote is not None
+        assert set(reading.met) == set(faults)
+        # s3fs itself asks again where the answer is an error, or none; the others are ours
+        assert remote.remote.store.traffic.tried_again >= 3
+        for said in (
+            "payload is not completed",
+            "bytes came where 16384",
+            "no answer came in time",
+        ):
+            assert said in caplog.text
+        line.fault = lambda method, path: "503"
+        (block,) = (tmp_path / "home").rglob("00000000")
+        block.unlink()
+        with pytest.raises(StorageError, match=r"s3://\S+, bytes 0 to \d+ .*\(4 tries\)"):
+            remote.image_bytes(0)
+    gets = [path for method, path, _ in line.requests if method == "GET"]
+    assert len(gets) < 400
+
+
+def test_an_upload_goes_on_where_it_was_cut_off_and_appears_when_whole(
+    data: Path, line: FaultyLine, tmp_path: Path
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}/labels"
+    line.fault = lambda method, path: "500" if method == "PUT" and "captions.npy" in path else ""
+    with pytest.raises(StorageError, match=r"captions\.npy could not be written"):
+        upload_dataset(data / "labels", url, progress=False)
+    with pytest.raises(FileNotFoundError, match="is not a packed data set"):
+        PackedDataset(url)
+    line.fault = lambda method, path: ""
+    line.requests.clear()
+    said = upload_dataset(data / "labels", url, progress=False)
+    assert "were there already" in said
+    sent = [path for method, path, _ in line.requests if method == "PUT"]
+    assert not any(path.endswith(".tar") for path in sent)
+    assert sent[-1].endswith("manifest.json")
+    with local_copy(url) as folder:
+        assert not verify_dataset(folder, note=pytest.fail, decode=False).num_faults
+        assert folder.name == "labels"
+    assert not folder.exists()
+    upload_dataset(data / "labels", url, progress=False)  # the same once more: nothing to do
+    with pytest.raises(ValueError, match="already holds another packed data set"):
+        upload_dataset(data / "captions", url, progress=False)
+    ObjectStore(f"s3://bucket/{tmp_path.name}/used").write("notes.txt", b"x")
+    with pytest.raises(ValueError, match=r"holds 1 other object, notes\.txt for one"):
+        upload_dataset(data / "labels", f"s3://bucket/{tmp_path.name}/used", progress=False)
+
+
+def test_a_build_from_urls_to_a_url_is_the_build_of_files(
+    data: Path, line: FaultyLine, tmp_path: Path
+) -> None:
+    root = f"s3://bucket/{tmp_path.name}"
+    store = ObjectStore(f"{root}/classes")
+    for path in (data / "classes").rglob("*.jpg"):
+        store.write_file(path, str(path.relative_to(data / "classes")))
+    options = {"workers": 1, "progress": False}
+    with pytest.raises(ValueError, match=r"more than --staging-bytes 1,000 allows"):
+        build_anywhere([f"{root}/classes"], f"{root}/out", staging_bytes=1000, **options)
+    with pytest.raises(FileNotFoundError, match="no folder of this name"):
+        build_anywhere([f"{root}/nothing"], f"{root}/out", **options)
+    line.fault = lambda method, path: "503" if method == "PUT" and "samples" in path else ""
+    with pytest.raises(RuntimeError, match=r"packed, but not uploaded: .*samples.*pack upload"):
+        build_anywhere([f"{root}/classes"], f"{root}/out", **options)
+    (packed,) = (tmp_path / "home").rglob("work/*/out")
+    line.fault = lambda method, path: ""
+    with pytest.raises(ValueError, match="go on with unicl-pack upload"):
+        build_anywhere([f"{root}/classes"], f"{root}/out", **options)
+    upload_dataset(packed, f"{root}/out", progress=False)
+    build_dataset([data / "classes"], tmp_path / "local", **options)
+    with PackedDataset(tmp_path / "local") as local, PackedDataset(f"{root}/out") as remote:
+        assert remote.manifest.shards == local.manifest.shards
+        assert remote.manifest.source == (f"{root}/classes",)
+    assert not list((tmp_path / "home").rglob("staging-*"))
+
+
+@pytest.mark.long
+def test_two_ranks_train_from_s3_over_a_bad_line_as_from_a_folder(
+    data: Path, line: FaultyLine, tmp_path: Path
+) -> None:
+    url = f"s3://bucket/{tmp_path.name}/labels"
+    run("pack", "upload", data / "labels", "--out", url)
+    line.fault = NowAndThen("500", "cut", "short", "slow", every=6)
+    line.requests.clear()
+    more = ["--nproc", "2", "--data.block-bytes", "4096", "--data.shuffle-window", "16"]
+    run("pretrain", *SMALL, *more, "--data.train", data / "labels", "--out", tmp_path / "local")
+    run(
+        *("pretrain", *SMALL, *more, "--data.train", url, "--out", tmp_path / "remote"),
+        *("--data.cache-folder", tmp_path / "cache"),
+    )
+    assert losses(tmp_path / "remote") == losses(tmp_path / "local")
+    assert weights(tmp_path / "remote") == weights(tmp_path / "local")
+    lines = read_metrics(tmp_path / "remote")
+    assert lines[-1]["storage_bytes_read"] > lines[-1]["storage_bytes_needed"] / 4 > 0
+    whole = [
+        (path, asked)
+        for method, path, asked in line.requests
+        if method == "GET" and path.endswith(".tar") and asked
+    ]
+    blocks = len(set(whole))
+    assert len(whole) < 2 * blocks  # of each, one and the tries that failed
+    config = json.loads((tmp_path / "remote" / "config.json").read_text())
+    assert config["data"]["train"] == [url]
+    run("pack", "verify", url, "--no-decode")
+    assert not os.listdir(tmp_path / "home" / "unicl_fast" / "work")

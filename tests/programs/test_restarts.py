@@ -1,0 +1,325 @@
+"""Runs whose ranks die and come back, or change in number; ledgers prove what they were fed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from program_runs import (
+    SMALL,
+    STARTED,
+    STEPS,
+    call,
+    losses,
+    processes_of,
+    run,
+    start,
+    wait_until_gone,
+)
+from safetensors.torch import load_file
+
+from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.tools import ledger, pretrain
+from unicl_fast.training.metrics import read_metrics
+
+pytestmark = [pytest.mark.dali, pytest.mark.dist]
+
+STEPS_OF_A_RUN = 40
+FP64 = [
+    *[word if word != str(STEPS) else str(STEPS_OF_A_RUN) for word in SMALL],
+    *("--run.global-batch-size", "12", "--efficiency.precision", "fp64", "--ledger"),
+    *("--checkpoint.every-steps", "3"),
+]
+
+
+def sources(data: Path) -> list[str | Path]:
+    return ["--data.train", data / "labels", data / "captions"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(data: Path) -> Path:
+    out = data / "unbroken-fp64"
+    run("pretrain", *FP64, *sources(data), "--out", out)
+    return out
+
+
+def proven(run_folder: Path, *more: str) -> dict:
+    """What unicl-ledger says, having found it proven."""
+    path = run_folder / "ledger.json"
+    with pytest.raises(SystemExit) as stopped:
+        call(ledger, run_folder, "--json", path, *more)
+    assert stopped.value.code == 0
+    return json.loads(path.read_text())
+
+
+def assert_same_weights(one: Path, other: Path) -> None:
+    newest = [list_checkpoints(out / "checkpoints")[-1] for out in (one, other)]
+    assert newest[0].name == newest[1].name == f"step-{STEPS_OF_A_RUN:08d}"
+    tensors = [load_file(folder / "model.safetensors") for folder in newest]
+    for name, weight in tensors[0].items():
+        assert (weight - tensors[1][name]).abs().max() <= 1e-9 * weight.abs().max(), name
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 150
+    while time.monotonic() < deadline and process.poll() is None:
+        found = list_checkpoints(out / "checkpoints")
+        if found and int(found[-1].name[5:]) >= step:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"no checkpoint of step {step}: {process.poll()}")
+
+
+def kill_rank(out: Path, rank: int) -> None:
+    (number,) = [pid for pid, name in processes_of(out).items() if name == str(rank)]
+    os.kill(number, signal.SIGKILL)
+
+
+def start_own(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
+    return start(*arguments, "--nproc", str(nproc), "--max-restarts", "2")
+
+
+def start_torchrun(*arguments: str | Path, nproc: int) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(nproc)),
+            *("--max-restarts", "2", "--master-port", "0", "--rdzv-backend", "c10d"),
+            *("--rdzv-endpoint", "localhost:0", "-m", "unicl_fast.tools.pretrain"),
+            *map(str, arguments),
+        ],
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    STARTED.append(process)
+    return process
+
+
+@pytest.mark.parametrize(
+    ("starter", "nproc", "victim"),
+    [
+        pytest.param(start_own, 1, 0, marks=pytest.mark.slow),
+        pytest.param(start_own, 2, 1, marks=pytest.mark.slow),
+        pytest.param(start_own, 2, 0, marks=[pytest.mark.slow, pytest.mark.long]),
+        pytest.param(start_torchrun, 2, 1, marks=[pytest.mark.slow, pytest.mark.long]),
+    ],
+    ids=["alone", "rank 1 of 2", "rank 0 of 2", "torchrun"],
+)
+def test_a_killed_rank_comes_back_and_the_run_ends_as_if_nothing_had_been(
+    data: Path,
+    unbroken: Path,
+    tmp_path: Path,
+    starter: Callable[..., subprocess.Popen[str]],
+    nproc: int,
+    victim: int,
+) -> None:
+    out = tmp_path / "run"
+    process = starter(*FP64, *sources(data), "--out", out, nproc=nproc)
+    wait_for_step(out, 6, process)
+    kill_rank(out, victim)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    if starter is start_own:
+        assert f"RANK {victim} WAS KILLED BY SIGKILL: starting all again, restart 1 of 2" in errors
+    assert_same_weights(out, unbroken)
+    assert losses(out) == pytest.approx(losses(unbroken), rel=1e-9)
+    values = proven(out, "--replan")
+    assert values["steps"] == STEPS_OF_A_RUN
+    assert values["num_starts"] == 2
+    assert values["segments"][1]["start_step"] >= 6
+    assert values["num_different_from_plan"] == 0
+    wait_until_gone(out)
+
+
+@pytest.mark.slow
+def test_a_run_that_dies_before_its_first_checkpoint_starts_anew(
+    data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    process = start_own(
+        *FP64, *sources(data), "--out", out, "--checkpoint.every-steps", "0", nproc=1
+    )
+    deadline = time.monotonic() + 100
+    while time.monotonic() < deadline and not (out / "metrics.jsonl").is_file():
+        time.sleep(0.01)
+    kill_rank(out, 0)
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 0, errors[-3000:]
+    assert_same_weights(out, unbroken)
+    assert [segment["start_step"] for segment in proven(out)["segments"]] in ([0], [0, 0])
+
+
+@pytest.mark.slow
+def test_restarts_are_used_up_loudly(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    arguments = [*FP64, *sources(data), "--out", out, "--run.steps", "100000"]
+    process = start(*arguments, "--max-restarts", "1")
+    wait_for_step(out, 3, process)
+    kill_rank(out, 0)
+    reached = int(list_checkpoints(out / "checkpoints")[-1].name[5:])
+    wait_for_step(out, reached + 3, process)
+    kill_rank(out, 0)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 137
+    assert "RANK 0 WAS KILLED BY SIGKILL: starting all again, restart 1 of 1" in errors
+    assert "RANK 0 WAS KILLED BY SIGKILL, and all 1 restarts are used up" in errors
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_run_that_is_asked_to_stop_is_not_started_again(
+    data: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    out = tmp_path / "run"
+    arguments = [*FP64, *sources(data), "--out", out, "--run.steps", "100000"]
+    process = start_own(*arguments, nproc=1)
+    wait_for_step(out, 3, process)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors[-3000:]
+    assert "starting all again" not in errors
+    wait_until_gone(out)
+
+
+@pytest.mark.slow
+def test_wrong_input_found_by_the_ranks_is_not_tried_again(data: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    done = run(
+        *("pretrain", *FP64, *sources(data), "--out", out, "--nproc", "2", "--max-restarts", "3"),
+        *("--efficiency.micro-batch-size", "2", "--model.image-encoder", "resnet18"),
+        expect=2,
+    )
+    assert "starting all again" not in done.stderr
+    assert "BatchNorm" in done.stderr
+
+
+def test_torchrun_has_a_flag_of_its_own_for_restarts(
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    with pytest.raises(SystemExit) as stopped:
+        call(
+            *(pretrain, *FP64, *sources(data), "--out", tmp_path / "run", "--max-restarts", "1"),
+        )
+    assert stopped.value.code == 2
+    assert "give it to torchrun" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_ranks_that_cannot_share_a_batch_are_refused_once(
+    data: Path, unbroken: Path, tmp_path: Path
+) -> None:
+    wanted = "start 3, 4, 6 or 12 ranks, or set run.global_batch_size to 10 or 15"
+    for out, more in ((tmp_path / "run", []), (unbroken, ["--resume", "auto"])):
+        done = run("pretrain", *FP64, *sources(data), "--out", out, "--nproc", "5", *more, expect=2)
+        assert done.stderr.count("5 ranks cannot share a global batch of 12") == 1
+        assert wanted in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.long
+def test_ranks_of_torchrun_refuse_once_what_they_all_refuse(data: Path, unbroken: Path) -> None:
+    process = start_torchrun(
+        *FP64, *sources(data), "--out", unbroken, "--run.seed", "1", "--resume", "auto", nproc=2
+    )
+    _, errors = process.communicate(timeout=150)
+    assert process.returncode == 1, "torchrun's own"
+    started = 3  # it cannot know that trying again is in vain
+    assert errors.count("unicl-pretrain: the checkpoint is of another run: seed was 0") == started
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    ("precision", "tolerance", "steps", "numbers"),
+    [
+        ("fp64", 1e-9, 60, (1, 3)),
+        pytest.param("fp64", 1e-9, 300, (1, 2, 3, 4), marks=pytest.mark.long),
+        pytest.param("fp32", 1e-2, 300, (1, 2, 3, 4), marks=pytest.mark.long),
+    ],
+    ids=["short", "fp64", "fp32"],
+)
+def test_a_run_goes_on_with_any_number_of_ranks(
+    data: Path,
+    tmp_path: Path,
+    precision: str,
+    tolerance: float,
+    steps: int,
+    numbers: tuple[int, ...],
+) -> None:
+    """With augmentation and drop path: stopped, and gone on with on other ranks.
+
+    The largest difference is printed (pytest -s), for docs/reliability.md.
+    """
+    *stopped, last = numbers
+    settings = [
+        *[word if word != str(STEPS) else str(steps) for word in SMALL],
+        *("--run.global-batch-size", "12", "--data.flip-probability", "0.5", "--ledger"),
+        *("--efficiency.precision", precision, "--checkpoint.every-steps", "5"),
+        *("--data.train", data / "labels", data / "captions", "--resume", "auto"),
+    ]
+    run("pretrain", *settings, "--out", tmp_path / "unbroken")
+    out = tmp_path / "elastic"
+    started = [0]
+    for nproc in stopped:
+        process = start(*settings, "--out", out, "--nproc", str(nproc))
+        wait_for_step(out, started[-1] + steps // 8, process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 75, errors[-3000:]
+        started.append(int(list_checkpoints(out / "checkpoints")[-1].name[5:]))
+    run("pretrain", *settings, "--out", out, "--nproc", str(last))
+    assert started == sorted(set(started))
+    assert started[-1] < steps
+    lines = [line for line in read_metrics(out) if "loss" in line]
+    assert [line["step"] for line in lines] == list(range(1, steps + 1))
+    pairs = list(zip(losses(out), losses(tmp_path / "unbroken"), strict=True))
+    largest = max(abs(one - other) / abs(other) for one, other in pairs)
+    print(f"{precision}: largest relative difference of {steps} losses {largest:.2e}")
+    assert largest <= tolerance
+    values = proven(out, "--replan")
+    assert (values["steps"], values["num_starts"]) == (steps, len(numbers))
+    assert values["num_changes_of_world_size"] == len(stopped)
+    assert [segment["start_step"] for segment in values["segments"]] == started
+    assert values["num_steps_done_twice"] == 0, "a run that is asked to stop loses nothing"
+
+
+def test_unicl_ledger_says_what_is_missing(
+    unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert proven(unbroken)["sources"][0]["complete_passes"] > 3
+    assert "PROVEN: no step is missing" in capsys.readouterr().out
+    broken = tmp_path / "run"
+    (broken / "ledger").mkdir(parents=True)
+    (broken / "checkpoints" / f"step-{STEPS_OF_A_RUN:08d}").mkdir(parents=True)
+    (whole,) = (unbroken / "ledger").iterdir()
+    (broken / "ledger" / whole.name).write_bytes(whole.read_bytes()[:-1])
+    with pytest.raises(SystemExit) as stopped:
+        call(ledger, broken, "--json", tmp_path / "ledger.json")
+    assert stopped.value.code == 1
+    told = capsys.readouterr().out
+    assert f"HOLE: step {STEPS_OF_A_RUN - 1} has no record of all ranks" in told
+    assert "NOT PROVEN" in told
+    assert json.loads((tmp_path / "ledger.json").read_text())["holes"] == [
+        [STEPS_OF_A_RUN - 1, STEPS_OF_A_RUN]
+    ]
+
+
+def test_unicl_ledger_without_a_ledger_ends_with_2(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(ledger, tmp_path)
+    assert stopped.value.code == 2
+    assert "trained with --ledger" in capsys.readouterr().err

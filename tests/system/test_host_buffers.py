@@ -1,0 +1,141 @@
+"""Memory of large tensors on the host is used again, and never while somebody looks at it."""
+
+from __future__ import annotations
+
+import errno
+import gc
+import mmap
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from unicl_fast.models.precision import normalise_images
+from unicl_fast.system.host_buffers import HostBuffers
+
+SHAPE = (4, 300, 300)
+
+
+def test_memory_is_used_again_when_the_tensor_is_gone() -> None:
+    buffers = HostBuffers()
+    first = buffers.empty(SHAPE, torch.float32)
+    place = first.data_ptr()
+    del first
+    again = buffers.empty(SHAPE, torch.float32)
+    assert again.data_ptr() == place
+    assert again.shape == SHAPE
+    assert again.dtype == torch.float32
+    assert again.is_contiguous()
+    assert place % 4096 == 0
+
+
+def _saved_for_backward(tensor: Tensor) -> Tensor:
+    return (torch.ones(SHAPE, requires_grad=True) * tensor).sum()
+
+
+@pytest.mark.parametrize(
+    "look",
+    [
+        lambda tensor: tensor[1],
+        lambda tensor: tensor.permute(2, 0, 1),
+        Tensor.numpy,
+        Tensor.untyped_storage,
+        _saved_for_backward,
+    ],
+    ids=["view", "permuted", "numpy", "storage", "graph"],
+)
+def test_memory_is_kept_while_anything_looks_at_it(look: Callable[[Tensor], Any]) -> None:
+    buffers = HostBuffers()
+    tensor = buffers.empty(SHAPE, torch.float32)
+    place = tensor.data_ptr()
+    holder = look(tensor)
+    del tensor
+    gc.collect()
+    assert buffers.empty(SHAPE, torch.float32).data_ptr() != place
+    del holder
+    gc.collect()
+    assert buffers.empty(SHAPE, torch.float32).data_ptr() == place
+
+
+def test_no_more_is_kept_than_one_spare_and_what_is_held() -> None:
+    buffers = HostBuffers()
+    held = [buffers.empty(SHAPE, torch.float32) for _ in range(5)]
+    del held[1:]
+    another = buffers.empty(SHAPE, torch.float32)
+    assert len(buffers._buffers) == 3
+    del held, another
+
+
+def test_too_small_ones_go_and_larger_ones_serve() -> None:
+    buffers = HostBuffers()
+    large = buffers.empty((8, *SHAPE), torch.float32).data_ptr()
+    assert buffers.empty(SHAPE, torch.bfloat16).data_ptr() == large
+    assert buffers.empty((16, *SHAPE), torch.float32).numel() == 16 * 4 * 300 * 300
+    assert len(buffers._buffers) == 1
+
+
+def test_threads_never_get_the_same_memory() -> None:
+    buffers = HostBuffers()
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        for _ in range(200):
+            tensor = buffers.empty((64, 64), torch.float32).fill_(number)
+            if not bool((tensor == number).all()):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_a_user_that_goes_while_it_is_asked_for_leaves_its_memory_once() -> None:
+    """Tensors are dropped by other threads, and by the collector, in the middle of a call."""
+    buffers = HostBuffers()
+    tensor = buffers.empty(SHAPE, torch.float32)
+    ((memory, _),) = buffers._buffers
+    answers = iter([tensor])
+    buffers._buffers = [(memory, lambda: next(answers, None))]
+    others = [buffers.empty(SHAPE, torch.float32) for _ in range(2)]
+    places = [id(memory) for memory, _ in buffers._buffers]
+    assert len(set(places)) == len(places)
+    assert others[0].data_ptr() != others[1].data_ptr()
+
+
+def test_the_smallest_that_fits_is_taken() -> None:
+    buffers = HostBuffers()
+    large, small = (buffers.empty((count, *SHAPE), torch.float32) for count in (4, 2))
+    places = large.data_ptr(), small.data_ptr()
+    del large, small
+    assert buffers.empty(SHAPE, torch.float32).data_ptr() == places[1]
+
+
+def test_huge_pages_are_a_wish(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Refusing(mmap.mmap):
+        def madvise(self, *arguments: int) -> None:
+            raise OSError(errno.EINVAL, "this kernel has none")
+
+    monkeypatch.setattr(mmap, "mmap", Refusing)
+    assert HostBuffers().empty(SHAPE, torch.float32).shape == SHAPE
+
+
+def test_nothing_at_all_can_be_had() -> None:
+    assert HostBuffers().empty((0, 3), torch.float32).shape == (0, 3)
+
+
+def test_batches_held_at_once_are_different_and_stay_as_they_were() -> None:
+    def normalised(level: int) -> Tensor:
+        pictures = torch.full((8, 224, 224, 3), level, dtype=torch.uint8)
+        return normalise_images(pictures, mean=(0.0,) * 3, std=(1.0,) * 3)
+
+    held = [normalised(level) for level in (0, 51, 255)]
+    assert [float(batch.min()) for batch in held] == pytest.approx([0, 0.2, 1])
+    assert [float(batch.max()) for batch in held] == pytest.approx([0, 0.2, 1])
+    place = held.pop(1).data_ptr()
+    assert normalised(102).data_ptr() == place

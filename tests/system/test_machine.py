@@ -1,0 +1,74 @@
+"""How many cores a rank takes for its own."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from unicl_fast.system import machine as processor_cores
+from unicl_fast.system.machine import LAUNCHED_BY_US, cores_of_this_rank, usable_cores
+
+
+@pytest.fixture(autouse=True)
+def _twelve_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of 64, for this process and the one that started it; no quota."""
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(12)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    for name in ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", LAUNCHED_BY_US, "SLURM_CPUS_PER_TASK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(processor_cores, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(processor_cores, "_MY_CGROUP", tmp_path / "mine")
+    (tmp_path / "job" / "step").mkdir(parents=True)
+    (tmp_path / "mine").write_text("0::/job/step\n")
+
+
+@pytest.mark.parametrize("launcher", ["TORCHELASTIC_RUN_ID", LAUNCHED_BY_US])
+def test_local_ranks_share_what_their_launcher_may_use(
+    monkeypatch: pytest.MonkeyPatch, launcher: str
+) -> None:
+    assert cores_of_this_rank() == 12
+    monkeypatch.setenv(launcher, "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert cores_of_this_rank() == 2
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "12")  # of the launcher
+    assert cores_of_this_rank() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "64")
+    assert cores_of_this_rank() == 1
+
+    def fails(process: int) -> set[int]:
+        if process:
+            raise ProcessLookupError
+        return set(range(12))
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setattr(os, "sched_getaffinity", fails)
+    assert cores_of_this_rank() == 4
+
+
+def test_a_rank_that_is_bound_to_cores_has_them_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "5")
+    assert cores_of_this_rank() == 12  # by Slurm, through a shell that is bound as well
+    monkeypatch.setattr(os, "cpu_count", lambda: 12)
+    assert cores_of_this_rank() == 2
+    monkeypatch.setenv("SLURM_CPUS_PER_TASK", "4")
+    assert cores_of_this_rank() == 4
+    monkeypatch.setenv(LAUNCHED_BY_US, "1")
+    monkeypatch.setattr(
+        os, "sched_getaffinity", lambda process: set(range(12 if process == 0 else 60))
+    )
+    assert cores_of_this_rank() == 12
+    monkeypatch.setattr(os, "getppid", lambda: 1)  # a container's launcher, or an heir's wider mask
+    assert cores_of_this_rank() == 2
+
+
+def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
+    (tmp_path / "job" / "step" / "cpu.max").write_text("max 100000\n")
+    assert usable_cores() == 12
+    (tmp_path / "job" / "cpu.max").write_text("250000 100000\n")
+    assert usable_cores() == 3
+    (tmp_path / "mine").write_text("12:cpu:/old\n")
+    assert usable_cores() == 12
+    (tmp_path / "mine").unlink()
+    assert usable_cores() == 12

@@ -1,0 +1,307 @@
+"""The prompt table: which row a label and template have, and which class a row has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unicl_fast.objectives.targets import map_targets
+from unicl_fast.text.prompts import (
+    SIMPLE_TEMPLATES,
+    ClassPrompts,
+    fill_template,
+    imagenet_class_names,
+    imagenet_templates,
+    imagenet_wnids,
+    read_class_names,
+    read_templates,
+)
+from unicl_fast.text.tokenizer import Tokenizer
+
+Sources = Sequence[tuple[Sequence[str], Sequence[str]]]
+TEMPLATES = ("a photo of a {}.", "art of the {}.")
+NO_NAMES: tuple[tuple[str, ...], tuple[str, ...]] = ((), ())
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer()
+
+
+@pytest.fixture(scope="module")
+def imagenet(tokenizer: Tokenizer) -> ClassPrompts:
+    return ClassPrompts([(imagenet_class_names(), imagenet_templates())], tokenizer)
+
+
+def pad(rows: list[np.ndarray], length: int = 77) -> np.ndarray:
+    padded = np.zeros((len(rows), length), dtype=np.uint16)
+    for target, row in zip(padded, rows, strict=True):
+        target[: len(row)] = row
+    return padded
+
+
+def test_the_built_in_lists_are_those_of_open_clip_and_timm() -> None:
+    import open_clip
+
+    assert imagenet_class_names() == tuple(open_clip.IMAGENET_CLASSNAMES)
+    fills = open_clip.OPENAI_IMAGENET_TEMPLATES
+    assert len(imagenet_templates()) == 80
+    assert [fill_template(template, "dog") for template in imagenet_templates()] == [
+        fill("dog") for fill in fills
+    ]
+    wnids = imagenet_wnids()
+    assert len(wnids) == len(imagenet_class_names()) == 1000
+    assert list(wnids) == sorted(wnids)
+    assert (wnids[0], imagenet_class_names()[0]) == ("n01440764", "tench")
+
+
+def test_every_imagenet_prompt_has_its_row_and_its_class(
+    imagenet: ClassPrompts, tokenizer: Tokenizer
+) -> None:
+    names, templates = imagenet_class_names(), imagenet_templates()
+    assert imagenet.tokens.shape[0] == 80_000
+    assert imagenet.tokens[:, -1].any(), "the table must be no wider than the longest prompt"
+    for label, template in [(0, 0), (0, 79), (1, 0), (512, 33), (999, 79)]:
+        row = imagenet.prompt_row(0, label, template)
+        text = templates[template].replace("{}", names[label])
+        expected = pad(tokenizer.encode([text]), imagenet.tokens.shape[1])[0]
+        assert imagenet.tokens[row].tolist() == expected.tolist()
+        assert imagenet.class_ids[row] == label
+    assert (imagenet.lookup(imagenet.tokens) == imagenet.class_ids).all()
+
+
+def test_imagenet_classes_of_equal_name_are_one_class(imagenet: ClassPrompts) -> None:
+    assert imagenet.merged_classes == (((0, 657), (0, 744)), ((0, 836), (0, 837)))
+    assert imagenet_class_names()[744] == imagenet_class_names()[657] == "missile"
+    assert imagenet.class_of(0, 744) == imagenet.class_of(0, 657) == 657
+    assert len(np.unique(imagenet.classes_of(0, np.arange(1000)))) == 998
+
+
+def test_rows_are_numbered_by_source_label_and_template(tokenizer: Tokenizer) -> None:
+    prompts = ClassPrompts(
+        [(("cat", "dog"), TEMPLATES), NO_NAMES, (("car",), SIMPLE_TEMPLATES)], tokenizer
+    )
+    assert prompts.class_starts.tolist() == [0, 4, 4]
+    assert prompts.num_classes.tolist() == [2, 0, 1]
+    assert prompts.num_templates.tolist() == [2, 0, 1]
+    texts = [tokenizer.decode(row) for row in prompts.tokens]
+    assert texts == [
+        "a photo of a cat .",
+        "art of the cat .",
+        "a photo of a dog .",
+        "art of the dog .",
+        "a photo of a car .",
+    ]
+    assert prompts.rows_of(0, [0, 1, 1], [1, 0, 1]).tolist() == [1, 2, 3]
+    assert prompts.rows_of(0, 1, [0, 1]).tolist() == [2, 3]
+    assert prompts.prompt_row(2, 0, 0) == 4
+    assert prompts.rows_of(1, [], []).tolist() == []
+
+
+def test_labels_or_templates_that_a_source_lacks_are_refused(tokenizer: Tokenizer) -> None:
+    prompts = ClassPrompts([(("cat", "dog"), TEMPLATES), NO_NAMES], tokenizer)
+    with pytest.raises(ValueError, match=r"labels of source 0 must lie in 0 to 1 .* not 0 to 2"):
+        prompts.rows_of(0, [0, 2], 0)
+    with pytest.raises(ValueError, match="not -1 to -1"):
+        prompts.rows_of(0, -1, 0)
+    with pytest.raises(ValueError, match="templates of source 0"):
+        prompts.rows_of(0, 0, 2)
+    with pytest.raises(ValueError, match="0 class names"):
+        prompts.rows_of(1, 0, 0)
+    with pytest.raises(ValueError, match="labels must lie in"):
+        prompts.classes_of(0, [2**31])
+
+
+def test_separate_labels_are_different_classes_and_meet_in_equal_names(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    sources = [(("cat", "dog"), TEMPLATES), (("car", "Cat"), SIMPLE_TEMPLATES)]
+    with caplog.at_level(logging.INFO, logger="unicl_fast.text.prompts"):
+        prompts = ClassPrompts(sources, tokenizer)
+    assert prompts.class_of(0, 0) == prompts.class_of(1, 1) == 0
+    assert len({prompts.class_of(0, 0), prompts.class_of(0, 1), prompts.class_of(1, 0)}) == 3
+    assert prompts.merged_classes == (((0, 0), (1, 1)),)
+    assert "'cat' (source 0, label 0), 'Cat' (source 1, label 1)" in caplog.text
+    assert prompts.classes_of(1, [-1, 1]).tolist() == [-1, 0]
+    # The other prompt of "cat" follows, though the second source does not have it.
+    art_of_cat = pad(tokenizer.encode(["art of the cat."]))
+    assert prompts.lookup(art_of_cat).tolist() == [0]
+
+
+def test_classes_are_merged_along_chains_of_common_prompts(tokenizer: Tokenizer) -> None:
+    sources = [(("a b", "b", "c"), ("{}", "a {}")), (("a a b", "a c"), ("{}",))]
+    prompts = ClassPrompts(sources, tokenizer)
+    # "a b" is a name and a prompt of "b"; "a a b" a prompt of "a b"; "a c" one of "c".
+    assert prompts.merged_classes == (((0, 0), (0, 1), (1, 0)), ((0, 2), (1, 1)))
+
+
+def test_a_source_without_names_can_have_labels(tokenizer: Tokenizer) -> None:
+    prompts = ClassPrompts([(("cat",), TEMPLATES), NO_NAMES, NO_NAMES], tokenizer)
+    classes = [
+        prompts.class_of(source, label) for source in (0, 1, 2) for label in (0, 1, 2**31 - 1)
+    ]
+    assert len(set(classes)) == 9
+    assert 0 <= min(classes) <= max(classes) < 2**62
+
+
+def test_captions_only_have_an_empty_table(tokenizer: Tokenizer) -> None:
+    prompts = ClassPrompts([NO_NAMES], tokenizer)
+    assert prompts.tokens.shape == (0, 0)
+    assert prompts.lookup(pad(tokenizer.encode(["a cat", ""]))).tolist() == [-1, -1]
+    assert prompts.class_of(0, 5) == 5
+    assert ClassPrompts([], tokenizer).class_ids.tolist() == []
+
+
+def test_shared_labels_are_the_same_class_in_all_sources(tokenizer: Tokenizer) -> None:
+    sources = [NO_NAMES, (("cat", "dog", "cat"), TEMPLATES), (("cat", "dog", "cat"), ("{}",))]
+    prompts = ClassPrompts(sources, tokenizer, label_space="shared")
+    assert prompts.class_ids.tolist() == [0, 0, 1, 1, 0, 0, 0, 1, 0]
+    for source in range(3):
+        assert prompts.classes_of(source, [0, 1, 2, 3, -1]).tolist() == [0, 1, 0, 3, -1]
+    assert prompts.merged_classes == (((1, 0), (1, 2)),)
+
+
+@pytest.mark.parametrize(
+    ("second", "message"),
+    [
+        (("cat", "cow"), "label 1 is 'dog' in source 0 and 'cow' in source 1"),
+        (("cat",), "source 0 has 2 class names and source 1 has 1"),
+    ],
+)
+def test_a_shared_label_space_of_different_names_is_refused(
+    tokenizer: Tokenizer, second: tuple[str, ...], message: str
+) -> None:
+    sources = [(("cat", "dog"), TEMPLATES), (second, TEMPLATES)]
+    with pytest.raises(ValueError, match=message):
+        ClassPrompts(sources, tokenizer, label_space="shared")
+    assert ClassPrompts(sources, tokenizer).num_classes.tolist() == [2, len(second)]
+
+
+def test_names_without_a_usable_template_are_refused(tokenizer: Tokenizer) -> None:
+    with pytest.raises(ValueError, match="source 0: class names need at least one template"):
+        ClassPrompts([(("cat",), ())], tokenizer)
+    for template in ("a photo", "{} and {}"):
+        with pytest.raises(ValueError, match="exactly one"):
+            ClassPrompts([(("cat",), (template,))], tokenizer)
+
+
+def test_lookup_finds_prompts_of_any_padding_and_nothing_else(
+    imagenet: ClassPrompts, tokenizer: Tokenizer
+) -> None:
+    encoded = tokenizer.encode(
+        [
+            "A photo of the goldfish .",
+            "a photo of the goldfishes.",
+            "",
+            "a photo of the tench. " * 9,
+        ]
+    )
+    expected = [1, -1, -1, -1]
+    assert imagenet.lookup(pad(encoded)).tolist() == expected
+    assert imagenet.lookup(pad(encoded, 100)).tolist() == expected
+    assert imagenet.lookup(pad(encoded[:1], 8)).tolist() == [1]
+    assert imagenet.lookup(pad([])).tolist() == []
+    rows = np.zeros((len(imagenet.tokens), 77), dtype=np.uint16)
+    rows[:, : imagenet.tokens.shape[1]] = imagenet.tokens
+    assert (imagenet.lookup(rows) == imagenet.class_ids).all()
+    rows[:, 76] = 7  # beyond the width of the table
+    assert (imagenet.lookup(rows) == -1).all()
+    with pytest.raises(ValueError, match="uint16"):
+        imagenet.lookup(rows.astype(np.int64))
+
+
+def test_captions_and_labels_meet_through_the_target_map(tokenizer: Tokenizer) -> None:
+    prompts = ClassPrompts([(("cat", "dog"), TEMPLATES), NO_NAMES], tokenizer)
+    captions = pad(tokenizer.encode(["Art of the dog.", "a dog on a sofa"]))
+    drawn = pad(list(prompts.tokens[prompts.rows_of(0, [1, 0], [0, 0])]))
+    labels = np.concatenate([[-1, -1], prompts.classes_of(0, [1, 0])])
+    targets = map_targets(np.concatenate([captions, drawn]), labels, prompts)
+    assert targets.class_ids[[0, 2, 3]].tolist() == [1, 1, 0]
+    assert targets.class_ids[1] >= 2**62
+
+
+names_lists = st.lists(st.sampled_from(["a", "b", "A", "a a", "b a", "c"]), max_size=4)
+template_lists = st.lists(st.sampled_from(["{}", "a {}", "{} a", "b {}"]), min_size=1, max_size=3)
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(st.tuples(names_lists, template_lists), max_size=3),
+    st.sampled_from(["separate", "shared"]),
+)
+def test_equal_rows_always_have_equal_classes(
+    tokenizer: Tokenizer, sources: Sources, label_space: Literal["separate", "shared"]
+) -> None:
+    if label_space == "shared" and sources:
+        sources = [(sources[0][0], templates) for _, templates in sources]
+    prompts = ClassPrompts(sources, tokenizer, label_space=label_space)
+    claimed: dict[bytes, int] = {}
+    row = 0
+    for source, (names, templates) in enumerate(sources):
+        for label in range(len(names)):
+            for template in range(len(templates)):
+                assert prompts.prompt_row(source, label, template) == row
+                class_id = prompts.class_of(source, label)
+                assert prompts.class_ids[row] == class_id
+                assert claimed.setdefault(prompts.tokens[row].tobytes(), class_id) == class_id
+                row += 1
+    assert row == len(prompts.tokens)
+    # Merging joins nothing that no chain of common prompts joins.
+    if label_space == "separate":
+        for group in prompts.merged_classes:
+            for member in group:
+                others = [other for other in group if other != member]
+                assert any(_share_a_prompt(prompts, member, other) for other in others)
+
+
+def _share_a_prompt(prompts: ClassPrompts, first: tuple[int, int], second: tuple[int, int]) -> bool:
+    texts = []
+    for source, label in (first, second):
+        rows = prompts.rows_of(source, label, np.arange(prompts.num_templates[source]))
+        texts.append({prompts.tokens[row].tobytes() for row in rows})
+    return bool(texts[0] & texts[1])
+
+
+def test_lists_are_read_from_files(tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_bytes(b"\xef\xbb\xbfcat\r\n fire truck \r\nse\xc3\xb1or\r\n\r\n")
+    assert read_class_names(path) == ("cat", "fire truck", "se\u00f1or")
+    path.write_text("a {}\nthe {} here", encoding="utf-8")
+    assert read_templates(str(path)) == ("a {}", "the {} here")
+    assert read_class_names("imagenet") == imagenet_class_names()
+    assert read_templates("imagenet") == imagenet_templates()
+    assert read_templates("simple") == SIMPLE_TEMPLATES
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "holds no templates"),
+        (b"\n \n", "holds no templates"),
+        (b"a {}\n\nthe {}\n", "line 2 is empty"),
+        (b"a {}\na photo\n", "exactly one"),
+        (b"{} {}\n", "has 2"),
+        (b"\xff\xfe{}", "UTF-8"),
+    ],
+)
+def test_a_wrong_list_is_refused_in_a_sentence(
+    tmp_path: Path, content: bytes, message: str
+) -> None:
+    path = tmp_path / "templates.txt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_templates(path)
+
+
+def test_a_missing_list_is_refused_with_the_names_of_the_built_in_ones(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no file of class names at .*imagenet"):
+        read_class_names(tmp_path / "none.txt")
+    with pytest.raises(FileNotFoundError, match="imagenet, simple"):
+        read_templates("imagnet")

@@ -1,0 +1,131 @@
+"""Packed data sets are checked against the tokenizer before a model sees their tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from unicl_fast.config import DataConfig
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
+from unicl_fast.presets import build_preset
+from unicl_fast.system.differences import refuse_differences
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.data import (
+    check_tokenizer,
+    describe_sources,
+    names_of,
+    numbered,
+    open_sources,
+)
+
+
+@pytest.mark.parametrize("token", [49_405, 49_408])
+def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) -> None:
+    tokenizer = Tokenizer()
+    with DatasetWriter(tmp_path / "set") as writer:
+        writer.add(
+            PackedSample(
+                image=b"picture",
+                extension="jpg",
+                height=1,
+                width=1,
+                xxh3=0,
+                captions=["x"],
+                tokens=[np.array([49_406, token, 49_407], np.uint16)],
+            )
+        )
+        writer.finish(
+            tokenizer=tokenizer.name,
+            vocabulary_hash=tokenizer.vocabulary_hash,
+            context_length=77,
+            class_names=[],
+            templates=[],
+            source=["here"],
+            seed=0,
+            tool_version="0",
+        )
+    with PackedDataset(tmp_path / "set") as dataset:
+        if token < tokenizer.vocab_size:
+            check_tokenizer(dataset, context_length=77)
+        else:
+            with pytest.raises(ValueError, match="token 49408 is beyond the vocabulary of 49408"):
+                check_tokenizer(dataset, context_length=77)
+
+
+def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
+    folders = (str(data / "labels"), f"{data / 'captions'}")
+    whole, _ = open_sources(DataConfig(train=folders))
+    halves, shares = open_sources(DataConfig(train=folders, fraction=(0.5,)))
+    parts, _ = open_sources(DataConfig(train=folders, fraction=(1.0, 0.25)))
+    sizes = [len(dataset) for dataset in whole]
+    assert [len(dataset) for dataset in halves] == [round(size / 2) for size in sizes]
+    assert [len(dataset) for dataset in parts] == [sizes[0], round(sizes[1] / 4)]
+    assert shares is None
+    with pytest.raises(ValueError, match=r"num_samples was 20 and is now 5"):
+        refuse_differences("data", describe_sources(whole, None), describe_sources(parts, None))
+    for dataset in (*whole, *halves, *parts):
+        dataset.close()
+
+
+@pytest.mark.parametrize("name", ["swin-tiny-half-half", "swin-base-half-half"])
+def test_the_presets_of_halves_mix_the_first_half_of_each(data: Path, name: str) -> None:
+    """The paper's mixes: two sets together give as many samples as one of them has."""
+    folders = (str(data / "labels"), str(data / "captions"))
+    config = dataclasses.replace(build_preset(name).data, train=folders)
+    whole, _ = open_sources(DataConfig(train=folders))
+    halves, shares = open_sources(config)
+    for half, full in zip(halves, whole, strict=True):
+        assert len(half) == round(len(full) / 2)
+        assert np.array_equal(half.samples["xxh3"], full.samples["xxh3"][: len(half)])
+    assert shares is None  # each pass sees each sample of both once
+    assert build_preset(name.removesuffix("-half-half")).data.fraction == (1.0,)
+    for dataset in (*whole, *halves):
+        dataset.close()
+
+
+@pytest.mark.parametrize("fraction", [(0.5, 0.5), (0.0,), (1.1,), (-1.0,), ()])
+def test_parts_that_make_no_sense_are_refused(fraction: tuple[float, ...]) -> None:
+    with pytest.raises(ValueError, match="data.fraction takes one number in"):
+        DataConfig(train=("a", "b", "c"), fraction=fraction)
+
+
+def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
+    (tmp_path / "labels").symlink_to(data / "labels")
+    folders = (str(data / "labels"), str(data / "captions"), str(tmp_path / "labels"))
+    datasets, _ = open_sources(DataConfig(train=folders))
+    assert names_of(datasets) == ["labels-1", "captions", "labels-2"]
+    assert numbered(["a", "a", "a-1"]) == ["a-2", "a-3", "a-1"]
+    for dataset in datasets:
+        dataset.close()
+
+
+def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:
+    """A run does not go on with other pictures, though descriptions and shards are the same."""
+    described = []
+    for level in (1, 2, 1):
+        out = tmp_path / str(len(described))
+        with DatasetWriter(out, pictures="raw") as writer:
+            writer.add(
+                PackedSample(
+                    image=bytes([level]) * 12, extension="raw", height=2, width=2, xxh3=0,
+                    labels=[0],
+                )
+            )  # fmt: skip
+            writer.finish(
+                **tokenizer_facts, context_length=77, class_names=["x"], templates=["{}"],
+                source=["here"], seed=0, tool_version="0",
+            )  # fmt: skip
+        with PackedDataset(out) as dataset:
+            described.append(describe_sources([dataset], None))
+    assert described[0] == described[2]
+    assert described[0] != described[1]
+
+
+@pytest.fixture
+def tokenizer_facts() -> dict[str, str]:
+    tokenizer = Tokenizer()
+    return {"tokenizer": tokenizer.name, "vocabulary_hash": tokenizer.vocabulary_hash}

@@ -1,0 +1,184 @@
+"""Parameter groups, the optimizers by name, and whose apex is installed."""
+
+from __future__ import annotations
+
+import math
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from small_runs import tiny_config
+from timm.optim import Lamb
+
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training import optim
+from unicl_fast.training.nvidia_apex import load_apex_optimizers
+
+CUDA, CPU = torch.device("cuda"), torch.device("cpu")
+
+
+class RecordingOptimizer(torch.optim.AdamW):
+    """Stands for an optimizer of apex."""
+
+    def __init__(self, groups: list, **arguments: object) -> None:
+        self.arguments = arguments
+        super().__init__(groups, lr=arguments["lr"])
+
+
+def install(monkeypatch: pytest.MonkeyPatch, **modules: ModuleType | None) -> None:
+    for name in ("apex", "apex.optimizers", "amp_C"):
+        monkeypatch.setitem(sys.modules, name, modules.get(name.replace(".", "_")))
+
+
+def module_with(name: str, **contents: object) -> ModuleType:
+    module = ModuleType(name)
+    vars(module).update(contents)
+    return module
+
+
+def install_nvidia_apex(monkeypatch: pytest.MonkeyPatch, *, compiled: bool = True) -> ModuleType:
+    fused_adam = type("FusedAdam", (RecordingOptimizer,), {})
+    fused_lamb = type("FusedLAMB", (RecordingOptimizer,), {})
+    optimizers = module_with("apex.optimizers", FusedAdam=fused_adam, FusedLAMB=fused_lamb)
+    install(
+        monkeypatch,
+        apex=module_with("apex", __path__=[], optimizers=optimizers),
+        apex_optimizers=optimizers,
+        amp_C=module_with("amp_C") if compiled else None,
+    )
+    return optimizers
+
+
+def install_web_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `pip install apex` gives."""
+    install(monkeypatch, apex=module_with("apex", MessageFactory=object))
+
+
+def test_nvidias_apex_is_known_by_its_contents(monkeypatch: pytest.MonkeyPatch) -> None:
+    optimizers = install_nvidia_apex(monkeypatch)
+    assert load_apex_optimizers() is optimizers
+    assert load_apex_optimizers().FusedAdam
+
+
+def test_another_project_of_that_name_is_not_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_web_toolkit(monkeypatch)
+    with pytest.raises(ValueError, match="git clone https://github.com/NVIDIA/apex") as caught:
+        load_apex_optimizers()
+    assert "pip install apex" not in str(caught.value)
+
+
+def test_a_stranger_beside_the_extension_is_not_it_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    empty = module_with("apex.optimizers")
+    install(
+        monkeypatch,
+        apex=module_with("apex", __path__=[], optimizers=empty),
+        apex_optimizers=empty,
+        amp_C=module_with("amp_C"),
+    )
+    with pytest.raises(ValueError, match="no attribute 'FusedAdam'"):
+        load_apex_optimizers()
+
+
+def test_apex_without_its_cuda_extensions_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidia_apex(monkeypatch, compiled=False)
+    with pytest.raises(ValueError, match="amp_C"):
+        load_apex_optimizers()
+
+
+def test_auto_is_torchs_kernel_which_never_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidia_apex(monkeypatch)
+    for device in (CPU, CUDA):
+        assert optim.choose_optimizer("auto", device=device, precision="bf16") == "adamw"
+    assert optim.choose_optimizer("fusedadamw", device=CUDA, precision="bf16") == "fusedadamw"
+    with pytest.raises(ValueError, match="with efficiency.precision=fp64"):
+        optim.choose_optimizer("fusedadamw", device=CUDA, precision="fp64")
+
+
+@pytest.mark.parametrize("name", ["fusedadamw", "fusedlamb"])
+def test_apex_is_refused_on_the_cpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    install_nvidia_apex(monkeypatch)
+    config = tiny_config(optimizer=name, precision="fp32")
+    with pytest.raises(ValueError, match=f"optim.name={name} runs on CUDA devices"):
+        optim.build_optimizer(UniCL(config), config)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "extra"),
+    [
+        ("fusedadamw", "FusedAdam", {"adam_w_mode": True}),
+        ("fusedlamb", "FusedLAMB", {"max_grad_norm": math.inf}),
+    ],
+)
+def test_apex_gets_the_settings(
+    name: str, kind: str, extra: dict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    install_nvidia_apex(monkeypatch)
+    monkeypatch.setattr(optim, "choose_optimizer", lambda name, **where: name)  # as if on CUDA
+    config = tiny_config(optimizer=name)
+    optimizer = optim.build_optimizer(UniCL(config), config)
+    assert type(optimizer).__name__ == kind
+    assert optimizer.arguments == {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8} | extra
+
+
+@pytest.mark.parametrize(("name", "kind"), [("adamw", torch.optim.AdamW), ("lamb", Lamb)])
+def test_every_parameter_is_in_one_of_the_papers_groups(name: str, kind: type) -> None:
+    config = tiny_config(optimizer=name)
+    model = UniCL(config)
+    optimizer = optim.build_optimizer(model, config)
+    assert type(optimizer) is kind
+    decayed, spared = optimizer.param_groups
+    assert (decayed["weight_decay"], spared["weight_decay"]) == (0.1, 0.0)
+    assert all(parameter.ndim > 1 for parameter in decayed["params"])
+    assert any(parameter is model.logit_scale for parameter in spared["params"])
+    grouped = [id(parameter) for parameter in decayed["params"] + spared["params"]]
+    assert sorted(grouped) == sorted(id(parameter) for parameter in model.parameters())
+
+
+def test_lamb_leaves_clipping_to_the_config() -> None:
+    """The first LAMB step of an undecayed parameter has Adam's size: the gradient's does not."""
+    config = tiny_config(optimizer="lamb")
+    model = UniCL(config)
+    optimizer = optim.build_optimizer(model, config)
+    assert optimizer.defaults["max_grad_norm"] is None
+    before = model.logit_scale.item()
+    model.logit_scale.grad = torch.tensor(1000.0)
+    optimizer.step()
+    assert model.logit_scale.item() == pytest.approx(before - 1e-3, rel=1e-4)
+
+
+def test_an_unknown_optimizer_is_refused() -> None:
+    with pytest.raises(ValueError, match="optim.name must be one of adamw, lamb, .* not 'sgd'"):
+        tiny_config(optimizer="sgd")
+
+
+@pytest.mark.parametrize("clip_norm", [0.0, 0.5, 1e6])
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_is_torchs_own(dtype: torch.dtype, fused: bool, clip_norm: float) -> None:
+    def build() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(7, 5), torch.nn.Linear(5, 3)).to(dtype)
+        model.append(torch.nn.Linear(2, 2).to(dtype))  # gets no gradient
+        return model, torch.optim.AdamW(model.parameters(), lr=0.1, fused=fused)
+
+    (ours, our_optimizer), (plain, plain_optimizer) = build(), build()
+    for model in (ours, plain):
+        model[:2](torch.ones(4, 7, dtype=dtype)).square().sum().backward()
+    norm = optim.gradient_norm(ours)
+    no = torch.tensor(False)
+    optim.update(our_optimizer, norm, clip_norm=clip_norm, leave_out=no)
+    expected = torch.nn.utils.clip_grad_norm_(plain.parameters(), clip_norm or math.inf)
+    plain_optimizer.step()
+    tolerance = 1e-14 if dtype == torch.float64 else 1e-6
+    torch.testing.assert_close(norm, expected, rtol=tolerance, atol=0)
+    for one, other in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+
+
+def test_the_norm_of_a_large_gradient_is_exact_to_fp32() -> None:
+    """A plain fp32 sum over 25 million squares is off by 5e-4."""
+    layer = torch.nn.Embedding(49408, 512)
+    layer.weight.grad = torch.randn(49408, 512, generator=torch.Generator().manual_seed(1))
+    exact = layer.weight.grad.double().norm()
+    torch.testing.assert_close(optim.gradient_norm(layer).double(), exact, rtol=1e-6, atol=0)

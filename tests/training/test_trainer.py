@@ -1,0 +1,232 @@
+"""Runs in memory: resuming, run folders, what is refused, what stops a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import StepwiseLoader
+from small_runs import global_batch, tiny_config
+
+from unicl_fast import load_model
+from unicl_fast.batch import ListLoader
+from unicl_fast.checkpoints.load import list_checkpoints, read_state
+from unicl_fast.config import EfficiencyConfig, load_config
+from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.trainer import Trainer
+
+
+def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
+    return Trainer(
+        config or tiny_config(), StepwiseLoader(images), run_folder=folder, progress=False
+    )
+
+
+FORMATS = [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("fp32", "lamb")]
+FORMATS += [("fp16", "lamb")]
+
+
+@pytest.mark.parametrize(
+    ("image_encoder", "precision", "optimizer"),
+    [
+        *(("test_vit", *names) for names in FORMATS),
+        # few processors have kernels for convolutions in fp16: without them it takes minutes
+        *(
+            pytest.param(
+                *("unicl_convnet7_small", *names),
+                marks=[pytest.mark.slow, pytest.mark.long] if names[0] == "fp16" else (),
+            )
+            for names in FORMATS
+        ),
+    ],
+)
+def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
+    images: torch.Tensor, tmp_path: Path, precision: str, optimizer: str, image_encoder: str
+) -> None:
+    config = tiny_config(image_encoder=image_encoder, precision=precision, optimizer=optimizer)
+    unbroken = trainer_in(tmp_path / "unbroken", images, config)
+    unbroken.fit()
+    resumed = trainer_in(tmp_path / "resumed", images, config)
+    resumed.resume(tmp_path / "unbroken" / "checkpoints" / "step-00000004")
+    assert resumed.step == 4
+    resumed.fit()
+    for name, weight in unbroken.model.state_dict().items():
+        assert torch.equal(weight, resumed.model.state_dict()[name]), name
+    tail = [line["loss"] for line in read_metrics(tmp_path / "unbroken")[4:]]
+    assert [line["loss"] for line in read_metrics(tmp_path / "resumed")] == tail
+
+
+def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer = trainer_in(tmp_path, images)
+    trainer.data = {"train": ["pictures"]}
+    trainer.fit()
+    lines = read_metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    assert lines[-1]["samples_seen"] == 72
+    assert {"loss", "logit_scale", "lr", "grad_norm", "images_per_second"} <= lines[0].keys()
+    assert 0 <= lines[0]["data_wait_fraction"] <= 1
+    assert list((tmp_path / "tensorboard").glob("events.*"))
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000002", "step-00000004", "step-00000006"]
+    state = read_state(tmp_path / "checkpoints" / "step-00000006")
+    assert (state.step, state.config, state.data) == (6, trainer.config, trainer.data)
+    model = load_model(tmp_path)
+    for name, weight in trainer.model.state_dict().items():
+        assert torch.equal(weight, model.state_dict()[name]), name
+
+
+def test_going_back_drops_the_lines_of_the_steps_to_come(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    trainer_in(tmp_path, images).fit()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 7, "lo')  # a crash in the middle of a line
+    again = trainer_in(tmp_path, images)
+    again.resume(tmp_path / "checkpoints" / "step-00000002")
+    again.fit()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_going_back_leaves_no_checkpoint_of_the_abandoned_steps(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    trainer_in(tmp_path, images).fit()
+    again = trainer_in(tmp_path, images)
+    again.resume(tmp_path / "checkpoints" / "step-00000002")
+    unfinished = tmp_path / "checkpoints" / ".step-00000005.partial"
+    unfinished.mkdir()
+
+    class StopError(Exception):
+        pass
+
+    def stop(self: object, start_step: int) -> None:
+        raise StopError
+
+    again.loader.batches = stop.__get__(again.loader)
+    with pytest.raises(StopError):
+        again.fit()
+    found = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert found == ["step-00000002", "step-00000004.aside", "step-00000006.aside"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == found[:1]
+
+
+def test_only_the_newest_checkpoints_stay(images: torch.Tensor, tmp_path: Path) -> None:
+    config = tiny_config()
+    config = dataclasses.replace(
+        config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=1, keep=2)
+    )
+    trainer_in(tmp_path, images, config).fit()
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000005", "step-00000006"]
+
+
+def test_a_damaged_checkpoint_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer_in(tmp_path, images).fit()
+    checkpoint = tmp_path / "checkpoints" / "step-00000006"
+    weights = checkpoint / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(ValueError, match="model.safetensors is damaged"):
+        load_model(tmp_path)
+    weights.unlink()
+    with pytest.raises(FileNotFoundError, match="lacks model.safetensors"):
+        load_model(tmp_path)
+    (checkpoint / "state.json").write_text("{")
+    with pytest.raises(ValueError, match="state.json is damaged"):
+        load_model(tmp_path)
+
+
+def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer_in(tmp_path, images).fit()
+    checkpoint = tmp_path / "checkpoints" / "step-00000006"
+    config = tiny_config()
+    wider = dataclasses.replace(config, model=dataclasses.replace(config.model, text_width=32))
+    with pytest.raises(ValueError, match="another model: text_width was 16 and is now 32"):
+        trainer_in(tmp_path / "b", images, wider).resume(checkpoint)
+    reseeded = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
+    with pytest.raises(ValueError, match="another run: seed was 0 and is now 1"):
+        trainer_in(tmp_path / "d", images, reseeded).resume(checkpoint)
+    with pytest.raises(ValueError, match="precision was 'fp64' and is now 'fp16'"):
+        trainer_in(tmp_path / "e", images, tiny_config(precision="fp16")).resume(checkpoint)
+    with pytest.raises(ValueError, match="the state of AdamW, and optim.name now means Lamb"):
+        trainer_in(tmp_path / "f", images, tiny_config(optimizer="lamb")).resume(checkpoint)
+    other = trainer_in(tmp_path / "c", images)
+    other.data = {"train": ["other pictures"]}
+    with pytest.raises(ValueError, match="another data"):
+        other.resume(checkpoint)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_step(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    trainer = trainer_in(tmp_path, images)
+    batches = trainer.loader.batches(0)
+    for _ in range(2):
+        trainer.train_step(next(batches))
+    with torch.no_grad():
+        trainer.model.image_projection.fill_(torch.nan)
+    with pytest.raises(FloatingPointError, match="the loss of step 2 is nan"):
+        trainer.fit()
+    assert not list_checkpoints(tmp_path / "checkpoints")
+
+
+def test_a_list_of_batches_trains_and_the_loss_falls(images: torch.Tensor) -> None:
+    config = dataclasses.replace(
+        tiny_config(image_encoder="unicl_convnet7_small", steps=40),
+        efficiency=EfficiencyConfig(precision="fp32"),
+    )
+    trainer = Trainer(config, ListLoader([global_batch(images)]), progress=False)
+    first = trainer.train_step(next(trainer.loader.batches(0)))[0].item()
+    trainer.fit()
+    last = trainer.train_step(next(trainer.loader.batches(0)))[0].item()
+    assert last < first - 0.5
+
+
+def test_a_run_without_a_length_is_refused(images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match=r"set run.samples or run.steps"):
+        Trainer(tiny_config(steps=0), StepwiseLoader(images))
+
+
+def test_evaluations_run_at_their_steps_and_are_written(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    config = tiny_config()
+    config = dataclasses.replace(config, run=dataclasses.replace(config.run, log_every_steps=6))
+    config = dataclasses.replace(
+        config, run=dataclasses.replace(config.run, evaluate_every_steps=4)
+    )
+    trainer = trainer_in(tmp_path, images, config)
+    modes = []
+
+    def evaluation(model: torch.nn.Module) -> dict[str, float]:
+        modes.append(model.training)
+        return {"top1": 0.5}
+
+    trainer.evaluations = {"digits": evaluation}
+    trainer.fit()
+    assert modes == [False, False]
+    lines = [line for line in read_metrics(tmp_path) if "digits/top1" in line]
+    assert [line["step"] for line in lines] == [4, 6]
+
+
+def test_a_config_survives_its_file(tmp_path: Path) -> None:
+    from unicl_fast.config import config_to_dict
+
+    config = tiny_config()
+    (tmp_path / "config.json").write_text(json.dumps(config_to_dict(config)))
+    assert load_config(tmp_path / "config.json") == config
+    (tmp_path / "config.json").write_text('{"data": {"colour": 1}}')
+    with pytest.raises(ValueError, match="data.colour is not a setting"):
+        load_config(tmp_path / "config.json")
+
+
+def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:
+    config = tiny_config()
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, augment=("supcon",)))
+    images = torch.zeros(12, config.data.image_size, config.data.image_size, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
+        Trainer(config, ListLoader([global_batch(images)]), progress=False)

@@ -1,0 +1,282 @@
+"""`unicl-pack inspect` as a sub-command: its arguments, and what it prints and writes."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from unicl_fast.dataset.growing_files import create_csv
+from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, PackedDataset
+from unicl_fast.dataset.remote.object_store import is_url
+from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES, local_copy
+from unicl_fast.packing.inspect.concepts import DEFAULT_MODEL, HowToCount
+from unicl_fast.packing.inspect.inspect import (
+    DEFAULT_DISTANCE,
+    Copies,
+    Inspection,
+    Spread,
+    inspect_dataset,
+)
+from unicl_fast.packing.inspect.near_duplicates import MAX_DISTANCE
+from unicl_fast.packing.inspect.page import ShownGroup, make_page
+from unicl_fast.packing.inspect.picture_hashes import has_imagehash
+from unicl_fast.packing.inspect.thumbnails import shown_pictures
+from unicl_fast.packing.quarantine import DUPLICATE
+from unicl_fast.system.atomic_files import write_text_whole
+from unicl_fast.system.wording import count_of
+
+_GROUPS_SHOWN = 12
+_PICTURES_OF_A_GROUP = 6
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Inspect:
+    """Say what is in a packed data set: counts, classes, captions, sizes, copies, concepts.
+
+    The table of concepts is the paper's Table 1: images, concepts, images for each concept.
+    Concepts are categories where there are labels; of captions they are the noun phrases that
+    spaCy finds more than 5 times, or words where it or its English model is not installed.
+
+    Near copies are found by perceptual hashes (pip install 'unicl_fast[inspect]'); without that
+    package they are passed over with a note, unless an option asks for them.
+
+    Examples:
+      unicl-pack inspect packed/photos --html photos.html
+
+      unicl-pack inspect packed/photos --duplicates-list near.csv
+      unicl-pack merge packed/photos --leave-out near.csv --out packed/clean
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The data set; of one under a URL a copy is made, looked at and removed."""
+    html: Path | None = None
+    """Write one page with plots and a contact sheet into this file; it needs no other."""
+    json: Path | None = None
+    """Write all numbers, and the groups of copies, into this file."""
+    duplicates_list: Path | None = None
+    """Write all but the first picture of each group of copies into this CSV file, which --leave-out
+    of build and merge takes. Look at it before: what looks alike need not be a copy."""
+    near: bool = True
+    """Look for pictures that look alike; takes decoding all, and the package ImageHash. Without it
+    --duplicates-list and --near-distance are refused unless --no-near is given."""
+    near_distance: int = DEFAULT_DISTANCE
+    """In how many of its 64 bits a perceptual hash may differ: 4 finds copies in another size,
+    quality, aspect or in grey, 8 also those cut by a twentieth; beyond 10 photographs that have
+    nothing to do with each other come in."""
+    concepts: HowToCount = "auto"
+    """What to count in captions: noun-phrases, words, or auto, the first if spaCy can do it."""
+    spacy_model: str = DEFAULT_MODEL
+    """spaCy's model for noun phrases."""
+    sheet: int = 48
+    """Pictures on the contact sheet."""
+    workers: int = 0
+    """Processes that hash pictures; 0 takes one for each core."""
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    """Most that the copy of a data set under a URL may take."""
+
+    def run(self) -> tuple[str, int]:
+        """What there is to say at the end, and the exit code."""
+        if not 0 <= self.near_distance <= MAX_DISTANCE:
+            raise ValueError(
+                f"--near-distance must lie in 0 to {MAX_DISTANCE}, not {self.near_distance}"
+            )
+        if min(self.sheet, self.workers) < 0:
+            raise ValueError("--sheet and --workers take numbers from 0 on")
+        with local_copy(self.folder, room=self.staging_bytes) as folder:
+            return self._inspect(folder), 0
+
+    def _inspect(self, folder: Path) -> str:
+        """What there is to say at the end; writes what is wanted."""
+        asks_for_near = self.duplicates_list is not None or self.near_distance != DEFAULT_DISTANCE
+        near = self.near and (asks_for_near or has_imagehash())
+        inspection = inspect_dataset(
+            folder,
+            near=near,
+            near_distance=self.near_distance,
+            concepts=self.concepts,
+            spacy_model=self.spacy_model,
+            workers=self.workers,
+        )
+        if is_url(self.folder):  # the copy is gone before anybody reads of it
+            inspection = dataclasses.replace(inspection, folder=self.folder)
+        if self.json is not None:
+            write_text_whole(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
+        if self.html is not None:
+            write_text_whole(self.html, _page(inspection, folder, num_sheet=self.sheet))
+        lines = [_in_words(inspection)]
+        if self.near and not near:
+            lines.append(
+                "near copies: not looked for, which takes the package ImageHash: pip install "
+                "'unicl_fast[inspect]'"
+            )
+        if self.duplicates_list is not None and (
+            num_unclear := _write_duplicates(inspection, folder, self.duplicates_list)
+        ):
+            lines.append(
+                f"note: --leave-out will refuse {self.duplicates_list}: names in it that pictures "
+                f"which stay have too: {num_unclear:,}, since several sources are called alike. "
+                "Pack these under names of their own (links to them will do) and inspect that; or "
+                "let --duplicates join of build or merge see to exact copies"
+            )
+        written = [path for path in (self.html, self.json, self.duplicates_list) if path]
+        if written:
+            lines.append(f"written: {', '.join(map(str, written))}")
+        return "\n".join(lines)
+
+
+def _page(inspection: Inspection, folder: Path, *, num_sheet: int) -> str:
+    with PackedDataset(folder, verify=False) as dataset:  # it was verified just now
+
+        def shown(copies: Copies | None) -> list[ShownGroup]:
+            groups = copies.groups[:_GROUPS_SHOWN] if copies else ()
+            return [
+                ShownGroup(
+                    group=group,
+                    pictures=shown_pictures(dataset, group.samples[:_PICTURES_OF_A_GROUP]),
+                )
+                for group in groups
+            ]
+
+        return make_page(
+            inspection,
+            shown_pictures(dataset, range(min(num_sheet, len(dataset)))),
+            shown(inspection.exact_copies),
+            shown(inspection.near_copies),
+        )
+
+
+def _as_json(inspection: Inspection) -> dict[str, Any]:
+    return dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
+
+
+def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
+    """Writes a list in the form of quarantine.csv.
+
+    Returns:
+        How many of its names pictures that stay have too, so that --leave-out refuses them.
+    """
+    groups = [(group, False) for group in inspection.exact_copies.groups]
+    if inspection.near_copies is not None:
+        groups += [(group, True) for group in inspection.near_copies.groups]
+    listed: Counter[tuple[str, str]] = Counter()
+    file, rows = create_csv(path, QUARANTINE_COLUMNS)
+    with (
+        file,
+        PackedDataset(folder, verify=False) as dataset,
+        contextlib.closing(SampleReader(dataset)) as reader,
+    ):
+        for group, is_near in groups:
+            first = reader.read_description(group.samples[0])
+            kind = "near duplicate" if is_near else DUPLICATE
+            distances = group.distances or (0,) * len(group.samples)
+            for index, distance in zip(group.samples[1:], distances[1:], strict=True):
+                copy = reader.read_description(index)
+                likeness = f"{distance} of 64 bits from" if is_near else "the same bytes as"
+                message = f"{likeness} {first.name} of {first.source}"
+                rows.writerow([copy.source, copy.name, kind, message])
+                listed[copy.source, copy.name] += 1
+        for index in range(len(dataset)) if listed else ():
+            sample = reader.read_description(index)
+            if (key := (sample.source, sample.name)) in listed:
+                listed[key] -= 1
+    return sum(count < 0 for count in listed.values())
+
+
+def _in_words(inspection: Inspection) -> str:
+    num_classes = len(inspection.class_counts)
+    classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
+    lines = [
+        f"{inspection.folder}: {count_of(inspection.num_samples, 'picture')}, "
+        f"{count_of(inspection.num_captions, 'caption')}, "
+        f"{count_of(inspection.num_labels, 'label')}{classes}, "
+        f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
+        "",
+        *_columns(
+            [
+                ("data", "images", "concepts", "images/concept", "concepts are"),
+                *(
+                    (
+                        row.data,
+                        f"{row.num_images:,}",
+                        f"{row.num_concepts:,}",
+                        f"{row.images_per_concept:,.2f}",
+                        row.kind,
+                    )
+                    for row in inspection.concepts
+                ),
+            ]
+        ),
+        "",
+    ]
+    spreads = [
+        ("caption tokens", inspection.caption_tokens),
+        ("captions/picture", inspection.captions_per_picture),
+        ("width", inspection.widths),
+        ("height", inspection.heights),
+        ("width/height", inspection.aspects),
+        ("bytes", inspection.picture_bytes),
+    ]
+    head = ("", "least", "median", "mean", "95 %", "most")
+    lines += _columns([head, *(_numbers(what, spread) for what, spread in spreads if spread)])
+    lines.append("")
+    if inspection.class_counts:
+        ordered = sorted(inspection.class_counts, key=lambda entry: -entry[1])
+        empty = sum(count == 0 for _, count in ordered)
+        ends = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
+        shown = " to ".join(f"{name} {count:,}" for name, count in ends)
+        lines.append(f"classes: {shown}" + (f"; {empty:,} have no picture" if empty else ""))
+        groups = "; ".join(" = ".join(group) for group in inspection.equal_classes[:5])
+        if groups:
+            lines.append(f"classes with a prompt in common, one class in training: {groups}")
+    if inspection.num_captions:
+        lines.append(
+            f"distinct captions: {inspection.num_distinct_captions:,}; equal to a class prompt: "
+            f"{inspection.num_captions_equal_to_prompts:,}; as long as the context: "
+            f"{inspection.num_cut_captions:,}"
+        )
+    lines.append(f"exact copies: {_copies(inspection.exact_copies)}")
+    if inspection.near_copies is not None:
+        lines.append(
+            f"near copies (within {inspection.near_distance} of 64 bits): "
+            f"{_copies(inspection.near_copies)}"
+        )
+    if inspection.num_quarantined:
+        kinds = ", ".join(f"{count:,} {kind}" for kind, count in inspection.quarantined.items())
+        lines.append(f"left out when packed: {kinds}")
+    return "\n".join(lines)
+
+
+def _copies(copies: Copies) -> str:
+    if not copies.num_groups:
+        return "none"
+    differ = f", labels differ in {copies.num_labels_differ:,}" if copies.num_labels_differ else ""
+    return f"{copies.num_surplus:,} in {count_of(copies.num_groups, 'group')}{differ}"
+
+
+def _numbers(what: str, spread: Spread) -> tuple[str, ...]:
+    values = (*(spread.smallest, spread.median, spread.mean, spread.percentile_95, spread.largest),)
+    return (what, *(f"{value:,.0f}" if value >= 100 else f"{value:.4g}" for value in values))
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows under each other; the first and the last column of words to the left."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    last = len(widths) - 1
+    words_at_end = any(" " in row[last] for row in rows[1:])
+    return [
+        "  ".join(
+            cell.ljust(width)
+            if place == 0 or (place == last and words_at_end)
+            else cell.rjust(width)
+            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]

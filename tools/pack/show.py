@@ -1,0 +1,309 @@
+"""What is in a packed data set, and what an augmentation does to it, as a sheet of pictures.
+
+Above the pictures as they are; then, for an augmentation, a row for each of its steps alone, with
+the numbers that were drawn, and rows of all together. Pixels come out of the training graph and
+numbers out of the plan's laws, so the sheet shows what a model gets. `unicl-pack show` calls this.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import math
+import textwrap
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image
+
+from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation, parse_augmentation
+from unicl_fast.config import DataConfig
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.pipelines.feed.feed import HostBatch, run_graphs
+from unicl_fast.pipelines.graph.augment_parts import parts_for
+from unicl_fast.pipelines.graph.graph import build_train_graph
+from unicl_fast.pipelines.plan.augment import STAGE_WIDTH, Column, draw_rows, neutral_rows
+from unicl_fast.pipelines.plan.crop import random_windows
+from unicl_fast.pipelines.plan.policies import (
+    AUTO,
+    OPERATIONS,
+    TRIVIAL_LEVELS,
+    Operation,
+    Operator,
+    auto_pairs,
+    table_of,
+    write_operation,
+)
+from unicl_fast.system.keyed_random import fold_key, random_below, random_unit
+from unicl_fast.text.tokenizer import Tokenizer
+
+_INK, _FAINT = "#1f2933", "#52606d"
+_WHOLE_ROWS = 3
+_STREAM = 0x5348  # of numbers that are drawn for a sheet
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class _Strip:
+    """One row of the sheet before its pictures are made."""
+
+    title: str
+    starts: NDArray[np.int32]
+    shapes: NDArray[np.int32]
+    flips: NDArray[np.int32]
+    rows: NDArray[np.float32]
+    notes: list[str]
+
+
+def show_dataset(
+    folder: str | Path,
+    out: Path,
+    *,
+    augment: str = "",
+    samples: int = 8,
+    image_size: int = 224,
+    interpolation: str = "bilinear",
+    seed: int = 0,
+) -> Path:
+    """Draws the sheet as a PNG.
+
+    Args:
+        folder: packed data set.
+        out: file to write.
+        augment: as an entry of `data.augment`; empty shows the pictures alone.
+        samples: columns of the sheet, evenly spread over the data set.
+        image_size: side of the augmented squares, in pixels.
+        interpolation: filter, as `data.interpolation`.
+        seed: decides what is drawn.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ValueError: an augmentation that cannot be read, or no sample to show.
+        FileNotFoundError: not a packed data set.
+    """
+    augmentation = parse_augmentation(augment) if augment else None
+    if samples < 1:
+        raise ValueError(f"--samples must be at least 1, not {samples}")
+    with PackedDataset(folder) as dataset:
+        if not len(dataset):
+            raise ValueError(f"{dataset.folder} has no samples to show")
+        ids = np.unique(np.linspace(0, len(dataset) - 1, min(samples, len(dataset)), dtype=int))
+        encoded = [dataset.image_bytes(index, verify=True) for index in ids.tolist()]
+        originals = [
+            np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB")) for data in encoded
+        ]
+        strips: list[tuple[str, list[Any], list[str]]] = [
+            ("as packed", originals, [_text_of(dataset, index) for index in ids.tolist()])
+        ]
+        if augmentation is not None:
+            data = DataConfig(
+                image_size=image_size,
+                evaluation_resize=image_size,
+                interpolation=interpolation,  # type: ignore[arg-type]
+            )
+            planned = list(_strips(augmentation, dataset.samples[ids], data, seed=seed))
+            pictures = _run(planned, encoded, augmentation, data)
+            strips += [
+                (strip.title, list(shown), strip.notes)
+                for strip, shown in zip(planned, pictures, strict=True)
+            ]
+    _draw(strips, out, title=f"{Path(folder).name}{f': {augment}' if augment else ''}")
+    return out
+
+
+def _strips(
+    augmentation: Augmentation, samples: NDArray[Any], data: DataConfig, *, seed: int
+) -> Iterator[_Strip]:
+    """Each step of the augmentation alone on the pictures' centres, then all together."""
+    count = len(samples)
+    heights, widths = (samples[name].astype(np.int64) for name in ("height", "width"))
+    side = np.minimum(heights, widths)
+    centre = {
+        "starts": np.stack([heights - side, widths - side], axis=1).astype(np.int32) // 2,
+        "shapes": np.stack([side, side], axis=1).astype(np.int32),
+        "flips": np.zeros(count, dtype=np.int32),
+    }
+    visits = np.arange(count, dtype=np.int64)
+    stages = augmentation.stages
+    yield _Strip(
+        title="centre", rows=neutral_rows(count, stages=stages), notes=[""] * count, **centre
+    )
+    for operation in OPERATIONS[augmentation.policy]:
+        if operation.operator != Operator.IDENTITY:
+            rows = neutral_rows(count, stages=stages)
+            key = fold_key(seed, _STREAM, *operation.name.encode())
+            notes = []
+            for i in range(count):
+                level = _draw_level(augmentation, operation, key, i)
+                negate = random_unit(np.uint64(key), 100 + i) < 0.5
+                numbers = rows[i, Column.STAGES : Column.STAGES + STAGE_WIDTH]
+                write_operation(numbers, table_of((operation,))[0], level, negate, data.image_size)
+                notes.append(_describe(operation, numbers[1:]))
+            yield _Strip(title=operation.name, rows=rows, notes=notes, **centre)
+    for title, alone, note in _steps(augmentation):
+        rows = draw_rows(
+            alone,
+            visits,
+            key=fold_key(seed, _STREAM, 1),
+            image_size=data.image_size,
+            stages=stages,
+        )
+        yield _Strip(title=title, rows=rows, notes=[note(row) for row in rows], **centre)
+    for number in range(_WHOLE_ROWS if augmentation.views == 1 else 2):
+        key = fold_key(seed, _STREAM, 2, number)
+        starts, shapes = random_windows(
+            heights,
+            widths,
+            visits,
+            key=key,
+            scale=augmentation.crop_scale or data.crop_scale,
+            ratio=data.crop_ratio,
+        )
+        chance = data.flip_probability if augmentation.flip is None else augmentation.flip
+        flip_key, row_key = (fold_key(key, number) for number in (1, 2))
+        flips = [random_unit(np.uint64(flip_key), i) < chance for i in range(count)]
+        rows = draw_rows(
+            augmentation, visits, key=row_key, image_size=data.image_size, stages=stages
+        )
+        yield _Strip(
+            title="all together" if augmentation.views == 1 else f"view {number + 1}",
+            starts=starts,
+            shapes=shapes,
+            flips=np.array(flips, dtype=np.int32),
+            rows=rows,
+            notes=[""] * count,
+        )
+
+
+def _steps(
+    augmentation: Augmentation,
+) -> Iterator[tuple[str, Augmentation, Callable[[NDArray[np.float32]], str]]]:
+    """Title, augmentation of that step alone and surely, and what to write under a picture."""
+    nothing = dataclasses.replace(augmentation, policy="none", grayscale=0.0, blur=0.0, erase=0.0)
+    quiet = dataclasses.replace(nothing, jitter_probability=0.0)
+    if nothing.twists_colours:
+        yield "colour jitter", dataclasses.replace(nothing, jitter_probability=1.0), _describe_twist
+    if augmentation.grayscale:
+        yield "grayscale", dataclasses.replace(quiet, grayscale=1.0), lambda row: ""
+    if augmentation.blur:
+        yield (
+            "blur",
+            dataclasses.replace(quiet, blur=1.0),
+            lambda row: f"sigma {row[Column.SIGMA]:.2f}",
+        )
+    if augmentation.erase:
+        yield (
+            "erasing",
+            dataclasses.replace(quiet, erase=1.0),
+            lambda row: f"{row[Column.ERASED + 3]:.0f} x {row[Column.ERASED + 2]:.0f} pixels",
+        )
+
+
+def _draw_level(augmentation: Augmentation, operation: Operation, key: int, place: int) -> float:
+    """Strength in 0 to 1, by the policy's law."""
+    stream = np.uint64(key)
+    if augmentation.policy == "trivial":
+        return random_below(stream, place, TRIVIAL_LEVELS) / (TRIVIAL_LEVELS - 1)
+    if augmentation.policy == "auto":
+        number = AUTO.index(operation)
+        levels = [level for at, _, level in auto_pairs().reshape(-1, 3) if at == number]
+        return float(levels[random_below(stream, place, len(levels))])
+    first, second = random_unit(stream, 2 * place), random_unit(stream, 2 * place + 1)
+    normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(2 * math.pi * second)
+    magnitude = augmentation.magnitude + augmentation.magnitude_std * normal
+    return min(max(magnitude, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE
+
+
+def _describe(operation: Operation, numbers: NDArray[np.float32]) -> str:
+    """The numbers of an operator in a few words."""
+    value = float(numbers[0])
+    if operation.operator == Operator.WARP:
+        b, c, d, f = (float(numbers[i]) for i in (1, 2, 3, 5))
+        return {
+            "ShearX": f"{b:+.2f}",
+            "ShearY": f"{d:+.2f}",
+            "TranslateX": f"{c:+.0f} pixels",
+            "TranslateY": f"{f:+.0f} pixels",
+            "Rotate": f"{math.degrees(math.atan2(d, value)):+.0f} degrees",
+        }[operation.name]
+    if operation.operator == Operator.POSTERIZE:
+        bits = int(value).bit_count()
+        return "1 bit" if bits == 1 else f"{bits} bits"
+    if operation.operator == Operator.SOLARIZE:
+        return f"from {value:.0f}"
+    if operation.operator == Operator.SOLARIZE_ADD:
+        return f"{value:+.0f} below 128"
+    return "" if operation.slope == 0 else f"factor {value:.2f}"
+
+
+def _describe_twist(row: NDArray[np.float32]) -> str:
+    brightness, contrast, saturation, hue = row[Column.BRIGHTNESS : Column.HUE + 1]
+    turned = f", hue {hue:+.0f}°" if hue else ""
+    return f"b {brightness:.2f} c {contrast:.2f} s {saturation:.2f}{turned}"
+
+
+def _run(
+    strips: list[_Strip],
+    encoded: list[NDArray[np.uint8]],
+    augmentation: Augmentation,
+    data: DataConfig,
+) -> NDArray[np.uint8]:
+    """All pictures of all strips through the training graph at once, [strips n s s 3]."""
+    parts = parts_for([augmentation], data.mean)
+    size = len(strips) * len(encoded)
+    joined = [
+        np.concatenate([getattr(strip, name) for strip in strips])
+        for name in ("starts", "shapes", "flips", "rows")
+    ]
+    starts, shapes, flips, rows = joined
+    integers = np.zeros((size, 1), dtype=np.int64)
+    inputs = [encoded * len(strips), starts, shapes, flips[:, None], integers]
+    if not parts.is_empty:
+        inputs.append(rows)
+    build = partial(
+        build_train_graph,
+        data=dataclasses.replace(data, threads=0, prefetch=1),
+        batch_size=size,
+        augmentation=None if parts.is_empty else parts,
+        device=torch.device("cpu"),
+    )
+    batches = iter([HostBatch(inputs=tuple(inputs), facts=None)])
+    ((images, _), _) = next(run_graphs([build], batches, device=torch.device("cpu"), ahead=1))
+    return images.numpy().reshape(len(strips), len(encoded), *images.shape[1:])
+
+
+def _text_of(dataset: PackedDataset, index: int) -> str:
+    """A sample's labels by name, or else its first caption."""
+    names = dataset.manifest.class_names
+    labels = [names[label] if names else str(label) for label in dataset.labels_of(index).tolist()]
+    if labels:
+        return ", ".join(labels)
+    if int(dataset.samples[index]["captions_count"]):
+        return Tokenizer().decode(dataset.caption_tokens(index, 0).tolist())
+    return "(no text)"
+
+
+def _draw(strips: list[tuple[str, list[Any], list[str]]], out: Path, *, title: str) -> None:
+    columns = len(strips[0][1])
+    figure = Figure(figsize=(1.5 * columns + 0.6, 1.72 * len(strips) + 0.4), layout="constrained")
+    figure.suptitle(title, fontsize=10, color=_INK)
+    axes = figure.subplots(len(strips), columns, squeeze=False)
+    for line, (name, pictures, notes) in zip(axes, strips, strict=True):
+        line[0].set_ylabel(name, fontsize=9, color=_INK)
+        for axis, picture, note in zip(line, pictures, notes, strict=True):
+            axis.imshow(picture)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            axis.spines[:].set_visible(False)
+            wrapped = textwrap.wrap(note, 24, max_lines=3, placeholder=" ...")
+            axis.set_xlabel("\n".join(wrapped), fontsize=7, color=_FAINT)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(out)

@@ -1,0 +1,165 @@
+"""`unicl-pack verify` as a sub-command: its arguments, and its outcome in words, JSON and CSV."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from unicl_fast.dataset.growing_files import create_csv
+from unicl_fast.dataset.reader import sample_key
+from unicl_fast.dataset.remote.object_store import is_url
+from unicl_fast.images.check import MAX_PIXELS
+from unicl_fast.packing.build.build import DEFAULT_PICTURE_SECONDS
+from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES, local_copy
+from unicl_fast.packing.verify.folder_check import Fault
+from unicl_fast.packing.verify.verify import VerifySummary, verify_dataset
+from unicl_fast.system.atomic_files import write_text_whole
+
+_MOST_IN_JSON = 10_000
+"""Faults that are kept in memory; --list has them all."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Verify:
+    """Say whether a packed data set is what was packed, down to the last byte.
+
+    Compared are: all files with checksums.txt and the manifest; references and counts in the
+    arrays; each sample's piece of its shard with samples.npy, byte by byte; captions, tokenised
+    again, with the stored tokens; labels; the index for DALI. Every picture is decoded strictly,
+    in worker processes with limits, and its size compared; one that is kept as pixels (raw) is
+    compared with its checksum. All faults are listed, not the first.
+
+    Exit code: 0 sound, 1 faults found, 2 no data set there or wrong usage.
+
+    Examples:
+      unicl-pack verify packed/photos
+
+      unicl-pack verify packed/photos --no-decode      # everything else
+
+      unicl-pack verify packed/photos --list faults.csv --json verify.json
+    """
+
+    folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
+    """The data set; of one under a URL a copy is made, checked and removed."""
+    decode: bool = True
+    """Decode all pictures; everything else takes a fraction of the time. Pictures of a raw data set
+    are decoded already."""
+    show: int = 20
+    """Faults to print; the others are counted."""
+    list: Path | None = None
+    """Write all faults into this file: CSV with the columns file, sample, kind, message."""
+    json: Path | None = None
+    """Write the outcome into this file, with the first 10,000 faults."""
+    max_pixels: int = MAX_PIXELS
+    """As it was for the build: a picture with more pixels is a fault."""
+    picture_seconds: float = DEFAULT_PICTURE_SECONDS
+    """A picture that takes longer is a fault; 0 waits for ever."""
+    workers: int = 0
+    """Processes that decode; 0 takes one for each core."""
+    staging_bytes: int = DEFAULT_STAGING_BYTES
+    """Most that the copy of a data set under a URL may take."""
+
+    def run(self) -> tuple[str, int]:
+        """What there is to say at the end, and the exit code."""
+        if min(self.show, self.workers, self.picture_seconds) < 0 or self.max_pixels < 1:
+            raise ValueError(
+                "--show, --workers and --picture-seconds take numbers from 0 on, --max-pixels "
+                f"from 1; not {self.show}, {self.workers}, {self.picture_seconds:g}, "
+                f"{self.max_pixels}"
+            )
+        first: list[Fault] = []
+        with (
+            _listed(self.list) as rows,
+            local_copy(self.folder, room=self.staging_bytes) as folder,
+        ):
+
+            def note(fault: Fault) -> None:
+                if len(first) < max(self.show, _MOST_IN_JSON):
+                    first.append(fault)
+                if rows is not None:
+                    key = "" if fault.sample is None else sample_key(fault.sample)
+                    rows.writerow([fault.file, key, fault.kind, fault.message])
+
+            summary = verify_dataset(
+                folder,
+                note=note,
+                decode=self.decode,
+                workers=self.workers,
+                max_pixels=self.max_pixels,
+                picture_seconds=self.picture_seconds,
+            )
+        summary = dataclasses.replace(summary, folder=self.folder)
+        if self.json is not None:
+            text = json.dumps(_as_json(summary, first[:_MOST_IN_JSON]), indent=1)
+            write_text_whole(self.json, f"{text}\n")
+        return _in_words(summary, first[: self.show], self.list), int(summary.num_faults > 0)
+
+
+@contextlib.contextmanager
+def _listed(path: Path | None) -> Iterator[Any]:
+    """A CSV writer for the faults, or nothing."""
+    if path is None:
+        yield None
+        return
+    file, rows = create_csv(path, ["file", "sample", "kind", "message"])
+    with file:
+        yield rows
+
+
+def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -> str:
+    lines = []
+    for fault in first:
+        where = "" if fault.sample is None else f", sample {sample_key(fault.sample)}"
+        lines.append(f"{fault.file}{where}: {fault.kind}: {fault.message}")
+    if summary.num_faults > len(first):
+        rest = f"and {summary.num_faults - len(first):,} more"
+        lines.append(f"{rest}, listed in {listed}" if listed else f"{rest}; --list FILE has all")
+    decoded = "kept as pixels" if summary.is_raw else f"{summary.num_decoded:,} decoded"
+    looked_at = (
+        f"{summary.num_samples:,} pictures ({decoded}), "
+        f"{summary.num_captions:,} captions, {summary.num_labels:,} labels, "
+        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s"
+    )
+    if summary.num_faults:
+        kinds = sorted(summary.faults.items(), key=lambda item: -item[1])
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+        lines.append(f"{summary.folder}: FAULTS FOUND: {counts}; looked at {looked_at}")
+        if not summary.num_samples:
+            lines.append("the samples were not looked at, which takes a manifest and all arrays")
+        lines.append(_what_to_do(str(summary.folder)))
+    else:
+        lines.append(f"{summary.folder}: sound; {looked_at}")
+        if not summary.num_decoded and not summary.is_raw:
+            lines.append("pictures were compared with their checksums, and not decoded")
+    return "\n".join(lines)
+
+
+def _what_to_do(place: str) -> str:
+    """About faults of the data set at `place`."""
+    if is_url(place):
+        return (
+            f"if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {place} sends "
+            "again what differs; if not, damaged pictures can be left out: copy it into a folder "
+            "DIR with the store's own program, then unicl-pack merge DIR --out MENDED, and "
+            "unicl-pack upload MENDED to another URL"
+        )
+    return (
+        "copy the named files again; damaged pictures can be left out by: "
+        f"unicl-pack merge {place} --out DIR"
+    )
+
+
+def _as_json(summary: VerifySummary, faults: list[Fault]) -> dict[str, Any]:
+    return {
+        "sound": not summary.num_faults,
+        **dataclasses.asdict(summary),
+        "folder": str(summary.folder),
+        "num_faults": summary.num_faults,
+        "first_faults": [dataclasses.asdict(fault) for fault in faults],
+    }

@@ -1,0 +1,66 @@
+"""A model without its run: `config.json` and `model.safetensors`, as the Hugging Face hub has them.
+
+`unicl-convert hf` and `official` write such folders (`unicl_fast.conversion.hub`), `load_model` and
+with it `unicl-eval` take them. Here they are recognised and read.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from unicl_fast.config import TrainConfig, config_from_dict
+from unicl_fast.system.checksums import file_checksum
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+LIBRARY = "unicl_fast"
+FORMAT_VERSION = 1
+_STATE_FILE = "state.json"
+
+
+def is_export(path: Path) -> bool:
+    """Whether a folder has both files; a checkpoint has a state, and a run no weights by itself."""
+    return (
+        (path / CONFIG_FILE).is_file()
+        and (path / WEIGHTS_FILE).is_file()
+        and not (path / _STATE_FILE).exists()
+    )
+
+
+def read_export(folder: Path) -> tuple[TrainConfig, Path]:
+    """The config of an exported model, and its file of weights, whose checksum is compared.
+
+    Raises:
+        ValueError: of another library or version, or damaged.
+    """
+    path = folder / CONFIG_FILE
+    try:
+        values = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}; convert the model again") from error
+    library = values.get("library_name") if isinstance(values, dict) else None
+    if library != LIBRARY:
+        raise ValueError(
+            f"{path}: expected library_name {LIBRARY}, as unicl-convert hf and official write it, "
+            f"not {library!r}; what other formats hold is read by their own libraries"
+        )
+    if values.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {values.get('format_version')!r}, this unicl_fast reads "
+            f"{FORMAT_VERSION}: install the version that wrote it, or convert the model again"
+        )
+    weights = folder / WEIGHTS_FILE
+    expected, found = _listed_checksum(values), file_checksum(weights)
+    if found != expected:
+        raise ValueError(
+            f"{weights} is damaged or was exchanged: its xxh3 is {found}, {CONFIG_FILE} says "
+            f"{expected}; copy the folder again or convert the model again"
+        )
+    return config_from_dict(values.get("config")), weights
+
+
+def _listed_checksum(values: dict[str, Any]) -> Any:
+    checksums = values.get("checksums")
+    return checksums.get(WEIGHTS_FILE) if isinstance(checksums, dict) else None

@@ -1,0 +1,323 @@
+"""Weights and optimizer state on disk: safetensors and JSON, never a pickle.
+
+A checkpoint is a folder `step-00001000/` with `model.safetensors`, `ema.safetensors` (the moving
+average of the weights, where the run keeps one), `optimizer.safetensors` and `state.json`, which
+holds the step, the config and the checksums of the other files. A run folder holds `config.json`
+and `checkpoints/`; there `best.json` names the best one. A model without its run is
+`unicl_fast.checkpoints.export`'s, and is loaded here too.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from unicl_fast.checkpoints.best import read_best
+from unicl_fast.checkpoints.export import is_export, read_export
+from unicl_fast.checkpoints.files import (
+    STATE_FILE,
+    checkpoint_name,
+    list_checkpoints,
+)
+from unicl_fast.config import TrainConfig, config_from_dict
+from unicl_fast.models.precision import Precision
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.sealed_json import unseal
+
+logger = logging.getLogger(__name__)
+
+Weights = Literal["auto", "ema", "model"]
+
+MODEL_FILE = "model.safetensors"
+EMA_FILE = "ema.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+_BEST = "best"
+
+
+class DamagedCheckpointError(ValueError):
+    """A file of a checkpoint is not what was written."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointState:
+    """What state.json says."""
+
+    step: int
+    """Optimizer steps done; training goes on with the batch of this number."""
+    config: TrainConfig
+    scaler: dict[str, Any]
+    """State of the fp16 loss scaler; empty for the other precisions."""
+    data: dict[str, Any]
+    """What the run was trained on, as the trainer was told: names, classes, tokenizer."""
+    optimizer: str
+    """Class name of the optimizer, whose state no other can take over."""
+    checksums: dict[str, str]
+
+
+def read_state(checkpoint: Path) -> CheckpointState:
+    """Reads state.json and compares the checksums it names.
+
+    A file is read for its checksum once in the life of a process, unless it has changed since.
+
+    Raises:
+        FileNotFoundError: not a checkpoint folder, or a file of it is missing.
+        DamagedCheckpointError: a file was changed or is damaged.
+        ValueError: a config that this version does not know.
+    """
+    path = checkpoint / STATE_FILE
+    if not path.is_file():
+        raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE_FILE}")
+    try:
+        values = unseal(path.read_bytes())
+        _check_types(values)
+    except ValueError as error:
+        raise DamagedCheckpointError(
+            f"{path} is damaged: {error}; use another checkpoint"
+        ) from error
+    state = CheckpointState(
+        step=values["step"],
+        config=config_from_dict(values["config"]),
+        scaler=values["scaler"],
+        data=values["data"],
+        optimizer=values["optimizer"],
+        checksums=values["checksums"],
+    )
+    for name, expected in state.checksums.items():
+        if not (checkpoint / name).is_file():
+            raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
+        found = _checksum_read_once(checkpoint / name)
+        if found != expected:
+            raise DamagedCheckpointError(
+                f"{checkpoint / name} is damaged: its xxh3 is {found}, {STATE_FILE} says "
+                f"{expected}; use another checkpoint"
+            )
+    return state
+
+
+def _check_types(values: dict[str, Any]) -> None:
+    """Refuses a state whose fields are not what they are written as."""
+    expected = {
+        "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str,
+        "checksums": dict,
+    }  # fmt: skip
+    for name, kind in expected.items():
+        if type(values.get(name)) is not kind:
+            raise ValueError(f"{name} should be there and of type {kind.__name__}")
+    if not 0 <= values["step"] < 2**53:
+        raise ValueError("step should be a count")
+    checksums = values["checksums"]
+    if not {MODEL_FILE, OPTIMIZER_FILE} <= set(checksums) <= {MODEL_FILE, EMA_FILE, OPTIMIZER_FILE}:
+        raise ValueError(f"checksums are of {', '.join(map(repr, checksums)) or 'no file'}")
+    for name, value in values["scaler"].items():
+        if type(value) not in (int, float) or not 0 <= value < math.inf:
+            raise ValueError(f"the loss scaler's {name} should be a finite number")
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """The checkpoint that a path stands for.
+
+    Args:
+        path: a run folder, for its newest checkpoint; RUN/best, for its best one; or a checkpoint.
+
+    Raises:
+        FileNotFoundError: none of these.
+        ValueError: best.json is damaged.
+    """
+    path = Path(path)
+    if (path / STATE_FILE).is_file():
+        return path
+    if path.name == _BEST and not path.exists():
+        return _find_best(path.parent)
+    checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
+    if not checkpoints:
+        raise FileNotFoundError(
+            f"{path}: expected a run folder with checkpoints/step-*/ in it, or one of those "
+            "folders itself"
+        )
+    return checkpoints[-1]
+
+
+def _find_best(run_folder: Path) -> Path:
+    for folder in (run_folder / "checkpoints", run_folder):
+        best = read_best(folder)
+        if best is not None:
+            checkpoint = folder / checkpoint_name(best.step)
+            if not checkpoint.is_dir():
+                raise FileNotFoundError(
+                    f"{folder} names {checkpoint.name} as its best, which is not there; take "
+                    f"another one: {run_folder} stands for the newest"
+                )
+            return checkpoint
+    raise FileNotFoundError(
+        f"{run_folder} has no best checkpoint: a run has one when it evaluates (data.evaluate); "
+        f"{run_folder} itself stands for the newest"
+    )
+
+
+def find_sound_checkpoint(run_folder: Path) -> Path | None:
+    """The newest checkpoint of a run whose files are what they were; None where there is none.
+
+    Says which newer ones it passed over, and why.
+
+    Raises:
+        ValueError: there are some, and all are damaged; or a config this version does not know.
+        OSError: the disk cannot be read, which says nothing of what is on it.
+    """
+    checkpoints = list_checkpoints(run_folder / "checkpoints")
+    for checkpoint in reversed(checkpoints):
+        try:
+            read_state(checkpoint)
+        except (DamagedCheckpointError, FileNotFoundError) as error:
+            logger.warning("passing over a checkpoint: %s", error)
+        else:
+            return checkpoint
+    if checkpoints:
+        raise ValueError(
+            f"all {len(checkpoints)} checkpoints of {run_folder} are damaged: start anew with "
+            "another --out, or bring one back from a copy"
+        )
+    return None
+
+
+def find_model(path: str | Path) -> Path:
+    """The folder that a path stands for where a model is wanted: an export, or a checkpoint.
+
+    Raises:
+        FileNotFoundError: neither.
+        ValueError: best.json is damaged.
+    """
+    path = Path(path)
+    return path if is_export(path) else find_checkpoint(path)
+
+
+def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
+    """The trained model of a run, a checkpoint or an export, in evaluation mode on the CPU.
+
+    Args:
+        path: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or a folder
+            that `unicl-convert hf` or `official` wrote.
+        weights: "ema" takes the moving average of the weights, "model" those of the last step,
+            "auto" the average where there is one. An export has one set, which "ema" refuses.
+
+    Raises:
+        FileNotFoundError: no model there.
+        ValueError: damaged, or without the average that was asked for.
+    """
+    found = find_model(path)
+    if is_export(found):
+        if weights == "ema":
+            raise ValueError(
+                f"{found} is an export, which has one set of weights: take weights auto, or export "
+                "the run's average"
+            )
+        return _build(*read_export(found))
+    state = read_state(found)
+    has_average = EMA_FILE in state.checksums
+    if weights == "ema" and not has_average:
+        raise ValueError(
+            f"{found} has no average of the weights (optim.ema_decay was 0): take weights "
+            "model or auto"
+        )
+    takes_average = has_average and weights != "model"
+    return _build(state.config, found / (EMA_FILE if takes_average else MODEL_FILE))
+
+
+def _build(config: TrainConfig, file: Path) -> UniCL:
+    _require_sizes(file, config)
+    model = UniCL(config)
+    # weights, and their average, are in the type of the run
+    model.to(Precision(config.efficiency.precision).weight_type)
+    load_weights(model, file)
+    return model.eval()
+
+
+_checksums_read: dict[tuple[int, ...], str] = {}
+
+
+def _checksum_read_once(path: Path) -> str:
+    """`file_checksum`, kept for as long as the file is the same one, of the same time and size."""
+    status = path.stat()
+    identity = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+    if identity not in _checksums_read:
+        _checksums_read[identity] = file_checksum(path)
+    return _checksums_read[identity]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file.
+
+    Raises:
+        DamagedCheckpointError: it is none.
+    """
+    try:
+        return load_file(path)
+    except OSError:
+        raise
+    except Exception as error:  # SafetensorError, or a KeyError for a type of number unknown here
+        raise DamagedCheckpointError(
+            f"{path} is no safetensors file: {error!r}; use another checkpoint"
+        ) from error
+
+
+def _require_sizes(path: Path, config: TrainConfig) -> None:
+    """Compares the sizes that a config sets with those in the file, before they are built.
+
+    A model of sizes that nobody trained can be larger than memory, and building it is no way to
+    find out.
+    """
+    model, num_layers, expected = config.model, 0, {}
+    if config.objective.has_texts:
+        num_layers = model.text_layers
+        expected = {
+            "text_encoder.token_embedding.weight": [model.vocab_size, model.text_width],
+            "text_encoder.positional_embedding": [model.context_length, model.text_width],
+            "text_projection": [model.text_width, model.embed_dim],
+        }
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = set(file.keys())
+            found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
+            if config.objective.name == "ce":
+                width = file.get_slice("class_rows").get_shape()[1]
+                expected["class_rows"] = [sum(config.objective.num_classes), width]
+                found["class_rows"] = file.get_slice("class_rows").get_shape()
+    except OSError:
+        raise
+    except Exception as error:
+        raise DamagedCheckpointError(
+            f"{path} is no safetensors file: {error!r}; use another checkpoint"
+        ) from error
+    layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
+    if found != expected or len(layers) != num_layers:
+        raise DamagedCheckpointError(
+            f"{path} is not of the model that its config describes: a text encoder of "
+            f"{num_layers} layers with {expected} is expected, {len(layers)} layers with "
+            f"{found} came; use another checkpoint"
+        )
+
+
+def load_weights(model: UniCL, path: Path) -> None:
+    """Gives a model the weights in a safetensors file, in the model's own type and layout.
+
+    Raises:
+        ValueError: the file is damaged, or holds the weights of another model.
+    """
+    tensors = read_tensors(path)
+    try:
+        for name, value in model.state_dict().items():
+            if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():
+                raise RuntimeError(f"{name} holds {tensors[name].dtype}")
+        model.load_state_dict(tensors)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights in {path} are not those of the model that its config describes: {error}; "
+            "use another checkpoint, or the versions of unicl_fast and timm it was written with"
+        ) from error

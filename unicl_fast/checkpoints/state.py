@@ -1,0 +1,168 @@
+"""The state of a run: weights, their average, optimizer and loss scaler; out of it, and back.
+
+Nothing of the data path and no random generator belongs to it: the batch of a step, its drop path
+and its learning rate are functions of the step.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from unicl_fast.checkpoints.load import (
+    EMA_FILE,
+    MODEL_FILE,
+    OPTIMIZER_FILE,
+    CheckpointState,
+    DamagedCheckpointError,
+    load_weights,
+    read_tensors,
+)
+from unicl_fast.config import config_to_dict
+from unicl_fast.models.ema import WeightAverage
+from unicl_fast.models.unicl import UniCL
+
+logger = logging.getLogger(__name__)
+
+_GROUP_STEP = "group_step"
+
+
+def collect_tensors(
+    *, model: UniCL, ema: WeightAverage | None, optimizer: torch.optim.Optimizer
+) -> dict[str, dict[str, Tensor]]:
+    """The files of a checkpoint and their tensors, where and as they are."""
+    files = {MODEL_FILE: dict(model.state_dict())}
+    if ema is not None:
+        files[EMA_FILE] = dict(ema.model.state_dict())
+    files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
+    return files
+
+
+def describe_state(
+    *,
+    model: UniCL,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    data: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What state.json says beside the step and the checksums."""
+    return {
+        "config": config_to_dict(model.config),
+        "scaler": scaler.state_dict(),
+        "data": dict(data),
+        "optimizer": type(optimizer).__name__,
+    }
+
+
+def restore_checkpoint(
+    checkpoint: Path,
+    state: CheckpointState,
+    *,
+    model: UniCL,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    ema: WeightAverage | None = None,
+) -> None:
+    """Puts weights, their average, optimizer and scaler back as they were after `state.step` steps.
+
+    `state` is what `read_state` said of the checkpoint. An average that the checkpoint does not
+    have starts with its weights.
+
+    Raises:
+        ValueError: the checkpoint is of another optimizer, or its tensors are not the model's.
+    """
+    present = type(optimizer).__name__
+    if state.optimizer != present:
+        raise ValueError(
+            f"the checkpoint holds the state of {state.optimizer}, and optim.name now means "
+            f"{present}: set optim.name to what means {state.optimizer} here (it was "
+            f"{state.config.optim.name} where it was trained)"
+        )
+    load_weights(model, checkpoint / MODEL_FILE)
+    if ema is not None and EMA_FILE in state.checksums:
+        load_weights(ema.model, checkpoint / EMA_FILE)
+    elif ema is not None:
+        logger.warning("the checkpoint has no average of the weights: it starts with them")
+        ema.start_from(model)
+    tensors = read_tensors(checkpoint / OPTIMIZER_FILE)
+    try:
+        _check_optimizer_tensors(model, optimizer, tensors)
+        if scaler.is_enabled() and set(state.scaler) != set(scaler.state_dict()):
+            raise ValueError(f"the loss scaler's state has {sorted(state.scaler)}")
+    except ValueError as error:
+        raise DamagedCheckpointError(
+            f"{checkpoint} does not hold the optimizer's state of this model: {error}; use another "
+            "checkpoint"
+        ) from error
+    _restore_optimizer(model, optimizer, tensors)
+    scaler.load_state_dict(state.scaler)
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """Averages under the names of their parameters, for example `exp_avg.logit_scale`.
+
+    LAMB and apex count steps for each parameter group, not for each parameter: `group_step.0`.
+    """
+    tensors = {}
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            tensors[f"{key}.{name}"] = torch.as_tensor(value)
+    for index, group in enumerate(optimizer.param_groups):
+        if "step" in group:
+            tensors[f"{_GROUP_STEP}.{index}"] = torch.as_tensor(group["step"])
+    return tensors
+
+
+def _check_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor]
+) -> None:
+    """Refuses what `_optimizer_tensors` cannot have written of this model.
+
+    Copying would spread a single number over a whole tensor without a word.
+    """
+    parameters = dict(model.named_parameters())
+    keys_of: dict[str, set[str]] = {}
+    for full_name, value in tensors.items():
+        key, _, name = full_name.partition(".")
+        if key == _GROUP_STEP:
+            known = name.isdecimal() and int(name) < len(optimizer.param_groups)
+            shape = torch.Size()
+        else:
+            known = name in parameters
+            shape = parameters[name].shape if known and key != "step" else torch.Size()
+            keys_of.setdefault(name, set()).add(key)
+        if not known:
+            raise ValueError(f"there is no {full_name} here")
+        if value.shape != shape:
+            raise ValueError(f"{full_name} is {list(value.shape)}, expected {list(shape)}")
+        counts = key in ("step", _GROUP_STEP)
+        if counts and not 0 <= float(value) < 2**53:
+            raise ValueError(f"{full_name} is no count")
+        if not counts and not value.is_floating_point():
+            raise ValueError(f"{full_name} holds {value.dtype}")
+    if len({frozenset(keys) for keys in keys_of.values()}) > 1:
+        raise ValueError("some parameters have more of it than others")
+
+
+def _restore_optimizer(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
+    parameters = dict(model.named_parameters())
+    for full_name, value in tensors.items():
+        key, name = full_name.split(".", 1)
+        if key == _GROUP_STEP:  # a Python int where the optimizer had one
+            step = value if value.is_floating_point() else int(value)
+            optimizer.param_groups[int(name)]["step"] = step
+            continue
+        parameter = parameters[name]
+        if key == "step":  # on the host, unless a fused kernel counts
+            if any(group.get("fused") for group in optimizer.param_groups):
+                value = value.to(parameter.device)
+        else:  # averages lie like their parameter
+            value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
+        optimizer.state[parameter][key] = value

@@ -1,0 +1,259 @@
+"""The arrays of a packed data set on their way in: opened without trust, checked once.
+
+Whoever uses the arrays follows their numbers into other arrays and into shards, some of it in
+compiled code that checks no bounds. So each number that refers to something is compared, when a
+data set is opened, with what it refers to; and the bytes with their checksums in the same pass.
+Ten million samples take about a second (`tests/unicl_fast/test_damaged_datasets.py`).
+"""
+
+from __future__ import annotations
+
+import ast
+import mmap
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.system.checksums import compare_checksum, file_checksum
+
+_MAGIC = b"\x93NUMPY\x01\x00"
+_MAX_HEADER_BYTES = 10_000
+HEADER_BYTES = 512
+"""Of the .npy files that we write."""
+_BLOCK_ROWS = 1 << 16
+"""Rows looked at together: few megabytes, so that a look at all of them stays in the cache."""
+
+Rows = npt.NDArray[Any]
+
+
+def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
+    """Maps a one-dimensional .npy file that must hold `length` rows of `dtype`, read-only.
+
+    Raises:
+        FileNotFoundError: it is not there.
+        ValueError: it holds anything else, or fewer or more bytes.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing; the copy of this data set is not complete, copy it again"
+        )
+    try:
+        header, start = _read_header(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from error
+    descr = np.lib.format.dtype_to_descr(dtype)
+    if header != {"descr": descr, "fortran_order": False, "shape": (length,)}:
+        raise ValueError(
+            f"{path}: expected {length} rows of {descr} as the manifest says, found "
+            f"{repr(header)[:300]}; copy the data set again"
+        )
+    num_bytes, expected = path.stat().st_size, start + length * dtype.itemsize
+    if num_bytes != expected:
+        raise ValueError(
+            f"{path} is damaged or cut short: {num_bytes} bytes where {expected} are expected; "
+            "copy the data set again"
+        )
+    if not length:  # an empty array has nothing to map, and mmap refuses it
+        return np.empty(0, dtype)
+    return np.memmap(path, dtype, mode="r", offset=start, shape=(length,))
+
+
+def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
+    """The first `HEADER_BYTES` of our .npy files (NPY format 1.0).
+
+    Of a fixed length, so that a file can be written before its number of rows is known.
+    """
+    fields = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": shape,
+    }
+    length = HEADER_BYTES - len(_MAGIC) - 2
+    text = repr(fields).ljust(length - 1) + "\n"
+    assert len(text) == length
+    return _MAGIC + struct.pack("<H", length) + text.encode("ascii")
+
+
+def _read_header(path: Path) -> tuple[Any, int]:
+    """What the header of a .npy file says, and where the rows begin.
+
+    NumPy's own reader tries to mend a header that it cannot read, in time that grows with the
+    square of its length, and makes types of whatever stands there. This one is only compared.
+    """
+    with path.open("rb") as file:
+        head = file.read(len(_MAGIC) + 2)
+        length = int.from_bytes(head[len(_MAGIC) :], "little")
+        text = file.read(min(length, _MAX_HEADER_BYTES))
+    if not head.startswith(_MAGIC) or len(text) < length:
+        raise ValueError("it does not begin as a .npy file of version 1.0 does")
+    try:
+        return ast.literal_eval(text.decode("latin-1")), len(head) + length
+    except Exception as error:  # SyntaxError, but also MemoryError or RecursionError
+        raise ValueError(f"its header cannot be read: {type(error).__name__}") from error
+
+
+def blocks_of(array: Rows) -> Iterator[Rows]:
+    """All rows in blocks; pages of a mapped file that were read for it are given back.
+
+    They would stay counted as this process's memory: half a gigabyte for ten million samples.
+    """
+    mapped = mapping_of(array)
+    for start in range(0, len(array), _BLOCK_ROWS):
+        yield np.asarray(array)[start : start + _BLOCK_ROWS]
+        if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+            mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def mapping_of(array: Rows) -> mmap.mmap | None:
+    """The mapped file that an array's rows lie in; None if they lie in memory.
+
+    A part of a mapped array only knows the array that it is a part of, which knows the file.
+    """
+    base: Any = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    return base if isinstance(base, mmap.mmap) else None
+
+
+def verify_arrays(
+    folder: Path,
+    manifest: Manifest,
+    dtypes: dict[str, np.dtype[Any]],
+    *,
+    checksums: dict[str, str] | None,
+) -> int:
+    """Compares the arrays with their checksums, and each reference in them with what is there.
+
+    They are read, not mapped: mapped pages would count as this process's memory.
+
+    Args:
+        folder: of the data set.
+        manifest: of the data set.
+        dtypes: the types of the arrays to look at, by their names.
+        checksums: what the data set lists, of the arrays and of the manifest; None where it has no
+            list, or where they have been compared.
+
+    Returns:
+        The largest token id.
+
+    Raises:
+        ValueError: a file was changed, or a row refers to what does not exist.
+    """
+    largest_token = 0
+    checks: dict[str, Callable[[Rows], list[tuple[npt.NDArray[np.bool_], str]]]] = {
+        "samples": _SampleCheck(manifest),
+        "captions": lambda rows: _check_captions(rows, manifest),
+        "labels": lambda rows: _check_labels(rows, manifest),
+    }
+    for name, dtype in dtypes.items():
+        path = folder / f"{name}.npy"
+        digest = None if checksums is None else xxhash.xxh3_64()
+        first = 0
+        for block in _blocks(path, dtype, digest):
+            if name == "tokens":
+                largest_token = max(largest_token, int(block.max(initial=0)))
+            else:
+                _refuse_first(checks[name](block), path=path, first=first)
+            first += len(block)
+        if checksums is not None and digest is not None:
+            compare_checksum(path, digest.hexdigest(), checksums)
+    if checksums is not None:
+        path = folder / MANIFEST_NAME
+        compare_checksum(path, file_checksum(path), checksums)
+    return largest_token
+
+
+def _blocks(path: Path, dtype: np.dtype[Any], digest: Any) -> Iterator[Rows]:
+    """All rows of a file, and all bytes into `digest`, if there is one."""
+    buffer = np.empty(_BLOCK_ROWS, dtype)
+    view = memoryview(buffer.view(np.uint8))  # type: ignore[arg-type]
+    with path.open("rb", buffering=0) as file:
+        head = file.read(len(_MAGIC) + 2)
+        head += file.read(int.from_bytes(head[-2:], "little"))
+        if digest is not None:
+            digest.update(head)
+        filled = 0
+        while count := file.readinto(view[filled:]):
+            filled += count
+            whole = filled - filled % dtype.itemsize
+            if filled == len(view) or whole == filled:
+                if digest is not None:
+                    digest.update(view[:whole])
+                yield buffer[: whole // dtype.itemsize]
+                filled = 0
+
+
+def _refuse_first(
+    problems: list[tuple[npt.NDArray[np.bool_], str]], *, path: Path, first: int
+) -> None:
+    for wrong, what in problems:
+        if wrong.any():
+            row = first + int(wrong.argmax())
+            raise ValueError(f"{path} is damaged: row {row} {what}; copy the data set again")
+
+
+class _SampleCheck:
+    """Every sample lies inside its shard and its ranges inside the other arrays."""
+
+    def __init__(self, manifest: Manifest) -> None:
+        self._manifest = manifest
+        self._shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
+
+    def __call__(self, rows: Rows) -> list[tuple[npt.NDArray[np.bool_], str]]:
+        no_shard = rows["shard"] >= len(self._shard_bytes)
+        if no_shard.any():
+            return [(no_shard, "names a shard that does not exist")]
+        ends = self._shard_bytes[rows["shard"]]
+        pixels = self._manifest.pixels
+        if pixels is None:
+            wrong_size = np.zeros(len(rows), np.bool_)
+        else:
+            wrong_size = (rows["height"] != pixels.height) | (rows["width"] != pixels.width)
+        captions, labels = rows["captions_count"], rows["labels_count"]
+        return [
+            (_leaves(rows["offset"], rows["size"], ends), "lies beyond the end of its shard"),
+            (rows["size"] == 0, "is a picture of no bytes"),
+            ((rows["height"] == 0) | (rows["width"] == 0), "is a picture of no pixels"),
+            (wrong_size, "is a picture of another size than the manifest says"),
+            (
+                _leaves(rows["captions_start"], captions, self._manifest.num_captions),
+                "names captions that do not exist",
+            ),
+            (
+                _leaves(rows["labels_start"], labels, self._manifest.num_labels),
+                "names labels that do not exist",
+            ),
+            ((captions | labels) == 0, "has neither captions nor labels"),
+        ]
+
+
+def _check_captions(rows: Rows, manifest: Manifest) -> list[tuple[npt.NDArray[np.bool_], str]]:
+    lengths = rows["tokens_length"]
+    return [
+        (
+            (lengths == 0) | (lengths > manifest.context_length),
+            f"is a caption of no tokens, or of more than {manifest.context_length}",
+        ),
+        (
+            _leaves(rows["tokens_start"], lengths, manifest.num_tokens),
+            "names tokens that do not exist",
+        ),
+    ]
+
+
+def _check_labels(rows: Rows, manifest: Manifest) -> list[tuple[npt.NDArray[np.bool_], str]]:
+    num_classes = len(manifest.class_names)
+    wrong = (rows < 0) | (rows >= num_classes)
+    return [(wrong, f"is not one of the {num_classes} classes that the manifest names")]
+
+
+def _leaves(starts: Rows, counts: Rows, end: Any) -> npt.NDArray[np.bool_]:
+    """Whether ranges end behind `end`; a start near 2**64 must not wrap around."""
+    result: npt.NDArray[np.bool_] = (starts > end) | (starts + counts > end)
+    return result

@@ -1,0 +1,141 @@
+"""The small files of a remote data set - manifest, checksums, arrays - in a local folder.
+
+They are asked for by every batch, so they are fetched once and mapped as those of a local data set
+are. Manifest and checksums are read at every opening, and name the folder: a data set that was
+replaced under its URL gets another one. What lies there is compared with its checksums at every
+opening, and fetched again where it differs.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import shutil
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import xxhash
+
+from unicl_fast.dataset.manifest import MANIFEST_NAME
+from unicl_fast.dataset.remote.object_store import ObjectStore
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
+from unicl_fast.system.stages import mark_progress
+
+logger = logging.getLogger(__name__)
+
+_READINGS = 3
+_BETWEEN_READINGS_SECONDS = 1.0
+_UNUSED_DAYS = 30
+"""Folders that were opened so long ago are removed, to make room."""
+
+
+def open_mirror(store: ObjectStore, cache_folder: Path, names: Iterable[str]) -> Path:
+    """A folder with the manifest, the checksums and the named files of the data set at a URL.
+
+    Processes that ask at the same time fetch them once.
+
+    Args:
+        store: where the data set lies.
+        cache_folder: the folder is made below it; its own name is that of the data set.
+        names: files beside these two; absent ones are left to whoever opens the folder.
+
+    Raises:
+        FileNotFoundError: the URL is not that of a data set.
+        ValueError: what came is not what its checksums say.
+        StorageError: the store cannot be reached.
+    """
+    manifest, checksums = _read_heads(store)
+    identity = xxhash.xxh3_128_hexdigest(b"\0".join((store.url.encode(), manifest, checksums)))
+    above = cache_folder / "datasets"
+    folder = above / identity / store.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (above / f"{identity}.lock").open("w") as lock:
+        _wait_for(lock.fileno())
+        os.utime(folder.parent)
+        listed = parse_checksums(checksums, where=store.url_of(CHECKSUMS_NAME)) if checksums else {}
+        for name in names:
+            _bring(store, folder / name, listed.get(name))
+        if checksums:
+            _put(folder / CHECKSUMS_NAME, checksums)
+        _put(folder / MANIFEST_NAME, manifest)
+        _remove_unused(above)
+    return folder
+
+
+def _read_heads(store: ObjectStore) -> tuple[bytes, bytes]:
+    """Manifest and checksums that belong together; no bytes where there is no list."""
+    reading = 0
+    while True:
+        reading += 1
+        manifest = store.read_whole(MANIFEST_NAME)
+        if manifest is None:
+            raise FileNotFoundError(
+                f"{store.url} is not a packed data set: it has no {MANIFEST_NAME}. "
+                f"Make one with: unicl-pack build SOURCE... --out {store.url}"
+            )
+        checksums = store.read_whole(CHECKSUMS_NAME)
+        if checksums is None:
+            return manifest, b""
+        listed = parse_checksums(checksums, where=store.url_of(CHECKSUMS_NAME))
+        found = xxhash.xxh3_64_hexdigest(manifest)
+        if listed.get(MANIFEST_NAME) == found:
+            return manifest, checksums
+        if reading == _READINGS:
+            raise ValueError(
+                f"{store.url_of(MANIFEST_NAME)} is damaged, or just being replaced: its checksum "
+                f"is {found}, {CHECKSUMS_NAME} says {listed.get(MANIFEST_NAME) or 'nothing of it'};"
+                " wait until it is whole, or upload the data set again"
+            )
+        time.sleep(_BETWEEN_READINGS_SECONDS)
+
+
+def _bring(store: ObjectStore, path: Path, expected: str | None) -> None:
+    """A file that is what its checksum says; one without a checksum is fetched anew."""
+    if expected is not None and path.is_file() and file_checksum(path) == expected:
+        return
+    size = store.size_of(path.name)
+    if size is None:
+        path.unlink(missing_ok=True)
+        return
+    aside = path.with_name(f".{path.name}.partial")
+    found = ""
+    for _ in range(2):
+        found = store.fetch_file(path.name, aside, size=size, progress=lambda _: mark_progress())
+        if expected is None or found == expected:
+            aside.replace(path)
+            return
+    aside.unlink()
+    raise ValueError(
+        f"{store.url_of(path.name)} is damaged: its checksum is {found}, {CHECKSUMS_NAME} says "
+        f"{expected}; upload the data set again"
+    )
+
+
+def _put(path: Path, data: bytes) -> None:
+    if path.is_file() and path.read_bytes() == data:
+        return
+    aside = path.with_name(f".{path.name}.partial")
+    aside.write_bytes(data)
+    aside.replace(path)
+
+
+def _wait_for(lock: int) -> None:
+    """Takes a lock. Its holder shows its own progress, so waiting for it is no hanging."""
+    while True:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            mark_progress()
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _remove_unused(above: Path) -> None:
+    oldest = time.time() - _UNUSED_DAYS * 86_400
+    for folder in above.iterdir():
+        if folder.is_dir() and folder.stat().st_mtime < oldest:
+            logger.info("%s was not used for %d days, and is removed", folder, _UNUSED_DAYS)
+            shutil.rmtree(folder, ignore_errors=True)

@@ -1,0 +1,258 @@
+"""One sample of a packed data set with everything its shard holds of it: picture, texts, origin.
+
+Training needs the arrays and the picture only (`unicl_fast.dataset.reader`). Programs that check, describe
+or copy a data set also read the JSON members, and want each byte of a shard accounted for: a sample
+is read in one piece, from its first header to the next sample's. Of a raw data set that piece is
+the JSON; the pixels are one array, which `PackedDataset` reads.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from unicl_fast.dataset.growing_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
+
+_FIELDS = {"captions", "labels", "source", "name"}
+_MEMBERS = (["jpg", "json"], ["webp", "json"], ["png", "json"])
+_MEMBERS_OF_RAW = (["json"],)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Description:
+    """What KEY.json says of a sample."""
+
+    captions: tuple[str, ...]
+    labels: tuple[int, ...]
+    source: str
+    name: str
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Member:
+    """One file in a shard."""
+
+    extension: str
+    offset: int
+    """First byte of its contents in the shard."""
+    data: memoryview
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StoredSample:
+    """A sample as its shard holds it."""
+
+    members: tuple[Member, ...]
+    description: Description
+
+    @property
+    def picture(self) -> Member | None:
+        """The picture as a file; None of a raw data set, whose pictures are not in its shards."""
+        return self.members[0] if len(self.members) > 1 else None
+
+    def index_line(self, index: int) -> str:
+        """The sample's line of the shard's .idx file, without the line's end."""
+        return " ".join(
+            f"{member.extension} {member.offset} {len(member.data)} "
+            f"{sample_key(index)}.{member.extension}"
+            for member in self.members
+        )
+
+
+class SampleReader:
+    """Reads whole samples by number; close it at the end."""
+
+    def __init__(self, dataset: PackedDataset) -> None:
+        self._dataset = dataset
+        self._shards = dataset.manifest.shards
+        self._is_raw = dataset.picture_shape is not None
+        self._reader = dataset.new_reader()
+
+    def span(self, index: int) -> tuple[int, int, int]:
+        """Shard number, and where a sample's first header begins and its last padding ends.
+
+        Raises:
+            DamagedSampleError: samples.npy names no such place.
+        """
+        rows = self._dataset.samples
+        shard, start = int(rows[index]["shard"]), int(rows[index]["offset"]) - BLOCK
+        if shard >= len(self._shards):
+            raise self._damaged(index, "there is no such shard")
+        last = index + 1 == len(rows) or int(rows[index + 1]["shard"]) != shard
+        end_of_shard = self._shards[shard].num_bytes - len(END_OF_TAR)
+        end = end_of_shard if last else int(rows[index + 1]["offset"]) - BLOCK
+        if not 0 <= start < end <= end_of_shard:
+            raise self._damaged(index, f"samples.npy places it from byte {start} to {end}")
+        return shard, start, end
+
+    def read(self, index: int) -> StoredSample:
+        """Everything the shard holds of sample `index`; checksums are left to the caller.
+
+        Raises:
+            DamagedSampleError: it cannot be read, or is not what the format says.
+        """
+        shard, start, end = self.span(index)
+        block = np.empty(end - start, np.uint8)
+        try:
+            done = self._reader.read_into(shard, block, start)
+        except OSError as error:
+            raise self._damaged(index, f"the shard cannot be read: {error}") from error
+        if done < len(block):
+            raise self._damaged(index, f"the shard ends after {done} of {len(block)} bytes")
+        try:
+            members = split_members(block.data, start=start, key=sample_key(index))
+            _check_kinds(members, is_raw=self._is_raw)
+            description = parse_description(bytes(members[-1].data))
+        except ValueError as error:
+            raise self._damaged(index, str(error)) from error
+        row, first = self._dataset.samples[index], members[0]
+        if (first.offset, len(first.data)) != (int(row["offset"]), int(row["size"])):
+            raise self._damaged(
+                index,
+                f"the {first.extension} has {len(first.data)} bytes from byte {first.offset} on, "
+                f"samples.npy says {int(row['size'])} from {int(row['offset'])}",
+            )
+        return StoredSample(members=members, description=description)
+
+    def read_description(self, index: int) -> Description:
+        """What KEY.json says of a sample, without reading its picture.
+
+        Raises:
+            DamagedSampleError: it cannot be read.
+        """
+        shard, start, end = self.span(index)
+        picture = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
+        skipped = 0 if self._is_raw else picture
+        block = np.empty(max(0, end - start - skipped), np.uint8)
+        try:
+            done = self._reader.read_into(shard, block, start + skipped)
+            members = split_members(block[:done].data, start=start + skipped, key=sample_key(index))
+            if [member.extension for member in members] != ["json"]:
+                raise ValueError("there is no JSON where it should be")
+            return parse_description(bytes(members[0].data))
+        except (OSError, ValueError) as error:
+            raise self._damaged(index, str(error)) from error
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def _damaged(self, index: int, message: str) -> DamagedSampleError:
+        return DamagedSampleError(f"{self._dataset.describe(index, 'members')}: {message}")
+
+
+def picture_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
+    """Bytes of each picture, [N]: of its file, or of its pixels in a raw data set."""
+    sizes: npt.NDArray[np.uint32] = dataset.samples["size"]
+    if dataset.picture_shape is None:
+        return sizes
+    return np.full(len(dataset), math.prod(dataset.picture_shape), np.uint32)
+
+
+def equal_pictures(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64]]:
+    """Samples with the same picture, by size and checksum.
+
+    Returns:
+        Groups of two or more numbers, rising; samples of all data sets are numbered through.
+    """
+    keys = [
+        np.concatenate([picture_sizes(dataset) for dataset in datasets]).astype(np.uint64),
+        np.concatenate([dataset.samples["xxh3"] for dataset in datasets]),
+    ]
+    order = np.lexsort(keys)
+    ends = np.flatnonzero(np.any([np.diff(key[order]) != 0 for key in keys], axis=0)) + 1
+    bounds = np.concatenate([[0], ends, [len(order)]])
+    return [
+        order[bounds[place] : bounds[place + 1]]
+        for place in np.flatnonzero(np.diff(bounds) > 1).tolist()
+    ]
+
+
+def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
+    """The members that fill a piece of a shard from its first to its last byte.
+
+    Args:
+        block: headers, contents and padding.
+        start: where the piece begins in the shard.
+        key: what the members must be called, without extension.
+
+    Raises:
+        ValueError: a byte of it is none that `unicl_fast.dataset.growing_files` would have written.
+    """
+    members: list[Member] = []
+    position = 0
+    while position < len(block):
+        header = bytes(block[position : position + BLOCK])
+        name, size = _read_header(header)
+        if name is None:
+            raise ValueError(f"the tar header at byte {start + position} is damaged")
+        stem, _, extension = name.partition(".")
+        if stem != key or not extension:
+            raise ValueError(f"a member is called {name!r}, which should be {key}.EXTENSION")
+        first = position + BLOCK
+        end = first + padded_bytes(size)
+        if end > len(block):
+            raise ValueError(f"{name} of {size} bytes reaches into the next sample")
+        if any(block[first + size : end]):
+            raise ValueError(f"the padding after {name} is not empty")
+        members.append(
+            Member(extension=extension, offset=start + first, data=block[first : first + size])
+        )
+        position = end
+    return tuple(members)
+
+
+def _read_header(header: bytes) -> tuple[str | None, int]:
+    """Name and size in a tar header; no name if any byte of it is not as we write it."""
+    try:
+        name = header[:100].split(b"\0", 1)[0].decode("ascii")
+        size = int(header[124:135], 8)
+        sound = size >= 0 and tar_header(name, size) == header
+    except (ValueError, IndexError):
+        return None, 0
+    return (name, size) if sound else (None, 0)
+
+
+def _check_kinds(members: tuple[Member, ...], *, is_raw: bool) -> None:
+    """A sample is a picture and a JSON, in this order; of a raw data set, a JSON.
+
+    WebPs are taken under version 1 too, as data sets of earlier programs have them.
+    """
+    found = [member.extension for member in members]
+    if found not in (_MEMBERS_OF_RAW if is_raw else _MEMBERS):
+        expected = "json alone" if is_raw else "jpg, webp or png, then json"
+        raise ValueError(f"its members are {', '.join(found)}; expected are {expected}")
+
+
+def parse_description(data: bytes) -> Description:
+    """Reads KEY.json.
+
+    Raises:
+        ValueError: it is not what `unicl-pack build` writes.
+    """
+    try:
+        values: Any = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its JSON cannot be read: {error}") from error
+    if not isinstance(values, dict) or set(values) != _FIELDS:
+        raise ValueError(f"its JSON does not hold the fields {sorted(_FIELDS)}, and no others")
+    captions, labels = values["captions"], values["labels"]
+    if not (
+        isinstance(captions, list)
+        and isinstance(labels, list)
+        and all(isinstance(value, str) for value in [*captions, values["source"], values["name"]])
+        and all(type(label) is int for label in labels)
+    ):
+        raise ValueError("its JSON holds values of the wrong type")
+    return Description(
+        captions=tuple(captions),
+        labels=tuple(labels),
+        source=values["source"],
+        name=values["name"],
+    )

@@ -1,0 +1,429 @@
+"""Writes a packed data set: shards, their indexes, the arrays, the quarantine list, the manifest.
+
+Everything is written into a folder beside the final one and renamed when it is whole, so a build
+that fails or is killed leaves nothing that looks like a data set. The bytes written depend on the
+samples and their order only: tar headers carry no time, owner or machine. Pictures are taken as
+they come; checking them belongs to `images`. Of a raw data set the pictures, decoded, go into an
+array of their own, and the shards hold their descriptions.
+
+A writer that is given a folder to work in keeps a journal there (`shard_journal`), and the next one
+with the same samples goes on behind the last finished shard.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from unicl_fast.dataset.growing_files import (
+    BLOCK,
+    END_OF_TAR,
+    ArrayFile,
+    GrowingFile,
+    GrowingPixels,
+    ListFile,
+    ShardFile,
+    padded_bytes,
+    sync_and_close,
+)
+from unicl_fast.dataset.journal import FinishedShard, ShardJournal, read_journal
+from unicl_fast.dataset.manifest import RAW_FORMAT_VERSION, WEBP_FORMAT_VERSION, PixelsInfo
+from unicl_fast.dataset.pixels import PIXELS_NAME
+from unicl_fast.dataset.reader import (
+    ARRAY_DTYPES,
+    FORMAT_VERSION,
+    MANIFEST_NAME,
+    QUARANTINE_COLUMNS,
+    QUARANTINE_NAME,
+    Manifest,
+    ShardInfo,
+    sample_key,
+    shard_name,
+)
+from unicl_fast.system.atomic_files import flush_to_disk
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
+
+DEFAULT_SHARD_BYTES = 512_000_000
+"""A shard is closed before it would grow beyond this: large enough for sequential reads, small
+enough to copy and to check one by one."""
+
+SET_NAME, JOURNAL_NAME = "set", "journal"
+"""What lies in a folder to work in: the data set so far, and the journal of its shards."""
+
+_SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
+_CAPTION_ROW = struct.Struct("<QB")
+_encode_json = json.JSONEncoder(separators=(",", ":")).encode
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PackedSample:
+    """One sample ready to be written."""
+
+    image: bytes
+    """The contents of a picture file, or of a raw data set the pixels [h w 3]."""
+    extension: str
+    """jpg, webp or png; of a raw data set it has no meaning."""
+    height: int
+    width: int
+    xxh3: int
+    """XXH3-64 of `image`."""
+    captions: Sequence[str] = ()
+    tokens: Sequence[npt.NDArray[np.uint16]] = ()
+    """Token ids of each caption, start and end included."""
+    labels: Sequence[int] = ()
+    source: str = ""
+    """Where the picture came from, and `name` its name there: for people, not for training."""
+    name: str = ""
+
+
+class DatasetWriter:
+    """Writes one data set folder; use it as a context manager and call `finish` at the end.
+
+    Leaving the context without `finish` removes what was written, unless there is a `work` folder.
+    """
+
+    def __init__(
+        self,
+        out: str | os.PathLike[str],
+        *,
+        shard_bytes: int = DEFAULT_SHARD_BYTES,
+        pictures: Literal["encoded", "raw"] = "encoded",
+        work: Path | None = None,
+    ) -> None:
+        """Makes the folder that is renamed at the end, or goes on with it.
+
+        Args:
+            out: the final folder; must not exist, or be empty.
+            shard_bytes: largest size of a shard.
+            pictures: files as they come, in the shards, or (raw, format version 2) decoded pixels
+                of one size in one array.
+            work: a folder beside the final one that outlives a program that is killed: what an
+                earlier writer finished in it is taken over. The caller sees to it that samples and
+                options are the same, leaves out the first `num_places` samples, and removes the
+                folder at the end.
+        """
+        if shard_bytes < 1:
+            raise ValueError(f"shard_bytes must be positive, not {shard_bytes}")
+        self.out = Path(out)
+        require_free(self.out)
+        self.out.parent.mkdir(parents=True, exist_ok=True)
+        self._work = work
+        unique = self.out.with_name(f"{self.out.name}.partial-{secrets.token_hex(4)}")
+        self.aside = unique if work is None else work / SET_NAME
+        self.aside.mkdir(parents=work is not None, exist_ok=work is not None)
+        self.num_samples = 0
+        self.num_quarantined = 0
+        self.notes: dict[str, Any] = {}
+        """The caller's own: kept with each finished shard, and found again as they then were."""
+        self._shard_bytes = shard_bytes
+        self._shards: list[ShardInfo] = []
+        self._shard: ShardFile | None = None
+        self._is_raw = pictures == "raw"
+        self._has_webp = False
+        self._journal: ShardJournal | None = None
+        finished = [] if work is None else _whole_shards(self.aside, work)
+        while finished and not self._take_over(finished):
+            finished.pop()
+        if not finished:
+            self._open_files(None)
+        _remove_others(self.aside, self._file_names())
+        if work is not None:
+            self._journal = ShardJournal(work / JOURNAL_NAME, finished)
+
+    def __enter__(self) -> DatasetWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.discard()
+
+    @property
+    def num_places(self) -> int:
+        """Samples so far, packed or quarantined."""
+        return self.num_samples + self.num_quarantined
+
+    @property
+    def num_captions(self) -> int:
+        return self._arrays["captions"].length
+
+    @property
+    def num_labels(self) -> int:
+        return self._arrays["labels"].length
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the shards, and of decoded pictures, so far."""
+        unfinished = 0 if self._shard is None else self._shard.num_bytes
+        pixels = 0 if self._pixels is None else self._pixels.num_bytes
+        return sum(shard.num_bytes for shard in self._shards) + unfinished + pixels
+
+    def add(self, sample: PackedSample) -> None:
+        """Appends a sample; its number is the count of samples before it."""
+        if len(sample.tokens) != len(sample.captions):
+            raise ValueError("each caption needs its tokens")
+        if not 0 < max(len(sample.captions), len(sample.labels)) < 2**16:
+            raise ValueError("a sample needs 1 to 65,535 captions or labels")
+        members = [("json", _describe(sample))]
+        if self._pixels is None:
+            members.insert(0, (sample.extension, sample.image))
+        # first of all, since what is kept with a finished shard must hold nothing of this sample
+        shard = self._shard_for(members)
+        self._has_webp |= members[0][0] == "webp"
+        if self._pixels is not None:
+            self._pixels.append(sample.image, height=sample.height, width=sample.width)
+        offset = shard.add(sample_key(self.num_samples), members)
+        captions, labels, tokens = (self._arrays[name] for name in ("captions", "labels", "tokens"))
+        self._arrays["samples"].append(
+            _SAMPLE_ROW.pack(
+                len(self._shards),
+                offset,
+                len(members[0][1]),
+                sample.height,
+                sample.width,
+                sample.xxh3,
+                captions.length,
+                len(sample.captions),
+                labels.length,
+                len(sample.labels),
+            )
+        )
+        for ids in sample.tokens:
+            captions.append(_CAPTION_ROW.pack(tokens.length, len(ids)))
+            tokens.append(ids.astype("<u2").tobytes())
+        labels.append(np.asarray(sample.labels, dtype="<i4").tobytes())
+        self.num_samples += 1
+
+    def quarantine(self, *, source: str, name: str, kind: str, message: str) -> None:
+        """Notes a sample that was left out, and why."""
+        self._quarantine.write_row([source, name, kind, message])
+        self.num_quarantined += 1
+
+    def finish(
+        self,
+        *,
+        tokenizer: str,
+        vocabulary_hash: str,
+        context_length: int,
+        class_names: Sequence[str],
+        templates: Sequence[str],
+        source: Sequence[str],
+        seed: int,
+        tool_version: str,
+    ) -> Manifest:
+        """Closes and syncs all files, writes the manifest and renames the folder into place."""
+        if self.num_samples == 0:
+            raise ValueError("a data set needs at least one sample")
+        self._close_shard()
+        pixels = None if self._pixels is None else self._pixels.finish()
+        manifest = Manifest(
+            version=self._version(),
+            num_samples=self.num_samples,
+            num_captions=self.num_captions,
+            num_tokens=self._arrays["tokens"].length,
+            num_labels=self.num_labels,
+            num_quarantined=self.num_quarantined,
+            shards=tuple(self._shards),
+            tokenizer=tokenizer,
+            vocabulary_hash=vocabulary_hash,
+            context_length=context_length,
+            class_names=tuple(class_names),
+            templates=tuple(templates),
+            source=tuple(source),
+            seed=seed,
+            tool_version=tool_version,
+            pixels=pixels,
+        )
+        for array in self._arrays.values():
+            array.finish()
+        self._quarantine.finish()
+        # lone surrogates stand for bytes of a file name; as escapes they are good JSON
+        manifest_bytes = manifest.to_json().encode("utf-8", "backslashreplace")
+        self._write_checksums(manifest_bytes, pixels)
+        with (self.aside / MANIFEST_NAME).open("wb") as file:
+            file.write(manifest_bytes)
+            sync_and_close(file)
+        flush_to_disk(self.aside)
+        require_free(self.out)
+        self.aside.rename(self.out)
+        flush_to_disk(self.out.parent)
+        if self._journal is not None:
+            self._journal.close()
+        return manifest
+
+    def _version(self) -> int:
+        if self._is_raw:
+            return RAW_FORMAT_VERSION
+        return WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
+
+    def _write_checksums(self, manifest: bytes, pixels: PixelsInfo | None) -> None:
+        """Lists all files of the folder, the manifest that is still to be written among them."""
+        known = {shard.name: shard.xxh3 for shard in self._shards}
+        if pixels is not None:
+            known[PIXELS_NAME] = pixels.xxh3
+        known[MANIFEST_NAME] = xxhash.xxh3_64_hexdigest(manifest)
+        others = (path for path in self.aside.iterdir() if path.name not in known)
+        known |= {path.name: file_checksum(path) for path in others}
+        with (self.aside / CHECKSUMS_NAME).open("w", encoding="utf-8") as file:
+            file.write(format_checksums(known.items()))
+            sync_and_close(file)
+
+    def discard(self) -> None:
+        """Removes what has been written, or closes it where there is a folder to go on in.
+
+        Nothing to do after `finish`.
+        """
+        if not self.aside.exists():
+            return
+        if self._shard is not None:
+            self._shard.file.close()
+        for file in self._files().values():
+            file.file.close()
+        if self._journal is not None:
+            self._journal.close()
+        if self._work is None:
+            shutil.rmtree(self.aside)
+
+    def _open_files(self, last: FinishedShard | None) -> None:
+        """Opens the growing files, behind what belongs to the last finished shard.
+
+        Raises:
+            ValueError: one of them is not what it was.
+            OSError: one of them is not there.
+        """
+        kept = {} if last is None else last.files
+        self._arrays = {
+            name: ArrayFile(self.aside, name, kept=kept.get(f"{name}.npy")) for name in ARRAY_DTYPES
+        }
+        self._quarantine = ListFile(
+            self.aside / QUARANTINE_NAME, QUARANTINE_COLUMNS, kept=kept.get(QUARANTINE_NAME)
+        )
+        size = None if last is None else last.picture_size
+        self._pixels = (
+            GrowingPixels(self.aside, kept=kept.get(PIXELS_NAME), size=size)
+            if self._is_raw
+            else None
+        )
+
+    def _take_over(self, finished: list[FinishedShard]) -> bool:
+        """Goes on behind the last finished shard; False if its files are not what they were."""
+        last = finished[-1]
+        try:
+            self._open_files(last)
+        except (ValueError, OSError):
+            return False
+        self.num_samples, self.num_quarantined = last.num_samples, last.num_quarantined
+        self._has_webp = last.has_webp
+        self.notes = dict(last.notes)
+        self._shards = [each.shard for each in finished]
+        return True
+
+    def _files(self) -> dict[str, GrowingFile]:
+        """The files that grow through all shards, by name."""
+        files: dict[str, GrowingFile] = {f"{name}.npy": file for name, file in self._arrays.items()}
+        files[QUARANTINE_NAME] = self._quarantine
+        if self._pixels is not None and self._pixels.size is not None:
+            files[PIXELS_NAME] = self._pixels.array
+        return files
+
+    def _file_names(self) -> set[str]:
+        names = {shard.name for shard in self._shards}
+        return {*names, *(_index_name(name) for name in names), *self._files()}
+
+    def _shard_for(self, members: list[tuple[str, bytes]]) -> ShardFile:
+        needed = sum(BLOCK + padded_bytes(len(data)) for _, data in members)
+        full = self._shard_bytes - len(END_OF_TAR) - needed
+        if self._shard is not None and self._shard.num_bytes > full:
+            self._close_shard()
+        if self._shard is None:
+            self._shard = ShardFile(self.aside, shard_name(len(self._shards)))
+        return self._shard
+
+    def _close_shard(self) -> None:
+        if self._shard is None:
+            return
+        self._shards.append(self._shard.finish())
+        self._shard = None
+        if self._journal is None:
+            return
+        for file in self._files().values():
+            file.sync()
+        flush_to_disk(self.aside)
+        shard = self._shards[-1]
+        self._journal.append(
+            FinishedShard(
+                shard=shard,
+                index_xxh3=file_checksum(self.aside / _index_name(shard.name)),
+                num_samples=self.num_samples,
+                num_quarantined=self.num_quarantined,
+                files={name: file.kept() for name, file in self._files().items()},
+                picture_size=None if self._pixels is None else self._pixels.size,
+                has_webp=self._has_webp,
+                notes=self.notes,
+            )
+        )
+
+
+def _index_name(shard: str) -> str:
+    return str(Path(shard).with_suffix(".idx"))
+
+
+def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
+    """The shards of the journal that are there, up to the first that is not.
+
+    Sizes and indexes are compared, and the checksum of the last shard: reading all of them would
+    take as long as copying the data set, and `unicl-pack verify` does it.
+    """
+    whole: list[FinishedShard] = []
+    for finished in read_journal(work / JOURNAL_NAME):
+        path = folder / finished.shard.name
+        index = folder / _index_name(finished.shard.name)
+        if not path.is_file() or path.stat().st_size != finished.shard.num_bytes:
+            break
+        if not index.is_file() or file_checksum(index) != finished.index_xxh3:
+            break
+        whole.append(finished)
+    while whole and file_checksum(folder / whole[-1].shard.name) != whole[-1].shard.xxh3:
+        whole.pop()
+    return whole
+
+
+def _remove_others(folder: Path, names: set[str]) -> None:
+    """Removes what a program that was killed had begun."""
+    for path in folder.iterdir():
+        if path.name not in names:
+            path.unlink()
+
+
+def require_free(out: Path) -> None:
+    """Refuses a place that holds anything already."""
+    if (out / MANIFEST_NAME).exists():
+        raise ValueError(f"{out} already holds a packed data set; name another folder or remove it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ValueError(f"{out} exists and is not an empty folder; name another one")
+
+
+def _describe(sample: PackedSample) -> bytes:
+    fields = {
+        "captions": list(sample.captions),
+        "labels": list(sample.labels),
+        "source": sample.source,
+        "name": sample.name,
+    }
+    # a file name that is not UTF-8 reaches us as lone surrogates, which escapes can carry
+    return _encode_json(fields).encode("ascii")

@@ -1,0 +1,348 @@
+"""What `--data` of an evaluation may name, opened as one packed data set.
+
+A packed data set is taken as it is. Class folders, zips of them and data sets that torchvision has
+on the disk are packed into a temporary folder first: so a picture reaches the model in one way
+only, and what cannot be decoded is counted and named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from unicl_fast.dataset.reader import MANIFEST_NAME, PackedDataset
+from unicl_fast.dataset.remote.object_store import is_url
+from unicl_fast.distributed.launch import refused_together
+from unicl_fast.distributed.ranks import Ranks, from_rank_0
+from unicl_fast.evaluation.classification import Metric
+from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build.class_names import read_label_space
+from unicl_fast.system.temporary_folder import temporary_folder
+from unicl_fast.text.class_lists import (
+    CLIP_BENCHMARK,
+    clip_benchmark_list,
+    has_clip_benchmark,
+    read_class_names,
+    read_templates,
+)
+from unicl_fast.training.data import numbered
+
+TORCHVISION = "torchvision:"
+
+# CLIP's protocol (arXiv 2103.00020, table 9) reports the mean over classes for these.
+_MEAN_PER_CLASS = re.compile(
+    r"(oxford(iiit)?)?pets?|(oxford)?flowers(102)?|(fgvc)?aircraft|caltech101"
+)
+
+# torchvision's class -> the key of clip-benchmark's templates, and of its class names where it has
+# any and both number the classes alike (Caltech101: they do not).
+_TEMPLATE_KEYS = {
+    "CIFAR10": "cifar10", "CIFAR100": "cifar100", "Caltech101": "caltech101",
+    "Country211": "country211", "DTD": "dtd", "EuroSAT": "eurosat", "FER2013": "fer2013",
+    "FGVCAircraft": "fgvc_aircraft", "Flowers102": "flowers", "Food101": "food101",
+    "GTSRB": "gtsrb", "ImageNet": "imagenet1k", "MNIST": "mnist", "OxfordIIITPet": "pets",
+    "PCAM": "pcam", "RenderedSST2": "renderedsst2", "STL10": "stl10", "SUN397": "sun397",
+    "SVHN": "svhn", "StanfordCars": "cars",
+}  # fmt: skip
+_NAME_KEYS = {
+    kind: _TEMPLATE_KEYS[kind]
+    for kind in (
+        *("Country211", "EuroSAT", "FER2013", "Flowers102", "GTSRB", "ImageNet", "MNIST"),
+        *("OxfordIIITPet", "PCAM", "SVHN"),
+    )
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EvaluationData:
+    """An opened data set and how it is to be evaluated."""
+
+    name: str
+    """Short, for tables and file names."""
+    dataset: PackedDataset
+    class_names: tuple[str, ...]
+    templates: tuple[str, ...]
+    metric: Metric
+    """What the protocol of this data set reports."""
+
+
+def short_name(spec: str) -> str:
+    """A data set's name in tables: that of its folder, or torchvision's."""
+    if spec.startswith(TORCHVISION):
+        return spec.split(":")[1]
+    return spec.rstrip("/").rpartition("/")[2] if is_url(spec) else Path(spec).resolve().name
+
+
+def short_names(specs: Sequence[str]) -> list[str]:
+    """A name for each, numbered where several would have the same."""
+    return numbered([short_name(spec) for spec in specs])
+
+
+def protocol_metric(name: str) -> Metric:
+    """What CLIP's protocol reports for a data set of this name."""
+    plain = re.sub(r"[^a-z0-9]", "", name.lower())
+    plain = re.sub(r"(test|train|val|trainval)$", "", plain)
+    return "mean_per_class" if _MEAN_PER_CLASS.fullmatch(plain) else "top1"
+
+
+def check_data(spec: str) -> None:
+    """Refuses early what can be told to be wrong without packing anything.
+
+    Raises:
+        ValueError: not a data set that can be read.
+        FileNotFoundError: nothing is there.
+    """
+    if spec.startswith(TORCHVISION):
+        _parse_torchvision(spec)
+    elif _is_packed(spec):
+        PackedDataset(spec, verify=False).close()
+    elif not (Path(spec).exists() or Path(spec).parent.is_file() or "{" in spec):
+        raise FileNotFoundError(
+            f"nothing is at {spec}: give a packed data set, class folders, or "
+            f"{TORCHVISION}CLASS:FOLDER"
+        )
+
+
+def _is_packed(spec: str) -> bool:
+    if spec.startswith(TORCHVISION):
+        return False
+    return is_url(spec) or (Path(spec) / MANIFEST_NAME).is_file()
+
+
+@contextlib.contextmanager
+def open_data(
+    spec: str,
+    *,
+    class_names: str = "",
+    templates: str = "",
+    name: str = "",
+    ranks: Ranks,
+) -> Iterator[EvaluationData]:
+    """Opens what a spec names, on all ranks; leaves nothing behind.
+
+    Args:
+        spec: a packed data set; anything that unicl-pack reads, such as class folders; or
+            torchvision:CLASS:FOLDER[:SPLIT].
+        class_names: instead of the data's own: a file, imagenet, or clip-benchmark:KEY.
+        templates: instead of the data's own: a file, imagenet, simple, or clip-benchmark:KEY.
+        name: for tables; empty takes `short_name`.
+        ranks: rank 0 packs, the others wait.
+
+    Raises:
+        ValueError: not such a data set, or class names that are not its own in number or order.
+    """
+    with contextlib.ExitStack() as stack:
+        is_packed = _is_packed(spec)
+        place: str | None = spec if is_packed else None
+        if not is_packed:
+            with refused_together(ranks):
+                if ranks.is_main:
+                    folder = stack.enter_context(temporary_folder("unicl-eval-"))
+                    place = str(folder / "packed")
+                    if spec.startswith(TORCHVISION):
+                        _pack_torchvision(spec, folder, class_names=class_names)
+                    else:
+                        build_dataset(
+                            [spec],
+                            place,
+                            class_names=class_names,
+                            progress=sys.stderr.isatty(),
+                        )
+            place = from_rank_0(place, ranks)
+        dataset = stack.enter_context(PackedDataset(str(place)))
+        names = dataset.manifest.class_names
+        if class_names:
+            given = read_label_space(class_names).names
+            if len(given) != len(names):
+                raise ValueError(
+                    f"{spec} has {len(names)} classes, {class_names} has {len(given)} names"
+                )
+            if class_names.startswith(CLIP_BENCHMARK):
+                _require_same_order(given, names, spec)
+            names = given
+        yield EvaluationData(
+            name=name or short_name(spec),
+            dataset=dataset,
+            class_names=names,
+            templates=_choose_templates(spec, templates, dataset),
+            metric=protocol_metric(short_name(spec)),
+        )
+        if not is_packed and ranks.world_size > 1:
+            dist.barrier(group=ranks.host_group)  # rank 0 removes what the others still read
+
+
+def _choose_templates(spec: str, templates: str, dataset: PackedDataset) -> tuple[str, ...]:
+    if templates:
+        return read_templates(templates)
+    key = _clip_benchmark_key(spec, _TEMPLATE_KEYS)
+    if key is not None:
+        return read_templates(f"{CLIP_BENCHMARK}{key}")
+    return dataset.manifest.templates
+
+
+def _clip_benchmark_key(spec: str, keys: dict[str, str]) -> str | None:
+    """The key of the list that belongs to a torchvision data set, where the package is there."""
+    if not spec.startswith(TORCHVISION) or not has_clip_benchmark():
+        return None
+    return keys.get(spec.split(":")[1])
+
+
+def _require_same_order(given: Sequence[str], own: Sequence[str], spec: str) -> None:
+    """Refuses names whose order is visibly another one than the data's.
+
+    Raises:
+        ValueError: a name of one list stands at another place in the other.
+    """
+    places = {_plain(name): place for place, name in enumerate(own)}
+    for place, name in enumerate(given):
+        other = places.get(_plain(name), place)
+        if other != place and _plain(given[other]) != _plain(own[other]):
+            raise ValueError(
+                f"class {place} of {spec} is {own[place]!r}, clip-benchmark calls it {name!r}, "
+                f"which the data has as class {other}: the two number classes differently; give "
+                "the names in a file by --class-names"
+            )
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^a-z0-9]", "", name.lower())
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Torchvision:
+    """What torchvision:CLASS:FOLDER[:SPLIT] says."""
+
+    kind: Any
+    """The class of torchvision.datasets."""
+    folder: str
+    arguments: dict[str, Any]
+    split: str
+
+
+def _parse_torchvision(spec: str) -> _Torchvision:
+    import torchvision.datasets
+
+    parts = spec.split(":")
+    if len(parts) not in (3, 4) or not parts[1] or not parts[2]:
+        raise ValueError(
+            f"a data set of torchvision is written {TORCHVISION}CLASS:FOLDER or "
+            f"{TORCHVISION}CLASS:FOLDER:SPLIT, such as {TORCHVISION}CIFAR10:/data, not {spec}"
+        )
+    name, folder, split = parts[1], parts[2], parts[3] if len(parts) == 4 else "test"
+    kind = getattr(torchvision.datasets, name, None)
+    if name not in torchvision.datasets.__all__ or kind is None:
+        raise ValueError(
+            f"torchvision {torchvision.__version__} has no data set {name}; write it as "
+            "torchvision.datasets does, such as OxfordIIITPet"
+        )
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"{spec}: there is no folder {folder}")
+    known = inspect.signature(kind.__init__).parameters
+    arguments: dict[str, Any] = {}
+    if "split" in known:
+        arguments["split"] = split
+    elif "train" in known:
+        if split not in ("train", "test"):
+            raise ValueError(f"{name} has the splits train and test, not {split}")
+        arguments["train"] = split == "train"
+    elif len(parts) == 4 and split != "all":
+        raise ValueError(f"torchvision's {name} has no splits: leave :{split} out")
+    if "download" in known:
+        arguments["download"] = False
+    return _Torchvision(kind=kind, folder=folder, arguments=arguments, split=split)
+
+
+def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
+    """Packs a torchvision data set into FOLDER/packed.
+
+    Where torchvision lets a loader be given, the files are packed as they are; else its pictures
+    are stored as PNG, which changes no pixel.
+    """
+    asked = _parse_torchvision(spec)
+    name = asked.kind.__name__
+    batches = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}.get(name)
+    if batches is not None:  # torchvision would unpickle them
+        source = Path(asked.folder) / batches
+        if asked.split == "test":
+            source /= "test_batch" if name == "CIFAR10" else "test"
+        if not source.exists():
+            raise FileNotFoundError(f"{spec}: there is no {source}")
+        build_dataset([source], folder / "packed", progress=sys.stderr.isatty())
+        return
+    takes_loader = "loader" in inspect.signature(asked.kind.__init__).parameters
+    arguments = asked.arguments | ({"loader": str} if takes_loader else {})
+    try:
+        dataset = asked.kind(asked.folder, **arguments)
+    except (RuntimeError, OSError, TypeError) as error:
+        raise ValueError(
+            f"{spec}: torchvision cannot open it: {error}. Nothing is fetched here: the files must "
+            f"lie in {asked.folder} as torchvision's download leaves them"
+        ) from error
+    names = _torchvision_names(dataset, spec, class_names)
+    pictures = folder / "pictures"
+    pictures.mkdir()
+    with (folder / "list.jsonl").open("w", encoding="utf-8") as file:
+        for number in range(len(dataset)):
+            picture, label = dataset[number]
+            if not isinstance(label, int) and not hasattr(label, "__index__"):
+                raise ValueError(
+                    f"{spec}: a class number is expected of each picture, {label!r} came"
+                )
+            if takes_loader:
+                path = os.path.abspath(picture)
+            else:
+                path = str(pictures / f"{number:08d}.png")
+                picture.convert("RGB").save(path, compress_level=1)
+            root = asked.folder if takes_loader else pictures
+            row = {"image": os.path.relpath(path, root), "label": int(label)}
+            file.write(json.dumps(row) + "\n")
+    (folder / "names.txt").write_text("".join(f"{one}\n" for one in names), encoding="utf-8")
+    build_dataset(
+        [folder / "list.jsonl"],
+        folder / "packed",
+        class_names=str(folder / "names.txt"),
+        image_root=str(asked.folder if takes_loader else pictures),
+        progress=sys.stderr.isatty(),
+    )
+
+
+def _torchvision_names(dataset: Any, spec: str, class_names: str) -> tuple[str, ...]:
+    """Class names in label order: those asked for, clip-benchmark's, or torchvision's own."""
+    own = tuple(
+        _first_name(name)
+        for name in getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or ()
+    )
+    key = _clip_benchmark_key(spec, _NAME_KEYS)
+    if class_names:
+        return own or read_class_names(class_names)
+    if key is not None:
+        names = clip_benchmark_list("class names", key)
+        if own and len(own) != len(names):
+            raise ValueError(
+                f"{spec} has {len(own)} classes, clip-benchmark has {len(names)} names for {key}; "
+                "give names by --class-names"
+            )
+        _require_same_order(names, own, spec)
+        return names
+    if not own:
+        raise ValueError(
+            f"torchvision has no class names for {spec}: give --class-names FILE, or pip install "
+            "'unicl_fast[evaluation]' for those of clip-benchmark"
+        )
+    return own
+
+
+def _first_name(name: Any) -> str:
+    """ImageNet's classes have several names each."""
+    text = str(name[0] if isinstance(name, (tuple, list)) else name)
+    return " ".join(text.replace("_", " ").split())

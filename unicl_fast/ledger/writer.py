@@ -1,0 +1,221 @@
+"""Writes down what every step was fed, so that it can be proven afterwards (`unicl-ledger`).
+
+Each rank appends to a file of its own, one record a step, as soon as the step is done. The rule
+that makes the ledger whole: before a checkpoint is begun, all ranks have handed over the records
+of the steps it holds. Whatever else is lost when a rank dies belongs to steps that the next start
+does again, and its records then supersede the old ones. The files are `ledger_format`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from unicl_fast.batch import Batch
+from unicl_fast.distributed.ranks import Ranks, gather_integers
+from unicl_fast.ledger.format import (
+    LEDGER_FOLDER,
+    LedgerSource,
+    SegmentHeader,
+    encode_header,
+    encode_record,
+    list_segments,
+    segment_name,
+)
+from unicl_fast.system.atomic_files import flush_to_disk
+
+logger = logging.getLogger(__name__)
+
+# Records that a full disk did not take wait in memory; beyond this the run stops.
+_MOST_WAITING_BYTES = 64 << 20
+
+
+class Ledger:
+    """One rank's ledger of a run."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        sources: Sequence[LedgerSource],
+        global_batch_size: int,
+        seed: int,
+        shares: Sequence[int],
+        shuffle_window: int = 0,
+        ranks: Ranks | None = None,
+    ) -> None:
+        """Nothing is written before `start`.
+
+        Args:
+            folder: of the ledger, shared by all ranks and all starts of a run.
+            sources: the data sets that source ids count.
+            global_batch_size: slots of a step over all ranks.
+            seed: the run's.
+            shares: each source's part of every batch.
+            shuffle_window: the run's, as in its config.
+            ranks: this process among its peers; None is one process alone.
+        """
+        self.folder = folder
+        self._sources = tuple(sources)
+        self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
+        self._global_batch_size = global_batch_size
+        self._seed = seed
+        self._shares = tuple(shares)
+        self._shuffle_window = shuffle_window
+        self._ranks = ranks or Ranks()
+        self._header: SegmentHeader | None = None
+        self._file = -1
+        self._next_step = 0
+        self._waiting = bytearray()
+        self._failure: OSError | None = None
+
+    @contextlib.contextmanager
+    def segment(self, step: int) -> Iterator[None]:
+        """`start` now and `close` at the end."""
+        self.start(step)
+        try:
+            yield
+        finally:
+            self.close()
+
+    def start(self, step: int) -> None:
+        """Opens a new segment, whose first record will be of `step`; all ranks call it together.
+
+        Raises:
+            OSError: the file cannot be made.
+        """
+        self.close()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._header = SegmentHeader(
+            segment=self._choose_number(),
+            start_step=step,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            global_batch_size=self._global_batch_size,
+            sources=self._sources,
+            seed=self._seed,
+            shares=self._shares,
+            shuffle_window=self._shuffle_window,
+        )
+        path = self.folder / segment_name(self._header.segment, self._ranks.rank)
+        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+        self._waiting = bytearray(encode_header(self._header))
+        self._next_step = step
+        self._write()
+        # so that the file's name survives a machine that goes down, as its contents do
+        flush_to_disk(self.folder)
+        if self._header.segment == 1 and step and self._ranks.is_main:
+            logger.warning(
+                "the ledger begins at step %d: what was fed before cannot be proven", step
+            )
+
+    def record(self, batch: Batch) -> None:
+        """Hands the record of a step that was done to the kernel, which keeps it if we are killed.
+
+        Raises:
+            ValueError: the batch does not say what it holds, or ids that its sources do not have.
+            OSError: nothing could be written for so long that memory would fill.
+        """
+        assert self._header is not None, "start() comes before record()"
+        assert batch.step == self._next_step, f"step {batch.step} came after {self._next_step - 1}"
+        ids = (batch.source_ids, batch.scheduled_ids, batch.sample_ids)
+        if any(column is None for column in ids):
+            raise ValueError(
+                "a ledger needs a loader whose batches have source_ids, scheduled_ids and "
+                "sample_ids; use one that has, or train without a ledger"
+            )
+        source_ids, scheduled_ids, shown_ids = (
+            column.numpy() for column in ids if column is not None
+        )
+        if source_ids.min() < 0 or source_ids.max() >= len(self._sizes):
+            raise ValueError(f"step {batch.step} has source ids beyond {len(self._sizes)} sources")
+        sizes = self._sizes[source_ids]
+        for column in (scheduled_ids, shown_ids):
+            if column.min() < 0 or (column >= sizes).any():
+                raise ValueError(f"step {batch.step} has sample ids that its sources do not have")
+        self._waiting += encode_record(
+            self._header,
+            step=batch.step,
+            source_ids=source_ids,
+            scheduled_ids=scheduled_ids,
+            shown_ids=shown_ids,
+        )
+        self._next_step += 1
+        self._write()
+        if self._failure is not None and len(self._waiting) > _MOST_WAITING_BYTES:
+            raise OSError(
+                f"the ledger in {self.folder} could not be written for too long: {self._failure}"
+            )
+
+    def settle(self, *, must: bool) -> bool:
+        """Whether all ranks' records so far are on the disk; all ranks call it together.
+
+        To be called before a checkpoint is begun: one of steps that a rank has not written down
+        would leave a hole in the ledger, should that rank be killed now.
+
+        Raises:
+            OSError: they are not, and they `must`. Otherwise that is only said, loudly.
+        """
+        self._write()
+        if self._failure is None:
+            try:
+                os.fdatasync(self._file)
+            except OSError as error:
+                self._failure = error
+        failed = gather_integers(int(self._failure is not None), self._ranks)
+        if not any(failed):
+            return True
+        ranks = ", ".join(str(rank) for rank, code in enumerate(failed) if code)
+        message = (
+            f"the ledger in {self.folder} cannot be written by rank {ranks}"
+            f"{f' ({self._failure})' if self._failure else ''}, and a checkpoint without it would "
+            "leave a hole: make room there"
+        )
+        if must:
+            raise OSError(message)
+        if self._ranks.is_main:
+            logger.error("NO CHECKPOINT of step %d: %s; training goes on", self._next_step, message)
+        return False
+
+    def close(self) -> None:
+        """Closes the segment; what could not be written is lost."""
+        if self._file >= 0:
+            self._write()
+            os.close(self._file)
+            self._file = -1
+
+    def _choose_number(self) -> int:
+        """One more than the newest there is, as rank 0 sees it."""
+        number = 0
+        if self._ranks.is_main:
+            number = max(list_segments(self.folder), default=0) + 1
+        return max(gather_integers(number, self._ranks))
+
+    def _write(self) -> None:
+        """What waits goes to the kernel, in one call unless the disk is full."""
+        try:
+            while self._waiting:
+                written = os.write(self._file, self._waiting)
+                del self._waiting[:written]
+        except OSError as error:
+            if self._failure is None:
+                logger.error(
+                    "THE LEDGER CANNOT BE WRITTEN in %s: %s; its records wait in memory, and no "
+                    "checkpoint is written before they are down", self.folder, error,
+                )  # fmt: skip
+            self._failure = error
+        else:
+            if self._failure is not None:
+                logger.warning("the ledger can be written again")
+            self._failure = None
+
+
+def has_ledger(run_folder: Path, ranks: Ranks) -> bool:
+    """Whether the run has a ledger from an earlier start, as rank 0 sees it."""
+    found = ranks.is_main and (run_folder / LEDGER_FOLDER).is_dir()
+    return any(gather_integers(int(found), ranks))

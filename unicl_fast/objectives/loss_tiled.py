@@ -1,0 +1,241 @@
+"""Pictures against texts in one pass over tiles of the logits, storing none of them.
+
+Apart from `unicl_fast.objectives.loss`, which says what the loss is, because this says how to get its pieces
+in O((b + u) d) memory: log-sum-exps of rows AND columns from the same tiles, positives from class
+sums, and a backward pass that multiplies the tiles again (one product, then two for the
+gradients). Ordinary torch operations, for any device. docs/loss.md has the prices.
+
+Exponentials are taken with base 2: the logits are multiplied by log2(e) along with the scale, and
+`exp2` costs a third of `exp` on the CPU.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from unicl_fast.objectives.positives import Positives
+
+_LOG2_E = 1 / math.log(2)
+LARGEST_TILE = {"cpu": 1024, "cuda": 4096}
+"""Rows and columns. On the CPU two fp32 tiles (8 MiB) stay in the third-level cache while products
+run at full rate; on a GPU tiles are there to bound memory, and large ones fill it."""
+
+
+class TiledComparison(NamedTuple):
+    """Differentiable in features and scale."""
+
+    row_log_sum_exp: Float[Tensor, " b"]
+    """log sum_k m_k exp(s u_i.v_k)."""
+    column_log_sum_exp: Float[Tensor, " u"]
+    """log sum_i exp(s u_i.v_k)."""
+    row_positive_sum: Float[Tensor, " b"]
+    """sum_k W_ik m_k s u_i.v_k."""
+    column_positive_sum: Float[Tensor, " u"]
+    """sum_i W_ik s u_i.v_k."""
+
+
+def compare_tiled(
+    image_features: Float[Tensor, "b d"],
+    text_features: Float[Tensor, "u d"],
+    scale: Float[Tensor, ""],
+    *,
+    counts: Float[Tensor, " u"] | None,
+    positives: Positives,
+    exclude_self: bool,
+) -> TiledComparison:
+    """What the losses of pictures and texts are made of.
+
+    Args:
+        image_features: fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
+            results, which is twice as fast; everything else is fp32.
+        text_features: of the same type.
+        scale: a scalar in fp64 or fp32.
+        counts: m_k in the type of the scale; 0 is a text that is not there; None means 1.
+        positives: W, in the type of the scale.
+        exclude_self: leave the pairs (i, i) out of the log-sum-exps.
+    """
+    outputs = _Compare.apply(  # type: ignore[no-untyped-call]
+        image_features, text_features, scale, counts, positives, exclude_self
+    )
+    return TiledComparison(*outputs)
+
+
+class _Compare(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        counts: Tensor | None,
+        positives: Positives,
+        exclude_self: bool,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        log2_counts = None if counts is None else counts.log2()
+        tiles = _Tiles(images, texts, scale, exclude_self=exclude_self)
+        row_logs, column_logs = _log2_sum_exps(tiles, log2_counts)
+        wide = scale.dtype
+        row_positives = positives.times(texts.to(wide), counts).mul_(images).sum(dim=1)
+        column_positives = positives.transposed_times(images.to(wide)).mul_(texts).sum(dim=1)
+        ctx.save_for_backward(images, texts, scale, counts, log2_counts, row_logs, column_logs)
+        ctx.positives, ctx.exclude_self = positives, exclude_self
+        return (
+            row_logs / _LOG2_E,
+            column_logs / _LOG2_E,
+            row_positives.mul_(scale),
+            column_positives.mul_(scale),
+        )
+
+    @staticmethod
+    @once_differentiable
+    def backward(
+        ctx: Any, of_row_logs: Tensor, of_column_logs: Tensor, of_rows: Tensor, of_columns: Tensor
+    ) -> tuple[Tensor | None, ...]:
+        """The gradients of features and scale.
+
+        With G the gradient of the logits, the features' are s G V and s G^T U. The scale's is
+        sum_i u_i . (G V)_i, since the logits are products of all three.
+        """
+        images, texts, scale, counts, log2_counts, row_logs, column_logs = ctx.saved_tensors
+        positives: Positives = ctx.positives
+        want_images, want_texts, want_scale = ctx.needs_input_grad[:3]
+        want_images |= want_scale
+        of_images = of_texts = of_scale = None
+        # positives first: their class sums are gone when the tiles come
+        if want_images:
+            wide = texts.to(scale.dtype)
+            of_images = positives.times(wide, counts).mul_(of_rows.unsqueeze(1))
+            of_images += positives.times(wide, of_columns)
+        if want_texts:
+            wide = images.to(scale.dtype)
+            of_texts = positives.transposed_times(wide, of_rows)
+            if counts is not None:
+                of_texts.mul_(counts.unsqueeze(1))
+            of_texts += positives.transposed_times(wide).mul_(of_columns.unsqueeze(1))
+        wide = None
+        tiles = _Tiles(images, texts, scale, exclude_self=ctx.exclude_self)
+        for rows, columns, logits, spare in tiles:
+            # spare = g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k)
+            torch.sub(logits, row_logs[rows].unsqueeze(1), out=spare)
+            if log2_counts is not None:
+                spare.add_(log2_counts[columns])
+            spare.exp2_().mul_(of_row_logs[rows].unsqueeze(1))
+            spare.addcmul_(logits.sub_(column_logs[columns]).exp2_(), of_column_logs[columns])
+            gradient = tiles.narrowed(spare)
+            if of_images is not None:
+                _add_product(of_images[rows], gradient, texts[columns])
+            if of_texts is not None:
+                _add_product(of_texts[columns], gradient.T, images[rows])
+        if want_scale:
+            assert of_images is not None
+            of_scale = (of_images * images).sum()
+        return (
+            of_images.mul_(scale).to(images.dtype)
+            if want_images and of_images is not None
+            else None,
+            None if of_texts is None else of_texts.mul_(scale).to(texts.dtype),
+            of_scale,
+            None,
+            None,
+            None,
+        )
+
+
+class _Tiles:
+    """The logits with base 2, tile by tile, in memory that is used again for every tile."""
+
+    def __init__(self, images: Tensor, texts: Tensor, scale: Tensor, *, exclude_self: bool) -> None:
+        self.images, self.texts, self.exclude_self = images, texts, exclude_self
+        self.factor = scale * _LOG2_E
+        largest = LARGEST_TILE.get(images.device.type, 4096)
+        self.rows = list(_blocks(len(images), largest))
+        self.columns = list(_blocks(len(texts), largest))
+        size = max(map(_length, self.rows)) * max(map(_length, self.columns))
+        self._logits = scale.new_empty(size)
+        self._spare = scale.new_empty(size)
+        self._narrow = None if images.dtype == scale.dtype else images.new_empty(size)
+
+    def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
+        """Yields rows, columns, their logits [r c] to be overwritten, and scratch [r c]."""
+        for rows in self.rows:
+            images = self.images[rows]
+            if self._narrow is None:  # in 16 bits it would round once more
+                images = images * self.factor
+            for columns in self.columns:
+                shape = _length(rows), _length(columns)
+                logits = _shaped(self._logits, shape)
+                texts = self.texts[columns]
+                if self._narrow is None:
+                    torch.mm(images, texts.T, out=logits)
+                else:
+                    narrow = torch.mm(images, texts.T, out=_shaped(self._narrow, shape))
+                    logits.copy_(narrow).mul_(self.factor)
+                if self.exclude_self:
+                    offset = rows.start - columns.start
+                    if -shape[0] < offset < shape[1]:
+                        logits.diagonal(offset).fill_(-math.inf)
+                yield rows, columns, logits, _shaped(self._spare, shape)
+
+    def narrowed(self, tile: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
+        """A tile in the features' type, until the next one is asked for."""
+        if self._narrow is None:
+            return tile
+        return _shaped(self._narrow, tuple(tile.shape)).copy_(tile)
+
+
+def _log2_sum_exps(tiles: _Tiles, log2_counts: Tensor | None) -> tuple[Tensor, Tensor]:
+    """log2 of the sums of 2**logit, over each row with counts and over each column without."""
+    like = tiles.factor
+    lowest = torch.finfo(like.dtype).min  # finite, so that no infinity is ever subtracted
+    row_maxima = like.new_full((len(tiles.images),), lowest)
+    column_maxima = like.new_full((len(tiles.texts),), lowest)
+    row_sums, column_sums = torch.zeros_like(row_maxima), torch.zeros_like(column_maxima)
+    for rows, columns, logits, spare in tiles:
+        _accumulate(logits, spare, 0, column_maxima[columns], column_sums[columns])
+        if log2_counts is not None:
+            logits.add_(log2_counts[columns])
+        _accumulate(logits, spare, 1, row_maxima[rows], row_sums[rows])
+    # nothing to sum gives the lowest number, not -inf: its loss is masked, its gradient must be 0
+    return (
+        (row_maxima + row_sums.log2()).clamp_(min=lowest),
+        (column_maxima + column_sums.log2()).clamp_(min=lowest),
+    )
+
+
+def _accumulate(logits: Tensor, spare: Tensor, dim: int, maxima: Tensor, sums: Tensor) -> None:
+    """Brings running sums to the new maxima and adds a tile's exponentials."""
+    grown = torch.maximum(maxima, logits.amax(dim))
+    sums.mul_((maxima - grown).exp2_())
+    maxima.copy_(grown)
+    sums.add_(torch.sub(logits, grown.unsqueeze(dim), out=spare).exp2_().sum(dim))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(left @ right)
+
+
+def _blocks(size: int, largest: int) -> Iterator[slice]:
+    """Nearly equal parts of a range, none above `largest`."""
+    count = -(-size // largest)
+    length = -(-size // count)
+    for start in range(0, size, length):
+        yield slice(start, min(start + length, size))
+
+
+def _length(block: slice) -> int:
+    length: int = block.stop - block.start
+    return length
+
+
+def _shaped(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return memory[: math.prod(shape)].view(shape)

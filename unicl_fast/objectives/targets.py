@@ -1,0 +1,269 @@
+"""The target map of UniCL (the paper's Algorithm 1): labels and token rows -> class ids.
+
+Two samples are positives of each other when their class ids are equal. This module decides the
+ids of one batch, and finds equal texts so that each is encoded once. It works on the host, on
+NumPy arrays; making tensors of the result is left to the loader, positives to the loss. The loops
+are in `_targets_numba`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import numpy as np
+
+from unicl_fast.objectives._target_kernels import (
+    CAPTION_KEYS_START as CAPTION_KEYS_START,
+)
+from unicl_fast.objectives._target_kernels import (
+    Int64Array,
+    UInt16Array,
+    group_steps,
+    group_texts,
+    position_factors,
+    row_lengths,
+    union_find,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Targets:
+    """Distinct texts and class ids of one batch; letters as in `unicl_fast.batch`."""
+
+    tokens: UInt16Array
+    """uint16 [u l], distinct rows in order of first occurrence, padded with 0."""
+    text_index: Int64Array
+    """int64 [b], the row of `tokens` that is the text of each sample."""
+    class_ids: Int64Array
+    """int64 [b]; always text_class_ids[text_index]."""
+    text_class_ids: Int64Array
+    """int64 [u]."""
+    text_counts: Int64Array
+    """int64 [u], how many samples have that text."""
+    text_lengths: Int64Array
+    """int64 [u], tokens of each row without padding."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TargetSteps:
+    """Targets of several batches of one size, one behind the other.
+
+    Fields as of `Targets`; what belongs to the texts of a batch begins where its samples begin, and
+    means nothing behind its last text.
+    """
+
+    size: int
+    """Samples of a batch."""
+    num_texts: Int64Array
+    """int64 [steps]."""
+    tokens: UInt16Array
+    text_index: Int64Array
+    text_class_ids: Int64Array
+    text_counts: Int64Array
+    text_lengths: Int64Array
+
+
+class PromptLookup(Protocol):
+    """Knows which texts are prompts of classes; `prompts.ClassPrompts` is one."""
+
+    def lookup(self, rows: UInt16Array) -> Int64Array:
+        """uint16 [k l] -> int64 [k]: the class that has this row as a prompt, -1 if none has."""
+        ...
+
+
+def map_targets(
+    rows: UInt16Array,
+    labels: Int64Array,
+    prompts: PromptLookup | None = None,
+    unique: bool = True,
+) -> Targets:
+    """Gives every sample a class id, and finds the distinct texts.
+
+    The class of a text, and of all its samples:
+
+    1. the labels of its samples;
+    2. if some of its samples have no label: the class that has this text as a prompt;
+    3. if that leaves several classes, they are one class in this batch, under the smallest id;
+    4. if it leaves none: a key of the tokens, in [2**62, 2**63). The same text has the same key on
+       every rank and whatever its padding, so that ranks agree without talking.
+
+    Rules 1 and 3 see the labels of the rows given. So that the result is the same for any number
+    of ranks, each of them maps the whole global batch and takes its part with `slice_targets`.
+
+    Args:
+        rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
+        labels: int64 [b], the class of each sample or -1. Label 0 is a class.
+        prompts: finds captions that are prompts of classes; None where there are no prompts.
+        unique: False leaves equal texts apart (u = b, counts of 1) with the same class ids: the
+            plain twin, for tests and comparisons.
+
+    Returns:
+        The targets; `tokens` is new memory unless `unique` is False.
+
+    Raises:
+        ValueError: no rows, or arrays of other shapes, types or ranges.
+    """
+    rows, labels = _check(rows, labels)
+    tokens, keys, text_index, text_counts, text_lengths, *known = group_texts(
+        rows, labels, position_factors(rows.shape[1])
+    )
+    text_class_ids = _classes_of_texts(labels, text_index, tokens, keys, prompts, *known)
+    class_ids = text_class_ids[text_index]
+    if unique:
+        return Targets(
+            tokens=tokens,
+            text_index=text_index,
+            class_ids=class_ids,
+            text_class_ids=text_class_ids,
+            text_counts=text_counts,
+            text_lengths=text_lengths,
+        )
+    return Targets(
+        tokens=rows,
+        text_index=np.arange(len(rows)),
+        class_ids=class_ids,
+        text_class_ids=class_ids.copy(),
+        text_counts=np.ones(len(rows), dtype=np.int64),
+        text_lengths=row_lengths(rows),
+    )
+
+
+def map_steps(
+    rows: UInt16Array, labels: Int64Array, prompts: PromptLookup | None, *, size: int
+) -> TargetSteps:
+    """`map_targets` of consecutive batches of `size` samples, for batches so small that calls cost.
+
+    Args:
+        rows: as of `map_targets`, of all batches.
+        labels: as of `map_targets`.
+        prompts: as of `map_targets`.
+        size: samples of each batch.
+    """
+    if size == len(rows):
+        targets = map_targets(rows, labels, prompts)
+        return TargetSteps(
+            size=size,
+            num_texts=np.array([len(targets.tokens)]),
+            tokens=targets.tokens,
+            text_index=targets.text_index,
+            text_class_ids=targets.text_class_ids,
+            text_counts=targets.text_counts,
+            text_lengths=targets.text_lengths,
+        )
+    rows, labels = _check(rows, labels)
+    tokens, index, counts, lengths, classes, num_texts, is_plain = group_steps(
+        rows, labels, position_factors(rows.shape[1]), size
+    )
+    for step in np.flatnonzero(~is_plain).tolist():
+        mine = slice(step * size, (step + 1) * size)
+        targets = map_targets(rows[mine], labels[mine], prompts)
+        classes[mine.start : mine.start + num_texts[step]] = targets.text_class_ids
+    return TargetSteps(
+        size=size,
+        num_texts=num_texts,
+        tokens=tokens,
+        text_index=index,
+        text_class_ids=classes,
+        text_counts=counts,
+        text_lengths=lengths,
+    )
+
+
+def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
+    """The targets of samples `start` to `stop - 1`, with only their texts and their counts.
+
+    Texts are again in order of first occurrence; class ids are those of the whole batch.
+    """
+    if not 0 <= start < stop <= len(targets.text_index):
+        raise ValueError(
+            f"a slice of {len(targets.text_index)} samples must be in range and not empty, "
+            f"not {start} to {stop}"
+        )
+    texts, first, inverse, counts = np.unique(
+        targets.text_index[start:stop], return_index=True, return_inverse=True, return_counts=True
+    )
+    order = np.argsort(first)
+    place = np.empty_like(order)
+    place[order] = np.arange(len(order))
+    texts = texts[order]
+    return Targets(
+        tokens=targets.tokens[texts],
+        text_index=place[inverse],
+        class_ids=targets.class_ids[start:stop],
+        text_class_ids=targets.text_class_ids[texts],
+        text_counts=counts[order],
+        text_lengths=targets.text_lengths[texts],
+    )
+
+
+def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Joins classes that must be one.
+
+    Args:
+        pairs: int64 [c, 2], ids of classes that are the same.
+
+    Returns:
+        members: int64 [m], the distinct ids of `pairs`, rising.
+        merged: int64 [m], the smallest id that each of them is joined with.
+    """
+    members, positions = np.unique(pairs, return_inverse=True)
+    return members, members[union_find(positions.reshape(pairs.shape), len(members))]
+
+
+def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
+    """`class_ids`, each id that is in `members` (rising, not empty) replaced by its `merged`."""
+    positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
+    return np.where(members[positions] == class_ids, merged[positions], class_ids)
+
+
+def _classes_of_texts(
+    labels: Int64Array,
+    text_index: Int64Array,
+    tokens: UInt16Array,
+    keys: Int64Array,
+    prompts: PromptLookup | None,
+    classes: Int64Array,
+    unlabelled: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    num_conflicts: int,
+    num_unlabelled: int,
+) -> Int64Array:
+    """int64 [u]: the rules of `map_targets`, for each distinct text; the last four are known."""
+    if not num_unlabelled and not num_conflicts:
+        return classes
+    same = []  # blocks of pairs of classes that turn out to be one
+    if num_conflicts:
+        of_text = classes[text_index]
+        differs = (labels >= 0) & (labels != of_text)
+        same.append(np.stack([labels[differs], of_text[differs]], axis=1))
+    if prompts is not None and num_unlabelled:
+        texts = np.flatnonzero(unlabelled)
+        found = prompts.lookup(tokens[texts])
+        texts, found = texts[found >= 0], found[found >= 0]
+        differs = (classes[texts] >= 0) & (classes[texts] != found)
+        same.append(np.stack([found[differs], classes[texts][differs]], axis=1))
+        classes[texts] = found
+    pairs = np.concatenate(same) if same else np.empty((0, 2), dtype=np.int64)
+    if len(pairs):
+        classes = replace_classes(classes, *merge_classes(pairs))
+    return np.where(classes >= 0, classes, keys)
+
+
+def _check(rows: UInt16Array, labels: Int64Array) -> tuple[UInt16Array, Int64Array]:
+    """The two arrays in the layout that the kernels take (a copy only where it must be)."""
+    if rows.ndim != 2 or rows.dtype != np.uint16:
+        raise ValueError(f"rows must be uint16 [b, l], not {rows.dtype} {list(rows.shape)}")
+    if len(rows) == 0:
+        raise ValueError("a batch needs at least one sample; rows is empty")
+    if labels.shape != rows.shape[:1] or labels.dtype.kind not in "iu":
+        raise ValueError(
+            f"labels must be int64 [{len(rows)}], one for each row, "
+            f"not {labels.dtype} {list(labels.shape)}"
+        )
+    labels = np.ascontiguousarray(labels, dtype=np.int64)
+    low, high = labels.min(), labels.max()
+    if low < -1 or high >= CAPTION_KEYS_START:
+        raise ValueError(
+            f"labels must be classes from 0 to 2**62 - 1, or -1 for none, not {low} to {high}"
+        )
+    return np.ascontiguousarray(rows), labels

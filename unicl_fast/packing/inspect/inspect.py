@@ -1,0 +1,426 @@
+"""What is in a packed data set: `unicl-pack inspect` as a function.
+
+Numbers only. Most come from the arrays in one look; texts are read from the shards, and pictures
+only for their perceptual hashes, in worker processes. `inspect_page` makes a page of it. Whether a
+data set is sound is another question, which `verify_dataset` answers.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader, equal_pictures, picture_sizes
+from unicl_fast.packing.inspect.concepts import DEFAULT_MODEL, Concepts, HowToCount, count_concepts
+from unicl_fast.packing.inspect.near_duplicates import count_bits, find_leaders
+from unicl_fast.packing.inspect.picture_hashes import hash_pictures, require_imagehash
+from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.text.class_lists import fill_template
+from unicl_fast.text.tokenizer import Tokenizer
+
+DEFAULT_DISTANCE = 4
+"""In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
+of unrelated photographs none (docs/verify-and-inspect.md)."""
+
+_BINS = 30
+_FAR = 3
+"""The largest value lies so many times as far as 99 in 100 do: bins end there."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A quantity over many things: five numbers and a histogram."""
+
+    smallest: float
+    median: float
+    mean: float
+    percentile_95: float
+    largest: float
+    edges: tuple[float, ...]
+    """Of the bins, one more than there are bins."""
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Pictures that are copies of one another, or look alike."""
+
+    samples: tuple[int, ...]
+    """The first stays; the others are its copies."""
+    distances: tuple[int, ...]
+    """Bits in which each hash differs from the first's; empty for exact copies."""
+    labels_differ: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """Groups of copies."""
+
+    num_groups: int
+    num_surplus: int
+    """Pictures beyond the first of each group."""
+    num_labels_differ: int
+    """Groups whose labelled pictures do not all have the same labels."""
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConceptRow:
+    """A row of the paper's Table 1."""
+
+    data: str
+    num_images: int
+    num_concepts: int
+    images_per_concept: float
+    """0 where there are no concepts."""
+    kind: str
+    """What a concept is here."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """All that there is to say about a data set."""
+
+    folder: Path | str
+    """Or the URL that the folder is a copy of."""
+    num_samples: int
+    num_captions: int
+    num_tokens: int
+    num_labels: int
+    num_shards: int
+    num_bytes: int
+    """Bytes of the shards, and of decoded pictures."""
+    is_raw: bool
+    """Whether pictures are kept as pixels."""
+    num_quarantined: int
+    quarantined: dict[str, int]
+    """By kind."""
+    source: tuple[str, ...]
+    seed: int
+    tool_version: str
+    num_with_labels: int
+    num_with_captions: int
+    num_with_both: int
+    class_counts: tuple[tuple[str, int], ...]
+    """Name and number of pictures of each class, in label order."""
+    labels_per_picture: dict[int, int]
+    """How many labelled pictures have so many labels."""
+    captions_per_picture: Spread | None
+    caption_tokens: Spread | None
+    """Lengths without start and end token."""
+    num_cut_captions: int
+    """As long as the context allows, so that most of them were cut."""
+    num_distinct_captions: int
+    """Distinct in their tokens."""
+    repeated_captions: tuple[tuple[str, int], ...]
+    """The most frequent ones that occur more than once."""
+    frequent_concepts: tuple[tuple[str, int], ...]
+    heights: Spread
+    widths: Spread
+    aspects: Spread
+    """Width divided by height."""
+    picture_bytes: Spread
+    exact_copies: Copies
+    near_distance: int
+    near_copies: Copies | None
+    """Those that are not exact; None where nobody looked for them."""
+    equal_classes: tuple[tuple[str, ...], ...]
+    """Groups of classes with a prompt in common: one class in training."""
+    num_captions_equal_to_prompts: int
+    captions_equal_to_prompts: tuple[tuple[str, str, int], ...]
+    """Caption, name of the class, and how often; the most frequent ones."""
+    concepts: tuple[ConceptRow, ...]
+    seconds: float
+
+
+def inspect_dataset(
+    folder: str | os.PathLike[str],
+    *,
+    near: bool = True,
+    near_distance: int = DEFAULT_DISTANCE,
+    concepts: HowToCount = "auto",
+    spacy_model: str = DEFAULT_MODEL,
+    workers: int = 0,
+    progress: bool = True,
+) -> Inspection:
+    """Describes a data set; `inspect_command.Inspect` explains the arguments.
+
+    With `near` it starts worker processes by spawning them, so a script that calls this must guard
+    its main part by `if __name__ == "__main__":`.
+
+    Raises:
+        FileNotFoundError: not a data set.
+        ValueError: it is damaged, or ImageHash or spaCy is asked for and not installed.
+    """
+    started = time.perf_counter()
+    if near:
+        require_imagehash()
+    with PackedDataset(folder) as dataset:
+        rows, manifest = dataset.samples, dataset.manifest
+        quarantined = _quarantined(dataset)  # refused now, rather than after a look at all pictures
+        texts = _Texts(dataset, progress=progress)
+        has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
+        found = count_concepts(texts, how=concepts, model=spacy_model) if len(texts) else None
+        class_counts = _class_counts(dataset)
+        exact = _exact_leaders(dataset)
+        near_copies = None
+        if near:
+            hashes = hash_pictures(dataset.folder, len(dataset), workers=workers, progress=progress)
+            near_copies = _near_copies(dataset, hashes, exact, near_distance)
+        captions = _look_at_captions(dataset)
+        return Inspection(
+            folder=dataset.folder,
+            num_samples=manifest.num_samples,
+            num_captions=manifest.num_captions,
+            num_tokens=manifest.num_tokens,
+            num_labels=manifest.num_labels,
+            num_shards=len(manifest.shards),
+            num_bytes=sum(shard.num_bytes for shard in manifest.shards)
+            + (manifest.pixels.num_bytes if manifest.pixels is not None else 0),
+            is_raw=manifest.pixels is not None,
+            num_quarantined=manifest.num_quarantined,
+            quarantined=quarantined,
+            source=manifest.source,
+            seed=manifest.seed,
+            tool_version=manifest.tool_version,
+            num_with_labels=int(has_labels.sum()),
+            num_with_captions=int(has_captions.sum()),
+            num_with_both=int((has_labels & has_captions).sum()),
+            class_counts=class_counts,
+            labels_per_picture=_counted(rows["labels_count"][has_labels]),
+            captions_per_picture=_spread(rows["captions_count"][has_captions]),
+            caption_tokens=_spread(dataset.captions["tokens_length"].astype(int) - 2),
+            frequent_concepts=() if found is None else found.most_frequent,
+            heights=_spread_of_some(rows["height"]),
+            widths=_spread_of_some(rows["width"]),
+            aspects=_spread_of_some(rows["width"] / rows["height"], unit=0.05),
+            picture_bytes=_spread_of_some(picture_sizes(dataset)),
+            exact_copies=_copies(dataset, exact),
+            near_distance=near_distance,
+            near_copies=near_copies,
+            concepts=_table_1(class_counts, found, int(has_labels.sum()), int(has_captions.sum())),
+            **captions,
+            seconds=time.perf_counter() - started,
+        )
+
+
+class _Texts:
+    """All captions, read from the shards each time they are asked for."""
+
+    def __init__(self, dataset: PackedDataset, *, progress: bool) -> None:
+        self._dataset = dataset
+        self._progress = progress
+
+    def __len__(self) -> int:
+        return len(self._dataset.captions)
+
+    def __iter__(self) -> Iterator[str]:
+        with_captions = np.flatnonzero(self._dataset.samples["captions_count"])
+        reader = SampleReader(self._dataset)
+        try:
+            for index in tqdm(
+                with_captions, desc="reading captions", unit=" pictures", disable=not self._progress
+            ):
+                yield from reader.read_description(int(index)).captions
+        finally:
+            reader.close()
+
+
+def _table_1(
+    class_counts: Sequence[tuple[str, int]],
+    found: Concepts | None,
+    num_labelled: int,
+    num_captioned: int,
+) -> tuple[ConceptRow, ...]:
+    """The paper's row for labelled pictures, and for captioned ones."""
+    rows: list[tuple[str, int, int, str]] = []
+    if num_labelled:
+        used = sum(count > 0 for _, count in class_counts)
+        kind = "categories with pictures"
+        if used < len(class_counts):
+            kind += f", of {len(class_counts):,} named"
+        rows.append(("image-label", num_labelled, used, kind))
+    if found is not None:
+        rows.append(("image-text", num_captioned, found.num_concepts, found.kind))
+    return tuple(
+        ConceptRow(
+            data=data,
+            num_images=images,
+            num_concepts=concepts,
+            images_per_concept=images / concepts if concepts else 0.0,
+            kind=kind,
+        )
+        for data, images, concepts, kind in rows
+    )
+
+
+def _class_counts(dataset: PackedDataset) -> tuple[tuple[str, int], ...]:
+    names = dataset.manifest.class_names
+    counts = np.bincount(dataset.labels, minlength=len(names))
+    return tuple(zip(names, counts.tolist(), strict=True))
+
+
+def _counted(values: npt.NDArray[Any]) -> dict[int, int]:
+    numbers, counts = np.unique(values, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+
+def _spread(values: npt.NDArray[Any]) -> Spread | None:
+    return _spread_of_some(values) if len(values) else None
+
+
+def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
+    """Five numbers, and a histogram of at most some 30 bins at round numbers.
+
+    A few very large values, in whose scale all others would fall into one bin, share a last bin
+    that is wider than the others.
+
+    Args:
+        values: at least one.
+        unit: a bin is at least so wide; 1 for whole numbers.
+    """
+    low, high = float(values.min()), float(values.max())
+    reach, most = high, float(np.percentile(values, 99))
+    if (high - low) / unit > _BINS and high - low > _FAR * (most - low):
+        reach = most
+    step = unit
+    while (reach - low) / step > _BINS:
+        exponent = math.floor(math.log10(step) + 1e-9)
+        mantissa = round(step / 10**exponent)
+        step = {1: 2, 2: 5, 5: 10}[mantissa] * 10.0**exponent
+    first = math.floor(low / step + 1e-9)
+    num_bins = math.floor(reach / step + 1e-9) - first + 1
+    edges = np.round((first + np.arange(num_bins + 1)) * step, 6)
+    if high > edges[-1]:
+        edges = np.append(edges, high)
+    counts, _ = np.histogram(values, edges)
+    return Spread(
+        smallest=low,
+        median=float(np.median(values)),
+        mean=float(values.mean()),
+        percentile_95=float(np.percentile(values, 95)),
+        largest=high,
+        edges=tuple(edges.tolist()),
+        counts=tuple(counts.tolist()),
+    )
+
+
+def _quarantined(dataset: PackedDataset) -> dict[str, int]:
+    """How much was left out, by kind."""
+    rows = read_left_out(
+        dataset.folder / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined
+    )
+    counts = Counter(row.kind for row in rows)
+    return dict(counts.most_common())
+
+
+def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:
+    """The first picture with the same bytes."""
+    leaders = np.arange(len(dataset))
+    for group in equal_pictures([dataset]):
+        leaders[group] = group[0]
+    return leaders
+
+
+def _near_copies(
+    dataset: PackedDataset,
+    hashes: npt.NDArray[np.uint64],
+    exact: npt.NDArray[np.int64],
+    distance: int,
+) -> Copies:
+    """Near copies among what is left when exact ones are gone."""
+    kept = np.flatnonzero(exact == np.arange(len(exact)))
+    leaders = np.arange(len(hashes))
+    leaders[kept] = kept[find_leaders(hashes[kept], distance)]
+    return _copies(dataset, leaders, hashes)
+
+
+def _copies(
+    dataset: PackedDataset,
+    leaders: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64] | None = None,
+) -> Copies:
+    groups: dict[int, list[int]] = {}
+    for follower in np.flatnonzero(leaders != np.arange(len(leaders))).tolist():
+        groups.setdefault(int(leaders[follower]), []).append(follower)
+    found = []
+    for leader, followers in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        samples = (leader, *followers)
+        labels = {tuple(sorted(dataset.labels_of(index).tolist())) for index in samples} - {()}
+        distances: tuple[int, ...] = ()
+        if hashes is not None:
+            distances = tuple(count_bits(hashes[list(samples)] ^ hashes[leader]).tolist())
+        found.append(Group(samples=samples, distances=distances, labels_differ=len(labels) > 1))
+    return Copies(
+        num_groups=len(found),
+        num_surplus=sum(len(group.samples) - 1 for group in found),
+        num_labels_differ=sum(group.labels_differ for group in found),
+        groups=tuple(found),
+    )
+
+
+def _look_at_captions(dataset: PackedDataset) -> dict[str, Any]:
+    """Captions by their tokens: how many are equal to each other, to prompts; and equal classes."""
+    manifest = dataset.manifest
+    tokenizer = Tokenizer(manifest.context_length)
+    occurrences = Counter(
+        dataset.tokens[start : start + length].tobytes()
+        for start, length in zip(
+            dataset.captions["tokens_start"].tolist(),
+            dataset.captions["tokens_length"].tolist(),
+            strict=True,
+        )
+    )
+
+    def text_of(tokens: bytes) -> str:
+        return tokenizer.decode(np.frombuffer(tokens, np.uint16))
+
+    class_of, equal_classes = _prompts(manifest.class_names, manifest.templates, tokenizer)
+    equal = Counter({key: count for key, count in occurrences.items() if key in class_of})
+    return {
+        "num_cut_captions": int(
+            (dataset.captions["tokens_length"] == manifest.context_length).sum()
+        ),
+        "num_distinct_captions": len(occurrences),
+        "repeated_captions": tuple(
+            (text_of(tokens), count) for tokens, count in occurrences.most_common(10) if count > 1
+        ),
+        "equal_classes": equal_classes,
+        "num_captions_equal_to_prompts": equal.total(),
+        "captions_equal_to_prompts": tuple(
+            (text_of(tokens), manifest.class_names[class_of[tokens]], count)
+            for tokens, count in equal.most_common(10)
+        ),
+    }
+
+
+def _prompts(
+    names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer
+) -> tuple[dict[bytes, int], tuple[tuple[str, ...], ...]]:
+    """The class of each prompt by its tokens, and groups of classes that share one."""
+    from unicl_fast.objectives.targets import merge_classes  # here, because it loads numba
+
+    class_of: dict[bytes, int] = {}
+    pairs: list[tuple[int, int]] = []
+    for number, name in enumerate(names):
+        prompts = tokenizer.encode([fill_template(template, name) for template in templates])
+        for tokens in prompts:
+            first = class_of.setdefault(tokens.tobytes(), number)
+            if first != number:
+                pairs.append((first, number))
+    members, merged = merge_classes(np.array(pairs, np.int64).reshape(-1, 2))
+    groups: dict[int, list[str]] = {}
+    for member, first in zip(members.tolist(), merged.tolist(), strict=True):
+        groups.setdefault(first, []).append(names[member])
+    return class_of, tuple(tuple(group) for group in groups.values())

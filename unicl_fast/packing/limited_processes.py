@@ -1,0 +1,179 @@
+"""What processes that read other people's files have in common: limits, and how they end.
+
+Readers written in C can crash or ask for all memory there is. In a process of their own, under a
+ceiling on memory that the kernel holds, this costs the file and nothing else. Pictures are checked
+by `picture_worker`; `run_limited` is for whole files, one at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import resource
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection
+from typing import Any, TypeVar
+
+from unicl_fast.packing.sources.items import Problem
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+OUT_OF_MEMORY = 77
+"""Exit code of a process that ran into its limit."""
+
+# Starting and reaping children is not safe in several threads at once (multiprocessing polls all
+# children of the process whenever one is started).
+_children_lock = threading.Lock()
+
+
+class LimitedProcess:
+    """This program's end of a process that may die of what it reads."""
+
+    def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
+        """Starts `serve(connection, *arguments)` in a process, and waits until it calls `enter`.
+
+        Raises:
+            RuntimeError: it cannot be started, which is the fault of nothing that it would read.
+        """
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
+        with _children_lock:
+            self._process.start()
+        theirs.close()  # only the process holds it now: its end is the end of the pipe
+        try:
+            self.connection.recv()
+        except (EOFError, OSError) as error:
+            raise RuntimeError(
+                f"a worker process could not start (exit code {self.reap()}); if this is a script "
+                'of yours, guard its main part by if __name__ == "__main__":, and see if memory '
+                "is free"
+            ) from error
+
+    def kill(self) -> None:
+        """Ends the process at once; whoever waits for its answer gets an `EOFError`."""
+        self._process.kill()
+
+    def reap(self) -> int:
+        """Collects what is left of the process once it has ended; its exit code."""
+        self.connection.close()
+        with _children_lock:
+            self._process.join()
+        return self._process.exitcode or 0
+
+
+def enter(connection: Connection, memory_bytes: int) -> None:
+    """What a process does first: it puts itself under the limits, and says that it is ready.
+
+    Args:
+        connection: to the main process.
+        memory_bytes: what it may take beyond what it has.
+
+    Raises:
+        OSError: the main process is gone.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
+    _silence_complaints()
+    _limit_memory(memory_bytes)
+    connection.send(None)
+
+
+def _limit_memory(num_bytes: int) -> None:
+    """Lets this process take `num_bytes` more than it has; an allocation beyond that fails.
+
+    RLIMIT_DATA counts private writable memory (since Linux 4.7), not files and not the address
+    space that allocators merely reserve.
+    """
+    pages = int(open("/proc/self/statm", encoding="ascii").read().split()[5])  # noqa: SIM115
+    limit = pages * resource.getpagesize() + num_bytes
+    _, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    if hard == resource.RLIM_INFINITY or limit < hard:
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+
+
+def _silence_complaints() -> None:
+    """Libraries in C, libtiff above all, print complaints of their own.
+
+    These would tear the progress bar. What matters of them comes back as the reason in
+    quarantine.csv.
+    """
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def describe_death(code: int, *, too_large: str) -> Problem:
+    """A process's end that was not the main one's wish; `too_large` says what its limit means."""
+    if code == OUT_OF_MEMORY:
+        return Problem(kind="too large", message=too_large)
+    if code == -signal.SIGKILL:
+        return Problem(kind="crash", message="the process was killed, for want of memory maybe")
+    how = f"exit code {code}" if code >= 0 else _signal_name(-code)
+    return Problem(kind="crash", message=f"a decoder crashed ({how})")
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # a real-time signal
+        return f"signal {number}"
+
+
+def run_limited(
+    function: Callable[[T], R], tasks: Sequence[T], *, memory_bytes: int
+) -> Iterator[R | Problem]:
+    """Calls a function with each task, in a process that may take so much memory.
+
+    Args:
+        function: of a module's top level; what it raises is raised here.
+        tasks: can be sent to a process.
+        memory_bytes: beyond what the process has at its start.
+
+    Yields:
+        What the function returns, or how the process ended at that task; the next task then gets a
+        new process.
+
+    Raises:
+        RuntimeError: a process cannot be started.
+    """
+    left = list(tasks)
+    while left:
+        process = LimitedProcess(_serve, function, memory_bytes)
+        try:
+            while left:
+                result = _call(process, left.pop(0), memory_bytes)
+                yield result
+                if isinstance(result, Problem):
+                    break
+        finally:
+            process.kill()
+            process.reap()
+
+
+def _call(process: LimitedProcess, task: Any, memory_bytes: int) -> Any:
+    try:
+        process.connection.send(task)
+        failed, result = process.connection.recv()
+    except (EOFError, OSError):
+        limit = f"reading it takes more than {memory_bytes / 1e9:.1f} GB of memory"
+        return describe_death(process.reap(), too_large=limit)
+    if failed:
+        raise result
+    return result
+
+
+def _serve(connection: Connection, function: Callable[[Any], Any], memory_bytes: int) -> None:
+    enter(connection, memory_bytes)
+    with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
+        while True:
+            task = connection.recv()
+            try:
+                answer = (False, function(task))
+            except MemoryError:
+                os._exit(OUT_OF_MEMORY)
+            except (ValueError, OSError, RuntimeError) as error:
+                answer = (True, error)
+            connection.send(answer)

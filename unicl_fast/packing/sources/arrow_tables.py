@@ -1,0 +1,447 @@
+"""Rows of Parquet and Arrow files, written out so that nothing else needs pyarrow.
+
+`convert` runs in a process of its own (`limited_processes`), since a file may lie about sizes and
+offsets and pyarrow is C++. It goes through one file once, in order: texts and places go to a file
+of JSON lines, pictures that are compressed or split into pages to a file of pictures. Those that
+lie in an Arrow file as they are stay there.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, TextIO
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from unicl_fast.packing.sources.entries import MAX_FILE_BYTES
+from unicl_fast.packing.sources.items import (
+    FAILED_DOWNLOADS,
+    LEFT_OUT,
+    ListOptions,
+    meets,
+    require_column,
+    require_text_columns,
+    split_condition,
+)
+from unicl_fast.packing.sources.spans import open_regular
+
+IMAGE_COLUMNS = (
+    *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"),
+    *("file", "path", "file_name", "filename", "filepath", "image_path"),
+)
+CAPTION_COLUMNS = (("caption", "captions"), ("text", "texts"), ("sentence", "sentences"))
+"""The first group of which there is a column."""
+LABEL_COLUMNS = (("label", "labels"), ("fine_label",), ("class", "cls"))
+ADDRESS_COLUMNS = ("url", "image_url")
+_IMG2DATASET = {"key", "status", "error_message"}
+
+_BATCH_BYTES = 16_000_000
+_MAX_BATCH_ROWS = 1024
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableTask:
+    """One file to go through."""
+
+    path: str
+    options: ListOptions
+    rows_file: str
+    """Gets a JSON object a row: `row`, and `problem`, or `captions` and `labels` with `offset`,
+    `size` and `in_place`, or with `path`."""
+    pictures_file: str
+    features: str = ""
+    """Features of Hugging Face's `datasets`, as JSON, where the file may lack them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TableResult:
+    """What is to be known of the file beside its rows."""
+
+    labels_are_names: bool = True
+    """Whether the file has names for all numbers that are labels."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    damaged: list[tuple[int, int, str]] = field(default_factory=list)
+    """Rows that cannot be read: the first, the one behind the last or -1, and why."""
+
+
+def convert(task: TableTask) -> TableResult:
+    """Goes through one file.
+
+    Raises:
+        ValueError: it has no columns of the kinds that are wanted.
+        OSError: it cannot be read, or the disk is full.
+    """
+    with open_regular(task.path) as file:
+        magic = file.read(6)
+    try:
+        table: _Table = _ParquetTable(task.path) if magic[:4] == b"PAR1" else _ArrowTable(task.path)
+        header = list(table.schema.names)  # which need not be UTF-8
+    except _BROKEN as error:
+        return TableResult(damaged=[(0, -1, _reason(error))])
+    columns = _choose_columns(task.path, header, task.options)
+    names = _class_names(table.schema, task.features, columns.labels)
+    result = TableResult(labels_are_names=all(label in names for label in columns.labels))
+    with (
+        open(task.rows_file, "w", encoding="ascii") as rows,
+        open(task.pictures_file, "wb") as pictures,
+    ):
+        writer = _RowWriter(columns, names, task.options, result, rows, pictures)
+        for first, batch in table.batches(columns.all, result.damaged):
+            try:
+                writer.write(first, batch, table.place_of)
+            except (pa.ArrowException, UnicodeDecodeError) as error:
+                result.damaged.append((first, first + batch.num_rows, _reason(error)))
+            except ValueError as error:
+                raise ValueError(f"{task.path}: {error}") from error
+            pictures.flush()
+            rows.flush()  # so that what is whole can be taken if this process is to die
+    return result
+
+
+_BROKEN = (pa.ArrowException, OSError, ValueError)
+"""What pyarrow raises at files that are broken."""
+
+
+def _reason(error: Exception) -> str:
+    """The error as a sentence, unless it is want of memory, which ends this process."""
+    if isinstance(error, MemoryError):
+        raise error
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+@dataclass(frozen=True, slots=True)
+class _Columns:
+    image: str
+    captions: tuple[str, ...]
+    labels: tuple[str, ...]
+    others: tuple[str, ...]
+    """Those that conditions look at, and img2dataset's `status`."""
+
+    @property
+    def all(self) -> list[str]:
+        return list(dict.fromkeys((self.image, *self.captions, *self.labels, *self.others)))
+
+
+def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Columns:
+    """Finds the columns to read; usual names count in any case, as in LAION's TEXT."""
+    if len(set(header)) < len(header):
+        raise ValueError(f"{path} has several columns of one name: {header}")
+
+    def choose(wanted: str, usual: Sequence[Sequence[str]], option: str) -> tuple[str, ...]:
+        if wanted:
+            require_column(path, wanted, header, option)
+            return (wanted,)
+        for group in usual:
+            if found := tuple(name for name in header if name.lower() in group):
+                return found
+        return ()
+
+    images = choose(options.image_column, [(name,) for name in IMAGE_COLUMNS], "--image-column")
+    captions = choose(options.caption_column, CAPTION_COLUMNS, "--caption-column")
+    labels = choose(options.label_column, LABEL_COLUMNS, "--label-column")
+    asked = [split_condition(condition)[0] for condition in options.where]
+    for column in asked:
+        require_column(path, column, header, "--where")
+    if not images:
+        if any(name.lower() in ADDRESS_COLUMNS for name in header):
+            raise ValueError(
+                f"{path} has addresses of pictures but no pictures. Fetch them with img2dataset "
+                "(img2dataset --url_list FILE --input_format parquet --output_format webdataset "
+                "...) and build from the folder that it makes"
+            )
+        raise ValueError(
+            f"{path} has no column with pictures or their paths of a usual name "
+            f"({', '.join(IMAGE_COLUMNS[:3])}, ..., {IMAGE_COLUMNS[-1]}); name it by "
+            f"--image-column. It has {header}"
+        )
+    require_text_columns(path, captions, labels, header)
+    status = ["status"] if set(header) >= _IMG2DATASET else []
+    return _Columns(images[0], captions, labels, tuple(dict.fromkeys([*asked, *status])))
+
+
+def _class_names(
+    schema: pa.Schema, features: str, labels: Sequence[str]
+) -> dict[str, tuple[str, ...]]:
+    """What numbers stand for in columns of labels, by Hugging Face's description of them."""
+    found: dict[str, Any] = {}
+    texts = [features]
+    if schema.metadata and b"huggingface" in schema.metadata:
+        texts.append(schema.metadata[b"huggingface"].decode("utf-8", "replace"))
+    for text in texts:
+        try:
+            fields = json.loads(text)
+            found |= fields.get("info", fields).get("features") or {}
+        except (ValueError, AttributeError, TypeError, RecursionError):
+            continue  # absent, or of a kind that says nothing of names
+    return {label: names for label in labels if (names := _names_of(found.get(label)))}
+
+
+def _names_of(feature: Any) -> tuple[str, ...]:
+    """Of a ClassLabel, or of a list of them."""
+    for _ in range(3):
+        if isinstance(feature, list) and feature:
+            feature = feature[0]
+        elif isinstance(feature, dict) and "feature" in feature:
+            feature = feature["feature"]
+    if isinstance(feature, dict) and feature.get("_type") == "ClassLabel":
+        names = feature.get("names")
+        if isinstance(names, list) and all(isinstance(name, str) for name in names):
+            return tuple(names)
+    return ()
+
+
+class _ParquetTable:
+    """A Parquet file, read page by page and not by row groups, which may be the whole file."""
+
+    def __init__(self, path: str) -> None:
+        self._file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)
+        self.schema: pa.Schema = self._file.schema_arrow
+
+    def batches(
+        self, columns: list[str], damaged: list[tuple[int, int, str]]
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches with the number of their first row; a row group that breaks costs its rest."""
+        first = 0
+        for number in range(self._file.num_row_groups):
+            group = self._file.metadata.row_group(number)
+            end = first + group.num_rows
+            at, trouble = first, "it holds fewer rows than it declares"
+            try:
+                for batch in self._file.iter_batches(
+                    batch_size=self._batch_rows(group),
+                    row_groups=[number],
+                    columns=columns,
+                    use_threads=False,
+                ):
+                    yield at, batch
+                    at += batch.num_rows
+            except _BROKEN as error:
+                trouble = _reason(error)
+            if at < end:
+                damaged.append((at, end, trouble))
+            first = end
+
+    @staticmethod
+    def _batch_rows(group: Any) -> int:
+        row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+        return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
+
+    @staticmethod
+    def place_of(buffer: pa.Buffer) -> int | None:
+        return None
+
+
+class _ArrowTable:
+    """An Arrow file, as a stream or with a directory, mapped into memory and not read into it."""
+
+    def __init__(self, path: str) -> None:
+        self._bytes = pa.memory_map(path).read_buffer()
+        head = self._bytes.slice(0, min(6, self._bytes.size)).to_pybytes()
+        self._is_ended = True
+        if head == b"ARROW1":
+            file = pa.ipc.open_file(self._bytes)
+            self.schema: pa.Schema = file.schema
+            self._batches: Iterator[pa.RecordBatch] = (
+                file.get_batch(number) for number in range(file.num_record_batches)
+            )
+        else:
+            stream = pa.ipc.open_stream(self._bytes)
+            self._is_ended = self._bytes.slice(self._bytes.size - 8).to_pybytes() == _END_OF_STREAM
+            self.schema = stream.schema
+            self._batches = iter(stream)
+
+    def batches(
+        self, columns: list[str], damaged: list[tuple[int, int, str]]
+    ) -> Iterator[tuple[int, pa.RecordBatch]]:
+        """Batches with the number of their first row, checked: offsets are followed unasked."""
+        first = 0
+        try:
+            for batch in self._batches:
+                chosen = batch.select(columns)
+                try:
+                    chosen.validate(full=True)
+                except pa.ArrowException as error:
+                    damaged.append((first, first + batch.num_rows, _reason(error)))
+                else:
+                    yield first, chosen
+                first += batch.num_rows
+        except _BROKEN as error:
+            damaged.append((first, -1, _reason(error)))
+        else:
+            if not self._is_ended:  # cut between two batches, which pyarrow takes for the end
+                damaged.append((first, -1, "the file ends without its end mark"))
+
+    def place_of(self, buffer: pa.Buffer) -> int | None:
+        """Where a picture lies in the file, if it lies there as it is."""
+        offset = buffer.address - self._bytes.address
+        return offset if 0 <= offset <= self._bytes.size - buffer.size else None
+
+
+_Table = _ParquetTable | _ArrowTable
+
+
+class _RowWriter:
+    """Writes batches as rows."""
+
+    def __init__(
+        self,
+        columns: _Columns,
+        names: dict[str, tuple[str, ...]],
+        options: ListOptions,
+        result: TableResult,
+        rows: TextIO,
+        pictures: BinaryIO,
+    ) -> None:
+        self._columns = columns
+        self._names = names
+        self._conditions = [split_condition(condition) for condition in options.where]
+        self._result = result
+        self._rows = rows
+        self._pictures = pictures
+        self._written = 0
+
+    def write(
+        self, first: int, batch: pa.RecordBatch, place_of: Callable[[pa.Buffer], int | None]
+    ) -> None:
+        """Writes the rows of a batch, or none if one cannot be read: all are then named as one."""
+        if batch.num_rows == 0:
+            return
+        columns = self._columns
+        lines: list[str] = []
+        passed_over: Counter[str] = Counter()
+        names = dict.fromkeys((*columns.captions, *columns.labels, *columns.others))
+        fields = {name: batch.column(name).to_pylist() for name in names}
+        images = _Images(batch.column(columns.image))
+        for place in range(batch.num_rows):
+            row = {name: values[place] for name, values in fields.items()}
+            if "status" in row and row["status"] not in (None, "success"):
+                passed_over[FAILED_DOWNLOADS] += 1
+                continue
+            if not meets(row, self._conditions):
+                passed_over[LEFT_OUT] += 1
+                continue
+            found = self._texts_of(row)
+            if "problem" not in found:  # the picture of a bad row would be copied for nothing
+                found |= self._picture(images, place, place_of)
+            lines.append(json.dumps(found | {"row": first + place}, default=_other_type) + "\n")
+        self._rows.writelines(lines)
+        self._result.passed_over += passed_over
+
+    def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
+        """The row's texts, with names for numbers; or its problem."""
+        labels: list[Any] = []
+        for column in self._columns.labels:
+            names = self._names.get(column, ())
+            for value in _as_list(row[column]):
+                is_number = isinstance(value, int) and not isinstance(value, bool)
+                if names and is_number and not -1 <= value < len(names):
+                    message = f"{column} {value}, where there are {len(names)} class names"
+                    return {"problem": ["bad row", message]}
+                labels.append(names[value] if names and is_number and value >= 0 else value)
+        captions = [text for column in self._columns.captions for text in _as_list(row[column])]
+        return {"captions": captions, "labels": labels}
+
+    def _picture(
+        self, images: _Images, place: int, place_of: Callable[[pa.Buffer], int | None]
+    ) -> dict[str, Any]:
+        buffer = images.bytes_at(place)
+        if buffer is None:
+            path = images.path_at(place)
+            return {"path": path} if path else {"problem": ["missing", "no picture in the row"]}
+        if buffer.size > MAX_FILE_BYTES:
+            return {"problem": ["too large", f"a picture of {buffer.size:,} bytes"]}
+        offset = place_of(buffer)
+        in_place = offset is not None
+        if offset is None:
+            offset = self._written
+            self._written += self._pictures.write(buffer)
+        return {"offset": offset, "size": buffer.size, "in_place": in_place}
+
+
+class _Images:
+    """A column of pictures: bytes, paths, or Hugging Face's structs of both."""
+
+    def __init__(self, column: pa.Array) -> None:
+        self._bytes: pa.Array | None = None
+        self._paths: pa.Array | None = None
+        if pa.types.is_dictionary(column.type):
+            column = column.dictionary_decode()
+        if pa.types.is_struct(column.type):
+            names = [column.type.field(number).name for number in range(column.type.num_fields)]
+            if "bytes" not in names and "path" not in names:
+                raise ValueError(
+                    f"the column of pictures is a {column.type}; expected bytes, paths, or a "
+                    "struct of `bytes` and `path`"
+                )
+            parts = dict(zip(names, column.flatten(), strict=True))  # minds rows that are null
+            self._bytes, self._paths = parts.get("bytes"), parts.get("path")
+        elif _is_text(column.type):
+            self._paths = column
+        elif _is_bytes(column.type):
+            self._bytes = column
+        else:
+            raise ValueError(
+                f"the column of pictures is of type {column.type}; expected bytes, paths, or a "
+                "struct of both"
+            )
+        self._stretches: _Stretches | None = None
+        if self._bytes is not None and _is_bytes(self._bytes.type):
+            self._stretches = _Stretches(self._bytes)
+
+    def bytes_at(self, place: int) -> pa.Buffer | None:
+        return None if self._stretches is None else self._stretches.at(place)
+
+    def path_at(self, place: int) -> str | None:
+        return None if self._paths is None else self._paths[place].as_py()
+
+
+class _Stretches:
+    """The values of a column of bytes, each as a stretch of the column's own memory.
+
+    pyarrow's scalars are copies, which would hide that a value lies in the file as it is.
+    """
+
+    def __init__(self, column: pa.Array) -> None:
+        if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
+            column = column.cast(pa.large_binary())
+        kind = np.int64 if pa.types.is_large_binary(column.type) else np.int32
+        _, offsets, self._data = column.buffers()
+        start = column.offset
+        self._offsets = np.frombuffer(offsets, kind)[start : start + len(column) + 1].tolist()
+        self._is_valid = column.is_valid().to_pylist()
+
+    def at(self, place: int) -> pa.Buffer | None:
+        if not self._is_valid[place]:
+            return None
+        start, end = self._offsets[place : place + 2]
+        return pa.py_buffer(b"") if self._data is None else self._data.slice(start, end - start)
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    )
+
+
+def _is_bytes(kind: pa.DataType) -> bool:
+    return bool(
+        pa.types.is_binary(kind)
+        or pa.types.is_large_binary(kind)
+        or pa.types.is_binary_view(kind)
+        or pa.types.is_fixed_size_binary(kind)
+    )
+
+
+def _other_type(value: Any) -> dict[str, str]:
+    """Dates, bytes and the like: nothing that a caption or label could be."""
+    return {type(value).__name__: repr(value)[:100]}

@@ -1,0 +1,189 @@
+"""COCO's JSON files: captions, instances, or both about the same pictures.
+
+All COCO files of a build are read together. Where two of them name the same picture file, that is
+one sample with the captions of one and the labels of the other.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unicl_fast.packing.sources.entries import Entry, Tree
+from unicl_fast.packing.sources.items import (
+    Columns,
+    Item,
+    ListOptions,
+    Problem,
+    Source,
+    add_texts,
+    require_text,
+)
+from unicl_fast.packing.sources.json_stream import iter_elements
+from unicl_fast.packing.sources.lists import find_picture
+from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.trees import Trees
+
+_COLUMNS = Columns("", ("caption",), ("category",))
+
+Id = int | str
+
+
+def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
+    """Reads COCO files as one source.
+
+    Args:
+        paths: captions_*.json, instances_*.json, or others of this form: `images` with `id` and
+            `file_name`; `annotations` with `image_id`, and `caption` or `category_id`;
+            `categories` with `id` and `name`.
+        options: `image_root`, the folder or zip with the pictures; by default it is looked for
+            beside each file.
+        spool: has room for the items.
+
+    Raises:
+        ValueError: a file is no such thing, or is cut short.
+    """
+    items: dict[Entry | str, Item] = {}
+    broken: list[Item] = []
+    passed_over: Counter[str] = Counter()
+    trees = Trees()
+    for path in paths:
+        found = _read_file(path)
+        root = Path(options.image_root) if options.image_root else _image_folder(path)
+        tree = trees.find(root)
+        for image in found.images:
+            _add_image(image, found, tree, items, broken)
+        strangers = sum(texts.count for texts in found.texts.values() if not texts.listed)
+        if strangers:
+            passed_over["annotations of pictures that are not listed"] += strangers
+        if found.num_unreadable:
+            passed_over["annotations that cannot be read"] += found.num_unreadable
+    stored = spool.new_items()
+    for item in items.values():
+        require_text(item)
+        stored.append(item)
+    stored.extend(broken)
+    return Source(
+        name="+".join(path.name for path in paths),
+        items=stored,
+        labels_are_names=True,
+        passed_over=passed_over,
+    )
+
+
+@dataclass(slots=True)
+class _Texts:
+    """What the annotations of one file say of one picture."""
+
+    captions: list[Any] = field(default_factory=list)
+    categories: dict[Id, None] = field(default_factory=dict)
+    count: int = 0
+    listed: bool = False
+    """Whether the file lists the picture; a second listing is one too many."""
+
+
+@dataclass(slots=True)
+class _File:
+    """One JSON file, without what is not wanted of it."""
+
+    images: list[tuple[Any, Any]] = field(default_factory=list)
+    """(id, file_name), as they are."""
+    categories: dict[Id, str] = field(default_factory=dict)
+    texts: dict[Id, _Texts] = field(default_factory=dict)
+    num_unreadable: int = 0
+
+
+def _read_file(path: Path) -> _File:
+    found = _File()
+    kinds = set()
+    for kind, element in iter_elements(path):
+        if kind not in ("images", "annotations", "categories"):
+            continue
+        kinds.add(kind)
+        if not isinstance(element, dict):
+            if kind == "images":
+                found.images.append((None, None))
+            else:
+                found.num_unreadable += 1
+        elif kind == "images":
+            found.images.append((element.get("id"), element.get("file_name")))
+        elif kind == "annotations":
+            _note(element, found)
+        elif _is_id(element.get("id")) and isinstance(element.get("name"), str):
+            found.categories[element["id"]] = element["name"]
+    if not {"images", "annotations"} <= kinds:
+        raise ValueError(
+            f"{path} is no COCO file of captions or instances, which has `images` and "
+            f"`annotations`; of these it has: {', '.join(sorted(kinds)) or 'none'}. Other lists "
+            "are JSONL files, or one array of objects with `image` and `caption` or `label`"
+        )
+    return found
+
+
+def _note(annotation: dict[str, Any], found: _File) -> None:
+    image, category = annotation.get("image_id"), annotation.get("category_id")
+    has_caption = "caption" in annotation
+    if not _is_id(image) or not (has_caption or _is_id(category)):
+        found.num_unreadable += 1
+        return
+    texts = found.texts.setdefault(image, _Texts())
+    texts.count += 1
+    if has_caption:
+        texts.captions.append(annotation["caption"])
+    if _is_id(category):
+        texts.categories[category] = None
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str)) and not isinstance(value, bool)
+
+
+def _add_image(
+    image: tuple[Any, Any],
+    found: _File,
+    tree: Tree,
+    items: dict[Entry | str, Item],
+    broken: list[Item],
+) -> None:
+    """Makes the item of a picture, or adds to the one that another file has made."""
+    number, name = image
+    if not _is_id(number) or not isinstance(name, str) or not name:
+        message = "an entry of `images` without a usable `id` and `file_name`"
+        broken.append(
+            Item(f"image {number!s:.40}", problem=Problem(kind="bad row", message=message))
+        )
+        return
+    item = find_picture(tree, name)
+    item = items.setdefault(item.entry or name, item)
+    texts = found.texts.setdefault(number, _Texts())
+    if texts.listed:
+        message = f"image id {number} is listed twice"
+        item.problem = Problem(kind="ambiguous", message=message)
+        return
+    texts.listed = True
+    where = f"image id {number}"
+    unknown = [category for category in texts.categories if category not in found.categories]
+    if unknown:
+        message = f"{where}: category {unknown[0]} is not among the file's categories"
+        item.problem = Problem(kind="bad row", message=message)
+        return
+    labels = [found.categories[category] for category in texts.categories]
+    add_texts(item, {"caption": texts.captions, "category": labels}, _COLUMNS, where)
+
+
+def _image_folder(path: Path) -> Path:
+    """Where the pictures of annotations/captions_val2017.json are: val2017, images, or here.
+
+    Each is looked for in the folder of the file and in the one above.
+    """
+    part = path.stem.rpartition("_")[2]
+    for name in dict.fromkeys((part, "images")):
+        for folder in (path.parent, path.parent.parent):
+            if (folder / name).is_dir():
+                return folder / name
+            if (folder / f"{name}.zip").is_file():
+                return folder / f"{name}.zip" / name
+    return path.parent

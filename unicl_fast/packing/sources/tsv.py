@@ -1,0 +1,204 @@
+"""TSV files with pictures in base64, one a line, as Microsoft's vision tools make them.
+
+A line is KEY<TAB>BASE64 or KEY<TAB>TEXTS<TAB>BASE64. Beside NAME.tsv there may be NAME.label.tsv
+and NAME.caption.tsv with lines KEY<TAB>TEXTS. TEXTS is JSON or plain text. NAME.lineidx is not
+needed: the file is gone through once, and what is kept of a picture is where its base64 lies.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from unicl_fast.packing.sources.item_store import ItemStore, NamedItems
+from unicl_fast.packing.sources.items import (
+    LEFT_OUT,
+    Columns,
+    Item,
+    ListOptions,
+    Problem,
+    Source,
+    add_texts,
+    meets,
+    split_condition,
+)
+from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
+from unicl_fast.packing.sources.spans import Base64Span, open_regular
+from unicl_fast.packing.sources.spool import Spool
+
+_SIGNATURES = (b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b"TU0A", b"AAAA")
+"""How base64 of JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 begins."""
+_MIN_BASE64 = 64
+_BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
+_HEAD_BYTES = 1 << 20
+"""A line's key and texts, together; pictures may be longer."""
+_LINES_TRIED = 10
+
+
+def holds_pictures(path: Path) -> bool:
+    """Whether a .tsv has pictures in it, and not paths of pictures under a header."""
+    with open_regular(str(path)) as file:
+        for number, line in enumerate(_iter_lines(file)):
+            start = line.head[line.last_field :]
+            if (
+                line.num_tabs in (1, 2)
+                and line.end - line.start - line.last_field >= _MIN_BASE64
+                and start.startswith(_SIGNATURES)
+                and _BASE64.issuperset(start[:_MIN_BASE64])
+            ):
+                return True
+            if number == _LINES_TRIED:
+                break
+    return False
+
+
+def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
+    """Reads a TSV of pictures.
+
+    In JSON, `class` and `label`, `labels` give labels, `caption` and `captions` captions, in an
+    object or in each object of a list. Plain text between key and picture, and in .label.tsv, is a
+    label; in .caption.tsv a caption.
+
+    Raises:
+        ValueError: there are no lines.
+        OSError: it cannot be read.
+    """
+    columns = Columns(
+        "",
+        (options.caption_column,) if options.caption_column else CAPTION_COLUMNS,
+        (options.label_column,) if options.label_column else (*LABEL_COLUMNS, "class"),
+    )
+    conditions = [split_condition(condition) for condition in options.where]
+    passed_over: Counter[str] = Counter()
+    items, broken = spool.new_items(), spool.new_items()
+    named = NamedItems(items)
+    with open_regular(str(path)) as file:
+        for number, line in enumerate(_iter_lines(file), start=1):
+            item, rows = _read_line(path, line, number)
+            is_read = item.problem is None  # else nobody knows whether it is one to leave out
+            if named.find(item.name) is not None:
+                message = f"line {number}: another line has this key"
+                item = Item(f"line {number}", problem=Problem(kind="ambiguous", message=message))
+            if is_read and conditions and not any(meets(row, conditions) for row in rows):
+                passed_over[LEFT_OUT] += 1
+                continue
+            item.place = number
+            for row in rows if item.problem is None else ():
+                add_texts(item, row, columns, f"line {number}")
+            if item.entry is None:
+                broken.append(item)
+            else:
+                named.append(item)
+    if not items and not broken:
+        raise ValueError(f"{path} has no lines" + (" that --where leaves" if conditions else ""))
+    for kind, plain in (("label", columns.labels[0]), ("caption", columns.captions[0])):
+        companion = path.with_suffix(f".{kind}.tsv")
+        if companion.is_file():
+            _read_companion(companion, plain, columns, items, named, passed_over)
+    items.extend(broken)
+    return Source(
+        name=path.name,
+        items=items,
+        labels_are_names=False,
+        passed_over=passed_over,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    """A line without the bytes of its picture."""
+
+    head: bytes
+    """Its first bytes, at most `_HEAD_BYTES`."""
+    start: int
+    end: int
+    """Without the line's end."""
+    num_tabs: int
+    last_field: int
+    """Where in the line its last field begins."""
+
+
+def _iter_lines(file: BinaryIO) -> Iterator[_Line]:
+    """Lines that are not empty, however long, in blocks of memory."""
+    start = 0
+    while head := file.readline(_HEAD_BYTES):
+        tail, length = head, len(head)
+        num_tabs = head.count(b"\t")
+        last_field = head.rfind(b"\t") + 1
+        while not tail.endswith(b"\n") and (more := file.readline(_HEAD_BYTES)):
+            tail = more
+            if b"\t" in tail:
+                num_tabs += tail.count(b"\t")
+                last_field = length + tail.rfind(b"\t") + 1
+            length += len(tail)
+        end = start + length - (len(tail) - len(tail.rstrip(b"\r\n")))
+        if end > start:
+            yield _Line(head[: end - start], start, end, num_tabs, last_field)
+        start += length
+
+
+def _read_line(path: Path, line: _Line, number: int) -> tuple[Item, list[dict[str, Any]]]:
+    """The item of a line, without its texts; and the rows these are in."""
+
+    def refuse(message: str) -> tuple[Item, list[dict[str, Any]]]:
+        name = f"line {number}"
+        return Item(name, problem=Problem(kind="bad row", message=f"{name}: {message}")), []
+
+    if line.num_tabs not in (1, 2):
+        return refuse(f"{line.num_tabs + 1} fields; 2 or 3 are read, the picture being the last")
+    if line.last_field > len(line.head):
+        return refuse(f"more than {_HEAD_BYTES:,} bytes before the picture")
+    try:
+        key, *texts = line.head[: line.last_field - 1].decode("utf-8").split("\t")
+    except UnicodeDecodeError as error:
+        return refuse(f"not UTF-8: {error}")
+    if not key:
+        return refuse("no key")
+    first = line.start + line.last_field
+    item = Item(key, Base64Span(str(path), first, line.end - first))
+    return item, _rows_of(texts[0], "label", item) if texts else []
+
+
+def _rows_of(text: str, plain: str, item: Item) -> list[dict[str, Any]]:
+    """The rows that a field of texts stands for; plain text is one of a column called `plain`."""
+    text = text.strip()
+    if not text:
+        return []
+    if text[0] not in '[{"':
+        return [{plain: int(text) if text.isdecimal() and len(text) < 10 else text}]
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        item.problem = Problem(kind="bad row", message=f"texts that are not JSON: {error!s:.300}")
+        return []
+    elements = found if isinstance(found, list) else [found]
+    return [element if isinstance(element, dict) else {plain: element} for element in elements]
+
+
+def _read_companion(
+    path: Path,
+    plain: str,
+    columns: Columns,
+    items: ItemStore,
+    named: NamedItems,
+    passed_over: Counter[str],
+) -> None:
+    """Adds the texts of .label.tsv or .caption.tsv, found by key."""
+    with open_regular(str(path)) as file:
+        for number, line in enumerate(_iter_lines(file), start=1):
+            if line.end - line.start > len(line.head) or line.num_tabs < 1:
+                passed_over[f"lines of {path.name} that are not KEY<TAB>TEXTS"] += 1
+                continue
+            key, _, text = line.head.decode("utf-8", "replace").partition("\t")
+            known = named.find(key)
+            if known is None:
+                passed_over[f"lines of {path.name} about no picture"] += 1
+                continue
+            item = Item(key)
+            for row in _rows_of(text, plain, item):
+                add_texts(item, row, columns, f"{path.name}, line {number}")
+            items.add_row(known, item)

@@ -1,0 +1,395 @@
+"""Finds what is wrong with a packed data set: `unicl-pack verify` as a function.
+
+Everything is compared with everything else: files with their checksums and with what the manifest
+says of them, references in the arrays with what they refer to (`folder_check`), and here each
+sample's piece of its shard, byte by byte, with samples.npy, captions with their tokens, labels, the
+index for DALI. Pictures are decoded as strictly as when they were packed, in worker processes;
+those of a raw data set are pixels already, and have their checksums. A fault is noted and checking
+goes on, so that one look tells all that is to be copied again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from tqdm import tqdm
+
+from unicl_fast.dataset.pixels import PIXELS_NAME
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
+from unicl_fast.dataset.stored_samples import Description, SampleReader, StoredSample
+from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
+from unicl_fast.packing.build.build import DEFAULT_PICTURE_SECONDS
+from unicl_fast.packing.build.worker_pool import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.spans import Span
+from unicl_fast.packing.verify.folder_check import Fault, NoteFault, check_folder
+from unicl_fast.system.machine import usable_cores
+from unicl_fast.text.tokenizer import Tokenizer
+
+_TOKENISE_TOGETHER = 1024
+"""Captions that the tokenizer's threads share out."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifySummary:
+    """What a verification looked at and found."""
+
+    folder: Path | str
+    num_samples: int
+    num_captions: int
+    num_labels: int
+    num_bytes: int
+    """Bytes of all files."""
+    is_raw: bool
+    """Whether pictures are kept as pixels, so that there is nothing to decode."""
+    num_decoded: int
+    """Pictures that were decoded."""
+    faults: dict[str, int]
+    """How many faults of each kind."""
+    seconds: float
+
+    @property
+    def num_faults(self) -> int:
+        return sum(self.faults.values())
+
+
+def verify_dataset(
+    folder: str | os.PathLike[str],
+    *,
+    note: Callable[[Fault], None],
+    decode: bool = True,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    picture_seconds: float = DEFAULT_PICTURE_SECONDS,
+    progress: bool = True,
+) -> VerifySummary:
+    """Looks at every byte of a data set; `verify_command.Verify` explains the arguments.
+
+    Starts worker processes by spawning them, so a script that calls this with `decode` must guard
+    its main part by `if __name__ == "__main__":`.
+
+    Args:
+        folder: what `unicl-pack build` or `merge` made.
+        note: called with each fault as soon as it is found, a data set's many thousands too.
+        decode: also decode all pictures; by far the longest part. Has no meaning for a raw set.
+        workers: processes that decode; 0 takes one for each core.
+        max_pixels: as in a build.
+        picture_seconds: as in a build.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError: the folder is no data set, not even a damaged one.
+    """
+    started = time.perf_counter()
+    folder = Path(folder)
+    counts: Counter[str] = Counter()
+
+    def count(fault: Fault) -> None:
+        counts[fault.kind] += 1
+        note(fault)
+
+    dataset = check_folder(folder, note=count, progress=progress)
+    num_decoded = 0
+    is_raw = dataset is not None and dataset.picture_shape is not None
+    if dataset is not None:
+        options = PictureOptions(
+            short_side=0,
+            quality=RESIZE_QUALITY,
+            max_pixels=max_pixels,
+            seconds=picture_seconds,
+            format="packed",
+            return_pictures=False,
+        )
+        with dataset:
+            if is_raw:
+                _check_pixels(dataset, note=count, progress=progress)
+            num_decoded = _check_samples(
+                dataset,
+                note=count,
+                options=options if decode and not is_raw else None,
+                workers=workers or usable_cores(),
+                progress=progress,
+            )
+    manifest = None if dataset is None else dataset.manifest
+    return VerifySummary(
+        folder=folder,
+        num_samples=0 if manifest is None else manifest.num_samples,
+        num_captions=0 if manifest is None else manifest.num_captions,
+        num_labels=0 if manifest is None else manifest.num_labels,
+        num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        is_raw=is_raw,
+        num_decoded=num_decoded,
+        faults=dict(counts),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_pixels(dataset: PackedDataset, *, note: NoteFault, progress: bool) -> None:
+    """Each picture of a raw data set against its checksum.
+
+    Apart from the walk through the shards: neither costs the other where one of them is damaged.
+    """
+    if not (dataset.folder / PIXELS_NAME).is_file():  # said already
+        return
+    numbers = range(len(dataset))
+    for index in tqdm(numbers, desc="pixels", unit=" pictures", disable=not progress):
+        try:
+            dataset.image_bytes(index, verify=True)
+        except DamagedSampleError as error:
+            message = _without_place(error)
+            note(Fault(file=PIXELS_NAME, kind="checksum", message=message, sample=index))
+
+
+def _check_samples(
+    dataset: PackedDataset,
+    *,
+    note: NoteFault,
+    options: PictureOptions | None,
+    workers: int,
+    progress: bool,
+) -> int:
+    """Walks through all shards; returns how many pictures were decoded."""
+    tokenizer = _tokenizer_of(dataset, note=note)
+    checks = _SampleChecks(dataset, note=note, has_tokenizer=tokenizer is not None)
+    sound = tqdm(
+        checks.walk(),
+        total=len(dataset),
+        desc="verifying",
+        unit=" pictures",
+        disable=not progress,
+        smoothing=0.1,
+    )
+    if options is None:
+        _tokenise_again(sound, tokenizer, checks)
+        return 0
+    waiting: deque[_Sound] = deque()
+
+    def tasks() -> Iterator[Task]:
+        for sample in sound:
+            assert sample.picture is not None  # there is no decoding of raw data sets
+            waiting.append(sample)
+            yield Task(
+                name=sample_key(sample.index), entry=sample.picture, captions=sample.captions
+            )
+
+    num_decoded = 0
+    results = check_in_order(
+        tasks(), options=options, context_length=dataset.manifest.context_length, workers=workers
+    )
+    for result in results:
+        sample = waiting.popleft()
+        if isinstance(result, Problem):
+            kind = "tokens" if result.kind == "bad caption" else "picture"
+            checks.fault(sample.index, kind, f"{result.kind}: {result.message}")
+        else:
+            checks.compare_picture(sample.index, result, extension=sample.extension)
+            checks.compare_tokens(sample.index, result.tokens)
+            num_decoded += 1
+    return num_decoded
+
+
+def _tokenizer_of(dataset: PackedDataset, *, note: NoteFault) -> Tokenizer | None:
+    """The tokenizer that made the tokens; None, and a fault, if it is not ours."""
+    manifest = dataset.manifest
+    if not 2 <= manifest.context_length <= 255:
+        message = f"context_length is {manifest.context_length}; expected is 2 to 255"
+        note(Fault(file="manifest.json", kind="manifest", message=message))
+        return None
+    tokenizer = _make_tokenizer(manifest.context_length)
+    ours = (tokenizer.name, tokenizer.vocabulary_hash)
+    if (manifest.tokenizer, manifest.vocabulary_hash) != ours:
+        message = (
+            f"packed with the tokenizer {manifest.tokenizer!r}, vocabulary "
+            f"{manifest.vocabulary_hash[:12]}..., this program has {ours[0]!r}, {ours[1][:12]}...; "
+            "its tokens mean nothing here, and were not compared with the captions"
+        )
+        note(Fault(file="manifest.json", kind="tokens", message=message))
+        return None
+    return tokenizer
+
+
+_make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each
+
+
+@dataclass(frozen=True, slots=True)
+class _Sound:
+    """A sample whose bytes are those that were packed."""
+
+    index: int
+    picture: Span | None
+    """None of a raw data set."""
+    captions: tuple[str, ...]
+    extension: str
+    """Of the picture's member; empty of a raw data set."""
+
+
+def _tokenise_again(
+    samples: Iterable[_Sound], tokenizer: Tokenizer | None, checks: _SampleChecks
+) -> None:
+    """What the workers do beside decoding, here, in groups for the tokenizer's own threads."""
+    group: list[_Sound] = []
+
+    def compare() -> None:
+        if tokenizer is None:
+            return
+        try:
+            rows = iter(tokenizer.encode([text for sample in group for text in sample.captions]))
+        except (UnicodeError, TypeError):  # lone surrogates: find out where
+            for sample in group:
+                try:
+                    checks.compare_tokens(sample.index, tokenizer.encode(sample.captions))
+                except (UnicodeError, TypeError) as error:
+                    checks.fault(sample.index, "tokens", f"a caption is no text: {error}")
+            return
+        for sample in group:
+            checks.compare_tokens(sample.index, [next(rows) for _ in sample.captions])
+
+    for sample in samples:
+        group.append(sample)
+        if len(group) >= _TOKENISE_TOGETHER:
+            compare()
+            group.clear()
+    compare()
+
+
+class _SampleChecks:
+    """Compares samples with the arrays and the index; notes what differs."""
+
+    def __init__(self, dataset: PackedDataset, *, note: NoteFault, has_tokenizer: bool) -> None:
+        self._dataset = dataset
+        self._note = note
+        self._has_tokenizer = has_tokenizer
+
+    def fault(self, index: int, kind: str, message: str) -> None:
+        shard = self._dataset.shard_of(index, "members")
+        self._note(Fault(file=shard, kind=kind, message=message, sample=index))
+
+    def walk(self) -> Iterator[_Sound]:
+        """All samples in order, those with faults noted and left out.
+
+        Every byte of a shard between the first header and the end is in the piece of one sample.
+        """
+        first = 0
+        reader = SampleReader(self._dataset)
+        try:
+            for number, shard in enumerate(self._dataset.manifest.shards):
+                path = self._dataset.folder / shard.name
+                if not path.is_file():  # said already
+                    first += shard.num_samples
+                    continue
+                lines: list[str] = []
+                for index in range(first, first + shard.num_samples):
+                    sample = self._read(reader, index, number, is_first=index == first)
+                    if sample is None:
+                        continue
+                    lines.append(sample.index_line(index))
+                    picture = sample.picture
+                    yield _Sound(
+                        index,
+                        None
+                        if picture is None
+                        else Span(str(path), picture.offset, len(picture.data)),
+                        sample.description.captions if self._has_tokenizer else (),
+                        "" if picture is None else picture.extension,
+                    )
+                if len(lines) == shard.num_samples:
+                    self._check_index(path.with_suffix(".idx"), lines)
+                first += shard.num_samples
+        finally:
+            reader.close()
+
+    def _read(
+        self, reader: SampleReader, index: int, shard: int, *, is_first: bool
+    ) -> StoredSample | None:
+        """A sample, if nothing is wrong with it."""
+        try:
+            found, start, _ = reader.span(index)
+            if found != shard or (is_first and start):
+                raise DamagedSampleError(
+                    f"samples.npy places it in shard {found} from byte {start} on; by the "
+                    f"manifest's counts it belongs to shard {shard}"
+                    + (", at its beginning" if is_first else "")
+                )
+            sample = reader.read(index)
+        except DamagedSampleError as error:
+            self.fault(index, "shard", _without_place(error))
+            return None
+        row = self._dataset.samples[index]
+        problems: list[tuple[str, str]] = []
+        picture = sample.picture  # of a raw data set compared already
+        if picture is not None and xxhash.xxh3_64_intdigest(picture.data) != int(row["xxh3"]):
+            problems.append(("checksum", "the picture's bytes are not those that were packed"))
+        problems += self._compare_texts(index, sample.description)
+        for kind, message in problems:
+            self.fault(index, kind, message)
+        return None if problems else sample
+
+    def _compare_texts(self, index: int, description: Description) -> list[tuple[str, str]]:
+        labels = tuple(self._dataset.labels_of(index).tolist())
+        problems = []
+        if description.labels != labels:
+            message = f"labels are {description.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
+            problems.append(("labels", message))
+        count = int(self._dataset.samples[index]["captions_count"])
+        if len(description.captions) != count:
+            message = f"{len(description.captions)} captions in its JSON, {count} in samples.npy"
+            problems.append(("captions", message))
+        return problems
+
+    def compare_tokens(self, index: int, tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
+        """Captions tokenised again against what is stored."""
+        for which, ids in enumerate(tokens):
+            try:
+                stored = self._dataset.caption_tokens(index, which)
+            except (IndexError, OverflowError):  # of a damaged array
+                stored = ids[:0]
+            if not np.array_equal(ids, stored):
+                self.fault(
+                    index,
+                    "tokens",
+                    f"caption {which} gives other tokens than those in tokens.npy: one of them was "
+                    "changed, or they were made with another version of ftfy or regex",
+                )
+
+    def compare_picture(self, index: int, checked: Checked, *, extension: str) -> None:
+        """A strictly decoded picture against its row and its member's name."""
+        row, picture = self._dataset.samples[index], checked.picture
+        if picture.reencoded:
+            self.fault(
+                index,
+                "picture",
+                "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "
+                "way up; a build would have encoded it anew",
+            )
+        elif picture.extension != extension:
+            message = f"its bytes are those of a .{picture.extension}, not of a .{extension}"
+            self.fault(index, "picture", message)
+        found = (picture.height, picture.width)
+        stored = (int(row["height"]), int(row["width"]))
+        if found != stored:
+            message = f"it has {found[0]} x {found[1]} pixels, samples.npy says {stored[0]} x "
+            self.fault(index, "picture", f"{message}{stored[1]} (height x width)")
+
+    def _check_index(self, path: Path, lines: list[str]) -> None:
+        expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
+        try:
+            differs = path.read_bytes() != expected.encode("ascii")
+        except OSError:  # said already
+            return
+        if differs:
+            message = f"it does not say where the members of {path.stem}.tar lie"
+            self._note(Fault(file=path.name, kind="index", message=message))
+
+
+def _without_place(error: DamagedSampleError) -> str:
+    """The message without the sample's name, which stands beside it anyway."""
+    return str(error).partition("): ")[2] or str(error)

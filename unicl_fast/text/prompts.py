@@ -1,0 +1,258 @@
+"""Class names x templates -> prompts, their token table, and the training class of each.
+
+A sample with a label gets its text from here ("a photo of a {}."), tokenised once at the start of
+a run, so that drawing a prompt is reading a row. The table also knows which texts are prompts, so
+that a caption equal to one joins its class, and sees to it that classes with a prompt in common
+are one class in training. Which template a sample gets is the plan's business; the classes of one
+batch are `targets`'.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from unicl_fast.objectives._target_kernels import (
+    Int64Array,
+    UInt16Array,
+    find_rows,
+    hash_rows,
+    make_table,
+    position_factors,
+    unique_rows,
+)
+from unicl_fast.objectives.targets import merge_classes, replace_classes
+from unicl_fast.text.class_lists import (
+    SIMPLE_TEMPLATES,
+    check_templates,
+    fill_template,
+    imagenet_class_names,
+    imagenet_templates,
+    imagenet_wnids,
+    read_class_names,
+    read_templates,
+)
+from unicl_fast.text.tokenizer import Tokenizer
+
+__all__ = [
+    "SIMPLE_TEMPLATES",
+    "ClassPrompts",
+    "fill_template",
+    "imagenet_class_names",
+    "imagenet_templates",
+    "imagenet_wnids",
+    "read_class_names",
+    "read_templates",
+]
+
+_log = logging.getLogger(__name__)
+
+_LABELS_END = 1 << 31
+"""Labels are stored as int32."""
+
+
+class ClassPrompts:
+    """The prompts of all classes of all sources as one table of tokens.
+
+    A class id is a label with its source in front (source * 2**32 + label; the label itself in
+    source 0 or in a shared label space), so that ids need no list of classes and a source without
+    class names can have labels too. Classes that have a prompt in common are merged: the smallest
+    id stands for all of them. Equal rows of `tokens` therefore always have equal `class_ids`.
+
+    Attributes:
+        tokens: uint16 [rows, l], all prompts, padded with 0, l being the longest one's length.
+        class_ids: int64 [rows], the training class of each prompt.
+        class_starts: int64 [sources], the row of each source's first prompt. Its other prompts
+            follow by label, then by template.
+        num_classes: int64 [sources], 0 for a source without class names.
+        num_templates: int64 [sources], 0 for a source without class names.
+        merged_classes: groups of classes that are one in training, each a tuple of
+            (source, label) with the one that stands for all of them first.
+    """
+
+    def __init__(
+        self,
+        sources: Sequence[tuple[Sequence[str], Sequence[str]]],
+        tokenizer: Tokenizer,
+        label_space: Literal["separate", "shared"] = "separate",
+    ) -> None:
+        """Tokenises all prompts (about 2 s for ImageNet's 80,000) and merges classes.
+
+        Args:
+            sources: class names and templates of each source; both empty if it has captions only.
+            tokenizer: the one that the captions were encoded with.
+            label_space: "separate": the labels of two sources are different classes. "shared": they
+                are the same, and sources that have class names must have the same ones.
+
+        Raises:
+            ValueError: class names without templates, a template without exactly one "{}", or
+                different class names in a shared label space.
+        """
+        if label_space not in ("separate", "shared"):
+            raise ValueError(f'label_space must be "separate" or "shared", not {label_space!r}')
+        for source, (names, templates) in enumerate(sources):
+            if names:
+                check_templates(tuple(templates), origin=f"the templates of source {source}")
+        if label_space == "shared":
+            _check_equal_names([names for names, _ in sources])
+        self._source_step = 0 if label_space == "shared" else _LABELS_END * 2
+        self._names = [tuple(names) for names, _ in sources]
+        self.num_classes = np.array([len(names) for names, _ in sources], dtype=np.int64)
+        self.num_templates = np.array(
+            [len(templates) if names else 0 for names, templates in sources], dtype=np.int64
+        )
+        num_rows = self.num_classes * self.num_templates
+        self.class_starts = np.cumsum(num_rows) - num_rows
+        self.tokens = _tokenize_prompts(sources, tokenizer)
+        self._merge()
+
+    def rows_of(
+        self, source: int, labels: npt.ArrayLike, templates: npt.ArrayLike
+    ) -> npt.NDArray[np.int64]:
+        """Rows of `tokens` for labels and templates of one source, broadcast together.
+
+        Raises:
+            ValueError: a label or template that the source does not have.
+        """
+        labels, templates = np.asarray(labels), np.asarray(templates)
+        num_classes, num_templates = self.num_classes[source], self.num_templates[source]
+        for what, values, end in (
+            ("labels", labels, num_classes),
+            ("templates", templates, num_templates),
+        ):
+            if values.size and not 0 <= values.min() <= values.max() < end:
+                raise ValueError(
+                    f"{what} of source {source} must lie in 0 to {end - 1} "
+                    f"({num_classes} class names, {num_templates} templates), "
+                    f"not {values.min()} to {values.max()}"
+                )
+        rows = self.class_starts[source] + labels.astype(np.int64) * num_templates + templates
+        return np.asarray(rows, dtype=np.int64)
+
+    def prompt_row(self, source: int, label: int, template: int) -> int:
+        """The row of `tokens` for one label and template."""
+        return int(self.rows_of(source, label, template))
+
+    def classes_of(self, source: int, labels: npt.ArrayLike) -> Int64Array:
+        """Training classes of labels of one source; -1 (none) stays -1.
+
+        Raises:
+            ValueError: a label out of range.
+        """
+        ids = np.asarray(labels, dtype=np.int64)
+        if ids.size and not -1 <= ids.min() <= ids.max() < _LABELS_END:
+            raise ValueError(
+                f"labels must lie in -1 to {_LABELS_END - 1}, not {ids.min()} to {ids.max()}"
+            )
+        ids = np.where(ids >= 0, ids + source * self._source_step, ids)
+        if len(self._members):
+            ids = replace_classes(ids, self._members, self._merged)
+        return ids
+
+    def class_of(self, source: int, label: int) -> int:
+        """The training class of one label; -1 (none) stays -1."""
+        return int(self.classes_of(source, label))
+
+    def class_name(self, source: int, label: int) -> str:
+        """The name of a class, for messages; its number if it has none."""
+        names = self._names[source]
+        return names[label] if 0 <= label < len(names) else f"class {label}"
+
+    def lookup(self, rows: UInt16Array) -> Int64Array:
+        """The class that has a text as a prompt.
+
+        Args:
+            rows: token ids, uint16 [k, any length], padded with 0.
+
+        Returns:
+            int64 [k], -1 where the text is no prompt of any class.
+        """
+        if rows.ndim != 2 or rows.dtype != np.uint16:
+            raise ValueError(f"rows must be uint16 [k, l], not {rows.dtype} {list(rows.shape)}")
+        rows = np.ascontiguousarray(rows)
+        hashes = hash_rows(rows, position_factors(rows.shape[1]))
+        found = find_rows(rows, hashes, self._table, self._distinct)
+        return self._class_of_distinct[found]
+
+    def _merge(self) -> None:
+        """Finds equal prompts, merges the classes that have them, and fills the hash table."""
+        hashes = hash_rows(self.tokens, position_factors(self.tokens.shape[1]))
+        self._table = make_table(len(self.tokens))
+        first, index, _, self._distinct, _ = unique_rows(self.tokens, hashes, self._table)
+        counts = zip(self.num_classes, self.num_templates, strict=True)
+        blocks = [
+            np.repeat(np.arange(classes) + source * self._source_step, templates)
+            for source, (classes, templates) in enumerate(counts)
+        ]
+        class_ids = np.concatenate([np.empty(0, dtype=np.int64), *blocks])
+        claimed = class_ids[first][index]
+        differs = claimed != class_ids
+        pairs = np.stack([claimed[differs], class_ids[differs]], axis=1)
+        self._members, self._merged = merge_classes(pairs)
+        if len(self._members):
+            class_ids = replace_classes(class_ids, self._members, self._merged)
+        self.class_ids = class_ids
+        self._class_of_distinct = np.append(class_ids[first], -1)  # found[-1] is "no prompt"
+        self.merged_classes = self._describe_merged()
+
+    def _describe_merged(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """`merged_classes`, each group also written to the log."""
+        groups: dict[int, list[tuple[int, int]]] = {}
+        for member, merged in zip(self._members.tolist(), self._merged.tolist(), strict=True):
+            if self._source_step:
+                source, label = divmod(member, self._source_step)
+            else:  # the names are the same wherever there are any
+                source, label = next(i for i, names in enumerate(self._names) if names), member
+            groups.setdefault(merged, []).append((source, label))
+        for group in groups.values():
+            _log.info(
+                "these classes have a prompt in common and are one class in training: %s",
+                ", ".join(
+                    f"{self.class_name(source, label)!r} (source {source}, label {label})"
+                    for source, label in group
+                ),
+            )
+        return tuple(tuple(group) for group in groups.values())
+
+
+def _tokenize_prompts(
+    sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer: Tokenizer
+) -> UInt16Array:
+    """uint16 [rows, longest]: by source, then class, then template."""
+    encoded = tokenizer.encode(
+        [
+            fill_template(template, name)
+            for names, templates in sources
+            for name in names
+            for template in templates
+        ]
+    )
+    lengths = np.array([len(row) for row in encoded], dtype=np.int64)
+    tokens = np.zeros((len(encoded), lengths.max(initial=0)), dtype=np.uint16)
+    if encoded:
+        tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(encoded)
+    return tokens
+
+
+def _check_equal_names(lists: Sequence[Sequence[str]]) -> None:
+    """In a shared label space, label k must have the same name wherever it has one."""
+    named = [(source, list(names)) for source, names in enumerate(lists) if names]
+    for source, names in named[1:]:
+        first_source, first_names = named[0]
+        if names == first_names:
+            continue
+        advice = 'make the lists equal, or set label_space to "separate"'
+        for label, (expected, name) in enumerate(zip(first_names, names, strict=False)):
+            if expected != name:
+                raise ValueError(
+                    f"label_space is shared, but label {label} is {expected!r} in source "
+                    f"{first_source} and {name!r} in source {source}; {advice}"
+                )
+        raise ValueError(
+            f"label_space is shared, but source {first_source} has {len(first_names)} class names "
+            f"and source {source} has {len(names)}; {advice}"
+        )

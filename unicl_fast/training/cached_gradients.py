@@ -1,0 +1,159 @@
+"""Batches larger than memory: encode in micro-batches, compare the whole batch, encode again.
+
+The loss compares every picture with every text, so gradients of micro-batches cannot simply be
+added up as for a classifier. But it sees a sample only through its feature, which is small:
+
+    1. encode all micro-batches without a graph and keep the features;
+    2. take the loss of the whole global batch and its gradient with respect to the features;
+    3. encode each micro-batch once more, with a graph, and back-propagate its features' gradient.
+
+The result is the plain step's, up to the order of summation: drop path is a function of a
+sample's place in the global batch, so both passes drop the same branches and no generator has to
+be rewound. The price is one more forward pass, about 4/3 of the time; what is saved is all
+activations but those of one micro-batch. The idea: Gao et al., "Scaling Deep Contrastive Learning
+Batch Size under Memory Limited Setup", 2021 (arXiv 2101.06983).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import ObjectiveConfig, TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.precision import Precision
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.step import Encode, contrast_over_ranks, encoder_input, texts_to_encode
+
+
+def refuse_batch_statistics(model: nn.Module) -> None:
+    """What depends on the other pictures of a micro-batch cannot equal the whole batch.
+
+    Raises:
+        ValueError: the model has BatchNorm.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            raise ValueError(
+                f"efficiency.micro_batch_size: {name} is a {type(module).__name__}, whose "
+                "statistics would be those of a micro-batch instead of the batch; set "
+                "efficiency.micro_batch_size=0, or take an image encoder without BatchNorm (Swin, "
+                "ViT, FocalNet)"
+            )
+
+
+def refuse_without_texts(objective: ObjectiveConfig) -> None:
+    """Micro-batches are of pictures and texts.
+
+    Raises:
+        ValueError: an objective without texts.
+    """
+    if not objective.has_texts:
+        raise ValueError(
+            f"efficiency.micro_batch_size is for pictures and texts; objective.name="
+            f"{objective.name} has no texts: set it to 0, and efficiency.activation_checkpointing "
+            "if memory is short"
+        )
+
+
+def back_propagate_in_micro_batches(
+    model: UniCL,
+    encode: Encode,
+    batch: Batch,
+    config: TrainConfig,
+    ranks: Ranks,
+    *,
+    scale_loss: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
+
+    Args:
+        model: the bare model, for passes whose gradients are not yet reduced over ranks.
+        encode: its DDP wrapper, or the model itself where there is one rank. It sees the last
+            micro-batch only, when all other gradients are there: one reduction a step.
+        batch: this rank's share, on the model's device.
+        config: the run's settings; `efficiency.micro_batch_size` pictures, and as many distinct
+            texts, go through an encoder at once. It need not divide the share.
+        ranks: this process among its peers.
+        scale_loss: loss -> what is differentiated.
+
+    Returns:
+        The loss of the global batch, not scaled, equal on all ranks.
+    """
+    precision = Precision(config.efficiency.precision)
+    device_type = batch.images.device.type
+    size = config.efficiency.micro_batch_size
+    pictures = list(zip(batch.images.split(size), batch.slots.split(size), strict=True))
+    pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
+    texts = [(tokens, num_tokens) for tokens, num_tokens, _, _ in pieces]
+
+    def input_of(images: Tensor, slots: Tensor) -> Tensor:
+        model.set_drop_path_key(step=batch.step, slots=slots)
+        return encoder_input(images, config)
+
+    # one autocast for the whole pass: the weights are cast once
+    with torch.no_grad(), precision.autocast(device_type):
+        image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pictures])
+        text_features = torch.cat([model.encode_text(*rows) for rows in texts])
+        scale = model.logit_scale.exp()
+
+    features = [image_features, text_features, scale]
+    for feature in features:
+        feature.requires_grad_()
+    loss = contrast_over_ranks(
+        image_features,
+        text_features,
+        class_ids=batch.class_ids,
+        text_class_ids=torch.cat([class_ids for _, _, class_ids, _ in pieces]),
+        text_counts=torch.cat([counts for _, _, _, counts in pieces]),
+        scale=scale,
+        ranks=ranks,
+        form=config.efficiency.loss,
+    )
+    image_gradient, text_gradient, scale_gradient = torch.autograd.grad(scale_loss(loss), features)
+    image_gradients = image_gradient.split(size)
+    text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
+
+    # one autocast for each graph: weights cast in one must not be found in the cache of the next
+    for images, gradient in zip(pictures[:-1], image_gradients, strict=False):
+        with precision.autocast(device_type):
+            image_features = model.encode_image(input_of(*images))
+        image_features.backward(gradient)
+    for rows, gradient in zip(texts[:-1], text_gradients, strict=False):
+        with precision.autocast(device_type):
+            text_features = model.encode_text(*rows)
+        text_features.backward(gradient)
+    with precision.autocast(device_type):
+        last_features = encode(input_of(*pictures[-1]), *texts[-1])
+    last_gradients = [image_gradients[-1], text_gradients[-1], scale_gradient]
+    back_propagate_learnt(last_features, last_gradients)
+    return loss.detach()
+
+
+def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
+    """On from the gradients of features, without those that have no graph, as a fixed scale."""
+    learnt = [pair for pair in zip(features, gradients, strict=True) if pair[0].requires_grad]
+    torch.autograd.backward([feature for feature, _ in learnt], [one for _, one in learnt])
+
+
+def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:
+    """The batch with some of its texts each; distinct ones are cut to their own piece's longest."""
+    names: tuple[str, ...]
+    if config.efficiency.unique_texts:
+        num_texts = len(batch.tokens)
+        names = ("tokens", "text_lengths", "text_class_ids", "text_counts")
+    else:
+        num_texts = len(batch.text_index)
+        names = ("text_index", "class_ids")
+    size = config.efficiency.micro_batch_size
+    return [
+        dataclasses.replace(
+            batch, **{name: getattr(batch, name)[start : start + size] for name in names}
+        )
+        for start in range(0, num_texts, size)
+    ]

@@ -1,0 +1,276 @@
+"""Packed data sets as training takes them: opened with their shares, checked, described."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from unicl_fast.config import DataConfig, TrainConfig
+from unicl_fast.dataset.arrays import blocks_of
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.remote.block_cache import CacheOptions
+from unicl_fast.dataset.remote.object_store import is_url
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
+    """Opens what `data.train` names, DIR or DIR=SHARE each, as far as `data.fraction` says.
+
+    DIR may be a URL too.
+
+    Returns:
+        The data sets and their shares; None where no share was given.
+
+    Raises:
+        ValueError: none are given, or some have a share and some have none.
+        FileNotFoundError: not a packed data set, or too much of it missing.
+    """
+    if not data.train:
+        raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
+    folders, shares = [], []
+    for spec in data.train:
+        folder, _, share = spec.rpartition("=")
+        try:
+            shares.append(float(share) if folder else None)
+        except ValueError:  # a folder with = in its name
+            folder, share = "", spec
+            shares.append(None)
+        folders.append(folder or share)
+    given = [share for share in shares if share is not None]
+    if given and len(given) < len(shares):
+        raise ValueError(
+            "data.train: give every data set a share (DIR=SHARE) or none, not "
+            + " ".join(data.train)
+        )
+    for folder, share in zip(folders, shares, strict=True):
+        if share is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
+            raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
+    fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
+    datasets = [
+        PackedDataset(
+            folder,
+            fraction=fraction,
+            max_bad_fraction=data.max_bad_fraction,
+            cache=cache_options(data),
+        )
+        for folder, fraction in zip(folders, fractions, strict=True)
+    ]
+    for dataset in datasets:
+        warn_of_traffic(dataset, data)
+    return datasets, given or None
+
+
+def cache_options(data: DataConfig) -> CacheOptions:
+    """Where and how data sets under URLs are kept, as the config has it."""
+    return CacheOptions(
+        folder=Path(data.cache_folder) if data.cache_folder else None,
+        max_bytes=data.cache_bytes,
+        block_bytes=data.block_bytes,
+    )
+
+
+def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
+    """A short name for each: its folder's, numbered where several folders have the same."""
+    # of a URL, the folder in the cache has its last part as its name
+    return numbered([dataset.folder.resolve().name for dataset in datasets])
+
+
+def numbered(names: Sequence[str]) -> list[str]:
+    """Names that differ: those that stand several times with a number behind each."""
+    taken = {name for name in names if names.count(name) == 1}
+    found = []
+    for name in names:
+        if names.count(name) > 1:
+            numbers = (f"{name}-{number}" for number in itertools.count(1))
+            name = next(each for each in numbers if each not in taken)
+            taken.add(name)
+        found.append(name)
+    return found
+
+
+def traffic_of(datasets: Sequence[PackedDataset]) -> Callable[[], tuple[int, int]] | None:
+    """Asks for the bytes that were read from stores, and those of pictures that were needed.
+
+    None where no data set lies under a URL.
+    """
+    remote = [dataset for dataset in datasets if dataset.remote is not None]
+    if not remote:
+        return None
+
+    def ask() -> tuple[int, int]:
+        read = sum(one.remote.store.traffic.read_bytes for one in remote if one.remote is not None)
+        return read, sum(one.needed_bytes for one in remote)
+
+    return ask
+
+
+def describe_traffic(read: int, needed: int) -> str:
+    """Both in a sentence, for the log."""
+    ratio = f", {read / needed:.2f} times as much" if needed else ""
+    return (
+        f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: {needed / 1e6:,.1f} MB "
+        f"of pictures{ratio}"
+    )
+
+
+def warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
+    """Says when the order of training will read much more from a store than it needs, and why."""
+    if dataset.remote is None:
+        return
+    manifest = dataset.manifest
+    pixels = [] if manifest.pixels is None else [manifest.pixels.num_bytes]
+    total = sum(pixels or (shard.num_bytes for shard in manifest.shards))
+    total = total * len(dataset) // max(1, manifest.num_samples)
+    window = min(data.shuffle_window or len(dataset), len(dataset))
+    # a window, and the next one, which is fetched meanwhile
+    at_once = total if window == len(dataset) else 2 * total * window // len(dataset)
+    if at_once <= data.cache_bytes:
+        return
+    fitting = max(16, int(data.cache_bytes * len(dataset) / (2.5 * total)))
+    what = (
+        f"all of it is shuffled together, {total / 1e9:.1f} GB"
+        if window == len(dataset)
+        else f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
+    )
+    logger.warning(
+        "DATA: %s: %s, and data.cache_bytes keeps %.1f GB: the same blocks will be read again and "
+        "again. Set data.shuffle_window to %d or less, or give the cache more room",
+        dataset.place, what, data.cache_bytes / 1e9, fitting,
+    )  # fmt: skip
+
+
+def build_prompts(datasets: Sequence[PackedDataset], data: DataConfig) -> ClassPrompts:
+    """The prompts of all classes of all data sets, by the config's rule for label spaces."""
+    return ClassPrompts(
+        [(dataset.manifest.class_names, dataset.manifest.templates) for dataset in datasets],
+        Tokenizer(),
+        label_space=data.label_space,
+    )
+
+
+def describe_sources(
+    datasets: Sequence[PackedDataset], shares: Sequence[float] | None
+) -> dict[str, Any]:
+    """What a run is trained on, for its checkpoints: contents, not places, so data may be moved."""
+    manifests = [dataset.manifest for dataset in datasets]
+    return {
+        "shares": list(shares) if shares else None,
+        "sources": [
+            {
+                "num_samples": len(dataset),
+                "shards": _checksums(dataset.manifest),
+                "num_classes": len(dataset.manifest.class_names),
+            }
+            for dataset in datasets
+        ],
+        "vocabulary_hash": [manifest.vocabulary_hash for manifest in manifests],
+        "class_names": [list(manifest.class_names) for manifest in manifests],
+        "templates": [list(manifest.templates) for manifest in manifests],
+    }
+
+
+def _checksums(manifest: Manifest) -> list[str]:
+    """Of all files that hold samples."""
+    pixels = [] if manifest.pixels is None else [manifest.pixels.xxh3]
+    return [shard.xxh3 for shard in manifest.shards] + pixels
+
+
+def suit_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
+    """The config with what an objective without texts needs to know of the data.
+
+    Captions are not looked at then, and cross-entropy gets as many rows as there are classes.
+
+    Raises:
+        ValueError: samples without labels, or another number of classes than the config says.
+    """
+    objective = config.objective
+    if objective.has_texts:
+        return config
+    for dataset in datasets:
+        num_mute = sum(
+            int(np.count_nonzero(rows["labels_count"] == 0)) for rows in blocks_of(dataset.samples)
+        )
+        if num_mute or not dataset.manifest.class_names:
+            raise ValueError(
+                f"objective.name={objective.name} learns from labels, and {num_mute:,} of the "
+                f"{len(dataset):,} samples of {dataset.folder} have none"
+                + ("" if num_mute else "; its labels have no class names")
+                + ": leave it out, or take objective.name=unicl"
+            )
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, text="labels"))
+    if objective.name != "ce":
+        return config
+    counts = tuple(len(dataset.manifest.class_names) for dataset in datasets)
+    if config.data.label_space == "shared":
+        counts = (max(counts),)
+    if objective.num_classes not in ((), counts):
+        raise ValueError(
+            f"objective.num_classes is {objective.num_classes}, but the data has {counts}: leave "
+            "it empty, or make the class lists equal"
+        )
+    objective = dataclasses.replace(objective, num_classes=counts)
+    return dataclasses.replace(config, objective=objective)
+
+
+def rows_of_class_names(
+    datasets: Sequence[PackedDataset], names: Sequence[str], *, prompts: ClassPrompts
+) -> NDArray[np.int64]:
+    """For cross-entropy: which learnt row stands for each of some class names.
+
+    Classes with a prompt in common share a row, so the prompts of the training are asked, which are
+    made of the same data sets.
+
+    Raises:
+        ValueError: a name that no data set of the training has.
+    """
+    starts = np.cumsum(prompts.num_classes) - prompts.num_classes
+    row_of: dict[str, int] = {}
+    for source, dataset in enumerate(datasets):
+        class_names = dataset.manifest.class_names
+        ids = prompts.classes_of(source, np.arange(len(class_names)))
+        rows = starts[ids >> 32] + (ids & 0xFFFF_FFFF)
+        for name, row in zip(class_names, rows.tolist(), strict=True):
+            row_of.setdefault(name, row)
+    unknown = [name for name in names if name not in row_of]
+    if unknown:
+        raise ValueError(
+            f"data.evaluate: {len(unknown)} classes are not among those that the run learns, such "
+            f"as {unknown[0]!r}; a model trained with objective.name=ce knows no others"
+        )
+    return np.array([row_of[name] for name in names], dtype=np.int64)
+
+
+def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
+    """Refuses token ids that the model would misread.
+
+    Raises:
+        ValueError: packed with another vocabulary or longer texts than the model takes.
+    """
+    manifest, tokenizer = dataset.manifest, Tokenizer()
+    if manifest.vocabulary_hash != tokenizer.vocabulary_hash:
+        raise ValueError(
+            f"{dataset.place} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
+            f"{manifest.vocabulary_hash[:16]}, this version has {tokenizer.name} "
+            f"{tokenizer.vocabulary_hash[:16]}: pack it again"
+        )
+    if dataset.largest_token is not None and dataset.largest_token >= tokenizer.vocab_size:
+        raise ValueError(
+            f"{dataset.folder / 'tokens.npy'} is damaged: token {dataset.largest_token} is beyond "
+            f"the vocabulary of {tokenizer.vocab_size}; copy the data set again"
+        )
+    if manifest.context_length > context_length:
+        raise ValueError(
+            f"{dataset.place} holds texts of up to {manifest.context_length} tokens, the model "
+            f"takes {context_length}: set model.context_length={manifest.context_length}"
+        )

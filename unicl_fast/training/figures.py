@@ -1,0 +1,105 @@
+"""Pictures of a run: its curves, and what the pipeline fed."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter
+
+from unicl_fast.batch import Batch
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.metrics import read_metrics
+
+INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
+
+
+def draw_curves(run_folder: Path, path: Path) -> None:
+    """Loss, learning rate and evaluations of a run against samples seen, as a PNG."""
+    lines = read_metrics(run_folder)
+    trained = [line for line in lines if "loss" in line]
+    if not trained:
+        return
+    samples_of_step = trained[-1]["samples_seen"] / trained[-1]["step"]
+    evaluations: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key.endswith("top1"):
+                point = (line["step"] * samples_of_step, 100 * value)
+                evaluations.setdefault(key, []).append(point)
+    figure = Figure(figsize=(10 if evaluations else 6, 4), layout="constrained")
+    axes = figure.subplots(1, 2 if evaluations else 1, squeeze=False)[0]
+    seen = [line["samples_seen"] for line in trained]
+    axes[0].plot(seen, [line["loss"] for line in trained], color=_ACCENT)
+    _label(axes[0], title="Training loss", y="unified contrastive loss")
+    rate = axes[0].twinx()
+    rate.plot(seen, [line["lr"] for line in trained], color=FAINT, linewidth=1, linestyle="--")
+    rate.set_ylabel("learning rate (dashed)", color=FAINT)
+    rate.tick_params(colors=FAINT)
+    for name, points in evaluations.items():
+        label = name.removeprefix("zero_shot/").removesuffix("/top1")
+        axes[1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
+        axes[1].annotate(f"{points[-1][1]:.1f}", points[-1], textcoords="offset points",
+                         xytext=(-4, 8), ha="right")  # fmt: skip
+    if evaluations:
+        _label(axes[1], title="Zero-shot top-1", y="%")
+        axes[1].set_ylim(0, 105)
+        axes[1].legend(loc="lower right", frameon=False)
+    save_figure(figure, path)
+
+
+def draw_contact_sheet(batch: Batch, path: Path, *, columns: int = 8, rows: int = 4) -> None:
+    """The first pictures of a batch over their texts, exactly as the model gets them, as a PNG.
+
+    The colour of a frame is the class: equal colours are positives of each other.
+    """
+    count = min(columns * rows, batch.batch_size)
+    rows = math.ceil(count / columns)
+    tokenizer = Tokenizer()
+    colours = _class_colours(batch.class_ids[:count].tolist())
+    figure = Figure(figsize=(1.6 * columns, 2.05 * rows), layout="constrained")
+    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+        axis.set_xticks([])
+        axis.set_yticks([])
+        if number >= count:
+            axis.set_axis_off()
+            continue
+        axis.imshow(batch.images[number].cpu().numpy())
+        text = tokenizer.decode(batch.tokens[batch.text_index[number]].tolist())
+        axis.set_xlabel(_wrap(text), fontsize=7, color=INK)
+        for spine in axis.spines.values():
+            spine.set(color=colours[number], linewidth=3)
+    save_figure(figure, path)
+
+
+def _class_colours(class_ids: list[int]) -> list[Any]:
+    from matplotlib import colormaps
+
+    order = {class_id: place for place, class_id in enumerate(dict.fromkeys(class_ids))}
+    colour_map = colormaps["turbo"]
+    return [colour_map((order[class_id] * 0.381966) % 1) for class_id in class_ids]
+
+
+def _wrap(text: str, *, width: int = 22, max_lines: int = 3) -> str:
+    import textwrap
+
+    return "\n".join(textwrap.wrap(text, width, max_lines=max_lines, placeholder=" ..."))
+
+
+def _label(axis: Axes, *, title: str, y: str) -> None:
+    axis.set_title(title, loc="left", color=INK)
+    axis.set_xlabel("samples seen")
+    axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_ylabel(y)
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a PNG, and makes its folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)

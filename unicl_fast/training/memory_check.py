@@ -1,0 +1,130 @@
+"""Whether a step fits into memory, told before the first one.
+
+A training process that runs out of memory is killed without a word on the host, and after a while.
+What backward needs of one picture is measured instead, and multiplied.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from unicl_fast.config import TrainConfig
+from unicl_fast.models.precision import Precision
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.step import encoder_input
+
+logger = logging.getLogger(__name__)
+
+
+def check_memory(model: UniCL, config: TrainConfig, *, share: int, device: torch.device) -> None:
+    """Warns where a step will hardly fit, and refuses where it cannot.
+
+    Only the image encoder's activations are counted: texts come in all lengths, and the rest is
+    small beside them. What is said is about a lower bound, except for compiled encoders.
+
+    Args:
+        model: on its device.
+        config: the run's settings.
+        share: samples of a step on this rank.
+        device: where the model is.
+
+    Raises:
+        ValueError: more than twice what is free would be needed.
+    """
+    at_once = min(share, config.efficiency.micro_batch_size or share)
+    of_one = activation_bytes(model, config, device)
+    free = free_memory(device)
+    needed = at_once * of_one
+    if needed <= free:
+        return
+    sentence = (
+        f"a step keeps about {needed / 1e9:.0f} GB for backward ({at_once} pictures of "
+        f"{of_one / 1e6:.0f} MB), and {free / 1e9:.0f} GB are free: "
+        + _advice(model, int(free // of_one))
+    )
+    if needed > 2 * free:
+        raise ValueError(sentence)
+    logger.warning(sentence)
+
+
+def activation_bytes(model: UniCL, config: TrainConfig, device: torch.device) -> int:
+    """What the image encoder's forward pass keeps for backward, in bytes a picture.
+
+    Taken from two passes of different size: weights in a narrow type are kept once, not for each
+    picture. Compiled encoders run as they are written, and may keep less.
+    """
+    few, more = (_kept_bytes(model, config, device, pictures) for pictures in (2, 4))
+    return (more - few) // 2
+
+
+def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, pictures: int) -> int:
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    size = config.data.image_size
+    images = torch.zeros(pictures, size, size, 3, dtype=torch.uint8, device=device)
+    was_training = model.training
+    model.eval()  # keeps as much, and leaves BatchNorm's averages and drop path alone
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        Precision(config.efficiency.precision).autocast(device.type),
+    ):
+        features = model.encode_image(encoder_input(images, config))
+    del features
+    model.train(was_training)
+    return sum(kept.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank can still have: of its device, or its part of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [_fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024]
+    free += [_free_in_group(folder) for folder in _control_groups()]
+    return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _control_groups() -> list[Path]:
+    """Folders of this process's control group and those around it that have a memory limit."""
+    root = Path("/sys/fs/cgroup")
+    try:
+        lines = Path("/proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []
+    names = [line[3:] for line in lines if line.startswith("0::")]  # version 2
+    folder = root / names[0].lstrip("/") if names else root
+    around = [folder, *folder.parents]
+    found = [group for group in around if (group / "memory.max").is_file()]
+    return [group for group in found if (group / "memory.max").read_text().strip() != "max"]
+
+
+def _free_in_group(folder: Path) -> int:
+    limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+    files = _fields_of(folder / "memory.stat")
+    # files that were read count as used, and make room when it is needed
+    return limit - used + files["inactive_file"] + files["active_file"]
+
+
+def _fields_of(path: Path) -> dict[str, int]:
+    lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {name: int(value) for name, value, *_ in lines}
+
+
+def _advice(model: UniCL, fitting: int) -> str:
+    if fitting < 1:
+        return "not even one picture fits; take a smaller image encoder or data.image_size"
+    smaller = 1 << max(0, fitting.bit_length() - 2)  # half of what would fit, or less
+    if any(isinstance(module, _BatchNorm) for module in model.modules()):
+        return f"set run.global_batch_size to {smaller} a rank, or use more ranks"
+    return f"set efficiency.micro_batch_size to {smaller} (the same result), or use more ranks"

@@ -1,0 +1,268 @@
+"""One step's forward half: a batch and a model to the loss of the global batch.
+
+    encode  this rank's pictures and distinct texts
+    gather  the texts of all ranks, with gradient; pictures stay where they are
+    loss    this rank's rows are complete; column statistics are merged over ranks
+
+The other objectives are the same loss of other operands: for SupCon the texts are the pictures
+themselves, seen twice; for cross-entropy they are one learnt row for each class, and there is
+nothing to gather. docs/objectives.md.
+
+Every rank ends with the same scalar. Its gradient with respect to a rank's own features is exact,
+so summing parameter gradients over ranks gives the gradient of one process on the joined batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from unicl_fast.batch import Batch
+from unicl_fast.config import LossForm, TrainConfig
+from unicl_fast.distributed.ranks import (
+    Ranks,
+    gather_integers,
+    gather_rows,
+    max_over_ranks,
+    sum_over_ranks,
+)
+from unicl_fast.models.compilation import pad_texts, round_up_length
+from unicl_fast.models.precision import Precision, normalise_images
+from unicl_fast.objectives.loss import Statistics, compare, losses
+from unicl_fast.objectives.mixup import mix
+from unicl_fast.objectives.positives import Membership
+
+Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
+"""The model, or its DDP wrapper: pictures and, where there are texts, tokens and how many of them
+to compute, to picture features, what they are compared with, and the scale."""
+
+
+def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
+    """The loss of the global batch under `objective.name`.
+
+    Args:
+        encode: see `Encode`.
+        batch: this rank's share, on the model's device.
+        config: the run's settings.
+        ranks: this process among its peers.
+
+    Returns:
+        A scalar, equal on all ranks.
+    """
+    objective, form = config.objective, config.efficiency.loss
+    images = encoder_input(shown_pictures(batch), config)
+    class_ids: Tensor | Membership = batch.class_ids
+    if objective.mixes:
+        images, class_ids = mix(
+            images,
+            batch,
+            objective,
+            seed=config.run.seed,
+            global_batch_size=config.run.global_batch_size,
+        )
+    inputs: tuple[Tensor, int | None] | tuple[()] = ()
+    if objective.has_texts:
+        tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
+        inputs = tokens, num_tokens
+    with Precision(config.efficiency.precision).autocast(batch.images.device.type):
+        image_features, others, scale = encode(images, *inputs)
+    if objective.name == "ce":
+        rows = _rows_of_classes(class_ids, objective.num_classes)
+        return classify_over_ranks(
+            image_features, others, rows, scale=scale, ranks=ranks, form=form
+        )
+    if objective.name == "supcon":
+        return contrast_views_over_ranks(
+            image_features, batch.class_ids.repeat(2), scale=scale, ranks=ranks, form=form
+        )
+    of_texts: Tensor | Membership = text_class_ids
+    if isinstance(class_ids, Membership):
+        # equal texts have other labels now, and are columns of their own
+        others = others[batch.text_index if config.efficiency.unique_texts else ...]
+        of_texts, text_counts = class_ids, torch.ones_like(batch.class_ids)
+    return contrast_over_ranks(
+        image_features,
+        others,
+        class_ids=class_ids,
+        text_class_ids=of_texts,
+        text_counts=text_counts,
+        scale=scale,
+        ranks=ranks,
+        form=form,
+    )
+
+
+def shown_pictures(batch: Batch) -> Tensor:
+    """uint8 [b h w c], or [2b h w c] where there are two views: all first ones, then the others."""
+    if batch.second_images is None:
+        return batch.images
+    return torch.cat([batch.images, batch.second_images])
+
+
+def shown_slots(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
+    """Places of `shown_pictures` in the global batch; second views stand behind all first ones."""
+    if batch.second_images is None:
+        return batch.slots
+    return torch.cat([batch.slots, batch.slots + global_batch_size])
+
+
+def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
+    """Decoded pictures uint8 [b h w c] as the image encoder takes them: normalised [b c h w]."""
+    return normalise_images(
+        images,
+        mean=config.data.mean,
+        std=config.data.std,
+        dtype=Precision(config.efficiency.precision).compute_type,
+        channels_last=config.efficiency.channels_last,
+    )
+
+
+def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | None, Tensor, Tensor]:
+    """What to encode, as `efficiency` wants it.
+
+    Returns:
+        Token rows [u l]; how many of their tokens to compute, None for all with the padding; class
+        ids [u] and counts [u] of the texts. Where encoders are compiled, sizes are rounded up.
+    """
+    efficiency = config.efficiency
+    tokens = batch.tokens
+    if efficiency.text_layout != "padded":
+        longest = int(batch.text_lengths.max())
+        tokens = tokens[:, : round_up_length(longest) if efficiency.compile else longest]
+    if not efficiency.unique_texts:
+        class_ids = batch.class_ids
+        return tokens[batch.text_index], None, class_ids, torch.ones_like(class_ids)
+    num_tokens = int(batch.text_lengths.sum()) if efficiency.text_layout == "packed" else None
+    texts = tokens, num_tokens, batch.text_class_ids, batch.text_counts
+    return pad_texts(*texts) if efficiency.compile else texts
+
+
+def contrast_over_ranks(
+    image_features: Float[Tensor, "b d"],
+    text_features: Float[Tensor, "u d"],
+    *,
+    class_ids: Tensor | Membership,
+    text_class_ids: Tensor | Membership,
+    text_counts: Tensor,
+    scale: Tensor,
+    ranks: Ranks,
+    form: LossForm = "auto",
+) -> Float[Tensor, ""]:
+    """`unified_contrastive_loss` of the features of all ranks, each logit computed once."""
+    sizes = gather_integers(len(text_features), ranks)
+    text_features = gather_rows(text_features, sizes)
+    if isinstance(text_class_ids, Membership):
+        text_class_ids = _gather_membership(text_class_ids, sizes, ranks)
+        text_counts = gather_rows(text_counts, sizes)
+    else:
+        facts = torch.stack([text_class_ids, text_counts], dim=1)
+        text_class_ids, text_counts = gather_rows(facts, sizes).T.contiguous()
+    with torch.autocast(image_features.device.type, enabled=False):
+        rows, mine = compare(
+            image_features, text_features, class_ids, text_class_ids, text_counts, scale, form=form
+        )
+        columns, i2t = _merge_over_ranks(mine, losses(rows).sum(), ranks)
+        t2i = (text_counts * losses(columns)).sum()
+    return (i2t + t2i) / (2 * text_counts.sum())
+
+
+def contrast_views_over_ranks(
+    features: Float[Tensor, "b d"],
+    class_ids: Int[Tensor, " b"],
+    *,
+    scale: Tensor,
+    ranks: Ranks,
+    form: LossForm = "auto",
+) -> Float[Tensor, ""]:
+    """SupCon (Khosla et al., arXiv 2004.11362, L_out) of all ranks' views, themselves left out.
+
+    Every view is a row and a column, so both directions are the same.
+
+    Args:
+        features: unit norm, this rank's first views and then its second ones.
+        class_ids: of these.
+        scale: 1 / temperature.
+        ranks: who holds the others; as many each.
+        form: as in `loss`.
+    """
+    sizes = [len(features)] * ranks.world_size
+    # one's own first: row i is column i on every rank
+    shift = -ranks.rank * len(features)
+    others = gather_rows(features, sizes).roll(shift, 0)
+    other_ids = gather_rows(class_ids, sizes).roll(shift, 0)
+    with torch.autocast(features.device.type, enabled=False):
+        rows, _ = compare(
+            features, others, class_ids, other_ids, None, scale, exclude_self=True, form=form
+        )
+        return sum_over_ranks(losses(rows).sum(), ranks) / len(others)
+
+
+def classify_over_ranks(
+    features: Float[Tensor, "b d"],
+    class_rows: Float[Tensor, "k d"],
+    labels: Int[Tensor, " b"] | Membership,
+    *,
+    scale: Tensor,
+    ranks: Ranks,
+    form: LossForm = "auto",
+) -> Float[Tensor, ""]:
+    """Cross-entropy of the products with k learnt rows: pictures to texts alone.
+
+    Args:
+        features: this rank's.
+        class_rows: equal on all ranks.
+        labels: which of the rows, 0 to k - 1; several in parts for mixed pictures.
+        scale: of the products; a model's is 1 (a number would be copied to the device).
+        ranks: who holds the other pictures; as many each.
+        form: as in `loss`.
+    """
+    numbers = torch.arange(len(class_rows), device=class_rows.device)
+    with torch.autocast(features.device.type, enabled=False):
+        rows, _ = compare(features, class_rows, labels, numbers, None, scale, form=form)
+        return sum_over_ranks(losses(rows).mean(), ranks) / ranks.world_size
+
+
+def _rows_of_classes(
+    class_ids: Tensor | Membership, num_classes: tuple[int, ...]
+) -> Tensor | Membership:
+    """Class ids (`prompts.ClassPrompts`: data set * 2**32 + label) to rows of the classifier."""
+    if isinstance(class_ids, Membership):
+        labels = _rows_of_classes(class_ids.labels, num_classes)
+        assert isinstance(labels, Tensor)
+        return class_ids._replace(labels=labels)
+    row = class_ids & (2**32 - 1)
+    start = 0
+    for source, count in enumerate(num_classes[:-1], start=1):
+        start += count
+        row = torch.where(class_ids >> 32 == source, row + start, row)
+    return row
+
+
+def _gather_membership(membership: Membership, sizes: list[int], ranks: Ranks) -> Membership:
+    """Entries of all ranks, samples numbered through."""
+    samples, labels, weights = membership
+    entries = gather_integers(len(samples), ranks)
+    return Membership(
+        gather_rows(samples + sum(sizes[: ranks.rank]), entries),
+        gather_rows(labels, entries),
+        gather_rows(weights, entries),
+    )
+
+
+def _merge_over_ranks(
+    mine: Statistics, loss_sum: Tensor, ranks: Ranks
+) -> tuple[Statistics, Tensor]:
+    """What all ranks' pictures together say about the texts, and their losses' sum.
+
+    Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1].
+    """
+    if ranks.world_size == 1:
+        return mine, loss_sum
+    maximum = max_over_ranks(mine.log_sum_exp.detach(), ranks)
+    parts = (mine.log_sum_exp - maximum).exp(), mine.positive_sum, mine.positive_weight
+    sums = sum_over_ranks(torch.cat([*parts, loss_sum.reshape(1)]), ranks)
+    exp_sum, positive_sum, positive_weight = sums[:-1].view(3, -1)
+    return Statistics(maximum + exp_sum.log(), positive_sum, positive_weight), sums[-1]
