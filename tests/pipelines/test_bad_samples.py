@@ -17,13 +17,13 @@ from damage import copy_of, flip_byte, shard_of, store, undecodable
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.feed.bad_samples import MAX_ATTEMPTS
 from unicl_fast.pipelines.feed.feed import DecodingError, culprits
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.training.replaced_samples import TooManyBadSamplesError
 
 pytestmark = pytest.mark.dali
 

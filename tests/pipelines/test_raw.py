@@ -21,6 +21,7 @@ from PIL import Image
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.feed.feed import DecodingError, run_graphs
@@ -28,7 +29,6 @@ from unicl_fast.pipelines.graph.graph import build_train_graph
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.replaced_samples import TooManyBadSamplesError
 
 pytestmark = pytest.mark.dali
 

@@ -13,9 +13,10 @@ from small_runs import global_batch, tiny_config
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.metrics import read_metrics
-from unicl_fast.training.replaced_samples import BadVisits, TooManyBadSamplesError
+from unicl_fast.training.replaced_samples import BadVisits
 from unicl_fast.training.trainer import Trainer
 
 

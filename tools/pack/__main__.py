@@ -29,12 +29,12 @@ from unicl_fast.packing.build.build import build_dataset as build_dataset
 from unicl_fast.packing.build.ray_engine import Engine
 from unicl_fast.packing.build.remote_build import build_anywhere
 from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES
-from unicl_fast.packing.build.upload import Upload
 from unicl_fast.system.atomic_files import write_text_whole
 from unicl_fast.system.wording import count_of
 
 from .inspect import Inspect
 from .merge import Merge
+from .upload import Upload
 from .verify import Verify
 
 _WORDNET_ID = re.compile(r"n\d{8}")

@@ -12,9 +12,9 @@ import torch
 from unicl_fast.checkpoints.load import load_model
 from unicl_fast.distributed.launch import configure_logging
 from unicl_fast.distributed.ranks import Ranks, process_group
+from unicl_fast.evaluation.requests import Evaluation
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.devices import choose_device
-from unicl_fast.tools.evaluate import Evaluation
 
 
 @contextlib.contextmanager

@@ -16,11 +16,7 @@ from unicl_fast.evaluation.figures import (
 )
 from unicl_fast.evaluation.model import model_on_ranks, shows_progress
 from unicl_fast.evaluation.report import classification_table, write_results
-from unicl_fast.evaluation.run_detection import check_detect, run_detect
-from unicl_fast.evaluation.run_finetune import check_finetune, run_finetune
-from unicl_fast.evaluation.run_on_dataset import encode_captioned, evaluate_zero_shot
-from unicl_fast.evaluation.run_probe import check_probe, run_knn, run_linear_probe
-from unicl_fast.tools.evaluate import (
+from unicl_fast.evaluation.requests import (
     Detect,
     EncodingEvaluation,
     Evaluation,
@@ -32,6 +28,10 @@ from unicl_fast.tools.evaluate import (
     Retrieval,
     ZeroShot,
 )
+from unicl_fast.evaluation.run_detection import check_detect, run_detect
+from unicl_fast.evaluation.run_finetune import check_finetune, run_finetune
+from unicl_fast.evaluation.run_on_dataset import encode_captioned, evaluate_zero_shot
+from unicl_fast.evaluation.run_probe import check_probe, run_knn, run_linear_probe
 
 _T = TypeVar("_T")
 

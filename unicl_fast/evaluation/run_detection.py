@@ -28,7 +28,7 @@ from unicl_fast.evaluation.detection_data import (
 from unicl_fast.evaluation.encode import device_of
 from unicl_fast.evaluation.model import model_on_ranks, shows_progress
 from unicl_fast.evaluation.report import markdown_table, percent, write_results
-from unicl_fast.tools.evaluate import Detect
+from unicl_fast.evaluation.requests import Detect
 
 WEIGHTS_FILE = "detector.safetensors"
 DESCRIPTION_FILE = "detector.json"

@@ -37,12 +37,12 @@ from unicl_fast.evaluation.linear_probe import (
 )
 from unicl_fast.evaluation.model import model_on_ranks, shows_progress
 from unicl_fast.evaluation.report import classification_table, write_results
+from unicl_fast.evaluation.requests import Finetune
 from unicl_fast.evaluation.run_on_dataset import extract_all, loader_for
 from unicl_fast.evaluation.zero_shot import zero_shot_classifier
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.tools.evaluate import Finetune
 from unicl_fast.training.data import build_prompts
 
 

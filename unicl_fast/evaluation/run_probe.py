@@ -47,9 +47,9 @@ from unicl_fast.evaluation.report import (
     percent,
     write_results,
 )
+from unicl_fast.evaluation.requests import FrozenFeatures, Knn, LayerName, LinearProbe
 from unicl_fast.evaluation.run_on_dataset import extract_all
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.tools.evaluate import FrozenFeatures, Knn, LayerName, LinearProbe
 
 _KEY_VERSION = 1
 """Of what decides features beside the settings below; raised when the pipeline changes."""

@@ -16,15 +16,9 @@ import numpy as np
 from unicl_fast.objectives._target_kernels import (
     CAPTION_KEYS_START as CAPTION_KEYS_START,
 )
-from unicl_fast.objectives._target_kernels import (
-    Int64Array,
-    UInt16Array,
-    group_steps,
-    group_texts,
-    position_factors,
-    row_lengths,
-    union_find,
-)
+from unicl_fast.objectives._target_kernels import group_steps, group_texts
+from unicl_fast.text._row_kernels import Int64Array, UInt16Array, position_factors, row_lengths
+from unicl_fast.text.joined_classes import merge_classes, replace_classes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -195,26 +189,6 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
         text_counts=counts[order],
         text_lengths=targets.text_lengths[texts],
     )
-
-
-def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Joins classes that must be one.
-
-    Args:
-        pairs: int64 [c, 2], ids of classes that are the same.
-
-    Returns:
-        members: int64 [m], the distinct ids of `pairs`, rising.
-        merged: int64 [m], the smallest id that each of them is joined with.
-    """
-    members, positions = np.unique(pairs, return_inverse=True)
-    return members, members[union_find(positions.reshape(pairs.shape), len(members))]
-
-
-def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
-    """`class_ids`, each id that is in `members` (rising, not empty) replaced by its `merged`."""
-    positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
-    return np.where(members[positions] == class_ids, merged[positions], class_ids)
 
 
 def _classes_of_texts(

@@ -16,7 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.objectives._target_kernels import (
+from unicl_fast.text._row_kernels import (
     Int64Array,
     UInt16Array,
     find_rows,
@@ -25,7 +25,6 @@ from unicl_fast.objectives._target_kernels import (
     position_factors,
     unique_rows,
 )
-from unicl_fast.objectives.targets import merge_classes, replace_classes
 from unicl_fast.text.class_lists import (
     SIMPLE_TEMPLATES,
     check_templates,
@@ -36,6 +35,7 @@ from unicl_fast.text.class_lists import (
     read_class_names,
     read_templates,
 )
+from unicl_fast.text.joined_classes import merge_classes, replace_classes
 from unicl_fast.text.tokenizer import Tokenizer
 
 __all__ = [

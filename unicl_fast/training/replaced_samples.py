@@ -12,15 +12,12 @@ from pathlib import Path
 import numpy as np
 
 from unicl_fast.batch import Batch
+from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 
 LEAST_VISITS = 10_000
 """The limit is a part of at least so many visits: a few bad ones at the start stop nobody."""
-
-
-class TooManyBadSamplesError(RuntimeError):
-    """Too much of the data is bad for the run to mean what was asked for."""
 
 
 class BadVisits:

@@ -7,11 +7,8 @@ sent again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import tyro
 from tqdm import tqdm
 
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
@@ -22,29 +19,6 @@ from unicl_fast.packing.build.staging import packing_folder
 from unicl_fast.system.wording import count_of
 
 _TRIES = 3
-
-
-@dataclass(frozen=True, kw_only=True)
-class Upload:
-    """Copy a packed data set to a URL, such as s3://bucket/packed/photos.
-
-    Each file is read back and compared with its checksum; the manifest is written last, so that the
-    data set appears when it is whole. Given again, an upload that was cut off goes on where it was.
-
-    Exit code: 0 done, 2 not done; what was uploaded stays.
-
-    Example:
-      unicl-pack upload packed/photos --out s3://bucket/packed/photos
-    """
-
-    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
-    """The data set."""
-    out: str
-    """URL to make. Nothing else may lie there."""
-
-    def run(self) -> tuple[str, int]:
-        """What there is to say at the end, and the exit code."""
-        return upload_dataset(self.folder, self.out), 0
 
 
 def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
