@@ -1,7 +1,7 @@
 """What every benchmark does in the same way: turns, medians, memory, the machine, the result file.
 
 Contestants take turns (A B C, A B C, ...), so that a change of the machine's mood hits all of them,
-and what counts is the median over rounds of the ratio within a round. Processor time stands beside
+and what counts is the median over rounds of the ratio within a round. CPU time stands beside
 wall time: on a machine that others use too, it is the figure that can be trusted.
 """
 
@@ -38,7 +38,7 @@ class Turn:
     """One contestant's work, once."""
 
     wall_seconds: float
-    processor_seconds: float
+    cpu_seconds: float
     """Of all threads of this process."""
 
 

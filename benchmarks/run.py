@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import tyro
 
 STAGES = {
-    "input": ("input.pipeline", "pictures a second, against nine other loaders and the limits"),
+    "input": ("input.pipeline", "images/s, against nine other loaders and the limits"),
     "pack": ("packing.pack", "packing, against decoding, scaling and encoding in a bare loop"),
     "storage": ("input.storage", "a data set under a URL against a folder; bytes by window"),
     "augment": ("input.augmentation", "what augmentation costs the loader, fused and with DALI's"),

@@ -1,7 +1,7 @@
-"""Each picture of one packed data set once, for evaluation.
+"""Each image of one packed data set once, for evaluation.
 
-Here nothing is replaced: an accuracy over other pictures than those of the data set would be
-another number. A picture that cannot be read or decoded ends the evaluation, with its name.
+Here nothing is replaced: an accuracy over other images than those of the data set would be
+another number. An image that cannot be read or decoded ends the evaluation, with its name.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from .plan.crop import central_windows
 
 
 class EvaluationLoader:
-    """Pictures of one data set for evaluation; implements `unicl_fast.batch.EvaluationLoader`.
+    """Images of one data set for evaluation; implements `unicl_fast.batch.EvaluationLoader`.
 
     Rank r of w shows the samples r, r + w, r + 2 w, ...: over all ranks each sample exactly once,
     without padding, so that counts can be summed. May be iterated any number of times.
@@ -66,8 +66,8 @@ class EvaluationLoader:
         """One pass.
 
         Raises:
-            DamagedSampleError: a picture's bytes are gone or not those that were packed.
-            DecodingError: pictures that the decoder refuses; names them.
+            DamagedSampleError: an image's bytes are gone or not those that were packed.
+            DecodingError: images that the decoder refuses; names them.
         """
         if not len(self._ids):
             return
@@ -80,7 +80,7 @@ class EvaluationLoader:
         for ids in failed:
             self._refuse_culprits(ids)
         raise DecodingError(
-            f"{self._dataset.place}: decoding fails, though each picture can be decoded alone: "
+            f"{self._dataset.place}: decoding fails, though each image can be decoded alone: "
             f"{reason}"
         )
 
@@ -107,19 +107,19 @@ class EvaluationLoader:
 
     @contextlib.contextmanager
     def _reading_ahead(self) -> Iterator[None]:
-        """Around a pass: of a data set under a URL the next pictures are fetched meanwhile."""
+        """Around a pass: of a data set under a URL the next images are fetched meanwhile."""
         if self._dataset.remote is None or not self._data.read_ahead:
             yield
             return
 
-        def visits(batch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+        def draws(batch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
             start = batch * self._batch_size
             ids = self._ids[start : start + self._batch_size]
             return (np.zeros(len(ids), np.int32), ids) if len(ids) else None
 
         self._ahead = ReadAhead(
             [self._dataset],
-            visits,
+            draws,
             start=0,
             stretches=-(-self._data.read_ahead // self._batch_size),
             most_blocks=blocks_of_half_the_cache([self._dataset]),

@@ -32,7 +32,7 @@ from .feed.text_block import unpack_integers
 from .feed.views import split_views
 from .graph.augment_parts import parts_for
 from .graph.graph import (
-    Pictures,
+    Images,
     Pipeline,
     batches_ahead,
     build_train_graph,
@@ -70,7 +70,7 @@ class TrainLoader:
             prompts: made of the same data sets in the same order.
             rank: which slice of a global batch this loader makes.
             world_size: how many slices there are.
-            device: where pictures are decoded and batches lie.
+            device: where images are decoded and batches lie.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
         """
         self._config = config
@@ -81,10 +81,10 @@ class TrainLoader:
         self._device = torch.device(device)
         self._running: Generator[Batch, None, None] | None = None
         self._batch_size = config.run.global_batch_size // world_size
-        self._pictures: Pictures = "files"
+        self._images: Images = "files"
         if are_decoded(self._datasets):
             fused = is_fused(config.data.resample, self._device)
-            self._pictures = "squares" if fused else "pixels"
+            self._images = "squares" if fused else "pixels"
         self._bad = BadSamples(self._datasets, quarantine)
         augmentations = augmentations_of(
             config.data.augment, [dataset.place for dataset in self._datasets]
@@ -108,7 +108,7 @@ class TrainLoader:
             self._bad,
             rank=rank,
             world_size=world_size,
-            pictures=self._pictures,
+            images=self._images,
         )
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -117,7 +117,7 @@ class TrainLoader:
         One iterator runs at a time: asking for another closes the one before.
 
         Raises:
-            DecodingError: decoding fails, and no picture is to blame.
+            DecodingError: decoding fails, and no image is to blame.
             TooManyBadSamplesError: so many samples are bad that none can be fed.
             DamagedDatasetError: a data set's arrays were cut short meanwhile.
         """
@@ -152,11 +152,11 @@ class TrainLoader:
             else:
                 return
             step = failed[0].fed.step
-            if self._pictures != "files":  # nothing is decoded, so no picture is to blame
+            if self._images != "files":  # nothing is decoded, so no image is to blame
                 raise DecodingError(f"step {step}, rank {self._rank}: the graph fails: {reason}")
             if not any(self._blame(facts.fed) for facts in failed):
                 raise DecodingError(
-                    f"step {step}, rank {self._rank}: decoding fails, though each picture can be "
+                    f"step {step}, rank {self._rank}: decoding fails, though each image can be "
                     f"decoded alone: {reason}"
                 )
 
@@ -166,7 +166,7 @@ class TrainLoader:
             data=data,
             batch_size=batch_size,
             device=self._device,
-            pictures=self._pictures,
+            images=self._images,
             augmentation=self._augmentation,
         )
 
@@ -188,15 +188,15 @@ class TrainLoader:
                 del images, first, second, integers  # held here, their buffers could not be reused
 
     def _run(self, start_step: int) -> Outputs[TrainFacts]:
-        """Pictures and integers of every batch, and what the host knows of it."""
+        """Images and integers of every batch, and what the host knows of it."""
         with self._host.reading_ahead(start_step):
             yield from self._run_graph(start_step)
 
     def _run_graph(self, start_step: int) -> Outputs[TrainFacts]:
         data, batch_size = self._config.data, self.plan.num_views * self._batch_size
         ahead = batches_ahead(data, batch_size)
-        if self._pictures == "squares" and self._augmentation is None:
-            with contextlib.closing(self._host.square_maker()) as maker:
+        if self._images == "squares" and self._augmentation is None:
+            with contextlib.closing(self._host.crop_resizer()) as maker:
                 yield from run_without_graph(
                     partial(self._host.group, maker),
                     itertools.count(start_step, maker.batches_at_once),

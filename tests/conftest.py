@@ -24,7 +24,7 @@ _CHECKOUT = Path(__file__).resolve().parents[1]
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder of real pictures and captions; tests that need it are skipped where it is not."""
+    """The folder of real images and captions; tests that need it are skipped where it is not."""
     folder = Path(os.environ.get("UNICL_TEST_DATA", _CHECKOUT.parent / "shared" / "data"))
     if not (folder / "README.md").is_file():
         pytest.skip(f"no test data at {folder}; set UNICL_TEST_DATA to the folder that holds it")
@@ -34,9 +34,9 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def images(shared_data: Path) -> torch.Tensor:
     """Twelve photographs, uint8 [12 32 32 3]."""
-    from small_runs import real_pictures
+    from small_runs import real_images
 
-    return real_pictures(shared_data, 12)
+    return real_images(shared_data, 12)
 
 
 @pytest.fixture(scope="session")

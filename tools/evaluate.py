@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         run(command)
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         stop("unicl-eval", error, code=2)
-    except (OSError, RuntimeError) as error:  # a picture, a disk or a device that failed
+    except (OSError, RuntimeError) as error:  # an image, a disk or a device that failed
         stop("unicl-eval", error, code=1)
 
 

@@ -7,14 +7,14 @@ from numpy.typing import NDArray
 
 from unicl_fast.ledger.format import SegmentHeader
 from unicl_fast.pipelines.plan.order import assign_sources
-from unicl_fast.pipelines.plan.plan import samples_of_visits
+from unicl_fast.pipelines.plan.plan import samples_of_draws
 
 
 class Replan:
     """Shown all visits of a ledger (see `ledger_proof.prove`), counts those planned otherwise."""
 
     def __init__(self) -> None:
-        self.num_visits = 0
+        self.num_draws = 0
         self.num_different = 0
         self._first = ""
 
@@ -26,24 +26,24 @@ class Replan:
         ids: NDArray[np.int64],
     ) -> None:
         """Compares the visits [steps n] of some steps."""
-        visits = first_step * header.global_batch_size + np.arange(ids.size, dtype=np.int64)
-        planned_sources, source_visits = assign_sources(visits, header.shares)
-        planned = np.empty_like(visits)
+        draws = first_step * header.global_batch_size + np.arange(ids.size, dtype=np.int64)
+        planned_sources, source_draws = assign_sources(draws, header.shares)
+        planned = np.empty_like(draws)
         for number, source in enumerate(header.sources):
             mine = np.flatnonzero(planned_sources == number)
-            planned[mine] = samples_of_visits(
-                source_visits[mine],
+            planned[mine] = samples_of_draws(
+                source_draws[mine],
                 source=number,
                 size=source.num_samples,
                 seed=header.seed,
                 window=header.shuffle_window,
             )
         different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
-        self.num_visits += ids.size
+        self.num_draws += ids.size
         self.num_different += int(np.count_nonzero(different))
         if different.any() and not self._first:
             at = int(np.argmax(different))
-            step, slot = divmod(int(visits[at]), header.global_batch_size)
+            step, slot = divmod(int(draws[at]), header.global_batch_size)
             self._first = (
                 f"; the first at step {step}, slot {slot}: planned was sample {planned[at]} of "
                 f"source {planned_sources[at]}, the ledger has {ids.reshape(-1)[at]} of "
@@ -51,6 +51,4 @@ class Replan:
             )
 
     def in_words(self) -> str:
-        return (
-            f"planned again: {self.num_different} of {self.num_visits} visits differ{self._first}"
-        )
+        return f"planned again: {self.num_different} of {self.num_draws} visits differ{self._first}"

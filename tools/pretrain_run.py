@@ -39,6 +39,7 @@ from unicl_fast.system.devices import choose_device
 from unicl_fast.system.stages import mark
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.data import (
+    adapt_objective_to_data,
     build_prompts,
     cache_options,
     check_tokenizer,
@@ -47,7 +48,6 @@ from unicl_fast.training.data import (
     names_of,
     open_sources,
     rows_of_class_names,
-    suit_objective,
     traffic_of,
 )
 from unicl_fast.training.evaluations import Evaluation
@@ -73,7 +73,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
         choose_checkpoint(resume, run_folder)
     datasets, _ = open_sources(config.data)
     augmentations_of(config.data.augment, [dataset.place for dataset in datasets])
-    suit_objective(config, datasets)
+    adapt_objective_to_data(config, datasets)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
@@ -183,7 +183,7 @@ def _with_precision(
 
 
 def _draw_curves(run_folder: Path) -> None:
-    """A picture that cannot be drawn or written must not make a trained model look like none."""
+    """An image that cannot be drawn or written must not make a trained model look like none."""
     try:
         draw_curves(run_folder, run_folder / "curves.png")
     except (OSError, ValueError) as error:
@@ -207,7 +207,7 @@ def build_trainer(
     datasets, shares = open_sources(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
-    config = suit_objective(config, datasets)
+    config = adapt_objective_to_data(config, datasets)
     config = _with_length(config, num_samples=sum(len(dataset) for dataset in datasets))
     prompts = build_prompts(datasets, config.data)
     loader = TrainLoader(

@@ -23,7 +23,7 @@ import tyro
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
-from unicl_fast.images.check import PictureFormat
+from unicl_fast.images.check import ImageFormat
 
 from .pack import __main__ as pack_dataset
 
@@ -78,12 +78,12 @@ class PackEverything:
     """Folder to make: of each, and of all together, a data set, a page, and its numbers in JSON."""
     sets: tuple[str, ...] = ()
     """Take only these, such as coco hostile; by default all that are there."""
-    format: PictureFormat = "keep"
+    format: ImageFormat = "keep"
     """As --format of unicl-pack build."""
     resize: str = ""
     """As --resize of unicl-pack build."""
     near: bool = True
-    """Look for pictures that look alike, which takes decoding all once more."""
+    """Look for images that look alike, which takes decoding all once more."""
     workers: int = 0
     """Processes that decode; 0 takes one for each core."""
 
@@ -207,7 +207,7 @@ def _run(words: Sequence[str | Path], *unsaid: str | Path) -> None:
 
 
 def _refused(folder: Path) -> dict[str, int]:
-    """How many pictures were left out, by kind, the most frequent first."""
+    """How many images were left out, by kind, the most frequent first."""
     with (folder / QUARANTINE_NAME).open(encoding="utf-8", newline="") as file:
         return dict(Counter(row["kind"] for row in csv.DictReader(file)).most_common())
 

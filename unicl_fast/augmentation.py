@@ -1,8 +1,8 @@
-"""What is done to a training picture beyond cropping and mirroring, in numbers.
+"""What is done to a training image beyond cropping and mirroring, in numbers.
 
 A source's augmentation is one `Augmentation`: probabilities and ranges, nothing drawn. It is
 written as a preset's name and changes to it (`unicl,blur=0.5`), for all data sets or for one of
-them. Which numbers a picture gets is the data plan's business, what they do to its pixels the
+them. Which numbers an image gets is the data plan's business, what they do to its pixels the
 graph's; docs/augmentation.md says both in words.
 """
 
@@ -49,7 +49,7 @@ class Augmentation:
     policy: Policy = "none"
     """RandAugment (rand), TrivialAugment Wide (trivial) or AutoAugment for ImageNet (auto)."""
     policy_ops: int = 2
-    """Operations that RandAugment draws for a picture."""
+    """Operations that RandAugment draws for an image."""
     policy_probability: float = 0.5
     """Chance that an operation RandAugment has drawn is carried out; timm's default is a half."""
     magnitude: float = 9.0
@@ -65,21 +65,21 @@ class Augmentation:
     hue: float = 0.0
     """The hue is turned by up to so many whole turns either way; at most 0.5."""
     jitter_probability: float = 1.0
-    """Chance that a picture's colours are jittered."""
+    """Chance that an image's colours are jittered."""
     grayscale: float = 0.0
-    """Chance that a picture loses its colours."""
+    """Chance that an image loses its colours."""
     blur: float = 0.0
     """Chance of a Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Smallest and largest standard deviation of the blur, in pixels of the model's picture."""
+    """Smallest and largest standard deviation of the blur, in pixels of the model's image."""
     erase: float = 0.0
     """Chance that a rectangle is erased: filled with the mean colour (data.mean)."""
     erase_area: tuple[float, float] = (0.02, 1 / 3)
-    """Smallest and largest part of the picture that the rectangle covers."""
+    """Smallest and largest part of the image that the rectangle covers."""
     erase_ratio: tuple[float, float] = (0.3, 1 / 0.3)
     """Smallest and largest height/width of the rectangle."""
     views: int = 1
-    """2 shows each picture twice: a second window, flip and augmentation of its own."""
+    """2 shows each image twice: a second window, flip and augmentation of its own."""
 
     def __post_init__(self) -> None:
         require(
@@ -135,18 +135,18 @@ class Augmentation:
 
     @property
     def stages(self) -> int:
-        """Operations of its policy that may follow each other on a picture."""
+        """Operations of its policy that may follow each other on an image."""
         return {"none": 0, "rand": self.policy_ops, "trivial": 1, "auto": 2}[self.policy]
 
     @property
     def changes_pixels(self) -> bool:
-        """Whether anything is done to a picture once it is cut, resampled and mirrored."""
+        """Whether anything is done to an image once it is cut, resampled and mirrored."""
         return self.twists_colours or bool(self.stages) or max(self.blur, self.erase) > 0
 
 
 AUGMENTATIONS: dict[str, Augmentation] = {
     "none": Augmentation(),
-    # What CLIP was trained with, and open_clip's default: nearly the whole picture, no mirroring.
+    # What CLIP was trained with, and open_clip's default: nearly the whole image, no mirroring.
     "clip": Augmentation(crop_scale=(0.9, 1.0), flip=0.0),
     # AUG of UniCL's released config.py: rand-m9-mstd0.5-inc1, COLOR_JITTER 0.4, REPROB 0.25.
     "unicl": Augmentation(
@@ -216,7 +216,7 @@ def check_augment_entries(entries: Sequence[str]) -> None:
 
 
 def check_views(entries: Sequence[str], *, objective: str) -> None:
-    """SupCon looks at two views of each picture, the other objectives at one.
+    """SupCon looks at two views of each image, the other objectives at one.
 
     Raises:
         ValueError: `data.augment` shows another number.
@@ -225,13 +225,13 @@ def check_views(entries: Sequence[str], *, objective: str) -> None:
     shown = " ".join(entries)
     if objective == "supcon" and views != {2}:
         raise ValueError(
-            "objective.name=supcon compares two views of each picture, but data.augment "
+            "objective.name=supcon compares two views of each image, but data.augment "
             f"({shown or 'empty'}) shows one; set --data.augment supcon, or add views=2, for "
             "example unicl,views=2"
         )
     if objective != "supcon" and 2 in views:
         raise ValueError(
-            f"data.augment ({shown}) shows each picture in two views, but objective.name="
+            f"data.augment ({shown}) shows each image in two views, but objective.name="
             f"{objective} would not look at the second; add views=1, for example supcon,views=1"
         )
 
@@ -275,7 +275,7 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
             for paths, augmentation in zip(spelled, found, strict=True)
         )
         raise ValueError(
-            "data.augment: a batch shows all its pictures once or all twice, but views are "
+            "data.augment: a batch shows all its images once or all twice, but views are "
             f"{', '.join(views)}; set views=1 or views=2 for all"
         )
     return found

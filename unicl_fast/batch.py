@@ -5,7 +5,7 @@ axes everywhere in the project:
 
     b  samples of this rank in one step      n  samples of all ranks (the global batch)
     u  distinct texts of this rank           d  embedding dimension
-    l  context length in tokens              c h w  picture channels, height, width
+    l  context length in tokens              c h w  image channels, height, width
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """One rank's share of a global batch: pictures, distinct texts, and the classes of both.
+    """One rank's share of a global batch: images, distinct texts, and the classes of both.
 
     Two samples are positives of each other when their class ids are equal. Class ids are any
     int64: labels are small numbers, captions without a label carry a 62-bit key of their tokens,
@@ -40,17 +40,17 @@ class Batch:
     """int64 [u] on the host: tokens of each row without padding. Known here so that leaving the
     padding out needs no read from the device."""
     text_index: Tensor
-    """int64 [b]: the row of `tokens` that is the text of each picture."""
+    """int64 [b]: the row of `tokens` that is the text of each image."""
     class_ids: Tensor
     """int64 [b]."""
     text_class_ids: Tensor
     """int64 [u]."""
     text_counts: Tensor
     """int64 [u]: how many samples of this batch have that text; they sum to b."""
-    slots: Tensor
+    global_index: Tensor
     """int64 [b]: places in the GLOBAL batch, 0 to n - 1. Drop path is keyed on them."""
     second_images: Tensor | None = None
-    """uint8 [b h w c], RGB: each picture once more, cut and augmented otherwise, where
+    """uint8 [b h w c], RGB: each image once more, cut and augmented otherwise, where
     `data.augment` asks for two views."""
     sample_ids: Tensor | None = None
     """int64 [b] on the host: rows of the data set the samples came from, for records."""
@@ -75,7 +75,7 @@ class Batch:
                 "class_ids",
                 "text_class_ids",
                 "text_counts",
-                "slots",
+                "global_index",
             )
         }
         if self.second_images is not None:
@@ -85,7 +85,7 @@ class Batch:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationBatch:
-    """Pictures to encode, and which samples of the data set they are; the rest is looked up."""
+    """Images to encode, and which samples of the data set they are; the rest is looked up."""
 
     images: Tensor
     """uint8 [b h w c], RGB."""

@@ -47,7 +47,7 @@ def _require_known_choices(group: str, settings: object) -> None:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which packed data sets, which text for a sample, and how a picture is cut out."""
+    """Which packed data sets, which text for a sample, and how an image is cut out."""
 
     train: tuple[str, ...] = ()
     """Packed data sets to train on, each DIR or DIR=SHARE, SHARE being its part of every batch;
@@ -67,15 +67,15 @@ class DataConfig:
     """Whether label 3 of two data sets is two classes (which still meet if their names are equal)
     or the same one (then their lists of class names must be equal)."""
     image_size: int = 224
-    """Side of the square picture the model sees, in pixels."""
+    """Side of the square image the model sees, in pixels."""
     crop_scale: tuple[float, float] = (0.08, 1.0)
-    """Smallest and largest part of the picture's area that a training crop covers."""
+    """Smallest and largest part of the image's area that a training crop covers."""
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     """Smallest and largest width/height of a training crop."""
     flip_probability: float = 0.5
     """Chance of a horizontal flip in training."""
     augment: tuple[str, ...] = ()
-    """What else is done to training pictures: a preset (none, clip, unicl, supcon) and changes to
+    """What else is done to training images: a preset (none, clip, unicl, supcon) and changes to
     it, for example unicl,blur=0.5; NAME:SPEC is for the data set whose folder is called NAME. See
     docs/augmentation.md."""
     evaluation_resize: int = 256
@@ -94,14 +94,14 @@ class DataConfig:
     on this machine."""
     prefetch: int = 0
     """Batches decoded ahead of the step, in each of the decoder's graphs (two, which take turns, on
-    the CPU, one on a GPU). 0: four of small batches, up to 5 MB of pictures a rank, two of large
+    the CPU, one on a GPU). 0: four of small batches, up to 5 MB of images a rank, two of large
     ones, where more cost memory and gain nothing."""
     hw_decoder_load: float = 0.65
     """On a GPU, the part of each batch's JPEGs that its hardware decoder takes, where it has one;
     the others are decoded by its cores. Worth trying: DALI's own benchmark on a Hopper takes 0.12
     with 70 threads."""
     decoder_hint: tuple[int, int] = (0, 0)
-    """On a GPU, height and width in pixels of pictures that the decoder sets memory aside for at
+    """On a GPU, height and width in pixels of images that the decoder sets memory aside for at
     the start, instead of when larger ones come."""
     shuffle_window: int = 0
     """Samples that are shuffled among each other; 0: all of a data set. With a number, a pass goes
@@ -112,11 +112,11 @@ class DataConfig:
     """Where data sets under a URL (s3://bucket/folder) are kept while they are read, for all ranks
     of a machine; empty takes unicl_fast in ~/.cache."""
     cache_bytes: int = 20_000_000_000
-    """Most that pictures take there; what was used longest ago makes room. Arrays come on top."""
+    """Most that images take there; what was used longest ago makes room. Arrays come on top."""
     block_bytes: int = 4_194_304
     """Of one request to a URL's store, and of one file of the cache."""
     read_ahead: int = 65_536
-    """Samples of a global batch's order whose pictures are fetched from a URL before their turn, as
+    """Samples of a global batch's order whose images are fetched from a URL before their turn, as
     far as half of cache_bytes holds them; 0 fetches what is missing when it is needed."""
     max_bad_fraction: float = 0.01
     """Samples that cannot be read or decoded are replaced by others and listed in quarantine.csv
@@ -198,7 +198,7 @@ class ModelConfig:
     vocab_size: int = 49408
     """Size of the tokenizer's vocabulary."""
     embed_dim: int = 512
-    """Dimension of the space in which pictures and texts are compared."""
+    """Dimension of the space in which images and texts are compared."""
     logit_scale_init: float = math.log(1 / 0.07)
     """Start value of the learnt logarithm of the scale; the paper's code starts at 1.0."""
     logit_scale_max: float = math.log(100)
@@ -224,15 +224,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ObjectiveConfig:
-    """What is learnt of the pictures; docs/objectives.md."""
+    """What is learnt of the images; docs/objectives.md."""
 
     name: ObjectiveName = "unicl"
-    """unicl: pictures against texts, those of the same class are positives. clip: the same, but
+    """unicl: images against texts, those of the same class are positives. clip: the same, but
     only equal texts are of the same class, labels are not looked at. supcon: two views of each
-    picture against all others, by label, without texts (data.augment must show two views). ce:
+    image against all others, by label, without texts (data.augment must show two views). ce:
     cross-entropy over one learnt row for each class, without texts."""
     mixup: float = 0.0
-    """Pictures with labels are mixed two by two, in parts drawn from Beta(mixup, mixup); 0 mixes
+    """Images with labels are mixed two by two, in parts drawn from Beta(mixup, mixup); 0 mixes
     none. For unicl and ce."""
     cutmix: float = 0.0
     """The same with rectangles cut out of one and put into the other (CutMix)."""
@@ -265,12 +265,12 @@ class ObjectiveConfig:
 
     @property
     def mixes(self) -> bool:
-        """Whether pictures are mixed."""
+        """Whether images are mixed."""
         return self.mixup > 0 or self.cutmix > 0
 
     @property
     def has_texts(self) -> bool:
-        """Whether pictures are compared with texts, so that there is a text encoder."""
+        """Whether images are compared with texts, so that there is a text encoder."""
         return self.name in ("unicl", "clip")
 
 
@@ -329,7 +329,7 @@ class EfficiencyConfig:
     is always taken in fp32 or better. auto takes bf16 where the machine computes it faster than
     fp32 (fp16 on GPUs without it), else fp32; a resumed run keeps what it began with."""
     channels_last: bool = True
-    """Keep pictures and convolution weights in NHWC order, as they leave the decoder."""
+    """Keep images and convolution weights in NHWC order, as they leave the decoder."""
     activation_checkpointing: bool = False
     """Recompute each encoder block in backward instead of storing its activations: about 1.3 times
     the time for a third to half of the memory."""
@@ -338,7 +338,7 @@ class EfficiencyConfig:
     padded to a few sizes, so that new ones seldom compile anew. Needs a C++ compiler. Refused
     with activation_checkpointing of BatchNorm."""
     micro_batch_size: int = 0
-    """Pictures that a rank encodes at once; 0: its whole share of the batch. Each is encoded twice,
+    """Images that a rank encodes at once; 0: its whole share of the batch. Each is encoded twice,
     for about 4/3 of the time, and activations are kept for this many only. The loss is still that
     of the whole global batch. Refused with BatchNorm."""
     unique_texts: bool = True
@@ -348,7 +348,7 @@ class EfficiencyConfig:
     batch, or without padding: all tokens in one row, for attention spread out where there is no
     kernel for rows of any length. Packing needs unique_texts; without it texts are trimmed."""
     loss: LossForm = "auto"
-    """Hold the logits of all pictures and texts (dense), or go through them in tiles and store none
+    """Hold the logits of all images and texts (dense), or go through them in tiles and store none
     (tiled): the same loss in a fiftieth of the memory. auto takes tiles where they are faster."""
     fused_optimizer: bool = True
     """For optim.name=adamw: torch's fused kernel instead of its loop over parameters. Also the one
@@ -397,7 +397,7 @@ class RunConfig:
     evaluate_every_steps: int = 0
     """Steps between evaluations of data.evaluate; the last step always has one. 0: only then."""
     device: DeviceName = "auto"
-    """Where the model trains and pictures are decoded; auto takes CUDA when there is any."""
+    """Where the model trains and images are decoded; auto takes CUDA when there is any."""
     max_bad_steps: int = 0
     """Steps of this process whose loss or gradient norm may be not finite: each update is left out,
     and said loudly. One more stops the run. Their samples are in non-finite-step-*.json."""

@@ -82,7 +82,7 @@ def cifar10_small() -> TrainConfig:
     """CIFAR-10 on two CPU cores within 20 minutes: 16 passes of a seven-layer network.
 
     The model sees 28 x 28 of the 32 x 32 pixels, cut anywhere in training and at the centre in
-    evaluation: no picture is scaled, and there is a quarter less to compute.
+    evaluation: no image is scaled, and there is a quarter less to compute.
     """
     return TrainConfig(
         data=DataConfig(

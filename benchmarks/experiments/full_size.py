@@ -39,7 +39,7 @@ PREPARATION = {
         "unicl-pack build cc3m/ cc12m/ {small} --out {packed}/gcc15m",
     ),
     "yfcc14m": (
-        "# YFCC100M's 14 million pictures with English text, likewise",
+        "# YFCC100M's 14 million images with English text, likewise",
         "unicl-pack build yfcc14m/ {small} --out {packed}/yfcc14m",
     ),
 }

@@ -3,10 +3,10 @@
     python -m unicl_fast.benchmarks.experiments labels-and-captions --data $DATA --out runs/mixture
 
 $DATA is the folder that CONTRIBUTING.md calls the test data. Every fifth class of its Tiny ImageNet
-is held back, with all its pictures; what is asked for is zero-shot accuracy on these, on new
-pictures of the classes that were learnt, and whether a held-out Flickr8k photograph finds one of
+is held back, with all its images; what is asked for is zero-shot accuracy on these, on new
+images of the classes that were learnt, and whether a held-out Flickr8k photograph finds one of
 its captions. Words of some held-back classes occur in captions and among COCO's labels
-(refrigerator, goldfish, cliff, bucket), as they would for anybody: it is their pictures that no
+(refrigerator, goldfish, cliff, bucket), as they would for anybody: it is their images that no
 class of Tiny ImageNet has shown.
 """
 
@@ -54,8 +54,8 @@ _MEASURED = {
     "zero-shot top-1, held-back classes": ("held_back", "top1"),
     "zero-shot top-5, held-back classes": ("held_back", "top5"),
     "zero-shot top-1, learnt classes": ("learnt", "top1"),
-    "picture finds a caption, in 10 of 500": ("retrieval", "image_to_text_recall_at_10"),
-    "caption finds its picture, in 10 of 100": ("retrieval", "text_to_image_recall_at_10"),
+    "image finds a caption, in 10 of 500": ("retrieval", "image_to_text_recall_at_10"),
+    "caption finds its image, in 10 of 100": ("retrieval", "text_to_image_recall_at_10"),
 }
 
 

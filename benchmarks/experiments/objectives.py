@@ -1,4 +1,4 @@
-r"""Table 2 of the paper, small: CE, SupCon and UniCL, same encoder, crops, steps and pictures.
+r"""Table 2 of the paper, small: CE, SupCon and UniCL, same encoder, crops, steps and images.
 
     unicl-pack build $DATA/cifar10/cifar10-train.zip --format raw --out packed/cifar10-train
     unicl-pack build $DATA/cifar10/cifar10-test.zip --format raw --out packed/cifar10-test
@@ -40,21 +40,21 @@ _PROBE_C = "1"  # where a search on such features ended; one fit instead of four
 class Recipe:
     """What an encoder needs beside the preset cifar10-small."""
 
-    pictures: int
+    images: int
     """That go through the image encoder in one run."""
     options: tuple[str, ...]
 
 
 _RECIPES: dict[Encoder, Recipe] = {
     "resnet9": Recipe(
-        pictures=640_000,
+        images=640_000,
         options=(
             *("--model.image-encoder", "unicl_resnet9_small", "--optim.lr", "6e-3"),
             *("--optim.betas", "0.9", "0.98", "--optim.weight-decay", "0.3"),
         ),
     ),
     "swin6": Recipe(
-        pictures=300_000,
+        images=300_000,
         options=("--model.image-encoder", "unicl_swin6_small", "--optim.betas", "0.9", "0.98"),
     ),
 }
@@ -62,12 +62,12 @@ _RECIPES: dict[Encoder, Recipe] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ExperimentSettings):
-    """CE, SupCon and UniCL with the same encoder and the same number of pictures encoded."""
+    """CE, SupCon and UniCL with the same encoder and the same number of images encoded."""
 
     train: Path
-    """CIFAR-10's training pictures, packed."""
+    """CIFAR-10's training images, packed."""
     test: Path
-    """Its test pictures, packed."""
+    """Its test images, packed."""
     encoders: tuple[Encoder, ...] = ("resnet9", "swin6")
     """unicl_resnet9_small and unicl_swin6_small, which see 28 x 28 of the 32 x 32 pixels."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -99,7 +99,7 @@ def run(settings: Settings) -> None:
 def make_run(settings: Settings, encoder: Encoder, arm: str, seed: int, *more: str) -> Run:
     """One arm's run with one seed."""
     recipe = _RECIPES[encoder]
-    pictures = round(settings.length * recipe.pictures)
+    images = round(settings.length * recipe.images)
     share = 2 if arm == "supcon" else 1
     evaluated = ("--data.evaluate", str(settings.test)) if arm != "supcon" else ()
     data = ("--train", str(settings.train), "--data", str(settings.test))
@@ -111,7 +111,7 @@ def make_run(settings: Settings, encoder: Encoder, arm: str, seed: int, *more: s
             *_OPTIONS[arm],
             *more,
             *("--run.global-batch-size", str(_BATCH_SIZE // share)),
-            *("--run.samples", str(pictures // share), "--run.seed", str(seed)),
+            *("--run.samples", str(images // share), "--run.seed", str(seed)),
             *("--run.evaluate-every-steps", "0", "--checkpoint.every-steps", "500"),
             *("--efficiency.precision", settings.precision),
         ),

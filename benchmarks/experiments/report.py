@@ -35,7 +35,7 @@ class ExperimentSettings:
     """efficiency.precision of all runs; each row says what it came to."""
 
     def execution(self) -> tuple[str, ...]:
-        """Of every run: beside others, one decoding thread is enough for small pictures."""
+        """Of every run: beside others, one decoding thread is enough for small images."""
         return ("--data.threads", "1") if self.jobs > 1 else ()
 
 

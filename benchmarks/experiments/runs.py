@@ -69,7 +69,7 @@ def run_all(runs: Sequence[Run], folder: Path, *, jobs: int) -> dict[str, Row]:
 
 
 def median_rate(run: Run, folder: Path) -> float:
-    """Pictures a second of a run that is done, without its first fifth, which has the start."""
+    """Images/s of a run that is done, without its first fifth, which has the start."""
     lines = read_metrics(folder / run.name / "run")
     rates = [line["images_per_second"] for line in lines if "images_per_second" in line]
     return statistics.median(rates[len(rates) // 5 :])
@@ -78,8 +78,8 @@ def median_rate(run: Run, folder: Path) -> float:
 def compare_rates(rates: Mapping[str, Sequence[float]], one: str, other: str) -> Row:
     """Prints how many times `other`'s rate `one` has, in pairs as they were taken."""
     found = summarise([a / b for a, b in zip(rates[one], rates[other], strict=True)])
-    print_figures({f"pictures a second, {one} over {other}": found})
-    return {"ratio": found, "pictures_a_second": rates}
+    print_figures({f"images/s, {one} over {other}": found})
+    return {"ratio": found, "images_per_second": rates}
 
 
 def _row_of(run: Run, folder: Path, threads: int) -> Row:

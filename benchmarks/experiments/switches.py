@@ -3,7 +3,7 @@ r"""CIFAR-10 with every switch of `efficiency` that a CPU gains by, and without 
     python -m unicl_fast.benchmarks.experiments switches --train packed/cifar10-train \
         --test packed/cifar10-test --out runs/switches
 
-The same seeds see the same pictures in the same order, so accuracies should differ by less than
+The same seeds see the same images in the same order, so accuracies should differ by less than
 those of seeds do, and rates by what the switches are worth. Runs go one after another, each on all
 cores, in turns. Not on: compilation, which is slower on a CPU, and what BatchNorm forbids, which is
 micro-batches.
@@ -33,9 +33,9 @@ class Settings(ExperimentSettings):
     """The same training with what `efficiency` offers and without."""
 
     train: Path
-    """CIFAR-10's training pictures, packed."""
+    """CIFAR-10's training images, packed."""
     test: Path
-    """Its test pictures, packed."""
+    """Its test images, packed."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """One run of each arm each."""
     jobs: int = 1

@@ -26,9 +26,9 @@ class Settings(ExperimentSettings):
     """Prompt templates: one for each sample, or one for each class and batch."""
 
     train: Path
-    """CIFAR-10's training pictures, packed."""
+    """CIFAR-10's training images, packed."""
     test: Path
-    """Its test pictures, packed."""
+    """Its test images, packed."""
     encoder: Encoder = "resnet9"
     """As in objectives."""
     seeds: tuple[int, ...] = (0, 1, 2)
@@ -67,7 +67,7 @@ def run(settings: Settings) -> None:
 
 
 def _rates(settings: Settings) -> dict[str, object]:
-    """Pictures a second of one a class over one a sample, in short runs that take turns."""
+    """Images/s of one a class over one a sample, in short runs that take turns."""
     if settings.rounds == 0:
         return {}
     folder = settings.out / f"rates-{time.time_ns()}"

@@ -2,7 +2,7 @@
 
     unicl-bench augment --data PACKED [--json FILE]
 
-The same pictures leave loaders with and without augmentation, with the fused operator and with
+The same images leave loaders with and without augmentation, with the fused operator and with
 DALI's; first the two are compared on a batch, then all take turns. Figures are rates against the
 loader that only cuts, resamples and mirrors, fused.
 """
@@ -43,7 +43,7 @@ _WARM_UP = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(BenchmarkSettings):
-    """Pictures a second with augmentation against without, and with DALI's operators."""
+    """Images/s with augmentation against without, and with DALI's operators."""
 
     data: Path
     """Packed data set with labels."""
@@ -53,9 +53,9 @@ class Settings(BenchmarkSettings):
         "none,policy=trivial",
         "none,policy=auto",
     )
-    """As entries of data.augment, one view each: two are twice the pictures."""
+    """As entries of data.augment, one view each: two are twice the images."""
     batch_size: int = 64
-    """Pictures of a batch."""
+    """Images of a batch."""
     image_size: int = 224
     """Side of the squares."""
     threads: int = 2
@@ -71,7 +71,7 @@ def run(settings: Settings) -> None:
     specs = (_CROP_ONLY, *settings.augment)
     for spec in specs:
         if parse_augmentation(spec).views != 1:
-            raise ValueError(f"{spec}: add views=1; a second view is one more picture")
+            raise ValueError(f"{spec}: add views=1; a second view is one more image")
     with PackedDataset(settings.data) as dataset, contextlib.ExitStack() as stack:
         loaders = {
             (spec, resample): stack.enter_context(
@@ -90,7 +90,7 @@ def run(settings: Settings) -> None:
 def batches_of(
     dataset: PackedDataset, settings: Settings, spec: str, resample: Resample
 ) -> Generator[Tensor, None, None]:
-    """Pictures uint8 [b h w c] of the training loader."""
+    """Images uint8 [b h w c] of the training loader."""
     config = TrainConfig(
         data=DataConfig(
             image_size=settings.image_size,
@@ -118,7 +118,7 @@ def compare(spec: str, fused: Tensor, dali: Tensor) -> None:
     thresholds of a policy make more of that in a few places.
     """
     gap = (fused.int() - dali.int()).abs().float().flatten(1).mean(1)
-    print(f"{spec}: mean difference of a picture {gap.median():.3f}, at most {gap.max():.3f}")
+    print(f"{spec}: mean difference of an image {gap.median():.3f}, at most {gap.max():.3f}")
     if gap.median() > 0.5 or (gap > 3).float().mean() > 0.1:
         raise RuntimeError(f"{spec}: the fused operator and DALI's differ; nothing was timed")
 
@@ -130,15 +130,15 @@ def measure(loaders: dict[tuple[str, Resample], Iterator[Tensor]], settings: Set
         for name, batches in zip(turns, loaders.values(), strict=True):
             turns[name].append(take_turn(batches, settings))
     plain = f"{_CROP_ONLY}, fused"
-    pictures = settings.batches * settings.batch_size
+    images = settings.batches * settings.batch_size
     figures = {}
     for name, mine in turns.items():
-        figures[f"{name}: images/s"] = summarise([pictures / turn.wall_seconds for turn in mine])
+        figures[f"{name}: images/s"] = summarise([images / turn.wall_seconds for turn in mine])
         for unit, kind in (
             ("wall_seconds", "rate"),
-            ("processor_seconds", "rate by processor time"),
+            ("cpu_seconds", "rate by CPU time"),
         ):
-            # of equal numbers of pictures: how many times as long the other one takes
+            # of equal numbers of images: how many times as long the other one takes
             ratios = ratios_of(turns, plain, name, unit=unit)
             figures[f"{name}: {kind} against none"] = summarise(ratios)
     return figures

@@ -1,8 +1,8 @@
 """Whether the contenders of `unicl-bench input` make the same thing; what does not is not timed.
 
-Two questions. **Pixels**: square pictures, of which every crop law with scale and ratio 1 takes the
+Two questions. **Pixels**: square images, of which every crop law with scale and ratio 1 takes the
 whole, are resized by each and compared with what Pillow makes of the same file. **The law of the
-crops**: over pictures with random crops, means and deviations of a contender and of ours may
+crops**: over images with random crops, means and deviations of a contender and of ours may
 differ by five standard errors.
 
 Without torch, for the reason in input_worker.py.
@@ -32,7 +32,7 @@ _THUMBNAIL = 8
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Gap:
-    """How far a contender's pictures are from Pillow's, in levels of 255."""
+    """How far a contender's images are from Pillow's, in levels of 255."""
 
     mean: float
     high: float
@@ -53,25 +53,25 @@ def write_class_folder(dataset: PackedDataset, folder: Path) -> None:
 def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarray]:
     """A task whose answer is known: squares shown whole, unmirrored.
 
-    Writes the squares, cut out of the middle of the data set's first pictures, into
+    Writes the squares, cut out of the middle of the data set's first images, into
     `task.scratch`: as JPEGs, or raw as the data set is.
 
     Returns:
-        The task, and Pillow's pictures: float32 [n h w 3] in levels of 255.
+        The task, and Pillow's images: float32 [n h w 3] in levels of 255.
     """
     scratch = task.scratch / "squares"
     scratch.mkdir(parents=True)
     size = (task.image_size, task.image_size)
-    is_raw = dataset.picture_shape is not None
+    is_raw = dataset.image_shape is not None
     truth = []
-    with DatasetWriter(scratch / "packed", pictures="raw" if is_raw else "encoded") as writer:
+    with DatasetWriter(scratch / "packed", images="raw" if is_raw else "encoded") as writer:
         for index in range(min(_SQUARES, len(dataset))):
             square = _square(bytes(dataset.image_bytes(index)))
             data = square.tobytes()
             if not is_raw:
                 data = _jpeg(square)
-                with Image.open(io.BytesIO(data)) as picture:
-                    square = picture.convert("RGB")
+                with Image.open(io.BytesIO(data)) as image:
+                    square = image.convert("RGB")
             resized = square.resize(size, Image.Resampling.BILINEAR)
             truth.append(np.asarray(resized, dtype=np.float32))
             writer.add(
@@ -112,10 +112,10 @@ def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarra
 
 
 def _square(encoded: bytes) -> Image.Image:
-    with Image.open(io.BytesIO(encoded)) as picture:
-        side = min(picture.size)
-        left, top = (picture.width - side) // 2, (picture.height - side) // 2
-        return picture.convert("RGB").crop((left, top, left + side, top + side))
+    with Image.open(io.BytesIO(encoded)) as image:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return image.convert("RGB").crop((left, top, left + side, top + side))
 
 
 def _jpeg(square: Image.Image) -> bytes:
@@ -124,42 +124,42 @@ def _jpeg(square: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
-def gap_to(truth: np.ndarray, pictures: np.ndarray) -> Gap:
-    """Compares each picture with the one of `truth` that it looks most like.
+def gap_to(truth: np.ndarray, images: np.ndarray) -> Gap:
+    """Compares each image with the one of `truth` that it looks most like.
 
     Raises:
         ValueError: fewer than half of what is to be shown was shown.
     """
-    found = [int(np.argmin(_distances(truth, picture))) for picture in pictures]
+    found = [int(np.argmin(_distances(truth, image))) for image in images]
     if len(set(found)) < len(truth) / 2:
-        raise ValueError(f"only {len(set(found))} of {len(truth)} pictures were shown")
+        raise ValueError(f"only {len(set(found))} of {len(truth)} images were shown")
     differences = np.stack(
-        [np.abs(picture - truth[i]) for picture, i in zip(pictures, found, strict=True)]
+        [np.abs(image - truth[i]) for image, i in zip(images, found, strict=True)]
     )
     return Gap(float(differences.mean()), float(np.quantile(differences, 0.99)))
 
 
-def _distances(truth: np.ndarray, picture: np.ndarray) -> np.ndarray:
-    return np.asarray(((_thumbnail(truth) - _thumbnail(picture[None])) ** 2).sum(axis=(1, 2, 3)))
+def _distances(truth: np.ndarray, image: np.ndarray) -> np.ndarray:
+    return np.asarray(((_thumbnail(truth) - _thumbnail(image[None])) ** 2).sum(axis=(1, 2, 3)))
 
 
-def _thumbnail(pictures: np.ndarray) -> np.ndarray:
+def _thumbnail(images: np.ndarray) -> np.ndarray:
     """Means over a grid of `_THUMBNAIL` squares a side, what is left over at the end dropped."""
-    count, size = len(pictures), pictures.shape[1]
+    count, size = len(images), images.shape[1]
     cells = min(_THUMBNAIL, size)
     cell = size // cells
-    cut = pictures[:, : cells * cell, : cells * cell]
+    cut = images[:, : cells * cell, : cells * cell]
     return np.asarray(cut.reshape(count, cells, cell, cells, cell, 3).mean(axis=(2, 4)))
 
 
 def differs_in_law(moments: np.ndarray, ours: np.ndarray) -> str:
-    """Says how means or deviations of pictures [n 2] differ by more than chance; "" if not."""
+    """Says how means or deviations of images [n 2] differ by more than chance; "" if not."""
     error = np.sqrt(sum(each.var(0) / len(each) for each in (moments, ours)))
     theirs_mean, ours_mean = moments.mean(0), ours.mean(0)
     for i, name in enumerate(("mean", "deviation")):
         if abs(theirs_mean[i] - ours_mean[i]) > _STANDARD_ERRORS * error[i]:
             return (
-                f"the pictures' {name} is {theirs_mean[i]:.2f}, ours is {ours_mean[i]:.2f} "
+                f"the images' {name} is {theirs_mean[i]:.2f}, ours is {ours_mean[i]:.2f} "
                 f"(standard error {error[i]:.2f})"
             )
     return ""

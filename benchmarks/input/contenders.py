@@ -20,12 +20,12 @@ Kind = Literal["ours", "peer", "limit", "stage"]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What every contender is given: the same pictures, and the same law for the crops."""
+    """What every contender is given: the same images, and the same law for the crops."""
 
     data: Path
     """Packed data set; its tars are WebDataset's and DALI's too."""
     scratch: Path
-    """A folder for other forms of the same pictures, made once for all."""
+    """A folder for other forms of the same images, made once for all."""
     batch_size: int
     image_size: int
     threads: int
@@ -53,13 +53,13 @@ class Contender:
     """ours and peers make normalised float32 [b c h w]; limits and stages are parts of that."""
     what: str
     code: str
-    """module:function; takes a `Task`, yields batches, or numbers of pictures."""
+    """module:function; takes a `Task`, yields batches, or numbers of images."""
     prepare: str = ""
     """module:function that writes what it reads into `task.scratch`, in a process of its own."""
     install: str = ""
     """What to type where a package is missing."""
     tolerance: float = 0.4
-    """Mean difference from Pillow's picture that is let pass, in levels of 255. A rounding more or
+    """Mean difference from Pillow's image that is let pass, in levels of 255. A rounding more or
     less makes 0.2; those with another filter or decoder have a wider one."""
     differs: str = ""
     """What it does not do as the others do."""
@@ -129,12 +129,12 @@ PEERS = (
         prepare=f"{_HERE}.input_ffcv:write_jpg",
         install=_FFCV,
         tolerance=3.0,
-        differs="pictures encoded anew, the fast DCT, OpenCV's area filter",
+        differs="images encoded anew, the fast DCT, OpenCV's area filter",
     ),
     Contender(
         name="ffcv-raw",
         kind="peer",
-        what="FFCV on decoded pictures of at most 500 pixels",
+        what="FFCV on decoded images of at most 500 pixels",
         code=f"{_HERE}.input_ffcv:raw_batches",
         prepare=f"{_HERE}.input_ffcv:write_raw",
         install=_FFCV,
@@ -174,7 +174,7 @@ PARTS = (
     Contender(
         name="turbojpeg",
         kind="limit",
-        what="libjpeg-turbo decodes the whole picture and nothing else, bytes in memory",
+        what="libjpeg-turbo decodes the whole image and nothing else, bytes in memory",
         code=f"{_HERE}.input_own:turbojpeg_alone",
     ),
     Contender(

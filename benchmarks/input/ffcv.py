@@ -21,7 +21,7 @@ from .contenders import Task
 _MAX_PIXELS = 500
 _QUALITY = 90
 _EPOCH = 500_000
-"""Pictures of one of its epochs; between two of them its threads start anew."""
+"""Images of one of its epochs; between two of them its threads start anew."""
 
 
 def write_jpg(task: Task) -> None:

@@ -43,17 +43,17 @@ def dali_batches(task: Task) -> Iterator[Tensor]:
             ext=["jpg;png;webp"],
             random_shuffle=True,
         )
-        pictures = fn.decoders.image_random_crop(
+        images = fn.decoders.image_random_crop(
             encoded, random_area=list(task.scale), random_aspect_ratio=list(task.ratio)
         )
-        pictures = fn.resize(
-            pictures,
+        images = fn.resize(
+            images,
             size=[task.image_size, task.image_size],
             interp_type=types.INTERP_LINEAR,
             antialias=True,
         )
         return fn.crop_mirror_normalize(
-            pictures,
+            images,
             dtype=types.FLOAT,
             output_layout="CHW",
             mean=_MEAN.tolist(),
@@ -63,13 +63,13 @@ def dali_batches(task: Task) -> Iterator[Tensor]:
 
     pipeline = graph(batch_size=task.batch_size, num_threads=task.threads, device_id=None, seed=1)
     while True:
-        (pictures,) = pipeline.run()
-        yield from_dlpack(pictures.as_tensor())
-        del pictures
+        (images,) = pipeline.run()
+        yield from_dlpack(images.as_tensor())
+        del images
 
 
 def spdl_batches(task: Task) -> Iterator[Tensor]:
-    """SPDL's threads, each having FFmpeg decode, crop, scale and mirror one picture at a time."""
+    """SPDL's threads, each having FFmpeg decode, crop, scale and mirror one image at a time."""
     import spdl.io
     from spdl.pipeline import PipelineBuilder
 
@@ -97,8 +97,8 @@ def spdl_batches(task: Task) -> Iterator[Tensor]:
     mean, std = torch.from_numpy(_MEAN), torch.from_numpy(_STD)
 
     def finish(frames: list[Any]) -> Tensor:
-        pictures = spdl.io.to_torch(spdl.io.convert_frames(frames))
-        return ((pictures - mean) / std).permute(0, 3, 1, 2)
+        images = spdl.io.to_torch(spdl.io.convert_frames(frames))
+        return ((images - mean) / std).permute(0, 3, 1, 2)
 
     pipeline = (
         PipelineBuilder()
@@ -125,9 +125,9 @@ def pool_batches(task: Task) -> Iterator[Tensor]:
 
     def make(out: NDArray[np.float32], index: int, seed: int) -> None:
         draw = random.Random(seed)
-        picture = decode_whole(dataset.image_bytes(index))
-        top, left, height, width = random_crop(draw, *picture.shape[:2], task)
-        crop = picture[top : top + height, left : left + width]
+        image = decode_whole(dataset.image_bytes(index))
+        top, left, height, width = random_crop(draw, *image.shape[:2], task)
+        crop = image[top : top + height, left : left + width]
         # the area filter is OpenCV's only one with antialias, and only shrinks
         shrinks = height >= size and width >= size
         square = cv2.resize(

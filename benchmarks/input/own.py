@@ -1,6 +1,6 @@
 """Our own loader for `unicl-bench input`, its stages, and what limits them.
 
-Whole loaders yield normalised float32 [b c h w]; stages and limits yield numbers of pictures. A
+Whole loaders yield normalised float32 [b c h w]; stages and limits yield numbers of images. A
 stage gets what comes before it from memory. Those that run beside each other in the loader use
 `threads` threads, those that its feeding thread does one after another use one.
 """
@@ -44,7 +44,7 @@ from .contenders import Task
 from .worker import ContenderError
 
 _HELD = 1024
-"""Pictures that are held in memory for a stage."""
+"""Images that are held in memory for a stage."""
 
 
 class _Own:
@@ -75,14 +75,14 @@ class _Own:
         return self.loader.plan.batch(step, rank=0, world_size=1)
 
     def some_planned(self) -> list[PlannedBatch]:
-        """So many batches as make `_HELD` pictures, at least one."""
+        """So many batches as make `_HELD` images, at least one."""
         return [self.planned(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
 
     def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
         return self.bad.read_batch(self.loader.plan, planned)
 
     def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
-        """`some_planned` with their encoded pictures."""
+        """`some_planned` with their encoded images."""
         return [self.read(planned) for planned in self.some_planned()]
 
 
@@ -106,7 +106,7 @@ def plan(task: Task) -> Iterator[int]:
     for first in itertools.count(0, count):
         long = own.loader.plan.long_batch(first, count, rank=0, world_size=1)
         for batch in split_steps(long, count, global_batch_size=task.batch_size):
-            yield len(batch.slots)
+            yield len(batch.global_index)
 
 
 def texts(task: Task) -> Iterator[int]:
@@ -114,11 +114,11 @@ def texts(task: Task) -> Iterator[int]:
     length = own.config.model.context_length
     count = steps_at_once(task.batch_size)
     long = own.loader.plan.long_batch(0, count, rank=0, world_size=1)
-    slots = np.arange(task.batch_size)
+    global_index = np.arange(task.batch_size)
     while True:
         rows, classes = gather_texts(long, [own.dataset], own.prompts, context_length=length)
         targets = map_steps(rows, classes, own.prompts, size=task.batch_size)
-        yield len(pack_integers(targets, slots, context_length=length))
+        yield len(pack_integers(targets, global_index, context_length=length))
 
 
 def read(task: Task) -> Iterator[int]:
@@ -168,22 +168,22 @@ def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
                 shapes,
                 data=own.config.data,
                 device=torch.device("cpu"),
-                pictures="files",
+                images="files",
             )
         )
     while True:
-        (pictures,) = pipeline.run()
-        yield len(pictures)
-        del pictures
+        (images,) = pipeline.run()
+        yield len(images)
+        del images
 
 
 def turbojpeg_alone(task: Task) -> Iterator[int]:
     from .native_peers import decode_whole
 
-    pictures = [(picture,) for _, encoded in _Own(task).held() for picture in encoded]
-    if any(bytes(picture[:2]) != b"\xff\xd8" for (picture,) in pictures):
-        raise ContenderError("the pictures are not JPEGs")
-    yield from _in_threads(task, decode_whole, pictures)
+    images = [(image,) for _, encoded in _Own(task).held() for image in encoded]
+    if any(bytes(image[:2]) != b"\xff\xd8" for (image,) in images):
+        raise ContenderError("the images are not JPEGs")
+    yield from _in_threads(task, decode_whole, images)
 
 
 def resample(task: Task) -> Iterator[int]:
@@ -195,8 +195,8 @@ def resample(task: Task) -> Iterator[int]:
         corners = zip(
             fed.window_starts.tolist(), fed.window_shapes.tolist(), fed.flips, strict=True
         )
-        for picture, ((top, left), (height, width), flip) in zip(encoded, corners, strict=True):
-            whole = decode_whole(picture)
+        for image, ((top, left), (height, width), flip) in zip(encoded, corners, strict=True):
+            whole = decode_whole(image)
             crop = whole[top : top + height, left : left + width].copy()
             crops.append((crop, bool(flip)))
     size = task.image_size
@@ -214,7 +214,7 @@ def augment(task: Task) -> Iterator[int]:
     chosen = AUGMENTATIONS["unicl"]
     size, stages = task.image_size, num_stages([chosen])
     rows = draw_rows(chosen, np.arange(_HELD), key=0, image_size=size, stages=stages)
-    # smooth, as pictures are: what a histogram or a blur costs depends on it little
+    # smooth, as images are: what a histogram or a blur costs depends on it little
     ramp = np.linspace(0, 255, size, dtype=np.uint8)
     across, down = np.meshgrid(ramp, ramp)
     square = np.stack([down, across, across + down], axis=2)

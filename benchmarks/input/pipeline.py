@@ -1,9 +1,9 @@
-"""Pictures per second of the input pipeline on the CPU, beside what else one could take.
+"""Images/s of the input pipeline on the CPU, beside what else one could take.
 
     unicl-bench input --data PACKED [--peers torchvision dali] [--json FILE] [--plot FILE.png]
 
 Every contender cuts, resizes, mirrors and normalises the same files into float32 batches, with the
-same number of threads or worker processes. Their pictures are compared first (input_compare.py).
+same number of threads or worker processes. Their images are compared first (input_compare.py).
 Then each runs alone, for its memory; then they take turns, all but one stopped, and what counts is
 the median of the ratios within a round. Limits and stages, which are parts of the work, take turns
 with them. What is not installed is named and passed over.
@@ -53,10 +53,10 @@ from .worker import ContenderError, MissingPackageError, Rate, Worker
 T = TypeVar("T")
 
 _COMPARED = 192
-"""Pictures of each contender that are compared with Pillow's: four times as many as there are
+"""Images of each contender that are compared with Pillow's: four times as many as there are
 squares, since those who draw with replacement do not show all of them sooner."""
 _MOMENTS = 1024
-"""Pictures of each whose means and deviations are compared."""
+"""Images of each whose means and deviations are compared."""
 _PACKAGES = (
     *("torchvision", "timm", "webdataset", "spdl", "ffcv", "simplejpeg", "opencv-python-headless"),
     *("nvidia-dali-cuda120", "pillow", "numpy", "numba"),
@@ -65,12 +65,12 @@ _PACKAGES = (
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(BenchmarkSettings):
-    """Pictures a second of the input pipeline on the CPU, beside what else one could take."""
+    """Images/s of the input pipeline on the CPU, beside what else one could take."""
 
     data: Path
-    """Packed data set of JPEGs or PNGs; everybody reads its pictures."""
+    """Packed data set of JPEGs or PNGs; everybody reads its images."""
     raw_data: Path | None = None
-    """The same pictures packed in another format, for a second contender of ours."""
+    """The same images packed in another format, for a second contender of ours."""
     peers: tuple[str, ...] = ("all",)
     """Whom to compare with: torchvision, torchvision-v2, timm, webdataset, spdl, ffcv-jpg,
     ffcv-raw, pool, dali; or all."""
@@ -78,7 +78,7 @@ class Settings(BenchmarkSettings):
     """Limits and stages that take turns too: decode, turbojpeg, read, write, plan, texts,
     resample, normalise, loader; or all, or none."""
     batch_size: int = 64
-    """Pictures of a batch."""
+    """Images of a batch."""
     image_size: int = 224
     """Side of the squares."""
     threads: int = 2
@@ -173,7 +173,7 @@ class _Race:
         self.left_out[contender.name] = reason
 
     def compare_pixels(self, questions: Mapping[str, tuple[Task, np.ndarray]]) -> dict[str, Gap]:
-        """Everybody's pictures against Pillow's; who makes something else is out.
+        """Everybody's images against Pillow's; who makes something else is out.
 
         Args:
             questions: for each name a task and its answer, see `comparison_task`.
@@ -239,13 +239,13 @@ class _Race:
 
     def _rate_figures(self, rates: Mapping[str, list[Rate]]) -> Figures:
         figures = {}
-        for unit, field in (("s", "wall"), ("processor second", "processor")):
+        for unit, field in (("s", "wall"), ("CPU second", "processor")):
             values = {
                 name: [getattr(rate, field) for rate in taken] for name, taken in rates.items()
             }
             for name, all_rates in values.items():
                 figures[f"{name}, images/{unit}"] = summarise(all_rates)
-            suffix = "" if field == "wall" else ", by processor time"
+            suffix = "" if field == "wall" else ", by CPU time"
             for own in self.still_in("ours"):
                 for other in self.still_in("peer", "limit"):
                     pairs = zip(values[own.name], values[other.name], strict=True)
@@ -254,7 +254,7 @@ class _Race:
         return figures
 
     def described(self, gaps: Mapping[str, Gap]) -> dict[str, dict[str, Any]]:
-        """For the JSON: what each one is, and how near its pictures are to Pillow's."""
+        """For the JSON: what each one is, and how near its images are to Pillow's."""
         described: dict[str, dict[str, Any]] = {}
         for each in self.still_in():
             facts: dict[str, Any] = {"kind": each.kind, "what": each.what}
@@ -269,14 +269,14 @@ class _Race:
 def _gap(contender: Contender, task: Task, truth: np.ndarray) -> Gap:
     _prepare(contender, task)
     with Worker(contender, task) as worker:
-        pictures = worker.pictures(_COMPARED)
+        images = worker.images(_COMPARED)
     try:
-        gap = gap_to(truth, pictures)
+        gap = gap_to(truth, images)
     except ValueError as error:
         raise ContenderError(str(error)) from error
     if gap.mean > contender.tolerance:
         raise ContenderError(
-            f"it makes other pictures: {gap.mean:.2f} levels from Pillow's in the mean, "
+            f"it makes other images: {gap.mean:.2f} levels from Pillow's in the mean, "
             f"where {contender.tolerance} are allowed"
         )
     return gap

@@ -35,11 +35,11 @@ class Settings:
 def table(result: Mapping[str, Any]) -> str:
     """One row a contender, the fastest first within its kind; ratios are to ours.
 
-    Who reads decoded pictures is compared with our loader of decoded pictures, if it ran.
+    Who reads decoded images is compared with our loader of decoded images, if it ran.
     """
     figures = result["figures"]
     lines = [
-        "| | images/s | ours, times that | by processor time | memory, MB | levels from Pillow |",
+        "| | images/s | ours, times that | by CPU time | memory, MB | levels from Pillow |",
         "|---|---|---|---|---|---|",
     ]
     for name, facts in _by_rate(result):
@@ -49,7 +49,7 @@ def table(result: Mapping[str, Any]) -> str:
         cells = [
             _spread(figures[f"{name}, images/s"]),
             _spread(figures.get(f"{ours} / {name}")),
-            _spread(figures.get(f"{ours} / {name}, by processor time")),
+            _spread(figures.get(f"{ours} / {name}, by CPU time")),
             _median(figures.get(f"{name}, MB")),
         ]
         gap = facts.get("levels_from_pillow")

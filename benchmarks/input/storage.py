@@ -5,7 +5,7 @@
 The same data set lies in a folder and under the URL (unicl-pack upload). First the batches of both
 are compared; then loaders take turns: from the folder, from the URL with an empty cache, and with a
 full one. Then one pass is read, undecoded, for each window of the order and each size of the cache,
-and bytes that came from the store are divided by those of the pictures.
+and bytes that came from the store are divided by those of the images.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Settings(BenchmarkSettings):
     url: str
     """Where the same data set lies in a store."""
     batch_size: int = 64
-    """Pictures of a batch."""
+    """Images of a batch."""
     image_size: int = 224
     """Side of the squares."""
     threads: int = 2
@@ -73,7 +73,7 @@ def run(settings: Settings) -> None:
 
 
 def _rates(local: PackedDataset, settings: Settings) -> Figures:
-    """Pictures a second of the loaders, and the ratios to the folder's within a round."""
+    """Images/s of the loaders, and the ratios to the folder's within a round."""
     config = _config(settings)
     prompts = ClassPrompts([(local.manifest.class_names, local.manifest.templates)], Tokenizer())
 
@@ -110,7 +110,7 @@ def _rates(local: PackedDataset, settings: Settings) -> Figures:
     figures: Figures = {}
     for name, own in turns.items():
         what = "folder" if name == "folder" else f"URL, cache {name}"
-        figures[f"{what}: pictures/s"] = summarise([count / turn.wall_seconds for turn in own])
+        figures[f"{what}: images/s"] = summarise([count / turn.wall_seconds for turn in own])
         if name != "folder":
             pairs = zip(turns["folder"], own, strict=True)
             ratios = [folder.wall_seconds / turn.wall_seconds for folder, turn in pairs]
@@ -119,7 +119,7 @@ def _rates(local: PackedDataset, settings: Settings) -> Figures:
 
 
 def _traffic(local: PackedDataset, settings: Settings) -> Figures:
-    """Bytes from the store divided by bytes of pictures, of one pass."""
+    """Bytes from the store divided by bytes of images, of one pass."""
     figures: Figures = {}
     manifest = local.manifest
     total = sum(shard.num_bytes for shard in manifest.shards)
@@ -136,7 +136,7 @@ def _traffic(local: PackedDataset, settings: Settings) -> Figures:
             rates.append(len(local) / seconds)
         name = f"cache {part:g}, window {window or 'all'}"
         figures[f"{name}: bytes read / needed"] = summarise(ratios)
-        figures[f"{name}: pictures/s, undecoded"] = summarise(rates)
+        figures[f"{name}: images/s, undecoded"] = summarise(rates)
     return figures
 
 
@@ -156,7 +156,7 @@ def _read_a_pass(settings: Settings, config: TrainConfig, folder: Path) -> tuple
 
 
 def _config(settings: Settings, *, window: int = 0, cache_bytes: int = 20 * 10**9) -> TrainConfig:
-    # with DALI's resampling, decoded pictures are read step by step as others are
+    # with DALI's resampling, decoded images are read step by step as others are
     return TrainConfig(
         data=DataConfig(
             image_size=settings.image_size,

@@ -23,7 +23,7 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from .contenders import Task
 
 _ENOUGH = 2_000_000
-"""Pictures that no run gets through; the sampler keeps a permutation of so many numbers."""
+"""Images that no run gets through; the sampler keeps a permutation of so many numbers."""
 
 
 class _Repeated(Dataset[Any]):

@@ -2,7 +2,7 @@
 
 Workers of one contender must not run while another has its turn: the whole session of a process is
 stopped by a signal between its turns, whatever threads and children it has. Its memory and its
-processor time are those of all processes of the session.
+CPU time are those of all processes of the session.
 
 This module imports no torch: what the handle's process has mapped too would be shared, and shared
 memory counts in part only.
@@ -52,11 +52,11 @@ class MissingPackageError(ContenderError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Rate:
-    """Pictures per second of one turn."""
+    """Images/s of one turn."""
 
     wall: float
     processor: float
-    """Per second of processor time of all the contender's processes."""
+    """Per second of CPU time of all the contender's processes."""
 
 
 class Worker:
@@ -96,12 +96,12 @@ class Worker:
     ) -> None:
         self._end()
 
-    def pictures(self, count: int) -> np.ndarray:
-        """Its first `count` pictures, or a few more: float32 [n h w 3] in levels of 0 to 255."""
-        return np.asarray(self._ask("pictures", count))
+    def images(self, count: int) -> np.ndarray:
+        """Its first `count` images, or a few more: float32 [n h w 3] in levels of 0 to 255."""
+        return np.asarray(self._ask("images", count))
 
     def moments(self, batches: int) -> np.ndarray:
-        """Mean and deviation of each picture of so many batches [n 2], in levels."""
+        """Mean and deviation of each image of so many batches [n 2], in levels."""
         return np.asarray(self._ask("moments", batches))
 
     def turn(self, seconds: float) -> Rate:
@@ -194,8 +194,8 @@ def _serve_batches(connection: Connection, contender: Contender, task: Task) -> 
     connection.send(("ready", None))
     while True:
         command, number = connection.recv()
-        if command == "pictures":
-            connection.send(("pictures", _take_pictures(batches, number, task)))
+        if command == "images":
+            connection.send(("images", _take_images(batches, number, task)))
         elif command == "moments":
             moments = [_moments(_levels(next(batches), task)) for _ in range(number)]
             connection.send(("moments", np.concatenate(moments)))
@@ -206,8 +206,8 @@ def _serve_batches(connection: Connection, contender: Contender, task: Task) -> 
             connection.send(("turn", take_turn(batches, number)))
 
 
-def _take_pictures(batches: Iterator[Any], number: int, task: Task) -> np.ndarray:
-    """At least so many pictures, as `_levels` has them."""
+def _take_images(batches: Iterator[Any], number: int, task: Task) -> np.ndarray:
+    """At least so many images, as `_levels` has them."""
     taken: list[np.ndarray] = []
     while sum(map(len, taken)) < number:
         taken.append(_levels(next(batches), task))
@@ -224,18 +224,18 @@ def warm_up(batches: Iterator[Any], seconds: float) -> None:
 
 
 def take_turn(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
-    """Pictures per second of wall time and of processor time."""
+    """Images/s of wall time and of CPU time."""
     session = os.getsid(0)
-    pictures = 0
+    images = 0
     processor_start, start = session_seconds(session), time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = next(batches)
-        pictures += batch if isinstance(batch, int) else len(batch)
+        images += batch if isinstance(batch, int) else len(batch)
         del batch  # its buffer can be used again
     wall = time.perf_counter() - start
     # clock ticks are hundredths of a second: a short turn may see none
     processor = max(session_seconds(session) - processor_start, 0.01)
-    return pictures / wall, pictures / processor
+    return images / wall, images / processor
 
 
 def _levels(batch: Any, task: Task) -> np.ndarray:
@@ -247,8 +247,8 @@ def _levels(batch: Any, task: Task) -> np.ndarray:
     expected = (task.batch_size, 3, task.image_size, task.image_size)
     if tuple(batch.shape) != expected or "float32" not in str(batch.dtype):
         raise ContenderError(f"made {batch.dtype} {tuple(batch.shape)}, not float32 {expected}")
-    pictures = np.array(batch, dtype=np.float32).transpose(0, 2, 3, 1)
-    return (pictures * np.float32(CLIP_STD) + np.float32(CLIP_MEAN)) * 255
+    images = np.array(batch, dtype=np.float32).transpose(0, 2, 3, 1)
+    return (images * np.float32(CLIP_STD) + np.float32(CLIP_MEAN)) * 255
 
 
 def _moments(levels: np.ndarray) -> np.ndarray:
@@ -268,7 +268,7 @@ def _session_processes(session: int) -> list[tuple[Path, list[str]]]:
 
 
 def session_seconds(session: int) -> float:
-    """Processor time so far of all processes of a session, of ended children too."""
+    """CPU time so far of all processes of a session, of ended children too."""
     ticks = 0
     for _, fields in _session_processes(session):
         ticks += sum(int(fields[i]) for i in range(11, 15))  # utime, stime, cutime, cstime

@@ -2,10 +2,10 @@
 
     python -m unicl_fast.benchmarks.packing.many_samples --samples 1000000
 
-A JSONL list names a thousand small pictures again and again, by ever new paths and with captions of
+A JSONL list names a thousand small images again and again, by ever new paths and with captions of
 their own, so that reading, ordering and writing are those of as many pairs while decoding costs
 little. Measured are the peak of resident memory of the main process (VmHWM; workers hold one
-picture each and do not grow with the number), the seconds until the first sample is packed, and
+image each and do not grow with the number), the seconds until the first sample is packed, and
 the seconds that opening the finished data set takes.
 """
 
@@ -24,8 +24,8 @@ from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
 
-_PICTURES = 1000
-_CAPTION = "number {} of many pictures, with a caption of its own"
+_IMAGES = 1000
+_CAPTION = "number {} of many images, with a caption of its own"
 
 
 def main() -> None:
@@ -44,19 +44,19 @@ def main() -> None:
 
 
 def make_list(folder: Path, count: int) -> None:
-    """Pictures of 8 x 8 pixels, links that give them many names, and the list."""
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    """Images of 8 x 8 pixels, links that give them many names, and the list."""
+    images = folder / "images"
+    images.mkdir()
     generator = np.random.default_rng(0)
-    for number in range(_PICTURES):
+    for number in range(_IMAGES):
         pixels = generator.integers(0, 256, (8, 8, 3), np.uint8)
-        Image.fromarray(pixels).save(pictures / f"{number:03d}.png")
-    for number in range(-(-count // _PICTURES)):
-        (folder / f"{number:05d}").symlink_to(pictures)
+        Image.fromarray(pixels).save(images / f"{number:03d}.png")
+    for number in range(-(-count // _IMAGES)):
+        (folder / f"{number:05d}").symlink_to(images)
     with (folder / "list.jsonl").open("w") as file:
         for number in range(count):
-            link, picture = divmod(number, _PICTURES)
-            row = {"image": f"{link:05d}/{picture:03d}.png", "caption": _CAPTION.format(number)}
+            link, image = divmod(number, _IMAGES)
+            row = {"image": f"{link:05d}/{image:03d}.png", "caption": _CAPTION.format(number)}
             file.write(json.dumps(row) + "\n")
 
 

@@ -3,11 +3,11 @@
     unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp] [--json FILE]
 
 The rival is a bare loop over the same files in as many processes: read, decode strictly, and where
-a picture is changed scale and encode, with the same libraries and settings. It decodes in full,
+an image is changed scale and encode, with the same libraries and settings. It decodes in full,
 also where bytes are kept and unicl-pack takes a short cut (docs/performance.md says how much). It
-checks no header, limits no time or memory, and writes nothing. First every picture that it makes is
+checks no header, limits no time or memory, and writes nothing. First every image that it makes is
 compared with what was packed, byte for byte. Both start their processes on the clock; what that
-takes is measured with one picture, and left out of the ratios that say so.
+takes is measured with one image, and left out of the ratios that say so.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ import xxhash
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import RESIZE_QUALITY, RESIZE_SUBSAMPLING, PictureFormat
+from unicl_fast.images.check import RESIZE_QUALITY, RESIZE_SUBSAMPLING, ImageFormat
 from unicl_fast.images.encode import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
 from unicl_fast.system.machine import usable_cores
 
@@ -57,15 +57,15 @@ _JPEG = b"\xff\xd8\xff"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings(BenchmarkSettings):
-    """Pictures a second that are packed, against decoding, scaling and encoding them alone."""
+    """Images/s that are packed, against decoding, scaling and encoding them alone."""
 
     data: Path
     """Folder or zip with plain JPEGs in it, at any depth; others are passed over."""
-    formats: tuple[PictureFormat, ...] = ("keep", "jpeg", "webp", "png")
+    formats: tuple[ImageFormat, ...] = ("keep", "jpeg", "webp", "png")
     """As --format of unicl-pack build."""
     resize: str = ""
     """As --resize of unicl-pack build: short:PIXELS or square:PIXELS."""
-    pictures: int = 0
+    images: int = 0
     """Take so many of them, evenly spread; 0 takes all."""
     copies: int = 1
     """Pack each so many times: a run should be much longer than the start of its processes."""
@@ -73,9 +73,9 @@ class Settings(BenchmarkSettings):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Recipe:
-    """What the bare loop makes of a picture."""
+    """What the bare loop makes of an image."""
 
-    format: PictureFormat
+    format: ImageFormat
     short_side: int
     square_side: int
 
@@ -84,12 +84,12 @@ def run(settings: Settings) -> None:
     """Compares, measures, prints, and writes the JSON if one is wanted."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        paths = write_pictures(settings, folder / "pictures")
+        paths = write_images(settings, folder / "images")
         starts = start_turns(settings, paths[0], folder)
         num_bytes = sum(path.stat().st_size for path in paths)
         figures: Figures = {
-            "pictures": summarise([len(paths)]),
-            "bytes of a picture": summarise([num_bytes / len(paths)]),
+            "images": summarise([len(paths)]),
+            "bytes of an image": summarise([num_bytes / len(paths)]),
         }
         for name, turns in starts.items():
             figures[f"start of {name}, s"] = summarise([turn.wall_seconds for turn in turns])
@@ -99,17 +99,17 @@ def run(settings: Settings) -> None:
     write_result(settings, figures, "pillow", "simplejpeg", "numpy", "tokenizers")
 
 
-def write_pictures(settings: Settings, folder: Path) -> list[Path]:
-    """The pictures as files of one class folder, so that both read the same in the same way."""
-    pictures = list(_find_jpegs(settings.data))
-    if not pictures:
+def write_images(settings: Settings, folder: Path) -> list[Path]:
+    """The images as files of one class folder, so that both read the same in the same way."""
+    images = list(_find_jpegs(settings.data))
+    if not images:
         raise ValueError(f"{settings.data} holds no JPEG: name a folder or a zip of some")
-    if 0 < settings.pictures < len(pictures):
-        step = len(pictures) / settings.pictures
-        pictures = [pictures[int(place * step)] for place in range(settings.pictures)]
+    if 0 < settings.images < len(images):
+        step = len(images) / settings.images
+        images = [images[int(place * step)] for place in range(settings.images)]
     (folder / "class").mkdir(parents=True)
     paths = []
-    for number, data in enumerate(pictures * settings.copies):
+    for number, data in enumerate(images * settings.copies):
         paths.append(folder / "class" / f"{number:08d}.jpg")
         paths[-1].write_bytes(data)
     return paths
@@ -127,13 +127,13 @@ def _find_jpegs(place: Path) -> Iterator[bytes]:
                 yield data
 
 
-def start_turns(settings: Settings, picture: Path, folder: Path) -> dict[str, list[Turn]]:
-    """Both with a picture for each process: what they cost whatever they do."""
+def start_turns(settings: Settings, image: Path, folder: Path) -> dict[str, list[Turn]]:
+    """Both with an image for each process: what they cost whatever they do."""
     one = folder / "one" / "class"
     one.mkdir(parents=True)
     few = [one / f"{number}.jpg" for number in range(usable_cores())]
     for path in few:
-        shutil.copy(picture, path)
+        shutil.copy(image, path)
     return take_turns_of(settings, few, _Recipe("keep", 0, 0), "", folder)
 
 
@@ -151,7 +151,7 @@ def take_turns_of(
 def measure(
     settings: Settings,
     paths: Sequence[Path],
-    format: PictureFormat,
+    format: ImageFormat,
     folder: Path,
     starts: dict[str, list[Turn]],
 ) -> Figures:
@@ -163,15 +163,15 @@ def measure(
     turns = take_turns_of(settings, paths, recipe, settings.resize, folder)
     beyond = {name: _less_start(mine, starts[name]) for name, mine in turns.items()}
     rates = {
-        f"{format}: {name}, pictures/s": summarise([len(paths) / t.wall_seconds for t in mine])
+        f"{format}: {name}, images/s": summarise([len(paths) / t.wall_seconds for t in mine])
         for name, mine in turns.items()
     }
     # of equal work: how many times as long the other one takes
     return rates | {
         f"{format}: rate against the bare loop": summarise(ratios_of(turns, _BARE, _OURS)),
         f"{format}: the same, starts left out": summarise(ratios_of(beyond, _BARE, _OURS)),
-        f"{format}: the same by processor time": summarise(
-            ratios_of(beyond, _BARE, _OURS, unit="processor_seconds")
+        f"{format}: the same by CPU time": summarise(
+            ratios_of(beyond, _BARE, _OURS, unit="cpu_seconds")
         ),
     }
 
@@ -179,17 +179,17 @@ def measure(
 def _less_start(turns: Sequence[Turn], starts: Sequence[Turn]) -> list[Turn]:
     """Turns without the median start; never less than a tenth, where noise is all there is."""
     wall = statistics.median(turn.wall_seconds for turn in starts)
-    processor = statistics.median(turn.processor_seconds for turn in starts)
+    processor = statistics.median(turn.cpu_seconds for turn in starts)
     return [
         Turn(
             max(turn.wall_seconds - wall, turn.wall_seconds / 10),
-            max(turn.processor_seconds - processor, turn.processor_seconds / 10),
+            max(turn.cpu_seconds - processor, turn.cpu_seconds / 10),
         )
         for turn in turns
     ]
 
 
-def pack(source: Path, out: Path, format: PictureFormat, resize: str) -> Turn:
+def pack(source: Path, out: Path, format: ImageFormat, resize: str) -> Turn:
     """A build by the program; its own clock leaves out the start of Python and its imports."""
     told = out.with_suffix(".json")
     command = [sys.executable, "-m", "unicl_fast.tools.pack", "build", str(source)]
@@ -263,10 +263,10 @@ def compare(settings: Settings, paths: Sequence[Path], recipe: _Recipe, folder: 
     made = Counter(loop(paths, recipe))
     if made != packed:
         raise RuntimeError(
-            f"{recipe.format}: {(made - packed).total()} of {len(paths)} pictures of the bare loop "
+            f"{recipe.format}: {(made - packed).total()} of {len(paths)} images of the bare loop "
             "are not what was packed; nothing was timed. It takes plain JPEGs only"
         )
-    print(f"{recipe.format}: all {len(paths):,} pictures are packed as the bare loop makes them")
+    print(f"{recipe.format}: all {len(paths):,} images are packed as the bare loop makes them")
 
 
 def _timed(work: Any) -> Turn:
@@ -276,7 +276,7 @@ def _timed(work: Any) -> Turn:
 
 
 def _seconds() -> float:
-    """Processor time of this process and of its children that have ended."""
+    """CPU time of this process and of its children that have ended."""
     return time.process_time() + _children_seconds()
 
 

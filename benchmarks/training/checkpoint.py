@@ -49,9 +49,9 @@ class Settings(BenchmarkSettings):
     image_encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model; beside it stands the paper's text encoder."""
     image_size: int = 224
-    """Side of the pictures."""
+    """Side of the images."""
     batch_size: int = 8
-    """Pictures of a step."""
+    """Images of a step."""
     steps: int = 4
     """Steps of a turn."""
     ema_decay: float = 0.9999
@@ -91,7 +91,7 @@ def build(settings: Settings, folder: Path) -> tuple[Trainer, Batch]:
         run=RunConfig(global_batch_size=settings.batch_size, steps=1 << 20),
     )
     size = (settings.batch_size, settings.image_size, settings.image_size, 3)
-    texts = [f"picture {number} of some things" for number in range(settings.batch_size)]
+    texts = [f"image {number} of some things" for number in range(settings.batch_size)]
     batch = collate(
         torch.randint(256, size, dtype=torch.uint8),
         Tokenizer()(texts),

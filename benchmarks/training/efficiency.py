@@ -49,9 +49,9 @@ class Settings(BenchmarkSettings):
     image_encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model."""
     image_size: int = 224
-    """Side of the pictures."""
+    """Side of the images."""
     batch_size: int = 16
-    """Pictures of a step."""
+    """Images of a step."""
     compile: bool = False
     """Try torch.compile as well, which takes minutes."""
     memory: bool = True

@@ -49,7 +49,7 @@ class Settings(BenchmarkSettings):
 
     preset: str = "digits-small"
     """Whose step."""
-    visits: int = 10_000_000
+    draws: int = 10_000_000
     """Of the ledger that is proven."""
     global_batch_size: int = 1024
     """Of the ledger that is proven."""
@@ -97,7 +97,7 @@ def _writing(settings: Settings, folder: Path) -> dict[str, dict[str, object]]:
         )
     percent = {
         unit: [100 * ratio / _RECORDS for ratio in ratios_of(turns, "records", "step", unit=unit)]
-        for unit in ("wall_seconds", "processor_seconds")
+        for unit in ("wall_seconds", "cpu_seconds")
     }
     return {
         f"step of {settings.preset}, {size} samples, ms": summarise(
@@ -105,7 +105,7 @@ def _writing(settings: Settings, folder: Path) -> dict[str, dict[str, object]]:
         ),
         "record, us": summarise([1e6 * turn.wall_seconds / _RECORDS for turn in turns["records"]]),
         "record, % of that step": summarise(percent["wall_seconds"]),
-        "record, % of that step's processor time": summarise(percent["processor_seconds"]),
+        "record, % of that step's CPU time": summarise(percent["cpu_seconds"]),
     }
 
 
@@ -126,10 +126,10 @@ def _proving(settings: Settings, folder: Path) -> dict[str, dict[str, object]]:
         seconds.append(time.perf_counter() - started)
         if not proof.holds:
             raise RuntimeError("a sound ledger was not proven: nothing is reported")
-    visits = proof.steps * proof.global_batch_size
+    draws = proof.steps * proof.global_batch_size
     return {
-        "bytes a visit": summarise([size / visits]),
-        "millions of visits proven a second": summarise([visits / s / 1e6 for s in seconds]),
+        "bytes a visit": summarise([size / draws]),
+        "millions of visits proven a second": summarise([draws / s / 1e6 for s in seconds]),
     }
 
 
@@ -153,7 +153,7 @@ def _write_passes(settings: Settings, folder: Path) -> None:
     folder.mkdir()
     with (folder / segment_name(1, 0)).open("wb") as file:
         file.write(encode_header(header))
-        for step in range(settings.visits // size):
+        for step in range(settings.draws // size):
             source_ids = generator.choice(len(sources), size=size, p=odds)
             ids = np.empty_like(source_ids)
             for number, source in enumerate(sources):

@@ -58,7 +58,7 @@ class Settings(BenchmarkSettings):
     """Time and memory of the loss, beside open_clip's and the dense form."""
 
     sizes: tuple[int, ...] = (1024, 4096, 16384, 32768)
-    """Pictures, and texts."""
+    """Images, and texts."""
     embed_dim: int = 512
     """Dimension of the features."""
     rounds_of_largest: int = 3
@@ -66,7 +66,7 @@ class Settings(BenchmarkSettings):
     largest_stored: int = 16384
     """Above it those that hold the logits are left out: at 32,768 they want 17 GB and more."""
     threads: int = torch.get_num_threads()
-    """Of torch. With 1, processor time hardly depends on who else uses the machine."""
+    """Of torch. With 1, CPU time hardly depends on who else uses the machine."""
     memory: bool = True
     """Measure memory, too."""
 
@@ -89,7 +89,7 @@ class Contestant:
     """A loss with its inputs; calling it goes forward and backward."""
 
     def __init__(self, name: str, n: int, embed_dim: int) -> None:
-        """Makes the inputs: pictures and texts that resemble each other in pairs, and the scale."""
+        """Makes the inputs: images and texts that resemble each other in pairs, and the scale."""
         self.kind, dtype = CONTESTANTS[name]
         generator = torch.Generator().manual_seed(0)
         images, noise = (torch.randn(n, embed_dim, generator=generator) for _ in range(2))
@@ -143,7 +143,7 @@ def compare(settings: Settings) -> None:
         features = contestant.images, contestant.texts
         gradients = torch.cat([x.grad.double() for x in features if x.grad is not None])
         images, texts = (x.detach().double().requires_grad_() for x in features)
-        of_all = torch.arange(n) % len(texts)  # every picture with a text of its own
+        of_all = torch.arange(n) % len(texts)  # every image with a text of its own
         judge = unified_contrastive_loss(images, texts[of_all], of_all, _SCALE, form="dense")
         exact = torch.cat(torch.autograd.grad(judge, (images, texts)))
         gap = float((loss - judge.detach()).abs() / judge.detach())
@@ -167,16 +167,16 @@ def measure_time(n: int, settings: Settings) -> Figures:
     work = n * n * settings.embed_dim / (_RATE_PRODUCTS * _RATE_SIZE**2 * _RATE_DIM)
     for dtype in ("fp32", "bf16"):
         turns[f"4 products {dtype}"] = [
-            Turn(4 * work * turn.wall_seconds, 4 * work * turn.processor_seconds)
+            Turn(4 * work * turn.wall_seconds, 4 * work * turn.cpu_seconds)
             for turn in turns.pop(f"rate {dtype}")
         ]
     figures: Figures = {}
     for name, theirs in turns.items():
         figures[f"{n}: {name}, s"] = summarise([turn.wall_seconds for turn in theirs])
-        figures[f"{n}: {name}, processor s"] = summarise([t.processor_seconds for t in theirs])
+        figures[f"{n}: {name}, CPU s"] = summarise([t.cpu_seconds for t in theirs])
         base = BASELINE if BASELINE in turns else "4 products fp32"
         if name != base:
-            for unit in ("wall_seconds", "processor_seconds"):
+            for unit in ("wall_seconds", "cpu_seconds"):
                 ratios = ratios_of(turns, name, base, unit=unit)
                 suffix = "" if unit == "wall_seconds" else ", processor"
                 figures[f"{n}: {name} / {base}{suffix}"] = summarise(ratios)

@@ -36,7 +36,7 @@ class Settings(BenchmarkSettings):
     image_encoder: str = "vit_small_patch16_224"
     """timm's name."""
     image_size: int = 64
-    """Side of the pictures."""
+    """Side of the images."""
     large: int = 8192
     """Batch that is taken in micro-batches."""
     micro: int = 64

@@ -52,7 +52,7 @@ class Settings(BenchmarkSettings):
     preset: str = "swin-tiny"
     """Model and settings."""
     batch_size: int = 16
-    """Pictures of a step."""
+    """Images of a step."""
     device: DeviceName = "auto"
     """Where the step runs."""
 
@@ -132,12 +132,12 @@ class StepInParts:
         """Adds the step's gradient to the parameters'."""
         trainer, batch = self.trainer, self.batch
         model, config = trainer.model, trainer.config
-        model.set_drop_path_key(step=batch.step, slots=batch.slots)
-        with self.part("normalise pictures"):
-            pictures = encoder_input(batch.images, config)
+        model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
+        with self.part("normalise images"):
+            pixels = encoder_input(batch.images, config)
             tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
         with self.part("image encoder forward"), self.precision.autocast(self.device.type):
-            images = model.encode_image(pictures)
+            images = model.encode_image(pixels)
         with self.part("text encoder forward"), self.precision.autocast(self.device.type):
             texts = model.encode_text(tokens, num_tokens)
             scale = model.logit_scale.exp()

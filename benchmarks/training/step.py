@@ -2,10 +2,10 @@
 
     unicl-bench step --data PACKED [--json FILE]
 
-Both train the same timm image encoder and the same text encoder on the same pictures and texts,
+Both train the same timm image encoder and the same text encoder on the same images and texts,
 from the same weights; first their features, the gradients of all their weights and (on captions)
 their losses are compared. Then they take turns, a step each. open_clip's step is written as its
-training script does it, with the best of its flags on a CPU: bf16 autocast. It gets its pictures
+training script does it, with the best of its flags on a CPU: bf16 autocast. It gets its images
 normalised already; ours are counted from the bytes that the decoder gives. What decoding costs is
 benchmarks/input/pipeline.py's.
 
@@ -68,9 +68,9 @@ class Settings(BenchmarkSettings):
     image_encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model."""
     image_size: int = 224
-    """Side of the pictures."""
+    """Side of the images."""
     batch_size: int = 32
-    """Pictures of a step."""
+    """Images of a step."""
     tune_contender: bool = False
     """Let the process keep freed memory, as unicl-pretrain does and open_clip's script does not."""
 
@@ -88,18 +88,18 @@ def run(settings: Settings) -> None:
     batch = take_batch(config, settings.data)
     trainer = Trainer(config, ListLoader([batch]), progress=False)
     theirs = build_open_clip(trainer.model, config)
-    pictures = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
+    images = normalise_images(batch.images, mean=config.data.mean, std=config.data.std)
     texts = batch.tokens[batch.text_index]
-    compare(trainer.model, theirs, batch, pictures, texts)
+    compare(trainer.model, theirs, batch, images, texts)
     figures = measure(
         {
             "unicl_fast": lambda: trainer.train_step(batch),
-            "open_clip": open_clip_step(theirs, pictures, texts),
+            "open_clip": open_clip_step(theirs, images, texts),
         },
         settings,
     )
     facts = {
-        "pictures": settings.batch_size,
+        "images": settings.batch_size,
         "distinct texts": len(batch.tokens),
         "tokens of distinct texts": int(batch.text_lengths.sum()),
         "tokens of all texts with padding": texts.numel(),
@@ -180,7 +180,7 @@ def _their_name(name: str) -> str:
     return f"transformer.{name}" if name.startswith("resblocks") else name
 
 
-def open_clip_step(model: CLIP, pictures: Tensor, texts: Tensor) -> Callable[[], object]:
+def open_clip_step(model: CLIP, images: Tensor, texts: Tensor) -> Callable[[], object]:
     """A step as open_clip's training script takes it, without ranks and gradient scaling."""
     loss_of = ClipLoss()
     spared = [p for n, p in model.named_parameters() if p.ndim < 2 or "bias" in n or "scale" in n]
@@ -189,13 +189,13 @@ def open_clip_step(model: CLIP, pictures: Tensor, texts: Tensor) -> Callable[[],
         [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}],
         lr=5e-4,
     )
-    pictures = pictures.contiguous()
+    images = images.contiguous()
     model.train()
 
     def step() -> object:
         optimizer.zero_grad()
         with torch.autocast("cpu", torch.bfloat16):
-            loss = loss_of(*model(pictures, texts)[:3])
+            loss = loss_of(*model(images, texts)[:3])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
         optimizer.step()
@@ -206,7 +206,7 @@ def open_clip_step(model: CLIP, pictures: Tensor, texts: Tensor) -> Callable[[],
     return step
 
 
-def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Tensor) -> None:
+def compare(ours: UniCL, theirs: CLIP, batch: Batch, images: Tensor, texts: Tensor) -> None:
     """Refuses to time two models that do not compute the same thing, in fp32.
 
     Raises:
@@ -214,7 +214,7 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Te
     """
     ours.eval()
     theirs.eval()
-    image_pair = ours.encode_image(pictures), theirs.encode_image(pictures, True)
+    image_pair = ours.encode_image(images), theirs.encode_image(images, True)
     text_pair = ours.encode_text(batch.tokens)[batch.text_index], theirs.encode_text(texts, True)
     gaps = {
         "image features": _largest_gap(*image_pair),
@@ -225,7 +225,7 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, pictures: Tensor, texts: Te
         with torch.no_grad():
             gaps["losses"] = _largest_gap(
                 global_loss(ours, batch, config, Ranks()),
-                ClipLoss()(*theirs(pictures, texts)[:3]),
+                ClipLoss()(*theirs(images, texts)[:3]),
             )
     # not the loss's, which on labels is another: of the same weighted sum of the features
     weights = [torch.randn(one.shape) for one, _ in (image_pair, text_pair)]
@@ -269,7 +269,7 @@ def _largest_gap(one: Tensor, other: Tensor) -> float:
 
 
 def measure(contestants: dict[str, Callable[[], object]], settings: Settings) -> Figures:
-    """Pictures a second of each, in turns, and the ratio of each pair of turns."""
+    """Images/s of each, in turns, and the ratio of each pair of turns."""
     turns = take_turns(contestants, rounds=settings.rounds)
     rates = {
         f"{name}, images/s": [settings.batch_size / turn.wall_seconds for turn in taken]

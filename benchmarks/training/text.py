@@ -128,12 +128,12 @@ def run(settings: Settings) -> None:
 
 
 def read_captions(data: Path, count: int) -> Tensor:
-    """Token rows [count 77] of the first captions of the data set's first pictures."""
+    """Token rows [count 77] of the first captions of the data set's first images."""
     with PackedDataset(data) as dataset:
         with_captions = np.flatnonzero(dataset.samples["captions_count"])[:count]
         if len(with_captions) < count:
             raise ValueError(
-                f"{data} has captions for {len(with_captions)} pictures, but {count} are wanted; "
+                f"{data} has captions for {len(with_captions)} images, but {count} are wanted; "
                 "lower --batch-size"
             )
         rows = torch.zeros(count, dataset.manifest.context_length, dtype=torch.int64)

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 
-from ..plan.plan import SLOT_FIELDS, PlannedBatch, TrainPlan
+from ..plan.plan import SAMPLE_FIELDS, PlannedBatch, TrainPlan
 from .quarantine import BadSample, QuarantineFile
 
 logger = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class BadSamples:
         self._file = None if quarantine is None else QuarantineFile(quarantine)
 
     def read(self, source: int, sample: int) -> NDArray[np.uint8] | None:
-        """The encoded picture, its checksum compared; None if the sample is bad."""
+        """The encoded image, its checksum compared; None if the sample is bad."""
         if (source, sample) in self._known:
             return None
         dataset = self._datasets[source]
@@ -82,18 +82,18 @@ class BadSamples:
     def read_batch(
         self, plan: TrainPlan, planned: PlannedBatch
     ) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
-        """The encoded pictures of a batch, and the batch with substitutes where they were needed.
+        """The encoded images of a batch, and the batch with substitutes where they were needed.
 
         Raises:
             TooManyBadSamplesError: no good sample was found for a place.
         """
         encoded = [self.read(source, sample) for source, sample in _pairs(planned)]
-        bad = [place for place, picture in enumerate(encoded) if picture is None]
+        bad = [place for place, image in enumerate(encoded) if image is None]
         if bad:
             planned = _copied(planned)
         for place in bad:
             encoded[place] = self._read_substitute(plan, planned, place)
-        return planned, [picture for picture in encoded if picture is not None]
+        return planned, [image for image in encoded if image is not None]
 
     def read_pixels(
         self, plan: TrainPlan, batches: Sequence[PlannedBatch]
@@ -109,7 +109,7 @@ class BadSamples:
         """
         sample_ids = np.concatenate([batch.sample_ids for batch in batches])
         source_ids = np.concatenate([batch.source_ids for batch in batches])
-        shape = self._datasets[0].picture_shape or ()
+        shape = self._datasets[0].image_shape or ()
         pixels = np.empty((len(sample_ids), *shape), dtype=np.uint8)
         sound = np.zeros(len(sample_ids), dtype=np.bool_)
         for number, dataset in enumerate(self._datasets):
@@ -121,7 +121,7 @@ class BadSamples:
         start = 0
         with self._replacing:
             for number, batch in enumerate(batches):
-                end = start + len(batch.slots)
+                end = start + len(batch.global_index)
                 fed[number] = self._replace_bad(plan, batch, pixels[start:end], sound[start:end])
                 start = end
         return fed, pixels
@@ -139,25 +139,25 @@ class BadSamples:
         if bad:
             planned = _copied(planned)
         for place in bad:
-            picture = self.read(*pairs[place])  # tries again, and says what is wrong
-            if picture is None:
-                picture = self._read_substitute(plan, planned, place)
-            pixels[place] = self._datasets[pairs[place][0]].pixels_of(picture)
+            image = self.read(*pairs[place])  # tries again, and says what is wrong
+            if image is None:
+                image = self._read_substitute(plan, planned, place)
+            pixels[place] = self._datasets[pairs[place][0]].pixels_of(image)
         return planned
 
     def _read_substitute(
         self, plan: TrainPlan, planned: PlannedBatch, place: int
     ) -> NDArray[np.uint8]:
-        """Puts the first good substitute into one place of `planned`; returns its picture."""
+        """Puts the first good substitute into one place of `planned`; returns its image."""
         source, scheduled = int(planned.source_ids[place]), int(planned.sample_ids[place])
-        slots = planned.slots[place : place + 1]
+        global_index = planned.global_index[place : place + 1]
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            substitute = plan.substitute(planned.step, slots, attempt=attempt)
-            picture = self.read(source, int(substitute.sample_ids[0]))
-            if picture is not None:
-                for field in SLOT_FIELDS:
+            substitute = plan.substitute(planned.step, global_index, attempt=attempt)
+            image = self.read(source, int(substitute.sample_ids[0]))
+            if image is not None:
+                for field in SAMPLE_FIELDS:
                     getattr(planned, field)[place] = getattr(substitute, field)[0]
-                return picture
+                return image
         raise TooManyBadSamplesError(
             f"step {planned.step}: {self._datasets[source].describe(scheduled)} is bad, and so are "
             f"{MAX_ATTEMPTS} others that were tried in its place: see {self._where}, and check "
@@ -175,5 +175,5 @@ def _pairs(planned: PlannedBatch) -> list[tuple[int, int]]:
 
 
 def _copied(planned: PlannedBatch) -> PlannedBatch:
-    copies = {field: getattr(planned, field).copy() for field in SLOT_FIELDS}
+    copies = {field: getattr(planned, field).copy() for field in SAMPLE_FIELDS}
     return PlannedBatch(step=planned.step, **copies)

@@ -1,7 +1,7 @@
-"""Which pictures of a batch the decoder refuses: DALI says that a batch failed, seldom at which.
+"""Which images of a batch the decoder refuses: DALI says that a batch failed, seldom at which.
 
 Every sample is decoded alone, by the same graph with room for one. That is slow (about the time of
-the batch on one thread, and a new graph behind each picture that fails) and happens only when a
+the batch on one thread, and a new graph behind each image that fails) and happens only when a
 batch has failed. What becomes of the culprits is the loaders' business.
 """
 
@@ -30,12 +30,12 @@ def find_undecodable(
 
     Args:
         build: makes the graph that failed, for batches of one.
-        inputs: of the batch, as the graph takes them: encoded pictures, two corners or a corner
+        inputs: of the batch, as the graph takes them: encoded images, two corners or a corner
             and a size of what is cut out, and others with a row a sample.
         device: where the graph's outputs lie.
 
     Raises:
-        DecodingError: the decoder fails at a sound picture too, so that the pictures are not to
+        DecodingError: the decoder fails at a sound image too, so that the images are not to
             blame (a device that is lost, or out of memory).
     """
     reasons: dict[int, str] = {}
@@ -68,15 +68,15 @@ def _one_by_one(inputs: tuple[Any, ...], start: int) -> Iterator[HostBatch[int]]
 
 
 def _sound(inputs: tuple[Any, ...]) -> HostBatch[int]:
-    """A batch of one picture that any decoder takes, whole."""
+    """A batch of one image that any decoder takes, whole."""
     encoded, start, end_or_shape, *others = (column[:1] for column in inputs)
     del encoded
     whole = np.zeros_like(start), np.full_like(end_or_shape, _SOUND_SIDE)
-    return HostBatch(inputs=([_sound_picture()], *whole, *others), facts=0)
+    return HostBatch(inputs=([_sound_image()], *whole, *others), facts=0)
 
 
 @functools.cache
-def _sound_picture() -> NDArray[np.uint8]:
+def _sound_image() -> NDArray[np.uint8]:
     file = io.BytesIO()
     Image.new("RGB", (_SOUND_SIDE, _SOUND_SIDE), (120, 130, 140)).save(file, format="JPEG")
     return np.frombuffer(file.getvalue(), dtype=np.uint8)

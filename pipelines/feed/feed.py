@@ -3,7 +3,7 @@
 What DALI cannot carry (numbers the host must know without reading the device, names for messages)
 walks beside it: graphs give their batches in the order in which they took them. Batches are
 prepared by one thread, ahead of the decoding, so that waiting for storage hides behind it. What a
-batch holds, and which picture of one that fails is to blame, is the loaders' business.
+batch holds, and which image of one that fails is to blame, is the loaders' business.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HostBatch(Generic[Facts]):
 
 
 class DecodingError(RuntimeError):
-    """DALI could not make pictures of a batch, and its graph is of no more use."""
+    """DALI could not make images of a batch, and its graph is of no more use."""
 
     def __init__(self, message: str, in_flight: Sequence[Any] = ()) -> None:
         """`in_flight`: facts of the batches that had not come out, the one that failed first."""

@@ -1,8 +1,8 @@
 """What the host prepares of each step, in one thread: plan, texts, bytes.
 
 Numbers and texts are made for many steps in one go, since calling NumPy costs more than small
-batches do; pictures are read step by step, or, where they are decoded already, some steps at once
-(raw_pictures.py). Decoding, and what a batch looks like in the end, are the loader's.
+batches do; images are read step by step, or, where they are decoded already, some steps at once
+(raw_images.py). Decoding, and what a batch looks like in the end, are the loader's.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.objectives.targets import TargetSteps, map_steps
 from unicl_fast.text.prompts import ClassPrompts
 
-from ..graph.graph import Pictures, decoding_threads
+from ..graph.graph import Images, decoding_threads
 from ..plan.plan import PlannedBatch, TrainPlan, split_steps
 from .bad_samples import BadSamples
 from .feed import HostBatch
-from .raw_images import SquareMaker
+from .raw_images import CropResizer
 from .read_ahead import ReadAhead, blocks_of_half_the_cache
 from .text_block import pack_integers
 from .texts import gather_texts
@@ -54,7 +54,7 @@ class TrainFacts:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Planned:
-    """A step as long as nothing is bad: all of it but the pictures."""
+    """A step as long as nothing is bad: all of it but the images."""
 
     batch: PlannedBatch
     integers: NDArray[np.int64]
@@ -74,9 +74,9 @@ class HostBatches:
         *,
         rank: int,
         world_size: int,
-        pictures: Pictures,
+        images: Images,
     ) -> None:
-        """As for `loader.TrainLoader`; `pictures` as for `graph.build_train_graph`."""
+        """As for `loader.TrainLoader`; `images` as for `graph.build_train_graph`."""
         self._config = config
         self._datasets = datasets
         self._prompts = prompts
@@ -84,7 +84,7 @@ class HostBatches:
         self._bad = bad
         self._rank = rank
         self._world_size = world_size
-        self._pictures = pictures
+        self._images = images
         self._batch_size = config.run.global_batch_size // world_size
         self._ahead: ReadAhead | None = None
         self._steps_of_stretch = max(1, _LOOKED_AT_TOGETHER // self._batch_size)
@@ -98,7 +98,7 @@ class HostBatches:
             return
         at_once = self._steps_of_stretch
 
-        def visits(stretch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
+        def draws(stretch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]]:
             return self._plan.schedule(
                 stretch * at_once, at_once, rank=self._rank, world_size=self._world_size
             )
@@ -106,7 +106,7 @@ class HostBatches:
         samples = at_once * config.run.global_batch_size
         self._ahead = ReadAhead(
             self._datasets,
-            visits,
+            draws,
             start=start_step // at_once,
             stretches=-(-config.data.read_ahead // samples),
             most_blocks=blocks_of_half_the_cache(self._datasets),
@@ -119,20 +119,20 @@ class HostBatches:
 
     def batches(self, start_step: int) -> Generator[HostBatch[TrainFacts], None, None]:
         """Every step from one on."""
-        if self._pictures != "squares":
+        if self._images != "squares":
             count = steps_at_once(self._batch_size)
             for first in itertools.count(start_step, count):
-                yield from map(self._with_pictures, self._plan_steps(first, count))
-        with contextlib.closing(self.square_maker()) as maker:
+                yield from map(self._with_images, self._plan_steps(first, count))
+        with contextlib.closing(self.crop_resizer()) as maker:
             for first in itertools.count(start_step, maker.batches_at_once):
                 yield from self.group(maker, first)
 
     def batch(self, step: int) -> HostBatch[TrainFacts]:
         """One step, of files or pixels."""
-        return self._with_pictures(*self._plan_steps(step, 1))
+        return self._with_images(*self._plan_steps(step, 1))
 
-    def group(self, maker: SquareMaker, first_step: int) -> list[HostBatch[TrainFacts]]:
-        """Some steps with squares instead of pictures; in any thread."""
+    def group(self, maker: CropResizer, first_step: int) -> list[HostBatch[TrainFacts]]:
+        """Some steps with squares instead of images; in any thread."""
         planned = self._plan_steps(first_step, maker.batches_at_once)
         self._follow(first_step)
         fed, pixels = self._bad.read_pixels(self._plan, [step.batch for step in planned])
@@ -142,40 +142,40 @@ class HostBatches:
         ]
         group = []
         for step, batch, *views in zip(planned, fed, *squares, strict=True):
-            integers, facts = self._without_pictures(step, batch)
+            integers, facts = self._without_images(step, batch)
             group.append(HostBatch(inputs=square_inputs(batch, views, integers), facts=facts))
         return group
 
-    def square_maker(self) -> SquareMaker:
+    def crop_resizer(self) -> CropResizer:
         """What `group` takes; to be closed."""
-        data, shape = self._config.data, self._datasets[0].picture_shape
+        data, shape = self._config.data, self._datasets[0].image_shape
         assert shape is not None
-        return SquareMaker(
+        return CropResizer(
             batch_size=self._batch_size,
-            picture_shape=shape,
+            image_shape=shape,
             image_size=data.image_size,
             interpolation=data.interpolation,
             threads=decoding_threads(data.threads),
         )
 
-    def _with_pictures(self, planned: _Planned) -> HostBatch[TrainFacts]:
-        """A step with its pictures as files or pixels."""
+    def _with_images(self, planned: _Planned) -> HostBatch[TrainFacts]:
+        """A step with its images as files or pixels."""
         self._check_arrays()
         self._follow(planned.batch.step)
-        pictures: Any
-        if self._pictures == "files":
-            fed, pictures = self._bad.read_batch(self._plan, planned.batch)
+        images: Any
+        if self._images == "files":
+            fed, images = self._bad.read_batch(self._plan, planned.batch)
         else:
-            (fed,), pictures = self._bad.read_pixels(self._plan, [planned.batch])
-        integers, facts = self._without_pictures(planned, fed)
-        return HostBatch(inputs=graph_inputs(fed, pictures, integers), facts=facts)
+            (fed,), images = self._bad.read_pixels(self._plan, [planned.batch])
+        integers, facts = self._without_images(planned, fed)
+        return HostBatch(inputs=graph_inputs(fed, images, integers), facts=facts)
 
     def _follow(self, step: int) -> None:
         if self._ahead is not None:
             self._ahead.follow(step // self._steps_of_stretch)
 
     def _plan_steps(self, first: int, count: int) -> list[_Planned]:
-        """Some steps without their pictures, made in one go."""
+        """Some steps without their images, made in one go."""
         self._check_arrays()
         size = self._batch_size
         long = self._plan.long_batch(first, count, rank=self._rank, world_size=self._world_size)
@@ -184,7 +184,7 @@ class HostBatches:
         targets = self._targets_of(long)
         steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
         context_length = self._config.model.context_length
-        integers = pack_integers(targets, steps[0].slots, context_length=context_length)
+        integers = pack_integers(targets, steps[0].global_index, context_length=context_length)
         starts = range(0, count * size, size)
         return [
             _Planned(
@@ -197,7 +197,7 @@ class HostBatches:
             )
         ]
 
-    def _without_pictures(
+    def _without_images(
         self, planned: _Planned, fed: PlannedBatch
     ) -> tuple[NDArray[np.int64], TrainFacts]:
         """The integers of a step, and what the host knows of it."""
@@ -205,7 +205,7 @@ class HostBatches:
         if fed is not planned.batch:  # substitutes come with texts of their own
             targets = self._targets_of(fed)
             context_length = self._config.model.context_length
-            integers = pack_integers(targets, fed.slots, context_length=context_length)
+            integers = pack_integers(targets, fed.global_index, context_length=context_length)
             text_lengths = targets.text_lengths[: targets.num_texts[0]]
         return integers, TrainFacts(
             fed=fed, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths

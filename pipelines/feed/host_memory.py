@@ -1,9 +1,9 @@
 """Keeps freed memory in the process, because getting it anew costs more than filling it.
 
 glibc takes every block above 32 MB (less at first) from the kernel and gives it back when it is
-freed. The kernel clears each page at its first touch: writing a fresh float32 batch of 64 pictures
+freed. The kernel clears each page at its first touch: writing a fresh float32 batch of 64 images
 (38 MB) took 19 ms here, writing one that was there 2 ms, and a training step on the CPU that
-touched 30,000 fresh pages took 1.4 times the processor time of one that touched none.
+touched 30,000 fresh pages took 1.4 times the CPU time of one that touched none.
 
 Threads allocate from several arenas, and what is free in one is of no use to the others: where it
 is kept for good, glibc's eight arenas a core held 40 MB more beside the loader than one a core.

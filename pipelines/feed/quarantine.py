@@ -34,7 +34,7 @@ class BadSample:
     key: str
     """Name of the sample in its shard."""
     offset: int
-    """First byte of the picture in the shard file."""
+    """First byte of the image in the shard file."""
     reason: str
 
 

@@ -1,8 +1,8 @@
-"""Squares of decoded pictures, made by the batch.
+"""Squares of decoded images, made by the batch.
 
-What a raw data set needs instead of a decoder: the operator that resamples files' pictures inside
-DALI's graph takes windows of pixels here, in front of it. A picture of 32 pixels a side takes 3 us,
-less than DALI spends on handling it, so nothing is done for a single picture in Python.
+What a raw data set needs instead of a decoder: the operator that resamples files' images inside
+DALI's graph takes windows of pixels here, in front of it. An image of 32 pixels a side takes 3 us,
+less than DALI spends on handling it, so nothing is done for a single image in Python.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ..kernels.resample import resample_windows
 
 _MOST_AT_ONCE = 2048
 _BYTES_AT_ONCE = 32_000_000
-"""Pictures, and bytes of them before and after, that one thread reads and resamples in one go."""
+"""Images, and bytes of them before and after, that one thread reads and resamples in one go."""
 
 
 def are_decoded(datasets: Sequence[PackedDataset]) -> bool:
-    """Whether all pictures of all data sets are decoded and of one size."""
-    shapes = {dataset.picture_shape for dataset in datasets}
+    """Whether all images of all data sets are decoded and of one size."""
+    shapes = {dataset.image_shape for dataset in datasets}
     return len(shapes) == 1 and shapes != {None}
 
 
-class SquareMaker:
-    """Cuts windows out of pictures, resamples and mirrors them; close it at the end.
+class CropResizer:
+    """Cuts windows out of images, resamples and mirrors them; close it at the end.
 
     Small batches are made several at a time, each such group by one thread from its plan to its
     squares, since a thread that takes work over waits to be woken and for Python's lock: with
@@ -46,15 +46,15 @@ class SquareMaker:
         self,
         *,
         batch_size: int,
-        picture_shape: tuple[int, int, int],
+        image_shape: tuple[int, int, int],
         image_size: int,
         interpolation: Interpolation,
         threads: int,
     ) -> None:
-        """As for `graph.build_train_graph`; `picture_shape` is that of all pictures."""
+        """As for `graph.build_train_graph`; `image_shape` is that of all images."""
         self._image_size = image_size
         self._cubic = interpolation == "bicubic"
-        bytes_of_one = 3 * image_size**2 + math.prod(picture_shape)
+        bytes_of_one = 3 * image_size**2 + math.prod(image_shape)
         most = min(_MOST_AT_ONCE, _BYTES_AT_ONCE // bytes_of_one)
         self.batches_at_once = max(1, most // batch_size)
         """How many batches make a group."""
@@ -64,21 +64,21 @@ class SquareMaker:
         self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="unicl-resample")
 
     def make(
-        self, pictures: NDArray[np.uint8], cuts: Sequence[tuple[NDArray[np.int32], ...]]
+        self, images: NDArray[np.uint8], cuts: Sequence[tuple[NDArray[np.int32], ...]]
     ) -> list[NDArray[np.uint8]]:
         """The squares of each batch, uint8 [b size size 3].
 
         Args:
-            pictures: uint8 [b h w 3] of all batches, one behind the other.
+            images: uint8 [b h w 3] of all batches, one behind the other.
             cuts: of each batch, window starts [b 2], window shapes [b 2] and flips [b].
         """
-        size = len(pictures)
+        size = len(images)
         squares = np.empty((size, self._image_size, self._image_size, 3), dtype=np.uint8)
         windows = [np.concatenate(column) for column in zip(*cuts, strict=True)]
         num_parts = min(self._threads, size)
         edges = itertools.pairwise(size * part // num_parts for part in range(num_parts + 1))
         *others, mine = (
-            partial(resample_windows, squares, pictures, *windows, self._cubic, *edge)
+            partial(resample_windows, squares, images, *windows, self._cubic, *edge)
             for edge in edges
         )
         running = [self._pool.submit(other) for other in others]

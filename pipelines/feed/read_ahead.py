@@ -21,7 +21,7 @@ from unicl_fast.dataset.remote.object_store import CONNECTIONS
 
 logger = logging.getLogger(__name__)
 
-Visits = Callable[[int], tuple[NDArray[np.int32], NDArray[np.int64]] | None]
+Draws = Callable[[int], tuple[NDArray[np.int32], NDArray[np.int64]] | None]
 """Sources and samples of one stretch of the order, by its number; None behind the end."""
 _Block = tuple[int, int, int]
 """Source, file, block."""
@@ -34,7 +34,7 @@ class ReadAhead:
     def __init__(
         self,
         datasets: Sequence[PackedDataset],
-        visits: Visits,
+        draws: Draws,
         *,
         start: int,
         stretches: int,
@@ -44,13 +44,13 @@ class ReadAhead:
 
         Args:
             datasets: the sources, open; those in folders are passed over.
-            visits: the order, in stretches.
+            draws: the order, in stretches.
             start: the first stretch that will be read.
             stretches: how many are looked at beyond the one that is being read.
             most_blocks: how many different blocks may be waiting to be used.
         """
         self._datasets = list(datasets)
-        self._visits = visits
+        self._draws = draws
         self._stretches = stretches
         self._most_blocks = most_blocks
         self._next = start
@@ -83,10 +83,10 @@ class ReadAhead:
                 and self._next <= stretch + self._stretches
                 and len(self._last_use) < self._most_blocks
             ):
-                visits = self._visits(self._next)
-                if visits is None:
+                draws = self._draws(self._next)
+                if draws is None:
                     return
-                self._want(*visits)
+                self._want(*draws)
                 self._next += 1
 
     def close(self) -> None:

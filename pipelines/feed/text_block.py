@@ -21,7 +21,7 @@ _FIELDS = 5
 
 
 def pack_integers(
-    steps: TargetSteps, slots: NDArray[np.int64], *, context_length: int
+    steps: TargetSteps, global_index: NDArray[np.int64], *, context_length: int
 ) -> NDArray[np.int64]:
     """Targets and slots of some batches of b samples as int64 [steps * b, context_length + 5].
 
@@ -29,7 +29,7 @@ def pack_integers(
 
     Args:
         steps: targets of the batches.
-        slots: of one batch, int64 [b]; all have the same.
+        global_index: of one batch, int64 [b]; all have the same.
         context_length: at least the length of the rows of tokens.
     """
     block = np.zeros((len(steps.text_index), context_length + _FIELDS), dtype=np.int64)
@@ -40,7 +40,7 @@ def pack_integers(
         steps.text_index,
         steps.text_class_ids,
         steps.text_counts,
-        slots,
+        global_index,
         context_length,
     )
     return block
@@ -54,17 +54,17 @@ def _pack(
     text_index: Any,
     text_class_ids: Any,
     text_counts: Any,
-    slots: Any,
+    global_index: Any,
     context_length: Any,
 ) -> None:
-    size = slots.size
+    size = global_index.size
     for step in range(num_texts.size):
         first = step * size
         field = first * (context_length + _FIELDS)
         for i in range(size):
             block[field + i] = text_index[first + i]
             block[field + size + i] = text_class_ids[first + text_index[first + i]]
-            block[field + 2 * size + i] = slots[i]
+            block[field + 2 * size + i] = global_index[i]
         for text in range(num_texts[step]):
             block[field + 3 * size + text] = text_class_ids[first + text]
             block[field + 4 * size + text] = text_counts[first + text]
@@ -81,7 +81,7 @@ def unpack_integers(block: Tensor, *, num_texts: int) -> dict[str, Tensor]:
     return {
         "text_index": fields[0],
         "class_ids": fields[1],
-        "slots": fields[2],
+        "global_index": fields[2],
         "text_class_ids": fields[3, :num_texts],
         "text_counts": fields[4, :num_texts],
         "tokens": tokens[:num_texts],

@@ -34,7 +34,7 @@ def gather_texts(
         uint16 [b context_length] padded with 0, and int64 [b] classes, -1 where the text is a
         caption.
     """
-    size = len(planned.slots)
+    size = len(planned.global_index)
     rows = np.zeros((size, context_length), dtype=np.uint16)
     classes = np.full(size, -1, dtype=np.int64)
     for number, dataset in enumerate(datasets):

@@ -1,7 +1,7 @@
-"""One view of each picture or two, through a graph that knows of one.
+"""One view of each image or two, through a graph that knows of one.
 
-For two, the graph gets every picture twice, all first views and then all second ones, each with
-cuts and numbers of its own; its output is cut in two. Both views are decoded, which a picture
+For two, the graph gets every image twice, all first views and then all second ones, each with
+cuts and numbers of its own; its output is cut in two. Both views are decoded, which an image
 shared by them would save only where their windows overlap.
 """
 
@@ -20,7 +20,7 @@ from ..plan.plan import PlannedBatch
 
 def graph_inputs(
     planned: PlannedBatch,
-    pictures: list[NDArray[np.uint8]] | NDArray[np.uint8],
+    images: list[NDArray[np.uint8]] | NDArray[np.uint8],
     integers: NDArray[np.int64],
 ) -> tuple[Any, ...]:
     """What the training graph takes for a batch of files or pixels: `graph.build_train_graph`.
@@ -33,13 +33,13 @@ def graph_inputs(
         starts, shapes, flips = map(
             np.concatenate, zip(planned.cuts(0), planned.cuts(1), strict=True)
         )
-        if isinstance(pictures, list):
-            pictures = pictures * 2
+        if isinstance(images, list):
+            images = images * 2
         else:
-            pictures = np.concatenate([pictures] * 2)
-    if isinstance(pictures, list):
-        pictures, starts = cut_to_windows(pictures, starts, shapes)
-    return pictures, starts, shapes, flips[:, None], *_beside(planned, integers)
+            images = np.concatenate([images] * 2)
+    if isinstance(images, list):
+        images, starts = cut_to_windows(images, starts, shapes)
+    return images, starts, shapes, flips[:, None], *_beside(planned, integers)
 
 
 def square_inputs(
@@ -53,7 +53,7 @@ def square_inputs(
 
 
 def _beside(planned: PlannedBatch, integers: NDArray[np.int64]) -> list[NDArray[Any]]:
-    """What goes beside the pictures: integers, and rows of augmentation if there is any."""
+    """What goes beside the images: integers, and rows of augmentation if there is any."""
     rows = planned.augment_rows
     if planned.num_views == 2:
         # the second half of the integers is never looked at

@@ -1,7 +1,7 @@
-"""Augmentation with DALI's operators, on both devices: rows of the plan in, pictures out.
+"""Augmentation with DALI's operators, on both devices: rows of the plan in, images out.
 
 On a GPU this is what runs; on the CPU it is the twin of the fused operator (augment_kernels.py),
-which `data.resample=dali` asks for. A picture goes through those operators alone that its row asks
+which `data.resample=dali` asks for. An image goes through those operators alone that its row asks
 for: DALI splits the batch at every `if` below (AutoGraph reads them: this module is converted when
 a graph is built) and puts it together behind it. What no source uses is not in a run's graph.
 """
@@ -20,23 +20,23 @@ from ..plan.policies import Operator
 from .augment_parts import GraphParts
 
 
-def augment(pictures: Any, rows: Any, parts: GraphParts) -> Any:
-    """Does to each picture what its row says; must be called in a graph with conditionals.
+def augment(images: Any, rows: Any, parts: GraphParts) -> Any:
+    """Does to each image what its row says; must be called in a graph with conditionals.
 
     Args:
-        pictures: uint8 [s s 3] of layout HWC, on either device.
+        images: uint8 [s s 3] of layout HWC, on either device.
         rows: float32 [k] on the host, columns as in `augment_plan.Column`.
         parts: what the graph is to hold.
 
     Returns:
-        Pictures whose samples lie one after another in memory.
+        Images whose samples lie one after another in memory.
     """
     for stage in range(parts.stages):
-        pictures = _apply_stage(pictures, rows, parts, Column.STAGES + stage * STAGE_WIDTH)
+        images = _apply_stage(images, rows, parts, Column.STAGES + stage * STAGE_WIDTH)
     if parts.twists:  # noqa: SIM102 - the second `if` is DALI's
         if rows[Column.IS_TWISTED] > 0:
-            pictures = fn.color_twist(
-                pictures,
+            images = fn.color_twist(
+                images,
                 brightness=rows[Column.BRIGHTNESS],
                 contrast=rows[Column.CONTRAST],
                 saturation=rows[Column.SATURATION],
@@ -44,37 +44,37 @@ def augment(pictures: Any, rows: Any, parts: GraphParts) -> Any:
             )
     if parts.blurs:  # noqa: SIM102
         if rows[Column.SIGMA] > 0:
-            pictures = fn.gaussian_blur(pictures, sigma=rows[Column.SIGMA])
+            images = fn.gaussian_blur(images, sigma=rows[Column.SIGMA])
     if parts.erases:
         # Not split: it copies as it goes, and what was put together behind an `if` must be copied
         # into one piece of memory anyway. A rectangle of 0 rows erases nothing.
         erased = Column.ERASED
         return fn.erase(
-            pictures,
+            images,
             anchor=rows[erased : erased + 2],
             shape=rows[erased + 2 : erased + 4],
             axis_names="HW",
             fill_value=list(parts.fill),
         )
-    return fn.copy(pictures)
+    return fn.copy(images)
 
 
-def _apply_stage(pictures: Any, rows: Any, parts: GraphParts, start: int) -> Any:
-    """One operator of a policy on each picture whose row has one here."""
+def _apply_stage(images: Any, rows: Any, parts: GraphParts, start: int) -> Any:
+    """One operator of a policy on each image whose row has one here."""
     # Where a row's operator is among those of this graph.
     places = np.zeros(len(Operator), dtype=np.int32)
     places[list(parts.operators)] = np.arange(len(parts.operators))
     number = fn.cast(rows[start], dtype=types.INT32)
     place = types.Constant(places)[number]
     if number > 0:
-        pictures = select(
+        images = select(
             [_OPERATORS[operator] for operator in parts.operators],
             place,
-            data=pictures,
+            data=images,
             numbers=rows[start + 1 : start + STAGE_WIDTH],
             grey=parts.grey,
         )
-    return pictures
+    return images
 
 
 @augmentation
@@ -130,7 +130,7 @@ def _equalize(data: Any, _: None) -> Any:
 
 
 def _beside(node: Any, data: Any) -> Any:
-    """On the device of the pictures, where an operator takes it as an input."""
+    """On the device of the images, where an operator takes it as an input."""
     return node.gpu() if data.device == "gpu" else node
 
 

@@ -26,12 +26,12 @@ class GraphParts:
 
     @property
     def is_empty(self) -> bool:
-        """Whether pictures leave the graph as they were resampled."""
+        """Whether images leave the graph as they were resampled."""
         return not (self.stages or self.twists or self.blurs or self.erases)
 
     @property
     def grey(self) -> int:
-        """What a warp shows where there was no picture: DALI takes one level for all channels."""
+        """What a warp shows where there was no image: DALI takes one level for all channels."""
         return (sum(self.fill) + 1) // 3
 
 

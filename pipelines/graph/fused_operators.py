@@ -32,10 +32,10 @@ _SET_SHAPES = [_ADDRESS, _ADDRESS, _NUMBER] * 2 + [_NUMBER]
 
 
 def resample_operator(image_size: int, interpolation: str) -> Any:
-    """Resamples regions of pictures to squares, mirrored or not.
+    """Resamples regions of images to squares, mirrored or not.
 
-    Takes pictures uint8 [h w 3], starts and ends of regions float32 [2] in pixels (rows, then
-    columns; ends beyond the picture mean its end), and flips int32 [1]; gives uint8 [size size 3].
+    Takes images uint8 [h w 3], starts and ends of regions float32 [2] in pixels (rows, then
+    columns; ends beyond the image mean its end), and flips int32 [1]; gives uint8 [size size 3].
     """
     return _Compiled(
         _resample(interpolation == "bicubic"),
@@ -47,7 +47,7 @@ def resample_operator(image_size: int, interpolation: str) -> Any:
 def augment_operator(image_size: int) -> Any:
     """Does to squares what their rows of the plan say.
 
-    Takes pictures uint8 [size size 3], rows float32 [k], columns as in `augment_plan.Column`, and
+    Takes images uint8 [size size 3], rows float32 [k], columns as in `augment_plan.Column`, and
     what an erased rectangle shows, uint8 [3]; gives uint8 [size size 3].
     """
     return _Compiled(
@@ -65,7 +65,7 @@ class _Compiled(NumbaFunction):
     """
 
     def __init__(self, run: Any, set_shapes: Any, *, in_types: list[Any]) -> None:
-        """The first input is a picture, the others are vectors, of the types given.
+        """The first input is an image, the others are vectors, of the types given.
 
         Raises:
             RuntimeError: this DALI calls such functions in another way.
@@ -105,7 +105,7 @@ class _Compiled(NumbaFunction):
 
 @functools.cache
 def _set_shapes(image_size: int) -> Any:
-    """Makes every output a square picture."""
+    """Makes every output a square image."""
 
     @c_function(*_SET_SHAPES)
     def set_shapes(
@@ -139,17 +139,17 @@ def _resample(cubic: bool) -> Any:
         _in_dimensions: Any,
         _num_inputs: Any,
     ) -> None:
-        picture = _picture(in_data, in_shapes, 0)
+        image = _image(in_data, in_shapes, 0)
         start = _vector(in_data, in_shapes, 1, np.float32)
         end = _vector(in_data, in_shapes, 2, np.float32)
         flip = _vector(in_data, in_shapes, 3, np.int32)
         resample_region(
-            _picture(out_data, out_shapes, 0),
-            picture,
+            _image(out_data, out_shapes, 0),
+            image,
             float(start[0]),
-            float(min(end[0], picture.shape[0])),
+            float(min(end[0], image.shape[0])),
             float(start[1]),
-            float(min(end[1], picture.shape[1])),
+            float(min(end[1], image.shape[1])),
             flip[0] != 0,
             cubic,
         )
@@ -170,8 +170,8 @@ def _augment() -> Any:
         _in_dimensions: Any,
         _num_inputs: Any,
     ) -> None:
-        square = _picture(out_data, out_shapes, 0)
-        copied, source = square.reshape(-1), _picture(in_data, in_shapes, 0).reshape(-1)
+        square = _image(out_data, out_shapes, 0)
+        copied, source = square.reshape(-1), _image(in_data, in_shapes, 0).reshape(-1)
         # a loop, not slices: those bring error messages along, which take Numba long to compile
         for i in range(copied.size):
             copied[i] = source[i]
@@ -183,7 +183,7 @@ def _augment() -> Any:
 
 
 @kernel(inline="always")
-def _picture(data: Any, shapes: Any, number: int) -> Any:
+def _image(data: Any, shapes: Any, number: int) -> Any:
     """A tensor of a list as uint8 [h w 3]."""
     shape = carray(_entry(shapes, number), 2, np.int64)
     return carray(_entry(data, number), (shape[0], shape[1], _CHANNELS), np.uint8)

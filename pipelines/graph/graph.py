@@ -1,8 +1,8 @@
-"""The DALI graphs: pictures (encoded or not) and windows go in, uint8 [h w c] squares come out.
+"""The DALI graphs: images (encoded or not) and windows go in, uint8 [h w c] squares come out.
 
 One definition serves both devices: on `cpu` everything runs on the host and no driver is needed,
 on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it.
-Nothing in a graph is random; every number that shapes a picture is an input (see plan.py). Pictures
+Nothing in a graph is random; every number that shapes an image is an input (see plan.py). Images
 leave as uint8 because that is a quarter of float32's bytes; `unicl_fast.models.precision` normalises them.
 Which bytes go in, and what becomes of the outputs, is left to feed.py and loader.py.
 """
@@ -37,11 +37,11 @@ from .fused_operators import augment_operator, resample_operator
 Source = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""
 
-Pictures = Literal["files", "pixels", "squares"]
+Images = Literal["files", "pixels", "squares"]
 
 _SMALL_BATCH_BYTES = 5_000_000
 """Of its squares."""
-# DALI widens these filters when it shrinks a picture (antialias=True); linear is then the
+# DALI widens these filters when it shrinks an image (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
@@ -52,37 +52,37 @@ def build_train_graph(
     data: DataConfig,
     batch_size: int,
     device: torch.device,
-    pictures: Pictures = "files",
+    images: Images = "files",
     augmentation: GraphParts | None = None,
 ) -> Pipeline:
     """Decode the window, resample it to a square, mirror it, augment it.
 
     Args:
-        source: gives encoded pictures as a list of uint8 arrays, window starts (row, column) int32
+        source: gives encoded images as a list of uint8 arrays, window starts (row, column) int32
             [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], integers int64
-            [b k], and, where there is augmentation, its rows float32 [b m]. With `pictures` as
+            [b k], and, where there is augmentation, its rows float32 [b m]. With `images` as
             pixels the first is uint8 [b h w 3]; as squares, uint8 [b size size 3], and windows and
             flips are not given.
         data: what a square looks like, what makes it, in how many threads and how far ahead.
         batch_size: most samples of a batch.
-        device: where pictures end up.
-        pictures: what the source gives: files, decoded pictures, or squares that are made of those.
+        device: where images end up.
+        images: what the source gives: files, decoded images, or squares that are made of those.
         augmentation: what the sources need (see `augment_parts.parts_for`); None does without.
 
     Returns:
-        A pipeline with two outputs: pictures uint8 [b h w c] and the integers, both on `device`.
+        A pipeline with two outputs: images uint8 [b h w c] and the integers, both on `device`.
     """
     fused = is_fused(data.resample, device)
 
     def define() -> tuple[Any, Any]:
         first, *cuts, integers, rows = _training_inputs(
-            source, pictures=pictures, has_rows=augmentation is not None
+            source, images=images, has_rows=augmentation is not None
         )
         squares = first
-        if pictures != "squares":
+        if images != "squares":
             starts, shapes, flips = cuts
             squares = _resampled(
-                decode_windows(first, starts, shapes, data=data, device=device, pictures=pictures),
+                decode_windows(first, starts, shapes, data=data, device=device, images=images),
                 flips,
                 data=data,
                 fused=fused,
@@ -99,11 +99,11 @@ def build_train_graph(
     return build(**_pipeline_settings(data, batch_size, device))
 
 
-def _training_inputs(source: Source, *, pictures: Pictures, has_rows: bool) -> list[Any]:
+def _training_inputs(source: Source, *, images: Images, has_rows: bool) -> list[Any]:
     """Nodes of what a source gives; the last is None where there is no augmentation."""
-    first = (types.UINT8, 1 if pictures == "files" else 3, "" if pictures == "files" else "HWC")
+    first = (types.UINT8, 1 if images == "files" else 3, "" if images == "files" else "HWC")
     kinds = [first, (types.INT64, 1, "")]
-    if pictures != "squares":
+    if images != "squares":
         kinds[1:1] = [(types.INT32, 1, "")] * 3
     if has_rows:
         kinds.append((types.FLOAT, 1, ""))
@@ -125,13 +125,13 @@ def decode_windows(
     *,
     data: DataConfig,
     device: torch.device,
-    pictures: Pictures,
+    images: Images,
 ) -> Any:
-    """What is seen of each picture, uint8 [h w c] of its own size."""
-    if pictures == "pixels":
+    """What is seen of each image, uint8 [h w c] of its own size."""
+    if images == "pixels":
         return fn.slice(_on_device(first, device), start=starts, shape=shapes, axis_names="HW")
     # Only the blocks under the window are decoded. Sizes in the index are as displayed and
-    # packing leaves no picture with an orientation tag, so nothing may turn it here.
+    # packing leaves no image with an orientation tag, so nothing may turn it here.
     return fn.decoders.image_slice(
         first,
         start=starts,
@@ -166,17 +166,17 @@ def build_evaluation_graph(
     batch_size: int,
     device: torch.device,
 ) -> Pipeline:
-    """Decode the whole picture and resample its central region to a square.
+    """Decode the whole image and resample its central region to a square.
 
     Args:
-        source: gives encoded pictures as a list of uint8 arrays, and region starts and ends
+        source: gives encoded images as a list of uint8 arrays, and region starts and ends
             float32 [b 2] from `crop.central_windows`; batches may be smaller than `batch_size`.
         data: as for `build_train_graph`.
         batch_size: most samples of a batch.
-        device: where pictures end up.
+        device: where images end up.
 
     Returns:
-        A pipeline with one output: pictures uint8 [b h w c] on `device`.
+        A pipeline with one output: images uint8 [b h w c] on `device`.
     """
     pipeline = Pipeline(**_pipeline_settings(data, batch_size, device))
     with pipeline:
@@ -196,9 +196,9 @@ def build_evaluation_graph(
         if is_fused(data.resample, device):
             unflipped = types.Constant([0], dtype=types.INT32)
             operator = resample_operator(data.image_size, data.interpolation)
-            pictures = operator(whole, starts, ends, unflipped)
+            images = operator(whole, starts, ends, unflipped)
         else:
-            pictures = fn.resize(
+            images = fn.resize(
                 whole,
                 size=[data.image_size] * 2,
                 roi_start=starts,
@@ -206,7 +206,7 @@ def build_evaluation_graph(
                 interp_type=_FILTERS[data.interpolation],
                 antialias=True,
             )
-        pipeline.set_outputs(pictures)
+        pipeline.set_outputs(images)
     return pipeline
 
 
@@ -216,7 +216,7 @@ def decoding_threads(threads: int) -> int:
 
 
 def batches_ahead(data: DataConfig, batch_size: int) -> int:
-    """What `data.prefetch` means for batches of so many pictures."""
+    """What `data.prefetch` means for batches of so many images."""
     is_small = 3 * batch_size * data.image_size**2 <= _SMALL_BATCH_BYTES
     return data.prefetch or (4 if is_small else 2)
 
@@ -243,7 +243,7 @@ def _pipeline_settings(data: DataConfig, batch_size: int, device: torch.device) 
         raise ValueError(f"DALI decodes for cpu or cuda, not for {device}; set run.device")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(
-            "pictures were to be decoded on a GPU, but this machine has no usable CUDA driver; "
+            "images were to be decoded on a GPU, but this machine has no usable CUDA driver; "
             "set run.device=cpu, or check the driver with nvidia-smi"
         )
     return {

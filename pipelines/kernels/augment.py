@@ -1,9 +1,9 @@
-"""Everything that augmentation does to a picture's pixels on the CPU, in one pass of one operator.
+"""Everything that augmentation does to an image's pixels on the CPU, in one pass of one operator.
 
-DALI's own operators take 1 to 3 ms a picture of 224 pixels for a colour twist, a warp or a blur on
+DALI's own operators take 1 to 3 ms an image of 224 pixels for a colour twist, a warp or a blur on
 one core, more than decoding and resampling together, and splitting a batch among them costs more.
 This does the same arithmetic (augment.py is the twin, and what a GPU runs) in place, while the
-picture lies in the second-level cache. Loops are written so that LLVM vectorises them: long, over
+image lies in the second-level cache. Loops are written so that LLVM vectorises them: long, over
 values that lie side by side, in float32.
 """
 
@@ -49,51 +49,51 @@ _inlined = kernel(fastmath={"contract"}, error_model="numpy", inline="always")
 
 
 @_compiled
-def augment_square(picture: Any, row: Any, fill: Any) -> None:
-    """Does to a picture what its row of the plan says.
+def augment_square(image: Any, row: Any, fill: Any) -> None:
+    """Does to an image what its row of the plan says.
 
     Args:
-        picture: uint8 [s s 3], changed in place.
+        image: uint8 [s s 3], changed in place.
         row: float32 [k], columns as in `Column`.
         fill: uint8 [3], what an erased rectangle shows; its mean is shown where a warp uncovers.
     """
     for start in range(_STAGES, row.size, STAGE_WIDTH):
-        _apply_operator(picture, int(row[start]), row[start + 1 : start + STAGE_WIDTH], fill)
+        _apply_operator(image, int(row[start]), row[start + 1 : start + STAGE_WIDTH], fill)
     if row[0] != 0.0:
-        _twist(picture, row[1], row[2], row[3], row[4])
+        _twist(image, row[1], row[2], row[3], row[4])
     if row[_SIGMA] > 0.0:
-        _blur(picture, row[_SIGMA])
+        _blur(image, row[_SIGMA])
     top, left = int(row[_ERASED]), int(row[_ERASED + 1])
     for y in range(top, top + int(row[_ERASED + 2])):
         for x in range(left, left + int(row[_ERASED + 3])):
             for c in range(_CHANNELS):
-                picture[y, x, c] = fill[c]
+                image[y, x, c] = fill[c]
 
 
 @_compiled
-def _apply_operator(picture: Any, operator: int, numbers: Any, fill: Any) -> None:
+def _apply_operator(image: Any, operator: int, numbers: Any, fill: Any) -> None:
     a = numbers[0]
     if operator == _WARP:
-        warp(picture, numbers, grey_of(fill))
+        warp(image, numbers, grey_of(fill))
     elif operator == _COLOR:
-        _twist(picture, np.float32(1.0), np.float32(1.0), a, np.float32(0.0))
+        _twist(image, np.float32(1.0), np.float32(1.0), a, np.float32(0.0))
     elif operator == _SHARPNESS:
-        _sharpen(picture, a)
+        _sharpen(image, a)
     elif operator == _EQUALIZE:
-        _equalize(picture)
+        _equalize(image)
     elif operator == _AUTO_CONTRAST:
-        _stretch(picture)
+        _stretch(image)
     elif operator == _BRIGHTNESS:
-        _scale(picture, a, np.float32(0.0))
+        _scale(image, a, np.float32(0.0))
     elif operator == _CONTRAST:
-        _scale(picture, a, _mean_grey(picture) * (np.float32(1.0) - a))
+        _scale(image, a, _mean_grey(image) * (np.float32(1.0) - a))
     elif operator >= _POSTERIZE and operator <= _INVERT:
-        _look_up_bits(picture, operator, a)
+        _look_up_bits(image, operator, a)
 
 
 @_compiled
 def grey_of(fill: Any) -> int:
-    """What a warp shows where there was no picture: DALI takes one number for all channels."""
+    """What a warp shows where there was no image: DALI takes one number for all channels."""
     return (int(fill[0]) + int(fill[1]) + int(fill[2]) + 1) // 3
 
 
@@ -104,17 +104,17 @@ def _level(value: Any) -> Any:
 
 
 @_compiled
-def _scale(picture: Any, factor: Any, shift: Any) -> None:
-    values = picture.reshape(-1)
+def _scale(image: Any, factor: Any, shift: Any) -> None:
+    values = image.reshape(-1)
     for i in range(values.size):
         values[i] = _level(np.float32(values[i]) * factor + shift)
 
 
 @_compiled
-def _mean_grey(picture: Any) -> Any:
+def _mean_grey(image: Any) -> Any:
     sums = np.zeros(_CHANNELS, np.int64)
-    for y in range(picture.shape[0]):
-        line = picture[y]
+    for y in range(image.shape[0]):
+        line = image[y]
         red, green, blue = 0, 0, 0
         for x in range(line.shape[0]):
             red += line[x, 0]
@@ -124,11 +124,11 @@ def _mean_grey(picture: Any) -> Any:
         sums[1] += green
         sums[2] += blue
     grey = 0.299 * sums[0] + 0.587 * sums[1] + 0.114 * sums[2]
-    return np.float32(grey / (picture.shape[0] * picture.shape[1]))
+    return np.float32(grey / (image.shape[0] * image.shape[1]))
 
 
 @_compiled
-def _look_up_bits(picture: Any, operator: int, a: Any) -> None:
+def _look_up_bits(image: Any, operator: int, a: Any) -> None:
     table = np.empty(256, np.uint8)
     for level in range(256):
         if operator == _POSTERIZE:
@@ -140,24 +140,24 @@ def _look_up_bits(picture: Any, operator: int, a: Any) -> None:
         else:
             value = 255 - level
         table[level] = value
-    values = picture.reshape(-1)
+    values = image.reshape(-1)
     for i in range(values.size):
         values[i] = table[values[i]]
 
 
 @_compiled
-def _look_up(picture: Any, tables: Any) -> None:
-    values = picture.reshape(-1)
+def _look_up(image: Any, tables: Any) -> None:
+    values = image.reshape(-1)
     for i in range(values.size // _CHANNELS):
         for c in range(_CHANNELS):
             values[_CHANNELS * i + c] = tables[c, values[_CHANNELS * i + c]]
 
 
 @_compiled
-def _histograms(picture: Any) -> Any:
+def _histograms(image: Any) -> Any:
     """Of each channel, [3 256]; counted in two, since equal neighbours wait for each other."""
     counts = np.zeros((2, _CHANNELS, 256), np.int32)
-    values = picture.reshape(-1)
+    values = image.reshape(-1)
     for i in range(values.size // _CHANNELS):
         for c in range(_CHANNELS):
             counts[i & 1, c, values[_CHANNELS * i + c]] += 1
@@ -168,11 +168,11 @@ def _histograms(picture: Any) -> Any:
 
 
 @_compiled
-def _equalize(picture: Any) -> None:
+def _equalize(image: Any) -> None:
     """OpenCV's formula, which is DALI's: the darkest level goes to 0."""
-    counts = _histograms(picture)
+    counts = _histograms(image)
     tables = np.empty((_CHANNELS, 256), np.uint8)
-    total = picture.shape[0] * picture.shape[1]
+    total = image.shape[0] * image.shape[1]
     for c in range(_CHANNELS):
         darkest = 0
         while counts[c, darkest] == 0:
@@ -186,13 +186,13 @@ def _equalize(picture: Any) -> None:
             if level > darkest:
                 below += counts[c, level]
             tables[c, level] = _level(np.float32(below) * (np.float32(255.0) / np.float32(rest)))
-    _look_up(picture, tables)
+    _look_up(image, tables)
 
 
 @_compiled
-def _stretch(picture: Any) -> None:
+def _stretch(image: Any) -> None:
     """Auto contrast: each channel's darkest level to 0 and its brightest to 255."""
-    counts = _histograms(picture)
+    counts = _histograms(image)
     tables = np.empty((_CHANNELS, 256), np.uint8)
     for c in range(_CHANNELS):
         darkest, brightest = 0, 255
@@ -204,7 +204,7 @@ def _stretch(picture: Any) -> None:
         for level in range(256):
             scaled = np.float32(level - darkest) * (np.float32(255.0) / np.float32(spread or 1))
             tables[c, level] = _level(scaled) if spread > 0 else np.uint8(level)
-    _look_up(picture, tables)
+    _look_up(image, tables)
 
 
 @_compiled
@@ -236,12 +236,12 @@ def twist_matrix(brightness: float, contrast: float, saturation: float, hue: flo
 
 
 @_compiled
-def _twist(picture: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -> None:
+def _twist(image: Any, brightness: Any, contrast: Any, saturation: Any, hue: Any) -> None:
     m = twist_matrix(brightness, contrast, saturation, hue)
     rr, rg, rb, r0 = m[0, 0], m[0, 1], m[0, 2], m[0, 3]
     gr, gg, gb, g0 = m[1, 0], m[1, 1], m[1, 2], m[1, 3]
     br, bg, bb, b0 = m[2, 0], m[2, 1], m[2, 2], m[2, 3]
-    values = picture.reshape(-1)
+    values = image.reshape(-1)
     for i in range(values.size // 3):
         r = np.float32(values[3 * i])
         g = np.float32(values[3 * i + 1])
@@ -262,12 +262,12 @@ def _mirrored(position: int, size: int) -> int:
 
 
 @_compiled
-def _sharpen(picture: Any, factor: Any) -> None:
-    """Away from (or, below 1, towards) Pillow's smoothed picture."""
-    size = picture.shape[0]
+def _sharpen(image: Any, factor: Any) -> None:
+    """Away from (or, below 1, towards) Pillow's smoothed image."""
+    size = image.shape[0]
     padded = np.empty((size + 2, (size + 2) * _CHANNELS), np.float32)
     for y in range(size + 2):
-        line = picture[_mirrored(y - 1, size)].reshape(-1)
+        line = image[_mirrored(y - 1, size)].reshape(-1)
         target = padded[y, _CHANNELS:]
         for i in range(line.size):
             target[i] = line[i]
@@ -279,7 +279,7 @@ def _sharpen(picture: Any, factor: Any) -> None:
     sums = np.empty(padded.shape[1], np.float32)
     for y in range(size):
         above, here, below = padded[y], padded[y + 1], padded[y + 2]
-        out = picture[y].reshape(-1)
+        out = image[y].reshape(-1)
         for i in range(sums.size):
             sums[i] = above[i] + here[i] + below[i]
         for i in range(out.size):
@@ -288,8 +288,8 @@ def _sharpen(picture: Any, factor: Any) -> None:
 
 
 @_compiled
-def _blur(picture: Any, sigma: Any) -> None:
-    size = picture.shape[0]
+def _blur(image: Any, sigma: Any) -> None:
+    size = image.shape[0]
     radius = max(math.ceil(3.0 * sigma), 1)
     taps = 2 * radius + 1
     weights = np.empty(taps, np.float32)
@@ -303,7 +303,7 @@ def _blur(picture: Any, sigma: Any) -> None:
     line = np.empty(length + 2 * margin, np.float32)
     rows = np.empty((size, length), np.float32)
     for y in range(size):
-        pixels = picture[y].reshape(-1)
+        pixels = image[y].reshape(-1)
         inside = line[margin : margin + length]
         for i in range(length):
             inside[i] = pixels[i]
@@ -332,6 +332,6 @@ def _blur(picture: Any, sigma: Any) -> None:
             below = rows[_mirrored(y + radius - t, size)]
             for i in range(length):
                 added[i] += weight * (above[i] + below[i])
-        out_pixels = picture[y].reshape(-1)
+        out_pixels = image[y].reshape(-1)
         for i in range(length):
             out_pixels[i] = _level(added[i])

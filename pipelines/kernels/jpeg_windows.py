@@ -3,9 +3,9 @@
 A JPEG's codes have no fixed length, so a decoder that is to give a window must read all codes
 before the window's end, of whole rows, though it makes pixels of few. Restart markers (ITU-T T.81,
 B.2.4.4 and E.1.4) are places where decoding can begin. The packing tool sets some in each row of
-blocks (`picture_encoding.restart_interval`), and here the stretches under a window become a JPEG
+blocks (`image_encoding.restart_interval`), and here the stretches under a window become a JPEG
 of their own: the same header with another size, the stretches, and markers numbered anew. The
-window's pixels are the same bit for bit. Of random crops of 256-pixel pictures 0.6 of the bytes
+window's pixels are the same bit for bit. Of random crops of 256-pixel images 0.6 of the bytes
 are left, and DALI's decoder takes 0.85 of the time (282 us instead of 332, one thread), for files
 that are 2 to 3 % longer; cutting takes 7 us. On a GPU less goes over the bus.
 
@@ -60,12 +60,12 @@ _trailing_zeros: Any = intrinsic(_define_trailing_zeros)
 
 
 def cut_to_windows(
-    pictures: list[NDArray[np.uint8]], starts: NDArray[np.int32], shapes: NDArray[np.int32]
+    images: list[NDArray[np.uint8]], starts: NDArray[np.int32], shapes: NDArray[np.int32]
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32]]:
     """Leaves out of each file what its window does not need, where the file has places for it.
 
     Args:
-        pictures: encoded, of any format, uint8 [bytes] each.
+        images: encoded, of any format, uint8 [bytes] each.
         starts: first row and column of each window [b 2].
         shapes: height and width of each window [b 2].
 
@@ -74,10 +74,10 @@ def cut_to_windows(
     """
     cut: list[NDArray[np.uint8]] = []
     places = np.array(starts)
-    for picture, place, shape in zip(pictures, places, shapes, strict=True):
-        shorter = np.empty_like(picture)
-        length = _cut(picture, place, shape, shorter)
-        cut.append(shorter[:length] if length else picture)
+    for image, place, shape in zip(images, places, shapes, strict=True):
+        shorter = np.empty_like(image)
+        length = _cut(image, place, shape, shorter)
+        cut.append(shorter[:length] if length else image)
     return cut, places
 
 

@@ -1,8 +1,8 @@
-"""From a decoded picture to a square: cut, resample with antialias, mirror.
+"""From a decoded image to a square: cut, resample with antialias, mirror.
 
 DALI's resize on the CPU takes longer than decoding does. This kernel runs inside DALI's graph, on
 its threads (or, of a raw data set, in front of it by the batch), and follows Pillow's and
-torchvision's law: filters are widened when they shrink, and what lies outside the picture has no
+torchvision's law: filters are widened when they shrink, and what lies outside the image has no
 weight. It goes down the square one row at a time: the rows under the filter are added up into one
 line (long, contiguous, vectorised, and small enough for the first-level cache), and the line is
 then filtered to pixels. All of it is in fixed point, since a vector holds twice as many values of
@@ -36,7 +36,7 @@ _ROW_PLACES = _LINE_PLACES + 16
 _COLUMN_PLACES = 15
 _FEW_TAPS = 16
 """Up to which products are added up by their upper halves; see `_add_rows`."""
-# Lines of small pictures are multiples of this: what LLVM's loops take at once.
+# Lines of small images are multiples of this: what LLVM's loops take at once.
 _LINE = 32
 _MOST_VALUES = 1 << 15  # these stay in the cache
 _EIGHT_SHORT = ir.VectorType(ir.IntType(16), 8)
@@ -47,7 +47,7 @@ _SUMS = ir.VectorType(ir.IntType(32), 16)
 @kernel(fastmath={"contract"}, error_model="numpy")
 def resample_region(
     out: Any,
-    picture: Any,
+    image: Any,
     top: float,
     bottom: float,
     left: float,
@@ -55,15 +55,15 @@ def resample_region(
     mirror: bool,
     cubic: bool,
 ) -> None:
-    """Fills a square with a region of a picture.
+    """Fills a square with a region of an image.
 
-    The filter may look beyond the region, but not beyond the picture.
+    The filter may look beyond the region, but not beyond the image.
 
     Args:
         out: uint8 [size size 3], a square, written.
-        picture: uint8 [h w 3].
+        image: uint8 [h w 3].
         top: first row of the region, in pixels; may lie between two. The region is not empty and
-            lies in the picture: nothing is checked here.
+            lies in the image: nothing is checked here.
         bottom: end of its rows.
         left: first column.
         right: end of its columns.
@@ -71,7 +71,7 @@ def resample_region(
         cubic: cubic filter (a = -0.5) instead of the triangular one that is called bilinear.
     """
     size = out.shape[0]
-    height, width = picture.shape[0], picture.shape[1]
+    height, width = image.shape[0], image.shape[1]
     most_taps = max(_most_taps(height, size, cubic), _most_taps(width, size, cubic))
     memory = np.empty(size * most_taps, np.float64)
     first_rows = np.empty(size, np.int64)
@@ -88,7 +88,7 @@ def resample_region(
     first_values = np.zeros(groups * _PIXELS, np.int64)
     spread = np.zeros((groups, _pairs(column_weights.shape[1]), _PIXELS * _VALUES), np.int16)
     _spread_taps(first_values, spread, first_columns, column_weights, mirror)
-    rows = picture.reshape(height, width * _CHANNELS)
+    rows = image.reshape(height, width * _CHANNELS)
     padded_line = np.empty(rows.shape[1] + _VALUES, np.uint16)
     line = padded_line[: rows.shape[1]]
     narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
@@ -114,7 +114,7 @@ def resample_region(
 @kernel(fastmath={"contract"}, error_model="numpy")
 def resample_windows(
     squares: Any,
-    pictures: Any,
+    images: Any,
     starts: Any,
     shapes: Any,
     flips: Any,
@@ -123,24 +123,24 @@ def resample_windows(
     end: int,
     most_values: int = _MOST_VALUES,
 ) -> None:
-    """Windows of pictures to squares: `resample_region` of each window cut out, bit for bit.
+    """Windows of images to squares: `resample_region` of each window cut out, bit for bit.
 
-    For decoded pictures of one size, by the batch. Where pictures are small, a call and its memory
+    For decoded images of one size, by the batch. Where images are small, a call and its memory
     cost as much as the filter does; here memory is taken once for all, and lines are as long as
     vectors like them.
 
     Args:
         squares: uint8 [b size size 3], written.
-        pictures: uint8 [b h w 3].
+        images: uint8 [b h w 3].
         starts: int32 [b 2], first row and column of each window.
-        shapes: int32 [b 2], its height and width, not 0; it lies in the picture.
+        shapes: int32 [b 2], its height and width, not 0; it lies in the image.
         flips: int32 [b], whether it is mirrored.
         cubic: which filter.
-        begin: the first picture to take, for threads that share a batch.
+        begin: the first image to take, for threads that share a batch.
         end: behind the last one.
-        most_values: values of pictures up to which they are widened to 16 bits whole.
+        most_values: values of images up to which they are widened to 16 bits whole.
     """
-    height, width = pictures.shape[1], pictures.shape[2]
+    height, width = images.shape[1], images.shape[2]
     size = squares.shape[1]
     most_taps = max(_most_taps(height, size, cubic), _most_taps(width, size, cubic))
     groups = _groups(size)
@@ -175,7 +175,7 @@ def resample_windows(
         spread[groups - 1] = 0  # of pixels that are not there
         _spread_taps(first_values, spread, first_columns, column_weights, flips[i] != 0)
         length = columns * _CHANNELS
-        picture = pictures[i].reshape(-1)
+        image = images[i].reshape(-1)
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
         lift = _ROW_PLACES - row_places
         if small:
@@ -184,7 +184,7 @@ def resample_windows(
             window = wide[: rows * padded_length].reshape(rows, padded_length)
             raised = 0 if cubic else lift
             for y in range(rows):
-                source = picture[offset + y * width * _CHANNELS :]
+                source = image[offset + y * width * _CHANNELS :]
                 target = window[y]
                 for j in range(length):
                     target[j] = np.uint16(source[j]) << raised
@@ -197,7 +197,7 @@ def resample_windows(
         else:
             raw_window = bytes_[: rows * length].reshape(rows, length)
             for y in range(rows):
-                source = picture[offset + y * width * _CHANNELS :]
+                source = image[offset + y * width * _CHANNELS :]
                 raw_window[y] = source[:length]
             line = line_memory[:length]
             _fill_square(
@@ -257,11 +257,11 @@ def _fill_square(
     sums: Any,
     cubic: bool,
 ) -> None:
-    """The square from rows of a picture [h l].
+    """The square from rows of an image [h l].
 
     Args:
         out: as of `resample_region`.
-        rows: of the picture, uint8; or uint16 and lifted already.
+        rows: of the image, uint8; or uint16 and lifted already.
         lift: places by which levels have to be lifted before they are multiplied by weights of
             rows, so that a product of 32 bits has a value of the line in its upper half.
         line: memory for one row, uint16, as long as a row.
@@ -272,7 +272,7 @@ def _fill_square(
         first_values: as of `_spread_taps`.
         spread: as of `_spread_taps`.
         column_places: of these weights.
-        narrow: memory for rows of the square's width: of the whole picture if `cubic`, else one.
+        narrow: memory for rows of the square's width: of the whole image if `cubic`, else one.
         sums: memory for a line of the square as floats.
         cubic: which filter.
     """
@@ -309,7 +309,7 @@ def _fill_square(
 
 # In the loops below there are neither calls nor parts of arrays: both cost Numba atomic counts up
 # and down, which for a short line take five times as long as the line. Even one inlined function
-# for the sums of rows in both takes 1.4 times as long for pictures of 32 pixels. Nor are places
+# for the sums of rows in both takes 1.4 times as long for images of 32 pixels. Nor are places
 # added up in an index: Numba allows for negative ones, and no such loop is vectorised (cubic then
 # takes 4 times as long).
 
@@ -394,7 +394,7 @@ def _fill_in_two_passes(
         _filter_line(bytes_, (y - low) * stride, padded_line, first_values, spread, column_places)
     width = size * _CHANNELS
     lines = out.reshape(size, width)
-    # Sums of such weights times levels are exact in float32 unless a picture shrinks by so much
+    # Sums of such weights times levels are exact in float32 unless an image shrinks by so much
     # that they have more than 16 places; then the last bit may be lost.
     unit = 0.5**row_places
     for y in range(size):
@@ -440,7 +440,7 @@ def _weights_of(
         first: int64 [size], written: the first input position of every output position.
         memory: float64, at least size times the taps.
         fixed_memory: int32, likewise; the result lies in it.
-        length: of the picture.
+        length: of the image.
         start: of the region.
         end: of the region.
         limits: of `_limits_of_rows` or `_limits_of_columns`.
@@ -500,7 +500,7 @@ def _to_fixed_point(fixed: Any, weights: Any, limit: int, most_places: int, carr
 
     As many behind the point as the largest weight leaves. Each is rounded by itself, as
     torchvision's uint8 kernels do it; or, with `carry`, with what was lost of the one before, so
-    that all of a pixel come to 1 and an even picture stays as it is, however many they are.
+    that all of a pixel come to 1 and an even image stays as it is, however many they are.
     """
     largest = weights.max()
     rounding = 1.0 if carry else 0.5

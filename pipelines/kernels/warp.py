@@ -1,7 +1,7 @@
-"""An affine warp of a square picture, bilinear, as one fast loop.
+"""An affine warp of a square image, bilinear, as one fast loop.
 
-DALI's warp takes 2.4 ms a picture of 224 pixels on one core. Most pixels have all four neighbours
-within the picture: their run in a row is found in advance, and gone through without a question and
+DALI's warp takes 2.4 ms an image of 224 pixels on one core. Most pixels have all four neighbours
+within the image: their run in a row is found in advance, and gone through without a question and
 with a vector of channels for each neighbour. Apart from augment_kernels.py because these vector
 instructions are spelt out; the borders' law is in `_blend_at_border`.
 """
@@ -26,18 +26,18 @@ _compiled = kernel(fastmath={"contract"}, error_model="numpy")
 
 
 @_compiled
-def warp(picture: Any, matrix: Any, grey: int) -> None:
+def warp(image: Any, matrix: Any, grey: int) -> None:
     """Takes each pixel from where the matrix says.
 
     Args:
-        picture: uint8 [s s 3], changed in place.
+        image: uint8 [s s 3], changed in place.
         matrix: float32 [6], the x and the y of a pixel's source as functions of its x, y and 1, in
             pixels whose centres lie at halves.
-        grey: level of all that lies outside the picture.
+        grey: level of all that lies outside the image.
     """
-    size = picture.shape[0]
-    source = np.empty(picture.size + _SPARE_BYTES, np.uint8)
-    pixels = picture.reshape(-1)
+    size = image.shape[0]
+    source = np.empty(image.size + _SPARE_BYTES, np.uint8)
+    pixels = image.reshape(-1)
     # Loops, not slices: those bring error messages along, which take Numba seconds to compile.
     for i in range(pixels.size):
         source[i] = pixels[i]
@@ -46,7 +46,7 @@ def warp(picture: Any, matrix: Any, grey: int) -> None:
     for y in range(size):
         start_x = matrix[0] * half + matrix[1] * (np.float32(y) + half) + matrix[2] - half
         start_y = matrix[3] * half + matrix[4] * (np.float32(y) + half) + matrix[5] - half
-        # [first, last) touches the picture, [low, high) of it lies inside with all neighbours.
+        # [first, last) touches the image, [low, high) of it lies inside with all neighbours.
         first, last = _run(start_x, step_x, -1.0, size, -_SLACK, 0, size)
         first, last = _run(start_y, step_y, -1.0, size, -_SLACK, first, last)
         low, high = _run(start_x, step_x, 0.0, size - 1, _SLACK, first, last)
@@ -109,7 +109,7 @@ def _blend_at_border(
     step_y: Any,
     grey: int,
 ) -> None:
-    """Neighbours outside the picture are grey."""
+    """Neighbours outside the image are grey."""
     at_x, at_y = start_x + step_x * np.float32(x), start_y + step_y * np.float32(x)
     floor_x, floor_y = math.floor(at_x), math.floor(at_y)
     left, upper = int(floor_x), int(floor_y)

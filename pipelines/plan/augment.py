@@ -1,7 +1,7 @@
-"""What is done to each picture of a step beyond cropping and mirroring, in numbers.
+"""What is done to each image of a step beyond cropping and mirroring, in numbers.
 
-Nothing is drawn in the graph: everything that shapes a picture is a function of a key and the
-visit, written here into one row of float32 a picture, which travels through DALI as one input. Read
+Nothing is drawn in the graph: everything that shapes an image is a function of a key and the
+visit, written here into one row of float32 an image, which travels through DALI as one input. Read
 by augment.py (DALI's operators) and augment_kernels.py (the fused one).
 """
 
@@ -30,7 +30,7 @@ from .policies import (
 
 
 class Column(enum.IntEnum):
-    """Where a number stands in a picture's row."""
+    """Where a number stands in an image's row."""
 
     IS_TWISTED = 0
     """1 where the next four are to be applied."""
@@ -56,14 +56,14 @@ def num_stages(augmentations: Sequence[Augmentation]) -> int:
 
 
 def row_width(augmentations: Sequence[Augmentation]) -> int:
-    """Numbers of a picture's row; 0 if no source changes pixels."""
+    """Numbers of an image's row; 0 if no source changes pixels."""
     if not any(augmentation.changes_pixels for augmentation in augmentations):
         return 0
     return Column.STAGES + num_stages(augmentations) * STAGE_WIDTH
 
 
 def neutral_rows(size: int, *, stages: int) -> NDArray[np.float32]:
-    """Rows [size k] that leave pictures alone."""
+    """Rows [size k] that leave images alone."""
     rows = np.zeros((size, Column.STAGES + stages * STAGE_WIDTH), dtype=np.float32)
     rows[:, [Column.BRIGHTNESS, Column.CONTRAST, Column.SATURATION]] = 1
     return rows
@@ -71,17 +71,17 @@ def neutral_rows(size: int, *, stages: int) -> NDArray[np.float32]:
 
 def draw_rows(
     augmentation: Augmentation,
-    visits: NDArray[np.int64],
+    draws: NDArray[np.int64],
     *,
     key: int,
     image_size: int,
     stages: int,
 ) -> NDArray[np.float32]:
-    """The rows of pictures of one source.
+    """The rows of images of one source.
 
     Args:
         augmentation: the source's.
-        visits: which row of the stream `key` each picture gets [b].
+        draws: which row of the stream `key` each image gets [b].
         key: 64-bit key, as from `fold_key`.
         image_size: side of the square, in pixels.
         stages: that the rows have room for.
@@ -89,15 +89,15 @@ def draw_rows(
     Returns:
         float32 [b k]; columns as in `Column`.
     """
-    rows = neutral_rows(len(visits), stages=stages)
+    rows = neutral_rows(len(draws), stages=stages)
     if not augmentation.changes_pixels:
         return rows
     key = np.uint64(key)  # type: ignore[assignment]
     jitter = (augmentation.jitter_chance, *augmentation.strengths, augmentation.grayscale)
     blur = (augmentation.blur, *augmentation.blur_sigma)
     erase = (augmentation.erase, *augmentation.erase_area, *augmentation.erase_ratio)
-    _draw_colours(rows, visits, key, np.array(jitter), np.array(blur))
-    _draw_rectangles(rows, visits, key, np.array(erase), image_size)
+    _draw_colours(rows, draws, key, np.array(jitter), np.array(blur))
+    _draw_rectangles(rows, draws, key, np.array(erase), image_size)
     table = table_of(OPERATIONS[augmentation.policy])
     start = int(Column.STAGES)
     if augmentation.policy == "rand":
@@ -105,16 +105,16 @@ def draw_rows(
             augmentation.policy_probability, augmentation.magnitude, augmentation.magnitude_std
         )  # fmt: skip
         _draw_rand(
-            rows, visits, key, table, np.array(strength), augmentation.policy_ops, image_size, start
+            rows, draws, key, table, np.array(strength), augmentation.policy_ops, image_size, start
         )
     elif augmentation.policy == "trivial":
-        _draw_trivial(rows, visits, key, table, image_size, start)
+        _draw_trivial(rows, draws, key, table, image_size, start)
     elif augmentation.policy == "auto":
-        _draw_auto(rows, visits, key, table, auto_pairs(), image_size, start)
+        _draw_auto(rows, draws, key, table, auto_pairs(), image_size, start)
     return rows
 
 
-# Which numbers of a picture's stream are for what: part of what a seed means, never reuse.
+# Which numbers of an image's stream are for what: part of what a seed means, never reuse.
 _JITTER_COIN = 0
 _JITTER = 1  # and the three behind it
 _GRAYSCALE_COIN = 5
@@ -128,9 +128,9 @@ _TRIES = 10
 
 
 @kernel
-def _draw_colours(rows: Any, visits: Any, key: Any, jitter: Any, blur: Any) -> None:
-    for i in range(visits.size):
-        stream = random_bits(key, visits[i])
+def _draw_colours(rows: Any, draws: Any, key: Any, jitter: Any, blur: Any) -> None:
+    for i in range(draws.size):
+        stream = random_bits(key, draws[i])
         if random_unit(stream, _JITTER_COIN) < jitter[0]:
             rows[i, 0] = 1.0
             for k in range(3):
@@ -146,11 +146,11 @@ def _draw_colours(rows: Any, visits: Any, key: Any, jitter: Any, blur: Any) -> N
 
 
 @kernel
-def _draw_rectangles(rows: Any, visits: Any, key: Any, erase: Any, side: int) -> None:
+def _draw_rectangles(rows: Any, draws: Any, key: Any, erase: Any, side: int) -> None:
     """Random erasing by timm's law: the first of ten rectangles that fits."""
     log_low, log_high = math.log(erase[3]), math.log(erase[4])
-    for i in range(visits.size):
-        stream = random_bits(key, visits[i])
+    for i in range(draws.size):
+        stream = random_bits(key, draws[i])
         if random_unit(stream, _ERASE_COIN) >= erase[0]:
             continue
         for attempt in range(_TRIES):
@@ -170,10 +170,10 @@ def _draw_rectangles(rows: Any, visits: Any, key: Any, erase: Any, side: int) ->
 
 @kernel
 def _draw_rand(
-    rows: Any, visits: Any, key: Any, table: Any, strength: Any, num_ops: int, side: int, start: int
+    rows: Any, draws: Any, key: Any, table: Any, strength: Any, num_ops: int, side: int, start: int
 ) -> None:
-    for i in range(visits.size):
-        stream = random_bits(key, visits[i])
+    for i in range(draws.size):
+        stream = random_bits(key, draws[i])
         for stage in range(num_ops):
             draw = _STAGES + 8 * stage
             if random_unit(stream, draw + 1) >= strength[0]:
@@ -194,9 +194,9 @@ def _draw_rand(
 
 
 @kernel
-def _draw_trivial(rows: Any, visits: Any, key: Any, table: Any, side: int, start: int) -> None:
-    for i in range(visits.size):
-        stream = random_bits(key, visits[i])
+def _draw_trivial(rows: Any, draws: Any, key: Any, table: Any, side: int, start: int) -> None:
+    for i in range(draws.size):
+        stream = random_bits(key, draws[i])
         write_operation(
             rows[i, start : start + STAGE_WIDTH],
             table[random_below(stream, _STAGES, table.shape[0])],
@@ -208,10 +208,10 @@ def _draw_trivial(rows: Any, visits: Any, key: Any, table: Any, side: int, start
 
 @kernel
 def _draw_auto(
-    rows: Any, visits: Any, key: Any, table: Any, pairs: Any, side: int, start: int
+    rows: Any, draws: Any, key: Any, table: Any, pairs: Any, side: int, start: int
 ) -> None:
-    for i in range(visits.size):
-        stream = random_bits(key, visits[i])
+    for i in range(draws.size):
+        stream = random_bits(key, draws[i])
         pair = pairs[random_below(stream, _PAIR, pairs.shape[0])]
         for stage in range(2):
             draw = _STAGES + 8 * stage

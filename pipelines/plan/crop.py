@@ -1,6 +1,6 @@
-"""Where a picture is cut: RandomResizedCrop's law for training, the centre for evaluation.
+"""Where an image is cut: RandomResizedCrop's law for training, the centre for evaluation.
 
-Windows are computed on the host from the pictures' sizes, so that the decoder is told what to
+Windows are computed on the host from the images' sizes, so that the decoder is told what to
 decode and a plan can be replayed. Both follow torchvision to the rounding, since published
 accuracies rest on it. Nothing here touches pixels.
 """
@@ -30,14 +30,14 @@ def random_windows(
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
     """Crop windows by the law of torchvision's RandomResizedCrop.
 
-    Up to ten tries draw an area (uniform part of the picture's) and an aspect ratio (uniform in
+    Up to ten tries draw an area (uniform part of the image's) and an aspect ratio (uniform in
     its logarithm) and take the first window that fits; otherwise the largest central window of a
     permitted ratio is taken.
 
     Args:
-        heights: pictures' heights [b].
-        widths: pictures' widths [b].
-        counters: which window of the stream `key` each picture gets [b].
+        heights: images' heights [b].
+        widths: images' widths [b].
+        counters: which window of the stream `key` each image gets [b].
         key: 64-bit key, as from `fold_key`.
         scale: smallest and largest part of the area.
         ratio: smallest and largest width/height.
@@ -65,21 +65,21 @@ def _random_windows(
     log_low = math.log(ratio[0])
     log_high = math.log(ratio[1])
     for i in range(heights.size):
-        picture_key = random_bits(key, np.uint64(counters[i]))
+        image_key = random_bits(key, np.uint64(counters[i]))
         height = heights[i]
         width = widths[i]
         found = False
         for attempt in range(_TRIES):
             draw = 4 * attempt
-            part = scale[0] + (scale[1] - scale[0]) * random_unit(picture_key, draw)
+            part = scale[0] + (scale[1] - scale[0]) * random_unit(image_key, draw)
             area = part * height * width
-            aspect = math.exp(log_low + (log_high - log_low) * random_unit(picture_key, draw + 1))
+            aspect = math.exp(log_low + (log_high - log_low) * random_unit(image_key, draw + 1))
             # np.rint rounds halves to even, as Python's round does in torchvision.
             w = np.int64(np.rint(math.sqrt(area * aspect)))
             h = np.int64(np.rint(math.sqrt(area / aspect)))
             if 0 < w <= width and 0 < h <= height:
-                top = np.int64(random_unit(picture_key, draw + 2) * (height - h + 1))
-                left = np.int64(random_unit(picture_key, draw + 3) * (width - w + 1))
+                top = np.int64(random_unit(image_key, draw + 2) * (height - h + 1))
+                left = np.int64(random_unit(image_key, draw + 3) * (width - w + 1))
                 found = True
                 break
         if not found:
@@ -105,14 +105,14 @@ def central_windows(
     resize: int,
     crop: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What torchvision's Resize(resize) and CenterCrop(crop) leave of a picture, in its own pixels.
+    """What torchvision's Resize(resize) and CenterCrop(crop) leave of an image, in its own pixels.
 
     Resampling just this region to crop x crop gives the same pixels as resizing the whole and
     cutting, because the scale is the same and the filter may still look beyond the region's edge.
 
     Args:
-        heights: pictures' heights [b].
-        widths: pictures' widths [b].
+        heights: images' heights [b].
+        widths: images' widths [b].
         resize: length of the shorter side after resizing; at least `crop`.
         crop: side of the square.
 

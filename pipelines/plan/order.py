@@ -3,7 +3,7 @@
 Two questions are answered for any slot of any step in constant time. Which sample is visit number
 `q` of a pass? A keyed permutation says so (`permute`). Which source does global slot `g` belong
 to, and how many slots did that source have before? Fixed shares say so (`assign_sources`).
-This module knows neither pictures nor texts; plan.py puts the answers together.
+This module knows neither images nor texts; plan.py puts the answers together.
 """
 
 from __future__ import annotations
@@ -180,7 +180,7 @@ def _small_fraction(share: float) -> Fraction:
 
 
 def assign_sources(
-    slots: Int64Array, shares: tuple[int, ...]
+    global_index: Int64Array, shares: tuple[int, ...]
 ) -> tuple[NDArray[np.int32], Int64Array]:
     """Which source each global slot belongs to, and which visit of that source it is.
 
@@ -191,27 +191,27 @@ def assign_sources(
     less than half a sample more for each further one.
 
     Args:
-        slots: int64, global slot numbers, not negative.
+        global_index: int64, global slot numbers, not negative.
         shares: integers from `integer_shares`.
 
     Returns:
         int32 source ids, and int64 numbers of the slots that source had before.
     """
-    slots = np.ascontiguousarray(slots, dtype=np.int64)
+    global_index = np.ascontiguousarray(global_index, dtype=np.int64)
     if len(shares) == 1:
-        return np.zeros(slots.shape, dtype=np.int32), slots.copy()
-    source_ids, visits = _assign_sources(slots, np.asarray(shares, dtype=np.int64))
-    return source_ids, visits
+        return np.zeros(global_index.shape, dtype=np.int32), global_index.copy()
+    source_ids, draws = _assign_sources(global_index, np.asarray(shares, dtype=np.int64))
+    return source_ids, draws
 
 
-def visits_before(slot: int, shares: tuple[int, ...]) -> list[int]:
+def draws_before(slot: int, shares: tuple[int, ...]) -> list[int]:
     """How many of the global slots [0, slot) each source has: what `assign_sources` comes to."""
-    visits, total = [], sum(shares)
+    draws, total = [], sum(shares)
     for share in shares:
-        visits.append(int(_count_before(slot, share, total)))
-        slot -= visits[-1]
+        draws.append(int(_count_before(slot, share, total)))
+        slot -= draws[-1]
         total -= share
-    return visits
+    return draws
 
 
 @kernel(inline="always")
@@ -224,18 +224,18 @@ def _count_before(slot: Any, share: Any, total: Any) -> Any:
 
 
 @kernel
-def _assign_sources(slots: Any, shares: Any) -> Any:
-    source_ids = np.empty(slots.size, np.int32)
-    visits = np.empty(slots.size, np.int64)
-    for i in range(slots.size):
-        slot = slots[i]
+def _assign_sources(global_index: Any, shares: Any) -> Any:
+    source_ids = np.empty(global_index.size, np.int32)
+    draws = np.empty(global_index.size, np.int64)
+    for i in range(global_index.size):
+        slot = global_index[i]
         total = shares.sum()
         for source in range(shares.size):
             before = _count_before(slot, shares[source], total)
             if _count_before(slot + 1, shares[source], total) > before:
                 source_ids[i] = source
-                visits[i] = before
+                draws[i] = before
                 break
             slot -= before
             total -= shares[source]
-    return source_ids, visits
+    return source_ids, draws

@@ -27,10 +27,10 @@ from .crop import random_windows
 from .order import (
     Int64Array,
     assign_sources,
+    draws_before,
     integer_shares,
     permute,
     permute_in_windows,
-    visits_before,
 )
 from .plan_source import PlanSource as PlanSource
 from .plan_source import check_sizes, check_source
@@ -56,7 +56,7 @@ class PlannedBatch:
     """One rank's slots of one global batch; every array has one row a slot, [b]."""
 
     step: int
-    slots: Int64Array
+    global_index: Int64Array
     """Places in the global batch."""
     source_ids: NDArray[np.int32]
     sample_ids: Int64Array
@@ -69,12 +69,12 @@ class PlannedBatch:
     captions: Int64Array
     """Which of the sample's captions is its text; -1 where the text is a prompt."""
     labels: Int64Array
-    """The label whose prompt is the text; -1 where the text is a caption: a picture shown with a
+    """The label whose prompt is the text; -1 where the text is a caption: an image shown with a
     caption is an image-text pair, and its labels, if any, are set aside for this visit."""
     templates: Int64Array
     """Which template fills the prompt; -1 where the text is a caption."""
     second_cuts: NDArray[np.int32]
-    """[b 5] start, shape and flip of each picture's second view; [b 0] where there is one view."""
+    """[b 5] start, shape and flip of each image's second view; [b 0] where there is one view."""
     augment_rows: NDArray[np.float32]
     """[b v k] what is done to each view beyond that, columns as in `augment_plan.Column`; k is 0
     where no source augments."""
@@ -90,7 +90,7 @@ class PlannedBatch:
         return self.second_cuts[:, :2], self.second_cuts[:, 2:4], self.second_cuts[:, 4]
 
 
-SLOT_FIELDS = tuple(
+SAMPLE_FIELDS = tuple(
     field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"
 )
 """What a batch has of each slot."""
@@ -98,26 +98,30 @@ SLOT_FIELDS = tuple(
 
 def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> list[PlannedBatch]:
     """The batches of a long one, as `TrainPlan.batch` gives them; views."""
-    size = len(long.slots) // count
-    slots = long.slots[:size] % global_batch_size
-    names = [name for name in SLOT_FIELDS if name != "slots"]
+    size = len(long.global_index) // count
+    global_index = long.global_index[:size] % global_batch_size
+    names = [name for name in SAMPLE_FIELDS if name != "global_index"]
     arrays = [getattr(long, name) for name in names]
     # to go through an array costs less than to take slices of it
     parts = zip(*(values.reshape(count, size, *values.shape[1:]) for values in arrays), strict=True)
     return [
-        PlannedBatch(step=long.step + part, slots=slots, **dict(zip(names, values, strict=True)))
+        PlannedBatch(
+            step=long.step + part,
+            global_index=global_index,
+            **dict(zip(names, values, strict=True)),
+        )
         for part, values in enumerate(parts)
     ]
 
 
-def samples_of_visits(
-    visits: Int64Array, *, source: int, size: int, seed: int, window: int = 0
+def samples_of_draws(
+    draws: Int64Array, *, source: int, size: int, seed: int, window: int = 0
 ) -> Int64Array:
     """Visit q of a source is place q mod N of its pass q div N, each pass shuffled anew.
 
     `window` as `data.shuffle_window`.
     """
-    passes, places = np.divmod(visits, size)
+    passes, places = np.divmod(draws, size)
     found = [int(passes[0])] if len(passes) and (passes == passes[0]).all() else np.unique(passes)
     ids = np.empty_like(places)
     for one_pass in found:
@@ -181,8 +185,8 @@ class TrainPlan:
         Planning a step takes some 30 calls, whatever its size; for small batches it pays to make
         them once for many steps. Slots are counted on from step to step.
         """
-        slots = self._slots(count, rank=rank, world_size=world_size)
-        return self._furnish(step, slots, *self._scheduled(step, slots))
+        global_index = self._slots(count, rank=rank, world_size=world_size)
+        return self._fill_in(step, global_index, *self._scheduled(step, global_index))
 
     def schedule(
         self, step: int, count: int, *, rank: int, world_size: int
@@ -201,17 +205,17 @@ class TrainPlan:
                 f"a global batch of {self.global_batch_size} cannot be shared by {world_size} "
                 "ranks; make run.global_batch_size a multiple of the number of ranks"
             )
-        slots = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
+        global_index = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
         firsts = self.global_batch_size * np.arange(count, dtype=np.int64)
-        return (firsts[:, None] + slots).reshape(-1)
+        return (firsts[:, None] + global_index).reshape(-1)
 
     def passes(self, num_steps: int) -> list[float]:
         """How often each source has been gone through after so many steps."""
-        visits = visits_before(num_steps * self.global_batch_size, self.shares)
+        draws = draws_before(num_steps * self.global_batch_size, self.shares)
         sizes = [len(source.samples) for source in self._sources]
-        return [count / size for count, size in zip(visits, sizes, strict=True)]
+        return [count / size for count, size in zip(draws, sizes, strict=True)]
 
-    def substitute(self, step: int, slots: Int64Array, *, attempt: int) -> PlannedBatch:
+    def substitute(self, step: int, global_index: Int64Array, *, attempt: int) -> PlannedBatch:
         """What is fed in some places of a global batch whose planned sample cannot be.
 
         Another sample of the same source, with text, window, flip and augmentation of its own: as
@@ -222,11 +226,13 @@ class TrainPlan:
 
         Args:
             step: of the batch.
-            slots: places in the global batch [b].
+            global_index: places in the global batch [b].
             attempt: counted from 1; the next one is for places whose substitute is bad too.
         """
-        source_ids, sample_ids = self._scheduled(step, slots)
-        for i, (slot, number) in enumerate(zip(slots.tolist(), source_ids.tolist(), strict=True)):
+        source_ids, sample_ids = self._scheduled(step, global_index)
+        for i, (slot, number) in enumerate(
+            zip(global_index.tolist(), source_ids.tolist(), strict=True)
+        ):
             size = len(self._sources[number].samples)
             num_others = max(1, size - 1)
             visit = step * self.global_batch_size + slot
@@ -234,49 +240,51 @@ class TrainPlan:
             place = np.array([(attempt - 1) % num_others], dtype=np.int64)
             distance = 1 + int(permute(place, size=num_others, key=key)[0])
             sample_ids[i] = (sample_ids[i] + distance) % size
-        return self._furnish(
-            step, slots, source_ids, sample_ids, streams=(_Purpose.SUBSTITUTE, attempt)
+        return self._fill_in(
+            step, global_index, source_ids, sample_ids, streams=(_Purpose.SUBSTITUTE, attempt)
         )
 
-    def _scheduled(self, step: int, slots: Int64Array) -> tuple[NDArray[np.int32], Int64Array]:
+    def _scheduled(
+        self, step: int, global_index: Int64Array
+    ) -> tuple[NDArray[np.int32], Int64Array]:
         """Source and sample of each place of a global batch."""
-        visits = step * self.global_batch_size + slots
-        source_ids, source_visits = assign_sources(visits, self.shares)
-        sample_ids = np.empty(len(slots), dtype=np.int64)
+        draws = step * self.global_batch_size + global_index
+        source_ids, source_draws = assign_sources(draws, self.shares)
+        sample_ids = np.empty(len(global_index), dtype=np.int64)
         for number in range(len(self._sources)):
             mine = self._places_of(number, source_ids)
-            sample_ids[mine] = self._samples_of_visits(number, source_visits[mine])
+            sample_ids[mine] = self._samples_of_draws(number, source_draws[mine])
         return source_ids, sample_ids
 
-    def _furnish(
+    def _fill_in(
         self,
         step: int,
-        slots: Int64Array,
+        global_index: Int64Array,
         source_ids: NDArray[np.int32],
         sample_ids: Int64Array,
         *,
         streams: tuple[int, ...] = (),
     ) -> PlannedBatch:
         """Text, windows, flips and augmentation; `streams` tells a substitute's numbers apart."""
-        size = len(slots)
-        visits = step * self.global_batch_size + slots
+        size = len(global_index)
+        draws = step * self.global_batch_size + global_index
         sizes = np.empty((2, size), dtype=np.int64)
         texts = np.empty((3, size), dtype=np.int64)
         for number, source in enumerate(self._sources):
             mine = self._places_of(number, source_ids)
             rows = source.samples.take(sample_ids[mine])  # of whole rows 18 times as fast as []
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
-            texts[:, mine] = self._choose_texts(source, rows, visits[mine], streams=streams)
+            texts[:, mine] = self._choose_texts(source, rows, draws[mine], streams=streams)
         captions, labels, templates = texts
 
         cuts = [
-            self._cut(sizes, source_ids, visits, streams=view_streams)
+            self._cut(sizes, source_ids, draws, streams=view_streams)
             for view_streams in self._view_streams(streams)
         ]
         (window_starts, window_shapes, flips), *second = cuts
         return PlannedBatch(
             step=step,
-            slots=slots,
+            global_index=global_index,
             source_ids=source_ids,
             sample_ids=sample_ids,
             window_starts=window_starts,
@@ -286,7 +294,7 @@ class TrainPlan:
             labels=labels,
             templates=templates,
             second_cuts=_joined(second, size),
-            augment_rows=self._augment(source_ids, visits, streams=streams),
+            augment_rows=self._augment(source_ids, draws, streams=streams),
         )
 
     def _view_streams(self, streams: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -297,28 +305,28 @@ class TrainPlan:
         self,
         sizes: Int64Array,
         source_ids: NDArray[np.int32],
-        visits: Int64Array,
+        draws: Int64Array,
         *,
         streams: tuple[int, ...],
     ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
         """Window starts [b 2], window shapes [b 2] and flips [b] of one view.
 
         Args:
-            sizes: heights and widths of the pictures [2 b].
-            source_ids: of the pictures [b].
-            visits: of the pictures [b].
+            sizes: heights and widths of the images [2 b].
+            source_ids: of the images [b].
+            draws: of the images [b].
             streams: tells a substitute's numbers, and those of views, apart.
         """
         crop, flip = self._key(*streams, _Purpose.CROP), self._key(*streams, _Purpose.FLIP)
-        starts = np.empty((len(visits), 2), dtype=np.int32)
+        starts = np.empty((len(draws), 2), dtype=np.int32)
         shapes = np.empty_like(starts)
-        flips = np.empty(len(visits), dtype=np.int32)
+        flips = np.empty(len(draws), dtype=np.int32)
         for number, augmentation in enumerate(self._augmentations):
             mine = self._places_of(number, source_ids)
             starts[mine], shapes[mine] = random_windows(
                 sizes[0, mine],
                 sizes[1, mine],
-                visits[mine],
+                draws[mine],
                 key=crop,
                 scale=augmentation.crop_scale or self._data.crop_scale,
                 ratio=self._data.crop_ratio,
@@ -326,15 +334,15 @@ class TrainPlan:
             chance = augmentation.flip
             if chance is None:
                 chance = self._data.flip_probability
-            flips[mine] = _draw_flips(np.uint64(flip), visits[mine], chance)
+            flips[mine] = _draw_flips(np.uint64(flip), draws[mine], chance)
         return starts, shapes, flips
 
     def _augment(
-        self, source_ids: NDArray[np.int32], visits: Int64Array, *, streams: tuple[int, ...]
+        self, source_ids: NDArray[np.int32], draws: Int64Array, *, streams: tuple[int, ...]
     ) -> NDArray[np.float32]:
-        """What is done to each view of each picture, [b v k]."""
+        """What is done to each view of each image, [b v k]."""
         width, stages = row_width(self._augmentations), num_stages(self._augmentations)
-        drawn = np.zeros((len(visits), self.num_views, width), dtype=np.float32)
+        drawn = np.zeros((len(draws), self.num_views, width), dtype=np.float32)
         if not width:
             return drawn
         for view, view_streams in enumerate(self._view_streams(streams)):
@@ -343,7 +351,7 @@ class TrainPlan:
                 mine = self._places_of(number, source_ids)
                 drawn[mine, view] = draw_rows(
                     augmentation,
-                    visits[mine],
+                    draws[mine],
                     key=key,
                     image_size=self._data.image_size,
                     stages=stages,
@@ -358,17 +366,17 @@ class TrainPlan:
         """Index of a source's places [b]; all of them, without a copy, if it is the only one."""
         return slice(None) if len(self._sources) == 1 else np.flatnonzero(source_ids == number)
 
-    def _samples_of_visits(self, number: int, visits: Int64Array) -> Int64Array:
+    def _samples_of_draws(self, number: int, draws: Int64Array) -> Int64Array:
         size = len(self._sources[number].samples)
-        return samples_of_visits(
-            visits, source=number, size=size, seed=self.seed, window=self.shuffle_window
+        return samples_of_draws(
+            draws, source=number, size=size, seed=self.seed, window=self.shuffle_window
         )
 
     def _choose_texts(
         self,
         source: PlanSource,
         rows: NDArray[Any],
-        visits: Int64Array,
+        draws: Int64Array,
         *,
         streams: tuple[int, ...],
     ) -> NDArray[np.int64]:
@@ -377,7 +385,7 @@ class TrainPlan:
         purposes = (_Purpose.TEXT_KIND, _Purpose.CAPTION, _Purpose.LABEL)
         captions, label_places = _draw_texts(
             np.array([self._key(*streams, purpose) for purpose in purposes], dtype=np.uint64),
-            visits,
+            draws,
             rows["captions_count"].astype(np.int64),
             labels_count.astype(np.int64),
             _CAPTION_CHANCE[self._data.text],
@@ -391,12 +399,12 @@ class TrainPlan:
             # The class as counter, the step in the key: all ranks draw the same for a class, and
             # so do substitutes.
             key = self._key(_Purpose.TEMPLATE)
-            steps = visits[prompted] // self.global_batch_size
+            steps = draws[prompted] // self.global_batch_size
             classes = source.class_ids[labels[prompted]]
             drawn = _draw_by_step(np.uint64(key), steps, classes, source.num_templates)
         else:
             key = self._key(*streams, _Purpose.TEMPLATE)
-            drawn = _draw_below(np.uint64(key), visits[prompted], source.num_templates)
+            drawn = _draw_below(np.uint64(key), draws[prompted], source.num_templates)
         templates[prompted] = drawn
         return np.stack([captions, labels, templates])
 
@@ -413,25 +421,25 @@ def _joined(cuts: Sequence[tuple[NDArray[np.int32], ...]], size: int) -> NDArray
 
 @kernel
 def _draw_texts(
-    keys: Any, visits: Any, captions_count: Any, labels_count: Any, caption_chance: Any
+    keys: Any, draws: Any, captions_count: Any, labels_count: Any, caption_chance: Any
 ) -> Any:
     """For each visit a caption's number or a label's, and -1 for the other."""
-    captions = np.full(visits.size, -1, np.int64)
-    labels = np.full(visits.size, -1, np.int64)
-    for i in range(visits.size):
-        wants_caption = random_unit(keys[0], visits[i]) < caption_chance
+    captions = np.full(draws.size, -1, np.int64)
+    labels = np.full(draws.size, -1, np.int64)
+    for i in range(draws.size):
+        wants_caption = random_unit(keys[0], draws[i]) < caption_chance
         if captions_count[i] > 0 and (wants_caption or labels_count[i] == 0):
-            captions[i] = random_below(keys[1], visits[i], captions_count[i])
+            captions[i] = random_below(keys[1], draws[i], captions_count[i])
         else:
-            labels[i] = random_below(keys[2], visits[i], labels_count[i])
+            labels[i] = random_below(keys[2], draws[i], labels_count[i])
     return captions, labels
 
 
 @kernel
-def _draw_flips(key: Any, visits: Any, probability: Any) -> Any:
-    flips = np.empty(visits.size, np.int32)
-    for i in range(visits.size):
-        flips[i] = random_unit(key, visits[i]) < probability
+def _draw_flips(key: Any, draws: Any, probability: Any) -> Any:
+    flips = np.empty(draws.size, np.int32)
+    for i in range(draws.size):
+        flips[i] = random_unit(key, draws[i]) < probability
     return flips
 
 

@@ -45,7 +45,7 @@ def check_source(source: PlanSource, *, text: Literal["any", "captions", "labels
     if not source.num_templates and unprompted:
         raise ValueError(
             f"{source.name} has labels but no class names and templates to make texts of; pack it "
-            "again with class names, or set data.text=captions if all its pictures have captions"
+            "again with class names, or set data.text=captions if all its images have captions"
         )
     if num_mute:
         raise ValueError(

@@ -22,14 +22,14 @@ from unicl_fast.system.kernels import kernel
 
 
 class Operator(enum.IntEnum):
-    """What can be done to a picture in a stage of a policy."""
+    """What can be done to an image in a stage of a policy."""
 
     IDENTITY = 0
     WARP = 1
     """Six numbers: x and y of a pixel's source as an affine function of x, y and 1, in pixels."""
     BRIGHTNESS = 2
     CONTRAST = 3
-    """About the mean grey of the picture, as Pillow does it."""
+    """About the mean grey of the image, as Pillow does it."""
     COLOR = 4
     SHARPNESS = 5
     POSTERIZE = 6
@@ -82,7 +82,7 @@ class Operation:
     signed: bool = False
     """Whether half of all values are negated. Of a factor, that is its distance from 1."""
     relative: bool = False
-    """Whether the value is a part of the picture's side."""
+    """Whether the value is a part of the image's side."""
     least: float = -math.inf
     """Lower values are raised to this."""
 
@@ -121,7 +121,7 @@ _EQUALIZE = Operation("Equalize", Operator.EQUALIZE)
 _INVERT = Operation("Invert", Operator.INVERT)
 
 RAND = (
-    # timm's "increasing" set of 15. The least is 1 bit: with none, pictures would be black.
+    # timm's "increasing" set of 15. The least is 1 bit: with none, images would be black.
     *_moves(0.3, 0.45, 30.0, relative=True),
     *_factors(0.9, least=0.1),
     _posterize(4, -4, _Rounding.DOWN, least=1),
@@ -133,7 +133,7 @@ RAND = (
 )  # fmt: skip
 
 TRIVIAL = (
-    # Table 7 of arXiv 2103.10158, the wide space; shifts are 32 pixels whatever the picture's size.
+    # Table 7 of arXiv 2103.10158, the wide space; shifts are 32 pixels whatever the image's size.
     *_moves(0.99, 32.0, 135.0, relative=False),
     *_factors(0.99),
     Operation(
@@ -219,7 +219,7 @@ def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -
         row: of a table of `table_of`.
         level: strength in 0 to 1.
         negate: what a sign that the operation draws came out as.
-        side: of the square picture, in pixels.
+        side: of the square image, in pixels.
     """
     step = abs(row[3]) * level
     if row[4] == 1:

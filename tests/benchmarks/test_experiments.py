@@ -121,12 +121,12 @@ def test_what_was_measured_stands_beside_what_was_published(tmp_path: Path) -> N
 
 @pytest.fixture(name="cifar10", scope="module")
 def packed_cifar10(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """600 of CIFAR-10's pictures, packed as the experiments ask."""
+    """600 of CIFAR-10's images, packed as the experiments ask."""
     folder = tmp_path_factory.mktemp("packed")
     with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
-        pictures = [name for name in archive.namelist() if name.endswith(".jpg")]
-        archive.extractall(folder / "pictures", pictures[::16])
-    source, out = folder / "pictures" / "test", folder / "cifar10"
+        images = [name for name in archive.namelist() if name.endswith(".jpg")]
+        archive.extractall(folder / "images", images[::16])
+    source, out = folder / "images" / "test", folder / "cifar10"
     pack(["build", str(source), "--format", "raw", "--out", str(out)])
     return out
 
@@ -151,7 +151,7 @@ def test_objectives_and_templates_share_their_runs(cifar10: Path, tmp_path: Path
     templates.run(templates.Settings(**common, seeds=(0, 1), rounds=2, round_steps=12))
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     assert before.items() <= after.items(), "a finished run was done again"
-    rates = json.loads((tmp_path / "templates.json").read_text())["rate"]["pictures_a_second"]
+    rates = json.loads((tmp_path / "templates.json").read_text())["rate"]["images_per_second"]
     assert [len(values) for values in rates.values()] == [2, 2]
 
 
@@ -164,7 +164,7 @@ def test_switches(cifar10: Path, tmp_path: Path) -> None:
     )
     result = json.loads((tmp_path / "switches.json").read_text())
     [table] = result["tables"]
-    assert set(table["cells"]["cifar10-small"]) == set(result["rate"]["pictures_a_second"])
+    assert set(table["cells"]["cifar10-small"]) == set(result["rate"]["images_per_second"])
     assert [row["last"]["samples_seen"] for row in result["runs"]] == [1024] * 4
 
 

@@ -56,21 +56,21 @@ def _workers_find_fakes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """24 smooth pictures, 60 x 80, faintly coloured: no filter's choice is stressed."""
+    """24 smooth images, 60 x 80, faintly coloured: no filter's choice is stressed."""
     folder = tmp_path_factory.mktemp("input")
-    with pack_pictures(folder / "packed", raw=False) as dataset:
+    with pack_images(folder / "packed", raw=False) as dataset:
         return dataset.folder
 
 
-def pack_pictures(out: Path, *, raw: bool) -> PackedDataset:
+def pack_images(out: Path, *, raw: bool) -> PackedDataset:
     draw = np.random.default_rng(0)
     samples = []
     for index in range(24):
         # FFmpeg scales luma and halved chroma on grids of their own: strong colours would tell
         colours = draw.integers(20, 236, (4, 5, 1)) + draw.integers(-20, 20, (4, 5, 3))
         file = io.BytesIO()
-        picture = Image.fromarray(colours.astype(np.uint8))
-        picture.resize((80, 60), Image.Resampling.BICUBIC).save(file, format="JPEG")
+        image = Image.fromarray(colours.astype(np.uint8))
+        image.resize((80, 60), Image.Resampling.BICUBIC).save(file, format="JPEG")
         samples.append(Sample(file.getvalue(), labels=[index % 2]))
     return pack(out, samples, class_names=["even", "odd"], tokenizer=Tokenizer(), raw=raw)
 
@@ -101,10 +101,10 @@ def test_who_makes_something_else_is_left_out_and_the_others_are_timed(
     result = json.loads((tmp_path / "result.json").read_text())
     assert set(result["contenders"]) == {"unicl_fast", "honest"}
     expected = {
-        "nearest": r"other pictures: \d+\.\d+ levels",
-        "mirrored": r"other pictures: \d+\.\d+ levels",
+        "nearest": r"other images: \d+\.\d+ levels",
+        "mirrored": r"other images: \d+\.\d+ levels",
         "bytes-instead": r"^made uint8 \(16, 3, 16, 16\), not float32",
-        "darker-crops": "pictures' mean is .* ours is",
+        "darker-crops": "images' mean is .* ours is",
         "dies": "process ended with code 9",
         "not-installed": "a_package_that_nobody_has.*pip install a-package",
     }
@@ -123,15 +123,15 @@ def test_who_makes_something_else_is_left_out_and_the_others_are_timed(
     assert "| honest |" in text
     assert "passed over: No module named" in text
     plot({"small": result}, tmp_path / "plot.png")
-    with Image.open(tmp_path / "plot.png") as picture:
-        assert min(picture.size) > 100
+    with Image.open(tmp_path / "plot.png") as image:
+        assert min(image.size) > 100
 
 
 def test_ours_making_something_else_ends_the_run(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(input_pipeline, "OURS", fake("mirrored", "ours"))
-    with pytest.raises(RuntimeError, match="mirrored: it makes other pictures"):
+    with pytest.raises(RuntimeError, match="mirrored: it makes other images"):
         run(settings_for(packed, peers=("none",), parts=("none",)))
 
 
@@ -151,32 +151,32 @@ def test_who_has_no_turn_is_stopped_children_included_and_all_memory_counts(tmp_
     assert counter.read_text() == ended_at
 
 
-def test_a_picture_is_compared_with_the_one_it_shows() -> None:
+def test_a_image_is_compared_with_the_one_it_shows() -> None:
     truth = np.random.default_rng(0).uniform(0, 255, (6, 16, 16, 3)).astype(np.float32)
     gap = gap_to(truth, truth[[3, 1, 5, 0, 4, 2, 2]] + 1)
     assert gap.mean == pytest.approx(1, abs=1e-4)
     assert gap.high == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="only 2 of 6 pictures"):
+    with pytest.raises(ValueError, match="only 2 of 6 images"):
         gap_to(truth, truth[[3, 1, 3, 1]])
 
 
-def test_a_raw_data_set_is_asked_for_its_own_pictures(tmp_path: Path) -> None:
+def test_a_raw_data_set_is_asked_for_its_own_images(tmp_path: Path) -> None:
     """Not for JPEGs, which would tell nothing of what it is timed with."""
-    with pack_pictures(tmp_path / "raw", raw=True) as raw:
+    with pack_images(tmp_path / "raw", raw=True) as raw:
         task = Task(
             data=raw.folder, scratch=tmp_path / "scratch", batch_size=8, image_size=60, threads=1
         )
         asked, truth = comparison_task(raw, task)
         with PackedDataset(asked.data) as squares:
-            assert squares.picture_shape == (60, 60, 3)
+            assert squares.image_shape == (60, 60, 3)
             pixels = [squares.image_bytes(i)[-60 * 60 * 3 :] for i in range(len(squares))]
         shown = np.stack(pixels).reshape(truth.shape).astype(np.float32)
         assert np.array_equal(shown, truth)  # squares of 60 are shown as they are
 
 
 @pytest.mark.slow
-def test_our_raw_loader_makes_pillow_s_pictures(packed: Path, tmp_path: Path) -> None:
-    with pack_pictures(tmp_path / "raw", raw=True) as raw:
+def test_our_raw_loader_makes_pillow_s_images(packed: Path, tmp_path: Path) -> None:
+    with pack_images(tmp_path / "raw", raw=True) as raw:
         out = tmp_path / "result.json"
         run(settings_for(packed, out, raw_data=raw.folder, peers=("none",), parts=("none",)))
     gap = json.loads(out.read_text())["contenders"][RAW.name]["levels_from_pillow"]
@@ -200,7 +200,7 @@ def test_contenders_are_chosen_by_name() -> None:
         for each in (OURS, *PEERS)
     ],
 )
-def test_every_contender_makes_pillow_s_pictures(
+def test_every_contender_makes_pillow_s_images(
     contender: Contender, packed: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """Those whose package is there."""

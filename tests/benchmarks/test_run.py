@@ -35,7 +35,7 @@ SMALL = {
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
         *("--augment", "none,grayscale=0.5"),
     ],
-    "pack": ["--pictures", "24", "--formats", "keep", "webp", "--resize", "short:24"],
+    "pack": ["--images", "24", "--formats", "keep", "webp", "--resize", "short:24"],
     "storage": [
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
         *("--url", "faulty://bench/set", "--block-bytes", "65536", "--windows", "0", "64"),
@@ -63,9 +63,9 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
     root = str(shared_data / "captions" / "flickr8k")
     captioned, labelled = folder / "captioned", folder / "labelled"
     pack(["build", str(folder / "few.jsonl"), "--image-root", root, "--out", str(captioned)])
-    pictures = shared_data / "tiny-imagenet"
-    source = ["build", str(pictures / "labels.csv"), "--where", "split=val"]
-    root = str(pictures / "tiny-imagenet-200-subset.zip")
+    images = shared_data / "tiny-imagenet"
+    source = ["build", str(images / "labels.csv"), "--where", "split=val"]
+    root = str(images / "tiny-imagenet-200-subset.zip")
     pack([*source, "--label-column", "words", "--image-root", root, "--out", str(labelled)])
     upload(captioned, "faulty://bench/set")
     return {
@@ -76,7 +76,7 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
         "profile": captioned,
         "input": labelled,
         "augment": labelled,
-        "pack": pictures / "tiny-imagenet-200-subset.zip",
+        "pack": images / "tiny-imagenet-200-subset.zip",
         "storage": captioned,
     }
 

@@ -107,7 +107,7 @@ def test_open_clip_gives_equal_features_and_the_same_preprocessing(
 
 def test_open_clip_cannot_build_an_encoder_at_another_size(tmp_path: Path) -> None:
     model = UniCL(small_config(image_size=96))
-    with pytest.raises(ValueError, match="for pictures of 160 pixels alone.*trained at 96"):
+    with pytest.raises(ValueError, match="for images of 160 pixels alone.*trained at 96"):
         write_open_clip(model, tmp_path / "out")
     assert not any(tmp_path.iterdir())
 

@@ -48,11 +48,11 @@ def sample_of(pixels: np.ndarray, number: int) -> PackedSample:
     )
 
 
-def write(out: Path, pictures: np.ndarray, *, shard_bytes: int = 4000) -> Path:
-    with DatasetWriter(out, shard_bytes=shard_bytes, pictures="raw") as writer:
-        for number, pixels in enumerate(pictures):
+def write(out: Path, images: np.ndarray, *, shard_bytes: int = 4000) -> Path:
+    with DatasetWriter(out, shard_bytes=shard_bytes, images="raw") as writer:
+        for number, pixels in enumerate(images):
             writer.add(sample_of(pixels, number))
-        assert writer.num_bytes >= pictures.nbytes
+        assert writer.num_bytes >= images.nbytes
         writer.finish(**FACTS)
     return out
 
@@ -63,28 +63,28 @@ def noise(*shape: int) -> np.ndarray:
 
 @pytest.fixture
 def packed(tmp_path: Path) -> Path:
-    """Seven pictures of 6 x 5 pixels; the shards hold their descriptions."""
+    """Seven images of 6 x 5 pixels; the shards hold their descriptions."""
     return write(tmp_path / "set", noise(7, 5, 6))
 
 
 @given(count=st.integers(1, 9), height=st.integers(1, 12), width=st.integers(1, 12), data=st.data())
 @settings(max_examples=25)
-def test_pictures_come_back_one_by_one_and_in_any_order(
+def test_images_come_back_one_by_one_and_in_any_order(
     tmp_path_factory: pytest.TempPathFactory, count: int, height: int, width: int, data: Any
 ) -> None:
-    pictures = noise(count, height, width)
-    out = write(tmp_path_factory.mktemp("raw") / "set", pictures)
-    assert np.array_equal(np.load(out / "pixels.npy"), pictures)
+    images = noise(count, height, width)
+    out = write(tmp_path_factory.mktemp("raw") / "set", images)
+    assert np.array_equal(np.load(out / "pixels.npy"), images)
     indices = data.draw(st.lists(st.integers(0, count - 1), max_size=12))
     places = data.draw(st.permutations(range(len(indices) + 2)))[: len(indices)]
     with PackedDataset(out) as dataset:
-        assert dataset.picture_shape == (height, width, 3)
-        for index, pixels in enumerate(pictures):
+        assert dataset.image_shape == (height, width, 3)
+        for index, pixels in enumerate(images):
             file = io.BytesIO(dataset.image_bytes(index, verify=True).tobytes())
             assert np.array_equal(np.asarray(Image.open(file)), pixels)
         found = np.full((len(indices) + 2, height, width, 3), 7, np.uint8)
         expected = found.copy()
-        expected[places] = pictures[indices]
+        expected[places] = images[indices]
         sound = dataset.read_pixels(np.array(indices, np.int64), found, np.array(places, np.int64))
         assert sound.all()
         assert len(sound) == len(indices)
@@ -114,8 +114,8 @@ def test_the_files_are_those_of_the_format(packed: Path) -> None:
             assert set(json.loads(member)) == {"captions", "labels", "source", "name"}
 
 
-def test_pictures_of_another_size_are_not_written(tmp_path: Path) -> None:
-    with DatasetWriter(tmp_path / "set", pictures="raw") as writer:
+def test_images_of_another_size_are_not_written(tmp_path: Path) -> None:
+    with DatasetWriter(tmp_path / "set", images="raw") as writer:
         writer.add(sample_of(noise(4, 5), 0))
         with pytest.raises(ValueError, match="one size, 5 x 4 .*not 4 x 5"):
             writer.add(sample_of(noise(5, 4), 1))
@@ -151,7 +151,7 @@ def rewrite_manifest(packed: Path, **pixels: int) -> None:
 @pytest.mark.parametrize(
     ("pixels", "message"),
     [
-        ({"height": 0}, "contradicts itself: 7 pictures of 6 x 0"),
+        ({"height": 0}, "contradicts itself: 7 images of 6 x 0"),
         ({"height": 4}, "contradicts itself"),
         ({"num_bytes": 99}, "contradicts itself"),
         ({"height": 10, "width": 3}, "does not begin as an array"),
@@ -172,7 +172,7 @@ def test_a_sample_of_another_size_is_refused(packed: Path) -> None:
     rows["width"][3] = 7
     (packed / "samples.npy").write_bytes(content[:512] + rows.tobytes())
     (packed / CHECKSUMS_NAME).unlink()
-    with pytest.raises(ValueError, match="row 3 is a picture of another size"):
+    with pytest.raises(ValueError, match="row 3 is an image of another size"):
         PackedDataset(packed)
 
 
@@ -183,7 +183,7 @@ def test_lost_pixels_are_an_error_or_bad_samples(
     os.truncate(path, 512 + 5 * 90 + 1)
     with pytest.raises(ValueError, match=r"pixels\.npy has 963 bytes, the manifest says 1142"):
         PackedDataset(packed)
-    with pytest.raises(ValueError, match="pictures of 2 of 7 samples: more than"):
+    with pytest.raises(ValueError, match="images of 2 of 7 samples: more than"):
         PackedDataset(packed, max_bad_fraction=0.2)
     with (
         caplog.at_level(logging.WARNING),
@@ -202,7 +202,7 @@ def test_lost_pixels_are_an_error_or_bad_samples(
         assert not dataset.read_pixels(np.arange(7), out, np.arange(7)).any()
 
 
-def test_a_shard_of_descriptions_costs_no_pictures(packed: Path) -> None:
+def test_a_shard_of_descriptions_costs_no_images(packed: Path) -> None:
     (packed / "shard-000000.tar").unlink()
     with pytest.raises(FileNotFoundError, match="shard-000000"):
         PackedDataset(packed)

@@ -41,7 +41,7 @@ def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     empty()
 
 
-def picture(seed: int, side: int) -> bytes:
+def image(seed: int, side: int) -> bytes:
     file = io.BytesIO()
     pixels = np.random.default_rng(seed).integers(0, 256, (side, side, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(file, format="PNG")
@@ -50,8 +50,8 @@ def picture(seed: int, side: int) -> bytes:
 
 @pytest.fixture(scope="module", params=[False, True], ids=["files", "raw"])
 def local(request: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[PackedDataset]:
-    """40 pictures of noise, 3.6 kB each, so that many lie across the border of two blocks."""
-    samples = [Sample(picture(i, 34), captions=[f"noise {i}"]) for i in range(40)]
+    """40 images of noise, 3.6 kB each, so that many lie across the border of two blocks."""
+    samples = [Sample(image(i, 34), captions=[f"noise {i}"]) for i in range(40)]
     out = tmp_path_factory.mktemp("packed") / "noise"
     with pack(out, samples, class_names=(), tokenizer=Tokenizer(), raw=request.param) as dataset:
         yield dataset
@@ -135,7 +135,7 @@ def test_samples_are_those_of_the_folder_and_come_once(
         assert len(FaultyStore.reads) == len(set(FaultyStore.reads))
         blocks = remote.blocks_of(np.arange(len(local)))
         assert len(FaultyStore.reads) == len(blocks) > 20
-        header = 0 if local.picture_shape is None else len(b"P6\n34 34\n255\n")
+        header = 0 if local.image_shape is None else len(b"P6\n34 34\n255\n")
         sizes = [len(local.image_bytes(i)) - header for i in range(len(local))]
         assert remote.needed_bytes == sum(sizes)
         assert remote.place == url
@@ -149,11 +149,11 @@ def test_samples_are_those_of_the_folder_and_come_once(
 
 
 def test_pixels_are_read_by_the_batch(local: PackedDataset, cache: CacheOptions) -> None:
-    if local.picture_shape is None:
+    if local.image_shape is None:
         pytest.skip("not decoded")
     url = upload(local.folder, "faulty://bucket/noise")
     indices, places = np.array([5, 39, 0, 17, 18]), np.array([4, 3, 2, 1, 0])
-    expected = np.zeros((6, *local.picture_shape), np.uint8)
+    expected = np.zeros((6, *local.image_shape), np.uint8)
     found = expected.copy()
     assert local.read_pixels(indices, expected, places).all()
     with PackedDataset(url, cache=cache) as remote:
@@ -246,8 +246,8 @@ def test_a_data_set_that_changed_is_noticed(
     local: PackedDataset, cache: CacheOptions, tmp_path: Path
 ) -> None:
     url = upload(local.folder, "faulty://bucket/noise")
-    samples = [Sample(picture(100 + i, 34), captions=[f"other {i}"]) for i in range(40)]
-    raw = local.picture_shape is not None
+    samples = [Sample(image(100 + i, 34), captions=[f"other {i}"]) for i in range(40)]
+    raw = local.image_shape is not None
     other = pack(tmp_path / "o", samples, class_names=(), tokenizer=Tokenizer(), raw=raw)
     with other, PackedDataset(url, cache=cache) as remote:
         remote.image_bytes(0, verify=True)

@@ -1,4 +1,4 @@
-"""Detection: maps of any size from trained encoders, boxes that follow pictures, COCO's metrics."""
+"""Detection: maps of any size from trained encoders, boxes that follow images, COCO's metrics."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from unicl_fast.evaluation.detection import (
     train_detector,
 )
 from unicl_fast.evaluation.detection_data import (
-    CocoPictures,
+    CocoImages,
     as_coco,
     coco_metrics,
     flip,
@@ -89,50 +89,48 @@ def test_an_encoder_of_few_strides_is_refused(encoder: str, message: str) -> Non
 
 
 def test_a_flip_moves_boxes_and_masks_with_their_pixels() -> None:
-    picture = torch.zeros(3, 10, 20)
-    picture[:, 2:5, 1:7] = 1
-    target = {"boxes": torch.tensor([[1.0, 2, 7, 5]]), "masks": picture[:1].to(torch.uint8)}
-    flipped, moved = flip(picture, target)
+    image = torch.zeros(3, 10, 20)
+    image[:, 2:5, 1:7] = 1
+    target = {"boxes": torch.tensor([[1.0, 2, 7, 5]]), "masks": image[:1].to(torch.uint8)}
+    flipped, moved = flip(image, target)
     left, top, right, bottom = moved["boxes"][0].int().tolist()
     assert flipped[:, top:bottom, left:right].mean() == 1
-    assert flipped.sum() == picture.sum()
+    assert flipped.sum() == image.sum()
     assert moved["masks"][0, top:bottom, left:right].float().mean() == 1
 
 
 def test_right_boxes_have_precision_1_and_wrong_ones_less(pasted: Path) -> None:
-    pictures = CocoPictures(pasted / "instances.json", pasted / "images", masks=True)
-    assert len(pictures) == 4
+    images = CocoImages(pasted / "instances.json", pasted / "images", masks=True)
+    assert len(images) == 4
     exact, shifted = [], []
-    for place, listed in enumerate(pictures.images):
-        picture, target = pictures[place]
-        assert picture.shape == (3, 96, 96)
+    for place, listed in enumerate(images.images):
+        image, target = images[place]
+        assert image.shape == (3, 96, 96)
         found = {
             "boxes": target["boxes"],
             "labels": target["labels"],
             "scores": torch.ones(len(target["labels"])),
             "masks": target["masks"].unsqueeze(1).float(),
         }
-        exact += as_coco(listed["id"], found, pictures.category_ids)
+        exact += as_coco(listed["id"], found, images.category_ids)
         moved = found | {"boxes": found["boxes"] + 0.2 * (96 // 5)}
-        shifted += as_coco(listed["id"], moved, pictures.category_ids)
-    values = coco_metrics(pictures.content, exact, masks=True)
+        shifted += as_coco(listed["id"], moved, images.category_ids)
+    values = coco_metrics(images.content, exact, masks=True)
     assert values["box/AP"] == pytest.approx(1.0)
     assert values["mask/AP"] == pytest.approx(1.0)
-    assert coco_metrics(pictures.content, shifted)["box/AP"] < 0.8
-    assert coco_metrics(pictures.content, [])["box/AP50"] == 0.0
+    assert coco_metrics(images.content, shifted)["box/AP"] < 0.8
+    assert coco_metrics(images.content, [])["box/AP50"] == 0.0
 
 
-def test_batches_hold_each_picture_once_a_pass_over_all_ranks(pasted: Path) -> None:
-    pictures = CocoPictures(pasted / "instances.json", pasted / "images")
+def test_batches_hold_each_image_once_a_pass_over_all_ranks(pasted: Path) -> None:
+    pixels = CocoImages(pasted / "instances.json", pasted / "images")
     seen: list[bytes] = []
     for rank in range(2):
-        batches = training_batches(
-            pictures, batch_size=2, seed=3, rank=rank, world_size=2, workers=0
-        )
+        batches = training_batches(pixels, batch_size=2, seed=3, rank=rank, world_size=2, workers=0)
         for images, targets in itertools.islice(batches, 2):
             assert len(images) == len(targets) == 1
             seen.append(images[0].sort().values.numpy().tobytes())  # flipped or not
-    assert len(set(seen)) == len(pictures.with_boxes) == 4
+    assert len(set(seen)) == len(pixels.with_boxes) == 4
 
 
 @pytest.mark.parametrize(
@@ -150,7 +148,7 @@ def test_other_files_are_refused(
     path = tmp_path / "instances.json"
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=message):
-        CocoPictures(path, pasted / "images")
+        CocoImages(path, pasted / "images")
 
 
 def test_the_schedule_is_the_1x_one() -> None:
@@ -162,9 +160,9 @@ def test_the_schedule_is_the_1x_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("masks", [False, pytest.param(True, marks=pytest.mark.long)])
-def test_a_detector_learns_four_pictures_by_heart(pasted: Path, masks: bool) -> None:
+def test_a_detector_learns_four_images_by_heart(pasted: Path, masks: bool) -> None:
     torch.manual_seed(0)
-    pictures = CocoPictures(pasted / "instances.json", pasted / "images", masks=masks)
+    images = CocoImages(pasted / "instances.json", pasted / "images", masks=masks)
     detector = build_detector(
         small_model("resnet10t"),
         num_classes=3,
@@ -175,14 +173,14 @@ def test_a_detector_learns_four_pictures_by_heart(pasted: Path, masks: bool) -> 
     )
     frozen = [p for n, p in detector.named_parameters() if "bn" in n and "encoder" in n]
     assert not any(p.requires_grad for p in frozen)
-    batches = training_batches(pictures, batch_size=4, seed=0, workers=0)
+    batches = training_batches(images, batch_size=4, seed=0, workers=0)
     train_detector(detector, batches, DetectionSettings(steps=60, lr=5e-4, warmup_steps=5))
     rows: list[dict[str, Any]] = []
     for number, found in detect(
-        detector, ((one["id"], pictures[place][0]) for place, one in enumerate(pictures.images))
+        detector, ((one["id"], images[place][0]) for place, one in enumerate(images.images))
     ):
-        rows += as_coco(number, found, pictures.category_ids)
-    values = coco_metrics(pictures.content, rows, masks=masks)
+        rows += as_coco(number, found, images.category_ids)
+    values = coco_metrics(images.content, rows, masks=masks)
     assert values["box/AP50"] > 0.6
     if masks:
         assert values["mask/AP50"] > 0.6

@@ -21,7 +21,7 @@ from unicl_fast.evaluation.zero_shot import (
 )
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")
-TEMPLATES = ("a photo of a {}.", "{}", "the {} in a picture that somebody took on a rainy day")
+TEMPLATES = ("a photo of a {}.", "{}", "the {} in an image that somebody took on a rainy day")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def model() -> UniCL:
     return UniCL(tiny_config()).double().eval()
 
 
-class PictureLoader:
+class ImageLoader:
     """Two batches, the second one ragged."""
 
     def __init__(self, images: torch.Tensor) -> None:
@@ -55,15 +55,15 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
         0, 256, (10, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     classifier = F.normalize(torch.randn(7, 8, dtype=torch.float64), dim=1)
-    from unicl_fast.evaluation.encode import encode_pictures
+    from unicl_fast.evaluation.encode import encode_images
 
-    ranking = (encode_pictures(model, images) @ classifier.T).argsort(dim=1, descending=True)
+    ranking = (encode_images(model, images) @ classifier.T).argsort(dim=1, descending=True)
     labels = {sample: [int(ranking[sample, sample % 7])] for sample in range(10)}
     labels[8] = []
     labels[9] = [int(ranking[9, 6]), int(ranking[9, 0])]  # two labels, the second is right
     result = zero_shot_accuracy(
         model,
-        PictureLoader(images),
+        ImageLoader(images),
         classifier,
         labels_of=lambda sample: labels[sample],
         class_names=NAMES,
@@ -84,7 +84,7 @@ def test_without_labels_there_is_nothing_to_classify(model: UniCL) -> None:
     with pytest.raises(ValueError, match="no sample of this data set has a label"):
         zero_shot_accuracy(
             model,
-            PictureLoader(images),
+            ImageLoader(images),
             torch.ones(7, 8, dtype=torch.float64),
             labels_of=lambda sample: [],
             class_names=NAMES,

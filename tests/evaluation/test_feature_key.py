@@ -36,13 +36,13 @@ def model() -> UniCL:
 
 
 @torch.no_grad()
-def test_each_weight_of_the_pictures_way_changes_the_key(model: UniCL, tmp_path: Path) -> None:
+def test_each_weight_of_the_images_way_changes_the_key(model: UniCL, tmp_path: Path) -> None:
     with packed(tmp_path / "set", [0, 1]) as dataset:
         keys = {key_of(model, dataset)}
         assert {key_of(UniCL(tiny_config()), dataset)} == keys
         assert model.text_projection is not None
         model.text_projection += 1
-        assert {key_of(model, dataset)} == keys, "texts do not decide features of pictures"
+        assert {key_of(model, dataset)} == keys, "texts do not decide features of images"
         names = [name for name, _ in model.named_parameters() if name.startswith("image_")]
         for count, name in enumerate((names[0], names[-1], "image_projection"), start=2):
             model.get_parameter(name).view(-1)[-1] += 1e-6
@@ -50,7 +50,7 @@ def test_each_weight_of_the_pictures_way_changes_the_key(model: UniCL, tmp_path:
             assert len(keys) == count, name
 
 
-def test_other_pictures_another_order_or_layer_change_the_key(model: UniCL, tmp_path: Path) -> None:
+def test_other_images_another_order_or_layer_change_the_key(model: UniCL, tmp_path: Path) -> None:
     with (
         packed(tmp_path / "set", [0, 1]) as dataset,
         packed(tmp_path / "renamed", [0, 1], caption="two") as renamed,
@@ -63,7 +63,7 @@ def test_other_pictures_another_order_or_layer_change_the_key(model: UniCL, tmp_
         assert len(keys | {key_of(model, dataset, layer="projection")}) == 5
 
 
-def test_pictures_seen_otherwise_change_the_key(model: UniCL, tmp_path: Path) -> None:
+def test_images_seen_otherwise_change_the_key(model: UniCL, tmp_path: Path) -> None:
     seen_as = [
         *({"image_size": 28}, {"evaluation_resize": 36}, {"interpolation": "bicubic"}),
         *({"resample": "dali"}, {"mean": (0.5, 0.5, 0.4)}, {"std": (0.2, 0.2, 0.3)}),

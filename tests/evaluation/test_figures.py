@@ -1,4 +1,4 @@
-"""What the pictures of evaluations say, apart from how they are drawn."""
+"""What the images of evaluations say, apart from how they are drawn."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ pytestmark = pytest.mark.dali
 
 
 def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
-    """Numbers count the captions of all pictures that have one; the second has a label only."""
+    """Numbers count the captions of all images that have one; the second has a label only."""
     captions = [["a dog", "the same dog"], [], ["a cat"], ["a hen", "two hens", "three hens"]]
     samples = [
         Sample(jpeg(number), captions=own, labels=[] if own else [0])

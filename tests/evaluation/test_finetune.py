@@ -9,13 +9,13 @@ import pytest
 import torch
 from rank_workers import finetune_slices, run_on_ranks
 from safetensors.torch import load_file
-from small_runs import global_batch, real_pictures, tiny_config
+from small_runs import global_batch, real_images, tiny_config
 from torch.nn import functional as F
 
 from unicl_fast import UniCL
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.encode import encode_pictures, prepare_pictures
+from unicl_fast.evaluation.encode import encode_images, prepare_images
 from unicl_fast.evaluation.finetune import (
     FineTuned,
     FinetuneSettings,
@@ -29,7 +29,7 @@ from unicl_fast.evaluation.finetune import (
 
 @pytest.fixture(scope="module")
 def images(shared_data: Path) -> torch.Tensor:
-    return real_pictures(shared_data, 12)
+    return real_images(shared_data, 12)
 
 
 def with_ids(batch: Batch) -> Batch:
@@ -40,9 +40,9 @@ def test_the_zero_shot_head_ranks_as_zero_shot_does(images: torch.Tensor) -> Non
     model = UniCL(tiny_config()).double().eval()
     generator = torch.Generator().manual_seed(0)
     classifier = F.normalize(torch.randn(5, 8, dtype=torch.float64, generator=generator), dim=1)
-    features = encode_pictures(model, images, layer="encoder")
+    features = encode_images(model, images, layer="encoder")
     head = zero_shot_head(model, classifier, features)
-    scores = encode_pictures(model, images) @ classifier.T
+    scores = encode_images(model, images) @ classifier.T
     assert torch.equal(head.scores(features).argsort(dim=1), scores.argsort(dim=1))
     # as far from each other as zero-shot logits are
     spread = scores.std(dim=1).mean() * model.logit_scale.exp()
@@ -69,9 +69,7 @@ def test_rates_fall_with_depth_from_the_head_down(encoder: str) -> None:
 
 
 @pytest.mark.parametrize("more", [{}, {"mixup": 0.0, "ema_decay": 0.0, "label_smoothing": 0.0}])
-def test_it_learns_a_few_pictures_by_heart(
-    images: torch.Tensor, tmp_path: Path, more: dict
-) -> None:
+def test_it_learns_a_few_images_by_heart(images: torch.Tensor, tmp_path: Path, more: dict) -> None:
     config = tiny_config(precision="fp32")
     model = UniCL(config)
     module = FineTuned(model, 3)
@@ -82,19 +80,19 @@ def test_it_learns_a_few_pictures_by_heart(
     )
     assert not trained.training
     assert (trained is module) == (settings.ema_decay == 0)
-    pictures = torch.randn(2, 3, 32, 32)
-    logits = trained(prepare_pictures(model, images))
+    pixels = torch.randn(2, 3, 32, 32)
+    logits = trained(prepare_images(model, images))
     assert (logits.argmax(dim=1) == torch.arange(12) % 3).all()
     save_finetuned(tmp_path, trained, config=config, class_names=("a", "b", "c"), settings=settings)
     again, names = load_finetuned(tmp_path)
     assert names == ("a", "b", "c")
-    torch.testing.assert_close(again(pictures), trained(pictures))
+    torch.testing.assert_close(again(pixels), trained(pixels))
 
 
 def test_what_cannot_be_trained_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
     model = UniCL(tiny_config(precision="fp32"))
     loader = ListLoader([with_ids(global_batch(images))])
-    with pytest.raises(ValueError, match="sample 4 of the training pictures has no label"):
+    with pytest.raises(ValueError, match="sample 4 of the training pixels has no label"):
         finetune(
             model,
             FineTuned(model, 3),

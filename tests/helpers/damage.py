@@ -25,7 +25,7 @@ def copy_of(dataset: PackedDataset, folder: Path) -> Path:
 
 
 def flip_byte(folder: Path, sample: int) -> None:
-    """One byte in the middle of a picture becomes another; its checksum tells."""
+    """One byte in the middle of an image becomes another; its checksum tells."""
     row = np.load(folder / "samples.npy", mmap_mode="r")[sample]
     with shard_of(folder, sample).open("r+b") as file:
         file.seek(int(row["offset"]) + int(row["size"]) // 2)
@@ -35,7 +35,7 @@ def flip_byte(folder: Path, sample: int) -> None:
 
 
 def store(folder: Path, sample: int, data: bytes) -> None:
-    """Other bytes in the place of a picture, with the checksum that belongs to them."""
+    """Other bytes in the place of an image, with the checksum that belongs to them."""
     samples = np.load(folder / "samples.npy")
     row = samples[sample]
     assert len(data) <= row["size"]
@@ -63,12 +63,12 @@ def undecodable(kind: str) -> bytes:
     if kind == "html":
         return b"<html><title>404</title>not found</html>"
     file = io.BytesIO()
-    picture = Image.linear_gradient("L").resize((40, 40))
+    image = Image.linear_gradient("L").resize((40, 40))
     if kind == "gif":
-        picture.save(file, format="GIF")
+        image.save(file, format="GIF")
         return file.getvalue()
     assert kind == "cut png"
-    picture.save(file, format="PNG")
+    image.save(file, format="PNG")
     return file.getvalue()[:60]
 
 

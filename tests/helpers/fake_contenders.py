@@ -1,6 +1,6 @@
 """Contenders for tests of `unicl-bench input`: quick to start, and some of them up to no good.
 
-Numpy and Pillow only. Their crops are whole pictures squashed to a square, whatever the task's law:
+Numpy and Pillow only. Their crops are whole images squashed to a square, whatever the task's law:
 on squares that is what every contender makes.
 """
 
@@ -31,12 +31,12 @@ def nearest(task: Task) -> Iterator[np.ndarray]:
 
 def _batches(task: Task, resampling: Image.Resampling) -> Iterator[np.ndarray]:
     size = (task.image_size, task.image_size)
-    pictures = []
+    images = []
     for path in sorted(task.class_folder.glob("*/*")):
-        with Image.open(path) as picture:
-            resized = picture.convert("RGB").resize(size, resampling)
-        pictures.append((np.asarray(resized) / 255 - CLIP_MEAN) / CLIP_STD)
-    stacked = np.stack(pictures).astype(np.float32).transpose(0, 3, 1, 2)
+        with Image.open(path) as image:
+            resized = image.convert("RGB").resize(size, resampling)
+        images.append((np.asarray(resized) / 255 - CLIP_MEAN) / CLIP_STD)
+    stacked = np.stack(images).astype(np.float32).transpose(0, 3, 1, 2)
     for step in itertools.count():
         time.sleep(0.002)
         yield stacked[(step * task.batch_size + np.arange(task.batch_size)) % len(stacked)]

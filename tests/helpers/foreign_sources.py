@@ -18,7 +18,7 @@ from unicl_fast.packing.sources.items import Item, Source
 
 
 def jpeg(number: int) -> bytes:
-    """A picture of 8 x 8 pixels; every number has its own."""
+    """An image of 8 x 8 pixels; every number has its own."""
     pixels = np.full((8, 8, 3), (number * 7 % 256, number % 256, 200), np.uint8)
     return bytes(simplejpeg.encode_jpeg(pixels))
 
@@ -89,6 +89,6 @@ def _python2(value: object) -> bytes:
     return array + b"(K\x01" + shape + dtype + b"K\x00tb\x89" + _python2(value.tobytes()) + b"tb"
 
 
-def planes(pictures: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Pictures [n 32 32 3] as CIFAR's rows [n 3072]: red, green, blue."""
-    return np.ascontiguousarray(pictures.transpose(0, 3, 1, 2)).reshape(len(pictures), -1)
+def planes(images: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Images [n 32 32 3] as CIFAR's rows [n 3072]: red, green, blue."""
+    return np.ascontiguousarray(images.transpose(0, 3, 1, 2)).reshape(len(images), -1)

@@ -58,8 +58,8 @@ def main(folder: Path, examples: int) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # of settings that differ, which is not an error
     config = tiny_config(steps=2, precision="fp16")
-    pictures = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
-    trainer = Trainer(config, StepwiseLoader(pictures), run_folder=folder, progress=False)
+    images = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
+    trainer = Trainer(config, StepwiseLoader(images), run_folder=folder, progress=False)
     trainer.data = {"classes": ["cat", "dog"]}
     trainer.fit()
     checkpoint = folder / "checkpoints" / "step-00000002"

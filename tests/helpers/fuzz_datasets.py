@@ -26,7 +26,7 @@ NOT_READ = (".idx", ".csv")
 
 
 def read_all(folder: Path) -> list[Any]:
-    """Every picture, caption and label, and what the manifest says of them."""
+    """Every image, caption and label, and what the manifest says of them."""
     found: list[Any] = []
     with PackedDataset(folder) as dataset:
         manifest = dataset.manifest
@@ -69,7 +69,7 @@ def fuzz(folder: Path, examples: int) -> dict[str, int]:
 def main(folder: Path, examples: int) -> None:
     originals = {path.name: path.read_bytes() for path in folder.iterdir()}
     expected = read_all(folder)
-    pictures = {sample[0] for sample in expected[1:]}
+    images = {sample[0] for sample in expected[1:]}
     counts = {"refused": 0, "same": 0, "consistent": 0}
 
     @st.composite
@@ -107,8 +107,8 @@ def main(folder: Path, examples: int) -> None:
             if with_checksums or name.endswith(NOT_READ):
                 assert found == expected
                 counts["same"] += 1
-            else:  # nothing is there to tell by; but every picture is one that was packed
-                assert {sample[0] for sample in found[1:]} <= pictures
+            else:  # nothing is there to tell by; but every image is one that was packed
+                assert {sample[0] for sample in found[1:]} <= images
                 counts["consistent"] += 1
         finally:
             for changed in {name, CHECKSUMS_NAME}:

@@ -1,4 +1,4 @@
-"""Pictures checked in this process, for tests that build often and of what workers do nothing."""
+"""Images checked in this process, for tests that build often and of what workers do nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import pytest
 
 from unicl_fast.packing.build import build as build_module
-from unicl_fast.packing.build.worker import Checked, PictureOptions, Task, _Checker
+from unicl_fast.packing.build.worker import Checked, ImageOptions, Task, _Checker
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -19,11 +19,11 @@ def _tokenizer() -> Tokenizer:
 
 
 def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Replaces worker processes; returns the names of the pictures checked, which grows."""
+    """Replaces worker processes; returns the names of the images checked, which grows."""
     names: list[str] = []
 
     def check(
-        tasks: Iterable[Task], *, options: PictureOptions, context_length: int, **_: object
+        tasks: Iterable[Task], *, options: ImageOptions, context_length: int, **_: object
     ) -> Iterator[Checked | Problem]:
         checker = _Checker(options, context_length)
         checker._tokenizer = tokenizer

@@ -1,4 +1,4 @@
-"""unicl-pack called in this process, and small pictures for it to pack."""
+"""unicl-pack called in this process, and small images for it to pack."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from unicl_fast.tools.pack.__main__ import main
 
 
 def jpeg(number: int) -> bytes:
-    """A picture of 32 x 24 pixels; every number has its own."""
+    """An image of 32 x 24 pixels; every number has its own."""
     pixels = np.full((24, 32, 3), (number * 7 % 256, number % 256, 200), np.uint8)
     return bytes(simplejpeg.encode_jpeg(pixels, quality=90))
 

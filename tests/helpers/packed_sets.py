@@ -10,7 +10,7 @@ import xxhash
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
-from unicl_fast.images.check import check_picture
+from unicl_fast.images.check import check_image
 from unicl_fast.text.prompts import SIMPLE_TEMPLATES
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -19,7 +19,7 @@ TEMPLATES = (*SIMPLE_TEMPLATES, "a drawing of a {}.", "the {}.")
 
 @dataclass(frozen=True)
 class Sample:
-    """A picture's file contents and its texts."""
+    """An image's file contents and its texts."""
 
     image: bytes
     captions: Sequence[str] = ()
@@ -34,16 +34,16 @@ def pack(
     tokenizer: Tokenizer,
     raw: bool = False,
 ) -> PackedDataset:
-    with DatasetWriter(out, shard_bytes=1_000_000, pictures="raw" if raw else "encoded") as writer:
+    with DatasetWriter(out, shard_bytes=1_000_000, images="raw" if raw else "encoded") as writer:
         for sample in samples:
-            picture = check_picture(sample.image, format="raw" if raw else "keep")
+            image = check_image(sample.image, format="raw" if raw else "keep")
             writer.add(
                 PackedSample(
-                    image=picture.data,
-                    extension=picture.extension,
-                    height=picture.height,
-                    width=picture.width,
-                    xxh3=xxhash.xxh3_64_intdigest(picture.data),
+                    image=image.data,
+                    extension=image.extension,
+                    height=image.height,
+                    width=image.width,
+                    xxh3=xxhash.xxh3_64_intdigest(image.data),
                     captions=sample.captions,
                     tokens=tokenizer.encode(list(sample.captions)),
                     labels=sample.labels,

@@ -1,4 +1,4 @@
-"""Detection data of COCO's form whose boxes are known: small pictures pasted into photographs.
+"""Detection data of COCO's form whose boxes are known: small images pasted into photographs.
 
 The COCO photographs of the test data come without boxes. So things of Tiny ImageNet are pasted into
 them: real pixels and exact boxes, but an easier task than real objects, whose edges are not square.
@@ -24,9 +24,9 @@ def paste_objects(
     Args:
         shared_data: the test data.
         out: folder to make.
-        count: pictures.
-        num_classes: kinds of objects, each of which has several pictures.
-        side: of the square pictures, in pixels. Objects take a fifth to a half of it.
+        count: images.
+        num_classes: kinds of objects, each of which has several images.
+        side: of the square images, in pixels. Objects take a fifth to a half of it.
     """
     generator = np.random.default_rng(0)
     archive = zipfile.ZipFile(shared_data / "tiny-imagenet" / "tiny-imagenet-200-subset.zip")

@@ -110,7 +110,7 @@ class StepwiseLoader:
     def close(self) -> None: ...
 
 
-NAMED = LedgerSource("pictures", 32)
+NAMED = LedgerSource("images", 32)
 
 
 class NamedLoader(StepwiseLoader):
@@ -118,7 +118,7 @@ class NamedLoader(StepwiseLoader):
 
     def batches(self, start_step: int):
         for batch in super().batches(start_step):
-            ids = (batch.step * 12 + batch.slots) % NAMED.num_samples
+            ids = (batch.step * 12 + batch.global_index) % NAMED.num_samples
             yield dataclasses.replace(
                 batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
             )
@@ -185,7 +185,7 @@ def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectiv
 
 @mock.patch.dict(LARGEST_TILE, {"cpu": 3})
 def write_feature_gradients(ranks, folder: str) -> None:
-    """Loss and gradients of this rank's pictures and of the table of texts, as above."""
+    """Loss and gradients of this rank's images and of the table of texts, as above."""
     from unicl_fast.training.step import contrast_over_ranks
 
     images, texts, text_index, class_ids = ragged_features()
@@ -362,7 +362,7 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
 
 def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> None:
     """Rank r reports r + 1 replaced samples a step; each rank writes down why the run stopped."""
-    import unicl_fast.training.replaced_samples as bad_visits
+    import unicl_fast.training.replaced_samples as replaced_samples
 
     class Loader(StepwiseLoader):
         def batches(self, start_step: int):
@@ -372,7 +372,7 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
                 shown[: self.rank + 1] += 100
                 yield dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
 
-    bad_visits.LEAST_VISITS = 30
+    replaced_samples.LEAST_DRAWS = 30
     config = tiny_config(steps=50)
     data = dataclasses.replace(config.data, max_bad_fraction=0.2)
     trainer = Trainer(
@@ -384,7 +384,7 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
     )
     try:
         trainer.fit()
-    except bad_visits.TooManyBadSamplesError as error:
+    except replaced_samples.TooManyBadSamplesError as error:
         (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
 
 
@@ -441,12 +441,12 @@ class RecordedLoader(StepwiseLoader):
 
     def batches(self, start_step: int):
         for batch in super().batches(start_step):
-            sample_ids = 100 * batch.step + batch.slots
+            sample_ids = 100 * batch.step + batch.global_index
             yield dataclasses.replace(
                 batch,
                 sample_ids=sample_ids,
                 scheduled_ids=sample_ids + 50,
-                source_ids=batch.slots % 2,
+                source_ids=batch.global_index % 2,
             )
 
 
@@ -524,7 +524,7 @@ def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None
     """Each rank writes down what a `SourceMeter` says of its slice of a batch of two sources."""
     loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     batch = next(iter(loader.batches(0)))
-    batch = dataclasses.replace(batch, source_ids=batch.slots % 2)
+    batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
     meter = SourceMeter(["a", "b"], passes=lambda step: [1.0, 2.0])
     Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
 

@@ -1,4 +1,4 @@
-"""A tiny configuration and real pictures with texts, for tests that train."""
+"""A tiny configuration and real images with texts, for tests that train."""
 
 from __future__ import annotations
 
@@ -62,11 +62,11 @@ def tiny_config(
     )
 
 
-def real_pictures(shared_data: Path, count: int) -> torch.Tensor:
+def real_images(shared_data: Path, count: int) -> torch.Tensor:
     """uint8 [count 32 32 3] from photographs."""
     files = sorted((shared_data / "captions" / "flickr8k" / "images").glob("*.jpg"))[:count]
-    pictures = [Image.open(file).convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)) for file in files]
-    return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
+    images = [Image.open(file).convert("RGB").resize((IMAGE_SIZE, IMAGE_SIZE)) for file in files]
+    return torch.from_numpy(np.stack([np.asarray(image) for image in images]))
 
 
 def global_batch(
@@ -85,7 +85,7 @@ def global_batch(
 
 
 def ragged_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Pictures [16 d], texts [t d], which text a picture has, and class ids of the pictures.
+    """Images [16 d], texts [t d], which text an image has, and class ids of the images.
 
     Of four ranks the first has classes of uneven sizes, the second one class with two texts, the
     third one text, the fourth distinct captions that occur nowhere else.
@@ -103,7 +103,7 @@ def ragged_features() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.T
 
 
 def poison_step(trainer: Trainer, *, step: int) -> None:
-    """In that step the features of the first picture, and what BatchNorm sees, are not numbers."""
+    """In that step the features of the first image, and what BatchNorm sees, are not numbers."""
 
     def poison(module: torch.nn.Module, inputs: tuple, outputs: torch.Tensor) -> torch.Tensor:
         if not module.training or trainer.step != step:
@@ -142,7 +142,7 @@ def labelled_batch(
 ) -> Batch:
     """12 samples of five classes of two data sets, with prompts for texts.
 
-    Where pictures are mixed by UniCL the last two are captions without a label.
+    Where images are mixed by UniCL the last two are captions without a label.
     """
     which = (torch.arange(12) * 7 + step) % 5
     labels = torch.tensor([0, 1, 2**32, 2**32 + 1, 2**32 + 2])[which]

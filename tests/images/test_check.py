@@ -1,4 +1,4 @@
-"""Strict checking and normalising of one picture."""
+"""Strict checking and normalising of one image."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from unicl_fast.images.check import MAX_PIXELS, PictureError, check_picture
+from unicl_fast.images.check import MAX_PIXELS, ImageError, check_image
 from unicl_fast.images.check import check as images
 from unicl_fast.images.jpeg_header import read_jpeg_header
 
 
 def photo(height: int = 40, width: int = 56, *, channels: int = 3) -> np.ndarray:
-    """A smooth picture with a different corner each, so that turns and mirrors show."""
+    """A smooth image with a different corner each, so that turns and mirrors show."""
     y, x = np.mgrid[0:height, 0:width]
     planes = [x * 255 / width, y * 255 / height, (x + y) * 255 / (height + width)]
     return np.stack(planes[:channels], axis=-1).astype(np.uint8)
@@ -54,13 +54,13 @@ PLAIN = {
 
 
 @pytest.mark.parametrize("kind", PLAIN)
-def test_plain_pictures_keep_their_bytes(kind: str) -> None:
+def test_plain_images_keep_their_bytes(kind: str) -> None:
     data = PLAIN[kind]()
-    picture = check_picture(data)
-    assert picture.data is data
-    assert not picture.reencoded
-    assert (picture.height, picture.width) == (40, 56)
-    assert picture.extension == ("png" if kind.startswith("png") else "jpg")
+    image = check_image(data)
+    assert image.data is data
+    assert not image.reencoded
+    assert (image.height, image.width) == (40, 56)
+    assert image.extension == ("png" if kind.startswith("png") else "jpg")
 
 
 RGB = Image.fromarray(photo())
@@ -77,17 +77,17 @@ CONVERTED: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("kind", CONVERTED)
-def test_other_pictures_become_plain_jpegs_that_look_the_same(kind: str) -> None:
+def test_other_images_become_plain_jpegs_that_look_the_same(kind: str) -> None:
     data = CONVERTED[kind]()
-    picture = check_picture(data)
-    assert picture.reencoded
-    assert picture.extension == "jpg"
-    header = read_jpeg_header(picture.data)
+    image = check_image(data)
+    assert image.reencoded
+    assert image.extension == "jpg"
+    header = read_jpeg_header(image.data)
     assert header.is_plain
-    assert (header.height, header.width) == (picture.height, picture.width) == (40, 56)
-    assert simplejpeg.decode_jpeg_header(picture.data)[3] == "444"
+    assert (header.height, header.width) == (image.height, image.width) == (40, 56)
+    assert simplejpeg.decode_jpeg_header(image.data)[3] == "444"
     # JPEG's own error at quality 95, largest on the hard edges of a palette
-    assert np.abs(decoded(picture.data) - decoded(data)).mean() < 3
+    assert np.abs(decoded(image.data) - decoded(data)).mean() < 3
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))
@@ -101,18 +101,18 @@ def test_exif_orientation_is_baked_in(orientation: int, file_format: str) -> Non
         exif=exif,
         **({"quality": 95, "subsampling": 0} if file_format == "JPEG" else {}),
     )
-    picture = check_picture(data)
+    image = check_image(data)
     upright = np.asarray(ImageOps.exif_transpose(Image.open(io.BytesIO(data)))).astype(int)
-    assert picture.reencoded == (orientation != 1)
-    assert (picture.height, picture.width) == upright.shape[:2]
-    assert np.abs(decoded(picture.data) - upright).mean() < 2
+    assert image.reencoded == (orientation != 1)
+    assert (image.height, image.width) == upright.shape[:2]
+    assert np.abs(decoded(image.data) - upright).mean() < 2
 
 
 def test_alpha_lies_on_white() -> None:
     pixels = np.dstack([photo(), np.full((40, 56), 255, np.uint8)])
     pixels[:20] = (0, 0, 0, 0)
-    picture = check_picture(saved(Image.fromarray(pixels), format="PNG"))
-    result = decoded(picture.data)
+    image = check_image(saved(Image.fromarray(pixels), format="PNG"))
+    result = decoded(image.data)
     assert result[:16].min() > 250
     assert np.abs(result[24:] - photo()[24:]).mean() < 3
 
@@ -120,15 +120,15 @@ def test_alpha_lies_on_white() -> None:
 def test_transparent_palette_entry_lies_on_white() -> None:
     image = Image.new("P", (16, 16), 0)
     image.putpalette([10, 20, 30] * 256)
-    assert decoded(check_picture(saved(image, format="PNG", transparency=0)).data).min() > 250
+    assert decoded(check_image(saved(image, format="PNG", transparency=0)).data).min() > 250
 
 
 def test_16_bit_grey_is_divided_by_257_and_stays_grey() -> None:
     values = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
-    picture = check_picture(saved(Image.fromarray(values), format="PNG"))
-    assert len(read_jpeg_header(picture.data).component_ids) == 1
+    image = check_image(saved(Image.fromarray(values), format="PNG"))
+    assert len(read_jpeg_header(image.data).component_ids) == 1
     expected = np.rint(values / 257)
-    assert np.abs(decoded(picture.data)[..., 0] - expected).max() <= 3
+    assert np.abs(decoded(image.data)[..., 0] - expected).max() <= 3
 
 
 def test_a_cut_jpeg_closed_with_an_end_marker_is_damaged() -> None:
@@ -136,37 +136,37 @@ def test_a_cut_jpeg_closed_with_an_end_marker_is_damaged() -> None:
     data = saved(Image.fromarray(photo(400, 600)), format="JPEG")
     cut = data[: len(data) * 3 // 4] + b"\xff\xd9"
     Image.open(io.BytesIO(cut)).load()
-    with pytest.raises(PictureError, match="libjpeg") as caught:
-        check_picture(cut)
+    with pytest.raises(ImageError, match="libjpeg") as caught:
+        check_image(cut)
     assert caught.value.kind == "damaged"
 
 
 def test_a_png_with_a_wrong_checksum_is_damaged() -> None:
     data = bytearray(PLAIN["png rgb"]())
     data[data.index(b"IDAT") + 20] ^= 1
-    with pytest.raises(PictureError):
-        check_picture(bytes(data))
+    with pytest.raises(ImageError):
+        check_image(bytes(data))
 
 
 def test_a_cut_png_is_damaged() -> None:
     data = PLAIN["png rgb"]()
-    with pytest.raises(PictureError):
-        check_picture(data[: len(data) // 2])
+    with pytest.raises(ImageError):
+        check_image(data[: len(data) // 2])
 
 
 @pytest.mark.parametrize(
     ("data", "kind"),
     [
         (b"", "empty"),
-        (b"<html>not found</html>", "not a picture"),
+        (b"<html>not found</html>", "not an image"),
         (b"\xff\xd8\xff", "damaged"),
         (b"\xff\xd8\xff\xd9", "damaged"),
-        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not a picture"),
+        (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     ],
 )
-def test_what_is_no_picture_is_refused_with_its_kind(data: bytes, kind: str) -> None:
-    with pytest.raises(PictureError) as caught:
-        check_picture(data)
+def test_what_is_no_image_is_refused_with_its_kind(data: bytes, kind: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        check_image(data)
     assert caught.value.kind == kind
 
 
@@ -175,40 +175,40 @@ def test_size_is_checked_from_the_header_before_decoding() -> None:
     frame = data.index(b"\xff\xc0")
     struct.pack_into(">HH", data, frame + 5, 60_000, 60_000)
     assert MAX_PIXELS < 60_000**2
-    with pytest.raises(PictureError, match="60000 x 60000") as caught:
-        check_picture(bytes(data))
+    with pytest.raises(ImageError, match="60000 x 60000") as caught:
+        check_image(bytes(data))
     assert caught.value.kind == "too large"
 
 
 def test_too_many_scans_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(images, "MAX_SCANS", 3)
-    with pytest.raises(PictureError, match="scans"):
-        check_picture(jpeg(progressive=True))
+    with pytest.raises(ImageError, match="scans"):
+        check_image(jpeg(progressive=True))
 
 
 def test_resize_shrinks_the_short_side_and_never_enlarges() -> None:
     big = saved(Image.fromarray(photo(300, 450)), format="JPEG")
-    small = check_picture(big, short_side=100, quality=85)
+    small = check_image(big, short_side=100, quality=85)
     assert (small.height, small.width) == (100, 150)
     assert small.reencoded
-    assert check_picture(big, short_side=300).data is big
+    assert check_image(big, short_side=300).data is big
     assert np.abs(decoded(small.data) - photo(100, 150)).mean() < 4
 
 
 def test_resize_of_grey_png_stays_grey() -> None:
     data = saved(Image.fromarray(photo(64, 80)).convert("L"), format="PNG")
-    picture = check_picture(data, short_side=32)
-    assert (picture.height, picture.width) == (32, 40)
-    assert len(read_jpeg_header(picture.data).component_ids) == 1
+    image = check_image(data, short_side=32)
+    assert (image.height, image.width) == (32, 40)
+    assert len(read_jpeg_header(image.data).component_ids) == 1
 
 
 @given(st.binary(max_size=400))
 @settings(max_examples=200, deadline=None)
-def test_any_bytes_give_a_picture_or_a_reason(data: bytes) -> None:
+def test_any_bytes_give_a_image_or_a_reason(data: bytes) -> None:
     for prefix in (b"", b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"GIF89a", b"RIFF....WEBP"):
         try:
-            check_picture(prefix + data)
-        except PictureError as error:
+            check_image(prefix + data)
+        except ImageError as error:
             assert str(error)  # noqa: PT017
 
 
@@ -224,10 +224,10 @@ def test_the_fast_check_sees_all_that_a_full_decode_sees(data: st.DataObject) ->
     except ValueError:
         sound = False
     try:
-        picture = check_picture(bytes(damaged))
-    except PictureError:
+        image = check_image(bytes(damaged))
+    except ImageError:
         return
-    assert sound or picture.reencoded
+    assert sound or image.reencoded
 
 
 def hostile_files(shared_data: Path) -> list[tuple[dict[str, str], bytes]]:
@@ -236,12 +236,12 @@ def hostile_files(shared_data: Path) -> list[tuple[dict[str, str], bytes]]:
         return [(row, (folder / row["file"]).read_bytes()) for row in csv.DictReader(file)]
 
 
-def accepted_hostile_files(shared_data: Path) -> dict[str, images.Picture]:
+def accepted_hostile_files(shared_data: Path) -> dict[str, images.CheckedImage]:
     accepted = {}
     for row, data in hostile_files(shared_data):
         try:
-            accepted[row["file"]] = check_picture(data)
-        except PictureError as error:
+            accepted[row["file"]] = check_image(data)
+        except ImageError as error:
             assert str(error)  # noqa: PT017
             assert error.kind  # noqa: PT017
     return accepted
@@ -260,19 +260,19 @@ def test_hostile_files_are_accepted_or_refused_but_never_crash(shared_data: Path
 def test_real_photos_keep_their_bytes(shared_data: Path) -> None:
     for path in sorted((shared_data / "decode" / "images").iterdir())[:60]:
         data = path.read_bytes()
-        picture = check_picture(data)
-        assert picture.data is data, path.name
-        assert (picture.width, picture.height) == Image.open(path).size
+        image = check_image(data)
+        assert image.data is data, path.name
+        assert (image.width, image.height) == Image.open(path).size
 
 
 @pytest.mark.dali
 def test_dali_reads_every_accepted_file_at_the_recorded_size(shared_data: Path) -> None:
     import nvidia.dali as dali
 
-    pictures = accepted_hostile_files(shared_data)
+    pixels = accepted_hostile_files(shared_data)
     unknown_orientation = shared_data / "decode" / "images" / "n03337140_file.JPEG"
-    pictures["orientation 0"] = check_picture(unknown_orientation.read_bytes())
-    queue = [np.frombuffer(picture.data, np.uint8) for picture in pictures.values()]
+    pixels["orientation 0"] = check_image(unknown_orientation.read_bytes())
+    queue = [np.frombuffer(image.data, np.uint8) for image in pixels.values()]
 
     @dali.pipeline_def(batch_size=len(queue), num_threads=2, device_id=None)
     def decode() -> Any:
@@ -280,9 +280,9 @@ def test_dali_reads_every_accepted_file_at_the_recorded_size(shared_data: Path) 
         return dali.fn.decoders.image(encoded, output_type=dali.types.RGB)
 
     (result,) = decode(prefetch_queue_depth=1).run()
-    for place, (name, picture) in enumerate(pictures.items()):
+    for place, (name, image) in enumerate(pixels.items()):
         pixels = result.at(place)
-        assert pixels.shape == (picture.height, picture.width, 3), name
-        difference = np.abs(pixels.astype(int) - decoded(picture.data)).max()
+        assert pixels.shape == (image.height, image.width, 3), name
+        difference = np.abs(pixels.astype(int) - decoded(image.data)).max()
         # decoders differ in chroma upsampling; a PNG leaves no room for opinion
-        assert difference <= (0 if picture.extension == "png" else 8), name
+        assert difference <= (0 if image.extension == "png" else 8), name

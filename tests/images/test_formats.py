@@ -1,4 +1,4 @@
-"""Pictures of every kind, made into files of one format."""
+"""Images of every kind, made into files of one format."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from unicl_fast.images.check import Picture, PictureError, check_picture
+from unicl_fast.images.check import CheckedImage, ImageError, check_image
 from unicl_fast.images.encode import MAX_WEBP_SIDE
 from unicl_fast.images.jpeg_header import read_jpeg_header
 from unicl_fast.images.webp_header import simple_webp
@@ -26,7 +26,7 @@ EXTENSION = {"jpeg": "jpg", "webp": "webp", "png": "png"}
 
 
 def photo(height: int = 40, width: int = 56) -> Image.Image:
-    """A smooth picture with a different corner each, so that turns and mirrors show."""
+    """A smooth image with a different corner each, so that turns and mirrors show."""
     y, x = np.mgrid[0:height, 0:width]
     planes = [x * 255 / width, y * 255 / height, (x + y) * 255 / (height + width)]
     return Image.fromarray(np.stack(planes, axis=-1).astype(np.uint8))
@@ -105,34 +105,34 @@ def every_kind(format: Format) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_plain_pictures_of_the_format_keep_their_bytes(format: Format) -> None:
+def test_plain_images_of_the_format_keep_their_bytes(format: Format) -> None:
     for kind, data in PLAIN[format].items():
-        picture = check_picture(data, format=format, quality=30)
-        assert picture.data is data, kind
-        assert not picture.reencoded
-        assert (picture.extension, picture.height, picture.width) == (EXTENSION[format], 40, 56)
+        image = check_image(data, format=format, quality=30)
+        assert image.data is data, kind
+        assert not image.reencoded
+        assert (image.extension, image.height, image.width) == (EXTENSION[format], 40, 56)
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_other_kind_becomes_a_plain_file_that_looks_the_same(format: Format) -> None:
     for kind, data in every_kind(format).items():
-        picture = check_picture(data, format=format, quality=95)
-        assert picture.reencoded, kind
-        assert picture.extension == EXTENSION[format]
-        found, expected = Image.open(io.BytesIO(picture.data)), shown(data)
+        image = check_image(data, format=format, quality=95)
+        assert image.reencoded, kind
+        assert image.extension == EXTENSION[format]
+        found, expected = Image.open(io.BytesIO(image.data)), shown(data)
         assert found.format == PILLOW[format]
         assert not found.info.keys() & {"exif", "icc_profile"}
-        assert (picture.height, picture.width) == expected.shape[:2] == found.size[::-1]
+        assert (image.height, image.width) == expected.shape[:2] == found.size[::-1]
         assert found.mode == ("L" if kind in GREY and format != "webp" else "RGB"), kind
-        difference = np.abs(shown(picture.data) - expected)
+        difference = np.abs(shown(image.data) - expected)
         if format == "png":
             # two conversions of CMYK, and of a palette's alpha, round apart
             assert difference.max() <= 1, kind
         else:  # chroma at half the size: hard edges of colour suffer
             assert difference.mean() < 4, kind
         # what was made is plain itself
-        assert check_picture(picture.data, format=format).data is picture.data
-        assert not check_picture(picture.data, format="packed").reencoded
+        assert check_image(image.data, format=format).data is image.data
+        assert not check_image(image.data, format="packed").reencoded
 
 
 @given(
@@ -150,7 +150,7 @@ def test_any_size_is_what_it_should_be_and_comes_back(
     pixels = noise.integers(0, 256, shape, np.uint8)
     short, square = data.draw(st.sampled_from([(0, 0), (16, 0), (0, 16)]))
     source = saved(Image.fromarray(pixels), format="TIFF")
-    picture = check_picture(source, format=format, short_side=short, square_side=square)
+    image = check_image(source, format=format, short_side=short, square_side=square)
     if square:
         expected = (16, 16)
     elif 0 < short < min(height, width):
@@ -158,12 +158,12 @@ def test_any_size_is_what_it_should_be_and_comes_back(
         expected = round(height * scale), round(width * scale)
     else:
         expected = height, width
-    assert (picture.height, picture.width) == expected
-    found = Image.open(io.BytesIO(picture.data))
+    assert (image.height, image.width) == expected
+    found = Image.open(io.BytesIO(image.data))
     found.load()
     assert found.size == expected[::-1]
-    again = check_picture(picture.data, format=format, short_side=short, square_side=square)
-    assert again.data is picture.data
+    again = check_image(image.data, format=format, short_side=short, square_side=square)
+    assert again.data is image.data
     if format == "png" and expected == (height, width) and not square:
         assert np.array_equal(np.asarray(found), pixels)
 
@@ -171,7 +171,7 @@ def test_any_size_is_what_it_should_be_and_comes_back(
 def test_quality_is_that_of_every_jpeg_and_webp_that_is_encoded() -> None:
     source = saved(Image.effect_noise((64, 64), 60).convert("RGB"), format="PNG")
     for format in ("jpeg", "webp"):
-        sizes = [len(check_picture(source, format=format, quality=q).data) for q in (20, 60, 95)]
+        sizes = [len(check_image(source, format=format, quality=q).data) for q in (20, 60, 95)]
         assert sizes == sorted(set(sizes)), format
 
 
@@ -190,15 +190,15 @@ def extended(data: bytes, *chunks: tuple[bytes, bytes], flags: int = 0) -> bytes
 
 
 @pytest.mark.parametrize("kind", ["lossy", "lossless"])
-def test_a_wrapped_webp_loses_its_wrapping_and_not_a_bit_of_its_picture(kind: str) -> None:
+def test_a_wrapped_webp_loses_its_wrapping_and_not_a_bit_of_its_image(kind: str) -> None:
     data = PLAIN["webp"][kind]
     for wrapped in (extended(data), extended(data, (b"ICCP", b"profile"), flags=0x20)):
         assert np.array_equal(shown(wrapped), shown(data))
-        picture = check_picture(wrapped, format="webp")
-        assert picture.data == data
-        assert picture.reencoded
+        image = check_image(wrapped, format="webp")
+        assert image.data == data
+        assert image.reencoded
         # a data set holds simple ones only
-        assert check_picture(wrapped, format="packed").reencoded
+        assert check_image(wrapped, format="packed").reencoded
 
 
 def test_what_decoders_may_see_differently_is_no_simple_webp() -> None:
@@ -206,9 +206,9 @@ def test_what_decoders_may_see_differently_is_no_simple_webp() -> None:
     assert simple_webp(data) is data
     for odd in (data + b"more", data[:-2], extended(data) + data[12:], b"RIFF\4\0\0\0WEBP"):
         assert simple_webp(odd) is None
-    picture = check_picture(data + b"behind the end", format="webp")
-    assert picture.reencoded
-    assert len(picture.data) == 8 + int.from_bytes(picture.data[4:8], "little")
+    image = check_image(data + b"behind the end", format="webp")
+    assert image.reencoded
+    assert len(image.data) == 8 + int.from_bytes(image.data[4:8], "little")
 
 
 @pytest.mark.parametrize("lossless", [False, True])
@@ -219,8 +219,8 @@ def test_a_cut_webp_is_damaged_also_where_its_sizes_say_otherwise(lossless: bool
     for part in (0.3, 0.6, 0.9):
         cut = bytearray(data[: int(len(data) * part) // 2 * 2])
         for _ in range(2):
-            with pytest.raises(PictureError) as caught:
-                check_picture(bytes(cut), format="webp")
+            with pytest.raises(ImageError) as caught:
+                check_image(bytes(cut), format="webp")
             assert caught.value.kind == "damaged"
             struct.pack_into("<I", cut, 4, len(cut) - 8)
             struct.pack_into("<I", cut, 16, len(cut) - 20)
@@ -228,11 +228,11 @@ def test_a_cut_webp_is_damaged_also_where_its_sizes_say_otherwise(lossless: bool
 
 def test_what_is_too_wide_for_webp_is_refused_and_fits_elsewhere() -> None:
     wide = saved(Image.new("RGB", (MAX_WEBP_SIDE + 1, 2)), format="PNG")
-    with pytest.raises(PictureError, match="16384 x 2 pixels; WebP holds at most 16,383"):
-        check_picture(wide, format="webp")
-    assert check_picture(wide, format="jpeg").width == MAX_WEBP_SIDE + 1
-    assert check_picture(wide, format="png").data is wide
-    assert check_picture(wide, format="webp", short_side=1).width == 8192
+    with pytest.raises(ImageError, match="16384 x 2 pixels; WebP holds at most 16,383"):
+        check_image(wide, format="webp")
+    assert check_image(wide, format="jpeg").width == MAX_WEBP_SIDE + 1
+    assert check_image(wide, format="png").data is wide
+    assert check_image(wide, format="webp", short_side=1).width == 8192
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -243,14 +243,14 @@ def test_of_hostile_files_every_format_takes_what_it_has_room_for(
     with (folder / "manifest.csv").open(encoding="utf-8") as file:
         names = [row["file"] for row in csv.DictReader(file)]
 
-    def taken(format: Literal["keep", "jpeg", "webp", "png"]) -> dict[str, Picture]:
+    def taken(format: Literal["keep", "jpeg", "webp", "png"]) -> dict[str, CheckedImage]:
         found = {}
         for name in names:
             try:
-                found[name] = check_picture(
+                found[name] = check_image(
                     (folder / name).read_bytes(), format=format, short_side=64
                 )
-            except PictureError as error:
+            except ImageError as error:
                 assert str(error)  # noqa: PT017
         return found
 
@@ -262,15 +262,15 @@ def test_of_hostile_files_every_format_takes_what_it_has_room_for(
     else:
         assert not left_out
     assert made.keys() <= kept.keys()
-    for name, picture in made.items():
-        assert (picture.height, picture.width) == (kept[name].height, kept[name].width), name
-        again = check_picture(picture.data, format="packed")
+    for name, image in made.items():
+        assert (image.height, image.width) == (kept[name].height, kept[name].width), name
+        again = check_image(image.data, format="packed")
         assert not again.reencoded, name
         assert again.extension == EXTENSION[format]
 
 
 def test_grey_stays_grey_where_the_format_has_it() -> None:
     data = saved(LIGHT, format="TIFF")
-    made = check_picture(data, format="jpeg", short_side=20)
+    made = check_image(data, format="jpeg", short_side=20)
     assert len(read_jpeg_header(made.data).component_ids) == 1
-    assert Image.open(io.BytesIO(check_picture(data, format="png", short_side=20).data)).mode == "L"
+    assert Image.open(io.BytesIO(check_image(data, format="png", short_side=20).data)).mode == "L"

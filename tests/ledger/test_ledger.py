@@ -123,11 +123,11 @@ def test_an_unbroken_run_is_proven(tmp_path: Path, world_size: int) -> None:
     proof = prove(tmp_path, steps_done=STEPS)
     assert proof.holds
     assert (proof.steps, proof.holes, proof.num_superseded) == (STEPS, (), 0)
-    visits = np.bincount(SOURCE_IDS.reshape(-1)).tolist()
-    assert [source.visits for source in proof.sources] == visits
+    draws = np.bincount(SOURCE_IDS.reshape(-1)).tolist()
+    assert [source.draws for source in proof.sources] == draws
     assert [source.complete_passes for source in proof.sources] == [
-        visits[0] // 37,
-        visits[1] // 300,
+        draws[0] // 37,
+        draws[1] // 300,
     ]
     assert proof.sources[0].complete_passes > 5
     assert not proof.notes
@@ -419,7 +419,7 @@ def test_all_records_are_there_when_a_checkpoint_is_begun(
     proof = prove(tmp_path / "ledger", steps_done=6)
     assert proof.holds
     assert [segment.header.world_size for segment in proof.segments] == [world_size]
-    assert (proof.sources[0].visits, proof.sources[0].complete_passes) == (72, 2)
+    assert (proof.sources[0].draws, proof.sources[0].complete_passes) == (72, 2)
 
 
 def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(

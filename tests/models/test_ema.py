@@ -114,14 +114,14 @@ def test_a_bad_step_moves_the_average_towards_the_weights_and_no_further(
 def test_it_is_what_is_evaluated_and_what_load_model_takes(
     images: torch.Tensor, tmp_path: Path, settings: dict
 ) -> None:
-    pictures = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
+    pixels = torch.randn(2, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.float64)
     seen = []
 
     def evaluation(model: UniCL) -> dict[str, float]:
         assert not model.training
         weight_type = model.image_projection.dtype
         with torch.no_grad():
-            seen.append(model.encode_image(pictures.to(weight_type)))
+            seen.append(model.encode_image(pixels.to(weight_type)))
         return {"top1": 0.5}
 
     trainer = trainer_in(tmp_path, images, averaging_config(**settings))
@@ -135,8 +135,8 @@ def test_it_is_what_is_evaluated_and_what_load_model_takes(
     evaluated = load_model(tmp_path)
     weight_type = evaluated.image_projection.dtype
     with torch.no_grad():
-        expected = evaluated.encode_image(pictures.to(weight_type))
-        others = last.encode_image(pictures.to(weight_type))
+        expected = evaluated.encode_image(pixels.to(weight_type))
+        others = last.encode_image(pixels.to(weight_type))
     torch.testing.assert_close(seen[0], expected, rtol=1e-5, atol=1e-6)
     assert (seen[0] - others).abs().max() > 1e-4
 

@@ -263,10 +263,10 @@ def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
     layers = [module for module in model.modules() if isinstance(module, KeyedDropPath)]
     assert model.drop_path_key.num_layers == len(layers) > 4
     images = torch.randn(6, 3, 32, 32, dtype=torch.float64)
-    slots = torch.tensor([40, 41, 42, 43, 44, 45])
+    global_index = torch.tensor([40, 41, 42, 43, 44, 45])
 
     def features(rows: torch.Tensor, step: int) -> torch.Tensor:
-        model.set_drop_path_key(step=step, slots=slots[rows])
+        model.set_drop_path_key(step=step, global_index=global_index[rows])
         return model.encode_image(images[rows])
 
     everything = features(torch.arange(6), step=5)
@@ -280,7 +280,7 @@ def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
 def test_drop_path_keeps_the_share_and_the_mean_it_should() -> None:
     model = UniCL(tiny_config())
     layer = KeyedDropPath(drop_prob=0.3, layer=1, key=model.drop_path_key).train()
-    model.set_drop_path_key(step=3, slots=torch.arange(20_000))
+    model.set_drop_path_key(step=3, global_index=torch.arange(20_000))
     out = layer(torch.ones(20_000, 1, 1))
     assert out.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert out.mean().item() == pytest.approx(1, abs=0.02)
@@ -359,7 +359,7 @@ def test_the_small_swin_gives_timm_its_maps_and_takes_drop_path() -> None:
     ]
     key = DropPathKey(seed=0)
     encoder = build_image_encoder("unicl_swin6_small", image_size=64, drop_path=0.2, key=key)
-    key.set(step=0, slots=torch.arange(2))
+    key.set(step=0, global_index=torch.arange(2))
     assert encoder.train()(torch.randn(2, 3, 64, 64)).shape == (2, 192)
 
 
@@ -377,7 +377,7 @@ def test_each_preset_runs_forward_and_backward(name: str) -> None:
     )
     model = UniCL(config).train()
     size = config.data.image_size
-    model.set_drop_path_key(step=0, slots=torch.arange(2))
+    model.set_drop_path_key(step=0, global_index=torch.arange(2))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         image_features, text_features, scale = model(
             torch.randn(2, 3, size, size), Tokenizer(config.model.context_length)(TEXTS[:2])

@@ -74,7 +74,7 @@ def test_features_equal_those_of_a_plain_forward_pass(
     assert model.logit_scale.item() == pytest.approx(4.7)
 
 
-def test_pictures_are_prepared_as_the_released_models_want_them(model: UniCL) -> None:
+def test_images_are_prepared_as_the_released_models_want_them(model: UniCL) -> None:
     data = model.config.data
     assert (data.evaluation_resize, data.image_size, data.interpolation) == (256, 224, "bicubic")
     assert data.mean == (0.485, 0.456, 0.406)
@@ -130,7 +130,7 @@ def test_all_names_that_do_not_fit_are_said(entries: dict[str, Tensor]) -> None:
         "left over: image_encoder.head.weight (1)",
         "logit_scale [1] instead of []",
         f"not finite numbers: {not_finite} (1)",
-        f"pictures of 224 pixels: {other_mask} (1)",
+        f"images of 224 pixels: {other_mask} (1)",
     ):
         assert said in str(refusal.value)
 

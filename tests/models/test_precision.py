@@ -18,14 +18,14 @@ from unicl_fast.models.precision import (
 )
 from unicl_fast.presets import build_preset
 
-PICTURES = torch.arange(2 * 5 * 7 * 3, dtype=torch.int64).mul(37).remainder(256)
-PICTURES = PICTURES.to(torch.uint8).view(2, 5, 7, 3)
+IMAGES = torch.arange(2 * 5 * 7 * 3, dtype=torch.int64).mul(37).remainder(256)
+IMAGES = IMAGES.to(torch.uint8).view(2, 5, 7, 3)
 
 
 def test_equals_torchvision_and_is_channels_last() -> None:
-    ours = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD)
-    pictures = PICTURES.permute(0, 3, 1, 2).contiguous()
-    theirs = V.normalize(V.to_dtype(pictures, torch.float32, scale=True), CLIP_MEAN, CLIP_STD)
+    ours = normalise_images(IMAGES, mean=CLIP_MEAN, std=CLIP_STD)
+    images = IMAGES.permute(0, 3, 1, 2).contiguous()
+    theirs = V.normalize(V.to_dtype(images, torch.float32, scale=True), CLIP_MEAN, CLIP_STD)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6)
     assert ours.shape == (2, 3, 5, 7)
     assert ours.is_contiguous(memory_format=torch.channels_last)
@@ -34,15 +34,15 @@ def test_equals_torchvision_and_is_channels_last() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_rounds_once(dtype: torch.dtype) -> None:
-    ours = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype)
-    exact = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD, dtype=torch.float64)
+    ours = normalise_images(IMAGES, mean=CLIP_MEAN, std=CLIP_STD, dtype=dtype)
+    exact = normalise_images(IMAGES, mean=CLIP_MEAN, std=CLIP_STD, dtype=torch.float64)
     assert ours.dtype == dtype
     assert (ours.double() - exact).abs().max() <= torch.finfo(dtype).eps * 1.3
 
 
 def test_the_other_order_holds_the_same_numbers() -> None:
-    last = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD)
-    first = normalise_images(PICTURES, mean=CLIP_MEAN, std=CLIP_STD, channels_last=False)
+    last = normalise_images(IMAGES, mean=CLIP_MEAN, std=CLIP_STD)
+    first = normalise_images(IMAGES, mean=CLIP_MEAN, std=CLIP_STD, channels_last=False)
     assert torch.equal(first, last)
     assert first.is_contiguous()
 
@@ -61,13 +61,13 @@ def test_large_batches_hold_the_same_bits_as_small_ones(
 ) -> None:
     """They are stored past the caches, in blocks that know nothing of rows."""
     generator = torch.Generator().manual_seed(0)
-    pictures = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
-    assert pictures.numel() >= 1 << 20
+    images = torch.randint(256, shape, dtype=torch.uint8, generator=generator)
+    assert images.numel() >= 1 << 20
     std = tuple(0.2 + number / 10 for number in mean)
-    whole = normalise_images(pictures, mean=mean, std=std)
-    pieces = [normalise_images(piece, mean=mean, std=std) for piece in pictures.tensor_split(32)]
+    whole = normalise_images(images, mean=mean, std=std)
+    pieces = [normalise_images(piece, mean=mean, std=std) for piece in images.tensor_split(32)]
     assert torch.equal(whole, torch.cat(pieces))
-    channel = (pictures[..., 2].double() / 255 - mean[2]) / std[2]
+    channel = (images[..., 2].double() / 255 - mean[2]) / std[2]
     torch.testing.assert_close(whole[:, 2].double(), channel, rtol=0, atol=2e-6)
 
 
@@ -82,7 +82,7 @@ def test_an_address_that_no_block_can_begin_at(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_what_is_no_uint8_batch_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"expected uint8 pictures \[b h w 3\]"):
+    with pytest.raises(ValueError, match=r"expected uint8 images \[b h w 3\]"):
         normalise_images(torch.zeros(1, 3, 4, 4), mean=CLIP_MEAN, std=CLIP_STD)
 
 

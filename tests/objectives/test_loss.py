@@ -148,7 +148,7 @@ def test_one_text_row_a_class_is_cross_entropy(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_both_views_on_both_sides_without_self_is_supcon(form: str) -> None:
-    """Khosla et al. 2020, equation 2, with two views of each of 6 pictures."""
+    """Khosla et al. 2020, equation 2, with two views of each of 6 images."""
     views = unit_rows(12, seed=5)
     labels = torch.tensor([0, 1, 1, 2, 2, 2] * 2)
     temperature = 0.1
@@ -164,11 +164,11 @@ def test_both_views_on_both_sides_without_self_is_supcon(form: str) -> None:
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("kind", ["one picture", "one class", "all distinct", "captions only"])
+@pytest.mark.parametrize("kind", ["one image", "one class", "all distinct", "captions only"])
 def test_finite_at_scale_100(dtype: torch.dtype, kind: str, form: str) -> None:
-    n = 1 if kind == "one picture" else 64
+    n = 1 if kind == "one image" else 64
     class_ids = {
-        "one picture": torch.zeros(1, dtype=torch.int64),
+        "one image": torch.zeros(1, dtype=torch.int64),
         "one class": torch.zeros(n, dtype=torch.int64),
         "all distinct": torch.arange(n),
         "captions only": torch.arange(n) // 2 + CAPTION_KEY,

@@ -113,7 +113,7 @@ def test_any_class_structure(
     classes=st.lists(st.integers(0, 4), min_size=2, max_size=30),
     scale=st.floats(0.1, 100),
 )
-def test_two_views_without_the_picture_itself(classes: list[int], scale: float) -> None:
+def test_two_views_without_the_image_itself(classes: list[int], scale: float) -> None:
     views = rows(len(classes), seed=len(classes))
     assert_forms_agree(views, views, torch.tensor(classes), scale, exclude_self=True)
 

@@ -28,7 +28,7 @@ from unicl_fast.evaluation.encode import require_text_encoder
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
-from unicl_fast.training.step import encoder_input, global_loss, shown_pictures, shown_slots
+from unicl_fast.training.step import encoder_input, global_loss, shown_images, shown_indices
 from unicl_fast.training.trainer import Trainer
 
 
@@ -50,7 +50,7 @@ def test_supcon_is_the_mean_over_anchors_and_positives(images: torch.Tensor, for
     """Khosla et al., equation 2, by loops."""
     config, model = evaluated("supcon", loss=form)
     batch = labelled_batch(images, "supcon")
-    views = model.encode_image(encoder_input(shown_pictures(batch), config))
+    views = model.encode_image(encoder_input(shown_images(batch), config))
     classes = batch.class_ids.repeat(2).tolist()
     scale, total = model.logit_scale.exp(), 0
     for i, anchor in enumerate(views):
@@ -78,8 +78,8 @@ def test_clip_has_one_positive_a_pair_and_equal_texts_as_negatives(images: torch
     config, model = evaluated("clip")
     batch = labelled_batch(images, "clip")
     assert len(batch.tokens) < len(images)
-    pictures, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
-    logits = scale * pictures @ texts[batch.text_index].T
+    pixels, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
+    logits = scale * pixels @ texts[batch.text_index].T
     # an equal text is as good as one's own: its logit is the same
     diagonal = torch.arange(len(images))
     expected = (F.cross_entropy(logits, diagonal) + F.cross_entropy(logits.T, diagonal)) / 2
@@ -87,7 +87,7 @@ def test_clip_has_one_positive_a_pair_and_equal_texts_as_negatives(images: torch
 
 
 def mixed_by_hand(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pictures, and shares of labels [n classes], pixel by pixel."""
+    """Images, and shares of labels [n classes], pixel by pixel."""
     images = encoder_input(batch.images, config)
     names = sorted(set(batch.class_ids.tolist()))
     draws = draw_pairs(
@@ -110,22 +110,22 @@ def mixed_by_hand(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torc
 
 @pytest.mark.parametrize("unique_texts", [True, False])
 @pytest.mark.parametrize("form", ["dense", "tiled"])
-def test_unicl_of_mixed_pictures_takes_labels_times_labels(
+def test_unicl_of_mixed_images_takes_labels_times_labels(
     images: torch.Tensor, form: str, unique_texts: bool
 ) -> None:
     config, model = evaluated("unicl, mixed", loss=form, unique_texts=unique_texts)
     for step in range(3):
         batch = labelled_batch(images, "unicl, mixed", step=step)
         mixed, shares = mixed_by_hand(batch, config)
-        pictures, texts, scale = model(mixed, batch.tokens)
-        logits = scale * pictures @ texts[batch.text_index].T
+        pixels, texts, scale = model(mixed, batch.tokens)
+        logits = scale * pixels @ texts[batch.text_index].T
         affinity = shares @ shares.T
         targets = affinity / affinity.sum(1, keepdim=True)
         expected = (F.cross_entropy(logits, targets) + F.cross_entropy(logits.T, targets)) / 2
         torch.testing.assert_close(loss_of(model, batch, config), expected, rtol=1e-12, atol=0)
 
 
-def test_ce_of_mixed_pictures_takes_mixed_labels(images: torch.Tensor) -> None:
+def test_ce_of_mixed_images_takes_mixed_labels(images: torch.Tensor) -> None:
     config, model = evaluated("ce, mixed")
     batch = labelled_batch(images, "ce, mixed")
     mixed, shares = mixed_by_hand(batch, config)
@@ -145,9 +145,9 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
         labelled_batch(images, "unicl"),
         images=images[:2],
         class_ids=torch.tensor([3, 4]),
-        slots=torch.arange(2),
+        global_index=torch.arange(2),
     )
-    pictures = encoder_input(batch.images, config)
+    pixels = encoder_input(batch.images, config)
     draws = draw_pairs(objective, seed=0, step=0, num_pairs=1, image_size=32)
     theirs = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=5)
     monkeypatch.setattr(theirs, "_params_per_batch", lambda: (draws.shares[0], cutmix > 0))
@@ -155,8 +155,8 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
         "timm.data.mixup.cutmix_bbox_and_lam",
         lambda *_, **__: (draws.boxes[0], draws.shares[0]),
     )
-    expected, targets = theirs(pictures.clone(), batch.class_ids)
-    mixed, labels = mix(pictures, batch, objective, seed=0, global_batch_size=2)
+    expected, targets = theirs(pixels.clone(), batch.class_ids)
+    mixed, labels = mix(pixels, batch, objective, seed=0, global_batch_size=2)
     torch.testing.assert_close(mixed, expected)
     ours = torch.zeros(2, 5, dtype=torch.float64)
     ours.index_put_((labels.samples, labels.labels), labels.weights, accumulate=True)
@@ -181,12 +181,12 @@ def test_what_is_drawn_follows_its_law() -> None:
     assert (draw_pairs(both, step=1, **settings).shares != draws.shares).any()
 
 
-def test_mixed_pictures_keep_their_memory_format(images: torch.Tensor) -> None:
+def test_mixed_images_keep_their_memory_format(images: torch.Tensor) -> None:
     config = tiny_config()
     batch = labelled_batch(images, "unicl")
-    pictures = encoder_input(batch.images, config)
-    mixed, _ = mix(pictures, batch, ObjectiveConfig(mixup=1.0), seed=0, global_batch_size=12)
-    assert pictures.is_contiguous(memory_format=torch.channels_last)
+    pixels = encoder_input(batch.images, config)
+    mixed, _ = mix(pixels, batch, ObjectiveConfig(mixup=1.0), seed=0, global_batch_size=12)
+    assert pixels.is_contiguous(memory_format=torch.channels_last)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 
 
@@ -229,7 +229,7 @@ def test_ranks_give_the_objectives_of_one_process(
 
 def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
     share = labelled_batch(images, "supcon", rank=1, world_size=3)
-    assert shown_slots(share, global_batch_size=12).tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
+    assert shown_indices(share, global_batch_size=12).tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
 
 
 @pytest.mark.parametrize(

@@ -26,8 +26,8 @@ from unicl_fast.tools.pack.__main__ import main
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """90 sound pictures in 3 classes, 1 to be encoded anew, 2 that are none."""
-    root = tmp_path_factory.mktemp("pictures")
+    """90 sound images in 3 classes, 1 to be encoded anew, 2 that are none."""
+    root = tmp_path_factory.mktemp("images")
     for number in range(90):
         place = root / ("cat", "sea_lion", "dog")[number % 3]
         place.mkdir(exist_ok=True)
@@ -61,7 +61,7 @@ def description(dataset: PackedDataset, index: int) -> dict[str, object]:
     raise AssertionError(index)
 
 
-def test_every_sound_picture_is_packed_with_its_class(packed: PackedDataset, folder: Path) -> None:
+def test_every_sound_image_is_packed_with_its_class(packed: PackedDataset, folder: Path) -> None:
     assert packed.manifest.class_names == ("cat", "dog", "sea lion")
     assert len(packed.manifest.templates) == 80
     names = []
@@ -81,7 +81,7 @@ def test_what_is_damaged_is_listed_with_its_reason(packed: PackedDataset) -> Non
         rows = {row["name"]: row for row in csv.DictReader(file)}
     assert set(rows) == {"dog/cut.jpg", "dog/page.jpg"}
     assert rows["dog/cut.jpg"]["kind"] == "damaged"
-    assert rows["dog/page.jpg"]["kind"] == "not a picture"
+    assert rows["dog/page.jpg"]["kind"] == "not an image"
     assert packed.manifest.num_quarantined == 2
 
 
@@ -142,7 +142,7 @@ def test_sources_of_all_kinds_become_one_set(folder: Path, tmp_path: Path) -> No
         assert dataset.labels_of(found["yak/2.jpg"]).tolist() == [2]
 
 
-def test_resize_makes_smaller_pictures(tmp_path: Path) -> None:
+def test_resize_makes_smaller_images(tmp_path: Path) -> None:
     (tmp_path / "in" / "cat").mkdir(parents=True)
     Image.new("RGB", (400, 300)).save(tmp_path / "in" / "cat" / "big.jpg")
     (tmp_path / "in" / "cat" / "small.jpg").write_bytes(jpeg(3))
@@ -171,10 +171,10 @@ def test_the_program_says_what_it_did_and_what_comes_next(
     out = str(tmp_path / "set")
     code, text, _ = run(str(folder), "--out", out, "--workers", "1", capsys=capsys)
     assert code == 0
-    assert "91 pictures, 0 captions, 91 labels of 3 classes" in text
+    assert "91 images, 0 captions, 91 labels of 3 classes" in text
     assert "1 encoded anew" in text
     assert "passed over: 1 .txt files" in text
-    assert "dog/page.jpg: no known picture format" in text
+    assert "dog/page.jpg: no known image format" in text
     assert f"unicl-pretrain --preset NAME --data.train {out} --out RUN" in text
 
 
@@ -186,8 +186,8 @@ def test_the_program_says_what_it_did_and_what_comes_next(
         (["FOLDER", "--out", "OUT", "--resize", "256"], "short:PIXELS"),
         (["FOLDER", "--out", "OUT", "--quality", "0"], "--quality"),
         (["FOLDER", "--out", "OUT", "--max-pixels", "0"], "--max-pixels"),
-        (["FOLDER", "--out", "OUT", "--picture-seconds", "-1"], "--picture-seconds"),
-        (["FOLDER", "--out", "OUT", "--picture-seconds", "nan"], "--picture-seconds"),
+        (["FOLDER", "--out", "OUT", "--image-seconds", "-1"], "--image-seconds"),
+        (["FOLDER", "--out", "OUT", "--image-seconds", "nan"], "--image-seconds"),
         (["FOLDER", "--out", "OUT", "--class-names", "NAMES"], "'cat' is not among"),
         (["--out", "OUT"], "at least one source"),
         (["FOLDER"], "--out"),
@@ -213,11 +213,11 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "in" / "cat").mkdir(parents=True)
-    (tmp_path / "in" / "cat" / "1.jpg").write_text("no picture")
+    (tmp_path / "in" / "cat" / "1.jpg").write_text("no image")
     (tmp_path / "in" / "0.tar").touch()
     code, _, errors = run(str(tmp_path / "in"), "--out", str(tmp_path / "out"), capsys=capsys)
     assert code == 2
-    assert "nothing could be packed: 1 not a picture" in errors
+    assert "nothing could be packed: 1 not an image" in errors
     assert "passed over: 1 .tar files beside folders (name them to pack them)" in errors
     assert os.listdir(tmp_path) == ["in"]
 

@@ -47,7 +47,7 @@ def contents(out: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Class folders, and a list with captions whose pictures are partly the same; some bad."""
+    """Class folders, and a list with captions whose images are partly the same; some bad."""
     root = tmp_path_factory.mktemp("sources")
     for number in range(80):
         place = root / "photos" / ("cat", "sea_lion", "dog")[number % 3]
@@ -135,7 +135,7 @@ PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int]] = {
     "a shard without its line": (lambda p: at_call(p, ShardJournal, "append", 3, after=False), 2),
     "a torn line": (torn_line, 2),
     "in mid-shard": (lambda p: at_call(p, DatasetWriter, "add", 70, after=True), 3),
-    "at a bad picture": (lambda p: at_call(p, DatasetWriter, "quarantine", 9, after=True), 1),
+    "at a bad image": (lambda p: at_call(p, DatasetWriter, "quarantine", 9, after=True), 1),
     "before the checksums": (
         lambda p: at_call(p, shard_writer, "format_checksums", 1, after=False),
         -1,
@@ -166,7 +166,7 @@ def test_a_killed_build_goes_on_as_if_nothing_had_been(
     assert os.listdir(tmp_path) == ["set"]
     done = journal[-1].num_samples + journal[-1].num_quarantined if journal else 0
     tried = 80 + 9 + 30 + 1
-    quick = 1 + 3  # a line without a path, and pictures that are not there
+    quick = 1 + 3  # a line without a path, and images that are not there
     assert tried - done - quick <= len(checked) <= tried - done
     rows = unbroken["quarantine.csv"].decode().splitlines()[1:]
     assert summary.num_quarantined == len(rows)
@@ -176,7 +176,7 @@ def test_a_killed_build_goes_on_as_if_nothing_had_been(
 def test_a_build_killed_again_and_again_goes_on_each_time(
     sources: list[Path], checked: list[str], tmp_path: Path
 ) -> None:
-    """With decoded pictures and joined duplicates, whose work is not in the shards."""
+    """With decoded images and joined duplicates, whose work is not in the shards."""
     options = {"format": "raw", "resize": "square:16", "duplicates": "join", "shard_bytes": 6000}
     build(sources, tmp_path / "whole", **options)
     expected = len(checked)
@@ -189,7 +189,7 @@ def test_a_build_killed_again_and_again_goes_on_each_time(
     assert contents(tmp_path / "set") == contents(tmp_path / "whole")
     assert 20 < summary.num_taken_over < summary.num_samples
     assert len(checked) < expected - 20
-    assert summary.picture_size == (16, 16)
+    assert summary.image_size == (16, 16)
 
 
 def test_a_build_from_urls_goes_on_with_the_copies_that_it_made(
@@ -296,14 +296,14 @@ def test_restart_begins_anew(sources: list[Path], unfinished: Path) -> None:
 
 
 def test_a_source_that_has_changed_is_named(sources: list[Path], unfinished: Path) -> None:
-    picture = sources[0] / "dog" / "002.jpg"
-    before = picture.stat()
-    picture.touch()
+    image = sources[0] / "dog" / "002.jpg"
+    before = image.stat()
+    image.touch()
     try:
         with pytest.raises(ValueError, match="other sources:\n  source 1, photos: it was '89 samp"):
             build(sources, unfinished)
     finally:
-        os.utime(picture, ns=(before.st_atime_ns, before.st_mtime_ns))
+        os.utime(image, ns=(before.st_atime_ns, before.st_mtime_ns))
     build(sources, unfinished)
 
 
@@ -337,7 +337,7 @@ def test_what_was_unpacked_is_not_unpacked_again(
     parquet = pytest.importorskip("pyarrow.parquet")
     with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
         for number in range(40):
-            for ending, data in (("jpg", jpeg(number)), ("txt", b"a picture")):
+            for ending, data in (("jpg", jpeg(number)), ("txt", b"an image")):
                 member = tarfile.TarInfo(f"{number}.{ending}")
                 member.size = len(data)
                 archive.addfile(member, io.BytesIO(data))
@@ -420,7 +420,7 @@ def test_a_stopped_build_says_what_is_kept(
     assert "set.partial keeps 3 finished shards (33 samples); the same command" in printed
     code, printed = run_pack("build", *arguments, capsys=capsys)
     assert code == 0
-    assert "pictures had been packed before this run" in printed
+    assert "images had been packed before this run" in printed
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), OSError("disk full")])
@@ -505,7 +505,7 @@ def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: P
             Image.fromarray(records[number].reshape(32, 32, 3)).save(tmp_path / "one.ppm")
             archive.write(tmp_path / "one.ppm", f"{'dog' if number % 3 else 'yak'}/{number}.ppm")
     rows = [
-        {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "a picture"]}
+        {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "an image"]}
         for n in [*range(14), 3, 4]
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -521,7 +521,7 @@ def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.dist
-def test_a_build_of_real_pictures_killed_ten_times(shared_data: Path, tmp_path: Path) -> None:
+def test_a_build_of_real_images_killed_ten_times(shared_data: Path, tmp_path: Path) -> None:
     """The whole session is killed at random moments; the number of workers changes each time."""
     source = shared_data / "cifar10" / "cifar10-test.zip" / "test"
     with zipfile.ZipFile(source.parent) as archive:

@@ -19,7 +19,7 @@ from unicl_fast.packing.merge import merge_datasets
 
 @pytest.fixture
 def sources(tmp_path: Path) -> list[Path]:
-    """One picture in two classes and with captions, one twice in a class, four of their own."""
+    """One image in two classes and with captions, one twice in a class, four of their own."""
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
         for name, number in {"cat/1": 1, "cat/2": 2, "cat/2b": 2, "dog/1": 1, "dog/3": 3}.items():
             archive.writestr(f"{name}.jpg", jpeg(number))
@@ -86,17 +86,17 @@ def test_what_a_list_names_is_passed_over_and_nothing_is_joined_unasked(
     assert set(read(tmp_path / "set")) == {
         "cat/2.jpg", "cat/2b.jpg", "dog/1.jpg", "dog/3.jpg", "a.jpg", "b.jpg"
     }  # fmt: skip
-    assert summary.passed_over[f"pictures named in {tmp_path / 'out.csv'}"] == 1
+    assert summary.passed_over[f"images named in {tmp_path / 'out.csv'}"] == 1
 
 
 def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Else a copy's row would take the picture that stays as well, and nobody would notice."""
+    """Else a copy's row would take the image that stays as well, and nobody would notice."""
     places = [tmp_path / folder / "train" for folder in "ab"]
     for number, place in enumerate(places):
         (place / "cat").mkdir(parents=True)
-        for name in ("1", "2"):  # four equal pictures, and one of their own
+        for name in ("1", "2"):  # four equal images, and one of their own
             (place / "cat" / f"{name}.jpg").write_bytes(jpeg(1))
         (place / "cat" / f"own{number}.jpg").write_bytes(jpeg(2 + number))
     build_dataset(places, tmp_path / "all", workers=1, progress=False)
@@ -106,7 +106,7 @@ def test_a_list_that_does_not_tell_sources_called_alike_apart_is_refused(
     )
     assert code == 0
     assert "note: --leave-out will refuse" in said
-    assert "names in it that pictures which stay have too: 1," in said
+    assert "names in it that images which stay have too: 1," in said
     rows = (tmp_path / "copies.csv").read_text().splitlines()
     assert len(rows) == 1 + 3
     before = set(os.listdir(tmp_path))

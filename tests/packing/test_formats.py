@@ -16,7 +16,7 @@ from PIL import Image
 
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import PictureFormat
+from unicl_fast.images.check import ImageFormat
 from unicl_fast.packing.build.build import BuildSummary, build_dataset
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 
@@ -29,8 +29,8 @@ FILES = ("jpeg", "webp", "png")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Nine plain JPEGs and one picture each of other kinds, 32 x 24, and one that is none."""
-    root = tmp_path_factory.mktemp("pictures")
+    """Nine plain JPEGs and one image each of other kinds, 32 x 24, and one that is none."""
+    root = tmp_path_factory.mktemp("images")
     for name in ("cat", "dog"):
         (root / name).mkdir()
     for number in range(9):
@@ -53,9 +53,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def packed(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The folder in every format."""
     out = tmp_path_factory.mktemp("packed")
-    for format in get_args(PictureFormat):
+    for format in get_args(ImageFormat):
         build_dataset([folder], out / format, format=format, workers=1, progress=False)
-    return {format: out / format for format in get_args(PictureFormat)}
+    return {format: out / format for format in get_args(ImageFormat)}
 
 
 def names_of(folder: Path) -> set[str]:

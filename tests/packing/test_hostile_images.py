@@ -58,7 +58,7 @@ def measured_build(
 
 @pytest.fixture(scope="module")
 def peak_at_rest(tmp_path_factory: pytest.TempPathFactory) -> float:
-    """What a worker takes that has only seen a tiny picture."""
+    """What a worker takes that has only seen a tiny image."""
     place = tmp_path_factory.mktemp("tiny")
     (place / "in" / "x").mkdir(parents=True)
     (place / "in" / "x" / "1.png").write_bytes(honest(8)["rgba.png"])
@@ -109,7 +109,7 @@ def test_of_the_hostile_set_all_that_decoders_agree_on_is_packed(
 def test_a_worker_takes_no_more_memory_than_its_pixels_need(
     tmp_path: Path, peak_at_rest: float, format: str
 ) -> None:
-    """Bombs of every format, and honest pictures at the very limit: 40 bytes a pixel hold it."""
+    """Bombs of every format, and honest images at the very limit: 40 bytes a pixel hold it."""
     bombs = tmp_path / "bombs" / "x"
     bombs.mkdir(parents=True)
     for name, make in BOMBS.items():
@@ -140,5 +140,5 @@ def test_a_zip_of_bombs_takes_no_more_than_the_largest_file(
     assert found["peak"] - peak_at_rest < 3 * 32_000_000
     assert quarantined(tmp_path / "out") == {
         "x/zeros.bmp": "too large",
-        **{f"x/{number}.bmp": "not a picture" for number in range(3)},
+        **{f"x/{number}.bmp": "not an image" for number in range(3)},
     }

@@ -20,12 +20,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.packing.build.build import build_dataset
-from unicl_fast.packing.sources import trees as picture_files
+from unicl_fast.packing.sources import trees as image_files
 from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
 from unicl_fast.packing.sources.trees import open_tree
 
-PICTURE = bytes(simplejpeg.encode_jpeg(np.full((8, 8, 3), 90, np.uint8)))
+IMAGE = bytes(simplejpeg.encode_jpeg(np.full((8, 8, 3), 90, np.uint8)))
 
 
 def outcomes(source: Source) -> dict[str, str]:
@@ -37,7 +37,7 @@ def outcomes(source: Source) -> dict[str, str]:
             continue
         assert item.entry is not None
         try:
-            found[item.name] = "read" if item.entry.read() == PICTURE else "other bytes"
+            found[item.name] = "read" if item.entry.read() == IMAGE else "other bytes"
         except EntryError as error:
             found[item.name] = error.kind
     return found
@@ -67,7 +67,7 @@ def test_zip_members_that_no_sound_zip_has_are_refused_by_name(tmp_path: Path) -
             member("cat/twice.jpg"),
             member("cat/twice.jpg"),
         ):
-            archive.writestr(info, PICTURE)
+            archive.writestr(info, IMAGE)
     expected = {
         "cat/1.jpg": "read",
         "cat/plain.jpg": "read",
@@ -90,7 +90,7 @@ def test_zip_members_that_no_sound_zip_has_are_refused_by_name(tmp_path: Path) -
 def test_an_encrypted_member_is_named(tmp_path: Path) -> None:
     path = tmp_path / "set.zip"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("cat/1.jpg", PICTURE)
+        archive.writestr("cat/1.jpg", IMAGE)
     data = bytearray(path.read_bytes())
     data[data.index(b"PK\x01\x02") + 8] |= 1
     path.write_bytes(data)
@@ -99,8 +99,8 @@ def test_an_encrypted_member_is_named(tmp_path: Path) -> None:
 
 def two_members(path: Path) -> bytearray:
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("cat/1.jpg", PICTURE)
-        archive.writestr("cat/2.jpg", PICTURE)
+        archive.writestr("cat/1.jpg", IMAGE)
+        archive.writestr("cat/2.jpg", IMAGE)
     return bytearray(path.read_bytes())
 
 
@@ -132,7 +132,7 @@ def test_a_directory_that_lies_costs_the_members_it_lies_about(
 
 @given(data=st.data())
 @settings(max_examples=150)
-def test_any_damage_to_a_zip_is_an_error_or_leaves_pictures_as_they_were(
+def test_any_damage_to_a_zip_is_an_error_or_leaves_images_as_they_were(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = tmp_path_factory.mktemp("zip") / "set.zip"
@@ -168,7 +168,7 @@ HARD_NAMES = [
 def test_paths_in_lists_that_lead_nowhere_or_outside_are_listed(tmp_path: Path) -> None:
     root = tmp_path / "root"
     root.mkdir()
-    (root / "1.jpg").write_bytes(PICTURE)
+    (root / "1.jpg").write_bytes(IMAGE)
     (root / "loop").symlink_to("loop")
     (root / "self.jpg").symlink_to("self.jpg")
     names = [*HARD_NAMES, "1.jpg", "./1.jpg", str(root / "1.jpg"), "/etc/hostname"]
@@ -210,8 +210,8 @@ def nested(depth: int) -> str:
     ids=str.__len__,
 )
 def test_a_row_that_cannot_be_is_left_out_and_the_others_stay(tmp_path: Path, line: str) -> None:
-    (tmp_path / "1.jpg").write_bytes(PICTURE)
-    (tmp_path / "2.jpg").write_bytes(PICTURE)
+    (tmp_path / "1.jpg").write_bytes(IMAGE)
+    (tmp_path / "2.jpg").write_bytes(IMAGE)
     text = line + '\n{"image": "2.jpg", "caption": "x"}\n'
     (tmp_path / "list.jsonl").write_bytes(text.encode(errors="surrogateescape"))
     if '"label": 99' in line and len(line) < 4500:  # a number like any other, in no list of names
@@ -227,7 +227,7 @@ def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(
 ) -> None:
     cat = tmp_path / "cat"
     cat.mkdir()
-    (cat / "1.jpg").write_bytes(PICTURE)
+    (cat / "1.jpg").write_bytes(IMAGE)
     os.mkfifo(cat / "fifo.jpg")
     (cat / "zero.jpg").symlink_to("/dev/zero")
     (cat / "tape.jpg").symlink_to("/dev/full")
@@ -245,7 +245,7 @@ def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(
         opened.append(os.path.basename(path))
         return real_open(path, *arguments)
 
-    monkeypatch.setattr(picture_files.os, "open", watched)
+    monkeypatch.setattr(image_files.os, "open", watched)
     found = outcomes(read_source(str(tmp_path)))
     monkeypatch.undo()
     assert found.pop("cat/1.jpg") == "read"
@@ -269,7 +269,7 @@ def test_folders_nested_deeper_than_pythons_stack_are_listed(tmp_path: Path) -> 
         for _ in range(1500):
             os.mkdir("d")
             os.chdir("d")
-        Path("1.jpg").write_bytes(PICTURE)
+        Path("1.jpg").write_bytes(IMAGE)
         (item,) = read_source(str(tmp_path)).items
     finally:
         os.chdir(before)
@@ -293,11 +293,11 @@ def test_odd_names_reach_the_lists_whole(
     root = tmp_path / "in\udcff"
     (root / "cat").mkdir(parents=True)
     for name in names:
-        (root / "cat" / name).write_bytes(b"no picture")
-        (root / "cat" / f"good{name}").write_bytes(PICTURE)
+        (root / "cat" / name).write_bytes(b"no image")
+        (root / "cat" / f"good{name}").write_bytes(IMAGE)
     raw = os.fsencode(root) + b"/cat/\xff\xfe.jpg"
     with open(raw, "wb") as file:
-        file.write(b"no picture")
+        file.write(b"no image")
     main(["build", str(root), "--out", str(tmp_path / "out"), "--workers", "1"])
     with (tmp_path / "out" / "quarantine.csv").open(newline="", encoding="utf-8") as file:
         found = {row["name"] for row in csv.DictReader(file)}
@@ -323,7 +323,7 @@ def test_nothing_is_written_outside_the_output_folder(
         "list": lambda: list_of(tmp_path / "in" / "list.csv", names),
     }
     (tmp_path / "in" / "cat").mkdir(parents=True)
-    (tmp_path / "in" / "cat" / "ok.jpg").write_bytes(PICTURE)
+    (tmp_path / "in" / "cat" / "ok.jpg").write_bytes(IMAGE)
     (tmp_path / "work").mkdir()
     source = make[kind]()
     monkeypatch.chdir(tmp_path / "work")
@@ -337,7 +337,7 @@ def test_nothing_is_written_outside_the_output_folder(
 def zip_of(path: Path, names: list[str]) -> Path:
     with zipfile.ZipFile(path, "w") as archive:
         for name in names:
-            archive.writestr(name, PICTURE)
+            archive.writestr(name, IMAGE)
     return path
 
 

@@ -90,11 +90,11 @@ def test_the_numbers_are_those_of_the_data(inspection: Inspection) -> None:
     assert inspection.quarantined == {"damaged": 1}
     assert inspection.heights.largest == 360
     assert sum(inspection.widths.counts) == 24
-    assert inspection.captions_per_picture is not None
-    assert inspection.captions_per_picture.counts == (3, 12)
+    assert inspection.captions_per_image is not None
+    assert inspection.captions_per_image.counts == (3, 12)
     label, text = inspection.concepts
     assert (label.num_images, label.num_concepts, label.images_per_concept) == (24, 4, 6)
-    assert label.kind == "categories with pictures, of 5 named"
+    assert label.kind == "categories with images, of 5 named"
     assert text.num_images == 15
     words = {word for word, _ in inspection.frequent_concepts}
     assert words == {"a", "photo", "of", "dog", "fox", "red", "bird", "on", "tree"} | {
@@ -254,7 +254,7 @@ def test_a_browser_shows_all_parts_at_phone_and_desktop_width(
 ) -> None:
     found = look_at(written / "page.html", tmp_path, width=width)
     assert found["headings"] == [
-        "set", "Images and concepts", "Contact sheet", "Classes", "Captions", "Pictures",
+        "set", "Images and concepts", "Contact sheet", "Classes", "Captions", "Images",
         "Copies", "Texts that coincide", "Left out when packed",
     ]  # fmt: skip
     assert (found["images"], found["broken_images"]) == (32, 0)
@@ -327,7 +327,7 @@ def test_a_raw_set_is_described_by_its_pixels(
     found = json.loads((tmp_path / "all.json").read_text())
     files = [*(tmp_path / "set").glob("*.tar"), tmp_path / "set" / "pixels.npy"]
     assert found["num_bytes"] == sum(path.stat().st_size for path in files)
-    assert found["picture_bytes"]["smallest"] == found["picture_bytes"]["largest"] == 20 * 24 * 3
+    assert found["image_bytes"]["smallest"] == found["image_bytes"]["largest"] == 20 * 24 * 3
     assert found["near_copies"]["num_groups"] == 0
     (row,) = csv.DictReader((tmp_path / "list.csv").open(newline=""))
     assert row["kind"] == "duplicate"
@@ -391,10 +391,10 @@ def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs() -> None:
     assert "<span>20</span><span>64 and more</span>" in plot
 
 
-def test_of_many_classes_the_smallest_that_have_pictures_are_shown() -> None:
+def test_of_many_classes_the_smallest_that_have_images_are_shown() -> None:
     counts = [("huge", 5000), *((f"class {n}", 1 + n % 7) for n in range(60)), ("none", 0)]
     shown = inspect_page._classes(
-        SimpleNamespace(class_counts=counts, labels_per_picture={1: 1})  # type: ignore[arg-type]
+        SimpleNamespace(class_counts=counts, labels_per_image={1: 1})  # type: ignore[arg-type]
     )
     assert "largest class first, logarithmic" in shown
     assert "without any: 1" in shown

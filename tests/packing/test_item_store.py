@@ -53,7 +53,7 @@ def test_rows_in_any_order_make_the_items_that_they_make_in_memory(
     assert list(store) == list(expected.values())
 
 
-def test_a_picture_with_too_many_texts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_with_too_many_texts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("unicl_fast.packing.sources.items.MAX_TEXTS", 3)
     store = ItemStore()
     store.append(Item("a"))
@@ -117,7 +117,7 @@ def test_views_are_the_lists_that_they_stand_for() -> None:
     assert len(choose(every, lambda sample: False)) == 0
 
 
-def test_a_placeholder_for_many_pictures_stays_several_samples(
+def test_a_placeholder_for_many_images_stays_several_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Equal files with captions of their own: all that one sample can have, and the rest."""
@@ -145,7 +145,7 @@ def test_memory_does_not_hold_what_is_read(tmp_path: Path, kind: str) -> None:
         (tmp_path / "in" / name).touch()
     with (tmp_path / "in" / "list.jsonl").open("w") as file:
         for name in names:
-            file.write(json.dumps({"image": name, "caption": f"a picture that is {name}"}) + "\n")
+            file.write(json.dumps({"image": name, "caption": f"an image that is {name}"}) + "\n")
     place = tmp_path / "in" / ("list.jsonl" if kind == "jsonl" else "")
     spool = Spool(tmp_path / "out")
     read_source(str(place), ListOptions(), spool)  # what is loaded once

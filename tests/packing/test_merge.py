@@ -44,7 +44,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     (root / "pairs").mkdir()
     for number in range(20):
         (root / "pairs" / f"{number}.jpg").write_bytes(jpeg(100 + number))
-        row: dict[str, Any] = {"image": f"{number}.jpg", "captions": [f"picture {number}", "so"]}
+        row: dict[str, Any] = {"image": f"{number}.jpg", "captions": [f"image {number}", "so"]}
         rows.append(row | ({"label": ("ape", "dog")[number % 2]} if number % 3 else {}))
     (root / "pairs" / "cut.jpg").write_bytes(jpeg(1)[:300] + b"\xff\xd9")
     rows.append({"image": "cut.jpg", "caption": "cut"})
@@ -55,7 +55,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def raw(sources: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """As `packed`, with pictures kept as pixels, 32 x 24 each."""
+    """As `packed`, with images kept as pixels, 32 x 24 each."""
     out = tmp_path_factory.mktemp("raw")
     for name, paths in {**{name: [path] for name, path in sources.items()},
                         "both": list(sources.values())}.items():  # fmt: skip
@@ -84,10 +84,10 @@ def contents(folder: Path) -> list[tuple[object, ...]]:
                 dataset.caption_tokens(index, which).tolist() for which in range(len(text.captions))
             ]
             names = [dataset.manifest.class_names[label] for label in dataset.labels_of(index)]
-            picture = dataset.image_bytes(index, verify=True).tobytes()
+            image = dataset.image_bytes(index, verify=True).tobytes()
             row = dataset.samples[index]
             size = (int(row["height"]), int(row["width"]))
-            found.append((text.source, text.name, picture, size, text.captions, tokens, names))
+            found.append((text.source, text.name, image, size, text.captions, tokens, names))
         reader.close()
     return sorted(found, key=lambda sample: sample[:2])
 
@@ -125,7 +125,7 @@ def test_a_merge_of_raw_sets_is_one_raw_build(raw: dict[str, Path], tmp_path: Pa
     assert contents(tmp_path / "set") == contents(raw["both"])
     assert not faults_of(tmp_path / "set")
     with PackedDataset(tmp_path / "set") as merged, PackedDataset(raw["both"]) as both:
-        assert merged.picture_shape == (24, 32, 3)
+        assert merged.image_shape == (24, 32, 3)
         assert merged.manifest.pixels is not None
         assert both.manifest.pixels is not None
         assert merged.manifest.pixels.num_bytes == both.manifest.pixels.num_bytes
@@ -164,7 +164,7 @@ def test_equal_pixels_become_one_sample_whatever_is_said_of_them(tmp_path: Path)
     assert set(contents(tmp_path / "set")[0][6]) == {"cat", "a much longer name"}  # type: ignore[call-overload]
 
 
-def test_pictures_of_different_kinds_are_refused(
+def test_images_of_different_kinds_are_refused(
     packed: dict[str, Path], raw: dict[str, Path], sources: dict[str, Path], tmp_path: Path
 ) -> None:
     build_dataset(
@@ -172,9 +172,9 @@ def test_pictures_of_different_kinds_are_refused(
         progress=False,
     )  # fmt: skip
     for first, second, message in (
-        (packed["photos"], raw["pairs"], "photos holds picture files, .*pairs pixels, 32 x 24 a"),
+        (packed["photos"], raw["pairs"], "photos holds image files, .*pairs pixels, 32 x 24 a"),
         (raw["pairs"], packed["photos"], "both with --format raw or both without, or do not"),
-        (raw["pairs"], tmp_path / "small", "8 x 8 a picture.* same --resize square:PIXELS, or"),
+        (raw["pairs"], tmp_path / "small", "8 x 8 an image.* same --resize square:PIXELS, or"),
     ):
         with pytest.raises(ValueError, match=message):
             merge(first, second, out=tmp_path / "set")
@@ -209,14 +209,14 @@ def test_damage_is_left_out_and_named(packed: dict[str, Path], tmp_path: Path) -
         shard = dataset.shard_of(4)
     flip_byte(damaged, 2)
     data = (damaged / shard).read_bytes()
-    place = data.index(b'"picture ')  # the text of a caption, which has no checksum of its own
+    place = data.index(b'"image ')  # the text of a caption, which has no checksum of its own
     (damaged / shard).write_bytes(data[: place + 9] + b"9" + data[place + 10 :])
     summary = merge(packed["photos"], damaged, out=tmp_path / "set")
     assert summary.num_damaged == 2
     rows = [row for row in quarantined(tmp_path / "set") if str(damaged) in row[3]]
     assert [row[2] for row in rows] == ["damaged", "damaged"]
     assert {row[3].split(": ")[-1] for row in rows} == {
-        "the picture's bytes are not those that were packed (checksum)",
+        "the image's bytes are not those that were packed (checksum)",
         "its captions are not those that were packed (tokens)",
     }
     assert all(row[1] in lines for row in rows)
@@ -231,7 +231,7 @@ def test_a_list_of_samples_is_left_out(packed: dict[str, Path], tmp_path: Path) 
     assert "3.jpg" not in {sample[1] for sample in contents(tmp_path / "set")}
 
 
-def test_equal_pictures_of_all_sets_become_one_sample(
+def test_equal_images_of_all_sets_become_one_sample(
     packed: dict[str, Path], tmp_path: Path
 ) -> None:
     """Labels in one set, captions in the other; one copy is damaged, which costs nothing."""
@@ -302,7 +302,7 @@ def test_texts_beyond_what_one_sample_can_have_stay_with_another(tmp_path: Path)
 
 
 def contents_of_texts(folder: Path) -> list[tuple[str, str]]:
-    """Source and name of each sample, in order; pictures may be damaged."""
+    """Source and name of each sample, in order; images may be damaged."""
     with PackedDataset(folder) as dataset:
         reader = SampleReader(dataset)
         texts = [reader.read_description(index) for index in range(len(dataset))]

@@ -1,4 +1,4 @@
-"""Pictures that look alike are found, all of them, and others are not."""
+"""Images that look alike are found, all of them, and others are not."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_copies_of_photographs_are_within_4_bits_and_other_photographs_are_not(
 ) -> None:
     if importlib.util.find_spec("imagehash") is None:
         pytest.skip("ImageHash is not installed: pip install 'unicl_fast[inspect]'")
-    from unicl_fast.packing.inspect.picture_hashes import perceptual_hash
+    from unicl_fast.packing.inspect.image_hashes import perceptual_hash
 
     folder = shared_data / "captions" / "flickr8k"
     lines = (folder / "captions.jsonl").read_text().splitlines()[:50]
@@ -147,7 +147,7 @@ def test_how_far_copies_are_from_their_originals(
     shared_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The table of docs/verify-and-inspect.md."""
-    from unicl_fast.packing.inspect.picture_hashes import perceptual_hash
+    from unicl_fast.packing.inspect.image_hashes import perceptual_hash
 
     paths = sorted((shared_data / "captions" / "flickr8k" / "images").iterdir())
     hashes = np.array([perceptual_hash(path.read_bytes()) for path in paths], np.uint64)

@@ -16,11 +16,11 @@ from pack_runs import run_pack
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.check import check_picture
+from unicl_fast.images.check import check_image
 from unicl_fast.packing.build.build import build_dataset
 from unicl_fast.packing.build.worker_pool import (
     Checked,
-    PictureOptions,
+    ImageOptions,
     Task,
     check_in_order,
     make_chunks,
@@ -41,7 +41,7 @@ def save(path: Path, image: Image.Image, **options: Any) -> None:
     image.save(path, **options)
 
 
-def kinds_of_pictures(root: Path) -> dict[str, Image.Image]:
+def kinds_of_images(root: Path) -> dict[str, Image.Image]:
     """Files of one size and every kind; what each of them shows."""
     rgb = Image.fromarray(noise(20, 24))
     grey = Image.fromarray(noise(20, 24, 1)[..., 0])
@@ -70,7 +70,7 @@ def kinds_of_pictures(root: Path) -> dict[str, Image.Image]:
 
 
 def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_path: Path) -> None:
-    shown = kinds_of_pictures(tmp_path / "in")
+    shown = kinds_of_images(tmp_path / "in")
     folders = []
     for workers in (1, 3):
         folders.append(tmp_path / f"out {workers}")
@@ -78,7 +78,7 @@ def test_every_kind_becomes_the_pixels_it_shows_with_any_number_of_workers(tmp_p
             [tmp_path / "in"], folders[-1], format="raw", workers=workers, progress=False
         )
         assert (summary.num_samples, summary.num_quarantined) == (len(shown), 1)
-        assert summary.picture_size == (20, 24)
+        assert summary.image_size == (20, 24)
         assert summary.num_reencoded == 0
     one, three = ({p.name: p.read_bytes() for p in out.iterdir()} for out in folders)
     assert one == three
@@ -97,7 +97,7 @@ def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
         save(tmp_path / "in" / "cat" / f"{number}.png", Image.fromarray(noise(height, width)))
     code, text = run(tmp_path / "in", "--out", tmp_path / "out", capsys=capsys)
     assert code == 2
-    assert "--format raw takes pictures of one size" in text
+    assert "--format raw takes images of one size" in text
     assert text.count("cat/") == 2
     assert "--resize square:" in text
     assert os.listdir(tmp_path) == ["in"]
@@ -108,8 +108,8 @@ def test_sizes_that_differ_are_named_and_squares_are_the_way_out(
     assert "decoded, 20 x 20 pixels each" in text
     pixels = np.load(tmp_path / "out" / "pixels.npy")
     assert pixels.shape == (5, 20, 20, 3)
-    assert any(np.array_equal(picture, noise(20, 20)) for picture in pixels)
-    assert any(np.array_equal(picture, noise(20, 21)[:, :20]) for picture in pixels)
+    assert any(np.array_equal(image, noise(20, 20)) for image in pixels)
+    assert any(np.array_equal(image, noise(20, 21)[:, :20]) for image in pixels)
 
 
 @pytest.mark.parametrize(
@@ -140,14 +140,14 @@ def saved(pixels: np.ndarray) -> bytes:
 
 
 def test_pixels_of_another_size_stay_in_the_worker() -> None:
-    """Or a chunk of pictures that are larger than they look would fill the memory."""
-    options = PictureOptions(short_side=0, quality=90, max_pixels=10_000, seconds=0, format="raw")
+    """Or a chunk of images that are larger than they look would fill the memory."""
+    options = ImageOptions(short_side=0, quality=90, max_pixels=10_000, seconds=0, format="raw")
     entries = [CrashingOnce("/", saved(noise(*size))) for size in ((9, 8), (90, 80))]
     tasks = [Task(name="", entry=entry, size=(9, 8)) for entry in entries]
     results = list(check_in_order(tasks, options=options, context_length=77, workers=1))
     assert all(isinstance(result, Checked) for result in results)
     sizes = [
-        (result.picture.height, len(result.picture.data))
+        (result.image.height, len(result.image.data))
         for result in results
         if isinstance(result, Checked)
     ]
@@ -156,7 +156,7 @@ def test_pixels_of_another_size_stay_in_the_worker() -> None:
 
 def test_chunks_are_as_small_as_answers_are_large() -> None:
     entry = CrashingOnce("/", b"")
-    options = PictureOptions(short_side=0, quality=90, max_pixels=10**6, seconds=1)
+    options = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=1)
     for answer_bytes, longest in ((3072, 64), (150_000, 27), (4_000_000, 1), (10**9, 1)):
         tasks = (Task(name="", entry=entry, answer_bytes=answer_bytes) for _ in range(100))
         assert max(map(len, make_chunks(tasks, options))) == longest
@@ -169,9 +169,9 @@ def test_chunks_are_as_small_as_answers_are_large() -> None:
 def test_squares_show_the_middle(size: tuple[int, int], channels: int) -> None:
     pixels = noise(*size, channels)
     data = saved(pixels if channels == 3 else pixels[..., 0])
-    picture = check_picture(data, square_side=20, format="raw")
-    assert (picture.height, picture.width) == (20, 20)
-    found = np.frombuffer(picture.data, np.uint8).reshape(20, 20, 3)
+    image = check_image(data, square_side=20, format="raw")
+    assert (image.height, image.width) == (20, 20)
+    found = np.frombuffer(image.data, np.uint8).reshape(20, 20, 3)
     edge = min(size)
     top, left = ((side - edge) // 2 for side in size)
     middle = Image.fromarray(pixels.squeeze()).convert("RGB")
@@ -188,7 +188,7 @@ def test_squares_show_the_middle(size: tuple[int, int], channels: int) -> None:
 def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole() -> None:
     """That would be 26 million pixels wide."""
     pixels = noise(1, 65_000)
-    found = check_picture(saved(pixels), square_side=400, format="raw")
+    found = check_image(saved(pixels), square_side=400, format="raw")
     # as if it had been scaled whole and cut then: the filter looks at its neighbours
     near = Image.fromarray(pixels[:, 32_489:32_510]).resize(
         (21 * 400, 400), Image.Resampling.BICUBIC
@@ -198,7 +198,7 @@ def test_a_line_of_pixels_is_scaled_and_cut_without_being_scaled_whole() -> None
 
 
 def test_squares_of_files_are_encoded_anew_unless_they_are_squares() -> None:
-    large = check_picture(saved(noise(60, 40)), square_side=20)
+    large = check_image(saved(noise(60, 40)), square_side=20)
     assert (large.extension, large.height, large.width, large.reencoded) == ("jpg", 20, 20, True)
     data = saved(noise(20, 20))
-    assert check_picture(data, square_side=20).data is data
+    assert check_image(data, square_side=20).data is data

@@ -26,13 +26,13 @@ from pack_runs import jpeg, run_pack
 from unicl_fast.packing.build import ray_engine
 from unicl_fast.packing.build.build import build_dataset
 from unicl_fast.packing.build.ray_engine import check_on_ray
-from unicl_fast.packing.build.worker import Checked, PictureOptions, Task
+from unicl_fast.packing.build.worker import Checked, ImageOptions, Task
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.trees import FileEntry
 
 has_ray = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not has_ray, reason="Ray is not installed: pip install -e '.[ray]'")
-OPTIONS = PictureOptions(short_side=0, quality=90, max_pixels=10**6, seconds=5)
+OPTIONS = ImageOptions(short_side=0, quality=90, max_pixels=10**6, seconds=5)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_no_more_chunks_are_under_way_than_there_are_workers(
     assert ray.most == most
 
 
-def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_picture(
+def test_what_one_machine_alone_could_not_read_is_no_problem_of_the_image(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def check(tasks: list[Task], *_: Any) -> tuple[str, list[Problem]]:
@@ -170,7 +170,7 @@ def test_urls_want_a_folder_that_all_machines_see(
 @pytest.mark.dist
 @pytest.mark.usefixtures("cluster")
 def test_what_another_machine_does_not_see_stops_the_build(tmp_path: Path) -> None:
-    """Here the other machine is another process; what none can read is a picture's problem."""
+    """Here the other machine is another process; what none can read is an image's problem."""
     tasks = [Task(name="gone.jpg", entry=FileEntry(str(tmp_path / "gone.jpg"), 1))]
     (result,) = check_on_ray(tasks, options=OPTIONS, context_length=77, workers=1)
     assert isinstance(result, Problem)
@@ -231,7 +231,7 @@ def test_a_cluster_gives_the_bytes_of_this_machine(shared_data: Path, tmp_path: 
 @pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.usefixtures("cluster")
-def test_bad_pictures_and_killed_processes_of_ray_cost_no_others(tmp_path: Path) -> None:
+def test_bad_images_and_killed_processes_of_ray_cost_no_others(tmp_path: Path) -> None:
     sound = KillsParentOnce(str(tmp_path / "mark"), jpeg(3))
     tasks = [Task(name=str(number), entry=sound, captions=("a cat",)) for number in range(200)]
     tasks[70] = Task(name="crash", entry=Crashing(signal.SIGSEGV))
@@ -242,4 +242,4 @@ def test_bad_pictures_and_killed_processes_of_ray_cost_no_others(tmp_path: Path)
     assert {n: problem.kind for n, problem in problems.items()} == {70: "crash", 150: "failed"}
     checked = [result for result in results if isinstance(result, Checked)]
     assert len(checked) == 198
-    assert {result.picture.data for result in checked} == {jpeg(3)}
+    assert {result.image.data for result in checked} == {jpeg(3)}

@@ -33,7 +33,7 @@ def test_what_was_repaired_is_packed_with_the_same_class_numbers(tmp_path: Path)
     raw = bytes(folder) + b"/cow/\xff.jpg"
     for place in (bytes(folder / "dog" / "bad.jpg"), raw):
         with open(place, "wb") as file:
-            file.write(b"no picture")
+            file.write(b"no image")
     members = {
         f"{n}.{e}": jpeg(n) if e == "jpg" else b"ant" for n in range(9) for e in ("jpg", "cls")
     }
@@ -69,7 +69,7 @@ def test_what_was_repaired_is_packed_with_the_same_class_numbers(tmp_path: Path)
 
 
 def test_joined_duplicates_are_packed_again_only_with_their_first_one(tmp_path: Path) -> None:
-    """Two equal pictures that could be read, and two whose first, and so both, could not."""
+    """Two equal images that could be read, and two whose first, and so both, could not."""
     folder = tmp_path / "photos"
     for name, number in {"cat/1": 1, "dog/1": 1, "cat/2": 2, "dog/2": 2}.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -63,11 +63,11 @@ def write_files(folder: Path, files: dict[str, bytes]) -> Path:
     return folder
 
 
-def test_the_python_version_gives_its_training_pictures_bit_for_bit(tmp_path: Path) -> None:
+def test_the_python_version_gives_its_training_images_bit_for_bit(tmp_path: Path) -> None:
     batches = [pixels(40, seed=seed) for seed in range(3)]
     folder = write_files(tmp_path / "cifar-10-batches-py", cifar10(*batches))
     source = read_source(str(folder))
-    assert source.passed_over == {"files of test pictures": 1}
+    assert source.passed_over == {"files of test images": 1}
     assert source.labels_are_names
     assert [item.name for item in source.items[:2]] == ["data_batch_1:0", "data_batch_1:1"]
     assert [item.labels for item in source.items[:4]] == [[name] for name in [*NAMES, NAMES[0]]]
@@ -82,8 +82,8 @@ def test_a_real_batch_goes_through_pickles_of_all_protocols(
 ) -> None:
     with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
         names = archive.namelist()[::400]
-        pictures = [Image.open(io.BytesIO(archive.read(name))) for name in names]
-    batch = np.stack([np.asarray(picture) for picture in pictures])
+        images = [Image.open(io.BytesIO(archive.read(name))) for name in names]
+    batch = np.stack([np.asarray(image) for image in images])
     fields = {b"labels": [0] * len(batch), b"data": planes(batch)}
     for protocol in (3, 4, 5):
         folder = tmp_path / str(protocol)
@@ -211,24 +211,24 @@ def test_no_bytes_make_the_pickle_reader_fail_otherwise(data: bytes) -> None:
         unpickled(b"\x80\x04" + data)
 
 
-def idx(pictures: npt.NDArray[np.uint8]) -> bytes:
-    shape = b"".join(size.to_bytes(4, "big") for size in pictures.shape)
-    return b"\0\0\x08" + bytes([pictures.ndim]) + shape + pictures.tobytes()
+def idx(images: npt.NDArray[np.uint8]) -> bytes:
+    shape = b"".join(size.to_bytes(4, "big") for size in images.shape)
+    return b"\0\0\x08" + bytes([images.ndim]) + shape + images.tobytes()
 
 
 @pytest.mark.parametrize(
     "name", ["train-images-idx3-ubyte", "t10k-images.idx3-ubyte", "x-images-idx3-ubyte.gz"]
 )
 def test_idx_files_are_read_with_the_labels_beside_them(tmp_path: Path, name: str) -> None:
-    pictures = pixels(7)[:, :20, :28, 0]
+    images = pixels(7)[:, :20, :28, 0]
     labels = np.arange(7, dtype=np.uint8)
     pack = gzip.compress if name.endswith(".gz") else bytes
-    (tmp_path / name).write_bytes(pack(idx(pictures)))
+    (tmp_path / name).write_bytes(pack(idx(images)))
     beside = name.replace("images", "labels").replace("idx3", "idx1")
     (tmp_path / beside).write_bytes(pack(idx(labels)))
     with Spool(tmp_path / "out") as spool:
         source = read_source(str(tmp_path / name), None, spool)
-        assert np.array_equal(np.stack([decoded(item) for item in source.items]), pictures)
+        assert np.array_equal(np.stack([decoded(item) for item in source.items]), images)
         assert [item.labels for item in source.items] == [[number] for number in range(7)]
         with pytest.raises(ValueError, match="holds labels"):
             read_source(str(tmp_path / beside), None, spool)
@@ -256,10 +256,10 @@ def test_an_idx_file_whose_checksum_is_cut_off_is_named_and_keeps_its_rows(
 
 
 def test_idx_files_that_lie_or_are_cut(tmp_path: Path) -> None:
-    pictures, labels = pixels(5)[..., 0], np.zeros(5, np.uint8)
+    rows, labels = pixels(5)[..., 0], np.zeros(5, np.uint8)
     images, beside = tmp_path / "images-idx3", tmp_path / "labels-idx1"
     beside.write_bytes(idx(labels))
-    images.write_bytes(idx(pictures)[:-1500])
+    images.write_bytes(idx(rows)[:-1500])
     source = read_source(str(images))
     assert outcomes(source) == {
         **{f"images-idx3:{row}": "read" for row in range(3)},
@@ -268,15 +268,15 @@ def test_idx_files_that_lie_or_are_cut(tmp_path: Path) -> None:
     beside.write_bytes(idx(labels)[:-4])
     assert list(outcomes(read_source(str(images)))) == ["images-idx3:0", "images-idx3 from row 1"]
     beside.write_bytes(idx(labels[:4]))
-    with pytest.raises(ValueError, match="4 labels for 5 pictures"):
+    with pytest.raises(ValueError, match="4 labels for 5 images"):
         read_source(str(images))
     for shape in (b"\xff" * 12, bytes(12), b"\0\0\0\5" + b"\xff" * 8):
         images.write_bytes(b"\0\0\x08\x03" + shape)
-        with pytest.raises(ValueError, match=r"declares [\d,]+ pictures of"):
+        with pytest.raises(ValueError, match=r"declares [\d,]+ images of"):
             read_source(str(images))
     images.write_bytes(b"\0\0\x08\x03" + b"\xff\xff\xff\xff" + b"\0\0\0\1" * 2 + b"12")
     beside.write_bytes(b"\0\0\x08\x01" + b"\xff\xff\xff\xff" + b"123")
     assert len(read_source(str(images)).items) == 3
     images.write_bytes(idx(pixels(2)))
-    with pytest.raises(ValueError, match="no IDX file of grey pictures"):
+    with pytest.raises(ValueError, match="no IDX file of grey images"):
         read_source(str(images))

@@ -56,7 +56,7 @@ def coco(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_captions_and_instances_meet_at_the_picture(coco: Path) -> None:
+def test_captions_and_instances_meet_at_the_image(coco: Path) -> None:
     places = [str(path) for path in sorted((coco / "annotations").iterdir())]
     (source,) = read_sources(places)
     assert source.name == "captions_val2017.json+instances_val2017.json"
@@ -77,7 +77,7 @@ def test_a_file_that_is_named_twice_is_read_once(coco: Path) -> None:
     assert len(source.items) == 3
 
 
-def test_pictures_are_found_in_zips_and_in_a_folder_called_images(coco: Path) -> None:
+def test_images_are_found_in_zips_and_in_a_folder_called_images(coco: Path) -> None:
     place = str(coco / "annotations" / "captions_val2017.json")
     with zipfile.ZipFile(coco / "val2017.zip", "w") as archive:
         for number in (1, 2):
@@ -104,7 +104,7 @@ def test_entries_that_lie_are_named(coco: Path) -> None:
     annotations: list[Any] = [
         {"image_id": 1, "caption": "fine"},
         {"image_id": 3, "category_id": 5_000_000},
-        {"image_id": 9, "caption": "of no picture"},
+        {"image_id": 9, "caption": "of no image"},
         {"image_id": None, "caption": "x"},
         {"image_id": 1},
         7,
@@ -118,7 +118,7 @@ def test_entries_that_lie_are_named(coco: Path) -> None:
         "image None": "bad row",
     }
     assert source.passed_over == {
-        "annotations of pictures that are not listed": 1,
+        "annotations of images that are not listed": 1,
         "annotations that cannot be read": 3,
     }
 

@@ -1,4 +1,4 @@
-"""All kinds of sources in one build, from real pictures; and what a place is taken for."""
+"""All kinds of sources in one build, from real images; and what a place is taken for."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".spli
 
 
 def test_one_build_from_all_kinds(shared_data: Path, tmp_path: Path) -> None:
-    """Ten pictures of CIFAR-10 in seven wrappings, and three of COCO with captions and labels."""
+    """Ten images of CIFAR-10 in seven wrappings, and three of COCO with captions and labels."""
     with zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip") as archive:
         files = [archive.read(f"test/{name}/0001.jpg") for name in CIFAR_NAMES]
     pixels = np.stack([np.asarray(Image.open(io.BytesIO(file))) for file in files])
@@ -102,8 +102,8 @@ def test_one_build_from_all_kinds(shared_data: Path, tmp_path: Path) -> None:
     with PackedDataset(tmp_path / "out") as dataset:
         found: dict[bytes, list[int]] = {}
         for index in range(len(dataset)):
-            picture = dataset.image_bytes(index, verify=True).tobytes()
-            found.setdefault(picture, []).extend(dataset.labels_of(index).tolist())
+            image = dataset.image_bytes(index, verify=True).tobytes()
+            found.setdefault(image, []).extend(dataset.labels_of(index).tolist())
     for number, file in enumerate(files):
         assert found.pop(file) == [number] * 5  # byte for byte: hub, saved, tars, map, tsv
         for copies, array in ((3, pixels[number]), (1, pixels[number, ..., 1])):
@@ -125,7 +125,7 @@ def coco_rows(shared_data: Path) -> list[dict]:
 
 
 def coco_files(data: Path, folder: Path) -> list[Path]:
-    """The rows as COCO's own files, and the pictures where COCO has them."""
+    """The rows as COCO's own files, and the images where COCO has them."""
     rows = coco_rows(data.parents[1])
     (folder / "annotations").mkdir()
     (folder / "train2017").symlink_to(data / "images")

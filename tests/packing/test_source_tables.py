@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
-from unicl_fast.packing.sources import trees as picture_files
+from unicl_fast.packing.sources import trees as image_files
 from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, convert
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.read_sources import ListOptions, read_source
@@ -33,15 +33,15 @@ FEATURES = {
 }
 
 
-def pictures(*numbers: int, path: str | None = None) -> pa.Array:
-    """Hugging Face's struct of a picture."""
+def images(*numbers: int, path: str | None = None) -> pa.Array:
+    """Hugging Face's struct of an image."""
     kind = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
     return pa.array([{"bytes": jpeg(number), "path": path} for number in numbers], kind)
 
 
 def table(count: int = 6, **columns: Any) -> pa.Table:
     labels = [number % 2 for number in range(count)]
-    return pa.table({"image": pictures(*range(count)), "label": labels, **columns})
+    return pa.table({"image": images(*range(count)), "label": labels, **columns})
 
 
 def described(found: pa.Table) -> pa.Table:
@@ -65,7 +65,7 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spool:
     return Spool(tmp_path / "out")
 
 
-def test_pictures_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) -> None:
+def test_images_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) -> None:
     found = described(table(tags=[[0], [1, 0], None, [], [1], [1]]))
     pq.write_table(found, tmp_path / "a.parquet", row_group_size=4)
     source = read_source(str(tmp_path / "a.parquet"), None, spool)
@@ -99,7 +99,7 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
     assert not source.labels_are_names
 
 
-def test_a_zip_of_pictures_is_opened_once_for_all_files(
+def test_a_zip_of_images_is_opened_once_for_all_files(
     tmp_path: Path, spool: Spool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     opened: list[Path] = []
@@ -109,7 +109,7 @@ def test_a_zip_of_pictures_is_opened_once_for_all_files(
             super().__init__(archive, prefix)
             opened.append(archive)
 
-    monkeypatch.setattr(picture_files, "ZipTree", CountedZip)
+    monkeypatch.setattr(image_files, "ZipTree", CountedZip)
     (tmp_path / "set").mkdir()
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         for number in (1, 2):
@@ -139,11 +139,11 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
     assert texts(source) == {"a.parquet:0": (["one"], [])}
     assert source.passed_over == {"failed downloads of img2dataset": 1}
     pq.write_table(pa.table({"URL": ["http://x"], "TEXT": ["a"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="addresses of pictures but no pictures.*img2dataset"):
+    with pytest.raises(ValueError, match="addresses of images but no images.*img2dataset"):
         read_source(str(tmp_path / "a.parquet"), None, spool)
-    odd = pa.table({"picture": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
+    odd = pa.table({"image": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
     pq.write_table(odd, tmp_path / "a.parquet")
-    options = ListOptions(image_column="picture", caption_column="say")
+    options = ListOptions(image_column="image", caption_column="say")
     found = outcomes(read_source(str(tmp_path / "a.parquet"), options, spool))
     assert found == {"a.parquet:0": "read", "a.parquet:1": "missing"}
 
@@ -151,7 +151,7 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
 @pytest.mark.parametrize(
     ("columns", "options", "message"),
     [
-        ({"a": [1]}, ListOptions(), "no column with pictures.*It has .'a'"),
+        ({"a": [1]}, ListOptions(), "no column with images.*It has .'a'"),
         ({"image": [b"x"]}, ListOptions(), "neither captions nor labels"),
         ({"image": [b"x"], "label": [1]}, ListOptions(caption_column="c"), "no column 'c'"),
         ({"image": [b"x"], "label": [1]}, ListOptions(where=["c=1"]), "no column 'c'.*--where"),
@@ -210,20 +210,20 @@ def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: 
 def test_labels_beyond_the_names_and_values_of_other_types_are_named(
     tmp_path: Path, spool: Spool
 ) -> None:
-    found = described(pa.table({"image": pictures(*range(5)), "label": [0, 2, -2, 2**40, -1]}))
+    found = described(pa.table({"image": images(*range(5)), "label": [0, 2, -2, 2**40, -1]}))
     pq.write_table(found, tmp_path / "a.parquet")
     source = read_source(str(tmp_path / "a.parquet"), None, spool)
     assert list(outcomes(source).values()) == ["read", *["bad row"] * 3, "no text"]
     copied = sum(path.stat().st_size for path in tmp_path.glob("out.spool-*/*"))
     assert copied == len(jpeg(0)) + len(jpeg(4))  # not those of bad rows
-    odd = pa.table({"image": pictures(0, 1), "caption": [b"x", None], "label": [1.5, 2.0]})
+    odd = pa.table({"image": images(0, 1), "caption": [b"x", None], "label": [1.5, 2.0]})
     pq.write_table(odd, tmp_path / "a.parquet")
     found = outcomes(read_source(str(tmp_path / "a.parquet"), None, spool))
     assert set(found.values()) == {"bad row"}
 
 
 def break_page(path: Path) -> None:
-    """Damages the pictures of the second row group of three."""
+    """Damages the images of the second row group of three."""
     place = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     data = bytearray(path.read_bytes())
     data[place : place + 40] = b"\xff" * 40
@@ -303,7 +303,7 @@ def test_any_damage_to_a_table_is_named(
         path=str(path),
         options=options,
         rows_file=str(folder / "rows"),
-        pictures_file=str(folder / "pictures"),
+        images_file=str(folder / "images"),
     )
     try:
         result = convert(task)
@@ -317,7 +317,7 @@ def test_any_damage_to_a_table_is_named(
     for line in rows.read_bytes().splitlines() if rows.exists() else ():
         row = json.loads(line)
         if "offset" in row:
-            file = path if row["in_place"] else folder / "pictures"
+            file = path if row["in_place"] else folder / "images"
             assert row["offset"] + row["size"] <= file.stat().st_size
 
 

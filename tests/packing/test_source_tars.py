@@ -117,7 +117,7 @@ def test_folders_that_programs_leave_do_not_hide_tars(tmp_path: Path) -> None:
     beside = "tar files beside folders (name them to pack them)"
     assert read_source(str(tmp_path)).passed_over == {f".{beside}": 1}
     (tmp_path / "_tmp" / "0.feather").unlink()
-    message = r"holds no pictures; .* a\.tar lie there too, and are not read .*: name the files"
+    message = r"holds no images; .* a\.tar lie there too, and are not read .*: name the files"
     with pytest.raises(ValueError, match=message):
         read_source(str(tmp_path))
 
@@ -126,7 +126,7 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> Non
     data = three_samples(tmp_path / "a.tar").read_bytes()
     with (tmp_path / "a.tar").open("rb") as file:
         members = list(iter_members(file))
-    cut = members[3].offset + 100  # in the picture of the second, whose label is before it
+    cut = members[3].offset + 100  # in the image of the second, whose label is before it
     (tmp_path / "a.tar").write_bytes(data[:cut])
     found = outcomes(read_source(str(tmp_path / "a.tar")))
     expected = {"a.tar/000": "read", "a.tar/001": "damaged"}
@@ -136,7 +136,7 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> Non
     found = outcomes(read_source(str(tmp_path / "a.tar")))
     assert found == {"a.tar/000": "damaged", f"a.tar from byte {members[1].header}": "damaged"}
     (tmp_path / "a.tar").write_bytes(data[:100])
-    with pytest.raises(ValueError, match=r"a\.tar holds no pictures .*without its end mark"):
+    with pytest.raises(ValueError, match=r"a\.tar holds no images .*without its end mark"):
         read_source(str(tmp_path / "a.tar"))
     (tmp_path / "a.tar").write_bytes(data[: members[2].header] + b"\xff" * 2048)
     found = outcomes(read_source(str(three_samples(tmp_path / "b.tar").parent)))
@@ -153,8 +153,8 @@ def test_odd_samples_are_refused_by_name(tmp_path: Path) -> None:
             ("one.txt", b"twice the same name"),
             ("two.jpg", jpeg(1)),
             ("two.png", jpeg(2)),
-            ("two.txt", b"two pictures"),
-            ("alone.txt", b"no picture"),
+            ("two.txt", b"two images"),
+            ("alone.txt", b"no image"),
             ("list.jpg", jpeg(1)),
             ("list.json", b"[1]"),
             ("latin.jpg", jpeg(1)),
@@ -207,7 +207,7 @@ def test_headers_that_lie_end_the_tar_there(tmp_path: Path, header: bytes) -> No
 
 @given(data=st.data())
 @settings(max_examples=100)
-def test_any_damage_to_a_tar_is_named_or_leaves_pictures_where_they_were(
+def test_any_damage_to_a_tar_is_named_or_leaves_images_where_they_were(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject
 ) -> None:
     path = three_samples(tmp_path_factory.mktemp("tar") / "a.tar")

@@ -1,4 +1,4 @@
-"""TSV files with pictures in base64."""
+"""TSV files with images in base64."""
 
 from __future__ import annotations
 
@@ -20,9 +20,7 @@ def write_lines(path: Path, *lines: tuple[str, ...], end: str = "\n") -> Path:
 
 
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
-def test_texts_stand_between_key_and_picture_in_any_of_their_forms(
-    tmp_path: Path, end: str
-) -> None:
+def test_texts_stand_between_key_and_image_in_any_of_their_forms(tmp_path: Path, end: str) -> None:
     objects = [{"class": "dog", "rect": [1, 2, 3, 4]}, {"class": "cat"}, {"caption": "both"}]
     path = write_lines(
         tmp_path / "train.tsv",
@@ -60,7 +58,7 @@ def test_companions_are_found_by_key(tmp_path: Path) -> None:
     source = read_source(str(path))
     assert texts(source) == {"1": (["a", "b"], ["car"]), "2": (["c"], ["tie"])}
     assert source.passed_over == {
-        "lines of val.label.tsv about no picture": 1,
+        "lines of val.label.tsv about no image": 1,
         "lines of val.caption.tsv that are not KEY<TAB>TEXTS": 1,
     }
 

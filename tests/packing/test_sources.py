@@ -47,7 +47,7 @@ def kinds(source: Source) -> list[str]:
     return found
 
 
-def test_class_is_the_folder_that_holds_the_picture(tmp_path: Path) -> None:
+def test_class_is_the_folder_that_holds_the_image(tmp_path: Path) -> None:
     make_files(tmp_path, "train/big_cat/1.jpg", "train/dog/2.PNG", "val/dog/3", "dog/4.odd")
     items = by_name(read_source(str(tmp_path)))
     assert {name: item.labels for name, item in items.items()} == {
@@ -59,7 +59,7 @@ def test_class_is_the_folder_that_holds_the_picture(tmp_path: Path) -> None:
     assert read(items["val/dog/3"].entry) == b"val/dog/3"
 
 
-def test_what_is_no_picture_is_passed_over_and_counted(tmp_path: Path) -> None:
+def test_what_is_no_image_is_passed_over_and_counted(tmp_path: Path) -> None:
     make_files(tmp_path, "a/1.jpg", "a/notes.txt", "b/list.CSV", "a/.hidden", ".git/x.jpg", "2.jpg")
     source = read_source(str(tmp_path))
     assert source.passed_over == {".txt files": 1, ".csv files": 1, "hidden files": 2}
@@ -82,7 +82,7 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         read(items["cat/gone.jpg"].entry)
 
 
-def test_a_pipe_among_the_pictures_does_not_stop_the_program(tmp_path: Path) -> None:
+def test_a_pipe_among_the_images_does_not_stop_the_program(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jpg")
     with pytest.raises(EntryError, match="not a regular file"):
         FileEntry(str(tmp_path / "fifo.jpg"), 0).read()
@@ -141,7 +141,7 @@ def test_a_zip_entry_cannot_grow_beyond_what_it_declares(tmp_path: Path) -> None
         read(read_source(str(path)).items[0].entry)
 
 
-def test_csv_rows_of_one_picture_are_one_sample(tmp_path: Path) -> None:
+def test_csv_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
     make_files(tmp_path, "im/1.jpg", "im/2.jpg")
     (tmp_path / "list.csv").write_text(
         "\ufeffimage,caption,label\n"
@@ -159,7 +159,7 @@ def test_csv_rows_of_one_picture_are_one_sample(tmp_path: Path) -> None:
 
 
 def test_jsonl_takes_lists_and_single_values(tmp_path: Path) -> None:
-    make_files(tmp_path / "pictures", "1.jpg", "2.jpg", "3.jpg", "4.jpg")
+    make_files(tmp_path / "images", "1.jpg", "2.jpg", "3.jpg", "4.jpg")
     rows = [
         {"path": "1.jpg", "captions": ["one", "eins"]},
         {"path": "2.jpg", "captions": "two", "label": 0},
@@ -167,7 +167,7 @@ def test_jsonl_takes_lists_and_single_values(tmp_path: Path) -> None:
         {"path": "4.jpg", "label": -1, "captions": [" "]},
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    options = ListOptions(image_root=str(tmp_path / "pictures"))
+    options = ListOptions(image_root=str(tmp_path / "images"))
     items = by_name(read_source(str(tmp_path / "list.jsonl"), options))
     assert items["1.jpg"].captions == ["one", "eins"]
     assert (items["2.jpg"].captions, items["2.jpg"].labels) == (["two"], [0])
@@ -223,7 +223,7 @@ def test_broken_json_lines_are_named_by_number(tmp_path: Path) -> None:
     [
         ("", ListOptions(), "empty"),
         ("image,caption\n", ListOptions(), "no rows"),
-        ("picture,caption\n1,a\n", ListOptions(), "--image-column"),
+        ("image,caption\n1,a\n", ListOptions(), "--image-column"),
         ("image,words\n1,a\n", ListOptions(), "--caption-column or --label-column"),
         ("image,caption\n1,a\n", ListOptions(label_column="kind"), "'kind' .--label-column"),
         ("image,caption\n1,a\n", ListOptions(where=["split=x"]), "--where"),
@@ -245,7 +245,7 @@ def test_places_that_are_no_source_say_so(tmp_path: Path) -> None:
         read_source(str(tmp_path / "nowhere"))
     with pytest.raises(ValueError, match="neither a folder nor a zip"):
         read_source(str(tmp_path / "letter.txt"))
-    with pytest.raises(ValueError, match="no pictures"):
+    with pytest.raises(ValueError, match="no images"):
         read_source(str(tmp_path / "empty"))
 
 

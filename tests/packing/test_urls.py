@@ -148,7 +148,7 @@ def test_what_was_uploaded_later_is_not_said_to_be_missing(
 
 def test_a_build_to_a_url_that_fails_leaves_nothing(url: str, work: Path, tmp_path: Path) -> None:
     (tmp_path / "bad" / "cat").mkdir(parents=True)
-    (tmp_path / "bad" / "cat" / "1.jpg").write_text("no picture")
+    (tmp_path / "bad" / "cat" / "1.jpg").write_text("no image")
     with pytest.raises(ValueError, match="nothing could be packed"):
         build(tmp_path / "bad", url)
     assert not os.listdir(work)
@@ -203,7 +203,7 @@ def test_an_inspection_names_the_url_and_not_its_copy(
         capsys=capsys,
     )
     assert code == 0, text
-    assert f"{url}: 60 pictures" in text
+    assert f"{url}: 60 images" in text
     assert json.loads(places["json"].read_text())["folder"] == url
     page = places["html"].read_text(encoding="utf-8")
     assert f'<div class="where">{url}: ' in page

@@ -27,7 +27,7 @@ from PIL import Image
 from unicl_fast.dataset.reader import SAMPLE_DTYPE, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
-from unicl_fast.images.check import check_picture
+from unicl_fast.images.check import check_image
 from unicl_fast.packing.verify.folder_check import Fault
 from unicl_fast.packing.verify.verify import verify_dataset
 from unicl_fast.text.tokenizer import Tokenizer
@@ -71,9 +71,9 @@ def write(
     samples: list[PackedSample],
     *,
     shard_bytes: int = 12_000,
-    pictures: Literal["encoded", "raw"] = "encoded",
+    images: Literal["encoded", "raw"] = "encoded",
 ) -> Path:
-    with DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures) as writer:
+    with DatasetWriter(out, shard_bytes=shard_bytes, images=images) as writer:
         for one in samples:
             writer.add(one)
         writer.quarantine(source="photos", name="bad.jpg", kind="damaged", message="cut")
@@ -111,7 +111,7 @@ def raw(tmp_path_factory: pytest.TempPathFactory) -> Path:
     samples = [
         sample(one.tobytes(), number, height=5, width=6) for number, one in enumerate(pixels, 1)
     ]
-    return write(tmp_path_factory.mktemp("raw") / "set", samples, shard_bytes=4000, pictures="raw")
+    return write(tmp_path_factory.mktemp("raw") / "set", samples, shard_bytes=4000, images="raw")
 
 
 def faults_of(folder: Path, *, decode: bool = False) -> list[Fault]:
@@ -263,7 +263,7 @@ def test_lies_with_good_checksums_are_found_in_their_samples(tmp_path: Path) -> 
     found = {fault.sample: (fault.kind, fault.message) for fault in faults_of(out, decode=True)}
     assert set(found) == set(lies)
     kinds = {number: kind for number, (kind, _) in found.items()}
-    assert kinds == dict.fromkeys((1, 2, 3, 4, 8), "picture") | {
+    assert kinds == dict.fromkeys((1, 2, 3, 4, 8), "image") | {
         5: "tokens",
         6: "checksum",
         7: "tokens",
@@ -283,7 +283,7 @@ def test_a_raw_set_is_sound_and_nothing_is_decoded(
     assert len(list(raw.glob("shard-*.tar"))) >= 3
     code, text = run(raw, capsys=capsys)
     assert code == 0
-    assert f"{raw}: sound; 9 pictures (kept as pixels), 9 captions" in text
+    assert f"{raw}: sound; 9 images (kept as pixels), 9 captions" in text
 
 
 @given(data=st.data(), where=places, flip=flips)
@@ -301,7 +301,7 @@ def test_a_flipped_byte_anywhere_in_a_raw_set_is_found(
 def test_pixels_are_compared_without_checksums_of_files_too(
     raw: Path, where: int, flip: int
 ) -> None:
-    """The header with the manifest, each picture with its own checksum; shards are not blamed."""
+    """The header with the manifest, each image with its own checksum; shards are not blamed."""
     with Damaged(raw, "pixels.npy", where, flip, mend=True) as damaged:
         (fault,) = faults_of(raw)
         assert fault.file == "pixels.npy"
@@ -334,7 +334,7 @@ def test_pixels_that_are_missing_or_cut_are_named(
     assert not faults_of(raw)
 
 
-def test_a_damaged_shard_of_a_raw_set_leaves_its_pictures_compared(raw: Path) -> None:
+def test_a_damaged_shard_of_a_raw_set_leaves_its_images_compared(raw: Path) -> None:
     with Damaged(raw, "shard-000000.tar", 3, 1), Damaged(raw, "pixels.npy", 512, 1, mend=True):
         found = {(fault.file, fault.kind) for fault in faults_of(raw) if fault.sample == 0}
     assert found == {("shard-000000.tar", "shard"), ("pixels.npy", "checksum")}
@@ -349,7 +349,7 @@ def test_a_manifest_that_contradicts_itself_about_pixels_is_one_fault(raw: Path)
         mend_checksums(raw, "manifest.json")
         messages = [fault.message for fault in faults_of(raw) if fault.kind == "manifest"]
     assert len(messages) == 1
-    assert "9 pictures of 6 x 6 pixels" in messages[0]
+    assert "9 images of 6 x 6 pixels" in messages[0]
 
 
 def test_the_program_prints_some_and_lists_all(
@@ -357,7 +357,7 @@ def test_the_program_prints_some_and_lists_all(
 ) -> None:
     code, text = run(packed, "--no-decode", capsys=capsys)
     assert code == 0
-    assert f"{packed}: sound; 9 pictures (0 decoded), 9 captions" in text
+    assert f"{packed}: sound; 9 images (0 decoded), 9 captions" in text
     with Damaged(copy, "samples.npy", 520, 255), Damaged(copy, "shard-000000.tar", 600, 1):
         code, text = run(
             *(copy, "--no-decode", "--show", 1),
@@ -398,22 +398,22 @@ def test_verification_costs_little_beside_strict_decoding(
 ) -> None:
     """One worker against the same check of the same bytes in this process, in turns."""
     files = sorted((shared_data / "decode" / "images").iterdir())
-    pictures = [check_picture(path.read_bytes()) for path in files] * 6
+    images = [check_image(path.read_bytes()) for path in files] * 6
     out = write(
         tmp_path / "set",
-        [sample(one.data, 0, height=one.height, width=one.width) for one in pictures],
+        [sample(one.data, 0, height=one.height, width=one.width) for one in images],
         shard_bytes=50_000_000,
     )
     ratios = []
     for _ in range(5):
         started = time.perf_counter()
-        for picture in pictures:
-            check_picture(picture.data)
+        for image in images:
+            check_image(image.data)
         alone = time.perf_counter() - started
         started = time.perf_counter()
         assert not faults_of(out, decode=True)
         ratios.append((time.perf_counter() - started) / alone)
     with capsys.disabled():
         listed = ", ".join(f"{ratio:.2f}" for ratio in sorted(ratios))
-        print(f"\n{len(pictures)} pictures: time of verify / of strict decoding alone = {listed}")
+        print(f"\n{len(images)} images: time of verify / of strict decoding alone = {listed}")
     assert np.median(ratios) < 1.5

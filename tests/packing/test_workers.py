@@ -1,4 +1,4 @@
-"""A picture that crashes, hangs or devours memory costs a build itself and nothing else."""
+"""An image that crashes, hangs or devours memory costs a build itself and nothing else."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from unicl_fast.packing.build import build as build_module
 from unicl_fast.packing.build.build import build_dataset
 from unicl_fast.packing.build.worker_pool import (
     Checked,
-    PictureOptions,
+    ImageOptions,
     Problem,
     Task,
     check_in_order,
@@ -50,15 +50,15 @@ BAD: dict[str, tuple[Entry, str, str]] = {
 }
 
 
-def options(**changes: float) -> PictureOptions:
+def options(**changes: float) -> ImageOptions:
     known = {"short_side": 0, "quality": 90, "max_pixels": 10_000_000, "seconds": 2}
-    return PictureOptions(**(known | changes))  # type: ignore[arg-type]
+    return ImageOptions(**(known | changes))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """70 sound pictures, and the names of those that will turn bad."""
-    root = tmp_path_factory.mktemp("pictures")
+    """70 sound images, and the names of those that will turn bad."""
+    root = tmp_path_factory.mktemp("images")
     for number in range(70):
         place = root / ("cat", "dog")[number % 2]
         place.mkdir(exist_ok=True)
@@ -88,7 +88,7 @@ def build(
         return sources
 
     monkeypatch.setattr(build_module, "read_sources", replaced)
-    build_dataset([folder], out, workers=workers, picture_seconds=2, progress=False)
+    build_dataset([folder], out, workers=workers, image_seconds=2, progress=False)
     monkeypatch.undo()
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
@@ -108,18 +108,18 @@ def test_what_ends_a_worker_is_left_out_and_all_else_is_as_if_it_were_damaged(
     assert rows == {name: (kind, message) for name, (_, kind, message) in BAD.items()}
     with PackedDataset(tmp_path / "bad") as dataset:
         assert len(dataset) == 70
-        pictures = {dataset.image_bytes(index, verify=True).tobytes() for index in range(70)}
-    assert pictures == {jpeg(number) for number in range(70)}
+        images = {dataset.image_bytes(index, verify=True).tobytes() for index in range(70)}
+    assert images == {jpeg(number) for number in range(70)}
 
 
-def test_a_death_that_was_not_the_pictures_fault_costs_nothing(tmp_path: Path) -> None:
+def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path: Path) -> None:
     """A signal from outside, a neighbour's leak: the second try in a fresh process is sound."""
     tasks = [
         Task(name=str(number), entry=CrashingOnce(str(tmp_path / str(number)), jpeg(number)))
         for number in range(3)
     ]
     results = list(check_in_order(tasks, options=options(), context_length=77, workers=1))
-    assert [result.picture.data for result in results if isinstance(result, Checked)] == [
+    assert [result.image.data for result in results if isinstance(result, Checked)] == [
         jpeg(number) for number in range(3)
     ]
 
@@ -136,20 +136,20 @@ def test_captions_are_tokenised_after_a_crash_as_before(tmp_path: Path) -> None:
     assert [len(ids) for ids in result.tokens] == [4, 4]
 
 
-def test_a_picture_that_takes_long_to_decode_is_left_out(tmp_path: Path) -> None:
+def test_a_image_that_takes_long_to_decode_is_left_out(tmp_path: Path) -> None:
     """A real one: 60 million transparent pixels in a file of 250 kB, one second by the clock."""
     (tmp_path / "in" / "cat").mkdir(parents=True)
     Image.new("RGBA", (10_000, 6_000)).save(tmp_path / "in" / "cat" / "slow.png")
     (tmp_path / "in" / "cat" / "quick.jpg").write_bytes(jpeg(1))
     summary = build_dataset(
-        [tmp_path / "in"], tmp_path / "out", picture_seconds=0.5, workers=1, progress=False
+        [tmp_path / "in"], tmp_path / "out", image_seconds=0.5, workers=1, progress=False
     )
     assert summary.num_samples == 1
     assert "cat/slow.png: not done after 0.5 seconds" in summary.quarantined
 
 
-def test_the_limit_is_for_each_picture_and_not_for_waiting() -> None:
-    """A consumer slower than the limit (a full disk cache) makes no picture too slow."""
+def test_the_limit_is_for_each_image_and_not_for_waiting() -> None:
+    """A consumer slower than the limit (a full disk cache) makes no image too slow."""
     tasks = [Task(name=str(n), entry=CrashingOnce("/", jpeg(n))) for n in range(200)]
     results = check_in_order(tasks, options=options(seconds=0.4), context_length=77, workers=1)
     for place, result in enumerate(results):

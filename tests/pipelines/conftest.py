@@ -1,4 +1,4 @@
-"""Small packed data sets of real pictures, made once a session."""
+"""Small packed data sets of real images, made once a session."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """What augmentation does to pixels: both operators beside each other, and beside Pillow.
 
-The fused operator and DALI's compute the same; one picture in some thousands of values is a level
+The fused operator and DALI's compute the same; one image in some thousands of values is a level
 apart where both round. What is known to differ from Pillow (levels of 255):
 
 * warps: Pillow shows the fill colour wherever a pixel's centre lies outside, and repeats the edge
@@ -8,7 +8,7 @@ apart where both round. What is known to differ from Pillow (levels of 255):
 * Brightness, contrast, sharpness: Pillow cuts fractions off where the others round: 1. Colour: 2,
   since grey is rounded there first. Pillow leaves the outermost pixels unsharpened.
 * Equalising: another formula for the same histogram, OpenCV's: 3 in the mean at 112 pixels.
-* Jitter: contrast turns about mid-grey (128) where torchvision takes the picture's mean, and hue in
+* Jitter: contrast turns about mid-grey (128) where torchvision takes the image's mean, and hue in
   YIQ where torchvision takes HSV; brightness, saturation and grey are torchvision's to 2 levels.
 """
 
@@ -50,12 +50,12 @@ ALL = tuple(operator for operator in Operator if operator)
 
 
 @pytest.fixture(scope="module")
-def pictures(shared_data: Path) -> np.ndarray:
-    """Real pictures [n s s 3], some of them grey."""
+def images(shared_data: Path) -> np.ndarray:
+    """Real images [n s s 3], some of them grey."""
     with (shared_data / "decode" / "labels.csv").open(encoding="utf-8", newline="") as file:
         files = [row["file"] for row in csv.DictReader(file)][:COUNT]
     opened = (Image.open(shared_data / "decode" / name).convert("RGB") for name in files)
-    return np.stack([np.asarray(picture.resize((SIDE, SIDE))) for picture in opened])
+    return np.stack([np.asarray(image.resize((SIDE, SIDE))) for image in opened])
 
 
 def parts(**changes: object) -> GraphParts:
@@ -64,7 +64,7 @@ def parts(**changes: object) -> GraphParts:
 
 
 def run(
-    pictures: np.ndarray,
+    pixels: np.ndarray,
     rows: np.ndarray,
     graph_parts: GraphParts,
     *,
@@ -73,7 +73,7 @@ def run(
 ) -> np.ndarray:
     def define() -> object:
         images, numbers = fn.external_source(
-            lambda: (list(pictures), rows),
+            lambda: (list(pixels), rows),
             num_outputs=2,
             batch=True,
             dtype=[types.UINT8, types.FLOAT],
@@ -82,25 +82,25 @@ def run(
         )
         if fused:
             fill = types.Constant(list(FILL), dtype=types.UINT8)
-            return augment_operator(pictures.shape[1])(images, numbers, fill)
+            return augment_operator(pixels.shape[1])(images, numbers, fill)
         if device == "gpu":
             images = images.gpu()
         return augment(images, numbers, graph_parts)
 
     build = pipeline_def(define, enable_conditionals=not fused)
     (output,) = build(
-        batch_size=len(pictures), num_threads=1, device_id=0 if device == "gpu" else None
+        batch_size=len(pixels), num_threads=1, device_id=0 if device == "gpu" else None
     ).run()
     if device == "gpu":
         output = output.as_cpu()
     return np.array(output.as_tensor())
 
 
-def kernel(pictures: np.ndarray, rows: np.ndarray) -> np.ndarray:
+def kernel(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The fused operator's kernel, without a graph."""
-    out = pictures.copy()
-    for picture, row in zip(out, rows, strict=True):
-        augment_square(picture, row, np.array(FILL, np.uint8))
+    out = images.copy()
+    for image, row in zip(out, rows, strict=True):
+        augment_square(image, row, np.array(FILL, np.uint8))
     return out
 
 
@@ -133,17 +133,17 @@ def assert_twins(one: np.ndarray, other: np.ndarray) -> None:
 @pytest.mark.parametrize(
     "spec", ["unicl", "supcon,policy=trivial,erase=0.5", "none,policy=auto", "none,grayscale=0.5"]
 )
-def test_the_fused_operator_does_what_dali_s_do(pictures: np.ndarray, spec: str) -> None:
+def test_the_fused_operator_does_what_dali_s_do(images: np.ndarray, spec: str) -> None:
     rows = rows_of(spec)
     graph_parts = parts_for([parse_augmentation(spec)], np.array(FILL) / 255)
     assert graph_parts.fill == FILL
-    fused = run(pictures, rows, graph_parts, fused=True)
-    assert np.array_equal(fused, kernel(pictures, rows))
-    assert_twins(fused, run(pictures, rows, graph_parts, fused=False))
+    fused = run(images, rows, graph_parts, fused=True)
+    assert np.array_equal(fused, kernel(images, rows))
+    assert_twins(fused, run(images, rows, graph_parts, fused=False))
 
 
-def test_every_operator_of_both_at_all_strengths(pictures: np.ndarray) -> None:
-    """All in one batch, so that a graph that sends a picture to the wrong one is noticed."""
+def test_every_operator_of_both_at_all_strengths(images: np.ndarray) -> None:
+    """All in one batch, so that a graph that sends an image to the wrong one is noticed."""
     operations = [*RAND, *TRIVIAL, *AUTO]
     count = 2 * len(operations)
     rows = neutral_rows(count, stages=1)
@@ -152,65 +152,65 @@ def test_every_operator_of_both_at_all_strengths(pictures: np.ndarray) -> None:
         write_operation(
             rows[i, Column.STAGES :], table_of((operation,))[0], level, bool(i % 3), SIDE
         )
-    many = pictures[np.arange(count) % COUNT]
+    many = images[np.arange(count) % COUNT]
     fused = kernel(many, rows)
     assert_twins(fused, run(many, rows, parts(), fused=False))
     changed = gaps(fused, many).reshape(count, -1).mean(1) > 0.5
-    assert changed.mean() > 0.8  # a solarize threshold may lie above a picture's levels
+    assert changed.mean() > 0.8  # a solarize threshold may lie above an image's levels
 
 
-def test_pictures_whose_rows_ask_for_nothing_keep_every_bit(pictures: np.ndarray) -> None:
+def test_images_whose_rows_ask_for_nothing_keep_every_bit(images: np.ndarray) -> None:
     rows = rows_of("unicl,blur=1,policy_probability=1,erase=1")
     rows[::2] = neutral_rows(COUNT, stages=2)[::2]
     for fused in (True, False):
-        out = run(pictures, rows, parts(stages=2), fused=fused)
-        assert np.array_equal(out[::2], pictures[::2])
-        assert (gaps(out[1::2], pictures[1::2]).reshape(COUNT // 2, -1).max(1) > 0).all()
+        out = run(images, rows, parts(stages=2), fused=fused)
+        assert np.array_equal(out[::2], images[::2])
+        assert (gaps(out[1::2], images[1::2]).reshape(COUNT // 2, -1).max(1) > 0).all()
 
 
 PILLOW = {
-    "Brightness": lambda picture, a: ImageEnhance.Brightness(picture).enhance(a),
-    "Contrast": lambda picture, a: ImageEnhance.Contrast(picture).enhance(a),
-    "Color": lambda picture, a: ImageEnhance.Color(picture).enhance(a),
-    "Sharpness": lambda picture, a: ImageEnhance.Sharpness(picture).enhance(a),
-    "Posterize": lambda picture, a: ImageOps.posterize(picture, f"{int(a):08b}".count("1")),
-    "Solarize": lambda picture, a: ImageOps.solarize(picture, a),
-    "SolarizeAdd": lambda picture, a: picture.point(
+    "Brightness": lambda image, a: ImageEnhance.Brightness(image).enhance(a),
+    "Contrast": lambda image, a: ImageEnhance.Contrast(image).enhance(a),
+    "Color": lambda image, a: ImageEnhance.Color(image).enhance(a),
+    "Sharpness": lambda image, a: ImageEnhance.Sharpness(image).enhance(a),
+    "Posterize": lambda image, a: ImageOps.posterize(image, f"{int(a):08b}".count("1")),
+    "Solarize": lambda image, a: ImageOps.solarize(image, a),
+    "SolarizeAdd": lambda image, a: image.point(
         [level + int(a) if level < 128 else level for level in range(256)] * 3
     ),
-    "AutoContrast": lambda picture, a: ImageOps.autocontrast(picture),
-    "Equalize": lambda picture, a: ImageOps.equalize(picture),
-    "Invert": lambda picture, a: ImageOps.invert(picture),
+    "AutoContrast": lambda image, a: ImageOps.autocontrast(image),
+    "Equalize": lambda image, a: ImageOps.equalize(image),
+    "Invert": lambda image, a: ImageOps.invert(image),
 }
 TOLERANCES = {"Brightness": 1, "Contrast": 1, "Color": 2, "Sharpness": 1, "AutoContrast": 1}
 
 
-def with_pillow(pictures: np.ndarray, operation: object, numbers: np.ndarray) -> np.ndarray:
+def with_pillow(images: np.ndarray, operation: object, numbers: np.ndarray) -> np.ndarray:
     out = []
-    for array in pictures:
-        picture = Image.fromarray(array)
+    for array in images:
+        image = Image.fromarray(array)
         if operation.operator == Operator.WARP:
-            twin = picture.transform(
-                picture.size,
+            twin = image.transform(
+                image.size,
                 Image.Transform.AFFINE,
                 numbers[:6].astype(float).tolist(),
                 resample=Image.Resampling.BILINEAR,
                 fillcolor=(GREY,) * 3,
             )
         else:
-            twin = PILLOW[operation.name](picture, float(numbers[0]))
+            twin = PILLOW[operation.name](image, float(numbers[0]))
         out.append(np.asarray(twin))
     return np.stack(out)
 
 
 @pytest.mark.parametrize("operation", RAND, ids=lambda operation: operation.name)
-def test_operators_equal_pillow_s(pictures: np.ndarray, operation: object) -> None:
+def test_operators_equal_pillow_s(images: np.ndarray, operation: object) -> None:
     for level, negate in ((0.9, False), (0.5, True)):
         rows = rows_for(operation, level=level, negate=negate)
         numbers = rows[0, Column.STAGES + 1 :]
-        gap = gaps(kernel(pictures, rows), with_pillow(pictures, operation, numbers))
+        gap = gaps(kernel(images, rows), with_pillow(images, operation, numbers))
         if operation.operator == Operator.WARP:
-            # Away from where the picture ends: all neighbours are picture, or all are fill.
+            # Away from where the image ends: all neighbours are image, or all are fill.
             shown = kernel(np.full((1, SIDE, SIDE, 3), 255, np.uint8), rows[:1])[0, ..., 0]
             patches = np.lib.stride_tricks.sliding_window_view(np.pad(shown, 1), (3, 3))
             inner = (patches == shown[..., None, None]).all(axis=(2, 3))
@@ -225,25 +225,25 @@ def test_operators_equal_pillow_s(pictures: np.ndarray, operation: object) -> No
             assert gap.max() <= TOLERANCES.get(operation.name, 0)
 
 
-def twisted(pictures: np.ndarray, **numbers: float) -> np.ndarray:
-    rows = neutral_rows(len(pictures), stages=0)
+def twisted(images: np.ndarray, **numbers: float) -> np.ndarray:
+    rows = neutral_rows(len(images), stages=0)
     rows[:, Column.IS_TWISTED] = 1
     for name, value in numbers.items():
         rows[:, Column[name.upper()]] = value
-    return kernel(pictures, rows)
+    return kernel(images, rows)
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.4])
 def test_jitter_s_brightness_saturation_and_grey_are_torchvision_s(
-    pictures: np.ndarray, factor: float
+    images: np.ndarray, factor: float
 ) -> None:
-    theirs = torch.from_numpy(pictures).permute(0, 3, 1, 2)
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2)
     for name in ("brightness", "saturation"):
         twin = getattr(functional, f"adjust_{name}")(theirs, factor).permute(0, 2, 3, 1)
-        assert gaps(twisted(pictures, **{name: factor}), twin.numpy()).max() <= 2
+        assert gaps(twisted(images, **{name: factor}), twin.numpy()).max() <= 2
     if not factor:
         grey = functional.rgb_to_grayscale(theirs, num_output_channels=3).permute(0, 2, 3, 1)
-        ours = twisted(pictures, saturation=0)
+        ours = twisted(images, saturation=0)
         assert gaps(ours, grey.numpy()).max() <= 2
         assert np.ptp(ours, axis=3).max() <= 1
 
@@ -262,27 +262,27 @@ def test_contrast_turns_about_mid_grey_and_hue_keeps_grey() -> None:
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
 def test_the_blur_is_torchvision_s_with_a_wide_enough_kernel(
-    pictures: np.ndarray, sigma: float
+    images: np.ndarray, sigma: float
 ) -> None:
     rows = neutral_rows(COUNT, stages=0)
     rows[:, Column.SIGMA] = sigma
-    blurred = kernel(pictures, rows)
-    theirs = torch.from_numpy(pictures).permute(0, 3, 1, 2).double()
+    blurred = kernel(images, rows)
+    theirs = torch.from_numpy(images).permute(0, 3, 1, 2).double()
     reach = 2 * int(np.ceil(3 * sigma)) + 1
     twin = functional.gaussian_blur(theirs, [reach, reach], [sigma, sigma]).permute(0, 2, 3, 1)
     assert np.abs(blurred - twin.numpy()).max() <= 0.51
     if sigma == 2.0:  # Pillow's is made of boxes
-        pillow = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(sigma)) for p in pictures]
+        pillow = [Image.fromarray(p).filter(ImageFilter.GaussianBlur(sigma)) for p in images]
         assert gaps(blurred, np.stack([np.asarray(p) for p in pillow])).mean() < 1.5
 
 
-def test_the_erased_rectangle_is_filled_and_nothing_else(pictures: np.ndarray) -> None:
+def test_the_erased_rectangle_is_filled_and_nothing_else(images: np.ndarray) -> None:
     rows = neutral_rows(COUNT, stages=0)
     rows[:, Column.ERASED : Column.STAGES] = [3, 90, 40, 22]  # to the right edge
-    twin = pictures.copy()
+    twin = images.copy()
     twin[:, 3:43, 90:112] = FILL
-    assert np.array_equal(kernel(pictures, rows), twin)
-    assert np.array_equal(run(pictures, rows, parts(stages=0), fused=False), twin)
+    assert np.array_equal(kernel(images, rows), twin)
+    assert np.array_equal(run(images, rows, parts(stages=0), fused=False), twin)
 
 
 def test_the_graph_holds_what_some_source_uses_and_nothing_else() -> None:
@@ -299,7 +299,7 @@ def test_the_graph_holds_what_some_source_uses_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("side", [1, 2, 7])
 def test_tiny_squares(side: int) -> None:
-    """Filters are wider than the picture, rectangles do not fit."""
+    """Filters are wider than the image, rectangles do not fit."""
     tiny = np.random.default_rng(0).integers(0, 256, (COUNT, side, side, 3), dtype=np.uint8)
     for spec in ("unicl,blur=1,policy_ops=4,policy_probability=1,erase=1", "none,policy=trivial"):
         augmentation = parse_augmentation(spec)
@@ -308,17 +308,17 @@ def test_tiny_squares(side: int) -> None:
         )
         guarded = np.full((COUNT + 2, side, side, 3), 7, np.uint8)
         guarded[1:-1] = tiny
-        for picture, row in zip(guarded[1:-1], rows, strict=True):
-            augment_square(picture, row, np.array(FILL, np.uint8))
+        for image, row in zip(guarded[1:-1], rows, strict=True):
+            augment_square(image, row, np.array(FILL, np.uint8))
         assert (guarded[[0, -1]] == 7).all()
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("spec", ["unicl", "supcon,policy=trivial,erase=0.5", "none,policy=auto"])
-def test_the_gpu_does_what_the_cpu_does(pictures: np.ndarray, spec: str) -> None:
+def test_the_gpu_does_what_the_cpu_does(images: np.ndarray, spec: str) -> None:
     rows = rows_of(spec)
     graph_parts = parts_for([parse_augmentation(spec)], np.array(FILL) / 255)
-    gpu = run(pictures, rows, graph_parts, fused=False, device="gpu")
-    gap = gaps(gpu, kernel(pictures, rows))
+    gpu = run(images, rows, graph_parts, fused=False, device="gpu")
+    gap = gaps(gpu, kernel(images, rows))
     assert np.mean(gap > 2) < 0.01
     assert gap.mean() < 0.2

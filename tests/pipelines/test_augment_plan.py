@@ -1,4 +1,4 @@
-"""What is drawn for a picture: the laws of timm, torchvision and the papers."""
+"""What is drawn for an image: the laws of timm, torchvision and the papers."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def test_jitter_and_blur_are_uniform_in_their_ranges() -> None:
         assert gap < 1.95 / math.sqrt(MANY), column  # Kolmogorov's test at 1 in 1,000
 
 
-def test_rectangles_lie_in_the_picture_and_have_area_and_shape_of_the_config() -> None:
+def test_rectangles_lie_in_the_image_and_have_area_and_shape_of_the_config() -> None:
     rows = drawn("none,erase=1,erase_area=0.05..0.2,erase_ratio=0.5..2")
     top, left, height, width = rows[:, Column.ERASED : Column.STAGES].T
     assert (np.minimum(top, left) >= 0).all()
@@ -188,7 +188,7 @@ def test_randaugment_s_strengths_are_timm_s(
     if operation.operator == Operator.WARP:
         assert np.allclose(row[1:], matrix_of(operation.name, theirs), atol=2e-4)
     elif operation.operator == Operator.POSTERIZE:
-        assert row[1] == 256 - 2 ** (8 - max(theirs, 1))  # with no bit left pictures are black
+        assert row[1] == 256 - 2 ** (8 - max(theirs, 1))  # with no bit left images are black
     else:
         assert row[1] == pytest.approx(theirs, abs=1e-5)
 
@@ -216,9 +216,9 @@ def test_trivialaugment_s_strengths_are_torchvision_s(operation: Operation, plac
 def test_rows_are_functions_of_key_and_visit() -> None:
     augmentation = parse_augmentation("unicl,blur=0.5,grayscale=0.2")
     whole = drawn("unicl,blur=0.5,grayscale=0.2", count=100)
-    visits = np.array([77, 3, 50])
-    part = draw_rows(augmentation, visits, key=3, image_size=SIDE, stages=4)
-    assert np.array_equal(part[:, : whole.shape[1]], whole[visits])
+    draws = np.array([77, 3, 50])
+    part = draw_rows(augmentation, draws, key=3, image_size=SIDE, stages=4)
+    assert np.array_equal(part[:, : whole.shape[1]], whole[draws])
     assert not part[:, whole.shape[1] :].any()
     other = drawn("unicl,blur=0.5,grayscale=0.2", count=100, key=4)
     assert (other[:, Column.BRIGHTNESS] != whole[:, Column.BRIGHTNESS]).all()

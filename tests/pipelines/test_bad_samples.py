@@ -91,7 +91,7 @@ def texts_of(batch: Batch) -> torch.Tensor:
 
 
 def views_of(batch: Batch) -> torch.Tensor:
-    """Both views of each picture [b 2 h w c]."""
+    """Both views of each image [b 2 h w c]."""
     assert batch.second_images is not None
     return torch.stack([batch.images, batch.second_images], dim=1)
 
@@ -108,7 +108,7 @@ def assert_only_bad_ones_differ(
         assert batch.source_ids is not None
         assert torch.equal(batch.scheduled_ids, whole.sample_ids)
         assert torch.equal(batch.source_ids, whole.source_ids)
-        assert torch.equal(batch.slots, whole.slots)
+        assert torch.equal(batch.global_index, whole.global_index)
         pairs = zip(batch.source_ids.tolist(), batch.scheduled_ids.tolist(), strict=True)
         is_bad = torch.tensor([pair in bad for pair in pairs])
         assert torch.equal(batch.sample_ids != batch.scheduled_ids, is_bad)
@@ -130,7 +130,7 @@ def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
 def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
     for one, other in zip(batches, others, strict=True):
         assert torch.equal(views_of(one), views_of(other))
-        for name in ("sample_ids", "scheduled_ids", "source_ids", "slots"):
+        for name in ("sample_ids", "scheduled_ids", "source_ids", "global_index"):
             assert torch.equal(getattr(one, name), getattr(other, name)), (one.step, name)
         assert torch.equal(texts_of(one), texts_of(other))
 
@@ -143,8 +143,8 @@ def test_one_bad_sample_is_replaced_and_nothing_else_changes(
     bad = 17
     if kind == "flipped byte":
         flip_byte(folders[CAPTIONED], bad)
-    elif kind == "wrong size":  # a sound picture, smaller than the index says
-        store(folders[CAPTIONED], bad, culprits._sound_picture().tobytes())
+    elif kind == "wrong size":  # a sound image, smaller than the index says
+        store(folders[CAPTIONED], bad, culprits._sound_image().tobytes())
     else:
         store(folders[CAPTIONED], bad, undecodable(kind))
     batches = take(make_loader(spoilt(), prompts))
@@ -175,7 +175,7 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
                     one
                     for attempt in itertools.count(1)
                     if (pair[0], int((one := loader.plan.substitute(
-                        step, planned.slots[[place]], attempt=attempt)).sample_ids[0])) not in bad
+                        step, planned.global_index[[place]], attempt=attempt)).sample_ids[0])) not in bad
                 )  # fmt: skip
                 for field in dataclasses.fields(planned):
                     if field.name != "step":
@@ -246,7 +246,7 @@ def test_ranks_join_to_the_same_global_batches(
     ]
     for step, expected in enumerate(whole):
         parts = [batches[step] for batches in ranks]
-        for name in ("images", "sample_ids", "scheduled_ids", "source_ids", "slots"):
+        for name in ("images", "sample_ids", "scheduled_ids", "source_ids", "global_index"):
             joined = torch.cat([getattr(part, name) for part in parts])
             assert torch.equal(joined, getattr(expected, name)), name
         assert torch.equal(torch.cat([texts_of(part) for part in parts]), texts_of(expected))
@@ -392,8 +392,8 @@ def test_a_decoder_that_fails_at_everything_condemns_nothing(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     store(folders[CAPTIONED], 17, undecodable("html"))
-    no_picture = np.frombuffer(b"as if the device were gone", dtype=np.uint8)
-    monkeypatch.setattr(culprits, "_sound_picture", lambda: no_picture)
+    no_image = np.frombuffer(b"as if the device were gone", dtype=np.uint8)
+    monkeypatch.setattr(culprits, "_sound_image", lambda: no_image)
     loader = make_loader(spoilt(), prompts, quarantine=tmp_path / "quarantine.csv")
     with pytest.raises(DecodingError):
         list(itertools.islice(loader.batches(0), STEPS))
@@ -401,7 +401,7 @@ def test_a_decoder_that_fails_at_everything_condemns_nothing(
     assert not (tmp_path / "quarantine.csv").exists()
 
 
-def test_a_batch_that_fails_though_its_pictures_do_not_is_named_by_its_step(
+def test_a_batch_that_fails_though_its_images_do_not_is_named_by_its_step(
     folders: list[Path], spoilt: Any, prompts: ClassPrompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store(folders[CAPTIONED], 17, undecodable("html"))

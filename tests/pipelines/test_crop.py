@@ -28,11 +28,11 @@ def our_windows(height: int, width: int, count: int, *, key: int = 3) -> np.ndar
 
 
 def torchvision_windows(height: int, width: int, count: int) -> np.ndarray:
-    picture = torch.empty(3, height, width, device="meta")
+    image = torch.empty(3, height, width, device="meta")
     with torch.random.fork_rng():
         torch.manual_seed(0)
         windows = [
-            RandomResizedCrop.get_params(picture, list(SCALE), list(RATIO)) for _ in range(count)
+            RandomResizedCrop.get_params(image, list(SCALE), list(RATIO)) for _ in range(count)
         ]
     return np.array(windows)
 
@@ -61,7 +61,7 @@ def test_windows_follow_the_law_of_random_resized_crop(height: int, width: int) 
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1000), (1000, 1), (10, 2000), (3000, 20)])
-def test_pictures_too_narrow_for_any_try_get_the_central_window(height: int, width: int) -> None:
+def test_images_too_narrow_for_any_try_get_the_central_window(height: int, width: int) -> None:
     ours = np.unique(our_windows(height, width, 200), axis=0)
     theirs = np.unique(torchvision_windows(height, width, 200), axis=0)
     assert np.array_equal(ours, theirs)

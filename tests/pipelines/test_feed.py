@@ -29,15 +29,15 @@ def encoded(shared_data: Path) -> list[np.ndarray]:
 def host_batches(
     encoded: list[np.ndarray], count: int, *, damaged: int = -1, failing: int = -1
 ) -> Iterator[HostBatch[int]]:
-    """Batches of four pictures; number `damaged` holds a web page, at `failing` reading fails."""
+    """Batches of four images; number `damaged` holds a web page, at `failing` reading fails."""
     for number in range(count):
-        pictures = [encoded[(4 * number + i) % len(encoded)] for i in range(4)]
+        images = [encoded[(4 * number + i) % len(encoded)] for i in range(4)]
         if number == damaged:
-            pictures[2] = np.frombuffer(b"<html>not found</html>", dtype=np.uint8)
+            images[2] = np.frombuffer(b"<html>not found</html>", dtype=np.uint8)
         if number == failing:
             raise RuntimeError("the disk is gone")
         inputs = (
-            pictures,
+            images,
             np.zeros((4, 2), dtype=np.int32),
             np.full((4, 2), 60, dtype=np.int32),
             np.zeros((4, 1), dtype=np.int32),

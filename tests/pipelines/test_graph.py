@@ -1,4 +1,4 @@
-"""DALI's pictures against a plain decode with Pillow, on real files.
+"""DALI's images against a plain decode with Pillow, on real files.
 
 What is known to differ, and by how much (levels of 255; the limits below are these, rounded up):
 
@@ -11,11 +11,11 @@ What is known to differ, and by how much (levels of 255; the limits below are th
   triangular filter lies outside there, so that an outermost row or column of DALI's may differ by
   an eighth of the contrast: seen up to 16.
 * Bicubic overshoots at edges; Pillow and torchvision clip to 0..255 between their two passes, and
-  the fused operator does so too, in torchvision's arithmetic. Pillow 13 takes some pictures' rows
+  the fused operator does so too, in torchvision's arithmetic. Pillow 13 takes some images' rows
   first: at hard edges the order makes up to 14 levels. With DALI's resize, the border's effect is
   larger.
-* A window one pixel wide of a picture with halved chroma: libjpeg-turbo interpolates chroma only
-  in wider ones. Up to 5 levels, in windows that no crop law makes of a picture of any size.
+* A window one pixel wide of an image with halved chroma: libjpeg-turbo interpolates chroma only
+  in wider ones. Up to 5 levels, in windows that no crop law makes of an image of any size.
 """
 
 from __future__ import annotations
@@ -71,11 +71,11 @@ def alternate_flips(count: int) -> np.ndarray:
     return (np.arange(count) % 2).astype(np.int32)[:, None]
 
 
-def open_picture(dataset: PackedDataset, index: int) -> Image.Image:
+def open_image(dataset: PackedDataset, index: int) -> Image.Image:
     return Image.open(io.BytesIO(dataset.image_bytes(index).tobytes())).convert("RGB")
 
 
-def train_pictures(
+def train_images(
     dataset: PackedDataset,
     *,
     image_size: int = SIZE,
@@ -115,16 +115,16 @@ def train_twin(
 ) -> np.ndarray:
     starts, shapes = windows_of(dataset)
     flips = alternate_flips(len(dataset))
-    pictures = []
+    images = []
     for index in range(len(dataset)):
         (top, left), (height, width) = starts[index].tolist(), shapes[index].tolist()
-        picture = open_picture(dataset, index).crop((left, top, left + width, top + height))
-        picture = picture.resize((image_size, image_size), PILLOW_FILTERS[interpolation])
-        pictures.append(np.asarray(ImageOps.mirror(picture) if flips[index] else picture))
-    return np.stack(pictures)
+        image = open_image(dataset, index).crop((left, top, left + width, top + height))
+        image = image.resize((image_size, image_size), PILLOW_FILTERS[interpolation])
+        images.append(np.asarray(ImageOps.mirror(image) if flips[index] else image))
+    return np.stack(images)
 
 
-def evaluation_pictures(
+def evaluation_images(
     dataset: PackedDataset,
     data: DataConfig,
     *,
@@ -170,9 +170,9 @@ def torchvision_twin(
     """What transforms.v2 makes of the same windows as uint8 tensors."""
     starts, shapes = windows
     flips = alternate_flips(len(dataset))
-    pictures = []
+    images = []
     for index in range(len(dataset)):
-        whole = torch.from_numpy(np.array(open_picture(dataset, index))).permute(2, 0, 1)
+        whole = torch.from_numpy(np.array(open_image(dataset, index))).permute(2, 0, 1)
         square = functional.resized_crop(
             whole,
             *starts[index].tolist(),
@@ -181,8 +181,8 @@ def torchvision_twin(
             interpolation=transforms.InterpolationMode(interpolation),
             antialias=True,
         )
-        pictures.append(square.flip(2) if flips[index] else square)
-    return torch.stack(pictures).permute(0, 2, 3, 1).numpy()
+        images.append(square.flip(2) if flips[index] else square)
+    return torch.stack(images).permute(0, 2, 3, 1).numpy()
 
 
 def smallest_windows(dataset: PackedDataset) -> Windows:
@@ -202,7 +202,7 @@ def test_real_crops_are_torchvision_s_to_one_level(
     kind: str, interpolation: Interpolation, request: pytest.FixtureRequest
 ) -> None:
     dataset = request.getfixturevalue(kind)
-    ours = train_pictures(dataset, interpolation=interpolation)
+    ours = train_images(dataset, interpolation=interpolation)
     gap = differences(ours, torchvision_twin(dataset, windows_of(dataset), interpolation))
     assert gap.max() <= 1
     assert gap.mean() < (0.25 if interpolation == "bilinear" else 0.01)
@@ -212,12 +212,12 @@ def test_real_crops_are_torchvision_s_to_one_level(
 def test_windows_of_one_pixel_are_torchvision_s_to_one_level(
     captioned: PackedDataset, interpolation: Interpolation
 ) -> None:
-    """Cut out of decoded pictures: the decoder's part is told at the top."""
+    """Cut out of decoded images: the decoder's part is told at the top."""
     starts, shapes = windows = smallest_windows(captioned)
     squares = np.empty((len(captioned), SIZE, SIZE, 3), np.uint8)
     for index, flip in enumerate(alternate_flips(len(captioned))[:, 0]):
         (top, left), (height, width) = starts[index].tolist(), shapes[index].tolist()
-        whole = np.asarray(open_picture(captioned, index))
+        whole = np.asarray(open_image(captioned, index))
         crop = np.ascontiguousarray(whole[top : top + height, left : left + width])
         edges = (0.0, float(height), 0.0, float(width))
         resample_region(squares[index], crop, *edges, bool(flip), interpolation == "bicubic")
@@ -230,16 +230,16 @@ both_resamplers = pytest.mark.parametrize("resample", ["fused", "dali"])
 
 @both_resamplers
 @pytest.mark.parametrize("kind", ["labelled", "captioned"])
-def test_train_pictures_equal_pillow_s(
+def test_train_images_equal_pillow_s(
     kind: str, resample: Resample, request: pytest.FixtureRequest
 ) -> None:
     dataset = request.getfixturevalue(kind)
-    gap = differences(train_pictures(dataset, resample=resample), train_twin(dataset))
+    gap = differences(train_images(dataset, resample=resample), train_twin(dataset))
     assert_equal_to_rounding(gap, resample)
 
 
 @both_resamplers
-def test_decoding_a_window_equals_cutting_the_decoded_picture(
+def test_decoding_a_window_equals_cutting_the_decoded_image(
     captioned: PackedDataset, resample: Resample
 ) -> None:
     """Without resampling nothing may differ, at the window's edge either (4:2:0 chroma)."""
@@ -266,15 +266,15 @@ def test_decoding_a_window_equals_cutting_the_decoded_picture(
         device=cpu,
     )
     ((images, _), _) = next(run_graphs([build], iter([batch]), device=cpu, ahead=1))
-    whole = [np.asarray(open_picture(captioned, index)) for index in chosen.tolist()]
-    twin = np.stack([picture[9 : 9 + side, 5 : 5 + side] for picture in whole])
+    whole = [np.asarray(open_image(captioned, index)) for index in chosen.tolist()]
+    twin = np.stack([image[9 : 9 + side, 5 : 5 + side] for image in whole])
     assert differences(images, twin).max() == 0
 
 
 @both_resamplers
-def test_bicubic_train_pictures_equal_pillow_s(labelled: PackedDataset, resample: Resample) -> None:
+def test_bicubic_train_images_equal_pillow_s(labelled: PackedDataset, resample: Resample) -> None:
     gap = differences(
-        train_pictures(labelled, interpolation="bicubic", resample=resample),
+        train_images(labelled, interpolation="bicubic", resample=resample),
         train_twin(labelled, interpolation="bicubic"),
     )
     assert gap.mean() < 0.25
@@ -282,9 +282,9 @@ def test_bicubic_train_pictures_equal_pillow_s(labelled: PackedDataset, resample
     assert gap.max() <= 20
 
 
-def test_grey_pictures_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:
-    images = train_pictures(labelled)
-    is_grey = [(picture == picture[..., :1]).all().item() for picture in images]
+def test_grey_images_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:
+    images = train_images(labelled)
+    is_grey = [(image == image[..., :1]).all().item() for image in images]
     assert all(is_grey[:9])
     assert sum(is_grey) < 20
     png = len(labelled) - 1
@@ -295,16 +295,16 @@ def test_grey_pictures_and_png_come_out_as_rgb(labelled: PackedDataset) -> None:
 @both_resamplers
 @pytest.mark.parametrize(("resize", "crop"), [(256, 224), (224, 224), (37, 32)])
 @pytest.mark.parametrize("kind", ["labelled", "captioned"])
-def test_evaluation_pictures_equal_torchvision_s_resize_and_centre_crop(
+def test_evaluation_images_equal_torchvision_s_resize_and_centre_crop(
     kind: str, resize: int, crop: int, resample: Resample, request: pytest.FixtureRequest
 ) -> None:
     dataset = request.getfixturevalue(kind)
     data = DataConfig(image_size=crop, evaluation_resize=resize)
     reference = transforms.Compose([transforms.Resize(resize), transforms.CenterCrop(crop)])
     twin = np.stack(
-        [np.asarray(reference(open_picture(dataset, index))) for index in range(len(dataset))]
+        [np.asarray(reference(open_image(dataset, index))) for index in range(len(dataset))]
     )
-    gap = differences(evaluation_pictures(dataset, data, resample=resample), twin)
+    gap = differences(evaluation_images(dataset, data, resample=resample), twin)
     assert_equal_to_rounding(gap, resample)
 
 
@@ -341,14 +341,14 @@ def test_without_dali_the_message_says_what_to_install() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_pictures_equal_the_cpu_s(labelled: PackedDataset) -> None:
+def test_gpu_images_equal_the_cpu_s(labelled: PackedDataset) -> None:
     """On a GPU the decoder's transform and chroma upsampling differ by a few levels."""
-    gap = differences(train_pictures(labelled, device="cuda"), train_pictures(labelled).numpy())
+    gap = differences(train_images(labelled, device="cuda"), train_images(labelled).numpy())
     assert gap.mean() < 2
     data = DataConfig()
     gap = differences(
-        evaluation_pictures(labelled, data, device="cuda"),
-        evaluation_pictures(labelled, data).numpy(),
+        evaluation_images(labelled, data, device="cuda"),
+        evaluation_images(labelled, data).numpy(),
     )
     assert gap.mean() < 2
 

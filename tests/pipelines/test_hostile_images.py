@@ -15,7 +15,7 @@ from bombs import BOMBS, SOUND_BOMBS, honest
 from PIL import Image
 
 from unicl_fast.config import DataConfig, Resample
-from unicl_fast.images.check import Picture, PictureError, check_picture
+from unicl_fast.images.check import CheckedImage, ImageError, check_image
 from unicl_fast.pipelines.graph.graph import (
     Pipeline,
     build_evaluation_graph,
@@ -38,7 +38,7 @@ def settings(resample: Resample) -> DataConfig:
 
 
 @pytest.fixture(scope="module", params=["keep", pytest.param("webp", marks=pytest.mark.slow)])
-def accepted(shared_data: Path, request: pytest.FixtureRequest) -> dict[str, Picture]:
+def accepted(shared_data: Path, request: pytest.FixtureRequest) -> dict[str, CheckedImage]:
     """Of the hostile set and of the bombs, everything that packing takes."""
     folder = shared_data / "hostile"
     with (folder / "manifest.csv").open(encoding="utf-8", newline="") as file:
@@ -47,17 +47,17 @@ def accepted(shared_data: Path, request: pytest.FixtureRequest) -> dict[str, Pic
     taken = {}
     for name, content in data.items():
         try:
-            taken[name] = check_picture(content, max_pixels=50_000_000, format=request.param)
-        except PictureError:
+            taken[name] = check_image(content, max_pixels=50_000_000, format=request.param)
+        except ImageError:
             continue
     too_wide = 1 if request.param == "webp" else 0
     assert len(taken) == 176 + len(SOUND_BOMBS) + len(honest(40)) - too_wide
     return taken
 
 
-def corners(pictures: list[Picture]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def corners(images: list[CheckedImage]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Starts and shapes of windows: the whole, and one pixel at the corners and in the middle."""
-    sizes = np.array([[picture.height, picture.width] for picture in pictures], np.int32)
+    sizes = np.array([[image.height, image.width] for image in images], np.int32)
     yield np.zeros_like(sizes), sizes
     one = np.ones_like(sizes)
     for place in (np.zeros_like(sizes), sizes // 2, sizes - 1):
@@ -66,48 +66,48 @@ def corners(pictures: list[Picture]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
 
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
-def test_every_accepted_picture_is_decoded_in_every_training_window(
-    accepted: dict[str, Picture], resample: Resample
+def test_every_accepted_image_is_decoded_in_every_training_window(
+    accepted: dict[str, CheckedImage], resample: Resample
 ) -> None:
-    pictures = list(accepted.values())
-    encoded = [np.frombuffer(picture.data, np.uint8) for picture in pictures]
-    windows = list(corners(pictures))
-    flips = np.zeros((len(pictures), 1), np.int32)
+    pixels = list(accepted.values())
+    encoded = [np.frombuffer(image.data, np.uint8) for image in pixels]
+    windows = list(corners(pixels))
+    flips = np.zeros((len(pixels), 1), np.int32)
     inputs = iter([(encoded, *window, flips, flips.astype(np.int64)) for window in windows])
     graph = build_train_graph(
-        lambda: next(inputs), data=settings(resample), batch_size=len(pictures), device=CPU
+        lambda: next(inputs), data=settings(resample), batch_size=len(pixels), device=CPU
     )
     for starts, shapes in windows:
         images = graph.run()[0]
-        for place, (name, picture) in enumerate(accepted.items()):
+        for place, (name, image) in enumerate(accepted.items()):
             pixels = images.at(place)
             assert pixels.shape == (SIZE, SIZE, 3), name
             if shapes[place].max() == 1:  # the very pixel, however far it is stretched
                 y, x = starts[place]
-                wanted = Image.open(io.BytesIO(picture.data)).convert("RGB").getpixel((x, y))
+                wanted = Image.open(io.BytesIO(image.data)).convert("RGB").getpixel((x, y))
                 difference = np.abs(pixels.astype(int) - np.array(wanted)).max()
-                assert difference <= (8 if picture.extension == "jpg" else 0), name
+                assert difference <= (8 if image.extension == "jpg" else 0), name
 
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
-def test_every_accepted_picture_is_decoded_for_evaluation(
-    accepted: dict[str, Picture], resample: Resample
+def test_every_accepted_image_is_decoded_for_evaluation(
+    accepted: dict[str, CheckedImage], resample: Resample
 ) -> None:
-    pictures = list(accepted.values())
-    encoded = [np.frombuffer(picture.data, np.uint8) for picture in pictures]
+    pixels = list(accepted.values())
+    encoded = [np.frombuffer(image.data, np.uint8) for image in pixels]
     starts, ends = central_windows(
-        np.array([picture.height for picture in pictures]),
-        np.array([picture.width for picture in pictures]),
+        np.array([image.height for image in pixels]),
+        np.array([image.width for image in pixels]),
         resize=SIZE,
         crop=SIZE,
     )
     inputs = iter([(encoded, starts, ends)])
     graph = build_evaluation_graph(
-        lambda: next(inputs), data=settings(resample), batch_size=len(pictures), device=CPU
+        lambda: next(inputs), data=settings(resample), batch_size=len(pixels), device=CPU
     )
     (images,) = graph.run()
-    assert [images.at(place).shape for place in range(len(pictures))] == [(SIZE, SIZE, 3)] * len(
-        pictures
+    assert [images.at(place).shape for place in range(len(pixels))] == [(SIZE, SIZE, 3)] * len(
+        pixels
     )
 
 
@@ -117,9 +117,9 @@ def test_windows_of_real_photographs_are_what_pillow_cuts_out(
 ) -> None:
     """Not a level apart: both formats leave a decoder no choice, unlike JPEG."""
     paths = sorted((shared_data / "decode" / "images").iterdir())[::20]
-    pictures = [check_picture(path.read_bytes(), format=format, short_side=256) for path in paths]
-    encoded = [np.frombuffer(picture.data, np.uint8) for picture in pictures]
-    sizes = np.array([(picture.height, picture.width) for picture in pictures], np.int32)
+    images = [check_image(path.read_bytes(), format=format, short_side=256) for path in paths]
+    encoded = [np.frombuffer(image.data, np.uint8) for image in images]
+    sizes = np.array([(image.height, image.width) for image in images], np.int32)
     random = np.random.default_rng(0)
     shapes = random.integers(1, sizes + 1).astype(np.int32)
     starts = random.integers(0, sizes - shapes + 1).astype(np.int32)
@@ -127,7 +127,7 @@ def test_windows_of_real_photographs_are_what_pillow_cuts_out(
     with pipeline:
         inputs = fn.external_source(lambda: (encoded, starts, shapes), num_outputs=3, batch=True)
         pipeline.set_outputs(
-            decode_windows(*inputs, data=settings("dali"), device=CPU, pictures="files")
+            decode_windows(*inputs, data=settings("dali"), device=CPU, images="files")
         )
     (windows,) = pipeline.run()
     for place, data in enumerate(encoded):

@@ -35,7 +35,7 @@ def decoded(data: np.ndarray[Any, np.dtype[np.uint8]]) -> np.ndarray[Any, Any]:
 
 
 def noise(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Smooth enough to be like a picture, with every block and colour different."""
+    """Smooth enough to be like an image, with every block and colour different."""
     generator = np.random.default_rng(height * 1000 + width)
     small = generator.integers(0, 256, (height // 8 + 2, width // 8 + 2, 3), dtype=np.uint8)
     return np.asarray(Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC))
@@ -68,9 +68,7 @@ def cut_one(
 @pytest.mark.parametrize("subsampling", SUBSAMPLINGS)
 @given(values=st.data())
 @settings(max_examples=40, deadline=None)
-def test_windows_of_any_picture_have_the_same_pixels(
-    subsampling: str, values: st.DataObject
-) -> None:
+def test_windows_of_any_image_have_the_same_pixels(subsampling: str, values: st.DataObject) -> None:
     height = values.draw(st.integers(128, 300), label="height")
     width = values.draw(st.integers(128, 300), label="width")
     top = values.draw(st.integers(0, height - 1), label="top")
@@ -106,20 +104,20 @@ def test_a_last_stretch_of_a_few_pixels_is_interpolated_as_in_the_whole(
 
 def test_the_graph_makes_the_same_squares_of_real_photographs(shared_data: Path) -> None:
     files = sorted((shared_data / "decode" / "images").glob("*.JPEG"))[:32]
-    pictures, sizes = [], []
+    images, sizes = [], []
     for file in files:
         image = Image.open(file).convert("RGB")
         image.thumbnail((400, 400))
-        pictures.append(array_of(encode_jpeg(np.asarray(image), quality=90, subsampling="420")))
+        images.append(array_of(encode_jpeg(np.asarray(image), quality=90, subsampling="420")))
         sizes.append((image.height, image.width))
     heights, widths = np.array(sizes).T
     law = {"key": 5, "scale": (0.08, 1.0), "ratio": (3 / 4, 4 / 3)}
     starts, shapes = random_windows(heights, widths, np.arange(len(files)), **law)
-    cut, places = cut_to_windows(pictures, starts, shapes)
-    assert sum(map(len, cut)) < 0.75 * sum(map(len, pictures))
+    cut, places = cut_to_windows(images, starts, shapes)
+    assert sum(map(len, cut)) < 0.75 * sum(map(len, images))
     rest = (shapes, np.zeros((len(files), 1), np.int32), np.zeros((len(files), 1), np.int64))
     squares = [
-        graph_output((pictures, starts, *rest), len(files)),
+        graph_output((images, starts, *rest), len(files)),
         graph_output((cut, places, *rest), len(files)),
     ]
     assert torch.equal(*squares)
@@ -164,7 +162,7 @@ def test_what_has_no_places_to_cut_at_stays_the_same_object() -> None:
 @pytest.mark.parametrize(
     ("start", "shape"), [((-1, 0), (10, 10)), ((0, 195), (10, 10)), ((5, 5), (0, 5))]
 )
-def test_windows_that_are_not_in_the_picture_are_left_to_the_decoder(
+def test_windows_that_are_not_in_the_image_are_left_to_the_decoder(
     start: tuple[int, int], shape: tuple[int, int]
 ) -> None:
     whole = encoded(noise(200, 200), "420")
@@ -208,7 +206,7 @@ def _restart_markers(data: np.ndarray[Any, Any]) -> list[int]:
         (0xC0, 1, 0xC9),  # arithmetic codes
         (0xDD, 5, 0),  # no restart interval
         (0xDA, 4, 1),  # the first scan is of one component
-        (0xDB, 1, 0xD8),  # a second picture begins
+        (0xDB, 1, 0xD8),  # a second image begins
         (0xDB, 1, 0xD9),  # the end
     ],
 )

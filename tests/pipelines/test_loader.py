@@ -85,14 +85,14 @@ def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: Clas
         assert int(batch.text_counts.sum()) == BATCH
         assert torch.equal(batch.text_counts, torch.bincount(batch.text_index, minlength=u))
         assert torch.equal(batch.class_ids, batch.text_class_ids[batch.text_index])
-        assert batch.slots.tolist() == list(range(BATCH))
+        assert batch.global_index.tolist() == list(range(BATCH))
         for name in ("tokens", "text_index", "class_ids", "text_class_ids", "text_counts"):
             tensor = getattr(batch, name)
             assert tensor.dtype == torch.int64
             assert tensor.is_contiguous()
 
 
-def test_each_picture_comes_with_a_text_of_its_own_sample(
+def test_each_image_comes_with_a_text_of_its_own_sample(
     datasets: list[PackedDataset], prompts: ClassPrompts, tokenizer: Tokenizer
 ) -> None:
     labelled, captioned = datasets
@@ -134,11 +134,11 @@ def test_each_sample_is_seen_once_a_pass(
     assert sum(count - 1 for count in seen.values()) == steps * BATCH - total
 
 
-def test_pictures_belong_to_their_samples(labelled: PackedDataset, prompts: ClassPrompts) -> None:
-    """Whole pictures (no crop, no flip), compared by their mean colour."""
+def test_images_belong_to_their_samples(labelled: PackedDataset, prompts: ClassPrompts) -> None:
+    """Whole images (no crop, no flip), compared by their mean colour."""
     config = make_config(crop_scale=(1.0, 1.0), crop_ratio=(0.1, 10.0), flip_probability=0.0)
-    pictures = EvaluationLoader(labelled, config.data, batch_size=len(labelled))
-    reference = next(iter(pictures)).images.float()
+    images = EvaluationLoader(labelled, config.data, batch_size=len(labelled))
+    reference = next(iter(images)).images.float()
     for batch in take([labelled], prompts, count=3, config=config):
         assert batch.sample_ids is not None
         colours = batch.images.float().mean(dim=(1, 2))
@@ -173,7 +173,7 @@ def test_augmented_batches_are_the_same_from_any_step_and_over_any_ranks(
     assert torch.equal(torch.cat([part.images for part in ranks]), whole[1].images)
 
 
-def test_augmentation_changes_the_pictures_of_its_own_source_only(
+def test_augmentation_changes_the_images_of_its_own_source_only(
     datasets: list[PackedDataset], prompts: ClassPrompts
 ) -> None:
     plain = take(datasets, prompts, count=2)
@@ -192,8 +192,8 @@ def test_augmentation_changes_the_pictures_of_its_own_source_only(
 def test_a_name_that_is_no_data_set_s_is_refused(
     datasets: list[PackedDataset], prompts: ClassPrompts
 ) -> None:
-    config = make_config(augment=("pictures:unicl",))
-    with pytest.raises(ValueError, match="no data set is called 'pictures'; there are labelled, "):
+    config = make_config(augment=("images:unicl",))
+    with pytest.raises(ValueError, match="no data set is called 'images'; there are labelled, "):
         TrainLoader(config, datasets, None, prompts)
 
 
@@ -229,16 +229,16 @@ def test_files_cut_to_their_windows_give_the_same_batches(
     files = sorted((shared_data / "decode" / "images").glob("*.JPEG"))[:BATCH]
     samples = []
     for file in files:
-        picture = Image.open(file).convert("RGB").resize((224, 168))
+        image = Image.open(file).convert("RGB").resize((224, 168))
         samples.append(
-            Sample(encode_jpeg(np.asarray(picture), quality=90, subsampling="420"), captions=["a"])
+            Sample(encode_jpeg(np.asarray(image), quality=90, subsampling="420"), captions=["a"])
         )
     lengths = {True: 0, False: 0}  # of the files that the graphs get
 
-    def cut(pictures: list[Any], *windows: Any) -> tuple[list[Any], Any]:
-        shorter, places = cut_to_windows(pictures, *windows)
+    def cut(images: list[Any], *windows: Any) -> tuple[list[Any], Any]:
+        shorter, places = cut_to_windows(images, *windows)
         lengths[True] += sum(map(len, shorter))
-        lengths[False] += sum(map(len, pictures))
+        lengths[False] += sum(map(len, images))
         return shorter, places
 
     config = make_config(augment=(f"supcon,crop_scale=0.08..1,views={views}",))
@@ -247,7 +247,7 @@ def test_files_cut_to_their_windows_give_the_same_batches(
         shorter = take([dataset], prompts, count=2, config=config)
         monkeypatch.setattr(
             "unicl_fast.pipelines.feed.views.cut_to_windows",
-            lambda pictures, starts, _: (pictures, starts),
+            lambda images, starts, _: (images, starts),
         )
         whole = take([dataset], prompts, count=2, config=config)
     assert 0 < lengths[True] < 0.8 * lengths[False]
@@ -279,7 +279,7 @@ def test_ranks_join_to_the_global_batch(
     ]
     for step, expected in enumerate(whole):
         parts = [batches[step] for batches in ranks]
-        for name in ("images", "slots", "sample_ids", "source_ids"):
+        for name in ("images", "global_index", "sample_ids", "source_ids"):
             joined = torch.cat([getattr(part, name) for part in parts])
             assert torch.equal(joined, getattr(expected, name)), name
         assert torch.equal(torch.cat([texts_of(part) for part in parts]), texts_of(expected))
@@ -334,7 +334,7 @@ def test_evaluation_shows_each_sample_once_over_all_ranks_and_passes(
         assert sorted(seen) == list(range(len(captioned)))
 
 
-def test_evaluation_pictures_do_not_depend_on_ranks_or_batch_size(
+def test_evaluation_images_do_not_depend_on_ranks_or_batch_size(
     captioned: PackedDataset,
 ) -> None:
     data = make_config().data

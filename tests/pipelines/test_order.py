@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 
 from unicl_fast.pipelines.plan.order import (
     assign_sources,
+    draws_before,
     integer_shares,
     permute,
     permute_in_windows,
-    visits_before,
 )
 from unicl_fast.system.keyed_random import fold_key, random_bits
 
@@ -151,24 +151,24 @@ shares_strategy = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 @settings(deadline=None)
 def test_every_source_keeps_its_share_at_any_slot(shares: list[int], start: int) -> None:
     whole = integer_shares(shares)
-    source_ids, visits = assign_sources(np.arange(start, start + 500), whole)
+    source_ids, draws = assign_sources(np.arange(start, start + 500), whole)
     for source, share in enumerate(shares):
         mine = np.flatnonzero(source_ids == source)
         # numbered without a gap ...
-        assert np.array_equal(np.diff(visits[mine]), np.ones(max(len(mine) - 1, 0)))
+        assert np.array_equal(np.diff(draws[mine]), np.ones(max(len(mine) - 1, 0)))
         # ... and the count before each slot is the exact share, within half a sample a level
         level = min(source + 1, len(shares) - 1)
         for place in mine[:3]:
             exact = Fraction(start + int(place)) * share / sum(shares)
-            assert abs(int(visits[place]) - exact) <= Fraction(1, 2) * level + 1
+            assert abs(int(draws[place]) - exact) <= Fraction(1, 2) * level + 1
 
 
 @given(shares=shares_strategy)
 @settings(deadline=None)
 def test_visits_are_counted_from_the_first_slot(shares: list[int]) -> None:
-    source_ids, visits = assign_sources(np.arange(2000), integer_shares(shares))
+    source_ids, draws = assign_sources(np.arange(2000), integer_shares(shares))
     for source in range(len(shares)):
-        mine = visits[source_ids == source]
+        mine = draws[source_ids == source]
         assert np.array_equal(mine, np.arange(len(mine)))
 
 
@@ -177,7 +177,7 @@ def test_visits_are_counted_from_the_first_slot(shares: list[int]) -> None:
 def test_visits_before_a_slot_are_those_that_were_assigned(shares: list[int], end: int) -> None:
     whole = integer_shares(shares)
     source_ids, _ = assign_sources(np.arange(end), whole)
-    assert visits_before(end, whole) == np.bincount(source_ids, minlength=len(shares)).tolist()
+    assert draws_before(end, whole) == np.bincount(source_ids, minlength=len(shares)).tolist()
 
 
 def test_two_sources_alternate_evenly() -> None:

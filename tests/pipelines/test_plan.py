@@ -111,7 +111,7 @@ def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
     slices = [arrays(plan.batch(step, rank=r, world_size=world_size)) for r in range(world_size)]
     for name, expected in whole.items():
         assert np.array_equal(np.concatenate([s[name] for s in slices]), expected), name
-    assert np.array_equal(whole["slots"], np.arange(batch))
+    assert np.array_equal(whole["global_index"], np.arange(batch))
 
 
 @given(size=st.integers(1, 300), seed=st.integers(0, 1000), data=st.data())
@@ -145,8 +145,8 @@ def test_each_source_makes_passes_of_its_own() -> None:
     sample_ids = np.concatenate([b.sample_ids for b in batches])
     assert np.bincount(source_ids).tolist() == [120, 360]
     for source, size in ((0, 30), (1, 100)):
-        visits = sample_ids[source_ids == source]
-        passes = visits[: len(visits) // size * size].reshape(-1, size)
+        draws = sample_ids[source_ids == source]
+        passes = draws[: len(draws) // size * size].reshape(-1, size)
         assert np.array_equal(np.sort(passes, axis=1), np.tile(np.arange(size), (len(passes), 1)))
         assert not np.array_equal(passes[0], passes[1])
 
@@ -182,11 +182,11 @@ def test_seeds_change_everything_drawn() -> None:
         )
         for seed in (0, 1)
     )
-    for name in set(one) - {"slots", "source_ids"}:
+    for name in set(one) - {"global_index", "source_ids"}:
         assert not np.array_equal(one[name], other[name]), name
 
 
-def test_the_views_of_a_picture_share_nothing_drawn_but_its_text() -> None:
+def test_the_views_of_a_image_share_nothing_drawn_but_its_text() -> None:
     batch = make_plan(make_source(500, labels=1), batch=400, augment=EVERYTHING).batch(
         3, rank=0, world_size=1
     )
@@ -361,8 +361,8 @@ def test_substitutes_are_all_other_samples_of_the_source_each_once(
     size = sizes[source]
     tried = []
     for attempt in range(1, 2 * size - 1):
-        substitute = plan.substitute(step, planned.slots[[place]], attempt=attempt)
-        assert substitute.slots.tolist() == [place]
+        substitute = plan.substitute(step, planned.global_index[[place]], attempt=attempt)
+        assert substitute.global_index.tolist() == [place]
         assert substitute.source_ids.tolist() == [source]
         tried += substitute.sample_ids.tolist()
     assert sorted(tried[: size - 1]) == [i for i in range(size) if i != scheduled]
@@ -372,16 +372,18 @@ def test_substitutes_are_all_other_samples_of_the_source_each_once(
 def test_a_substitute_depends_on_step_slot_and_attempt_and_on_nothing_else() -> None:
     sources = make_source(3000, captions=3), make_source(2000, labels=2)
     plan = make_plan(*sources, batch=200, augment=EVERYTHING)
-    slots = np.arange(200)
-    whole = arrays(plan.substitute(7, slots, attempt=2))
+    global_index = np.arange(200)
+    whole = arrays(plan.substitute(7, global_index, attempt=2))
     again = make_plan(*sources, batch=200, augment=EVERYTHING)
     for name, expected in whole.items():
-        chosen = arrays(again.substitute(7, slots[[150, 3]], attempt=2))[name]
+        chosen = arrays(again.substitute(7, global_index[[150, 3]], attempt=2))[name]
         assert np.array_equal(chosen, expected[[150, 3]]), name
     for other in (
-        plan.substitute(8, slots, attempt=2),
-        plan.substitute(7, slots, attempt=3),
-        make_plan(*sources, batch=200, seed=1, augment=EVERYTHING).substitute(7, slots, attempt=2),
+        plan.substitute(8, global_index, attempt=2),
+        plan.substitute(7, global_index, attempt=3),
+        make_plan(*sources, batch=200, seed=1, augment=EVERYTHING).substitute(
+            7, global_index, attempt=2
+        ),
     ):
         same = np.mean(whole["sample_ids"] == other.sample_ids)
         assert same < 0.02
@@ -393,7 +395,9 @@ def test_a_substitute_depends_on_step_slot_and_attempt_and_on_nothing_else() -> 
     assert (whole["augment_rows"] != planned.augment_rows).any(axis=(1, 2)).all()
     distance = whole["sample_ids"] - planned.sample_ids
     assert (
-        np.mean(distance == plan.substitute(12, slots, attempt=2).sample_ids - later.sample_ids)
+        np.mean(
+            distance == plan.substitute(12, global_index, attempt=2).sample_ids - later.sample_ids
+        )
         < 0.02
     )
     assert len(np.unique(whole["sample_ids"])) > 180
@@ -402,7 +406,7 @@ def test_a_substitute_depends_on_step_slot_and_attempt_and_on_nothing_else() -> 
 def test_substitutes_take_their_class_s_template_of_the_step() -> None:
     plan = make_plan(make_source(200, labels=1), batch=100, templates="per_class")
     planned = plan.batch(4, rank=0, world_size=1)
-    substitutes = plan.substitute(4, planned.slots, attempt=1)
+    substitutes = plan.substitute(4, planned.global_index, attempt=1)
     of_class = dict(zip(planned.labels.tolist(), planned.templates.tolist(), strict=True))
     assert [of_class[label] for label in substitutes.labels.tolist()] == (
         substitutes.templates.tolist()

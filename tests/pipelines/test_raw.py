@@ -1,4 +1,4 @@
-"""Raw data sets past the decoder: the same batches as of the same pictures in files."""
+"""Raw data sets past the decoder: the same batches as of the same images in files."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def sets(tmp_path_factory: pytest.TempPathFactory, tokenizer: Tokenizer) -> Iter
     """The same samples twice: as PNGs and raw; labelled ones and captioned ones of one size."""
     folder = tmp_path_factory.mktemp("packed")
     labelled = [Sample(png(i), labels=[i % 3]) for i in range(40)]
-    captioned = [Sample(png(100 + i), captions=[f"picture {i}", "a thing"]) for i in range(30)]
+    captioned = [Sample(png(100 + i), captions=[f"image {i}", "a thing"]) for i in range(30)]
     found: Sets = {
         form: [
             pack(folder / f"{form} {name}", samples, class_names=names, tokenizer=tokenizer,
@@ -100,12 +100,12 @@ def assert_same(batches: Sequence[Batch], others: Sequence[Batch]) -> None:
 
 @pytest.mark.parametrize("augment", ["none", "unicl", "supcon", "none,views=2"])
 @pytest.mark.parametrize("resample", ["fused", "dali"])
-def test_raw_pictures_give_the_batches_of_files(
+def test_raw_images_give_the_batches_of_files(
     sets: Sets, prompts: ClassPrompts, resample: str, augment: str
 ) -> None:
     settings = {"resample": resample, "augment": (augment,)}
     raw = make_loader(sets["raw"], prompts, **settings)
-    assert raw._pictures == {"fused": "squares", "dali": "pixels"}[resample]
+    assert raw._images == {"fused": "squares", "dali": "pixels"}[resample]
     batches = take(raw)
     assert (batches[0].second_images is None) == (augment in ("none", "unicl"))
     assert_same(batches, take(make_loader(sets["png"], prompts, **settings)))
@@ -114,7 +114,7 @@ def test_raw_pictures_give_the_batches_of_files(
 
 
 @pytest.mark.parametrize("batch", [1, 5, 70])
-def test_any_batch_size_and_number_of_threads_gives_the_same_pictures(
+def test_any_batch_size_and_number_of_threads_gives_the_same_images(
     sets: Sets, prompts: ClassPrompts, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A group of batches is one, or many; squares are shared by threads, or not."""
@@ -128,7 +128,7 @@ def test_raw_and_files_train_together_through_the_decoder(
     sets: Sets, prompts: ClassPrompts
 ) -> None:
     loader = make_loader([sets["raw"][LABELLED], sets["png"][CAPTIONED]], prompts)
-    assert loader._pictures == "files"
+    assert loader._images == "files"
     assert_same(take(loader), take(make_loader(sets["raw"], prompts)))
 
 
@@ -155,7 +155,7 @@ def test_ranks_join_and_a_restart_goes_on(
         for rank in range(world_size)
     ]
     for step, expected in enumerate(whole):
-        for name in ("images", "slots", "sample_ids", "scheduled_ids", "source_ids"):
+        for name in ("images", "global_index", "sample_ids", "scheduled_ids", "source_ids"):
             joined = torch.cat([getattr(batches[step], name) for batches in ranks])
             assert torch.equal(joined, getattr(expected, name)), name
 
@@ -174,13 +174,13 @@ def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts)
     """For operators that follow resampling: the graph that files and pixels go through too."""
     loader = make_loader(sets["raw"], prompts)
     batches = take(loader, count=3)
-    host_batches = iter(loader._host.group(loader._host.square_maker(), 0))
+    host_batches = iter(loader._host.group(loader._host.crop_resizer(), 0))
     build = partial(
         build_train_graph,
         data=DataConfig(image_size=SIZE, evaluation_resize=36, threads=1, prefetch=1),
         batch_size=BATCH,
         device=torch.device("cpu"),
-        pictures="squares",
+        images="squares",
     )
     running = run_graphs([build], host_batches, device=torch.device("cpu"), ahead=1)
     for batch, ((images, integers), facts) in zip(batches, running, strict=False):
@@ -310,7 +310,7 @@ def test_pixels_that_vanish_under_a_run_are_replaced(
             alone.close()
 
 
-def test_a_graph_that_fails_is_no_picture_s_fault(
+def test_a_graph_that_fails_is_no_image_s_fault(
     sets: Sets, prompts: ClassPrompts, tmp_path: Path
 ) -> None:
     loader = make_loader(

@@ -116,7 +116,7 @@ def test_batches_are_those_of_a_local_copy(
 
 
 @pytest.mark.parametrize("resample", ["fused", "dali"])
-def test_decoded_pictures_too(
+def test_decoded_images_too(
     raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path, resample: str
 ) -> None:
     prompts = ClassPrompts([((), ())], tokenizer)
@@ -130,7 +130,7 @@ def test_decoded_pictures_too(
 def test_with_a_window_a_pass_fetches_each_byte_about_once(
     raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
-    """1,200 pictures of 3 kB, a cache that holds half of them, five pictures in a block."""
+    """1,200 images of 3 kB, a cache that holds half of them, five images in a block."""
     prompts = ClassPrompts([((), ())], tokenizer)
     remote = opened([raw], tmp_path, block_bytes=16_384, max_bytes=1_900_000)
     ratios = {}
@@ -143,7 +143,7 @@ def test_with_a_window_a_pass_fetches_each_byte_about_once(
         for one, other in zip(batches, take([raw], prompts, config=config, count=100), strict=True):
             assert_equal(one, other)
         ratios[window] = (fetched_bytes() - start) / (1200 * 3072)
-    # A stretch of 16 pictures is three blocks long and touches four; a fifth of the pass is read
+    # A stretch of 16 images is three blocks long and touches four; a fifth of the pass is read
     # ahead behind its end; and what slow threads fetch too late is fetched again: 1.5, or 2 on a
     # busy machine, where it is 4.7 without a window.
     assert ratios[256] < 3

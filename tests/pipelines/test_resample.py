@@ -22,12 +22,12 @@ sides = st.integers(1, 70)
 TORCHVISION_MODES = {False: InterpolationMode.BILINEAR, True: InterpolationMode.BICUBIC}
 
 
-def random_picture(height: int, width: int, seed: int = 0) -> np.ndarray:
+def random_image(height: int, width: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
 
 
 def resampled(
-    picture: np.ndarray,
+    image: np.ndarray,
     size: int,
     *,
     region: tuple[float, float, float, float] | None = None,
@@ -38,18 +38,18 @@ def resampled(
     guard = 64
     memory = np.full(2 * guard + size * size * 3, 77, np.uint8)
     square = memory[guard:-guard].reshape(size, size, 3)
-    top, bottom, left, right = region or (0, picture.shape[0], 0, picture.shape[1])
+    top, bottom, left, right = region or (0, image.shape[0], 0, image.shape[1])
     resample_region(
-        square, picture, float(top), float(bottom), float(left), float(right), mirror, cubic
+        square, image, float(top), float(bottom), float(left), float(right), mirror, cubic
     )
     assert (memory[:guard] == 77).all()
     assert (memory[-guard:] == 77).all()
     return square
 
 
-def torchvision_s(picture: np.ndarray, size: int, cubic: bool) -> np.ndarray:
+def torchvision_s(image: np.ndarray, size: int, cubic: bool) -> np.ndarray:
     twin = functional.resize(
-        torch.from_numpy(picture).permute(2, 0, 1),
+        torch.from_numpy(image).permute(2, 0, 1),
         [size, size],
         interpolation=TORCHVISION_MODES[cubic],
         antialias=True,
@@ -98,15 +98,15 @@ def test_any_region_equals_the_oracle(
     twentieth of a level. Cubic's weights of 16 bits may move values of the first pass over the edge
     of their rounding, and the second weighs such levels with 1.25 at most, all together.
     """
-    picture = random_picture(height, width, seed)
+    image = random_image(height, width, seed)
     region = []
     for length in (height, width):
         start = data.draw(st.floats(0, length - 1))
         region += [start, data.draw(st.floats(min(start + 1, length), length))]
-    square = resampled(picture, size, region=tuple(region), mirror=mirror, cubic=cubic)
+    square = resampled(image, size, region=tuple(region), mirror=mirror, cubic=cubic)
     vertical = oracle_weights(height, *region[:2], size, cubic=cubic)
     horizontal = oracle_weights(width, *region[2:], size, cubic=cubic)
-    narrow = np.einsum("hwc,xw->hxc", picture.astype(np.float64), horizontal)
+    narrow = np.einsum("hwc,xw->hxc", image.astype(np.float64), horizontal)
     if cubic:
         narrow = np.floor(narrow + 0.5).clip(0, 255)
     exact = np.einsum("yh,hxc->yxc", vertical, narrow).clip(0, 255)
@@ -126,8 +126,8 @@ def test_noise_of_any_size_is_torchvision_s_to_one_level(
     cubic: bool, height: int, width: int, size: int, seed: int
 ) -> None:
     """Torchvision rounds to whole levels between its two passes, hence the one."""
-    picture = random_picture(height, width, seed)
-    gap = resampled(picture, size, cubic=cubic).astype(int) - torchvision_s(picture, size, cubic)
+    image = random_image(height, width, seed)
+    gap = resampled(image, size, cubic=cubic).astype(int) - torchvision_s(image, size, cubic)
     assert np.abs(gap).max() <= 1
     if cubic:  # the same arithmetic, as far as float32 carries it
         assert np.count_nonzero(gap) <= 1
@@ -135,11 +135,11 @@ def test_noise_of_any_size_is_torchvision_s_to_one_level(
 
 @pytest.mark.parametrize("cubic", [False, True])
 @pytest.mark.parametrize("size", [224, 32])
-def test_large_pictures_are_torchvision_s_to_one_level(cubic: bool, size: int) -> None:
+def test_large_images_are_torchvision_s_to_one_level(cubic: bool, size: int) -> None:
     """Black and white stripes and noise, on which a cubic filter overshoots everywhere."""
-    picture = random_picture(692, 811)
-    picture[:300] = np.where(np.arange(811) // 7 % 2, 255, 0)[:, None]
-    gap = resampled(picture, size, cubic=cubic).astype(int) - torchvision_s(picture, size, cubic)
+    image = random_image(692, 811)
+    image[:300] = np.where(np.arange(811) // 7 % 2, 255, 0)[:, None]
+    gap = resampled(image, size, cubic=cubic).astype(int) - torchvision_s(image, size, cubic)
     assert np.abs(gap).max() <= 1
 
 
@@ -149,10 +149,10 @@ import numpy as np
 from unicl_fast.pipelines.kernels.resample import resample_region
 total = 0
 for height, width, size in ((1, 1, 9), (30, 7, 12), (90, 120, 56), (200, 190, 56), (500, 333, 40)):
-    picture = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     for cubic in (False, True):
         square = np.empty((size, size, 3), np.uint8)
-        resample_region(square, picture, 0.0, float(height), 0.0, float(width), cubic, cubic)
+        resample_region(square, image, 0.0, float(height), 0.0, float(width), cubic, cubic)
         total = zlib.crc32(square, total)
 print(total)
 """
@@ -186,28 +186,28 @@ def test_all_processors_make_the_same_pixels() -> None:
     ("height", "width", "size"),
     [(1, 1, 9), (300, 333, 224), (4096, 8, 16), (9, 8192, 32), (16704, 9, 32), (8, 16704, 1)],
 )
-def test_an_even_picture_stays_as_it_is(height: int, width: int, size: int, level: int) -> None:
+def test_an_even_image_stays_as_it_is(height: int, width: int, size: int, level: int) -> None:
     """However many taps: rounding, each by little, must not come to a level, or leave 16 bits."""
-    picture = np.full((height, width, 3), level, np.uint8)
+    image = np.full((height, width, 3), level, np.uint8)
     for cubic in (False, True):
-        assert (resampled(picture, size, cubic=cubic) == level).all()
+        assert (resampled(image, size, cubic=cubic) == level).all()
 
 
 @pytest.mark.parametrize(("height", "width", "size"), [(4096, 60, 16), (60, 4096, 16), (900, 9, 8)])
-def test_much_shrunk_pictures_are_torchvision_s_to_one_level(
+def test_much_shrunk_images_are_torchvision_s_to_one_level(
     height: int, width: int, size: int
 ) -> None:
-    picture = random_picture(height, width)
-    picture[:, : width // 2] //= 8  # dark, where nothing is lost of products and all that is added
-    gap = resampled(picture, size).astype(int) - torchvision_s(picture, size, cubic=False)
+    image = random_image(height, width)
+    image[:, : width // 2] //= 8  # dark, where nothing is lost of products and all that is added
+    gap = resampled(image, size).astype(int) - torchvision_s(image, size, cubic=False)
     assert np.abs(gap).max() <= 1
 
 
 def test_a_square_of_its_own_size_is_copied() -> None:
-    picture = random_picture(28, 28)
-    assert np.array_equal(resampled(picture, 28), picture)
-    assert np.array_equal(resampled(picture, 28, mirror=True), picture[:, ::-1])
-    assert np.array_equal(resampled(picture, 28, cubic=True), picture)
+    image = random_image(28, 28)
+    assert np.array_equal(resampled(image, 28), image)
+    assert np.array_equal(resampled(image, 28, mirror=True), image[:, ::-1])
+    assert np.array_equal(resampled(image, 28, cubic=True), image)
 
 
 @given(
@@ -222,10 +222,10 @@ def test_a_square_of_its_own_size_is_copied() -> None:
 def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
     height: int, width: int, size: int, cubic: bool, few_values: bool, key: int
 ) -> None:
-    """Small pictures are widened to 16 bits first, large ones are not."""
+    """Small images are widened to 16 bits first, large ones are not."""
     count = 5
     rng = np.random.default_rng(key)
-    pictures = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (count, height, width, 3), dtype=np.uint8)
     starts, shapes = random_windows(
         np.full(count, height), np.full(count, width), np.arange(count),
         key=key, scale=(0.02, 1.0), ratio=(0.3, 3.0),
@@ -236,11 +236,11 @@ def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
     squares = memory[guard:-guard].reshape(count, size, size, 3)
     most = 0 if few_values else 1 << 14
     for begin, end in ((0, 2), (2, 2), (2, count)):
-        resample_windows(squares, pictures, starts, shapes, flips, cubic, begin, end, most)
+        resample_windows(squares, images, starts, shapes, flips, cubic, begin, end, most)
     assert (memory[:guard] == 77).all()
     assert (memory[-guard:] == 77).all()
     for i in range(count):
         (top, left), (h, w) = starts[i], shapes[i]
-        window = np.ascontiguousarray(pictures[i, top : top + h, left : left + w])
+        window = np.ascontiguousarray(images[i, top : top + h, left : left + w])
         alone = resampled(window, size, mirror=bool(flips[i]), cubic=cubic)
         assert np.array_equal(squares[i], alone)

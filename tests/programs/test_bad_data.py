@@ -33,7 +33,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def sound(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """40 CIFAR-10 pictures in several shards."""
+    """40 CIFAR-10 images in several shards."""
     folder = tmp_path_factory.mktemp("data")
     archive = zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip")
     wanted = tuple(f"000{number}.jpg" for number in range(1, 5))
@@ -134,7 +134,7 @@ def test_missing_shards_are_tolerated_up_to_the_limit_and_refused_beyond_it(
     lost = list(range(first, first + shards[1].num_samples))
     refused = train(tmp_path / "refused", expect=2)
     assert f"{shards[1].name} is missing" in refused
-    part = f"with the pictures of {len(lost)} of 40 samples"
+    part = f"with the images of {len(lost)} of 40 samples"
     assert f"{part}: more than data.max_bad_fraction = 0.01" in refused
     assert not (tmp_path / "refused").exists()
     errors = train(tmp_path / "run", "--data.max-bad-fraction", "0.5", "--resume", "auto")

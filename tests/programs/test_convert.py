@@ -139,7 +139,7 @@ def test_a_released_checkpoint_is_converted_evaluated_and_converted_back(
     call(convert, "to-official", out, tmp_path / "again.pth")
     said = capsys.readouterr().out
     assert "339 entries" in said
-    assert "wants pictures scaled to 256 (bicubic), 224 in the centre" in said
-    assert "note" not in said  # pictures are normalised as theirs
+    assert "wants images scaled to 256 (bicubic), 224 in the centre" in said
+    assert "note" not in said  # images are normalised as theirs
     again = read_official_file(tmp_path / "again.pth")
     assert all(torch.equal(again[name], tensor) for name, tensor in entries.items())

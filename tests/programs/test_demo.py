@@ -22,7 +22,7 @@ def demo(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.slow
-def test_the_demo_ends_with_its_figure_and_leaves_its_pictures(tmp_path: Path) -> None:
+def test_the_demo_ends_with_its_figure_and_leaves_its_images(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     done = demo("--out", out, "--samples", "1280")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -1,4 +1,4 @@
-"""`unicl-eval` as a user runs it, on real pictures: several data sets, probes, retrieval, ranks."""
+"""`unicl-eval` as a user runs it, on real images: several data sets, probes, retrieval, ranks."""
 
 from __future__ import annotations
 
@@ -56,30 +56,30 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str | Path) -> str:
 
 
 def make_dtd(root: Path, shared_data: Path) -> Path:
-    """DTD as torchvision's download leaves it, with the pictures that are here."""
+    """DTD as torchvision's download leaves it, with the images that are here."""
     folder = root / "dtd" / "dtd"
     shutil.unpack_archive(shared_data / "transfer" / "dtd10" / "dtd10.zip", root / "unpacked")
     (folder / "labels").mkdir(parents=True)
     for split in ("train", "val", "test"):
         lines = []
-        for picture in sorted((root / "unpacked").glob(f"{split}/*/*.jpg"))[::2]:
-            name = f"{picture.parent.name}/{picture.name}"
+        for image in sorted((root / "unpacked").glob(f"{split}/*/*.jpg"))[::2]:
+            name = f"{image.parent.name}/{image.name}"
             (folder / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, folder / "images" / name)
+            shutil.copy(image, folder / "images" / name)
             lines.append(name)
         (folder / "labels" / f"{split}1.txt").write_text("\n".join(lines) + "\n")
     return root
 
 
 def make_mnist(root: Path) -> Path:
-    """MNIST as torchvision's download leaves it, with five pictures a part."""
+    """MNIST as torchvision's download leaves it, with five images a part."""
     folder = root / "MNIST" / "raw"
     folder.mkdir(parents=True)
-    pictures = np.arange(5 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(5, 28, 28)
+    images = np.arange(5 * 28 * 28, dtype=np.uint32).astype(np.uint8).reshape(5, 28, 28)
     for part in ("train", "t10k"):
         heads = [(0x803, 5, 28, 28), (0x801, 5)]
         for kind, head, values in zip(
-            ("images-idx3", "labels-idx1"), heads, (pictures, np.arange(5, dtype=np.uint8)),
+            ("images-idx3", "labels-idx1"), heads, (images, np.arange(5, dtype=np.uint8)),
             strict=True,
         ):  # fmt: skip
             content = np.array(head, ">u4").tobytes() + values.tobytes()
@@ -87,7 +87,7 @@ def make_mnist(root: Path) -> Path:
     return root
 
 
-def test_several_data_sets_make_one_table_and_their_pictures(
+def test_several_data_sets_make_one_table_and_their_images(
     data: Path,
     trained: Path,
     shared_data: Path,
@@ -125,22 +125,22 @@ def test_several_data_sets_make_one_table_and_their_pictures(
         assert Image.open(tmp_path / "figures" / f"confusion-{name}.png").size[0] > 500
 
 
-def test_pictures_that_torchvision_decodes_keep_their_pixels(
+def test_images_that_torchvision_decodes_keep_their_pixels(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen = {}
 
     def look(model: object, dataset: PackedDataset, **arguments: object) -> None:
         for index in range(len(dataset)):
-            picture = Image.open(io.BytesIO(dataset.image_bytes(index).tobytes()))
-            seen[int(dataset.labels_of(index)[0])] = np.asarray(picture.convert("RGB"))
+            image = Image.open(io.BytesIO(dataset.image_bytes(index).tobytes()))
+            seen[int(dataset.labels_of(index)[0])] = np.asarray(image.convert("RGB"))
         raise ValueError("seen")
 
     monkeypatch.setattr("unicl_fast.evaluation.run.evaluate_zero_shot", look)
     root = make_mnist(tmp_path)
     with pytest.raises(SystemExit):
         evaluated("zero-shot", trained, "--data", f"torchvision:MNIST:{root}")
-    theirs = {label: np.asarray(picture.convert("RGB")) for picture, label in MNIST(root, False)}
+    theirs = {label: np.asarray(image.convert("RGB")) for image, label in MNIST(root, False)}
     assert sorted(seen) == sorted(theirs)
     assert all(np.array_equal(seen[label], theirs[label]) for label in seen)
 
@@ -236,14 +236,14 @@ def test_few_shots_are_drawn_several_times(data: Path, trained: Path) -> None:
     assert values["shots"][1]["mean"] > values["shots"][0]["mean"], "tested on what it was shown"
 
 
-def test_few_shots_need_other_pictures_only_where_c_is_searched(
+def test_few_shots_need_other_images_only_where_c_is_searched(
     data: Path,
     trained: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Of nine classes there are two pictures, of cats three."""
+    """Of nine classes there are two images, of cats three."""
     sizes = []
 
     def fit(train: LabelledFeatures, validation: LabelledFeatures, **settings: Any) -> ProbeFit:
@@ -261,13 +261,13 @@ def test_few_shots_need_other_pictures_only_where_c_is_searched(
     assert fixed["shots"][0]["c"] == [1.0]
     others = ["3", "--validation", data / "classes"]
     by_others = evaluated("linear-probe", trained, *sets, *others)
-    assert by_others["smallest_class"] == 2, "shots are drawn from the training pictures alone"
+    assert by_others["smallest_class"] == 2, "shots are drawn from the training images alone"
     assert sizes == [(20, 1), (21, 21)]
     refused = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, *others, "--c", "1")
     assert "give one of the two" in refused
 
 
-def test_neighbours_of_pictures_are_themselves(data: Path, trained: Path) -> None:
+def test_neighbours_of_images_are_themselves(data: Path, trained: Path) -> None:
     values = evaluated(
         *("knn", trained, "--train", data / "labels", "--data", data / "labels"),
         *("--features", "none", "--k", "1", "5"),
@@ -291,7 +291,7 @@ def test_a_class_that_training_has_not_is_refused(
 
 def test_retrieval_draws_what_it_found(data: Path, trained: Path, tmp_path: Path) -> None:
     evaluated("retrieval", trained, "--data", data / "captions", "--figures", tmp_path)
-    for name in ("captions-found.png", "pictures-found.png"):
+    for name in ("captions-found.png", "images-found.png"):
         assert Image.open(tmp_path / name).size[0] > 500
 
 
@@ -345,7 +345,7 @@ def test_a_fine_tuned_encoder_is_tested_and_kept(
     out = tmp_path / "tuned"
     values = evaluated("finetune", trained, *sets, "--out", out, "--epochs", "2")
     assert values["settings"]["steps"] == 5
-    assert values["before"]["top1"] > 0.1, "the probe was fitted on these very pictures"
+    assert values["before"]["top1"] > 0.1, "the probe was fitted on these very images"
     module, names = load_finetuned(out)
     assert len(names) == module.head.out_features == 10
     again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)

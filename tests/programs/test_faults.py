@@ -27,7 +27,7 @@ HANG_SECONDS = 10
 
 @pytest.fixture(scope="module")
 def data(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """21 pictures of CIFAR-10 with labels, packed."""
+    """21 images of CIFAR-10 with labels, packed."""
     folder = tmp_path_factory.mktemp("data")
     archive = zipfile.ZipFile(shared_data / "cifar10" / "cifar10-test.zip")
     for name in archive.namelist():

@@ -1,4 +1,4 @@
-"""`unicl-pretrain` under each objective, on real pictures: what it feeds, writes and refuses."""
+"""`unicl-pretrain` under each objective, on real images: what it feeds, writes and refuses."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.training.data import (
+    adapt_objective_to_data,
     build_prompts,
     open_sources,
     rows_of_class_names,
-    suit_objective,
 )
 from unicl_fast.training.metrics import read_metrics
 
@@ -89,17 +89,17 @@ def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
     datasets, _ = open_sources(with_captions)
     ce = dataclasses.replace(config, objective=ObjectiveConfig(name="ce"))
     with pytest.raises(ValueError, match=r"20 of the 20 samples .* have none: leave it out"):
-        suit_objective(ce, datasets)
+        adapt_objective_to_data(ce, datasets)
     labelled = dataclasses.replace(config.data, train=(str(data / "labels"),) * 2)
     datasets, _ = open_sources(labelled)
-    suited = suit_objective(ce, datasets)
+    suited = adapt_objective_to_data(ce, datasets)
     assert suited.objective.num_classes == (10, 10)
     assert suited.data.text == "labels"
     shared = dataclasses.replace(ce, data=dataclasses.replace(labelled, label_space="shared"))
-    assert suit_objective(shared, datasets).objective.num_classes == (10,)
+    assert adapt_objective_to_data(shared, datasets).objective.num_classes == (10,)
     wrong = dataclasses.replace(ce, objective=ObjectiveConfig(name="ce", num_classes=(9,)))
     with pytest.raises(ValueError, match=r"is \(9,\), but the data has \(10, 10\)"):
-        suit_objective(wrong, datasets)
+        adapt_objective_to_data(wrong, datasets)
     prompts = build_prompts(datasets[1:], config.data)
     rows = rows_of_class_names(datasets[1:], ["cat", "airplane"], prompts=prompts)
     assert rows.tolist() == [3, 0]

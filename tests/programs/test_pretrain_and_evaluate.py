@@ -1,4 +1,4 @@
-"""The programs as a user runs them, on real pictures: train, kill, resume, two ranks, evaluate."""
+"""The programs as a user runs them, on real images: train, kill, resume, two ranks, evaluate."""
 
 from __future__ import annotations
 

@@ -20,26 +20,26 @@ pytestmark = pytest.mark.dali
 
 
 def strips_of(folder: Path, spec: str) -> tuple[list[str], list[list[str]], np.ndarray]:
-    """Titles, notes, and pictures [strips n s s 3]."""
+    """Titles, notes, and images [strips n s s 3]."""
     augmentation, data = parse_augmentation(spec), DataConfig(image_size=32, evaluation_resize=32)
     with PackedDataset(folder) as dataset:
         ids = [0, 3, 7]
         strips = list(_strips(augmentation, dataset.samples[ids], data, seed=1))
-        pictures = _run(strips, [dataset.image_bytes(i) for i in ids], augmentation, data)
-    return [strip.title for strip in strips], [strip.notes for strip in strips], pictures
+        images = _run(strips, [dataset.image_bytes(i) for i in ids], augmentation, data)
+    return [strip.title for strip in strips], [strip.notes for strip in strips], images
 
 
 def test_each_step_has_a_row_of_its_own_and_does_what_its_title_says(data: Path) -> None:
     spec = "none,policy=auto,grayscale=0.1,erase=0.1,jitter=0.4,blur=0.1"
-    titles, notes, pictures = strips_of(data / "captions", spec)
+    titles, notes, images = strips_of(data / "captions", spec)
     assert titles[0] == "centre"
     assert titles[1:4] == ["ShearX", "Rotate", "Contrast"]
     assert titles[-7:] == ["colour jitter", "grayscale", "blur", "erasing", *["all together"] * 3]
-    centre = pictures[0].astype(int)
-    for title, shown in zip(titles[1:], pictures[1:].astype(int), strict=True):
+    centre = images[0].astype(int)
+    for title, shown in zip(titles[1:], images[1:].astype(int), strict=True):
         assert np.abs(shown - centre).max() > 0, title
-    of = dict(zip(titles, pictures, strict=True))
-    assert np.array_equal(of["Invert"], 255 - pictures[0])
+    of = dict(zip(titles, images, strict=True))
+    assert np.array_equal(of["Invert"], 255 - images[0])
     assert np.ptp(of["grayscale"].astype(int), axis=-1).max() <= 1
     assert dict(zip(titles, notes, strict=True))["Posterize"][0].endswith("bits")
 

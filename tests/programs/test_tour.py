@@ -50,7 +50,7 @@ def test_small_sets_as_webp(
 ) -> None:
     out = tmp_path / "tour"
     options = ("--sets", *SMALL, "--format", "webp", "--resize", "short:64", "--no-near")
-    # one of the hostile pictures is too wide for WebP
+    # one of the hostile images is too wide for WebP
     check(toured(shared_data, out, *options), num_hostile=SAMPLES["hostile"] - 1)
     text = capsys.readouterr().out
     assert "$ unicl-pack merge" in text

@@ -113,7 +113,7 @@ def shifted_window_mask(side: int) -> Tensor:
 
 
 def image_features(entries: dict[str, Tensor], images: Tensor) -> Tensor:
-    """Unit-norm features [b 512] of normalised pictures [b 3 224 224]."""
+    """Unit-norm features [b 512] of normalised images [b 3 224 224]."""
 
     def at(name: str) -> Tensor:
         return entries[f"image_encoder.{name}"]

@@ -18,7 +18,7 @@ def unified_contrastive_loss(
     *,
     exclude_self: bool = False,
 ) -> tuple[float, float]:
-    """L_i2t and L_t2i of n pictures and n texts, one text for each picture."""
+    """L_i2t and L_t2i of n images and n texts, one text for each image."""
     n = len(images)
     logits = scale * images.astype(np.float64) @ texts.astype(np.float64).T
 

@@ -131,8 +131,8 @@ def test_nothing_at_all_can_be_had() -> None:
 
 def test_batches_held_at_once_are_different_and_stay_as_they_were() -> None:
     def normalised(level: int) -> Tensor:
-        pictures = torch.full((8, 224, 224, 3), level, dtype=torch.uint8)
-        return normalise_images(pictures, mean=(0.0,) * 3, std=(1.0,) * 3)
+        images = torch.full((8, 224, 224, 3), level, dtype=torch.uint8)
+        return normalise_images(images, mean=(0.0,) * 3, std=(1.0,) * 3)
 
     held = [normalised(level) for level in (0, 51, 255)]
     assert [float(batch.min()) for batch in held] == pytest.approx([0, 0.2, 1])

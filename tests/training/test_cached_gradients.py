@@ -35,7 +35,7 @@ def assert_equal_gradients(found: dict, expected: dict) -> None:
         assert gradient.abs().max() > 0, f"{name} has no gradient to compare"
 
 
-# The batch holds 12 pictures and 5 distinct texts (12 rows without unique_texts).
+# The batch holds 12 images and 5 distinct texts (12 rows without unique_texts).
 @pytest.mark.parametrize("micro_batch_size", [1, 4, 5, 11])
 @pytest.mark.parametrize(
     "others",

@@ -29,7 +29,7 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) ->
     with DatasetWriter(tmp_path / "set") as writer:
         writer.add(
             PackedSample(
-                image=b"picture",
+                image=b"image",
                 extension="jpg",
                 height=1,
                 width=1,
@@ -104,11 +104,11 @@ def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
 
 
 def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:
-    """A run does not go on with other pictures, though descriptions and shards are the same."""
+    """A run does not go on with other images, though descriptions and shards are the same."""
     described = []
     for level in (1, 2, 1):
         out = tmp_path / str(len(described))
-        with DatasetWriter(out, pictures="raw") as writer:
+        with DatasetWriter(out, images="raw") as writer:
             writer.add(
                 PackedSample(
                     image=bytes([level]) * 12, extension="raw", height=2, width=2, xxh3=0,

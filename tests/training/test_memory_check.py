@@ -28,8 +28,8 @@ def test_what_is_kept_for_backward_grows_as_foretold() -> None:
     config = fp32_config()
     model = UniCL(config).eval()
     foretold = activation_bytes(model, config, CPU)
-    pictures = torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
-    normalised = normalise_images(pictures, mean=config.data.mean, std=config.data.std)
+    images = torch.zeros(64, 32, 32, 3, dtype=torch.uint8)
+    normalised = normalise_images(images, mean=config.data.mean, std=config.data.std)
     with torch.profiler.profile(profile_memory=True) as profile:
         features = model.encode_image(normalised)
     held = sum(event.self_cpu_memory_usage for event in profile.key_averages())
@@ -37,7 +37,7 @@ def test_what_is_kept_for_backward_grows_as_foretold() -> None:
     assert 64 * foretold == pytest.approx(held, rel=0.15)
 
 
-def test_weights_in_a_narrow_type_are_not_counted_for_each_picture() -> None:
+def test_weights_in_a_narrow_type_are_not_counted_for_each_image() -> None:
     config = tiny_config(precision="bf16")
     model = UniCL(config)
     two, four, eight = (memory_check._kept_bytes(model, config, CPU, n) for n in (2, 4, 8))
@@ -91,7 +91,7 @@ def test_what_hardly_fits_is_warned_of(
     monkeypatch.setattr(memory_check, "free_memory", lambda device: 100 * of_one)
     with caplog.at_level(logging.WARNING):
         check_memory(model, config, share=150, device=CPU)
-    assert "150 pictures" in caplog.text
+    assert "150 images" in caplog.text
     assert "micro_batch_size to 32" in caplog.text
 
 

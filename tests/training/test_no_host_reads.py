@@ -147,7 +147,7 @@ def test_no_objective_reads_anything(images: torch.Tensor, objective: str) -> No
     trainer.train_step(batch)
     with WaitingOperators() as operators:
         trainer.train_step(batch)
-    # shares and boxes of mixed pictures come from the host, through pinned memory
+    # shares and boxes of mixed images come from the host, through pinned memory
     assert operators.found == ["lift_fresh"] * (2 if "mixed" in objective else 0)
 
 
@@ -182,7 +182,7 @@ def test_a_run_reads_when_it_logs_and_at_no_other_step(images: torch.Tensor) -> 
 
 @contextmanager
 def poisoned(trainer: Trainer) -> Iterator[None]:
-    """Features of the first picture are not a number."""
+    """Features of the first image are not a number."""
 
     def poison(module: torch.nn.Module, inputs: tuple, features: torch.Tensor) -> torch.Tensor:
         return torch.cat([features[:1] * torch.nan, features[1:]])

@@ -16,7 +16,7 @@ from unicl_fast.checkpoints.load import list_checkpoints
 from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.metrics import read_metrics
-from unicl_fast.training.replaced_samples import BadVisits
+from unicl_fast.training.replaced_samples import ReplacedSamples
 from unicl_fast.training.trainer import Trainer
 
 
@@ -63,7 +63,7 @@ class Replacing:
 def test_a_run_with_too_many_stops_and_says_where_to_look(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unicl_fast.training.replaced_samples.LEAST_VISITS", 30)
+    monkeypatch.setattr("unicl_fast.training.replaced_samples.LEAST_DRAWS", 30)
     config = tiny_config(steps=50)  # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
     data = dataclasses.replace(config.data, max_bad_fraction=0.2)
     config = dataclasses.replace(config, data=data)
@@ -79,18 +79,18 @@ def test_a_run_with_too_many_stops_and_says_where_to_look(
 
 
 def test_the_first_ten_thousand_visits_share_one_allowance(images: torch.Tensor) -> None:
-    visits = BadVisits(max_fraction=0.01, global_batch_size=12, run_folder=None)
-    visits.add(with_replaced(global_batch(images), count=12))
-    visits.check(100)
+    draws = ReplacedSamples(max_fraction=0.01, global_batch_size=12, run_folder=None)
+    draws.add(with_replaced(global_batch(images), count=12))
+    draws.check(100)
     with pytest.raises(TooManyBadSamplesError, match="101 of the 12 samples .*the log"):
-        visits.check(101)
+        draws.check(101)
     good = with_replaced(global_batch(images), count=0)
     for _ in range(2_000):
-        visits.add(good)
-    visits.check(240)
+        draws.add(good)
+    draws.check(240)
     with pytest.raises(TooManyBadSamplesError, match="241 of the 24012"):
-        visits.check(241)
-    assert visits.total(Ranks()) == 12
+        draws.check(241)
+    assert draws.total(Ranks()) == 12
 
 
 @pytest.mark.dist

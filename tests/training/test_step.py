@@ -81,7 +81,7 @@ def test_ranks_with_ragged_texts_give_the_gradients_of_one_process(
 
 @pytest.mark.dist
 def test_each_logit_is_computed_once_and_only_texts_travel(tmp_path: Path) -> None:
-    """Rank r has 6 pictures and 3 + r texts, features of 4 numbers."""
+    """Rank r has 6 images and 3 + r texts, features of 4 numbers."""
     run_on_ranks(count_work_of_the_loss, 3, str(tmp_path))
     texts, most = 3 + 4 + 5, 5
     for rank in range(3):
@@ -135,12 +135,12 @@ def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
     loss, _ = first_gradients(images, Ranks(), config)
     batch = global_batch(images)
     model = UniCL(config).double().train()
-    model.set_drop_path_key(step=0, slots=batch.slots)
-    pictures = normalise_images(
+    model.set_drop_path_key(step=0, global_index=batch.global_index)
+    pixels = normalise_images(
         batch.images, mean=config.data.mean, std=config.data.std, dtype=torch.float64
     )
     plain = unified_contrastive_loss(
-        model.encode_image(pictures),
+        model.encode_image(pixels),
         model.encode_text(batch.tokens[batch.text_index]),
         batch.class_ids,
         model.logit_scale.exp(),

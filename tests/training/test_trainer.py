@@ -61,7 +61,7 @@ def test_a_resumed_run_equals_an_unbroken_one_bit_for_bit(
 
 def test_a_run_folder_holds_what_was_promised(images: torch.Tensor, tmp_path: Path) -> None:
     trainer = trainer_in(tmp_path, images)
-    trainer.data = {"train": ["pictures"]}
+    trainer.data = {"train": ["images"]}
     trainer.fit()
     lines = read_metrics(tmp_path)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
@@ -155,7 +155,7 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
     with pytest.raises(ValueError, match="the state of AdamW, and optim.name now means Lamb"):
         trainer_in(tmp_path / "f", images, tiny_config(optimizer="lamb")).resume(checkpoint)
     other = trainer_in(tmp_path / "c", images)
-    other.data = {"train": ["other pictures"]}
+    other.data = {"train": ["other images"]}
     with pytest.raises(ValueError, match="another data"):
         other.resume(checkpoint)
 

@@ -1,4 +1,4 @@
-"""`unicl-pack`: pictures with labels, captions or both -> a packed, verified, shuffled data set.
+"""`unicl-pack`: images with labels, captions or both -> a packed, verified, shuffled data set.
 
 This module reads arguments and prints; what it does is `build_dataset`, which other programs call
 directly. The other sub-commands have modules of their own.
@@ -22,14 +22,14 @@ import tyro
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
-from unicl_fast.images.check import MAX_PIXELS, PictureFormat
-from unicl_fast.packing.build.build import DEFAULT_PICTURE_SECONDS
+from unicl_fast.images.check import MAX_PIXELS, ImageFormat
+from unicl_fast.packing.build.build import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.build.build import BuildSummary as BuildSummary
 from unicl_fast.packing.build.build import build_dataset as build_dataset
 from unicl_fast.packing.build.ray_engine import Engine
 from unicl_fast.packing.build.remote_build import build_anywhere
 from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES
-from unicl_fast.system.atomic_files import write_text_whole
+from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 
 from .inspect import Inspect
@@ -42,19 +42,19 @@ _WORDNET_ID = re.compile(r"n\d{8}")
 
 @dataclass(frozen=True, kw_only=True)
 class Build:
-    """Pack pictures with labels, captions or both into one data set folder.
+    """Pack images with labels, captions or both into one data set folder.
 
     Each SOURCE is a folder of class folders (the class is the name of the folder that directly
-    holds the picture), a zip of one (FILE.zip, or FILE.zip/FOLDER for a part of it), or a list with
-    one picture a row (.csv, .tsv, .jsonl, .json or .parquet) and columns for its path, or itself,
+    holds the image), a zip of one (FILE.zip, or FILE.zip/FOLDER for a part of it), or a list with
+    one image a row (.csv, .tsv, .jsonl, .json or .parquet) and columns for its path, or itself,
     captions and labels. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
     {000..123}.tar), img2dataset's folders, data sets of Hugging Face (a folder of save_to_disk or
     of Parquet files), COCO's captions and instances (.json, both together), a map of a zip
-    (train_map.txt beside train.zip), TSV files with pictures in base64, CIFAR (folder or .tar.gz),
+    (train_map.txt beside train.zip), TSV files with images in base64, CIFAR (folder or .tar.gz),
     and IDX files as of MNIST. docs/sources.md says how each is read. Several sources become one
     data set; equal class names become one class.
 
-    Every picture is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
+    Every image is decoded once and strictly. What is damaged goes to OUT/quarantine.csv with the
     reason, and packing goes on. Plain JPEGs and PNGs keep their bytes.
 
     A build that was stopped or killed keeps its finished shards in OUT.partial: the same command
@@ -97,14 +97,14 @@ class Build:
     """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
     (80 prompts) or simple (1). By default imagenet where there are labels."""
     image_column: str = ""
-    """Column with picture paths, or pictures, if it is not called image, file or path."""
+    """Column with image paths, or images, if it is not called image, file or path."""
     caption_column: str = ""
     """Column with captions, if it is not called caption or captions; in tars, field of KEY.json."""
     label_column: str = ""
     """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
     into --class-names. For CIFAR-100, coarse_labels."""
     image_root: str = ""
-    """Folder or zip that picture paths in lists are relative to; by default the list's folder, and
+    """Folder or zip that image paths in lists are relative to; by default the list's folder, and
     for COCO's files the one that is called as they are (val2017) or images."""
     where: Annotated[
         tuple[str, ...], tyro.conf.UseAppendAction, tyro.conf.arg(metavar="COLUMN=VALUE")
@@ -112,7 +112,7 @@ class Build:
     """COLUMN=VALUE: take only the rows of lists with this value; may be given several times, and
     then all must hold."""
     leave_out: str = ""
-    """A CSV file with the columns source and name: pictures to leave out, such as inspect's
+    """A CSV file with the columns source and name: images to leave out, such as inspect's
     --duplicates-list writes."""
     duplicates: Literal["keep", "join"] = "keep"
     """What to do with files that are equal byte for byte: keep them all, or join them into one
@@ -122,14 +122,14 @@ class Build:
     """The quarantine.csv of an earlier build from the same sources: packs only what it names, with
     labels numbered as in that build, so that both can be trained on together."""
     resize: str = ""
-    """short:PIXELS scales pictures down until their shorter side has so many pixels, and encodes
+    """short:PIXELS scales images down until their shorter side has so many pixels, and encodes
     them anew. Smaller ones keep their bytes. 256 is usual for training at 224. square:PIXELS scales
     down or up until the shorter side has so many, and cuts the longer one at both ends."""
     quality: int | None = None
-    """1 to 100, by default 90: of pictures that become JPEG or WebP with --format, or were scaled
+    """1 to 100, by default 90: of images that become JPEG or WebP with --format, or were scaled
     with --resize. Refused where nothing would be encoded with it."""
-    format: PictureFormat = "keep"
-    """keep: pictures stay files, byte for byte where they are plain JPEGs and PNGs. jpeg, webp,
+    format: ImageFormat = "keep"
+    """keep: images stay files, byte for byte where they are plain JPEGs and PNGs. jpeg, webp,
     png: all become files of that format; plain ones that are already, and need no scaling, stay
     byte for byte. raw: they are decoded for good, which for small ones (32 pixels a side, say)
     makes training's input several times as fast; all must be of one size, and take 3 bytes a
@@ -137,15 +137,15 @@ class Build:
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
     max_pixels: int = MAX_PIXELS
-    """A picture with more pixels is left out by what its header says, before it is decoded. A
+    """An image with more pixels is left out by what its header says, before it is decoded. A
     worker's memory is limited to what so many pixels may need: 5 GB by default."""
-    picture_seconds: float = DEFAULT_PICTURE_SECONDS
-    """A picture that takes longer to read and check is left out, as is one that crashes a decoder;
+    image_seconds: float = DEFAULT_IMAGE_SECONDS
+    """An image that takes longer to read and check is left out, as is one that crashes a decoder;
     both are tried twice. 0 waits for ever."""
     workers: int = 0
-    """Processes that read and check pictures; 0 takes one for each core, here or of the cluster."""
+    """Processes that read and check images; 0 takes one for each core, here or of the cluster."""
     engine: Engine = "local"
-    """Where pictures are read and checked: in processes of this machine, or on a Ray cluster
+    """Where images are read and checked: in processes of this machine, or on a Ray cluster
     (pip install 'unicl_fast[ray]'), whose machines must see sources, --out and --work under the
     same paths. The data set is the same."""
     restart: bool = False
@@ -165,15 +165,15 @@ class Build:
         summary = build_anywhere(**options)
         if path is not None:
             values = dataclasses.asdict(summary) | {"out": str(summary.out)}
-            write_text_whole(path, json.dumps(values, indent=1) + "\n")
+            write_text_atomically(path, json.dumps(values, indent=1) + "\n")
         return _report(summary), 0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Show:
-    """Draw pictures of a packed data set, and what an augmentation does to them, as a PNG.
+    """Draw images of a packed data set, and what an augmentation does to them, as a PNG.
 
-    With --augment each of its steps has a row of its own, on the pictures' centres, with the
+    With --augment each of its steps has a row of its own, on the images' centres, with the
     numbers that were drawn; the last rows show all together, as training would.
 
     Examples:
@@ -189,7 +189,7 @@ class Show:
     augment: str = ""
     """As an entry of unicl-pretrain's --data.augment: none, clip, unicl or supcon, and changes."""
     samples: int = 8
-    """Pictures to show, evenly spread over the data set."""
+    """Images to show, evenly spread over the data set."""
     image_size: int = 224
     """Side of the square that the model would see, in pixels."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
@@ -240,12 +240,12 @@ def _report(summary: BuildSummary) -> str:
     classes = f" of {count_of(len(summary.class_names), 'class')}" if summary.class_names else ""
     rate = (summary.num_samples - summary.num_taken_over) / summary.seconds
     lines = [
-        f"{summary.out}: {count_of(summary.num_samples, 'picture')}, {captions}, {labels}{classes}",
-        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} pictures/s; "
+        f"{summary.out}: {count_of(summary.num_samples, 'image')}, {captions}, {labels}{classes}",
+        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} images/s; "
         + _treatment(summary),
     ]
     if summary.num_taken_over:
-        taken_over = count_of(summary.num_taken_over, "picture")
+        taken_over = count_of(summary.num_taken_over, "image")
         lines.append(f"{taken_over} had been packed before this run")
     if summary.passed_over:
         parts = ", ".join(f"{count:,} {what}" for what, count in summary.passed_over.items())
@@ -265,11 +265,11 @@ def _report(summary: BuildSummary) -> str:
 
 
 def _treatment(summary: BuildSummary) -> str:
-    """What became of the pictures."""
-    if summary.picture_size is None:
+    """What became of the images."""
+    if summary.image_size is None:
         kept = summary.num_samples - summary.num_reencoded
         return f"{summary.num_reencoded:,} encoded anew, {kept:,} byte for byte"
-    height, width = summary.picture_size
+    height, width = summary.image_size
     return f"decoded, {width} x {height} pixels each"
 
 

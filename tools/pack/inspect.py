@@ -18,6 +18,7 @@ from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.packing.inspect.concepts import DEFAULT_MODEL, HowToCount
+from unicl_fast.packing.inspect.image_hashes import has_imagehash
 from unicl_fast.packing.inspect.inspect import (
     DEFAULT_DISTANCE,
     Copies,
@@ -27,14 +28,13 @@ from unicl_fast.packing.inspect.inspect import (
 )
 from unicl_fast.packing.inspect.near_duplicates import MAX_DISTANCE
 from unicl_fast.packing.inspect.page import ShownGroup, make_page
-from unicl_fast.packing.inspect.picture_hashes import has_imagehash
-from unicl_fast.packing.inspect.thumbnails import shown_pictures
+from unicl_fast.packing.inspect.thumbnails import shown_images
 from unicl_fast.packing.quarantine import DUPLICATE
-from unicl_fast.system.atomic_files import write_text_whole
+from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 
 _GROUPS_SHOWN = 12
-_PICTURES_OF_A_GROUP = 6
+_IMAGES_OF_A_GROUP = 6
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -62,10 +62,10 @@ class Inspect:
     json: Path | None = None
     """Write all numbers, and the groups of copies, into this file."""
     duplicates_list: Path | None = None
-    """Write all but the first picture of each group of copies into this CSV file, which --leave-out
+    """Write all but the first image of each group of copies into this CSV file, which --leave-out
     of build and merge takes. Look at it before: what looks alike need not be a copy."""
     near: bool = True
-    """Look for pictures that look alike; takes decoding all, and the package ImageHash. Without it
+    """Look for images that look alike; takes decoding all, and the package ImageHash. Without it
     --duplicates-list and --near-distance are refused unless --no-near is given."""
     near_distance: int = DEFAULT_DISTANCE
     """In how many of its 64 bits a perceptual hash may differ: 4 finds copies in another size,
@@ -76,9 +76,9 @@ class Inspect:
     spacy_model: str = DEFAULT_MODEL
     """spaCy's model for noun phrases."""
     sheet: int = 48
-    """Pictures on the contact sheet."""
+    """Images on the contact sheet."""
     workers: int = 0
-    """Processes that hash pictures; 0 takes one for each core."""
+    """Processes that hash images; 0 takes one for each core."""
     staging_bytes: int = DEFAULT_STAGING_BYTES
     """Most that the copy of a data set under a URL may take."""
 
@@ -108,9 +108,9 @@ class Inspect:
         if is_url(self.folder):  # the copy is gone before anybody reads of it
             inspection = dataclasses.replace(inspection, folder=self.folder)
         if self.json is not None:
-            write_text_whole(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
+            write_text_atomically(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
         if self.html is not None:
-            write_text_whole(self.html, _page(inspection, folder, num_sheet=self.sheet))
+            write_text_atomically(self.html, _page(inspection, folder, num_sheet=self.sheet))
         lines = [_in_words(inspection)]
         if self.near and not near:
             lines.append(
@@ -121,7 +121,7 @@ class Inspect:
             num_unclear := _write_duplicates(inspection, folder, self.duplicates_list)
         ):
             lines.append(
-                f"note: --leave-out will refuse {self.duplicates_list}: names in it that pictures "
+                f"note: --leave-out will refuse {self.duplicates_list}: names in it that images "
                 f"which stay have too: {num_unclear:,}, since several sources are called alike. "
                 "Pack these under names of their own (links to them will do) and inspect that; or "
                 "let --duplicates join of build or merge see to exact copies"
@@ -140,14 +140,14 @@ def _page(inspection: Inspection, folder: Path, *, num_sheet: int) -> str:
             return [
                 ShownGroup(
                     group=group,
-                    pictures=shown_pictures(dataset, group.samples[:_PICTURES_OF_A_GROUP]),
+                    images=shown_images(dataset, group.samples[:_IMAGES_OF_A_GROUP]),
                 )
                 for group in groups
             ]
 
         return make_page(
             inspection,
-            shown_pictures(dataset, range(min(num_sheet, len(dataset)))),
+            shown_images(dataset, range(min(num_sheet, len(dataset)))),
             shown(inspection.exact_copies),
             shown(inspection.near_copies),
         )
@@ -161,7 +161,7 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
     """Writes a list in the form of quarantine.csv.
 
     Returns:
-        How many of its names pictures that stay have too, so that --leave-out refuses them.
+        How many of its names images that stay have too, so that --leave-out refuses them.
     """
     groups = [(group, False) for group in inspection.exact_copies.groups]
     if inspection.near_copies is not None:
@@ -194,7 +194,7 @@ def _in_words(inspection: Inspection) -> str:
     num_classes = len(inspection.class_counts)
     classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
     lines = [
-        f"{inspection.folder}: {count_of(inspection.num_samples, 'picture')}, "
+        f"{inspection.folder}: {count_of(inspection.num_samples, 'image')}, "
         f"{count_of(inspection.num_captions, 'caption')}, "
         f"{count_of(inspection.num_labels, 'label')}{classes}, "
         f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
@@ -218,11 +218,11 @@ def _in_words(inspection: Inspection) -> str:
     ]
     spreads = [
         ("caption tokens", inspection.caption_tokens),
-        ("captions/picture", inspection.captions_per_picture),
+        ("captions/image", inspection.captions_per_image),
         ("width", inspection.widths),
         ("height", inspection.heights),
         ("width/height", inspection.aspects),
-        ("bytes", inspection.picture_bytes),
+        ("bytes", inspection.image_bytes),
     ]
     head = ("", "least", "median", "mean", "95 %", "most")
     lines += _columns([head, *(_numbers(what, spread) for what, spread in spreads if spread)])
@@ -232,7 +232,7 @@ def _in_words(inspection: Inspection) -> str:
         empty = sum(count == 0 for _, count in ordered)
         ends = [ordered[0], ordered[-1]] if len(ordered) > 1 else ordered
         shown = " to ".join(f"{name} {count:,}" for name, count in ends)
-        lines.append(f"classes: {shown}" + (f"; {empty:,} have no picture" if empty else ""))
+        lines.append(f"classes: {shown}" + (f"; {empty:,} have no image" if empty else ""))
         groups = "; ".join(" = ".join(group) for group in inspection.equal_classes[:5])
         if groups:
             lines.append(f"classes with a prompt in common, one class in training: {groups}")

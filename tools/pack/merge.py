@@ -17,10 +17,10 @@ from unicl_fast.system.wording import count_of
 class Merge:
     """Make one packed data set of several, without decoding anything again.
 
-    Pictures and tokens are copied byte for byte and shuffled over all inputs. Classes with equal
+    Images and tokens are copied byte for byte and shuffled over all inputs. Classes with equal
     names become one; those of the first data set keep their numbers. What is copied is compared
     with its checksums: a damaged sample is left out and listed in OUT/quarantine.csv, together with
-    what the inputs list there. Raw data sets go together if their pictures are of one size.
+    what the inputs list there. Raw data sets go together if their images are of one size.
 
     Examples:
       unicl-pack merge packed/photos packed/pairs --out packed/both
@@ -43,7 +43,7 @@ class Merge:
     """A CSV file with the columns source and name: samples to leave out, such as inspect's
     --duplicates-list writes."""
     duplicates: Literal["keep", "join"] = "keep"
-    """What to do with pictures that are equal byte for byte: keep them all, or join them into one
+    """What to do with images that are equal byte for byte: keep them all, or join them into one
     sample with the captions and labels of all. Those that went into another are listed in
     OUT/quarantine.csv."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
@@ -57,16 +57,16 @@ class Merge:
 def _in_words(summary: MergeSummary, *, leave_out: str) -> str:
     classes = f" of {count_of(len(summary.class_names), 'class')}" if summary.class_names else ""
     lines = [
-        f"{summary.out}: {count_of(summary.num_samples, 'picture')}, "
+        f"{summary.out}: {count_of(summary.num_samples, 'image')}, "
         f"{count_of(summary.num_captions, 'caption')}, "
         f"{count_of(summary.num_labels, 'label')}{classes}",
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, "
-        f"{summary.num_samples / summary.seconds:,.0f} pictures/s, all byte for byte",
+        f"{summary.num_samples / summary.seconds:,.0f} images/s, all byte for byte",
     ]
     if leave_out:
         lines.append(f"left out, since {leave_out} names them: {summary.num_left_out:,}")
     if summary.num_joined:
-        lines.append(f"went into others with the same picture: {summary.num_joined:,}")
+        lines.append(f"went into others with the same image: {summary.num_joined:,}")
     if summary.num_damaged:
         lines.append(
             f"DAMAGED and left out: {summary.num_damaged:,}; copy the inputs again and merge anew "
@@ -75,7 +75,7 @@ def _in_words(summary: MergeSummary, *, leave_out: str) -> str:
         lines += [f"  {message}" for message in summary.damaged]
     if summary.num_quarantined:
         lines.append(
-            f"{summary.out / QUARANTINE_NAME} lists {count_of(summary.num_quarantined, 'picture')} "
+            f"{summary.out / QUARANTINE_NAME} lists {count_of(summary.num_quarantined, 'image')} "
             "left out, now or when the inputs were packed"
         )
     lines.append(f"next: unicl-pack verify {summary.out}")

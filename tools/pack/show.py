@@ -1,6 +1,6 @@
-"""What is in a packed data set, and what an augmentation does to it, as a sheet of pictures.
+"""What is in a packed data set, and what an augmentation does to it, as a sheet of images.
 
-Above the pictures as they are; then, for an augmentation, a row for each of its steps alone, with
+Above the images as they are; then, for an augmentation, a row for each of its steps alone, with
 the numbers that were drawn, and rows of all together. Pixels come out of the training graph and
 numbers out of the plan's laws, so the sheet shows what a model gets. `unicl-pack show` calls this.
 """
@@ -51,7 +51,7 @@ _STREAM = 0x5348  # of numbers that are drawn for a sheet
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class _Strip:
-    """One row of the sheet before its pictures are made."""
+    """One row of the sheet before its images are made."""
 
     title: str
     starts: NDArray[np.int32]
@@ -76,7 +76,7 @@ def show_dataset(
     Args:
         folder: packed data set.
         out: file to write.
-        augment: as an entry of `data.augment`; empty shows the pictures alone.
+        augment: as an entry of `data.augment`; empty shows the images alone.
         samples: columns of the sheet, evenly spread over the data set.
         image_size: side of the augmented squares, in pixels.
         interpolation: filter, as `data.interpolation`.
@@ -110,10 +110,10 @@ def show_dataset(
                 interpolation=interpolation,  # type: ignore[arg-type]
             )
             planned = list(_strips(augmentation, dataset.samples[ids], data, seed=seed))
-            pictures = _run(planned, encoded, augmentation, data)
+            images = _run(planned, encoded, augmentation, data)
             strips += [
                 (strip.title, list(shown), strip.notes)
-                for strip, shown in zip(planned, pictures, strict=True)
+                for strip, shown in zip(planned, images, strict=True)
             ]
     _draw(strips, out, title=f"{Path(folder).name}{f': {augment}' if augment else ''}")
     return out
@@ -122,7 +122,7 @@ def show_dataset(
 def _strips(
     augmentation: Augmentation, samples: NDArray[Any], data: DataConfig, *, seed: int
 ) -> Iterator[_Strip]:
-    """Each step of the augmentation alone on the pictures' centres, then all together."""
+    """Each step of the augmentation alone on the images' centres, then all together."""
     count = len(samples)
     heights, widths = (samples[name].astype(np.int64) for name in ("height", "width"))
     side = np.minimum(heights, widths)
@@ -131,7 +131,7 @@ def _strips(
         "shapes": np.stack([side, side], axis=1).astype(np.int32),
         "flips": np.zeros(count, dtype=np.int32),
     }
-    visits = np.arange(count, dtype=np.int64)
+    draws = np.arange(count, dtype=np.int64)
     stages = augmentation.stages
     yield _Strip(
         title="centre", rows=neutral_rows(count, stages=stages), notes=[""] * count, **centre
@@ -151,7 +151,7 @@ def _strips(
     for title, alone, note in _steps(augmentation):
         rows = draw_rows(
             alone,
-            visits,
+            draws,
             key=fold_key(seed, _STREAM, 1),
             image_size=data.image_size,
             stages=stages,
@@ -162,7 +162,7 @@ def _strips(
         starts, shapes = random_windows(
             heights,
             widths,
-            visits,
+            draws,
             key=key,
             scale=augmentation.crop_scale or data.crop_scale,
             ratio=data.crop_ratio,
@@ -171,7 +171,7 @@ def _strips(
         flip_key, row_key = (fold_key(key, number) for number in (1, 2))
         flips = [random_unit(np.uint64(flip_key), i) < chance for i in range(count)]
         rows = draw_rows(
-            augmentation, visits, key=row_key, image_size=data.image_size, stages=stages
+            augmentation, draws, key=row_key, image_size=data.image_size, stages=stages
         )
         yield _Strip(
             title="all together" if augmentation.views == 1 else f"view {number + 1}",
@@ -186,7 +186,7 @@ def _strips(
 def _steps(
     augmentation: Augmentation,
 ) -> Iterator[tuple[str, Augmentation, Callable[[NDArray[np.float32]], str]]]:
-    """Title, augmentation of that step alone and surely, and what to write under a picture."""
+    """Title, augmentation of that step alone and surely, and what to write under an image."""
     nothing = dataclasses.replace(augmentation, policy="none", grayscale=0.0, blur=0.0, erase=0.0)
     quiet = dataclasses.replace(nothing, jitter_probability=0.0)
     if nothing.twists_colours:
@@ -256,7 +256,7 @@ def _run(
     augmentation: Augmentation,
     data: DataConfig,
 ) -> NDArray[np.uint8]:
-    """All pictures of all strips through the training graph at once, [strips n s s 3]."""
+    """All images of all strips through the training graph at once, [strips n s s 3]."""
     parts = parts_for([augmentation], data.mean)
     size = len(strips) * len(encoded)
     joined = [
@@ -296,10 +296,10 @@ def _draw(strips: list[tuple[str, list[Any], list[str]]], out: Path, *, title: s
     figure = Figure(figsize=(1.5 * columns + 0.6, 1.72 * len(strips) + 0.4), layout="constrained")
     figure.suptitle(title, fontsize=10, color=_INK)
     axes = figure.subplots(len(strips), columns, squeeze=False)
-    for line, (name, pictures, notes) in zip(axes, strips, strict=True):
+    for line, (name, images, notes) in zip(axes, strips, strict=True):
         line[0].set_ylabel(name, fontsize=9, color=_INK)
-        for axis, picture, note in zip(line, pictures, notes, strict=True):
-            axis.imshow(picture)
+        for axis, image, note in zip(line, images, notes, strict=True):
+            axis.imshow(image)
             axis.set_xticks([])
             axis.set_yticks([])
             axis.spines[:].set_visible(False)

@@ -15,11 +15,11 @@ from unicl_fast.dataset.growing_files import create_csv
 from unicl_fast.dataset.reader import sample_key
 from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.images.check import MAX_PIXELS
-from unicl_fast.packing.build.build import DEFAULT_PICTURE_SECONDS
+from unicl_fast.packing.build.build import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.packing.verify.folder_check import Fault
 from unicl_fast.packing.verify.verify import VerifySummary, verify_dataset
-from unicl_fast.system.atomic_files import write_text_whole
+from unicl_fast.system.atomic_files import write_text_atomically
 
 _MOST_IN_JSON = 10_000
 """Faults that are kept in memory; --list has them all."""
@@ -31,7 +31,7 @@ class Verify:
 
     Compared are: all files with checksums.txt and the manifest; references and counts in the
     arrays; each sample's piece of its shard with samples.npy, byte by byte; captions, tokenised
-    again, with the stored tokens; labels; the index for DALI. Every picture is decoded strictly,
+    again, with the stored tokens; labels; the index for DALI. Every image is decoded strictly,
     in worker processes with limits, and its size compared; one that is kept as pixels (raw) is
     compared with its checksum. All faults are listed, not the first.
 
@@ -48,7 +48,7 @@ class Verify:
     folder: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="DIR")]
     """The data set; of one under a URL a copy is made, checked and removed."""
     decode: bool = True
-    """Decode all pictures; everything else takes a fraction of the time. Pictures of a raw data set
+    """Decode all images; everything else takes a fraction of the time. Images of a raw data set
     are decoded already."""
     show: int = 20
     """Faults to print; the others are counted."""
@@ -57,9 +57,9 @@ class Verify:
     json: Path | None = None
     """Write the outcome into this file, with the first 10,000 faults."""
     max_pixels: int = MAX_PIXELS
-    """As it was for the build: a picture with more pixels is a fault."""
-    picture_seconds: float = DEFAULT_PICTURE_SECONDS
-    """A picture that takes longer is a fault; 0 waits for ever."""
+    """As it was for the build: an image with more pixels is a fault."""
+    image_seconds: float = DEFAULT_IMAGE_SECONDS
+    """An image that takes longer is a fault; 0 waits for ever."""
     workers: int = 0
     """Processes that decode; 0 takes one for each core."""
     staging_bytes: int = DEFAULT_STAGING_BYTES
@@ -67,10 +67,10 @@ class Verify:
 
     def run(self) -> tuple[str, int]:
         """What there is to say at the end, and the exit code."""
-        if min(self.show, self.workers, self.picture_seconds) < 0 or self.max_pixels < 1:
+        if min(self.show, self.workers, self.image_seconds) < 0 or self.max_pixels < 1:
             raise ValueError(
-                "--show, --workers and --picture-seconds take numbers from 0 on, --max-pixels "
-                f"from 1; not {self.show}, {self.workers}, {self.picture_seconds:g}, "
+                "--show, --workers and --image-seconds take numbers from 0 on, --max-pixels "
+                f"from 1; not {self.show}, {self.workers}, {self.image_seconds:g}, "
                 f"{self.max_pixels}"
             )
         first: list[Fault] = []
@@ -92,12 +92,12 @@ class Verify:
                 decode=self.decode,
                 workers=self.workers,
                 max_pixels=self.max_pixels,
-                picture_seconds=self.picture_seconds,
+                image_seconds=self.image_seconds,
             )
         summary = dataclasses.replace(summary, folder=self.folder)
         if self.json is not None:
             text = json.dumps(_as_json(summary, first[:_MOST_IN_JSON]), indent=1)
-            write_text_whole(self.json, f"{text}\n")
+            write_text_atomically(self.json, f"{text}\n")
         return _in_words(summary, first[: self.show], self.list), int(summary.num_faults > 0)
 
 
@@ -122,7 +122,7 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
         lines.append(f"{rest}, listed in {listed}" if listed else f"{rest}; --list FILE has all")
     decoded = "kept as pixels" if summary.is_raw else f"{summary.num_decoded:,} decoded"
     looked_at = (
-        f"{summary.num_samples:,} pictures ({decoded}), "
+        f"{summary.num_samples:,} images ({decoded}), "
         f"{summary.num_captions:,} captions, {summary.num_labels:,} labels, "
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s"
     )
@@ -136,7 +136,7 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
     else:
         lines.append(f"{summary.folder}: sound; {looked_at}")
         if not summary.num_decoded and not summary.is_raw:
-            lines.append("pictures were compared with their checksums, and not decoded")
+            lines.append("images were compared with their checksums, and not decoded")
     return "\n".join(lines)
 
 
@@ -145,12 +145,12 @@ def _what_to_do(place: str) -> str:
     if is_url(place):
         return (
             f"if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {place} sends "
-            "again what differs; if not, damaged pictures can be left out: copy it into a folder "
+            "again what differs; if not, damaged images can be left out: copy it into a folder "
             "DIR with the store's own program, then unicl-pack merge DIR --out MENDED, and "
             "unicl-pack upload MENDED to another URL"
         )
     return (
-        "copy the named files again; damaged pictures can be left out by: "
+        "copy the named files again; damaged images can be left out by: "
         f"unicl-pack merge {place} --out DIR"
     )
 

@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from unicl_fast.checkpoints.files import checkpoint_name
-from unicl_fast.system.atomic_files import write_text_whole
+from unicl_fast.system.atomic_files import write_text_atomically
 
 _FILE = "best.json"
 
@@ -80,7 +80,7 @@ def write_best(checkpoints_folder: Path, best: Best | None) -> None:
     if best is None:
         (checkpoints_folder / _FILE).unlink(missing_ok=True)
     else:
-        write_text_whole(checkpoints_folder / _FILE, json.dumps(asdict(best)) + "\n")
+        write_text_atomically(checkpoints_folder / _FILE, json.dumps(asdict(best)) + "\n")
 
 
 def find_best(

@@ -1,4 +1,4 @@
-"""What is done to a picture and a text before a model sees them, in words that others read.
+"""What is done to an image and a text before a model sees them, in words that others read.
 
 A model is of no use without it: a wrong mean costs points of accuracy and raises no error. Every
 format that `unicl_fast.conversion` writes carries it. It knows nothing of classes or prompts.
@@ -17,7 +17,7 @@ _PILLOW_FILTERS = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers, which trans
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Preprocessing:
-    """How `unicl-eval` prepares pictures and texts for one model."""
+    """How `unicl-eval` prepares images and texts for one model."""
 
     resize: int
     """Pixels of the shorter side after scaling."""

@@ -37,8 +37,8 @@ class Samples:
     text_features: Tensor
 
 
-def pictures_for(model: UniCL) -> Tensor:
-    """Pictures of the size that a model takes: float32 [2 3 h w], normal."""
+def images_for(model: UniCL) -> Tensor:
+    """Images of the size that a model takes: float32 [2 3 h w], normal."""
     size = model.config.data.image_size
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
@@ -46,7 +46,7 @@ def pictures_for(model: UniCL) -> Tensor:
 @torch.no_grad()
 def samples_of(model: UniCL) -> Samples:
     """Samples of the size that a model takes; the model in fp32 and evaluation mode, with texts."""
-    images = pictures_for(model)
+    images = images_for(model)
     tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
     return Samples(images, tokens, model.encode_image(images), model.encode_text(tokens))
 

@@ -42,7 +42,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     """Our model with the weights of a released one, in evaluation mode, fp32.
 
-    Its config is the preset's with the pictures prepared as the released models want them.
+    Its config is the preset's with the images prepared as the released models want them.
 
     Args:
         entries: name -> tensor, as in the file.
@@ -176,7 +176,7 @@ def _faults(entries: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> list
             if not _TABLES.search(name)
             and not (entries[name].is_floating_point() and bool(entries[name].isfinite().all()))
         ],
-        "tables of other windows than 7 x 7 patches in pictures of 224 pixels": [
+        "tables of other windows than 7 x 7 patches in images of 224 pixels": [
             name
             for name in alike
             if _TABLES.search(name)

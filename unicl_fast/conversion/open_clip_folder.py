@@ -59,7 +59,7 @@ def require_convertible(model: UniCL) -> None:
     """Refuses what open_clip's wrapper of timm's models cannot express.
 
     Raises:
-        ValueError: it builds encoders at timm's own picture size only, and takes num_features for
+        ValueError: it builds encoders at timm's own image size only, and takes num_features for
             the width of what they return.
     """
     name, size = model.config.model.image_encoder, model.config.data.image_size
@@ -68,7 +68,7 @@ def require_convertible(model: UniCL) -> None:
         own_size = pretrained_cfg.input_size[-1]
         if own_size != size:
             raise ValueError(
-                f"open_clip builds {name} for pictures of {own_size} pixels alone, this model was "
+                f"open_clip builds {name} for images of {own_size} pixels alone, this model was "
                 f"trained at {size}: convert it to timm, hf, onnx or export instead"
             )
     width = feature_width(model.image_encoder)

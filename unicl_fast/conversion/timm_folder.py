@@ -2,7 +2,7 @@
 
 `timm.create_model(NAME, num_classes=0, checkpoint_path="FOLDER/model.safetensors")` gives the
 features before the projection, and from timm 1.0.16 on
-`timm.create_model("local-dir:FOLDER", pretrained=True)` knows name, picture size and preprocessing
+`timm.create_model("local-dir:FOLDER", pretrained=True)` knows name, image size and preprocessing
 by itself.
 """
 
@@ -15,7 +15,7 @@ import timm
 import torch
 
 from unicl_fast.checkpoints.preprocessing import Preprocessing
-from unicl_fast.conversion.comparison import pictures_for, require_equal
+from unicl_fast.conversion.comparison import images_for, require_equal
 from unicl_fast.conversion.new_files import new_folder, write_json, write_tensors
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
@@ -80,5 +80,5 @@ def _compare(model: UniCL, folder: Path) -> float:
         checkpoint_path=str(folder / WEIGHTS_FILE),
         **arguments_of(model),
     ).eval()
-    images = pictures_for(model)
+    images = images_for(model)
     return require_equal(model.image_encoder(images), theirs(images), what="image features")

@@ -25,7 +25,7 @@ _OTHER_SIZE = 7
 
 
 class Tower(nn.Module):
-    """Normalised pictures [b 3 h w], or token rows [b l], to unit-norm features [b d]."""
+    """Normalised images [b 3 h w], or token rows [b l], to unit-norm features [b d]."""
 
     def __init__(self, encoder: nn.Module, projection: nn.Parameter) -> None:
         super().__init__()

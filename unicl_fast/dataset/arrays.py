@@ -218,9 +218,9 @@ class _SampleCheck:
         captions, labels = rows["captions_count"], rows["labels_count"]
         return [
             (_leaves(rows["offset"], rows["size"], ends), "lies beyond the end of its shard"),
-            (rows["size"] == 0, "is a picture of no bytes"),
-            ((rows["height"] == 0) | (rows["width"] == 0), "is a picture of no pixels"),
-            (wrong_size, "is a picture of another size than the manifest says"),
+            (rows["size"] == 0, "is an image of no bytes"),
+            ((rows["height"] == 0) | (rows["width"] == 0), "is an image of no pixels"),
+            (wrong_size, "is an image of another size than the manifest says"),
             (
                 _leaves(rows["captions_start"], captions, self._manifest.num_captions),
                 "names captions that do not exist",

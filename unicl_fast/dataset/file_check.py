@@ -22,14 +22,14 @@ def check_files(
     pixel_file: PixelFile | None,
     max_bad_fraction: float | None,
 ) -> None:
-    """Compares the shards, and the decoded pictures of a raw data set, with the manifest.
+    """Compares the shards, and the decoded images of a raw data set, with the manifest.
 
     Args:
         files: of the data set.
         manifest: of the data set.
-        pixel_file: its decoded pictures; None if the pictures are in the shards.
+        pixel_file: its decoded images; None if the images are in the shards.
         max_bad_fraction: files that are missing or of another size are tolerated, with a warning,
-            if they hold at most this part of the pictures; None tolerates all, without a word.
+            if they hold at most this part of the images; None tolerates all, without a word.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -65,7 +65,7 @@ def check_files(
         raise faults[0]
     num_files = len(manifest.shards) + (pixel_file is not None)
     damage = (
-        f"{faults[0]} ({len(faults)} such of {num_files} files, with the pictures of {num_bad} of "
+        f"{faults[0]} ({len(faults)} such of {num_files} files, with the images of {num_bad} of "
         f"{total} samples"
     )
     if num_bad > max_bad_fraction * total:

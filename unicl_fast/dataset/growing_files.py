@@ -178,16 +178,16 @@ class ListFile(GrowingFile):
 
 
 class GrowingPixels:
-    """The array of a raw data set's decoded pictures; the first one says how large all are."""
+    """The array of a raw data set's decoded images; the first one says how large all are."""
 
     def __init__(
         self, folder: Path, *, kept: Kept | None = None, size: tuple[int, int] | None = None
     ) -> None:
-        """Opens nothing before the first picture, unless there are some already.
+        """Opens nothing before the first image, unless there are some already.
 
         Args:
             folder: of the data set.
-            kept: the pictures that are there.
+            kept: the images that are there.
             size: their height and width.
         """
         self._folder = folder
@@ -206,7 +206,7 @@ class GrowingPixels:
         return self._array
 
     def append(self, pixels: bytes, *, height: int, width: int) -> None:
-        """Appends one picture [h w 3].
+        """Appends one image [h w 3].
 
         Raises:
             ValueError: it is of another size than the first one, or its bytes are not.
@@ -217,7 +217,7 @@ class GrowingPixels:
         assert self.size is not None
         if (height, width) != self.size or len(pixels) != CHANNELS * math.prod(self.size):
             raise ValueError(
-                f"a raw data set has pictures of one size, {self.size[1]} x {self.size[0]} pixels "
+                f"a raw data set has images of one size, {self.size[1]} x {self.size[0]} pixels "
                 f"of three bytes here, not {width} x {height} in {len(pixels)} bytes"
             )
         self._array.append(pixels)
@@ -267,7 +267,7 @@ _TEMPLATE_SUM = sum(_TAR_TEMPLATE) - sum(_TAR_TEMPLATE[124:136] + _TAR_TEMPLATE[
 def tar_header(name: str, size: int) -> bytes:
     """A ustar header with name and size only: no time, no owner, the same on every machine.
 
-    A tenth of tarfile's time, which matters when pictures are smaller than a kilobyte.
+    A tenth of tarfile's time, which matters when images are smaller than a kilobyte.
     """
     name_bytes, size_bytes = name.encode("ascii"), b"%011o\0" % size
     header = bytearray(_TAR_TEMPLATE)

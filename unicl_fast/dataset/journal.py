@@ -38,8 +38,8 @@ class FinishedShard:
     """Rows of the quarantine list."""
     files: Mapping[str, Kept]
     """How much of each array, of the list, and of the pixels of a raw data set."""
-    picture_size: tuple[int, int] | None
-    """Height and width of the pictures of a raw data set."""
+    image_size: tuple[int, int] | None
+    """Height and width of the images of a raw data set."""
     has_webp: bool = False
     """Whether there is a WebP in it or before, which makes it another version of the format."""
     notes: Mapping[str, Any] = field(default_factory=dict)
@@ -56,10 +56,10 @@ class FinishedShard:
         if not line.endswith(b"\n") or checksum != xxhash.xxh3_64_hexdigest(text).encode("ascii"):
             return None
         values: dict[str, Any] = json.loads(text)
-        size = values["picture_size"]
+        size = values["image_size"]
         values["shard"] = ShardInfo(**values["shard"])
         values["files"] = {name: Kept(**kept) for name, kept in values["files"].items()}
-        values["picture_size"] = None if size is None else (size[0], size[1])
+        values["image_size"] = None if size is None else (size[0], size[1])
         return cls(**values)
 
 

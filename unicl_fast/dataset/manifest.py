@@ -18,7 +18,7 @@ from typing import Any
 FORMAT_VERSION = 1
 """Of data sets whose shards hold JPEGs and PNGs; of earlier programs also WebPs."""
 RAW_FORMAT_VERSION = 2
-"""Of data sets whose pictures are decoded and lie in one array."""
+"""Of data sets whose images are decoded and lie in one array."""
 WEBP_FORMAT_VERSION = 3
 """Of data sets whose shards hold a WebP, which readers of version 1 do not expect."""
 _KNOWN_VERSIONS = (FORMAT_VERSION, RAW_FORMAT_VERSION, WEBP_FORMAT_VERSION)
@@ -38,10 +38,10 @@ class ShardInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PixelsInfo:
-    """The array of decoded pictures of a raw data set."""
+    """The array of decoded images of a raw data set."""
 
     height: int
-    """Of every picture, and so is the width."""
+    """Of every image, and so is the width."""
     width: int
     num_bytes: int
     """Of the whole file, header included."""
@@ -72,11 +72,11 @@ class Manifest:
     seed: int
     tool_version: str
     pixels: PixelsInfo | None = None
-    """Where the pictures are; None (and no field in the file) if they are in the shards."""
+    """Where the images are; None (and no field in the file) if they are in the shards."""
 
     @property
     def num_bytes(self) -> int:
-        """Of the shards, and of decoded pictures."""
+        """Of the shards, and of decoded images."""
         pixels = 0 if self.pixels is None else self.pixels.num_bytes
         return pixels + sum(shard.num_bytes for shard in self.shards)
 

@@ -1,6 +1,6 @@
-"""The decoded pictures of a raw data set: one array of rows of equal size, read by the batch.
+"""The decoded images of a raw data set: one array of rows of equal size, read by the batch.
 
-Apart from `shards`, which knows what belongs to a sample: here is where a picture lies, and how
+Apart from `shards`, which knows what belongs to a sample: here is where an image lies, and how
 many of them get into memory at once. They are read with `pread`, never mapped, like shards: a file
 that shrinks or vanishes under a running job is then a row that is missing instead of a bus error.
 """
@@ -41,11 +41,11 @@ class PixelFile:
         self._num_bytes = HEADER_BYTES + num_samples * self.row_bytes
         if not self.row_bytes or self._num_bytes != info.num_bytes:
             raise ValueError(
-                f"the manifest of {place} contradicts itself: {num_samples} pictures of "
+                f"the manifest of {place} contradicts itself: {num_samples} images of "
                 f"{info.width} x {info.height} pixels, but {info.num_bytes} bytes of {PIXELS_NAME}"
             )
         self.pnm_header = f"P6\n{info.width} {info.height}\n255\n".encode("ascii")
-        """Before the bytes of a picture it makes a file that decoders read."""
+        """Before the bytes of an image it makes a file that decoders read."""
 
     @overload
     def offset_of(self, index: int) -> int: ...
@@ -54,11 +54,11 @@ class PixelFile:
     def offset_of(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
 
     def offset_of(self, index: Any) -> Any:
-        """The first byte of picture `index`, or of several, in the file."""
+        """The first byte of image `index`, or of several, in the file."""
         return HEADER_BYTES + index * self.row_bytes
 
     def find_fault(self, files: DatasetFiles) -> tuple[Fault, int] | None:
-        """What is wrong with the file, and how many pictures it costs; None if it is whole.
+        """What is wrong with the file, and how many images it costs; None if it is whole.
 
         Compares sizes and the header; pixels are compared when they are read.
         """
@@ -93,11 +93,11 @@ class PixelFile:
         out: UInt8Array,
         places: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.bool_]:
-        """Reads many pictures in one go, without Python's lock: out[places[i]] is indices[i].
+        """Reads many images in one go, without Python's lock: out[places[i]] is indices[i].
 
         Args:
             file: descriptor of the file.
-            indices: which pictures, int64 [k], each in 0 to N - 1.
+            indices: which images, int64 [k], each in 0 to N - 1.
             out: uint8 [b h w 3], contiguous; written.
             places: int64 [k], each in 0 to b - 1.
 
@@ -112,9 +112,9 @@ class PixelFile:
         return whole
 
 
-def row_checksums(pictures: UInt8Array, places: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
+def row_checksums(images: UInt8Array, places: npt.NDArray[np.int64]) -> npt.NDArray[np.uint64]:
     """XXH3-64 of some rows of an array of two or more axes; 0.2 us each of 3 kB."""
     digest = xxhash.xxh3_64_intdigest
-    rows = list(pictures.reshape(len(pictures), -1))
+    rows = list(images.reshape(len(images), -1))
     checksums = [digest(rows[place]) for place in places.tolist()]
     return np.array(checksums, dtype=np.uint64)

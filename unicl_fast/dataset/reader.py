@@ -1,11 +1,11 @@
 """The packed data set, format versions 1 to 3: its arrays, its manifest and a plain reader.
 
 A data set is a folder, or what lies under a URL: tar shards that WebDataset and DALI also read,
-four small arrays that say where each picture lies and which texts and labels it has, and a
-manifest. In a raw data set (version 2) the pictures are decoded and lie in an array of their own
+four small arrays that say where each image lies and which texts and labels it has, and a
+manifest. In a raw data set (version 2) the images are decoded and lie in an array of their own
 (`pixel_file`).
 `docs/data-format.md` holds the full text. This module only reads; `shard_writer` writes. Decoding
-pictures and choosing which sample comes when belong to others.
+images and choosing which sample comes when belong to others.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ QUARANTINE_NAME = "quarantine.csv"
 QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
 KEY_DIGITS = 10
 
-Part = Literal["picture", "members"]
-"""Of a sample: its picture, or its members in a shard, which in a raw data set lie elsewhere."""
+Part = Literal["image", "members"]
+"""Of a sample: its image, or its members in a shard, which in a raw data set lie elsewhere."""
 
 SAMPLE_DTYPE = np.dtype(
     [
@@ -54,9 +54,9 @@ SAMPLE_DTYPE = np.dtype(
         ("labels_count", "<u2"),
     ]
 )
-"""A row of samples.npy: where the picture's bytes lie in a shard, its size as displayed, XXH3-64 of
+"""A row of samples.npy: where the image's bytes lie in a shard, its size as displayed, XXH3-64 of
 the bytes, and its ranges of captions.npy and labels.npy. In a raw data set shard, offset and size
-are those of the JSON; the picture's bytes are the row of pixels.npy with the sample's number."""
+are those of the JSON; the image's bytes are the row of pixels.npy with the sample's number."""
 CAPTION_DTYPE = np.dtype([("tokens_start", "<u8"), ("tokens_length", "u1")])
 """A row of captions.npy: its range of tokens.npy, start and end tokens included."""
 TOKEN_DTYPE = np.dtype("<u2")
@@ -88,7 +88,7 @@ def sample_key(index: int) -> str:
 class PackedDataset:
     """One packed data set, opened for reading by sample number.
 
-    Pictures are read with `preadv`, never mapped: a shard that shrinks or vanishes under a running
+    Images are read with `preadv`, never mapped: a shard that shrinks or vanishes under a running
     job is then an error with a name instead of a bus error. Reads from several threads at once are
     safe. Arrays are memory-mapped and read-only, since they may be larger than memory should pay
     for; see `check_arrays` for what that costs.
@@ -109,9 +109,9 @@ class PackedDataset:
             folder: what `unicl-pack build` made; a path, or a URL such as s3://bucket/folder.
             fraction: part of its samples that is there to be used, in (0, 1]: the first ones, at
                 least one. Packing has shuffled them, so it is a random part, always the same.
-            max_bad_fraction: shards (and the file of decoded pictures) that are missing or of
+            max_bad_fraction: shards (and the file of decoded images) that are missing or of
                 another size are tolerated, with a warning, if they hold at most this part of the
-                pictures. For training, which feeds others instead; an evaluation would count wrong.
+                images. For training, which feeds others instead; an evaluation would count wrong.
                 None tolerates all of them without a warning: for who names the damage by itself.
             verify: compare the arrays with their checksums, and what refers to something with what
                 is there: about a second for ten million samples. Without it a damaged array gives
@@ -175,12 +175,12 @@ class PackedDataset:
         self.close()
 
     @property
-    def picture_shape(self) -> tuple[int, int, int] | None:
-        """Height, width and channels of every picture of a raw data set; None of others."""
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Height, width and channels of every image of a raw data set; None of others."""
         return None if self._pixel_file is None else self._pixel_file.shape
 
     def image_bytes(self, index: int, *, verify: bool = False) -> npt.NDArray[np.uint8]:
-        """The picture of sample `index` as a file: JPEG, WebP, PNG, or of a raw set PNM (P6).
+        """The image of sample `index` as a file: JPEG, WebP, PNG, or of a raw set PNM (P6).
 
         Args:
             index: 0 to len - 1.
@@ -243,10 +243,10 @@ class PackedDataset:
                 "run, put back what it began with"
             )
 
-    def pixels_of(self, picture: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    def pixels_of(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
         """What `image_bytes` gave of a raw data set as it is stored: uint8 [h w 3], no header."""
         assert self._pixel_file is not None
-        return picture[len(self._pixel_file.pnm_header) :].reshape(self._pixel_file.shape)
+        return image[len(self._pixel_file.pnm_header) :].reshape(self._pixel_file.shape)
 
     def read_pixels(
         self,
@@ -254,11 +254,11 @@ class PackedDataset:
         out: npt.NDArray[np.uint8],
         places: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.bool_]:
-        """Many pictures of a raw data set, decoded, their checksums compared: 1 us each of 3 kB.
+        """Many images of a raw data set, decoded, their checksums compared: 1 us each of 3 kB.
 
         Args:
             indices: which samples, int64 [k], each in 0 to len - 1.
-            out: uint8 [b h w 3], contiguous; out[places[i]] becomes the picture of indices[i].
+            out: uint8 [b h w 3], contiguous; out[places[i]] becomes the image of indices[i].
             places: int64 [k].
 
         Returns:
@@ -303,20 +303,20 @@ class PackedDataset:
         start = int(row["labels_start"])
         return self.labels[start : start + int(row["labels_count"])]
 
-    def describe(self, index: int, part: Part = "picture") -> str:
+    def describe(self, index: int, part: Part = "image") -> str:
         """Names one sample for a message: data set, file, key and offset."""
         place = f"{self.shard_of(index, part)}, offset {self.offset_of(index, part)}"
         return f"sample {sample_key(index)} of {self.place} ({place})"
 
-    def offset_of(self, index: int, part: Part = "picture") -> int:
+    def offset_of(self, index: int, part: Part = "image") -> int:
         """The first byte of a part of sample `index` in its file, for messages."""
-        if self._pixel_file is not None and part == "picture":
+        if self._pixel_file is not None and part == "image":
             return self._pixel_file.offset_of(index)
         return int(self.samples[index]["offset"])
 
-    def shard_of(self, index: int, part: Part = "picture") -> str:
+    def shard_of(self, index: int, part: Part = "image") -> str:
         """The name of the file that holds a part of sample `index`, for messages."""
-        if self._pixel_file is not None and part == "picture":
+        if self._pixel_file is not None and part == "image":
             return PIXELS_NAME
         shard = int(self.samples[index]["shard"])
         known = shard < len(self.manifest.shards)
@@ -348,7 +348,7 @@ class PackedDataset:
         return self._files.reader(self._large)
 
     def blocks_of(self, indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Which blocks hold the pictures of some samples of a data set under a URL.
+        """Which blocks hold the images of some samples of a data set under a URL.
 
         Returns:
             Each (file, block) once, in the order of need; nothing of a data set in a folder.
@@ -373,11 +373,11 @@ class PackedDataset:
 
     @property
     def needed_bytes(self) -> int:
-        """Bytes of pictures that this process has read of a data set under a URL; else 0."""
+        """Bytes of images that this process has read of a data set under a URL; else 0."""
         return self._reader.needs.num_bytes if isinstance(self._reader, BlockReader) else 0
 
     def close(self) -> None:
-        """Closes the shard files; reading pictures afterwards is an error."""
+        """Closes the shard files; reading images afterwards is an error."""
         self._reader.close()
 
     @property

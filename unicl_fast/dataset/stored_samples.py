@@ -1,6 +1,6 @@
-"""One sample of a packed data set with everything its shard holds of it: picture, texts, origin.
+"""One sample of a packed data set with everything its shard holds of it: image, texts, origin.
 
-Training needs the arrays and the picture only (`unicl_fast.dataset.reader`). Programs that check, describe
+Training needs the arrays and the image only (`unicl_fast.dataset.reader`). Programs that check, describe
 or copy a data set also read the JSON members, and want each byte of a shard accounted for: a sample
 is read in one piece, from its first header to the next sample's. Of a raw data set that piece is
 the JSON; the pixels are one array, which `PackedDataset` reads.
@@ -53,8 +53,8 @@ class StoredSample:
     description: Description
 
     @property
-    def picture(self) -> Member | None:
-        """The picture as a file; None of a raw data set, whose pictures are not in its shards."""
+    def image(self) -> Member | None:
+        """The image as a file; None of a raw data set, whose images are not in its shards."""
         return self.members[0] if len(self.members) > 1 else None
 
     def index_line(self, index: int) -> str:
@@ -72,7 +72,7 @@ class SampleReader:
     def __init__(self, dataset: PackedDataset) -> None:
         self._dataset = dataset
         self._shards = dataset.manifest.shards
-        self._is_raw = dataset.picture_shape is not None
+        self._is_raw = dataset.image_shape is not None
         self._reader = dataset.new_reader()
 
     def span(self, index: int) -> tuple[int, int, int]:
@@ -122,14 +122,14 @@ class SampleReader:
         return StoredSample(members=members, description=description)
 
     def read_description(self, index: int) -> Description:
-        """What KEY.json says of a sample, without reading its picture.
+        """What KEY.json says of a sample, without reading its image.
 
         Raises:
             DamagedSampleError: it cannot be read.
         """
         shard, start, end = self.span(index)
-        picture = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
-        skipped = 0 if self._is_raw else picture
+        image = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
+        skipped = 0 if self._is_raw else image
         block = np.empty(max(0, end - start - skipped), np.uint8)
         try:
             done = self._reader.read_into(shard, block, start + skipped)
@@ -147,22 +147,22 @@ class SampleReader:
         return DamagedSampleError(f"{self._dataset.describe(index, 'members')}: {message}")
 
 
-def picture_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
-    """Bytes of each picture, [N]: of its file, or of its pixels in a raw data set."""
+def image_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
+    """Bytes of each image, [N]: of its file, or of its pixels in a raw data set."""
     sizes: npt.NDArray[np.uint32] = dataset.samples["size"]
-    if dataset.picture_shape is None:
+    if dataset.image_shape is None:
         return sizes
-    return np.full(len(dataset), math.prod(dataset.picture_shape), np.uint32)
+    return np.full(len(dataset), math.prod(dataset.image_shape), np.uint32)
 
 
-def equal_pictures(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64]]:
-    """Samples with the same picture, by size and checksum.
+def equal_images(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64]]:
+    """Samples with the same image, by size and checksum.
 
     Returns:
         Groups of two or more numbers, rising; samples of all data sets are numbered through.
     """
     keys = [
-        np.concatenate([picture_sizes(dataset) for dataset in datasets]).astype(np.uint64),
+        np.concatenate([image_sizes(dataset) for dataset in datasets]).astype(np.uint64),
         np.concatenate([dataset.samples["xxh3"] for dataset in datasets]),
     ]
     order = np.lexsort(keys)
@@ -220,7 +220,7 @@ def _read_header(header: bytes) -> tuple[str | None, int]:
 
 
 def _check_kinds(members: tuple[Member, ...], *, is_raw: bool) -> None:
-    """A sample is a picture and a JSON, in this order; of a raw data set, a JSON.
+    """A sample is an image and a JSON, in this order; of a raw data set, a JSON.
 
     WebPs are taken under version 1 too, as data sets of earlier programs have them.
     """

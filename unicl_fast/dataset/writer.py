@@ -2,8 +2,8 @@
 
 Everything is written into a folder beside the final one and renamed when it is whole, so a build
 that fails or is killed leaves nothing that looks like a data set. The bytes written depend on the
-samples and their order only: tar headers carry no time, owner or machine. Pictures are taken as
-they come; checking them belongs to `images`. Of a raw data set the pictures, decoded, go into an
+samples and their order only: tar headers carry no time, owner or machine. Images are taken as
+they come; checking them belongs to `images`. Of a raw data set the images, decoded, go into an
 array of their own, and the shards hold their descriptions.
 
 A writer that is given a folder to work in keeps a journal there (`shard_journal`), and the next one
@@ -72,7 +72,7 @@ class PackedSample:
     """One sample ready to be written."""
 
     image: bytes
-    """The contents of a picture file, or of a raw data set the pixels [h w 3]."""
+    """The contents of an image file, or of a raw data set the pixels [h w 3]."""
     extension: str
     """jpg, webp or png; of a raw data set it has no meaning."""
     height: int
@@ -84,7 +84,7 @@ class PackedSample:
     """Token ids of each caption, start and end included."""
     labels: Sequence[int] = ()
     source: str = ""
-    """Where the picture came from, and `name` its name there: for people, not for training."""
+    """Where the image came from, and `name` its name there: for people, not for training."""
     name: str = ""
 
 
@@ -99,7 +99,7 @@ class DatasetWriter:
         out: str | os.PathLike[str],
         *,
         shard_bytes: int = DEFAULT_SHARD_BYTES,
-        pictures: Literal["encoded", "raw"] = "encoded",
+        images: Literal["encoded", "raw"] = "encoded",
         work: Path | None = None,
     ) -> None:
         """Makes the folder that is renamed at the end, or goes on with it.
@@ -107,7 +107,7 @@ class DatasetWriter:
         Args:
             out: the final folder; must not exist, or be empty.
             shard_bytes: largest size of a shard.
-            pictures: files as they come, in the shards, or (raw, format version 2) decoded pixels
+            images: files as they come, in the shards, or (raw, format version 2) decoded pixels
                 of one size in one array.
             work: a folder beside the final one that outlives a program that is killed: what an
                 earlier writer finished in it is taken over. The caller sees to it that samples and
@@ -130,7 +130,7 @@ class DatasetWriter:
         self._shard_bytes = shard_bytes
         self._shards: list[ShardInfo] = []
         self._shard: ShardFile | None = None
-        self._is_raw = pictures == "raw"
+        self._is_raw = images == "raw"
         self._has_webp = False
         self._journal: ShardJournal | None = None
         finished = [] if work is None else _whole_shards(self.aside, work)
@@ -168,7 +168,7 @@ class DatasetWriter:
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of the shards, and of decoded pictures, so far."""
+        """Bytes of the shards, and of decoded images, so far."""
         unfinished = 0 if self._shard is None else self._shard.num_bytes
         pixels = 0 if self._pixels is None else self._pixels.num_bytes
         return sum(shard.num_bytes for shard in self._shards) + unfinished + pixels
@@ -313,7 +313,7 @@ class DatasetWriter:
         self._quarantine = ListFile(
             self.aside / QUARANTINE_NAME, QUARANTINE_COLUMNS, kept=kept.get(QUARANTINE_NAME)
         )
-        size = None if last is None else last.picture_size
+        size = None if last is None else last.image_size
         self._pixels = (
             GrowingPixels(self.aside, kept=kept.get(PIXELS_NAME), size=size)
             if self._is_raw
@@ -372,7 +372,7 @@ class DatasetWriter:
                 num_samples=self.num_samples,
                 num_quarantined=self.num_quarantined,
                 files={name: file.kept() for name, file in self._files().items()},
-                picture_size=None if self._pixels is None else self._pixels.size,
+                image_size=None if self._pixels is None else self._pixels.size,
                 has_webp=self._has_webp,
                 notes=self.notes,
             )

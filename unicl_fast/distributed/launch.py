@@ -195,7 +195,7 @@ class _Launcher:
         while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them
             now = time.monotonic()
             if self._deadline == math.inf:  # what comes later is our own doing
-                telling = self._telling_rank()
+                telling = self._root_cause_rank()
                 code = 0 if telling is None else self._code_of(telling)
                 if code and follow_until == math.inf:
                     # asked to stop, all end at the same step; and one may be seen before its cause
@@ -212,14 +212,14 @@ class _Launcher:
         if killed_by in self._forwarded:  # it would have said so
             _say(f"stopped by {signal.Signals(killed_by).name}; {AT_NO_RISK}")
         if telling is None or self._deadline == math.inf:
-            telling = self._telling_rank()
+            telling = self._root_cause_rank()
         return _Ended(
             rank=telling or 0,
             returncode=0 if telling is None else self._code_of(telling),
             wrong_input=any(rank.returncode == EXIT_WRONG_INPUT for rank in self._ranks),
         )
 
-    def _telling_rank(self) -> int | None:
+    def _root_cause_rank(self) -> int | None:
         """Of the ranks that have ended badly by now, the one that explains how the others did."""
         failed = [number for number, rank in enumerate(self._ranks) if rank.returncode]
 

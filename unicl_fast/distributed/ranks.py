@@ -1,8 +1,8 @@
 """Ranks: who we are, and the few collectives the step needs, with their gradients.
 
 The convention for gradients: every rank holds the same global loss and differentiates it with
-respect to ITS pictures and texts; parameter gradients are then summed over ranks. So a text's
-gradient is the sum of what every rank's pictures say about it (reduce-scatter), while a sum over
+respect to ITS images and texts; parameter gradients are then summed over ranks. So a text's
+gradient is the sum of what every rank's images say about it (reduce-scatter), while a sum over
 ranks passes its gradient on unchanged.
 """
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationLoader
 from unicl_fast.distributed.ranks import Ranks, gather_integers
-from unicl_fast.system.progress import EvaluationStopped, may_go_on
+from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
 from unicl_fast.system.stages import WaitingForRanks
 
 Metric = Literal["top1", "mean_per_class"]
@@ -223,7 +223,7 @@ def classify(
 
     Args:
         loader: over all ranks, each sample once.
-        scores_of: scores [b k] of pictures, uint8 [b h w c].
+        scores_of: scores [b k] of images, uint8 [b h w c].
         labels_of: labels of a sample of the data set; see `ClassificationCounts.add`.
         class_names: k names.
         what: is evaluated, for messages.
@@ -239,7 +239,7 @@ def classify(
     counts = ClassificationCounts(class_names, confusion=confusion)
     stopped = False
     for batch in tqdm(loader, desc="classify", total=num_batches, disable=num_batches is None):
-        if not may_go_on():
+        if not heartbeat_and_check_stop():
             stopped = True
             break
         counts.add(

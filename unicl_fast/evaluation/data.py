@@ -1,7 +1,7 @@
 """What `--data` of an evaluation may name, opened as one packed data set.
 
 A packed data set is taken as it is. Class folders, zips of them and data sets that torchvision has
-on the disk are packed into a temporary folder first: so a picture reaches the model in one way
+on the disk are packed into a temporary folder first: so an image reaches the model in one way
 only, and what cannot be decoded is counted and named.
 """
 
@@ -265,7 +265,7 @@ def _parse_torchvision(spec: str) -> _Torchvision:
 def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
     """Packs a torchvision data set into FOLDER/packed.
 
-    Where torchvision lets a loader be given, the files are packed as they are; else its pictures
+    Where torchvision lets a loader be given, the files are packed as they are; else its images
     are stored as PNG, which changes no pixel.
     """
     asked = _parse_torchvision(spec)
@@ -289,21 +289,21 @@ def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
             f"lie in {asked.folder} as torchvision's download leaves them"
         ) from error
     names = _torchvision_names(dataset, spec, class_names)
-    pictures = folder / "pictures"
-    pictures.mkdir()
+    images = folder / "images"
+    images.mkdir()
     with (folder / "list.jsonl").open("w", encoding="utf-8") as file:
         for number in range(len(dataset)):
-            picture, label = dataset[number]
+            image, label = dataset[number]
             if not isinstance(label, int) and not hasattr(label, "__index__"):
                 raise ValueError(
-                    f"{spec}: a class number is expected of each picture, {label!r} came"
+                    f"{spec}: a class number is expected of each image, {label!r} came"
                 )
             if takes_loader:
-                path = os.path.abspath(picture)
+                path = os.path.abspath(image)
             else:
-                path = str(pictures / f"{number:08d}.png")
-                picture.convert("RGB").save(path, compress_level=1)
-            root = asked.folder if takes_loader else pictures
+                path = str(images / f"{number:08d}.png")
+                image.convert("RGB").save(path, compress_level=1)
+            root = asked.folder if takes_loader else images
             row = {"image": os.path.relpath(path, root), "label": int(label)}
             file.write(json.dumps(row) + "\n")
     (folder / "names.txt").write_text("".join(f"{one}\n" for one in names), encoding="utf-8")
@@ -311,7 +311,7 @@ def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
         [folder / "list.jsonl"],
         folder / "packed",
         class_names=str(folder / "names.txt"),
-        image_root=str(asked.folder if takes_loader else pictures),
+        image_root=str(asked.folder if takes_loader else images),
         progress=sys.stderr.isatty(),
     )
 

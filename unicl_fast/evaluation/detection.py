@@ -2,8 +2,8 @@
 
 Faster R-CNN (boxes) or Mask R-CNN (boxes and masks) over a feature pyramid (Lin et al., arXiv
 1612.03144) of the encoder's maps, which timm's `forward_intermediates` gives of ResNet, Swin,
-ConvNeXt, FocalNet and others. BatchNorm is frozen, as detectors with a few pictures a rank have it.
-Annotated pictures are `detection_data`'s business.
+ConvNeXt, FocalNet and others. BatchNorm is frozen, as detectors with a few images a rank have it.
+Annotated images are `detection_data`'s business.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import may_go_on
+from unicl_fast.system.progress import heartbeat_and_check_stop
 
 OptimizerName = Literal["adamw", "sgd"]
 Target = Mapping[str, Tensor]
@@ -46,7 +46,7 @@ class PyramidBackbone(nn.Module):
     """An encoder's maps, coarser and coarser, as the levels of a feature pyramid."""
 
     def __init__(self, model: UniCL) -> None:
-        """Copies the encoder's weights into one that takes pictures of any size.
+        """Copies the encoder's weights into one that takes images of any size.
 
         Raises:
             ValueError: an encoder that gives no maps of several strides.
@@ -84,9 +84,9 @@ class PyramidBackbone(nn.Module):
 
 
 def _flexible_encoder(model: UniCL) -> nn.Module:
-    """Timm's network with the model's weights, for pictures of any size and with plain drop path.
+    """Timm's network with the model's weights, for images of any size and with plain drop path.
 
-    Swin's windows are always shifted: one built for small pictures would leave it out where a map
+    Swin's windows are always shifted: one built for small images would leave it out where a map
     is no larger than a window.
     """
     name, source = model.config.model.image_encoder, model.image_encoder
@@ -111,7 +111,7 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
         encoder = timm.create_model(name, **arguments)
     except TypeError as error:
         raise ValueError(
-            f"detect needs an encoder for pictures of any size, and {name} is built for one: "
+            f"detect needs an encoder for images of any size, and {name} is built for one: "
             f"{error}; {_FITTING}"
         ) from error
     encoder.load_state_dict(source.state_dict())
@@ -149,9 +149,9 @@ def build_detector(
         model: whose encoder and normalisation are taken.
         num_classes: of objects, background not counted.
         masks: Mask R-CNN instead of Faster R-CNN.
-        min_size: the shorter side of a picture is scaled to this, in pixels.
+        min_size: the shorter side of an image is scaled to this, in pixels.
         max_size: unless the longer one would be longer than this.
-        boxes_per_image: proposals of a picture that the heads are trained on.
+        boxes_per_image: proposals of an image that the heads are trained on.
 
     Raises:
         ValueError: an encoder that cannot be a backbone.
@@ -215,7 +215,7 @@ def train_detector(
 
     Args:
         detector: from `build_detector`, on its device.
-        batches: this rank's pictures [3 h w] in 0 to 1 and their targets, for each step.
+        batches: this rank's images [3 h w] in 0 to 1 and their targets, for each step.
         settings: the schedule.
         ranks: whose gradients are averaged.
         progress: show a progress bar.
@@ -257,27 +257,27 @@ def train_detector(
         nn.utils.clip_grad_norm_(parameters, 35.0)  # as detectron2 and mmdetection have it
         optimizer.step()
         steps.set_postfix_str(f"loss {value:.3f}")
-        may_go_on()  # shows progress
+        heartbeat_and_check_stop()  # shows progress
 
 
 @torch.no_grad()
 def detect(
-    detector: FasterRCNN, pictures: Iterable[tuple[int, Tensor]]
+    detector: FasterRCNN, images: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """What a detector finds.
 
     Args:
         detector: any mode; left in evaluation mode.
-        pictures: id and picture [3 h w] in 0 to 1.
+        images: id and image [3 h w] in 0 to 1.
 
     Yields:
-        Id, and boxes [m 4] (left, top, right, bottom in pixels of the picture), labels [m] from 1,
+        Id, and boxes [m 4] (left, top, right, bottom in pixels of the image), labels [m] from 1,
         scores [m] falling, and masks [m 1 h w] of probabilities where it is a Mask R-CNN; on the
         host.
     """
     device = next(detector.parameters()).device
     detector.eval()
-    for number, picture in pictures:
-        may_go_on()  # shows progress
-        (found,) = detector([picture.to(device)])
+    for number, image in images:
+        heartbeat_and_check_stop()  # shows progress
+        (found,) = detector([image.to(device)])
         yield number, {key: value.cpu() for key, value in found.items()}

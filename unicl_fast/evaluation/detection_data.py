@@ -1,7 +1,7 @@
-"""Annotated pictures in COCO's format, and COCO's metrics.
+"""Annotated images in COCO's format, and COCO's metrics.
 
-Pictures are decoded by Pillow: they come in many sizes with boxes that move with every flip, and a
-detector on this scale waits for its arithmetic, not for pictures. The metrics are pycocotools'.
+Images are decoded by Pillow: they come in many sizes with boxes that move with every flip, and a
+detector on this scale waits for its arithmetic, not for images. The metrics are pycocotools'.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ def require_pycocotools() -> None:
         ) from error
 
 
-class CocoPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Pictures with boxes, and polygons or RLE, as an instances_*.json lists them.
+class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+    """Images with boxes, and polygons or RLE, as an instances_*.json lists them.
 
     Class numbers are 1 to k in order of the categories' ids; 0 is the background's. Crowds are
     trained on by nobody, and counted as COCO's metrics do.
@@ -54,7 +54,7 @@ class CocoPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             masks: give masks too.
 
         Raises:
-            FileNotFoundError: the file, or the first picture, is not there.
+            FileNotFoundError: the file, or the first image, is not there.
             ValueError: the file is no list of boxes.
         """
         if not annotations.is_file():
@@ -93,14 +93,14 @@ class CocoPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     @property
     def with_boxes(self) -> list[int]:
-        """Places of pictures that show something; only these can be trained on."""
+        """Places of images that show something; only these can be trained on."""
         return [place for place, one in enumerate(self.images) if self._boxes[one["id"]]]
 
     def __getitem__(self, place: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """A picture [3 h w] in 0 to 1 and its target.
+        """An image [3 h w] in 0 to 1 and its target.
 
         Raises:
-            ValueError: the picture cannot be read.
+            ValueError: the image cannot be read.
         """
         listed = self.images[place]
         path = self._folder / listed["file_name"]
@@ -142,29 +142,29 @@ class CocoPictures(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
 
 class _Flipped(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Pictures by (place, whether to flip)."""
+    """Images by (place, whether to flip)."""
 
-    def __init__(self, pictures: CocoPictures) -> None:
-        self._pictures = pictures
+    def __init__(self, images: CocoImages) -> None:
+        self._images = images
 
     def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
-        picture, target = self._pictures[key[0]]
-        return flip(picture, target) if key[1] else (picture, target)
+        image, target = self._images[key[0]]
+        return flip(image, target) if key[1] else (image, target)
 
 
-def flip(picture: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Left becomes right, in picture, boxes and masks."""
-    width = picture.shape[2]
+def flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Left becomes right, in image, boxes and masks."""
+    width = image.shape[2]
     boxes = target["boxes"][:, [2, 1, 0, 3]].clone()
     boxes[:, [0, 2]] = width - boxes[:, [0, 2]]
     flipped = target | {"boxes": boxes}
     if "masks" in target:
         flipped["masks"] = target["masks"].flip(-1)
-    return picture.flip(-1), flipped
+    return image.flip(-1), flipped
 
 
 def training_batches(
-    pictures: CocoPictures,
+    images: CocoImages,
     *,
     batch_size: int,
     seed: int,
@@ -172,17 +172,17 @@ def training_batches(
     world_size: int = 1,
     workers: int = 2,
 ) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-    """Batches without end, half of the pictures flipped; which, the seed and the place decide.
+    """Batches without end, half of the images flipped; which, the seed and the place decide.
 
     Args:
-        pictures: those with boxes are taken, each once a pass.
+        images: those with boxes are taken, each once a pass.
         batch_size: of all ranks, which share it evenly.
         seed: of order and flips.
         rank: whose share.
         world_size: ranks.
         workers: processes that decode.
     """
-    places = pictures.with_boxes
+    places = images.with_boxes
 
     def keys() -> Iterator[list[tuple[int, bool]]]:
         epoch = 0
@@ -202,7 +202,7 @@ def training_batches(
             return keys()
 
     loader = DataLoader(
-        _Flipped(pictures),
+        _Flipped(images),
         batch_sampler=Sampler(),
         num_workers=workers,
         collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True))),
@@ -214,10 +214,10 @@ def training_batches(
 def as_coco(
     number: int, found: dict[str, Tensor], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections of one picture as COCO's result files have them.
+    """Detections of one image as COCO's result files have them.
 
     Args:
-        number: the picture's id.
+        number: the image's id.
         found: from `detection.detect`.
         category_ids: of the classes 1 to k.
     """
@@ -248,7 +248,7 @@ def coco_metrics(
 
     Args:
         content: of the annotation file.
-        detections: rows from `as_coco`, of all its pictures.
+        detections: rows from `as_coco`, of all its images.
         masks: also those of masks.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Pictures and token rows to features, as every evaluation needs them."""
+"""Images and token rows to features, as every evaluation needs them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from tqdm import tqdm
 
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import may_go_on
+from unicl_fast.system.progress import heartbeat_and_check_stop
 
 Layer = Literal["encoder", "projection"]
-"""Which features of a picture: what the image encoder gives, or its unit-norm projection into the
+"""Which features of an image: what the image encoder gives, or its unit-norm projection into the
 space that texts are compared in. A model trained by cross-entropy has no such space."""
 
 
@@ -38,7 +38,7 @@ def require_text_encoder(model: UniCL, what: str) -> None:
     """
     if model.text_encoder is None:
         raise ValueError(
-            f"{what} compares pictures with texts, and this model has no text encoder, since it "
+            f"{what} compares images with texts, and this model has no text encoder, since it "
             "was trained without one: take linear-probe, knn, finetune or detect"
         )
 
@@ -60,11 +60,11 @@ def require_layer(model: UniCL, layer: Layer) -> None:
         )
 
 
-def prepare_pictures(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
-    """Decoded pictures as the model's image encoder takes them, on its device.
+def prepare_images(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
+    """Decoded images as the model's image encoder takes them, on its device.
 
     Args:
-        model: says how pictures are normalised.
+        model: says how images are normalised.
         images: uint8 [b h w c].
     """
     config = model.config
@@ -78,10 +78,10 @@ def prepare_pictures(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
 
 
 @torch.no_grad()
-def encode_pictures(
+def encode_images(
     model: UniCL, images: Tensor, *, layer: Layer = "projection"
 ) -> Float[Tensor, "b d"]:
-    """Features of decoded pictures, in the precision the model was trained in.
+    """Features of decoded images, in the precision the model was trained in.
 
     Args:
         model: in evaluation mode.
@@ -90,7 +90,7 @@ def encode_pictures(
             multiplied by, see `UniCL.encode_image`), "encoder" those before the projection, in
             fp32 at least.
     """
-    normalised = prepare_pictures(model, images)
+    normalised = prepare_images(model, images)
     with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
         if layer == "projection":
             return model.encode_image(normalised)
@@ -123,7 +123,7 @@ def encode_token_rows(
     features = []
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="encode texts", disable=not progress):
-        may_go_on()  # shows progress; asked to stop, the pictures are left off, and all ranks know
+        heartbeat_and_check_stop()  # shows progress; asked to stop, the images are left off, and all ranks know
         chosen = [rows[row] for row in order[start : start + batch_size]]
         tokens = torch.zeros(len(chosen), len(chosen[-1]), dtype=torch.int64)
         for number, row in enumerate(chosen):

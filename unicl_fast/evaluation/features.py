@@ -1,4 +1,4 @@
-"""Features of all pictures of a data set: extracted once, over all ranks, and kept in a folder.
+"""Features of all images of a data set: extracted once, over all ranks, and kept in a folder.
 
 A linear probe and its many fits, nearest neighbours and retrieval need the same features again and
 again, and the encoder is all that takes long. What a stored file holds is told by its name, a
@@ -21,9 +21,9 @@ from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationLoader
 from unicl_fast.distributed.ranks import Ranks, gather_integers
-from unicl_fast.evaluation.encode import Layer, encode_pictures
+from unicl_fast.evaluation.encode import Layer, encode_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import EvaluationStopped, may_go_on
+from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
 from unicl_fast.system.stages import WaitingForRanks
 
 logger = logging.getLogger(__name__)
@@ -61,15 +61,13 @@ def extract_features(
     expected = torch.arange(ranks.rank, num_samples, ranks.world_size)
     parts: list[Tensor] = []
     stopped, done = False, 0
-    for batch in tqdm(
-        loader, desc="encode pictures", total=num_batches, disable=num_batches is None
-    ):
-        if not may_go_on():
+    for batch in tqdm(loader, desc="encode images", total=num_batches, disable=num_batches is None):
+        if not heartbeat_and_check_stop():
             stopped = True
             break
         ids = batch.sample_ids
         assert torch.equal(ids, expected[done : done + len(ids)]), "samples out of order"
-        parts.append(encode_pictures(model, batch.images, layer=layer).cpu())
+        parts.append(encode_images(model, batch.images, layer=layer).cpu())
         done += len(ids)
     if any(gather_integers(int(stopped), ranks)):
         raise EvaluationStopped

@@ -1,4 +1,4 @@
-"""Pictures of evaluations: which classes are confused, and what retrieval finds."""
+"""Images of evaluations: which classes are confused, and what retrieval finds."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _NAMED_CLASSES = 60
 """More names would not be legible."""
 _LISTED = 15
 _SIDE, _CAPTIONS = 2.9, 1.15
-"""Height of a picture, and of three captions under it, in inches."""
+"""Height of an image, and of three captions under it, in inches."""
 
 
 def most_confused(
@@ -93,7 +93,7 @@ def draw_confusion(
 def draw_captions_found(
     found: RetrievalFeatures, dataset: PackedDataset, path: Path, *, count: int = 12, top: int = 3
 ) -> None:
-    """Pictures, evenly spread, over the captions they find; a picture's own are green, as a PNG."""
+    """Images, evenly spread, over the captions they find; an image's own are green, as a PNG."""
     places = _spread(len(found.samples), count)
     columns = 4
     rows = -(-len(places) // columns)
@@ -108,7 +108,7 @@ def draw_captions_found(
         for axis, place, best in zip(
             axes, places, scores.topk(min(top, scores.shape[1])).indices.tolist(), strict=False
         ):
-            _show_picture(axis, dataset, int(found.samples[place]))
+            _show_image(axis, dataset, int(found.samples[place]))
             for line, text in enumerate(best):
                 right = int(found.image_of_text[text]) == place
                 shown = "\n".join(textwrap.wrap(captions.text(text), 44, max_lines=2))
@@ -123,10 +123,10 @@ def draw_captions_found(
     save_figure(figure, path)
 
 
-def draw_pictures_found(
+def draw_images_found(
     found: RetrievalFeatures, dataset: PackedDataset, path: Path, *, count: int = 8, top: int = 5
 ) -> None:
-    """Captions, evenly spread, over the pictures they find; its own has a green frame, as a PNG."""
+    """Captions, evenly spread, over the images they find; its own has a green frame, as a PNG."""
     places = _spread(len(found.text_features), count)
     columns = min(top, len(found.image_features))
     figure = Figure(figsize=(2.1 * columns, 2.35 * len(places)), layout="constrained")
@@ -136,9 +136,9 @@ def draw_pictures_found(
         for row, text, best in zip(
             grid, places, scores.topk(columns).indices.tolist(), strict=True
         ):
-            for axis, picture in zip(row, best, strict=True):
-                _show_picture(axis, dataset, int(found.samples[picture]))
-                right = picture == int(found.image_of_text[text])
+            for axis, image in zip(row, best, strict=True):
+                _show_image(axis, dataset, int(found.samples[image]))
+                right = image == int(found.image_of_text[text])
                 for spine in axis.spines.values():
                     spine.set(color=_RIGHT if right else FAINT, linewidth=4 if right else 1)
             row[0].set_title(
@@ -149,7 +149,7 @@ def draw_pictures_found(
 
 
 class _Captions:
-    """Texts of captions by their number among all captions of the pictures compared."""
+    """Texts of captions by their number among all captions of the images compared."""
 
     def __init__(self, found: RetrievalFeatures, dataset: PackedDataset) -> None:
         self._owner = found.image_of_text.tolist()
@@ -176,7 +176,7 @@ def _spread(total: int, count: int) -> list[int]:
     return [place * total // count for place in range(count)]
 
 
-def _show_picture(axis: Axes, dataset: PackedDataset, sample: int) -> None:
+def _show_image(axis: Axes, dataset: PackedDataset, sample: int) -> None:
     data = dataset.image_bytes(sample, verify=True)
     with Image.open(io.BytesIO(data.tobytes())) as image:
         # all squares, so that rows and columns are even

@@ -2,7 +2,7 @@
 
 timm's recipe: AdamW with a learning rate that decays with depth, warm-up and cosine, label
 smoothing, mixup and CutMix, an average of the weights. What is evaluated is the last average, never
-the best of several on the test pictures. The trainer of `unicl_fast.training.trainer` compares pictures with
+the best of several on the test images. The trainer of `unicl_fast.training.trainer` compares images with
 texts; this loop is small and its own.
 """
 
@@ -32,7 +32,7 @@ from tqdm import tqdm
 from unicl_fast.batch import Loader
 from unicl_fast.config import TrainConfig, config_from_dict, config_to_dict
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.encode import prepare_pictures
+from unicl_fast.evaluation.encode import prepare_images
 from unicl_fast.evaluation.linear_probe import LinearClassifier
 from unicl_fast.models.activation_checkpointing import undo_in_copy
 from unicl_fast.models.image_encoder import feature_width
@@ -97,7 +97,7 @@ class FineTuned(nn.Module):
         nn.init.zeros_(self.head.bias)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b k"]:
-        """Logits [b k] of normalised pictures."""
+        """Logits [b k] of normalised images."""
         logits: Tensor = self.head(self.encoder(images))
         return logits
 
@@ -114,14 +114,14 @@ def zero_shot_head(
 ) -> LinearClassifier:
     """A head on the encoder's features that ranks classes as zero-shot classification does.
 
-    Zero-shot scores are s (x P) . t / |x P|. A linear head cannot divide by a picture's own norm,
+    Zero-shot scores are s (x P) . t / |x P|. A linear head cannot divide by an image's own norm,
     which changes no ranking; it divides by the mean norm, so that probabilities begin near those of
     the model.
 
     Args:
         model: P is its projection, s its scale.
         classifier: unit-norm t of each class.
-        features: x of some pictures, for the mean norm.
+        features: x of some images, for the mean norm.
     """
     assert model.image_projection is not None  # it has texts to compare with
     projection = model.image_projection.to(features.dtype)
@@ -163,9 +163,9 @@ def finetune(
     """Trains encoder and head.
 
     Args:
-        model: whose encoder `module` has; says how pictures are normalised and in what precision.
+        model: whose encoder `module` has; says how images are normalised and in what precision.
         module: is trained in place.
-        loader: batches of labelled pictures, this rank's share.
+        loader: batches of labelled images, this rank's share.
         labels_of: labels of a sample, of which the first is learnt.
         settings: the recipe.
         ranks: who shares each batch. Mixup mixes within a rank's share.
@@ -212,18 +212,18 @@ def finetune(
         batch = next(batches)
         assert batch.sample_ids is not None
         labels = _first_labels(batch.sample_ids.tolist(), labels_of).to(device)
-        images = prepare_pictures(model, batch.images)
+        images = prepare_images(model, batch.images)
         target: Tensor = labels
         if mix is not None:
             if len(images) % 2:
                 raise ValueError(
-                    f"timm's mixup takes pictures in pairs, and a rank's share of a batch is "
+                    f"timm's mixup takes images in pairs, and a rank's share of a batch is "
                     f"{len(images)}: make it even, or set mixup and cutmix to 0"
                 )
             np.random.seed([settings.seed, step])  # mixup draws from there; the same on all ranks
             images, target = mix(images, labels)
         smoothing = settings.label_smoothing if target.ndim == 1 else 0.0
-        model.set_drop_path_key(step=step, slots=batch.slots.to(device))
+        model.set_drop_path_key(step=step, global_index=batch.global_index.to(device))
         schedule.step_update(step + 1)
         with precision.autocast(device.type):
             logits = forward(images)
@@ -261,7 +261,7 @@ def _first_labels(samples: Sequence[int], labels_of: Callable[[int], Sequence[in
     without = [sample for sample, labels in zip(samples, found, strict=True) if not len(labels)]
     if without:
         raise ValueError(
-            f"sample {without[0]} of the training pictures has no label: fine-tuning takes data "
+            f"sample {without[0]} of the training images has no label: fine-tuning takes data "
             "sets in which all have one"
         )
     return torch.tensor([int(labels[0]) for labels in found])

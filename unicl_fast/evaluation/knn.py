@@ -1,6 +1,6 @@
-"""Classification by the k nearest training pictures, weighted as DINO does.
+"""Classification by the k nearest training images, weighted as DINO does.
 
-Each of the k training samples most similar to a picture votes for its label with weight
+Each of the k training samples most similar to an image votes for its label with weight
 exp(similarity / temperature); similarity is the cosine (Caron et al., arXiv 2104.14294, appendix
 F.1). Exact: every training sample is looked at.
 """
@@ -20,7 +20,7 @@ from unicl_fast.evaluation.classification import (
     rank_classes,
 )
 from unicl_fast.evaluation.linear_probe import LabelledFeatures
-from unicl_fast.system.progress import may_go_on
+from unicl_fast.system.progress import heartbeat_and_check_stop
 
 TEMPERATURE = 0.07
 _QUERIES, _KEYS = 512, 65_536
@@ -42,7 +42,7 @@ def nearest(
     keys = F.normalize(keys, dim=1)
     found_cosines, found_keys = [], []
     for query in F.normalize(queries, dim=1).split(queries_at_once):
-        may_go_on()  # shows progress
+        heartbeat_and_check_stop()  # shows progress
         best = query.new_empty(len(query), 0)
         places = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
         for start in range(0, len(keys), keys_at_once):

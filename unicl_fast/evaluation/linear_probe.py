@@ -28,7 +28,7 @@ from unicl_fast.evaluation.classification import (
     Metric,
     rank_classes,
 )
-from unicl_fast.system.progress import may_go_on
+from unicl_fast.system.progress import heartbeat_and_check_stop
 
 MAX_ITERATIONS = 1000
 """Of L-BFGS, as CLIP's."""
@@ -168,7 +168,7 @@ def fit_logistic_regression(
             error /= n
             weight.grad.add_((error.T @ rows) / scale)
             bias.grad.add_(error.sum(dim=0))
-        may_go_on()  # shows progress
+        heartbeat_and_check_stop()  # shows progress
         return loss
 
     with torch.no_grad():

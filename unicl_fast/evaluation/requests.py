@@ -27,17 +27,17 @@ class Evaluation:
     """The moving average of the weights, those of the last step, or the average if there is one."""
     nproc: int = 1
     """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
-    pictures, each of which is counted once."""
+    images, each of which is counted once."""
     device: DeviceName = "auto"
     """Where the model runs."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingEvaluation(Evaluation):
-    """What evaluations are told that encode all pictures of a data set."""
+    """What evaluations are told that encode all images of a data set."""
 
     batch_size: int = 256
-    """Pictures encoded at once by each rank."""
+    """Images encoded at once by each rank."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,19 +71,19 @@ class ZeroShot(EncodingEvaluation):
 
 @dataclass(frozen=True, kw_only=True)
 class FrozenFeatures(EncodingEvaluation):
-    """What evaluations on features of labelled pictures are told."""
+    """What evaluations on features of labelled images are told."""
 
     train: str
-    """Labelled pictures to learn from; written as --data of zero-shot."""
+    """Labelled images to learn from; written as --data of zero-shot."""
     data: str
-    """Labelled pictures to test on. Its classes are found among those of --train by name."""
+    """Labelled images to test on. Its classes are found among those of --train by name."""
     layer: LayerName = "encoder"
     """Features before the projection into the space of texts, as CLIP's linear probes take them, or
     behind it (unit norm), which a model trained by cross-entropy has not."""
     metric: MetricChoice = "auto"
     """What is reported first, and what C is chosen by; auto as in zero-shot."""
     features: str = "auto"
-    """Folder where features are kept and found again, by a checksum of weights and pictures; auto
+    """Folder where features are kept and found again, by a checksum of weights and images; auto
     is the folder features/ of the run, none keeps nothing."""
     figures: Path | None = None
     """Also draw a confusion matrix into this folder."""
@@ -94,21 +94,21 @@ class LinearProbe(FrozenFeatures):
     """Linear probe: logistic regression on frozen features, C chosen on a validation split.
 
     L-BFGS over all samples, on features extracted once. C is searched as CLIP does, from 1e-6 to
-    1e6 in eighths of a decade, then training and validation pictures are fitted together. With
+    1e6 in eighths of a decade, then training and validation images are fitted together. With
     --shots, few-shot instead: several draws, their mean and spread.
     """
 
     validation: str = ""
-    """Labelled pictures to choose C by; empty sets a part of --train aside."""
+    """Labelled images to choose C by; empty sets a part of --train aside."""
     validation_fraction: float = 0.2
     """That part, of each class."""
     c: float = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[int, ...] = ()
-    """Few-shot: training pictures of each class, such as 1 2 4 8 16. C is chosen by --validation or
+    """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
     by up to 4 others of each class, and the fit is on the shots alone."""
     draws: int = 3
-    """Few-shot: how often pictures are drawn anew for each number of shots."""
+    """Few-shot: how often images are drawn anew for each number of shots."""
     seed: int = 0
     """Of the split and the draws."""
     max_iterations: int = 1000
@@ -119,10 +119,10 @@ class LinearProbe(FrozenFeatures):
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(FrozenFeatures):
-    """Classification by the k nearest training pictures, weighted as DINO does; exact."""
+    """Classification by the k nearest training images, weighted as DINO does; exact."""
 
     k: tuple[int, ...] = (10, 20)
-    """Numbers of neighbours, each reported; those beyond the training pictures are refused."""
+    """Numbers of neighbours, each reported; those beyond the training images are refused."""
     temperature: float = 0.07
     """A neighbour's weight is exp(cosine / temperature)."""
 
@@ -132,22 +132,22 @@ class Finetune(EncodingEvaluation):
     """Fine-tuning: the image encoder and a linear head trained on labels by timm's recipe.
 
     AdamW with a rate that decays with depth, warm-up and cosine, label smoothing, mixup, an average
-    of the weights. The last average is tested, once: nothing is chosen by the test pictures. Crops
+    of the weights. The last average is tested, once: nothing is chosen by the test images. Crops
     and flips are those of the checkpoint's config.
     """
 
     train: str
-    """Labelled pictures to train on, all of them; written as --data of zero-shot."""
+    """Labelled images to train on, all of them; written as --data of zero-shot."""
     data: str
-    """Labelled pictures to test on."""
+    """Labelled images to test on."""
     out: Path
     """Folder for the fine-tuned weights."""
     head: Literal["probe", "zero-shot", "fresh"] = "probe"
     """What the head begins as: a linear probe, the zero-shot classifier, or zeros."""
     epochs: float = 10.0
-    """Passes over the training pictures."""
+    """Passes over the training images."""
     train_batch_size: int = 128
-    """Pictures of one step over all ranks."""
+    """Images of one step over all ranks."""
     lr: float = 5e-4
     """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
     layer_decay: float = 0.75
@@ -167,7 +167,7 @@ class Finetune(EncodingEvaluation):
     clip_norm: float = 5.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
     augment: str | None = None
-    """What else is done to training pictures instead of the checkpoint's data.augment, such as
+    """What else is done to training images instead of the checkpoint's data.augment, such as
     unicl; see docs/augmentation.md."""
     seed: int = 0
     """Of the order, the crops and mixup."""
@@ -189,20 +189,20 @@ class Detect(Evaluation):
     train: Path
     """Objects to train on, an instances_*.json."""
     train_images: Path
-    """Folder of their pictures."""
+    """Folder of their images."""
     data: Path
     """Objects to test on, an instances_*.json."""
     images: Path
-    """Folder of their pictures."""
+    """Folder of their images."""
     out: Path
     """Folder for the detector, its detections and its description."""
     masks: bool = False
     """Mask R-CNN and the metrics of masks too; else Faster R-CNN."""
     epochs: float = 12.0
-    """Passes over the training pictures; 12 is the 1x schedule. The rate drops to a tenth after
+    """Passes over the training images; 12 is the 1x schedule. The rate drops to a tenth after
     8/12 and 11/12 of them."""
     train_batch_size: int = 16
-    """Pictures of one step over all ranks."""
+    """Images of one step over all ranks."""
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw (weight decay 0.05) as usual for Swin, or sgd (momentum 0.9, weight decay 1e-4) as
     usual for ResNet."""
@@ -211,13 +211,13 @@ class Detect(Evaluation):
     warmup_steps: int = 500
     """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
     min_size: int = 800
-    """The shorter side of a picture is scaled to this, in pixels,"""
+    """The shorter side of an image is scaled to this, in pixels,"""
     max_size: int = 1333
     """unless the longer one would be longer than this."""
     boxes_per_image: int = 512
-    """Proposals of a picture that the heads are trained on."""
+    """Proposals of an image that the heads are trained on."""
     workers: int = 2
-    """Processes of each rank that decode pictures; 0 decodes in the rank itself."""
+    """Processes of each rank that decode images; 0 decodes in the rank itself."""
     seed: int = 0
     """Of the heads, the order, the flips and the proposals."""
 
@@ -226,12 +226,12 @@ class Detect(Evaluation):
 class Retrieval(EncodingEvaluation):
     """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
 
-    All captions of a picture count: it finds one if any of them is among the first k.
+    All captions of an image count: it finds one if any of them is among the first k.
     """
 
     data: str
-    """Pictures with captions: a packed data set (a folder or a URL), or what else unicl-pack reads,
+    """Images with captions: a packed data set (a folder or a URL), or what else unicl-pack reads,
     such as a list."""
     figures: Path | None = None
-    """Also draw pictures over the captions they find, and captions over the pictures they find,
+    """Also draw images over the captions they find, and captions over the images they find,
     into this folder."""

@@ -1,7 +1,7 @@
-"""Caption retrieval: does a picture find its captions, and a caption its picture?
+"""Caption retrieval: does an image find its captions, and a caption its image?
 
-Recall at k as on Flickr and COCO: a picture counts if any of its captions is among the k most
-similar of all captions; a caption counts if its picture is among the k most similar pictures.
+Recall at k as on Flickr and COCO: an image counts if any of its captions is among the k most
+similar of all captions; a caption counts if its image is among the k most similar images.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Recall:
     def interval(self) -> tuple[float, float]:
         """95 % interval.
 
-        Captions of one picture are not independent: for their queries it is a little narrow.
+        Captions of one image are not independent: for their queries it is a little narrow.
         """
         return wilson_interval(self.num_found, self.num_queries)
 
@@ -79,7 +79,7 @@ class RetrievalResult:
                     f"{title} at {recall.k:<5} {100 * recall.rate:7.2f}   {interval:18}"
                     f"{100 * recall.chance:.2f}"
                 )
-        lines.append(f"{self.num_images} pictures, {self.num_captions} captions")
+        lines.append(f"{self.num_images} images, {self.num_captions} captions")
         return "\n".join(lines)
 
     def to_markdown(self) -> str:
@@ -98,7 +98,7 @@ class RetrievalResult:
                     f"| {title} | {recall.k} | {100 * recall.rate:.2f} | {100 * low:.2f} to "
                     f"{100 * high:.2f} | {100 * recall.chance:.2f} |"
                 )
-        return "\n".join([*lines, "", f"{self.num_images} pictures, {self.num_captions} captions"])
+        return "\n".join([*lines, "", f"{self.num_images} images, {self.num_captions} captions"])
 
 
 def retrieval(
@@ -106,20 +106,20 @@ def retrieval(
     text_features: Float[Tensor, "m d"],
     image_of_text: Int[Tensor, " m"],
 ) -> RetrievalResult:
-    """Ranks every caption for every picture and the other way round.
+    """Ranks every caption for every image and the other way round.
 
     Args:
         image_features: [n d], unit norm.
         text_features: [m d], unit norm.
-        image_of_text: int64 [m], the picture of each caption; every picture has one at least.
+        image_of_text: int64 [m], the image of each caption; every image has one at least.
 
     Raises:
-        ValueError: a picture without a caption, or features that are not finite.
+        ValueError: an image without a caption, or features that are not finite.
     """
     n, m = len(image_features), len(text_features)
     captions_of_image = torch.bincount(image_of_text, minlength=n)
     if n == 0 or int(captions_of_image.min()) == 0:
-        raise ValueError("retrieval needs pictures that have a caption each")
+        raise ValueError("retrieval needs images that have a caption each")
     if not (image_features.isfinite().all() and text_features.isfinite().all()):
         raise ValueError("features hold values that are not finite: the model is broken")
     better_texts, better_images = [], []

@@ -12,7 +12,7 @@ from unicl_fast.evaluation.encode import device_of
 from unicl_fast.evaluation.figures import (
     draw_captions_found,
     draw_confusion,
-    draw_pictures_found,
+    draw_images_found,
 )
 from unicl_fast.evaluation.model import model_on_ranks, shows_progress
 from unicl_fast.evaluation.report import classification_table, write_results
@@ -180,7 +180,7 @@ def run_retrieval(command: Retrieval) -> None:
         if command.figures is not None:
             for draw, name in (
                 (draw_captions_found, "captions-found.png"),
-                (draw_pictures_found, "pictures-found.png"),
+                (draw_images_found, "images-found.png"),
             ):
                 draw(found, data.dataset, command.figures / name)
                 print(f"written to {command.figures / name}")

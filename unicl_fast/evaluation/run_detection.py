@@ -19,7 +19,7 @@ from unicl_fast.evaluation.detection import (
 )
 from unicl_fast.evaluation.detection_data import (
     METRICS,
-    CocoPictures,
+    CocoImages,
     as_coco,
     coco_metrics,
     require_pycocotools,
@@ -39,7 +39,7 @@ def check_detect(command: Detect) -> None:
 
     Raises:
         ValueError: a number out of range, or no list of boxes.
-        FileNotFoundError: no annotations or pictures.
+        FileNotFoundError: no annotations or images.
         ModuleNotFoundError: pycocotools is missing.
     """
     require_pycocotools()
@@ -53,8 +53,8 @@ def check_detect(command: Detect) -> None:
         )
     if command.workers < 0 or command.warmup_steps < 0:
         raise ValueError("--workers and --warmup-steps must not be negative")
-    train = CocoPictures(command.train, command.train_images)
-    test = CocoPictures(command.data, command.images)
+    train = CocoImages(command.train, command.train_images)
+    test = CocoImages(command.data, command.images)
     if train.class_names != test.class_names:
         raise ValueError(
             f"{command.train} and {command.data} list different categories: a detector needs the "
@@ -68,8 +68,8 @@ def run_detect(command: Detect) -> None:
     """Trains and tests on all ranks; rank 0 prints and writes."""
     with model_on_ranks(command) as (model, ranks):
         share = ranks.share_of(command.train_batch_size)
-        train = CocoPictures(command.train, command.train_images, masks=command.masks)
-        test = CocoPictures(command.data, command.images)
+        train = CocoImages(command.train, command.train_images, masks=command.masks)
+        test = CocoImages(command.data, command.images)
         # fresh heads, and the proposals that are drawn in training
         torch.manual_seed(command.seed)
         detector = build_detector(
@@ -90,7 +90,7 @@ def run_detect(command: Detect) -> None:
         )
         if ranks.is_main:
             print(
-                f"{len(train.with_boxes):,} pictures with boxes, {len(train.class_names)} classes, "
+                f"{len(train.with_boxes):,} images with boxes, {len(train.class_names)} classes, "
                 f"{steps:,} steps of {command.train_batch_size} ({share} a rank)"
             )
         batches = training_batches(
@@ -103,10 +103,10 @@ def run_detect(command: Detect) -> None:
         )
         train_detector(detector, batches, settings, ranks=ranks, progress=shows_progress(ranks))
         places = range(ranks.rank, len(test), ranks.world_size)
-        pictures = ((test.images[place]["id"], test[place][0]) for place in places)
+        images = ((test.images[place]["id"], test[place][0]) for place in places)
         own: list[dict[str, Any]] = []
         for number, found in tqdm(
-            detect(detector, pictures),
+            detect(detector, images),
             desc="detect",
             total=len(places),
             disable=not shows_progress(ranks),

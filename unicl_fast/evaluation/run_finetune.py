@@ -17,8 +17,8 @@ from unicl_fast.evaluation.classification import ClassificationResult, Metric, c
 from unicl_fast.evaluation.data import EvaluationData, check_data, open_data
 from unicl_fast.evaluation.encode import (
     device_of,
-    encode_pictures,
-    prepare_pictures,
+    encode_images,
+    prepare_images,
     require_text_encoder,
 )
 from unicl_fast.evaluation.figures import draw_confusion
@@ -148,7 +148,7 @@ def _config(command: Finetune, config: TrainConfig, dataset: PackedDataset) -> T
     """The checkpoint's config with the data and batches of this training.
 
     Raises:
-        ValueError: pictures in two views, of which one would be for nothing.
+        ValueError: images in two views, of which one would be for nothing.
     """
     data = dataclasses.replace(
         config.data,
@@ -200,11 +200,11 @@ def _first_head(
             templates=train.templates,
             progress=shows_progress(ranks),
         )
-        # the same pictures on all ranks, which begin with the same head
+        # the same images on all ranks, which begin with the same head
         loader = loader_for(model, train.dataset, ranks=Ranks(), batch_size=command.batch_size)
         first = next(iter(loader))
         return zero_shot_head(
-            model, classifier, encode_pictures(model, first.images, layer="encoder")
+            model, classifier, encode_images(model, first.images, layer="encoder")
         )
     features = extract_all(
         model,
@@ -244,7 +244,7 @@ def _test(
     precision = Precision(model.config.efficiency.precision)
 
     def scores_of(images: Tensor) -> Tensor:
-        normalised = prepare_pictures(model, images)
+        normalised = prepare_images(model, images)
         with precision.autocast(normalised.device.type):
             return module(normalised)
 

@@ -48,7 +48,7 @@ def evaluate_zero_shot(
         templates: instead of the data set's own.
         rows_of_classes: for cross-entropy, which of the model's rows each class has [k].
         ranks: who shares the work.
-        batch_size: pictures encoded at once by each rank.
+        batch_size: images encoded at once by each rank.
         progress: show progress bars.
         confusion: also count which class is taken for which.
 
@@ -63,7 +63,7 @@ def evaluate_zero_shot(
         )
     class_names = tuple(class_names) or own_names
     if not class_names:
-        raise ValueError(f"{dataset.folder} has no classes: zero-shot needs labelled pictures")
+        raise ValueError(f"{dataset.folder} has no classes: zero-shot needs labelled images")
     if rows_of_classes is not None and model.class_rows is not None:
         classifier = model.class_rows.detach()[torch.from_numpy(rows_of_classes)]
     else:
@@ -97,7 +97,7 @@ class RetrievalFeatures:
     image_of_text: Tensor
     """int64 [m]: row of `image_features`."""
     samples: NDArray[np.int64]
-    """[n]: which samples of the data set the pictures are."""
+    """[n]: which samples of the data set the images are."""
 
     def rank(self, device: torch.device) -> RetrievalResult:
         """Recalls in both directions, computed on a device."""
@@ -116,13 +116,13 @@ def encode_captioned(
     batch_size: int = 256,
     progress: bool = False,
 ) -> RetrievalFeatures | None:
-    """Features of pictures and captions; samples without captions are left out.
+    """Features of images and captions; samples without captions are left out.
 
     Args:
         model: in evaluation mode.
         dataset: with captions.
         ranks: who shares the work.
-        batch_size: pictures, and captions, encoded at once by each rank.
+        batch_size: images, and captions, encoded at once by each rank.
         progress: show progress bars.
 
     Returns:
@@ -140,7 +140,7 @@ def encode_captioned(
             f"{dataset.folder} has no captions: retrieval needs a data set packed with a caption "
             "column; for labels there is unicl-eval zero-shot"
         )
-    pictures = extract_all(model, dataset, ranks=ranks, batch_size=batch_size, progress=progress)
+    images = extract_all(model, dataset, ranks=ranks, batch_size=batch_size, progress=progress)
     rows = [
         dataset.caption_tokens(sample, which)
         for sample in captioned.tolist()
@@ -151,10 +151,10 @@ def encode_captioned(
     if own_rows:
         own = encode_token_rows(model, own_rows, batch_size=batch_size, progress=progress).cpu()
     texts = collect_rows(own, num_rows=len(rows), ranks=ranks)
-    if pictures is None or texts is None:
+    if images is None or texts is None:
         return None
     return RetrievalFeatures(
-        image_features=pictures[torch.from_numpy(captioned)],
+        image_features=images[torch.from_numpy(captioned)],
         text_features=texts,
         image_of_text=torch.from_numpy(np.repeat(np.arange(len(captioned)), counts[captioned])),
         samples=captioned,
@@ -170,7 +170,7 @@ def extract_all(
     batch_size: int = 256,
     progress: bool = False,
 ) -> Tensor | None:
-    """Features [n d] of all pictures of a data set, on the host; None on all ranks but rank 0."""
+    """Features [n d] of all images of a data set, on the host; None on all ranks but rank 0."""
     ranks = ranks or Ranks()
     loader = loader_for(model, dataset, ranks=ranks, batch_size=batch_size)
     return extract_features(
@@ -186,7 +186,7 @@ def extract_all(
 def loader_for(
     model: UniCL, dataset: PackedDataset, *, ranks: Ranks, batch_size: int
 ) -> EvaluationLoader:
-    """This rank's part of a data set, as the model sees pictures and where it is."""
+    """This rank's part of a data set, as the model sees images and where it is."""
     return EvaluationLoader(
         dataset,
         model.config.data,

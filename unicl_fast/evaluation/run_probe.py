@@ -239,7 +239,7 @@ def _few_shot(
     if not command.c and validation is None and max(command.shots) >= counts.max():
         raise ValueError(
             f"no class has more than {max(command.shots)} training samples, so none are left to "
-            "choose C by: take fewer --shots, give other pictures by --validation, or C by --c"
+            "choose C by: take fewer --shots, give other images by --validation, or C by --c"
         )
     values["shots"] = []
     rows = []
@@ -376,7 +376,7 @@ def _in_one_space(extracted: Sequence[_Extracted]) -> list[LabelledFeatures]:
 
 
 def weights_checksum(model: UniCL) -> str:
-    """XXH3 of everything that turns pictures into features, as 16 hexadecimal digits."""
+    """XXH3 of everything that turns images into features, as 16 hexadecimal digits."""
     digest = xxhash.xxh3_64()
     for name, value in sorted(model.state_dict().items()):
         if name.startswith(("image_encoder.", "image_projection")):
@@ -388,12 +388,12 @@ def weights_checksum(model: UniCL) -> str:
 def feature_key(model: UniCL, dataset: PackedDataset, *, layer: LayerName, weights: str) -> str:
     """A name for the features of a data set: equal if and only if they would be."""
     data, efficiency = model.config.data, model.config.efficiency
-    pictures: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
+    images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
     facts = {
         "version": _KEY_VERSION,
         "weights": weights,
         "layer": layer,
-        "pictures": [xxhash.xxh3_64_hexdigest(pictures.tobytes()), len(dataset)],
+        "images": [xxhash.xxh3_64_hexdigest(images.tobytes()), len(dataset)],
         "encoder": model.config.model.image_encoder,
         "view": [data.image_size, data.evaluation_resize, data.interpolation, data.resample],
         "normalisation": [*data.mean, *data.std],

@@ -1,4 +1,4 @@
-"""Zero-shot classification: a picture's class is the one whose prompts it is most like.
+"""Zero-shot classification: an image's class is the one whose prompts it is most like.
 
 The classifier of a class is the mean of its normalised prompt embeddings, normalised again
 (Radford et al., arXiv 2103.00020, section 3.1.4).
@@ -17,7 +17,7 @@ from unicl_fast.batch import EvaluationLoader
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.classification import ClassificationResult, classify
 from unicl_fast.evaluation.encode import (
-    encode_pictures,
+    encode_images,
     encode_token_rows,
     require_text_encoder,
 )
@@ -86,7 +86,7 @@ def zero_shot_accuracy(
     """
 
     def scores_of(images: Tensor) -> Tensor:
-        features = encode_pictures(model, images)
+        features = encode_images(model, images)
         return features @ classifier.to(features.dtype).T
 
     return classify(

@@ -1,11 +1,11 @@
-"""Checks one picture's bytes strictly, and normalises what decoders might read differently.
+"""Checks one image's bytes strictly, and normalises what decoders might read differently.
 
-A picture that is a plain 8-bit grey or RGB JPEG or PNG, the right way up and free of damage, keeps
+An image that is a plain 8-bit grey or RGB JPEG or PNG, the right way up and free of damage, keeps
 its bytes. Anything else that can be read is decoded here and encoded anew, so that the decoder of
 the training run meets no surprises. What cannot be read, or reads only with warnings, is refused
-with a `PictureError` that gives the reason. Where all are wanted in one format, plain ones of that
+with a `ImageError` that gives the reason. Where all are wanted in one format, plain ones of that
 format keep their bytes, and no others. `docs/data-format.md` lists the conversions. For a raw data
-set the same decoding gives pixels, and nothing is encoded (`picture_encoding` does it otherwise).
+set the same decoding gives pixels, and nothing is encoded (`image_encoding` does it otherwise).
 
 Decoding for training is DALI's business; this module only decides what DALI is given.
 """
@@ -21,11 +21,11 @@ from PIL import Image
 
 from unicl_fast.images.decode import MAX_PIXELS as MAX_PIXELS
 from unicl_fast.images.decode import MAX_SIDE as MAX_SIDE
-from unicl_fast.images.decode import PictureError as PictureError
+from unicl_fast.images.decode import ImageError as ImageError
 from unicl_fast.images.decode import (
     Pixels,
     check_size,
-    open_picture,
+    open_image,
     orientation_of,
     pillow_error,
     pillow_limits,
@@ -50,11 +50,11 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
 
 
-PictureFormat = Literal["keep", "jpeg", "webp", "png", "raw"]
-"""What becomes of a sound picture: its bytes are kept (or encoded anew as JPEG where need be), it
+ImageFormat = Literal["keep", "jpeg", "webp", "png", "raw"]
+"""What becomes of a sound image: its bytes are kept (or encoded anew as JPEG where need be), it
 becomes a file of that format, or it is decoded for good."""
 
-_KEPT: dict[PictureFormat | Literal["packed"], frozenset[str]] = {
+_KEPT: dict[ImageFormat | Literal["packed"], frozenset[str]] = {
     "keep": frozenset({"jpg", "png"}),
     "jpeg": frozenset({"jpg"}),
     "webp": frozenset({"webp"}),
@@ -62,12 +62,12 @@ _KEPT: dict[PictureFormat | Literal["packed"], frozenset[str]] = {
     "raw": frozenset(),
     "packed": frozenset({"jpg", "webp", "png"}),
 }
-"""Extensions of the plain pictures that keep their bytes."""
+"""Extensions of the plain images that keep their bytes."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Picture:
-    """A picture that every decoder reads alike, or its pixels."""
+class CheckedImage:
+    """An image that every decoder reads alike, or its pixels."""
 
     data: bytes
     """A file, or (raw) RGB pixels [h w 3]."""
@@ -79,36 +79,36 @@ class Picture:
     """Whether `data` is another file than came in."""
 
 
-def check_picture(
+def check_image(
     data: bytes,
     *,
     short_side: int = 0,
     square_side: int = 0,
     quality: int = RESIZE_QUALITY,
     max_pixels: int = MAX_PIXELS,
-    format: PictureFormat | Literal["packed"] = "keep",
-) -> Picture:
-    """Checks a picture's bytes and normalises them if need be.
+    format: ImageFormat | Literal["packed"] = "keep",
+) -> CheckedImage:
+    """Checks an image's bytes and normalises them if need be.
 
     Args:
-        data: the contents of a picture file.
-        short_side: a picture whose shorter side is longer than this many pixels is scaled down to
+        data: the contents of an image file.
+        short_side: an image whose shorter side is longer than this many pixels is scaled down to
             it and encoded anew; 0 leaves sizes alone. Nothing is enlarged by it.
-        square_side: a picture that is no square of so many pixels is scaled, down or up, until its
+        square_side: an image that is no square of so many pixels is scaled, down or up, until its
             shorter side has them, and cut at both ends of the longer one; 0 leaves sizes alone.
-        quality: 1 to 100, of pictures that become JPEG or WebP; with `format` keep, of those that
+        quality: 1 to 100, of images that become JPEG or WebP; with `format` keep, of those that
             are scaled.
-        max_pixels: a picture with more is refused by what its header says, before it is decoded.
+        max_pixels: an image with more is refused by what its header says, before it is decoded.
         format: what is made of it; as packed, what a data set may hold keeps its bytes.
 
     Raises:
-        PictureError: the picture is damaged, not a picture, too large, or of an unsupported kind.
+        ImageError: the image is damaged, not an image, too large, or of an unsupported kind.
     """
     if not data:
-        raise PictureError("empty", "the file is empty")
+        raise ImageError("empty", "the file is empty")
     target = _Target(short_side=short_side, square_side=square_side, quality=quality)
     decoded = _decode(data, target, max_pixels=max_pixels, kept=_KEPT[format])
-    if isinstance(decoded, Picture):
+    if isinstance(decoded, CheckedImage):
         return decoded
     is_scaled = target.needs_resize(*decoded.shape[:2])
     pixels = target.scaled(decoded)
@@ -123,7 +123,7 @@ def check_picture(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Target:
-    """How large a picture becomes, and how a scaled one is encoded."""
+    """How large an image becomes, and how a scaled one is encoded."""
 
     short_side: int
     square_side: int
@@ -144,8 +144,8 @@ class _Target:
 
 def _decode(
     data: bytes, target: _Target, *, max_pixels: int, kept: frozenset[str]
-) -> Picture | Pixels:
-    """Decodes a picture strictly; one that may keep its bytes comes back as it is."""
+) -> CheckedImage | Pixels:
+    """Decodes an image strictly; one that may keep its bytes comes back as it is."""
     if data.startswith(_JPEG_SIGNATURE):
         return _decode_any_jpeg(data, target, max_pixels=max_pixels, keep="jpg" in kept)
     with pillow_limits(max_pixels):
@@ -153,23 +153,23 @@ def _decode(
             return _decode_png(data, target, keep="png" in kept)
         if is_webp(data):
             return _decode_webp(data, target, keep="webp" in kept)
-        return pixels_of(open_picture(data))
+        return pixels_of(open_image(data))
 
 
 def _decode_any_jpeg(
     data: bytes, target: _Target, *, max_pixels: int, keep: bool
-) -> Picture | Pixels:
+) -> CheckedImage | Pixels:
     try:
         header = read_jpeg_header(data)
     except ValueError as error:
-        raise PictureError("damaged", str(error)) from error
+        raise ImageError("damaged", str(error)) from error
     height, width = header.height, header.width
     check_size(height, width, max_pixels)
     if data.count(b"\xff\xda") > MAX_SCANS:
-        raise PictureError("unsupported", f"the JPEG has more than {MAX_SCANS} scans")
+        raise ImageError("unsupported", f"the JPEG has more than {MAX_SCANS} scans")
     if keep and header.is_plain and not target.needs_resize(height, width):
         _check_jpeg_data(data)
-        return Picture(data=data, extension="jpg", height=height, width=width, reencoded=False)
+        return CheckedImage(data=data, extension="jpg", height=height, width=width, reencoded=False)
     with pillow_limits(max_pixels):
         return _jpeg_pixels(data, header)
 
@@ -188,9 +188,9 @@ def _decode_jpeg(data: bytes, **options: object) -> Pixels:
     try:
         pixels: Pixels = simplejpeg.decode_jpeg(data, strict=True, **options)
     except MemoryError as error:
-        raise PictureError("too large", "libjpeg: not enough memory") from error
+        raise ImageError("too large", "libjpeg: not enough memory") from error
     except (ValueError, RuntimeError, OverflowError) as error:
-        raise PictureError("damaged", f"libjpeg: {error}") from error
+        raise ImageError("damaged", f"libjpeg: {error}") from error
     return pixels
 
 
@@ -198,19 +198,19 @@ def _jpeg_pixels(data: bytes, header: JpegHeader) -> Pixels:
     """Decodes any JPEG that is read without warnings, turned the right way up."""
     if len(header.component_ids) == 4:
         _decode_jpeg(data, colorspace="CMYK", min_height=1, min_width=1)
-        return pixels_of(open_picture(data))  # Pillow knows which CMYK files are stored inverted
+        return pixels_of(open_image(data))  # Pillow knows which CMYK files are stored inverted
     grey = len(header.component_ids) == 1
     pixels = _decode_jpeg(data, colorspace="GRAY" if grey else "RGB")
     return turn_upright(pixels, header.orientation)
 
 
-def _decode_png(data: bytes, target: _Target, *, keep: bool) -> Picture | Pixels:
-    image = open_picture(data)
+def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | Pixels:
+    image = open_image(data)
     try:
         image.verify()  # the checksums of all chunks; `load` skips those of the pixel data
     except Exception as error:
         raise pillow_error(error) from error
-    image = open_picture(data)
+    image = open_image(data)
     pixels = pixels_of(image)
     bit_depth, colour_type = data[24], data[25]
     if (
@@ -223,7 +223,7 @@ def _decode_png(data: bytes, target: _Target, *, keep: bool) -> Picture | Pixels
         and _largest_extra(data) <= MAX_PNG_EXTRA
         and not target.needs_resize(image.height, image.width)
     ):
-        return Picture(
+        return CheckedImage(
             data=data, extension="png", height=image.height, width=image.width, reencoded=False
         )
     return pixels
@@ -240,9 +240,9 @@ def _largest_extra(png: bytes) -> int:
     return largest
 
 
-def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> Picture | Pixels:
+def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | Pixels:
     """Decodes a WebP; libwebp refuses what is cut, and has no checksums for what is changed."""
-    image = open_picture(data)
+    image = open_image(data)
     pixels = pixels_of(image)
     simple = simple_webp(data) if keep else None
     if (
@@ -252,7 +252,7 @@ def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> Picture | Pixel
         or target.needs_resize(image.height, image.width)
     ):
         return pixels
-    return Picture(
+    return CheckedImage(
         data=simple,
         extension="webp",
         height=image.height,
@@ -261,7 +261,7 @@ def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> Picture | Pixel
     )
 
 
-def _as_jpeg(pixels: Pixels, *, quality: int | None) -> Picture:
+def _as_jpeg(pixels: Pixels, *, quality: int | None) -> CheckedImage:
     """A plain JPEG, checked like any other; without a quality, nearly what the pixels were."""
     if quality is None:
         data = encode_jpeg(pixels, quality=REENCODE_QUALITY, subsampling=REENCODE_SUBSAMPLING)
@@ -271,16 +271,18 @@ def _as_jpeg(pixels: Pixels, *, quality: int | None) -> Picture:
     return _file(data, "jpg", pixels)
 
 
-def _file(data: bytes, extension: str, pixels: Pixels) -> Picture:
+def _file(data: bytes, extension: str, pixels: Pixels) -> CheckedImage:
     height, width, _ = pixels.shape
-    return Picture(data=data, extension=extension, height=height, width=width, reencoded=True)
+    return CheckedImage(data=data, extension=extension, height=height, width=width, reencoded=True)
 
 
-def _as_pixels(pixels: Pixels) -> Picture:
+def _as_pixels(pixels: Pixels) -> CheckedImage:
     """The pixels themselves, grey ones as RGB."""
     height, width, _ = pixels.shape
     rgb = np.broadcast_to(pixels, (height, width, 3))
-    return Picture(data=rgb.tobytes(), extension="raw", height=height, width=width, reencoded=False)
+    return CheckedImage(
+        data=rgb.tobytes(), extension="raw", height=height, width=width, reencoded=False
+    )
 
 
 def _scale_down(pixels: Pixels, short_side: int) -> Pixels:
@@ -293,7 +295,7 @@ def _scale_down(pixels: Pixels, short_side: int) -> Pixels:
 def _cut_square(pixels: Pixels, side: int) -> Pixels:
     """The central square, scaled down or up to `side`: bicubic, antialiased.
 
-    Only the square is made, since a picture of one row of pixels would become millions of them.
+    Only the square is made, since an image of one row of pixels would become millions of them.
     """
     height, width, _ = pixels.shape
     edge = min(height, width)
@@ -306,6 +308,6 @@ def _cut_square(pixels: Pixels, side: int) -> Pixels:
 def _resample(
     pixels: Pixels, *, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
 ) -> Pixels:
-    """Pillow's bicubic filter, of the whole picture or a box (left, top, right, bottom) of it."""
+    """Pillow's bicubic filter, of the whole image or a box (left, top, right, bottom) of it."""
     scaled = np.asarray(image_of(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
     return scaled if scaled.ndim == 3 else scaled[..., None]

@@ -1,8 +1,8 @@
-"""Decodes pictures with Pillow: of any format, to 8-bit grey or RGB, the right way up.
+"""Decodes images with Pillow: of any format, to 8-bit grey or RGB, the right way up.
 
 Formats are those with a signature and without a program behind them; sizes are checked whenever one
 becomes known, so that no header makes Pillow take more memory than the limit on pixels allows. What
-`images` does with the result, and which pictures never come here, is its own business.
+`images` does with the result, and which images never come here, is its own business.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy.typing as npt
 from PIL import Image, UnidentifiedImageError
 
 MAX_PIXELS = 89_478_485
-"""Largest picture accepted by default, checked before any memory is taken: a quarter GiB as RGB,
+"""Largest image accepted by default, checked before any memory is taken: a quarter GiB as RGB,
 and the limit above which Pillow warns of decompression bombs."""
 MAX_SIDE = 65_500
 """libjpeg's limit for a side."""
@@ -26,7 +26,7 @@ PILLOW_FORMATS = (
     "PSD", "QOI", "XVThumb",
 )  # fmt: skip
 """What Pillow may be asked to open: no format that starts another program (EPS), and none without
-a signature (TGA), which would take any file for a picture."""
+a signature (TGA), which would take any file for an image."""
 
 
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
@@ -34,8 +34,8 @@ _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 Pixels = npt.NDArray[np.uint8]
 
 
-class PictureError(ValueError):
-    """Why a picture was refused: a short `kind` to count by, and a sentence."""
+class ImageError(ValueError):
+    """Why an image was refused: a short `kind` to count by, and a sentence."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -60,12 +60,12 @@ def pillow_limits(max_pixels: int) -> Iterator[None]:
         Image.MAX_IMAGE_PIXELS = before
 
 
-def open_picture(data: bytes) -> Image.Image:
+def open_image(data: bytes) -> Image.Image:
     """Pillow's view of the file, its size checked before anything is decoded."""
     try:
         image = Image.open(io.BytesIO(data), formats=PILLOW_FORMATS)
     except UnidentifiedImageError:
-        raise PictureError("not a picture", "no known picture format") from None
+        raise ImageError("not an image", "no known image format") from None
     except Exception as error:
         raise pillow_error(error) from error
     check_size(image.height, image.width, Image.MAX_IMAGE_PIXELS or MAX_PIXELS)
@@ -76,25 +76,25 @@ def pixels_of(image: Image.Image) -> Pixels:
     """Decodes what Pillow opened: its first frame, 8 bits, grey or RGB, the right way up."""
     try:
         if image.mode == "F":
-            raise PictureError("unsupported", "floating-point pixels have no known range")
+            raise ImageError("unsupported", "floating-point pixels have no known range")
         image.load()
         pixels = np.asarray(_to_grey_or_rgb(image))
         orientation = orientation_of(image)
-    except PictureError:
+    except ImageError:
         raise
     except Exception as error:
         raise pillow_error(error) from error
     return turn_upright(pixels if pixels.ndim == 3 else pixels[..., None], orientation)
 
 
-def pillow_error(error: Exception) -> PictureError:
+def pillow_error(error: Exception) -> ImageError:
     """Pillow's plugins raise whatever their parsing stumbles over, from OSError to IndexError."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
         size = str(error).split(" exceeds")[0]  # the limit it goes on to name may be twice ours
-        return PictureError("too large", f"{size}; at most {Image.MAX_IMAGE_PIXELS:,} are taken")
+        return ImageError("too large", f"{size}; at most {Image.MAX_IMAGE_PIXELS:,} are taken")
     if isinstance(error, MemoryError):
-        return PictureError("too large", "Pillow: not enough memory")
-    return PictureError("damaged", f"Pillow: {type(error).__name__}: {error}")
+        return ImageError("too large", "Pillow: not enough memory")
+    return ImageError("damaged", f"Pillow: {type(error).__name__}: {error}")
 
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
@@ -112,13 +112,13 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
 def _from_16_bits(values: npt.NDArray[np.integer]) -> Image.Image:
     """Scales 0 to 65,535 onto 0 to 255, rounded: a division by 257."""
     if values.min() < 0 or values.max() > 65535:
-        raise PictureError("unsupported", "32-bit pixels beyond 16 bits have no known range")
+        raise ImageError("unsupported", "32-bit pixels beyond 16 bits have no known range")
     scaled = (values.astype(np.uint32) + 128) // 257
     return Image.fromarray(scaled.astype(np.uint8))
 
 
 def orientation_of(image: Image.Image) -> int:
-    """Exif orientation of a loaded picture; unreadable Exif data count as none."""
+    """Exif orientation of a loaded image; unreadable Exif data count as none."""
     try:
         value = image.getexif().get(0x0112, 1)
     except Exception:
@@ -139,9 +139,9 @@ def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
 
 def check_size(height: int, width: int, max_pixels: int) -> None:
     if height < 1 or width < 1:
-        raise PictureError("damaged", f"the header says {width} x {height} pixels")
+        raise ImageError("damaged", f"the header says {width} x {height} pixels")
     if height * width > max_pixels or max(height, width) > MAX_SIDE:
-        raise PictureError(
+        raise ImageError(
             "too large",
             f"{width} x {height} pixels; at most {max_pixels:,} and {MAX_SIDE:,} a side are taken",
         )

@@ -1,7 +1,7 @@
 """Encodes pixels as files by Pillow: JPEG (libjpeg-turbo), WebP (libwebp) and PNG.
 
 The same pixels give the same bytes, with no time, no profile and no text in them, and in the
-simplest form of each format, which every decoder reads alike. Which picture is encoded, and how
+simplest form of each format, which every decoder reads alike. Which image is encoded, and how
 well, is for `images` to decide.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from unicl_fast.images.decode import PictureError, Pixels
+from unicl_fast.images.decode import ImageError, Pixels
 
 _SMALLEST_CUT = 128
 """Pixels of the shorter side."""
@@ -34,7 +34,7 @@ def encode_jpeg(pixels: Pixels, *, quality: int, subsampling: str) -> bytes:
     """A baseline JPEG of pixels [h w 1] or [h w 3]; `subsampling` of chroma is 444, 422 or 420.
 
     Raises:
-        PictureError: libjpeg does not take it.
+        ImageError: libjpeg does not take it.
     """
     height, width, channels = pixels.shape
     halved = channels == 3 and subsampling != "444"
@@ -54,7 +54,7 @@ def restart_interval(height: int, width: int, *, block_width: int) -> int:
     They are where the loader cuts a file down to a window's part (`pipelines.jpeg_windows`), so
     each row must begin with one: the interval divides the blocks of a row. It is the divisor that
     comes nearest to eight stretches a row without being short, which for a prime number of blocks
-    is one stretch. In a small picture they would be many for what they save.
+    is one stretch. In a small image they would be many for what they save.
 
     Args:
         height: in pixels.
@@ -77,14 +77,14 @@ def encode_webp(pixels: Pixels, *, quality: int) -> bytes:
     """A lossy WebP in the simple format; the format has no grey, so all have three channels.
 
     Raises:
-        PictureError: it is too large for the format.
+        ImageError: it is too large for the format.
     """
     height, width, _ = pixels.shape
     if max(height, width) > MAX_WEBP_SIDE:
-        raise PictureError(
+        raise ImageError(
             "unsupported",
             f"{width} x {height} pixels; WebP holds at most {MAX_WEBP_SIDE:,} a side: --resize "
-            "makes pictures smaller, and --format jpeg or png takes larger ones",
+            "makes images smaller, and --format jpeg or png takes larger ones",
         )
     return _saved(pixels, format="WEBP", quality=quality, method=WEBP_METHOD)
 
@@ -106,5 +106,5 @@ def _saved(pixels: Pixels, *, format: str, **options: Any) -> bytes:
     try:
         image_of(pixels).save(file, format=format, **options)
     except (ValueError, OSError) as error:
-        raise PictureError("unsupported", f"Pillow cannot encode it: {error}") from error
+        raise ImageError("unsupported", f"Pillow cannot encode it: {error}") from error
     return file.getvalue()

@@ -3,7 +3,7 @@
 Packing must know which files every decoder reads alike: decoders agree on plain 8-bit Huffman
 JPEGs in grey or YCbCr and part ways on the rest. Pillow and libjpeg-turbo's short interface do not
 tell all of it, so the markers are walked here (ITU-T T.81, annex B; Exif 2.32, section 4.6).
-Whether the picture behind them is sound is for `images` to find out.
+Whether the image behind them is sound is for `images` to find out.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
         elif marker == _SOS:
             break
         elif marker == _EOI:
-            raise ValueError("the JPEG ends before its picture begins")
+            raise ValueError("the JPEG ends before its image begins")
     if frame is None:
         raise ValueError("the JPEG has no frame header before its first scan")
     process, body = frame

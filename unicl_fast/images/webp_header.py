@@ -1,10 +1,10 @@
-"""What lies in a WebP file beside its picture, and the file without it.
+"""What lies in a WebP file beside its image, and the file without it.
 
 Decoders agree on WebP's simple format: a RIFF header and one bitstream, lossy (VP8) or lossless
 (VP8L); DALI promises no other. The extended format (VP8X) wraps the same bitstream together with a
 colour profile, Exif data or the like, and may add alpha or frames. Where it adds only what no
 decoder of pixels looks at, the wrapping comes off and the bitstream stays as it is, so that a lossy
-picture is not encoded twice. (Container: developers.google.com/speed/webp/docs/riff_container.)
+image is not encoded twice. (Container: developers.google.com/speed/webp/docs/riff_container.)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 _RIFF_HEADER_BYTES = 12
 _CHUNK_HEADER_BYTES = 8
 _BITSTREAMS = frozenset({b"VP8 ", b"VP8L"})
-_MORE_THAN_A_PICTURE = frozenset({b"ALPH", b"ANIM", b"ANMF"})
+_MORE_THAN_A_IMAGE = frozenset({b"ALPH", b"ANIM", b"ANMF"})
 _LOSSLESS_SIGNATURE = 0x2F
 _LOSSLESS_ALPHA_BIT = 28  # behind 14 bits of width and 14 of height
 
@@ -40,7 +40,7 @@ def simple_webp(data: bytes) -> bytes | None:
         return None
     names = [name for name, _ in chunks]
     bitstreams = [chunk for name, chunk in chunks if name in _BITSTREAMS]
-    if len(bitstreams) != 1 or _MORE_THAN_A_PICTURE.intersection(names):
+    if len(bitstreams) != 1 or _MORE_THAN_A_IMAGE.intersection(names):
         return None
     if names[0] not in (_BITSTREAMS | {b"VP8X"}) or _has_alpha(bitstreams[0]):
         return None

@@ -26,7 +26,7 @@ class SourceProof:
 
     name: str
     num_samples: int
-    visits: int
+    draws: int
     scheduled_twice: int
     """Visits of a sample that the same pass had visited before."""
     lost: int
@@ -36,7 +36,7 @@ class SourceProof:
 
     @property
     def complete_passes(self) -> int:
-        return self.visits // self.num_samples
+        return self.draws // self.num_samples
 
     @property
     def holds(self) -> bool:
@@ -53,7 +53,7 @@ class Passes:
         words = (self._sizes + 63) // 64
         self._first_words = np.concatenate([[0], np.cumsum(words)]).astype(np.int64)
         self._seen = np.zeros(self._first_words[-1], dtype=np.uint64)
-        self._visits = np.zeros(len(self._sizes), dtype=np.int64)
+        self._draws = np.zeros(len(self._sizes), dtype=np.int64)
         self._counts = np.zeros((len(self._sizes), 3), dtype=np.int64)
         # kind, source, pass, sample, number of the visit in the whole run (-1 for lost ones)
         self._examples = np.zeros((_MOST_EXAMPLES, 5), dtype=np.int64)
@@ -76,7 +76,7 @@ class Passes:
             self._sizes,
             self._first_words,
             self._seen,
-            self._visits,
+            self._draws,
             self._counts,
             self._examples,
             self._num_examples,
@@ -87,7 +87,7 @@ class Passes:
             SourceProof(
                 name=source.name,
                 num_samples=source.num_samples,
-                visits=int(self._visits[number]),
+                draws=int(self._draws[number]),
                 scheduled_twice=int(self._counts[number, _TWICE]),
                 lost=int(self._counts[number, _LOST]),
                 unknown=int(self._counts[number, _UNKNOWN]),
@@ -119,7 +119,7 @@ def _visit(
     sizes: Any,
     first_words: Any,
     seen: Any,
-    visits: Any,
+    draws: Any,
     counts: Any,
     examples: Any,
     num_examples: Any,
@@ -127,7 +127,7 @@ def _visit(
     one = np.uint64(1)
     for i in range(ids.size):
         source, sample = source_ids[i], ids[i]
-        one_pass = visits[source] // sizes[source]
+        one_pass = draws[source] // sizes[source]
         kind = -1
         if sample < 0 or sample >= sizes[source]:
             kind = _UNKNOWN
@@ -142,8 +142,8 @@ def _visit(
             if num_examples < len(examples):
                 examples[num_examples] = np.array([kind, source, one_pass, sample, first + i])
                 num_examples += 1
-        visits[source] += 1
-        if visits[source] % sizes[source] == 0:
+        draws[source] += 1
+        if draws[source] % sizes[source] == 0:
             # a pass is over: whoever was not seen in it is lost
             for sample in range(sizes[source]):
                 word = first_words[source] + (sample >> 6)

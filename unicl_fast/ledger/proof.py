@@ -20,7 +20,7 @@ from unicl_fast.ledger.ledger_passes import Passes, SourceProof
 from unicl_fast.ledger.ledger_reading import SegmentFile, read_segment_file
 
 _ENDLESS = 1 << 62
-_VISITS_AT_ONCE = 1 << 20
+_DRAWS_AT_ONCE = 1 << 20
 
 Int64Array = NDArray[np.int64]
 Steps = tuple[int, int]
@@ -130,7 +130,7 @@ def prove(folder: Path, *, steps_done: int = 0, watch: Watch | None = None) -> L
     substitutes: dict[tuple[int, int], Counter[int]] = {}
     if not faults:
         for segment, start, end in _pieces(counting, steps):
-            source_ids, ids = _visits(segment, start, end)
+            source_ids, ids = _draws(segment, start, end)
             passes.visit(start * global_batch_size, source_ids, ids)
             _add_substitutes(substitutes, segment, start, source_ids, ids)
             if watch is not None:
@@ -268,13 +268,13 @@ def _gaps(covered: Sequence[Steps], end: int) -> list[Steps]:
 def _pieces(segments: Sequence[Segment], steps: int) -> Iterator[tuple[Segment, int, int]]:
     """The proven steps in order, some at a time, each from the segment that counts."""
     for segment in segments:
-        at_once = max(1, _VISITS_AT_ONCE // segment.header.global_batch_size)
+        at_once = max(1, _DRAWS_AT_ONCE // segment.header.global_batch_size)
         last = min(segment.counts_until, steps)
         for start in range(segment.header.start_step, last, at_once):
             yield segment, start, min(start + at_once, last)
 
 
-def _visits(segment: Segment, start: int, end: int) -> tuple[Int64Array, Int64Array]:
+def _draws(segment: Segment, start: int, end: int) -> tuple[Int64Array, Int64Array]:
     """Source ids and scheduled ids of the global batches, [end - start, n]."""
     parts = [file.batch_rows(start, end) for file in segment.files]
     return (

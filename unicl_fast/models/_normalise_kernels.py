@@ -1,13 +1,13 @@
 """The Numba kernels under `precision`: bytes to normalised fp32 on the CPU, in one pass.
 
-Torch has no such operator: converting, multiplying and adding are three, which took 79 us for a
-picture of 224 x 224 even in pieces that stay in the cache; the plain kernel takes 33, and filling
+Torch has no such operator: converting, multiplying and adding are three, which took 79 us for an
+image of 224 x 224 even in pieces that stay in the cache; the plain kernel takes 33, and filling
 its memory with one number 25.
 
-A batch of pictures is larger than a cache, so an ordinary store first fetches the line that it is
+A batch of images is larger than a cache, so an ordinary store first fetches the line that it is
 about to overwrite, and drives out what the decoder's threads are using. The streaming kernel stores
-past the caches: 27 us for the picture alone; beside two decoding threads it took 94 with the plain
-kernel, and all that the main thread does for a picture fell from 105 to 60.
+past the caches: 27 us for the image alone; beside two decoding threads it took 94 with the plain
+kernel, and all that the main thread does for an image fell from 105 to 60.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The encoders through torch.compile, and texts in few shapes, so that it seldom compiles anew.
 
-Pictures come in few shapes, texts in another at every step: as many as are distinct, as long as the
+Images come in few shapes, texts in another at every step: as many as are distinct, as long as the
 longest. Rounded up to a few sizes they meet graphs that exist; the first change of a size makes
 torch compile once more, for any value of it. What is added does not count: padding tokens lie
 behind what is read, and a text of count 0 is as if it were not there.

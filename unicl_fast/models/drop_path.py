@@ -24,25 +24,25 @@ class DropPathKey:
         self.num_layers = 0
         self._uniform: Tensor | None = None
 
-    def set(self, *, step: int, slots: Tensor) -> None:
+    def set(self, *, step: int, global_index: Tensor) -> None:
         """Fixes the masks of the forward passes that follow.
 
         Args:
             step: optimizer step.
-            slots: int64 [b], places of the samples in the global batch.
+            global_index: int64 [b], places of the samples in the global batch.
         """
         if self.num_layers == 0:
             return
-        layers = torch.arange(self.num_layers, device=slots.device)
+        layers = torch.arange(self.num_layers, device=global_index.device)
         keys = fold_key_tensor(fold_key(self.seed, _PURPOSE, step), layers)
-        self._uniform = uniform_tensor(keys.unsqueeze(1), slots.unsqueeze(0))
+        self._uniform = uniform_tensor(keys.unsqueeze(1), global_index.unsqueeze(0))
 
     def uniform(self, layer: int) -> Tensor:
         """float64 [b] in [0, 1) of a layer."""
         if self._uniform is None:
             raise RuntimeError(
                 "drop path in training mode needs its key: call model.set_drop_path_key(step=..., "
-                "slots=...) before the forward pass"
+                "global_index=...) before the forward pass"
             )
         return self._uniform[layer]
 

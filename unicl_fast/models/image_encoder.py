@@ -15,7 +15,7 @@ from unicl_fast.models.drop_path import DropPathKey, replace_drop_path
 def build_image_encoder(
     name: str, *, image_size: int, drop_path: float, key: DropPathKey
 ) -> nn.Module:
-    """A timm model that maps pictures [b 3 image_size image_size] to features [b num_features].
+    """A timm model that maps images [b 3 image_size image_size] to features [b num_features].
 
     Raises:
         ValueError: timm knows no such model, or the model cannot take this size.

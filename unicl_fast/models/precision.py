@@ -1,6 +1,6 @@
 """Number formats and memory layout, decided in this one place.
 
-How a picture's bytes become the encoder's input, what autocast runs in, and the loss scaler that
+How an image's bytes become the encoder's input, what autocast runs in, and the loss scaler that
 fp16 needs. The rest of the program asks for a `Precision` and does not look inside.
 """
 
@@ -55,7 +55,7 @@ class Precision:
 
     @property
     def compute_type(self) -> torch.dtype:
-        """Type of activations and of the pictures fed."""
+        """Type of activations and of the images fed."""
         return _COMPUTE_TYPES[self.name]
 
     @property
@@ -121,7 +121,7 @@ def normalise_images(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Tensor:
-    """Decoded pictures to the encoder's input.
+    """Decoded images to the encoder's input.
 
     The uint8 batch leaves the decoder in [b h w c] order; seen as [b c h w] that IS channels_last,
     so no pixel moves. The arithmetic is done in fp32 and rounded once: a bf16 subtraction would
@@ -140,11 +140,11 @@ def normalise_images(
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != len(mean):
         raise ValueError(
-            f"expected uint8 pictures [b h w {len(mean)}], got {images.dtype} {list(images.shape)}"
+            f"expected uint8 images [b h w {len(mean)}], got {images.dtype} {list(images.shape)}"
         )
     b, h, w, c = images.shape
     arithmetic = torch.promote_types(torch.float32, dtype)
-    # a row of the picture as one long line: broadcasting over 3 channels would not vectorise
+    # a row of the image as one long line: broadcasting over 3 channels would not vectorise
     scale, shift = _lines(tuple(mean), tuple(std), w, arithmetic, images.device)
     if images.device.type == "cpu" and images.numel() >= _LARGE_VALUES:
         normalised = _BUFFERS.empty((b, h, w * c), dtype)

@@ -1,6 +1,6 @@
-"""Small networks for small pictures, under timm names.
+"""Small networks for small images, under timm names.
 
-timm's networks begin with strides that leave 8 x 8 of a 32 x 32 picture, and are made for a
+timm's networks begin with strides that leave 8 x 8 of a 32 x 32 image, and are made for a
 thousand classes. These are for two CPU cores and are registered with timm, so that
 `model.image_encoder` takes them like any other; anyone can add their own in the same way.
 
@@ -32,7 +32,7 @@ default_cfgs = generate_default_cfgs(
 
 
 class SmallConvBlock(nn.Sequential):
-    """Two 3 x 3 convolutions; the first is followed by a pooling that halves the picture."""
+    """Two 3 x 3 convolutions; the first is followed by a pooling that halves the image."""
 
     def __init__(self, in_channels: int, channels: int) -> None:
         super().__init__(
@@ -47,7 +47,7 @@ class SmallConvBlock(nn.Sequential):
 
 
 class SmallResidualBlock(nn.Module):
-    """A 3 x 3 convolution and a pooling that halves the picture, then perhaps a residual branch."""
+    """A 3 x 3 convolution and a pooling that halves the image, then perhaps a residual branch."""
 
     def __init__(self, in_channels: int, channels: int, *, residual: bool) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ def _conv_unit(
 
 
 class SmallConvNet(nn.Module):
-    """A stem, blocks that each halve the picture, and one number for each channel of the last.
+    """A stem, blocks that each halve the image, and one number for each channel of the last.
 
-    Pictures [b in_chans h w], h and w at least 9, to features [b d].
+    Images [b in_chans h w], h and w at least 9, to features [b d].
     """
 
     default_cfg: ClassVar[dict[str, Any]] = {}  # timm's models have one, and open_clip asks for it

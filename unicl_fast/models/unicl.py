@@ -19,10 +19,10 @@ from unicl_fast.models.text_encoder import TextEncoder
 
 
 class UniCL(nn.Module):
-    """Pictures and texts to unit vectors of one space, and the scale of their products.
+    """Images and texts to unit vectors of one space, and the scale of their products.
 
     `text_encoder` and `text_projection` are None where the objective has no texts. SupCon compares
-    pictures with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
+    images with each other. Cross-entropy has `class_rows` [k width + 1] in place of a space: for
     each class a row of weights whose last entry is the bias.
     """
 
@@ -78,12 +78,12 @@ class UniCL(nn.Module):
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """That of pictures and, where there is one, that of texts."""
+        """That of images and, where there is one, that of texts."""
         encoders = [self.image_encoder, self.text_encoder]
         return [encoder for encoder in encoders if encoder is not None]
 
     def encode_image(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """Features [b d] of normalised pictures [b c h w], of unit norm.
+        """Features [b d] of normalised images [b c h w], of unit norm.
 
         Under cross-entropy they are what `class_rows` is multiplied by: the encoder's own, behind
         them a 1 for the bias [b width + 1].
@@ -131,9 +131,9 @@ class UniCL(nn.Module):
             others = features if self.class_rows is None else self.class_rows
         return features, others, self.logit_scale.exp()
 
-    def set_drop_path_key(self, *, step: int, slots: Int[Tensor, " b"]) -> None:
+    def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""
-        self.drop_path_key.set(step=step, slots=slots)
+        self.drop_path_key.set(step=step, global_index=global_index)
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:

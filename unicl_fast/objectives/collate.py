@@ -1,4 +1,4 @@
-"""Pictures, token rows and labels in memory to a `Batch`.
+"""Images, token rows and labels in memory to a `Batch`.
 
 For loaders that decode elsewhere, for notebooks and for tests; the DALI loader makes its batches
 in its own graph.
@@ -55,5 +55,5 @@ def collate(
         class_ids=torch.from_numpy(targets.class_ids),
         text_class_ids=torch.from_numpy(targets.text_class_ids),
         text_counts=torch.from_numpy(targets.text_counts),
-        slots=torch.arange(start, stop),
+        global_index=torch.arange(start, stop),
     )

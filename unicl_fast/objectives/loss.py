@@ -4,7 +4,7 @@ Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022
 3: with P(i) the samples of i's class, n samples, s the scale,
 
     L_i2t = 1/n sum_i -1/|P(i)| sum_{k in P(i)} log( exp(s u_i.v_k) / sum_j exp(s u_i.v_j) )
-    L_t2i = the same with pictures and texts exchanged
+    L_t2i = the same with images and texts exchanged
     L     = (L_i2t + L_t2i) / 2
 
 The columns of the logits are the DISTINCT texts with their counts m_j. Equal texts give equal
@@ -12,7 +12,7 @@ columns, so this is exact: the sum over j becomes log-sum-exp of s u_i.v_j + log
 stands for m_j terms of L_t2i.
 
 The loss knows no ranks. It is made of pieces, so that `unicl_fast.training.step` can put the pieces of
-several ranks together: `compare` describes some pictures against all texts; rows are complete
+several ranks together: `compare` describes some images against all texts; rows are complete
 there; columns are merged over ranks; `losses` follow from both. Two forms give the same: the dense
 one, which is the formula, and the tiled one (`unicl_fast.objectives.loss_tiled`), which stores no logits.
 """
@@ -36,9 +36,9 @@ _SMALLEST_TILED = 1 << 20
 
 
 class Statistics(NamedTuple):
-    """What the losses of pictures need to know about texts, or those of texts about pictures.
+    """What the losses of images need to know about texts, or those of texts about images.
 
-    Statistics of texts about disjoint sets of pictures merge by taking the log-sum-exp of
+    Statistics of texts about disjoint sets of images merge by taking the log-sum-exp of
     `log_sum_exp` and adding everything else.
     """
 
@@ -62,28 +62,28 @@ def unified_contrastive_loss(
     directions: Directions = "both",
     form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
-    """The loss of pictures against texts; equal class ids are positives.
+    """The loss of images against texts; equal class ids are positives.
 
     Special cases: all classes distinct is CLIP's InfoNCE; text features that are one learnt row
-    for each class with `directions="i2t"` is cross-entropy; both views of every picture as image
+    for each class with `directions="i2t"` is cross-entropy; both views of every image as image
     AND as text features with `exclude_self=True` is SupCon.
 
     Args:
         image_features: [b d], unit norm.
         text_features: [u d], unit norm, the distinct texts.
-        class_ids: int64 [b], any values; or a `Membership`, for several labels a picture. Text k
-            is then a positive of picture i with the weight (Y Y^T)_ik over the row's sum.
+        class_ids: int64 [b], any values; or a `Membership`, for several labels an image. Text k
+            is then a positive of image i with the weight (Y Y^T)_ik over the row's sum.
         scale: factor of the products, exp(logit_scale).
         text_class_ids: int64 [u] or `Membership`; None takes `class_ids`, one text for each
-            picture.
+            image.
         text_counts: int64 [u], how many samples have each text; None means 1.
-        exclude_self: leave out the pairs (i, i), for two views of the same pictures (u = b).
+        exclude_self: leave out the pairs (i, i), for two views of the same images (u = b).
         directions: which of the two terms to take; "both" is their mean.
         form: "dense" holds the logits [b u]; "tiled" computes them twice and holds O((b + u) d);
             "auto" takes the faster one for the size.
 
     Returns:
-        A scalar, in fp64 if features are, else in fp32 whatever their type. A picture or
+        A scalar, in fp64 if features are, else in fp32 whatever their type. An image or
         text without any positive contributes 0. In the tiled form the products of bf16 features
         are rounded to bf16, as autocast does, before anything is summed up in fp32: the loss is
         off by less than 0.1 %, a gradient by 1 % (scale 15) to 3 % (100) of its norm.
@@ -130,10 +130,10 @@ def compare(
     exclude_self: bool = False,
     form: LossForm = "auto",
 ) -> tuple[Statistics, Statistics]:
-    """Some pictures against all texts: what is known then about the pictures and about the texts.
+    """Some images against all texts: what is known then about the images and about the texts.
 
     A text of count 0 is as if it were not there, so ranks may pad their texts. With `exclude_self`
-    more "texts" may follow than there are pictures: those of other ranks.
+    more "texts" may follow than there are images: those of other ranks.
     """
     b, u = len(image_features), len(text_features)
     if form == "auto":
@@ -180,7 +180,7 @@ def compare(
 
 
 def losses(statistics: Statistics) -> Float[Tensor, " n"]:
-    """Loss of each picture, or of each text; 0 without a positive."""
+    """Loss of each image, or of each text; 0 without a positive."""
     log_sum_exp, positive_sum, positive_weight = statistics
     has_positive = positive_weight > 0
     mean = positive_sum / torch.where(has_positive, positive_weight, 1)
@@ -198,7 +198,7 @@ def _compare_dense(
     if exclude_self:
         itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
         weights = weights.masked_fill(itself, 0)
-        # not -inf: where no other pair is left (one picture), its gradient would be 0/0
+        # not -inf: where no other pair is left (one image), its gradient would be 0/0
         logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
     weighted = weights * logits
 
@@ -251,11 +251,11 @@ def _check_shapes(
             f"{text_features.shape[1]}"
         )
     if isinstance(class_ids, Tensor) and class_ids.shape != (b,):
-        raise ValueError(f"expected {b} class_ids, one a picture, got {list(class_ids.shape)}")
+        raise ValueError(f"expected {b} class_ids, one an image, got {list(class_ids.shape)}")
     if isinstance(text_class_ids, Tensor) and text_class_ids.shape != (u,):
         raise ValueError(
             f"expected {u} text_class_ids, one a text, got {list(text_class_ids.shape)}; "
-            "pass text_class_ids when there are not as many texts as pictures"
+            "pass text_class_ids when there are not as many texts as images"
         )
     if text_counts is not None and text_counts.shape != (u,):
         raise ValueError(f"expected {u} text_counts, got {list(text_counts.shape)}")
@@ -264,7 +264,7 @@ def _check_shapes(
             _check_membership(membership, exclude_self)
     if exclude_self and (b != u or text_counts is not None):
         raise ValueError(
-            "exclude_self compares the pictures with themselves: it takes as many text features "
+            "exclude_self compares the images with themselves: it takes as many text features "
             f"as image features and no text_counts, got {u} for {b}"
         )
 

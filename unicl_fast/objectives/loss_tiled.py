@@ -1,4 +1,4 @@
-"""Pictures against texts in one pass over tiles of the logits, storing none of them.
+"""Images against texts in one pass over tiles of the logits, storing none of them.
 
 Apart from `unicl_fast.objectives.loss`, which says what the loss is, because this says how to get its pieces
 in O((b + u) d) memory: log-sum-exps of rows AND columns from the same tiles, positives from class
@@ -50,7 +50,7 @@ def compare_tiled(
     positives: Positives,
     exclude_self: bool,
 ) -> TiledComparison:
-    """What the losses of pictures and texts are made of.
+    """What the losses of images and texts are made of.
 
     Args:
         image_features: fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and

@@ -1,12 +1,12 @@
-"""mixup and CutMix: pictures blended two by two, and their labels in the same parts.
+"""mixup and CutMix: images blended two by two, and their labels in the same parts.
 
 Zhang et al., arXiv 1710.09412, and Yun et al., arXiv 1905.04899. Under the unified contrast the
-authors' rule is affinity = mixed labels x mixed labels transposed: picture and text i have the
-labels of both pictures in their parts, and k is a positive of i with the weight (Y Y^T)_ik.
+authors' rule is affinity = mixed labels x mixed labels transposed: image and text i have the
+labels of both images in their parts, and k is a positive of i with the weight (Y Y^T)_ik.
 
 Partners are the neighbours in the global batch, slots 2k and 2k + 1, and a pair's numbers are a
 function of (seed, step, pair): the same on any number of ranks and after any restart, which timm's
-Mixup, drawing from NumPy's generator and pairing within a rank, is not. Pictures that have no label
+Mixup, drawing from NumPy's generator and pairing within a rank, is not. Images that have no label
 are left as they are, and so are their partners.
 """
 
@@ -33,7 +33,7 @@ class PairDraws(NamedTuple):
     """What is drawn for each of p pairs; both of a pair get the same."""
 
     shares: NDArray[np.float64]
-    """[p]: how much a picture keeps of itself."""
+    """[p]: how much an image keeps of itself."""
     boxes: NDArray[np.int64]
     """[p 4] top, bottom, left, right of what CutMix takes from the partner; empty for mixup."""
 
@@ -74,7 +74,7 @@ def mix(
     seed: int,
     global_batch_size: int,
 ) -> tuple[Float[Tensor, "b c h w"], Membership]:
-    """This rank's pictures mixed with their neighbours, and the labels of each.
+    """This rank's images mixed with their neighbours, and the labels of each.
 
     Args:
         images: normalised; an even number, beginning at an even slot.
@@ -91,7 +91,7 @@ def mix(
         image_size=images.shape[-1],
     )
     device = images.device
-    pairs = batch.slots // 2
+    pairs = batch.global_index // 2
     shares = _on_device(draws.shares, device)[pairs]
     boxes = _on_device(draws.boxes, device)[pairs]
     partner = _swapped(batch.class_ids)
@@ -116,17 +116,19 @@ def labels_of_pairs(
     )
 
 
-def refuse_torn_pairs(objective: ObjectiveConfig, *, share: int, micro_batch_size: int) -> None:
+def check_pairs_on_one_rank(
+    objective: ObjectiveConfig, *, share: int, micro_batch_size: int
+) -> None:
     """Neighbours must be on the same rank, and encoded together.
 
     Raises:
-        ValueError: an odd number of pictures on a rank, or micro-batches.
+        ValueError: an odd number of images on a rank, or micro-batches.
     """
     if not objective.mixes:
         return
     if share % 2:
         raise ValueError(
-            f"objective.mixup and objective.cutmix mix pictures two by two, and a rank has {share} "
+            f"objective.mixup and objective.cutmix mix images two by two, and a rank has {share} "
             "of them: make run.global_batch_size an even multiple of the number of ranks"
         )
     if micro_batch_size:
@@ -166,6 +168,6 @@ def _inside(boxes: Int[Tensor, "b 4"], size: int) -> Tensor:
 
 
 def _blend(shares: Float[Tensor, " b"], boxes: Int[Tensor, "b 4"]) -> Float[Tensor, "b 1 1"]:
-    """What of a picture's own pixels is left outside of a box: all where there is one."""
+    """What of an image's own pixels is left outside of a box: all where there is one."""
     has_box = boxes[:, 1] > boxes[:, 0]
     return torch.where(has_box, 1.0, shares)[:, None, None]

@@ -1,8 +1,8 @@
-"""Which texts are positives of which pictures, as sums over classes instead of a [b u] matrix.
+"""Which texts are positives of which images, as sums over classes instead of a [b u] matrix.
 
 A sample is in classes with weights: in one with weight 1 if it has a class id, in several if it
-has several labels or is mixed of two pictures. With Y the sparse matrix of these weights, one row
-a sample, text k is a positive of picture i with the weight
+has several labels or is mixed of two images. With Y the sparse matrix of these weights, one row
+a sample, text k is a positive of image i with the weight
 
     W = Y_images Y_texts^T
 
@@ -31,7 +31,7 @@ class Membership(NamedTuple):
     labels: Int[Tensor, " e"]
     """Which label, any int64. The weights of a pair (sample, label) that stands twice add up."""
     weights: Float[Tensor, " e"]
-    """How much of it, at least 0: 1 for a plain label, the share for mixed pictures."""
+    """How much of it, at least 0: 1 for a plain label, the share for mixed images."""
 
 
 class SparseRows(NamedTuple):
@@ -54,7 +54,7 @@ class SparseRows(NamedTuple):
 
 
 class Positives(NamedTuple):
-    """The matrix W of pictures and texts as a product of sparse ones; knows only how to multiply.
+    """The matrix W of images and texts as a product of sparse ones; knows only how to multiply.
 
     Nothing here is differentiated by autograd: W is constant, and the loss's gradient is again a
     product with W or its transpose.
@@ -70,7 +70,7 @@ class Positives(NamedTuple):
     def times(
         self, texts: Float[Tensor, "u d"], weights: Float[Tensor, " u"] | None = None
     ) -> Float[Tensor, "b d"]:
-        """W (weights * texts): for each picture the sum of its positives."""
+        """W (weights * texts): for each image the sum of its positives."""
         sums = self.classes_of_images.times(self.texts_of_classes.times(texts, weights))
         return self._without_itself(sums, texts, weights)
 
@@ -102,7 +102,7 @@ def find_positives(
     """Finds who shares classes with whom.
 
     Args:
-        class_ids: of the pictures; values that no text has are allowed.
+        class_ids: of the images; values that no text has are allowed.
         text_class_ids: of the texts.
         num_images: b.
         num_texts: u.

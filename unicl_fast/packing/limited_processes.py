@@ -1,8 +1,8 @@
 """What processes that read other people's files have in common: limits, and how they end.
 
 Readers written in C can crash or ask for all memory there is. In a process of their own, under a
-ceiling on memory that the kernel holds, this costs the file and nothing else. Pictures are checked
-by `picture_worker`; `run_limited` is for whole files, one at a time.
+ceiling on memory that the kernel holds, this costs the file and nothing else. Images are checked
+by `image_worker`; `run_limited` is for whole files, one at a time.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Several packed data sets -> one: `unicl-pack merge` as a function.
 
-Nothing is decoded or encoded: pictures and tokens are copied, shuffled anew over all inputs by the
-seed as a build does, labels get the numbers of the joined classes. So raw data sets, whose pictures
+Nothing is decoded or encoded: images and tokens are copied, shuffled anew over all inputs by the
+seed as a build does, labels get the numbers of the joined classes. So raw data sets, whose images
 are pixels of one size, go together with others of that size only. What is copied is compared with
 its checksums on the way; a damaged sample is left out and listed, as a build does with a damaged
-picture, since all others are sound. Memory holds some numbers for each sample, and no texts.
+image, since all others are sound. Memory holds some numbers for each sample, and no texts.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from unicl_fast.dataset.stored_samples import (
     Description,
     SampleReader,
     StoredSample,
-    equal_pictures,
+    equal_images,
 )
 from unicl_fast.dataset.writer import (
     DEFAULT_SHARD_BYTES,
@@ -75,12 +75,12 @@ class MergeSummary:
     num_left_out: int
     """Samples that the list of --leave-out named."""
     num_joined: int
-    """Samples that went into others with the same picture."""
+    """Samples that went into others with the same image."""
     damaged: tuple[str, ...]
     """The first few samples that were left out because they are damaged, each with its reason."""
     num_damaged: int
     num_bytes: int
-    """Bytes of the shards, and of decoded pictures."""
+    """Bytes of the shards, and of decoded images."""
     seconds: float
 
 
@@ -119,10 +119,10 @@ def merge_datasets(
         context_length = max(manifest.context_length for manifest in manifests.values())
         for one, labels in zip(inputs, label_maps, strict=True):
             one.prepare(labels, context_length=context_length, progress=progress)
-        pictures: Literal["encoded", "raw"] = (
-            "encoded" if inputs[0].dataset.picture_shape is None else "raw"
+        images: Literal["encoded", "raw"] = (
+            "encoded" if inputs[0].dataset.image_shape is None else "raw"
         )
-        writer = stack.enter_context(DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures))
+        writer = stack.enter_context(DatasetWriter(out, shard_bytes=shard_bytes, images=images))
         for one in inputs:
             for row in one.left_out():
                 writer.quarantine(
@@ -132,7 +132,7 @@ def merge_datasets(
         for number in tqdm(
             shuffled_order(len(samples), seed=seed),
             desc="merging",
-            unit=" pictures",
+            unit=" images",
             disable=not progress,
             smoothing=0.1,
         ):
@@ -224,26 +224,26 @@ def _open_inputs(
                 f"{other.vocabulary_hash[:12]}...; their tokens mean different things. Pack one of "
                 "them again with the other's version of unicl-pack"
             )
-        _require_equal_pictures(first, one.dataset)
+        _require_equal_images(first, one.dataset)
     return inputs
 
 
-def _require_equal_pictures(first: PackedDataset, other: PackedDataset) -> None:
+def _require_equal_images(first: PackedDataset, other: PackedDataset) -> None:
     """Refuses raw with another size, or with files, which would take decoding or encoding."""
-    if first.picture_shape == other.picture_shape:
+    if first.image_shape == other.image_shape:
         return
     kinds = [
-        "picture files"
-        if dataset.picture_shape is None
-        else f"pixels, {dataset.picture_shape[1]} x {dataset.picture_shape[0]} a picture"
+        "image files"
+        if dataset.image_shape is None
+        else f"pixels, {dataset.image_shape[1]} x {dataset.image_shape[0]} an image"
         for dataset in (first, other)
     ]
-    if first.picture_shape is None or other.picture_shape is None:
+    if first.image_shape is None or other.image_shape is None:
         again = "both with --format raw or both without"
     else:
         again = "both with --format raw and the same --resize square:PIXELS"
     raise ValueError(
-        f"{first.folder} holds {kinds[0]}, {other.folder} {kinds[1]}: a merge copies pictures as "
+        f"{first.folder} holds {kinds[0]}, {other.folder} {kinds[1]}: a merge copies images as "
         f"they are. Build their sources again, {again}, or do not merge: --data.train takes "
         "several data sets, of any kinds"
     )
@@ -284,7 +284,7 @@ class _Samples:
         for one in inputs:
             self._starts.append(self._starts[-1] + len(one.dataset))
         self._equal = self._find_equal() if join else {}
-        """For each sample whose picture others have too: all of them, in one list."""
+        """For each sample whose image others have too: all of them, in one list."""
         self._written: dict[int, str] = {}
         """For each of them whose texts have been written, the sample that has them."""
 
@@ -292,7 +292,7 @@ class _Samples:
         return self._starts[-1]
 
     def copy(self, number: int) -> PackedSample | _NotCopied:
-        """A sample as it is to be written, with what others with the same picture add to it."""
+        """A sample as it is to be written, with what others with the same image add to it."""
         copied = self._copy(number)
         equal = self._equal.get(number)
         if equal is None or isinstance(copied, _NotCopied):
@@ -332,9 +332,9 @@ class _Samples:
         return copied
 
     def _find_equal(self) -> dict[int, list[int]]:
-        """Samples with the same picture."""
+        """Samples with the same image."""
         equal: dict[int, list[int]] = {}
-        for group in equal_pictures([one.dataset for one in self._inputs]):
+        for group in equal_images([one.dataset for one in self._inputs]):
             numbers = group.tolist()
             equal |= dict.fromkeys(numbers, numbers)
         return equal
@@ -393,7 +393,7 @@ class _Input:
         """A sample as it is written into the new data set, or what is wrong with it."""
         try:
             sample = self._reader.read(index)
-            image = self._picture_of(index, sample)
+            image = self._image_of(index, sample)
         except DamagedSampleError as error:
             return _NotCopied(
                 kind=_DAMAGED,
@@ -430,10 +430,10 @@ class _Input:
     def close(self) -> None:
         self._reader.close()
 
-    def _picture_of(self, index: int, sample: StoredSample) -> bytes:
-        """The picture as it is stored: a file, or pixels [h w 3]."""
-        if sample.picture is not None:
-            return bytes(sample.picture.data)
+    def _image_of(self, index: int, sample: StoredSample) -> bytes:
+        """The image as it is stored: a file, or pixels [h w 3]."""
+        if sample.image is not None:
+            return bytes(sample.image.data)
         return self.dataset.pixels_of(self.dataset.image_bytes(index)).tobytes()
 
     def _fault_of(
@@ -446,7 +446,7 @@ class _Input:
         """Why a sample is not what was packed; empty if it is."""
         if xxhash.xxh3_64_intdigest(image) != int(self.dataset.samples[index]["xxh3"]):
             return (
-                f"{self.dataset.describe(index)}: the picture's bytes are not those that were "
+                f"{self.dataset.describe(index)}: the image's bytes are not those that were "
                 "packed (checksum)"
             )
         text = self._fault_of_text(index, sample.description, tokens)

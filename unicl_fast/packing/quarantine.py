@@ -14,7 +14,7 @@ from pathlib import Path
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
 
 DUPLICATE = "duplicate"
-"""The kind of pictures that went into equal ones."""
+"""The kind of images that went into equal ones."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
 
 
 def duplicate_message(source: str, name: str) -> str:
-    """What a list says of a picture that went into an equal one, which is named."""
+    """What a list says of an image that went into an equal one, which is named."""
     return f"the same bytes as {name} of {source}, which has its texts too"
 
 

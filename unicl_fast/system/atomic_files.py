@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 
-def write_text_whole(path: Path, text: str) -> None:
+def write_text_atomically(path: Path, text: str) -> None:
     """Replaces a small file in one go: who reads it meets the old or the new one.
 
     Raises:

@@ -1,6 +1,6 @@
 """Large tensors on the host whose memory is used again as soon as nobody holds them.
 
-A batch of pictures in fp32 is made and dropped at every step. From the heap it costs more than its
+A batch of images in fp32 is made and dropped at every step. From the heap it costs more than its
 size: what is allocated meanwhile lands in the hole that the last one has left, the next one finds
 no place there, and some three times its size stay with the process unused.
 """

@@ -1,6 +1,6 @@
 """How an evaluation shows that it goes on, and is told to leave off.
 
-Evaluations call `may_go_on` between batches; the trainer decides what is asked there. So an
+Evaluations call `heartbeat_and_check_stop` between batches; the trainer decides what is asked there. So an
 evaluation needs to know neither the trainer nor signals, and alone it always goes on.
 """
 
@@ -19,7 +19,7 @@ class EvaluationStopped(Exception):  # noqa: N818 - it was asked for
 _is_asked: list[Callable[[], bool]] = []
 
 
-def may_go_on() -> bool:
+def heartbeat_and_check_stop() -> bool:
     """Between two batches: shows progress, and asks whether to go on.
 
     Ranks may be told differently: count who was told to stop with the results, over all ranks, and

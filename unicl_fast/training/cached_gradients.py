@@ -1,6 +1,6 @@
 """Batches larger than memory: encode in micro-batches, compare the whole batch, encode again.
 
-The loss compares every picture with every text, so gradients of micro-batches cannot simply be
+The loss compares every image with every text, so gradients of micro-batches cannot simply be
 added up as for a classifier. But it sees a sample only through its feature, which is small:
 
     1. encode all micro-batches without a graph and keep the features;
@@ -32,7 +32,7 @@ from unicl_fast.training.step import Encode, contrast_over_ranks, encoder_input,
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
-    """What depends on the other pictures of a micro-batch cannot equal the whole batch.
+    """What depends on the other images of a micro-batch cannot equal the whole batch.
 
     Raises:
         ValueError: the model has BatchNorm.
@@ -48,14 +48,14 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def refuse_without_texts(objective: ObjectiveConfig) -> None:
-    """Micro-batches are of pictures and texts.
+    """Micro-batches are of images and texts.
 
     Raises:
         ValueError: an objective without texts.
     """
     if not objective.has_texts:
         raise ValueError(
-            f"efficiency.micro_batch_size is for pictures and texts; objective.name="
+            f"efficiency.micro_batch_size is for images and texts; objective.name="
             f"{objective.name} has no texts: set it to 0, and efficiency.activation_checkpointing "
             "if memory is short"
         )
@@ -77,7 +77,7 @@ def back_propagate_in_micro_batches(
         encode: its DDP wrapper, or the model itself where there is one rank. It sees the last
             micro-batch only, when all other gradients are there: one reduction a step.
         batch: this rank's share, on the model's device.
-        config: the run's settings; `efficiency.micro_batch_size` pictures, and as many distinct
+        config: the run's settings; `efficiency.micro_batch_size` pixels, and as many distinct
             texts, go through an encoder at once. It need not divide the share.
         ranks: this process among its peers.
         scale_loss: loss -> what is differentiated.
@@ -88,17 +88,17 @@ def back_propagate_in_micro_batches(
     precision = Precision(config.efficiency.precision)
     device_type = batch.images.device.type
     size = config.efficiency.micro_batch_size
-    pictures = list(zip(batch.images.split(size), batch.slots.split(size), strict=True))
+    pixels = list(zip(batch.images.split(size), batch.global_index.split(size), strict=True))
     pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
     texts = [(tokens, num_tokens) for tokens, num_tokens, _, _ in pieces]
 
-    def input_of(images: Tensor, slots: Tensor) -> Tensor:
-        model.set_drop_path_key(step=batch.step, slots=slots)
+    def input_of(images: Tensor, global_index: Tensor) -> Tensor:
+        model.set_drop_path_key(step=batch.step, global_index=global_index)
         return encoder_input(images, config)
 
     # one autocast for the whole pass: the weights are cast once
     with torch.no_grad(), precision.autocast(device_type):
-        image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pictures])
+        image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
         text_features = torch.cat([model.encode_text(*rows) for rows in texts])
         scale = model.logit_scale.exp()
 
@@ -120,7 +120,7 @@ def back_propagate_in_micro_batches(
     text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
 
     # one autocast for each graph: weights cast in one must not be found in the cache of the next
-    for images, gradient in zip(pictures[:-1], image_gradients, strict=False):
+    for images, gradient in zip(pixels[:-1], image_gradients, strict=False):
         with precision.autocast(device_type):
             image_features = model.encode_image(input_of(*images))
         image_features.backward(gradient)
@@ -129,7 +129,7 @@ def back_propagate_in_micro_batches(
             text_features = model.encode_text(*rows)
         text_features.backward(gradient)
     with precision.autocast(device_type):
-        last_features = encode(input_of(*pictures[-1]), *texts[-1])
+        last_features = encode(input_of(*pixels[-1]), *texts[-1])
     last_gradients = [image_gradients[-1], text_gradients[-1], scale_gradient]
     back_propagate_learnt(last_features, last_gradients)
     return loss.detach()

@@ -100,7 +100,7 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def traffic_of(datasets: Sequence[PackedDataset]) -> Callable[[], tuple[int, int]] | None:
-    """Asks for the bytes that were read from stores, and those of pictures that were needed.
+    """Asks for the bytes that were read from stores, and those of images that were needed.
 
     None where no data set lies under a URL.
     """
@@ -120,7 +120,7 @@ def describe_traffic(read: int, needed: int) -> str:
     ratio = f", {read / needed:.2f} times as much" if needed else ""
     return (
         f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: {needed / 1e6:,.1f} MB "
-        f"of pictures{ratio}"
+        f"of images{ratio}"
     )
 
 
@@ -186,7 +186,7 @@ def _checksums(manifest: Manifest) -> list[str]:
     return [shard.xxh3 for shard in manifest.shards] + pixels
 
 
-def suit_objective(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
+def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
     """The config with what an objective without texts needs to know of the data.
 
     Captions are not looked at then, and cross-entropy gets as many rows as there are classes.

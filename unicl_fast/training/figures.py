@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, and what the pipeline fed."""
+"""Images of a run: its curves, and what the pipeline fed."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def draw_curves(run_folder: Path, path: Path) -> None:
 
 
 def draw_contact_sheet(batch: Batch, path: Path, *, columns: int = 8, rows: int = 4) -> None:
-    """The first pictures of a batch over their texts, exactly as the model gets them, as a PNG.
+    """The first images of a batch over their texts, exactly as the model gets them, as a PNG.
 
     The colour of a frame is the class: equal colours are positives of each other.
     """

@@ -1,7 +1,7 @@
 """Whether a step fits into memory, told before the first one.
 
 A training process that runs out of memory is killed without a word on the host, and after a while.
-What backward needs of one picture is measured instead, and multiplied.
+What backward needs of one image is measured instead, and multiplied.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def check_memory(model: UniCL, config: TrainConfig, *, share: int, device: torch
     if needed <= free:
         return
     sentence = (
-        f"a step keeps about {needed / 1e9:.0f} GB for backward ({at_once} pictures of "
+        f"a step keeps about {needed / 1e9:.0f} GB for backward ({at_once} images of "
         f"{of_one / 1e6:.0f} MB), and {free / 1e9:.0f} GB are free: "
         + _advice(model, int(free // of_one))
     )
@@ -54,16 +54,16 @@ def check_memory(model: UniCL, config: TrainConfig, *, share: int, device: torch
 
 
 def activation_bytes(model: UniCL, config: TrainConfig, device: torch.device) -> int:
-    """What the image encoder's forward pass keeps for backward, in bytes a picture.
+    """What the image encoder's forward pass keeps for backward, in bytes an image.
 
     Taken from two passes of different size: weights in a narrow type are kept once, not for each
-    picture. Compiled encoders run as they are written, and may keep less.
+    image. Compiled encoders run as they are written, and may keep less.
     """
-    few, more = (_kept_bytes(model, config, device, pictures) for pictures in (2, 4))
+    few, more = (_kept_bytes(model, config, device, images) for images in (2, 4))
     return (more - few) // 2
 
 
-def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, pictures: int) -> int:
+def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, pixels: int) -> int:
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -72,7 +72,7 @@ def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, picture
         return tensor
 
     size = config.data.image_size
-    images = torch.zeros(pictures, size, size, 3, dtype=torch.uint8, device=device)
+    images = torch.zeros(pixels, size, size, 3, dtype=torch.uint8, device=device)
     was_training = model.training
     model.eval()  # keeps as much, and leaves BatchNorm's averages and drop path alone
     with (
@@ -123,7 +123,7 @@ def _fields_of(path: Path) -> dict[str, int]:
 
 def _advice(model: UniCL, fitting: int) -> str:
     if fitting < 1:
-        return "not even one picture fits; take a smaller image encoder or data.image_size"
+        return "not even one image fits; take a smaller image encoder or data.image_size"
     smaller = 1 << max(0, fitting.bit_length() - 2)  # half of what would fit, or less
     if any(isinstance(module, _BatchNorm) for module in model.modules()):
         return f"set run.global_batch_size to {smaller} a rank, or use more ranks"

@@ -20,7 +20,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from unicl_fast.system.atomic_files import write_text_whole
+from unicl_fast.system.atomic_files import write_text_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +100,7 @@ class MetricsWriter:
                 for line in self._path.read_text(encoding="utf-8").splitlines()
                 if _step_of(line) <= start_step
             ]
-            write_text_whole(self._path, "".join(line + "\n" for line in kept))
+            write_text_atomically(self._path, "".join(line + "\n" for line in kept))
         self._file = _open_to_append(self._path)
         self._fails = False
         self._tensorboard: SummaryWriter | None = SummaryWriter(

@@ -16,11 +16,11 @@ from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 
-LEAST_VISITS = 10_000
+LEAST_DRAWS = 10_000
 """The limit is a part of at least so many visits: a few bad ones at the start stop nobody."""
 
 
-class BadVisits:
+class ReplacedSamples:
     """Counts since this process began to train."""
 
     def __init__(
@@ -31,11 +31,11 @@ class BadVisits:
         self._global_batch_size = global_batch_size
         self._where = "the log" if run_folder is None else str(run_folder / QUARANTINE_NAME)
         self._bad = 0
-        self._visits = 0
+        self._draws = 0
 
     def add(self, batch: Batch) -> None:
         """Counts this rank's part of one step."""
-        self._visits += self._global_batch_size
+        self._draws += self._global_batch_size
         if batch.sample_ids is not None and batch.scheduled_ids is not None:
             # both lie on the host
             differ = batch.sample_ids.numpy() != batch.scheduled_ids.numpy()
@@ -51,10 +51,10 @@ class BadVisits:
         Raises:
             TooManyBadSamplesError: names the file that lists them.
         """
-        if total > self._max_fraction * max(self._visits, LEAST_VISITS):
+        if total > self._max_fraction * max(self._draws, LEAST_DRAWS):
             raise TooManyBadSamplesError(
-                f"{total} of the {self._visits} samples since this start were bad and had to be "
+                f"{total} of the {self._draws} samples since this start were bad and had to be "
                 f"replaced, more than data.max_bad_fraction = {self._max_fraction} (of at least "
-                f"{LEAST_VISITS}) allows: {self._where} says which and why; mend the data, or set "
+                f"{LEAST_DRAWS}) allows: {self._where} says which and why; mend the data, or set "
                 "data.max_bad_fraction higher"
             )

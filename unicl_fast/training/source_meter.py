@@ -33,7 +33,7 @@ class SourceMeter:
         Args:
             names: of the data sets.
             passes: made over each of them after so many steps.
-            traffic: bytes that this rank has read from stores, and bytes of pictures that it
+            traffic: bytes that this rank has read from stores, and bytes of images that it
                 needed of them; None where all data sets lie in folders.
         """
         self._names = list(names)

@@ -1,10 +1,10 @@
 """One step's forward half: a batch and a model to the loss of the global batch.
 
-    encode  this rank's pictures and distinct texts
-    gather  the texts of all ranks, with gradient; pictures stay where they are
+    encode  this rank's images and distinct texts
+    gather  the texts of all ranks, with gradient; images stay where they are
     loss    this rank's rows are complete; column statistics are merged over ranks
 
-The other objectives are the same loss of other operands: for SupCon the texts are the pictures
+The other objectives are the same loss of other operands: for SupCon the texts are the images
 themselves, seen twice; for cross-entropy they are one learnt row for each class, and there is
 nothing to gather. docs/objectives.md.
 
@@ -36,8 +36,8 @@ from unicl_fast.objectives.mixup import mix
 from unicl_fast.objectives.positives import Membership
 
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""The model, or its DDP wrapper: pictures and, where there are texts, tokens and how many of them
-to compute, to picture features, what they are compared with, and the scale."""
+"""The model, or its DDP wrapper: images and, where there are texts, tokens and how many of them
+to compute, to image features, what they are compared with, and the scale."""
 
 
 def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
@@ -53,7 +53,7 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
         A scalar, equal on all ranks.
     """
     objective, form = config.objective, config.efficiency.loss
-    images = encoder_input(shown_pictures(batch), config)
+    images = encoder_input(shown_images(batch), config)
     class_ids: Tensor | Membership = batch.class_ids
     if objective.mixes:
         images, class_ids = mix(
@@ -95,22 +95,22 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
     )
 
 
-def shown_pictures(batch: Batch) -> Tensor:
+def shown_images(batch: Batch) -> Tensor:
     """uint8 [b h w c], or [2b h w c] where there are two views: all first ones, then the others."""
     if batch.second_images is None:
         return batch.images
     return torch.cat([batch.images, batch.second_images])
 
 
-def shown_slots(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
-    """Places of `shown_pictures` in the global batch; second views stand behind all first ones."""
+def shown_indices(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
+    """Places of `shown_images` in the global batch; second views stand behind all first ones."""
     if batch.second_images is None:
-        return batch.slots
-    return torch.cat([batch.slots, batch.slots + global_batch_size])
+        return batch.global_index
+    return torch.cat([batch.global_index, batch.global_index + global_batch_size])
 
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
-    """Decoded pictures uint8 [b h w c] as the image encoder takes them: normalised [b c h w]."""
+    """Decoded images uint8 [b h w c] as the image encoder takes them: normalised [b c h w]."""
     return normalise_images(
         images,
         mean=config.data.mean,
@@ -209,14 +209,14 @@ def classify_over_ranks(
     ranks: Ranks,
     form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the products with k learnt rows: pictures to texts alone.
+    """Cross-entropy of the products with k learnt rows: images to texts alone.
 
     Args:
         features: this rank's.
         class_rows: equal on all ranks.
-        labels: which of the rows, 0 to k - 1; several in parts for mixed pictures.
+        labels: which of the rows, 0 to k - 1; several in parts for mixed images.
         scale: of the products; a model's is 1 (a number would be copied to the device).
-        ranks: who holds the other pictures; as many each.
+        ranks: who holds the other images; as many each.
         form: as in `loss`.
     """
     numbers = torch.arange(len(class_rows), device=class_rows.device)
@@ -255,7 +255,7 @@ def _gather_membership(membership: Membership, sizes: list[int], ranks: Ranks) -
 def _merge_over_ranks(
     mine: Statistics, loss_sum: Tensor, ranks: Ranks
 ) -> tuple[Statistics, Tensor]:
-    """What all ranks' pictures together say about the texts, and their losses' sum.
+    """What all ranks' images together say about the texts, and their losses' sum.
 
     Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1].
     """

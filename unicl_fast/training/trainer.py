@@ -36,7 +36,7 @@ from unicl_fast.models.compilation import compile_encoders
 from unicl_fast.models.ema import WeightAverage
 from unicl_fast.models.precision import Precision, place_module, settle_precision
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.mixup import refuse_torn_pairs
+from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.system.devices import choose_device
 from unicl_fast.system.differences import refuse_differences
 from unicl_fast.system.stages import OR_WAITING, mark
@@ -53,9 +53,9 @@ from unicl_fast.training.evaluations import (
 from unicl_fast.training.metrics import MetricsWriter, StepMeter, read_metrics
 from unicl_fast.training.nonfinite_steps import BadSteps, KeptStatistics
 from unicl_fast.training.optim import build_optimizer, build_schedule, gradient_norm, update
-from unicl_fast.training.replaced_samples import BadVisits
+from unicl_fast.training.replaced_samples import ReplacedSamples
 from unicl_fast.training.source_meter import SourceMeter
-from unicl_fast.training.step import global_loss, shown_slots
+from unicl_fast.training.step import global_loss, shown_indices
 
 logger = logging.getLogger(__name__)
 
@@ -112,7 +112,7 @@ class Trainer:
         """
         check_views(config.data.augment, objective=config.objective.name)
         self.ranks = ranks or Ranks()
-        refuse_torn_pairs(
+        check_pairs_on_one_rank(
             config.objective,
             share=self.ranks.share_of(config.run.global_batch_size),
             micro_batch_size=config.efficiency.micro_batch_size,
@@ -224,7 +224,7 @@ class Trainer:
         """
         self._start_step = self.step
         self._best_metric = choose_metric(self.config.checkpoint.best, self.evaluations)
-        bad_visits = BadVisits(
+        replaced_samples = ReplacedSamples(
             max_fraction=self.config.data.max_bad_fraction,
             global_batch_size=self.config.run.global_batch_size,
             run_folder=self.run_folder,
@@ -259,14 +259,14 @@ class Trainer:
                 if self.ledger is not None:
                     self.ledger.record(batch)
                 meter.add(loss=loss, grad_norm=grad_norm, wait_seconds=wait_seconds)
-                bad_visits.add(batch)
+                replaced_samples.add(batch)
                 self._bad_steps.remember(batch)
                 bar.update()
                 stops = interruption.has_come(self.ranks)
                 if self._is_due(self.config.run.log_every_steps):
-                    num_bad = bad_visits.total(self.ranks)
+                    num_bad = replaced_samples.total(self.ranks)
                     self._log(meter, metrics, bar, batch, bad_samples=num_bad)
-                    bad_visits.check(num_bad)
+                    replaced_samples.check(num_bad)
                 with meter.paused():
                     if self._is_due(self.config.checkpoint.every_steps) or stops:
                         self._check_finite(meter)
@@ -364,8 +364,8 @@ class Trainer:
                 self.ranks,
                 scale_loss=self._scale_loss,
             )
-        slots = shown_slots(batch, global_batch_size=self.config.run.global_batch_size)
-        self.model.set_drop_path_key(step=batch.step, slots=slots)
+        global_index = shown_indices(batch, global_batch_size=self.config.run.global_batch_size)
+        self.model.set_drop_path_key(step=batch.step, global_index=global_index)
         loss = global_loss(self._encode, batch, self.config, self.ranks)
         self._scale_loss(loss).backward()
         return loss.detach()
@@ -504,7 +504,7 @@ class Trainer:
             initial=self.step,
             desc="train",
             unit="step",
-            # a log file wants a line now and then, a terminal a live picture
+            # a log file wants a line now and then, a terminal a live image
             mininterval=0.2 if sys.stderr.isatty() else 30,
             dynamic_ncols=True,
             disable=not self._show_progress,

@@ -19,7 +19,7 @@ def _fail(kind: str) -> None:
         os.abort()
     elif kind == "exit":
         os._exit(3)
-    elif kind == "data":  # the thread that reads pictures never comes back
+    elif kind == "data":  # the thread that reads images never comes back
         dataset = sys.modules["unicl_fast.dataset.reader"].PackedDataset
         dataset.image_bytes = lambda *_, **__: time.sleep(3600)
 

@@ -1,7 +1,7 @@
 """Packs sources into one data set folder: `unicl-pack build` as a function.
 
 The chapters of a build in their order; the parts are elsewhere. `sources` reads what the user has,
-`class_names` joins labels, `pack_workers` checks pictures in parallel, `unicl_fast.dataset.writer`
+`class_names` joins labels, `pack_workers` checks images in parallel, `unicl_fast.dataset.writer`
 writes the folder. The command line is `pack_dataset`.
 """
 
@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import unicl_fast
 from unicl_fast.text.class_lists import read_templates
-from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, Picture, PictureFormat
+from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, CheckedImage, ImageFormat
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.dataset.writer import (
@@ -41,7 +41,7 @@ from unicl_fast.packing.build.class_names import (
 )
 from unicl_fast.packing.build.duplicates import join_duplicates
 from unicl_fast.packing.leave_out import LeaveOut
-from unicl_fast.packing.build.worker_pool import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.packing.build.worker_pool import Checked, ImageOptions, Task, check_in_order
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.packing.build.ray_engine import Engine, check_on_ray, require_engine
 from unicl_fast.packing.build.retry import choose_listed, read_quarantine, require_same_classes
@@ -60,7 +60,7 @@ from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.build.survey import describe_options, stamp_all, survey_source
 from unicl_fast.packing.build.work_folder import WorkFolder
 
-DEFAULT_PICTURE_SECONDS = 30.0
+DEFAULT_IMAGE_SECONDS = 30.0
 """A hundred times what the largest ordinary photograph takes."""
 
 _REASONS_SHOWN = 5
@@ -84,10 +84,10 @@ class BuildSummary:
     """Counts by kind and the first few reasons, as text."""
     passed_over: dict[str, int]
     """Files and rows that were not tried, by reason."""
-    picture_size: tuple[int, int] | None
-    """Height and width of all pictures of a raw data set."""
+    image_size: tuple[int, int] | None
+    """Height and width of all images of a raw data set."""
     num_bytes: int
-    """Bytes of the shards, and of decoded pictures."""
+    """Bytes of the shards, and of decoded images."""
     seconds: float
     num_taken_over: int = 0
     """Samples that an earlier run of the same build had packed, before it was stopped."""
@@ -110,10 +110,10 @@ def build_dataset(
     retry: str | os.PathLike[str] = "",
     resize: str = "",
     quality: int | None = None,
-    format: PictureFormat = "keep",
+    format: ImageFormat = "keep",
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     max_pixels: int = MAX_PIXELS,
-    picture_seconds: float = DEFAULT_PICTURE_SECONDS,
+    image_seconds: float = DEFAULT_IMAGE_SECONDS,
     workers: int = 0,
     engine: Engine = "local",
     restart: bool = False,
@@ -142,17 +142,17 @@ def build_dataset(
     _require_in("--seed", seed, 0, 2**63 - 1)
     _require_in("--workers", workers, 0, 1024)
     _require_in("--max-pixels", max_pixels, 1, MAX_SIDE**2)
-    _require_in("--picture-seconds", picture_seconds, 0, 86_400)
+    _require_in("--image-seconds", image_seconds, 0, 86_400)
     require_engine(engine)
     for condition in where:
         split_condition(condition)  # said before any source is read
     short_side, square_side = _parse_resize(resize, max_pixels=max_pixels)
-    options = PictureOptions(
+    options = ImageOptions(
         short_side=short_side,
         square_side=square_side,
         quality=_used_quality(quality, format=_known_format(format), resize=resize),
         max_pixels=max_pixels,
-        seconds=picture_seconds,
+        seconds=image_seconds,
         format=format,
     )
     lists = ListOptions(
@@ -210,7 +210,7 @@ def _pack(
     *,
     source_names: list[str],
     lists: ListOptions,
-    options: PictureOptions,
+    options: ImageOptions,
     seed: int,
     class_names: str,
     templates: str,
@@ -239,22 +239,22 @@ def _pack(
         found = choose_listed(listed, read, passed_over)
     if unwanted:
         wanted = choose(found, lambda sample: not unwanted.take(sample[0], sample[1].name))
-        passed_over[f"pictures named in {leave_out}"] = len(found) - len(wanted)
+        passed_over[f"images named in {leave_out}"] = len(found) - len(wanted)
         found = wanted
     problems = _Problems()
     one_size = _OneSize(options.square_side) if options.format == "raw" else None
-    pictures: Literal["encoded", "raw"] = "encoded" if one_size is None else "raw"
+    images: Literal["encoded", "raw"] = "encoded" if one_size is None else "raw"
     with (
         spool,
-        DatasetWriter(out, shard_bytes=shard_bytes, pictures=pictures, work=work.path) as writer,
+        DatasetWriter(out, shard_bytes=shard_bytes, images=images, work=work.path) as writer,
     ):
         num_taken_over = writer.num_samples
         num_reencoded: int = writer.notes.get("num_reencoded", 0)
         if writer.num_quarantined:
             for row in read_left_out(writer.aside / QUARANTINE_NAME):
                 problems.note(row.name, Problem(kind=row.kind, message=row.message))
-        if one_size is not None and "first_picture" in writer.notes:
-            one_size.restore(*writer.notes["first_picture"])
+        if one_size is not None and "first_image" in writer.notes:
+            one_size.restore(*writer.notes["first_image"])
         if join:
             found = join_duplicates(
                 found,
@@ -278,7 +278,7 @@ def _pack(
             total=len(found),
             initial=writer.num_places,
             desc="packing",
-            unit=" pictures",
+            unit=" images",
             disable=not progress,
             smoothing=0.1,
         ):
@@ -289,10 +289,10 @@ def _pack(
                 problems.note(item.name, result)
             else:
                 if one_size is not None:
-                    one_size.require(result.picture, item.name)
-                    writer.notes["first_picture"] = one_size.first
+                    one_size.require(result.image, item.name)
+                    writer.notes["first_image"] = one_size.first
                 writer.add(_packed_sample(source, item, result, numbers))
-                num_reencoded += result.picture.reencoded
+                num_reencoded += result.image.reencoded
                 writer.notes["num_reencoded"] = num_reencoded
         if writer.num_samples == 0:
             parts = [f"{count:,} {what}" for what, count in passed_over.items()]
@@ -303,7 +303,7 @@ def _pack(
                 "num_reencoded": num_reencoded,
                 "quarantined": problems.describe(),
                 "passed_over": dict(passed_over),
-                "picture_size": None if one_size is None else one_size.size,
+                "image_size": None if one_size is None else one_size.size,
                 "num_taken_over": num_taken_over,
             }
         )
@@ -320,16 +320,16 @@ def _pack(
 
 
 class _OneSize:
-    """The size of all pictures of a raw data set, once it is known."""
+    """The size of all images of a raw data set, once it is known."""
 
     def __init__(self, square_side: int) -> None:
-        """`square_side`: what they are scaled to; 0 where the first picture decides."""
+        """`square_side`: what they are scaled to; 0 where the first image decides."""
         self.size = (square_side, square_side) if square_side else None
         self._first = ""
 
     @property
     def first(self) -> list[Any]:
-        """The size and the name of the first picture, as JSON values for `restore`."""
+        """The size and the name of the first image, as JSON values for `restore`."""
         return [self.size, self._first]
 
     def restore(self, size: list[int] | None, name: str) -> None:
@@ -337,25 +337,25 @@ class _OneSize:
         self.size = None if size is None else (size[0], size[1])
         self._first = name
 
-    def require(self, picture: Picture, name: str) -> None:
-        """Refuses a picture of another size than the first one.
+    def require(self, image: CheckedImage, name: str) -> None:
+        """Refuses an image of another size than the first one.
 
         Raises:
             ValueError: names both.
         """
-        size = picture.height, picture.width
+        size = image.height, image.width
         if self.size is None:
             self.size, self._first = size, name
         elif size != self.size:
             height, width = self.size
             raise ValueError(
-                f"--format raw takes pictures of one size, but {self._first} has {width} x "
+                f"--format raw takes images of one size, but {self._first} has {width} x "
                 f"{height} pixels and {name} has {size[1]} x {size[0]}: add --resize "
                 f"square:PIXELS, such as square:{min(self.size)}, which scales and cuts all"
             )
 
-    def answer_bytes(self, options: PictureOptions) -> int:
-        """Most that a checked picture can take."""
+    def answer_bytes(self, options: ImageOptions) -> int:
+        """Most that a checked image can take."""
         return 3 * (math.prod(self.size) if self.size else options.max_pixels)
 
 
@@ -402,7 +402,7 @@ def _number_labels(
 def _check(
     samples: Sequence[Sample],
     *,
-    options: PictureOptions,
+    options: ImageOptions,
     one_size: _OneSize | None,
     context_length: int,
     workers: int,
@@ -412,7 +412,7 @@ def _check(
     check = check_on_ray if engine == "ray" else check_in_order
     # Made once, and kept while they are under way: making them takes as long as writing them.
     ahead, behind = itertools.tee(samples)
-    # Tasks are made when they are handed out: by then the first pictures may have told the size.
+    # Tasks are made when they are handed out: by then the first images may have told the size.
     results = check(
         (
             Task(
@@ -436,12 +436,12 @@ def _check(
 def _packed_sample(
     source: str, item: Item, checked: Checked, numbers: dict[Label, int]
 ) -> PackedSample:
-    picture = checked.picture
+    image = checked.image
     return PackedSample(
-        image=picture.data,
-        extension=picture.extension,
-        height=picture.height,
-        width=picture.width,
+        image=image.data,
+        extension=image.extension,
+        height=image.height,
+        width=image.width,
         xxh3=checked.xxh3,
         captions=item.captions,
         tokens=checked.tokens,
@@ -466,20 +466,20 @@ def _parse_resize(resize: str, *, max_pixels: int) -> tuple[int, int]:
         return pixels, 0
     if pixels > MAX_SIDE or pixels**2 > max_pixels:
         raise ValueError(
-            f"--resize {resize} would make pictures of {pixels**2:,} pixels; at most "
+            f"--resize {resize} would make images of {pixels**2:,} pixels; at most "
             f"{max_pixels:,} (--max-pixels) and {MAX_SIDE:,} a side are taken"
         )
     return 0, pixels
 
 
-def _known_format(format: PictureFormat) -> PictureFormat:
-    known = typing.get_args(PictureFormat)
+def _known_format(format: ImageFormat) -> ImageFormat:
+    known = typing.get_args(ImageFormat)
     if format not in known:
         raise ValueError(f"--format takes {', '.join(known[:-1])} or {known[-1]}, not {format!r}")
     return format
 
 
-def _used_quality(quality: int | None, *, format: PictureFormat, resize: str) -> int:
+def _used_quality(quality: int | None, *, format: ImageFormat, resize: str) -> int:
     """The quality of what is encoded; one that nothing would be encoded with is refused."""
     if quality is None:
         return RESIZE_QUALITY

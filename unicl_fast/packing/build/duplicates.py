@@ -1,7 +1,7 @@
-"""Pictures that a build finds twice, byte for byte: one sample, with the texts of all.
+"""Images that a build finds twice, byte for byte: one sample, with the texts of all.
 
 Files of different sizes are different, so only those that share their size with another are read
-beforehand. Pictures that merely look alike are the business of `near_duplicates`.
+beforehand. Images that merely look alike are the business of `near_duplicates`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def join_duplicates(
     workers: int,
     progress: bool,
 ) -> Sequence[Sample]:
-    """Gives the first of equal pictures the captions and labels of all; the others get a problem.
+    """Gives the first of equal images the captions and labels of all; the others get a problem.
 
     Captions and labels that the first has already are not added. What cannot be read is left
     alone: packing will say why.
@@ -58,7 +58,7 @@ def join_duplicates(
             _digests(entries, max_file_bytes=max_file_bytes, workers=workers),
             total=len(candidates),
             desc="looking for duplicates",
-            unit=" pictures",
+            unit=" images",
             disable=not progress,
             smoothing=0.1,
         )
@@ -93,7 +93,7 @@ def _equal_rows(rows: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64]]
 
 
 def _join(samples: Sequence[Sample], group: npt.NDArray[np.int64], joined: ChangedSamples) -> None:
-    """Joins the samples of one picture into the first of them."""
+    """Joins the samples of one image into the first of them."""
     first_source, first = samples[int(group[0])]
     captions, labels = dict.fromkeys(first.captions), dict.fromkeys(first.labels)
     for number in group[1:].tolist():

@@ -1,13 +1,13 @@
-"""`--engine ray`: pictures are checked on the machines of a Ray cluster, results come in order.
+"""`--engine ray`: images are checked on the machines of a Ray cluster, results come in order.
 
 In place of a thread that looks after a worker process there is a Ray task for each chunk. It has
-the same worker process under the same limits (`picture_worker`) on its machine, so a picture that
+the same worker process under the same limits (`image_worker`) on its machine, so an image that
 crashes a decoder costs what it costs locally, and Ray's own process lives on. Where that is killed
 or its machine is lost, Ray gives the chunk to another: checking changes nothing, so a second time
 gives the same. What decides about bytes is what decides locally; machines with other versions of
 Pillow or simplejpeg may encode other bytes.
 
-Which machine gets a chunk is chance, so a picture must not be left out because one machine does not
+Which machine gets a chunk is chance, so an image must not be left out because one machine does not
 see it: what could not be read there is read here too, and a difference stops the build.
 """
 
@@ -25,13 +25,13 @@ from typing import Any, Literal, get_args
 from unicl_fast.packing.sources.entries import EntryError
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.build.worker_pool import CHUNKS_AHEAD, WorkerPool, make_chunks
-from unicl_fast.packing.build.worker import Checked, PictureOptions, Task
+from unicl_fast.packing.build.worker import Checked, ImageOptions, Task
 
 Engine = Literal["local", "ray"]
-"""Where pictures are checked."""
+"""Where images are checked."""
 
 _NOT_READ = ("unreadable", "missing")
-"""Problems of a picture that may be those of the machine it was read on."""
+"""Problems of an image that may be those of the machine it was read on."""
 
 
 def require_engine(engine: Engine) -> None:
@@ -49,7 +49,7 @@ def require_engine(engine: Engine) -> None:
 
 
 def check_on_ray(
-    tasks: Iterable[Task], *, options: PictureOptions, context_length: int, workers: int
+    tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
 ) -> Iterator[Checked | Problem]:
     """Checks tasks on a Ray cluster; results come in the order of the tasks.
 
@@ -63,7 +63,7 @@ def check_on_ray(
         workers: chunks that are checked at the same time; 0 takes one for each core of the cluster.
 
     Raises:
-        RuntimeError: the cluster cannot run the tasks, or a machine of it does not see a picture
+        RuntimeError: the cluster cannot run the tasks, or a machine of it does not see an image
             that this one sees.
     """
     import ray
@@ -75,7 +75,7 @@ def check_on_ray(
     most_under_way = (workers or cores) * CHUNKS_AHEAD
     # Ray runs as many as it has cores, so without a number some may wait there for the next one
     most_running = workers or most_under_way
-    # whatever kills Ray's process is not the pictures' doing, which have processes of their own
+    # whatever kills Ray's process is not the images' doing, which have processes of their own
     remote = ray.remote(num_cpus=1, max_retries=-1)(_check_chunk)
     under_way: deque[tuple[list[Task], Any]] = deque()
     running: list[Any] = []
@@ -130,7 +130,7 @@ def _with_whole_paths(task: Task) -> Task:
 
 
 def _require_unreadable_here(
-    task: Task, problem: Problem, machine: str, options: PictureOptions
+    task: Task, problem: Problem, machine: str, options: ImageOptions
 ) -> None:
     """Lets a problem stand if this machine has it too.
 
@@ -154,7 +154,7 @@ def _result(ray: Any, reference: Any) -> tuple[str, list[Checked | Problem]]:
     try:
         found: tuple[str, list[Checked | Problem]] = ray.get(reference)
     except ray.exceptions.RayError as error:
-        raise RuntimeError(f"Ray could not check pictures: {error}") from error
+        raise RuntimeError(f"Ray could not check images: {error}") from error
     return found
 
 
@@ -162,13 +162,13 @@ def _result(ray: Any, reference: Any) -> tuple[str, list[Checked | Problem]]:
 
 
 def _check_chunk(
-    tasks: list[Task], options: PictureOptions, context_length: int
+    tasks: list[Task], options: ImageOptions, context_length: int
 ) -> tuple[str, list[Checked | Problem]]:
     """The name of the machine, and one result for each task."""
     return platform.node(), _pool(options, context_length).check(tasks)
 
 
 @functools.cache
-def _pool(options: PictureOptions, context_length: int) -> WorkerPool:
+def _pool(options: ImageOptions, context_length: int) -> WorkerPool:
     """The worker process of this process of Ray; it ends with it."""
     return WorkerPool(options, context_length=context_length)

@@ -2,7 +2,7 @@
 
 The same sources are read again, and what is packed are the samples that the list names. Where it
 names the rest of a file that was cut or damaged, these are all samples from there on; where it
-names a line of a list, the picture of that line.
+names a line of a list, the image of that line.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Copies of what lies under URLs, for programs that need files: all of it, for as long as needed.
 
-Nothing of a source is streamed: packing goes through pictures in shuffled order, archives are read
+Nothing of a source is streamed: packing goes through images in shuffled order, archives are read
 from both ends, and workers that decode have no network. So a source is copied as a whole, if it is
 not larger than the room that was given.
 
@@ -61,7 +61,7 @@ def staged_sources(
     place: Path,
     room: int,
 ) -> Iterator[tuple[list[str], str]]:
-    """Sources of a build, and the root of its pictures, as paths.
+    """Sources of a build, and the root of its images, as paths.
 
     Copies go at the end, unless the build has failed and can go on with them.
 
@@ -264,7 +264,7 @@ def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Want
     Args:
         url: of a file, of a part of an archive, of tars in braces, or of a folder.
         folder: where copies go.
-        with_folder: whether a list may name pictures in its own folder, which then come too.
+        with_folder: whether a list may name images in its own folder, which then come too.
     """
     inside = _INSIDE_ARCHIVE.fullmatch(url)
     base, rest = (inside[1], f"/{inside[2]}") if inside else (url, "")

@@ -1,7 +1,7 @@
 """What a build is made of: its options, and the labels and a checksum of each source.
 
-The checksum covers what was read of every sample - name, place of the picture, texts - and size and
-time of the files that hold the pictures. Two builds with the same checksums pack the same, unless
+The checksum covers what was read of every sample - name, place of the image, texts - and size and
+time of the files that hold the images. Two builds with the same checksums pack the same, unless
 somebody changes files and puts their times back.
 """
 
@@ -59,7 +59,7 @@ def stamp_all(paths: Sequence[str]) -> str:
 
 
 def _spell(item: Item, spool: Spool, holders: dict[str, None]) -> bytes:
-    """An item as bytes that are equal for equal items; notes the file that holds its picture."""
+    """An item as bytes that are equal for equal items; notes the file that holds its image."""
     problem = item.problem and (item.problem.kind, item.problem.message)
     entry = None if item.entry is None else _spell_entry(item.entry, spool, holders)
     fields = [item.name, entry, item.captions, item.labels, problem, item.place]

@@ -64,7 +64,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
         bar.close()
     kept = f", {num_kept} were there already" if num_kept else ""
     return (
-        f"{store.url}: {count_of(manifest.num_samples, 'picture')}, "
+        f"{store.url}: {count_of(manifest.num_samples, 'image')}, "
         f"{sum(sizes.values()) / 1e6:,.1f} MB; "
         f"{count_of(num_sent + 1, 'file')} sent and read back{kept}"
         f"{_describe_copy(folder.absolute(), store)}"

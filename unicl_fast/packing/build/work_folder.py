@@ -20,7 +20,7 @@ from unicl_fast.system.sealed_json import seal, unseal
 from unicl_fast.dataset.journal import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
 from unicl_fast.system.wording import count_of
-from unicl_fast.system.atomic_files import flush_to_disk, write_text_whole
+from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 
 _RECORD_NAME = "build.json"
 _LOCK_NAME = "unicl-pack.lock"
@@ -135,7 +135,7 @@ class WorkFolder:
 
     def _note(self, what: str, values: dict[str, Any]) -> None:
         self._record[what] = values
-        write_text_whole(self.path / _RECORD_NAME, seal(self._record))
+        write_text_atomically(self.path / _RECORD_NAME, seal(self._record))
 
 
 def work_folder_of(out: Path) -> Path:

@@ -1,9 +1,9 @@
 """One process that reads, checks and tokenises samples, and the handle that talks to it.
 
 A decoder written in C can crash, loop or ask for all memory there is, and Python can interrupt none
-of it. So pictures are checked in a process of their own, under two limits that the kernel holds:
-a timer that ends the process when one picture takes too long, and a ceiling on its memory. The
-process counts the pictures that it has finished in memory that it shares with the main one; so it
+of it. So images are checked in a process of their own, under two limits that the kernel holds:
+a timer that ends the process when one image takes too long, and a ceiling on its memory. The
+process counts the images that it has finished in memory that it shares with the main one; so it
 may answer for many small ones at once, and the one it died of is known all the same. What follows
 from a death is decided in `pack_workers`.
 
@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.images.check import Picture, PictureError, PictureFormat, check_picture
+from unicl_fast.images.check import CheckedImage, ImageError, ImageFormat, check_image
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, Entry, EntryError
 from unicl_fast.packing.sources.items import Problem
@@ -43,7 +43,7 @@ BYTES_PER_PIXEL = 40
 """What decoding and encoding may hold at once for each pixel. Measured: 25 for transparent WebP and
 JPEG 2000, 22 for a PNG that is scaled down, 6 to 18 for JPEGs; libjpeg reserves another 6."""
 _SMALL_FILE_BYTES = 16_000_000
-_BYTES_BESIDE_PICTURES = 400_000_000
+_BYTES_BESIDE_IMAGES = 400_000_000
 """The tokenizer, decoders' tables, and the heap's slack."""
 _ANSWER_BYTES = 64_000
 _ANSWER_SECONDS = 0.02
@@ -58,23 +58,23 @@ class Task:
     entry: Entry
     captions: tuple[str, ...] = ()
     size: tuple[int, int] | None = None
-    """Height and width that a decoded picture must have: another's pixels stay in the worker."""
+    """Height and width that a decoded image must have: another's pixels stay in the worker."""
     answer_bytes: int = 0
-    """Most that the picture may take once it is checked, where that is more than its file."""
+    """Most that the image may take once it is checked, where that is more than its file."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Checked:
-    """A sound picture, and the tokens of its captions."""
+    """A sound image, and the tokens of its captions."""
 
-    picture: Picture
+    image: CheckedImage
     xxh3: int
     tokens: list[npt.NDArray[np.uint16]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class PictureOptions:
-    """What is done to sound pictures, and what one may cost."""
+class ImageOptions:
+    """What is done to sound images, and what one may cost."""
 
     short_side: int
     """Scale the shorter side down to this; 0 leaves sizes alone."""
@@ -83,11 +83,11 @@ class PictureOptions:
     seconds: float
     """Longest time for one sample, reading included; 0 sets no limit."""
     square_side: int = 0
-    """Make pictures squares of so many pixels a side; 0 leaves sizes alone."""
-    format: PictureFormat | Literal["packed"] = "keep"
-    """What is made of sound pictures; packed only looks at them (`images.check_picture`)."""
-    return_pictures: bool = True
-    """Whether results bring the pictures' bytes; a verification needs what was found only."""
+    """Make images squares of so many pixels a side; 0 leaves sizes alone."""
+    format: ImageFormat | Literal["packed"] = "keep"
+    """What is made of sound images; packed only looks at them (`images.check_image`)."""
+    return_images: bool = True
+    """Whether results bring the images' bytes; a verification needs what was found only."""
 
     @property
     def max_file_bytes(self) -> int:
@@ -97,8 +97,8 @@ class PictureOptions:
     @property
     def memory_bytes(self) -> int:
         """What a worker may take beyond its start: the file, packed and unpacked, and pixels."""
-        pictures = 2 * self.max_file_bytes + BYTES_PER_PIXEL * self.max_pixels
-        return pictures + _BYTES_BESIDE_PICTURES
+        images = 2 * self.max_file_bytes + BYTES_PER_PIXEL * self.max_pixels
+        return images + _BYTES_BESIDE_IMAGES
 
 
 class WorkerDeathError(Exception):
@@ -111,14 +111,14 @@ class WorkerDeathError(Exception):
         self.num_finished = num_finished
 
 
-class PictureWorker:
+class ImageWorker:
     """The main process's end of one worker."""
 
-    def __init__(self, options: PictureOptions, *, context_length: int) -> None:
+    def __init__(self, options: ImageOptions, *, context_length: int) -> None:
         """Starts the process and waits until it is ready.
 
         Raises:
-            RuntimeError: it cannot be started, which is no picture's fault.
+            RuntimeError: it cannot be started, which is no image's fault.
         """
         self._options = options
         self._finished: Any = multiprocessing.get_context("spawn").RawValue(ctypes.c_int64)
@@ -169,7 +169,7 @@ def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
         return Problem(kind=kind, message=message)
     data, extension, height, width, reencoded, xxh3, tokens = answer
     return Checked(
-        picture=Picture(
+        image=CheckedImage(
             data=data, extension=extension, height=height, width=width, reencoded=reencoded
         ),
         xxh3=xxh3,
@@ -178,7 +178,7 @@ def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
 
 
 def _serve(
-    connection: Connection, options: PictureOptions, context_length: int, finished: Any
+    connection: Connection, options: ImageOptions, context_length: int, finished: Any
 ) -> None:
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     signal.signal(signal.SIGALRM, signal.SIG_DFL)  # ends the process, wherever it is
@@ -208,22 +208,22 @@ def _pack(result: Checked | Problem) -> tuple[tuple[Any, ...], int]:
     """A result as plain values, and their size: pickling the classes takes as long as decoding."""
     if isinstance(result, Problem):
         return (result.kind, result.message), len(result.message)
-    picture, tokens = result.picture, [ids.tobytes() for ids in result.tokens]
+    image, tokens = result.image, [ids.tobytes() for ids in result.tokens]
     return (
-        picture.data,
-        picture.extension,
-        picture.height,
-        picture.width,
-        picture.reencoded,
+        image.data,
+        image.extension,
+        image.height,
+        image.width,
+        image.reencoded,
         result.xxh3,
         tokens,
-    ), len(picture.data) + sum(map(len, tokens))
+    ), len(image.data) + sum(map(len, tokens))
 
 
 class _Checker:
     """Checks one sample after another."""
 
-    def __init__(self, options: PictureOptions, context_length: int) -> None:
+    def __init__(self, options: ImageOptions, context_length: int) -> None:
         self._options = options
         self._context_length = context_length
         self._tokenizer: Tokenizer | None = None
@@ -234,10 +234,10 @@ class _Checker:
             self._tokenizer = Tokenizer(self._context_length)
 
     def check(self, task: Task) -> Checked | Problem:
-        """The picture and its tokens, or what is wrong with them; never an exception."""
+        """The image and its tokens, or what is wrong with them; never an exception."""
         try:
             return self._check(task)
-        except (EntryError, PictureError) as error:
+        except (EntryError, ImageError) as error:
             if isinstance(error.__cause__, MemoryError):
                 os._exit(OUT_OF_MEMORY)
             return Problem(kind=error.kind, message=str(error))
@@ -247,7 +247,7 @@ class _Checker:
             return Problem(kind="failed", message=f"{type(error).__name__}: {error}")
 
     def _check(self, task: Task) -> Checked | Problem:
-        picture = check_picture(
+        image = check_image(
             task.entry.read(max_bytes=self._options.max_file_bytes),
             short_side=self._options.short_side,
             square_side=self._options.square_side,
@@ -255,8 +255,8 @@ class _Checker:
             max_pixels=self._options.max_pixels,
             format=self._options.format,
         )
-        if task.size is not None and (picture.height, picture.width) != task.size:
-            picture = dataclasses.replace(picture, data=b"")
+        if task.size is not None and (image.height, image.width) != task.size:
+            image = dataclasses.replace(image, data=b"")
         tokens: list[npt.NDArray[np.uint16]] = []
         if task.captions:
             assert self._tokenizer is not None
@@ -264,7 +264,7 @@ class _Checker:
                 tokens = self._tokenizer.encode(list(task.captions))
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
                 return Problem(kind="bad caption", message=f"cannot be tokenised: {error}")
-        xxh3 = xxhash.xxh3_64_intdigest(picture.data)
-        if not self._options.return_pictures:
-            picture = dataclasses.replace(picture, data=b"")
-        return Checked(picture=picture, xxh3=xxh3, tokens=tokens)
+        xxh3 = xxhash.xxh3_64_intdigest(image.data)
+        if not self._options.return_images:
+            image = dataclasses.replace(image, data=b"")
+        return Checked(image=image, xxh3=xxh3, tokens=tokens)

@@ -1,10 +1,10 @@
 """Checks samples in worker processes, and hands the results back in order.
 
-Each thread here looks after one worker process (`picture_worker`). Results come in the order of the
+Each thread here looks after one worker process (`image_worker`). Results come in the order of the
 tasks whatever the number of workers, and only a few chunks are under way at a time, so memory does
-not grow with the data set. A picture that ends its worker, by a crash, by taking too long or for
+not grow with the data set. An image that ends its worker, by a crash, by taking too long or for
 want of memory, is tried once more by itself in a fresh process, and left out if that ends as well:
-nothing else is lost, and what is packed is the same as if the picture had merely been damaged.
+nothing else is lost, and what is packed is the same as if the image had merely been damaged.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.build.worker import Checked as Checked
-from unicl_fast.packing.build.worker import PictureOptions as PictureOptions
-from unicl_fast.packing.build.worker import PictureWorker, WorkerDeathError
+from unicl_fast.packing.build.worker import ImageOptions as ImageOptions
+from unicl_fast.packing.build.worker import ImageWorker, WorkerDeathError
 from unicl_fast.packing.build.worker import Task as Task
 
 _CHUNK_ITEMS = 64
@@ -30,14 +30,14 @@ CHUNKS_AHEAD = 3
 
 
 def check_in_order(
-    tasks: Iterable[Task], *, options: PictureOptions, context_length: int, workers: int
+    tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
 ) -> Iterator[Checked | Problem]:
     """Checks tasks in parallel; results come in the order of the tasks.
 
     `workers` is the number of processes; 0 takes one for each core.
 
     Worker processes are spawned, so a script that calls this must guard its main part by
-    `if __name__ == "__main__":`. A single worker is a process too: a picture that crashes a decoder
+    `if __name__ == "__main__":`. A single worker is a process too: an image that crashes a decoder
     must not take this program's files with it.
 
     Raises:
@@ -66,12 +66,12 @@ def check_in_order(
 class WorkerPool:
     """Worker processes at the disposal of threads, started when they are needed."""
 
-    def __init__(self, options: PictureOptions, *, context_length: int) -> None:
+    def __init__(self, options: ImageOptions, *, context_length: int) -> None:
         self._options = options
         self._context_length = context_length
         self._lock = threading.Lock()
-        self._idle: list[PictureWorker] = []
-        self._alive: set[PictureWorker] = set()
+        self._idle: list[ImageWorker] = []
+        self._alive: set[ImageWorker] = set()
         self._closed = False
 
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
@@ -121,32 +121,32 @@ class WorkerPool:
         self._give_back(worker)
         return result
 
-    def _take(self) -> PictureWorker:
+    def _take(self) -> ImageWorker:
         with self._lock:
             if self._idle:
                 return self._idle.pop()
         return self._start()
 
-    def _start(self) -> PictureWorker:
-        worker = PictureWorker(self._options, context_length=self._context_length)
+    def _start(self) -> ImageWorker:
+        worker = ImageWorker(self._options, context_length=self._context_length)
         with self._lock:
             self._alive.add(worker)
             if self._closed:
                 worker.kill()
         return worker
 
-    def _give_back(self, worker: PictureWorker) -> None:
+    def _give_back(self, worker: ImageWorker) -> None:
         with self._lock:
             self._idle.append(worker)
 
-    def _forget(self, worker: PictureWorker) -> None:
+    def _forget(self, worker: ImageWorker) -> None:
         with self._lock:
             self._alive.discard(worker)
             if self._closed:
                 raise RuntimeError("the build is over")  # nobody waits for this chunk any more
 
 
-def make_chunks(tasks: Iterable[Task], options: PictureOptions) -> Iterator[list[Task]]:
+def make_chunks(tasks: Iterable[Task], options: ImageOptions) -> Iterator[list[Task]]:
     """Tasks by the handful: so many that handing them out costs little, and few bytes."""
     growth = _PNG_GROWTH if options.format == "png" else 1
     chunk: list[Task] = []

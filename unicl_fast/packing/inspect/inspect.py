@@ -1,6 +1,6 @@
 """What is in a packed data set: `unicl-pack inspect` as a function.
 
-Numbers only. Most come from the arrays in one look; texts are read from the shards, and pictures
+Numbers only. Most come from the arrays in one look; texts are read from the shards, and images
 only for their perceptual hashes, in worker processes. `inspect_page` makes a page of it. Whether a
 data set is sound is another question, which `verify_dataset` answers.
 """
@@ -21,10 +21,10 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
-from unicl_fast.dataset.stored_samples import SampleReader, equal_pictures, picture_sizes
+from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
 from unicl_fast.packing.inspect.concepts import DEFAULT_MODEL, Concepts, HowToCount, count_concepts
+from unicl_fast.packing.inspect.image_hashes import hash_images, require_imagehash
 from unicl_fast.packing.inspect.near_duplicates import count_bits, find_leaders
-from unicl_fast.packing.inspect.picture_hashes import hash_pictures, require_imagehash
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ class Spread:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Group:
-    """Pictures that are copies of one another, or look alike."""
+    """Images that are copies of one another, or look alike."""
 
     samples: tuple[int, ...]
     """The first stays; the others are its copies."""
@@ -69,9 +69,9 @@ class Copies:
 
     num_groups: int
     num_surplus: int
-    """Pictures beyond the first of each group."""
+    """Images beyond the first of each group."""
     num_labels_differ: int
-    """Groups whose labelled pictures do not all have the same labels."""
+    """Groups whose labelled images do not all have the same labels."""
     groups: tuple[Group, ...]
 
 
@@ -100,9 +100,9 @@ class Inspection:
     num_labels: int
     num_shards: int
     num_bytes: int
-    """Bytes of the shards, and of decoded pictures."""
+    """Bytes of the shards, and of decoded images."""
     is_raw: bool
-    """Whether pictures are kept as pixels."""
+    """Whether images are kept as pixels."""
     num_quarantined: int
     quarantined: dict[str, int]
     """By kind."""
@@ -113,10 +113,10 @@ class Inspection:
     num_with_captions: int
     num_with_both: int
     class_counts: tuple[tuple[str, int], ...]
-    """Name and number of pictures of each class, in label order."""
-    labels_per_picture: dict[int, int]
-    """How many labelled pictures have so many labels."""
-    captions_per_picture: Spread | None
+    """Name and number of images of each class, in label order."""
+    labels_per_image: dict[int, int]
+    """How many labelled images have so many labels."""
+    captions_per_image: Spread | None
     caption_tokens: Spread | None
     """Lengths without start and end token."""
     num_cut_captions: int
@@ -130,7 +130,7 @@ class Inspection:
     widths: Spread
     aspects: Spread
     """Width divided by height."""
-    picture_bytes: Spread
+    image_bytes: Spread
     exact_copies: Copies
     near_distance: int
     near_copies: Copies | None
@@ -168,7 +168,7 @@ def inspect_dataset(
         require_imagehash()
     with PackedDataset(folder) as dataset:
         rows, manifest = dataset.samples, dataset.manifest
-        quarantined = _quarantined(dataset)  # refused now, rather than after a look at all pictures
+        quarantined = _quarantined(dataset)  # refused now, rather than after a look at all images
         texts = _Texts(dataset, progress=progress)
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
         found = count_concepts(texts, how=concepts, model=spacy_model) if len(texts) else None
@@ -176,7 +176,7 @@ def inspect_dataset(
         exact = _exact_leaders(dataset)
         near_copies = None
         if near:
-            hashes = hash_pictures(dataset.folder, len(dataset), workers=workers, progress=progress)
+            hashes = hash_images(dataset.folder, len(dataset), workers=workers, progress=progress)
             near_copies = _near_copies(dataset, hashes, exact, near_distance)
         captions = _look_at_captions(dataset)
         return Inspection(
@@ -198,14 +198,14 @@ def inspect_dataset(
             num_with_captions=int(has_captions.sum()),
             num_with_both=int((has_labels & has_captions).sum()),
             class_counts=class_counts,
-            labels_per_picture=_counted(rows["labels_count"][has_labels]),
-            captions_per_picture=_spread(rows["captions_count"][has_captions]),
+            labels_per_image=_counted(rows["labels_count"][has_labels]),
+            captions_per_image=_spread(rows["captions_count"][has_captions]),
             caption_tokens=_spread(dataset.captions["tokens_length"].astype(int) - 2),
             frequent_concepts=() if found is None else found.most_frequent,
             heights=_spread_of_some(rows["height"]),
             widths=_spread_of_some(rows["width"]),
             aspects=_spread_of_some(rows["width"] / rows["height"], unit=0.05),
-            picture_bytes=_spread_of_some(picture_sizes(dataset)),
+            image_bytes=_spread_of_some(image_sizes(dataset)),
             exact_copies=_copies(dataset, exact),
             near_distance=near_distance,
             near_copies=near_copies,
@@ -230,7 +230,7 @@ class _Texts:
         reader = SampleReader(self._dataset)
         try:
             for index in tqdm(
-                with_captions, desc="reading captions", unit=" pictures", disable=not self._progress
+                with_captions, desc="reading captions", unit=" images", disable=not self._progress
             ):
                 yield from reader.read_description(int(index)).captions
         finally:
@@ -243,11 +243,11 @@ def _table_1(
     num_labelled: int,
     num_captioned: int,
 ) -> tuple[ConceptRow, ...]:
-    """The paper's row for labelled pictures, and for captioned ones."""
+    """The paper's row for labelled images, and for captioned ones."""
     rows: list[tuple[str, int, int, str]] = []
     if num_labelled:
         used = sum(count > 0 for _, count in class_counts)
-        kind = "categories with pictures"
+        kind = "categories with images"
         if used < len(class_counts):
             kind += f", of {len(class_counts):,} named"
         rows.append(("image-label", num_labelled, used, kind))
@@ -326,9 +326,9 @@ def _quarantined(dataset: PackedDataset) -> dict[str, int]:
 
 
 def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:
-    """The first picture with the same bytes."""
+    """The first image with the same bytes."""
     leaders = np.arange(len(dataset))
-    for group in equal_pictures([dataset]):
+    for group in equal_images([dataset]):
         leaders[group] = group[0]
     return leaders
 

@@ -1,9 +1,9 @@
-"""Finds pictures that look alike: 64-bit perceptual hashes that differ in few bits.
+"""Finds images that look alike: 64-bit perceptual hashes that differ in few bits.
 
 Comparing all with all would take N**2 / 2 steps. Instead the bits are cut into blocks: hashes that
 differ in at most r bits agree in at least m of r + m blocks, so for each choice of m blocks the
 hashes are sorted by them, and only neighbours with equal blocks are compared. m is chosen by what
-it costs for N hashes. Only numbers here; where hashes come from is `picture_hashes`'s business.
+it costs for N hashes. Only numbers here; where hashes come from is `image_hashes`'s business.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 MAX_DISTANCE = 12
-"""Beyond this unrelated pictures come near each other, and the search becomes slow."""
+"""Beyond this unrelated images come near each other, and the search becomes slow."""
 MAX_PAIRS = 20_000_000
 _BITS = 64
 _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)
@@ -25,21 +25,21 @@ Indices = npt.NDArray[np.int64]
 
 
 class TooManyPairsError(ValueError):
-    """So many pictures look alike that a list of them would be of no use."""
+    """So many images look alike that a list of them would be of no use."""
 
 
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
-    """Which earlier picture each one looks like.
+    """Which earlier image each one looks like.
 
-    A picture follows the first earlier one within `max_distance` bits that follows no other itself.
-    So each follower is near the picture that stays for it, never merely a neighbour's neighbour.
+    An image follows the first earlier one within `max_distance` bits that follows no other itself.
+    So each follower is near the image that stays for it, never merely a neighbour's neighbour.
 
     Args:
         hashes: uint64 [n].
         max_distance: in bits, 0 to 12.
 
     Returns:
-        int64 [n]: the picture that each follows, its own number if it follows none.
+        int64 [n]: the image that each follows, its own number if it follows none.
 
     Raises:
         TooManyPairsError: more than 20 million pairs are near each other.
@@ -84,8 +84,8 @@ def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
         found = np.union1d(found, _pairs_by_key(hashes, sum(blocks), max_distance))
         if len(found) > MAX_PAIRS:
             raise TooManyPairsError(
-                f"more than {MAX_PAIRS:,} pairs of pictures are within {max_distance} bits of each "
-                "other: such pictures have too little detail for perceptual hashes; choose a "
+                f"more than {MAX_PAIRS:,} pairs of images are within {max_distance} bits of each "
+                "other: such images have too little detail for perceptual hashes; choose a "
                 "smaller distance"
             )
     later, earlier = np.divmod(found, max(1, len(hashes)))

@@ -2,7 +2,7 @@
 
 Names, captions and paths come from anywhere: each goes through `_text`, and the page's own policy
 (Content-Security-Policy) forbids scripts and addresses outside it should one slip through. Numbers
-come from `inspect_dataset`, pictures from `thumbnails`.
+come from `inspect_dataset`, images from `thumbnails`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unicl_fast.packing.inspect.inspect import Copies, Group, Inspection, Spread
-from unicl_fast.packing.inspect.thumbnails import ShownPicture
+from unicl_fast.packing.inspect.thumbnails import ShownImage
 from unicl_fast.system.wording import count_of
 
 _MOST_CLASSES = 40
@@ -110,15 +110,15 @@ footer { margin-top: 56px; color: var(--soft); font-size: 14px }
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ShownGroup:
-    """A group of copies, and pictures of the first few."""
+    """A group of copies, and images of the first few."""
 
     group: Group
-    pictures: Sequence[ShownPicture]
+    images: Sequence[ShownImage]
 
 
 def make_page(
     inspection: Inspection,
-    sheet: Sequence[ShownPicture],
+    sheet: Sequence[ShownImage],
     exact: Sequence[ShownGroup],
     near: Sequence[ShownGroup],
 ) -> str:
@@ -126,7 +126,7 @@ def make_page(
 
     Args:
         inspection: the numbers.
-        sheet: pictures of the contact sheet.
+        sheet: images of the contact sheet.
         exact: groups of exact copies to show.
         near: groups of near copies to show.
     """
@@ -137,7 +137,7 @@ def make_page(
         _contact_sheet(inspection, sheet),
         _classes(inspection),
         _captions(inspection),
-        _pictures(inspection),
+        _images(inspection),
         _copies(inspection, exact, near),
         _coincidences(inspection),
         _left_out(inspection),
@@ -151,7 +151,7 @@ def make_page(
 <meta http-equiv="Content-Security-Policy" content="{policy}">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light">
-<title>{name}: {count_of(inspection.num_samples, "picture")}</title>
+<title>{name}: {count_of(inspection.num_samples, "image")}</title>
 <style>{_STYLE}</style>
 </head>
 <body>
@@ -185,7 +185,7 @@ def _number(value: float) -> str:
 
 def _head(inspection: Inspection, name: str) -> str:
     tiles = [
-        (inspection.num_samples, "pictures"),
+        (inspection.num_samples, "images"),
         (inspection.num_captions, "captions"),
         (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
         (inspection.exact_copies.num_surplus, "exact copies"),
@@ -244,7 +244,7 @@ def _concepts(inspection: Inspection) -> str:
     head = ("data", "images", "concepts", "images/concept", "a concept is one of the")
     table = _table(head, rows, numbers=frozenset({1, 2, 3}), stack=True)
     both = (
-        f"<p>{inspection.num_with_both:,} pictures have both labels and captions.</p>"
+        f"<p>{inspection.num_with_both:,} images have both labels and captions.</p>"
         if inspection.num_with_both
         else ""
     )
@@ -254,32 +254,30 @@ show, and how many images there are for each.</p>
 {table}{both}</section>"""
 
 
-def _contact_sheet(inspection: Inspection, sheet: Sequence[ShownPicture]) -> str:
-    cards = "".join(_card(picture) for picture in sheet)
+def _contact_sheet(inspection: Inspection, sheet: Sequence[ShownImage]) -> str:
+    cards = "".join(_card(image) for image in sheet)
     return f"""<section id="contact-sheet"><h2>Contact sheet</h2>
 <p class="soft">The first {len(sheet):,} of {inspection.num_samples:,} samples. Packing has shuffled
 them, so this is a random choice.</p>
 <div class="sheet">{cards}</div></section>"""
 
 
-def _card(picture: ShownPicture, note: str = "") -> str:
-    tiny = ' class="tiny"' if max(picture.height, picture.width) <= 100 else ""
-    tags = "".join(f'<bdi class="tag">{_text(name)}</bdi>' for name in picture.class_names[:4])
-    more = len(picture.class_names) - 4
+def _card(image: ShownImage, note: str = "") -> str:
+    tiny = ' class="tiny"' if max(image.height, image.width) <= 100 else ""
+    tags = "".join(f'<bdi class="tag">{_text(name)}</bdi>' for name in image.class_names[:4])
+    more = len(image.class_names) - 4
     tags += f'<span class="more">+{more}</span>' if more > 0 else ""
     caption = ""
-    if picture.captions:
-        caption = f'<span class="text" dir="auto">{_text(picture.captions[0][:400])}</span>'
-        others = len(picture.captions) - 1
+    if image.captions:
+        caption = f'<span class="text" dir="auto">{_text(image.captions[0][:400])}</span>'
+        others = len(image.captions) - 1
         words = "caption" if others == 1 else "captions"
         caption += f'<span class="more">+{others} {words}</span>' if others else ""
-    hover = _text(
-        f"{picture.key}: {picture.name} of {picture.source}, {picture.width} x {picture.height}"
-    )
+    hover = _text(f"{image.key}: {image.name} of {image.source}, {image.width} x {image.height}")
     note = f'<span class="more">{note}</span>' if note else ""
     return (
-        f'<figure class="card" title="{hover}"><img{tiny} src="{picture.uri}" '
-        f'alt="sample {picture.key}"><figcaption>{tags}{caption}{note}</figcaption></figure>'
+        f'<figure class="card" title="{hover}"><img{tiny} src="{image.uri}" '
+        f'alt="sample {image.key}"><figcaption>{tags}{caption}{note}</figcaption></figure>'
     )
 
 
@@ -304,17 +302,15 @@ def _classes(inspection: Inspection) -> str:
     largest, smallest = ordered[0][1], ordered[-1][1]
     empty = sum(count == 0 for _, count in ordered)
     words = (
-        f"{count_of(len(ordered), 'class')} with {smallest:,} to {largest:,} pictures each"
+        f"{count_of(len(ordered), 'class')} with {smallest:,} to {largest:,} images each"
         if smallest < largest
-        else f"{count_of(len(ordered), 'class')} with {count_of(largest, 'picture')} each"
+        else f"{count_of(len(ordered), 'class')} with {count_of(largest, 'image')} each"
     )
     if empty:
         words += f'; <span class="warn">without any: {empty:,}</span>'
-    several = {
-        count: number for count, number in inspection.labels_per_picture.items() if count > 1
-    }
+    several = {count: number for count, number in inspection.labels_per_image.items() if count > 1}
     if several:
-        words += f". {sum(several.values()):,} pictures have several labels, up to {max(several):,}"
+        words += f". {sum(several.values()):,} images have several labels, up to {max(several):,}"
     present = [entry for entry in ordered if entry[1]]
     if len(ordered) <= _MOST_CLASSES or not present:
         shown = _bars(ordered[:_MOST_CLASSES], largest)
@@ -322,7 +318,7 @@ def _classes(inspection: Inspection) -> str:
         counts = [count for _, count in present]
         is_skewed = largest > _SKEWED * statistics.median(counts)
         shown = _plot(
-            f"Pictures of each class, largest class first{', logarithmic' if is_skewed else ''}",
+            f"Images of each class, largest class first{', logarithmic' if is_skewed else ''}",
             [math.log1p(count) for count in counts] if is_skewed else counts,
             ("1", f"{len(present):,}"),
             "",
@@ -387,7 +383,7 @@ def _spread_plot(title: str, spread: Spread, unit: str = "") -> str:
 
 
 def _captions(inspection: Inspection) -> str:
-    if inspection.caption_tokens is None or inspection.captions_per_picture is None:
+    if inspection.caption_tokens is None or inspection.captions_per_image is None:
         return ""
     distinct = inspection.num_distinct_captions
     words = f"{count_of(inspection.num_captions, 'caption')}, {distinct:,} of them distinct"
@@ -395,7 +391,7 @@ def _captions(inspection: Inspection) -> str:
         words += f'; <span class="warn">{inspection.num_cut_captions:,} fill the context</span>'
         words += " and have most likely been cut"
     plots = _spread_plot("Tokens of a caption", inspection.caption_tokens)
-    plots += _spread_plot("Captions of a picture", inspection.captions_per_picture)
+    plots += _spread_plot("Captions of an image", inspection.captions_per_image)
     parts = [f'<div class="columns">{plots}</div>']
     if inspection.repeated_captions:
         rows = [(f"<bdi>{_text(text)}</bdi>", f"{count:,}")
@@ -410,17 +406,17 @@ def _captions(inspection: Inspection) -> str:
     return f'<section id="captions"><h2>Captions</h2><p>{words}.</p>{"".join(parts)}</section>'
 
 
-def _pictures(inspection: Inspection) -> str:
+def _images(inspection: Inspection) -> str:
     size_of = "Size of the pixels" if inspection.is_raw else "Size of the file"
     plots = "".join(
         [
             _spread_plot("Width", inspection.widths, " pixels"),
             _spread_plot("Height", inspection.heights, " pixels"),
             _spread_plot("Width / height", inspection.aspects),
-            _spread_plot(size_of, inspection.picture_bytes, " bytes"),
+            _spread_plot(size_of, inspection.image_bytes, " bytes"),
         ]
     )
-    return f"""<section id="pictures"><h2>Pictures</h2>
+    return f"""<section id="images"><h2>Images</h2>
 <div class="columns">{plots}</div></section>"""
 
 
@@ -434,9 +430,9 @@ def _copies(inspection: Inspection, exact: Sequence[ShownGroup], near: Sequence[
         parts.append("<p>Nobody looked for them (--no-near, or no ImageHash).</p>")
     else:
         parts.append(
-            '<p class="soft">Pictures whose perceptual hash differs from an earlier one\'s in at '
+            '<p class="soft">Images whose perceptual hash differs from an earlier one\'s in at '
             f"most {inspection.near_distance} of 64 bits. Unrelated photographs differ in about "
-            "32; pictures of little detail, such as digits, come near each other without being "
+            "32; images of little detail, such as digits, come near each other without being "
             "copies.</p>"
         )
         parts.append(_groups(inspection.near_copies, near, "near an earlier one"))
@@ -446,8 +442,8 @@ def _copies(inspection: Inspection, exact: Sequence[ShownGroup], near: Sequence[
 def _groups(copies: Copies, shown: Sequence[ShownGroup], what: str) -> str:
     if not copies.num_groups:
         return "<p>None.</p>"
-    pictures = "picture is" if copies.num_surplus == 1 else "pictures are"
-    words = f"{copies.num_surplus:,} {pictures} {what}"
+    images = "image is" if copies.num_surplus == 1 else "images are"
+    words = f"{copies.num_surplus:,} {images} {what}"
     words += f", in {copies.num_groups:,} groups" if copies.num_groups > 1 else ""
     if copies.num_labels_differ:
         words += f'; <span class="warn">in {copies.num_labels_differ:,} the labels differ</span>'
@@ -455,10 +451,10 @@ def _groups(copies: Copies, shown: Sequence[ShownGroup], what: str) -> str:
     for one in shown:
         distances = one.group.distances or (0,) * len(one.group.samples)
         cards = "".join(
-            _card(picture, f"{distance} bits" if place and one.group.distances else "")
-            for place, (picture, distance) in enumerate(zip(one.pictures, distances, strict=False))
+            _card(image, f"{distance} bits" if place and one.group.distances else "")
+            for place, (image, distance) in enumerate(zip(one.images, distances, strict=False))
         )
-        head = f"{len(one.group.samples):,} pictures"
+        head = f"{len(one.group.samples):,} images"
         if one.group.labels_differ:
             head += ', <span class="warn">labels differ</span>'
         parts.append(f'<div class="group">{head}<div class="sheet">{cards}</div></div>')

@@ -1,4 +1,4 @@
-"""Small pictures of samples with their texts, for pages that people look at."""
+"""Small images of samples with their texts, for pages that people look at."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ _QUALITY = 80
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShownPicture:
+class ShownImage:
     """A sample to look at. Its texts come from anywhere and are not escaped."""
 
     index: int
     key: str
     uri: str
-    """The picture as a JPEG or PNG inside a `data:` address."""
+    """The image as a JPEG or PNG inside a `data:` address."""
     height: int
     width: int
-    """In pixels, of the sample; the picture here is at most 200 on a side."""
+    """In pixels, of the sample; the image here is at most 200 on a side."""
     class_names: tuple[str, ...]
     captions: tuple[str, ...]
     source: str
     name: str
 
 
-def shown_pictures(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownPicture]:
+def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownImage]:
     """Reads samples for a page.
 
     Raises:
@@ -46,7 +46,7 @@ def shown_pictures(dataset: PackedDataset, indices: Iterable[int]) -> list[Shown
             row, text = dataset.samples[index], reader.read_description(index)
             names = dataset.manifest.class_names
             shown.append(
-                ShownPicture(
+                ShownImage(
                     index=index,
                     key=sample_key(index),
                     uri=_thumbnail(dataset.image_bytes(index, verify=True).data),
@@ -64,7 +64,7 @@ def shown_pictures(dataset: PackedDataset, indices: Iterable[int]) -> list[Shown
 
 
 def _thumbnail(data: memoryview) -> str:
-    """The picture scaled down; small ones keep their pixels, and stay free of JPEG's traces."""
+    """The image scaled down; small ones keep their pixels, and stay free of JPEG's traces."""
     with Image.open(io.BytesIO(data)) as image:
         small = max(image.size) <= _SIDE // 2
         image.draft(None, (_SIDE, _SIDE))

@@ -2,7 +2,7 @@
 
 `convert` runs in a process of its own (`limited_processes`), since a file may lie about sizes and
 offsets and pyarrow is C++. It goes through one file once, in order: texts and places go to a file
-of JSON lines, pictures that are compressed or split into pages to a file of pictures. Those that
+of JSON lines, images that are compressed or split into pages to a file of images. Those that
 lie in an Arrow file as they are stay there.
 """
 
@@ -54,7 +54,7 @@ class TableTask:
     rows_file: str
     """Gets a JSON object a row: `row`, and `problem`, or `captions` and `labels` with `offset`,
     `size` and `in_place`, or with `path`."""
-    pictures_file: str
+    images_file: str
     features: str = ""
     """Features of Hugging Face's `datasets`, as JSON, where the file may lack them."""
 
@@ -89,9 +89,9 @@ def convert(task: TableTask) -> TableResult:
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
     with (
         open(task.rows_file, "w", encoding="ascii") as rows,
-        open(task.pictures_file, "wb") as pictures,
+        open(task.images_file, "wb") as images,
     ):
-        writer = _RowWriter(columns, names, task.options, result, rows, pictures)
+        writer = _RowWriter(columns, names, task.options, result, rows, images)
         for first, batch in table.batches(columns.all, result.damaged):
             try:
                 writer.write(first, batch, table.place_of)
@@ -99,7 +99,7 @@ def convert(task: TableTask) -> TableResult:
                 result.damaged.append((first, first + batch.num_rows, _reason(error)))
             except ValueError as error:
                 raise ValueError(f"{task.path}: {error}") from error
-            pictures.flush()
+            images.flush()
             rows.flush()  # so that what is whole can be taken if this process is to die
     return result
 
@@ -151,12 +151,12 @@ def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Colu
     if not images:
         if any(name.lower() in ADDRESS_COLUMNS for name in header):
             raise ValueError(
-                f"{path} has addresses of pictures but no pictures. Fetch them with img2dataset "
+                f"{path} has addresses of images but no images. Fetch them with img2dataset "
                 "(img2dataset --url_list FILE --input_format parquet --output_format webdataset "
                 "...) and build from the folder that it makes"
             )
         raise ValueError(
-            f"{path} has no column with pictures or their paths of a usual name "
+            f"{path} has no column with images or their paths of a usual name "
             f"({', '.join(IMAGE_COLUMNS[:3])}, ..., {IMAGE_COLUMNS[-1]}); name it by "
             f"--image-column. It has {header}"
         )
@@ -278,7 +278,7 @@ class _ArrowTable:
                 damaged.append((first, -1, "the file ends without its end mark"))
 
     def place_of(self, buffer: pa.Buffer) -> int | None:
-        """Where a picture lies in the file, if it lies there as it is."""
+        """Where an image lies in the file, if it lies there as it is."""
         offset = buffer.address - self._bytes.address
         return offset if 0 <= offset <= self._bytes.size - buffer.size else None
 
@@ -296,14 +296,14 @@ class _RowWriter:
         options: ListOptions,
         result: TableResult,
         rows: TextIO,
-        pictures: BinaryIO,
+        images: BinaryIO,
     ) -> None:
         self._columns = columns
         self._names = names
         self._conditions = [split_condition(condition) for condition in options.where]
         self._result = result
         self._rows = rows
-        self._pictures = pictures
+        self._images = images
         self._written = 0
 
     def write(
@@ -327,8 +327,8 @@ class _RowWriter:
                 passed_over[LEFT_OUT] += 1
                 continue
             found = self._texts_of(row)
-            if "problem" not in found:  # the picture of a bad row would be copied for nothing
-                found |= self._picture(images, place, place_of)
+            if "problem" not in found:  # the image of a bad row would be copied for nothing
+                found |= self._image(images, place, place_of)
             lines.append(json.dumps(found | {"row": first + place}, default=_other_type) + "\n")
         self._rows.writelines(lines)
         self._result.passed_over += passed_over
@@ -347,25 +347,25 @@ class _RowWriter:
         captions = [text for column in self._columns.captions for text in _as_list(row[column])]
         return {"captions": captions, "labels": labels}
 
-    def _picture(
+    def _image(
         self, images: _Images, place: int, place_of: Callable[[pa.Buffer], int | None]
     ) -> dict[str, Any]:
         buffer = images.bytes_at(place)
         if buffer is None:
             path = images.path_at(place)
-            return {"path": path} if path else {"problem": ["missing", "no picture in the row"]}
+            return {"path": path} if path else {"problem": ["missing", "no image in the row"]}
         if buffer.size > MAX_FILE_BYTES:
-            return {"problem": ["too large", f"a picture of {buffer.size:,} bytes"]}
+            return {"problem": ["too large", f"an image of {buffer.size:,} bytes"]}
         offset = place_of(buffer)
         in_place = offset is not None
         if offset is None:
             offset = self._written
-            self._written += self._pictures.write(buffer)
+            self._written += self._images.write(buffer)
         return {"offset": offset, "size": buffer.size, "in_place": in_place}
 
 
 class _Images:
-    """A column of pictures: bytes, paths, or Hugging Face's structs of both."""
+    """A column of images: bytes, paths, or Hugging Face's structs of both."""
 
     def __init__(self, column: pa.Array) -> None:
         self._bytes: pa.Array | None = None
@@ -376,7 +376,7 @@ class _Images:
             names = [column.type.field(number).name for number in range(column.type.num_fields)]
             if "bytes" not in names and "path" not in names:
                 raise ValueError(
-                    f"the column of pictures is a {column.type}; expected bytes, paths, or a "
+                    f"the column of images is a {column.type}; expected bytes, paths, or a "
                     "struct of `bytes` and `path`"
                 )
             parts = dict(zip(names, column.flatten(), strict=True))  # minds rows that are null
@@ -387,7 +387,7 @@ class _Images:
             self._bytes = column
         else:
             raise ValueError(
-                f"the column of pictures is of type {column.type}; expected bytes, paths, or a "
+                f"the column of images is of type {column.type}; expected bytes, paths, or a "
                 "struct of both"
             )
         self._stretches: _Stretches | None = None

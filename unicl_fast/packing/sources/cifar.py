@@ -1,6 +1,6 @@
 """CIFAR-10 and CIFAR-100 as they are downloaded: Python or binary version, folder or .tar.gz.
 
-A folder or an archive stands for its training pictures; the test pictures are
+A folder or an archive stands for its training images; the test images are
 `FOLDER/test_batch`, `cifar-10-python.tar.gz/test_batch`, `FOLDER/test.bin` and so on.
 """
 
@@ -87,7 +87,7 @@ def read_cifar(place: Path, options: ListOptions, spool: Spool) -> Source:
         name=place.name or str(place),
         items=items,
         labels_are_names=bool(names),
-        passed_over=Counter({"files of test pictures": left} if left and not wanted else {}),
+        passed_over=Counter({"files of test images": left} if left and not wanted else {}),
     )
 
 
@@ -181,7 +181,7 @@ def _read_python(
 
 
 def _find_pixels(data: Any) -> tuple[int, int]:
-    """Where the pixels begin, and how many pictures they are."""
+    """Where the pixels begin, and how many images they are."""
     if not isinstance(data, PickledArray):
         raise PickleRefusedError("it has no array called `data`")
     if len(data.shape) != 2 or data.shape[1] != _PIXELS or data.dtype not in ("u1", "uint8"):

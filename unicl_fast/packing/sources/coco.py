@@ -1,6 +1,6 @@
-"""COCO's JSON files: captions, instances, or both about the same pictures.
+"""COCO's JSON files: captions, instances, or both about the same images.
 
-All COCO files of a build are read together. Where two of them name the same picture file, that is
+All COCO files of a build are read together. Where two of them name the same image file, that is
 one sample with the captions of one and the labels of the other.
 """
 
@@ -23,7 +23,7 @@ from unicl_fast.packing.sources.items import (
     require_text,
 )
 from unicl_fast.packing.sources.json_stream import iter_elements
-from unicl_fast.packing.sources.lists import find_picture
+from unicl_fast.packing.sources.lists import find_image
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import Trees
 
@@ -39,7 +39,7 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
         paths: captions_*.json, instances_*.json, or others of this form: `images` with `id` and
             `file_name`; `annotations` with `image_id`, and `caption` or `category_id`;
             `categories` with `id` and `name`.
-        options: `image_root`, the folder or zip with the pictures; by default it is looked for
+        options: `image_root`, the folder or zip with the images; by default it is looked for
             beside each file.
         spool: has room for the items.
 
@@ -58,7 +58,7 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
             _add_image(image, found, tree, items, broken)
         strangers = sum(texts.count for texts in found.texts.values() if not texts.listed)
         if strangers:
-            passed_over["annotations of pictures that are not listed"] += strangers
+            passed_over["annotations of images that are not listed"] += strangers
         if found.num_unreadable:
             passed_over["annotations that cannot be read"] += found.num_unreadable
     stored = spool.new_items()
@@ -76,13 +76,13 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
 
 @dataclass(slots=True)
 class _Texts:
-    """What the annotations of one file say of one picture."""
+    """What the annotations of one file say of one image."""
 
     captions: list[Any] = field(default_factory=list)
     categories: dict[Id, None] = field(default_factory=dict)
     count: int = 0
     listed: bool = False
-    """Whether the file lists the picture; a second listing is one too many."""
+    """Whether the file lists the image; a second listing is one too many."""
 
 
 @dataclass(slots=True)
@@ -148,7 +148,7 @@ def _add_image(
     items: dict[Entry | str, Item],
     broken: list[Item],
 ) -> None:
-    """Makes the item of a picture, or adds to the one that another file has made."""
+    """Makes the item of an image, or adds to the one that another file has made."""
     number, name = image
     if not _is_id(number) or not isinstance(name, str) or not name:
         message = "an entry of `images` without a usable `id` and `file_name`"
@@ -156,7 +156,7 @@ def _add_image(
             Item(f"image {number!s:.40}", problem=Problem(kind="bad row", message=message))
         )
         return
-    item = find_picture(tree, name)
+    item = find_image(tree, name)
     item = items.setdefault(item.entry or name, item)
     texts = found.texts.setdefault(number, _Texts())
     if texts.listed:
@@ -175,7 +175,7 @@ def _add_image(
 
 
 def _image_folder(path: Path) -> Path:
-    """Where the pictures of annotations/captions_val2017.json are: val2017, images, or here.
+    """Where the images of annotations/captions_val2017.json are: val2017, images, or here.
 
     Each is looked for in the folder of the file and in the one above.
     """

@@ -1,7 +1,7 @@
 """What a file in some source is to the rest of packing: a thing with a size that can be read.
 
 An entry is small, can be sent to a worker process, and is read there without its tree. Entries of
-folders are in `picture_files`, those of zips in `zip_files`.
+folders are in `image_files`, those of zips in `zip_files`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 MAX_FILE_BYTES = 512_000_000
-"""Largest file read as a picture; a larger one is no picture that training could use."""
+"""Largest file read as an image; a larger one is no image that training could use."""
 
 
 class EntryError(ValueError):

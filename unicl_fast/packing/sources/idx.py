@@ -1,6 +1,6 @@
 """IDX files, as MNIST and its kin come: train-images-idx3-ubyte and train-labels-idx1-ubyte.
 
-Plain or as .gz. Labels are numbers, so a build wants `--class-names`. EMNIST's pictures are stored
+Plain or as .gz. Labels are numbers, so a build wants `--class-names`. EMNIST's images are stored
 on their side, which the file does not say; they are packed as they lie.
 """
 
@@ -17,12 +17,12 @@ from unicl_fast.packing.sources.items import Item, Problem, Source
 from unicl_fast.packing.sources.spans import PixelSpan, open_regular
 from unicl_fast.packing.sources.spool import Spool
 
-_PICTURES = b"\0\0\x08\x03"
-"""Unsigned bytes in three dimensions: pictures, rows, columns."""
+_IMAGES = b"\0\0\x08\x03"
+"""Unsigned bytes in three dimensions: images, rows, columns."""
 _COLOUR = b"\0\0\x08\x04"
 _LABELS = b"\0\0\x08\x01"
 _HEAD_BYTES = 16
-"""Of a file of pictures: what it is, and how long its three dimensions are."""
+"""Of a file of images: what it is, and how long its three dimensions are."""
 
 
 def is_idx(path: Path) -> bool:
@@ -37,14 +37,14 @@ def is_idx(path: Path) -> bool:
             head = zlib.decompressobj(zlib.MAX_WBITS | 16).decompress(head, 16)
         except zlib.error:
             return False
-    return head[:4] in (_PICTURES, _COLOUR, _LABELS)
+    return head[:4] in (_IMAGES, _COLOUR, _LABELS)
 
 
 def read_idx(path: Path, spool: Spool) -> Source:
-    """Reads the pictures of an IDX file and the labels beside it.
+    """Reads the images of an IDX file and the labels beside it.
 
     Args:
-        path: the pictures; the labels are the file with `labels` for `images` and `idx1` for
+        path: the images; the labels are the file with `labels` for `images` and `idx1` for
             `idx3` in its name, with or without .gz.
         spool: where a .gz is unpacked.
 
@@ -94,18 +94,16 @@ def _unpacked(path: Path, spool: Spool) -> tuple[Path, str]:
 
 
 def _read_shape(path: Path, file: Path) -> tuple[int, int, int]:
-    """Number of pictures, their height and width."""
+    """Number of images, their height and width."""
     with open_regular(str(file)) as opened:
         head = opened.read(_HEAD_BYTES)
     if head[:4] == _LABELS:
-        raise ValueError(
-            f"{path} holds labels; name the file with the pictures, its name says idx3"
-        )
-    if head[:4] != _PICTURES or len(head) < _HEAD_BYTES:
-        raise ValueError(f"{path} is no IDX file of grey pictures (unsigned bytes, 3 dimensions)")
+        raise ValueError(f"{path} holds labels; name the file with the images, its name says idx3")
+    if head[:4] != _IMAGES or len(head) < _HEAD_BYTES:
+        raise ValueError(f"{path} is no IDX file of grey images (unsigned bytes, 3 dimensions)")
     count, height, width = (int.from_bytes(head[at : at + 4], "big") for at in (4, 8, 12))
     if not (count and 0 < height <= MAX_SIDE and 0 < width <= MAX_SIDE):
-        raise ValueError(f"{path} declares {count:,} pictures of {height:,} x {width:,} pixels")
+        raise ValueError(f"{path} declares {count:,} images of {height:,} x {width:,} pixels")
     return count, height, width
 
 
@@ -128,6 +126,6 @@ def _read_labels(path: Path, file: Path, count: int) -> bytes:
             raise ValueError(f"{path} is no IDX file of labels (unsigned bytes, 1 dimension)")
         if declared != count:
             raise ValueError(
-                f"{path} declares {declared:,} labels for {count:,} pictures: they are no pair"
+                f"{path} declares {declared:,} labels for {count:,} images: they are no pair"
             )
         return opened.read(min(count, os.stat(file).st_size))

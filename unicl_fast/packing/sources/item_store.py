@@ -4,7 +4,7 @@ The order of a data set is drawn over all its samples, so all must have been rea
 is packed, and ten million of them with their texts are gigabytes. What stays in memory is where the
 record of each begins, 8 bytes. The file has no name, so the kernel removes it with the process.
 
-Lists speak of a picture in several rows, not always one after another. A record is never changed:
+Lists speak of an image in several rows, not always one after another. A record is never changed:
 what a later row adds is a record of its own that points back to the one before. Names are found
 again by an index of checksums, up to 54 bytes a name while a source is read, compared with what is
 stored.
@@ -193,7 +193,7 @@ class NamedItems:
         self._items = items
         self._count = 0
         self._last = ("", -1)
-        """Rows of a picture mostly follow each other."""
+        """Rows of an image mostly follow each other."""
         self._make_table(1 << 10)
 
     def find(self, name: str) -> int | None:

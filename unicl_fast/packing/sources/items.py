@@ -35,10 +35,10 @@ class Problem:
 
 @dataclass(slots=True)
 class Item:
-    """One sample to be: a picture, and its texts and labels as the source spells them."""
+    """One sample to be: an image, and its texts and labels as the source spells them."""
 
     name: str
-    """The picture's name inside its source."""
+    """The image's name inside its source."""
     entry: Entry | None = None
     captions: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
@@ -71,7 +71,7 @@ class ListOptions:
     caption_column: str = ""
     label_column: str = ""
     image_root: str = ""
-    """Folder or zip that picture paths are relative to; by default the folder of the list."""
+    """Folder or zip that image paths are relative to; by default the folder of the list."""
     where: Sequence[str] = ()
     """`column=value` conditions that a row must meet, all of them."""
 
@@ -206,11 +206,11 @@ def join_texts(
     more_captions: Sequence[str],
     more_labels: Sequence[_L],
 ) -> tuple[list[str], list[_L]] | None:
-    """Captions and labels of two samples with the same picture, each once, in order.
+    """Captions and labels of two samples with the same image, each once, in order.
 
     Returns:
         Both; None if they are more than one sample can have. A placeholder may stand for any number
-        of pictures, and must then stay several samples, so that no text is lost.
+        of images, and must then stay several samples, so that no text is lost.
     """
     all_captions = list(dict.fromkeys([*captions, *more_captions]))
     all_labels = list(dict.fromkeys([*labels, *more_labels]))

@@ -1,7 +1,7 @@
-"""Lists of pictures: CSV, TSV, JSONL and JSON with one picture a row, and maps of zips.
+"""Lists of images: CSV, TSV, JSONL and JSON with one image a row, and maps of zips.
 
-A row names a picture by its path and says which captions and labels it has. Rows of the same
-picture become one sample.
+A row names an image by its path and says which captions and labels it has. Rows of the same
+image become one sample.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Row = dict[str, Any] | Problem
 
 
 def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads a .csv, .tsv, .jsonl or .json with a row for each picture, or several."""
+    """Reads a .csv, .tsv, .jsonl or .json with a row for each image, or several."""
     read_rows = _ROW_READERS[path.suffix.lower()]
     conditions = [split_condition(condition) for condition in options.where]
     header = _column_names(read_rows(path))
@@ -54,7 +54,7 @@ def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
     columns = _choose_columns(path, header, options, conditions)
     tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
     return collect_rows(
-        path, read_rows(path), columns, conditions, lambda name: find_picture(tree, name), spool
+        path, read_rows(path), columns, conditions, lambda name: find_image(tree, name), spool
     )
 
 
@@ -77,7 +77,7 @@ def read_map(path: Path, options: ListOptions, spool: Spool) -> Source:
             if not at:
                 raise
             return Item(name, problem=Problem(kind="missing", message=str(error)))
-        item = find_picture(tree, inside.lstrip("/") if at else name)
+        item = find_image(tree, inside.lstrip("/") if at else name)
         item.name = name
         return item
 
@@ -99,14 +99,14 @@ def collect_rows(
     find: Callable[[str], Item],
     spool: Spool,
 ) -> Source:
-    """Makes samples of rows; rows with the same picture are one, with all their texts.
+    """Makes samples of rows; rows with the same image are one, with all their texts.
 
     Args:
         path: the list.
         rows: with their line numbers.
         columns: which to take.
         conditions: what `--where` asks for.
-        find: makes the item of a picture that is named for the first time.
+        find: makes the item of an image that is named for the first time.
         spool: has room for the items.
 
     Raises:
@@ -124,7 +124,7 @@ def collect_rows(
             continue
         name = row.get(columns.image)
         if not isinstance(name, str) or not name:
-            problem = Problem(kind="bad row", message=f"no picture path in {columns.image!r}")
+            problem = Problem(kind="bad row", message=f"no image path in {columns.image!r}")
             broken.append(Item(f"line {line}", problem=problem))
             continue
         number = named.find(name)
@@ -174,14 +174,14 @@ def _choose_columns(
         require_column(path, column, header, "--where")
     if not images:
         raise ValueError(
-            f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with picture paths "
+            f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with image paths "
             f"by --image-column. It has {header}"
         )
     require_text_columns(path, captions, labels, header)
     return Columns(images[0], captions, labels)
 
 
-def find_picture(tree: Tree, name: str) -> Item:
+def find_image(tree: Tree, name: str) -> Item:
     """A whole path is as good as one relative to the root, if it leads there."""
     if ".." in name.split("/"):
         problem = Problem(kind="outside", message="paths must stay inside the image root")

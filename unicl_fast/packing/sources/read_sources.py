@@ -1,8 +1,8 @@
 """Reads what a user has - folders, archives, lists, data sets of others - into items to pack.
 
-A source says for each picture where its bytes are and which captions and labels it has, as the
+A source says for each image where its bytes are and which captions and labels it has, as the
 source spells them. Here it is decided what a place is, and class folders are read; all other kinds
-have a module of their own. Joining label spaces is the business of `class_names`, opening pictures
+have a module of their own. Joining label spaces is the business of `class_names`, opening images
 that of the workers. What is passed over or cannot be packed is never dropped in silence: it is
 counted by name, or stays in the list with its problem and ends in quarantine.csv.
 """
@@ -36,7 +36,7 @@ LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (*source_tables.PARQUET, *source_tables.ARROW)
 TAR_SUFFIXES = (".tar", *source_tars.GZIPPED)
 
-NOT_PICTURES = frozenset(
+NOT_IMAGES = frozenset(
     f".{extension}"
     for group in (
         "txt csv tsv json jsonl md rst xml html htm yaml yml toml ini cfg log pdf",
@@ -99,7 +99,7 @@ def read_source(
 
 def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
     suffix = path.suffix.lower()
-    if suffix == ".tsv" and source_tsv.holds_pictures(path):
+    if suffix == ".tsv" and source_tsv.holds_images(path):
         return source_tsv.read_tsv(path, options, spool)
     if _is_coco(path):
         return read_coco([path], options, spool)
@@ -153,7 +153,7 @@ def _is_coco(path: Path) -> bool:
 
 
 def _read_class_folders(path: Path, spool: Spool, *, beside: Sequence[str] = ()) -> Source:
-    """Class = name of the folder that directly holds the picture.
+    """Class = name of the folder that directly holds the image.
 
     `beside` are tars or Parquet files that lie there too and are not read, which is said.
     """
@@ -169,19 +169,19 @@ def _read_class_folders(path: Path, spool: Spool, *, beside: Sequence[str] = ())
             passed_over["hidden files"] += 1
         elif name in beside:
             passed_over[f"{suffix} files beside folders (name them to pack them)"] += 1
-        elif suffix in NOT_PICTURES:
+        elif suffix in NOT_IMAGES:
             passed_over[f"{suffix} files"] += 1
         elif folders:
             items.append(Item(name, entry, labels=[folders[-1]]))
         else:
             problem = Problem(
                 kind="no class",
-                message="the picture lies in no class folder; expected for example cat/1.jpg",
+                message="the image lies in no class folder; expected for example cat/1.jpg",
             )
             items.append(Item(name, problem=problem))
     if not items:
         raise ValueError(
-            f"{path} holds no pictures; expected class folders with pictures in them, such as "
+            f"{path} holds no images; expected class folders with images in them, such as "
             f"{path}/cat/1.jpg"
             + (
                 f". Files such as {beside[0]} lie there too, and are not read where there are "

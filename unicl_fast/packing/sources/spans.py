@@ -1,4 +1,4 @@
-"""Pictures that are a stretch of a larger file: members of tars, lines of a TSV, rows of pixels.
+"""Images that are a stretch of a larger file: members of tars, lines of a TSV, rows of pixels.
 
 Each is a place in a file and nothing else, so a worker reads it with one seek, knows nothing of the
 format that holds it, and needs no library for it.
@@ -21,7 +21,7 @@ from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, EntryError, check
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """A stretch of bytes in a file, which are the picture's file."""
+    """A stretch of bytes in a file, which are the image's file."""
 
     path: str
     offset: int
@@ -34,7 +34,7 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class Base64Span:
-    """A stretch of a text file, which is a picture's file in base64 (RFC 4648, with padding)."""
+    """A stretch of a text file, which is an image's file in base64 (RFC 4648, with padding)."""
 
     path: str
     offset: int
@@ -103,7 +103,7 @@ def open_regular(path: str) -> io.BufferedReader:
     """Opens a regular file, and nothing else.
 
     Opening a device can do things (a tape rewinds), so it is looked at first; and again when it is
-    open, since it may be another file by then. Not blocking: a pipe that lies among pictures must
+    open, since it may be another file by then. Not blocking: a pipe that lies among images must
     not stop the program.
 
     Raises:

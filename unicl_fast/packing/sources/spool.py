@@ -1,8 +1,8 @@
 """A folder beside the output for what does not fit into memory or cannot be read in any order.
 
-Samples are packed in shuffled order, and a picture in a Parquet file or a .gz cannot be reached
-without unpacking what lies before it. So such files are unpacked once, in order, and pictures are
-read from the copy. That takes as much room as their pictures, on the disk that is to hold the
+Samples are packed in shuffled order, and an image in a Parquet file or a .gz cannot be reached
+without unpacking what lies before it. So such files are unpacked once, in order, and images are
+read from the copy. That takes as much room as their images, on the disk that is to hold the
 packed ones anyway, and never more memory than a block. The list of all samples lies there too
 (`item_store`).
 """
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from unicl_fast.packing.sources.item_store import ItemStore
 from unicl_fast.packing.sources.spans import open_regular
-from unicl_fast.system.atomic_files import flush_to_disk, write_text_whole
+from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
 from unicl_fast.system.sealed_json import seal, unseal
 
 _BLOCK = 1 << 20
@@ -101,7 +101,7 @@ class Spool:
             flush_to_disk(place)
         sizes = [place.stat().st_size for place in places]
         note = {"made of": made_of, "sizes": sizes, "values": dict(values)}
-        write_text_whole(_note_of(places[0]), seal(note))
+        write_text_atomically(_note_of(places[0]), seal(note))
 
     def release(self, place: Path) -> None:
         """Removes a file that has been read, unless a build that goes on may want it again."""
@@ -189,6 +189,6 @@ def full_disk(place: object) -> OSError:
     """The error that says what the room is for."""
     return OSError(
         errno.ENOSPC,
-        f"no room left for {place}, where pictures that cannot be read in place are unpacked; it "
+        f"no room left for {place}, where images that cannot be read in place are unpacked; it "
         "takes as much room as they do, on the disk of --out",
     )

@@ -1,6 +1,6 @@
 """Parquet lists and folders of Hugging Face's `datasets`, read with pyarrow.
 
-Pictures are bytes in the file or paths beside it. Numbers that the file has names for become these
+Images are bytes in the file or paths beside it. Numbers that the file has names for become these
 names. The files themselves are gone through by `arrow_tables`, in a process of its own.
 """
 
@@ -26,7 +26,7 @@ from unicl_fast.packing.sources.items import (
     Source,
     add_texts,
 )
-from unicl_fast.packing.sources.lists import find_picture
+from unicl_fast.packing.sources.lists import find_image
 from unicl_fast.packing.sources.spans import Span
 from unicl_fast.packing.sources.spool import Spool, full_disk, stamp
 from unicl_fast.packing.sources.trees import Trees
@@ -57,7 +57,7 @@ def read_tables(
         name: what the source is to be called.
         paths: the files.
         options: for lists.
-        spool: where pictures are unpacked.
+        spool: where images are unpacked.
         features: of Hugging Face's `datasets`, as JSON.
 
     Raises:
@@ -76,7 +76,7 @@ def read_tables(
             path=str(path),
             options=options,
             rows_file=str(spool.new_file()),
-            pictures_file=str(spool.new_file()),
+            images_file=str(spool.new_file()),
             features=features,
         )
         for path in paths
@@ -98,7 +98,7 @@ def read_tables(
         assert next(results, None) is None, "which also ends their process"
     except OSError as error:
         if error.errno == errno.ENOSPC:
-            raise full_disk(tasks[0].pictures_file) from error
+            raise full_disk(tasks[0].images_file) from error
         raise
     if not reader.items:
         reasons = [problem.message for item in reader.broken if (problem := item.problem)]
@@ -115,7 +115,7 @@ def read_tables(
 def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
     """What is made of a file, and what that depends on, for `Spool.remember`."""
     made_of = [*stamp(task.path), repr(task.options), task.features]
-    return [Path(task.rows_file), Path(task.pictures_file)], made_of
+    return [Path(task.rows_file), Path(task.images_file)], made_of
 
 
 def _result_of(values: dict[str, Any]) -> TableResult:
@@ -172,14 +172,14 @@ class _Reader:
         if problem is not None:
             item.problem = Problem(kind=problem[0], message=problem[1])
         else:
-            file = task.path if row["in_place"] else task.pictures_file
+            file = task.path if row["in_place"] else task.images_file
             item.entry = Span(file, row["offset"], row["size"])
             add_texts(item, row, _COLUMNS, f"{file_name}, row {number}")
         self.items.append(item)
         return number
 
     def _add_path(self, row: dict[str, Any], where: str) -> None:
-        """Adds a row that names its picture; rows with one path are one sample."""
+        """Adds a row that names its image; rows with one path are one sample."""
         known = self._named.find(row["path"])
         item = self._find(row["path"]) if known is None else Item(row["path"])
         add_texts(item, row, _COLUMNS, where)
@@ -193,7 +193,7 @@ class _Reader:
         if re.match(r"https?://", name):
             message = "an address, not a file; img2dataset fetches such lists"
             return Item(name, problem=Problem(kind="missing", message=message))
-        return find_picture(self._tree, name)
+        return find_image(self._tree, name)
 
 
 def is_saved_dataset(place: Path) -> bool:

@@ -37,7 +37,7 @@ from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.tar_members import DamagedTarError, Member, iter_members
 from unicl_fast.packing.sources.trees import open_tree
 
-PICTURES = frozenset(
+IMAGES = frozenset(
     "jpg jpeg png webp gif bmp tif tiff avif jp2 ppm pgm img image".split()  # noqa: SIM905
 )
 _TEXTS = ("txt", "cls", "json")
@@ -82,7 +82,7 @@ def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spo
         spool: where compressed tars are unpacked.
 
     Raises:
-        ValueError: there is no picture in any of them.
+        ValueError: there is no image in any of them.
         FileNotFoundError: one is not there.
     """
     missing = [str(path) for path in paths if not path.is_file()]
@@ -92,14 +92,14 @@ def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spo
     for path in paths:
         _read_tar(path, maker, spool)
         _count_failures(path.with_suffix(""), maker)
-    return maker.source(name, "pictures (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
+    return maker.source(name, "images (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
 
 
 def read_image_folders(place: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads img2dataset's folders of files: 00000/000000000.jpg, .txt, .json.
 
     Raises:
-        ValueError: there is no picture.
+        ValueError: there is no image.
     """
     maker = _SampleMaker(options, spool)
     key, group = "", None
@@ -115,8 +115,8 @@ def read_image_folders(place: Path, options: ListOptions, spool: Spool) -> Sourc
                 maker.add(key, group)
             key, group = folder + slash + stem, _Group()
         extension = extension.lower()
-        if extension in PICTURES:
-            group.add_picture(extension, entry)
+        if extension in IMAGES:
+            group.add_image(extension, entry)
         else:
             read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
             maker.add_text(group, extension, read)
@@ -124,14 +124,14 @@ def read_image_folders(place: Path, options: ListOptions, spool: Spool) -> Sourc
         maker.add(key, group)
     for folder in sorted(path for path in place.iterdir() if path.is_dir()):
         _count_failures(folder, maker)
-    return maker.source(place.name or str(place), "pictures")
+    return maker.source(place.name or str(place), "images")
 
 
 @dataclass(slots=True)
 class _Group:
     """What is known of one sample."""
 
-    pictures: list[tuple[str, Entry]] = field(default_factory=list)
+    images: list[tuple[str, Entry]] = field(default_factory=list)
     """With their extensions."""
     row: dict[str, Any] = field(default_factory=dict)
     """Its texts, as the fields of a row."""
@@ -139,9 +139,9 @@ class _Group:
     place: int = 0
     problem: Problem | None = None
 
-    def add_picture(self, extension: str, entry: Entry) -> None:
+    def add_image(self, extension: str, entry: Entry) -> None:
         self.note(extension)
-        self.pictures.append((extension, entry))
+        self.images.append((extension, entry))
 
     def note(self, extension: str) -> None:
         if extension in self.seen:
@@ -165,12 +165,12 @@ class _SampleMaker:
         wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
         self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
         self._items = spool.new_items()
-        self._has_picture = False
+        self._has_image = False
         self._first_problem = ""
         self.passed_over: Counter[str] = Counter()
 
     def source(self, name: str, wanted: str) -> Source:
-        if not self._has_picture:
+        if not self._has_image:
             problem = self._first_problem
             raise ValueError(f"{name} holds no {wanted}" + (f": {problem}" if problem else ""))
         return Source(
@@ -204,32 +204,32 @@ class _SampleMaker:
 
     def add(self, key: str, group: _Group) -> None:
         """Makes the item of one sample."""
-        if not group.pictures:
+        if not group.images:
             status = group.row.get("status")
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
-            problem = group.problem or Problem(kind="missing", message="a sample without a picture")
+            problem = group.problem or Problem(kind="missing", message="a sample without an image")
             self._append(Item(key, problem=problem, place=group.place))
             return
         if not meets(group.row, self._conditions):
             self.passed_over[LEFT_OUT] += 1
             return
         item = Item(key, problem=group.problem, place=group.place)
-        _, picture = group.pictures[0]
-        if len(group.pictures) > 1 and item.problem is None:
-            names = " and ".join(f".{name}" for name, _ in group.pictures)
-            item.problem = Problem(kind="ambiguous", message=f"several pictures: {names}")
-        elif isinstance(picture, RefusedEntry):
-            item.problem = Problem(kind=picture.kind, message=picture.message)
+        _, image = group.images[0]
+        if len(group.images) > 1 and item.problem is None:
+            names = " and ".join(f".{name}" for name, _ in group.images)
+            item.problem = Problem(kind="ambiguous", message=f"several images: {names}")
+        elif isinstance(image, RefusedEntry):
+            item.problem = Problem(kind=image.kind, message=image.message)
         else:
-            item.entry = picture
+            item.entry = image
         if item.problem is None:
             add_texts(item, group.row, self._columns, "the sample")
             require_text(item)
         self._append(item)
 
     def _append(self, item: Item) -> None:
-        self._has_picture |= item.entry is not None
+        self._has_image |= item.entry is not None
         if item.problem is not None and not self._first_problem:
             self._first_problem = item.problem.message
         self._items.append(item)
@@ -277,8 +277,8 @@ def _group_members(
                     continue
                 group = groups.setdefault(folder + slash + key, _Group(place=member.header))
                 extension = extension.lower()
-                if extension in PICTURES:
-                    group.add_picture(extension, _picture(place, member))
+                if extension in IMAGES:
+                    group.add_image(extension, _image(place, member))
                 else:
                     maker.add_text(group, extension, functools.partial(_read_text, file, member))
         except DamagedTarError as error:
@@ -289,7 +289,7 @@ def _group_members(
     return groups, None
 
 
-def _picture(place: str, member: Member) -> Entry:
+def _image(place: str, member: Member) -> Entry:
     if not member.is_regular:
         return RefusedEntry("unreadable", "not a regular file but a link or a device")
     return Span(place, member.offset, member.num_bytes)

@@ -1,4 +1,4 @@
-"""Where picture bytes come from: a folder or a zip, seen as a tree of named files.
+"""Where image bytes come from: a folder or a zip, seen as a tree of named files.
 
 `sources` decides what the files mean; this module lists them and reads them, those of folders
 itself, those of zips by `zip_files`. Nothing is ever written under a name found in a source.
@@ -95,7 +95,7 @@ class FolderTree:
             path = os.path.realpath(self._root / name)
             if os.path.commonpath([path, self._real_root]) != self._real_root:
                 raise EntryError(
-                    "outside", f"the path leaves {self._root}; --image-root says where pictures are"
+                    "outside", f"the path leaves {self._root}; --image-root says where images are"
                 )
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
@@ -158,13 +158,13 @@ def _by_name(found: tuple[str, Entry | None]) -> str:
 
 
 def open_tree(place: Path) -> Tree:
-    """A folder, a zip, or a folder inside a zip (`pictures.zip/train`)."""
+    """A folder, a zip, or a folder inside a zip (`images.zip/train`)."""
     if place.is_dir():
         return FolderTree(place)
     archive = next((path for path in (place, *place.parents) if path.is_file()), None)
     if archive is None:
         raise FileNotFoundError(
-            f"{place}: no such folder or zip of pictures, and no list (.csv, .jsonl, .parquet, ...)"
+            f"{place}: no such folder or zip of images, and no list (.csv, .jsonl, .parquet, ...)"
         )
     if not zipfile.is_zipfile(archive):
         raise ValueError(

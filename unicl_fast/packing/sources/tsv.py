@@ -1,8 +1,8 @@
-"""TSV files with pictures in base64, one a line, as Microsoft's vision tools make them.
+"""TSV files with images in base64, one a line, as Microsoft's vision tools make them.
 
 A line is KEY<TAB>BASE64 or KEY<TAB>TEXTS<TAB>BASE64. Beside NAME.tsv there may be NAME.label.tsv
 and NAME.caption.tsv with lines KEY<TAB>TEXTS. TEXTS is JSON or plain text. NAME.lineidx is not
-needed: the file is gone through once, and what is kept of a picture is where its base64 lies.
+needed: the file is gone through once, and what is kept of an image is where its base64 lies.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ _SIGNATURES = (b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b"T
 _MIN_BASE64 = 64
 _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
 _HEAD_BYTES = 1 << 20
-"""A line's key and texts, together; pictures may be longer."""
+"""A line's key and texts, together; images may be longer."""
 _LINES_TRIED = 10
 
 
-def holds_pictures(path: Path) -> bool:
-    """Whether a .tsv has pictures in it, and not paths of pictures under a header."""
+def holds_images(path: Path) -> bool:
+    """Whether a .tsv has images in it, and not paths of images under a header."""
     with open_regular(str(path)) as file:
         for number, line in enumerate(_iter_lines(file)):
             start = line.head[line.last_field :]
@@ -57,10 +57,10 @@ def holds_pictures(path: Path) -> bool:
 
 
 def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads a TSV of pictures.
+    """Reads a TSV of images.
 
     In JSON, `class` and `label`, `labels` give labels, `caption` and `captions` captions, in an
-    object or in each object of a list. Plain text between key and picture, and in .label.tsv, is a
+    object or in each object of a list. Plain text between key and image, and in .label.tsv, is a
     label; in .caption.tsv a caption.
 
     Raises:
@@ -110,7 +110,7 @@ def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
 
 @dataclass(frozen=True, slots=True)
 class _Line:
-    """A line without the bytes of its picture."""
+    """A line without the bytes of its image."""
 
     head: bytes
     """Its first bytes, at most `_HEAD_BYTES`."""
@@ -149,9 +149,9 @@ def _read_line(path: Path, line: _Line, number: int) -> tuple[Item, list[dict[st
         return Item(name, problem=Problem(kind="bad row", message=f"{name}: {message}")), []
 
     if line.num_tabs not in (1, 2):
-        return refuse(f"{line.num_tabs + 1} fields; 2 or 3 are read, the picture being the last")
+        return refuse(f"{line.num_tabs + 1} fields; 2 or 3 are read, the image being the last")
     if line.last_field > len(line.head):
-        return refuse(f"more than {_HEAD_BYTES:,} bytes before the picture")
+        return refuse(f"more than {_HEAD_BYTES:,} bytes before the image")
     try:
         key, *texts = line.head[: line.last_field - 1].decode("utf-8").split("\t")
     except UnicodeDecodeError as error:
@@ -196,7 +196,7 @@ def _read_companion(
             key, _, text = line.head.decode("utf-8", "replace").partition("\t")
             known = named.find(key)
             if known is None:
-                passed_over[f"lines of {path.name} about no picture"] += 1
+                passed_over[f"lines of {path.name} about no image"] += 1
                 continue
             item = Item(key)
             for row in _rows_of(text, plain, item):

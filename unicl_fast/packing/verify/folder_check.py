@@ -44,7 +44,7 @@ class Fault:
     file: str
     """The name of a file in the folder."""
     kind: str
-    """A word to count by: missing, extra, checksum, manifest, array, shard, index, picture,
+    """A word to count by: missing, extra, checksum, manifest, array, shard, index, image,
     captions, labels, tokens, quarantine, unreadable."""
     message: str
     sample: int | None = None
@@ -196,7 +196,7 @@ def _check_shards(folder: Path, manifest: Manifest, *, note: NoteFault) -> None:
 
 
 def _check_pixels(folder: Path, manifest: Manifest, *, note: NoteFault) -> bool:
-    """Size and header of decoded pictures; whether the manifest agrees with itself about them."""
+    """Size and header of decoded images; whether the manifest agrees with itself about them."""
     if manifest.pixels is None:
         return True
     try:

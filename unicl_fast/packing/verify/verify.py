@@ -3,7 +3,7 @@
 Everything is compared with everything else: files with their checksums and with what the manifest
 says of them, references in the arrays with what they refer to (`folder_check`), and here each
 sample's piece of its shard, byte by byte, with samples.npy, captions with their tokens, labels, the
-index for DALI. Pictures are decoded as strictly as when they were packed, in worker processes;
+index for DALI. Images are decoded as strictly as when they were packed, in worker processes;
 those of a raw data set are pixels already, and have their checksums. A fault is noted and checking
 goes on, so that one look tells all that is to be copied again.
 """
@@ -27,8 +27,8 @@ from unicl_fast.dataset.pixels import PIXELS_NAME
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import Description, SampleReader, StoredSample
 from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
-from unicl_fast.packing.build.build import DEFAULT_PICTURE_SECONDS
-from unicl_fast.packing.build.worker_pool import Checked, PictureOptions, Task, check_in_order
+from unicl_fast.packing.build.build import DEFAULT_IMAGE_SECONDS
+from unicl_fast.packing.build.worker_pool import Checked, ImageOptions, Task, check_in_order
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.spans import Span
 from unicl_fast.packing.verify.folder_check import Fault, NoteFault, check_folder
@@ -50,9 +50,9 @@ class VerifySummary:
     num_bytes: int
     """Bytes of all files."""
     is_raw: bool
-    """Whether pictures are kept as pixels, so that there is nothing to decode."""
+    """Whether images are kept as pixels, so that there is nothing to decode."""
     num_decoded: int
-    """Pictures that were decoded."""
+    """Images that were decoded."""
     faults: dict[str, int]
     """How many faults of each kind."""
     seconds: float
@@ -69,7 +69,7 @@ def verify_dataset(
     decode: bool = True,
     workers: int = 0,
     max_pixels: int = MAX_PIXELS,
-    picture_seconds: float = DEFAULT_PICTURE_SECONDS,
+    image_seconds: float = DEFAULT_IMAGE_SECONDS,
     progress: bool = True,
 ) -> VerifySummary:
     """Looks at every byte of a data set; `verify_command.Verify` explains the arguments.
@@ -80,10 +80,10 @@ def verify_dataset(
     Args:
         folder: what `unicl-pack build` or `merge` made.
         note: called with each fault as soon as it is found, a data set's many thousands too.
-        decode: also decode all pictures; by far the longest part. Has no meaning for a raw set.
+        decode: also decode all images; by far the longest part. Has no meaning for a raw set.
         workers: processes that decode; 0 takes one for each core.
         max_pixels: as in a build.
-        picture_seconds: as in a build.
+        image_seconds: as in a build.
         progress: show a progress bar.
 
     Raises:
@@ -99,15 +99,15 @@ def verify_dataset(
 
     dataset = check_folder(folder, note=count, progress=progress)
     num_decoded = 0
-    is_raw = dataset is not None and dataset.picture_shape is not None
+    is_raw = dataset is not None and dataset.image_shape is not None
     if dataset is not None:
-        options = PictureOptions(
+        options = ImageOptions(
             short_side=0,
             quality=RESIZE_QUALITY,
             max_pixels=max_pixels,
-            seconds=picture_seconds,
+            seconds=image_seconds,
             format="packed",
-            return_pictures=False,
+            return_images=False,
         )
         with dataset:
             if is_raw:
@@ -134,14 +134,14 @@ def verify_dataset(
 
 
 def _check_pixels(dataset: PackedDataset, *, note: NoteFault, progress: bool) -> None:
-    """Each picture of a raw data set against its checksum.
+    """Each image of a raw data set against its checksum.
 
     Apart from the walk through the shards: neither costs the other where one of them is damaged.
     """
     if not (dataset.folder / PIXELS_NAME).is_file():  # said already
         return
     numbers = range(len(dataset))
-    for index in tqdm(numbers, desc="pixels", unit=" pictures", disable=not progress):
+    for index in tqdm(numbers, desc="pixels", unit=" images", disable=not progress):
         try:
             dataset.image_bytes(index, verify=True)
         except DamagedSampleError as error:
@@ -153,18 +153,18 @@ def _check_samples(
     dataset: PackedDataset,
     *,
     note: NoteFault,
-    options: PictureOptions | None,
+    options: ImageOptions | None,
     workers: int,
     progress: bool,
 ) -> int:
-    """Walks through all shards; returns how many pictures were decoded."""
+    """Walks through all shards; returns how many images were decoded."""
     tokenizer = _tokenizer_of(dataset, note=note)
     checks = _SampleChecks(dataset, note=note, has_tokenizer=tokenizer is not None)
     sound = tqdm(
         checks.walk(),
         total=len(dataset),
         desc="verifying",
-        unit=" pictures",
+        unit=" images",
         disable=not progress,
         smoothing=0.1,
     )
@@ -175,11 +175,9 @@ def _check_samples(
 
     def tasks() -> Iterator[Task]:
         for sample in sound:
-            assert sample.picture is not None  # there is no decoding of raw data sets
+            assert sample.image is not None  # there is no decoding of raw data sets
             waiting.append(sample)
-            yield Task(
-                name=sample_key(sample.index), entry=sample.picture, captions=sample.captions
-            )
+            yield Task(name=sample_key(sample.index), entry=sample.image, captions=sample.captions)
 
     num_decoded = 0
     results = check_in_order(
@@ -188,10 +186,10 @@ def _check_samples(
     for result in results:
         sample = waiting.popleft()
         if isinstance(result, Problem):
-            kind = "tokens" if result.kind == "bad caption" else "picture"
+            kind = "tokens" if result.kind == "bad caption" else "image"
             checks.fault(sample.index, kind, f"{result.kind}: {result.message}")
         else:
-            checks.compare_picture(sample.index, result, extension=sample.extension)
+            checks.compare_image(sample.index, result, extension=sample.extension)
             checks.compare_tokens(sample.index, result.tokens)
             num_decoded += 1
     return num_decoded
@@ -225,11 +223,11 @@ class _Sound:
     """A sample whose bytes are those that were packed."""
 
     index: int
-    picture: Span | None
+    image: Span | None
     """None of a raw data set."""
     captions: tuple[str, ...]
     extension: str
-    """Of the picture's member; empty of a raw data set."""
+    """Of the image's member; empty of a raw data set."""
 
 
 def _tokenise_again(
@@ -292,14 +290,12 @@ class _SampleChecks:
                     if sample is None:
                         continue
                     lines.append(sample.index_line(index))
-                    picture = sample.picture
+                    image = sample.image
                     yield _Sound(
                         index,
-                        None
-                        if picture is None
-                        else Span(str(path), picture.offset, len(picture.data)),
+                        None if image is None else Span(str(path), image.offset, len(image.data)),
                         sample.description.captions if self._has_tokenizer else (),
-                        "" if picture is None else picture.extension,
+                        "" if image is None else image.extension,
                     )
                 if len(lines) == shard.num_samples:
                     self._check_index(path.with_suffix(".idx"), lines)
@@ -325,9 +321,9 @@ class _SampleChecks:
             return None
         row = self._dataset.samples[index]
         problems: list[tuple[str, str]] = []
-        picture = sample.picture  # of a raw data set compared already
-        if picture is not None and xxhash.xxh3_64_intdigest(picture.data) != int(row["xxh3"]):
-            problems.append(("checksum", "the picture's bytes are not those that were packed"))
+        image = sample.image  # of a raw data set compared already
+        if image is not None and xxhash.xxh3_64_intdigest(image.data) != int(row["xxh3"]):
+            problems.append(("checksum", "the image's bytes are not those that were packed"))
         problems += self._compare_texts(index, sample.description)
         for kind, message in problems:
             self.fault(index, kind, message)
@@ -360,24 +356,24 @@ class _SampleChecks:
                     "changed, or they were made with another version of ftfy or regex",
                 )
 
-    def compare_picture(self, index: int, checked: Checked, *, extension: str) -> None:
-        """A strictly decoded picture against its row and its member's name."""
-        row, picture = self._dataset.samples[index], checked.picture
-        if picture.reencoded:
+    def compare_image(self, index: int, checked: Checked, *, extension: str) -> None:
+        """A strictly decoded image against its row and its member's name."""
+        row, image = self._dataset.samples[index], checked.image
+        if image.reencoded:
             self.fault(
                 index,
-                "picture",
+                "image",
                 "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "
                 "way up; a build would have encoded it anew",
             )
-        elif picture.extension != extension:
-            message = f"its bytes are those of a .{picture.extension}, not of a .{extension}"
-            self.fault(index, "picture", message)
-        found = (picture.height, picture.width)
+        elif image.extension != extension:
+            message = f"its bytes are those of a .{image.extension}, not of a .{extension}"
+            self.fault(index, "image", message)
+        found = (image.height, image.width)
         stored = (int(row["height"]), int(row["width"]))
         if found != stored:
             message = f"it has {found[0]} x {found[1]} pixels, samples.npy says {stored[0]} x "
-            self.fault(index, "picture", f"{message}{stored[1]} (height x width)")
+            self.fault(index, "image", f"{message}{stored[1]} (height x width)")
 
     def _check_index(self, path: Path, lines: list[str]) -> None:
         expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])

@@ -1,6 +1,6 @@
-"""Perceptual hashes of the pictures of a packed data set, in worker processes.
+"""Perceptual hashes of the images of a packed data set, in worker processes.
 
-The hash is ImageHash's pHash: the picture in grey at 32 x 32, the signs of its 64 lowest
+The hash is ImageHash's pHash: the image in grey at 32 x 32, the signs of its 64 lowest
 frequencies against their median. Copies in another size, quality or format differ in a few bits,
 unrelated photographs in about 32. What near ones are is decided in `near_duplicates`.
 """
@@ -50,7 +50,7 @@ def require_imagehash() -> None:
         )
 
 
-def hash_pictures(
+def hash_images(
     folder: Path, count: int, *, workers: int, progress: bool
 ) -> npt.NDArray[np.uint64]:
     """The hashes of samples 0 to `count` - 1.
@@ -59,7 +59,7 @@ def hash_pictures(
         uint64 [count].
 
     Raises:
-        ValueError: a picture cannot be read; says which.
+        ValueError: an image cannot be read; says which.
     """
     hashes = np.zeros(count, np.uint64)
     context = multiprocessing.get_context("spawn")
@@ -71,7 +71,7 @@ def hash_pictures(
             initializer=_open,
             initargs=(folder,),
         ) as processes,
-        tqdm(total=count, desc="hashing", unit=" pictures", disable=not progress) as bar,
+        tqdm(total=count, desc="hashing", unit=" images", disable=not progress) as bar,
     ):
         try:
             for start, part in _in_turn(processes, starts, count=count):
@@ -79,8 +79,8 @@ def hash_pictures(
                 bar.update(len(part))
         except BrokenProcessPool as error:
             raise ValueError(
-                "a process that decodes pictures ended before its time, for want of memory or by a "
-                f"crash of the decoder: unicl-pack verify {folder} finds such a picture, --no-near "
+                "a process that decodes images ended before its time, for want of memory or by a "
+                f"crash of the decoder: unicl-pack verify {folder} finds such an image, --no-near "
                 "does without decoding"
             ) from error
     return hashes
@@ -120,7 +120,7 @@ def _hash(start: int, end: int) -> npt.NDArray[np.uint64]:
 
 
 def perceptual_hash(data: bytes | memoryview) -> int:
-    """The 64-bit pHash of an encoded picture."""
+    """The 64-bit pHash of an encoded image."""
     import imagehash  # an optional package
 
     with Image.open(io.BytesIO(data)) as image:
