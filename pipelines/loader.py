@@ -1,8 +1,9 @@
 """From packed data sets to a trainer's batches: plan, read, decode, hand over; without end.
 
-Thin: what a step holds is the plan's, pixels are the graph's, classes are `unicl_fast.objectives.targets`',
-running it all ahead of the step is feed.py's, and what is fed instead of a bad sample is
-bad_samples.py's. evaluation_loader.py shows each sample of one data set once.
+Thin: what a step holds is the plan's, pixels are the graph's, classes are
+`unicl_fast.objectives.targets`', running it all ahead of the step is feed.py's, and what is fed
+instead of a bad sample is bad_samples.py's. evaluation_loader.py shows each sample of one data set
+once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Unified contrastive learning in image-text-label space, as a fast data and training pipeline.
 
-The names below are loaded on first use, so that `import unicl_fast.dataset.reader` in a packing worker
-does not pay for importing torch.
+The names below are loaded on first use, so that `import unicl_fast.dataset.reader` in a packing
+worker does not pay for importing torch.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""The input pipeline against other loaders, its augmentation, and data under URLs."""

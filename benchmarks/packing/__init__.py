@@ -1,0 +1,1 @@
+"""Packing and tokenizing rates, and builds of very many samples."""

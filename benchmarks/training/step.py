@@ -9,8 +9,8 @@ training script does it, with the best of its flags on a CPU: bf16 autocast. It 
 normalised already; ours are counted from the bytes that the decoder gives. What decoding costs is
 benchmarks/input/pipeline.py's.
 
-unicl-pretrain keeps freed memory (pipelines/feed/host_memory.py), open_clip's script does not, and gains
-more by it. Unless --tune-contender is said, neither has it here.
+unicl-pretrain keeps freed memory (pipelines/feed/host_memory.py), open_clip's script does not, and
+gains more by it. Unless --tune-contender is said, neither has it here.
 """
 
 from __future__ import annotations

@@ -3,8 +3,9 @@
 One definition serves both devices: on `cpu` everything runs on the host and no driver is needed,
 on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it.
 Nothing in a graph is random; every number that shapes an image is an input (see plan.py). Images
-leave as uint8 because that is a quarter of float32's bytes; `unicl_fast.models.precision` normalises them.
-Which bytes go in, and what becomes of the outputs, is left to feed.py and loader.py.
+leave as uint8 because that is a quarter of float32's bytes; `unicl_fast.models.precision`
+normalises them. Which bytes go in, and what becomes of the outputs, is left to feed.py and
+loader.py.
 """
 
 from __future__ import annotations

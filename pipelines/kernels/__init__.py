@@ -1,0 +1,1 @@
+"""Numba loops on pixels and JPEG bytes: resampling, augmentation, cutting files to windows."""

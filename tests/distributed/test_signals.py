@@ -139,7 +139,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 IN_A_CALL_THAT_HEARS_NOTHING = """
 import ctypes, sys
-from unicl_fast import ending_at_once
+from unicl_fast.distributed import ending_at_once
 from unicl_fast.distributed.signals import Interruption
 assert "torch" not in sys.modules
 ending_at_once._SECONDS_TO_UNWIND = 0.5

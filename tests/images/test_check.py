@@ -16,8 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
+from unicl_fast.images import check as images
 from unicl_fast.images.check import MAX_PIXELS, ImageError, check_image
-from unicl_fast.images.check import check as images
 from unicl_fast.images.jpeg_header import read_jpeg_header
 
 

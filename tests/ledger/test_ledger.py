@@ -27,6 +27,7 @@ from small_runs import tiny_config
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.load import list_checkpoints
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.ledger import writer as ledger_module
 from unicl_fast.ledger.format import (
     LedgerSource,
     SegmentHeader,
@@ -36,7 +37,6 @@ from unicl_fast.ledger.format import (
 )
 from unicl_fast.ledger.ledger_reading import read_segment_file
 from unicl_fast.ledger.proof import prove
-from unicl_fast.ledger.writer import writer as ledger_module
 from unicl_fast.training.trainer import Trainer
 
 SOURCES = (LedgerSource("labels", 37), LedgerSource("captions", 300))

@@ -20,8 +20,9 @@ from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
+from unicl_fast.pipelines.feed import culprits
 from unicl_fast.pipelines.feed.bad_samples import MAX_ATTEMPTS
-from unicl_fast.pipelines.feed.feed import DecodingError, culprits
+from unicl_fast.pipelines.feed.feed import DecodingError
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 
@@ -175,7 +176,8 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
                     one
                     for attempt in itertools.count(1)
                     if (pair[0], int((one := loader.plan.substitute(
-                        step, planned.global_index[[place]], attempt=attempt)).sample_ids[0])) not in bad
+                        step, planned.global_index[[place]], attempt=attempt)).sample_ids[0])) not
+                        in bad
                 )  # fmt: skip
                 for field in dataclasses.fields(planned):
                     if field.name != "step":

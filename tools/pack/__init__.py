@@ -1,0 +1,1 @@
+"""`unicl-pack`, a file for each of its commands."""

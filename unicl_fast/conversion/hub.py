@@ -1,6 +1,7 @@
 """A folder in the layout of the Hugging Face hub: weights, config, preprocessing, model card.
 
-`load_model` takes it (`unicl_fast.checkpoints.export` reads it), and `hf upload NAME FOLDER` publishes
+`load_model` takes it (`unicl_fast.checkpoints.export` reads it), and `hf upload NAME FOLDER`
+publishes
 it as it is: it names no path of the machine that it was trained on.
 """
 

@@ -1,6 +1,7 @@
 """One sample of a packed data set with everything its shard holds of it: image, texts, origin.
 
-Training needs the arrays and the image only (`unicl_fast.dataset.reader`). Programs that check, describe
+Training needs the arrays and the image only (`unicl_fast.dataset.reader`). Programs that check,
+describe
 or copy a data set also read the JSON members, and want each byte of a shard accounted for: a sample
 is read in one piece, from its first header to the next sample's. Of a raw data set that piece is
 the JSON; the pixels are one array, which `PackedDataset` reads.

@@ -1,0 +1,1 @@
+"""How good a trained model is: a file for each protocol; its data, ranks and report."""

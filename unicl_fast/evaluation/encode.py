@@ -123,7 +123,7 @@ def encode_token_rows(
     features = []
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="encode texts", disable=not progress):
-        heartbeat_and_check_stop()  # shows progress; asked to stop, the images are left off, and all ranks know
+        heartbeat_and_check_stop()  # asked to stop, the images are left off, and all ranks know
         chosen = [rows[row] for row in order[start : start + batch_size]]
         tokens = torch.zeros(len(chosen), len(chosen[-1]), dtype=torch.int64)
         for number, row in enumerate(chosen):

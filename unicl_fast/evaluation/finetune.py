@@ -2,8 +2,8 @@
 
 timm's recipe: AdamW with a learning rate that decays with depth, warm-up and cosine, label
 smoothing, mixup and CutMix, an average of the weights. What is evaluated is the last average, never
-the best of several on the test images. The trainer of `unicl_fast.training.trainer` compares images with
-texts; this loop is small and its own.
+the best of several on the test images. The trainer of `unicl_fast.training.trainer` compares images
+with texts; this loop is small and its own.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """UniCL: two encoders, two projections and a scale; for objectives without texts a part of it.
 
 Holds the model and how it is built from a config. Where weights are stored is
-`unicl_fast.checkpoints.load`'s business, what the features are compared with is `unicl_fast.objectives.loss`'s.
+`unicl_fast.checkpoints.load`'s business, what the features are compared with is
+`unicl_fast.objectives.loss`'s.
 """
 
 from __future__ import annotations

@@ -11,10 +11,12 @@ The columns of the logits are the DISTINCT texts with their counts m_j. Equal te
 columns, so this is exact: the sum over j becomes log-sum-exp of s u_i.v_j + log m_j, and column j
 stands for m_j terms of L_t2i.
 
-The loss knows no ranks. It is made of pieces, so that `unicl_fast.training.step` can put the pieces of
+The loss knows no ranks. It is made of pieces, so that `unicl_fast.training.step` can put the pieces
+of
 several ranks together: `compare` describes some images against all texts; rows are complete
 there; columns are merged over ranks; `losses` follow from both. Two forms give the same: the dense
-one, which is the formula, and the tiled one (`unicl_fast.objectives.loss_tiled`), which stores no logits.
+one, which is the formula, and the tiled one (`unicl_fast.objectives.loss_tiled`), which stores no
+logits.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Images against texts in one pass over tiles of the logits, storing none of them.
 
-Apart from `unicl_fast.objectives.loss`, which says what the loss is, because this says how to get its pieces
-in O((b + u) d) memory: log-sum-exps of rows AND columns from the same tiles, positives from class
-sums, and a backward pass that multiplies the tiles again (one product, then two for the
+Apart from `unicl_fast.objectives.loss`, which says what the loss is, because this says how to get
+its pieces in O((b + u) d) memory: log-sum-exps of rows AND columns from the same tiles, positives
+from class sums, and a backward pass that multiplies the tiles again (one product, then two for the
 gradients). Ordinary torch operations, for any device. docs/loss.md has the prices.
 
 Exponentials are taken with base 2: the logits are multiplied by log2(e) along with the scale, and

@@ -1,7 +1,7 @@
 """How an evaluation shows that it goes on, and is told to leave off.
 
-Evaluations call `heartbeat_and_check_stop` between batches; the trainer decides what is asked there. So an
-evaluation needs to know neither the trainer nor signals, and alone it always goes on.
+Evaluations call `heartbeat_and_check_stop` between batches; the trainer decides what is asked
+there. So an evaluation needs to know neither the trainer nor signals, and alone it always goes on.
 """
 
 from __future__ import annotations

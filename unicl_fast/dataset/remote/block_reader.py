@@ -1,8 +1,8 @@
 """Reads ranges of a remote data set's large files, block by block, through the cache.
 
-Stands in for `unicl_fast.dataset.file_ranges.ShardReader`. A block is named by the checksum of the file
-that it is a part of, so that blocks of a data set that was replaced under its URL are others, and
-two copies of a data set share theirs.
+Stands in for `unicl_fast.dataset.file_ranges.ShardReader`. A block is named by the checksum of the
+file that it is a part of, so that blocks of a data set that was replaced under its URL are others,
+and two copies of a data set share theirs.
 """
 
 from __future__ import annotations

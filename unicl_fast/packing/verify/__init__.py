@@ -1,0 +1,1 @@
+"""Reads a packed data set byte by byte and says what is damaged."""
