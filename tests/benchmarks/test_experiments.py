@@ -21,7 +21,7 @@ from unicl_fast.benchmarks.experiments import (
 from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
 from unicl_fast.benchmarks.experiments.runs import Run, run_all
 from unicl_fast.config import TrainConfig
-from unicl_fast.packing.build.class_names import read_label_space
+from unicl_fast.packing.class_names import read_label_space
 from unicl_fast.tools.pack.__main__ import main as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 

@@ -31,11 +31,11 @@ from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.journal import FinishedShard, ShardJournal, read_journal
 from unicl_fast.dataset.remote.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
-from unicl_fast.packing.build import work_folder
-from unicl_fast.packing.build.build import BuildSummary, build_dataset
-from unicl_fast.packing.build.remote_build import build_anywhere
+from unicl_fast.packing import work_folder
+from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.sources import spool
 from unicl_fast.packing.sources import tables as source_tables
+from unicl_fast.packing.upload import build_anywhere
 
 SHARD_BYTES = 30_000
 Kill = Callable[[], None]

@@ -12,8 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unicl_fast.packing.build.duplicates import join_duplicates
-from unicl_fast.packing.build.sample_views import AllSamples, ChosenSamples, choose
+from unicl_fast.packing.samples import AllSamples, ChosenSamples, choose, join_duplicates
 from unicl_fast.packing.sources import item_store
 from unicl_fast.packing.sources.entries import RefusedEntry
 from unicl_fast.packing.sources.item_store import ItemStore, NamedItems
@@ -121,7 +120,7 @@ def test_a_placeholder_for_many_images_stays_several_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Equal files with captions of their own: all that one sample can have, and the rest."""
-    monkeypatch.setattr("unicl_fast.packing.build.duplicates.MAX_TEXTS", 50)
+    monkeypatch.setattr("unicl_fast.packing.samples.MAX_TEXTS", 50)
     store = ItemStore()
     many = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
     here = FileEntry(__file__, 10)

@@ -15,8 +15,8 @@ from pack_runs import jpeg, run_pack
 
 from unicl_fast.dataset.remote.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
-from unicl_fast.packing.build import upload as upload_module
-from unicl_fast.packing.build.remote_build import build_anywhere
+from unicl_fast.packing import upload as upload_module
+from unicl_fast.packing.upload import build_anywhere
 
 SHARD_BYTES = 30_000
 

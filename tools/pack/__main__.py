@@ -23,12 +23,12 @@ import tyro
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
 from unicl_fast.images.check import MAX_PIXELS, ImageFormat
-from unicl_fast.packing.build.build import DEFAULT_IMAGE_SECONDS
-from unicl_fast.packing.build.build import BuildSummary as BuildSummary
-from unicl_fast.packing.build.build import build_dataset as build_dataset
-from unicl_fast.packing.build.ray_engine import Engine
-from unicl_fast.packing.build.remote_build import build_anywhere
-from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES
+from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
+from unicl_fast.packing.build import BuildSummary as BuildSummary
+from unicl_fast.packing.build import build_dataset as build_dataset
+from unicl_fast.packing.ray_engine import Engine
+from unicl_fast.packing.staging import DEFAULT_STAGING_BYTES
+from unicl_fast.packing.upload import build_anywhere
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 

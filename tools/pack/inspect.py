@@ -16,20 +16,19 @@ from unicl_fast.dataset.growing_files import create_csv
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, PackedDataset
 from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES, local_copy
-from unicl_fast.packing.inspect.concepts import DEFAULT_MODEL, HowToCount
-from unicl_fast.packing.inspect.image_hashes import has_imagehash
-from unicl_fast.packing.inspect.inspect import (
+from unicl_fast.packing.inspect import (
     DEFAULT_DISTANCE,
+    DEFAULT_MODEL,
     Copies,
+    HowToCount,
     Inspection,
     Spread,
     inspect_dataset,
 )
-from unicl_fast.packing.inspect.near_duplicates import MAX_DISTANCE
-from unicl_fast.packing.inspect.page import ShownGroup, make_page
-from unicl_fast.packing.inspect.thumbnails import shown_images
+from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
+from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.quarantine import DUPLICATE
+from unicl_fast.packing.staging import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from unicl_fast.packing.build.upload import upload_dataset
+from unicl_fast.packing.upload import upload_dataset
 
 
 @dataclass(frozen=True, kw_only=True)
