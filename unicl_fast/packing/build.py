@@ -263,13 +263,13 @@ def build_dataset(
 
     Raises:
         ValueError: a source, list, label or argument is not what it should be, nothing at all
-            could be packed, or an unfinished build in this place is another one.
+            could be packed, or the unfinished build of this folder is another one.
         FileNotFoundError: a source or file of names is not there.
     """
     started = time.perf_counter()
     chosen = BuildOptions(**options)
-    out, places = Path(out), [os.fspath(source) for source in sources]
-    if not places:
+    out, paths = Path(out), [os.fspath(source) for source in sources]
+    if not paths:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     chosen.check()
     with WorkFolder(out, restart=chosen.restart) as work:
@@ -278,9 +278,9 @@ def build_dataset(
             require_free(out)
         repeated = {k: v for k, v in asdict(chosen).items() if k not in _FREE_TO_CHANGE}
         repeated["source_names"] = list(source_names)
-        work.require_same("options", describe_options(places, repeated))
+        work.require_same("options", describe_options(paths, repeated))
         if not is_done:
-            _pack(places, out, work, chosen, source_names=source_names, progress=progress)
+            _pack(paths, out, work, chosen, source_names=source_names, progress=progress)
         assert work.summary is not None, "noted before the data set is renamed"
         manifest = Manifest.load(out)
         summary = BuildSummary(
@@ -299,7 +299,7 @@ def build_dataset(
 
 
 def _pack(
-    places: list[str],
+    paths: list[str],
     out: Path,
     work: WorkFolder,
     options: BuildOptions,
@@ -312,7 +312,7 @@ def _pack(
     tokenizer = Tokenizer()
     one_size = _OneSize(images.square_side) if options.format == "raw" else None
     with Spool(out, folder=work.spool) as spool:
-        plan = _read(places, options, spool, work)
+        plan = _read(paths, options, spool, work)
         with DatasetWriter(
             out,
             shard_bytes=options.shard_bytes,
@@ -373,7 +373,7 @@ def _pack(
                 context_length=tokenizer.context_length,
                 class_names=plan.space.names,
                 templates=plan.templates,
-                source=list(source_names) or places,
+                source=list(source_names) or paths,
                 seed=options.seed,
                 tool_version=unicl_fast.__version__,
             )
@@ -392,7 +392,7 @@ class _Plan:
     passed_over: Counter[str]
 
 
-def _read(places: list[str], options: BuildOptions, spool: Spool, work: WorkFolder) -> _Plan:
+def _read(paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolder) -> _Plan:
     """Reads all sources, numbers their labels, and chooses the samples that are wanted."""
     unwanted = LeaveOut(options.leave_out)
     listed = read_retry(options.retry) if options.retry else None
@@ -403,7 +403,7 @@ def _read(places: list[str], options: BuildOptions, spool: Spool, work: WorkFold
         image_root=options.image_root,
         where=tuple(options.where),
     )
-    read = read_sources(places, lists, spool)
+    read = read_sources(paths, lists, spool)
     space, numbers = _number_labels(read, options.class_names, spool, work)
     templates = read_templates(options.templates or "imagenet") if space.names else ()
     passed_over = sum((source.passed_over for source in read), Counter[str]())

@@ -275,11 +275,10 @@ def count_concepts(
         kind = f"distinct words that occur more than {MORE_THAN} times"
         if missing:
             kind += f" (no noun phrases as in the paper, since {missing} is not installed)"
-        found = (word for text in texts for word in _WORD.findall(text.lower()))
+        counts = Counter(word for text in texts for word in _WORD.findall(text.lower()))
     else:
         kind = f"distinct noun phrases that occur more than {MORE_THAN} times, by spaCy's {model}"
-        found = _noun_phrases(texts, model)
-    counts = Counter(found)
+        counts = Counter(_noun_phrases(texts, model))
     frequent = [(text, count) for text, count in counts.items() if count > MORE_THAN]
     frequent.sort(key=lambda entry: (-entry[1], entry[0]))
     return Concepts(num_concepts=len(frequent), kind=kind, most_frequent=tuple(frequent[:30]))

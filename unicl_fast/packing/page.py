@@ -1,8 +1,8 @@
 """An inspection as one HTML page that needs nothing else: no script, no font, no other file.
 
-The page is the template page.html beside this file; here are its numbers in words, its plots and its
-small images. Names, captions and paths come from anywhere: Jinja escapes every value, and the page's
-own policy (Content-Security-Policy) forbids scripts and addresses outside it should one slip
+The page is the template page.html beside this file; here are its numbers in words, its plots and
+its small images. Names, captions and paths come from anywhere: Jinja escapes every value, and the
+page's own policy (Content-Security-Policy) forbids scripts and addresses outside it should one slip
 through. The numbers are those of `inspect_dataset`.
 """
 
@@ -221,8 +221,9 @@ def _classes(inspection: Inspection) -> dict[str, Any]:
     if len(ordered) > _MOST_CLASSES and present:
         counts = [count for _, count in present]
         is_skewed = largest > _SKEWED * statistics.median(counts)
+        scale = ", logarithmic" if is_skewed else ""
         values["plot"] = _Plot(
-            title=f"Images of each class, largest class first{', logarithmic' * is_skewed}",
+            title=f"Images of each class, largest class first{scale}",
             counts=[math.log1p(count) for count in counts] if is_skewed else counts,
             ends=("1", f"{len(present):,}"),
         )

@@ -268,7 +268,7 @@ class _Stretch:
     high: int
 
     def holds(self, source: str, item: Item) -> bool:
-        """Whether the sample lies in it, or is what has become of the stretch since."""
+        """Whether the sample lies in it, or replaces the stretch since."""
         own = _stretch_of(item.name) if item.problem is not None else None
         if own is not None:
             return own.file == self.file and own.name != self.name

@@ -58,7 +58,7 @@ def staged_sources(
     image_root: str,
     *,
     out: Path,
-    place: Path,
+    work: Path,
     room: int,
 ) -> Iterator[tuple[list[str], str]]:
     """Sources of a build, and the root of its images, as paths.
@@ -69,7 +69,7 @@ def staged_sources(
         sources: paths and URLs.
         image_root: a path, a URL, or nothing: then a list brings the folder that it lies in.
         out: the folder that is packed of them; each has copies of its own.
-        place: the folder below which copies lie.
+        work: the folder below which copies lie.
         room: most bytes of all copies.
 
     Raises:
@@ -83,9 +83,9 @@ def staged_sources(
         return
     out = out.absolute()
     made_of = json.dumps([*sources, image_root, str(out)])
-    folder = place / f"{_KEPT}{xxhash.xxh3_64_hexdigest(made_of.encode())}"
-    place.mkdir(parents=True, exist_ok=True)
-    _sweep(place, but=folder)
+    folder = work / f"{_KEPT}{xxhash.xxh3_64_hexdigest(made_of.encode())}"
+    work.mkdir(parents=True, exist_ok=True)
+    _sweep(work, but=folder)
     lock = lock_folder(folder)
     try:
         (folder / _FOR_NAME).write_text(str(out), encoding="utf-8", errors="surrogateescape")
@@ -100,7 +100,7 @@ def staged_sources(
         _remove_others(folder, {one.path for one in wanted})
         _fetch(
             wanted,
-            place=place,
+            work=work,
             room=room,
             advice="give more room, or fewer at a time (unicl-pack merge joins what several "
             "builds made)",
@@ -118,7 +118,7 @@ def staged_sources(
 
 
 @contextlib.contextmanager
-def local_copy(place: str, *, room: int = DEFAULT_STAGING_BYTES) -> Iterator[Path]:
+def local_copy(folder: str, *, room: int = DEFAULT_STAGING_BYTES) -> Iterator[Path]:
     """A packed data set as a folder: itself, or for a while a copy of what lies under a URL.
 
     Raises:
@@ -126,14 +126,14 @@ def local_copy(place: str, *, room: int = DEFAULT_STAGING_BYTES) -> Iterator[Pat
         ValueError: the copy would take more than `room` bytes.
         StorageError: the store cannot be reached.
     """
-    if not is_url(place):
-        yield Path(place)
+    if not is_url(folder):
+        yield Path(folder)
         return
     work = default_work_folder()
     work.mkdir(parents=True, exist_ok=True)
-    with temporary_folder("staging-", root=work) as folder:
-        path, wanted = _find_folder(place, folder)
-        _fetch(wanted, place=work, room=room, advice="give more room")
+    with temporary_folder("staging-", root=work) as copies:
+        path, wanted = _find_folder(folder, copies)
+        _fetch(wanted, work=work, room=room, advice="give more room")
         yield Path(path)
 
 
@@ -150,11 +150,11 @@ def _has_unfinished(out: Path) -> bool:
         return True
 
 
-def _sweep(place: Path, *, but: Path) -> None:
+def _sweep(work: Path, *, but: Path) -> None:
     """Removes copies that no build can use: its folder was removed, or finished since."""
-    for folder in place.glob(f"{_DISCARDED}*"):
+    for folder in work.glob(f"{_DISCARDED}*"):
         shutil.rmtree(folder, ignore_errors=True)
-    for note in place.glob(f"{_KEPT}*/{_FOR_NAME}"):
+    for note in work.glob(f"{_KEPT}*/{_FOR_NAME}"):
         if note.parent == but:
             continue
         with contextlib.suppress(ValueError, OSError):  # in use, or another process sweeps too
@@ -216,7 +216,7 @@ class _Versions:
 def _fetch(
     wanted: Sequence[_Wanted],
     *,
-    place: Path,
+    work: Path,
     room: int,
     advice: str,
     versions: _Versions | None = None,
@@ -225,7 +225,7 @@ def _fetch(
     if needed > room:
         raise ValueError(
             f"what lies under the URLs takes {needed:,} bytes, more than --staging-bytes {room:,} "
-            f"allows in {place}: {advice}"
+            f"allows in {work}: {advice}"
         )
     bar = tqdm(total=needed, desc="copying", unit="B", unit_scale=True, disable=None)
     with bar, ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="unicl-staging") as pool:

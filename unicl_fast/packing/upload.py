@@ -62,14 +62,16 @@ def build_anywhere(
             "cluster see under the same path: what is copied, or unpacked, on its way lies there, "
             f"and by default in {default_work_folder()} of this machine"
         )
-    place = Path(work) if work else default_work_folder()
+    work_folder = Path(work) if work else default_work_folder()
     store = ObjectStore(out) if is_url(out) else None
-    folder = _packed_folder(out, place) if store is not None else Path(out)
+    folder = _packed_folder(out, work_folder) if store is not None else Path(out)
     if store is not None:
         _require_not_packed(folder, store)
         _require_free_url(store, None, store.list_sizes() or {}, names=set())
-    with staged_sources(sources, image_root, out=folder, place=place, room=staging_bytes) as staged:
-        paths, root = staged
+    with staged_sources(sources, image_root, out=folder, work=work_folder, room=staging_bytes) as (
+        paths,
+        root,
+    ):
         if any(map(is_url, sources)):
             options["source_names"] = list(sources)
         try:
@@ -147,10 +149,10 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     )
 
 
-def _packed_folder(url: str, place: Path) -> Path:
-    """The folder below `place` in which a data set for a URL is packed; alone in one of its own."""
+def _packed_folder(url: str, work: Path) -> Path:
+    """The folder below `work` in which a data set for a URL is packed; alone in one of its own."""
     url = url.rstrip("/")
-    return place / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
+    return work / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
 
 
 def _command(folder: Path, url: str) -> str:

@@ -210,7 +210,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a data set depends on besides the contents of its sources, as JSON values.
+    """Lists all that a data set depends on besides the contents of its sources, as JSON values.
 
     Args:
         sources: paths.
@@ -218,7 +218,8 @@ def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict
     """
     described: dict[str, Any] = {"sources": list(sources)}
     for name, value in options.items():
-        plain = os.fspath(value) if isinstance(value, os.PathLike) else value
+        plain = list(value) if isinstance(value, tuple) else value
+        plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
         described[f"--{name.replace('_', '-')}"] = plain
         if name in _FILES and plain and os.path.isfile(plain):
             described[f"contents of {plain}"] = file_checksum(Path(plain))
