@@ -51,8 +51,8 @@ def dense_loss(
     Everything else in this file computes this number, and tests compare it with this.
     """
     logits = scale * image_features @ text_features.T
-    positives = class_ids[:, None] == class_ids[None, :]
-    targets = positives / positives.sum(dim=1, keepdim=True)  # each row sums to 1
+    positives = (class_ids[:, None] == class_ids[None, :]).to(logits.dtype)
+    targets = positives / positives.sum(dim=1, keepdim=True)  # the rows of TargetM's matrix
     i2t = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
     t2i = -(targets.T * logits.log_softmax(dim=0)).sum(dim=0).mean()
     return (i2t + t2i) / 2

@@ -130,7 +130,7 @@ def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | No
 
     Returns:
         Token rows [u l]; the number of their tokens to compute, None for all with the padding;
-        class ids [u] and counts [u] of the texts. Where encoders are compiled, sizes are rounded up.
+        class ids [u] and counts [u] of the texts. For compiled encoders sizes are rounded up.
     """
     efficiency = config.efficiency
     tokens = batch.tokens
