@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unicl_fast.packing.samples import AllSamples, ChosenSamples, choose, join_duplicates
+from unicl_fast.packing.samples import all_samples, choose, join_duplicates, reorder
 from unicl_fast.packing.sources import item_store
 from unicl_fast.packing.sources.entries import RefusedEntry
 from unicl_fast.packing.sources.item_store import ItemStore, NamedItems
@@ -106,12 +106,12 @@ def source(name: str, count: int) -> Source:
 
 
 def test_views_are_the_lists_that_they_stand_for() -> None:
-    every = AllSamples([source("a", 2), source("b", 0), source("c", 3)])
+    every = all_samples([source("a", 2), source("b", 0), source("c", 3)])
     assert [item.name for _, item in every] == ["a0", "a1", "c0", "c1", "c2"]
     assert [name for name, _ in every] == ["a", "a", "c", "c", "c"]
     some = choose(every, lambda sample: sample[1].name != "a1")
     assert [item.name for _, item in some] == ["a0", "c0", "c1", "c2"]
-    turned = ChosenSamples(some, np.array([3, 0]))
+    turned = reorder(some, np.array([3, 0]))
     assert [item.name for _, item in turned] == ["c2", "a0"]
     assert len(choose(every, lambda sample: False)) == 0
 
@@ -126,7 +126,7 @@ def test_a_placeholder_for_many_images_stays_several_samples(
     here = FileEntry(__file__, 10)
     store.extend(Item(str(number), here, [str(number)]) for number in range(52))
     joined = join_duplicates(
-        AllSamples([many]), ItemStore(), max_file_bytes=10**6, workers=1, progress=False
+        all_samples([many]), ItemStore(), max_file_bytes=10**6, workers=1, progress=False
     )
     assert len(joined[0][1].captions) == 50
     assert joined[1][1].problem is not None

@@ -44,11 +44,11 @@ from unicl_fast.packing.quarantine import (
 )
 from unicl_fast.packing.ray_engine import Engine, check_on_ray, require_engine
 from unicl_fast.packing.samples import (
-    AllSamples,
-    ChosenSamples,
-    Sample,
+    Samples,
+    all_samples,
     choose,
     join_duplicates,
+    reorder,
     shuffled_order,
 )
 from unicl_fast.packing.sources.read_sources import (
@@ -310,22 +310,21 @@ def _pack(
     """Reads the sources and writes the data set, from its beginning or from where it stands."""
     images = options.check()
     tokenizer = Tokenizer()
-    one_size = _OneSize(images.square_side) if options.format == "raw" else None
+    is_raw = options.format == "raw"
     with Spool(out, folder=work.spool) as spool:
         plan = _read(paths, options, spool, work)
         with DatasetWriter(
             out,
             shard_bytes=options.shard_bytes,
-            images="encoded" if one_size is None else "raw",
+            images="raw" if is_raw else "encoded",
             work=work.path,
         ) as writer:
+            one_size = _OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples
             problems = _Problems()
             if writer.num_quarantined:
                 for row in read_left_out(writer.aside / QUARANTINE_NAME):
                     problems.note(row.name, Problem(kind=row.kind, message=row.message))
-            if one_size is not None and "first_image" in writer.notes:
-                one_size.restore(*writer.notes["first_image"])
             samples = plan.samples
             if options.duplicates == "join":
                 samples = join_duplicates(
@@ -337,7 +336,7 @@ def _pack(
                 )
             order = shuffled_order(len(samples), seed=options.seed)
             checked = _check(
-                ChosenSamples(samples, order[writer.num_places :]),
+                reorder(samples, order[writer.num_places :]),
                 images=images,
                 one_size=one_size,
                 context_length=tokenizer.context_length,
@@ -383,7 +382,7 @@ def _pack(
 class _Plan:
     """All that is known before the first image is opened."""
 
-    samples: Sequence[Sample]
+    samples: Samples
     """In the order of the sources."""
     space: LabelSpace
     numbers: dict[Label, int]
@@ -407,10 +406,11 @@ def _read(paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolde
     space, numbers = _number_labels(read, options.class_names, spool, work)
     templates = read_templates(options.templates or "imagenet") if space.names else ()
     passed_over = sum((source.passed_over for source in read), Counter[str]())
-    samples: Sequence[Sample] = AllSamples(read)
+    samples = all_samples(read)
     if listed is not None:  # labels keep the numbers that they have in the build of all
         require_same_classes(Path(options.retry), space.names)
-        samples = choose_listed(listed, read, passed_over)
+        chosen = choose_listed(listed, read, passed_over)
+        samples = Samples(len(chosen), chosen.__getitem__)
     if unwanted:
         wanted = choose(samples, lambda sample: not unwanted.take(sample[0], sample[1].name))
         passed_over[f"images named in {options.leave_out}"] = len(samples) - len(wanted)
@@ -447,7 +447,7 @@ def _number_labels(
 
 
 def _check(
-    samples: Sequence[Sample],
+    samples: Samples,
     *,
     images: ImageOptions,
     one_size: _OneSize | None,
@@ -498,7 +498,6 @@ def _write(
         image = result.image
         if one_size is not None:
             one_size.require(image, item.name)
-            writer.notes["first_image"] = one_size.first
         writer.add(
             PackedSample(
                 image=image.data,
@@ -520,20 +519,23 @@ def _write(
 class _OneSize:
     """The size of all images of a raw data set, once it is known."""
 
-    def __init__(self, square_side: int) -> None:
-        """`square_side` is the side that they are scaled to; 0 where the first image decides."""
-        self.size = (square_side, square_side) if square_side else None
-        self._first = ""
+    def __init__(self, square_side: int, notes: dict[str, Any]) -> None:
+        """Takes the size that images are scaled to, or that of the first image.
+
+        Args:
+            square_side: the side that images are scaled to; 0 where the first one decides.
+            notes: the writer's, which know the first image when a build resumes.
+        """
+        self._square = (square_side, square_side) if square_side else None
+        self._notes = notes
 
     @property
-    def first(self) -> list[Any]:
-        """The size and the name of the first image, as JSON values for `restore`."""
-        return [self.size, self._first]
-
-    def restore(self, size: list[int] | None, name: str) -> None:
-        """Sets the size and name that another run found."""
-        self.size = None if size is None else (size[0], size[1])
-        self._first = name
+    def size(self) -> tuple[int, int] | None:
+        """Height and width; None before the first image."""
+        if self._square is not None or "first_image" not in self._notes:
+            return self._square
+        (height, width), _ = self._notes["first_image"]
+        return height, width
 
     def require(self, image: CheckedImage, name: str) -> None:
         """Refuses an image of another size than the first one.
@@ -541,19 +543,18 @@ class _OneSize:
         Raises:
             ValueError: names both.
         """
-        size = image.height, image.width
         if self.size is None:
-            self.size, self._first = size, name
-        elif size != self.size:
-            height, width = self.size
+            self._notes["first_image"] = (image.height, image.width), name
+        elif (image.height, image.width) != self.size:
+            (height, width), first = self.size, self._notes["first_image"][1]
             raise ValueError(
-                f"--format raw takes images of one size, but {self._first} has {width} x "
-                f"{height} pixels and {name} has {size[1]} x {size[0]}: add --resize "
-                f"square:PIXELS, such as square:{min(self.size)}, which scales and cuts all"
+                f"--format raw takes images of one size, but {first} has {width} x {height} pixels "
+                f"and {name} has {image.width} x {image.height}: add --resize square:PIXELS, such "
+                f"as square:{min(self.size)}, which scales and cuts all"
             )
 
     def answer_bytes(self, options: ImageOptions) -> int:
-        """Most that a checked image can take."""
+        """Most bytes of a checked image."""
         return 3 * (math.prod(self.size) if self.size else options.max_pixels)
 
 

@@ -10,7 +10,6 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, islice
-from typing import overload
 
 import numpy as np
 import numpy.typing as npt
@@ -28,83 +27,43 @@ _AHEAD = 64
 Sample = tuple[str, Item]
 
 
-class _Samples(Sequence[Sample]):
-    """A sequence that makes its elements."""
+class Samples:
+    """Samples that are made when they are asked for."""
 
-    @overload
-    def __getitem__(self, number: int) -> Sample: ...
-    @overload
-    def __getitem__(self, number: slice) -> list[Sample]: ...
-    def __getitem__(self, number: int | slice) -> Sample | list[Sample]:
-        if isinstance(number, slice):
-            return [self._make(each) for each in range(*number.indices(len(self)))]
+    def __init__(self, count: int, make: Callable[[int], Sample]) -> None:
+        self._count = count
+        self._make = make
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, number: int) -> Sample:
         return self._make(number)
 
     def __iter__(self) -> Iterator[Sample]:
-        return (self._make(number) for number in range(len(self)))
-
-    def _make(self, number: int) -> Sample:
-        raise NotImplementedError
+        return map(self._make, range(self._count))
 
 
-class AllSamples(_Samples):
+def all_samples(sources: Sequence[Source]) -> Samples:
     """The samples of all sources, in the order of the sources."""
+    starts = [0, *accumulate(len(source.items) for source in sources)]
 
-    def __init__(self, sources: Sequence[Source]) -> None:
-        self._sources = sources
-        self._starts = [0, *accumulate(len(source.items) for source in sources)]
+    def make(number: int) -> Sample:
+        which = bisect_right(starts, number) - 1
+        return sources[which].name, sources[which].items[number - starts[which]]
 
-    def __len__(self) -> int:
-        return self._starts[-1]
-
-    def _make(self, number: int) -> Sample:
-        which = bisect_right(self._starts, number) - 1
-        source = self._sources[which]
-        return source.name, source.items[number - self._starts[which]]
+    return Samples(starts[-1], make)
 
 
-class ChosenSamples(_Samples):
+def reorder(samples: Samples, numbers: npt.NDArray[np.int64]) -> Samples:
     """Samples by their numbers in another sequence, in any order."""
-
-    def __init__(self, samples: Sequence[Sample], numbers: npt.NDArray[np.int64]) -> None:
-        self._samples = samples
-        self._numbers = numbers
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    def _make(self, number: int) -> Sample:
-        return self._samples[int(self._numbers[number])]
+    return Samples(len(numbers), lambda number: samples[int(numbers[number])])
 
 
-class ChangedSamples(_Samples):
-    """Another sequence in which some items have become others."""
-
-    def __init__(self, samples: Sequence[Sample], changed: ItemStore) -> None:
-        """`changed` is the store of the new items."""
-        self._samples = samples
-        self._changed = changed
-        self._rows = np.full(len(samples), -1, np.int64)
-
-    def __len__(self) -> int:
-        return len(self._samples)
-
-    def change(self, number: int, item: Item) -> None:
-        """Replaces the item of a sample."""
-        self._rows[number] = self._changed.append(item)
-
-    def _make(self, number: int) -> Sample:
-        source, item = self._samples[number]
-        row = int(self._rows[number])
-        return source, item if row < 0 else self._changed[row]
-
-
-def choose(samples: Sequence[Sample], wanted: Callable[[Sample], bool]) -> ChosenSamples:
+def choose(samples: Samples, wanted: Callable[[Sample], bool]) -> Samples:
     """The samples that are wanted, in their order."""
-    numbers = np.fromiter(
-        (number for number, sample in enumerate(samples) if wanted(sample)), np.int64
-    )
-    return ChosenSamples(samples, numbers)
+    numbers = (number for number, sample in enumerate(samples) if wanted(sample))
+    return reorder(samples, np.fromiter(numbers, np.int64))
 
 
 def shuffled_order(count: int, *, seed: int) -> npt.NDArray[np.int64]:
@@ -119,13 +78,8 @@ def shuffled_order(count: int, *, seed: int) -> npt.NDArray[np.int64]:
 
 
 def join_duplicates(
-    samples: Sequence[Sample],
-    changed: ItemStore,
-    *,
-    max_file_bytes: int,
-    workers: int,
-    progress: bool,
-) -> Sequence[Sample]:
+    samples: Samples, changed: ItemStore, *, max_file_bytes: int, workers: int, progress: bool
+) -> Samples:
     """Makes one sample of files that are equal byte for byte, with the texts of all.
 
     The first of them gets the captions and labels of the others that it has not yet; the others get
@@ -143,12 +97,11 @@ def join_duplicates(
     Returns:
         The samples, with these changes. In memory are some 50 bytes for each.
     """
-    joined = ChangedSamples(samples, changed)
     candidates = _equal_in_size(samples)
     digests = np.zeros((len(candidates), 2), np.uint64)
     is_read = np.zeros(len(candidates), np.bool_)
-    entries = (item.entry for _, item in ChosenSamples(samples, candidates))
-    for row, digest in enumerate(
+    entries = (item.entry for _, item in reorder(samples, candidates))
+    for number, digest in enumerate(
         tqdm(
             _digests(entries, max_file_bytes=max_file_bytes, workers=workers),
             total=len(candidates),
@@ -159,14 +112,22 @@ def join_duplicates(
         )
     ):
         if digest is not None:
-            digests[row] = np.frombuffer(digest, np.uint64)
-            is_read[row] = True
+            digests[number] = np.frombuffer(digest, np.uint64)
+            is_read[number] = True
+    rows = np.full(len(samples), -1, np.int64)  # of changed items in their store
     for group in _equal_rows(digests[is_read]):
-        _join(samples, candidates[is_read][group], joined)
-    return joined
+        numbers = candidates[is_read][group].tolist()
+        for number, item in _joined(samples, numbers):
+            rows[number] = changed.append(item)
+
+    def make(number: int) -> Sample:
+        source, item = samples[number]
+        return source, item if rows[number] < 0 else changed[int(rows[number])]
+
+    return Samples(len(samples), make)
 
 
-def _equal_in_size(samples: Sequence[Sample]) -> npt.NDArray[np.int64]:
+def _equal_in_size(samples: Samples) -> npt.NDArray[np.int64]:
     """The numbers of samples whose files share their size with another's."""
     sizes = np.full(len(samples), -1, np.int64)
     is_sound = np.zeros(len(samples), np.bool_)
@@ -207,14 +168,14 @@ def _equal_rows(rows: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64]]
         yield order[bounds[first] : bounds[first + 1]]
 
 
-def _join(samples: Sequence[Sample], group: npt.NDArray[np.int64], joined: ChangedSamples) -> None:
-    """Joins the samples of one image into the first of them.
+def _joined(samples: Samples, group: list[int]) -> Iterator[tuple[int, Item]]:
+    """Numbers and new items of the samples of one image, which are joined into the first.
 
     A placeholder may have as many texts as one sample can have, so what is known stays a dict.
     """
-    first_source, first = samples[int(group[0])]
+    first_source, first = samples[group[0]]
     captions, labels = dict.fromkeys(first.captions), dict.fromkeys(first.labels)
-    for number in group[1:].tolist():
+    for number in group[1:]:
         _, item = samples[number]
         more_captions = dict.fromkeys(text for text in item.captions if text not in captions)
         more_labels = dict.fromkeys(label for label in item.labels if label not in labels)
@@ -225,6 +186,6 @@ def _join(samples: Sequence[Sample], group: npt.NDArray[np.int64], joined: Chang
         labels |= more_labels
         message = duplicate_message(first_source, first.name)
         item.problem = Problem(kind=DUPLICATE, message=message)
-        joined.change(number, item)
+        yield number, item
     first.captions, first.labels = list(captions), list(labels)
-    joined.change(int(group[0]), first)
+    yield group[0], first
