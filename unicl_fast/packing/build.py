@@ -427,12 +427,7 @@ def _read(paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolde
 def _number_labels(
     read: Sequence[Source], class_names: str, spool: Spool, work: WorkFolder
 ) -> tuple[LabelSpace, dict[Label, int]]:
-    """One label space for all sources, and the class number of each label found in them.
-
-    Raises:
-        ValueError: labels that cannot be numbered, or sources that have changed since an earlier
-            run of this build.
-    """
+    """One label space for all sources, and the class number of each label found in them."""
     labels: dict[Label, None] = {}
     checksums = {}
     for number, source in enumerate(read, start=1):
@@ -520,14 +515,9 @@ class _OneSize:
     """The size of all images of a raw data set, once it is known."""
 
     def __init__(self, square_side: int, notes: dict[str, Any]) -> None:
-        """Takes the size that images are scaled to, or that of the first image.
-
-        Args:
-            square_side: the side that images are scaled to; 0 where the first one decides.
-            notes: the writer's, which know the first image when a build resumes.
-        """
+        """Takes the side that images are scaled to; if 0, the first image decides."""
         self._square = (square_side, square_side) if square_side else None
-        self._notes = notes
+        self._notes = notes  # the writer's, which know the first image when a build resumes
 
     @property
     def size(self) -> tuple[int, int] | None:
@@ -538,11 +528,7 @@ class _OneSize:
         return height, width
 
     def require(self, image: CheckedImage, name: str) -> None:
-        """Refuses an image of another size than the first one.
-
-        Raises:
-            ValueError: names both.
-        """
+        """Refuses an image of another size than the first one."""
         if self.size is None:
             self._notes["first_image"] = (image.height, image.width), name
         elif (image.height, image.width) != self.size:

@@ -193,11 +193,7 @@ def _copy_all(
 
 
 def _refuse_urls(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
-    """A merge reads every input in shuffled order, and writes what it cannot take up again.
-
-    Raises:
-        ValueError: says how to do it with folders.
-    """
+    """Refuses URLs: a merge reads its inputs in shuffled order, and cannot resume."""
     for folder in filter(is_url, folders):
         raise ValueError(
             f"{folder} is a URL, and merge reads folders: copy the data set into a folder with the "

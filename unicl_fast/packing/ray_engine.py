@@ -138,11 +138,7 @@ def _with_whole_paths(task: Task) -> Task:
 def _require_unreadable_here(
     task: Task, problem: Problem, machine: str, options: ImageOptions
 ) -> None:
-    """Lets a problem stand if this machine has it too.
-
-    Raises:
-        RuntimeError: it has not; the message names both machines, and what to share.
-    """
+    """Stops the build unless this machine has the same problem with the image."""
     try:
         task.entry.read(max_bytes=options.max_file_bytes)
     except EntryError:

@@ -160,11 +160,7 @@ def _command(folder: Path, url: str) -> str:
 
 
 def _require_not_packed(folder: Path, store: ObjectStore) -> None:
-    """Refuses to pack again what is there; a copy whose upload is complete is removed.
-
-    Raises:
-        ValueError: says how to resume.
-    """
+    """Refuses to pack again what is there; a copy whose upload is complete is removed."""
     if not (folder / MANIFEST_NAME).is_file():
         return
     if store.read_whole(MANIFEST_NAME) != (folder / MANIFEST_NAME).read_bytes():
@@ -182,11 +178,7 @@ def _require_not_packed(folder: Path, store: ObjectStore) -> None:
 def _require_free_url(
     store: ObjectStore, folder: Path | None, there: dict[str, int], *, names: set[str]
 ) -> None:
-    """Refuses a URL where anything lies but what an upload of `folder` has left.
-
-    Raises:
-        ValueError: says what lies there.
-    """
+    """Refuses a URL where anything lies but what an upload of `folder` has left."""
     if MANIFEST_NAME in there:
         same = folder is not None and (
             store.read_whole(MANIFEST_NAME) == (folder / MANIFEST_NAME).read_bytes()

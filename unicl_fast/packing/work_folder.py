@@ -38,6 +38,7 @@ _LOCK_NAME = "unicl-pack.lock"
 _SHOWN = 5
 _FILES = ("class_names", "templates", "leave_out", "retry")
 """Options that may name a file, whose contents then matter and not its name."""
+_LISTS = ("where", "source_names")
 _MADE_BY = ("pillow", "simplejpeg", "tokenizers")
 """Packages whose versions may show in the bytes that are written."""
 _ENCODER = json.JSONEncoder(separators=(",", ":"), default=repr)
@@ -218,9 +219,8 @@ def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict
     """
     described: dict[str, Any] = {"sources": list(sources)}
     for name, value in options.items():
-        plain = list(value) if isinstance(value, tuple) else value
-        plain = os.fspath(plain) if isinstance(plain, os.PathLike) else plain
-        described[f"--{name.replace('_', '-')}"] = plain
+        plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
+        described[f"--{name.replace('_', '-')}"] = list(plain) if name in _LISTS else plain
         if name in _FILES and plain and os.path.isfile(plain):
             described[f"contents of {plain}"] = file_checksum(Path(plain))
     paths = [*sources, *filter(None, [options["image_root"]])]
