@@ -8,7 +8,6 @@ workers, write. `sources` reads files of all kinds, `class_names` numbers labels
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import time
 from collections import Counter
@@ -28,7 +27,7 @@ from unicl_fast.dataset.writer import (
     PackedSample,
     require_free,
 )
-from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, CheckedImage, ImageFormat
+from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
 from unicl_fast.packing.class_names import (
     LabelSpace,
     collect_label_space,
@@ -37,6 +36,7 @@ from unicl_fast.packing.class_names import (
 )
 from unicl_fast.packing.quarantine import (
     LeaveOut,
+    Refusals,
     choose_listed,
     read_left_out,
     read_retry,
@@ -62,7 +62,7 @@ from unicl_fast.packing.sources.read_sources import (
 )
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
-from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
+from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.tokenizer import Tokenizer
@@ -70,7 +70,6 @@ from unicl_fast.text.tokenizer import Tokenizer
 DEFAULT_IMAGE_SECONDS = 30.0
 """A hundred times what the largest ordinary photograph takes."""
 
-_REASONS_SHOWN = 5
 _FREE_TO_CHANGE = {"restart", "workers", "engine"}
 """Options that a build need not repeat to resume: they leave no trace in the data set."""
 
@@ -312,31 +311,22 @@ def _pack(
     tokenizer = Tokenizer()
     is_raw = options.format == "raw"
     with Spool(out, folder=work.spool) as spool:
-        plan = _read(paths, options, spool, work)
+        plan = _read(paths, options, spool, work, progress=progress)
         with DatasetWriter(
             out,
             shard_bytes=options.shard_bytes,
             images="raw" if is_raw else "encoded",
             work=work.path,
         ) as writer:
-            one_size = _OneSize(images.square_side, writer.notes) if is_raw else None
+            one_size = OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples
-            problems = _Problems()
+            refusals = Refusals()
             if writer.num_quarantined:
                 for row in read_left_out(writer.aside / QUARANTINE_NAME):
-                    problems.note(row.name, Problem(kind=row.kind, message=row.message))
-            samples = plan.samples
-            if options.duplicates == "join":
-                samples = join_duplicates(
-                    samples,
-                    spool.new_items(),
-                    max_file_bytes=images.max_file_bytes,
-                    workers=options.workers or usable_cores(),
-                    progress=progress,
-                )
-            order = shuffled_order(len(samples), seed=options.seed)
+                    refusals.note(row.name, Problem(kind=row.kind, message=row.message))
+            order = shuffled_order(len(plan.samples), seed=options.seed)
             checked = _check(
-                reorder(samples, order[writer.num_places :]),
+                reorder(plan.samples, order[writer.num_places :]),
                 images=images,
                 one_size=one_size,
                 context_length=tokenizer.context_length,
@@ -344,23 +334,23 @@ def _pack(
             )
             bar = tqdm(
                 checked,
-                total=len(samples),
+                total=len(order),
                 initial=writer.num_places,
                 desc="packing",
                 unit=" images",
                 disable=not progress,
                 smoothing=0.1,
             )
-            _write(bar, writer, plan.numbers, one_size, problems)
+            _write(bar, writer, plan.numbers, one_size, refusals)
             passed_over = dict(plan.passed_over)
             if writer.num_samples == 0:
                 parts = [f"{count:,} {what}" for what, count in passed_over.items()]
                 passed = f"\npassed over: {', '.join(parts)}" if parts else ""
-                raise ValueError(f"nothing could be packed: {problems.describe()}{passed}")
+                raise ValueError(f"nothing could be packed: {refusals.describe()}{passed}")
             work.note_summary(
                 {
                     "num_reencoded": writer.notes.get("num_reencoded", 0),
-                    "quarantined": problems.describe(),
+                    "quarantined": refusals.describe(),
                     "passed_over": passed_over,
                     "image_size": None if one_size is None else one_size.size,
                     "num_taken_over": num_taken_over,
@@ -391,8 +381,10 @@ class _Plan:
     passed_over: Counter[str]
 
 
-def _read(paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolder) -> _Plan:
-    """Reads all sources, numbers their labels, and chooses the samples that are wanted."""
+def _read(
+    paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolder, *, progress: bool
+) -> _Plan:
+    """Reads all sources, numbers their labels, and chooses and joins samples."""
     unwanted = LeaveOut(options.leave_out)
     listed = read_retry(options.retry) if options.retry else None
     lists = ListOptions(
@@ -415,6 +407,14 @@ def _read(paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolde
         wanted = choose(samples, lambda sample: not unwanted.take(sample[0], sample[1].name))
         passed_over[f"images named in {options.leave_out}"] = len(samples) - len(wanted)
         samples = wanted
+    if options.duplicates == "join":
+        samples = join_duplicates(
+            samples,
+            spool.new_items(),
+            max_file_bytes=options.check().max_file_bytes,
+            workers=options.workers or usable_cores(),
+            progress=progress,
+        )
     return _Plan(
         samples=samples,
         space=space,
@@ -445,7 +445,7 @@ def _check(
     samples: Samples,
     *,
     images: ImageOptions,
-    one_size: _OneSize | None,
+    one_size: OneSize | None,
     context_length: int,
     options: BuildOptions,
 ) -> Iterator[tuple[str, Item, Checked | Problem]]:
@@ -478,8 +478,8 @@ def _write(
     checked: Iterator[tuple[str, Item, Checked | Problem]],
     writer: DatasetWriter,
     numbers: dict[Label, int],
-    one_size: _OneSize | None,
-    problems: _Problems,
+    one_size: OneSize | None,
+    refusals: Refusals,
 ) -> None:
     """Writes sound samples, and lists the others."""
     num_reencoded: int = writer.notes.get("num_reencoded", 0)
@@ -488,7 +488,7 @@ def _write(
             writer.quarantine(
                 source=source, name=item.name, kind=result.kind, message=result.message
             )
-            problems.note(item.name, result)
+            refusals.note(item.name, result)
             continue
         image = result.image
         if one_size is not None:
@@ -509,53 +509,3 @@ def _write(
         )
         num_reencoded += image.reencoded
         writer.notes["num_reencoded"] = num_reencoded
-
-
-class _OneSize:
-    """The size of all images of a raw data set, once it is known."""
-
-    def __init__(self, square_side: int, notes: dict[str, Any]) -> None:
-        """Takes the side that images are scaled to; if 0, the first image decides."""
-        self._square = (square_side, square_side) if square_side else None
-        self._notes = notes  # the writer's, which know the first image when a build resumes
-
-    @property
-    def size(self) -> tuple[int, int] | None:
-        """Height and width; None before the first image."""
-        if self._square is not None or "first_image" not in self._notes:
-            return self._square
-        (height, width), _ = self._notes["first_image"]
-        return height, width
-
-    def require(self, image: CheckedImage, name: str) -> None:
-        """Refuses an image of another size than the first one."""
-        if self.size is None:
-            self._notes["first_image"] = (image.height, image.width), name
-        elif (image.height, image.width) != self.size:
-            (height, width), first = self.size, self._notes["first_image"][1]
-            raise ValueError(
-                f"--format raw takes images of one size, but {first} has {width} x {height} pixels "
-                f"and {name} has {image.width} x {image.height}: add --resize square:PIXELS, such "
-                f"as square:{min(self.size)}, which scales and cuts all"
-            )
-
-    def answer_bytes(self, options: ImageOptions) -> int:
-        """Most bytes of a checked image."""
-        return 3 * (math.prod(self.size) if self.size else options.max_pixels)
-
-
-class _Problems:
-    """Counts refusals by kind and keeps the first few for the closing summary."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: list[str] = []
-
-    def note(self, name: str, problem: Problem) -> None:
-        self._counts[problem.kind] += 1
-        if len(self._first) < _REASONS_SHOWN:
-            self._first.append(f"{name}: {problem.message}")
-
-    def describe(self) -> str:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in self._counts.most_common())
-        return "\n".join([counts, *(f"  {reason}" for reason in self._first)])

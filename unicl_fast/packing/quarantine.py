@@ -20,13 +20,14 @@ from pathlib import Path
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
 from unicl_fast.dataset.remote.object_store import is_url
-from unicl_fast.packing.sources.items import Item, Source
+from unicl_fast.packing.sources.items import Item, Problem, Source
 from unicl_fast.system.wording import count_of
 
 DUPLICATE = "duplicate"
 """The kind of images that were joined into equal ones."""
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
 _ENDLESS = 2**64
+_REASONS_SHOWN = 5
 
 Listed = Counter[tuple[str, str]]
 """(source, name) of the samples that a list names, and in how many rows."""
@@ -77,6 +78,23 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
             f"{path} is damaged or cut short: {count} rows, the manifest says {num_rows}; "
             "copy the data set again"
         )
+
+
+class Refusals:
+    """Counts images that were refused by kind, and keeps the first few reasons for the report."""
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._first: list[str] = []
+
+    def note(self, name: str, problem: Problem) -> None:
+        self._counts[problem.kind] += 1
+        if len(self._first) < _REASONS_SHOWN:
+            self._first.append(f"{name}: {problem.message}")
+
+    def describe(self) -> str:
+        counts = ", ".join(f"{count:,} {kind}" for kind, count in self._counts.most_common())
+        return "\n".join([counts, *(f"  {reason}" for reason in self._first)])
 
 
 def duplicate_message(source: str, name: str) -> str:

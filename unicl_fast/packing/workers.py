@@ -23,6 +23,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import math
 import multiprocessing
 import os
 import queue
@@ -116,6 +117,39 @@ class ImageOptions:
         """Memory of a worker beyond its start: the file, packed and unpacked, and pixels."""
         images = 2 * self.max_file_bytes + BYTES_PER_PIXEL * self.max_pixels
         return images + _BYTES_BESIDE_IMAGES
+
+
+class OneSize:
+    """The size that all images of a raw data set must have, once it is known."""
+
+    def __init__(self, square_side: int, notes: dict[str, Any]) -> None:
+        """Takes the side that images are scaled to; if 0, the first image decides."""
+        self._square = (square_side, square_side) if square_side else None
+        self._notes = notes  # the writer's, which know the first image when a build resumes
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width; None before the first image."""
+        if self._square is not None or "first_image" not in self._notes:
+            return self._square
+        (height, width), _ = self._notes["first_image"]
+        return height, width
+
+    def require(self, image: CheckedImage, name: str) -> None:
+        """Refuses an image of another size than the first one."""
+        if self.size is None:
+            self._notes["first_image"] = (image.height, image.width), name
+        elif (image.height, image.width) != self.size:
+            (height, width), first = self.size, self._notes["first_image"][1]
+            raise ValueError(
+                f"--format raw takes images of one size, but {first} has {width} x {height} pixels "
+                f"and {name} has {image.width} x {image.height}: add --resize square:PIXELS, such "
+                f"as square:{min(self.size)}, which scales and cuts all"
+            )
+
+    def answer_bytes(self, options: ImageOptions) -> int:
+        """Most bytes of a checked image."""
+        return 3 * (math.prod(self.size) if self.size else options.max_pixels)
 
 
 def check_in_order(
