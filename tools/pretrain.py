@@ -72,7 +72,7 @@ def _main(argv: Sequence[str]) -> None:
         stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
     from unicl_fast.distributed.ranks import adopt_slurm_ranks
-    from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+    from unicl_fast.system.host_memory import keep_freed_memory
 
     from .pretrain_run import check_request, pretrain
 

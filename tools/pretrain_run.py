@@ -229,7 +229,7 @@ def build_trainer(
         evaluations=_build_evaluations(config, datasets, prompts, ranks),
         data=describe_sources(datasets, shares),
         sources=SourceMeter(
-            names_of(datasets), passes=loader.plan.passes, traffic=traffic_of(datasets)
+            names_of(datasets), passes=loader.plan.epochs, traffic=traffic_of(datasets)
         ),
         ledger=_build_ledger(run_folder, loader, datasets, ranks) if ledger else None,
         progress=progress,
@@ -244,7 +244,7 @@ def _build_ledger(
         sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
         global_batch_size=loader.plan.global_batch_size,
         seed=loader.plan.seed,
-        shares=loader.plan.shares,
+        shares=loader.plan.weights,
         shuffle_window=loader.plan.shuffle_window,
         ranks=ranks,
     )

@@ -26,16 +26,16 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torchvision.transforms.v2 import functional
 
 from unicl_fast.augmentation import parse_augmentation
-from unicl_fast.pipelines.graph.augment import augment
-from unicl_fast.pipelines.graph.augment_parts import GraphParts, parts_for
-from unicl_fast.pipelines.graph.fused_operators import augment_operator
-from unicl_fast.pipelines.kernels.augment import augment_square, twist_matrix
-from unicl_fast.pipelines.plan.augment import Column, draw_rows, neutral_rows
-from unicl_fast.pipelines.plan.policies import (
+from unicl_fast.pipelines.kernels.augment import augment_image, twist_matrix
+from unicl_fast.pipelines.kernels.operators import GraphParts, augment, augment_operator, parts_for
+from unicl_fast.pipelines.plan.augment import (
     AUTO,
     RAND,
     TRIVIAL,
+    Column,
     Operator,
+    draw_rows,
+    neutral_rows,
     table_of,
     write_operation,
 )
@@ -100,7 +100,7 @@ def kernel(images: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """The fused operator's kernel, without a graph."""
     out = images.copy()
     for image, row in zip(out, rows, strict=True):
-        augment_square(image, row, np.array(FILL, np.uint8))
+        augment_image(image, row, np.array(FILL, np.uint8))
     return out
 
 
@@ -309,7 +309,7 @@ def test_tiny_squares(side: int) -> None:
         guarded = np.full((COUNT + 2, side, side, 3), 7, np.uint8)
         guarded[1:-1] = tiny
         for image, row in zip(guarded[1:-1], rows, strict=True):
-            augment_square(image, row, np.array(FILL, np.uint8))
+            augment_image(image, row, np.array(FILL, np.uint8))
         assert (guarded[[0, -1]] == 7).all()
 
 

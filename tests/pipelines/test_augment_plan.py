@@ -13,19 +13,17 @@ from torchvision.transforms import v2
 
 from unicl_fast.augmentation import Augmentation, parse_augmentation
 from unicl_fast.pipelines.plan.augment import (
-    STAGE_WIDTH,
-    Column,
-    draw_rows,
-    neutral_rows,
-    row_width,
-)
-from unicl_fast.pipelines.plan.policies import (
     AUTO,
     RAND,
+    STAGE_WIDTH,
     TRIVIAL,
+    Column,
     Operation,
     Operator,
     auto_pairs,
+    draw_rows,
+    neutral_rows,
+    row_width,
     table_of,
     write_operation,
 )

@@ -22,7 +22,7 @@ from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, P
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.feed import culprits
 from unicl_fast.pipelines.feed.bad_samples import MAX_ATTEMPTS
-from unicl_fast.pipelines.feed.feed import DecodingError
+from unicl_fast.pipelines.graph import DecodingError
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 

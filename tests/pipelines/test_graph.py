@@ -37,13 +37,14 @@ from torchvision.transforms.v2 import functional
 
 from unicl_fast.config import DataConfig, Interpolation, Resample
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.pipelines.feed.feed import HostBatch, run_graphs
-from unicl_fast.pipelines.graph.fused_operators import resample_operator
-from unicl_fast.pipelines.graph.graph import (
+from unicl_fast.pipelines.graph import (
+    HostBatch,
     build_evaluation_graph,
     build_train_graph,
-    shares_of_threads,
+    run_graphs,
+    split_threads,
 )
+from unicl_fast.pipelines.kernels.operators import resample_operator
 from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.plan.crop import central_windows, random_windows
 
@@ -356,8 +357,8 @@ def test_gpu_images_equal_the_cpu_s(labelled: PackedDataset) -> None:
 def test_threads_are_shared_out_where_graphs_can_take_turns() -> None:
     cpu = torch.device("cpu")
     data = DataConfig(threads=5)
-    assert [part.threads for part in shares_of_threads(data, cpu)] == [3, 2]
+    assert [part.threads for part in split_threads(data, cpu)] == [3, 2]
     one_thread, nothing_ahead = DataConfig(threads=1), DataConfig(threads=5, prefetch=1)
-    assert shares_of_threads(one_thread, cpu) == [one_thread]
-    assert shares_of_threads(nothing_ahead, cpu) == [nothing_ahead]
-    assert shares_of_threads(data, torch.device("cuda")) == [data]
+    assert split_threads(one_thread, cpu) == [one_thread]
+    assert split_threads(nothing_ahead, cpu) == [nothing_ahead]
+    assert split_threads(data, torch.device("cuda")) == [data]

@@ -19,7 +19,7 @@ from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.encode import encode_jpeg
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.graph.graph import _decoder_settings, batches_ahead, decoding_threads
+from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead, decoding_threads
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts, fill_template
@@ -243,10 +243,10 @@ def test_files_cut_to_their_windows_give_the_same_batches(
 
     config = make_config(augment=(f"supcon,crop_scale=0.08..1,views={views}",))
     with pack(tmp_path / "set", samples, class_names=(), tokenizer=tokenizer) as dataset:
-        monkeypatch.setattr("unicl_fast.pipelines.feed.views.cut_to_windows", cut)
+        monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.cut_to_windows", cut)
         shorter = take([dataset], prompts, count=2, config=config)
         monkeypatch.setattr(
-            "unicl_fast.pipelines.feed.views.cut_to_windows",
+            "unicl_fast.pipelines.feed.host_batches.cut_to_windows",
             lambda images, starts, _: (images, starts),
         )
         whole = take([dataset], prompts, count=2, config=config)
@@ -352,7 +352,7 @@ def test_a_rank_without_samples_has_nothing_to_evaluate(captioned: PackedDataset
 def test_threads_are_as_given_or_this_rank_s_part_of_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("unicl_fast.pipelines.graph.graph.cores_of_this_rank", lambda: 12)
+    monkeypatch.setattr("unicl_fast.pipelines.graph.cores_of_this_rank", lambda: 12)
     assert decoding_threads(0) == 12
     assert decoding_threads(7) == 7
 

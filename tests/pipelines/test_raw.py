@@ -24,8 +24,7 @@ from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.feed.feed import DecodingError, run_graphs
-from unicl_fast.pipelines.graph.graph import build_train_graph
+from unicl_fast.pipelines.graph import DecodingError, build_train_graph, run_graphs
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
@@ -119,7 +118,7 @@ def test_any_batch_size_and_number_of_threads_gives_the_same_images(
 ) -> None:
     """A group of batches is one, or many; squares are shared by threads, or not."""
     few = take(make_loader(sets["raw"], prompts, batch=batch), count=6)
-    monkeypatch.setattr("unicl_fast.pipelines.feed.raw_images._MOST_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", 1)
     monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._PLANNED_AT_ONCE", 1)
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
@@ -281,7 +280,7 @@ def test_pixels_that_vanish_under_a_run_are_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # few batches are read at once, else all could have been read before the damage is done
-    monkeypatch.setattr("unicl_fast.pipelines.feed.raw_images._MOST_AT_ONCE", 4 * BATCH)
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", 4 * BATCH)
     count = 400
     expected = take(make_loader(sets["raw"], prompts), count=count)
     datasets = opened()

@@ -88,7 +88,7 @@ def run_finetune(command: Finetune) -> None:
         loader = TrainLoader(
             config,
             [train.dataset],
-            shares=None,
+            weights=None,
             prompts=build_prompts([train.dataset], config.data),
             rank=ranks.rank,
             world_size=ranks.world_size,

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from unicl_fast.config import DataConfig
-from unicl_fast.pipelines.feed.feed import DecodingError, HostBatch, run_graphs
-from unicl_fast.pipelines.graph.graph import build_train_graph
+from unicl_fast.pipelines.graph import DecodingError, HostBatch, build_train_graph, run_graphs
 
 pytestmark = pytest.mark.dali
 
