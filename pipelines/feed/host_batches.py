@@ -13,7 +13,7 @@ import contextlib
 import dataclasses
 import itertools
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -93,7 +93,7 @@ class HostBatches:
         self._images = images
         self._batch_size = config.run.global_batch_size // world_size
         self._steps_of_stretch = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
-        self._read_ahead_from = lambda stretch: None
+        self._read_ahead_from: Callable[[int], None] = lambda stretch: None
 
     @contextlib.contextmanager
     def reading_ahead(self, start_step: int) -> Iterator[None]:

@@ -433,8 +433,7 @@ def _blend_at_border(
         pixels[target + c] = np.uint8(total)
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _blend_pixel(
+def _define_blend_pixel(
     typing_context: Any,
     pixels: Any,
     source: Any,
@@ -490,3 +489,6 @@ def _blend_pixel(
         pixels, source, types.int64, types.int64, types.int64, types.float32, types.float32
     )
     return signature, generate
+
+
+_blend_pixel: Any = intrinsic(_define_blend_pixel)

@@ -96,7 +96,8 @@ def _cut(data: Any, start: Any, shape: Any, out: Any) -> int:
         return 0
     height = _two_bytes(data, frame + 5)
     width = _two_bytes(data, frame + 7)
-    across, down = 1, 1  # samples of the finest component for one of the coarsest
+    across: Any = 1  # samples of the finest component for one of the coarsest
+    down: Any = 1
     if data[frame + 9] == 3:
         for component in range(3):
             factors = np.int64(data[frame + 11 + 3 * component])
@@ -229,7 +230,7 @@ def _copy(out: Any, target: int, data: Any, begin: int, size: int) -> None:
 
 
 @kernel
-def _two_bytes(data: Any, position: int) -> int:
+def _two_bytes(data: Any, position: Any) -> Any:
     return np.int64(data[position]) << 8 | np.int64(data[position + 1])
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import nvidia.dali
 from llvmlite import ir
-from numba import carray
+from numba import carray  # type: ignore[attr-defined]
 from numba import types as numba_types
 from numba.extending import intrinsic
 from nvidia.dali import fn, types
 from nvidia.dali.auto_aug import augmentations as suite
-from nvidia.dali.auto_aug.core import augmentation, select
+from nvidia.dali.auto_aug import core
 from nvidia.dali.plugin.numba import NumbaFunction
 
 from unicl_fast.augmentation import Augmentation
@@ -136,7 +136,7 @@ class _Compiled(NumbaFunction):
         )
 
     @classmethod
-    def _is_known(cls) -> bool:
+    def _is_known(cls: Any) -> bool:
         """Whether DALI calls functions as it did: the methods replaced here are no public ones."""
         try:
             calls = cls._run_fn_sig(None), cls._setup_fn_sig(None)
@@ -318,7 +318,7 @@ def _apply_stage(images: Any, rows: Any, parts: GraphParts, start: int) -> Any:
     number = fn.cast(rows[start], dtype=types.INT32)
     position = types.Constant(positions)[number]
     if number > 0:
-        images = select(
+        images = core.select(
             [_OPERATORS[operator] for operator in parts.operators],
             position,
             data=images,
@@ -328,7 +328,6 @@ def _apply_stage(images: Any, rows: Any, parts: GraphParts, start: int) -> Any:
     return images
 
 
-@augmentation
 def _warp(data: Any, _: None, numbers: Any, grey: int) -> Any:
     matrix = fn.reshape(numbers, shape=[2, 3])
     return fn.warp_affine(
@@ -336,22 +335,18 @@ def _warp(data: Any, _: None, numbers: Any, grey: int) -> Any:
     )
 
 
-@augmentation
 def _brightness(data: Any, _: None, numbers: Any) -> Any:
     return suite.brightness.op(data, numbers[0])
 
 
-@augmentation
 def _contrast(data: Any, _: None, numbers: Any) -> Any:
     return suite.contrast.op(data, numbers[0])
 
 
-@augmentation
 def _color(data: Any, _: None, numbers: Any) -> Any:
     return suite.color.op(data, numbers[0])
 
 
-@augmentation
 def _sharpness(data: Any, _: None, numbers: Any) -> Any:
     ones, centre = np.ones((3, 3), np.float32), np.zeros((3, 3), np.float32)
     centre[1, 1] = 1
@@ -360,22 +355,18 @@ def _sharpness(data: Any, _: None, numbers: Any) -> Any:
     return fn.filter(data, _beside(kernel, data))
 
 
-@augmentation
 def _posterize(data: Any, _: None, numbers: Any) -> Any:
     return suite.posterize.op(data, _beside(fn.cast(numbers[0], dtype=types.UINT8), data))
 
 
-@augmentation
 def _solarize(data: Any, _: None, numbers: Any) -> Any:
     return suite.solarize.op(data, _beside(numbers[0], data))
 
 
-@augmentation
 def _solarize_add(data: Any, _: None, numbers: Any) -> Any:
     return suite.solarize_add.op(data, _beside(fn.cast(numbers[0], dtype=types.UINT8), data))
 
 
-@augmentation
 def _equalize(data: Any, _: None) -> Any:
     return fn.equalize(data)
 
@@ -385,16 +376,22 @@ def _beside(node: Any, data: Any) -> Any:
     return node.gpu() if data.device == "gpu" else node
 
 
+_as_augmentation: Any = core.augmentation
 _OPERATORS = {
-    Operator.WARP: _warp,
-    Operator.BRIGHTNESS: _brightness,
-    Operator.CONTRAST: _contrast,
-    Operator.COLOR: _color,
-    Operator.SHARPNESS: _sharpness,
-    Operator.POSTERIZE: _posterize,
-    Operator.SOLARIZE: _solarize,
-    Operator.SOLARIZE_ADD: _solarize_add,
+    **{
+        operator: _as_augmentation(function)
+        for operator, function in (
+            (Operator.WARP, _warp),
+            (Operator.BRIGHTNESS, _brightness),
+            (Operator.CONTRAST, _contrast),
+            (Operator.COLOR, _color),
+            (Operator.SHARPNESS, _sharpness),
+            (Operator.POSTERIZE, _posterize),
+            (Operator.SOLARIZE, _solarize),
+            (Operator.SOLARIZE_ADD, _solarize_add),
+            (Operator.EQUALIZE, _equalize),
+        )
+    },
     Operator.INVERT: suite.invert,
-    Operator.EQUALIZE: _equalize,
     Operator.AUTO_CONTRAST: suite.auto_contrast,
 }

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as untyped_cgutils
 from numba.extending import intrinsic
 
 from unicl_fast.system.kernels import kernel
 
+cgutils: Any = untyped_cgutils
 _CHANNELS = 3
 # What one vector instruction of _filter_line works on: four pixels, of each eight values, which
 # are two taps and what lies behind them; four sums become of one pixel.
@@ -181,7 +182,7 @@ def resample_windows(
 
 
 @kernel(inline="always")
-def _padded(count: int, multiple: int) -> int:
+def _padded(count: Any, multiple: int) -> Any:
     return -(-count // multiple) * multiple
 
 
@@ -232,9 +233,9 @@ def _weights_of(
     first: Any,
     weights: Any,
     memory: Any,
-    length: int,
-    start: float,
-    end: float,
+    length: Any,
+    start: Any,
+    end: Any,
     limits: tuple[int, int, bool],
     cubic: bool,
 ) -> tuple[Any, int]:
@@ -427,7 +428,7 @@ def _fill_in_two_passes(
 
 
 @kernel(error_model="numpy")
-def _find_taps(first: Any, length: int, start: float, end: float, cubic: bool) -> int:
+def _find_taps(first: Any, length: Any, start: Any, end: Any, cubic: bool) -> Any:
     """First input position of every output position [size], and the number of taps of all.
 
     All have the same number of taps, some of weight 0: a loop whose length changed from pixel to
@@ -518,8 +519,7 @@ def _spread_taps(first_values: Any, spread: Any, first: Any, weights: Any, flip:
                 spread[x // _PIXELS, t // 2, at + 2 * c + t % 2] = weight
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _add_rows(
+def _define_add_rows(
     typing_context: Any,
     line: Any,
     rows: Any,
@@ -590,8 +590,10 @@ def _add_rows(
     return types.void(line, rows, whole, whole, weights, whole, whole), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _filter_line(
+_add_rows: Any = intrinsic(_define_add_rows)
+
+
+def _define_filter_line(
     typing_context: Any,
     pixels: Any,
     start: Any,
@@ -631,6 +633,9 @@ def _filter_line(
 
     arguments = pixels, types.int64, line, first_values, weights, types.int64
     return types.void(*arguments), generate
+
+
+_filter_line: Any = intrinsic(_define_filter_line)
 
 
 class _LineFilter:
@@ -727,7 +732,7 @@ def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> An
         parts.append(
             builder.call(multiply, [_shuffle(builder, v, v, lanes) for v in (values, factors)])
         )
-    return parts[0] if width == 32 else _shuffle(builder, *parts, list(range(16)))
+    return parts[0] if width == 32 else _shuffle(builder, parts[0], parts[1], list(range(16)))
 
 
 def _repeat(builder: Any, value: Any, count: int) -> Any:

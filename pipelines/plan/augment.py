@@ -176,7 +176,7 @@ class Operation:
 
 
 def _moves(shear: float, translate: float, rotate: float, *, relative: bool) -> list[Operation]:
-    shifts = {"slope": translate, "signed": True, "relative": relative}
+    shifts: dict[str, Any] = {"slope": translate, "signed": True, "relative": relative}
     warp = Operator.WARP
     return [
         Operation("ShearX", warp, _Kind.SHEAR_X, slope=shear, signed=True),
@@ -188,7 +188,7 @@ def _moves(shear: float, translate: float, rotate: float, *, relative: bool) -> 
 
 
 def _factors(slope: float, *, least: float = 0.0) -> list[Operation]:
-    rule = {"slope": slope, "signed": True, "least": least}
+    rule: dict[str, Any] = {"slope": slope, "signed": True, "least": least}
     names = {
         "Brightness": Operator.BRIGHTNESS,
         "Contrast": Operator.CONTRAST,
@@ -234,7 +234,7 @@ TRIVIAL = (
 TRIVIAL_LEVELS = 31
 """Strengths that TrivialAugment draws from."""
 
-_AUTO_FACTOR = {"kind": _Kind.PLAIN, "start": 0.1, "slope": 1.8}
+_AUTO_FACTOR: dict[str, Any] = {"kind": _Kind.PLAIN, "start": 0.1, "slope": 1.8}
 AUTO = (
     Operation("ShearX", Operator.WARP, _Kind.SHEAR_X, slope=0.3, signed=True),
     Operation("Rotate", Operator.WARP, _Kind.ROTATE, slope=30.0, signed=True),

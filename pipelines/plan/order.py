@@ -67,7 +67,7 @@ def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
     left, right = np.empty(_AT_ONCE, np.uint64), np.empty(_AT_ONCE, np.uint64)
     for i in range(index.size):
         values[i], outside[i] = np.uint64(index[i]), i
-    num_outside = index.size
+    num_outside: Any = index.size
     while num_outside:
         for start in range(0, num_outside, _AT_ONCE):
             count = min(_AT_ONCE, num_outside - start)
@@ -81,7 +81,7 @@ def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
                     left[i], right[i] = right[i], mixed
             for i in range(count):
                 values[outside[start + i]] = (left[i] << half_bits) | right[i]
-        kept = 0
+        kept: Any = 0
         for i in range(num_outside):
             outside[kept] = outside[i]
             kept += np.int64(values[outside[i]] >= size)
@@ -93,11 +93,11 @@ PIECES_OF_A_SHUFFLE_WINDOW = 16
 
 
 def permute_in_shuffle_windows(
-    index: Int64Array, *, size: int, shuffle_window: int, key: int
+    index: Int64Array, *, size: int, window: int, key: int
 ) -> Int64Array:
     """Permutes as `permute`, but positions that are close together need little of the storage.
 
-    [0, size) is cut into pieces of `shuffle_window` / 16 neighbours, and the pieces are permuted.
+    [0, size) is cut into pieces of `window` / 16 neighbours, and the pieces are permuted.
     16 pieces that then follow each other are a shuffle window (fewer where windows are to be of
     nearly equal size), whose elements are permuted. So all draws from one shuffle window need
     its pieces and nothing else. Packing has shuffled the samples, so neighbours have nothing in
@@ -106,13 +106,13 @@ def permute_in_shuffle_windows(
     Args:
         index: int64 of any shape, each in [0, size).
         size: number of elements, at least 1.
-        shuffle_window: most elements of one; from `size` on this is a single `permute`.
+        window: most elements of one; from `size` on this is a single `permute`.
         key: 64-bit key, as from `fold_key`.
     """
-    if shuffle_window >= size:
+    if window >= size:
         return permute(index, size=size, key=key)
-    piece = -(-shuffle_window // PIECES_OF_A_SHUFFLE_WINDOW)
-    pieces, firsts, edges = _shuffle_windows(size, piece, max(1, shuffle_window // piece), key)
+    piece = -(-window // PIECES_OF_A_SHUFFLE_WINDOW)
+    pieces, firsts, edges = _shuffle_windows(size, piece, max(1, window // piece), key)
     flat = np.ascontiguousarray(index, dtype=np.int64).reshape(-1)
     windows = np.searchsorted(edges, flat, side="right") - 1
     permuted = np.empty_like(flat)

@@ -76,7 +76,7 @@ class PlannedBatch:
 
     @property
     def num_views(self) -> int:
-        return self.windows.shape[1]
+        return int(self.windows.shape[1])
 
     def crops(self, view: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
         """Window starts [b 2], window shapes [b 2] and flips [b] of a view."""
@@ -137,7 +137,7 @@ def samples_of_draws(
         chosen = epochs == epoch if len(found) > 1 else slice(None)
         key = fold_key(seed, _Purpose.ORDER, source, int(epoch))
         ids[chosen] = permute_in_shuffle_windows(
-            positions[chosen], size=size, shuffle_window=shuffle_window or size, key=key
+            positions[chosen], size=size, window=shuffle_window or size, key=key
         )
     return ids
 

@@ -193,8 +193,8 @@ def smallest_windows(dataset: PackedDataset) -> Windows:
     shapes = np.ones_like(sizes)
     shapes[kinds == 1, 0] = sizes[kinds == 1, 0]
     shapes[kinds == 2, 1] = sizes[kinds == 2, 1]
-    places = (np.arange(len(dataset)) % 5)[:, None] / 4
-    return ((sizes - shapes) * places).astype(np.int32), shapes
+    positions = (np.arange(len(dataset)) % 5)[:, None] / 4
+    return ((sizes - shapes) * positions).astype(np.int32), shapes
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -215,15 +215,15 @@ def test_windows_of_one_pixel_are_torchvision_s_to_one_level(
 ) -> None:
     """Cut out of decoded images: the decoder's part is told at the top."""
     starts, shapes = windows = smallest_windows(captioned)
-    squares = np.empty((len(captioned), SIZE, SIZE, 3), np.uint8)
+    crops = np.empty((len(captioned), SIZE, SIZE, 3), np.uint8)
     for index, flip in enumerate(alternate_flips(len(captioned))[:, 0]):
         (top, left), (height, width) = starts[index].tolist(), shapes[index].tolist()
         whole = np.asarray(open_image(captioned, index))
         crop = np.ascontiguousarray(whole[top : top + height, left : left + width])
         edges = (0.0, float(height), 0.0, float(width))
-        resample_region(squares[index], crop, *edges, bool(flip), interpolation == "bicubic")
+        resample_region(crops[index], crop, *edges, bool(flip), interpolation == "bicubic")
     twin = torchvision_twin(captioned, windows, interpolation)
-    assert differences(torch.from_numpy(squares), twin).max() <= 1
+    assert differences(torch.from_numpy(crops), twin).max() <= 1
 
 
 both_resamplers = pytest.mark.parametrize("resample", ["fused", "dali"])

@@ -49,13 +49,13 @@ def take(
     *,
     start: int = 0,
     count: int,
-    shares: list[float] | None = None,
+    weights: list[float] | None = None,
     rank: int = 0,
     world_size: int = 1,
     config: TrainConfig | None = None,
 ) -> list[Batch]:
     loader = TrainLoader(
-        config or make_config(), datasets, shares, prompts, rank=rank, world_size=world_size
+        config or make_config(), datasets, weights, prompts, rank=rank, world_size=world_size
     )
     batches = list(itertools.islice(loader.batches(start), count))
     loader.close()
@@ -236,10 +236,10 @@ def test_files_cut_to_their_windows_give_the_same_batches(
     lengths = {True: 0, False: 0}  # of the files that the graphs get
 
     def cut(images: list[Any], *windows: Any) -> tuple[list[Any], Any]:
-        shorter, places = cut_to_windows(images, *windows)
+        shorter, starts = cut_to_windows(images, *windows)
         lengths[True] += sum(map(len, shorter))
         lengths[False] += sum(map(len, images))
-        return shorter, places
+        return shorter, starts
 
     config = make_config(augment=(f"supcon,crop_scale=0.08..1,views={views}",))
     with pack(tmp_path / "set", samples, class_names=(), tokenizer=tokenizer) as dataset:
@@ -271,10 +271,10 @@ def test_one_loader_can_be_asked_again(
 def test_ranks_join_to_the_global_batch(
     datasets: list[PackedDataset], prompts: ClassPrompts, world_size: int
 ) -> None:
-    shares = [1.0, 2.0]
-    whole = take(datasets, prompts, start=7, count=3, shares=shares)
+    weights = [1.0, 2.0]
+    whole = take(datasets, prompts, start=7, count=3, weights=weights)
     ranks = [
-        take(datasets, prompts, start=7, count=3, shares=shares, rank=rank, world_size=world_size)
+        take(datasets, prompts, start=7, count=3, weights=weights, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for step, expected in enumerate(whole):
