@@ -135,7 +135,7 @@ def _look_up(image: Any, tables: Any) -> None:
 
 @_compiled
 def _histograms(image: Any) -> Any:
-    """Of each channel, [3 256]; counted in two, since equal neighbours wait for each other."""
+    """Counts levels by channel, [3 256]; in two, since equal neighbours wait for each other."""
     counts = np.zeros((2, _CHANNELS, 256), np.int32)
     values = image.reshape(-1)
     for i in range(values.size // _CHANNELS):

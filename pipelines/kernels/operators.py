@@ -159,14 +159,9 @@ def _set_shapes(image_size: int) -> Any:
 
     @c_function(*_SET_SHAPES)
     def set_shapes(
-        out_shapes: Any,
-        _out_dimensions: Any,
-        _num_outputs: Any,
-        _in_shapes: Any,
-        _in_dimensions: Any,
-        _num_inputs: Any,
-        num_samples: Any,
-    ) -> None:
+        out_shapes: Any, _out_dimensions: Any, _num_outputs: Any,
+        _in_shapes: Any, _in_dimensions: Any, _num_inputs: Any, num_samples: Any,
+    ) -> None:  # fmt: skip
         for address in carray(_pointer(out_shapes), num_samples, np.uint64):
             shape = carray(_pointer(address), 3, np.int64)
             shape[0] = image_size
@@ -180,15 +175,9 @@ def _set_shapes(image_size: int) -> Any:
 def _resample(cubic: bool) -> Any:
     @c_function(*_RUN)
     def resample(
-        out_data: Any,
-        out_shapes: Any,
-        _out_dimensions: Any,
-        _num_outputs: Any,
-        in_data: Any,
-        in_shapes: Any,
-        _in_dimensions: Any,
-        _num_inputs: Any,
-    ) -> None:
+        out_data: Any, out_shapes: Any, _out_dimensions: Any, _num_outputs: Any,
+        in_data: Any, in_shapes: Any, _in_dimensions: Any, _num_inputs: Any,
+    ) -> None:  # fmt: skip
         image = _image(in_data, in_shapes, 0)
         start = _vector(in_data, in_shapes, 1, np.float32)
         end = _vector(in_data, in_shapes, 2, np.float32)
@@ -211,15 +200,9 @@ def _resample(cubic: bool) -> Any:
 def _augment() -> Any:
     @c_function(*_RUN)
     def augment(
-        out_data: Any,
-        out_shapes: Any,
-        _out_dimensions: Any,
-        _num_outputs: Any,
-        in_data: Any,
-        in_shapes: Any,
-        _in_dimensions: Any,
-        _num_inputs: Any,
-    ) -> None:
+        out_data: Any, out_shapes: Any, _out_dimensions: Any, _num_outputs: Any,
+        in_data: Any, in_shapes: Any, _in_dimensions: Any, _num_inputs: Any,
+    ) -> None:  # fmt: skip
         image = _image(out_data, out_shapes, 0)
         copied, source = image.reshape(-1), _image(in_data, in_shapes, 0).reshape(-1)
         # a loop, not slices: those bring error messages along, which take Numba long to compile

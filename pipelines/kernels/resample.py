@@ -74,18 +74,15 @@ def resample_region(
     """
     height, width = image.shape[0], image.shape[1]
     size, length = out.shape[0], width * _CHANNELS
-    first_rows, row_memory, columns_memory, weights, first_values, spread, narrow, sums = (
-        _memory_for(size, height, width, cubic)
-    )
-    first_columns, column_memory = columns_memory
+    axes, first_values, spread, narrow, sums = _memory_for(size, height, width, cubic)
+    weights, first_rows, fixed_rows, first_columns, fixed_columns = axes
     rows, row_places = _weights_of(
-        first_rows, weights, row_memory, height, top, bottom, _row_limits(cubic), cubic
+        first_rows, weights, fixed_rows, height, top, bottom, 16, _ROW_PLACES, cubic
     )
     columns, column_places = _weights_of(
-        first_columns, weights, column_memory, width, left, right, _column_limits(cubic), cubic
+        first_columns, weights, fixed_columns, width, left, right, 15, _COLUMN_PLACES, cubic
     )
-    taps = _spread_of(spread, size, columns)
-    _spread_taps(first_values, taps, first_columns, columns, flip)
+    taps = _spread_taps(first_values, spread, first_columns, columns, flip)
     padded_line = np.empty(length + _VALUES, np.uint16)
     _fill_crop(
         out, image.reshape(height, length), _ROW_PLACES - row_places, padded_line[:length],
@@ -125,10 +122,8 @@ def resample_windows(
     """
     height, width = images.shape[1], images.shape[2]
     size = crops.shape[1]
-    first_rows, row_memory, columns_memory, weights, first_values, spread, narrow, sums = (
-        _memory_for(size, height, width, cubic)
-    )
-    first_columns, column_memory = columns_memory
+    axes, first_values, spread, narrow, sums = _memory_for(size, height, width, cubic)
+    weights, first_rows, fixed_rows, first_columns, fixed_columns = axes
     stride = _padded(width * _CHANNELS, _LINE)
     line_memory = np.empty(stride + _VALUES, np.uint16)
     small = height * stride <= most_values
@@ -137,20 +132,13 @@ def resample_windows(
     for i in range(begin, end):
         num_rows, num_columns = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
         rows, row_places = _weights_of(
-            first_rows, weights, row_memory, num_rows, 0.0, num_rows, _row_limits(cubic), cubic
+            first_rows, weights, fixed_rows, num_rows, 0.0, num_rows, 16, _ROW_PLACES, cubic
         )
         columns, column_places = _weights_of(
-            first_columns,
-            weights,
-            column_memory,
-            num_columns,
-            0.0,
-            num_columns,
-            _column_limits(cubic),
-            cubic,
-        )
-        taps = _spread_of(spread, size, columns)
-        _spread_taps(first_values, taps, first_columns, columns, flips[i] != 0)
+            first_columns, weights, fixed_columns, num_columns, 0.0, num_columns, 15,
+            _COLUMN_PLACES, cubic,
+        )  # fmt: skip
+        taps = _spread_taps(first_values, spread, first_columns, columns, flips[i] != 0)
         length = num_columns * _CHANNELS
         image = images[i].reshape(-1)
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
@@ -191,41 +179,31 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
     """Memory for one image's crop after the other; no image is larger than these sizes.
 
     Returns:
-        first_rows: int64 [size]; see `_weights_of`.
-        row_memory: int32 for the weights of rows.
-        columns: the same two for columns.
-        weights: float64 for weights that are not in fixed point yet.
+        axes: float64 for weights before they are in fixed point, and for rows and columns each:
+            int64 [size] for first positions, and int32 for weights; see `_weights_of`.
         first_values: int64 [n], n a multiple of 4; see `_spread_taps`.
-        spread: int16 for the weights of columns as `_spread_taps` lays them out.
+        spread: int16; see `_spread_taps`.
         narrow: uint8 rows of the crop's width: one, or (cubic) as many as the image has.
         sums: float32, a line of the crop.
     """
     reach = 4.0 if cubic else 2.0
     taps = np.int64(reach * max(max(height, width) / size, 1.0)) + 2  # no region needs more
     groups = -(-size // _PIXELS)
-    return (
+    axes = (
+        np.empty(size * taps, np.float64),
         np.empty(size, np.int64),
         np.empty(size * taps, np.int32),
-        (np.empty(size, np.int64), np.empty(size * taps, np.int32)),
-        np.empty(size * taps, np.float64),
+        np.empty(size, np.int64),
+        np.empty(size * taps, np.int32),
+    )
+    return (
+        axes,
         np.zeros(groups * _PIXELS, np.int64),
         np.zeros(groups * ((taps + 1) // 2) * _PIXELS * _VALUES, np.int16),
         # with the bytes that vectors write behind a line
         np.empty((height if cubic else 1, (groups * _CHANNELS + 1) * _PIXELS), np.uint8),
         np.empty(size * _CHANNELS, np.float32),
     )
-
-
-@kernel(inline="always")
-def _row_limits(cubic: bool) -> tuple[int, int, bool]:
-    """Bound of rows' weights, most places, and `carry`; torchvision's for the cubic filter."""
-    return (1 << 15, 22, False) if cubic else (1 << 16, _ROW_PLACES, True)
-
-
-@kernel(inline="always")
-def _column_limits(cubic: bool) -> tuple[int, int, bool]:
-    """The same of columns."""
-    return (1 << 15, 22, False) if cubic else (1 << 15, _COLUMN_PLACES, True)
 
 
 @kernel(inline="always")
@@ -236,7 +214,8 @@ def _weights_of(
     length: Any,
     start: Any,
     end: Any,
-    limits: tuple[int, int, bool],
+    bits: int,
+    most_places: int,
     cubic: bool,
 ) -> tuple[Any, int]:
     """Weights of rows or columns, int32 [size taps], and how many places they have.
@@ -248,7 +227,8 @@ def _weights_of(
         length: rows or columns of the image.
         start: start of the region.
         end: end of the region.
-        limits: of `_row_limits` or `_column_limits`.
+        bits: weights are below 2**bits; for the cubic filter, as in torchvision.
+        most_places: most binary places behind the point; likewise.
         cubic: the cubic filter instead of the triangular one.
     """
     size = first.size
@@ -256,36 +236,17 @@ def _weights_of(
     exact = weights[: size * taps].reshape(size, taps)
     _weigh_taps(exact, first, start, end, cubic)
     fixed = memory[: size * taps].reshape(size, taps)
-    return fixed, _to_fixed_point(fixed, exact, *limits)
-
-
-@kernel(inline="always")
-def _spread_of(memory: Any, size: int, columns: Any) -> Any:
-    """Memory for `_spread_taps`, of the shape that these weights take."""
-    groups, pairs = -(-size // _PIXELS), (columns.shape[1] + 1) // 2
-    spread = memory[: groups * pairs * _PIXELS * _VALUES]
-    spread = spread.reshape(groups, pairs, _PIXELS * _VALUES)
-    spread[groups - 1] = 0  # of pixels that are not there
-    return spread
+    if cubic:
+        return fixed, _to_fixed_point(fixed, exact, 1 << 15, 22, False)
+    return fixed, _to_fixed_point(fixed, exact, 1 << bits, most_places, True)
 
 
 @kernel(inline="always")
 def _fill_crop(
-    out: Any,
-    rows: Any,
-    lift: int,
-    line: Any,
-    padded_line: Any,
-    first_rows: Any,
-    row_weights: Any,
-    row_places: int,
-    first_values: Any,
-    columns: Any,
-    column_places: int,
-    narrow: Any,
-    sums: Any,
-    cubic: bool,
-) -> None:
+    out: Any, rows: Any, lift: int, line: Any, padded_line: Any, first_rows: Any,
+    row_weights: Any, row_places: int, first_values: Any, columns: Any, column_places: int,
+    narrow: Any, sums: Any, cubic: bool,
+) -> None:  # fmt: skip
     """Fills a crop from rows of an image.
 
     Args:
@@ -317,8 +278,9 @@ def _fill_crop(
         )  # fmt: skip
 
 
-# In the loops below there are neither calls nor parts of arrays: both cost Numba atomic counts up
-# and down, which for a short line take five times as long as the line. Even one inlined function
+# Arrays come here one by one: in tuples they cost Numba atomic counts up and down, 5 % of the time
+# for images of 32 pixels. In the loops below there are neither calls nor parts of arrays, for the
+# same counts, which for a short line take five times as long as the line. Even one inlined function
 # for the sums of rows in both takes 1.4 times as long for images of 32 pixels. Nor are places
 # added up in an index: Numba allows for negative ones, and no such loop is vectorised (cubic then
 # takes 4 times as long).
@@ -326,18 +288,9 @@ def _fill_crop(
 
 @kernel(error_model="numpy")
 def _fill_in_one_pass(
-    out: Any,
-    rows: Any,
-    lift: int,
-    line: Any,
-    padded_line: Any,
-    first_rows: Any,
-    row_weights: Any,
-    first_values: Any,
-    columns: Any,
-    column_places: int,
-    narrow: Any,
-) -> None:
+    out: Any, rows: Any, lift: int, line: Any, padded_line: Any, first_rows: Any,
+    row_weights: Any, first_values: Any, columns: Any, column_places: int, narrow: Any,
+) -> None:  # fmt: skip
     """Rows are added up to one line, which is filtered to pixels."""
     size = out.shape[0]
     num_taps = row_weights.shape[1]
@@ -373,19 +326,9 @@ def _fill_in_one_pass(
 
 @kernel(fastmath={"contract"}, error_model="numpy")
 def _fill_in_two_passes(
-    out: Any,
-    rows: Any,
-    line: Any,
-    padded_line: Any,
-    first_rows: Any,
-    row_weights: Any,
-    row_places: int,
-    first_values: Any,
-    columns: Any,
-    column_places: int,
-    narrow: Any,
-    sums: Any,
-) -> None:
+    out: Any, rows: Any, line: Any, padded_line: Any, first_rows: Any, row_weights: Any,
+    row_places: int, first_values: Any, columns: Any, column_places: int, narrow: Any, sums: Any,
+) -> None:  # fmt: skip
     """Resamples as torchvision does a uint8 tensor: columns first, then rows.
 
     A cubic filter overshoots at edges, and torchvision clips and rounds between its passes: on
@@ -501,22 +444,26 @@ def _cubic(x: float) -> float:
 
 
 @kernel(error_model="numpy")
-def _spread_taps(first_values: Any, spread: Any, first: Any, weights: Any, flip: bool) -> None:
-    """Columns' taps as `_filter_line` takes them, in the order of the output's pixels.
+def _spread_taps(first_values: Any, memory: Any, first: Any, weights: Any, flip: bool) -> Any:
+    """Lays out columns' weights as `_filter_line` takes them, in the order of the crop's pixels.
 
-    First value [n], n a multiple of 4, and weights int16 [n/4 pairs 32]: of four pixels, those of
-    two taps beside each other, for each channel, and two that mean nothing. Weights of pixels that
-    are not there must be zeros.
+    Fills `first_values` [n], n a multiple of 4, and returns weights int16 [n/4 pairs 32] in
+    `memory`: of four pixels, those of two taps beside each other, for each channel, and two that
+    mean nothing. Weights of pixels that are not there are zeros.
     """
     size, taps = weights.shape
+    groups, pairs = first_values.size // _PIXELS, (taps + 1) // 2
+    spread = memory[: groups * pairs * _PIXELS * _VALUES].reshape(groups, pairs, _PIXELS * _VALUES)
+    spread[groups - 1] = 0
     for x in range(size):
         source = size - 1 - x if flip else x
         first_values[x] = first[source] * _CHANNELS
         at = x % _PIXELS * _VALUES
-        for t in range(2 * spread.shape[1]):
+        for t in range(2 * pairs):
             weight = np.int16(weights[source, t] if t < taps else 0)
             for c in range(_CHANNELS):
                 spread[x // _PIXELS, t // 2, at + 2 * c + t % 2] = weight
+    return spread
 
 
 def _define_add_rows(
