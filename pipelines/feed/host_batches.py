@@ -30,7 +30,7 @@ from unicl_fast.text.prompts import ClassPrompts
 from ..graph import HostBatch, Images, decoding_threads
 from ..kernels.jpeg_windows import cut_to_windows
 from ..kernels.resample import resample_windows
-from ..plan.plan import PlannedBatch, TrainPlan, split_steps
+from ..plan.plan import PlannedBatch, TrainPlan, split_steps, split_windows
 from .bad_samples import BadSamples
 from .read_ahead import reading_ahead
 from .text_block import gather_texts, pack_integers
@@ -240,8 +240,7 @@ def graph_inputs(
     num_views, rows = planned.num_views, planned.augment_rows
     inputs: list[Any] = [images]
     if not are_crops:
-        views = [planned.crops(view) for view in range(num_views)]
-        starts, shapes, flips = map(np.concatenate, zip(*views, strict=True))
+        starts, shapes, flips = split_windows(planned.windows.transpose(1, 0, 2).reshape(-1, 5))
         if isinstance(images, list):
             inputs[0], starts = cut_to_windows(images * num_views, starts, shapes)
         elif num_views == 2:
@@ -308,9 +307,7 @@ class CropResizer:
         """Crops [b size size 3] of images uint8 [b h w 3]; `windows` as `PlannedBatch.windows`."""
         size = len(images)
         crops = np.empty((size, self._image_size, self._image_size, 3), dtype=np.uint8)
-        starts, shapes, flips = map(
-            np.ascontiguousarray, (windows[:, :2], windows[:, 2:4], windows[:, 4])
-        )
+        starts, shapes, flips = split_windows(windows)
         num_parts = min(self._threads, size)
         edges = itertools.pairwise(size * part // num_parts for part in range(num_parts + 1))
         *others, mine = (

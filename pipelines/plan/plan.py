@@ -80,8 +80,15 @@ class PlannedBatch:
 
     def crops(self, view: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
         """Window starts [b 2], window shapes [b 2] and flips [b] of a view."""
-        starts, shapes, flips = np.split(self.windows[:, view], [2, 4], axis=1)
-        return np.ascontiguousarray(starts), np.ascontiguousarray(shapes), flips.ravel()
+        return split_windows(self.windows[:, view])
+
+
+def split_windows(
+    windows: NDArray[np.int32],
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Starts [b 2], shapes [b 2] and flips [b] of windows [b 5], each contiguous."""
+    starts, shapes, flips = windows[:, :2], windows[:, 2:4], windows[:, 4]
+    return np.ascontiguousarray(starts), np.ascontiguousarray(shapes), np.ascontiguousarray(flips)
 
 
 SAMPLE_FIELDS = tuple(
