@@ -19,10 +19,11 @@ from small_runs import tiny_config
 from unicl_fast import load_model
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import (
+    list_checkpoints,
     set_later_checkpoints_aside,
     write_checkpoint,
 )
-from unicl_fast.checkpoints.load import find_sound_checkpoint, list_checkpoints, read_state
+from unicl_fast.checkpoints.load import find_sound_checkpoint, read_state
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.system.sealed_json import seal, unseal
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
@@ -66,7 +67,7 @@ def flip_a_byte(path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "state.json"])
 @pytest.mark.parametrize("harm", ["flip", "cut", "remove"])
-def test_a_damaged_checkpoint_is_passed_over_and_named(
+def test_a_damaged_checkpoint_is_skipped_and_named(
     run_folder: Path, name: str, harm: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     newest = list_checkpoints(run_folder / "checkpoints")[-1]
@@ -80,7 +81,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(
         found = find_sound_checkpoint(run_folder)
     assert found is not None
     assert found.name == "step-00000004"
-    assert "passing over" in caplog.text
+    assert "skipping a checkpoint" in caplog.text
     assert newest.name in caplog.text
 
 

@@ -55,7 +55,7 @@ def disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[SlowDisk]:
     disk.may_write.set()
 
 
-def test_training_goes_on_while_it_is_written_and_what_is_written_is_from_before(
+def test_training_continues_while_it_is_written_and_what_is_written_is_from_before(
     images: torch.Tensor, tmp_path: Path, disk: SlowDisk
 ) -> None:
     trainer = trainer_in(tmp_path, images)

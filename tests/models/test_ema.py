@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_runs import IMAGE_SIZE, tiny_config
 
 from unicl_fast import load_model
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.trainer import Trainer
@@ -88,7 +88,7 @@ def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
     assert stored["image_projection"].dtype == weight_type
 
 
-def test_a_bad_step_moves_the_average_towards_the_weights_and_no_further(
+def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(
     images: torch.Tensor,
 ) -> None:
     trainer = trainer_in(None, images, averaging_config(ema_warmup=False))
@@ -151,7 +151,7 @@ def test_a_checkpoint_without_it_gives_the_weights_or_says_so(
         load_model(tmp_path, weights="ema")
 
 
-def test_a_run_without_it_can_go_on_with_it_and_back(
+def test_a_run_without_it_can_resume_with_it_and_back(
     images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer_in(tmp_path, images, tiny_config(steps=4)).fit()

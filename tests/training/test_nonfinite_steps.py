@@ -14,11 +14,11 @@ import torch
 from rank_workers import RecordedLoader, run_on_ranks, train_with_a_poisoned_rank
 from small_runs import poison_step, tiny_config
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.training.limits import _REMEMBERED_STEPS, NonfiniteSteps
 from unicl_fast.training.metrics import read_metrics
-from unicl_fast.training.nonfinite_steps import _REMEMBERED_STEPS, BadSteps
 from unicl_fast.training.trainer import Trainer
 
 
@@ -48,7 +48,7 @@ def trained(
 
 
 def leave_out(trainer: Trainer, *, step: int) -> None:
-    """The step's place in the schedule passes, and nothing else happens."""
+    """The step counts in the schedule, and nothing else happens."""
     plain_step = trainer.train_step
 
     def train_step(batch):
@@ -74,7 +74,7 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
 @pytest.mark.parametrize("log_every_steps", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_a_bad_step_is_left_out_and_nothing_else(
+def test_a_nonfinite_step_is_left_out_and_nothing_else(
     images: torch.Tensor, settings: dict, log_every_steps: int
 ) -> None:
     config = config_of(max_bad_steps=1, log_every_steps=log_every_steps, steps=7, **settings)
@@ -93,14 +93,14 @@ def test_a_bad_step_is_left_out_and_nothing_else(
     assert without.optimizer.param_groups[0]["lr"] == poisoned.optimizer.param_groups[0]["lr"]
 
 
-def test_a_bad_step_is_said_counted_and_written_down(
+def test_a_nonfinite_step_is_logged_counted_and_written_down(
     images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(max_bad_steps=1, log_every_steps=2, steps=6)
     with caplog.at_level(logging.ERROR):
         trained(images, config, lambda trainer: poison_step(trainer, step=3), tmp_path)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("BAD STEP 1 of at most 1: the loss of step 3 is nan")
+    assert line.startswith("NON-FINITE STEP 1 of at most 1: the loss of step 3 is nan")
     path = tmp_path / "non-finite-step-00000003.json"
     assert str(path) in line
     values = json.loads(path.read_text())
@@ -108,17 +108,17 @@ def test_a_bad_step_is_said_counted_and_written_down(
     assert values["last_metrics"]["step"] == 2
     assert values["ranks"] == [{"rank": 0, **expected_samples(3, range(12))}]
     lines = read_metrics(tmp_path)
-    assert [line["bad_steps"] for line in lines] == [0, 1, 1]
+    assert [line["nonfinite_steps"] for line in lines] == [0, 1, 1]
     # a line is of its good steps
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
     assert list_checkpoints(tmp_path / "checkpoints")
 
 
-def expected_samples(step: int, places: range) -> dict[str, list[int]]:
-    """What a RecordedLoader says of the places of a global batch."""
-    sample_ids = [100 * step + place for place in places]
+def expected_samples(step: int, global_index: range) -> dict[str, list[int]]:
+    """The records of a RecordedLoader for some of a global batch."""
+    sample_ids = [100 * step + index for index in global_index]
     return {
-        "source_ids": [place % 2 for place in places],
+        "source_ids": [index % 2 for index in global_index],
         "sample_ids": sample_ids,
         "scheduled_ids": [sample_id + 50 for sample_id in sample_ids],
     }
@@ -129,7 +129,9 @@ def test_one_more_than_allowed_stops_the_run(images: torch.Tensor, tmp_path: Pat
         poison_step(trainer, step=2)
         poison_step(trainer, step=4)
 
-    with pytest.raises(FloatingPointError, match=r"step 4 is nan.*bad step 2, .*=1\)") as stopped:
+    with pytest.raises(
+        FloatingPointError, match=r"step 4 is nan.*non-finite step 2, .*=1\)"
+    ) as stopped:
         trained(images, config_of(max_bad_steps=1, steps=6), poison_two, tmp_path)
     assert str(tmp_path / "non-finite-step-00000004.json") in str(stopped.value)
     found = sorted(path.name for path in tmp_path.glob("non-finite-*"))
@@ -137,7 +139,7 @@ def test_one_more_than_allowed_stops_the_run(images: torch.Tensor, tmp_path: Pat
     assert not list_checkpoints(tmp_path / "checkpoints")
 
 
-def test_a_gradient_norm_that_is_not_finite_is_a_bad_step_too(
+def test_a_gradient_norm_that_is_not_finite_counts_too(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
     def poison_gradient(trainer: Trainer) -> None:
@@ -176,13 +178,14 @@ def test_the_samples_of_all_ranks_are_written_down(images: torch.Tensor, tmp_pat
 
 
 def test_what_is_remembered_is_bounded(images: torch.Tensor) -> None:
-    bad_steps = BadSteps(tiny_config(), ranks=Ranks(), run_folder=None, scales_loss=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    steps = NonfiniteSteps(tiny_config(), ranks=Ranks(), run_folder=None, scaler=scaler)
     batch = next(RecordedLoader(images).batches(0))
     for step in range(_REMEMBERED_STEPS + 100):
-        bad_steps.remember(dataclasses.replace(batch, step=step))
-    assert len(bad_steps._remembered) == _REMEMBERED_STEPS
-    bad_steps.judge([(1.0, 1.0)], done=_REMEMBERED_STEPS + 100, last_metrics={})
-    assert not bad_steps._remembered
+        steps.remember(dataclasses.replace(batch, step=step))
+    assert len(steps._remembered) == _REMEMBERED_STEPS
+    steps.judge([(1.0, 1.0)], done=_REMEMBERED_STEPS + 100, last_metrics={})
+    assert not steps._remembered
 
 
 def test_a_record_that_cannot_be_written_does_not_hide_the_fault(

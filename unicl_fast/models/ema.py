@@ -18,7 +18,7 @@ from unicl_fast.models.unicl import UniCL
 
 
 class WeightAverage:
-    """A model of its own, in evaluation mode, whose weights follow another's."""
+    """Holds a model of its own, in evaluation mode, whose weights follow another's."""
 
     def __init__(self, model: UniCL, optim: OptimConfig) -> None:
         """Starts with the model's present weights, on its device and in their type and layout.
@@ -43,7 +43,7 @@ class WeightAverage:
     def update(self, model: UniCL, *, step: int) -> None:
         """Moves towards the model's weights.
 
-        Called after every step, one whose update was left out included: to know which those are
+        Called after every step, also after one whose update was left out: to know which those are
         would mean to wait for the device, and weights that stayed as they were do no harm.
 
         Args:
@@ -54,5 +54,5 @@ class WeightAverage:
 
     @torch.no_grad()
     def start_from(self, model: UniCL) -> None:
-        """Takes the model's present weights, as where a run without an average goes on with one."""
+        """Takes the model's present weights, where a run resumes that had no average so far."""
         self._average.set(model)
