@@ -487,7 +487,7 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     check_views(config.data.augment, objective=config.objective.name)
     check_pairs_on_one_rank(
         config.objective,
-        share=ranks.share_of(config.run.global_batch_size),
+        local_batch_size=ranks.share_of(config.run.global_batch_size),
         micro_batch_size=config.efficiency.micro_batch_size,
     )
     if not config.run.total_steps:
