@@ -272,7 +272,7 @@ def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
     loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     trainer = Trainer(config, loader, ranks=ranks, progress=False)
     trainer.fit()
-    torch.save(trainer.ema.model.state_dict(), folder / f"{ranks.rank}.pt")
+    torch.save(trainer.ema.module.state_dict(), folder / f"{ranks.rank}.pt")
 
 
 def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from unicl_fast.checkpoints.load import (
@@ -24,7 +25,6 @@ from unicl_fast.checkpoints.load import (
     read_tensors,
 )
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.models.ema import WeightAverage
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.differences import refuse_differences
 
@@ -41,12 +41,12 @@ _MUST_NOT_CHANGE = {
 
 
 def collect_tensors(
-    *, model: UniCL, ema: WeightAverage | None, optimizer: torch.optim.Optimizer
+    *, model: UniCL, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Tensor]]:
     """The files of a checkpoint and their tensors, where and as they are."""
     files = {MODEL_FILE: dict(model.state_dict())}
     if ema is not None:
-        files[EMA_FILE] = dict(ema.model.state_dict())
+        files[EMA_FILE] = dict(ema.module.state_dict())
     files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
     return files
 
@@ -99,7 +99,7 @@ def restore_checkpoint(
     model: UniCL,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    ema: WeightAverage | None = None,
+    ema: ModelEmaV3 | None = None,
 ) -> None:
     """Restores weights, their average, optimizer and scaler as they were after `state.step` steps.
 
@@ -118,10 +118,10 @@ def restore_checkpoint(
         )
     load_weights(model, checkpoint / MODEL_FILE)
     if ema is not None and EMA_FILE in state.checksums:
-        load_weights(ema.model, checkpoint / EMA_FILE)
+        load_weights(ema.module, checkpoint / EMA_FILE)
     elif ema is not None:
         logger.warning("the checkpoint has no average of the weights: it starts with them")
-        ema.start_from(model)
+        ema.set(model)
     tensors = read_tensors(checkpoint / OPTIMIZER_FILE)
     try:
         _check_optimizer_tensors(model, optimizer, tensors)

@@ -38,7 +38,7 @@ def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
     checkpointed = model.config.efficiency.activation_checkpointing
     if checkpointed and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(
-            "efficiency.compile cannot leave BatchNorm's averages alone while it recomputes blocks: "
+            "efficiency.compile cannot leave BatchNorm's averages alone in recomputed blocks: "
             "take an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
             "efficiency.activation_checkpointing=False or efficiency.compile=False"
         )

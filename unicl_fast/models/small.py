@@ -205,10 +205,11 @@ def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "embed_dim": 96,
         "depths": (2, 4),
     }
-    return build_model_with_cfg(
+    network: nn.Module = build_model_with_cfg(
         SwinTransformer,
         "unicl_swin6_small",
         pretrained,
         feature_cfg={"out_indices": (0, 1), "flatten_sequential": True},
         **{**shape, "num_heads": (3, 6), **kwargs},
     )
+    return network

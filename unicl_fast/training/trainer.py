@@ -37,7 +37,7 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.compilation import compile_encoders
-from unicl_fast.models.ema import WeightAverage
+from unicl_fast.models.ema import build_weight_average
 from unicl_fast.models.precision import Precision, place_module, settle_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
@@ -136,7 +136,8 @@ class Trainer:
         self._show_progress = progress and self.ranks.is_main
 
         self.model = _place_model(model or UniCL(config), config, self.device)
-        self.ema = WeightAverage(self.model, config.optim) if config.optim.ema_decay else None
+        averages = config.optim.ema_decay > 0
+        self.ema = build_weight_average(self.model, config.optim) if averages else None
         if config.efficiency.compile:
             compile_encoders(self.model)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
@@ -155,11 +156,6 @@ class Trainer:
             config, ranks=self.ranks, run_folder=run_folder, scaler=self.scaler
         )
         self._last_metrics: dict[str, float] = {}
-
-    @property
-    def evaluated_model(self) -> UniCL:
-        """The model that evaluations get: the average of the weights, where the run keeps one."""
-        return self.model if self.ema is None else self.ema.model
 
     def resume(self, checkpoint: Path) -> None:
         """Restores the state that a checkpoint of this run holds.
@@ -411,9 +407,15 @@ class Trainer:
             with stopping_when(lambda: bool(interruption.signal_name)):
                 for name in names:
                     self._mark(f"evaluation {name}")
-                    model = _with_buffers_of_rank_0(self.evaluated_model, self.ranks)
+                    model = self.model if self.ema is None else self.ema.module
+                    _take_buffers_of_rank_0(model, self.ranks)
                     found = self.evaluations[name](model.eval())
-                    values |= self._write_evaluation(session, name, found)
+                    named = {f"{name}/{key}": value for key, value in found.items()}
+                    if session.metrics is not None:
+                        session.metrics.write({"step": self.step, **named})
+                        shown = ", ".join(f"{key} {value:.4g}" for key, value in named.items())
+                        tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
+                    values |= named
         except EvaluationStopped:
             if self._saved_step != self.step:
                 self.save()
@@ -421,16 +423,6 @@ class Trainer:
         # when some are made up for, the numbers of the others are known since the start
         if len(names) == len(self.evaluations) or session.best_metric in values:
             self._keep_if_best(values)
-
-    def _write_evaluation(
-        self, session: _Session, name: str, found: Mapping[str, float]
-    ) -> dict[str, float]:
-        values = {f"{name}/{key}": value for key, value in found.items()}
-        if session.metrics is not None:
-            session.metrics.write({"step": self.step, **values})
-            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
-        return values
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:
         """Pins the checkpoint of this step, written now if need be, if none is better."""
@@ -506,10 +498,9 @@ def _place_model(model: UniCL, config: TrainConfig, device: torch.device) -> Uni
     return model
 
 
-def _with_buffers_of_rank_0(model: UniCL, ranks: Ranks) -> UniCL:
-    """The model with rank 0's BatchNorm averages, which DDP shares before a forward pass only."""
+def _take_buffers_of_rank_0(model: UniCL, ranks: Ranks) -> None:
+    """Gives all ranks rank 0's BatchNorm averages, as DDP does before a forward pass only."""
     if ranks.world_size > 1:
         with WaitingForRanks():
             for buffer in model.buffers():
                 torch.distributed.broadcast(buffer, src=0)
-    return model

@@ -1,8 +1,12 @@
-"""The numbers of metrics.jsonl about each data set of a mix."""
+"""Lines of metrics.jsonl: when the disk fails, and the numbers about each data set of a mix."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import resource
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,8 +16,40 @@ from small_runs import global_batch, tiny_config
 
 from unicl_fast.batch import ListLoader
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.training.metrics import SourceMeter, read_metrics
+from unicl_fast.training.metrics import MetricsWriter, SourceMeter, read_metrics
 from unicl_fast.training.trainer import Trainer
+
+
+@contextlib.contextmanager
+def limited_files(num_bytes: int) -> Iterator[None]:
+    """No file may grow beyond a size."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with MetricsWriter(tmp_path) as metrics:
+        metrics.write({"step": 1, "loss": 4.0})
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        step, deadline = 2, time.monotonic() + 60
+        with limited_files(size + 5):  # half of the next line would fit
+            # until TensorBoard's thread has met the limit too
+            while "NO MORE TensorBoard files" not in caplog.text and time.monotonic() < deadline:
+                metrics.write({"step": step, "loss": 3.0})
+                step += 1
+                time.sleep(0.02)
+        metrics.write({"step": step, "loss": 2.0})
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, step]
+    assert caplog.text.count("NO LINE of step") == 1
+    assert f"is written again, from step {step} on" in caplog.text
+    assert caplog.text.count("NO MORE TensorBoard files") == 1
 
 
 def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
