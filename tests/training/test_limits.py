@@ -263,7 +263,9 @@ def test_a_run_with_too_many_stops_and_says_where_to_look(
 
 
 def test_the_first_ten_thousand_draws_have_one_allowance(images: torch.Tensor) -> None:
-    draws = ReplacedSamples(max_fraction=0.01, global_batch_size=12, run_folder=None)
+    config = tiny_config()
+    assert (config.run.global_batch_size, config.data.max_bad_fraction) == (12, 0.01)
+    draws = ReplacedSamples(config, run_folder=None)
     draws.add(with_replaced(global_batch(images), count=12))
     draws.check(100)
     with pytest.raises(TooManyBadSamplesError, match="101 of the 12 samples .*the log"):

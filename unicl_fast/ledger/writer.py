@@ -9,6 +9,7 @@ does again, and its records then supersede the old ones.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -49,7 +50,7 @@ class Ledger:
         shuffle_window: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
-        """Writes nothing before `start`.
+        """Writes nothing yet.
 
         Args:
             folder: of the ledger, shared by all ranks and all starts of a run.
@@ -61,14 +62,19 @@ class Ledger:
             ranks: this process among its peers; None is one process alone.
         """
         self.folder = folder
-        self._sources = tuple(sources)
-        self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
-        self._global_batch_size = global_batch_size
-        self._seed = seed
-        self._shares = tuple(shares)
-        self._shuffle_window = shuffle_window
         self._ranks = ranks or Ranks()
-        self._header: SegmentHeader | None = None
+        self._header = SegmentHeader(
+            segment=0,
+            start_step=0,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            global_batch_size=global_batch_size,
+            sources=tuple(sources),
+            seed=seed,
+            shares=tuple(shares),
+            shuffle_window=shuffle_window,
+        )
+        self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
         self._file = -1
         self._next_step = 0
         self._waiting = bytearray()
@@ -76,43 +82,34 @@ class Ledger:
 
     @contextlib.contextmanager
     def segment(self, step: int) -> Iterator[None]:
-        """Calls `start` now and `close` at the end."""
-        self.start(step)
-        try:
-            yield
-        finally:
-            self.close()
+        """Opens a segment whose first record is of `step`; all ranks call it together.
 
-    def start(self, step: int) -> None:
-        """Opens a new segment, whose first record will be of `step`; all ranks call it together.
+        Records that could not be written when it is closed are lost.
 
         Raises:
             OSError: the file cannot be made.
         """
-        self.close()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._header = SegmentHeader(
-            segment=self._choose_number(),
-            start_step=step,
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
-            global_batch_size=self._global_batch_size,
-            sources=self._sources,
-            seed=self._seed,
-            shares=self._shares,
-            shuffle_window=self._shuffle_window,
-        )
-        path = self.folder / segment_name(self._header.segment, self._ranks.rank)
+        newest = max(list_segments(self.folder), default=0) if self._ranks.is_main else 0
+        number: int = from_rank_0(newest + 1, self._ranks)
+        self._header = dataclasses.replace(self._header, segment=number, start_step=step)
+        path = self.folder / segment_name(number, self._ranks.rank)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
-        self._waiting = bytearray(encode_header(self._header))
-        self._next_step = step
-        self._write()
-        # so that the file's name survives a machine that goes down, as its contents do
-        flush_to_disk(self.folder)
-        if self._header.segment == 1 and step and self._ranks.is_main:
-            logger.warning(
-                "the ledger begins at step %d: what was fed before cannot be proven", step
-            )
+        try:
+            self._waiting = bytearray(encode_header(self._header))
+            self._next_step = step
+            self._write()
+            # so that the file's name survives a machine that goes down, as its contents do
+            flush_to_disk(self.folder)
+            if number == 1 and step and self._ranks.is_main:
+                logger.warning(
+                    "the ledger begins at step %d: what was fed before cannot be proven", step
+                )
+            yield
+        finally:
+            self._write()
+            os.close(self._file)
+            self._file = -1
 
     def record(self, batch: Batch) -> None:
         """Hands the record of a finished step to the kernel, which keeps it if we are killed.
@@ -121,7 +118,7 @@ class Ledger:
             ValueError: the batch does not say what it holds, or ids that its sources do not have.
             OSError: nothing could be written for so long that memory would fill.
         """
-        assert self._header is not None, "start() comes before record()"
+        assert self._file >= 0, "records belong into a segment"
         assert batch.step == self._next_step, f"step {batch.step} came after {self._next_step - 1}"
         ids = (batch.source_ids, batch.scheduled_ids, batch.sample_ids)
         columns = [column.numpy() for column in ids if column is not None]
@@ -182,18 +179,6 @@ class Ledger:
                 "NO CHECKPOINT of step %d: %s; training continues", self._next_step, message
             )
         return False
-
-    def close(self) -> None:
-        """Closes the segment; what could not be written is lost."""
-        if self._file >= 0:
-            self._write()
-            os.close(self._file)
-            self._file = -1
-
-    def _choose_number(self) -> int:
-        """One more than the newest there is, as rank 0 sees it."""
-        newest = max(list_segments(self.folder), default=0) if self._ranks.is_main else 0
-        return int(from_rank_0(newest + 1, self._ranks))
 
     def _write(self) -> None:
         """Hands waiting records to the kernel, in one call unless the disk is full."""

@@ -16,6 +16,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.metrics import read_metrics
 
+_COLUMNS, _MOST_ROWS = 8, 4  # of the contact sheet
 INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 
 
@@ -53,17 +54,17 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_contact_sheet(batch: Batch, path: Path, *, columns: int = 8, rows: int = 4) -> None:
+def draw_contact_sheet(batch: Batch, path: Path) -> None:
     """Draws the first images of a batch over their texts, exactly as the model gets them, as a PNG.
 
     The colour of a frame is the class: equal colours are positives of each other.
     """
-    count = min(columns * rows, batch.batch_size)
-    rows = math.ceil(count / columns)
+    count = min(_COLUMNS * _MOST_ROWS, batch.batch_size)
+    rows = math.ceil(count / _COLUMNS)
     tokenizer = Tokenizer()
     colours = _class_colours(batch.class_ids[:count].tolist())
-    figure = Figure(figsize=(1.6 * columns, 2.05 * rows), layout="constrained")
-    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    figure = Figure(figsize=(1.6 * _COLUMNS, 2.05 * rows), layout="constrained")
+    for number, axis in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
         axis.set_xticks([])
         axis.set_yticks([])
         if number >= count:

@@ -188,12 +188,10 @@ class ReplacedSamples:
     Counts since this process began to train.
     """
 
-    def __init__(
-        self, *, max_fraction: float, global_batch_size: int, run_folder: Path | None
-    ) -> None:
-        """Takes the limit and batch size of the config; `run_folder` is for the message."""
-        self._max_fraction = max_fraction
-        self._global_batch_size = global_batch_size
+    def __init__(self, config: TrainConfig, *, run_folder: Path | None) -> None:
+        """Takes the limit from the config; `run_folder` is for the message."""
+        self._max_fraction = config.data.max_bad_fraction
+        self._global_batch_size = config.run.global_batch_size
         self._where = "the log" if run_folder is None else str(run_folder / QUARANTINE_NAME)
         self._replaced = 0
         self._draws = 0

@@ -343,11 +343,7 @@ class Trainer:
                 bar=bar,
                 interruption=interruption,
                 meter=StepMeter(),
-                replaced_samples=ReplacedSamples(
-                    max_fraction=self.config.data.max_bad_fraction,
-                    global_batch_size=run.global_batch_size,
-                    run_folder=folder,
-                ),
+                replaced_samples=ReplacedSamples(self.config, run_folder=folder),
                 best_metric=best_metric,
                 owed_evaluations=owed,
             )
