@@ -71,11 +71,12 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
     "settings",
     [
         {},
-        {"precision": "bf16"},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
         {"micro_batch_size": 5},
-        {"fused_optimizer": False},
+        pytest.param({"fused_optimizer": False}, marks=pytest.mark.slow),
         {"optimizer": "lamb"},
-        {"image_encoder": "unicl_convnet7_small"},  # whose BatchNorm takes in what it sees
+        # its BatchNorm takes in all that it sees
+        pytest.param({"image_encoder": "unicl_convnet7_small"}, marks=pytest.mark.slow),
         {"image_encoder": "unicl_convnet7_small", "precision": "fp32"},
     ],
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
