@@ -113,10 +113,9 @@ def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) 
 
 
 def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
-    """Moves checkpoints of steps behind `step` aside, and cleans up after writes that were cut off.
+    """Renames checkpoints of later steps than `step`, and cleans up after writes that were cut off.
 
-    They are not removed: a run that resumes from an earlier step may have damaged ones among them,
-    and somebody may want to look.
+    They are not removed, since damaged ones may be among them that are worth a look.
     """
     for replaced in checkpoints_folder.glob(".step-*.replaced"):  # cut off between two renames
         target = replaced.with_name(replaced.name[1:].removesuffix(".replaced"))

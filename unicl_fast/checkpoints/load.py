@@ -269,8 +269,7 @@ def _refusing_other_files(path: Path) -> Iterator[None]:
 def _require_sizes(path: Path, config: TrainConfig) -> None:
     """Compares the sizes that a config sets with those in the file, before they are built.
 
-    A model of sizes that nobody trained can be larger than memory, and building it is no way to
-    find out.
+    A model of wrong sizes can be larger than memory, so it must not be built to find out.
     """
     model, num_layers, expected = config.model, 0, {}
     if config.objective.has_texts:

@@ -58,7 +58,7 @@ def describe_state(
     scaler: torch.amp.GradScaler,
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The content of state.json beside the step and the checksums."""
+    """The content of state.json, without the step and the checksums."""
     return {
         "config": config_to_dict(model.config),
         "scaler": scaler.state_dict(),
@@ -196,6 +196,6 @@ def _restore_optimizer(
         if key == "step":  # on the host, unless a fused kernel counts
             if any(group.get("fused") for group in optimizer.param_groups):
                 value = value.to(parameter.device)
-        else:  # averages lie like their parameter
+        else:  # averages have the memory format of their parameter
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         optimizer.state[parameter][key] = value

@@ -1,4 +1,4 @@
-"""When checkpoints are written: beside the training, one at a time, the best one kept.
+"""Writes checkpoints while training continues, one at a time, and keeps the best one.
 
 A checkpoint is copied to the host while training waits (0.3 s for the 1.5 GB of a Swin-T and its
 average, on one core), and written by a thread while training continues. One that is due before the
@@ -44,7 +44,7 @@ class CheckpointWriter:
 
         Args:
             folder: `checkpoints/` of the run.
-            keep: how many of the newest stay beside the best; 0 keeps all.
+            keep: how many of the newest stay in addition to the best; 0 keeps all.
         """
         self.folder = folder
         self.keep = keep
@@ -60,7 +60,7 @@ class CheckpointWriter:
         """Makes the folder that of a run that resumes from `step`.
 
         Args:
-            step: later checkpoints are moved aside.
+            step: checkpoints of later steps are renamed.
             metric: key of metrics.jsonl whose highest value is the best; None looks for no new one.
             lines: those of metrics.jsonl up to the step.
 
@@ -82,7 +82,7 @@ class CheckpointWriter:
         step: int,
         must: bool,
     ) -> None:
-        """Copies the tensors now, and writes `step-XXXXXXXX` now (if it `must`) or beside.
+        """Copies the tensors now, and writes `step-XXXXXXXX` now (if it `must`) or in a thread.
 
         Args:
             files: name of a file -> its tensors, on any device.

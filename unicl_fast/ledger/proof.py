@@ -129,7 +129,7 @@ def prove(folder: Path, *, steps_done: int = 0, watch: Watch | None = None) -> L
 
     Args:
         folder: where the segments are, `ledger` of a run folder.
-        steps_done: how far the run has come as is known from elsewhere (the newest checkpoint).
+        steps_done: steps that are known to be done from elsewhere, as the newest checkpoint.
         watch: is called with all draws too, in their order: a header of their segment, the first
             step, and source ids and scheduled sample ids [steps n].
 

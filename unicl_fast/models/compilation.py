@@ -1,4 +1,4 @@
-"""The encoders through torch.compile, and texts in few shapes, so that it seldom compiles anew.
+"""The encoders through torch.compile, and texts in few shapes, so that it seldom recompiles.
 
 Images come in few shapes, but distinct texts in another shape at every step. Rounded up to a few
 sizes they meet graphs that exist; the first change of a size makes torch compile once more, for any

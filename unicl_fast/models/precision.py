@@ -222,11 +222,11 @@ def _lines(
 #
 # A batch of images is larger than a cache, so an ordinary store first fetches the line that it is
 # about to overwrite, and drives out what the decoder's threads are using. The streaming kernel
-# stores past the caches: 27 us for the image alone; beside two decoding threads it took 94 with the
+# stores past the caches: 27 us for the image alone; while two threads decoded it took 94 with the
 # plain kernel, and all that the main thread does for an image fell from 105 to 60.
 
 _BLOCK_VALUES = 48
-"""Values that the streaming kernel stores at once: three vectors of 16, then RGB begins anew."""
+"""Values that the streaming kernel stores at once: three vectors of 16, whole RGB pixels."""
 _ALIGNMENT = 64
 """Alignment of the bytes that it writes to; torch's memory has it."""
 _LANES = 16

@@ -25,7 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-# what timm asks: the tables and windows of Swin are made for one size, which it is told
+# timm passes img_size to models of a fixed input size: Swin's tables and windows are made for one
 default_cfgs = generate_default_cfgs(
     {"unicl_swin6_small.untrained": {"input_size": (3, 32, 32), "fixed_input_size": True}}
 )

@@ -1,8 +1,8 @@
 """The text encoder of the paper: CLIP's causal transformer, read at the end-of-text token.
 
 Parameter names follow the released checkpoints (`resblocks.N.attn`, `mlp.c_fc`, ...), so that
-converting them is renaming. Padding can be left out: the tokens of a batch then lie in one row
-(`TokenRow`), which attention alone has to know.
+converting them is renaming. Padding can be left out: the tokens of a batch are then in one row
+(`TokenRow`), which only attention has to know.
 """
 
 from __future__ import annotations

@@ -103,7 +103,7 @@ def numbered(names: Sequence[str]) -> list[str]:
 def traffic_of(datasets: Sequence[PackedDataset]) -> Callable[[], tuple[int, int]] | None:
     """A function that counts bytes read from stores, and bytes of images that were needed.
 
-    None where no data set lies under a URL.
+    None where no data set is under a URL.
     """
     remote = [dataset for dataset in datasets if dataset.remote is not None]
     if not remote:
@@ -233,8 +233,7 @@ def rows_of_class_names(
 ) -> NDArray[np.int64]:
     """Finds, for cross-entropy, the learnt row of each of some class names.
 
-    Classes with a prompt in common have one row, so the prompts of the training are asked, which
-    are made of the same data sets.
+    Classes with a prompt in common have one row, so the training's own prompts are needed here.
 
     Raises:
         ValueError: no data set of the training has such a name.

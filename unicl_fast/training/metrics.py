@@ -36,9 +36,9 @@ class StepMeter:
     """Collects what steps give between two logging steps; only reading it waits for the device."""
 
     def __init__(self) -> None:
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._on_device: list[Tensor] = []
         self._wait_seconds = 0.0
         self._started = time.perf_counter()
@@ -67,7 +67,7 @@ class StepMeter:
         return [(loss, norm) for loss, norm in torch.stack(self._on_device).double().tolist()]
 
     def summary(self, *, global_batch_size: int) -> dict[str, float]:
-        """Means and rates since the last summary; starts anew."""
+        """Means and rates since the last summary, which then start from zero."""
         steps = self.read()
         values = {}
         # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
@@ -79,12 +79,12 @@ class StepMeter:
         values["images_per_second"] = len(steps) * global_batch_size / elapsed
         values["data_wait_fraction"] = self._wait_seconds / elapsed
         values["step_seconds"] = elapsed / len(steps)
-        self._start_anew()
+        self._reset()
         return values
 
 
 class SourceMeter:
-    """Measures whether a mix of data sets does what it is for; asked at logging steps only.
+    """Measures whether a mix of data sets does what it is for, at logging steps only.
 
     `epochs/NAME` counts how often a data set was gone through: one in its tenth epoch while the
     others are in their first has too large a weight. `positives_per_row/NAME` is 1 for a data set
@@ -105,13 +105,13 @@ class SourceMeter:
             names: of the data sets.
             epochs: number of steps done -> epochs of each data set.
             traffic: bytes that this rank has read from stores, and bytes of images that it needed
-                of them; None where all data sets lie in folders.
+                of them; None where all data sets are in folders.
         """
         self._names = list(names)
         self._epochs = epochs
         self._traffic = traffic
         self.traffic: tuple[int, int] | None = None
-        """The traffic of all ranks, when it was last asked for."""
+        """The traffic of all ranks at the last `describe`."""
 
     def describe(self, batch: Batch, ranks: Ranks, *, num_steps: int) -> dict[str, float]:
         """The numbers after `num_steps` steps; all ranks call it together.
