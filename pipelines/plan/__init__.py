@@ -1,1 +1,1 @@
-"""The plan of a step, a pure function of (data, seed, step): samples, texts, crops, augmentation."""
+"""A step as a pure function of (data, seed, step): samples, texts, crops, augmentation."""
