@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from unicl_fast.distributed.ranks import adopt_slurm_ranks, first_host
+from unicl_fast.distributed.rendezvous import adopt_slurm_ranks, first_host
 
 
 @pytest.mark.parametrize(

@@ -139,13 +139,12 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(
 
 IN_A_CALL_THAT_HEARS_NOTHING = """
 import ctypes, sys
-from unicl_fast.distributed import ending_at_once
-from unicl_fast.distributed.signals import Interruption
+from unicl_fast.distributed import signals
 assert "torch" not in sys.modules
-ending_at_once._SECONDS_TO_UNWIND = 0.5
-with ending_at_once.ending_at_once("program"), Interruption():
+signals._SECONDS_TO_UNWIND = 0.5
+with signals.exit_immediately_on_signals("program"), signals.Interruption():
     if sys.argv[1] == "training":
-        ending_at_once.forbid()
+        signals.defer_signals(True)
     libc, mutex = ctypes.CDLL(None), ctypes.create_string_buffer(64)
     print("ready", flush=True)
     libc.pthread_mutex_lock(mutex)

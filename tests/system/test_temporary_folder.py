@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from unicl_fast.system.temporary_folder import temporary_folder
+from unicl_fast.system.atomic_files import temporary_folder
 
 HOLDING = """
 import sys, time
-from unicl_fast.system.temporary_folder import temporary_folder
+from unicl_fast.system.atomic_files import temporary_folder
 with temporary_folder("unicl-test-") as folder:
     (folder / "content").write_text("x")
     print(folder, flush=True)

@@ -11,7 +11,7 @@ from rank_workers import StepwiseLoader
 from small_runs import tiny_config
 
 from unicl_fast.checkpoints.load import list_checkpoints
-from unicl_fast.system.differences import find_differences, refuse_differences
+from unicl_fast.system.wording import config_diff, refuse_differences
 from unicl_fast.training.trainer import Trainer
 
 DATA: dict[str, Any] = {
@@ -97,5 +97,5 @@ def test_a_thousand_classes_are_not_printed() -> None:
 
 
 def test_what_is_equal_has_no_differences() -> None:
-    assert not list(find_differences({"a": [1, (2.0, None)]}, {"a": (1, [2.0, None])}))
-    assert list(find_differences({"a": True}, {"a": 1}))
+    assert not list(config_diff({"a": [1, (2.0, None)]}, {"a": (1, [2.0, None])}))
+    assert list(config_diff({"a": True}, {"a": 1}))

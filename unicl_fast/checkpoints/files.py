@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unicl_fast.system.atomic_files import flush_to_disk
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.sealed_json import seal
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -76,7 +75,7 @@ def write_checkpoint(
         for name, tensors in files.items():
             save_file(tensors, aside / name)
         checksums = {name: file_checksum(aside / name) for name in files}
-        text = seal({"step": step, **state, "checksums": checksums})
+        text = dump_checksummed_json({"step": step, **state, "checksums": checksums})
         (aside / STATE_FILE).write_text(text, encoding="utf-8")
         for path in [*aside.iterdir(), aside]:
             flush_to_disk(path)

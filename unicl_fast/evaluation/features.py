@@ -23,8 +23,7 @@ from unicl_fast.batch import EvaluationLoader
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.evaluation.encode import Layer, encode_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
-from unicl_fast.system.stages import WaitingForRanks
+from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
 
 logger = logging.getLogger(__name__)
 

@@ -24,8 +24,8 @@ from unicl_fast.models._normalise_kernels import (
 )
 from unicl_fast.models.packing import find_varlen_attention
 from unicl_fast.models.text_encoder import CausalAttention
-from unicl_fast.system.devices import choose_device
 from unicl_fast.system.host_buffers import HostBuffers
+from unicl_fast.system.machine import choose_device
 
 _CACHED_VALUES = 1 << 18
 """Values normalised at once on the CPU: 1 MiB of fp32, a core's second-level cache."""

@@ -14,8 +14,7 @@ from tqdm import tqdm
 
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import EvaluationStopped, stopping_when
-from unicl_fast.system.stages import WaitingForRanks
+from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, stopping_when
 from unicl_fast.training.metrics import MetricsWriter, unwritten_evaluations
 
 Evaluation = Callable[[UniCL], Mapping[str, float]]

@@ -15,7 +15,7 @@ import torch
 
 from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import Ranks, gather_integers
-from unicl_fast.system.stages import WaitingForRanks
+from unicl_fast.system.progress import WaitingForRanks
 
 
 class SourceMeter:

@@ -37,9 +37,9 @@ from unicl_fast.models.ema import WeightAverage
 from unicl_fast.models.precision import Precision, place_module, settle_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
-from unicl_fast.system.devices import choose_device
-from unicl_fast.system.differences import refuse_differences
-from unicl_fast.system.stages import OR_WAITING, mark
+from unicl_fast.system.machine import choose_device
+from unicl_fast.system.progress import OR_WAITING, mark
+from unicl_fast.system.wording import refuse_differences
 from unicl_fast.training.cached_gradients import (
     back_propagate_in_micro_batches,
     refuse_batch_statistics,
@@ -114,7 +114,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         check_pairs_on_one_rank(
             config.objective,
-            share=self.ranks.share_of(config.run.global_batch_size),
+            share=self.ranks.local_batch_size(config.run.global_batch_size),
             micro_batch_size=config.efficiency.micro_batch_size,
         )
         self.total_steps = config.run.total_steps

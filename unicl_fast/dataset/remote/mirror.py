@@ -21,7 +21,7 @@ import xxhash
 from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.remote.object_store import ObjectStore
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
-from unicl_fast.system.stages import mark_progress
+from unicl_fast.system.progress import mark_progress
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unicl_fast.system.sealed_json import seal, unseal
+from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.dataset.journal import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
 from unicl_fast.system.wording import count_of
@@ -52,7 +52,7 @@ class WorkFolder:
         self._finished = read_journal(self.path / JOURNAL_NAME)
         if self._finished:
             try:
-                self._record = unseal((self.path / _RECORD_NAME).read_bytes())
+                self._record = parse_checksummed_json((self.path / _RECORD_NAME).read_bytes())
             except (ValueError, OSError) as error:
                 os.close(self._lock)
                 raise ValueError(
@@ -135,7 +135,7 @@ class WorkFolder:
 
     def _note(self, what: str, values: dict[str, Any]) -> None:
         self._record[what] = values
-        write_text_atomically(self.path / _RECORD_NAME, seal(self._record))
+        write_text_atomically(self.path / _RECORD_NAME, dump_checksummed_json(self._record))
 
 
 def work_folder_of(out: Path) -> Path:
