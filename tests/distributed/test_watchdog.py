@@ -143,8 +143,8 @@ def test_suspects_are_named_first() -> None:
     }
     told = describe_others(heard | {5: None}, now=100, silence=30, blame=True)
     assert told == [
-        "LOOK THERE FIRST: rank 3: 90 s without a sign of life (stopped, frozen, gone, or cut off), "
-        "last in 'step' in step 8.",
+        "LOOK THERE FIRST: rank 3: 90 s without a sign of life (stopped, frozen, gone, or cut "
+        "off), last in 'step' in step 8.",
         "rank 2: for 101 s in 'waiting for the next batch' in step 8.",
         "ranks 0, 4: in 'step: waiting for other ranks' in step 8.",
         "rank 5: nothing was heard of.",

@@ -68,7 +68,7 @@ def test_a_signal_before_training_ends_the_program_at_once_with_75(
         program.process.send_signal(number)
         sent = time.monotonic()
         assert program.wait() == 75, program.messages
-        assert time.monotonic() - sent < 30
+        assert time.monotonic() - sent < 60
         assert f"stopped by {number.name}; no step is at risk" in program.messages
         assert "Traceback" not in program.messages
         assert not is_training(tmp_path)
