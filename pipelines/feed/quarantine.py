@@ -11,12 +11,13 @@ from __future__ import annotations
 import contextlib
 import csv
 import dataclasses
-import fcntl
 import io
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from unicl_fast.system.atomic_files import lock
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +85,7 @@ def _locked(path: Path) -> Iterator[int]:
     try:
         # Where there are no locks there are appends all the same: a sample may stand there twice.
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         yield file
     finally:
         os.close(file)  # and unlocks

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.machine import control_groups
 from unicl_fast.training.step import encoder_input
 
 logger = logging.getLogger(__name__)
@@ -97,15 +98,7 @@ def free_memory(device: torch.device) -> int:
 
 def _control_groups() -> list[Path]:
     """Folders of this process's control group and those around it that have a memory limit."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    names = [line[3:] for line in lines if line.startswith("0::")]  # version 2
-    folder = root / names[0].lstrip("/") if names else root
-    around = [folder, *folder.parents]
-    found = [group for group in around if (group / "memory.max").is_file()]
+    found = [group for group in control_groups() if (group / "memory.max").is_file()]
     return [group for group in found if (group / "memory.max").read_text().strip() != "max"]
 
 

@@ -8,7 +8,6 @@ kernel lets go of it with the process, however that ends.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Mapping
@@ -19,8 +18,8 @@ from typing import Any
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.dataset.journal import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
-from unicl_fast.system.wording import count_of
-from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
+from unicl_fast.system.wording import count_of, shorten
+from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically, is_at, lock
 
 _RECORD_NAME = "build.json"
 _LOCK_NAME = "unicl-pack.lock"
@@ -179,17 +178,15 @@ def lock_folder(folder: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except FileNotFoundError:  # a build that ended has just removed the folder
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(descriptor):
             os.close(descriptor)
             raise ValueError(
                 f"another build is writing into {folder}; wait for it, or name another --out"
-            ) from error
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            )
+        if is_at(descriptor, path):
             return descriptor
         os.close(descriptor)  # of a folder that is gone
 
 
 def _show(value: Any) -> str:
-    return "not there" if value is None else repr(value)[:200]
+    return "not there" if value is None else shorten(value)
