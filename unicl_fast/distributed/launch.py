@@ -42,12 +42,11 @@ if TYPE_CHECKING:  # it imports torch, for which --help need not wait
 _RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own, so that ranks have one rule
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
-# How long the others may take to end by themselves when one has failed, or was asked to stop,
-_SECONDS_TO_FOLLOW = 2.0
-_SECONDS_TO_SAVE = 10.0
-# and when they are told to. One that waits for a hung rank has only its message to write.
-_SECONDS_TO_END = 30.0
-_SECONDS_TO_REPORT = 10.0
+# How long other ranks may take to end by themselves, by the code of the first: 2 s, but asked to
+# stop, all end after the same step, and save. Then how long when they are told to: 30 s, but one
+# that waits for a hung rank has only its message to write.
+_SECONDS_TO_FOLLOW = {EXIT_INTERRUPTED: 10.0}
+_SECONDS_TO_END = {EXIT_HUNG: 10.0}
 
 
 def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: int = 0) -> NoReturn:
@@ -67,7 +66,7 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: i
     for attempt in range(max_restarts + 1):
         launcher.start(module, nproc=nproc, argv=argv, attempt=attempt)
         rank, code = launcher.wait()
-        if code in (0, EXIT_WRONG_INPUT, EXIT_INTERRUPTED) or launcher.asked_to_stop:
+        if code in (0, EXIT_WRONG_INPUT, EXIT_INTERRUPTED) or launcher.forwarded:
             break
         ended = f"RANK {rank} ENDED WITH CODE {code}"
         if code < 0:
@@ -93,15 +92,15 @@ def _say(text: str) -> None:
     print(f"unicl_fast: {text}", file=sys.stderr, flush=True)
 
 
-def _begin_rank(parent: int) -> None:
-    handle_stop_signals(signal.SIG_DFL)  # until the rank handles them itself, they end it
-    _end_with(parent)
-
-
 def end_with_torchrun() -> None:
     """Under torchrun, ends this rank when torchrun is gone, as those of `start_ranks` do."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with(os.getppid())
+
+
+def _begin_rank(parent: int) -> None:
+    handle_stop_signals(signal.SIG_DFL)  # until the rank handles them itself, they end it
+    _end_with(parent)
 
 
 def _end_with(parent: int) -> None:
@@ -118,13 +117,10 @@ class _Launcher:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._deadline = math.inf
         self._num_interrupts = 0
-        self._forwarded: set[int] = set()
+        self.forwarded: set[int] = set()
+        """Signals that asked for an end."""
         handle_stop_signals(self._forward)
         defer_signals(True)  # the ranks decide; not before their signals are passed on
-
-    @property
-    def asked_to_stop(self) -> bool:
-        return bool(self._forwarded)
 
     def start(self, module: str, *, nproc: int, argv: Sequence[str], attempt: int) -> None:
         with socket.socket() as probe:
@@ -151,11 +147,11 @@ class _Launcher:
             )
             for rank in range(nproc)
         ]
-        if self.asked_to_stop:  # while they were being started
+        if self.forwarded:  # while they were being started
             self._send(signal.SIGTERM)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self._forwarded.add(number)
+        self.forwarded.add(number)
         self._send(number)
         self._num_interrupts += number == signal.SIGINT
         if self._num_interrupts == 2:  # a rank in the middle of a collective does not notice it
@@ -173,72 +169,63 @@ class _Launcher:
             The rank that explains the end, and its code as subprocess has it: minus the signal
             that killed it.
         """
-        cause, follow_until = None, math.inf
+        cause, follow_until = (0, 0), math.inf
         while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them
             now = time.monotonic()
             if self._deadline == math.inf:  # later failures are the launcher's own doing
-                cause = self._root_cause_rank()
-                code = 0 if cause is None else self._code_of(cause)
-                if code and follow_until == math.inf:
-                    # asked to stop, all end at the same step; and one may be seen before its cause
-                    interrupted = code == EXIT_INTERRUPTED
-                    follow_until = now + (_SECONDS_TO_SAVE if interrupted else _SECONDS_TO_FOLLOW)
+                cause = self._root_cause()
+                if cause[1] and follow_until == math.inf:  # one may be seen before its cause
+                    follow_until = now + _SECONDS_TO_FOLLOW.get(cause[1], 2.0)
                 if now >= follow_until:
                     self._send(signal.SIGTERM)
-                    hung = code == EXIT_HUNG
-                    self._deadline = now + (_SECONDS_TO_REPORT if hung else _SECONDS_TO_END)
+                    self._deadline = now + _SECONDS_TO_END.get(cause[1], 30.0)
             if now > self._deadline:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
         killed_by = -self._ranks[0].returncode
-        if killed_by in self._forwarded:  # it would have said so itself
+        if killed_by in self.forwarded:  # it would have said so itself
             _say(f"stopped by {signal.Signals(killed_by).name}; {AT_NO_RISK}")
-        if cause is None or self._deadline == math.inf:
-            cause = self._root_cause_rank()
-        for number, rank in enumerate(self._ranks):
-            if rank.returncode == EXIT_WRONG_INPUT:  # whatever became of the others
-                return number, EXIT_WRONG_INPUT
-        return (0, 0) if cause is None else (cause, self._code_of(cause))
+        if not cause[1] or self._deadline == math.inf:
+            cause = self._root_cause()
+        if any(rank.returncode == EXIT_WRONG_INPUT for rank in self._ranks):
+            return 0, EXIT_WRONG_INPUT  # whatever became of the others
+        return cause
 
-    def _root_cause_rank(self) -> int | None:
-        """Finds, of the ranks that have failed by now, the one that explains the others' ends."""
-        failed = [number for number, rank in enumerate(self._ranks) if rank.returncode]
+    def _root_cause(self) -> tuple[int, int]:
+        """Finds, of the ranks that have failed, the one that explains the others' ends; its code."""
+        ends = [
+            # killed by a signal that was passed on: it did not handle signals yet
+            (number, EXIT_INTERRUPTED if -rank.returncode in self.forwarded else rank.returncode)
+            for number, rank in enumerate(self._ranks)
+            if rank.returncode
+        ]
 
-        def precedence(number: int) -> tuple[bool, bool]:
+        def precedence(end: tuple[int, int]) -> tuple[bool, bool]:
             # One that ended immediately when asked to may have torn another out of a collective; so
             # may one that crashed or hung: the other has lost its peer, which is a fault.
-            code = self._code_of(number)
-            return not (self._forwarded and code == EXIT_INTERRUPTED), code == EXIT_FAULT
+            return not (self.forwarded and end[1] == EXIT_INTERRUPTED), end[1] == EXIT_FAULT
 
-        return min(failed, key=precedence, default=None)
-
-    def _code_of(self, number: int) -> int:
-        code: int = self._ranks[number].returncode
-        # killed by a signal that was passed on: it did not handle signals yet
-        return EXIT_INTERRUPTED if -code in self._forwarded else code
+        return min(ends, key=precedence, default=(0, 0))
 
 
 class SharedRefusal(ValueError):  # noqa: N818 - the error is its cause
-    """Ranks refuse together; rank 0 says why, or the one that alone knows."""
+    """An error that some or all ranks found, raised on all of them; rank 0 says it."""
 
 
 @contextlib.contextmanager
 def refused_together(ranks: Ranks) -> Iterator[None]:
-    """All ranks pass, or none; an error that all ranks find inside is said by rank 0 alone."""
-    from unicl_fast.distributed.ranks import gather_integers
+    """All ranks pass, or none: the first rank's error inside the block is raised on all."""
+    from unicl_fast.distributed.ranks import gather_objects
 
     error: Exception | None = None
     try:
         yield
     except (ValueError, FileNotFoundError) as caught:
         error = caught
-    refused = gather_integers(int(error is not None), ranks)
-    if error is not None:
-        if refused[0]:
-            raise SharedRefusal(str(error)) from error
-        raise error
-    if any(refused):
-        raise SharedRefusal(f"rank {refused.index(1)} cannot continue, and says why")
+    errors = gather_objects(None if error is None else str(error), ranks)
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise SharedRefusal(f"rank {rank}: {text}" if rank else text) from error
 
 
 def explain(error: Exception) -> Exception:
