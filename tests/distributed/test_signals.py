@@ -53,7 +53,7 @@ class SignallingLoader(StepwiseLoader):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_an_interrupted_run_goes_on_as_if_nothing_had_been(
+def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     images: torch.Tensor, tmp_path: Path, number: signal.Signals
 ) -> None:
     config = tiny_config(steps=6)

@@ -28,7 +28,7 @@ def _stage_is_our_own() -> Iterator[None]:
 
 
 class Clock:
-    """A watchdog without its thread, whose clock goes on when it is told to."""
+    """A watchdog without its thread, whose clock advances when a test says so."""
 
     def __init__(self, *, limit_seconds: float = 100, world_size: int = 1) -> None:
         self.codes: list[int] = []

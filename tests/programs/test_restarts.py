@@ -250,7 +250,7 @@ def test_ranks_of_torchrun_refuse_once_what_they_all_refuse(data: Path, unbroken
     ],
     ids=["short", "fp64", "fp32"],
 )
-def test_a_run_goes_on_with_any_number_of_ranks(
+def test_a_run_resumes_with_any_number_of_ranks(
     data: Path,
     tmp_path: Path,
     precision: str,
@@ -258,7 +258,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(
     steps: int,
     numbers: tuple[int, ...],
 ) -> None:
-    """With augmentation and drop path: stopped, and gone on with on other ranks.
+    """With augmentation and drop path: stopped, and resumed on other ranks.
 
     The largest difference is printed (pytest -s), for docs/reliability.md.
     """

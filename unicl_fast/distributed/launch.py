@@ -192,7 +192,7 @@ class _Launcher:
         return cause
 
     def _root_cause(self) -> tuple[int, int]:
-        """Finds, of the ranks that have failed, the one that explains the others' ends; its code."""
+        """Finds the failed rank that explains how the others ended, and its code."""
         ends = [
             # killed by a signal that was passed on: it did not handle signals yet
             (number, EXIT_INTERRUPTED if -rank.returncode in self.forwarded else rank.returncode)

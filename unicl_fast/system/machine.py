@@ -1,4 +1,4 @@
-"""What this process may use of its machine: processor cores, control groups, a device."""
+"""Resources of the machine that this process may use: processor cores, memory limits, a device."""
 
 from __future__ import annotations
 

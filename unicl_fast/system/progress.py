@@ -1,4 +1,4 @@
-"""What this process is doing now, for its watchdog, and how evaluations are asked to stop early.
+"""The present stage of this process, for its watchdog, and evaluations that stop early on request.
 
 The present stage is one tuple in one place. A mark costs less than a microsecond and takes no lock:
 storing a name is atomic, and a watchdog tells one mark from the next by the object. A process is
