@@ -22,10 +22,11 @@ from typing import Any, TypeVar, overload
 
 import llvmlite
 import numba
-from numba import cfunc, config, njit, types
+from numba import cfunc, njit, types
 
 F = TypeVar("F", bound=Callable[..., Any])
 logger = logging.getLogger(__name__)
+_config: Any = numba.config  # its attributes are made as it is imported
 
 # Rooms of which no code can be part of a kernel (test_layout.py): editing them compiles nothing.
 _ROOMS_ABOVE = {"checkpoints", "training", "packing", "conversion", "evaluation"}
@@ -71,30 +72,30 @@ def _caching(function: Any) -> Iterator[bool]:
     # two processes have kept under one name may meet in a third.
     for cell in function.__closure__ or ():
         function.__qualname__ += f"_{cell.cell_contents}"
-    before, folder = config.CACHE_DIR, _cache_folder()
-    config.CACHE_DIR = str(folder or "")
+    before, folder = _config.CACHE_DIR, _cache_folder()
+    _config.CACHE_DIR = str(folder or "")
     try:
         yield folder is not None
     finally:
-        config.CACHE_DIR = before
+        _config.CACHE_DIR = before
 
 
 @functools.cache
 def _cache_folder() -> Path | None:
     """Finds or makes the folder for this version of the code; None if kernels cannot be kept."""
-    if getattr(config, "CACHE_LOCATOR_CLASSES", ""):
+    if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
         return None  # an environment variable has Numba keep them where they would become stale
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        above = Path(
-            config.CACHE_DIR or home / "unicl_fast" / "numba"
-        )  # NUMBA_CACHE_DIR comes first
+        # NUMBA_CACHE_DIR comes first
+        above = Path(_config.CACHE_DIR or home / "unicl_fast" / "numba")
         folder = above / f"unicl_fast-{_hash_code()}"
         if not folder.is_dir():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            last_used = sorted(above.glob("unicl_fast-*"), key=lambda path: -path.stat().st_mtime)
-            for old in last_used[_MOST_FOLDERS:]:
-                shutil.rmtree(old, ignore_errors=True)  # Numba makes one that is in use again
+            with contextlib.suppress(FileNotFoundError):  # another process removes them too
+                folders = sorted(above.glob("unicl_fast-*"), key=lambda path: path.stat().st_mtime)
+                for old in folders[:-_MOST_FOLDERS]:
+                    shutil.rmtree(old, ignore_errors=True)  # Numba makes one in use again
         os.utime(folder)
         if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
             raise PermissionError(f"{folder} can be written by other users")
