@@ -105,6 +105,8 @@ def exit_immediately_on_signals(program: str) -> Iterator[None]:
 
 def handle_stop_signals(handler: Any) -> dict[signal.Signals, Any]:
     """Replaces the handlers of signals that are not ignored (as by nohup); returns those before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # only the main thread may
     return {
         number: signal.signal(number, handler)
         for number in STOP_SIGNALS
@@ -152,8 +154,7 @@ class Interruption:
         self._pending: Any = None
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._before = handle_stop_signals(self._note)
+        self._before = handle_stop_signals(self._note)
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -128,15 +128,12 @@ class Watchdog:
             faulthandler.dump_traceback(2)
             self._end(EXIT_HUNG)
 
-    def _heard(self) -> dict[int, Heartbeat]:
-        return {} if self._heartbeats is None else self._heartbeats.heard
-
     def _another_works(self, now: float) -> bool:
         return any(
             now - beat.heard < self._silence
             and beat.left_seconds > 0
             and not beat.stage.waits_for_ranks
-            for beat in self._heard().values()
+            for beat in (self._heartbeats.heard.values() if self._heartbeats else ())
         )
 
     def _describe(self, now: float) -> str:
@@ -150,8 +147,9 @@ class Watchdog:
             f"rank {self._rank}{of_ranks} HANGS: {_name(stage)} has lasted {self._age:.0f} s, "
             f"and {allowed} allows no more."
         ]
-        others = [rank for rank in range(self._world_size) if rank != self._rank]
-        heard = {rank: self._heard().get(rank) for rank in others}
+        known = self._heartbeats.heard if self._heartbeats else {}
+        others = (rank for rank in range(self._world_size) if rank != self._rank)
+        heard = {rank: known.get(rank) for rank in others}
         sentences += describe_others(
             heard, now=now, silence=self._silence, blame=stage.waits_for_ranks
         )

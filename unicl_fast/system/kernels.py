@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -47,8 +47,7 @@ def kernel(function: Any = None, /, **options: Any) -> Any:
     """
     if function is None:
         return lambda function: kernel(function, **options)
-    with _caching(function) as is_kept:
-        return njit(cache=is_kept, nogil=True, **options)(function)
+    return _compile(function, functools.partial(njit, nogil=True, **options))
 
 
 def c_function(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
@@ -57,25 +56,19 @@ def c_function(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
     Args:
         *arguments: Numba's types of the function's arguments; it returns nothing.
     """
-
-    def decorate(function: Callable[..., None]) -> Any:
-        with _caching(function) as is_kept:
-            return cfunc(types.void(*arguments), cache=is_kept)(function)
-
-    return decorate
+    decorator = functools.partial(cfunc, types.void(*arguments))
+    return lambda function: _compile(function, decorator)
 
 
-@contextlib.contextmanager
-def _caching(function: Any) -> Iterator[bool]:
-    """Points Numba to our folder while one of our functions is decorated; others stay elsewhere."""
+def _compile(function: Any, decorator: Callable[..., Any]) -> Any:
     # Numba's names of functions in machine code do not tell apart what closures hold, and what
     # two processes have kept under one name may meet in a third.
     for cell in function.__closure__ or ():
         function.__qualname__ += f"_{cell.cell_contents}"
     before, folder = _config.CACHE_DIR, _cache_folder()
-    _config.CACHE_DIR = str(folder or "")
+    _config.CACHE_DIR = str(folder or "")  # for this function; those of others stay elsewhere
     try:
-        yield folder is not None
+        return decorator(cache=folder is not None)(function)
     finally:
         _config.CACHE_DIR = before
 
