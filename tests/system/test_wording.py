@@ -11,7 +11,7 @@ from pack_runs import jpeg, run_pack
 from rank_workers import StepwiseLoader
 from small_runs import tiny_config
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.system.wording import config_diff, count_of, refuse_differences, shorten
 from unicl_fast.training.trainer import Trainer
 

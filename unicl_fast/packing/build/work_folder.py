@@ -15,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.dataset.journal import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
+from unicl_fast.system.atomic_files import flush_to_disk, is_at, lock, write_text_atomically
+from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.system.wording import count_of, shorten
-from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically, is_at, lock
 
 _RECORD_NAME = "build.json"
 _LOCK_NAME = "unicl-pack.lock"
