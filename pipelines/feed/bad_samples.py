@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import fcntl
 import functools
 import io
 import logging
@@ -27,6 +26,7 @@ from PIL import Image
 
 from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
+from unicl_fast.system.atomic_files import lock
 
 from ..graph import DecodingError, HostBatch, Pipeline, Source, run_graphs
 from ..plan.plan import SAMPLE_FIELDS, PlannedBatch, TrainPlan
@@ -238,7 +238,7 @@ def _locked(path: Path) -> Iterator[int]:
     try:
         # Where there are no locks there are appends all the same: a sample may stand there twice.
         with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX)
+            lock(file, wait=True)
         yield file
     finally:
         os.close(file)  # and unlocks

@@ -26,7 +26,8 @@ from small_runs import (
 )
 
 from unicl_fast.batch import EvaluationBatch, ListLoader
-from unicl_fast.distributed.ranks import Ranks, process_group
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
 from unicl_fast.evaluation.classification import ClassificationCounts
@@ -189,7 +190,7 @@ def write_feature_gradients(ranks, folder: str) -> None:
     from unicl_fast.training.step import contrast_over_ranks
 
     images, texts, text_index, class_ids = ragged_features()
-    share = ranks.share_of(len(images))
+    share = ranks.local_batch_size(len(images))
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
     distinct, counts = text_index[mine].unique(return_counts=True)
     class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))

@@ -72,7 +72,7 @@ def run_finetune(command: Finetune) -> None:
         open_data(command.data, ranks=ranks) as test,
     ):
         config = _config(command, model.config, train.dataset)
-        ranks.share_of(config.run.global_batch_size)
+        ranks.local_batch_size(config.run.global_batch_size)
         labels = _labels_in(test, train.class_names)
         precision = Precision(config.efficiency.precision)
         place_module(model, device=device_of(model), precision=precision)

@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 from unicl_fast.packing.sources.item_store import ItemStore
 from unicl_fast.packing.sources.spans import open_regular
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
-from unicl_fast.system.sealed_json import seal, unseal
+from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 
 _BLOCK = 1 << 20
 MAX_EXPANSION = 100
@@ -101,7 +101,7 @@ class Spool:
             flush_to_disk(place)
         sizes = [place.stat().st_size for place in places]
         note = {"made of": made_of, "sizes": sizes, "values": dict(values)}
-        write_text_atomically(_note_of(places[0]), seal(note))
+        write_text_atomically(_note_of(places[0]), dump_checksummed_json(note))
 
     def release(self, place: Path) -> None:
         """Removes a file that has been read, unless a build that goes on may want it again."""
@@ -113,7 +113,7 @@ class Spool:
         if not self._stays:
             return None
         try:
-            note = unseal(_note_of(places[0]).read_bytes())
+            note = parse_checksummed_json(_note_of(places[0]).read_bytes())
             sizes = [place.stat().st_size for place in places]
         except (ValueError, OSError):
             return None
