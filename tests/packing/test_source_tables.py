@@ -24,7 +24,7 @@ from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, conv
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.read_sources import ListOptions, read_source
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.sources.zip_files import ZipTree
+from unicl_fast.packing.sources.trees import ZipTree
 
 FEATURES = {
     "image": {"_type": "Image"},

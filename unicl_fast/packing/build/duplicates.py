@@ -15,8 +15,8 @@ import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
-from unicl_fast.packing.sources.entries import Entry, EntryError
-from unicl_fast.packing.sources.item_store import ItemStore
+from unicl_fast.packing.sources.items import Entry, EntryError
+from unicl_fast.packing.sources.spool import ItemStore
 from unicl_fast.packing.sources.items import MAX_TEXTS, Problem
 from unicl_fast.packing.quarantine import DUPLICATE, duplicate_message
 from unicl_fast.packing.build.sample_views import ChangedSamples, ChosenSamples, Sample

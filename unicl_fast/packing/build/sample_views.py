@@ -15,7 +15,7 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.packing.sources.item_store import ItemStore
+from unicl_fast.packing.sources.spool import ItemStore
 from unicl_fast.packing.sources.items import Item, Source
 
 Sample = tuple[str, Item]

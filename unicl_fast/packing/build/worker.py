@@ -30,7 +30,7 @@ import xxhash
 
 from unicl_fast.images.check import CheckedImage, ImageError, ImageFormat, check_image
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, Entry, EntryError
+from unicl_fast.packing.sources.items import MAX_FILE_BYTES, Entry, EntryError
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.limited_processes import (
     OUT_OF_MEMORY,
