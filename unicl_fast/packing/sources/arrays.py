@@ -156,7 +156,7 @@ def _files_of_archive(archive: Path, spool: Spool) -> dict[str, Span]:
 
 
 def _class_names(
-    files: Mapping[str, Span], pickled: Mapping[str, Fields | str | Problem], kind: str
+    files: Mapping[str, Span], pickled: Mapping[str, Fields | Problem], kind: str
 ) -> tuple[str, ...]:
     """Returns the names of the classes, if a file has them."""
     for name in ("batches.meta.txt", f"{kind}_label_names.txt"):
@@ -165,9 +165,8 @@ def _class_names(
             text = read_span(at.path, at.offset, min(at.num_bytes, _MAX_NAMES_BYTES))
             return tuple(text.decode("utf-8", "replace").split("\n\n")[0].split())
     for name, fields in pickled.items():
-        if not isinstance(fields, dict):
-            reason = fields.message if isinstance(fields, Problem) else fields
-            raise ValueError(f"{name} of CIFAR cannot be read: {reason}")
+        if isinstance(fields, Problem):
+            raise ValueError(f"{name} of CIFAR cannot be read: {fields.message}")
         names = fields.get("label_names") or fields.get(f"{kind}_label_names") or []
         if isinstance(names, list) and all(isinstance(name, str) for name in names):
             return tuple(map(str, names))
@@ -175,41 +174,37 @@ def _class_names(
 
 
 def _read_python(
-    name: str, at: Span, fields: Fields | str | Problem, names: tuple[str, ...], kind: str
+    name: str, at: Span, fields: Fields | Problem, names: tuple[str, ...], kind: str
 ) -> Iterator[Item]:
     """Yields the items of a pickled batch, or the one that says why it cannot be read."""
-    if isinstance(fields, dict):
-        fields = _check_batch(fields, kind)
-    if not isinstance(fields, _Batch):
-        problem = fields if isinstance(fields, Problem) else Problem(kind="damaged", message=fields)
-        yield Item(f"{name} from row 0", problem=problem)
+    batch = fields if isinstance(fields, Problem) else _check_batch(fields, kind)
+    if isinstance(batch, Problem):
+        yield Item(f"{name} from row 0", problem=batch)
         return
-    for row, label in enumerate(fields.labels):
-        offset = at.offset + fields.offset + row * _PIXELS
-        yield _item(name, row, at.path, offset, label, names)
+    offset, labels = batch
+    for row, label in enumerate(labels):
+        yield _item(name, row, at.path, at.offset + offset + row * _PIXELS, label, names)
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
-    offset: int
-    """The first pixel's, in the pickle."""
-    labels: list[int | str]
-
-
-def _check_batch(fields: Fields, kind: str) -> _Batch | str:
-    """Returns where the pixels of a batch are, and its labels; or what is missing."""
+def _check_batch(fields: Fields, kind: str) -> tuple[int, list[int | str]] | Problem:
+    """Returns the offset of a batch's pixels, and its labels; or what is missing."""
     data = fields.get("data")
     if not isinstance(data, PickledArray):
-        return "it has no array called `data`"
+        return _damaged("it has no array called `data`")
     if len(data.shape) != 2 or data.shape[1] != _PIXELS or data.dtype != "|u1":
         found = f"{data.dtype} of shape {data.shape}"
-        return f"`data` is {found}, where CIFAR has bytes of N x {_PIXELS}"
+        return _damaged(f"`data` is {found}, where CIFAR has bytes of N x {_PIXELS}")
     if data.offset < 0:
-        return "`data` is stored column by column or encoded, where CIFAR has rows of bytes"
+        message = "`data` is stored column by column or encoded, where CIFAR has rows of bytes"
+        return _damaged(message)
     labels = fields.get(f"{kind}_labels", fields.get("labels"))
     if not isinstance(labels, list) or len(labels) != data.shape[0]:
-        return f"it has no list of {data.shape[0]:,} labels"
-    return _Batch(data.offset, labels)
+        return _damaged(f"it has no list of {data.shape[0]:,} labels")
+    return data.offset, labels
+
+
+def _damaged(message: str) -> Problem:
+    return Problem(kind="damaged", message=message)
 
 
 def _read_binary(name: str, at: Span, names: tuple[str, ...], kind: str) -> Iterator[Item]:
@@ -225,8 +220,7 @@ def _read_binary(name: str, at: Span, names: tuple[str, ...], kind: str) -> Iter
             label = file.read(label_bytes)[which]
             yield _item(name, row, at.path, start + label_bytes, label, names)
     if rest:
-        message = f"the file ends {rest:,} bytes into a record of {record:,}"
-        problem = Problem(kind="damaged", message=message)
+        problem = _damaged(f"the file ends {rest:,} bytes into a record of {record:,}")
         yield Item(f"{name} from row {count}", problem=problem)
 
 
@@ -292,7 +286,7 @@ class _ArrayUnpickler(pickle.Unpickler):
         return _KNOWN[module, name]
 
 
-def read_pickle(at: Span) -> Fields | str:
+def read_pickle(at: Span) -> Fields | Problem:
     """Returns the arrays and lists of a pickled dict, or why it is refused.
 
     It is called in a limited process. Texts may be stored as bytes. A value of a list that is
@@ -304,11 +298,11 @@ def read_pickle(at: Span) -> Fields | str:
     except MemoryError:
         raise
     except (_RefusedError, EntryError) as error:
-        return str(error)
+        return _damaged(str(error))
     except Exception as error:  # a broken pickle can make anything stumble
-        return f"the pickle is broken: {error!s:.300}"
+        return _damaged(f"the pickle is broken: {error!s:.300}")
     if not isinstance(found, dict):
-        return "the pickle is no dict"
+        return _damaged("the pickle is no dict")
     fields: Fields = {}
     for key, value in found.items():
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
@@ -379,16 +373,16 @@ def read_idx(path: Path, spool: Spool) -> Source:
         )
         items.append(item)
     damage = [
-        _damage(path.name, whole, count, broken),
-        _damage(labels_path.name, len(labels), count, labels_broken),
+        _shortage(path.name, whole, count, broken),
+        _shortage(labels_path.name, len(labels), count, labels_broken),
     ]
     if any(damage):
-        problem = Problem(kind="damaged", message=" and ".join(filter(None, damage)))
+        problem = _damaged(" and ".join(filter(None, damage)))
         items.append(Item(f"{path.name} from row {len(items)}", problem=problem))
     return Source(name=path.name, items=items, labels_are_names=False, passed_over=Counter())
 
 
-def _damage(name: str, found: int, count: int, broken: str) -> str:
+def _shortage(name: str, found: int, count: int, broken: str) -> str:
     """Returns what is wrong with a file, or nothing; all rows may be there without a checksum."""
     if found == count:
         return f"{name}: {broken}" if broken else ""

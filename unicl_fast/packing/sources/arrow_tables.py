@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
@@ -201,7 +202,7 @@ class _ParquetTable:
 
     @staticmethod
     def _batch_rows(group: Any) -> int:
-        row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+        row_bytes: int = max(1, group.total_byte_size // max(1, group.num_rows))
         return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
 
     @staticmethod
@@ -254,28 +255,19 @@ class _ArrowTable:
         return offset if 0 <= offset <= self._bytes.size - buffer.size else None
 
 
+@dataclass(slots=True)
 class _RowWriter:
     """Writes batches as rows."""
 
-    def __init__(
-        self,
-        columns: Columns,
-        others: Sequence[str],
-        names: dict[str, tuple[str, ...]],
-        conditions: Sequence[tuple[str, str]],
-        result: TableResult,
-        rows: TextIO,
-        images: BinaryIO,
-    ) -> None:
-        """Columns in `others` are those of `conditions`, and img2dataset's `status`."""
-        self._columns = columns
-        self._texts = dict.fromkeys((*columns.captions, *columns.labels, *others))
-        self._names = names
-        self._conditions = conditions
-        self._result = result
-        self._rows = rows
-        self._images = images
-        self._written = 0
+    columns: Columns
+    others: Sequence[str]
+    """The columns of `conditions`, and img2dataset's `status`."""
+    names: dict[str, tuple[str, ...]]
+    conditions: Sequence[tuple[str, str]]
+    result: TableResult
+    rows: TextIO
+    images: BinaryIO
+    num_written: int = 0
 
     def write(self, first: int, batch: pa.RecordBatch, offset_of: _Place) -> None:
         """Writes the rows of a batch, or none if one cannot be read: all are then named as one."""
@@ -283,35 +275,37 @@ class _RowWriter:
             return
         lines: list[str] = []
         passed_over: Counter[str] = Counter()
-        fields = {name: batch.column(name).to_pylist() for name in self._texts}
-        images = _Images(batch.column(self._columns.image))
+        columns = self.columns
+        names = dict.fromkeys((*columns.captions, *columns.labels, *self.others))
+        fields = {name: batch.column(name).to_pylist() for name in names}
+        images = _Images(batch.column(self.columns.image))
         for number in range(batch.num_rows):
             row = {name: values[number] for name, values in fields.items()}
             if "status" in row and row["status"] not in (None, "success"):
                 passed_over[FAILED_DOWNLOADS] += 1
                 continue
-            if not meets(row, self._conditions):
+            if not meets(row, self.conditions):
                 passed_over[LEFT_OUT] += 1
                 continue
             found = self._texts_of(row)
             if "problem" not in found:  # the image of a bad row would be copied for nothing
                 found |= self._image(images, number, offset_of)
             lines.append(json.dumps(found | {"row": first + number}, default=_other_type) + "\n")
-        self._rows.writelines(lines)
-        self._result.passed_over += passed_over
+        self.rows.writelines(lines)
+        self.result.passed_over += passed_over
 
     def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the row's texts, with names for numbers; or its problem."""
         labels: list[Any] = []
-        for column in self._columns.labels:
-            names = self._names.get(column, ())
+        for column in self.columns.labels:
+            names = self.names.get(column, ())
             for value in _as_list(row[column]):
                 is_number = isinstance(value, int) and not isinstance(value, bool)
                 if names and is_number and not -1 <= value < len(names):
                     message = f"{column} {value}, where there are {len(names)} class names"
                     return {"problem": ["bad row", message]}
                 labels.append(names[value] if names and is_number and value >= 0 else value)
-        captions = [text for column in self._columns.captions for text in _as_list(row[column])]
+        captions = [text for column in self.columns.captions for text in _as_list(row[column])]
         return {"captions": captions, "labels": labels}
 
     def _image(self, images: _Images, number: int, offset_of: _Place) -> dict[str, Any]:
@@ -325,8 +319,8 @@ class _RowWriter:
         offset = offset_of(buffer)
         in_place = offset is not None
         if offset is None:
-            offset = self._written
-            self._written += self._images.write(buffer)
+            offset = self.num_written
+            self.num_written += self.images.write(buffer)
         return {"offset": offset, "size": buffer.size, "in_place": in_place}
 
 

@@ -57,7 +57,7 @@ class TableTask:
 
 @dataclass(kw_only=True, slots=True)
 class TableResult:
-    """What is to be known of a file beside its rows."""
+    """The facts about a file that its rows do not tell."""
 
     labels_are_names: bool = True
     """Whether the file has names for all numbers that are labels."""
@@ -234,16 +234,14 @@ def read_saved_dataset(folder: Path, options: ListOptions, spool: Spool) -> Sour
             "newer version of `datasets`, or after flatten_indices()"
         )
     files = state.get("_data_files")
-    names = (
-        [file.get("filename") for file in files if isinstance(file, dict)]
-        if isinstance(files, list)
-        else []
-    )
-    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
+    names = [
+        str(file.get("filename")) if isinstance(file, dict) else ""
+        for file in (files if isinstance(files, list) else ())
+    ]
+    if not names or not all(name and name == Path(name).name for name in names):
         raise ValueError(f"{folder / 'state.json'} does not say what files the data set has")
     paths = [folder / name for name in names]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(
             f"{len(missing)} files that state.json names are not there: {missing[0]}"
         )

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from unicl_fast.packing.sources.items import (
     FAILED_DOWNLOADS,
@@ -345,7 +345,9 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
     """
     end = os.fstat(file.fileno()).st_size
     headers = _HeaderFile(file)
-    archive = _Archive(fileobj=headers, encoding="utf-8", errors="surrogateescape")
+    archive = _Archive(
+        fileobj=cast("BinaryIO", headers), encoding="utf-8", errors="surrogateescape"
+    )
     while True:
         at = archive.offset
         file.seek(at)
