@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -203,6 +205,36 @@ def test_headers_that_lie_end_the_tar_there(tmp_path: Path, header: bytes) -> No
     assert found == {
         **{"a.tar/0": "read", "a.tar/1": "damaged", f"a.tar from byte {2 * end}": "damaged"}
     }
+
+
+def headers_with(kind: bytes, content: bytes) -> bytes:
+    """A header of `kind` with its content, and a file behind it."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(content)
+    file = tarfile.TarInfo("1.jpg")
+    padded = content + bytes(-len(content) % 512)
+    return info.tobuf(tarfile.GNU_FORMAT) + padded + file.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        headers_with(b"x", b"1" * 900_000),  # time squared in Python before 3.11.10
+        headers_with(b"L", b"x" * 2_000_000),
+        headers_with(b"x", b"30 path=" + b"x" * 10),
+        headers_with(b"L", b"x") * 2000,
+        headers_with(b"L", b"x")[:1024] * 2000,  # one header after another, and no file
+        headers_with(b"S", b"")[:482] + b"\1" + bytes(29) + (b"\x80" + bytes(10) + b"\1") * 200_000,
+    ],
+    ids=["digits", "long", "short", "many", "nested", "sparse"],
+)
+def test_headers_that_cost_time_or_memory_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    started = time.process_time()
+    with path.open("rb") as file, contextlib.suppress(DamagedTarError):
+        assert all(member.name for member in iter_members(file))
+    assert time.process_time() - started < 20  # hours, without limits
 
 
 @given(data=st.data())
