@@ -20,6 +20,7 @@ from unicl_fast.packing.sources.items import (
     Problem,
     Source,
     add_texts,
+    refused,
 )
 from unicl_fast.packing.sources.lists import find_image, iter_elements
 from unicl_fast.packing.sources.spool import Spool
@@ -147,9 +148,7 @@ def _add_image(
     number, name = image
     if not _is_id(number) or not isinstance(name, str) or not name:
         message = "an entry of `images` without a usable `id` and `file_name`"
-        broken.append(
-            Item(f"image {number!s:.40}", problem=Problem(kind="bad row", message=message))
-        )
+        broken.append(refused(f"image {number!s:.40}", "bad row", message))
         return
     item = find_image(tree, name)
     item = items.setdefault(item.entry or name, item)

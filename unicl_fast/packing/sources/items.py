@@ -217,6 +217,11 @@ class Item:
     behind a cut."""
 
 
+def refused(name: str, kind: str, message: str) -> Item:
+    """Returns an item that cannot be packed."""
+    return Item(name, problem=Problem(kind=kind, message=message))
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
     """Everything that one SOURCE argument stands for."""

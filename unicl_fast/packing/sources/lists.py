@@ -26,6 +26,7 @@ from unicl_fast.packing.sources.items import (
     Source,
     add_texts,
     meets,
+    refused,
     require_column,
     require_text_columns,
     split_condition,
@@ -47,14 +48,13 @@ Row = dict[str, Any] | Problem
 def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads a .csv, .tsv, .jsonl or .json with a row for each image, or several."""
     read_rows = _ROW_READERS[path.suffix.lower()]
-    conditions = [split_condition(condition) for condition in options.where]
     header = _column_names(read_rows(path))
     if not header:
         raise ValueError(f"{path} has no rows that can be read")
-    columns = _choose_columns(path, header, options, conditions)
+    columns = _choose_columns(path, header, options)
     tree = open_tree(Path(options.image_root) if options.image_root else path.parent)
     return _collect_rows(
-        path, read_rows(path), columns, conditions, lambda name: find_image(tree, name), spool
+        path, read_rows(path), columns, options, lambda name: find_image(tree, name), spool
     )
 
 
@@ -69,20 +69,19 @@ def read_map(path: Path, options: ListOptions, spool: Spool) -> Source:
     def find(name: str) -> Item:
         archive, at, inside = name.rpartition("@")
         if ".." in archive.split("/") or archive.startswith("/"):
-            return Item(name, problem=Problem(kind="outside", message="the zip lies elsewhere"))
+            return refused(name, "outside", "the zip lies elsewhere")
         try:
             tree = trees.find(path.parent / archive if at else root)
         except (OSError, ValueError) as error:
             if not at:
                 raise
-            return Item(name, problem=Problem(kind="missing", message=str(error)))
+            return refused(name, "missing", str(error))
         item = find_image(tree, inside.lstrip("/") if at else name)
         item.name = name
         return item
 
     columns = Columns("image", (), ("label",))
-    conditions = [split_condition(condition) for condition in options.where]
-    return _collect_rows(path, _map_rows(path), columns, conditions, find, spool)
+    return _collect_rows(path, _map_rows(path), columns, options, find, spool)
 
 
 def _zip_of_map(path: Path) -> Path:
@@ -94,23 +93,18 @@ def _collect_rows(
     path: Path,
     rows: Iterable[tuple[int, Row]],
     columns: Columns,
-    conditions: list[tuple[str, str]],
+    options: ListOptions,
     find: Callable[[str], Item],
     spool: Spool,
 ) -> Source:
-    """Makes samples of rows; rows with the same image are one, with all their texts.
+    """Makes samples of numbered rows; rows with the same image are one, with all their texts.
 
-    Args:
-        path: the list.
-        rows: with their line numbers.
-        columns: which to take.
-        conditions: what `--where` asks for.
-        find: makes the item of an image that is named for the first time.
-        spool: has room for the items.
+    `find` makes the item of an image that is named for the first time.
 
     Raises:
         ValueError: there are no rows.
     """
+    conditions = [split_condition(condition) for condition in options.where]
     items, broken = spool.new_items(), spool.new_items()
     passed_over: Counter[str] = Counter()
     for line, row in rows:
@@ -122,12 +116,11 @@ def _collect_rows(
             continue
         name = row.get(columns.image)
         if not isinstance(name, str) or not name:
-            problem = Problem(kind="bad row", message=f"no image path in {columns.image!r}")
-            broken.append(Item(f"line {line}", problem=problem))
+            broken.append(refused(f"line {line}", "bad row", f"no image path in {columns.image!r}"))
             continue
-        add_named(items, name, row, columns, position=line, where=f"line {line}", find=find)
+        add_named(items, name, row, columns, line, f"line {line}", find)
     if not items and not broken:
-        left = ", ".join("=".join(condition) for condition in conditions)
+        left = ", ".join(options.where)
         raise ValueError(f"{path} has no rows" + (f" with {left}" if left else ""))
     items.extend(broken)
     return Source(name=path.name, items=items, labels_are_names=False, passed_over=passed_over)
@@ -138,21 +131,13 @@ def add_named(
     name: str,
     row: dict[str, Any],
     columns: Columns,
-    *,
     position: int,
     where: str,
     find: Callable[[str], Item],
 ) -> None:
-    """Adds a row that names its image: as a new item, or to the item that has this name.
+    """Adds a row that names its image: to the item with this name, or to a new one.
 
-    Args:
-        items: get it.
-        name: of the image.
-        row: fields by column.
-        columns: which to take.
-        position: of the row in its file.
-        where: the row in words, for messages.
-        find: makes the item of an image that is named for the first time.
+    `find` makes the new item, and `where` is the row in words, for messages.
     """
     number = items.find(name)
     item = find(name) if number is None else Item(name)
@@ -173,9 +158,7 @@ def _column_names(rows: Iterable[tuple[int, Row]]) -> list[str]:
     return list(names)
 
 
-def _choose_columns(
-    path: Path, header: list[str], options: ListOptions, conditions: list[tuple[str, str]]
-) -> Columns:
+def _choose_columns(path: Path, header: list[str], options: ListOptions) -> Columns:
     """Finds the columns to read. JSON rows may say `caption` here and `captions` there."""
 
     def choose(wanted: str, usual: tuple[str, ...], option: str) -> tuple[str, ...]:
@@ -187,8 +170,8 @@ def _choose_columns(
     images = choose(options.image_column, IMAGE_COLUMNS, "--image-column")
     captions = choose(options.caption_column, CAPTION_COLUMNS, "--caption-column")
     labels = choose(options.label_column, LABEL_COLUMNS, "--label-column")
-    for column, _ in conditions:
-        require_column(path, column, header, "--where")
+    for condition in options.where:
+        require_column(path, split_condition(condition)[0], header, "--where")
     if not images:
         raise ValueError(
             f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with image paths "
@@ -201,15 +184,14 @@ def _choose_columns(
 def find_image(tree: Tree, name: str) -> Item:
     """Returns the item of an image; an absolute path is taken if it leads into the tree."""
     if ".." in name.split("/"):
-        problem = Problem(kind="outside", message="paths must stay inside the image root")
-        return Item(name, problem=problem)
+        return refused(name, "outside", "paths must stay inside the image root")
     try:
         entry = tree.find(name)
         if isinstance(entry, RefusedEntry):
             raise EntryError(entry.kind, entry.message)
         return Item(name, entry)
     except EntryError as error:
-        return Item(name, problem=Problem(kind=error.kind, message=str(error)))
+        return refused(name, error.kind, str(error))
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -224,11 +206,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[int, Row]]:
             for fields in reader:
                 if not fields:
                     continue
-                if len(fields) == len(header):
-                    yield reader.line_num, dict(zip(header, fields, strict=True))
-                else:
-                    message = f"{len(fields)} fields where the header has {len(header)}"
-                    yield reader.line_num, Problem(kind="bad row", message=message)
+                row: Row = dict(zip(header, fields, strict=False))
+                if len(fields) != len(header):
+                    row = _bad_row(f"{len(fields)} fields where the header has {len(header)}")
+                yield reader.line_num, row
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}") from error
         except csv.Error as error:
@@ -242,23 +223,24 @@ def _jsonl_rows(path: Path) -> Iterator[tuple[int, Row]]:
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = _object_in(json.loads(line))
             except (ValueError, RecursionError) as error:
-                yield number, Problem(kind="bad row", message=f"not JSON: {error}")
-                continue
-            if isinstance(row, dict):
-                yield number, row
-            else:
-                yield number, Problem(kind="bad row", message="not a JSON object")
+                row = _bad_row(f"not JSON: {error}")
+            yield number, row
 
 
 def _json_rows(path: Path) -> Iterator[tuple[int, Row]]:
     """Yields the objects of one JSON array; "lines" are its elements, counted from 1."""
     for number, (_, row) in enumerate(iter_elements(path), start=1):
-        if isinstance(row, dict):
-            yield number, row
-        else:
-            yield number, Problem(kind="bad row", message="not a JSON object")
+        yield number, _object_in(row)
+
+
+def _object_in(value: Any) -> Row:
+    return value if isinstance(value, dict) else _bad_row("not a JSON object")
+
+
+def _bad_row(message: str) -> Problem:
+    return Problem(kind="bad row", message=message)
 
 
 def _map_rows(path: Path) -> Iterator[tuple[int, Row]]:
@@ -271,7 +253,7 @@ def _map_rows(path: Path) -> Iterator[tuple[int, Row]]:
             if name and "\t" not in name and label.strip().removeprefix("-").isdecimal():
                 yield number, {"image": name, "label": int(label)}
             else:
-                yield number, Problem(kind="bad row", message="not PATH<TAB>NUMBER")
+                yield number, _bad_row("not PATH<TAB>NUMBER")
 
 
 _ROW_READERS: dict[str, Callable[[Path], Iterator[tuple[int, Row]]]] = {
@@ -394,12 +376,8 @@ class _JsonWindow:
         found = self._peek()
         self._at += len(found)
         if not found or found not in characters:
-            wanted = " or ".join(characters)
-            raise ValueError(
-                f"at character {self._position:,}: {found!r} where {wanted} should be"
-                if found
-                else f"it ends at character {self._position:,}, where {wanted} should be"
-            )
+            wanted, found = " or ".join(characters), repr(found) if found else "the end"
+            raise ValueError(f"at character {self._position:,}: {found} where {wanted} should be")
         return found
 
     def _peek(self) -> str:

@@ -19,7 +19,7 @@ from unicl_fast.packing.sources.items import Item as Item
 from unicl_fast.packing.sources.items import Label as Label
 from unicl_fast.packing.sources.items import ListOptions as ListOptions
 from unicl_fast.packing.sources.items import Problem as Problem
-from unicl_fast.packing.sources.items import RefusedEntry
+from unicl_fast.packing.sources.items import RefusedEntry, refused
 from unicl_fast.packing.sources.items import Source as Source
 from unicl_fast.packing.sources.items import split_condition as split_condition
 from unicl_fast.packing.sources.lists import MAP_ENDING, first_character, read_list, read_map
@@ -157,8 +157,7 @@ def _read_class_folders(
         *folders, file_name = name.split("/")
         suffix = os.path.splitext(file_name)[1].lower()
         if isinstance(entry, RefusedEntry):
-            problem = Problem(kind=entry.kind, message=entry.message)
-            items.append(Item(name, problem=problem))
+            items.append(refused(name, entry.kind, entry.message))
         elif any(part.startswith(".") or part == "__MACOSX" for part in name.split("/")):
             passed_over["hidden files"] += 1
         elif name in beside:
@@ -169,16 +168,12 @@ def _read_class_folders(
             items.append(Item(name, entry, labels=[folders[-1]]))
         else:
             message = "the image lies in no class folder; expected for example cat/1.jpg"
-            items.append(Item(name, problem=Problem(kind="no class", message=message)))
+            items.append(refused(name, "no class", message))
     if not items:
-        raise ValueError(
-            f"{path} holds no images; expected class folders with images in them, such as "
-            f"{path}/cat/1.jpg"
-            + (
-                f". Files such as {beside[0]} lie there too, and are not read where there are "
-                "folders beside them: name the files, or move the folders away"
-                if beside
-                else ""
-            )
-        )
+        message = f"{path} holds no images; expected class folders with images in them, such as "
+        message += f"{path}/cat/1.jpg"
+        if beside:
+            message += f". Files such as {beside[0]} lie there too, and are not read where there "
+            message += "are folders beside them: name the files, or move the folders away"
+        raise ValueError(message)
     return Source(name=source_name, items=items, labels_are_names=True, passed_over=passed_over)

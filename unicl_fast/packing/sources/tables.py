@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import importlib.util
 import json
 import re
@@ -27,6 +28,7 @@ from unicl_fast.packing.sources.items import (
     Source,
     Span,
     add_texts,
+    refused,
 )
 from unicl_fast.packing.sources.lists import add_named, find_image
 from unicl_fast.packing.sources.spool import Spool, full_disk, stamp
@@ -172,22 +174,14 @@ class _Reader:
         self.labels_are_names &= result.labels_are_names
         for first, end, message in result.damaged:
             rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
-            problem = Problem(kind="damaged", message=message)
-            self.broken.append(Item(f"{path.name} {rest}", problem=problem))
+            self.broken.append(refused(f"{path.name} {rest}", "damaged", message))
 
     def _add_row(self, task: TableTask, file_name: str, tree: Tree, row: dict[str, Any]) -> None:
         number: int = row["row"]
         where = f"{file_name}, row {number}"
         if "path" in row:  # rows with one path are one sample
-            add_named(
-                self.items,
-                row["path"],
-                row,
-                _COLUMNS,
-                position=number,
-                where=where,
-                find=lambda path: _find(tree, path),
-            )
+            find = functools.partial(_find, tree)
+            add_named(self.items, row["path"], row, _COLUMNS, number, where, find)
             return
         item = Item(f"{file_name}:{number}", position=number)
         if "problem" in row:
@@ -202,8 +196,7 @@ class _Reader:
 
 def _find(tree: Tree, path: str) -> Item:
     if re.match(r"https?://", path):
-        message = "an address, not a file; img2dataset fetches such lists"
-        return Item(path, problem=Problem(kind="missing", message=message))
+        return refused(path, "missing", "an address, not a file; img2dataset fetches such lists")
     return find_image(tree, path)
 
 

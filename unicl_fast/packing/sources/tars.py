@@ -37,6 +37,7 @@ from unicl_fast.packing.sources.items import (
     add_texts,
     meets,
     open_regular,
+    refused,
     split_condition,
 )
 from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
@@ -187,9 +188,6 @@ class _SampleMaker:
             name=name, items=self._items, labels_are_names=False, passed_over=self.passed_over
         )
 
-    def refuse(self, name: str, kind: str, message: str) -> None:
-        self._append(Item(name, problem=Problem(kind=kind, message=message)))
-
     def add_text(self, group: _Group, extension: str, read: Callable[[], bytes]) -> None:
         """Keeps what is wanted of a .txt, .cls or .json; counts files of any other kind."""
         if extension not in _TEXTS:
@@ -219,7 +217,7 @@ class _SampleMaker:
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
             problem = group.problem or Problem(kind="missing", message="a sample without an image")
-            self._append(Item(key, problem=problem, position=group.position))
+            self.append(Item(key, problem=problem, position=group.position))
             return
         if not meets(group.row, self._conditions):
             self.passed_over[LEFT_OUT] += 1
@@ -235,9 +233,9 @@ class _SampleMaker:
             item.entry = image
         if item.problem is None:
             add_texts(item, group.row, self._columns, "the sample")
-        self._append(item)
+        self.append(item)
 
-    def _append(self, item: Item) -> None:
+    def append(self, item: Item) -> None:
         self._has_image |= item.entry is not None
         if item.problem is not None and not self._first_problem:
             self._first_problem = item.problem.message
@@ -256,14 +254,15 @@ def _read_tar(path: Path, maker: _SampleMaker, spool: Spool) -> None:
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        maker.refuse(f"{path.name} from byte 0", "unreadable", error.strerror or str(error))
+        reason = error.strerror or str(error)
+        maker.append(refused(f"{path.name} from byte 0", "unreadable", reason))
         return
     for key, group in groups.items():
         maker.add(f"{path.name}/{key}", group)
     if damage is not None or broken:
         offset = size if damage is None else damage.offset
         message = " and ".join(filter(None, (broken, str(damage or ""))))
-        maker.refuse(f"{path.name} from byte {offset}", "damaged", message)
+        maker.append(refused(f"{path.name} from byte {offset}", "damaged", message))
 
 
 def _group_members(

@@ -18,6 +18,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
@@ -95,7 +96,7 @@ class FolderTree:
             if entry is not None:
                 yield name, entry
             elif name in folders:
-                waiting += sorted(_list_files(folders[name], name), reverse=True, key=_by_name)
+                waiting += sorted(_list_files(folders[name], name), reverse=True, key=itemgetter(0))
 
     def _folders(self) -> dict[str, str]:
         """Returns the paths of the folders to be listed, by the beginning of their files' names.
@@ -176,10 +177,6 @@ def _list_files(path: str, prefix: str) -> Iterator[tuple[str, Entry | None]]:
                 yield name, FileEntry(child.path, 0)
             except OSError as error:  # a link to itself
                 yield name, RefusedEntry("unreadable", error.strerror or str(error))
-
-
-def _by_name(found: tuple[str, Entry | None]) -> str:
-    return found[0]
 
 
 def open_tree(path: Path) -> Tree:

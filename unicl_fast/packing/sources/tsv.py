@@ -25,6 +25,7 @@ from unicl_fast.packing.sources.items import (
     add_texts,
     meets,
     open_regular,
+    refused,
     split_condition,
 )
 from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
@@ -81,7 +82,7 @@ def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
             is_read = item.problem is None  # else it is unknown whether --where leaves it out
             if items.find(item.name) is not None:
                 message = f"line {number}: another line has this key"
-                item = Item(f"line {number}", problem=Problem(kind="ambiguous", message=message))
+                item = refused(f"line {number}", "ambiguous", message)
             if is_read and conditions and not any(meets(row, conditions) for row in rows):
                 passed_over[LEFT_OUT] += 1
                 continue
@@ -139,8 +140,7 @@ def _read_line(path: Path, line: _Line, number: int) -> tuple[Item, list[dict[st
     """Returns the item of a line, without its texts; and the rows with these."""
 
     def refuse(message: str) -> tuple[Item, list[dict[str, Any]]]:
-        name = f"line {number}"
-        return Item(name, problem=Problem(kind="bad row", message=f"{name}: {message}")), []
+        return refused(f"line {number}", "bad row", f"line {number}: {message}"), []
 
     if line.num_tabs not in (1, 2):
         return refuse(f"{line.num_tabs + 1} fields; 2 or 3 are read, the image being the last")
