@@ -29,7 +29,7 @@ from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
-from unicl_fast.evaluation.run_on_dataset import evaluate_zero_shot
+from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import fast_precision, settle_precision

@@ -12,13 +12,10 @@ from torch.nn import functional as F
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.batch import EvaluationBatch
-from unicl_fast.evaluation.classification import wilson_interval
-from unicl_fast.evaluation.encode import encode_token_rows
+from unicl_fast.evaluation.encode import classify, encode_images, encode_token_rows
+from unicl_fast.evaluation.report import wilson_interval
 from unicl_fast.evaluation.retrieval import retrieval
-from unicl_fast.evaluation.zero_shot import (
-    zero_shot_accuracy,
-    zero_shot_classifier,
-)
+from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")
 TEMPLATES = ("a photo of a {}.", "{}", "the {} in an image that somebody took on a rainy day")
@@ -55,18 +52,16 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
         0, 256, (10, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     classifier = F.normalize(torch.randn(7, 8, dtype=torch.float64), dim=1)
-    from unicl_fast.evaluation.encode import encode_images
-
     ranking = (encode_images(model, images) @ classifier.T).argsort(dim=1, descending=True)
     labels = {sample: [int(ranking[sample, sample % 7])] for sample in range(10)}
     labels[8] = []
     labels[9] = [int(ranking[9, 6]), int(ranking[9, 0])]  # two labels, the second is right
-    result = zero_shot_accuracy(
-        model,
+    result = classify(
         ImageLoader(images),
-        classifier,
+        scores_by(model, classifier),
         labels_of=lambda sample: labels[sample],
         class_names=NAMES,
+        what="zero-shot",
     )
     # of samples 0 to 7 the place of the label is 0 1 2 3 4 5 6 0; 8 has none, 9 is right
     assert (result.num_samples, result.num_correct, result.num_correct_top5) == (9, 3, 7)
@@ -82,12 +77,12 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
 def test_without_labels_there_is_nothing_to_classify(model: UniCL) -> None:
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="no sample of this data set has a label"):
-        zero_shot_accuracy(
-            model,
+        classify(
             ImageLoader(images),
-            torch.ones(7, 8, dtype=torch.float64),
+            scores_by(model, torch.ones(7, 8, dtype=torch.float64)),
             labels_of=lambda sample: [],
             class_names=NAMES,
+            what="zero-shot",
         )
 
 

@@ -14,7 +14,7 @@ from small_runs import tiny_config
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.evaluation.run_probe import feature_key, weights_checksum
+from unicl_fast.evaluation.features import feature_key, weights_checksum
 
 pytestmark = pytest.mark.dali
 

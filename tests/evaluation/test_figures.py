@@ -10,8 +10,8 @@ import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack
 
-from unicl_fast.evaluation.figures import _Captions, most_confused
-from unicl_fast.evaluation.run_on_dataset import RetrievalFeatures
+from unicl_fast.evaluation.report import most_confused
+from unicl_fast.evaluation.retrieval import RetrievalFeatures, _Captions
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali

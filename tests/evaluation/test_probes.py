@@ -12,11 +12,10 @@ from rank_workers import gather_features_of_slices, run_on_ranks
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from unicl_fast.evaluation.features import FeatureCache
+from unicl_fast.evaluation.features import FeatureCache, LabelledFeatures, with_labels
 from unicl_fast.evaluation.knn import knn_accuracy, nearest
 from unicl_fast.evaluation.linear_probe import (
     LOG10_C,
-    LabelledFeatures,
     LinearClassifier,
     draw_shots,
     evaluate_classifier,
@@ -24,7 +23,6 @@ from unicl_fast.evaluation.linear_probe import (
     fit_probe,
     search_peak,
     split_validation,
-    with_labels,
 )
 
 NAMES = ("a", "b", "c", "d", "e", "f")

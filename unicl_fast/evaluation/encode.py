@@ -1,28 +1,64 @@
-"""Images and token rows to features, as every evaluation needs them."""
+"""A model over images and texts: who computes where, features, and class scores.
+
+Ranks share the images of a data set: rank r of w takes the samples r, r + w, r + 2 w, ...
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
-import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 from tqdm import tqdm
 
+from unicl_fast.batch import EvaluationBatch, EvaluationLoader
+from unicl_fast.checkpoints.load import load_model
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.launch import configure_logging
+from unicl_fast.distributed.ranks import Ranks, gather_integers, process_group
+from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
+from unicl_fast.evaluation.requests import Evaluation, Layer
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import heartbeat_and_check_stop
+from unicl_fast.system.devices import choose_device
+from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
+from unicl_fast.system.stages import WaitingForRanks
 
-Layer = Literal["encoder", "projection"]
-"""Which features of an image: what the image encoder gives, or its unit-norm projection into the
-space that texts are compared in. A model trained by cross-entropy has no such space."""
+_ROWS_AT_ONCE = 8192
+"""Rows that each rank sends in one collective: 25 MB of 768 numbers."""
+
+
+@contextlib.contextmanager
+def model_on_ranks(command: Evaluation) -> Iterator[tuple[UniCL, Ranks]]:
+    """The checkpoint's model in evaluation mode on its device, and the ranks that share the work.
+
+    Convolutions have the memory format that they were trained with.
+    """
+    device = choose_device(command.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with process_group(device) as ranks:
+        configure_logging(ranks)
+        model = load_model(command.checkpoint, weights=command.weights).to(device)
+        if model.config.efficiency.channels_last:
+            model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        yield model, ranks
+
+
+def shows_progress(ranks: Ranks) -> bool:
+    """Whether this process draws progress bars: rank 0, on a terminal; a log gets none."""
+    return ranks.is_main and sys.stderr.isatty()
 
 
 def device_of(model: UniCL) -> torch.device:
-    """Where the model lies."""
+    """The device that holds the model."""
     return next(model.image_encoder.parameters()).device
 
 
@@ -46,10 +82,6 @@ def require_text_encoder(model: UniCL, what: str) -> None:
 def require_layer(model: UniCL, layer: Layer) -> None:
     """Refuses features that a model does not have.
 
-    Args:
-        model: any.
-        layer: which features are asked for.
-
     Raises:
         ValueError: the projection of a model that has none.
     """
@@ -61,12 +93,7 @@ def require_layer(model: UniCL, layer: Layer) -> None:
 
 
 def prepare_images(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
-    """Decoded images as the model's image encoder takes them, on its device.
-
-    Args:
-        model: says how images are normalised.
-        images: uint8 [b h w c].
-    """
+    """Normalises decoded images uint8 [b h w c] for the model's image encoder, on its device."""
     config = model.config
     return normalise_images(
         images.to(device_of(model), non_blocking=True),
@@ -101,7 +128,7 @@ def encode_images(
 @torch.no_grad()
 def encode_token_rows(
     model: UniCL,
-    rows: Sequence[npt.NDArray[np.uint16]],
+    rows: Sequence[NDArray[np.uint16]],
     *,
     batch_size: int = 512,
     progress: bool = False,
@@ -118,12 +145,12 @@ def encode_token_rows(
         raise ValueError("there are no texts to encode")
     precision = Precision(model.config.efficiency.precision)
     device = device_of(model)
-    # texts of like length together: what is padded is computed for nothing
+    # texts of similar length together: what is padded is computed for nothing
     order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
     features = []
     starts = range(0, len(rows), batch_size)
     for start in tqdm(starts, desc="encode texts", disable=not progress):
-        heartbeat_and_check_stop()  # asked to stop, the images are left off, and all ranks know
+        heartbeat_and_check_stop()  # a stop is obeyed between images, where all ranks learn of it
         chosen = [rows[row] for row in order[start : start + batch_size]]
         tokens = torch.zeros(len(chosen), len(chosen[-1]), dtype=torch.int64)
         for number, row in enumerate(chosen):
@@ -131,3 +158,154 @@ def encode_token_rows(
         with precision.autocast(device.type):
             features.append(model.encode_text(tokens.to(device)))
     return torch.cat(features)[torch.tensor(order).argsort()]
+
+
+def loader_for(
+    model: UniCL, dataset: PackedDataset, *, ranks: Ranks, batch_size: int
+) -> EvaluationLoader:
+    """This rank's part of a data set, prepared as the model needs it, on the model's device."""
+    # here, so that the protocols serve other loaders where DALI is not installed
+    from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
+
+    return DaliLoader(
+        dataset,
+        model.config.data,
+        batch_size=batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device_of(model),
+    )
+
+
+def batches_until_stopped(
+    loader: EvaluationLoader, *, ranks: Ranks, title: str, progress: bool
+) -> Iterator[EvaluationBatch]:
+    """All batches of this rank; if any rank is asked to stop, all raise at the end.
+
+    Raises:
+        EvaluationStopped: on all ranks.
+    """
+    stopped = False
+    for batch in tqdm(loader, desc=title, disable=not progress):
+        if not heartbeat_and_check_stop():
+            stopped = True
+            break
+        yield batch
+    if any(gather_integers(int(stopped), ranks)):
+        raise EvaluationStopped
+
+
+@torch.no_grad()
+def classify(
+    loader: EvaluationLoader,
+    scores_of: Callable[[Tensor], Tensor],
+    *,
+    labels_of: Callable[[int], Sequence[int]],
+    class_names: Sequence[str],
+    what: str,
+    ranks: Ranks | None = None,
+    progress: bool = False,
+    confusion: bool = False,
+) -> ClassificationResult:
+    """Classifies the images of a loader, on one rank or many.
+
+    Args:
+        loader: over all ranks, each sample once.
+        scores_of: scores [b k] of images, uint8 [b h w c].
+        labels_of: labels of a sample of the data set; see `ClassificationCounts.add`.
+        class_names: k names.
+        what: is evaluated, for messages.
+        ranks: whose counts are added up.
+        progress: show a progress bar.
+        confusion: also count which class is taken for which.
+
+    Raises:
+        ValueError: no sample has a label.
+        EvaluationStopped: it was asked to stop, on all ranks.
+    """
+    ranks = ranks or Ranks()
+    counts = ClassificationCounts(class_names, confusion=confusion)
+    for batch in batches_until_stopped(loader, ranks=ranks, title="classify", progress=progress):
+        counts.add(
+            rank_classes(scores_of(batch.images)),
+            ([int(label) for label in labels_of(sample)] for sample in batch.sample_ids.tolist()),
+        )
+    counts.sum_over(ranks)
+    return counts.result(what=what)
+
+
+def extract_features(
+    model: UniCL,
+    dataset: PackedDataset,
+    *,
+    ranks: Ranks,
+    layer: Layer = "projection",
+    batch_size: int = 256,
+    progress: bool = False,
+) -> Float[Tensor, "n d"] | None:
+    """Features of all images of a data set, in its order.
+
+    Args:
+        model: in evaluation mode.
+        dataset: with n samples.
+        ranks: they share the work.
+        layer: which features.
+        batch_size: images encoded at once by each rank.
+        progress: show a progress bar.
+
+    Returns:
+        [n d] on the host, fp32 or fp64; None on all ranks but rank 0.
+
+    Raises:
+        EvaluationStopped: it was asked to stop, on all ranks.
+    """
+    loader = loader_for(model, dataset, ranks=ranks, batch_size=batch_size)
+    expected = torch.arange(ranks.rank, len(dataset), ranks.world_size)
+    parts: list[Tensor] = []
+    done = 0
+    for batch in batches_until_stopped(
+        loader, ranks=ranks, title="encode images", progress=progress
+    ):
+        ids = batch.sample_ids
+        assert torch.equal(ids, expected[done : done + len(ids)]), "samples out of order"
+        parts.append(encode_images(model, batch.images, layer=layer).cpu())
+        done += len(ids)
+    return collect_rows(torch.cat(parts) if parts else None, num_rows=len(dataset), ranks=ranks)
+
+
+def collect_rows(
+    mine: Float[Tensor, "m d"] | None, *, num_rows: int, ranks: Ranks
+) -> Float[Tensor, "n d"] | None:
+    """Rows r, r + w, r + 2 w, ... of rank r of w, put together on rank 0.
+
+    Args:
+        mine: this rank's rows, on the host; None if it has none.
+        num_rows: number of rows of all ranks.
+        ranks: they hold the rows.
+
+    Returns:
+        [num_rows d]; None on all ranks but rank 0.
+    """
+    if ranks.world_size == 1:
+        return mine
+    # a rank without rows knows neither their width nor their type
+    width = max(gather_integers(0 if mine is None else mine.shape[1], ranks))
+    double = max(gather_integers(int(mine is not None and mine.dtype == torch.float64), ranks))
+    dtype = torch.float64 if double else torch.float32
+    mine = torch.empty(0, width, dtype=dtype) if mine is None else mine
+    whole = torch.empty(num_rows, width, dtype=dtype) if ranks.is_main else None
+    most = -(-num_rows // ranks.world_size)
+    for start in range(0, most, _ROWS_AT_ONCE):
+        sent = torch.zeros(min(_ROWS_AT_ONCE, most - start), width, dtype=dtype)
+        part = mine[start : start + len(sent)]
+        sent[: len(part)] = part
+        received = (
+            [torch.empty_like(sent) for _ in range(ranks.world_size)] if whole is not None else None
+        )
+        with WaitingForRanks():
+            dist.gather(sent, received, dst=0, group=ranks.host_group)
+        if whole is not None and received is not None:
+            for rank, rows in enumerate(received):
+                places = whole[rank + start * ranks.world_size :: ranks.world_size][: len(sent)]
+                places.copy_(rows[: len(places)])
+    return whole

@@ -1,116 +1,208 @@
-"""Features of all images of a data set: extracted once, over all ranks, and kept in a folder.
+"""Features of labelled images: extracted once over all ranks, kept in a folder, put beside labels.
 
-A linear probe and its many fits, nearest neighbours and retrieval need the same features again and
-again, and the encoder is all that takes long. What a stored file holds is told by its name, a
-checksum of everything that decides the features; so nothing stale is ever read.
+A linear probe and its many fits, nearest neighbours and the first head of fine-tuning need the same
+features again and again, and the encoder is all that takes long. The name of a stored file is a
+checksum of everything that decides the features, so nothing stale is ever read.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import json
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from jaxtyping import Float
+import xxhash
+from jaxtyping import Float, Int
+from numpy.typing import NDArray
 from torch import Tensor
-from tqdm import tqdm
 
-from unicl_fast.batch import EvaluationLoader
-from unicl_fast.distributed.ranks import Ranks, gather_integers
-from unicl_fast.evaluation.encode import Layer, encode_images
+from unicl_fast.checkpoints.load import find_model
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import from_rank_0
+from unicl_fast.evaluation.data import EvaluationData, open_data
+from unicl_fast.evaluation.encode import (
+    device_of,
+    extract_features,
+    model_on_ranks,
+    require_layer,
+    shows_progress,
+)
+from unicl_fast.evaluation.requests import FrozenFeatures, Layer, Metric
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
-from unicl_fast.system.stages import WaitingForRanks
 
 logger = logging.getLogger(__name__)
 
-_ROWS_AT_ONCE = 8192
-"""Rows that each rank sends in one collective: 25 MB of 768 numbers."""
+_KEY_VERSION = 1
+"""Version of what decides features beside `feature_key`'s facts; raised when the pipeline changes.
+"""
 
 
-def extract_features(
-    model: UniCL,
-    loader: EvaluationLoader,
-    *,
-    num_samples: int,
-    layer: Layer = "projection",
-    ranks: Ranks | None = None,
-    num_batches: int | None = None,
-) -> Float[Tensor, "n d"] | None:
-    """Features of every sample, in the order of the data set.
+@dataclass(frozen=True, slots=True)
+class LabelledFeatures:
+    """Samples with labels: features, the label each is fitted with, and all that count as right."""
+
+    features: Float[Tensor, "n d"]
+    labels: Int[Tensor, " n"]
+    """int64, the first label of each."""
+    all_labels: Sequence[Sequence[int]]
+    num_without_label: int = 0
+    """Samples that were left out."""
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def to(self, dtype: torch.dtype) -> LabelledFeatures:
+        """The same with features of another type."""
+        return dataclasses.replace(self, features=self.features.to(dtype))
+
+    def take(self, rows: NDArray[np.int64]) -> LabelledFeatures:
+        """Some of them, in the order of `rows`."""
+        chosen = torch.from_numpy(rows).to(self.labels.device)
+        return LabelledFeatures(
+            self.features[chosen],
+            self.labels[chosen],
+            [self.all_labels[row] for row in rows.tolist()],
+        )
+
+    def join(self, other: LabelledFeatures) -> LabelledFeatures:
+        """Both, one after the other."""
+        return LabelledFeatures(
+            torch.cat([self.features, other.features]),
+            torch.cat([self.labels, other.labels]),
+            [*self.all_labels, *other.all_labels],
+        )
+
+
+def with_labels(
+    features: Float[Tensor, "n d"], labels: Sequence[Sequence[int]], *, what: str
+) -> LabelledFeatures:
+    """Features of the samples that have labels.
 
     Args:
-        model: in evaluation mode.
-        loader: over all ranks, each sample once; rank r of w has r, r + w, r + 2 w, ...
-        num_samples: of the data set.
-        layer: which features.
-        ranks: who shares the work.
-        num_batches: for the progress bar; None shows none.
-
-    Returns:
-        [num_samples d] on the host, fp32 or fp64; None on all ranks but rank 0.
+        features: [n d] of all samples.
+        labels: of each sample.
+        what: names the data set in the message.
 
     Raises:
-        EvaluationStopped: it was asked to leave off, on all ranks.
+        ValueError: no sample has a label.
     """
-    ranks = ranks or Ranks()
-    expected = torch.arange(ranks.rank, num_samples, ranks.world_size)
-    parts: list[Tensor] = []
-    stopped, done = False, 0
-    for batch in tqdm(loader, desc="encode images", total=num_batches, disable=num_batches is None):
-        if not heartbeat_and_check_stop():
-            stopped = True
-            break
-        ids = batch.sample_ids
-        assert torch.equal(ids, expected[done : done + len(ids)]), "samples out of order"
-        parts.append(encode_images(model, batch.images, layer=layer).cpu())
-        done += len(ids)
-    if any(gather_integers(int(stopped), ranks)):
-        raise EvaluationStopped
-    return collect_rows(torch.cat(parts) if parts else None, num_rows=num_samples, ranks=ranks)
+    kept = [row for row, own in enumerate(labels) if own]
+    if not kept:
+        raise ValueError(f"no sample of {what} has a label")
+    return LabelledFeatures(
+        features if len(kept) == len(labels) else features[torch.tensor(kept)],
+        torch.tensor([labels[row][0] for row in kept], device=features.device),
+        [labels[row] for row in kept],
+        num_without_label=len(labels) - len(kept),
+    )
 
 
-def collect_rows(
-    mine: Float[Tensor, "m d"] | None, *, num_rows: int, ranks: Ranks
-) -> Float[Tensor, "n d"] | None:
-    """Rows r, r + w, r + 2 w, ... of rank r of w, put together on rank 0.
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ExtractedSets:
+    """Features of the data sets of one command on rank 0, on the device that fits."""
 
-    Args:
-        mine: this rank's rows, on the host; None if it has none.
-        num_rows: of all ranks.
-        ranks: who has some.
+    train: LabelledFeatures
+    test: LabelledFeatures
+    validation: LabelledFeatures | None
+    class_names: tuple[str, ...]
+    """Classes of the training data; the labels of all sets are numbers of these."""
+    test_name: str
+    metric: Metric
+    """The metric that is reported first."""
 
-    Returns:
-        [num_rows d]; None on all ranks but rank 0.
+    def described(self, command: FrozenFeatures) -> dict[str, object]:
+        """The first values of a report."""
+        return {
+            "train": command.train,
+            "data": command.data,
+            "layer": command.layer,
+            "num_train": len(self.train),
+            "num_test": len(self.test),
+            "num_features": self.train.features.shape[1],
+            "metric": self.metric,
+        }
+
+
+def extract_sets(command: FrozenFeatures) -> ExtractedSets | None:
+    """Features and labels of the data sets of a command; None on all ranks but rank 0.
+
+    Raises:
+        ValueError: a class that the training data has not, or a set without labels.
     """
-    if ranks.world_size == 1:
-        return mine
-    # a rank without rows does not know how long one is, nor of which type
-    width = max(gather_integers(0 if mine is None else mine.shape[1], ranks))
-    double = max(gather_integers(int(mine is not None and mine.dtype == torch.float64), ranks))
-    dtype = torch.float64 if double else torch.float32
-    mine = torch.empty(0, width, dtype=dtype) if mine is None else mine
-    whole = torch.empty(num_rows, width, dtype=dtype) if ranks.is_main else None
-    most = -(-num_rows // ranks.world_size)
-    for start in range(0, most, _ROWS_AT_ONCE):
-        count = min(_ROWS_AT_ONCE, most - start)
-        sent = torch.zeros(count, width, dtype=dtype)
-        part = mine[start : start + count]
-        sent[: len(part)] = part
-        received = (
-            [torch.empty_like(sent) for _ in range(ranks.world_size)] if ranks.is_main else None
-        )
-        with WaitingForRanks():
-            dist.gather(sent, received, dst=0, group=ranks.host_group)
-        if whole is not None and received is not None:
-            for rank, rows in enumerate(received):
-                places = whole[rank + start * ranks.world_size :: ranks.world_size][:count]
-                places.copy_(rows[: len(places)])
-    return whole
+    found: list[LabelledFeatures] = []
+    opened: list[EvaluationData] = []
+    with model_on_ranks(command) as (model, ranks):
+        require_layer(model, command.layer)
+        cache = FeatureCache(_cache_folder(command))
+        weights = weights_checksum(model)
+        for spec in command.data_sets():
+            with open_data(spec, ranks=ranks, metric=command.metric) as data:
+                opened.append(data)
+                labels = data.labels_among(opened[0])
+                key = feature_key(model, data.dataset, layer=command.layer, weights=weights)
+                features = None
+                if from_rank_0(cache.has(key), ranks):
+                    if ranks.is_main:
+                        features = cache.load(key, num_samples=len(data.dataset))
+                        print(f"features of {spec}: found again")
+                else:
+                    features = extract_features(
+                        model,
+                        data.dataset,
+                        ranks=ranks,
+                        layer=command.layer,
+                        batch_size=command.batch_size,
+                        progress=shows_progress(ranks),
+                    )
+                    if features is not None:
+                        cache.store(key, features)
+                if features is not None:
+                    found.append(with_labels(features.to(device_of(model)), labels, what=spec))
+    if not found:
+        return None
+    return ExtractedSets(
+        train=found[0],
+        test=found[1],
+        validation=found[2] if len(found) > 2 else None,
+        class_names=opened[0].class_names,
+        test_name=opened[1].name,
+        metric=opened[1].metric,
+    )
+
+
+def weights_checksum(model: UniCL) -> str:
+    """XXH3 of everything that turns images into features, as 16 hexadecimal digits."""
+    digest = xxhash.xxh3_64()
+    for name, value in sorted(model.state_dict().items()):
+        if name.startswith(("image_encoder.", "image_projection")):
+            digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def feature_key(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: str) -> str:
+    """A name for the features of a data set: equal if and only if the features would be."""
+    data, efficiency = model.config.data, model.config.efficiency
+    images: NDArray[np.uint64] = np.ascontiguousarray(dataset.samples["xxh3"])
+    facts = {
+        "version": _KEY_VERSION,
+        "weights": weights,
+        "layer": layer,
+        "images": [xxhash.xxh3_64_hexdigest(images.tobytes()), len(dataset)],
+        "encoder": model.config.model.image_encoder,
+        "view": [data.image_size, data.evaluation_resize, data.interpolation, data.resample],
+        "normalisation": [*data.mean, *data.std],
+        "precision": efficiency.precision,
+        "device": device_of(model).type,
+    }
+    return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
 class FeatureCache:
@@ -133,17 +225,17 @@ class FeatureCache:
         path = self._path(key)
         try:
             values = np.load(path, allow_pickle=False)
+            if values.ndim != 2 or len(values) != num_samples or values.dtype.kind != "f":
+                raise ValueError(
+                    f"{num_samples} rows of features were expected, {values.dtype} "
+                    f"{list(values.shape)} came"
+                )
         except (ValueError, EOFError) as error:
             raise ValueError(f"{path} is damaged: {error}; remove it") from error
-        if values.ndim != 2 or len(values) != num_samples or values.dtype.kind != "f":
-            raise ValueError(
-                f"{path} is damaged: {num_samples} rows of features were expected, "
-                f"{values.dtype} {list(values.shape)} came; remove it"
-            )
         return torch.from_numpy(values)
 
     def store(self, key: str, features: Float[Tensor, "n d"]) -> None:
-        """Writes features whole or not at all; a disk that refuses is said, and no more."""
+        """Writes features whole or not at all; a disk that refuses is a warning and no error."""
         if self._folder is None:
             return
         path = self._path(key)
@@ -161,3 +253,10 @@ class FeatureCache:
     def _path(self, key: str) -> Path:
         assert self._folder is not None
         return self._folder / f"{key}.npy"
+
+
+def _cache_folder(command: FrozenFeatures) -> Path | None:
+    if command.features != "auto":
+        return None if command.features == "none" else Path(command.features)
+    folder = find_model(command.checkpoint).parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "features"

@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from unicl_fast.evaluation.requests import Detect
+from unicl_fast.system.keyed_random import fold_key, uniform_tensor
+
+Target = dict[str, Tensor]
+"""Boxes [m 4] (left, top, right, bottom), labels [m] from 1, and masks [m h w] where asked for."""
+_ORDER, _FLIPS = 1, 2
+"""Purposes of random numbers."""
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def require_pycocotools() -> None:
-    """Says how to install what is missing.
+    """Refuses to begin without pycocotools, and says how to install it.
 
     Raises:
-        ModuleNotFoundError: pycocotools is.
+        ModuleNotFoundError: pycocotools is missing.
     """
     try:
         import pycocotools.mask  # noqa: F401
@@ -38,11 +47,11 @@ def require_pycocotools() -> None:
         ) from error
 
 
-class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+class CocoImages(Dataset[tuple[Tensor, Target]]):
     """Images with boxes, and polygons or RLE, as an instances_*.json lists them.
 
     Class numbers are 1 to k in order of the categories' ids; 0 is the background's. Crowds are
-    trained on by nobody, and counted as COCO's metrics do.
+    never trained on, and counted as COCO's metrics do.
     """
 
     def __init__(self, annotations: Path, images: Path, *, masks: bool = False) -> None:
@@ -58,16 +67,14 @@ class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
             ValueError: the file is no list of boxes.
         """
         if not annotations.is_file():
-            raise FileNotFoundError(
-                f"no file {annotations}: give an instances_*.json of COCO's form"
-            )
+            raise FileNotFoundError(f"no file {annotations}: give an instances_*.json as COCO's")
         try:
             self.content: dict[str, Any] = json.loads(annotations.read_bytes())
             self.images = sorted(self.content["images"], key=lambda image: image["id"])
             categories = sorted(self.content["categories"], key=lambda one: one["id"])
             self.class_names = tuple(str(one["name"]) for one in categories)
             self.category_ids = [int(one["id"]) for one in categories]
-            number_of = {one: place + 1 for place, one in enumerate(self.category_ids)}
+            number_of = {one: number for number, one in enumerate(self.category_ids, start=1)}
             self._boxes: dict[int, list[dict[str, Any]]] = {one["id"]: [] for one in self.images}
             for one in self.content["annotations"]:
                 _, _, width, height = one["bbox"]
@@ -93,16 +100,16 @@ class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     @property
     def with_boxes(self) -> list[int]:
-        """Places of images that show something; only these can be trained on."""
-        return [place for place, one in enumerate(self.images) if self._boxes[one["id"]]]
+        """Indices of images that have boxes; only these can be trained on."""
+        return [index for index, one in enumerate(self.images) if self._boxes[one["id"]]]
 
-    def __getitem__(self, place: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """An image [3 h w] in 0 to 1 and its target.
 
         Raises:
             ValueError: the image cannot be read.
         """
-        listed = self.images[place]
+        listed = self.images[index]
         path = self._folder / listed["file_name"]
         try:
             with Image.open(path) as image:
@@ -141,19 +148,19 @@ class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
         return masks
 
 
-class _Flipped(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Images by (place, whether to flip)."""
+class _Flipped(Dataset[tuple[Tensor, Target]]):
+    """Images by (index, whether to flip)."""
 
     def __init__(self, images: CocoImages) -> None:
         self._images = images
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, Target]:
         image, target = self._images[key[0]]
         return flip(image, target) if key[1] else (image, target)
 
 
-def flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Left becomes right, in image, boxes and masks."""
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Exchanges left and right in image, boxes and masks."""
     width = image.shape[2]
     boxes = target["boxes"][:, [2, 1, 0, 3]].clone()
     boxes[:, [0, 2]] = width - boxes[:, [0, 2]]
@@ -171,39 +178,20 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 2,
-) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-    """Batches without end, half of the images flipped; which, the seed and the place decide.
+) -> Iterator[tuple[list[Tensor], list[Target]]]:
+    """Batches without end; half of the images are flipped, as the seed and the epoch decide.
 
     Args:
-        images: those with boxes are taken, each once a pass.
+        images: those with boxes are taken, each once an epoch.
         batch_size: of all ranks, which share it evenly.
         seed: of order and flips.
-        rank: whose share.
-        world_size: ranks.
+        rank: takes every world_size-th image of a batch, from this one on.
+        world_size: number of ranks.
         workers: processes that decode.
     """
-    places = images.with_boxes
-
-    def keys() -> Iterator[list[tuple[int, bool]]]:
-        epoch = 0
-        left: list[tuple[int, bool]] = []
-        while True:
-            while len(left) < batch_size:
-                generator = np.random.default_rng([seed, epoch])
-                order = generator.permutation(len(places))
-                flips = generator.random(len(places)) < 0.5
-                left += [(places[i], bool(flips[i])) for i in order]
-                epoch += 1
-            yield left[:batch_size][rank::world_size]
-            left = left[batch_size:]
-
-    class Sampler:
-        def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-            return keys()
-
     loader = DataLoader(
         _Flipped(images),
-        batch_sampler=Sampler(),
+        batch_sampler=_Draws(images.with_boxes, batch_size, seed, slice(rank, None, world_size)),
         num_workers=workers,
         collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True))),
         multiprocessing_context="fork" if workers else None,
@@ -211,13 +199,52 @@ def training_batches(
     return iter(loader)
 
 
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """A rank's (index, whether to flip) of each batch, without end."""
+
+    indices: Sequence[int]
+    batch_size: int
+    seed: int
+    mine: slice
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        counters = torch.arange(len(self.indices))
+        left: list[tuple[int, bool]] = []
+        for epoch in itertools.count():
+            order = uniform_tensor(fold_key(self.seed, epoch, _ORDER), counters).argsort(
+                stable=True
+            )
+            flips = uniform_tensor(fold_key(self.seed, epoch, _FLIPS), counters) < 0.5
+            left += [(self.indices[i], bool(flips[i])) for i in order.tolist()]
+            while len(left) >= self.batch_size:
+                yield left[: self.batch_size][self.mine]
+                left = left[self.batch_size :]
+
+
+def check_annotations(command: Detect) -> None:
+    """Refuses annotations that a detector cannot be trained and tested on.
+
+    Raises:
+        ValueError: no list of boxes, or two lists of different classes.
+        FileNotFoundError: no annotations or images.
+    """
+    train = CocoImages(command.train, command.train_images)
+    test = CocoImages(command.data, command.images)
+    if train.class_names != test.class_names:
+        raise ValueError(
+            f"{command.train} and {command.data} list different categories: a detector needs the "
+            "same ones, in the same order of ids"
+        )
+
+
 def as_coco(
-    number: int, found: dict[str, Tensor], category_ids: Sequence[int]
+    image_id: int, found: dict[str, Tensor], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
     """Detections of one image as COCO's result files have them.
 
     Args:
-        number: the image's id.
+        image_id: from the annotation file.
         found: from `detection.detect`.
         category_ids: of the classes 1 to k.
     """
@@ -225,7 +252,7 @@ def as_coco(
     boxes[:, 2:] -= boxes[:, :2]
     rows: list[dict[str, Any]] = [
         {
-            "image_id": number,
+            "image_id": image_id,
             "category_id": category_ids[int(label) - 1],
             "bbox": box,
             "score": float(score),
@@ -261,7 +288,7 @@ def coco_metrics(
     if not detections:
         return {f"{kind}/{name}": 0.0 for kind in kinds for name in METRICS}
     values: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints at every turn
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
         truth = COCO()
         truth.dataset = copy.deepcopy(content)
         truth.dataset.setdefault("info", {})
