@@ -12,7 +12,12 @@ from rank_workers import gather_features_of_slices, run_on_ranks
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from unicl_fast.evaluation.features import FeatureCache, LabelledFeatures, with_labels
+from unicl_fast.evaluation.features import (
+    LabelledFeatures,
+    keep_features,
+    load_features,
+    with_labels,
+)
 from unicl_fast.evaluation.knn import knn_accuracy, nearest
 from unicl_fast.evaluation.linear_probe import (
     LOG10_C,
@@ -175,19 +180,17 @@ def test_the_search_in_chunks_finds_the_same_neighbours() -> None:
 def test_kept_features_come_back_and_damaged_ones_are_refused(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    cache, features = FeatureCache(tmp_path / "features"), torch.randn(5, 3)
-    assert not cache.has("key")
-    cache.store("key", features)
-    assert torch.equal(cache.load("key", num_samples=5), features)
+    path, features = tmp_path / "features" / "key.npy", torch.randn(5, 3)
+    keep_features(path, features)
+    assert torch.equal(load_features(path, num_samples=5), features)
     with pytest.raises(ValueError, match="6 rows of features were expected"):
-        cache.load("key", num_samples=6)
-    (tmp_path / "features" / "key.npy").write_bytes(b"\x93NUMPY\x01\x00 cut")
+        load_features(path, num_samples=6)
+    path.write_bytes(b"\x93NUMPY\x01\x00 cut")
     with pytest.raises(ValueError, match="is damaged"):
-        cache.load("key", num_samples=5)
+        load_features(path, num_samples=5)
     (tmp_path / "file").touch()
-    FeatureCache(tmp_path / "file").store("key", features)  # a file where the folder should be
+    keep_features(tmp_path / "file" / "key.npy", features)  # a file where the folder should be
     assert "features are not kept" in caplog.text
-    assert not FeatureCache(None).has("key")
 
 
 @pytest.mark.dist

@@ -22,7 +22,7 @@ from unicl_fast.batch import EvaluationBatch, EvaluationLoader
 from unicl_fast.checkpoints.load import load_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging
-from unicl_fast.distributed.ranks import Ranks, gather_integers, process_group
+from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects, process_group
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
 from unicl_fast.evaluation.requests import Evaluation, Layer
 from unicl_fast.models.precision import Precision, normalise_images
@@ -76,19 +76,6 @@ def require_text_encoder(model: UniCL, what: str) -> None:
         raise ValueError(
             f"{what} compares images with texts, and this model has no text encoder, since it "
             "was trained without one: take linear-probe, knn, finetune or detect"
-        )
-
-
-def require_layer(model: UniCL, layer: Layer) -> None:
-    """Refuses features that a model does not have.
-
-    Raises:
-        ValueError: the projection of a model that has none.
-    """
-    if layer == "projection" and model.image_projection is None:
-        raise ValueError(
-            "features behind the projection were asked for, and this model, trained by "
-            "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
         )
 
 
@@ -289,9 +276,8 @@ def collect_rows(
     if ranks.world_size == 1:
         return mine
     # a rank without rows knows neither their width nor their type
-    width = max(gather_integers(0 if mine is None else mine.shape[1], ranks))
-    double = max(gather_integers(int(mine is not None and mine.dtype == torch.float64), ranks))
-    dtype = torch.float64 if double else torch.float32
+    kinds = gather_objects(None if mine is None else (mine.shape[1], mine.dtype), ranks)
+    width, dtype = next(kind for kind in kinds if kind is not None)
     mine = torch.empty(0, width, dtype=dtype) if mine is None else mine
     whole = torch.empty(num_rows, width, dtype=dtype) if ranks.is_main else None
     most = -(-num_rows // ranks.world_size)

@@ -31,7 +31,6 @@ from unicl_fast.evaluation.encode import (
     device_of,
     extract_features,
     model_on_ranks,
-    require_layer,
     shows_progress,
 )
 from unicl_fast.evaluation.requests import FrozenFeatures, Layer, Metric
@@ -139,18 +138,23 @@ def extract_sets(command: FrozenFeatures) -> ExtractedSets | None:
     found: list[LabelledFeatures] = []
     opened: list[EvaluationData] = []
     with model_on_ranks(command) as (model, ranks):
-        require_layer(model, command.layer)
-        cache = FeatureCache(_cache_folder(command))
+        if command.layer == "projection" and model.image_projection is None:
+            raise ValueError(
+                "features behind the projection were asked for, and this model, trained by "
+                "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
+            )
+        folder = _features_folder(command)
         weights = weights_checksum(model)
         for spec in command.data_sets():
             with open_data(spec, ranks=ranks, metric=command.metric) as data:
                 opened.append(data)
                 labels = data.labels_among(opened[0])
                 key = feature_key(model, data.dataset, layer=command.layer, weights=weights)
+                path = None if folder is None else folder / f"{key}.npy"
                 features = None
-                if from_rank_0(cache.has(key), ranks):
-                    if ranks.is_main:
-                        features = cache.load(key, num_samples=len(data.dataset))
+                if from_rank_0(path is not None and path.is_file(), ranks):
+                    if ranks.is_main and path is not None:
+                        features = load_features(path, num_samples=len(data.dataset))
                         print(f"features of {spec}: found again")
                 else:
                     features = extract_features(
@@ -161,8 +165,8 @@ def extract_sets(command: FrozenFeatures) -> ExtractedSets | None:
                         batch_size=command.batch_size,
                         progress=shows_progress(ranks),
                     )
-                    if features is not None:
-                        cache.store(key, features)
+                    if features is not None and path is not None:
+                        keep_features(path, features)
                 if features is not None:
                     found.append(with_labels(features.to(device_of(model)), labels, what=spec))
     if not found:
@@ -205,57 +209,39 @@ def feature_key(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: 
     return xxhash.xxh3_128_hexdigest(json.dumps(facts, sort_keys=True).encode())
 
 
-class FeatureCache:
-    """A folder of feature files, one for each key."""
+def load_features(path: Path, *, num_samples: int) -> Float[Tensor, "n d"]:
+    """Reads kept features.
 
-    def __init__(self, folder: Path | None) -> None:
-        """`folder` is made when something is stored; None keeps nothing."""
-        self._folder = folder
-
-    def has(self, key: str) -> bool:
-        """Whether features are stored under a key."""
-        return self._folder is not None and self._path(key).is_file()
-
-    def load(self, key: str, *, num_samples: int) -> Float[Tensor, "n d"]:
-        """Stored features.
-
-        Raises:
-            ValueError: the file is damaged.
-        """
-        path = self._path(key)
-        try:
-            values = np.load(path, allow_pickle=False)
-            if values.ndim != 2 or len(values) != num_samples or values.dtype.kind != "f":
-                raise ValueError(
-                    f"{num_samples} rows of features were expected, {values.dtype} "
-                    f"{list(values.shape)} came"
-                )
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged: {error}; remove it") from error
-        return torch.from_numpy(values)
-
-    def store(self, key: str, features: Float[Tensor, "n d"]) -> None:
-        """Writes features whole or not at all; a disk that refuses is a warning and no error."""
-        if self._folder is None:
-            return
-        path = self._path(key)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
-                np.save(file, features.numpy(), allow_pickle=False)
-            aside.replace(path)
-        except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink()
-            logger.warning("features are not kept: %s cannot be written: %s", path, error)
-
-    def _path(self, key: str) -> Path:
-        assert self._folder is not None
-        return self._folder / f"{key}.npy"
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        values = np.load(path, allow_pickle=False)
+        if values.ndim != 2 or len(values) != num_samples or values.dtype.kind != "f":
+            raise ValueError(
+                f"{num_samples} rows of features were expected, {values.dtype} "
+                f"{list(values.shape)} came"
+            )
+    except (ValueError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}; remove it") from error
+    return torch.from_numpy(values)
 
 
-def _cache_folder(command: FrozenFeatures) -> Path | None:
+def keep_features(path: Path, features: Float[Tensor, "n d"]) -> None:
+    """Writes features whole or not at all; a disk that refuses is a warning and no error."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with aside.open("wb") as file:
+            np.save(file, features.numpy(), allow_pickle=False)
+        aside.replace(path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink()
+        logger.warning("features are not kept: %s cannot be written: %s", path, error)
+
+
+def _features_folder(command: FrozenFeatures) -> Path | None:
     if command.features != "auto":
         return None if command.features == "none" else Path(command.features)
     folder = find_model(command.checkpoint).parent

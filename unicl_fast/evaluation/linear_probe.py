@@ -249,12 +249,13 @@ def evaluate_classifier(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeFit:
-    """A probe whose C was chosen on validation samples."""
+    """A fitted probe and its C."""
 
     classifier: LinearClassifier
     c: float
     validation: dict[float, float]
-    """C -> the metric on the validation samples, of all that were tried, rising C."""
+    """C -> the metric on the validation samples, of all that were tried, rising C; empty if C was
+    given."""
 
     @property
     def at_edge(self) -> bool:
@@ -406,36 +407,31 @@ def _full_probe(
     test: LabelledFeatures,
 ) -> tuple[dict[str, Any], str]:
     """Fits on everything and tests; returns values for the JSON and a table."""
+    if validation is None and not command.c:
+        labels, fraction = train.labels.cpu().numpy(), command.validation_fraction
+        kept, aside = split_validation(labels, fraction=fraction, seed=command.seed)
+        train, validation = train.take(kept), train.take(aside)
+    with tqdm(desc="fit", unit=" fits", disable=not sys.stderr.isatty()) as bar:
+
+        def show(text: str) -> None:
+            bar.set_postfix_str(text)
+            bar.update()
+
+        fit = _fit(command, sets, train, validation, on_fit=show)
     values: dict[str, Any] = {}
-    if command.c:
-        both = train if validation is None else train.join(validation)
-        classifier, c, num_fitted = _fit_with_c(command, both, sets), command.c, len(both)
-    else:
-        if validation is None:
-            labels = train.labels.cpu().numpy()
-            kept, aside = split_validation(
-                labels, fraction=command.validation_fraction, seed=command.seed
-            )
-            train, validation = train.take(kept), train.take(aside)
-        with tqdm(desc="fit", unit=" fits", disable=not sys.stderr.isatty()) as bar:
-
-            def show(text: str) -> None:
-                bar.set_postfix_str(text)
-                bar.update()
-
-            fit = _fit_searching_c(command, train, validation, sets, on_fit=show)
-        classifier, c, num_fitted = fit.classifier, fit.c, len(train) + len(validation)
+    num_fitted = len(train) + (0 if validation is None else len(validation))
+    if validation is not None and fit.validation:
         tried = [{"c": c, sets.metric: value} for c, value in fit.validation.items()]
         values = {"validation": tried, "num_validation": len(validation)}
         if fit.at_edge:
-            print(f"C {c:g} is at the edge of what is searched; a better one may lie beyond")
+            print(f"C {fit.c:g} is at the edge of what is searched; a better one may lie beyond")
     result = evaluate_classifier(
-        classifier, test, class_names=sets.class_names, confusion=command.figures is not None
+        fit.classifier, test, class_names=sets.class_names, confusion=command.figures is not None
     )
-    values |= {"c": c, "num_fitted": num_fitted} | result.to_json()
+    values |= {"c": fit.c, "num_fitted": num_fitted} | result.to_json()
     values["num_without_label"] = test.num_without_label
     print(result.to_table())
-    print(f"C {c:.4g}, fitted on {num_fitted:,} samples, features of the {command.layer}")
+    print(f"C {fit.c:.4g}, fitted on {num_fitted:,} samples, features of the {command.layer}")
     if command.figures is not None:
         path = command.figures / "confusion-linear-probe.png"
         draw_confusion(result, sets.class_names, path, title=f"{sets.test_name}, linear probe")
@@ -467,15 +463,10 @@ def _few_shot(
     work = [(shots, draw) for shots in command.shots for draw in range(command.draws)]
     for shots, draw in tqdm(work, desc="few-shot", disable=not sys.stderr.isatty()):
         kept, aside = draw_shots(labels, shots=shots, seed=command.seed + draw)
-        few = train.take(kept)
-        if command.c:
-            classifier, c = _fit_with_c(command, few, sets), command.c
-        else:
-            others = train.take(aside) if validation is None else validation
-            fit = _fit_searching_c(command, few, others, sets, refit=False)
-            classifier, c = fit.classifier, fit.c
-        result = evaluate_classifier(classifier, test, class_names=sets.class_names)
-        found[shots].append((result.value(sets.metric), c))
+        others = train.take(aside) if validation is None else validation
+        fit = _fit(command, sets, train.take(kept), others, refit=False)
+        result = evaluate_classifier(fit.classifier, test, class_names=sets.class_names)
+        found[shots].append((result.value(sets.metric), fit.c))
     values: list[dict[str, Any]] = []
     rows = []
     for shots, results in found.items():
@@ -504,31 +495,33 @@ def _few_shot(
     return {"shots": values, "num_draws": command.draws, "smallest_class": smallest}, table
 
 
-def _fit_with_c(
-    command: LinearProbe, samples: LabelledFeatures, sets: ExtractedSets
-) -> LinearClassifier:
-    """The fit where C is given instead of searched."""
-    return fit_logistic_regression(
+def _fit(
+    command: LinearProbe,
+    sets: ExtractedSets,
+    train: LabelledFeatures,
+    validation: LabelledFeatures | None,
+    *,
+    refit: bool = True,
+    on_fit: Callable[[str], None] = lambda text: None,
+) -> ProbeFit:
+    """Fits with the C that is given, or searches it; `refit` adds the validation samples."""
+    if not command.c:
+        assert validation is not None
+        return fit_probe(
+            train,
+            validation,
+            class_names=sets.class_names,
+            metric=sets.metric,
+            refit=refit,
+            max_iterations=command.max_iterations,
+            on_fit=on_fit,
+        )
+    samples = train if validation is None or not refit else train.join(validation)
+    classifier = fit_logistic_regression(
         samples.features,
         samples.labels,
         num_classes=len(sets.class_names),
         c=command.c,
         max_iterations=command.max_iterations,
     )
-
-
-def _fit_searching_c(
-    command: LinearProbe,
-    train: LabelledFeatures,
-    validation: LabelledFeatures,
-    sets: ExtractedSets,
-    **more: Any,
-) -> ProbeFit:
-    return fit_probe(
-        train,
-        validation,
-        class_names=sets.class_names,
-        metric=sets.metric,
-        max_iterations=command.max_iterations,
-        **more,
-    )
+    return ProbeFit(classifier=classifier, c=command.c, validation={})

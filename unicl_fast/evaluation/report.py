@@ -1,4 +1,4 @@
-"""What evaluations report: counts, rates with intervals, tables, JSON and confusion matrices.
+"""Reports of evaluations: counts, rates with intervals, tables, JSON and confusion matrices.
 
 Zero-shot, linear probe, k nearest neighbours and fine-tuning differ in how they rank classes. What
 is counted is the same, so that their numbers can stand in one table.
@@ -12,7 +12,7 @@ import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -27,6 +27,11 @@ from unicl_fast.system.stages import WaitingForRanks
 from unicl_fast.training.figures import INK, save_figure
 
 METRIC_NAMES: dict[Metric, str] = {"top1": "top-1", "mean_per_class": "mean per class"}
+_RATE_NAMES: dict[Literal["top1", "top5", "mean_per_class"], str] = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+}
 MAX_CONFUSION_CLASSES = 4096
 """Classes for which a confusion matrix is kept: 128 MiB of counts."""
 _MAX_NAMED_CLASSES = 60
@@ -60,59 +65,46 @@ class ClassificationResult:
     def mean_per_class(self) -> float:
         return sum(right / count for _, count, right in self.per_class) / len(self.per_class)
 
-    @property
-    def top1_interval(self) -> tuple[float, float]:
-        return wilson_interval(self.num_correct, self.num_samples)
+    def value(self, metric: Metric) -> float:
+        """The number that a protocol reports."""
+        return self.top1 if metric == "top1" else self.mean_per_class
 
-    @property
-    def top5_interval(self) -> tuple[float, float]:
-        return wilson_interval(self.num_correct_top5, self.num_samples)
+    def interval(self, name: Literal["top1", "top5", "mean_per_class"]) -> tuple[float, float]:
+        """95 % interval of a rate.
 
-    @property
-    def mean_per_class_interval(self) -> tuple[float, float]:
-        """95 % interval of the mean over classes, from each class's binomial variance.
-
-        The variance is taken at (right + 1) / (count + 2), so that a class of which all or none
-        were right is not thought to be known exactly.
+        That of the mean over classes comes from each class's binomial variance, taken at
+        (right + 1) / (count + 2), so that a class of which all or none were right is not thought to
+        be known exactly.
         """
+        if name != "mean_per_class":
+            right = self.num_correct if name == "top1" else self.num_correct_top5
+            return wilson_interval(right, self.num_samples)
         rates = [((right + 1) / (count + 2), count) for _, count, right in self.per_class]
         variance = sum(rate * (1 - rate) / count for rate, count in rates)
         half = 1.96 * math.sqrt(variance) / len(rates)
         return max(0.0, self.mean_per_class - half), min(1.0, self.mean_per_class + half)
 
-    def value(self, metric: Metric) -> float:
-        """The number that a protocol reports."""
-        return self.top1 if metric == "top1" else self.mean_per_class
-
     def to_json(self) -> dict[str, Any]:
         """Everything, in JSON's types; rates in 0 to 1."""
-        return {
+        values: dict[str, Any] = {
             "num_samples": self.num_samples,
             "num_without_label": self.num_without_label,
             "num_classes": len(self.per_class),
-            "top1": self.top1,
-            "top1_interval_95": self.top1_interval,
-            "top5": self.top5,
-            "top5_interval_95": self.top5_interval,
-            "mean_per_class": self.mean_per_class,
-            "mean_per_class_interval_95": self.mean_per_class_interval,
-            "per_class": [
-                {"class": name, "num_samples": count, "top1": right / count}
-                for name, count, right in self.per_class
-            ],
         }
+        for name in _RATE_NAMES:
+            values |= {name: getattr(self, name), f"{name}_interval_95": self.interval(name)}
+        values["per_class"] = [
+            {"class": name, "num_samples": count, "top1": right / count}
+            for name, count, right in self.per_class
+        ]
+        return values
 
     def to_table(self) -> str:
         """The rates in percent with their 95 % intervals, as text."""
-        rows = [
-            ("top-1", self.top1, self.top1_interval),
-            ("top-5", self.top5, self.top5_interval),
-            ("mean per class", self.mean_per_class, self.mean_per_class_interval),
-        ]
         lines = [f"{'':16}{'%':>7}   95 % interval"]
         lines += [
-            f"{name:16}{percent(rate):>7}   {interval_text(interval)}"
-            for name, rate, interval in rows
+            f"{title:16}{percent(getattr(self, name)):>7}   {interval_text(self.interval(name))}"
+            for name, title in _RATE_NAMES.items()
         ]
         lines.append(f"{self.num_samples} samples, {len(self.per_class)} classes")
         if self.num_without_label:
@@ -243,13 +235,12 @@ def classification_table(
     """One row for each (name, metric of its protocol, result), and the mean of several."""
     rows = []
     for name, metric, result in results:
-        interval = result.top1_interval if metric == "top1" else result.mean_per_class_interval
-        values = (result.top1, result.top5, result.mean_per_class)
+        interval = interval_text(result.interval(metric))
         rows.append(
             [
                 *(name, f"{len(result.per_class):,}", f"{result.num_samples:,}"),
-                *(METRIC_NAMES[metric], percent(result.value(metric)), interval_text(interval)),
-                *map(percent, values),
+                *(METRIC_NAMES[metric], percent(result.value(metric)), interval),
+                *map(percent, (result.top1, result.top5, result.mean_per_class)),
             ]
         )
     if mean and len(results) > 1:

@@ -61,7 +61,7 @@ class Evaluation:
     """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
     images, each of which is counted once."""
     device: DeviceName = "auto"
-    """Where the model runs."""
+    """Device that runs the model."""
 
     def check(self) -> None:
         """Refuses what is visibly wrong before ranks are started or a model is loaded.
