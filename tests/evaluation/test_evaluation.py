@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.batch import EvaluationBatch
-from unicl_fast.evaluation.encode import classify, encode_images, encode_token_rows
+from unicl_fast.evaluation.encode import ModelOnRanks, encode_images, encode_token_rows
 from unicl_fast.evaluation.report import wilson_interval
 from unicl_fast.evaluation.retrieval import retrieval
 from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
@@ -56,7 +56,7 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
     labels = {sample: [int(ranking[sample, sample % 7])] for sample in range(10)}
     labels[8] = []
     labels[9] = [int(ranking[9, 6]), int(ranking[9, 0])]  # two labels, the second is right
-    result = classify(
+    result = ModelOnRanks(model=model).classify(
         ImageLoader(images),
         scores_by(model, classifier),
         labels_of=lambda sample: labels[sample],
@@ -77,7 +77,7 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
 def test_without_labels_there_is_nothing_to_classify(model: UniCL) -> None:
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="no sample of this data set has a label"):
-        classify(
+        ModelOnRanks(model=model).classify(
             ImageLoader(images),
             scores_by(model, torch.ones(7, 8, dtype=torch.float64)),
             labels_of=lambda sample: [],

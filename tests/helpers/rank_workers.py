@@ -29,7 +29,7 @@ from unicl_fast.batch import EvaluationBatch, ListLoader
 from unicl_fast.distributed.ranks import Ranks, process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
-from unicl_fast.evaluation.encode import classify, collect_rows
+from unicl_fast.evaluation.encode import ModelOnRanks, collect_rows
 from unicl_fast.evaluation.report import ClassificationCounts
 from unicl_fast.evaluation.zero_shot import scores_by
 from unicl_fast.ledger.format import LedgerSource
@@ -491,13 +491,12 @@ class ZeroShotOfFour:
         generator = torch.Generator().manual_seed(1)
         width = model.config.model.embed_dim
         classifier = torch.randn(3, width, dtype=torch.float64, generator=generator)
-        result = classify(
+        result = ModelOnRanks(model=model, ranks=self.ranks).classify(
             self,
             scores_by(model, classifier),
             labels_of=lambda sample: [sample % 3],
             class_names=("a", "b", "c"),
             what="zero-shot",
-            ranks=self.ranks,
         )
         return {"top1": result.top1}
 

@@ -129,22 +129,17 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
 
     @staticmethod
     def _masks_of(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:
-        from pycocotools import mask as coco_mask
+        from pycocotools.coco import COCO
 
         masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
-        for number, one in enumerate(objects):
-            shape = one.get("segmentation")
-            if not shape:
+        coco = COCO()
+        for mask, one in zip(masks, objects, strict=True):
+            if not one.get("segmentation"):
                 raise ValueError(
                     f"annotation {one.get('id')} has no segmentation: leave --masks out"
                 )
-            if isinstance(shape, list):
-                encoded = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-            elif isinstance(shape["counts"], list):
-                encoded = coco_mask.frPyObjects(shape, height, width)
-            else:
-                encoded = shape
-            masks[number] = torch.from_numpy(np.array(coco_mask.decode(encoded)))
+            coco.imgs = {one["image_id"]: {"height": height, "width": width}}
+            mask.copy_(torch.from_numpy(coco.annToMask(one)))
         return masks
 
 

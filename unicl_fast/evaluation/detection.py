@@ -36,7 +36,7 @@ from unicl_fast.evaluation.coco import (
     coco_metrics,
     training_batches,
 )
-from unicl_fast.evaluation.encode import device_of, model_on_ranks, shows_progress
+from unicl_fast.evaluation.encode import device_of, model_on_ranks
 from unicl_fast.evaluation.report import markdown_table, percent, write_results
 from unicl_fast.evaluation.requests import Detect, DetectorRecipe
 from unicl_fast.models.unicl import UniCL
@@ -268,7 +268,8 @@ def detect(
 
 def run(command: Detect) -> None:
     """Trains and tests on all ranks; rank 0 prints and writes."""
-    with model_on_ranks(command) as (model, ranks):
+    with model_on_ranks(command) as on_ranks:
+        model, ranks, progress = on_ranks.model, on_ranks.ranks, on_ranks.progress
         local_batch_size = ranks.share_of(command.train_batch_size)
         train = CocoImages(command.train, command.train_images, masks=command.masks)
         test = CocoImages(command.data, command.images)
@@ -290,7 +291,6 @@ def run(command: Detect) -> None:
             world_size=ranks.world_size,
             workers=command.workers,
         )
-        progress = shows_progress(ranks)
         train_detector(detector, batches, command, steps=steps, ranks=ranks, progress=progress)
         mine = range(ranks.rank, len(test), ranks.world_size)
         images = ((test.images[i]["id"], test[i][0]) for i in mine)

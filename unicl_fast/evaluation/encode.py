@@ -9,6 +9,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -24,7 +25,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects, process_group
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
-from unicl_fast.evaluation.requests import Evaluation, Layer
+from unicl_fast.evaluation.requests import EncodingEvaluation, Evaluation, Layer
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.devices import choose_device
@@ -35,9 +36,104 @@ _ROWS_AT_ONCE = 8192
 """Rows that each rank sends in one collective: 25 MB of 768 numbers."""
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelOnRanks:
+    """A model in evaluation mode, and how ranks encode data sets with it."""
+
+    model: UniCL
+    ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
+    batch_size: int = 256
+    """Images encoded at once by each rank."""
+    progress: bool = False
+    """Whether progress bars are shown."""
+
+    def loader(self, dataset: PackedDataset) -> EvaluationLoader:
+        """This rank's part of a data set, prepared as the model needs it, on its device."""
+        # here, so that the protocols serve other loaders where DALI is not installed
+        from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
+
+        return DaliLoader(
+            dataset,
+            self.model.config.data,
+            batch_size=self.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            device=device_of(self.model),
+        )
+
+    def _batches(self, loader: EvaluationLoader, *, title: str) -> Iterator[EvaluationBatch]:
+        """All batches of this rank; if any rank is asked to stop, all raise at the end.
+
+        Raises:
+            EvaluationStopped: on all ranks.
+        """
+        stopped = False
+        for batch in tqdm(loader, desc=title, disable=not self.progress):
+            if not heartbeat_and_check_stop():
+                stopped = True
+                break
+            yield batch
+        if any(gather_integers(int(stopped), self.ranks)):
+            raise EvaluationStopped
+
+    @torch.no_grad()
+    def classify(
+        self,
+        loader: EvaluationLoader,
+        scores_of: Callable[[Tensor], Tensor],
+        *,
+        labels_of: Callable[[int], Sequence[int]],
+        class_names: Sequence[str],
+        what: str,
+        confusion: bool = False,
+    ) -> ClassificationResult:
+        """Classifies the images of a loader and counts over all ranks.
+
+        Args:
+            loader: over all ranks, each sample once.
+            scores_of: scores [b k] of images, uint8 [b h w c].
+            labels_of: labels of a sample of the data set; see `ClassificationCounts.add`.
+            class_names: k names.
+            what: is evaluated, for messages.
+            confusion: also count which class is taken for which.
+
+        Raises:
+            ValueError: no sample has a label.
+            EvaluationStopped: it was asked to stop, on all ranks.
+        """
+        counts = ClassificationCounts(class_names, confusion=confusion)
+        for batch in self._batches(loader, title="classify"):
+            labels = (list(map(int, labels_of(sample))) for sample in batch.sample_ids.tolist())
+            counts.add(rank_classes(scores_of(batch.images)), labels)
+        counts.sum_over(self.ranks)
+        return counts.result(what=what)
+
+    def features(
+        self, dataset: PackedDataset, *, layer: Layer = "projection"
+    ) -> Float[Tensor, "n d"] | None:
+        """Features of all images of a data set, in its order.
+
+        Returns:
+            [n d] on the host, fp32 or fp64; None on all ranks but rank 0.
+
+        Raises:
+            EvaluationStopped: it was asked to stop, on all ranks.
+        """
+        expected = torch.arange(self.ranks.rank, len(dataset), self.ranks.world_size)
+        parts: list[Tensor] = []
+        done = 0
+        for batch in self._batches(self.loader(dataset), title="encode images"):
+            ids = batch.sample_ids
+            assert torch.equal(ids, expected[done : done + len(ids)]), "samples out of order"
+            parts.append(encode_images(self.model, batch.images, layer=layer).cpu())
+            done += len(ids)
+        mine = torch.cat(parts) if parts else None
+        return collect_rows(mine, num_rows=len(dataset), ranks=self.ranks)
+
+
 @contextlib.contextmanager
-def model_on_ranks(command: Evaluation) -> Iterator[tuple[UniCL, Ranks]]:
-    """The checkpoint's model in evaluation mode on its device, and the ranks that share the work.
+def model_on_ranks(command: Evaluation) -> Iterator[ModelOnRanks]:
+    """The model of a command on its device; its ranks share the work.
 
     Convolutions have the memory format that they were trained with.
     """
@@ -49,7 +145,9 @@ def model_on_ranks(command: Evaluation) -> Iterator[tuple[UniCL, Ranks]]:
         model = load_model(command.checkpoint, weights=command.weights).to(device)
         if model.config.efficiency.channels_last:
             model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        yield model, ranks
+        batch_size = command.batch_size if isinstance(command, EncodingEvaluation) else 1
+        progress = shows_progress(ranks)
+        yield ModelOnRanks(model=model, ranks=ranks, batch_size=batch_size, progress=progress)
 
 
 def shows_progress(ranks: Ranks) -> bool:
@@ -145,119 +243,6 @@ def encode_token_rows(
         with precision.autocast(device.type):
             features.append(model.encode_text(tokens.to(device)))
     return torch.cat(features)[torch.tensor(order).argsort()]
-
-
-def loader_for(
-    model: UniCL, dataset: PackedDataset, *, ranks: Ranks, batch_size: int
-) -> EvaluationLoader:
-    """This rank's part of a data set, prepared as the model needs it, on the model's device."""
-    # here, so that the protocols serve other loaders where DALI is not installed
-    from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
-
-    return DaliLoader(
-        dataset,
-        model.config.data,
-        batch_size=batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device_of(model),
-    )
-
-
-def batches_until_stopped(
-    loader: EvaluationLoader, *, ranks: Ranks, title: str, progress: bool
-) -> Iterator[EvaluationBatch]:
-    """All batches of this rank; if any rank is asked to stop, all raise at the end.
-
-    Raises:
-        EvaluationStopped: on all ranks.
-    """
-    stopped = False
-    for batch in tqdm(loader, desc=title, disable=not progress):
-        if not heartbeat_and_check_stop():
-            stopped = True
-            break
-        yield batch
-    if any(gather_integers(int(stopped), ranks)):
-        raise EvaluationStopped
-
-
-@torch.no_grad()
-def classify(
-    loader: EvaluationLoader,
-    scores_of: Callable[[Tensor], Tensor],
-    *,
-    labels_of: Callable[[int], Sequence[int]],
-    class_names: Sequence[str],
-    what: str,
-    ranks: Ranks | None = None,
-    progress: bool = False,
-    confusion: bool = False,
-) -> ClassificationResult:
-    """Classifies the images of a loader, on one rank or many.
-
-    Args:
-        loader: over all ranks, each sample once.
-        scores_of: scores [b k] of images, uint8 [b h w c].
-        labels_of: labels of a sample of the data set; see `ClassificationCounts.add`.
-        class_names: k names.
-        what: is evaluated, for messages.
-        ranks: whose counts are added up.
-        progress: show a progress bar.
-        confusion: also count which class is taken for which.
-
-    Raises:
-        ValueError: no sample has a label.
-        EvaluationStopped: it was asked to stop, on all ranks.
-    """
-    ranks = ranks or Ranks()
-    counts = ClassificationCounts(class_names, confusion=confusion)
-    for batch in batches_until_stopped(loader, ranks=ranks, title="classify", progress=progress):
-        counts.add(
-            rank_classes(scores_of(batch.images)),
-            ([int(label) for label in labels_of(sample)] for sample in batch.sample_ids.tolist()),
-        )
-    counts.sum_over(ranks)
-    return counts.result(what=what)
-
-
-def extract_features(
-    model: UniCL,
-    dataset: PackedDataset,
-    *,
-    ranks: Ranks,
-    layer: Layer = "projection",
-    batch_size: int = 256,
-    progress: bool = False,
-) -> Float[Tensor, "n d"] | None:
-    """Features of all images of a data set, in its order.
-
-    Args:
-        model: in evaluation mode.
-        dataset: with n samples.
-        ranks: they share the work.
-        layer: which features.
-        batch_size: images encoded at once by each rank.
-        progress: show a progress bar.
-
-    Returns:
-        [n d] on the host, fp32 or fp64; None on all ranks but rank 0.
-
-    Raises:
-        EvaluationStopped: it was asked to stop, on all ranks.
-    """
-    loader = loader_for(model, dataset, ranks=ranks, batch_size=batch_size)
-    expected = torch.arange(ranks.rank, len(dataset), ranks.world_size)
-    parts: list[Tensor] = []
-    done = 0
-    for batch in batches_until_stopped(
-        loader, ranks=ranks, title="encode images", progress=progress
-    ):
-        ids = batch.sample_ids
-        assert torch.equal(ids, expected[done : done + len(ids)]), "samples out of order"
-        parts.append(encode_images(model, batch.images, layer=layer).cpu())
-        done += len(ids)
-    return collect_rows(torch.cat(parts) if parts else None, num_rows=len(dataset), ranks=ranks)
 
 
 def collect_rows(

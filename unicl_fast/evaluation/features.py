@@ -27,12 +27,7 @@ from unicl_fast.checkpoints.load import find_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import from_rank_0
 from unicl_fast.evaluation.data import EvaluationData, open_data
-from unicl_fast.evaluation.encode import (
-    device_of,
-    extract_features,
-    model_on_ranks,
-    shows_progress,
-)
+from unicl_fast.evaluation.encode import device_of, model_on_ranks
 from unicl_fast.evaluation.requests import FrozenFeatures, Layer, Metric
 from unicl_fast.models.unicl import UniCL
 
@@ -137,7 +132,8 @@ def extract_sets(command: FrozenFeatures) -> ExtractedSets | None:
     """
     found: list[LabelledFeatures] = []
     opened: list[EvaluationData] = []
-    with model_on_ranks(command) as (model, ranks):
+    with model_on_ranks(command) as on_ranks:
+        model, ranks = on_ranks.model, on_ranks.ranks
         if command.layer == "projection" and model.image_projection is None:
             raise ValueError(
                 "features behind the projection were asked for, and this model, trained by "
@@ -157,14 +153,7 @@ def extract_sets(command: FrozenFeatures) -> ExtractedSets | None:
                         features = load_features(path, num_samples=len(data.dataset))
                         print(f"features of {spec}: found again")
                 else:
-                    features = extract_features(
-                        model,
-                        data.dataset,
-                        ranks=ranks,
-                        layer=command.layer,
-                        batch_size=command.batch_size,
-                        progress=shows_progress(ranks),
-                    )
+                    features = on_ranks.features(data.dataset, layer=command.layer)
                     if features is not None and path is not None:
                         keep_features(path, features)
                 if features is not None:

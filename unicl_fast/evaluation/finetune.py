@@ -33,15 +33,12 @@ from unicl_fast.config import ObjectiveConfig, TrainConfig, config_from_dict, co
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.encode import (
-    classify,
+    ModelOnRanks,
     device_of,
     encode_images,
-    extract_features,
-    loader_for,
     model_on_ranks,
     prepare_images,
     require_text_encoder,
-    shows_progress,
 )
 from unicl_fast.evaluation.features import with_labels
 from unicl_fast.evaluation.linear_probe import LinearClassifier, fit_probe, split_validation
@@ -308,10 +305,11 @@ def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:
 def run(command: Finetune) -> None:
     """Trains and tests on all ranks; rank 0 prints and writes."""
     with (
-        model_on_ranks(command) as (model, ranks),
-        open_data(command.train, ranks=ranks) as train,
-        open_data(command.data, ranks=ranks, metric=command.metric) as test,
+        model_on_ranks(command) as on_ranks,
+        open_data(command.train, ranks=on_ranks.ranks) as train,
+        open_data(command.data, ranks=on_ranks.ranks, metric=command.metric) as test,
     ):
+        model, ranks = on_ranks.model, on_ranks.ranks
         config = _config(command, model.config, train)
         ranks.share_of(command.train_batch_size)
         labels = test.labels_among(train)
@@ -322,11 +320,11 @@ def run(command: Finetune) -> None:
         module = FineTuned(model, len(names))
 
         def tested(module: FineTuned) -> ClassificationResult:
-            return _test(command, model, module, test, labels, class_names=names, ranks=ranks)
+            return _test(command, on_ranks, module, test, labels, class_names=names)
 
         before: dict[str, Any] = {"head": command.head}
         if command.head != "fresh":
-            module.set_head(_first_head(command, model, module, train, ranks))
+            module.set_head(_first_head(command, on_ranks, module, train))
             before["before"] = tested(module.eval()).to_json()
         # in steps from here on: the last batch of an epoch may reach into the next epoch
         steps = max(1, round(command.epochs * len(train.dataset) / command.train_batch_size))
@@ -338,7 +336,7 @@ def run(command: Finetune) -> None:
             steps=steps,
             labels_of=lambda sample: train.dataset.labels_of(sample).tolist(),
             ranks=ranks,
-            progress=shows_progress(ranks),
+            progress=on_ranks.progress,
         )
         result = tested(trained)
     if not ranks.is_main:
@@ -405,29 +403,24 @@ def _training_loader(
 
 
 def _first_head(
-    command: Finetune, model: UniCL, module: FineTuned, train: EvaluationData, ranks: Ranks
+    command: Finetune, on_ranks: ModelOnRanks, module: FineTuned, train: EvaluationData
 ) -> LinearClassifier:
     """The head to begin with, the same on all ranks."""
-    progress = shows_progress(ranks)
+    model = on_ranks.model
     if command.head == "zero-shot":
         require_text_encoder(model, "finetune --head zero-shot")
         classifier = zero_shot_classifier(
-            model, class_names=train.class_names, templates=train.templates, progress=progress
+            model,
+            class_names=train.class_names,
+            templates=train.templates,
+            progress=on_ranks.progress,
         )
         # the same images on all ranks, which begin with the same head
-        loader = loader_for(model, train.dataset, ranks=Ranks(), batch_size=command.batch_size)
-        first = next(iter(loader))
-        return zero_shot_head(
-            model, classifier, encode_images(model, first.images, layer="encoder")
-        )
-    features = extract_features(
-        model,
-        train.dataset,
-        ranks=ranks,
-        layer="encoder",
-        batch_size=command.batch_size,
-        progress=progress,
-    )
+        alone = dataclasses.replace(on_ranks, ranks=Ranks())
+        first = next(iter(alone.loader(train.dataset)))
+        features = encode_images(model, first.images, layer="encoder")
+        return zero_shot_head(model, classifier, features)
+    features = on_ranks.features(train.dataset, layer="encoder")
     weight = torch.zeros_like(module.head.weight)
     bias = torch.zeros_like(module.head.bias)
     if features is not None:
@@ -438,7 +431,7 @@ def _first_head(
         fit = fit_probe(samples.take(kept), samples.take(aside), class_names=train.class_names)
         weight.copy_(fit.classifier.weight)
         bias.copy_(fit.classifier.bias)
-    if ranks.world_size > 1:
+    if on_ranks.ranks.world_size > 1:
         torch.distributed.broadcast(weight, src=0)
         torch.distributed.broadcast(bias, src=0)
     return LinearClassifier(weight, bias)
@@ -446,29 +439,26 @@ def _first_head(
 
 def _test(
     command: Finetune,
-    model: UniCL,
+    on_ranks: ModelOnRanks,
     module: FineTuned,
     test: EvaluationData,
     labels: Sequence[Sequence[int]],
     *,
     class_names: Sequence[str],
-    ranks: Ranks,
 ) -> ClassificationResult:
-    precision = Precision(model.config.efficiency.precision)
+    precision = Precision(on_ranks.model.config.efficiency.precision)
 
     def scores_of(images: Tensor) -> Tensor:
-        normalised = prepare_images(model, images)
+        normalised = prepare_images(on_ranks.model, images)
         with precision.autocast(normalised.device.type):
             scores: Tensor = module(normalised)
         return scores
 
-    return classify(
-        loader_for(model, test.dataset, ranks=ranks, batch_size=command.batch_size),
+    return on_ranks.classify(
+        on_ranks.loader(test.dataset),
         scores_of,
         labels_of=lambda sample: labels[sample],
         class_names=class_names,
         what="fine-tuning",
-        ranks=ranks,
-        progress=shows_progress(ranks),
         confusion=command.figures is not None,
     )

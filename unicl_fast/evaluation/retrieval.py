@@ -24,16 +24,14 @@ from torch import Tensor
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.encode import (
+    ModelOnRanks,
     collect_rows,
     device_of,
     encode_token_rows,
-    extract_features,
     model_on_ranks,
     require_text_encoder,
-    shows_progress,
 )
 from unicl_fast.evaluation.report import (
     interval_text,
@@ -43,7 +41,6 @@ from unicl_fast.evaluation.report import (
     write_results,
 )
 from unicl_fast.evaluation.requests import Retrieval
-from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.figures import FAINT, INK, save_figure
 
 KS = (1, 5, 10)
@@ -189,22 +186,8 @@ class RetrievalFeatures:
     """[n]: samples of the data set that the images are."""
 
 
-def encode_captioned(
-    model: UniCL,
-    dataset: PackedDataset,
-    *,
-    ranks: Ranks,
-    batch_size: int = 256,
-    progress: bool = False,
-) -> RetrievalFeatures | None:
+def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> RetrievalFeatures | None:
     """Features of images and captions; samples without captions are left out.
-
-    Args:
-        model: in evaluation mode.
-        dataset: with captions.
-        ranks: they share the work.
-        batch_size: images, and captions, encoded at once by each rank.
-        progress: show progress bars.
 
     Returns:
         None on all ranks but rank 0.
@@ -212,6 +195,7 @@ def encode_captioned(
     Raises:
         ValueError: no sample has a caption, or the model has no text encoder.
     """
+    model, ranks = on_ranks.model, on_ranks.ranks
     require_text_encoder(model, "retrieval")
     counts = dataset.samples["captions_count"].astype(np.int64)
     captioned = np.flatnonzero(counts)
@@ -220,7 +204,7 @@ def encode_captioned(
             f"{dataset.folder} has no captions: retrieval needs a data set packed with a caption "
             "column; for labels there is unicl-eval zero-shot"
         )
-    images = extract_features(model, dataset, ranks=ranks, batch_size=batch_size, progress=progress)
+    images = on_ranks.features(dataset)
     rows = [
         dataset.caption_tokens(sample, which)
         for sample in captioned.tolist()
@@ -228,7 +212,9 @@ def encode_captioned(
     ]
     own = None
     if own_rows := rows[ranks.rank :: ranks.world_size]:
-        own = encode_token_rows(model, own_rows, batch_size=batch_size, progress=progress).cpu()
+        own = encode_token_rows(
+            model, own_rows, batch_size=on_ranks.batch_size, progress=on_ranks.progress
+        ).cpu()
     texts = collect_rows(own, num_rows=len(rows), ranks=ranks)
     if images is None or texts is None:
         return None
@@ -243,19 +229,13 @@ def encode_captioned(
 def run(command: Retrieval) -> None:
     """Encodes on all ranks; rank 0 compares, prints and writes."""
     with (
-        model_on_ranks(command) as (model, ranks),
-        open_data(command.data, ranks=ranks) as data,
+        model_on_ranks(command) as on_ranks,
+        open_data(command.data, ranks=on_ranks.ranks) as data,
     ):
-        found = encode_captioned(
-            model,
-            data.dataset,
-            ranks=ranks,
-            batch_size=command.batch_size,
-            progress=shows_progress(ranks),
-        )
+        found = encode_captioned(on_ranks, data.dataset)
         if found is None:
             return
-        device = device_of(model)
+        device = device_of(on_ranks.model)
         result = retrieval(
             found.image_features.to(device),
             found.text_features.to(device),

@@ -17,16 +17,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import open_data, short_names
 from unicl_fast.evaluation.encode import (
-    classify,
+    ModelOnRanks,
     encode_images,
     encode_token_rows,
-    loader_for,
     model_on_ranks,
     require_text_encoder,
-    shows_progress,
 )
 from unicl_fast.evaluation.report import (
     ClassificationResult,
@@ -80,40 +77,29 @@ def scores_by(model: UniCL, classifier: Float[Tensor, "k d"]) -> Callable[[Tenso
 
 
 def evaluate_zero_shot(
-    model: UniCL,
+    on_ranks: ModelOnRanks,
     dataset: PackedDataset,
     *,
     class_names: Sequence[str] = (),
     templates: Sequence[str] = (),
     rows_of_classes: NDArray[np.int64] | None = None,
-    ranks: Ranks | None = None,
-    batch_size: int = 256,
-    progress: bool = False,
     confusion: bool = False,
 ) -> ClassificationResult:
     """Zero-shot accuracy on a packed data set, or that of a model trained by cross-entropy.
 
     Args:
-        model: in evaluation mode.
+        on_ranks: the model.
         dataset: with labels.
-        class_names: instead of the data set's own.
+        class_names: instead of the data set's own, as many.
         templates: instead of the data set's own.
         rows_of_classes: for cross-entropy, which of the model's rows each class has [k].
-        ranks: they share the work.
-        batch_size: images encoded at once by each rank.
-        progress: show progress bars.
         confusion: also count which class is taken for which.
 
     Raises:
-        ValueError: no class names, or not as many as the data set has.
+        ValueError: no classes, or no sample has a label.
     """
-    ranks = ranks or Ranks()
-    own_names = dataset.manifest.class_names
-    if class_names and len(class_names) != len(own_names):
-        raise ValueError(
-            f"{dataset.folder} has {len(own_names)} classes, {len(class_names)} names were given"
-        )
-    class_names = tuple(class_names) or own_names
+    model = on_ranks.model
+    class_names = tuple(class_names) or dataset.manifest.class_names
     if not class_names:
         raise ValueError(f"{dataset.folder} has no classes: zero-shot needs labelled images")
     if rows_of_classes is not None and model.class_rows is not None:
@@ -123,16 +109,14 @@ def evaluate_zero_shot(
             model,
             class_names=class_names,
             templates=tuple(templates) or dataset.manifest.templates,
-            progress=progress,
+            progress=on_ranks.progress,
         )
-    return classify(
-        loader_for(model, dataset, ranks=ranks, batch_size=batch_size),
+    return on_ranks.classify(
+        on_ranks.loader(dataset),
         scores_by(model, classifier),
         labels_of=lambda sample: dataset.labels_of(sample).tolist(),
         class_names=class_names,
         what="zero-shot",
-        ranks=ranks,
-        progress=progress,
         confusion=confusion,
     )
 
@@ -150,24 +134,21 @@ def run(command: ZeroShot) -> None:
     )
     rows: list[tuple[str, Metric, ClassificationResult]] = []
     values: list[dict[str, Any]] = []
-    with model_on_ranks(command) as (model, ranks):
+    with model_on_ranks(command) as on_ranks:
         for spec, name, class_names, templates, metric in asked:
             with open_data(
                 spec,
-                ranks=ranks,
+                ranks=on_ranks.ranks,
                 metric=metric,
                 class_names="" if class_names == "own" else class_names,
                 templates="" if templates == "own" else templates,
                 name=name,
             ) as data:
                 result = evaluate_zero_shot(
-                    model,
+                    on_ranks,
                     data.dataset,
                     class_names=data.class_names,
                     templates=data.templates,
-                    ranks=ranks,
-                    batch_size=command.batch_size,
-                    progress=shows_progress(ranks),
                     confusion=command.figures is not None,
                 )
                 num_quarantined = data.dataset.manifest.num_quarantined
@@ -177,7 +158,7 @@ def run(command: ZeroShot) -> None:
                 | result.to_json()
                 | {"num_quarantined": num_quarantined}
             )
-            if not ranks.is_main:
+            if not on_ranks.ranks.is_main:
                 continue
             print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
             if num_quarantined:
@@ -185,7 +166,7 @@ def run(command: ZeroShot) -> None:
             if command.figures is not None:
                 path = command.figures / f"confusion-{name}.png"
                 draw_confusion(result, data.class_names, path, title=f"{name}, zero-shot")
-        if not ranks.is_main:
+        if not on_ranks.ranks.is_main:
             return
         table = classification_table(rows)
         if len(rows) == 1:
