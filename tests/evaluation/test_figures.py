@@ -11,7 +11,7 @@ from pack_runs import jpeg
 from packed_sets import Sample, pack
 
 from unicl_fast.evaluation.report import most_confused
-from unicl_fast.evaluation.retrieval import RetrievalFeatures, _Captions
+from unicl_fast.evaluation.retrieval import RetrievalFeatures, _read_captions
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali
@@ -30,11 +30,9 @@ def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
         image_of_text=torch.tensor([0, 0, 1, 2, 2, 2]),
         samples=np.array([0, 2, 3]),
     )
-    with (
-        pack(tmp_path / "set", samples, class_names=("cow",), tokenizer=Tokenizer()) as dataset,
-        _Captions(found, dataset) as texts,
-    ):
-        assert [texts.text(number) for number in range(6)] == [*captions[0], "a cat", *captions[3]]
+    with pack(tmp_path / "set", samples, class_names=("cow",), tokenizer=Tokenizer()) as dataset:
+        texts = _read_captions(found, dataset, range(6))
+    assert list(texts.values()) == [*captions[0], "a cat", *captions[3]]
 
 
 def test_mistakes_are_listed_by_their_number_and_go_from_class_to_what_it_was_taken_for() -> None:

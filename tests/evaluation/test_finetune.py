@@ -24,7 +24,7 @@ from unicl_fast.evaluation.finetune import (
     save_finetuned,
     zero_shot_head,
 )
-from unicl_fast.evaluation.requests import FinetuneRecipe
+from unicl_fast.evaluation.requests import FinetuneRecipe, check_ranges
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +102,7 @@ def test_what_cannot_be_trained_is_refused(images: torch.Tensor, tmp_path: Path)
             labels_of=lambda sample: [] if sample == 4 else [0],
         )
     with pytest.raises(ValueError, match="--layer-decay must lie in 1e-06 to 1, not 2"):
-        FinetuneRecipe(layer_decay=2).check_recipe()
+        check_ranges(FinetuneRecipe(layer_decay=2))
     with pytest.raises(FileNotFoundError, match=r"holds no finetuned\.json"):
         load_finetuned(tmp_path)
 

@@ -14,20 +14,20 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from unicl_fast.evaluation.features import (
     LabelledFeatures,
+    draw_shots,
     keep_features,
     load_features,
+    split_validation,
     with_labels,
 )
 from unicl_fast.evaluation.knn import knn_accuracy, nearest
 from unicl_fast.evaluation.linear_probe import (
     LOG10_C,
     LinearClassifier,
-    draw_shots,
     evaluate_classifier,
     fit_logistic_regression,
     fit_probe,
     search_peak,
-    split_validation,
 )
 
 NAMES = ("a", "b", "c", "d", "e", "f")

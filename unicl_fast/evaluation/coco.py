@@ -55,12 +55,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
     """
 
     def __init__(self, annotations: Path, images: Path, *, masks: bool = False) -> None:
-        """Reads the list.
-
-        Args:
-            annotations: the JSON file.
-            images: folder that its file names are relative to.
-            masks: give masks too.
+        """Reads a JSON file of annotations, whose file names are relative to the folder `images`.
 
         Raises:
             FileNotFoundError: the file, or the first image, is not there.
@@ -174,15 +169,10 @@ def training_batches(
     world_size: int = 1,
     workers: int = 2,
 ) -> Iterator[tuple[list[Tensor], list[Target]]]:
-    """Batches without end; half of the images are flipped, as the seed and the epoch decide.
+    """A rank's part of batches of `batch_size` images with boxes, without end, each once an epoch.
 
-    Args:
-        images: those with boxes are taken, each once an epoch.
-        batch_size: of all ranks, which share it evenly.
-        seed: of order and flips.
-        rank: takes every world_size-th image of a batch, from this one on.
-        world_size: number of ranks.
-        workers: processes that decode.
+    Half of the images are flipped; the seed and the epoch decide on order and flips. `workers`
+    processes decode.
     """
     loader = DataLoader(
         _Flipped(images),
@@ -236,12 +226,9 @@ def check_annotations(command: Detect) -> None:
 def as_coco(
     image_id: int, found: dict[str, Tensor], category_ids: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Detections of one image as COCO's result files have them.
+    """Detections of one image, from `detection.detect`, as rows of COCO's result files.
 
-    Args:
-        image_id: from the annotation file.
-        found: from `detection.detect`.
-        category_ids: of the classes 1 to k.
+    `category_ids` are those of the classes 1 to k.
     """
     boxes = found["boxes"].clone()
     boxes[:, 2:] -= boxes[:, :2]

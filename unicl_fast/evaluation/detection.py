@@ -139,12 +139,7 @@ def _choose_levels(strides: Sequence[int], *, encoder: str) -> list[int]:
 
 
 def build_detector(model: UniCL, recipe: DetectorRecipe, *, num_classes: int) -> FasterRCNN:
-    """A detector with fresh heads over the model's encoder.
-
-    Args:
-        model: gives the encoder and the normalisation of images.
-        recipe: the kind of detector and its sizes.
-        num_classes: of objects, background not counted.
+    """A detector with fresh heads over the model's encoder, for classes beside the background.
 
     Raises:
         ValueError: an encoder that cannot be a backbone.
@@ -192,15 +187,7 @@ def train_detector(
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> None:
-    """Trains in place, in fp32.
-
-    Args:
-        detector: from `build_detector`, on its device.
-        batches: this rank's images [3 h w] in 0 to 1 and their targets, for each step.
-        recipe: optimizer and learning rate.
-        steps: updates of the weights.
-        ranks: whose gradients are averaged.
-        progress: show a progress bar.
+    """Trains in place, in fp32, on this rank's images [3 h w] in 0 to 1 and their targets.
 
     Raises:
         ValueError: a loss that is not finite.
@@ -247,11 +234,7 @@ def train_detector(
 def detect(
     detector: FasterRCNN, images: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Finds objects in images.
-
-    Args:
-        detector: in any mode; left in evaluation mode.
-        images: id and image [3 h w] in 0 to 1.
+    """Finds objects in images, given as id and image [3 h w] in 0 to 1.
 
     Yields:
         Id, and boxes [m 4] (left, top, right, bottom in pixels of the image), labels [m] from 1,

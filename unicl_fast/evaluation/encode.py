@@ -161,11 +161,7 @@ def device_of(model: UniCL) -> torch.device:
 
 
 def require_text_encoder(model: UniCL, what: str) -> None:
-    """Refuses a model that was trained without texts.
-
-    Args:
-        model: any.
-        what: needs texts, for the message.
+    """Refuses a model that was trained without texts; `what` needs some, for the message.
 
     Raises:
         ValueError: it has no text encoder.
@@ -218,14 +214,7 @@ def encode_token_rows(
     batch_size: int = 512,
     progress: bool = False,
 ) -> Float[Tensor, "m d"]:
-    """Unit-norm features of m texts.
-
-    Args:
-        model: in evaluation mode.
-        rows: token ids of each text, start and end tokens included, unpadded.
-        batch_size: texts encoded at once.
-        progress: show a progress bar.
-    """
+    """Unit-norm features of m texts: token ids with start and end tokens, unpadded."""
     if not rows:
         raise ValueError("there are no texts to encode")
     precision = Precision(model.config.efficiency.precision)
@@ -250,13 +239,7 @@ def collect_rows(
 ) -> Float[Tensor, "n d"] | None:
     """Rows r, r + w, r + 2 w, ... of rank r of w, put together on rank 0.
 
-    Args:
-        mine: this rank's rows, on the host; None if it has none.
-        num_rows: number of rows of all ranks.
-        ranks: they hold the rows.
-
-    Returns:
-        [num_rows d]; None on all ranks but rank 0.
+    `mine` are this rank's rows, on the host, or None if it has none. The other ranks get None.
     """
     if ranks.world_size == 1:
         return mine

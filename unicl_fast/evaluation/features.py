@@ -30,9 +30,12 @@ from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.encode import device_of, model_on_ranks
 from unicl_fast.evaluation.requests import FrozenFeatures, Layer, Metric
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.keyed_random import fold_key, uniform_tensor
 
 logger = logging.getLogger(__name__)
 
+_SPLIT, _SHOTS = 1, 2
+"""Purposes of random numbers, so that a split and a draw of one seed differ."""
 _KEY_VERSION = 1
 """Version of what decides features beside `feature_key`'s facts; raised when the pipeline changes.
 """
@@ -77,12 +80,7 @@ class LabelledFeatures:
 def with_labels(
     features: Float[Tensor, "n d"], labels: Sequence[Sequence[int]], *, what: str
 ) -> LabelledFeatures:
-    """Features of the samples that have labels.
-
-    Args:
-        features: [n d] of all samples.
-        labels: of each sample.
-        what: names the data set in the message.
+    """Features of the samples that have labels; `what` names the data set in the message.
 
     Raises:
         ValueError: no sample has a label.
@@ -96,6 +94,60 @@ def with_labels(
         [labels[row] for row in kept],
         num_without_label=len(labels) - len(kept),
     )
+
+
+def split_validation(
+    labels: NDArray[np.int64], *, fraction: float, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Sets a part of each class aside, drawn by the seed.
+
+    A class gives round(fraction * its samples), but keeps one at least for training.
+
+    Returns:
+        Rows of training and of validation samples, rising.
+
+    Raises:
+        ValueError: nothing is left for validation.
+    """
+    validation = np.sort(
+        np.concatenate(
+            [
+                rows[: min(round(fraction * len(rows)), len(rows) - 1)]
+                for rows in _shuffled_classes(labels, fold_key(seed, _SPLIT))
+            ]
+        )
+    )
+    if not len(validation):
+        raise ValueError(
+            f"{len(labels)} training samples are too few to set any aside for validation; give a "
+            "validation set, or a fixed C"
+        )
+    return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def draw_shots(
+    labels: NDArray[np.int64], *, shots: int, seed: int
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Few-shot samples: `shots` of each class to fit on, and min(shots, 4) others to choose C by.
+
+    The rule of CoOp (Zhou et al., arXiv 2109.01134): validation is no larger than few-shot learning
+    could afford. A class with too few samples gives all it has, to training first.
+
+    Returns:
+        Rows of training and of validation samples; the latter are none if every class has given
+        all it has.
+    """
+    classes = _shuffled_classes(labels, fold_key(seed, _SHOTS, shots))
+    train = [rows[:shots] for rows in classes]
+    return np.concatenate(train), np.concatenate(
+        [rows[shots : shots + min(shots, 4)] for rows in classes]
+    )
+
+
+def _shuffled_classes(labels: NDArray[np.int64], key: int) -> list[NDArray[np.int64]]:
+    """The rows of each class, in an order that a key decides, whatever NumPy's version."""
+    order = uniform_tensor(key, torch.arange(len(labels))).argsort(stable=True).numpy()
+    return [order[labels[order] == label] for label in np.unique(labels)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

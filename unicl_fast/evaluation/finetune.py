@@ -40,8 +40,8 @@ from unicl_fast.evaluation.encode import (
     prepare_images,
     require_text_encoder,
 )
-from unicl_fast.evaluation.features import with_labels
-from unicl_fast.evaluation.linear_probe import LinearClassifier, fit_probe, split_validation
+from unicl_fast.evaluation.features import split_validation, with_labels
+from unicl_fast.evaluation.linear_probe import LinearClassifier, fit_probe
 from unicl_fast.evaluation.report import (
     ClassificationResult,
     classification_table,
@@ -418,8 +418,8 @@ def _first_head(
         # the same images on all ranks, which begin with the same head
         alone = dataclasses.replace(on_ranks, ranks=Ranks())
         first = next(iter(alone.loader(train.dataset)))
-        features = encode_images(model, first.images, layer="encoder")
-        return zero_shot_head(model, classifier, features)
+        shown = encode_images(model, first.images, layer="encoder")
+        return zero_shot_head(model, classifier, shown)
     features = on_ranks.features(train.dataset, layer="encoder")
     weight = torch.zeros_like(module.head.weight)
     bias = torch.zeros_like(module.head.bias)

@@ -20,12 +20,17 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float, Int
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from unicl_fast.evaluation.features import ExtractedSets, LabelledFeatures, extract_sets
+from unicl_fast.evaluation.features import (
+    ExtractedSets,
+    LabelledFeatures,
+    draw_shots,
+    extract_sets,
+    split_validation,
+)
 from unicl_fast.evaluation.report import (
     METRIC_NAMES,
     ClassificationCounts,
@@ -38,7 +43,6 @@ from unicl_fast.evaluation.report import (
     write_results,
 )
 from unicl_fast.evaluation.requests import LinearProbe, Metric
-from unicl_fast.system.keyed_random import fold_key, uniform_tensor
 from unicl_fast.system.progress import heartbeat_and_check_stop
 
 MAX_ITERATIONS = 1000
@@ -52,8 +56,6 @@ _TOLERANCE = 1e-6
 another."""
 _LOGITS_AT_ONCE = 1 << 24
 _ROWS_AT_ONCE = 16_384
-_SPLIT, _SHOTS = 1, 2
-"""Purposes of random numbers, so that a split and a draw of one seed differ."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,10 +208,8 @@ def search_peak(
 ) -> tuple[int, dict[int, float]]:
     """CLIP's parametric binary search over a grid: coarse first, then half as far around the best.
 
-    Args:
-        score: of a point of the grid, higher is better; asked once for each point.
-        size: number of points.
-        first_step: distance of the first points, a power of two.
+    `score` of a point is better the higher it is, and asked once for each; `first_step`, the
+    distance of the first points, is a power of two.
 
     Returns:
         The best point (of equals the lowest), and all scores that were asked for.
@@ -273,17 +273,11 @@ def fit_probe(
     max_iterations: int = MAX_ITERATIONS,
     on_fit: Callable[[str], None] = lambda text: None,
 ) -> ProbeFit:
-    """Chooses C on the validation samples, then fits the classifier that is returned.
+    """Chooses C by a metric on the validation samples, then fits the classifier that is returned.
 
-    Args:
-        train: to fit on.
-        validation: to choose C by.
-        class_names: k names.
-        metric: what C is chosen by.
-        refit: fit on training and validation samples together at the end, as CLIP does; else on
-            the training samples alone, as few-shot protocols have it.
-        max_iterations: of each fit.
-        on_fit: is called with a line of text after each fit of the search.
+    With `refit` that is fitted on training and validation samples together, as CLIP does; else on
+    the training samples alone, as few-shot protocols have it. `on_fit` gets a line of text after
+    each fit of the search.
     """
     fits: dict[int, LinearClassifier] = {}
     prepared = PreparedFeatures.of(train.features)
@@ -319,70 +313,6 @@ def fit_probe(
         c=10 ** LOG10_C[best],
         validation={10 ** LOG10_C[point]: scores[point] for point in sorted(scores)},
     )
-
-
-def split_validation(
-    labels: NDArray[np.int64], *, fraction: float, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sets a part of each class aside, drawn by the seed.
-
-    A class gives round(fraction * its samples), but keeps one at least for training.
-
-    Args:
-        labels: [n].
-        fraction: part of each class for validation, in (0, 1).
-        seed: of the draw.
-
-    Returns:
-        Rows of training and of validation samples, rising.
-
-    Raises:
-        ValueError: nothing is left for validation.
-    """
-    validation = np.sort(
-        np.concatenate(
-            [
-                rows[: min(round(fraction * len(rows)), len(rows) - 1)]
-                for rows in _shuffled_classes(labels, fold_key(seed, _SPLIT))
-            ]
-        )
-    )
-    if not len(validation):
-        raise ValueError(
-            f"{len(labels)} training samples are too few to set any aside for validation; give a "
-            "validation set, or a fixed C"
-        )
-    return np.setdiff1d(np.arange(len(labels)), validation), validation
-
-
-def draw_shots(
-    labels: NDArray[np.int64], *, shots: int, seed: int
-) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Few-shot samples: `shots` of each class to fit on, and min(shots, 4) others to choose C by.
-
-    The rule of CoOp (Zhou et al., arXiv 2109.01134): validation is no larger than few-shot learning
-    could afford. A class with too few samples gives all it has, to training first.
-
-    Args:
-        labels: [n] of the pool.
-        shots: of each class.
-        seed: of the draw.
-
-    Returns:
-        Rows of training and of validation samples; the latter are none if every class has given
-        all it has.
-    """
-    classes = _shuffled_classes(labels, fold_key(seed, _SHOTS, shots))
-    train = [rows[:shots] for rows in classes]
-    return np.concatenate(train), np.concatenate(
-        [rows[shots : shots + min(shots, 4)] for rows in classes]
-    )
-
-
-def _shuffled_classes(labels: NDArray[np.int64], key: int) -> list[NDArray[np.int64]]:
-    """The rows of each class, in an order that a key decides, whatever NumPy's version."""
-    order = uniform_tensor(key, torch.arange(len(labels))).argsort(stable=True).numpy()
-    return [order[labels[order] == label] for label in np.unique(labels)]
 
 
 def run(command: LinearProbe) -> None:

@@ -125,11 +125,7 @@ class ClassificationCounts:
     """Adds up rankings of samples, on one rank or many."""
 
     def __init__(self, class_names: Sequence[str], *, confusion: bool = False) -> None:
-        """Starts with all counts at 0.
-
-        Args:
-            class_names: k names.
-            confusion: also count which class is taken for which.
+        """Starts with all counts at 0; `confusion` also counts which class is taken for which.
 
         Raises:
             ValueError: too many classes for a confusion matrix.
@@ -175,10 +171,7 @@ class ClassificationCounts:
                     dist.all_reduce(counts, group=ranks.host_group)
 
     def result(self, *, what: str) -> ClassificationResult:
-        """The counts as a result.
-
-        Args:
-            what: needs labels, for the message.
+        """The counts as a result; `what` needs labels, for the message.
 
         Raises:
             ValueError: no sample has a label.
@@ -254,15 +247,10 @@ def classification_table(
 
 
 def write_results(command: Evaluation, values: Mapping[str, Any], table: str) -> dict[str, Any]:
-    """Writes the files that a command asks for, and says where they are.
-
-    Args:
-        command: names the checkpoint, which the JSON begins with, and the files.
-        values: for the JSON.
-        table: Markdown.
+    """Writes the JSON and the Markdown that a command asks for, and says where they are.
 
     Returns:
-        The content of the JSON.
+        The content of the JSON: the values behind checkpoint and weights.
     """
     described = {"checkpoint": str(command.checkpoint), "weights": command.weights, **values}
     for path, content in (

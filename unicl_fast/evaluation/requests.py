@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 from unicl_fast.config import DeviceName
 
@@ -21,27 +21,45 @@ Layer = Literal["encoder", "projection"]
 """Features of an image: those of the image encoder, or their unit-norm projection into the space
 that texts are compared in. A model trained by cross-entropy has no such space."""
 
-_POSITIVE = (1e-12, math.inf)
-_NOT_NEGATIVE = (0, math.inf)
-_AT_LEAST_1 = (1, math.inf)
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The range of an option, beside its type; the ends belong to it."""
+
+    low: float
+    high: float = math.inf
+
+    def check(self, name: str, value: float) -> None:
+        """Refuses a number outside.
+
+        Raises:
+            ValueError: names the option and its range.
+        """
+        if not (self.low <= value <= self.high and math.isfinite(value)):
+            within = f"be at least {self.low:g}"
+            if self.high < math.inf:
+                within = f"lie in {self.low:g} to {self.high:g}"
+            raise ValueError(f"--{name.replace('_', '-')} must {within}, not {value}")
+
+
+Count = Annotated[int, Range(1)]
+Seed = Annotated[int, Range(0)]
+Rate = Annotated[float, Range(1e-12, 100)]
+Part = Annotated[float, Range(0, 0.999)]
 _T = TypeVar("_T")
 
 
-def _check_ranges(command: object, **ranges: tuple[float, float]) -> None:
-    """Refuses a number, or one of several, outside its range; the ends belong to the range.
+def check_ranges(command: object) -> None:
+    """Refuses numbers outside the ranges beside their types.
 
     Raises:
         ValueError: names the option and its range.
     """
-    for name, (low, high) in ranges.items():
-        value = getattr(command, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not (low <= number <= high and math.isfinite(number)):
-                within = (
-                    f"lie in {low:g} to {high:g}" if high < math.inf else f"be at least {low:g}"
-                )
-                flag = name.replace("_", "-")
-                raise ValueError(f"--{flag} must {within}, not {number}")
+    for name, hint in get_type_hints(type(command), include_extras=True).items():
+        for metadata in getattr(hint, "__metadata__", ()):
+            value = getattr(command, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                metadata.check(name, number)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +75,7 @@ class Evaluation:
     """Also write the table into this file, as Markdown."""
     weights: Literal["auto", "ema", "model"] = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
-    nproc: int = 1
+    nproc: Count = 1
     """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
     images, each of which is counted once."""
     device: DeviceName = "auto"
@@ -73,7 +91,7 @@ class Evaluation:
         """
         from unicl_fast.checkpoints.load import find_model
 
-        _check_ranges(self, nproc=_AT_LEAST_1)
+        check_ranges(self)
         find_model(self.checkpoint)
 
     def run(self) -> None:
@@ -85,7 +103,7 @@ class Evaluation:
 class EncodingEvaluation(Evaluation):
     """The options of evaluations that encode all images of packed data sets."""
 
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images encoded at once by each rank."""
     figures: Path | None = None
     """Also draw into this folder: a confusion matrix of each data set; for retrieval images over
@@ -99,7 +117,6 @@ class EncodingEvaluation(Evaluation):
         from unicl_fast.evaluation.data import check_data
 
         super().check()
-        _check_ranges(self, batch_size=_AT_LEAST_1)
         for spec in self.data_sets():
             check_data(spec)
 
@@ -183,7 +200,7 @@ class TransferEvaluation(EncodingEvaluation):
     """The options of evaluations that learn from labelled images and are tested on others."""
 
     train: str
-    """Labelled images to learn from, all of them; written as --data of zero-shot."""
+    """Labelled images to learn from; written as --data of zero-shot."""
     data: str
     """Labelled images to test on. Its classes are found among those of --train by name."""
     metric: MetricChoice = "auto"
@@ -216,18 +233,18 @@ class LinearProbe(FrozenFeatures):
 
     validation: str = ""
     """Labelled images to choose C by; empty sets a part of --train aside."""
-    validation_fraction: float = 0.2
+    validation_fraction: Annotated[float, Range(1e-6, 1 - 1e-6)] = 0.2
     """That part, of each class."""
-    c: float = 0.0
+    c: Annotated[float, Range(0)] = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
-    shots: tuple[int, ...] = ()
+    shots: Annotated[tuple[int, ...], Range(1)] = ()
     """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
     by up to 4 others of each class, and the fit is on the shots alone."""
-    draws: int = 3
+    draws: Count = 3
     """Few-shot: how often images are drawn anew for each number of shots."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the split and the draws."""
-    max_iterations: int = 1000
+    max_iterations: Count = 1000
     """Iterations of each fit, at most."""
     fit_precision: Literal["fp32", "fp64"] = "fp32"
     """Arithmetic of the fits."""
@@ -237,15 +254,6 @@ class LinearProbe(FrozenFeatures):
 
     def check(self) -> None:
         super().check()
-        _check_ranges(
-            self,
-            validation_fraction=(1e-6, 1 - 1e-6),
-            c=_NOT_NEGATIVE,
-            draws=_AT_LEAST_1,
-            max_iterations=_AT_LEAST_1,
-            shots=_AT_LEAST_1,
-            seed=_NOT_NEGATIVE,
-        )
         if self.shots and self.validation and self.c:
             raise ValueError(
                 f"--validation is to choose C by, and --c {self.c:g} fixes it: with --shots, "
@@ -262,14 +270,13 @@ class LinearProbe(FrozenFeatures):
 class Knn(FrozenFeatures):
     """Classification by the k nearest training images, weighted as DINO does; exact."""
 
-    k: tuple[int, ...] = (10, 20)
+    k: Annotated[tuple[int, ...], Range(1)] = (10, 20)
     """Numbers of neighbours, each reported; those beyond the training images are refused."""
-    temperature: float = 0.07
+    temperature: Annotated[float, Range(1e-12)] = 0.07
     """A neighbour's weight is exp(cosine / temperature)."""
 
     def check(self) -> None:
         super().check()
-        _check_ranges(self, k=_AT_LEAST_1, temperature=_POSITIVE)
         if not self.k:
             raise ValueError("--k takes numbers of neighbours, at least one")
 
@@ -283,46 +290,26 @@ class Knn(FrozenFeatures):
 class FinetuneRecipe:
     """timm's recipe of fine-tuning."""
 
-    lr: float = 5e-4
+    lr: Rate = 5e-4
     """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
-    layer_decay: float = 0.75
+    layer_decay: Annotated[float, Range(1e-6, 1)] = 0.75
     """Factor of the learning rate from a layer to the one below; 1 trains all at the same rate."""
-    weight_decay: float = 0.05
+    weight_decay: Annotated[float, Range(0, 100)] = 0.05
     """Decoupled weight decay; none on 1-D parameters and those that timm's model spares."""
-    warmup_fraction: float = 0.1
+    warmup_fraction: Part = 0.1
     """Part of the steps during which the rate climbs from 0."""
-    label_smoothing: float = 0.1
+    label_smoothing: Part = 0.1
     """Part of the target that is spread over all classes."""
-    mixup: float = 0.2
+    mixup: Annotated[float, Range(0, 100)] = 0.2
     """Alpha of mixup; 0 does none. Mixes within a rank's local batch."""
-    cutmix: float = 0.0
+    cutmix: Annotated[float, Range(0, 100)] = 0.0
     """Alpha of CutMix; 0 does none."""
-    ema_decay: float = 0.9998
+    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.9998
     """Decay of the average of the weights, climbing to it as 1 - step ** (-2/3); 0 keeps none."""
-    clip_norm: float = 5.0
+    clip_norm: Annotated[float, Range(0, 1e9)] = 5.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the order, the crops and mixup."""
-
-    def check_recipe(self) -> None:
-        """Refuses numbers out of range.
-
-        Raises:
-            ValueError: names the option and its range.
-        """
-        _check_ranges(
-            self,
-            lr=(1e-12, 100),
-            layer_decay=(1e-6, 1),
-            weight_decay=(0, 100),
-            warmup_fraction=(0, 0.999),
-            label_smoothing=(0, 0.999),
-            mixup=(0, 100),
-            cutmix=(0, 100),
-            ema_decay=(0, 0.999999),
-            clip_norm=(0, 1e9),
-            seed=_NOT_NEGATIVE,
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,9 +325,9 @@ class Finetune(FinetuneRecipe, TransferEvaluation):
     """Folder for the fine-tuned weights."""
     head: Literal["probe", "zero-shot", "fresh"] = "probe"
     """The head at the start: a linear probe, the zero-shot classifier, or zeros."""
-    epochs: float = 10.0
+    epochs: Annotated[float, Range(1e-12)] = 10.0
     """Epochs over the training images."""
-    train_batch_size: int = 128
+    train_batch_size: Count = 128
     """Images of one step over all ranks."""
     augment: str | None = None
     """Augmentation of training images instead of the checkpoint's data.augment, such as unicl; see
@@ -348,8 +335,6 @@ class Finetune(FinetuneRecipe, TransferEvaluation):
 
     def check(self) -> None:
         super().check()
-        self.check_recipe()
-        _check_ranges(self, epochs=_POSITIVE, train_batch_size=_AT_LEAST_1)
         if (self.out / "finetuned.json").exists():
             raise ValueError(f"{self.out} holds a fine-tuned model: name another folder as --out")
 
@@ -368,15 +353,15 @@ class DetectorRecipe:
     optimizer: Literal["adamw", "sgd"] = "adamw"
     """adamw (weight decay 0.05) as usual for Swin, or sgd (momentum 0.9, weight decay 1e-4) as
     usual for ResNet."""
-    lr: float = 1e-4
+    lr: Rate = 1e-4
     """Peak learning rate; usual for a batch of 16: 1e-4 with adamw, 0.02 with sgd."""
-    warmup_steps: int = 500
+    warmup_steps: Annotated[int, Range(0)] = 500
     """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
-    min_size: int = 800
+    min_size: Count = 800
     """The shorter side of an image is scaled to this, in pixels,"""
-    max_size: int = 1333
+    max_size: Count = 1333
     """unless the longer one would be longer than this."""
-    boxes_per_image: int = 512
+    boxes_per_image: Count = 512
     """Proposals of an image that the heads are trained on."""
 
 
@@ -399,14 +384,14 @@ class Detect(DetectorRecipe, Evaluation):
     """Folder of their images."""
     out: Path
     """Folder for the detector, its detections and its description."""
-    epochs: float = 12.0
+    epochs: Annotated[float, Range(1e-12)] = 12.0
     """Epochs over the training images; 12 is the 1x schedule. The rate drops to a tenth after
     8/12 and 11/12 of them."""
-    train_batch_size: int = 16
+    train_batch_size: Count = 16
     """Images of one step over all ranks."""
-    workers: int = 2
+    workers: Annotated[int, Range(0)] = 2
     """Processes of each rank that decode images; 0 decodes in the rank itself."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the heads, the order, the flips and the proposals."""
 
     def check(self) -> None:
@@ -414,17 +399,10 @@ class Detect(DetectorRecipe, Evaluation):
 
         require_pycocotools()
         super().check()
-        _check_ranges(
-            self,
-            epochs=_POSITIVE,
-            lr=_POSITIVE,
-            train_batch_size=_AT_LEAST_1,
-            min_size=_AT_LEAST_1,
-            max_size=(self.min_size, math.inf),
-            boxes_per_image=_AT_LEAST_1,
-            workers=_NOT_NEGATIVE,
-            warmup_steps=_NOT_NEGATIVE,
-        )
+        if self.max_size < self.min_size:
+            raise ValueError(
+                f"--max-size ({self.max_size}) must not be below --min-size ({self.min_size})"
+            )
         check_annotations(self)
         if (self.out / "detector.json").exists():
             raise ValueError(f"{self.out} holds a detector: name another folder as --out")

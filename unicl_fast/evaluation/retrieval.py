@@ -6,9 +6,11 @@ similar of all captions; a caption counts if its image is among the k most simil
 
 from __future__ import annotations
 
+import contextlib
 import io
 import math
 import textwrap
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -252,11 +254,9 @@ def run(command: Retrieval) -> None:
                 print(f"written to {command.figures / name}")
 
 
-def draw_captions_found(
-    found: RetrievalFeatures, dataset: PackedDataset, path: Path, *, count: int = 12, top: int = 3
-) -> None:
-    """Draws images, evenly spread, over the captions they find; own ones are green, as a PNG."""
-    chosen = _spread(len(found.samples), count)
+def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
+    """Draws 12 images over the 3 captions they find; an image's own are green, as a PNG."""
+    chosen = _spread(len(found.samples), 12)
     columns = 4
     rows = -(-len(chosen) // columns)
     height = rows * (_SIDE + _CAPTIONS)
@@ -266,74 +266,61 @@ def draw_captions_found(
         *(0.01, _CAPTIONS / height, 0.99, 1 - 0.05 / height), wspace=0.05, hspace=_CAPTIONS / _SIDE
     )
     scores = found.image_features[chosen] @ found.text_features.T
-    with _Captions(found, dataset) as captions:
-        for axis, image, best in zip(
-            axes, chosen, scores.topk(min(top, scores.shape[1])).indices.tolist(), strict=False
-        ):
-            _show_image(axis, dataset, int(found.samples[image]))
-            for line, text in enumerate(best):
-                right = int(found.image_of_text[text]) == image
-                shown = "\n".join(textwrap.wrap(captions.text(text), 44, max_lines=2))
-                axis.annotate(
-                    f"{line + 1}. {shown}",
-                    *((0, 0), (0, -5 - 24 * line)),
-                    xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7,
-                    color=_RIGHT if right else _WRONG,
-                )  # fmt: skip
+    best = scores.topk(min(3, scores.shape[1])).indices
+    texts = _read_captions(found, dataset, best.unique().tolist())
+    for axis, image, row in zip(axes, chosen, best.tolist(), strict=False):
+        _show_image(axis, dataset, int(found.samples[image]))
+        for line, text in enumerate(row):
+            right = int(found.image_of_text[text]) == image
+            shown = "\n".join(textwrap.wrap(texts[text], 44, max_lines=2))
+            axis.annotate(
+                f"{line + 1}. {shown}",
+                *((0, 0), (0, -5 - 24 * line)),
+                xycoords="axes fraction", textcoords="offset points", va="top", fontsize=7,
+                color=_RIGHT if right else _WRONG,
+            )  # fmt: skip
     for axis in axes[len(chosen) :]:
         axis.set_axis_off()
     save_figure(figure, path)
 
 
-def draw_images_found(
-    found: RetrievalFeatures, dataset: PackedDataset, path: Path, *, count: int = 8, top: int = 5
-) -> None:
-    """Draws captions, evenly spread, over the images they find; own ones are framed, as a PNG."""
-    chosen = _spread(len(found.text_features), count)
-    columns = min(top, len(found.image_features))
+def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
+    """Draws 8 captions over the 5 images they find; its own has a green frame, as a PNG."""
+    chosen = _spread(len(found.text_features), 8)
+    columns = min(5, len(found.image_features))
     figure = Figure(figsize=(2.1 * columns, 2.35 * len(chosen)), layout="constrained")
     grid = figure.subplots(len(chosen), columns, squeeze=False)
-    scores = found.text_features[chosen] @ found.image_features.T
-    with _Captions(found, dataset) as captions:
-        for row, text, best in zip(
-            grid, chosen, scores.topk(columns).indices.tolist(), strict=True
-        ):
-            for axis, image in zip(row, best, strict=True):
-                _show_image(axis, dataset, int(found.samples[image]))
-                right = image == int(found.image_of_text[text])
-                for spine in axis.spines.values():
-                    spine.set(color=_RIGHT if right else FAINT, linewidth=4 if right else 1)
-            row[0].set_title(
-                textwrap.shorten(captions.text(text), 26 * columns, placeholder=" ..."),
-                loc="left", fontsize=8, color=INK,
-            )  # fmt: skip
+    best = (found.text_features[chosen] @ found.image_features.T).topk(columns).indices
+    texts = _read_captions(found, dataset, chosen)
+    for axes, text, images in zip(grid, chosen, best.tolist(), strict=True):
+        for axis, image in zip(axes, images, strict=True):
+            _show_image(axis, dataset, int(found.samples[image]))
+            right = image == int(found.image_of_text[text])
+            for spine in axis.spines.values():
+                spine.set(color=_RIGHT if right else FAINT, linewidth=4 if right else 1)
+        axes[0].set_title(
+            textwrap.shorten(texts[text], 26 * columns, placeholder=" ..."),
+            loc="left", fontsize=8, color=INK,
+        )  # fmt: skip
     save_figure(figure, path)
 
 
-class _Captions:
-    """Reads the texts of captions by their number among all captions of the images compared."""
-
-    def __init__(self, found: RetrievalFeatures, dataset: PackedDataset) -> None:
-        self._owner = found.image_of_text.tolist()
-        self._first = torch.searchsorted(
-            found.image_of_text, torch.arange(len(found.samples))
-        ).tolist()
-        self._samples = found.samples
-        self._reader = SampleReader(dataset)
-
-    def __enter__(self) -> _Captions:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._reader.close()
-
-    def text(self, number: int) -> str:
-        owner = self._owner[number]
-        description = self._reader.read_description(int(self._samples[owner]))
-        return description.captions[number - self._first[owner]]
+def _read_captions(
+    found: RetrievalFeatures, dataset: PackedDataset, numbers: Iterable[int]
+) -> dict[int, str]:
+    """Texts of captions by their number among all captions of the images compared."""
+    first = torch.searchsorted(found.image_of_text, torch.arange(len(found.samples)))
+    texts = {}
+    with contextlib.closing(SampleReader(dataset)) as reader:
+        for number in numbers:
+            owner = int(found.image_of_text[number])
+            captions = reader.read_description(int(found.samples[owner])).captions
+            texts[number] = captions[number - int(first[owner])]
+    return texts
 
 
 def _spread(total: int, count: int) -> list[int]:
+    """So many numbers below `total`, evenly spread."""
     count = min(total, count)
     return [number * total // count for number in range(count)]
 

@@ -31,7 +31,7 @@ from unicl_fast.evaluation.report import (
     draw_confusion,
     write_results,
 )
-from unicl_fast.evaluation.requests import Metric, ZeroShot
+from unicl_fast.evaluation.requests import Metric, MetricChoice, ZeroShot
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.text.prompts import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
@@ -124,24 +124,19 @@ def evaluate_zero_shot(
 def run(command: ZeroShot) -> None:
     """Evaluates one data set after the other, each reported as soon as it is done."""
     names = short_names(command.data)
-    asked = zip(
-        command.data,
-        names,
-        command.for_each("class_names", default="own"),
-        command.for_each("templates", default="own"),
-        command.for_each("metric", default="auto"),
-        strict=True,
-    )
+    class_names = command.for_each("class_names", default="own")
+    templates = command.for_each("templates", default="own")
+    metrics: list[MetricChoice] = command.for_each("metric", default="auto")
     rows: list[tuple[str, Metric, ClassificationResult]] = []
     values: list[dict[str, Any]] = []
     with model_on_ranks(command) as on_ranks:
-        for spec, name, class_names, templates, metric in asked:
+        for number, (spec, name) in enumerate(zip(command.data, names, strict=True)):
             with open_data(
                 spec,
                 ranks=on_ranks.ranks,
-                metric=metric,
-                class_names="" if class_names == "own" else class_names,
-                templates="" if templates == "own" else templates,
+                metric=metrics[number],
+                class_names=_unless_own(class_names[number]),
+                templates=_unless_own(templates[number]),
                 name=name,
             ) as data:
                 result = evaluate_zero_shot(
@@ -175,3 +170,7 @@ def run(command: ZeroShot) -> None:
         print(f"\n{table}")
         mean = sum(result.value(metric) for _, metric, result in rows) / len(rows)
         write_results(command, {"mean": mean, "data_sets": values}, table)
+
+
+def _unless_own(source: str) -> str:
+    return "" if source == "own" else source
