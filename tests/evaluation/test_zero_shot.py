@@ -1,8 +1,7 @@
-"""Zero-shot and retrieval on features whose answers are known, and their statistics."""
+"""Zero-shot classification of images whose answers are known."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import pytest
@@ -13,8 +12,6 @@ from torch.nn import functional as F
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.batch import EvaluationBatch
 from unicl_fast.evaluation.encode import ModelOnRanks, encode_images, encode_token_rows
-from unicl_fast.evaluation.report import wilson_interval
-from unicl_fast.evaluation.retrieval import retrieval
 from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")
@@ -86,48 +83,7 @@ def test_without_labels_there_is_nothing_to_classify(model: UniCL) -> None:
         )
 
 
-def test_intervals_cover_as_often_as_they_say() -> None:
-    trials, rate = 200, 0.3
-    covered = 0.0
-    for right in range(trials + 1):
-        low, high = wilson_interval(right, trials)
-        probability = math.comb(trials, right) * rate**right * (1 - rate) ** (trials - right)
-        covered += probability * (low <= rate <= high)
-    assert 0.93 < covered < 0.97
-    assert wilson_interval(0, 10)[0] == 0
-    assert wilson_interval(10, 10)[1] == 1
-
-
 def test_texts_are_encoded_in_the_order_given(model: UniCL) -> None:
     texts = ["a b c d e f", "a", "one two three", "a b"]
     ours = encode_token_rows(model, Tokenizer().encode(texts), batch_size=2)
     torch.testing.assert_close(ours, model.encode_text(Tokenizer()(texts)), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("chunk", [1024, 7])  # 7 divides neither 30 nor 60
-def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("unicl_fast.evaluation.retrieval._CHUNK", chunk)
-    generator = torch.Generator().manual_seed(0)
-    images = F.normalize(torch.randn(30, 6, generator=generator, dtype=torch.float64), dim=1)
-    image_of_text = torch.arange(30).repeat_interleave(2).roll(1)
-    texts = F.normalize(
-        images[image_of_text] + torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1
-    )
-    result = retrieval(images, texts, image_of_text)
-    order = (images @ texts.T).argsort(dim=1, descending=True)
-    back = (texts @ images.T).argsort(dim=1, descending=True)
-    for place, k in enumerate((1, 5, 10)):
-        found = sum(i in image_of_text[order[i, :k]] for i in range(30))
-        assert result.image_to_text[place].num_found == found
-        found = sum(int(image_of_text[j]) in back[j, :k].tolist() for j in range(60))
-        assert result.text_to_image[place].num_found == found
-    assert 0 < result.text_to_image[0].num_found < 60
-    assert result.text_to_image[0].chance == pytest.approx(1 / 30)
-    assert result.image_to_text[1].chance == pytest.approx(1 - math.comb(58, 5) / math.comb(60, 5))
-
-
-def test_a_collapsed_model_finds_nothing() -> None:
-    same = torch.ones(20, 4) / 2
-    result = retrieval(same, same, torch.arange(20))
-    assert [recall.num_found for recall in result.image_to_text] == [0, 0, 0]
-    assert [recall.num_found for recall in result.text_to_image] == [0, 0, 0]
