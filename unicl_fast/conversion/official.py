@@ -67,7 +67,7 @@ def convert_from(command: FromOfficial) -> None:
     write_export(model, command.out, origin=origin)
     print_written(command.out)
     print(
-        f"every entry has its place: {model.config.model.image_encoder}, {_view(model)}, "
+        f"every entry fits: {model.config.model.image_encoder}, {_view(model)}, "
         "normalised as ImageNet's"
     )
     print(f"next: unicl-eval zero-shot --checkpoint {command.out} --data DIR")
@@ -84,7 +84,7 @@ def convert_to(command: ToOfficial) -> None:
         assert all(torch.equal(again[name], entries[name]) for name in entries)
     print_written(command.out)
     print(f"{len(entries):,} entries, {num_parameters(entries):,} parameters")
-    print(f"the file has no place for it: this model wants {_view(model)}; set that in the config")
+    print(f"the file cannot hold it: this model wants {_view(model)}; set that in the config")
     data = model.config.data
     if not (np.allclose(data.mean, IMAGENET_MEAN) and np.allclose(data.std, IMAGENET_STD)):
         print(
@@ -123,16 +123,16 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     entries = _with_present_names(entries, source=source)
     config = _config_of(entries, source=source)
     model = UniCL(config).eval()
-    places = official_entries(model)
-    name = _NAMES[_PRESETS_BY_WIDTH[places[_PATCHES].shape[0]]]
-    faults = _faults(entries, places)
+    tensors = official_entries(model)
+    name = _NAMES[_PRESETS_BY_WIDTH[tensors[_PATCHES].shape[0]]]
+    faults = _faults(entries, tensors)
     if faults:
         raise ValueError(
-            f"{source} is not {name} in the layout of microsoft/UniCL, which has {len(places)} "
+            f"{source} is not {name} in the layout of microsoft/UniCL, which has {len(tensors)} "
             f"entries: {'; '.join(faults)}"
         )
-    for entry, place in places.items():
-        place.copy_(entries[entry])
+    for entry, tensor in tensors.items():
+        tensor.copy_(entries[entry])
     return model
 
 
@@ -154,7 +154,7 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
 
 
 def num_parameters(entries: Mapping[str, Tensor]) -> int:
-    """Numbers that are learnt: the tables of Swin's windows do not count."""
+    """Number of trained parameters: the tables of Swin's windows do not count."""
     return sum(tensor.numel() for name, tensor in entries.items() if not _TABLES.search(name))
 
 
@@ -181,7 +181,7 @@ def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[
 
 
 def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
-    """The preset that a file is of, told by the widths in it, before a model is built."""
+    """The config of a file's model, found by the widths in it, before a model is built."""
     if _PATCHES not in entries:
         first_words = sorted({name.split(".")[0] for name in entries})
         raise ValueError(
@@ -211,7 +211,7 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
 
 def _released(preset: TrainConfig, *, logit_scale: float) -> TrainConfig:
     data = dataclasses.replace(preset.data, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    # fp32, since figures were published for it; not clamped below what was learnt
+    # fp32, since figures were published for it; not clamped below the trained scale
     efficiency = dataclasses.replace(preset.efficiency, precision="fp32")
     model = dataclasses.replace(
         preset.model,
@@ -227,17 +227,17 @@ def _scalar(tensor: Tensor | None) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _faults(entries: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> list[str]:
-    """Reasons why entries do not fit their places, all names included; empty where all fit."""
-    both = [name for name in places if name in entries]
-    alike = [name for name in both if entries[name].shape == places[name].shape]
+def _faults(entries: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Reasons why entries do not fit the model, all names included; empty where all fit."""
+    both = [name for name in tensors if name in entries]
+    alike = [name for name in both if entries[name].shape == tensors[name].shape]
     kinds = {
-        "missing": [name for name in places if name not in entries],
-        "left over": [name for name in entries if name not in places],
+        "missing": [name for name in tensors if name not in entries],
+        "left over": [name for name in entries if name not in tensors],
         "of another shape": [
-            f"{name} {list(entries[name].shape)} instead of {list(places[name].shape)}"
+            f"{name} {list(entries[name].shape)} instead of {list(tensors[name].shape)}"
             for name in both
-            if entries[name].shape != places[name].shape
+            if entries[name].shape != tensors[name].shape
         ],
         "not finite numbers": [
             name
@@ -249,7 +249,7 @@ def _faults(entries: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> list
             name
             for name in alike
             if _TABLES.search(name)
-            and not torch.equal(entries[name].to(places[name].dtype), places[name])
+            and not torch.equal(entries[name].to(tensors[name].dtype), tensors[name])
         ],
     }
     return [f"{kind}: {', '.join(names)} ({len(names)})" for kind, names in kinds.items() if names]

@@ -33,8 +33,8 @@ class FromOfficial(Conversion):
 
     FILE holds {'model': {name: tensor}}, as in1k.pth and its fellows do; files with the older names
     visual, text, lang_encoder and vision_projection are read too. Only tensors are read: a file
-    with Python objects in it is refused, and nothing of it is run. Every entry must find its place,
-    and every place its entry. OUT is a folder that unicl-eval and unicl_fast.load_model take, in
+    with Python objects in it is refused, and nothing of it is run. Every entry must fit a tensor of
+    the model, and every tensor an entry. OUT is a folder that unicl-eval and unicl_fast.load_model take, in
     fp32, with the preprocessing of the released models: bicubic to 256, 224 in the centre,
     ImageNet's mean and deviation.
 
@@ -90,8 +90,8 @@ class ToOpenClip(ModelConversion):
     """A folder for open_clip, and what builds on it, CLIP_benchmark for example.
 
     open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors;
-    that is tried before OUT appears. It scales the shorter side to the very size it crops, so
-    images differ where data.evaluation_resize is larger than data.image_size; that is said.
+    that is checked before OUT appears. It scales the shorter side to the very size it crops, so
+    images differ where data.evaluation_resize is larger than data.image_size; a note says so.
 
     Example:
       unicl-convert open-clip runs/first models/first-open-clip

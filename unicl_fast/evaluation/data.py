@@ -1,6 +1,6 @@
 """Opens the data sets that `--data` and `--train` name, each as one packed data set.
 
-A packed data set is taken as it is. Class folders, zips of them and data sets that torchvision has
+A packed data set is used as it is. Class folders, zips of them and data sets that torchvision has
 on the disk are packed into a temporary folder first: so an image reaches the model in one way
 only, and what cannot be decoded is counted and named.
 """
@@ -84,7 +84,7 @@ class EvaluationData:
         """The labels of each sample as numbers of another data set's classes, found by name.
 
         Raises:
-            ValueError: a class that the other has not, or has several times.
+            ValueError: a class that the other lacks, or has several times.
         """
         if self.class_names == other.class_names:
             return self.labels()
@@ -98,7 +98,7 @@ class EvaluationData:
             others = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
             raise ValueError(
                 f"{self.name} has the class {unknown[0]!r}{others}, which the training data "
-                f"{other.name} has not: pack both with the same --class-names"
+                f"{other.name} lacks: pack both with the same --class-names"
             )
         table = [number_of[name] for name in self.class_names]
         return [[table[label] for label in own] for own in self.labels()]

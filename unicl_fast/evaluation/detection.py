@@ -96,7 +96,7 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
     name, source = model.config.model.image_encoder, model.image_encoder
     if not (hasattr(source, "forward_intermediates") and hasattr(source, "feature_info")):
         raise ValueError(
-            f"detect needs an encoder with timm's forward_intermediates, which {name} has not; "
+            f"detect needs an encoder with timm's forward_intermediates, which {name} lacks; "
             f"{_FITTING}"
         )
     arguments: dict[str, Any] = {

@@ -260,6 +260,6 @@ def collect_rows(
             dist.gather(sent, received, dst=0, group=ranks.host_group)
         if whole is not None and received is not None:
             for rank, rows in enumerate(received):
-                places = whole[rank + start * ranks.world_size :: ranks.world_size][: len(sent)]
-                places.copy_(rows[: len(places)])
+                target = whole[rank + start * ranks.world_size :: ranks.world_size][: len(sent)]
+                target.copy_(rows[: len(target)])
     return whole

@@ -1,7 +1,7 @@
 """Features of labelled images: extracted once over all ranks, kept in a folder, put beside labels.
 
 A linear probe and its many fits, nearest neighbours and the first head of fine-tuning need the same
-features again and again, and the encoder is all that takes long. The name of a stored file is a
+features again and again, and only the encoder takes long. The name of a stored file is a
 checksum of everything that decides the features, so nothing stale is ever read.
 """
 
@@ -163,6 +163,12 @@ class ExtractedSets:
     metric: Metric
     """The metric that is reported first."""
 
+    def to(self, dtype: torch.dtype) -> ExtractedSets:
+        """The same with features of another type."""
+        validation = None if self.validation is None else self.validation.to(dtype)
+        train, test = self.train.to(dtype), self.test.to(dtype)
+        return dataclasses.replace(self, train=train, test=test, validation=validation)
+
     def described(self, command: FrozenFeatures) -> dict[str, object]:
         """The first values of a report."""
         return {
@@ -180,7 +186,7 @@ def extract_sets(command: FrozenFeatures) -> ExtractedSets | None:
     """Features and labels of the data sets of a command; None on all ranks but rank 0.
 
     Raises:
-        ValueError: a class that the training data has not, or a set without labels.
+        ValueError: a class that the training data lacks, or a set without labels.
     """
     found: list[LabelledFeatures] = []
     opened: list[EvaluationData] = []

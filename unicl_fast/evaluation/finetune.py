@@ -145,7 +145,7 @@ def finetune(
         loader: local batches of labelled images.
         recipe: the settings.
         steps: updates of the weights.
-        labels_of: labels of a sample, of which the first is learnt.
+        labels_of: labels of a sample, of which the first is the target.
         ranks: they share each batch. Mixup mixes within a local batch.
         progress: show a progress bar.
 

@@ -37,6 +37,7 @@ from unicl_fast.evaluation.report import (
     ClassificationResult,
     classification_table,
     draw_confusion,
+    interval_text,
     markdown_table,
     percent,
     rank_classes,
@@ -265,78 +266,73 @@ class ProbeFit:
 
 def fit_probe(
     train: LabelledFeatures,
-    validation: LabelledFeatures,
+    validation: LabelledFeatures | None,
     *,
     class_names: Sequence[str],
+    c: float = 0.0,
     metric: Metric = "top1",
     refit: bool = True,
     max_iterations: int = MAX_ITERATIONS,
     on_fit: Callable[[str], None] = lambda text: None,
 ) -> ProbeFit:
-    """Chooses C by a metric on the validation samples, then fits the classifier that is returned.
+    """Fits a probe; with c = 0, C is chosen by a metric on the validation samples.
 
-    With `refit` that is fitted on training and validation samples together, as CLIP does; else on
-    the training samples alone, as few-shot protocols have it. `on_fit` gets a line of text after
-    each fit of the search.
+    With `refit` the result is fitted on training and validation samples together, as CLIP does;
+    else on the training samples alone, as few-shot protocols have it. `on_fit` gets a line of text
+    after each fit of the search.
     """
     fits: dict[int, LinearClassifier] = {}
-    prepared = PreparedFeatures.of(train.features)
+    scores: dict[int, float] = {}
+    classifier: LinearClassifier | None = None
+    if not c:
+        assert validation is not None, "C cannot be chosen"
+        chosen_by = validation
+        prepared = PreparedFeatures.of(train.features)
 
-    def score(point: int) -> float:
-        nearest = min(fits, key=lambda other: abs(other - point), default=None)
-        fits[point] = fit_logistic_regression(
-            prepared,
-            train.labels,
-            num_classes=len(class_names),
-            c=10 ** LOG10_C[point],
-            start=None if nearest is None else fits[nearest],
-            max_iterations=max_iterations,
-        )
-        value = evaluate_classifier(fits[point], validation, class_names=class_names).value(metric)
-        on_fit(f"C {10 ** LOG10_C[point]:.3g}: {100 * value:.2f} % of validation")
-        return value
+        def score(point: int) -> float:
+            nearest = min(fits, key=lambda other: abs(other - point), default=None)
+            fits[point] = fit_logistic_regression(
+                prepared,
+                train.labels,
+                num_classes=len(class_names),
+                c=10 ** LOG10_C[point],
+                start=None if nearest is None else fits[nearest],
+                max_iterations=max_iterations,
+            )
+            result = evaluate_classifier(fits[point], chosen_by, class_names=class_names)
+            value = result.value(metric)
+            on_fit(f"C {10 ** LOG10_C[point]:.3g}: {100 * value:.2f} % of validation")
+            return value
 
-    best, scores = search_peak(score, size=len(LOG10_C), first_step=_FIRST_STEP)
-    classifier = fits[best]
-    if refit:
-        both = train.join(validation)
+        best, scores = search_peak(score, size=len(LOG10_C), first_step=_FIRST_STEP)
+        classifier, c = fits[best], 10 ** LOG10_C[best]
+    if classifier is None or refit:
+        samples = train if validation is None or not refit else train.join(validation)
         classifier = fit_logistic_regression(
-            both.features,
-            both.labels,
+            samples.features,
+            samples.labels,
             num_classes=len(class_names),
-            c=10 ** LOG10_C[best],
-            start=fits[best],
+            c=c,
+            start=classifier,
             max_iterations=max_iterations,
         )
-    return ProbeFit(
-        classifier=classifier,
-        c=10 ** LOG10_C[best],
-        validation={10 ** LOG10_C[point]: scores[point] for point in sorted(scores)},
-    )
+    validated = {10 ** LOG10_C[point]: scores[point] for point in sorted(scores)}
+    return ProbeFit(classifier=classifier, c=c, validation=validated)
 
 
 def run(command: LinearProbe) -> None:
     """Extracts features on all ranks; rank 0 fits, prints and writes."""
-    sets = extract_sets(command)
-    if sets is None:
+    extracted = extract_sets(command)
+    if extracted is None:
         return
-    dtype = torch.float64 if command.fit_precision == "fp64" else torch.float32
-    train, test = sets.train.to(dtype), sets.test.to(dtype)
-    validation = None if sets.validation is None else sets.validation.to(dtype)
-    probe = _few_shot if command.shots else _full_probe
-    values, table = probe(command, sets, train=train, validation=validation, test=test)
+    sets = extracted.to(torch.float64 if command.fit_precision == "fp64" else torch.float32)
+    values, table = (_few_shot if command.shots else _full_probe)(command, sets)
     write_results(command, sets.described(command) | values, table)
 
 
-def _full_probe(
-    command: LinearProbe,
-    sets: ExtractedSets,
-    *,
-    train: LabelledFeatures,
-    validation: LabelledFeatures | None,
-    test: LabelledFeatures,
-) -> tuple[dict[str, Any], str]:
+def _full_probe(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any], str]:
     """Fits on everything and tests; returns values for the JSON and a table."""
+    train, validation = sets.train, sets.validation
     if validation is None and not command.c:
         labels, fraction = train.labels.cpu().numpy(), command.validation_fraction
         kept, aside = split_validation(labels, fraction=fraction, seed=command.seed)
@@ -347,19 +343,31 @@ def _full_probe(
             bar.set_postfix_str(text)
             bar.update()
 
-        fit = _fit(command, sets, train, validation, on_fit=show)
+        fit = fit_probe(
+            train,
+            validation,
+            class_names=sets.class_names,
+            c=command.c,
+            metric=sets.metric,
+            max_iterations=command.max_iterations,
+            on_fit=show,
+        )
     values: dict[str, Any] = {}
-    num_fitted = len(train) + (0 if validation is None else len(validation))
-    if validation is not None and fit.validation:
+    num_validation = 0 if validation is None else len(validation)
+    if fit.validation:
         tried = [{"c": c, sets.metric: value} for c, value in fit.validation.items()]
-        values = {"validation": tried, "num_validation": len(validation)}
+        values = {"validation": tried, "num_validation": num_validation}
         if fit.at_edge:
             print(f"C {fit.c:g} is at the edge of what is searched; a better one may lie beyond")
+    num_fitted = len(train) + num_validation
     result = evaluate_classifier(
-        fit.classifier, test, class_names=sets.class_names, confusion=command.figures is not None
+        fit.classifier,
+        sets.test,
+        class_names=sets.class_names,
+        confusion=command.figures is not None,
     )
     values |= {"c": fit.c, "num_fitted": num_fitted} | result.to_json()
-    values["num_without_label"] = test.num_without_label
+    values["num_without_label"] = sets.test.num_without_label
     print(result.to_table())
     print(f"C {fit.c:.4g}, fitted on {num_fitted:,} samples, features of the {command.layer}")
     if command.figures is not None:
@@ -368,22 +376,15 @@ def _full_probe(
     return values, classification_table([(sets.test_name, sets.metric, result)])
 
 
-def _few_shot(
-    command: LinearProbe,
-    sets: ExtractedSets,
-    *,
-    train: LabelledFeatures,
-    validation: LabelledFeatures | None,
-    test: LabelledFeatures,
-) -> tuple[dict[str, Any], str]:
+def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any], str]:
     """Draws shots, fits and tests; returns values for the JSON and a table.
 
     Raises:
         ValueError: C is to be chosen, and the shots leave nothing to choose it by.
     """
+    train, validation, names = sets.train, sets.validation, sets.class_names
     labels = train.labels.cpu().numpy()
     counts = np.bincount(labels)
-    smallest = int(counts[counts > 0].min())
     if not command.c and validation is None and max(command.shots) >= counts.max():
         raise ValueError(
             f"no class has more than {max(command.shots)} training samples, so none are left to "
@@ -393,9 +394,16 @@ def _few_shot(
     work = [(shots, draw) for shots in command.shots for draw in range(command.draws)]
     for shots, draw in tqdm(work, desc="few-shot", disable=not sys.stderr.isatty()):
         kept, aside = draw_shots(labels, shots=shots, seed=command.seed + draw)
-        others = train.take(aside) if validation is None else validation
-        fit = _fit(command, sets, train.take(kept), others, refit=False)
-        result = evaluate_classifier(fit.classifier, test, class_names=sets.class_names)
+        fit = fit_probe(
+            train.take(kept),
+            train.take(aside) if validation is None else validation,
+            class_names=names,
+            c=command.c,
+            metric=sets.metric,
+            refit=False,
+            max_iterations=command.max_iterations,
+        )
+        result = evaluate_classifier(fit.classifier, sets.test, class_names=names)
         found[shots].append((result.value(sets.metric), fit.c))
     values: list[dict[str, Any]] = []
     rows = []
@@ -411,47 +419,14 @@ def _few_shot(
                 "c": [c for _, c in results],
             }
         )
-        low, high = percent(float(draws.min())), percent(float(draws.max()))
         deviation = "" if spread is None else percent(spread)
-        rows.append([str(shots), percent(float(draws.mean())), deviation, f"{low} to {high}"])
+        lowest_to_highest = interval_text((draws.min(), draws.max()))
+        rows.append([str(shots), percent(draws.mean()), deviation, lowest_to_highest])
     header = ["shots", f"{METRIC_NAMES[sets.metric]}, %", "standard deviation", "range"]
     table = markdown_table(header, rows)
     print(table)
-    print(
-        f"{command.draws} draws each, {len(test):,} test samples, {len(sets.class_names)} classes"
-    )
+    print(f"{command.draws} draws each, {len(sets.test):,} test samples, {len(names)} classes")
+    smallest = int(counts[counts > 0].min())
     if smallest < max(command.shots):
         print(f"the smallest class has {smallest} training samples, and gave all it has")
     return {"shots": values, "num_draws": command.draws, "smallest_class": smallest}, table
-
-
-def _fit(
-    command: LinearProbe,
-    sets: ExtractedSets,
-    train: LabelledFeatures,
-    validation: LabelledFeatures | None,
-    *,
-    refit: bool = True,
-    on_fit: Callable[[str], None] = lambda text: None,
-) -> ProbeFit:
-    """Fits with the C that is given, or searches it; `refit` adds the validation samples."""
-    if not command.c:
-        assert validation is not None
-        return fit_probe(
-            train,
-            validation,
-            class_names=sets.class_names,
-            metric=sets.metric,
-            refit=refit,
-            max_iterations=command.max_iterations,
-            on_fit=on_fit,
-        )
-    samples = train if validation is None or not refit else train.join(validation)
-    classifier = fit_logistic_regression(
-        samples.features,
-        samples.labels,
-        num_classes=len(sets.class_names),
-        c=command.c,
-        max_iterations=command.max_iterations,
-    )
-    return ProbeFit(classifier=classifier, c=command.c, validation={})

@@ -272,8 +272,8 @@ def most_confused(
     np.fill_diagonal(wrong, 0)
     order = np.argsort(-wrong, axis=None, kind="stable")[:count]
     found = []
-    for place in order.tolist():
-        row, column = divmod(place, len(wrong))
+    for cell in order.tolist():
+        row, column = divmod(cell, len(wrong))
         if number := int(wrong[row, column]):
             part = number / int(confusion[row].sum())
             found.append((class_names[row], class_names[column], number, part))

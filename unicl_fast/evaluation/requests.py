@@ -216,7 +216,7 @@ class FrozenFeatures(TransferEvaluation):
 
     layer: Layer = "encoder"
     """Features before the projection into the space of texts, as CLIP's linear probes take them, or
-    behind it (unit norm), which a model trained by cross-entropy has not."""
+    behind it (unit norm), which a model trained by cross-entropy lacks."""
     features: str = "auto"
     """Folder where features are kept and found again, by a checksum of weights and images; auto
     is the folder features/ of the run, none keeps nothing."""
@@ -241,7 +241,7 @@ class LinearProbe(FrozenFeatures):
     """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
     by up to 4 others of each class, and the fit is on the shots alone."""
     draws: Count = 3
-    """Few-shot: how often images are drawn anew for each number of shots."""
+    """Few-shot: how often images are drawn for each number of shots."""
     seed: Seed = 0
     """Seed of the split and the draws."""
     max_iterations: Count = 1000
