@@ -34,8 +34,8 @@ class FromOfficial(Conversion):
     FILE holds {'model': {name: tensor}}, as in1k.pth and its fellows do; files with the older names
     visual, text, lang_encoder and vision_projection are read too. Only tensors are read: a file
     with Python objects in it is refused, and nothing of it is run. Every entry must fit a tensor of
-    the model, and every tensor an entry. OUT is a folder that unicl-eval and unicl_fast.load_model take, in
-    fp32, with the preprocessing of the released models: bicubic to 256, 224 in the centre,
+    the model, and every tensor an entry. OUT is a folder that unicl-eval and unicl_fast.load_model
+    take, in fp32, with the preprocessing of the released models: bicubic to 256, 224 in the centre,
     ImageNet's mean and deviation.
 
     Example:
