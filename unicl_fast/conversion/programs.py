@@ -104,20 +104,7 @@ def require_packages() -> None:
 
 @torch.no_grad()
 def write_exported_programs(model: UniCL, folder: Path) -> float:
-    """Writes programs of torch.export, read back and run as `write_onnx` does.
-
-    Args:
-        model: in fp32 and evaluation mode, with texts.
-        folder: a new one.
-
-    Returns:
-        The largest difference of a feature's coordinates.
-
-    Raises:
-        ValueError: the folder is there already.
-        RuntimeError: the encoder cannot be traced, or the features are not ours.
-        OSError: it cannot be written.
-    """
+    """Writes programs of torch.export, read back and compared as by `write_onnx`."""
     return _write_towers(model, folder, ".pt2", export=_export_program, load=_load_program)
 
 
@@ -129,17 +116,10 @@ def _write_towers(
     export: Callable[[Tower, Tensor, Path, str], None],
     load: Callable[[Path, str], Callable[[Tensor], Tensor]],
 ) -> float:
-    """Exports both towers into a new folder, `image` and `text`, and runs the files.
+    """Writes a file for each tower, and runs it at three batch sizes.
 
-    Args:
-        model: in fp32 and evaluation mode, with texts.
-        folder: to be made.
-        suffix: of the files.
-        export: a tower, traced with inputs, into a file; the last is the tower's name.
-        load: a file of a tower, as a function of its inputs.
-
-    Returns:
-        The largest difference of a feature's coordinates, at three batch sizes.
+    `export` takes a tower, inputs to trace it with, a file and the tower's name; `load` gives a
+    file as a function of its inputs.
     """
     assert model.image_projection is not None
     assert model.text_encoder is not None

@@ -184,20 +184,7 @@ def _compare_in_open_clip(model: UniCL, folder: Path) -> float:
 
 
 def write_timm(model: UniCL, folder: Path) -> float:
-    """Writes the folder, and reads it with timm.
-
-    Args:
-        model: in fp32 and evaluation mode.
-        folder: a new one.
-
-    Returns:
-        The largest difference of a feature's coordinates, at unit norm.
-
-    Raises:
-        ValueError: the folder is there already.
-        RuntimeError: the features are not ours.
-        OSError: it cannot be written.
-    """
+    """Writes the folder of the image encoder, read back and compared as by `write_open_clip`."""
     with new_folder(folder) as aside:
         write_json(aside / "config.json", _timm_config(model))
         write_tensors(aside / "model.safetensors", model.image_encoder.state_dict())

@@ -140,13 +140,13 @@ def finetune(
     """Trains encoder and head.
 
     Args:
-        model: whose encoder `module` has; says how images are normalised and in what precision.
-        module: is trained in place.
-        loader: local batches of labelled images.
+        model: decides how images are normalised, and the precision.
+        module: the model's encoder and a head, trained in place.
+        loader: local batches of labelled images. Mixup mixes within a local batch.
         recipe: the settings.
         steps: updates of the weights.
         labels_of: labels of a sample, of which the first is the target.
-        ranks: they share each batch. Mixup mixes within a local batch.
+        ranks: they share each batch.
         progress: show a progress bar.
 
     Returns:
