@@ -230,7 +230,6 @@ def train_detector(
         heartbeat_and_check_stop()  # shows progress
 
 
-@torch.no_grad()
 def detect(
     detector: FasterRCNN, images: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
@@ -245,7 +244,8 @@ def detect(
     detector.eval()
     for number, image in images:
         heartbeat_and_check_stop()  # shows progress
-        (found,) = detector([image.to(device)])
+        with torch.no_grad():
+            (found,) = detector([image.to(device)])
         yield number, {key: value.cpu() for key, value in found.items()}
 
 
