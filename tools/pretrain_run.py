@@ -25,7 +25,8 @@ from unicl_fast.distributed.launch import configure_logging, is_restarted, refus
 from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
-from unicl_fast.evaluation.run_on_dataset import evaluate_zero_shot
+from unicl_fast.evaluation.encode import ModelOnRanks
+from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import fast_precision, settle_precision
@@ -347,9 +348,8 @@ def _build_evaluations(
 
     def evaluation_of(index: int) -> Evaluation:
         def evaluate(model: UniCL) -> dict[str, float]:
-            result = evaluate_zero_shot(
-                model, datasets[index], rows_of_classes=rows[index], ranks=ranks
-            )
+            on_ranks = ModelOnRanks(model=model, ranks=ranks)
+            result = evaluate_zero_shot(on_ranks, datasets[index], rows_of_classes=rows[index])
             return {"top1": result.top1, "top5": result.top5}
 
         return evaluate

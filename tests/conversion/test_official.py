@@ -17,8 +17,9 @@ from unicl_fast.conversion.official import (
     model_of,
     num_parameters,
     official_entries,
+    read_official_file,
+    write_official_file,
 )
-from unicl_fast.conversion.official_file import read_official_file, write_official_file
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 

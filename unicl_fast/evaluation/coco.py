@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import itertools
 import json
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,21 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from unicl_fast.evaluation.requests import Detect
+from unicl_fast.system.keyed_random import fold_key, uniform_tensor
+
+Target = dict[str, Tensor]
+"""Boxes [m 4] (left, top, right, bottom), labels [m] from 1, and masks [m h w] where asked for."""
+_ORDER, _FLIPS = 1, 2
+"""Purposes of random numbers."""
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 
 
 def require_pycocotools() -> None:
-    """Says how to install what is missing.
+    """Refuses to begin without pycocotools, and says how to install it.
 
     Raises:
-        ModuleNotFoundError: pycocotools is.
+        ModuleNotFoundError: pycocotools is missing.
     """
     try:
         import pycocotools.mask  # noqa: F401
@@ -38,36 +47,29 @@ def require_pycocotools() -> None:
         ) from error
 
 
-class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
+class CocoImages(Dataset[tuple[Tensor, Target]]):
     """Images with boxes, and polygons or RLE, as an instances_*.json lists them.
 
     Class numbers are 1 to k in order of the categories' ids; 0 is the background's. Crowds are
-    trained on by nobody, and counted as COCO's metrics do.
+    never trained on, and counted as COCO's metrics do.
     """
 
     def __init__(self, annotations: Path, images: Path, *, masks: bool = False) -> None:
-        """Reads the list.
-
-        Args:
-            annotations: the JSON file.
-            images: folder that its file names are relative to.
-            masks: give masks too.
+        """Reads a JSON file of annotations, whose file names are relative to the folder `images`.
 
         Raises:
             FileNotFoundError: the file, or the first image, is not there.
             ValueError: the file is no list of boxes.
         """
         if not annotations.is_file():
-            raise FileNotFoundError(
-                f"no file {annotations}: give an instances_*.json of COCO's form"
-            )
+            raise FileNotFoundError(f"no file {annotations}: give an instances_*.json as COCO's")
         try:
             self.content: dict[str, Any] = json.loads(annotations.read_bytes())
             self.images = sorted(self.content["images"], key=lambda image: image["id"])
             categories = sorted(self.content["categories"], key=lambda one: one["id"])
             self.class_names = tuple(str(one["name"]) for one in categories)
             self.category_ids = [int(one["id"]) for one in categories]
-            number_of = {one: place + 1 for place, one in enumerate(self.category_ids)}
+            number_of = {one: number for number, one in enumerate(self.category_ids, start=1)}
             self._boxes: dict[int, list[dict[str, Any]]] = {one["id"]: [] for one in self.images}
             for one in self.content["annotations"]:
                 _, _, width, height = one["bbox"]
@@ -93,16 +95,16 @@ class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     @property
     def with_boxes(self) -> list[int]:
-        """Places of images that show something; only these can be trained on."""
-        return [place for place, one in enumerate(self.images) if self._boxes[one["id"]]]
+        """Indices of images that have boxes; only these can be trained on."""
+        return [index for index, one in enumerate(self.images) if self._boxes[one["id"]]]
 
-    def __getitem__(self, place: int) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         """An image [3 h w] in 0 to 1 and its target.
 
         Raises:
             ValueError: the image cannot be read.
         """
-        listed = self.images[place]
+        listed = self.images[index]
         path = self._folder / listed["file_name"]
         try:
             with Image.open(path) as image:
@@ -122,38 +124,33 @@ class CocoImages(Dataset[tuple[Tensor, dict[str, Tensor]]]):
 
     @staticmethod
     def _masks_of(objects: Sequence[dict[str, Any]], height: int, width: int) -> Tensor:
-        from pycocotools import mask as coco_mask
+        from pycocotools.coco import COCO
 
         masks = torch.zeros(len(objects), height, width, dtype=torch.uint8)
-        for number, one in enumerate(objects):
-            shape = one.get("segmentation")
-            if not shape:
+        coco = COCO()
+        for mask, one in zip(masks, objects, strict=True):
+            if not one.get("segmentation"):
                 raise ValueError(
                     f"annotation {one.get('id')} has no segmentation: leave --masks out"
                 )
-            if isinstance(shape, list):
-                encoded = coco_mask.merge(coco_mask.frPyObjects(shape, height, width))
-            elif isinstance(shape["counts"], list):
-                encoded = coco_mask.frPyObjects(shape, height, width)
-            else:
-                encoded = shape
-            masks[number] = torch.from_numpy(np.array(coco_mask.decode(encoded)))
+            coco.imgs = {one["image_id"]: {"height": height, "width": width}}
+            mask.copy_(torch.from_numpy(coco.annToMask(one)))
         return masks
 
 
-class _Flipped(Dataset[tuple[Tensor, dict[str, Tensor]]]):
-    """Images by (place, whether to flip)."""
+class _Flipped(Dataset[tuple[Tensor, Target]]):
+    """Images by (index, whether to flip)."""
 
     def __init__(self, images: CocoImages) -> None:
         self._images = images
 
-    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, dict[str, Tensor]]:
+    def __getitem__(self, key: tuple[int, bool]) -> tuple[Tensor, Target]:
         image, target = self._images[key[0]]
         return flip(image, target) if key[1] else (image, target)
 
 
-def flip(image: Tensor, target: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Left becomes right, in image, boxes and masks."""
+def flip(image: Tensor, target: Target) -> tuple[Tensor, Target]:
+    """Exchanges left and right in image, boxes and masks."""
     width = image.shape[2]
     boxes = target["boxes"][:, [2, 1, 0, 3]].clone()
     boxes[:, [0, 2]] = width - boxes[:, [0, 2]]
@@ -171,39 +168,15 @@ def training_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 2,
-) -> Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]]:
-    """Batches without end, half of the images flipped; which, the seed and the place decide.
+) -> Iterator[tuple[list[Tensor], list[Target]]]:
+    """A rank's part of batches of `batch_size` images with boxes, without end, each once an epoch.
 
-    Args:
-        images: those with boxes are taken, each once a pass.
-        batch_size: of all ranks, which share it evenly.
-        seed: of order and flips.
-        rank: whose share.
-        world_size: ranks.
-        workers: processes that decode.
+    Half of the images are flipped; the seed and the epoch decide on order and flips. `workers`
+    processes decode.
     """
-    places = images.with_boxes
-
-    def keys() -> Iterator[list[tuple[int, bool]]]:
-        epoch = 0
-        left: list[tuple[int, bool]] = []
-        while True:
-            while len(left) < batch_size:
-                generator = np.random.default_rng([seed, epoch])
-                order = generator.permutation(len(places))
-                flips = generator.random(len(places)) < 0.5
-                left += [(places[i], bool(flips[i])) for i in order]
-                epoch += 1
-            yield left[:batch_size][rank::world_size]
-            left = left[batch_size:]
-
-    class Sampler:
-        def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-            return keys()
-
     loader = DataLoader(
         _Flipped(images),
-        batch_sampler=Sampler(),
+        batch_sampler=_Draws(images.with_boxes, batch_size, seed, slice(rank, None, world_size)),
         num_workers=workers,
         collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True))),
         multiprocessing_context="fork" if workers else None,
@@ -211,21 +184,57 @@ def training_batches(
     return iter(loader)
 
 
-def as_coco(
-    number: int, found: dict[str, Tensor], category_ids: Sequence[int]
-) -> list[dict[str, Any]]:
-    """Detections of one image as COCO's result files have them.
+@dataclass(frozen=True, slots=True)
+class _Draws:
+    """A rank's (index, whether to flip) of each batch, without end."""
 
-    Args:
-        number: the image's id.
-        found: from `detection.detect`.
-        category_ids: of the classes 1 to k.
+    indices: Sequence[int]
+    batch_size: int
+    seed: int
+    mine: slice
+
+    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
+        counters = torch.arange(len(self.indices))
+        left: list[tuple[int, bool]] = []
+        for epoch in itertools.count():
+            order = uniform_tensor(fold_key(self.seed, epoch, _ORDER), counters).argsort(
+                stable=True
+            )
+            flips = uniform_tensor(fold_key(self.seed, epoch, _FLIPS), counters) < 0.5
+            left += [(self.indices[i], bool(flips[i])) for i in order.tolist()]
+            while len(left) >= self.batch_size:
+                yield left[: self.batch_size][self.mine]
+                left = left[self.batch_size :]
+
+
+def check_annotations(command: Detect) -> None:
+    """Refuses annotations that a detector cannot be trained and tested on.
+
+    Raises:
+        ValueError: no list of boxes, or two lists of different classes.
+        FileNotFoundError: no annotations or images.
+    """
+    train = CocoImages(command.train, command.train_images)
+    test = CocoImages(command.data, command.images)
+    if train.class_names != test.class_names:
+        raise ValueError(
+            f"{command.train} and {command.data} list different categories: a detector needs the "
+            "same ones, in the same order of ids"
+        )
+
+
+def as_coco(
+    image_id: int, found: dict[str, Tensor], category_ids: Sequence[int]
+) -> list[dict[str, Any]]:
+    """Detections of one image, from `detection.detect`, as rows of COCO's result files.
+
+    `category_ids` are those of the classes 1 to k.
     """
     boxes = found["boxes"].clone()
     boxes[:, 2:] -= boxes[:, :2]
     rows: list[dict[str, Any]] = [
         {
-            "image_id": number,
+            "image_id": image_id,
             "category_id": category_ids[int(label) - 1],
             "bbox": box,
             "score": float(score),
@@ -261,7 +270,7 @@ def coco_metrics(
     if not detections:
         return {f"{kind}/{name}": 0.0 for kind in kinds for name in METRICS}
     values: dict[str, float] = {}
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints at every turn
+    with contextlib.redirect_stdout(io.StringIO()):  # pycocotools prints at every step
         truth = COCO()
         truth.dataset = copy.deepcopy(content)
         truth.dataset.setdefault("info", {})

@@ -1,22 +1,30 @@
-"""Kept features are found again if they would be the same, and only then."""
+"""Features of labelled images: kept only while they would be the same, split, put together."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack
+from rank_workers import gather_features_of_slices, run_on_ranks
 from small_runs import tiny_config
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.evaluation.run_probe import feature_key, weights_checksum
-
-pytestmark = pytest.mark.dali
+from unicl_fast.evaluation.features import (
+    draw_shots,
+    feature_key,
+    keep_features,
+    load_features,
+    split_validation,
+    weights_checksum,
+)
 
 TOKENIZER = Tokenizer()
 
@@ -79,3 +87,45 @@ def test_images_seen_otherwise_change_the_key(model: UniCL, tmp_path: Path) -> N
         efficiency = dataclasses.replace(config.efficiency, precision="bf16")
         model.config = dataclasses.replace(config, efficiency=efficiency)
         assert key_of(model, dataset) not in keys
+
+
+def test_splits_and_draws_hold_each_class_and_follow_the_seed() -> None:
+    labels = np.repeat([0, 1, 2], [50, 10, 2])
+    train, validation = split_validation(labels, fraction=0.2, seed=0)
+    assert np.bincount(labels[validation], minlength=3).tolist() == [10, 2, 0]
+    assert sorted([*train, *validation]) == list(range(62))
+    assert not np.array_equal(validation, split_validation(labels, fraction=0.2, seed=1)[1])
+    shots, others = draw_shots(labels, shots=8, seed=0)
+    assert np.bincount(labels[shots]).tolist() == [8, 8, 2]
+    assert np.bincount(labels[others], minlength=3).tolist() == [4, 2, 0]
+    assert not set(shots) & set(others)
+    assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
+    assert [len(places) for places in draw_shots(labels, shots=64, seed=0)] == [62, 0]
+    with pytest.raises(ValueError, match="too few to set any aside"):
+        split_validation(np.array([0, 1, 2]), fraction=0.2, seed=0)
+
+
+def test_kept_features_come_back_and_damaged_ones_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, features = tmp_path / "features" / "key.npy", torch.randn(5, 3)
+    keep_features(path, features)
+    assert torch.equal(load_features(path, num_samples=5), features)
+    with pytest.raises(ValueError, match="6 rows of features were expected"):
+        load_features(path, num_samples=6)
+    path.write_bytes(b"\x93NUMPY\x01\x00 cut")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_features(path, num_samples=5)
+    (tmp_path / "file").touch()
+    keep_features(tmp_path / "file" / "key.npy", features)  # a file where the folder should be
+    assert "features are not kept" in caplog.text
+
+
+@pytest.mark.dist
+def test_ranks_put_their_rows_and_counts_together(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    run_on_ranks(gather_features_of_slices, 2, str(path))
+    found = json.loads(path.read_text())
+    assert found["tables"] == [np.arange(n * 3.0).reshape(n, 3).tolist() for n in (1, 7)]
+    assert (found["num_samples"], found["num_without_label"], found["top1"]) == (6, 1, 0.5)
+    assert found["confusion"] == [[3, 3], [0, 0]]

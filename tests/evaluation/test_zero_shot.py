@@ -1,8 +1,7 @@
-"""Zero-shot and retrieval on features whose answers are known, and their statistics."""
+"""Zero-shot classification of images whose answers are known."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 
 import pytest
@@ -12,13 +11,8 @@ from torch.nn import functional as F
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.batch import EvaluationBatch
-from unicl_fast.evaluation.classification import wilson_interval
-from unicl_fast.evaluation.encode import encode_token_rows
-from unicl_fast.evaluation.retrieval import retrieval
-from unicl_fast.evaluation.zero_shot import (
-    zero_shot_accuracy,
-    zero_shot_classifier,
-)
+from unicl_fast.evaluation.encode import ModelOnRanks, encode_images, encode_token_rows
+from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")
 TEMPLATES = ("a photo of a {}.", "{}", "the {} in an image that somebody took on a rainy day")
@@ -55,18 +49,16 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
         0, 256, (10, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
     )
     classifier = F.normalize(torch.randn(7, 8, dtype=torch.float64), dim=1)
-    from unicl_fast.evaluation.encode import encode_images
-
     ranking = (encode_images(model, images) @ classifier.T).argsort(dim=1, descending=True)
     labels = {sample: [int(ranking[sample, sample % 7])] for sample in range(10)}
     labels[8] = []
     labels[9] = [int(ranking[9, 6]), int(ranking[9, 0])]  # two labels, the second is right
-    result = zero_shot_accuracy(
-        model,
+    result = ModelOnRanks(model=model).classify(
         ImageLoader(images),
-        classifier,
+        scores_by(model, classifier),
         labels_of=lambda sample: labels[sample],
         class_names=NAMES,
+        what="zero-shot",
     )
     # of samples 0 to 7 the place of the label is 0 1 2 3 4 5 6 0; 8 has none, 9 is right
     assert (result.num_samples, result.num_correct, result.num_correct_top5) == (9, 3, 7)
@@ -82,57 +74,16 @@ def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
 def test_without_labels_there_is_nothing_to_classify(model: UniCL) -> None:
     images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match="no sample of this data set has a label"):
-        zero_shot_accuracy(
-            model,
+        ModelOnRanks(model=model).classify(
             ImageLoader(images),
-            torch.ones(7, 8, dtype=torch.float64),
+            scores_by(model, torch.ones(7, 8, dtype=torch.float64)),
             labels_of=lambda sample: [],
             class_names=NAMES,
+            what="zero-shot",
         )
-
-
-def test_intervals_cover_as_often_as_they_say() -> None:
-    trials, rate = 200, 0.3
-    covered = 0.0
-    for right in range(trials + 1):
-        low, high = wilson_interval(right, trials)
-        probability = math.comb(trials, right) * rate**right * (1 - rate) ** (trials - right)
-        covered += probability * (low <= rate <= high)
-    assert 0.93 < covered < 0.97
-    assert wilson_interval(0, 10)[0] == 0
-    assert wilson_interval(10, 10)[1] == 1
 
 
 def test_texts_are_encoded_in_the_order_given(model: UniCL) -> None:
     texts = ["a b c d e f", "a", "one two three", "a b"]
     ours = encode_token_rows(model, Tokenizer().encode(texts), batch_size=2)
     torch.testing.assert_close(ours, model.encode_text(Tokenizer()(texts)), rtol=1e-9, atol=1e-12)
-
-
-@pytest.mark.parametrize("chunk", [1024, 7])  # 7 divides neither 30 nor 60
-def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
-    monkeypatch.setattr("unicl_fast.evaluation.retrieval._CHUNK", chunk)
-    generator = torch.Generator().manual_seed(0)
-    images = F.normalize(torch.randn(30, 6, generator=generator, dtype=torch.float64), dim=1)
-    image_of_text = torch.arange(30).repeat_interleave(2).roll(1)
-    texts = F.normalize(
-        images[image_of_text] + torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1
-    )
-    result = retrieval(images, texts, image_of_text)
-    order = (images @ texts.T).argsort(dim=1, descending=True)
-    back = (texts @ images.T).argsort(dim=1, descending=True)
-    for place, k in enumerate((1, 5, 10)):
-        found = sum(i in image_of_text[order[i, :k]] for i in range(30))
-        assert result.image_to_text[place].num_found == found
-        found = sum(int(image_of_text[j]) in back[j, :k].tolist() for j in range(60))
-        assert result.text_to_image[place].num_found == found
-    assert 0 < result.text_to_image[0].num_found < 60
-    assert result.text_to_image[0].chance == pytest.approx(1 / 30)
-    assert result.image_to_text[1].chance == pytest.approx(1 - math.comb(58, 5) / math.comb(60, 5))
-
-
-def test_a_collapsed_model_finds_nothing() -> None:
-    same = torch.ones(20, 4) / 2
-    result = retrieval(same, same, torch.arange(20))
-    assert [recall.num_found for recall in result.image_to_text] == [0, 0, 0]
-    assert [recall.num_found for recall in result.text_to_image] == [0, 0, 0]
