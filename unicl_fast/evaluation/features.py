@@ -7,11 +7,9 @@ checksum of everything that decides the features, so nothing stale is ever read.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +28,7 @@ from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.encode import device_of, model_on_ranks
 from unicl_fast.evaluation.requests import FrozenFeatures, Layer, Metric
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
 
 logger = logging.getLogger(__name__)
@@ -276,15 +275,11 @@ def load_features(path: Path, *, num_samples: int) -> Float[Tensor, "n d"]:
 
 def keep_features(path: Path, features: Float[Tensor, "n d"]) -> None:
     """Writes features whole or not at all; a disk that refuses is a warning and no error."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with aside.open("wb") as file:
+        with replacing(path) as aside, aside.open("wb") as file:
             np.save(file, features.numpy(), allow_pickle=False)
-        aside.replace(path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            aside.unlink()
         logger.warning("features are not kept: %s cannot be written: %s", path, error)
 
 
