@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.dataset.errors import TooManyBadSamplesError
-from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
+from unicl_fast.dataset.errors import DamagedSampleError, TooManyBadSamplesError
+from unicl_fast.dataset.reader import PackedDataset, sample_key
 
 from ..plan.plan import SAMPLE_FIELDS, PlannedBatch, TrainPlan
 from .quarantine import BadSample, QuarantineFile

@@ -28,7 +28,7 @@ from pack_runs import jpeg, run_pack
 from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
-from unicl_fast.dataset.journal import FinishedShard, ShardJournal, read_journal
+from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
 from unicl_fast.dataset.remote.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing.build import work_folder
@@ -505,7 +505,7 @@ def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: P
             Image.fromarray(records[number].reshape(32, 32, 3)).save(tmp_path / "one.ppm")
             archive.write(tmp_path / "one.ppm", f"{'dog' if number % 3 else 'yak'}/{number}.ppm")
     rows = [
-        {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "an image"]}
+        {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "a picture"]}
         for n in [*range(14), 3, 4]
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -17,7 +17,7 @@ from types import TracebackType
 from typing import Any
 
 from unicl_fast.system.sealed_json import seal, unseal
-from unicl_fast.dataset.journal import FinishedShard, read_journal
+from unicl_fast.dataset.growing_files import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
 from unicl_fast.system.wording import count_of
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
