@@ -13,7 +13,7 @@ import functools
 import json
 from pathlib import Path
 
-from unicl_fast.text.prompts import fill_template, imagenet_class_names, imagenet_templates
+from unicl_fast.text.class_lists import fill_template, imagenet_class_names, imagenet_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
 from ..harness import (

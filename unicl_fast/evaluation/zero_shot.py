@@ -22,7 +22,7 @@ from unicl_fast.evaluation.encode import (
     require_text_encoder,
 )
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.text.prompts import fill_template
+from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
 
 
