@@ -2,8 +2,8 @@
 
     python -m unicl_fast.benchmarks.experiments full-size --out runs/published
 
-Nothing is trained here: these are commands for a cluster, printed as a script. Whoever has run one
-finds its figure in the table the next time, taken from OUT/ROW.json that its last line writes.
+Nothing is trained here: these are commands for a cluster, printed as a script. The figure of a row
+that was run stands in the table the next time, taken from OUT/ROW.json that its last line writes.
 Published are ImageNet-1K top-1 accuracies, zero-shot but for the four rows that train on its
 labels; from the paper's tables (arXiv 2204.03610) and the authors' list of models.
 """
@@ -61,10 +61,10 @@ class PublishedRow:
 
     @property
     def sees_labels(self) -> bool:
-        """Whether it is trained on ImageNet-1K itself, so that its figure is not zero-shot."""
+        """Whether it trains on ImageNet-1K itself, so that its figure is not zero-shot."""
         return "in1k" in self.data
 
-    def commands(self, settings: Settings) -> list[list[str]]:
+    def commands(self, settings: FullSize) -> list[list[str]]:
         """Training and evaluation."""
         run_folder = str(settings.out / self.name)
         held_out = str(settings.packed / "in1k-val")
@@ -76,8 +76,8 @@ class PublishedRow:
         return [pretrain, [*evaluate, "--json", f"{run_folder}.json"]]
 
 
-# Swin's own 300 passes where ImageNet-1K's labels are learnt; the recipe's 32 elsewhere. The paper
-# does not say how long the mixes with captions were trained: here a pass is one over all samples.
+# Swin's own 300 epochs where ImageNet-1K's labels are learnt; the recipe's 32 elsewhere. The paper
+# does not say how long the mixes with captions were trained: here an epoch covers all samples.
 _SUPERVISED = ("--run.samples", str(_IN1K_SAMPLES))
 ROWS = (
     PublishedRow(
@@ -124,7 +124,7 @@ ROWS = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Settings:
+class FullSize:
     """Commands for the published rows, and a table of theirs and ours."""
 
     out: Path
@@ -134,27 +134,26 @@ class Settings:
     nproc: int = 8
     """Ranks on each machine."""
     rows: tuple[str, ...] = ()
-    """Which; all by default."""
+    """Names of rows; all by default."""
+
+    def run(self) -> None:
+        """Prints the script and the table.
+
+        Raises:
+            ValueError: there is no such row.
+        """
+        chosen = _chosen(self.rows)
+        wanted = {name for row in chosen for name in row.data} | {"in1k-val"}
+        for name, lines in PREPARATION.items():
+            if name in wanted:
+                print("\n".join(line.format(packed=self.packed, small=_SMALL) for line in lines))
+        for row in chosen:
+            print(f"\n# {row.name}: published {row.published}")
+            print("\n".join(shlex.join(command) for command in row.commands(self)))
+        print("\n" + "\n".join(f"# {line}" for line in table(self).splitlines()))
 
 
-def run(settings: Settings) -> None:
-    """Prints the script and the table.
-
-    Raises:
-        ValueError: there is no such row.
-    """
-    chosen = _chosen(settings.rows)
-    wanted = {name for row in chosen for name in row.data} | {"in1k-val"}
-    for name, lines in PREPARATION.items():
-        if name in wanted:
-            print("\n".join(line.format(packed=settings.packed, small=_SMALL) for line in lines))
-    for row in chosen:
-        print(f"\n# {row.name}: published {row.published}")
-        print("\n".join(shlex.join(command) for command in row.commands(settings)))
-    print("\n" + "\n".join(f"# {line}" for line in table(settings).splitlines()))
-
-
-def table(settings: Settings) -> str:
+def table(settings: FullSize) -> str:
     """The rows as Markdown, with what was measured here beside what was published."""
     lines = ["| row | trained on | ImageNet-1K top-1 | published | here |", "|---|---|---|---|---|"]
     for row in _chosen(settings.rows):

@@ -30,11 +30,12 @@ SMALL = {
         *("--large", "16", "--micro", "4", "--plain", "8"),
     ],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
-    "ledger": ["--visits", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
+    "ledger": ["--draws", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
     "augment": [
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
         *("--augment", "none,grayscale=0.5"),
     ],
+    "many-samples": ["--samples", "1200", "--workers", "1"],
     "pack": ["--images", "24", "--formats", "keep", "webp", "--resize", "short:24"],
     "storage": [
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
@@ -49,7 +50,7 @@ SMALL = {
 
 ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
 SLOW = (
-    *("pack", "storage", "memory", "efficiency", "checkpoint"),
+    *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint"),
     *("loss", "targets", "step", "profile", "input"),
 )
 LONG = ("memory", "efficiency", "checkpoint")
@@ -106,7 +107,8 @@ def run_small(stage: str, path: Path, *more: str) -> None:
     assert {"processor", "cores", "torch", "commit"} <= result["machine"].keys()
     assert len(result["figures"]) >= 3
     for name, figure in result["figures"].items():
-        assert 0 < figure["low"] <= figure["median"] <= figure["high"] < math.inf, name
+        smallest = 0 if stage == "many-samples" else 1e-12  # its first shard may not be seen
+        assert smallest <= figure["low"] <= figure["median"] <= figure["high"] < math.inf, name
 
 
 def test_data_that_is_not_there_is_said_in_a_sentence(
