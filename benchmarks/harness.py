@@ -1,4 +1,4 @@
-"""What all benchmarks share: turns, ratios, memory, the machine, the result file.
+"""The harness of all benchmarks: turns, ratios, memory, the machine, the result file.
 
 Contestants take turns (A B C, A B C, ...), so that a disturbance of the machine hits all of them,
 and the figure is the median over rounds of the ratio within a round. CPU time stands beside wall
@@ -34,7 +34,7 @@ class Stage(abc.ABC):
     """Options of every stage; a stage's own options are the fields of its class."""
 
     json: Path | None = None
-    """Where the result is written as JSON."""
+    """File for the result as JSON."""
     rounds: int = 5
     """Turns of each contestant."""
 
@@ -173,7 +173,7 @@ def describe_machine(*packages: str) -> dict[str, Any]:
 
 
 def peak_megabytes(function: Callable[..., float], *arguments: Any) -> Figure:
-    """What a function, which calls `peak_bytes`, returns in a fresh process, in megabytes."""
+    """Runs a function that returns `peak_bytes` in a fresh process; the result in megabytes."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return summarise([pool.apply(function, arguments) / 1e6])
 

@@ -1,4 +1,4 @@
-"""What all experiments share: their runs, means over seeds with intervals, and the report.
+"""The harness of all experiments: their runs, means over seeds with intervals, and the report.
 
 A run is a user's command: `unicl-pretrain` with options, then `unicl-eval` on its result. Each has
 a folder, which gets `row.json` when all is done, with the numbers and the commands; a run that has

@@ -138,11 +138,7 @@ def webdataset_batches(task: Task) -> Iterator[Tensor]:
         webdataset.batched(task.batch_size, partial=False, collation_fn=_stack),
     )
     loader = webdataset.WebLoader(
-        pipeline,
-        batch_size=None,
-        shuffle=False,
-        num_workers=task.threads,
-        persistent_workers=True,
+        pipeline, batch_size=None, shuffle=False, num_workers=task.threads, persistent_workers=True
     )
     return _images(loader)
 

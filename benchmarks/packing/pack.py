@@ -154,11 +154,7 @@ def take_turns_of(
 
 
 def measure(
-    recipe: _Recipe,
-    paths: Sequence[Path],
-    folder: Path,
-    starts: dict[str, list[Turn]],
-    rounds: int,
+    recipe: _Recipe, paths: Sequence[Path], folder: Path, starts: dict[str, list[Turn]], rounds: int
 ) -> Figures:
     """Proves that both make the same images of a format, then takes turns."""
     compare(paths, recipe, folder)

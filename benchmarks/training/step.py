@@ -183,8 +183,7 @@ def open_clip_step(model: CLIP, images: Tensor, texts: Tensor) -> Callable[[], o
     spared = [p for n, p in model.named_parameters() if p.ndim < 2 or "bias" in n or "scale" in n]
     decayed = [p for p in model.parameters() if all(p is not other for other in spared)]
     optimizer = torch.optim.AdamW(
-        [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}],
-        lr=5e-4,
+        [{"params": spared, "weight_decay": 0.0}, {"params": decayed, "weight_decay": 0.1}], lr=5e-4
     )
     images = images.contiguous()
     model.train()
@@ -209,16 +208,12 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, images: Tensor, texts: Tens
     theirs.eval()
     image_pair = ours.encode_image(images), theirs.encode_image(images, True)
     text_pair = ours.encode_text(batch.tokens)[batch.text_index], theirs.encode_text(texts, True)
-    gaps = {
-        "image features": _largest_gap(*image_pair),
-        "text features": _largest_gap(*text_pair),
-    }
+    gaps = {"image features": _largest_gap(*image_pair), "text features": _largest_gap(*text_pair)}
     if len(batch.tokens) == batch.batch_size:  # all texts differ: then UniCL is CLIP
         config = dataclasses.replace(ours.config, efficiency=EfficiencyConfig(precision="fp32"))
         with torch.no_grad():
             gaps["losses"] = _largest_gap(
-                global_loss(ours, batch, config, Ranks()),
-                ClipLoss()(*theirs(images, texts)[:3]),
+                global_loss(ours, batch, config, Ranks()), ClipLoss()(*theirs(images, texts)[:3])
             )
     # gradients of the same weighted sum of the features, since on labels the losses differ
     weights = [torch.randn(one.shape) for one, _ in (image_pair, text_pair)]

@@ -61,7 +61,7 @@ _BLOCK_ROWS = 1 << 16
 
 Rows = npt.NDArray[Any]
 Problems = list[tuple[npt.NDArray[np.bool_], str]]
-"""Which rows of a block are wrong, and what is wrong with them."""
+"""Flags of the wrong rows of a block, and what is wrong with them."""
 
 
 def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
@@ -128,7 +128,7 @@ def _read_header(path: Path) -> tuple[Any, int]:
 
 
 class PixelLayout:
-    """Where the images lie in `pixels.npy`: one array of rows of equal size."""
+    """The layout of `pixels.npy`: one array of rows of equal size, an image each."""
 
     def __init__(self, place: str | Path, info: PixelsInfo, num_samples: int) -> None:
         """Computes the layout; `place` names the data set in messages.

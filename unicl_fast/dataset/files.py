@@ -1,4 +1,4 @@
-"""Where a data set's bytes are, in a folder or under a URL, and how they are read.
+"""A data set's files, in a folder or under a URL, and how they are read.
 
 `PackedDataset` asks here for what it does not map: how large files are, whether they are what the
 manifest says, and ranges of the large ones. A data set under a URL keeps its small files in a local
@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +38,20 @@ Int64Array = npt.NDArray[np.int64]
 Fault = ValueError | FileNotFoundError
 
 
-class FileReader(Protocol):
-    """Reads ranges of a data set's large files by their number, in several threads at once."""
+class LocalReader:
+    """Reads ranges of one folder's large files by their number, and keeps the files open.
 
-    num_bytes_read: int
-    """Bytes that this process has read through a cache."""
+    It is safe in several threads. `BlockReader` has the same methods.
+    """
+
+    def __init__(self, folder: Path, names: Sequence[str]) -> None:
+        """Opens no file before it is read."""
+        self.num_bytes_read = 0
+        """Bytes that this process has read through a cache, which a folder does not have."""
+        self._paths = [folder / name for name in names]
+        self._files: dict[int, int] = {}
+        self._folder = folder
+        self._closed = False
 
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
         """Fills `buffer` from a file; returns how many bytes there were.
@@ -52,58 +60,6 @@ class FileReader(Protocol):
             OSError: the file cannot be read.
             ValueError: the reader has been closed.
         """
-
-    def read_rows(
-        self,
-        number: int,
-        offsets: Int64Array,
-        rows: npt.NDArray[np.uint8],
-        positions: Int64Array,
-    ) -> npt.NDArray[np.bool_]:
-        """Reads many ranges of equal size in one call.
-
-        Args:
-            number: which file.
-            offsets: where the ranges begin, int64 [k].
-            rows: uint8 [b n], contiguous; rows[positions[i]] becomes the range of offsets[i].
-            positions: int64 [k], each in 0 to b - 1.
-
-        Returns:
-            bool [k], which of them came whole; the content of the others is undefined.
-
-        Raises:
-            OSError: the file cannot be opened.
-            ValueError: the reader has been closed.
-        """
-
-    def blocks_of(
-        self, numbers: Int64Array, offsets: Int64Array, sizes: Int64Array
-    ) -> list[tuple[int, int]]:
-        """The cache's blocks that some ranges lie in, (file, block) once each, in this order."""
-
-    def fetch_ahead(self, number: int, block: int) -> None:
-        """Brings a block into the cache, unless it is there or on its way."""
-
-    def discard(self, number: int, offset: int, size: int) -> bool:
-        """Drops what a cache holds of a range that turned out wrong; False without a cache."""
-
-    def close(self) -> None:
-        """Closes the files; reading afterwards is an error."""
-
-
-class LocalReader:
-    """Reads files of one folder, and keeps them open."""
-
-    def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Opens no file before it is read."""
-        self.num_bytes_read = 0
-        self._paths = [folder / name for name in names]
-        self._files: dict[int, int] = {}
-        self._folder = folder
-        self._closed = False
-
-    def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
-        """Implements `FileReader`."""
         file, is_kept = self._open(number, most=_MAX_OPEN_FILES)
         if is_kept:
             try:
@@ -120,13 +76,23 @@ class LocalReader:
             os.close(file)
 
     def read_rows(
-        self,
-        number: int,
-        offsets: Int64Array,
-        rows: npt.NDArray[np.uint8],
-        positions: Int64Array,
+        self, number: int, offsets: Int64Array, rows: npt.NDArray[np.uint8], positions: Int64Array
     ) -> npt.NDArray[np.bool_]:
-        """Implements `FileReader`; the file stays open until `close`."""
+        """Reads many ranges of equal size in one call.
+
+        Args:
+            number: which file.
+            offsets: where the ranges begin, int64 [k].
+            rows: uint8 [b n], contiguous; rows[positions[i]] becomes the range of offsets[i].
+            positions: int64 [k], each in 0 to b - 1.
+
+        Returns:
+            bool [k], which of them came whole; the content of the others is undefined.
+
+        Raises:
+            OSError: the file cannot be opened.
+            ValueError: the reader has been closed.
+        """
         from unicl_fast.dataset.pixels import read_rows  # here, because it loads Numba
 
         file, _ = self._open(number, most=None)
@@ -136,18 +102,18 @@ class LocalReader:
     def blocks_of(
         self, numbers: Int64Array, offsets: Int64Array, sizes: Int64Array
     ) -> list[tuple[int, int]]:
-        """Returns none: a folder has no cache."""
+        """The cache's blocks that some ranges lie in, (file, block) once each, in this order."""
         return []
 
     def fetch_ahead(self, number: int, block: int) -> None:
-        """Does nothing: a folder has no cache."""
+        """Brings a block into the cache, unless it is there or on its way."""
 
     def discard(self, number: int, offset: int, size: int) -> bool:
-        """Does nothing: a folder has no cache."""
+        """Removes what a cache holds of a range that turned out wrong; False without a cache."""
         return False
 
     def close(self) -> None:
-        """Implements `FileReader`."""
+        """Closes the files; reading afterwards is an error."""
         self._closed = True
         while self._files:
             os.close(self._files.popitem()[1])
@@ -168,12 +134,15 @@ class LocalReader:
         return file, True
 
 
+FileReader = LocalReader | BlockReader
+
+
 class LocalFiles:
     """The files of a data set in a folder."""
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        """Where the manifest and the arrays lie."""
+        """Folder of the manifest and the arrays."""
         self.place = str(self.folder)
         """The data set's name in messages."""
 

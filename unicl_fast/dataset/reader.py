@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
@@ -122,12 +121,7 @@ class PackedDataset:
     def __enter__(self) -> PackedDataset:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property

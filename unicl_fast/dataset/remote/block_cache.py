@@ -133,7 +133,7 @@ class BlockCache:
         """Fills `view` with a block's bytes from `start` on; the others as for `opened`."""
         with self.opened(name, size, fetch) as stored:
             if isinstance(stored, int):
-                if _fill(view, stored, start):
+                if os.preadv(stored, [view], start) == len(view):
                     return
                 stored = fetch()  # cut short since it was opened
         view[:] = stored[start : start + len(view)]
@@ -289,18 +289,13 @@ class BlockCache:
 
 
 class BlockReader:
-    """Reads files of one data set by their number; see `files.FileReader`.
+    """Reads ranges of a data set's large files through the cache, like `LocalReader` in a folder.
 
     It is safe in several threads, and after a fork.
     """
 
     def __init__(
-        self,
-        store: ObjectStore,
-        files: Sequence[LargeFile],
-        cache: BlockCache,
-        *,
-        block_bytes: int,
+        self, store: ObjectStore, files: Sequence[LargeFile], cache: BlockCache, *, block_bytes: int
     ) -> None:
         """Fetches nothing before it is read."""
         self._store = store
@@ -477,16 +472,6 @@ def _remove_if_left(path: str) -> bool:
 def _read_count(file: int) -> int | None:
     text = os.pread(file, _COUNT_DIGITS + 1, 0)
     return int(text) if len(text) == _COUNT_DIGITS and text.isdigit() else None
-
-
-def _fill(view: memoryview, file: int, start: int) -> bool:
-    done = 0
-    while done < len(view):
-        count = os.preadv(file, [view[done:]], start + done)
-        if not count:
-            return False
-        done += count
-    return True
 
 
 def _write_all(file: int, data: bytes) -> None:
