@@ -117,9 +117,9 @@ def ratio_of(
     )
 
 
-def rate_of(turns: Sequence[Turn], count: float) -> Figure:
+def rate_of(turns: Sequence[Turn], count: float, *, unit: Unit = "wall_seconds") -> Figure:
     """Items per second of turns that each handled `count` of them."""
-    return summarise([count / turn.wall_seconds for turn in turns])
+    return summarise([count / getattr(turn, unit) for turn in turns])
 
 
 def seconds_of(turns: Sequence[Turn], *, unit: Unit = "wall_seconds", scale: float = 1.0) -> Figure:

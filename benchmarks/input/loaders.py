@@ -93,7 +93,6 @@ class Augment(_LoaderStage):
     """Entries of data.augment, one view each: two are twice the images."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         torch.set_num_threads(1)
         keep_freed_memory()
         specs = (_CROP_ONLY, *self.augment)
@@ -163,7 +162,6 @@ class Storage(_LoaderStage):
     """Sizes of the cache to do so with, as parts of the data set."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         torch.set_num_threads(1)
         keep_freed_memory()
         with PackedDataset(self.data) as dataset:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import tempfile
 from collections.abc import Callable, Mapping
@@ -30,7 +31,7 @@ import tyro
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
 
-from ..harness import Figures, Stage, summarise
+from ..harness import Figures, Stage, Turn, rate_of, ratio_of, summarise
 from .contenders import (
     OURS,
     PARTS,
@@ -46,7 +47,7 @@ from .contenders import (
     gap_to,
     write_class_folder,
 )
-from .worker import ContenderError, MissingPackageError, Rate, Worker
+from .worker import ContenderError, MissingPackageError, Worker
 
 T = TypeVar("T")
 
@@ -99,7 +100,6 @@ class Input(Stage):
     """File for a bar chart of the rates, as PNG."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         ours = [OURS, RAW] if self.raw_data else [OURS]
         race = _Race([*ours, *choose(self.peers, PEERS), *choose(self.parts, PARTS)])
         with (
@@ -211,13 +211,26 @@ class _Race:
                 if worker is not None:
                     workers[each.name] = worker
             self._compare_distributions(workers, settings)
-            rates: dict[str, list[Rate]] = {name: [] for name in workers}
+            turns: dict[str, list[Turn]] = {name: [] for name in workers}
             for _ in range(settings.rounds):
                 for each in self.still_in():
                     turn = self.attempt(each, lambda who: workers[who.name].turn(settings.seconds))
                     if turn is not None:
-                        rates[each.name].append(turn)
-        return self._rate_figures({each.name: rates[each.name] for each in self.still_in()})
+                        turns[each.name].append(turn)
+        figures: Figures = {}
+        for unit, second, suffix in (
+            ("wall_seconds", "s", ""),
+            ("cpu_seconds", "CPU second", ", by CPU time"),
+        ):
+            for each in self.still_in():
+                rate = rate_of(turns[each.name], 1, unit=unit)
+                figures[f"{each.name}, images/{second}"] = rate
+            for own, other in itertools.product(
+                self.still_in("ours"), self.still_in("peer", "limit")
+            ):
+                ratio = ratio_of(turns, other.name, own.name, unit=unit)
+                figures[f"{own.name} / {other.name}{suffix}"] = ratio
+        return figures
 
     def _compare_distributions(self, workers: Mapping[str, Worker], settings: Input) -> None:
         batches = -(-_MOMENTS // settings.batch_size)
@@ -232,22 +245,6 @@ class _Race:
             difference = "" if moments is None else differs_in_distribution(moments, reference)
             if difference:
                 self.leave_out(each, difference)
-
-    def _rate_figures(self, rates: Mapping[str, list[Rate]]) -> Figures:
-        figures = {}
-        for unit, field in (("s", "wall"), ("CPU second", "cpu")):
-            values = {
-                name: [getattr(rate, field) for rate in taken] for name, taken in rates.items()
-            }
-            for name, all_rates in values.items():
-                figures[f"{name}, images/{unit}"] = summarise(all_rates)
-            suffix = "" if field == "wall" else ", by CPU time"
-            for own in self.still_in("ours"):
-                for other in self.still_in("peer", "limit"):
-                    pairs = zip(values[own.name], values[other.name], strict=True)
-                    ratios = [mine / theirs for mine, theirs in pairs]
-                    figures[f"{own.name} / {other.name}{suffix}"] = summarise(ratios)
-        return figures
 
     def described(self, gaps: Mapping[str, Gap]) -> dict[str, dict[str, Any]]:
         """For the JSON: each contestant, and how far its images are from Pillow's."""
@@ -311,8 +308,9 @@ def table(result: Mapping[str, Any]) -> str:
             _spread(figures[f"{name}, images/s"]),
             _spread(figures.get(f"{ours} / {name}")),
             _spread(figures.get(f"{ours} / {name}, by CPU time")),
-            _median(figures.get(f"{name}, MB")),
         ]
+        memory = figures.get(f"{name}, MB")
+        cells.append("" if memory is None else _number(memory["median"]))
         gap = facts.get("levels_from_pillow")
         cells.append(f"{gap['mean']:.2f}" if gap else "")
         kind = "" if facts["kind"] in ("ours", "peer") else f"{facts['kind']}: "
@@ -330,11 +328,13 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     from matplotlib import pyplot
 
     bars = [_bars(result) for result in results.values()]
-    height = 1.2 + 0.36 * max(map(len, bars))
+    height = 1.2 + 0.36 * max(len(rows) for rows, _ in bars)
     figure, panels = pyplot.subplots(
         1, len(results), figsize=(6.4 * len(results), height), squeeze=False, layout="constrained"
     )
-    for panel, (title, result), rows in zip(panels[0], results.items(), bars, strict=True):
+    for panel, (title, result), (rows, beyond) in zip(
+        panels[0], results.items(), bars, strict=True
+    ):
         top = max(result["figures"][f"{name}, images/s"]["high"] for name, _ in rows)
         for row, (name, kind) in enumerate(reversed(rows)):
             rate = result["figures"][f"{name}, images/s"]
@@ -356,7 +356,10 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             [f"limit: {name}" if kind == "limit" else name for name, kind in reversed(rows)],
         )
         panel.set_xlim(0, 1.32 * top)
-        panel.set_xlabel(_axis_label(result), fontsize=8)
+        label = "images/s: median and spread (memory of all processes)"
+        if beyond:
+            label += f"\nlimits off the scale: {', '.join(beyond)}"
+        panel.set_xlabel(label, fontsize=8)
         panel.set_title(title, fontsize=10)
         for side in ("top", "right"):
             panel.spines[side].set_visible(False)
@@ -373,33 +376,15 @@ def _by_rate(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
     return sorted(result["contenders"].items(), key=order)
 
 
-def _bars(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Names and kinds from top to bottom: limits, then whole pipelines, the fastest first."""
+def _bars(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Names and kinds from top to bottom, limits first; and the limits that are off the scale."""
     rows = [(name, facts["kind"]) for name, facts in _by_rate(result)]
-    whole = [(name, kind) for name, kind in rows if kind in ("ours", "peer")]
-    beyond = _beyond(result)
-    return [row for row in rows if row[1] == "limit" and row not in beyond] + whole
-
-
-def _beyond(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Limits that are off the scale, with their kind."""
-    rates = {
-        (name, facts["kind"]): result["figures"][f"{name}, images/s"]["median"]
-        for name, facts in result["contenders"].items()
-    }
-    fastest = max(rate for (_, kind), rate in rates.items() if kind in ("ours", "peer"))
-    return [
-        row for row, rate in rates.items() if row[1] == "limit" and rate > _OFF_THE_SCALE * fastest
-    ]
-
-
-def _axis_label(result: Mapping[str, Any]) -> str:
-    label = "images/s: median and spread (memory of all processes)"
-    beyond = [
-        f"{name} {result['figures'][f'{name}, images/s']['median']:,.0f}"
-        for name, _ in _beyond(result)
-    ]
-    return f"{label}\nlimits off the scale: {', '.join(beyond)}" if beyond else label
+    whole = [row for row in rows if row[1] in ("ours", "peer")]
+    rate = {name: result["figures"][f"{name}, images/s"]["median"] for name, _ in rows}
+    most = _OFF_THE_SCALE * max(rate[name] for name, _ in whole)
+    limits = [row for row in rows if row[1] == "limit"]
+    beyond = [f"{name} {rate[name]:,.0f}" for name, _ in limits if rate[name] > most]
+    return [row for row in limits if rate[row[0]] <= most] + whole, beyond
 
 
 def _spread(figure: Mapping[str, float] | None) -> str:
@@ -407,10 +392,6 @@ def _spread(figure: Mapping[str, float] | None) -> str:
         return ""
     low, middle, high = (_number(figure[key]) for key in ("low", "median", "high"))
     return f"{middle} ({low} to {high})"
-
-
-def _median(figure: Mapping[str, float] | None) -> str:
-    return "" if figure is None else _number(figure["median"])
 
 
 def _number(value: float) -> str:

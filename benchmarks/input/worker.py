@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import os
 import signal
 import socket
@@ -29,6 +28,7 @@ import numpy as np
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from unicl_fast.pipelines.feed.host_memory import keep_freed_memory, return_freed_memory
 
+from ..harness import Turn
 from .contenders import Contender, Task, load
 
 _WARM_UP = 8
@@ -48,15 +48,6 @@ class ContenderError(RuntimeError):
 
 class MissingPackageError(ContenderError):
     """A package that the contestant needs is not installed."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rate:
-    """Images/s of one turn."""
-
-    wall: float
-    cpu: float
-    """Images per second of CPU time of all the contestant's processes."""
 
 
 class Worker:
@@ -99,9 +90,9 @@ class Worker:
         """Mean and deviation of each image of so many batches [n 2], in levels."""
         return np.asarray(self._ask("moments", batches))
 
-    def turn(self, seconds: float) -> Rate:
-        """Warms up, then runs for `seconds`."""
-        return Rate(*self._ask("turn", seconds))
+    def turn(self, seconds: float) -> Turn:
+        """Warms up, then runs for `seconds`; the turn is that of one image, on average."""
+        return Turn(*self._ask("turn", seconds))
 
     def memory(self, seconds: float) -> list[int]:
         """`session_bytes` of its processes, a few times while it runs for `seconds`."""
@@ -216,7 +207,7 @@ def warm_up(batches: Iterator[Any], seconds: float) -> None:
 
 
 def take_turn(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
-    """Images/s of wall time and of CPU time."""
+    """Seconds of wall time and of CPU time for an image."""
     session = os.getsid(0)
     images = 0
     cpu_start, start = session_seconds(session), time.perf_counter()
@@ -227,7 +218,7 @@ def take_turn(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
     wall = time.perf_counter() - start
     # clock ticks are hundredths of a second: a short turn may see none
     cpu = max(session_seconds(session) - cpu_start, 0.01)
-    return images / wall, images / cpu
+    return wall / images, cpu / images
 
 
 def _levels(batch: Any, task: Task) -> np.ndarray:

@@ -72,7 +72,6 @@ class Pack(Stage):
     """Pack each so many times: a run should be much longer than the start of its processes."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             paths = write_images(self, folder / "images")
@@ -283,7 +282,6 @@ class ManySamples(Stage):
     """Repetitions."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         taken: dict[str, list[float]] = {}
         for _ in range(self.rounds):
             with tempfile.TemporaryDirectory(dir=self.folder) as name:

@@ -83,7 +83,6 @@ class Efficiency(Stage):
     """Measure memory, too."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         keep_freed_memory()  # as in training
         config = step_config(
             self.image_encoder,
@@ -181,7 +180,6 @@ class Memory(Stage):
     """Repetitions of each."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         batches = {
             f"batch {self.micro:,}": (self.micro, 0),
             f"batch {self.large:,} in micro-batches of {self.micro}": (self.large, self.micro),
@@ -243,7 +241,6 @@ class Profile(Stage):
     """Device that runs the step."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         keep_freed_memory()
         config = build_preset(self.preset)
         run = dataclasses.replace(

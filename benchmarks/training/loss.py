@@ -70,7 +70,6 @@ class Loss(Stage):
     """Measure memory, too."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         torch.set_num_threads(self.threads)
         compare(self.embed_dim)
         figures: Figures = {}

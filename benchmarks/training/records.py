@@ -74,7 +74,6 @@ class Checkpoint(Stage):
     """Folder for checkpoints, on the disk to measure; by default a temporary one."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         keep_freed_memory()
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as folder:
             trainer, batch = build(self, Path(folder))
@@ -180,7 +179,6 @@ class LedgerCost(Stage):
     """Folder that it is written into; by default a temporary one."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         with tempfile.TemporaryDirectory(dir=self.folder) as folder:
             figures = _writing(self, Path(folder) / "written")
             figures |= _proving(self, Path(folder) / "proven")

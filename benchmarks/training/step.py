@@ -70,7 +70,6 @@ class Step(Stage):
     """Let the process keep freed memory, as unicl-pretrain does and open_clip's script does not."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         if self.tune_contender:
             keep_freed_memory()
         config = step_config(

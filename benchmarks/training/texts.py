@@ -65,7 +65,6 @@ class Tokenize(Stage):
     """Most texts that are taken."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         from open_clip import tokenize
 
         texts = _read_texts(self.files)[: self.texts]
@@ -108,7 +107,6 @@ class Targets(Stage):
     """Rows of a batch."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         torch.set_num_threads(1)
         keep_freed_memory()  # as in training; all gain by it
         figures: Figures = {}
@@ -224,7 +222,6 @@ class Text(Stage):
     """Device that runs the encoder."""
 
     def run(self) -> None:
-        """Implements `Stage`."""
         keep_freed_memory()
         device, precision = choose_device(self.device), Precision(self.precision)
         tokens = read_captions(self.data, self.batch_size).to(device)

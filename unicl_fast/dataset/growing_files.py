@@ -35,48 +35,6 @@ BLOCK = 512
 END_OF_TAR = bytes(2 * BLOCK)
 
 
-class ShardFile:
-    """A growing tar, its checksum, and the index that DALI reads."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
-        self.file: BinaryIO = (folder / name).open("wb", buffering=1 << 20)
-        self.num_bytes = 0
-        self._index_path = (folder / name).with_suffix(".idx")
-        self._index: list[str] = []
-        self._hash = xxhash.xxh3_64()
-
-    def add(self, key: str, members: list[tuple[str, bytes]]) -> int:
-        """Appends the members of one sample; returns the offset of the first one's bytes."""
-        entries, first = [], self.num_bytes + BLOCK
-        for extension, data in members:
-            name = f"{key}.{extension}"
-            entries.append(f"{extension} {self.num_bytes + BLOCK} {len(data)} {name}")
-            padding = bytes(padded_bytes(len(data)) - len(data))
-            self._write(b"".join([tar_header(name, len(data)), data, padding]))
-        self._index.append(" ".join(entries))
-        return first
-
-    def finish(self) -> ShardInfo:
-        self._write(END_OF_TAR)
-        sync_and_close(self.file)
-        with self._index_path.open("w", encoding="ascii") as file:
-            file.write(f"v1.2 {len(self._index)}\n")
-            file.writelines(f"{line}\n" for line in self._index)
-            sync_and_close(file)
-        return ShardInfo(
-            name=self.name,
-            num_samples=len(self._index),
-            num_bytes=self.num_bytes,
-            xxh3=self._hash.hexdigest(),
-        )
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self._hash.update(data)
-        self.num_bytes += len(data)
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Kept:
     """How much of a growing file was safely on the disk at some moment."""
@@ -139,6 +97,42 @@ class GrowingFile:
         self.file.seek(0)
         self.file.write(header)
         sync_and_close(self.file)
+
+
+class ShardFile(GrowingFile):
+    """A growing tar, and the index that DALI reads."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder / name)
+        self._path = folder / name
+        self._index: list[str] = []
+
+    def add(self, key: str, members: list[tuple[str, bytes]]) -> int:
+        """Appends the members of one sample; returns the offset of the first one's bytes."""
+        entries, first = [], self.num_bytes + BLOCK
+        for extension, data in members:
+            name = f"{key}.{extension}"
+            entries.append(f"{extension} {self.num_bytes + BLOCK} {len(data)} {name}")
+            padding = bytes(padded_bytes(len(data)) - len(data))
+            self.append(b"".join([tar_header(name, len(data)), data, padding]))
+        self._index.append(" ".join(entries))
+        return first
+
+    def finish_shard(self) -> ShardInfo:
+        """Ends the tar, writes its index, and closes both safely."""
+        self.append(END_OF_TAR)
+        sync_and_close(self.file)
+        with self._path.with_suffix(".idx").open("w", encoding="ascii") as file:
+            file.write(f"v1.2 {len(self._index)}\n")
+            file.writelines(f"{line}\n" for line in self._index)
+            sync_and_close(file)
+        kept = self.kept()
+        return ShardInfo(
+            name=self._path.name,
+            num_samples=len(self._index),
+            num_bytes=kept.num_bytes,
+            xxh3=kept.xxh3,
+        )
 
 
 class ArrayFile(GrowingFile):

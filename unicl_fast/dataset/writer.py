@@ -381,7 +381,7 @@ class DatasetWriter:
     def _close_shard(self) -> None:
         if self._shard is None:
             return
-        self._shards.append(self._shard.finish())
+        self._shards.append(self._shard.finish_shard())
         self._shard = None
         if self._journal is None:
             return

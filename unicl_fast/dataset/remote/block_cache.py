@@ -282,8 +282,8 @@ class BlockCache:
         if not self._failed:
             self._failed = True
             logger.error(
-                "CACHE: blocks cannot be kept in %s (%s): what is needed twice is read twice from "
-                "the store; make room there or set data.cache_folder",
+                "CACHE: blocks cannot be kept in %s (%s), and are read from the store each time; "
+                "make room there or set data.cache_folder",
                 self._blocks, error,
             )  # fmt: skip
 
