@@ -31,7 +31,7 @@ import tyro
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
 
-from ..harness import Figures, Stage, Turn, rate_of, ratio_of, summarise
+from ..harness import Figures, Stage, Turn, Unit, rate_of, ratio_of, summarise
 from .contenders import (
     OURS,
     PARTS,
@@ -218,10 +218,11 @@ class _Race:
                     if turn is not None:
                         turns[each.name].append(turn)
         figures: Figures = {}
-        for unit, second, suffix in (
-            ("wall_seconds", "s", ""),
-            ("cpu_seconds", "CPU second", ", by CPU time"),
-        ):
+        units: dict[Unit, tuple[str, str]] = {
+            "wall_seconds": ("s", ""),
+            "cpu_seconds": ("CPU second", ", by CPU time"),
+        }
+        for unit, (second, suffix) in units.items():
             for each in self.still_in():
                 rate = rate_of(turns[each.name], 1, unit=unit)
                 figures[f"{each.name}, images/{second}"] = rate
