@@ -102,14 +102,14 @@ class LocalReader:
     def blocks_of(
         self, numbers: Int64Array, offsets: Int64Array, sizes: Int64Array
     ) -> list[tuple[int, int]]:
-        """The cache's blocks that some ranges lie in, (file, block) once each, in this order."""
+        """Lists the cache's blocks that some ranges lie in: none here, a folder has no cache."""
         return []
 
     def fetch_ahead(self, number: int, block: int) -> None:
-        """Brings a block into the cache, unless it is there or on its way."""
+        """Does nothing, since a folder has no cache."""
 
     def discard(self, number: int, offset: int, size: int) -> bool:
-        """Removes what a cache holds of a range that turned out wrong; False without a cache."""
+        """Returns False: there is no cache that could hold wrong bytes of a range."""
         return False
 
     def close(self) -> None:
