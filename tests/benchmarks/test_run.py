@@ -83,7 +83,8 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def marked(stage: str) -> Any:
-    marks = [pytest.mark.slow] * (stage in SLOW) + [pytest.mark.long] * (stage in LONG)
+    marks: list[Any] = [pytest.mark.slow] * (stage in SLOW)
+    marks += [pytest.mark.long, pytest.mark.timeout(1200)] * (stage in LONG)
     return pytest.param(stage, marks=marks)
 
 
