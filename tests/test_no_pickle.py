@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from unicl_fast import load_model
-from unicl_fast.checkpoints.files import file_checksum
+from unicl_fast.system.checksums import file_checksum
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 ROOMS = ("unicl_fast", "pipelines", "tools", "benchmarks")

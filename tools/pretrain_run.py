@@ -17,13 +17,8 @@ import torch
 
 from unicl_fast.augmentation import augmentations_of, check_views
 from unicl_fast.batch import Batch, Loader
-from unicl_fast.checkpoints.best import choose_metric
-from unicl_fast.checkpoints.load import (
-    find_checkpoint,
-    find_sound_checkpoint,
-    list_checkpoints,
-    read_state,
-)
+from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
+from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, read_state
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
@@ -50,11 +45,10 @@ from unicl_fast.training.data import (
     rows_of_class_names,
     traffic_of,
 )
-from unicl_fast.training.evaluations import Evaluation
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves
 from unicl_fast.training.memory_check import check_memory
-from unicl_fast.training.source_meter import SourceMeter
-from unicl_fast.training.trainer import Trainer
+from unicl_fast.training.metrics import SourceMeter
+from unicl_fast.training.trainer import Evaluation, Trainer
 
 logger = logging.getLogger("unicl_fast")
 
@@ -79,7 +73,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
         dataset.close()
     for folder in config.data.evaluate:
         PackedDataset(folder, cache=cache_options(config.data)).close()
-    choose_metric(
+    choose_best_metric(
         config.checkpoint.best, [_evaluation_name(config, each) for each in config.data.evaluate]
     )
 
@@ -140,7 +134,7 @@ def pretrain(
             progress=progress,
         )
         views = 2 if trainer.config.objective.name == "supcon" else 1
-        check_memory(trainer.model, trainer.config, share=views * share, device=device)
+        check_memory(trainer.model, trainer.config, images_per_step=views * share, device=device)
         if checkpoint is not None:
             mark("reading the checkpoint")
             with refused_together(ranks):
@@ -229,7 +223,7 @@ def build_trainer(
         evaluations=_build_evaluations(config, datasets, prompts, ranks),
         data=describe_sources(datasets, shares),
         sources=SourceMeter(
-            names_of(datasets), passes=loader.plan.passes, traffic=traffic_of(datasets)
+            names_of(datasets), epochs=loader.plan.passes, traffic=traffic_of(datasets)
         ),
         ledger=_build_ledger(run_folder, loader, datasets, ranks) if ledger else None,
         progress=progress,

@@ -35,9 +35,8 @@ from torch import Tensor
 
 from unicl_fast.config import DeviceName, PrecisionName
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.models.packing import VarlenAttention
 from unicl_fast.models.precision import Precision, place_module
-from unicl_fast.models.text_encoder import CausalAttention, TextEncoder
+from unicl_fast.models.text_encoder import CausalAttention, TextEncoder, VarlenAttention
 from unicl_fast.objectives.targets import map_targets
 from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
 from unicl_fast.system.devices import choose_device

@@ -65,7 +65,7 @@ class BadSamples:
             )  # fmt: skip
         if len(self._known) == _LOGGED:
             logger.error(
-                "further bad samples are counted in metrics.jsonl (bad_samples) and listed in %s",
+                "further bad samples: replaced_samples in metrics.jsonl counts them, %s lists them",
                 self._where,
             )
         if self._file is not None:

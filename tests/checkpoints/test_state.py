@@ -12,7 +12,7 @@ from rank_workers import StepwiseLoader
 from safetensors.torch import load_file
 from small_runs import tiny_config
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import config_to_dict
 from unicl_fast.system.sealed_json import unseal
 from unicl_fast.training.trainer import Trainer

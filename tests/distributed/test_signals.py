@@ -22,7 +22,8 @@ from rank_workers import (
 from small_runs import tiny_config
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoints.load import list_checkpoints, read_state
+from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.load import read_state
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.training.metrics import read_metrics

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from programs import Program, has_loaded, hears, running
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.tools.pack import __main__ as pack_dataset
 
 pytestmark = [pytest.mark.dali, pytest.mark.timeout(600)]

@@ -25,7 +25,7 @@ from program_runs import (
 )
 from safetensors.torch import load_file
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.tools import ledger, pretrain
 from unicl_fast.training.metrics import read_metrics
 
@@ -298,7 +298,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(
 def test_unicl_ledger_says_what_is_missing(
     unbroken: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert proven(unbroken)["sources"][0]["complete_passes"] > 3
+    assert proven(unbroken)["sources"][0]["complete_epochs"] > 3
     assert "PROVEN: no step is missing" in capsys.readouterr().out
     broken = tmp_path / "run"
     (broken / "ledger").mkdir(parents=True)

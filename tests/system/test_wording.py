@@ -10,7 +10,7 @@ import torch
 from rank_workers import StepwiseLoader
 from small_runs import tiny_config
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.system.differences import find_differences, refuse_differences
 from unicl_fast.training.trainer import Trainer
 

@@ -104,7 +104,7 @@ def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
 
 
 def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:
-    """A run does not go on with other images, though descriptions and shards are the same."""
+    """A run does not resume with other images, though descriptions and shards are the same."""
     described = []
     for level in (1, 2, 1):
         out = tmp_path / str(len(described))
