@@ -17,8 +17,12 @@ from damage import copy_of, flip_byte, shard_of, store, undecodable
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
-from unicl_fast.dataset.errors import TooManyBadSamplesError
-from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
+from unicl_fast.dataset.errors import (
+    DamagedDatasetError,
+    DamagedSampleError,
+    TooManyBadSamplesError,
+)
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.feed import bad_samples
 from unicl_fast.pipelines.feed.bad_samples import MAX_ATTEMPTS

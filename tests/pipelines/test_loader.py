@@ -22,7 +22,8 @@ from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead, decoding_threads
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.text.prompts import ClassPrompts, fill_template
+from unicl_fast.text.class_lists import fill_template
+from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
-from unicl_fast.dataset.reader import SAMPLE_DTYPE
+from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.pipelines.plan.augment import Column
 from unicl_fast.pipelines.plan.plan import PlannedBatch, PlanSource, TrainPlan, split_steps
 

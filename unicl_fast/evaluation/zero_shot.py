@@ -33,7 +33,7 @@ from unicl_fast.evaluation.report import (
 )
 from unicl_fast.evaluation.requests import Metric, MetricChoice, ZeroShot
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.text.prompts import fill_template
+from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
 
 

@@ -136,7 +136,7 @@ def back_propagate_in_micro_batches(
 
 
 def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Continues from the gradients of features; those without a graph (a fixed scale) are left out."""
+    """Continues from the gradients of features, leaving out those without a graph (fixed scale)."""
     learnt = [pair for pair in zip(features, gradients, strict=True) if pair[0].requires_grad]
     torch.autograd.backward([feature for feature, _ in learnt], [one for _, one in learnt])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unicl_fast.dataset.journal import FinishedShard, read_journal
+from unicl_fast.dataset.growing_files import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
 from unicl_fast.system.atomic_files import flush_to_disk, is_at, lock, write_text_atomically
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json

@@ -1,9 +1,9 @@
-"""The small files of a remote data set - manifest, checksums, arrays - in a local folder.
+"""A local copy of a remote data set's small files: manifest, checksums, arrays.
 
-They are asked for by every batch, so they are fetched once and mapped as those of a local data set
-are. Manifest and checksums are read at every opening, and name the folder: a data set that was
-replaced under its URL gets another one. What lies there is compared with its checksums at every
-opening, and fetched again where it differs.
+Every batch needs them, so they are fetched once and mapped as those of a local data set are.
+Manifest and checksums are read at every opening, and name the folder: a data set that was replaced
+under its URL gets another one. The copy is compared with its checksums at every opening, and what
+differs is fetched again.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ logger = logging.getLogger(__name__)
 _READINGS = 3
 _BETWEEN_READINGS_SECONDS = 1.0
 _UNUSED_DAYS = 30
-"""Folders that were opened so long ago are removed, to make room."""
+"""Folders that were not opened for so long are removed, to make room."""
 
 
-def open_mirror(store: ObjectStore, cache_folder: Path, names: Iterable[str]) -> Path:
-    """A folder with the manifest, the checksums and the named files of the data set at a URL.
+def open_local_copy(store: ObjectStore, cache_folder: Path, names: Iterable[str]) -> Path:
+    """Makes a folder with the manifest, the checksums and the named files of a data set.
 
     Processes that ask at the same time fetch them once.
 
     Args:
         store: where the data set lies.
         cache_folder: the folder is made below it; its own name is that of the data set.
-        names: files beside these two; absent ones are left to whoever opens the folder.
+        names: files beside these two; missing ones are left for the reader to find.
 
     Raises:
         FileNotFoundError: the URL is not that of a data set.
-        ValueError: what came is not what its checksums say.
+        ValueError: the data differ from their checksums.
         StorageError: the store cannot be reached.
     """
     manifest, checksums = _read_heads(store)
@@ -56,7 +56,7 @@ def open_mirror(store: ObjectStore, cache_folder: Path, names: Iterable[str]) ->
         os.utime(folder.parent)
         listed = parse_checksums(checksums, where=store.url_of(CHECKSUMS_NAME)) if checksums else {}
         for name in names:
-            _bring(store, folder / name, listed.get(name))
+            _fetch_if_changed(store, folder / name, listed.get(name))
         if checksums:
             _put(folder / CHECKSUMS_NAME, checksums)
         _put(folder / MANIFEST_NAME, manifest)
@@ -65,10 +65,8 @@ def open_mirror(store: ObjectStore, cache_folder: Path, names: Iterable[str]) ->
 
 
 def _read_heads(store: ObjectStore) -> tuple[bytes, bytes]:
-    """Manifest and checksums that belong together; no bytes where there is no list."""
-    reading = 0
-    while True:
-        reading += 1
+    """Reads a manifest and the checksums that belong to it; none (b"") where there is no list."""
+    for reading in range(1, _READINGS + 1):
         manifest = store.read_whole(MANIFEST_NAME)
         if manifest is None:
             raise FileNotFoundError(
@@ -89,10 +87,11 @@ def _read_heads(store: ObjectStore) -> tuple[bytes, bytes]:
                 " wait until it is whole, or upload the data set again"
             )
         time.sleep(_BETWEEN_READINGS_SECONDS)
+    raise AssertionError("unreachable")
 
 
-def _bring(store: ObjectStore, path: Path, expected: str | None) -> None:
-    """A file that is what its checksum says; one without a checksum is fetched anew."""
+def _fetch_if_changed(store: ObjectStore, path: Path, expected: str | None) -> None:
+    """Fetches a file unless it has its checksum already; one without a checksum always."""
     if expected is not None and path.is_file() and file_checksum(path) == expected:
         return
     size = store.size_of(path.name)

@@ -1,14 +1,22 @@
-"""What a JPEG's markers say before any pixel is decoded.
+"""The markers of a JPEG and the chunks of a WebP, read before any pixel is decoded.
 
 Packing must know which files every decoder reads alike: decoders agree on plain 8-bit Huffman
-JPEGs in grey or YCbCr and part ways on the rest. Pillow and libjpeg-turbo's short interface do not
-tell all of it, so the markers are walked here (ITU-T T.81, annex B; Exif 2.32, section 4.6).
-Whether the image behind them is sound is for `images` to find out.
+JPEGs in grey or YCbCr, and on WebP's simple format, and part ways on the rest. Pillow and
+libjpeg-turbo's short interface do not tell all of it, so markers are walked here (ITU-T T.81, annex
+B; Exif 2.32, section 4.6), and chunks too (developers.google.com/speed/webp/docs/riff_container).
+Whether the image behind a header is sound is `check`'s work.
+
+WebP's simple format is a RIFF header and one bitstream, lossy (VP8) or lossless (VP8L); DALI
+promises to read no other. The extended format (VP8X) wraps the same bitstream together with a
+colour profile, Exif data or the like, and may add alpha or frames. Where it adds only what no
+decoder of pixels reads, the wrapping is removed and the bitstream stays as it is, so that a lossy
+image is not encoded twice.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 _SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
@@ -18,11 +26,17 @@ _PLAIN_PROCESSES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progress
 _ORIENTATION_TAG = 0x0112
 _EXIF_FORMATS = {1: "B", 3: "H", 4: "I"}
 _EXIF_SHORT = 3
+_RIFF_HEADER_BYTES = 12
+_CHUNK_HEADER_BYTES = 8
+_BITSTREAMS = frozenset({b"VP8 ", b"VP8L"})
+_ALPHA_OR_FRAMES = frozenset({b"ALPH", b"ANIM", b"ANMF"})
+_LOSSLESS_SIGNATURE = 0x2F
+_LOSSLESS_ALPHA_BIT = 28  # behind 14 bits of width and 14 of height
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JpegHeader:
-    """The facts that decide whether a JPEG can be kept as it is."""
+    """Decides whether a JPEG can be kept as it is."""
 
     height: int
     width: int
@@ -144,3 +158,61 @@ def _exif_orientation(tiff: bytes) -> int | None:
     except struct.error:
         return None
     return 1
+
+
+def is_webp(data: bytes) -> bool:
+    return data[:4] == b"RIFF" and data[8:_RIFF_HEADER_BYTES] == b"WEBP"
+
+
+def simple_webp(data: bytes) -> bytes | None:
+    """The same image in WebP's simple format.
+
+    Args:
+        data: a file that a decoder has read without complaint.
+
+    Returns:
+        `data` itself where it has that format, else the same bitstream without its wrapping; None
+        where there is no such file (alpha, animation) or decoders may see different images
+        (several bitstreams, bytes after the end).
+    """
+    try:
+        chunks = list(_chunks(data))
+    except ValueError:
+        return None
+    names = [name for name, _ in chunks]
+    bitstreams = [chunk for name, chunk in chunks if name in _BITSTREAMS]
+    if len(bitstreams) != 1 or _ALPHA_OR_FRAMES.intersection(names):
+        return None
+    (chunk,) = bitstreams
+    if names[0] not in (_BITSTREAMS | {b"VP8X"}) or _has_alpha(chunk):
+        return None
+    if len(chunks) == 1:
+        return data
+    return b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
+
+
+def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
+    """Yields name and bytes of each chunk, header and padding included.
+
+    Raises:
+        ValueError: the chunks do not fill the file as its headers say.
+    """
+    if int.from_bytes(data[4:8], "little") != len(data) - 8:
+        raise ValueError("the file is not as long as its header says")
+    position = _RIFF_HEADER_BYTES
+    while position < len(data):
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        end = position + _CHUNK_HEADER_BYTES + size + size % 2
+        if end > len(data):
+            raise ValueError("a chunk reaches beyond the file")
+        yield data[position : position + 4], data[position:end]
+        position = end
+
+
+def _has_alpha(chunk: bytes) -> bool:
+    if chunk[:4] != b"VP8L":
+        return False
+    header = chunk[_CHUNK_HEADER_BYTES : _CHUNK_HEADER_BYTES + 5]
+    if len(header) < 5 or header[0] != _LOSSLESS_SIGNATURE:
+        return True  # an unknown bitstream is not plain
+    return bool(int.from_bytes(header[1:], "little") >> _LOSSLESS_ALPHA_BIT & 1)

@@ -1,4 +1,4 @@
-"""Numba kernels on token rows: hash them, find equal ones; join classes that are one.
+"""Numba kernels on token rows: hash them, find equal ones; merge classes that are the same.
 
 Rows are uint16 [b, l], C-contiguous; callers check that. Zeros at the end of a row are padding:
 rows are equal when they are equal after padding to the same length, and then they have the same
@@ -26,12 +26,12 @@ UInt64Array = npt.NDArray[np.uint64]
 _GOLDEN = 0x9E3779B97F4A7C15
 _INDEX_BITS = np.uint64(0xFFFFFFFF)
 _AHEAD = 16
-"""Rows by which the search asks for memory before it needs it; 8 and 32 do as well."""
+"""Rows by which the search prefetches memory; 8 and 32 are as fast."""
 _CACHE_LINE = 64
 
 
 def _define_prefetch(typing: Any, address: Any) -> Any:
-    """Asks for the cache line of an address. LLVM has a name for it, Numba has none."""
+    """Prefetches the cache line of an address: LLVM has an intrinsic for it, Numba has none."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
@@ -102,7 +102,7 @@ def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
 def make_table(capacity: int) -> UInt64Array:
     """An empty hash table for `capacity` rows, at most half full.
 
-    An entry is the upper half of a hash beside the number of a row plus 1; 0 is an empty place.
+    An entry is the upper half of a hash beside the number of a row plus 1; 0 is an empty entry.
     """
     size = 16
     while size < 2 * capacity:
@@ -117,8 +117,8 @@ def unique_rows(
     """Finds equal rows; fills `table` with the distinct ones.
 
     Rows are grouped by their hashes, and compared afterwards, while the distinct ones are copied:
-    comparing at each step of the search makes the processor wait for memory there. Only where rows
-    turn out to differ are they grouped again, comparing at once.
+    comparing at each step of the search makes the processor wait for memory. Only where rows turn
+    out to differ are they grouped again, comparing at once.
 
     Returns:
         first: int64 [u], where each distinct row occurs first, rising.
@@ -142,8 +142,8 @@ def _take_rows(
 ) -> tuple[bool, UInt16Array, Int64Array]:
     """The first row of each group and its length; and whether all rows equal their group's first.
 
-    Each row is read once. Unsigned places: for signed ones the compiler asks at each token whether
-    they count from behind.
+    Each row is read once. Indices are unsigned: for signed ones the compiler tests at each token
+    whether they count from the end.
     """
     num_rows, length = rows.shape
     taken = np.empty((num_groups, length), np.uint16)
@@ -174,23 +174,23 @@ def _take_rows(
 def _group_rows(
     rows: UInt16Array, hashes: UInt64Array, table: UInt64Array, compare: bool
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """`unique_rows`; without `compare` it takes rows for equal whose hashes look so."""
+    """Implements `unique_rows`; without `compare` rows with equal hashes count as equal."""
     num_rows = rows.shape[0]
     mask = np.uint64(table.shape[0] - 1)
     first = np.empty(num_rows, np.int64)
     index = np.empty(num_rows, np.int64)
     counts = np.zeros(num_rows, np.int64)
     num_unique = 0
-    places = np.uint64(table.ctypes.data)
+    start = np.uint64(table.ctypes.data)
     for row in range(num_rows):
         ahead = hashes[min(row + _AHEAD, num_rows - 1)] & mask
-        _prefetch(places + ahead * np.uint64(table.itemsize))
+        _prefetch(start + ahead * np.uint64(table.itemsize))
         tag = hashes[row] & ~_INDEX_BITS
-        place = hashes[row] & mask
+        position = hashes[row] & mask
         while True:
-            entry = table[place]
+            entry = table[position]
             if entry == 0:
-                table[place] = tag | np.uint64(num_unique + 1)
+                table[position] = tag | np.uint64(num_unique + 1)
                 first[num_unique] = row
                 counts[num_unique] = 1
                 index[row] = num_unique
@@ -202,7 +202,7 @@ def _group_rows(
                     index[row] = known
                     counts[known] += 1
                     break
-            place = (place + np.uint64(1)) & mask
+            position = (position + np.uint64(1)) & mask
     return first[:num_unique].copy(), index, counts[:num_unique].copy()
 
 
@@ -219,15 +219,15 @@ def find_rows(
     found = np.full(num_queries, -1, np.int64)
     for query in range(num_queries):
         tag = hashes[query] & ~_INDEX_BITS
-        place = hashes[query] & mask
-        while table[place] != 0:
-            entry = table[place]
+        position = hashes[query] & mask
+        while table[position] != 0:
+            entry = table[position]
             if (entry & ~_INDEX_BITS) == tag:
                 candidate = np.int64(entry & _INDEX_BITS) - 1
                 if _equal(queries, query, known, candidate):
                     found[query] = candidate
                     break
-            place = (place + np.uint64(1)) & mask
+            position = (position + np.uint64(1)) & mask
     return found
 
 
@@ -236,8 +236,8 @@ def row_lengths(rows: UInt16Array) -> Any:
     """int64 [k]: lengths of rows without padding."""
     lengths = np.empty(len(rows), np.int64)
     for row in range(len(rows)):
-        # the largest position of a token, not the first one from behind: without a way out of the
-        # loop the compiler takes many positions at once
+        # the largest position of a token, not the first one from the end: without a way out of the
+        # loop the compiler handles many positions at once
         length = np.int32(0)
         for position in range(rows.shape[1]):
             end = np.int32(position + 1) if rows[row, position] != 0 else np.int32(0)
@@ -248,7 +248,7 @@ def row_lengths(rows: UInt16Array) -> Any:
 
 @kernel
 def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
-    """int64 [num_members]: the smallest member that each one is joined with by the pairs [c, 2]."""
+    """int64 [num_members]: the smallest member that the pairs [c, 2] join each one with."""
     parent = np.arange(num_members)
     for pair in range(pairs.shape[0]):
         left, right = pairs[pair, 0], pairs[pair, 1]
@@ -265,3 +265,23 @@ def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
     for member in range(num_members):  # parents are smaller, so their roots are final already
         parent[member] = parent[parent[member]]
     return parent
+
+
+def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Merges classes that are the same.
+
+    Args:
+        pairs: int64 [c, 2], ids of classes that are the same.
+
+    Returns:
+        members: int64 [m], the distinct ids of `pairs`, rising.
+        merged: int64 [m], the smallest id that each of them is merged with.
+    """
+    members, positions = np.unique(pairs, return_inverse=True)
+    return members, members[union_find(positions.reshape(pairs.shape), len(members))]
+
+
+def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
+    """`class_ids`, each id that is in `members` (rising, not empty) replaced by its `merged`."""
+    positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
+    return np.where(members[positions] == class_ids, merged[positions], class_ids)
