@@ -19,7 +19,7 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources import trees
 from unicl_fast.packing.sources.items import EntryError
 from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source

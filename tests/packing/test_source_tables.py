@@ -355,7 +355,7 @@ def test_a_script_without_a_guard_hears_of_it(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from unicl_fast.packing.build.build import build_dataset\n"
+        "from unicl_fast.packing.build import build_dataset\n"
         f"build_dataset([Path({places[0]!r})], Path({places[1]!r}), workers=1, progress=False)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)

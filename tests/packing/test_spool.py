@@ -13,8 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from unicl_fast.packing.build.duplicates import join_duplicates
-from unicl_fast.packing.build.sample_views import AllSamples, ChosenSamples, choose
+from unicl_fast.packing.samples import all_samples, choose, join_duplicates, reorder
 from unicl_fast.packing.sources import spool as spool_module
 from unicl_fast.packing.sources.items import (
     Columns,
@@ -138,12 +137,12 @@ def source(name: str, count: int) -> Source:
 
 
 def test_views_are_the_lists_that_they_stand_for() -> None:
-    every = AllSamples([source("a", 2), source("b", 0), source("c", 3)])
+    every = all_samples([source("a", 2), source("b", 0), source("c", 3)])
     assert [item.name for _, item in every] == ["a0", "a1", "c0", "c1", "c2"]
     assert [name for name, _ in every] == ["a", "a", "c", "c", "c"]
     some = choose(every, lambda sample: sample[1].name != "a1")
     assert [item.name for _, item in some] == ["a0", "c0", "c1", "c2"]
-    turned = ChosenSamples(some, np.array([3, 0]))
+    turned = reorder(some, np.array([3, 0]))
     assert [item.name for _, item in turned] == ["c2", "a0"]
     assert len(choose(every, lambda sample: False)) == 0
 
@@ -152,13 +151,13 @@ def test_a_placeholder_for_many_images_stays_several_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Equal files with captions of their own: all that one sample can have, and the rest."""
-    monkeypatch.setattr("unicl_fast.packing.build.duplicates.MAX_TEXTS", 50)
+    monkeypatch.setattr("unicl_fast.packing.samples.MAX_TEXTS", 50)
     store = new_store()
     many = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
     here = FileEntry(__file__, 10)
     store.extend(Item(str(number), here, [str(number)]) for number in range(52))
     joined = join_duplicates(
-        AllSamples([many]), new_store(), max_file_bytes=10**6, workers=1, progress=False
+        all_samples([many]), new_store(), max_file_bytes=10**6, workers=1, progress=False
     )
     assert len(joined[0][1].captions) == 50
     assert joined[1][1].problem is not None

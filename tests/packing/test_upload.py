@@ -15,8 +15,8 @@ from pack_runs import jpeg, run_pack
 
 from unicl_fast.dataset.remote.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
-from unicl_fast.packing.build import upload as upload_module
-from unicl_fast.packing.build.remote_build import build_anywhere
+from unicl_fast.packing import upload as upload_module
+from unicl_fast.packing.upload import build_anywhere
 
 SHARD_BYTES = 30_000
 
@@ -108,7 +108,7 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     assert found == code
     (packed,) = work.glob("*/set")
     assert "stopped; what was uploaded stays" in text
-    assert f"go on with: unicl-pack upload {packed} --out {url}" in text
+    assert f"resume by: unicl-pack upload {packed} --out {url}" in text
 
     with monkeypatch.context() as patch:
         patch.setattr(upload_module, "_send", raising(error))
@@ -131,7 +131,7 @@ def test_what_was_uploaded_later_is_not_said_to_be_missing(
         with pytest.raises(RuntimeError, match="packed, but not uploaded: the line is cut"):
             build(photos, url)
     (packed,) = work.glob("*/set")
-    with pytest.raises(ValueError, match="not uploaded: go on with unicl-pack upload"):
+    with pytest.raises(ValueError, match="not uploaded: resume by unicl-pack upload"):
         build(photos, url)
     code, text = run_pack("upload", packed, "--out", url, capsys=capsys)
     assert code == 0

@@ -10,8 +10,8 @@ import pytest
 from foreign_sources import jpeg, write_tar
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.packing.build.build import BuildSummary, build_dataset
-from unicl_fast.packing.build.retry import Listed, choose_listed, read_quarantine
+from unicl_fast.packing.build import BuildSummary, build_dataset
+from unicl_fast.packing.quarantine import Listed, choose_listed, read_retry
 from unicl_fast.packing.sources.items import Item, Problem, Source
 
 
@@ -142,8 +142,8 @@ def test_a_line_that_is_still_broken_is_chosen_once() -> None:
 def test_lists_that_are_no_quarantine_are_refused(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "q.csv").write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match=message):
-        read_quarantine(tmp_path / "q.csv")
+        read_retry(tmp_path / "q.csv")
     with pytest.raises(ValueError, match=r"not s3://b/q\.csv: copy it here, and manifest\.json"):
-        read_quarantine("s3://b/q.csv")
+        read_retry("s3://b/q.csv")
     with pytest.raises(FileNotFoundError, match=r"--retry: there is no file .*none\.csv"):
-        read_quarantine(tmp_path / "none.csv")
+        read_retry(tmp_path / "none.csv")

@@ -1,12 +1,12 @@
-"""Copies of what lies under URLs, for programs that need files: all of it, for as long as needed.
+"""Copies of what lies under URLs, for programs that need files, for as long as they need them.
 
-Nothing of a source is streamed: packing goes through images in shuffled order, archives are read
-from both ends, and workers that decode have no network. So a source is copied as a whole, if it is
-not larger than the room that was given.
+Nothing of a source is streamed: packing reads images in shuffled order, archives are read from both
+ends, and workers that decode have no network. So a source is copied as a whole, if it is not larger
+than the room that was given.
 
-Copies go at the end. Those of a build lie in a folder that is called after what it is made of, and
-stay as long as there is an unfinished build to go on with them (`work_folder`): the same command
-then finds the same files. Each is taken as it is if its object is still the one that was copied.
+Copies are removed at the end. Those of a build lie in a folder whose name is a hash of the sources
+and the output, and stay as long as an unfinished build can resume with them (`work_folder`): the
+same command then finds the same files. A copy is used as it is if its object has not changed since.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.remote.block_cache import CacheOptions
 from unicl_fast.dataset.remote.object_store import ObjectStore, StoredObject, is_url
-from unicl_fast.packing.build.work_folder import describe_unfinished, lock_folder
 from unicl_fast.packing.sources.tars import expand_braces
+from unicl_fast.packing.work_folder import describe_unfinished, lock_folder
 from unicl_fast.system.atomic_files import temporary_folder
 
 DEFAULT_STAGING_BYTES = 100_000_000_000
 _FILES_AT_ONCE = 4
 _KEPT, _DISCARDED = "sources-", "discarded-"
 _FOR_NAME = "for"
-"""What is packed of the copies beside it: a path."""
+"""A file beside the copies: the path of the data set that is packed of them."""
 _VERSIONS_NAME = "versions.jsonl"
 _LISTS = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 _INSIDE_ARCHIVE = re.compile(r"(.+?\.(?:zip|tar\.gz))/(.+)", re.IGNORECASE)
@@ -44,7 +44,7 @@ _INSIDE_ARCHIVE = re.compile(r"(.+?\.(?:zip|tar\.gz))/(.+)", re.IGNORECASE)
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Wanted:
-    """An object to be copied, and where to."""
+    """An object, and the path of its copy."""
 
     store: ObjectStore
     name: str
@@ -58,18 +58,18 @@ def staged_sources(
     image_root: str,
     *,
     out: Path,
-    place: Path,
+    work: Path,
     room: int,
 ) -> Iterator[tuple[list[str], str]]:
     """Sources of a build, and the root of its images, as paths.
 
-    Copies go at the end, unless the build has failed and can go on with them.
+    Copies are removed at the end, unless the build has failed and can resume with them.
 
     Args:
         sources: paths and URLs.
         image_root: a path, a URL, or nothing: then a list brings the folder that it lies in.
-        out: the folder that is packed of them: copies for another one are others.
-        place: copies go below it.
+        out: the folder that is packed of them; each has copies of its own.
+        work: the folder below which copies lie.
         room: most bytes of all copies.
 
     Raises:
@@ -83,9 +83,9 @@ def staged_sources(
         return
     out = out.absolute()
     made_of = json.dumps([*sources, image_root, str(out)])
-    folder = place / f"{_KEPT}{xxhash.xxh3_64_hexdigest(made_of.encode())}"
-    place.mkdir(parents=True, exist_ok=True)
-    _sweep(place, but=folder)
+    folder = work / f"{_KEPT}{xxhash.xxh3_64_hexdigest(made_of.encode())}"
+    work.mkdir(parents=True, exist_ok=True)
+    _sweep(work, but=folder)
     lock = lock_folder(folder)
     try:
         (folder / _FOR_NAME).write_text(str(out), encoding="utf-8", errors="surrogateescape")
@@ -93,22 +93,20 @@ def staged_sources(
         staged: dict[str, str] = {}
         for number, source in enumerate(dict.fromkeys((*sources, image_root))):
             if is_url(source):
-                path, found = _find(source, folder / str(number), with_folder=not image_root)
-                staged[source] = path
+                staged[source], found = _find(
+                    source, folder / str(number), with_folder=not image_root
+                )
                 wanted += found
         _remove_others(folder, {one.path for one in wanted})
         _fetch(
             wanted,
-            place=place,
+            work=work,
             room=room,
             advice="give more room, or fewer at a time (unicl-pack merge joins what several "
             "builds made)",
             versions=_Versions(folder / _VERSIONS_NAME),
         )
-        yield (
-            [staged.get(source, source) for source in sources],
-            staged.get(image_root, image_root),
-        )
+        yield [staged.get(source, source) for source in sources], staged.get(image_root, image_root)
     except BaseException:
         if not _has_unfinished(out):
             _discard(folder)
@@ -119,22 +117,47 @@ def staged_sources(
         os.close(lock)
 
 
+@contextlib.contextmanager
+def local_copy(folder: str, *, room: int = DEFAULT_STAGING_BYTES) -> Iterator[Path]:
+    """A packed data set as a folder: itself, or for a while a copy of what lies under a URL.
+
+    Raises:
+        FileNotFoundError: there is nothing under the URL.
+        ValueError: the copy would take more than `room` bytes.
+        StorageError: the store cannot be reached.
+    """
+    if not is_url(folder):
+        yield Path(folder)
+        return
+    work = default_work_folder()
+    work.mkdir(parents=True, exist_ok=True)
+    with temporary_folder("staging-", root=work) as copies:
+        path, wanted = _find_folder(folder, copies)
+        _fetch(wanted, work=work, room=room, advice="give more room")
+        yield Path(path)
+
+
+def default_work_folder() -> Path:
+    """The folder of copies, and of what is packed for a URL, in the user's cache."""
+    return CacheOptions().place / "work"
+
+
 def _has_unfinished(out: Path) -> bool:
-    """Whether a build of this folder has finished shards and waits to go on; if in doubt it has."""
+    """Whether a build of this folder has finished shards and can resume; if in doubt it can."""
     try:
         return bool(describe_unfinished(out))
     except (OSError, ValueError):
         return True
 
 
-def _sweep(place: Path, *, but: Path) -> None:
-    """Removes copies that no build can go on with: its folder is gone, or was finished since."""
-    for folder in place.glob(f"{_DISCARDED}*"):
+def _sweep(work: Path, *, but: Path) -> None:
+    """Removes copies that no build can use: its folder was removed, or finished since."""
+    for folder in work.glob(f"{_DISCARDED}*"):
         shutil.rmtree(folder, ignore_errors=True)
-    for note in place.glob(f"{_KEPT}*/{_FOR_NAME}"):
+    for note in work.glob(f"{_KEPT}*/{_FOR_NAME}"):
         if note.parent == but:
             continue
-        with contextlib.suppress(ValueError, OSError):  # in use, or somebody else sweeps
+        with contextlib.suppress(ValueError, OSError):  # in use, or another process sweeps too
             lock = lock_folder(note.parent)
             try:
                 out = Path(note.read_text(encoding="utf-8", errors="surrogateescape"))
@@ -145,7 +168,7 @@ def _sweep(place: Path, *, but: Path) -> None:
 
 
 def _discard(folder: Path) -> None:
-    """Removes a folder; whoever is killed at it leaves nothing under its name."""
+    """Removes a folder; a process that is killed meanwhile leaves nothing under its name."""
     doomed = folder.with_name(folder.name.replace(_KEPT, _DISCARDED, 1))
     shutil.rmtree(doomed, ignore_errors=True)
     folder.rename(doomed)
@@ -153,7 +176,7 @@ def _discard(folder: Path) -> None:
 
 
 def _remove_others(folder: Path, wanted: Set[Path]) -> None:
-    """Copies of objects that are no longer there would be packed: folders are read as they are."""
+    """Removes copies of objects that are no longer there: folders are packed as they are."""
     for path in folder.glob("*/**/*"):
         if path.is_file() and path not in wanted:
             path.unlink()
@@ -163,7 +186,7 @@ def _remove_others(folder: Path, wanted: Set[Path]) -> None:
 
 
 class _Versions:
-    """Which version of its object each copy is of; one line of JSON for each that is whole."""
+    """The version of its object that each copy is of; one line of JSON for each whole copy."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -185,51 +208,15 @@ class _Versions:
         )
 
     def note(self, one: _Wanted) -> None:
-        """The copy is whole."""
+        """Notes that the copy is whole."""
         with self._lock, self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({str(one.path): one.found.version}) + "\n")
-
-
-@contextlib.contextmanager
-def local_copy(place: str, *, room: int = DEFAULT_STAGING_BYTES) -> Iterator[Path]:
-    """A packed data set as a folder: itself, or for a while a copy of what lies under a URL.
-
-    Raises:
-        FileNotFoundError: there is nothing under the URL.
-        ValueError: the copy would take more than `room` bytes.
-        StorageError: the store cannot be reached.
-    """
-    if not is_url(place):
-        yield Path(place)
-        return
-    with _copies(work_folder()) as folder:
-        path, wanted = _find_folder(place, folder)
-        _fetch(wanted, place=work_folder(), room=room, advice="give more room")
-        yield Path(path)
-
-
-def work_folder() -> Path:
-    """Where copies go by default."""
-    return CacheOptions().place / "work"
-
-
-def packing_folder(url: str, place: Path) -> Path:
-    """Where what is to lie under a URL is packed, below `place`; alone in a folder of its own."""
-    url = url.rstrip("/")
-    return place / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
-
-
-@contextlib.contextmanager
-def _copies(place: Path) -> Iterator[Path]:
-    place.mkdir(parents=True, exist_ok=True)
-    with temporary_folder("staging-", root=place) as folder:
-        yield folder
 
 
 def _fetch(
     wanted: Sequence[_Wanted],
     *,
-    place: Path,
+    work: Path,
     room: int,
     advice: str,
     versions: _Versions | None = None,
@@ -238,7 +225,7 @@ def _fetch(
     if needed > room:
         raise ValueError(
             f"what lies under the URLs takes {needed:,} bytes, more than --staging-bytes {room:,} "
-            f"allows in {place}: {advice}"
+            f"allows in {work}: {advice}"
         )
     bar = tqdm(total=needed, desc="copying", unit="B", unit_scale=True, disable=None)
     with bar, ThreadPoolExecutor(_FILES_AT_ONCE, thread_name_prefix="unicl-staging") as pool:
@@ -259,32 +246,30 @@ def _copy(one: _Wanted, *, versions: _Versions | None) -> int:
 
 
 def _find(url: str, folder: Path, *, with_folder: bool) -> tuple[str, list[_Wanted]]:
-    """What has to be copied of a source, and the path that then stands for its URL.
+    """The path that stands for a source's URL, and the objects to copy for it.
 
     Args:
         url: of a file, of a part of an archive, of tars in braces, or of a folder.
-        folder: where copies go.
-        with_folder: whether a list may name images in its own folder, which then come too.
+        folder: the folder of the copies.
+        with_folder: whether a list may name images in its own folder, which is then copied too.
     """
     inside = _INSIDE_ARCHIVE.fullmatch(url)
     base, rest = (inside[1], f"/{inside[2]}") if inside else (url, "")
     above, _, name = base.rstrip("/").rpartition("/")
     if above.endswith(("://", ":/")) or "://" not in above:
         return _find_folder(url, folder)
+    store = ObjectStore(above)
     if len(names := expand_braces(name)) > 1:
-        store = ObjectStore(above)
         wanted = []
         for one, found in store.find_all(names).items():
             if found is None:
                 raise FileNotFoundError(f"{store.url_of(one)}: there is no such object")
             wanted.append(_Wanted(store, one, found, folder / one))
         return str(folder / name), wanted
-    store = ObjectStore(above)
     stored = store.find(name)
     if stored is None or url.endswith("/"):
         return _find_folder(url, folder)
-    suffix = PurePosixPath(name).suffix.lower()
-    if with_folder and suffix in _LISTS:
+    if with_folder and PurePosixPath(name).suffix.lower() in _LISTS:
         _, wanted = _find_folder(above, folder)
         return str(folder / store.name / name), wanted
     return str(folder / name) + rest, [_Wanted(store, name, stored, folder / name)]

@@ -1,11 +1,10 @@
 """`--engine ray`: images are checked on the machines of a Ray cluster, results come in order.
 
-In place of a thread that looks after a worker process there is a Ray task for each chunk. It has
-the same worker process under the same limits (`image_worker`) on its machine, so an image that
-crashes a decoder costs what it costs locally, and Ray's own process lives on. Where that is killed
-or its machine is lost, Ray gives the chunk to another: checking changes nothing, so a second time
-gives the same. What decides about bytes is what decides locally; machines with other versions of
-Pillow or simplejpeg may encode other bytes.
+A Ray task checks each chunk by the same worker process under the same limits (`workers`), so an
+image that crashes a decoder costs what it costs locally, and Ray's own process survives. Where that
+is killed or its machine is lost, Ray gives the chunk to another: checking changes nothing, so a
+second time gives the same. Machines with other versions of Pillow or simplejpeg may encode other
+bytes.
 
 Which machine gets a chunk is chance, so an image must not be left out because one machine does not
 see it: what could not be read there is read here too, and a difference stops the build.
@@ -22,12 +21,18 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
-from unicl_fast.packing.build.worker import Checked, ImageOptions, Task
-from unicl_fast.packing.build.worker_pool import CHUNKS_AHEAD, WorkerPool, make_chunks
 from unicl_fast.packing.sources.items import EntryError, Problem
+from unicl_fast.packing.workers import (
+    CHUNKS_AHEAD,
+    Checked,
+    ImageOptions,
+    ImageWorker,
+    Task,
+    make_chunks,
+)
 
 Engine = Literal["local", "ray"]
-"""Where images are checked."""
+"""The processes that check images: this machine's, or a cluster's."""
 
 _NOT_READ = ("unreadable", "missing")
 """Problems of an image that may be those of the machine it was read on."""
@@ -92,7 +97,10 @@ def check_on_ray(
             if not under_way:
                 return
             chunk, reference = under_way[0]
-            machine, results = _result(ray, reference)
+            try:
+                machine, results = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                raise RuntimeError(f"Ray could not check images: {error}") from error
             under_way.popleft()
             for task, result in zip(chunk, results, strict=True):
                 if isinstance(result, Problem) and result.kind in _NOT_READ:
@@ -117,44 +125,30 @@ def _join(ray: Any, workers: int) -> None:
 
 def _with_whole_paths(task: Task) -> Task:
     """Sources may have relative paths, and Ray's processes lie in folders of their own."""
-    places = {
-        name: os.path.abspath(place)
-        for name in ("path", "archive")
-        if (place := getattr(task.entry, name, ""))
-    }
-    if not places:
-        return task
     entry: Any = task.entry
-    return dataclasses.replace(task, entry=dataclasses.replace(entry, **places))
+    paths = {
+        name: os.path.abspath(path)
+        for name in ("path", "archive")
+        if (path := getattr(entry, name, ""))
+    }
+    return dataclasses.replace(task, entry=dataclasses.replace(entry, **paths)) if paths else task
 
 
 def _require_unreadable_here(
     task: Task, problem: Problem, machine: str, options: ImageOptions
 ) -> None:
-    """Lets a problem stand if this machine has it too.
-
-    Raises:
-        RuntimeError: it has not; names both machines, and what to share.
-    """
+    """Stops the build unless this machine has the same problem with the image."""
     try:
         task.entry.read(max_bytes=options.max_file_bytes)
     except EntryError:
         return
-    place = getattr(task.entry, "path", "") or getattr(task.entry, "archive", "")
+    path = getattr(task.entry, "path", "") or getattr(task.entry, "archive", "")
     raise RuntimeError(
-        f"{task.name}: {machine} could not read {place or 'it'} ({problem.message}), and "
+        f"{task.name}: {machine} could not read {path or 'it'} ({problem.message}), and "
         f"{platform.node()}, which runs the build, can. All machines of the Ray cluster must see "
         "the sources, --out and --work under the same paths: put them on a file system that all "
         "share, or build with --engine local"
     )
-
-
-def _result(ray: Any, reference: Any) -> tuple[str, list[Checked | Problem]]:
-    try:
-        found: tuple[str, list[Checked | Problem]] = ray.get(reference)
-    except ray.exceptions.RayError as error:
-        raise RuntimeError(f"Ray could not check images: {error}") from error
-    return found
 
 
 # From here on: what runs in a process of Ray.
@@ -164,10 +158,10 @@ def _check_chunk(
     tasks: list[Task], options: ImageOptions, context_length: int
 ) -> tuple[str, list[Checked | Problem]]:
     """The name of the machine, and one result for each task."""
-    return platform.node(), _pool(options, context_length).check(tasks)
+    return platform.node(), _worker(options, context_length).check(tasks)
 
 
 @functools.cache
-def _pool(options: ImageOptions, context_length: int) -> WorkerPool:
+def _worker(options: ImageOptions, context_length: int) -> ImageWorker:
     """The worker process of this process of Ray; it ends with it."""
-    return WorkerPool(options, context_length=context_length)
+    return ImageWorker(options, context_length=context_length)

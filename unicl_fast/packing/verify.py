@@ -1,19 +1,20 @@
-"""Finds what is wrong with a packed data set: `unicl-pack verify` as a function.
+"""Finds all that is wrong with a packed data set: `unicl-pack verify` as a function.
 
 Everything is compared with everything else: files with their checksums and with what the manifest
 says of them, references in the arrays with what they refer to (`folder_check`), and here each
 sample's piece of its shard, byte by byte, with samples.npy, captions with their tokens, labels, the
 index for DALI. Images are decoded as strictly as when they were packed, in worker processes;
-those of a raw data set are pixels already, and have their checksums. A fault is noted and checking
-goes on, so that one look tells all that is to be copied again.
+those of a raw data set are pixels already, and have their checksums. Checking continues after a
+fault, so that one look finds all that is to be copied again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +26,24 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.arrays import PIXELS_NAME
 from unicl_fast.dataset.errors import DamagedSampleError
+from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.reader import PackedDataset, sample_key
-from unicl_fast.dataset.stored_samples import Description, SampleReader, StoredSample
+from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
 from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
-from unicl_fast.packing.build.build import DEFAULT_IMAGE_SECONDS
-from unicl_fast.packing.build.worker_pool import Checked, ImageOptions, Task, check_in_order
+from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
+from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.items import Problem, Span
-from unicl_fast.packing.verify.folder_check import Fault, NoteFault, check_folder
+from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 
 _TOKENISE_TOGETHER = 1024
-"""Captions that the tokenizer's threads share out."""
+"""Captions that the tokenizer's threads divide among them."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class VerifySummary:
-    """What a verification looked at and found."""
+    """The outcome of a verification: what was looked at, and how many faults were found."""
 
     folder: Path | str
     num_samples: int
@@ -72,7 +74,7 @@ def verify_dataset(
     image_seconds: float = DEFAULT_IMAGE_SECONDS,
     progress: bool = True,
 ) -> VerifySummary:
-    """Looks at every byte of a data set; `verify_command.Verify` explains the arguments.
+    """Looks at every byte of a data set; `tools.pack.verify.Verify` explains the arguments.
 
     Starts worker processes by spawning them, so a script that calls this with `decode` must guard
     its main part by `if __name__ == "__main__":`.
@@ -91,15 +93,11 @@ def verify_dataset(
     """
     started = time.perf_counter()
     folder = Path(folder)
-    counts: Counter[str] = Counter()
-
-    def count(fault: Fault) -> None:
-        counts[fault.kind] += 1
-        note(fault)
-
-    dataset = check_folder(folder, note=count, progress=progress)
-    num_decoded = 0
+    faults = FaultLog(note)
+    dataset = check_folder(folder, faults=faults, progress=progress)
+    manifest = None if dataset is None else dataset.manifest
     is_raw = dataset is not None and dataset.image_shape is not None
+    num_decoded = 0
     if dataset is not None:
         options = ImageOptions(
             short_side=0,
@@ -111,15 +109,14 @@ def verify_dataset(
         )
         with dataset:
             if is_raw:
-                _check_pixels(dataset, note=count, progress=progress)
+                _check_pixels(dataset, faults=faults, progress=progress)
             num_decoded = _check_samples(
                 dataset,
-                note=count,
+                faults=faults,
                 options=options if decode and not is_raw else None,
                 workers=workers or usable_cores(),
                 progress=progress,
             )
-    manifest = None if dataset is None else dataset.manifest
     return VerifySummary(
         folder=folder,
         num_samples=0 if manifest is None else manifest.num_samples,
@@ -128,38 +125,37 @@ def verify_dataset(
         num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         is_raw=is_raw,
         num_decoded=num_decoded,
-        faults=dict(counts),
+        faults=dict(faults.counts),
         seconds=time.perf_counter() - started,
     )
 
 
-def _check_pixels(dataset: PackedDataset, *, note: NoteFault, progress: bool) -> None:
-    """Each image of a raw data set against its checksum.
+def _check_pixels(dataset: PackedDataset, *, faults: FaultLog, progress: bool) -> None:
+    """Compares each image of a raw data set with its checksum.
 
     Apart from the walk through the shards: neither costs the other where one of them is damaged.
     """
-    if not (dataset.folder / PIXELS_NAME).is_file():  # said already
+    if not (dataset.folder / PIXELS_NAME).is_file():  # noted already
         return
     numbers = range(len(dataset))
     for index in tqdm(numbers, desc="pixels", unit=" images", disable=not progress):
         try:
             dataset.image_bytes(index, verify=True)
         except DamagedSampleError as error:
-            message = _without_place(error)
-            note(Fault(file=PIXELS_NAME, kind="checksum", message=message, sample=index))
+            faults.add(PIXELS_NAME, "checksum", _without_name(error), sample=index)
 
 
 def _check_samples(
     dataset: PackedDataset,
     *,
-    note: NoteFault,
+    faults: FaultLog,
     options: ImageOptions | None,
     workers: int,
     progress: bool,
 ) -> int:
     """Walks through all shards; returns how many images were decoded."""
-    tokenizer = _tokenizer_of(dataset, note=note)
-    checks = _SampleChecks(dataset, note=note, has_tokenizer=tokenizer is not None)
+    tokenizer = _tokenizer_of(dataset, faults=faults)
+    checks = _SampleChecks(dataset, faults=faults, has_tokenizer=tokenizer is not None)
     sound = tqdm(
         checks.walk(),
         total=len(dataset),
@@ -195,12 +191,12 @@ def _check_samples(
     return num_decoded
 
 
-def _tokenizer_of(dataset: PackedDataset, *, note: NoteFault) -> Tokenizer | None:
+def _tokenizer_of(dataset: PackedDataset, *, faults: FaultLog) -> Tokenizer | None:
     """The tokenizer that made the tokens; None, and a fault, if it is not ours."""
     manifest = dataset.manifest
     if not 2 <= manifest.context_length <= 255:
         message = f"context_length is {manifest.context_length}; expected is 2 to 255"
-        note(Fault(file="manifest.json", kind="manifest", message=message))
+        faults.add(MANIFEST_NAME, "manifest", message)
         return None
     tokenizer = _make_tokenizer(manifest.context_length)
     ours = (tokenizer.name, tokenizer.vocabulary_hash)
@@ -210,7 +206,7 @@ def _tokenizer_of(dataset: PackedDataset, *, note: NoteFault) -> Tokenizer | Non
             f"{manifest.vocabulary_hash[:12]}..., this program has {ours[0]!r}, {ours[1][:12]}...; "
             "its tokens mean nothing here, and were not compared with the captions"
         )
-        note(Fault(file="manifest.json", kind="tokens", message=message))
+        faults.add(MANIFEST_NAME, "tokens", message)
         return None
     return tokenizer
 
@@ -224,16 +220,16 @@ class _Sound:
 
     index: int
     image: Span | None
-    """None of a raw data set."""
+    """Its bytes in the shard; None of a raw data set."""
     captions: tuple[str, ...]
     extension: str
-    """Of the image's member; empty of a raw data set."""
+    """The ending of the image's member; empty of a raw data set."""
 
 
 def _tokenise_again(
     samples: Iterable[_Sound], tokenizer: Tokenizer | None, checks: _SampleChecks
 ) -> None:
-    """What the workers do beside decoding, here, in groups for the tokenizer's own threads."""
+    """Compares captions with tokens where no worker does, in groups for the tokenizer's threads."""
     group: list[_Sound] = []
 
     def compare() -> None:
@@ -262,14 +258,15 @@ def _tokenise_again(
 class _SampleChecks:
     """Compares samples with the arrays and the index; notes what differs."""
 
-    def __init__(self, dataset: PackedDataset, *, note: NoteFault, has_tokenizer: bool) -> None:
+    def __init__(self, dataset: PackedDataset, *, faults: FaultLog, has_tokenizer: bool) -> None:
         self._dataset = dataset
-        self._note = note
+        self._faults = faults
         self._has_tokenizer = has_tokenizer
 
     def fault(self, index: int, kind: str, message: str) -> None:
+        """Notes a fault of a sample."""
         shard = self._dataset.shard_of(index, "members")
-        self._note(Fault(file=shard, kind=kind, message=message, sample=index))
+        self._faults.add(shard, kind, message, sample=index)
 
     def walk(self) -> Iterator[_Sound]:
         """All samples in order, those with faults noted and left out.
@@ -277,16 +274,16 @@ class _SampleChecks:
         Every byte of a shard between the first header and the end is in the piece of one sample.
         """
         first = 0
-        reader = SampleReader(self._dataset)
-        try:
+        with contextlib.closing(SampleReader(self._dataset)) as reader:
             for number, shard in enumerate(self._dataset.manifest.shards):
                 path = self._dataset.folder / shard.name
-                if not path.is_file():  # said already
-                    first += shard.num_samples
+                numbers = range(first, first + shard.num_samples)
+                first += shard.num_samples
+                if not path.is_file():  # noted already
                     continue
                 lines: list[str] = []
-                for index in range(first, first + shard.num_samples):
-                    sample = self._read(reader, index, number, is_first=index == first)
+                for index in numbers:
+                    sample = self._read(reader, index, number, is_first=index == numbers[0])
                     if sample is None:
                         continue
                     lines.append(sample.index_line(index))
@@ -299,9 +296,6 @@ class _SampleChecks:
                     )
                 if len(lines) == shard.num_samples:
                     self._check_index(path.with_suffix(".idx"), lines)
-                first += shard.num_samples
-        finally:
-            reader.close()
 
     def _read(
         self, reader: SampleReader, index: int, shard: int, *, is_first: bool
@@ -317,32 +311,27 @@ class _SampleChecks:
                 )
             sample = reader.read(index)
         except DamagedSampleError as error:
-            self.fault(index, "shard", _without_place(error))
+            self.fault(index, "shard", _without_name(error))
             return None
-        row = self._dataset.samples[index]
-        problems: list[tuple[str, str]] = []
-        image = sample.image  # of a raw data set compared already
-        if image is not None and xxhash.xxh3_64_intdigest(image.data) != int(row["xxh3"]):
-            problems.append(("checksum", "the image's bytes are not those that were packed"))
-        problems += self._compare_texts(index, sample.description)
-        for kind, message in problems:
-            self.fault(index, kind, message)
-        return None if problems else sample
-
-    def _compare_texts(self, index: int, description: Description) -> list[tuple[str, str]]:
-        labels = tuple(self._dataset.labels_of(index).tolist())
-        problems = []
-        if description.labels != labels:
-            message = f"labels are {description.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
-            problems.append(("labels", message))
-        count = int(self._dataset.samples[index]["captions_count"])
-        if len(description.captions) != count:
-            message = f"{len(description.captions)} captions in its JSON, {count} in samples.npy"
-            problems.append(("captions", message))
-        return problems
+        row, text = self._dataset.samples[index], sample.description
+        labels, count = tuple(self._dataset.labels_of(index).tolist()), int(row["captions_count"])
+        is_sound = True
+        # the image of a raw data set was compared already
+        if sample.image and xxhash.xxh3_64_intdigest(sample.image.data) != int(row["xxh3"]):
+            self.fault(index, "checksum", "the image's bytes are not those that were packed")
+            is_sound = False
+        if text.labels != labels:
+            message = f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
+            self.fault(index, "labels", message)
+            is_sound = False
+        if len(text.captions) != count:
+            message = f"{len(text.captions)} captions in its JSON, {count} in samples.npy"
+            self.fault(index, "captions", message)
+            is_sound = False
+        return sample if is_sound else None
 
     def compare_tokens(self, index: int, tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
-        """Captions tokenised again against what is stored."""
+        """Compares captions tokenised again with the stored tokens."""
         for which, ids in enumerate(tokens):
             try:
                 stored = self._dataset.caption_tokens(index, which)
@@ -357,7 +346,7 @@ class _SampleChecks:
                 )
 
     def compare_image(self, index: int, checked: Checked, *, extension: str) -> None:
-        """A strictly decoded image against its row and its member's name."""
+        """Compares a strictly decoded image with its row and its member's name."""
         row, image = self._dataset.samples[index], checked.image
         if image.reencoded:
             self.fault(
@@ -379,13 +368,13 @@ class _SampleChecks:
         expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
         try:
             differs = path.read_bytes() != expected.encode("ascii")
-        except OSError:  # said already
+        except OSError:  # noted already
             return
         if differs:
             message = f"it does not say where the members of {path.stem}.tar lie"
-            self._note(Fault(file=path.name, kind="index", message=message))
+            self._faults.add(path.name, "index", message)
 
 
-def _without_place(error: DamagedSampleError) -> str:
-    """The message without the sample's name, which stands beside it anyway."""
+def _without_name(error: DamagedSampleError) -> str:
+    """The message without the sample's name, which is shown beside it."""
     return str(error).partition("): ")[2] or str(error)

@@ -1,12 +1,13 @@
-"""The files of a packed data set as files: all there, no others, sizes, checksums, references.
+"""Checks the files of a packed data set: all there, no others, sizes, checksums, references.
 
-What verification knows before it looks into a shard. Faults are noted one by one; a data set comes
-back opened if its manifest and arrays allow looking at samples.
+`verify` does this before it looks into a shard. Faults are noted one by one; a data set is returned
+opened if its manifest and arrays allow looking at samples.
 """
 
 from __future__ import annotations
 
 import stat
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,18 +50,28 @@ class Fault:
     captions, labels, tokens, quarantine, unreadable."""
     message: str
     sample: int | None = None
-    """The number of the sample, where it is one's."""
+    """The number of the sample, if it is a sample's fault."""
 
 
-NoteFault = Callable[[Fault], None]
+class FaultLog:
+    """Hands on faults as they are found, and counts them by kind."""
+
+    def __init__(self, note: Callable[[Fault], None]) -> None:
+        self._note = note
+        self.counts: Counter[str] = Counter()
+
+    def add(self, file: str, kind: str, message: str, *, sample: int | None = None) -> None:
+        """Counts a fault, and hands it on."""
+        self.counts[kind] += 1
+        self._note(Fault(file=file, kind=kind, message=message, sample=sample))
 
 
-def check_folder(folder: Path, *, note: NoteFault, progress: bool) -> PackedDataset | None:
+def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDataset | None:
     """Checks everything but the contents of samples.
 
     Returns:
         The data set, if its samples can be looked at. Rows of its arrays may name what does not
-        exist: that was noted, and whoever follows them must look where they lead.
+        exist: that was noted, and code that follows them must check where they lead.
 
     Raises:
         FileNotFoundError: neither a manifest nor a list of checksums is there.
@@ -71,25 +82,25 @@ def check_folder(folder: Path, *, note: NoteFault, progress: bool) -> PackedData
     try:
         manifest = Manifest.load(folder)
     except FileNotFoundError:
-        note(Fault(file=MANIFEST_NAME, kind="missing", message="there is no manifest"))
+        faults.add(MANIFEST_NAME, "missing", "there is no manifest")
     except (ValueError, OSError) as error:
-        note(Fault(file=MANIFEST_NAME, kind="manifest", message=str(error)))
-    damaged = _check_checksums(folder, manifest, note=note, progress=progress)
+        faults.add(MANIFEST_NAME, "manifest", str(error))
+    damaged = _check_checksums(folder, manifest, faults=faults, progress=progress)
     if manifest is None:
         return None
-    _check_manifest(manifest, note=note)
-    _check_shards(folder, manifest, note=note)
-    _check_quarantine(folder, manifest, note=note)
-    pixels_agree = _check_pixels(folder, manifest, note=note)
-    if not _check_arrays(folder, manifest, damaged, note=note) or not pixels_agree:
+    _check_manifest(manifest, faults=faults)
+    _check_shards(folder, manifest, faults=faults)
+    _check_quarantine(folder, manifest, faults=faults)
+    pixels_agree = _check_pixels(folder, manifest, faults=faults)
+    if not _check_arrays(folder, manifest, damaged, faults=faults) or not pixels_agree:
         return None
     try:
         dataset = PackedDataset(folder, max_bad_fraction=None, verify=False)
     except (ValueError, OSError) as error:
-        note(Fault(file=MANIFEST_NAME, kind="manifest", message=str(error)))
+        faults.add(MANIFEST_NAME, "manifest", str(error))
         return None
     if not damaged & {MANIFEST_NAME, *(f"{name}.npy" for name in ARRAY_DTYPES)}:
-        _check_ranges(dataset, note=note)
+        _check_ranges(dataset, faults=faults)
     return dataset
 
 
@@ -103,7 +114,7 @@ def expected_files(manifest: Manifest) -> set[str]:
 
 
 def _check_checksums(
-    folder: Path, manifest: Manifest | None, *, note: NoteFault, progress: bool
+    folder: Path, manifest: Manifest | None, *, faults: FaultLog, progress: bool
 ) -> set[str]:
     """Compares all files with the list; returns those that are missing or not what they were."""
     listed: dict[str, str] = {}
@@ -115,19 +126,19 @@ def _check_checksums(
                 "there is no list of checksums: changes in the arrays may go unnoticed. "
                 "unicl-pack merge writes a copy that has one"
             )
-            note(Fault(file=CHECKSUMS_NAME, kind="missing", message=message))
+            faults.add(CHECKSUMS_NAME, "missing", message)
         elif format_checksums(listed.items()).encode() != path.read_bytes():
             raise ValueError(f"{path} is not as it was written; copy the data set again")
     except (ValueError, OSError) as error:
-        note(Fault(file=CHECKSUMS_NAME, kind="checksum", message=str(error)))
+        faults.add(CHECKSUMS_NAME, "checksum", str(error))
     expected = set(listed) if manifest is None else expected_files(manifest)
     damaged: set[str] = set()
     entries = {entry.name: entry for entry in folder.iterdir()}
     for name in sorted(expected - set(entries) - {MANIFEST_NAME}):
-        note(Fault(file=name, kind="missing", message="it is not there; copy the data set again"))
+        faults.add(name, "missing", "it is not there; copy the data set again")
         damaged.add(name)
     for name in sorted(set(entries) - expected - {CHECKSUMS_NAME, MANIFEST_NAME}):
-        note(Fault(file=name, kind="extra", message="it is no file of this data set"))
+        faults.add(name, "extra", "it is no file of this data set")
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))
     total = sum(entries[name].stat().st_size for name in present if entries[name].is_file())
     bar = tqdm(total=total, desc="checksums", unit="B", unit_scale=True, disable=not progress)
@@ -136,49 +147,47 @@ def _check_checksums(
         large[PIXELS_NAME] = manifest.pixels.xxh3
     with bar:
         for name in present:
-            fault = _compare_file(entries[name], listed, large)
-            if fault is not None:
-                note(fault)
+            if not _is_as_listed(entries[name], listed, large, faults=faults):
                 damaged.add(name)
             bar.update(entries[name].stat().st_size if entries[name].is_file() else 0)
     return damaged
 
 
-def _compare_file(path: Path, listed: dict[str, str], large: dict[str, str]) -> Fault | None:
-    """One file against the list and, a large one, against the manifest."""
+def _is_as_listed(
+    path: Path, listed: dict[str, str], large: dict[str, str], *, faults: FaultLog
+) -> bool:
+    """Compares one file with the list and, a large one, with the manifest."""
     try:
-        mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            return Fault(file=path.name, kind="unreadable", message="it is not an ordinary file")
+        if not stat.S_ISREG(path.stat().st_mode):
+            faults.add(path.name, "unreadable", "it is not an ordinary file")
+            return False
         found = file_checksum(path)
     except OSError as error:
-        return Fault(file=path.name, kind="unreadable", message=str(error))
+        faults.add(path.name, "unreadable", str(error))
+        return False
     # without a list everything passes that the manifest has no checksum of
     by_list = listed.get(path.name, "nothing of it") if listed else found
     by_manifest = large.get(path.name, found)
     for where, expected in ((CHECKSUMS_NAME, by_list), (MANIFEST_NAME, by_manifest)):
         if found != expected:
-            message = f"its checksum is {found}, {where} says {expected}"
-            return Fault(file=path.name, kind="checksum", message=message)
-    return None
+            faults.add(path.name, "checksum", f"its checksum is {found}, {where} says {expected}")
+            return False
+    return True
 
 
-def _check_manifest(manifest: Manifest, *, note: NoteFault) -> None:
-    def fault(message: str) -> None:
-        note(Fault(file=MANIFEST_NAME, kind="manifest", message=message))
-
+def _check_manifest(manifest: Manifest, *, faults: FaultLog) -> None:
     if not manifest.num_samples:
-        fault("no samples")
+        faults.add(MANIFEST_NAME, "manifest", "no samples")
     if bool(manifest.num_labels) and not manifest.class_names:
-        fault(f"{manifest.num_labels} labels, but no class names")
+        faults.add(MANIFEST_NAME, "manifest", f"{manifest.num_labels} labels, but no class names")
     if manifest.class_names:
         try:
             check_templates(manifest.templates, origin="templates")
         except ValueError as error:
-            fault(str(error))
+            faults.add(MANIFEST_NAME, "manifest", str(error))
 
 
-def _check_shards(folder: Path, manifest: Manifest, *, note: NoteFault) -> None:
+def _check_shards(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
     """Sizes, and the two empty blocks at the end of a tar."""
     for shard in manifest.shards:
         try:
@@ -188,15 +197,15 @@ def _check_shards(folder: Path, manifest: Manifest, *, note: NoteFault) -> None:
                     file.seek(max(0, num_bytes - len(END_OF_TAR)))
                     if file.read() != END_OF_TAR:
                         message = "it does not end with two empty blocks"
-                        note(Fault(file=shard.name, kind="shard", message=message))
+                        faults.add(shard.name, "shard", message)
                     continue
-        except OSError:  # missing or unreadable, which was said
+        except OSError:  # missing or unreadable, which was noted
             continue
         message = f"{num_bytes} bytes, the manifest says {shard.num_bytes}"
-        note(Fault(file=shard.name, kind="shard", message=message))
+        faults.add(shard.name, "shard", message)
 
 
-def _check_pixels(folder: Path, manifest: Manifest, *, note: NoteFault) -> bool:
+def _check_pixels(folder: Path, manifest: Manifest, *, faults: FaultLog) -> bool:
     """Size and header of decoded images; whether the manifest agrees with itself about them."""
     if manifest.pixels is None:
         return True
@@ -204,35 +213,35 @@ def _check_pixels(folder: Path, manifest: Manifest, *, note: NoteFault) -> bool:
         layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
         found = find_pixel_fault(LocalFiles(folder), layout)
     except ValueError as error:
-        note(Fault(file=MANIFEST_NAME, kind="manifest", message=str(error)))
+        faults.add(MANIFEST_NAME, "manifest", str(error))
         return False
-    if found is not None and isinstance(found[0], ValueError):  # if it is missing, that was said
-        note(Fault(file=PIXELS_NAME, kind="array", message=str(found[0])))
+    if found is not None and isinstance(found[0], ValueError):  # if it is missing, that was noted
+        faults.add(PIXELS_NAME, "array", str(found[0]))
     return True
 
 
-def _check_quarantine(folder: Path, manifest: Manifest, *, note: NoteFault) -> None:
+def _check_quarantine(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
     try:
         for _ in read_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined):
             pass
-    except OSError:  # said already
+    except OSError:  # noted already
         return
     except ValueError as error:
-        note(Fault(file=QUARANTINE_NAME, kind="quarantine", message=str(error)))
+        faults.add(QUARANTINE_NAME, "quarantine", str(error))
 
 
-def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, note: NoteFault) -> bool:
+def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults: FaultLog) -> bool:
     """Types, lengths and references of the arrays; whether all can be opened."""
     can_be_opened = True
     for name, dtype in ARRAY_DTYPES.items():
         file = f"{name}.npy"
         try:
-            open_array(folder / file, dtype, _length_of(name, manifest))
-        except FileNotFoundError:  # said already
+            open_array(folder / file, dtype, getattr(manifest, f"num_{name}"))
+        except FileNotFoundError:  # noted already
             can_be_opened = False
             continue
         except (ValueError, OSError) as error:
-            note(Fault(file=file, kind="array", message=str(error)))
+            faults.add(file, "array", str(error))
             can_be_opened = False
             continue
         if damaged & {file, MANIFEST_NAME}:
@@ -240,26 +249,19 @@ def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, note: 
         try:
             verify_arrays(folder, manifest, {name: dtype}, checksums=None)  # they were compared
         except (ValueError, OSError) as error:
-            note(Fault(file=file, kind="array", message=str(error)))
+            faults.add(file, "array", str(error))
     return can_be_opened
 
 
-def _length_of(name: str, manifest: Manifest) -> int:
-    length: int = getattr(manifest, f"num_{name}")
-    return length
-
-
-def _check_ranges(dataset: PackedDataset, *, note: NoteFault) -> None:
+def _check_ranges(dataset: PackedDataset, *, faults: FaultLog) -> None:
     """Captions, tokens and labels are numbered through: each belongs to one row, none is left."""
     tables: list[tuple[str, npt.NDArray[Any], str, str, int]] = [
-        (file, rows, f"{what}_start", f"{what}_{count}", len(array))
-        for file, rows, what, count, array in (
-            ("samples.npy", dataset.samples, "captions", "count", dataset.captions),
-            ("samples.npy", dataset.samples, "labels", "count", dataset.labels),
-            ("captions.npy", dataset.captions, "tokens", "length", dataset.tokens),
-        )
+        ("samples.npy", dataset.samples, "captions", "count", len(dataset.captions)),
+        ("samples.npy", dataset.samples, "labels", "count", len(dataset.labels)),
+        ("captions.npy", dataset.captions, "tokens", "length", len(dataset.tokens)),
     ]
-    for file, rows, start, count, length in tables:
+    for file, rows, what, size, length in tables:
+        start, count = f"{what}_start", f"{what}_{size}"
         first = total = 0
         for block in blocks_of(rows):
             counts = block[count].astype(np.uint64)
@@ -267,15 +269,14 @@ def _check_ranges(dataset: PackedDataset, *, note: NoteFault) -> None:
             wrong = block[start] != expected
             if wrong.any():
                 row = int(wrong.argmax())
-                message = (
-                    f"row {first + row}: {start} is {block[start][row]} where the rows before it "
-                    f"have {expected[row]}"
+                before = f"where the rows before it have {expected[row]}"
+                faults.add(
+                    file, "array", f"row {first + row}: {start} is {block[start][row]} {before}"
                 )
-                note(Fault(file=file, kind="array", message=message))
                 break
             first += len(block)
             total += int(counts.sum())
         else:
             if total != length:
                 message = f"its {count} add up to {total}, there are {length}"
-                note(Fault(file=file, kind="array", message=message))
+                faults.add(file, "array", message)

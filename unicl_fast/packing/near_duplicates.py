@@ -1,24 +1,46 @@
-"""Finds images that look alike: 64-bit perceptual hashes that differ in few bits.
+"""Finds images that look alike, by 64-bit perceptual hashes that differ in few bits.
+
+The hash is ImageHash's pHash: the image in grey at 32 x 32, the signs of its 64 lowest frequencies
+against their median. Copies in another size, quality or format differ in a few bits, unrelated
+photographs in about 32. Worker processes decode and hash the images of a data set.
 
 Comparing all with all would take N**2 / 2 steps. Instead the bits are cut into blocks: hashes that
 differ in at most r bits agree in at least m of r + m blocks, so for each choice of m blocks the
 hashes are sorted by them, and only neighbours with equal blocks are compared. m is chosen by what
-it costs for N hashes. Only numbers here; where hashes come from is `image_hashes`'s business.
+it costs for N hashes.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import io
 import itertools
 import math
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
+from unicl_fast.system.machine import usable_cores
 
 MAX_DISTANCE = 12
 """Beyond this unrelated images come near each other, and the search becomes slow."""
 MAX_PAIRS = 20_000_000
 _BITS = 64
 _BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)
+_CHUNK = 64
+_CHUNKS_AHEAD = 64
+_DRAFT = 128
+"""A JPEG is decoded at the smallest eighth of its size that still has so many pixels a side: four
+times what the hash looks at."""
 
 Hashes = npt.NDArray[np.uint64]
 Indices = npt.NDArray[np.int64]
@@ -28,8 +50,102 @@ class TooManyPairsError(ValueError):
     """So many images look alike that a list of them would be of no use."""
 
 
+def has_imagehash() -> bool:
+    """Whether ImageHash is installed."""
+    return importlib.util.find_spec("imagehash") is not None
+
+
+def require_imagehash() -> None:
+    """Refuses to begin without ImageHash.
+
+    Raises:
+        ValueError: it is not installed; says how to install it.
+    """
+    if not has_imagehash():
+        raise ValueError(
+            "near duplicates are found with the package ImageHash: pip install "
+            "'unicl_fast[inspect]', or leave them out by --no-near"
+        )
+
+
+def hash_images(folder: Path, count: int, *, workers: int, progress: bool) -> Hashes:
+    """The hashes of samples 0 to `count` - 1.
+
+    Returns:
+        uint64 [count].
+
+    Raises:
+        ValueError: an image cannot be read; says which.
+    """
+    parts = []
+    with (
+        ProcessPoolExecutor(
+            workers or usable_cores(),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_open,
+            initargs=(folder,),
+        ) as processes,
+        tqdm(total=count, desc="hashing", unit=" images", disable=not progress) as bar,
+    ):
+        try:
+            for part in _in_turn(processes, count):
+                parts.append(part)
+                bar.update(len(part))
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that decodes images ended before its time, for want of memory or by a "
+                f"crash of the decoder: unicl-pack verify {folder} finds such an image, --no-near "
+                "does without decoding"
+            ) from error
+    return np.concatenate([*parts, np.empty(0, np.uint64)])
+
+
+def _in_turn(processes: ProcessPoolExecutor, count: int) -> Iterator[Hashes]:
+    """Results in order, with few chunks under way."""
+    under_way: deque[Future[Hashes]] = deque()
+    for start in range(0, count, _CHUNK):
+        under_way.append(processes.submit(_hash, start, min(start + _CHUNK, count)))
+        if len(under_way) > _CHUNKS_AHEAD:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+_dataset: PackedDataset | None = None
+"""The data set that a worker process reads."""
+
+
+def _open(folder: Path) -> None:
+    global _dataset
+    _dataset = PackedDataset(folder, verify=False)  # the main process has verified it
+
+
+def _hash(start: int, end: int) -> Hashes:
+    assert _dataset is not None
+    hashes = np.empty(end - start, np.uint64)
+    for index in range(start, end):
+        try:
+            hashes[index - start] = perceptual_hash(_dataset.image_bytes(index, verify=True).data)
+        except (DamagedSampleError, OSError, SyntaxError, ValueError) as error:
+            raise ValueError(
+                f"{_dataset.describe(index)} cannot be read ({error}); see what else is damaged by "
+                f"unicl-pack verify {_dataset.folder}"
+            ) from error
+    return hashes
+
+
+def perceptual_hash(data: bytes | memoryview) -> int:
+    """The 64-bit pHash of an encoded image."""
+    import imagehash  # an optional package
+
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("L", (_DRAFT, _DRAFT))
+        bits = imagehash.phash(image).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
-    """Which earlier image each one looks like.
+    """Finds the earlier image that each one looks like.
 
     An image follows the first earlier one within `max_distance` bits that follows no other itself.
     So each follower is near the image that stays for it, never merely a neighbour's neighbour.
@@ -110,19 +226,19 @@ def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
     keys = keys[order]
     found = [np.empty(0, np.int64)]
     num_found = 0
-    # places whose neighbour `step` places on has the same key; fewer with each step
-    places = np.flatnonzero(keys[1:] == keys[:-1])
+    # positions whose neighbour `step` further has the same key; fewer with each step
+    rows = np.flatnonzero(keys[1:] == keys[:-1])
     step = 1
-    while len(places):
-        one, other = order[places], order[places + step]  # stable: `one` is the earlier
+    while len(rows):
+        one, other = order[rows], order[rows + step]  # stable: `one` is the earlier
         near = count_bits(hashes[one] ^ hashes[other]) <= max_distance
         found.append(other[near] * len(hashes) + one[near])
         num_found += len(found[-1])
         if num_found > MAX_PAIRS:
             break
         step += 1
-        places = places[places + step < len(keys)]
-        places = places[keys[places] == keys[places + step]]
+        rows = rows[rows + step < len(keys)]
+        rows = rows[keys[rows] == keys[rows + step]]
     return np.concatenate(found)
 
 

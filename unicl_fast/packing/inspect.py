@@ -1,20 +1,23 @@
-"""What is in a packed data set: `unicl-pack inspect` as a function.
+"""Describes a packed data set in numbers: `unicl-pack inspect` as a function.
 
-Numbers only. Most come from the arrays in one look; texts are read from the shards, and images
-only for their perceptual hashes, in worker processes. `inspect_page` makes a page of it. Whether a
-data set is sound is another question, which `verify_dataset` answers.
+Most numbers come from the arrays in one look; texts are read from the shards, and images only for
+their perceptual hashes, in worker processes (`near_duplicates`). `page` makes an HTML page of them.
+`verify` answers whether the data set is sound.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
 import os
+import re
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +25,12 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
-from unicl_fast.packing.inspect.concepts import DEFAULT_MODEL, Concepts, HowToCount, count_concepts
-from unicl_fast.packing.inspect.image_hashes import hash_images, require_imagehash
-from unicl_fast.packing.inspect.near_duplicates import count_bits, find_leaders
+from unicl_fast.packing.near_duplicates import (
+    count_bits,
+    find_leaders,
+    hash_images,
+    require_imagehash,
+)
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
@@ -32,10 +38,27 @@ from unicl_fast.text.tokenizer import Tokenizer
 DEFAULT_DISTANCE = 4
 """In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
 of unrelated photographs none (docs/verify-and-inspect.md)."""
+DEFAULT_MODEL = "en_core_web_sm"
+"""spaCy's English model."""
+MORE_THAN = 5
+"""A concept occurs more often than this."""
+HowToCount = Literal["auto", "words", "noun-phrases"]
 
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
 _BINS = 30
 _FAR = 3
-"""The largest value lies so many times as far as 99 in 100 do: bins end there."""
+"""Histograms end at the 99th percentile if the largest value lies this many times as far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Concepts:
+    """The concepts that captions name."""
+
+    num_concepts: int
+    kind: str
+    """The things that were counted, in words."""
+    most_frequent: tuple[tuple[str, int], ...]
+    """The first 30, with the number of their occurrences."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,7 +71,7 @@ class Spread:
     percentile_95: float
     largest: float
     edges: tuple[float, ...]
-    """Of the bins, one more than there are bins."""
+    """Edges of the bins, one more than there are bins."""
     counts: tuple[int, ...]
 
 
@@ -85,15 +108,15 @@ class ConceptRow:
     images_per_concept: float
     """0 where there are no concepts."""
     kind: str
-    """What a concept is here."""
+    """The meaning of a concept here, in words."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Inspection:
-    """All that there is to say about a data set."""
+    """The full description of a data set."""
 
     folder: Path | str
-    """Or the URL that the folder is a copy of."""
+    """The folder, or the URL that it is a copy of."""
     num_samples: int
     num_captions: int
     num_tokens: int
@@ -154,7 +177,7 @@ def inspect_dataset(
     workers: int = 0,
     progress: bool = True,
 ) -> Inspection:
-    """Describes a data set; `inspect_command.Inspect` explains the arguments.
+    """Describes a data set; `tools.pack.inspect.Inspect` explains the arguments.
 
     With `near` it starts worker processes by spawning them, so a script that calls this must guard
     its main part by `if __name__ == "__main__":`.
@@ -169,16 +192,17 @@ def inspect_dataset(
     with PackedDataset(folder) as dataset:
         rows, manifest = dataset.samples, dataset.manifest
         quarantined = _quarantined(dataset)  # refused now, rather than after a look at all images
-        texts = _Texts(dataset, progress=progress)
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
-        found = count_concepts(texts, how=concepts, model=spacy_model) if len(texts) else None
+        found = None
+        if len(dataset.captions):
+            texts = _captions(dataset, progress=progress)
+            found = count_concepts(texts, how=concepts, model=spacy_model)
         class_counts = _class_counts(dataset)
         exact = _exact_leaders(dataset)
         near_copies = None
         if near:
             hashes = hash_images(dataset.folder, len(dataset), workers=workers, progress=progress)
             near_copies = _near_copies(dataset, hashes, exact, near_distance)
-        captions = _look_at_captions(dataset)
         return Inspection(
             folder=dataset.folder,
             num_samples=manifest.num_samples,
@@ -186,8 +210,7 @@ def inspect_dataset(
             num_tokens=manifest.num_tokens,
             num_labels=manifest.num_labels,
             num_shards=len(manifest.shards),
-            num_bytes=sum(shard.num_bytes for shard in manifest.shards)
-            + (manifest.pixels.num_bytes if manifest.pixels is not None else 0),
+            num_bytes=manifest.num_bytes,
             is_raw=manifest.pixels is not None,
             num_quarantined=manifest.num_quarantined,
             quarantined=quarantined,
@@ -210,31 +233,77 @@ def inspect_dataset(
             near_distance=near_distance,
             near_copies=near_copies,
             concepts=_table_1(class_counts, found, int(has_labels.sum()), int(has_captions.sum())),
-            **captions,
+            **_look_at_captions(dataset),
             seconds=time.perf_counter() - started,
         )
 
 
-class _Texts:
-    """All captions, read from the shards each time they are asked for."""
+def _captions(dataset: PackedDataset, *, progress: bool) -> Iterator[str]:
+    """All captions, read from the shards."""
+    with_captions = np.flatnonzero(dataset.samples["captions_count"])
+    with contextlib.closing(SampleReader(dataset)) as reader:
+        for index in tqdm(
+            with_captions, desc="reading captions", unit=" images", disable=not progress
+        ):
+            yield from reader.read_description(int(index)).captions
 
-    def __init__(self, dataset: PackedDataset, *, progress: bool) -> None:
-        self._dataset = dataset
-        self._progress = progress
 
-    def __len__(self) -> int:
-        return len(self._dataset.captions)
+def count_concepts(
+    texts: Iterable[str], *, how: HowToCount = "auto", model: str = DEFAULT_MODEL
+) -> Concepts:
+    """Counts distinct concepts that occur more than 5 times, as the paper's Table 1 does.
 
-    def __iter__(self) -> Iterator[str]:
-        with_captions = np.flatnonzero(self._dataset.samples["captions_count"])
-        reader = SampleReader(self._dataset)
-        try:
-            for index in tqdm(
-                with_captions, desc="reading captions", unit=" images", disable=not self._progress
-            ):
-                yield from reader.read_description(int(index)).captions
-        finally:
-            reader.close()
+    The paper takes the noun phrases that spaCy finds. Where spaCy or its English model is not
+    installed, words are counted in the same way, and the result says so.
+
+    Args:
+        texts: captions.
+        how: "noun-phrases" as in the paper, "words", or "auto": the first if it can be done.
+        model: spaCy's English model.
+
+    Raises:
+        ValueError: noun phrases are asked for, and spaCy or the model is not installed.
+    """
+    missing = "" if how == "words" else _missing_for_phrases(model)
+    if missing and how == "noun-phrases":
+        raise ValueError(
+            f"noun phrases take spaCy with an English model, and {missing} is not installed: "
+            f"pip install spacy && python -m spacy download {model}; or count words by "
+            "--concepts words"
+        )
+    if how == "words" or missing:
+        kind = f"distinct words that occur more than {MORE_THAN} times"
+        if missing:
+            kind += f" (no noun phrases as in the paper, since {missing} is not installed)"
+        counts = Counter(word for text in texts for word in _WORD.findall(text.lower()))
+    else:
+        kind = f"distinct noun phrases that occur more than {MORE_THAN} times, by spaCy's {model}"
+        counts = Counter(_noun_phrases(texts, model))
+    frequent = [(text, count) for text, count in counts.items() if count > MORE_THAN]
+    frequent.sort(key=lambda entry: (-entry[1], entry[0]))
+    return Concepts(num_concepts=len(frequent), kind=kind, most_frequent=tuple(frequent[:30]))
+
+
+def _missing_for_phrases(model: str) -> str:
+    if importlib.util.find_spec("spacy") is None:
+        return "spaCy"
+    import spacy
+
+    return "" if spacy.util.is_package(model) else f"spaCy's model {model}"
+
+
+def _noun_phrases(texts: Iterable[str], model: str) -> Iterator[str]:
+    """Noun phrases in lower case, without the articles and pronouns at their beginning."""
+    import spacy
+
+    language: Any = spacy.load(model, exclude=["ner", "lemmatizer"])
+    for document in language.pipe(texts, batch_size=512):
+        for chunk in document.noun_chunks:
+            words = list(chunk)
+            while words and words[0].pos_ in ("DET", "PRON"):
+                words.pop(0)
+            if words:
+                yield " ".join(word.text.lower() for word in words)
 
 
 def _table_1(
@@ -318,11 +387,9 @@ def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
 
 def _quarantined(dataset: PackedDataset) -> dict[str, int]:
     """How much was left out, by kind."""
-    rows = read_left_out(
-        dataset.folder / QUARANTINE_NAME, num_rows=dataset.manifest.num_quarantined
-    )
-    counts = Counter(row.kind for row in rows)
-    return dict(counts.most_common())
+    path = dataset.folder / QUARANTINE_NAME
+    rows = read_left_out(path, num_rows=dataset.manifest.num_quarantined)
+    return dict(Counter(row.kind for row in rows).most_common())
 
 
 def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:

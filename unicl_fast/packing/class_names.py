@@ -1,39 +1,42 @@
-"""Labels as sources spell them -> class numbers, over all sources of a build.
+"""Labels as sources spell them -> class numbers, over all sources of a build or inputs of a merge.
 
 A label may be a key (a folder name, a WordNet id), a class name, or a number. The list of class
-names is given, or made of the labels found. What the names mean as text is the business of
-`unicl_fast.text.prompts`.
+names is given, or made of the labels found. `unicl_fast.text.prompts` makes texts of the names.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
+
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.packing.sources.items import Label
-from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
+from unicl_fast.text.class_lists import imagenet_wnids, read_class_names, read_templates
 
 
 @dataclass(frozen=True, slots=True)
 class LabelSpace:
-    """Class names in label order, and how labels find their place in them."""
+    """Class names in label order, and the number of each label."""
 
     names: tuple[str, ...]
     keys: tuple[str, ...] = ()
-    """What a source may call each class, if that is not its name; in the same order."""
-    _places: dict[str, int] = field(init=False, repr=False)
+    """Other names by which sources may call each class; in the same order."""
+    _numbers: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         repeated = [name for name, count in Counter(self.names).items() if count > 1]
-        places = {display_name(name): place for place, name in enumerate(self.names)}
-        places |= {name: place for place, name in enumerate(self.names)}
+        numbers = {display_name(name): number for number, name in enumerate(self.names)}
+        numbers |= {name: number for number, name in enumerate(self.names)}
         for name in repeated:  # only keys and numbers tell such classes apart
-            places.pop(name, None)
-            places.pop(display_name(name), None)
-        places |= {key: place for place, key in enumerate(self.keys)}
-        object.__setattr__(self, "_places", places)
+            numbers.pop(name, None)
+            numbers.pop(display_name(name), None)
+        numbers |= {key: number for number, key in enumerate(self.keys)}
+        object.__setattr__(self, "_numbers", numbers)
 
     def number_of(self, label: Label) -> int:
         """The class number of a label.
@@ -46,8 +49,8 @@ class LabelSpace:
         """
         if isinstance(label, str):
             for spelling in (label, display_name(label)):
-                if spelling in self._places:
-                    return self._places[spelling]
+                if spelling in self._numbers:
+                    return self._numbers[spelling]
         if isinstance(label, int) or label.isdecimal():
             if 0 <= int(label) < len(self.names):
                 return int(label)
@@ -68,7 +71,7 @@ def display_name(label: str) -> str:
 
 
 def read_label_space(source: str) -> LabelSpace:
-    """Class names from a file or the built-in `imagenet`.
+    """Reads class names from a file, or takes the built-in `imagenet`.
 
     Args:
         source: `imagenet` (the names CLIP uses; keys are the WordNet ids), or a file with one name
@@ -113,3 +116,54 @@ def refuse_numbers(labels: Iterable[Label], source: str) -> None:
                 "--class-names FILE, one name a line in label order, or choose a column with names "
                 "by --label-column"
             )
+
+
+def join_classes(
+    lists: Sequence[Sequence[str]],
+) -> tuple[tuple[str, ...], list[npt.NDArray[np.int64]]]:
+    """Joins the class names of several data sets; classes with equal names become one.
+
+    Those of the first list keep their numbers, new ones follow. A list may hold a name twice
+    (ImageNet has two cranes): only names of different lists are joined, the first with the first
+    and the second with the second.
+
+    Returns:
+        All names, and for each list an array that gives the new number of each of its labels.
+    """
+    numbers: dict[tuple[str, int], int] = {}
+    maps = []
+    for names in lists:
+        seen: Counter[str] = Counter()
+        new = []
+        for name in names:
+            new.append(numbers.setdefault((name, seen[name]), len(numbers)))
+            seen[name] += 1
+        maps.append(np.array(new, dtype=np.int64))
+    return tuple(name for name, _ in numbers), maps
+
+
+def join_templates(manifests: dict[str, Manifest], given: str) -> tuple[str, ...]:
+    """The templates of all data sets that have classes.
+
+    Args:
+        manifests: by the name of the data set.
+        given: templates for all by --templates, whatever they had.
+
+    Raises:
+        ValueError: they differ, and none were given.
+    """
+    with_classes = {name: one for name, one in manifests.items() if one.class_names}
+    if not with_classes:
+        return ()
+    if given:
+        return read_templates(given)
+    first_name, first = next(iter(with_classes.items()))
+    for name, manifest in with_classes.items():
+        if manifest.templates != first.templates:
+            raise ValueError(
+                f"{first_name} has {len(first.templates)} prompt templates "
+                f"({first.templates[0]!r}, ...) and {name} has {len(manifest.templates)} others "
+                f"({manifest.templates[0]!r}, ...); say by --templates which to take: a file, "
+                "imagenet or simple"
+            )
+    return first.templates
