@@ -253,7 +253,7 @@ def run(command: Detect) -> None:
     """Trains and tests on all ranks; rank 0 prints and writes."""
     with model_on_ranks(command) as on_ranks:
         model, ranks, progress = on_ranks.model, on_ranks.ranks, on_ranks.progress
-        local_batch_size = ranks.share_of(command.train_batch_size)
+        local_batch_size = ranks.local_batch_size(command.train_batch_size)
         train = CocoImages(command.train, command.train_images, masks=command.masks)
         test = CocoImages(command.data, command.images)
         steps = max(1, round(command.epochs * len(train.with_boxes) / command.train_batch_size))

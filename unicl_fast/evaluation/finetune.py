@@ -311,7 +311,7 @@ def run(command: Finetune) -> None:
     ):
         model, ranks = on_ranks.model, on_ranks.ranks
         config = _config(command, model.config, train)
-        ranks.share_of(command.train_batch_size)
+        ranks.local_batch_size(command.train_batch_size)
         labels = test.labels_among(train)
         names = train.class_names
         place_module(
@@ -394,7 +394,7 @@ def _training_loader(
     return TrainLoader(
         config,
         [train.dataset],
-        shares=None,
+        weights=None,
         prompts=build_prompts([train.dataset], config.data),
         rank=ranks.rank,
         world_size=ranks.world_size,

@@ -244,7 +244,7 @@ def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]
         labels.update(dict.fromkeys(item.labels))
         problem = item.problem and (item.problem.kind, item.problem.message)
         entry = None if item.entry is None else _spell_entry(item.entry, spool, holders)
-        fields = [item.name, entry, item.captions, item.labels, problem, item.place]
+        fields = [item.name, entry, item.captions, item.labels, problem, item.position]
         digest.update(_ENCODER.encode(fields).encode("ascii"))
     for path in holders:
         digest.update(json.dumps(stamp(path)).encode("ascii"))
