@@ -28,7 +28,7 @@ from pack_runs import jpeg, run_pack
 from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
-from unicl_fast.dataset.journal import FinishedShard, ShardJournal, read_journal
+from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
 from unicl_fast.dataset.remote.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import work_folder
@@ -504,11 +504,8 @@ def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: P
         for number in range(12):
             Image.fromarray(records[number].reshape(32, 32, 3)).save(tmp_path / "one.ppm")
             archive.write(tmp_path / "one.ppm", f"{'dog' if number % 3 else 'yak'}/{number}.ppm")
-    rows = [
-        {
-            "image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm",
-            "captions": [f"number {n}", "a picture"],
-        }  # the digest below is of it
+    rows = [  # "a picture" is part of the pinned bytes
+        {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "a picture"]}
         for n in [*range(14), 3, 4]
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))

@@ -255,7 +255,7 @@ def choose_listed(
             names = [each.name for each in stretches.get(source, ()) if each.holds(source, item)]
             own = as_listed(item.name)
             # a set: a line that is still broken is called by its number, and counts once
-            exact = {name for name in (own, f"line {item.place}") if (source, name) in listed}
+            exact = {name for name in (own, f"line {item.position}") if (source, name) in listed}
             if names or exact:
                 chosen.append((read.name, item))
                 met.update((source, name) for name in exact)
@@ -291,7 +291,7 @@ class _Stretch:
         if own is not None:
             return own.file == self.file and own.name != self.name
         in_file = item.name.startswith((f"{self.file}/", f"{self.file}:")) or source == self.file
-        return in_file and self.low <= item.place <= self.high
+        return in_file and self.low <= item.position <= self.high
 
 
 def _stretch_of(name: str) -> _Stretch | None:

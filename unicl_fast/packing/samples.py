@@ -17,9 +17,8 @@ import xxhash
 from tqdm import tqdm
 
 from unicl_fast.packing.quarantine import DUPLICATE, duplicate_message
-from unicl_fast.packing.sources.entries import Entry, EntryError
-from unicl_fast.packing.sources.item_store import ItemStore
-from unicl_fast.packing.sources.items import MAX_TEXTS, Item, Problem, Source
+from unicl_fast.packing.sources.items import MAX_TEXTS, Entry, EntryError, Item, Problem, Source
+from unicl_fast.packing.sources.spool import ItemStore
 
 _AHEAD = 64
 """Files under way for each thread that looks for duplicates."""

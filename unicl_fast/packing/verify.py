@@ -24,14 +24,15 @@ import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
-from unicl_fast.dataset.pixels import PIXELS_NAME
-from unicl_fast.dataset.reader import MANIFEST_NAME, DamagedSampleError, PackedDataset, sample_key
+from unicl_fast.dataset.arrays import PIXELS_NAME
+from unicl_fast.dataset.errors import DamagedSampleError
+from unicl_fast.dataset.manifest import MANIFEST_NAME
+from unicl_fast.dataset.reader import PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
 from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
 from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
-from unicl_fast.packing.sources.items import Problem
-from unicl_fast.packing.sources.spans import Span
+from unicl_fast.packing.sources.items import Problem, Span
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer

@@ -9,7 +9,6 @@ that happens.
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
 import json
 import os
@@ -22,16 +21,14 @@ from typing import Any
 import xxhash
 
 import unicl_fast
-from unicl_fast.dataset.journal import FinishedShard, read_journal
+from unicl_fast.dataset.growing_files import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
-from unicl_fast.packing.sources.entries import Entry, field_names
-from unicl_fast.packing.sources.items import Label, Source
+from unicl_fast.packing.sources.items import Entry, Label, Source, field_names
 from unicl_fast.packing.sources.spool import Spool, stamp
 from unicl_fast.packing.sources.trees import FileEntry
-from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.sealed_json import seal, unseal
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.atomic_files import flush_to_disk, is_at, lock, write_text_atomically
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+from unicl_fast.system.wording import count_of, shorten
 
 _RECORD_NAME = "build.json"
 _LOCK_NAME = "unicl-pack.lock"
@@ -69,7 +66,7 @@ class WorkFolder:
         self._finished = read_journal(self.path / JOURNAL_NAME)
         if self._finished:
             try:
-                self._record = unseal((self.path / _RECORD_NAME).read_bytes())
+                self._record = parse_checksummed_json((self.path / _RECORD_NAME).read_bytes())
             except (ValueError, OSError) as error:
                 os.close(self._lock)
                 raise ValueError(
@@ -151,7 +148,7 @@ class WorkFolder:
 
     def _note(self, what: str, values: dict[str, Any]) -> None:
         self._record[what] = values
-        write_text_atomically(self.path / _RECORD_NAME, seal(self._record))
+        write_text_atomically(self.path / _RECORD_NAME, dump_checksummed_json(self._record))
 
 
 def work_folder_of(out: Path) -> Path:
@@ -176,10 +173,6 @@ def _describe_finished(finished: list[FinishedShard]) -> str:
     return f"{count_of(len(finished), 'finished shard')} ({samples})"
 
 
-def _show(value: Any) -> str:
-    return "not there" if value is None else repr(value)[:200]
-
-
 def lock_folder(folder: Path) -> int:
     """Makes the folder and holds a lock on it until the descriptor is closed.
 
@@ -198,16 +191,18 @@ def lock_folder(folder: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except FileNotFoundError:  # a build that ended has just removed the folder
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(descriptor):
             os.close(descriptor)
             raise ValueError(
                 f"another build is writing into {folder}; wait for it, or name another --out"
-            ) from error
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            )
+        if is_at(descriptor, path):
             return descriptor
         os.close(descriptor)  # of a folder that is gone
+
+
+def _show(value: Any) -> str:
+    return "not there" if value is None else shorten(value)
 
 
 def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
@@ -249,7 +244,7 @@ def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]
         labels.update(dict.fromkeys(item.labels))
         problem = item.problem and (item.problem.kind, item.problem.message)
         entry = None if item.entry is None else _spell_entry(item.entry, spool, holders)
-        fields = [item.name, entry, item.captions, item.labels, problem, item.place]
+        fields = [item.name, entry, item.captions, item.labels, problem, item.position]
         digest.update(_ENCODER.encode(fields).encode("ascii"))
     for path in holders:
         digest.update(json.dumps(stamp(path)).encode("ascii"))

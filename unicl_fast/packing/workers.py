@@ -46,8 +46,7 @@ from unicl_fast.packing.limited_processes import (
     describe_death,
     enter,
 )
-from unicl_fast.packing.sources.entries import MAX_FILE_BYTES, Entry, EntryError
-from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.sources.items import MAX_FILE_BYTES, Entry, EntryError, Problem
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 

@@ -1,4 +1,5 @@
 """The loop (`trainer.py`), its step (`step.py`), and what a run measures, limits and reports.
 
-Takes any `Loader` of batches; knows no DALI and no command line.
+Training takes any `Loader` of batches; it knows no DALI and no command line. The loss itself is in
+`unicl_fast.objectives`, the files of a checkpoint in `unicl_fast.checkpoints`.
 """

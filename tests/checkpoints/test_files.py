@@ -1,0 +1,201 @@
+"""The best checkpoint stays: whatever the cadence, however many follow, after resuming too."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import StepwiseLoader
+from small_runs import tiny_config
+
+from unicl_fast import load_model
+from unicl_fast.checkpoints.files import Best, choose_best_metric, list_checkpoints, read_best
+from unicl_fast.checkpoints.load import find_checkpoint
+from unicl_fast.distributed.signals import Interrupted
+from unicl_fast.training.metrics import read_metrics
+from unicl_fast.training.trainer import Trainer
+
+
+def trainer_in(
+    folder: Path,
+    images: torch.Tensor,
+    values: dict[int, float],
+    *,
+    save_every: int = 1,
+    evaluate_every: int = 1,
+    keep: int = 1,
+    best: str = "",
+    steps: int = 6,
+) -> Trainer:
+    """A run whose evaluation gives the value of the step."""
+    config = tiny_config(steps=steps)
+    checkpoint = dataclasses.replace(
+        config.checkpoint, every_steps=save_every, keep=keep, best=best
+    )
+    run = dataclasses.replace(config.run, evaluate_every_steps=evaluate_every)
+    config = dataclasses.replace(config, checkpoint=checkpoint, run=run)
+    trainer = Trainer(config, StepwiseLoader(images), run_folder=folder, progress=False)
+    trainer.evaluations = {
+        "zero_shot/digits": lambda model: {"top1": values[trainer.step], "top5": -trainer.step}
+    }
+    return trainer
+
+
+def kept(folder: Path) -> list[int]:
+    return [int(path.name[5:]) for path in list_checkpoints(folder / "checkpoints")]
+
+
+RISING_AND_FALLING = {1: 0.2, 2: 0.5, 3: 0.4, 4: 0.5, 5: 0.3, 6: 0.1}
+
+
+def test_it_stays_beside_the_newest_and_the_one_before_it_goes(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    trainer_in(tmp_path, images, RISING_AND_FALLING).fit()
+    assert kept(tmp_path) == [2, 6]
+    assert read_best(tmp_path / "checkpoints") == Best(2, "zero_shot/digits/top1", 0.5)
+    assert find_checkpoint(tmp_path).name == "step-00000006"
+    for path in (tmp_path / "best", tmp_path / "checkpoints" / "best"):
+        assert find_checkpoint(path).name == "step-00000002"
+    best, newest = (load_model(path).image_projection for path in (tmp_path / "best", tmp_path))
+    assert not torch.equal(best, newest)
+
+
+def test_another_number_can_be_named(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer_in(tmp_path, images, RISING_AND_FALLING, best="zero_shot/digits/top5").fit()
+    assert kept(tmp_path) == [1, 6]
+
+
+def test_none_keeps_none(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer_in(tmp_path, images, RISING_AND_FALLING, best="none").fit()
+    assert kept(tmp_path) == [6]
+    with pytest.raises(FileNotFoundError, match="has no best checkpoint"):
+        find_checkpoint(tmp_path / "best")
+
+
+def test_a_step_that_is_the_best_is_saved_where_none_was_due(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    trainer_in(tmp_path, images, RISING_AND_FALLING, save_every=0).fit()
+    assert kept(tmp_path) == [2, 6]
+
+
+def test_numbers_that_are_none_are_never_the_best(images: torch.Tensor, tmp_path: Path) -> None:
+    values = RISING_AND_FALLING | {1: float("nan"), 3: float("inf"), 5: float("nan")}
+    trainer_in(tmp_path, images, values).fit()
+    assert kept(tmp_path) == [2, 6]
+
+
+@pytest.mark.parametrize("lost", ["nothing", "best.json", "metrics.jsonl"])
+def test_a_resumed_run_remembers_it(images: torch.Tensor, tmp_path: Path, lost: str) -> None:
+    trainer_in(tmp_path, images, RISING_AND_FALLING, steps=4, keep=2).fit()
+    assert kept(tmp_path) == [2, 3, 4]
+    if lost == "best.json":  # killed before it was written
+        (tmp_path / "checkpoints" / lost).unlink()
+    elif lost == "metrics.jsonl":
+        lines = (tmp_path / lost).read_text().splitlines()
+        (tmp_path / lost).write_text("".join(f"{line}\n" for line in lines if '"step": 4' in line))
+    resumed = trainer_in(tmp_path, images, RISING_AND_FALLING)
+    resumed.resume(find_checkpoint(tmp_path))
+    resumed.fit()
+    assert kept(tmp_path) == [2, 6]
+
+
+def test_who_goes_back_before_it_looks_for_another(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer_in(tmp_path, images, RISING_AND_FALLING, keep=0).fit()
+    again = trainer_in(tmp_path, images, dict.fromkeys(range(7), 0.0), keep=2)
+    again.resume(tmp_path / "checkpoints" / "step-00000001")
+    again.fit()
+    assert kept(tmp_path) == [1, 5, 6]
+    assert read_best(tmp_path / "checkpoints") == Best(1, "zero_shot/digits/top1", 0.2)
+
+
+def test_without_evaluations_it_stays_what_it_was(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer_in(tmp_path, images, RISING_AND_FALLING, steps=4).fit()
+    resumed = trainer_in(tmp_path, images, {})
+    resumed.evaluations = {}
+    resumed.resume(find_checkpoint(tmp_path))
+    resumed.fit()
+    assert kept(tmp_path) == [2, 6]
+    assert find_checkpoint(tmp_path / "best").name == "step-00000002"
+
+
+def test_one_that_could_not_be_written_is_not_the_best(
+    images: torch.Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from unicl_fast.checkpoints import writer as checkpoint_writer
+
+    write = checkpoint_writer.write_checkpoint
+
+    def write_but_step_2(folder: Path, *, step: int, **rest: object) -> Path:
+        if step == 2:
+            raise OSError("no space left")
+        return write(folder, step=step, **rest)
+
+    monkeypatch.setattr(checkpoint_writer, "write_checkpoint", write_but_step_2)
+    trainer_in(tmp_path, images, RISING_AND_FALLING | {4: 0.45}).fit()
+    assert kept(tmp_path) == [4, 6]
+    assert "NO CHECKPOINT of step 2: no space left; training continues" in caplog.text
+    assert "step 2 is the best so far, and is not kept as that" in caplog.text
+
+
+def test_an_evaluation_that_a_stop_left_out_is_made_up_for(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = RISING_AND_FALLING | {4: 0.9}
+    stopped = trainer_in(tmp_path, images, values, evaluate_every=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            "unicl_fast.distributed.signals.Interruption.has_come", lambda *_: stopped.step == 4
+        )
+        with pytest.raises(Interrupted, match="after step 4"):
+            stopped.fit()
+    assert evaluated_steps(tmp_path) == [2]
+    resumed = trainer_in(tmp_path, images, values, evaluate_every=2)
+    resumed.resume(find_checkpoint(tmp_path))
+    resumed.fit()
+    assert evaluated_steps(tmp_path) == [2, 4, 6]
+    assert kept(tmp_path) == [4, 6]
+    again = trainer_in(tmp_path, images, values, evaluate_every=2)
+    again.resume(find_checkpoint(tmp_path))
+    again.fit()
+    assert evaluated_steps(tmp_path) == [2, 4, 6], "nothing is evaluated twice"
+
+
+def evaluated_steps(folder: Path) -> list[float]:
+    return [line["step"] for line in read_metrics(folder) if "zero_shot/digits/top1" in line]
+
+
+def test_a_best_that_is_gone_or_damaged_is_said(images: torch.Tensor, tmp_path: Path) -> None:
+    trainer_in(tmp_path, images, RISING_AND_FALLING).fit()
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000002")
+    with pytest.raises(FileNotFoundError, match="step-00000002 as its best, which is not there"):
+        load_model(tmp_path / "best")
+    (tmp_path / "checkpoints" / "best.json").write_text(json.dumps({"step": "x"}))
+    with pytest.raises(ValueError, match=r"best.json is damaged"):
+        load_model(tmp_path / "best")
+
+
+def test_a_metric_that_no_evaluation_gives_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="checkpoint.best=zero_shot/cats/top1: no evaluation"):
+        trainer_in(tmp_path, images, {}, best="zero_shot/cats/top1").fit()
+    with pytest.raises(ValueError, match="it has none: set data.evaluate"):
+        choose_best_metric("zero_shot/cats/top1", [])
+    assert choose_best_metric("", []) is None
+
+
+def test_a_key_that_is_not_among_the_numbers_keeps_no_best(
+    images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        trainer_in(tmp_path, images, RISING_AND_FALLING, best="zero_shot/digits/top3").fit()
+    assert kept(tmp_path) == [6]
+    assert caplog.text.count("checkpoint.best means zero_shot/digits/top3") == 1
