@@ -220,7 +220,7 @@ def test_a_config_survives_its_file(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config_to_dict(config)))
     assert load_config(tmp_path / "config.json") == config
     (tmp_path / "config.json").write_text('{"data": {"colour": 1}}')
-    with pytest.raises(ValueError, match="data.colour is not a setting"):
+    with pytest.raises(ValueError, match="data.colour is not a field"):
         load_config(tmp_path / "config.json")
 
 
