@@ -61,10 +61,10 @@ class DataConfig:
     """Part of each data set that is used. One number for all or one for each; 0.5 is the first
     half, which is a random half, since packing has shuffled the samples."""
     evaluate: tuple[str, ...] = ()
-    """Packed data sets with labels for zero-shot accuracy while training."""
+    """Packed data sets with labels, for zero-shot accuracy in training."""
     text: Literal["any", "captions", "labels"] = "any"
-    """Text of a sample that has captions and labels. One of its captions, the prompt of one of its
-    labels, or (any) one of the two with equal chance, drawn anew each time."""
+    """Text of samples that have both: any, captions or labels. It is one of its captions, the
+    prompt of one of its labels, or (any) one of the two with equal chance, drawn anew each time."""
     templates: Literal["per_sample", "per_class"] = "per_sample"
     """Draw the prompt template for each sample, or for each class. per_sample is the paper's;
     per_class draws once for each class and batch, so that a batch has no more prompts to encode
@@ -75,14 +75,14 @@ class DataConfig:
     image_size: Pixels = 224
     """Side of the square image the model sees, in pixels."""
     crop_scale: tuple[PositiveFraction, PositiveFraction] = (0.08, 1.0)
-    """Smallest and largest part of the image's area in a training crop."""
+    """Smallest and largest part of an image's area in a crop."""
     crop_ratio: tuple[Positive, Positive] = (3 / 4, 4 / 3)
     """Smallest and largest width/height of a training crop."""
     flip_probability: Fraction = 0.5
     """Probability of a horizontal flip in training."""
     augment: tuple[str, ...] = ()
-    """Further augmentation: none, clip, unicl or supcon, and changes. For example unicl,blur=0.5;
-    NAME:SPEC is for the data set whose folder is called NAME. See docs/augmentation.md."""
+    """Augmentation: none, clip, unicl or supcon, and changes. For example unicl,blur=0.5; NAME:SPEC
+    is for the data set whose folder is called NAME. See docs/augmentation.md."""
     evaluation_resize: Pixels = 256
     """Pixels of the shorter side before evaluation crops image_size in the centre."""
     interpolation: Interpolation = "bilinear"
@@ -155,7 +155,7 @@ class ModelConfig:
     """The two encoders and the space in which images and texts are compared."""
 
     image_encoder: str = "swin_tiny_patch4_window7_224"
-    """Name of a timm model, or of one from unicl_fast.models.small."""
+    """Name of a timm model, or of a small one of ours. unicl_fast.models.small registers them."""
     drop_path: FractionBelowOne = 0.0
     """Stochastic depth of the image encoder. It is the probability that the last residual branch is
     dropped; earlier ones are dropped less often."""
@@ -198,10 +198,11 @@ class ObjectiveConfig:
     (data.augment must give two views). ce is cross-entropy over one learnt row for each class,
     without texts."""
     mixup: NonNegative = 0.0
-    """Mix pairs of labelled images with lambda from Beta(mixup, mixup). 0 mixes none. For unicl and
-    ce."""
+    """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
+    Beta(mixup, mixup). For unicl and ce."""
     cutmix: NonNegative = 0.0
-    """Alpha of CutMix: as mixup, but a rectangle is replaced. 0 does none."""
+    """Alpha of CutMix between labelled images; 0 does none. As mixup, but rectangles are
+    replaced."""
     mix_probability: Fraction = 1.0
     """Probability that a pair is mixed, where mixup or cutmix is set."""
     cutmix_share: Fraction = 0.5
@@ -234,19 +235,19 @@ class OptimConfig:
     """Optimizer, warm-up and cosine schedule; the defaults are the released recipe's."""
 
     name: OptimizerName = "adamw"
-    """Optimizer: adamw (torch), lamb (timm), fusedadamw or fusedlamb (NVIDIA apex). LAMB is meant
-    for very large batches. auto takes torch's AdamW with its fused kernel, the only choice with
-    which the host does not wait for the device once a step to learn whether a bad step is left
-    out."""
+    """Optimizer: adamw, lamb, fusedadamw, fusedlamb or auto. AdamW is torch's; LAMB, for very large
+    batches, is timm's; the fused ones are NVIDIA apex's. auto takes torch's AdamW. Its fused kernel
+    is the only choice with which the host does not wait for the device once a step, to learn
+    whether a bad step is left out."""
     lr: Positive = 5e-4
     """Peak learning rate for a global batch of lr_batch_size. It is scaled linearly to the real
-    batch."""
+    batch size."""
     lr_batch_size: Count = 512
-    """Global batch size that lr is meant for; 0 takes lr as it is."""
+    """Global batch size that lr is meant for; 0: lr as it is."""
     lr_min: NonNegative = 5e-6
     """Learning rate at the end of the cosine, scaled in the same way."""
     warmup_fraction: FractionBelowOne = 5 / 32
-    """Part of the run in which the learning rate rises linearly from 0."""
+    """Part of the run with a rising learning rate. It rises linearly from 0."""
     betas: tuple[FractionBelowOne, FractionBelowOne] = (0.9, 0.999)
     """Decay rates of the averages of the gradient and of its square."""
     eps: NonNegative = 1e-8
@@ -256,8 +257,8 @@ class OptimConfig:
     clip_norm: NonNegative = 5.0
     """Global norm to which gradients are clipped; 0 clips none."""
     ema_decay: FractionBelowOne = 0.0
-    """Decay of the weights' moving average, for example 0.9999; 0 keeps none. The average is what
-    is evaluated, and it is stored beside the weights."""
+    """Decay of the weights' moving average; 0 keeps none. For example 0.9999. The average is
+    evaluated instead of the weights, and stored beside them."""
     ema_warmup: bool = True
     """Raise the decay to ema_decay as 1 - step ** (-2/3). The first, random weights are soon
     forgotten then; False takes ema_decay from the second step on."""
@@ -275,9 +276,10 @@ class EfficiencyConfig:
     """Speed and memory; nothing here changes results, except by the precision's rounding."""
 
     precision: PrecisionName = "fp32"
-    """Arithmetic of the encoders. bf16 and fp16 are autocast, fp16 with loss scaling; the loss is
-    always computed in fp32 or better. auto takes bf16 where the machine computes it faster than
-    fp32 (fp16 on GPUs without it), else fp32; a resumed run keeps its precision."""
+    """Arithmetic of the encoders: auto, fp32, bf16, fp16 or fp64. bf16 and fp16 are autocast, fp16
+    with loss scaling; the loss is always computed in fp32 or better. auto takes bf16 where the
+    machine computes it faster than fp32 (fp16 on GPUs without it), else fp32; a resumed run keeps
+    its precision."""
     channels_last: bool = True
     """Keep images and convolution weights in NHWC order, as the decoder returns them."""
     activation_checkpointing: bool = False
@@ -288,9 +290,9 @@ class EfficiencyConfig:
     afterwards. Texts are padded to a few sizes, so that new ones seldom compile anew. Needs a C++
     compiler. Refused with activation_checkpointing of BatchNorm."""
     micro_batch_size: Count = 0
-    """Images that a rank encodes at once; 0 takes its whole local batch. Each image is encoded
-    twice, for about 4/3 of the time, and activations are stored for this many only. The loss is
-    still that of the whole global batch. Refused with BatchNorm."""
+    """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, for about
+    4/3 of the time, and activations are stored for this many only. The loss is still that of the
+    whole global batch. Refused with BatchNorm."""
     unique_texts: bool = True
     """Encode equal texts of a batch once."""
     text_layout: Literal["padded", "trimmed", "packed"] = "packed"
@@ -329,20 +331,20 @@ class RunConfig:
     """Length, batch size, device, and what is logged."""
 
     seed: Annotated[int, Meta(ge=-(2**63), le=LARGEST_INT)] = 0
-    """Seed of the weights, order of samples, crops, flips, prompts and drop path."""
+    """Seed of weights, order, crops, flips, texts and drop path."""
     global_batch_size: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 512
-    """Samples in one optimizer step over all ranks. The number of ranks must divide it."""
+    """Samples of one step over all ranks, which must divide it."""
     samples: Count = 0
-    """Length of the run in samples, rounded up to steps; 0: 32 epochs. These are the released
-    recipe's, which unicl-pretrain takes if steps is 0 too."""
+    """Length of the run in samples; 0 and no steps: 32 epochs. It is rounded up to whole steps; 32
+    epochs are the released recipe's."""
     steps: Count = 0
-    """Length of the run in optimizer steps; replaces samples if not 0."""
+    """Length of the run in optimizer steps, instead of samples."""
     log_every_steps: Annotated[int, Meta(ge=1, le=LARGEST_INT)] = 10
     """Steps between lines of metrics.jsonl."""
     evaluate_every_steps: Count = 0
     """Steps between evaluations; 0 evaluates only at the end. The last step always evaluates."""
     device: DeviceName = "auto"
-    """Device that trains and decodes; auto takes CUDA if there is any."""
+    """Device that trains and decodes: auto, cpu or cuda. auto takes CUDA if there is any."""
     max_bad_steps: Count = 0
     """Steps with a non-finite loss or gradient norm that are allowed. Each update is left out and
     logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this

@@ -93,7 +93,7 @@ _MIXED = DataConfig(image_size=64, crop_scale=(0.4, 1.0), evaluation_resize=64)
 PRESETS: dict[str, Preset] = {
     "swin-tiny": Preset("Swin-T, the paper's main model", _SWIN_TINY),
     "swin-tiny-half-half": Preset(
-        "Swin-T on half of each data set, the paper's mixes of equal size",
+        "Swin-T on half of each data set (the paper's mixes)",
         _with_halves(_SWIN_TINY),
     ),
     "swin-base": Preset("Swin-B", _SWIN_BASE),
@@ -105,7 +105,7 @@ PRESETS: dict[str, Preset] = {
     "resnet101": Preset("ResNet-101; BatchNorm sees the local batch", _released("resnet101")),
     "vit-base": Preset("ViT-B/16, CLIP's encoder", _released("vit_base_patch16_224")),
     "cifar10-small": Preset(
-        "CIFAR-10 on two CPU cores within 20 minutes, 16 epochs",
+        "CIFAR-10, 20 minutes on two CPU cores",
         _small(
             _CIFAR10,
             text_width=64,
@@ -118,7 +118,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "digits-small": Preset(
-        "the demo: digits, half labels, half captions, two minutes on two CPU cores",
+        "the demo's digits, two minutes on two CPU cores",
         _small(
             _DIGITS,
             text_width=128,
@@ -131,7 +131,7 @@ PRESETS: dict[str, Preset] = {
         ),
     ),
     "mixed-small": Preset(
-        "photographs at 64 pixels, labels, captions or both, minutes on two CPU cores",
+        "photographs at 64 pixels, minutes on two CPU cores",
         _small(
             _MIXED,
             text_width=128,
