@@ -8,11 +8,10 @@ seconds to import, and tyro a part of one: they come after the help and after si
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import inspect
-import itertools
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -206,17 +205,9 @@ def _short_help(arguments: PretrainArguments) -> str:
 
 def _first_sentences(cls: type) -> dict[str, str]:
     """Returns the first sentence under each field of a dataclass."""
-    (definition,) = ast.parse(inspect.getsource(cls)).body
-    assert isinstance(definition, ast.ClassDef)
-    return {
-        field.target.id: " ".join(text.value.value.split()).split(". ")[0].rstrip(".")
-        for field, text in itertools.pairwise(definition.body)
-        if isinstance(field, ast.AnnAssign)
-        and isinstance(field.target, ast.Name)
-        and isinstance(text, ast.Expr)
-        and isinstance(text.value, ast.Constant)
-        and isinstance(text.value.value, str)
-    }
+    pattern = re.compile(r'^    (\w+): .*?"""(.*?)\.(?:\s|""")', re.DOTALL | re.MULTILINE)
+    found = pattern.findall(inspect.getsource(cls))
+    return {field: " ".join(sentence.split()) for field, sentence in found}
 
 
 if __name__ == "__main__":

@@ -181,13 +181,25 @@ def _parse_value(field: str, text: str, *, kind: Any) -> Any:
         raise ValueError(f"{field} must be {expected}, not {text!r}") from error
 
 
-def check_augment_entries(entries: Sequence[str]) -> None:
-    """Refuses entries of `data.augment` that cannot be read, whatever the data sets are.
+def read_entries(entries: Sequence[str]) -> dict[str, Augmentation]:
+    """Reads `data.augment`: the augmentation by name of the data set, "" for all.
 
     Raises:
-        ValueError: says which, and why.
+        ValueError: an entry that cannot be read, or two for the same data sets.
     """
-    _split_entries(entries)
+    chosen: dict[str, Augmentation] = {}
+    for entry in entries:
+        name, separator, spec = entry.rpartition(":")  # a spec has no colon, a folder may
+        try:
+            require(bool(name) or not separator, f"expected NAME:SPEC or SPEC, not {entry!r}")
+            require(
+                name not in chosen,
+                f"two entries for {name or 'all data sets'}: {' '.join(entries)}",
+            )
+            chosen[name] = parse_augmentation(spec)
+        except ValueError as error:
+            raise ValueError(f"data.augment: {error}") from error
+    return chosen
 
 
 def check_views(entries: Sequence[str], *, objective: str) -> None:
@@ -196,7 +208,7 @@ def check_views(entries: Sequence[str], *, objective: str) -> None:
     Raises:
         ValueError: it gives another number.
     """
-    views = {augmentation.views for augmentation in _split_entries(entries).values()}
+    views = {augmentation.views for augmentation in read_entries(entries).values()}
     shown = " ".join(entries)
     if objective == "supcon" and views != {2}:
         raise ValueError(
@@ -223,13 +235,13 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
         ValueError: an entry that cannot be read or names no data set, or some data sets with one
             view and some with two.
     """
-    chosen = _split_entries(entries)
+    chosen = read_entries(entries)
     general = chosen.pop("", Augmentation())
     paths_of = [_spellings(place) for place in places]
-    names = [paths[0][-1] for paths in paths_of]
-    endings = {name: tuple(part for part in _parts(name) if part != ".") for name in chosen}
+    names = [paths[0].rpartition("/")[2] for paths in paths_of]
+    endings = {name: _path(name) for name in chosen}
     fitting = [
-        [name for name, ending in endings.items() if _ends_with(paths, ending)]
+        [name for name, ending in endings.items() if any(path.endswith(ending) for path in paths)]
         for paths in paths_of
     ]
     for name in chosen:
@@ -239,11 +251,10 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
         )
     found = []
     for data_set, fits in zip(names, fitting, strict=True):
-        longest = max((len(endings[name]) for name in fits), default=0)
-        best = [name for name in fits if len(endings[name]) == longest]
+        depths = [endings[name].count("/") for name in fits]
+        best = [name for name, depth in zip(fits, depths, strict=True) if depth == max(depths)]
         require(
-            len(best) < 2,
-            f"data.augment: {' and '.join(best)} both name {data_set}; give it one",
+            len(best) < 2, f"data.augment: {' and '.join(best)} both name {data_set}; give it one"
         )
         found.append(chosen[best[0]] if best else general)
     views = [augmentation.views for augmentation in found]
@@ -256,38 +267,14 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
     return found
 
 
-def _split_entries(entries: Sequence[str]) -> dict[str, Augmentation]:
-    """Returns the augmentation by name of the data set, "" for all."""
-    chosen: dict[str, Augmentation] = {}
-    for entry in entries:
-        name, separator, spec = entry.rpartition(":")  # a spec has no colon, a folder may
-        require(
-            bool(name) or not separator,
-            f"data.augment: expected NAME:SPEC or SPEC, not {entry!r}",
-        )
-        require(
-            name not in chosen,
-            f"data.augment: two entries for {name or 'all data sets'}: {' '.join(entries)}",
-        )
-        try:
-            chosen[name] = parse_augmentation(spec)
-        except ValueError as error:
-            raise ValueError(f"data.augment: {error}") from error
-    return chosen
-
-
-def _parts(place: Path | str) -> tuple[str, ...]:
-    """Returns the parts of a path, or of what follows the scheme of a URL."""
-    _, scheme, rest = str(place).partition("://")
-    return tuple(part for part in rest.split("/") if part) if scheme else Path(place).parts
-
-
-def _spellings(place: Path | str) -> list[tuple[str, ...]]:
-    """Returns the ways to write a data set's place: a link to a folder has two names."""
+def _spellings(place: Path | str) -> list[str]:
+    """Returns the paths of a data set: a link to a folder has two."""
     if "://" in str(place):
-        return [_parts(place)]
-    return [Path(place).absolute().parts, Path(place).resolve().parts]
+        return [_path(place)]
+    return [str(Path(place).absolute()), str(Path(place).resolve())]
 
 
-def _ends_with(paths: Sequence[tuple[str, ...]], ending: tuple[str, ...]) -> bool:
-    return any(path[-len(ending) :] == ending for path in paths)
+def _path(name: Path | str) -> str:
+    """Returns a relative path, or a URL without its scheme, with a slash before every part."""
+    rest = str(name).partition("://")[2] or str(name)
+    return "".join(f"/{part}" for part in rest.split("/") if part not in ("", "."))

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal
 
 from msgspec import Meta
 
-from unicl_fast.augmentation import check_augment_entries
+from unicl_fast.augmentation import read_entries
 from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
@@ -137,7 +137,7 @@ class DataConfig:
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             require(low <= high, f"data.{name} must not fall, as {low:g} to {high:g} does")
-        check_augment_entries(self.augment)
+        read_entries(self.augment)
         require(
             self.evaluation_resize >= self.image_size,
             f"data.evaluation_resize ({self.evaluation_resize}) must not be smaller than "
@@ -290,9 +290,9 @@ class EfficiencyConfig:
     afterwards. Texts are padded to a few sizes, so that new ones seldom compile anew. Needs a C++
     compiler. Refused with activation_checkpointing of BatchNorm."""
     micro_batch_size: Count = 0
-    """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, for about
-    4/3 of the time, and activations are stored for this many only. The loss is still that of the
-    whole global batch. Refused with BatchNorm."""
+    """Images that a rank encodes at once; 0: its local batch. Each image is encoded twice, which
+    takes about 4/3 of the time, and activations are stored for this many only. The loss is still
+    that of the whole global batch. Refused with BatchNorm."""
     unique_texts: bool = True
     """Encode equal texts of a batch once."""
     text_layout: Literal["padded", "trimmed", "packed"] = "packed"

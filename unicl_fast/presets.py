@@ -41,60 +41,60 @@ def _with_halves(config: TrainConfig) -> TrainConfig:
 
 
 def _small(
-    data: DataConfig,
-    *,
-    text_width: int,
-    text_heads: int,
-    embed_dim: int,
-    lr: float,
-    every_steps: int,
-    evaluate_every_steps: int,
-    samples: int,
+    data: DataConfig, text: ModelConfig, *, lr: float, samples: int, every_steps: tuple[int, int]
 ) -> TrainConfig:
-    """A seven-layer network and a text encoder of two blocks, in batches of 128."""
+    """A seven-layer image encoder in batches of 128; `every_steps` of checkpoints, evaluations."""
     return TrainConfig(
         data=data,
-        model=ModelConfig(
-            image_encoder="unicl_convnet7_small",
-            text_width=text_width,
-            text_layers=2,
-            text_heads=text_heads,
-            embed_dim=embed_dim,
-        ),
+        model=dataclasses.replace(text, image_encoder="unicl_convnet7_small", text_layers=2),
         optim=OptimConfig(lr=lr, lr_batch_size=0, lr_min=0.0, warmup_fraction=0.1),
         efficiency=EfficiencyConfig(precision="auto"),
-        checkpoint=CheckpointConfig(every_steps=every_steps, keep=2),
-        run=RunConfig(
-            global_batch_size=128, samples=samples, evaluate_every_steps=evaluate_every_steps
-        ),
+        checkpoint=CheckpointConfig(every_steps=every_steps[0], keep=2),
+        run=RunConfig(global_batch_size=128, samples=samples, evaluate_every_steps=every_steps[1]),
     )
 
 
 _SWIN_TINY = _released("swin_tiny_patch4_window7_224", drop_path=0.2)
 _SWIN_BASE = _released("swin_base_patch4_window7_224", drop_path=0.5)
-
-# The model sees 28 x 28 of the 32 x 32 pixels, cut anywhere in training and at the centre in
+# The model sees 28 x 28 of the 32 x 32 pixels, cropped anywhere in training and at the centre in
 # evaluation: no image is scaled, and there is a quarter less to compute.
-_CIFAR10 = DataConfig(
-    image_size=28,
-    crop_scale=(28**2 / 32**2, 28**2 / 32**2),
-    crop_ratio=(1.0, 1.0),
-    evaluation_resize=32,
+_CIFAR10 = _small(
+    DataConfig(
+        image_size=28,
+        crop_scale=(28**2 / 32**2, 28**2 / 32**2),
+        crop_ratio=(1.0, 1.0),
+        evaluation_resize=32,
+    ),
+    ModelConfig(text_width=64, text_heads=2, embed_dim=128),
+    lr=2e-3,
+    samples=16 * 50_000,
+    every_steps=(1562, 1562),
 )
-_DIGITS = DataConfig(
-    image_size=28,
-    crop_scale=(0.6, 1.0),
-    crop_ratio=(0.9, 1.1),
-    flip_probability=0.0,
-    evaluation_resize=28,
+_DIGITS = _small(
+    DataConfig(
+        image_size=28,
+        crop_scale=(0.6, 1.0),
+        crop_ratio=(0.9, 1.1),
+        flip_probability=0.0,
+        evaluation_resize=28,
+    ),
+    ModelConfig(text_width=128, text_heads=4, embed_dim=64),
+    lr=1e-3,
+    samples=70_000,
+    every_steps=(100, 100),
 )
-_MIXED = DataConfig(image_size=64, crop_scale=(0.4, 1.0), evaluation_resize=64)
+_MIXED = _small(
+    DataConfig(image_size=64, crop_scale=(0.4, 1.0), evaluation_resize=64),
+    ModelConfig(text_width=128, text_heads=4, embed_dim=128),
+    lr=1e-3,
+    samples=80_000,
+    every_steps=(50, 125),
+)
 
-PRESETS: dict[str, Preset] = {
+PRESETS = {
     "swin-tiny": Preset("Swin-T, the paper's main model", _SWIN_TINY),
     "swin-tiny-half-half": Preset(
-        "Swin-T on half of each data set (the paper's mixes)",
-        _with_halves(_SWIN_TINY),
+        "Swin-T on half of each data set (the paper's mixes)", _with_halves(_SWIN_TINY)
     ),
     "swin-base": Preset("Swin-B", _SWIN_BASE),
     "swin-base-half-half": Preset("Swin-B on half of each data set", _with_halves(_SWIN_BASE)),
@@ -104,45 +104,9 @@ PRESETS: dict[str, Preset] = {
     "resnet50": Preset("ResNet-50; BatchNorm sees the local batch", _released("resnet50")),
     "resnet101": Preset("ResNet-101; BatchNorm sees the local batch", _released("resnet101")),
     "vit-base": Preset("ViT-B/16, CLIP's encoder", _released("vit_base_patch16_224")),
-    "cifar10-small": Preset(
-        "CIFAR-10, 20 minutes on two CPU cores",
-        _small(
-            _CIFAR10,
-            text_width=64,
-            text_heads=2,
-            embed_dim=128,
-            lr=2e-3,
-            every_steps=1562,
-            evaluate_every_steps=1562,
-            samples=16 * 50_000,
-        ),
-    ),
-    "digits-small": Preset(
-        "the demo's digits, two minutes on two CPU cores",
-        _small(
-            _DIGITS,
-            text_width=128,
-            text_heads=4,
-            embed_dim=64,
-            lr=1e-3,
-            every_steps=100,
-            evaluate_every_steps=100,
-            samples=70_000,
-        ),
-    ),
-    "mixed-small": Preset(
-        "photographs at 64 pixels, minutes on two CPU cores",
-        _small(
-            _MIXED,
-            text_width=128,
-            text_heads=4,
-            embed_dim=128,
-            lr=1e-3,
-            every_steps=50,
-            evaluate_every_steps=125,
-            samples=80_000,
-        ),
-    ),
+    "cifar10-small": Preset("CIFAR-10, 20 minutes on two CPU cores", _CIFAR10),
+    "digits-small": Preset("the demo's digits, two minutes on two CPU cores", _DIGITS),
+    "mixed-small": Preset("photographs at 64 pixels, minutes on two CPU cores", _MIXED),
 }
 
 

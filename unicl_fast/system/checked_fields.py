@@ -40,7 +40,7 @@ def require(condition: bool, message: str) -> None:
 
 def check_fields(instance: object, *, name: str = "") -> None:
     """Refuses values that do not fit the types of their fields; called by `__post_init__`."""
-    for field, kind in _field_types(type(instance)).items():
+    for field, kind in _field_types(type(instance)).items():  # type: ignore[arg-type]
         convert(getattr(instance, field), kind, name=_dotted(name, field))
 
 
@@ -55,7 +55,7 @@ def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
     Raises:
         ValueError: a field is unknown, missing or of another type, or its value out of range.
     """
-    types_of = _field_types(cls)
+    types_of = _field_types(cls)  # type: ignore[arg-type]  # mypy: a type is not Hashable
     if not isinstance(values, dict):
         raise ValueError(f"{name or 'the whole'} must be an object, not {shorten(values)}")
     for field in values:
@@ -64,10 +64,13 @@ def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
                 f"{_dotted(name, field)[:100]} is not a field of this version; known are "
                 f"{', '.join(types_of)}"
             )
-    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if field.name not in values and not has_default:
-            raise ValueError(f"{_dotted(name, field.name)} is missing")
+    missing = {
+        field.name
+        for field in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if (field.default, field.default_factory) == (dataclasses.MISSING, dataclasses.MISSING)
+    } - values.keys()
+    if missing:
+        raise ValueError(f"{_dotted(name, min(missing))} is missing")
     return cls(
         **{
             field: convert(value, types_of[field], name=_dotted(name, field))

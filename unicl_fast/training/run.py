@@ -11,13 +11,11 @@ import functools
 import json
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from unicl_fast.augmentation import augmentations_of, check_views
 from unicl_fast.batch import Batch, Loader
@@ -32,7 +30,6 @@ from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import fast_precision, settle_precision
-from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.devices import choose_device
 from unicl_fast.system.stages import mark
@@ -66,37 +63,10 @@ class PlannedLoader(Loader, Protocol):
     plan: TrainPlan
 
 
-class BuildLoader(Protocol):
-    """Builds the loader of a rank, as the constructor of `TrainLoader` does."""
-
-    def __call__(
-        self,
-        config: TrainConfig,
-        datasets: Sequence[PackedDataset],
-        shares: Sequence[float] | None,
-        prompts: ClassPrompts,
-        *,
-        rank: int,
-        world_size: int,
-        device: torch.device,
-        quarantine: Path,
-    ) -> PlannedLoader: ...
-
-
-class Evaluate(Protocol):
-    """Evaluates a model on a data set, on all ranks together; returns numbers by name.
-
-    `rows_of_classes` [k] says for cross-entropy which of the model's rows each class has.
-    """
-
-    def __call__(
-        self,
-        model: UniCL,
-        *,
-        dataset: PackedDataset,
-        rows_of_classes: NDArray[np.int64] | None,
-        ranks: Ranks,
-    ) -> Mapping[str, float]: ...
+BuildLoader = Callable[..., PlannedLoader]
+"""Builds the loader of a rank; takes the arguments of `TrainLoader`."""
+Evaluate = Callable[..., Mapping[str, float]]
+"""Evaluates a model on a data set; takes the first arguments of `evaluate_zero_shot`."""
 
 
 def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: str) -> None:
@@ -111,17 +81,26 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     check_views(config.data.augment, objective=config.objective.name)
     if resume != "auto":  # rank 0 reads checkpoints and reports those it skips; once is enough
         choose_checkpoint(resume, run_folder)
-    datasets, _ = open_sources(config.data)
+    _, datasets, _ = _open_checked(config)
     augmentations_of(config.data.augment, [dataset.place for dataset in datasets])
-    adapt_objective_to_data(config, datasets)
+    datasets += [
+        PackedDataset(each, cache=cache_options(config.data)) for each in config.data.evaluate
+    ]
     for dataset in datasets:
-        check_tokenizer(dataset, context_length=config.model.context_length)
         dataset.close()
-    for folder in config.data.evaluate:
-        PackedDataset(folder, cache=cache_options(config.data)).close()
     choose_metric(
         config.checkpoint.best, [_evaluation_name(config, each) for each in config.data.evaluate]
     )
+
+
+def _open_checked(
+    config: TrainConfig,
+) -> tuple[TrainConfig, list[PackedDataset], list[float] | None]:
+    """Opens the data and refuses what the model cannot take; adapts the objective to the data."""
+    datasets, shares = open_sources(config.data)
+    for dataset in datasets:
+        check_tokenizer(dataset, context_length=config.model.context_length)
+    return adapt_objective_to_data(config, datasets), datasets, shares
 
 
 def pretrain(
@@ -241,10 +220,7 @@ def build_trainer(
     ledger: bool = False,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together."""
-    datasets, shares = open_sources(config.data)
-    for dataset in datasets:
-        check_tokenizer(dataset, context_length=config.model.context_length)
-    config = adapt_objective_to_data(config, datasets)
+    config, datasets, shares = _open_checked(config)
     if not config.run.total_steps:
         samples = _DEFAULT_EPOCHS * sum(len(dataset) for dataset in datasets)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
