@@ -49,7 +49,7 @@ class PixelsInfo:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Manifest:
-    """What a packed data set holds and how it was made."""
+    """The contents of a packed data set and how it was made."""
 
     version: Count = FORMAT_VERSION
     num_samples: Count

@@ -143,7 +143,7 @@ _NOUNS = {int: "a whole number", float: "a number", str: "a text", bool: "true o
 
 
 def _describe(kind: Any) -> str:
-    """What a field of this type takes, for `must be ...`."""
+    """Says what a field of this type takes, for `must be ...`."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin is Annotated:
         return _NOUNS[inner[0]] + _describe_range(inner[1])
