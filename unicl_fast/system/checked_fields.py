@@ -85,15 +85,14 @@ def convert(value: Any, kind: Any, *, name: str) -> Any:
     Raises:
         ValueError: it is of another type or out of range.
     """
-    inner = typing.get_args(kind)
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType) and value is not None:  # all are `... | None`
+        return convert(value, inner[0], name=name)
     if dataclasses.is_dataclass(kind):
         return from_json_values(typing.cast(Any, kind), value, name=name)
-    if inner and dataclasses.is_dataclass(inner[0]):
-        if isinstance(value, list) and typing.get_origin(kind) is tuple:
-            named = ((f"{name}[{number}]", entry) for number, entry in enumerate(value))
-            return tuple(convert(entry, inner[0], name=entry_name) for entry_name, entry in named)
-        if value is not None and typing.get_origin(kind) is types.UnionType:
-            return convert(value, inner[0], name=name)
+    if origin is tuple and dataclasses.is_dataclass(inner[0]) and isinstance(value, list):
+        named = ((f"{name}[{number}]", entry) for number, entry in enumerate(value))
+        return tuple(convert(entry, inner[0], name=name_of_entry) for name_of_entry, entry in named)
     try:
         return msgspec.convert(value, kind)
     except (msgspec.ValidationError, RecursionError):
@@ -152,8 +151,6 @@ def _describe(kind: Any) -> str:
     if origin is tuple:
         count = "a list" if inner[-1] is Ellipsis else f"{len(inner)} values"
         return f"{count}, each {_describe(inner[0])}"
-    if origin is types.UnionType:
-        return _describe(inner[0])
     return _NOUNS.get(kind, "an object")
 
 
