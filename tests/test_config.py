@@ -74,7 +74,7 @@ def test_settings_of_another_type_are_refused_by_name(group: str, name: str, val
         ),
         (
             lambda: DataConfig(std=(1.0, 1.0, 0.0)),
-            "data.std must be 3 values, each a number in (0, inf), not (1.0, 1.0, 0.0)",
+            "data.std must be 3 values, each a number above 0, not (1.0, 1.0, 0.0)",
         ),
         (
             lambda: DataConfig(crop_ratio=(2.0, 1.0)),

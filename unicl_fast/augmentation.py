@@ -18,9 +18,9 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta
 
 from unicl_fast.system.checked_fields import (
+    LARGEST_FLOAT,
+    FiniteNonNegative,
     Fraction,
-    NonNegative,
-    Positive,
     PositiveFraction,
     check_fields,
     require,
@@ -32,6 +32,7 @@ LARGEST_MAGNITUDE = 10.0
 """RandAugment's magnitudes run from 0 to this, as timm counts them."""
 
 Sigma = Annotated[float, Meta(gt=0, le=20)]
+Ratio = Annotated[float, Meta(gt=0, le=LARGEST_FLOAT)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -50,13 +51,13 @@ class Augmentation:
     """Probability that an operation RandAugment has drawn is applied; timm's default is a half."""
     magnitude: Annotated[float, Meta(ge=0, le=LARGEST_MAGNITUDE)] = 9.0
     """Strength of RandAugment's operations, 0 to 10: the m of timm's rand-m9-mstd0.5-inc1."""
-    magnitude_std: NonNegative = 0.5
+    magnitude_std: FiniteNonNegative = 0.5
     """Standard deviation with which that strength is drawn anew for each operation."""
-    brightness: NonNegative = 0.0
+    brightness: FiniteNonNegative = 0.0
     """Colour jitter: a factor is drawn from 1 - brightness (at least 0) to 1 + brightness."""
-    contrast: NonNegative = 0.0
+    contrast: FiniteNonNegative = 0.0
     """The same for contrast."""
-    saturation: NonNegative = 0.0
+    saturation: FiniteNonNegative = 0.0
     """The same for saturation."""
     hue: Annotated[float, Meta(ge=0, le=0.5)] = 0.0
     """The hue is turned by up to this part of a whole turn either way."""
@@ -72,7 +73,7 @@ class Augmentation:
     """Probability that a rectangle is erased: filled with the mean colour (data.mean)."""
     erase_area: tuple[PositiveFraction, PositiveFraction] = (0.02, 1 / 3)
     """Smallest and largest part of the image that the rectangle covers."""
-    erase_ratio: tuple[Positive, Positive] = (0.3, 1 / 0.3)
+    erase_ratio: tuple[Ratio, Ratio] = (0.3, 1 / 0.3)
     """Smallest and largest height/width of the rectangle."""
     views: Annotated[int, Meta(ge=1, le=2)] = 1
     """2 gives two views of each image, with a crop, flip and augmentation of their own."""

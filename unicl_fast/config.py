@@ -21,6 +21,7 @@ from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
     Count,
+    FiniteNonNegative,
     Fraction,
     NonNegative,
     Positive,
@@ -197,10 +198,10 @@ class ObjectiveConfig:
     ignored. supcon compares two views of each image with all others, by label, without texts
     (data.augment must give two views). ce is cross-entropy over one learnt row for each class,
     without texts."""
-    mixup: NonNegative = 0.0
+    mixup: FiniteNonNegative = 0.0
     """Alpha of mixup between labelled images; 0 does none. Pairs are mixed with lambda from
     Beta(mixup, mixup). For unicl and ce."""
-    cutmix: NonNegative = 0.0
+    cutmix: FiniteNonNegative = 0.0
     """Alpha of CutMix between labelled images; 0 does none. As mixup, but rectangles are
     replaced."""
     mix_probability: Fraction = 1.0
@@ -349,7 +350,7 @@ class RunConfig:
     """Steps with a non-finite loss or gradient norm that are allowed. Each update is left out and
     logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this
     process are counted, not those before a resume."""
-    timeout_seconds: NonNegative = 600
+    timeout_seconds: FiniteNonNegative = 600
     """Longest wait for a batch, other ranks or storage; 0 sets no limit. A rank that waits longer
     has hung: it names its stage and ends the run with code 70. Before the first step is done the
     limit is 3 times as long; with efficiency.compile 6 times, for 16 steps and in evaluations."""

@@ -28,8 +28,9 @@ LARGEST_FLOAT = sys.float_info.max  # msgspec takes no infinite bounds; NaN is o
 Count = Annotated[int, Meta(ge=0, le=LARGEST_INT)]
 Fraction = Annotated[float, Meta(ge=0, le=1)]
 PositiveFraction = Annotated[float, Meta(gt=0, le=1)]
-NonNegative = Annotated[float, Meta(ge=0, le=LARGEST_FLOAT)]
-Positive = Annotated[float, Meta(gt=0, le=LARGEST_FLOAT)]
+NonNegative = Annotated[float, Meta(ge=0)]
+Positive = Annotated[float, Meta(gt=0)]
+FiniteNonNegative = Annotated[float, Meta(ge=0, le=LARGEST_FLOAT)]
 
 
 def require(condition: bool, message: str) -> None:
@@ -157,8 +158,9 @@ def _describe(kind: Any) -> str:
 def _describe_range(meta: Meta) -> str:
     low, high = (meta.ge if meta.gt is None else meta.gt), (meta.le if meta.lt is None else meta.lt)
     if high is None or high == LARGEST_INT:
-        return "" if low is None or low < 0 else f" of at least {low}"
-    if low is None or low == -LARGEST_FLOAT:
+        least = " above" if meta.ge is None else " of at least"
+        return "" if low is None or low < 0 else f"{least} {low}"
+    if low == -LARGEST_FLOAT:
         return " that is finite"
     if high != LARGEST_FLOAT and meta.ge is not None and meta.le is not None:
         return f" in {low} to {high}"
