@@ -13,13 +13,38 @@ from typing import TYPE_CHECKING
 # for two threads, which on a busy machine wait for each other longer than they compute.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import jaxtyping
 import pytest
 from hypothesis import settings
+
+import unicl_fast
 
 if TYPE_CHECKING:
     import torch
 
 _CHECKOUT = Path(__file__).resolve().parents[1]
+
+
+def _modules_with_shapes() -> list[str]:
+    """Import names of the library's files that annotate tensors with their shapes."""
+    library = Path(unicl_fast.__file__).parent
+    return [
+        ".".join(["unicl_fast", *path.relative_to(library).with_suffix("").parts])
+        for path in library.rglob("*.py")
+        if "from jaxtyping import" in path.read_text(encoding="utf-8")
+    ]
+
+
+# Before any of them is imported: shapes in annotations are checked at every call.
+jaxtyping.install_import_hook(_modules_with_shapes(), "shape_checks.check_types")
+
+
+@pytest.fixture
+def unchecked_shapes() -> Iterator[None]:
+    """For tests of the errors that users get, who have no such checks."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
 
 
 @pytest.fixture(scope="session")

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -87,6 +87,7 @@ class EvaluationBatch:
     """int64 [b] on the host."""
 
 
+@runtime_checkable
 class Loader(Protocol):
     """Feeds a trainer. A batch is valid until the next one is requested."""
 
@@ -97,6 +98,7 @@ class Loader(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
 class EvaluationLoader(Protocol):
     """Feeds an evaluation: over all ranks, each sample of a data set once an iteration."""
 

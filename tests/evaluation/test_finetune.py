@@ -92,7 +92,7 @@ def test_it_learns_a_few_images_by_heart(images: torch.Tensor, tmp_path: Path, m
 def test_what_cannot_be_trained_is_refused(images: torch.Tensor, tmp_path: Path) -> None:
     model = UniCL(tiny_config(precision="fp32"))
     loader = ListLoader([with_ids(global_batch(images))])
-    with pytest.raises(ValueError, match="sample 4 of the training pixels has no label"):
+    with pytest.raises(ValueError, match="sample 4 of the training images has no label"):
         finetune(
             model,
             FineTuned(model, 3),

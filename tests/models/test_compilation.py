@@ -27,6 +27,9 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import trainer as trainer_module
 from unicl_fast.training.trainer import Trainer
 
+# torch traces what is called; checks around it would be traced too
+pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
 
 @pytest.fixture(autouse=True)
 def fresh_dynamo() -> Iterator[None]:

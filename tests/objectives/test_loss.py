@@ -286,6 +286,7 @@ def test_padding_texts_of_count_zero_change_nothing(form: str) -> None:
         ),
     ],
 )
+@pytest.mark.usefixtures("unchecked_shapes")
 def test_shapes_that_do_not_fit_are_refused(arguments: dict, message: str) -> None:
     given_arguments = {
         "image_features": torch.ones(4, 16),

@@ -95,7 +95,7 @@ def mixed_by_hand(batch: Batch, config: TrainConfig) -> tuple[torch.Tensor, torc
     )
     mixed, shares = images.clone(), torch.zeros(len(images), len(names), dtype=torch.float64)
     for i in range(len(images)):
-        j, share = i ^ 1, draws.shares[i // 2]
+        j, share = i ^ 1, draws.lambdas[i // 2]
         top, bottom, left, right = draws.boxes[i // 2]
         if max(batch.class_ids[[i, j]]) >= 2**62:
             share = 1.0
@@ -150,10 +150,10 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
     pixels = encoder_input(batch.images, config)
     draws = draw_pairs(objective, seed=0, step=0, num_pairs=1, image_size=32)
     theirs = Mixup(mixup_alpha=mixup, cutmix_alpha=cutmix, label_smoothing=0.0, num_classes=5)
-    monkeypatch.setattr(theirs, "_params_per_batch", lambda: (draws.shares[0], cutmix > 0))
+    monkeypatch.setattr(theirs, "_params_per_batch", lambda: (draws.lambdas[0], cutmix > 0))
     monkeypatch.setattr(
         "timm.data.mixup.cutmix_bbox_and_lam",
-        lambda *_, **__: (draws.boxes[0], draws.shares[0]),
+        lambda *_, **__: (draws.boxes[0], draws.lambdas[0]),
     )
     expected, targets = theirs(pixels.clone(), batch.class_ids)
     mixed, labels = mix(pixels, batch, objective, seed=0, global_batch_size=2)
@@ -161,7 +161,7 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
     ours = torch.zeros(2, 5, dtype=torch.float64)
     ours.index_put_((labels.samples, labels.labels), labels.weights, accumulate=True)
     torch.testing.assert_close(ours, targets.double(), rtol=1e-6, atol=1e-6)
-    assert 0 < draws.shares[0] < 1
+    assert 0 < draws.lambdas[0] < 1
 
 
 def test_what_is_drawn_follows_its_law() -> None:
@@ -169,16 +169,16 @@ def test_what_is_drawn_follows_its_law() -> None:
     both = ObjectiveConfig(mixup=0.8, cutmix=1.0, mix_probability=0.5, cutmix_share=0.25)
     draws = draw_pairs(both, step=0, **settings)
     cuts = draws.boxes[:, 1] > draws.boxes[:, 0]
-    mixes = (draws.shares < 1) & ~cuts
+    mixes = (draws.lambdas < 1) & ~cuts
     assert cuts.mean() == pytest.approx(0.125, abs=0.03)
     assert mixes.mean() == pytest.approx(0.375, abs=0.03)
     # the variance of Beta(a, a) is 1 / (8a + 4)
-    assert draws.shares[mixes].var() == pytest.approx(1 / (8 * 0.8 + 4), abs=0.01)
+    assert draws.lambdas[mixes].var() == pytest.approx(1 / (8 * 0.8 + 4), abs=0.01)
     areas = np.diff(draws.boxes[:, :2]) * np.diff(draws.boxes[:, 2:])
-    np.testing.assert_allclose(1 - areas[:, 0][cuts] / 224**2, draws.shares[cuts])
+    np.testing.assert_allclose(1 - areas[:, 0][cuts] / 224**2, draws.lambdas[cuts])
     again = draw_pairs(both, step=0, **settings)
-    assert (again.shares == draws.shares).all()
-    assert (draw_pairs(both, step=1, **settings).shares != draws.shares).any()
+    assert (again.lambdas == draws.lambdas).all()
+    assert (draw_pairs(both, step=1, **settings).lambdas != draws.lambdas).any()
 
 
 def test_mixed_images_keep_their_memory_format(images: torch.Tensor) -> None:

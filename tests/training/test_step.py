@@ -21,7 +21,7 @@ from small_runs import global_batch, ragged_features, tiny_config
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.loss import unified_contrastive_loss
+from unicl_fast.objectives.loss import dense_loss, unified_contrastive_loss
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
@@ -129,23 +129,33 @@ def test_an_evaluation_sees_the_same_batchnorm_on_all_ranks(
         assert torch.equal(buffer, two[name]), name
 
 
-def test_the_step_takes_the_loss_of_the_plain_way(images: torch.Tensor) -> None:
-    """All texts encoded at full length, loss from the public function."""
-    config = tiny_config()
-    loss, _ = first_gradients(images, Ranks(), config)
+@pytest.mark.parametrize("form", ["dense", "tiled"])
+def test_a_training_step_is_the_public_function_on_its_features(
+    images: torch.Tensor, form: str
+) -> None:
+    """Loss and all gradients; texts are encoded at full length, one for each sample."""
+    config = tiny_config(loss=form)
+    loss, gradients = first_gradients(images, Ranks(), config)
     batch = global_batch(images)
     model = UniCL(config).double().train()
     model.set_drop_path_key(step=0, global_index=batch.global_index)
     pixels = normalise_images(
         batch.images, mean=config.data.mean, std=config.data.std, dtype=torch.float64
     )
-    plain = unified_contrastive_loss(
+    features = (
         model.encode_image(pixels),
         model.encode_text(batch.tokens[batch.text_index]),
         batch.class_ids,
         model.logit_scale.exp(),
     )
-    assert loss == pytest.approx(plain.item(), rel=1e-13)
+    for plain in (unified_contrastive_loss(*features), dense_loss(*features)):
+        assert loss == pytest.approx(plain.item(), rel=1e-13)
+        model.zero_grad()
+        plain.backward(retain_graph=True)
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(
+                gradients[name], parameter.grad, rtol=1e-9, atol=1e-13, msg=name
+            )
 
 
 def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> tuple:

@@ -190,7 +190,7 @@ class ConvPatchEmbed(PatchEmbed):  # type: ignore[misc]
 
 
 @register_model  # type: ignore[untyped-decorator]
-def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> SwinTransformer:
+def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
     """Patches of 4 pixels, windows of 4 patches, 96 and 192 channels: 2.1 M parameters.
 
     At 28 or 32 pixels the first stage has four windows, shifted in every other block, and the

@@ -1,4 +1,4 @@
-"""Numba kernels under `targets`: the distinct texts of a batch, and what their samples say of them.
+"""Numba kernels under `targets`: the distinct texts of a batch, and their samples' labels.
 
 Rows are uint16 [b, l], C-contiguous, padded with 0 at the end; callers check that.
 """
@@ -28,7 +28,7 @@ CAPTION_KEYS_START = 1 << 62
 def label_texts(
     labels: Int64Array, text_index: Int64Array, num_texts: int
 ) -> tuple[Int64Array, npt.NDArray[np.bool_], int]:
-    """What the samples of each distinct text say about its class.
+    """Finds what the samples of each distinct text say about its class.
 
     Returns:
         text_labels: int64 [u], the first label among a text's samples, -1 if they have none.
@@ -50,14 +50,14 @@ def label_texts(
 
 @kernel
 def group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> tuple[Any, ...]:
-    """The distinct texts of a batch and what is known of each, in one call.
+    """Finds the distinct texts of a batch and what is known of each, in one call.
 
     For small batches, where a call takes longer than what it does.
 
     Returns:
         tokens: uint16 [u, l], the distinct rows in order of first occurrence.
-        keys: int64 [u], the class ids that they have if nothing else says one.
-        index: int64 [b], which of them each row is.
+        keys: int64 [u], their class ids where no label and no prompt gives one.
+        index: int64 [b], the text of each row.
         counts: int64 [u].
         lengths: int64 [u], as of `row_lengths`.
         text_labels, unlabelled, num_conflicts: as of `label_texts`.
@@ -86,7 +86,7 @@ def group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> 
 def group_steps(rows: UInt16Array, labels: Int64Array, factors: UInt64Array, size: int) -> Any:
     """`group_texts` of consecutive batches of `size` rows.
 
-    What belongs to the texts of a batch begins where its rows begin, and is 0 behind the last text.
+    The entries of a batch's texts begin where its rows begin, and are 0 after its last text.
 
     Returns:
         tokens uint16 [b, l], index, counts, lengths and text_labels int64 [b]; of each batch

@@ -1,4 +1,4 @@
-"""Images, token rows and labels in memory to a `Batch`.
+"""Makes a `Batch` of images, token rows and labels in memory.
 
 For loaders that decode elsewhere, for notebooks and for tests; the DALI loader makes its batches
 in its own graph.
@@ -24,7 +24,7 @@ def collate(
     rank: int = 0,
     world_size: int = 1,
 ) -> Batch:
-    """One rank's share of a global batch, from the whole of it.
+    """Makes one rank's local batch from the samples of the global batch.
 
     Args:
         images: uint8 [n h w c], RGB.
@@ -32,8 +32,8 @@ def collate(
         labels: int64 [n]; -1 is a caption without a class.
         prompts: finds captions that are prompts of classes.
         step: optimizer step of the batch.
-        rank: which share to take.
-        world_size: number of shares; divides n.
+        rank: the rank whose local batch is made.
+        world_size: number of ranks; divides n.
     """
     n = len(images)
     if not n == len(tokens) == len(labels) or n % world_size:
@@ -41,8 +41,8 @@ def collate(
             f"expected as many images as tokens and labels, and a multiple of {world_size} ranks, "
             f"got {n}, {len(tokens)} and {len(labels)}"
         )
-    share = n // world_size
-    start, stop = rank * share, (rank + 1) * share
+    size = n // world_size
+    start, stop = rank * size, (rank + 1) * size
     targets = slice_targets(
         map_targets(tokens.numpy().astype(np.uint16), labels.numpy(), prompts), start, stop
     )

@@ -1,26 +1,23 @@
-"""The unified contrastive loss, a pure function of the tensors it is given.
+"""The unified contrastive loss: a pure function of features and class ids.
 
-Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022, equations 2 and
-3: with P(i) the samples of i's class, n samples, s the scale,
+Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022, equations 2 and 3.
+`dense_loss` is these equations as they are written. `unified_contrastive_loss` is the same number
+for every use: training, one rank or many, and the special cases CLIP, SupCon and cross-entropy.
 
-    L_i2t = 1/n sum_i -1/|P(i)| sum_{k in P(i)} log( exp(s u_i.v_k) / sum_j exp(s u_i.v_j) )
-    L_t2i = the same with images and texts exchanged
-    L     = (L_i2t + L_t2i) / 2
+Three things make it cheap, and none changes the result; docs/loss.md has the derivation:
 
-The columns of the logits are the DISTINCT texts with their counts m_j. Equal texts give equal
-columns, so this is exact: the sum over j becomes log-sum-exp of s u_i.v_j + log m_j, and column j
-stands for m_j terms of L_t2i.
+- Equal texts give equal columns of logits, so columns are the DISTINCT texts k with counts m_k:
+  a row's log-sum-exp adds log m_k, and the loss of column k counts m_k times.
+- The positives of an image need only the sum of the texts of its class (`positives.py`).
+- From 2^20 logits on no logit is stored (`loss_tiled.py`).
 
-The loss knows no ranks. It is made of pieces, so that `unicl_fast.training.step` can put the pieces
-of
-several ranks together: `compare` describes some images against all texts; rows are complete
-there; columns are merged over ranks; `losses` follow from both. Two forms give the same: the dense
-one, which is the formula, and the tiled one (`unicl_fast.objectives.loss_tiled`), which stores no
-logits.
+The loss knows no ranks. A rank compares its images with the texts of all ranks, so its rows are
+complete; its columns are completed by the function `merge` that the training step hands in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
@@ -28,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unicl_fast.config import LossForm
-from unicl_fast.objectives.loss_tiled import compare_tiled
+from unicl_fast.objectives.loss_tiled import tiled_statistics
 from unicl_fast.objectives.positives import Membership, as_membership, find_positives
 
 Directions = Literal["both", "i2t", "t2i"]
@@ -37,11 +34,35 @@ Directions = Literal["both", "i2t", "t2i"]
 _SMALLEST_TILED = 1 << 20
 
 
-class Statistics(NamedTuple):
-    """What the losses of images need to know about texts, or those of texts about images.
+def dense_loss(
+    image_features: Float[Tensor, "n d"],
+    text_features: Float[Tensor, "n d"],
+    class_ids: Int[Tensor, " n"],
+    scale: Float[Tensor, ""] | float,
+) -> Float[Tensor, ""]:
+    """The definition, for n samples with one text each: equations 2 and 3 of the paper.
 
-    Statistics of texts about disjoint sets of images merge by taking the log-sum-exp of
-    `log_sum_exp` and adding everything else.
+    With P(i) the samples of i's class, `class_ids` from TargetM (`targets.map_targets`):
+
+        L_i2t = 1/n sum_i -1/|P(i)| sum_{k in P(i)} log( exp(s u_i.v_k) / sum_j exp(s u_i.v_j) )
+        L_t2i = the same with images and texts exchanged
+        L     = (L_i2t + L_t2i) / 2
+
+    Everything else in this file computes this number, and tests compare it with this.
+    """
+    logits = scale * image_features @ text_features.T
+    positives = (class_ids[:, None] == class_ids[None, :]).to(logits.dtype)
+    targets = positives / positives.sum(dim=1, keepdim=True)  # the rows of TargetM's matrix
+    i2t = -(targets * logits.log_softmax(dim=1)).sum(dim=1).mean()
+    t2i = -(targets.T * logits.log_softmax(dim=0)).sum(dim=0).mean()
+    return (i2t + t2i) / 2
+
+
+class LogitStatistics(NamedTuple):
+    """Statistics of rows of logits (images) or of columns (texts), from which their losses follow.
+
+    Statistics of the same texts over disjoint sets of images merge by the log-sum-exp of
+    `log_sum_exp` and the sums of the others.
     """
 
     log_sum_exp: Float[Tensor, " n"]
@@ -49,7 +70,25 @@ class Statistics(NamedTuple):
     positive_sum: Float[Tensor, " n"]
     """Sum of the logits of its positives, times their weights."""
     positive_weight: Float[Tensor, " n"]
-    """Sum of the weights of its positives: how many there are, if nobody has several labels."""
+    """Sum of the weights of its positives: their number, if nobody has several labels."""
+
+    def losses(self) -> Float[Tensor, " n"]:
+        """The loss of each row or column; 0 without a positive."""
+        has_positive = self.positive_weight > 0
+        mean = self.positive_sum / torch.where(has_positive, self.positive_weight, 1)
+        return torch.where(has_positive, self.log_sum_exp - mean, 0)
+
+
+Merge = Callable[[LogitStatistics | None, Tensor], tuple[LogitStatistics | None, Tensor]]
+"""Takes this rank's column statistics (None where only rows are wanted) and its images' mean loss,
+returns both for the images of all ranks."""
+
+
+def one_rank(
+    columns: LogitStatistics | None, mean_loss: Tensor
+) -> tuple[LogitStatistics | None, Tensor]:
+    """The `Merge` of a process that holds all images: there is nothing to merge."""
+    return columns, mean_loss
 
 
 def unified_contrastive_loss(
@@ -63,6 +102,7 @@ def unified_contrastive_loss(
     exclude_self: bool = False,
     directions: Directions = "both",
     form: LossForm = "auto",
+    merge: Merge = one_rank,
 ) -> Float[Tensor, ""]:
     """The loss of images against texts; equal class ids are positives.
 
@@ -78,11 +118,15 @@ def unified_contrastive_loss(
         scale: factor of the products, exp(logit_scale).
         text_class_ids: int64 [u] or `Membership`; None takes `class_ids`, one text for each
             image.
-        text_counts: int64 [u], how many samples have each text; None means 1.
-        exclude_self: leave out the pairs (i, i), for two views of the same images (u = b).
+        text_counts: int64 [u], how many samples have each text; None means 1. A text of count 0 is
+            as if it were not there.
+        exclude_self: leave out the pairs (i, i), for two views of the same images; texts from b on
+            are those of other ranks.
         directions: which of the two terms to take; "both" is their mean.
         form: "dense" holds the logits [b u]; "tiled" computes them twice and holds O((b + u) d);
             "auto" takes the faster one for the size.
+        merge: completes the statistics where other ranks hold other images of the same batch, as
+            many each, and the texts are those of all ranks.
 
     Returns:
         A scalar, in fp64 if features are, else in fp32 whatever their type. An image or
@@ -99,7 +143,7 @@ def unified_contrastive_loss(
         image_features, text_features, class_ids, text_class_ids, text_counts, exclude_self
     )
     with torch.autocast(image_features.device.type, enabled=False):
-        rows, columns = compare(
+        rows, columns = logit_statistics(
             image_features,
             text_features,
             class_ids,
@@ -109,19 +153,19 @@ def unified_contrastive_loss(
             exclude_self=exclude_self,
             form=form,
         )
-        i2t = losses(rows).mean()
+        wants_columns = directions != "i2t"
+        merged, i2t = merge(columns if wants_columns else None, rows.losses().mean())
+        if merged is None:
+            return i2t
+        of_texts = merged.losses()
         if text_counts is None:
-            t2i = losses(columns).mean()
+            t2i = of_texts.mean()
         else:
-            t2i = (text_counts * losses(columns)).sum() / text_counts.sum()
-    if directions == "i2t":
-        return i2t
-    if directions == "t2i":
-        return t2i
-    return (i2t + t2i) / 2
+            t2i = (text_counts * of_texts).sum() / text_counts.sum()
+        return t2i if directions == "t2i" else (i2t + t2i) / 2
 
 
-def compare(
+def logit_statistics(
     image_features: Float[Tensor, "b d"],
     text_features: Float[Tensor, "u d"],
     class_ids: Int[Tensor, " b"] | Membership,
@@ -131,11 +175,10 @@ def compare(
     *,
     exclude_self: bool = False,
     form: LossForm = "auto",
-) -> tuple[Statistics, Statistics]:
-    """Some images against all texts: what is known then about the images and about the texts.
+) -> tuple[LogitStatistics, LogitStatistics]:
+    """Statistics of the rows (images) and of the columns (texts) of the logits s u_i.v_k.
 
-    A text of count 0 is as if it were not there, so ranks may pad their texts. With `exclude_self`
-    more "texts" may follow than there are images: those of other ranks.
+    Arguments as of `unified_contrastive_loss`.
     """
     b, u = len(image_features), len(text_features)
     if form == "auto":
@@ -151,7 +194,7 @@ def compare(
     if form == "dense":
         weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
         logits = scale * (image_features @ text_features.T)
-        return _compare_dense(logits, weights, counts, exclude_self=exclude_self)
+        return _dense_statistics(logits, weights, counts, exclude_self=exclude_self)
     positives = find_positives(
         class_ids,
         text_class_ids,
@@ -160,7 +203,7 @@ def compare(
         dtype=arithmetic,
         exclude_self=exclude_self,
     )
-    compared = compare_tiled(
+    row_logs, column_logs, row_sums, column_sums = tiled_statistics(
         image_features,
         text_features,
         scale,
@@ -168,35 +211,22 @@ def compare(
         positives=positives,
         exclude_self=exclude_self,
     )
-    rows = Statistics(
-        compared.row_log_sum_exp,
-        compared.row_positive_sum,
-        positives.times(scale.new_ones(u, 1), counts).squeeze(1),
+    row_weights = positives.times(scale.new_ones(u, 1), counts).squeeze(1)
+    column_weights = positives.transposed_times(scale.new_ones(b, 1)).squeeze(1)
+    return (
+        LogitStatistics(row_logs, row_sums, row_weights),
+        LogitStatistics(column_logs, column_sums, column_weights),
     )
-    columns = Statistics(
-        compared.column_log_sum_exp,
-        compared.column_positive_sum,
-        positives.transposed_times(scale.new_ones(b, 1)).squeeze(1),
-    )
-    return rows, columns
 
 
-def losses(statistics: Statistics) -> Float[Tensor, " n"]:
-    """Loss of each image, or of each text; 0 without a positive."""
-    log_sum_exp, positive_sum, positive_weight = statistics
-    has_positive = positive_weight > 0
-    mean = positive_sum / torch.where(has_positive, positive_weight, 1)
-    return torch.where(has_positive, log_sum_exp - mean, 0)
-
-
-def _compare_dense(
+def _dense_statistics(
     logits: Float[Tensor, "b u"],
     weights: Tensor,
     counts: Float[Tensor, " u"] | None,
     *,
     exclude_self: bool,
-) -> tuple[Statistics, Statistics]:
-    """The formula as it is written, from all logits and the matrix of positives [b u]."""
+) -> tuple[LogitStatistics, LogitStatistics]:
+    """From all logits [b u] and the weights of all pairs as positives [b u]."""
     if exclude_self:
         itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
         weights = weights.masked_fill(itself, 0)
@@ -204,8 +234,8 @@ def _compare_dense(
         logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
     weighted = weights * logits
 
-    def statistics(logits: Tensor, dim: int) -> Statistics:
-        return Statistics(
+    def statistics(logits: Tensor, dim: int) -> LogitStatistics:
+        return LogitStatistics(
             logits.logsumexp(dim), weighted.sum(dim), weights.sum(dim, dtype=logits.dtype)
         )
 
@@ -223,7 +253,7 @@ def _positive_weights(
     u: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """[b u]: whether they share the class, or how much of their labels."""
+    """The pairs' weights as positives [b u]: 1 in one class, (Y Y^T)_ik with several labels."""
     if isinstance(class_ids, Tensor) and isinstance(text_class_ids, Tensor):
         return class_ids.unsqueeze(1) == text_class_ids.unsqueeze(0)
     images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
@@ -264,10 +294,10 @@ def _check_shapes(
     for membership in (class_ids, text_class_ids):
         if isinstance(membership, Membership):
             _check_membership(membership, exclude_self)
-    if exclude_self and (b != u or text_counts is not None):
+    if exclude_self and (u < b or text_counts is not None):
         raise ValueError(
-            "exclude_self compares the images with themselves: it takes as many text features "
-            f"as image features and no text_counts, got {u} for {b}"
+            "exclude_self compares the images with themselves: it takes the image features as the "
+            f"first text features and no text_counts, got {u} text features for {b} images"
         )
 
 

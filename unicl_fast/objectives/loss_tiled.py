@@ -1,9 +1,9 @@
-"""Images against texts in one pass over tiles of the logits, storing none of them.
+"""Statistics of the logits from tiles that are computed, used and overwritten: none is stored.
 
-Apart from `unicl_fast.objectives.loss`, which says what the loss is, because this says how to get
-its pieces in O((b + u) d) memory: log-sum-exps of rows AND columns from the same tiles, positives
-from class sums, and a backward pass that multiplies the tiles again (one product, then two for the
-gradients). Ordinary torch operations, for any device. docs/loss.md has the prices.
+`loss.py` says what the loss is; this file says how its statistics come in O((b + u) d) memory:
+log-sum-exps of rows AND columns from the same tiles, positives from class sums, and a backward pass
+that multiplies the tiles again (one product, then two for the gradients). Ordinary torch
+operations, for any device. docs/loss.md has the prices.
 
 Exponentials are taken with base 2: the logits are multiplied by log2(e) along with the scale, and
 `exp2` costs a third of `exp` on the CPU.
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -28,20 +28,7 @@ LARGEST_TILE = {"cpu": 1024, "cuda": 4096}
 run at full rate; on a GPU tiles are there to bound memory, and large ones fill it."""
 
 
-class TiledComparison(NamedTuple):
-    """Differentiable in features and scale."""
-
-    row_log_sum_exp: Float[Tensor, " b"]
-    """log sum_k m_k exp(s u_i.v_k)."""
-    column_log_sum_exp: Float[Tensor, " u"]
-    """log sum_i exp(s u_i.v_k)."""
-    row_positive_sum: Float[Tensor, " b"]
-    """sum_k W_ik m_k s u_i.v_k."""
-    column_positive_sum: Float[Tensor, " u"]
-    """sum_i W_ik s u_i.v_k."""
-
-
-def compare_tiled(
+def tiled_statistics(
     image_features: Float[Tensor, "b d"],
     text_features: Float[Tensor, "u d"],
     scale: Float[Tensor, ""],
@@ -49,8 +36,8 @@ def compare_tiled(
     counts: Float[Tensor, " u"] | None,
     positives: Positives,
     exclude_self: bool,
-) -> TiledComparison:
-    """What the losses of images and texts are made of.
+) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"], Float[Tensor, " b"], Float[Tensor, " u"]]:
+    """Statistics of rows and columns of the logits, differentiable in features and scale.
 
     Args:
         image_features: fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
@@ -60,14 +47,18 @@ def compare_tiled(
         counts: m_k in the type of the scale; 0 is a text that is not there; None means 1.
         positives: W, in the type of the scale.
         exclude_self: leave the pairs (i, i) out of the log-sum-exps.
+
+    Returns:
+        log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,
+        sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
     """
-    outputs = _Compare.apply(  # type: ignore[no-untyped-call]
+    statistics: tuple[Tensor, Tensor, Tensor, Tensor] = _TiledStatistics.apply(  # type: ignore[no-untyped-call]
         image_features, text_features, scale, counts, positives, exclude_self
     )
-    return TiledComparison(*outputs)
+    return statistics
 
 
-class _Compare(torch.autograd.Function):
+class _TiledStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -210,7 +201,7 @@ def _log2_sum_exps(tiles: _Tiles, log2_counts: Tensor | None) -> tuple[Tensor, T
 
 
 def _accumulate(logits: Tensor, spare: Tensor, dim: int, maxima: Tensor, sums: Tensor) -> None:
-    """Brings running sums to the new maxima and adds a tile's exponentials."""
+    """Rescales running sums to the new maxima and adds a tile's exponentials."""
     grown = torch.maximum(maxima, logits.amax(dim))
     sums.mul_((maxima - grown).exp2_())
     maxima.copy_(grown)

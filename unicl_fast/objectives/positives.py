@@ -1,4 +1,4 @@
-"""Which texts are positives of which images, as sums over classes instead of a [b u] matrix.
+"""The positives of each image and text, as sums over classes instead of a [b u] matrix.
 
 A sample is in classes with weights: in one with weight 1 if it has a class id, in several if it
 has several labels or is mixed of two images. With Y the sparse matrix of these weights, one row
@@ -27,11 +27,11 @@ class Membership(NamedTuple):
     """Samples that have several labels, as the entries of a sparse matrix [samples, labels]."""
 
     samples: Int[Tensor, " e"]
-    """Which sample, from 0."""
+    """The sample of each entry, from 0."""
     labels: Int[Tensor, " e"]
-    """Which label, any int64. The weights of a pair (sample, label) that stands twice add up."""
+    """The label of each entry, any int64. Entries of the same pair (sample, label) add up."""
     weights: Float[Tensor, " e"]
-    """How much of it, at least 0: 1 for a plain label, the share for mixed images."""
+    """The weight of each entry, at least 0: 1 for a plain label, lambda for mixed images."""
 
 
 class SparseRows(NamedTuple):
@@ -54,7 +54,7 @@ class SparseRows(NamedTuple):
 
 
 class Positives(NamedTuple):
-    """The matrix W of images and texts as a product of sparse ones; knows only how to multiply.
+    """The matrix W of images and texts as a product of sparse ones, which only multiplies.
 
     Nothing here is differentiated by autograd: W is constant, and the loss's gradient is again a
     product with W or its transpose.
@@ -65,7 +65,7 @@ class Positives(NamedTuple):
     classes_of_texts: SparseRows
     images_of_classes: SparseRows
     of_itself: Float[Tensor, " b"] | None
-    """With the pairs (i, i) left out: their weights, to be taken off again."""
+    """The weights of the pairs (i, i) where these are left out, to be subtracted."""
 
     def times(
         self, texts: Float[Tensor, "u d"], weights: Float[Tensor, " u"] | None = None
@@ -99,7 +99,7 @@ def find_positives(
     dtype: torch.dtype,
     exclude_self: bool = False,
 ) -> Positives:
-    """Finds who shares classes with whom.
+    """Prepares the products with W, from the class ids of images and texts.
 
     Args:
         class_ids: of the images; values that no text has are allowed.
@@ -111,20 +111,20 @@ def find_positives(
     """
     images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
     known = texts.labels.sort().values
-    # a label's place in the table is where it first stands among the sorted labels of the texts
-    text_places = torch.searchsorted(known, texts.labels)
-    image_places = torch.searchsorted(known, images.labels).clamp(max=len(known) - 1)
-    image_weights = images.weights * (known[image_places] == images.labels)
+    # a label's row in the table is its first position among the sorted labels of the texts
+    text_rows = torch.searchsorted(known, texts.labels)
+    image_rows = torch.searchsorted(known, images.labels).clamp(max=len(known) - 1)
+    image_weights = images.weights * (known[image_rows] == images.labels)
     of_itself = None
     if exclude_self:
         assert isinstance(class_ids, Tensor)
         assert isinstance(text_class_ids, Tensor)
         of_itself = (class_ids == text_class_ids[: len(class_ids)]).to(dtype)
     return Positives(
-        _by_rows(images.samples, image_places, image_weights, num_rows=num_images),
-        _by_rows(text_places, texts.samples, texts.weights, num_rows=len(known)),
-        _by_rows(texts.samples, text_places, texts.weights, num_rows=num_texts),
-        _by_rows(image_places, images.samples, image_weights, num_rows=len(known)),
+        _by_rows(images.samples, image_rows, image_weights, num_rows=num_images),
+        _by_rows(text_rows, texts.samples, texts.weights, num_rows=len(known)),
+        _by_rows(texts.samples, text_rows, texts.weights, num_rows=num_texts),
+        _by_rows(image_rows, images.samples, image_weights, num_rows=len(known)),
         of_itself,
     )
 

@@ -1,15 +1,14 @@
-"""The target map of UniCL (the paper's Algorithm 1): labels and token rows -> class ids.
+"""TargetM, the paper's Algorithm 1: from labels and token rows to class ids.
 
-Two samples are positives of each other when their class ids are equal. This module decides the
-ids of one batch, and finds equal texts so that each is encoded once. It works on the host, on
-NumPy arrays; making tensors of the result is left to the loader, positives to the loss. The loops
-are in `_targets_numba`.
+Two samples are positives of each other when their class ids are equal. `map_targets` decides the
+ids of one batch and finds equal texts, so that each is encoded once. It works on the host, on NumPy
+arrays; the loops are in `_target_kernels`. The loss turns ids into positives.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -41,10 +40,10 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TargetSteps:
-    """Targets of several batches of one size, one behind the other.
+    """Targets of several batches of one size, concatenated.
 
-    Fields as of `Targets`; what belongs to the texts of a batch begins where its samples begin, and
-    means nothing behind its last text.
+    Fields as of `Targets`; the entries of a batch's texts begin where its samples begin, and those
+    after its last text mean nothing.
     """
 
     size: int
@@ -58,8 +57,9 @@ class TargetSteps:
     text_lengths: Int64Array
 
 
+@runtime_checkable
 class PromptLookup(Protocol):
-    """Knows which texts are prompts of classes; `prompts.ClassPrompts` is one."""
+    """Finds the class that has a text as a prompt; `prompts.ClassPrompts` is one."""
 
     def lookup(self, rows: UInt16Array) -> Int64Array:
         """uint16 [k l] -> int64 [k]: the class that has this row as a prompt, -1 if none has."""
@@ -72,7 +72,7 @@ def map_targets(
     prompts: PromptLookup | None = None,
     unique: bool = True,
 ) -> Targets:
-    """Gives every sample a class id, and finds the distinct texts.
+    """TargetM (Algorithm 1 of the paper): gives every sample a class id, and finds distinct texts.
 
     The class of a text, and of all its samples:
 
@@ -80,10 +80,14 @@ def map_targets(
     2. if some of its samples have no label: the class that has this text as a prompt;
     3. if that leaves several classes, they are one class in this batch, under the smallest id;
     4. if it leaves none: a key of the tokens, in [2**62, 2**63). The same text has the same key on
-       every rank and whatever its padding, so that ranks agree without talking.
+       every rank and whatever its padding.
 
-    Rules 1 and 3 see the labels of the rows given. So that the result is the same for any number
-    of ranks, each of them maps the whole global batch and takes its part with `slice_targets`.
+    The loader maps each rank's local batch by itself, and ranks agree without talking: in a packed
+    data set a text with a label is always a prompt of its class, and `ClassPrompts` has joined the
+    classes that share a prompt before training, so the class of a text never depends on the other
+    samples of the batch. Where rows and labels come from elsewhere, rules 1 and 3 may depend on
+    them: then every rank maps the global batch and takes its part with `slice_targets`, as
+    `collate` does.
 
     Args:
         rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
@@ -126,7 +130,7 @@ def map_targets(
 def map_steps(
     rows: UInt16Array, labels: Int64Array, prompts: PromptLookup | None, *, size: int
 ) -> TargetSteps:
-    """`map_targets` of consecutive batches of `size` samples, for batches so small that calls cost.
+    """`map_targets` of consecutive batches of `size` samples, in one call for small batches.
 
     Args:
         rows: as of `map_targets`, of all batches.
@@ -178,12 +182,12 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
         targets.text_index[start:stop], return_index=True, return_inverse=True, return_counts=True
     )
     order = np.argsort(first)
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))
+    position = np.empty_like(order)
+    position[order] = np.arange(len(order))
     texts = texts[order]
     return Targets(
         tokens=targets.tokens[texts],
-        text_index=place[inverse],
+        text_index=position[inverse],
         class_ids=targets.class_ids[start:stop],
         text_class_ids=targets.text_class_ids[texts],
         text_counts=counts[order],
@@ -224,7 +228,7 @@ def _classes_of_texts(
 
 
 def _check(rows: UInt16Array, labels: Int64Array) -> tuple[UInt16Array, Int64Array]:
-    """The two arrays in the layout that the kernels take (a copy only where it must be)."""
+    """Checks both arrays and returns them in the kernels' layout (a copy only where needed)."""
     if rows.ndim != 2 or rows.dtype != np.uint16:
         raise ValueError(f"rows must be uint16 [b, l], not {rows.dtype} {list(rows.shape)}")
     if len(rows) == 0:

@@ -10,6 +10,7 @@ The Numba functions serve the host, `uniform_tensor` is the torch twin for a dev
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -49,6 +50,47 @@ def random_unit(key: Any, counter: Any) -> Any:
 def random_below(key: Any, counter: Any, bound: Any) -> Any:
     """int64 in [0, bound), number `counter` of the stream `key`; bias below bound / 2**53."""
     return np.int64(random_unit(key, counter) * np.float64(bound))
+
+
+@kernel
+def random_units(key: Any, counters: Any) -> Any:
+    """`random_unit` of several counters: float64 [n]."""
+    drawn = np.empty(counters.size, np.float64)
+    for i in range(counters.size):
+        drawn[i] = random_unit(key, counters[i])
+    return drawn
+
+
+@kernel
+def random_betas(key: Any, counters: Any, alpha: Any) -> Any:
+    """Numbers from Beta(alpha, alpha), one for each counter: float64 [n].
+
+    As the ratio of two gamma variates, in logarithms, so that a small alpha does not underflow.
+    """
+    drawn = np.empty(counters.size, np.float64)
+    for i in range(counters.size):
+        stream = random_bits(key, counters[i])
+        one = _log_gamma_variate(random_bits(stream, 0), alpha)
+        other = _log_gamma_variate(random_bits(stream, 1), alpha)
+        drawn[i] = 1 / (1 + math.exp(min(other - one, 700.0)))
+    return drawn
+
+
+@kernel
+def _log_gamma_variate(key: Any, shape: Any) -> Any:
+    """Logarithm of a Gamma(shape, 1) variate (Marsaglia and Tsang, ACM TOMS 26, 2000)."""
+    d = shape + 1 - 1 / 3  # of Gamma(shape + 1), brought down to shape by a power of a uniform
+    c = 1 / math.sqrt(9 * d)
+    counter = 1
+    while True:
+        radius = math.sqrt(-2 * math.log(1 - random_unit(key, counter)))
+        normal = radius * math.cos(2 * math.pi * random_unit(key, counter + 1))
+        cube = (1 + c * normal) ** 3
+        uniform = 1 - random_unit(key, counter + 2)
+        counter += 3
+        if cube > 0 and math.log(uniform) < normal**2 / 2 + d * (1 - cube + math.log(cube)):
+            break
+    return math.log(d * cube) + math.log(1 - random_unit(key, 0)) / shape
 
 
 def fold_key(*parts: int) -> int:

@@ -8,7 +8,7 @@ added up as for a classifier. But it sees a sample only through its feature, whi
     3. encode each micro-batch once more, with a graph, and back-propagate its features' gradient.
 
 The result is the plain step's, up to the order of summation: drop path is a function of a
-sample's place in the global batch, so both passes drop the same branches and no generator has to
+sample's global index in the batch, so both forward passes drop the same branches and no generator has to
 be rewound. The price is one more forward pass, about 4/3 of the time; what is saved is all
 activations but those of one micro-batch. The idea: Gao et al., "Scaling Deep Contrastive Learning
 Batch Size under Memory Limited Setup", 2021 (arXiv 2101.06983).
@@ -32,7 +32,7 @@ from unicl_fast.training.step import Encode, contrast_over_ranks, encoder_input,
 
 
 def refuse_batch_statistics(model: nn.Module) -> None:
-    """What depends on the other images of a micro-batch cannot equal the whole batch.
+    """Refuses models whose features depend on the other images of a micro-batch.
 
     Raises:
         ValueError: the model has BatchNorm.
@@ -48,7 +48,7 @@ def refuse_batch_statistics(model: nn.Module) -> None:
 
 
 def refuse_without_texts(objective: ObjectiveConfig) -> None:
-    """Micro-batches are of images and texts.
+    """Refuses objectives without texts: micro-batches are of images and texts.
 
     Raises:
         ValueError: an objective without texts.
@@ -76,9 +76,9 @@ def back_propagate_in_micro_batches(
         model: the bare model, for passes whose gradients are not yet reduced over ranks.
         encode: its DDP wrapper, or the model itself where there is one rank. It sees the last
             micro-batch only, when all other gradients are there: one reduction a step.
-        batch: this rank's share, on the model's device.
-        config: the run's settings; `efficiency.micro_batch_size` pixels, and as many distinct
-            texts, go through an encoder at once. It need not divide the share.
+        batch: the local batch, on the model's device.
+        config: the run's settings; `efficiency.micro_batch_size` images, and as many distinct
+            texts, go through an encoder at once. It need not divide the local batch.
         ranks: this process among its peers.
         scale_loss: loss -> what is differentiated.
 
@@ -96,7 +96,7 @@ def back_propagate_in_micro_batches(
         model.set_drop_path_key(step=batch.step, global_index=global_index)
         return encoder_input(images, config)
 
-    # one autocast for the whole pass: the weights are cast once
+    # one autocast for all micro-batches: the weights are cast once
     with torch.no_grad(), precision.autocast(device_type):
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
         text_features = torch.cat([model.encode_text(*rows) for rows in texts])
@@ -136,13 +136,13 @@ def back_propagate_in_micro_batches(
 
 
 def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """On from the gradients of features, without those that have no graph, as a fixed scale."""
+    """Continues from the gradients of features, without those that have no graph (a fixed scale)."""
     learnt = [pair for pair in zip(features, gradients, strict=True) if pair[0].requires_grad]
     torch.autograd.backward([feature for feature, _ in learnt], [one for _, one in learnt])
 
 
 def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:
-    """The batch with some of its texts each; distinct ones are cut to their own piece's longest."""
+    """Splits the texts of a batch; each piece is as long as its own longest text."""
     names: tuple[str, ...]
     if config.efficiency.unique_texts:
         num_texts = len(batch.tokens)

@@ -1,12 +1,12 @@
-"""One step's forward half: a batch and a model to the loss of the global batch.
+"""The forward half of a step: from a batch and a model to the loss of the global batch.
 
     encode  this rank's images and distinct texts
     gather  the texts of all ranks, with gradient; images stay where they are
-    loss    this rank's rows are complete; column statistics are merged over ranks
+    loss    `unified_contrastive_loss`, whose column statistics are merged over ranks
 
-The other objectives are the same loss of other operands: for SupCon the texts are the images
-themselves, seen twice; for cross-entropy they are one learnt row for each class, and there is
-nothing to gather. docs/objectives.md.
+The other objectives are the same loss with other operands: for SupCon the texts are the images
+themselves, seen twice; for cross-entropy they are one learnt row for each class, and nothing is
+gathered. docs/objectives.md.
 
 Every rank ends with the same scalar. Its gradient with respect to a rank's own features is exact,
 so summing parameter gradients over ranks gives the gradient of one process on the joined batch.
@@ -31,13 +31,18 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.models.compilation import pad_texts, round_up_length
 from unicl_fast.models.precision import Precision, normalise_images
-from unicl_fast.objectives.loss import Statistics, compare, losses
+from unicl_fast.objectives.loss import (
+    LogitStatistics,
+    Merge,
+    one_rank,
+    unified_contrastive_loss,
+)
 from unicl_fast.objectives.mixup import mix
 from unicl_fast.objectives.positives import Membership
 
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
-"""The model, or its DDP wrapper: images and, where there are texts, tokens and how many of them
-to compute, to image features, what they are compared with, and the scale."""
+"""The model, or its DDP wrapper: from images and, where there are texts, tokens and how many of
+them to compute, to image features, the features they are compared with, and the scale."""
 
 
 def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
@@ -45,7 +50,7 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
 
     Args:
         encode: see `Encode`.
-        batch: this rank's share, on the model's device.
+        batch: the local batch, on the model's device.
         config: the run's settings.
         ranks: this process among its peers.
 
@@ -103,14 +108,14 @@ def shown_images(batch: Batch) -> Tensor:
 
 
 def shown_indices(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
-    """Places of `shown_images` in the global batch; second views stand behind all first ones."""
+    """Global index of each of `shown_images`; second views come after all first views."""
     if batch.second_images is None:
         return batch.global_index
     return torch.cat([batch.global_index, batch.global_index + global_batch_size])
 
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
-    """Decoded images uint8 [b h w c] as the image encoder takes them: normalised [b c h w]."""
+    """Turns decoded images uint8 [b h w c] into the image encoder's input: normalised [b c h w]."""
     return normalise_images(
         images,
         mean=config.data.mean,
@@ -121,11 +126,11 @@ def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
 
 
 def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | None, Tensor, Tensor]:
-    """What to encode, as `efficiency` wants it.
+    """Selects the texts to encode, as `efficiency` says.
 
     Returns:
-        Token rows [u l]; how many of their tokens to compute, None for all with the padding; class
-        ids [u] and counts [u] of the texts. Where encoders are compiled, sizes are rounded up.
+        Token rows [u l]; the number of their tokens to compute, None for all with the padding;
+        class ids [u] and counts [u] of the texts. For compiled encoders sizes are rounded up.
     """
     efficiency = config.efficiency
     tokens = batch.tokens
@@ -151,7 +156,7 @@ def contrast_over_ranks(
     ranks: Ranks,
     form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
-    """`unified_contrastive_loss` of the features of all ranks, each logit computed once."""
+    """UniCL and CLIP: this rank's images against all ranks' texts, each logit computed once."""
     sizes = gather_integers(len(text_features), ranks)
     text_features = gather_rows(text_features, sizes)
     if isinstance(text_class_ids, Membership):
@@ -160,13 +165,16 @@ def contrast_over_ranks(
     else:
         facts = torch.stack([text_class_ids, text_counts], dim=1)
         text_class_ids, text_counts = gather_rows(facts, sizes).T.contiguous()
-    with torch.autocast(image_features.device.type, enabled=False):
-        rows, mine = compare(
-            image_features, text_features, class_ids, text_class_ids, text_counts, scale, form=form
-        )
-        columns, i2t = _merge_over_ranks(mine, losses(rows).sum(), ranks)
-        t2i = (text_counts * losses(columns)).sum()
-    return (i2t + t2i) / (2 * text_counts.sum())
+    return unified_contrastive_loss(
+        image_features,
+        text_features,
+        class_ids,
+        scale,
+        text_class_ids=text_class_ids,
+        text_counts=text_counts,
+        form=form,
+        merge=merge_over(ranks),
+    )
 
 
 def contrast_views_over_ranks(
@@ -177,27 +185,31 @@ def contrast_views_over_ranks(
     ranks: Ranks,
     form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
-    """SupCon (Khosla et al., arXiv 2004.11362, L_out) of all ranks' views, themselves left out.
+    """SupCon (Khosla et al., arXiv 2004.11362, L_out): the views of all ranks against each other.
 
-    Every view is a row and a column, so both directions are the same.
+    Every view is a row and a column, so one direction is the mean of both.
 
     Args:
         features: unit norm, this rank's first views and then its second ones.
-        class_ids: of these.
+        class_ids: their classes.
         scale: 1 / temperature.
-        ranks: who holds the others; as many each.
-        form: as in `loss`.
+        ranks: hold as many views each.
+        form: as in `unified_contrastive_loss`.
     """
     sizes = [len(features)] * ranks.world_size
-    # one's own first: row i is column i on every rank
+    # a rank's own views first, so that the pair of a view with itself is (i, i) on every rank
     shift = -ranks.rank * len(features)
-    others = gather_rows(features, sizes).roll(shift, 0)
-    other_ids = gather_rows(class_ids, sizes).roll(shift, 0)
-    with torch.autocast(features.device.type, enabled=False):
-        rows, _ = compare(
-            features, others, class_ids, other_ids, None, scale, exclude_self=True, form=form
-        )
-        return sum_over_ranks(losses(rows).sum(), ranks) / len(others)
+    return unified_contrastive_loss(
+        features,
+        gather_rows(features, sizes).roll(shift, 0),
+        class_ids,
+        scale,
+        text_class_ids=gather_rows(class_ids, sizes).roll(shift, 0),
+        exclude_self=True,
+        directions="i2t",
+        form=form,
+        merge=merge_over(ranks),
+    )
 
 
 def classify_over_ranks(
@@ -209,26 +221,56 @@ def classify_over_ranks(
     ranks: Ranks,
     form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
-    """Cross-entropy of the products with k learnt rows: images to texts alone.
+    """Cross-entropy: this rank's images against k learnt rows, which all ranks have.
 
     Args:
         features: this rank's.
         class_rows: equal on all ranks.
-        labels: which of the rows, 0 to k - 1; several in parts for mixed images.
-        scale: of the products; a model's is 1 (a number would be copied to the device).
-        ranks: who holds the other images; as many each.
-        form: as in `loss`.
+        labels: the row of each image, 0 to k - 1; several with weights for mixed images.
+        scale: factor of the products; a model's is 1 (a number would be copied to the device).
+        ranks: hold as many images each.
+        form: as in `unified_contrastive_loss`.
     """
-    numbers = torch.arange(len(class_rows), device=class_rows.device)
-    with torch.autocast(features.device.type, enabled=False):
-        rows, _ = compare(features, class_rows, labels, numbers, None, scale, form=form)
-        return sum_over_ranks(losses(rows).mean(), ranks) / ranks.world_size
+    return unified_contrastive_loss(
+        features,
+        class_rows,
+        labels,
+        scale,
+        text_class_ids=torch.arange(len(class_rows), device=class_rows.device),
+        directions="i2t",
+        form=form,
+        merge=merge_over(ranks),
+    )
+
+
+def merge_over(ranks: Ranks) -> Merge:
+    """Completes the loss's statistics over ranks that hold disjoint images and the same texts.
+
+    Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1], with
+    the images' mean loss among them.
+    """
+    if ranks.world_size == 1:
+        return one_rank
+
+    def merge(
+        columns: LogitStatistics | None, mean_loss: Tensor
+    ) -> tuple[LogitStatistics | None, Tensor]:
+        mean_loss = mean_loss / ranks.world_size
+        if columns is None:
+            return None, sum_over_ranks(mean_loss, ranks)
+        maximum = max_over_ranks(columns.log_sum_exp.detach(), ranks)
+        parts = (columns.log_sum_exp - maximum).exp(), columns.positive_sum, columns.positive_weight
+        sums = sum_over_ranks(torch.cat([*parts, mean_loss.reshape(1)]), ranks)
+        exp_sum, positive_sum, positive_weight = sums[:-1].view(3, -1)
+        return LogitStatistics(maximum + exp_sum.log(), positive_sum, positive_weight), sums[-1]
+
+    return merge
 
 
 def _rows_of_classes(
     class_ids: Tensor | Membership, num_classes: tuple[int, ...]
 ) -> Tensor | Membership:
-    """Class ids (`prompts.ClassPrompts`: data set * 2**32 + label) to rows of the classifier."""
+    """Maps class ids (data set * 2**32 + label, see `ClassPrompts`) to rows of the classifier."""
     if isinstance(class_ids, Membership):
         labels = _rows_of_classes(class_ids.labels, num_classes)
         assert isinstance(labels, Tensor)
@@ -242,7 +284,7 @@ def _rows_of_classes(
 
 
 def _gather_membership(membership: Membership, sizes: list[int], ranks: Ranks) -> Membership:
-    """Entries of all ranks, samples numbered through."""
+    """Joins the entries of all ranks; samples are numbered as in the joined batch."""
     samples, labels, weights = membership
     entries = gather_integers(len(samples), ranks)
     return Membership(
@@ -250,19 +292,3 @@ def _gather_membership(membership: Membership, sizes: list[int], ranks: Ranks) -
         gather_rows(labels, entries),
         gather_rows(weights, entries),
     )
-
-
-def _merge_over_ranks(
-    mine: Statistics, loss_sum: Tensor, ranks: Ranks
-) -> tuple[Statistics, Tensor]:
-    """What all ranks' images together say about the texts, and their losses' sum.
-
-    Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1].
-    """
-    if ranks.world_size == 1:
-        return mine, loss_sum
-    maximum = max_over_ranks(mine.log_sum_exp.detach(), ranks)
-    parts = (mine.log_sum_exp - maximum).exp(), mine.positive_sum, mine.positive_weight
-    sums = sum_over_ranks(torch.cat([*parts, loss_sum.reshape(1)]), ranks)
-    exp_sum, positive_sum, positive_weight = sums[:-1].view(3, -1)
-    return Statistics(maximum + exp_sum.log(), positive_sum, positive_weight), sums[-1]

@@ -114,7 +114,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         check_pairs_on_one_rank(
             config.objective,
-            share=self.ranks.share_of(config.run.global_batch_size),
+            local_batch_size=self.ranks.share_of(config.run.global_batch_size),
             micro_batch_size=config.efficiency.micro_batch_size,
         )
         self.total_steps = config.run.total_steps
