@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo tour test test-slow test-all lint docs clean
+.PHONY: demo tour test test-slow test-all lint types docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
@@ -27,10 +27,12 @@ test-slow: $(VENV)/dev.stamp
 test-all: $(VENV)/dev.stamp
 	$(PYTEST) -m "not gpu"
 
-# Types are checked as an install lays the rooms out, where mypy sees the imports that Python sees.
-lint: $(VENV)/dev.stamp
+lint: types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+# Types are checked as an install lays the rooms out, where mypy sees the imports that Python sees.
+types: $(VENV)/dev.stamp
 	rm -rf build/installed
 	$(BIN)/python setup.py --quiet build_py --build-lib build/installed
 	cd build/installed && ../../$(BIN)/mypy --config-file ../../pyproject.toml --cache-dir ../../.mypy_cache -p unicl_fast

@@ -42,9 +42,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "docs/evaluation.md has the protocols.",
     )
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
-    from unicl_fast.distributed.ranks import adopt_slurm_ranks
+    from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.evaluation.run import check_request, run
-    from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+    from unicl_fast.system.host_memory import keep_freed_memory
 
     try:
         check_request(command)

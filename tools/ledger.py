@@ -1,6 +1,7 @@
-"""`unicl-ledger`: proves from a run's ledger that no step is missing and every sample had its turn.
+"""`unicl-ledger`: proves from a run's ledger that no step is missing and no sample was left out.
 
-Reading and proving are `unicl_fast.ledger.proof`'s; here the outcome is put into words and JSON.
+Reading and proving is done in `unicl_fast.ledger.proof`. Here the result is put into words and
+JSON, and `--replan` adds a second witness: the run is planned again from the ledger's headers.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import tyro
+from numpy.typing import NDArray
 
 from unicl_fast.distributed.launch import stop
-from unicl_fast.ledger.format import LEDGER_FOLDER
+from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
     from unicl_fast.ledger.proof import LedgerProof
@@ -26,14 +29,14 @@ _MOST_LINES = 10
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LedgerArguments:
-    """Says whether the ledger of a run (unicl-pretrain --ledger) proves what the run was fed.
+    """Reads the ledger of a run (unicl-pretrain --ledger) and says whether it is a proof.
 
     Proven is: every step from the first to the last has its record of every rank, across all
-    restarts and changes of the number of ranks; each pass over each data set scheduled each of its
-    samples exactly once, and the pass that runs none twice. Only the sample ids in the ledger are
-    believed, not the program that planned them. It also counts the substitutes that were shown for
-    damaged samples, and the steps that were done twice because the run had gone back to a
-    checkpoint. A run that is still going may be looked at.
+    restarts and changes of the number of ranks; each complete epoch of each data set scheduled each
+    of its samples exactly once, and the epoch in progress none twice. The sample ids in the ledger
+    are enough for that; the program that planned them is not trusted. Substitutes that were shown
+    for damaged samples are counted, and steps that were done twice because the run resumed from a
+    checkpoint. The run may be still in progress.
 
     Exit code: 0 proven, 1 not proven, 2 no ledger there.
 
@@ -43,9 +46,9 @@ class LedgerArguments:
     run: Annotated[Path, tyro.conf.Positional]
     """The run folder."""
     json: Path | None = None
-    """Also write the outcome, with all substitutes, into this file."""
+    """Also write the result, with all substitutes, into this file."""
     replan: bool = False
-    """Also plan the whole run again from its seed, and compare every visit with the ledger."""
+    """Also plan the whole run again from its seed, and compare every draw with the ledger."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -54,32 +57,25 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
     from unicl_fast.ledger.proof import prove
 
-    replanned = None
-    if arguments.replan:
-        from .ledger_replan import Replan
-
-        replanned = Replan()
+    replan = Replan() if arguments.replan else None
     try:
         proof = prove(
             arguments.run / LEDGER_FOLDER,
             steps_done=newest_checkpoint_step(arguments.run),
-            watch=replanned,
+            watch=replan,
         )
     except (ValueError, FileNotFoundError) as error:
         stop("unicl-ledger", error, code=2)
     except OSError as error:
         stop("unicl-ledger", error, code=1)
-    holds = proof.holds
     print(in_words(proof))
-    if replanned is not None:
-        print(replanned.in_words())
-        holds = holds and not replanned.num_different
+    values = as_json(proof)
+    if replan is not None:
+        print(replan.in_words())
+        values["num_different_from_plan"] = replan.num_different
     if arguments.json is not None:
-        values = as_json(proof)
-        if replanned is not None:
-            values["num_different_from_plan"] = replanned.num_different
         arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
-    sys.exit(0 if holds else 1)
+    sys.exit(0 if proof.holds and not (replan and replan.num_different) else 1)
 
 
 def newest_checkpoint_step(run_folder: Path) -> int:
@@ -88,22 +84,69 @@ def newest_checkpoint_step(run_folder: Path) -> int:
     return max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
 
 
+class Replan:
+    """Plans the draws of a ledger again (a `watch` of `prove`), and counts those that differ."""
+
+    def __init__(self) -> None:
+        self.num_draws = 0
+        self.num_different = 0
+        self._first = ""
+
+    def __call__(
+        self,
+        header: SegmentHeader,
+        first_step: int,
+        source_ids: NDArray[np.int64],
+        ids: NDArray[np.int64],
+    ) -> None:
+        """Compares the draws [steps n] of some steps."""
+        from unicl_fast.pipelines.plan.order import assign_sources
+        from unicl_fast.pipelines.plan.plan import samples_of_draws
+
+        draws = first_step * header.global_batch_size + np.arange(ids.size, dtype=np.int64)
+        planned_sources, source_draws = assign_sources(draws, header.shares)
+        planned = np.empty_like(draws)
+        for number, source in enumerate(header.sources):
+            mine = np.flatnonzero(planned_sources == number)
+            planned[mine] = samples_of_draws(
+                source_draws[mine],
+                source=number,
+                size=source.num_samples,
+                seed=header.seed,
+                shuffle_window=header.shuffle_window,
+            )
+        different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
+        self.num_draws += ids.size
+        self.num_different += int(np.count_nonzero(different))
+        if different.any() and not self._first:
+            at = int(np.argmax(different))
+            step, index = divmod(int(draws[at]), header.global_batch_size)
+            self._first = (
+                f"; the first at step {step}, global index {index}: planned was sample "
+                f"{planned[at]} of source {planned_sources[at]}, the ledger has "
+                f"{ids.reshape(-1)[at]} of {source_ids.reshape(-1)[at]}"
+            )
+
+    def in_words(self) -> str:
+        return f"planned again: {self.num_different} of {self.num_draws} draws differ{self._first}"
+
+
 def in_words(proof: LedgerProof) -> str:
-    """What a person wants to read."""
+    """The result for a person."""
     sizes = [segment.header.world_size for segment in proof.segments]
     lines = [
         f"{proof.steps} steps of {proof.global_batch_size} samples are covered, "
         f"by {_count(len(sizes), 'start')} of the program on "
         f"{', then '.join(_count(size, 'rank') for size, _ in itertools.groupby(sizes))}; "
-        f"{_count(proof.num_superseded, 'step')} of them were done twice, after going back",
+        f"{_count(proof.num_superseded, 'step')} of them were done twice, after resuming",
     ]
     lines += [
-        f"{source.name}: {source.visits} visits of {source.num_samples} samples, "
-        f"{source.complete_passes} passes complete; lost {source.lost}, "
-        f"scheduled twice in a pass {source.scheduled_twice}"
+        f"{source.name}: {source.draws} draws of {source.num_samples} samples, "
+        f"{source.complete_epochs} epochs complete; lost {source.lost}, "
+        f"scheduled twice in an epoch {source.scheduled_twice}"
         for source in proof.sources
     ]
-    lines.append(f"substitutes were shown at {_count(proof.num_substituted, 'visit')}")
+    lines.append(f"substitutes were shown for {_count(proof.num_substituted, 'draw')}")
     by_count = sorted(proof.substitutes.items(), key=lambda item: -item[1].total())
     for (source, sample), shown in by_count[:_MOST_LINES]:
         others = ", ".join(map(str, sorted(shown)[:_MOST_LINES]))
@@ -117,27 +160,27 @@ def in_words(proof: LedgerProof) -> str:
     lines += [f"FAULT: {fault}" for fault in proof.faults]
     for start, end in proof.holes[:_MOST_LINES]:
         which = f"step {start} has" if end == start + 1 else f"steps {start} to {end - 1} have"
-        lines.append(f"HOLE: {which} no record of all ranks, though the run went on from {end}")
+        lines.append(f"HOLE: {which} no record of all ranks, though the run resumed from {end}")
     if len(proof.holes) > _MOST_LINES:
         lines.append(f"and {len(proof.holes) - _MOST_LINES} more holes")
     if proof.holds:
-        lines.append("PROVEN: no step is missing, and every pass schedules each sample once")
+        lines.append("PROVEN: no step is missing, and every epoch schedules each sample once")
     elif proof.holes:
-        lines.append(f"NOT PROVEN: what stands above is about the steps before {proof.steps}")
+        lines.append(f"NOT PROVEN: the lines above are about the steps before {proof.steps}")
     else:
         lines.append("NOT PROVEN")
     return "\n".join(lines)
 
 
 def as_json(proof: LedgerProof) -> dict[str, Any]:
-    """What a program wants to read."""
+    """The result for a program."""
     sizes = [segment.header.world_size for segment in proof.segments]
     return {
         "proven": proof.holds,
         "steps": proof.steps,
         "global_batch_size": proof.global_batch_size,
-        "holes": [list(hole) for hole in proof.holes],
-        "num_lost_slots": proof.num_lost_slots,
+        "holes": proof.holes,
+        "num_lost_draws": proof.num_lost_draws,
         "num_starts": len(sizes),
         "num_changes_of_world_size": sum(a != b for a, b in itertools.pairwise(sizes)),
         "num_steps_done_twice": proof.num_superseded,
@@ -146,13 +189,13 @@ def as_json(proof: LedgerProof) -> dict[str, Any]:
                 "segment": segment.header.segment,
                 "start_step": segment.header.start_step,
                 "world_size": segment.header.world_size,
-                "steps": [list(steps) for steps in segment.steps],
+                "steps": segment.steps,
                 "num_superseded": segment.num_superseded,
             }
             for segment in proof.segments
         ],
         "sources": [
-            dataclasses.asdict(source) | {"complete_passes": source.complete_passes}
+            dataclasses.asdict(source) | {"complete_epochs": source.complete_epochs}
             for source in proof.sources
         ],
         "num_substituted": proof.num_substituted,
@@ -160,8 +203,8 @@ def as_json(proof: LedgerProof) -> dict[str, Any]:
             {"source": source, "sample": sample, "shown": dict(sorted(shown.items()))}
             for (source, sample), shown in sorted(proof.substitutes.items())
         ],
-        "faults": list(proof.faults),
-        "notes": list(proof.notes),
+        "faults": proof.faults,
+        "notes": proof.notes,
     }
 
 

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.distributed.ending_at_once import ending_at_once
-from unicl_fast.distributed.exit_codes import (
+from unicl_fast.distributed.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
+from unicl_fast.distributed.signals import (
     EXIT_ABORTED,
     EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_WRONG_INPUT,
+    Interrupted,
+    exit_immediately_on_signals,
 )
-from unicl_fast.distributed.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
-from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.system.checked_fields import require
 
@@ -79,7 +79,7 @@ class PretrainArguments(TrainConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input, and as docs/architecture.md says otherwise."""
     # first of all: a scheduler that wants the machine back may say so at any time
-    with ending_at_once(_PROGRAM):
+    with exit_immediately_on_signals(_PROGRAM):
         end_with_torchrun()
         try:
             _main(sys.argv[1:] if argv is None else list(argv))
@@ -102,9 +102,9 @@ def _main(argv: Sequence[str]) -> None:
     nproc, max_restarts = arguments.nproc, arguments.max_restarts
     require(nproc >= 1, f"--nproc must be at least 1, not {nproc}")
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
-    from unicl_fast.distributed.ranks import adopt_slurm_ranks
-    from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+    from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.pipelines.loader import TrainLoader
+    from unicl_fast.system.host_memory import keep_freed_memory
     from unicl_fast.training.run import check_request, pretrain
 
     adopt_slurm_ranks()

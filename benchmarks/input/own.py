@@ -27,16 +27,15 @@ from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.targets import map_steps
 from unicl_fast.pipelines.feed.bad_samples import BadSamples
 from unicl_fast.pipelines.feed.host_batches import steps_at_once
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
-from unicl_fast.pipelines.feed.text_block import pack_integers
-from unicl_fast.pipelines.feed.texts import gather_texts
-from unicl_fast.pipelines.graph.graph import batches_ahead, decode_windows
-from unicl_fast.pipelines.kernels.augment import augment_square
+from unicl_fast.pipelines.feed.text_block import gather_texts, pack_integers
+from unicl_fast.pipelines.graph import batches_ahead, decode_windows
+from unicl_fast.pipelines.kernels.augment import augment_image
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps
+from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -130,7 +129,7 @@ def read(task: Task) -> Iterator[int]:
 def decode_alone(task: Task) -> Iterator[int]:
     """The decoder of graph.py with nothing behind it, and whole files before it."""
     own = _Own(task)
-    held = ((encoded, fed.window_starts, fed.window_shapes) for fed, encoded in own.held())
+    held = ((encoded, *fed.crops(0)[:2]) for fed, encoded in own.held())
     yield from _decode(own, list(held))
 
 
@@ -138,7 +137,7 @@ def decode_cut_alone(task: Task) -> Iterator[int]:
     """The same of files that are cut to their windows, as the loader does it."""
     own = _Own(task)
     held = (
-        (*cut_to_windows(encoded, fed.window_starts, fed.window_shapes), fed.window_shapes)
+        (*cut_to_windows(encoded, *fed.crops(0)[:2]), fed.crops(0)[1])
         for fed, encoded in own.held()
     )
     yield from _decode(own, list(held))
@@ -192,9 +191,8 @@ def resample(task: Task) -> Iterator[int]:
 
     crops = []
     for fed, encoded in _Own(task).held():
-        corners = zip(
-            fed.window_starts.tolist(), fed.window_shapes.tolist(), fed.flips, strict=True
-        )
+        starts, shapes, flips = fed.crops(0)
+        corners = zip(starts.tolist(), shapes.tolist(), flips, strict=True)
         for image, ((top, left), (height, width), flip) in zip(encoded, corners, strict=True):
             whole = decode_whole(image)
             crop = whole[top : top + height, left : left + width].copy()
@@ -221,7 +219,7 @@ def augment(task: Task) -> Iterator[int]:
     fill = (255 * np.array(CLIP_MEAN)).astype(np.uint8)
 
     def work(row: NDArray[np.float32]) -> None:
-        augment_square(square.copy(), row, fill)
+        augment_image(square.copy(), row, fill)
 
     yield from _in_threads(task, work, [(row,) for row in rows])
 

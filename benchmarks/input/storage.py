@@ -23,8 +23,8 @@ import torch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.remote.block_cache import CacheOptions
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
 from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 

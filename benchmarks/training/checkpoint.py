@@ -30,7 +30,7 @@ from unicl_fast.config import (
     TrainConfig,
 )
 from unicl_fast.objectives.collate import collate
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 

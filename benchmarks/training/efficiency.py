@@ -20,7 +20,7 @@ import torch
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.precision import settle_precision
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import (

@@ -9,8 +9,8 @@ training script does it, with the best of its flags on a CPU: bf16 autocast. It 
 normalised already; ours are counted from the bytes that the decoder gives. What decoding costs is
 benchmarks/input/pipeline.py's.
 
-unicl-pretrain keeps freed memory (pipelines/feed/host_memory.py), open_clip's script does not, and
-gains more by it. Unless --tune-contender is said, neither has it here.
+unicl-pretrain keeps freed memory (unicl_fast/system/host_memory.py), open_clip's script does not,
+and gains more by it. Unless --tune-contender is said, neither has it here.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
 from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.step import global_loss

@@ -18,7 +18,7 @@ import numpy.typing as npt
 import torch
 
 from unicl_fast.objectives.targets import map_targets
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+from unicl_fast.system.host_memory import keep_freed_memory
 
 from ..harness import (
     BenchmarkSettings,

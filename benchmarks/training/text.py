@@ -23,11 +23,10 @@ from torch import Tensor
 
 from unicl_fast.config import DeviceName, PrecisionName
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.models.packing import VarlenAttention
 from unicl_fast.models.precision import Precision, place_module
-from unicl_fast.models.text_encoder import CausalAttention, TextEncoder
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
-from unicl_fast.system.devices import choose_device
+from unicl_fast.models.text_encoder import CausalAttention, TextEncoder, VarlenAttention
+from unicl_fast.system.host_memory import keep_freed_memory
+from unicl_fast.system.machine import choose_device
 from unicl_fast.text.tokenizer import Tokenizer
 
 from ..harness import (

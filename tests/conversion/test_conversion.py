@@ -17,7 +17,7 @@ from timm.data import create_transform, resolve_data_config
 from torch.nn import functional as F
 
 from unicl_fast import UniCL, load_model
-from unicl_fast.checkpoints.preprocessing import Preprocessing
+from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
 from unicl_fast.conversion.comparison import require_equal
 from unicl_fast.conversion.exported_program import write_exported_programs

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import ModuleType
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.training.metrics import read_metrics
 
 STEPS = 12

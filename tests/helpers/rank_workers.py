@@ -26,7 +26,8 @@ from small_runs import (
 )
 
 from unicl_fast.batch import EvaluationBatch, ListLoader
-from unicl_fast.distributed.ranks import Ranks, process_group
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
 from unicl_fast.evaluation.classification import ClassificationCounts
@@ -37,7 +38,7 @@ from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
-from unicl_fast.training.source_meter import SourceMeter
+from unicl_fast.training.metrics import SourceMeter
 from unicl_fast.training.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
@@ -189,7 +190,7 @@ def write_feature_gradients(ranks, folder: str) -> None:
     from unicl_fast.training.step import contrast_over_ranks
 
     images, texts, text_index, class_ids = ragged_features()
-    share = ranks.share_of(len(images))
+    share = ranks.local_batch_size(len(images))
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
     distinct, counts = text_index[mine].unique(return_counts=True)
     class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
@@ -272,7 +273,7 @@ def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
     loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     trainer = Trainer(config, loader, ranks=ranks, progress=False)
     trainer.fit()
-    torch.save(trainer.ema.model.state_dict(), folder / f"{ranks.rank}.pt")
+    torch.save(trainer.ema.module.state_dict(), folder / f"{ranks.rank}.pt")
 
 
 def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:
@@ -362,7 +363,7 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
 
 def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> None:
     """Rank r reports r + 1 replaced samples a step; each rank writes down why the run stopped."""
-    import unicl_fast.training.replaced_samples as replaced_samples
+    import unicl_fast.training.limits as limits
 
     class Loader(StepwiseLoader):
         def batches(self, start_step: int):
@@ -372,7 +373,7 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
                 shown[: self.rank + 1] += 100
                 yield dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
 
-    replaced_samples.LEAST_DRAWS = 30
+    limits.LEAST_DRAWS = 30
     config = tiny_config(steps=50)
     data = dataclasses.replace(config.data, max_bad_fraction=0.2)
     trainer = Trainer(
@@ -384,7 +385,7 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
     )
     try:
         trainer.fit()
-    except replaced_samples.TooManyBadSamplesError as error:
+    except limits.TooManyBadSamplesError as error:
         (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
 
 
@@ -525,7 +526,7 @@ def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None
     loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     batch = next(iter(loader.batches(0)))
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
-    meter = SourceMeter(["a", "b"], passes=lambda step: [1.0, 2.0])
+    meter = SourceMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
     Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
 
 

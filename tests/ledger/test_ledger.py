@@ -1,4 +1,4 @@
-"""What a ledger proves, and what it must not: holes, doubles, superseded steps, damage."""
+"""A ledger's proof, and when it must fail: holes, doubles, superseded steps, damage."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from rank_workers import (
 from small_runs import tiny_config
 
 from unicl_fast.batch import Batch
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.ledger import writer as ledger_module
 from unicl_fast.ledger.format import (
@@ -33,9 +33,9 @@ from unicl_fast.ledger.format import (
     SegmentHeader,
     encode_header,
     encode_record,
+    read_segment_file,
     segment_name,
 )
-from unicl_fast.ledger.ledger_reading import read_segment_file
 from unicl_fast.ledger.proof import prove
 from unicl_fast.training.trainer import Trainer
 
@@ -45,14 +45,14 @@ STEPS = 60
 
 
 def schedule(steps: int = STEPS) -> tuple[np.ndarray, np.ndarray]:
-    """Source ids and sample ids [steps N]: each source shuffled anew for every pass."""
+    """Source ids and sample ids [steps N]: each source shuffled anew for every epoch."""
     generator = np.random.default_rng(7)
     source_ids = generator.integers(0, 2, size=(steps, N))
     ids = np.empty_like(source_ids)
     for number, source in enumerate(SOURCES):
         mine = source_ids == number
-        passes = -(-np.count_nonzero(mine) // source.num_samples)
-        order = [generator.permutation(source.num_samples) for _ in range(passes)]
+        epochs = -(-np.count_nonzero(mine) // source.num_samples)
+        order = [generator.permutation(source.num_samples) for _ in range(epochs)]
         ids[mine] = np.concatenate(order)[: np.count_nonzero(mine)]
     return source_ids, ids
 
@@ -91,7 +91,7 @@ def write(
     paths = []
     for rank in range(world_size):
         head = header(number, start, rank=rank, world_size=world_size)
-        mine = slice(rank * head.share, (rank + 1) * head.share)
+        mine = slice(rank * head.local_batch_size, (rank + 1) * head.local_batch_size)
         parts = [encode_header(head)]
         parts += [
             encode_record(
@@ -113,8 +113,8 @@ def record_at(path: Path, step: int) -> int:
     """Where the record of a step begins, in a file without substitutes."""
     file = read_segment_file(path)
     assert file is not None
-    (run,) = file.runs
-    return run.offset + (step - run.step) * file.header.record_bytes(0)
+    (records,) = file.ranges
+    return records.offset + (step - records.step) * file.header.record_bytes(0)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -125,11 +125,11 @@ def test_an_unbroken_run_is_proven(tmp_path: Path, world_size: int) -> None:
     assert (proof.steps, proof.holes, proof.num_superseded) == (STEPS, (), 0)
     draws = np.bincount(SOURCE_IDS.reshape(-1)).tolist()
     assert [source.draws for source in proof.sources] == draws
-    assert [source.complete_passes for source in proof.sources] == [
+    assert [source.complete_epochs for source in proof.sources] == [
         draws[0] // 37,
         draws[1] // 300,
     ]
-    assert proof.sources[0].complete_passes > 5
+    assert proof.sources[0].complete_epochs > 5
     assert not proof.notes
     assert not proof.num_substituted
 
@@ -167,7 +167,7 @@ def test_a_step_that_a_later_start_took_for_done_must_have_all_its_records(tmp_p
     assert not proof.holds
     assert proof.holes == ((29, 30),)
     assert proof.steps == 29
-    assert proof.num_lost_slots == N
+    assert proof.num_lost_draws == N
 
 
 def test_steps_that_a_checkpoint_has_done_must_be_there(tmp_path: Path) -> None:
@@ -198,8 +198,8 @@ def test_a_segment_without_one_of_its_ranks_proves_nothing(tmp_path: Path) -> No
     assert "nothing of rank 1" in proof.notes[0]
 
 
-@pytest.mark.parametrize("swap", [False, True], ids=["one again", "two exchanged over passes"])
-def test_a_sample_that_is_scheduled_twice_in_a_pass_is_found(tmp_path: Path, swap: bool) -> None:
+@pytest.mark.parametrize("swap", [False, True], ids=["one again", "two exchanged over epochs"])
+def test_a_sample_that_is_scheduled_twice_in_an_epoch_is_found(tmp_path: Path, swap: bool) -> None:
     ids = IDS.copy()
     places = np.argwhere(SOURCE_IDS == 0)
     first, other = tuple(places[3]), tuple(places[50 if swap else 20])
@@ -210,11 +210,11 @@ def test_a_sample_that_is_scheduled_twice_in_a_pass_is_found(tmp_path: Path, swa
     assert not proof.holds
     assert (proof.sources[0].scheduled_twice, proof.sources[0].lost) == (2, 2) if swap else (1, 1)
     assert proof.sources[1].holds
-    assert any("pass 0 of labels schedules sample" in fault for fault in proof.faults)
+    assert any("epoch 0 of labels schedules sample" in fault for fault in proof.faults)
     assert any(f"did not schedule sample {IDS[first]}" in fault for fault in proof.faults)
 
 
-def test_a_sample_scheduled_twice_in_the_running_pass_is_found(tmp_path: Path) -> None:
+def test_a_sample_scheduled_twice_in_the_epoch_in_progress_is_found(tmp_path: Path) -> None:
     ids = IDS.copy()
     places = np.argwhere(SOURCE_IDS == 1)
     assert len(places) % 300 > 10
@@ -240,11 +240,11 @@ def test_substitutes_are_counted_by_sample(tmp_path: Path, world_size: int) -> N
     shown = IDS.copy()
     expected: dict[tuple[int, int], Counter[int]] = {}
     # many in one step, several steps in a row, steps with none between
-    for step, slot in [(0, 0), (0, 5), (0, 11), (1, 3), (2, 3), (30, 7), (STEPS - 1, 11)]:
-        source = int(SOURCE_IDS[step, slot])
-        shown[step, slot] = (IDS[step, slot] + 1 + generator.integers(30)) % 37
-        key = source, int(IDS[step, slot])
-        expected.setdefault(key, Counter())[int(shown[step, slot])] += 1
+    for step, index in [(0, 0), (0, 5), (0, 11), (1, 3), (2, 3), (30, 7), (STEPS - 1, 11)]:
+        source = int(SOURCE_IDS[step, index])
+        shown[step, index] = (IDS[step, index] + 1 + generator.integers(30)) % 37
+        key = source, int(IDS[step, index])
+        expected.setdefault(key, Counter())[int(shown[step, index])] += 1
     write(tmp_path, 1, 0, STEPS, world_size=world_size, shown=shown)
     proof = prove(tmp_path)
     assert proof.holds
@@ -375,7 +375,7 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
     path.write_bytes(data)
     file = read_segment_file(path)
     assert file is not None
-    assert [(run.step, run.end) for run in file.runs][-1][1] == 9
+    assert [(one.step, one.end) for one in file.ranges][-1][1] == 9
     read_sources, read_ids = file.batch_rows(6, 9)
     assert np.array_equal(read_sources, source_ids[1:])
     assert np.array_equal(read_ids, scheduled[1:])
@@ -419,7 +419,7 @@ def test_all_records_are_there_when_a_checkpoint_is_begun(
     proof = prove(tmp_path / "ledger", steps_done=6)
     assert proof.holds
     assert [segment.header.world_size for segment in proof.segments] == [world_size]
-    assert (proof.sources[0].draws, proof.sources[0].complete_passes) == (72, 2)
+    assert (proof.sources[0].draws, proof.sources[0].complete_epochs) == (72, 2)
 
 
 def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(

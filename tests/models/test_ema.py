@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from small_runs import IMAGE_SIZE, tiny_config
 
 from unicl_fast import load_model
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import OptimConfig, TrainConfig
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.trainer import Trainer
@@ -49,10 +49,10 @@ def test_it_is_the_moving_average_of_the_weights_after_each_step(
             before = expected.get(name, torch.zeros_like(weight))
             expected[name] = decay * before + (1 - decay) * weight
     assert trainer.ema is not None
-    for name, weight in trainer.ema.model.state_dict().items():
+    for name, weight in trainer.ema.module.state_dict().items():
         torch.testing.assert_close(weight, expected[name], rtol=1e-12, atol=1e-14)
         assert weight.dtype == torch.float64
-    moved = trainer.model.image_projection - trainer.ema.model.image_projection
+    moved = trainer.model.image_projection - trainer.ema.module.image_projection
     assert moved.abs().max() > 1e-5
 
 
@@ -80,15 +80,15 @@ def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
     resumed.fit()
     assert unbroken.ema is not None
     assert resumed.ema is not None
-    assert_equal_weights(unbroken.ema.model, resumed.ema.model)
+    assert_equal_weights(unbroken.ema.module, resumed.ema.module)
     newest = list_checkpoints(tmp_path / "resumed" / "checkpoints")[-1]
     stored = load_file(newest / "ema.safetensors")
-    assert stored.keys() == unbroken.ema.model.state_dict().keys()
+    assert stored.keys() == unbroken.ema.module.state_dict().keys()
     weight_type = torch.float64 if precision == "fp64" else torch.float32
     assert stored["image_projection"].dtype == weight_type
 
 
-def test_a_bad_step_moves_the_average_towards_the_weights_and_no_further(
+def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(
     images: torch.Tensor,
 ) -> None:
     trainer = trainer_in(None, images, averaging_config(ema_warmup=False))
@@ -96,13 +96,13 @@ def test_a_bad_step_moves_the_average_towards_the_weights_and_no_further(
     for _ in range(2):
         trainer.train_step(next(batches))
     assert trainer.ema is not None
-    before = trainer.ema.model.image_projection.clone()
+    before = trainer.ema.module.image_projection.clone()
     weights = trainer.model.image_projection.detach().clone()
     trainer.model.image_encoder.register_forward_hook(lambda *_: _[-1] * torch.nan)
     loss, _ = trainer.train_step(next(batches))
     assert not loss.isfinite()
     torch.testing.assert_close(
-        trainer.ema.model.image_projection, 0.9 * before + 0.1 * weights, rtol=1e-12, atol=0
+        trainer.ema.module.image_projection, 0.9 * before + 0.1 * weights, rtol=1e-12, atol=0
     )
 
 
@@ -128,8 +128,8 @@ def test_it_is_what_is_evaluated_and_what_load_model_takes(
     trainer.evaluations = {"digits": evaluation}
     trainer.fit()
     assert trainer.ema is not None
-    assert_equal_weights(trainer.ema.model, load_model(tmp_path))
-    assert_equal_weights(trainer.ema.model, load_model(tmp_path, weights="ema"))
+    assert_equal_weights(trainer.ema.module, load_model(tmp_path))
+    assert_equal_weights(trainer.ema.module, load_model(tmp_path, weights="ema"))
     last = load_model(tmp_path, weights="model")
     assert_equal_weights(trainer.model, last)
     evaluated = load_model(tmp_path)
@@ -151,14 +151,14 @@ def test_a_checkpoint_without_it_gives_the_weights_or_says_so(
         load_model(tmp_path, weights="ema")
 
 
-def test_a_run_without_it_can_go_on_with_it_and_back(
+def test_a_run_without_it_can_resume_with_it_and_back(
     images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     trainer_in(tmp_path, images, tiny_config(steps=4)).fit()
     averaged = trainer_in(tmp_path, images, averaging_config(steps=4))
     averaged.resume(tmp_path / "checkpoints" / "step-00000002")
     assert averaged.ema is not None
-    assert_equal_weights(averaged.model, averaged.ema.model)
+    assert_equal_weights(averaged.model, averaged.ema.module)
     assert "it starts with them" in caplog.text
     averaged.fit()
     plain = trainer_in(tmp_path, images, tiny_config(steps=5))
@@ -176,7 +176,7 @@ def test_it_is_equal_on_all_ranks_and_that_of_one_process(
     alone.fit()
     assert alone.ema is not None
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
-    for name, weight in alone.ema.model.state_dict().items():
+    for name, weight in alone.ema.module.state_dict().items():
         assert torch.equal(first[name], second[name]), name
         torch.testing.assert_close(first[name], weight, rtol=1e-9, atol=1e-12)
 

@@ -17,11 +17,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from unicl_fast import UniCL, build_model
 from unicl_fast.models import text_encoder
 from unicl_fast.models.activation_checkpointing import checkpoint_blocks
-from unicl_fast.models.drop_path import DropPathKey, KeyedDropPath
-from unicl_fast.models.image_encoder import build_image_encoder
-from unicl_fast.models.packing import find_varlen_attention
+from unicl_fast.models.image_encoder import DropPathKey, KeyedDropPath, build_image_encoder
 from unicl_fast.models.precision import Precision, place_module
-from unicl_fast.models.text_encoder import CausalAttention, TextEncoder
+from unicl_fast.models.text_encoder import CausalAttention, TextEncoder, find_varlen_attention
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, random_unit, uniform_tensor
 from unicl_fast.text.tokenizer import Tokenizer
@@ -277,7 +275,7 @@ def test_drop_path_follows_the_sample_to_another_place_in_the_batch() -> None:
     assert torch.equal(features(torch.arange(6), step=5), features(torch.arange(6), step=6))
 
 
-def test_drop_path_keeps_the_share_and_the_mean_it_should() -> None:
+def test_drop_path_keeps_the_fraction_and_the_mean_it_should() -> None:
     model = UniCL(tiny_config())
     layer = KeyedDropPath(drop_prob=0.3, layer=1, key=model.drop_path_key).train()
     model.set_drop_path_key(step=3, global_index=torch.arange(20_000))

@@ -98,14 +98,14 @@ def chosen(listed: Listed, *sources: Source) -> list[str]:
 
 
 def test_stretches_of_files_name_what_lies_in_them() -> None:
-    rows = [Item(f"a.parquet:{row}", place=row) for row in range(8)]
-    others = [Item(f"b.parquet:{row}", place=row) for row in range(8)]
+    rows = [Item(f"a.parquet:{row}", position=row) for row in range(8)]
+    others = [Item(f"b.parquet:{row}", position=row) for row in range(8)]
     again = Item("a.parquet rows 5 to 5", problem=Problem(kind="damaged", message=""))
     read = source_of("set", *rows, *others, again)
     listed = Counter({("set", "a.parquet rows 4 to 5"): 1, ("set", "b.parquet from row 6"): 1})
     names = ["a.parquet:4", "a.parquet:5", "b.parquet:6", "b.parquet:7", "a.parquet rows 5 to 5"]
     assert chosen(listed, read) == names
-    alone = source_of("list.parquet", Item("1.jpg", place=0), Item("2.jpg", place=7))
+    alone = source_of("list.parquet", Item("1.jpg", position=0), Item("2.jpg", position=7))
     assert chosen(Counter({("list.parquet", "list.parquet from row 3"): 1}), alone) == ["2.jpg"]
 
 
@@ -124,7 +124,7 @@ def test_names_that_are_gone_are_counted_and_names_of_two_sources_refused() -> N
 
 def test_a_line_that_is_still_broken_is_chosen_once() -> None:
     problem = Problem(kind="bad row", message="")
-    read = source_of("a.tsv", Item("1", place=1), Item("line 2", problem=problem, place=2))
+    read = source_of("a.tsv", Item("1", position=1), Item("line 2", problem=problem, position=2))
     assert chosen(Counter({("a.tsv", "line 2"): 1}), read) == ["line 2"]
 
 

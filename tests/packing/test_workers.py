@@ -25,7 +25,7 @@ from unicl_fast.packing.build.worker_pool import (
     Task,
     check_in_order,
 )
-from unicl_fast.packing.sources.entries import Entry, RefusedEntry
+from unicl_fast.packing.sources.items import Entry, RefusedEntry
 from unicl_fast.packing.sources.read_sources import ListOptions, Source
 from unicl_fast.packing.sources.spool import Spool
 

@@ -69,7 +69,7 @@ def train(
 
 
 def bad_samples(run: Path) -> list[float]:
-    return [line["bad_samples"] for line in read_metrics(run) if "loss" in line]
+    return [line["replaced_samples"] for line in read_metrics(run) if "loss" in line]
 
 
 def keys_in_quarantine(run: Path) -> list[int]:

@@ -11,7 +11,8 @@ from pack_runs import jpeg
 from packed_sets import Sample, pack
 from program_runs import SMALL, STEPS, call, losses, weights
 
-from unicl_fast.checkpoints.load import find_checkpoint, list_checkpoints, load_model
+from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.load import find_checkpoint, load_model
 from unicl_fast.config import ObjectiveConfig
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.pipelines.loader import TrainLoader

@@ -25,7 +25,7 @@ from program_runs import (
     weights,
 )
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
 from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.tools.pack import __main__ as pack_dataset

@@ -12,7 +12,7 @@ from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.presets import build_preset
-from unicl_fast.system.differences import refuse_differences
+from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import (
     check_tokenizer,
@@ -104,7 +104,7 @@ def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
 
 
 def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:
-    """A run does not go on with other images, though descriptions and shards are the same."""
+    """A run does not resume with other images, though descriptions and shards are the same."""
     described = []
     for level in (1, 2, 1):
         out = tmp_path / str(len(described))

@@ -73,12 +73,15 @@ def test_what_cannot_fit_is_refused_with_what_would(
     model = UniCL(config)
     of_one = activation_bytes(model, config, CPU)
     monkeypatch.setattr(memory_check, "free_memory", lambda device: 100 * of_one)
-    check_memory(model, config, share=100, device=CPU)
+    check_memory(model, config, images_per_step=100, device=CPU)
     with pytest.raises(ValueError, match=advice):
-        check_memory(model, config, share=201, device=CPU)
+        check_memory(model, config, images_per_step=201, device=CPU)
     efficiency = dataclasses.replace(config.efficiency, micro_batch_size=32)
     check_memory(
-        model, dataclasses.replace(config, efficiency=efficiency), share=10_000, device=CPU
+        model,
+        dataclasses.replace(config, efficiency=efficiency),
+        images_per_step=10_000,
+        device=CPU,
     )
 
 
@@ -90,7 +93,7 @@ def test_what_hardly_fits_is_warned_of(
     of_one = activation_bytes(model, config, CPU)
     monkeypatch.setattr(memory_check, "free_memory", lambda device: 100 * of_one)
     with caplog.at_level(logging.WARNING):
-        check_memory(model, config, share=150, device=CPU)
+        check_memory(model, config, images_per_step=150, device=CPU)
     assert "150 images" in caplog.text
     assert "micro_batch_size to 32" in caplog.text
 

@@ -1,4 +1,4 @@
-"""A step that logs nothing waits for no device, and a bad step is masked there."""
+"""A step that logs nothing waits for no device, and a non-finite step is masked there."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_no_objective_reads_anything(images: torch.Tensor, objective: str) -> No
     trainer.train_step(batch)
     with WaitingOperators() as operators:
         trainer.train_step(batch)
-    # shares and boxes of mixed images come from the host, through pinned memory
+    # lambdas and boxes of mixed images come from the host, through pinned memory
     assert operators.found == ["lift_fresh"] * (2 if "mixed" in objective else 0)
 
 
@@ -213,7 +213,7 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
     ],
     ids=lambda settings: ",".join(settings) or "default",
 )
-def test_a_bad_step_changes_neither_weights_nor_optimizer(
+def test_a_nonfinite_step_changes_neither_weights_nor_optimizer(
     images: torch.Tensor, settings: dict
 ) -> None:
     trainer = trainer_of(images, **settings)
@@ -235,17 +235,17 @@ def test_a_bad_step_changes_neither_weights_nor_optimizer(
         )
 
 
-def test_the_first_bad_step_is_named_at_the_next_logging(images: torch.Tensor) -> None:
+def test_the_first_nonfinite_step_is_named_at_the_next_logging_step(images: torch.Tensor) -> None:
     trainer = Trainer(rarely_logging(5), ListLoader([global_batch(images)]), progress=False)
     plain_step = trainer.train_step
 
-    def step_with_two_bad_ones(batch):
+    def step_with_two_nonfinite_ones(batch):
         if batch.step in (1, 3):
             with poisoned(trainer):
                 return plain_step(batch)
         return plain_step(batch)
 
-    trainer.train_step = step_with_two_bad_ones
+    trainer.train_step = step_with_two_nonfinite_ones
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
         trainer.fit()
     assert trainer.step == 5

@@ -13,7 +13,7 @@ from timm.optim import Lamb
 
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training import optim
-from unicl_fast.training.nvidia_apex import load_apex_optimizers
+from unicl_fast.training.optim import load_apex_optimizers
 
 CUDA, CPU = torch.device("cuda"), torch.device("cpu")
 

@@ -28,7 +28,7 @@ from unicl_fast.training.trainer import Trainer
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 3, 4])
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_ranks_give_the_loss_and_gradients_of_one_process(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
@@ -108,6 +108,7 @@ def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_pat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_resumed_equal_two_ranks_unbroken(images: torch.Tensor, tmp_path: Path) -> None:
     run_on_ranks(train, 2, images, str(tmp_path / "unbroken"), 6)
@@ -218,4 +219,4 @@ def test_narrow_arithmetic_is_off_by_its_rounding_alone(
 
 def test_ranks_that_cannot_share_the_batch_are_told_which_sizes_would_do() -> None:
     with pytest.raises(ValueError, match="set run.global_batch_size to 8 or 12"):
-        Ranks(rank=0, world_size=4).share_of(10)
+        Ranks(rank=0, world_size=4).local_batch_size(10)

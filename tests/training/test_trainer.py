@@ -12,7 +12,8 @@ from small_runs import global_batch, tiny_config
 
 from unicl_fast import load_model
 from unicl_fast.batch import ListLoader
-from unicl_fast.checkpoints.load import list_checkpoints, read_state
+from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer

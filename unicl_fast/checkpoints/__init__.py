@@ -1,1 +1,5 @@
-"""A run's state on disk: written beside training, checked, loaded, exported."""
+"""A run's state on disk: written while training continues, checked, loaded, exported.
+
+`files` knows folders and tensors by name, `load` gives models, `state` saves and restores a run,
+`writer` decides when. Other formats are `unicl_fast.conversion`'s.
+"""

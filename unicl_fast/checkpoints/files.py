@@ -1,15 +1,22 @@
-"""How checkpoints lie on the disk: written whole or not at all, listed, removed.
+"""The folder of a run's checkpoints: written whole or not at all, listed, removed, the best named.
 
-Knows tensors by their names in files and nothing of models; what is stored, and how it comes back,
-is `unicl_fast.checkpoints.load`'s, when it is written `unicl_fast.checkpoints.writer`'s.
+`checkpoints/best.json` names the step whose evaluation gave the highest number. It is a small file
+that is replaced atomically, not a link, which a copy or another file system would lose. The
+checkpoint itself stays in its own folder, where nothing removes it while it is the best.
+
+Tensors are known here by their names in files, models are not: what is stored, and how it comes
+back, is the business of `unicl_fast.checkpoints.load`.
 """
 
 from __future__ import annotations
 
+import json
 import logging
+import math
 import re
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +24,13 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from unicl_fast.system.atomic_files import flush_to_disk
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.sealed_json import seal
+from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
+_BEST_FILE = "best.json"
 _NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -68,28 +75,29 @@ def write_checkpoint(
         OSError: it cannot be written (disk full, no permission); those from before are untouched.
     """
     target = checkpoints_folder / checkpoint_name(step)
-    aside = checkpoints_folder / f".{target.name}.partial"
-    shutil.rmtree(aside, ignore_errors=True)
-    replaced = None
+    partial = checkpoints_folder / f".{target.name}.partial"
+    replaced = checkpoints_folder / f".{target.name}.replaced"
+    shutil.rmtree(partial, ignore_errors=True)
     try:
-        aside.mkdir(parents=True)
+        partial.mkdir(parents=True)
         for name, tensors in files.items():
-            save_file(tensors, aside / name)
-        checksums = {name: file_checksum(aside / name) for name in files}
-        text = seal({"step": step, **state, "checksums": checksums})
-        (aside / STATE_FILE).write_text(text, encoding="utf-8")
-        for path in [*aside.iterdir(), aside]:
+            save_file(tensors, partial / name)
+        checksums = {name: file_checksum(partial / name) for name in files}
+        text = dump_checksummed_json({"step": step, **state, "checksums": checksums})
+        (partial / STATE_FILE).write_text(text, encoding="utf-8")
+        for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)
-        replaced = _move_out_of_the_way(target)
-        aside.rename(target)
+        if target.exists():  # a step that is written again: the old one was needed until now
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        partial.rename(target)
         flush_to_disk(checkpoints_folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        if replaced is not None and not target.exists():
+        shutil.rmtree(partial, ignore_errors=True)
+        if replaced.exists() and not target.exists():
             replaced.rename(target)
         raise OSError(f"{target} cannot be written: {error}") from error
-    if replaced is not None:
-        shutil.rmtree(replaced, ignore_errors=True)
+    shutil.rmtree(replaced, ignore_errors=True)
     return target
 
 
@@ -104,9 +112,9 @@ def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) 
 
 
 def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
-    """Moves away what a run that went back to `step` has left ahead of it; unfinished writes go.
+    """Renames checkpoints of later steps than `step`, and cleans up after writes that were cut off.
 
-    Damaged ones are among them, perhaps, and somebody may want to look.
+    They are not removed, since damaged ones may be among them that are worth a look.
     """
     for replaced in checkpoints_folder.glob(".step-*.replaced"):  # cut off between two renames
         target = replaced.with_name(replaced.name[1:].removesuffix(".replaced"))
@@ -117,18 +125,104 @@ def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
     for checkpoint in list_checkpoints(checkpoints_folder):
         if step_of(checkpoint) > step:
             aside = checkpoint.with_name(f"{checkpoint.name}.aside")
-            logger.warning("moved to %s: the run goes on from step %d", aside, step)
+            logger.warning("moved to %s: the run resumes from step %d", aside, step)
             shutil.rmtree(aside, ignore_errors=True)
             checkpoint.rename(aside)
-    for unfinished in checkpoints_folder.glob(".step-*.partial"):
-        shutil.rmtree(unfinished, ignore_errors=True)
+    for partial in checkpoints_folder.glob(".step-*.partial"):
+        shutil.rmtree(partial, ignore_errors=True)
 
 
-def _move_out_of_the_way(target: Path) -> Path | None:
-    """Of a step that is written again, the checkpoint from before, which is needed until then."""
-    if not target.exists():
+@dataclass(frozen=True, slots=True)
+class Best:
+    """A step and the number that it reached."""
+
+    step: int
+    metric: str
+    """Key of metrics.jsonl."""
+    value: float
+
+
+def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
+    """The key of metrics.jsonl that `checkpoint.best` means; None keeps no best.
+
+    Args:
+        choice: of the config.
+        evaluations: names of the run's evaluations.
+
+    Raises:
+        ValueError: no evaluation of this run gives such a number.
+    """
+    names = list(evaluations)
+    if choice == "none" or not (choice or names):
         return None
-    replaced = target.with_name(f".{target.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    target.rename(replaced)
-    return replaced
+    if not choice:
+        return f"{names[0]}/top1"
+    if not any(choice.startswith(f"{name}/") for name in names):
+        known = ", ".join(f"{name}/top1" for name in names) or "none: set data.evaluate"
+        raise ValueError(
+            f"checkpoint.best={choice}: no evaluation of this run gives that number; it has {known}"
+        )
+    return choice
+
+
+def read_best(checkpoints_folder: Path) -> Best | None:
+    """Reads best.json; None where there is none.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    path = checkpoints_folder / _BEST_FILE
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return Best(int(values["step"]), str(values["metric"]), float(values["value"]))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): remove it, and name a checkpoint by its own folder"
+        ) from error
+
+
+def write_best(checkpoints_folder: Path, best: Best | None) -> None:
+    """Replaces best.json, or removes it.
+
+    Raises:
+        OSError: it cannot be written; the one from before stays.
+    """
+    path = checkpoints_folder / _BEST_FILE
+    if best is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_text_atomically(path, json.dumps(asdict(best)) + "\n")
+
+
+def find_best(
+    checkpoints_folder: Path, *, metric: str | None, lines: Iterable[Mapping[str, float]]
+) -> Best | None:
+    """Finds the best of the checkpoints that are there, the earliest of equal ones.
+
+    It looks into best.json and into the run's metrics: a run may have been killed between an
+    evaluation and best.json, and metrics may have been cut off.
+
+    Args:
+        checkpoints_folder: of the run.
+        metric: key of metrics.jsonl; None takes what best.json says, whatever was measured.
+        lines: of metrics.jsonl.
+    """
+    found = [
+        Best(int(line["step"]), metric, float(line[metric]))
+        for line in lines
+        if metric is not None and metric in line
+    ]
+    try:
+        stored = read_best(checkpoints_folder)
+    except ValueError:  # the metrics have to do
+        stored = None
+    if stored is not None and metric in (None, stored.metric):
+        found.append(stored)
+    there = [
+        best
+        for best in found
+        if math.isfinite(best.value) and (checkpoints_folder / checkpoint_name(best.step)).is_dir()
+    ]
+    return max(there, key=lambda best: (best.value, -best.step), default=None)

@@ -1,16 +1,18 @@
-"""Weights and optimizer state on disk: safetensors and JSON, never a pickle.
+"""Finds, checks and reads checkpoints: safetensors and JSON, never a pickle.
 
 A checkpoint is a folder `step-00001000/` with `model.safetensors`, `ema.safetensors` (the moving
 average of the weights, where the run keeps one), `optimizer.safetensors` and `state.json`, which
 holds the step, the config and the checksums of the other files. A run folder holds `config.json`
-and `checkpoints/`; there `best.json` names the best one. A model without its run is
-`unicl_fast.checkpoints.export`'s, and is loaded here too.
+and `checkpoints/`, where `best.json` names the best one. An export, which is a model without its
+run (`unicl_fast.checkpoints.export`), is loaded here too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,18 +21,17 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from unicl_fast.checkpoints.best import read_best
 from unicl_fast.checkpoints.export import is_export, read_export
 from unicl_fast.checkpoints.files import (
     STATE_FILE,
     checkpoint_name,
     list_checkpoints,
+    read_best,
 )
 from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.sealed_json import unseal
+from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,9 @@ MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 _BEST = "best"
+_TYPES = {
+    "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str, "checksums": dict,
+}  # fmt: skip
 
 
 class DamagedCheckpointError(ValueError):
@@ -48,15 +52,15 @@ class DamagedCheckpointError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CheckpointState:
-    """What state.json says."""
+    """The content of state.json."""
 
     step: int
-    """Optimizer steps done; training goes on with the batch of this number."""
+    """Optimizer steps done; training resumes with the batch of this number."""
     config: TrainConfig
     scaler: dict[str, Any]
     """State of the fp16 loss scaler; empty for the other precisions."""
     data: dict[str, Any]
-    """What the run was trained on, as the trainer was told: names, classes, tokenizer."""
+    """Description of the data, as the trainer was given it: names, classes, tokenizer."""
     optimizer: str
     """Class name of the optimizer, whose state no other can take over."""
     checksums: dict[str, str]
@@ -76,20 +80,14 @@ def read_state(checkpoint: Path) -> CheckpointState:
     if not path.is_file():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE_FILE}")
     try:
-        values = unseal(path.read_bytes())
+        values = parse_checksummed_json(path.read_bytes())
         _check_types(values)
     except ValueError as error:
         raise DamagedCheckpointError(
             f"{path} is damaged: {error}; use another checkpoint"
         ) from error
-    state = CheckpointState(
-        step=values["step"],
-        config=config_from_dict(values["config"]),
-        scaler=values["scaler"],
-        data=values["data"],
-        optimizer=values["optimizer"],
-        checksums=values["checksums"],
-    )
+    config = config_from_dict(values["config"])
+    state = CheckpointState(**{name: values[name] for name in _TYPES} | {"config": config})
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
@@ -103,12 +101,8 @@ def read_state(checkpoint: Path) -> CheckpointState:
 
 
 def _check_types(values: dict[str, Any]) -> None:
-    """Refuses a state whose fields are not what they are written as."""
-    expected = {
-        "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str,
-        "checksums": dict,
-    }  # fmt: skip
-    for name, kind in expected.items():
+    """Refuses a state whose fields are not of the types and ranges that are written."""
+    for name, kind in _TYPES.items():
         if type(values.get(name)) is not kind:
             raise ValueError(f"{name} should be there and of type {kind.__name__}")
     if not 0 <= values["step"] < 2**53:
@@ -163,9 +157,9 @@ def _find_best(run_folder: Path) -> Path:
 
 
 def find_sound_checkpoint(run_folder: Path) -> Path | None:
-    """The newest checkpoint of a run whose files are what they were; None where there is none.
+    """The newest undamaged checkpoint of a run; None where there are no checkpoints.
 
-    Says which newer ones it passed over, and why.
+    Newer ones that it skips are logged, with the reason.
 
     Raises:
         ValueError: there are some, and all are damaged; or a config this version does not know.
@@ -176,7 +170,7 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
         try:
             read_state(checkpoint)
         except (DamagedCheckpointError, FileNotFoundError) as error:
-            logger.warning("passing over a checkpoint: %s", error)
+            logger.warning("skipping a checkpoint: %s", error)
         else:
             return checkpoint
     if checkpoints:
@@ -218,19 +212,17 @@ def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
                 f"{found} is an export, which has one set of weights: take weights auto, or export "
                 "the run's average"
             )
-        return _build(*read_export(found))
-    state = read_state(found)
-    has_average = EMA_FILE in state.checksums
-    if weights == "ema" and not has_average:
-        raise ValueError(
-            f"{found} has no average of the weights (optim.ema_decay was 0): take weights "
-            "model or auto"
-        )
-    takes_average = has_average and weights != "model"
-    return _build(state.config, found / (EMA_FILE if takes_average else MODEL_FILE))
-
-
-def _build(config: TrainConfig, file: Path) -> UniCL:
+        config, file = read_export(found)
+    else:
+        state = read_state(found)
+        has_average = EMA_FILE in state.checksums
+        if weights == "ema" and not has_average:
+            raise ValueError(
+                f"{found} has no average of the weights (optim.ema_decay was 0): take weights "
+                "model or auto"
+            )
+        config = state.config
+        file = found / (EMA_FILE if has_average and weights != "model" else MODEL_FILE)
     _require_sizes(file, config)
     model = UniCL(config)
     # weights, and their average, are in the type of the run
@@ -257,8 +249,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     Raises:
         DamagedCheckpointError: it is none.
     """
-    try:
+    with _refusing_other_files(path):
         return load_file(path)
+
+
+@contextlib.contextmanager
+def _refusing_other_files(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError:
         raise
     except Exception as error:  # SafetensorError, or a KeyError for a type of number unknown here
@@ -270,8 +268,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def _require_sizes(path: Path, config: TrainConfig) -> None:
     """Compares the sizes that a config sets with those in the file, before they are built.
 
-    A model of sizes that nobody trained can be larger than memory, and building it is no way to
-    find out.
+    A model of wrong sizes can be larger than memory, so it must not be built to find out.
     """
     model, num_layers, expected = config.model, 0, {}
     if config.objective.has_texts:
@@ -281,20 +278,13 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
             "text_encoder.positional_embedding": [model.context_length, model.text_width],
             "text_projection": [model.text_width, model.embed_dim],
         }
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
-            if config.objective.name == "ce":
-                width = file.get_slice("class_rows").get_shape()[1]
-                expected["class_rows"] = [sum(config.objective.num_classes), width]
-                found["class_rows"] = file.get_slice("class_rows").get_shape()
-    except OSError:
-        raise
-    except Exception as error:
-        raise DamagedCheckpointError(
-            f"{path} is no safetensors file: {error!r}; use another checkpoint"
-        ) from error
+    with _refusing_other_files(path), safe_open(path, framework="pt") as file:
+        names = set(file.keys())
+        found = {name: file.get_slice(name).get_shape() for name in expected if name in names}
+        if config.objective.name == "ce":
+            found["class_rows"] = file.get_slice("class_rows").get_shape()
+            width = found["class_rows"][1]
+            expected["class_rows"] = [sum(config.objective.num_classes), width]
     layers = {name.split(".")[2] for name in names if name.startswith("text_encoder.resblocks.")}
     if found != expected or len(layers) != num_layers:
         raise DamagedCheckpointError(
@@ -305,7 +295,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
 
 
 def load_weights(model: UniCL, path: Path) -> None:
-    """Gives a model the weights in a safetensors file, in the model's own type and layout.
+    """Loads the weights in a safetensors file into a model, in the model's own type and layout.
 
     Raises:
         ValueError: the file is damaged, or holds the weights of another model.

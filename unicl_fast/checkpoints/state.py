@@ -1,4 +1,4 @@
-"""The state of a run: weights, their average, optimizer and loss scaler; out of it, and back.
+"""The state of a run, collected and restored: weights, their average, optimizer and loss scaler.
 
 Nothing of the data path and no random generator belongs to it: the batch of a step, its drop path
 and its learning rate are functions of the step.
@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from unicl_fast.checkpoints.load import (
@@ -23,22 +24,29 @@ from unicl_fast.checkpoints.load import (
     load_weights,
     read_tensors,
 )
-from unicl_fast.config import config_to_dict
-from unicl_fast.models.ema import WeightAverage
+from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.wording import refuse_differences
 
 logger = logging.getLogger(__name__)
 
 _GROUP_STEP = "group_step"
+# Samples are numbered by step, batch size and seed: changing these on resume would change which
+# samples come next.
+_MUST_NOT_CHANGE = {
+    "run": ("seed", "global_batch_size"),
+    "efficiency": ("precision",),
+    "data": ("shuffle_window",),
+}
 
 
 def collect_tensors(
-    *, model: UniCL, ema: WeightAverage | None, optimizer: torch.optim.Optimizer
+    *, model: UniCL, ema: ModelEmaV3 | None, optimizer: torch.optim.Optimizer
 ) -> dict[str, dict[str, Tensor]]:
     """The files of a checkpoint and their tensors, where and as they are."""
     files = {MODEL_FILE: dict(model.state_dict())}
     if ema is not None:
-        files[EMA_FILE] = dict(ema.model.state_dict())
+        files[EMA_FILE] = dict(ema.module.state_dict())
     files[OPTIMIZER_FILE] = _optimizer_tensors(model, optimizer)
     return files
 
@@ -50,13 +58,38 @@ def describe_state(
     scaler: torch.amp.GradScaler,
     data: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What state.json says beside the step and the checksums."""
+    """The content of state.json, without the step and the checksums."""
     return {
         "config": config_to_dict(model.config),
         "scaler": scaler.state_dict(),
         "data": dict(data),
         "optimizer": type(optimizer).__name__,
     }
+
+
+def refuse_another_run(
+    state: CheckpointState, config: TrainConfig, data: Mapping[str, Any]
+) -> None:
+    """Compares a run with the checkpoint it resumes from; logs settings that may and did change.
+
+    Raises:
+        ValueError: another model, objective or data, or a setting that would change which samples
+            come next.
+    """
+    stored, present = config_to_dict(state.config), config_to_dict(config)
+    for group in ("model", "objective"):
+        refuse_differences(group, stored[group], present[group])
+    refuse_differences("data", state.data, data)
+    for group, names in _MUST_NOT_CHANGE.items():
+        before, now = ({name: one[group][name] for name in names} for one in (stored, present))
+        refuse_differences(group, before, now)
+    for group in ("data", "optim", "run"):
+        for name, value in stored[group].items():
+            if value != present[group][name]:
+                logger.warning(
+                    "resuming with %s.%s = %r; the checkpoint was written with %r",
+                    group, name, present[group][name], value,
+                )  # fmt: skip
 
 
 def restore_checkpoint(
@@ -66,12 +99,12 @@ def restore_checkpoint(
     model: UniCL,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
-    ema: WeightAverage | None = None,
+    ema: ModelEmaV3 | None = None,
 ) -> None:
-    """Puts weights, their average, optimizer and scaler back as they were after `state.step` steps.
+    """Restores weights, their average, optimizer and scaler as they were after `state.step` steps.
 
-    `state` is what `read_state` said of the checkpoint. An average that the checkpoint does not
-    have starts with its weights.
+    `state` comes from `read_state`. An average that the checkpoint does not have starts with its
+    weights.
 
     Raises:
         ValueError: the checkpoint is of another optimizer, or its tensors are not the model's.
@@ -85,10 +118,10 @@ def restore_checkpoint(
         )
     load_weights(model, checkpoint / MODEL_FILE)
     if ema is not None and EMA_FILE in state.checksums:
-        load_weights(ema.model, checkpoint / EMA_FILE)
+        load_weights(ema.module, checkpoint / EMA_FILE)
     elif ema is not None:
         logger.warning("the checkpoint has no average of the weights: it starts with them")
-        ema.start_from(model)
+        ema.set(model)
     tensors = read_tensors(checkpoint / OPTIMIZER_FILE)
     try:
         _check_optimizer_tensors(model, optimizer, tensors)
@@ -104,7 +137,7 @@ def restore_checkpoint(
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Averages under the names of their parameters, for example `exp_avg.logit_scale`.
+    """The optimizer's averages by the names of parameters, for example `exp_avg.logit_scale`.
 
     LAMB and apex count steps for each parameter group, not for each parameter: `group_step.0`.
     """
@@ -123,7 +156,7 @@ def _check_optimizer_tensors(
 ) -> None:
     """Refuses what `_optimizer_tensors` cannot have written of this model.
 
-    Copying would spread a single number over a whole tensor without a word.
+    Copying would spread a single number over a whole tensor, and raise no error.
     """
     parameters = dict(model.named_parameters())
     keys_of: dict[str, set[str]] = {}
@@ -163,6 +196,6 @@ def _restore_optimizer(
         if key == "step":  # on the host, unless a fused kernel counts
             if any(group.get("fused") for group in optimizer.param_groups):
                 value = value.to(parameter.device)
-        else:  # averages lie like their parameter
+        else:  # averages have the memory format of their parameter
             value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
         optimizer.state[parameter][key] = value

@@ -1,9 +1,9 @@
-"""When checkpoints are written: beside the training, one at a time, the best one kept.
+"""Writes checkpoints while training continues, one at a time, and keeps the best one.
 
 A checkpoint is copied to the host while training waits (0.3 s for the 1.5 GB of a Swin-T and its
-average, on one core), and written by a thread while it goes on. One that is due before the last is
-on the disk waits for it: none is left out, and one copy of the state is all the memory that is
-needed.
+average, on one core), and written by a thread while training continues. One that is due before the
+last is on the disk waits for it: none is left out, and one copy of the state is all the memory that
+is needed.
 """
 
 from __future__ import annotations
@@ -20,17 +20,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from unicl_fast.checkpoints.best import Best, find_best, write_best
 from unicl_fast.checkpoints.files import (
+    Best,
     checkpoint_name,
+    find_best,
     remove_old,
     set_later_checkpoints_aside,
+    write_best,
     write_checkpoint,
 )
 
 logger = logging.getLogger(__name__)
 
 _NOTEWORTHY_SECONDS = 1.0
+_ALIGNMENT = 8  # bytes of the widest type
 
 
 class CheckpointWriter:
@@ -41,12 +44,12 @@ class CheckpointWriter:
 
         Args:
             folder: `checkpoints/` of the run.
-            keep: how many of the newest stay beside the best; 0 keeps all.
+            keep: how many of the newest stay in addition to the best; 0 keeps all.
         """
         self.folder = folder
         self.keep = keep
         self.best: Best | None = None
-        """Of those whose checkpoint is on the disk."""
+        """The best step among those whose checkpoint is on the disk."""
         self._copies = HostCopies()
         self._metric: str | None = None
         self._thread: threading.Thread | None = None
@@ -54,10 +57,10 @@ class CheckpointWriter:
         self._fault: BaseException | None = None
 
     def begin(self, *, step: int, metric: str | None, lines: Iterable[Mapping[str, float]]) -> None:
-        """Makes the folder that of a run that goes on from `step`.
+        """Makes the folder that of a run that resumes from `step`.
 
         Args:
-            step: later checkpoints are moved aside.
+            step: checkpoints of later steps are renamed.
             metric: key of metrics.jsonl whose highest value is the best; None looks for no new one.
             lines: those of metrics.jsonl up to the step.
 
@@ -79,17 +82,17 @@ class CheckpointWriter:
         step: int,
         must: bool,
     ) -> None:
-        """Copies the tensors now, and writes `step-XXXXXXXX` now (if it `must`) or beside.
+        """Copies the tensors now, and writes `step-XXXXXXXX` now (if it `must`) or in a thread.
 
         Args:
             files: name of a file -> its tensors, on any device.
             state: more of state.json.
             step: optimizer steps done.
-            must: come back when it is on the disk.
+            must: return when it is on the disk.
 
         Raises:
-            OSError: it cannot be written, and it `must`. Otherwise that is only said, loudly:
-                training goes on, and the next one may fit.
+            OSError: it cannot be written, and it `must`. Otherwise that is only logged, loudly:
+                training continues, and the next one may fit.
         """
         self._wait_for_the_one_before(step)
         copies = self._copies.take(files)
@@ -141,10 +144,10 @@ class CheckpointWriter:
         self._thread = self._pinning = self._start(pin, failed=failed)
 
     def wait(self) -> None:
-        """Comes back when all is written.
+        """Returns when all is written.
 
         Raises:
-            RuntimeError: a fault of the program while writing; what a disk can do is only logged.
+            RuntimeError: a fault of the program while writing; a disk's faults are only logged.
         """
         if self._thread is not None:
             self._thread.join()
@@ -157,7 +160,7 @@ class CheckpointWriter:
     def finishing(self) -> Iterator[None]:
         """Finishes what is being written when the block ends, by an exception too.
 
-        Who asks twice to stop (KeyboardInterrupt) does not wait: half a checkpoint counts as none.
+        KeyboardInterrupt, a second request to stop, does not wait: half a checkpoint is none.
         """
         try:
             yield
@@ -167,10 +170,14 @@ class CheckpointWriter:
             if self._thread is not None:
                 self._thread.join()
             raise
-        else:
-            self.wait()
+        self.wait()
 
     def _start(self, job: Callable[[], None], *, failed: str) -> threading.Thread:
+        """Runs a job behind the one before, in a thread.
+
+        A daemon thread, not one of concurrent.futures, whose threads the interpreter waits for: a
+        second Ctrl-C need not wait for a slow disk.
+        """
         before = self._thread
 
         def work() -> None:
@@ -179,11 +186,10 @@ class CheckpointWriter:
             try:
                 job()
             except OSError as error:
-                logger.error("%s: %s; training goes on", failed, error)
-            except BaseException as fault:  # told by the next who waits
+                logger.error("%s: %s; training continues", failed, error)
+            except BaseException as fault:  # raised by the next `wait`
                 self._fault = fault
 
-        # a daemon, so that a second Ctrl-C need not wait for a slow disk
         thread = threading.Thread(target=work, name="checkpoint", daemon=True)
         thread.start()
         return thread
@@ -205,8 +211,8 @@ class CheckpointWriter:
 class HostCopies:
     """Copies of tensors in one block of host memory, which is kept for the next ones.
 
-    From a CUDA device they are ordered on its current stream, behind the update that made the
-    values and before the next one, into page-locked memory, and the host does not wait for them.
+    From a CUDA device they are ordered on its current stream, after the update that made the values
+    and before the next one, into page-locked memory, and the host does not wait for them.
     """
 
     def __init__(self) -> None:
@@ -216,49 +222,38 @@ class HostCopies:
 
     def take(self, files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
         """Copies, in the order of their names; they hold from `wait` to the next `take`."""
-        layout = [
-            (file, name, tensor.shape, tensor.dtype, tensor.is_cuda)
-            for file, tensors in files.items()
-            for name, tensor in tensors.items()
-        ]
+        every = [(file, name, one) for file in files for name, one in files[file].items()]
+        layout = [(file, name, one.shape, one.dtype, one.is_cuda) for file, name, one in every]
         if layout != self._layout:
             self._copies = {}  # given back before as much is taken
             self._copies, self._layout = _empty_like(files), layout
-        on_device = False
-        for file, tensors in files.items():
-            for name, tensor in tensors.items():
-                self._copies[file][name].copy_(tensor.detach(), non_blocking=True)
-                on_device |= tensor.is_cuda
+        for file, name, tensor in every:
+            self._copies[file][name].copy_(tensor.detach(), non_blocking=True)
         self._event = None
-        if on_device:
+        if any(tensor.is_cuda for *_, tensor in every):
             self._event = torch.cuda.Event()
             self._event.record()
         return self._copies
 
     def wait(self) -> None:
-        """Comes back when the copies are made."""
+        """Returns when the copies are made."""
         if self._event is not None:
             self._event.synchronize()
 
 
 def _empty_like(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
     """Host tensors in logical order, whatever the memory format of the ones they are like."""
-    every = [
-        (file, name, tensor) for file, tensors in files.items() for name, tensor in tensors.items()
-    ]
-    # wide types first: so each begins at a multiple of its width
-    every.sort(key=lambda entry: -entry[2].element_size())
-    memory = _host_memory(
-        sum(tensor.nbytes for *_, tensor in every),
-        page_locked=any(tensor.is_cuda for *_, tensor in every),
-    )
-    copies: dict[str, dict[str, Tensor]] = {file: {} for file in files}
-    offset = 0
-    for file, name, tensor in every:
-        piece = memory[offset : offset + tensor.nbytes]
-        copies[file][name] = piece.view(tensor.dtype).view(tensor.shape)
-        offset += tensor.nbytes
-    return copies
+    every = [tensor for tensors in files.values() for tensor in tensors.values()]
+    spaces = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in every]
+    memory = _host_memory(sum(spaces), page_locked=any(tensor.is_cuda for tensor in every))
+    pieces = iter(memory.split(spaces))
+    return {
+        file: {
+            name: next(pieces)[: one.nbytes].view(one.dtype).view(one.shape)
+            for name, one in tensors.items()
+        }
+        for file, tensors in files.items()
+    }
 
 
 def _host_memory(num_bytes: int, *, page_locked: bool) -> Tensor:

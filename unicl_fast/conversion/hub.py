@@ -13,8 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from unicl_fast import __version__
-from unicl_fast.checkpoints.export import CONFIG_FILE, FORMAT_VERSION, LIBRARY, WEIGHTS_FILE
-from unicl_fast.checkpoints.preprocessing import Preprocessing
+from unicl_fast.checkpoints.export import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    LIBRARY,
+    WEIGHTS_FILE,
+    Preprocessing,
+)
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.conversion.model_card import model_card
 from unicl_fast.conversion.new_files import new_folder, write_json, write_tensors

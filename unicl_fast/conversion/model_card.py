@@ -9,8 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from unicl_fast.checkpoints.export import LIBRARY
-from unicl_fast.checkpoints.preprocessing import Preprocessing
+from unicl_fast.checkpoints.export import LIBRARY, Preprocessing
 from unicl_fast.models.unicl import UniCL
 
 _TAGS = ("unicl", "clip", "image-text-label", "contrastive-learning")

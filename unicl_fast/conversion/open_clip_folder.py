@@ -15,7 +15,7 @@ import timm
 import torch
 from torch import Tensor
 
-from unicl_fast.checkpoints.preprocessing import Preprocessing
+from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.conversion.comparison import require_equal, samples_of
 from unicl_fast.conversion.new_files import new_folder, write_json, write_tensors
 from unicl_fast.models.image_encoder import feature_width

@@ -14,7 +14,7 @@ from typing import Any
 import timm
 import torch
 
-from unicl_fast.checkpoints.preprocessing import Preprocessing
+from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.conversion.comparison import images_for, require_equal
 from unicl_fast.conversion.new_files import new_folder, write_json, write_tensors
 from unicl_fast.models.image_encoder import feature_width

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unicl_fast.checkpoints.preprocessing import Preprocessing
+from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.conversion.comparison import require_equal, samples_of
 from unicl_fast.conversion.new_files import new_folder, write_json
 from unicl_fast.models.unicl import UniCL

@@ -14,6 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.system.atomic_files import read_fully
+
 # Beyond this many shards a file is opened for each read: descriptors are a scarce resource (often
 # 1,024 a process), opening a local file costs a few microseconds.
 _MAX_OPEN_SHARDS = 256
@@ -41,7 +43,7 @@ class ShardReader:
         file = self._files.get(number)
         if file is not None:
             try:
-                return _fill(buffer, file, offset)
+                return read_fully(file, buffer.data, offset=offset)
             except OSError as error:
                 # A network file system forgets a file that was replaced: by its name it is there.
                 # The descriptor is left alone, since another thread may be reading through it.
@@ -52,7 +54,7 @@ class ShardReader:
         if keep and self._files.setdefault(number, file) != file:
             keep = False  # another thread was first
         try:
-            return _fill(buffer, file, offset)
+            return read_fully(file, buffer.data, offset=offset)
         finally:
             if not keep:
                 os.close(file)
@@ -79,13 +81,3 @@ class ShardReader:
         self._closed = True
         while self._files:
             os.close(self._files.popitem()[1])
-
-
-def _fill(buffer: npt.NDArray[np.uint8], file: int, offset: int) -> int:
-    view, done = buffer.data, 0
-    while done < len(view):
-        count = os.preadv(file, [view[done:]], offset + done)
-        if count == 0:
-            break
-        done += count
-    return done

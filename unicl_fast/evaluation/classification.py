@@ -19,8 +19,7 @@ from tqdm import tqdm
 
 from unicl_fast.batch import EvaluationLoader
 from unicl_fast.distributed.ranks import Ranks, gather_integers
-from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
-from unicl_fast.system.stages import WaitingForRanks
+from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
 
 Metric = Literal["top1", "mean_per_class"]
 

@@ -27,7 +27,7 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.evaluation.classification import Metric
 from unicl_fast.packing.build.build import build_dataset
 from unicl_fast.packing.build.class_names import read_label_space
-from unicl_fast.system.temporary_folder import temporary_folder
+from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.text.class_lists import (
     CLIP_BENCHMARK,
     clip_benchmark_list,

@@ -7,9 +7,7 @@ checksum of everything that decides the features; so nothing stale is ever read.
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import os
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,8 @@ from unicl_fast.batch import EvaluationLoader
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.evaluation.encode import Layer, encode_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.progress import EvaluationStopped, heartbeat_and_check_stop
-from unicl_fast.system.stages import WaitingForRanks
+from unicl_fast.system.atomic_files import replacing
+from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
 
 logger = logging.getLogger(__name__)
 
@@ -147,15 +145,11 @@ class FeatureCache:
         if self._folder is None:
             return
         path = self._path(key)
-        aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            with aside.open("wb") as file:
+            with replacing(path, flush=False) as aside, aside.open("wb") as file:
                 np.save(file, features.numpy(), allow_pickle=False)
-            aside.replace(path)
         except OSError as error:
-            with contextlib.suppress(OSError):
-                aside.unlink()
             logger.warning("features are not kept: %s cannot be written: %s", path, error)
 
     def _path(self, key: str) -> Path:

@@ -11,10 +11,11 @@ import torch
 
 from unicl_fast.checkpoints.load import load_model
 from unicl_fast.distributed.launch import configure_logging
-from unicl_fast.distributed.ranks import Ranks, process_group
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.requests import Evaluation
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.devices import choose_device
+from unicl_fast.system.machine import choose_device
 
 
 @contextlib.contextmanager

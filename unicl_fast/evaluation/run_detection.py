@@ -67,7 +67,7 @@ def check_detect(command: Detect) -> None:
 def run_detect(command: Detect) -> None:
     """Trains and tests on all ranks; rank 0 prints and writes."""
     with model_on_ranks(command) as (model, ranks):
-        share = ranks.share_of(command.train_batch_size)
+        share = ranks.local_batch_size(command.train_batch_size)
         train = CocoImages(command.train, command.train_images, masks=command.masks)
         test = CocoImages(command.data, command.images)
         # fresh heads, and the proposals that are drawn in training

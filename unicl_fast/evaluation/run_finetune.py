@@ -72,7 +72,7 @@ def run_finetune(command: Finetune) -> None:
         open_data(command.data, ranks=ranks) as test,
     ):
         config = _config(command, model.config, train.dataset)
-        ranks.share_of(config.run.global_batch_size)
+        ranks.local_batch_size(config.run.global_batch_size)
         labels = _labels_in(test, train.class_names)
         precision = Precision(config.efficiency.precision)
         place_module(model, device=device_of(model), precision=precision)
@@ -88,7 +88,7 @@ def run_finetune(command: Finetune) -> None:
         loader = TrainLoader(
             config,
             [train.dataset],
-            shares=None,
+            weights=None,
             prompts=build_prompts([train.dataset], config.data),
             rank=ranks.rank,
             world_size=ranks.world_size,

@@ -1,16 +1,20 @@
 """The ledger's files byte by byte: what a rank was fed at each step, and how that is read again.
 
-A start of the program opens a segment, one file a rank: a header, then one record a step. The text
-of the format is in docs/reliability.md. `ledger` writes it, `ledger_reading` finds and checks the
-records of a file, `ledger_proof` puts the files of a run together.
+Each start of the program opens a segment, one file a rank: a header, then one record a step. The
+text of the format is in docs/reliability.md. Reading skips damage up to the next sound record; what
+that means for a run is decided in `unicl_fast.ledger.proof`.
 """
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
+import itertools
 import json
+import mmap
 import re
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +27,18 @@ VERSION = 1
 
 _MAGIC = b"UNICLLGR"
 _START = struct.Struct("<8sII")  # magic, bytes of JSON, checksum of them
-MARK = b"\xf5STP"
-HEAD = struct.Struct("<4sIQI")  # mark, checksum of what follows it, step, substitutes
-CHECKED_FROM = 8
-PLACE_BYTES = 4
 _MOST_HEADER_BYTES = 1 << 20
 _NAME = re.compile(r"segment-(\d{4,})-rank-(\d{4,})\.bin")
+
+_MARK = b"\xf5STP"
+_HEAD = struct.Struct("<4sIQI")  # mark, checksum of what follows it, step, substitutes
+_HEAD_DTYPE = np.dtype(
+    [("mark", "<u4"), ("checksum", "<u4"), ("step", "<u8"), ("num_substitutes", "<u4")]
+)
+_MARK_NUMBER = int.from_bytes(_MARK, "little")
+_CHECKED_FROM = 8
+_INDEX_BYTES = 4
+_HEADS_AT_ONCE = 1024
 
 
 class DamagedSegmentError(ValueError):
@@ -45,26 +55,27 @@ class LedgerSource:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentHeader:
-    """What one rank says of itself when the program starts; sizes of records follow from it."""
+    """Describes one rank at a start of the program; sizes of records follow from it."""
 
     segment: int
     """Starts of the program are numbered from 1."""
     start_step: int
-    """The first step of this start; it supersedes what earlier segments say of it and of later
-    ones."""
+    """The first step of this start. It supersedes what earlier segments have of it and of later
+    steps."""
     rank: int
     world_size: int
     global_batch_size: int
     sources: tuple[LedgerSource, ...]
     seed: int
     shares: tuple[int, ...]
-    """Parts of the sources in every batch. With the seed they allow to plan the run again."""
+    """Integers in the proportion of the sources' weights. With the seed they allow to plan the run
+    again."""
     shuffle_window: int = 0
     """`data.shuffle_window`, which that takes too; not in the file where it is 0."""
 
     @property
-    def share(self) -> int:
-        """Slots of this rank in each step."""
+    def local_batch_size(self) -> int:
+        """Draws of this rank in each step."""
         return self.global_batch_size // self.world_size
 
     @property
@@ -80,9 +91,9 @@ class SegmentHeader:
 
     def record_bytes(self, num_substitutes: int) -> int:
         return (
-            HEAD.size
-            + self.share * (self.source_bytes + self.id_bytes)
-            + num_substitutes * (PLACE_BYTES + self.id_bytes)
+            _HEAD.size
+            + self.local_batch_size * (self.source_bytes + self.id_bytes)
+            + num_substitutes * (_INDEX_BYTES + self.id_bytes)
         )
 
 
@@ -93,9 +104,8 @@ def segment_name(segment: int, rank: int) -> str:
 def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
     """Segment -> rank -> file, in ascending order."""
     found = [(_NAME.fullmatch(path.name), path) for path in folder.iterdir()]
-    numbers = sorted((int(m[1]), int(m[2]), path) for m, path in found if m is not None)
     segments: dict[int, dict[int, Path]] = {}
-    for segment, rank, path in numbers:
+    for segment, rank, path in sorted((int(m[1]), int(m[2]), path) for m, path in found if m):
         segments.setdefault(segment, {})[rank] = path
     return segments
 
@@ -105,10 +115,152 @@ def encode_header(header: SegmentHeader) -> bytes:
     if not header.shuffle_window:
         del values["shuffle_window"]
     text = json.dumps(values).encode()
-    return _START.pack(_MAGIC, len(text), checksum_of(text)) + text
+    return _START.pack(_MAGIC, len(text), _checksum(text)) + text
 
 
-def decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
+def encode_record(
+    header: SegmentHeader,
+    *,
+    step: int,
+    source_ids: NDArray[np.int64],
+    scheduled_ids: NDArray[np.int64],
+    shown_ids: NDArray[np.int64],
+) -> bytes:
+    """One step of one rank; each array is int64 [b], in the order of the local batch."""
+    replaced = np.flatnonzero(shown_ids != scheduled_ids)
+    body = b"".join(
+        (
+            struct.pack("<QI", step, len(replaced)),
+            _pack(source_ids, header.source_bytes),
+            _pack(scheduled_ids, header.id_bytes),
+            _pack(replaced, _INDEX_BYTES),
+            _pack(shown_ids[replaced], header.id_bytes),
+        )
+    )
+    return _MARK + struct.pack("<I", _checksum(body)) + body
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class RecordRange:
+    """Records of consecutive steps that follow each other in a file and have the same size."""
+
+    step: int
+    offset: int
+    count: int
+    num_substitutes: int
+
+    @property
+    def end(self) -> int:
+        """The step after the last."""
+        return self.step + self.count
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SegmentFile:
+    """One rank's records of one start, found and checked."""
+
+    path: Path
+    header: SegmentHeader
+    ranges: tuple[RecordRange, ...]
+    """In ascending order of steps."""
+    torn_bytes: int
+    """Bytes of a last record that was not written to its end."""
+    damaged: tuple[tuple[int, int], ...]
+    """Ranges of bytes without a sound record, though records follow."""
+
+    def batch_rows(self, start: int, end: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Source ids and scheduled sample ids, int64 [end - start, b].
+
+        The records of all these steps must be there.
+        """
+        header = self.header
+        sources_end = _HEAD.size + header.local_batch_size * header.source_bytes
+        source_ids = np.zeros((end - start, header.local_batch_size), dtype=np.int64)
+        sample_ids = np.zeros_like(source_ids)
+        for first, records, _ in self._read(start, end):
+            into = slice(first - start, first - start + len(records))
+            _unpack(records[:, _HEAD.size : sources_end], source_ids[into])
+            _unpack(records[:, sources_end : header.record_bytes(0)], sample_ids[into])
+        return source_ids, sample_ids
+
+    def substitutes(self, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Step, index in the local batch, and sample shown, wherever it is not the scheduled."""
+        for first, records, num_substitutes in self._read(start, end):
+            if not num_substitutes:
+                continue
+            packed = records[:, self.header.record_bytes(0) :]
+            indices = np.zeros((len(records), num_substitutes), dtype=np.int64)
+            shown = np.zeros_like(indices)
+            _unpack(packed[:, : num_substitutes * _INDEX_BYTES], indices)
+            _unpack(packed[:, num_substitutes * _INDEX_BYTES :], shown)
+            for row, pair in enumerate(zip(indices.tolist(), shown.tolist(), strict=True)):
+                for index, sample in zip(*pair, strict=True):
+                    yield first + row, index, sample
+
+    def _read(self, start: int, end: int) -> Iterator[tuple[int, NDArray[np.uint8], int]]:
+        """Records of the steps: the first step, bytes [k, record], and substitutes of each."""
+        begin = bisect.bisect_right(self.ranges, start, key=lambda one: one.end)
+        for one in itertools.islice(self.ranges, begin, None):
+            if one.step >= end:
+                break
+            first, last = max(start, one.step), min(end, one.end)
+            size = self.header.record_bytes(one.num_substitutes)
+            offset, count = one.offset + (first - one.step) * size, (last - first) * size
+            data = np.fromfile(self.path, dtype=np.uint8, count=count, offset=offset)
+            yield first, data.reshape(-1, size), one.num_substitutes
+
+
+def read_segment_file(path: Path) -> SegmentFile | None:
+    """Finds and checks all records of a file; None where even its header was cut off.
+
+    Bytes that do not agree with their checksum are skipped up to the next sound record. The file
+    may still be growing.
+
+    Raises:
+        DamagedSegmentError: its header is damaged, or its steps go backwards.
+        ValueError: of a format version that is not known here.
+    """
+    if not path.stat().st_size:
+        return None  # and nothing to map
+    with (
+        path.open("rb") as file,
+        mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped,
+        memoryview(mapped) as view,
+    ):
+        found = _decode_header(view)
+        if found is None:
+            return None
+        header, offset = found
+        ranges: list[RecordRange] = []
+        damaged: list[tuple[int, int]] = []
+        torn_bytes = 0
+        while offset < len(view):
+            one = _read_range(view, header, offset)
+            if one is None:
+                sound = _next_sound_record(mapped, view, header, offset + 1)
+                if sound is None and _is_torn(view, header, offset):
+                    torn_bytes = len(view) - offset
+                else:
+                    damaged.append((offset, sound or len(view)))
+                offset = sound or len(view)
+                continue
+            if ranges and one.step < ranges[-1].end:
+                raise DamagedSegmentError(
+                    f"the record of step {one.step} follows that of step {ranges[-1].end - 1}"
+                )
+            size = header.record_bytes(one.num_substitutes)
+            _append(ranges, one, size=size)
+            offset += one.count * size
+    return SegmentFile(
+        path=path,
+        header=header,
+        ranges=tuple(ranges),
+        torn_bytes=torn_bytes,
+        damaged=tuple(damaged),
+    )
+
+
+def _decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
     """The header and the offset of the first record; None where it was cut off in the writing.
 
     Raises:
@@ -123,7 +275,7 @@ def decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
     text = bytes(data[_START.size : _START.size + size])
     if len(text) < size:
         return None
-    if checksum_of(text) != checksum:
+    if _checksum(text) != checksum:
         raise DamagedSegmentError("its header's checksum does not agree")
     values = json.loads(text)
     version = values.pop("version")
@@ -134,31 +286,76 @@ def decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
     return SegmentHeader(**values), _START.size + size
 
 
-def encode_record(
-    header: SegmentHeader,
-    *,
-    step: int,
-    source_ids: NDArray[np.int64],
-    scheduled_ids: NDArray[np.int64],
-    shown_ids: NDArray[np.int64],
-) -> bytes:
-    """One step of one rank; each array is int64 [share], in the order of the slots."""
-    places = np.flatnonzero(shown_ids != scheduled_ids)
-    body = b"".join(
-        (
-            struct.pack("<QI", step, len(places)),
-            _pack(source_ids, header.source_bytes),
-            _pack(scheduled_ids, header.id_bytes),
-            _pack(places, PLACE_BYTES),
-            _pack(shown_ids[places], header.id_bytes),
+def _append(ranges: list[RecordRange], one: RecordRange, *, size: int) -> None:
+    """Appends a range, joined with the last one where it continues that."""
+    if ranges:
+        last = ranges[-1]
+        continued = RecordRange(
+            last.end, last.offset + last.count * size, one.count, last.num_substitutes
         )
-    )
-    return MARK + struct.pack("<I", checksum_of(body)) + body
+        if one == continued:
+            ranges[-1] = dataclasses.replace(last, count=last.count + one.count)
+            return
+    ranges.append(one)
 
 
-def checksum_of(data: bytes | memoryview) -> int:
-    value: int = xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
-    return value
+def _read_range(view: memoryview, header: SegmentHeader, offset: int) -> RecordRange | None:
+    """Sound records from `offset` on, _HEADS_AT_ONCE at most; None if the first is not sound."""
+    head = _sound_head(view, header, offset)
+    if head is None:
+        return None
+    step, num_substitutes = head
+    size = header.record_bytes(num_substitutes)
+    most = min((len(view) - offset) // size, _HEADS_AT_ONCE)
+    # Heads first, all at once, then checksums, one call each: that is what a long ledger costs.
+    heads = np.ndarray((most,), dtype=_HEAD_DTYPE, buffer=view, offset=offset, strides=(size,))
+    alike = heads["mark"] == _MARK_NUMBER
+    alike &= heads["num_substitutes"] == num_substitutes
+    alike &= heads["step"] == np.arange(step, step + most, dtype=np.uint64)
+    most = int(np.argmin(alike)) if not alike.all() else most
+    digest = xxhash.xxh3_64_intdigest
+    for count, checksum in enumerate(heads["checksum"][:most].tolist()):
+        first = offset + count * size
+        if digest(view[first + _CHECKED_FROM : first + size]) & 0xFFFFFFFF != checksum:
+            return RecordRange(step, offset, count, num_substitutes)
+    return RecordRange(step, offset, most, num_substitutes)
+
+
+def _sound_head(view: memoryview, header: SegmentHeader, offset: int) -> tuple[int, int] | None:
+    """Step and number of substitutes of the record at `offset`, None if it is not sound."""
+    if len(view) - offset < _HEAD.size:
+        return None
+    mark, checksum, step, num_substitutes = _HEAD.unpack_from(view, offset)
+    end = offset + header.record_bytes(num_substitutes)
+    if mark != _MARK or num_substitutes > header.local_batch_size or end > len(view):
+        return None
+    if _checksum(view[offset + _CHECKED_FROM : end]) != checksum:
+        return None
+    return step, num_substitutes
+
+
+def _next_sound_record(
+    mapped: mmap.mmap, view: memoryview, header: SegmentHeader, offset: int
+) -> int | None:
+    while (offset := mapped.find(_MARK, offset)) >= 0:
+        if _sound_head(view, header, offset) is not None:
+            return offset
+        offset += 1
+    return None
+
+
+def _is_torn(view: memoryview, header: SegmentHeader, offset: int) -> bool:
+    """Whether the rest of the file may be the beginning of a record."""
+    left = len(view) - offset
+    if left < _HEAD.size:
+        return bytes(view[offset : offset + 4]) == _MARK[:left]
+    mark, _, _, num_substitutes = _HEAD.unpack_from(view, offset)
+    is_possible = mark == _MARK and num_substitutes <= header.local_batch_size
+    return is_possible and left < header.record_bytes(num_substitutes)
+
+
+def _checksum(data: bytes | memoryview) -> int:
+    return xxhash.xxh3_64_intdigest(data) & 0xFFFFFFFF
 
 
 def _pack(values: NDArray[Any], width: int) -> bytes:
@@ -166,8 +363,8 @@ def _pack(values: NDArray[Any], width: int) -> bytes:
     return values.astype("<i8", copy=False).view(np.uint8).reshape(-1, 8)[:, :width].tobytes()
 
 
-def unpack_numbers(packed: NDArray[np.uint8], into: NDArray[np.int64]) -> None:
-    """Rows of packed numbers, [k count * width] -> [k count]."""
+def _unpack(packed: NDArray[np.uint8], into: NDArray[np.int64]) -> None:
+    """Fills `into` [k, count] from rows of packed numbers, [k, count * width]."""
     width = packed.shape[1] // into.shape[1]
     if width:
         as_bytes = into.view(np.uint8).reshape(*into.shape, 8)

@@ -1,7 +1,8 @@
-"""Reads a run's ledger and says what it proves: which steps, each sample once a pass, substitutes.
+"""Reads a run's ledger and decides what it proves: which steps, each sample once an epoch.
 
-Nothing of the plan is used: the ids alone must say it. Memory is one bit a sample and some
-megabytes, however long the run.
+Nothing of the plan is used: the ids alone must say it. An epoch of a source of N samples is N draws
+of it one after another; it is complete and right when no sample came twice, for then each came
+once. Memory is one bit a sample and some megabytes, however long the run.
 """
 
 from __future__ import annotations
@@ -9,18 +10,27 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.ledger.format import DamagedSegmentError, SegmentHeader, list_segments
-from unicl_fast.ledger.ledger_passes import Passes, SourceProof
-from unicl_fast.ledger.ledger_reading import SegmentFile, read_segment_file
+from unicl_fast.ledger.format import (
+    DamagedSegmentError,
+    LedgerSource,
+    SegmentFile,
+    SegmentHeader,
+    list_segments,
+    read_segment_file,
+)
+from unicl_fast.system.kernels import kernel
 
 _ENDLESS = 1 << 62
 _DRAWS_AT_ONCE = 1 << 20
+_MOST_EXAMPLES = 10
+_TWICE, _LOST, _UNKNOWN = 0, 1, 2
 
 Int64Array = NDArray[np.int64]
 Steps = tuple[int, int]
@@ -29,17 +39,40 @@ Watch = Callable[[SegmentHeader, int, Int64Array, Int64Array], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class SourceProof:
+    """The result for the epochs of one source."""
+
+    name: str
+    num_samples: int
+    draws: int
+    scheduled_twice: int
+    """Draws of a sample that the same epoch had drawn before."""
+    lost: int
+    """Samples that a complete epoch did not draw."""
+    unknown: int
+    """Draws of samples that the source does not have."""
+
+    @property
+    def complete_epochs(self) -> int:
+        return self.draws // self.num_samples
+
+    @property
+    def holds(self) -> bool:
+        return not (self.scheduled_twice or self.lost or self.unknown)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Segment:
     """One start of the program, over all its ranks."""
 
     header: SegmentHeader
-    """Of one of its ranks."""
+    """The header of one of its ranks."""
     files: tuple[SegmentFile, ...]
     """By rank; empty if one is missing, since no step is whole then."""
     steps: tuple[Steps, ...]
-    """Those of which all ranks have a record."""
+    """Steps of which all ranks have a record."""
     counts_until: int
-    """A later start goes on from this step, or from before: what is here beyond is superseded."""
+    """A later start resumes from this step, or from before: what is here beyond is superseded."""
 
     @property
     def counts(self) -> bool:
@@ -54,10 +87,10 @@ class Segment:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class LedgerProof:
-    """What a ledger says, and whether that is a proof."""
+    """The content of a ledger, and whether that is a proof."""
 
     steps: int
-    """Proven: those from 0 to this, without a hole."""
+    """Steps 0 up to this are proven, without a hole."""
     holes: tuple[Steps, ...]
     """Steps that were done, since later ones or a checkpoint are there, but have no records."""
     global_batch_size: int
@@ -69,25 +102,25 @@ class LedgerProof:
     faults: tuple[str, ...]
     """Contradictions, in words; the first of them."""
     notes: tuple[str, ...]
-    """What is damaged or cut off. It only counts where it leaves a hole."""
+    """Damage and files that were cut off, in words. It only counts where it leaves a hole."""
 
     @property
     def holds(self) -> bool:
         return not (self.holes or self.faults) and all(source.holds for source in self.sources)
 
     @property
-    def num_lost_slots(self) -> int:
-        """Slots of the steps without records."""
+    def num_lost_draws(self) -> int:
+        """Draws of the steps without records."""
         return sum(end - start for start, end in self.holes) * self.global_batch_size
 
     @property
     def num_superseded(self) -> int:
-        """Steps that were done twice, because the run had gone back to a checkpoint."""
+        """Steps that were done twice, because the run had resumed from a checkpoint before them."""
         return sum(segment.num_superseded for segment in self.segments)
 
     @property
     def num_substituted(self) -> int:
-        """Visits at which another sample than the scheduled one was shown."""
+        """Draws for which another sample than the scheduled one was shown."""
         return sum(counter.total() for counter in self.substitutes.values())
 
 
@@ -96,9 +129,9 @@ def prove(folder: Path, *, steps_done: int = 0, watch: Watch | None = None) -> L
 
     Args:
         folder: where the segments are, `ledger` of a run folder.
-        steps_done: what is known from elsewhere, as from the newest checkpoint.
-        watch: is shown all visits too, in their order: a header of their segment, the first step,
-            and source ids and scheduled sample ids [steps n].
+        steps_done: steps that are known to be done from elsewhere, as the newest checkpoint.
+        watch: is called with all draws too, in their order: a header of their segment, the first
+            step, and source ids and scheduled sample ids [steps n].
 
     Raises:
         FileNotFoundError: no ledger there.
@@ -114,34 +147,33 @@ def prove(folder: Path, *, steps_done: int = 0, watch: Watch | None = None) -> L
     faults: list[str] = []
     segments = _read_segments(found, notes, faults)
     counting = [segment for segment in segments if segment.counts]
-    faults += _differences(counting)
+    faults += _contradictions(counting)
     covered = _union(
         (max(start, segment.header.start_step), min(end, segment.counts_until))
         for segment in counting
         for start, end in segment.steps
     )
-    ends = [end for _, end in covered]
-    done = max([steps_done, *ends, *(segment.header.start_step for segment in counting)])
+    starts = [segment.header.start_step for segment in counting]
+    done = max([steps_done, *starts, *(end for _, end in covered)])
     holes = _gaps(covered, done)
     steps = holes[0][0] if holes else done
 
     global_batch_size = counting[0].header.global_batch_size if counting else 0
-    passes = Passes(counting[0].header.sources if counting else ())
+    epochs = EpochCounter(counting[0].header.sources if counting else ())
     substitutes: dict[tuple[int, int], Counter[int]] = {}
     if not faults:
-        for segment, start, end in _pieces(counting, steps):
-            source_ids, ids = _draws(segment, start, end)
-            passes.visit(start * global_batch_size, source_ids, ids)
+        for segment, start, source_ids, ids in _read_draws(counting, steps):
+            epochs.add(start * global_batch_size, source_ids, ids)
             _add_substitutes(substitutes, segment, start, source_ids, ids)
             if watch is not None:
                 watch(segment.header, start, source_ids, ids)
-        faults += passes.examples(global_batch_size=global_batch_size)
+        faults += epochs.examples(global_batch_size=global_batch_size)
     return LedgerProof(
         steps=steps,
         holes=tuple(holes),
         global_batch_size=global_batch_size,
         segments=tuple(segments),
-        sources=tuple(passes.results()),
+        sources=tuple(epochs.results()),
         substitutes=substitutes,
         faults=tuple(faults),
         notes=tuple(notes),
@@ -155,19 +187,16 @@ def _read_segments(
     segments: list[Segment] = []
     counts_until = _ENDLESS
     for number in sorted(found, reverse=True):
-        files, damaged = _read_files(found[number], notes)
+        files, any_damaged = _read_files(found[number], notes)
         if not files:
-            if damaged:
+            if any_damaged:
                 faults.append(
                     f"no header of segment {number} can be read, so nobody knows what it supersedes"
                 )
             continue
-        headers = [file.header for file in files.values()]
-        first = headers[0]
-        alike = {dataclasses.replace(h, rank=0) for h in headers} == {
-            dataclasses.replace(first, rank=0)
-        }
-        if not alike or any(file.header.rank != rank for rank, file in files.items()):
+        first = next(iter(files.values())).header
+        expected = {rank: dataclasses.replace(first, rank=rank) for rank in files}
+        if any(file.header != expected[rank] for rank, file in files.items()):
             faults.append(f"the headers of segment {number} contradict each other")
             continue
         missing = sorted(set(range(first.world_size)) - set(files))
@@ -176,12 +205,12 @@ def _read_segments(
                 f"segment {number} has nothing of rank {', '.join(map(str, missing))}, so no step "
                 "of it is whole"
             )
-        whole = [] if missing else _steps_of_all([_steps_of(file) for file in files.values()])
+        whole = [] if missing else [files[rank] for rank in sorted(files)]
         segments.append(
             Segment(
                 header=first,
-                files=() if missing else tuple(files[rank] for rank in sorted(files)),
-                steps=tuple(whole),
+                files=tuple(whole),
+                steps=tuple(_steps_of_all(whole)),
                 counts_until=counts_until,
             )
         )
@@ -213,8 +242,8 @@ def _read_files(paths: dict[int, Path], notes: list[str]) -> tuple[dict[int, Seg
     return files, any_damaged
 
 
-def _differences(segments: Sequence[Segment]) -> list[str]:
-    """What must not change over a run, and did."""
+def _contradictions(segments: Sequence[Segment]) -> list[str]:
+    """Facts that must not change over a run, and did."""
     facts = [
         (
             segment.header.segment,
@@ -231,12 +260,8 @@ def _differences(segments: Sequence[Segment]) -> list[str]:
     ]
 
 
-def _steps_of(file: SegmentFile) -> list[Steps]:
-    return _union((run.step, run.end) for run in file.runs)
-
-
-def _union(ranges: Iterator[Steps]) -> list[Steps]:
-    """Joined where they touch; they come in ascending order."""
+def _union(ranges: Iterable[Steps]) -> list[Steps]:
+    """Ranges that come in ascending order, joined where they touch."""
     joined: list[Steps] = []
     for start, end in ranges:
         if start >= end:
@@ -248,39 +273,40 @@ def _union(ranges: Iterator[Steps]) -> list[Steps]:
     return joined
 
 
-def _steps_of_all(ranks: Sequence[Sequence[Steps]]) -> list[Steps]:
-    """The steps that every rank has."""
-    common = list(ranks[0])
-    for other in ranks[1:]:
-        common = _union(
-            (max(a, c), min(b, d)) for a, b in common for c, d in other if max(a, c) < min(b, d)
-        )
+def _steps_of_all(files: Sequence[SegmentFile]) -> list[Steps]:
+    """The steps of which every rank has a record."""
+    common = [(0, _ENDLESS)] if files else []
+    for file in files:
+        mine = _union((one.step, one.end) for one in file.ranges)
+        common = _union((max(a, c), min(b, d)) for a, b in common for c, d in mine)
     return common
 
 
 def _gaps(covered: Sequence[Steps], end: int) -> list[Steps]:
-    """What of [0, end) is not covered."""
+    """The parts of [0, end) that are not covered."""
     borders = [0, *(border for steps in covered for border in steps), end]
     pairs = zip(borders[::2], borders[1::2], strict=True)
     return [(start, stop) for start, stop in pairs if start < stop]
 
 
-def _pieces(segments: Sequence[Segment], steps: int) -> Iterator[tuple[Segment, int, int]]:
-    """The proven steps in order, some at a time, each from the segment that counts."""
+def _read_draws(
+    segments: Sequence[Segment], steps: int
+) -> Iterator[tuple[Segment, int, Int64Array, Int64Array]]:
+    """The proven steps in order, some at a time, each from the segment that counts.
+
+    Yields:
+        The segment, the first step, and source ids and scheduled ids of global batches [steps n].
+    """
     for segment in segments:
         at_once = max(1, _DRAWS_AT_ONCE // segment.header.global_batch_size)
         last = min(segment.counts_until, steps)
         for start in range(segment.header.start_step, last, at_once):
-            yield segment, start, min(start + at_once, last)
-
-
-def _draws(segment: Segment, start: int, end: int) -> tuple[Int64Array, Int64Array]:
-    """Source ids and scheduled ids of the global batches, [end - start, n]."""
-    parts = [file.batch_rows(start, end) for file in segment.files]
-    return (
-        np.concatenate([source_ids for source_ids, _ in parts], axis=1),
-        np.concatenate([ids for _, ids in parts], axis=1),
-    )
+            end = min(start + at_once, last)
+            parts = [file.batch_rows(start, end) for file in segment.files]
+            source_ids, ids = (
+                np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)
+            )
+            yield segment, start, source_ids, ids
 
 
 def _add_substitutes(
@@ -291,8 +317,120 @@ def _add_substitutes(
     ids: Int64Array,
 ) -> None:
     for file in segment.files:
-        first = file.header.rank * file.header.share
-        for step, place, shown in file.substitutes(start, start + len(ids)):
-            at = step - start, first + place
+        first = file.header.rank * file.header.local_batch_size
+        for step, index, shown in file.substitutes(start, start + len(ids)):
+            at = step - start, first + index
             key = int(source_ids[at]), int(ids[at])
             substitutes.setdefault(key, Counter())[shown] += 1
+
+
+class EpochCounter:
+    """Counts the draws of all sources, given in their order, epoch by epoch."""
+
+    def __init__(self, sources: Sequence[LedgerSource]) -> None:
+        """Takes one bit a sample."""
+        self._sources = list(sources)
+        self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
+        words = (self._sizes + 63) // 64
+        self._first_words = np.concatenate([[0], np.cumsum(words)]).astype(np.int64)
+        self._seen = np.zeros(self._first_words[-1], dtype=np.uint64)
+        self._draws = np.zeros(len(self._sizes), dtype=np.int64)
+        self._counts = np.zeros((len(self._sizes), 3), dtype=np.int64)
+        # kind, source, epoch, sample, number of the draw in the whole run (-1 for lost ones)
+        self._examples = np.zeros((_MOST_EXAMPLES, 5), dtype=np.int64)
+        self._num_examples = 0
+
+    def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
+        """Counts draws.
+
+        Args:
+            first: number of the first one in the run, step * n + global index, for messages.
+            source_ids: of any shape, in the order of the draws.
+            ids: of the same shape, rows of those sources.
+        """
+        if source_ids.size and not 0 <= source_ids.min() <= source_ids.max() < len(self._sizes):
+            raise ValueError(f"draws of source {source_ids.max()} of {len(self._sizes)}")
+        self._num_examples = _count_draws(
+            first,
+            source_ids.reshape(-1),
+            ids.reshape(-1),
+            self._sizes,
+            self._first_words,
+            self._seen,
+            self._draws,
+            self._counts,
+            self._examples,
+            self._num_examples,
+        )
+
+    def results(self) -> list[SourceProof]:
+        return [
+            SourceProof(
+                name=source.name,
+                num_samples=source.num_samples,
+                draws=int(draws),
+                scheduled_twice=int(counts[_TWICE]),
+                lost=int(counts[_LOST]),
+                unknown=int(counts[_UNKNOWN]),
+            )
+            for source, draws, counts in zip(self._sources, self._draws, self._counts, strict=True)
+        ]
+
+    def examples(self, *, global_batch_size: int) -> list[str]:
+        """The first faults, in words."""
+        found = []
+        for kind, source, epoch, sample, draw in self._examples[: self._num_examples].tolist():
+            name = self._sources[source].name
+            where = f"step {draw // global_batch_size}, global index {draw % global_batch_size}"
+            words = {
+                _TWICE: f"epoch {epoch} of {name} schedules sample {sample} again at {where}",
+                _LOST: f"epoch {epoch} of {name} did not schedule sample {sample}",
+                _UNKNOWN: f"{where}: {name} has no sample {sample}",
+            }
+            found.append(words[kind])
+        return found
+
+
+@kernel
+def _count_draws(
+    first: Any,
+    source_ids: Any,
+    ids: Any,
+    sizes: Any,
+    first_words: Any,
+    seen: Any,
+    draws: Any,
+    counts: Any,
+    examples: Any,
+    num_examples: Any,
+) -> Any:
+    one = np.uint64(1)
+    for i in range(ids.size):
+        source, sample = source_ids[i], ids[i]
+        epoch = draws[source] // sizes[source]
+        kind = -1
+        if sample < 0 or sample >= sizes[source]:
+            kind = _UNKNOWN
+        else:
+            word = first_words[source] + (sample >> 6)
+            bit = one << np.uint64(sample & 63)
+            if seen[word] & bit:
+                kind = _TWICE
+            seen[word] |= bit
+        if kind >= 0:
+            counts[source, kind] += 1
+            if num_examples < len(examples):
+                examples[num_examples] = np.array([kind, source, epoch, sample, first + i])
+                num_examples += 1
+        draws[source] += 1
+        if draws[source] % sizes[source] == 0:
+            # the epoch is over: samples that were not seen in it are lost
+            for sample in range(sizes[source]):
+                word = first_words[source] + (sample >> 6)
+                if not seen[word] & (one << np.uint64(sample & 63)):
+                    counts[source, _LOST] += 1
+                    if num_examples < len(examples):
+                        examples[num_examples] = np.array([_LOST, source, epoch, sample, -1])
+                        num_examples += 1
+            seen[first_words[source] : first_words[source + 1]] = 0
+    return num_examples

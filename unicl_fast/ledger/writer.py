@@ -1,14 +1,15 @@
-"""Writes down what every step was fed, so that it can be proven afterwards (`unicl-ledger`).
+"""Records what every step was fed, so that it can be proven afterwards (`unicl-ledger`).
 
 Each rank appends to a file of its own, one record a step, as soon as the step is done. The rule
 that makes the ledger whole: before a checkpoint is begun, all ranks have handed over the records
-of the steps it holds. Whatever else is lost when a rank dies belongs to steps that the next start
-does again, and its records then supersede the old ones. The files are `ledger_format`'s.
+of the steps it holds. Records that are lost when a rank dies belong to steps that the next start
+does again, and its records then supersede the old ones.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from unicl_fast.batch import Batch
-from unicl_fast.distributed.ranks import Ranks, gather_integers
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
 from unicl_fast.ledger.format import (
     LEDGER_FOLDER,
     LedgerSource,
@@ -49,26 +50,31 @@ class Ledger:
         shuffle_window: int = 0,
         ranks: Ranks | None = None,
     ) -> None:
-        """Nothing is written before `start`.
+        """Writes nothing yet.
 
         Args:
             folder: of the ledger, shared by all ranks and all starts of a run.
             sources: the data sets that source ids count.
-            global_batch_size: slots of a step over all ranks.
+            global_batch_size: samples of a step over all ranks.
             seed: the run's.
-            shares: each source's part of every batch.
+            shares: integers in the proportion of the sources' weights.
             shuffle_window: the run's, as in its config.
             ranks: this process among its peers; None is one process alone.
         """
         self.folder = folder
-        self._sources = tuple(sources)
-        self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
-        self._global_batch_size = global_batch_size
-        self._seed = seed
-        self._shares = tuple(shares)
-        self._shuffle_window = shuffle_window
         self._ranks = ranks or Ranks()
-        self._header: SegmentHeader | None = None
+        self._header = SegmentHeader(
+            segment=0,
+            start_step=0,
+            rank=self._ranks.rank,
+            world_size=self._ranks.world_size,
+            global_batch_size=global_batch_size,
+            sources=tuple(sources),
+            seed=seed,
+            shares=tuple(shares),
+            shuffle_window=shuffle_window,
+        )
+        self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
         self._file = -1
         self._next_step = 0
         self._waiting = bytearray()
@@ -76,62 +82,52 @@ class Ledger:
 
     @contextlib.contextmanager
     def segment(self, step: int) -> Iterator[None]:
-        """`start` now and `close` at the end."""
-        self.start(step)
-        try:
-            yield
-        finally:
-            self.close()
+        """Opens a segment whose first record is of `step`; all ranks call it together.
 
-    def start(self, step: int) -> None:
-        """Opens a new segment, whose first record will be of `step`; all ranks call it together.
+        Records that could not be written when it is closed are lost.
 
         Raises:
             OSError: the file cannot be made.
         """
-        self.close()
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._header = SegmentHeader(
-            segment=self._choose_number(),
-            start_step=step,
-            rank=self._ranks.rank,
-            world_size=self._ranks.world_size,
-            global_batch_size=self._global_batch_size,
-            sources=self._sources,
-            seed=self._seed,
-            shares=self._shares,
-            shuffle_window=self._shuffle_window,
-        )
-        path = self.folder / segment_name(self._header.segment, self._ranks.rank)
+        newest = max(list_segments(self.folder), default=0) if self._ranks.is_main else 0
+        number: int = from_rank_0(newest + 1, self._ranks)
+        self._header = dataclasses.replace(self._header, segment=number, start_step=step)
+        path = self.folder / segment_name(number, self._ranks.rank)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
-        self._waiting = bytearray(encode_header(self._header))
-        self._next_step = step
-        self._write()
-        # so that the file's name survives a machine that goes down, as its contents do
-        flush_to_disk(self.folder)
-        if self._header.segment == 1 and step and self._ranks.is_main:
-            logger.warning(
-                "the ledger begins at step %d: what was fed before cannot be proven", step
-            )
+        try:
+            self._waiting = bytearray(encode_header(self._header))
+            self._next_step = step
+            self._write()
+            # so that the file's name survives a machine that goes down, as its contents do
+            flush_to_disk(self.folder)
+            if number == 1 and step and self._ranks.is_main:
+                logger.warning(
+                    "the ledger begins at step %d: what was fed before cannot be proven", step
+                )
+            yield
+        finally:
+            self._write()
+            os.close(self._file)
+            self._file = -1
 
     def record(self, batch: Batch) -> None:
-        """Hands the record of a step that was done to the kernel, which keeps it if we are killed.
+        """Hands the record of a finished step to the kernel, which keeps it if we are killed.
 
         Raises:
             ValueError: the batch does not say what it holds, or ids that its sources do not have.
             OSError: nothing could be written for so long that memory would fill.
         """
-        assert self._header is not None, "start() comes before record()"
+        assert self._file >= 0, "records belong into a segment"
         assert batch.step == self._next_step, f"step {batch.step} came after {self._next_step - 1}"
         ids = (batch.source_ids, batch.scheduled_ids, batch.sample_ids)
-        if any(column is None for column in ids):
+        columns = [column.numpy() for column in ids if column is not None]
+        if len(columns) < len(ids):
             raise ValueError(
                 "a ledger needs a loader whose batches have source_ids, scheduled_ids and "
                 "sample_ids; use one that has, or train without a ledger"
             )
-        source_ids, scheduled_ids, shown_ids = (
-            column.numpy() for column in ids if column is not None
-        )
+        source_ids, scheduled_ids, shown_ids = columns
         if source_ids.min() < 0 or source_ids.max() >= len(self._sizes):
             raise ValueError(f"step {batch.step} has source ids beyond {len(self._sizes)} sources")
         sizes = self._sizes[source_ids]
@@ -155,11 +151,11 @@ class Ledger:
     def settle(self, *, must: bool) -> bool:
         """Whether all ranks' records so far are on the disk; all ranks call it together.
 
-        To be called before a checkpoint is begun: one of steps that a rank has not written down
+        The trainer calls it before a checkpoint is begun: one of steps that a rank has not recorded
         would leave a hole in the ledger, should that rank be killed now.
 
         Raises:
-            OSError: they are not, and they `must`. Otherwise that is only said, loudly.
+            OSError: they are not, and they `must`. Otherwise that is only logged, loudly.
         """
         self._write()
         if self._failure is None:
@@ -179,25 +175,13 @@ class Ledger:
         if must:
             raise OSError(message)
         if self._ranks.is_main:
-            logger.error("NO CHECKPOINT of step %d: %s; training goes on", self._next_step, message)
+            logger.error(
+                "NO CHECKPOINT of step %d: %s; training continues", self._next_step, message
+            )
         return False
 
-    def close(self) -> None:
-        """Closes the segment; what could not be written is lost."""
-        if self._file >= 0:
-            self._write()
-            os.close(self._file)
-            self._file = -1
-
-    def _choose_number(self) -> int:
-        """One more than the newest there is, as rank 0 sees it."""
-        number = 0
-        if self._ranks.is_main:
-            number = max(list_segments(self.folder), default=0) + 1
-        return max(gather_integers(number, self._ranks))
-
     def _write(self) -> None:
-        """What waits goes to the kernel, in one call unless the disk is full."""
+        """Hands waiting records to the kernel, in one call unless the disk is full."""
         try:
             while self._waiting:
                 written = os.write(self._file, self._waiting)
@@ -217,5 +201,4 @@ class Ledger:
 
 def has_ledger(run_folder: Path, ranks: Ranks) -> bool:
     """Whether the run has a ledger from an earlier start, as rank 0 sees it."""
-    found = ranks.is_main and (run_folder / LEDGER_FOLDER).is_dir()
-    return any(gather_integers(int(found), ranks))
+    return bool(from_rank_0((run_folder / LEDGER_FOLDER).is_dir(), ranks))

@@ -1,8 +1,8 @@
-"""Recomputing encoder blocks in backward instead of storing their activations.
+"""Recomputes encoder blocks in backward instead of storing their activations.
 
-One mechanism for both encoders (timm's own switch covers only the image side, and counts every
-BatchNorm statistic twice). Which modules are blocks is a list of class names: an architecture
-that is not in it is refused instead of left silently uncheckpointed.
+One mechanism serves both encoders: timm's own switch covers only the image side, and counts every
+BatchNorm statistic twice. The blocks are known by their class names; an architecture without any
+of them is refused instead of left silently as it was.
 """
 
 from __future__ import annotations
@@ -62,15 +62,10 @@ def undo_in_copy(encoder: nn.Module) -> None:
 
 def _checkpoint_forward(block: nn.Module) -> None:
     forward = block.forward
-
-    def contexts() -> tuple[
-        contextlib.AbstractContextManager[None], contextlib.AbstractContextManager[None]
-    ]:
-        return contextlib.nullcontext(), _statistics_left_alone(block)
-
-    # torch.compile can take no contexts: only where there is something to leave alone
-    has_statistics = any(isinstance(module, _BatchNorm) for module in block.modules())
-    context: dict[str, Any] = {"context_fn": contexts} if has_statistics else {}
+    options: dict[str, Any] = {}
+    # torch.compile can take no contexts: only where there are averages to leave alone
+    if any(isinstance(module, _BatchNorm) for module in block.modules()):
+        options["context_fn"] = lambda: (contextlib.nullcontext(), _averages_left_alone(block))
 
     def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(
@@ -78,7 +73,7 @@ def _checkpoint_forward(block: nn.Module) -> None:
             *args,
             use_reentrant=False,
             preserve_rng_state=False,  # nothing in our models draws from a generator
-            **context,
+            **options,
             **kwargs,
         )
 
@@ -86,8 +81,8 @@ def _checkpoint_forward(block: nn.Module) -> None:
 
 
 @contextlib.contextmanager
-def _statistics_left_alone(block: nn.Module) -> Iterator[None]:
-    """The second forward pass must not move BatchNorm's running averages again."""
+def _averages_left_alone(block: nn.Module) -> Iterator[None]:
+    """Keeps the second forward pass from moving BatchNorm's running averages again."""
     norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
     kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
     for norm in norms:

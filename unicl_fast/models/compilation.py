@@ -1,9 +1,9 @@
-"""The encoders through torch.compile, and texts in few shapes, so that it seldom compiles anew.
+"""The encoders through torch.compile, and texts in few shapes, so that it seldom recompiles.
 
-Images come in few shapes, texts in another at every step: as many as are distinct, as long as the
-longest. Rounded up to a few sizes they meet graphs that exist; the first change of a size makes
-torch compile once more, for any value of it. What is added does not count: padding tokens lie
-behind what is read, and a text of count 0 is as if it were not there.
+Images come in few shapes, but distinct texts in another shape at every step. Rounded up to a few
+sizes they meet graphs that exist; the first change of a size makes torch compile once more, for any
+value of it. What is added does not count: padding tokens come after what is read, and a text of
+count 0 is as if it were not there.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def has_compiler() -> bool:
 
 
 def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
-    """Makes both encoders compile themselves at their next calls; names of weights stay.
+    """Makes both encoders compile themselves at their next calls; names of weights stay the same.
 
     Raises:
         ValueError: no C++ compiler, or blocks with BatchNorm that are recomputed in backward.
@@ -38,9 +38,9 @@ def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
     checkpointed = model.config.efficiency.activation_checkpointing
     if checkpointed and any(isinstance(module, _BatchNorm) for module in model.modules()):
         raise ValueError(
-            "efficiency.compile cannot keep BatchNorm's averages still while a block is computed "
-            "again: set efficiency.activation_checkpointing=False or efficiency.compile=False, or "
-            "take an image encoder without BatchNorm (Swin, ViT, FocalNet)"
+            "efficiency.compile cannot leave BatchNorm's averages alone in recomputed blocks: "
+            "take an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
+            "efficiency.activation_checkpointing=False or efficiency.compile=False"
         )
     for encoder in model.encoders:
         encoder.compile(backend=backend)
@@ -63,10 +63,10 @@ def round_up_count(count: int) -> int:
 def pad_texts(
     tokens: Tensor, num_tokens: int | None, class_ids: Tensor, counts: Tensor
 ) -> tuple[Tensor, int | None, Tensor, Tensor]:
-    """Rounds up how many texts there are, and how many tokens are computed.
+    """Rounds up how many texts [u] there are, and how many tokens are computed.
 
     Args:
-        tokens: int64 [u l]; l is left alone.
+        tokens: int64 [u l]; l stays the same.
         num_tokens: how many of them are not padding; None where all are computed.
         class_ids: int64 [u].
         counts: int64 [u].
@@ -74,15 +74,8 @@ def pad_texts(
     Returns:
         The same four, for more texts: the last rows are padding of count 0.
     """
-    num_texts, length = tokens.shape
-    padded_texts = round_up_count(num_texts)
-    added = padded_texts - num_texts
-    if num_tokens is not None:
-        # of an empty row its first token is read
-        num_tokens = min(round_up_count(num_tokens + added), padded_texts * length)
-    return (
-        F.pad(tokens, (0, 0, 0, added)),
-        num_tokens,
-        F.pad(class_ids, (0, added)),
-        F.pad(counts, (0, added)),
-    )
+    added = round_up_count(len(tokens)) - len(tokens)
+    tokens = F.pad(tokens, (0, 0, 0, added))
+    if num_tokens is not None:  # the encoder reads the first token of an empty row
+        num_tokens = min(round_up_count(num_tokens + added), tokens.numel())
+    return tokens, num_tokens, F.pad(class_ids, (0, added)), F.pad(counts, (0, added))

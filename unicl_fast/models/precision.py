@@ -1,7 +1,8 @@
 """Number formats and memory layout, decided in this one place.
 
-How an image's bytes become the encoder's input, what autocast runs in, and the loss scaler that
-fp16 needs. The rest of the program asks for a `Precision` and does not look inside.
+`Precision` tells what autocast runs in and whether fp16's loss scaler is needed; `place_module`
+moves weights accordingly; `normalise_images` turns the bytes of decoded images into the encoder's
+input. The rest of the program asks for a `Precision` and does not look inside.
 """
 
 from __future__ import annotations
@@ -11,29 +12,22 @@ import dataclasses
 import functools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
 from torch import Tensor, nn
 
 from unicl_fast.config import PrecisionName, TrainConfig
-from unicl_fast.models._normalise_kernels import (
-    ALIGNMENT,
-    BLOCK_VALUES,
-    normalise_lines,
-    normalise_rgb_streaming,
-)
-from unicl_fast.models.packing import find_varlen_attention
-from unicl_fast.models.text_encoder import CausalAttention
-from unicl_fast.system.devices import choose_device
+from unicl_fast.models.text_encoder import CausalAttention, find_varlen_attention
 from unicl_fast.system.host_buffers import HostBuffers
+from unicl_fast.system.kernels import kernel
+from unicl_fast.system.machine import choose_device
 
-_CACHED_VALUES = 1 << 18
-"""Values normalised at once on the CPU: 1 MiB of fp32, a core's second-level cache."""
 _CPU_INFO = Path("/proc/cpuinfo")
-_LARGE_VALUES = 1 << 20
-"""From so many on, 4 MiB of fp32, they are stored past the caches, which would not hold them, and
-into memory that is used again."""
-_BUFFERS = HostBuffers()
 _COMPUTE_TYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
@@ -49,13 +43,13 @@ class Precision:
     name: PrecisionName
 
     def __post_init__(self) -> None:
-        """Turns auto into what it means here; a trainer has settled it for its device before."""
+        """Settles `auto` for this machine; a trainer has settled it for its device before."""
         if self.name == "auto":
             object.__setattr__(self, "name", fast_precision(choose_device("auto")))
 
     @property
     def compute_type(self) -> torch.dtype:
-        """Type of activations and of the images fed."""
+        """The type of activations and of the encoder's input."""
         return _COMPUTE_TYPES[self.name]
 
     @property
@@ -76,22 +70,21 @@ class Precision:
 def settle_precision(
     config: TrainConfig, device: torch.device, precision: PrecisionName | None = None
 ) -> TrainConfig:
-    """The config with `efficiency.precision=auto` made what it means on a device, or as given."""
+    """Replaces `efficiency.precision=auto` by the precision given, or the device's best."""
     if config.efficiency.precision != "auto":
         return config
-    efficiency = dataclasses.replace(
-        config.efficiency, precision=precision or fast_precision(device)
-    )
+    settled = precision or fast_precision(device)
+    efficiency = dataclasses.replace(config.efficiency, precision=settled)
     return dataclasses.replace(config, efficiency=efficiency)
 
 
 def fast_precision(device: torch.device) -> PrecisionName:
-    """What `auto` means on a device.
+    """The precision that `auto` means on a device.
 
-    On a CPU without instructions for it, bf16 is emulated: the convolutions of a small network took
-    14 times as long as in fp32 where oneDNN was held to AVX2. AVX-512's product of pairs in bf16
-    has 2.3 times fp32's rate on AMD's Zen 4, and half of it on Intel's Sapphire Rapids, whose fast
-    unit is AMX.
+    A CPU without instructions for bf16 emulates it: the convolutions of a small network took 14
+    times as long as in fp32 where oneDNN was held to AVX2. AVX-512's product of pairs in bf16 has
+    2.3 times fp32's rate on AMD's Zen 4, and half of it on Intel's Sapphire Rapids, whose fast unit
+    is AMX.
     """
     if device.type == "cuda":
         major, _ = torch.cuda.get_device_capability(device)
@@ -113,6 +106,36 @@ def _cpu_flags() -> tuple[frozenset[str], str]:
     return frozenset(fields.get("flags", "").split()), fields.get("vendor_id", "")
 
 
+def place_module(module: nn.Module, *, device: torch.device, precision: Precision) -> nn.Module:
+    """Moves weights to the device and into the weight type, and chooses attention for both.
+
+    Torch's fused attention is slower than plain products on a CPU in 16 bits: its backward pass
+    takes 2 to 8 times as long (torch 2.13). Attention modules of timm and ours have a switch. Ours
+    also takes a kernel for texts without padding, where there is one.
+    """
+    fused_is_slow = device.type == "cpu" and precision.compute_type.itemsize <= 2
+    for part in module.modules():
+        if fused_is_slow and hasattr(part, "fused_attn"):
+            part.fused_attn = False  # type: ignore[assignment]  # never on: timm has some off
+        if isinstance(part, CausalAttention):
+            part.varlen_attn = find_varlen_attention(
+                device=device,
+                compute_type=precision.compute_type,
+                head_width=part.out_proj.in_features // part.heads,
+            )
+    return module.to(device=device, dtype=precision.weight_type)
+
+
+# Bytes to the encoder's input.
+
+_CACHED_VALUES = 1 << 18
+"""Values normalised at once on the CPU: 1 MiB of fp32, a core's second-level cache."""
+_LARGE_VALUES = 1 << 20
+"""From so many on, 4 MiB of fp32, they are stored past the caches, which would not hold them, and
+into memory that is used again."""
+_BUFFERS = HostBuffers()
+
+
 def normalise_images(
     images: Tensor,
     *,
@@ -121,22 +144,19 @@ def normalise_images(
     dtype: torch.dtype = torch.float32,
     channels_last: bool = True,
 ) -> Tensor:
-    """Decoded images to the encoder's input.
+    """Turns decoded images into the encoder's input: (images / 255 - mean) / std.
 
     The uint8 batch leaves the decoder in [b h w c] order; seen as [b c h w] that IS channels_last,
     so no pixel moves. The arithmetic is done in fp32 and rounded once: a bf16 subtraction would
-    lose a bit and a half. On the CPU it is one pass to fp32, and to other types goes through the
-    batch in pieces that stay in the cache.
+    lose a bit and a half. On the CPU, fp32 is made by one kernel, and other types in pieces of the
+    batch that stay in the cache.
 
     Args:
         images: uint8 [b h w c].
         mean: of each channel, of values in 0 to 1.
         std: of each channel, of values in 0 to 1.
-        dtype: type of the result.
+        dtype: type of the result, [b c h w].
         channels_last: False copies the result into [b c h w] memory order.
-
-    Returns:
-        [b c h w] of `dtype`: (images / 255 - mean) / std.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != len(mean):
         raise ValueError(
@@ -167,24 +187,16 @@ def normalise_images(
 def _normalise_on_host(
     target: Tensor, source: Tensor, scale: Tensor, shift: Tensor, *, channels: int
 ) -> None:
-    """Both [b h v], of float32 and uint8, and contiguous."""
+    """Runs a kernel; target and source are [b h v], of float32 and uint8, and contiguous."""
     values = source.shape[2]
-    if (
+    streams = (
         target.numel() >= _LARGE_VALUES
         and channels == 3
-        and values >= BLOCK_VALUES
-        and target.data_ptr() % ALIGNMENT == 0
-    ):
-        normalise_rgb_streaming(
-            target.view(-1).numpy(), source.reshape(-1).numpy(), scale.numpy(), shift.numpy()
-        )
-        return
-    normalise_lines(
-        target.view(-1, values).numpy(),
-        source.reshape(-1, values).numpy(),
-        scale.numpy(),
-        shift.numpy(),
+        and values >= _BLOCK_VALUES
+        and target.data_ptr() % _ALIGNMENT == 0
     )
+    run, shape = (_normalise_rgb_streaming, (-1,)) if streams else (_normalise_lines, (-1, values))
+    run(target.view(shape).numpy(), source.reshape(shape).numpy(), scale.numpy(), shift.numpy())
 
 
 @functools.lru_cache(maxsize=32)
@@ -195,7 +207,7 @@ def _lines(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Factor and offset for each value of a row of pixels; made once, since a GPU would wait."""
+    """Factor and offset for each value of a row of pixels, made once: the copy makes a GPU wait."""
     scale = [1 / (255 * s) for s in std]
     shift = [-m / s for m, s in zip(mean, std, strict=True)]
     return (
@@ -204,21 +216,84 @@ def _lines(
     )
 
 
-def place_module(module: nn.Module, *, device: torch.device, precision: Precision) -> nn.Module:
-    """Moves weights to the device and into the weight type, and chooses attention for both.
+# The Numba kernels. Torch has no such operator: converting, multiplying and adding are three, which
+# took 79 us for an image of 224 x 224 even in pieces that stay in the cache; the plain kernel takes
+# 33, and filling its memory with one number 25.
+#
+# A batch of images is larger than a cache, so an ordinary store first fetches the line that it is
+# about to overwrite, and drives out what the decoder's threads are using. The streaming kernel
+# stores past the caches: 27 us for the image alone; while two threads decoded it took 94 with the
+# plain kernel, and all that the main thread does for an image fell from 105 to 60.
 
-    Torch's fused attention is slower than plain products on a CPU in 16 bits: its backward pass
-    takes 2 to 8 times as long (torch 2.13). Attention modules of timm and ours have a switch. Ours
-    also takes a kernel for texts without padding, where there is one.
+_BLOCK_VALUES = 48
+"""Values that the streaming kernel stores at once: three vectors of 16, whole RGB pixels."""
+_ALIGNMENT = 64
+"""Alignment of the bytes that it writes to; torch's memory has it."""
+_LANES = 16
+
+
+@kernel(fastmath={"contract"}, error_model="numpy")
+def _normalise_lines(out: Any, lines: Any, scale: Any, shift: Any) -> None:
+    """Computes out [n w] = lines [n w] * scale [w] + shift [w], float32, rounded once."""
+    for i in range(lines.shape[0]):
+        line, target = lines[i], out[i]
+        for j in range(line.size):
+            target[j] = np.float32(line[j]) * scale[j] + shift[j]
+
+
+def _define_stream_block(typing: Any, out: Any, values: Any, scale: Any, shift: Any) -> Any:
+    """Normalises one block at addresses. LLVM has such stores, Numba has no name for them."""
+
+    def generate(context: Any, builder: Any, signature: Any, addresses: Any) -> Any:
+        floats = ir.VectorType(ir.FloatType(), _LANES)
+        integers = ir.VectorType(ir.IntType(8), _LANES)
+        past_the_caches = builder.module.add_metadata([ir.Constant(ir.IntType(32), 1)])
+
+        def part(address: Any, kind: Any, number: int) -> Any:
+            pointer = builder.inttoptr(address, kind.as_pointer())
+            return builder.gep(pointer, [ir.Constant(ir.IntType(64), number)])
+
+        out, values, scale, shift = addresses
+        for number in range(_BLOCK_VALUES // _LANES):
+            value = builder.uitofp(builder.load(part(values, integers, number), align=1), floats)
+            factor = builder.load(part(scale, floats, number), align=4)
+            offset = builder.load(part(shift, floats, number), align=4)
+            product = builder.fmul(value, factor, flags=("contract",))
+            result = builder.fadd(product, offset, flags=("contract",))
+            store = builder.store(result, part(out, floats, number), align=_ALIGNMENT)
+            store.set_metadata("nontemporal", past_the_caches)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.intp, types.intp, types.intp), generate
+
+
+def _define_fence(typing: Any) -> Any:
+    """Waits for streaming stores, which nothing else orders, to be in memory for all threads."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        builder.fence("seq_cst")
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+_stream_block: Any = intrinsic(_define_stream_block)
+_fence: Any = intrinsic(_define_fence)
+
+
+@kernel(fastmath={"contract"}, error_model="numpy")
+def _normalise_rgb_streaming(out: Any, values: Any, scale: Any, shift: Any) -> None:
+    """Computes the same of RGB pixels in one contiguous row [n], with stores past the caches.
+
+    The address of `out` is a multiple of `_ALIGNMENT`; `scale` and `shift` have a period of three
+    and at least `_BLOCK_VALUES` values.
     """
-    fused_is_slow = device.type == "cpu" and precision.compute_type.itemsize <= 2
-    for part in module.modules():
-        if fused_is_slow and hasattr(part, "fused_attn"):
-            part.fused_attn = False  # type: ignore[assignment]  # never on: timm has some off
-        if isinstance(part, CausalAttention):
-            part.varlen_attn = find_varlen_attention(
-                device=device,
-                compute_type=precision.compute_type,
-                head_width=part.out_proj.in_features // part.heads,
-            )
-    return module.to(device=device, dtype=precision.weight_type)
+    num_blocks = values.size // _BLOCK_VALUES
+    out_at, values_at = out.ctypes.data, values.ctypes.data
+    scale_at, shift_at = scale.ctypes.data, shift.ctypes.data
+    for block in range(num_blocks):
+        start = block * _BLOCK_VALUES
+        _stream_block(out_at + 4 * start, values_at + start, scale_at, shift_at)
+    _fence()
+    for j in range(num_blocks * _BLOCK_VALUES, values.size):
+        out[j] = np.float32(values[j]) * scale[j % 3] + shift[j % 3]

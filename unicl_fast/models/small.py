@@ -1,8 +1,8 @@
 """Small networks for small images, under timm names.
 
 timm's networks begin with strides that leave 8 x 8 of a 32 x 32 image, and are made for a
-thousand classes. These are for two CPU cores and are registered with timm, so that
-`model.image_encoder` takes them like any other; anyone can add their own in the same way.
+thousand classes. These are for two CPU cores. They are registered with timm, so that
+`model.image_encoder` takes them like any other; your own can be added in the same way.
 
 - `unicl_convnet7_small`: seven layers without residual branches, a 2 x 2 convolution first and a
   pooling early in each block, after what trains fastest on CIFAR-10 (Jordan, "94% on CIFAR-10 in
@@ -10,7 +10,7 @@ thousand classes. These are for two CPU cores and are registered with timm, so t
 - `unicl_resnet9_small`: three stages, two of them with a residual branch of two convolutions, after
   Page's ResNet-9 ("How to Train Your ResNet", 2018), at three eighths of its width, with SiLU.
 - `unicl_swin6_small`: timm's Swin with two stages of two and four blocks on patches of 4 pixels.
-  Three convolutions make them: from one of 4 x 4, which timm takes, a few passes teach it little
+  Three convolutions make them: with one of 4 x 4, as timm has it, a few epochs teach it little
   (Xiao et al., "Early Convolutions Help Transformers See Better", NeurIPS 2021).
 """
 
@@ -25,7 +25,7 @@ from timm.models import build_model_with_cfg, generate_default_cfgs, register_mo
 from timm.models.swin_transformer import SwinTransformer
 from torch import Tensor, nn
 
-# what timm asks: the tables and windows of Swin are made for one size, which it is told
+# timm passes img_size to models of a fixed input size: Swin's tables and windows are made for one
 default_cfgs = generate_default_cfgs(
     {"unicl_swin6_small.untrained": {"input_size": (3, 32, 32), "fixed_input_size": True}}
 )
@@ -131,7 +131,7 @@ class SmallConvNet(nn.Module):
         for block in self.blocks:
             image_map = block(image_map)
             maps.append(image_map)
-        return maps if indices is None else [maps[place] for place in indices]
+        return maps if indices is None else [maps[index] for index in indices]
 
     def group_matcher(self, coarse: bool = False) -> dict[str, str]:
         """Layers for learning rates that decay with depth, in timm's form."""
@@ -141,7 +141,8 @@ class SmallConvNet(nn.Module):
 @register_model  # type: ignore[untyped-decorator]
 def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
     """Blocks of 64, 128 and 256 channels, their means: 1.2 M parameters."""
-    _refuse_what_there_is_not(pretrained, kwargs)
+    _refuse_pretrained(pretrained)
+    _refuse_drop_path(kwargs)
     stem = nn.Sequential(
         nn.Conv2d(kwargs.get("in_chans", 3), 24, kernel_size=2), nn.ReLU(inplace=True)
     )
@@ -152,7 +153,8 @@ def unicl_convnet7_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNe
 @register_model  # type: ignore[untyped-decorator]
 def unicl_resnet9_small(pretrained: bool = False, **kwargs: Any) -> SmallConvNet:
     """Stages of 48, 96 and 192 channels, their largest responses: 0.9 M parameters."""
-    _refuse_what_there_is_not(pretrained, kwargs)
+    _refuse_pretrained(pretrained)
+    _refuse_drop_path(kwargs)
     stem = _conv_unit(kwargs.get("in_chans", 3), 24)
     blocks = [
         SmallResidualBlock(24, 48, residual=True),
@@ -167,8 +169,7 @@ def _refuse_pretrained(pretrained: bool) -> None:
         raise ValueError("nobody publishes weights of it; timm.create_model takes checkpoint_path=")
 
 
-def _refuse_what_there_is_not(pretrained: bool, arguments: dict[str, Any]) -> None:
-    _refuse_pretrained(pretrained)
+def _refuse_drop_path(arguments: dict[str, Any]) -> None:
     if arguments.get("drop_path_rate"):
         raise TypeError("it has no drop path: its branches, where it has any, are too few")
 
@@ -204,10 +205,11 @@ def unicl_swin6_small(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         "embed_dim": 96,
         "depths": (2, 4),
     }
-    return build_model_with_cfg(
+    network: nn.Module = build_model_with_cfg(
         SwinTransformer,
         "unicl_swin6_small",
         pretrained,
         feature_cfg={"out_indices": (0, 1), "flatten_sequential": True},
         **{**shape, "num_heads": (3, 6), **kwargs},
     )
+    return network

@@ -1,8 +1,7 @@
 """UniCL: two encoders, two projections and a scale; for objectives without texts a part of it.
 
-Holds the model and how it is built from a config. Where weights are stored is
-`unicl_fast.checkpoints.load`'s business, what the features are compared with is
-`unicl_fast.objectives.loss`'s.
+This is the model and how it is built from a config. Files of weights are the business of
+`unicl_fast.checkpoints.load`, the loss on the features that of `unicl_fast.objectives`.
 """
 
 from __future__ import annotations
@@ -14,8 +13,7 @@ from torch.nn import functional as F
 
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.activation_checkpointing import checkpoint_blocks
-from unicl_fast.models.drop_path import DropPathKey
-from unicl_fast.models.image_encoder import build_image_encoder, feature_width
+from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.text_encoder import TextEncoder
 
 
@@ -79,15 +77,15 @@ class UniCL(nn.Module):
 
     @property
     def encoders(self) -> list[nn.Module]:
-        """That of images and, where there is one, that of texts."""
+        """The image encoder and, where there is one, the text encoder."""
         encoders = [self.image_encoder, self.text_encoder]
         return [encoder for encoder in encoders if encoder is not None]
 
     def encode_image(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
-        """Features [b d] of normalised images [b c h w], of unit norm.
+        """Features of normalised images, of unit norm.
 
-        Under cross-entropy they are what `class_rows` is multiplied by: the encoder's own, behind
-        them a 1 for the bias [b width + 1].
+        Under cross-entropy they are what `class_rows` is multiplied by, [b width + 1]: those of the
+        encoder, and a 1 for the bias.
         """
         features: Tensor = self.image_encoder(images)
         if self.image_projection is None:
@@ -97,7 +95,7 @@ class UniCL(nn.Module):
     def encode_text(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
     ) -> Float[Tensor, "u d"]:
-        """Unit-norm features [u d] of token rows [u l] that end with the end-of-text token.
+        """Features of token rows that end with the end-of-text token, of unit norm.
 
         Args:
             tokens: int64 [u l], padded behind the end-of-text token.
@@ -120,7 +118,7 @@ class UniCL(nn.Module):
         tokens: Int[Tensor, "u l"] | None = None,
         num_tokens: int | None = None,
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "u d"], Float[Tensor, ""]]:
-        """Image features, what they are compared with, and the scale of the products.
+        """Computes image features, what they are compared with, and the scale of the products.
 
         They are compared with the features of texts if there are tokens, else with the learnt rows
         of classes, else with themselves.

@@ -3,8 +3,6 @@
 Rows are uint16 [b, l], C-contiguous; callers check that. Zeros at the end of a row are padding:
 rows are equal when they are equal after padding to the same length, and then they have the same
 hash, whatever their l.
-
-`keyed_random` has the same mixer, but importing it would load torch.
 """
 
 from __future__ import annotations
@@ -19,6 +17,7 @@ from numba import types
 from numba.extending import intrinsic
 
 from unicl_fast.system.kernels import kernel
+from unicl_fast.system.keyed_random import mix64
 
 UInt16Array = npt.NDArray[np.uint16]
 Int64Array = npt.NDArray[np.int64]
@@ -48,19 +47,11 @@ def _define_prefetch(typing: Any, address: Any) -> Any:
 _prefetch: Any = intrinsic(_define_prefetch)
 
 
-@kernel(inline="always")
-def _mix64(value: Any) -> Any:
-    """SplitMix64's bijection of uint64."""
-    value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return value ^ (value >> np.uint64(31))
-
-
 @kernel
 def _make_factors(length: int) -> UInt64Array:
     factors = np.empty(length, np.uint64)
     for position in range(length):
-        factors[position] = _mix64(np.uint64(position + 1) * np.uint64(_GOLDEN)) | np.uint64(1)
+        factors[position] = mix64(np.uint64(position + 1) * np.uint64(_GOLDEN)) | np.uint64(1)
     return factors
 
 
@@ -89,7 +80,7 @@ def hash_rows(rows: UInt16Array, factors: UInt64Array) -> UInt64Array:
             total += np.uint64(low | (high << np.uint32(16))) * factors[pair]
         if length % 2:
             total += np.uint64(rows[row, length - 1]) * factors[num_pairs]
-        hashes[row] = _mix64(total)
+        hashes[row] = mix64(total)
     return hashes
 
 

@@ -1,4 +1,4 @@
-"""Packed data sets as training takes them: opened with their shares, checked, described."""
+"""Packed data sets as training takes them: opened with their weights, checked, described."""
 
 from __future__ import annotations
 
@@ -25,36 +25,28 @@ logger = logging.getLogger(__name__)
 
 
 def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
-    """Opens what `data.train` names, DIR or DIR=SHARE each, as far as `data.fraction` says.
+    """Opens what `data.train` names, DIR or DIR=WEIGHT each, as far as `data.fraction` says.
 
     DIR may be a URL too.
 
     Returns:
-        The data sets and their shares; None where no share was given.
+        The data sets and their weights; None where no weight was given.
 
     Raises:
-        ValueError: none are given, or some have a share and some have none.
+        ValueError: none are given, or some have a weight and some have none.
         FileNotFoundError: not a packed data set, or too much of it missing.
     """
     if not data.train:
         raise ValueError("nothing to train on: give --data.train DIR (made by unicl-pack build)")
-    folders, shares = [], []
-    for spec in data.train:
-        folder, _, share = spec.rpartition("=")
-        try:
-            shares.append(float(share) if folder else None)
-        except ValueError:  # a folder with = in its name
-            folder, share = "", spec
-            shares.append(None)
-        folders.append(folder or share)
-    given = [share for share in shares if share is not None]
-    if given and len(given) < len(shares):
+    folders, weights = zip(*map(_folder_and_weight, data.train), strict=True)
+    given = [weight for weight in weights if weight is not None]
+    if given and len(given) < len(weights):
         raise ValueError(
-            "data.train: give every data set a share (DIR=SHARE) or none, not "
+            "data.train: give every data set a weight (DIR=WEIGHT) or none, not "
             + " ".join(data.train)
         )
-    for folder, share in zip(folders, shares, strict=True):
-        if share is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
+    for folder, weight in zip(folders, weights, strict=True):
+        if weight is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
             raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
     datasets = [
@@ -67,12 +59,21 @@ def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | N
         for folder, fraction in zip(folders, fractions, strict=True)
     ]
     for dataset in datasets:
-        warn_of_traffic(dataset, data)
+        _warn_of_traffic(dataset, data)
     return datasets, given or None
 
 
+def _folder_and_weight(spec: str) -> tuple[str, float | None]:
+    """Splits DIR=WEIGHT; the folder's own name may have a = in it."""
+    folder, equals, weight = spec.rpartition("=")
+    try:
+        return (folder, float(weight)) if equals else (spec, None)
+    except ValueError:
+        return spec, None
+
+
 def cache_options(data: DataConfig) -> CacheOptions:
-    """Where and how data sets under URLs are kept, as the config has it."""
+    """The config's settings of the cache for data sets under URLs."""
     return CacheOptions(
         folder=Path(data.cache_folder) if data.cache_folder else None,
         max_bytes=data.cache_bytes,
@@ -81,13 +82,13 @@ def cache_options(data: DataConfig) -> CacheOptions:
 
 
 def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
-    """A short name for each: its folder's, numbered where several folders have the same."""
+    """Short names: those of the folders, numbered where several folders have the same."""
     # of a URL, the folder in the cache has its last part as its name
     return numbered([dataset.folder.resolve().name for dataset in datasets])
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """Names that differ: those that stand several times with a number behind each."""
+    """Makes names differ, by a number behind each of those that are there several times."""
     taken = {name for name in names if names.count(name) == 1}
     found = []
     for name in names:
@@ -100,23 +101,23 @@ def numbered(names: Sequence[str]) -> list[str]:
 
 
 def traffic_of(datasets: Sequence[PackedDataset]) -> Callable[[], tuple[int, int]] | None:
-    """Asks for the bytes that were read from stores, and those of images that were needed.
+    """A function that counts bytes read from stores, and bytes of images that were needed.
 
-    None where no data set lies under a URL.
+    None where no data set is under a URL.
     """
     remote = [dataset for dataset in datasets if dataset.remote is not None]
     if not remote:
         return None
 
-    def ask() -> tuple[int, int]:
+    def count() -> tuple[int, int]:
         read = sum(one.remote.store.traffic.read_bytes for one in remote if one.remote is not None)
         return read, sum(one.needed_bytes for one in remote)
 
-    return ask
+    return count
 
 
 def describe_traffic(read: int, needed: int) -> str:
-    """Both in a sentence, for the log."""
+    """A sentence about both, for the log."""
     ratio = f", {read / needed:.2f} times as much" if needed else ""
     return (
         f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: {needed / 1e6:,.1f} MB "
@@ -124,25 +125,26 @@ def describe_traffic(read: int, needed: int) -> str:
     )
 
 
-def warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
-    """Says when the order of training will read much more from a store than it needs, and why."""
+def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
+    """Warns where the order of training will read much more from a store than it needs."""
     if dataset.remote is None:
         return
-    manifest = dataset.manifest
+    manifest, num_samples = dataset.manifest, len(dataset)
     pixels = [] if manifest.pixels is None else [manifest.pixels.num_bytes]
     total = sum(pixels or (shard.num_bytes for shard in manifest.shards))
-    total = total * len(dataset) // max(1, manifest.num_samples)
-    window = min(data.shuffle_window or len(dataset), len(dataset))
+    total = total * num_samples // max(1, manifest.num_samples)
+    window = min(data.shuffle_window or num_samples, num_samples)
     # a window, and the next one, which is fetched meanwhile
-    at_once = total if window == len(dataset) else 2 * total * window // len(dataset)
+    at_once = total if window == num_samples else 2 * total * window // num_samples
     if at_once <= data.cache_bytes:
         return
-    fitting = max(16, int(data.cache_bytes * len(dataset) / (2.5 * total)))
-    what = (
-        f"all of it is shuffled together, {total / 1e9:.1f} GB"
-        if window == len(dataset)
-        else f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
-    )
+    fitting = max(16, int(data.cache_bytes * num_samples / (2.5 * total)))
+    if window == num_samples:
+        what = f"all of it is shuffled together, {total / 1e9:.1f} GB"
+    else:
+        what = (
+            f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
+        )
     logger.warning(
         "DATA: %s: %s, and data.cache_bytes keeps %.1f GB: the same blocks will be read again and "
         "again. Set data.shuffle_window to %d or less, or give the cache more room",
@@ -160,12 +162,15 @@ def build_prompts(datasets: Sequence[PackedDataset], data: DataConfig) -> ClassP
 
 
 def describe_sources(
-    datasets: Sequence[PackedDataset], shares: Sequence[float] | None
+    datasets: Sequence[PackedDataset], weights: Sequence[float] | None
 ) -> dict[str, Any]:
-    """What a run is trained on, for its checkpoints: contents, not places, so data may be moved."""
+    """Describes what a run is trained on: contents, not paths, so that data may be moved.
+
+    Checkpoints hold it, and a run that is resumed compares it.
+    """
     manifests = [dataset.manifest for dataset in datasets]
     return {
-        "shares": list(shares) if shares else None,
+        "shares": list(weights) if weights else None,
         "sources": [
             {
                 "num_samples": len(dataset),
@@ -181,15 +186,15 @@ def describe_sources(
 
 
 def _checksums(manifest: Manifest) -> list[str]:
-    """Of all files that hold samples."""
+    """Checksums of all files that hold samples."""
     pixels = [] if manifest.pixels is None else [manifest.pixels.xxh3]
     return [shard.xxh3 for shard in manifest.shards] + pixels
 
 
 def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
-    """The config with what an objective without texts needs to know of the data.
+    """Fills in what an objective without texts needs to know of the data.
 
-    Captions are not looked at then, and cross-entropy gets as many rows as there are classes.
+    Captions are not used then, and cross-entropy gets as many rows as there are classes.
 
     Raises:
         ValueError: samples without labels, or another number of classes than the config says.
@@ -198,14 +203,14 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
     if objective.has_texts:
         return config
     for dataset in datasets:
-        num_mute = sum(
+        num_unlabelled = sum(
             int(np.count_nonzero(rows["labels_count"] == 0)) for rows in blocks_of(dataset.samples)
         )
-        if num_mute or not dataset.manifest.class_names:
+        if num_unlabelled or not dataset.manifest.class_names:
             raise ValueError(
-                f"objective.name={objective.name} learns from labels, and {num_mute:,} of the "
-                f"{len(dataset):,} samples of {dataset.folder} have none"
-                + ("" if num_mute else "; its labels have no class names")
+                f"objective.name={objective.name} learns from labels, and {num_unlabelled:,} of "
+                f"the {len(dataset):,} samples of {dataset.folder} have none"
+                + ("" if num_unlabelled else "; its labels have no class names")
                 + ": leave it out, or take objective.name=unicl"
             )
     config = dataclasses.replace(config, data=dataclasses.replace(config.data, text="labels"))
@@ -226,13 +231,12 @@ def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDatase
 def rows_of_class_names(
     datasets: Sequence[PackedDataset], names: Sequence[str], *, prompts: ClassPrompts
 ) -> NDArray[np.int64]:
-    """For cross-entropy: which learnt row stands for each of some class names.
+    """Finds, for cross-entropy, the learnt row of each of some class names.
 
-    Classes with a prompt in common share a row, so the prompts of the training are asked, which are
-    made of the same data sets.
+    Classes with a prompt in common have one row, so the training's own prompts are needed here.
 
     Raises:
-        ValueError: a name that no data set of the training has.
+        ValueError: no data set of the training has such a name.
     """
     starts = np.cumsum(prompts.num_classes) - prompts.num_classes
     row_of: dict[str, int] = {}

@@ -1,13 +1,14 @@
-"""Images of a run: its curves, and what the pipeline fed."""
+"""Figures of a run for people: its curves, and what the pipeline fed."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from pathlib import Path
 from typing import Any
 
+from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
@@ -15,11 +16,12 @@ from unicl_fast.batch import Batch
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.metrics import read_metrics
 
+_COLUMNS, _MOST_ROWS = 8, 4  # of the contact sheet
 INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
 
 
 def draw_curves(run_folder: Path, path: Path) -> None:
-    """Loss, learning rate and evaluations of a run against samples seen, as a PNG."""
+    """Draws loss, learning rate and evaluations of a run against samples seen, as a PNG."""
     lines = read_metrics(run_folder)
     trained = [line for line in lines if "loss" in line]
     if not trained:
@@ -52,17 +54,17 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-def draw_contact_sheet(batch: Batch, path: Path, *, columns: int = 8, rows: int = 4) -> None:
-    """The first images of a batch over their texts, exactly as the model gets them, as a PNG.
+def draw_contact_sheet(batch: Batch, path: Path) -> None:
+    """Draws the first images of a batch over their texts, exactly as the model gets them, as a PNG.
 
     The colour of a frame is the class: equal colours are positives of each other.
     """
-    count = min(columns * rows, batch.batch_size)
-    rows = math.ceil(count / columns)
+    count = min(_COLUMNS * _MOST_ROWS, batch.batch_size)
+    rows = math.ceil(count / _COLUMNS)
     tokenizer = Tokenizer()
     colours = _class_colours(batch.class_ids[:count].tolist())
-    figure = Figure(figsize=(1.6 * columns, 2.05 * rows), layout="constrained")
-    for number, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
+    figure = Figure(figsize=(1.6 * _COLUMNS, 2.05 * rows), layout="constrained")
+    for number, axis in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
         axis.set_xticks([])
         axis.set_yticks([])
         if number >= count:
@@ -70,24 +72,17 @@ def draw_contact_sheet(batch: Batch, path: Path, *, columns: int = 8, rows: int 
             continue
         axis.imshow(batch.images[number].cpu().numpy())
         text = tokenizer.decode(batch.tokens[batch.text_index[number]].tolist())
-        axis.set_xlabel(_wrap(text), fontsize=7, color=INK)
+        lines = textwrap.wrap(text, width=22, max_lines=3, placeholder=" ...")
+        axis.set_xlabel("\n".join(lines), fontsize=7, color=INK)
         for spine in axis.spines.values():
             spine.set(color=colours[number], linewidth=3)
     save_figure(figure, path)
 
 
 def _class_colours(class_ids: list[int]) -> list[Any]:
-    from matplotlib import colormaps
-
-    order = {class_id: place for place, class_id in enumerate(dict.fromkeys(class_ids))}
-    colour_map = colormaps["turbo"]
-    return [colour_map((order[class_id] * 0.381966) % 1) for class_id in class_ids]
-
-
-def _wrap(text: str, *, width: int = 22, max_lines: int = 3) -> str:
-    import textwrap
-
-    return "\n".join(textwrap.wrap(text, width, max_lines=max_lines, placeholder=" ..."))
+    """One colour a class, as far apart as the golden angle keeps the first ones."""
+    order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}
+    return [colormaps["turbo"]((order[class_id] * 0.381966) % 1) for class_id in class_ids]
 
 
 def _label(axis: Axes, *, title: str, y: str) -> None:
@@ -102,4 +97,4 @@ def _label(axis: Axes, *, title: str, y: str) -> None:
 def save_figure(figure: Figure, path: Path) -> None:
     """Writes a PNG, and makes its folder."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(path)
+    figure.savefig(path, format="png")

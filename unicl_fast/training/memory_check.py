@@ -1,7 +1,7 @@
-"""Whether a step fits into memory, told before the first one.
+"""Whether a step fits into memory, checked before the first one.
 
-A training process that runs out of memory is killed without a word on the host, and after a while.
-What backward needs of one image is measured instead, and multiplied.
+A process that runs out of memory on the host is ended without a message, often late in the run. So
+the bytes that backward needs of one image are measured, and multiplied.
 """
 
 from __future__ import annotations
@@ -17,53 +17,56 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.machine import control_groups
 from unicl_fast.training.step import encoder_input
 
 logger = logging.getLogger(__name__)
 
 
-def check_memory(model: UniCL, config: TrainConfig, *, share: int, device: torch.device) -> None:
+def check_memory(
+    model: UniCL, config: TrainConfig, *, images_per_step: int, device: torch.device
+) -> None:
     """Warns where a step will hardly fit, and refuses where it cannot.
 
     Only the image encoder's activations are counted: texts come in all lengths, and the rest is
-    small beside them. What is said is about a lower bound, except for compiled encoders.
+    small beside them. So the number in the message is a lower bound, except for compiled encoders.
 
     Args:
         model: on its device.
         config: the run's settings.
-        share: samples of a step on this rank.
+        images_per_step: of this rank, both views counted.
         device: where the model is.
 
     Raises:
         ValueError: more than twice what is free would be needed.
     """
-    at_once = min(share, config.efficiency.micro_batch_size or share)
-    of_one = activation_bytes(model, config, device)
+    at_once = min(images_per_step, config.efficiency.micro_batch_size or images_per_step)
+    image_bytes = activation_bytes(model, config, device)
     free = free_memory(device)
-    needed = at_once * of_one
+    needed = at_once * image_bytes
     if needed <= free:
         return
-    sentence = (
+    message = (
         f"a step keeps about {needed / 1e9:.0f} GB for backward ({at_once} images of "
-        f"{of_one / 1e6:.0f} MB), and {free / 1e9:.0f} GB are free: "
-        + _advice(model, int(free // of_one))
+        f"{image_bytes / 1e6:.0f} MB), and {free / 1e9:.0f} GB are free: "
+        + _advice(model, int(free // image_bytes))
     )
     if needed > 2 * free:
-        raise ValueError(sentence)
-    logger.warning(sentence)
+        raise ValueError(message)
+    logger.warning(message)
 
 
 def activation_bytes(model: UniCL, config: TrainConfig, device: torch.device) -> int:
-    """What the image encoder's forward pass keeps for backward, in bytes an image.
+    """Bytes an image that the image encoder's forward pass keeps for backward.
 
-    Taken from two passes of different size: weights in a narrow type are kept once, not for each
-    image. Compiled encoders run as they are written, and may keep less.
+    Two passes of different size are compared, since weights in a narrow type are kept once, not
+    for each image. Compiled encoders run as they are written here, and may keep less in training.
     """
-    few, more = (_kept_bytes(model, config, device, images) for images in (2, 4))
+    few, more = (_kept_bytes(model, config, device, num_images) for num_images in (2, 4))
     return (more - few) // 2
 
 
-def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, pixels: int) -> int:
+def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, num_images: int) -> int:
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -72,7 +75,7 @@ def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, pixels:
         return tensor
 
     size = config.data.image_size
-    images = torch.zeros(pixels, size, size, 3, dtype=torch.uint8, device=device)
+    images = torch.zeros(num_images, size, size, 3, dtype=torch.uint8, device=device)
     was_training = model.training
     model.eval()  # keeps as much, and leaves BatchNorm's averages and drop path alone
     with (
@@ -80,8 +83,7 @@ def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, pixels:
         torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
         Precision(config.efficiency.precision).autocast(device.type),
     ):
-        features = model.encode_image(encoder_input(images, config))
-    del features
+        model.encode_image(encoder_input(images, config))
     model.train(was_training)
     return sum(kept.values())
 
@@ -91,22 +93,14 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [_fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024]
-    free += [_free_in_group(folder) for folder in _control_groups()]
+    free += [_free_in_group(folder) for folder in _limited_groups()]
     return min(free) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
-def _control_groups() -> list[Path]:
-    """Folders of this process's control group and those around it that have a memory limit."""
-    root = Path("/sys/fs/cgroup")
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    names = [line[3:] for line in lines if line.startswith("0::")]  # version 2
-    folder = root / names[0].lstrip("/") if names else root
-    around = [folder, *folder.parents]
-    found = [group for group in around if (group / "memory.max").is_file()]
-    return [group for group in found if (group / "memory.max").read_text().strip() != "max"]
+def _limited_groups() -> list[Path]:
+    """Finds this process's control group and those around it that have a memory limit."""
+    limits = [folder / "memory.max" for folder in control_groups()]
+    return [one.parent for one in limits if one.is_file() and one.read_text().strip() != "max"]
 
 
 def _free_in_group(folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""Numbers of a run: metrics.jsonl with stable keys, TensorBoard, and what is averaged in between.
+"""The numbers of a run: metrics.jsonl with stable keys, TensorBoard, and what is averaged between.
 
 Only rank 0 writes. Tensors are kept as they are until a logging step reads them, so that no other
 step waits for the device. A disk that fails costs lines, not the run.
@@ -13,36 +13,49 @@ import logging
 import math
 import os
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from unicl_fast.batch import Batch
+from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.system.atomic_files import write_text_atomically
+from unicl_fast.system.progress import WaitingForRanks
+
+if TYPE_CHECKING:  # slow to import, and rank 0's alone
+    from torch.utils.tensorboard import SummaryWriter
 
 logger = logging.getLogger(__name__)
 
 
 class StepMeter:
-    """Collects between two logging steps; only `read` and `summary` wait for the device."""
+    """Collects what steps give between two logging steps; only reading it waits for the device."""
 
     def __init__(self) -> None:
-        self._start_anew()
+        self._reset()
 
-    def _start_anew(self) -> None:
+    def _reset(self) -> None:
         self._on_device: list[Tensor] = []
         self._wait_seconds = 0.0
         self._started = time.perf_counter()
 
-    def add(self, *, loss: Tensor, grad_norm: Tensor, wait_seconds: float) -> None:
+    def add(self, *, loss: Tensor, grad_norm: Tensor) -> None:
         self._on_device.append(torch.stack([loss.detach(), grad_norm.detach()]))
-        self._wait_seconds += wait_seconds
+
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Counts what happens inside as waiting for data."""
+        started = time.perf_counter()
+        yield
+        self._wait_seconds += time.perf_counter() - started
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """What happens inside is no training, and does not count in the rates."""
+        """Leaves what happens inside, which is no training, out of the rates."""
         started = time.perf_counter()
         yield
         self._started += time.perf_counter() - started
@@ -54,35 +67,94 @@ class StepMeter:
         return [(loss, norm) for loss, norm in torch.stack(self._on_device).double().tolist()]
 
     def summary(self, *, global_batch_size: int) -> dict[str, float]:
-        """Means since the last summary, and rates; starts anew.
-
-        Args:
-            global_batch_size: samples of all ranks in a step.
-        """
+        """Means and rates since the last summary, which then start from zero."""
         steps = self.read()
         values = {}
         # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
-        for name, column in (("loss", 0), ("grad_norm", 1)):
-            finite = [step[column] for step in steps if math.isfinite(step[column])]
-            if finite:
-                values[name] = _mean(finite)
+        losses, norms = zip(*steps, strict=True)
+        for name, column in (("loss", losses), ("grad_norm", norms)):
+            if finite := [value for value in column if math.isfinite(value)]:
+                values[name] = sum(finite) / len(finite)
         elapsed = time.perf_counter() - self._started
         values["images_per_second"] = len(steps) * global_batch_size / elapsed
         values["data_wait_fraction"] = self._wait_seconds / elapsed
         values["step_seconds"] = elapsed / len(steps)
-        self._start_anew()
+        self._reset()
         return values
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
+class SourceMeter:
+    """Measures whether a mix of data sets does what it is for, at logging steps only.
+
+    `epochs/NAME` counts how often a data set was gone through: one in its tenth epoch while the
+    others are in their first has too large a weight. `positives_per_row/NAME` is 1 for a data set
+    that teaches as CLIP does, and large for one that teaches as a classifier does.
+    `storage_bytes_read` and `storage_bytes_needed` are there for data sets under URLs.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        *,
+        epochs: Callable[[int], Sequence[float]],
+        traffic: Callable[[], tuple[int, int]] | None = None,
+    ) -> None:
+        """Measures nothing yet.
+
+        Args:
+            names: of the data sets.
+            epochs: number of steps done -> epochs of each data set.
+            traffic: bytes that this rank has read from stores, and bytes of images that it needed
+                of them; None where all data sets are in folders.
+        """
+        self._names = list(names)
+        self._epochs = epochs
+        self._traffic = traffic
+        self.traffic: tuple[int, int] | None = None
+        """The traffic of all ranks at the last `describe`."""
+
+    def describe(self, batch: Batch, ranks: Ranks, *, num_steps: int) -> dict[str, float]:
+        """The numbers after `num_steps` steps; all ranks call it together.
+
+        Positives are counted in the global batch, the row itself included, and averaged over the
+        rows of a source. A source without a row in this batch has no such number.
+        """
+        values = {
+            f"epochs/{name}": number
+            for name, number in zip(self._names, self._epochs(num_steps), strict=True)
+        }
+        if self._traffic is not None:
+            read, needed = (sum(gather_integers(number, ranks)) for number in self._traffic())
+            self.traffic = read, needed
+            values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
+        if batch.source_ids is None:
+            return values
+        columns = torch.stack([batch.class_ids.cpu(), batch.source_ids])
+        class_ids, source_ids = _join_columns(columns, ranks).numpy()
+        _, index, counts = np.unique(class_ids, return_inverse=True, return_counts=True)
+        positives = counts[index]
+        for source, name in enumerate(self._names):
+            mine = positives[source_ids == source]
+            if len(mine):
+                values[f"positives_per_row/{name}"] = float(mine.mean())
+        return values
+
+
+def _join_columns(columns: Tensor, ranks: Ranks) -> Tensor:
+    """The columns of all ranks side by side, exchanged on the host."""
+    if ranks.world_size == 1:
+        return columns
+    gathered = [torch.empty_like(columns) for _ in range(ranks.world_size)]
+    with WaitingForRanks():
+        torch.distributed.all_gather(gathered, columns, group=ranks.host_group)
+    return torch.cat(gathered, dim=1)
 
 
 class MetricsWriter:
     """Appends to `metrics.jsonl` and to TensorBoard files of a run folder.
 
-    What cannot be written is said once, and left out: metrics.jsonl goes on when the disk does (in
-    a new file, where the folder has gone), TensorBoard's files end there.
+    What cannot be written is reported once and left out. Lines of metrics.jsonl continue when the
+    disk does (in a new file, where the folder has gone); TensorBoard's files end there.
     """
 
     def __init__(self, run_folder: Path, *, start_step: int = 0) -> None:
@@ -91,46 +163,43 @@ class MetricsWriter:
         Raises:
             OSError: the folder cannot be written.
         """
-        from torch.utils.tensorboard import SummaryWriter  # slow to import, and rank 0's alone
+        from torch.utils.tensorboard import SummaryWriter
 
         self._path = run_folder / "metrics.jsonl"
         if self._path.is_file():
-            kept = [
-                line
-                for line in self._path.read_text(encoding="utf-8").splitlines()
-                if _step_of(line) <= start_step
-            ]
-            write_text_atomically(self._path, "".join(line + "\n" for line in kept))
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [f"{line}\n" for line in lines if _step_of(line) <= start_step]
+            write_text_atomically(self._path, "".join(kept))
         self._file = _open_to_append(self._path)
         self._fails = False
         self._tensorboard: SummaryWriter | None = SummaryWriter(
             str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
         )
 
-    def write(self, values: dict[str, float | int]) -> None:
-        """One line; `step` is among the values."""
+    def write(self, values: Mapping[str, float]) -> None:
+        """Writes one line; `step` is among the values."""
         step = int(values["step"])
         try:
             self._append((json.dumps(values) + "\n").encode())
         except OSError as error:
             if not self._fails:
                 logger.error(
-                    "NO LINE of step %d in %s: %s; training goes on, and writes again when it can",
-                    step, self._path, error,
+                    "NO LINE of step %d in %s: %s; training continues, and writes again when it "
+                    "can", step, self._path, error,
                 )  # fmt: skip
             self._fails = True
         else:
             if self._fails:
                 logger.warning("%s is written again, from step %d on", self._path, step)
             self._fails = False
-        with self._tensorboard_or_none():
-            if self._tensorboard is not None:
+        with self._tensorboard_or_none() as tensorboard:
+            if tensorboard is not None:
                 for name, value in values.items():
                     if name != "step":
-                        self._tensorboard.add_scalar(name, value, global_step=step)
+                        tensorboard.add_scalar(name, value, global_step=step)
 
     def _append(self, line: bytes) -> None:
-        """The whole line or nothing of it: the next one must not stick to half a line."""
+        """Appends the whole line or nothing: the next one must not stick to half a line."""
         if not self._path.exists():  # the folder was moved or removed
             self._file.close()
             self._path.parent.mkdir(parents=True, exist_ok=True)
@@ -145,29 +214,24 @@ class MetricsWriter:
             raise
 
     @contextlib.contextmanager
-    def _tensorboard_or_none(self) -> Iterator[None]:
+    def _tensorboard_or_none(self) -> Iterator[SummaryWriter | None]:
         try:
-            yield
+            yield self._tensorboard
         except (OSError, RuntimeError) as error:  # its thread has died of it
-            logger.error("NO MORE TensorBoard files: %s; training goes on", error)
+            logger.error("NO MORE TensorBoard files: %s; training continues", error)
             self._tensorboard = None
 
     def close(self) -> None:
-        """Closes the files; what TensorBoard could not write is said, not raised."""
+        """Closes the files; what TensorBoard could not write is logged, not raised."""
         self._file.close()
-        with self._tensorboard_or_none():
-            if self._tensorboard is not None:
-                self._tensorboard.close()
+        with self._tensorboard_or_none() as tensorboard:
+            if tensorboard is not None:
+                tensorboard.close()
 
-    def __enter__(self) -> MetricsWriter:
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
 
@@ -184,7 +248,7 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
 def unwritten_evaluations(
     lines: Iterable[Mapping[str, float]], names: Collection[str], *, step: int
 ) -> list[str]:
-    """Those of the named evaluations that have no line among those of metrics.jsonl at `step`."""
+    """The named evaluations that have no line at `step` among those of metrics.jsonl."""
     written = {key for line in lines if line["step"] == step for key in line}
     return [name for name in names if not any(key.startswith(f"{name}/") for key in written)]
 

@@ -1,13 +1,14 @@
-"""The released recipe's parameter groups, an optimizer over them, timm's warm-up and cosine.
+"""Parameter groups of the released recipe, an optimizer over them, timm's warm-up and cosine.
 
 AdamW is torch's, LAMB (You et al., arXiv 1904.00962) is timm's, and the fused twins of both are
-NVIDIA apex's, where that is installed.
+NVIDIA apex's, which is imported here alone, and only when it is asked for.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -16,7 +17,6 @@ from timm.scheduler.cosine_lr import CosineLRScheduler
 from torch import Tensor, nn
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.training.nvidia_apex import load_apex_optimizers
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +24,12 @@ _SUMMED_AT_ONCE = 2**18
 """Squares in one dot product: more round too much in fp32, fewer cost calls."""
 
 _OF_APEX = ("fusedadamw", "fusedlamb")
+_HOW_TO_BUILD_APEX = (
+    "build it from its source, with a CUDA compiler of the version that torch was built with: "
+    "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
+    "python -m pip install -v --no-build-isolation .  The package that PyPI has under this name is "
+    "another project"
+)
 _UNDECAYED_NAMES = (
     "logit_scale",
     "positional_embedding",
@@ -52,27 +58,24 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 
 
 def choose_optimizer(name: str, *, device: torch.device, precision: str) -> str:
-    """What `optim.name` means on this machine.
+    """The optimizer that `optim.name` means on this machine.
 
     Args:
         name: of the config, as timm spells them; "auto" is torch's AdamW, whose fused kernel takes
-            the clipping factor and leaves out a bad step without the host: apex's would need a
-            pass over all gradients for the one and a wait for the device for the other.
+            the clipping factor and leaves out a non-finite step without the host: apex's would
+            read all gradients once more for the one and wait for the device for the other.
         device: of the parameters.
         precision: of the config.
 
     Raises:
         ValueError: an optimizer of apex that cannot work here; says why.
     """
-    if name == "auto":
-        return "adamw"
-    apex_can_work = device.type == "cuda" and precision != "fp64"
-    if name in _OF_APEX and not apex_can_work:
+    if name in _OF_APEX and (device.type != "cuda" or precision == "fp64"):
         raise ValueError(
             f"optim.name={name} runs on CUDA devices with weights in fp32, not on {device.type} "
             f"with efficiency.precision={precision}; take adamw or lamb"
         )
-    return name
+    return "adamw" if name == "auto" else name
 
 
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
@@ -81,42 +84,64 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     Raises:
         ValueError: the optimizer is not installed, or cannot work with this device or precision.
     """
-    optim = config.optim
+    optim, efficiency = config.optim, config.efficiency
     decayed, undecayed = split_parameters(model)
     groups = [
         {"params": decayed, "weight_decay": optim.weight_decay},
         {"params": undecayed, "weight_decay": 0.0},
     ]
-    name = choose_optimizer(
-        optim.name, device=decayed[0].device, precision=config.efficiency.precision
-    )
+    name = choose_optimizer(optim.name, device=decayed[0].device, precision=efficiency.precision)
     logger.info("optimizer: %s", name)
-    arguments: dict[str, Any] = {
+    common: dict[str, Any] = {
         "lr": scaled_lr(optim.lr, config),
         "betas": optim.betas,
         "eps": optim.eps,
     }
-    optimizer: torch.optim.Optimizer
     # the two LAMBs clip the gradient to norm 1 by themselves; here optim.clip_norm decides
-    if name == "adamw":
-        fused = config.efficiency.fused_optimizer
-        optimizer = torch.optim.AdamW(groups, fused=fused, **arguments)
-    elif name == "lamb":
-        optimizer = Lamb(groups, max_grad_norm=None, **arguments)
-    elif name == "fusedadamw":
-        optimizer = load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **arguments)
-    else:
-        assert name == "fusedlamb", name
-        optimizer = load_apex_optimizers().FusedLAMB(groups, max_grad_norm=math.inf, **arguments)
-    return optimizer
+    match name:
+        case "adamw":
+            return torch.optim.AdamW(groups, fused=efficiency.fused_optimizer, **common)
+        case "lamb":
+            return Lamb(groups, max_grad_norm=None, **common)  # type: ignore[no-any-return]
+        case "fusedadamw":
+            return load_apex_optimizers().FusedAdam(groups, adam_w_mode=True, **common)  # type: ignore[no-any-return]
+        case "fusedlamb":
+            return load_apex_optimizers().FusedLAMB(groups, max_grad_norm=math.inf, **common)  # type: ignore[no-any-return]
+    raise AssertionError(name)
+
+
+def load_apex_optimizers() -> ModuleType:
+    """NVIDIA's `apex.optimizers`, with `FusedAdam` and `FusedLAMB`.
+
+    The name alone says nothing, since PyPI's `apex` is a web toolkit, so apex is recognised by its
+    contents. `amp_C`, the compiled extension that its optimizers call, is tried first, so that a
+    package that is another project is not even imported.
+
+    Raises:
+        ValueError: it is not installed, another project is, or it lacks its CUDA extensions.
+    """
+    try:
+        import amp_C  # noqa: F401  apex itself notices its absence only when an optimizer is made
+        from apex import optimizers
+
+        for name in ("FusedAdam", "FusedLAMB"):
+            getattr(optimizers, name)
+    except Exception as error:  # a stranger's package may fail in any way
+        raise ValueError(
+            f"expected NVIDIA's apex with its CUDA extensions, but: {error!r}. Take another "
+            f"optim.name (adamw, lamb), or {_HOW_TO_BUILD_APEX}"
+        ) from error
+    assert isinstance(optimizers, ModuleType)
+    return optimizers
 
 
 @torch.no_grad()
 def gradient_norm(model: nn.Module) -> Tensor:
     """Length of the gradient of all parameters together: float [], on their device.
 
-    On the CPU by dot products of pieces, which take 0.4 of the time of torch's norm there and round
-    less: its single sum over the 25 million entries of the token table is off by 5e-4 in fp32.
+    On the CPU it is made of dot products of pieces, which take 0.4 of the time of torch's norm
+    there and round less: one sum over the 25 million entries of the token table is off by 5e-4 in
+    fp32.
     """
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     if not gradients or gradients[0].device.type != "cpu":
@@ -133,15 +158,15 @@ def update(
     clip_norm: float,
     leave_out: Tensor,
 ) -> None:
-    """One update with the clipped gradient, or none at all where it is to be left out.
+    """Updates the weights with the clipped gradient, or leaves them and the optimizer alone.
 
-    Torch's fused AdamW takes the factor and the flag where they are, on the device, and so spares a
-    pass over all gradients; for others gradients are multiplied, and the host has to read the flag.
-    Zeroed gradients would not do: weight decay and the averages would move all the same.
+    Torch's fused AdamW takes the factor and the flag where they are, on the device, and need not
+    read all gradients once more; for others gradients are divided, and the host has to read the
+    flag. Zeroed gradients would not do: weight decay and the averages would move all the same.
 
     Args:
-        optimizer: what `build_optimizer` made.
-        grad_norm: what `gradient_norm` says, [].
+        optimizer: from `build_optimizer`.
+        grad_norm: from `gradient_norm`, [].
         clip_norm: the longest gradient that is used as it is; 0 is any.
         leave_out: bool [], on the parameters' device.
     """
@@ -159,7 +184,7 @@ def update(
         optimizer.step()
         return
     fused: Any = optimizer
-    # what torch.amp.GradScaler tells it by
+    # the attributes by which torch.amp.GradScaler passes both on
     fused.grad_scale, fused.found_inf = divisor, leave_out.float()
     fused.step()
     del fused.grad_scale, fused.found_inf

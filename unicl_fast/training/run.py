@@ -19,20 +19,20 @@ import torch
 
 from unicl_fast.augmentation import augmentations_of, check_views
 from unicl_fast.batch import Batch, Loader
-from unicl_fast.checkpoints.best import choose_metric
-from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
 from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, read_state
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
-from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, process_group
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import fast_precision, settle_precision
 from unicl_fast.pipelines.plan.plan import TrainPlan
-from unicl_fast.system.devices import choose_device
-from unicl_fast.system.stages import mark
+from unicl_fast.system.machine import choose_device
+from unicl_fast.system.progress import mark
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.data import (
     adapt_objective_to_data,
@@ -46,11 +46,10 @@ from unicl_fast.training.data import (
     rows_of_class_names,
     traffic_of,
 )
-from unicl_fast.training.evaluations import Evaluation
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves
 from unicl_fast.training.memory_check import check_memory
-from unicl_fast.training.source_meter import SourceMeter
-from unicl_fast.training.trainer import Trainer
+from unicl_fast.training.metrics import SourceMeter
+from unicl_fast.training.trainer import Evaluation, Trainer
 
 logger = logging.getLogger("unicl_fast")
 
@@ -77,7 +76,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
             batch, or a run folder in use.
         FileNotFoundError: a data set or checkpoint that is not there.
     """
-    Ranks(world_size=nproc).share_of(config.run.global_batch_size)
+    Ranks(world_size=nproc).local_batch_size(config.run.global_batch_size)
     check_views(config.data.augment, objective=config.objective.name)
     if resume != "auto":  # rank 0 reads checkpoints and reports those it skips; once is enough
         choose_checkpoint(resume, run_folder)
@@ -88,7 +87,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     ]
     for dataset in datasets:
         dataset.close()
-    choose_metric(
+    choose_best_metric(
         config.checkpoint.best, [_evaluation_name(config, each) for each in config.data.evaluate]
     )
 
@@ -145,7 +144,7 @@ def pretrain(
         watchdog.meet(ranks)
         mark("reading checkpoints")
         with refused_together(ranks):
-            local_batch_size = ranks.share_of(config.run.global_batch_size)
+            local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
         mark("opening the data and building the model")
@@ -159,7 +158,8 @@ def pretrain(
             ledger=has_ledger(run_folder, ranks) or ledger,
         )
         views = 2 if trainer.config.objective.name == "supcon" else 1
-        check_memory(trainer.model, trainer.config, share=views * local_batch_size, device=device)
+        num_images = views * local_batch_size
+        check_memory(trainer.model, trainer.config, images_per_step=num_images, device=device)
         if checkpoint is not None:
             mark("reading the checkpoint")
             with refused_together(ranks):
@@ -244,7 +244,7 @@ def build_trainer(
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
         data=describe_sources(datasets, shares),
         sources=SourceMeter(
-            names_of(datasets), passes=loader.plan.passes, traffic=traffic_of(datasets)
+            names_of(datasets), epochs=loader.plan.epochs, traffic=traffic_of(datasets)
         ),
         ledger=_build_ledger(run_folder, loader.plan, datasets, ranks) if ledger else None,
     )
@@ -258,7 +258,7 @@ def _build_ledger(
         sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
         global_batch_size=plan.global_batch_size,
         seed=plan.seed,
-        shares=plan.shares,
+        shares=plan.weights,
         shuffle_window=plan.shuffle_window,
         ranks=ranks,
     )

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import logging
 import os
 import threading
@@ -21,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from unicl_fast.system.atomic_files import is_at, lock, read_fully
 
 logger = logging.getLogger(__name__)
 
@@ -141,7 +142,7 @@ class BlockCache:
         if file is None:
             return False
         try:
-            return _fill(view, file, start)
+            return read_fully(file, view, offset=start) == len(view)
         finally:
             os.close(file)
 
@@ -204,7 +205,7 @@ class BlockCache:
                     yield None
                     return
                 # who had the lock may have renamed or removed what we opened
-                if _is_at(file, part):
+                if is_at(file, part):
                     if path.exists():
                         os.unlink(part)
                         yield None
@@ -297,26 +298,14 @@ def _lock(file: int, *, wait: bool, longest: float = _LONGEST_WAIT_SECONDS) -> b
     """
     pause, end = _FIRST_WAIT_SECONDS, time.monotonic() + _LOCK_PATIENCE_SECONDS
     while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                return False
-            if time.monotonic() > end:
-                raise _StuckError from None
-            time.sleep(pause)
-            pause = min(2 * pause, longest)
-        else:
+        if lock(file):
             return True
-
-
-def _is_at(file: int, path: str) -> bool:
-    """Whether an open file is the one that has this name now."""
-    try:
-        named = os.stat(path)
-    except FileNotFoundError:
-        return False
-    return os.path.samestat(os.fstat(file), named)
+        if not wait:
+            return False
+        if time.monotonic() > end:
+            raise _StuckError
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
 
 
 def _remove_if_left(path: str) -> bool:
@@ -326,7 +315,7 @@ def _remove_if_left(path: str) -> bool:
     except OSError:
         return True
     try:
-        if not _lock(file, wait=False) or not _is_at(file, path):
+        if not _lock(file, wait=False) or not is_at(file, path):
             return False
         os.unlink(path)
         return True
@@ -337,16 +326,6 @@ def _remove_if_left(path: str) -> bool:
 def _read_count(file: int) -> int | None:
     text = os.pread(file, _COUNT_DIGITS + 1, 0)
     return int(text) if len(text) == _COUNT_DIGITS and text.isdigit() else None
-
-
-def _fill(view: memoryview, file: int, start: int) -> bool:
-    done = 0
-    while done < len(view):
-        count = os.preadv(file, [view[done:]], start + done)
-        if not count:
-            return False
-        done += count
-    return True
 
 
 def _write_all(file: int, data: bytes) -> None:

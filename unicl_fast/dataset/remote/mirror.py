@@ -8,7 +8,6 @@ opening, and fetched again where it differs.
 
 from __future__ import annotations
 
-import fcntl
 import logging
 import os
 import shutil
@@ -20,8 +19,9 @@ import xxhash
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.remote.object_store import ObjectStore
+from unicl_fast.system.atomic_files import lock, replacing
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
-from unicl_fast.system.stages import mark_progress
+from unicl_fast.system.progress import mark_progress
 
 logger = logging.getLogger(__name__)
 
@@ -116,21 +116,15 @@ def _bring(store: ObjectStore, path: Path, expected: str | None) -> None:
 def _put(path: Path, data: bytes) -> None:
     if path.is_file() and path.read_bytes() == data:
         return
-    aside = path.with_name(f".{path.name}.partial")
-    aside.write_bytes(data)
-    aside.replace(path)
+    with replacing(path, flush=False) as aside:
+        aside.write_bytes(data)
 
 
-def _wait_for(lock: int) -> None:
+def _wait_for(descriptor: int) -> None:
     """Takes a lock. Its holder shows its own progress, so waiting for it is no hanging."""
-    while True:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            mark_progress()
-            time.sleep(0.05)
-        else:
-            return
+    while not lock(descriptor):
+        mark_progress()
+        time.sleep(0.05)
 
 
 def _remove_unused(above: Path) -> None:

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.remote.object_store import is_url
-from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.packing.quarantine import (
     DUPLICATE,
     as_listed,
     duplicate_message,
     read_left_out,
 )
+from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.system.wording import count_of
 
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)
@@ -107,7 +107,7 @@ def choose_listed(
             names = [each.name for each in stretches.get(source, ()) if each.holds(source, item)]
             own = as_listed(item.name)
             # a set: a line that is still broken is called by its place, and counts once
-            exact = {name for name in (own, f"line {item.place}") if (source, name) in listed}
+            exact = {name for name in (own, f"line {item.position}") if (source, name) in listed}
             if names or exact:
                 chosen.append((read.name, item))
                 met.update((source, name) for name in exact)
@@ -143,7 +143,7 @@ class _Stretch:
         if own is not None:
             return own.file == self.file and own.name != self.name
         in_file = item.name.startswith((f"{self.file}/", f"{self.file}:")) or source == self.file
-        return in_file and self.low <= item.place <= self.high
+        return in_file and self.low <= item.position <= self.high
 
 
 def _stretch_of(name: str) -> _Stretch | None:

@@ -18,11 +18,10 @@ from typing import Any
 import xxhash
 
 import unicl_fast
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.packing.sources.entries import Entry, field_names
-from unicl_fast.packing.sources.items import Item, Label, Source
-from unicl_fast.packing.sources.trees import FileEntry
+from unicl_fast.packing.sources.items import Entry, Item, Label, Source, field_names
 from unicl_fast.packing.sources.spool import Spool, stamp
+from unicl_fast.packing.sources.trees import FileEntry
+from unicl_fast.system.checksums import file_checksum
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), default=repr)
 
@@ -62,7 +61,7 @@ def _spell(item: Item, spool: Spool, holders: dict[str, None]) -> bytes:
     """An item as bytes that are equal for equal items; notes the file that holds its image."""
     problem = item.problem and (item.problem.kind, item.problem.message)
     entry = None if item.entry is None else _spell_entry(item.entry, spool, holders)
-    fields = [item.name, entry, item.captions, item.labels, problem, item.place]
+    fields = [item.name, entry, item.captions, item.labels, problem, item.position]
     return _ENCODER.encode(fields).encode("ascii")
 
 

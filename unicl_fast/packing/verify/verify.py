@@ -29,8 +29,7 @@ from unicl_fast.dataset.stored_samples import Description, SampleReader, StoredS
 from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
 from unicl_fast.packing.build.build import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.build.worker_pool import Checked, ImageOptions, Task, check_in_order
-from unicl_fast.packing.sources.items import Problem
-from unicl_fast.packing.sources.spans import Span
+from unicl_fast.packing.sources.items import Problem, Span
 from unicl_fast.packing.verify.folder_check import Fault, NoteFault, check_folder
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer

@@ -14,8 +14,8 @@ from rank_workers import StepwiseLoader
 from small_runs import tiny_config
 
 from unicl_fast import load_model
-from unicl_fast.checkpoints.best import Best, choose_metric, read_best
-from unicl_fast.checkpoints.load import find_checkpoint, list_checkpoints
+from unicl_fast.checkpoints.files import Best, choose_best_metric, list_checkpoints, read_best
+from unicl_fast.checkpoints.load import find_checkpoint
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
@@ -143,7 +143,7 @@ def test_one_that_could_not_be_written_is_not_the_best(
     monkeypatch.setattr(checkpoint_writer, "write_checkpoint", write_but_step_2)
     trainer_in(tmp_path, images, RISING_AND_FALLING | {4: 0.45}).fit()
     assert kept(tmp_path) == [4, 6]
-    assert "NO CHECKPOINT of step 2: no space left; training goes on" in caplog.text
+    assert "NO CHECKPOINT of step 2: no space left; training continues" in caplog.text
     assert "step 2 is the best so far, and is not kept as that" in caplog.text
 
 
@@ -188,8 +188,8 @@ def test_a_metric_that_no_evaluation_gives_is_refused(images: torch.Tensor, tmp_
     with pytest.raises(ValueError, match="checkpoint.best=zero_shot/cats/top1: no evaluation"):
         trainer_in(tmp_path, images, {}, best="zero_shot/cats/top1").fit()
     with pytest.raises(ValueError, match="it has none: set data.evaluate"):
-        choose_metric("zero_shot/cats/top1", [])
-    assert choose_metric("", []) is None
+        choose_best_metric("zero_shot/cats/top1", [])
+    assert choose_best_metric("", []) is None
 
 
 def test_a_key_that_is_not_among_the_numbers_keeps_no_best(

@@ -11,7 +11,7 @@ import pytest
 SCRIPT = """
 import resource, sys
 import numpy as np
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+from unicl_fast.system.host_memory import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
@@ -25,7 +25,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 RETURNING = """
 from pathlib import Path
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory, return_freed_memory
+from unicl_fast.system.host_memory import keep_freed_memory, return_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

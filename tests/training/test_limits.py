@@ -1,4 +1,4 @@
-"""Steps that are not finite: their samples are written down, and a few of them do no harm."""
+"""Limits: steps that are not finite do no harm up to one, nor do replaced samples."""
 
 from __future__ import annotations
 
@@ -6,19 +6,26 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import RecordedLoader, run_on_ranks, train_with_a_poisoned_rank
-from small_runs import poison_step, tiny_config
+from rank_workers import (
+    RecordedLoader,
+    run_on_ranks,
+    train_with_a_poisoned_rank,
+    train_with_replaced_samples,
+)
+from small_runs import global_batch, poison_step, tiny_config
 
-from unicl_fast.checkpoints.load import list_checkpoints
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
+from unicl_fast.dataset.errors import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.training.limits import _REMEMBERED_STEPS, NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import read_metrics
-from unicl_fast.training.nonfinite_steps import _REMEMBERED_STEPS, BadSteps
 from unicl_fast.training.trainer import Trainer
 
 
@@ -48,7 +55,7 @@ def trained(
 
 
 def leave_out(trainer: Trainer, *, step: int) -> None:
-    """The step's place in the schedule passes, and nothing else happens."""
+    """The step counts in the schedule, and nothing else happens."""
     plain_step = trainer.train_step
 
     def train_step(batch):
@@ -64,17 +71,18 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
     "settings",
     [
         {},
-        {"precision": "bf16"},
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
         {"micro_batch_size": 5},
-        {"fused_optimizer": False},
+        pytest.param({"fused_optimizer": False}, marks=pytest.mark.slow),
         {"optimizer": "lamb"},
-        {"image_encoder": "unicl_convnet7_small"},  # whose BatchNorm takes in what it sees
+        # its BatchNorm takes in all that it sees
+        pytest.param({"image_encoder": "unicl_convnet7_small"}, marks=pytest.mark.slow),
         {"image_encoder": "unicl_convnet7_small", "precision": "fp32"},
     ],
     ids=lambda settings: ",".join(map(str, settings.values())) or "default",
 )
 @pytest.mark.parametrize("log_every_steps", [pytest.param(1, marks=pytest.mark.slow), 4])
-def test_a_bad_step_is_left_out_and_nothing_else(
+def test_a_nonfinite_step_is_left_out_and_nothing_else(
     images: torch.Tensor, settings: dict, log_every_steps: int
 ) -> None:
     config = config_of(max_bad_steps=1, log_every_steps=log_every_steps, steps=7, **settings)
@@ -93,14 +101,14 @@ def test_a_bad_step_is_left_out_and_nothing_else(
     assert without.optimizer.param_groups[0]["lr"] == poisoned.optimizer.param_groups[0]["lr"]
 
 
-def test_a_bad_step_is_said_counted_and_written_down(
+def test_a_nonfinite_step_is_logged_counted_and_written_down(
     images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     config = config_of(max_bad_steps=1, log_every_steps=2, steps=6)
     with caplog.at_level(logging.ERROR):
         trained(images, config, lambda trainer: poison_step(trainer, step=3), tmp_path)
     (line,) = [record.getMessage() for record in caplog.records]
-    assert line.startswith("BAD STEP 1 of at most 1: the loss of step 3 is nan")
+    assert line.startswith("NON-FINITE STEP 1 of at most 1: the loss of step 3 is nan")
     path = tmp_path / "non-finite-step-00000003.json"
     assert str(path) in line
     values = json.loads(path.read_text())
@@ -108,17 +116,17 @@ def test_a_bad_step_is_said_counted_and_written_down(
     assert values["last_metrics"]["step"] == 2
     assert values["ranks"] == [{"rank": 0, **expected_samples(3, range(12))}]
     lines = read_metrics(tmp_path)
-    assert [line["bad_steps"] for line in lines] == [0, 1, 1]
+    assert [line["nonfinite_steps"] for line in lines] == [0, 1, 1]
     # a line is of its good steps
     assert all(math.isfinite(line["loss"]) and math.isfinite(line["grad_norm"]) for line in lines)
     assert list_checkpoints(tmp_path / "checkpoints")
 
 
-def expected_samples(step: int, places: range) -> dict[str, list[int]]:
-    """What a RecordedLoader says of the places of a global batch."""
-    sample_ids = [100 * step + place for place in places]
+def expected_samples(step: int, global_index: range) -> dict[str, list[int]]:
+    """The records of a RecordedLoader for some of a global batch."""
+    sample_ids = [100 * step + index for index in global_index]
     return {
-        "source_ids": [place % 2 for place in places],
+        "source_ids": [index % 2 for index in global_index],
         "sample_ids": sample_ids,
         "scheduled_ids": [sample_id + 50 for sample_id in sample_ids],
     }
@@ -129,7 +137,9 @@ def test_one_more_than_allowed_stops_the_run(images: torch.Tensor, tmp_path: Pat
         poison_step(trainer, step=2)
         poison_step(trainer, step=4)
 
-    with pytest.raises(FloatingPointError, match=r"step 4 is nan.*bad step 2, .*=1\)") as stopped:
+    with pytest.raises(
+        FloatingPointError, match=r"step 4 is nan.*non-finite step 2, .*=1\)"
+    ) as stopped:
         trained(images, config_of(max_bad_steps=1, steps=6), poison_two, tmp_path)
     assert str(tmp_path / "non-finite-step-00000004.json") in str(stopped.value)
     found = sorted(path.name for path in tmp_path.glob("non-finite-*"))
@@ -137,7 +147,7 @@ def test_one_more_than_allowed_stops_the_run(images: torch.Tensor, tmp_path: Pat
     assert not list_checkpoints(tmp_path / "checkpoints")
 
 
-def test_a_gradient_norm_that_is_not_finite_is_a_bad_step_too(
+def test_a_gradient_norm_that_is_not_finite_counts_too(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
     def poison_gradient(trainer: Trainer) -> None:
@@ -176,13 +186,14 @@ def test_the_samples_of_all_ranks_are_written_down(images: torch.Tensor, tmp_pat
 
 
 def test_what_is_remembered_is_bounded(images: torch.Tensor) -> None:
-    bad_steps = BadSteps(tiny_config(), ranks=Ranks(), run_folder=None, scales_loss=False)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    steps = NonfiniteSteps(tiny_config(), ranks=Ranks(), run_folder=None, scaler=scaler)
     batch = next(RecordedLoader(images).batches(0))
     for step in range(_REMEMBERED_STEPS + 100):
-        bad_steps.remember(dataclasses.replace(batch, step=step))
-    assert len(bad_steps._remembered) == _REMEMBERED_STEPS
-    bad_steps.judge([(1.0, 1.0)], done=_REMEMBERED_STEPS + 100, last_metrics={})
-    assert not bad_steps._remembered
+        steps.remember(dataclasses.replace(batch, step=step))
+    assert len(steps._remembered) == _REMEMBERED_STEPS
+    steps.judge([(1.0, 1.0)], done=_REMEMBERED_STEPS + 100, last_metrics={})
+    assert not steps._remembered
 
 
 def test_a_record_that_cannot_be_written_does_not_hide_the_fault(
@@ -192,3 +203,88 @@ def test_a_record_that_cannot_be_written_does_not_hide_the_fault(
     with pytest.raises(FloatingPointError, match="the loss of step 1 is nan"):
         trained(images, config_of(), lambda trainer: poison_step(trainer, step=1), tmp_path)
     assert "cannot be written down" in caplog.text
+
+
+def with_replaced(batch: Batch, count: int) -> Batch:
+    scheduled = torch.arange(batch.batch_size)
+    shown = scheduled.clone()
+    shown[:count] += 100
+    return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
+
+
+def test_metrics_hold_the_count_since_the_start_of_this_process(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    batches = [with_replaced(global_batch(images, step=step), count=step % 3) for step in range(6)]
+    config = tiny_config()
+    Trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False).fit()
+    assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [0, 1, 3, 3, 4, 6]
+    resumed = Trainer(config, ListLoader(batches), run_folder=tmp_path, progress=False)
+    resumed.resume(tmp_path / "checkpoints" / "step-00000004")
+    resumed.fit()
+    assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [0, 1, 3, 3, 1, 3]
+
+
+def test_batches_that_do_not_say_what_was_planned_count_as_good(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    loader = ListLoader([global_batch(images)])
+    Trainer(tiny_config(), loader, run_folder=tmp_path, progress=False).fit()
+    assert {line["replaced_samples"] for line in read_metrics(tmp_path)} == {0}
+
+
+class Replacing:
+    """A loader whose batches have `count` replaced samples each."""
+
+    def __init__(self, images: torch.Tensor, count: int) -> None:
+        self.batch, self.count = global_batch(images), count
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        yield from ListLoader([with_replaced(self.batch, self.count)]).batches(start_step)
+
+    def close(self) -> None: ...
+
+
+def test_a_run_with_too_many_stops_and_says_where_to_look(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("unicl_fast.training.limits.LEAST_DRAWS", 30)
+    config = tiny_config(steps=50)  # 12 samples a step, limit 30 * 0.2 = 6, then 0.2 of all
+    data = dataclasses.replace(config.data, max_bad_fraction=0.2)
+    config = dataclasses.replace(config, data=data)
+    Trainer(config, Replacing(images, 2), run_folder=tmp_path / "good", progress=False).fit()
+    trainer = Trainer(config, Replacing(images, 3), run_folder=tmp_path / "bad", progress=False)
+    with pytest.raises(
+        TooManyBadSamplesError,
+        match=rf"9 of the 36 samples .*max_bad_fraction = 0.2 .*{tmp_path}/bad/quarantine.csv",
+    ):
+        trainer.fit()
+    assert [line["replaced_samples"] for line in read_metrics(tmp_path / "bad")] == [3, 6, 9]
+    assert len(list_checkpoints(tmp_path / "bad" / "checkpoints")) == 1
+
+
+def test_the_first_ten_thousand_draws_have_one_allowance(images: torch.Tensor) -> None:
+    config = tiny_config()
+    assert (config.run.global_batch_size, config.data.max_bad_fraction) == (12, 0.01)
+    draws = ReplacedSamples(config, run_folder=None)
+    draws.add(with_replaced(global_batch(images), count=12))
+    draws.check(100)
+    with pytest.raises(TooManyBadSamplesError, match="101 of the 12 samples .*the log"):
+        draws.check(101)
+    good = with_replaced(global_batch(images), count=0)
+    for _ in range(2_000):
+        draws.add(good)
+    draws.check(240)
+    with pytest.raises(TooManyBadSamplesError, match="241 of the 24012"):
+        draws.check(241)
+    assert draws.total(Ranks()) == 12
+
+
+@pytest.mark.dist
+def test_ranks_add_up_their_counts(images: torch.Tensor, tmp_path: Path) -> None:
+    run_on_ranks(train_with_replaced_samples, 2, images, str(tmp_path))
+    # rank r replaces r + 1 samples a step
+    assert [line["replaced_samples"] for line in read_metrics(tmp_path)] == [3, 6, 9]
+    told = [(tmp_path / f"rank-{rank}").read_text() for rank in range(2)]
+    assert told[0] == told[1]
+    assert told[0].startswith("9 of the 36 samples")

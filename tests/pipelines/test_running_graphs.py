@@ -11,8 +11,7 @@ import pytest
 import torch
 
 from unicl_fast.config import DataConfig
-from unicl_fast.pipelines.feed.feed import DecodingError, HostBatch, run_graphs
-from unicl_fast.pipelines.graph.graph import build_train_graph
+from unicl_fast.pipelines.graph import DecodingError, HostBatch, build_train_graph, run_graphs
 
 pytestmark = pytest.mark.dali
 
@@ -84,11 +83,11 @@ def test_tensors_stay_what_they_were_as_long_as_they_are_held(encoded: list[np.n
 
 
 def test_buffers_are_reused_when_nobody_holds_them(encoded: list[np.ndarray]) -> None:
-    places = set()
+    addresses = set()
     for (images, _), _ in run(host_batches(encoded, 40)):
-        places.add(images.data_ptr())
+        addresses.add(images.data_ptr())
         del images
-    assert len(places) < 40  # one a batch if none were reused; how many is the allocator's affair
+    assert len(addresses) < 40  # one a batch if none were reused; the allocator decides how many
 
 
 @pytest.mark.parametrize(
