@@ -18,7 +18,8 @@ MAPPED = ("pipelines", "tools", "benchmarks")
 # Floors, lowest first: a room may import those of the floors below it, and itself. A single file of
 # unicl_fast/ is a room too. `benchmarks` measures everything and is known by nobody.
 FLOORS = [
-    {"system", "batch", "augmentation"},
+    {"system", "batch"},
+    {"augmentation"},
     {"images", "text", "distributed", "config"},
     {"dataset", "objectives", "ledger", "presets"},
     {"models", "pipelines"},

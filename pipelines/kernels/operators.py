@@ -64,7 +64,7 @@ def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> G
             sorted(set().union(*(operators_of(each.policy) for each in augmentations)))
         ),
         stages=num_stages(augmentations),
-        twists=any(each.twists_colours for each in augmentations),
+        twists=any(each.changes_colours for each in augmentations),
         blurs=any(each.blur > 0 for each in augmentations),
         erases=any(each.erase > 0 for each in augmentations),
         fill=(red, green, blue),

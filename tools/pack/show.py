@@ -191,7 +191,7 @@ def _steps(
     """Title, augmentation of that step alone and always, and the text below an image."""
     nothing = dataclasses.replace(augmentation, policy="none", grayscale=0.0, blur=0.0, erase=0.0)
     quiet = dataclasses.replace(nothing, jitter_probability=0.0)
-    if nothing.twists_colours:
+    if nothing.changes_colours:
         yield "colour jitter", dataclasses.replace(nothing, jitter_probability=1.0), _describe_twist
     if augmentation.grayscale:
         yield "grayscale", dataclasses.replace(quiet, grayscale=1.0), lambda row: ""
