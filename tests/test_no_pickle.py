@@ -22,11 +22,11 @@ ROOMS = ("unicl_fast", "pipelines", "tools", "benchmarks")
 
 # Files of others that exist as pickles only, read with weights_only=True: path -> which, and why.
 READS_WEIGHTS_OF_OTHERS: dict[str, str] = {
-    "unicl_fast/conversion/official_file.py": "checkpoints of microsoft/UniCL",
+    "unicl_fast/conversion/official.py": "checkpoints of microsoft/UniCL",
 }
 # Files that others load with torch.load alone: path -> which, and why.
 WRITES_WEIGHTS_FOR_OTHERS: dict[str, str] = {
-    "unicl_fast/conversion/official_file.py": "tensors, for microsoft/UniCL's code",
+    "unicl_fast/conversion/official.py": "tensors, for microsoft/UniCL's code",
 }
 
 # Files of others that are unpickled, by a subclass of `pickle.Unpickler` that finds no name outside

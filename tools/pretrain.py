@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.distributed.ending_at_once import ending_at_once
-from unicl_fast.distributed.exit_codes import (
+from unicl_fast.distributed.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
+from unicl_fast.distributed.signals import (
     EXIT_ABORTED,
     EXIT_FAULT,
     EXIT_INTERRUPTED,
     EXIT_WRONG_INPUT,
+    Interrupted,
+    exit_immediately_on_signals,
 )
-from unicl_fast.distributed.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
-from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.presets import PRESETS, build_preset
 
 _DEFAULT_PRESET = "swin-tiny"
@@ -56,7 +56,7 @@ class PretrainArguments(TrainConfig):
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input, and as docs/architecture.md says otherwise."""
     # first of all: whoever wants the machine back may say so at any time
-    with ending_at_once("unicl-pretrain"):
+    with exit_immediately_on_signals("unicl-pretrain"):
         end_with_torchrun()
         _main(sys.argv[1:] if argv is None else list(argv))
 
@@ -71,8 +71,8 @@ def _main(argv: Sequence[str]) -> None:
         error = ValueError(f"--max-restarts must not be negative, not {arguments.max_restarts}")
         stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
     # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
-    from unicl_fast.distributed.ranks import adopt_slurm_ranks
-    from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+    from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
+    from unicl_fast.system.host_memory import keep_freed_memory
 
     from .pretrain_run import check_request, pretrain
 

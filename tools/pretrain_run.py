@@ -22,16 +22,18 @@ from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, 
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
-from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, process_group
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
-from unicl_fast.evaluation.run_on_dataset import evaluate_zero_shot
+from unicl_fast.evaluation.encode import ModelOnRanks
+from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import fast_precision, settle_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.system.devices import choose_device
-from unicl_fast.system.stages import mark
+from unicl_fast.system.machine import choose_device
+from unicl_fast.system.progress import mark
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.data import (
     adapt_objective_to_data,
@@ -61,7 +63,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
             batch, or a run folder in use.
         FileNotFoundError: a data set or checkpoint that is not there.
     """
-    Ranks(world_size=nproc).share_of(config.run.global_batch_size)
+    Ranks(world_size=nproc).local_batch_size(config.run.global_batch_size)
     check_views(config.data.augment, objective=config.objective.name)
     if resume != "auto":  # rank 0 reads checkpoints and says what it passes over; once is enough
         choose_checkpoint(resume, run_folder)
@@ -121,7 +123,7 @@ def pretrain(
         if any(gather_integers(int(is_restarted()), ranks)):
             resume = resume_after_failure(resume, run_folder)
         with refused_together(ranks):
-            share = ranks.share_of(config.run.global_batch_size)
+            share = ranks.local_batch_size(config.run.global_batch_size)
             checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
         mark("opening the data and building the model")
@@ -223,7 +225,7 @@ def build_trainer(
         evaluations=_build_evaluations(config, datasets, prompts, ranks),
         data=describe_sources(datasets, shares),
         sources=SourceMeter(
-            names_of(datasets), epochs=loader.plan.passes, traffic=traffic_of(datasets)
+            names_of(datasets), epochs=loader.plan.epochs, traffic=traffic_of(datasets)
         ),
         ledger=_build_ledger(run_folder, loader, datasets, ranks) if ledger else None,
         progress=progress,
@@ -238,7 +240,7 @@ def _build_ledger(
         sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
         global_batch_size=loader.plan.global_batch_size,
         seed=loader.plan.seed,
-        shares=loader.plan.shares,
+        shares=loader.plan.weights,
         shuffle_window=loader.plan.shuffle_window,
         ranks=ranks,
     )
@@ -346,9 +348,8 @@ def _build_evaluations(
 
     def evaluation_of(index: int) -> Evaluation:
         def evaluate(model: UniCL) -> dict[str, float]:
-            result = evaluate_zero_shot(
-                model, datasets[index], rows_of_classes=rows[index], ranks=ranks
-            )
+            on_ranks = ModelOnRanks(model=model, ranks=ranks)
+            result = evaluate_zero_shot(on_ranks, datasets[index], rows_of_classes=rows[index])
             return {"top1": result.top1, "top5": result.top5}
 
         return evaluate

@@ -23,8 +23,7 @@ from unicl_fast.checkpoints.files import (
     write_checkpoint,
 )
 from unicl_fast.checkpoints.load import find_sound_checkpoint, read_state
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.sealed_json import seal, unseal
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -245,9 +244,9 @@ def test_a_checkpoint_of_other_tensors_is_refused(run_folder: Path) -> None:
             save_file({"weight": torch.ones(3)}, newest / "model.safetensors")
         else:
             (newest / "model.safetensors").write_bytes(content)
-        state = unseal((newest / "state.json").read_bytes())
+        state = parse_checksummed_json((newest / "state.json").read_bytes())
         state["checksums"]["model.safetensors"] = file_checksum(newest / "model.safetensors")
-        (newest / "state.json").write_text(seal(state))
+        (newest / "state.json").write_text(dump_checksummed_json(state))
         with pytest.raises(ValueError, match=message):
             load_model(newest)
 

@@ -20,7 +20,7 @@ from small_runs import tiny_config
 
 from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model, read_state
 from unicl_fast.config import TrainConfig, config_from_dict, config_to_dict, load_config
-from unicl_fast.system.sealed_json import seal, unseal
+from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.training.trainer import Trainer
 
 
@@ -68,14 +68,14 @@ def checkpoint(trainer: Trainer, tmp_path: Path) -> Path:
 
 def change_state(checkpoint: Path, **changes: Any) -> None:
     """Writes another state with a seal that fits."""
-    state = unseal((checkpoint / "state.json").read_bytes())
+    state = parse_checksummed_json((checkpoint / "state.json").read_bytes())
     for name, value in changes.items():
         holder = state
         *groups, last = name.split("__")
         for group in groups:
             holder = holder[group]
         holder[last] = value
-    (checkpoint / "state.json").write_text(seal(state))
+    (checkpoint / "state.json").write_text(dump_checksummed_json(state))
 
 
 def change_tensors(checkpoint: Path, file: str, **changes: torch.Tensor | None) -> None:
@@ -101,7 +101,7 @@ def test_every_flipped_digit_of_the_state_is_found(checkpoint: Path) -> None:
 
 
 def test_a_state_without_a_seal_is_read_as_before(checkpoint: Path) -> None:
-    state = unseal((checkpoint / "state.json").read_bytes())
+    state = parse_checksummed_json((checkpoint / "state.json").read_bytes())
     (checkpoint / "state.json").write_text(json.dumps(state))
     assert read_state(checkpoint).step == 2
 

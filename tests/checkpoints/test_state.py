@@ -14,7 +14,7 @@ from small_runs import tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import config_to_dict
-from unicl_fast.system.sealed_json import unseal
+from unicl_fast.system.checksums import parse_checksummed_json
 from unicl_fast.training.trainer import Trainer
 
 DATA = {"sources": [{"num_samples": 12}]}
@@ -53,7 +53,9 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
     assert {path.name for path in newest.iterdir()} == {*expected, "state.json"}
     for file, names in expected.items():
         assert set(load_file(newest / file)) == names, file
-    state, before = (unseal((path / "state.json").read_bytes()) for path in (newest, earlier))
+    state, before = (
+        parse_checksummed_json((path / "state.json").read_bytes()) for path in (newest, earlier)
+    )
     assert state == {
         "step": 4,
         "config": json.loads(json.dumps(config_to_dict(config))),
@@ -72,7 +74,7 @@ def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Pat
     trainer = Trainer(config, StepwiseLoader(images), run_folder=tmp_path, progress=False)
     trainer.fit()
     (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
-    state = unseal((checkpoint / "state.json").read_bytes())
+    state = parse_checksummed_json((checkpoint / "state.json").read_bytes())
     assert set(state["scaler"]) == {
         *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),
     }

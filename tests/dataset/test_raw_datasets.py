@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.dataset.manifest import Manifest
-from unicl_fast.dataset.reader import SAMPLE_DTYPE, PackedDataset
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 

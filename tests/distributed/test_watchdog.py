@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import threading
 import time
@@ -13,10 +14,10 @@ import pytest
 import torch
 from rank_workers import ranks_of, train_watched
 
-from unicl_fast.distributed.heartbeats import Heartbeat
-from unicl_fast.distributed.watchdog import EXIT_HUNG, Watchdog, describe_others, group_timeout
-from unicl_fast.system import stages
-from unicl_fast.system.stages import Stage, WaitingForRanks, mark, mark_progress
+from unicl_fast.distributed.signals import EXIT_HUNG
+from unicl_fast.distributed.watchdog import Heartbeat, Watchdog, describe_others, group_timeout
+from unicl_fast.system import progress
+from unicl_fast.system.progress import Stage, WaitingForRanks, mark, mark_progress
 
 
 @pytest.fixture(autouse=True)
@@ -27,7 +28,7 @@ def _stage_is_our_own() -> Iterator[None]:
 
 
 class Clock:
-    """A watchdog without its thread, whose clock goes on when it is told to."""
+    """A watchdog without its thread, whose clock advances when a test says so."""
 
     def __init__(self, *, limit_seconds: float = 100, world_size: int = 1) -> None:
         self.codes: list[int] = []
@@ -140,18 +141,30 @@ def test_suspects_are_named_first() -> None:
         3: Heartbeat(Stage("step", 8), 1, 99, heard=10),
         4: Heartbeat(waiting, 50, 50, heard=99),
     }
-    told = describe_others(heard, rank=1, world_size=6, blame=True, now=100, silence=30)
-    assert told[0].startswith(
-        "LOOK THERE FIRST: rank 3 has given no sign of life for 90 s and was then in 'step' in "
-        "step 8"
-    )
-    assert told[1:] == [
-        "rank 2 is in 'waiting for the next batch' in step 8 for 101 s.",
-        "In 'step: waiting for other ranks' in step 8: ranks 0, 4.",
-        "Nothing was heard of rank 5.",
+    told = describe_others(heard | {5: None}, now=100, silence=30, blame=True)
+    assert told == [
+        "LOOK THERE FIRST: rank 3: 90 s without a sign of life (stopped, frozen, gone, or cut "
+        "off), last in 'step' in step 8.",
+        "rank 2: for 101 s in 'waiting for the next batch' in step 8.",
+        "ranks 0, 4: in 'step: waiting for other ranks' in step 8.",
+        "rank 5: nothing was heard of.",
     ]
-    own_fault = describe_others(heard, rank=1, world_size=6, blame=False, now=100, silence=30)
-    assert "LOOK" not in " ".join(own_fault)
+
+
+@pytest.mark.parametrize("waits_for_ranks", [True, False])
+def test_another_rank_is_blamed_by_one_that_waits_for_it(
+    waits_for_ranks: bool, capfd: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(world_size=2)
+    clock.watchdog._heartbeats = Line(clock, {1: (Stage("checkpoint", 8), -1.0)})
+    mark("step", 8, waits_for_ranks=waits_for_ranks)
+    clock.pass_by(102)
+    assert clock.codes == [EXIT_HUNG]
+    suspect = "rank 1: for 5 s in 'checkpoint' in step 8."
+    blamed = f"LOOK THERE FIRST: {suspect}"
+    said = capfd.readouterr().err
+    assert suspect in said
+    assert (blamed in said) == waits_for_ranks
 
 
 def test_a_mark_costs_next_to_nothing() -> None:
@@ -168,11 +181,11 @@ def _seconds_of_marks(count: int) -> float:
 
 
 def test_a_collective_is_marked_and_left() -> None:
-    before = stages.now()
+    before = progress.current_stage()
     with WaitingForRanks():
-        assert stages.now() == Stage("testing: waiting for other ranks", 7, 1.0, True)
-    assert stages.now() == before
-    assert stages.now() is not before  # that is progress
+        assert progress.current_stage() == Stage("testing: waiting for other ranks", 7, 1.0, True)
+    assert progress.current_stage() == before
+    assert progress.current_stage() is not before  # that is progress
 
 
 def wait_for(condition, *, seconds: float = 120) -> None:
@@ -210,7 +223,7 @@ def test_a_rank_whose_data_hang_is_the_one_that_speaks(
             assert processes[other].exitcode not in (0, None)
     said = said_by(tmp_path, 1)
     assert "rank 1 of 3 HANGS: 'waiting for the next batch' in step 5 has lasted" in said
-    assert "In 'step: encoding: waiting for other ranks' in step 5: ranks 0, 2." in said
+    assert "ranks 0, 2: in 'step: encoding: waiting for other ranks' in step 5." in said
 
 
 @pytest.mark.dist
@@ -226,7 +239,7 @@ def test_ranks_that_wait_for_a_stopped_one_name_it_and_the_collective(
     said = said_by(tmp_path, 0)
     assert "rank 0 of 2 HANGS: 'step: " in said
     assert "waiting for other ranks' in step" in said
-    assert "LOOK THERE FIRST: rank 1 has given no sign of life for" in said
+    assert re.search(r"LOOK THERE FIRST: rank 1: \d+ s without a sign of life", said)
 
 
 @pytest.mark.slow

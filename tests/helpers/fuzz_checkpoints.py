@@ -24,8 +24,7 @@ from small_runs import tiny_config
 
 from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model
 from unicl_fast.config import config_to_dict, load_config
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.sealed_json import seal
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 from unicl_fast.training.trainer import Trainer
 
 
@@ -43,7 +42,7 @@ def make_fit(checkpoint: Path) -> None:
         for name in state["checksums"]:
             state["checksums"][name] = file_checksum(checkpoint / name)
         state.pop("seal", None)
-        (checkpoint / "state.json").write_text(seal(state))
+        (checkpoint / "state.json").write_text(dump_checksummed_json(state))
     except (ValueError, KeyError, TypeError, AttributeError, OSError, RecursionError):
         return
 

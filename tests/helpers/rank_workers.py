@@ -26,12 +26,13 @@ from small_runs import (
 )
 
 from unicl_fast.batch import EvaluationBatch, ListLoader
-from unicl_fast.distributed.ranks import Ranks, process_group
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
-from unicl_fast.evaluation.classification import ClassificationCounts
-from unicl_fast.evaluation.features import collect_rows
-from unicl_fast.evaluation.zero_shot import zero_shot_accuracy
+from unicl_fast.evaluation.encode import ModelOnRanks, collect_rows
+from unicl_fast.evaluation.report import ClassificationCounts
+from unicl_fast.evaluation.zero_shot import scores_by
 from unicl_fast.ledger.format import LedgerSource
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
@@ -189,7 +190,7 @@ def write_feature_gradients(ranks, folder: str) -> None:
     from unicl_fast.training.step import contrast_over_ranks
 
     images, texts, text_index, class_ids = ragged_features()
-    share = ranks.share_of(len(images))
+    share = ranks.local_batch_size(len(images))
     mine = slice(ranks.rank * share, (ranks.rank + 1) * share)
     distinct, counts = text_index[mine].unique(return_counts=True)
     class_of_text = dict(zip(text_index.tolist(), class_ids.tolist(), strict=True))
@@ -490,13 +491,13 @@ class ZeroShotOfFour:
     def __call__(self, model) -> dict[str, float]:
         generator = torch.Generator().manual_seed(1)
         width = model.config.model.embed_dim
-        result = zero_shot_accuracy(
-            model,
+        classifier = torch.randn(3, width, dtype=torch.float64, generator=generator)
+        result = ModelOnRanks(model=model, ranks=self.ranks).classify(
             self,
-            torch.randn(3, width, dtype=torch.float64, generator=generator),
+            scores_by(model, classifier),
             labels_of=lambda sample: [sample % 3],
             class_names=("a", "b", "c"),
-            ranks=self.ranks,
+            what="zero-shot",
         )
         return {"top1": result.top1}
 
@@ -551,7 +552,8 @@ def gather_features_of_slices(ranks, path: str) -> None:
 def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
     """Fine-tunes a few steps on slices of the same batches; rank 0 writes the weights."""
     # here, since timm.data takes seconds to import, for which the other workers need not wait
-    from unicl_fast.evaluation.finetune import FineTuned, FinetuneSettings, finetune
+    from unicl_fast.evaluation.finetune import FineTuned, finetune
+    from unicl_fast.evaluation.requests import FinetuneRecipe
 
     model = UniCL(tiny_config()).double()
     batches = [
@@ -565,8 +567,9 @@ def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
         model,
         FineTuned(model, 3),
         ListLoader(batches),
+        FinetuneRecipe(mixup=0.0, ema_decay=0.9),
+        steps=4,
         labels_of=lambda sample: [sample % 3],
-        settings=FinetuneSettings(steps=4, mixup=0.0, ema_decay=0.9),
         ranks=ranks,
     )
     if ranks.is_main:

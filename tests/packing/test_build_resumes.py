@@ -28,7 +28,7 @@ from pack_runs import jpeg, run_pack
 from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
-from unicl_fast.dataset.journal import FinishedShard, ShardJournal, read_journal
+from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
 from unicl_fast.dataset.remote.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing.build import work_folder

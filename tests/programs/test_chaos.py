@@ -35,7 +35,7 @@ def run_chaos(
     assert found["faults"] == []
     assert done.returncode == 0
     assert found["kills"] == kills
-    assert found["ledger"]["samples_lost"] == found["ledger"]["scheduled_twice_in_a_pass"] == 0
+    assert found["ledger"]["samples_lost"] == found["ledger"]["scheduled_twice_in_an_epoch"] == 0
     return found
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 import zipfile
@@ -22,7 +23,7 @@ SETTINGS = [
     *("--run.global-batch-size", "12", "--run.samples", "0", "--run.steps", "1000000"),
     *("--run.evaluate-every-steps", "0", "--checkpoint.every-steps", "2", "--checkpoint.keep", "2"),
 ]
-HANG_SECONDS = 10
+HANG_SECONDS = 30  # a loaded machine may be compiling kernels
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_a_signal_before_training_ends_the_program_at_once_with_75(
         program.process.send_signal(number)
         sent = time.monotonic()
         assert program.wait() == 75, program.messages
-        assert time.monotonic() - sent < 30
+        assert time.monotonic() - sent < 60
         assert f"stopped by {number.name}; no step is at risk" in program.messages
         assert "Traceback" not in program.messages
         assert not is_training(tmp_path)
@@ -204,5 +205,6 @@ def test_a_stopped_rank_is_named_and_ended_too(data: Path, tmp_path: Path) -> No
         program.wait_for(lambda: is_training(tmp_path))
         os.kill(program.rank(1), signal.SIGSTOP)
         assert program.wait() == 70, program.messages
-        assert "LOOK THERE FIRST: rank 1 has given no sign of life" in program.messages
+        said = r"LOOK THERE FIRST: rank 1: \d+ s without a sign of life"
+        assert re.search(said, program.messages)
         program.wait_until_gone()

@@ -341,9 +341,14 @@ def test_what_cannot_be_evaluated_ends_with_2_and_a_sentence(
     assert message in capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_torch() -> None:
+@pytest.mark.parametrize(
+    "words", [["pretrain"], ["evaluate", "linear-probe"], ["convert", "onnx"]], ids=" ".join
+)
+def test_help_does_not_wait_for_torch(words: list[str]) -> None:
+    program, *command = words
+    module = f"unicl_fast.tools.{program}"
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "unicl_fast.tools.pretrain", "--help"],
+        [sys.executable, "-X", "importtime", "-m", module, *command, "--help"],
         capture_output=True,
         text=True,
         timeout=60,

@@ -166,7 +166,7 @@ def test_restarts_are_used_up_loudly(data: Path, tmp_path: Path) -> None:
     reached = int(list_checkpoints(out / "checkpoints")[-1].name[5:])
     wait_for_step(out, reached + 3, process)
     kill_rank(out, 0)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=150)
     assert process.returncode == 137
     assert "RANK 0 WAS KILLED BY SIGKILL: starting all again, restart 1 of 1" in errors
     assert "RANK 0 WAS KILLED BY SIGKILL, and all 1 restarts are used up" in errors
@@ -182,7 +182,7 @@ def test_a_run_that_is_asked_to_stop_is_not_started_again(
     process = start_own(*arguments, nproc=1)
     wait_for_step(out, 3, process)
     process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=150)
     assert process.returncode == 75, errors[-3000:]
     assert "starting all again" not in errors
     wait_until_gone(out)
@@ -250,7 +250,7 @@ def test_ranks_of_torchrun_refuse_once_what_they_all_refuse(data: Path, unbroken
     ],
     ids=["short", "fp64", "fp32"],
 )
-def test_a_run_goes_on_with_any_number_of_ranks(
+def test_a_run_resumes_with_any_number_of_ranks(
     data: Path,
     tmp_path: Path,
     precision: str,
@@ -258,7 +258,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(
     steps: int,
     numbers: tuple[int, ...],
 ) -> None:
-    """With augmentation and drop path: stopped, and gone on with on other ranks.
+    """With augmentation and drop path: stopped, and resumed on other ranks.
 
     The largest difference is printed (pytest -s), for docs/reliability.md.
     """
@@ -276,7 +276,7 @@ def test_a_run_goes_on_with_any_number_of_ranks(
         process = start(*settings, "--out", out, "--nproc", str(nproc))
         wait_for_step(out, started[-1] + steps // 8, process)
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=150)
         assert process.returncode == 75, errors[-3000:]
         started.append(int(list_checkpoints(out / "checkpoints")[-1].name[5:]))
     run("pretrain", *settings, "--out", out, "--nproc", str(last))

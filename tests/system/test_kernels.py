@@ -1,13 +1,17 @@
-"""What Numba keeps of our kernels is used as long as all that they are made of is the same."""
+"""Kernels that are kept on disk are used as long as all that they are made of is the same."""
 
 from __future__ import annotations
 
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import numba
 import pytest
+
+from unicl_fast.system import kernels
 
 CONSTANTS = """
 import enum
@@ -25,7 +29,7 @@ def inlined(x):
     return x + {inlined}
 """
 LOWER = """
-from lowest import inlined
+from unicl_fast.lowest import inlined
 from unicl_fast.system.kernels import kernel
 
 @kernel
@@ -33,8 +37,8 @@ def called(x):
     return inlined(x) * {called}
 """
 UPPER = """
-from constants import FACTOR, Place
-from lower import called
+from unicl_fast.constants import FACTOR, Place
+from unicl_fast.lower import called
 from numba import carray, types
 from unicl_fast.system.kernels import c_function, kernel
 
@@ -56,7 +60,7 @@ def plain(x):
 PROGRAM = """
 import ctypes
 from plain import plain
-from upper import in_c, number
+from unicl_fast.upper import in_c, number
 
 value = ctypes.c_int64(1)
 in_c.ctypes(ctypes.byref(value))
@@ -76,7 +80,7 @@ def adder(summand):
 """
 ADD = """
 import ctypes, sys
-from closures import adder
+from unicl_fast.closures import adder
 
 for word in sys.argv[1:]:
     value = ctypes.c_int64(0)
@@ -86,55 +90,102 @@ for word in sys.argv[1:]:
 """
 
 
-def write(folder: Path, **changes: int) -> None:
+@pytest.fixture
+def package(tmp_path: Path) -> Path:
+    """A package `unicl_fast` with kernels of its own, and the real module that compiles them."""
+    folder = tmp_path / "code" / "unicl_fast"
+    (folder / "system").mkdir(parents=True)
+    for name in ("__init__", "system/__init__", "training/__init__"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / f"{name}.py").write_text("")
+    shutil.copy(kernels.__file__, folder / "system")
+    write(folder)
+    (folder / "upper.py").write_text(UPPER)
+    (folder / "closures.py").write_text(CLOSURES)
+    (folder.parent / "plain.py").write_text(PLAIN)
+    return folder
+
+
+def write(package: Path, **changes: int) -> None:
     values = {"factor": 2, "first": 3, "inlined": 10, "called": 7, **changes}
     for name, text in (("constants", CONSTANTS), ("lowest", LOWEST), ("lower", LOWER)):
-        (folder / f"{name}.py").write_text(text.format(**values))
+        (package / f"{name}.py").write_text(text.format(**values))
 
 
-def run(folder: Path, program: str, *words: str) -> str:
-    return subprocess.run(
+def run(package: Path, program: str, *words: str, **environment: str) -> str:
+    cache = package.parents[1] / "cache"
+    clean = {key: value for key, value in os.environ.items() if not key.startswith("NUMBA")}
+    done = subprocess.run(
         [sys.executable, "-c", program, *words],
-        cwd=folder,
-        check=True,
+        cwd=package.parent,
+        env=clean | {"XDG_CACHE_HOME": str(cache)} | environment,
         capture_output=True,
         text=True,
-        timeout=120,
-    ).stdout
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
-def test_a_change_in_another_module_compiles_anew_and_nothing_else_does(tmp_path: Path) -> None:
-    """Results of both functions of `upper`; then what came from the disk: ours, Numba's, C's."""
-    write(tmp_path)
-    (tmp_path / "upper.py").write_text(UPPER)
-    (tmp_path / "plain.py").write_text(PLAIN)
-    assert run(tmp_path, PROGRAM) == "157 157\n0 0 0\n"
-    assert run(tmp_path, PROGRAM) == "157 157\n1 1 1\n"
-    for change, result in (
-        ({"factor": 4}, 11 * 7 * 4 + 3),
-        ({"first": 5}, 11 * 7 * 2 + 5),
-        ({"inlined": 20}, 21 * 7 * 2 + 3),
-        ({"called": 9}, 11 * 9 * 2 + 3),
-    ):
-        write(tmp_path, **change)
-        assert run(tmp_path, PROGRAM) == f"{result} {result}\n0 1 0\n", change
+def test_a_change_in_another_module_compiles_anew_and_nothing_else_does(package: Path) -> None:
+    """Prints the results of both kernels of `upper`; then cache hits: ours, Numba's, C's."""
+    assert run(package, PROGRAM) == "157 157\n0 0 0\n"
+    assert run(package, PROGRAM) == "157 157\n1 1 1\n"
+    write(package, factor=4)
+    assert run(package, PROGRAM) == "311 311\n0 1 0\n"
+    write(package, first=5, inlined=20, called=9)
+    assert run(package, PROGRAM) == "383 383\n0 1 0\n"
+    (package / "training" / "__init__.py").write_text("RATE = 1")  # no kernel can know that room
+    assert run(package, PROGRAM) == "383 383\n1 1 1\n"
 
 
-def test_closures_kept_by_different_processes_are_told_apart(tmp_path: Path) -> None:
-    (tmp_path / "closures.py").write_text(CLOSURES)
-    assert run(tmp_path, ADD, "1") == "1 0\n"
-    assert run(tmp_path, ADD, "2") == "2 0\n"
-    assert run(tmp_path, ADD, "1", "2") == "1 1\n2 1\n"
-    assert run(tmp_path, ADD, "2", "1") == "2 1\n1 1\n"
+def test_closures_kept_by_different_processes_are_told_apart(package: Path) -> None:
+    assert run(package, ADD, "1") == "1 0\n"
+    assert run(package, ADD, "2") == "2 0\n"
+    assert run(package, ADD, "1", "2") == "1 1\n2 1\n"
+    assert run(package, ADD, "2", "1") == "2 1\n1 1\n"
+
+
+def test_the_folder_belongs_to_this_user_alone(package: Path) -> None:
+    run(package, ADD, "1")
+    (folder,) = (package.parents[1] / "cache" / "unicl_fast" / "numba").iterdir()
+    assert folder.stat().st_mode & 0o077 == 0
+    folder.chmod(0o777)
+    said = run(package, ADD, "1")
+    assert said.startswith("1 0\n")
+    assert "can be written by other users" in said
+
+
+def test_numba_s_own_variable_names_the_place(package: Path, tmp_path: Path) -> None:
+    chosen = {"NUMBA_CACHE_DIR": str(tmp_path / "chosen")}
+    assert run(package, ADD, "1", **chosen) == "1 0\n"
+    assert run(package, ADD, "1", **chosen) == "1 1\n"
+    assert not (tmp_path / "cache").exists()
+
+
+def test_where_nothing_can_be_written_kernels_are_compiled_and_it_is_said_once(
+    package: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    said = run(package, PROGRAM, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert said.startswith("157 157\n0 0 0\n")
+    assert said.count("set NUMBA_CACHE_DIR") == 1
+
+
+def test_only_the_last_used_folders_stay(package: Path, tmp_path: Path) -> None:
+    above = tmp_path / "cache" / "unicl_fast" / "numba"
+    for number in range(20):
+        (above / f"unicl_fast-{number}").mkdir(parents=True)
+        os.utime(above / f"unicl_fast-{number}", (number, number))
+    run(package, ADD, "1")
+    left = sorted(folder.stat().st_mtime for folder in above.iterdir())
+    assert left[:-1] == list(range(5, 20))
 
 
 @pytest.mark.skipif(
     not hasattr(numba.config, "CACHE_LOCATOR_CLASSES"), reason="this Numba cannot be told"
 )
-def test_where_numba_is_told_to_look_elsewhere_nothing_is_kept(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_LOCATOR_CLASSES", "InTreeCacheLocator")
-    (tmp_path / "closures.py").write_text(CLOSURES)
-    assert run(tmp_path, ADD, "1") == "1 0\n"
-    assert run(tmp_path, ADD, "1") == "1 0\n"
+def test_where_numba_is_told_to_look_elsewhere_nothing_is_kept(package: Path) -> None:
+    elsewhere = {"NUMBA_CACHE_LOCATOR_CLASSES": "InTreeCacheLocator"}
+    assert run(package, ADD, "1", **elsewhere) == "1 0\n"
+    assert run(package, ADD, "1", **elsewhere) == "1 0\n"

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from unicl_fast.system import machine as processor_cores
+from unicl_fast.system import machine
 from unicl_fast.system.machine import LAUNCHED_BY_US, cores_of_this_rank, usable_cores
 
 
@@ -18,8 +18,8 @@ def _twelve_cores(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(os, "cpu_count", lambda: 64)
     for name in ("LOCAL_WORLD_SIZE", "TORCHELASTIC_RUN_ID", LAUNCHED_BY_US, "SLURM_CPUS_PER_TASK"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setattr(processor_cores, "_CGROUPS", tmp_path)
-    monkeypatch.setattr(processor_cores, "_MY_CGROUP", tmp_path / "mine")
+    monkeypatch.setattr(machine, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(machine, "_MY_CGROUP", tmp_path / "mine")
     (tmp_path / "job" / "step").mkdir(parents=True)
     (tmp_path / "mine").write_text("0::/job/step\n")
 

@@ -1,4 +1,4 @@
-"""What a checkpoint was trained with and what it shall go on with: the difference is shown."""
+"""Counts, shortened values and differences of two configs, as messages show them."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from pack_runs import jpeg, run_pack
 from rank_workers import StepwiseLoader
 from small_runs import tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.system.differences import find_differences, refuse_differences
+from unicl_fast.system.wording import config_diff, count_of, refuse_differences, shorten
 from unicl_fast.training.trainer import Trainer
 
 DATA: dict[str, Any] = {
@@ -24,6 +25,43 @@ DATA: dict[str, Any] = {
     "class_names": [["ant", "bee", "cat"], []],
     "templates": [["a photo of a {}", "a {}"], []],
 }
+
+
+def test_one_thing_is_no_plural() -> None:
+    assert count_of(1, "image") == "1 image"
+    assert count_of(0, "class") == "0 classes"
+    assert count_of(2000, "caption") == "2,000 captions"
+
+
+def test_a_data_set_of_one_image_is_spoken_of_in_the_singular(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "in" / "cat").mkdir(parents=True)
+    (tmp_path / "in" / "cat" / "1.jpg").write_bytes(jpeg(1))
+    one, merged = tmp_path / "one", tmp_path / "merged"
+    words = "1 image, 0 captions, 1 label of 1 class"
+    for arguments in (
+        ("build", tmp_path / "in", "--out", one, "--workers", 1),
+        ("inspect", one, "--no-near", "--html", tmp_path / "page.html"),
+        ("merge", one, "--out", merged),
+    ):
+        code, said = run_pack(*arguments, capsys=capsys)
+        assert code == 0
+        assert words in said
+    page = (tmp_path / "page.html").read_text()
+    assert "<title>one: 1 image</title>" in page
+    assert "1 classes" not in page
+    assert "1 images" not in page
+
+
+def test_values_are_shown_up_to_a_limit_whatever_they_are() -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    assert shorten("a") == "'a'"
+    assert shorten([0] * 100, limit=10) == "[0, 0, 0, ..."
+    assert shorten(nested) == "a list"
+    assert shorten(10**5000) == "a int"
 
 
 @pytest.mark.parametrize(
@@ -97,5 +135,5 @@ def test_a_thousand_classes_are_not_printed() -> None:
 
 
 def test_what_is_equal_has_no_differences() -> None:
-    assert not list(find_differences({"a": [1, (2.0, None)]}, {"a": (1, [2.0, None])}))
-    assert list(find_differences({"a": True}, {"a": 1}))
+    assert not list(config_diff({"a": [1, (2.0, None)]}, {"a": (1, [2.0, None])}))
+    assert list(config_diff({"a": True}, {"a": 1}))

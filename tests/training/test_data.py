@@ -12,7 +12,7 @@ from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.presets import build_preset
-from unicl_fast.system.differences import refuse_differences
+from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import (
     check_tokenizer,

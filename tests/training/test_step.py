@@ -219,4 +219,4 @@ def test_narrow_arithmetic_is_off_by_its_rounding_alone(
 
 def test_ranks_that_cannot_share_the_batch_are_told_which_sizes_would_do() -> None:
     with pytest.raises(ValueError, match="set run.global_batch_size to 8 or 12"):
-        Ranks(rank=0, world_size=4).share_of(10)
+        Ranks(rank=0, world_size=4).local_batch_size(10)

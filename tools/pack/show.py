@@ -26,21 +26,23 @@ from PIL import Image
 from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation, parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.pipelines.feed.feed import HostBatch, run_graphs
-from unicl_fast.pipelines.graph.augment_parts import parts_for
-from unicl_fast.pipelines.graph.graph import build_train_graph
-from unicl_fast.pipelines.plan.augment import STAGE_WIDTH, Column, draw_rows, neutral_rows
-from unicl_fast.pipelines.plan.crop import random_windows
-from unicl_fast.pipelines.plan.policies import (
+from unicl_fast.pipelines.graph import HostBatch, build_train_graph, run_graphs
+from unicl_fast.pipelines.kernels.operators import parts_for
+from unicl_fast.pipelines.plan.augment import (
     AUTO,
     OPERATIONS,
+    STAGE_WIDTH,
     TRIVIAL_LEVELS,
+    Column,
     Operation,
     Operator,
     auto_pairs,
+    draw_rows,
+    neutral_rows,
     table_of,
     write_operation,
 )
+from unicl_fast.pipelines.plan.crop import random_windows
 from unicl_fast.system.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -266,13 +268,13 @@ def _run(
     starts, shapes, flips, rows = joined
     integers = np.zeros((size, 1), dtype=np.int64)
     inputs = [encoded * len(strips), starts, shapes, flips[:, None], integers]
-    if not parts.is_empty:
+    if parts is not None:
         inputs.append(rows)
     build = partial(
         build_train_graph,
         data=dataclasses.replace(data, threads=0, prefetch=1),
         batch_size=size,
-        augmentation=None if parts.is_empty else parts,
+        augmentation=parts,
         device=torch.device("cpu"),
     )
     batches = iter([HostBatch(inputs=tuple(inputs), facts=None)])

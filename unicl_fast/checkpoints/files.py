@@ -25,8 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.sealed_json import seal
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def write_checkpoint(
         for name, tensors in files.items():
             save_file(tensors, partial / name)
         checksums = {name: file_checksum(partial / name) for name in files}
-        text = seal({"step": step, **state, "checksums": checksums})
+        text = dump_checksummed_json({"step": step, **state, "checksums": checksums})
         (partial / STATE_FILE).write_text(text, encoding="utf-8")
         for path in [*partial.iterdir(), partial]:
             flush_to_disk(path)

@@ -31,8 +31,7 @@ from unicl_fast.checkpoints.files import (
 from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.system.sealed_json import unseal
+from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +80,7 @@ def read_state(checkpoint: Path) -> CheckpointState:
     if not path.is_file():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE_FILE}")
     try:
-        values = unseal(path.read_bytes())
+        values = parse_checksummed_json(path.read_bytes())
         _check_types(values)
     except ValueError as error:
         raise DamagedCheckpointError(

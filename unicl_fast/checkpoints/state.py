@@ -26,7 +26,7 @@ from unicl_fast.checkpoints.load import (
 )
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.differences import refuse_differences
+from unicl_fast.system.wording import refuse_differences
 
 logger = logging.getLogger(__name__)
 

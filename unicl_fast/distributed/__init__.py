@@ -1,1 +1,5 @@
-"""Ranks: how they start, find each other, stop together, and how one that hangs is noticed."""
+"""Ranks: how they start, meet, exchange tensors, stop together, and how a hung one is found.
+
+`launch` starts them, `rendezvous` brings them together, `ranks` has the collectives, `signals` the
+exit codes and what a signal does, `watchdog` ends a rank that hangs. Knows no model and no loss.
+"""

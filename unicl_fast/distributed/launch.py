@@ -1,10 +1,16 @@
-"""How programs become ranks, and how they speak: shared by training and evaluation."""
+"""How a program becomes ranks of one group on this machine, and how ranks report errors.
+
+torch's elastic launcher was tried (torch 2.13; torchrun ends with 1 for every code, its Python API
+says each rank's). It does not fit: it starts ranks again after 2 (wrong input) and 75 (stopped,
+saved) as after a crash; after a signal to the launcher the ranks' codes are lost; SIGUSR1 or
+SIGKILL to the launcher leaves the ranks running; and it ends the others at the first code it sees,
+be it that of a rank that only lost its peer.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import functools
 import logging
 import math
@@ -19,39 +25,38 @@ from collections.abc import Iterator, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
-from unicl_fast.distributed import ending_at_once
-from unicl_fast.distributed.ending_at_once import AT_NO_RISK
-from unicl_fast.distributed.exit_codes import (
+from unicl_fast.distributed.signals import (
+    AT_NO_RISK,
     EXIT_FAULT,
     EXIT_HUNG,
     EXIT_INTERRUPTED,
     EXIT_WRONG_INPUT,
+    defer_signals,
+    handle_stop_signals,
 )
 from unicl_fast.system.machine import LAUNCHED_BY_US, usable_cores
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.distributed.ranks import Ranks
 
-_FORWARDED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-_PR_SET_PDEATHSIG = 1
-# How long the others may take to end by themselves when one has failed, or was asked to stop,
-_SECONDS_TO_FOLLOW = 2.0
-_SECONDS_TO_SAVE = 10.0
-# and when they are told to. What waits for a rank that hangs has only to say so.
-_SECONDS_TO_END = 30.0
-_SECONDS_TO_SAY_SO = 10.0
-_LIBC = ctypes.CDLL(None)
 _RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own, so that ranks have one rule
+_PR_SET_PDEATHSIG = 1
+_LIBC = ctypes.CDLL(None)
+# How long other ranks may take to end by themselves, by the code of the first: 2 s, but asked to
+# stop, all end after the same step, and save. Then how long when they are told to: 30 s, but one
+# that waits for a hung rank has only its message to write.
+_SECONDS_TO_FOLLOW = {EXIT_INTERRUPTED: 10.0}
+_SECONDS_TO_END = {EXIT_HUNG: 10.0}
 
 
 def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: int = 0) -> NoReturn:
     """Starts a program `nproc` times on this machine as ranks of one group, and ends as they do.
 
-    Signals go on to all ranks. If a rank fails, the others are ended too; ranks do not outlive this
-    process. (torchrun does the same, but its exit code says nothing of how its ranks ended.)
+    Signals are passed on to all ranks. If a rank fails, the others are ended too; ranks do not
+    outlive this process.
 
     Args:
-        module: what to start, as for `python -m`.
+        module: module to start, as for `python -m`.
         nproc: number of ranks.
         argv: the program's arguments; --nproc means nothing to a rank.
         max_restarts: how often all ranks are started again after one has died; never after wrong
@@ -60,23 +65,26 @@ def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: i
     launcher = _Launcher()
     for attempt in range(max_restarts + 1):
         launcher.start(module, nproc=nproc, argv=argv, attempt=attempt)
-        ended = launcher.wait()
-        if not ended.by_accident or launcher.asked_to_stop:
+        rank, code = launcher.wait()
+        if code in (0, EXIT_WRONG_INPUT, EXIT_INTERRUPTED) or launcher.forwarded:
             break
+        ended = f"RANK {rank} ENDED WITH CODE {code}"
+        if code < 0:
+            ended = f"RANK {rank} WAS KILLED BY {signal.Signals(-code).name}"
         if attempt < max_restarts:
             _say(f"{ended}: starting all again, restart {attempt + 1} of {max_restarts}")
         elif max_restarts:
             _say(f"{ended}, and all {max_restarts} restarts are used up")
-    sys.exit(ended.exit_code)
+    sys.exit(code if code >= 0 else 128 - code)  # as a shell has it
 
 
 def is_restarted() -> bool:
-    """Whether this rank was started again after a failure, by us or by torchrun."""
+    """Returns whether this rank was started again after a failure, by us or by torchrun."""
     return int(os.environ.get(_RESTART_COUNT, "0")) > 0
 
 
 def is_own_rank() -> bool:
-    """Whether `start_ranks` has started this process."""
+    """Returns whether `start_ranks` has started this process."""
     return LAUNCHED_BY_US in os.environ
 
 
@@ -84,45 +92,15 @@ def _say(text: str) -> None:
     print(f"unicl_fast: {text}", file=sys.stderr, flush=True)
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Ended:
-    """How ranks ended: by the first that did not end well, or well."""
-
-    rank: int
-    returncode: int
-    """As subprocess has it: minus the signal that killed it."""
-    wrong_input: bool
-    """Any rank said so."""
-
-    @property
-    def by_accident(self) -> bool:
-        """Whether another try may end differently."""
-        return self.returncode not in (0, EXIT_INTERRUPTED) and not self.wrong_input
-
-    @property
-    def exit_code(self) -> int:
-        """As a shell has it."""
-        if self.wrong_input:
-            return EXIT_WRONG_INPUT
-        return self.returncode if self.returncode >= 0 else 128 - self.returncode
-
-    def __str__(self) -> str:
-        if self.returncode >= 0:
-            return f"RANK {self.rank} ENDED WITH CODE {self.returncode}"
-        return f"RANK {self.rank} WAS KILLED BY {signal.Signals(-self.returncode).name}"
-
-
-def _begin_rank(parent: int) -> None:
-    for number in _FORWARDED:  # until the rank handles them itself, they end it
-        if signal.getsignal(number) is not signal.SIG_IGN:
-            signal.signal(number, signal.SIG_DFL)
-    _end_with(parent)
-
-
 def end_with_torchrun() -> None:
     """Under torchrun, ends this rank when torchrun is gone, as those of `start_ranks` do."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         _end_with(os.getppid())
+
+
+def _begin_rank(parent: int) -> None:
+    handle_stop_signals(signal.SIG_DFL)  # until the rank handles them itself, they end it
+    _end_with(parent)
 
 
 def _end_with(parent: int) -> None:
@@ -133,21 +111,16 @@ def _end_with(parent: int) -> None:
 
 
 class _Launcher:
-    """The started ranks, and how long those that should have ended are waited for."""
+    """The started ranks, and how long the launcher waits for those that should have ended."""
 
     def __init__(self) -> None:
         self._ranks: list[subprocess.Popen[bytes]] = []
         self._deadline = math.inf
         self._num_interrupts = 0
-        self._forwarded: set[int] = set()
-        for number in _FORWARDED:
-            if signal.getsignal(number) is not signal.SIG_IGN:
-                signal.signal(number, self._forward)
-        ending_at_once.forbid()  # the ranks decide; not before their signals are passed on
-
-    @property
-    def asked_to_stop(self) -> bool:
-        return bool(self._forwarded)
+        self.forwarded: set[int] = set()
+        """Signals that asked for an end."""
+        handle_stop_signals(self._forward)
+        defer_signals(True)  # the ranks decide; not before their signals are passed on
 
     def start(self, module: str, *, nproc: int, argv: Sequence[str], attempt: int) -> None:
         with socket.socket() as probe:
@@ -174,14 +147,14 @@ class _Launcher:
             )
             for rank in range(nproc)
         ]
-        if self.asked_to_stop:  # while they were being started
+        if self.forwarded:  # while they were being started
             self._send(signal.SIGTERM)
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        self._forwarded.add(number)
+        self.forwarded.add(number)
         self._send(number)
         self._num_interrupts += number == signal.SIGINT
-        if self._num_interrupts == 2:  # a rank in the middle of a collective does not hear it
+        if self._num_interrupts == 2:  # a rank in the middle of a collective does not notice it
             self._deadline = time.monotonic() + 5
 
     def _send(self, number: int) -> None:
@@ -189,100 +162,94 @@ class _Launcher:
             if rank.poll() is None:
                 rank.send_signal(number)
 
-    def wait(self) -> _Ended:
-        """Waits for all ranks; after the first that fails the others are ended."""
-        telling, follow_until = None, math.inf
+    def wait(self) -> tuple[int, int]:
+        """Waits for all ranks; after the first that fails the others are ended.
+
+        Returns:
+            The rank that explains the end, and its code as subprocess has it: minus the signal
+            that killed it.
+        """
+        cause, follow_until = (0, 0), math.inf
         while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them
             now = time.monotonic()
-            if self._deadline == math.inf:  # what comes later is our own doing
-                telling = self._root_cause_rank()
-                code = 0 if telling is None else self._code_of(telling)
-                if code and follow_until == math.inf:
-                    # asked to stop, all end at the same step; and one may be seen before its cause
-                    interrupted = code == EXIT_INTERRUPTED
-                    follow_until = now + (_SECONDS_TO_SAVE if interrupted else _SECONDS_TO_FOLLOW)
+            if self._deadline == math.inf:  # later failures are the launcher's own doing
+                cause = self._root_cause()
+                if cause[1] and follow_until == math.inf:  # one may be seen before its cause
+                    follow_until = now + _SECONDS_TO_FOLLOW.get(cause[1], 2.0)
                 if now >= follow_until:
                     self._send(signal.SIGTERM)
-                    hung = code == EXIT_HUNG
-                    self._deadline = now + (_SECONDS_TO_SAY_SO if hung else _SECONDS_TO_END)
+                    self._deadline = now + _SECONDS_TO_END.get(cause[1], 30.0)
             if now > self._deadline:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)
         killed_by = -self._ranks[0].returncode
-        if killed_by in self._forwarded:  # it would have said so
+        if killed_by in self.forwarded:  # it would have said so itself
             _say(f"stopped by {signal.Signals(killed_by).name}; {AT_NO_RISK}")
-        if telling is None or self._deadline == math.inf:
-            telling = self._root_cause_rank()
-        return _Ended(
-            rank=telling or 0,
-            returncode=0 if telling is None else self._code_of(telling),
-            wrong_input=any(rank.returncode == EXIT_WRONG_INPUT for rank in self._ranks),
-        )
+        if not cause[1] or self._deadline == math.inf:
+            cause = self._root_cause()
+        if any(rank.returncode == EXIT_WRONG_INPUT for rank in self._ranks):
+            return 0, EXIT_WRONG_INPUT  # whatever became of the others
+        return cause
 
-    def _root_cause_rank(self) -> int | None:
-        """Of the ranks that have ended badly by now, the one that explains how the others did."""
-        failed = [number for number, rank in enumerate(self._ranks) if rank.returncode]
+    def _root_cause(self) -> tuple[int, int]:
+        """Finds the failed rank that explains how the others ended, and its code."""
+        ends = [
+            # killed by a signal that was passed on: it did not handle signals yet
+            (number, EXIT_INTERRUPTED if -rank.returncode in self.forwarded else rank.returncode)
+            for number, rank in enumerate(self._ranks)
+            if rank.returncode
+        ]
 
-        def precedence(number: int) -> tuple[bool, bool]:
-            # One that ended at once when asked to may have torn another out of a collective; so may
-            # one that crashed or hung: the other has lost its peer, which is a fault.
-            code = self._code_of(number)
-            return not (self._forwarded and code == EXIT_INTERRUPTED), code == EXIT_FAULT
+        def precedence(end: tuple[int, int]) -> tuple[bool, bool]:
+            # One that ended immediately when asked to may have torn another out of a collective; so
+            # may one that crashed or hung: the other has lost its peer, which is a fault.
+            return not (self.forwarded and end[1] == EXIT_INTERRUPTED), end[1] == EXIT_FAULT
 
-        return min(failed, key=precedence, default=None)
-
-    def _code_of(self, number: int) -> int:
-        """How a rank ended, as subprocess has it."""
-        code: int = self._ranks[number].returncode
-        # killed by what was passed on: it had not begun to listen
-        return EXIT_INTERRUPTED if -code in self._forwarded else code
+        return min(ends, key=precedence, default=(0, 0))
 
 
-class SharedRefusal(ValueError):  # noqa: N818 - what is wrong is its cause
-    """Ranks refuse together; rank 0 says why, or the one that alone knows."""
+class SharedRefusal(ValueError):  # noqa: N818 - the error is its cause
+    """An error that some or all ranks found, raised on all of them; rank 0 says it."""
 
 
 @contextlib.contextmanager
 def refused_together(ranks: Ranks) -> Iterator[None]:
-    """All ranks pass, or none: what is refused inside by all is said by rank 0 alone."""
-    from unicl_fast.distributed.ranks import gather_integers
+    """All ranks pass, or none: the first rank's error inside the block is raised on all."""
+    from unicl_fast.distributed.ranks import gather_objects
 
     error: Exception | None = None
     try:
         yield
     except (ValueError, FileNotFoundError) as caught:
         error = caught
-    refused = gather_integers(int(error is not None), ranks)
-    if error is not None:
-        if refused[0]:
-            raise SharedRefusal(str(error)) from error
-        raise error
-    if any(refused):
-        raise SharedRefusal(f"rank {refused.index(1)} cannot go on, and says why")
+    errors = gather_objects(None if error is None else str(error), ranks)
+    for rank, text in enumerate(errors):
+        if text is not None:
+            raise SharedRefusal(f"rank {rank}: {text}" if rank else text) from error
 
 
 def explain(error: Exception) -> Exception:
-    """What torch says of a collective whose other side is gone, in words."""
+    """Puts into words what torch says of a collective whose other side is gone."""
     if "by peer" not in str(error):  # connection closed, or reset
         return error
     return RuntimeError(
-        f"another rank has ended, and its own message says why; this one cannot go on ({error})"
+        f"another rank has ended, and its own message says why; this one cannot continue ({error})"
     )
 
 
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:
-    """Ends with the error's sentence; its traceback is there for who asks (UNICL_TRACEBACK=1)."""
+    """Ends with the error's sentence; UNICL_TRACEBACK=1 shows its traceback instead."""
     if os.environ.get("UNICL_TRACEBACK"):
         raise error
     if isinstance(error, SharedRefusal) and os.environ.get("RANK", "0") != "0":
-        time.sleep(1)  # torchrun ends all ranks after the first: let rank 0 have spoken
-        sys.exit(code)
-    print(f"{program}: {error}", file=sys.stderr)
+        time.sleep(1)  # torchrun ends all ranks after the first: rank 0 must have spoken by then
+    else:
+        print(f"{program}: {error}", file=sys.stderr)
     sys.exit(code)
 
 
 def configure_logging(ranks: Ranks) -> None:
-    """Rank 0 speaks; the others only when something is wrong."""
+    """Lets rank 0 log; the others log only errors."""
     logging.basicConfig(
         level=logging.INFO if ranks.is_main else logging.ERROR,
         format="%(levelname).1s %(name)s: %(message)s",

@@ -1,34 +1,149 @@
-"""Asked to stop: by a scheduler that wants the machine back, or by a person.
+"""Exit codes, and what SIGTERM, SIGUSR1 and Ctrl-C do to a training program.
 
 The step that runs is finished, a checkpoint is written, and the program ends with code 75 ("try
-again later"), so that a job script knows that the run can go on. All ranks stop at the same step.
-While there is nothing to save yet, the program ends at once with the same code (`ending_at_once`).
+again later"), so that a job script knows that the run can be resumed (`Interruption`). All ranks
+stop after the same step.
+
+Until the first step is done there is nothing to save, and imports, opening data, compiling and the
+first batch take seconds to minutes. A scheduler that wants the machine back must not be kept
+waiting then, nor be told of a fault (143): the program ends immediately, with the same code
+(`exit_immediately_on_signals`). Imports nothing heavy: it is entered before everything else.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
 import signal
 import threading
-from types import FrameType, TracebackType
+from collections.abc import Iterator
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from unicl_fast.distributed import ending_at_once
-from unicl_fast.distributed.ending_at_once import WATCHED
-from unicl_fast.distributed.exit_codes import EXIT_INTERRUPTED as EXIT_INTERRUPTED
-from unicl_fast.system.stages import WaitingForRanks
+from unicl_fast.system.progress import WaitingForRanks
 
 if TYPE_CHECKING:
     from unicl_fast.distributed.ranks import Ranks
 
+# One number for each way to end; 0: all is done.
+EXIT_FAULT = 1
+"""A fault that is said in a sentence: a disk, a device, a loss that is not finite, a lost rank."""
+EXIT_WRONG_INPUT = 2
+"""Wrong input or usage: the same command would end in the same way."""
+EXIT_HUNG = 70
+"""EX_SOFTWARE of sysexits.h: a stage outlasted its limit. (124 would be taken for timeout(1)'s.)"""
+EXIT_INTERRUPTED = 75
+"""EX_TEMPFAIL of sysexits.h: asked to stop, and stopped where the run can be resumed."""
+EXIT_ABORTED = 130
+"""The code that shells give for Ctrl-C; here for the second one."""
+
+AT_NO_RISK = "no step is at risk; resume with --resume auto"
+"""Rest of the sentence that names the signal which ended a program."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+_SECONDS_TO_UNWIND = 10.0
+
+_is_deferred = False
+_exiting = threading.Lock()
+
+
+def defer_signals(deferred: bool) -> None:
+    """Sets whether signals are left to other handlers, which save work first (or pass them on).
+
+    Those handlers must be in place when it is set, and still be when it is taken back.
+    """
+    global _is_deferred
+    _is_deferred = deferred
+
+
+@contextlib.contextmanager
+def exit_immediately_on_signals(program: str) -> Iterator[None]:
+    """A watched signal ends the process with 75, inside the block and while none is deferred.
+
+    A second Ctrl-C ends it with 130 in any case, 10 seconds after it came: a main thread that waits
+    in a collective would not notice it. Signals that are ignored stay ignored.
+
+    Python runs signal handlers only when the main thread returns from whatever it is in; so a
+    thread reads which signals have come, and ends the process itself.
+
+    Args:
+        program: its name, for the message.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    defer_signals(False)
+    wakeup_before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+
+    def end(number: int, frame: FrameType | None) -> None:
+        # Mostly the listener is first. But a signal that comes just before another handler takes
+        # this one's place, and signals are deferred, would be noticed by neither.
+        if not _is_deferred:
+            _exit(program, number)
+
+    handlers = handle_stop_signals(end)
+    left = threading.Event()
+    listener = threading.Thread(
+        target=_listen, args=(program, reading, left), name="unicl-signals", daemon=True
+    )
+    listener.start()
+    try:
+        yield
+    finally:
+        left.set()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(wakeup_before)
+        os.write(writing, b"\0")
+        listener.join()
+        os.close(reading)
+        os.close(writing)
+        defer_signals(False)
+
+
+def handle_stop_signals(handler: Any) -> dict[signal.Signals, Any]:
+    """Replaces the handlers of signals that are not ignored (as by nohup); returns those before."""
+    if threading.current_thread() is not threading.main_thread():
+        return {}  # only the main thread may
+    return {
+        number: signal.signal(number, handler)
+        for number in STOP_SIGNALS
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }
+
+
+def _listen(program: str, reading: int, left: threading.Event) -> None:
+    num_interrupts = 0
+    while not left.is_set():
+        for number in os.read(reading, 64):
+            if number not in STOP_SIGNALS:
+                continue
+            if not _is_deferred:
+                _exit(program, number)
+            num_interrupts += number == signal.SIGINT
+            if num_interrupts == 2 and not left.wait(_SECONDS_TO_UNWIND):
+                os._exit(EXIT_ABORTED)
+
+
+def _exit(program: str, number: int) -> None:
+    if not _exiting.acquire(blocking=False):
+        return  # the other thread does it
+    if os.environ.get("RANK", "0") == "0":  # one sentence is enough
+        name = signal.Signals(number).name
+        os.write(2, f"{program}: stopped by {name}; {AT_NO_RISK}\n".encode())
+    os._exit(EXIT_INTERRUPTED)
+
 
 class Interrupted(Exception):  # noqa: N818 - as KeyboardInterrupt, it is no error
-    """The run was asked to stop, and has stopped where it can go on."""
+    """The run was asked to stop, and has stopped where it can be resumed."""
 
 
 class Interruption:
-    """Watches for SIGTERM, SIGUSR1 and SIGINT while it is entered; a second SIGINT ends at once.
+    """Notices signals while it is entered; a second Ctrl-C raises KeyboardInterrupt.
 
-    Outside the main thread, where Python lets nobody watch signals, it sees none.
+    Outside the main thread, where Python lets nobody handle signals, it notices none.
     """
 
     def __init__(self) -> None:
@@ -39,21 +154,11 @@ class Interruption:
         self._pending: Any = None
 
     def __enter__(self) -> Interruption:
-        if threading.current_thread() is threading.main_thread():
-            self._before = {
-                number: signal.signal(number, self._note)
-                for number in WATCHED
-                if signal.getsignal(number) is not signal.SIG_IGN  # nohup, a shell's background
-            }
+        self._before = handle_stop_signals(self._note)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        ending_at_once.allow()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        defer_signals(False)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._pending is not None and kind in (None, Interrupted):
@@ -67,12 +172,12 @@ class Interruption:
         self.signal_name = self.signal_name or signal.Signals(number).name
 
     def has_come(self, ranks: Ranks) -> bool:
-        """Whether to stop after this step; the same answer on all ranks.
+        """Returns whether to stop after this step; the same answer on all ranks.
 
-        Call it once a step, on all ranks. Among several it tells what was known a step earlier, so
-        that asking the others costs no waiting.
+        Call it once a step, on all ranks. Among several it returns what was known a step earlier,
+        so that asking the others takes no waiting.
         """
-        ending_at_once.forbid()  # a step is done: there is something to save
+        defer_signals(True)  # a step is done: there is something to save
         if ranks.world_size == 1:
             return bool(self.signal_name)
         import torch

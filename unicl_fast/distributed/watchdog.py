@@ -1,34 +1,46 @@
-"""Ends a rank that hangs, and says which rank hangs in what: a thread that reads `stages`.
+"""Ends a rank that hangs, and says which rank hangs in what.
 
 A hung collective, a storage that no longer answers or a thread that is stuck would hold a whole job
-for hours without a word. Every stage that is marked has `run.timeout_seconds` to end or to give a
-sign of progress. A rank that waits in a collective is not judged while another one works on within
-its own limit (rank 0 may be saving); so the guilty one speaks first. What the others were doing
-stands in everybody's message (`heartbeats`).
+for hours and say nothing. Every stage that is marked (`system.progress`) has `run.timeout_seconds`
+to end or to show progress; a thread watches. A rank that waits in a collective is not judged while
+another one works within its own limit (rank 0 may be saving), so the rank at fault speaks first.
+Ranks tell each other their stages, so that every message says what the others were doing.
 
 Time in which the process itself is stopped (Ctrl-Z, a scheduler that suspends the job) does not
 count. What holds Python's global lock for ever (a page of a memory-mapped file that never comes)
 stops this thread too: then it is the other ranks that notice.
+
+Other tools were considered. `faulthandler.dump_traceback_later` ends a process with 1 and knows no
+stage. torch's `monitored_barrier` names the rank that is missing, but only where all ranks call it,
+at the price of a round trip, and on gloo. NCCL's flight recorder knows collectives alone, and not
+the storage or the thread that held a rank up before one.
 """
 
 from __future__ import annotations
 
+import contextlib
 import faulthandler
+import json
+import logging
 import os
+import secrets
+import socket
 import threading
 import time
-from collections.abc import Callable
-from types import TracebackType
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
-from unicl_fast.distributed.exit_codes import EXIT_HUNG
-from unicl_fast.distributed.heartbeats import Heartbeat, Heartbeats
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.system import stages
-from unicl_fast.system.stages import Stage
+from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.distributed.signals import EXIT_HUNG
+from unicl_fast.system.progress import Stage, current_stage
+
+logger = logging.getLogger(__name__)
 
 # Beyond all that stages may last: the watchdog's message comes first, and is the better one.
 _GROUP_TIMEOUTS = 10
 _NO_LIMIT_SECONDS = 365 * 24 * 3600.0
+_MOST_SENTENCES = 8
 
 _ADVICE = {
     "waiting for the next batch": "the storage of data.train is stuck, or a thread that reads or "
@@ -41,7 +53,7 @@ _ADVICE = {
 
 
 def group_timeout(limit_seconds: float) -> float:
-    """The time limit for torch's collectives that leaves the first word to the watchdog."""
+    """Computes a time limit for torch's collectives that lets the watchdog speak first."""
     return min(_GROUP_TIMEOUTS * limit_seconds or _NO_LIMIT_SECONDS, _NO_LIMIT_SECONDS)
 
 
@@ -62,7 +74,7 @@ class Watchdog:
             limit_seconds: how long a stage may last; 0 watches nothing.
             rank: this process among its peers, as far as it is known before they have met.
             world_size: number of ranks.
-            end: what ends the process, given the exit code.
+            end: ends the process, given the exit code.
         """
         self._limit = limit_seconds
         self._rank, self._world_size = rank, world_size
@@ -71,7 +83,7 @@ class Watchdog:
         self._beat_every = min(10.0, limit_seconds / 20)
         self._silence = max(2.0, 3 * self._beat_every)
         self._heartbeats: Heartbeats | None = None
-        self._stage, self._age = stages.now(), 0.0
+        self._stage, self._age = current_stage(), 0.0
         self._beat_due = self._ticked = time.monotonic()
         self._stopped = threading.Event()
         self._thread: threading.Thread | None = None
@@ -82,12 +94,7 @@ class Watchdog:
             self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._thread is not None:
             self._stopped.set()
             self._thread.join()
@@ -95,7 +102,7 @@ class Watchdog:
                 self._heartbeats.close()
 
     def meet(self, ranks: Ranks) -> None:
-        """From here on ranks tell each other what they do; all come here together."""
+        """Begins heartbeats between ranks; all ranks call this together."""
         if self._thread is not None and ranks.world_size > 1:
             self._heartbeats = Heartbeats(ranks)
 
@@ -107,7 +114,7 @@ class Watchdog:
         # when this thread itself was held up, the process was stopped, and has not hung so long
         passed = min(now - self._ticked, 3 * self._interval)
         self._ticked = now
-        stage = stages.now()
+        stage = current_stage()
         self._age = self._age + passed if stage is self._stage else 0.0
         self._stage = stage
         left = self._limit * stage.patience - self._age
@@ -121,113 +128,167 @@ class Watchdog:
             faulthandler.dump_traceback(2)
             self._end(EXIT_HUNG)
 
-    def _heard(self) -> dict[int, Heartbeat]:
-        return {} if self._heartbeats is None else self._heartbeats.heard
-
     def _another_works(self, now: float) -> bool:
         return any(
             now - beat.heard < self._silence
             and beat.left_seconds > 0
             and not beat.stage.waits_for_ranks
-            for beat in self._heard().values()
+            for beat in (self._heartbeats.heard.values() if self._heartbeats else ())
         )
 
     def _describe(self, now: float) -> str:
-        """Who hangs in what, what the others do, and what to do."""
+        """Says which rank hangs in what, what the others do, and what to do."""
         stage = self._stage
         allowed = f"run.timeout_seconds={self._limit:g}"
         if stage.patience != 1:
             allowed = f"{stage.patience:g} times {allowed}"
         of_ranks = f" of {self._world_size}" if self._world_size > 1 else ""
         sentences = [
-            f"rank {self._rank}{of_ranks} HANGS: {name_of(stage)} has lasted {self._age:.0f} s, "
+            f"rank {self._rank}{of_ranks} HANGS: {_name(stage)} has lasted {self._age:.0f} s, "
             f"and {allowed} allows no more."
         ]
-        if self._world_size > 1:
-            sentences += describe_others(
-                self._heard(),
-                rank=self._rank,
-                world_size=self._world_size,
-                blame=stage.waits_for_ranks,
-                now=now,
-                silence=self._silence,
-            )
+        known = self._heartbeats.heard if self._heartbeats else {}
+        others = (rank for rank in range(self._world_size) if rank != self._rank)
+        heard = {rank: known.get(rank) for rank in others}
+        sentences += describe_others(
+            heard, now=now, silence=self._silence, blame=stage.waits_for_ranks
+        )
         advice = next((text for name, text in _ADVICE.items() if stage.name.startswith(name)), "")
         if advice and not stage.name.endswith(": waiting for other ranks"):
             sentences.append(f"Probably {advice}.")
         sentences.append(
-            "Go on with --resume auto; if this may take so long, raise run.timeout_seconds (0: no "
+            "Resume with --resume auto; if this may take so long, raise run.timeout_seconds (0: no "
             f"limit). Ending with code {EXIT_HUNG}; what its threads were doing:"
         )
         return " ".join(sentences)
 
 
-def name_of(stage: Stage) -> str:
-    """A stage as messages name it."""
-    return f"'{stage.name}'" + ("" if stage.step is None else f" in step {stage.step}")
-
-
 def describe_others(
-    heard: dict[int, Heartbeat],
-    *,
-    rank: int,
-    world_size: int,
-    blame: bool,
-    now: float,
-    silence: float,
+    heard: Mapping[int, Heartbeat | None], *, now: float, silence: float, blame: bool
 ) -> list[str]:
-    """Sentences on what the other ranks were last known to do; the suspects first.
+    """Writes sentences on what the other ranks were last known to do; the suspects first.
 
     Args:
-        heard: the last of each rank that was ever heard.
-        rank: who speaks.
-        world_size: number of ranks.
-        blame: whether it is another rank's fault, since the speaker waits in a collective.
+        heard: the last heartbeat of each other rank; None if none was ever heard.
         now: on the clock of `heard`.
-        silence: seconds after which a rank without a word is taken for stopped or lost.
+        silence: seconds after which a silent rank is taken for stopped or lost.
+        blame: whether it is another rank's fault, since the speaker waits in a collective.
     """
-    silent: list[str] = []
-    working: list[str] = []
-    waiting: dict[str, list[int]] = {}
-    unheard: list[int] = []
-    for other in range(world_size):
-        if other == rank:
-            continue
-        beat = heard.get(other)
+    silent, working, waiting, unheard = (defaultdict[str, list[int]](list) for _ in range(4))
+    for rank, beat in heard.items():
         if beat is None:
-            unheard.append(other)
-        elif now - beat.heard > silence:
-            silent.append(
-                f"rank {other} has given no sign of life for {now - beat.heard:.0f} s and was then "
-                f"in {name_of(beat.stage)}"
-            )
+            unheard["nothing was heard of"].append(rank)
+            continue
+        since, name = now - beat.heard, _name(beat.stage)
+        if since > silence:
+            text = f"{since:.0f} s without a sign of life (stopped, frozen, gone, or cut off), last"
+            silent[f"{text} in {name}"].append(rank)
         elif beat.stage.waits_for_ranks:
-            waiting.setdefault(name_of(beat.stage), []).append(other)
+            waiting[f"in {name}"].append(rank)
         else:
-            seconds = beat.age_seconds + now - beat.heard
-            working.append(f"rank {other} is in {name_of(beat.stage)} for {seconds:.0f} s")
-    sentences = []
-    first = "LOOK THERE FIRST: " if blame else ""
-    if silent:
-        sentences.append(
-            f"{first}{_some(silent)} (the process is stopped, frozen or gone, or its machine or "
-            "network)."
-        )
-    if working:
-        sentences.append(f"{'' if silent else first}{_some(working)}.")
-    for name, others in waiting.items():
-        sentences.append(f"In {name}: {_names(others)}.")
-    if unheard:
-        sentences.append(f"Nothing was heard of {_names(unheard)}.")
+            working[f"for {beat.age_seconds + since:.0f} s in {name}"].append(rank)
+    sentences = [
+        f"{_ranks(ranks)}: {text}."
+        for group in (silent, working, waiting, unheard)
+        for text, ranks in list(group.items())[:_MOST_SENTENCES]
+    ]
+    if blame and (silent or working):
+        sentences[0] = f"LOOK THERE FIRST: {sentences[0]}"
     return sentences
 
 
-def _some(descriptions: list[str], *, most: int = 8) -> str:
-    shown = "; ".join(descriptions[:most])
-    left = len(descriptions) - most
-    return f"{shown}; and {left} more ranks" if left > 0 else shown
+def _name(stage: Stage) -> str:
+    return f"'{stage.name}'" + ("" if stage.step is None else f" in step {stage.step}")
 
 
-def _names(ranks: list[int]) -> str:
+def _ranks(ranks: list[int]) -> str:
     shown = ", ".join(map(str, ranks[:16])) + (", ..." if len(ranks) > 16 else "")
     return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """The last message of another rank."""
+
+    stage: Stage
+    age_seconds: float
+    """How long it had been in that stage."""
+    left_seconds: float
+    """How much longer that stage may last; negative when it should have ended."""
+    heard: float
+    """When the message came, on this rank's monotonic clock."""
+
+
+class Heartbeats:
+    """One datagram to each other rank every few seconds, sent and read without waiting.
+
+    A hung rank, a stopped process or a lost machine can hold nobody up, there is no server that all
+    depend on, and lost datagrams do not matter. (The group's own store would not do: a client waits
+    for its answer without a limit when the process that holds it is stopped.)
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        """Opens a port and exchanges addresses; all ranks come here together.
+
+        A rank that gets no port logs an error, and neither hears nor is heard.
+        """
+        self.heard: dict[int, Heartbeat] = {}
+        self._rank = ranks.rank
+        self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._socket.setblocking(False)
+        port = 0
+        try:
+            self._socket.bind(("", 0))
+            port = self._socket.getsockname()[1]
+        except OSError as error:
+            logger.error("no heartbeats: %s; if a rank hangs, it may go unnamed", error)
+        host = socket.gethostname()
+        mine = (secrets.token_hex(8), host, _own_ip(), port)
+        everyone = gather_objects(mine, ranks)
+        self._token = everyone[0][0]  # tells our ranks from others that send to this port
+        self._targets: list[tuple[str, int]] = []
+        for rank, (_, other_host, ip, other_port) in enumerate(everyone):
+            if rank == self._rank or not port or not other_port:
+                continue
+            # a machine that finds its own name in /etc/hosts may think it is 127.0.1.1
+            name = other_host if ip.startswith("127.") else ip
+            # names are looked up now, since later it might take long; unknown ones get no message
+            with contextlib.suppress(OSError):
+                address = "127.0.0.1" if other_host == host else socket.gethostbyname(name)
+                self._targets.append((address, other_port))
+
+    def send(self, stage: Stage, *, age_seconds: float, left_seconds: float) -> None:
+        """Sends to all others; what cannot be sent now is not sent."""
+        content = [self._token, self._rank, list(stage), age_seconds, left_seconds]
+        datagram = json.dumps(content).encode()
+        for target in self._targets:
+            with contextlib.suppress(OSError):
+                self._socket.sendto(datagram, target)
+
+    def receive(self) -> None:
+        """Reads into `heard` what has come since the last time."""
+        while True:
+            try:
+                datagram = self._socket.recv(4096)
+            except OSError:  # nothing more; or the error of an earlier sending, which is of no use
+                return
+            with contextlib.suppress(ValueError, TypeError):
+                token, rank, stage, age_seconds, left_seconds = json.loads(datagram)
+                if token == self._token:
+                    self.heard[int(rank)] = Heartbeat(
+                        Stage(*stage), float(age_seconds), float(left_seconds), time.monotonic()
+                    )
+
+    def close(self) -> None:
+        self._socket.close()
+
+
+def _own_ip() -> str:
+    """Finds this machine's address on the network of the group's first rank; sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
+        except OSError:
+            return "127.0.0.1"
+        ip: str = probe.getsockname()[0]
+        return ip

@@ -1,5 +1,5 @@
-"""Cores, memory, files, checksums, kernels, random numbers: what any program needs.
+"""Cores, files, checksums, kernels, random numbers, progress, wording: what any program needs.
 
-Knows nothing of images, texts or training. Imports neither torch nor DALI, but for `keyed_random`
-on tensors and `host_buffers`.
+Knows nothing of images, texts or training. Importing it does not import torch, except by
+`host_buffers`.
 """

@@ -1,25 +1,32 @@
-"""Checksums of files: XXH3-64, and the list of them that a packed data set carries.
+"""XXH3-64 checksums: of files, of the files of a packed data set, of JSON objects.
 
-The list stands beside the manifest, in a file that readers of earlier versions pass over: a data
-set without it is read too, but damage to its arrays can then be found only where it contradicts
-itself.
+A packed data set lists the checksums of its files in a file beside the manifest, which readers of
+earlier versions ignore. A data set without that list is read too, but damage to its arrays can then
+be found only where it contradicts itself.
+
+A JSON object carries its own checksum in one more field (`seal`), of the other fields in a fixed
+spelling, so that white space and the order of fields do not matter: nothing else would reveal a
+flipped digit. Objects without one, as earlier versions wrote them, are read as they are.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
 CHECKSUMS_NAME = "checksums.txt"
 _LINE = re.compile(r"XXH3_([0-9a-f]{16})  ([^/\0]+)")
-_BLOCK_BYTES = 1 << 18  # stays in the cache
+_BLOCK_BYTES = 1 << 18  # stays in the processor's cache
+_FIELD = "seal"
 
 
 def file_checksum(path: Path) -> str:
-    """XXH3-64 of a file, as 16 hexadecimal digits."""
+    """Computes the XXH3-64 of a file, as 16 hexadecimal digits."""
     digest = xxhash.xxh3_64()
     block = memoryview(bytearray(_BLOCK_BYTES))
     with path.open("rb", buffering=0) as file:
@@ -29,24 +36,22 @@ def file_checksum(path: Path) -> str:
 
 
 def format_checksums(checksums: Iterable[tuple[str, str]]) -> str:
-    """The text of a list, of names and checksums, in the form of the program xxhsum."""
+    """Formats a list of names and checksums as the program xxhsum does."""
     return "".join(f"XXH3_{checksum}  {name}\n" for name, checksum in sorted(checksums))
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:
-    """Checksum of each file that a data set lists; None where it has no list.
+    """Reads the checksum of each file that a data set lists; None if it has no list.
 
     Raises:
         ValueError: the list is damaged.
     """
     path = folder / CHECKSUMS_NAME
-    if not path.is_file():
-        return None
-    return parse_checksums(path.read_bytes(), where=str(path))
+    return parse_checksums(path.read_bytes(), where=str(path)) if path.is_file() else None
 
 
 def parse_checksums(data: bytes, *, where: str) -> dict[str, str]:
-    """Checksum of each file in a list; `where` names the list in messages.
+    """Reads the checksum of each file from a list; `where` names the list in messages.
 
     Raises:
         ValueError: the list is damaged.
@@ -71,3 +76,32 @@ def compare_checksum(path: Path, found: str, checksums: dict[str, str]) -> None:
             f"{path} is damaged: its checksum is {found}, {CHECKSUMS_NAME} says "
             f"{expected or 'nothing of it'}; copy the data set again"
         )
+
+
+def dump_checksummed_json(values: Mapping[str, Any]) -> str:
+    """Formats a JSON object with its checksum."""
+    return json.dumps({**values, _FIELD: _json_checksum(values)}, indent=1)
+
+
+def parse_checksummed_json(text: bytes) -> dict[str, Any]:
+    """Reads a JSON object, checks it, and returns it without its checksum.
+
+    Raises:
+        ValueError: the text is no JSON object, or not the one that was written.
+    """
+    try:
+        values = json.loads(text.decode("utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError(f"an object is expected, not a {type(values).__name__}")
+        found = values.pop(_FIELD, None)
+        if found is not None and found != _json_checksum(values):
+            raise ValueError("its content is not what was written (checksum)")
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+    return values
+
+
+def _json_checksum(values: Mapping[str, Any]) -> str:
+    # through JSON first: tuples become lists and keys strings there, before they are sorted
+    plain = json.loads(json.dumps(dict(values)))
+    return str(xxhash.xxh3_64_hexdigest(json.dumps(plain, sort_keys=True).encode("ascii")))

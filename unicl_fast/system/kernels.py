@@ -1,36 +1,37 @@
 """Numba's decorators as this package uses them: compiled once for a machine, and kept on disk.
 
-What Numba keeps of a function is good for it until the function's own file changes. Functions,
-constants and enumerations of other modules are part of the compiled code too, though: after an
-update that changes only those, it would go on with what they used to be, and this machine would
-plan other batches than the next one. Here the stamp of what is kept holds them as well: numbers,
-enumerations and kernels that a module imports by their names, at its top.
+Numba takes what it keeps of a function for fresh until the function's own file changes. But
+constants, enumerations and functions of other modules are part of the compiled code too: after an
+update of those alone, a stale kernel would plan other batches here than on the next machine. So
+kernels are kept in a folder that is named by a hash of all code that can be part of them. It must
+belong to this user alone, since loading a kept kernel runs code.
 """
 
 from __future__ import annotations
 
-import enum
+import contextlib
+import functools
 import hashlib
-import sys
+import logging
+import os
+import shutil
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, overload
 
-import numpy as np
-from numba import cfunc, config, njit, types
-from numba.core import caching
+import llvmlite
+import numba
+from numba import cfunc, njit, types
 
 F = TypeVar("F", bound=Callable[..., Any])
+logger = logging.getLogger(__name__)
+_config: Any = numba.config  # its attributes are made as it is imported
 
-_stamps: dict[str, str] = {}
-"""Of a module with kernels, by its name: a digest of its text and of what it imports by name."""
-_VALUES = (bool, int, float, str, bytes, tuple, np.generic)
-_cache: Any = caching.CacheImpl
-_locators: list[Any] = list(getattr(_cache, "_locator_classes", ()))
-"""Numba's classes that know places for what is kept."""
-# They are no part of Numba's interface. Where there are none, or others are asked for by an
-# environment variable, nothing is kept, rather than something that may be stale.
-_is_kept = bool(_locators) and not getattr(config, "CACHE_LOCATOR_CLASSES", "")
+# Rooms of which no code can be part of a kernel (test_layout.py): editing them compiles nothing.
+_ROOMS_ABOVE = {"checkpoints", "training", "packing", "conversion", "evaluation"}
+_MOST_FOLDERS = 16
+"""How many are kept, the last used ones: of several checkouts, and of code that is being edited."""
 
 
 @overload
@@ -38,70 +39,80 @@ def kernel(function: F, /, **options: Any) -> F: ...
 @overload
 def kernel(**options: Any) -> Callable[[F], F]: ...
 def kernel(function: Any = None, /, **options: Any) -> Any:
-    """`numba.njit` with a result that is kept, and without Python's lock.
+    """Compiles a function by `numba.njit`, without Python's lock, and keeps the result on disk.
 
     Args:
-        function: what to compile; left out, this gives a decorator.
+        function: what to compile; left out, this returns a decorator.
         **options: more of Numba's, such as `inline` or `fastmath`.
     """
     if function is None:
         return lambda function: kernel(function, **options)
-    _prepare(function)
-    return njit(cache=_is_kept, nogil=True, **options)(function)
+    return _compile(function, functools.partial(njit, nogil=True, **options))
 
 
 def c_function(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
-    """`numba.cfunc` with a result that is kept: its `address` is for C code to call.
+    """Returns a decorator like `numba.cfunc` whose result is kept; its `address` is for C code.
 
     Args:
-        *arguments: Numba's types of its arguments; it returns nothing.
+        *arguments: Numba's types of the function's arguments; it returns nothing.
     """
-
-    def decorate(function: Callable[..., None]) -> Any:
-        _prepare(function)
-        return cfunc(types.void(*arguments), cache=_is_kept)(function)
-
-    return decorate
+    decorator = functools.partial(cfunc, types.void(*arguments))
+    return lambda function: _compile(function, decorator)
 
 
-def _prepare(function: Any) -> None:
-    """Computes its module's stamp, of all that the module has imported by now."""
+def _compile(function: Any, decorator: Callable[..., Any]) -> Any:
     # Numba's names of functions in machine code do not tell apart what closures hold, and what
     # two processes have kept under one name may meet in a third.
     for cell in function.__closure__ or ():
         function.__qualname__ += f"_{cell.cell_contents}"
-    name = function.__module__
-    module = sys.modules[name]
-    assert module.__file__ is not None
-    digest = hashlib.sha256(Path(module.__file__).read_bytes())
-    for key, value in sorted(vars(module).items()):
-        if key.startswith("__"):
-            continue
-        if isinstance(value, _VALUES):
-            digest.update(f"{key}={value!r};".encode())
-        elif isinstance(value, enum.EnumType):
-            digest.update(f"{key}={dict(value.__members__)!r};".encode())
-        else:
-            origin = getattr(value, "__module__", None)
-            if origin != name and origin in _stamps:
-                digest.update(f"{key} of {origin}={_stamps[origin]};".encode())
-    _stamps[name] = digest.hexdigest()
+    before, folder = _config.CACHE_DIR, _cache_folder()
+    _config.CACHE_DIR = str(folder or "")  # for this function; those of others stay elsewhere
+    try:
+        return decorator(cache=folder is not None)(function)
+    finally:
+        _config.CACHE_DIR = before
 
 
-class _Locator:
-    """Numba's place for what is kept of a function; for ours with our stamp beside its own."""
+@functools.cache
+def _cache_folder() -> Path | None:
+    """Finds or makes the folder for this version of the code; None if kernels cannot be kept."""
+    if getattr(_config, "CACHE_LOCATOR_CLASSES", ""):
+        return None  # an environment variable has Numba keep them where they would become stale
+    try:
+        home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        # NUMBA_CACHE_DIR comes first
+        above = Path(_config.CACHE_DIR or home / "unicl_fast" / "numba")
+        folder = above / f"unicl_fast-{_hash_code()}"
+        if not folder.is_dir():
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # another process removes them too
+                folders = sorted(above.glob("unicl_fast-*"), key=lambda path: path.stat().st_mtime)
+                for old in folders[:-_MOST_FOLDERS]:
+                    shutil.rmtree(old, ignore_errors=True)  # Numba makes one in use again
+        os.utime(folder)
+        if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+            raise PermissionError(f"{folder} can be written by other users")
+    except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        logger.warning(
+            "every process compiles its kernels anew, for some 20 s, since they cannot be kept "
+            "(%s): set NUMBA_CACHE_DIR to a folder of this user", error,
+        )  # fmt: skip
+        return None
+    return folder
 
-    @staticmethod
-    def from_function(function: Callable[..., Any], file: str) -> Any:
-        stamp = _stamps.get(function.__module__)
-        if stamp is None:
-            return None  # not ours: Numba goes on to the next one
-        found = (locator.from_function(function, file) for locator in _locators)
-        locator = next((each for each in found if each is not None), None)
-        if locator is not None:
-            own_stamp = locator.get_source_stamp
-            locator.get_source_stamp = lambda: (own_stamp(), stamp)
-        return locator
 
+def _hash_code() -> str:
+    """Hashes the code that can be part of a kernel, and the versions of what compiles it.
 
-_cache._locator_classes = [_Locator, *_locators]
+    By content, in 5 ms: after `git checkout` or `pip install` two versions may agree in sizes and
+    times. Numba itself tells processors and versions of Python apart.
+    """
+    package = Path(__file__).parents[1]
+    rooms = [path for path in package.iterdir() if path.name not in _ROOMS_ABOVE]
+    pipelines = find_spec("unicl_fast.pipelines")  # it may lie beside the package, in a checkout
+    rooms += map(Path, (pipelines and pipelines.submodule_search_locations) or ())
+    files = {file for room in rooms for file in (room.rglob("*.py") if room.is_dir() else [room])}
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for file in sorted(files):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]

@@ -5,19 +5,21 @@ and get the same answer on any rank, in any order, after any restart. A key is m
 folding integers together; a number is one more mix of key and counter. The mixer is the finaliser
 of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
 
-The Numba functions serve the host, `uniform_tensor` is the torch twin for a device.
+The kernels serve the host; `uniform_tensor` computes the same numbers on any device of torch, which
+is not imported for that: programs that use the kernels alone need not wait for it.
 """
 
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from unicl_fast.system.kernels import kernel
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_1 = 0xBF58476D1CE4E5B9
@@ -36,19 +38,19 @@ def mix64(value: Any) -> Any:
 
 @kernel(inline="always")
 def random_bits(key: Any, counter: Any) -> Any:
-    """uint64 number `counter` of the stream `key`."""
+    """Computes the uint64 number `counter` of the stream `key`."""
     return mix64(mix64(np.uint64(counter) * np.uint64(_GOLDEN) + np.uint64(key)) ^ np.uint64(key))
 
 
 @kernel(inline="always")
 def random_unit(key: Any, counter: Any) -> Any:
-    """float64 in [0, 1), number `counter` of the stream `key`."""
+    """Computes the float64 number `counter` in [0, 1) of the stream `key`."""
     return np.float64(random_bits(key, counter) >> np.uint64(11)) * _TO_UNIT
 
 
 @kernel(inline="always")
 def random_below(key: Any, counter: Any, bound: Any) -> Any:
-    """int64 in [0, bound), number `counter` of the stream `key`; bias below bound / 2**53."""
+    """Computes an int64 in [0, bound) of the stream `key`; its bias is below bound / 2**53."""
     return np.int64(random_unit(key, counter) * np.float64(bound))
 
 
@@ -94,32 +96,15 @@ def _log_gamma_variate(key: Any, shape: Any) -> Any:
 
 
 def fold_key(*parts: int) -> int:
-    """Folds integers (seed, purpose, source, pass, ...) into one 64-bit key; the order matters."""
+    """Folds integers (seed, purpose, source, epoch, ...) into one 64-bit key; the order matters."""
     key = _GOLDEN
     for part in parts:
         key = int(random_bits(np.uint64(key), np.uint64(part & 0xFFFFFFFFFFFFFFFF)))
     return key
 
 
-def _signed(value: int) -> int:
-    """The int64 with the bits of a uint64: torch multiplies int64 modulo 2**64 all the same."""
-    value &= 0xFFFFFFFFFFFFFFFF
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def _shift_right(value: Tensor, bits: int) -> Tensor:
-    """Logical shift: torch's own is arithmetic on int64, so the copied sign bits are cleared."""
-    return (value >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _mix_tensor(value: Tensor) -> Tensor:
-    value = (value ^ _shift_right(value, 30)) * _signed(_MIX_1)
-    value = (value ^ _shift_right(value, 27)) * _signed(_MIX_2)
-    return value ^ _shift_right(value, 31)
-
-
 def uniform_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
-    """`random_unit` for tensors, on any device, bit for bit.
+    """Computes `random_unit` for tensors, on any device, bit for bit.
 
     Args:
         keys: int64 with the bits of the keys, or one key.
@@ -128,14 +113,14 @@ def uniform_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
     Returns:
         float64 in [0, 1) of the broadcast shape.
     """
-    return _shift_right(_random_bits_tensor(keys, counters), 11).to(torch.float64) * _TO_UNIT
+    return _shift_right(_random_bits_tensor(keys, counters), 11).double() * _TO_UNIT
 
 
 def fold_key_tensor(key: int, parts: Tensor) -> Tensor:
-    """Keys with one more part each, made on the device of `parts`, which no copy waits for.
+    """Folds one more part into a key, for many parts, on their device and without copies to it.
 
     Args:
-        key: what `fold_key` made of the parts before.
+        key: result of `fold_key` for the parts before.
         parts: int64.
 
     Returns:
@@ -148,3 +133,20 @@ def _random_bits_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
     key = _signed(keys) if isinstance(keys, int) else keys
     mixed = _mix_tensor(counters * _signed(_GOLDEN) + key)
     return _mix_tensor(mixed ^ key)
+
+
+def _mix_tensor(value: Tensor) -> Tensor:
+    value = (value ^ _shift_right(value, 30)) * _signed(_MIX_1)
+    value = (value ^ _shift_right(value, 27)) * _signed(_MIX_2)
+    return value ^ _shift_right(value, 31)
+
+
+def _shift_right(value: Tensor, bits: int) -> Tensor:
+    """Shifts logically: torch's own shift is arithmetic, so the copied sign bits are cleared."""
+    return (value >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """Returns the int64 with the bits of a uint64: torch multiplies int64 modulo 2**64 too."""
+    value &= 0xFFFFFFFFFFFFFFFF
+    return value - (1 << 64) if value >= 1 << 63 else value

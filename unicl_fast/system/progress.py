@@ -1,39 +1,103 @@
-"""How an evaluation shows that it goes on, and is told to leave off.
+"""The present stage of this process, for its watchdog, and evaluations that stop early on request.
+
+The present stage is one tuple in one place. A mark costs less than a microsecond and takes no lock:
+storing a name is atomic, and a watchdog tells one mark from the next by the object. A process is
+one rank, so one place is enough.
 
 Evaluations call `heartbeat_and_check_stop` between batches; the trainer decides what is asked
-there. So an evaluation needs to know neither the trainer nor signals, and alone it always goes on.
+there. So an evaluation knows neither the trainer nor signals; alone, it always runs to its end.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
-from unicl_fast.system.stages import mark_progress
+OR_WAITING = ", or waiting for other ranks"
+"""Suffix of a stage's name whose work contains collectives that are not marked one by one."""
+
+
+class Stage(NamedTuple):
+    """Work that ends, or shows progress, within the time limit."""
+
+    name: str
+    step: int | None = None
+    """The optimizer step that the work is for."""
+    patience: float = 1.0
+    """How many times the time limit the stage may last."""
+    waits_for_ranks: bool = False
+    """Whether the stage cannot end before other ranks have reached it."""
+
+
+_now = Stage("starting")
+
+
+def current_stage() -> Stage:
+    """Returns the present stage: another object after every mark, even of the same stage."""
+    return _now
+
+
+def mark(
+    name: str,
+    step: int | None = None,
+    *,
+    patience: float = 1.0,
+    waits_for_ranks: bool = False,
+) -> None:
+    """Ends the present stage and begins another."""
+    global _now
+    _now = Stage(name, step, patience, waits_for_ranks)
+
+
+def mark_progress() -> None:
+    """Restarts the time of the present stage, since it makes progress."""
+    global _now
+    _now = Stage(*_now)
+
+
+class WaitingForRanks:
+    """Marks a collective, in which a rank waits when ANOTHER one hangs; the stage resumes after it.
+
+    A class, since a generator's context manager costs five times as much.
+    """
+
+    __slots__ = ("_before",)
+
+    def __enter__(self) -> None:
+        global _now
+        self._before = _now
+        name, step, patience, _ = _now
+        name = name.removesuffix(OR_WAITING)
+        _now = Stage(f"{name}: waiting for other ranks", step, patience, True)
+
+    def __exit__(self, *_: object) -> None:
+        global _now
+        _now = Stage(*self._before)
 
 
 class EvaluationStopped(Exception):  # noqa: N818 - it was asked for
-    """An evaluation was left off before its end; it has no result."""
+    """An evaluation was stopped early and has no result."""
 
 
-_is_asked: list[Callable[[], bool]] = []
+_stop_checks: list[Callable[[], bool]] = []
 
 
 def heartbeat_and_check_stop() -> bool:
-    """Between two batches: shows progress, and asks whether to go on.
+    """Shows progress between two batches; returns whether to continue.
 
-    Ranks may be told differently: count who was told to stop with the results, over all ranks, and
-    raise `EvaluationStopped` on all of them.
+    Ranks may get different answers: sum over all ranks, with the results, how many were told to
+    stop, and raise `EvaluationStopped` on all of them.
     """
     mark_progress()
-    return not any(asked() for asked in _is_asked)
+    return not any(is_stopped() for is_stopped in _stop_checks)
 
 
 @contextlib.contextmanager
-def stopping_when(asked: Callable[[], bool]) -> Iterator[None]:
-    """Evaluations inside leave off when `asked` is true."""
-    _is_asked.append(asked)
+def stopping_when(is_stopped: Callable[[], bool]) -> Iterator[None]:
+    """Evaluations inside the block stop early once `is_stopped` returns true."""
+    _stop_checks.append(is_stopped)
     try:
         yield
     finally:
-        _is_asked.remove(asked)
+        _stop_checks.remove(is_stopped)

@@ -1,9 +1,79 @@
-"""Numbers of things in words, as the programs print them."""
+"""Values in messages: counts with their nouns, shortened values, and how two configs differ."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+_ABSENT = object()
+
 
 def count_of(number: int, noun: str) -> str:
-    """`1 class`, `2,000 classes`: of nouns whose plural takes s or, behind an s, es."""
+    """Formats a count: `1 class`, `2,000 classes`; the plural takes s or, behind an s, es."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def shorten(value: Any, limit: int = 200) -> str:
+    """Returns `repr(value)`, cut off behind `limit` characters; only the type if it has none."""
+    try:
+        text = repr(value)
+    except (RecursionError, ValueError):  # nested too deep; a number of more than 4,300 digits
+        return f"a {type(value).__name__}"
+    return text if len(text) <= limit else text[:limit] + "..."
+
+
+def refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
+    """Refuses to resume a checkpoint whose description differs from the present one.
+
+    Args:
+        what: noun for what is described, for the message.
+        stored: description in the checkpoint, in JSON's types.
+        present: description of this run, in JSON's types; a tuple equals a list.
+
+    Raises:
+        ValueError: they differ; names the first element that does, and how many more do.
+    """
+    differences = list(config_diff(stored, present))
+    if differences:
+        more = len(differences) - 1
+        others = f" ({count_of(more, 'more difference')})" if more else ""
+        raise ValueError(
+            f"the checkpoint is of another {what}: {differences[0]}{others}; train into another "
+            "--out, or give what the checkpoint was trained with"
+        )
+
+
+def config_diff(stored: Any, present: Any, path: str = "") -> Iterator[str]:
+    """Yields a phrase for each element that differs: "shares[1] was 0.5 and is now 0.25"."""
+    if isinstance(stored, Mapping) and isinstance(present, Mapping):
+        for name in sorted(set(stored) | set(present)):
+            below = f"{path}.{name}" if path else name
+            yield from config_diff(stored.get(name, _ABSENT), present.get(name, _ABSENT), below)
+    elif isinstance(stored, list | tuple) and isinstance(present, list | tuple):
+        inner = [
+            phrase
+            for index, pair in enumerate(zip(stored, present, strict=False))
+            for phrase in config_diff(*pair, f"{path}[{index}]")
+        ]
+        if len(stored) == len(present):
+            yield from inner
+        else:
+            # one inserted element moves all behind it: where the lists part is what helps
+            yield (
+                f"{path} had {len(stored)} elements and now has {len(present)}"
+                f", and {inner[0] if inner else _first_beyond(stored, present, path)}"
+            )
+    elif stored != present or isinstance(stored, bool) != isinstance(present, bool):
+        yield f"{path} was {_show(stored)} and is now {_show(present)}"
+
+
+def _first_beyond(stored: Sequence[Any], present: Sequence[Any], path: str) -> str:
+    index = min(len(stored), len(present))
+    if len(stored) > index:
+        return f"{path}[{index}] was {_show(stored[index])}"
+    return f"{path}[{index}] is now {_show(present[index])}"
+
+
+def _show(value: Any) -> str:
+    return "not there" if value is _ABSENT else shorten(value)

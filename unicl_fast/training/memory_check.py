@@ -17,11 +17,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unicl_fast.config import TrainConfig
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.machine import control_groups
 from unicl_fast.training.step import encoder_input
 
 logger = logging.getLogger(__name__)
-
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def check_memory(
@@ -99,13 +98,8 @@ def free_memory(device: torch.device) -> int:
 
 
 def _limited_groups() -> list[Path]:
-    """This process's control group and those around it (version 2) that have a memory limit."""
-    try:
-        lines = Path("/proc/self/cgroup").read_text().splitlines()
-    except OSError:
-        return []
-    own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
-    limits = [folder / "memory.max" for folder in (_CGROUPS / own, *(_CGROUPS / own).parents)]
+    """Finds this process's control group and those around it that have a memory limit."""
+    limits = [folder / "memory.max" for folder in control_groups()]
     return [one.parent for one in limits if one.is_file() and one.read_text().strip() != "max"]
 
 

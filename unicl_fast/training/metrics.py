@@ -24,7 +24,7 @@ from torch import Tensor
 from unicl_fast.batch import Batch
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.stages import WaitingForRanks
+from unicl_fast.system.progress import WaitingForRanks
 
 if TYPE_CHECKING:  # slow to import, and rank 0's alone
     from torch.utils.tensorboard import SummaryWriter

@@ -41,9 +41,14 @@ from unicl_fast.models.ema import build_weight_average
 from unicl_fast.models.precision import Precision, place_module, settle_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
-from unicl_fast.system.devices import choose_device
-from unicl_fast.system.progress import EvaluationStopped, stopping_when
-from unicl_fast.system.stages import OR_WAITING, WaitingForRanks, mark
+from unicl_fast.system.machine import choose_device
+from unicl_fast.system.progress import (
+    OR_WAITING,
+    EvaluationStopped,
+    WaitingForRanks,
+    mark,
+    stopping_when,
+)
 from unicl_fast.training.cached_gradients import (
     back_propagate_in_micro_batches,
     refuse_batch_statistics,
@@ -442,7 +447,7 @@ class Trainer:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
     def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
-        """Tells a watchdog what begins now (see `unicl_fast.system.stages`).
+        """Tells a watchdog what begins now (see `unicl_fast.system.progress`).
 
         Args:
             stage: its name.
@@ -475,7 +480,7 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     check_views(config.data.augment, objective=config.objective.name)
     check_pairs_on_one_rank(
         config.objective,
-        local_batch_size=ranks.share_of(config.run.global_batch_size),
+        local_batch_size=ranks.local_batch_size(config.run.global_batch_size),
         micro_batch_size=config.efficiency.micro_batch_size,
     )
     if not config.run.total_steps:

@@ -21,18 +21,15 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 import unicl_fast
-from unicl_fast.text.class_lists import read_templates
-from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, CheckedImage, ImageFormat
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
-from unicl_fast.system.machine import usable_cores
+from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import (
     DEFAULT_SHARD_BYTES,
     DatasetWriter,
     PackedSample,
     require_free,
 )
-from unicl_fast.dataset.reader import QUARANTINE_NAME
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, CheckedImage, ImageFormat
 from unicl_fast.packing.build.class_names import (
     LabelSpace,
     collect_label_space,
@@ -40,13 +37,15 @@ from unicl_fast.packing.build.class_names import (
     refuse_numbers,
 )
 from unicl_fast.packing.build.duplicates import join_duplicates
-from unicl_fast.packing.leave_out import LeaveOut
-from unicl_fast.packing.build.worker_pool import Checked, ImageOptions, Task, check_in_order
-from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.packing.build.ray_engine import Engine, check_on_ray, require_engine
 from unicl_fast.packing.build.retry import choose_listed, read_quarantine, require_same_classes
 from unicl_fast.packing.build.sample_order import shuffled_order
 from unicl_fast.packing.build.sample_views import AllSamples, ChosenSamples, Sample, choose
+from unicl_fast.packing.build.survey import describe_options, stamp_all, survey_source
+from unicl_fast.packing.build.work_folder import WorkFolder
+from unicl_fast.packing.build.worker_pool import Checked, ImageOptions, Task, check_in_order
+from unicl_fast.packing.leave_out import LeaveOut
+from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.packing.sources.read_sources import (
     Item,
     Label,
@@ -57,8 +56,9 @@ from unicl_fast.packing.sources.read_sources import (
     split_condition,
 )
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.build.survey import describe_options, stamp_all, survey_source
-from unicl_fast.packing.build.work_folder import WorkFolder
+from unicl_fast.system.machine import usable_cores
+from unicl_fast.text.class_lists import read_templates
+from unicl_fast.text.tokenizer import Tokenizer
 
 DEFAULT_IMAGE_SECONDS = 30.0
 """A hundred times what the largest ordinary photograph takes."""

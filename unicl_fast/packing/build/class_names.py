@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
 from unicl_fast.packing.sources.items import Label
+from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
 
 
 @dataclass(frozen=True, slots=True)

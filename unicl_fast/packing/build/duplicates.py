@@ -15,11 +15,10 @@ import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
-from unicl_fast.packing.sources.items import Entry, EntryError
-from unicl_fast.packing.sources.spool import ItemStore
-from unicl_fast.packing.sources.items import MAX_TEXTS, Problem
-from unicl_fast.packing.quarantine import DUPLICATE, duplicate_message
 from unicl_fast.packing.build.sample_views import ChangedSamples, ChosenSamples, Sample
+from unicl_fast.packing.quarantine import DUPLICATE, duplicate_message
+from unicl_fast.packing.sources.items import MAX_TEXTS, Entry, EntryError, Problem
+from unicl_fast.packing.sources.spool import ItemStore
 
 _AHEAD = 64
 """Files under way for each thread."""

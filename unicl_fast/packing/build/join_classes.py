@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.text.class_lists import read_templates
 from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.text.class_lists import read_templates
 
 
 def join_classes(

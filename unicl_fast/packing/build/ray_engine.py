@@ -22,10 +22,9 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, Literal, get_args
 
-from unicl_fast.packing.sources.items import EntryError
-from unicl_fast.packing.sources.items import Problem
-from unicl_fast.packing.build.worker_pool import CHUNKS_AHEAD, WorkerPool, make_chunks
 from unicl_fast.packing.build.worker import Checked, ImageOptions, Task
+from unicl_fast.packing.build.worker_pool import CHUNKS_AHEAD, WorkerPool, make_chunks
+from unicl_fast.packing.sources.items import EntryError, Problem
 
 Engine = Literal["local", "ray"]
 """Where images are checked."""

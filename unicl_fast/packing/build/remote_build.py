@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.remote.object_store import ObjectStore, is_url
-from unicl_fast.dataset.reader import MANIFEST_NAME
 from unicl_fast.packing.build.build import BuildSummary, build_dataset
 from unicl_fast.packing.build.staging import (
     DEFAULT_STAGING_BYTES,

@@ -16,13 +16,13 @@ from pathlib import Path
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.remote.object_store import is_url
-from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.packing.quarantine import (
     DUPLICATE,
     as_listed,
     duplicate_message,
     read_left_out,
 )
+from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.system.wording import count_of
 
 _RANGE = re.compile(r"(.+) (?:from (?:byte|row) (\d+)|rows (\d+) to (\d+))", re.DOTALL)

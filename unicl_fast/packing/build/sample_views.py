@@ -15,8 +15,8 @@ from typing import overload
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.packing.sources.spool import ItemStore
 from unicl_fast.packing.sources.items import Item, Source
+from unicl_fast.packing.sources.spool import ItemStore
 
 Sample = tuple[str, Item]
 

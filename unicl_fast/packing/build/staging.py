@@ -28,9 +28,9 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.remote.block_cache import CacheOptions
 from unicl_fast.dataset.remote.object_store import ObjectStore, StoredObject, is_url
-from unicl_fast.packing.sources.tars import expand_braces
-from unicl_fast.system.temporary_folder import temporary_folder
 from unicl_fast.packing.build.work_folder import describe_unfinished, lock_folder
+from unicl_fast.packing.sources.tars import expand_braces
+from unicl_fast.system.atomic_files import temporary_folder
 
 DEFAULT_STAGING_BYTES = 100_000_000_000
 _FILES_AT_ONCE = 4

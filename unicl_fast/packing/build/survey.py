@@ -18,11 +18,10 @@ from typing import Any
 import xxhash
 
 import unicl_fast
-from unicl_fast.system.checksums import file_checksum
-from unicl_fast.packing.sources.items import Entry, field_names
-from unicl_fast.packing.sources.items import Item, Label, Source
-from unicl_fast.packing.sources.trees import FileEntry
+from unicl_fast.packing.sources.items import Entry, Item, Label, Source, field_names
 from unicl_fast.packing.sources.spool import Spool, stamp
+from unicl_fast.packing.sources.trees import FileEntry
+from unicl_fast.system.checksums import file_checksum
 
 _ENCODER = json.JSONEncoder(separators=(",", ":"), default=repr)
 

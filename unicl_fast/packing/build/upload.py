@@ -11,11 +11,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.remote.object_store import ObjectStore, StorageError, is_url
-from unicl_fast.packing.verify.folder_check import expected_files
 from unicl_fast.packing.build.staging import packing_folder
+from unicl_fast.packing.verify.folder_check import expected_files
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.system.wording import count_of
 
 _TRIES = 3

@@ -8,7 +8,6 @@ kernel lets go of it with the process, however that ends.
 
 from __future__ import annotations
 
-import fcntl
 import os
 import shutil
 from collections.abc import Mapping
@@ -16,11 +15,11 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from unicl_fast.system.sealed_json import seal, unseal
-from unicl_fast.dataset.journal import FinishedShard, read_journal
+from unicl_fast.dataset.growing_files import FinishedShard, read_journal
 from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
-from unicl_fast.system.wording import count_of
-from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
+from unicl_fast.system.atomic_files import flush_to_disk, is_at, lock, write_text_atomically
+from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
+from unicl_fast.system.wording import count_of, shorten
 
 _RECORD_NAME = "build.json"
 _LOCK_NAME = "unicl-pack.lock"
@@ -52,7 +51,7 @@ class WorkFolder:
         self._finished = read_journal(self.path / JOURNAL_NAME)
         if self._finished:
             try:
-                self._record = unseal((self.path / _RECORD_NAME).read_bytes())
+                self._record = parse_checksummed_json((self.path / _RECORD_NAME).read_bytes())
             except (ValueError, OSError) as error:
                 os.close(self._lock)
                 raise ValueError(
@@ -135,7 +134,7 @@ class WorkFolder:
 
     def _note(self, what: str, values: dict[str, Any]) -> None:
         self._record[what] = values
-        write_text_atomically(self.path / _RECORD_NAME, seal(self._record))
+        write_text_atomically(self.path / _RECORD_NAME, dump_checksummed_json(self._record))
 
 
 def work_folder_of(out: Path) -> Path:
@@ -179,17 +178,15 @@ def lock_folder(folder: Path) -> int:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         except FileNotFoundError:  # a build that ended has just removed the folder
             continue
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        if not lock(descriptor):
             os.close(descriptor)
             raise ValueError(
                 f"another build is writing into {folder}; wait for it, or name another --out"
-            ) from error
-        if path.exists() and os.path.samestat(os.fstat(descriptor), path.stat()):
+            )
+        if is_at(descriptor, path):
             return descriptor
         os.close(descriptor)  # of a folder that is gone
 
 
 def _show(value: Any) -> str:
-    return "not there" if value is None else repr(value)[:200]
+    return "not there" if value is None else shorten(value)

@@ -29,15 +29,14 @@ import numpy.typing as npt
 import xxhash
 
 from unicl_fast.images.check import CheckedImage, ImageError, ImageFormat, check_image
-from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.packing.sources.items import MAX_FILE_BYTES, Entry, EntryError
-from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.limited_processes import (
     OUT_OF_MEMORY,
     LimitedProcess,
     describe_death,
     enter,
 )
+from unicl_fast.packing.sources.items import MAX_FILE_BYTES, Entry, EntryError, Problem
+from unicl_fast.text.tokenizer import Tokenizer
 
 BYTES_PER_PIXEL = 40
 """What decoding and encoding may hold at once for each pixel. Measured: 25 for transparent WebP and

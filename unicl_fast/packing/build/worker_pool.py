@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-from unicl_fast.system.machine import usable_cores
-from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.build.worker import Checked as Checked
 from unicl_fast.packing.build.worker import ImageOptions as ImageOptions
 from unicl_fast.packing.build.worker import ImageWorker, WorkerDeathError
 from unicl_fast.packing.build.worker import Task as Task
+from unicl_fast.packing.sources.items import Problem
+from unicl_fast.system.machine import usable_cores
 
 _CHUNK_ITEMS = 64
 _CHUNK_BYTES = 4_000_000

@@ -409,7 +409,7 @@ def _prompts(
     names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer
 ) -> tuple[dict[bytes, int], tuple[tuple[str, ...], ...]]:
     """The class of each prompt by its tokens, and groups of classes that share one."""
-    from unicl_fast.text.joined_classes import merge_classes  # here, because it loads numba
+    from unicl_fast.text.token_rows import merge_classes  # here, because it loads numba
 
     class_of: dict[bytes, int] = {}
     pairs: list[tuple[int, int]] = []

@@ -37,7 +37,7 @@ from unicl_fast.packing.sources.items import (
     require_text,
 )
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
-from unicl_fast.system.sealed_json import seal, unseal
+from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 
 _BLOCK = 1 << 20
 MAX_EXPANSION = 100
@@ -124,14 +124,14 @@ class Spool:
             flush_to_disk(path)
         sizes = [path.stat().st_size for path in paths]
         note = {"made of": made_of, "sizes": sizes, "values": dict(values)}
-        write_text_atomically(_note_of(paths[0]), seal(note))
+        write_text_atomically(_note_of(paths[0]), dump_checksummed_json(note))
 
     def recall(self, paths: Sequence[Path], made_of: Any) -> dict[str, Any] | None:
         """Returns the values noted with files that are complete and made of the same, or None."""
         if not self._stays:
             return None
         try:
-            note = unseal(_note_of(paths[0]).read_bytes())
+            note = parse_checksummed_json(_note_of(paths[0]).read_bytes())
             sizes = [path.stat().st_size for path in paths]
         except (ValueError, OSError):
             return None

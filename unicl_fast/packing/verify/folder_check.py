@@ -16,17 +16,18 @@ import numpy as np
 import numpy.typing as npt
 from tqdm import tqdm
 
-from unicl_fast.dataset.arrays import blocks_of, open_array, verify_arrays
-from unicl_fast.dataset.files import LocalFiles
-from unicl_fast.dataset.growing_files import END_OF_TAR
-from unicl_fast.dataset.pixels import PIXELS_NAME, PixelFile
-from unicl_fast.dataset.reader import (
+from unicl_fast.dataset.arrays import (
     ARRAY_DTYPES,
-    MANIFEST_NAME,
-    QUARANTINE_NAME,
-    Manifest,
-    PackedDataset,
+    PIXELS_NAME,
+    PixelLayout,
+    blocks_of,
+    open_array,
+    verify_arrays,
 )
+from unicl_fast.dataset.files import LocalFiles, find_pixel_fault
+from unicl_fast.dataset.growing_files import END_OF_TAR
+from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
@@ -200,9 +201,8 @@ def _check_pixels(folder: Path, manifest: Manifest, *, note: NoteFault) -> bool:
     if manifest.pixels is None:
         return True
     try:
-        found = PixelFile(folder, manifest.pixels, manifest.num_samples).find_fault(
-            LocalFiles(folder)
-        )
+        layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
+        found = find_pixel_fault(LocalFiles(folder), layout)
     except ValueError as error:
         note(Fault(file=MANIFEST_NAME, kind="manifest", message=str(error)))
         return False

@@ -1,0 +1,96 @@
+"""Files are replaced completely or not at all; locks and temporary folders end with a process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from unicl_fast.system.atomic_files import (
+    is_at,
+    lock,
+    read_fully,
+    replacing,
+    temporary_folder,
+    write_text_atomically,
+)
+
+HOLDING = """
+import sys, time
+from unicl_fast.system.atomic_files import temporary_folder
+with temporary_folder("unicl-test-") as folder:
+    (folder / "content").write_text("x")
+    print(folder, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_folders_of_killed_programs_are_removed_and_others_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", HOLDING],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"TMPDIR": str(tmp_path)},
+        )
+        for _ in range(2)
+    ]
+    try:
+        killed, living = (Path(process.stdout.readline().strip()) for process in processes)
+        processes[0].kill()
+        processes[0].wait()
+        foreign = tmp_path / "unicl-test-of-somebody-else"
+        foreign.mkdir()
+        assert killed.is_dir()
+        with temporary_folder("unicl-test-") as folder:
+            assert folder.is_dir()
+            assert not killed.exists()
+            assert (living / "content").read_text() == "x"
+            assert foreign.is_dir()
+        assert not folder.exists()
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def test_a_file_is_replaced_completely_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    write_text_atomically(path, "old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as aside:
+        aside.write_text("new" + 10_000 * " " + "\ud800", encoding="utf-8")
+    assert path.read_text() == "old"
+    write_text_atomically(path, "new")
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_lock_ends_with_its_descriptor(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    one, other = (os.open(path, os.O_RDWR | os.O_CREAT) for _ in range(2))
+    assert lock(one)
+    assert not lock(other)
+    assert is_at(one, path)
+    os.close(one)
+    assert lock(other, wait=True)
+    path.unlink()
+    assert not is_at(other, path)
+    os.close(other)
+
+
+def test_a_buffer_is_filled_as_far_as_the_file_reaches(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"0123456789")
+    descriptor = os.open(tmp_path / "file", os.O_RDONLY)
+    buffer = bytearray(4)
+    assert read_fully(descriptor, memoryview(buffer), offset=5) == 4
+    assert buffer == b"5678"
+    assert read_fully(descriptor, memoryview(buffer), offset=8) == 2
+    os.close(descriptor)
