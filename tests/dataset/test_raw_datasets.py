@@ -133,7 +133,7 @@ def test_versions_have_their_own_fields(packed: Path) -> None:
         (2, None, "format version 2 needs the field pixels"),
         (2, values["pixels"] | {"height": -1}, "pixels.height must be .* of at least 0, not -1"),
         (2, values["pixels"] | {"depth": 1}, "pixels.depth is not a field .* known are height"),
-        (2, {"height": 1}, "pixels.width is missing"),
+        (2, {"height": 1}, "pixels.num_bytes is missing"),
         (2, [], "pixels must be an object"),
     ):
         changed = values | {"version": version, "pixels": pixels}
