@@ -1,1 +1,1 @@
-"""`unicl-bench`: how fast each part is, beside what one would take instead. See README.md here."""
+"""`unicl-bench`: measures each part beside alternatives. README.md here explains the results."""

@@ -1,15 +1,17 @@
-"""What every benchmark does in the same way: turns, medians, memory, the machine, the result file.
+"""The harness of all benchmarks: turns, ratios, memory, the machine, the result file.
 
-Contestants take turns (A B C, A B C, ...), so that a change of the machine's mood hits all of them,
-and what counts is the median over rounds of the ratio within a round. CPU time stands beside
-wall time: on a machine that others use too, it is the figure that can be trusted.
+Contestants take turns (A B C, A B C, ...), so that a disturbance of the machine hits all of them,
+and the figure is the median over rounds of the ratio within a round. CPU time stands beside wall
+time: on a machine that others use too, it is the figure to trust.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import gc
 import json
+import multiprocessing
 import os
 import platform
 import statistics
@@ -18,19 +20,53 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-Figures = dict[str, dict[str, Any]]
+Figure = dict[str, Any]
+"""Median, low, high and all values of a quantity."""
+Figures = dict[str, Figure]
+Unit = Literal["wall_seconds", "cpu_seconds"]
+"""A field of `Turn`."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchmarkSettings:
-    """What every stage can be told."""
+class Stage(abc.ABC):
+    """Options of every stage; a stage's own options are the fields of its class."""
 
     json: Path | None = None
-    """Where the result is written as JSON."""
+    """File for the result as JSON."""
     rounds: int = 5
-    """Turns that each takes."""
+    """Turns of each contestant."""
+
+    @abc.abstractmethod
+    def run(self) -> None:
+        """Compares the contestants, measures, prints, and writes the JSON if one is wanted.
+
+        Raises:
+            ValueError, OSError: the options or the data are wrong.
+            RuntimeError: the contestants disagree; nothing is timed then.
+        """
+
+    def report(self, figures: Figures, *packages: str, **more: Any) -> None:
+        """Prints the figures and writes the result; `packages` are those whose version matters."""
+        print_figures(figures)
+        self.write_result(figures, *packages, **more)
+
+    def write_result(self, figures: Figures, *packages: str, **more: Any) -> None:
+        """Writes figures, options, machine and `more` into the JSON, if one is wanted.
+
+        Only the last two parts of a path are written, since paths are private to a machine.
+        """
+        if self.json is None:
+            return
+        options = {
+            key: value
+            for key, value in dataclasses.asdict(self).items()
+            if key not in ("json", "plot")
+        }
+        machine = describe_machine(*packages)
+        result = {**more, "figures": figures, "settings": options, "machine": machine}
+        self.json.write_text(json.dumps(result, indent=1, default=_last_parts) + "\n")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,13 +75,13 @@ class Turn:
 
     wall_seconds: float
     cpu_seconds: float
-    """Of all threads of this process."""
+    """CPU time of all threads of this process."""
 
 
 def take_turns(
     contestants: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1
 ) -> dict[str, list[Turn]]:
-    """Each contestant's turns, one in every round, after `warm_up` rounds off the clock."""
+    """Each contestant's turns, one in every round, after `warm_up` rounds that are not timed."""
     for _ in range(warm_up):
         for work in contestants.values():
             work()
@@ -58,20 +94,40 @@ def take_turns(
 
 def _time(work: Callable[[], object]) -> Turn:
     gc.collect()
-    wall, processor = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), time.process_time()
     work()
-    return Turn(time.perf_counter() - wall, time.process_time() - processor)
+    return Turn(time.perf_counter() - wall, time.process_time() - cpu)
 
 
-def ratios_of(
-    turns: Mapping[str, Sequence[Turn]], one: str, other: str, *, unit: str = "wall_seconds"
-) -> list[float]:
-    """How many times as long `one` took as `other`, in each round; `unit` is a field of `Turn`."""
+def ratio_of(
+    turns: Mapping[str, Sequence[Turn]],
+    one: str,
+    other: str,
+    *,
+    unit: Unit = "wall_seconds",
+    scale: float = 1.0,
+) -> Figure:
+    """How many times as long `one` took as `other` within each round, times `scale`.
+
+    For equal work that is the ratio of the rates of `other` and `one`.
+    """
     pairs = zip(turns[one], turns[other], strict=True)
-    return [getattr(mine, unit) / getattr(theirs, unit) for mine, theirs in pairs]
+    return summarise(
+        [scale * getattr(mine, unit) / getattr(theirs, unit) for mine, theirs in pairs]
+    )
 
 
-def summarise(values: Sequence[float]) -> dict[str, Any]:
+def rate_of(turns: Sequence[Turn], count: float, *, unit: Unit = "wall_seconds") -> Figure:
+    """Items per second of turns that each handled `count` of them."""
+    return summarise([count / getattr(turn, unit) for turn in turns])
+
+
+def seconds_of(turns: Sequence[Turn], *, unit: Unit = "wall_seconds", scale: float = 1.0) -> Figure:
+    """Seconds of the turns, times `scale`."""
+    return summarise([scale * getattr(turn, unit) for turn in turns])
+
+
+def summarise(values: Sequence[float]) -> Figure:
     """Median, spread, and all values."""
     return {
         "median": statistics.median(values),
@@ -82,31 +138,10 @@ def summarise(values: Sequence[float]) -> dict[str, Any]:
 
 
 def print_figures(figures: Figures) -> None:
-    """One line a figure: name, median, spread."""
+    """Prints a line for each figure: name, median, spread."""
     for name, figure in figures.items():
         spread = f"({figure['low']:.4g} to {figure['high']:.4g})"
         print(f"{name:46} {figure['median']:10.4g}  {spread}", flush=True)
-
-
-def write_result(
-    settings: BenchmarkSettings, figures: Figures, *packages: str, **more: Any
-) -> None:
-    """Writes figures, settings, machine and what else there is to say into `settings.json`, if set.
-
-    Of paths their last two parts: where a machine keeps its data is nobody's business.
-    """
-    if settings.json is None:
-        return
-    described = dataclasses.asdict(settings)
-    for written in ("json", "plot"):
-        described.pop(written, None)
-    result = {
-        **more,
-        "figures": figures,
-        "settings": described,
-        "machine": describe_machine(*packages),
-    }
-    settings.json.write_text(json.dumps(result, indent=1, default=_last_parts) + "\n")
 
 
 def _last_parts(value: object) -> str:
@@ -116,7 +151,7 @@ def _last_parts(value: object) -> str:
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-    """What a figure depends on: processor, commit, and versions of Python, torch and `packages`."""
+    """Describes processor and commit, and the versions of Python, torch and `packages`."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -130,21 +165,27 @@ def describe_machine(*packages: str) -> dict[str, Any]:
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "load_average": os.getloadavg(),  # above `threads`: somebody else was there
+        "load_average": os.getloadavg(),  # above `threads`: other jobs were running
         "python": platform.python_version(),
         "commit": commit or "unknown",
         **{package: version(package) for package in ("torch", *packages)},
     }
 
 
-def peak_bytes(work: Callable[[], object]) -> int:
-    """How far this process's resident memory rises above where it stands, at most, during `work`.
+def peak_megabytes(function: Callable[..., float], *arguments: Any) -> Figure:
+    """Runs a function that returns `peak_bytes` in a fresh process; the result in megabytes."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return summarise([pool.apply(function, arguments) / 1e6])
 
-    Linux only. Memory that the process already holds and `work` uses again is not seen: call it
-    once in a fresh process.
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """How far this process's resident memory rises, at most, during `work`; Linux only.
+
+    Memory that the process already holds and `work` uses again is not seen: call it once in a fresh
+    process, as `peak_megabytes` does.
     """
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # sets the peak to the present, proc(5)
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, proc(5)
     before = _status_bytes("VmRSS")
     work()
     return _status_bytes("VmHWM") - before

@@ -1,7 +1,8 @@
-"""`unicl-bench`: how fast the parts are, beside what one would take instead.
+"""`unicl-bench`: measures each part beside alternatives.
 
-Each stage is a module with `Settings` and `run`. It first proves that the contestants compute the
-same thing, and times nothing if they do not; then they take turns (harness.py).
+A stage is a class with options and `run`. It first proves that the contestants compute the same
+thing, and times nothing if they do not; then they take turns (harness.py). README.md here explains
+how to read the results.
 """
 
 from __future__ import annotations
@@ -13,30 +14,31 @@ from collections.abc import Sequence
 import tyro
 
 STAGES = {
-    "input": ("input.pipeline", "images/s, against nine other loaders and the limits"),
-    "pack": ("packing.pack", "packing, against decoding, scaling and encoding in a bare loop"),
-    "storage": ("input.storage", "a data set under a URL against a folder; bytes by window"),
-    "augment": ("input.augmentation", "what augmentation costs the loader, fused and with DALI's"),
-    "targets": ("training.targets", "equal texts and classes, against np.unique and others"),
-    "tokenize": ("packing.tokenize", "texts a second, against open_clip's tokenizer"),
-    "loss": (
-        "training.loss",
-        "time and memory of the loss, against open_clip's and the dense form",
+    "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
+    "pack": ("packing.pack:Pack", "packing, against decoding, scaling and encoding in a bare loop"),
+    "many-samples": (
+        "packing.pack:ManySamples",
+        "memory and start-up time of packing a list of a million rows",
     ),
-    "text": ("training.text", "what captions cost in the text encoder, padded, trimmed, packed"),
-    "step": ("training.step", "training steps, against open_clip's own"),
-    "efficiency": ("training.efficiency", "what each switch of efficiency does to a training step"),
-    "checkpoint": ("training.checkpoint", "what a checkpoint costs, written beside and waited for"),
-    "memory": (
-        "training.memory",
-        "peak memory of a large batch in micro-batches, and of small ones",
+    "storage": (
+        "input.loaders:Storage",
+        "a data set under a URL against a folder; bytes by window",
     ),
-    "profile": ("training.profile", "a training step by its parts, against the matmul floor"),
-    "ledger": ("training.ledger", "a ledger's record beside a small step; visits proven a second"),
+    "augment": ("input.loaders:Augment", "cost of augmentation in the loader, fused and DALI's"),
+    "tokenize": ("training.texts:Tokenize", "texts/s, against open_clip's tokenizer"),
+    "targets": ("training.texts:Targets", "equal texts and classes, against np.unique and others"),
+    "text": ("training.texts:Text", "captions in the text encoder: padded, trimmed, packed"),
+    "loss": ("training.loss:Loss", "time and memory of the loss, against open_clip's and dense"),
+    "step": ("training.step:Step", "training steps, against open_clip's own"),
+    "efficiency": ("training.efficiency:Efficiency", "effect of each switch of efficiency"),
+    "memory": ("training.efficiency:Memory", "peak memory of a large batch in micro-batches"),
+    "profile": ("training.efficiency:Profile", "a training step by its parts, against matmul"),
+    "checkpoint": ("training.records:Checkpoint", "writing a checkpoint beside training"),
+    "ledger": ("training.records:LedgerCost", "a ledger's record and its proof, in draws/s"),
 }
 _HELP = """usage: unicl-bench STAGE [OPTIONS]
 
-Measures a part beside what one would take instead: medians over rounds in which all take turns.
+Measures a part beside alternatives: medians over rounds in which all contestants take turns.
 Contestants that disagree are not timed.
 
 {stages}
@@ -48,17 +50,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
     stage, *options = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
     if stage not in STAGES:
-        lines = [f"  {name:12}{what}" for name, (_, what) in STAGES.items()]
+        lines = [f"  {name:14}{about}" for name, (_, about) in STAGES.items()]
         asked = stage in ("-h", "--help")
         print(_HELP.format(stages="\n".join(lines)), file=sys.stdout if asked else sys.stderr)
         if not asked:
             print(f"\nunicl-bench: there is no stage {stage!r}", file=sys.stderr)
         sys.exit(0 if asked else 2)
-    # only the stage that is asked for is imported: each takes its contenders along
-    module = importlib.import_module(f"unicl_fast.benchmarks.{STAGES[stage][0]}")
-    settings = tyro.cli(module.Settings, args=options, prog=f"unicl-bench {stage}")
+    # only this stage is imported: each one loads its contestants
+    module, name = STAGES[stage][0].split(":")
+    found = getattr(importlib.import_module(f"unicl_fast.benchmarks.{module}"), name)
+    chosen = tyro.cli(found, args=options, prog=f"unicl-bench {stage}")
     try:
-        module.run(settings)
+        chosen.run()
     except (ValueError, OSError, RuntimeError) as error:
         print(f"unicl-bench: {error}", file=sys.stderr)
         sys.exit(2)

@@ -1,6 +1,7 @@
 """The DALI room: from (seed, step) to a `Batch`.
 
-`plan/` decides which samples and which random numbers, `feed/` reads their bytes, `graph/` decodes
-and augments, `kernels/` holds the loops in Numba; `loader.py` puts them together for training,
-`evaluation_loader.py` for evaluation. Knows no model, loss or trainer.
+`loader.py` is the table of contents: `plan/` decides which samples and which random numbers,
+`feed/` prepares their bytes and texts on the host, `graph.py` decodes and augments them with DALI,
+`kernels/` holds the pixel work in Numba. `evaluation_loader.py` does the same for evaluation.
+Models, losses and trainers are not known here.
 """

@@ -19,14 +19,16 @@ from unicl_fast.batch import EvaluationBatch
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
 
-from .feed.culprits import find_undecodable, reason_of
-from .feed.feed import DecodingError, HostBatch, run_graphs
-from .feed.read_ahead import ReadAhead, blocks_of_half_the_cache
-from .graph.graph import (
+from .feed.bad_samples import find_undecodable, reason_of
+from .feed.read_ahead import reading_ahead
+from .graph import (
+    DecodingError,
+    HostBatch,
     Pipeline,
     batches_ahead,
     build_evaluation_graph,
-    shares_of_threads,
+    run_graphs,
+    split_threads,
 )
 from .plan.crop import central_windows
 
@@ -55,21 +57,21 @@ class EvaluationLoader:
         self._data = data
         self._batch_size = batch_size
         self._device = torch.device(device)
-        self._ahead: ReadAhead | None = None
-        self._ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
+        ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
+        self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
 
     def __len__(self) -> int:
-        """Batches of this rank in one pass."""
-        return -(-len(self._ids) // self._batch_size)
+        """Batches of this rank in one epoch."""
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[EvaluationBatch]:
-        """One pass.
+        """Iterates over the images once.
 
         Raises:
             DamagedSampleError: an image's bytes are gone or not those that were packed.
             DecodingError: images that the decoder refuses; names them.
         """
-        if not len(self._ids):
+        if not self._batches:
             return
         try:
             yield from self._decode()
@@ -78,25 +80,21 @@ class EvaluationLoader:
         else:
             return
         for ids in failed:
-            self._refuse_culprits(ids)
+            self._refuse_undecodable(ids)
         raise DecodingError(
             f"{self._dataset.place}: decoding fails, though each image can be decoded alone: "
             f"{reason}"
         )
 
     def _decode(self) -> Generator[EvaluationBatch, None, None]:
-        batch_size = min(self._batch_size, len(self._ids))
+        batch_size = len(self._batches[0])
         graphs = [
-            self._graph(share, batch_size=batch_size)
-            for share in shares_of_threads(self._data, self._device)
+            self._graph(data, batch_size=batch_size)
+            for data in split_threads(self._data, self._device)
         ]
-        host_batches = (
-            self._host_batch(self._ids[start : start + self._batch_size], start)
-            for start in range(0, len(self._ids), self._batch_size)
-        )
         ahead = batches_ahead(self._data, batch_size)
         with (
-            self._reading_ahead(),
+            contextlib.closing(self._host_batches()) as host_batches,
             contextlib.closing(
                 run_graphs(graphs, host_batches, device=self._device, ahead=ahead)
             ) as running,
@@ -105,54 +103,25 @@ class EvaluationLoader:
                 yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))
                 del images
 
-    @contextlib.contextmanager
-    def _reading_ahead(self) -> Iterator[None]:
-        """Around a pass: of a data set under a URL the next images are fetched meanwhile."""
-        if self._dataset.remote is None or not self._data.read_ahead:
-            yield
-            return
+    def _host_batches(self) -> Generator[HostBatch[NDArray[np.int64]], None, None]:
+        def schedule(batch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+            if batch >= len(self._batches):
+                return None
+            ids = self._batches[batch]
+            return np.zeros(len(ids), np.int32), ids
 
-        def draws(batch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
-            start = batch * self._batch_size
-            ids = self._ids[start : start + self._batch_size]
-            return (np.zeros(len(ids), np.int32), ids) if len(ids) else None
-
-        self._ahead = ReadAhead(
+        with reading_ahead(
             [self._dataset],
-            draws,
+            schedule,
             start=0,
             stretches=-(-self._data.read_ahead // self._batch_size),
-            most_blocks=blocks_of_half_the_cache([self._dataset]),
-        )
-        try:
-            yield
-        finally:
-            self._ahead.close()
-            self._ahead = None
+        ) as read_ahead_from:
+            for batch, ids in enumerate(self._batches):
+                read_ahead_from(batch)
+                yield self._host_batch(ids)
 
-    def _graph(self, data: DataConfig, *, batch_size: int) -> partial[Pipeline]:
-        return partial(
-            build_evaluation_graph, data=data, batch_size=batch_size, device=self._device
-        )
-
-    def _refuse_culprits(self, ids: NDArray[np.int64]) -> None:
-        data = dataclasses.replace(self._data, threads=1, prefetch=1)
-        one = self._graph(data, batch_size=1)
-        reasons = find_undecodable(one, self._host_batch(ids).inputs, device=self._device)
-        if reasons:
-            raise DecodingError(
-                "cannot be decoded, though the bytes are those that were packed; pack the data "
-                "again without: "
-                + "; ".join(
-                    f"{self._dataset.describe(int(ids[place]))}: {reason}"
-                    for place, reason in reasons.items()
-                )
-            )
-
-    def _host_batch(self, ids: NDArray[np.int64], start: int = 0) -> HostBatch[NDArray[np.int64]]:
+    def _host_batch(self, ids: NDArray[np.int64]) -> HostBatch[NDArray[np.int64]]:
         self._dataset.check_arrays()
-        if self._ahead is not None:
-            self._ahead.follow(start // self._batch_size)
         samples = self._dataset.samples[ids]
         starts, ends = central_windows(
             samples["height"],
@@ -163,5 +132,24 @@ class EvaluationLoader:
         encoded = [self._dataset.image_bytes(sample, verify=True) for sample in ids.tolist()]
         return HostBatch(inputs=(encoded, starts, ends), facts=ids)
 
+    def _graph(self, data: DataConfig, *, batch_size: int) -> partial[Pipeline]:
+        return partial(
+            build_evaluation_graph, data=data, batch_size=batch_size, device=self._device
+        )
+
+    def _refuse_undecodable(self, ids: NDArray[np.int64]) -> None:
+        data = dataclasses.replace(self._data, threads=1, prefetch=1)
+        one = self._graph(data, batch_size=1)
+        reasons = find_undecodable(one, self._host_batch(ids).inputs, device=self._device)
+        if reasons:
+            raise DecodingError(
+                "cannot be decoded, though the bytes are those that were packed; pack the data "
+                "again without: "
+                + "; ".join(
+                    f"{self._dataset.describe(int(ids[row]))}: {reason}"
+                    for row, reason in reasons.items()
+                )
+            )
+
     def close(self) -> None:
-        """Nothing outlives a pass; here for the protocol."""
+        """Nothing outlives an iteration; here for the protocol."""

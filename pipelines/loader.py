@@ -1,9 +1,8 @@
-"""From packed data sets to a trainer's batches: plan, read, decode, hand over; without end.
+"""From packed data sets to a trainer's batches, without end: plan, feed, graph, `Batch`.
 
-Thin: what a step holds is the plan's, pixels are the graph's, classes are
-`unicl_fast.objectives.targets`', running it all ahead of the step is feed.py's, and what is fed
-instead of a bad sample is bad_samples.py's. evaluation_loader.py shows each sample of one data set
-once.
+Each chapter has its own place: `plan/` says what a step is fed, `feed/` reads it and replaces bad
+samples, `graph.py` decodes it, `unicl_fast.objectives.targets` finds classes.
+evaluation_loader.py shows each sample of one data set once.
 """
 
 from __future__ import annotations
@@ -24,22 +23,22 @@ from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.prompts import ClassPrompts
 
-from .feed.bad_samples import BadSamples
-from .feed.culprits import find_undecodable, reason_of
-from .feed.feed import DecodingError, Outputs, run_graphs, run_without_graph
-from .feed.host_batches import HostBatches, TrainFacts
-from .feed.raw_images import are_decoded
+from .feed.bad_samples import BadSamples, find_undecodable, reason_of
+from .feed.host_batches import HostBatches, TrainFacts, are_decoded, split_views
 from .feed.text_block import unpack_integers
-from .feed.views import split_views
-from .graph.augment_parts import parts_for
-from .graph.graph import (
+from .graph import (
+    DecodingError,
     Images,
+    Outputs,
     Pipeline,
     batches_ahead,
     build_train_graph,
     is_fused,
-    shares_of_threads,
+    run_graphs,
+    run_without_graph,
+    split_threads,
 )
+from .kernels.operators import parts_for
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 
 
@@ -55,7 +54,7 @@ class TrainLoader:
         self,
         config: TrainConfig,
         datasets: Sequence[PackedDataset],
-        shares: Sequence[float] | None,
+        weights: Sequence[float] | None,
         prompts: ClassPrompts,
         rank: int = 0,
         world_size: int = 1,
@@ -66,44 +65,38 @@ class TrainLoader:
 
         Args:
             config: the run's.
-            datasets: what to train on, open; closing them is the caller's business.
-            shares: each data set's part of every batch; None takes the numbers of samples.
+            datasets: the data sets to train on, open; closing them is the caller's business.
+            weights: each data set's part of every batch; None takes the numbers of samples.
             prompts: made of the same data sets in the same order.
-            rank: which slice of a global batch this loader makes.
-            world_size: how many slices there are.
+            rank: number of this loader's local batch in a global batch.
+            world_size: how many local batches there are.
             device: where images are decoded and batches lie.
             quarantine: the file that lists bad samples, shared by all ranks; None writes none.
         """
-        self._config = config
-        self._datasets = list(datasets)
-        self._prompts = prompts
+        data = config.data
+        self._data = data
         self._rank = rank
-        self._world_size = world_size
         self._device = torch.device(device)
         self._running: Generator[Batch, None, None] | None = None
-        self._batch_size = config.run.global_batch_size // world_size
         self._images: Images = "files"
-        if are_decoded(self._datasets):
-            fused = is_fused(config.data.resample, self._device)
-            self._images = "squares" if fused else "pixels"
-        self._bad = BadSamples(self._datasets, quarantine)
-        augmentations = augmentations_of(
-            config.data.augment, [dataset.place for dataset in self._datasets]
-        )
-        parts = parts_for(augmentations, config.data.mean)
-        self._augmentation = None if parts.is_empty else parts
+        if are_decoded(datasets):
+            self._images = "crops" if is_fused(data.resample, self._device) else "pixels"
+        augmentations = augmentations_of(data.augment, [dataset.place for dataset in datasets])
+        self._augmentation = parts_for(augmentations, data.mean)
+        self._bad = BadSamples(datasets, quarantine)
         self.plan = TrainPlan(
-            [_plan_source(dataset, prompts, i) for i, dataset in enumerate(self._datasets)],
-            data=config.data,
+            [_plan_source(dataset, prompts, i) for i, dataset in enumerate(datasets)],
+            data=data,
             global_batch_size=config.run.global_batch_size,
             seed=config.run.seed,
-            shares=shares,
+            weights=weights,
             augmentations=augmentations,
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
+        self._num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
         self._host = HostBatches(
             config,
-            self._datasets,
+            list(datasets),
             prompts,
             self.plan,
             self._bad,
@@ -118,7 +111,7 @@ class TrainLoader:
         One iterator runs at a time: asking for another closes the one before.
 
         Raises:
-            DecodingError: decoding fails, and no image is to blame.
+            DecodingError: decoding fails, and no image is the cause.
             TooManyBadSamplesError: so many samples are bad that none can be fed.
             DamagedDatasetError: a data set's arrays were cut short meanwhile.
         """
@@ -127,11 +120,8 @@ class TrainLoader:
         return self._running
 
     def host_batches(self, num_steps: int) -> Iterator[TrainFacts]:
-        """What is fed in the first steps, each read and not decoded: for measuring storage."""
-        with (
-            self._host.reading_ahead(0),
-            contextlib.closing(self._host.batches(0)) as batches,
-        ):
+        """Facts of the first steps, each read and not decoded: for measuring storage."""
+        with self._host.reading_ahead(0), contextlib.closing(self._host.batches(0)) as batches:
             for batch in itertools.islice(batches, num_steps):
                 yield batch.facts
 
@@ -142,38 +132,32 @@ class TrainLoader:
             self._running = None
 
     def _iterate(self, start_step: int) -> Generator[Batch, None, None]:
+        """Batches from a step on; after a failure, again from the failed one with substitutes."""
         step = start_step
         while True:
             try:
                 yield from self._decode(step)
             except DecodingError as error:
                 # Not the error itself: through its traceback it would keep the dead graph alive
-                # beside the one that looks for the culprits.
+                # beside the one that looks for the cause.
                 failed, reason = error.in_flight, reason_of(error)
             else:
                 return
             step = failed[0].fed.step
-            if self._images != "files":  # nothing is decoded, so no image is to blame
+            if self._images != "files":  # nothing is decoded, so no image is the cause
                 raise DecodingError(f"step {step}, rank {self._rank}: the graph fails: {reason}")
-            if not any(self._blame(facts.fed) for facts in failed):
+            if not any(self._find_bad(facts.fed) for facts in failed):
                 raise DecodingError(
                     f"step {step}, rank {self._rank}: decoding fails, though each image can be "
                     f"decoded alone: {reason}"
                 )
 
-    def _graph(self, data: DataConfig, *, batch_size: int) -> partial[Pipeline]:
-        return partial(
-            build_train_graph,
-            data=data,
-            batch_size=batch_size,
-            device=self._device,
-            images=self._images,
-            augmentation=self._augmentation,
-        )
-
     def _decode(self, start_step: int) -> Generator[Batch, None, None]:
         """Batches from a step on, until there is one that cannot be decoded."""
-        with contextlib.closing(self._run(start_step)) as running:
+        with (
+            self._host.reading_ahead(start_step),
+            contextlib.closing(self._run(start_step)) as running,
+        ):
             for (images, integers), facts in running:
                 first, second = split_views(images, num_views=self.plan.num_views)
                 yield Batch(
@@ -189,43 +173,44 @@ class TrainLoader:
                 del images, first, second, integers  # held here, their buffers could not be reused
 
     def _run(self, start_step: int) -> Outputs[TrainFacts]:
-        """Images and integers of every batch, and what the host knows of it."""
-        with self._host.reading_ahead(start_step):
-            yield from self._run_graph(start_step)
-
-    def _run_graph(self, start_step: int) -> Outputs[TrainFacts]:
-        data, batch_size = self._config.data, self.plan.num_views * self._batch_size
-        ahead = batches_ahead(data, batch_size)
-        if self._images == "squares" and self._augmentation is None:
-            with contextlib.closing(self._host.crop_resizer()) as maker:
+        """Images and integers of every batch, and its facts."""
+        ahead = batches_ahead(self._data, self._num_images)
+        if self._images == "crops" and self._augmentation is None:
+            with contextlib.closing(self._host.crop_resizer()) as resizer:
                 yield from run_without_graph(
-                    partial(self._host.group, maker),
-                    itertools.count(start_step, maker.batches_at_once),
-                    workers=maker.groups_at_once,
-                    ahead=ahead + maker.groups_at_once - 1,
+                    partial(self._host.group, resizer),
+                    itertools.count(start_step, resizer.batches_at_once),
+                    workers=resizer.groups_at_once,
+                    ahead=ahead + resizer.groups_at_once - 1,
                 )
             return
         graphs = [
-            self._graph(share, batch_size=batch_size)
-            for share in shares_of_threads(data, self._device)
+            self._graph(data, batch_size=self._num_images)
+            for data in split_threads(self._data, self._device)
         ]
         with contextlib.closing(self._host.batches(start_step)) as host_batches:
             yield from run_graphs(graphs, host_batches, device=self._device, ahead=ahead)
 
-    def _blame(self, failed: PlannedBatch) -> bool:
+    def _graph(self, data: DataConfig, *, batch_size: int) -> partial[Pipeline]:
+        return partial(
+            build_train_graph,
+            data=data,
+            batch_size=batch_size,
+            device=self._device,
+            images=self._images,
+            augmentation=self._augmentation,
+        )
+
+    def _find_bad(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""
         batch = self._host.batch(failed.step)
-        data = dataclasses.replace(self._config.data, threads=1, prefetch=1)
-        one = self._graph(data, batch_size=1)
-        reasons = find_undecodable(one, batch.inputs, device=self._device)
+        one = self._graph(dataclasses.replace(self._data, threads=1, prefetch=1), batch_size=1)
         fed = batch.facts.fed
-        for place, reason in reasons.items():
-            place %= len(fed.sample_ids)  # of the second view
-            self._bad.add(
-                int(fed.source_ids[place]),
-                int(fed.sample_ids[place]),
-                f"the decoder refuses it: {reason}",
-            )
+        reasons = find_undecodable(one, batch.inputs, device=self._device)
+        for row, reason in reasons.items():
+            row %= len(fed.sample_ids)  # of the second view
+            source, sample = int(fed.source_ids[row]), int(fed.sample_ids[row])
+            self._bad.add(source, sample, f"the decoder refuses it: {reason}")
         return bool(reasons) or not np.array_equal(fed.sample_ids, failed.sample_ids)
 
 

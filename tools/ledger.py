@@ -113,7 +113,7 @@ class Replan:
                 source=number,
                 size=source.num_samples,
                 seed=header.seed,
-                window=header.shuffle_window,
+                shuffle_window=header.shuffle_window,
             )
         different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
         self.num_draws += ids.size

@@ -1,17 +1,22 @@
 """`unicl-pretrain`: packed data sets to a trained UniCL model.
 
-Reads the arguments and starts ranks (`--nproc`, or takes those of torchrun or SLURM); the rest is
-`training_run`.
+Reads the arguments, prints the help, starts ranks (`--nproc`, or takes those of torchrun or SLURM)
+and turns errors into exit codes; the run is `unicl_fast.training.run`'s. torch and timm take
+seconds to import, and tyro a part of one: they come after the help and after signals are heard.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import inspect
 import os
+import re
 import sys
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.launch import end_with_torchrun, explain, is_own_rank, start_ranks, stop
@@ -24,127 +29,198 @@ from unicl_fast.distributed.signals import (
     exit_immediately_on_signals,
 )
 from unicl_fast.presets import PRESETS, build_preset
+from unicl_fast.system.checked_fields import require
 
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from unicl_fast.dataset.reader import PackedDataset
+    from unicl_fast.distributed.ranks import Ranks
+    from unicl_fast.models.unicl import UniCL
+
+_PROGRAM = "unicl-pretrain"
 _DEFAULT_PRESET = "swin-tiny"
+_COLUMN = 36  # where the sentences of the short help begin
+# The options that `--help` shows; `--help-all` shows the others too.
+_COMMON = {
+    "": ("out", "preset", "nproc", "resume", "max_restarts", "ledger"),
+    "data": ("train", "evaluate", "fraction", "text", "augment", "image_size", "crop_scale",
+             "threads"),
+    "objective": ("name", "mixup", "cutmix"),
+    "model": ("image_encoder", "drop_path", "text_width", "text_layers", "context_length"),
+    "optim": ("name", "lr", "lr_batch_size", "warmup_fraction", "weight_decay", "clip_norm",
+              "ema_decay"),
+    "efficiency": ("precision", "micro_batch_size", "compile"),
+    "checkpoint": ("every_steps", "keep"),
+    "run": ("global_batch_size", "samples", "steps", "seed", "evaluate_every_steps",
+            "log_every_steps", "device"),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PretrainArguments(TrainConfig):
-    """Trains a UniCL model on packed data sets (see unicl-pack).
-
-    Example: unicl-pretrain --preset cifar10-small --data.train packed/cifar10 --out runs/cifar10
-    """
+    """Trains a UniCL model on packed data sets (made by unicl-pack build)."""
 
     out: Path
-    """The run folder: config.json, metrics.jsonl, contact-sheet.png, curves.png, checkpoints/ and
-    tensorboard/; quarantine.csv if samples of the data are bad."""
+    """Run folder: settings, metrics, curves, checkpoints. These are config.json, metrics.jsonl,
+    curves.png, contact-sheet.png, checkpoints/ and tensorboard/; quarantine.csv lists unreadable
+    samples."""
     preset: str = _DEFAULT_PRESET
-    """What all other settings start from."""
+    """Preset that all other settings start from."""
     nproc: int = 1
-    """Ranks to start on this machine; leave it at 1 under torchrun or SLURM."""
+    """Ranks to start on this machine; 1 under torchrun or SLURM."""
     resume: str = "never"
-    """auto goes on from the newest checkpoint in --out that is not damaged, if there is one; or a
-    checkpoint's path."""
+    """never; auto: from the newest checkpoint in --out; or a path. auto skips damaged checkpoints,
+    and starts a new run if there is none."""
     max_restarts: int = 0
-    """How often the ranks that this program starts may be started again, from the newest
-    checkpoint, after one of them has died. (torchrun has a flag of that name for its own ranks.)"""
+    """Times to restart all ranks after one has died. They resume from the newest checkpoint. (Only
+    ranks that --nproc starts; torchrun has a flag of that name for its own.)"""
     ledger: bool = False
-    """Write down what every step was fed, in --out/ledger, for unicl-ledger to prove. A run that
-    has a ledger goes on with it in any case."""
+    """Record what every step is fed, for unicl-ledger. The records are in --out/ledger; a run that
+    has a ledger continues it in any case."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input, and as docs/architecture.md says otherwise."""
-    # first of all: whoever wants the machine back may say so at any time
-    with exit_immediately_on_signals("unicl-pretrain"):
+    # first of all: a scheduler that wants the machine back may say so at any time
+    with exit_immediately_on_signals(_PROGRAM):
         end_with_torchrun()
-        _main(sys.argv[1:] if argv is None else list(argv))
+        try:
+            _main(sys.argv[1:] if argv is None else list(argv))
+        except (ValueError, FileNotFoundError) as error:
+            stop(_PROGRAM, error, code=EXIT_WRONG_INPUT)
+        except Interrupted as error:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{_PROGRAM}: {error}; resume with --resume auto", file=sys.stderr)
+            sys.exit(EXIT_INTERRUPTED)
+        except KeyboardInterrupt:
+            ended = Interrupted("ended at once; checkpoints are from before")
+            stop(_PROGRAM, ended, code=EXIT_ABORTED)
+        except (FloatingPointError, OSError, RuntimeError) as error:
+            stop(_PROGRAM, explain(error), code=EXIT_FAULT)
 
 
 def _main(argv: Sequence[str]) -> None:
     arguments = parse_arguments(argv)
-    config = split_config(arguments)
-    if arguments.nproc < 1:
-        error = ValueError(f"--nproc must be at least 1, not {arguments.nproc}")
-        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
-    if arguments.max_restarts < 0:
-        error = ValueError(f"--max-restarts must not be negative, not {arguments.max_restarts}")
-        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
-    # torch and timm take seconds to import: --help and a mistyped flag need not wait for them
+    config, run_folder, resume = split_config(arguments), arguments.out, arguments.resume
+    nproc, max_restarts = arguments.nproc, arguments.max_restarts
+    require(nproc >= 1, f"--nproc must be at least 1, not {nproc}")
+    require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
-    from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+    from unicl_fast.pipelines.loader import TrainLoader
+    from unicl_fast.system.host_memory import keep_freed_memory
+    from unicl_fast.training.run import check_request, pretrain
 
-    from .pretrain_run import check_request, pretrain
-
-    run_folder, nproc, resume = arguments.out, arguments.nproc, arguments.resume
     adopt_slurm_ranks()
     if "WORLD_SIZE" in os.environ:
-        if arguments.max_restarts and not is_own_rank():
-            error = ValueError(
-                "--max-restarts is for ranks that --nproc starts; these were started by torchrun "
-                "or srun: give it to torchrun, or let the scheduler start the job again with "
-                "--resume auto"
-            )
-            stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
-    elif nproc > 1 or arguments.max_restarts:
-        try:  # one sentence instead of one from each rank
-            check_request(config, run_folder=run_folder, nproc=nproc, resume=resume)
-        except (ValueError, FileNotFoundError) as error:
-            stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
-        start_ranks(
-            "unicl_fast.tools.pretrain",
-            nproc=nproc,
-            argv=argv,
-            max_restarts=arguments.max_restarts,
+        require(
+            not max_restarts or is_own_rank(),
+            "--max-restarts is for ranks that --nproc starts; these were started by torchrun or "
+            "srun: give it to torchrun, or let the scheduler start the job again with --resume "
+            "auto",
         )
+    elif nproc > 1 or max_restarts:
+        # one sentence instead of one from each rank
+        check_request(config, run_folder=run_folder, nproc=nproc, resume=resume)
+        start_ranks("unicl_fast.tools.pretrain", nproc=nproc, argv=argv, max_restarts=max_restarts)
     keep_freed_memory()
-    try:
-        pretrain(config, run_folder=run_folder, resume=resume, ledger=arguments.ledger)
-    except (ValueError, FileNotFoundError) as error:
-        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
-    except Interrupted as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"unicl-pretrain: {error}; go on with --resume auto", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except KeyboardInterrupt:
-        stop(
-            "unicl-pretrain",
-            Interrupted("ended at once; checkpoints are from before"),
-            code=EXIT_ABORTED,
-        )
-    except (FloatingPointError, OSError, RuntimeError) as error:
-        stop("unicl-pretrain", explain(error), code=EXIT_FAULT)
+    pretrain(
+        config,
+        run_folder=run_folder,
+        build_loader=TrainLoader,
+        evaluate=_zero_shot,
+        resume=resume,
+        ledger=arguments.ledger,
+    )
+
+
+def _zero_shot(
+    model: UniCL,
+    *,
+    dataset: PackedDataset,
+    rows_of_classes: NDArray[np.int64] | None,
+    ranks: Ranks,
+) -> Mapping[str, float]:
+    from unicl_fast.evaluation.encode import ModelOnRanks
+    from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
+
+    on_ranks = ModelOnRanks(model=model, ranks=ranks)
+    result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
+    return {"top1": result.top1, "top5": result.top5}
 
 
 def parse_arguments(argv: Sequence[str]) -> PretrainArguments:
-    """The preset first, then every other flag on top of it."""
+    """Takes the preset first, then every other flag on top of it; prints the help if asked to.
+
+    Raises:
+        ValueError: there is no such preset.
+    """
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--preset", default=_DEFAULT_PRESET)
-    name = finder.parse_known_args(argv)[0].preset
-    try:
-        preset = build_preset(name)
-    except ValueError as error:
-        stop("unicl-pretrain", error, code=EXIT_WRONG_INPUT)
-    groups = {field.name: getattr(preset, field.name) for field in dataclasses.fields(preset)}
-    import tyro  # here, so that signals are heard before it is imported
+    finder.add_argument("-h", "--help", action="store_true")
+    finder.add_argument("--help-all", action="store_true")
+    found = finder.parse_known_args(argv)[0]
+    groups = _groups_of(build_preset(found.preset))
+    if found.help:
+        print(_short_help(PretrainArguments(**groups, preset=found.preset, out=Path("DIR"))))
+        sys.exit()
+    import tyro
 
-    default = PretrainArguments(**groups, preset=name, out=tyro.MISSING)
     return tyro.cli(
         PretrainArguments,
-        default=default,
-        args=argv,
-        prog="unicl-pretrain",
-        description=f"{PretrainArguments.__doc__}\n\nPresets: {', '.join(PRESETS)}. The defaults "
-        f"below are those of {name}.",
+        default=PretrainArguments(**groups, preset=found.preset, out=tyro.MISSING),
+        args=["--help"] if found.help_all else argv,
+        prog=_PROGRAM,
+        description=f"{PretrainArguments.__doc__} The defaults below are those of the preset "
+        f"{found.preset}; presets are {', '.join(PRESETS)}.",
     )
 
 
 def split_config(arguments: PretrainArguments) -> TrainConfig:
-    """The run's settings without what only the command line knows."""
-    groups = {
-        field.name: getattr(arguments, field.name) for field in dataclasses.fields(TrainConfig)
-    }
-    return TrainConfig(**groups)
+    """Returns the run's settings without those that only the command line has."""
+    return TrainConfig(**_groups_of(arguments))
+
+
+def _groups_of(config: TrainConfig) -> dict[str, Any]:
+    return {group.name: getattr(config, group.name) for group in dataclasses.fields(TrainConfig)}
+
+
+def _short_help(arguments: PretrainArguments) -> str:
+    """Returns one line for each common option: name, value in the preset, first sentence."""
+    lines = [
+        f"usage: {_PROGRAM} [--preset NAME] --data.train DIR [DIR ...] --out DIR [OPTIONS]",
+        f"\n{PretrainArguments.__doc__}\nThese are the common options, with their values in the "
+        f"preset {arguments.preset}.\n{_PROGRAM} --help-all explains every option.",
+        "\nexamples:",
+        f"  {_PROGRAM} --preset cifar10-small --data.train packed/cifar10 --out runs/cifar10",
+        f"  {_PROGRAM} --data.train packed/photos=0.5 packed/pairs=0.5 --out runs/mix --nproc 8 \\",
+        "      --run.global-batch-size 1024 --efficiency.micro-batch-size 64 --resume auto",
+        "\npresets:",
+        *(f"  {name:{_COLUMN - 2}}{about}" for name, (about, _) in PRESETS.items()),
+    ]
+    for group, names in _COMMON.items():
+        settings = getattr(arguments, group) if group else arguments
+        sentences = _first_sentences(type(settings))
+        lines.append(f"\n{group or 'program'}:")
+        for name in names:
+            option = f"--{group}.{name}" if group else f"--{name}"
+            value = getattr(settings, name)
+            value = " ".join(map(str, value)) if isinstance(value, tuple) else value
+            value = f"{value:.6g}" if isinstance(value, float) else value
+            shown = "" if isinstance(value, bool) else str(value)
+            head = f"  {option.replace('_', '-')} {shown}".ljust(_COLUMN - 1)
+            lines += textwrap.wrap(
+                f"{head} {sentences[name]}", width=100, subsequent_indent=" " * _COLUMN
+            )
+    return "\n".join(lines)
+
+
+def _first_sentences(cls: type) -> dict[str, str]:
+    """Returns the first sentence under each field of a dataclass."""
+    pattern = re.compile(r'^    (\w+): .*?"""(.*?)\.(?:\s|""")', re.DOTALL | re.MULTILINE)
+    found = pattern.findall(inspect.getsource(cls))
+    return {field: " ".join(sentence.split()) for field, sentence in found}
 
 
 if __name__ == "__main__":

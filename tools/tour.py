@@ -8,14 +8,13 @@ it all. The data is the folder that CONTRIBUTING.md names; sets that it lacks ar
 
 from __future__ import annotations
 
-import csv
 import json
 import os
 import shlex
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,8 +23,10 @@ import tyro
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.images.check import ImageFormat
+from unicl_fast.packing.quarantine import read_left_out
 
 from .pack import __main__ as pack_dataset
+from .pack.inspect import align_columns
 
 _ALL = "everything"
 
@@ -90,7 +91,7 @@ class PackEverything:
 
 @dataclass(slots=True)
 class _Row:
-    """What became of one data set."""
+    """The outcome of one data set."""
 
     name: str
     num_samples: int = 0
@@ -126,18 +127,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     tour.out.mkdir(parents=True, exist_ok=True)
     rows = [_pack(one, tour) for one in there]
     rows.append(_merge([row.name for row in rows], tour))
-    told = [
-        {name: getattr(row, name) for name in _Row.__dataclass_fields__} | {"verify": row.verdict}
-        for row in rows
-    ]
-    (tour.out / "table.json").write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+    table = [asdict(row) | {"verify": row.verdict} for row in rows]
+    (tour.out / "table.json").write_text(json.dumps(table, indent=1) + "\n", encoding="utf-8")
     print(f"\n{_table(rows)}\n\nlook at {tour.out / f'{_ALL}.html'}")
     if any(row.num_faults for row in rows):
         raise SystemExit(1)
 
 
 def _pack(one: _Set, tour: PackEverything) -> _Row:
-    out, told = tour.out / one.name, tour.out / f"{one.name}.json"
+    out = tour.out / one.name
     words: list[str | Path] = ["build", tour.data / one.source, "--out", out, *one.options]
     if one.image_root:
         words += ["--image-root", tour.data / one.image_root]
@@ -145,71 +143,56 @@ def _pack(one: _Set, tour: PackEverything) -> _Row:
         words += ["--format", tour.format]
     if tour.resize:
         words += ["--resize", tour.resize]
-    told_build = _told(words, tour, told)
-    row = _Row(
-        one.name,
-        num_samples=told_build["num_samples"],
-        num_bytes=told_build["num_bytes"],
-        build_seconds=told_build["seconds"],
-        refused=_refused(out),
-    )
+    build = _run_with_json(words, tour, out)
+    row = _Row(one.name, build_seconds=build["seconds"])
     _look(row, tour)
     return row
 
 
 def _merge(names: Sequence[str], tour: PackEverything) -> _Row:
     """All of them as one; classes of the same name meet."""
-    out = tour.out / _ALL
     started = time.perf_counter()
-    _run(["merge", *(tour.out / name for name in names), "--out", out])
-    seconds = time.perf_counter() - started
-    manifest = Manifest.load(out)
-    row = _Row(
-        _ALL,
-        num_samples=manifest.num_samples,
-        num_bytes=sum(shard.num_bytes for shard in manifest.shards)
-        + (manifest.pixels.num_bytes if manifest.pixels else 0),
-        build_seconds=seconds,
-        refused=_refused(out),
-    )
+    _run(["merge", *(tour.out / name for name in names), "--out", tour.out / _ALL])
+    row = _Row(_ALL, build_seconds=time.perf_counter() - started)
     _look(row, tour)
     return row
 
 
 def _look(row: _Row, tour: PackEverything) -> None:
     """Verifies and inspects what was packed."""
-    folder, told = tour.out / row.name, tour.out / f"{row.name}.json"
-    verified = _told(["verify", folder], tour, told)
+    folder = tour.out / row.name
+    manifest = Manifest.load(folder)
+    row.num_samples, row.num_bytes = manifest.num_samples, manifest.num_bytes
+    kinds = (one.kind for one in read_left_out(folder / QUARANTINE_NAME))
+    row.refused = dict(Counter(kinds).most_common())
+    verified = _run_with_json(["verify", folder], tour, folder)
     row.verify_seconds = verified["seconds"]
     row.num_faults = sum(verified["faults"].values())
-    words = ["inspect", folder, "--html", tour.out / f"{row.name}.html"]
+    words: list[str | Path] = ["inspect", folder, "--html", tour.out / f"{row.name}.html"]
     started = time.perf_counter()
-    _told(words + ([] if tour.near else ["--no-near"]), tour, told)
+    _run_with_json(words + ([] if tour.near else ["--no-near"]), tour, folder)
     row.inspect_seconds = time.perf_counter() - started
 
 
-def _told(words: Sequence[str | Path], tour: PackEverything, path: Path) -> dict[str, Any]:
-    """Runs a sub-command that decodes; what it wrote into its JSON file."""
+def _run_with_json(
+    words: Sequence[str | Path], tour: PackEverything, folder: Path
+) -> dict[str, Any]:
+    """Runs a sub-command that decodes; returns its JSON file."""
+    path = folder.with_name(f"{folder.name}.json")
     workers = ["--workers", str(tour.workers)] if tour.workers else []
     _run([*words, *workers], "--json", path)
-    told: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return told
+    report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return report
 
 
 def _run(words: Sequence[str | Path], *unsaid: str | Path) -> None:
-    """Runs `unicl-pack`, and shows how one would; faults that it finds are not the end."""
+    """Runs `unicl-pack`, and prints the command without `unsaid`; faults do not end the tour."""
     print(f"\n$ {shlex.join(['unicl-pack', *map(str, words)])}", flush=True)
     try:
         pack_dataset.main([*map(str, words), *map(str, unsaid)])
     except SystemExit as stop:
         if stop.code != 1:
             raise
-
-
-def _refused(folder: Path) -> dict[str, int]:
-    """How many images were left out, by kind, the most frequent first."""
-    with (folder / QUARANTINE_NAME).open(encoding="utf-8", newline="") as file:
-        return dict(Counter(row["kind"] for row in csv.DictReader(file)).most_common())
 
 
 def _table(rows: Sequence[_Row]) -> str:
@@ -227,18 +210,10 @@ def _table(rows: Sequence[_Row]) -> str:
         )
         for row in rows
     ]
-    widths = [max(len(line[place]) for line in lines) for place in range(len(head))]
-    text = "\n".join(
-        "  ".join(
-            cell.ljust(width) if place in (0, len(head) - 1) else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in lines
-    )
-    kinds = rows[-1].refused
-    if not kinds:
-        return text
-    return f"{text}\nrefused: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}"
+    table = align_columns(lines)
+    if kinds := rows[-1].refused:
+        table.append(f"refused: {', '.join(f'{count:,} {kind}' for kind, count in kinds.items())}")
+    return "\n".join(table)
 
 
 if __name__ == "__main__":

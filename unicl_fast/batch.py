@@ -1,7 +1,7 @@
-"""What a training step is fed, and who feeds it.
+"""The input of a training step, and the loaders that provide it.
 
-The one structure that the data rooms and the trainer share; it knows neither. Letters used for
-axes everywhere in the project:
+The data pipeline and the trainer share this structure and nothing else. Letters used for axes
+everywhere in the project:
 
     b  samples of this rank in one step      n  samples of all ranks (the global batch)
     u  distinct texts of this rank           d  embedding dimension
@@ -23,11 +23,11 @@ from torch import Tensor
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Batch:
-    """One rank's share of a global batch: images, distinct texts, and the classes of both.
+    """One rank's local batch: images, distinct texts, and the classes of both.
 
     Two samples are positives of each other when their class ids are equal. Class ids are any
     int64: labels are small numbers, captions without a label carry a 62-bit key of their tokens,
-    so that ranks agree on them without talking.
+    so that ranks agree on them without communicating.
     """
 
     step: int
@@ -37,8 +37,8 @@ class Batch:
     tokens: Tensor
     """int64 [u l]: distinct token rows, padded with 0 to the context length."""
     text_lengths: NDArray[np.int64]
-    """int64 [u] on the host: tokens of each row without padding. Known here so that leaving the
-    padding out needs no read from the device."""
+    """int64 [u] on the host: tokens of each row without padding. They are here so that leaving out
+    the padding needs no read from the device."""
     text_index: Tensor
     """int64 [b]: the row of `tokens` that is the text of each image."""
     class_ids: Tensor
@@ -46,46 +46,40 @@ class Batch:
     text_class_ids: Tensor
     """int64 [u]."""
     text_counts: Tensor
-    """int64 [u]: how many samples of this batch have that text; they sum to b."""
+    """int64 [u]: the number of samples of this batch with each text; they sum to b."""
     global_index: Tensor
-    """int64 [b]: places in the GLOBAL batch, 0 to n - 1. Drop path is keyed on them."""
+    """int64 [b]: global index of each sample, 0 to n - 1. Drop path is keyed on it."""
     second_images: Tensor | None = None
-    """uint8 [b h w c], RGB: each image once more, cut and augmented otherwise, where
-    `data.augment` asks for two views."""
+    """uint8 [b h w c], RGB: the second view of each image, where `data.augment` asks for two."""
     sample_ids: Tensor | None = None
-    """int64 [b] on the host: rows of the data set the samples came from, for records."""
+    """int64 [b] on the host: each sample's row in its data set, for records."""
     scheduled_ids: Tensor | None = None
-    """int64 [b] on the host: the rows that were planned; others than `sample_ids` where a bad
-    sample was replaced by one of the same data set."""
+    """int64 [b] on the host: the planned rows, which differ from `sample_ids` where a bad sample
+    was replaced by another of the same data set."""
     source_ids: Tensor | None = None
-    """int64 [b] on the host: which of the data sets that is."""
+    """int64 [b] on the host: the number of each sample's data set."""
 
     @property
     def batch_size(self) -> int:
         return self.images.shape[0]
 
     def to(self, device: torch.device) -> Batch:
-        """The same batch with what the model reads on `device`; records stay on the host."""
+        """Returns the same batch with the model's inputs on `device`; records stay on the host."""
         moved = {
-            field: getattr(self, field).to(device, non_blocking=True)
-            for field in (
-                "images",
-                "tokens",
-                "text_index",
-                "class_ids",
-                "text_class_ids",
-                "text_counts",
-                "global_index",
-            )
+            field: value.to(device, non_blocking=True)
+            for field in _MODEL_INPUTS
+            if (value := getattr(self, field)) is not None
         }
-        if self.second_images is not None:
-            moved["second_images"] = self.second_images.to(device, non_blocking=True)
         return dataclasses.replace(self, **moved)
+
+
+_MODEL_INPUTS = ("images", "second_images", "tokens", "text_index", "class_ids", "text_class_ids",
+                 "text_counts", "global_index")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class EvaluationBatch:
-    """Images to encode, and which samples of the data set they are; the rest is looked up."""
+    """Images to encode, with their rows in the data set, by which the rest is looked up."""
 
     images: Tensor
     """uint8 [b h w c], RGB."""
@@ -95,10 +89,10 @@ class EvaluationBatch:
 
 @runtime_checkable
 class Loader(Protocol):
-    """Feeds a trainer. A batch is valid until the next one is asked for."""
+    """Feeds a trainer. A batch is valid until the next one is requested."""
 
     def batches(self, start_step: int) -> Iterator[Batch]:
-        """Batches of the steps `start_step`, `start_step + 1`, ... without end."""
+        """Yields the batches of the steps `start_step`, `start_step + 1`, ... without end."""
         ...
 
     def close(self) -> None: ...
@@ -106,7 +100,7 @@ class Loader(Protocol):
 
 @runtime_checkable
 class EvaluationLoader(Protocol):
-    """Feeds an evaluation: over all ranks, each sample of one data set exactly once a pass."""
+    """Feeds an evaluation: over all ranks, each sample of a data set once an iteration."""
 
     def __iter__(self) -> Iterator[EvaluationBatch]: ...
 
@@ -114,7 +108,7 @@ class EvaluationLoader(Protocol):
 
 
 class ListLoader:
-    """A loader over batches held in memory; after the last comes the first again."""
+    """A loader that repeats batches held in memory."""
 
     def __init__(self, batches: Sequence[Batch]) -> None:
         if not batches:

@@ -1,4 +1,4 @@
-"""The paper's comparisons, at the size that two CPU cores reach.
+"""The paper's comparisons, at a size that two CPU cores can train.
 
     python -m unicl_fast.benchmarks.experiments objectives          # Table 2: CE, SupCon, UniCL
     python -m unicl_fast.benchmarks.experiments labels-and-captions
@@ -6,6 +6,6 @@
     python -m unicl_fast.benchmarks.experiments switches            # `efficiency` on and off
     python -m unicl_fast.benchmarks.experiments full-size           # the published rows' commands
 
-Each is a list of `unicl-pretrain` and `unicl-eval` commands (runs.py), and a table and a plot of
-what they said (report.py). docs/results.md explains the numbers.
+Each is a list of `unicl-pretrain` and `unicl-eval` commands, with a table and a plot of their
+results (harness.py). docs/results.md explains the numbers.
 """

@@ -3,42 +3,36 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import tyro
 
-from . import (
-    full_size,
-    labels_and_captions,
-    objectives,
-    switches,
-    templates,
-)
+from .cifar10 import Objectives, Switches, Templates
+from .full_size import FullSize
+from .labels_and_captions import LabelsAndCaptions
 
-_EXPERIMENTS = {
-    "objectives": objectives,
-    "labels-and-captions": labels_and_captions,
-    "templates": templates,
-    "switches": switches,
-    "full-size": full_size,
+_EXPERIMENTS: dict[str, Callable[..., Any]] = {
+    "objectives": Objectives,
+    "labels-and-captions": LabelsAndCaptions,
+    "templates": Templates,
+    "switches": Switches,
+    "full-size": FullSize,
 }
 
 
 def main() -> None:
     """Entry point; exits with 2 on wrong input, 1 where a run failed."""
-    settings = tyro.extras.subcommand_cli_from_dict(
-        {name: module.Settings for name, module in _EXPERIMENTS.items()},
+    experiment = tyro.extras.subcommand_cli_from_dict(
+        _EXPERIMENTS,
         prog="python -m unicl_fast.benchmarks.experiments",
         description=sys.modules[__package__].__doc__,
     )
-    [module] = [found for found in _EXPERIMENTS.values() if found.Settings is type(settings)]
     try:
-        module.run(settings)
-    except (ValueError, OSError) as error:
+        experiment.run()
+    except (ValueError, OSError, RuntimeError) as error:
         print(f"experiments: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RuntimeError as error:
-        print(f"experiments: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(1 if isinstance(error, RuntimeError) else 2)
 
 
 if __name__ == "__main__":

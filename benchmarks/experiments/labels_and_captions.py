@@ -3,11 +3,10 @@
     python -m unicl_fast.benchmarks.experiments labels-and-captions --data $DATA --out runs/mixture
 
 $DATA is the folder that CONTRIBUTING.md calls the test data. Every fifth class of its Tiny ImageNet
-is held back, with all its images; what is asked for is zero-shot accuracy on these, on new
-images of the classes that were learnt, and whether a held-out Flickr8k photograph finds one of
-its captions. Words of some held-back classes occur in captions and among COCO's labels
-(refrigerator, goldfish, cliff, bucket), as they would for anybody: it is their images that no
-class of Tiny ImageNet has shown.
+is held back, with all its images; measured are zero-shot accuracy on these, on new images of the
+classes that were learnt, and whether a held-out Flickr8k photograph finds one of its captions.
+Words of some held-back classes occur in captions and among COCO's labels (refrigerator, goldfish,
+cliff, bucket), as in any data: it is their images that no class of Tiny ImageNet has shown.
 """
 
 from __future__ import annotations
@@ -16,15 +15,23 @@ import csv
 from dataclasses import dataclass
 from pathlib import Path
 
-from .intervals import difference_of, mean_of
-from .report import ExperimentSettings, Table, write_report
-from .runs import Row, Run, run_all, run_program
+from .harness import (
+    ExperimentSettings,
+    Row,
+    Run,
+    Table,
+    difference_of,
+    mean_of,
+    run_all,
+    run_program,
+    write_report,
+)
 
 _HELD_BACK = 5  # every fifth class
 _FLICKR_TRAIN = 600
 _SAMPLES = 32_000
 
-# data sets with their shares of a batch, and which text a sample with both shows
+# data sets with their weights in a batch, and which text a sample with both shows
 _ARMS = {
     "labels": ({"tiny-learnt": 0.9, "coco": 0.1}, "labels"),
     "captions": ({"flickr-train": 0.85, "coco": 0.15}, "captions"),
@@ -40,16 +47,6 @@ _RECIPE = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
-class Settings(ExperimentSettings):
-    """Labels, captions, and both, at an equal number of samples seen."""
-
-    data: Path
-    """Folder with tiny-imagenet, captions/flickr8k and captions/coco."""
-    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    """One run of each arm."""
-
-
 _MEASURED = {
     "zero-shot top-1, held-back classes": ("held_back", "top1"),
     "zero-shot top-5, held-back classes": ("held_back", "top5"),
@@ -59,38 +56,47 @@ _MEASURED = {
 }
 
 
-def run(settings: Settings) -> None:
-    """Packs, trains what is missing, then writes the tables, the plot and the numbers."""
-    packed = settings.out / "packed"
-    pack(settings.data, packed)
-    runs = {
-        (arm, seed): _make_run(settings, packed, arm, seed)
-        for seed in settings.seeds
-        for arm in _ARMS
-    }
-    rows = run_all(list(runs.values()), settings.out, jobs=settings.jobs)
-    values = {
-        title: {
-            arm: mean_of(
-                [100 * rows[runs[arm, seed].name][evaluation][key] for seed in settings.seeds]
-            )
-            for arm in _ARMS
+@dataclass(frozen=True, kw_only=True)
+class LabelsAndCaptions(ExperimentSettings):
+    """Labels, captions, and both, at an equal number of samples seen."""
+
+    data: Path
+    """Folder with tiny-imagenet, captions/flickr8k and captions/coco."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """One run of each arm."""
+
+    def run(self) -> None:
+        """Packs, trains the missing runs, then writes the tables, the plot and the numbers."""
+        packed = self.out / "packed"
+        pack(self.data, packed)
+        runs = {
+            (arm, seed): _make_run(self, packed, arm, seed) for seed in self.seeds for arm in _ARMS
         }
-        for title, (evaluation, key) in _MEASURED.items()
-    }
-    differences = {
-        f"{title}: both - {arm}": difference_of(means["both"].values, means[arm].values)
-        for title, means in values.items()
-        for arm in ("labels", "captions")
-        if len(settings.seeds) > 1
-    }
-    some_row = next(iter(rows.values()))
-    chance = {
-        title: 100 * _chance(some_row[evaluation], key)
-        for title, (evaluation, key) in _MEASURED.items()
-    }
-    table = Table(title="held out", unit="%", cells=values, differences=differences, chance=chance)
-    write_report("labels-and-captions", settings, [table], rows)
+        rows = run_all(list(runs.values()), self.out, jobs=self.jobs)
+        values = {
+            title: {
+                arm: mean_of(
+                    [100 * rows[runs[arm, seed].name][evaluation][key] for seed in self.seeds]
+                )
+                for arm in _ARMS
+            }
+            for title, (evaluation, key) in _MEASURED.items()
+        }
+        differences = {
+            f"{title}: both - {arm}": difference_of(means["both"].values, means[arm].values)
+            for title, means in values.items()
+            for arm in ("labels", "captions")
+            if len(self.seeds) > 1
+        }
+        some_row = next(iter(rows.values()))
+        chance = {
+            title: 100 * _chance(some_row[evaluation], key)
+            for title, (evaluation, key) in _MEASURED.items()
+        }
+        table = Table(
+            title="held out", unit="%", cells=values, differences=differences, chance=chance
+        )
+        write_report("labels-and-captions", self, [table], rows)
 
 
 def _chance(evaluated: Row, key: str) -> float:
@@ -99,13 +105,13 @@ def _chance(evaluated: Row, key: str) -> float:
     return round(float(evaluated[f"{key}_chance"]), 3)
 
 
-def _make_run(settings: Settings, packed: Path, arm: str, seed: int) -> Run:
-    shares, text = _ARMS[arm]
+def _make_run(settings: LabelsAndCaptions, packed: Path, arm: str, seed: int) -> Run:
+    weights, text = _ARMS[arm]
     return Run(
         name=f"{arm}/seed{seed}",
         pretrain=(
             *("--preset", "mixed-small", *_RECIPE, "--data.text", text, "--data.train"),
-            *(f"{packed / name}={share}" for name, share in shares.items()),
+            *(f"{packed / name}={weight}" for name, weight in weights.items()),
             *("--run.samples", str(round(settings.length * _SAMPLES)), "--run.seed", str(seed)),
             *("--efficiency.precision", settings.precision),
         ),
@@ -119,7 +125,7 @@ def _make_run(settings: Settings, packed: Path, arm: str, seed: int) -> Run:
 
 
 def pack(data: Path, packed: Path) -> None:
-    """Makes the lists and packs them; a data set that is there already is taken as it is."""
+    """Makes the lists and packs them; existing data sets are kept."""
     packed.mkdir(parents=True, exist_ok=True)
     tiny, flickr = data / "tiny-imagenet", data / "captions/flickr8k"
     with (tiny / "labels.csv").open(newline="", encoding="utf-8") as file:

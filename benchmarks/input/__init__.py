@@ -1,1 +1,1 @@
-"""The input pipeline against other loaders, its augmentation, and data under URLs."""
+"""Stages on the input pipeline: against other loaders, with augmentation, from URLs."""

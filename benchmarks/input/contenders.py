@@ -1,26 +1,43 @@
-"""Who takes part in `unicl-bench input`: a name, what it does, what it needs, where its code is.
+"""The contestants of `unicl-bench input`, and the proof that they make the same images.
 
-A list without imports: each contender runs in a process of its own (input_worker.py), which imports
-what that one needs and nothing else, so that memory is counted honestly and a package that is
-missing costs its contender only.
+This file lists them without importing their code: each runs in a process of its own (worker.py),
+which imports what that one needs and nothing else, so that memory is counted honestly and a missing
+package costs its contestant only. For the same reason nothing here imports torch.
+
+Two comparisons decide who is timed. **Pixels**: square images, of which a crop with scale and ratio
+1 is the whole, are resized by each and compared with Pillow's result for the same file. **The
+distribution of the crops**: over images with random crops, means and deviations of a contestant
+and of ours may differ by five standard errors.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import importlib
+import io
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import xxhash
+from PIL import Image
+
 from unicl_fast.config import Resample
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 
 Kind = Literal["ours", "peer", "limit", "stage"]
+_SQUARES = 48
+_EXTENSIONS = {b"\x89PNG": "png", b"RIFF": "webp"}
+_BATCH = 16
+_STANDARD_ERRORS = 5
+_THUMBNAIL = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
-    """What every contender is given: the same images, and the same law for the crops."""
+    """The same images, and the same distribution of crops, for every contestant."""
 
     data: Path
     """Packed data set; its tars are WebDataset's and DALI's too."""
@@ -34,7 +51,7 @@ class Task:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
     resample: Resample = "fused"
-    """What resizes in our own loader."""
+    """The resizing operator of our own loader."""
     keep_memory: bool = False
     """Let peers keep freed memory, as our programs do."""
 
@@ -51,185 +68,118 @@ class Contender:
     name: str
     kind: Kind
     """ours and peers make normalised float32 [b c h w]; limits and stages are parts of that."""
-    what: str
+    about: str
     code: str
     """module:function; takes a `Task`, yields batches, or numbers of images."""
     prepare: str = ""
     """module:function that writes what it reads into `task.scratch`, in a process of its own."""
     install: str = ""
-    """What to type where a package is missing."""
+    """The command that installs a missing package."""
     tolerance: float = 0.4
-    """Mean difference from Pillow's image that is let pass, in levels of 255. A rounding more or
-    less makes 0.2; those with another filter or decoder have a wider one."""
+    """Largest mean difference from Pillow's image, in levels of 255. Another rounding makes 0.2;
+    contestants with another filter or decoder have a wider one."""
     differs: str = ""
-    """What it does not do as the others do."""
+    """Its difference from the others, if any."""
 
 
-_HERE = "unicl_fast.benchmarks"
+_OWN = "unicl_fast.benchmarks.input.own"
+_PEERS = "unicl_fast.benchmarks.input.peers"
 _BENCH = "pip install 'unicl_fast[bench]'"
 _FFCV = (
     f"apt-get install libopencv-dev libturbojpeg0-dev pkg-config, {_BENCH}, then "
     "pip install --no-deps ffcv"
 )
 
+_CHANNELS_LAST = "batches lie in channels_last order"
+
 OURS = Contender(
     name="unicl_fast",
     kind="ours",
-    what="TrainLoader: DALI decodes the crop, our fused kernel resizes it, normalised at the end",
-    code=f"{_HERE}.input_own:ours",
-    differs="batches lie in channels_last order",
+    about="TrainLoader: DALI decodes the crop, our fused kernel resizes it, normalised at the end",
+    code=f"{_OWN}:ours",
+    differs=_CHANNELS_LAST,
 )
-RAW = Contender(
+RAW = dataclasses.replace(
+    OURS,
     name="unicl_fast-raw",
-    kind="ours",
-    what="the same loader on the data set of --raw-data",
-    code=f"{_HERE}.input_own:ours",
-    differs="batches lie in channels_last order; reads --raw-data",
+    about="the same loader on the data set of --raw-data",
+    differs=f"{_CHANNELS_LAST}; reads --raw-data",
 )
+
+
+def _peer(name: str, about: str, **more: Any) -> Contender:
+    code = f"{_PEERS}:{name.replace('-', '_')}_batches"
+    return Contender(name=name, kind="peer", about=about, code=code, **more)
+
+
 PEERS = (
-    Contender(
-        name="torchvision",
-        kind="peer",
-        what="ImageFolder, PIL transforms, DataLoader",
-        code=f"{_HERE}.input_torch_peers:torchvision_batches",
-    ),
-    Contender(
-        name="torchvision-v2",
-        kind="peer",
-        what="ImageFolder with decode_image, transforms.v2 on uint8 tensors, DataLoader",
-        code=f"{_HERE}.input_torch_peers:torchvision_v2_batches",
-    ),
-    Contender(
-        name="timm",
-        kind="peer",
-        what="timm's create_loader with its prefetcher, no augmentation beyond crop and flip",
-        code=f"{_HERE}.input_torch_peers:timm_batches",
-    ),
-    Contender(
-        name="webdataset",
-        kind="peer",
-        what="tars as open_clip reads them: resampled shards, a shuffle buffer, PIL, WebLoader",
-        code=f"{_HERE}.input_torch_peers:webdataset_batches",
+    _peer("torchvision", "ImageFolder, PIL transforms, DataLoader"),
+    _peer("torchvision-v2", "ImageFolder with decode_image, v2 on uint8 tensors, DataLoader"),
+    _peer("timm", "timm's create_loader with its prefetcher, no augmentation beyond crop and flip"),
+    _peer(
+        "webdataset",
+        "tars as open_clip reads them: resampled shards, a shuffle buffer, PIL, WebLoader",
         install=_BENCH,
     ),
-    Contender(
-        name="spdl",
-        kind="peer",
-        what="SPDL's pipeline of threads, FFmpeg decodes, crops and scales",
-        code=f"{_HERE}.input_native_peers:spdl_batches",
+    _peer(
+        "spdl",
+        "SPDL's pipeline of threads, FFmpeg decodes, crops and scales",
         install=f"apt-get install ffmpeg, {_BENCH}",
         tolerance=3.0,
         differs="FFmpeg's decoder, chroma upsampling and scaler",
     ),
-    Contender(
-        name="ffcv-jpg",
-        kind="peer",
-        what="FFCV on JPEGs of at most 500 pixels and quality 90, as its users write ImageNet",
-        code=f"{_HERE}.input_ffcv:jpg_batches",
-        prepare=f"{_HERE}.input_ffcv:write_jpg",
+    _peer(
+        "ffcv-jpg",
+        "FFCV on JPEGs of at most 500 pixels and quality 90, as its users write ImageNet",
+        prepare=f"{_PEERS}:write_ffcv_jpg",
         install=_FFCV,
         tolerance=3.0,
         differs="images encoded anew, the fast DCT, OpenCV's area filter",
     ),
-    Contender(
-        name="ffcv-raw",
-        kind="peer",
-        what="FFCV on decoded images of at most 500 pixels",
-        code=f"{_HERE}.input_ffcv:raw_batches",
-        prepare=f"{_HERE}.input_ffcv:write_raw",
+    _peer(
+        "ffcv-raw",
+        "FFCV on decoded images of at most 500 pixels",
+        prepare=f"{_PEERS}:write_ffcv_raw",
         install=_FFCV,
         tolerance=3.0,
         differs="OpenCV's area filter; several times the disk",
     ),
-    Contender(
-        name="pool",
-        kind="peer",
-        what="a thread pool, simplejpeg and OpenCV, batches in buffers used again",
-        code=f"{_HERE}.input_native_peers:pool_batches",
+    _peer(
+        "pool",
+        "a thread pool, simplejpeg and OpenCV, batches in buffers used again",
         install=_BENCH,
         tolerance=3.0,
-        differs="OpenCV's area filter; batches lie in channels_last order",
+        differs=f"OpenCV's area filter; {_CHANNELS_LAST}",
     ),
-    Contender(
-        name="dali",
-        kind="peer",
-        what="plain DALI: webdataset reader, random crop decoder, its own resize and normalise",
-        code=f"{_HERE}.input_native_peers:dali_batches",
+    _peer(
+        "dali",
+        "plain DALI: webdataset reader, random crop decoder, its own resize and normalise",
         differs="border pixels repeated under the filter",
     ),
 )
+
+
+def _part(name: str, kind: Kind, about: str) -> Contender:
+    return Contender(name=name, kind=kind, about=about, code=f"{_OWN}:{name.replace('-', '_')}")
+
+
 PARTS = (
-    Contender(
-        name="decode",
-        kind="limit",
-        what="DALI decodes the crop and nothing else, whole files in memory",
-        code=f"{_HERE}.input_own:decode_alone",
-    ),
-    Contender(
-        name="decode-cut",
-        kind="limit",
-        what="the same of files cut to their crops beforehand, as the loader cuts them",
-        code=f"{_HERE}.input_own:decode_cut_alone",
-    ),
-    Contender(
-        name="turbojpeg",
-        kind="limit",
-        what="libjpeg-turbo decodes the whole image and nothing else, bytes in memory",
-        code=f"{_HERE}.input_own:turbojpeg_alone",
-    ),
-    Contender(
-        name="read",
-        kind="limit",
-        what="our reader gets the bytes and compares their checksums, one thread",
-        code=f"{_HERE}.input_own:read",
-    ),
-    Contender(
-        name="write",
-        kind="limit",
-        what="a float32 batch is written into memory that is there, one thread",
-        code=f"{_HERE}.input_own:write",
-    ),
-    Contender(
-        name="plan",
-        kind="stage",
-        what="samples, windows and flips of a batch, one thread",
-        code=f"{_HERE}.input_own:plan",
-    ),
-    Contender(
-        name="texts",
-        kind="stage",
-        what="token rows gathered, equal ones and classes found, one thread",
-        code=f"{_HERE}.input_own:texts",
-    ),
-    Contender(
-        name="resample",
-        kind="stage",
-        what="decoded crops to squares, mirrored",
-        code=f"{_HERE}.input_own:resample",
-    ),
-    Contender(
-        name="augment",
-        kind="stage",
-        what="squares changed as the preset unicl asks",
-        code=f"{_HERE}.input_own:augment",
-    ),
-    Contender(
-        name="normalise",
-        kind="stage",
-        what="uint8 batches to float32, one thread",
-        code=f"{_HERE}.input_own:normalise",
-    ),
-    Contender(
-        name="loader",
-        kind="stage",
-        what="the whole TrainLoader, uint8 batches as the training step takes them",
-        code=f"{_HERE}.input_own:loader",
-    ),
+    _part("decode", "limit", "DALI decodes the crop and nothing else, whole files in memory"),
+    _part("decode-cut", "limit", "the same of files cut to their crops, as the loader cuts them"),
+    _part("turbojpeg", "limit", "libjpeg-turbo decodes the whole image and nothing else"),
+    _part("read", "limit", "our reader gets the bytes and compares their checksums, one thread"),
+    _part("write", "limit", "a float32 batch is written into memory that exists, one thread"),
+    _part("plan", "stage", "samples, windows and flips of a batch, one thread"),
+    _part("texts", "stage", "token rows gathered, equal ones and classes found, one thread"),
+    _part("resample", "stage", "decoded crops to squares, flipped"),
+    _part("augment", "stage", "squares changed as the preset unicl asks"),
+    _part("normalise", "stage", "uint8 batches to float32, one thread"),
+    _part("loader", "stage", "the whole TrainLoader, uint8 batches as training takes them"),
 )
 
 
 def choose(asked: tuple[str, ...], offered: tuple[Contender, ...]) -> list[Contender]:
-    """Contenders by name; `all` and `none` are names too, and commas separate as blanks do.
+    """Contestants by name; `all` and `none` are names too, and commas separate as blanks do.
 
     Raises:
         ValueError: a name that is not offered.
@@ -248,3 +198,138 @@ def load(code: str) -> Callable[[Task], Iterator[Any]]:
     found = getattr(importlib.import_module(module), function)
     assert callable(found)
     return found  # type: ignore[no-any-return]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Gap:
+    """The difference of a contestant's images from Pillow's, in levels of 255."""
+
+    mean: float
+    high: float
+    """99 of 100 values are smaller."""
+
+
+def write_class_folder(dataset: PackedDataset, folder: Path) -> None:
+    """Writes the same files in one folder a class; those without a label into one more."""
+    for index in range(len(dataset)):
+        labels = dataset.labels_of(index)
+        home = folder / (f"{int(labels[0]):06d}" if len(labels) else "unlabelled")
+        home.mkdir(exist_ok=True, parents=True)
+        data = bytes(dataset.image_bytes(index))
+        extension = _EXTENSIONS.get(data[:4], "jpg")
+        (home / f"{index}.{extension}").write_bytes(data)
+
+
+def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarray]:
+    """A task whose result is known: squares shown whole, not flipped.
+
+    Writes the squares, cropped from the middle of the data set's first images, into
+    `task.scratch`: as JPEGs, or raw as the data set is.
+
+    Returns:
+        The task, and Pillow's images: float32 [n h w 3] in levels of 255.
+    """
+    scratch = task.scratch / "squares"
+    scratch.mkdir(parents=True)
+    size = (task.image_size, task.image_size)
+    is_raw = dataset.image_shape is not None
+    truth = []
+    with DatasetWriter(scratch / "packed", images="raw" if is_raw else "encoded") as writer:
+        for index in range(min(_SQUARES, len(dataset))):
+            square = _square(bytes(dataset.image_bytes(index)))
+            data = square.tobytes()
+            if not is_raw:
+                data = _jpeg(square)
+                with Image.open(io.BytesIO(data)) as image:
+                    square = image.convert("RGB")
+            resized = square.resize(size, Image.Resampling.BILINEAR)
+            truth.append(np.asarray(resized, dtype=np.float32))
+            writer.add(
+                PackedSample(
+                    image=data,
+                    extension="raw" if is_raw else "jpg",
+                    height=square.height,
+                    width=square.width,
+                    xxh3=xxhash.xxh3_64_intdigest(data),
+                    labels=[0],
+                )
+            )
+        manifest = dataset.manifest
+        writer.finish(
+            tokenizer=manifest.tokenizer,
+            vocabulary_hash=manifest.vocabulary_hash,
+            context_length=manifest.context_length,
+            class_names=["square"],
+            templates=["a {}."],
+            source=["squares"],
+            seed=0,
+            tool_version=manifest.tool_version,
+        )
+    with PackedDataset(scratch / "packed") as squares:
+        write_class_folder(squares, scratch / "classes")
+    return (
+        dataclasses.replace(
+            task,
+            data=scratch / "packed",
+            scratch=scratch,
+            batch_size=min(_BATCH, len(truth)),
+            scale=(1.0, 1.0),
+            ratio=(1.0, 1.0),
+            flip=0.0,
+        ),
+        np.stack(truth),
+    )
+
+
+def _square(encoded: bytes) -> Image.Image:
+    with Image.open(io.BytesIO(encoded)) as image:
+        side = min(image.size)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        return image.convert("RGB").crop((left, top, left + side, top + side))
+
+
+def _jpeg(square: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    square.save(buffer, format="JPEG", quality=95)
+    return buffer.getvalue()
+
+
+def gap_to(truth: np.ndarray, images: np.ndarray) -> Gap:
+    """Compares each image with the most similar one of `truth`.
+
+    Raises:
+        ValueError: fewer than half of the images of `truth` were found.
+    """
+    found = [int(np.argmin(_distances(truth, image))) for image in images]
+    if len(set(found)) < len(truth) / 2:
+        raise ValueError(f"only {len(set(found))} of {len(truth)} images were shown")
+    differences = np.stack(
+        [np.abs(image - truth[i]) for image, i in zip(images, found, strict=True)]
+    )
+    return Gap(float(differences.mean()), float(np.quantile(differences, 0.99)))
+
+
+def _distances(truth: np.ndarray, image: np.ndarray) -> np.ndarray:
+    return np.asarray(((_thumbnail(truth) - _thumbnail(image[None])) ** 2).sum(axis=(1, 2, 3)))
+
+
+def _thumbnail(images: np.ndarray) -> np.ndarray:
+    """Means over a grid of `_THUMBNAIL` squares a side, without the remainder at the edges."""
+    count, size = len(images), images.shape[1]
+    cells = min(_THUMBNAIL, size)
+    cell = size // cells
+    cut = images[:, : cells * cell, : cells * cell]
+    return np.asarray(cut.reshape(count, cells, cell, cells, cell, 3).mean(axis=(2, 4)))
+
+
+def differs_in_distribution(moments: np.ndarray, ours: np.ndarray) -> str:
+    """Describes how means or deviations of images [n 2] differ by more than chance; "" if not."""
+    error = np.sqrt(sum(each.var(0) / len(each) for each in (moments, ours)))
+    theirs_mean, ours_mean = moments.mean(0), ours.mean(0)
+    for i, name in enumerate(("mean", "deviation")):
+        if abs(theirs_mean[i] - ours_mean[i]) > _STANDARD_ERRORS * error[i]:
+            return (
+                f"the images' {name} is {theirs_mean[i]:.2f}, ours is {ours_mean[i]:.2f} "
+                f"(standard error {error[i]:.2f})"
+            )
+    return ""

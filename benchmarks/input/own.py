@@ -1,8 +1,8 @@
 """Our own loader for `unicl-bench input`, its stages, and what limits them.
 
 Whole loaders yield normalised float32 [b c h w]; stages and limits yield numbers of images. A
-stage gets what comes before it from memory. Those that run beside each other in the loader use
-`threads` threads, those that its feeding thread does one after another use one.
+stage gets its input from memory. Those that run beside each other in the loader use `threads`
+threads, those that its feeding thread runs one after another use one.
 """
 
 from __future__ import annotations
@@ -27,16 +27,15 @@ from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.targets import map_steps
 from unicl_fast.pipelines.feed.bad_samples import BadSamples
 from unicl_fast.pipelines.feed.host_batches import steps_at_once
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
-from unicl_fast.pipelines.feed.text_block import pack_integers
-from unicl_fast.pipelines.feed.texts import gather_texts
-from unicl_fast.pipelines.graph.graph import batches_ahead, decode_windows
-from unicl_fast.pipelines.kernels.augment import augment_square
+from unicl_fast.pipelines.feed.text_block import gather_texts, pack_integers
+from unicl_fast.pipelines.graph import batches_ahead, decode_windows
+from unicl_fast.pipelines.kernels.augment import augment_image
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps
+from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -75,7 +74,7 @@ class _Own:
         return self.loader.plan.batch(step, rank=0, world_size=1)
 
     def some_planned(self) -> list[PlannedBatch]:
-        """So many batches as make `_HELD` images, at least one."""
+        """Batches that hold at least `_HELD` images together."""
         return [self.planned(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
 
     def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
@@ -87,7 +86,7 @@ class _Own:
 
 
 def ours(task: Task) -> Iterator[Tensor]:
-    """The whole of it, normalised as the training step does it."""
+    """The whole loader, normalised as the training step does it."""
     for batch in _Own(task).loader.batches(0):
         yield normalise_images(batch.images, mean=CLIP_MEAN, std=CLIP_STD)
         del batch  # held here, its buffer could not be used for the next one
@@ -101,6 +100,7 @@ def loader(task: Task) -> Iterator[int]:
 
 
 def plan(task: Task) -> Iterator[int]:
+    """The plan of batches."""
     own = _Own(task)
     count = steps_at_once(task.batch_size)
     for first in itertools.count(0, count):
@@ -110,6 +110,7 @@ def plan(task: Task) -> Iterator[int]:
 
 
 def texts(task: Task) -> Iterator[int]:
+    """The text block of a planned batch."""
     own = _Own(task)
     length = own.config.model.context_length
     count = steps_at_once(task.batch_size)
@@ -122,23 +123,24 @@ def texts(task: Task) -> Iterator[int]:
 
 
 def read(task: Task) -> Iterator[int]:
+    """The encoded images of planned batches."""
     own = _Own(task)
     for planned in itertools.cycle(own.some_planned()):
         yield len(own.read(planned)[1])
 
 
-def decode_alone(task: Task) -> Iterator[int]:
-    """The decoder of graph.py with nothing behind it, and whole files before it."""
+def decode(task: Task) -> Iterator[int]:
+    """The decoder of graph.py alone, on whole files."""
     own = _Own(task)
-    held = ((encoded, fed.window_starts, fed.window_shapes) for fed, encoded in own.held())
+    held = ((encoded, *fed.crops(0)[:2]) for fed, encoded in own.held())
     yield from _decode(own, list(held))
 
 
-def decode_cut_alone(task: Task) -> Iterator[int]:
-    """The same of files that are cut to their windows, as the loader does it."""
+def decode_cut(task: Task) -> Iterator[int]:
+    """The decoder of graph.py alone, on files cut to their windows as the loader does it."""
     own = _Own(task)
     held = (
-        (*cut_to_windows(encoded, fed.window_starts, fed.window_shapes), fed.window_shapes)
+        (*cut_to_windows(encoded, *fed.crops(0)[:2]), fed.crops(0)[1])
         for fed, encoded in own.held()
     )
     yield from _decode(own, list(held))
@@ -177,8 +179,9 @@ def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
         del images
 
 
-def turbojpeg_alone(task: Task) -> Iterator[int]:
-    from .native_peers import decode_whole
+def turbojpeg(task: Task) -> Iterator[int]:
+    """libjpeg-turbo on whole images."""
+    from .peers import decode_whole
 
     images = [(image,) for _, encoded in _Own(task).held() for image in encoded]
     if any(bytes(image[:2]) != b"\xff\xd8" for (image,) in images):
@@ -188,13 +191,12 @@ def turbojpeg_alone(task: Task) -> Iterator[int]:
 
 def resample(task: Task) -> Iterator[int]:
     """Our kernel on crops that are decoded, in threads as DALI runs it."""
-    from .native_peers import decode_whole
+    from .peers import decode_whole
 
     crops = []
     for fed, encoded in _Own(task).held():
-        corners = zip(
-            fed.window_starts.tolist(), fed.window_shapes.tolist(), fed.flips, strict=True
-        )
+        starts, shapes, flips = fed.crops(0)
+        corners = zip(starts.tolist(), shapes.tolist(), flips, strict=True)
         for image, ((top, left), (height, width), flip) in zip(encoded, corners, strict=True):
             whole = decode_whole(image)
             crop = whole[top : top + height, left : left + width].copy()
@@ -210,23 +212,24 @@ def resample(task: Task) -> Iterator[int]:
 
 
 def augment(task: Task) -> Iterator[int]:
-    """What the preset `unicl` asks for, done to squares in threads as DALI runs it."""
+    """The augmentation of the preset `unicl` on squares, in threads as DALI runs it."""
     chosen = AUGMENTATIONS["unicl"]
     size, stages = task.image_size, num_stages([chosen])
     rows = draw_rows(chosen, np.arange(_HELD), key=0, image_size=size, stages=stages)
-    # smooth, as images are: what a histogram or a blur costs depends on it little
+    # smooth, as images are; histogram and blur cost nearly the same on all images
     ramp = np.linspace(0, 255, size, dtype=np.uint8)
     across, down = np.meshgrid(ramp, ramp)
     square = np.stack([down, across, across + down], axis=2)
     fill = (255 * np.array(CLIP_MEAN)).astype(np.uint8)
 
     def work(row: NDArray[np.float32]) -> None:
-        augment_square(square.copy(), row, fill)
+        augment_image(square.copy(), row, fill)
 
     yield from _in_threads(task, work, [(row,) for row in rows])
 
 
 def normalise(task: Task) -> Iterator[int]:
+    """The training step's conversion to float32."""
     keep_freed_memory()
     shape = (task.batch_size, task.image_size, task.image_size, 3)
     batches = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(4)]
@@ -235,14 +238,14 @@ def normalise(task: Task) -> Iterator[int]:
 
 
 def write(task: Task) -> Iterator[int]:
-    """What putting down the result costs, if it were there."""
+    """Writing a finished batch into memory."""
     batch = torch.empty(task.batch_size, 3, task.image_size, task.image_size)
     for value in itertools.count():
         yield len(batch.fill_(value % 7))
 
 
 def _in_threads(task: Task, work: Any, arguments: list[Any]) -> Iterator[int]:
-    """Runs `work` over all arguments again and again; pieces of a batch, for a thread each."""
+    """Runs `work` over all arguments again and again; each thread takes a piece of a batch."""
     size = max(1, task.batch_size // task.threads)
     pieces = [arguments[i : i + size] for i in range(0, len(arguments), size)]
 

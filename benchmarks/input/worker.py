@@ -1,18 +1,17 @@
-"""A contender of `unicl-bench input` in a process of its own, and the handle to it.
+"""A contestant of `unicl-bench input` in a process of its own, and the handle to it.
 
-Workers of one contender must not run while another has its turn: the whole session of a process is
-stopped by a signal between its turns, whatever threads and children it has. Its memory and its
-CPU time are those of all processes of the session.
+Workers of one contestant must not run while another has its turn: the whole session of a process is
+stopped by a signal between its turns, with all its threads and children. Its memory and its CPU
+time are those of all processes of the session.
 
-This module imports no torch: what the handle's process has mapped too would be shared, and shared
-memory counts in part only.
+This module imports no torch: pages that the handle's process has mapped too would be shared, and
+shared memory counts in part only.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import dataclasses
 import os
 import signal
 import socket
@@ -22,51 +21,43 @@ import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
 
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory, return_freed_memory
+from unicl_fast.system.host_memory import keep_freed_memory, return_freed_memory
 
+from ..harness import Turn
 from .contenders import Contender, Task, load
 
 _WARM_UP = 8
-"""Batches taken before the clock starts: what was ready before the turn does not count."""
+"""Batches taken before the clock starts: those that were ready before the turn do not count."""
 _WARM_UP_SECONDS = 0.5
 _PATIENCE = 300.0
-"""Seconds for any answer; FFCV and Numba compile at the first batch."""
+"""Seconds to wait for any answer; FFCV and Numba compile at the first batch."""
 _TIME_TO_END = 10.0
-"""Seconds a contender has to end its own workers before all of them are killed."""
+"""Seconds that a contestant has to end its own workers before all of them are killed."""
 _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
+_MEAN, _STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 
 
 class ContenderError(RuntimeError):
-    """A contender could not do its work; the message says why."""
+    """A contestant could not do its work; the message says why."""
 
 
 class MissingPackageError(ContenderError):
-    """What the contender needs is not installed."""
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Rate:
-    """Images/s of one turn."""
-
-    wall: float
-    processor: float
-    """Per second of CPU time of all the contender's processes."""
+    """A package that the contestant needs is not installed."""
 
 
 class Worker:
-    """A contender's process; use it as a context manager.
+    """A contestant's process; use it as a context manager.
 
-    It is stopped (in the sense of SIGSTOP) except while it is asked for something.
+    It is stopped (in the sense of SIGSTOP) except while it answers.
     """
 
     def __init__(self, contender: Contender, task: Task, *, prepare: bool = False) -> None:
-        """Starts the process; `prepare` only writes what the contender reads."""
+        """Starts the process; with `prepare` it only writes the contestant's own files."""
         ours, theirs = socket.socketpair()
         with theirs:
             self._process = subprocess.Popen(
@@ -88,12 +79,7 @@ class Worker:
         self._signal(signal.SIGSTOP)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._end()
 
     def images(self, count: int) -> np.ndarray:
@@ -104,15 +90,12 @@ class Worker:
         """Mean and deviation of each image of so many batches [n 2], in levels."""
         return np.asarray(self._ask("moments", batches))
 
-    def turn(self, seconds: float) -> Rate:
-        """Warms up, then runs for `seconds`."""
-        return Rate(*self._ask("turn", seconds))
+    def turn(self, seconds: float) -> Turn:
+        """Warms up, then runs for `seconds`; the turn is that of one image, on average."""
+        return Turn(*self._ask("turn", seconds))
 
     def memory(self, seconds: float) -> list[int]:
-        """Bytes of all its processes, a few times while it runs for `seconds`.
-
-        As of `session_bytes`.
-        """
+        """`session_bytes` of its processes, a few times while it runs for `seconds`."""
         self._signal(signal.SIGCONT)
         self._connection.send(("turn", seconds))
         self._answer()  # warm
@@ -160,14 +143,14 @@ class Worker:
         self._process.wait()
 
 
-# The parent's end of the socket is all there is to say: no command line, no file.
+# The socket carries everything: no command line, no file.
 _PROGRAM = (
     "import sys; from unicl_fast.benchmarks.input.worker import serve; serve(int(sys.argv[1]))"
 )
 
 
 def serve(descriptor: int) -> None:
-    """Answers the handle at the other end of a socket, until that goes away."""
+    """Answers the handle at the other end of a socket, until that is closed."""
     ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGKILL)
     with Connection(descriptor) as connection:
         try:
@@ -183,7 +166,7 @@ def serve(descriptor: int) -> None:
             connection.send(("missing", str(error)))
         except ContenderError as error:
             connection.send(("failed", str(error)))
-        except Exception as error:  # whatever a peer raises is its own
+        except Exception as error:  # peers raise errors of many kinds
             connection.send(("failed", f"{type(error).__name__}: {error}"))
 
 
@@ -200,7 +183,7 @@ def _serve_batches(connection: Connection, contender: Contender, task: Task) -> 
             moments = [_moments(_levels(next(batches), task)) for _ in range(number)]
             connection.send(("moments", np.concatenate(moments)))
         else:
-            return_freed_memory()  # a comparison's, which is no part of a loader
+            return_freed_memory()  # the comparison's, which belongs to no loader
             warm_up(batches, min(number, _WARM_UP_SECONDS))
             connection.send(("warm", None))
             connection.send(("turn", take_turn(batches, number)))
@@ -215,7 +198,7 @@ def _take_images(batches: Iterator[Any], number: int, task: Task) -> np.ndarray:
 
 
 def warm_up(batches: Iterator[Any], seconds: float) -> None:
-    """Takes what was ready, and lets caches fill."""
+    """Takes the batches that were ready, and lets caches fill."""
     start = time.perf_counter()
     taken = 0
     while taken < _WARM_UP or time.perf_counter() - start < seconds:
@@ -224,31 +207,32 @@ def warm_up(batches: Iterator[Any], seconds: float) -> None:
 
 
 def take_turn(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
-    """Images/s of wall time and of CPU time."""
+    """Seconds of wall time and of CPU time for an image."""
     session = os.getsid(0)
     images = 0
-    processor_start, start = session_seconds(session), time.perf_counter()
+    cpu_start, start = session_seconds(session), time.perf_counter()
     while time.perf_counter() - start < seconds:
         batch = next(batches)
         images += batch if isinstance(batch, int) else len(batch)
         del batch  # its buffer can be used again
     wall = time.perf_counter() - start
     # clock ticks are hundredths of a second: a short turn may see none
-    processor = max(session_seconds(session) - processor_start, 0.01)
-    return images / wall, images / processor
+    cpu = max(session_seconds(session) - cpu_start, 0.01)
+    return wall / images, cpu / images
 
 
 def _levels(batch: Any, task: Task) -> np.ndarray:
-    """A contender's batch [b c h w] as levels of 255, float32 [b h w c].
+    """A contestant's batch [b c h w] as levels of 255, float32 [b h w c].
 
     Raises:
-        ContenderError: it is not what all are to make.
+        ContenderError: it has another shape or type than all are to make.
     """
     expected = (task.batch_size, 3, task.image_size, task.image_size)
     if tuple(batch.shape) != expected or "float32" not in str(batch.dtype):
         raise ContenderError(f"made {batch.dtype} {tuple(batch.shape)}, not float32 {expected}")
     images = np.array(batch, dtype=np.float32).transpose(0, 2, 3, 1)
-    return (images * np.float32(CLIP_STD) + np.float32(CLIP_MEAN)) * 255
+    levels: np.ndarray = (images * _STD + _MEAN) * 255
+    return levels
 
 
 def _moments(levels: np.ndarray) -> np.ndarray:
@@ -276,12 +260,12 @@ def session_seconds(session: int) -> float:
 
 
 def session_bytes(session: int) -> int:
-    """What all processes of a session would hold if they were alone on the machine.
+    """Memory that all processes of a session would hold if they were alone on the machine.
 
-    Pages of a file, such as a library's, count once and whole, whoever else has it mapped (this
-    benchmark has most of them); so does memory that is shared by a name, at what the process with
-    the most of it has. Other pages can only be shared within the session, between a process and its
-    forks, and count in parts.
+    Pages of a file, such as a library's, count once and whole, even if other processes have it
+    mapped (this benchmark has most of them); so does memory that is shared by a name, as much as
+    the process with the most of it has. Other pages can only be shared within the session, between
+    a process and its forks, and count in parts.
     """
     named: dict[tuple[str, ...], int] = {}
     unnamed = 0
@@ -291,7 +275,7 @@ def session_bytes(session: int) -> int:
                 if name is None:
                     unnamed += sizes["Pss"]
                     continue
-                # what a process has written to is its own, though the mapping has a file
+                # pages that a process has written are its own, though the mapping has a file
                 own = sizes["Private_Dirty"] if "p" in name[0] else 0
                 unnamed += own
                 named[name] = max(named.get(name, 0), sizes["Rss"] - own)
@@ -299,7 +283,7 @@ def session_bytes(session: int) -> int:
 
 
 def _mappings(smaps: str) -> Iterator[tuple[tuple[str, ...] | None, dict[str, int]]]:
-    """Each mapping of a process: what names it, None if no file does, and its sizes in bytes."""
+    """Each mapping of a process: its name, None if it has no file, and its sizes in bytes."""
     name: tuple[str, ...] | None = None
     sizes: dict[str, int] = {}
     for line in smaps.splitlines():

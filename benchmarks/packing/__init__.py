@@ -1,1 +1,1 @@
-"""Packing and tokenizing rates, and builds of very many samples."""
+"""Stages on packing: a build against a bare loop, and builds of very many samples."""

@@ -1,13 +1,20 @@
-"""What `unicl-pack build` costs beside what it cannot do without: decoding, scaling, encoding.
+"""The cost of `unicl-pack build`: beside a bare loop over images, and for a million small samples.
 
-    unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp] [--json FILE]
+    unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp]
+    unicl-bench many-samples --samples 1000000
 
-The rival is a bare loop over the same files in as many processes: read, decode strictly, and where
-an image is changed scale and encode, with the same libraries and settings. It decodes in full,
-also where bytes are kept and unicl-pack takes a short cut (docs/performance.md says how much). It
-checks no header, limits no time or memory, and writes nothing. First every image that it makes is
-compared with what was packed, byte for byte. Both start their processes on the clock; what that
-takes is measured with one image, and left out of the ratios that say so.
+`pack`: the contestant is a bare loop over the same files in as many processes: read, decode
+strictly, and where an image is changed scale and encode, with the same libraries and settings. It
+decodes in full, also where bytes are kept and unicl-pack takes a short cut (docs/performance.md
+says how much). It checks no header, limits no time or memory, and writes nothing. First every
+image that it makes is compared with what was packed, byte for byte. Both start their processes on
+the clock; the start is measured with one image, and left out of the ratios that say so.
+
+`many-samples`: a JSONL list names a thousand small images again and again, by ever new paths and
+with captions of their own, so that reading, ordering and writing are those of as many pairs while
+decoding costs little. Measured are the peak of resident memory of the main process (VmHWM;
+workers hold one image each and do not grow with the number), the seconds until the first sample is
+packed, and the seconds that opening the finished data set takes.
 """
 
 from __future__ import annotations
@@ -25,7 +32,7 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -40,27 +47,21 @@ from unicl_fast.images.check import RESIZE_QUALITY, RESIZE_SUBSAMPLING, ImageFor
 from unicl_fast.images.encode import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
 from unicl_fast.system.machine import usable_cores
 
-from ..harness import (
-    BenchmarkSettings,
-    Figures,
-    Turn,
-    print_figures,
-    ratios_of,
-    summarise,
-    write_result,
-)
+from ..harness import Figures, Stage, Turn, rate_of, ratio_of, seconds_of, summarise
 
 _OURS, _BARE = "unicl-pack", "bare loop"
 _CHUNK = 64
 _JPEG = b"\xff\xd8\xff"
+_BUILD = (sys.executable, "-m", "unicl_fast.tools.pack", "build")
+_SMALL_IMAGES = 1000
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(BenchmarkSettings):
-    """Images/s that are packed, against decoding, scaling and encoding them alone."""
+class Pack(Stage):
+    """Images/s of packing, against decoding, scaling and encoding them alone."""
 
     data: Path
-    """Folder or zip with plain JPEGs in it, at any depth; others are passed over."""
+    """Folder or zip with plain JPEGs in it, at any depth; other files are skipped."""
     formats: tuple[ImageFormat, ...] = ("keep", "jpeg", "webp", "png")
     """As --format of unicl-pack build."""
     resize: str = ""
@@ -70,43 +71,45 @@ class Settings(BenchmarkSettings):
     copies: int = 1
     """Pack each so many times: a run should be much longer than the start of its processes."""
 
+    def run(self) -> None:
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            paths = write_images(self, folder / "images")
+            starts = start_turns(paths[0], folder, self.rounds)
+            num_bytes = sum(path.stat().st_size for path in paths)
+            figures: Figures = {
+                "images": summarise([len(paths)]),
+                "bytes of an image": summarise([num_bytes / len(paths)]),
+            }
+            for name, turns in starts.items():
+                figures[f"start of {name}, s"] = seconds_of(turns)
+            for format in self.formats:
+                recipe = _Recipe(format, self.resize)
+                figures |= measure(recipe, paths, folder, starts, self.rounds)
+        self.report(figures, "pillow", "simplejpeg", "numpy", "tokenizers")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class _Recipe:
-    """What the bare loop makes of an image."""
+    """The form of an image that the bare loop makes; its fields are options of unicl-pack build."""
 
     format: ImageFormat
-    short_side: int
-    square_side: int
+    resize: str
+
+    def side_of(self, kind: str) -> int:
+        """Pixels of --resize KIND:PIXELS; 0 without it."""
+        own, _, pixels = self.resize.partition(":")
+        return int(pixels) if own == kind else 0
 
 
-def run(settings: Settings) -> None:
-    """Compares, measures, prints, and writes the JSON if one is wanted."""
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        paths = write_images(settings, folder / "images")
-        starts = start_turns(settings, paths[0], folder)
-        num_bytes = sum(path.stat().st_size for path in paths)
-        figures: Figures = {
-            "images": summarise([len(paths)]),
-            "bytes of an image": summarise([num_bytes / len(paths)]),
-        }
-        for name, turns in starts.items():
-            figures[f"start of {name}, s"] = summarise([turn.wall_seconds for turn in turns])
-        for format in settings.formats:
-            figures |= measure(settings, paths, format, folder, starts)
-    print_figures(figures)
-    write_result(settings, figures, "pillow", "simplejpeg", "numpy", "tokenizers")
-
-
-def write_images(settings: Settings, folder: Path) -> list[Path]:
+def write_images(settings: Pack, folder: Path) -> list[Path]:
     """The images as files of one class folder, so that both read the same in the same way."""
     images = list(_find_jpegs(settings.data))
     if not images:
         raise ValueError(f"{settings.data} holds no JPEG: name a folder or a zip of some")
     if 0 < settings.images < len(images):
         step = len(images) / settings.images
-        images = [images[int(place * step)] for place in range(settings.images)]
+        images = [images[int(number * step)] for number in range(settings.images)]
     (folder / "class").mkdir(parents=True)
     paths = []
     for number, data in enumerate(images * settings.copies):
@@ -127,91 +130,73 @@ def _find_jpegs(place: Path) -> Iterator[bytes]:
                 yield data
 
 
-def start_turns(settings: Settings, image: Path, folder: Path) -> dict[str, list[Turn]]:
-    """Both with an image for each process: what they cost whatever they do."""
+def start_turns(image: Path, folder: Path, rounds: int) -> dict[str, list[Turn]]:
+    """Turns of both with an image for each process: the cost of starting them."""
     one = folder / "one" / "class"
     one.mkdir(parents=True)
     few = [one / f"{number}.jpg" for number in range(usable_cores())]
     for path in few:
         shutil.copy(image, path)
-    return take_turns_of(settings, few, _Recipe("keep", 0, 0), "", folder)
+    return take_turns_of(few, _Recipe("keep", ""), folder, rounds)
 
 
 def take_turns_of(
-    settings: Settings, paths: Sequence[Path], recipe: _Recipe, resize: str, folder: Path
+    paths: Sequence[Path], recipe: _Recipe, folder: Path, rounds: int
 ) -> dict[str, list[Turn]]:
+    """Turns of both contestants; the data set that is packed is removed each time."""
     turns: dict[str, list[Turn]] = {_OURS: [], _BARE: []}
-    for _ in range(settings.rounds):
-        turns[_OURS].append(pack(paths[0].parents[1], folder / "packed", recipe.format, resize))
+    for _ in range(rounds):
+        turns[_OURS].append(pack(paths[0].parents[1], folder / "packed", recipe))
         shutil.rmtree(folder / "packed")
         turns[_BARE].append(_timed(lambda: loop(paths, recipe)))
     return turns
 
 
 def measure(
-    settings: Settings,
-    paths: Sequence[Path],
-    format: ImageFormat,
-    folder: Path,
-    starts: dict[str, list[Turn]],
+    recipe: _Recipe, paths: Sequence[Path], folder: Path, starts: dict[str, list[Turn]], rounds: int
 ) -> Figures:
-    """One format: the proof that both make the same, then turns."""
-    kind, _, number = settings.resize.partition(":")
-    sides = {"short": 0, "square": 0} | ({kind: int(number)} if kind else {})
-    recipe = _Recipe(format, sides["short"], sides["square"])
-    compare(settings, paths, recipe, folder)
-    turns = take_turns_of(settings, paths, recipe, settings.resize, folder)
+    """Proves that both make the same images of a format, then takes turns."""
+    compare(paths, recipe, folder)
+    turns, format = take_turns_of(paths, recipe, folder, rounds), recipe.format
     beyond = {name: _less_start(mine, starts[name]) for name, mine in turns.items()}
-    rates = {
-        f"{format}: {name}, images/s": summarise([len(paths) / t.wall_seconds for t in mine])
-        for name, mine in turns.items()
-    }
-    # of equal work: how many times as long the other one takes
+    rates = {f"{format}: {name}, images/s": rate_of(turns[name], len(paths)) for name in turns}
     return rates | {
-        f"{format}: rate against the bare loop": summarise(ratios_of(turns, _BARE, _OURS)),
-        f"{format}: the same, starts left out": summarise(ratios_of(beyond, _BARE, _OURS)),
-        f"{format}: the same by CPU time": summarise(
-            ratios_of(beyond, _BARE, _OURS, unit="cpu_seconds")
-        ),
+        f"{format}: rate against the bare loop": ratio_of(turns, _BARE, _OURS),
+        f"{format}: the same, starts left out": ratio_of(beyond, _BARE, _OURS),
+        f"{format}: the same by CPU time": ratio_of(beyond, _BARE, _OURS, unit="cpu_seconds"),
     }
 
 
 def _less_start(turns: Sequence[Turn], starts: Sequence[Turn]) -> list[Turn]:
-    """Turns without the median start; never less than a tenth, where noise is all there is."""
+    """Turns without the median start; at least a tenth of them, where noise is all that is left."""
     wall = statistics.median(turn.wall_seconds for turn in starts)
-    processor = statistics.median(turn.cpu_seconds for turn in starts)
+    cpu = statistics.median(turn.cpu_seconds for turn in starts)
     return [
         Turn(
             max(turn.wall_seconds - wall, turn.wall_seconds / 10),
-            max(turn.cpu_seconds - processor, turn.cpu_seconds / 10),
+            max(turn.cpu_seconds - cpu, turn.cpu_seconds / 10),
         )
         for turn in turns
     ]
 
 
-def pack(source: Path, out: Path, format: ImageFormat, resize: str) -> Turn:
+def pack(source: Path, out: Path, recipe: _Recipe) -> Turn:
     """A build by the program; its own clock leaves out the start of Python and its imports."""
-    told = out.with_suffix(".json")
-    command = [sys.executable, "-m", "unicl_fast.tools.pack", "build", str(source)]
-    command += ["--out", str(out), "--format", format, "--json", str(told)]
-    processor = _children_seconds()
-    done = subprocess.run(
-        command + (["--resize", resize] if resize else []),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    result = out.with_suffix(".json")
+    command = [*_BUILD, str(source), "--out", str(out), "--format", recipe.format]
+    command += ["--json", str(result), *(["--resize", recipe.resize] if recipe.resize else [])]
+    before = _children_seconds()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"unicl-pack failed: {done.stderr.strip().splitlines()[-1]}")
-    seconds = json.loads(told.read_text(encoding="utf-8"))["seconds"]
-    return Turn(seconds, _children_seconds() - processor)
+    seconds = json.loads(result.read_text(encoding="utf-8"))["seconds"]
+    return Turn(seconds, _children_seconds() - before)
 
 
 def loop(paths: Sequence[Path], recipe: _Recipe) -> list[int]:
-    """The bare loop; returns the XXH3 of what it made, in order."""
-    chunks = [paths[place : place + _CHUNK] for place in range(0, len(paths), _CHUNK)]
-    processes = usable_cores()
-    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+    """The bare loop; returns the XXH3 of its images, in order."""
+    chunks = [paths[start : start + _CHUNK] for start in range(0, len(paths), _CHUNK)]
+    with ProcessPoolExecutor(usable_cores(), multiprocessing.get_context("spawn")) as pool:
         hashes = pool.map(_work, chunks, [recipe] * len(chunks))
         return [one for chunk in hashes for one in chunk]
 
@@ -221,7 +206,7 @@ def _work(paths: Sequence[Path], recipe: _Recipe) -> list[int]:
 
 
 def _make(data: bytes, recipe: _Recipe) -> bytes:
-    """What anybody would write who wants this done and no more."""
+    """The shortest code that does this and no more."""
     height, width, colours, _ = simplejpeg.decode_jpeg_header(data)
     space = "GRAY" if colours == "Gray" else "RGB"
     pixels = simplejpeg.decode_jpeg(data, colorspace=space, strict=True)
@@ -241,22 +226,23 @@ def _make(data: bytes, recipe: _Recipe) -> bytes:
 
 
 def _scale(pixels: Any, height: int, width: int, recipe: _Recipe) -> tuple[Any, bool]:
-    """Pixels [h w c] as large as they are wanted, and whether that is another size."""
-    side, edge = recipe.square_side or recipe.short_side, min(height, width)
-    if side == 0 or (edge <= side if recipe.short_side else (height, width) == (side, side)):
+    """Pixels [h w c] of the recipe's size, and whether that is another size than before."""
+    short_side, square_side = recipe.side_of("short"), recipe.side_of("square")
+    side, edge = square_side or short_side, min(height, width)
+    if side == 0 or (edge <= side if short_side else (height, width) == (side, side)):
         return pixels, False
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     box, size = None, (round(width * side / edge), round(height * side / edge))
-    if recipe.square_side:
+    if square_side:
         left, top = (width - edge) // 2, (height - edge) // 2
         box, size = (left, top, left + edge, top + edge), (side, side)
     scaled = np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box))
     return scaled if scaled.ndim == 3 else scaled[..., None], True
 
 
-def compare(settings: Settings, paths: Sequence[Path], recipe: _Recipe, folder: Path) -> None:
-    """Refuses to time what does not make the same files."""
-    pack(paths[0].parents[1], folder / "packed", recipe.format, settings.resize)
+def compare(paths: Sequence[Path], recipe: _Recipe, folder: Path) -> None:
+    """Raises RuntimeError if the two do not make the same files."""
+    pack(paths[0].parents[1], folder / "packed", recipe)
     with PackedDataset(folder / "packed") as dataset:
         packed = Counter(dataset.samples["xxh3"].tolist())
     shutil.rmtree(folder / "packed")
@@ -264,22 +250,98 @@ def compare(settings: Settings, paths: Sequence[Path], recipe: _Recipe, folder: 
     if made != packed:
         raise RuntimeError(
             f"{recipe.format}: {(made - packed).total()} of {len(paths)} images of the bare loop "
-            "are not what was packed; nothing was timed. It takes plain JPEGs only"
+            "differ from the packed ones; nothing was timed. It takes plain JPEGs only"
         )
     print(f"{recipe.format}: all {len(paths):,} images are packed as the bare loop makes them")
 
 
-def _timed(work: Any) -> Turn:
-    wall, processor = time.perf_counter(), _seconds()
+def _timed(work: Callable[[], object]) -> Turn:
+    wall, cpu = time.perf_counter(), time.process_time() + _children_seconds()
     work()
-    return Turn(time.perf_counter() - wall, _seconds() - processor)
-
-
-def _seconds() -> float:
-    """CPU time of this process and of its children that have ended."""
-    return time.process_time() + _children_seconds()
+    cpu = time.process_time() + _children_seconds() - cpu
+    return Turn(time.perf_counter() - wall, cpu)
 
 
 def _children_seconds() -> float:
+    """CPU time of this process's children that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ManySamples(Stage):
+    """Memory and start-up time of packing a list of many small images."""
+
+    samples: int = 1_000_000
+    """Rows of the list."""
+    folder: Path | None = None
+    """Folder to work in; by default a temporary one."""
+    workers: int = 0
+    """As --workers of unicl-pack build."""
+    rounds: int = 1
+    """Repetitions."""
+
+    def run(self) -> None:
+        taken: dict[str, list[float]] = {}
+        for _ in range(self.rounds):
+            with tempfile.TemporaryDirectory(dir=self.folder) as name:
+                make_list(Path(name), self.samples)
+                for figure, value in build(Path(name), self.workers).items():
+                    taken.setdefault(figure, []).append(value)
+        self.report({name: summarise(values) for name, values in taken.items()}, "numpy")
+
+
+def make_list(folder: Path, count: int) -> None:
+    """Writes images of 8 x 8 pixels, links that give them many names, and the list."""
+    images = folder / "images"
+    images.mkdir()
+    generator = np.random.default_rng(0)
+    for number in range(_SMALL_IMAGES):
+        pixels = generator.integers(0, 256, (8, 8, 3), np.uint8)
+        Image.fromarray(pixels).save(images / f"{number:03d}.png")
+    for number in range(-(-count // _SMALL_IMAGES)):
+        (folder / f"{number:05d}").symlink_to(images)
+    with (folder / "list.jsonl").open("w") as file:
+        for number in range(count):
+            link, image = divmod(number, _SMALL_IMAGES)
+            caption = f"number {number} of many images, with a caption of its own"
+            row = {"image": f"{link:05d}/{image:03d}.png", "caption": caption}
+            file.write(json.dumps(row) + "\n")
+
+
+def build(folder: Path, workers: int) -> dict[str, float]:
+    """Packs the list and opens the data set."""
+    out = folder / "set"
+    command = [*_BUILD, str(folder / "list.jsonl"), "--out", str(out), "--workers", str(workers)]
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    peak = at_first = first = 0.0
+    while process.poll() is None:
+        peak = max(peak, _peak_megabytes(process.pid))
+        if not first and any(folder.glob("set.partial*/**/shard-000000.tar")):
+            first, at_first = time.perf_counter() - started, peak
+        time.sleep(0.2)
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise RuntimeError(f"unicl-pack ended with {process.returncode}")
+    opening = []
+    for _ in range(3):
+        started = time.perf_counter()
+        PackedDataset(out).close()
+        opening.append(time.perf_counter() - started)
+    return {
+        "peak of the main process, MB": peak,
+        "the same before the first sample is packed, MB": at_first,
+        "until the first sample is packed, s": first,
+        "build, s": seconds,
+        "opening the data set, s": statistics.median(opening),
+    }
+
+
+def _peak_megabytes(process: int) -> float:
+    try:
+        lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    except OSError:  # it has just ended
+        return 0.0
+    sizes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
+    return sizes[0] * 1024 / 1e6 if sizes else 0.0

@@ -1,1 +1,1 @@
-"""The loss, the target map, the text encoder, whole steps and their parts, checkpoints, memory."""
+"""Stages on training: texts, the loss, whole steps and their parts, checkpoints and ledgers."""

@@ -1,51 +1,76 @@
-"""What each switch of `efficiency` does to a training step: its time, and its memory.
+"""The time and memory of a training step: each switch of `efficiency`, batch sizes, its parts.
 
-    unicl-bench efficiency --data PACKED --image-encoder resnet50 [--json FILE]
+    unicl-bench efficiency --data PACKED --image-encoder resnet50
+    unicl-bench memory --data PACKED
+    unicl-bench profile --data PACKED [--preset NAME]
 
-Two trainers take turns on the same batch, from the same weights: one as `unicl-pretrain` runs it
-here, one with a single switch the other way; then the next switch. Their first losses are compared
-before. Memory is what the first step takes above the model in a fresh process, at most: gradients,
-averages of the optimizer and activations.
+`efficiency`: two trainers take turns on the same batch, from the same weights: one as
+`unicl-pretrain` runs it here, one with a single switch changed; then the next switch. Their first
+losses are compared before. Memory is what the first step takes above the model in a fresh process,
+at most: gradients, averages of the optimizer and activations.
+
+`memory`: `unicl-pretrain` takes one step of each batch, in a process of its own: a micro-batch
+alone, the large batch in micro-batches, and a batch of medium size at once.
+
+`profile`: a step is taken apart at the features: both encoders forward, the loss and its gradient
+with respect to the features, both encoders backward, the update. The parts give the gradients of
+the whole step, which is compared first. The floor of a part is the time that its matrix products
+and convolutions would take at the rate of one large square product of the same type on the same
+machine. (Fused attention on a CPU is not counted: it is used there in fp32 only, and is a few
+percent.)
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import multiprocessing
-from collections.abc import Callable
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.config import TrainConfig
-from unicl_fast.models.precision import settle_precision
-from unicl_fast.pipelines.feed.host_memory import keep_freed_memory
+from unicl_fast.config import DeviceName, TrainConfig
+from unicl_fast.models.precision import Precision, settle_precision
+from unicl_fast.presets import build_preset
+from unicl_fast.system.host_memory import keep_freed_memory
+from unicl_fast.system.machine import choose_device
+from unicl_fast.training.cached_gradients import back_propagate_learnt
+from unicl_fast.training.step import contrast_over_ranks, encoder_input, texts_to_encode
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import (
-    BenchmarkSettings,
     Figures,
+    Stage,
     peak_bytes,
+    peak_megabytes,
     print_figures,
-    ratios_of,
+    ratio_of,
     summarise,
     take_turns,
-    write_result,
 )
 from .step import step_config, take_batch
 
 _AS_IT_IS = "as it is"
 _LOSSES_AGREE = 0.03
-"""Relative, of a step in 16 bits and one in 32."""
+"""Relative difference allowed between the losses of a step in 16 bits and one in 32."""
+_SQUARE = 4096
+"""Side of the matrices whose product gives the floor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(BenchmarkSettings):
-    """What each switch of efficiency does to a training step."""
+class Efficiency(Stage):
+    """Effect of each switch of efficiency on a training step."""
 
     data: Path
-    """Packed data set; with captions the switches of texts count, with labels hardly."""
+    """Packed data set; switches of texts matter with captions, hardly with labels."""
     image_encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model."""
     image_size: int = 224
@@ -57,43 +82,47 @@ class Settings(BenchmarkSettings):
     memory: bool = True
     """Measure memory, too."""
 
+    def run(self) -> None:
+        keep_freed_memory()  # as in training
+        config = step_config(
+            self.image_encoder,
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            precision="auto",
+        )
+        base = settle_precision(config, torch.device("cpu"))
+        batch = take_batch(base, self.data)
+        figures: Figures = {}
+        measured = {_AS_IT_IS: base}
+        for name, change in switches_of(self, base.efficiency.precision).items():
+            other = changed(base, change)
+            work = steps_of(base, batch)
+            try:
+                works = {_AS_IT_IS: work, name: steps_of(other, batch)}
+            except ValueError as error:  # micro-batches of BatchNorm, for example
+                print(f"{name} is left out: {error}")
+                continue
+            losses = [work() for work in works.values()]
+            if not abs(losses[0] - losses[1]) <= _LOSSES_AGREE * losses[0]:
+                raise RuntimeError(f"{name}: the losses are {losses}; nothing was timed")
+            turns = take_turns(works, rounds=self.rounds)
+            figure = {f"{name}, times as long": ratio_of(turns, name, _AS_IT_IS)}
+            print_figures(figure)
+            figures |= figure
+            measured[name] = other
+        if self.memory:
+            peaks = {
+                f"{name}, MB above the model": peak_megabytes(_peak, config, batch)
+                for name, config in measured.items()
+                if not config.efficiency.compile  # its memory would be the compiler's
+            }
+            print_figures(peaks)
+            figures |= peaks
+        self.write_result(figures, "timm", precision=base.efficiency.precision)
 
-def run(settings: Settings) -> None:
-    """Compares, measures, prints, and writes the JSON if one is wanted."""
-    keep_freed_memory()  # as in training
-    config = step_config(
-        settings.image_encoder,
-        image_size=settings.image_size,
-        batch_size=settings.batch_size,
-        precision="auto",
-    )
-    base = settle_precision(config, torch.device("cpu"))
-    batch = take_batch(base, settings.data)
-    figures: Figures = {}
-    measured = {_AS_IT_IS: base}
-    for name, change in switches_of(settings, base.efficiency.precision).items():
-        other = changed(base, change)
-        work = steps_of(base, batch)
-        try:
-            works = {_AS_IT_IS: work, name: steps_of(other, batch)}
-        except ValueError as error:  # micro-batches of BatchNorm, say
-            print(f"{name} is passed over: {error}")
-            continue
-        losses = [work() for work in works.values()]
-        if not abs(losses[0] - losses[1]) <= _LOSSES_AGREE * losses[0]:
-            raise RuntimeError(f"{name}: the losses are {losses}; nothing was timed")
-        turns = take_turns(works, rounds=settings.rounds)
-        figure = {f"{name}, times as long": summarise(ratios_of(turns, name, _AS_IT_IS))}
-        print_figures(figure)
-        figures |= figure
-        measured[name] = other
-    if settings.memory:
-        figures |= measure_memory(measured, batch)
-    write_result(settings, figures, "timm", precision=base.efficiency.precision)
 
-
-def switches_of(settings: Settings, precision: str) -> dict[str, dict[str, object]]:
-    """What is changed for each figure, where `precision` is what the step has."""
+def switches_of(settings: Efficiency, precision: str) -> dict[str, dict[str, object]]:
+    """The change of each figure, where the step computes in `precision`."""
     other_precision = "fp32" if precision != "fp32" else "bf16"
     switches: dict[str, dict[str, object]] = {
         other_precision: {"precision": other_precision},
@@ -119,24 +148,231 @@ def changed(config: TrainConfig, change: dict[str, object]) -> TrainConfig:
 
 
 def steps_of(config: TrainConfig, batch: Batch) -> Callable[[], float]:
-    """Takes a training step at each call, and returns its loss."""
+    """A function that takes a training step at each call, and returns its loss."""
     trainer = Trainer(config, ListLoader([batch]), progress=False)
     return lambda: float(trainer.train_step(batch)[0])
 
 
-def measure_memory(configs: dict[str, TrainConfig], batch: Batch) -> Figures:
-    """Megabytes of the first step of each, by fresh processes that share nothing with this one."""
-    figures: Figures = {}
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name, config in configs.items():
-            if config.efficiency.compile:  # its memory would be the compiler's
-                continue
-            peak = pool.apply(_peak_megabytes, (config, batch))
-            figures[f"{name}, MB above the model"] = summarise([peak])
-    print_figures(figures)
-    return figures
-
-
-def _peak_megabytes(config: TrainConfig, batch: Batch) -> float:
+def _peak(config: TrainConfig, batch: Batch) -> float:
     keep_freed_memory()
-    return peak_bytes(steps_of(config, batch)) / 1e6
+    return peak_bytes(steps_of(config, batch))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory(Stage):
+    """Peak memory of training steps with cached gradients and without."""
+
+    data: Path
+    """Packed data set."""
+    preset: str = "mixed-small"
+    """A preset of unicl-pretrain."""
+    image_encoder: str = "vit_small_patch16_224"
+    """A timm model."""
+    image_size: int = 64
+    """Side of the images."""
+    large: int = 8192
+    """Batch that is taken in micro-batches."""
+    micro: int = 64
+    """Micro-batch, and the smallest batch."""
+    plain: int = 1024
+    """Batch that is taken at once."""
+    rounds: int = 1
+    """Repetitions of each."""
+
+    def run(self) -> None:
+        batches = {
+            f"batch {self.micro:,}": (self.micro, 0),
+            f"batch {self.large:,} in micro-batches of {self.micro}": (self.large, self.micro),
+            f"batch {self.plain:,}": (self.plain, 0),
+        }
+        peaks: dict[str, list[float]] = {name: [] for name in batches}
+        seconds: dict[str, list[float]] = {name: [] for name in batches}
+        for _ in range(self.rounds):
+            for name, (batch, micro) in batches.items():
+                started = time.perf_counter()
+                peaks[name].append(peak_of_a_step(self, batch, micro) / 1e9)
+                seconds[name].append(time.perf_counter() - started)
+        figures = {f"{name}, peak GB": summarise(found) for name, found in peaks.items()}
+        for name, found in seconds.items():
+            figures[f"{name}, seconds with start"] = summarise(found)
+        self.report(figures, "timm")
+
+
+def peak_of_a_step(settings: Memory, batch: int, micro: int) -> int:
+    """Largest resident size of unicl-pretrain in bytes; at least this process's own.
+
+    Raises:
+        RuntimeError: it failed; the message has the end of its output.
+    """
+    size = str(settings.image_size)
+    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as output:
+        command = (
+            *(sys.executable, "-m", "unicl_fast.tools.pretrain", "--preset", settings.preset),
+            *("--model.image-encoder", settings.image_encoder, "--data.image-size", size),
+            *("--data.evaluation-resize", size, "--data.train", str(settings.data)),
+            *("--efficiency.precision", "bf16", "--run.samples", "0", "--run.steps", "1"),
+            *("--run.global-batch-size", str(batch), "--out", f"{name}/run"),
+            *("--efficiency.micro-batch-size", str(micro)),
+        )
+        process = subprocess.Popen(command, stdout=output, stderr=output)
+        try:
+            _, status, usage = os.wait4(process.pid, 0)
+        except BaseException:
+            process.kill()
+            raise
+        process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode != 0:
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command[2:])}:\n{output.read()[-2000:]}")
+    return usage.ru_maxrss * 1024
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Profile(Stage):
+    """Time of a training step by its parts, beside the floor of their matrix products."""
+
+    data: Path
+    """Packed data set."""
+    preset: str = "swin-tiny"
+    """Model and settings."""
+    batch_size: int = 16
+    """Images of a step."""
+    device: DeviceName = "auto"
+    """Device that runs the step."""
+
+    def run(self) -> None:
+        keep_freed_memory()
+        config = build_preset(self.preset)
+        run = dataclasses.replace(
+            config.run, global_batch_size=self.batch_size, steps=1000, device="cpu"
+        )
+        config = dataclasses.replace(config, run=run)
+        batch = take_batch(config, self.data)
+        device = choose_device(self.device)
+        trainer = Trainer(config, ListLoader([batch]), device=device, progress=False)
+        step = StepInParts(trainer, batch.to(device))
+        compare(step)
+        operations = step.count_operations()
+        step.take()  # warm-up
+        taken = [step.take() for _ in range(self.rounds)]
+        whole = [sum(seconds.values()) for seconds in taken]
+        rate = measure_rate(step.precision.compute_type, device)
+        figures = {f"{part}, s": summarise([t[part] for t in taken]) for part in taken[0]}
+        figures["whole step, s"] = summarise(whole)
+        for part, count in operations.items():
+            ratios = [seconds[part] / (count / rate) for seconds in taken]
+            figures[f"{part}, times its floor"] = summarise(ratios)
+        floor = sum(operations.values()) / rate
+        figures["whole step, times its floor"] = summarise([seconds / floor for seconds in whole])
+        figures["rate of one product, GFLOP/s"] = summarise([rate / 1e9])
+        precision = trainer.config.efficiency.precision
+        self.report(figures, "timm", operations=operations, precision=precision)
+
+
+class StepInParts:
+    """A trainer's step on one batch, taken apart and timed."""
+
+    def __init__(self, trainer: Trainer, batch: Batch) -> None:
+        self.trainer, self.batch = trainer, batch
+        self.device = batch.images.device
+        self.precision = Precision(trainer.config.efficiency.precision)
+        self.seconds: dict[str, float] = {}
+        self.operations: dict[str, int] = {}
+        self.counting = False
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Times the block, or counts its operations."""
+        self._wait()
+        started = time.perf_counter()
+        counter = FlopCounterMode(display=False) if self.counting else contextlib.nullcontext()
+        with counter:
+            yield
+        self._wait()
+        self.seconds[name] = time.perf_counter() - started
+        if isinstance(counter, FlopCounterMode) and counter.get_total_flops():
+            self.operations[name] = counter.get_total_flops()
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def take(self) -> dict[str, float]:
+        """Takes one step; returns the seconds of each part."""
+        trainer = self.trainer
+        trainer.model.train()
+        loss = self.back_propagate()
+        with self.part("clip and update"):
+            trainer.update(loss)
+            trainer.optimizer.zero_grad()
+        return dict(self.seconds)
+
+    def back_propagate(self) -> Tensor:
+        """Adds the step's gradient to the parameters'."""
+        trainer, batch = self.trainer, self.batch
+        model, config = trainer.model, trainer.config
+        model.set_drop_path_key(step=batch.step, global_index=batch.global_index)
+        with self.part("normalise images"):
+            pixels = encoder_input(batch.images, config)
+            tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
+        with self.part("image encoder forward"), self.precision.autocast(self.device.type):
+            images = model.encode_image(pixels)
+        with self.part("text encoder forward"), self.precision.autocast(self.device.type):
+            texts = model.encode_text(tokens, num_tokens)
+            scale = model.logit_scale.exp()
+        features = [feature.detach().requires_grad_() for feature in (images, texts, scale)]
+        with self.part("loss and its gradient"):
+            loss = contrast_over_ranks(
+                *features[:2],
+                class_ids=batch.class_ids,
+                text_class_ids=text_class_ids,
+                text_counts=text_counts,
+                scale=features[2],
+                ranks=trainer.ranks,
+                form=config.efficiency.loss,
+            )
+            scaled = trainer.scaler.scale(loss)
+            image_gradient, text_gradient, scale_gradient = torch.autograd.grad(scaled, features)
+        with self.part("image encoder backward"):
+            torch.autograd.backward(images, image_gradient)
+        with self.part("text encoder backward"):
+            back_propagate_learnt([texts, scale], [text_gradient, scale_gradient])
+        return loss.detach()
+
+    def count_operations(self) -> dict[str, int]:
+        """Floating-point operations of the matrix products and convolutions of each part."""
+        self.counting = True
+        self.back_propagate()
+        self.counting = False
+        self.trainer.optimizer.zero_grad()
+        return self.operations
+
+
+def compare(step: StepInParts) -> None:
+    """Raises RuntimeError if the parts do not give the gradients of the trainer's step."""
+    trainer = step.trainer
+    trainer.model.train()
+
+    def take_whole() -> object:
+        return trainer.back_propagate(step.batch)
+
+    found = []
+    for back_propagate in (take_whole, step.back_propagate):
+        back_propagate()
+        found.append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
+        trainer.optimizer.zero_grad()
+    for whole, parts in zip(*found, strict=True):
+        gap = float((whole - parts).norm() / whole.norm().clamp_min(1e-12))
+        if not gap < 0.05:  # sums of narrow types in another order
+            raise RuntimeError(f"the parts' gradients differ by {gap:.2g}; nothing was timed")
+
+
+def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Operations per second of one large square product, the best of five."""
+    left, right = (torch.randn(_SQUARE, _SQUARE, dtype=dtype, device=device) for _ in range(2))
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        (left @ right).sum().item()
+        best = min(best, time.perf_counter() - started)
+    return 2 * _SQUARE**3 / best

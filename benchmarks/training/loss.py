@@ -2,17 +2,16 @@
 
     unicl-bench loss [--sizes 1024 4096] [--json FILE]
 
-All classes are distinct, since that is all that ClipLoss knows; then both losses are the same
-number, which is proven before anything is timed. The floor is what four matrix products of the
-loss's size cost at the rate measured in the same round: one for the logits, one to recompute them,
-two for the gradients. Memory is taken in a fresh process for each contestant, above what it held
-with the inputs there; the gradients are in it.
+All classes are distinct, which is all that ClipLoss handles; then both losses are the same number,
+which is proven before anything is timed. The floor is the cost of four matrix products of the
+loss's size at the rate measured in the same round: one for the logits, one to recompute them, two
+for the gradients. Memory is measured in a fresh process for each contestant, above what it held
+with the inputs there; the gradients are included.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import multiprocessing
 from collections.abc import Callable
 from typing import Any
 
@@ -24,15 +23,15 @@ from torch.nn import functional as F
 from unicl_fast.objectives.loss import unified_contrastive_loss
 
 from ..harness import (
-    BenchmarkSettings,
     Figures,
+    Stage,
     Turn,
     peak_bytes,
+    peak_megabytes,
     print_figures,
-    ratios_of,
-    summarise,
+    ratio_of,
+    seconds_of,
     take_turns,
-    write_result,
 )
 
 _FEW_TEXTS = 1000
@@ -54,35 +53,36 @@ CONTESTANTS = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Settings(BenchmarkSettings):
+class Loss(Stage):
     """Time and memory of the loss, beside open_clip's and the dense form."""
 
     sizes: tuple[int, ...] = (1024, 4096, 16384, 32768)
-    """Images, and texts."""
+    """Images, and texts, of a batch."""
     embed_dim: int = 512
     """Dimension of the features."""
     rounds_of_largest: int = 3
-    """The same above largest_stored."""
+    """Rounds at sizes above largest_stored."""
     largest_stored: int = 16384
-    """Above it those that hold the logits are left out: at 32,768 they want 17 GB and more."""
+    """Above it, losses that hold the logits are left out: at 32,768 they need 17 GB and more."""
     threads: int = torch.get_num_threads()
-    """Of torch. With 1, CPU time hardly depends on who else uses the machine."""
+    """Torch's threads. With 1, CPU time hardly depends on other jobs on the machine."""
     memory: bool = True
     """Measure memory, too."""
 
-
-def run(settings: Settings) -> None:
-    """Compares, measures, prints, and writes the JSON if one is wanted."""
-    torch.set_num_threads(settings.threads)
-    compare(settings)
-    figures: Figures = {}
-    for n in settings.sizes:
-        measured = measure_time(n, settings)
-        if settings.memory:
-            measured |= measure_memory(n, settings)
-        print_figures(measured)
-        figures |= measured
-    write_result(settings, figures, "open_clip_torch")
+    def run(self) -> None:
+        torch.set_num_threads(self.threads)
+        compare(self.embed_dim)
+        figures: Figures = {}
+        for n in self.sizes:
+            measured = measure_time(n, self)
+            if self.memory:
+                measured |= {
+                    f"{n}: {name}, MB above the inputs": peak_megabytes(_peak, name, n, self)
+                    for name in contestants_of(n, self)
+                }
+            print_figures(measured)
+            figures |= measured
+        self.write_result(figures, "open_clip_torch")
 
 
 class Contestant:
@@ -107,7 +107,7 @@ class Contestant:
         self._clip_loss = ClipLoss()
 
     def __call__(self) -> Tensor:
-        """The loss; gradients are left with the inputs."""
+        """Returns the loss; the gradients stay with the inputs."""
         self.images.grad = self.texts.grad = self.scale.grad = None
         if self.kind == "clip":
             loss: Tensor = self._clip_loss(self.images, self.texts, self.scale)
@@ -124,8 +124,8 @@ class Contestant:
         return loss.detach()
 
 
-def contestants_of(n: int, settings: Settings) -> list[str]:
-    """Who can be measured at this size."""
+def contestants_of(n: int, settings: Loss) -> list[str]:
+    """Names of the losses that can be measured at this size."""
     return [
         name
         for name, (kind, _) in CONTESTANTS.items()
@@ -134,19 +134,19 @@ def contestants_of(n: int, settings: Settings) -> list[str]:
     ]
 
 
-def compare(settings: Settings) -> None:
-    """Refuses to time losses that are not the same; fp64 on the same features is the judge."""
+def compare(embed_dim: int) -> None:
+    """Raises RuntimeError if a loss differs from the dense form in fp64 on the same features."""
     n = 3000
     for name, (kind, dtype) in CONTESTANTS.items():
-        contestant = Contestant(name, n, settings.embed_dim)
+        contestant = Contestant(name, n, embed_dim)
         loss = contestant().double()
         features = contestant.images, contestant.texts
         gradients = torch.cat([x.grad.double() for x in features if x.grad is not None])
         images, texts = (x.detach().double().requires_grad_() for x in features)
-        of_all = torch.arange(n) % len(texts)  # every image with a text of its own
-        judge = unified_contrastive_loss(images, texts[of_all], of_all, _SCALE, form="dense")
-        exact = torch.cat(torch.autograd.grad(judge, (images, texts)))
-        gap = float((loss - judge.detach()).abs() / judge.detach())
+        of_all = torch.arange(n) % len(texts)  # every image has a text of its own
+        reference = unified_contrastive_loss(images, texts[of_all], of_all, _SCALE, form="dense")
+        exact = torch.cat(torch.autograd.grad(reference, (images, texts)))
+        gap = float((loss - reference.detach()).abs() / reference.detach())
         gradient_gap = float((gradients - exact).norm() / exact.norm())
         print(f"{name:46} loss off by {gap:.1e}, gradients by {gradient_gap:.1e} of their norm")
         # ClipLoss sums up in bf16, too
@@ -155,8 +155,8 @@ def compare(settings: Settings) -> None:
             raise RuntimeError(f"{name} is another loss; nothing was timed")
 
 
-def measure_time(n: int, settings: Settings) -> Figures:
-    """Seconds of each, and its part of the baseline's (else of the floor) in the same round."""
+def measure_time(n: int, settings: Loss) -> Figures:
+    """Seconds of each loss, and their ratio to the baseline's (else the floor's)."""
     works: dict[str, Callable[[], object]] = {
         name: Contestant(name, n, settings.embed_dim) for name in contestants_of(n, settings)
     }
@@ -171,15 +171,15 @@ def measure_time(n: int, settings: Settings) -> Figures:
             for turn in turns.pop(f"rate {dtype}")
         ]
     figures: Figures = {}
-    for name, theirs in turns.items():
-        figures[f"{n}: {name}, s"] = summarise([turn.wall_seconds for turn in theirs])
-        figures[f"{n}: {name}, CPU s"] = summarise([t.cpu_seconds for t in theirs])
-        base = BASELINE if BASELINE in turns else "4 products fp32"
+    base = BASELINE if BASELINE in turns else "4 products fp32"
+    for name in turns:
+        figures[f"{n}: {name}, s"] = seconds_of(turns[name])
+        figures[f"{n}: {name}, CPU s"] = seconds_of(turns[name], unit="cpu_seconds")
         if name != base:
-            for unit in ("wall_seconds", "cpu_seconds"):
-                ratios = ratios_of(turns, name, base, unit=unit)
-                suffix = "" if unit == "wall_seconds" else ", processor"
-                figures[f"{n}: {name} / {base}{suffix}"] = summarise(ratios)
+            figures[f"{n}: {name} / {base}"] = ratio_of(turns, name, base)
+            figures[f"{n}: {name} / {base}, by CPU time"] = ratio_of(
+                turns, name, base, unit="cpu_seconds"
+            )
     return figures
 
 
@@ -195,19 +195,7 @@ def _rate_products(dtype: str) -> Callable[[], object]:
     return work
 
 
-def measure_memory(n: int, settings: Settings) -> Figures:
-    """Megabytes that each needs above its inputs, at most, gradients included."""
-    figures: Figures = {}
-    # fresh processes that share nothing with this one
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        for name in contestants_of(n, settings):
-            peak = pool.apply(_peak_megabytes, (name, n, settings))
-            figures[f"{n}: {name}, MB above the inputs"] = summarise([peak])
-    return figures
-
-
-def _peak_megabytes(name: str, n: int, settings: Settings) -> float:
+def _peak(name: str, n: int, settings: Loss) -> float:
     torch.set_num_threads(settings.threads)
     Contestant(name, 256, settings.embed_dim)()  # loads the libraries
-    peak: int = peak_bytes(Contestant(name, n, settings.embed_dim))
-    return peak / 1e6
+    return peak_bytes(Contestant(name, n, settings.embed_dim))

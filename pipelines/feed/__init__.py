@@ -1,1 +1,1 @@
-"""From a plan to what DALI takes: bytes, token rows, substitutes for bad samples."""
+"""From a plan to the inputs of DALI: images, texts, substitutes for bad samples."""

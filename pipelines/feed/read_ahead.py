@@ -1,17 +1,18 @@
 """Brings blocks of remote data sets into the local cache before the samples in them are read.
 
-Which samples come is known as far ahead as one likes (plan.py), so nothing is guessed: whoever
-reads says where it is, and here the blocks of what comes after are fetched by a few threads, in the
-order in which they will be needed. A fetch that fails is left to the reading itself, which tries
-anew and says what is wrong; so nothing waits for these threads, and they may stop at any time.
+The plan knows which samples come, however far ahead, so nothing is guessed: the reader says where
+it is, and a few threads fetch the blocks that come after, in the order in which they will be
+needed. A fetch that fails is left to the reading itself, which tries anew and says what is wrong;
+so nothing waits for these threads, and they may stop at any time.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,36 +22,55 @@ from unicl_fast.dataset.remote.object_store import CONNECTIONS
 
 logger = logging.getLogger(__name__)
 
-Draws = Callable[[int], tuple[NDArray[np.int32], NDArray[np.int64]] | None]
-"""Sources and samples of one stretch of the order, by its number; None behind the end."""
+Schedule = Callable[[int], tuple[NDArray[np.int32], NDArray[np.int64]] | None]
+"""Sources and samples of a stretch of the order, by its number; None behind the end."""
 _Block = tuple[int, int, int]
 """Source, file, block."""
 _JOIN_SECONDS = 2.0
 
 
-class ReadAhead:
-    """Follows one rank through its order; close it at the end."""
+@contextlib.contextmanager
+def reading_ahead(
+    datasets: Sequence[PackedDataset], schedule: Schedule, *, start: int, stretches: int
+) -> Iterator[Callable[[int], None]]:
+    """Fetches ahead within this context, if a data set lies under a URL and `stretches` is not 0.
+
+    Args:
+        datasets: the sources, open; local ones need nothing.
+        schedule: the order of samples, in stretches.
+        start: the first stretch that will be read.
+        stretches: how many are looked at beyond the one that is being read.
+
+    Yields:
+        A function to call with the number of a stretch that is about to be read; from any thread,
+        nearly in order.
+    """
+    options = [dataset.remote.options for dataset in datasets if dataset.remote is not None]
+    if not options or not stretches:
+        yield lambda stretch: None
+        return
+    # More blocks than half the cache would push out those that are being used.
+    most_blocks = min(one.max_bytes // (2 * one.block_bytes) for one in options)
+    ahead = _ReadAhead(datasets, schedule, start, stretches, most_blocks)
+    try:
+        yield ahead.follow
+    finally:
+        ahead.close()
+
+
+class _ReadAhead:
+    """Follows one rank through its order."""
 
     def __init__(
         self,
         datasets: Sequence[PackedDataset],
-        draws: Draws,
-        *,
+        schedule: Schedule,
         start: int,
         stretches: int,
         most_blocks: int,
     ) -> None:
-        """Starts fetching.
-
-        Args:
-            datasets: the sources, open; those in folders are passed over.
-            draws: the order, in stretches.
-            start: the first stretch that will be read.
-            stretches: how many are looked at beyond the one that is being read.
-            most_blocks: how many different blocks may be waiting to be used.
-        """
         self._datasets = list(datasets)
-        self._draws = draws
+        self._schedule = schedule
         self._stretches = stretches
         self._most_blocks = most_blocks
         self._next = start
@@ -70,7 +90,6 @@ class ReadAhead:
         self.follow(start)
 
     def follow(self, stretch: int) -> None:
-        """Says that a stretch is about to be read; from any thread, nearly in order."""
         with self._lock:
             while self._done < stretch:
                 for block in self._uses.pop(self._done, ()):
@@ -83,10 +102,10 @@ class ReadAhead:
                 and self._next <= stretch + self._stretches
                 and len(self._last_use) < self._most_blocks
             ):
-                draws = self._draws(self._next)
-                if draws is None:
+                scheduled = self._schedule(self._next)
+                if scheduled is None:
                     return
-                self._want(*draws)
+                self._want(*scheduled)
                 self._next += 1
 
     def close(self) -> None:
@@ -101,10 +120,9 @@ class ReadAhead:
     def _want(self, source_ids: NDArray[np.int32], sample_ids: NDArray[np.int64]) -> None:
         used: list[_Block] = []
         for source, dataset in enumerate(self._datasets):
-            if dataset.remote is None:
-                continue
-            mine = sample_ids[source_ids == source]
-            used += [(source, *block) for block in dataset.blocks_of(mine)]
+            if dataset.remote is not None:
+                mine = sample_ids[source_ids == source]
+                used += [(source, *block) for block in dataset.blocks_of(mine)]
         for block in used:
             if block not in self._last_use:
                 self._wanted.put(block)
@@ -125,9 +143,3 @@ class ReadAhead:
                 self._datasets[source].fetch_ahead(file, number)
             except Exception as error:  # whoever needs it will say so
                 logger.debug("reading ahead: %s", error)
-
-
-def blocks_of_half_the_cache(datasets: Sequence[PackedDataset]) -> int:
-    """How many blocks may wait in the cache: more would push out those that are being used."""
-    options = [dataset.remote.options for dataset in datasets if dataset.remote is not None]
-    return min(one.max_bytes // (2 * one.block_bytes) for one in options)

@@ -1,35 +1,95 @@
-"""The whole numbers of a batch as one array, so that they travel through DALI as one tensor.
+"""Texts and whole numbers of a batch: gathered, packed into one array for DALI, unpacked behind it.
 
 Each input costs DALI a bookkeeping pass over the batch, and each tensor sent to a GPU a transfer of
 its own; five fields and the tokens in one block cost one. The block is [b l + 5] because DALI wants
 a row a sample, but the fields lie in it one after another, so that each is contiguous again when
-it is cut out.
+it is sliced out. The plan chooses which text a sample gets; `unicl_fast.objectives.targets` says
+which texts are equal.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.objectives.targets import TargetSteps
 from unicl_fast.system.kernels import kernel
+from unicl_fast.text.prompts import ClassPrompts
+
+from ..plan.plan import PlannedBatch
 
 _FIELDS = 5
+
+
+def gather_texts(
+    planned: PlannedBatch,
+    datasets: Sequence[PackedDataset],
+    prompts: ClassPrompts,
+    *,
+    context_length: int,
+) -> tuple[NDArray[np.uint16], NDArray[np.int64]]:
+    """Gathers token rows and training classes of a planned batch: stored captions, and prompts.
+
+    A text longer than `context_length` is cut and keeps its end token, as the tokenizer does it.
+
+    Returns:
+        uint16 [b context_length] padded with 0, and int64 [b] classes, -1 where the text is a
+        caption.
+    """
+    size = len(planned.global_index)
+    rows = np.zeros((size, context_length), dtype=np.uint16)
+    classes = np.full(size, -1, dtype=np.int64)
+    for number, dataset in enumerate(datasets):
+        mine = planned.source_ids == number
+        chosen = np.flatnonzero(mine & (planned.captions >= 0))
+        samples = dataset.samples.take(planned.sample_ids[chosen])
+        positions = samples["captions_start"].astype(np.int64) + planned.captions[chosen]
+        captions = dataset.captions.take(positions)
+        _copy_texts(
+            np.asarray(dataset.tokens),
+            captions["tokens_start"].astype(np.int64),
+            captions["tokens_length"].astype(np.int64),
+            chosen,
+            rows,
+        )
+        chosen = np.flatnonzero(mine & (planned.labels >= 0))
+        if len(chosen):
+            labels = planned.labels[chosen]
+            found = prompts.tokens[prompts.rows_of(number, labels, planned.templates[chosen])]
+            # Up to the end token: 0 is padding behind it, and "!" before.
+            lengths = (found.shape[1] - np.argmax(found[:, ::-1] != 0, axis=1)).astype(np.int64)
+            starts = np.arange(len(chosen), dtype=np.int64) * found.shape[1]
+            _copy_texts(found.reshape(-1), starts, lengths, chosen, rows)
+            classes[chosen] = prompts.classes_of(number, labels)
+    return rows, classes
+
+
+@kernel
+def _copy_texts(tokens: Any, starts: Any, lengths: Any, targets: Any, rows: Any) -> None:
+    """Copies text i to row targets[i]; one that is too long ends in its own last token."""
+    longest = rows.shape[1]
+    for i in range(targets.size):
+        length = min(lengths[i], longest)
+        for j in range(length):
+            rows[targets[i], j] = tokens[starts[i] + j]
+        rows[targets[i], length - 1] = tokens[starts[i] + lengths[i] - 1]
 
 
 def pack_integers(
     steps: TargetSteps, global_index: NDArray[np.int64], *, context_length: int
 ) -> NDArray[np.int64]:
-    """Targets and slots of some batches of b samples as int64 [steps * b, context_length + 5].
+    """Packs some batches of b samples as int64 [steps * b, context_length + 5].
 
     Rows of tokens are padded with 0 to `context_length`; there are never more texts than samples.
 
     Args:
         steps: targets of the batches.
-        global_index: of one batch, int64 [b]; all have the same.
+        global_index: int64 [b], the same in each batch.
         context_length: at least the length of the rows of tokens.
     """
     block = np.zeros((len(steps.text_index), context_length + _FIELDS), dtype=np.int64)

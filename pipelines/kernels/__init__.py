@@ -1,1 +1,1 @@
-"""Numba loops on pixels and JPEG bytes: resampling, augmentation, cutting files to windows."""
+"""Pixels and JPEG bytes: loops in Numba, and the operators that bring them into a graph."""

@@ -1,9 +1,9 @@
-"""From a decoded image to a square: cut, resample with antialias, mirror.
+"""From a decoded image to a crop: a region is resampled with antialias, and flipped or not.
 
 DALI's resize on the CPU takes longer than decoding does. This kernel runs inside DALI's graph, on
-its threads (or, of a raw data set, in front of it by the batch), and follows Pillow's and
-torchvision's law: filters are widened when they shrink, and what lies outside the image has no
-weight. It goes down the square one row at a time: the rows under the filter are added up into one
+its threads (or, for raw data sets, before it and by the batch), and filters as Pillow and
+torchvision do: filters are widened when they shrink, and what lies outside the image has no
+weight. It goes down the crop one row at a time: the rows under the filter are added up into one
 line (long, contiguous, vectorised, and small enough for the first-level cache), and the line is
 then filtered to pixels. All of it is in fixed point, since a vector holds twice as many values of
 16 bits as floats: a line has 128 steps a level, so that levels are in effect rounded once, at the
@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils as untyped_cgutils
 from numba.extending import intrinsic
 
 from unicl_fast.system.kernels import kernel
 
+cgutils: Any = untyped_cgutils
 _CHANNELS = 3
 # What one vector instruction of _filter_line works on: four pixels, of each eight values, which
 # are two taps and what lies behind them; four sums become of one pixel.
@@ -42,6 +43,7 @@ _MOST_VALUES = 1 << 15  # these stay in the cache
 _EIGHT_SHORT = ir.VectorType(ir.IntType(16), 8)
 _ALL_SHORT = ir.VectorType(ir.IntType(16), 32)
 _SUMS = ir.VectorType(ir.IntType(32), 16)
+_INDEX = ir.IntType(64)
 
 
 @kernel(fastmath={"contract"}, error_model="numpy")
@@ -52,68 +54,46 @@ def resample_region(
     bottom: float,
     left: float,
     right: float,
-    mirror: bool,
+    flip: bool,
     cubic: bool,
 ) -> None:
-    """Fills a square with a region of an image.
+    """Fills a crop with a region of an image.
 
     The filter may look beyond the region, but not beyond the image.
 
     Args:
-        out: uint8 [size size 3], a square, written.
+        out: uint8 [size size 3], the crop, written.
         image: uint8 [h w 3].
         top: first row of the region, in pixels; may lie between two. The region is not empty and
             lies in the image: nothing is checked here.
         bottom: end of its rows.
         left: first column.
         right: end of its columns.
-        mirror: whether left and right are exchanged.
+        flip: whether left and right are exchanged.
         cubic: cubic filter (a = -0.5) instead of the triangular one that is called bilinear.
     """
-    size = out.shape[0]
     height, width = image.shape[0], image.shape[1]
-    most_taps = max(_most_taps(height, size, cubic), _most_taps(width, size, cubic))
-    memory = np.empty(size * most_taps, np.float64)
-    first_rows = np.empty(size, np.int64)
-    row_weights, row_places = _weights_of(
-        first_rows, memory, np.empty(size * most_taps, np.int32),
-        height, top, bottom, _limits_of_rows(cubic), cubic,
-    )  # fmt: skip
-    first_columns = np.empty(size, np.int64)
-    column_weights, column_places = _weights_of(
-        first_columns, memory, np.empty(size * most_taps, np.int32),
-        width, left, right, _limits_of_columns(cubic), cubic,
-    )  # fmt: skip
-    groups = _groups(size)
-    first_values = np.zeros(groups * _PIXELS, np.int64)
-    spread = np.zeros((groups, _pairs(column_weights.shape[1]), _PIXELS * _VALUES), np.int16)
-    _spread_taps(first_values, spread, first_columns, column_weights, mirror)
-    rows = image.reshape(height, width * _CHANNELS)
-    padded_line = np.empty(rows.shape[1] + _VALUES, np.uint16)
-    line = padded_line[: rows.shape[1]]
-    narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
-    sums = np.empty(size * _CHANNELS, np.float32)
-    _fill_square(
-        out,
-        rows,
-        _ROW_PLACES - row_places,
-        line,
-        padded_line,
-        first_rows,
-        row_weights,
-        row_places,
-        first_values,
-        spread,
-        column_places,
-        narrow,
-        sums,
-        cubic,
+    size, length = out.shape[0], width * _CHANNELS
+    axes, first_values, spread, narrow, sums = _memory_for(size, height, width, cubic)
+    weights, first_rows, fixed_rows, first_columns, fixed_columns = axes
+    rows, row_places = _weights_of(
+        first_rows, weights, fixed_rows, height, top, bottom, 16, _ROW_PLACES, cubic
     )
+    columns, column_places = _weights_of(
+        first_columns, weights, fixed_columns, width, left, right, 15, _COLUMN_PLACES, cubic
+    )
+    taps = _spread_taps(first_values, spread, first_columns, columns, flip)
+    padded_line = np.empty(length + _VALUES, np.uint16)
+    _fill_crop(
+        out, image.reshape(height, length), _ROW_PLACES - row_places, padded_line[:length],
+        padded_line, first_rows, rows, row_places, first_values, taps, column_places, narrow, sums,
+        cubic,
+    )  # fmt: skip
 
 
 @kernel(fastmath={"contract"}, error_model="numpy")
 def resample_windows(
-    squares: Any,
+    crops: Any,
     images: Any,
     starts: Any,
     shapes: Any,
@@ -123,192 +103,184 @@ def resample_windows(
     end: int,
     most_values: int = _MOST_VALUES,
 ) -> None:
-    """Windows of images to squares: `resample_region` of each window cut out, bit for bit.
+    """Resamples windows of images to crops: `resample_region` of each window, bit for bit.
 
     For decoded images of one size, by the batch. Where images are small, a call and its memory
     cost as much as the filter does; here memory is taken once for all, and lines are as long as
     vectors like them.
 
     Args:
-        squares: uint8 [b size size 3], written.
+        crops: uint8 [b size size 3], written.
         images: uint8 [b h w 3].
         starts: int32 [b 2], first row and column of each window.
         shapes: int32 [b 2], its height and width, not 0; it lies in the image.
-        flips: int32 [b], whether it is mirrored.
-        cubic: which filter.
+        flips: int32 [b], whether it is flipped.
+        cubic: the cubic filter instead of the triangular one.
         begin: the first image to take, for threads that share a batch.
         end: behind the last one.
         most_values: values of images up to which they are widened to 16 bits whole.
     """
     height, width = images.shape[1], images.shape[2]
-    size = squares.shape[1]
-    most_taps = max(_most_taps(height, size, cubic), _most_taps(width, size, cubic))
-    groups = _groups(size)
-    first_rows = np.empty(size, np.int64)
-    first_columns = np.empty(size, np.int64)
-    first_values = np.zeros(groups * _PIXELS, np.int64)
-    weight_memory = np.empty(size * most_taps, np.float64)
-    row_memory = np.empty(size * most_taps, np.int32)
-    column_memory = np.empty(size * most_taps, np.int32)
-    spread_memory = np.zeros(groups * _pairs(most_taps) * _PIXELS * _VALUES, np.int16)
+    size = crops.shape[1]
+    axes, first_values, spread, narrow, sums = _memory_for(size, height, width, cubic)
+    weights, first_rows, fixed_rows, first_columns, fixed_columns = axes
     stride = _padded(width * _CHANNELS, _LINE)
     line_memory = np.empty(stride + _VALUES, np.uint16)
-    narrow = np.empty((height if cubic else 1, _stride(size)), np.uint8)
-    sums = np.empty(size * _CHANNELS, np.float32)
     small = height * stride <= most_values
     wide = np.empty(height * stride if small else 0, np.uint16)
     bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
     for i in range(begin, end):
-        rows, columns = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
-        row_weights, row_places = _weights_of(
-            first_rows, weight_memory, row_memory,
-            rows, 0.0, rows, _limits_of_rows(cubic), cubic,
-        )  # fmt: skip
-        column_weights, column_places = _weights_of(
-            first_columns, weight_memory, column_memory,
-            columns, 0.0, columns, _limits_of_columns(cubic), cubic,
-        )  # fmt: skip
-        pairs = _pairs(column_weights.shape[1])
-        spread = spread_memory[: groups * pairs * _PIXELS * _VALUES].reshape(
-            groups, pairs, _PIXELS * _VALUES
+        num_rows, num_columns = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
+        rows, row_places = _weights_of(
+            first_rows, weights, fixed_rows, num_rows, 0.0, num_rows, 16, _ROW_PLACES, cubic
         )
-        spread[groups - 1] = 0  # of pixels that are not there
-        _spread_taps(first_values, spread, first_columns, column_weights, flips[i] != 0)
-        length = columns * _CHANNELS
+        columns, column_places = _weights_of(
+            first_columns, weights, fixed_columns, num_columns, 0.0, num_columns, 15,
+            _COLUMN_PLACES, cubic,
+        )  # fmt: skip
+        taps = _spread_taps(first_values, spread, first_columns, columns, flips[i] != 0)
+        length = num_columns * _CHANNELS
         image = images[i].reshape(-1)
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
         lift = _ROW_PLACES - row_places
         if small:
             # A loop over whole vectors has no rest, which would take longer than the vectors do.
             padded_length = _padded(length, _LINE)
-            window = wide[: rows * padded_length].reshape(rows, padded_length)
+            window = wide[: num_rows * padded_length].reshape(num_rows, padded_length)
             raised = 0 if cubic else lift
-            for y in range(rows):
+            for y in range(num_rows):
                 source = image[offset + y * width * _CHANNELS :]
                 target = window[y]
                 for j in range(length):
                     target[j] = np.uint16(source[j]) << raised
                 target[length:] = 0
-            line = line_memory[:padded_length]
-            _fill_square(
-                squares[i], window, 0, line, line_memory, first_rows, row_weights, row_places,
-                first_values, spread, column_places, narrow, sums, cubic,
+            _fill_crop(
+                crops[i], window, 0, line_memory[:padded_length], line_memory, first_rows, rows,
+                row_places, first_values, taps, column_places, narrow, sums, cubic,
             )  # fmt: skip
         else:
-            raw_window = bytes_[: rows * length].reshape(rows, length)
-            for y in range(rows):
+            raw_window = bytes_[: num_rows * length].reshape(num_rows, length)
+            for y in range(num_rows):
                 source = image[offset + y * width * _CHANNELS :]
                 raw_window[y] = source[:length]
-            line = line_memory[:length]
-            _fill_square(
-                squares[i], raw_window, lift, line, line_memory, first_rows, row_weights,
-                row_places, first_values, spread, column_places, narrow, sums, cubic,
+            _fill_crop(
+                crops[i], raw_window, lift, line_memory[:length], line_memory, first_rows, rows,
+                row_places, first_values, taps, column_places, narrow, sums, cubic,
             )  # fmt: skip
 
 
 @kernel(inline="always")
-def _padded(count: int, multiple: int) -> int:
+def _padded(count: Any, multiple: int) -> Any:
     return -(-count // multiple) * multiple
 
 
-@kernel(inline="always")
-def _groups(size: int) -> int:
-    """Of pixels that are filtered together, in a line of a square."""
-    return -(-size // _PIXELS)
+@kernel
+def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
+    """Memory for one image's crop after the other; no image is larger than these sizes.
+
+    Returns:
+        axes: float64 for weights before they are in fixed point, and for rows and columns each:
+            int64 [size] for first positions, and int32 for weights; see `_weights_of`.
+        first_values: int64 [n], n a multiple of 4; see `_spread_taps`.
+        spread: int16; see `_spread_taps`.
+        narrow: uint8 rows of the crop's width: one, or (cubic) as many as the image has.
+        sums: float32, a line of the crop.
+    """
+    reach = 4.0 if cubic else 2.0
+    taps = np.int64(reach * max(max(height, width) / size, 1.0)) + 2  # no region needs more
+    groups = -(-size // _PIXELS)
+    axes = (
+        np.empty(size * taps, np.float64),
+        np.empty(size, np.int64),
+        np.empty(size * taps, np.int32),
+        np.empty(size, np.int64),
+        np.empty(size * taps, np.int32),
+    )
+    return (
+        axes,
+        np.zeros(groups * _PIXELS, np.int64),
+        np.zeros(groups * ((taps + 1) // 2) * _PIXELS * _VALUES, np.int16),
+        # with the bytes that vectors write behind a line
+        np.empty((height if cubic else 1, (groups * _CHANNELS + 1) * _PIXELS), np.uint8),
+        np.empty(size * _CHANNELS, np.float32),
+    )
 
 
 @kernel(inline="always")
-def _pairs(taps: int) -> int:
-    return (taps + 1) // 2
-
-
-@kernel(inline="always")
-def _limits_of_rows(cubic: bool) -> tuple[int, int, bool]:
-    """What weights of rows stay below, how many places they have at most, and `carry`."""
-    return (1 << 15, 22, False) if cubic else (1 << 16, _ROW_PLACES, True)
-
-
-@kernel(inline="always")
-def _limits_of_columns(cubic: bool) -> tuple[int, int, bool]:
-    """The same of columns. For the cubic filter both are what torchvision has."""
-    return (1 << 15, 22, False) if cubic else (1 << 15, _COLUMN_PLACES, True)
-
-
-@kernel(inline="always")
-def _stride(size: int) -> int:
-    """Bytes that a line of the square takes, with what vectors write behind it."""
-    return _groups(size) * _PIXELS * _CHANNELS + _PIXELS
-
-
-@kernel(fastmath={"contract"}, error_model="numpy", inline="always")
-def _fill_square(
-    out: Any,
-    rows: Any,
-    lift: int,
-    line: Any,
-    padded_line: Any,
-    first_rows: Any,
-    row_weights: Any,
-    row_places: int,
-    first_values: Any,
-    spread: Any,
-    column_places: int,
-    narrow: Any,
-    sums: Any,
+def _weights_of(
+    first: Any,
+    weights: Any,
+    memory: Any,
+    length: Any,
+    start: Any,
+    end: Any,
+    bits: int,
+    most_places: int,
     cubic: bool,
-) -> None:
-    """The square from rows of an image [h l].
+) -> tuple[Any, int]:
+    """Weights of rows or columns, int32 [size taps], and how many places they have.
 
     Args:
-        out: as of `resample_region`.
-        rows: of the image, uint8; or uint16 and lifted already.
-        lift: places by which levels have to be lifted before they are multiplied by weights of
-            rows, so that a product of 32 bits has a value of the line in its upper half.
-        line: memory for one row, uint16, as long as a row.
+        first: int64 [size], written: the first input position of every output position.
+        weights: float64 memory.
+        memory: int32 memory; the result lies in it.
+        length: rows or columns of the image.
+        start: start of the region.
+        end: end of the region.
+        bits: weights are below 2**bits; for the cubic filter, as in torchvision.
+        most_places: most binary places behind the point; likewise.
+        cubic: the cubic filter instead of the triangular one.
+    """
+    size = first.size
+    taps = _find_taps(first, length, start, end, cubic)
+    exact = weights[: size * taps].reshape(size, taps)
+    _weigh_taps(exact, first, start, end, cubic)
+    fixed = memory[: size * taps].reshape(size, taps)
+    if cubic:
+        return fixed, _to_fixed_point(fixed, exact, 1 << 15, 22, False)
+    return fixed, _to_fixed_point(fixed, exact, 1 << bits, most_places, True)
+
+
+@kernel(inline="always")
+def _fill_crop(
+    out: Any, rows: Any, lift: int, line: Any, padded_line: Any, first_rows: Any,
+    row_weights: Any, row_places: int, first_values: Any, columns: Any, column_places: int,
+    narrow: Any, sums: Any, cubic: bool,
+) -> None:  # fmt: skip
+    """Fills a crop from rows of an image.
+
+    Args:
+        out: uint8 [size size 3], written.
+        rows: rows of the image [h l], uint8; or uint16 and lifted already.
+        lift: places by which levels are lifted before they are multiplied by weights of rows, so
+            that a product of 32 bits has a value of the line in its upper half.
+        line: uint16 memory for one row.
         padded_line: `line` and what vectors read behind it, which has no weight.
-        first_rows: as of `_find_taps`.
-        row_weights: as of `_to_fixed_point`.
-        row_places: of these weights.
+        first_rows: as of `_weights_of`.
+        row_weights: as of `_weights_of`.
+        row_places: places of these weights.
         first_values: as of `_spread_taps`.
-        spread: as of `_spread_taps`.
-        column_places: of these weights.
-        narrow: memory for rows of the square's width: of the whole image if `cubic`, else one.
-        sums: memory for a line of the square as floats.
-        cubic: which filter.
+        columns: weights of columns, as of `_spread_taps`.
+        column_places: places of these weights.
+        narrow: as of `_memory_for`.
+        sums: as of `_memory_for`.
+        cubic: the cubic filter instead of the triangular one.
     """
     if cubic:
         _fill_in_two_passes(
-            out,
-            rows,
-            line,
-            padded_line,
-            first_rows,
-            row_weights,
-            row_places,
-            first_values,
-            spread,
-            column_places,
-            narrow,
-            sums,
-        )
+            out, rows, line, padded_line, first_rows, row_weights, row_places, first_values,
+            columns, column_places, narrow, sums,
+        )  # fmt: skip
     else:
         _fill_in_one_pass(
-            out,
-            rows,
-            lift,
-            line,
-            padded_line,
-            first_rows,
-            row_weights,
-            first_values,
-            spread,
-            column_places,
-            narrow,
-        )
+            out, rows, lift, line, padded_line, first_rows, row_weights, first_values, columns,
+            column_places, narrow,
+        )  # fmt: skip
 
 
-# In the loops below there are neither calls nor parts of arrays: both cost Numba atomic counts up
-# and down, which for a short line take five times as long as the line. Even one inlined function
+# Arrays come here one by one: in tuples they cost Numba atomic counts up and down, 5 % of the time
+# for images of 32 pixels. In the loops below there are neither calls nor parts of arrays, for the
+# same counts, which for a short line take five times as long as the line. Even one inlined function
 # for the sums of rows in both takes 1.4 times as long for images of 32 pixels. Nor are places
 # added up in an index: Numba allows for negative ones, and no such loop is vectorised (cubic then
 # takes 4 times as long).
@@ -316,21 +288,12 @@ def _fill_square(
 
 @kernel(error_model="numpy")
 def _fill_in_one_pass(
-    out: Any,
-    rows: Any,
-    lift: int,
-    line: Any,
-    padded_line: Any,
-    first_rows: Any,
-    row_weights: Any,
-    first_values: Any,
-    spread: Any,
-    column_places: int,
-    narrow: Any,
-) -> None:
+    out: Any, rows: Any, lift: int, line: Any, padded_line: Any, first_rows: Any,
+    row_weights: Any, first_values: Any, columns: Any, column_places: int, narrow: Any,
+) -> None:  # fmt: skip
     """Rows are added up to one line, which is filtered to pixels."""
     size = out.shape[0]
-    taps = row_weights.shape[1]
+    num_taps = row_weights.shape[1]
     length = line.size
     pixels = out.reshape(-1)
     spare = narrow.reshape(-1)
@@ -339,59 +302,49 @@ def _fill_in_one_pass(
         first = first_rows[y]
         if length < _LINE:
             for j in range(length):
-                halves, total = taps // 2, np.int64(1 << 15)
-                for t in range(taps):
+                halves, total = num_taps // 2, np.int64(1 << 15)
+                for t in range(num_taps):
                     product = (np.int64(rows[first + t, j]) << lift) * np.int64(row_weights[y, t])
                     halves += product >> 16
                     total += product
-                line[j] = halves if taps <= _FEW_TAPS else total >> 16
+                line[j] = halves if num_taps <= _FEW_TAPS else total >> 16
         else:
             for j in range(0, length - _LINE + 1, _LINE):
                 _add_rows(line, rows, first, j, row_weights, y, lift)
             if length % _LINE:  # the last vector overlaps the one before
                 _add_rows(line, rows, first, length - _LINE, row_weights, y, lift)
         # Vectors write beyond the ends of lines: that is overwritten by the next line or, at the
-        # square's end, falls into a spare one.
+        # crop's end, falls into a spare one.
         start = y * size * _CHANNELS
         if start + spare.size <= pixels.size:
-            _filter_line(pixels, start, padded_line, first_values, spread, places)
+            _filter_line(pixels, start, padded_line, first_values, columns, places)
         else:
-            _filter_line(spare, 0, padded_line, first_values, spread, places)
+            _filter_line(spare, 0, padded_line, first_values, columns, places)
             for j in range(size * _CHANNELS):
                 pixels[start + j] = spare[j]
 
 
 @kernel(fastmath={"contract"}, error_model="numpy")
 def _fill_in_two_passes(
-    out: Any,
-    rows: Any,
-    line: Any,
-    padded_line: Any,
-    first_rows: Any,
-    row_weights: Any,
-    row_places: int,
-    first_values: Any,
-    spread: Any,
-    column_places: int,
-    narrow: Any,
-    sums: Any,
-) -> None:
-    """What torchvision makes of a uint8 tensor: columns first, then rows.
+    out: Any, rows: Any, line: Any, padded_line: Any, first_rows: Any, row_weights: Any,
+    row_places: int, first_values: Any, columns: Any, column_places: int, narrow: Any, sums: Any,
+) -> None:  # fmt: skip
+    """Resamples as torchvision does a uint8 tensor: columns first, then rows.
 
     A cubic filter overshoots at edges, and torchvision clips and rounds between its passes: on
     noise, one pass was up to 24 levels away from it; two are equal to it in all but 3 of 36 million
     values, which are one level away. Two passes take 1.3 to 1.6 times as long as one.
     """
     size = out.shape[0]
-    taps = row_weights.shape[1]
-    length = line.size
-    low, high = first_rows[0], first_rows[size - 1] + taps
+    num_taps = row_weights.shape[1]
+    low, high = first_rows[0], first_rows[size - 1] + num_taps
     bytes_ = narrow.reshape(-1)
     stride = narrow.shape[1]
     for y in range(low, high):
-        for j in range(length):
+        for j in range(line.size):
             line[j] = np.uint16(rows[y, j])
-        _filter_line(bytes_, (y - low) * stride, padded_line, first_values, spread, column_places)
+        start = (y - low) * stride
+        _filter_line(bytes_, start, padded_line, first_values, columns, column_places)
     width = size * _CHANNELS
     lines = out.reshape(size, width)
     # Sums of such weights times levels are exact in float32 unless an image shrinks by so much
@@ -402,14 +355,14 @@ def _fill_in_two_passes(
         a = np.float32(row_weights[y, 0] * unit)
         for j in range(width):
             sums[j] = a * np.float32(narrow[first, j])
-        for t in range(1, taps - 1, 2):
+        for t in range(1, num_taps - 1, 2):
             a, b = np.float32(row_weights[y, t] * unit), np.float32(row_weights[y, t + 1] * unit)
             row = first + t
             for j in range(width):
                 sums[j] += a * np.float32(narrow[row, j]) + b * np.float32(narrow[row + 1, j])
-        if taps % 2 == 0:
-            a = np.float32(row_weights[y, taps - 1] * unit)
-            row = first + taps - 1
+        if num_taps % 2 == 0:
+            a = np.float32(row_weights[y, num_taps - 1] * unit)
+            row = first + num_taps - 1
             for j in range(width):
                 sums[j] += a * np.float32(narrow[row, j])
         for j in range(width):
@@ -417,45 +370,8 @@ def _fill_in_two_passes(
             lines[y, j] = np.uint8(min(max(rounded, np.float32(0.0)), np.float32(255.0)))
 
 
-@kernel(inline="always")
-def _most_taps(length: int, size: int, cubic: bool) -> int:
-    """Taps that no region of `length` needs more of."""
-    return np.int64(2.0 * max(length / size, 1.0) * (2.0 if cubic else 1.0)) + 2
-
-
-@kernel(inline="always")
-def _weights_of(
-    first: Any,
-    memory: Any,
-    fixed_memory: Any,
-    length: int,
-    start: float,
-    end: float,
-    limits: tuple[int, int, bool],
-    cubic: bool,
-) -> tuple[Any, int]:
-    """Weights of rows or columns, int32 [size taps], and how many places they have.
-
-    Args:
-        first: int64 [size], written: the first input position of every output position.
-        memory: float64, at least size times the taps.
-        fixed_memory: int32, likewise; the result lies in it.
-        length: of the image.
-        start: of the region.
-        end: of the region.
-        limits: of `_limits_of_rows` or `_limits_of_columns`.
-        cubic: which filter.
-    """
-    size = first.size
-    taps = _find_taps(first, length, start, end, cubic)
-    weights = memory[: size * taps].reshape(size, taps)
-    _weigh_taps(weights, first, start, end, cubic)
-    fixed = fixed_memory[: size * taps].reshape(size, taps)
-    return fixed, _to_fixed_point(fixed, weights, *limits)
-
-
 @kernel(error_model="numpy")
-def _find_taps(first: Any, length: int, start: float, end: float, cubic: bool) -> int:
+def _find_taps(first: Any, length: Any, start: Any, end: Any, cubic: bool) -> Any:
     """First input position of every output position [size], and the number of taps of all.
 
     All have the same number of taps, some of weight 0: a loop whose length changed from pixel to
@@ -528,26 +444,29 @@ def _cubic(x: float) -> float:
 
 
 @kernel(error_model="numpy")
-def _spread_taps(first_values: Any, spread: Any, first: Any, weights: Any, mirror: bool) -> None:
-    """Columns' taps as `_filter_line` takes them, in the order of the output's pixels.
+def _spread_taps(first_values: Any, memory: Any, first: Any, weights: Any, flip: bool) -> Any:
+    """Lays out columns' weights as `_filter_line` takes them, in the order of the crop's pixels.
 
-    First value [n], n a multiple of 4, and weights int16 [n/4 pairs 32]: of four pixels, those of
-    two taps beside each other, for each channel, and two that mean nothing. Weights of pixels that
-    are not there must be zeros.
+    Fills `first_values` [n], n a multiple of 4, and returns weights int16 [n/4 pairs 32] in
+    `memory`: of four pixels, those of two taps beside each other, for each channel, and two that
+    mean nothing. Weights of pixels that are not there are zeros.
     """
     size, taps = weights.shape
+    groups, pairs = first_values.size // _PIXELS, (taps + 1) // 2
+    spread = memory[: groups * pairs * _PIXELS * _VALUES].reshape(groups, pairs, _PIXELS * _VALUES)
+    spread[groups - 1] = 0
     for x in range(size):
-        source = size - 1 - x if mirror else x
+        source = size - 1 - x if flip else x
         first_values[x] = first[source] * _CHANNELS
-        place = x % _PIXELS * _VALUES
-        for t in range(2 * spread.shape[1]):
+        at = x % _PIXELS * _VALUES
+        for t in range(2 * pairs):
             weight = np.int16(weights[source, t] if t < taps else 0)
             for c in range(_CHANNELS):
-                spread[x // _PIXELS, t // 2, place + 2 * c + t % 2] = weight
+                spread[x // _PIXELS, t // 2, at + 2 * c + t % 2] = weight
+    return spread
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _add_rows(
+def _define_add_rows(
     typing_context: Any,
     line: Any,
     rows: Any,
@@ -618,8 +537,10 @@ def _add_rows(
     return types.void(line, rows, whole, whole, weights, whole, whole), generate
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def _filter_line(
+_add_rows: Any = intrinsic(_define_add_rows)
+
+
+def _define_filter_line(
     typing_context: Any,
     pixels: Any,
     start: Any,
@@ -638,82 +559,96 @@ def _filter_line(
     then one instruction multiplies and adds. Of the four sums of a pixel the last means nothing and
     is dropped at the end. LLVM makes of it what the processor has.
     """
-    index = ir.IntType(64)
-    byte = ir.IntType(8)
-    # red, green and blue of two pixels, each beside its fellow, and two values left over
-    beside = [8 * i + j for i in range(4) for j in (0, 3, 1, 4, 2, 5, 6, 7)]
-    kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pixels, line, first_values, weights = (
             context.make_array(signature.args[i])(context, builder, arguments[i])
             for i in (0, 2, 3, 4)
         )
-        start, places = arguments[1], arguments[5]
-        groups, pairs = (builder.extract_value(weights.shape, i) for i in (0, 1))
-        shift = _repeat(builder, builder.trunc(places, ir.IntType(32)), 16)
-        one = ir.Constant(_SUMS, [1] * 16)
-        half = builder.lshr(builder.shl(one, shift), one)
-        zero, most = (ir.Constant(_SUMS, [bound] * 16) for bound in (0, 255))
-
-        def products_of(group: Any, firsts: list[Any], pair: Any, count: Any) -> Any:
-            done = builder.mul(pair, index(2 * _CHANNELS))
-            a, b, c, d = (
-                _load(builder, line.data, builder.add(first, done), _EIGHT_SHORT)
-                for first in firsts
-            )
-            ab, cd = (_shuffle(builder, *two, list(range(16))) for two in ((a, b), (c, d)))
-            values = _shuffle(builder, ab, cd, beside)
-            row = builder.add(builder.mul(group, count), pair)
-            factors = _load(builder, weights.data, builder.mul(row, index(32)), _ALL_SHORT)
-            return _multiply_pairs(context, builder, values, factors)
-
-        def filter_groups(known: int | None) -> None:
-            """All groups of a line; code without an inner loop if the number of pairs is known."""
-            count = pairs if known is None else index(known)
-            with cgutils.for_range(builder, groups) as groups_loop:
-                group = groups_loop.index
-                x = builder.mul(group, index(_PIXELS))
-                firsts = [
-                    builder.load(builder.gep(first_values.data, [builder.add(x, index(i))]))
-                    for i in range(_PIXELS)
-                ]
-                if known is None:
-                    place = cgutils.alloca_once_value(builder, half)
-                    builder.store(half, place)
-                    with cgutils.for_range(builder, count) as loop:
-                        products = products_of(group, firsts, loop.index, count)
-                        builder.store(builder.add(builder.load(place), products), place)
-                    total = builder.load(place)
-                else:
-                    total = half
-                    for pair in range(known):
-                        products = products_of(group, firsts, index(pair), count)
-                        total = builder.add(total, products)
-                levels = builder.ashr(total, shift)
-                levels = builder.select(builder.icmp_signed("<", levels, zero), zero, levels)
-                levels = builder.select(builder.icmp_signed(">", levels, most), most, levels)
-                levels = builder.trunc(levels, ir.VectorType(byte, 16))
-                levels = _shuffle(builder, levels, levels, kept + kept[:4])
-                target = builder.add(start, builder.mul(x, index(_CHANNELS)))
-                target = builder.gep(pixels.data, [target])
-                builder.store(levels, builder.bitcast(target, levels.type.as_pointer()), align=1)
-
-        with builder.if_else(builder.icmp_signed("==", pairs, index(1))) as (is_one, is_more):
+        code = _LineFilter(context, builder, line.data, first_values.data, weights, arguments[5])
+        target = builder.gep(pixels.data, [arguments[1]])
+        one, two = (builder.icmp_signed("==", code.pairs, _INDEX(known)) for known in (1, 2))
+        with builder.if_else(one) as (is_one, is_more):
             with is_one:
-                filter_groups(1)
-            with (
-                is_more,
-                builder.if_else(builder.icmp_signed("==", pairs, index(2))) as (is_two, is_other),
-            ):
+                code.filter_groups(target, known_pairs=1)
+            with is_more, builder.if_else(two) as (is_two, is_other):
                 with is_two:
-                    filter_groups(2)
+                    code.filter_groups(target, known_pairs=2)
                 with is_other:
-                    filter_groups(None)
+                    code.filter_groups(target, known_pairs=None)
         return context.get_dummy_value()
 
     arguments = pixels, types.int64, line, first_values, weights, types.int64
     return types.void(*arguments), generate
+
+
+_filter_line: Any = intrinsic(_define_filter_line)
+
+
+class _LineFilter:
+    """Writes the instructions of `_filter_line`."""
+
+    def __init__(
+        self, context: Any, builder: Any, line: Any, first_values: Any, weights: Any, places: Any
+    ) -> None:
+        self.context, self.builder = context, builder
+        self.line, self.first_values, self.weights = line, first_values, weights.data
+        self.groups, self.pairs = (builder.extract_value(weights.shape, i) for i in (0, 1))
+        self.shift = _repeat(builder, builder.trunc(places, ir.IntType(32)), 16)
+        one = ir.Constant(_SUMS, [1] * 16)
+        self.half = builder.lshr(builder.shl(one, self.shift), one)
+
+    def filter_groups(self, target: Any, *, known_pairs: int | None) -> None:
+        """All groups of a line; code without an inner loop if the number of pairs is known."""
+        builder = self.builder
+        with cgutils.for_range(builder, self.groups) as groups_loop:
+            group = groups_loop.index
+            x = builder.mul(group, _INDEX(_PIXELS))
+            firsts = [
+                builder.load(builder.gep(self.first_values, [builder.add(x, _INDEX(i))]))
+                for i in range(_PIXELS)
+            ]
+            if known_pairs is None:
+                total_place = cgutils.alloca_once_value(builder, self.half)
+                builder.store(self.half, total_place)
+                with cgutils.for_range(builder, self.pairs) as loop:
+                    products = self.products_of(group, firsts, loop.index, self.pairs)
+                    builder.store(builder.add(builder.load(total_place), products), total_place)
+                total = builder.load(total_place)
+            else:
+                total = self.half
+                for pair in range(known_pairs):
+                    products = self.products_of(group, firsts, _INDEX(pair), _INDEX(known_pairs))
+                    total = builder.add(total, products)
+            levels = self.levels_of(total)
+            place = builder.gep(target, [builder.mul(x, _INDEX(_CHANNELS))])
+            builder.store(levels, builder.bitcast(place, levels.type.as_pointer()), align=1)
+
+    def products_of(self, group: Any, firsts: list[Any], pair: Any, count: Any) -> Any:
+        """Sums of products of two taps, for each channel of four pixels."""
+        builder = self.builder
+        done = builder.mul(pair, _INDEX(2 * _CHANNELS))
+        a, b, c, d = (
+            _load(builder, self.line, builder.add(first, done), _EIGHT_SHORT) for first in firsts
+        )
+        ab, cd = (_shuffle(builder, *two, list(range(16))) for two in ((a, b), (c, d)))
+        # red, green and blue of two pixels, each beside its fellow, and two values left over
+        beside = [8 * i + j for i in range(4) for j in (0, 3, 1, 4, 2, 5, 6, 7)]
+        values = _shuffle(builder, ab, cd, beside)
+        row = builder.add(builder.mul(group, count), pair)
+        factors = _load(builder, self.weights, builder.mul(row, _INDEX(32)), _ALL_SHORT)
+        return _multiply_pairs(self.context, builder, values, factors)
+
+    def levels_of(self, total: Any) -> Any:
+        """Bytes of four pixels, and four that mean nothing."""
+        builder = self.builder
+        zero, most = (ir.Constant(_SUMS, [bound] * 16) for bound in (0, 255))
+        levels = builder.ashr(total, self.shift)
+        levels = builder.select(builder.icmp_signed("<", levels, zero), zero, levels)
+        levels = builder.select(builder.icmp_signed(">", levels, most), most, levels)
+        levels = builder.trunc(levels, ir.VectorType(ir.IntType(8), 16))
+        kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
+        return _shuffle(builder, levels, levels, kept + kept[:4])
 
 
 def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> Any:
@@ -744,7 +679,7 @@ def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> An
         parts.append(
             builder.call(multiply, [_shuffle(builder, v, v, lanes) for v in (values, factors)])
         )
-    return parts[0] if width == 32 else _shuffle(builder, *parts, list(range(16)))
+    return parts[0] if width == 32 else _shuffle(builder, parts[0], parts[1], list(range(16)))
 
 
 def _repeat(builder: Any, value: Any, count: int) -> Any:

@@ -1,36 +1,59 @@
-"""What is done to each image of a step beyond cropping and mirroring, in numbers.
+"""Augmentation in numbers: what is done to each image of a step beyond cropping and flipping.
 
-Nothing is drawn in the graph: everything that shapes an image is a function of a key and the
-visit, written here into one row of float32 an image, which travels through DALI as one input. Read
-by augment.py (DALI's operators) and augment_kernels.py (the fused one).
+Nothing is drawn in the graph: everything that shapes an image is a function of a key and the draw,
+written here into one row of float32 an image, which travels through DALI as one input. RandAugment,
+TrivialAugment and AutoAugment are tables of operations: one turns a strength and a sign into an
+`Operator` of the graph and its parameters. The five that move pixels are a single operator, an
+affine warp, with a matrix each; brightness, contrast, colour and sharpness take a factor, of which
+1 changes nothing. `kernels/augment.py` (fused) and `kernels/operators.py` (DALI's operators) say
+what the operators do to pixels.
 """
 
 from __future__ import annotations
 
 import enum
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation
+from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation, Policy
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import random_below, random_bits, random_unit
 
-from .policies import (
-    NUM_PARAMETERS,
-    OPERATIONS,
-    TRIVIAL_LEVELS,
-    auto_pairs,
-    table_of,
-    write_operation,
-)
+
+class Operator(enum.IntEnum):
+    """The operators that a stage of a policy can apply to an image."""
+
+    IDENTITY = 0
+    WARP = 1
+    """Six parameters: x and y of a pixel's source as affine functions of x, y and 1, in pixels."""
+    BRIGHTNESS = 2
+    CONTRAST = 3
+    """About the mean grey of the image, as Pillow does it."""
+    COLOR = 4
+    SHARPNESS = 5
+    POSTERIZE = 6
+    """Keeps the bits of a mask."""
+    SOLARIZE = 7
+    """Inverts values from a threshold up."""
+    SOLARIZE_ADD = 8
+    """Adds a number to values below 128."""
+    INVERT = 9
+    EQUALIZE = 10
+    AUTO_CONTRAST = 11
+
+
+NUM_PARAMETERS = 6
+"""The most parameters that an operator takes."""
 
 
 class Column(enum.IntEnum):
-    """Where a number stands in an image's row."""
+    """Columns of an image's row."""
 
     IS_TWISTED = 0
     """1 where the next four are to be applied."""
@@ -38,25 +61,25 @@ class Column(enum.IntEnum):
     CONTRAST = 2
     SATURATION = 3
     HUE = 4
-    """In degrees."""
+    """The hue's turn in degrees."""
     SIGMA = 5
-    """Of the blur, in pixels; 0 is none."""
+    """Standard deviation of the blur, in pixels; 0 is none."""
     ERASED = 6
     """Top, left, height, width of the rectangle, in pixels; 0 rows high is none."""
     STAGES = 10
-    """For each stage of a policy an `Operator` and its numbers."""
+    """For each stage of a policy, an `Operator` and its parameters."""
 
 
 STAGE_WIDTH = 1 + NUM_PARAMETERS
 
 
 def num_stages(augmentations: Sequence[Augmentation]) -> int:
-    """Stages that rows must have room for."""
+    """Stages that a row must have room for."""
     return max((augmentation.stages for augmentation in augmentations), default=0)
 
 
 def row_width(augmentations: Sequence[Augmentation]) -> int:
-    """Numbers of an image's row; 0 if no source changes pixels."""
+    """Columns of a row; 0 if no source changes pixels."""
     if not any(augmentation.changes_pixels for augmentation in augmentations):
         return 0
     return Column.STAGES + num_stages(augmentations) * STAGE_WIDTH
@@ -77,14 +100,14 @@ def draw_rows(
     image_size: int,
     stages: int,
 ) -> NDArray[np.float32]:
-    """The rows of images of one source.
+    """Draws the rows of one source's images.
 
     Args:
         augmentation: the source's.
-        draws: which row of the stream `key` each image gets [b].
+        draws: number of each image's row in the stream of `key` [b].
         key: 64-bit key, as from `fold_key`.
-        image_size: side of the square, in pixels.
-        stages: that the rows have room for.
+        image_size: side of an image, in pixels.
+        stages: stages that the rows have room for.
 
     Returns:
         float32 [b k]; columns as in `Column`.
@@ -99,22 +122,229 @@ def draw_rows(
     _draw_colours(rows, draws, key, np.array(jitter), np.array(blur))
     _draw_rectangles(rows, draws, key, np.array(erase), image_size)
     table = table_of(OPERATIONS[augmentation.policy])
-    start = int(Column.STAGES)
+    policy_rows = rows[:, Column.STAGES :]
     if augmentation.policy == "rand":
-        strength = (
-            augmentation.policy_probability, augmentation.magnitude, augmentation.magnitude_std
-        )  # fmt: skip
-        _draw_rand(
-            rows, draws, key, table, np.array(strength), augmentation.policy_ops, image_size, start
+        strength = np.array(
+            [augmentation.policy_probability, augmentation.magnitude, augmentation.magnitude_std]
         )
+        _draw_rand(policy_rows, draws, key, table, strength, augmentation.policy_ops, image_size)
     elif augmentation.policy == "trivial":
-        _draw_trivial(rows, draws, key, table, image_size, start)
+        _draw_trivial(policy_rows, draws, key, table, image_size)
     elif augmentation.policy == "auto":
-        _draw_auto(rows, draws, key, table, auto_pairs(), image_size, start)
+        _draw_auto(policy_rows, draws, key, table, auto_pairs(), image_size)
     return rows
 
 
-# Which numbers of an image's stream are for what: part of what a seed means, never reuse.
+class _Kind(enum.IntEnum):
+    """How a value becomes an operator's parameters."""
+
+    PLAIN = 0
+    FACTOR = 1
+    SHEAR_X = 2
+    SHEAR_Y = 3
+    TRANSLATE_X = 4
+    TRANSLATE_Y = 5
+    ROTATE = 6
+    BITS = 7
+    """How many of the upper bits are kept."""
+
+
+class _Rounding(enum.IntEnum):
+    """How slope * level is rounded before it is added."""
+
+    NONE = 0
+    DOWN = 1
+    NEAREST = 2
+
+
+@dataclass(frozen=True, slots=True)
+class Operation:
+    """One operation of a policy: value = start + slope * level, level in 0 to 1, then a sign."""
+
+    name: str
+    operator: Operator
+    kind: _Kind = _Kind.PLAIN
+    start: float = 0.0
+    slope: float = 0.0
+    rounding: _Rounding = _Rounding.NONE
+    signed: bool = False
+    """Whether half of all values are negated; of a factor, its distance from 1 is."""
+    relative: bool = False
+    """Whether the value is a part of the image's side."""
+    least: float = -math.inf
+    """Lower values are raised to this."""
+
+
+def _moves(shear: float, translate: float, rotate: float, *, relative: bool) -> list[Operation]:
+    shifts: dict[str, Any] = {"slope": translate, "signed": True, "relative": relative}
+    warp = Operator.WARP
+    return [
+        Operation("ShearX", warp, _Kind.SHEAR_X, slope=shear, signed=True),
+        Operation("ShearY", warp, _Kind.SHEAR_Y, slope=shear, signed=True),
+        Operation("TranslateX", warp, _Kind.TRANSLATE_X, **shifts),
+        Operation("TranslateY", warp, _Kind.TRANSLATE_Y, **shifts),
+        Operation("Rotate", warp, _Kind.ROTATE, slope=rotate, signed=True),
+    ]
+
+
+def _factors(slope: float, *, least: float = 0.0) -> list[Operation]:
+    rule: dict[str, Any] = {"slope": slope, "signed": True, "least": least}
+    names = {
+        "Brightness": Operator.BRIGHTNESS,
+        "Contrast": Operator.CONTRAST,
+        "Color": Operator.COLOR,
+        "Sharpness": Operator.SHARPNESS,
+    }
+    return [Operation(name, op, _Kind.FACTOR, **rule) for name, op in names.items()]
+
+
+def _posterize(
+    start: float, slope: float, rounding: _Rounding, *, least: float = -math.inf
+) -> Operation:
+    kind = _Kind.BITS
+    return Operation("Posterize", Operator.POSTERIZE, kind, start, slope, rounding, least=least)
+
+
+_AUTO_CONTRAST = Operation("AutoContrast", Operator.AUTO_CONTRAST)
+_EQUALIZE = Operation("Equalize", Operator.EQUALIZE)
+_INVERT = Operation("Invert", Operator.INVERT)
+
+RAND = (
+    # timm's "increasing" set of 15. The least is 1 bit: with none, images would be black.
+    *_moves(0.3, 0.45, 30.0, relative=True),
+    *_factors(0.9, least=0.1),
+    _posterize(4, -4, _Rounding.DOWN, least=1),
+    Operation("Solarize", Operator.SOLARIZE, start=256, slope=-256, rounding=_Rounding.DOWN),
+    Operation("SolarizeAdd", Operator.SOLARIZE_ADD, slope=110, rounding=_Rounding.DOWN),
+    _AUTO_CONTRAST,
+    _EQUALIZE,
+    _INVERT,
+)  # fmt: skip
+
+TRIVIAL = (
+    # Table 7 of arXiv 2103.10158, the wide space; shifts are 32 pixels whatever the image's size.
+    *_moves(0.99, 32.0, 135.0, relative=False),
+    *_factors(0.99),
+    _posterize(8, -6, _Rounding.NEAREST),
+    Operation("Solarize", Operator.SOLARIZE, start=255, slope=-255),
+    _AUTO_CONTRAST,
+    _EQUALIZE,
+    Operation("Identity", Operator.IDENTITY),
+)
+TRIVIAL_LEVELS = 31
+"""Strengths that TrivialAugment draws from."""
+
+_AUTO_FACTOR: dict[str, Any] = {"kind": _Kind.PLAIN, "start": 0.1, "slope": 1.8}
+AUTO = (
+    Operation("ShearX", Operator.WARP, _Kind.SHEAR_X, slope=0.3, signed=True),
+    Operation("Rotate", Operator.WARP, _Kind.ROTATE, slope=30.0, signed=True),
+    Operation("Contrast", Operator.CONTRAST, **_AUTO_FACTOR),
+    Operation("Color", Operator.COLOR, **_AUTO_FACTOR),
+    Operation("Sharpness", Operator.SHARPNESS, **_AUTO_FACTOR),
+    _posterize(4, 4, _Rounding.DOWN),
+    Operation("Solarize", Operator.SOLARIZE, slope=256, rounding=_Rounding.DOWN),
+    _AUTO_CONTRAST,
+    _EQUALIZE,
+    _INVERT,
+)
+# The 25 pairs for ImageNet, Table 9 of arXiv 1805.09501: operation, chance, magnitude of 10.
+_AUTO_PAIRS = """
+    Posterize 0.4 8 Rotate 0.6 9    Solarize 0.6 5 AutoContrast 0.6 5  Equalize 0.8 8 Equalize 0.6 3
+    Posterize 0.6 7 Posterize 0.6 6 Equalize 0.4 7 Solarize 0.2 4      Equalize 0.4 4 Rotate 0.8 8
+    Solarize 0.6 3 Equalize 0.6 7   Posterize 0.8 5 Equalize 1.0 2     Rotate 0.2 3 Solarize 0.6 8
+    Equalize 0.6 8 Posterize 0.4 6  Rotate 0.8 8 Color 0.4 0           Rotate 0.4 9 Equalize 0.6 2
+    Equalize 0.0 7 Equalize 0.8 8   Invert 0.6 4 Equalize 1.0 8        Color 0.6 4 Contrast 1.0 8
+    Rotate 0.8 8 Color 1.0 2        Color 0.8 8 Solarize 0.8 7         Sharpness 0.4 7 Invert 0.6 8
+    ShearX 0.6 5 Equalize 1.0 9     Color 0.4 0 Equalize 0.6 3         Equalize 0.4 7 Solarize 0.2 4
+    Solarize 0.6 5 AutoContrast 0.6 5  Invert 0.6 4 Equalize 1.0 8     Color 0.6 4 Contrast 1.0 8
+    Equalize 0.8 8 Equalize 0.6 3
+"""
+
+OPERATIONS: dict[str, tuple[Operation, ...]] = {
+    "none": (),
+    "rand": RAND,
+    "trivial": TRIVIAL,
+    "auto": AUTO,
+}
+
+
+def operators_of(policy: Policy) -> set[Operator]:
+    """The operators that a policy may ask for, `IDENTITY` left out."""
+    return {operation.operator for operation in OPERATIONS[policy]} - {Operator.IDENTITY}
+
+
+@functools.cache
+def table_of(operations: tuple[Operation, ...]) -> NDArray[np.float64]:
+    """The operations as a table [operations 8] for `write_operation`."""
+    rows = [
+        (o.operator, o.kind, o.start, o.slope, o.rounding, o.signed, o.relative, o.least)
+        for o in operations
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, 8)
+
+
+@functools.cache
+def auto_pairs() -> NDArray[np.float64]:
+    """AutoAugment's pairs [25 2 3]: an operation's index in `AUTO`, chance, level in 0 to 1."""
+    words = _AUTO_PAIRS.split()
+    numbers = {operation.name: number for number, operation in enumerate(AUTO)}
+    rows = [
+        (numbers[name], float(chance), int(magnitude) / 10)
+        for name, chance, magnitude in zip(words[::3], words[1::3], words[2::3], strict=True)
+    ]
+    return np.array(rows, dtype=np.float64).reshape(-1, 2, 3)
+
+
+@kernel
+def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -> None:
+    """Writes an operator's number and its parameters.
+
+    Args:
+        out: float32 [1 + NUM_PARAMETERS], written.
+        row: a row of `table_of`.
+        level: strength in 0 to 1.
+        negate: whether to negate the value, if the operation is signed.
+        side: side of the image, in pixels.
+    """
+    step = abs(row[3]) * level
+    if row[4] == 1:
+        step = math.floor(step)
+    elif row[4] == 2:
+        step = np.rint(step)
+    value = row[2] + (step if row[3] >= 0 else -step)
+    if negate and row[5] != 0:
+        value = -value
+    if row[6] != 0:
+        value *= side
+    kind = row[1]
+    if kind == 1:
+        value += 1.0
+    value = max(value, row[7])
+    out[:] = 0.0
+    out[0] = row[0]
+    if kind == 7:
+        value = 256.0 - 2.0 ** (8.0 - min(value, 8.0))
+    if kind <= 1 or kind == 7:
+        out[1] = value
+        return
+    a, b, c, d, e, f = 1.0, 0.0, 0.0, 0.0, 1.0, 0.0
+    if kind == 2:
+        b = value
+    elif kind == 3:
+        d = value
+    elif kind == 4:
+        c = value
+    elif kind == 5:
+        f = value
+    else:  # counter-clockwise about the centre, in degrees
+        middle = side / 2
+        cosine, sine = math.cos(math.radians(value)), math.sin(math.radians(value))
+        a, b, c = cosine, -sine, middle - cosine * middle + sine * middle
+        d, e, f = sine, cosine, middle - sine * middle - cosine * middle
+    out[1], out[2], out[3], out[4], out[5], out[6] = a, b, c, d, e, f
+
+
+# Uses of the numbers of an image's stream: part of what a seed means, never reuse.
 _JITTER_COIN = 0
 _JITTER = 1  # and the three behind it
 _GRAYSCALE_COIN = 5
@@ -147,7 +377,7 @@ def _draw_colours(rows: Any, draws: Any, key: Any, jitter: Any, blur: Any) -> No
 
 @kernel
 def _draw_rectangles(rows: Any, draws: Any, key: Any, erase: Any, side: int) -> None:
-    """Random erasing by timm's law: the first of ten rectangles that fits."""
+    """Random erasing as in timm: the first of ten rectangles that fits."""
     log_low, log_high = math.log(erase[3]), math.log(erase[4])
     for i in range(draws.size):
         stream = random_bits(key, draws[i])
@@ -170,7 +400,7 @@ def _draw_rectangles(rows: Any, draws: Any, key: Any, erase: Any, side: int) -> 
 
 @kernel
 def _draw_rand(
-    rows: Any, draws: Any, key: Any, table: Any, strength: Any, num_ops: int, side: int, start: int
+    rows: Any, draws: Any, key: Any, table: Any, strength: Any, num_ops: int, side: int
 ) -> None:
     for i in range(draws.size):
         stream = random_bits(key, draws[i])
@@ -182,23 +412,21 @@ def _draw_rand(
             radius = math.sqrt(-2.0 * math.log(1.0 - random_unit(stream, draw + 2)))
             normal = radius * math.cos(2.0 * math.pi * random_unit(stream, draw + 3))
             magnitude = strength[1] + strength[2] * normal
-            level = min(max(magnitude, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE
-            at = start + stage * STAGE_WIDTH
             write_operation(
-                rows[i, at : at + STAGE_WIDTH],
+                rows[i, stage * STAGE_WIDTH : (stage + 1) * STAGE_WIDTH],
                 table[random_below(stream, draw, table.shape[0])],
-                level,
+                min(max(magnitude, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE,
                 random_unit(stream, draw + 4) < 0.5,
                 side,
             )
 
 
 @kernel
-def _draw_trivial(rows: Any, draws: Any, key: Any, table: Any, side: int, start: int) -> None:
+def _draw_trivial(rows: Any, draws: Any, key: Any, table: Any, side: int) -> None:
     for i in range(draws.size):
         stream = random_bits(key, draws[i])
         write_operation(
-            rows[i, start : start + STAGE_WIDTH],
+            rows[i, :STAGE_WIDTH],
             table[random_below(stream, _STAGES, table.shape[0])],
             random_below(stream, _STAGES + 2, TRIVIAL_LEVELS) / (TRIVIAL_LEVELS - 1),
             random_unit(stream, _STAGES + 4) < 0.5,
@@ -207,18 +435,15 @@ def _draw_trivial(rows: Any, draws: Any, key: Any, table: Any, side: int, start:
 
 
 @kernel
-def _draw_auto(
-    rows: Any, draws: Any, key: Any, table: Any, pairs: Any, side: int, start: int
-) -> None:
+def _draw_auto(rows: Any, draws: Any, key: Any, table: Any, pairs: Any, side: int) -> None:
     for i in range(draws.size):
         stream = random_bits(key, draws[i])
         pair = pairs[random_below(stream, _PAIR, pairs.shape[0])]
         for stage in range(2):
             draw = _STAGES + 8 * stage
             if random_unit(stream, draw + 1) < pair[stage, 1]:
-                at = start + stage * STAGE_WIDTH
                 write_operation(
-                    rows[i, at : at + STAGE_WIDTH],
+                    rows[i, stage * STAGE_WIDTH : (stage + 1) * STAGE_WIDTH],
                     table[np.int64(pair[stage, 0])],
                     pair[stage, 2],
                     random_unit(stream, draw + 4) < 0.5,

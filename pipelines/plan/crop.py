@@ -1,4 +1,4 @@
-"""Where an image is cut: RandomResizedCrop's law for training, the centre for evaluation.
+"""Crop windows: RandomResizedCrop's distribution for training, the centre for evaluation.
 
 Windows are computed on the host from the images' sizes, so that the decoder is told what to
 decode and a plan can be replayed. Both follow torchvision to the rounding, since published
@@ -28,7 +28,7 @@ def random_windows(
     scale: tuple[float, float],
     ratio: tuple[float, float],
 ) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Crop windows by the law of torchvision's RandomResizedCrop.
+    """Draws crop windows as torchvision's RandomResizedCrop does.
 
     Up to ten tries draw an area (uniform part of the image's) and an aspect ratio (uniform in
     its logarithm) and take the first window that fits; otherwise the largest central window of a
@@ -37,7 +37,7 @@ def random_windows(
     Args:
         heights: images' heights [b].
         widths: images' widths [b].
-        counters: which window of the stream `key` each image gets [b].
+        counters: number of each image's window in the stream of `key` [b].
         key: 64-bit key, as from `fold_key`.
         scale: smallest and largest part of the area.
         ratio: smallest and largest width/height.
@@ -62,12 +62,10 @@ def _random_windows(
 ) -> Any:
     starts = np.empty((heights.size, 2), np.int32)
     shapes = np.empty((heights.size, 2), np.int32)
-    log_low = math.log(ratio[0])
-    log_high = math.log(ratio[1])
+    log_low, log_high = math.log(ratio[0]), math.log(ratio[1])
     for i in range(heights.size):
         image_key = random_bits(key, np.uint64(counters[i]))
-        height = heights[i]
-        width = widths[i]
+        height, width = heights[i], widths[i]
         found = False
         for attempt in range(_TRIES):
             draw = 4 * attempt
@@ -83,18 +81,15 @@ def _random_windows(
                 found = True
                 break
         if not found:
-            w = width
-            h = height
+            w, h = width, height
             if width < height * ratio[0]:
                 h = np.int64(np.rint(width / ratio[0]))
             elif width > height * ratio[1]:
                 w = np.int64(np.rint(height * ratio[1]))
             top = (height - h) // 2
             left = (width - w) // 2
-        starts[i, 0] = top
-        starts[i, 1] = left
-        shapes[i, 0] = h
-        shapes[i, 1] = w
+        starts[i, 0], starts[i, 1] = top, left
+        shapes[i, 0], shapes[i, 1] = h, w
     return starts, shapes
 
 
@@ -105,7 +100,7 @@ def central_windows(
     resize: int,
     crop: int,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """What torchvision's Resize(resize) and CenterCrop(crop) leave of an image, in its own pixels.
+    """The region that torchvision's Resize(resize) and CenterCrop(crop) keep, in original pixels.
 
     Resampling just this region to crop x crop gives the same pixels as resizing the whole and
     cutting, because the scale is the same and the filter may still look beyond the region's edge.
@@ -114,7 +109,7 @@ def central_windows(
         heights: images' heights [b].
         widths: images' widths [b].
         resize: length of the shorter side after resizing; at least `crop`.
-        crop: side of the square.
+        crop: side of the crop.
 
     Returns:
         float32 [b 2] region start and end (row, column) in pixels of the original.

@@ -1,9 +1,10 @@
-"""In which order samples are visited, as closed formulas: no state, no array of all samples.
+"""The order of samples in closed formulas: no state, no array of all samples.
 
-Two questions are answered for any slot of any step in constant time. Which sample is visit number
-`q` of a pass? A keyed permutation says so (`permute`). Which source does global slot `g` belong
-to, and how many slots did that source have before? Fixed shares say so (`assign_sources`).
-This module knows neither images nor texts; plan.py puts the answers together.
+The draws of a run are numbered through: number step * n + global index, for global batches of n.
+Two questions about a draw are answered in constant time. Which source does it take, and how many
+draws did that source have before? Fixed weights say so (`assign_sources`). Which sample is draw `q`
+of an epoch? A keyed permutation says so (`permute`). This module knows neither images nor texts;
+plan.py puts the answers together.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ Int64Array = NDArray[np.int64]
 _ROUNDS = 8
 _AT_ONCE = 64
 _MAX_SIZE = 1 << 48
-# Keeps remainder * share below 2**62 in the closed formula of `_count_before`.
-_MAX_TOTAL_SHARE = 1 << 31
+# Keeps remainder * weight below 2**62 in the closed formula of `_count_before`.
+_MAX_TOTAL_WEIGHT = 1 << 31
 
 
 def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
-    """Images of `index` under the permutation of [0, size) that `key` stands for.
+    """Permuted positions of `index`: `key` chooses the permutation of [0, size).
 
     A Feistel network (Luby and Rackoff 1988) permutes a power of four that is not below `size`; a
     value that falls outside is permuted again until it is inside ("cycle walking", Black and
@@ -56,7 +57,7 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
 
 @kernel
 def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
-    """Many at once, round by round; values outside go around together until none is left.
+    """Permutes many at once, round by round, and again those outside until none is left.
 
     The rounds of one value wait for each other, those of several do not, and fit into vectors.
     """
@@ -66,7 +67,7 @@ def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
     left, right = np.empty(_AT_ONCE, np.uint64), np.empty(_AT_ONCE, np.uint64)
     for i in range(index.size):
         values[i], outside[i] = np.uint64(index[i]), i
-    num_outside = index.size
+    num_outside: Any = index.size
     while num_outside:
         for start in range(0, num_outside, _AT_ONCE):
             count = min(_AT_ONCE, num_outside - start)
@@ -80,7 +81,7 @@ def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
                     left[i], right[i] = right[i], mixed
             for i in range(count):
                 values[outside[start + i]] = (left[i] << half_bits) | right[i]
-        kept = 0
+        kept: Any = 0
         for i in range(num_outside):
             outside[kept] = outside[i]
             kept += np.int64(values[outside[i]] >= size)
@@ -88,48 +89,50 @@ def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
     return values.view(np.int64)
 
 
-PIECES_OF_A_WINDOW = 16
+PIECES_OF_A_SHUFFLE_WINDOW = 16
 
 
-def permute_in_windows(index: Int64Array, *, size: int, window: int, key: int) -> Int64Array:
-    """As `permute`, but whatever comes close together lies in few places of storage.
+def permute_in_shuffle_windows(
+    index: Int64Array, *, size: int, window: int, key: int
+) -> Int64Array:
+    """Permutes as `permute`, but positions that are close together need little of the storage.
 
-    [0, size) is cut into pieces of `window` / 16 neighbours. The pieces are permuted; 16 of them
-    that then follow each other are a window (fewer where windows are to be of nearly equal size),
-    and the elements of a window are permuted. So while one window is gone through, all of it and
-    nothing else is needed. Packing has shuffled the samples, so which ones are neighbours means
-    nothing; with each key other pieces meet.
+    [0, size) is cut into pieces of `window` / 16 neighbours, and the pieces are permuted.
+    16 pieces that then follow each other are a shuffle window (fewer where windows are to be of
+    nearly equal size), whose elements are permuted. So all draws from one shuffle window need
+    its pieces and nothing else. Packing has shuffled the samples, so neighbours have nothing in
+    common; each key brings other pieces together.
 
     Args:
         index: int64 of any shape, each in [0, size).
         size: number of elements, at least 1.
-        window: most elements of a window; with `size` or more of them it is one `permute`.
+        window: most elements of one; from `size` on this is a single `permute`.
         key: 64-bit key, as from `fold_key`.
     """
     if window >= size:
         return permute(index, size=size, key=key)
-    piece = -(-window // PIECES_OF_A_WINDOW)
-    pieces, firsts, edges = _windows(size, piece, max(1, window // piece), key)
+    piece = -(-window // PIECES_OF_A_SHUFFLE_WINDOW)
+    pieces, firsts, edges = _shuffle_windows(size, piece, max(1, window // piece), key)
     flat = np.ascontiguousarray(index, dtype=np.int64).reshape(-1)
     windows = np.searchsorted(edges, flat, side="right") - 1
-    places = np.empty_like(flat)
+    permuted = np.empty_like(flat)
     for number in np.unique(windows).tolist():
         mine = windows == number
         start, end = int(edges[number]), int(edges[number + 1])
         within = permute(flat[mine] - start, size=end - start, key=fold_key(key, number))
-        places[mine] = start + within
-    which = np.searchsorted(firsts, places, side="right") - 1
-    result: Int64Array = pieces[which] * piece + (places - firsts[which])
+        permuted[mine] = start + within
+    which = np.searchsorted(firsts, permuted, side="right") - 1
+    result: Int64Array = pieces[which] * piece + (permuted - firsts[which])
     return result.reshape(index.shape)
 
 
 @functools.lru_cache(maxsize=16)
-def _windows(
+def _shuffle_windows(
     size: int, piece: int, most: int, key: int
 ) -> tuple[Int64Array, Int64Array, Int64Array]:
-    """The pieces in their order, the place where each begins, and where the windows do.
+    """Permuted pieces, the position at which each begins, and the edges of the shuffle windows.
 
-    The last of the edges is the end of all. Some 10 bytes for each piece, kept for a few passes.
+    They take some 10 bytes a piece, and are kept for a few epochs.
     """
     num_pieces = -(-size // piece)
     pieces = permute(np.arange(num_pieces, dtype=np.int64), size=num_pieces, key=fold_key(key, -1))
@@ -140,102 +143,101 @@ def _windows(
     return pieces, firsts[:-1], edges
 
 
-def integer_shares(shares: Sequence[float]) -> tuple[int, ...]:
-    """Positive integers in the proportion of `shares`, which need not sum to anything.
+def integer_weights(weights: Sequence[float]) -> tuple[int, ...]:
+    """Positive integers in the proportion of `weights`, which need not sum to anything.
 
-    Fractions of small denominators and sample counts are kept exactly; what would not fit is
-    rounded to a billionth of the whole.
+    Fractions of small denominators and sample counts are kept exactly; anything else is rounded
+    to a billionth of the whole.
 
     Raises:
-        ValueError: a share that is not a positive finite number, or is below a billionth.
+        ValueError: a weight that is not a positive finite number, or is below a billionth.
     """
-    if not shares:
+    if not weights:
         raise ValueError("there must be at least one source of samples")
-    for share in shares:
-        if not (math.isfinite(share) and share > 0):
+    for weight in weights:
+        if not (math.isfinite(weight) and weight > 0):
             raise ValueError(
-                f"shares must be positive numbers, not {share}; leave out a source that is unused"
+                f"weights must be positive numbers, not {weight}; leave out a source that is unused"
             )
-    exact = [_small_fraction(share) for share in shares]
+    exact = [_small_fraction(weight) for weight in weights]
     denominator = math.lcm(*(fraction.denominator for fraction in exact))
     whole = [int(fraction * denominator) for fraction in exact]
     divisor = math.gcd(*whole)
     whole = [part // divisor for part in whole]
-    if sum(whole) > _MAX_TOTAL_SHARE:
+    if sum(whole) > _MAX_TOTAL_WEIGHT:
         total = sum(exact)
         whole = [round(fraction * (1 << 30) / total) for fraction in exact]
     if min(whole) < 1:
         raise ValueError(
-            f"a source's share of {min(shares)} beside {max(shares)} is less than a billionth of "
-            "the whole; leave it out or give it more"
+            f"a source's weight of {min(weights)} beside {max(weights)} is less than a billionth "
+            "of the whole; leave it out or give it more"
         )
     return tuple(whole)
 
 
-def _small_fraction(share: float) -> Fraction:
+def _small_fraction(weight: float) -> Fraction:
     """The fraction that was meant: 0.1 becomes 1/10; a float that is no such fraction stays."""
-    exact = Fraction(share)
+    exact = Fraction(weight)
     small = exact.limit_denominator(1_000_000)
     return small if abs(small - exact) <= exact * Fraction(1, 10**12) else exact
 
 
 def assign_sources(
-    global_index: Int64Array, shares: tuple[int, ...]
+    draws: Int64Array, weights: tuple[int, ...]
 ) -> tuple[NDArray[np.int32], Int64Array]:
-    """Which source each global slot belongs to, and which visit of that source it is.
+    """The source that each draw takes, and the number of that draw among the source's own.
 
-    Slots are numbered through the whole run (step * n + slot). Source 0 takes a slot when its
-    rounded quota of all slots so far rises there; the slots it leaves are numbered anew and split
-    among the others in the same way. So a source's slots lie evenly, and its count after any
-    number of slots differs from the exact share by half a sample for one or two sources, and by
-    less than half a sample more for each further one.
+    Source 0 takes a draw when its rounded quota of all draws so far rises there; the draws that it
+    leaves are numbered anew and split among the others in the same way. So a source's draws are
+    spread evenly, and its count after any number of draws differs from the exact weight by half a
+    sample for one or two sources, and by less than half a sample more for each further one.
 
     Args:
-        global_index: int64, global slot numbers, not negative.
-        shares: integers from `integer_shares`.
+        draws: int64, numbers of draws of the run, not negative.
+        weights: integers from `integer_weights`.
 
     Returns:
-        int32 source ids, and int64 numbers of the slots that source had before.
+        int32 source ids, and int64 numbers of draws that the source had before.
     """
-    global_index = np.ascontiguousarray(global_index, dtype=np.int64)
-    if len(shares) == 1:
-        return np.zeros(global_index.shape, dtype=np.int32), global_index.copy()
-    source_ids, draws = _assign_sources(global_index, np.asarray(shares, dtype=np.int64))
-    return source_ids, draws
+    draws = np.ascontiguousarray(draws, dtype=np.int64)
+    if len(weights) == 1:
+        return np.zeros(draws.shape, dtype=np.int32), draws.copy()
+    source_ids, source_draws = _assign_sources(draws, np.asarray(weights, dtype=np.int64))
+    return source_ids, source_draws
 
 
-def draws_before(slot: int, shares: tuple[int, ...]) -> list[int]:
-    """How many of the global slots [0, slot) each source has: what `assign_sources` comes to."""
-    draws, total = [], sum(shares)
-    for share in shares:
-        draws.append(int(_count_before(slot, share, total)))
-        slot -= draws[-1]
-        total -= share
-    return draws
+def draws_before(draw: int, weights: tuple[int, ...]) -> list[int]:
+    """How many of the draws [0, draw) each source has: the totals of `assign_sources`."""
+    counts, total = [], sum(weights)
+    for weight in weights:
+        counts.append(int(_count_before(draw, weight, total)))
+        draw -= counts[-1]
+        total -= weight
+    return counts
 
 
 @kernel(inline="always")
-def _count_before(slot: Any, share: Any, total: Any) -> Any:
-    """How many of the slots [0, slot) go to `share` of `total`: slot * share / total, rounded.
+def _count_before(draw: Any, weight: Any, total: Any) -> Any:
+    """How many of the draws [0, draw) `weight` of `total` gets: draw * weight / total, rounded.
 
     Whole multiples of `total` are taken out first, so that no product leaves int64.
     """
-    return (slot // total) * share + ((slot % total) * share + total // 2) // total
+    return (draw // total) * weight + ((draw % total) * weight + total // 2) // total
 
 
 @kernel
-def _assign_sources(global_index: Any, shares: Any) -> Any:
-    source_ids = np.empty(global_index.size, np.int32)
-    draws = np.empty(global_index.size, np.int64)
-    for i in range(global_index.size):
-        slot = global_index[i]
-        total = shares.sum()
-        for source in range(shares.size):
-            before = _count_before(slot, shares[source], total)
-            if _count_before(slot + 1, shares[source], total) > before:
+def _assign_sources(draws: Any, weights: Any) -> Any:
+    source_ids = np.empty(draws.size, np.int32)
+    source_draws = np.empty(draws.size, np.int64)
+    for i in range(draws.size):
+        draw = draws[i]
+        total = weights.sum()
+        for source in range(weights.size):
+            before = _count_before(draw, weights[source], total)
+            if _count_before(draw + 1, weights[source], total) > before:
                 source_ids[i] = source
-                draws[i] = before
+                source_draws[i] = before
                 break
-            slot -= before
-            total -= shares[source]
-    return source_ids, draws
+            draw -= before
+            total -= weights[source]
+    return source_ids, source_draws

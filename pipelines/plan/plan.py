@@ -1,10 +1,10 @@
-"""What a step is made of, before anything is read: a pure function of (data, seed, step).
+"""The plan of a run: what each step is fed, as a pure function of (data, seed, step).
 
-For every slot of a global batch the plan says which sample of which source is fed, with which
-text, cut out where, flipped or not, and what else is done to it. Nothing is drawn from a generator,
-so resuming is knowing the step, and each rank computes just its own slots of the same global batch
-whatever the number of ranks. Order, shares, crop windows and augmentation are formulas of order.py,
-crop.py and augment_plan.py. Reading bytes, filling in tokens and decoding are left to the loader.
+For every sample of a global batch the plan says which source it comes from, which text it has,
+where it is cropped, whether it is flipped, and how it is augmented. Nothing is drawn from a
+generator, so resuming is knowing the step, and a rank computes just its local batch, whatever the
+number of ranks. order.py, crop.py and augment.py have the formulas. Reading bytes, filling in
+tokens and decoding are left to `feed/` and `graph/`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,14 @@ from __future__ import annotations
 import dataclasses
 import enum
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from unicl_fast.augmentation import Augmentation
 from unicl_fast.config import DataConfig
+from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import fold_key, random_below, random_bits, random_unit
 
@@ -28,12 +29,90 @@ from .order import (
     Int64Array,
     assign_sources,
     draws_before,
-    integer_shares,
+    integer_weights,
     permute,
-    permute_in_windows,
+    permute_in_shuffle_windows,
 )
-from .plan_source import PlanSource as PlanSource
-from .plan_source import check_sizes, check_source
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlanSource:
+    """One data set, as far as the plan must know it."""
+
+    name: str
+    """The name in messages."""
+    samples: NDArray[Any]
+    """Structured [N] with height, width, captions_count, labels_start, labels_count."""
+    labels: NDArray[np.int32]
+    """Flat; a sample's labels are a range of it."""
+    num_templates: int
+    """Prompt templates of its classes; 0 if it has no class names."""
+    class_ids: NDArray[np.int64]
+    """Training class of each label [num_classes]."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class PlannedBatch:
+    """A rank's local batch of one step; every array has one row a sample, [b]."""
+
+    step: int
+    global_index: Int64Array
+    """Index of each sample in the global batch."""
+    source_ids: NDArray[np.int32]
+    sample_ids: Int64Array
+    windows: NDArray[np.int32]
+    """[b v 5] the crop window of each view: first row and column, height, width, and 1 where it is
+    flipped."""
+    captions: Int64Array
+    """Number of the caption that is the sample's text; -1 where the text is a prompt."""
+    labels: Int64Array
+    """The label whose prompt is the text; -1 where the text is a caption: an image shown with a
+    caption is an image-text pair, and its labels, if any, are set aside for this draw."""
+    templates: Int64Array
+    """Number of the template that fills the prompt; -1 where the text is a caption."""
+    augment_rows: NDArray[np.float32]
+    """[b v k] the augmentation of each view beyond its window, columns as in `augment.Column`; k
+    is 0 where no source augments."""
+
+    @property
+    def num_views(self) -> int:
+        return int(self.windows.shape[1])
+
+    def crops(self, view: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+        """Window starts [b 2], window shapes [b 2] and flips [b] of a view."""
+        return split_windows(self.windows[:, view])
+
+
+def split_windows(
+    windows: NDArray[np.int32],
+) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
+    """Starts [b 2], shapes [b 2] and flips [b] of windows [b 5], each contiguous."""
+    starts, shapes, flips = windows[:, :2], windows[:, 2:4], windows[:, 4]
+    return np.ascontiguousarray(starts), np.ascontiguousarray(shapes), np.ascontiguousarray(flips)
+
+
+SAMPLE_FIELDS = tuple(
+    field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"
+)
+"""The fields that have a row for each sample."""
+
+
+def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> list[PlannedBatch]:
+    """The batches of a long one, as `TrainPlan.batch` gives them; views of its arrays."""
+    size = len(long.global_index) // count
+    global_index = long.global_index[:size] % global_batch_size
+    names = [name for name in SAMPLE_FIELDS if name != "global_index"]
+    arrays = [getattr(long, name) for name in names]
+    # to go through an array costs less than to take slices of it
+    parts = zip(*(values.reshape(count, size, *values.shape[1:]) for values in arrays), strict=True)
+    return [
+        PlannedBatch(
+            step=long.step + part,
+            global_index=global_index,
+            **dict(zip(names, values, strict=True)),
+        )
+        for part, values in enumerate(parts)
+    ]
 
 
 class _Purpose(enum.IntEnum):
@@ -51,83 +130,22 @@ class _Purpose(enum.IntEnum):
     AUGMENT = 10
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class PlannedBatch:
-    """One rank's slots of one global batch; every array has one row a slot, [b]."""
-
-    step: int
-    global_index: Int64Array
-    """Places in the global batch."""
-    source_ids: NDArray[np.int32]
-    sample_ids: Int64Array
-    window_starts: NDArray[np.int32]
-    """[b 2] first row and column of the crop."""
-    window_shapes: NDArray[np.int32]
-    """[b 2] height and width of the crop."""
-    flips: NDArray[np.int32]
-    """1 where the crop is mirrored."""
-    captions: Int64Array
-    """Which of the sample's captions is its text; -1 where the text is a prompt."""
-    labels: Int64Array
-    """The label whose prompt is the text; -1 where the text is a caption: an image shown with a
-    caption is an image-text pair, and its labels, if any, are set aside for this visit."""
-    templates: Int64Array
-    """Which template fills the prompt; -1 where the text is a caption."""
-    second_cuts: NDArray[np.int32]
-    """[b 5] start, shape and flip of each image's second view; [b 0] where there is one view."""
-    augment_rows: NDArray[np.float32]
-    """[b v k] what is done to each view beyond that, columns as in `augment_plan.Column`; k is 0
-    where no source augments."""
-
-    @property
-    def num_views(self) -> int:
-        return self.augment_rows.shape[1]
-
-    def cuts(self, view: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Window starts [b 2], shapes [b 2] and flips [b] of a view."""
-        if not view:
-            return self.window_starts, self.window_shapes, self.flips
-        return self.second_cuts[:, :2], self.second_cuts[:, 2:4], self.second_cuts[:, 4]
-
-
-SAMPLE_FIELDS = tuple(
-    field.name for field in dataclasses.fields(PlannedBatch) if field.name != "step"
-)
-"""What a batch has of each slot."""
-
-
-def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> list[PlannedBatch]:
-    """The batches of a long one, as `TrainPlan.batch` gives them; views."""
-    size = len(long.global_index) // count
-    global_index = long.global_index[:size] % global_batch_size
-    names = [name for name in SAMPLE_FIELDS if name != "global_index"]
-    arrays = [getattr(long, name) for name in names]
-    # to go through an array costs less than to take slices of it
-    parts = zip(*(values.reshape(count, size, *values.shape[1:]) for values in arrays), strict=True)
-    return [
-        PlannedBatch(
-            step=long.step + part,
-            global_index=global_index,
-            **dict(zip(names, values, strict=True)),
-        )
-        for part, values in enumerate(parts)
-    ]
-
-
 def samples_of_draws(
-    draws: Int64Array, *, source: int, size: int, seed: int, window: int = 0
+    draws: Int64Array, *, source: int, size: int, seed: int, shuffle_window: int = 0
 ) -> Int64Array:
-    """Visit q of a source is place q mod N of its pass q div N, each pass shuffled anew.
+    """Draw q of a source is sample q mod N of its epoch q div N, each epoch shuffled anew.
 
-    `window` as `data.shuffle_window`.
+    `shuffle_window` as `data.shuffle_window`; 0 shuffles the whole epoch.
     """
-    passes, places = np.divmod(draws, size)
-    found = [int(passes[0])] if len(passes) and (passes == passes[0]).all() else np.unique(passes)
-    ids = np.empty_like(places)
-    for one_pass in found:
-        chosen = passes == one_pass if len(found) > 1 else slice(None)
-        key = fold_key(seed, _Purpose.ORDER, source, int(one_pass))
-        ids[chosen] = permute_in_windows(places[chosen], size=size, window=window or size, key=key)
+    epochs, positions = np.divmod(draws, size)
+    found = [int(epochs[0])] if len(epochs) and (epochs == epochs[0]).all() else np.unique(epochs)
+    ids = np.empty_like(positions)
+    for epoch in found:
+        chosen = epochs == epoch if len(found) > 1 else slice(None)
+        key = fold_key(seed, _Purpose.ORDER, source, int(epoch))
+        ids[chosen] = permute_in_shuffle_windows(
+            positions[chosen], size=size, window=shuffle_window or size, key=key
+        )
     return ids
 
 
@@ -141,33 +159,33 @@ class TrainPlan:
         data: DataConfig,
         global_batch_size: int,
         seed: int,
-        shares: Sequence[float] | None = None,
+        weights: Sequence[float] | None = None,
         augmentations: Sequence[Augmentation] | None = None,
     ) -> None:
-        """Checks that every visit will have something to show.
+        """Checks that every draw will have something to show.
 
         Args:
             sources: the data sets.
-            data: which text, which crops, how many flips.
-            global_batch_size: slots of one step over all ranks.
+            data: the settings of texts, crops and flips.
+            global_batch_size: samples of one step over all ranks.
             seed: decides everything that is drawn.
-            shares: each source's part of every batch, in any unit; None takes the numbers of
-                samples, so that all sources finish a pass together.
+            weights: each source's part of every batch, in any unit; None takes the numbers of
+                samples, so that all sources finish an epoch together.
             augmentations: each source's, all with the same number of views; None is none.
 
         Raises:
-            ValueError: an empty source, one smaller than its share of a batch, a sample without
+            ValueError: an empty source, one smaller than its part of a batch, a sample without
                 usable text, or labels that no class name belongs to.
         """
         for source in sources:
-            check_source(source, text=data.text)
-        if shares is None:
-            shares = [len(source.samples) for source in sources]
-        if len(shares) != len(sources):
-            raise ValueError(f"{len(shares)} shares were given for {len(sources)} data sets")
-        self.shares = integer_shares(shares)
+            _check_source(source, text=data.text)
+        if weights is None:
+            weights = [len(source.samples) for source in sources]
+        if len(weights) != len(sources):
+            raise ValueError(f"{len(weights)} weights were given for {len(sources)} data sets")
+        self.weights = integer_weights(weights)
         self.global_batch_size = global_batch_size
-        check_sizes(sources, self.shares, global_batch_size=global_batch_size)
+        _check_sizes(sources, self.weights, global_batch_size=global_batch_size)
         self._sources = list(sources)
         self._data = data
         self._augmentations = list(augmentations or [Augmentation()] * len(sources))
@@ -176,69 +194,67 @@ class TrainPlan:
         self.shuffle_window = data.shuffle_window
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
-        """The slots that `rank` of `world_size` ranks gets of global batch `step`."""
+        """The local batch that `rank` of `world_size` ranks gets at `step`."""
         return self.long_batch(step, 1, rank=rank, world_size=world_size)
 
     def long_batch(self, step: int, count: int, *, rank: int, world_size: int) -> PlannedBatch:
-        """The batches of `count` steps from `step` on, one behind the other; see `split_steps`.
+        """The batches of `count` steps from `step` on, concatenated; see `split_steps`.
 
         Planning a step takes some 30 calls, whatever its size; for small batches it pays to make
-        them once for many steps. Slots are counted on from step to step.
+        them once for many steps. The global index is counted on from step to step.
         """
-        global_index = self._slots(count, rank=rank, world_size=world_size)
+        global_index = self._global_index(count, rank=rank, world_size=world_size)
         return self._fill_in(step, global_index, *self._scheduled(step, global_index))
 
     def schedule(
         self, step: int, count: int, *, rank: int, world_size: int
     ) -> tuple[NDArray[np.int32], Int64Array]:
-        """Source and sample of each place of a `long_batch`, and nothing else: for who looks ahead.
+        """Sources and samples of a `long_batch` and nothing else, to look ahead.
 
-        Takes a tenth of a microsecond a place.
+        Takes a tenth of a microsecond a sample.
         """
-        return self._scheduled(step, self._slots(count, rank=rank, world_size=world_size))
+        return self._scheduled(step, self._global_index(count, rank=rank, world_size=world_size))
 
-    def _slots(self, count: int, *, rank: int, world_size: int) -> Int64Array:
-        """Places of `count` steps, counted on from step to step."""
+    def _global_index(self, count: int, *, rank: int, world_size: int) -> Int64Array:
+        """Global indices of a rank in `count` steps, counted on from step to step."""
         size, rest = divmod(self.global_batch_size, world_size)
         if rest:
             raise ValueError(
                 f"a global batch of {self.global_batch_size} cannot be shared by {world_size} "
                 "ranks; make run.global_batch_size a multiple of the number of ranks"
             )
-        global_index = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
+        local = np.arange(rank * size, (rank + 1) * size, dtype=np.int64)
         firsts = self.global_batch_size * np.arange(count, dtype=np.int64)
-        return (firsts[:, None] + global_index).reshape(-1)
+        return (firsts[:, None] + local).reshape(-1)
 
-    def passes(self, num_steps: int) -> list[float]:
-        """How often each source has been gone through after so many steps."""
-        draws = draws_before(num_steps * self.global_batch_size, self.shares)
+    def epochs(self, num_steps: int) -> list[float]:
+        """How many epochs of each source have been shown after so many steps."""
+        draws = draws_before(num_steps * self.global_batch_size, self.weights)
         sizes = [len(source.samples) for source in self._sources]
         return [count / size for count, size in zip(draws, sizes, strict=True)]
 
     def substitute(self, step: int, global_index: Int64Array, *, attempt: int) -> PlannedBatch:
-        """What is fed in some places of a global batch whose planned sample cannot be.
+        """Plans substitutes for planned samples that turned out to be bad.
 
-        Another sample of the same source, with text, window, flip and augmentation of its own: as
-        `batch`, a function of (data, seed, step, slot, attempt) and nothing else. The attempts of
-        one place go through all other samples of its source, in an order of that place's own,
-        before any comes again; a source of one sample has only that one. A substitute may stand in
-        the batch, or the pass, a second time.
+        A substitute is another sample of the same source, with text, window, flip and augmentation
+        of its own: as `batch`, a function of (data, seed, step, global index, attempt) and nothing
+        else. The attempts at one global index take all other samples of its source, in an order of
+        that draw's own, before any comes again; a source of one sample has only that one. A
+        substitute may appear in the batch, or the epoch, a second time.
 
         Args:
-            step: of the batch.
-            global_index: places in the global batch [b].
-            attempt: counted from 1; the next one is for places whose substitute is bad too.
+            step: step of the batch.
+            global_index: indices in the global batch [b].
+            attempt: counted from 1; the next one is for those whose substitute is bad too.
         """
         source_ids, sample_ids = self._scheduled(step, global_index)
-        for i, (slot, number) in enumerate(
-            zip(global_index.tolist(), source_ids.tolist(), strict=True)
-        ):
+        draws = step * self.global_batch_size + global_index
+        for i, (draw, number) in enumerate(zip(draws.tolist(), source_ids.tolist(), strict=True)):
             size = len(self._sources[number].samples)
             num_others = max(1, size - 1)
-            visit = step * self.global_batch_size + slot
-            key = self._key(_Purpose.SUBSTITUTE, _Purpose.ORDER, number, visit)
-            place = np.array([(attempt - 1) % num_others], dtype=np.int64)
-            distance = 1 + int(permute(place, size=num_others, key=key)[0])
+            key = self._key(_Purpose.SUBSTITUTE, _Purpose.ORDER, number, draw)
+            position = np.array([(attempt - 1) % num_others], dtype=np.int64)
+            distance = 1 + int(permute(position, size=num_others, key=key)[0])
             sample_ids[i] = (sample_ids[i] + distance) % size
         return self._fill_in(
             step, global_index, source_ids, sample_ids, streams=(_Purpose.SUBSTITUTE, attempt)
@@ -247,13 +263,19 @@ class TrainPlan:
     def _scheduled(
         self, step: int, global_index: Int64Array
     ) -> tuple[NDArray[np.int32], Int64Array]:
-        """Source and sample of each place of a global batch."""
+        """Source and sample at each global index."""
         draws = step * self.global_batch_size + global_index
-        source_ids, source_draws = assign_sources(draws, self.shares)
+        source_ids, source_draws = assign_sources(draws, self.weights)
         sample_ids = np.empty(len(global_index), dtype=np.int64)
-        for number in range(len(self._sources)):
-            mine = self._places_of(number, source_ids)
-            sample_ids[mine] = self._samples_of_draws(number, source_draws[mine])
+        for number, source in enumerate(self._sources):
+            mine = self._rows_of(number, source_ids)
+            sample_ids[mine] = samples_of_draws(
+                source_draws[mine],
+                source=number,
+                size=len(source.samples),
+                seed=self.seed,
+                shuffle_window=self.shuffle_window,
+            )
         return source_ids, sample_ids
 
     def _fill_in(
@@ -265,114 +287,73 @@ class TrainPlan:
         *,
         streams: tuple[int, ...] = (),
     ) -> PlannedBatch:
-        """Text, windows, flips and augmentation; `streams` tells a substitute's numbers apart."""
-        size = len(global_index)
+        """Adds texts, windows and augmentation.
+
+        `streams` gives a substitute its own random streams.
+        """
         draws = step * self.global_batch_size + global_index
-        sizes = np.empty((2, size), dtype=np.int64)
-        texts = np.empty((3, size), dtype=np.int64)
+        sizes = np.empty((2, len(draws)), dtype=np.int64)
+        texts = np.empty((3, len(draws)), dtype=np.int64)
         for number, source in enumerate(self._sources):
-            mine = self._places_of(number, source_ids)
+            mine = self._rows_of(number, source_ids)
             rows = source.samples.take(sample_ids[mine])  # of whole rows 18 times as fast as []
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
-            texts[:, mine] = self._choose_texts(source, rows, draws[mine], streams=streams)
+            texts[:, mine] = self._draw_texts(source, rows, draws[mine], streams=streams)
         captions, labels, templates = texts
-
-        cuts = [
-            self._cut(sizes, source_ids, draws, streams=view_streams)
-            for view_streams in self._view_streams(streams)
-        ]
-        (window_starts, window_shapes, flips), *second = cuts
+        windows, augment_rows = self._draw_views(sizes, source_ids, draws, streams=streams)
         return PlannedBatch(
             step=step,
             global_index=global_index,
             source_ids=source_ids,
             sample_ids=sample_ids,
-            window_starts=window_starts,
-            window_shapes=window_shapes,
-            flips=flips,
+            windows=windows,
             captions=captions,
             labels=labels,
             templates=templates,
-            second_cuts=_joined(second, size),
-            augment_rows=self._augment(source_ids, draws, streams=streams),
+            augment_rows=augment_rows,
         )
 
-    def _view_streams(self, streams: tuple[int, ...]) -> list[tuple[int, ...]]:
-        """What tells the numbers of each view apart."""
-        return [streams, (*streams, _Purpose.SECOND_VIEW)][: self.num_views]
-
-    def _cut(
+    def _draw_views(
         self,
         sizes: Int64Array,
         source_ids: NDArray[np.int32],
         draws: Int64Array,
         *,
         streams: tuple[int, ...],
-    ) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Window starts [b 2], window shapes [b 2] and flips [b] of one view.
-
-        Args:
-            sizes: heights and widths of the images [2 b].
-            source_ids: of the images [b].
-            draws: of the images [b].
-            streams: tells a substitute's numbers, and those of views, apart.
-        """
-        crop, flip = self._key(*streams, _Purpose.CROP), self._key(*streams, _Purpose.FLIP)
-        starts = np.empty((len(draws), 2), dtype=np.int32)
-        shapes = np.empty_like(starts)
-        flips = np.empty(len(draws), dtype=np.int32)
-        for number, augmentation in enumerate(self._augmentations):
-            mine = self._places_of(number, source_ids)
-            starts[mine], shapes[mine] = random_windows(
-                sizes[0, mine],
-                sizes[1, mine],
-                draws[mine],
-                key=crop,
-                scale=augmentation.crop_scale or self._data.crop_scale,
-                ratio=self._data.crop_ratio,
-            )
-            chance = augmentation.flip
-            if chance is None:
-                chance = self._data.flip_probability
-            flips[mine] = _draw_flips(np.uint64(flip), draws[mine], chance)
-        return starts, shapes, flips
-
-    def _augment(
-        self, source_ids: NDArray[np.int32], draws: Int64Array, *, streams: tuple[int, ...]
-    ) -> NDArray[np.float32]:
-        """What is done to each view of each image, [b v k]."""
-        width, stages = row_width(self._augmentations), num_stages(self._augmentations)
-        drawn = np.zeros((len(draws), self.num_views, width), dtype=np.float32)
-        if not width:
-            return drawn
-        for view, view_streams in enumerate(self._view_streams(streams)):
-            key = self._key(*view_streams, _Purpose.AUGMENT)
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Windows and augmentation rows of each view; `sizes` are heights and widths [2 b]."""
+        data, width = self._data, row_width(self._augmentations)
+        windows = np.empty((len(draws), self.num_views, 5), dtype=np.int32)
+        augment_rows = np.zeros((len(draws), self.num_views, width), dtype=np.float32)
+        for view in range(self.num_views):
+            own = (*streams, _Purpose.SECOND_VIEW) if view else streams
             for number, augmentation in enumerate(self._augmentations):
-                mine = self._places_of(number, source_ids)
-                drawn[mine, view] = draw_rows(
-                    augmentation,
+                mine = self._rows_of(number, source_ids)
+                windows[mine, view, :2], windows[mine, view, 2:4] = random_windows(
+                    sizes[0, mine],
+                    sizes[1, mine],
                     draws[mine],
-                    key=key,
-                    image_size=self._data.image_size,
-                    stages=stages,
+                    key=self._key(*own, _Purpose.CROP),
+                    scale=augmentation.crop_scale or data.crop_scale,
+                    ratio=data.crop_ratio,
                 )
-        return drawn
+                flip = augmentation.flip
+                windows[mine, view, 4] = _draw_flips(
+                    np.uint64(self._key(*own, _Purpose.FLIP)),
+                    draws[mine],
+                    data.flip_probability if flip is None else flip,
+                )
+                if width:
+                    augment_rows[mine, view] = draw_rows(
+                        augmentation,
+                        draws[mine],
+                        key=self._key(*own, _Purpose.AUGMENT),
+                        image_size=data.image_size,
+                        stages=num_stages(self._augmentations),
+                    )
+        return windows, augment_rows
 
-    def _key(self, *parts: int) -> int:
-        """The key of a stream, named by purposes and what tells streams of one purpose apart."""
-        return fold_key(self.seed, *parts)
-
-    def _places_of(self, number: int, source_ids: NDArray[np.int32]) -> Any:
-        """Index of a source's places [b]; all of them, without a copy, if it is the only one."""
-        return slice(None) if len(self._sources) == 1 else np.flatnonzero(source_ids == number)
-
-    def _samples_of_draws(self, number: int, draws: Int64Array) -> Int64Array:
-        size = len(self._sources[number].samples)
-        return samples_of_draws(
-            draws, source=number, size=size, seed=self.seed, window=self.shuffle_window
-        )
-
-    def _choose_texts(
+    def _draw_texts(
         self,
         source: PlanSource,
         rows: NDArray[Any],
@@ -380,20 +361,20 @@ class TrainPlan:
         *,
         streams: tuple[int, ...],
     ) -> NDArray[np.int64]:
-        """Caption, label and template of each visit, [3 b]; see `PlannedBatch`."""
+        """Caption, label and template of each draw, [3 b]; see `PlannedBatch`."""
         labels_count = rows["labels_count"] if source.num_templates else 0 * rows["labels_count"]
         purposes = (_Purpose.TEXT_KIND, _Purpose.CAPTION, _Purpose.LABEL)
-        captions, label_places = _draw_texts(
+        captions, chosen_labels = _draw_captions_or_labels(
             np.array([self._key(*streams, purpose) for purpose in purposes], dtype=np.uint64),
             draws,
             rows["captions_count"].astype(np.int64),
             labels_count.astype(np.int64),
             _CAPTION_CHANCE[self._data.text],
         )
-        prompted = label_places >= 0
+        prompted = chosen_labels >= 0
         labels = np.full(len(rows), -1, dtype=np.int64)
-        places = rows["labels_start"][prompted].astype(np.int64) + label_places[prompted]
-        labels[prompted] = source.labels[places]
+        positions = rows["labels_start"][prompted].astype(np.int64) + chosen_labels[prompted]
+        labels[prompted] = source.labels[positions]
         templates = np.full(len(rows), -1, dtype=np.int64)
         if self._data.templates == "per_class":
             # The class as counter, the step in the key: all ranks draw the same for a class, and
@@ -408,22 +389,24 @@ class TrainPlan:
         templates[prompted] = drawn
         return np.stack([captions, labels, templates])
 
+    def _key(self, *parts: int) -> int:
+        """The key of a stream, from purposes and numbers that tell streams of one purpose apart."""
+        return fold_key(self.seed, *parts)
+
+    def _rows_of(self, number: int, source_ids: NDArray[np.int32]) -> Any:
+        """An index of a source's rows [b]; all of them, without a copy, if it is the only one."""
+        return slice(None) if len(self._sources) == 1 else np.flatnonzero(source_ids == number)
+
 
 # How often a sample that has both kinds of text shows a caption.
 _CAPTION_CHANCE = {"any": 0.5, "captions": 1.0, "labels": 0.0}
 
 
-def _joined(cuts: Sequence[tuple[NDArray[np.int32], ...]], size: int) -> NDArray[np.int32]:
-    """Starts, shapes and flips of a view side by side, [b 5]; [b 0] if there is none."""
-    columns = [part.reshape(size, -1) for cut in cuts for part in cut]
-    return np.concatenate([np.empty((size, 0), dtype=np.int32), *columns], axis=1)
-
-
 @kernel
-def _draw_texts(
+def _draw_captions_or_labels(
     keys: Any, draws: Any, captions_count: Any, labels_count: Any, caption_chance: Any
 ) -> Any:
-    """For each visit a caption's number or a label's, and -1 for the other."""
+    """For each draw a caption's number or a label's, and -1 for the other."""
     captions = np.full(draws.size, -1, np.int64)
     labels = np.full(draws.size, -1, np.int64)
     for i in range(draws.size):
@@ -458,3 +441,48 @@ def _draw_by_step(key: Any, steps: Any, counters: Any, bound: Any) -> Any:
     for i in range(counters.size):
         drawn[i] = random_below(random_bits(key, steps[i]), counters[i], bound)
     return drawn
+
+
+def _check_source(source: PlanSource, *, text: Literal["any", "captions", "labels"]) -> None:
+    """Refuses a source with a sample that could not be shown."""
+    if not len(source.samples):
+        raise ValueError(f"{source.name} has no samples")
+    num_without_text, unprompted = 0, False
+    for rows in blocks_of(source.samples):
+        no_captions = rows["captions_count"] == 0
+        has_labels = rows["labels_count"] > 0
+        unprompted |= bool((has_labels & (no_captions | (text != "captions"))).any())
+        num_without_text += int(np.count_nonzero(no_captions & ~has_labels))
+    if not source.num_templates and unprompted:
+        raise ValueError(
+            f"{source.name} has labels but no class names and templates to make texts of; pack it "
+            "again with class names, or set data.text=captions if all its images have captions"
+        )
+    if num_without_text:
+        raise ValueError(
+            f"{num_without_text} of the {len(source.samples)} samples of {source.name} have "
+            "neither a caption nor a label; leave them out when packing for training"
+        )
+    if source.num_templates and len(source.labels):
+        extremes = [(int(part.min()), int(part.max())) for part in blocks_of(source.labels)]
+        low, high = min(low for low, _ in extremes), max(high for _, high in extremes)
+        if low < 0 or high >= len(source.class_ids):
+            raise ValueError(
+                f"{source.name} has class names for labels 0 to {len(source.class_ids) - 1}, but "
+                f"labels from {low} to {high}; pack it again with a name for each label"
+            )
+
+
+def _check_sizes(
+    sources: Sequence[PlanSource], weights: tuple[int, ...], *, global_batch_size: int
+) -> None:
+    """Refuses a source that one batch would need more samples of than it has."""
+    total = sum(weights)
+    for source, weight in zip(sources, weights, strict=True):
+        if len(source.samples) * total < global_batch_size * weight:
+            raise ValueError(
+                f"{source.name} has {len(source.samples)} samples, fewer than its part of one "
+                f"global batch, {global_batch_size * weight / total:.1f} of {global_batch_size}: "
+                "a batch would hold a sample twice. Give it a smaller weight, or make "
+                "run.global_batch_size smaller"
+            )

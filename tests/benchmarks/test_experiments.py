@@ -11,17 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from unicl_fast.benchmarks.experiments import (
-    full_size,
-    labels_and_captions,
-    objectives,
-    switches,
-    templates,
+from unicl_fast.benchmarks.experiments import full_size
+from unicl_fast.benchmarks.experiments.cifar10 import Objectives, Switches, Templates
+from unicl_fast.benchmarks.experiments.full_size import FullSize
+from unicl_fast.benchmarks.experiments.harness import (
+    Run,
+    difference_of,
+    mean_of,
+    numbers_of,
+    run_all,
 )
-from unicl_fast.benchmarks.experiments.intervals import difference_of, mean_of
-from unicl_fast.benchmarks.experiments.runs import Run, run_all
+from unicl_fast.benchmarks.experiments.labels_and_captions import LabelsAndCaptions
 from unicl_fast.config import TrainConfig
-from unicl_fast.packing.build.class_names import read_label_space
+from unicl_fast.packing.class_names import read_label_space
 from unicl_fast.tools.pack.__main__ import main as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 
@@ -47,7 +49,7 @@ def test_a_difference_by_hand() -> None:
     assert found.effect == pytest.approx(3 / math.sqrt(2) * 4 / 7)
     assert found.high - found.mean == pytest.approx(4.302652729911275 * math.sqrt(2))
     assert str(mean_of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
-    assert mean_of([1.0]).numbers()["deviation"] is None
+    assert numbers_of(mean_of([1.0]))["deviation"] is None
     assert str(mean_of([1.0])) == "1.00"
     assert math.isnan(difference_of([1.0, 1.0], [2.0, 2.0]).effect)
 
@@ -71,7 +73,7 @@ PUBLISHED = {
 
 def test_published_figures_are_those_of_the_paper_here_and_in_the_docs(tmp_path: Path) -> None:
     assert {row.name: row.published for row in full_size.ROWS} == PUBLISHED
-    table = full_size.table(full_size.Settings(out=tmp_path))
+    table = full_size.table(FullSize(out=tmp_path))
     results = Path(__file__).parents[2] / "docs" / "results.md"
     assert table in results.read_text(encoding="utf-8")
 
@@ -93,19 +95,19 @@ def test_classes_of_imagenet_21k_get_the_first_of_their_names(tmp_path: Path) ->
 
 
 def test_each_published_row_is_a_run_that_can_start(capsys: pytest.CaptureFixture[str]) -> None:
-    settings = full_size.Settings(out=Path("runs"))
+    settings = FullSize(out=Path("runs"))
     for row in full_size.ROWS:
         config = config_of(row.commands(settings)[0])
         assert config.run.global_batch_size == 4096
         assert config.data.fraction == ((0.5,) if "halves" in row.name else (1.0,))
         assert len(config.data.train) == len(row.data)
         assert set(row.data) <= set(full_size.PREPARATION)
-    full_size.run(settings)
+    settings.run()
     said = capsys.readouterr().out
     assert "unicl-pretrain --preset swin-base-half-half" in said
     assert "| swin-t-yfcc14m | yfcc14m | zero-shot | 30.1 |  |" in said
     with pytest.raises(ValueError, match="rows are swin-t-in1k"):
-        full_size.run(full_size.Settings(out=Path("runs"), rows=("swin-t",)))
+        FullSize(out=Path("runs"), rows=("swin-t",)).run()
 
 
 def config_of(command: list[str]) -> TrainConfig:
@@ -116,7 +118,7 @@ def config_of(command: list[str]) -> TrainConfig:
 def test_what_was_measured_stands_beside_what_was_published(tmp_path: Path) -> None:
     (tmp_path / "swin-t-in21k.json").write_text(json.dumps({"top1": 0.2849}))
     rows = ("swin-t-in21k",)
-    assert full_size.table(full_size.Settings(out=tmp_path, rows=rows)).endswith("| 28.5 | 28.5 |")
+    assert full_size.table(FullSize(out=tmp_path, rows=rows)).endswith("| 28.5 | 28.5 |")
 
 
 @pytest.fixture(name="cifar10", scope="module")
@@ -136,7 +138,7 @@ def packed_cifar10(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) 
 @pytest.mark.timeout(1200)
 def test_objectives_and_templates_share_their_runs(cifar10: Path, tmp_path: Path) -> None:
     common = {"train": cifar10, "test": cifar10, "out": tmp_path, "length": 0.002}
-    objectives.run(objectives.Settings(**common, seeds=(0, 1)))
+    Objectives(**common, seeds=(0, 1)).run()
     result = json.loads((tmp_path / "objectives.json").read_text())
     assert [table["title"] for table in result["tables"]] == [
         "CIFAR-10 top-1, as it is used",
@@ -148,7 +150,7 @@ def test_objectives_and_templates_share_their_runs(cifar10: Path, tmp_path: Path
     assert seen["resnet9/supcon/seed0"]["step"] == seen["resnet9/unicl/seed0"]["step"]
     assert str(tmp_path) not in (tmp_path / "objectives.json").read_text()
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
-    templates.run(templates.Settings(**common, seeds=(0, 1), rounds=2, round_steps=12))
+    Templates(**common, seeds=(0, 1), rounds=2, round_steps=12).run()
     after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("metrics.jsonl")}
     assert before.items() <= after.items(), "a finished run was done again"
     rates = json.loads((tmp_path / "templates.json").read_text())["rate"]["images_per_second"]
@@ -159,9 +161,7 @@ def test_objectives_and_templates_share_their_runs(cifar10: Path, tmp_path: Path
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_switches(cifar10: Path, tmp_path: Path) -> None:
-    switches.run(
-        switches.Settings(train=cifar10, test=cifar10, out=tmp_path, length=0.01, seeds=(0, 1))
-    )
+    Switches(train=cifar10, test=cifar10, out=tmp_path, length=0.01, seeds=(0, 1)).run()
     result = json.loads((tmp_path / "switches.json").read_text())
     [table] = result["tables"]
     assert set(table["cells"]["cifar10-small"]) == set(result["rate"]["images_per_second"])
@@ -172,10 +172,7 @@ def test_switches(cifar10: Path, tmp_path: Path) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_labels_and_captions(shared_data: Path, tmp_path: Path) -> None:
-    settings = labels_and_captions.Settings(
-        data=shared_data, out=tmp_path, length=0.006, seeds=(0, 1)
-    )
-    labels_and_captions.run(settings)
+    LabelsAndCaptions(data=shared_data, out=tmp_path, length=0.006, seeds=(0, 1)).run()
     [table] = json.loads((tmp_path / "labels-and-captions.json").read_text())["tables"]
     assert {len(means) for means in table["cells"].values()} == {3}
     assert table["chance"]["zero-shot top-1, held-back classes"] == 2.5  # of 40 classes
@@ -187,7 +184,7 @@ def test_labels_and_captions(shared_data: Path, tmp_path: Path) -> None:
 
 
 def test_a_run_of_other_options_is_not_taken_for_this_one(tmp_path: Path) -> None:
-    """Also where it was broken off: its checkpoint would be gone on with."""
+    """Also where it was stopped: it would resume from the other's checkpoint."""
     with pytest.raises(RuntimeError, match="no preset 'x'"):
         run_all([Run(name="one", pretrain=("--preset", "x"))], tmp_path, jobs=1)
     with pytest.raises(RuntimeError, match="take another --out"):

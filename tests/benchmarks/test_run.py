@@ -30,11 +30,12 @@ SMALL = {
         *("--large", "16", "--micro", "4", "--plain", "8"),
     ],
     "profile": ["--batch-size", "4", "--preset", "digits-small"],
-    "ledger": ["--visits", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
+    "ledger": ["--draws", "30000", "--samples", "500", "2000", "--global-batch-size", "64"],
     "augment": [
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
         *("--augment", "none,grayscale=0.5"),
     ],
+    "many-samples": ["--samples", "1200", "--workers", "1"],
     "pack": ["--images", "24", "--formats", "keep", "webp", "--resize", "short:24"],
     "storage": [
         *("--batch-size", "8", "--batches", "2", "--image-size", "32", "--threads", "1"),
@@ -49,7 +50,7 @@ SMALL = {
 
 ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
 SLOW = (
-    *("pack", "storage", "memory", "efficiency", "checkpoint"),
+    *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint"),
     *("loss", "targets", "step", "profile", "input"),
 )
 LONG = ("memory", "efficiency", "checkpoint")
@@ -82,7 +83,8 @@ def packed(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 
 
 def marked(stage: str) -> Any:
-    marks = [pytest.mark.slow] * (stage in SLOW) + [pytest.mark.long] * (stage in LONG)
+    marks: list[Any] = [pytest.mark.slow] * (stage in SLOW)
+    marks += [pytest.mark.long, pytest.mark.timeout(1200)] * (stage in LONG)
     return pytest.param(stage, marks=marks)
 
 
@@ -106,7 +108,9 @@ def run_small(stage: str, path: Path, *more: str) -> None:
     assert {"processor", "cores", "torch", "commit"} <= result["machine"].keys()
     assert len(result["figures"]) >= 3
     for name, figure in result["figures"].items():
-        assert 0 < figure["low"] <= figure["median"] <= figure["high"] < math.inf, name
+        # a cost may be noise around 0, and the first shard of a build may not be seen
+        smallest = {"checkpoint": -math.inf, "many-samples": 0}.get(stage, 1e-12)
+        assert smallest <= figure["low"] <= figure["median"] <= figure["high"] < math.inf, name
 
 
 def test_data_that_is_not_there_is_said_in_a_sentence(

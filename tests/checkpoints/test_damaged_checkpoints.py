@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -19,7 +18,6 @@ from safetensors.torch import load_file, save_file
 from small_runs import tiny_config
 
 from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model, read_state
-from unicl_fast.config import TrainConfig, config_from_dict, config_to_dict, load_config
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.training.trainer import Trainer
 
@@ -119,10 +117,16 @@ def test_a_state_without_a_seal_is_read_as_before(checkpoint: Path) -> None:
         ({"config__model__vocab_size": 2**23}, "not of the model that its config describes"),
         ({"config__model__text_layers": 1000}, "not of the model that its config describes"),
         ({"config__model__text_width": 65_536}, "not of the model that its config describes"),
-        ({"config__model__text_width": 10**9}, "model.text_width must lie in 1 to 65536"),
-        ({"config__model__text_heads": 0}, "model.text_heads must lie in 1"),
-        ({"config__model__embed_dim": 2.5}, "config: model.embed_dim must be of type int"),
-        ({"config__data__image_size": 10**6}, "data.image_size must lie in 1 to 8192"),
+        (
+            {"config__model__text_width": 10**9},
+            "model.text_width must be .* in 1 to 65536",
+        ),
+        ({"config__model__text_heads": 0}, "model.text_heads must be a whole number in 1"),
+        ({"config__model__embed_dim": 2.5}, "config: model.embed_dim must be a whole number"),
+        (
+            {"config__data__image_size": 10**6},
+            "data.image_size must be .* in 1 to 8192",
+        ),
         ({"config__model__image_encoder": "resnet50"}, "not those of the model"),
         ({"config": []}, "config should be there and of type dict"),
     ],
@@ -159,49 +163,3 @@ def test_whole_numbers_are_no_weights(trainer: Trainer, checkpoint: Path) -> Non
     for use in (trainer.resume, load_model):
         with pytest.raises(ValueError, match="logit_scale holds torch.int64"):
             use(checkpoint)
-
-
-CONFIG = config_to_dict(tiny_config())
-
-
-@pytest.mark.parametrize(
-    ("group", "name", "value"),
-    [
-        ("data", "image_size", "32"),
-        ("data", "image_size", True),
-        ("data", "image_size", None),
-        ("data", "train", "packed"),
-        ("data", "train", [1]),
-        ("data", "crop_scale", [0.1]),
-        ("data", "crop_scale", {"low": 0.1}),
-        ("data", "interpolation", ["bilinear"]),
-        ("model", "text_heads", 0),
-        ("model", "logit_scale_init", float("inf")),
-        ("optim", "lr", float("nan")),
-        ("optim", "lr", 10**400),
-        ("optim", "betas", [0.9, "x"]),
-        ("efficiency", "unique_texts", 1),
-        ("run", "seed", 2**64),
-        ("run", "samples", 1.5),
-    ],
-)
-def test_settings_of_another_type_are_refused_by_name(group: str, name: str, value: Any) -> None:
-    values = json.loads(json.dumps(CONFIG))
-    values[group][name] = value
-    with pytest.raises(ValueError, match=f"{group}.{name} must"):
-        config_from_dict(values)
-
-
-@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"", b"{", b"[]", b'{"run": 3}'])
-def test_files_that_are_no_config_say_so(tmp_path: Path, text: bytes) -> None:
-    (tmp_path / "config.json").write_bytes(text)
-    with pytest.raises(ValueError, match="config"):
-        load_config(tmp_path / "config.json")
-
-
-def test_configs_survive_json() -> None:
-    config = TrainConfig()
-    free = config_to_dict(config)
-    free["model"]["logit_scale_max"] = math.inf
-    for values in (config_to_dict(config), config_to_dict(tiny_config()), free):
-        assert config_to_dict(config_from_dict(json.loads(json.dumps(values)))) == values

@@ -19,13 +19,10 @@ from torch.nn import functional as F
 from unicl_fast import UniCL, load_model
 from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
-from unicl_fast.conversion.comparison import require_equal
-from unicl_fast.conversion.exported_program import write_exported_programs
+from unicl_fast.conversion.checked_output import new_folder, require_equal
 from unicl_fast.conversion.hub import write_export
-from unicl_fast.conversion.new_files import new_folder
-from unicl_fast.conversion.onnx_files import write_onnx
-from unicl_fast.conversion.open_clip_folder import write_open_clip
-from unicl_fast.conversion.timm_folder import write_timm
+from unicl_fast.conversion.programs import write_exported_programs, write_onnx
+from unicl_fast.conversion.torch_libraries import write_open_clip, write_timm
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 

@@ -18,18 +18,17 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.dataset.arrays import blocks_of, npy_header, open_array
-from unicl_fast.dataset.growing_files import ArrayFile
-from unicl_fast.dataset.manifest import PixelsInfo
-from unicl_fast.dataset.pixels import PIXEL_DTYPE
-from unicl_fast.dataset.reader import (
+from unicl_fast.dataset.arrays import (
     ARRAY_DTYPES,
-    LABEL_DTYPE,
+    PIXEL_DTYPE,
     SAMPLE_DTYPE,
-    Manifest,
-    PackedDataset,
-    ShardInfo,
+    blocks_of,
+    npy_header,
+    open_array,
 )
+from unicl_fast.dataset.growing_files import ArrayFile
+from unicl_fast.dataset.manifest import Manifest, PixelsInfo, ShardInfo
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 
@@ -201,10 +200,10 @@ def test_arrays_of_any_length_are_opened_and_checked_block_by_block(
     values = np.arange(length, dtype="<i4")
     file.append(values.tobytes())
     file.finish()
-    assert np.array_equal(open_array(folder / "labels.npy", LABEL_DTYPE, length), values)
+    assert np.array_equal(open_array(folder / "labels.npy", ARRAY_DTYPES["labels"], length), values)
     for wrong in (length + 1, 0 if length else 5):
         with pytest.raises(ValueError, match=f"expected {wrong} rows"):
-            open_array(folder / "labels.npy", LABEL_DTYPE, wrong)
+            open_array(folder / "labels.npy", ARRAY_DTYPES["labels"], wrong)
 
 
 def resident_bytes(path: Path) -> int:
@@ -256,7 +255,7 @@ def test_ten_million_samples_are_opened_in_two_seconds_and_no_memory(
         rows["offset"], rows["labels_start"] = numbers * 10, numbers
         rows["size"], rows["height"], rows["width"], rows["labels_count"] = 10, 9, 9, 1
         arrays["samples"].append(rows.tobytes())
-        arrays["labels"].append((numbers % 1000).astype(LABEL_DTYPE).tobytes())
+        arrays["labels"].append((numbers % 1000).astype(ARRAY_DTYPES["labels"]).tobytes())
     for array in arrays.values():
         array.finish()
     shard = tmp_path / "shard-000000.tar"

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.dataset.manifest import Manifest
-from unicl_fast.dataset.reader import SAMPLE_DTYPE, PackedDataset
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 
@@ -127,12 +128,13 @@ def test_versions_have_their_own_fields(packed: Path) -> None:
     for version, pixels, message in (
         (4, values["pixels"], "version 4, this program reads versions 1 to 3"),
         (True, values["pixels"], "version True"),
-        (1, values["pixels"], "expected the fields"),
-        (3, values["pixels"], "expected the fields"),
-        (2, None, "expected the fields"),
-        (2, values["pixels"] | {"height": -1}, "pixels: height should lie in 0"),
-        (2, values["pixels"] | {"depth": 1}, "pixels: expected the fields"),
-        (2, [], "pixels: expected the fields"),
+        (1, values["pixels"], "format version 1 has no field pixels"),
+        (3, values["pixels"], "format version 3 has no field pixels"),
+        (2, None, "format version 2 needs the field pixels"),
+        (2, values["pixels"] | {"height": -1}, "pixels.height must be .* of at least 0, not -1"),
+        (2, values["pixels"] | {"depth": 1}, "pixels.depth is not a field .* known are height"),
+        (2, {"height": 1}, "pixels.num_bytes is missing"),
+        (2, [], "pixels must be an object"),
     ):
         changed = values | {"version": version, "pixels": pixels}
         if pixels is None:

@@ -21,10 +21,11 @@ from object_stores import FaultyStore, empty, upload
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
-from unicl_fast.dataset.remote import block_cache, mirror, object_store
+from unicl_fast.dataset.errors import DamagedDatasetError, DamagedSampleError
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.remote import block_cache, local_copy, object_store
 from unicl_fast.dataset.remote.block_cache import BlockCache, CacheOptions
-from unicl_fast.dataset.remote.mirror import open_mirror
+from unicl_fast.dataset.remote.local_copy import open_local_copy
 from unicl_fast.dataset.remote.object_store import ObjectStore, Patience, StorageError, is_url
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -35,7 +36,7 @@ BLOCK = 4096
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     quick = Patience(tries=3, first_pause_seconds=0.01, answer_seconds=2)
     monkeypatch.setattr(object_store, "patience", quick)
-    monkeypatch.setattr(mirror, "_BETWEEN_READINGS_SECONDS", 0.01)
+    monkeypatch.setattr(local_copy, "_BETWEEN_READINGS_SECONDS", 0.01)
     empty()
     yield
     empty()
@@ -152,22 +153,22 @@ def test_pixels_are_read_by_the_batch(local: PackedDataset, cache: CacheOptions)
     if local.image_shape is None:
         pytest.skip("not decoded")
     url = upload(local.folder, "faulty://bucket/noise")
-    indices, places = np.array([5, 39, 0, 17, 18]), np.array([4, 3, 2, 1, 0])
+    indices, positions = np.array([5, 39, 0, 17, 18]), np.array([4, 3, 2, 1, 0])
     expected = np.zeros((6, *local.image_shape), np.uint8)
     found = expected.copy()
-    assert local.read_pixels(indices, expected, places).all()
+    assert local.read_pixels(indices, expected, positions).all()
     with PackedDataset(url, cache=cache) as remote:
-        assert remote.read_pixels(indices, found, places).all()
+        assert remote.read_pixels(indices, found, positions).all()
         assert np.array_equal(found, expected)
         assert remote.needed_bytes == found[:5].nbytes
         for block in (cache.place / "blocks").rglob("0*"):
             block.write_bytes(bytes(block.stat().st_size))
-        assert not remote.read_pixels(indices, found, places).any()
+        assert not remote.read_pixels(indices, found, positions).any()
         assert np.array_equal(remote.image_bytes(5, verify=True), local.image_bytes(5))
         del FaultyStore.store["/bucket/noise/pixels.npy"]
         for block in (cache.place / "blocks").rglob("0*"):
             block.unlink()
-        assert not remote.read_pixels(indices, found, places).any()
+        assert not remote.read_pixels(indices, found, positions).any()
 
 
 def test_what_the_cache_lost_or_spoilt_is_fetched_again(
@@ -285,7 +286,7 @@ def test_arrays_are_compared_with_their_checksums(
     upload(local.folder, url)
     store.write("manifest.json", (local.folder / "manifest.json").read_bytes() + b" ")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged, or just being replaced"):
-        open_mirror(store, cache.place, [])
+        open_local_copy(store, cache.place, [])
     store.remove("manifest.json")
     with pytest.raises(FileNotFoundError, match=f"{url} is not a packed data set"):
         PackedDataset(url, cache=cache)
@@ -375,7 +376,7 @@ def test_who_was_killed_leaves_nothing_that_others_wait_for(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("where", ["full", "stopped"])
-def test_without_a_cache_that_works_reading_goes_on(
+def test_without_a_cache_that_works_reading_continues(
     tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     cache = BlockCache(tmp_path, max_bytes=10 * BLOCK)

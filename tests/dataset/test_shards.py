@@ -18,14 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unicl_fast.dataset.reader import (
-    CAPTION_DTYPE,
-    SAMPLE_DTYPE,
-    DamagedDatasetError,
-    DamagedSampleError,
-    Manifest,
-    PackedDataset,
-)
+from unicl_fast.dataset.arrays import CAPTION_DTYPE, SAMPLE_DTYPE
+from unicl_fast.dataset.errors import DamagedDatasetError, DamagedSampleError
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 
 FACTS: dict[str, Any] = {
@@ -392,7 +388,7 @@ def test_arrays_are_read_only(packed: Path) -> None:
 def test_many_shards_do_not_use_up_descriptors(
     packed: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("unicl_fast.dataset.file_ranges._MAX_OPEN_SHARDS", 1)
+    monkeypatch.setattr("unicl_fast.dataset.files._MAX_OPEN_FILES", 1)
     with PackedDataset(packed) as dataset:
         before = len(os.listdir("/proc/self/fd"))
         for number in (0, 8, 4, 8, 0):

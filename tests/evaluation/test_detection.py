@@ -14,20 +14,21 @@ from pasted_objects import paste_objects
 from small_runs import tiny_config
 
 from unicl_fast import UniCL
-from unicl_fast.evaluation.detection import (
-    DetectionSettings,
-    PyramidBackbone,
-    build_detector,
-    detect,
-    train_detector,
-)
-from unicl_fast.evaluation.detection_data import (
+from unicl_fast.evaluation.coco import (
     CocoImages,
     as_coco,
     coco_metrics,
     flip,
     training_batches,
 )
+from unicl_fast.evaluation.detection import (
+    PyramidBackbone,
+    build_detector,
+    detect,
+    rate_of,
+    train_detector,
+)
+from unicl_fast.evaluation.requests import DetectorRecipe
 
 pytest.importorskip("pycocotools")
 
@@ -122,7 +123,7 @@ def test_right_boxes_have_precision_1_and_wrong_ones_less(pasted: Path) -> None:
     assert coco_metrics(images.content, [])["box/AP50"] == 0.0
 
 
-def test_batches_hold_each_image_once_a_pass_over_all_ranks(pasted: Path) -> None:
+def test_batches_hold_each_image_once_an_epoch_over_all_ranks(pasted: Path) -> None:
     pixels = CocoImages(pasted / "instances.json", pasted / "images")
     seen: list[bytes] = []
     for rank in range(2):
@@ -152,9 +153,11 @@ def test_other_files_are_refused(
 
 
 def test_the_schedule_is_the_1x_one() -> None:
-    settings = DetectionSettings(steps=1200, warmup_steps=100)
-    assert settings.rate(0) == pytest.approx(0.01, rel=0.2)
-    rates = [settings.rate(step) for step in (100, 799, 800, 1099, 1100, 1199)]
+    recipe = DetectorRecipe(warmup_steps=100)
+    first, *rates = [
+        rate_of(recipe, step, steps=1200) for step in (0, 100, 799, 800, 1099, 1100, 1199)
+    ]
+    assert first == pytest.approx(0.01, rel=0.2)
     assert rates == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -163,18 +166,14 @@ def test_the_schedule_is_the_1x_one() -> None:
 def test_a_detector_learns_four_images_by_heart(pasted: Path, masks: bool) -> None:
     torch.manual_seed(0)
     images = CocoImages(pasted / "instances.json", pasted / "images", masks=masks)
-    detector = build_detector(
-        small_model("resnet10t"),
-        num_classes=3,
-        masks=masks,
-        min_size=96,
-        max_size=96,
-        boxes_per_image=32,
+    recipe = DetectorRecipe(
+        masks=masks, min_size=96, max_size=96, boxes_per_image=32, lr=5e-4, warmup_steps=5
     )
+    detector = build_detector(small_model("resnet10t"), recipe, num_classes=3)
     frozen = [p for n, p in detector.named_parameters() if "bn" in n and "encoder" in n]
     assert not any(p.requires_grad for p in frozen)
     batches = training_batches(images, batch_size=4, seed=0, workers=0)
-    train_detector(detector, batches, DetectionSettings(steps=60, lr=5e-4, warmup_steps=5))
+    train_detector(detector, batches, recipe, steps=60)
     rows: list[dict[str, Any]] = []
     for number, found in detect(
         detector, ((one["id"], images[place][0]) for place, one in enumerate(images.images))

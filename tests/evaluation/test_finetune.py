@@ -18,13 +18,13 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.encode import encode_images, prepare_images
 from unicl_fast.evaluation.finetune import (
     FineTuned,
-    FinetuneSettings,
     build_optimizer,
     finetune,
     load_finetuned,
     save_finetuned,
     zero_shot_head,
 )
+from unicl_fast.evaluation.requests import FinetuneRecipe, check_ranges
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_the_zero_shot_head_ranks_as_zero_shot_does(images: torch.Tensor) -> Non
 def test_rates_fall_with_depth_from_the_head_down(encoder: str) -> None:
     model = UniCL(tiny_config(image_encoder=encoder))
     module = FineTuned(model, 3)
-    optimizer = build_optimizer(module, FinetuneSettings(steps=1, layer_decay=0.5))
+    optimizer = build_optimizer(module, FinetuneRecipe(layer_decay=0.5))
     scale = {}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -73,17 +73,17 @@ def test_it_learns_a_few_images_by_heart(images: torch.Tensor, tmp_path: Path, m
     config = tiny_config(precision="fp32")
     model = UniCL(config)
     module = FineTuned(model, 3)
-    settings = FinetuneSettings(steps=80, lr=5e-3, layer_decay=0.9, **more)
+    recipe = FinetuneRecipe(lr=5e-3, layer_decay=0.9, **more)
     loader = ListLoader([with_ids(global_batch(images))])
     trained = finetune(
-        model, module, loader, labels_of=lambda sample: [sample % 3], settings=settings
+        model, module, loader, recipe, steps=80, labels_of=lambda sample: [sample % 3]
     )
     assert not trained.training
-    assert (trained is module) == (settings.ema_decay == 0)
+    assert (trained is module) == (recipe.ema_decay == 0)
     pixels = torch.randn(2, 3, 32, 32)
     logits = trained(prepare_images(model, images))
     assert (logits.argmax(dim=1) == torch.arange(12) % 3).all()
-    save_finetuned(tmp_path, trained, config=config, class_names=("a", "b", "c"), settings=settings)
+    save_finetuned(tmp_path, trained, config=config, class_names=("a", "b", "c"), settings={})
     again, names = load_finetuned(tmp_path)
     assert names == ("a", "b", "c")
     torch.testing.assert_close(again(pixels), trained(pixels))
@@ -97,11 +97,12 @@ def test_what_cannot_be_trained_is_refused(images: torch.Tensor, tmp_path: Path)
             model,
             FineTuned(model, 3),
             loader,
+            FinetuneRecipe(),
+            steps=1,
             labels_of=lambda sample: [] if sample == 4 else [0],
-            settings=FinetuneSettings(steps=1),
         )
-    with pytest.raises(ValueError, match="layer_decay must lie in 1e-06 to 1, not 2"):
-        FinetuneSettings(steps=1, layer_decay=2)
+    with pytest.raises(ValueError, match="--layer-decay must lie in 1e-06 to 1, not 2"):
+        check_ranges(FinetuneRecipe(layer_decay=2))
     with pytest.raises(FileNotFoundError, match=r"holds no finetuned\.json"):
         load_finetuned(tmp_path)
 

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from rank_workers import gather_features_of_slices, run_on_ranks
 from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 
-from unicl_fast.evaluation.features import FeatureCache
+from unicl_fast.evaluation.features import (
+    LabelledFeatures,
+    with_labels,
+)
 from unicl_fast.evaluation.knn import knn_accuracy, nearest
 from unicl_fast.evaluation.linear_probe import (
     LOG10_C,
-    LabelledFeatures,
     LinearClassifier,
-    draw_shots,
     evaluate_classifier,
     fit_logistic_regression,
     fit_probe,
     search_peak,
-    split_validation,
-    with_labels,
 )
 
 NAMES = ("a", "b", "c", "d", "e", "f")
@@ -133,22 +128,6 @@ def test_any_of_several_labels_is_right_and_samples_without_are_left_out() -> No
         with_labels(features, [[], [], [], []], what="this")
 
 
-def test_splits_and_draws_hold_each_class_and_follow_the_seed() -> None:
-    labels = np.repeat([0, 1, 2], [50, 10, 2])
-    train, validation = split_validation(labels, fraction=0.2, seed=0)
-    assert np.bincount(labels[validation], minlength=3).tolist() == [10, 2, 0]
-    assert sorted([*train, *validation]) == list(range(62))
-    assert not np.array_equal(validation, split_validation(labels, fraction=0.2, seed=1)[1])
-    shots, others = draw_shots(labels, shots=8, seed=0)
-    assert np.bincount(labels[shots]).tolist() == [8, 8, 2]
-    assert np.bincount(labels[others], minlength=3).tolist() == [4, 2, 0]
-    assert not set(shots) & set(others)
-    assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
-    assert [len(places) for places in draw_shots(labels, shots=64, seed=0)] == [62, 0]
-    with pytest.raises(ValueError, match="too few to set any aside"):
-        split_validation(np.array([0, 1, 2]), fraction=0.2, seed=0)
-
-
 def test_neighbours_vote_as_scikit_learns_do() -> None:
     train, test = clusters(200, seed=0), clusters(80, seed=1)
     results = knn_accuracy(train, test, class_names=NAMES, ks=(1, 15), temperature=0.1)
@@ -172,31 +151,3 @@ def test_the_search_in_chunks_finds_the_same_neighbours() -> None:
     assert torch.equal(chunks[1], whole[1])
     with pytest.raises(ValueError, match="k must lie in 1 to the 100 training samples"):
         knn_accuracy(train, test, class_names=NAMES, ks=(101,))
-
-
-def test_kept_features_come_back_and_damaged_ones_are_refused(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    cache, features = FeatureCache(tmp_path / "features"), torch.randn(5, 3)
-    assert not cache.has("key")
-    cache.store("key", features)
-    assert torch.equal(cache.load("key", num_samples=5), features)
-    with pytest.raises(ValueError, match="6 rows of features were expected"):
-        cache.load("key", num_samples=6)
-    (tmp_path / "features" / "key.npy").write_bytes(b"\x93NUMPY\x01\x00 cut")
-    with pytest.raises(ValueError, match="is damaged"):
-        cache.load("key", num_samples=5)
-    (tmp_path / "file").touch()
-    FeatureCache(tmp_path / "file").store("key", features)  # a file where the folder should be
-    assert "features are not kept" in caplog.text
-    assert not FeatureCache(None).has("key")
-
-
-@pytest.mark.dist
-def test_ranks_put_their_rows_and_counts_together(tmp_path: Path) -> None:
-    path = tmp_path / "found.json"
-    run_on_ranks(gather_features_of_slices, 2, str(path))
-    found = json.loads(path.read_text())
-    assert found["tables"] == [np.arange(n * 3.0).reshape(n, 3).tolist() for n in (1, 7)]
-    assert (found["num_samples"], found["num_without_label"], found["top1"]) == (6, 1, 0.5)
-    assert found["confusion"] == [[3, 3], [0, 0]]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from unicl_fast.packing.sources.entries import EntryError
+from unicl_fast.packing.sources.items import EntryError
 
 
 @dataclass(frozen=True)

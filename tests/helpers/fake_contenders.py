@@ -1,7 +1,7 @@
-"""Contenders for tests of `unicl-bench input`: quick to start, and some of them up to no good.
+"""Contestants for tests of `unicl-bench input`: quick to start, and some of them wrong.
 
-Numpy and Pillow only. Their crops are whole images squashed to a square, whatever the task's law:
-on squares that is what every contender makes.
+They need only NumPy and Pillow. Their crops are whole images squashed to a square, whatever the
+task's distribution: on squares every contestant makes the same.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD
 
 
 def honest(task: Task) -> Iterator[np.ndarray]:
-    """What all are to make."""
+    """Makes the images that all are to make."""
     return _batches(task, Image.Resampling.BILINEAR)
 
 
@@ -42,8 +42,8 @@ def _batches(task: Task, resampling: Image.Resampling) -> Iterator[np.ndarray]:
         yield stacked[(step * task.batch_size + np.arange(task.batch_size)) % len(stacked)]
 
 
-def mirrored(task: Task) -> Iterator[np.ndarray]:
-    """Mirrors what is not to be mirrored."""
+def flipped(task: Task) -> Iterator[np.ndarray]:
+    """Flips images that are not to be flipped."""
     for batch in honest(task):
         yield batch[..., ::-1]
 
@@ -55,7 +55,7 @@ def bytes_instead(task: Task) -> Iterator[np.ndarray]:
 
 
 def darker_crops(task: Task) -> Iterator[np.ndarray]:
-    """Passes where the crop is given, and cheats where it is drawn."""
+    """Is right where the crop is given, and wrong where it is drawn."""
     for batch in honest(task):
         yield batch if task.scale == (1.0, 1.0) else batch - np.float32(0.5)
 
@@ -67,7 +67,7 @@ def not_installed(task: Task) -> Iterator[np.ndarray]:
 
 
 def dies(task: Task) -> Iterator[np.ndarray]:
-    """Ends its process without a word, in its first turn."""
+    """Ends its process without a message, in its first turn."""
     for step, batch in enumerate(honest(task)):
         if step == 70:
             os._exit(9)

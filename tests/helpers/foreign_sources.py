@@ -13,8 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import simplejpeg
 
-from unicl_fast.packing.sources.entries import EntryError
-from unicl_fast.packing.sources.items import Item, Source
+from unicl_fast.packing.sources.items import EntryError, Item, Source
 
 
 def jpeg(number: int) -> bytes:

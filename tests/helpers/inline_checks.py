@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 
 import pytest
 
-from unicl_fast.packing.build import build as build_module
-from unicl_fast.packing.build.worker import Checked, ImageOptions, Task, _Checker
+from unicl_fast.packing import build as build_module
 from unicl_fast.packing.sources.items import Problem
+from unicl_fast.packing.workers import Checked, ImageChecker, ImageOptions, Task
 from unicl_fast.text.tokenizer import Tokenizer
 
 
@@ -25,7 +25,7 @@ def check_inline(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def check(
         tasks: Iterable[Task], *, options: ImageOptions, context_length: int, **_: object
     ) -> Iterator[Checked | Problem]:
-        checker = _Checker(options, context_length)
+        checker = ImageChecker(options, context_length)
         checker._tokenizer = tokenizer
         for task in tasks:
             names.append(task.name)

@@ -11,7 +11,7 @@ import xxhash
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
-from unicl_fast.text.prompts import SIMPLE_TEMPLATES
+from unicl_fast.text.class_lists import SIMPLE_TEMPLATES
 from unicl_fast.text.tokenizer import Tokenizer
 
 TEMPLATES = (*SIMPLE_TEMPLATES, "a drawing of a {}.", "the {}.")

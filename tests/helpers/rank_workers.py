@@ -30,9 +30,9 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
-from unicl_fast.evaluation.classification import ClassificationCounts
-from unicl_fast.evaluation.features import collect_rows
-from unicl_fast.evaluation.zero_shot import zero_shot_accuracy
+from unicl_fast.evaluation.encode import ModelOnRanks, collect_rows
+from unicl_fast.evaluation.report import ClassificationCounts
+from unicl_fast.evaluation.zero_shot import scores_by
 from unicl_fast.ledger.format import LedgerSource
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
@@ -43,7 +43,7 @@ from unicl_fast.training.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
 # interpreter would import torch and timm for five seconds each time.
-mp.set_forkserver_preload(["unicl_fast.training.trainer", "unicl_fast.tools.pretrain_run"])
+mp.set_forkserver_preload(["unicl_fast.training.trainer", "unicl_fast.training.run"])
 
 
 def run_on_ranks(worker: Callable[..., None], world_size: int, *arguments: object) -> None:
@@ -491,13 +491,13 @@ class ZeroShotOfFour:
     def __call__(self, model) -> dict[str, float]:
         generator = torch.Generator().manual_seed(1)
         width = model.config.model.embed_dim
-        result = zero_shot_accuracy(
-            model,
+        classifier = torch.randn(3, width, dtype=torch.float64, generator=generator)
+        result = ModelOnRanks(model=model, ranks=self.ranks).classify(
             self,
-            torch.randn(3, width, dtype=torch.float64, generator=generator),
+            scores_by(model, classifier),
             labels_of=lambda sample: [sample % 3],
             class_names=("a", "b", "c"),
-            ranks=self.ranks,
+            what="zero-shot",
         )
         return {"top1": result.top1}
 
@@ -552,7 +552,8 @@ def gather_features_of_slices(ranks, path: str) -> None:
 def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
     """Fine-tunes a few steps on slices of the same batches; rank 0 writes the weights."""
     # here, since timm.data takes seconds to import, for which the other workers need not wait
-    from unicl_fast.evaluation.finetune import FineTuned, FinetuneSettings, finetune
+    from unicl_fast.evaluation.finetune import FineTuned, finetune
+    from unicl_fast.evaluation.requests import FinetuneRecipe
 
     model = UniCL(tiny_config()).double()
     batches = [
@@ -566,8 +567,9 @@ def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
         model,
         FineTuned(model, 3),
         ListLoader(batches),
+        FinetuneRecipe(mixup=0.0, ema_decay=0.9),
+        steps=4,
         labels_of=lambda sample: [sample % 3],
-        settings=FinetuneSettings(steps=4, mixup=0.0, ema_decay=0.9),
         ranks=ranks,
     )
     if ranks.is_main:

@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 
 from unicl_fast.images import check as images
 from unicl_fast.images.check import MAX_PIXELS, ImageError, check_image
-from unicl_fast.images.jpeg_header import read_jpeg_header
+from unicl_fast.images.headers import read_jpeg_header
 
 
 def photo(height: int = 40, width: int = 56, *, channels: int = 3) -> np.ndarray:

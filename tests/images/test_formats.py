@@ -16,8 +16,7 @@ from PIL import Image, ImageOps
 
 from unicl_fast.images.check import CheckedImage, ImageError, check_image
 from unicl_fast.images.encode import MAX_WEBP_SIDE
-from unicl_fast.images.jpeg_header import read_jpeg_header
-from unicl_fast.images.webp_header import simple_webp
+from unicl_fast.images.headers import read_jpeg_header, simple_webp
 
 Format = Literal["jpeg", "webp", "png"]
 FORMATS: tuple[Format, ...] = ("jpeg", "webp", "png")

@@ -183,5 +183,5 @@ def test_it_is_equal_on_all_ranks_and_that_of_one_process(
 
 @pytest.mark.parametrize("decay", [-0.1, 1.0])
 def test_a_decay_out_of_range_is_refused(decay: float) -> None:
-    with pytest.raises(ValueError, match="ema_decay must lie in"):
+    with pytest.raises(ValueError, match="ema_decay must be a number in"):
         OptimConfig(ema_decay=decay)

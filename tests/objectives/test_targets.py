@@ -14,14 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.objectives.targets import Targets, map_steps, map_targets, slice_targets
-from unicl_fast.text._row_kernels import (
+from unicl_fast.text.token_rows import (
     find_rows,
     hash_rows,
     make_table,
     position_factors,
     row_lengths,
 )
-from unicl_fast.text._row_kernels import unique_rows as unique_rows_kernel
+from unicl_fast.text.token_rows import unique_rows as unique_rows_kernel
 
 Rows = npt.NDArray[np.uint16]
 BIG = 2**31 - 1

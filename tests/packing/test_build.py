@@ -19,7 +19,7 @@ from pack_runs import jpeg
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build import build_dataset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.pack.__main__ import main
 

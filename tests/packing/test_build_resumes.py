@@ -1,4 +1,4 @@
-"""`unicl-pack build` killed at any moment goes on, and nobody can tell from the data set."""
+"""`unicl-pack build` killed at any moment resumes, and the data set shows no trace of it."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ from pack_runs import jpeg, run_pack
 from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
-from unicl_fast.dataset.journal import FinishedShard, ShardJournal, read_journal
+from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
 from unicl_fast.dataset.remote.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
-from unicl_fast.packing.build import work_folder
-from unicl_fast.packing.build.build import BuildSummary, build_dataset
-from unicl_fast.packing.build.remote_build import build_anywhere
+from unicl_fast.packing import work_folder
+from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.sources import spool
 from unicl_fast.packing.sources import tables as source_tables
+from unicl_fast.packing.upload import build_anywhere
 
 SHARD_BYTES = 30_000
 Kill = Callable[[], None]
@@ -146,7 +146,7 @@ PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int]] = {
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_a_killed_build_goes_on_as_if_nothing_had_been(
+def test_a_killed_build_resumes_as_if_nothing_had_happened(
     sources: list[Path],
     unbroken: dict[str, bytes],
     checked: list[str],
@@ -173,7 +173,7 @@ def test_a_killed_build_goes_on_as_if_nothing_had_been(
     assert summary.quarantined.startswith("9 damaged, 3 missing, 1 bad row\n")
 
 
-def test_a_build_killed_again_and_again_goes_on_each_time(
+def test_a_build_killed_again_and_again_resumes_each_time(
     sources: list[Path], checked: list[str], tmp_path: Path
 ) -> None:
     """With decoded images and joined duplicates, whose work is not in the shards."""
@@ -192,7 +192,7 @@ def test_a_build_killed_again_and_again_goes_on_each_time(
     assert summary.image_size == (16, 16)
 
 
-def test_a_build_from_urls_goes_on_with_the_copies_that_it_made(
+def test_a_build_from_urls_resumes_with_the_copies_that_it_made(
     sources: list[Path], checked: list[str], tmp_path: Path
 ) -> None:
     """Copies stay with a build that was killed; what has changed in the store is copied anew."""
@@ -241,11 +241,11 @@ def test_a_build_from_urls_goes_on_with_the_copies_that_it_made(
         killed(lambda: build_anywhere([url], str(tmp_path / "set"), work=work, **options))
     shutil.rmtree(tmp_path / "set.partial")
     build_anywhere([url], str(tmp_path / "other"), work=work, **options)
-    assert not os.listdir(work), "copies for a build that nobody can go on with"
+    assert not os.listdir(work), "copies for a build that nobody can resume"
     empty()
 
 
-def test_a_build_to_a_url_that_is_killed_goes_on(
+def test_a_build_to_a_url_that_is_killed_resumes(
     sources: list[Path], unbroken: dict[str, bytes], checked: list[str], tmp_path: Path
 ) -> None:
     system = FaultyStore()
@@ -276,7 +276,7 @@ def unfinished(sources: list[Path], checked: list[str], tmp_path: Path) -> Path:
     return tmp_path / "set"
 
 
-def test_another_build_does_not_go_on_with_it(
+def test_another_build_does_not_resume_it(
     sources: list[Path], unfinished: Path, unbroken: dict[str, bytes]
 ) -> None:
     message = r"2 finished shards .*other options:\n  --seed: it was 0, and is 1\n.*--restart"
@@ -480,7 +480,7 @@ def test_a_stopped_upload_says_that_what_was_sent_stays(
         code, printed = run_pack(*arguments, capsys=capsys)
     assert code == {KeyboardInterrupt: 130, SystemExit: 143}[type(stop)]
     assert "stopped; what was uploaded stays under faulty://bucket/set, and is no" in printed
-    assert f"go on with: unicl-pack upload {tmp_path / 'set'} --out faulty://bucket" in printed
+    assert f"resume by: unicl-pack upload {tmp_path / 'set'} --out faulty://bucket" in printed
     assert FaultyStore().find("faulty://bucket")
     code, printed = run_pack(*arguments, capsys=capsys)
     assert code == 0
@@ -504,8 +504,8 @@ def test_the_bytes_of_a_build_stay_what_they_are(checked: list[str], tmp_path: P
         for number in range(12):
             Image.fromarray(records[number].reshape(32, 32, 3)).save(tmp_path / "one.ppm")
             archive.write(tmp_path / "one.ppm", f"{'dog' if number % 3 else 'yak'}/{number}.ppm")
-    rows = [
-        {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "an image"]}
+    rows = [  # "a picture" is part of the pinned bytes
+        {"image": f"{'dog' if n % 3 else 'yak'}/{n}.ppm", "captions": [f"number {n}", "a picture"]}
         for n in [*range(14), 3, 4]
     ]
     (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))

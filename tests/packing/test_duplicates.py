@@ -13,7 +13,7 @@ from pack_runs import jpeg, run_pack
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.merge import merge_datasets
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import ImageFormat
-from unicl_fast.packing.build.build import BuildSummary, build_dataset
+from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 
 run = functools.partial(run_pack, "build", "--workers", 1)

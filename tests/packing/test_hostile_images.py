@@ -31,7 +31,7 @@ AGREED_AND_LEFT_OUT = {
 # ru_maxrss of a child starts at what its parent had, so builds are measured from a small parent.
 MEASURED_BUILD = """
 import json, resource, sys
-from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build import build_dataset
 
 if __name__ == "__main__":
     source, out, max_pixels, format = sys.argv[1:]

@@ -19,9 +19,9 @@ import simplejpeg
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.packing.build.build import build_dataset
-from unicl_fast.packing.sources import trees as image_files
-from unicl_fast.packing.sources.entries import EntryError
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.sources import trees
+from unicl_fast.packing.sources.items import EntryError
 from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
 from unicl_fast.packing.sources.trees import open_tree
 
@@ -245,13 +245,13 @@ def test_what_is_no_file_in_a_folder_neither_stops_nor_is_opened(
         opened.append(os.path.basename(path))
         return real_open(path, *arguments)
 
-    monkeypatch.setattr(image_files.os, "open", watched)
+    monkeypatch.setattr(trees.os, "open", watched)
     found = outcomes(read_source(str(tmp_path)))
     monkeypatch.undo()
     assert found.pop("cat/1.jpg") == "read"
     assert set(found.values()) == {"unreadable"}
     assert len(found) == 7
-    assert set(opened) == {"1.jpg", "mem.jpg"}
+    assert {name for name in opened if name.endswith(".jpg")} == {"1.jpg", "mem.jpg"}
 
 
 def test_a_file_without_a_size_is_read_up_to_the_limit_only(tmp_path: Path) -> None:

@@ -22,11 +22,10 @@ from pack_runs import run_pack
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.packing.build.build import build_dataset
-from unicl_fast.packing.inspect import inspect as inspect_module
-from unicl_fast.packing.inspect import page as inspect_page
-from unicl_fast.packing.inspect.concepts import count_concepts
-from unicl_fast.packing.inspect.inspect import Inspection, inspect_dataset
+from unicl_fast.packing import inspect as inspect_module
+from unicl_fast.packing import page as inspect_page
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.inspect import Inspection, count_concepts, inspect_dataset
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.pack.__main__ import main
@@ -235,6 +234,10 @@ def test_the_page_needs_nothing_else_and_obeys_no_text(written: Path) -> None:
     assert "https://" not in page
 
 
+def test_characters_that_cannot_be_seen_are_written_out() -> None:
+    assert inspect_page._visible("a\x1b[2J\udcff\nb") == "a\\x1b[2J\\udcff\nb"
+
+
 def test_the_list_of_copies_can_be_left_out(packed: Path, written: Path) -> None:
     rows = list(csv.DictReader((written / "list.csv").open(newline="")))
     assert sorted(row["kind"] for row in rows) == ["duplicate"] * 3 + ["near duplicate"]
@@ -387,8 +390,7 @@ def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs() -> None:
     assert spread.counts[-1] == 2
     assert sum(spread.counts) == len(values)
     assert min(spread.counts[:-1]) == 10
-    plot = inspect_page._spread_plot("Width", spread)
-    assert "<span>20</span><span>64 and more</span>" in plot
+    assert inspect_page._histogram("Width", spread).ends == ("20", "64 and more")
 
 
 def test_of_many_classes_the_smallest_that_have_images_are_shown() -> None:
@@ -396,6 +398,6 @@ def test_of_many_classes_the_smallest_that_have_images_are_shown() -> None:
     shown = inspect_page._classes(
         SimpleNamespace(class_counts=counts, labels_per_image={1: 1})  # type: ignore[arg-type]
     )
-    assert "largest class first, logarithmic" in shown
-    assert "without any: 1" in shown
-    assert ">none<" not in shown
+    assert shown["plot"].title.endswith("largest class first, logarithmic")
+    assert shown["num_empty"] == 1
+    assert ("none", 0) not in shown["last"]

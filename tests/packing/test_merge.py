@@ -22,11 +22,11 @@ from pack_runs import jpeg
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
-from unicl_fast.packing.build.build import build_dataset
-from unicl_fast.packing.build.join_classes import join_classes
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.class_names import join_classes
+from unicl_fast.packing.folder_check import Fault
 from unicl_fast.packing.merge import MergeSummary, merge_datasets
-from unicl_fast.packing.verify.folder_check import Fault
-from unicl_fast.packing.verify.verify import verify_dataset
+from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.pack.__main__ import main
 
@@ -210,7 +210,7 @@ def test_damage_is_left_out_and_named(packed: dict[str, Path], tmp_path: Path) -
     flip_byte(damaged, 2)
     data = (damaged / shard).read_bytes()
     place = data.index(b'"image ')  # the text of a caption, which has no checksum of its own
-    (damaged / shard).write_bytes(data[: place + 9] + b"9" + data[place + 10 :])
+    (damaged / shard).write_bytes(data[: place + 7] + b"9" + data[place + 8 :])
     summary = merge(packed["photos"], damaged, out=tmp_path / "set")
     assert summary.num_damaged == 2
     rows = [row for row in quarantined(tmp_path / "set") if str(damaged) in row[3]]

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from unicl_fast.packing.inspect.near_duplicates import (
+from unicl_fast.packing.near_duplicates import (
     TooManyPairsError,
     count_bits,
     find_leaders,
@@ -101,7 +101,7 @@ def test_a_million_hashes(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_what_is_all_alike_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("unicl_fast.packing.inspect.near_duplicates.MAX_PAIRS", 1000)
+    monkeypatch.setattr("unicl_fast.packing.near_duplicates.MAX_PAIRS", 1000)
     hashes = np.array([number ^ (number >> 1) for number in range(60)], np.uint64)
     with pytest.raises(TooManyPairsError, match="choose a smaller distance"):
         find_leaders(hashes, 6)
@@ -120,7 +120,7 @@ def test_copies_of_photographs_are_within_4_bits_and_other_photographs_are_not(
 ) -> None:
     if importlib.util.find_spec("imagehash") is None:
         pytest.skip("ImageHash is not installed: pip install 'unicl_fast[inspect]'")
-    from unicl_fast.packing.inspect.image_hashes import perceptual_hash
+    from unicl_fast.packing.near_duplicates import perceptual_hash
 
     folder = shared_data / "captions" / "flickr8k"
     lines = (folder / "captions.jsonl").read_text().splitlines()[:50]
@@ -147,7 +147,7 @@ def test_how_far_copies_are_from_their_originals(
     shared_data: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The table of docs/verify-and-inspect.md."""
-    from unicl_fast.packing.inspect.image_hashes import perceptual_hash
+    from unicl_fast.packing.near_duplicates import perceptual_hash
 
     paths = sorted((shared_data / "captions" / "flickr8k" / "images").iterdir())
     hashes = np.array([perceptual_hash(path.read_bytes()) for path in paths], np.uint64)

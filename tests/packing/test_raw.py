@@ -17,8 +17,8 @@ from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import check_image
-from unicl_fast.packing.build.build import build_dataset
-from unicl_fast.packing.build.worker_pool import (
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.workers import (
     Checked,
     ImageOptions,
     Task,

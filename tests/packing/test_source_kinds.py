@@ -21,7 +21,7 @@ from foreign_sources import base64_text, jpeg, planes, python2_pickle, write_tar
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.packing.build.build import build_dataset
+from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources.read_sources import read_source
 
 CIFAR_NAMES = "airplane automobile bird cat deer dog frog horse ship truck".split()  # noqa: SIM905

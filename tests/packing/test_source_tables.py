@@ -19,12 +19,12 @@ from hypothesis import strategies as st
 
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
-from unicl_fast.packing.sources import trees as image_files
+from unicl_fast.packing.sources import trees as trees
 from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, convert
 from unicl_fast.packing.sources.items import Problem
 from unicl_fast.packing.sources.read_sources import ListOptions, read_source
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.sources.zip_files import ZipTree
+from unicl_fast.packing.sources.trees import ZipTree
 
 FEATURES = {
     "image": {"_type": "Image"},
@@ -109,7 +109,7 @@ def test_a_zip_of_images_is_opened_once_for_all_files(
             super().__init__(archive, prefix)
             opened.append(archive)
 
-    monkeypatch.setattr(image_files, "ZipTree", CountedZip)
+    monkeypatch.setattr(trees, "ZipTree", CountedZip)
     (tmp_path / "set").mkdir()
     with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
         for number in (1, 2):
@@ -321,6 +321,16 @@ def test_any_damage_to_a_table_is_named(
             assert row["offset"] + row["size"] <= file.stat().st_size
 
 
+def test_a_build_with_where_remembers_what_it_left_out(tmp_path: Path, spool: Spool) -> None:
+    pq.write_table(table(6, set=[*"aab", *"aab"]), tmp_path / "a.parquet")
+    stays = Spool(tmp_path / "out", folder=tmp_path / "spool")
+    again = Spool(tmp_path / "out", folder=tmp_path / "spool")
+    for each in (stays, again):
+        source = read_source(str(tmp_path / "a.parquet"), ListOptions(where=["set=b"]), each)
+        assert source.passed_over == {"rows that --where left out": 4}
+        assert [read(item) for item in source.items] == [jpeg(2), jpeg(5)]
+
+
 def test_a_file_that_ends_its_process_costs_what_comes_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -345,7 +355,7 @@ def test_a_script_without_a_guard_hears_of_it(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(
         "from pathlib import Path\n"
-        "from unicl_fast.packing.build.build import build_dataset\n"
+        "from unicl_fast.packing.build import build_dataset\n"
         f"build_dataset([Path({places[0]!r})], Path({places[1]!r}), workers=1, progress=False)\n"
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=120)

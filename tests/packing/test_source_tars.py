@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import io
 import json
 import os
 import tarfile
+import time
 from pathlib import Path
 
 import pytest
@@ -17,7 +19,7 @@ from hypothesis import strategies as st
 
 from unicl_fast.packing.sources.read_sources import ListOptions, read_source
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.sources.tar_members import DamagedTarError, iter_members
+from unicl_fast.packing.sources.tars import DamagedTarError, iter_members
 
 
 def three_samples(path: Path) -> Path:
@@ -78,7 +80,7 @@ def test_names_are_read_as_tarfile_reads_them(tmp_path: Path, style: int) -> Non
     with tarfile.open(tmp_path / "a.tar") as archive:
         expected = [(m.name, m.offset_data, m.size) for m in archive if m.isfile()]
     with (tmp_path / "a.tar").open("rb") as file:
-        assert [(m.name, m.offset, m.num_bytes) for m in iter_members(file)] == expected
+        assert [(m.name, m.offset_data, m.size) for m in iter_members(file)] == expected
     assert len(expected) == len(names)
 
 
@@ -126,21 +128,21 @@ def test_a_cut_tar_gives_what_is_whole_and_names_the_rest(tmp_path: Path) -> Non
     data = three_samples(tmp_path / "a.tar").read_bytes()
     with (tmp_path / "a.tar").open("rb") as file:
         members = list(iter_members(file))
-    cut = members[3].offset + 100  # in the image of the second, whose label is before it
+    cut = members[3].offset_data + 100  # in the image of the second, whose label is before it
     (tmp_path / "a.tar").write_bytes(data[:cut])
     found = outcomes(read_source(str(tmp_path / "a.tar")))
     expected = {"a.tar/000": "read", "a.tar/001": "damaged"}
-    assert found == expected | {f"a.tar from byte {members[3].header}": "damaged"}
+    assert found == expected | {f"a.tar from byte {members[3].offset}": "damaged"}
     # cut where a member ends: the last sample may have had more files
-    (tmp_path / "a.tar").write_bytes(data[: members[1].header])
+    (tmp_path / "a.tar").write_bytes(data[: members[1].offset])
     found = outcomes(read_source(str(tmp_path / "a.tar")))
-    assert found == {"a.tar/000": "damaged", f"a.tar from byte {members[1].header}": "damaged"}
+    assert found == {"a.tar/000": "damaged", f"a.tar from byte {members[1].offset}": "damaged"}
     (tmp_path / "a.tar").write_bytes(data[:100])
     with pytest.raises(ValueError, match=r"a\.tar holds no images .*without its end mark"):
         read_source(str(tmp_path / "a.tar"))
-    (tmp_path / "a.tar").write_bytes(data[: members[2].header] + b"\xff" * 2048)
+    (tmp_path / "a.tar").write_bytes(data[: members[2].offset] + b"\xff" * 2048)
     found = outcomes(read_source(str(three_samples(tmp_path / "b.tar").parent)))
-    assert found[f"a.tar from byte {members[2].header}"] == "damaged"
+    assert found[f"a.tar from byte {members[2].offset}"] == "damaged"
     assert sum(name.startswith("b.tar") for name in found) == 3
 
 
@@ -193,7 +195,7 @@ def test_headers_that_lie_end_the_tar_there(tmp_path: Path, header: bytes) -> No
         block[148:156] = b"%06o\0 " % (sum(block) - sum(block[148:156]) + 256)
     good = write_tar(tmp_path / "a.tar", {"1.jpg": jpeg(1), "1.txt": b"x"}).read_bytes()
     with (tmp_path / "a.tar").open("rb") as file:
-        end = list(iter_members(file))[-1].offset + 512
+        end = list(iter_members(file))[-1].offset_data + 512
     (tmp_path / "a.tar").write_bytes(
         write_tar(tmp_path / "b", {"0.jpg": jpeg(0), "0.txt": b"y"}).read_bytes()[:end]
         + good[:end]
@@ -203,6 +205,36 @@ def test_headers_that_lie_end_the_tar_there(tmp_path: Path, header: bytes) -> No
     assert found == {
         **{"a.tar/0": "read", "a.tar/1": "damaged", f"a.tar from byte {2 * end}": "damaged"}
     }
+
+
+def headers_with(kind: bytes, content: bytes) -> bytes:
+    """A header of `kind` with its content, and a file behind it."""
+    info = tarfile.TarInfo("x")
+    info.type, info.size = kind, len(content)
+    file = tarfile.TarInfo("1.jpg")
+    padded = content + bytes(-len(content) % 512)
+    return info.tobuf(tarfile.GNU_FORMAT) + padded + file.tobuf(tarfile.GNU_FORMAT) + bytes(1024)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        headers_with(b"x", b"1" * 900_000),  # time squared in Python before 3.11.10
+        headers_with(b"L", b"x" * 2_000_000),
+        headers_with(b"x", b"30 path=" + b"x" * 10),
+        headers_with(b"L", b"x") * 2000,
+        headers_with(b"L", b"x")[:1024] * 2000,  # one header after another, and no file
+        headers_with(b"S", b"")[:482] + b"\1" + bytes(29) + (b"\x80" + bytes(10) + b"\1") * 200_000,
+    ],
+    ids=["digits", "long", "short", "many", "nested", "sparse"],
+)
+def test_headers_that_cost_time_or_memory_are_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "a.tar"
+    path.write_bytes(data)
+    started = time.process_time()
+    with path.open("rb") as file, contextlib.suppress(DamagedTarError):
+        assert all(member.name for member in iter_members(file))
+    assert time.process_time() - started < 20  # hours, without limits
 
 
 @given(data=st.data())
@@ -235,7 +267,7 @@ def test_no_bytes_make_the_tar_reader_fail_otherwise(
     with path.open("rb") as file:
         try:
             assert all(
-                member.offset + member.num_bytes <= len(data) for member in iter_members(file)
+                member.offset_data + member.size <= len(data) for member in iter_members(file)
             )
         except DamagedTarError as error:
             assert error.offset <= len(data)  # noqa: PT017

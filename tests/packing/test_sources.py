@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from unicl_fast.packing.build.class_names import (
+from unicl_fast.packing.class_names import (
     LabelSpace,
     collect_label_space,
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.sources.entries import Entry, EntryError
+from unicl_fast.packing.sources.items import Entry, EntryError
 from unicl_fast.packing.sources.read_sources import Item, ListOptions, Source, read_source
 from unicl_fast.packing.sources.trees import FileEntry, open_tree
 
@@ -223,7 +223,7 @@ def test_broken_json_lines_are_named_by_number(tmp_path: Path) -> None:
     [
         ("", ListOptions(), "empty"),
         ("image,caption\n", ListOptions(), "no rows"),
-        ("image,caption\n1,a\n", ListOptions(), "--image-column"),
+        ("photo,caption\n1,a\n", ListOptions(), "--image-column"),
         ("image,words\n1,a\n", ListOptions(), "--caption-column or --label-column"),
         ("image,caption\n1,a\n", ListOptions(label_column="kind"), "'kind' .--label-column"),
         ("image,caption\n1,a\n", ListOptions(where=["split=x"]), "--where"),

@@ -24,12 +24,13 @@ from hypothesis import strategies as st
 from pack_runs import run_pack
 from PIL import Image
 
-from unicl_fast.dataset.reader import SAMPLE_DTYPE, PackedDataset
+from unicl_fast.dataset.arrays import SAMPLE_DTYPE
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.images.check import check_image
-from unicl_fast.packing.verify.folder_check import Fault
-from unicl_fast.packing.verify.verify import verify_dataset
+from unicl_fast.packing.folder_check import Fault
+from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.text.tokenizer import Tokenizer
 
 run = functools.partial(run_pack, "verify")

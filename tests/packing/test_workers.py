@@ -16,18 +16,18 @@ from pack_runs import jpeg
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.packing.build import build as build_module
-from unicl_fast.packing.build.build import build_dataset
-from unicl_fast.packing.build.worker_pool import (
+from unicl_fast.packing import build as build_module
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.sources.items import Entry, RefusedEntry
+from unicl_fast.packing.sources.read_sources import ListOptions, Source
+from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.workers import (
     Checked,
     ImageOptions,
     Problem,
     Task,
     check_in_order,
 )
-from unicl_fast.packing.sources.entries import Entry, RefusedEntry
-from unicl_fast.packing.sources.read_sources import ListOptions, Source
-from unicl_fast.packing.sources.spool import Spool
 
 pytestmark = pytest.mark.dist
 

@@ -13,19 +13,17 @@ from torchvision.transforms import v2
 
 from unicl_fast.augmentation import Augmentation, parse_augmentation
 from unicl_fast.pipelines.plan.augment import (
-    STAGE_WIDTH,
-    Column,
-    draw_rows,
-    neutral_rows,
-    row_width,
-)
-from unicl_fast.pipelines.plan.policies import (
     AUTO,
     RAND,
+    STAGE_WIDTH,
     TRIVIAL,
+    Column,
     Operation,
     Operator,
     auto_pairs,
+    draw_rows,
+    neutral_rows,
+    row_width,
     table_of,
     write_operation,
 )
@@ -86,8 +84,8 @@ def test_jitter_and_blur_are_uniform_in_their_ranges() -> None:
         Column.SIGMA: (0.1, 2.0),
     }
     for column, (low, high) in ranges.items():
-        places = np.sort((rows[:, column] - low) / (high - low))
-        gap = np.abs(places - (np.arange(MANY) + 0.5) / MANY).max()
+        positions = np.sort((rows[:, column] - low) / (high - low))
+        gap = np.abs(positions - (np.arange(MANY) + 0.5) / MANY).max()
         assert gap < 1.95 / math.sqrt(MANY), column  # Kolmogorov's test at 1 in 1,000
 
 
@@ -130,7 +128,7 @@ def test_autoaugment_takes_the_pairs_of_the_paper() -> None:
     policies = timm_augment.auto_augment_policy_original({})
     theirs = [[(op.name, op.prob, op.magnitude) for op in pair] for pair in policies]
     ours = [
-        [(AUTO[int(place)].name, chance, round(10 * level)) for place, chance, level in pair]
+        [(AUTO[int(number)].name, chance, round(10 * level)) for number, chance, level in pair]
         for pair in auto_pairs().tolist()
     ]
     assert [[(n.replace("PosterizeOriginal", "Posterize"), p, m) for n, p, m in pair]
@@ -167,9 +165,9 @@ def matrix_of(name: str, value: float) -> list[float]:
         half = SIDE / 2
         return [cosine, -sine, half * (1 - cosine + sine), sine, cosine, half * (1 - sine - cosine)]
     scale = SIDE if name.startswith("Translate") else 1
-    place = {"ShearX": 1, "ShearY": 3, "TranslateX": 2, "TranslateY": 5}[name]
+    number = {"ShearX": 1, "ShearY": 3, "TranslateX": 2, "TranslateY": 5}[name]
     matrix = [1.0, 0.0, 0.0, 0.0, 1.0, 0.0]
-    matrix[place] = value * scale
+    matrix[number] = value * scale
     return matrix
 
 
@@ -193,13 +191,13 @@ def test_randaugment_s_strengths_are_timm_s(
         assert row[1] == pytest.approx(theirs, abs=1e-5)
 
 
-@pytest.mark.parametrize("place", [0, 1, 15, 30])
+@pytest.mark.parametrize("number", [0, 1, 15, 30])
 @pytest.mark.parametrize("operation", TRIVIAL, ids=lambda operation: operation.name)
-def test_trivialaugment_s_strengths_are_torchvision_s(operation: Operation, place: int) -> None:
+def test_trivialaugment_s_strengths_are_torchvision_s(operation: Operation, number: int) -> None:
     strengths, signed = v2.TrivialAugmentWide._AUGMENTATION_SPACE[operation.name]
     table = strengths(31, SIDE, SIDE)
-    theirs = 0.0 if table is None else float(table[place])
-    row = row_of(operation, level=place / 30, negate=False)
+    theirs = 0.0 if table is None else float(table[number])
+    row = row_of(operation, level=number / 30, negate=False)
     assert row[0] == operation.operator
     assert signed == operation.signed
     if operation.operator == Operator.WARP:
@@ -213,7 +211,7 @@ def test_trivialaugment_s_strengths_are_torchvision_s(operation: Operation, plac
         assert row[1] == pytest.approx(255 * theirs, abs=1e-3)
 
 
-def test_rows_are_functions_of_key_and_visit() -> None:
+def test_rows_are_functions_of_key_and_draw() -> None:
     augmentation = parse_augmentation("unicl,blur=0.5,grayscale=0.2")
     whole = drawn("unicl,blur=0.5,grayscale=0.2", count=100)
     draws = np.array([77, 3, 50])

@@ -1,4 +1,4 @@
-"""Bad samples while a run goes on: what is fed instead, and that nothing else changes."""
+"""Bad samples of a run are replaced, and nothing else changes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from damage import copy_of, flip_byte, shard_of, store, undecodable
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
-from unicl_fast.dataset.errors import TooManyBadSamplesError
-from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
+from unicl_fast.dataset.errors import (
+    DamagedDatasetError,
+    DamagedSampleError,
+    TooManyBadSamplesError,
+)
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.feed import culprits
+from unicl_fast.pipelines.feed import bad_samples
 from unicl_fast.pipelines.feed.bad_samples import MAX_ATTEMPTS
-from unicl_fast.pipelines.feed.feed import DecodingError
+from unicl_fast.pipelines.graph import DecodingError
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 
@@ -100,7 +104,7 @@ def views_of(batch: Batch) -> torch.Tensor:
 def assert_only_bad_ones_differ(
     batches: Sequence[Batch], expected: Sequence[Batch], bad: set[tuple[int, int]]
 ) -> int:
-    """Compares with batches of sound data, place by place; returns how many were replaced."""
+    """Compares with batches of sound data, row by row; returns how many were replaced."""
     replaced = 0
     for batch, whole in zip(batches, expected, strict=True):
         assert batch.step == whole.step
@@ -124,7 +128,7 @@ def assert_only_bad_ones_differ(
 def remembering(loader: TrainLoader, bad: set[tuple[int, int]]) -> TrainLoader:
     """The loader, as if it had met the bad samples already."""
     for source, sample in sorted(bad):
-        loader._bad.add(source, sample, "told by the test")
+        loader._bad.add(source, sample, "found by the test")
     return loader
 
 
@@ -145,7 +149,7 @@ def test_one_bad_sample_is_replaced_and_nothing_else_changes(
     if kind == "flipped byte":
         flip_byte(folders[CAPTIONED], bad)
     elif kind == "wrong size":  # a sound image, smaller than the index says
-        store(folders[CAPTIONED], bad, culprits._sound_image().tobytes())
+        store(folders[CAPTIONED], bad, bad_samples._sound_image().tobytes())
     else:
         store(folders[CAPTIONED], bad, undecodable(kind))
     batches = take(make_loader(spoilt(), prompts))
@@ -170,18 +174,18 @@ def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(
 
     def with_substitutes(step: int, count: int, *, rank: int, world_size: int) -> Any:
         planned = plan_of(step, count, rank=rank, world_size=world_size)
-        for place, pair in enumerate(planned_pairs_of(planned)):
+        for row, pair in enumerate(planned_pairs_of(planned)):
             if pair in bad:
                 chosen = next(
                     one
                     for attempt in itertools.count(1)
                     if (pair[0], int((one := loader.plan.substitute(
-                        step, planned.global_index[[place]], attempt=attempt)).sample_ids[0])) not
+                        step, planned.global_index[[row]], attempt=attempt)).sample_ids[0])) not
                         in bad
                 )  # fmt: skip
                 for field in dataclasses.fields(planned):
                     if field.name != "step":
-                        getattr(planned, field.name)[place] = getattr(chosen, field.name)[0]
+                        getattr(planned, field.name)[row] = getattr(chosen, field.name)[0]
         return planned
 
     loader.plan.long_batch = with_substitutes  # type: ignore[method-assign]
@@ -199,9 +203,9 @@ def many_bad(loader: TrainLoader) -> dict[tuple[int, int], str]:
     first = planned_pairs(loader, 2)
     kinds = ("flip", "html", "gif", "flip", "cut png")
     bad = dict(zip(first[:5], kinds, strict=True))
-    slot = np.array([0], dtype=np.int64)
+    index = np.array([0], dtype=np.int64)
     for attempt, kind in ((1, "flip"), (2, "html")):
-        substitute = loader.plan.substitute(2, slot, attempt=attempt)
+        substitute = loader.plan.substitute(2, index, attempt=attempt)
         bad[(first[0][0], int(substitute.sample_ids[0]))] = kind
     bad[planned_pairs(loader, 3)[7]] = "gif"
     bad[planned_pairs(loader, 7)[1]] = "html"
@@ -356,10 +360,10 @@ def test_the_quarantine_file_lists_each_once_over_ranks_and_restarts(
         for loader in loaders:
             loader.close()
     rows = rows_of(path)
-    places = {str(folder): source for source, folder in enumerate(folders)}
-    assert sorted((places[row["data_set"]], int(row["key"])) for row in rows) == sorted(bad)
+    sources = {str(folder): source for source, folder in enumerate(folders)}
+    assert sorted((sources[row["data_set"]], int(row["key"])) for row in rows) == sorted(bad)
     for row in rows:
-        source = places[row["data_set"]]
+        source = sources[row["data_set"]]
         sample = int(row["key"])
         assert row["key"] == f"{sample:010d}"
         assert row["shard"] == datasets[source].shard_of(sample)
@@ -395,7 +399,7 @@ def test_a_decoder_that_fails_at_everything_condemns_nothing(
 ) -> None:
     store(folders[CAPTIONED], 17, undecodable("html"))
     no_image = np.frombuffer(b"as if the device were gone", dtype=np.uint8)
-    monkeypatch.setattr(culprits, "_sound_image", lambda: no_image)
+    monkeypatch.setattr(bad_samples, "_sound_image", lambda: no_image)
     loader = make_loader(spoilt(), prompts, quarantine=tmp_path / "quarantine.csv")
     with pytest.raises(DecodingError):
         list(itertools.islice(loader.batches(0), STEPS))

@@ -37,13 +37,14 @@ from torchvision.transforms.v2 import functional
 
 from unicl_fast.config import DataConfig, Interpolation, Resample
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.pipelines.feed.feed import HostBatch, run_graphs
-from unicl_fast.pipelines.graph.fused_operators import resample_operator
-from unicl_fast.pipelines.graph.graph import (
+from unicl_fast.pipelines.graph import (
+    HostBatch,
     build_evaluation_graph,
     build_train_graph,
-    shares_of_threads,
+    run_graphs,
+    split_threads,
 )
+from unicl_fast.pipelines.kernels.operators import resample_operator
 from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.plan.crop import central_windows, random_windows
 
@@ -192,8 +193,8 @@ def smallest_windows(dataset: PackedDataset) -> Windows:
     shapes = np.ones_like(sizes)
     shapes[kinds == 1, 0] = sizes[kinds == 1, 0]
     shapes[kinds == 2, 1] = sizes[kinds == 2, 1]
-    places = (np.arange(len(dataset)) % 5)[:, None] / 4
-    return ((sizes - shapes) * places).astype(np.int32), shapes
+    positions = (np.arange(len(dataset)) % 5)[:, None] / 4
+    return ((sizes - shapes) * positions).astype(np.int32), shapes
 
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
@@ -214,15 +215,15 @@ def test_windows_of_one_pixel_are_torchvision_s_to_one_level(
 ) -> None:
     """Cut out of decoded images: the decoder's part is told at the top."""
     starts, shapes = windows = smallest_windows(captioned)
-    squares = np.empty((len(captioned), SIZE, SIZE, 3), np.uint8)
+    crops = np.empty((len(captioned), SIZE, SIZE, 3), np.uint8)
     for index, flip in enumerate(alternate_flips(len(captioned))[:, 0]):
         (top, left), (height, width) = starts[index].tolist(), shapes[index].tolist()
         whole = np.asarray(open_image(captioned, index))
         crop = np.ascontiguousarray(whole[top : top + height, left : left + width])
         edges = (0.0, float(height), 0.0, float(width))
-        resample_region(squares[index], crop, *edges, bool(flip), interpolation == "bicubic")
+        resample_region(crops[index], crop, *edges, bool(flip), interpolation == "bicubic")
     twin = torchvision_twin(captioned, windows, interpolation)
-    assert differences(torch.from_numpy(squares), twin).max() <= 1
+    assert differences(torch.from_numpy(crops), twin).max() <= 1
 
 
 both_resamplers = pytest.mark.parametrize("resample", ["fused", "dali"])
@@ -356,8 +357,8 @@ def test_gpu_images_equal_the_cpu_s(labelled: PackedDataset) -> None:
 def test_threads_are_shared_out_where_graphs_can_take_turns() -> None:
     cpu = torch.device("cpu")
     data = DataConfig(threads=5)
-    assert [part.threads for part in shares_of_threads(data, cpu)] == [3, 2]
+    assert [part.threads for part in split_threads(data, cpu)] == [3, 2]
     one_thread, nothing_ahead = DataConfig(threads=1), DataConfig(threads=5, prefetch=1)
-    assert shares_of_threads(one_thread, cpu) == [one_thread]
-    assert shares_of_threads(nothing_ahead, cpu) == [nothing_ahead]
-    assert shares_of_threads(data, torch.device("cuda")) == [data]
+    assert split_threads(one_thread, cpu) == [one_thread]
+    assert split_threads(nothing_ahead, cpu) == [nothing_ahead]
+    assert split_threads(data, torch.device("cuda")) == [data]

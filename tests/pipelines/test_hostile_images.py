@@ -16,7 +16,7 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig, Resample
 from unicl_fast.images.check import CheckedImage, ImageError, check_image
-from unicl_fast.pipelines.graph.graph import (
+from unicl_fast.pipelines.graph import (
     Pipeline,
     build_evaluation_graph,
     build_train_graph,

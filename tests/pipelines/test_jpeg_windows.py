@@ -18,8 +18,7 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig
 from unicl_fast.images.encode import encode_jpeg, restart_interval
-from unicl_fast.pipelines.feed.feed import HostBatch, run_graphs
-from unicl_fast.pipelines.graph.graph import build_train_graph
+from unicl_fast.pipelines.graph import HostBatch, build_train_graph, run_graphs
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.plan.crop import random_windows
 
@@ -102,7 +101,7 @@ def test_a_last_stretch_of_a_few_pixels_is_interpolated_as_in_the_whole(
         )
 
 
-def test_the_graph_makes_the_same_squares_of_real_photographs(shared_data: Path) -> None:
+def test_the_graph_makes_the_same_crops_of_real_photographs(shared_data: Path) -> None:
     files = sorted((shared_data / "decode" / "images").glob("*.JPEG"))[:32]
     images, sizes = [], []
     for file in files:
@@ -116,12 +115,12 @@ def test_the_graph_makes_the_same_squares_of_real_photographs(shared_data: Path)
     cut, places = cut_to_windows(images, starts, shapes)
     assert sum(map(len, cut)) < 0.75 * sum(map(len, images))
     rest = (shapes, np.zeros((len(files), 1), np.int32), np.zeros((len(files), 1), np.int64))
-    squares = [
+    crops = [
         graph_output((images, starts, *rest), len(files)),
         graph_output((cut, places, *rest), len(files)),
     ]
-    assert torch.equal(*squares)
-    assert len(torch.unique(squares[0])) > 200
+    assert torch.equal(*crops)
+    assert len(torch.unique(crops[0])) > 200
 
 
 def graph_output(inputs: tuple[Any, ...], size: int) -> torch.Tensor:
@@ -138,7 +137,7 @@ def graph_output(inputs: tuple[Any, ...], size: int) -> torch.Tensor:
     return images
 
 
-def test_what_has_no_places_to_cut_at_stays_the_same_object() -> None:
+def test_what_has_no_markers_to_cut_at_stays_the_same_object() -> None:
     pixels = noise(200, 200)
     files = []
     for options in (

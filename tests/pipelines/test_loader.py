@@ -19,10 +19,11 @@ from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.encode import encode_jpeg
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.graph.graph import _decoder_settings, batches_ahead, decoding_threads
+from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead, decoding_threads
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.text.prompts import ClassPrompts, fill_template
+from unicl_fast.text.class_lists import fill_template
+from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.dali
@@ -49,13 +50,13 @@ def take(
     *,
     start: int = 0,
     count: int,
-    shares: list[float] | None = None,
+    weights: list[float] | None = None,
     rank: int = 0,
     world_size: int = 1,
     config: TrainConfig | None = None,
 ) -> list[Batch]:
     loader = TrainLoader(
-        config or make_config(), datasets, shares, prompts, rank=rank, world_size=world_size
+        config or make_config(), datasets, weights, prompts, rank=rank, world_size=world_size
     )
     batches = list(itertools.islice(loader.batches(start), count))
     loader.close()
@@ -236,17 +237,17 @@ def test_files_cut_to_their_windows_give_the_same_batches(
     lengths = {True: 0, False: 0}  # of the files that the graphs get
 
     def cut(images: list[Any], *windows: Any) -> tuple[list[Any], Any]:
-        shorter, places = cut_to_windows(images, *windows)
+        shorter, starts = cut_to_windows(images, *windows)
         lengths[True] += sum(map(len, shorter))
         lengths[False] += sum(map(len, images))
-        return shorter, places
+        return shorter, starts
 
     config = make_config(augment=(f"supcon,crop_scale=0.08..1,views={views}",))
     with pack(tmp_path / "set", samples, class_names=(), tokenizer=tokenizer) as dataset:
-        monkeypatch.setattr("unicl_fast.pipelines.feed.views.cut_to_windows", cut)
+        monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.cut_to_windows", cut)
         shorter = take([dataset], prompts, count=2, config=config)
         monkeypatch.setattr(
-            "unicl_fast.pipelines.feed.views.cut_to_windows",
+            "unicl_fast.pipelines.feed.host_batches.cut_to_windows",
             lambda images, starts, _: (images, starts),
         )
         whole = take([dataset], prompts, count=2, config=config)
@@ -271,10 +272,10 @@ def test_one_loader_can_be_asked_again(
 def test_ranks_join_to_the_global_batch(
     datasets: list[PackedDataset], prompts: ClassPrompts, world_size: int
 ) -> None:
-    shares = [1.0, 2.0]
-    whole = take(datasets, prompts, start=7, count=3, shares=shares)
+    weights = [1.0, 2.0]
+    whole = take(datasets, prompts, start=7, count=3, weights=weights)
     ranks = [
-        take(datasets, prompts, start=7, count=3, shares=shares, rank=rank, world_size=world_size)
+        take(datasets, prompts, start=7, count=3, weights=weights, rank=rank, world_size=world_size)
         for rank in range(world_size)
     ]
     for step, expected in enumerate(whole):
@@ -352,7 +353,7 @@ def test_a_rank_without_samples_has_nothing_to_evaluate(captioned: PackedDataset
 def test_threads_are_as_given_or_this_rank_s_part_of_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("unicl_fast.pipelines.graph.graph.cores_of_this_rank", lambda: 12)
+    monkeypatch.setattr("unicl_fast.pipelines.graph.cores_of_this_rank", lambda: 12)
     assert decoding_threads(0) == 12
     assert decoding_threads(7) == 7
 

@@ -1,4 +1,4 @@
-"""Order and shares: every sample once a pass, every source its part, at any step."""
+"""Order and weights: every sample once an epoch, every source its part, at any step."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from unicl_fast.pipelines.plan.order import (
     assign_sources,
     draws_before,
-    integer_shares,
+    integer_weights,
     permute,
-    permute_in_windows,
+    permute_in_shuffle_windows,
 )
 from unicl_fast.system.keyed_random import fold_key, random_bits
 
@@ -73,7 +73,7 @@ def test_permute_does_not_depend_on_what_else_is_asked() -> None:
 def test_keys_give_unrelated_permutations() -> None:
     orders = [permute(np.arange(1000), size=1000, key=fold_key(0, i)) for i in range(20)]
     for one, other in itertools.combinations(orders, 2):
-        # two unrelated permutations agree in 1 place on average
+        # two unrelated permutations agree in 1 row on average
         assert np.count_nonzero(one == other) < 10
 
 
@@ -100,7 +100,7 @@ def test_the_first_place_goes_to_every_sample_equally_often(size: int) -> None:
     assert abs(chi_square - (size - 1)) < 5 * math.sqrt(2 * size)
 
 
-def test_neighbouring_places_get_unrelated_samples() -> None:
+def test_neighbouring_draws_get_unrelated_samples() -> None:
     image = permute(np.arange(100_000), size=100_000, key=1).astype(float)
     assert abs(np.corrcoef(image[:-1], image[1:])[0, 1]) < 0.015  # deviation 0.003
     assert abs(np.corrcoef(image, np.arange(100_000))[0, 1]) < 0.015
@@ -115,24 +115,24 @@ def test_a_size_out_of_range_is_refused(size: int) -> None:
 @given(size=st.integers(1, 3000), window=st.integers(1, 3500), key=st.integers(0, 2**64 - 1))
 @settings(deadline=None)
 def test_windows_hold_each_sample_once_and_few_stretches(size: int, window: int, key: int) -> None:
-    image = permute_in_windows(np.arange(size), size=size, window=window, key=key)
+    image = permute_in_shuffle_windows(np.arange(size), size=size, window=window, key=key)
     assert np.array_equal(np.sort(image), np.arange(size))
-    some = permute_in_windows(np.arange(size)[::7], size=size, window=window, key=key)
+    some = permute_in_shuffle_windows(np.arange(size)[::7], size=size, window=window, key=key)
     assert np.array_equal(some, image[::7])
     if window >= size:
         assert np.array_equal(image, permute(np.arange(size), size=size, key=key))
         return
     piece = -(-window // 16)
     pieces = image // piece
-    last = {int(number): place for place, number in enumerate(pieces.tolist())}
-    first = {int(number): place for place, number in reversed(list(enumerate(pieces.tolist())))}
+    last = {int(number): row for row, number in enumerate(pieces.tolist())}
+    first = {int(number): row for row, number in reversed(list(enumerate(pieces.tolist())))}
     # once begun, a stretch is done with within a window
     assert max(last[number] - first[number] for number in last) < window
 
 
 def test_windows_mix_their_stretches_and_meet_others_in_each_pass() -> None:
     images = [
-        permute_in_windows(np.arange(4096), size=4096, window=512, key=fold_key(1, i))
+        permute_in_shuffle_windows(np.arange(4096), size=4096, window=512, key=fold_key(1, i))
         for i in range(2)
     ]
     for image in images:
@@ -144,44 +144,44 @@ def test_windows_mix_their_stretches_and_meet_others_in_each_pass() -> None:
     assert len(first & second) < 10
 
 
-shares_strategy = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
+weights_strategy = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
 
 
-@given(shares=shares_strategy, start=st.integers(0, 2**50))
+@given(weights=weights_strategy, start=st.integers(0, 2**50))
 @settings(deadline=None)
-def test_every_source_keeps_its_share_at_any_slot(shares: list[int], start: int) -> None:
-    whole = integer_shares(shares)
+def test_every_source_keeps_its_weight_at_any_draw(weights: list[int], start: int) -> None:
+    whole = integer_weights(weights)
     source_ids, draws = assign_sources(np.arange(start, start + 500), whole)
-    for source, share in enumerate(shares):
+    for source, weight in enumerate(weights):
         mine = np.flatnonzero(source_ids == source)
         # numbered without a gap ...
         assert np.array_equal(np.diff(draws[mine]), np.ones(max(len(mine) - 1, 0)))
-        # ... and the count before each slot is the exact share, within half a sample a level
-        level = min(source + 1, len(shares) - 1)
-        for place in mine[:3]:
-            exact = Fraction(start + int(place)) * share / sum(shares)
-            assert abs(int(draws[place]) - exact) <= Fraction(1, 2) * level + 1
+        # ... and the count before each draw is the exact weight, within half a sample a level
+        level = min(source + 1, len(weights) - 1)
+        for row in mine[:3]:
+            exact = Fraction(start + int(row)) * weight / sum(weights)
+            assert abs(int(draws[row]) - exact) <= Fraction(1, 2) * level + 1
 
 
-@given(shares=shares_strategy)
+@given(weights=weights_strategy)
 @settings(deadline=None)
-def test_visits_are_counted_from_the_first_slot(shares: list[int]) -> None:
-    source_ids, draws = assign_sources(np.arange(2000), integer_shares(shares))
-    for source in range(len(shares)):
+def test_draws_are_counted_from_the_first_one(weights: list[int]) -> None:
+    source_ids, draws = assign_sources(np.arange(2000), integer_weights(weights))
+    for source in range(len(weights)):
         mine = draws[source_ids == source]
         assert np.array_equal(mine, np.arange(len(mine)))
 
 
-@given(shares=shares_strategy, end=st.integers(0, 600))
+@given(weights=weights_strategy, end=st.integers(0, 600))
 @settings(deadline=None)
-def test_visits_before_a_slot_are_those_that_were_assigned(shares: list[int], end: int) -> None:
-    whole = integer_shares(shares)
+def test_draws_before_one_are_those_that_were_assigned(weights: list[int], end: int) -> None:
+    whole = integer_weights(weights)
     source_ids, _ = assign_sources(np.arange(end), whole)
-    assert draws_before(end, whole) == np.bincount(source_ids, minlength=len(shares)).tolist()
+    assert draws_before(end, whole) == np.bincount(source_ids, minlength=len(weights)).tolist()
 
 
 def test_two_sources_alternate_evenly() -> None:
-    source_ids, _ = assign_sources(np.arange(3000), integer_shares([1, 2]))
+    source_ids, _ = assign_sources(np.arange(3000), integer_weights([1, 2]))
     assert np.bincount(source_ids).tolist() == [1000, 2000]
     windows = np.lib.stride_tricks.sliding_window_view(source_ids == 0, 30).sum(axis=1)
     assert windows.min() >= 9
@@ -189,7 +189,7 @@ def test_two_sources_alternate_evenly() -> None:
 
 
 @pytest.mark.parametrize(
-    ("given_shares", "expected"),
+    ("given_weights", "expected"),
     [
         ([1.0], (1,)),
         ([0.5, 0.3, 0.2], (5, 3, 2)),
@@ -198,20 +198,20 @@ def test_two_sources_alternate_evenly() -> None:
         ([0.1, 100], (1, 1000)),
     ],
 )
-def test_shares_become_the_integers_that_were_meant(
-    given_shares: list[float], expected: tuple[int, ...]
+def test_weights_become_the_integers_that_were_meant(
+    given_weights: list[float], expected: tuple[int, ...]
 ) -> None:
-    assert integer_shares(given_shares) == expected
+    assert integer_weights(given_weights) == expected
 
 
 def test_huge_counts_are_rounded_to_a_billionth() -> None:
     counts = [5_000_000_001, 3_000_000_019]
-    first, second = integer_shares(counts)
+    first, second = integer_weights(counts)
     assert first + second < 2**31
     assert abs(first / (first + second) - counts[0] / sum(counts)) < 2e-9
 
 
-@pytest.mark.parametrize("shares", [[], [1.0, 0.0], [1.0, -1], [math.inf], [math.nan], [1, 1e12]])
-def test_shares_that_make_no_sense_are_refused(shares: list[float]) -> None:
+@pytest.mark.parametrize("weights", [[], [1.0, 0.0], [1.0, -1], [math.inf], [math.nan], [1, 1e12]])
+def test_weights_that_make_no_sense_are_refused(weights: list[float]) -> None:
     with pytest.raises(ValueError, match="source"):
-        integer_shares(shares)
+        integer_weights(weights)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
-from unicl_fast.dataset.reader import SAMPLE_DTYPE
+from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.pipelines.plan.augment import Column
 from unicl_fast.pipelines.plan.plan import PlannedBatch, PlanSource, TrainPlan, split_steps
 
@@ -40,14 +40,14 @@ def make_source(
 
 
 def make_plan(*sources: PlanSource, batch: int = 8, seed: int = 0, **options: Any) -> TrainPlan:
-    shares = options.pop("shares", None)
+    weights = options.pop("weights", None)
     augment = options.pop("augment", "none")
     return TrainPlan(
         sources,
         data=DataConfig(**options),
         global_batch_size=batch,
         seed=seed,
-        shares=shares,
+        weights=weights,
         augmentations=[parse_augmentation(augment)] * len(sources),
     )
 
@@ -116,7 +116,7 @@ def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
 
 @given(size=st.integers(1, 300), seed=st.integers(0, 1000), data=st.data())
 @settings(deadline=None)
-def test_a_pass_visits_each_sample_once_from_any_start(
+def test_an_epoch_shows_each_sample_once_from_any_start(
     size: int, seed: int, data: st.DataObject
 ) -> None:
     batch = data.draw(st.integers(1, size))
@@ -138,7 +138,7 @@ def test_a_pass_visits_each_sample_once_from_any_start(
 
 def test_each_source_makes_passes_of_its_own() -> None:
     plan = make_plan(
-        make_source(30, captions=1), make_source(100, labels=1), shares=[0.25, 0.75], batch=40
+        make_source(30, captions=1), make_source(100, labels=1), weights=[0.25, 0.75], batch=40
     )
     batches = [plan.batch(step, rank=0, world_size=1) for step in range(12)]
     source_ids = np.concatenate([b.source_ids for b in batches])
@@ -153,14 +153,14 @@ def test_each_source_makes_passes_of_its_own() -> None:
 
 def test_every_rank_gets_every_source_in_proportion() -> None:
     plan = make_plan(
-        make_source(1000, captions=1), make_source(1000, labels=1), shares=[1, 3], batch=64
+        make_source(1000, captions=1), make_source(1000, labels=1), weights=[1, 3], batch=64
     )
     for rank in range(4):
         batch = plan.batch(3, rank=rank, world_size=4)
         assert np.bincount(batch.source_ids).tolist() == [4, 12]
 
 
-def test_without_shares_all_sources_finish_a_pass_together() -> None:
+def test_without_weights_all_sources_finish_an_epoch_together() -> None:
     plan = make_plan(make_source(100, captions=1), make_source(300, labels=1), batch=40)
     batches = [plan.batch(step, rank=0, world_size=1) for step in range(10)]
     seen = Counter(
@@ -190,9 +190,9 @@ def test_the_views_of_a_image_share_nothing_drawn_but_its_text() -> None:
     batch = make_plan(make_source(500, labels=1), batch=400, augment=EVERYTHING).batch(
         3, rank=0, world_size=1
     )
-    starts, shapes, flips = np.split(batch.second_cuts, [2, 4], axis=1)
-    assert np.mean((starts == batch.window_starts) & (shapes == batch.window_shapes)) < 0.02
-    assert 0.4 < np.mean(flips[:, 0] == batch.flips) < 0.6
+    (starts, shapes, flips), others = batch.crops(1), batch.crops(0)
+    assert np.mean((starts == others[0]) & (shapes == others[1])) < 0.02
+    assert 0.4 < np.mean(flips == others[2]) < 0.6
     first, second = batch.augment_rows.transpose(1, 0, 2)
     for column in (*range(Column.BRIGHTNESS, Column.ERASED + 4), Column.STAGES):
         assert abs(np.corrcoef(first[:, column], second[:, column])[0, 1]) < 0.2, column
@@ -208,9 +208,10 @@ def test_a_second_view_or_augmentation_leaves_everything_else_alone() -> None:
         )
         for augment in ("none", EVERYTHING)
     )
-    for name in set(plain) - {"second_cuts", "augment_rows"}:
+    for name in set(plain) - {"windows", "augment_rows"}:
         assert np.array_equal(plain[name], full[name]), name
-    assert plain["second_cuts"].size == plain["augment_rows"].size == 0
+    assert np.array_equal(plain["windows"], full["windows"][:, :1])
+    assert plain["augment_rows"].size == 0
 
 
 def test_each_source_has_its_own_crops_flips_and_augmentation() -> None:
@@ -224,23 +225,24 @@ def test_each_source_has_its_own_crops_flips_and_augmentation() -> None:
     )
     batch = plan.batch(0, rank=0, world_size=1)
     mild, strong = (batch.source_ids == number for number in (0, 1))
-    area = batch.window_shapes.prod(axis=1)
+    _, shapes, flips = batch.crops(0)
+    area = shapes.prod(axis=1)
     assert area[mild].min() > 0.85 * 100 * 120
     assert np.median(area[strong]) < 0.7 * 100 * 120
-    assert not batch.flips[mild].any()
-    assert batch.flips[strong].all()
+    assert not flips[mild].any()
+    assert flips[strong].all()
     assert (batch.augment_rows[mild] == batch.augment_rows[mild][:1]).all()
     assert not batch.augment_rows[mild, 0, 0].any()
     assert batch.augment_rows[strong, 0, 0].all()
 
 
-def test_a_visit_in_another_pass_draws_anew() -> None:
+def test_a_draw_in_another_epoch_draws_anew() -> None:
     plan = make_plan(make_source(50, captions=5), batch=50)
     first, second = (plan.batch(step, rank=0, world_size=1) for step in (0, 1))
     one, other = np.argsort(first.sample_ids), np.argsort(second.sample_ids)
-    assert not np.array_equal(first.window_starts[one], second.window_starts[other])
+    assert not np.array_equal(first.windows[one, 0, :4], second.windows[other, 0, :4])
     assert not np.array_equal(first.captions[one], second.captions[other])
-    assert not np.array_equal(first.flips[one], second.flips[other])
+    assert not np.array_equal(first.windows[one, 0, 4], second.windows[other, 0, 4])
 
 
 def all_of(plan: TrainPlan, steps: int) -> dict[str, np.ndarray]:
@@ -259,9 +261,9 @@ def test_any_text_is_a_fair_coin_between_kinds_then_uniform_within() -> None:
     templates = np.bincount(drawn["templates"][~is_caption], minlength=5)
     assert abs(templates / templates.sum() - 0.2).max() < 0.02
     # sample i has labels 2 i and 2 i + 1 (mod 10), each equally often
-    place = (drawn["labels"] - 2 * drawn["sample_ids"])[~is_caption] % NUM_CLASSES
-    assert set(place.tolist()) == {0, 1}
-    assert abs(place.mean() - 0.5) < 0.02
+    row = (drawn["labels"] - 2 * drawn["sample_ids"])[~is_caption] % NUM_CLASSES
+    assert set(row.tolist()) == {0, 1}
+    assert abs(row.mean() - 0.5) < 0.02
 
 
 @pytest.mark.parametrize("text", ["any", "captions", "labels"])
@@ -297,14 +299,14 @@ def test_templates_per_class_are_one_for_a_class_and_step_on_all_ranks() -> None
 def test_flips_have_the_chance_that_was_asked_for() -> None:
     for chance in (0.0, 0.3, 1.0):
         plan = make_plan(make_source(5000, labels=1), batch=5000, flip_probability=chance)
-        assert abs(plan.batch(0, rank=0, world_size=1).flips.mean() - chance) < 0.03
+        assert abs(plan.batch(0, rank=0, world_size=1).windows[..., 4].mean() - chance) < 0.03
 
 
 def test_a_source_smaller_than_its_share_of_a_batch_is_refused() -> None:
     sources = make_source(10, captions=1, name="little"), make_source(1000, labels=1)
     with pytest.raises(ValueError, match=r"little has 10 samples.*50\.0 of 100.*smaller"):
-        make_plan(*sources, batch=100, shares=[1, 1])
-    make_plan(*sources, batch=100, shares=[1, 9])
+        make_plan(*sources, batch=100, weights=[1, 1])
+    make_plan(*sources, batch=100, weights=[1, 9])
 
 
 def test_samples_without_any_text_are_refused_and_counted() -> None:
@@ -336,9 +338,9 @@ def test_ranks_that_cannot_share_a_batch_are_refused() -> None:
         make_plan(make_source(20, labels=1)).batch(0, rank=0, world_size=3)
 
 
-def test_shares_must_match_the_data_sets() -> None:
-    with pytest.raises(ValueError, match="2 shares were given for 1 data sets"):
-        make_plan(make_source(20, labels=1), shares=[1, 2])
+def test_weights_must_match_the_data_sets() -> None:
+    with pytest.raises(ValueError, match="2 weights were given for 1 data sets"):
+        make_plan(make_source(20, labels=1), weights=[1, 2])
 
 
 @given(
@@ -356,20 +358,20 @@ def test_substitutes_are_all_other_samples_of_the_source_each_once(
         *(make_source(size, captions=2, labels=2) for size in sizes), batch=batch, seed=seed
     )
     planned = plan.batch(step, rank=0, world_size=1)
-    place = data.draw(st.integers(0, batch - 1))
-    source, scheduled = int(planned.source_ids[place]), int(planned.sample_ids[place])
+    row = data.draw(st.integers(0, batch - 1))
+    source, scheduled = int(planned.source_ids[row]), int(planned.sample_ids[row])
     size = sizes[source]
     tried = []
     for attempt in range(1, 2 * size - 1):
-        substitute = plan.substitute(step, planned.global_index[[place]], attempt=attempt)
-        assert substitute.global_index.tolist() == [place]
+        substitute = plan.substitute(step, planned.global_index[[row]], attempt=attempt)
+        assert substitute.global_index.tolist() == [row]
         assert substitute.source_ids.tolist() == [source]
         tried += substitute.sample_ids.tolist()
     assert sorted(tried[: size - 1]) == [i for i in range(size) if i != scheduled]
     assert tried[size - 1 :] == tried[: size - 1]
 
 
-def test_a_substitute_depends_on_step_slot_and_attempt_and_on_nothing_else() -> None:
+def test_a_substitute_depends_on_step_index_and_attempt_and_on_nothing_else() -> None:
     sources = make_source(3000, captions=3), make_source(2000, labels=2)
     plan = make_plan(*sources, batch=200, augment=EVERYTHING)
     global_index = np.arange(200)
@@ -387,11 +389,11 @@ def test_a_substitute_depends_on_step_slot_and_attempt_and_on_nothing_else() -> 
     ):
         same = np.mean(whole["sample_ids"] == other.sample_ids)
         assert same < 0.02
-        assert np.mean(whole["window_starts"] == other.window_starts) < 0.2
-        assert 0.3 < np.mean(whole["flips"] == other.flips) < 0.7
+        assert np.mean(whole["windows"][..., :2] == other.windows[..., :2]) < 0.2
+        assert 0.3 < np.mean(whole["windows"][..., 4] == other.windows[..., 4]) < 0.7
         assert (whole["augment_rows"] != other.augment_rows).any(axis=(1, 2)).all()
     planned, later = (plan.batch(step, rank=0, world_size=1) for step in (7, 12))
-    assert 0.3 < np.mean(whole["flips"] == planned.flips) < 0.7
+    assert 0.3 < np.mean(whole["windows"][..., 4] == planned.windows[..., 4]) < 0.7
     assert (whole["augment_rows"] != planned.augment_rows).any(axis=(1, 2)).all()
     distance = whole["sample_ids"] - planned.sample_ids
     assert (
@@ -422,6 +424,6 @@ def test_a_source_of_one_sample_has_no_other() -> None:
 
 def test_passes_are_counted_by_source() -> None:
     sources = [make_source(40, labels=1), make_source(100, captions=1)]
-    plan = make_plan(*sources, batch=10, shares=[1, 1])
-    assert plan.passes(0) == [0, 0]
-    assert plan.passes(16) == [2, 0.8]
+    plan = make_plan(*sources, batch=10, weights=[1, 1])
+    assert plan.epochs(0) == [0, 0]
+    assert plan.epochs(16) == [2, 0.8]

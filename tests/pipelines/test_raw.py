@@ -21,11 +21,10 @@ from PIL import Image
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
-from unicl_fast.dataset.errors import TooManyBadSamplesError
-from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
+from unicl_fast.dataset.errors import DamagedSampleError, TooManyBadSamplesError
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.feed.feed import DecodingError, run_graphs
-from unicl_fast.pipelines.graph.graph import build_train_graph
+from unicl_fast.pipelines.graph import DecodingError, build_train_graph, run_graphs
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
@@ -105,7 +104,7 @@ def test_raw_images_give_the_batches_of_files(
 ) -> None:
     settings = {"resample": resample, "augment": (augment,)}
     raw = make_loader(sets["raw"], prompts, **settings)
-    assert raw._images == {"fused": "squares", "dali": "pixels"}[resample]
+    assert raw._images == {"fused": "crops", "dali": "pixels"}[resample]
     batches = take(raw)
     assert (batches[0].second_images is None) == (augment in ("none", "unicl"))
     assert_same(batches, take(make_loader(sets["png"], prompts, **settings)))
@@ -117,9 +116,9 @@ def test_raw_images_give_the_batches_of_files(
 def test_any_batch_size_and_number_of_threads_gives_the_same_images(
     sets: Sets, prompts: ClassPrompts, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A group of batches is one, or many; squares are shared by threads, or not."""
+    """A group of batches is one, or many; crops are split among threads, or not."""
     few = take(make_loader(sets["raw"], prompts, batch=batch), count=6)
-    monkeypatch.setattr("unicl_fast.pipelines.feed.raw_images._MOST_AT_ONCE", 1)
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", 1)
     monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._PLANNED_AT_ONCE", 1)
     assert_same(few, take(make_loader(sets["raw"], prompts, batch=batch), count=6))
 
@@ -145,7 +144,7 @@ def test_raw_data_sets_of_two_sizes_train_together(
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_ranks_join_and_a_restart_goes_on(
+def test_ranks_join_and_a_restart_continues(
     sets: Sets, prompts: ClassPrompts, world_size: int
 ) -> None:
     whole = take(make_loader(sets["raw"], prompts))
@@ -170,7 +169,7 @@ def test_batches_handed_out_stay_what_they_were(sets: Sets, prompts: ClassPrompt
     assert all(map(torch.equal, held, copies))
 
 
-def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts) -> None:
+def test_crops_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts) -> None:
     """For operators that follow resampling: the graph that files and pixels go through too."""
     loader = make_loader(sets["raw"], prompts)
     batches = take(loader, count=3)
@@ -180,7 +179,7 @@ def test_squares_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts)
         data=DataConfig(image_size=SIZE, evaluation_resize=36, threads=1, prefetch=1),
         batch_size=BATCH,
         device=torch.device("cpu"),
-        images="squares",
+        images="crops",
     )
     running = run_graphs([build], host_batches, device=torch.device("cpu"), ahead=1)
     for batch, ((images, integers), facts) in zip(batches, running, strict=False):
@@ -257,7 +256,7 @@ def test_damaged_rows_are_named_replaced_and_nothing_else_changes(
     again = make_loader(opened(), prompts)
     assert_same(batches[3:], take(again, start=3, count=STEPS - 3))
     for source, sample in bad:
-        again._bad.add(source, sample, "told by the test")
+        again._bad.add(source, sample, "found by the test")
     assert_same(batches, take(again))
     mixed = [opened()[LABELLED], sets["png"][CAPTIONED]]
     for batch, other in zip(batches, take(make_loader(mixed, prompts)), strict=True):
@@ -281,7 +280,7 @@ def test_pixels_that_vanish_under_a_run_are_replaced(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     # few batches are read at once, else all could have been read before the damage is done
-    monkeypatch.setattr("unicl_fast.pipelines.feed.raw_images._MOST_AT_ONCE", 4 * BATCH)
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches._CROPPED_AT_ONCE", 4 * BATCH)
     count = 400
     expected = take(make_loader(sets["raw"], prompts), count=count)
     datasets = opened()
@@ -320,7 +319,7 @@ def test_a_graph_that_fails_is_no_image_s_fault(
 
     def beyond(*args: Any, **options: Any) -> Any:
         planned = plan_of(*args, **options)
-        planned.window_shapes[:] = HEIGHT + 9
+        planned.windows[:, :, 2:4] = HEIGHT + 9
         return planned
 
     loader.plan.long_batch = beyond  # type: ignore[method-assign]

@@ -127,7 +127,7 @@ def test_decoded_images_too(
         assert_equal(one, other)
 
 
-def test_with_a_window_a_pass_fetches_each_byte_about_once(
+def test_with_a_window_an_epoch_fetches_each_byte_about_once(
     raw: PackedDataset, tokenizer: Tokenizer, tmp_path: Path
 ) -> None:
     """1,200 images of 3 kB, a cache that holds half of them, five images in a block."""

@@ -31,20 +31,18 @@ def resampled(
     size: int,
     *,
     region: tuple[float, float, float, float] | None = None,
-    mirror: bool = False,
+    flip: bool = False,
     cubic: bool = False,
 ) -> np.ndarray:
-    """The kernel's square, and a check that it wrote nothing around it."""
+    """The kernel's crop, and a check that it wrote nothing around it."""
     guard = 64
     memory = np.full(2 * guard + size * size * 3, 77, np.uint8)
-    square = memory[guard:-guard].reshape(size, size, 3)
+    crop = memory[guard:-guard].reshape(size, size, 3)
     top, bottom, left, right = region or (0, image.shape[0], 0, image.shape[1])
-    resample_region(
-        square, image, float(top), float(bottom), float(left), float(right), mirror, cubic
-    )
+    resample_region(crop, image, float(top), float(bottom), float(left), float(right), flip, cubic)
     assert (memory[:guard] == 77).all()
     assert (memory[-guard:] == 77).all()
-    return square
+    return crop
 
 
 def torchvision_s(image: np.ndarray, size: int, cubic: bool) -> np.ndarray:
@@ -83,14 +81,14 @@ def oracle_weights(length: int, start: float, end: float, size: int, *, cubic: b
     height=sides,
     width=sides,
     size=st.integers(1, 40),
-    mirror=st.booleans(),
+    flip=st.booleans(),
     cubic=st.booleans(),
     seed=st.integers(0, 2**32),
     data=st.data(),
 )
 @settings(max_examples=400, deadline=None)
 def test_any_region_equals_the_oracle(
-    height: int, width: int, size: int, mirror: bool, cubic: bool, seed: int, data: st.DataObject
+    height: int, width: int, size: int, flip: bool, cubic: bool, seed: int, data: st.DataObject
 ) -> None:
     """Bilinear is rounded once, cubic after each of its passes, as in torchvision.
 
@@ -103,16 +101,16 @@ def test_any_region_equals_the_oracle(
     for length in (height, width):
         start = data.draw(st.floats(0, length - 1))
         region += [start, data.draw(st.floats(min(start + 1, length), length))]
-    square = resampled(image, size, region=tuple(region), mirror=mirror, cubic=cubic)
+    crop = resampled(image, size, region=tuple(region), flip=flip, cubic=cubic)
     vertical = oracle_weights(height, *region[:2], size, cubic=cubic)
     horizontal = oracle_weights(width, *region[2:], size, cubic=cubic)
     narrow = np.einsum("hwc,xw->hxc", image.astype(np.float64), horizontal)
     if cubic:
         narrow = np.floor(narrow + 0.5).clip(0, 255)
     exact = np.einsum("yh,hxc->yxc", vertical, narrow).clip(0, 255)
-    if mirror:
+    if flip:
         exact = exact[:, ::-1]
-    assert np.abs(square - exact).max() < (1.75 if cubic else 0.55)
+    assert np.abs(crop - exact).max() < (1.75 if cubic else 0.55)
 
 
 @pytest.mark.parametrize("cubic", [False, True])
@@ -151,9 +149,9 @@ total = 0
 for height, width, size in ((1, 1, 9), (30, 7, 12), (90, 120, 56), (200, 190, 56), (500, 333, 40)):
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     for cubic in (False, True):
-        square = np.empty((size, size, 3), np.uint8)
-        resample_region(square, image, 0.0, float(height), 0.0, float(width), cubic, cubic)
-        total = zlib.crc32(square, total)
+        crop = np.empty((size, size, 3), np.uint8)
+        resample_region(crop, image, 0.0, float(height), 0.0, float(width), cubic, cubic)
+        total = zlib.crc32(crop, total)
 print(total)
 """
 
@@ -203,10 +201,10 @@ def test_much_shrunk_images_are_torchvision_s_to_one_level(
     assert np.abs(gap).max() <= 1
 
 
-def test_a_square_of_its_own_size_is_copied() -> None:
+def test_a_crop_of_its_own_size_is_copied() -> None:
     image = random_image(28, 28)
     assert np.array_equal(resampled(image, 28), image)
-    assert np.array_equal(resampled(image, 28, mirror=True), image[:, ::-1])
+    assert np.array_equal(resampled(image, 28, flip=True), image[:, ::-1])
     assert np.array_equal(resampled(image, 28, cubic=True), image)
 
 
@@ -233,14 +231,14 @@ def test_windows_by_the_batch_are_those_one_by_one_to_the_bit(
     flips = rng.integers(0, 2, count).astype(np.int32)
     guard = 64
     memory = np.full(2 * guard + count * size * size * 3, 77, np.uint8)
-    squares = memory[guard:-guard].reshape(count, size, size, 3)
+    crops = memory[guard:-guard].reshape(count, size, size, 3)
     most = 0 if few_values else 1 << 14
     for begin, end in ((0, 2), (2, 2), (2, count)):
-        resample_windows(squares, images, starts, shapes, flips, cubic, begin, end, most)
+        resample_windows(crops, images, starts, shapes, flips, cubic, begin, end, most)
     assert (memory[:guard] == 77).all()
     assert (memory[-guard:] == 77).all()
     for i in range(count):
         (top, left), (h, w) = starts[i], shapes[i]
         window = np.ascontiguousarray(images[i, top : top + h, left : left + w])
-        alone = resampled(window, size, mirror=bool(flips[i]), cubic=cubic)
-        assert np.array_equal(squares[i], alone)
+        alone = resampled(window, size, flip=bool(flips[i]), cubic=cubic)
+        assert np.array_equal(crops[i], alone)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from damage import flip_byte, store, undecodable
 
-from unicl_fast.dataset.reader import Manifest
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.tools import pretrain
 from unicl_fast.tools.pack import __main__ as pack_dataset
 from unicl_fast.training.metrics import read_metrics

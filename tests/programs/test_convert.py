@@ -15,7 +15,7 @@ from unicl_fast import UniCL, load_model
 from unicl_fast.checkpoints.files import write_checkpoint
 from unicl_fast.checkpoints.load import EMA_FILE, MODEL_FILE, OPTIMIZER_FILE
 from unicl_fast.config import config_to_dict
-from unicl_fast.conversion.official_file import read_official_file, write_official_file
+from unicl_fast.conversion.official import read_official_file, write_official_file
 from unicl_fast.tools import convert, evaluate
 
 

@@ -20,9 +20,11 @@ from torchvision.datasets import DTD, MNIST
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_names
+from unicl_fast.evaluation.encode import shows_progress
+from unicl_fast.evaluation.features import LabelledFeatures
 from unicl_fast.evaluation.finetune import load_finetuned
-from unicl_fast.evaluation.linear_probe import LOG10_C, LabelledFeatures, ProbeFit, fit_probe
-from unicl_fast.evaluation.model import shows_progress
+from unicl_fast.evaluation.linear_probe import LOG10_C, ProbeFit, fit_probe
+from unicl_fast.evaluation.requests import Detect, Finetune
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import evaluate, pretrain
 
@@ -136,7 +138,7 @@ def test_images_that_torchvision_decodes_keep_their_pixels(
             seen[int(dataset.labels_of(index)[0])] = np.asarray(image.convert("RGB"))
         raise ValueError("seen")
 
-    monkeypatch.setattr("unicl_fast.evaluation.run.evaluate_zero_shot", look)
+    monkeypatch.setattr("unicl_fast.evaluation.zero_shot.evaluate_zero_shot", look)
     root = make_mnist(tmp_path)
     with pytest.raises(SystemExit):
         evaluated("zero-shot", trained, "--data", f"torchvision:MNIST:{root}")
@@ -247,10 +249,11 @@ def test_few_shots_need_other_images_only_where_c_is_searched(
     sizes = []
 
     def fit(train: LabelledFeatures, validation: LabelledFeatures, **settings: Any) -> ProbeFit:
-        sizes.append((len(train), len(validation)))
+        if not settings["c"]:
+            sizes.append((len(train), len(validation)))
         return fit_probe(train, validation, **settings)
 
-    monkeypatch.setattr("unicl_fast.evaluation.run_probe.fit_probe", fit)
+    monkeypatch.setattr("unicl_fast.evaluation.linear_probe.fit_probe", fit)
     sets = ["--train", data / "labels", "--data", data / "labels", "--draws", "1"]
     sets += ["--features", tmp_path, "--max-iterations", "20", "--shots"]
     searched = evaluated("linear-probe", trained, *sets, "2")
@@ -276,7 +279,7 @@ def test_neighbours_of_images_are_themselves(data: Path, trained: Path) -> None:
     assert values["results"][0]["top1"] == 1.0
 
 
-def test_a_class_that_training_has_not_is_refused(
+def test_a_class_that_training_lacks_is_refused(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(data / "classes", tmp_path / "test")
@@ -286,7 +289,7 @@ def test_a_class_that_training_has_not_is_refused(
         *(capsys, "linear-probe", "--checkpoint", trained, "--train", data / "labels"),
         *("--data", tmp_path / "test", "--features", "none"),
     )
-    assert "has the class 'unicorn', which the training data labels has not" in message
+    assert "has the class 'unicorn', which the training data labels lacks" in message
 
 
 def test_retrieval_draws_what_it_found(data: Path, trained: Path, tmp_path: Path) -> None:
@@ -360,8 +363,8 @@ def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPat
 
 
 def test_detect_does_not_offer_a_batch_size_that_it_would_not_use() -> None:
-    assert "batch_size" in {field.name for field in dataclasses.fields(evaluate.Finetune)}
-    assert "batch_size" not in {field.name for field in dataclasses.fields(evaluate.Detect)}
+    assert "batch_size" in {field.name for field in dataclasses.fields(Finetune)}
+    assert "batch_size" not in {field.name for field in dataclasses.fields(Detect)}
 
 
 @pytest.mark.slow

@@ -94,7 +94,7 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
     process.send_signal(signal.SIGUSR1 if nproc == "2" else signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 75, errors[-3000:]
-    assert "go on with --resume auto" in errors
+    assert "resume with --resume auto" in errors
     assert "Traceback" not in errors
     newest = list_checkpoints(tmp_path / "run" / "checkpoints")[-1]
     assert f"after step {int(newest.name[5:])} of" in errors
@@ -341,27 +341,52 @@ def test_what_cannot_be_evaluated_ends_with_2_and_a_sentence(
     assert message in capsys.readouterr().err
 
 
-def test_help_does_not_wait_for_torch() -> None:
+@pytest.mark.parametrize(
+    ("words", "imports_tyro"),
+    [
+        (["pretrain", "--help"], False),
+        (["pretrain", "--help-all"], True),
+        (["evaluate", "linear-probe", "--help"], True),
+        (["convert", "onnx", "--help"], True),
+    ],
+    ids=str,
+)
+def test_help_does_not_wait_for_torch(words: list[str], imports_tyro: bool) -> None:
+    program, *options = words
     done = subprocess.run(
-        [sys.executable, "-X", "importtime", "-m", "unicl_fast.tools.pretrain", "--help"],
+        [sys.executable, "-X", "importtime", "-m", f"unicl_fast.tools.{program}", *options],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert "tyro" in imported
+    assert ("tyro" in imported) == imports_tyro
     assert not imported & {"torch", "timm", "nvidia.dali"}
 
 
-def test_help_explains_every_setting() -> None:
-    shown = " ".join(run("pretrain", "--help").stdout.replace("│", " ").split())
+def test_help_fits_two_screens_and_shows_the_values_of_the_preset(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        call(pretrain, "--preset", "cifar10-small", "-h")
+    assert not stopped.value.code
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 100
+    assert max(map(len, lines)) <= 100
+    shown = "\n".join(lines)
+    for words in ("--data.image-size 28 ", "DIR=WEIGHT", "digits-small", "--help-all", "examples:"):
+        assert words in shown
+
+
+def test_help_all_explains_every_setting() -> None:
+    shown = " ".join(run("pretrain", "--help-all").stdout.replace("│", " ").split())
     for group in dataclasses.fields(TrainConfig):
         for field in dataclasses.fields(group.default_factory):
             assert f"--{group.name}.{field.name.replace('_', '-')}" in shown.replace(
                 f"--{group.name}.no-", f"--{group.name}."
             ), field.name
-    for words in ("DIR=SHARE", "cifar10-small", "Stochastic depth of the image encoder"):
+    for words in ("DIR=WEIGHT", "cifar10-small", "Stochastic depth of the image encoder"):
         assert words in shown
     for words in ("zero-shot", "retrieval"):
         assert words in run("evaluate", "--help").stdout

@@ -18,11 +18,10 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.remote import object_store
 from unicl_fast.dataset.remote.block_cache import CacheOptions
 from unicl_fast.dataset.remote.object_store import ObjectStore, Patience, StorageError
-from unicl_fast.packing.build.build import build_dataset
-from unicl_fast.packing.build.remote_build import build_anywhere
-from unicl_fast.packing.build.staging import local_copy
-from unicl_fast.packing.build.upload import upload_dataset
-from unicl_fast.packing.verify.verify import verify_dataset
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.staging import local_copy
+from unicl_fast.packing.upload import build_anywhere, upload_dataset
+from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.training.metrics import read_metrics
 
 pytest.importorskip("s3fs")
@@ -144,7 +143,7 @@ def test_a_build_from_urls_to_a_url_is_the_build_of_files(
         build_anywhere([f"{root}/classes"], f"{root}/out", **options)
     (packed,) = (tmp_path / "home").rglob("work/*/out")
     line.fault = lambda method, path: ""
-    with pytest.raises(ValueError, match="go on with unicl-pack upload"):
+    with pytest.raises(ValueError, match="resume by unicl-pack upload"):
         build_anywhere([f"{root}/classes"], f"{root}/out", **options)
     upload_dataset(packed, f"{root}/out", progress=False)
     build_dataset([data / "classes"], tmp_path / "local", **options)

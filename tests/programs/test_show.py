@@ -29,6 +29,7 @@ def strips_of(folder: Path, spec: str) -> tuple[list[str], list[list[str]], np.n
     return [strip.title for strip in strips], [strip.notes for strip in strips], images
 
 
+@pytest.mark.slow
 def test_each_step_has_a_row_of_its_own_and_does_what_its_title_says(data: Path) -> None:
     spec = "none,policy=auto,grayscale=0.1,erase=0.1,jitter=0.4,blur=0.1"
     titles, notes, images = strips_of(data / "captions", spec)

@@ -13,9 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.objectives.targets import map_targets
-from unicl_fast.text.prompts import (
+from unicl_fast.text.class_lists import (
     SIMPLE_TEMPLATES,
-    ClassPrompts,
     fill_template,
     imagenet_class_names,
     imagenet_templates,
@@ -23,6 +22,7 @@ from unicl_fast.text.prompts import (
     read_class_names,
     read_templates,
 )
+from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
 Sources = Sequence[tuple[Sequence[str], Sequence[str]]]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from unicl_fast import load_model
 from unicl_fast.batch import ListLoader
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.checkpoints.load import read_state
-from unicl_fast.config import EfficiencyConfig, load_config
+from unicl_fast.config import EfficiencyConfig
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -212,17 +211,6 @@ def test_evaluations_run_at_their_steps_and_are_written(
     assert modes == [False, False]
     lines = [line for line in read_metrics(tmp_path) if "digits/top1" in line]
     assert [line["step"] for line in lines] == [4, 6]
-
-
-def test_a_config_survives_its_file(tmp_path: Path) -> None:
-    from unicl_fast.config import config_to_dict
-
-    config = tiny_config()
-    (tmp_path / "config.json").write_text(json.dumps(config_to_dict(config)))
-    assert load_config(tmp_path / "config.json") == config
-    (tmp_path / "config.json").write_text('{"data": {"colour": 1}}')
-    with pytest.raises(ValueError, match="data.colour is not a setting"):
-        load_config(tmp_path / "config.json")
 
 
 def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:

@@ -1,4 +1,4 @@
-"""`unicl-pack inspect` as a sub-command: its arguments, and what it prints and writes."""
+"""`unicl-pack inspect` as a sub-command: its arguments, its report and its files."""
 
 from __future__ import annotations
 
@@ -16,20 +16,19 @@ from unicl_fast.dataset.growing_files import create_csv
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, PackedDataset
 from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.dataset.stored_samples import SampleReader
-from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES, local_copy
-from unicl_fast.packing.inspect.concepts import DEFAULT_MODEL, HowToCount
-from unicl_fast.packing.inspect.image_hashes import has_imagehash
-from unicl_fast.packing.inspect.inspect import (
+from unicl_fast.packing.inspect import (
     DEFAULT_DISTANCE,
+    DEFAULT_MODEL,
     Copies,
+    HowToCount,
     Inspection,
     Spread,
     inspect_dataset,
 )
-from unicl_fast.packing.inspect.near_duplicates import MAX_DISTANCE
-from unicl_fast.packing.inspect.page import ShownGroup, make_page
-from unicl_fast.packing.inspect.thumbnails import shown_images
+from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
+from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.quarantine import DUPLICATE
+from unicl_fast.packing.staging import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 
@@ -39,7 +38,7 @@ _IMAGES_OF_A_GROUP = 6
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Inspect:
-    """Say what is in a packed data set: counts, classes, captions, sizes, copies, concepts.
+    """Describe a packed data set: counts, classes, captions, sizes, copies, concepts.
 
     The table of concepts is the paper's Table 1: images, concepts, images for each concept.
     Concepts are categories where there are labels; of captions they are the noun phrases that
@@ -72,7 +71,7 @@ class Inspect:
     quality, aspect or in grey, 8 also those cut by a twentieth; beyond 10 photographs that have
     nothing to do with each other come in."""
     concepts: HowToCount = "auto"
-    """What to count in captions: noun-phrases, words, or auto, the first if spaCy can do it."""
+    """Count noun-phrases in captions, words, or auto, the first if spaCy can do it."""
     spacy_model: str = DEFAULT_MODEL
     """spaCy's model for noun phrases."""
     sheet: int = 48
@@ -83,7 +82,7 @@ class Inspect:
     """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
-        """What there is to say at the end, and the exit code."""
+        """Describes; returns the report and the exit code."""
         if not 0 <= self.near_distance <= MAX_DISTANCE:
             raise ValueError(
                 f"--near-distance must lie in 0 to {MAX_DISTANCE}, not {self.near_distance}"
@@ -94,7 +93,7 @@ class Inspect:
             return self._inspect(folder), 0
 
     def _inspect(self, folder: Path) -> str:
-        """What there is to say at the end; writes what is wanted."""
+        """Writes the files that are asked for; returns the report."""
         asks_for_near = self.duplicates_list is not None or self.near_distance != DEFAULT_DISTANCE
         near = self.near and (asks_for_near or has_imagehash())
         inspection = inspect_dataset(
@@ -105,7 +104,7 @@ class Inspect:
             spacy_model=self.spacy_model,
             workers=self.workers,
         )
-        if is_url(self.folder):  # the copy is gone before anybody reads of it
+        if is_url(self.folder):  # the copy will be removed
             inspection = dataclasses.replace(inspection, folder=self.folder)
         if self.json is not None:
             write_text_atomically(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
@@ -199,7 +198,7 @@ def _in_words(inspection: Inspection) -> str:
         f"{count_of(inspection.num_labels, 'label')}{classes}, "
         f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
         "",
-        *_columns(
+        *align_columns(
             [
                 ("data", "images", "concepts", "images/concept", "concepts are"),
                 *(
@@ -225,7 +224,7 @@ def _in_words(inspection: Inspection) -> str:
         ("bytes", inspection.image_bytes),
     ]
     head = ("", "least", "median", "mean", "95 %", "most")
-    lines += _columns([head, *(_numbers(what, spread) for what, spread in spreads if spread)])
+    lines += align_columns([head, *(_numbers(what, spread) for what, spread in spreads if spread)])
     lines.append("")
     if inspection.class_counts:
         ordered = sorted(inspection.class_counts, key=lambda entry: -entry[1])
@@ -266,17 +265,17 @@ def _numbers(what: str, spread: Spread) -> tuple[str, ...]:
     return (what, *(f"{value:,.0f}" if value >= 100 else f"{value:.4g}" for value in values))
 
 
-def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows under each other; the first and the last column of words to the left."""
-    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+def align_columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Aligns the cells of a table; the first column, and a last one of words, to the left."""
+    widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
     last = len(widths) - 1
-    words_at_end = any(" " in row[last] for row in rows[1:])
+    words_at_end = any(row[last][:1].isalpha() for row in rows[1:])
     return [
         "  ".join(
             cell.ljust(width)
-            if place == 0 or (place == last and words_at_end)
+            if number == 0 or (number == last and words_at_end)
             else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
         ).rstrip()
         for row in rows
     ]

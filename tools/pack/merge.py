@@ -43,14 +43,14 @@ class Merge:
     """A CSV file with the columns source and name: samples to leave out, such as inspect's
     --duplicates-list writes."""
     duplicates: Literal["keep", "join"] = "keep"
-    """What to do with images that are equal byte for byte: keep them all, or join them into one
-    sample with the captions and labels of all. Those that went into another are listed in
+    """Images that are equal byte for byte: keep them all, or join them into one sample with the
+    captions and labels of all. Those that were joined into another are listed in
     OUT/quarantine.csv."""
     shard_bytes: int = DEFAULT_SHARD_BYTES
     """Largest size of a shard, in bytes."""
 
     def run(self) -> tuple[str, int]:
-        """What there is to say at the end, and the exit code."""
+        """Merges; returns the report and the exit code."""
         return _in_words(merge_datasets(**vars(self)), leave_out=self.leave_out), 0
 
 
@@ -66,7 +66,7 @@ def _in_words(summary: MergeSummary, *, leave_out: str) -> str:
     if leave_out:
         lines.append(f"left out, since {leave_out} names them: {summary.num_left_out:,}")
     if summary.num_joined:
-        lines.append(f"went into others with the same image: {summary.num_joined:,}")
+        lines.append(f"joined into others with the same image: {summary.num_joined:,}")
     if summary.num_damaged:
         lines.append(
             f"DAMAGED and left out: {summary.num_damaged:,}; copy the inputs again and merge anew "

@@ -1,8 +1,9 @@
-"""What is in a packed data set, and what an augmentation does to it, as a sheet of images.
+"""Draws a sheet of images of a packed data set, and of what an augmentation does to them.
 
-Above the images as they are; then, for an augmentation, a row for each of its steps alone, with
-the numbers that were drawn, and rows of all together. Pixels come out of the training graph and
-numbers out of the plan's laws, so the sheet shows what a model gets. `unicl-pack show` calls this.
+The first row has the images as they are; then, for an augmentation, each of its steps alone has a
+row, with the numbers that were drawn, and the last rows show all together. Pixels come out of the
+training graph and numbers out of the plan's distributions, so the sheet shows what a model gets.
+`unicl-pack show` calls this.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
@@ -26,21 +26,23 @@ from PIL import Image
 from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation, parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.pipelines.feed.feed import HostBatch, run_graphs
-from unicl_fast.pipelines.graph.augment_parts import parts_for
-from unicl_fast.pipelines.graph.graph import build_train_graph
-from unicl_fast.pipelines.plan.augment import STAGE_WIDTH, Column, draw_rows, neutral_rows
-from unicl_fast.pipelines.plan.crop import random_windows
-from unicl_fast.pipelines.plan.policies import (
+from unicl_fast.pipelines.graph import HostBatch, build_train_graph, run_graphs
+from unicl_fast.pipelines.kernels.operators import parts_for
+from unicl_fast.pipelines.plan.augment import (
     AUTO,
     OPERATIONS,
+    STAGE_WIDTH,
     TRIVIAL_LEVELS,
+    Column,
     Operation,
     Operator,
     auto_pairs,
+    draw_rows,
+    neutral_rows,
     table_of,
     write_operation,
 )
+from unicl_fast.pipelines.plan.crop import random_windows
 from unicl_fast.system.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -78,9 +80,9 @@ def show_dataset(
         out: file to write.
         augment: as an entry of `data.augment`; empty shows the images alone.
         samples: columns of the sheet, evenly spread over the data set.
-        image_size: side of the augmented squares, in pixels.
+        image_size: side of the augmented images, in pixels.
         interpolation: filter, as `data.interpolation`.
-        seed: decides what is drawn.
+        seed: decides which numbers are drawn.
 
     Returns:
         `out`.
@@ -186,10 +188,10 @@ def _strips(
 def _steps(
     augmentation: Augmentation,
 ) -> Iterator[tuple[str, Augmentation, Callable[[NDArray[np.float32]], str]]]:
-    """Title, augmentation of that step alone and surely, and what to write under an image."""
+    """Title, augmentation of that step alone and always, and the text below an image."""
     nothing = dataclasses.replace(augmentation, policy="none", grayscale=0.0, blur=0.0, erase=0.0)
     quiet = dataclasses.replace(nothing, jitter_probability=0.0)
-    if nothing.twists_colours:
+    if nothing.changes_colours:
         yield "colour jitter", dataclasses.replace(nothing, jitter_probability=1.0), _describe_twist
     if augmentation.grayscale:
         yield "grayscale", dataclasses.replace(quiet, grayscale=1.0), lambda row: ""
@@ -207,16 +209,16 @@ def _steps(
         )
 
 
-def _draw_level(augmentation: Augmentation, operation: Operation, key: int, place: int) -> float:
-    """Strength in 0 to 1, by the policy's law."""
+def _draw_level(augmentation: Augmentation, operation: Operation, key: int, index: int) -> float:
+    """Strength in 0 to 1, by the policy's distribution."""
     stream = np.uint64(key)
     if augmentation.policy == "trivial":
-        return random_below(stream, place, TRIVIAL_LEVELS) / (TRIVIAL_LEVELS - 1)
+        return float(random_below(stream, index, TRIVIAL_LEVELS) / (TRIVIAL_LEVELS - 1))
     if augmentation.policy == "auto":
         number = AUTO.index(operation)
         levels = [level for at, _, level in auto_pairs().reshape(-1, 3) if at == number]
-        return float(levels[random_below(stream, place, len(levels))])
-    first, second = random_unit(stream, 2 * place), random_unit(stream, 2 * place + 1)
+        return float(levels[random_below(stream, index, len(levels))])
+    first, second = random_unit(stream, 2 * index), random_unit(stream, 2 * index + 1)
     normal = math.sqrt(-2 * math.log(1 - first)) * math.cos(2 * math.pi * second)
     magnitude = augmentation.magnitude + augmentation.magnitude_std * normal
     return min(max(magnitude, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE
@@ -266,13 +268,13 @@ def _run(
     starts, shapes, flips, rows = joined
     integers = np.zeros((size, 1), dtype=np.int64)
     inputs = [encoded * len(strips), starts, shapes, flips[:, None], integers]
-    if not parts.is_empty:
+    if parts is not None:
         inputs.append(rows)
     build = partial(
         build_train_graph,
         data=dataclasses.replace(data, threads=0, prefetch=1),
         batch_size=size,
-        augmentation=None if parts.is_empty else parts,
+        augmentation=parts,
         device=torch.device("cpu"),
     )
     batches = iter([HostBatch(inputs=tuple(inputs), facts=None)])
@@ -306,4 +308,4 @@ def _draw(strips: list[tuple[str, list[Any], list[str]]], out: Path, *, title: s
             wrapped = textwrap.wrap(note, 24, max_lines=3, placeholder=" ...")
             axis.set_xlabel("\n".join(wrapped), fontsize=7, color=_FAINT)
     out.parent.mkdir(parents=True, exist_ok=True)
-    FigureCanvasAgg(figure).print_png(out)
+    figure.savefig(out, format="png")

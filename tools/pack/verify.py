@@ -15,10 +15,10 @@ from unicl_fast.dataset.growing_files import create_csv
 from unicl_fast.dataset.reader import sample_key
 from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.images.check import MAX_PIXELS
-from unicl_fast.packing.build.build import DEFAULT_IMAGE_SECONDS
-from unicl_fast.packing.build.staging import DEFAULT_STAGING_BYTES, local_copy
-from unicl_fast.packing.verify.folder_check import Fault
-from unicl_fast.packing.verify.verify import VerifySummary, verify_dataset
+from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
+from unicl_fast.packing.folder_check import Fault
+from unicl_fast.packing.staging import DEFAULT_STAGING_BYTES, local_copy
+from unicl_fast.packing.verify import VerifySummary, verify_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
 
 _MOST_IN_JSON = 10_000
@@ -27,7 +27,7 @@ _MOST_IN_JSON = 10_000
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Verify:
-    """Say whether a packed data set is what was packed, down to the last byte.
+    """Check that a packed data set is what was packed, down to the last byte.
 
     Compared are: all files with checksums.txt and the manifest; references and counts in the
     arrays; each sample's piece of its shard with samples.npy, byte by byte; captions, tokenised
@@ -59,14 +59,14 @@ class Verify:
     max_pixels: int = MAX_PIXELS
     """As it was for the build: an image with more pixels is a fault."""
     image_seconds: float = DEFAULT_IMAGE_SECONDS
-    """An image that takes longer is a fault; 0 waits for ever."""
+    """An image that takes longer is a fault; 0 waits without limit."""
     workers: int = 0
     """Processes that decode; 0 takes one for each core."""
     staging_bytes: int = DEFAULT_STAGING_BYTES
     """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
-        """What there is to say at the end, and the exit code."""
+        """Verifies; returns the report and the exit code."""
         if min(self.show, self.workers, self.image_seconds) < 0 or self.max_pixels < 1:
             raise ValueError(
                 "--show, --workers and --image-seconds take numbers from 0 on, --max-pixels "

@@ -1,10 +1,14 @@
-"""The layout of microsoft/UniCL's released checkpoints, to ours and back.
+"""microsoft/UniCL's released checkpoints, to ours and back: their layout, and their files.
 
 Their image encoder is Swin as its authors wrote it: a stage ENDS with its downsampling, where
 timm's next stage begins with it, and the tables that follow from the window size are stored as
 entries. Their text encoder has the names of ours. `official_entries` gives a model's own tensors
 by the names they have there: reading copies into them, writing takes them out, and both know the
 same names.
+
+This is the one place of the project that touches a pickle, since those checkpoints exist in no
+other form. torch reads them by a machine of its own that knows tensors and containers and calls
+nothing else (`weights_only`); the files that are written hold tensors alone.
 """
 
 from __future__ import annotations
@@ -12,15 +16,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Iterable, Mapping
+import warnings
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from unicl_fast.config import TrainConfig
+from unicl_fast.conversion.checked_output import load_source, new_file, print_written, require_new
+from unicl_fast.conversion.hub import write_export
+from unicl_fast.conversion.requests import FromOfficial, ToOfficial
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import build_preset
+from unicl_fast.system.checksums import file_checksum
 
 _PRESETS_BY_WIDTH = {96: "swin-tiny", 128: "swin-base"}
 _NAMES = {"swin-tiny": "Swin-T", "swin-base": "Swin-B"}
@@ -33,9 +45,65 @@ _OLD_NAMES = (
 )
 _TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
 _DOWNSAMPLE = re.compile(r"^image_encoder\.layers\.(\d+)\.downsample\.")
+_WRAPPERS = ("model", "state_dict")
+_FOREIGN_OBJECT = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
+_TORCH_ADVICE = re.compile(r"^Weights only load failed.*WeightsUnpickler error:", re.DOTALL)
+_ZIP = b"PK\x03\x04"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-"""What the released models see: ImageNet's statistics, not CLIP's, which ours are trained with."""
+"""The released models take ImageNet's statistics, not CLIP's, which ours are trained with."""
+
+
+def convert_from(command: FromOfficial) -> None:
+    """Runs `unicl-convert official`."""
+    require_new(command.out)
+    entries = read_official_file(command.file)
+    print(f"read {command.file}: {len(entries):,} entries, {num_parameters(entries):,} parameters")
+    model = model_of(entries, source=command.file)
+    origin = {
+        "converted from": f"{command.file.name}, a checkpoint in the layout of microsoft/UniCL",
+        "xxh3 of that file": file_checksum(command.file),
+    }
+    write_export(model, command.out, origin=origin)
+    print_written(command.out)
+    print(
+        f"every entry fits: {model.config.model.image_encoder}, {_view(model)}, "
+        "normalised as ImageNet's"
+    )
+    print(f"next: unicl-eval zero-shot --checkpoint {command.out} --data DIR")
+
+
+def convert_to(command: ToOfficial) -> None:
+    """Runs `unicl-convert to-official`."""
+    model = load_source(command)
+    entries = official_entries(model)
+    with new_file(command.out) as aside:
+        write_official_file(aside, entries)
+        again = read_official_file(aside)
+        assert again.keys() == entries.keys()
+        assert all(torch.equal(again[name], entries[name]) for name in entries)
+    print_written(command.out)
+    print(f"{len(entries):,} entries, {num_parameters(entries):,} parameters")
+    print(f"the file cannot hold it: this model wants {_view(model)}; set that in the config")
+    data = model.config.data
+    if not (np.allclose(data.mean, IMAGENET_MEAN) and np.allclose(data.std, IMAGENET_STD)):
+        print(
+            f"note: this model wants images normalised with mean {data.mean} and deviation "
+            f"{data.std}; microsoft/UniCL's code takes ImageNet's: change them in its data/build.py"
+        )
+    print(
+        "next, with a config of microsoft/UniCL of the same sizes: "
+        f"python -m torch.distributed.launch main.py --eval --cfg CONFIG --resume {command.out}"
+    )
+
+
+def _view(model: UniCL) -> str:
+    """How an evaluation shows images to a model, in words."""
+    data = model.config.data
+    return (
+        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
+        "the centre"
+    )
 
 
 @torch.no_grad()
@@ -55,16 +123,16 @@ def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     entries = _with_present_names(entries, source=source)
     config = _config_of(entries, source=source)
     model = UniCL(config).eval()
-    places = official_entries(model)
-    name = _NAMES[_PRESETS_BY_WIDTH[places[_PATCHES].shape[0]]]
-    faults = _faults(entries, places)
+    tensors = official_entries(model)
+    name = _NAMES[_PRESETS_BY_WIDTH[tensors[_PATCHES].shape[0]]]
+    faults = _faults(entries, tensors)
     if faults:
         raise ValueError(
-            f"{source} is not {name} in the layout of microsoft/UniCL, which has {len(places)} "
+            f"{source} is not {name} in the layout of microsoft/UniCL, which has {len(tensors)} "
             f"entries: {'; '.join(faults)}"
         )
-    for entry, place in places.items():
-        place.copy_(entries[entry])
+    for entry, tensor in tensors.items():
+        tensor.copy_(entries[entry])
     return model
 
 
@@ -86,7 +154,7 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
 
 
 def num_parameters(entries: Mapping[str, Tensor]) -> int:
-    """Numbers that are learnt: the tables of Swin's windows do not count."""
+    """Number of trained parameters: the tables of Swin's windows do not count."""
     return sum(tensor.numel() for name, tensor in entries.items() if not _TABLES.search(name))
 
 
@@ -97,7 +165,7 @@ def _official_name(name: str) -> str:
 
 
 def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[str, Tensor]:
-    """Older files say visual, text or lang_encoder, and vision_projection."""
+    """The entries under present names: older files say visual, text, lang_encoder and so on."""
     renamed: dict[str, Tensor] = {}
     for original, tensor in entries.items():
         name = original
@@ -113,11 +181,12 @@ def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[
 
 
 def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
-    """The preset that a file is of, told by the widths in it, before a model is built."""
+    """The config of a file's model, found by the widths in it, before a model is built."""
     if _PATCHES not in entries:
+        first_words = sorted({name.split(".")[0] for name in entries})
         raise ValueError(
             f"{source} is not in the layout of microsoft/UniCL: it lacks {_PATCHES}; its "
-            f"{len(entries)} entries begin with {', '.join(sorted(_first_words(entries))[:12])}"
+            f"{len(entries)} entries begin with {', '.join(first_words[:12])}"
         )
     width = entries[_PATCHES].shape[0] if entries[_PATCHES].ndim else 0
     if width not in _PRESETS_BY_WIDTH:
@@ -142,7 +211,7 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
 
 def _released(preset: TrainConfig, *, logit_scale: float) -> TrainConfig:
     data = dataclasses.replace(preset.data, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    # fp32, since figures were published for it; not clamped below what was learnt
+    # fp32, since figures were published for it; not clamped below the trained scale
     efficiency = dataclasses.replace(preset.efficiency, precision="fp32")
     model = dataclasses.replace(
         preset.model,
@@ -158,17 +227,17 @@ def _scalar(tensor: Tensor | None) -> float:
     return value if math.isfinite(value) else 0.0
 
 
-def _faults(entries: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> list[str]:
-    """What keeps entries from their places, all names included; empty where nothing does."""
-    both = [name for name in places if name in entries]
-    alike = [name for name in both if entries[name].shape == places[name].shape]
+def _faults(entries: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
+    """Reasons why entries do not fit the model, all names included; empty where all fit."""
+    both = [name for name in tensors if name in entries]
+    alike = [name for name in both if entries[name].shape == tensors[name].shape]
     kinds = {
-        "missing": [name for name in places if name not in entries],
-        "left over": [name for name in entries if name not in places],
+        "missing": [name for name in tensors if name not in entries],
+        "left over": [name for name in entries if name not in tensors],
         "of another shape": [
-            f"{name} {list(entries[name].shape)} instead of {list(places[name].shape)}"
+            f"{name} {list(entries[name].shape)} instead of {list(tensors[name].shape)}"
             for name in both
-            if entries[name].shape != places[name].shape
+            if entries[name].shape != tensors[name].shape
         ],
         "not finite numbers": [
             name
@@ -180,11 +249,87 @@ def _faults(entries: Mapping[str, Tensor], places: Mapping[str, Tensor]) -> list
             name
             for name in alike
             if _TABLES.search(name)
-            and not torch.equal(entries[name].to(places[name].dtype), places[name])
+            and not torch.equal(entries[name].to(tensors[name].dtype), tensors[name])
         ],
     }
     return [f"{kind}: {', '.join(names)} ({len(names)})" for kind, names in kinds.items() if names]
 
 
-def _first_words(names: Iterable[str]) -> set[str]:
-    return {name.split(".")[0] for name in names}
+def read_official_file(path: Path) -> dict[str, Tensor]:
+    """The entries of a checkpoint, `{"model": {name: tensor}}` or the names without the wrapper.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: it is cut short, no checkpoint, or holds more than tensors.
+    """
+    if not path.is_file():
+        what = "is a folder" if path.is_dir() else "is not there"
+        raise FileNotFoundError(
+            f"{path} {what}: expected a file of microsoft/UniCL, such as in1k.pth"
+        )
+    with path.open("rb") as file:
+        is_zip = file.read(4) == _ZIP
+    if is_zip and not zipfile.is_zipfile(path):
+        raise ValueError(
+            f"{path} is cut short ({path.stat().st_size:,} bytes, and the end of the archive is "
+            "missing): copy or download it again"
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of foreign pickles, which are refused in a sentence
+            values = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # UnpicklingError, EOFError, KeyError, RuntimeError, ...
+        raise ValueError(_why_not(path, error)) from error
+    return _tensors_in(path, values)
+
+
+def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
+    """Writes `{"model": entries}`, each tensor with memory of its own."""
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in entries.items()}
+    torch.save({"model": copies}, path)
+
+
+def _why_not(path: Path, error: Exception) -> str:
+    text = str(error)
+    foreign = _FOREIGN_OBJECT.search(text)
+    if foreign is not None:
+        return (
+            f"{path} holds Python objects besides tensors ({foreign.group(1)}), which could run "
+            "any code: it was not read. If it is a training checkpoint that you made yourself, "
+            "save its weights alone where you made it: "
+            'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW)'
+        )
+    # torch advises to read the file all the same, code included: that is cut off
+    reason = _TORCH_ADVICE.sub("", text).strip().split("\n")[0][:200] or type(error).__name__
+    return (
+        f"{path} is no checkpoint that torch can read, or is damaged: {reason}. Expected a "
+        "file of torch.save with {'model': {name: tensor}}, such as microsoft/UniCL's in1k.pth; "
+        "copy or download it again"
+    )
+
+
+def _tensors_in(path: Path, values: Any) -> dict[str, Tensor]:
+    for wrapper in _WRAPPERS:
+        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
+            values = values[wrapper]
+            break
+    if not isinstance(values, dict) or not values:
+        raise ValueError(
+            f"{path} holds {_kind(values)}: expected {{'model': {{name: tensor}}}}, as "
+            "microsoft/UniCL's released files do"
+        )
+    others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"{path} holds no weights at {', '.join(others)}: expected "
+            "{'model': {name: tensor}}"
+        )
+    return {str(name): tensor for name, tensor in values.items()}
+
+
+def _kind(values: Any) -> str:
+    if isinstance(values, Tensor):
+        return f"one tensor of shape {list(values.shape)}"
+    return "nothing" if values in ({}, None) else f"a {type(values).__name__}"

@@ -1,9 +1,9 @@
-"""The arrays of a packed data set on their way in: opened without trust, checked once.
+"""The arrays of a packed data set: their types, and reading them without trust.
 
-Whoever uses the arrays follows their numbers into other arrays and into shards, some of it in
-compiled code that checks no bounds. So each number that refers to something is compared, when a
-data set is opened, with what it refers to; and the bytes with their checksums in the same pass.
-Ten million samples take about a second (`tests/unicl_fast/test_damaged_datasets.py`).
+Readers follow the numbers in the arrays into other arrays and into shards, some of it in compiled
+code that checks no bounds. So each number that refers to something is compared, when a data set is
+opened, with what it refers to; and the bytes with their checksums in the same pass. Ten million
+samples take about a second (`tests/dataset/test_damaged_datasets.py`).
 """
 
 from __future__ import annotations
@@ -13,31 +13,63 @@ import mmap
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, PixelsInfo
 from unicl_fast.system.checksums import compare_checksum, file_checksum
 
+SAMPLE_DTYPE = np.dtype(
+    [
+        ("shard", "<u4"),
+        ("offset", "<u8"),
+        ("size", "<u4"),
+        ("height", "<u2"),
+        ("width", "<u2"),
+        ("xxh3", "<u8"),
+        ("captions_start", "<u8"),
+        ("captions_count", "<u2"),
+        ("labels_start", "<u8"),
+        ("labels_count", "<u2"),
+    ]
+)
+"""A row of samples.npy: where the image's bytes lie in a shard, its size as displayed, XXH3-64 of
+the bytes, and its ranges of captions.npy and labels.npy. In a raw data set shard, offset and size
+are those of the JSON; the image's bytes are the row of pixels.npy with the sample's number."""
+CAPTION_DTYPE = np.dtype([("tokens_start", "<u8"), ("tokens_length", "u1")])
+"""A row of captions.npy: its range of tokens.npy, start and end tokens included."""
+ARRAY_DTYPES = {
+    "samples": SAMPLE_DTYPE,
+    "captions": CAPTION_DTYPE,
+    "tokens": np.dtype("<u2"),
+    "labels": np.dtype("<i4"),
+}
+PIXELS_NAME = "pixels.npy"
+"""The decoded images of a raw data set, uint8 [N h w 3]."""
+PIXEL_DTYPE = np.dtype("|u1")
+CHANNELS = 3
+
+HEADER_BYTES = 512
+"""Length of the header of the .npy files that we write."""
 _MAGIC = b"\x93NUMPY\x01\x00"
 _MAX_HEADER_BYTES = 10_000
-HEADER_BYTES = 512
-"""Of the .npy files that we write."""
 _BLOCK_ROWS = 1 << 16
-"""Rows looked at together: few megabytes, so that a look at all of them stays in the cache."""
+"""Rows checked together: a few megabytes, which stay in the processor's cache."""
 
 Rows = npt.NDArray[Any]
+Problems = list[tuple[npt.NDArray[np.bool_], str]]
+"""Flags of the wrong rows of a block, and what is wrong with them."""
 
 
 def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
     """Maps a one-dimensional .npy file that must hold `length` rows of `dtype`, read-only.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it holds anything else, or fewer or more bytes.
+        FileNotFoundError: there is no such file.
+        ValueError: the file holds anything else, or fewer or more bytes.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -67,21 +99,18 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
     """The first `HEADER_BYTES` of our .npy files (NPY format 1.0).
 
-    Of a fixed length, so that a file can be written before its number of rows is known.
+    Its length is fixed, so that a file can be written before its number of rows is known.
     """
-    fields = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": shape,
-    }
+    descr = np.lib.format.dtype_to_descr(dtype)
     length = HEADER_BYTES - len(_MAGIC) - 2
+    fields = {"descr": descr, "fortran_order": False, "shape": shape}
     text = repr(fields).ljust(length - 1) + "\n"
     assert len(text) == length
     return _MAGIC + struct.pack("<H", length) + text.encode("ascii")
 
 
 def _read_header(path: Path) -> tuple[Any, int]:
-    """What the header of a .npy file says, and where the rows begin.
+    """Reads the header of a .npy file; returns its fields and where the rows begin.
 
     NumPy's own reader tries to mend a header that it cannot read, in time that grows with the
     square of its length, and makes types of whatever stands there. This one is only compared.
@@ -98,8 +127,40 @@ def _read_header(path: Path) -> tuple[Any, int]:
         raise ValueError(f"its header cannot be read: {type(error).__name__}") from error
 
 
+class PixelLayout:
+    """The layout of `pixels.npy`: one array of rows of equal size, an image each."""
+
+    def __init__(self, place: str | Path, info: PixelsInfo, num_samples: int) -> None:
+        """Computes the layout; `place` names the data set in messages.
+
+        Raises:
+            ValueError: the manifest contradicts itself.
+        """
+        self.num_samples = num_samples
+        self.shape = (info.height, info.width, CHANNELS)
+        self.row_bytes = info.height * info.width * CHANNELS
+        self.num_bytes = HEADER_BYTES + num_samples * self.row_bytes
+        if not self.row_bytes or self.num_bytes != info.num_bytes:
+            raise ValueError(
+                f"the manifest of {place} contradicts itself: {num_samples} images of "
+                f"{info.width} x {info.height} pixels, but {info.num_bytes} bytes of {PIXELS_NAME}"
+            )
+        self.pnm_header = f"P6\n{info.width} {info.height}\n255\n".encode("ascii")
+        """Put before the bytes of an image, it makes a file that decoders read."""
+
+    @overload
+    def offset_of(self, index: int) -> int: ...
+
+    @overload
+    def offset_of(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
+
+    def offset_of(self, index: Any) -> Any:
+        """The first byte of image `index`, or of several, in the file."""
+        return HEADER_BYTES + index * self.row_bytes
+
+
 def blocks_of(array: Rows) -> Iterator[Rows]:
-    """All rows in blocks; pages of a mapped file that were read for it are given back.
+    """Yields all rows in blocks; pages of a mapped file that were read for it are given back.
 
     They would stay counted as this process's memory: half a gigabyte for ten million samples.
     """
@@ -133,11 +194,11 @@ def verify_arrays(
     They are read, not mapped: mapped pages would count as this process's memory.
 
     Args:
-        folder: of the data set.
-        manifest: of the data set.
-        dtypes: the types of the arrays to look at, by their names.
-        checksums: what the data set lists, of the arrays and of the manifest; None where it has no
-            list, or where they have been compared.
+        folder: the data set's folder.
+        manifest: its manifest.
+        dtypes: the types of the arrays to check, by their names.
+        checksums: the data set's list of checksums; None where it has none, or where they have
+            been compared.
 
     Returns:
         The largest token id.
@@ -146,14 +207,15 @@ def verify_arrays(
         ValueError: a file was changed, or a row refers to what does not exist.
     """
     largest_token = 0
-    checks: dict[str, Callable[[Rows], list[tuple[npt.NDArray[np.bool_], str]]]] = {
-        "samples": _SampleCheck(manifest),
+    shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
+    checks: dict[str, Callable[[Rows], Problems]] = {
+        "samples": lambda rows: _check_samples(rows, manifest, shard_bytes),
         "captions": lambda rows: _check_captions(rows, manifest),
         "labels": lambda rows: _check_labels(rows, manifest),
     }
     for name, dtype in dtypes.items():
         path = folder / f"{name}.npy"
-        digest = None if checksums is None else xxhash.xxh3_64()
+        digest = xxhash.xxh3_64()
         first = 0
         for block in _blocks(path, dtype, digest):
             if name == "tokens":
@@ -161,7 +223,7 @@ def verify_arrays(
             else:
                 _refuse_first(checks[name](block), path=path, first=first)
             first += len(block)
-        if checksums is not None and digest is not None:
+        if checksums is not None:
             compare_checksum(path, digest.hexdigest(), checksums)
     if checksums is not None:
         path = folder / MANIFEST_NAME
@@ -170,70 +232,59 @@ def verify_arrays(
 
 
 def _blocks(path: Path, dtype: np.dtype[Any], digest: Any) -> Iterator[Rows]:
-    """All rows of a file, and all bytes into `digest`, if there is one."""
+    """Yields all rows of a file, and updates `digest` with all its bytes."""
     buffer = np.empty(_BLOCK_ROWS, dtype)
     view = memoryview(buffer.view(np.uint8))  # type: ignore[arg-type]
     with path.open("rb", buffering=0) as file:
         head = file.read(len(_MAGIC) + 2)
         head += file.read(int.from_bytes(head[-2:], "little"))
-        if digest is not None:
-            digest.update(head)
+        digest.update(head)
         filled = 0
         while count := file.readinto(view[filled:]):
             filled += count
             whole = filled - filled % dtype.itemsize
             if filled == len(view) or whole == filled:
-                if digest is not None:
-                    digest.update(view[:whole])
+                digest.update(view[:whole])
                 yield buffer[: whole // dtype.itemsize]
                 filled = 0
 
 
-def _refuse_first(
-    problems: list[tuple[npt.NDArray[np.bool_], str]], *, path: Path, first: int
-) -> None:
-    for wrong, what in problems:
+def _refuse_first(problems: Problems, *, path: Path, first: int) -> None:
+    for wrong, message in problems:
         if wrong.any():
             row = first + int(wrong.argmax())
-            raise ValueError(f"{path} is damaged: row {row} {what}; copy the data set again")
+            raise ValueError(f"{path} is damaged: row {row} {message}; copy the data set again")
 
 
-class _SampleCheck:
+def _check_samples(rows: Rows, manifest: Manifest, shard_bytes: Rows) -> Problems:
     """Every sample lies inside its shard and its ranges inside the other arrays."""
-
-    def __init__(self, manifest: Manifest) -> None:
-        self._manifest = manifest
-        self._shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
-
-    def __call__(self, rows: Rows) -> list[tuple[npt.NDArray[np.bool_], str]]:
-        no_shard = rows["shard"] >= len(self._shard_bytes)
-        if no_shard.any():
-            return [(no_shard, "names a shard that does not exist")]
-        ends = self._shard_bytes[rows["shard"]]
-        pixels = self._manifest.pixels
-        if pixels is None:
-            wrong_size = np.zeros(len(rows), np.bool_)
-        else:
-            wrong_size = (rows["height"] != pixels.height) | (rows["width"] != pixels.width)
-        captions, labels = rows["captions_count"], rows["labels_count"]
-        return [
-            (_leaves(rows["offset"], rows["size"], ends), "lies beyond the end of its shard"),
-            (rows["size"] == 0, "is an image of no bytes"),
-            ((rows["height"] == 0) | (rows["width"] == 0), "is an image of no pixels"),
-            (wrong_size, "is an image of another size than the manifest says"),
-            (
-                _leaves(rows["captions_start"], captions, self._manifest.num_captions),
-                "names captions that do not exist",
-            ),
-            (
-                _leaves(rows["labels_start"], labels, self._manifest.num_labels),
-                "names labels that do not exist",
-            ),
-            ((captions | labels) == 0, "has neither captions nor labels"),
-        ]
+    no_shard = rows["shard"] >= len(shard_bytes)
+    if no_shard.any():
+        return [(no_shard, "names a shard that does not exist")]
+    ends = shard_bytes[rows["shard"]]
+    height, width = rows["height"], rows["width"]
+    captions, labels = rows["captions_count"], rows["labels_count"]
+    problems = [
+        (_leaves(rows["offset"], rows["size"], ends), "lies beyond the end of its shard"),
+        (rows["size"] == 0, "is an image of no bytes"),
+        ((height == 0) | (width == 0), "is an image of no pixels"),
+        (
+            _leaves(rows["captions_start"], captions, manifest.num_captions),
+            "names captions that do not exist",
+        ),
+        (
+            _leaves(rows["labels_start"], labels, manifest.num_labels),
+            "names labels that do not exist",
+        ),
+        ((captions | labels) == 0, "has neither captions nor labels"),
+    ]
+    if (pixels := manifest.pixels) is not None:
+        wrong_size = (height != pixels.height) | (width != pixels.width)
+        problems.append((wrong_size, "is an image of another size than the manifest says"))
+    return problems
 
 
-def _check_captions(rows: Rows, manifest: Manifest) -> list[tuple[npt.NDArray[np.bool_], str]]:
+def _check_captions(rows: Rows, manifest: Manifest) -> Problems:
     lengths = rows["tokens_length"]
     return [
         (
@@ -247,7 +298,7 @@ def _check_captions(rows: Rows, manifest: Manifest) -> list[tuple[npt.NDArray[np
     ]
 
 
-def _check_labels(rows: Rows, manifest: Manifest) -> list[tuple[npt.NDArray[np.bool_], str]]:
+def _check_labels(rows: Rows, manifest: Manifest) -> Problems:
     num_classes = len(manifest.class_names)
     wrong = (rows < 0) | (rows >= num_classes)
     return [(wrong, f"is not one of the {num_classes} classes that the manifest names")]

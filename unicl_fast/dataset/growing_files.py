@@ -1,73 +1,38 @@
-"""The files of a packed data set while they grow: a tar with its DALI index, arrays, a list.
+"""The files of a packed data set while they grow, and the journal that a killed build resumes from.
 
-Apart from `shard_writer`, which decides what goes where, these know one file each: its layout,
-its checksum, how it gets safely onto the disk, and how it is gone on with after a program died.
+`DatasetWriter` decides what goes where; each class here knows one file: its layout, its checksum,
+how it gets safely onto the disk, and how it is continued after a program died.
+
+The journal gets a line when a shard is finished and everything that the line describes is on the
+disk. It says how much of each file belongs to the samples of the shards so far, so the rest can be
+cut off, and packing resumes as if it had never been written. Each line carries its own checksum:
+one that was being written when the power failed is not taken for a line.
 """
 
 from __future__ import annotations
 
 import csv
+import dataclasses
+import json
 import math
 import os
 import tarfile
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import xxhash
 
-from unicl_fast.dataset.arrays import HEADER_BYTES, npy_header
-from unicl_fast.dataset.manifest import PixelsInfo
-from unicl_fast.dataset.pixels import CHANNELS, PIXEL_DTYPE, PIXELS_NAME
-from unicl_fast.dataset.reader import ARRAY_DTYPES, ShardInfo
-from unicl_fast.system.checksums import file_checksum
+from unicl_fast.dataset.arrays import ARRAY_DTYPES, HEADER_BYTES, npy_header
+from unicl_fast.dataset.manifest import ShardInfo
+from unicl_fast.system.atomic_files import flush_to_disk
 
+_CHECKSUM_DIGITS = 16
 BLOCK = 512
+"""Bytes of a tar header, and the unit that contents are padded to."""
 END_OF_TAR = bytes(2 * BLOCK)
-
-
-class ShardFile:
-    """A tar in the making, its checksum, and the index that DALI reads."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self.name = name
-        self.file: BinaryIO = (folder / name).open("wb", buffering=1 << 20)
-        self.num_bytes = 0
-        self._index_path = (folder / name).with_suffix(".idx")
-        self._index: list[str] = []
-        self._hash = xxhash.xxh3_64()
-
-    def add(self, key: str, members: list[tuple[str, bytes]]) -> int:
-        """Appends the members of one sample; returns the offset of the first one's bytes."""
-        entries, first = [], self.num_bytes + BLOCK
-        for extension, data in members:
-            name = f"{key}.{extension}"
-            entries.append(f"{extension} {self.num_bytes + BLOCK} {len(data)} {name}")
-            padding = bytes(padded_bytes(len(data)) - len(data))
-            self._write(b"".join([tar_header(name, len(data)), data, padding]))
-        self._index.append(" ".join(entries))
-        return first
-
-    def finish(self) -> ShardInfo:
-        self._write(END_OF_TAR)
-        sync_and_close(self.file)
-        with self._index_path.open("w", encoding="ascii") as file:
-            file.write(f"v1.2 {len(self._index)}\n")
-            file.writelines(f"{line}\n" for line in self._index)
-            sync_and_close(file)
-        return ShardInfo(
-            name=self.name,
-            num_samples=len(self._index),
-            num_bytes=self.num_bytes,
-            xxh3=self._hash.hexdigest(),
-        )
-
-    def _write(self, data: bytes) -> None:
-        self.file.write(data)
-        self._hash.update(data)
-        self.num_bytes += len(data)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -76,23 +41,23 @@ class Kept:
 
     num_bytes: int
     xxh3: str
-    """Of these bytes without the header, 16 hexadecimal digits."""
+    """XXH3-64 of these bytes without the header, 16 hexadecimal digits."""
 
 
 class GrowingFile:
-    """A file that only grows, apart from a header whose place is kept free at its beginning."""
+    """A file that only grows, apart from a header at its beginning that is written last."""
 
     def __init__(self, path: Path, *, header_bytes: int = 0, kept: Kept | None = None) -> None:
-        """Opens it.
+        """Opens the file.
 
         Args:
-            path: of the file.
+            path: the file.
             header_bytes: left empty at its beginning, for `finish`.
-            kept: go on behind these bytes; what follows them goes. None begins a new file.
+            kept: continue after these bytes and cut off the rest. None begins a new file.
 
         Raises:
             ValueError: the file does not hold what was kept.
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
         """
         self.file: BinaryIO = path.open("wb" if kept is None else "r+b", buffering=1 << 20)
         self.num_bytes = header_bytes
@@ -119,19 +84,55 @@ class GrowingFile:
         self.num_bytes += len(data)
 
     def kept(self) -> Kept:
-        """What it holds now; only after `sync` is it safe."""
+        """Describes its content, which is safe only after `sync`."""
         return Kept(num_bytes=self.num_bytes, xxh3=self._hash.hexdigest())
 
     def sync(self) -> None:
-        """Comes back when all of it is on the disk."""
+        """Returns when all of it is on the disk."""
         self.file.flush()
         os.fsync(self.file.fileno())
 
     def finish(self, header: bytes = b"") -> None:
-        """Writes the header into its place, and closes the file safely."""
+        """Writes the header at the beginning, and closes the file safely."""
         self.file.seek(0)
         self.file.write(header)
         sync_and_close(self.file)
+
+
+class ShardFile(GrowingFile):
+    """A growing tar, and the index that DALI reads."""
+
+    def __init__(self, folder: Path, name: str) -> None:
+        super().__init__(folder / name)
+        self._path = folder / name
+        self._index: list[str] = []
+
+    def add(self, key: str, members: list[tuple[str, bytes]]) -> int:
+        """Appends the members of one sample; returns the offset of the first one's bytes."""
+        entries, first = [], self.num_bytes + BLOCK
+        for extension, data in members:
+            name = f"{key}.{extension}"
+            entries.append(f"{extension} {self.num_bytes + BLOCK} {len(data)} {name}")
+            padding = bytes(padded_bytes(len(data)) - len(data))
+            self.append(b"".join([tar_header(name, len(data)), data, padding]))
+        self._index.append(" ".join(entries))
+        return first
+
+    def finish_shard(self) -> ShardInfo:
+        """Ends the tar, writes its index, and closes both safely."""
+        self.append(END_OF_TAR)
+        sync_and_close(self.file)
+        with self._path.with_suffix(".idx").open("w", encoding="ascii") as file:
+            file.write(f"v1.2 {len(self._index)}\n")
+            file.writelines(f"{line}\n" for line in self._index)
+            sync_and_close(file)
+        kept = self.kept()
+        return ShardInfo(
+            name=self._path.name,
+            num_samples=len(self._index),
+            num_bytes=kept.num_bytes,
+            xxh3=kept.xxh3,
+        )
 
 
 class ArrayFile(GrowingFile):
@@ -146,7 +147,7 @@ class ArrayFile(GrowingFile):
         row_shape: tuple[int, ...] = (),
         kept: Kept | None = None,
     ) -> None:
-        """By default of the type that the array of this name has, and one-dimensional."""
+        """Opens NAME.npy; its rows have by default the type of the data set's array NAME."""
         super().__init__(folder / f"{name}.npy", header_bytes=HEADER_BYTES, kept=kept)
         self._dtype = ARRAY_DTYPES[name] if dtype is None else dtype
         self._row_shape = row_shape
@@ -161,7 +162,7 @@ class ArrayFile(GrowingFile):
 
 
 class ListFile(GrowingFile):
-    """A CSV list that grows row by row; see `create_csv` for its spelling."""
+    """A CSV list that grows row by row, written as `create_csv` does."""
 
     def __init__(self, path: Path, columns: Sequence[str], *, kept: Kept | None = None) -> None:
         super().__init__(path, kept=kept)
@@ -173,80 +174,81 @@ class ListFile(GrowingFile):
         self._rows.writerow(fields)
 
     def write(self, text: str) -> None:
-        """What the writer of rows calls."""
+        """Implements the file that the csv writer writes to."""
         self.append(text.encode("utf-8", "backslashreplace"))
 
 
-class GrowingPixels:
-    """The array of a raw data set's decoded images; the first one says how large all are."""
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FinishedShard:
+    """A line of the journal: what is safely on the disk once a shard is finished."""
 
-    def __init__(
-        self, folder: Path, *, kept: Kept | None = None, size: tuple[int, int] | None = None
-    ) -> None:
-        """Opens nothing before the first image, unless there are some already.
+    shard: ShardInfo
+    index_xxh3: str
+    """Checksum of the shard's .idx file."""
+    num_samples: int
+    """Samples in this shard and all before."""
+    num_quarantined: int
+    """Rows of the quarantine list."""
+    files: Mapping[str, Kept]
+    """Kept part of each array, of the list, and of the pixels of a raw data set."""
+    image_size: tuple[int, int] | None
+    """Height and width of the images of a raw data set."""
+    has_webp: bool = False
+    """Whether this shard or one before holds a WebP, which makes it another format version."""
+    notes: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values of the caller's."""
 
-        Args:
-            folder: of the data set.
-            kept: the images that are there.
-            size: their height and width.
-        """
-        self._folder = folder
-        self._array: ArrayFile | None = None
-        self.size = size
-        if size is not None:
-            self._array = self._open(size, kept)
+    def to_line(self) -> bytes:
+        text = json.dumps(dataclasses.asdict(self), separators=(",", ":")).encode("ascii")
+        return xxhash.xxh3_64_hexdigest(text).encode("ascii") + b" " + text + b"\n"
 
-    @property
-    def num_bytes(self) -> int:
-        return 0 if self._array is None else self._array.num_bytes
+    @classmethod
+    def from_line(cls, line: bytes) -> FinishedShard | None:
+        """Reads a line; None if it is not whole."""
+        checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 : -1]
+        if not line.endswith(b"\n") or checksum != xxhash.xxh3_64_hexdigest(text).encode("ascii"):
+            return None
+        values: dict[str, Any] = json.loads(text)
+        size = values["image_size"]
+        values["shard"] = ShardInfo(**values["shard"])
+        values["files"] = {name: Kept(**kept) for name, kept in values["files"].items()}
+        values["image_size"] = None if size is None else (size[0], size[1])
+        return cls(**values)
 
-    @property
-    def array(self) -> ArrayFile:
-        assert self._array is not None, "a data set has at least one sample"
-        return self._array
 
-    def append(self, pixels: bytes, *, height: int, width: int) -> None:
-        """Appends one image [h w 3].
+def read_journal(path: Path) -> list[FinishedShard]:
+    """The finished shards in order, up to the first line that is not whole."""
+    found: list[FinishedShard] = []
+    if path.is_file():
+        with path.open("rb") as file:
+            for line in file:
+                finished = FinishedShard.from_line(line)
+                if finished is None:
+                    break
+                found.append(finished)
+    return found
 
-        Raises:
-            ValueError: it is of another size than the first one, or its bytes are not.
-        """
-        if self._array is None:
-            self.size = height, width
-            self._array = self._open(self.size)
-        assert self.size is not None
-        if (height, width) != self.size or len(pixels) != CHANNELS * math.prod(self.size):
-            raise ValueError(
-                f"a raw data set has images of one size, {self.size[1]} x {self.size[0]} pixels "
-                f"of three bytes here, not {width} x {height} in {len(pixels)} bytes"
-            )
-        self._array.append(pixels)
 
-    def finish(self) -> PixelsInfo:
-        """Closes and syncs the file."""
-        self.array.finish()
-        assert self.size is not None
-        return PixelsInfo(
-            height=self.size[0],
-            width=self.size[1],
-            num_bytes=self.num_bytes,
-            # read again: the header, its beginning, is written last
-            xxh3=file_checksum(self._folder / PIXELS_NAME),
-        )
+class ShardJournal:
+    """The journal while it grows."""
+
+    def __init__(self, path: Path, finished: Sequence[FinishedShard]) -> None:
+        """Begins with lines that are known to be true; any others in the file are removed."""
+        data = b"".join(each.to_line() for each in finished)
+        self._file = path.open("r+b" if path.exists() else "wb", buffering=0)
+        # overwritten with the same bytes, then cut: at no moment is a true line missing
+        self._file.write(data)
+        self._file.truncate(len(data))
+        os.fsync(self._file.fileno())
+        flush_to_disk(path.parent)
+
+    def append(self, finished: FinishedShard) -> None:
+        """Adds a line; returns when it is on the disk."""
+        self._file.write(finished.to_line())
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """For a file that is not wanted any more."""
-        if self._array is not None:
-            self._array.file.close()
-
-    def _open(self, size: tuple[int, int], kept: Kept | None = None) -> ArrayFile:
-        return ArrayFile(
-            self._folder,
-            PIXELS_NAME.removesuffix(".npy"),
-            dtype=PIXEL_DTYPE,
-            row_shape=(*size, CHANNELS),
-            kept=kept,
-        )
+        self._file.close()
 
 
 def padded_bytes(size: int) -> int:
@@ -260,7 +262,7 @@ def _make_tar_template() -> bytes:
 
 
 _TAR_TEMPLATE = _make_tar_template()
-# of all bytes but name and size; the checksum is taken over blanks in its own place
+# Sum of all bytes but name and size, with blanks in the place of the checksum itself.
 _TEMPLATE_SUM = sum(_TAR_TEMPLATE) - sum(_TAR_TEMPLATE[124:136] + _TAR_TEMPLATE[148:156]) + 8 * 32
 
 
@@ -278,9 +280,9 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
-    """A list to be written: the open file, and its csv writer, which has written the columns.
+    """Begins a list: returns the open file and its csv writer, which has written the columns.
 
-    Bytes of a name that are not UTF-8 stand in it as escapes.
+    Bytes of a name that are not UTF-8 are written as escapes.
     """
     file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
     rows = _csv_writer(file)

@@ -1,36 +1,34 @@
-"""The packed data set, format versions 1 to 3: its arrays, its manifest and a plain reader.
+"""The packed data set, format versions 1 to 3, read by sample number.
 
-A data set is a folder, or what lies under a URL: tar shards that WebDataset and DALI also read,
-four small arrays that say where each image lies and which texts and labels it has, and a
-manifest. In a raw data set (version 2) the images are decoded and lie in an array of their own
-(`pixel_file`).
-`docs/data-format.md` holds the full text. This module only reads; `shard_writer` writes. Decoding
-images and choosing which sample comes when belong to others.
+A data set is a folder, or the objects under a URL: tar shards that WebDataset and DALI also read,
+four small arrays that say where each image lies and which texts and labels it has, and a manifest.
+In a raw data set (version 2) the images are decoded and lie in an array of their own.
+`docs/data-format.md` holds the full text. This module only reads; `writer` writes. Decoding images
+and choosing which sample comes when belong to other rooms.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
-from unicl_fast.dataset.arrays import mapping_of, open_array, verify_arrays
-from unicl_fast.dataset.file_check import check_files
-from unicl_fast.dataset.file_ranges import ShardReader
-from unicl_fast.dataset.files import FileReader, RemoteFiles, files_of
-from unicl_fast.dataset.manifest import FORMAT_VERSION as FORMAT_VERSION
-from unicl_fast.dataset.manifest import MANIFEST_NAME as MANIFEST_NAME
-from unicl_fast.dataset.manifest import Manifest as Manifest
-from unicl_fast.dataset.manifest import ShardInfo as ShardInfo
-from unicl_fast.dataset.manifest import shard_name as shard_name
-from unicl_fast.dataset.pixels import PIXELS_NAME, PixelFile, row_checksums
-from unicl_fast.dataset.remote.block_cache import CacheOptions
-from unicl_fast.dataset.remote.block_reader import BlockReader, RemoteFile
+from unicl_fast.dataset.arrays import (
+    ARRAY_DTYPES,
+    PIXELS_NAME,
+    PixelLayout,
+    mapping_of,
+    open_array,
+    verify_arrays,
+)
+from unicl_fast.dataset.errors import DamagedDatasetError, DamagedSampleError
+from unicl_fast.dataset.files import FileReader, RemoteFiles, check_files, open_files
+from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.remote.block_cache import CacheOptions, LargeFile
 from unicl_fast.system.checksums import read_checksums
 
 QUARANTINE_NAME = "quarantine.csv"
@@ -38,46 +36,10 @@ QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
 KEY_DIGITS = 10
 
 Part = Literal["image", "members"]
-"""Of a sample: its image, or its members in a shard, which in a raw data set lie elsewhere."""
+"""A part of a sample: its image, or its members in a shard, which a raw data set keeps apart."""
 
-SAMPLE_DTYPE = np.dtype(
-    [
-        ("shard", "<u4"),
-        ("offset", "<u8"),
-        ("size", "<u4"),
-        ("height", "<u2"),
-        ("width", "<u2"),
-        ("xxh3", "<u8"),
-        ("captions_start", "<u8"),
-        ("captions_count", "<u2"),
-        ("labels_start", "<u8"),
-        ("labels_count", "<u2"),
-    ]
-)
-"""A row of samples.npy: where the image's bytes lie in a shard, its size as displayed, XXH3-64 of
-the bytes, and its ranges of captions.npy and labels.npy. In a raw data set shard, offset and size
-are those of the JSON; the image's bytes are the row of pixels.npy with the sample's number."""
-CAPTION_DTYPE = np.dtype([("tokens_start", "<u8"), ("tokens_length", "u1")])
-"""A row of captions.npy: its range of tokens.npy, start and end tokens included."""
-TOKEN_DTYPE = np.dtype("<u2")
-LABEL_DTYPE = np.dtype("<i4")
-ARRAY_DTYPES = {
-    "samples": SAMPLE_DTYPE,
-    "captions": CAPTION_DTYPE,
-    "tokens": TOKEN_DTYPE,
-    "labels": LABEL_DTYPE,
-}
-
-# What is wrong with the process or the machine, not with a shard.
-_NOT_THE_SHARDS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-
-
-class DamagedSampleError(ValueError):
-    """The bytes of one sample are gone or not those that were packed; the message names it."""
-
-
-class DamagedDatasetError(RuntimeError):
-    """A data set was changed under a running job, beyond what can be gone on with."""
+# Faults of the process or the machine, not of a file.
+_NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
 def sample_key(index: int) -> str:
@@ -106,28 +68,28 @@ class PackedDataset:
         """Opens the data set in `folder`.
 
         Args:
-            folder: what `unicl-pack build` made; a path, or a URL such as s3://bucket/folder.
-            fraction: part of its samples that is there to be used, in (0, 1]: the first ones, at
-                least one. Packing has shuffled them, so it is a random part, always the same.
+            folder: a path or a URL such as s3://bucket/folder that `unicl-pack build` wrote.
+            fraction: part of its samples to use, in (0, 1]: the first ones, at least one. Packing
+                has shuffled them, so it is a random part, always the same.
             max_bad_fraction: shards (and the file of decoded images) that are missing or of
                 another size are tolerated, with a warning, if they hold at most this part of the
                 images. For training, which feeds others instead; an evaluation would count wrong.
-                None tolerates all of them without a warning: for who names the damage by itself.
-            verify: compare the arrays with their checksums, and what refers to something with what
-                is there: about a second for ten million samples. Without it a damaged array gives
-                wrong samples, or worse.
-            cache: where bytes of a data set under a URL are kept, and how many.
+                None tolerates all without a warning: for callers that report damage themselves.
+            verify: compare the arrays with their checksums, and each reference with its target:
+                about a second for ten million samples. Without it a damaged array gives wrong
+                samples, or worse.
+            cache: folder and size of the cache for a data set under a URL.
 
         Raises:
             FileNotFoundError: not a data set, or a file of it is missing.
             ValueError: its files contradict each other or their checksums.
             StorageError: the store of a URL cannot be reached.
         """
-        files = files_of(folder, cache, [f"{name}.npy" for name in ARRAY_DTYPES])
+        files = open_files(folder, cache, [f"{name}.npy" for name in ARRAY_DTYPES])
         self.place = files.place
-        """What it is called in messages: its folder, or its URL."""
+        """Its name in messages: its folder, or its URL."""
         self.folder = files.folder
-        """Where manifest and arrays lie; of a data set under a URL, in the cache."""
+        """Folder of manifest and arrays; for a data set under a URL, in the cache."""
         self.remote = files if isinstance(files, RemoteFiles) else None
         self.manifest = Manifest.load(self.folder)
         total = self.manifest.num_samples
@@ -137,22 +99,15 @@ class PackedDataset:
         self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
         pixels = self.manifest.pixels
-        self._pixel_file = None if pixels is None else PixelFile(self.place, pixels, total)
+        self._layout = None if pixels is None else PixelLayout(self.place, pixels, total)
         large = [
-            RemoteFile(name=shard.name, num_bytes=shard.num_bytes, xxh3=shard.xxh3)
-            for shard in self.manifest.shards
+            LargeFile(shard.name, shard.num_bytes, shard.xxh3) for shard in self.manifest.shards
         ]
         if pixels is not None:
-            large.append(RemoteFile(name=PIXELS_NAME, num_bytes=pixels.num_bytes, xxh3=pixels.xxh3))
-        self._files = files
-        self._large = large
-        self._reader: FileReader = files.reader(large)
-        check_files(
-            files,
-            self.manifest,
-            pixel_file=self._pixel_file,
-            max_bad_fraction=max_bad_fraction,
-        )
+            large.append(LargeFile(PIXELS_NAME, pixels.num_bytes, pixels.xxh3))
+        self._files, self._large = files, large
+        self._reader = files.reader(large)
+        check_files(files, self.manifest, layout=self._layout, max_bad_fraction=max_bad_fraction)
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
         if verify:
@@ -166,21 +121,16 @@ class PackedDataset:
     def __enter__(self) -> PackedDataset:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     @property
     def image_shape(self) -> tuple[int, int, int] | None:
-        """Height, width and channels of every image of a raw data set; None of others."""
-        return None if self._pixel_file is None else self._pixel_file.shape
+        """Height, width and channels of every image of a raw data set; None for others."""
+        return None if self._layout is None else self._layout.shape
 
     def image_bytes(self, index: int, *, verify: bool = False) -> npt.NDArray[np.uint8]:
-        """The image of sample `index` as a file: JPEG, WebP, PNG, or of a raw set PNM (P6).
+        """The image of sample `index` as a file: JPEG, WebP or PNG; from a raw set PNM (P6).
 
         Args:
             index: 0 to len - 1.
@@ -189,103 +139,97 @@ class PackedDataset:
         Raises:
             DamagedSampleError: the file that holds it cannot be read or is shorter than it was, or
                 `verify` found other bytes.
+            DamagedDatasetError: the data set under a URL was replaced meanwhile.
         """
         row = self.samples[self._checked(index)]
-        if self._pixel_file is None:
+        if self._layout is None:
             file, offset, size = int(row["shard"]), int(row["offset"]), int(row["size"])
             header = b""
             if file >= len(self.manifest.shards):
                 raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
         else:
-            file, offset = len(self.manifest.shards), self._pixel_file.offset_of(index)
-            header, size = self._pixel_file.pnm_header, self._pixel_file.row_bytes
+            file, offset = len(self.manifest.shards), self._layout.offset_of(index)
+            header, size = self._layout.pnm_header, self._layout.row_bytes
         data = np.empty(len(header) + size, dtype=np.uint8)
         data[: len(header)] = np.frombuffer(header, dtype=np.uint8)
         stored = data[len(header) :]
         self._read_stored(index, file, stored, offset)
         expected = int(row["xxh3"])
-        if verify and xxhash.xxh3_64_intdigest(stored.data) != expected:
-            if isinstance(self._reader, BlockReader):  # perhaps it is the cache that is damaged
-                self._reader.discard(file, offset, size)
-                self._read_stored(index, file, stored, offset)
-                if xxhash.xxh3_64_intdigest(stored.data) == expected:
-                    return data
-                self._refuse_change()
-            raise DamagedSampleError(
-                f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
-            )
-        return data
+        if not verify or xxhash.xxh3_64_intdigest(stored.data) == expected:
+            return data
+        if self._reader.discard(file, offset, size):  # perhaps only the cache is damaged
+            self._read_stored(index, file, stored, offset)
+            if xxhash.xxh3_64_intdigest(stored.data) == expected:
+                return data
+            self._refuse_change()
+        raise DamagedSampleError(
+            f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
+        )
 
     def _read_stored(
         self, index: int, file: int, stored: npt.NDArray[np.uint8], offset: int
     ) -> None:
         """Fills `stored` from a file, for sample `index`."""
+        holder = "the shard" if self._layout is None else PIXELS_NAME
         try:
             done = self._reader.read_into(file, stored, offset)
         except (OSError, OverflowError) as error:
-            if isinstance(error, OSError) and error.errno in _NOT_THE_SHARDS:
+            if isinstance(error, OSError) and error.errno in _NOT_THE_FILES:
                 raise
             self._refuse_change()
             raise DamagedSampleError(
-                f"{self.describe(index)}: {self._holder} cannot be read: {error}"
+                f"{self.describe(index)}: {holder} cannot be read: {error}"
             ) from error
         if done < len(stored):
             raise DamagedSampleError(
-                f"{self.describe(index)}: {self._holder} ends after {done} of {len(stored)} bytes"
+                f"{self.describe(index)}: {holder} ends after {done} of {len(stored)} bytes"
             )
 
     def _refuse_change(self) -> None:
-        """Asks, where bytes are not what they were, whether the whole data set was replaced."""
+        """Raises DamagedDatasetError if the whole data set under a URL was replaced."""
         if self.remote is not None and not self.remote.is_unchanged():
             raise DamagedDatasetError(
                 f"{self.place} was replaced or removed while it was in use: its manifest is "
-                "another one now. Upload a changed data set under another URL; to go on with this "
-                "run, put back what it began with"
+                "another one now. Upload a changed data set under another URL; to resume this run, "
+                "put back the data set that it began with"
             )
 
     def pixels_of(self, image: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-        """What `image_bytes` gave of a raw data set as it is stored: uint8 [h w 3], no header."""
-        assert self._pixel_file is not None
-        return image[len(self._pixel_file.pnm_header) :].reshape(self._pixel_file.shape)
+        """Takes the header off what `image_bytes` returned of a raw data set: uint8 [h w 3]."""
+        assert self._layout is not None
+        return image[len(self._layout.pnm_header) :].reshape(self._layout.shape)
 
     def read_pixels(
         self,
         indices: npt.NDArray[np.int64],
         out: npt.NDArray[np.uint8],
-        places: npt.NDArray[np.int64],
+        positions: npt.NDArray[np.int64],
     ) -> npt.NDArray[np.bool_]:
-        """Many images of a raw data set, decoded, their checksums compared: 1 us each of 3 kB.
+        """Reads many images of a raw data set and compares their checksums: 1 us each of 3 kB.
 
         Args:
             indices: which samples, int64 [k], each in 0 to len - 1.
-            out: uint8 [b h w 3], contiguous; out[places[i]] becomes the image of indices[i].
-            places: int64 [k].
+            out: uint8 [b h w 3], contiguous; out[positions[i]] becomes the image of indices[i].
+            positions: int64 [k].
 
         Returns:
-            bool [k]: which of them are as they were packed. What is wrong with the others
-            `image_bytes` says.
+            bool [k], which of them are as they were packed. `image_bytes` says what is wrong with
+            the others.
         """
-        assert self._pixel_file is not None
+        from unicl_fast.dataset.pixels import row_checksums  # here, because it loads Numba
+
+        assert self._layout is not None
         expected = np.asarray(self.samples)["xxh3"][indices]
-        if isinstance(self._reader, BlockReader):
-            whole = self._reader.read_rows(
-                len(self.manifest.shards),
-                self._pixel_file.offset_of(indices),
-                out.reshape(len(out), -1),
-                places,
-            )
-            sound: npt.NDArray[np.bool_] = whole & (row_checksums(out, places) == expected)
-            return sound
-        assert isinstance(self._reader, ShardReader)
+        rows = out.reshape(len(out), self._layout.row_bytes)
+        file, offsets = len(self.manifest.shards), self._layout.offset_of(indices)
         try:
-            file = self._reader.descriptor(len(self.manifest.shards))
+            whole = self._reader.read_rows(file, offsets, rows, positions)
         except OSError as error:
-            if error.errno in _NOT_THE_SHARDS:
+            if error.errno in _NOT_THE_FILES:
                 raise
             return np.zeros(len(indices), np.bool_)
-        whole = self._pixel_file.read_rows(file, indices, out, places)
-        result: npt.NDArray[np.bool_] = whole & (row_checksums(out, places) == expected)
-        return result
+        sound: npt.NDArray[np.bool_] = whole & (row_checksums(rows, positions) == expected)
+        return sound
 
     def caption_tokens(self, index: int, which: int) -> npt.NDArray[np.uint16]:
         """Token ids of caption `which` of sample `index`, start and end included, unpadded."""
@@ -298,7 +242,7 @@ class PackedDataset:
         return self.tokens[start : start + int(caption["tokens_length"])]
 
     def labels_of(self, index: int) -> npt.NDArray[np.int32]:
-        """Labels of sample `index`, in the data set's own label space; empty if it has none."""
+        """Labels of sample `index` in the data set's own label space; may be empty."""
         row = self.samples[self._checked(index)]
         start = int(row["labels_start"])
         return self.labels[start : start + int(row["labels_count"])]
@@ -310,28 +254,28 @@ class PackedDataset:
 
     def offset_of(self, index: int, part: Part = "image") -> int:
         """The first byte of a part of sample `index` in its file, for messages."""
-        if self._pixel_file is not None and part == "image":
-            return self._pixel_file.offset_of(index)
+        if self._layout is not None and part == "image":
+            return self._layout.offset_of(index)
         return int(self.samples[index]["offset"])
 
     def shard_of(self, index: int, part: Part = "image") -> str:
         """The name of the file that holds a part of sample `index`, for messages."""
-        if self._pixel_file is not None and part == "image":
+        if self._layout is not None and part == "image":
             return PIXELS_NAME
         shard = int(self.samples[index]["shard"])
         known = shard < len(self.manifest.shards)
         return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
 
     def check_arrays(self) -> None:
-        """Tells whether the arrays' files have shrunk since they were opened; costs 2 us.
+        """Raises an error if an array's file has shrunk since it was opened; costs 2 us.
 
-        Reading behind the end of a mapped file ends the process with a bus error, without a word.
-        A file that is removed or replaced by another (as `mv` and most programs that copy do) stays
-        what it was for those who have it open; only one that is cut in place goes away under them.
-        Asked before each batch, this leaves the moment between the question and the reading.
+        Reading behind the end of a mapped file ends the process with a bus error and no message.
+        A file that is removed or replaced by another (as `mv` and most programs that copy do) does
+        not change for processes that have it open; only one that is cut in place does. Called
+        before each batch, this leaves only the moment between the check and the reading.
 
         Raises:
-            DamagedDatasetError: one has; names it.
+            DamagedDatasetError: a file has shrunk; the message names it.
         """
         arrays: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
         for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
@@ -344,45 +288,35 @@ class PackedDataset:
                 )
 
     def new_reader(self) -> FileReader:
-        """One more reader of the shards by their number, and of pixels.npy behind them."""
+        """Another reader of the shards by their number, and of pixels.npy after them."""
         return self._files.reader(self._large)
 
     def blocks_of(self, indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Which blocks hold the images of some samples of a data set under a URL.
+        """Lists the cache's blocks that hold the images of some samples.
 
         Returns:
-            Each (file, block) once, in the order of need; nothing of a data set in a folder.
+            Each (file, block) once, in the order of need; empty for a data set in a folder.
         """
-        if not isinstance(self._reader, BlockReader):
-            return []
-        if self._pixel_file is not None:
+        if self._layout is not None:
             files = np.full(len(indices), len(self.manifest.shards))
-            sizes = np.full(len(indices), self._pixel_file.row_bytes)
-            return self._reader.blocks_of(files, self._pixel_file.offset_of(indices), sizes)
+            sizes = np.full(len(indices), self._layout.row_bytes)
+            return self._reader.blocks_of(files, self._layout.offset_of(indices), sizes)
         rows = self.samples.take(indices)
-        return self._reader.blocks_of(
-            rows["shard"].astype(np.int64),
-            rows["offset"].astype(np.int64),
-            rows["size"].astype(np.int64),
-        )
+        places = (rows[field].astype(np.int64) for field in ("shard", "offset", "size"))
+        return self._reader.blocks_of(*places)
 
     def fetch_ahead(self, file: int, block: int) -> None:
         """Brings a block that `blocks_of` named into the cache."""
-        assert isinstance(self._reader, BlockReader)
         self._reader.fetch_ahead(file, block)
 
     @property
     def needed_bytes(self) -> int:
         """Bytes of images that this process has read of a data set under a URL; else 0."""
-        return self._reader.needs.num_bytes if isinstance(self._reader, BlockReader) else 0
+        return self._reader.num_bytes_read
 
     def close(self) -> None:
         """Closes the shard files; reading images afterwards is an error."""
         self._reader.close()
-
-    @property
-    def _holder(self) -> str:
-        return "the shard" if self._pixel_file is None else PIXELS_NAME
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):

@@ -1,10 +1,9 @@
 """One sample of a packed data set with everything its shard holds of it: image, texts, origin.
 
-Training needs the arrays and the image only (`unicl_fast.dataset.reader`). Programs that check,
-describe
-or copy a data set also read the JSON members, and want each byte of a shard accounted for: a sample
-is read in one piece, from its first header to the next sample's. Of a raw data set that piece is
-the JSON; the pixels are one array, which `PackedDataset` reads.
+Training needs only the arrays and the image (`unicl_fast.dataset.reader`). Programs that check,
+describe or copy a data set also read the JSON members, and account for each byte of a shard: a
+sample is read in one piece, from its first header to the next sample's. In a raw data set that
+piece is the JSON; the pixels are one array, which `PackedDataset` reads.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.dataset.errors import DamagedSampleError
 from unicl_fast.dataset.growing_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
-from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
+from unicl_fast.dataset.reader import PackedDataset, sample_key
 
 _FIELDS = {"captions", "labels", "source", "name"}
 _MEMBERS = (["jpg", "json"], ["webp", "json"], ["png", "json"])
@@ -28,7 +28,7 @@ _MEMBERS_OF_RAW = (["json"],)
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Description:
-    """What KEY.json says of a sample."""
+    """The content of KEY.json."""
 
     captions: tuple[str, ...]
     labels: tuple[int, ...]
@@ -55,7 +55,7 @@ class StoredSample:
 
     @property
     def image(self) -> Member | None:
-        """The image as a file; None of a raw data set, whose images are not in its shards."""
+        """The image as a file; None for a raw data set, whose images are not in its shards."""
         return self.members[0] if len(self.members) > 1 else None
 
     def index_line(self, index: int) -> str:
@@ -80,7 +80,7 @@ class SampleReader:
         """Shard number, and where a sample's first header begins and its last padding ends.
 
         Raises:
-            DamagedSampleError: samples.npy names no such place.
+            DamagedSampleError: samples.npy places it outside its shard.
         """
         rows = self._dataset.samples
         shard, start = int(rows[index]["shard"]), int(rows[index]["offset"]) - BLOCK
@@ -123,7 +123,7 @@ class SampleReader:
         return StoredSample(members=members, description=description)
 
     def read_description(self, index: int) -> Description:
-        """What KEY.json says of a sample, without reading its image.
+        """Reads KEY.json of a sample, without its image.
 
         Raises:
             DamagedSampleError: it cannot be read.
@@ -149,7 +149,7 @@ class SampleReader:
 
 
 def image_sizes(dataset: PackedDataset) -> npt.NDArray[np.uint32]:
-    """Bytes of each image, [N]: of its file, or of its pixels in a raw data set."""
+    """Bytes of each image's file, or of its pixels in a raw data set, [N]."""
     sizes: npt.NDArray[np.uint32] = dataset.samples["size"]
     if dataset.image_shape is None:
         return sizes
@@ -160,7 +160,7 @@ def equal_images(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64
     """Samples with the same image, by size and checksum.
 
     Returns:
-        Groups of two or more numbers, rising; samples of all data sets are numbered through.
+        Groups of two or more numbers, rising; numbers continue from one data set to the next.
     """
     keys = [
         np.concatenate([image_sizes(dataset) for dataset in datasets]).astype(np.uint64),
@@ -169,22 +169,19 @@ def equal_images(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64
     order = np.lexsort(keys)
     ends = np.flatnonzero(np.any([np.diff(key[order]) != 0 for key in keys], axis=0)) + 1
     bounds = np.concatenate([[0], ends, [len(order)]])
-    return [
-        order[bounds[place] : bounds[place + 1]]
-        for place in np.flatnonzero(np.diff(bounds) > 1).tolist()
-    ]
+    return [order[bounds[i] : bounds[i + 1]] for i in np.flatnonzero(np.diff(bounds) > 1).tolist()]
 
 
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
-    """The members that fill a piece of a shard from its first to its last byte.
+    """Splits a piece of a shard into the members that fill it from its first to its last byte.
 
     Args:
         block: headers, contents and padding.
         start: where the piece begins in the shard.
-        key: what the members must be called, without extension.
+        key: the members' name, without extension.
 
     Raises:
-        ValueError: a byte of it is none that `unicl_fast.dataset.growing_files` would have written.
+        ValueError: a byte differs from what `DatasetWriter` would have written.
     """
     members: list[Member] = []
     position = 0
@@ -221,9 +218,9 @@ def _read_header(header: bytes) -> tuple[str | None, int]:
 
 
 def _check_kinds(members: tuple[Member, ...], *, is_raw: bool) -> None:
-    """A sample is an image and a JSON, in this order; of a raw data set, a JSON.
+    """A sample is an image and a JSON, in this order; in a raw data set, a JSON.
 
-    WebPs are taken under version 1 too, as data sets of earlier programs have them.
+    WebPs are accepted under version 1 too, as data sets of earlier programs have them.
     """
     found = [member.extension for member in members]
     if found not in (_MEMBERS_OF_RAW if is_raw else _MEMBERS):
@@ -232,11 +229,7 @@ def _check_kinds(members: tuple[Member, ...], *, is_raw: bool) -> None:
 
 
 def parse_description(data: bytes) -> Description:
-    """Reads KEY.json.
-
-    Raises:
-        ValueError: it is not what `unicl-pack build` writes.
-    """
+    """Reads KEY.json; raises ValueError if `unicl-pack build` would not write it so."""
     try:
         values: Any = json.loads(data)
     except (ValueError, RecursionError) as error:
@@ -251,9 +244,4 @@ def parse_description(data: bytes) -> Description:
         and all(type(label) is int for label in labels)
     ):
         raise ValueError("its JSON holds values of the wrong type")
-    return Description(
-        captions=tuple(captions),
-        labels=tuple(labels),
-        source=values["source"],
-        name=values["name"],
-    )
+    return Description(**values | {"captions": tuple(captions), "labels": tuple(labels)})

@@ -3,11 +3,11 @@
 Everything is written into a folder beside the final one and renamed when it is whole, so a build
 that fails or is killed leaves nothing that looks like a data set. The bytes written depend on the
 samples and their order only: tar headers carry no time, owner or machine. Images are taken as
-they come; checking them belongs to `images`. Of a raw data set the images, decoded, go into an
-array of their own, and the shards hold their descriptions.
+they come; checking them belongs to `unicl_fast.images`. The decoded images of a raw data set go
+into an array of their own, and its shards hold their descriptions.
 
-A writer that is given a folder to work in keeps a journal there (`shard_journal`), and the next one
-with the same samples goes on behind the last finished shard.
+A writer that is given a folder to work in keeps a journal there (growing_files.py), and the next
+one with the same samples continues after the last finished shard.
 """
 
 from __future__ import annotations
@@ -20,38 +20,38 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from unicl_fast.dataset.arrays import ARRAY_DTYPES, CHANNELS, PIXEL_DTYPE, PIXELS_NAME
 from unicl_fast.dataset.growing_files import (
     BLOCK,
     END_OF_TAR,
     ArrayFile,
+    FinishedShard,
     GrowingFile,
-    GrowingPixels,
+    Kept,
     ListFile,
     ShardFile,
+    ShardJournal,
     padded_bytes,
+    read_journal,
     sync_and_close,
 )
-from unicl_fast.dataset.journal import FinishedShard, ShardJournal, read_journal
-from unicl_fast.dataset.manifest import RAW_FORMAT_VERSION, WEBP_FORMAT_VERSION, PixelsInfo
-from unicl_fast.dataset.pixels import PIXELS_NAME
-from unicl_fast.dataset.reader import (
-    ARRAY_DTYPES,
+from unicl_fast.dataset.manifest import (
     FORMAT_VERSION,
     MANIFEST_NAME,
-    QUARANTINE_COLUMNS,
-    QUARANTINE_NAME,
+    RAW_FORMAT_VERSION,
+    WEBP_FORMAT_VERSION,
     Manifest,
+    PixelsInfo,
     ShardInfo,
-    sample_key,
     shard_name,
 )
+from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, QUARANTINE_NAME, sample_key
 from unicl_fast.system.atomic_files import flush_to_disk
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
 
@@ -60,7 +60,7 @@ DEFAULT_SHARD_BYTES = 512_000_000
 enough to copy and to check one by one."""
 
 SET_NAME, JOURNAL_NAME = "set", "journal"
-"""What lies in a folder to work in: the data set so far, and the journal of its shards."""
+"""Names in a folder to work in: the data set so far, and the journal of its shards."""
 
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
@@ -72,9 +72,9 @@ class PackedSample:
     """One sample ready to be written."""
 
     image: bytes
-    """The contents of an image file, or of a raw data set the pixels [h w 3]."""
+    """The contents of an image file, or the pixels [h w 3] for a raw data set."""
     extension: str
-    """jpg, webp or png; of a raw data set it has no meaning."""
+    """jpg, webp or png; ignored for a raw data set."""
     height: int
     width: int
     xxh3: int
@@ -84,7 +84,7 @@ class PackedSample:
     """Token ids of each caption, start and end included."""
     labels: Sequence[int] = ()
     source: str = ""
-    """Where the image came from, and `name` its name there: for people, not for training."""
+    """The image's origin, and `name` its name there: for people, not for training."""
     name: str = ""
 
 
@@ -102,15 +102,15 @@ class DatasetWriter:
         images: Literal["encoded", "raw"] = "encoded",
         work: Path | None = None,
     ) -> None:
-        """Makes the folder that is renamed at the end, or goes on with it.
+        """Makes the folder that is renamed at the end, or continues one.
 
         Args:
             out: the final folder; must not exist, or be empty.
             shard_bytes: largest size of a shard.
             images: files as they come, in the shards, or (raw, format version 2) decoded pixels
                 of one size in one array.
-            work: a folder beside the final one that outlives a program that is killed: what an
-                earlier writer finished in it is taken over. The caller sees to it that samples and
+            work: a folder beside the final one that outlives a program that is killed: the shards
+                that an earlier writer finished in it are kept. The caller ensures that samples and
                 options are the same, leaves out the first `num_places` samples, and removes the
                 folder at the end.
         """
@@ -126,11 +126,13 @@ class DatasetWriter:
         self.num_samples = 0
         self.num_quarantined = 0
         self.notes: dict[str, Any] = {}
-        """The caller's own: kept with each finished shard, and found again as they then were."""
+        """The caller's values; kept with each finished shard, and restored from the last one."""
         self._shard_bytes = shard_bytes
         self._shards: list[ShardInfo] = []
         self._shard: ShardFile | None = None
         self._is_raw = images == "raw"
+        self._image_size: tuple[int, int] | None = None
+        self._pixels: ArrayFile | None = None
         self._has_webp = False
         self._journal: ShardJournal | None = None
         finished = [] if work is None else _whole_shards(self.aside, work)
@@ -145,12 +147,7 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.discard()
 
     @property
@@ -180,13 +177,13 @@ class DatasetWriter:
         if not 0 < max(len(sample.captions), len(sample.labels)) < 2**16:
             raise ValueError("a sample needs 1 to 65,535 captions or labels")
         members = [("json", _describe(sample))]
-        if self._pixels is None:
+        if not self._is_raw:
             members.insert(0, (sample.extension, sample.image))
-        # first of all, since what is kept with a finished shard must hold nothing of this sample
+        # first of all, since a line of the journal must count nothing of this sample
         shard = self._shard_for(members)
         self._has_webp |= members[0][0] == "webp"
-        if self._pixels is not None:
-            self._pixels.append(sample.image, height=sample.height, width=sample.width)
+        if self._is_raw:
+            self._add_pixels(sample)
         offset = shard.add(sample_key(self.num_samples), members)
         captions, labels, tokens = (self._arrays[name] for name in ("captions", "labels", "tokens"))
         self._arrays["samples"].append(
@@ -209,8 +206,21 @@ class DatasetWriter:
         labels.append(np.asarray(sample.labels, dtype="<i4").tobytes())
         self.num_samples += 1
 
+    def _add_pixels(self, sample: PackedSample) -> None:
+        """Appends a decoded image; the first one determines the size of all."""
+        size = sample.height, sample.width
+        if self._image_size is None or self._pixels is None:
+            self._image_size, self._pixels = size, self._open_pixels(size)
+        height, width = self._image_size
+        if size != self._image_size or len(sample.image) != CHANNELS * height * width:
+            raise ValueError(
+                f"a raw data set has images of one size, {width} x {height} pixels of three bytes "
+                f"here, not {sample.width} x {sample.height} in {len(sample.image)} bytes"
+            )
+        self._pixels.append(sample.image)
+
     def quarantine(self, *, source: str, name: str, kind: str, message: str) -> None:
-        """Notes a sample that was left out, and why."""
+        """Lists a sample that was left out, and why."""
         self._quarantine.write_row([source, name, kind, message])
         self.num_quarantined += 1
 
@@ -230,7 +240,7 @@ class DatasetWriter:
         if self.num_samples == 0:
             raise ValueError("a data set needs at least one sample")
         self._close_shard()
-        pixels = None if self._pixels is None else self._pixels.finish()
+        pixels = self._finish_pixels()
         manifest = Manifest(
             version=self._version(),
             num_samples=self.num_samples,
@@ -271,8 +281,20 @@ class DatasetWriter:
             return RAW_FORMAT_VERSION
         return WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
 
+    def _finish_pixels(self) -> PixelsInfo | None:
+        if self._pixels is None or self._image_size is None:
+            return None
+        self._pixels.finish()
+        return PixelsInfo(
+            height=self._image_size[0],
+            width=self._image_size[1],
+            num_bytes=self._pixels.num_bytes,
+            # read again: the header, its beginning, is written last
+            xxh3=file_checksum(self.aside / PIXELS_NAME),
+        )
+
     def _write_checksums(self, manifest: bytes, pixels: PixelsInfo | None) -> None:
-        """Lists all files of the folder, the manifest that is still to be written among them."""
+        """Lists all files of the folder, and the manifest that is written next."""
         known = {shard.name: shard.xxh3 for shard in self._shards}
         if pixels is not None:
             known[PIXELS_NAME] = pixels.xxh3
@@ -284,9 +306,9 @@ class DatasetWriter:
             sync_and_close(file)
 
     def discard(self) -> None:
-        """Removes what has been written, or closes it where there is a folder to go on in.
+        """Removes what has been written, or only closes it where there is a folder to work in.
 
-        Nothing to do after `finish`.
+        Does nothing after `finish`.
         """
         if not self.aside.exists():
             return
@@ -300,11 +322,11 @@ class DatasetWriter:
             shutil.rmtree(self.aside)
 
     def _open_files(self, last: FinishedShard | None) -> None:
-        """Opens the growing files, behind what belongs to the last finished shard.
+        """Opens the growing files, to continue after the last finished shard.
 
         Raises:
-            ValueError: one of them is not what it was.
-            OSError: one of them is not there.
+            ValueError: one of them has changed.
+            OSError: one of them is missing.
         """
         kept = {} if last is None else last.files
         self._arrays = {
@@ -313,15 +335,17 @@ class DatasetWriter:
         self._quarantine = ListFile(
             self.aside / QUARANTINE_NAME, QUARANTINE_COLUMNS, kept=kept.get(QUARANTINE_NAME)
         )
-        size = None if last is None else last.image_size
-        self._pixels = (
-            GrowingPixels(self.aside, kept=kept.get(PIXELS_NAME), size=size)
-            if self._is_raw
-            else None
-        )
+        self._image_size = None if last is None else last.image_size
+        self._pixels = None
+        if self._image_size is not None:
+            self._pixels = self._open_pixels(self._image_size, kept[PIXELS_NAME])
+
+    def _open_pixels(self, size: tuple[int, int], kept: Kept | None = None) -> ArrayFile:
+        name, shape = PIXELS_NAME.removesuffix(".npy"), (*size, CHANNELS)
+        return ArrayFile(self.aside, name, dtype=PIXEL_DTYPE, row_shape=shape, kept=kept)
 
     def _take_over(self, finished: list[FinishedShard]) -> bool:
-        """Goes on behind the last finished shard; False if its files are not what they were."""
+        """Continues after the last finished shard; False if its files have changed."""
         last = finished[-1]
         try:
             self._open_files(last)
@@ -337,8 +361,8 @@ class DatasetWriter:
         """The files that grow through all shards, by name."""
         files: dict[str, GrowingFile] = {f"{name}.npy": file for name, file in self._arrays.items()}
         files[QUARANTINE_NAME] = self._quarantine
-        if self._pixels is not None and self._pixels.size is not None:
-            files[PIXELS_NAME] = self._pixels.array
+        if self._pixels is not None:
+            files[PIXELS_NAME] = self._pixels
         return files
 
     def _file_names(self) -> set[str]:
@@ -357,7 +381,7 @@ class DatasetWriter:
     def _close_shard(self) -> None:
         if self._shard is None:
             return
-        self._shards.append(self._shard.finish())
+        self._shards.append(self._shard.finish_shard())
         self._shard = None
         if self._journal is None:
             return
@@ -372,7 +396,7 @@ class DatasetWriter:
                 num_samples=self.num_samples,
                 num_quarantined=self.num_quarantined,
                 files={name: file.kept() for name, file in self._files().items()},
-                image_size=None if self._pixels is None else self._pixels.size,
+                image_size=self._image_size,
                 has_webp=self._has_webp,
                 notes=self.notes,
             )
@@ -384,7 +408,7 @@ def _index_name(shard: str) -> str:
 
 
 def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
-    """The shards of the journal that are there, up to the first that is not.
+    """The shards of the journal that are whole, up to the first that is not.
 
     Sizes and indexes are compared, and the checksum of the last shard: reading all of them would
     take as long as copying the data set, and `unicl-pack verify` does it.
@@ -404,14 +428,14 @@ def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
 
 
 def _remove_others(folder: Path, names: set[str]) -> None:
-    """Removes what a program that was killed had begun."""
+    """Removes files that a killed program had begun."""
     for path in folder.iterdir():
         if path.name not in names:
             path.unlink()
 
 
 def require_free(out: Path) -> None:
-    """Refuses a place that holds anything already."""
+    """Raises ValueError for a folder that holds anything already."""
     if (out / MANIFEST_NAME).exists():
         raise ValueError(f"{out} already holds a packed data set; name another folder or remove it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -425,5 +449,5 @@ def _describe(sample: PackedSample) -> bytes:
         "source": sample.source,
         "name": sample.name,
     }
-    # a file name that is not UTF-8 reaches us as lone surrogates, which escapes can carry
+    # a file name that is not UTF-8 arrives as lone surrogates, which escapes can carry
     return _encode_json(fields).encode("ascii")

@@ -1,6 +1,6 @@
-"""What `--data` of an evaluation may name, opened as one packed data set.
+"""Opens the data sets that `--data` and `--train` name, each as one packed data set.
 
-A packed data set is taken as it is. Class folders, zips of them and data sets that torchvision has
+A packed data set is used as it is. Class folders, zips of them and data sets that torchvision has
 on the disk are packed into a temporary folder first: so an image reaches the model in one way
 only, and what cannot be decoded is counted and named.
 """
@@ -20,13 +20,14 @@ from typing import Any
 
 import torch.distributed as dist
 
-from unicl_fast.dataset.reader import MANIFEST_NAME, PackedDataset
+from unicl_fast.dataset.manifest import MANIFEST_NAME
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
-from unicl_fast.evaluation.classification import Metric
-from unicl_fast.packing.build.build import build_dataset
-from unicl_fast.packing.build.class_names import read_label_space
+from unicl_fast.evaluation.requests import Metric, MetricChoice
+from unicl_fast.packing.build import build_dataset
+from unicl_fast.packing.class_names import read_label_space
 from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.text.class_lists import (
     CLIP_BENCHMARK,
@@ -38,6 +39,7 @@ from unicl_fast.text.class_lists import (
 from unicl_fast.training.data import numbered
 
 TORCHVISION = "torchvision:"
+_CIFAR_BATCHES = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
 
 # CLIP's protocol (arXiv 2103.00020, table 9) reports the mean over classes for these.
 _MEAN_PER_CLASS = re.compile(
@@ -73,7 +75,34 @@ class EvaluationData:
     class_names: tuple[str, ...]
     templates: tuple[str, ...]
     metric: Metric
-    """What the protocol of this data set reports."""
+    """The metric that is reported first."""
+
+    def labels(self) -> list[list[int]]:
+        """The labels of each sample."""
+        return [self.dataset.labels_of(sample).tolist() for sample in range(len(self.dataset))]
+
+    def labels_among(self, other: EvaluationData) -> list[list[int]]:
+        """The labels of each sample as numbers of another data set's classes, found by name.
+
+        Raises:
+            ValueError: a class that the other lacks, or has several times.
+        """
+        if self.class_names == other.class_names:
+            return self.labels()
+        number_of = {name: number for number, name in enumerate(other.class_names)}
+        if len(number_of) < len(other.class_names):
+            raise ValueError(
+                f"{other.name} has several classes of one name, and {self.name} has another list: "
+                "pack both with the same --class-names"
+            )
+        if unknown := [name for name in self.class_names if name not in number_of]:
+            others = f" and {len(unknown) - 1} others" if len(unknown) > 1 else ""
+            raise ValueError(
+                f"{self.name} has the class {unknown[0]!r}{others}, which the training data "
+                f"{other.name} lacks: pack both with the same --class-names"
+            )
+        table = [number_of[name] for name in self.class_names]
+        return [[table[label] for label in own] for own in self.labels()]
 
 
 def short_name(spec: str) -> str:
@@ -89,14 +118,14 @@ def short_names(specs: Sequence[str]) -> list[str]:
 
 
 def protocol_metric(name: str) -> Metric:
-    """What CLIP's protocol reports for a data set of this name."""
+    """The metric that CLIP's protocol reports for a data set of this name."""
     plain = re.sub(r"[^a-z0-9]", "", name.lower())
     plain = re.sub(r"(test|train|val|trainval)$", "", plain)
     return "mean_per_class" if _MEAN_PER_CLASS.fullmatch(plain) else "top1"
 
 
 def check_data(spec: str) -> None:
-    """Refuses early what can be told to be wrong without packing anything.
+    """Refuses a data set that is visibly wrong, without packing anything.
 
     Raises:
         ValueError: not a data set that can be read.
@@ -123,43 +152,39 @@ def _is_packed(spec: str) -> bool:
 def open_data(
     spec: str,
     *,
+    ranks: Ranks,
+    metric: MetricChoice = "auto",
     class_names: str = "",
     templates: str = "",
     name: str = "",
-    ranks: Ranks,
 ) -> Iterator[EvaluationData]:
-    """Opens what a spec names, on all ranks; leaves nothing behind.
+    """Opens the data set that a spec names, on all ranks; leaves nothing behind.
 
     Args:
         spec: a packed data set; anything that unicl-pack reads, such as class folders; or
             torchvision:CLASS:FOLDER[:SPLIT].
+        ranks: rank 0 packs, the others wait.
+        metric: is reported first; auto goes by CLIP's protocol.
         class_names: instead of the data's own: a file, imagenet, or clip-benchmark:KEY.
         templates: instead of the data's own: a file, imagenet, simple, or clip-benchmark:KEY.
         name: for tables; empty takes `short_name`.
-        ranks: rank 0 packs, the others wait.
 
     Raises:
         ValueError: not such a data set, or class names that are not its own in number or order.
     """
     with contextlib.ExitStack() as stack:
-        is_packed = _is_packed(spec)
-        place: str | None = spec if is_packed else None
-        if not is_packed:
+        packed = spec
+        if not (is_packed := _is_packed(spec)):
             with refused_together(ranks):
                 if ranks.is_main:
                     folder = stack.enter_context(temporary_folder("unicl-eval-"))
-                    place = str(folder / "packed")
+                    packed = str(folder / "packed")
                     if spec.startswith(TORCHVISION):
                         _pack_torchvision(spec, folder, class_names=class_names)
                     else:
-                        build_dataset(
-                            [spec],
-                            place,
-                            class_names=class_names,
-                            progress=sys.stderr.isatty(),
-                        )
-            place = from_rank_0(place, ranks)
-        dataset = stack.enter_context(PackedDataset(str(place)))
+                        _pack(spec, folder, class_names=class_names)
+            packed = from_rank_0(packed, ranks)
+        dataset = stack.enter_context(PackedDataset(packed))
         names = dataset.manifest.class_names
         if class_names:
             given = read_label_space(class_names).names
@@ -175,40 +200,37 @@ def open_data(
             dataset=dataset,
             class_names=names,
             templates=_choose_templates(spec, templates, dataset),
-            metric=protocol_metric(short_name(spec)),
+            metric=protocol_metric(short_name(spec)) if metric == "auto" else metric,
         )
         if not is_packed and ranks.world_size > 1:
             dist.barrier(group=ranks.host_group)  # rank 0 removes what the others still read
 
 
 def _choose_templates(spec: str, templates: str, dataset: PackedDataset) -> tuple[str, ...]:
-    if templates:
-        return read_templates(templates)
-    key = _clip_benchmark_key(spec, _TEMPLATE_KEYS)
-    if key is not None:
-        return read_templates(f"{CLIP_BENCHMARK}{key}")
-    return dataset.manifest.templates
+    if not templates and (key := _clip_benchmark_key(spec, _TEMPLATE_KEYS)):
+        templates = f"{CLIP_BENCHMARK}{key}"
+    return read_templates(templates) if templates else dataset.manifest.templates
 
 
 def _clip_benchmark_key(spec: str, keys: dict[str, str]) -> str | None:
-    """The key of the list that belongs to a torchvision data set, where the package is there."""
+    """The key of clip-benchmark's list for a torchvision data set, if the package is installed."""
     if not spec.startswith(TORCHVISION) or not has_clip_benchmark():
         return None
     return keys.get(spec.split(":")[1])
 
 
 def _require_same_order(given: Sequence[str], own: Sequence[str], spec: str) -> None:
-    """Refuses names whose order is visibly another one than the data's.
+    """Refuses names whose order visibly differs from the data's.
 
     Raises:
-        ValueError: a name of one list stands at another place in the other.
+        ValueError: a name has different numbers in the two lists.
     """
-    places = {_plain(name): place for place, name in enumerate(own)}
-    for place, name in enumerate(given):
-        other = places.get(_plain(name), place)
-        if other != place and _plain(given[other]) != _plain(own[other]):
+    number_of = {_plain(name): number for number, name in enumerate(own)}
+    for number, name in enumerate(given):
+        other = number_of.get(_plain(name), number)
+        if other != number and _plain(given[other]) != _plain(own[other]):
             raise ValueError(
-                f"class {place} of {spec} is {own[place]!r}, clip-benchmark calls it {name!r}, "
+                f"class {number} of {spec} is {own[number]!r}, clip-benchmark calls it {name!r}, "
                 f"which the data has as class {other}: the two number classes differently; give "
                 "the names in a file by --class-names"
             )
@@ -218,18 +240,18 @@ def _plain(name: str) -> str:
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Torchvision:
-    """What torchvision:CLASS:FOLDER[:SPLIT] says."""
+def _pack(source: str | Path, folder: Path, *, class_names: str = "", image_root: str = "") -> None:
+    build_dataset(
+        [source],
+        folder / "packed",
+        class_names=class_names,
+        image_root=image_root,
+        progress=sys.stderr.isatty(),
+    )
 
-    kind: Any
-    """The class of torchvision.datasets."""
-    folder: str
-    arguments: dict[str, Any]
-    split: str
 
-
-def _parse_torchvision(spec: str) -> _Torchvision:
+def _parse_torchvision(spec: str) -> tuple[type[Any], str, str, dict[str, Any]]:
+    """Reads torchvision:CLASS:FOLDER[:SPLIT]: class, folder, split, arguments of the class."""
     import torchvision.datasets
 
     parts = spec.split(":")
@@ -248,7 +270,7 @@ def _parse_torchvision(spec: str) -> _Torchvision:
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{spec}: there is no folder {folder}")
     known = inspect.signature(kind.__init__).parameters
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = {"download": False} if "download" in known else {}
     if "split" in known:
         arguments["split"] = split
     elif "train" in known:
@@ -257,9 +279,7 @@ def _parse_torchvision(spec: str) -> _Torchvision:
         arguments["train"] = split == "train"
     elif len(parts) == 4 and split != "all":
         raise ValueError(f"torchvision's {name} has no splits: leave :{split} out")
-    if "download" in known:
-        arguments["download"] = False
-    return _Torchvision(kind=kind, folder=folder, arguments=arguments, split=split)
+    return kind, folder, split, arguments
 
 
 def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
@@ -268,51 +288,44 @@ def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
     Where torchvision lets a loader be given, the files are packed as they are; else its images
     are stored as PNG, which changes no pixel.
     """
-    asked = _parse_torchvision(spec)
-    name = asked.kind.__name__
-    batches = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}.get(name)
-    if batches is not None:  # torchvision would unpickle them
-        source = Path(asked.folder) / batches
-        if asked.split == "test":
+    kind, root, split, arguments = _parse_torchvision(spec)
+    name = kind.__name__
+    if name in _CIFAR_BATCHES:  # torchvision would unpickle them
+        source = Path(root) / _CIFAR_BATCHES[name]
+        if split == "test":
             source /= "test_batch" if name == "CIFAR10" else "test"
         if not source.exists():
             raise FileNotFoundError(f"{spec}: there is no {source}")
-        build_dataset([source], folder / "packed", progress=sys.stderr.isatty())
+        _pack(source, folder)
         return
-    takes_loader = "loader" in inspect.signature(asked.kind.__init__).parameters
-    arguments = asked.arguments | ({"loader": str} if takes_loader else {})
+    takes_loader = "loader" in inspect.signature(kind.__init__).parameters
     try:
-        dataset = asked.kind(asked.folder, **arguments)
+        dataset = kind(root, **arguments, **({"loader": str} if takes_loader else {}))
     except (RuntimeError, OSError, TypeError) as error:
         raise ValueError(
             f"{spec}: torchvision cannot open it: {error}. Nothing is fetched here: the files must "
-            f"lie in {asked.folder} as torchvision's download leaves them"
+            f"lie in {root} as torchvision's download leaves them"
         ) from error
     names = _torchvision_names(dataset, spec, class_names)
-    images = folder / "images"
-    images.mkdir()
+    image_root = root if takes_loader else str(folder)
     with (folder / "list.jsonl").open("w", encoding="utf-8") as file:
         for number in range(len(dataset)):
             image, label = dataset[number]
-            if not isinstance(label, int) and not hasattr(label, "__index__"):
+            if not hasattr(label, "__index__"):
                 raise ValueError(
                     f"{spec}: a class number is expected of each image, {label!r} came"
                 )
-            if takes_loader:
-                path = os.path.abspath(image)
-            else:
-                path = str(images / f"{number:08d}.png")
+            path = os.path.abspath(image) if takes_loader else str(folder / f"{number:08d}.png")
+            if not takes_loader:
                 image.convert("RGB").save(path, compress_level=1)
-            root = asked.folder if takes_loader else images
-            row = {"image": os.path.relpath(path, root), "label": int(label)}
+            row = {"image": os.path.relpath(path, image_root), "label": int(label)}
             file.write(json.dumps(row) + "\n")
     (folder / "names.txt").write_text("".join(f"{one}\n" for one in names), encoding="utf-8")
-    build_dataset(
-        [folder / "list.jsonl"],
-        folder / "packed",
+    _pack(
+        folder / "list.jsonl",
+        folder,
         class_names=str(folder / "names.txt"),
-        image_root=str(asked.folder if takes_loader else images),
-        progress=sys.stderr.isatty(),
+        image_root=image_root,
     )
 
 
@@ -343,6 +356,6 @@ def _torchvision_names(dataset: Any, spec: str, class_names: str) -> tuple[str, 
 
 
 def _first_name(name: Any) -> str:
-    """ImageNet's classes have several names each."""
+    """The first of the several names that ImageNet's classes have."""
     text = str(name[0] if isinstance(name, (tuple, list)) else name)
     return " ".join(text.replace("_", " ").split())

@@ -3,20 +3,20 @@
 Faster R-CNN (boxes) or Mask R-CNN (boxes and masks) over a feature pyramid (Lin et al., arXiv
 1612.03144) of the encoder's maps, which timm's `forward_intermediates` gives of ResNet, Swin,
 ConvNeXt, FocalNet and others. BatchNorm is frozen, as detectors with a few images a rank have it.
-Annotated images are `detection_data`'s business.
+Annotated images and COCO's metrics are in `coco`.
 """
 
 from __future__ import annotations
 
+import json
 import math
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, cast
 
 import timm
 import torch
 from jaxtyping import Float
+from safetensors.torch import save_file
 from timm.layers import LayerNorm2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,12 +27,20 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tqdm import tqdm
 
-from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.evaluation.coco import (
+    METRICS,
+    CocoImages,
+    Target,
+    as_coco,
+    coco_metrics,
+    training_batches,
+)
+from unicl_fast.evaluation.encode import device_of, model_on_ranks
+from unicl_fast.evaluation.report import markdown_table, percent, write_results
+from unicl_fast.evaluation.requests import Detect, DetectorRecipe
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.progress import heartbeat_and_check_stop
-
-OptimizerName = Literal["adamw", "sgd"]
-Target = Mapping[str, Tensor]
 
 _FITTING = (
     "take timm's ResNet, Swin, ConvNeXt or FocalNet, or unicl_resnet9_small or unicl_convnet7_small"
@@ -56,10 +64,9 @@ class PyramidBackbone(nn.Module):
         self.encoder = _flexible_encoder(model)
         infos = [dict(info) for info in cast(Any, self.encoder).feature_info]
         strides = [int(info["reduction"]) for info in infos]
-        chosen = _choose_levels(strides, encoder=model.config.model.image_encoder)
-        self.levels = chosen
-        self.strides = [strides[place] for place in chosen]
-        widths = [int(infos[place]["num_chs"]) for place in chosen]
+        self.levels = _choose_levels(strides, encoder=model.config.model.image_encoder)
+        self.strides = [strides[level] for level in self.levels]
+        widths = [int(infos[level]["num_chs"]) for level in self.levels]
         # transformers leave their maps unnormalised, of very different sizes
         has_batch_norm = any(isinstance(module, _BatchNorm) for module in self.encoder.modules())
         self.norms = nn.ModuleList(
@@ -75,16 +82,13 @@ class PyramidBackbone(nn.Module):
         maps = cast(Any, self.encoder).forward_intermediates(
             images, indices=self.levels, intermediates_only=True
         )
-        named = OrderedDict(
-            (str(number), norm(one))
-            for number, (norm, one) in enumerate(zip(self.norms, maps, strict=True))
-        )
-        levels: dict[str, Tensor] = self.pyramid(named)
+        normed = [norm(one) for norm, one in zip(self.norms, maps, strict=True)]
+        levels: dict[str, Tensor] = self.pyramid({str(i): one for i, one in enumerate(normed)})
         return levels
 
 
 def _flexible_encoder(model: UniCL) -> nn.Module:
-    """Timm's network with the model's weights, for images of any size and with plain drop path.
+    """Builds timm's network with the model's weights, for images of any size.
 
     Swin's windows are always shifted: one built for small images would leave it out where a map
     is no larger than a window.
@@ -92,7 +96,7 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
     name, source = model.config.model.image_encoder, model.image_encoder
     if not (hasattr(source, "forward_intermediates") and hasattr(source, "feature_info")):
         raise ValueError(
-            f"detect needs an encoder with timm's forward_intermediates, which {name} has not; "
+            f"detect needs an encoder with timm's forward_intermediates, which {name} lacks; "
             f"{_FITTING}"
         )
     arguments: dict[str, Any] = {
@@ -119,39 +123,23 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
 
 
 def _choose_levels(strides: Sequence[int], *, encoder: str) -> list[int]:
-    """Places of the finest map of each stride, from stride 4 on where that leaves three.
+    """Numbers of the finest map of each stride, from stride 4 on where that leaves three.
 
     Raises:
         ValueError: fewer than three strides; a plain ViT has one, a Swin of two stages two.
     """
-    places = {stride: place for place, stride in reversed(list(enumerate(strides)))}
-    if len(places) < 3:
+    finest = {stride: level for level, stride in reversed(list(enumerate(strides)))}
+    if len(finest) < 3:
         raise ValueError(
             f"detect needs maps of three strides at least for its pyramid, and {encoder} has "
-            f"{', '.join(map(str, sorted(places)))}; {_FITTING}"
+            f"{', '.join(map(str, sorted(finest)))}; {_FITTING}"
         )
-    coarse = [place for stride, place in places.items() if stride >= 4]
-    return sorted(coarse if len(coarse) >= 3 else places.values())[-4:]
+    coarse = [level for stride, level in finest.items() if stride >= 4]
+    return sorted(coarse if len(coarse) >= 3 else finest.values())[-4:]
 
 
-def build_detector(
-    model: UniCL,
-    *,
-    num_classes: int,
-    masks: bool = False,
-    min_size: int = 800,
-    max_size: int = 1333,
-    boxes_per_image: int = 512,
-) -> FasterRCNN:
-    """A detector with fresh heads over the model's encoder.
-
-    Args:
-        model: whose encoder and normalisation are taken.
-        num_classes: of objects, background not counted.
-        masks: Mask R-CNN instead of Faster R-CNN.
-        min_size: the shorter side of an image is scaled to this, in pixels.
-        max_size: unless the longer one would be longer than this.
-        boxes_per_image: proposals of an image that the heads are trained on.
+def build_detector(model: UniCL, recipe: DetectorRecipe, *, num_classes: int) -> FasterRCNN:
+    """A detector with fresh heads over the model's encoder, for classes beside the background.
 
     Raises:
         ValueError: an encoder that cannot be a backbone.
@@ -165,82 +153,64 @@ def build_detector(
     names = [str(number) for number in range(len(backbone.strides))]
     arguments: dict[str, Any] = {
         "num_classes": num_classes + 1,
-        "min_size": min_size,
-        "max_size": max_size,
+        "min_size": recipe.min_size,
+        "max_size": recipe.max_size,
         "image_mean": list(model.config.data.mean),
         "image_std": list(model.config.data.std),
         "rpn_anchor_generator": anchors,
         "box_roi_pool": MultiScaleRoIAlign(names, output_size=7, sampling_ratio=2),
-        "box_batch_size_per_image": boxes_per_image,
+        "box_batch_size_per_image": recipe.boxes_per_image,
     }
-    if masks:
+    if recipe.masks:
         arguments["mask_roi_pool"] = MultiScaleRoIAlign(names, output_size=14, sampling_ratio=2)
         return MaskRCNN(backbone, **arguments).float()
     return FasterRCNN(backbone, **arguments).float()
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DetectionSettings:
-    """The 1x schedule: 12 passes, the rate a tenth after 8 of them and again after 11."""
+def rate_of(recipe: DetectorRecipe, step: int, *, steps: int) -> float:
+    """The learning rate of the 1x schedule as a factor of the peak, in a step counted from 0.
 
-    steps: int
-    """Updates; drops come after 8/12 and 11/12 of them."""
-    optimizer: OptimizerName = "adamw"
-    """AdamW with weight decay 0.05, as for Swin, or SGD with momentum 0.9 and 1e-4, as for
-    ResNet."""
-    lr: float = 1e-4
-    """Peak learning rate; usual for a batch of 16: 1e-4 with AdamW, 0.02 with SGD."""
-    warmup_steps: int = 500
-    """Steps during which the rate climbs from a thousandth."""
-
-    def rate(self, step: int) -> float:
-        """Factor of the learning rate in a step, counted from 0."""
-        warmup = min(self.warmup_steps, max(1, self.steps // 4))
-        factor = min(1.0, 0.001 + 0.999 * (step + 1) / warmup) if warmup else 1.0
-        for part in (8 / 12, 11 / 12):
-            if step >= math.floor(part * self.steps):
-                factor *= 0.1
-        return factor
+    It climbs from a thousandth, and drops to a tenth after 8/12 and again after 11/12 of the steps.
+    """
+    warmup = min(recipe.warmup_steps, max(1, steps // 4))
+    factor = min(1.0, 0.001 + 0.999 * (step + 1) / warmup) if warmup else 1.0
+    drops = sum(step >= math.floor(part * steps) for part in (8 / 12, 11 / 12))
+    return factor * 0.1**drops
 
 
 def train_detector(
     detector: FasterRCNN,
-    batches: Iterator[tuple[list[Tensor], list[dict[str, Tensor]]]],
-    settings: DetectionSettings,
+    batches: Iterator[tuple[list[Tensor], list[Target]]],
+    recipe: DetectorRecipe,
     *,
+    steps: int,
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> None:
-    """Trains in place, in fp32.
-
-    Args:
-        detector: from `build_detector`, on its device.
-        batches: this rank's images [3 h w] in 0 to 1 and their targets, for each step.
-        settings: the schedule.
-        ranks: whose gradients are averaged.
-        progress: show a progress bar.
+    """Trains in place, in fp32, on this rank's images [3 h w] in 0 to 1 and their targets.
 
     Raises:
         ValueError: a loss that is not finite.
     """
     device = next(detector.parameters()).device
     parameters = [p for p in detector.parameters() if p.requires_grad]
-    decayed = [p for p in parameters if p.ndim > 1]
-    plain = [p for p in parameters if p.ndim <= 1]
+    decay = 0.05 if recipe.optimizer == "adamw" else 1e-4
+    groups = [
+        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
+        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
+    ]
     optimizer: torch.optim.Optimizer
-    if settings.optimizer == "adamw":
-        groups = [{"params": decayed, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(groups, lr=settings.lr)
+    if recipe.optimizer == "adamw":
+        optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
     else:
-        groups = [{"params": decayed, "weight_decay": 1e-4}, {"params": plain, "weight_decay": 0.0}]
-        optimizer = torch.optim.SGD(groups, lr=settings.lr, momentum=0.9)
+        optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     forward: Callable[..., dict[str, Tensor]] = detector
     if ranks is not None and ranks.world_size > 1:
         # a batch without a mask leaves parts of the heads without a gradient
         forward = DistributedDataParallel(detector, find_unused_parameters=True)
     detector.train()
-    steps = tqdm(range(settings.steps), desc="train", disable=not progress)
-    for step in steps:
+    bar = tqdm(range(steps), desc="train", disable=not progress)
+    for step in bar:
         images, targets = next(batches)
         losses = forward(
             [image.to(device) for image in images],
@@ -251,24 +221,19 @@ def train_detector(
         if not math.isfinite(value):
             raise ValueError(f"the loss is not finite in step {step}: take a smaller --lr")
         for group in optimizer.param_groups:
-            group["lr"] = settings.lr * settings.rate(step)
+            group["lr"] = recipe.lr * rate_of(recipe, step, steps=steps)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 35.0)  # as detectron2 and mmdetection have it
         optimizer.step()
-        steps.set_postfix_str(f"loss {value:.3f}")
+        bar.set_postfix_str(f"loss {value:.3f}")
         heartbeat_and_check_stop()  # shows progress
 
 
-@torch.no_grad()
 def detect(
     detector: FasterRCNN, images: Iterable[tuple[int, Tensor]]
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """What a detector finds.
-
-    Args:
-        detector: any mode; left in evaluation mode.
-        images: id and image [3 h w] in 0 to 1.
+    """Finds objects in images, given as id and image [3 h w] in 0 to 1.
 
     Yields:
         Id, and boxes [m 4] (left, top, right, bottom in pixels of the image), labels [m] from 1,
@@ -279,5 +244,80 @@ def detect(
     detector.eval()
     for number, image in images:
         heartbeat_and_check_stop()  # shows progress
-        (found,) = detector([image.to(device)])
+        with torch.no_grad():
+            (found,) = detector([image.to(device)])
         yield number, {key: value.cpu() for key, value in found.items()}
+
+
+def run(command: Detect) -> None:
+    """Trains and tests on all ranks; rank 0 prints and writes."""
+    with model_on_ranks(command) as on_ranks:
+        model, ranks, progress = on_ranks.model, on_ranks.ranks, on_ranks.progress
+        local_batch_size = ranks.local_batch_size(command.train_batch_size)
+        train = CocoImages(command.train, command.train_images, masks=command.masks)
+        test = CocoImages(command.data, command.images)
+        steps = max(1, round(command.epochs * len(train.with_boxes) / command.train_batch_size))
+        if ranks.is_main:
+            print(
+                f"{len(train.with_boxes):,} images with boxes, {len(train.class_names)} classes, "
+                f"{steps:,} steps of {command.train_batch_size} ({local_batch_size} a rank)"
+            )
+        torch.manual_seed(command.seed)  # fresh heads are the same on all ranks
+        detector = build_detector(model, command, num_classes=len(train.class_names))
+        detector.to(device_of(model))
+        torch.manual_seed(command.seed + ranks.rank)  # proposals drawn in training are not
+        batches = training_batches(
+            train,
+            batch_size=command.train_batch_size,
+            seed=command.seed,
+            rank=ranks.rank,
+            world_size=ranks.world_size,
+            workers=command.workers,
+        )
+        train_detector(detector, batches, command, steps=steps, ranks=ranks, progress=progress)
+        mine = range(ranks.rank, len(test), ranks.world_size)
+        images = ((test.images[i]["id"], test[i][0]) for i in mine)
+        own: list[dict[str, Any]] = []
+        for image_id, found in tqdm(
+            detect(detector, images), desc="detect", total=len(mine), disable=not progress
+        ):
+            own += as_coco(image_id, found, test.category_ids)
+        detections = [row for part in gather_objects(own, ranks) for row in part]
+        if not ranks.is_main:
+            return
+    metrics = coco_metrics(test.content, detections, masks=command.masks)
+    table = _table(metrics)
+    print(table)
+    command.out.mkdir(parents=True, exist_ok=True)
+    tensors = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
+    save_file(tensors, command.out / "detector.safetensors")
+    values = {
+        "image_encoder": model.config.model.image_encoder,
+        "train": str(command.train),
+        "data": str(command.data),
+        "num_train": len(train.with_boxes),
+        "num_test": len(test),
+        **{
+            name: getattr(command, name)
+            for name in ("masks", "min_size", "max_size", "boxes_per_image", "train_batch_size")
+        },
+        "class_names": list(train.class_names),
+        "settings": {"steps": steps}
+        | {name: getattr(command, name) for name in ("optimizer", "lr", "warmup_steps")},
+        **metrics,
+    }
+    described = write_results(command, values, table)
+    (command.out / "detector.json").write_text(json.dumps(described, indent=1) + "\n")
+    (command.out / "detections.json").write_text(json.dumps(detections) + "\n")
+    print(f"written to {command.out}")
+
+
+def _table(metrics: dict[str, float]) -> str:
+    """A row for boxes, and one for masks where there are any; sizes without objects say none."""
+    kinds = dict.fromkeys(name.split("/")[0] for name in metrics)
+    values = [[metrics[f"{kind}/{name}"] for name in METRICS] for kind in kinds]
+    rows = [
+        [kind, *("none" if value < 0 else percent(value) for value in row)]
+        for kind, row in zip(kinds, values, strict=True)
+    ]
+    return markdown_table(["%", *METRICS], rows)

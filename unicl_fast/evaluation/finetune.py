@@ -1,7 +1,7 @@
-"""Fine-tuning: the image encoder and a fresh linear head trained together on labels.
+"""Fine-tuning: the image encoder and a linear head trained together on labels.
 
 timm's recipe: AdamW with a learning rate that decays with depth, warm-up and cosine, label
-smoothing, mixup and CutMix, an average of the weights. What is evaluated is the last average, never
+smoothing, mixup and CutMix, an average of the weights. The last average is evaluated, never
 the best of several on the test images. The trainer of `unicl_fast.training.trainer` compares images
 with texts; this loop is small and its own.
 """
@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -29,59 +27,37 @@ from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
+from unicl_fast.augmentation import check_views
 from unicl_fast.batch import Loader
-from unicl_fast.config import TrainConfig, config_from_dict, config_to_dict
+from unicl_fast.config import ObjectiveConfig, TrainConfig, config_from_dict, config_to_dict
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.encode import prepare_images
-from unicl_fast.evaluation.linear_probe import LinearClassifier
+from unicl_fast.evaluation.data import EvaluationData, open_data
+from unicl_fast.evaluation.encode import (
+    ModelOnRanks,
+    device_of,
+    encode_images,
+    model_on_ranks,
+    prepare_images,
+    require_text_encoder,
+)
+from unicl_fast.evaluation.features import split_validation, with_labels
+from unicl_fast.evaluation.linear_probe import LinearClassifier, fit_probe
+from unicl_fast.evaluation.report import (
+    ClassificationResult,
+    classification_table,
+    draw_confusion,
+    write_results,
+)
+from unicl_fast.evaluation.requests import Finetune, FinetuneRecipe
+from unicl_fast.evaluation.zero_shot import zero_shot_classifier
 from unicl_fast.models.activation_checkpointing import undo_in_copy
 from unicl_fast.models.image_encoder import feature_width
-from unicl_fast.models.precision import Precision
+from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL
-
-logger = logging.getLogger(__name__)
+from unicl_fast.training.data import build_prompts
 
 WEIGHTS_FILE = "finetuned.safetensors"
 DESCRIPTION_FILE = "finetuned.json"
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FinetuneSettings:
-    """timm's recipe."""
-
-    steps: int
-    """Updates of the weights."""
-    lr: float = 5e-4
-    """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
-    layer_decay: float = 0.75
-    """1 trains all layers at the same rate."""
-    weight_decay: float = 0.05
-    """Decoupled; none on 1-D parameters and those that timm's model spares."""
-    warmup_fraction: float = 0.1
-    """Part of the steps during which the rate climbs from 0."""
-    label_smoothing: float = 0.1
-    """Part of the target that is spread over all classes."""
-    mixup: float = 0.2
-    """Alpha of mixup's Beta distribution; 0 does none."""
-    cutmix: float = 0.0
-    """Alpha of CutMix's Beta distribution; 0 does none."""
-    ema_decay: float = 0.9998
-    """Of the average of the weights, which climbs to it as 1 - step ** (-2/3); 0 keeps none."""
-    clip_norm: float = 5.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
-    seed: int = 0
-    """Of mixup and CutMix. The data have the loader's."""
-
-    def __post_init__(self) -> None:
-        for name, low, high in (
-            ("steps", 1, 2**40), ("layer_decay", 1e-6, 1), ("weight_decay", 0, 100),
-            ("label_smoothing", 0, 0.999), ("mixup", 0, 100), ("cutmix", 0, 100),
-            ("ema_decay", 0, 0.999999), ("warmup_fraction", 0, 0.999), ("lr", 1e-12, 100),
-            ("clip_norm", 0, 1e9),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise ValueError(f"{name} must lie in {low:g} to {high:g}, not {value}")
 
 
 class FineTuned(nn.Module):
@@ -130,49 +106,51 @@ def zero_shot_head(
     return LinearClassifier(weight, weight.new_zeros(len(weight)))
 
 
-def build_optimizer(module: FineTuned, settings: FinetuneSettings) -> torch.optim.Optimizer:
+def build_optimizer(module: FineTuned, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
     """AdamW over timm's groups by depth; the head is one layer above the encoder's last."""
     spared: set[str] = set()
     if hasattr(module.encoder, "no_weight_decay"):
         spared = set(cast(Any, module.encoder).no_weight_decay())
     groups = param_groups_layer_decay(
         module.encoder,
-        weight_decay=settings.weight_decay,
+        weight_decay=recipe.weight_decay,
         no_weight_decay_list=spared,
-        layer_decay=settings.layer_decay,
+        layer_decay=recipe.layer_decay,
     )
     for group in groups:
-        group["lr_scale"] *= settings.layer_decay
+        group["lr_scale"] *= recipe.layer_decay
     groups += [
-        {"params": [module.head.weight], "lr_scale": 1.0, "weight_decay": settings.weight_decay},
+        {"params": [module.head.weight], "lr_scale": 1.0, "weight_decay": recipe.weight_decay},
         {"params": [module.head.bias], "lr_scale": 1.0, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=settings.lr)
+    return torch.optim.AdamW(groups, lr=recipe.lr)
 
 
 def finetune(
     model: UniCL,
     module: FineTuned,
     loader: Loader,
+    recipe: FinetuneRecipe,
     *,
+    steps: int,
     labels_of: Callable[[int], Sequence[int]],
-    settings: FinetuneSettings,
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> FineTuned:
     """Trains encoder and head.
 
     Args:
-        model: whose encoder `module` has; says how images are normalised and in what precision.
-        module: is trained in place.
-        loader: batches of labelled images, this rank's share.
-        labels_of: labels of a sample, of which the first is learnt.
-        settings: the recipe.
-        ranks: who shares each batch. Mixup mixes within a rank's share.
+        model: decides how images are normalised, and the precision.
+        module: the model's encoder and a head, trained in place.
+        loader: local batches of labelled images. Mixup mixes within a local batch.
+        recipe: the settings.
+        steps: updates of the weights.
+        labels_of: labels of a sample, of which the first is the target.
+        ranks: they share each batch.
         progress: show a progress bar.
 
     Returns:
-        What is to be evaluated, in evaluation mode: the average of the weights, or `module`.
+        The network to evaluate, in evaluation mode: the average of the weights, or `module`.
 
     Raises:
         ValueError: a sample without a label, or a loss that is not finite.
@@ -181,79 +159,92 @@ def finetune(
     device = next(module.parameters()).device
     precision = Precision(model.config.efficiency.precision)
     scaler = precision.build_scaler(device.type)
-    num_classes = module.head.out_features
-    optimizer = build_optimizer(module, settings)
-    warmup = round(settings.warmup_fraction * settings.steps)
-    schedule = CosineLRScheduler(
+    optimizer = build_optimizer(module, recipe)
+    schedule = _cosine_schedule(optimizer, recipe, steps=steps)
+    mix = _build_mixup(recipe, num_classes=module.head.out_features)
+    average = None
+    if recipe.ema_decay:
+        average = ModelEmaV3(module, decay=recipe.ema_decay, use_warmup=True)
+        undo_in_copy(average.module)
+    forward = DistributedDataParallel(module) if ranks.world_size > 1 else module
+    module.train()
+    batches = loader.batches(0)
+    bar = tqdm(range(steps), desc="fine-tune", disable=not progress)
+    for step in bar:
+        batch = next(batches)
+        assert batch.sample_ids is not None
+        target = _first_labels(batch.sample_ids.tolist(), labels_of).to(device)
+        images = prepare_images(model, batch.images)
+        smoothing = recipe.label_smoothing
+        if mix is not None:
+            images, target = _mixed(mix, images, target, seed=recipe.seed, step=step)
+            smoothing = 0.0  # it is in the target
+        model.set_drop_path_key(step=step, global_index=batch.global_index.to(device))
+        schedule.step_update(step + 1)
+        with precision.autocast(device.type):
+            logits = forward(images)
+        logits = logits.to(torch.promote_types(torch.float32, logits.dtype))
+        loss = F.cross_entropy(logits, target, label_smoothing=smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.unscale_(optimizer)
+        if recipe.clip_norm:
+            nn.utils.clip_grad_norm_(module.parameters(), recipe.clip_norm)
+        scaler.step(optimizer)
+        scaler.update()
+        if average is not None:
+            average.update(module, step=step + 1)
+        if step % 10 == 0 or step + 1 == steps:
+            value = float(loss.detach())
+            if not np.isfinite(value):
+                raise ValueError(f"the loss is not finite in step {step}: take a smaller --lr")
+            bar.set_postfix_str(f"loss {value:.3f}")
+    loader.close()
+    result = module if average is None else cast(FineTuned, average.module)
+    if ranks.world_size > 1:  # BatchNorm's averages are those of each local batch: take rank 0's
+        for buffer in result.buffers():
+            torch.distributed.broadcast(buffer, src=0)
+    return result.eval()
+
+
+def _cosine_schedule(
+    optimizer: torch.optim.Optimizer, recipe: FinetuneRecipe, *, steps: int
+) -> CosineLRScheduler:
+    warmup = round(recipe.warmup_fraction * steps)
+    return CosineLRScheduler(
         optimizer,
-        t_initial=max(1, settings.steps - warmup),
+        t_initial=max(1, steps - warmup),
         warmup_t=warmup,
         warmup_lr_init=0.0,
         warmup_prefix=True,
         t_in_epochs=False,
     )
-    mix = None
-    if settings.mixup or settings.cutmix:
-        mix = Mixup(
-            mixup_alpha=settings.mixup,
-            cutmix_alpha=settings.cutmix,
-            label_smoothing=settings.label_smoothing,
-            num_classes=num_classes,
+
+
+def _build_mixup(recipe: FinetuneRecipe, *, num_classes: int) -> Mixup | None:
+    if not (recipe.mixup or recipe.cutmix):
+        return None
+    return Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=num_classes,
+    )
+
+
+def _mixed(
+    mix: Mixup, images: Tensor, labels: Tensor, *, seed: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Mixed images and their targets [b k], fp32."""
+    if len(images) % 2:
+        raise ValueError(
+            f"timm's mixup takes images in pairs, and a local batch has {len(images)}: make it "
+            "even, or set mixup and cutmix to 0"
         )
-    average = None
-    if settings.ema_decay:
-        average = ModelEmaV3(module, decay=settings.ema_decay, use_warmup=True)
-        undo_in_copy(average.module)
-    forward = DistributedDataParallel(module) if ranks.world_size > 1 else module
-    module.train()
-    batches = loader.batches(0)
-    bar = tqdm(total=settings.steps, desc="fine-tune", disable=not progress)
-    for step in range(settings.steps):
-        batch = next(batches)
-        assert batch.sample_ids is not None
-        labels = _first_labels(batch.sample_ids.tolist(), labels_of).to(device)
-        images = prepare_images(model, batch.images)
-        target: Tensor = labels
-        if mix is not None:
-            if len(images) % 2:
-                raise ValueError(
-                    f"timm's mixup takes images in pairs, and a rank's share of a batch is "
-                    f"{len(images)}: make it even, or set mixup and cutmix to 0"
-                )
-            np.random.seed([settings.seed, step])  # mixup draws from there; the same on all ranks
-            images, target = mix(images, labels)
-        smoothing = settings.label_smoothing if target.ndim == 1 else 0.0
-        model.set_drop_path_key(step=step, global_index=batch.global_index.to(device))
-        schedule.step_update(step + 1)
-        with precision.autocast(device.type):
-            logits = forward(images)
-        loss = F.cross_entropy(
-            logits.to(torch.promote_types(torch.float32, logits.dtype)),
-            target if target.ndim == 1 else target.to(logits.device, torch.float32),
-            label_smoothing=smoothing,
-        )
-        optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
-        scaler.unscale_(optimizer)
-        if settings.clip_norm:
-            nn.utils.clip_grad_norm_(module.parameters(), settings.clip_norm)
-        scaler.step(optimizer)
-        scaler.update()
-        if average is not None:
-            average.update(module, step=step + 1)
-        if step % 10 == 0 or step + 1 == settings.steps:
-            value = float(loss.detach())
-            if not np.isfinite(value):
-                raise ValueError(f"the loss is not finite in step {step}: take a smaller --lr")
-            bar.set_postfix_str(f"loss {value:.3f}")
-        bar.update()
-    bar.close()
-    loader.close()
-    result = module if average is None else cast(FineTuned, average.module)
-    if ranks.world_size > 1:  # BatchNorm's averages are those of each rank's share: take rank 0's
-        for buffer in result.buffers():
-            torch.distributed.broadcast(buffer, src=0)
-    return result.eval()
+    # timm draws from NumPy's legacy stream, which NumPy keeps as it is; the same on all ranks
+    np.random.seed([seed, step])
+    images, target = mix(images, labels)
+    return images, target.to(images.device, torch.float32)
 
 
 def _first_labels(samples: Sequence[int], labels_of: Callable[[int], Sequence[int]]) -> Tensor:
@@ -273,16 +264,16 @@ def save_finetuned(
     *,
     config: TrainConfig,
     class_names: Sequence[str],
-    settings: FinetuneSettings,
+    settings: dict[str, Any],
 ) -> None:
-    """Writes weights and what they are into a folder."""
+    """Writes the weights, and their description, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in module.state_dict().items()}
     save_file(tensors, folder / WEIGHTS_FILE)
     description = {
         "config": config_to_dict(config),
         "class_names": list(class_names),
-        "settings": dataclasses.asdict(settings),
+        "settings": settings,
     }
     (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n")
 
@@ -309,3 +300,165 @@ def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     return module.eval(), names
+
+
+def run(command: Finetune) -> None:
+    """Trains and tests on all ranks; rank 0 prints and writes."""
+    with (
+        model_on_ranks(command) as on_ranks,
+        open_data(command.train, ranks=on_ranks.ranks) as train,
+        open_data(command.data, ranks=on_ranks.ranks, metric=command.metric) as test,
+    ):
+        model, ranks = on_ranks.model, on_ranks.ranks
+        config = _config(command, model.config, train)
+        ranks.local_batch_size(command.train_batch_size)
+        labels = test.labels_among(train)
+        names = train.class_names
+        place_module(
+            model, device=device_of(model), precision=Precision(config.efficiency.precision)
+        )
+        module = FineTuned(model, len(names))
+
+        def tested(module: FineTuned) -> ClassificationResult:
+            return _test(command, on_ranks, module, test, labels, class_names=names)
+
+        before: dict[str, Any] = {"head": command.head}
+        if command.head != "fresh":
+            module.set_head(_first_head(command, on_ranks, module, train))
+            before["before"] = tested(module.eval()).to_json()
+        # in steps from here on: the last batch of an epoch may reach into the next epoch
+        steps = max(1, round(command.epochs * len(train.dataset) / command.train_batch_size))
+        trained = finetune(
+            model,
+            module,
+            _training_loader(config, train, ranks=ranks, device=device_of(model)),
+            command,
+            steps=steps,
+            labels_of=lambda sample: train.dataset.labels_of(sample).tolist(),
+            ranks=ranks,
+            progress=on_ranks.progress,
+        )
+        result = tested(trained)
+    if not ranks.is_main:
+        return
+    if "before" in before:
+        print(f"before, head from {command.head}: top-1 {100 * before['before']['top1']:.2f} %")
+    print(result.to_table())
+    recipe = {f.name: getattr(command, f.name) for f in dataclasses.fields(FinetuneRecipe)}
+    settings = {"steps": steps, **recipe}
+    save_finetuned(command.out, trained, config=config, class_names=names, settings=settings)
+    print(f"written to {command.out}")
+    if command.figures is not None:
+        path = command.figures / "confusion-finetune.png"
+        draw_confusion(result, names, path, title=f"{test.name}, fine-tuned")
+    values = {
+        "train": command.train,
+        "data": command.data,
+        "metric": test.metric,
+        "settings": settings,
+        "train_batch_size": command.train_batch_size,
+        **before,
+        **result.to_json(),
+    }
+    write_results(command, values, classification_table([(test.name, test.metric, result)]))
+
+
+def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> TrainConfig:
+    """The checkpoint's config with the data and batches of this training.
+
+    Raises:
+        ValueError: images in two views, of which one would be for nothing.
+    """
+    data = dataclasses.replace(
+        config.data,
+        train=(str(train.dataset.folder),),
+        fraction=(1.0,),
+        evaluate=(),
+        text="labels",
+        augment=config.data.augment if command.augment is None else tuple(command.augment.split()),
+        max_bad_fraction=0.0,
+    )
+    objective = ObjectiveConfig()  # whatever the checkpoint was trained by
+    check_views(data.augment, objective=objective.name)
+    run = dataclasses.replace(
+        config.run, global_batch_size=command.train_batch_size, seed=command.seed
+    )
+    return dataclasses.replace(config, data=data, run=run, objective=objective)
+
+
+def _training_loader(
+    config: TrainConfig, train: EvaluationData, *, ranks: Ranks, device: torch.device
+) -> Loader:
+    from unicl_fast.pipelines.loader import TrainLoader
+
+    return TrainLoader(
+        config,
+        [train.dataset],
+        weights=None,
+        prompts=build_prompts([train.dataset], config.data),
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+    )
+
+
+def _first_head(
+    command: Finetune, on_ranks: ModelOnRanks, module: FineTuned, train: EvaluationData
+) -> LinearClassifier:
+    """The head to begin with, the same on all ranks."""
+    model = on_ranks.model
+    if command.head == "zero-shot":
+        require_text_encoder(model, "finetune --head zero-shot")
+        classifier = zero_shot_classifier(
+            model,
+            class_names=train.class_names,
+            templates=train.templates,
+            progress=on_ranks.progress,
+        )
+        # the same images on all ranks, which begin with the same head
+        alone = dataclasses.replace(on_ranks, ranks=Ranks())
+        first = next(iter(alone.loader(train.dataset)))
+        shown = encode_images(model, first.images, layer="encoder")
+        return zero_shot_head(model, classifier, shown)
+    features = on_ranks.features(train.dataset, layer="encoder")
+    weight = torch.zeros_like(module.head.weight)
+    bias = torch.zeros_like(module.head.bias)
+    if features is not None:
+        samples = with_labels(features.to(weight.device), train.labels(), what=command.train)
+        kept, aside = split_validation(
+            samples.labels.cpu().numpy(), fraction=0.2, seed=command.seed
+        )
+        fit = fit_probe(samples.take(kept), samples.take(aside), class_names=train.class_names)
+        weight.copy_(fit.classifier.weight)
+        bias.copy_(fit.classifier.bias)
+    if on_ranks.ranks.world_size > 1:
+        torch.distributed.broadcast(weight, src=0)
+        torch.distributed.broadcast(bias, src=0)
+    return LinearClassifier(weight, bias)
+
+
+def _test(
+    command: Finetune,
+    on_ranks: ModelOnRanks,
+    module: FineTuned,
+    test: EvaluationData,
+    labels: Sequence[Sequence[int]],
+    *,
+    class_names: Sequence[str],
+) -> ClassificationResult:
+    precision = Precision(on_ranks.model.config.efficiency.precision)
+
+    def scores_of(images: Tensor) -> Tensor:
+        normalised = prepare_images(on_ranks.model, images)
+        with precision.autocast(normalised.device.type):
+            scores: Tensor = module(normalised)
+        return scores
+
+    return on_ranks.classify(
+        on_ranks.loader(test.dataset),
+        scores_of,
+        labels_of=lambda sample: labels[sample],
+        class_names=class_names,
+        what="fine-tuning",
+        confusion=command.figures is not None,
+    )

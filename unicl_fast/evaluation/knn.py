@@ -2,7 +2,7 @@
 
 Each of the k training samples most similar to an image votes for its label with weight
 exp(similarity / temperature); similarity is the cosine (Caron et al., arXiv 2104.14294, appendix
-F.1). Exact: every training sample is looked at.
+F.1). The search is exact: every training sample is compared.
 """
 
 from __future__ import annotations
@@ -14,15 +14,18 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
 
-from unicl_fast.evaluation.classification import (
+from unicl_fast.evaluation.features import LabelledFeatures, extract_sets
+from unicl_fast.evaluation.report import (
     ClassificationCounts,
     ClassificationResult,
+    classification_table,
+    draw_confusion,
     rank_classes,
+    write_results,
 )
-from unicl_fast.evaluation.linear_probe import LabelledFeatures
+from unicl_fast.evaluation.requests import Knn
 from unicl_fast.system.progress import heartbeat_and_check_stop
 
-TEMPERATURE = 0.07
 _QUERIES, _KEYS = 512, 65_536
 """Similarities at once: 128 MiB."""
 
@@ -35,7 +38,7 @@ def nearest(
     queries_at_once: int = _QUERIES,
     keys_at_once: int = _KEYS,
 ) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
-    """Cosines with the k most similar keys, falling, and which keys they are.
+    """Cosines with the k most similar keys, falling, and the rows of these keys.
 
     Memory is that of queries_at_once * keys_at_once similarities, whatever q and n.
     """
@@ -44,16 +47,16 @@ def nearest(
     for query in F.normalize(queries, dim=1).split(queries_at_once):
         heartbeat_and_check_stop()  # shows progress
         best = query.new_empty(len(query), 0)
-        places = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+        rows = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
         for start in range(0, len(keys), keys_at_once):
             piece = query @ keys[start : start + keys_at_once].T
             top, where = piece.topk(min(k, piece.shape[1]), dim=1)
             best = torch.cat([best, top], dim=1)
-            places = torch.cat([places, where + start], dim=1)
+            rows = torch.cat([rows, where + start], dim=1)
             best, order = best.topk(min(k, best.shape[1]), dim=1)
-            places = places.gather(1, order)
+            rows = rows.gather(1, order)
         found_cosines.append(best)
-        found_keys.append(places)
+        found_keys.append(rows)
     return torch.cat(found_cosines), torch.cat(found_keys)
 
 
@@ -63,31 +66,29 @@ def knn_accuracy(
     *,
     class_names: Sequence[str],
     ks: Sequence[int],
-    temperature: float = TEMPERATURE,
+    temperature: float = 0.07,
     confusion: bool = False,
 ) -> dict[int, ClassificationResult]:
     """Results for several k, from one search.
 
     Args:
-        train: those who vote, each for its first label.
-        test: those to be classified.
+        train: samples that vote, each for its first label.
+        test: samples to classify.
         class_names: names of all classes.
         ks: numbers of neighbours.
-        temperature: of the votes.
+        temperature: of the votes, positive.
         confusion: also count which class is taken for which.
 
     Raises:
-        ValueError: a k or a temperature that makes no sense, or features that are not finite.
+        ValueError: more neighbours than training samples, or features that are not finite.
     """
     if not ks or min(ks) < 1 or max(ks) > len(train):
         raise ValueError(
             f"k must lie in 1 to the {len(train)} training samples, not {', '.join(map(str, ks))}"
         )
-    if not temperature > 0:
-        raise ValueError(f"the temperature must be positive, not {temperature}")
     if not (train.features.isfinite().all() and test.features.isfinite().all()):
         raise ValueError("features hold values that are not finite: the model is broken")
-    cosines, places = nearest(test.features, train.features, k=max(ks))
+    cosines, neighbours = nearest(test.features, train.features, k=max(ks))
     results = {}
     for k in ks:
         counts = ClassificationCounts(class_names, confusion=confusion)
@@ -96,10 +97,36 @@ def knn_accuracy(
             # relative to the nearest: exp(1 / temperature) may be more than fp32 holds
             votes = ((cosines[rows, :k] - cosines[rows, :1]) / temperature).exp()
             scores = votes.new_zeros(len(votes), len(class_names))
-            scores.scatter_add_(1, train.labels[places[rows, :k]], votes)
-            # a class without a vote is not found, whatever place is left among the first five
+            scores.scatter_add_(1, train.labels[neighbours[rows, :k]], votes)
+            # a class without a vote is not found, even if the first five have room for it
             voted = (scores > 0).sum(dim=1).tolist()
             rankings = [best[:n] for best, n in zip(rank_classes(scores), voted, strict=True)]
             counts.add(rankings, test.all_labels[rows])
         results[k] = counts.result(what="nearest neighbours")
     return results
+
+
+def run(command: Knn) -> None:
+    """Extracts features on all ranks; rank 0 searches, prints and writes."""
+    sets = extract_sets(command)
+    if sets is None:
+        return
+    results = knn_accuracy(
+        sets.train,
+        sets.test,
+        class_names=sets.class_names,
+        ks=command.k,
+        temperature=command.temperature,
+        confusion=command.figures is not None,
+    )
+    rows = [(f"k = {k}", sets.metric, result) for k, result in results.items()]
+    table = classification_table(rows, mean=False)  # a mean over k would mean nothing
+    print(table)
+    if command.figures is not None:
+        best = max(results, key=lambda k: results[k].value(sets.metric))
+        title = f"{sets.test_name}, {best} nearest neighbours"
+        path = command.figures / "confusion-knn.png"
+        draw_confusion(results[best], sets.class_names, path, title=title)
+    found = [{"k": k} | result.to_json() for k, result in results.items()]
+    values = {"temperature": command.temperature, "results": found}
+    write_results(command, sets.described(command) | values, table)

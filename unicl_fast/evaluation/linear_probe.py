@@ -6,32 +6,48 @@ For features x, labels y and C > 0 the weights W [k d] and biases b [k] minimise
 
 by L-BFGS over the full batch. C is chosen on a validation split by CLIP's parametric binary search
 (Radford et al., arXiv 2103.00020, appendix A.3), then training and validation samples are fitted
-together. Where the features come from is `features`' business.
+together. With few shots it is fitted on several draws of them instead.
 """
 
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn import functional as F
+from tqdm import tqdm
 
-from unicl_fast.evaluation.classification import (
+from unicl_fast.evaluation.features import (
+    ExtractedSets,
+    LabelledFeatures,
+    draw_shots,
+    extract_sets,
+    split_validation,
+)
+from unicl_fast.evaluation.report import (
+    METRIC_NAMES,
     ClassificationCounts,
     ClassificationResult,
-    Metric,
+    classification_table,
+    draw_confusion,
+    interval_text,
+    markdown_table,
+    percent,
     rank_classes,
+    write_results,
 )
+from unicl_fast.evaluation.requests import LinearProbe, Metric
 from unicl_fast.system.progress import heartbeat_and_check_stop
 
 MAX_ITERATIONS = 1000
-"""Of L-BFGS, as CLIP's."""
+"""L-BFGS iterations of a fit, as CLIP's."""
 LOG10_C = tuple(-6 + step / 8 for step in range(97))
 """The grid of the search: 1e-6 to 1e6 in eighths of a decade."""
 
@@ -120,20 +136,12 @@ def fit_logistic_regression(
     Raises:
         ValueError: no samples, features that are not finite, labels out of range, or c not above 0.
     """
-    if not c > 0 or not math.isfinite(c):
-        raise ValueError(f"C must be a positive number, not {c}")
-    n = len(features.rotated if isinstance(features, PreparedFeatures) else features)
-    if n == 0 or len(labels) != n:
-        raise ValueError(f"a fit needs samples and a label for each, not {n} and {len(labels)}")
-    if not 0 <= int(labels.min()) <= int(labels.max()) < num_classes:
-        raise ValueError(
-            f"labels must lie in 0 to {num_classes - 1}, not {int(labels.min())} to "
-            f"{int(labels.max())}"
-        )
+    _check_fit(features, labels, num_classes=num_classes, c=c)
     if not isinstance(features, PreparedFeatures):
         features = PreparedFeatures.of(features)
     rotated, mean, axes = features.rotated, features.mean, features.axes
     # the Hessian's diagonal where all classes are equally likely; its roots scale the weights
+    n = len(labels)
     curvature = (num_classes - 1) / num_classes**2
     scale = (curvature * features.variances + 1 / (c * n)).sqrt()
     penalty = 1 / (c * n * scale.square())
@@ -178,6 +186,19 @@ def fit_logistic_regression(
     return LinearClassifier(weight, bias)
 
 
+def _check_fit(
+    features: Tensor | PreparedFeatures, labels: Tensor, *, num_classes: int, c: float
+) -> None:
+    if not c > 0 or not math.isfinite(c):
+        raise ValueError(f"C must be a positive number, not {c}")
+    n = len(features.rotated if isinstance(features, PreparedFeatures) else features)
+    if n == 0 or len(labels) != n:
+        raise ValueError(f"a fit needs samples and a label for each, not {n} and {len(labels)}")
+    low, high = int(labels.min()), int(labels.max())
+    if not 0 <= low <= high < num_classes:
+        raise ValueError(f"labels must lie in 0 to {num_classes - 1}, not {low} to {high}")
+
+
 def _pieces(features: Tensor, labels: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:
     size = max(1, _LOGITS_AT_ONCE // num_classes)
     return list(zip(features.split(size), labels.unsqueeze(1).split(size), strict=True))
@@ -188,85 +209,27 @@ def search_peak(
 ) -> tuple[int, dict[int, float]]:
     """CLIP's parametric binary search over a grid: coarse first, then half as far around the best.
 
-    Args:
-        score: of a place of the grid, higher is better; asked once for each place.
-        size: of the grid.
-        first_step: distance of the first places, a power of two.
+    `score` of a point is better the higher it is, and asked once for each; `first_step`, the
+    distance of the first points, is a power of two.
 
     Returns:
-        The best place (of equals the lowest), and all scores that were asked for.
+        The best point (of equals the lowest), and all scores that were asked for.
     """
     scores: dict[int, float] = {}
 
     def best() -> int:
-        return max(scores, key=lambda place: (scores[place], -place))
+        return max(scores, key=lambda point: (scores[point], -point))
 
-    for place in range(0, size, first_step):
-        scores[place] = score(place)
+    for point in range(0, size, first_step):
+        scores[point] = score(point)
     step = first_step // 2
     while step:
         peak = best()
-        for place in (peak - step, peak + step):
-            if 0 <= place < size and place not in scores:
-                scores[place] = score(place)
+        for point in (peak - step, peak + step):
+            if 0 <= point < size and point not in scores:
+                scores[point] = score(point)
         step //= 2
     return best(), scores
-
-
-@dataclass(frozen=True, slots=True)
-class LabelledFeatures:
-    """Samples with labels: features, the label each is fitted with, and all that count as right."""
-
-    features: Float[Tensor, "n d"]
-    labels: Int[Tensor, " n"]
-    """int64, the first label of each."""
-    all_labels: Sequence[Sequence[int]]
-    num_without_label: int = 0
-    """Samples that were left out."""
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, places: npt.NDArray[np.int64]) -> LabelledFeatures:
-        """Some of them, in the order of `places`."""
-        chosen = torch.from_numpy(places)
-        return LabelledFeatures(
-            self.features[chosen.to(self.features.device)],
-            self.labels[chosen.to(self.labels.device)],
-            [self.all_labels[place] for place in places.tolist()],
-        )
-
-    def join(self, other: LabelledFeatures) -> LabelledFeatures:
-        """Both, one after the other."""
-        return LabelledFeatures(
-            torch.cat([self.features, other.features]),
-            torch.cat([self.labels, other.labels]),
-            [*self.all_labels, *other.all_labels],
-        )
-
-
-def with_labels(
-    features: Float[Tensor, "n d"], labels: Sequence[Sequence[int]], *, what: str
-) -> LabelledFeatures:
-    """Features of the samples that have labels.
-
-    Args:
-        features: [n d] of all samples.
-        labels: of each sample.
-        what: names the data set in the message.
-
-    Raises:
-        ValueError: no sample has one.
-    """
-    kept = [place for place, own in enumerate(labels) if own]
-    if not kept:
-        raise ValueError(f"no sample of {what} has a label")
-    return LabelledFeatures(
-        features if len(kept) == len(labels) else features[torch.tensor(kept)],
-        torch.tensor([labels[place][0] for place in kept], device=features.device),
-        [labels[place] for place in kept],
-        num_without_label=len(labels) - len(kept),
-    )
 
 
 def evaluate_classifier(
@@ -287,12 +250,13 @@ def evaluate_classifier(
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ProbeFit:
-    """A probe whose C was chosen on validation samples."""
+    """A fitted probe and its C."""
 
     classifier: LinearClassifier
     c: float
     validation: dict[float, float]
-    """C -> the metric on the validation samples, of all that were tried, rising C."""
+    """C -> the metric on the validation samples, of all that were tried, rising C; empty if C was
+    given."""
 
     @property
     def at_edge(self) -> bool:
@@ -302,115 +266,167 @@ class ProbeFit:
 
 def fit_probe(
     train: LabelledFeatures,
-    validation: LabelledFeatures,
+    validation: LabelledFeatures | None,
     *,
     class_names: Sequence[str],
+    c: float = 0.0,
     metric: Metric = "top1",
     refit: bool = True,
     max_iterations: int = MAX_ITERATIONS,
-    tell: Callable[[str], None] = lambda text: None,
+    on_fit: Callable[[str], None] = lambda text: None,
 ) -> ProbeFit:
-    """Chooses C on the validation samples, then fits for good.
+    """Fits a probe; with c = 0, C is chosen by a metric on the validation samples.
 
-    Args:
-        train: to fit on.
-        validation: to choose C by.
-        class_names: k names.
-        metric: what C is chosen by.
-        refit: fit on training and validation samples together at the end, as CLIP does; else on
-            the training samples alone, as few-shot protocols have it.
-        max_iterations: of each fit.
-        tell: gets a line after each fit.
+    With `refit` the result is fitted on training and validation samples together, as CLIP does;
+    else on the training samples alone, as few-shot protocols have it. `on_fit` gets a line of text
+    after each fit of the search.
     """
     fits: dict[int, LinearClassifier] = {}
-    prepared = PreparedFeatures.of(train.features)
+    scores: dict[int, float] = {}
+    classifier: LinearClassifier | None = None
+    if not c:
+        assert validation is not None, "C cannot be chosen"
+        chosen_by = validation
+        prepared = PreparedFeatures.of(train.features)
 
-    def score(place: int) -> float:
-        nearest = min(fits, key=lambda other: abs(other - place), default=None)
-        fits[place] = fit_logistic_regression(
-            prepared,
-            train.labels,
-            num_classes=len(class_names),
-            c=10 ** LOG10_C[place],
-            start=None if nearest is None else fits[nearest],
-            max_iterations=max_iterations,
-        )
-        value = evaluate_classifier(fits[place], validation, class_names=class_names).value(metric)
-        tell(f"C {10 ** LOG10_C[place]:.3g}: {100 * value:.2f} % of validation")
-        return value
+        def score(point: int) -> float:
+            nearest = min(fits, key=lambda other: abs(other - point), default=None)
+            fits[point] = fit_logistic_regression(
+                prepared,
+                train.labels,
+                num_classes=len(class_names),
+                c=10 ** LOG10_C[point],
+                start=None if nearest is None else fits[nearest],
+                max_iterations=max_iterations,
+            )
+            result = evaluate_classifier(fits[point], chosen_by, class_names=class_names)
+            value = result.value(metric)
+            on_fit(f"C {10 ** LOG10_C[point]:.3g}: {100 * value:.2f} % of validation")
+            return value
 
-    best, scores = search_peak(score, size=len(LOG10_C), first_step=_FIRST_STEP)
-    classifier = fits[best]
-    if refit:
-        both = train.join(validation)
+        best, scores = search_peak(score, size=len(LOG10_C), first_step=_FIRST_STEP)
+        classifier, c = fits[best], 10 ** LOG10_C[best]
+    if classifier is None or refit:
+        samples = train if validation is None or not refit else train.join(validation)
         classifier = fit_logistic_regression(
-            both.features,
-            both.labels,
+            samples.features,
+            samples.labels,
             num_classes=len(class_names),
-            c=10 ** LOG10_C[best],
-            start=fits[best],
+            c=c,
+            start=classifier,
             max_iterations=max_iterations,
         )
-    return ProbeFit(
-        classifier=classifier,
-        c=10 ** LOG10_C[best],
-        validation={10 ** LOG10_C[place]: scores[place] for place in sorted(scores)},
+    validated = {10 ** LOG10_C[point]: scores[point] for point in sorted(scores)}
+    return ProbeFit(classifier=classifier, c=c, validation=validated)
+
+
+def run(command: LinearProbe) -> None:
+    """Extracts features on all ranks; rank 0 fits, prints and writes."""
+    extracted = extract_sets(command)
+    if extracted is None:
+        return
+    sets = extracted.to(torch.float64 if command.fit_precision == "fp64" else torch.float32)
+    values, table = (_few_shot if command.shots else _full_probe)(command, sets)
+    write_results(command, sets.described(command) | values, table)
+
+
+def _full_probe(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any], str]:
+    """Fits on everything and tests; returns values for the JSON and a table."""
+    train, validation = sets.train, sets.validation
+    if validation is None and not command.c:
+        labels, fraction = train.labels.cpu().numpy(), command.validation_fraction
+        kept, aside = split_validation(labels, fraction=fraction, seed=command.seed)
+        train, validation = train.take(kept), train.take(aside)
+    with tqdm(desc="fit", unit=" fits", disable=not sys.stderr.isatty()) as bar:
+
+        def show(text: str) -> None:
+            bar.set_postfix_str(text)
+            bar.update()
+
+        fit = fit_probe(
+            train,
+            validation,
+            class_names=sets.class_names,
+            c=command.c,
+            metric=sets.metric,
+            max_iterations=command.max_iterations,
+            on_fit=show,
+        )
+    values: dict[str, Any] = {}
+    num_validation = 0 if validation is None else len(validation)
+    if fit.validation:
+        tried = [{"c": c, sets.metric: value} for c, value in fit.validation.items()]
+        values = {"validation": tried, "num_validation": num_validation}
+        if fit.at_edge:
+            print(f"C {fit.c:g} is at the edge of what is searched; a better one may lie beyond")
+    num_fitted = len(train) + num_validation
+    result = evaluate_classifier(
+        fit.classifier,
+        sets.test,
+        class_names=sets.class_names,
+        confusion=command.figures is not None,
     )
+    values |= {"c": fit.c, "num_fitted": num_fitted} | result.to_json()
+    values["num_without_label"] = sets.test.num_without_label
+    print(result.to_table())
+    print(f"C {fit.c:.4g}, fitted on {num_fitted:,} samples, features of the {command.layer}")
+    if command.figures is not None:
+        path = command.figures / "confusion-linear-probe.png"
+        draw_confusion(result, sets.class_names, path, title=f"{sets.test_name}, linear probe")
+    return values, classification_table([(sets.test_name, sets.metric, result)])
 
 
-def split_validation(
-    labels: npt.NDArray[np.int64], *, fraction: float, seed: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Sets a part of each class aside, drawn by the seed.
-
-    A class gives round(fraction * its samples), but keeps one at least for training.
-
-    Args:
-        labels: [n].
-        fraction: part of each class for validation, in (0, 1).
-        seed: of the draw.
-
-    Returns:
-        Places of training and of validation samples, rising.
+def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any], str]:
+    """Draws shots, fits and tests; returns values for the JSON and a table.
 
     Raises:
-        ValueError: nothing is left for validation.
+        ValueError: C is to be chosen, and the shots leave nothing to choose it by.
     """
-    generator = np.random.default_rng(seed)
-    taken = []
-    for label in np.unique(labels):
-        places = generator.permutation(np.flatnonzero(labels == label))
-        taken.append(places[: min(round(fraction * len(places)), len(places) - 1)])
-    validation = np.sort(np.concatenate(taken))
-    if not len(validation):
+    train, validation, names = sets.train, sets.validation, sets.class_names
+    labels = train.labels.cpu().numpy()
+    counts = np.bincount(labels)
+    if not command.c and validation is None and max(command.shots) >= counts.max():
         raise ValueError(
-            f"{len(labels)} training samples are too few to set any aside for validation; give a "
-            "validation set, or a fixed C"
+            f"no class has more than {max(command.shots)} training samples, so none are left to "
+            "choose C by: take fewer --shots, give other images by --validation, or C by --c"
         )
-    return np.setdiff1d(np.arange(len(labels)), validation), validation
-
-
-def draw_shots(
-    labels: npt.NDArray[np.int64], *, shots: int, seed: int
-) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Few-shot samples: `shots` of each class to fit on, and min(shots, 4) others to choose C by.
-
-    The rule of CoOp (Zhou et al., arXiv 2109.01134): validation is no larger than few-shot learning
-    could afford. A class with too few samples gives what it has, to training first.
-
-    Args:
-        labels: [n] of the pool.
-        shots: of each class.
-        seed: of the draw.
-
-    Returns:
-        Places of training and of validation samples; the latter are none if every class has given
-        all it has.
-    """
-    generator = np.random.default_rng([seed, shots])
-    train, validation = [], []
-    for label in np.unique(labels):
-        places = generator.permutation(np.flatnonzero(labels == label))
-        train.append(places[:shots])
-        validation.append(places[shots : shots + min(shots, 4)])
-    return np.concatenate(train), np.concatenate(validation)
+    found: dict[int, list[tuple[float, float]]] = {shots: [] for shots in command.shots}
+    work = [(shots, draw) for shots in command.shots for draw in range(command.draws)]
+    for shots, draw in tqdm(work, desc="few-shot", disable=not sys.stderr.isatty()):
+        kept, aside = draw_shots(labels, shots=shots, seed=command.seed + draw)
+        fit = fit_probe(
+            train.take(kept),
+            train.take(aside) if validation is None else validation,
+            class_names=names,
+            c=command.c,
+            metric=sets.metric,
+            refit=False,
+            max_iterations=command.max_iterations,
+        )
+        result = evaluate_classifier(fit.classifier, sets.test, class_names=names)
+        found[shots].append((result.value(sets.metric), fit.c))
+    values: list[dict[str, Any]] = []
+    rows = []
+    for shots, results in found.items():
+        draws = np.array([value for value, _ in results])
+        spread = float(draws.std(ddof=1)) if len(draws) > 1 else None
+        values.append(
+            {
+                "shots": shots,
+                "mean": float(draws.mean()),
+                "standard_deviation": spread,
+                "draws": draws.tolist(),
+                "c": [c for _, c in results],
+            }
+        )
+        deviation = "" if spread is None else percent(spread)
+        lowest_to_highest = interval_text((draws.min(), draws.max()))
+        rows.append([str(shots), percent(draws.mean()), deviation, lowest_to_highest])
+    header = ["shots", f"{METRIC_NAMES[sets.metric]}, %", "standard deviation", "range"]
+    table = markdown_table(header, rows)
+    print(table)
+    print(f"{command.draws} draws each, {len(sets.test):,} test samples, {len(names)} classes")
+    smallest = int(counts[counts > 0].min())
+    if smallest < max(command.shots):
+        print(f"the smallest class has {smallest} training samples, and gave all it has")
+    return {"shots": values, "num_draws": command.draws, "smallest_class": smallest}, table

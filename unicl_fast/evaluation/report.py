@@ -1,58 +1,244 @@
-"""Results of evaluations on the screen and in files: JSON for programs, Markdown for people."""
+"""Reports of evaluations: counts, rates with intervals, tables, JSON and confusion matrices.
+
+Zero-shot, linear probe, k nearest neighbours and fine-tuning differ in how they rank classes. What
+is counted is the same, so that their numbers can stand in one table.
+"""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import math
+import textwrap
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from unicl_fast.evaluation.classification import ClassificationResult, Metric
+import numpy as np
+import torch
+import torch.distributed as dist
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from torch import Tensor
+
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.evaluation.requests import Evaluation, Metric
+from unicl_fast.system.progress import WaitingForRanks
+from unicl_fast.training.figures import INK, save_figure
 
 METRIC_NAMES: dict[Metric, str] = {"top1": "top-1", "mean_per_class": "mean per class"}
+_RATE_NAMES: dict[Literal["top1", "top5", "mean_per_class"], str] = {
+    "top1": "top-1",
+    "top5": "top-5",
+    "mean_per_class": "mean per class",
+}
+MAX_CONFUSION_CLASSES = 4096
+"""Classes for which a confusion matrix is kept: 128 MiB of counts."""
+_MAX_NAMED_CLASSES = 60
+"""More names would not be legible."""
+_NUM_LISTED_MISTAKES = 15
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ClassificationResult:
+    """Counts of one data set, exact over all ranks, and rates in 0 to 1 that follow from them."""
+
+    num_samples: int
+    num_correct: int
+    num_correct_top5: int
+    num_without_label: int
+    """Samples of the data set that have no label and were left out."""
+    per_class: list[tuple[str, int, int]]
+    """Name, samples and correct ones of each class that has samples."""
+    confusion: NDArray[np.int64] | None = None
+    """[k k] over all class names: samples of a class (row) taken for a class (column)."""
+
+    @property
+    def top1(self) -> float:
+        return self.num_correct / self.num_samples
+
+    @property
+    def top5(self) -> float:
+        return self.num_correct_top5 / self.num_samples
+
+    @property
+    def mean_per_class(self) -> float:
+        return sum(right / count for _, count, right in self.per_class) / len(self.per_class)
+
+    def value(self, metric: Metric) -> float:
+        """The number that a protocol reports."""
+        return self.top1 if metric == "top1" else self.mean_per_class
+
+    def interval(self, name: Literal["top1", "top5", "mean_per_class"]) -> tuple[float, float]:
+        """95 % interval of a rate.
+
+        That of the mean over classes comes from each class's binomial variance, taken at
+        (right + 1) / (count + 2), so that a class of which all or none were right is not thought to
+        be known exactly.
+        """
+        if name != "mean_per_class":
+            right = self.num_correct if name == "top1" else self.num_correct_top5
+            return wilson_interval(right, self.num_samples)
+        rates = [((right + 1) / (count + 2), count) for _, count, right in self.per_class]
+        variance = sum(rate * (1 - rate) / count for rate, count in rates)
+        half = 1.96 * math.sqrt(variance) / len(rates)
+        return max(0.0, self.mean_per_class - half), min(1.0, self.mean_per_class + half)
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in JSON's types; rates in 0 to 1."""
+        values: dict[str, Any] = {
+            "num_samples": self.num_samples,
+            "num_without_label": self.num_without_label,
+            "num_classes": len(self.per_class),
+        }
+        for name in _RATE_NAMES:
+            values |= {name: getattr(self, name), f"{name}_interval_95": self.interval(name)}
+        values["per_class"] = [
+            {"class": name, "num_samples": count, "top1": right / count}
+            for name, count, right in self.per_class
+        ]
+        return values
+
+    def to_table(self) -> str:
+        """The rates in percent with their 95 % intervals, as text."""
+        lines = [f"{'':16}{'%':>7}   95 % interval"]
+        lines += [
+            f"{title:16}{percent(getattr(self, name)):>7}   {interval_text(self.interval(name))}"
+            for name, title in _RATE_NAMES.items()
+        ]
+        lines.append(f"{self.num_samples} samples, {len(self.per_class)} classes")
+        if self.num_without_label:
+            lines.append(f"{self.num_without_label} samples without a label were left out")
+        return "\n".join(lines)
+
+
+def wilson_interval(num_right: int, num_tried: int, *, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927); z = 1.96 for 95 %."""
+    rate = num_right / num_tried
+    centre = rate + z * z / (2 * num_tried)
+    half = z * math.sqrt(rate * (1 - rate) / num_tried + z * z / (4 * num_tried**2))
+    scale = 1 + z * z / num_tried
+    return max(0.0, (centre - half) / scale), min(1.0, (centre + half) / scale)
+
+
+class ClassificationCounts:
+    """Adds up rankings of samples, on one rank or many."""
+
+    def __init__(self, class_names: Sequence[str], *, confusion: bool = False) -> None:
+        """Starts with all counts at 0; `confusion` also counts which class is taken for which.
+
+        Raises:
+            ValueError: too many classes for a confusion matrix.
+        """
+        k = len(class_names)
+        if confusion and k > MAX_CONFUSION_CLASSES:
+            raise ValueError(
+                f"a confusion matrix of {k:,} classes is too large; one is made of up to "
+                f"{MAX_CONFUSION_CLASSES:,}: leave --figures out"
+            )
+        self._names = tuple(class_names)
+        # labelled, right, right in five, without label
+        self._totals = torch.zeros(4, dtype=torch.int64)
+        self._per_class = torch.zeros(k, 2, dtype=torch.int64)
+        self._confusion = torch.zeros(k, k, dtype=torch.int64) if confusion else None
+
+    def add(self, rankings: Iterable[Sequence[int]], labels: Iterable[Sequence[int]]) -> None:
+        """Counts samples.
+
+        Args:
+            rankings: of each sample the most likely classes, best first, up to five.
+            labels: of each sample. With several, any of them is right and the first is the class
+                it counts for. Samples without labels are left out and counted.
+        """
+        for ranking, given in zip(rankings, labels, strict=True):
+            if not given:
+                self._totals[3] += 1
+                continue
+            right = ranking[0] in given
+            in_five = not set(given).isdisjoint(ranking)
+            self._totals += torch.tensor([1, right, in_five, 0])
+            self._per_class[given[0]] += torch.tensor([1, right])
+            if self._confusion is not None:
+                self._confusion[given[0], given[0] if right else ranking[0]] += 1
+
+    def sum_over(self, ranks: Ranks) -> None:
+        """Adds the counts of all ranks, on all of them."""
+        if ranks.world_size == 1:
+            return
+        with WaitingForRanks():
+            for counts in (self._totals, self._per_class, self._confusion):
+                if counts is not None:
+                    dist.all_reduce(counts, group=ranks.host_group)
+
+    def result(self, *, what: str) -> ClassificationResult:
+        """The counts as a result; `what` needs labels, for the message.
+
+        Raises:
+            ValueError: no sample has a label.
+        """
+        labelled, right, in_five, without = self._totals.tolist()
+        if labelled == 0:
+            raise ValueError(f"no sample of this data set has a label: {what} needs some")
+        return ClassificationResult(
+            num_samples=labelled,
+            num_correct=right,
+            num_correct_top5=in_five,
+            num_without_label=without,
+            per_class=[
+                (name, count, right)
+                for name, (count, right) in zip(self._names, self._per_class.tolist(), strict=True)
+                if count
+            ],
+            confusion=None if self._confusion is None else self._confusion.numpy(),
+        )
+
+
+def rank_classes(scores: Tensor) -> list[list[int]]:
+    """The five best columns of each row of scores [b k], best first; all if there are fewer."""
+    best: list[list[int]] = scores.topk(min(5, scores.shape[1]), dim=1).indices.tolist()
+    return best
+
+
+def percent(rate: float) -> str:
+    """A rate in percent with two decimals."""
+    return f"{100 * rate:.2f}"
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    """An interval of rates in percent."""
+    return f"{percent(interval[0])} to {percent(interval[1])}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A table that reads well on a screen too; the first column is aligned left."""
-    escaped = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
-    widths = [max(len(row[column]) for row in escaped) for column in range(len(header))]
-    lines = []
-    for number, row in enumerate(escaped):
-        cells = [
-            cell.ljust(width) if column == 0 else cell.rjust(width)
-            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-        if number == 0:
-            rule = [
-                ":" + "-" * (width - 1) if column == 0 else "-" * (width - 1) + ":"
-                for column, width in enumerate(max(2, width) for width in widths)
-            ]
-            lines.append(f"| {' | '.join(rule)} |")
-    return "\n".join(lines)
+    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
+    rule = ["-" * (width - 1) + ":" for width in widths]
+    rule[0] = rule[0][::-1]
+    lines = [
+        " | ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])])
+        for row in [cells[0], rule, *cells[1:]]
+    ]
+    return "\n".join(f"| {line} |" for line in lines)
 
 
-def classification_table(results: Sequence[tuple[str, Metric, ClassificationResult]]) -> str:
+def classification_table(
+    results: Sequence[tuple[str, Metric, ClassificationResult]], *, mean: bool = True
+) -> str:
     """One row for each (name, metric of its protocol, result), and the mean of several."""
     rows = []
     for name, metric, result in results:
-        low, high = result.top1_interval if metric == "top1" else result.mean_per_class_interval
+        interval = interval_text(result.interval(metric))
         rows.append(
             [
-                name,
-                f"{len(result.per_class):,}",
-                f"{result.num_samples:,}",
-                METRIC_NAMES[metric],
-                percent(result.value(metric)),
-                f"{percent(low)} to {percent(high)}",
-                percent(result.top1),
-                percent(result.top5),
-                percent(result.mean_per_class),
+                *(name, f"{len(result.per_class):,}", f"{result.num_samples:,}"),
+                *(METRIC_NAMES[metric], percent(result.value(metric)), interval),
+                *map(percent, (result.top1, result.top5, result.mean_per_class)),
             ]
         )
-    if len(results) > 1:
-        mean = sum(result.value(metric) for _, metric, result in results) / len(results)
-        rows.append(["mean", "", "", "", percent(mean), "", "", "", ""])
+    if mean and len(results) > 1:
+        average = sum(result.value(metric) for _, metric, result in results) / len(results)
+        rows.append(["mean", "", "", "", percent(average), "", "", "", ""])
     header = (
         *("data set", "classes", "samples", "metric", "%", "95 % interval"),
         *("top-1", "top-5", "mean per class"),
@@ -60,27 +246,83 @@ def classification_table(results: Sequence[tuple[str, Metric, ClassificationResu
     return markdown_table(header, rows)
 
 
-def percent(rate: float) -> str:
-    """A rate in percent with two digits behind the point."""
-    return f"{100 * rate:.2f}"
+def write_results(command: Evaluation, values: Mapping[str, Any], table: str) -> dict[str, Any]:
+    """Writes the JSON and the Markdown that a command asks for, and says where they are.
 
-
-def write_results(
-    values: dict[str, Any], text: str, *, json_path: Path | None, markdown_path: Path | None
-) -> None:
-    """Writes what was asked for, and says where it is.
-
-    Args:
-        values: for the JSON.
-        text: Markdown.
-        json_path: None writes none.
-        markdown_path: None writes none.
+    Returns:
+        The content of the JSON: the values behind checkpoint and weights.
     """
+    described = {"checkpoint": str(command.checkpoint), "weights": command.weights, **values}
     for path, content in (
-        (json_path, json.dumps(values, indent=1) + "\n"),
-        (markdown_path, text.rstrip() + "\n"),
+        (command.json, json.dumps(described, indent=1)),
+        (command.markdown, table.rstrip()),
     ):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(content, encoding="utf-8")
+            path.write_text(content + "\n", encoding="utf-8")
             print(f"written to {path}")
+    return described
+
+
+def most_confused(
+    confusion: NDArray[np.int64], class_names: Sequence[str], *, count: int = _NUM_LISTED_MISTAKES
+) -> list[tuple[str, str, int, float]]:
+    """The most frequent mistakes: class, taken for, samples, part of the class."""
+    wrong = confusion.copy()
+    np.fill_diagonal(wrong, 0)
+    order = np.argsort(-wrong, axis=None, kind="stable")[:count]
+    found = []
+    for cell in order.tolist():
+        row, column = divmod(cell, len(wrong))
+        if number := int(wrong[row, column]):
+            part = number / int(confusion[row].sum())
+            found.append((class_names[row], class_names[column], number, part))
+    return found
+
+
+def draw_confusion(
+    result: ClassificationResult, class_names: Sequence[str], path: Path, *, title: str
+) -> None:
+    """Draws a confusion matrix with the most frequent mistakes beside it, as a PNG.
+
+    Rows are classes, columns the classes they were taken for, in parts of the row. Classes without
+    samples are left out.
+    """
+    assert result.confusion is not None, "it was not counted"
+    confusion = result.confusion
+    present = np.flatnonzero(confusion.sum(axis=1) + confusion.sum(axis=0))
+    shown = confusion[np.ix_(present, present)]
+    names = [textwrap.shorten(class_names[i], 24, placeholder="...") for i in present.tolist()]
+    parts = shown / np.maximum(shown.sum(axis=1, keepdims=True), 1)
+    side = max(4.5, min(0.24 * len(names), 12.0))
+    figure = Figure(figsize=(side + 5.5, side + 1.6), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(side, 4.0))
+    image = left.imshow(parts, vmin=0, vmax=1, cmap="Blues", interpolation="nearest")
+    left.set_title(title, loc="left", color=INK)
+    left.set_xlabel("taken for")
+    left.set_ylabel("class")
+    if len(names) <= _MAX_NAMED_CLASSES:
+        left.set_xticks(range(len(names)), names, rotation=90, fontsize=7)
+        left.set_yticks(range(len(names)), names, fontsize=7)
+    if len(names) <= 20:
+        for row, column in np.argwhere(shown).tolist():
+            part = parts[row, column]
+            left.text(
+                *(column, row, f"{100 * part:.0f}"),
+                ha="center", va="center", fontsize=6, color="white" if part > 0.6 else INK,
+            )  # fmt: skip
+    figure.colorbar(image, ax=left, shrink=0.6, label="part of the class")
+    right.set_axis_off()
+    right.set_title("most frequent mistakes", loc="left", fontsize=9, color=INK)
+    lines = [
+        f"{100 * part:5.1f} %  {count:5,}   "
+        f"{textwrap.shorten(name, 22, placeholder='...')} -> "
+        f"{textwrap.shorten(taken, 22, placeholder='...')}"
+        for name, taken, count, part in most_confused(confusion, class_names)
+    ]
+    right.text(
+        *(0, 0.98, "\n".join(lines) or "none"),
+        va="top", fontsize=7.5, family="monospace", color=INK, transform=right.transAxes,
+    )  # fmt: skip
+    save_figure(figure, path)
+    print(f"written to {path}")

@@ -1,20 +1,70 @@
-"""What each evaluation is told: the fields are the options of `unicl-eval` and their help."""
+"""The commands of `unicl-eval`: a field is an option, and its docstring the option's help.
+
+A command checks itself before ranks are started or a model is loaded (`check`), and runs itself
+(`run`). Both import what they need only then: torch and timm take seconds, for which neither
+`--help` nor a mistyped option has to wait.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, TypeVar, get_type_hints
 
 from unicl_fast.config import DeviceName
 
+Metric = Literal["top1", "mean_per_class"]
 MetricChoice = Literal["auto", "top1", "mean_per_class"]
-LayerName = Literal["encoder", "projection"]
+Layer = Literal["encoder", "projection"]
+"""Features of an image: those of the image encoder, or their unit-norm projection into the space
+that texts are compared in. A model trained by cross-entropy has no such space."""
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """The range of an option, beside its type; the ends belong to it."""
+
+    low: float
+    high: float = math.inf
+
+    def check(self, name: str, value: float) -> None:
+        """Refuses a number outside.
+
+        Raises:
+            ValueError: names the option and its range.
+        """
+        if not (self.low <= value <= self.high and math.isfinite(value)):
+            within = f"be at least {self.low:g}"
+            if self.high < math.inf:
+                within = f"lie in {self.low:g} to {self.high:g}"
+            raise ValueError(f"--{name.replace('_', '-')} must {within}, not {value}")
+
+
+Count = Annotated[int, Range(1)]
+Seed = Annotated[int, Range(0)]
+Rate = Annotated[float, Range(1e-12, 100)]
+Part = Annotated[float, Range(0, 0.999)]
+_T = TypeVar("_T")
+
+
+def check_ranges(command: object) -> None:
+    """Refuses numbers outside the ranges beside their types.
+
+    Raises:
+        ValueError: names the option and its range.
+    """
+    for name, hint in get_type_hints(type(command), include_extras=True).items():
+        for metadata in getattr(hint, "__metadata__", ()):
+            value = getattr(command, name)
+            for number in value if isinstance(value, tuple) else (value,):
+                metadata.check(name, number)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What all evaluations are told."""
+    """The options of all evaluations."""
 
     checkpoint: Path
     """A run folder (its newest checkpoint is taken), RUN/best, one checkpoint folder, or what
@@ -25,19 +75,50 @@ class Evaluation:
     """Also write the table into this file, as Markdown."""
     weights: Literal["auto", "ema", "model"] = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
-    nproc: int = 1
+    nproc: Count = 1
     """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
     images, each of which is counted once."""
     device: DeviceName = "auto"
-    """Where the model runs."""
+    """Device that runs the model."""
+
+    def check(self) -> None:
+        """Refuses what is visibly wrong before ranks are started or a model is loaded.
+
+        Raises:
+            ValueError: a number out of range, or data that cannot be read.
+            FileNotFoundError: no checkpoint, or no data.
+            ModuleNotFoundError: a package that the evaluation needs is not installed.
+        """
+        from unicl_fast.checkpoints.load import find_model
+
+        check_ranges(self)
+        find_model(self.checkpoint)
+
+    def run(self) -> None:
+        """Evaluates on all ranks; rank 0 prints and writes."""
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingEvaluation(Evaluation):
-    """What evaluations are told that encode all images of a data set."""
+    """The options of evaluations that encode all images of packed data sets."""
 
-    batch_size: int = 256
+    batch_size: Count = 256
     """Images encoded at once by each rank."""
+    figures: Path | None = None
+    """Also draw into this folder: a confusion matrix of each data set; for retrieval images over
+    the captions they find, and captions over the images they find."""
+
+    def data_sets(self) -> Sequence[str]:
+        """All data sets that are named, for `check`."""
+        raise NotImplementedError
+
+    def check(self) -> None:
+        from unicl_fast.evaluation.data import check_data
+
+        super().check()
+        for spec in self.data_sets():
+            check_data(spec)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,37 +137,89 @@ class ZeroShot(EncodingEvaluation):
     class_names: tuple[str, ...] = ()
     """Names instead of the data's own: a file with one a line, imagenet, or clip-benchmark:KEY
     (pip install 'unicl_fast[evaluation]'), such as clip-benchmark:dtd. One for all data sets, or
-    one for each, own standing for its own. Those of torchvision take clip-benchmark's where it is
+    one for each, where own keeps the data's. Those of torchvision take clip-benchmark's where it is
     installed."""
     templates: tuple[str, ...] = ()
     """Prompt templates instead of the data's own: a file with one a line, imagenet, simple, or
     clip-benchmark:KEY; one for all data sets or one for each, as above."""
     metric: tuple[MetricChoice, ...] = ("auto",)
-    """What counts in the table of several data sets: one for all or one for each. auto goes by the
+    """The metric in the table of several data sets: one for all or one for each. auto goes by the
     data set's name: as in CLIP's protocol mean_per_class for pets, flowers, aircraft and
     caltech101, top1 for others."""
-    figures: Path | None = None
-    """Also draw a confusion matrix of each data set into this folder."""
+
+    def data_sets(self) -> Sequence[str]:
+        return self.data
+
+    def check(self) -> None:
+        for name in ("class_names", "templates", "metric"):
+            self.for_each(name, default="")
+        super().check()
+
+    def for_each(self, name: str, *, default: _T) -> list[_T]:
+        """An option's values, one for each data set; `default` where none is given.
+
+        Raises:
+            ValueError: neither one nor one for each.
+        """
+        given = list(getattr(self, name)) or [default]
+        if len(given) not in (1, len(self.data)):
+            raise ValueError(
+                f"--{name.replace('_', '-')} takes one value for all data sets or one for each of "
+                f"the {len(self.data)}, not {len(given)}"
+            )
+        return given * len(self.data) if len(given) == 1 else given
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import zero_shot
+
+        zero_shot.run(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FrozenFeatures(EncodingEvaluation):
-    """What evaluations on features of labelled images are told."""
+class Retrieval(EncodingEvaluation):
+    """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
+
+    All captions of an image count: it finds one if any of them is among the first k.
+    """
+
+    data: str
+    """Images with captions: a packed data set (a folder or a URL), or what else unicl-pack reads,
+    such as a list."""
+
+    def data_sets(self) -> Sequence[str]:
+        return [self.data]
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import retrieval
+
+        retrieval.run(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransferEvaluation(EncodingEvaluation):
+    """The options of evaluations that learn from labelled images and are tested on others."""
 
     train: str
     """Labelled images to learn from; written as --data of zero-shot."""
     data: str
     """Labelled images to test on. Its classes are found among those of --train by name."""
-    layer: LayerName = "encoder"
-    """Features before the projection into the space of texts, as CLIP's linear probes take them, or
-    behind it (unit norm), which a model trained by cross-entropy has not."""
     metric: MetricChoice = "auto"
-    """What is reported first, and what C is chosen by; auto as in zero-shot."""
+    """The metric that is reported first, and that C is chosen by; auto as in zero-shot."""
+
+    def data_sets(self) -> Sequence[str]:
+        return [self.train, self.data]
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrozenFeatures(TransferEvaluation):
+    """The options of evaluations on features of labelled images."""
+
+    layer: Layer = "encoder"
+    """Features before the projection into the space of texts, as CLIP's linear probes take them, or
+    behind it (unit norm), which a model trained by cross-entropy lacks."""
     features: str = "auto"
     """Folder where features are kept and found again, by a checksum of weights and images; auto
     is the folder features/ of the run, none keeps nothing."""
-    figures: Path | None = None
-    """Also draw a confusion matrix into this folder."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,35 +233,87 @@ class LinearProbe(FrozenFeatures):
 
     validation: str = ""
     """Labelled images to choose C by; empty sets a part of --train aside."""
-    validation_fraction: float = 0.2
+    validation_fraction: Annotated[float, Range(1e-6, 1 - 1e-6)] = 0.2
     """That part, of each class."""
-    c: float = 0.0
+    c: Annotated[float, Range(0)] = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
-    shots: tuple[int, ...] = ()
+    shots: Annotated[tuple[int, ...], Range(1)] = ()
     """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
     by up to 4 others of each class, and the fit is on the shots alone."""
-    draws: int = 3
-    """Few-shot: how often images are drawn anew for each number of shots."""
-    seed: int = 0
-    """Of the split and the draws."""
-    max_iterations: int = 1000
-    """Of each fit."""
+    draws: Count = 3
+    """Few-shot: how often images are drawn for each number of shots."""
+    seed: Seed = 0
+    """Seed of the split and the draws."""
+    max_iterations: Count = 1000
+    """Iterations of each fit, at most."""
     fit_precision: Literal["fp32", "fp64"] = "fp32"
     """Arithmetic of the fits."""
+
+    def data_sets(self) -> Sequence[str]:
+        return [self.train, self.data, *([self.validation] if self.validation else [])]
+
+    def check(self) -> None:
+        super().check()
+        if self.shots and self.validation and self.c:
+            raise ValueError(
+                f"--validation is to choose C by, and --c {self.c:g} fixes it: with --shots, "
+                "which are fitted alone, give one of the two"
+            )
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import linear_probe
+
+        linear_probe.run(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(FrozenFeatures):
     """Classification by the k nearest training images, weighted as DINO does; exact."""
 
-    k: tuple[int, ...] = (10, 20)
+    k: Annotated[tuple[int, ...], Range(1)] = (10, 20)
     """Numbers of neighbours, each reported; those beyond the training images are refused."""
-    temperature: float = 0.07
+    temperature: Annotated[float, Range(1e-12)] = 0.07
     """A neighbour's weight is exp(cosine / temperature)."""
+
+    def check(self) -> None:
+        super().check()
+        if not self.k:
+            raise ValueError("--k takes numbers of neighbours, at least one")
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import knn
+
+        knn.run(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finetune(EncodingEvaluation):
+class FinetuneRecipe:
+    """timm's recipe of fine-tuning."""
+
+    lr: Rate = 5e-4
+    """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
+    layer_decay: Annotated[float, Range(1e-6, 1)] = 0.75
+    """Factor of the learning rate from a layer to the one below; 1 trains all at the same rate."""
+    weight_decay: Annotated[float, Range(0, 100)] = 0.05
+    """Decoupled weight decay; none on 1-D parameters and those that timm's model spares."""
+    warmup_fraction: Part = 0.1
+    """Part of the steps during which the rate climbs from 0."""
+    label_smoothing: Part = 0.1
+    """Part of the target that is spread over all classes."""
+    mixup: Annotated[float, Range(0, 100)] = 0.2
+    """Alpha of mixup; 0 does none. Mixes within a rank's local batch."""
+    cutmix: Annotated[float, Range(0, 100)] = 0.0
+    """Alpha of CutMix; 0 does none."""
+    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.9998
+    """Decay of the average of the weights, climbing to it as 1 - step ** (-2/3); 0 keeps none."""
+    clip_norm: Annotated[float, Range(0, 1e9)] = 5.0
+    """Gradients are scaled down to this norm; 0 leaves them alone."""
+    seed: Seed = 0
+    """Seed of the order, the crops and mixup."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetune(FinetuneRecipe, TransferEvaluation):
     """Fine-tuning: the image encoder and a linear head trained on labels by timm's recipe.
 
     AdamW with a rate that decays with depth, warm-up and cosine, label smoothing, mixup, an average
@@ -136,53 +321,56 @@ class Finetune(EncodingEvaluation):
     and flips are those of the checkpoint's config.
     """
 
-    train: str
-    """Labelled images to train on, all of them; written as --data of zero-shot."""
-    data: str
-    """Labelled images to test on."""
     out: Path
     """Folder for the fine-tuned weights."""
     head: Literal["probe", "zero-shot", "fresh"] = "probe"
-    """What the head begins as: a linear probe, the zero-shot classifier, or zeros."""
-    epochs: float = 10.0
-    """Passes over the training images."""
-    train_batch_size: int = 128
+    """The head at the start: a linear probe, the zero-shot classifier, or zeros."""
+    epochs: Annotated[float, Range(1e-12)] = 10.0
+    """Epochs over the training images."""
+    train_batch_size: Count = 128
     """Images of one step over all ranks."""
-    lr: float = 5e-4
-    """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
-    layer_decay: float = 0.75
-    """1 trains all layers at the same rate."""
-    weight_decay: float = 0.05
-    """Decoupled; none on 1-D parameters and those that timm's model spares."""
-    warmup_fraction: float = 0.1
-    """Part of the steps during which the rate climbs from 0."""
-    label_smoothing: float = 0.1
-    """Part of the target that is spread over all classes."""
-    mixup: float = 0.2
-    """Alpha of mixup; 0 does none. Mixes within a rank's share of the batch."""
-    cutmix: float = 0.0
-    """Alpha of CutMix; 0 does none."""
-    ema_decay: float = 0.9998
-    """Of the average of the weights, climbing to it as 1 - step ** (-2/3); 0 keeps none."""
-    clip_norm: float = 5.0
-    """Gradients are scaled down to this norm; 0 leaves them alone."""
     augment: str | None = None
-    """What else is done to training images instead of the checkpoint's data.augment, such as
-    unicl; see docs/augmentation.md."""
-    seed: int = 0
-    """Of the order, the crops and mixup."""
-    metric: MetricChoice = "auto"
-    """What is reported first; auto as in zero-shot."""
-    figures: Path | None = None
-    """Also draw a confusion matrix into this folder."""
+    """Augmentation of training images instead of the checkpoint's data.augment, such as unicl; see
+    docs/augmentation.md."""
+
+    def check(self) -> None:
+        super().check()
+        if (self.out / "finetuned.json").exists():
+            raise ValueError(f"{self.out} holds a fine-tuned model: name another folder as --out")
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import finetune
+
+        finetune.run(self)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Detect(Evaluation):
+class DetectorRecipe:
+    """The detector and its 1x schedule."""
+
+    masks: bool = False
+    """Mask R-CNN and the metrics of masks too; else Faster R-CNN."""
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    """adamw (weight decay 0.05) as usual for Swin, or sgd (momentum 0.9, weight decay 1e-4) as
+    usual for ResNet."""
+    lr: Rate = 1e-4
+    """Peak learning rate; usual for a batch of 16: 1e-4 with adamw, 0.02 with sgd."""
+    warmup_steps: Annotated[int, Range(0)] = 500
+    """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
+    min_size: Count = 800
+    """The shorter side of an image is scaled to this, in pixels,"""
+    max_size: Count = 1333
+    """unless the longer one would be longer than this."""
+    boxes_per_image: Count = 512
+    """Proposals of an image that the heads are trained on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Detect(DetectorRecipe, Evaluation):
     """Transfer to detection: a detector trained over the image encoder, and COCO's metrics.
 
     torchvision's Faster R-CNN or Mask R-CNN over a feature pyramid of the encoder's maps, BatchNorm
-    frozen, by the 1x schedule. Annotations are of COCO's form (pip install
+    frozen, by the 1x schedule. Annotations are in COCO's format (pip install
     'unicl_fast[evaluation]').
     """
 
@@ -196,42 +384,40 @@ class Detect(Evaluation):
     """Folder of their images."""
     out: Path
     """Folder for the detector, its detections and its description."""
-    masks: bool = False
-    """Mask R-CNN and the metrics of masks too; else Faster R-CNN."""
-    epochs: float = 12.0
-    """Passes over the training images; 12 is the 1x schedule. The rate drops to a tenth after
+    epochs: Annotated[float, Range(1e-12)] = 12.0
+    """Epochs over the training images; 12 is the 1x schedule. The rate drops to a tenth after
     8/12 and 11/12 of them."""
-    train_batch_size: int = 16
+    train_batch_size: Count = 16
     """Images of one step over all ranks."""
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    """adamw (weight decay 0.05) as usual for Swin, or sgd (momentum 0.9, weight decay 1e-4) as
-    usual for ResNet."""
-    lr: float = 1e-4
-    """Peak learning rate; usual for a batch of 16: 1e-4 with adamw, 0.02 with sgd."""
-    warmup_steps: int = 500
-    """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
-    min_size: int = 800
-    """The shorter side of an image is scaled to this, in pixels,"""
-    max_size: int = 1333
-    """unless the longer one would be longer than this."""
-    boxes_per_image: int = 512
-    """Proposals of an image that the heads are trained on."""
-    workers: int = 2
+    workers: Annotated[int, Range(0)] = 2
     """Processes of each rank that decode images; 0 decodes in the rank itself."""
-    seed: int = 0
-    """Of the heads, the order, the flips and the proposals."""
+    seed: Seed = 0
+    """Seed of the heads, the order, the flips and the proposals."""
+
+    def check(self) -> None:
+        from unicl_fast.evaluation.coco import check_annotations, require_pycocotools
+
+        require_pycocotools()
+        super().check()
+        if self.max_size < self.min_size:
+            raise ValueError(
+                f"--max-size ({self.max_size}) must not be below --min-size ({self.min_size})"
+            )
+        check_annotations(self)
+        if (self.out / "detector.json").exists():
+            raise ValueError(f"{self.out} holds a detector: name another folder as --out")
+
+    def run(self) -> None:
+        from unicl_fast.evaluation import detection
+
+        detection.run(self)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Retrieval(EncodingEvaluation):
-    """Caption retrieval in both directions: recall at 1, 5 and 10, with intervals and chance.
-
-    All captions of an image count: it finds one if any of them is among the first k.
-    """
-
-    data: str
-    """Images with captions: a packed data set (a folder or a URL), or what else unicl-pack reads,
-    such as a list."""
-    figures: Path | None = None
-    """Also draw images over the captions they find, and captions over the images they find,
-    into this folder."""
+COMMANDS: dict[str, type[Evaluation]] = {
+    "zero-shot": ZeroShot,
+    "linear-probe": LinearProbe,
+    "knn": Knn,
+    "finetune": Finetune,
+    "detect": Detect,
+    "retrieval": Retrieval,
+}

@@ -1,4 +1,4 @@
-"""Zero-shot classification: an image's class is the one whose prompts it is most like.
+"""Zero-shot classification: an image's class is the one whose prompts it is most similar to.
 
 The classifier of a class is the mean of its normalised prompt embeddings, normalised again
 (Radford et al., arXiv 2103.00020, section 3.1.4).
@@ -7,22 +7,33 @@ The classifier of a class is the mean of its normalised prompt embeddings, norma
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from unicl_fast.batch import EvaluationLoader
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.classification import ClassificationResult, classify
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation.data import open_data, short_names
 from unicl_fast.evaluation.encode import (
+    ModelOnRanks,
     encode_images,
     encode_token_rows,
+    model_on_ranks,
     require_text_encoder,
 )
+from unicl_fast.evaluation.report import (
+    ClassificationResult,
+    classification_table,
+    draw_confusion,
+    write_results,
+)
+from unicl_fast.evaluation.requests import Metric, MetricChoice, ZeroShot
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.text.prompts import fill_template
+from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
 
 
@@ -55,47 +66,111 @@ def zero_shot_classifier(
     return F.normalize(each.mean(dim=1), dim=-1)
 
 
-@torch.no_grad()
-def zero_shot_accuracy(
-    model: UniCL,
-    loader: EvaluationLoader,
-    classifier: Float[Tensor, "k d"],
-    *,
-    labels_of: Callable[[int], Sequence[int]],
-    class_names: Sequence[str],
-    ranks: Ranks | None = None,
-    num_batches: int | None = None,
-    confusion: bool = False,
-) -> ClassificationResult:
-    """Classifies what the loader yields.
-
-    Args:
-        model: in evaluation mode.
-        loader: over all ranks, each sample once.
-        classifier: from `zero_shot_classifier`.
-        labels_of: labels of a sample of the data set; with several, any of them is right and the
-            first is the class it counts for. Samples without labels are left out and counted.
-        class_names: k names.
-        ranks: whose counts are added up.
-        num_batches: for the progress bar; None shows none.
-        confusion: also count which class is taken for which.
-
-    Raises:
-        ValueError: no sample has a label.
-        EvaluationStopped: it was asked to leave off, on all ranks.
-    """
+def scores_by(model: UniCL, classifier: Float[Tensor, "k d"]) -> Callable[[Tensor], Tensor]:
+    """A function from images uint8 [b h w c] to their scores [b k], for `classify`."""
 
     def scores_of(images: Tensor) -> Tensor:
         features = encode_images(model, images)
         return features @ classifier.to(features.dtype).T
 
-    return classify(
-        loader,
-        scores_of,
-        labels_of=labels_of,
+    return scores_of
+
+
+def evaluate_zero_shot(
+    on_ranks: ModelOnRanks,
+    dataset: PackedDataset,
+    *,
+    class_names: Sequence[str] = (),
+    templates: Sequence[str] = (),
+    rows_of_classes: NDArray[np.int64] | None = None,
+    confusion: bool = False,
+) -> ClassificationResult:
+    """Zero-shot accuracy on a packed data set, or that of a model trained by cross-entropy.
+
+    Args:
+        on_ranks: the model.
+        dataset: with labels.
+        class_names: instead of the data set's own, as many.
+        templates: instead of the data set's own.
+        rows_of_classes: for cross-entropy, which of the model's rows each class has [k].
+        confusion: also count which class is taken for which.
+
+    Raises:
+        ValueError: no classes, or no sample has a label.
+    """
+    model = on_ranks.model
+    class_names = tuple(class_names) or dataset.manifest.class_names
+    if not class_names:
+        raise ValueError(f"{dataset.folder} has no classes: zero-shot needs labelled images")
+    if rows_of_classes is not None and model.class_rows is not None:
+        classifier = model.class_rows.detach()[torch.from_numpy(rows_of_classes)]
+    else:
+        classifier = zero_shot_classifier(
+            model,
+            class_names=class_names,
+            templates=tuple(templates) or dataset.manifest.templates,
+            progress=on_ranks.progress,
+        )
+    return on_ranks.classify(
+        on_ranks.loader(dataset),
+        scores_by(model, classifier),
+        labels_of=lambda sample: dataset.labels_of(sample).tolist(),
         class_names=class_names,
-        ranks=ranks,
-        num_batches=num_batches,
-        confusion=confusion,
         what="zero-shot",
+        confusion=confusion,
     )
+
+
+def run(command: ZeroShot) -> None:
+    """Evaluates one data set after the other, each reported as soon as it is done."""
+    names = short_names(command.data)
+    class_names = command.for_each("class_names", default="own")
+    templates = command.for_each("templates", default="own")
+    metrics: list[MetricChoice] = command.for_each("metric", default="auto")
+    rows: list[tuple[str, Metric, ClassificationResult]] = []
+    values: list[dict[str, Any]] = []
+    with model_on_ranks(command) as on_ranks:
+        for number, (spec, name) in enumerate(zip(command.data, names, strict=True)):
+            with open_data(
+                spec,
+                ranks=on_ranks.ranks,
+                metric=metrics[number],
+                class_names=_unless_own(class_names[number]),
+                templates=_unless_own(templates[number]),
+                name=name,
+            ) as data:
+                result = evaluate_zero_shot(
+                    on_ranks,
+                    data.dataset,
+                    class_names=data.class_names,
+                    templates=data.templates,
+                    confusion=command.figures is not None,
+                )
+                num_quarantined = data.dataset.manifest.num_quarantined
+            rows.append((name, data.metric, result))
+            values.append(
+                {"data": spec, "metric": data.metric, "num_templates": len(data.templates)}
+                | result.to_json()
+                | {"num_quarantined": num_quarantined}
+            )
+            if not on_ranks.ranks.is_main:
+                continue
+            print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
+            if num_quarantined:
+                print(f"{num_quarantined} files were refused when packing; not counted above")
+            if command.figures is not None:
+                path = command.figures / f"confusion-{name}.png"
+                draw_confusion(result, data.class_names, path, title=f"{name}, zero-shot")
+        if not on_ranks.ranks.is_main:
+            return
+        table = classification_table(rows)
+        if len(rows) == 1:
+            write_results(command, values[0], table)
+            return
+        print(f"\n{table}")
+        mean = sum(result.value(metric) for _, metric, result in rows) / len(rows)
+        write_results(command, {"mean": mean, "data_sets": values}, table)
+
+
+def _unless_own(source: str) -> str:
+    return "" if source == "own" else source

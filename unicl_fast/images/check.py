@@ -3,11 +3,11 @@
 An image that is a plain 8-bit grey or RGB JPEG or PNG, the right way up and free of damage, keeps
 its bytes. Anything else that can be read is decoded here and encoded anew, so that the decoder of
 the training run meets no surprises. What cannot be read, or reads only with warnings, is refused
-with a `ImageError` that gives the reason. Where all are wanted in one format, plain ones of that
-format keep their bytes, and no others. `docs/data-format.md` lists the conversions. For a raw data
-set the same decoding gives pixels, and nothing is encoded (`image_encoding` does it otherwise).
+with an `ImageError` that gives the reason. Where all images shall have one format, only plain ones
+of that format keep their bytes. `docs/data-format.md` lists the conversions. For a raw data set the
+same decoding gives pixels, and nothing is encoded.
 
-Decoding for training is DALI's business; this module only decides what DALI is given.
+Decoding for training is DALI's work; this module only decides what DALI is given.
 """
 
 from __future__ import annotations
@@ -33,13 +33,12 @@ from unicl_fast.images.decode import (
     turn_upright,
 )
 from unicl_fast.images.encode import encode_jpeg, encode_png, encode_webp, image_of
-from unicl_fast.images.jpeg_header import JpegHeader, read_jpeg_header
-from unicl_fast.images.webp_header import is_webp, simple_webp
+from unicl_fast.images.headers import JpegHeader, is_webp, read_jpeg_header, simple_webp
 
 MAX_SCANS = 500
-"""A progressive JPEG with more scans is an attack on the decoder's time; cameras write about 10."""
+"""A progressive JPEG with more scans attacks the decoder's time; cameras write about 10."""
 MAX_PNG_EXTRA = 1_000_000
-"""Largest chunk beside pixels of a PNG that keeps its bytes; at run time 8 MB would be refused."""
+"""Bytes of the largest chunk without pixels that a kept PNG may have; DALI refuses 8 MB."""
 REENCODE_QUALITY = 95
 REENCODE_SUBSAMPLING = "444"
 RESIZE_QUALITY = 90
@@ -51,9 +50,8 @@ _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
 
 
 ImageFormat = Literal["keep", "jpeg", "webp", "png", "raw"]
-"""What becomes of a sound image: its bytes are kept (or encoded anew as JPEG where need be), it
-becomes a file of that format, or it is decoded for good."""
-
+"""The form of a sound image: its bytes are kept (or encoded anew as JPEG where needed), it becomes
+a file of that format, or it is stored decoded."""
 _KEPT: dict[ImageFormat | Literal["packed"], frozenset[str]] = {
     "keep": frozenset({"jpg", "png"}),
     "jpeg": frozenset({"jpg"}),
@@ -76,7 +74,7 @@ class CheckedImage:
     height: int
     width: int
     reencoded: bool
-    """Whether `data` is another file than came in."""
+    """Whether `data` differs from the file that was checked."""
 
 
 def check_image(
@@ -93,41 +91,51 @@ def check_image(
     Args:
         data: the contents of an image file.
         short_side: an image whose shorter side is longer than this many pixels is scaled down to
-            it and encoded anew; 0 leaves sizes alone. Nothing is enlarged by it.
-        square_side: an image that is no square of so many pixels is scaled, down or up, until its
-            shorter side has them, and cut at both ends of the longer one; 0 leaves sizes alone.
-        quality: 1 to 100, of images that become JPEG or WebP; with `format` keep, of those that
+            it and encoded anew; 0 leaves sizes alone. It enlarges nothing.
+        square_side: an image that is not a square of so many pixels is scaled, down or up, until
+            its shorter side has them, and cropped at both ends of the longer one; 0 leaves sizes
+            alone.
+        quality: 1 to 100, for images that become JPEG or WebP; with `format` keep, for those that
             are scaled.
-        max_pixels: an image with more is refused by what its header says, before it is decoded.
-        format: what is made of it; as packed, what a data set may hold keeps its bytes.
+        max_pixels: an image whose header names more is refused before it is decoded.
+        format: the form of the result; "packed" keeps the bytes of all that a data set may hold.
 
     Raises:
         ImageError: the image is damaged, not an image, too large, or of an unsupported kind.
     """
     if not data:
         raise ImageError("empty", "the file is empty")
-    target = _Target(short_side=short_side, square_side=square_side, quality=quality)
+    target = _Target(short_side=short_side, square_side=square_side)
     decoded = _decode(data, target, max_pixels=max_pixels, kept=_KEPT[format])
     if isinstance(decoded, CheckedImage):
         return decoded
-    is_scaled = target.needs_resize(*decoded.shape[:2])
     pixels = target.scaled(decoded)
+    height, width, _ = pixels.shape
     if format == "raw":
-        return _as_pixels(pixels)
-    if format == "webp":
-        return _file(encode_webp(pixels, quality=quality), "webp", pixels)
-    if format == "png":
-        return _file(encode_png(pixels), "png", pixels)
-    return _as_jpeg(pixels, quality=quality if is_scaled or format == "jpeg" else None)
+        data, extension = np.broadcast_to(pixels, (height, width, 3)).tobytes(), "raw"
+    elif format == "webp":
+        data, extension = encode_webp(pixels, quality=quality), "webp"
+    elif format == "png":
+        data, extension = encode_png(pixels), "png"
+    else:
+        if format == "jpeg" or pixels is not decoded:
+            data = encode_jpeg(pixels, quality=quality, subsampling=RESIZE_SUBSAMPLING)
+        else:  # nearly lossless, since nobody asked for another quality
+            data = encode_jpeg(pixels, quality=REENCODE_QUALITY, subsampling=REENCODE_SUBSAMPLING)
+        _check_jpeg_data(data)
+        extension = "jpg"
+    reencoded = format != "raw"
+    return CheckedImage(
+        data=data, extension=extension, height=height, width=width, reencoded=reencoded
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class _Target:
-    """How large an image becomes, and how a scaled one is encoded."""
+    """The size that an image is scaled to."""
 
     short_side: int
     square_side: int
-    quality: int
 
     def needs_resize(self, height: int, width: int) -> bool:
         if self.square_side:
@@ -135,17 +143,27 @@ class _Target:
         return 0 < self.short_side < min(height, width)
 
     def scaled(self, pixels: Pixels) -> Pixels:
-        if not self.needs_resize(*pixels.shape[:2]):
+        """Pixels of the target's size, by Pillow's bicubic filter with antialiasing."""
+        height, width, _ = pixels.shape
+        if not self.needs_resize(height, width):
             return pixels
-        if self.square_side:
-            return _cut_square(pixels, self.square_side)
-        return _scale_down(pixels, self.short_side)
+        edge = min(height, width)
+        if not self.square_side:
+            scale = self.short_side / edge
+            size = max(1, round(width * scale)), max(1, round(height * scale))
+            return _resample(pixels, size=size)
+        top, left = (height - edge) // 2, (width - edge) // 2
+        if edge == self.square_side:
+            return pixels[top : top + edge, left : left + edge]
+        # only the square is made, since an image of one row of pixels would become millions of them
+        size = self.square_side, self.square_side
+        return _resample(pixels, size=size, box=(left, top, left + edge, top + edge))
 
 
 def _decode(
     data: bytes, target: _Target, *, max_pixels: int, kept: frozenset[str]
 ) -> CheckedImage | Pixels:
-    """Decodes an image strictly; one that may keep its bytes comes back as it is."""
+    """Decodes an image strictly; one that may keep its bytes is returned as it is."""
     if data.startswith(_JPEG_SIGNATURE):
         return _decode_any_jpeg(data, target, max_pixels=max_pixels, keep="jpg" in kept)
     with pillow_limits(max_pixels):
@@ -212,6 +230,7 @@ def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | P
         raise pillow_error(error) from error
     image = open_image(data)
     pixels = pixels_of(image)
+    width, height = image.size
     bit_depth, colour_type = data[24], data[25]
     if (
         keep
@@ -221,11 +240,9 @@ def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | P
         and not getattr(image, "is_animated", False)
         and orientation_of(image) == 1
         and _largest_extra(data) <= MAX_PNG_EXTRA
-        and not target.needs_resize(image.height, image.width)
+        and not target.needs_resize(height, width)
     ):
-        return CheckedImage(
-            data=data, extension="png", height=image.height, width=image.width, reencoded=False
-        )
+        return CheckedImage(data=data, extension="png", height=height, width=width, reencoded=False)
     return pixels
 
 
@@ -241,7 +258,7 @@ def _largest_extra(png: bytes) -> int:
 
 
 def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | Pixels:
-    """Decodes a WebP; libwebp refuses what is cut, and has no checksums for what is changed."""
+    """Decodes a WebP; libwebp refuses a file that is cut, but cannot notice changed bytes."""
     image = open_image(data)
     pixels = pixels_of(image)
     simple = simple_webp(data) if keep else None
@@ -261,53 +278,9 @@ def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | 
     )
 
 
-def _as_jpeg(pixels: Pixels, *, quality: int | None) -> CheckedImage:
-    """A plain JPEG, checked like any other; without a quality, nearly what the pixels were."""
-    if quality is None:
-        data = encode_jpeg(pixels, quality=REENCODE_QUALITY, subsampling=REENCODE_SUBSAMPLING)
-    else:
-        data = encode_jpeg(pixels, quality=quality, subsampling=RESIZE_SUBSAMPLING)
-    _check_jpeg_data(data)
-    return _file(data, "jpg", pixels)
-
-
-def _file(data: bytes, extension: str, pixels: Pixels) -> CheckedImage:
-    height, width, _ = pixels.shape
-    return CheckedImage(data=data, extension=extension, height=height, width=width, reencoded=True)
-
-
-def _as_pixels(pixels: Pixels) -> CheckedImage:
-    """The pixels themselves, grey ones as RGB."""
-    height, width, _ = pixels.shape
-    rgb = np.broadcast_to(pixels, (height, width, 3))
-    return CheckedImage(
-        data=rgb.tobytes(), extension="raw", height=height, width=width, reencoded=False
-    )
-
-
-def _scale_down(pixels: Pixels, short_side: int) -> Pixels:
-    """Bicubic with antialiasing, the shorter side becoming `short_side`."""
-    height, width, _ = pixels.shape
-    scale = short_side / min(height, width)
-    return _resample(pixels, size=(max(1, round(width * scale)), max(1, round(height * scale))))
-
-
-def _cut_square(pixels: Pixels, side: int) -> Pixels:
-    """The central square, scaled down or up to `side`: bicubic, antialiased.
-
-    Only the square is made, since an image of one row of pixels would become millions of them.
-    """
-    height, width, _ = pixels.shape
-    edge = min(height, width)
-    top, left = (height - edge) // 2, (width - edge) // 2
-    if edge == side:
-        return pixels[top : top + edge, left : left + edge]
-    return _resample(pixels, size=(side, side), box=(left, top, left + edge, top + edge))
-
-
 def _resample(
     pixels: Pixels, *, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
 ) -> Pixels:
-    """Pillow's bicubic filter, of the whole image or a box (left, top, right, bottom) of it."""
+    """Resizes the image, or a box (left, top, right, bottom) of it."""
     scaled = np.asarray(image_of(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
     return scaled if scaled.ndim == 3 else scaled[..., None]

@@ -1,8 +1,8 @@
-"""Decodes images with Pillow: of any format, to 8-bit grey or RGB, the right way up.
+"""Decodes images of any format with Pillow to 8-bit grey or RGB, the right way up.
 
-Formats are those with a signature and without a program behind them; sizes are checked whenever one
-becomes known, so that no header makes Pillow take more memory than the limit on pixels allows. What
-`images` does with the result, and which images never come here, is its own business.
+Only formats with a signature that start no other program are decoded; sizes are checked whenever
+one becomes known, so that no header makes Pillow take more memory than the limit on pixels allows.
+Which images are decoded here, and what becomes of them, `check` decides.
 """
 
 from __future__ import annotations
@@ -25,17 +25,15 @@ PILLOW_FORMATS = (
     "JPEG", "PNG", "GIF", "WEBP", "AVIF", "JPEG2000", "BMP", "TIFF", "PPM", "ICO", "PCX", "SGI",
     "PSD", "QOI", "XVThumb",
 )  # fmt: skip
-"""What Pillow may be asked to open: no format that starts another program (EPS), and none without
-a signature (TGA), which would take any file for an image."""
-
-
+"""Formats that Pillow may open: none that starts another program (EPS), and none without a
+signature (TGA), which would take any file for an image."""
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 
 Pixels = npt.NDArray[np.uint8]
 
 
 class ImageError(ValueError):
-    """Why an image was refused: a short `kind` to count by, and a sentence."""
+    """An image was refused: `kind` is a word to count by, the message says why."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)
@@ -46,7 +44,7 @@ class ImageError(ValueError):
 def pillow_limits(max_pixels: int) -> Iterator[None]:
     """Makes Pillow's own check of sizes raise above `max_pixels`, and silences its other warnings.
 
-    Pillow checks wherever a size becomes known, also late: an icon of 16 x 16 by its directory may
+    Pillow checks wherever a size becomes known, also late: an icon whose directory says 16 x 16 may
     hold a PNG of any size, and the first frame of a GIF may be larger than its screen.
     """
     before = Image.MAX_IMAGE_PIXELS
@@ -90,7 +88,7 @@ def pixels_of(image: Image.Image) -> Pixels:
 def pillow_error(error: Exception) -> ImageError:
     """Pillow's plugins raise whatever their parsing stumbles over, from OSError to IndexError."""
     if isinstance(error, (Image.DecompressionBombError, Image.DecompressionBombWarning)):
-        size = str(error).split(" exceeds")[0]  # the limit it goes on to name may be twice ours
+        size = str(error).split(" exceeds")[0]  # the limit named after it may be twice ours
         return ImageError("too large", f"{size}; at most {Image.MAX_IMAGE_PIXELS:,} are taken")
     if isinstance(error, MemoryError):
         return ImageError("too large", "Pillow: not enough memory")
@@ -127,7 +125,7 @@ def orientation_of(image: Image.Image) -> int:
 
 
 def turn_upright(pixels: Pixels, orientation: int) -> Pixels:
-    """Applies the Exif orientation: 2, 4 mirror; 3, 6, 8 turn; 5, 7 do both."""
+    """Applies the Exif orientation: 2, 4 flip; 3, 6, 8 rotate; 5, 7 do both."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):

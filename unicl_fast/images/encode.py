@@ -1,8 +1,8 @@
 """Encodes pixels as files by Pillow: JPEG (libjpeg-turbo), WebP (libwebp) and PNG.
 
 The same pixels give the same bytes, with no time, no profile and no text in them, and in the
-simplest form of each format, which every decoder reads alike. Which image is encoded, and how
-well, is for `images` to decide.
+simplest form of each format, which every decoder reads alike. Which image is encoded, and at which
+quality, `check` decides.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from PIL import Image
 from unicl_fast.images.decode import ImageError, Pixels
 
 _SMALLEST_CUT = 128
-"""Pixels of the shorter side."""
+"""Pixels of the shorter side from which on restart markers are written."""
 _STRETCHES_A_ROW = 8
 _SHORTEST_STRETCH = 32
-"""Pixels. A marker costs bytes and the prediction of colour: 2 to 3 % of photographs in 4:2:0, 4 in
-4:4:4; stretches of half as many pixels cost twice that."""
+"""Pixels between markers. A marker costs bytes and the prediction of colour: 2 to 3 % of a
+photograph in 4:2:0, 4 % in 4:4:4; stretches of half as many pixels cost twice that."""
 MAX_WEBP_SIDE = 16_383
 """WebP keeps a side in 14 bits."""
 WEBP_METHOD = 4
@@ -51,15 +51,15 @@ def encode_jpeg(pixels: Pixels, *, quality: int, subsampling: str) -> bytes:
 def restart_interval(height: int, width: int, *, block_width: int) -> int:
     """Blocks between restart markers; 0 sets none.
 
-    They are where the loader cuts a file down to a window's part (`pipelines.jpeg_windows`), so
+    The loader cuts a file down to a window's part at them (`pipelines/kernels/jpeg_windows.py`), so
     each row must begin with one: the interval divides the blocks of a row. It is the divisor that
     comes nearest to eight stretches a row without being short, which for a prime number of blocks
-    is one stretch. In a small image they would be many for what they save.
+    is one stretch. In a small image markers would cost more than they save.
 
     Args:
         height: in pixels.
         width: in pixels.
-        block_width: of what is coded together, in pixels: 16 where chroma is halved, else 8.
+        block_width: pixels that are coded together: 16 where chroma is halved, else 8.
     """
     if min(height, width) < _SMALLEST_CUT:
         return 0

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from unicl_fast.system.kernels import kernel
-from unicl_fast.text._row_kernels import (
+from unicl_fast.text.token_rows import (
     Int64Array,
     UInt16Array,
     UInt64Array,

@@ -16,8 +16,14 @@ from unicl_fast.objectives._target_kernels import (
     CAPTION_KEYS_START as CAPTION_KEYS_START,
 )
 from unicl_fast.objectives._target_kernels import group_steps, group_texts
-from unicl_fast.text._row_kernels import Int64Array, UInt16Array, position_factors, row_lengths
-from unicl_fast.text.joined_classes import merge_classes, replace_classes
+from unicl_fast.text.token_rows import (
+    Int64Array,
+    UInt16Array,
+    merge_classes,
+    position_factors,
+    replace_classes,
+    row_lengths,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)

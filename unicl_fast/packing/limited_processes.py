@@ -1,8 +1,9 @@
-"""What processes that read other people's files have in common: limits, and how they end.
+"""Processes that read other people's files, under limits that the kernel holds.
 
-Readers written in C can crash or ask for all memory there is. In a process of their own, under a
-ceiling on memory that the kernel holds, this costs the file and nothing else. Images are checked
-by `image_worker`; `run_limited` is for whole files, one at a time.
+Readers written in C can crash or ask for all memory there is. In a process of its own this costs
+the file and nothing else. `run_limited` is for whole files, one at a time; images are checked by
+`build.worker`, which has the same `LimitedProcess`. concurrent.futures is not used: it calls a pool
+broken when a worker dies, and tells neither its exit code nor the task it died of.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _children_lock = threading.Lock()
 
 
 class LimitedProcess:
-    """This program's end of a process that may die of what it reads."""
+    """The main process's end of a process that may die of what it reads."""
 
     def __init__(self, serve: Callable[..., None], *arguments: Any) -> None:
         """Starts `serve(connection, *arguments)` in a process, and waits until it calls `enter`.
@@ -55,11 +56,11 @@ class LimitedProcess:
             ) from error
 
     def kill(self) -> None:
-        """Ends the process at once; whoever waits for its answer gets an `EOFError`."""
+        """Ends the process at once; a thread that waits for its answer gets an `EOFError`."""
         self._process.kill()
 
     def reap(self) -> int:
-        """Collects what is left of the process once it has ended; its exit code."""
+        """Waits for the end of the process; returns its exit code."""
         self.connection.close()
         with _children_lock:
             self._process.join()
@@ -67,11 +68,11 @@ class LimitedProcess:
 
 
 def enter(connection: Connection, memory_bytes: int) -> None:
-    """What a process does first: it puts itself under the limits, and says that it is ready.
+    """Puts this process under the limits, and reports that it is ready; to be called first.
 
     Args:
         connection: to the main process.
-        memory_bytes: what it may take beyond what it has.
+        memory_bytes: limit beyond the memory that the process has.
 
     Raises:
         OSError: the main process is gone.
@@ -83,7 +84,7 @@ def enter(connection: Connection, memory_bytes: int) -> None:
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Lets this process take `num_bytes` more than it has; an allocation beyond that fails.
+    """Limits this process to `num_bytes` more than it has; an allocation beyond that fails.
 
     RLIMIT_DATA counts private writable memory (since Linux 4.7), not files and not the address
     space that allocators merely reserve.
@@ -96,17 +97,23 @@ def _limit_memory(num_bytes: int) -> None:
 
 
 def _silence_complaints() -> None:
-    """Libraries in C, libtiff above all, print complaints of their own.
+    """Discards what libraries in C, libtiff above all, print: it would tear the progress bar.
 
-    These would tear the progress bar. What matters of them comes back as the reason in
-    quarantine.csv.
+    What matters of it comes back as the reason in quarantine.csv.
     """
     with contextlib.suppress(OSError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
 
 
 def describe_death(code: int, *, too_large: str) -> Problem:
-    """A process's end that was not the main one's wish; `too_large` says what its limit means."""
+    """Describes the end of a process that the main one did not want.
+
+    Args:
+        code: its exit code.
+        too_large: says what it means that memory ran out.
+    """
+    if code == -signal.SIGVTALRM:
+        return Problem(kind="too slow", message="reading it takes too much CPU time")
     if code == OUT_OF_MEMORY:
         return Problem(kind="too large", message=too_large)
     if code == -signal.SIGKILL:
@@ -123,14 +130,15 @@ def _signal_name(number: int) -> str:
 
 
 def run_limited(
-    function: Callable[[T], R], tasks: Sequence[T], *, memory_bytes: int
+    function: Callable[[T], R], tasks: Sequence[T], *, memory_bytes: int, seconds: float = 0
 ) -> Iterator[R | Problem]:
-    """Calls a function with each task, in a process that may take so much memory.
+    """Calls a function with each task, in a process that may take so much memory and time.
 
     Args:
-        function: of a module's top level; what it raises is raised here.
+        function: of a module's top level; a ValueError, OSError or RuntimeError is raised here.
         tasks: can be sent to a process.
-        memory_bytes: beyond what the process has at its start.
+        memory_bytes: limit beyond the memory that the process has at its start.
+        seconds: limit of CPU time for a task; 0 sets none.
 
     Yields:
         What the function returns, or how the process ended at that task; the next task then gets a
@@ -141,35 +149,32 @@ def run_limited(
     """
     left = list(tasks)
     while left:
-        process = LimitedProcess(_serve, function, memory_bytes)
+        process = LimitedProcess(_serve, function, memory_bytes, seconds)
         try:
             while left:
-                result = _call(process, left.pop(0), memory_bytes)
-                yield result
-                if isinstance(result, Problem):
+                try:
+                    process.connection.send(left.pop(0))
+                    failed, result = process.connection.recv()
+                except (EOFError, OSError):
+                    limit = f"reading it takes more than {memory_bytes / 1e9:.1f} GB of memory"
+                    yield describe_death(process.reap(), too_large=limit)
                     break
+                if failed:
+                    raise result
+                yield result
         finally:
             process.kill()
             process.reap()
 
 
-def _call(process: LimitedProcess, task: Any, memory_bytes: int) -> Any:
-    try:
-        process.connection.send(task)
-        failed, result = process.connection.recv()
-    except (EOFError, OSError):
-        limit = f"reading it takes more than {memory_bytes / 1e9:.1f} GB of memory"
-        return describe_death(process.reap(), too_large=limit)
-    if failed:
-        raise result
-    return result
-
-
-def _serve(connection: Connection, function: Callable[[Any], Any], memory_bytes: int) -> None:
+def _serve(
+    connection: Connection, function: Callable[[Any], Any], memory_bytes: int, seconds: float
+) -> None:
     enter(connection, memory_bytes)
     with contextlib.suppress(EOFError, OSError):  # the main process is done, or gone
         while True:
             task = connection.recv()
+            signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # its signal ends the process
             try:
                 answer = (False, function(task))
             except MemoryError:

@@ -1,4 +1,4 @@
-"""Several packed data sets -> one: `unicl-pack merge` as a function.
+"""Joins several packed data sets into one: `unicl-pack merge` as a function.
 
 Nothing is decoded or encoded: images and tokens are copied, shuffled anew over all inputs by the
 seed as a build does, labels get the numbers of the joined classes. So raw data sets, whose images
@@ -14,8 +14,10 @@ import dataclasses
 import os
 import time
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -25,12 +27,8 @@ import xxhash
 from tqdm import tqdm
 
 import unicl_fast
-from unicl_fast.dataset.reader import (
-    QUARANTINE_NAME,
-    DamagedSampleError,
-    PackedDataset,
-    sample_key,
-)
+from unicl_fast.dataset.errors import DamagedSampleError
+from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset, sample_key
 from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.dataset.stored_samples import (
     Description,
@@ -44,26 +42,26 @@ from unicl_fast.dataset.writer import (
     PackedSample,
     require_free,
 )
-from unicl_fast.packing.build.join_classes import join_classes, join_templates
-from unicl_fast.packing.build.sample_order import shuffled_order
-from unicl_fast.packing.leave_out import LeaveOut
+from unicl_fast.packing.class_names import join_classes, join_templates
 from unicl_fast.packing.quarantine import (
     DUPLICATE,
+    LeaveOut,
     LeftOut,
     duplicate_message,
     read_left_out,
 )
+from unicl_fast.packing.samples import shuffled_order
 from unicl_fast.packing.sources.items import join_texts
 from unicl_fast.system.checksums import compare_checksum, file_checksum, read_checksums
 from unicl_fast.text.tokenizer import Tokenizer
 
-_DAMAGED, _LEFT_OUT = "damaged", "left out"
+_DAMAGED, _UNWANTED = "damaged", "left out"
 _DAMAGED_SHOWN = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class MergeSummary:
-    """What a merge did."""
+    """The outcome of a merge, in numbers."""
 
     out: Path
     num_samples: int
@@ -75,7 +73,7 @@ class MergeSummary:
     num_left_out: int
     """Samples that the list of --leave-out named."""
     num_joined: int
-    """Samples that went into others with the same image."""
+    """Samples that were joined into others with the same image."""
     damaged: tuple[str, ...]
     """The first few samples that were left out because they are damaged, each with its reason."""
     num_damaged: int
@@ -95,7 +93,7 @@ def merge_datasets(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: bool = True,
 ) -> MergeSummary:
-    """Writes one data set with the samples of all `folders`; `merge_command.Merge` explains.
+    """Writes one data set with the samples of all `folders`; `tools.pack.merge.Merge` explains.
 
     Raises:
         FileNotFoundError: an input is no data set, or lacks a file.
@@ -110,58 +108,33 @@ def merge_datasets(
     _refuse_urls(folders, out)
     require_free(Path(out))
     unwanted = LeaveOut(leave_out)
-    tally = _Tally()
     with contextlib.ExitStack() as stack:
         inputs = _open_inputs(folders, stack)
-        names, label_maps = join_classes([one.dataset.manifest.class_names for one in inputs])
         manifests = {str(one.dataset.folder): one.dataset.manifest for one in inputs}
+        names, label_maps = join_classes([one.class_names for one in manifests.values()])
         template_list = join_templates(manifests, templates)
         context_length = max(manifest.context_length for manifest in manifests.values())
         for one, labels in zip(inputs, label_maps, strict=True):
             one.prepare(labels, context_length=context_length, progress=progress)
-        images: Literal["encoded", "raw"] = (
-            "encoded" if inputs[0].dataset.image_shape is None else "raw"
+        is_raw = inputs[0].dataset.image_shape is not None
+        writer = stack.enter_context(
+            DatasetWriter(out, shard_bytes=shard_bytes, images="raw" if is_raw else "encoded")
         )
-        writer = stack.enter_context(DatasetWriter(out, shard_bytes=shard_bytes, images=images))
-        for one in inputs:
-            for row in one.left_out():
-                writer.quarantine(
-                    source=row.source, name=row.name, kind=row.kind, message=row.message
-                )
         samples = _Samples(inputs, unwanted=unwanted, join=duplicates == "join")
-        for number in tqdm(
-            shuffled_order(len(samples), seed=seed),
-            desc="merging",
-            unit=" images",
-            disable=not progress,
-            smoothing=0.1,
-        ):
-            copied = samples.copy(int(number))
-            if isinstance(copied, PackedSample):
-                writer.add(copied)
-            elif copied.kind == _LEFT_OUT:
-                unwanted.take(copied.source, copied.name)
-                tally.num_left_out += 1
-            else:
-                writer.quarantine(
-                    source=copied.source,
-                    name=copied.name,
-                    kind=copied.kind,
-                    message=copied.message,
-                )
-                tally.note(copied)
+        counts, damaged = _copy_all(inputs, samples, writer, unwanted, seed=seed, progress=progress)
         if writer.num_samples == 0:
             raise ValueError(
-                f"nothing was left to copy: {tally.num_damaged} samples are damaged, "
-                f"{tally.num_left_out} were to be left out"
+                f"nothing was left to copy: {counts[_DAMAGED]} samples are damaged, "
+                f"{counts[_UNWANTED]} were to be left out"
             )
+        first = inputs[0].dataset.manifest
         manifest = writer.finish(
-            tokenizer=inputs[0].dataset.manifest.tokenizer,
-            vocabulary_hash=inputs[0].dataset.manifest.vocabulary_hash,
+            tokenizer=first.tokenizer,
+            vocabulary_hash=first.vocabulary_hash,
             context_length=context_length,
             class_names=names,
             templates=template_list,
-            source=[place for one in inputs for place in one.dataset.manifest.source],
+            source=[source for one in manifests.values() for source in one.source],
             seed=seed,
             tool_version=unicl_fast.__version__,
         )
@@ -172,21 +145,51 @@ def merge_datasets(
         num_labels=manifest.num_labels,
         num_quarantined=manifest.num_quarantined,
         class_names=manifest.class_names,
-        num_left_out=tally.num_left_out,
-        num_joined=tally.num_joined,
-        damaged=tuple(tally.damaged),
-        num_damaged=tally.num_damaged,
-        num_bytes=writer.num_bytes,
+        num_left_out=counts[_UNWANTED],
+        num_joined=counts[DUPLICATE],
+        damaged=tuple(damaged),
+        num_damaged=counts[_DAMAGED],
+        num_bytes=manifest.num_bytes,
         seconds=time.perf_counter() - started,
     )
 
 
-def _refuse_urls(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
-    """A merge reads every input in shuffled order, and writes what it cannot take up again.
+def _copy_all(
+    inputs: Sequence[_Input],
+    samples: _Samples,
+    writer: DatasetWriter,
+    unwanted: LeaveOut,
+    *,
+    seed: int,
+    progress: bool,
+) -> tuple[Counter[str], list[str]]:
+    """Writes all samples in the new order, and lists of them and of the inputs what was left out.
 
-    Raises:
-        ValueError: says how to do it with folders.
+    Returns:
+        How many samples were left out, by kind, and the first few damaged ones in words.
     """
+    counts: Counter[str] = Counter()
+    damaged: list[str] = []
+    for row in (row for one in inputs for row in one.left_out()):
+        writer.quarantine(**dataclasses.asdict(row))
+    order = shuffled_order(len(samples), seed=seed)
+    for number in tqdm(order, desc="merging", unit=" images", disable=not progress, smoothing=0.1):
+        copied = samples.copy(int(number))
+        if isinstance(copied, PackedSample):
+            writer.add(copied)
+            continue
+        counts[copied.kind] += 1
+        if copied.kind == _UNWANTED:
+            unwanted.take(copied.source, copied.name)
+            continue
+        writer.quarantine(**dataclasses.asdict(copied))
+        if copied.kind == _DAMAGED and len(damaged) < _DAMAGED_SHOWN:
+            damaged.append(copied.message)
+    return counts, damaged
+
+
+def _refuse_urls(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLike[str]) -> None:
+    """Refuses URLs: a merge reads its inputs in shuffled order, and cannot resume."""
     for folder in filter(is_url, folders):
         raise ValueError(
             f"{folder} is a URL, and merge reads folders: copy the data set into a folder with the "
@@ -204,13 +207,13 @@ def _open_inputs(
     folders: Sequence[str | os.PathLike[str]], stack: contextlib.ExitStack
 ) -> list[_Input]:
     """Opens all inputs, and refuses those that cannot become one."""
-    places: dict[Path, str] = {}
+    named: dict[Path, str] = {}
     inputs: list[_Input] = []
     for folder in folders:
-        place = Path(folder).resolve()
-        if place in places:
-            raise ValueError(f"{folder} is {places[place]} once more; name each data set once")
-        places[place] = str(folder)
+        path = Path(folder).resolve()
+        if path in named:
+            raise ValueError(f"{folder} is {named[path]} once more; name each data set once")
+        named[path] = str(folder)
         one = _Input(stack.enter_context(PackedDataset(folder)))
         stack.callback(one.close)
         inputs.append(one)
@@ -249,61 +252,32 @@ def _require_equal_images(first: PackedDataset, other: PackedDataset) -> None:
     )
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _NotCopied:
-    """Why a sample is not in the new data set."""
-
-    source: str
-    name: str
-    kind: str
-    message: str = ""
-
-
-class _Tally:
-    """Counts what was not copied."""
-
-    def __init__(self) -> None:
-        self.num_left_out = self.num_joined = self.num_damaged = 0
-        self.damaged: list[str] = []
-
-    def note(self, sample: _NotCopied) -> None:
-        self.num_joined += sample.kind == DUPLICATE
-        if sample.kind == _DAMAGED:
-            self.num_damaged += 1
-            if len(self.damaged) < _DAMAGED_SHOWN:
-                self.damaged.append(sample.message)
-
-
 class _Samples:
     """The samples of all inputs, numbered through."""
 
     def __init__(self, inputs: Sequence[_Input], *, unwanted: LeaveOut, join: bool) -> None:
         self._inputs = inputs
         self._unwanted = unwanted
-        self._starts = [0]
-        for one in inputs:
-            self._starts.append(self._starts[-1] + len(one.dataset))
-        self._equal = self._find_equal() if join else {}
+        self._starts = [0, *accumulate(len(one.dataset) for one in inputs)]
+        self._equal: dict[int, list[int]] = {}
         """For each sample whose image others have too: all of them, in one list."""
         self._written: dict[int, str] = {}
         """For each of them whose texts have been written, the sample that has them."""
+        for group in equal_images([one.dataset for one in inputs]) if join else ():
+            numbers = group.tolist()
+            self._equal |= dict.fromkeys(numbers, numbers)
 
     def __len__(self) -> int:
         return self._starts[-1]
 
-    def copy(self, number: int) -> PackedSample | _NotCopied:
+    def copy(self, number: int) -> PackedSample | LeftOut:
         """A sample as it is to be written, with what others with the same image add to it."""
         copied = self._copy(number)
         equal = self._equal.get(number)
-        if equal is None or isinstance(copied, _NotCopied):
+        if equal is None or isinstance(copied, LeftOut):
             return copied
         if number in self._written:
-            return _NotCopied(
-                source=copied.source,
-                name=copied.name,
-                kind=DUPLICATE,
-                message=self._written[number],
-            )
+            return LeftOut(copied.source, copied.name, DUPLICATE, message=self._written[number])
         self._written[number] = message = duplicate_message(copied.source, copied.name)
         tokens = dict(zip(copied.captions, copied.tokens, strict=True))
         captions, labels = list(tokens), list(dict.fromkeys(copied.labels))
@@ -324,20 +298,12 @@ class _Samples:
             labels=labels,
         )
 
-    def _copy(self, number: int) -> PackedSample | _NotCopied:
+    def _copy(self, number: int) -> PackedSample | LeftOut:
         which = bisect_right(self._starts, number) - 1
         copied = self._inputs[which].copy(number - self._starts[which])
         if self._unwanted.names(copied.source, copied.name):
-            return _NotCopied(source=copied.source, name=copied.name, kind=_LEFT_OUT)
+            return LeftOut(copied.source, copied.name, _UNWANTED, message="")
         return copied
-
-    def _find_equal(self) -> dict[int, list[int]]:
-        """Samples with the same image."""
-        equal: dict[int, list[int]] = {}
-        for group in equal_images([one.dataset for one in self._inputs]):
-            numbers = group.tolist()
-            equal |= dict.fromkeys(numbers, numbers)
-        return equal
 
 
 class _Input:
@@ -349,9 +315,9 @@ class _Input:
         self._labels: npt.NDArray[np.int64] = np.empty(0, np.int64)
         self._changed_shards: set[int] = set()
         self._old_tokenizer: Tokenizer | None = None
-        """Where texts must be compared with their tokens."""
+        """Tokenises texts that must be compared with their tokens."""
         self._new_tokenizer: Tokenizer | None = None
-        """Where captions were cut shorter than they will be."""
+        """Tokenises captions that were cut shorter than they will be."""
 
     def prepare(
         self, labels: npt.NDArray[np.int64], *, context_length: int, progress: bool
@@ -382,37 +348,28 @@ class _Input:
             self._new_tokenizer = Tokenizer(context_length)
 
     def left_out(self) -> Iterator[LeftOut]:
-        """What was left out when this data set was packed."""
+        """The samples that were left out when this data set was packed."""
         path = self.dataset.folder / QUARANTINE_NAME
         checksums = read_checksums(self.dataset.folder)
         if checksums is not None and path.is_file():
             compare_checksum(path, file_checksum(path), checksums)
         return read_left_out(path)
 
-    def copy(self, index: int) -> PackedSample | _NotCopied:
+    def copy(self, index: int) -> PackedSample | LeftOut:
         """A sample as it is written into the new data set, or what is wrong with it."""
         try:
             sample = self._reader.read(index)
             image = self._image_of(index, sample)
         except DamagedSampleError as error:
-            return _NotCopied(
-                kind=_DAMAGED,
-                source=str(self.dataset.folder),
-                name=sample_key(index),
-                message=str(error),
-            )
+            folder = str(self.dataset.folder)
+            return LeftOut(folder, sample_key(index), _DAMAGED, message=str(error))
         tokens = [
             self.dataset.caption_tokens(index, which)
             for which in range(int(self.dataset.samples[index]["captions_count"]))
         ]
-        fault = self._fault_of(index, sample, image, tokens)
-        if fault:
-            return _NotCopied(
-                kind=_DAMAGED,
-                source=sample.description.source,
-                name=sample.description.name,
-                message=fault,
-            )
+        text = sample.description
+        if fault := self._fault_of(index, text, image, tokens):
+            return LeftOut(text.source, text.name, _DAMAGED, message=fault)
         row = self.dataset.samples[index]
         return PackedSample(
             image=image,
@@ -420,11 +377,11 @@ class _Input:
             height=int(row["height"]),
             width=int(row["width"]),
             xxh3=int(row["xxh3"]),
-            captions=sample.description.captions,
-            tokens=self._lengthen(sample, tokens),
+            captions=text.captions,
+            tokens=self._lengthen(text.captions, tokens),
             labels=self._labels[self.dataset.labels_of(index)].tolist(),
-            source=sample.description.source,
-            name=sample.description.name,
+            source=text.source,
+            name=text.name,
         )
 
     def close(self) -> None:
@@ -437,39 +394,28 @@ class _Input:
         return self.dataset.pixels_of(self.dataset.image_bytes(index)).tobytes()
 
     def _fault_of(
-        self,
-        index: int,
-        sample: StoredSample,
-        image: bytes,
-        tokens: Sequence[npt.NDArray[np.uint16]],
+        self, index: int, text: Description, image: bytes, tokens: Sequence[npt.NDArray[np.uint16]]
     ) -> str:
         """Why a sample is not what was packed; empty if it is."""
-        if xxhash.xxh3_64_intdigest(image) != int(self.dataset.samples[index]["xxh3"]):
+        row = self.dataset.samples[index]
+        if xxhash.xxh3_64_intdigest(image) != int(row["xxh3"]):
             return (
                 f"{self.dataset.describe(index)}: the image's bytes are not those that were "
                 "packed (checksum)"
             )
-        text = self._fault_of_text(index, sample.description, tokens)
-        return f"{self.dataset.describe(index, 'members')}: {text}" if text else ""
-
-    def _fault_of_text(
-        self, index: int, description: Description, tokens: Sequence[npt.NDArray[np.uint16]]
-    ) -> str:
-        if description.labels != tuple(self.dataset.labels_of(index).tolist()):
-            return "its JSON has other labels than labels.npy"
-        if len(description.captions) != len(tokens):
-            return f"{len(description.captions)} captions in its JSON, {len(tokens)} in the arrays"
-        shard = int(self.dataset.samples[index]["shard"])
-        if self._old_tokenizer is not None and shard in self._changed_shards:
-            again = self._old_tokenizer.encode(description.captions)
-            if any(
-                ids.tolist() != stored.tolist() for ids, stored in zip(again, tokens, strict=True)
-            ):
-                return "its captions are not those that were packed (tokens)"
-        return ""
+        fault = ""
+        if text.labels != tuple(self.dataset.labels_of(index).tolist()):
+            fault = "its JSON has other labels than labels.npy"
+        elif len(text.captions) != len(tokens):
+            fault = f"{len(text.captions)} captions in its JSON, {len(tokens)} in the arrays"
+        elif self._old_tokenizer is not None and int(row["shard"]) in self._changed_shards:
+            again = self._old_tokenizer.encode(text.captions)
+            if not all(map(np.array_equal, again, tokens)):
+                fault = "its captions are not those that were packed (tokens)"
+        return f"{self.dataset.describe(index, 'members')}: {fault}" if fault else ""
 
     def _lengthen(
-        self, sample: StoredSample, tokens: list[npt.NDArray[np.uint16]]
+        self, captions: Sequence[str], tokens: list[npt.NDArray[np.uint16]]
     ) -> list[npt.NDArray[np.uint16]]:
         """Tokens as the new context length has them: captions that were cut are cut later."""
         if self._new_tokenizer is None:
@@ -478,5 +424,5 @@ class _Input:
             self._new_tokenizer.encode([caption])[0]
             if len(ids) == self.dataset.manifest.context_length
             else ids
-            for ids, caption in zip(tokens, sample.description.captions, strict=True)
+            for ids, caption in zip(tokens, captions, strict=True)
         ]

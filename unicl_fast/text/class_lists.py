@@ -1,9 +1,8 @@
 """Lists of class names and prompt templates: files, and the built-in ones of ImageNet.
 
-Apart from `prompts` because packing needs the lists only, not the compiled kernels of the token
+Separate from `prompts` because packing needs the lists only, not the compiled kernels of the token
 table. Names and templates are open_clip's, wnids are timm's; those of the data sets that CLIP was
-evaluated on come from the package clip-benchmark, where it is installed. Prompts are made of them
-elsewhere.
+evaluated on come from the package clip-benchmark, where it is installed. `prompts` makes prompts.
 """
 
 from __future__ import annotations
@@ -16,10 +15,10 @@ from types import ModuleType
 from typing import Any, Literal
 
 SIMPLE_TEMPLATES = ("a photo of a {}.",)
-"""For classes that are things one takes photos of, where variety is not wanted."""
+"""One template for classes of things that are photographed, where variety is not wanted."""
 
 CLIP_BENCHMARK = "clip-benchmark:"
-"""Before the key of a data set, names a list of the package clip-benchmark."""
+"""Prefix of a data set's key that names a list of the package clip-benchmark."""
 _CLIP_BENCHMARK_FILES = {
     "class names": "en_classnames.json",
     "templates": "en_zeroshot_classification_templates.json",
@@ -94,12 +93,12 @@ def read_templates(source: str | Path) -> tuple[str, ...]:
 
 
 def fill_template(template: str, class_name: str) -> str:
-    """The prompt for one class. Braces in the class name are left alone."""
+    """The prompt for one class; braces in the class name stay."""
     return template.replace("{}", class_name)
 
 
 def check_templates(templates: tuple[str, ...], *, origin: str) -> tuple[str, ...]:
-    """The templates, or a ValueError that names `origin` if they cannot make prompts."""
+    """Returns the templates; raises ValueError with `origin` if they cannot make prompts."""
     if not templates:
         raise ValueError(f"{origin}: class names need at least one template, and there is none")
     for template in templates:
@@ -156,17 +155,12 @@ def clip_benchmark_list(what: Literal["class names", "templates"], key: str) -> 
 
 @functools.cache
 def _clip_benchmark_file(name: str) -> dict[str, list[str]]:
-    package = importlib.util.find_spec("clip_benchmark")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "names that begin with clip-benchmark: come from the package clip-benchmark; install "
-            "it with: pip install 'unicl_fast[evaluation]'"
-        )
-    path = Path(package.submodule_search_locations[0]) / "datasets" / name
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing from the installed clip-benchmark; reinstall that package"
-        )
+    path = installed_file(
+        "clip_benchmark",
+        f"datasets/{name}",
+        missing="names that begin with clip-benchmark: come from the package clip-benchmark; "
+        "install it with: pip install 'unicl_fast[evaluation]'",
+    )
     lists: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
     return lists
 
@@ -174,18 +168,33 @@ def _clip_benchmark_file(name: str) -> dict[str, list[str]]:
 @functools.cache
 def _open_clip_metadata() -> ModuleType:
     """open_clip's lists of names and templates, without running the package, which loads torch."""
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "ImageNet's names and templates come from the package open_clip_torch; "
-            "install it with: pip install open_clip_torch"
-        )
-    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
+    path = installed_file(
+        "open_clip",
+        "zero_shot_metadata.py",
+        missing="ImageNet's names and templates come from the package open_clip_torch; "
+        "install it with: pip install open_clip_torch",
+    )
     spec = importlib.util.spec_from_file_location("_open_clip_zero_shot_metadata", path)
-    if not path.is_file() or spec is None or spec.loader is None:
-        raise FileNotFoundError(
-            f"{path} is missing from the installed open_clip_torch; reinstall that package"
-        )
+    assert spec is not None
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def installed_file(package: str, name: str, *, missing: str) -> Path:
+    """A file of an installed package, found without running the package.
+
+    Raises:
+        ModuleNotFoundError: the package is not installed; the message is `missing`.
+        FileNotFoundError: the package lacks the file.
+    """
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModuleNotFoundError(missing)
+    path = Path(spec.submodule_search_locations[0]) / name
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path} is missing from the installed {package}; reinstall that package"
+        )
+    return path

@@ -2,9 +2,8 @@
 
 A sample with a label gets its text from here ("a photo of a {}."), tokenised once at the start of
 a run, so that drawing a prompt is reading a row. The table also knows which texts are prompts, so
-that a caption equal to one joins its class, and sees to it that classes with a prompt in common
-are one class in training. Which template a sample gets is the plan's business; the classes of one
-batch are `targets`'.
+that a caption equal to one joins its class, and merges classes that have a prompt in common. The
+plan decides which template a sample gets; the classes of one batch are `objectives`' work.
 """
 
 from __future__ import annotations
@@ -16,38 +15,19 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.text._row_kernels import (
+from unicl_fast.text.class_lists import check_templates, fill_template
+from unicl_fast.text.token_rows import (
     Int64Array,
     UInt16Array,
     find_rows,
     hash_rows,
     make_table,
+    merge_classes,
     position_factors,
+    replace_classes,
     unique_rows,
 )
-from unicl_fast.text.class_lists import (
-    SIMPLE_TEMPLATES,
-    check_templates,
-    fill_template,
-    imagenet_class_names,
-    imagenet_templates,
-    imagenet_wnids,
-    read_class_names,
-    read_templates,
-)
-from unicl_fast.text.joined_classes import merge_classes, replace_classes
 from unicl_fast.text.tokenizer import Tokenizer
-
-__all__ = [
-    "SIMPLE_TEMPLATES",
-    "ClassPrompts",
-    "fill_template",
-    "imagenet_class_names",
-    "imagenet_templates",
-    "imagenet_wnids",
-    "read_class_names",
-    "read_templates",
-]
 
 _log = logging.getLogger(__name__)
 
@@ -200,7 +180,7 @@ class ClassPrompts:
         self.merged_classes = self._describe_merged()
 
     def _describe_merged(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """`merged_classes`, each group also written to the log."""
+        """Computes `merged_classes`; each group is also written to the log."""
         groups: dict[int, list[tuple[int, int]]] = {}
         for member, merged in zip(self._members.tolist(), self._merged.tolist(), strict=True):
             if self._source_step:

@@ -6,7 +6,6 @@ entities, Python's `lower()`, and the letters and digits of the `regex` package 
 `_word_pattern`). The vocabulary file is open_clip's own.
 
 Importing this module imports neither torch nor open_clip: packing workers need only `encode`.
-Padding beyond one call, and what a text means, are left to others.
 """
 
 from __future__ import annotations
@@ -15,9 +14,7 @@ import functools
 import gzip
 import hashlib
 import html
-import importlib.util
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import ftfy
@@ -26,6 +23,8 @@ import numpy.typing as npt
 import regex
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
+
+from unicl_fast.text.class_lists import installed_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,11 +36,11 @@ _NUM_MERGES = 49152 - 256 - 2
 """The file holds more merges than CLIP uses: 2 x 256 bytes, these, and 2 markers make 49,408."""
 
 _ENCODED_AT_ONCE = 4096
-"""Texts; what the library makes of one is many times as large as its ids."""
+"""Texts in one call: the library's result for a text is many times as large as its ids."""
 
 
 class Tokenizer:
-    """CLIP's tokenizer; `tokenizer(["a photo"])` is what an encoder takes, `encode` what is stored.
+    """CLIP's tokenizer: `tokenizer(["a photo"])` for an encoder, `encode` for storing.
 
     Objects can be pickled and sent to worker processes. `encode` uses the threads of the Rust
     library unless the environment variable TOKENIZERS_PARALLELISM is "false".
@@ -115,7 +114,7 @@ class Tokenizer:
         return torch.from_numpy(tokens)
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
-        """The text that ids stand for, for human eyes: lower case, words set apart by spaces.
+        """The text of ids, for people to read: lower case, words separated by spaces.
 
         The start token is left out; reading stops at the first end token, so that padding (which
         is the id of "!") is not taken for text. An id that the vocabulary lacks raises ValueError.
@@ -149,7 +148,7 @@ class Tokenizer:
 
 
 def _clean(text: str) -> str:
-    """What open_clip makes of a text before cutting it into words, up to white space between words.
+    """Cleans a text as open_clip does before splitting it, up to white space between words.
 
     White space is left as it is since it only separates words. For printable ASCII without "&"
     ftfy and `unescape` have nothing to do; skipping them makes such captions several times cheaper.
@@ -163,17 +162,12 @@ def _clean(text: str) -> str:
 
 def _read_merges() -> list[tuple[str, str]]:
     """The pairs of CLIP's byte-pair encoding in order of rank, from open_clip's vocabulary file."""
-    spec = importlib.util.find_spec("open_clip")  # finds the folder without running the package
-    if spec is None or not spec.submodule_search_locations:
-        raise ModuleNotFoundError(
-            "the tokenizer reads its vocabulary from the package open_clip_torch; "
-            "install it with: pip install open_clip_torch"
-        )
-    path = Path(spec.submodule_search_locations[0]) / "bpe_simple_vocab_16e6.txt.gz"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"{path} is missing from the installed open_clip_torch; reinstall that package"
-        )
+    path = installed_file(
+        "open_clip",
+        "bpe_simple_vocab_16e6.txt.gz",
+        missing="the tokenizer reads its vocabulary from the package open_clip_torch; "
+        "install it with: pip install open_clip_torch",
+    )
     lines = gzip.decompress(path.read_bytes()).decode("utf-8").split("\n")[1 : _NUM_MERGES + 1]
     pairs = [tuple(line.split()) for line in lines]
     if len(pairs) != _NUM_MERGES or any(len(pair) != 2 for pair in pairs):

@@ -8,9 +8,9 @@ added up as for a classifier. But it sees a sample only through its feature, whi
     3. encode each micro-batch once more, with a graph, and back-propagate its features' gradient.
 
 The result is the plain step's, up to the order of summation: drop path is a function of a
-sample's global index in the batch, so both forward passes drop the same branches and no generator has to
-be rewound. The price is one more forward pass, about 4/3 of the time; what is saved is all
-activations but those of one micro-batch. The idea: Gao et al., "Scaling Deep Contrastive Learning
+sample's global index in the batch, so both forward passes drop the same branches and no generator
+has to be rewound. The price is one more forward pass, about 4/3 of the time; in return only one
+micro-batch's activations are held. The idea: Gao et al., "Scaling Deep Contrastive Learning
 Batch Size under Memory Limited Setup", 2021 (arXiv 2101.06983).
 """
 
@@ -136,7 +136,7 @@ def back_propagate_in_micro_batches(
 
 
 def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
-    """Continues from the gradients of features, without those that have no graph (a fixed scale)."""
+    """Continues from the gradients of features, leaving out those without a graph (fixed scale)."""
     learnt = [pair for pair in zip(features, gradients, strict=True) if pair[0].requires_grad]
     torch.autograd.backward([feature for feature, _ in learnt], [one for _, one in learnt])
 

@@ -1,9 +1,9 @@
-"""Objects under one URL: read in ranges and written, with patience, and errors that name all.
+"""Objects under one URL: read in ranges and written, with retries and errors that name everything.
 
 fsspec speaks to the stores; here is what a job needs beyond that. An answer has a time limit, a
-request that fails is made again after growing pauses, and what fails for good is named: URL, range,
-what came, how often it was tried, what to do. An object that is not there is a FileNotFoundError at
-once, as a file would be: asking again makes none.
+request that fails is repeated after growing pauses, and an error names URL, range, cause, number of
+tries and what to do. An object that does not exist is a FileNotFoundError at once, as a file would
+be: asking again makes none.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 CONNECTIONS = 8
-"""Requests of one process at the same time: a store gives some 50 MB/s over each."""
+"""Requests of one process at the same time: a store gives about 50 MB/s over each."""
 TRANSFER_BYTES = 8 << 20
-"""Of one request where a whole object is read."""
+"""Size of one request where a whole object is read."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.+)", re.DOTALL)
 _EXTRAS = {"s3": "remote", "s3a": "remote"}
-# Asked again, these give the same answer: settings, not the network.
+# Faults of the settings, not of the network: repeating the request does not help.
 _NOT_TRANSIENT = (NotImplementedError, TypeError)
 _NO_KEYS = ("NoCredentialsError", "PartialCredentialsError")
 _LISTS_NOTHING = ("http", "https")
@@ -44,21 +44,21 @@ _jitter = random.Random()
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Patience:
-    """How often a request is made, and how long it is waited for."""
+    """Number of tries of a request, and its time limits."""
 
     tries: int = 6
     first_pause_seconds: float = 0.5
-    """Twice as long after each further try, a quarter more or less: ranks do not come together."""
+    """Doubled after each further try, a quarter more or less, so that ranks spread out."""
     answer_seconds: float = 60.0
-    """Most that one answer may take. All tries together stay below run.timeout_seconds' default, so
-    that the storage is named before the watchdog speaks."""
+    """Time limit of one answer. All tries together stay below run.timeout_seconds' default, so that
+    the store is named before the watchdog speaks."""
 
 
 patience = Patience()
 
 
 class StorageError(RuntimeError):
-    """A store did not give, or take, what was asked, however often it was tried; names it all."""
+    """A request to a store failed for good; the message names it."""
 
 
 class _IncompleteError(Exception):
@@ -67,7 +67,7 @@ class _IncompleteError(Exception):
 
 @dataclass(slots=True)
 class Traffic:
-    """What went over the network for one store in this process."""
+    """Counts what this process has sent to one store and read from it."""
 
     read_bytes: int = 0
     written_bytes: int = 0
@@ -77,12 +77,11 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True)
 class StoredObject:
-    """What a store says of an object."""
+    """Size in bytes and version of an object."""
 
     size: int
-    """In bytes."""
     version: str
-    """Changes when the object does: its ETag, or the time it was written; may be empty."""
+    """Its ETag, or the time it was written; changes when the object does, and may be empty."""
 
 
 def is_url(place: str | os.PathLike[str]) -> bool:
@@ -94,10 +93,10 @@ class ObjectStore:
     """The objects under one URL, as names below it. Safe in several threads, and after a fork."""
 
     def __init__(self, url: str) -> None:
-        """Nothing is asked before it is needed.
+        """Connects to nothing before the first request.
 
         Args:
-            url: of a folder, such as s3://bucket/packed/photos. Keys, regions and endpoints are
+            url: a folder's, such as s3://bucket/packed/photos. Keys, regions and endpoints are
                 found where the store's client looks for them (~/.aws, AWS_... of the environment),
                 and where fsspec does (FSSPEC_S3_... of the environment, ~/.config/fsspec).
 
@@ -125,15 +124,14 @@ class ObjectStore:
         return f"{self.url}/{name}" if name else self.url
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Bytes [start, end) of an object.
+        """Reads bytes [start, end) of an object.
 
         Raises:
-            FileNotFoundError: it is not there.
+            FileNotFoundError: it does not exist.
             StorageError: it could not be read.
         """
         if end <= start:
             return b""
-        what = f"{self.url_of(name)}, bytes {start} to {end - 1}"
 
         def attempt() -> bytes:
             data: bytes = self._call("cat_file", self._path(name), start=start, end=end)
@@ -142,10 +140,11 @@ class ObjectStore:
             self._count(read_bytes=len(data))
             return data
 
-        return self._patiently(what, "be read", attempt)
+        what = f"{self.url_of(name)}, bytes {start} to {end - 1}"
+        return self._retry(what, "be read", attempt)
 
     def read_whole(self, name: str) -> bytes | None:
-        """All bytes of a small object; None where there is none."""
+        """Reads all bytes of a small object; None where it does not exist."""
 
         def attempt() -> bytes:
             data: bytes = self._call("cat_file", self._path(name))
@@ -153,21 +152,21 @@ class ObjectStore:
             return data
 
         try:
-            return self._patiently(self.url_of(name), "be read", attempt)
+            return self._retry(self.url_of(name), "be read", attempt)
         except FileNotFoundError:
             return None
 
     def size_of(self, name: str) -> int | None:
-        """Bytes of an object; None where there is none."""
+        """Bytes of an object; None where it does not exist."""
         found = self.find(name)
         return None if found is None else found.size
 
     def find(self, name: str) -> StoredObject | None:
-        """What the store says of an object; None where there is none."""
+        """Size and version of an object; None where it does not exist."""
 
         def attempt() -> StoredObject:
             info = self._call("info", self._path(name))
-            if info.get("type") == "directory":  # what begins other objects' names
+            if info.get("type") == "directory":  # the beginning of other objects' names
                 raise FileNotFoundError(self.url_of(name))
             size = info.get("size")
             if size is None:
@@ -175,19 +174,19 @@ class ObjectStore:
             return StoredObject(int(size), _version_in(info))
 
         try:
-            return self._patiently(self.url_of(name), "be asked for its size", attempt)
+            return self._retry(self.url_of(name), "be asked for its size", attempt)
         except FileNotFoundError:
             return None
 
     def list_sizes(self) -> dict[str, int] | None:
-        """Names and sizes of all objects below the URL; None of a store that cannot list."""
+        """Names and sizes of all objects below the URL; None where the store cannot list."""
         listed = self.list_objects()
         return None if listed is None else {name: one.size for name, one in listed.items()}
 
     def list_objects(self) -> dict[str, StoredObject] | None:
-        """All objects below the URL by name; None of a store that cannot list.
+        """All objects below the URL by name; None where the store cannot list.
 
-        Names of objects in folders have a / in them.
+        Names of objects in folders contain a /.
         """
         if self._protocol in _LISTS_NOTHING:
             return None
@@ -196,21 +195,22 @@ class ObjectStore:
         def attempt() -> dict[str, StoredObject]:
             found = self._call("find", root, detail=True)
             return {
-                _below(root, path): StoredObject(int(info.get("size") or 0), _version_in(info))
+                path.removeprefix(root).lstrip("/"): StoredObject(
+                    int(info.get("size") or 0), _version_in(info)
+                )
                 for path, info in found.items()
                 if info.get("type") != "directory"
             }
 
         try:
-            return self._patiently(self.url, "be listed", attempt)
+            return self._retry(self.url, "be listed", attempt)
         except FileNotFoundError:
             return {}
 
     def find_all(self, names: Iterable[str]) -> dict[str, StoredObject | None]:
-        """What the store says of some objects, by a single listing where there is one."""
+        """`find` for several objects, by a single listing where the store can list."""
         wanted = list(names)
-        listed = self.list_objects()
-        if listed is not None:
+        if (listed := self.list_objects()) is not None:
             return {name: listed.get(name) for name in wanted}
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
             return dict(zip(wanted, pool.map(self.find, wanted), strict=True))
@@ -218,53 +218,48 @@ class ObjectStore:
     def fetch_file(
         self, name: str, path: Path, *, size: int, progress: Callable[[int], None] | None = None
     ) -> str:
-        """Copies an object of `size` bytes into a file; returns its XXH3-64 in hexadecimal digits.
-
-        Args:
-            name: of the object.
-            path: the file, which is replaced.
-            size: bytes of it.
-            progress: called with the bytes of each piece as it comes.
-
-        Raises:
-            FileNotFoundError: it is not there.
-            StorageError: it could not be read.
-        """
-        digest = xxhash.xxh3_64()
+        """Copies an object into a file, which is replaced; otherwise as `checksum_of`."""
         with path.open("wb") as file:
-            for data in self._pieces(name, size):
+
+            def write(data: bytes) -> None:
                 file.write(data)
-                digest.update(data)
                 if progress is not None:
                     progress(len(data))
-        return digest.hexdigest()
+
+            return self._read_in_order(name, size, write)
 
     def checksum_of(
         self, name: str, *, size: int, progress: Callable[[int], None] | None = None
     ) -> str:
-        """XXH3-64 of an object of `size` bytes, which is read once and kept nowhere."""
-        digest = xxhash.xxh3_64()
-        for data in self._pieces(name, size):
-            digest.update(data)
-            if progress is not None:
-                progress(len(data))
-        return digest.hexdigest()
+        """XXH3-64 in hexadecimal digits of an object of `size` bytes, which is read once.
 
-    def _pieces(self, name: str, size: int) -> Iterable[bytes]:
-        """An object in order; a few pieces are on their way at the same time."""
-        starts = list(range(0, size, TRANSFER_BYTES))
-        if len(starts) < 2:
-            yield self.read(name, 0, size)
-            return
+        Args:
+            name: the object's.
+            size: its bytes.
+            progress: called with the bytes of each piece as it comes.
+
+        Raises:
+            FileNotFoundError: it does not exist.
+            StorageError: it could not be read.
+        """
+        return self._read_in_order(name, size, lambda data: progress and progress(len(data)))
+
+    def _read_in_order(self, name: str, size: int, take: Callable[[bytes], object]) -> str:
+        """Passes an object on in pieces, a few of which are fetched ahead; returns its XXH3-64."""
+        digest = xxhash.xxh3_64()
+        starts = range(0, size, TRANSFER_BYTES)
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
             for first in range(0, len(starts), CONNECTIONS):
-                yield from pool.map(
+                for data in pool.map(
                     lambda start: self.read(name, start, min(start + TRANSFER_BYTES, size)),
                     starts[first : first + CONNECTIONS],
-                )
+                ):
+                    take(data)
+                    digest.update(data)
+        return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a small object, which is there whole or not at all.
+        """Writes a small object, which then exists whole or not at all.
 
         Raises:
             StorageError: it could not be written.
@@ -278,16 +273,14 @@ class ObjectStore:
             StorageError: it could not be written.
         """
         size = path.stat().st_size
-        # a part of it may take as long as an answer, and there may be many
+        # each of its parts may take as long as an answer
         limit = patience.answer_seconds * (1 + size // TRANSFER_BYTES)
         self._write(
-            name,
-            size,
-            lambda: self._call("put_file", str(path), self._path(name), seconds=limit),
+            name, size, lambda: self._call("put_file", str(path), self._path(name), seconds=limit)
         )
 
     def _write(self, name: str, num_bytes: int, put: Callable[[], None]) -> None:
-        """Writes an object of `num_bytes` by `put`, and makes the folder that it is to lie in."""
+        """Writes an object of `num_bytes` by `put`, and makes its folder where stores have them."""
 
         def attempt() -> None:
             try:
@@ -300,27 +293,27 @@ class ObjectStore:
             self._count(written_bytes=num_bytes)
 
         try:
-            self._patiently(self.url_of(name), "be written", attempt)
+            self._retry(self.url_of(name), "be written", attempt)
         except FileNotFoundError as error:
             place = "bucket" if self._protocol in _IN_BUCKETS else "folder"
             raise StorageError(
-                f"{self.url_of(name)} cannot be written: the {place} that it is to lie in is not "
-                f"there ({_words(error.__cause__ or error)}); see that the URL is right, or make "
-                f"the {place}, then start again"
+                f"{self.url_of(name)} cannot be written: the {place} that it is to lie in does not "
+                f"exist ({_describe(error.__cause__ or error)}); see that the URL is right, or "
+                f"make the {place}, then start again"
             ) from error
 
     def remove(self, name: str) -> None:
-        """Removes an object, if it is there."""
+        """Removes an object, if it exists."""
         with contextlib.suppress(FileNotFoundError):
-            self._patiently(
+            self._retry(
                 self.url_of(name), "be removed", lambda: self._call("rm_file", self._path(name))
             )
 
-    def _patiently(self, what: str, deed: str, attempt: Callable[[], Result]) -> Result:
-        """Tries until it succeeds or there is no more point in it."""
+    def _retry(self, what: str, deed: str, attempt: Callable[[], Result]) -> Result:
+        """Calls `attempt` until it succeeds or trying again is pointless."""
         limits = patience
         pause = limits.first_pause_seconds
-        self._system()  # what is wrong with the URL or the installation is said as it is
+        self._system()  # faults of the URL or the installation are raised as they are
         for number in range(1, limits.tries + 1):
             self._count(requests=1, tried_again=int(number > 1))
             try:
@@ -329,30 +322,30 @@ class ObjectStore:
                 raise FileNotFoundError(f"{what}: there is no such object") from error
             except PermissionError as error:
                 raise StorageError(
-                    f"{what} may not {deed}: {_words(error)}; see that the keys are there and "
-                    "allow it, and that the URL is right"
+                    f"{what} may not {deed}: {_describe(error)}; see that the keys are set "
+                    "and allow it, and that the URL is right"
                 ) from error
-            except Exception as error:  # of whatever client is underneath
+            except Exception as error:  # clients raise errors of many kinds
                 if isinstance(error, _NOT_TRANSIENT) or type(error).__name__ in _NO_KEYS:
-                    raise StorageError(f"{what} cannot {deed}: {_words(error)}") from error
+                    raise StorageError(f"{what} cannot {deed}: {_describe(error)}") from error
                 if number == limits.tries:
                     raise StorageError(
-                        f"{what} could not {deed}: {_words(error)} ({number} tries); see that the "
-                        "store can be reached and answers within "
-                        f"{limits.answer_seconds:g} s, then start again: nothing was lost, and a "
-                        "training run goes on with --resume auto"
+                        f"{what} could not {deed}: {_describe(error)} ({number} tries); see that "
+                        "the store can be reached and answers within "
+                        f"{limits.answer_seconds:g} s, then start again: nothing was lost, and "
+                        "--resume auto resumes a training run"
                     ) from error
                 seconds = pause * _jitter.uniform(0.75, 1.25)
                 logger.warning(
                     "STORAGE: %s could not %s: %s; try %d of %d in %.1f s",
-                    what, deed, _words(error), number + 1, limits.tries, seconds,
+                    what, deed, _describe(error), number + 1, limits.tries, seconds,
                 )  # fmt: skip
                 time.sleep(seconds)
                 pause *= 2
         raise AssertionError("unreachable")
 
     def _call(self, method: str, *arguments: Any, seconds: float = 0, **keywords: Any) -> Any:
-        """A method of the file system, within the time limit where its kind allows one."""
+        """Calls a method of the file system, with a time limit where its kind allows one."""
         system = self._system()
         if not system.async_impl:
             return getattr(system, method)(*arguments, **keywords)
@@ -364,7 +357,7 @@ class ObjectStore:
         )
 
     def _system(self) -> Any:
-        """This process's connection: one that was made before a fork must not be used after it."""
+        """This process's connection: one made before a fork must not be used after it."""
         system = self._systems.get(os.getpid())
         if system is None:
             system = self._systems.setdefault(os.getpid(), _connect(self._protocol, self.url))
@@ -380,7 +373,7 @@ class ObjectStore:
 
 
 def _version_in(info: Mapping[str, Any]) -> str:
-    """By whichever name the store's client has for it."""
+    """An object's version, whatever the store's client calls it."""
     plain = {name.lower().replace("-", "").replace("_", ""): value for name, value in info.items()}
     for name in ("etag", "contentmd5", "lastmodified", "updated", "mtime", "created"):
         if plain.get(name):
@@ -393,7 +386,7 @@ def _connect(protocol: str, url: str) -> Any:
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
     if protocol in ("s3", "s3a"):
-        # ours are the tries that count: botocore's inside s3fs's inside them would be 180
+        # Only our tries count: botocore's inside s3fs's inside ours would be 180.
         configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
         options["config_kwargs"] = {
             "retries": {"max_attempts": 1},
@@ -416,12 +409,8 @@ def _connect(protocol: str, url: str) -> Any:
     return system
 
 
-def _below(root: str, path: str) -> str:
-    return path.removeprefix(root).lstrip("/")
-
-
-def _words(error: BaseException) -> str:
-    """An error of a client in a line."""
+def _describe(error: BaseException) -> str:
+    """A client's error in a line."""
     text = " ".join(str(error).split())[:300]
     if isinstance(error, _IncompleteError):
         return text

@@ -1,9 +1,9 @@
-"""Rows of Parquet and Arrow files, written out so that nothing else needs pyarrow.
+"""Reads Parquet and Arrow files with pyarrow, and writes out their rows and images.
 
 `convert` runs in a process of its own (`limited_processes`), since a file may lie about sizes and
-offsets and pyarrow is C++. It goes through one file once, in order: texts and places go to a file
-of JSON lines, images that are compressed or split into pages to a file of images. Those that
-lie in an Arrow file as they are stay there.
+offsets and pyarrow is C++. It reads one file once, in order: texts and offsets go to a file of JSON
+lines, images that are compressed or split into pages to a file of images. Those that lie in an
+Arrow file as they are stay there.
 """
 
 from __future__ import annotations
@@ -11,24 +11,26 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from unicl_fast.packing.sources.entries import MAX_FILE_BYTES
 from unicl_fast.packing.sources.items import (
     FAILED_DOWNLOADS,
     LEFT_OUT,
+    MAX_FILE_BYTES,
+    Columns,
     ListOptions,
     meets,
+    open_regular,
     require_column,
     require_text_columns,
     split_condition,
 )
-from unicl_fast.packing.sources.spans import open_regular
+from unicl_fast.packing.sources.tables import TableResult, TableTask
 
 IMAGE_COLUMNS = (
     *("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes"),
@@ -45,33 +47,15 @@ _MAX_BATCH_ROWS = 1024
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TableTask:
-    """One file to go through."""
+_BROKEN = (pa.ArrowException, OSError, ValueError)
+"""The errors that pyarrow raises at files that are broken."""
 
-    path: str
-    options: ListOptions
-    rows_file: str
-    """Gets a JSON object a row: `row`, and `problem`, or `captions` and `labels` with `offset`,
-    `size` and `in_place`, or with `path`."""
-    images_file: str
-    features: str = ""
-    """Features of Hugging Face's `datasets`, as JSON, where the file may lack them."""
-
-
-@dataclass(kw_only=True, slots=True)
-class TableResult:
-    """What is to be known of the file beside its rows."""
-
-    labels_are_names: bool = True
-    """Whether the file has names for all numbers that are labels."""
-    passed_over: Counter[str] = field(default_factory=Counter)
-    damaged: list[tuple[int, int, str]] = field(default_factory=list)
-    """Rows that cannot be read: the first, the one behind the last or -1, and why."""
+_Place = Callable[[pa.Buffer], int | None]
+"""Gives the offset of an image in the file, if it lies there as it is."""
 
 
 def convert(task: TableTask) -> TableResult:
-    """Goes through one file.
+    """Reads one file.
 
     Raises:
         ValueError: it has no columns of the kinds that are wanted.
@@ -80,55 +64,43 @@ def convert(task: TableTask) -> TableResult:
     with open_regular(task.path) as file:
         magic = file.read(6)
     try:
-        table: _Table = _ParquetTable(task.path) if magic[:4] == b"PAR1" else _ArrowTable(task.path)
+        table = _ParquetTable(task.path) if magic[:4] == b"PAR1" else _ArrowTable(task.path)
         header = list(table.schema.names)  # which need not be UTF-8
     except _BROKEN as error:
         return TableResult(damaged=[(0, -1, _reason(error))])
     columns = _choose_columns(task.path, header, task.options)
     names = _class_names(table.schema, task.features, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
+    conditions = [split_condition(condition) for condition in task.options.where]
+    others = [column for column, _ in conditions]
+    if set(header) >= _IMG2DATASET:
+        others.append("status")
+    wanted = list(dict.fromkeys((columns.image, *columns.captions, *columns.labels, *others)))
     with (
         open(task.rows_file, "w", encoding="ascii") as rows,
         open(task.images_file, "wb") as images,
     ):
-        writer = _RowWriter(columns, names, task.options, result, rows, images)
-        for first, batch in table.batches(columns.all, result.damaged):
+        writer = _RowWriter(columns, others, names, conditions, result, rows, images)
+        for first, batch in table.batches(wanted, result.damaged):
             try:
-                writer.write(first, batch, table.place_of)
+                writer.write(first, batch, table.offset_of)
             except (pa.ArrowException, UnicodeDecodeError) as error:
                 result.damaged.append((first, first + batch.num_rows, _reason(error)))
             except ValueError as error:
                 raise ValueError(f"{task.path}: {error}") from error
             images.flush()
-            rows.flush()  # so that what is whole can be taken if this process is to die
+            rows.flush()  # so that complete lines can be taken if this process is to die
     return result
 
 
-_BROKEN = (pa.ArrowException, OSError, ValueError)
-"""What pyarrow raises at files that are broken."""
-
-
 def _reason(error: Exception) -> str:
-    """The error as a sentence, unless it is want of memory, which ends this process."""
+    """Returns the error as a sentence, unless it is want of memory, which ends this process."""
     if isinstance(error, MemoryError):
         raise error
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-@dataclass(frozen=True, slots=True)
-class _Columns:
-    image: str
-    captions: tuple[str, ...]
-    labels: tuple[str, ...]
-    others: tuple[str, ...]
-    """Those that conditions look at, and img2dataset's `status`."""
-
-    @property
-    def all(self) -> list[str]:
-        return list(dict.fromkeys((self.image, *self.captions, *self.labels, *self.others)))
-
-
-def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Columns:
+def _choose_columns(path: str, header: list[str], options: ListOptions) -> Columns:
     """Finds the columns to read; usual names count in any case, as in LAION's TEXT."""
     if len(set(header)) < len(header):
         raise ValueError(f"{path} has several columns of one name: {header}")
@@ -145,9 +117,8 @@ def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Colu
     images = choose(options.image_column, [(name,) for name in IMAGE_COLUMNS], "--image-column")
     captions = choose(options.caption_column, CAPTION_COLUMNS, "--caption-column")
     labels = choose(options.label_column, LABEL_COLUMNS, "--label-column")
-    asked = [split_condition(condition)[0] for condition in options.where]
-    for column in asked:
-        require_column(path, column, header, "--where")
+    for condition in options.where:
+        require_column(path, split_condition(condition)[0], header, "--where")
     if not images:
         if any(name.lower() in ADDRESS_COLUMNS for name in header):
             raise ValueError(
@@ -161,14 +132,13 @@ def _choose_columns(path: str, header: list[str], options: ListOptions) -> _Colu
             f"--image-column. It has {header}"
         )
     require_text_columns(path, captions, labels, header)
-    status = ["status"] if set(header) >= _IMG2DATASET else []
-    return _Columns(images[0], captions, labels, tuple(dict.fromkeys([*asked, *status])))
+    return Columns(images[0], captions, labels)
 
 
 def _class_names(
     schema: pa.Schema, features: str, labels: Sequence[str]
 ) -> dict[str, tuple[str, ...]]:
-    """What numbers stand for in columns of labels, by Hugging Face's description of them."""
+    """Returns the class names of columns of labels, by Hugging Face's description of them."""
     found: dict[str, Any] = {}
     texts = [features]
     if schema.metadata and b"huggingface" in schema.metadata:
@@ -183,7 +153,7 @@ def _class_names(
 
 
 def _names_of(feature: Any) -> tuple[str, ...]:
-    """Of a ClassLabel, or of a list of them."""
+    """Returns the names of a ClassLabel, or of a list of them."""
     for _ in range(3):
         if isinstance(feature, list) and feature:
             feature = feature[0]
@@ -206,7 +176,10 @@ class _ParquetTable:
     def batches(
         self, columns: list[str], damaged: list[tuple[int, int, str]]
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Batches with the number of their first row; a row group that breaks costs its rest."""
+        """Yields batches with the number of their first row.
+
+        Of a row group that breaks, the rest is damaged.
+        """
         first = 0
         for number in range(self._file.num_row_groups):
             group = self._file.metadata.row_group(number)
@@ -229,12 +202,12 @@ class _ParquetTable:
 
     @staticmethod
     def _batch_rows(group: Any) -> int:
-        row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+        row_bytes: int = max(1, group.total_byte_size // max(1, group.num_rows))
         return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
 
     @staticmethod
-    def place_of(buffer: pa.Buffer) -> int | None:
-        return None
+    def offset_of(buffer: pa.Buffer) -> int | None:
+        return None  # images are compressed, or split into pages
 
 
 class _ArrowTable:
@@ -259,7 +232,7 @@ class _ArrowTable:
     def batches(
         self, columns: list[str], damaged: list[tuple[int, int, str]]
     ) -> Iterator[tuple[int, pa.RecordBatch]]:
-        """Batches with the number of their first row, checked: offsets are followed unasked."""
+        """Yields batches with the number of their first row, validated: pyarrow trusts offsets."""
         first = 0
         try:
             for batch in self._batches:
@@ -277,90 +250,77 @@ class _ArrowTable:
             if not self._is_ended:  # cut between two batches, which pyarrow takes for the end
                 damaged.append((first, -1, "the file ends without its end mark"))
 
-    def place_of(self, buffer: pa.Buffer) -> int | None:
-        """Where an image lies in the file, if it lies there as it is."""
-        offset = buffer.address - self._bytes.address
+    def offset_of(self, buffer: pa.Buffer) -> int | None:
+        offset: int = buffer.address - self._bytes.address
         return offset if 0 <= offset <= self._bytes.size - buffer.size else None
 
 
-_Table = _ParquetTable | _ArrowTable
-
-
+@dataclass(slots=True)
 class _RowWriter:
     """Writes batches as rows."""
 
-    def __init__(
-        self,
-        columns: _Columns,
-        names: dict[str, tuple[str, ...]],
-        options: ListOptions,
-        result: TableResult,
-        rows: TextIO,
-        images: BinaryIO,
-    ) -> None:
-        self._columns = columns
-        self._names = names
-        self._conditions = [split_condition(condition) for condition in options.where]
-        self._result = result
-        self._rows = rows
-        self._images = images
-        self._written = 0
+    columns: Columns
+    others: Sequence[str]
+    """The columns of `conditions`, and img2dataset's `status`."""
+    names: dict[str, tuple[str, ...]]
+    conditions: Sequence[tuple[str, str]]
+    result: TableResult
+    rows: TextIO
+    images: BinaryIO
+    num_written: int = 0
 
-    def write(
-        self, first: int, batch: pa.RecordBatch, place_of: Callable[[pa.Buffer], int | None]
-    ) -> None:
+    def write(self, first: int, batch: pa.RecordBatch, offset_of: _Place) -> None:
         """Writes the rows of a batch, or none if one cannot be read: all are then named as one."""
         if batch.num_rows == 0:
             return
-        columns = self._columns
         lines: list[str] = []
         passed_over: Counter[str] = Counter()
-        names = dict.fromkeys((*columns.captions, *columns.labels, *columns.others))
+        columns = self.columns
+        names = dict.fromkeys((*columns.captions, *columns.labels, *self.others))
         fields = {name: batch.column(name).to_pylist() for name in names}
-        images = _Images(batch.column(columns.image))
-        for place in range(batch.num_rows):
-            row = {name: values[place] for name, values in fields.items()}
+        images = _Images(batch.column(self.columns.image))
+        for number in range(batch.num_rows):
+            row = {name: values[number] for name, values in fields.items()}
             if "status" in row and row["status"] not in (None, "success"):
                 passed_over[FAILED_DOWNLOADS] += 1
                 continue
-            if not meets(row, self._conditions):
+            if not meets(row, self.conditions):
                 passed_over[LEFT_OUT] += 1
                 continue
             found = self._texts_of(row)
             if "problem" not in found:  # the image of a bad row would be copied for nothing
-                found |= self._image(images, place, place_of)
-            lines.append(json.dumps(found | {"row": first + place}, default=_other_type) + "\n")
-        self._rows.writelines(lines)
-        self._result.passed_over += passed_over
+                found |= self._image(images, number, offset_of)
+            lines.append(json.dumps(found | {"row": first + number}, default=_other_type) + "\n")
+        self.rows.writelines(lines)
+        self.result.passed_over += passed_over
 
     def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
-        """The row's texts, with names for numbers; or its problem."""
+        """Returns the row's texts, with names for numbers; or its problem."""
         labels: list[Any] = []
-        for column in self._columns.labels:
-            names = self._names.get(column, ())
+        for column in self.columns.labels:
+            names = self.names.get(column, ())
             for value in _as_list(row[column]):
                 is_number = isinstance(value, int) and not isinstance(value, bool)
                 if names and is_number and not -1 <= value < len(names):
                     message = f"{column} {value}, where there are {len(names)} class names"
                     return {"problem": ["bad row", message]}
                 labels.append(names[value] if names and is_number and value >= 0 else value)
-        captions = [text for column in self._columns.captions for text in _as_list(row[column])]
+        captions = [text for column in self.columns.captions for text in _as_list(row[column])]
         return {"captions": captions, "labels": labels}
 
-    def _image(
-        self, images: _Images, place: int, place_of: Callable[[pa.Buffer], int | None]
-    ) -> dict[str, Any]:
-        buffer = images.bytes_at(place)
+    def _image(self, images: _Images, number: int, offset_of: _Place) -> dict[str, Any]:
+        """Returns where the image is, after copying it if needed; or its problem."""
+        buffer = images.bytes_at(number)
         if buffer is None:
-            path = images.path_at(place)
+            path = images.path_at(number)
             return {"path": path} if path else {"problem": ["missing", "no image in the row"]}
         if buffer.size > MAX_FILE_BYTES:
             return {"problem": ["too large", f"an image of {buffer.size:,} bytes"]}
-        offset = place_of(buffer)
+        offset = offset_of(buffer)
         in_place = offset is not None
         if offset is None:
-            offset = self._written
-            self._written += self._images.write(buffer)
+            offset = self.num_written
+            self.num_written += self.images.write(buffer)
         return {"offset": offset, "size": buffer.size, "in_place": in_place}
 
 
@@ -368,46 +328,33 @@ class _Images:
     """A column of images: bytes, paths, or Hugging Face's structs of both."""
 
     def __init__(self, column: pa.Array) -> None:
-        self._bytes: pa.Array | None = None
         self._paths: pa.Array | None = None
+        self._offsets: list[int] | None = None
         if pa.types.is_dictionary(column.type):
             column = column.dictionary_decode()
         if pa.types.is_struct(column.type):
             names = [column.type.field(number).name for number in range(column.type.num_fields)]
-            if "bytes" not in names and "path" not in names:
-                raise ValueError(
-                    f"the column of images is a {column.type}; expected bytes, paths, or a "
-                    "struct of `bytes` and `path`"
-                )
-            parts = dict(zip(names, column.flatten(), strict=True))  # minds rows that are null
-            self._bytes, self._paths = parts.get("bytes"), parts.get("path")
+            # `flatten` leaves no bytes in rows that are null
+            parts = dict(zip(names, column.flatten(), strict=True))
+            self._paths, values = parts.get("path"), parts.get("bytes")
+            is_image = "bytes" in parts or "path" in parts
         elif _is_text(column.type):
-            self._paths = column
-        elif _is_bytes(column.type):
-            self._bytes = column
+            self._paths, values, is_image = column, None, True
         else:
+            values, is_image = column, _is_bytes(column.type)
+        if not is_image:
             raise ValueError(
                 f"the column of images is of type {column.type}; expected bytes, paths, or a "
-                "struct of both"
+                "struct of `bytes` and `path`"
             )
-        self._stretches: _Stretches | None = None
-        if self._bytes is not None and _is_bytes(self._bytes.type):
-            self._stretches = _Stretches(self._bytes)
+        if values is not None and _is_bytes(values.type):
+            self._find_values(values)
 
-    def bytes_at(self, place: int) -> pa.Buffer | None:
-        return None if self._stretches is None else self._stretches.at(place)
+    def _find_values(self, column: pa.Array) -> None:
+        """Notes where each value lies in the column's own memory.
 
-    def path_at(self, place: int) -> str | None:
-        return None if self._paths is None else self._paths[place].as_py()
-
-
-class _Stretches:
-    """The values of a column of bytes, each as a stretch of the column's own memory.
-
-    pyarrow's scalars are copies, which would hide that a value lies in the file as it is.
-    """
-
-    def __init__(self, column: pa.Array) -> None:
+        pyarrow's scalars are copies, which would hide that a value lies in the file as it is.
+        """
         if not (pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type)):
             column = column.cast(pa.large_binary())
         kind = np.int64 if pa.types.is_large_binary(column.type) else np.int32
@@ -416,11 +363,14 @@ class _Stretches:
         self._offsets = np.frombuffer(offsets, kind)[start : start + len(column) + 1].tolist()
         self._is_valid = column.is_valid().to_pylist()
 
-    def at(self, place: int) -> pa.Buffer | None:
-        if not self._is_valid[place]:
+    def bytes_at(self, number: int) -> pa.Buffer | None:
+        if self._offsets is None or not self._is_valid[number]:
             return None
-        start, end = self._offsets[place : place + 2]
+        start, end = self._offsets[number : number + 2]
         return pa.py_buffer(b"") if self._data is None else self._data.slice(start, end - start)
+
+    def path_at(self, number: int) -> str | None:
+        return None if self._paths is None else self._paths[number].as_py()
 
 
 def _as_list(value: Any) -> list[Any]:
@@ -443,5 +393,5 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def _other_type(value: Any) -> dict[str, str]:
-    """Dates, bytes and the like: nothing that a caption or label could be."""
+    """Encodes dates, bytes and the like, none of which can be a caption or label."""
     return {type(value).__name__: repr(value)[:100]}

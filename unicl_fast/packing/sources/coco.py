@@ -10,22 +10,21 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
-from unicl_fast.packing.sources.entries import Entry, Tree
 from unicl_fast.packing.sources.items import (
     Columns,
+    Entry,
     Item,
     ListOptions,
     Problem,
     Source,
     add_texts,
-    require_text,
+    refused,
 )
-from unicl_fast.packing.sources.json_stream import iter_elements
-from unicl_fast.packing.sources.lists import find_image
+from unicl_fast.packing.sources.lists import find_image, iter_elements
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.sources.trees import Trees
+from unicl_fast.packing.sources.trees import Tree, Trees
 
 _COLUMNS = Columns("", ("caption",), ("category",))
 
@@ -56,15 +55,12 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
         tree = trees.find(root)
         for image in found.images:
             _add_image(image, found, tree, items, broken)
-        strangers = sum(texts.count for texts in found.texts.values() if not texts.listed)
-        if strangers:
-            passed_over["annotations of images that are not listed"] += strangers
+        if unlisted := sum(texts.count for texts in found.texts.values() if not texts.listed):
+            passed_over["annotations of images that are not listed"] += unlisted
         if found.num_unreadable:
             passed_over["annotations that cannot be read"] += found.num_unreadable
     stored = spool.new_items()
-    for item in items.values():
-        require_text(item)
-        stored.append(item)
+    stored.extend(items.values())
     stored.extend(broken)
     return Source(
         name="+".join(path.name for path in paths),
@@ -76,21 +72,21 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
 
 @dataclass(slots=True)
 class _Texts:
-    """What the annotations of one file say of one image."""
+    """The annotations of one image in one file."""
 
     captions: list[Any] = field(default_factory=list)
     categories: dict[Id, None] = field(default_factory=dict)
     count: int = 0
     listed: bool = False
-    """Whether the file lists the image; a second listing is one too many."""
+    """Whether the file has listed the image; it may do so once."""
 
 
 @dataclass(slots=True)
 class _File:
-    """One JSON file, without what is not wanted of it."""
+    """The parts of one JSON file that are used."""
 
     images: list[tuple[Any, Any]] = field(default_factory=list)
-    """(id, file_name), as they are."""
+    """(id, file_name), unchecked."""
     categories: dict[Id, str] = field(default_factory=dict)
     texts: dict[Id, _Texts] = field(default_factory=dict)
     num_unreadable: int = 0
@@ -137,7 +133,7 @@ def _note(annotation: dict[str, Any], found: _File) -> None:
         texts.categories[category] = None
 
 
-def _is_id(value: Any) -> bool:
+def _is_id(value: Any) -> TypeGuard[Id]:
     return isinstance(value, (int, str)) and not isinstance(value, bool)
 
 
@@ -152,9 +148,7 @@ def _add_image(
     number, name = image
     if not _is_id(number) or not isinstance(name, str) or not name:
         message = "an entry of `images` without a usable `id` and `file_name`"
-        broken.append(
-            Item(f"image {number!s:.40}", problem=Problem(kind="bad row", message=message))
-        )
+        broken.append(refused(f"image {number!s:.40}", "bad row", message))
         return
     item = find_image(tree, name)
     item = items.setdefault(item.entry or name, item)
@@ -175,7 +169,7 @@ def _add_image(
 
 
 def _image_folder(path: Path) -> Path:
-    """Where the images of annotations/captions_val2017.json are: val2017, images, or here.
+    """Returns where the images of annotations/captions_val2017.json are: val2017, images, or here.
 
     Each is looked for in the folder of the file and in the one above.
     """

@@ -1,33 +1,202 @@
-"""What every source is read into: items to be packed, and what is wrong with those that cannot be.
+"""Samples to be packed, as every reader gives them: items, and the entries that hold their images.
 
-The readers (`sources` and the modules called `source_...`) make these, `build_dataset` and the
-workers use them.
+An `Item` is an image with the texts and labels that its source gives it, or the problem for which
+it cannot be packed. An `Entry` says where the bytes of an image lie. It is small, and a worker
+process reads it with one seek: without the directory of its archive, and without a library for the
+format that holds it. Entries of folders and zips are in `trees`.
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
+import dataclasses
+import functools
+import io
+import os
+import stat
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
-from unicl_fast.packing.sources.entries import Entry
+import numpy as np
+from PIL import Image
 
+MAX_FILE_BYTES = 512_000_000
+"""Size of the largest file read as an image; no larger one could be used in training."""
 MAX_TEXTS = 65_535
 """Captions, and labels, that the packed format counts for one sample."""
 TOO_MANY = "too many texts"
 
 LEFT_OUT = "rows that --where left out"
 FAILED_DOWNLOADS = "failed downloads of img2dataset"
-"""Reasons of what is passed over, where several readers give them."""
+"""Both are counted in `Source.passed_over` by several readers."""
 
 Label = str | int
 _L = TypeVar("_L", bound=str | int)
 
 
+class EntryError(ValueError):
+    """Says why a file cannot be read: a short `kind` to count by, and a sentence."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Entry(Protocol):
+    """One file that can be read anywhere, any time."""
+
+    @property
+    def num_bytes(self) -> int:
+        """The size as listed; a hint for dividing work."""
+        ...
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        """Returns the bytes, or raises `EntryError`, also for more than `max_bytes`."""
+        ...
+
+
+@functools.cache
+def field_names(kind: type[Entry]) -> tuple[str, ...]:
+    """Returns the fields of an entry, in order: entries are stored and compared by them.
+
+    Raises:
+        TypeError: the class is no dataclass.
+    """
+    return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
+
+
+def check_file_size(num_bytes: int, max_bytes: int) -> None:
+    """Raises `EntryError` for a file of too many bytes."""
+    if num_bytes > max_bytes:
+        raise EntryError(
+            "too large", f"{num_bytes:,} bytes; files of at most {max_bytes:,} are read"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class RefusedEntry:
+    """A file that is listed but never read, for a reason that its listing shows."""
+
+    kind: str
+    message: str
+    num_bytes: int = 0
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        raise EntryError(self.kind, self.message)
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive bytes of a file that are an image's file: a member of a tar, for example."""
+
+    path: str
+    offset: int
+    num_bytes: int
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        check_file_size(self.num_bytes, max_bytes)
+        return read_span(self.path, self.offset, self.num_bytes)
+
+
+@dataclass(frozen=True, slots=True)
+class Base64Span:
+    """Part of a text file that is an image's file in base64 (RFC 4648, with padding)."""
+
+    path: str
+    offset: int
+    num_characters: int
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_characters // 4 * 3
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        check_file_size(self.num_bytes, max_bytes)
+        try:
+            text = read_span(self.path, self.offset, self.num_characters)
+            return base64.b64decode(text, validate=True)
+        except binascii.Error as error:
+            raise EntryError("damaged", f"not base64: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class PixelSpan:
+    """Bytes of a file that are the pixels themselves; read as a PNG of exactly these pixels."""
+
+    path: str
+    offset: int
+    height: int
+    width: int
+    channels: int
+    """1 (grey) or 3 (RGB)."""
+    planar: bool = False
+    """Whether all of red comes first, then green, then blue."""
+
+    @property
+    def num_bytes(self) -> int:
+        return self.height * self.width * self.channels
+
+    def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
+        check_file_size(self.num_bytes, max_bytes)
+        data = read_span(self.path, self.offset, self.num_bytes)
+        if self.planar:
+            planes = np.frombuffer(data, np.uint8).reshape(self.channels, self.height, self.width)
+            data = planes.transpose(1, 2, 0).tobytes()
+        mode = "L" if self.channels == 1 else "RGB"
+        file = io.BytesIO()
+        Image.frombytes(mode, (self.width, self.height), data).save(file, format="PNG")
+        return file.getvalue()
+
+
+def read_span(path: str, offset: int, num_bytes: int) -> bytes:
+    """Returns exactly these bytes of a regular file.
+
+    Raises:
+        EntryError: the file cannot be read, or is shorter.
+    """
+    try:
+        with open_regular(path) as file:
+            file.seek(offset)
+            data = file.read(num_bytes)
+    except OSError as error:
+        raise EntryError("unreadable", error.strerror or str(error)) from error
+    if len(data) < num_bytes:
+        raise EntryError("damaged", f"{path} has shrunk since it was listed")
+    return data
+
+
+def open_regular(path: str) -> io.BufferedReader:
+    """Opens a regular file, and nothing else.
+
+    Opening a device can have effects (a tape rewinds), so the file is looked at first; and again
+    once it is open, since it may be another one by then. The call does not block: a pipe that lies
+    among images must not stop the program.
+
+    Raises:
+        OSError: the file is not regular, or cannot be opened.
+    """
+    _require_regular(os.stat(path), path)
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
+    file = open(descriptor, "rb")  # noqa: SIM115
+    try:
+        _require_regular(os.fstat(descriptor), path)
+    except OSError:
+        file.close()
+        raise
+    return file
+
+
+def _require_regular(status: os.stat_result, path: str) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise OSError(f"{path} is not a regular file")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Problem:
-    """Why an item cannot be packed: a short `kind` to count by, and a sentence."""
+    """The reason why an item cannot be packed: a short `kind` to count by, and a sentence."""
 
     kind: str
     message: str
@@ -35,7 +204,7 @@ class Problem:
 
 @dataclass(slots=True)
 class Item:
-    """One sample to be: an image, and its texts and labels as the source spells them."""
+    """A sample to be packed: an image, and its texts and labels as the source spells them."""
 
     name: str
     """The image's name inside its source."""
@@ -43,29 +212,35 @@ class Item:
     captions: list[str] = field(default_factory=list)
     labels: list[Label] = field(default_factory=list)
     problem: Problem | None = None
-    place: int = 0
-    """Where its file first speaks of it: a line, row or byte. A second try (`retry`) finds by it
-    what lay behind a cut."""
+    position: int = 0
+    """The line, row or byte at which its file first names it. `retry` finds by it the samples
+    behind a cut."""
+
+
+def refused(name: str, kind: str, message: str) -> Item:
+    """Returns an item that cannot be packed."""
+    return Item(name, problem=Problem(kind=kind, message=message))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Source:
-    """Everything one SOURCE argument stands for."""
+    """Everything that one SOURCE argument stands for."""
 
     name: str
     items: Sequence[Item]
-    """Made anew at each look where there may be many of them (`item_store`): not to be changed."""
+    """Made anew each time they are read where there may be many (`spool.ItemStore`): changes to
+    one are lost."""
     labels_are_names: bool
     """Whether labels are names though they may look like numbers: folders, or classes that the
-    source itself names. A list may hold numbers that only mean something together with a list of
+    source itself names. A list may hold numbers that mean something only together with a list of
     class names."""
     passed_over: Counter[str]
-    """How many files or rows were not looked at, by reason."""
+    """How many files or rows were passed over, by reason."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ListOptions:
-    """How to read lists; empty names take the first usual one that is there."""
+    """How lists are read; an empty name takes the first usual one that is there."""
 
     image_column: str = ""
     caption_column: str = ""
@@ -73,7 +248,7 @@ class ListOptions:
     image_root: str = ""
     """Folder or zip that image paths are relative to; by default the folder of the list."""
     where: Sequence[str] = ()
-    """`column=value` conditions that a row must meet, all of them."""
+    """`column=value` conditions, all of which a row must meet."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +261,7 @@ class Columns:
 
 
 def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> None:
-    """Adds a row's captions and labels, each once; a wrong type is the item's problem.
+    """Adds a row's captions and labels, each once; a value of a wrong type is the item's problem.
 
     Args:
         item: gets them.
@@ -114,7 +289,7 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
 
 
 def join_rows(item: Item, captions: list[str], labels: list[Label]) -> None:
-    """Adds texts that an item does not have yet; more than can be counted are its problem."""
+    """Adds texts that an item does not have yet; too many are its problem."""
     item.captions = _merge(item.captions, captions)
     item.labels = _merge(item.labels, labels)
     if max(len(item.captions), len(item.labels)) > MAX_TEXTS:
@@ -128,15 +303,34 @@ def require_text(item: Item) -> None:
         item.problem = Problem(kind="no text", message="neither a caption nor a label")
 
 
+def join_texts(
+    captions: Sequence[str],
+    labels: Sequence[_L],
+    more_captions: Sequence[str],
+    more_labels: Sequence[_L],
+) -> tuple[list[str], list[_L]] | None:
+    """Joins the captions and labels of two samples with the same image, each once, in order.
+
+    Returns:
+        Both; None if they are more than one sample can have. A placeholder may stand for any number
+        of images, and must then stay several samples, so that no text is lost.
+    """
+    all_captions = list(dict.fromkeys([*captions, *more_captions]))
+    all_labels = list(dict.fromkeys([*labels, *more_labels]))
+    if max(len(all_captions), len(all_labels)) > MAX_TEXTS:
+        return None
+    return all_captions, all_labels
+
+
 def _merge(known: list[Any], new: list[Any]) -> list[Any]:
-    """Both, each value once, in order. A row with one value is the usual case, and made cheap."""
+    """Returns both, each value once, in order. A row with one value, the usual case, is cheap."""
     if len(new) == 1:
         return known if new[0] in known else [*known, *new]
     return list(dict.fromkeys([*known, *new]))
 
 
 def _values(value: Any) -> list[Any]:
-    """A field as a list, without blanks."""
+    """Returns a field as a list, without blanks."""
     values = value if isinstance(value, list) else [value]
     return [
         entry
@@ -153,11 +347,7 @@ def _bad_value(where: str, column: str, value: Any) -> Problem:
 
 
 def require_column(path: object, column: str, header: Sequence[str], option: str) -> None:
-    """Refuses a list without a column that an option names.
-
-    Raises:
-        ValueError: it has none.
-    """
+    """Raises `ValueError` for a list without a column that an option names."""
     if column not in header:
         raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}")
 
@@ -165,11 +355,7 @@ def require_column(path: object, column: str, header: Sequence[str], option: str
 def require_text_columns(
     path: object, captions: Sequence[str], labels: Sequence[str], header: Sequence[str]
 ) -> None:
-    """Refuses a list in which neither columns of captions nor of labels were found.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Raises `ValueError` for a list with columns neither of captions nor of labels."""
     if not captions and not labels:
         raise ValueError(
             f"{path} has neither captions nor labels in columns of the usual names; name them by "
@@ -178,7 +364,7 @@ def require_text_columns(
 
 
 def split_condition(condition: str) -> tuple[str, str]:
-    """Column and value of a `--where` condition.
+    """Splits a `--where` condition into column and value.
 
     Raises:
         ValueError: it is not COLUMN=VALUE.
@@ -190,7 +376,7 @@ def split_condition(condition: str) -> tuple[str, str]:
 
 
 def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
-    """Whether a row has all the values asked for by `--where`."""
+    """Whether a row has all the values that `--where` asks for."""
     return all(_matches(row.get(column), value) for column, value in conditions)
 
 
@@ -198,22 +384,3 @@ def _matches(found: Any, wanted: str) -> bool:
     if isinstance(found, list):
         return any(_matches(entry, wanted) for entry in found)
     return str(found) == wanted
-
-
-def join_texts(
-    captions: Sequence[str],
-    labels: Sequence[_L],
-    more_captions: Sequence[str],
-    more_labels: Sequence[_L],
-) -> tuple[list[str], list[_L]] | None:
-    """Captions and labels of two samples with the same image, each once, in order.
-
-    Returns:
-        Both; None if they are more than one sample can have. A placeholder may stand for any number
-        of images, and must then stay several samples, so that no text is lost.
-    """
-    all_captions = list(dict.fromkeys([*captions, *more_captions]))
-    all_labels = list(dict.fromkeys([*labels, *more_labels]))
-    if max(len(all_captions), len(all_labels)) > MAX_TEXTS:
-        return None
-    return all_captions, all_labels

@@ -1,38 +1,38 @@
 """Parquet lists and folders of Hugging Face's `datasets`, read with pyarrow.
 
 Images are bytes in the file or paths beside it. Numbers that the file has names for become these
-names. The files themselves are gone through by `arrow_tables`, in a process of its own.
+names. The files themselves are read by `arrow_tables`, in a process of its own, which leaves a
+line of JSON for each row.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import importlib.util
 import json
 import re
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from unicl_fast.packing.limited_processes import run_limited
-from unicl_fast.packing.sources.item_store import NamedItems
 from unicl_fast.packing.sources.items import (
     Columns,
     Item,
     ListOptions,
     Problem,
     Source,
+    Span,
     add_texts,
+    refused,
 )
-from unicl_fast.packing.sources.lists import find_image
-from unicl_fast.packing.sources.spans import Span
+from unicl_fast.packing.sources.lists import add_named, find_image
 from unicl_fast.packing.sources.spool import Spool, full_disk, stamp
-from unicl_fast.packing.sources.trees import Trees
-
-if TYPE_CHECKING:
-    from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask
+from unicl_fast.packing.sources.trees import Tree, Trees
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
@@ -43,13 +43,33 @@ _COLUMNS = Columns("", ("captions",), ("labels",))
 _MAX_JSON_BYTES = 64_000_000
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TableTask:
+    """One file to read."""
+
+    path: str
+    options: ListOptions
+    rows_file: str
+    """Gets a JSON object a row: `row`, and `problem`, or `captions` and `labels` with `offset`,
+    `size` and `in_place`, or with `path`."""
+    images_file: str
+    features: str = ""
+    """Features of Hugging Face's `datasets`, as JSON, where the file may lack them."""
+
+
+@dataclass(kw_only=True, slots=True)
+class TableResult:
+    """The facts about a file that its rows do not tell."""
+
+    labels_are_names: bool = True
+    """Whether the file has names for all numbers that are labels."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    damaged: list[tuple[int, int, str]] = field(default_factory=list)
+    """Rows that cannot be read: the first, the one behind the last or -1, and why."""
+
+
 def read_tables(
-    name: str,
-    paths: Sequence[Path],
-    options: ListOptions,
-    spool: Spool,
-    *,
-    features: str = "",
+    name: str, paths: Sequence[Path], options: ListOptions, spool: Spool, *, features: str = ""
 ) -> Source:
     """Reads Parquet or Arrow files as one source.
 
@@ -69,7 +89,7 @@ def read_tables(
             f"{name}: reading Parquet and Arrow files takes pyarrow, which is not installed: "
             "pip install 'unicl_fast[sources]'"
         )
-    from unicl_fast.packing.sources.arrow_tables import TableTask, convert
+    from unicl_fast.packing.sources.arrow_tables import convert
 
     tasks = [
         TableTask(
@@ -88,12 +108,16 @@ def read_tables(
     results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
     try:
         for task, values in zip(tasks, known, strict=True):
+            result: TableResult | Problem
             if values is not None:
-                reader.add(task, _result_of(values))
-                continue
-            result = next(results)
-            if not isinstance(result, Problem):
-                spool.remember(*_files_of(task), dataclasses.asdict(result))
+                passed_over = Counter(values["passed_over"])
+                result = TableResult(**values | {"passed_over": passed_over})
+            else:
+                result = next(results)
+                if not isinstance(result, Problem):
+                    counts = dict(result.passed_over)  # `asdict` would count its pairs
+                    values = dataclasses.asdict(result) | {"passed_over": counts}
+                    spool.remember(*_files_of(task), values)
             reader.add(task, result)
         assert next(results, None) is None, "which also ends their process"
     except OSError as error:
@@ -113,20 +137,9 @@ def read_tables(
 
 
 def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
-    """What is made of a file, and what that depends on, for `Spool.remember`."""
+    """Returns what is made of a file, and what that depends on, for `Spool.remember`."""
     made_of = [*stamp(task.path), repr(task.options), task.features]
     return [Path(task.rows_file), Path(task.images_file)], made_of
-
-
-def _result_of(values: dict[str, Any]) -> TableResult:
-    from unicl_fast.packing.sources.arrow_tables import TableResult
-
-    damaged = [(first, end, message) for first, end, message in values["damaged"]]
-    return TableResult(
-        labels_are_names=values["labels_are_names"],
-        passed_over=Counter(values["passed_over"]),
-        damaged=damaged,
-    )
 
 
 class _Reader:
@@ -137,20 +150,22 @@ class _Reader:
         self._spool = spool
         self._trees = Trees()
         self.items = spool.new_items()
-        self._named = NamedItems(self.items)
         self.broken: list[Item] = []
         self.passed_over: Counter[str] = Counter()
         self.labels_are_names = True
 
     def add(self, task: TableTask, result: TableResult | Problem) -> None:
+        """Adds the rows of a file, and what is wrong with it."""
         path, rows = Path(task.path), Path(task.rows_file)
-        self._tree = self._trees.find(Path(self._root) if self._root else path.parent)
+        tree = self._trees.find(Path(self._root) if self._root else path.parent)
         behind = 0
         if rows.exists():
             with rows.open("rb") as file:
                 for line in file:
                     if line.endswith(b"\n"):  # not so where the process died in the middle
-                        behind = self._add_row(task, path.name, json.loads(line)) + 1
+                        row = json.loads(line)
+                        self._add_row(task, path.name, tree, row)
+                        behind = row["row"] + 1
             self._spool.release(rows)
         if isinstance(result, Problem):
             self.broken.append(Item(f"{path.name} from row {behind}", problem=result))
@@ -159,86 +174,73 @@ class _Reader:
         self.labels_are_names &= result.labels_are_names
         for first, end, message in result.damaged:
             rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
-            problem = Problem(kind="damaged", message=message)
-            self.broken.append(Item(f"{path.name} {rest}", problem=problem))
+            self.broken.append(refused(f"{path.name} {rest}", "damaged", message))
 
-    def _add_row(self, task: TableTask, file_name: str, row: dict[str, Any]) -> int:
+    def _add_row(self, task: TableTask, file_name: str, tree: Tree, row: dict[str, Any]) -> None:
         number: int = row["row"]
-        problem = row.get("problem")
-        if "path" in row and problem is None:
-            self._add_path(row, f"{file_name}, row {number}")
-            return number
-        item = Item(f"{file_name}:{number}", place=number)
-        if problem is not None:
-            item.problem = Problem(kind=problem[0], message=problem[1])
+        where = f"{file_name}, row {number}"
+        if "path" in row:  # rows with one path are one sample
+            find = functools.partial(_find, tree)
+            add_named(self.items, row["path"], row, _COLUMNS, number, where, find)
+            return
+        item = Item(f"{file_name}:{number}", position=number)
+        if "problem" in row:
+            kind, message = row["problem"]
+            item.problem = Problem(kind=kind, message=message)
         else:
             file = task.path if row["in_place"] else task.images_file
             item.entry = Span(file, row["offset"], row["size"])
-            add_texts(item, row, _COLUMNS, f"{file_name}, row {number}")
+            add_texts(item, row, _COLUMNS, where)
         self.items.append(item)
-        return number
-
-    def _add_path(self, row: dict[str, Any], where: str) -> None:
-        """Adds a row that names its image; rows with one path are one sample."""
-        known = self._named.find(row["path"])
-        item = self._find(row["path"]) if known is None else Item(row["path"])
-        add_texts(item, row, _COLUMNS, where)
-        if known is None:
-            item.place = row["row"]
-            self._named.append(item)
-        else:
-            self.items.add_row(known, item)
-
-    def _find(self, name: str) -> Item:
-        if re.match(r"https?://", name):
-            message = "an address, not a file; img2dataset fetches such lists"
-            return Item(name, problem=Problem(kind="missing", message=message))
-        return find_image(self._tree, name)
 
 
-def is_saved_dataset(place: Path) -> bool:
+def _find(tree: Tree, path: str) -> Item:
+    if re.match(r"https?://", path):
+        return refused(path, "missing", "an address, not a file; img2dataset fetches such lists")
+    return find_image(tree, path)
+
+
+def is_saved_dataset(folder: Path) -> bool:
     """Whether a folder was written by `save_to_disk` of Hugging Face's `datasets`."""
-    state = place / "state.json"
+    state = folder / "state.json"
     if not state.is_file():
-        return (place / "dataset_dict.json").is_file()
+        return (folder / "dataset_dict.json").is_file()
     with state.open("rb") as file:  # others have files of this name too
         return b'"_data_files"' in file.read(_MAX_JSON_BYTES)
 
 
-def read_saved_dataset(place: Path, options: ListOptions, spool: Spool) -> Source:
+def read_saved_dataset(folder: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads a folder that `save_to_disk` made: one split of a data set.
 
     Raises:
         ValueError: it holds several splits, or its description cannot be read.
         FileNotFoundError: a file of it is not there.
     """
-    if not (place / "state.json").is_file():
-        splits = _read_json(place / "dataset_dict.json").get("splits")
+    if not (folder / "state.json").is_file():
+        splits = _read_json(folder / "dataset_dict.json").get("splits")
         known = ", ".join(map(str, splits)) if isinstance(splits, list) else "?"
-        raise ValueError(f"{place} holds the splits {known}; name one, such as {place}/train")
-    state = _read_json(place / "state.json")
+        raise ValueError(f"{folder} holds the splits {known}; name one, such as {folder}/train")
+    state = _read_json(folder / "state.json")
     if state.get("_indices_data_files"):
         raise ValueError(
-            f"{place} was saved with a selection of its rows beside them; save it again by a newer "
-            "version of `datasets`, or after flatten_indices()"
+            f"{folder} was saved with a selection of its rows beside them; save it again by a "
+            "newer version of `datasets`, or after flatten_indices()"
         )
     files = state.get("_data_files")
-    names = (
-        [file.get("filename") for file in files if isinstance(file, dict)]
-        if isinstance(files, list)
-        else []
-    )
-    if not names or not all(isinstance(name, str) and name == Path(name).name for name in names):
-        raise ValueError(f"{place / 'state.json'} does not say what files the data set has")
-    paths = [place / name for name in names]
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
+    names = [
+        str(file.get("filename")) if isinstance(file, dict) else ""
+        for file in (files if isinstance(files, list) else ())
+    ]
+    if not names or not all(name and name == Path(name).name for name in names):
+        raise ValueError(f"{folder / 'state.json'} does not say what files the data set has")
+    paths = [folder / name for name in names]
+    if missing := [path for path in paths if not path.is_file()]:
         raise FileNotFoundError(
             f"{len(missing)} files that state.json names are not there: {missing[0]}"
         )
-    info = place / "dataset_info.json"
+    info = folder / "dataset_info.json"
     features = json.dumps(_read_json(info)) if info.is_file() else ""
-    return read_tables(place.name, paths, options, spool, features=features)
+    return read_tables(folder.name, paths, options, spool, features=features)
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -252,18 +254,18 @@ def _read_json(path: Path) -> dict[str, Any]:
     return fields
 
 
-def find_parquet(place: Path) -> list[Path]:
-    """The Parquet files of a folder as data sets lie on Hugging Face's hub: here or in data/."""
-    for folder in (place, place / "data"):
-        if folder.is_dir():
-            found = [path for path in sorted(folder.iterdir()) if path.suffix.lower() in PARQUET]
+def find_parquet(folder: Path) -> list[Path]:
+    """Returns the Parquet files of a folder as on Hugging Face's hub: in it or in its data/."""
+    for each in (folder, folder / "data"):
+        if each.is_dir():
+            found = [path for path in sorted(each.iterdir()) if path.suffix.lower() in PARQUET]
             if found:
                 return found
     return []
 
 
-def choose_split(place: Path, paths: list[Path], split: str = "") -> list[Path]:
-    """The files of one split, by names such as train-00000-of-00002.parquet.
+def choose_split(folder: Path, paths: list[Path], split: str = "") -> list[Path]:
+    """Returns the files of one split, by names such as train-00000-of-00002.parquet.
 
     Raises:
         ValueError: there are several and none is asked for, or not the one that is.
@@ -277,7 +279,7 @@ def choose_split(place: Path, paths: list[Path], split: str = "") -> list[Path]:
     if split in known:
         return [path for path in paths if splits[path] == split]
     wanted = f"no split {split!r}; it has" if split else "several splits:"
+    listed = ", ".join(name or "files of other names" for name in known)
     raise ValueError(
-        f"{place} has {wanted} {', '.join(name or 'files of other names' for name in known)}; name "
-        f"one, such as {place}/{known[-1] or 'train'}"
+        f"{folder} has {wanted} {listed}; name one, such as {folder}/{known[-1] or 'train'}"
     )

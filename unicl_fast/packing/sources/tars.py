@@ -2,6 +2,10 @@
 
 The files of a sample have one name but for what comes after its first dot: 000123.jpg, 000123.txt
 (a caption), 000123.cls (a label), 000123.json (fields).
+
+Headers are parsed by `tarfile`. Its iteration over an archive is not used: it keeps an object for
+each member, reads extended headers of any size, and takes an archive with a broken header for one
+that ends there. Nothing is ever written under a name found in a tar.
 """
 
 from __future__ import annotations
@@ -11,30 +15,33 @@ import functools
 import json
 import os
 import re
+import tarfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
-from unicl_fast.packing.sources.entries import Entry, EntryError, RefusedEntry
 from unicl_fast.packing.sources.items import (
     FAILED_DOWNLOADS,
     LEFT_OUT,
     Columns,
+    Entry,
+    EntryError,
     Item,
     ListOptions,
     Problem,
+    RefusedEntry,
     Source,
+    Span,
     add_texts,
     meets,
-    require_text,
+    open_regular,
+    refused,
     split_condition,
 )
 from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
-from unicl_fast.packing.sources.spans import Span, open_regular
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.sources.tar_members import DamagedTarError, Member, iter_members
 from unicl_fast.packing.sources.trees import open_tree
 
 IMAGES = frozenset(
@@ -42,31 +49,35 @@ IMAGES = frozenset(
 )
 _TEXTS = ("txt", "cls", "json")
 _MAX_TEXT_BYTES = 1 << 20
-"""Bytes of a .txt, .cls or .json."""
+"""The most bytes of a .txt, .cls or .json."""
 GZIPPED = (".tar.gz", ".tgz")
+
+_MAX_HEADER_BYTES = 1 << 20
+"""Limit for all headers of a member; a path has 4,096."""
+_PADDING = 1 << 20
+"""How far behind the end mark more members are looked for; GNU tar pads to 10,240 bytes."""
 
 _BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_EXPANDED = 1_000_000
+_MANY_DIGITS = re.compile(rb"\d{1000}")
 
 
-def expand_braces(place: str) -> list[str]:
-    """`shard-{000..002}.tar` -> three names; one name without braces.
+def expand_braces(name: str) -> list[str]:
+    """Expands `shard-{000..002}.tar` to three names; a name without braces is itself.
 
     Raises:
         ValueError: the braces are no range.
     """
-    names = [place]
+    names = [name]
     while match := _BRACES.search(names[0]):
         low, high = match.group(1), match.group(2)
         numbers = range(int(low), int(high) + 1)
         if not 0 < len(numbers) * len(names) <= _MAX_EXPANDED:
-            raise ValueError(
-                f"{place}: {match.group()} is no range of 1 to {_MAX_EXPANDED:,} names"
-            )
+            raise ValueError(f"{name}: {match.group()} is no range of 1 to {_MAX_EXPANDED:,} names")
         names = [
-            f"{name[: found.start()]}{number:0{len(low)}d}{name[found.end() :]}"
-            for name in names
-            if (found := _BRACES.search(name))
+            f"{each[: found.start()]}{number:0{len(low)}d}{each[found.end() :]}"
+            for each in names
+            if (found := _BRACES.search(each))
             for number in numbers
         ]
     return names
@@ -95,7 +106,7 @@ def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spo
     return maker.source(name, "images (KEY.jpg beside KEY.txt, KEY.cls or KEY.json)")
 
 
-def read_image_folders(place: Path, options: ListOptions, spool: Spool) -> Source:
+def read_image_folders(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads img2dataset's folders of files: 00000/000000000.jpg, .txt, .json.
 
     Raises:
@@ -103,7 +114,7 @@ def read_image_folders(place: Path, options: ListOptions, spool: Spool) -> Sourc
     """
     maker = _SampleMaker(options, spool)
     key, group = "", None
-    for name, entry in open_tree(place).entries():
+    for name, entry in open_tree(path).entries():
         folder, slash, file_name = name.rpartition("/")
         stem, dot, extension = file_name.partition(".")
         if not folder or not dot or file_name.startswith("."):
@@ -122,21 +133,21 @@ def read_image_folders(place: Path, options: ListOptions, spool: Spool) -> Sourc
             maker.add_text(group, extension, read)
     if group is not None:
         maker.add(key, group)
-    for folder in sorted(path for path in place.iterdir() if path.is_dir()):
-        _count_failures(folder, maker)
-    return maker.source(place.name or str(place), "images")
+    for shard in sorted(each for each in path.iterdir() if each.is_dir()):
+        _count_failures(shard, maker)
+    return maker.source(path.name or str(path), "images")
 
 
 @dataclass(slots=True)
 class _Group:
-    """What is known of one sample."""
+    """The files of one sample."""
 
     images: list[tuple[str, Entry]] = field(default_factory=list)
     """With their extensions."""
     row: dict[str, Any] = field(default_factory=dict)
     """Its texts, as the fields of a row."""
     seen: set[str] = field(default_factory=set)
-    place: int = 0
+    position: int = 0
     problem: Problem | None = None
 
     def add_image(self, extension: str, entry: Entry) -> None:
@@ -177,9 +188,6 @@ class _SampleMaker:
             name=name, items=self._items, labels_are_names=False, passed_over=self.passed_over
         )
 
-    def refuse(self, name: str, kind: str, message: str) -> None:
-        self._append(Item(name, problem=Problem(kind=kind, message=message)))
-
     def add_text(self, group: _Group, extension: str, read: Callable[[], bytes]) -> None:
         """Keeps what is wanted of a .txt, .cls or .json; counts files of any other kind."""
         if extension not in _TEXTS:
@@ -209,12 +217,12 @@ class _SampleMaker:
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
             problem = group.problem or Problem(kind="missing", message="a sample without an image")
-            self._append(Item(key, problem=problem, place=group.place))
+            self.append(Item(key, problem=problem, position=group.position))
             return
         if not meets(group.row, self._conditions):
             self.passed_over[LEFT_OUT] += 1
             return
-        item = Item(key, problem=group.problem, place=group.place)
+        item = Item(key, problem=group.problem, position=group.position)
         _, image = group.images[0]
         if len(group.images) > 1 and item.problem is None:
             names = " and ".join(f".{name}" for name, _ in group.images)
@@ -225,10 +233,9 @@ class _SampleMaker:
             item.entry = image
         if item.problem is None:
             add_texts(item, group.row, self._columns, "the sample")
-            require_text(item)
-        self._append(item)
+        self.append(item)
 
-    def _append(self, item: Item) -> None:
+    def append(self, item: Item) -> None:
         self._has_image |= item.entry is not None
         if item.problem is not None and not self._first_problem:
             self._first_problem = item.problem.message
@@ -236,38 +243,38 @@ class _SampleMaker:
 
 
 def _read_tar(path: Path, maker: _SampleMaker, spool: Spool) -> None:
-    """Adds the samples of one tar. Of a cut one, those are taken that must be whole."""
-    broken = ""
+    """Adds the samples of one tar; from a cut one, those that must be complete."""
+    tar, broken = str(path), ""
     try:
-        place = str(path)
         if path.name.lower().endswith(GZIPPED):
-            unpacked, broken = spool.gunzip(place)
-            place = str(unpacked)
-        groups, damage = _group_members(place, maker)
-        size = os.stat(place).st_size
+            unpacked, broken = spool.gunzip(tar)
+            tar = str(unpacked)
+        groups, damage = _group_members(tar, maker)
+        size = os.stat(tar).st_size
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise
-        maker.refuse(f"{path.name} from byte 0", "unreadable", error.strerror or str(error))
+        reason = error.strerror or str(error)
+        maker.append(refused(f"{path.name} from byte 0", "unreadable", reason))
         return
     for key, group in groups.items():
         maker.add(f"{path.name}/{key}", group)
     if damage is not None or broken:
         offset = size if damage is None else damage.offset
         message = " and ".join(filter(None, (broken, str(damage or ""))))
-        maker.refuse(f"{path.name} from byte {offset}", "damaged", message)
+        maker.append(refused(f"{path.name} from byte {offset}", "damaged", message))
 
 
 def _group_members(
-    place: str, maker: _SampleMaker
+    path: str, maker: _SampleMaker
 ) -> tuple[dict[str, _Group], DamagedTarError | None]:
-    """The samples of a tar in order, and why its end could not be read, if it could not.
+    """Returns the samples of a tar in order, and why its end could not be read, if it could not.
 
-    Texts are read on the way, so that the tar is gone through once, forwards.
+    Texts are read on the way, so that the tar is read once, forwards.
     """
     groups: dict[str, _Group] = {}
     group = None
-    with open_regular(place) as file:
+    with open_regular(path) as file:
         try:
             for member in iter_members(file):
                 folder, slash, file_name = member.name.rpartition("/")
@@ -275,10 +282,10 @@ def _group_members(
                 if not dot or file_name.startswith("."):
                     maker.passed_over["files that belong to no sample"] += 1
                     continue
-                group = groups.setdefault(folder + slash + key, _Group(place=member.header))
+                group = groups.setdefault(folder + slash + key, _Group(position=member.offset))
                 extension = extension.lower()
                 if extension in IMAGES:
-                    group.add_image(extension, _image(place, member))
+                    group.add_image(extension, _image(path, member))
                 else:
                     maker.add_text(group, extension, functools.partial(_read_text, file, member))
         except DamagedTarError as error:
@@ -289,23 +296,23 @@ def _group_members(
     return groups, None
 
 
-def _image(place: str, member: Member) -> Entry:
-    if not member.is_regular:
-        return RefusedEntry("unreadable", "not a regular file but a link or a device")
-    return Span(place, member.offset, member.num_bytes)
+def _image(path: str, member: tarfile.TarInfo) -> Entry:
+    if is_plain(member):
+        return Span(path, member.offset_data, member.size)
+    return RefusedEntry("unreadable", "not a regular file but a link or a device")
 
 
-def _read_text(file: BinaryIO, member: Member) -> bytes:
-    if not member.is_regular:
+def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
+    if not is_plain(member):
         raise EntryError("unreadable", "not a regular file but a link or a device")
-    if member.num_bytes > _MAX_TEXT_BYTES:
-        raise EntryError("bad row", f"a text of {member.num_bytes:,} bytes")
-    file.seek(member.offset)
-    return file.read(member.num_bytes)
+    if member.size > _MAX_TEXT_BYTES:
+        raise EntryError("bad row", f"a text of {member.size:,} bytes")
+    file.seek(member.offset_data)
+    return file.read(member.size)
 
 
 def _count_failures(stem: Path, maker: _SampleMaker) -> None:
-    """Counts what img2dataset could not get, by the statistics it leaves beside each shard."""
+    """Counts img2dataset's failures, by the statistics that it leaves beside each shard."""
     stats = stem.with_name(f"{stem.name}_stats.json")
     try:
         with open_regular(str(stats)) as file:
@@ -315,3 +322,93 @@ def _count_failures(stem: Path, maker: _SampleMaker) -> None:
         return  # statistics are for people; a shard is whole without
     if failed > 0:
         maker.passed_over[FAILED_DOWNLOADS] += failed
+
+
+class DamagedTarError(ValueError):
+    """The archive cannot be read further; members yielded before are complete."""
+
+    def __init__(self, message: str, *, offset: int) -> None:
+        super().__init__(message)
+        self.offset = offset
+        """First byte that is not understood."""
+
+
+def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
+    """Yields the files of a tar in order; folders are left out.
+
+    Archives joined end to end (`cat a.tar b.tar`) are read through.
+
+    Raises:
+        DamagedTarError: the rest cannot be read, or is not there.
+        OSError: the storage fails.
+    """
+    end = os.fstat(file.fileno()).st_size
+    headers = _HeaderFile(file)
+    archive = _Archive(
+        fileobj=cast("BinaryIO", headers), encoding="utf-8", errors="surrogateescape"
+    )
+    while True:
+        at = archive.offset
+        file.seek(at)
+        headers.num_bytes_left = _MAX_HEADER_BYTES
+        try:
+            member = tarfile.TarInfo.fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            archive.offset = _behind_end_mark(file, at)
+            if archive.offset < 0:
+                return
+            continue
+        except (tarfile.EmptyHeaderError, tarfile.TruncatedHeaderError) as error:  # type: ignore[attr-defined]
+            message = "the archive ends without its end mark"
+            raise DamagedTarError(message, offset=at) from error
+        except OSError:
+            raise
+        except Exception as error:  # tarfile raises whatever its parsing stumbles over
+            message = f"no header of a file at byte {at:,} ({error or type(error).__name__})"
+            raise DamagedTarError(message, offset=at) from error
+        last = max(member.offset_data + member.size * is_plain(member), archive.offset - 511)
+        if member.size < 0 or last > end:
+            message = f"the archive ends in the middle of a file of {member.size:,} bytes"
+            raise DamagedTarError(message, offset=at)
+        if not member.isdir():
+            yield member
+
+
+def is_plain(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a regular file whose bytes lie in the archive as they are."""
+    return member.isreg() and not member.issparse()
+
+
+class _Archive(tarfile.TarFile):
+    """The state that `TarInfo.fromtarfile` needs: the file, an encoding and the next offset."""
+
+    def next(self) -> None:
+        """Reads nothing when the archive is opened: errors are to come from `iter_members`."""
+
+
+class _HeaderFile:
+    """A tar as tarfile sees it, which asks for headers only."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.tell = file.tell
+        self.num_bytes_left = 0
+        """How much the headers of the next member may take, together."""
+
+    def read(self, num_bytes: int) -> bytes:
+        if not 0 <= num_bytes <= self.num_bytes_left:
+            raise ValueError(f"a header of {num_bytes:,} bytes")
+        self.num_bytes_left -= num_bytes
+        data = self._file.read(num_bytes)
+        # Python before 3.11.10 and 3.12.6 takes time squared for them (CVE-2024-6232)
+        if num_bytes > tarfile.BLOCKSIZE and _MANY_DIGITS.search(data):
+            raise ValueError("a header with a number of a thousand digits")
+        return data
+
+
+def _behind_end_mark(file: BinaryIO, at: int) -> int:
+    """Returns where another archive begins behind this one's end; -1 if only padding follows."""
+    file.seek(at)
+    padding = file.read(_PADDING)
+    rest = padding.lstrip(b"\0")
+    return at + (len(padding) - len(rest)) // tarfile.BLOCKSIZE * tarfile.BLOCKSIZE if rest else -1

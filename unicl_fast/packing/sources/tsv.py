@@ -2,7 +2,7 @@
 
 A line is KEY<TAB>BASE64 or KEY<TAB>TEXTS<TAB>BASE64. Beside NAME.tsv there may be NAME.label.tsv
 and NAME.caption.tsv with lines KEY<TAB>TEXTS. TEXTS is JSON or plain text. NAME.lineidx is not
-needed: the file is gone through once, and what is kept of an image is where its base64 lies.
+needed: the file is read once, and only the offset of each image's base64 is kept.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from unicl_fast.packing.sources.item_store import ItemStore, NamedItems
 from unicl_fast.packing.sources.items import (
     LEFT_OUT,
+    Base64Span,
     Columns,
     Item,
     ListOptions,
@@ -24,23 +24,24 @@ from unicl_fast.packing.sources.items import (
     Source,
     add_texts,
     meets,
+    open_regular,
+    refused,
     split_condition,
 )
 from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
-from unicl_fast.packing.sources.spans import Base64Span, open_regular
-from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.spool import ItemStore, Spool
 
 _SIGNATURES = (b"/9j/", b"iVBORw0KGgo", b"R0lGOD", b"UklGR", b"Qk", b"SUkq", b"TU0A", b"AAAA")
-"""How base64 of JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 begins."""
+"""The first characters of JPEG, PNG, GIF, WebP, BMP, TIFF, and AVIF or JPEG 2000 in base64."""
 _MIN_BASE64 = 64
 _BASE64 = frozenset(b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/=")
 _HEAD_BYTES = 1 << 20
-"""A line's key and texts, together; images may be longer."""
+"""Limit for a line's key and texts, together; images may be longer."""
 _LINES_TRIED = 10
 
 
 def holds_images(path: Path) -> bool:
-    """Whether a .tsv has images in it, and not paths of images under a header."""
+    """Whether a .tsv has images in it, rather than paths of images under a header."""
     with open_regular(str(path)) as file:
         for number, line in enumerate(_iter_lines(file)):
             start = line.head[line.last_field :]
@@ -75,37 +76,31 @@ def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
     conditions = [split_condition(condition) for condition in options.where]
     passed_over: Counter[str] = Counter()
     items, broken = spool.new_items(), spool.new_items()
-    named = NamedItems(items)
     with open_regular(str(path)) as file:
         for number, line in enumerate(_iter_lines(file), start=1):
             item, rows = _read_line(path, line, number)
-            is_read = item.problem is None  # else nobody knows whether it is one to leave out
-            if named.find(item.name) is not None:
+            is_read = item.problem is None  # else it is unknown whether --where leaves it out
+            if items.find(item.name) is not None:
                 message = f"line {number}: another line has this key"
-                item = Item(f"line {number}", problem=Problem(kind="ambiguous", message=message))
+                item = refused(f"line {number}", "ambiguous", message)
             if is_read and conditions and not any(meets(row, conditions) for row in rows):
                 passed_over[LEFT_OUT] += 1
                 continue
-            item.place = number
+            item.position = number
             for row in rows if item.problem is None else ():
                 add_texts(item, row, columns, f"line {number}")
             if item.entry is None:
                 broken.append(item)
             else:
-                named.append(item)
+                items.append_named(item)
     if not items and not broken:
         raise ValueError(f"{path} has no lines" + (" that --where leaves" if conditions else ""))
     for kind, plain in (("label", columns.labels[0]), ("caption", columns.captions[0])):
         companion = path.with_suffix(f".{kind}.tsv")
         if companion.is_file():
-            _read_companion(companion, plain, columns, items, named, passed_over)
+            _read_companion(companion, plain, columns, items, passed_over)
     items.extend(broken)
-    return Source(
-        name=path.name,
-        items=items,
-        labels_are_names=False,
-        passed_over=passed_over,
-    )
+    return Source(name=path.name, items=items, labels_are_names=False, passed_over=passed_over)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,17 +108,17 @@ class _Line:
     """A line without the bytes of its image."""
 
     head: bytes
-    """Its first bytes, at most `_HEAD_BYTES`."""
+    """The first bytes, at most `_HEAD_BYTES`."""
     start: int
     end: int
-    """Without the line's end."""
+    """The offset behind its last byte, not counting the line's end."""
     num_tabs: int
     last_field: int
-    """Where in the line its last field begins."""
+    """The offset of its last field in the line."""
 
 
 def _iter_lines(file: BinaryIO) -> Iterator[_Line]:
-    """Lines that are not empty, however long, in blocks of memory."""
+    """Yields lines that are not empty, however long, without holding them."""
     start = 0
     while head := file.readline(_HEAD_BYTES):
         tail, length = head, len(head)
@@ -142,11 +137,10 @@ def _iter_lines(file: BinaryIO) -> Iterator[_Line]:
 
 
 def _read_line(path: Path, line: _Line, number: int) -> tuple[Item, list[dict[str, Any]]]:
-    """The item of a line, without its texts; and the rows these are in."""
+    """Returns the item of a line, without its texts; and the rows with these."""
 
     def refuse(message: str) -> tuple[Item, list[dict[str, Any]]]:
-        name = f"line {number}"
-        return Item(name, problem=Problem(kind="bad row", message=f"{name}: {message}")), []
+        return refused(f"line {number}", "bad row", f"line {number}: {message}"), []
 
     if line.num_tabs not in (1, 2):
         return refuse(f"{line.num_tabs + 1} fields; 2 or 3 are read, the image being the last")
@@ -164,7 +158,7 @@ def _read_line(path: Path, line: _Line, number: int) -> tuple[Item, list[dict[st
 
 
 def _rows_of(text: str, plain: str, item: Item) -> list[dict[str, Any]]:
-    """The rows that a field of texts stands for; plain text is one of a column called `plain`."""
+    """Returns the rows that a field of texts holds; plain text is a row with the column `plain`."""
     text = text.strip()
     if not text:
         return []
@@ -184,7 +178,6 @@ def _read_companion(
     plain: str,
     columns: Columns,
     items: ItemStore,
-    named: NamedItems,
     passed_over: Counter[str],
 ) -> None:
     """Adds the texts of .label.tsv or .caption.tsv, found by key."""
@@ -194,7 +187,7 @@ def _read_companion(
                 passed_over[f"lines of {path.name} that are not KEY<TAB>TEXTS"] += 1
                 continue
             key, _, text = line.head.decode("utf-8", "replace").partition("\t")
-            known = named.find(key)
+            known = items.find(key)
             if known is None:
                 passed_over[f"lines of {path.name} about no image"] += 1
                 continue

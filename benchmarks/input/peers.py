@@ -1,0 +1,410 @@
+"""Peers of `unicl-bench input`: loaders that users would otherwise take.
+
+Each is set up as its own documentation does it, with the same crops, the bilinear filter where it
+has one, and no other augmentation, and yields normalised float32 [b c h w]. torchvision (two ways),
+timm and webdataset use torch's DataLoader; DALI, SPDL, a thread pool and FFCV have their own
+decoders. FFCV's own files are written first, once, with the settings of its ImageNet scripts that
+apply to a CPU: at most 500 pixels, JPEG quality 90, the operating system's cache, random order.
+Each function imports its own packages, so that memory is counted honestly.
+
+Stops between epochs would weigh more on small data than on real data, so loaders with epochs get
+the data set repeated many times.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+import random
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torch.utils.dlpack import from_dlpack
+
+from unicl_fast.config import CLIP_MEAN, CLIP_STD
+from unicl_fast.dataset.reader import PackedDataset
+
+from .contenders import Task
+
+if TYPE_CHECKING:
+    from torchvision.datasets import ImageFolder
+    from torchvision.transforms import Compose
+
+_ENOUGH = 2_000_000
+"""Images in an epoch of a repeated data set, which no run reaches the end of."""
+_MEAN = 255 * np.array(CLIP_MEAN, np.float32)
+_STD = 255 * np.array(CLIP_STD, np.float32)
+_AHEAD = 3
+"""Batches in work beside the one that was handed out."""
+_FFCV_EPOCH = 500_000
+"""Images of one of FFCV's epochs; between two of them its threads start anew."""
+
+
+class _Repeated(Dataset[Any]):
+    """An ImageFolder that is repeated many times."""
+
+    def __init__(self, folder: ImageFolder) -> None:
+        self._folder = folder
+
+    def __len__(self) -> int:
+        return max(1, _ENOUGH // len(self._folder)) * len(self._folder)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._folder[index % len(self._folder)]
+
+    @property
+    def transform(self) -> Any:
+        return self._folder.transform
+
+    @transform.setter
+    def transform(self, transform: Any) -> None:  # timm's create_loader sets it from outside
+        self._folder.transform = transform
+
+
+def torchvision_batches(task: Task) -> Iterator[Tensor]:
+    """ImageFolder with PIL transforms, as most people write it."""
+    from torchvision.datasets import ImageFolder
+
+    return _images(_data_loader(ImageFolder(str(task.class_folder), _pil_transform(task)), task))
+
+
+def torchvision_v2_batches(task: Task) -> Iterator[Tensor]:
+    """Transforms v2 as torchvision's documentation recommends: uint8 tensors until the end."""
+    from torchvision.datasets import ImageFolder
+    from torchvision.io import ImageReadMode, decode_image
+    from torchvision.transforms import v2
+
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(
+                task.image_size, scale=task.scale, ratio=task.ratio, antialias=True
+            ),
+            v2.RandomHorizontalFlip(task.flip),
+            v2.ToDtype(torch.float32, scale=True),
+            v2.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
+
+    def decode(path: str) -> Tensor:
+        image: Tensor = decode_image(path, mode=ImageReadMode.RGB)
+        return image
+
+    folder = ImageFolder(str(task.class_folder), transform, loader=decode)
+    return _images(_data_loader(folder, task))
+
+
+def timm_batches(task: Task) -> Iterator[Tensor]:
+    """`create_loader` as timm's training script calls it, its augmentation switched off."""
+    from timm.data import create_loader
+    from torchvision.datasets import ImageFolder
+
+    loader = create_loader(
+        _Repeated(ImageFolder(str(task.class_folder))),
+        input_size=(3, task.image_size, task.image_size),
+        batch_size=task.batch_size,
+        is_training=True,
+        scale=task.scale,
+        ratio=task.ratio,
+        hflip=task.flip,
+        color_jitter=0.0,
+        interpolation="bilinear",
+        mean=CLIP_MEAN,
+        std=CLIP_STD,
+        num_workers=task.threads,
+        device=torch.device("cpu"),
+    )
+    return _images(loader)
+
+
+def webdataset_batches(task: Task) -> Iterator[Tensor]:
+    """`get_wds_dataset` of open_clip with --dataset-resampled; the text stays what it is."""
+    import webdataset
+
+    pipeline = webdataset.DataPipeline(
+        webdataset.ResampledShards(sorted(map(str, task.data.glob("shard-*.tar")))),
+        webdataset.tarfile_to_samples(),
+        webdataset.shuffle(5000, initial=1000),
+        webdataset.decode("pilrgb"),
+        webdataset.rename(image="jpg;png;jpeg;webp", text="json"),
+        webdataset.map_dict(image=_pil_transform(task)),
+        webdataset.to_tuple("image", "text"),
+        webdataset.batched(task.batch_size, partial=False, collation_fn=_stack),
+    )
+    loader = webdataset.WebLoader(
+        pipeline, batch_size=None, shuffle=False, num_workers=task.threads, persistent_workers=True
+    )
+    return _images(loader)
+
+
+def _pil_transform(task: Task) -> Compose:
+    from torchvision import transforms
+
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(task.image_size, scale=task.scale, ratio=task.ratio),
+            transforms.RandomHorizontalFlip(task.flip),
+            transforms.ToTensor(),
+            transforms.Normalize(CLIP_MEAN, CLIP_STD),
+        ]
+    )
+
+
+def _stack(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
+    images, texts = zip(*samples, strict=True)
+    return torch.stack(images), list(texts)
+
+
+def _data_loader(folder: ImageFolder, task: Task) -> DataLoader[Any]:
+    return DataLoader(
+        _Repeated(folder),
+        batch_size=task.batch_size,
+        shuffle=True,
+        num_workers=task.threads,
+        drop_last=True,
+    )
+
+
+def _images(loader: Any) -> Iterator[Tensor]:
+    for images, _ in loader:
+        yield images
+
+
+def dali_batches(task: Task) -> Iterator[Tensor]:
+    """The graph of DALI's own examples on a webdataset."""
+    from nvidia.dali import fn, pipeline_def, types
+
+    shards = sorted(task.data.glob("shard-*.tar"))
+
+    @pipeline_def  # type: ignore[untyped-decorator]
+    def graph() -> Any:
+        encoded = fn.readers.webdataset(
+            paths=[str(shard) for shard in shards],
+            index_paths=[str(shard.with_suffix(".idx")) for shard in shards],
+            ext=["jpg;png;webp"],
+            random_shuffle=True,
+        )
+        images = fn.decoders.image_random_crop(
+            encoded, random_area=list(task.scale), random_aspect_ratio=list(task.ratio)
+        )
+        images = fn.resize(
+            images,
+            size=[task.image_size, task.image_size],
+            interp_type=types.INTERP_LINEAR,
+            antialias=True,
+        )
+        return fn.crop_mirror_normalize(
+            images,
+            dtype=types.FLOAT,
+            output_layout="CHW",
+            mean=_MEAN.tolist(),
+            std=_STD.tolist(),
+            mirror=fn.random.coin_flip(probability=task.flip),
+        )
+
+    pipeline = graph(batch_size=task.batch_size, num_threads=task.threads, device_id=None, seed=1)
+    while True:
+        (images,) = pipeline.run()
+        yield from_dlpack(images.as_tensor())
+        del images
+
+
+def spdl_batches(task: Task) -> Iterator[Tensor]:
+    """SPDL's threads, each having FFmpeg decode, crop, scale and mirror one image at a time."""
+    import spdl.io
+    from spdl.pipeline import PipelineBuilder
+
+    paths = sorted(str(path) for path in task.class_folder.glob("*/*"))
+    draw = random.Random(1)
+    size = task.image_size
+
+    def source() -> Iterator[str]:
+        while True:
+            yield from draw.sample(paths, len(paths))
+
+    def decode(path: str) -> Any:
+        packets = spdl.io.demux_image(path)
+        top, left, height, width = random_crop(
+            draw, packets.codec.height, packets.codec.width, task
+        )
+        filters = [
+            f"crop={width}:{height}:{left}:{top}:exact=1",
+            f"scale={size}:{size}:flags=bilinear",
+            *(["hflip"] if draw.random() < task.flip else []),
+            "format=pix_fmts=rgb24",
+        ]
+        return spdl.io.decode_packets(packets, filter_desc=",".join(filters))
+
+    mean, std = torch.from_numpy(_MEAN), torch.from_numpy(_STD)
+
+    def finish(frames: list[Any]) -> Tensor:
+        images = spdl.io.to_torch(spdl.io.convert_frames(frames))
+        normalised: Tensor = (images - mean) / std
+        return normalised.permute(0, 3, 1, 2)
+
+    pipeline = (
+        PipelineBuilder()
+        .add_source(source())
+        .pipe(decode, concurrency=task.threads)
+        .aggregate(task.batch_size, drop_last=True)
+        .pipe(finish)
+        .add_sink(_AHEAD)
+        .build(num_threads=task.threads + 1)
+    )
+    with pipeline.auto_stop():
+        yield from pipeline
+
+
+def pool_batches(task: Task) -> Iterator[Tensor]:
+    """Code of an hour: threads, fast libraries, buffers that are used again."""
+    import cv2
+
+    cv2.setNumThreads(1)
+    size = task.image_size
+    shape = (task.batch_size, size, size, 3)
+    free = collections.deque(np.empty(shape, np.float32) for _ in range(_AHEAD + 2))
+    per_level, shift = 1 / _STD, -_MEAN / _STD
+
+    def make(out: NDArray[np.float32], index: int, seed: int) -> None:
+        draw = random.Random(seed)
+        image = decode_whole(dataset.image_bytes(index))
+        top, left, height, width = random_crop(draw, image.shape[0], image.shape[1], task)
+        crop = image[top : top + height, left : left + width]
+        # the area filter is OpenCV's only one with antialias, and only shrinks
+        shrinks = height >= size and width >= size
+        square = cv2.resize(
+            crop, (size, size), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        )
+        if draw.random() < task.flip:
+            square = square[:, ::-1]
+        np.multiply(square, per_level, out=out)
+        out += shift
+
+    with PackedDataset(task.data) as dataset, ThreadPoolExecutor(task.threads) as pool:
+        order = _endless_order(len(dataset))
+        in_work: collections.deque[tuple[NDArray[np.float32], list[Future[None]]]]
+        in_work = collections.deque()
+
+        def start() -> None:
+            batch = free.popleft()
+            samples = [next(order) for _ in range(task.batch_size)]
+            in_work.append(
+                (batch, [pool.submit(make, batch[i], *s) for i, s in enumerate(samples)])
+            )
+
+        for _ in range(_AHEAD):
+            start()
+        while True:
+            batch, futures = in_work.popleft()
+            for future in futures:
+                future.result()
+            start()
+            yield torch.from_numpy(batch).permute(0, 3, 1, 2)
+            free.append(batch)
+
+
+def _endless_order(count: int) -> Iterator[tuple[int, int]]:
+    """Samples, shuffled anew in each epoch, and a seed for each draw."""
+    draw = random.Random(1)
+    while True:
+        for index in draw.sample(range(count), count):
+            yield index, draw.getrandbits(32)
+
+
+def decode_whole(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Decodes to RGB with the fastest decoder for Python."""
+    import simplejpeg
+
+    if bytes(encoded[:2]) == b"\xff\xd8":
+        decoded: NDArray[np.uint8] = simplejpeg.decode_jpeg(encoded)
+        return decoded
+    import cv2
+
+    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[:, :, ::-1])
+
+
+def random_crop(
+    draw: random.Random, height: int, width: int, task: Task
+) -> tuple[int, int, int, int]:
+    """Top, left, height and width with the distribution of torchvision's RandomResizedCrop."""
+    low, high = math.log(task.ratio[0]), math.log(task.ratio[1])
+    for _ in range(10):
+        area = height * width * draw.uniform(*task.scale)
+        aspect = math.exp(draw.uniform(low, high))
+        w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return draw.randint(0, height - h), draw.randint(0, width - w), h, w
+    w = min(width, round(height * task.ratio[1]))
+    h = min(height, round(width / task.ratio[0]))
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+def write_ffcv_jpg(task: Task) -> None:
+    """Writes the data set as JPEGs in FFCV's format."""
+    _write_ffcv(task, "jpg")
+
+
+def write_ffcv_raw(task: Task) -> None:
+    """Writes the data set as pixels in FFCV's format."""
+    _write_ffcv(task, "raw")
+
+
+def ffcv_jpg_batches(task: Task) -> Iterator[Tensor]:
+    """FFCV on JPEGs."""
+    return _ffcv_batches(task, "jpg")
+
+
+def ffcv_raw_batches(task: Task) -> Iterator[Tensor]:
+    """FFCV on decoded images."""
+    return _ffcv_batches(task, "raw")
+
+
+def _ffcv_path(task: Task, mode: str) -> Path:
+    return task.scratch / f"{mode}.beton"
+
+
+def _write_ffcv(task: Task, mode: str) -> None:
+    from ffcv.fields import IntField, RGBImageField
+    from ffcv.writer import DatasetWriter
+    from torchvision.datasets import ImageFolder
+
+    folder = ImageFolder(str(task.class_folder))
+    image = RGBImageField(write_mode=mode, max_resolution=500, jpeg_quality=90)
+    writer = DatasetWriter(
+        str(_ffcv_path(task, mode)), {"image": image, "label": IntField()}, num_workers=1
+    )
+    writer.from_indexed_dataset(folder)
+
+
+def _ffcv_batches(task: Task, mode: str) -> Iterator[Tensor]:
+    from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+    from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
+
+    size = (task.image_size, task.image_size)
+    image: list[Any] = [
+        RandomResizedCropRGBImageDecoder(size, scale=task.scale, ratio=task.ratio),
+        RandomHorizontalFlip(task.flip),
+        NormalizeImage(_MEAN, _STD, np.float32),
+        ToTensor(),
+        ToTorchImage(convert_back_int16=False),
+    ]
+    count = sum(1 for _ in task.class_folder.glob("*/*"))
+    loader = Loader(
+        str(_ffcv_path(task, mode)),
+        batch_size=task.batch_size,
+        num_workers=task.threads,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        indices=np.tile(np.arange(count), max(1, _FFCV_EPOCH // count)),
+        pipelines={"image": image, "label": None},
+    )
+    while True:
+        for (images,) in loader:
+            yield images

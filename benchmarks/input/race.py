@@ -1,0 +1,423 @@
+"""Images/s of the input pipeline on the CPU, beside nine other loaders and the limits.
+
+    unicl-bench input --data PACKED [--peers torchvision dali] [--json FILE] [--plot FILE.png]
+    python -m unicl_fast.benchmarks.input.race RESULT.json ... [--plot FILE.png]
+
+Every contestant crops, resizes, flips and normalises the same files into float32 batches, with the
+same number of threads or worker processes. Their images are compared first (contenders.py). Then
+each runs alone, for its memory; then they take turns, all but one stopped, and the figure is the
+median of the ratios within a round. Limits and stages, which are parts of the work, take turns with
+them. Contestants that are not installed are named and left out.
+
+The second command prints results as Markdown tables and draws them, so that no table in the
+documentation is typed by hand.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import numpy as np
+import tyro
+
+from unicl_fast.config import Resample
+from unicl_fast.dataset.reader import PackedDataset
+
+from ..harness import Figures, Stage, Turn, Unit, rate_of, ratio_of, summarise
+from .contenders import (
+    OURS,
+    PARTS,
+    PEERS,
+    RAW,
+    Contender,
+    Gap,
+    Kind,
+    Task,
+    choose,
+    comparison_task,
+    differs_in_distribution,
+    gap_to,
+    write_class_folder,
+)
+from .worker import ContenderError, MissingPackageError, Worker
+
+T = TypeVar("T")
+
+_COLOURS = {"ours": "#c1440e", "peer": "#8a9ba8", "limit": "white"}
+_RAW = "-raw"
+_OFF_THE_SCALE = 4
+"""Limits beyond so many times the fastest contestant are named in words: they would squeeze the
+other bars."""
+
+_COMPARED = 192
+"""Images of each contestant that are compared with Pillow's: four times the number of squares,
+since contestants that draw with replacement do not show all of them sooner."""
+_MOMENTS = 1024
+"""Images of each contestant whose means and deviations are compared."""
+_PACKAGES = (
+    *("torchvision", "timm", "webdataset", "spdl", "ffcv", "simplejpeg", "opencv-python-headless"),
+    *("nvidia-dali-cuda120", "pillow", "numpy", "numba"),
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Input(Stage):
+    """Images/s of the input pipeline on the CPU, beside other loaders."""
+
+    data: Path
+    """Packed data set of JPEGs or PNGs; every contestant reads its images."""
+    raw_data: Path | None = None
+    """The same images packed in another format, for a second contestant of ours."""
+    peers: tuple[str, ...] = ("all",)
+    """Peers to compare with: torchvision, torchvision-v2, timm, webdataset, spdl, ffcv-jpg,
+    ffcv-raw, pool, dali; or all."""
+    parts: tuple[str, ...] = ("all",)
+    """Limits and stages that take turns too: decode, turbojpeg, read, write, plan, texts,
+    resample, normalise, loader; or all, or none."""
+    batch_size: int = 64
+    """Images of a batch."""
+    image_size: int = 224
+    """Side of the crops."""
+    threads: int = 2
+    """Decoding threads, or worker processes."""
+    rounds: int = 7
+    """Turns of each contestant."""
+    seconds: float = 3.0
+    """Length of a turn."""
+    resample: Resample = "fused"
+    """The resizing operator of our loader."""
+    tune_peers: bool = False
+    """Let peers keep freed memory as our programs do, which none of them does by default."""
+    plot: Path | None = None
+    """File for a bar chart of the rates, as PNG."""
+
+    def run(self) -> None:
+        ours = [OURS, RAW] if self.raw_data else [OURS]
+        race = _Race([*ours, *choose(self.peers, PEERS), *choose(self.parts, PARTS)])
+        with (
+            tempfile.TemporaryDirectory(prefix="unicl-bench-") as folder,
+            PackedDataset(self.data) as dataset,
+        ):
+            task = Task(
+                data=self.data.absolute(),
+                scratch=Path(folder),
+                batch_size=self.batch_size,
+                image_size=self.image_size,
+                threads=self.threads,
+                resample=self.resample,
+                keep_memory=self.tune_peers,
+            )
+            tasks = {each.name: task for each in race.still_in()}
+            write_class_folder(dataset, task.class_folder)
+            questions = dict.fromkeys(tasks, comparison_task(dataset, task))
+            if self.raw_data:
+                tasks[RAW.name] = dataclasses.replace(task, data=self.raw_data.absolute())
+                raw_task = dataclasses.replace(task, scratch=task.scratch / "raw")
+                with PackedDataset(self.raw_data) as raw_dataset:
+                    questions[RAW.name] = comparison_task(raw_dataset, raw_task)
+            gaps = race.compare_pixels(questions)
+            race.prepare(tasks)
+            figures = race.measure_memory(tasks, self.seconds)
+            figures |= race.measure_rates(tasks, self)
+        result = {"contenders": race.described(gaps), "left_out": race.left_out}
+        self.report(figures, *_installed(), **result)
+        if self.plot is not None:
+            plot({self.data.name: {"figures": figures, **result}}, self.plot)
+
+
+class _Race:
+    """The contestants, and the reasons why some were left out."""
+
+    def __init__(self, contenders: list[Contender]) -> None:
+        self._contenders = contenders
+        self.left_out: dict[str, str] = {}
+
+    def still_in(self, *kinds: Kind) -> list[Contender]:
+        return [
+            each
+            for each in self._contenders
+            if each.name not in self.left_out and (not kinds or each.kind in kinds)
+        ]
+
+    def attempt(self, contender: Contender, work: Callable[[Contender], T]) -> T | None:
+        """The result of its `work`; None if the contestant cannot do it, which leaves it out.
+
+        Raises:
+            RuntimeError: it is ours.
+        """
+        try:
+            return work(contender)
+        except ContenderError as error:
+            reason = str(error)
+            if isinstance(error, MissingPackageError) and contender.install:
+                reason = f"{reason}; to have it: {contender.install}"
+            if contender.kind == "ours":
+                raise RuntimeError(f"{contender.name}: {reason}") from error
+            self.leave_out(contender, reason)
+            return None
+
+    def leave_out(self, contender: Contender, reason: str) -> None:
+        print(f"{contender.name} is left out: {reason}", flush=True)
+        self.left_out[contender.name] = reason
+
+    def compare_pixels(self, questions: Mapping[str, tuple[Task, np.ndarray]]) -> dict[str, Gap]:
+        """Compares all images with Pillow's; a contestant that makes others is left out.
+
+        Args:
+            questions: for each name a task and its result, see `comparison_task`.
+        """
+        gaps = {}
+        for each in self.still_in("ours", "peer"):
+            gap = self.attempt(each, lambda who: _gap(who, *questions[who.name]))
+            if gap is not None:
+                gaps[each.name] = gap
+                print(f"{each.name}: {gap.mean:.2f} levels from Pillow's in the mean", flush=True)
+        return gaps
+
+    def prepare(self, tasks: Mapping[str, Task]) -> None:
+        for each in self.still_in():
+            self.attempt(each, lambda who: _prepare(who, tasks[who.name]))
+
+    def measure_memory(self, tasks: Mapping[str, Task], seconds: float) -> Figures:
+        """Runs each alone, so that no other process shares its libraries."""
+
+        def measure(who: Contender) -> list[float]:
+            with Worker(who, tasks[who.name]) as worker:
+                return [number / 1e6 for number in worker.memory(seconds)]
+
+        figures = {}
+        for each in self.still_in("ours", "peer"):
+            megabytes = self.attempt(each, measure)
+            if megabytes:
+                figures[f"{each.name}, MB"] = summarise(megabytes)
+        return figures
+
+    def measure_rates(self, tasks: Mapping[str, Task], settings: Input) -> Figures:
+        """Turns of all, after the distributions of their crops were compared."""
+        with contextlib.ExitStack() as stack:
+            workers: dict[str, Worker] = {}
+            for each in self.still_in():
+                worker = self.attempt(
+                    each, lambda who: stack.enter_context(Worker(who, tasks[who.name]))
+                )
+                if worker is not None:
+                    workers[each.name] = worker
+            self._compare_distributions(workers, settings)
+            turns: dict[str, list[Turn]] = {name: [] for name in workers}
+            for _ in range(settings.rounds):
+                for each in self.still_in():
+                    turn = self.attempt(each, lambda who: workers[who.name].turn(settings.seconds))
+                    if turn is not None:
+                        turns[each.name].append(turn)
+        figures: Figures = {}
+        units: dict[Unit, tuple[str, str]] = {
+            "wall_seconds": ("s", ""),
+            "cpu_seconds": ("CPU second", ", by CPU time"),
+        }
+        for unit, (second, suffix) in units.items():
+            for each in self.still_in():
+                rate = rate_of(turns[each.name], 1, unit=unit)
+                figures[f"{each.name}, images/{second}"] = rate
+            for own, other in itertools.product(
+                self.still_in("ours"), self.still_in("peer", "limit")
+            ):
+                ratio = ratio_of(turns, other.name, own.name, unit=unit)
+                figures[f"{own.name} / {other.name}{suffix}"] = ratio
+        return figures
+
+    def _compare_distributions(self, workers: Mapping[str, Worker], settings: Input) -> None:
+        batches = -(-_MOMENTS // settings.batch_size)
+
+        def moments_of(who: Contender) -> np.ndarray:
+            return workers[who.name].moments(batches)
+
+        reference = self.attempt(OURS, moments_of)
+        assert reference is not None  # else the run has ended
+        for each in self.still_in("ours", "peer"):
+            moments = None if each is OURS else self.attempt(each, moments_of)
+            difference = "" if moments is None else differs_in_distribution(moments, reference)
+            if difference:
+                self.leave_out(each, difference)
+
+    def described(self, gaps: Mapping[str, Gap]) -> dict[str, dict[str, Any]]:
+        """For the JSON: each contestant, and how far its images are from Pillow's."""
+        described: dict[str, dict[str, Any]] = {}
+        for each in self.still_in():
+            facts: dict[str, Any] = {"kind": each.kind, "what": each.about}
+            if each.differs:
+                facts["differs"] = each.differs
+            if each.name in gaps:
+                facts["levels_from_pillow"] = dataclasses.asdict(gaps[each.name])
+            described[each.name] = facts
+        return described
+
+
+def _gap(contender: Contender, task: Task, truth: np.ndarray) -> Gap:
+    _prepare(contender, task)
+    with Worker(contender, task) as worker:
+        images = worker.images(_COMPARED)
+    try:
+        gap = gap_to(truth, images)
+    except ValueError as error:
+        raise ContenderError(str(error)) from error
+    if gap.mean > contender.tolerance:
+        raise ContenderError(
+            f"it makes other images: {gap.mean:.2f} levels from Pillow's in the mean, "
+            f"where {contender.tolerance} are allowed"
+        )
+    return gap
+
+
+def _prepare(contender: Contender, task: Task) -> None:
+    if contender.prepare:
+        with Worker(contender, task, prepare=True):
+            pass
+
+
+def _installed() -> list[str]:
+    found = []
+    for package in _PACKAGES:
+        with contextlib.suppress(PackageNotFoundError):
+            version(package)
+            found.append(package)
+    return found
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """One row a contestant, the fastest first within its kind; ratios are to ours.
+
+    Readers of decoded images are compared with our loader of decoded images, if it ran.
+    """
+    figures = result["figures"]
+    lines = [
+        "| | images/s | ours, times that | by CPU time | memory, MB | levels from Pillow |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, facts in _by_rate(result):
+        ours = "unicl_fast"
+        if name.endswith(_RAW) and f"{ours}{_RAW}" in result["contenders"]:
+            ours += _RAW
+        cells = [
+            _spread(figures[f"{name}, images/s"]),
+            _spread(figures.get(f"{ours} / {name}")),
+            _spread(figures.get(f"{ours} / {name}, by CPU time")),
+        ]
+        memory = figures.get(f"{name}, MB")
+        cells.append("" if memory is None else _number(memory["median"]))
+        gap = facts.get("levels_from_pillow")
+        cells.append(f"{gap['mean']:.2f}" if gap else "")
+        kind = "" if facts["kind"] in ("ours", "peer") else f"{facts['kind']}: "
+        lines.append(f"| {kind}{name} | {' | '.join(cells)} |")
+    for name, reason in result["left_out"].items():
+        lines.append(f"| {name} | left out: {reason} | | | | |")
+    return "\n".join(lines)
+
+
+def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """A panel of bars for each result: median rate and spread; memory beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    bars = [_bars(result) for result in results.values()]
+    height = 1.2 + 0.36 * max(len(rows) for rows, _ in bars)
+    figure, panels = pyplot.subplots(
+        1, len(results), figsize=(6.4 * len(results), height), squeeze=False, layout="constrained"
+    )
+    for panel, (title, result), (rows, beyond) in zip(
+        panels[0], results.items(), bars, strict=True
+    ):
+        top = max(result["figures"][f"{name}, images/s"]["high"] for name, _ in rows)
+        for row, (name, kind) in enumerate(reversed(rows)):
+            rate = result["figures"][f"{name}, images/s"]
+            memory = result["figures"].get(f"{name}, MB")
+            middle = rate["median"]
+            panel.barh(
+                row,
+                middle,
+                color=_COLOURS[kind],
+                edgecolor="#4a4a4a" if kind == "limit" else _COLOURS[kind],
+                hatch="///" if kind == "limit" else None,
+                xerr=[[middle - rate["low"]], [rate["high"] - middle]],
+                error_kw={"ecolor": "#222222", "capsize": 2, "elinewidth": 0.8},
+            )
+            label = f"{middle:,.0f}" + (f"  ({memory['median']:,.0f} MB)" if memory else "")
+            panel.text(rate["high"] + 0.01 * top, row, label, va="center", fontsize=8)
+        panel.set_yticks(
+            range(len(rows)),
+            [f"limit: {name}" if kind == "limit" else name for name, kind in reversed(rows)],
+        )
+        panel.set_xlim(0, 1.32 * top)
+        label = "images/s: median and spread (memory of all processes)"
+        if beyond:
+            label += f"\nlimits off the scale: {', '.join(beyond)}"
+        panel.set_xlabel(label, fontsize=8)
+        panel.set_title(title, fontsize=10)
+        for side in ("top", "right"):
+            panel.spines[side].set_visible(False)
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def _by_rate(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
+    def order(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, bool, float]:
+        name, facts = item
+        rate = result["figures"][f"{name}, images/s"]["median"]
+        return facts["kind"] == "stage", facts["kind"] == "limit", -rate
+
+    return sorted(result["contenders"].items(), key=order)
+
+
+def _bars(result: Mapping[str, Any]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Names and kinds from top to bottom, limits first; and the limits that are off the scale."""
+    rows = [(name, facts["kind"]) for name, facts in _by_rate(result)]
+    whole = [row for row in rows if row[1] in ("ours", "peer")]
+    rate = {name: result["figures"][f"{name}, images/s"]["median"] for name, _ in rows}
+    most = _OFF_THE_SCALE * max(rate[name] for name, _ in whole)
+    limits = [row for row in rows if row[1] == "limit"]
+    beyond = [f"{name} {rate[name]:,.0f}" for name, _ in limits if rate[name] > most]
+    return [row for row in limits if rate[row[0]] <= most] + whole, beyond
+
+
+def _spread(figure: Mapping[str, float] | None) -> str:
+    if figure is None:
+        return ""
+    low, middle, high = (_number(figure[key]) for key in ("low", "median", "high"))
+    return f"{middle} ({low} to {high})"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if value >= 20 else f"{value:.2f}"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Report:
+    """Prints a table of each result; draws all of them if a file is given."""
+
+    results: Annotated[tuple[Path, ...], tyro.conf.Positional]
+    """JSON files of `unicl-bench input`."""
+    plot: Path | None = None
+    """File for the bar charts, as PNG."""
+
+
+def main() -> None:
+    """Entry point of the second command."""
+    report = tyro.cli(Report, prog="python -m unicl_fast.benchmarks.input.race")
+    results = {path.stem: json.loads(path.read_text()) for path in report.results}
+    for name, result in results.items():
+        print(f"\n{name}\n\n{table(result)}")
+    if report.plot is not None:
+        plot(results, report.plot)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,449 @@
+"""DALI's graphs: images and crop windows go in, uint8 [h w c] crops come out.
+
+One definition serves both devices: on `cpu` everything runs on the host and no driver is needed,
+on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it.
+Nothing in a graph is random; every number that shapes an image is an input (see plan/). Images
+leave as uint8 because that is a quarter of float32's bytes; `unicl_fast.models.precision`
+normalises them. First graphs are built, then they are run over batches that the host prepares;
+`feed/` decides what a batch holds, and which image of a failed batch was the cause.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import Any, Generic, Literal, TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from unicl_fast.config import DataConfig, Resample
+
+try:
+    from nvidia.dali import fn, types
+    from nvidia.dali.pipeline import Pipeline as Pipeline
+    from nvidia.dali.pipeline import pipeline_def
+except ImportError as error:
+    raise ImportError(
+        "the data pipeline runs on NVIDIA DALI, which is not installed here; "
+        "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
+    ) from error
+
+from unicl_fast.system.host_memory import return_freed_memory
+from unicl_fast.system.machine import cores_of_this_rank
+
+from .kernels.operators import GraphParts, augment, augment_operator, resample_operator
+
+Source = Callable[[], tuple[Any, ...]]
+"""Gives the inputs of one batch; raises StopIteration behind the last one."""
+
+Images = Literal["files", "pixels", "crops"]
+
+_SMALL_BATCH_BYTES = 5_000_000
+"""Bytes of a small batch's crops."""
+# DALI widens these filters when it shrinks an image (antialias=True); linear is then the
+# triangular filter that Pillow and torchvision call bilinear.
+_FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
+
+
+def build_train_graph(
+    source: Source,
+    *,
+    data: DataConfig,
+    batch_size: int,
+    device: torch.device,
+    images: Images = "files",
+    augmentation: GraphParts | None = None,
+) -> Pipeline:
+    """Decode the window, resample it to a crop, flip it, augment it.
+
+    Args:
+        source: gives encoded images as a list of uint8 arrays, window starts (row, column) int32
+            [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], integers int64
+            [b k], and, where there is augmentation, its rows float32 [b m]. With `images` as
+            pixels the first is uint8 [b h w 3]; as crops, uint8 [b size size 3], and windows and
+            flips are not given.
+        data: the settings of crops, decoding threads and batches made ahead.
+        batch_size: most samples of a batch.
+        device: where images end up.
+        images: what the source gives: files, decoded images, or crops that are made of those.
+        augmentation: what the sources need (see `operators.parts_for`); None does without.
+
+    Returns:
+        A pipeline with two outputs: images uint8 [b h w c] and the integers, both on `device`.
+    """
+    fused = is_fused(data.resample, device)
+
+    def define() -> tuple[Any, Any]:
+        first, *windows, integers, rows = _training_inputs(
+            source, images=images, has_rows=augmentation is not None
+        )
+        crops = first
+        if images != "crops":
+            starts, shapes, flips = windows
+            regions = decode_windows(first, starts, shapes, data=data, device=device, images=images)
+            crops = _resampled(regions, flips, data=data, fused=fused)
+        if augmentation is not None:
+            if fused:
+                fill = types.Constant(list(augmentation.fill), dtype=types.UINT8)
+                crops = augment_operator(data.image_size)(crops, rows, fill)
+            else:
+                crops = augment(crops, rows, augmentation)
+        return crops, _on_device(integers, device)
+
+    build = pipeline_def(define, enable_conditionals=augmentation is not None and not fused)
+    return build(**_pipeline_settings(data, batch_size, device))
+
+
+def _training_inputs(source: Source, *, images: Images, has_rows: bool) -> list[Any]:
+    """Nodes of the source's inputs; the last is None where there is no augmentation."""
+    first = (types.UINT8, 1, "") if images == "files" else (types.UINT8, 3, "HWC")
+    kinds = [first, (types.INT64, 1, "")]
+    if images != "crops":
+        kinds[1:1] = [(types.INT32, 1, "")] * 3
+    if has_rows:
+        kinds.append((types.FLOAT, 1, ""))
+    nodes = fn.external_source(
+        source,
+        num_outputs=len(kinds),
+        batch=True,
+        dtype=[dtype for dtype, _, _ in kinds],
+        ndim=[ndim for _, ndim, _ in kinds],
+        layout=[layout for _, _, layout in kinds],
+    )
+    return [*nodes, *[None] * (not has_rows)]
+
+
+def decode_windows(
+    first: Any,
+    starts: Any,
+    shapes: Any,
+    *,
+    data: DataConfig,
+    device: torch.device,
+    images: Images,
+) -> Any:
+    """The window of each image, uint8 [h w c] of its own size."""
+    if images == "pixels":
+        return fn.slice(_on_device(first, device), start=starts, shape=shapes, axis_names="HW")
+    # Only the blocks under the window are decoded. Sizes in the index are as displayed and
+    # packing leaves no image with an orientation tag, so nothing may turn it here.
+    return fn.decoders.image_slice(
+        first,
+        start=starts,
+        shape=shapes,
+        axis_names="HW",
+        output_type=types.RGB,
+        adjust_orientation=False,
+        **_decoder_settings(data, device),
+    )
+
+
+def _resampled(windows: Any, flips: Any, *, data: DataConfig, fused: bool) -> Any:
+    """Crops of the windows, flipped where they should be."""
+    if fused:
+        start, end = (types.Constant([edge] * 2, dtype=types.FLOAT) for edge in (0.0, math.inf))
+        return resample_operator(data.image_size, data.interpolation)(windows, start, end, flips)
+    # One operator for resampling and flipping: 5 to 10 % faster on the CPU than two.
+    return fn.resize_crop_mirror(
+        windows,
+        size=[data.image_size] * 2,
+        crop=[data.image_size] * 2,
+        mirror=fn.squeeze(flips, axes=0),
+        interp_type=_FILTERS[data.interpolation],
+        antialias=True,
+    )
+
+
+def build_evaluation_graph(
+    source: Source,
+    *,
+    data: DataConfig,
+    batch_size: int,
+    device: torch.device,
+) -> Pipeline:
+    """Decode the whole image and resample its central region to a crop.
+
+    Args:
+        source: gives encoded images as a list of uint8 arrays, and region starts and ends
+            float32 [b 2] from `crop.central_windows`; batches may be smaller than `batch_size`.
+        data: as for `build_train_graph`.
+        batch_size: most samples of a batch.
+        device: where images end up.
+
+    Returns:
+        A pipeline with one output: images uint8 [b h w c] on `device`.
+    """
+    pipeline = Pipeline(**_pipeline_settings(data, batch_size, device))
+    with pipeline:
+        encoded, starts, ends = fn.external_source(
+            source,
+            num_outputs=3,
+            batch=True,
+            dtype=[types.UINT8, types.FLOAT, types.FLOAT],
+            ndim=[1, 1, 1],
+        )
+        whole = fn.decoders.image(
+            encoded,
+            output_type=types.RGB,
+            adjust_orientation=False,
+            **_decoder_settings(data, device),
+        )
+        if is_fused(data.resample, device):
+            unflipped = types.Constant([0], dtype=types.INT32)
+            operator = resample_operator(data.image_size, data.interpolation)
+            images = operator(whole, starts, ends, unflipped)
+        else:
+            images = fn.resize(
+                whole,
+                size=[data.image_size] * 2,
+                roi_start=starts,
+                roi_end=ends,
+                interp_type=_FILTERS[data.interpolation],
+                antialias=True,
+            )
+        pipeline.set_outputs(images)
+    return pipeline
+
+
+def decoding_threads(threads: int) -> int:
+    """Decoding threads of this rank: as given, or (0) one for each of its cores."""
+    return threads or cores_of_this_rank()
+
+
+def batches_ahead(data: DataConfig, batch_size: int) -> int:
+    """The number of batches that `data.prefetch` means for batches of this size."""
+    is_small = 3 * batch_size * data.image_size**2 <= _SMALL_BATCH_BYTES
+    return data.prefetch or (4 if is_small else 2)
+
+
+def split_threads(data: DataConfig, device: torch.device) -> list[DataConfig]:
+    """The settings of graphs that take turns on the CPU, so that no thread waits for another.
+
+    Two, with half of the threads each; one where there is one thread, nothing is done ahead (they
+    would only take turns waiting), or a GPU does the work.
+    """
+    threads = decoding_threads(data.threads)
+    if threads == 1 or data.prefetch == 1 or device.type != "cpu":
+        return [data]
+    return [dataclasses.replace(data, threads=part) for part in (-(-threads // 2), threads // 2)]
+
+
+def is_fused(resample: Resample, device: torch.device) -> bool:
+    """Whether our operator resamples; a GPU's resize is DALI's."""
+    return resample == "fused" and device.type == "cpu"
+
+
+def _pipeline_settings(data: DataConfig, batch_size: int, device: torch.device) -> dict[str, Any]:
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"DALI decodes for cpu or cuda, not for {device}; set run.device")
+    device_id = None  # the host
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise RuntimeError(
+                "images were to be decoded on a GPU, but this machine has no usable CUDA driver; "
+                "set run.device=cpu, or check the driver with nvidia-smi"
+            )
+        device_id = torch.cuda.current_device() if device.index is None else device.index
+    return {
+        "batch_size": batch_size,
+        "num_threads": decoding_threads(data.threads),
+        "device_id": device_id,
+        "prefetch_queue_depth": batches_ahead(data, batch_size),
+    }
+
+
+def _decoder_settings(data: DataConfig, device: torch.device) -> dict[str, Any]:
+    if device.type == "cpu":
+        return {"device": "cpu"}
+    height, width = data.decoder_hint
+    return {
+        "device": "mixed",
+        "hw_decoder_load": data.hw_decoder_load,
+        "preallocate_height_hint": height,
+        "preallocate_width_hint": width,
+    }
+
+
+def _on_device(node: Any, device: torch.device) -> Any:
+    """Sends an input along to the device, a batch ahead of its use."""
+    return node if device.type == "cpu" else node.gpu()
+
+
+# Running graphs.
+
+Facts = TypeVar("Facts")
+Outputs = Generator[tuple[list[Tensor], Facts], None, None]
+"""The output tensors of each batch, and its facts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HostBatch(Generic[Facts]):
+    """The inputs of one run of a graph, and facts that are kept beside them.
+
+    DALI cannot carry numbers that the host must know without reading the device, or names for
+    messages. Graphs give their batches in the order in which they took them, so facts are queued.
+    """
+
+    inputs: tuple[Any, ...]
+    facts: Facts
+
+
+class DecodingError(RuntimeError):
+    """DALI could not make images of a batch, and its graph is of no more use."""
+
+    def __init__(self, message: str, in_flight: Sequence[Any] = ()) -> None:
+        """`in_flight`: facts of the batches that had not come out, the one that failed first."""
+        super().__init__(message)
+        self.in_flight = tuple(in_flight)
+
+
+def run_graphs(
+    builds: Sequence[Callable[[Source], Pipeline]],
+    host_batches: Iterator[HostBatch[Facts]],
+    *,
+    device: torch.device,
+    ahead: int,
+) -> Outputs[Facts]:
+    """Outputs and facts of every batch, in order. Close the generator to stop before the end.
+
+    Graphs take turns: of k graphs each gets every k-th batch. Within one, an operator begins when
+    the one before has done the whole batch, and threads that are done early wait; another graph's
+    have work meanwhile.
+
+    Tensors share DALI's memory without a copy. They stay valid as long as they are held, even when
+    the graph is gone: the default executor counts references and reuses a buffer only when nobody
+    looks at it (a test pins that).
+
+    Args:
+        builds: each makes a graph around a source.
+        host_batches: the batches; iterated in another thread, so that waiting for storage hides
+            behind decoding.
+        device: where the graphs' outputs lie.
+        ahead: batches prepared before they are asked for, beside those that graphs prefetch.
+
+    Raises:
+        DecodingError: DALI failed at the batch that was to come out next. Whatever `host_batches`
+            raises comes as it is.
+    """
+    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker:
+        dealer = _Dealer(worker, host_batches, num_graphs=len(builds), ahead=ahead)
+        pipelines = [build(dealer.source_of(graph)) for graph, build in enumerate(builds)]
+        try:
+            for pipeline in pipelines:
+                pipeline.build()
+            return_freed_memory()
+            for number in itertools.count():
+                try:
+                    outputs = _run(pipelines[number % len(pipelines)], device)
+                except StopIteration:
+                    return
+                except Exception as error:  # DALI's are of several types
+                    if error is dealer.host_error or not dealer.in_flight:
+                        raise
+                    raise DecodingError(str(error), list(dealer.in_flight.values())) from error
+                yield (
+                    [from_dlpack(output.as_tensor()) for output in outputs],
+                    dealer.in_flight.pop(number),
+                )
+                del outputs  # held here, the buffers could not be reused for the next batch
+        finally:
+            dealer.cancel()
+
+
+class _Dealer(Generic[Facts]):
+    """Prepares batches ahead in a thread and deals them to graphs, which take turns."""
+
+    def __init__(
+        self,
+        worker: Executor,
+        host_batches: Iterator[HostBatch[Facts]],
+        *,
+        num_graphs: int,
+        ahead: int,
+    ) -> None:
+        self.in_flight: dict[int, Facts] = {}
+        """Facts of the batches that graphs have taken and not given back, by number, in order."""
+        self.host_error: Exception | None = None
+        self._worker = worker
+        self._host_batches = host_batches
+        self._prepared: collections.deque[Future[HostBatch[Facts] | None]] = collections.deque()
+        self._dealt: list[collections.deque[HostBatch[Facts] | None]] = [
+            collections.deque() for _ in range(num_graphs)
+        ]
+        self._num_taken = 0
+        for _ in range(ahead):
+            self._prepare_next()
+
+    def source_of(self, graph: int) -> Source:
+        def source() -> tuple[Any, ...]:
+            while not self._dealt[graph]:
+                self._deal()
+            batch = self._dealt[graph].popleft()
+            if batch is None:
+                raise StopIteration
+            return batch.inputs
+
+        return source
+
+    def cancel(self) -> None:
+        for future in self._prepared:
+            future.cancel()
+
+    def _prepare_next(self) -> None:
+        self._prepared.append(self._worker.submit(next, self._host_batches, None))
+
+    def _deal(self) -> None:
+        """Gives the next batch to the graph whose turn it is."""
+        try:
+            batch = self._prepared.popleft().result()
+        except Exception as error:
+            self.host_error = error
+            raise
+        self._dealt[self._num_taken % len(self._dealt)].append(batch)
+        if batch is not None:
+            self.in_flight[self._num_taken] = batch.facts
+        self._num_taken += 1
+        self._prepare_next()
+
+
+def run_without_graph(
+    make_group: Callable[[int], Sequence[HostBatch[Facts]]],
+    starts: Iterator[int],
+    *,
+    workers: int,
+    ahead: int,
+) -> Outputs[Facts]:
+    """As `run_graphs` on the CPU, where nothing is left for a graph to do: inputs are the outputs.
+
+    Args:
+        make_group: makes some consecutive batches; called in several threads at once.
+        starts: arguments of `make_group`, in order; without end.
+        workers: threads.
+        ahead: groups prepared before they are asked for.
+    """
+    ready: collections.deque[Future[Sequence[HostBatch[Facts]]]] = collections.deque()
+    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-feed") as pool:
+        try:
+            for start in itertools.islice(starts, ahead):
+                ready.append(pool.submit(make_group, start))
+            while True:
+                group = ready.popleft().result()
+                ready.append(pool.submit(make_group, next(starts)))
+                for batch in group:
+                    yield [torch.from_numpy(array) for array in batch.inputs], batch.facts
+        finally:
+            for future in ready:
+                future.cancel()
+
+
+def _run(pipeline: Pipeline, device: torch.device) -> Any:
+    if device.type == "cpu":
+        return pipeline.run()
+    # Ordered after DALI's work on torch's stream, without waiting for it on the host.
+    return pipeline.run(torch.cuda.current_stream(device))  # positional only in DALI 2.4

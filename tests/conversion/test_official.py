@@ -1,0 +1,242 @@
+"""microsoft/UniCL's files: features against a plain forward pass, both ways, what is refused."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+
+import official_forward
+import pytest
+import torch
+from torch import Tensor
+
+from unicl_fast import UniCL
+from unicl_fast.conversion.official import (
+    _with_present_names,
+    model_of,
+    num_parameters,
+    official_entries,
+    read_official_file,
+    write_official_file,
+)
+from unicl_fast.presets import build_preset
+from unicl_fast.text.tokenizer import Tokenizer
+
+FILE = Path("some.pth")
+TEXTS = ["a photo of a dog", "", "two people in the snow " * 30]
+
+
+@pytest.fixture(scope="module")
+def entries() -> dict[str, Tensor]:
+    return official_forward.random_entries("swin-tiny")
+
+
+def older_names(
+    entries: dict[str, Tensor], *, text_encoder: str = "lang_encoder."
+) -> dict[str, Tensor]:
+    """As older files have them, of a model wrapped for several GPUs."""
+    return {
+        "module."
+        + name.replace("image_encoder.", "visual.")
+        .replace("text_encoder.", text_encoder)
+        .replace("image_projection", "vision_projection"): tensor
+        for name, tensor in entries.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def model(entries: dict[str, Tensor]) -> UniCL:
+    return model_of(older_names(entries), source=FILE)
+
+
+@torch.no_grad()
+def assert_features_of(model: UniCL, entries: dict[str, Tensor]) -> None:
+    coarse = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    images = torch.nn.functional.interpolate(2 * coarse, size=224, mode="bilinear")
+    tokens = Tokenizer()(TEXTS)
+    for found, expected in (
+        (model.encode_image(images), official_forward.image_features(entries, images)),
+        (model.encode_text(tokens), official_forward.text_features(entries, tokens)),
+    ):
+        assert expected.std(dim=0).max() > 0.01  # inputs are told apart
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
+def test_the_description_has_the_released_counts(entries: dict[str, Tensor]) -> None:
+    assert len(entries) == 339
+    assert num_parameters(entries) == 91_340_667
+
+
+def test_features_equal_those_of_a_plain_forward_pass(
+    model: UniCL, entries: dict[str, Tensor]
+) -> None:
+    assert_features_of(model, entries)
+    assert model.logit_scale.item() == pytest.approx(4.7)
+
+
+def test_images_are_prepared_as_the_released_models_want_them(model: UniCL) -> None:
+    data = model.config.data
+    assert (data.evaluation_resize, data.image_size, data.interpolation) == (256, 224, "bicubic")
+    assert data.mean == (0.485, 0.456, 0.406)
+    model.clamp_logit_scale()
+    assert model.logit_scale.item() == pytest.approx(4.7)
+
+
+def test_back_again_they_are_the_same_bits_under_their_present_names(
+    model: UniCL, entries: dict[str, Tensor], tmp_path: Path
+) -> None:
+    file = tmp_path / "again.pth"
+    write_official_file(file, official_entries(model))
+    again = read_official_file(file)
+    assert again.keys() == entries.keys()
+    assert all(torch.equal(again[name], entries[name]) for name in entries)
+
+
+@pytest.mark.parametrize("text_encoder", ["lang_encoder.", "text."])
+def test_each_older_name_has_its_present_one(entries: dict[str, Tensor], text_encoder: str) -> None:
+    renamed = older_names(entries, text_encoder=text_encoder)
+    assert not entries.keys() & renamed.keys()
+    present = _with_present_names(renamed, source=FILE)
+    assert present.keys() == entries.keys()
+    assert all(present[name] is tensor for name, tensor in entries.items())
+
+
+def test_two_blocks_exchanged_are_another_model(model: UniCL, entries: dict[str, Tensor]) -> None:
+    """What the comparison above would notice."""
+    blocks = [f"image_encoder.layers.2.blocks.{block}." for block in (2, 4)]
+    exchanged = dict(entries)
+    for name in entries:
+        if name.startswith(blocks[0]):
+            other = name.replace(*blocks)
+            exchanged[name], exchanged[other] = entries[other], entries[name]
+    with pytest.raises(AssertionError, match="not close"):
+        assert_features_of(model, exchanged)
+
+
+def test_all_names_that_do_not_fit_are_said(entries: dict[str, Tensor]) -> None:
+    changed = dict(entries)
+    missing = ["image_encoder.layers.2.blocks.5.mlp.fc1.bias", "text_encoder.ln_final.weight"]
+    for name in missing:
+        del changed[name]
+    changed["image_encoder.head.weight"] = torch.zeros(3)
+    changed["logit_scale"] = torch.zeros(1)
+    not_finite, other_mask = "image_encoder.norm.bias", "image_encoder.layers.0.blocks.1.attn_mask"
+    changed[not_finite] = entries[not_finite] / 0
+    changed[other_mask] = torch.zeros_like(entries[other_mask])
+    with pytest.raises(ValueError, match="not Swin-T .* 339 entries") as refusal:
+        model_of(changed, source=FILE)
+    for said in (
+        f"missing: {missing[0]}, {missing[1]} (2)",
+        "left over: image_encoder.head.weight (1)",
+        "logit_scale [1] instead of []",
+        f"not finite numbers: {not_finite} (1)",
+        f"images of 224 pixels: {other_mask} (1)",
+    ):
+        assert said in str(refusal.value)
+
+
+def _wider(entries: dict[str, Tensor]) -> None:
+    entries["image_encoder.patch_embed.proj.weight"] = torch.zeros(192, 3, 4, 4)
+
+
+def _narrow_text(entries: dict[str, Tensor]) -> None:
+    entries["text_encoder.token_embedding.weight"] = torch.zeros(49408, 256)
+
+
+def _twice(entries: dict[str, Tensor]) -> None:
+    entries["vision_projection"] = entries["image_projection"]
+
+
+def _timm(entries: dict[str, Tensor]) -> None:
+    for name in list(entries):
+        entries[name.replace("image_encoder.", "trunk.")] = entries.pop(name)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_wider, "width 192; known are 96 .Swin-T. and 128 .Swin-B."),
+        (_narrow_text, r"\[49408, 256\], that of the released models has \[49408, 512\]"),
+        (_twice, "image_projection twice"),
+        (_timm, "not in the layout of microsoft/UniCL.*begin with image_projection.*trunk"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(
+    entries: dict[str, Tensor], change: Callable[[dict[str, Tensor]], None], message: str
+) -> None:
+    changed = dict(entries)
+    change(changed)
+    with pytest.raises(ValueError, match=message):
+        model_of(changed, source=FILE)
+
+
+def test_a_model_with_another_image_encoder_has_no_place_in_their_layout() -> None:
+    small = UniCL(build_preset("digits-small"))
+    with pytest.raises(ValueError, match="image encoder is unicl_convnet7_small"):
+        official_entries(small)
+
+
+class Trap:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, zipped: bool) -> None:
+    file, sprung = tmp_path / "in1k.pth", tmp_path / "sprung"
+    contents = {"model": {"logit_scale": torch.ones([])}, "config": Trap(sprung)}
+    if zipped:
+        torch.save(contents, file)
+    else:
+        file.write_bytes(pickle.dumps(contents["config"], protocol=2))  # as torch writes it
+    with pytest.raises(ValueError, match=r"holds Python objects besides tensors \(.*\)"):
+        read_official_file(file)
+    assert not sprung.exists()
+    if zipped:  # the trap works
+        torch.load(file, weights_only=False)
+        assert sprung.exists()
+
+
+def test_files_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
+    whole, file = tmp_path / "whole.pth", tmp_path / "in1k.pth"
+    write_official_file(whole, {"logit_scale": torch.ones([]), "x": torch.ones(100, 100)})
+    with pytest.raises(FileNotFoundError, match="is not there"):
+        read_official_file(file)
+    with pytest.raises(FileNotFoundError, match="is a folder"):
+        read_official_file(tmp_path)
+    for contents, message in (
+        (whole.read_bytes()[:-200], "cut short"),
+        (b"<html>404 Not Found</html>", "no checkpoint that torch can read"),
+        (pickle.dumps({"x": 1}, protocol=4), "no checkpoint that torch can read"),
+        (b"", "no checkpoint that torch can read"),
+    ):
+        file.write_bytes(contents)
+        with pytest.raises(ValueError, match=message) as refusal:
+            read_official_file(file)
+        assert "Re-running" not in str(refusal.value)  # torch's advice would run the code
+    for values, message in (
+        (torch.ones(3, 4), r"one tensor of shape \[3, 4\]"),
+        ({"model": {"epoch": 3, "x": torch.ones(1)}}, "holds no weights at epoch"),
+        ({}, "holds nothing"),
+    ):
+        torch.save(values, file)
+        with pytest.raises(ValueError, match=message):
+            read_official_file(file)
+
+
+@pytest.mark.slow
+def test_swin_base_too() -> None:
+    entries = official_forward.random_entries("swin-base", seed=3)
+    assert len(entries) == 513
+    assert num_parameters(entries) == 150_695_609
+    model = model_of(entries, source=FILE)
+    assert_features_of(model, entries)
+    again = official_entries(model)
+    assert again.keys() == entries.keys()
+    assert all(torch.equal(again[name], entries[name]) for name in entries)

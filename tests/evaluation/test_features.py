@@ -1,0 +1,131 @@
+"""Features of labelled images: kept only while they would be the same, split, put together."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pack_runs import jpeg
+from packed_sets import Sample, pack
+from rank_workers import gather_features_of_slices, run_on_ranks
+from small_runs import tiny_config
+
+from unicl_fast import Tokenizer, UniCL
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.evaluation.features import (
+    draw_shots,
+    feature_key,
+    keep_features,
+    load_features,
+    split_validation,
+    weights_checksum,
+)
+
+TOKENIZER = Tokenizer()
+
+
+def packed(out: Path, numbers: Sequence[int], *, caption: str = "one") -> PackedDataset:
+    samples = [Sample(jpeg(number), captions=[caption]) for number in numbers]
+    return pack(out, samples, class_names=(), tokenizer=TOKENIZER)
+
+
+def key_of(model: UniCL, dataset: PackedDataset, layer: str = "encoder") -> str:
+    return feature_key(model, dataset, layer=layer, weights=weights_checksum(model))
+
+
+@pytest.fixture
+def model() -> UniCL:
+    return UniCL(tiny_config())
+
+
+@torch.no_grad()
+def test_each_weight_of_the_images_way_changes_the_key(model: UniCL, tmp_path: Path) -> None:
+    with packed(tmp_path / "set", [0, 1]) as dataset:
+        keys = {key_of(model, dataset)}
+        assert {key_of(UniCL(tiny_config()), dataset)} == keys
+        assert model.text_projection is not None
+        model.text_projection += 1
+        assert {key_of(model, dataset)} == keys, "texts do not decide features of images"
+        names = [name for name, _ in model.named_parameters() if name.startswith("image_")]
+        for count, name in enumerate((names[0], names[-1], "image_projection"), start=2):
+            model.get_parameter(name).view(-1)[-1] += 1e-6
+            keys.add(key_of(model, dataset))
+            assert len(keys) == count, name
+
+
+def test_other_images_another_order_or_layer_change_the_key(model: UniCL, tmp_path: Path) -> None:
+    with (
+        packed(tmp_path / "set", [0, 1]) as dataset,
+        packed(tmp_path / "renamed", [0, 1], caption="two") as renamed,
+        packed(tmp_path / "turned", [1, 0]) as turned,
+        packed(tmp_path / "other", [0, 2]) as other,
+        packed(tmp_path / "more", [0, 1, 2]) as more,
+    ):
+        assert key_of(model, renamed) == key_of(model, dataset)
+        keys = {key_of(model, one) for one in (dataset, turned, other, more)}
+        assert len(keys | {key_of(model, dataset, layer="projection")}) == 5
+
+
+def test_images_seen_otherwise_change_the_key(model: UniCL, tmp_path: Path) -> None:
+    seen_as = [
+        *({"image_size": 28}, {"evaluation_resize": 36}, {"interpolation": "bicubic"}),
+        *({"resample": "dali"}, {"mean": (0.5, 0.5, 0.4)}, {"std": (0.2, 0.2, 0.3)}),
+    ]
+    config = model.config
+    with packed(tmp_path / "set", [0, 1]) as dataset:
+        keys = {key_of(model, dataset)}
+        for count, change in enumerate(seen_as, start=2):
+            data = dataclasses.replace(config.data, **change)
+            model.config = dataclasses.replace(config, data=data)
+            keys.add(key_of(model, dataset))
+            assert len(keys) == count, change
+        efficiency = dataclasses.replace(config.efficiency, precision="bf16")
+        model.config = dataclasses.replace(config, efficiency=efficiency)
+        assert key_of(model, dataset) not in keys
+
+
+def test_splits_and_draws_hold_each_class_and_follow_the_seed() -> None:
+    labels = np.repeat([0, 1, 2], [50, 10, 2])
+    train, validation = split_validation(labels, fraction=0.2, seed=0)
+    assert np.bincount(labels[validation], minlength=3).tolist() == [10, 2, 0]
+    assert sorted([*train, *validation]) == list(range(62))
+    assert not np.array_equal(validation, split_validation(labels, fraction=0.2, seed=1)[1])
+    shots, others = draw_shots(labels, shots=8, seed=0)
+    assert np.bincount(labels[shots]).tolist() == [8, 8, 2]
+    assert np.bincount(labels[others], minlength=3).tolist() == [4, 2, 0]
+    assert not set(shots) & set(others)
+    assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
+    assert [len(places) for places in draw_shots(labels, shots=64, seed=0)] == [62, 0]
+    with pytest.raises(ValueError, match="too few to set any aside"):
+        split_validation(np.array([0, 1, 2]), fraction=0.2, seed=0)
+
+
+def test_kept_features_come_back_and_damaged_ones_are_refused(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, features = tmp_path / "features" / "key.npy", torch.randn(5, 3)
+    keep_features(path, features)
+    assert torch.equal(load_features(path, num_samples=5), features)
+    with pytest.raises(ValueError, match="6 rows of features were expected"):
+        load_features(path, num_samples=6)
+    path.write_bytes(b"\x93NUMPY\x01\x00 cut")
+    with pytest.raises(ValueError, match="is damaged"):
+        load_features(path, num_samples=5)
+    (tmp_path / "file").touch()
+    keep_features(tmp_path / "file" / "key.npy", features)  # a file where the folder should be
+    assert "features are not kept" in caplog.text
+
+
+@pytest.mark.dist
+def test_ranks_put_their_rows_and_counts_together(tmp_path: Path) -> None:
+    path = tmp_path / "found.json"
+    run_on_ranks(gather_features_of_slices, 2, str(path))
+    found = json.loads(path.read_text())
+    assert found["tables"] == [np.arange(n * 3.0).reshape(n, 3).tolist() for n in (1, 7)]
+    assert (found["num_samples"], found["num_without_label"], found["top1"]) == (6, 1, 0.5)
+    assert found["confusion"] == [[3, 3], [0, 0]]

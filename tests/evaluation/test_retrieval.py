@@ -1,0 +1,63 @@
+"""Caption retrieval against a sort, and the captions that its figures show."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pack_runs import jpeg
+from packed_sets import Sample, pack
+from torch.nn import functional as F
+
+from unicl_fast.evaluation.retrieval import RetrievalFeatures, _read_captions, retrieval
+from unicl_fast.text.tokenizer import Tokenizer
+
+
+@pytest.mark.parametrize("chunk", [1024, 7])  # 7 divides neither 30 nor 60
+def test_retrieval_counts_what_a_sort_counts(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr("unicl_fast.evaluation.retrieval._CHUNK", chunk)
+    generator = torch.Generator().manual_seed(0)
+    images = F.normalize(torch.randn(30, 6, generator=generator, dtype=torch.float64), dim=1)
+    image_of_text = torch.arange(30).repeat_interleave(2).roll(1)
+    texts = F.normalize(
+        images[image_of_text] + torch.randn(60, 6, generator=generator, dtype=torch.float64), dim=1
+    )
+    result = retrieval(images, texts, image_of_text)
+    order = (images @ texts.T).argsort(dim=1, descending=True)
+    back = (texts @ images.T).argsort(dim=1, descending=True)
+    for place, k in enumerate((1, 5, 10)):
+        found = sum(i in image_of_text[order[i, :k]] for i in range(30))
+        assert result.image_to_text[place].num_found == found
+        found = sum(int(image_of_text[j]) in back[j, :k].tolist() for j in range(60))
+        assert result.text_to_image[place].num_found == found
+    assert 0 < result.text_to_image[0].num_found < 60
+    assert result.text_to_image[0].chance == pytest.approx(1 / 30)
+    assert result.image_to_text[1].chance == pytest.approx(1 - math.comb(58, 5) / math.comb(60, 5))
+
+
+def test_a_collapsed_model_finds_nothing() -> None:
+    same = torch.ones(20, 4) / 2
+    result = retrieval(same, same, torch.arange(20))
+    assert [recall.num_found for recall in result.image_to_text] == [0, 0, 0]
+    assert [recall.num_found for recall in result.text_to_image] == [0, 0, 0]
+
+
+def test_captions_are_those_of_their_numbers(tmp_path: Path) -> None:
+    """Numbers count the captions of all images that have one; the second has a label only."""
+    captions = [["a dog", "the same dog"], [], ["a cat"], ["a hen", "two hens", "three hens"]]
+    samples = [
+        Sample(jpeg(number), captions=own, labels=[] if own else [0])
+        for number, own in enumerate(captions)
+    ]
+    found = RetrievalFeatures(
+        image_features=torch.eye(3),
+        text_features=torch.zeros(6, 3),
+        image_of_text=torch.tensor([0, 0, 1, 2, 2, 2]),
+        samples=np.array([0, 2, 3]),
+    )
+    with pack(tmp_path / "set", samples, class_names=("cow",), tokenizer=Tokenizer()) as dataset:
+        texts = _read_captions(found, dataset, range(6))
+    assert list(texts.values()) == [*captions[0], "a cat", *captions[3]]

@@ -1,0 +1,89 @@
+"""Zero-shot classification of images whose answers are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from small_runs import tiny_config
+from torch.nn import functional as F
+
+from unicl_fast import Tokenizer, UniCL
+from unicl_fast.batch import EvaluationBatch
+from unicl_fast.evaluation.encode import ModelOnRanks, encode_images, encode_token_rows
+from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
+
+NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")
+TEMPLATES = ("a photo of a {}.", "{}", "the {} in an image that somebody took on a rainy day")
+
+
+@pytest.fixture(scope="module")
+def model() -> UniCL:
+    return UniCL(tiny_config()).double().eval()
+
+
+class ImageLoader:
+    """Two batches, the second one ragged."""
+
+    def __init__(self, images: torch.Tensor) -> None:
+        self.images = images
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        for ids in torch.arange(len(self.images)).split(4):
+            yield EvaluationBatch(images=self.images[ids], sample_ids=ids)
+
+    def close(self) -> None: ...
+
+
+def test_the_classifier_is_the_normalised_mean_of_normalised_prompts(model: UniCL) -> None:
+    ours = zero_shot_classifier(model, class_names=NAMES, templates=TEMPLATES, batch_size=4)
+    for name, row in zip(NAMES, ours, strict=True):
+        prompts = [template.replace("{}", name) for template in TEMPLATES]
+        plain = F.normalize(model.encode_text(Tokenizer()(prompts)).mean(dim=0), dim=0)
+        torch.testing.assert_close(row, plain, rtol=1e-10, atol=1e-12)
+
+
+def test_counts_are_those_of_a_plain_argmax(model: UniCL) -> None:
+    images = torch.randint(
+        0, 256, (10, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)
+    )
+    classifier = F.normalize(torch.randn(7, 8, dtype=torch.float64), dim=1)
+    ranking = (encode_images(model, images) @ classifier.T).argsort(dim=1, descending=True)
+    labels = {sample: [int(ranking[sample, sample % 7])] for sample in range(10)}
+    labels[8] = []
+    labels[9] = [int(ranking[9, 6]), int(ranking[9, 0])]  # two labels, the second is right
+    result = ModelOnRanks(model=model).classify(
+        ImageLoader(images),
+        scores_by(model, classifier),
+        labels_of=lambda sample: labels[sample],
+        class_names=NAMES,
+        what="zero-shot",
+    )
+    # of samples 0 to 7 the place of the label is 0 1 2 3 4 5 6 0; 8 has none, 9 is right
+    assert (result.num_samples, result.num_correct, result.num_correct_top5) == (9, 3, 7)
+    assert result.num_without_label == 1
+    assert sum(count for _, count, _ in result.per_class) == 9
+    assert sum(right for _, _, right in result.per_class) == 3
+    values = result.to_json()
+    assert values["top1"] == 3 / 9
+    assert values["top1_interval_95"][0] < 3 / 9 < values["top1_interval_95"][1]
+    assert "top-1" in result.to_table()
+
+
+def test_without_labels_there_is_nothing_to_classify(model: UniCL) -> None:
+    images = torch.zeros(2, 32, 32, 3, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="no sample of this data set has a label"):
+        ModelOnRanks(model=model).classify(
+            ImageLoader(images),
+            scores_by(model, torch.ones(7, 8, dtype=torch.float64)),
+            labels_of=lambda sample: [],
+            class_names=NAMES,
+            what="zero-shot",
+        )
+
+
+def test_texts_are_encoded_in_the_order_given(model: UniCL) -> None:
+    texts = ["a b c d e f", "a", "one two three", "a b"]
+    ours = encode_token_rows(model, Tokenizer().encode(texts), batch_size=2)
+    torch.testing.assert_close(ours, model.encode_text(Tokenizer()(texts)), rtol=1e-9, atol=1e-12)

@@ -1,0 +1,209 @@
+"""Items on the disk are equal to those in memory, and memory does not grow with them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from unicl_fast.packing.samples import all_samples, choose, join_duplicates, reorder
+from unicl_fast.packing.sources import spool as spool_module
+from unicl_fast.packing.sources.items import (
+    Columns,
+    Item,
+    PixelSpan,
+    Problem,
+    RefusedEntry,
+    add_texts,
+    require_text,
+)
+from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
+from unicl_fast.packing.sources.spool import ItemStore, Spool
+from unicl_fast.packing.sources.trees import FileEntry, ZipEntry, open_tree
+
+COLUMNS = Columns("", ("caption",), ("label",))
+texts = st.sampled_from(["a", "b", "\udcff is no UTF-8", "", 3.5, None, ["c", "d"], "x" * 5000])
+labels = st.sampled_from(["cat", 7, True, -1, None, ["dog", 2**70]])
+
+
+def new_store() -> ItemStore:
+    return Spool(None).new_items()
+
+
+@given(st.lists(st.tuples(st.sampled_from("uvw"), texts, labels), max_size=30))
+def test_rows_in_any_order_make_the_items_that_they_make_in_memory(
+    rows: list[tuple[str, object, object]],
+) -> None:
+    expected: dict[str, Item] = {}
+    store = new_store()
+    for line, (name, caption, label) in enumerate(rows):
+        row = {"caption": caption, "label": label}
+        problem = Problem(kind="missing", message="v") if name == "v" else None
+        new = expected.setdefault(name, Item(name, problem=problem, position=line))
+        add_texts(new, row, COLUMNS, f"line {line}")
+        known = store.find(name)
+        item = Item(name, problem=problem, position=line) if known is None else Item(name)
+        add_texts(item, row, COLUMNS, f"line {line}")
+        if known is None:
+            store.append_named(item)
+        else:
+            store.add_row(known, item)
+    for item in expected.values():
+        require_text(item)
+    assert list(store) == list(expected.values())
+
+
+def test_a_image_with_too_many_texts_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("unicl_fast.packing.sources.items.MAX_TEXTS", 3)
+    store = new_store()
+    store.append(Item("a"))
+    for number in range(6):
+        row = Item("a")
+        add_texts(row, {"caption": str(number)}, COLUMNS, "")
+        store.add_row(0, row)
+    problem = store[0].problem
+    assert problem is not None
+    assert problem.kind == "too many texts"
+
+
+def test_all_kinds_of_entries_come_back(tmp_path: Path) -> None:
+    entries = [
+        FileEntry("a/\udcff.jpg", 5, 17),
+        PixelSpan("b", 3, 8, 9, 3, True),
+        ZipEntry("c.zip", 1, 2, 3, 8, 5, 0),
+        RefusedEntry("outside", "no"),
+        None,
+    ]
+    spool = Spool(tmp_path / "out", folder=tmp_path / "a spool? of\udcff #1")
+    store = spool.new_items()
+    count = len(entries) * 100  # more than are read at once
+    store.extend(Item(str(n), entry, ["x"], [n]) for n, entry in enumerate(entries * 100))
+    assert [item.entry for item in store] == entries * 100
+    assert [item.name for item in store[-2:]] == [str(count - 2), str(count - 1)]
+    assert store[3].labels == [3]
+    assert store[-1].labels == [count - 1]
+    assert list((tmp_path / "a spool? of\udcff #1").iterdir()) == []  # the file has no name
+    with pytest.raises(IndexError):
+        store[count]
+
+
+def test_stores_of_a_spool_do_not_mix_and_close_with_it(tmp_path: Path) -> None:
+    with Spool(tmp_path / "out") as spool:
+        one, two = spool.new_items(), spool.new_items()
+        for number in range(10):
+            one.append_named(Item(f"{number}", labels=[number]))
+            two.append_named(Item(f"{number}", labels=[-number]))
+        number = two.find("7")
+        assert number is not None
+        assert two[number].labels == [-7]
+        assert one[number].labels == [7]
+        assert one.find("10") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_told_by_what_it_is_needed_for() -> None:
+    store = new_store()
+    store._database.execute("PRAGMA max_page_count = 100")  # as a disk of 400 kB
+    with pytest.raises(OSError, match="no room left for the list of samples") as caught:
+        store.extend(Item(str(number), captions=["x" * 1000]) for number in range(1000))
+    assert caught.value.errno == errno.ENOSPC
+
+
+@pytest.mark.parametrize("collide", [False, True])
+def test_names_are_found_among_many_and_told_apart_by_more_than_a_checksum(
+    monkeypatch: pytest.MonkeyPatch, collide: bool
+) -> None:
+    if collide:
+        monkeypatch.setattr(spool_module, "_checksum", len)
+    store = new_store()
+    count = 100 if collide else 1500
+    for number in range(count):
+        assert store.find(f"name {number}") is None
+        assert store.append_named(Item(f"name {number}")) == number
+    assert [store.find(f"name {number}") for number in range(count)] == list(range(count))
+    assert store.find("name") is None
+
+
+def source(name: str, count: int) -> Source:
+    items = [Item(f"{name}{number}") for number in range(count)]
+    return Source(name=name, items=items, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
+
+
+def test_views_are_the_lists_that_they_stand_for() -> None:
+    every = all_samples([source("a", 2), source("b", 0), source("c", 3)])
+    assert [item.name for _, item in every] == ["a0", "a1", "c0", "c1", "c2"]
+    assert [name for name, _ in every] == ["a", "a", "c", "c", "c"]
+    some = choose(every, lambda sample: sample[1].name != "a1")
+    assert [item.name for _, item in some] == ["a0", "c0", "c1", "c2"]
+    turned = reorder(some, np.array([3, 0]))
+    assert [item.name for _, item in turned] == ["c2", "a0"]
+    assert len(choose(every, lambda sample: False)) == 0
+
+
+def test_a_placeholder_for_many_images_stays_several_samples(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Equal files with captions of their own: all that one sample can have, and the rest."""
+    monkeypatch.setattr("unicl_fast.packing.samples.MAX_TEXTS", 50)
+    store = new_store()
+    many = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
+    here = FileEntry(__file__, 10)
+    store.extend(Item(str(number), here, [str(number)]) for number in range(52))
+    joined = join_duplicates(
+        all_samples([many]), new_store(), max_file_bytes=10**6, workers=1, progress=False
+    )
+    assert len(joined[0][1].captions) == 50
+    assert joined[1][1].problem is not None
+    assert [joined[number][1].problem for number in (50, 51)] == [None, None]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "folders"])
+def test_memory_does_not_hold_what_is_read(tmp_path: Path, kind: str) -> None:
+    """Bytes a sample that are still held, and at the worst moment; 590 when all was in memory."""
+    count = 4000
+    for place in range(4):
+        (tmp_path / "in" / str(place)).mkdir(parents=True)
+    names = [f"{number % 4}/{number:05d}.jpg" for number in range(count)]
+    for name in names:
+        (tmp_path / "in" / name).touch()
+    with (tmp_path / "in" / "list.jsonl").open("w") as file:
+        for name in names:
+            file.write(json.dumps({"image": name, "caption": f"an image that is {name}"}) + "\n")
+    place = tmp_path / "in" / ("list.jsonl" if kind == "jsonl" else "")
+    spool = Spool(tmp_path / "out")
+    read_source(str(place), ListOptions(), spool)  # what is loaded once
+    tracemalloc.start()
+    found = read_source(str(place), ListOptions(), spool)
+    held, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert len(found.items) == count
+    # SQLite's cache is not seen here; it has a limit of its own
+    assert held < 30 * count
+    assert peak < 200 * count
+
+
+def test_folders_are_listed_in_the_order_of_whole_names(tmp_path: Path) -> None:
+    root = tmp_path / "in"
+    for name in ("a/1", "a-b/1", "a.b", "a/z/2", "b/1", "a0/1", "a/-", "a b/c"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(name)
+    (root / "linked").symlink_to(root / "b")  # b comes first, and is listed once
+    (root / "0").symlink_to(tmp_path / "elsewhere")
+    (root / "self").symlink_to(root / "self")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "9").touch()
+    found = dict(open_tree(root).entries())
+    names = ["0/9", "a b/c", "a-b/1", "a.b", "a/-", "a/1", "a/z/2", "a0/1", "b/1", "self"]
+    assert list(found) == names == sorted(names)
+    assert isinstance(found["self"], RefusedEntry)
+    entry = found["a/1"]
+    assert isinstance(entry, FileEntry)
+    assert entry.mtime_ns == os.stat(root / "a/1").st_mtime_ns
+    assert entry.read() == b"a/1"

@@ -1,0 +1,217 @@
+"""What the packing tool does and says of URLs: file:// stands for all stores, also for folders."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from inline_checks import check_inline
+from pack_runs import jpeg, run_pack
+
+from unicl_fast.dataset.remote.object_store import ObjectStore
+from unicl_fast.dataset.writer import DatasetWriter
+from unicl_fast.packing import upload as upload_module
+from unicl_fast.packing.upload import build_anywhere
+
+SHARD_BYTES = 30_000
+
+
+@pytest.fixture(autouse=True)
+def _checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    check_inline(monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    for number in range(60):
+        path = tmp_path / "photos" / ("cat", "dog")[number % 2] / f"{number}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(jpeg(number))
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """Below a folder that is not there."""
+    return f"file://{tmp_path}/store/new/set"
+
+
+@pytest.fixture
+def work(tmp_path: Path) -> Path:
+    """Where things are packed for a URL by default."""
+    return tmp_path / "home" / "unicl_fast" / "work"
+
+
+def build(photos: Path, url: str) -> None:
+    build_anywhere([str(photos)], url, workers=1, shard_bytes=SHARD_BYTES, progress=False)
+
+
+def raising(error: BaseException) -> Callable[..., None]:
+    def function(*_: Any, **__: Any) -> None:
+        raise type(error)(*error.args)  # anew: notes are added to it
+
+    return function
+
+
+def test_a_build_makes_the_folders_of_its_url_and_leaves_nothing_else(
+    photos: Path, url: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(photos, url)
+    assert not os.listdir(work)
+    code, text = run_pack("verify", tmp_path / "store" / "new" / "set", capsys=capsys)
+    assert code == 0, text
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (SystemExit(143), 143)], ids=["INT", "TERM"]
+)
+def test_a_stopped_build_to_a_url_says_what_is_kept(
+    photos: Path,
+    url: str,
+    work: Path,
+    error: BaseException,
+    code: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ("build", photos, "--out", url, "--shard-bytes", SHARD_BYTES)
+    real = DatasetWriter.add
+
+    def add_until(limit: int) -> Callable[..., None]:
+        def add(self: DatasetWriter, sample: Any) -> None:
+            if self.num_samples == limit:
+                raise type(error)(*error.args)
+            real(self, sample)
+
+        return add
+
+    monkeypatch.setattr(DatasetWriter, "add", add_until(3))
+    found, text = run_pack(*arguments, capsys=capsys)
+    assert (found, "stopped; this run has written nothing" in text) == (code, True), text
+    assert not os.listdir(work), "of a build that kept nothing"
+    monkeypatch.setattr(DatasetWriter, "add", add_until(40))
+    found, text = run_pack(*arguments, capsys=capsys)
+    assert found == code
+    kept = rf"stopped; {re.escape(str(work))}/\w+/set\.partial keeps \d finished shards"
+    assert re.search(kept, text), text
+
+    monkeypatch.setattr(DatasetWriter, "add", real)
+    with monkeypatch.context() as patch:
+        patch.setattr(upload_module, "_send", raising(error))
+        found, text = run_pack(*arguments, capsys=capsys)
+    assert found == code
+    (packed,) = work.glob("*/set")
+    assert "stopped; what was uploaded stays" in text
+    assert f"resume by: unicl-pack upload {packed} --out {url}" in text
+
+    with monkeypatch.context() as patch:
+        patch.setattr(upload_module, "_send", raising(error))
+        found, text = run_pack("upload", packed, "--out", url, capsys=capsys)
+    assert found == code
+    assert f"stopped; what was uploaded stays under {url}" in text
+    assert run_pack("upload", packed, "--out", url, capsys=capsys)[0] == 0
+
+
+def test_what_was_uploaded_later_is_not_said_to_be_missing(
+    photos: Path,
+    url: str,
+    work: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(upload_module, "_send", raising(OSError("the line is cut")))
+        with pytest.raises(RuntimeError, match="packed, but not uploaded: the line is cut"):
+            build(photos, url)
+    (packed,) = work.glob("*/set")
+    with pytest.raises(ValueError, match="not uploaded: resume by unicl-pack upload"):
+        build(photos, url)
+    code, text = run_pack("upload", packed, "--out", url, capsys=capsys)
+    assert code == 0
+    assert f"is not needed any more: rm -r {packed.parent}" in text
+    code, text = run_pack("upload", packed, "--out", f"{url}-2", capsys=capsys)
+    assert code == 0
+    assert "not needed" not in text
+    with pytest.raises(ValueError, match=r"holds the data set .* already .*is removed now"):
+        build(photos, url)
+    assert not os.listdir(work)
+    with pytest.raises(ValueError, match="already holds another packed data set"):
+        build(photos, url)
+
+
+def test_a_build_to_a_url_that_fails_leaves_nothing(url: str, work: Path, tmp_path: Path) -> None:
+    (tmp_path / "bad" / "cat").mkdir(parents=True)
+    (tmp_path / "bad" / "cat" / "1.jpg").write_text("no image")
+    with pytest.raises(ValueError, match="nothing could be packed"):
+        build(tmp_path / "bad", url)
+    assert not os.listdir(work)
+
+
+def test_a_merge_of_or_to_urls_is_refused_with_what_to_do(
+    photos: Path,
+    url: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    build(photos, url)
+    folder = tmp_path / "store" / "new" / "set"
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    code, text = run_pack("merge", folder, "--out", "s3://bucket/x", capsys=capsys)
+    assert code == 2
+    assert "unicl-pack upload DIR --out s3://bucket/x" in text
+    code, text = run_pack("merge", folder, url, "--out", "both", capsys=capsys)
+    assert code == 2
+    assert f"{url} is a URL, and merge reads folders: copy" in text
+    assert not os.listdir()
+
+
+def test_advice_about_a_damaged_url_can_be_followed(
+    photos: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(photos, url)
+    build(photos, str(tmp_path / "sound"))
+    store = ObjectStore(url)
+    data = bytearray(store.read_whole("shard-000000.tar") or b"")
+    data[600] ^= 1
+    store.write("shard-000000.tar", bytes(data))
+    code, text = run_pack("verify", url, "--no-decode", capsys=capsys)
+    assert code == 1
+    assert f"unicl-pack upload DIR --out {url}" in text
+    assert f"merge {url}" not in text
+    code, text = run_pack("upload", tmp_path / "sound", "--out", url, capsys=capsys)
+    assert code == 0, text
+    assert run_pack("verify", url, "--no-decode", capsys=capsys)[0] == 0
+
+
+def test_an_inspection_names_the_url_and_not_its_copy(
+    photos: Path, url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(photos, url)
+    places = {kind: tmp_path / f"all.{kind}" for kind in ("json", "html", "csv")}
+    code, text = run_pack(
+        *("inspect", url, "--no-near", "--workers", 1, "--json", places["json"]),
+        *("--html", places["html"], "--duplicates-list", places["csv"]),
+        capsys=capsys,
+    )
+    assert code == 0, text
+    assert f"{url}: 60 images" in text
+    assert json.loads(places["json"].read_text())["folder"] == url
+    page = places["html"].read_text(encoding="utf-8")
+    assert f'<div class="where">{url}: ' in page
+    assert '<h1 dir="auto">set</h1>' in page
+    for place in places.values():
+        assert "staging-" not in place.read_text(encoding="utf-8")
+    code, text = run_pack("inspect", url, "--staging-bytes", 1000, capsys=capsys)
+    assert code == 2
+    assert "more than --staging-bytes 1,000 allows" in text
+    assert "give more room" in text
+    assert "fewer" not in text

@@ -1,0 +1,119 @@
+"""A running graph: order, ends, errors, and how long its tensors live."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from unicl_fast.config import DataConfig
+from unicl_fast.pipelines.graph import DecodingError, HostBatch, build_train_graph, run_graphs
+
+pytestmark = pytest.mark.dali
+
+CPU = torch.device("cpu")
+SIZE = 24
+
+
+@pytest.fixture(scope="module")
+def encoded(shared_data: Path) -> list[np.ndarray]:
+    files = sorted((shared_data / "captions" / "flickr8k" / "images").iterdir())[:40]
+    return [np.frombuffer(file.read_bytes(), dtype=np.uint8) for file in files]
+
+
+def host_batches(
+    encoded: list[np.ndarray], count: int, *, damaged: int = -1, failing: int = -1
+) -> Iterator[HostBatch[int]]:
+    """Batches of four images; number `damaged` holds a web page, at `failing` reading fails."""
+    for number in range(count):
+        images = [encoded[(4 * number + i) % len(encoded)] for i in range(4)]
+        if number == damaged:
+            images[2] = np.frombuffer(b"<html>not found</html>", dtype=np.uint8)
+        if number == failing:
+            raise RuntimeError("the disk is gone")
+        inputs = (
+            images,
+            np.zeros((4, 2), dtype=np.int32),
+            np.full((4, 2), 60, dtype=np.int32),
+            np.zeros((4, 1), dtype=np.int32),
+            np.full((4, 2), number, dtype=np.int64),
+        )
+        yield HostBatch(inputs=inputs, facts=number)
+
+
+def run(
+    batches: Iterator[HostBatch[int]], *, prefetch: int = 2, graphs: int = 2
+) -> Iterator[tuple[list[torch.Tensor], int]]:
+    build = partial(
+        build_train_graph,
+        data=DataConfig(image_size=SIZE, evaluation_resize=SIZE, threads=2, prefetch=prefetch),
+        batch_size=4,
+        device=CPU,
+    )
+    return run_graphs([build] * graphs, batches, device=CPU, ahead=2)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 7])
+@pytest.mark.parametrize(("prefetch", "graphs"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (3, 3)])
+def test_every_batch_comes_once_and_beside_its_facts(
+    encoded: list[np.ndarray], count: int, prefetch: int, graphs: int
+) -> None:
+    seen = []
+    running = run(host_batches(encoded, count), prefetch=prefetch, graphs=graphs)
+    for (images, integers), number in running:
+        assert tuple(images.shape) == (4, SIZE, SIZE, 3)
+        assert integers.tolist() == [[number, number]] * 4
+        seen.append(number)
+    assert seen == list(range(count))
+
+
+def test_tensors_stay_what_they_were_as_long_as_they_are_held(encoded: list[np.ndarray]) -> None:
+    """No copy is made, so this is DALI's promise to keep, even behind the end of the graph."""
+    held, copies = [], []
+    for (images, _), _ in run(host_batches(encoded, 10)):
+        held.append(images)
+        copies.append(images.clone())
+    assert len({images.data_ptr() for images in held}) == 10
+    for images, copy in zip(held, copies, strict=True):
+        assert torch.equal(images, copy)
+
+
+def test_buffers_are_reused_when_nobody_holds_them(encoded: list[np.ndarray]) -> None:
+    addresses = set()
+    for (images, _), _ in run(host_batches(encoded, 40)):
+        addresses.add(images.data_ptr())
+        del images
+    assert len(addresses) < 40  # one a batch if none were reused; the allocator decides how many
+
+
+@pytest.mark.parametrize(
+    ("prefetch", "graphs", "in_flight"),
+    [(1, 1, (5,)), (2, 1, (5, 6)), (3, 1, (5, 6, 7)), (2, 2, (5, 6, 7)), (2, 3, (5, 6, 7, 8))],
+)
+def test_a_batch_that_cannot_be_decoded_is_told_and_those_before_it_arrive(
+    encoded: list[np.ndarray], prefetch: int, graphs: int, in_flight: tuple[int, ...]
+) -> None:
+    running = run(host_batches(encoded, 9, damaged=5), prefetch=prefetch, graphs=graphs)
+    assert [next(running)[1] for _ in range(5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(DecodingError, match="image_slice") as caught:
+        next(running)
+    assert caught.value.in_flight == in_flight
+
+
+@pytest.mark.parametrize("damaged", [0, 8])
+def test_the_first_and_the_last_batch_can_fail_too(encoded: list[np.ndarray], damaged: int) -> None:
+    running = run(host_batches(encoded, 9, damaged=damaged))
+    assert [next(running)[1] for _ in range(damaged)] == list(range(damaged))
+    with pytest.raises(DecodingError) as caught:
+        next(running)
+    assert caught.value.in_flight[0] == damaged
+
+
+def test_an_error_while_preparing_a_batch_arrives_as_it_is(encoded: list[np.ndarray]) -> None:
+    with pytest.raises(RuntimeError, match="the disk is gone") as caught:
+        list(run(host_batches(encoded, 9, failing=5)))
+    assert not isinstance(caught.value, DecodingError)

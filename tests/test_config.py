@@ -1,0 +1,166 @@
+"""Settings: their ranges, their JSON, and the sentences that refuse them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small_runs import tiny_config
+
+from unicl_fast.config import (
+    DataConfig,
+    ModelConfig,
+    ObjectiveConfig,
+    OptimConfig,
+    RunConfig,
+    TrainConfig,
+    config_from_dict,
+    config_to_dict,
+    load_config,
+)
+
+CONFIG = config_to_dict(tiny_config())
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        ("data", "image_size", "32"),
+        ("data", "image_size", True),
+        ("data", "image_size", None),
+        ("data", "train", "packed"),
+        ("data", "train", [1]),
+        ("data", "crop_scale", [0.1]),
+        ("data", "crop_scale", {"low": 0.1}),
+        ("data", "interpolation", ["bilinear"]),
+        ("model", "text_heads", 0),
+        ("model", "logit_scale_init", float("inf")),
+        ("model", "logit_scale_max", float("nan")),
+        ("optim", "lr", float("nan")),
+        ("optim", "lr", 10**400),
+        ("optim", "betas", [0.9, "x"]),
+        ("efficiency", "unique_texts", 1),
+        ("run", "seed", 2**64),
+        ("run", "samples", 1.5),
+    ],
+)
+def test_settings_of_another_type_are_refused_by_name(group: str, name: str, value: Any) -> None:
+    values = json.loads(json.dumps(CONFIG))
+    values[group][name] = value
+    with pytest.raises(ValueError, match=f"^config: {group}.{name} must"):
+        config_from_dict(values)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (
+            lambda: DataConfig(image_size=0),
+            "data.image_size must be a whole number in 1 to 8192, not 0",
+        ),
+        (
+            lambda: DataConfig(threads=-1),
+            "data.threads must be a whole number of at least 0",
+        ),
+        (
+            lambda: DataConfig(fraction=(0.0,)),
+            "data.fraction must be a list, each a number in (0, 1], not (0.0,)",
+        ),
+        (
+            lambda: DataConfig(std=(1.0, 1.0, 0.0)),
+            "data.std must be 3 values, each a number above 0, not (1.0, 1.0, 0.0)",
+        ),
+        (
+            lambda: DataConfig(crop_ratio=(2.0, 1.0)),
+            "data.crop_ratio must not fall, as 2 to 1",
+        ),
+        (
+            lambda: DataConfig(image_size=300),
+            "data.evaluation_resize (256) must not be",
+        ),
+        (lambda: DataConfig(cache_bytes=4096), "data.block_bytes must be at most a sixteenth"),
+        (lambda: DataConfig(train=("a", "b", "c"), fraction=(1.0, 0.5)), "one for each of the 3"),
+        (lambda: ModelConfig(drop_path=1), "model.drop_path must be a number in [0, 1), not 1"),
+        (
+            lambda: ModelConfig(text_heads=7),
+            "model.text_heads (7) must divide",
+        ),
+        (
+            lambda: ModelConfig(logit_scale_init=math.inf),
+            "model.logit_scale_init must be a number that is finite, not inf",
+        ),
+        (lambda: ObjectiveConfig(mixup=math.inf), "objective.mixup must be a number in [0, inf)"),
+        (lambda: ObjectiveConfig(name="clip", mixup=0.1), "mix labels, which clip does not have"),
+        (lambda: OptimConfig(lr_min=1.0), "optim.lr_min (1.0) must not be larger than optim.lr"),
+        (lambda: OptimConfig(ema_warmup=1), "optim.ema_warmup must be true or false, not 1"),
+        (lambda: RunConfig(device="tpu"), "run.device must be one of auto, cpu, cuda, not 'tpu'"),
+        (lambda: RunConfig(seed=0.5), "run.seed must be a whole number, not 0.5"),
+    ],
+)
+def test_a_refusal_names_the_field_what_it_takes_and_what_came(make: Any, message: str) -> None:
+    with pytest.raises(ValueError) as refused:
+        make()
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize("text", [b"\xff\xfe", b"[" * 100_000, b"", b"{", b"[]", b'{"run": 3}'])
+def test_files_that_are_no_config_say_so(tmp_path: Path, text: bytes) -> None:
+    (tmp_path / "config.json").write_bytes(text)
+    with pytest.raises(ValueError, match="config"):
+        load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"data": {"colour": 1}}', "data.colour is not a field .* known are train, "),
+        ('{"colour": {}}', "colour is not a field .* known are data, "),
+        ('{"run": 3}', "config: run must be an object, not 3"),
+        ('{"run": {"seed": 1, "seed": 2}}', "a name stands twice among .*seed"),
+    ],
+)
+def test_names_that_are_unknown_or_stand_twice_are_refused(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "config.json")
+
+
+def test_configs_survive_json(tmp_path: Path) -> None:
+    free = config_to_dict(TrainConfig())
+    free["model"]["logit_scale_max"] = math.inf
+    for values in (config_to_dict(TrainConfig()), CONFIG, free):
+        text = json.dumps(values)
+        assert config_to_dict(config_from_dict(json.loads(text))) == values
+        (tmp_path / "config.json").write_text(text)
+        assert load_config(tmp_path / "config.json") == config_from_dict(values)
+
+
+def test_settings_that_an_older_file_lacks_take_their_defaults() -> None:
+    assert config_from_dict({"run": {"seed": 3}}) == TrainConfig(run=RunConfig(seed=3))
+
+
+def test_every_field_is_documented() -> None:
+    """The sentence under a field is its line of --help."""
+    from unicl_fast.tools.pretrain import _first_sentences
+
+    for group in dataclasses.fields(TrainConfig):
+        cls: Any = group.default_factory
+        sentences = _first_sentences(cls)
+        for field in dataclasses.fields(cls):
+            assert len(sentences[field.name]) > 10, field.name
+
+
+def test_reading_a_config_or_a_manifest_needs_no_torch() -> None:
+    code = (
+        "import sys, unicl_fast.presets, unicl_fast.dataset.manifest;"
+        "sys.exit(', '.join({'torch', 'numpy', 'tyro', 'pydantic'} & set(sys.modules)) or 0)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)

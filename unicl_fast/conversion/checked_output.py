@@ -1,0 +1,194 @@
+"""Conversions from the model that is read to the output: whole or not at all, and checked.
+
+Features are compared with those of the files as another library reads them. Both sides are given
+the same tensors, so that resizing, which each library does in its own way, is left out.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from unicl_fast.checkpoints.load import find_model, load_model
+from unicl_fast.conversion.requests import ModelConversion
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.text.tokenizer import Tokenizer
+
+TOLERANCE = 1e-4
+"""Largest difference of a coordinate of unit vectors that is accepted; fp32 leaves about 1e-6."""
+_TEXTS = (
+    "a photo of a dog",
+    "",
+    "two people and a horse in the snow, seen from far away",
+    "an airplane, an automobile, a bird, a cat, a deer, a frog, a ship and a truck " * 5,
+)
+
+
+def load_source(command: ModelConversion, *, needs_texts: bool = True) -> UniCL:
+    """The model that a command converts, in fp32 and evaluation mode; prints what it is.
+
+    Raises:
+        ValueError: the output is there already, or the model has no text encoder.
+        FileNotFoundError: no model there.
+    """
+    require_new(command.out)  # before minutes are spent
+    model = load_model(command.model, weights=command.weights).float()
+    if needs_texts and model.text_encoder is None:
+        raise ValueError(
+            f"{command.model} was trained with objective.name={model.config.objective.name} and "
+            "has no text encoder; unicl-convert timm takes its image encoder"
+        )
+    print(
+        f"read {find_model(command.model)}: {model.config.model.image_encoder}, "
+        f"{len(model.state_dict()):,} entries, {num_parameters(model):,} parameters"
+    )
+    return model
+
+
+def num_parameters(model: UniCL) -> int:
+    """Number of trained parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def print_written(path: Path, *, difference: float | None = None, where: str = "") -> None:
+    """Prints the files of an output, and how much its features differ from ours."""
+    if difference is not None:
+        print(f"checked: features differ from ours by at most {difference:.1e}{where}")
+    print(f"written to {path}:")
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        print(f"  {file.name:28} {f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size:,} bytes'}")
+
+
+def require_new(path: Path) -> None:
+    """Refuses a path that exists; an empty folder is accepted.
+
+    Raises:
+        ValueError: there is something.
+    """
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.is_symlink() or (path.exists() and not is_empty_folder):
+        raise ValueError(f"{path} is there already: name a new one, or remove it first")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends without an error.
+
+    Raises:
+        ValueError: something is there already.
+        OSError: it cannot be written.
+    """
+    require_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.partial")
+    _remove(aside)
+    try:
+        yield aside
+        if path.is_dir():
+            path.rmdir()
+        aside.rename(path)
+    finally:
+        _remove(aside)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, which becomes `path` when the block ends without an error.
+
+    Raises:
+        ValueError: something is there already.
+        OSError: it cannot be written.
+    """
+    with new_file(path) as aside:
+        aside.mkdir()
+        yield aside
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes strict JSON, which has no infinity."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file whose tensors share no memory.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, path, metadata={"format": "pt"})  # the hub's readers ask for this word
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Inputs, and the features that our model makes of them."""
+
+    images: Tensor
+    """float32 [2 3 h w], normal."""
+    tokens: Tensor
+    """int64 [4 l]: short, empty, of usual length and cut."""
+    image_features: Tensor
+    text_features: Tensor
+
+
+def images_for(model: UniCL) -> Tensor:
+    """Images of the size that a model takes: float32 [2 3 h w], normal."""
+    size = model.config.data.image_size
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def samples_of(model: UniCL) -> Samples:
+    """Samples of the size that a model takes; the model in fp32 and evaluation mode, with texts."""
+    images = images_for(model)
+    tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
+    return Samples(images, tokens, model.encode_image(images), model.encode_text(tokens))
+
+
+def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
+    """The largest difference of two sets of features after scaling them to unit norm.
+
+    Args:
+        expected: ours [n d].
+        found: those of the converted model [n d].
+        what: names it in the error.
+
+    Raises:
+        RuntimeError: they differ by more than the tolerance.
+    """
+    if expected.shape != found.shape:
+        raise RuntimeError(
+            f"{what} of the converted model have shape {list(found.shape)}, ours "
+            f"{list(expected.shape)}: nothing was written; please report this"
+        )
+    difference = (F.normalize(expected, dim=-1) - F.normalize(found, dim=-1)).abs().max().item()
+    if not difference <= TOLERANCE:  # so that NaN is refused
+        raise RuntimeError(
+            f"{what} of the converted model differ from ours by {difference:.1e}, where "
+            f"{TOLERANCE:.0e} is allowed: nothing was written; please report this with the "
+            "model's config and the versions of the libraries"
+        )
+    return difference

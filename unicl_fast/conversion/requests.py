@@ -1,0 +1,184 @@
+"""The commands of `unicl-convert`: a field is an argument or option, its docstring the help.
+
+A command runs itself (`run`) and imports what it needs only then: torch and timm take seconds, for
+which neither `--help` nor a mistyped option has to wait.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+class Conversion:
+    """A command of `unicl-convert`."""
+
+    def run(self) -> None:
+        """Converts, and prints what was read, what was written and what to do with it.
+
+        Raises:
+            ValueError: a damaged or foreign file, a model that the format cannot hold, an output
+                that is there already, or a package that is not installed.
+            FileNotFoundError: no model there.
+            RuntimeError: the converted model does not give our features.
+            OSError: a disk that failed.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, kw_only=True)
+class FromOfficial(Conversion):
+    """A released checkpoint of microsoft/UniCL (Swin-T or Swin-B) to a model of ours.
+
+    FILE holds {'model': {name: tensor}}, as in1k.pth and its fellows do; files with the older names
+    visual, text, lang_encoder and vision_projection are read too. Only tensors are read: a file
+    with Python objects in it is refused, and nothing of it is run. Every entry must fit a tensor of
+    the model, and every tensor an entry. OUT is a folder that unicl-eval and unicl_fast.load_model
+    take, in fp32, with the preprocessing of the released models: bicubic to 256, 224 in the centre,
+    ImageNet's mean and deviation.
+
+    Example:
+      unicl-convert official in21k_yfcc14m.pth models/in21k_yfcc14m
+      unicl-eval zero-shot --checkpoint models/in21k_yfcc14m --data packed/imagenet-val
+    """
+
+    file: Path
+    """FILE: the downloaded file."""
+    out: Path
+    """OUT: a new folder."""
+
+    def run(self) -> None:
+        from unicl_fast.conversion import official
+
+        official.convert_from(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConversion(Conversion):
+    """A command that takes a model of ours."""
+
+    model: Path
+    """MODEL: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or an export.
+    """
+    out: Path
+    """OUT: a new folder; for to-official a new file, ending in .pth."""
+    weights: Literal["auto", "ema", "model"] = "auto"
+    """The moving average of the weights, those of the last step, or the average if there is one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToOfficial(ModelConversion):
+    """A model of ours (Swin-T or Swin-B) to a file that microsoft/UniCL's code loads.
+
+    The other way round of official, entry for entry. Their code normalises images with ImageNet's
+    mean and deviation, ours with CLIP's unless data.mean and data.std say otherwise: the difference
+    is named when it matters.
+
+    Example:
+      unicl-convert to-official runs/first first.pth
+    """
+
+    def run(self) -> None:
+        from unicl_fast.conversion import official
+
+        official.convert_to(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToOpenClip(ModelConversion):
+    """A folder for open_clip, and what builds on it, CLIP_benchmark for example.
+
+    open_clip.create_model_and_transforms("local-dir:OUT") gives equal features for equal tensors;
+    that is checked before OUT appears. It scales the shorter side to the very size it crops, so
+    images differ where data.evaluation_resize is larger than data.image_size; a note says so.
+
+    Example:
+      unicl-convert open-clip runs/first models/first-open-clip
+    """
+
+    def run(self) -> None:
+        from unicl_fast.conversion import torch_libraries
+
+        torch_libraries.convert_to_open_clip(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToTimm(ModelConversion):
+    """The image encoder alone, for timm: fine-tuning, detection, anything that takes a backbone.
+
+    Features are those before the projection into the common space.
+
+    Example:
+      unicl-convert timm runs/first models/first-timm
+    """
+
+    def run(self) -> None:
+        from unicl_fast.conversion import torch_libraries
+
+        torch_libraries.convert_to_timm(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToHub(ModelConversion):
+    """A folder in the layout of the Hugging Face hub: safetensors, config, preprocessing, card.
+
+    unicl-eval and unicl_fast.load_model take it. It holds no path of this machine and no names of
+    data sets. Read README.md before you publish it: only you can say what the model is good for.
+
+    Example:
+      unicl-convert hf runs/first/best models/first --license apache-2.0
+      hf upload YOU/first models/first
+    """
+
+    license: str = ""
+    """An identifier of the hub, for example apache-2.0; left out, the card names none."""
+
+    def run(self) -> None:
+        from unicl_fast.conversion import hub
+
+        hub.convert(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToOnnx(ModelConversion):
+    """Both encoders as ONNX files for any batch size, image.onnx and text.onnx.
+
+    They are run with onnxruntime at three batch sizes and compared before OUT appears. Takes
+    pip install 'unicl_fast[convert]'.
+
+    Example:
+      unicl-convert onnx runs/first models/first-onnx
+    """
+
+    def run(self) -> None:
+        from unicl_fast.conversion import programs
+
+        programs.convert_to_onnx(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ToExport(ModelConversion):
+    """Both encoders as programs of torch.export for any batch size, image.pt2 and text.pt2.
+
+    torch.export.load("image.pt2").module()(images) runs without this package or timm.
+
+    Example:
+      unicl-convert export runs/first models/first-pt2
+    """
+
+    def run(self) -> None:
+        from unicl_fast.conversion import programs
+
+        programs.convert_to_export(self)
+
+
+COMMANDS: dict[str, type[Conversion]] = {
+    "official": FromOfficial,
+    "to-official": ToOfficial,
+    "open-clip": ToOpenClip,
+    "timm": ToTimm,
+    "hf": ToHub,
+    "onnx": ToOnnx,
+    "export": ToExport,
+}

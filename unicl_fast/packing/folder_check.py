@@ -1,0 +1,282 @@
+"""Checks the files of a packed data set: all there, no others, sizes, checksums, references.
+
+`verify` does this before it looks into a shard. Faults are noted one by one; a data set is returned
+opened if its manifest and arrays allow looking at samples.
+"""
+
+from __future__ import annotations
+
+import stat
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from unicl_fast.dataset.arrays import (
+    ARRAY_DTYPES,
+    PIXELS_NAME,
+    PixelLayout,
+    blocks_of,
+    open_array,
+    verify_arrays,
+)
+from unicl_fast.dataset.files import LocalFiles, find_pixel_fault
+from unicl_fast.dataset.growing_files import END_OF_TAR
+from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.system.checksums import (
+    CHECKSUMS_NAME,
+    file_checksum,
+    format_checksums,
+    read_checksums,
+)
+from unicl_fast.text.class_lists import check_templates
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fault:
+    """One thing that is wrong with a data set."""
+
+    file: str
+    """The name of a file in the folder."""
+    kind: str
+    """A word to count by: missing, extra, checksum, manifest, array, shard, index, image,
+    captions, labels, tokens, quarantine, unreadable."""
+    message: str
+    sample: int | None = None
+    """The number of the sample, if it is a sample's fault."""
+
+
+class FaultLog:
+    """Hands on faults as they are found, and counts them by kind."""
+
+    def __init__(self, note: Callable[[Fault], None]) -> None:
+        self._note = note
+        self.counts: Counter[str] = Counter()
+
+    def add(self, file: str, kind: str, message: str, *, sample: int | None = None) -> None:
+        """Counts a fault, and hands it on."""
+        self.counts[kind] += 1
+        self._note(Fault(file=file, kind=kind, message=message, sample=sample))
+
+
+def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDataset | None:
+    """Checks everything but the contents of samples.
+
+    Returns:
+        The data set, if its samples can be looked at. Rows of its arrays may name what does not
+        exist: that was noted, and code that follows them must check where they lead.
+
+    Raises:
+        FileNotFoundError: neither a manifest nor a list of checksums is there.
+    """
+    if not (folder / MANIFEST_NAME).is_file() and not (folder / CHECKSUMS_NAME).is_file():
+        Manifest.load(folder)  # says what a data set is, and how to make one
+    manifest: Manifest | None = None
+    try:
+        manifest = Manifest.load(folder)
+    except FileNotFoundError:
+        faults.add(MANIFEST_NAME, "missing", "there is no manifest")
+    except (ValueError, OSError) as error:
+        faults.add(MANIFEST_NAME, "manifest", str(error))
+    damaged = _check_checksums(folder, manifest, faults=faults, progress=progress)
+    if manifest is None:
+        return None
+    _check_manifest(manifest, faults=faults)
+    _check_shards(folder, manifest, faults=faults)
+    _check_quarantine(folder, manifest, faults=faults)
+    pixels_agree = _check_pixels(folder, manifest, faults=faults)
+    if not _check_arrays(folder, manifest, damaged, faults=faults) or not pixels_agree:
+        return None
+    try:
+        dataset = PackedDataset(folder, max_bad_fraction=None, verify=False)
+    except (ValueError, OSError) as error:
+        faults.add(MANIFEST_NAME, "manifest", str(error))
+        return None
+    if not damaged & {MANIFEST_NAME, *(f"{name}.npy" for name in ARRAY_DTYPES)}:
+        _check_ranges(dataset, faults=faults)
+    return dataset
+
+
+def expected_files(manifest: Manifest) -> set[str]:
+    """Names of all files of a data set but its list of checksums."""
+    shards = {shard.name for shard in manifest.shards}
+    indexes = {Path(name).with_suffix(".idx").name for name in shards}
+    arrays = {f"{name}.npy" for name in ARRAY_DTYPES}
+    pixels = set() if manifest.pixels is None else {PIXELS_NAME}
+    return shards | indexes | arrays | pixels | {MANIFEST_NAME, QUARANTINE_NAME}
+
+
+def _check_checksums(
+    folder: Path, manifest: Manifest | None, *, faults: FaultLog, progress: bool
+) -> set[str]:
+    """Compares all files with the list; returns those that are missing or not what they were."""
+    listed: dict[str, str] = {}
+    path = folder / CHECKSUMS_NAME
+    try:
+        listed = read_checksums(folder) or {}
+        if not path.is_file():
+            message = (
+                "there is no list of checksums: changes in the arrays may go unnoticed. "
+                "unicl-pack merge writes a copy that has one"
+            )
+            faults.add(CHECKSUMS_NAME, "missing", message)
+        elif format_checksums(listed.items()).encode() != path.read_bytes():
+            raise ValueError(f"{path} is not as it was written; copy the data set again")
+    except (ValueError, OSError) as error:
+        faults.add(CHECKSUMS_NAME, "checksum", str(error))
+    expected = set(listed) if manifest is None else expected_files(manifest)
+    damaged: set[str] = set()
+    entries = {entry.name: entry for entry in folder.iterdir()}
+    for name in sorted(expected - set(entries) - {MANIFEST_NAME}):
+        faults.add(name, "missing", "it is not there; copy the data set again")
+        damaged.add(name)
+    for name in sorted(set(entries) - expected - {CHECKSUMS_NAME, MANIFEST_NAME}):
+        faults.add(name, "extra", "it is no file of this data set")
+    present = sorted((expected | {MANIFEST_NAME}) & set(entries))
+    total = sum(entries[name].stat().st_size for name in present if entries[name].is_file())
+    bar = tqdm(total=total, desc="checksums", unit="B", unit_scale=True, disable=not progress)
+    large = {shard.name: shard.xxh3 for shard in manifest.shards} if manifest else {}
+    if manifest is not None and manifest.pixels is not None:
+        large[PIXELS_NAME] = manifest.pixels.xxh3
+    with bar:
+        for name in present:
+            if not _is_as_listed(entries[name], listed, large, faults=faults):
+                damaged.add(name)
+            bar.update(entries[name].stat().st_size if entries[name].is_file() else 0)
+    return damaged
+
+
+def _is_as_listed(
+    path: Path, listed: dict[str, str], large: dict[str, str], *, faults: FaultLog
+) -> bool:
+    """Compares one file with the list and, a large one, with the manifest."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            faults.add(path.name, "unreadable", "it is not an ordinary file")
+            return False
+        found = file_checksum(path)
+    except OSError as error:
+        faults.add(path.name, "unreadable", str(error))
+        return False
+    # without a list everything passes that the manifest has no checksum of
+    by_list = listed.get(path.name, "nothing of it") if listed else found
+    by_manifest = large.get(path.name, found)
+    for where, expected in ((CHECKSUMS_NAME, by_list), (MANIFEST_NAME, by_manifest)):
+        if found != expected:
+            faults.add(path.name, "checksum", f"its checksum is {found}, {where} says {expected}")
+            return False
+    return True
+
+
+def _check_manifest(manifest: Manifest, *, faults: FaultLog) -> None:
+    if not manifest.num_samples:
+        faults.add(MANIFEST_NAME, "manifest", "no samples")
+    if bool(manifest.num_labels) and not manifest.class_names:
+        faults.add(MANIFEST_NAME, "manifest", f"{manifest.num_labels} labels, but no class names")
+    if manifest.class_names:
+        try:
+            check_templates(manifest.templates, origin="templates")
+        except ValueError as error:
+            faults.add(MANIFEST_NAME, "manifest", str(error))
+
+
+def _check_shards(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
+    """Sizes, and the two empty blocks at the end of a tar."""
+    for shard in manifest.shards:
+        try:
+            with (folder / shard.name).open("rb") as file:
+                num_bytes = (folder / shard.name).stat().st_size
+                if num_bytes == shard.num_bytes:
+                    file.seek(max(0, num_bytes - len(END_OF_TAR)))
+                    if file.read() != END_OF_TAR:
+                        message = "it does not end with two empty blocks"
+                        faults.add(shard.name, "shard", message)
+                    continue
+        except OSError:  # missing or unreadable, which was noted
+            continue
+        message = f"{num_bytes} bytes, the manifest says {shard.num_bytes}"
+        faults.add(shard.name, "shard", message)
+
+
+def _check_pixels(folder: Path, manifest: Manifest, *, faults: FaultLog) -> bool:
+    """Size and header of decoded images; whether the manifest agrees with itself about them."""
+    if manifest.pixels is None:
+        return True
+    try:
+        layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
+        found = find_pixel_fault(LocalFiles(folder), layout)
+    except ValueError as error:
+        faults.add(MANIFEST_NAME, "manifest", str(error))
+        return False
+    if found is not None and isinstance(found[0], ValueError):  # if it is missing, that was noted
+        faults.add(PIXELS_NAME, "array", str(found[0]))
+    return True
+
+
+def _check_quarantine(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
+    try:
+        for _ in read_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined):
+            pass
+    except OSError:  # noted already
+        return
+    except ValueError as error:
+        faults.add(QUARANTINE_NAME, "quarantine", str(error))
+
+
+def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults: FaultLog) -> bool:
+    """Types, lengths and references of the arrays; whether all can be opened."""
+    can_be_opened = True
+    for name, dtype in ARRAY_DTYPES.items():
+        file = f"{name}.npy"
+        try:
+            open_array(folder / file, dtype, getattr(manifest, f"num_{name}"))
+        except FileNotFoundError:  # noted already
+            can_be_opened = False
+            continue
+        except (ValueError, OSError) as error:
+            faults.add(file, "array", str(error))
+            can_be_opened = False
+            continue
+        if damaged & {file, MANIFEST_NAME}:
+            continue
+        try:
+            verify_arrays(folder, manifest, {name: dtype}, checksums=None)  # they were compared
+        except (ValueError, OSError) as error:
+            faults.add(file, "array", str(error))
+    return can_be_opened
+
+
+def _check_ranges(dataset: PackedDataset, *, faults: FaultLog) -> None:
+    """Captions, tokens and labels are numbered through: each belongs to one row, none is left."""
+    tables: list[tuple[str, npt.NDArray[Any], str, str, int]] = [
+        ("samples.npy", dataset.samples, "captions", "count", len(dataset.captions)),
+        ("samples.npy", dataset.samples, "labels", "count", len(dataset.labels)),
+        ("captions.npy", dataset.captions, "tokens", "length", len(dataset.tokens)),
+    ]
+    for file, rows, what, size, length in tables:
+        start, count = f"{what}_start", f"{what}_{size}"
+        first = total = 0
+        for block in blocks_of(rows):
+            counts = block[count].astype(np.uint64)
+            expected = np.cumsum(counts) - counts + np.uint64(total)
+            wrong = block[start] != expected
+            if wrong.any():
+                row = int(wrong.argmax())
+                before = f"where the rows before it have {expected[row]}"
+                faults.add(
+                    file, "array", f"row {first + row}: {start} is {block[start][row]} {before}"
+                )
+                break
+            first += len(block)
+            total += int(counts.sum())
+        else:
+            if total != length:
+                message = f"its {count} add up to {total}, there are {length}"
+                faults.add(file, "array", message)

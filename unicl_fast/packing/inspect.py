@@ -1,0 +1,493 @@
+"""Describes a packed data set in numbers: `unicl-pack inspect` as a function.
+
+Most numbers come from the arrays in one look; texts are read from the shards, and images only for
+their perceptual hashes, in worker processes (`near_duplicates`). `page` makes an HTML page of them.
+`verify` answers whether the data set is sound.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import math
+import os
+import re
+import time
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from tqdm import tqdm
+
+from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
+from unicl_fast.packing.near_duplicates import (
+    count_bits,
+    find_leaders,
+    hash_images,
+    require_imagehash,
+)
+from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.text.class_lists import fill_template
+from unicl_fast.text.tokenizer import Tokenizer
+
+DEFAULT_DISTANCE = 4
+"""In bits of 64: takes in copies in another size, quality, aspect or in grey, and of 200,000 pairs
+of unrelated photographs none (docs/verify-and-inspect.md)."""
+DEFAULT_MODEL = "en_core_web_sm"
+"""spaCy's English model."""
+MORE_THAN = 5
+"""A concept occurs more often than this."""
+HowToCount = Literal["auto", "words", "noun-phrases"]
+
+_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
+_BINS = 30
+_FAR = 3
+"""Histograms end at the 99th percentile if the largest value lies this many times as far."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Concepts:
+    """The concepts that captions name."""
+
+    num_concepts: int
+    kind: str
+    """The things that were counted, in words."""
+    most_frequent: tuple[tuple[str, int], ...]
+    """The first 30, with the number of their occurrences."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Spread:
+    """A quantity over many things: five numbers and a histogram."""
+
+    smallest: float
+    median: float
+    mean: float
+    percentile_95: float
+    largest: float
+    edges: tuple[float, ...]
+    """Edges of the bins, one more than there are bins."""
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Group:
+    """Images that are copies of one another, or look alike."""
+
+    samples: tuple[int, ...]
+    """The first stays; the others are its copies."""
+    distances: tuple[int, ...]
+    """Bits in which each hash differs from the first's; empty for exact copies."""
+    labels_differ: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Copies:
+    """Groups of copies."""
+
+    num_groups: int
+    num_surplus: int
+    """Images beyond the first of each group."""
+    num_labels_differ: int
+    """Groups whose labelled images do not all have the same labels."""
+    groups: tuple[Group, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ConceptRow:
+    """A row of the paper's Table 1."""
+
+    data: str
+    num_images: int
+    num_concepts: int
+    images_per_concept: float
+    """0 where there are no concepts."""
+    kind: str
+    """The meaning of a concept here, in words."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Inspection:
+    """The full description of a data set."""
+
+    folder: Path | str
+    """The folder, or the URL that it is a copy of."""
+    num_samples: int
+    num_captions: int
+    num_tokens: int
+    num_labels: int
+    num_shards: int
+    num_bytes: int
+    """Bytes of the shards, and of decoded images."""
+    is_raw: bool
+    """Whether images are kept as pixels."""
+    num_quarantined: int
+    quarantined: dict[str, int]
+    """By kind."""
+    source: tuple[str, ...]
+    seed: int
+    tool_version: str
+    num_with_labels: int
+    num_with_captions: int
+    num_with_both: int
+    class_counts: tuple[tuple[str, int], ...]
+    """Name and number of images of each class, in label order."""
+    labels_per_image: dict[int, int]
+    """How many labelled images have so many labels."""
+    captions_per_image: Spread | None
+    caption_tokens: Spread | None
+    """Lengths without start and end token."""
+    num_cut_captions: int
+    """As long as the context allows, so that most of them were cut."""
+    num_distinct_captions: int
+    """Distinct in their tokens."""
+    repeated_captions: tuple[tuple[str, int], ...]
+    """The most frequent ones that occur more than once."""
+    frequent_concepts: tuple[tuple[str, int], ...]
+    heights: Spread
+    widths: Spread
+    aspects: Spread
+    """Width divided by height."""
+    image_bytes: Spread
+    exact_copies: Copies
+    near_distance: int
+    near_copies: Copies | None
+    """Those that are not exact; None where nobody looked for them."""
+    equal_classes: tuple[tuple[str, ...], ...]
+    """Groups of classes with a prompt in common: one class in training."""
+    num_captions_equal_to_prompts: int
+    captions_equal_to_prompts: tuple[tuple[str, str, int], ...]
+    """Caption, name of the class, and how often; the most frequent ones."""
+    concepts: tuple[ConceptRow, ...]
+    seconds: float
+
+
+def inspect_dataset(
+    folder: str | os.PathLike[str],
+    *,
+    near: bool = True,
+    near_distance: int = DEFAULT_DISTANCE,
+    concepts: HowToCount = "auto",
+    spacy_model: str = DEFAULT_MODEL,
+    workers: int = 0,
+    progress: bool = True,
+) -> Inspection:
+    """Describes a data set; `tools.pack.inspect.Inspect` explains the arguments.
+
+    With `near` it starts worker processes by spawning them, so a script that calls this must guard
+    its main part by `if __name__ == "__main__":`.
+
+    Raises:
+        FileNotFoundError: not a data set.
+        ValueError: it is damaged, or ImageHash or spaCy is asked for and not installed.
+    """
+    started = time.perf_counter()
+    if near:
+        require_imagehash()
+    with PackedDataset(folder) as dataset:
+        rows, manifest = dataset.samples, dataset.manifest
+        quarantined = _quarantined(dataset)  # refused now, rather than after a look at all images
+        has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
+        found = None
+        if len(dataset.captions):
+            texts = _captions(dataset, progress=progress)
+            found = count_concepts(texts, how=concepts, model=spacy_model)
+        class_counts = _class_counts(dataset)
+        exact = _exact_leaders(dataset)
+        near_copies = None
+        if near:
+            hashes = hash_images(dataset.folder, len(dataset), workers=workers, progress=progress)
+            near_copies = _near_copies(dataset, hashes, exact, near_distance)
+        return Inspection(
+            folder=dataset.folder,
+            num_samples=manifest.num_samples,
+            num_captions=manifest.num_captions,
+            num_tokens=manifest.num_tokens,
+            num_labels=manifest.num_labels,
+            num_shards=len(manifest.shards),
+            num_bytes=manifest.num_bytes,
+            is_raw=manifest.pixels is not None,
+            num_quarantined=manifest.num_quarantined,
+            quarantined=quarantined,
+            source=manifest.source,
+            seed=manifest.seed,
+            tool_version=manifest.tool_version,
+            num_with_labels=int(has_labels.sum()),
+            num_with_captions=int(has_captions.sum()),
+            num_with_both=int((has_labels & has_captions).sum()),
+            class_counts=class_counts,
+            labels_per_image=_counted(rows["labels_count"][has_labels]),
+            captions_per_image=_spread(rows["captions_count"][has_captions]),
+            caption_tokens=_spread(dataset.captions["tokens_length"].astype(int) - 2),
+            frequent_concepts=() if found is None else found.most_frequent,
+            heights=_spread_of_some(rows["height"]),
+            widths=_spread_of_some(rows["width"]),
+            aspects=_spread_of_some(rows["width"] / rows["height"], unit=0.05),
+            image_bytes=_spread_of_some(image_sizes(dataset)),
+            exact_copies=_copies(dataset, exact),
+            near_distance=near_distance,
+            near_copies=near_copies,
+            concepts=_table_1(class_counts, found, int(has_labels.sum()), int(has_captions.sum())),
+            **_look_at_captions(dataset),
+            seconds=time.perf_counter() - started,
+        )
+
+
+def _captions(dataset: PackedDataset, *, progress: bool) -> Iterator[str]:
+    """All captions, read from the shards."""
+    with_captions = np.flatnonzero(dataset.samples["captions_count"])
+    with contextlib.closing(SampleReader(dataset)) as reader:
+        for index in tqdm(
+            with_captions, desc="reading captions", unit=" images", disable=not progress
+        ):
+            yield from reader.read_description(int(index)).captions
+
+
+def count_concepts(
+    texts: Iterable[str], *, how: HowToCount = "auto", model: str = DEFAULT_MODEL
+) -> Concepts:
+    """Counts distinct concepts that occur more than 5 times, as the paper's Table 1 does.
+
+    The paper takes the noun phrases that spaCy finds. Where spaCy or its English model is not
+    installed, words are counted in the same way, and the result says so.
+
+    Args:
+        texts: captions.
+        how: "noun-phrases" as in the paper, "words", or "auto": the first if it can be done.
+        model: spaCy's English model.
+
+    Raises:
+        ValueError: noun phrases are asked for, and spaCy or the model is not installed.
+    """
+    missing = "" if how == "words" else _missing_for_phrases(model)
+    if missing and how == "noun-phrases":
+        raise ValueError(
+            f"noun phrases take spaCy with an English model, and {missing} is not installed: "
+            f"pip install spacy && python -m spacy download {model}; or count words by "
+            "--concepts words"
+        )
+    if how == "words" or missing:
+        kind = f"distinct words that occur more than {MORE_THAN} times"
+        if missing:
+            kind += f" (no noun phrases as in the paper, since {missing} is not installed)"
+        counts = Counter(word for text in texts for word in _WORD.findall(text.lower()))
+    else:
+        kind = f"distinct noun phrases that occur more than {MORE_THAN} times, by spaCy's {model}"
+        counts = Counter(_noun_phrases(texts, model))
+    frequent = [(text, count) for text, count in counts.items() if count > MORE_THAN]
+    frequent.sort(key=lambda entry: (-entry[1], entry[0]))
+    return Concepts(num_concepts=len(frequent), kind=kind, most_frequent=tuple(frequent[:30]))
+
+
+def _missing_for_phrases(model: str) -> str:
+    if importlib.util.find_spec("spacy") is None:
+        return "spaCy"
+    import spacy
+
+    return "" if spacy.util.is_package(model) else f"spaCy's model {model}"
+
+
+def _noun_phrases(texts: Iterable[str], model: str) -> Iterator[str]:
+    """Noun phrases in lower case, without the articles and pronouns at their beginning."""
+    import spacy
+
+    language: Any = spacy.load(model, exclude=["ner", "lemmatizer"])
+    for document in language.pipe(texts, batch_size=512):
+        for chunk in document.noun_chunks:
+            words = list(chunk)
+            while words and words[0].pos_ in ("DET", "PRON"):
+                words.pop(0)
+            if words:
+                yield " ".join(word.text.lower() for word in words)
+
+
+def _table_1(
+    class_counts: Sequence[tuple[str, int]],
+    found: Concepts | None,
+    num_labelled: int,
+    num_captioned: int,
+) -> tuple[ConceptRow, ...]:
+    """The paper's row for labelled images, and for captioned ones."""
+    rows: list[tuple[str, int, int, str]] = []
+    if num_labelled:
+        used = sum(count > 0 for _, count in class_counts)
+        kind = "categories with images"
+        if used < len(class_counts):
+            kind += f", of {len(class_counts):,} named"
+        rows.append(("image-label", num_labelled, used, kind))
+    if found is not None:
+        rows.append(("image-text", num_captioned, found.num_concepts, found.kind))
+    return tuple(
+        ConceptRow(
+            data=data,
+            num_images=images,
+            num_concepts=concepts,
+            images_per_concept=images / concepts if concepts else 0.0,
+            kind=kind,
+        )
+        for data, images, concepts, kind in rows
+    )
+
+
+def _class_counts(dataset: PackedDataset) -> tuple[tuple[str, int], ...]:
+    names = dataset.manifest.class_names
+    counts = np.bincount(dataset.labels, minlength=len(names))
+    return tuple(zip(names, counts.tolist(), strict=True))
+
+
+def _counted(values: npt.NDArray[Any]) -> dict[int, int]:
+    numbers, counts = np.unique(values, return_counts=True)
+    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
+
+
+def _spread(values: npt.NDArray[Any]) -> Spread | None:
+    return _spread_of_some(values) if len(values) else None
+
+
+def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
+    """Five numbers, and a histogram of at most some 30 bins at round numbers.
+
+    A few very large values, in whose scale all others would fall into one bin, share a last bin
+    that is wider than the others.
+
+    Args:
+        values: at least one.
+        unit: a bin is at least so wide; 1 for whole numbers.
+    """
+    low, high = float(values.min()), float(values.max())
+    reach, most = high, float(np.percentile(values, 99))
+    if (high - low) / unit > _BINS and high - low > _FAR * (most - low):
+        reach = most
+    step = unit
+    while (reach - low) / step > _BINS:
+        exponent = math.floor(math.log10(step) + 1e-9)
+        mantissa = round(step / 10**exponent)
+        step = {1: 2, 2: 5, 5: 10}[mantissa] * 10.0**exponent
+    first = math.floor(low / step + 1e-9)
+    num_bins = math.floor(reach / step + 1e-9) - first + 1
+    edges = np.round((first + np.arange(num_bins + 1)) * step, 6)
+    if high > edges[-1]:
+        edges = np.append(edges, high)
+    counts, _ = np.histogram(values, edges)
+    return Spread(
+        smallest=low,
+        median=float(np.median(values)),
+        mean=float(values.mean()),
+        percentile_95=float(np.percentile(values, 95)),
+        largest=high,
+        edges=tuple(edges.tolist()),
+        counts=tuple(counts.tolist()),
+    )
+
+
+def _quarantined(dataset: PackedDataset) -> dict[str, int]:
+    """How much was left out, by kind."""
+    path = dataset.folder / QUARANTINE_NAME
+    rows = read_left_out(path, num_rows=dataset.manifest.num_quarantined)
+    return dict(Counter(row.kind for row in rows).most_common())
+
+
+def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:
+    """The first image with the same bytes."""
+    leaders = np.arange(len(dataset))
+    for group in equal_images([dataset]):
+        leaders[group] = group[0]
+    return leaders
+
+
+def _near_copies(
+    dataset: PackedDataset,
+    hashes: npt.NDArray[np.uint64],
+    exact: npt.NDArray[np.int64],
+    distance: int,
+) -> Copies:
+    """Near copies among what is left when exact ones are gone."""
+    kept = np.flatnonzero(exact == np.arange(len(exact)))
+    leaders = np.arange(len(hashes))
+    leaders[kept] = kept[find_leaders(hashes[kept], distance)]
+    return _copies(dataset, leaders, hashes)
+
+
+def _copies(
+    dataset: PackedDataset,
+    leaders: npt.NDArray[np.int64],
+    hashes: npt.NDArray[np.uint64] | None = None,
+) -> Copies:
+    groups: dict[int, list[int]] = {}
+    for follower in np.flatnonzero(leaders != np.arange(len(leaders))).tolist():
+        groups.setdefault(int(leaders[follower]), []).append(follower)
+    found = []
+    for leader, followers in sorted(groups.items(), key=lambda item: (-len(item[1]), item[0])):
+        samples = (leader, *followers)
+        labels = {tuple(sorted(dataset.labels_of(index).tolist())) for index in samples} - {()}
+        distances: tuple[int, ...] = ()
+        if hashes is not None:
+            distances = tuple(count_bits(hashes[list(samples)] ^ hashes[leader]).tolist())
+        found.append(Group(samples=samples, distances=distances, labels_differ=len(labels) > 1))
+    return Copies(
+        num_groups=len(found),
+        num_surplus=sum(len(group.samples) - 1 for group in found),
+        num_labels_differ=sum(group.labels_differ for group in found),
+        groups=tuple(found),
+    )
+
+
+def _look_at_captions(dataset: PackedDataset) -> dict[str, Any]:
+    """Captions by their tokens: how many are equal to each other, to prompts; and equal classes."""
+    manifest = dataset.manifest
+    tokenizer = Tokenizer(manifest.context_length)
+    occurrences = Counter(
+        dataset.tokens[start : start + length].tobytes()
+        for start, length in zip(
+            dataset.captions["tokens_start"].tolist(),
+            dataset.captions["tokens_length"].tolist(),
+            strict=True,
+        )
+    )
+
+    def text_of(tokens: bytes) -> str:
+        return tokenizer.decode(np.frombuffer(tokens, np.uint16))
+
+    class_of, equal_classes = _prompts(manifest.class_names, manifest.templates, tokenizer)
+    equal = Counter({key: count for key, count in occurrences.items() if key in class_of})
+    return {
+        "num_cut_captions": int(
+            (dataset.captions["tokens_length"] == manifest.context_length).sum()
+        ),
+        "num_distinct_captions": len(occurrences),
+        "repeated_captions": tuple(
+            (text_of(tokens), count) for tokens, count in occurrences.most_common(10) if count > 1
+        ),
+        "equal_classes": equal_classes,
+        "num_captions_equal_to_prompts": equal.total(),
+        "captions_equal_to_prompts": tuple(
+            (text_of(tokens), manifest.class_names[class_of[tokens]], count)
+            for tokens, count in equal.most_common(10)
+        ),
+    }
+
+
+def _prompts(
+    names: Sequence[str], templates: Sequence[str], tokenizer: Tokenizer
+) -> tuple[dict[bytes, int], tuple[tuple[str, ...], ...]]:
+    """The class of each prompt by its tokens, and groups of classes that share one."""
+    from unicl_fast.text.token_rows import merge_classes  # here, because it loads numba
+
+    class_of: dict[bytes, int] = {}
+    pairs: list[tuple[int, int]] = []
+    for number, name in enumerate(names):
+        prompts = tokenizer.encode([fill_template(template, name) for template in templates])
+        for tokens in prompts:
+            first = class_of.setdefault(tokens.tobytes(), number)
+            if first != number:
+                pairs.append((first, number))
+    members, merged = merge_classes(np.array(pairs, np.int64).reshape(-1, 2))
+    groups: dict[int, list[str]] = {}
+    for member, first in zip(members.tolist(), merged.tolist(), strict=True):
+        groups.setdefault(first, []).append(names[member])
+    return class_of, tuple(tuple(group) for group in groups.values())

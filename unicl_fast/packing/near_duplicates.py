@@ -1,0 +1,250 @@
+"""Finds images that look alike, by 64-bit perceptual hashes that differ in few bits.
+
+The hash is ImageHash's pHash: the image in grey at 32 x 32, the signs of its 64 lowest frequencies
+against their median. Copies in another size, quality or format differ in a few bits, unrelated
+photographs in about 32. Worker processes decode and hash the images of a data set.
+
+Comparing all with all would take N**2 / 2 steps. Instead the bits are cut into blocks: hashes that
+differ in at most r bits agree in at least m of r + m blocks, so for each choice of m blocks the
+hashes are sorted by them, and only neighbours with equal blocks are compared. m is chosen by what
+it costs for N hashes.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import itertools
+import math
+import multiprocessing
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from tqdm import tqdm
+
+from unicl_fast.dataset.errors import DamagedSampleError
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.system.machine import usable_cores
+
+MAX_DISTANCE = 12
+"""Beyond this unrelated images come near each other, and the search becomes slow."""
+MAX_PAIRS = 20_000_000
+_BITS = 64
+_BITS_OF_OCTET = np.array([number.bit_count() for number in range(1 << 8)], np.uint8)
+_CHUNK = 64
+_CHUNKS_AHEAD = 64
+_DRAFT = 128
+"""A JPEG is decoded at the smallest eighth of its size that still has so many pixels a side: four
+times what the hash looks at."""
+
+Hashes = npt.NDArray[np.uint64]
+Indices = npt.NDArray[np.int64]
+
+
+class TooManyPairsError(ValueError):
+    """So many images look alike that a list of them would be of no use."""
+
+
+def has_imagehash() -> bool:
+    """Whether ImageHash is installed."""
+    return importlib.util.find_spec("imagehash") is not None
+
+
+def require_imagehash() -> None:
+    """Refuses to begin without ImageHash.
+
+    Raises:
+        ValueError: it is not installed; says how to install it.
+    """
+    if not has_imagehash():
+        raise ValueError(
+            "near duplicates are found with the package ImageHash: pip install "
+            "'unicl_fast[inspect]', or leave them out by --no-near"
+        )
+
+
+def hash_images(folder: Path, count: int, *, workers: int, progress: bool) -> Hashes:
+    """The hashes of samples 0 to `count` - 1.
+
+    Returns:
+        uint64 [count].
+
+    Raises:
+        ValueError: an image cannot be read; says which.
+    """
+    parts = []
+    with (
+        ProcessPoolExecutor(
+            workers or usable_cores(),
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=_open,
+            initargs=(folder,),
+        ) as processes,
+        tqdm(total=count, desc="hashing", unit=" images", disable=not progress) as bar,
+    ):
+        try:
+            for part in _in_turn(processes, count):
+                parts.append(part)
+                bar.update(len(part))
+        except BrokenProcessPool as error:
+            raise ValueError(
+                "a process that decodes images ended before its time, for want of memory or by a "
+                f"crash of the decoder: unicl-pack verify {folder} finds such an image, --no-near "
+                "does without decoding"
+            ) from error
+    return np.concatenate([*parts, np.empty(0, np.uint64)])
+
+
+def _in_turn(processes: ProcessPoolExecutor, count: int) -> Iterator[Hashes]:
+    """Results in order, with few chunks under way."""
+    under_way: deque[Future[Hashes]] = deque()
+    for start in range(0, count, _CHUNK):
+        under_way.append(processes.submit(_hash, start, min(start + _CHUNK, count)))
+        if len(under_way) > _CHUNKS_AHEAD:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
+
+
+_dataset: PackedDataset | None = None
+"""The data set that a worker process reads."""
+
+
+def _open(folder: Path) -> None:
+    global _dataset
+    _dataset = PackedDataset(folder, verify=False)  # the main process has verified it
+
+
+def _hash(start: int, end: int) -> Hashes:
+    assert _dataset is not None
+    hashes = np.empty(end - start, np.uint64)
+    for index in range(start, end):
+        try:
+            hashes[index - start] = perceptual_hash(_dataset.image_bytes(index, verify=True).data)
+        except (DamagedSampleError, OSError, SyntaxError, ValueError) as error:
+            raise ValueError(
+                f"{_dataset.describe(index)} cannot be read ({error}); see what else is damaged by "
+                f"unicl-pack verify {_dataset.folder}"
+            ) from error
+    return hashes
+
+
+def perceptual_hash(data: bytes | memoryview) -> int:
+    """The 64-bit pHash of an encoded image."""
+    import imagehash  # an optional package
+
+    with Image.open(io.BytesIO(data)) as image:
+        image.draft("L", (_DRAFT, _DRAFT))
+        bits = imagehash.phash(image).hash
+    return int.from_bytes(np.packbits(bits).tobytes(), "big")
+
+
+def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
+    """Finds the earlier image that each one looks like.
+
+    An image follows the first earlier one within `max_distance` bits that follows no other itself.
+    So each follower is near the image that stays for it, never merely a neighbour's neighbour.
+
+    Args:
+        hashes: uint64 [n].
+        max_distance: in bits, 0 to 12.
+
+    Returns:
+        int64 [n]: the image that each follows, its own number if it follows none.
+
+    Raises:
+        TooManyPairsError: more than 20 million pairs are near each other.
+    """
+    if not 0 <= max_distance <= MAX_DISTANCE:
+        raise ValueError(f"the distance must lie in 0 to {MAX_DISTANCE} bits, not {max_distance}")
+    if not len(hashes):
+        return np.empty(0, np.int64)
+    distinct, first, index = np.unique(hashes, return_index=True, return_inverse=True)
+    order = np.argsort(first, kind="stable")  # distinct hashes as they first occur
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    leaders = np.arange(len(order))
+    for later, earlier in near_pairs(distinct[order], max_distance)[:, ::-1].tolist():
+        if leaders[later] == later and leaders[earlier] == earlier:
+            leaders[later] = earlier
+    result: Indices = first[order][leaders][rank[index.reshape(-1)]].astype(np.int64)
+    return result
+
+
+def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
+    """All pairs within a distance.
+
+    Args:
+        hashes: uint64 [n], all different.
+        max_distance: in bits.
+
+    Returns:
+        int64 [pairs, 2], the smaller number first; sorted by the larger, then by the smaller.
+
+    Raises:
+        TooManyPairsError: more than 20 million.
+    """
+    num_exact = _choose_blocks(len(hashes), max_distance)
+    num_blocks = max_distance + num_exact
+    bounds = [_BITS * block // num_blocks for block in range(num_blocks + 1)]
+    masks = [
+        (1 << end) - (1 << start) for start, end in itertools.pairwise(bounds)
+    ]  # of the bits of each block
+    found: Indices = np.empty(0, np.int64)  # later * n + earlier, each pair once
+    for blocks in itertools.combinations(masks, num_exact):
+        found = np.union1d(found, _pairs_by_key(hashes, sum(blocks), max_distance))
+        if len(found) > MAX_PAIRS:
+            raise TooManyPairsError(
+                f"more than {MAX_PAIRS:,} pairs of images are within {max_distance} bits of each "
+                "other: such images have too little detail for perceptual hashes; choose a "
+                "smaller distance"
+            )
+    later, earlier = np.divmod(found, max(1, len(hashes)))
+    return np.stack([earlier, later], axis=1)
+
+
+def _choose_blocks(count: int, max_distance: int) -> int:
+    """How many blocks must agree, for the least work: sorting and comparing."""
+
+    def cost(num_exact: int) -> float:
+        num_blocks = max_distance + num_exact
+        by_chance = count * count / 2 ** (_BITS * num_exact / num_blocks + 1)
+        return math.comb(num_blocks, num_exact) * (20 * count + by_chance)
+
+    return min(range(1, 7), key=cost)
+
+
+def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
+    """Near pairs among hashes that agree in the bits of `mask`, as later * n + earlier."""
+    keys = hashes & np.uint64(mask)
+    order = np.argsort(keys, kind="stable").astype(np.int64)
+    keys = keys[order]
+    found = [np.empty(0, np.int64)]
+    num_found = 0
+    # positions whose neighbour `step` further has the same key; fewer with each step
+    rows = np.flatnonzero(keys[1:] == keys[:-1])
+    step = 1
+    while len(rows):
+        one, other = order[rows], order[rows + step]  # stable: `one` is the earlier
+        near = count_bits(hashes[one] ^ hashes[other]) <= max_distance
+        found.append(other[near] * len(hashes) + one[near])
+        num_found += len(found[-1])
+        if num_found > MAX_PAIRS:
+            break
+        step += 1
+        rows = rows[rows + step < len(keys)]
+        rows = rows[keys[rows] == keys[rows + step]]
+    return np.concatenate(found)
+
+
+def count_bits(values: Hashes) -> npt.NDArray[np.uint8]:
+    """How many bits are set in each; NumPy's own counter came with 2.0."""
+    octets = np.ascontiguousarray(values).view(np.uint8).reshape(*values.shape, 8)
+    counts: npt.NDArray[np.uint8] = _BITS_OF_OCTET[octets].sum(axis=-1, dtype=np.uint8)
+    return counts

@@ -1,0 +1,290 @@
+"""An inspection as one HTML page that needs nothing else: no script, no font, no other file.
+
+The page is the template page.html beside this file; here are its numbers in words, its plots and
+its small images. Names, captions and paths come from anywhere: Jinja escapes every value, and the
+page's own policy (Content-Security-Policy) forbids scripts and addresses outside it should one slip
+through. The numbers are those of `inspect_dataset`.
+"""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import io
+import math
+import statistics
+import unicodedata
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import markupsafe
+from PIL import Image
+
+from unicl_fast.dataset.reader import PackedDataset, sample_key
+from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.packing.inspect import Group, Inspection, Spread
+from unicl_fast.system.wording import count_of
+
+_SIDE = 200
+_QUALITY = 80
+_MOST_CLASSES = 40
+_SKEWED = 30
+"""A largest class so many times the median one leaves nothing to see of the others."""
+_ENDS_OF_CLASSES = 15
+"""Largest and smallest classes that are shown where there are more than `_MOST_CLASSES`."""
+_MOST_COLUMNS = 200
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownImage:
+    """A sample to look at. Its texts come from anywhere and are not escaped."""
+
+    index: int
+    key: str
+    uri: str
+    """The image as a JPEG or PNG inside a `data:` address."""
+    height: int
+    width: int
+    """In pixels, of the sample; the image here is at most 200 on a side."""
+    class_names: tuple[str, ...]
+    captions: tuple[str, ...]
+    source: str
+    name: str
+
+    @property
+    def is_tiny(self) -> bool:
+        """Whether its pixels are to be seen as such."""
+        return max(self.height, self.width) <= 100
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ShownGroup:
+    """A group of copies, and images of the first few."""
+
+    group: Group
+    images: Sequence[ShownImage]
+
+
+def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownImage]:
+    """Reads samples for a page.
+
+    Raises:
+        ValueError: one is damaged.
+    """
+    shown = []
+    with contextlib.closing(SampleReader(dataset)) as reader:
+        for index in indices:
+            row, text = dataset.samples[index], reader.read_description(index)
+            names = dataset.manifest.class_names
+            shown.append(
+                ShownImage(
+                    index=index,
+                    key=sample_key(index),
+                    uri=_thumbnail(dataset.image_bytes(index, verify=True).data),
+                    height=int(row["height"]),
+                    width=int(row["width"]),
+                    class_names=tuple(names[label] for label in dataset.labels_of(index)),
+                    captions=text.captions,
+                    source=text.source,
+                    name=text.name,
+                )
+            )
+    return shown
+
+
+def _thumbnail(data: memoryview) -> str:
+    """The image scaled down; small ones keep their pixels, and stay free of JPEG's traces."""
+    with Image.open(io.BytesIO(data)) as image:
+        small = max(image.size) <= _SIDE // 2
+        image.draft(None, (_SIDE, _SIDE))
+        image.thumbnail((_SIDE, _SIDE))
+        file = io.BytesIO()
+        kind = "png" if small else "jpeg"
+        image.save(file, format=kind, quality=_QUALITY)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"
+
+
+def make_page(
+    inspection: Inspection,
+    sheet: Sequence[ShownImage],
+    exact: Sequence[ShownGroup],
+    near: Sequence[ShownGroup],
+) -> str:
+    """The page as text, to be written in UTF-8.
+
+    Args:
+        inspection: the numbers.
+        sheet: images of the contact sheet.
+        exact: groups of exact copies to show.
+        near: groups of near copies to show.
+    """
+    environment = jinja2.Environment(
+        autoescape=True,
+        finalize=_visible,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters["thousands"] = "{:,}".format
+    environment.globals["count_of"] = count_of
+    template = environment.from_string(
+        Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    )
+    caption_plots = []
+    if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
+        caption_plots = [
+            _histogram("Tokens of a caption", inspection.caption_tokens),
+            _histogram("Captions of an image", inspection.captions_per_image),
+        ]
+    size_of = "Size of the pixels" if inspection.is_raw else "Size of the file"
+    return template.render(
+        data=inspection,
+        name=Path(inspection.folder).resolve().name,  # of a URL, its last part as well
+        tiles=_tiles(inspection),
+        concept_rows=[
+            (
+                row.data,
+                f"{row.num_images:,}",
+                f"{row.num_concepts:,}",
+                _number(row.images_per_concept) if row.num_concepts else "-",
+                row.kind,
+            )
+            for row in inspection.concepts
+        ],
+        sheet=sheet,
+        classes=_classes(inspection) if inspection.class_counts else None,
+        caption_plots=caption_plots,
+        image_plots=[
+            _histogram("Width", inspection.widths, " pixels"),
+            _histogram("Height", inspection.heights, " pixels"),
+            _histogram("Width / height", inspection.aspects),
+            _histogram(size_of, inspection.image_bytes, " bytes"),
+        ],
+        exact=exact,
+        near=near,
+    )
+
+
+def _visible(value: Any) -> Any:
+    """Writes out what cannot be seen of a text; what is HTML already stays as it is."""
+    if not isinstance(value, str) or isinstance(value, markupsafe.Markup):
+        return value
+    return "".join(
+        character
+        if character == "\n" or unicodedata.category(character) not in ("Cc", "Cs")
+        else character.encode("unicode_escape").decode("ascii")
+        for character in value
+    )
+
+
+def _number(value: float) -> str:
+    """Whole numbers whole, others with two digits behind the point at most, small ones with two."""
+    if 0 < value < 0.1:
+        return f"{value:.2g}"
+    return f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:,.2f}"
+
+
+def _tiles(inspection: Inspection) -> list[tuple[int, str]]:
+    """The numbers at the head of the page."""
+    tiles = [
+        (inspection.num_samples, "images"),
+        (inspection.num_captions, "captions"),
+        (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
+        (inspection.exact_copies.num_surplus, "exact copies"),
+    ]
+    if inspection.near_copies is not None:
+        tiles.append((inspection.near_copies.num_surplus, "look like another"))
+    return [*tiles, (inspection.num_quarantined, "left out when packed")]
+
+
+def _classes(inspection: Inspection) -> dict[str, Any]:
+    """The sizes of classes: all as bars, or of many an outline and both ends."""
+    ordered = sorted(inspection.class_counts, key=lambda entry: (-entry[1], entry[0]))
+    present = [entry for entry in ordered if entry[1]]
+    largest, smallest = ordered[0][1], ordered[-1][1]
+    several = {count: number for count, number in inspection.labels_per_image.items() if count > 1}
+    values: dict[str, Any] = {
+        "largest": max(1, largest),
+        "range": f"{smallest:,} to {largest:,} images"
+        if smallest < largest
+        else count_of(largest, "image"),
+        "num_empty": len(ordered) - len(present),
+        "several": f"{sum(several.values()):,} images have several labels, up to {max(several):,}"
+        if several
+        else "",
+        "first": ordered[:_MOST_CLASSES],
+        "plot": None,
+    }
+    if len(ordered) > _MOST_CLASSES and present:
+        counts = [count for _, count in present]
+        is_skewed = largest > _SKEWED * statistics.median(counts)
+        scale = ", logarithmic" if is_skewed else ""
+        values["plot"] = _Plot(
+            title=f"Images of each class, largest class first{scale}",
+            counts=[math.log1p(count) for count in counts] if is_skewed else counts,
+            ends=("1", f"{len(present):,}"),
+        )
+        values["first"], values["last"] = present[:_ENDS_OF_CLASSES], present[-_ENDS_OF_CLASSES:]
+    return values
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Plot:
+    """Columns that fill the width; without counts, only its words."""
+
+    title: str
+    words: str = ""
+    counts: Sequence[float] = ()
+    ends: tuple[str, str] = ("", "")
+    """Texts below the first and the last column."""
+    hovers: Sequence[str] = ()
+
+    @property
+    def outline(self) -> str:
+        """Many columns become one path, since thinner ones would vanish; empty of few."""
+        if len(self.counts) <= _MOST_COLUMNS:
+            return ""
+        top = max(self.counts) or 1
+        steps = "".join(
+            f"V{100 - 100 * count / top:.2f}H{number}"
+            for number, count in enumerate(self.counts, 1)
+        )
+        return f"M0 100{steps}V100Z"
+
+    @property
+    def columns(self) -> Iterable[tuple[str, str, str, str, str]]:
+        """Left, top, width and height of each column, and what it says when one points at it."""
+        top, gap = max(self.counts) or 1, 0.12 if len(self.counts) > 1 else 0.35
+        hovers = self.hovers or [""] * len(self.counts)
+        for number, (count, hover) in enumerate(zip(self.counts, hovers, strict=True)):
+            height = 100 * count / top
+            yield (
+                *(f"{number + gap / 2:.3f}", f"{100 - height:.2f}"),
+                *(f"{1 - gap:.3f}", f"{height:.2f}", hover),
+            )
+
+
+def _histogram(title: str, spread: Spread, unit: str = "") -> _Plot:
+    if spread.smallest == spread.largest:
+        return _Plot(title=title, words=f"all {_number(spread.smallest)}{unit}")
+    first, second, *_, before_last, last = (*spread.edges[:2], *spread.edges)
+    if last - before_last > second - first + 1e-6:
+        end = f"{_number(before_last)} and more"
+    else:
+        end = _number(last - 1 if second - first == 1 else last)
+    return _Plot(
+        title=title,
+        words=f"{_number(spread.smallest)} to {_number(spread.largest)}{unit}, median "
+        f"{_number(spread.median)}, 95 % up to {_number(spread.percentile_95)}",
+        counts=spread.counts,
+        ends=(_number(first), end),
+        hovers=[
+            f"{_number(low)} to {_number(high)}: {count:,}"
+            for low, high, count in zip(
+                spread.edges[:-1], spread.edges[1:], spread.counts, strict=True
+            )
+        ],
+    )

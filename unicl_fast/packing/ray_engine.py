@@ -1,0 +1,167 @@
+"""`--engine ray`: images are checked on the machines of a Ray cluster, results come in order.
+
+A Ray task checks each chunk by the same worker process under the same limits (`workers`), so an
+image that crashes a decoder costs what it costs locally, and Ray's own process survives. Where that
+is killed or its machine is lost, Ray gives the chunk to another: checking changes nothing, so a
+second time gives the same. Machines with other versions of Pillow or simplejpeg may encode other
+bytes.
+
+Which machine gets a chunk is chance, so an image must not be left out because one machine does not
+see it: what could not be read there is read here too, and a difference stops the build.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib.util
+import os
+import platform
+from collections import deque
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, get_args
+
+from unicl_fast.packing.sources.items import EntryError, Problem
+from unicl_fast.packing.workers import (
+    CHUNKS_AHEAD,
+    Checked,
+    ImageOptions,
+    ImageWorker,
+    Task,
+    make_chunks,
+)
+
+Engine = Literal["local", "ray"]
+"""The processes that check images: this machine's, or a cluster's."""
+
+_NOT_READ = ("unreadable", "missing")
+"""Problems of an image that may be those of the machine it was read on."""
+
+
+def require_engine(engine: Engine) -> None:
+    """Refuses an engine that is none, or not installed.
+
+    Raises:
+        ValueError: the message says what to do.
+    """
+    if engine not in get_args(Engine):
+        raise ValueError(f"--engine takes {' or '.join(get_args(Engine))}, not {engine!r}")
+    if engine == "ray" and importlib.util.find_spec("ray") is None:
+        raise ValueError(
+            "--engine ray takes Ray, which is not installed: pip install 'unicl_fast[ray]'"
+        )
+
+
+def check_on_ray(
+    tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
+) -> Iterator[Checked | Problem]:
+    """Checks tasks on a Ray cluster; results come in the order of the tasks.
+
+    Joins the cluster that RAY_ADDRESS names or that runs on this machine, and starts one here for
+    the time of the build where there is none. A caller that has joined one already stays in it.
+
+    Args:
+        tasks: what to check.
+        options: as for local workers.
+        context_length: of the tokens.
+        workers: chunks that are checked at the same time; 0 takes one for each core of the cluster.
+
+    Raises:
+        RuntimeError: the cluster cannot run the tasks, or a machine of it does not see an image
+            that this one sees.
+    """
+    import ray
+
+    is_ours = not ray.is_initialized()
+    if is_ours:
+        _join(ray, workers)
+    cores = max(1, int(ray.cluster_resources().get("CPU", 1)))
+    most_under_way = (workers or cores) * CHUNKS_AHEAD
+    # Ray runs as many as it has cores, so without a number some may wait there for the next one
+    most_running = workers or most_under_way
+    # whatever kills Ray's process is not the images' doing, which have processes of their own
+    remote = ray.remote(num_cpus=1, max_retries=-1)(_check_chunk)
+    under_way: deque[tuple[list[Task], Any]] = deque()
+    running: list[Any] = []
+    chunks = make_chunks(map(_with_whole_paths, tasks), options)
+    try:
+        while True:
+            for chunk in chunks:
+                if len(running) >= most_running:
+                    _, running = ray.wait(running, num_returns=1, fetch_local=False)
+                reference = remote.remote(chunk, options, context_length)
+                running.append(reference)
+                under_way.append((chunk, reference))
+                if len(under_way) >= most_under_way:
+                    break
+            if not under_way:
+                return
+            chunk, reference = under_way[0]
+            try:
+                machine, results = ray.get(reference)
+            except ray.exceptions.RayError as error:
+                raise RuntimeError(f"Ray could not check images: {error}") from error
+            under_way.popleft()
+            for task, result in zip(chunk, results, strict=True):
+                if isinstance(result, Problem) and result.kind in _NOT_READ:
+                    _require_unreadable_here(task, result, machine, options)
+                yield result
+    finally:
+        for _, reference in under_way:
+            ray.cancel(reference, force=True)
+        if is_ours:
+            ray.shutdown()
+
+
+def _join(ray: Any, workers: int) -> None:
+    quiet = {"log_to_driver": False, "logging_level": "error"}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        if os.environ.get("RAY_ADDRESS"):
+            raise
+        ray.init(num_cpus=workers or None, include_dashboard=False, **quiet)
+
+
+def _with_whole_paths(task: Task) -> Task:
+    """Sources may have relative paths, and Ray's processes lie in folders of their own."""
+    entry: Any = task.entry
+    paths = {
+        name: os.path.abspath(path)
+        for name in ("path", "archive")
+        if (path := getattr(entry, name, ""))
+    }
+    return dataclasses.replace(task, entry=dataclasses.replace(entry, **paths)) if paths else task
+
+
+def _require_unreadable_here(
+    task: Task, problem: Problem, machine: str, options: ImageOptions
+) -> None:
+    """Stops the build unless this machine has the same problem with the image."""
+    try:
+        task.entry.read(max_bytes=options.max_file_bytes)
+    except EntryError:
+        return
+    path = getattr(task.entry, "path", "") or getattr(task.entry, "archive", "")
+    raise RuntimeError(
+        f"{task.name}: {machine} could not read {path or 'it'} ({problem.message}), and "
+        f"{platform.node()}, which runs the build, can. All machines of the Ray cluster must see "
+        "the sources, --out and --work under the same paths: put them on a file system that all "
+        "share, or build with --engine local"
+    )
+
+
+# From here on: what runs in a process of Ray.
+
+
+def _check_chunk(
+    tasks: list[Task], options: ImageOptions, context_length: int
+) -> tuple[str, list[Checked | Problem]]:
+    """The name of the machine, and one result for each task."""
+    return platform.node(), _worker(options, context_length).check(tasks)
+
+
+@functools.cache
+def _worker(options: ImageOptions, context_length: int) -> ImageWorker:
+    """The worker process of this process of Ray; it ends with it."""
+    return ImageWorker(options, context_length=context_length)

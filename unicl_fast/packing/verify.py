@@ -1,0 +1,380 @@
+"""Finds all that is wrong with a packed data set: `unicl-pack verify` as a function.
+
+Everything is compared with everything else: files with their checksums and with what the manifest
+says of them, references in the arrays with what they refer to (`folder_check`), and here each
+sample's piece of its shard, byte by byte, with samples.npy, captions with their tokens, labels, the
+index for DALI. Images are decoded as strictly as when they were packed, in worker processes;
+those of a raw data set are pixels already, and have their checksums. Checking continues after a
+fault, so that one look finds all that is to be copied again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from tqdm import tqdm
+
+from unicl_fast.dataset.arrays import PIXELS_NAME
+from unicl_fast.dataset.errors import DamagedSampleError
+from unicl_fast.dataset.manifest import MANIFEST_NAME
+from unicl_fast.dataset.reader import PackedDataset, sample_key
+from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
+from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
+from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
+from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
+from unicl_fast.packing.sources.items import Problem, Span
+from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
+from unicl_fast.system.machine import usable_cores
+from unicl_fast.text.tokenizer import Tokenizer
+
+_TOKENISE_TOGETHER = 1024
+"""Captions that the tokenizer's threads divide among them."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VerifySummary:
+    """The outcome of a verification: what was looked at, and how many faults were found."""
+
+    folder: Path | str
+    num_samples: int
+    num_captions: int
+    num_labels: int
+    num_bytes: int
+    """Bytes of all files."""
+    is_raw: bool
+    """Whether images are kept as pixels, so that there is nothing to decode."""
+    num_decoded: int
+    """Images that were decoded."""
+    faults: dict[str, int]
+    """How many faults of each kind."""
+    seconds: float
+
+    @property
+    def num_faults(self) -> int:
+        return sum(self.faults.values())
+
+
+def verify_dataset(
+    folder: str | os.PathLike[str],
+    *,
+    note: Callable[[Fault], None],
+    decode: bool = True,
+    workers: int = 0,
+    max_pixels: int = MAX_PIXELS,
+    image_seconds: float = DEFAULT_IMAGE_SECONDS,
+    progress: bool = True,
+) -> VerifySummary:
+    """Looks at every byte of a data set; `tools.pack.verify.Verify` explains the arguments.
+
+    Starts worker processes by spawning them, so a script that calls this with `decode` must guard
+    its main part by `if __name__ == "__main__":`.
+
+    Args:
+        folder: what `unicl-pack build` or `merge` made.
+        note: called with each fault as soon as it is found, a data set's many thousands too.
+        decode: also decode all images; by far the longest part. Has no meaning for a raw set.
+        workers: processes that decode; 0 takes one for each core.
+        max_pixels: as in a build.
+        image_seconds: as in a build.
+        progress: show a progress bar.
+
+    Raises:
+        FileNotFoundError: the folder is no data set, not even a damaged one.
+    """
+    started = time.perf_counter()
+    folder = Path(folder)
+    faults = FaultLog(note)
+    dataset = check_folder(folder, faults=faults, progress=progress)
+    manifest = None if dataset is None else dataset.manifest
+    is_raw = dataset is not None and dataset.image_shape is not None
+    num_decoded = 0
+    if dataset is not None:
+        options = ImageOptions(
+            short_side=0,
+            quality=RESIZE_QUALITY,
+            max_pixels=max_pixels,
+            seconds=image_seconds,
+            format="packed",
+            return_images=False,
+        )
+        with dataset:
+            if is_raw:
+                _check_pixels(dataset, faults=faults, progress=progress)
+            num_decoded = _check_samples(
+                dataset,
+                faults=faults,
+                options=options if decode and not is_raw else None,
+                workers=workers or usable_cores(),
+                progress=progress,
+            )
+    return VerifySummary(
+        folder=folder,
+        num_samples=0 if manifest is None else manifest.num_samples,
+        num_captions=0 if manifest is None else manifest.num_captions,
+        num_labels=0 if manifest is None else manifest.num_labels,
+        num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
+        is_raw=is_raw,
+        num_decoded=num_decoded,
+        faults=dict(faults.counts),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _check_pixels(dataset: PackedDataset, *, faults: FaultLog, progress: bool) -> None:
+    """Compares each image of a raw data set with its checksum.
+
+    Apart from the walk through the shards: neither costs the other where one of them is damaged.
+    """
+    if not (dataset.folder / PIXELS_NAME).is_file():  # noted already
+        return
+    numbers = range(len(dataset))
+    for index in tqdm(numbers, desc="pixels", unit=" images", disable=not progress):
+        try:
+            dataset.image_bytes(index, verify=True)
+        except DamagedSampleError as error:
+            faults.add(PIXELS_NAME, "checksum", _without_name(error), sample=index)
+
+
+def _check_samples(
+    dataset: PackedDataset,
+    *,
+    faults: FaultLog,
+    options: ImageOptions | None,
+    workers: int,
+    progress: bool,
+) -> int:
+    """Walks through all shards; returns how many images were decoded."""
+    tokenizer = _tokenizer_of(dataset, faults=faults)
+    checks = _SampleChecks(dataset, faults=faults, has_tokenizer=tokenizer is not None)
+    sound = tqdm(
+        checks.walk(),
+        total=len(dataset),
+        desc="verifying",
+        unit=" images",
+        disable=not progress,
+        smoothing=0.1,
+    )
+    if options is None:
+        _tokenise_again(sound, tokenizer, checks)
+        return 0
+    waiting: deque[_Sound] = deque()
+
+    def tasks() -> Iterator[Task]:
+        for sample in sound:
+            assert sample.image is not None  # there is no decoding of raw data sets
+            waiting.append(sample)
+            yield Task(name=sample_key(sample.index), entry=sample.image, captions=sample.captions)
+
+    num_decoded = 0
+    results = check_in_order(
+        tasks(), options=options, context_length=dataset.manifest.context_length, workers=workers
+    )
+    for result in results:
+        sample = waiting.popleft()
+        if isinstance(result, Problem):
+            kind = "tokens" if result.kind == "bad caption" else "image"
+            checks.fault(sample.index, kind, f"{result.kind}: {result.message}")
+        else:
+            checks.compare_image(sample.index, result, extension=sample.extension)
+            checks.compare_tokens(sample.index, result.tokens)
+            num_decoded += 1
+    return num_decoded
+
+
+def _tokenizer_of(dataset: PackedDataset, *, faults: FaultLog) -> Tokenizer | None:
+    """The tokenizer that made the tokens; None, and a fault, if it is not ours."""
+    manifest = dataset.manifest
+    if not 2 <= manifest.context_length <= 255:
+        message = f"context_length is {manifest.context_length}; expected is 2 to 255"
+        faults.add(MANIFEST_NAME, "manifest", message)
+        return None
+    tokenizer = _make_tokenizer(manifest.context_length)
+    ours = (tokenizer.name, tokenizer.vocabulary_hash)
+    if (manifest.tokenizer, manifest.vocabulary_hash) != ours:
+        message = (
+            f"packed with the tokenizer {manifest.tokenizer!r}, vocabulary "
+            f"{manifest.vocabulary_hash[:12]}..., this program has {ours[0]!r}, {ours[1][:12]}...; "
+            "its tokens mean nothing here, and were not compared with the captions"
+        )
+        faults.add(MANIFEST_NAME, "tokens", message)
+        return None
+    return tokenizer
+
+
+_make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each
+
+
+@dataclass(frozen=True, slots=True)
+class _Sound:
+    """A sample whose bytes are those that were packed."""
+
+    index: int
+    image: Span | None
+    """Its bytes in the shard; None of a raw data set."""
+    captions: tuple[str, ...]
+    extension: str
+    """The ending of the image's member; empty of a raw data set."""
+
+
+def _tokenise_again(
+    samples: Iterable[_Sound], tokenizer: Tokenizer | None, checks: _SampleChecks
+) -> None:
+    """Compares captions with tokens where no worker does, in groups for the tokenizer's threads."""
+    group: list[_Sound] = []
+
+    def compare() -> None:
+        if tokenizer is None:
+            return
+        try:
+            rows = iter(tokenizer.encode([text for sample in group for text in sample.captions]))
+        except (UnicodeError, TypeError):  # lone surrogates: find out where
+            for sample in group:
+                try:
+                    checks.compare_tokens(sample.index, tokenizer.encode(sample.captions))
+                except (UnicodeError, TypeError) as error:
+                    checks.fault(sample.index, "tokens", f"a caption is no text: {error}")
+            return
+        for sample in group:
+            checks.compare_tokens(sample.index, [next(rows) for _ in sample.captions])
+
+    for sample in samples:
+        group.append(sample)
+        if len(group) >= _TOKENISE_TOGETHER:
+            compare()
+            group.clear()
+    compare()
+
+
+class _SampleChecks:
+    """Compares samples with the arrays and the index; notes what differs."""
+
+    def __init__(self, dataset: PackedDataset, *, faults: FaultLog, has_tokenizer: bool) -> None:
+        self._dataset = dataset
+        self._faults = faults
+        self._has_tokenizer = has_tokenizer
+
+    def fault(self, index: int, kind: str, message: str) -> None:
+        """Notes a fault of a sample."""
+        shard = self._dataset.shard_of(index, "members")
+        self._faults.add(shard, kind, message, sample=index)
+
+    def walk(self) -> Iterator[_Sound]:
+        """All samples in order, those with faults noted and left out.
+
+        Every byte of a shard between the first header and the end is in the piece of one sample.
+        """
+        first = 0
+        with contextlib.closing(SampleReader(self._dataset)) as reader:
+            for number, shard in enumerate(self._dataset.manifest.shards):
+                path = self._dataset.folder / shard.name
+                numbers = range(first, first + shard.num_samples)
+                first += shard.num_samples
+                if not path.is_file():  # noted already
+                    continue
+                lines: list[str] = []
+                for index in numbers:
+                    sample = self._read(reader, index, number, is_first=index == numbers[0])
+                    if sample is None:
+                        continue
+                    lines.append(sample.index_line(index))
+                    image = sample.image
+                    yield _Sound(
+                        index,
+                        None if image is None else Span(str(path), image.offset, len(image.data)),
+                        sample.description.captions if self._has_tokenizer else (),
+                        "" if image is None else image.extension,
+                    )
+                if len(lines) == shard.num_samples:
+                    self._check_index(path.with_suffix(".idx"), lines)
+
+    def _read(
+        self, reader: SampleReader, index: int, shard: int, *, is_first: bool
+    ) -> StoredSample | None:
+        """A sample, if nothing is wrong with it."""
+        try:
+            found, start, _ = reader.span(index)
+            if found != shard or (is_first and start):
+                raise DamagedSampleError(
+                    f"samples.npy places it in shard {found} from byte {start} on; by the "
+                    f"manifest's counts it belongs to shard {shard}"
+                    + (", at its beginning" if is_first else "")
+                )
+            sample = reader.read(index)
+        except DamagedSampleError as error:
+            self.fault(index, "shard", _without_name(error))
+            return None
+        row, text = self._dataset.samples[index], sample.description
+        labels, count = tuple(self._dataset.labels_of(index).tolist()), int(row["captions_count"])
+        is_sound = True
+        # the image of a raw data set was compared already
+        if sample.image and xxhash.xxh3_64_intdigest(sample.image.data) != int(row["xxh3"]):
+            self.fault(index, "checksum", "the image's bytes are not those that were packed")
+            is_sound = False
+        if text.labels != labels:
+            message = f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
+            self.fault(index, "labels", message)
+            is_sound = False
+        if len(text.captions) != count:
+            message = f"{len(text.captions)} captions in its JSON, {count} in samples.npy"
+            self.fault(index, "captions", message)
+            is_sound = False
+        return sample if is_sound else None
+
+    def compare_tokens(self, index: int, tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
+        """Compares captions tokenised again with the stored tokens."""
+        for which, ids in enumerate(tokens):
+            try:
+                stored = self._dataset.caption_tokens(index, which)
+            except (IndexError, OverflowError):  # of a damaged array
+                stored = ids[:0]
+            if not np.array_equal(ids, stored):
+                self.fault(
+                    index,
+                    "tokens",
+                    f"caption {which} gives other tokens than those in tokens.npy: one of them was "
+                    "changed, or they were made with another version of ftfy or regex",
+                )
+
+    def compare_image(self, index: int, checked: Checked, *, extension: str) -> None:
+        """Compares a strictly decoded image with its row and its member's name."""
+        row, image = self._dataset.samples[index], checked.image
+        if image.reencoded:
+            self.fault(
+                index,
+                "image",
+                "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "
+                "way up; a build would have encoded it anew",
+            )
+        elif image.extension != extension:
+            message = f"its bytes are those of a .{image.extension}, not of a .{extension}"
+            self.fault(index, "image", message)
+        found = (image.height, image.width)
+        stored = (int(row["height"]), int(row["width"]))
+        if found != stored:
+            message = f"it has {found[0]} x {found[1]} pixels, samples.npy says {stored[0]} x "
+            self.fault(index, "image", f"{message}{stored[1]} (height x width)")
+
+    def _check_index(self, path: Path, lines: list[str]) -> None:
+        expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
+        try:
+            differs = path.read_bytes() != expected.encode("ascii")
+        except OSError:  # noted already
+            return
+        if differs:
+            message = f"it does not say where the members of {path.stem}.tar lie"
+            self._faults.add(path.name, "index", message)
+
+
+def _without_name(error: DamagedSampleError) -> str:
+    """The message without the sample's name, which is shown beside it."""
+    return str(error).partition("): ")[2] or str(error)

@@ -1,0 +1,271 @@
+"""OUT.partial: the work of an unfinished build, with which the same command resumes.
+
+Beside the data set in the making and its journal (`unicl_fast.dataset.writer`) it holds a record of
+what the build is made of: its options, and a checksum of each source. Shards of another build must
+never get into this one, so a command with other options or changed sources is refused with the
+difference. A lock keeps a second build out; the kernel releases it when the process ends, however
+that happens.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import xxhash
+
+import unicl_fast
+from unicl_fast.dataset.growing_files import FinishedShard, read_journal
+from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
+from unicl_fast.packing.sources.items import Entry, Label, Source, field_names
+from unicl_fast.packing.sources.spool import Spool, stamp
+from unicl_fast.packing.sources.trees import FileEntry
+from unicl_fast.system.atomic_files import flush_to_disk, is_at, lock, write_text_atomically
+from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
+from unicl_fast.system.wording import count_of, shorten
+
+_RECORD_NAME = "build.json"
+_LOCK_NAME = "unicl-pack.lock"
+_SHOWN = 5
+_FILES = ("class_names", "templates", "leave_out", "retry")
+"""Options that may name a file, whose contents then matter and not its name."""
+_LISTS = ("where", "source_names")
+_MADE_BY = ("pillow", "simplejpeg", "tokenizers")
+"""Packages whose versions may show in the bytes that are written."""
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=repr)
+
+
+class WorkFolder:
+    """The folder; use it as a context manager.
+
+    Left without `remove`, it stays if it holds finished shards, and is removed otherwise. An
+    exception that ends the build gets a note about what the folder keeps.
+    """
+
+    def __init__(self, out: Path, *, restart: bool = False) -> None:
+        """`restart` throws away the work of an earlier build."""
+        self.path = work_folder_of(out)
+        self._out = out
+        self._restart = restart
+        self._record: dict[str, Any] = {}
+        self._finished: list[FinishedShard] = []
+        self._lock = -1
+
+    def __enter__(self) -> WorkFolder:
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(self.path)
+        flush_to_disk(self._out.parent)
+        if self._restart:
+            self._clear()
+        self._finished = read_journal(self.path / JOURNAL_NAME)
+        if self._finished:
+            try:
+                self._record = parse_checksummed_json((self.path / _RECORD_NAME).read_bytes())
+            except (ValueError, OSError) as error:
+                os.close(self._lock)
+                raise ValueError(
+                    f"{self.path} holds an unfinished build, but what it was to become cannot be "
+                    f"read ({error}); add --restart to begin anew, or name another --out"
+                ) from error
+        else:
+            self._clear()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        kept = describe_unfinished(self._out)
+        if kept and error is not None:
+            error.add_note(kept)
+        elif not kept and self.path.is_dir():
+            self.remove()
+        os.close(self._lock)
+
+    @property
+    def spool(self) -> Path:
+        """The folder of unpacked sources, which stay with the finished shards."""
+        return self.path / "spool"
+
+    @property
+    def summary(self) -> dict[str, Any] | None:
+        """The summary noted before the data set was renamed, if nothing was done since."""
+        if (self.path / SET_NAME).exists():
+            return None
+        found: dict[str, Any] | None = self._record.get("summary")
+        return found
+
+    def note_summary(self, summary: Mapping[str, Any]) -> None:
+        """Notes the report for a program that dies between renaming and removing."""
+        self._note("summary", dict(summary))
+
+    def require_same(self, what: str, values: Mapping[str, Any]) -> None:
+        """Notes what the build is made of; where shards are finished, it must be what it was.
+
+        Args:
+            what: the group of values, `options` or `sources`.
+            values: JSON values; their names are how a user knows them.
+
+        Raises:
+            ValueError: something differs; the message names it.
+        """
+        if not self._finished:
+            self._note(what, dict(values))
+            return
+        before = self._record.get(what, {})
+        differences = [
+            f"{name}: it was {_show(before.get(name))}, and is {_show(values.get(name))}"
+            for name in dict.fromkeys([*before, *values])
+            if before.get(name) != values.get(name)
+        ]
+        if differences:
+            more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+            raise ValueError(
+                f"{self.path} holds {_describe_finished(self._finished)} of a build with other "
+                f"{what}:\n  " + "\n  ".join(differences[:_SHOWN]) + more + "\n"
+                "Give these as they were to resume it; or add --restart to throw it away and "
+                "begin anew, or name another --out"
+            )
+
+    def remove(self) -> None:
+        """Removes the folder: the build is done, or there is nothing worth keeping."""
+        shutil.rmtree(self.path)
+
+    def _clear(self) -> None:
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name != _LOCK_NAME:
+                path.unlink()
+
+    def _note(self, what: str, values: dict[str, Any]) -> None:
+        self._record[what] = values
+        write_text_atomically(self.path / _RECORD_NAME, dump_checksummed_json(self._record))
+
+
+def work_folder_of(out: Path) -> Path:
+    """The work folder of a build of `out`."""
+    return out.with_name(f"{out.name}.partial")
+
+
+def describe_unfinished(out: Path) -> str:
+    """Says what an unfinished build of `out` has left, and how to resume; empty if nothing."""
+    folder = work_folder_of(out)
+    finished = read_journal(folder / JOURNAL_NAME)
+    if not finished:
+        return ""
+    return (
+        f"{folder} keeps {_describe_finished(finished)}; the same command resumes behind them, "
+        "with --restart it begins anew"
+    )
+
+
+def _describe_finished(finished: list[FinishedShard]) -> str:
+    samples = count_of(finished[-1].num_samples, "sample")
+    return f"{count_of(len(finished), 'finished shard')} ({samples})"
+
+
+def lock_folder(folder: Path) -> int:
+    """Makes the folder and holds a lock on it until the descriptor is closed.
+
+    Raises:
+        ValueError: another process holds it, or the folder is none of ours.
+    """
+    path = folder / _LOCK_NAME
+    while True:
+        folder.mkdir(exist_ok=True)
+        if not path.exists() and any(folder.iterdir()):
+            raise ValueError(
+                f"{folder} is where an unfinished build would lie, and it holds something else; "
+                "move it away or name another --out"
+            )
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        except FileNotFoundError:  # a build that ended has just removed the folder
+            continue
+        if not lock(descriptor):
+            os.close(descriptor)
+            raise ValueError(
+                f"another build is writing into {folder}; wait for it, or name another --out"
+            )
+        if is_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)  # of a folder that is gone
+
+
+def _show(value: Any) -> str:
+    return "not there" if value is None else shorten(value)
+
+
+def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists all that a data set depends on besides the contents of its sources, as JSON values.
+
+    Args:
+        sources: paths.
+        options: of the build, without those that only change how fast it is.
+    """
+    described: dict[str, Any] = {"sources": list(sources)}
+    for name, value in options.items():
+        plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
+        described[f"--{name.replace('_', '-')}"] = list(plain) if name in _LISTS else plain
+        if name in _FILES and plain and os.path.isfile(plain):
+            described[f"contents of {plain}"] = file_checksum(Path(plain))
+    paths = [*sources, *filter(None, [options["image_root"]])]
+    described["where the sources lie"] = [os.path.realpath(path) for path in paths]
+    described["version of unicl_fast"] = unicl_fast.__version__
+    for package in _MADE_BY:
+        described[f"version of {package}"] = importlib.metadata.version(package)
+    return described
+
+
+def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]:
+    """Reads all samples of a source once, for its labels and a checksum.
+
+    The checksum covers what was read of every sample (name, place of the image, texts) and size and
+    time of the files that hold the images. Two builds with the same checksums pack the same, unless
+    somebody changes files and puts their times back.
+
+    Returns:
+        Distinct labels in the order of their first sample, and the number of samples with their
+        checksum, as text.
+    """
+    labels: dict[Label, None] = {}
+    digest = xxhash.xxh3_128()
+    holders: dict[str, None] = {}
+    for item in source.items:
+        labels.update(dict.fromkeys(item.labels))
+        problem = item.problem and (item.problem.kind, item.problem.message)
+        entry = None if item.entry is None else _spell_entry(item.entry, spool, holders)
+        fields = [item.name, entry, item.captions, item.labels, problem, item.position]
+        digest.update(_ENCODER.encode(fields).encode("ascii"))
+    for path in holders:
+        digest.update(json.dumps(stamp(path)).encode("ascii"))
+    return labels, f"{len(source.items):,} samples, checksum {digest.hexdigest()}"
+
+
+def stamp_all(paths: Sequence[str]) -> str:
+    """A checksum of the stamps of files."""
+    text = json.dumps([stamp(path) for path in paths])
+    return f"{len(paths):,} files, checksum {xxhash.xxh3_128_hexdigest(text.encode('ascii'))}"
+
+
+def _spell_entry(entry: Entry, spool: Spool, holders: dict[str, None]) -> list[Any]:
+    """An entry as values that are equal for equal entries; notes the file that holds its image."""
+    spelled: list[Any] = [type(entry).__name__]
+    for name in field_names(type(entry)):
+        value = getattr(entry, name)
+        if name in ("path", "archive"):
+            inside = spool.locate(value)
+            if inside is None and not isinstance(entry, FileEntry):  # which knows its own time
+                holders[value] = None
+            value = value if inside is None else f"unpacked {inside}"
+        spelled.append(value)
+    return spelled

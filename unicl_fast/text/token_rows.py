@@ -1,0 +1,287 @@
+"""Numba kernels on token rows: hash them, find equal ones; merge classes that are the same.
+
+Rows are uint16 [b, l], C-contiguous; callers check that. Zeros at the end of a row are padding:
+rows are equal when they are equal after padding to the same length, and then they have the same
+hash, whatever their l.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic
+
+from unicl_fast.system.kernels import kernel
+from unicl_fast.system.keyed_random import mix64
+
+UInt16Array = npt.NDArray[np.uint16]
+Int64Array = npt.NDArray[np.int64]
+UInt64Array = npt.NDArray[np.uint64]
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_INDEX_BITS = np.uint64(0xFFFFFFFF)
+_AHEAD = 16
+"""Rows by which the search prefetches memory; 8 and 32 are as fast."""
+_CACHE_LINE = 64
+
+
+def _define_prefetch(typing: Any, address: Any) -> Any:
+    """Prefetches the cache line of an address: LLVM has an intrinsic for it, Numba has none."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [pointer, number, number, number])
+        prefetch = builder.module.declare_intrinsic("llvm.prefetch", (pointer,), kind)
+        where = builder.inttoptr(arguments[0], pointer)
+        builder.call(prefetch, [where, number(0), number(3), number(1)])  # to read, often, data
+        return context.get_dummy_value()
+
+    return types.void(types.uint64), generate
+
+
+_prefetch: Any = intrinsic(_define_prefetch)
+
+
+@kernel
+def _make_factors(length: int) -> UInt64Array:
+    factors = np.empty(length, np.uint64)
+    for position in range(length):
+        factors[position] = mix64(np.uint64(position + 1) * np.uint64(_GOLDEN)) | np.uint64(1)
+    return factors
+
+
+@functools.lru_cache(maxsize=16)
+def position_factors(length: int) -> UInt64Array:
+    """Odd random factors for rows of that length, for `hash_rows`."""
+    factors: UInt64Array = _make_factors(-(-length // 2))  # one for a pair of tokens
+    return factors
+
+
+@kernel
+def hash_rows(rows: UInt16Array, factors: UInt64Array) -> UInt64Array:
+    """64-bit hashes of rows: mixed sums of pairs of tokens x factor of their position.
+
+    A sum, not a chain, so that the compiler uses vector registers and padding adds nothing. Rows
+    that differ in one pair never collide: the factors are odd and pairs are below 2**32. By pairs
+    (which are read at once) it takes as long as reading the rows does.
+    """
+    num_rows, length = rows.shape
+    num_pairs = length // 2
+    hashes = np.empty(num_rows, np.uint64)
+    for row in range(num_rows):
+        total = np.uint64(0)
+        for pair in range(num_pairs):
+            low, high = np.uint32(rows[row, 2 * pair]), np.uint32(rows[row, 2 * pair + 1])
+            total += np.uint64(low | (high << np.uint32(16))) * factors[pair]
+        if length % 2:
+            total += np.uint64(rows[row, length - 1]) * factors[num_pairs]
+        hashes[row] = mix64(total)
+    return hashes
+
+
+@kernel(inline="always")
+def _equal(left: Any, left_row: Any, right: Any, right_row: Any) -> Any:
+    """Whether two rows are equal up to padding; without early exit, so that it is vectorised."""
+    common = min(left.shape[1], right.shape[1])
+    difference = np.uint16(0)
+    for position in range(common):
+        difference |= left[left_row, position] ^ right[right_row, position]
+    for position in range(common, left.shape[1]):
+        difference |= left[left_row, position]
+    for position in range(common, right.shape[1]):
+        difference |= right[right_row, position]
+    return difference == 0
+
+
+@kernel
+def make_table(capacity: int) -> UInt64Array:
+    """An empty hash table for `capacity` rows, at most half full.
+
+    An entry is the upper half of a hash beside the number of a row plus 1; 0 is an empty entry.
+    """
+    size = 16
+    while size < 2 * capacity:
+        size *= 2
+    return np.zeros(size, np.uint64)
+
+
+@kernel
+def unique_rows(
+    rows: UInt16Array, hashes: UInt64Array, table: UInt64Array
+) -> tuple[Int64Array, Int64Array, Int64Array, UInt16Array, Int64Array]:
+    """Finds equal rows; fills `table` with the distinct ones.
+
+    Rows are grouped by their hashes, and compared afterwards, while the distinct ones are copied:
+    comparing at each step of the search makes the processor wait for memory. Only where rows turn
+    out to differ are they grouped again, comparing at once.
+
+    Returns:
+        first: int64 [u], where each distinct row occurs first, rising.
+        index: int64 [b], which distinct row each row is.
+        counts: int64 [u].
+        distinct: uint16 [u, l], rows[first].
+        lengths: int64 [u], their `row_lengths`.
+    """
+    first, index, counts = _group_rows(rows, hashes, table, False)
+    agree, distinct, lengths = _take_rows(rows, index, first.size)
+    if not agree:
+        table[:] = 0
+        first, index, counts = _group_rows(rows, hashes, table, True)
+        _, distinct, lengths = _take_rows(rows, index, first.size)
+    return first, index, counts, distinct, lengths
+
+
+@kernel
+def _take_rows(
+    rows: UInt16Array, index: Int64Array, num_groups: int
+) -> tuple[bool, UInt16Array, Int64Array]:
+    """The first row of each group and its length; and whether all rows equal their group's first.
+
+    Each row is read once. Indices are unsigned: for signed ones the compiler tests at each token
+    whether they count from the end.
+    """
+    num_rows, length = rows.shape
+    taken = np.empty((num_groups, length), np.uint16)
+    lengths = np.empty(num_groups, np.int64)
+    agree = True
+    num_taken = 0
+    start, row_bytes = np.uint64(taken.ctypes.data), np.uint64(2 * length)
+    for row in range(num_rows):
+        ahead = start + row_bytes * np.uint64(index[min(row + _AHEAD, num_rows - 1)])
+        for offset in range(0, 2 * length, _CACHE_LINE):
+            _prefetch(ahead + np.uint64(offset))
+        source, target = np.uint64(row), np.uint64(index[row])
+        if index[row] == num_taken:  # the first of its group: groups are numbered as they come
+            # the largest position of a token, as in `row_lengths`
+            tokens = np.int32(0)
+            for position in range(length):
+                token = rows[source, np.uint64(position)]
+                taken[target, np.uint64(position)] = token
+                tokens = max(tokens, np.int32(position + 1) if token != 0 else np.int32(0))
+            lengths[num_taken] = tokens
+            num_taken += 1
+        else:
+            agree &= _equal(rows, source, taken, target)
+    return agree, taken, lengths
+
+
+@kernel
+def _group_rows(
+    rows: UInt16Array, hashes: UInt64Array, table: UInt64Array, compare: bool
+) -> tuple[Int64Array, Int64Array, Int64Array]:
+    """Implements `unique_rows`; without `compare` rows with equal hashes count as equal."""
+    num_rows = rows.shape[0]
+    mask = np.uint64(table.shape[0] - 1)
+    first = np.empty(num_rows, np.int64)
+    index = np.empty(num_rows, np.int64)
+    counts = np.zeros(num_rows, np.int64)
+    num_unique = 0
+    start = np.uint64(table.ctypes.data)
+    for row in range(num_rows):
+        ahead = hashes[min(row + _AHEAD, num_rows - 1)] & mask
+        _prefetch(start + ahead * np.uint64(table.itemsize))
+        tag = hashes[row] & ~_INDEX_BITS
+        position = hashes[row] & mask
+        while True:
+            entry = table[position]
+            if entry == 0:
+                table[position] = tag | np.uint64(num_unique + 1)
+                first[num_unique] = row
+                counts[num_unique] = 1
+                index[row] = num_unique
+                num_unique += 1
+                break
+            if (entry & ~_INDEX_BITS) == tag:
+                known = np.int64(entry & _INDEX_BITS) - 1
+                if not compare or _equal(rows, row, rows, first[known]):
+                    index[row] = known
+                    counts[known] += 1
+                    break
+            position = (position + np.uint64(1)) & mask
+    return first[:num_unique].copy(), index, counts[:num_unique].copy()
+
+
+@kernel
+def find_rows(
+    queries: UInt16Array, hashes: UInt64Array, table: UInt64Array, known: UInt16Array
+) -> Int64Array:
+    """int64 [k]: which of the `known` distinct rows each query equals, -1 where none.
+
+    `table` as `unique_rows` filled it for the distinct rows `known`, in that order.
+    """
+    num_queries = queries.shape[0]
+    mask = np.uint64(table.shape[0] - 1)
+    found = np.full(num_queries, -1, np.int64)
+    for query in range(num_queries):
+        tag = hashes[query] & ~_INDEX_BITS
+        position = hashes[query] & mask
+        while table[position] != 0:
+            entry = table[position]
+            if (entry & ~_INDEX_BITS) == tag:
+                candidate = np.int64(entry & _INDEX_BITS) - 1
+                if _equal(queries, query, known, candidate):
+                    found[query] = candidate
+                    break
+            position = (position + np.uint64(1)) & mask
+    return found
+
+
+@kernel
+def row_lengths(rows: UInt16Array) -> Any:
+    """int64 [k]: lengths of rows without padding."""
+    lengths = np.empty(len(rows), np.int64)
+    for row in range(len(rows)):
+        # the largest position of a token, not the first one from the end: without a way out of the
+        # loop the compiler handles many positions at once
+        length = np.int32(0)
+        for position in range(rows.shape[1]):
+            end = np.int32(position + 1) if rows[row, position] != 0 else np.int32(0)
+            length = max(length, end)
+        lengths[row] = length
+    return lengths
+
+
+@kernel
+def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
+    """int64 [num_members]: the smallest member that the pairs [c, 2] join each one with."""
+    parent = np.arange(num_members)
+    for pair in range(pairs.shape[0]):
+        left, right = pairs[pair, 0], pairs[pair, 1]
+        while parent[left] != left:
+            parent[left] = parent[parent[left]]
+            left = parent[left]
+        while parent[right] != right:
+            parent[right] = parent[parent[right]]
+            right = parent[right]
+        if left < right:
+            parent[right] = left
+        else:
+            parent[left] = right
+    for member in range(num_members):  # parents are smaller, so their roots are final already
+        parent[member] = parent[parent[member]]
+    return parent
+
+
+def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
+    """Merges classes that are the same.
+
+    Args:
+        pairs: int64 [c, 2], ids of classes that are the same.
+
+    Returns:
+        members: int64 [m], the distinct ids of `pairs`, rising.
+        merged: int64 [m], the smallest id that each of them is merged with.
+    """
+    members, positions = np.unique(pairs, return_inverse=True)
+    return members, members[union_find(positions.reshape(pairs.shape), len(members))]
+
+
+def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
+    """`class_ids`, each id that is in `members` (rising, not empty) replaced by its `merged`."""
+    positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
+    return np.where(members[positions] == class_ids, merged[positions], class_ids)

@@ -1,0 +1,365 @@
+"""A training run on this rank: data, model and trainer are put together from a config, and run.
+
+The loop itself is trainer.py's. What builds the loader and what evaluates a model are arguments, so
+that this room needs neither DALI nor the protocols of evaluation.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from unicl_fast.augmentation import augmentations_of, check_views
+from unicl_fast.batch import Batch, Loader
+from unicl_fast.checkpoints.files import choose_best_metric, list_checkpoints
+from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, read_state
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
+from unicl_fast.distributed.rendezvous import process_group
+from unicl_fast.distributed.watchdog import Watchdog, group_timeout
+from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
+from unicl_fast.ledger.writer import Ledger, has_ledger
+from unicl_fast.models.precision import fast_precision, settle_precision
+from unicl_fast.pipelines.plan.plan import TrainPlan
+from unicl_fast.system.machine import choose_device
+from unicl_fast.system.progress import mark
+from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.training.data import (
+    adapt_objective_to_data,
+    build_prompts,
+    cache_options,
+    check_tokenizer,
+    describe_sources,
+    describe_traffic,
+    names_of,
+    open_sources,
+    rows_of_class_names,
+    traffic_of,
+)
+from unicl_fast.training.figures import draw_contact_sheet, draw_curves
+from unicl_fast.training.memory_check import check_memory
+from unicl_fast.training.metrics import SourceMeter
+from unicl_fast.training.trainer import Evaluation, Trainer
+
+logger = logging.getLogger("unicl_fast")
+
+_DEFAULT_EPOCHS = 32  # the released recipe's
+
+
+class PlannedLoader(Loader, Protocol):
+    """A loader whose batches follow a plan, which the ledger and the metrics read."""
+
+    plan: TrainPlan
+
+
+BuildLoader = Callable[..., PlannedLoader]
+"""Builds the loader of a rank; takes the arguments of `TrainLoader`."""
+Evaluate = Callable[..., Mapping[str, float]]
+"""Evaluates a model on a data set; called with the model, and by keyword dataset, rows_of_classes
+and ranks."""
+
+
+def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: str) -> None:
+    """Refuses what can be seen to be wrong before ranks are started.
+
+    Raises:
+        ValueError: no data, weights or augmentations that do not fit, ranks that cannot divide the
+            batch, or a run folder in use.
+        FileNotFoundError: a data set or checkpoint that is not there.
+    """
+    Ranks(world_size=nproc).local_batch_size(config.run.global_batch_size)
+    check_views(config.data.augment, objective=config.objective.name)
+    if resume != "auto":  # rank 0 reads checkpoints and reports those it skips; once is enough
+        choose_checkpoint(resume, run_folder)
+    _, datasets, _ = _open_checked(config)
+    augmentations_of(config.data.augment, [dataset.place for dataset in datasets])
+    datasets += [
+        PackedDataset(each, cache=cache_options(config.data)) for each in config.data.evaluate
+    ]
+    for dataset in datasets:
+        dataset.close()
+    choose_best_metric(
+        config.checkpoint.best, [_evaluation_name(config, each) for each in config.data.evaluate]
+    )
+
+
+def _open_checked(
+    config: TrainConfig,
+) -> tuple[TrainConfig, list[PackedDataset], list[float] | None]:
+    """Opens the data and refuses what the model cannot take; adapts the objective to the data."""
+    datasets, shares = open_sources(config.data)
+    for dataset in datasets:
+        check_tokenizer(dataset, context_length=config.model.context_length)
+    return adapt_objective_to_data(config, datasets), datasets, shares
+
+
+def pretrain(
+    config: TrainConfig,
+    *,
+    run_folder: Path,
+    build_loader: BuildLoader,
+    evaluate: Evaluate,
+    resume: str = "never",
+    ledger: bool = False,
+) -> None:
+    """Trains on this rank from the first step, or a checkpoint's, to the end.
+
+    Args:
+        config: the run's settings.
+        run_folder: where everything is written.
+        build_loader: builds the loader, on the data sets that the config names.
+        evaluate: evaluates the model on each data set in `data.evaluate`.
+        resume: "never", "auto" or the path of a checkpoint.
+        ledger: record what every step is fed; a run that has a ledger continues it anyway.
+
+    Raises:
+        SharedRefusal: a ValueError that ranks found together.
+        ValueError: settings, data or checkpoint that do not fit together; says what to change.
+        FileNotFoundError: a data set or checkpoint that is not there.
+        FloatingPointError: the loss is not finite.
+        TooManyBadSamplesError: more of the data is bad than `data.max_bad_fraction`.
+    """
+    device = choose_device(config.run.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    limit = config.run.timeout_seconds
+    with (
+        Watchdog(
+            limit_seconds=limit,
+            rank=int(os.environ.get("RANK", "0")),
+            world_size=int(os.environ.get("WORLD_SIZE", "1")),
+        ) as watchdog,
+        process_group(device, timeout_seconds=group_timeout(limit)) as ranks,
+    ):
+        configure_logging(ranks)
+        watchdog.meet(ranks)
+        mark("reading checkpoints")
+        with refused_together(ranks):
+            local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
+        checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
+        config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
+        mark("opening the data and building the model")
+        trainer = build_trainer(
+            config,
+            run_folder=run_folder,
+            build_loader=build_loader,
+            evaluate=evaluate,
+            ranks=ranks,
+            device=device,
+            ledger=has_ledger(run_folder, ranks) or ledger,
+        )
+        views = 2 if trainer.config.objective.name == "supcon" else 1
+        num_images = views * local_batch_size
+        check_memory(trainer.model, trainer.config, images_per_step=num_images, device=device)
+        if checkpoint is not None:
+            mark("reading the checkpoint")
+            with refused_together(ranks):
+                trainer.resume(checkpoint)
+        if ranks.is_main:
+            run_folder.mkdir(parents=True, exist_ok=True)
+            text = json.dumps(config_to_dict(trainer.config), indent=1)
+            (run_folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        try:
+            trainer.fit()
+        finally:
+            mark("closing the data")
+            trainer.loader.close()
+        if ranks.is_main:
+            _report(trainer, run_folder)
+
+
+def _report(trainer: Trainer, run_folder: Path) -> None:
+    if trainer.sources is not None and trainer.sources.traffic is not None:
+        logger.info(describe_traffic(*trainer.sources.traffic))
+    mark("drawing the curves")
+    try:
+        draw_curves(run_folder, run_folder / "curves.png")
+    except (OSError, ValueError) as error:  # the model is trained all the same
+        logger.error("no curves: %s", error)
+    else:
+        logger.info("curves in %s", run_folder / "curves.png")
+    logger.info(
+        "%d steps done. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
+        trainer.step,
+        run_folder,
+    )
+
+
+def _with_precision(
+    config: TrainConfig, *, device: torch.device, checkpoint: Path | None, ranks: Ranks
+) -> TrainConfig:
+    """Replaces `efficiency.precision=auto` by the checkpoint's precision, or rank 0's fastest."""
+    if config.efficiency.precision != "auto":
+        return config
+    if checkpoint is None:
+        precision = from_rank_0(fast_precision(device), ranks)
+        logger.info("precision: %s, the fastest here (efficiency.precision=auto)", precision)
+    else:
+        with refused_together(ranks):
+            precision = read_state(checkpoint).config.efficiency.precision
+    return settle_precision(config, device, precision)
+
+
+def build_trainer(
+    config: TrainConfig,
+    *,
+    run_folder: Path,
+    build_loader: BuildLoader,
+    evaluate: Evaluate,
+    ranks: Ranks,
+    device: torch.device,
+    ledger: bool = False,
+) -> Trainer:
+    """Opens the data, checks that it suits the model, and puts the trainer together."""
+    config, datasets, shares = _open_checked(config)
+    if not config.run.total_steps:
+        samples = _DEFAULT_EPOCHS * sum(len(dataset) for dataset in datasets)
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
+    prompts = build_prompts(datasets, config.data)
+    loader = build_loader(
+        config,
+        datasets,
+        shares,
+        prompts,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        device=device,
+        quarantine=run_folder / QUARANTINE_NAME,
+    )
+    return Trainer(
+        config,
+        _DrawsFirstBatch(loader, run_folder / "contact-sheet.png") if ranks.is_main else loader,
+        run_folder=run_folder,
+        ranks=ranks,
+        device=device,
+        evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
+        data=describe_sources(datasets, shares),
+        sources=SourceMeter(
+            names_of(datasets), epochs=loader.plan.epochs, traffic=traffic_of(datasets)
+        ),
+        ledger=_build_ledger(run_folder, loader.plan, datasets, ranks) if ledger else None,
+    )
+
+
+def _build_ledger(
+    run_folder: Path, plan: TrainPlan, datasets: Sequence[PackedDataset], ranks: Ranks
+) -> Ledger:
+    return Ledger(
+        run_folder / LEDGER_FOLDER,
+        sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
+        global_batch_size=plan.global_batch_size,
+        seed=plan.seed,
+        shares=plan.weights,
+        shuffle_window=plan.shuffle_window,
+        ranks=ranks,
+    )
+
+
+class _DrawsFirstBatch:
+    """A loader that draws the first batch of the run, which shows what the model really gets."""
+
+    def __init__(self, loader: Loader, path: Path) -> None:
+        self._loader, self._path = loader, path
+
+    def batches(self, start_step: int) -> Iterator[Batch]:
+        for batch in self._loader.batches(start_step):
+            if batch.step == 0:
+                try:
+                    draw_contact_sheet(batch, self._path)
+                except OSError as error:
+                    logger.error("no contact sheet: %s", error)
+            yield batch
+
+    def close(self) -> None:
+        self._loader.close()
+
+
+def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | None:
+    """Returns rank 0's `choose_checkpoint` on all ranks: others might see other files.
+
+    Ranks that were started again after a failure resume from the newest checkpoint of this run; if
+    none has been written yet, they start as at first.
+    """
+    # agents of torchrun on nodes whose ranks did not fail do not count it as a restart
+    restarted = any(gather_integers(int(is_restarted()), ranks))
+    chosen: Path | Exception | None = None
+    if ranks.is_main:
+        try:
+            if restarted and list_checkpoints(run_folder / "checkpoints"):
+                resume = "auto"
+            chosen = choose_checkpoint(resume, run_folder)
+        except (ValueError, OSError) as error:
+            chosen = error
+    chosen = from_rank_0(chosen, ranks)
+    with refused_together(ranks):
+        if isinstance(chosen, Exception):
+            raise chosen
+    return chosen
+
+
+def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
+    """Returns the checkpoint that `--resume` means, or None for a fresh start.
+
+    Raises:
+        ValueError: the run folder already holds a run and `--resume` does not say what to do, or
+            all its checkpoints are damaged.
+        FileNotFoundError: no checkpoint at the path given.
+    """
+    if resume == "auto":
+        return find_sound_checkpoint(run_folder)
+    if resume != "never":
+        return find_checkpoint(resume)
+    if found := list_checkpoints(run_folder / "checkpoints"):
+        raise ValueError(
+            f"{run_folder} already holds {found[-1].name}: resume with --resume auto, or choose "
+            "another --out"
+        )
+    return None
+
+
+def _evaluation_name(config: TrainConfig, folder: str | Path) -> str:
+    kind = "accuracy" if config.objective.name == "ce" else "zero_shot"
+    return f"{kind}/{Path(folder).name}"
+
+
+def _build_evaluations(
+    config: TrainConfig,
+    trained: Sequence[PackedDataset],
+    prompts: ClassPrompts,
+    ranks: Ranks,
+    evaluate: Evaluate,
+) -> dict[str, Evaluation]:
+    if config.data.evaluate and config.objective.name == "supcon":
+        raise ValueError(
+            "data.evaluate: a model trained with objective.name=supcon knows neither texts nor "
+            "classes; leave it empty, and take unicl-eval linear-probe or knn afterwards"
+        )
+    evaluations: dict[str, Evaluation] = {}
+    for folder in config.data.evaluate:
+        dataset = PackedDataset(folder, cache=cache_options(config.data))
+        class_names = dataset.manifest.class_names
+        name = _evaluation_name(config, dataset.folder)
+        if name in evaluations:
+            raise ValueError(
+                "data.evaluate: folders need different names to be told apart, got "
+                + " ".join(config.data.evaluate)
+            )
+        if not class_names:
+            raise ValueError(f"data.evaluate: {dataset.place} has no labels for zero-shot")
+        rows = None
+        if config.objective.name == "ce":
+            rows = rows_of_class_names(trained, class_names, prompts=prompts)
+        evaluations[name] = functools.partial(
+            evaluate, dataset=dataset, rows_of_classes=rows, ranks=ranks
+        )
+    return evaluations
