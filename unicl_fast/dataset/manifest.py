@@ -12,7 +12,8 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from unicl_fast.system.checked_fields import Count, from_json_values, parse_json, shorten
+from unicl_fast.system.checked_fields import Count, from_json_values, parse_json
+from unicl_fast.system.wording import shorten
 
 FORMAT_VERSION = 1
 """Version of data sets whose shards hold JPEGs and PNGs; earlier programs also put WebPs there."""

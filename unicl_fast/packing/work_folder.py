@@ -202,7 +202,7 @@ def lock_folder(folder: Path) -> int:
 
 
 def _show(value: Any) -> str:
-    return "not there" if value is None else shorten(value)
+    return "not there" if value is None else shorten(value, limit=200)
 
 
 def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,6 +20,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
+from unicl_fast.system.wording import shorten
+
 T = TypeVar("T")
 
 LARGEST_INT = 2**63 - 1
@@ -111,15 +113,6 @@ def parse_json(data: bytes | str, *, where: str) -> Any:
         return json.loads(text, object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{where} is not JSON: {error}") from error
-
-
-def shorten(value: Any) -> str:
-    """Returns a value as a message shows it; where Python cannot print it, its type."""
-    try:
-        text = repr(value)
-    except (RecursionError, ValueError):  # nested too deep, or more than 4,300 digits
-        text = f"a {type(value).__name__}"
-    return text if len(text) <= 100 else text[:100] + "..."
 
 
 @functools.cache

@@ -14,7 +14,7 @@ def count_of(number: int, noun: str) -> str:
     return f"{number:,} {noun if number == 1 else plural}"
 
 
-def shorten(value: Any, limit: int = 200) -> str:
+def shorten(value: Any, *, limit: int = 100) -> str:
     """Returns `repr(value)`, cut off behind `limit` characters; only the type if it has none."""
     try:
         text = repr(value)
@@ -76,4 +76,4 @@ def _first_beyond(stored: Sequence[Any], present: Sequence[Any], path: str) -> s
 
 
 def _show(value: Any) -> str:
-    return "not there" if value is _ABSENT else shorten(value)
+    return "not there" if value is _ABSENT else shorten(value, limit=200)
