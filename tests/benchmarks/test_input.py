@@ -86,6 +86,7 @@ def stage_for(packed: Path, json_path: Path | None = None, **more: Any) -> Input
     return Input(data=packed, json=json_path, **(small | more))
 
 
+@pytest.mark.slow
 def test_contestants_that_differ_are_left_out_and_the_others_are_timed(
     packed: Path,
     tmp_path: Path,

@@ -27,6 +27,8 @@ from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, pa
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def trained(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -38,6 +38,7 @@ def fuzz(folder: Path, examples: int) -> None:
     assert counts["fits"] > 0
 
 
+@pytest.mark.slow
 def test_any_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
     fuzz(tmp_path, 100)
 

@@ -91,6 +91,7 @@ def test_numbers_that_are_none_are_never_the_best(images: torch.Tensor, tmp_path
     assert kept(tmp_path) == [2, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["nothing", "best.json", "metrics.jsonl"])
 def test_a_resumed_run_remembers_it(images: torch.Tensor, tmp_path: Path, lost: str) -> None:
     trainer_in(tmp_path, images, RISING_AND_FALLING, steps=4, keep=2).fit()
@@ -106,6 +107,7 @@ def test_a_resumed_run_remembers_it(images: torch.Tensor, tmp_path: Path, lost: 
     assert kept(tmp_path) == [2, 6]
 
 
+@pytest.mark.slow
 def test_who_goes_back_before_it_looks_for_another(images: torch.Tensor, tmp_path: Path) -> None:
     trainer_in(tmp_path, images, RISING_AND_FALLING, keep=0).fit()
     again = trainer_in(tmp_path, images, dict.fromkeys(range(7), 0.0), keep=2)
@@ -115,6 +117,7 @@ def test_who_goes_back_before_it_looks_for_another(images: torch.Tensor, tmp_pat
     assert read_best(tmp_path / "checkpoints") == Best(1, "zero_shot/digits/top1", 0.2)
 
 
+@pytest.mark.slow
 def test_without_evaluations_it_stays_what_it_was(images: torch.Tensor, tmp_path: Path) -> None:
     trainer_in(tmp_path, images, RISING_AND_FALLING, steps=4).fit()
     resumed = trainer_in(tmp_path, images, {})

@@ -78,6 +78,7 @@ def test_training_continues_while_it_is_written_and_what_is_written_is_from_befo
     assert stored["step.image_projection"] == 1
 
 
+@pytest.mark.slow
 def test_one_that_is_due_meanwhile_waits_and_none_is_left_out(
     images: torch.Tensor, tmp_path: Path, disk: SlowDisk, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -12,6 +12,8 @@ import torch.distributed as dist
 
 from unicl_fast.distributed.rendezvous import adopt_slurm_ranks, agree_on_session, first_host
 
+pytestmark = pytest.mark.slow
+
 SOON = datetime.timedelta(seconds=20)
 
 

@@ -53,7 +53,13 @@ class SignallingLoader(StepwiseLoader):
             yield batch
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number",
+    [
+        signal.SIGTERM,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (signal.SIGUSR1, signal.SIGINT)),
+    ],
+)
 def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     images: torch.Tensor, tmp_path: Path, number: signal.Signals
 ) -> None:
@@ -220,6 +226,7 @@ def evaluations_of(folder: Path) -> list[tuple[float, str, float]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [3, 6])
 def test_an_evaluation_that_is_broken_off_is_made_up_for(
     images: torch.Tensor, tmp_path: Path, step: int
@@ -275,6 +282,7 @@ def test_an_evaluation_that_a_crash_cut_off_is_made_up_for(
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_signal_to_one_rank_breaks_an_evaluation_off_on_all(
     images: torch.Tensor, tmp_path: Path

@@ -199,6 +199,7 @@ def said_by(folder: Path, rank: int) -> str:
     return (folder / f"stderr-{rank}").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(200)
 def test_a_data_thread_that_hangs_ends_a_single_process(
@@ -226,6 +227,7 @@ def test_a_rank_whose_data_hang_is_the_one_that_speaks(
     assert "ranks 0, 2: in 'step: encoding: waiting for other ranks' in step 5." in said
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(200)
 def test_ranks_that_wait_for_a_stopped_one_name_it_and_the_collective(

@@ -85,7 +85,7 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return pack_drawings(tmp_path_factory.mktemp("drawings"))
 
 
-@pytest.mark.parametrize("preset", CASES)
+@pytest.mark.parametrize("preset", [*CASES[:2], pytest.param(CASES[2], marks=pytest.mark.slow)])
 def test_a_small_preset_gives_the_committed_loss_curve(
     preset: str, packed: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -265,6 +265,7 @@ def test_real_photos_keep_their_bytes(shared_data: Path) -> None:
         assert (image.width, image.height) == Image.open(path).size
 
 
+@pytest.mark.slow
 @pytest.mark.dali
 def test_dali_reads_every_accepted_file_at_the_recorded_size(shared_data: Path) -> None:
     import nvidia.dali as dali

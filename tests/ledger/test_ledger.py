@@ -393,6 +393,7 @@ def trainer_in(folder: Path, images: torch.Tensor, loader: StepwiseLoader | None
     )
 
 
+@pytest.mark.slow
 def test_the_trainer_writes_a_record_of_every_step(images: torch.Tensor, tmp_path: Path) -> None:
     trainer_in(tmp_path, images).fit()
     again = trainer_in(tmp_path, images)

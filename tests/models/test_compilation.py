@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch._dynamo.utils import counters
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models import text_encoder
 from unicl_fast.models.compilation import (
     compile_encoders,
     has_compiler,
@@ -27,8 +29,16 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import trainer as trainer_module
 from unicl_fast.training.trainer import Trainer
 
-# torch traces what is called; checks around it would be traced too
-pytestmark = pytest.mark.usefixtures("unchecked_shapes")
+
+@pytest.fixture(autouse=True)
+def _encoders_as_users_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without checks of shapes around their functions, which torch would trace too."""
+    for cls in (text_encoder.TokenRow, text_encoder.CausalAttention, text_encoder.TextEncoder):
+        for name, function in list(vars(cls).items()):
+            if inspect.isfunction(function):
+                monkeypatch.setattr(cls, name, inspect.unwrap(function))
+            elif isinstance(function, classmethod):
+                monkeypatch.setattr(cls, name, classmethod(inspect.unwrap(function.__func__)))
 
 
 @pytest.fixture(autouse=True)

@@ -67,7 +67,11 @@ def test_training_is_not_changed_by_it(images: torch.Tensor, settings: dict) -> 
 
 @pytest.mark.parametrize(
     ("image_encoder", "precision"),
-    [("test_vit", "fp64"), ("test_vit", "bf16"), ("unicl_convnet7_small", "fp32")],
+    [
+        ("test_vit", "fp64"),
+        pytest.param("test_vit", "bf16", marks=pytest.mark.slow),
+        pytest.param("unicl_convnet7_small", "fp32", marks=pytest.mark.slow),
+    ],
 )
 def test_resumed_it_equals_that_of_an_unbroken_run_bit_for_bit(
     images: torch.Tensor, tmp_path: Path, image_encoder: str, precision: str
@@ -151,6 +155,7 @@ def test_a_checkpoint_without_it_gives_the_weights_or_says_so(
         load_model(tmp_path, weights="ema")
 
 
+@pytest.mark.slow
 def test_a_run_without_it_can_resume_with_it_and_back(
     images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

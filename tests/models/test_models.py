@@ -386,6 +386,7 @@ def test_each_preset_runs_forward_and_backward(name: str) -> None:
         assert parameter.grad.isfinite().all(), parameter_name
 
 
+@pytest.mark.slow
 def test_gradients_are_the_same_bits_each_time_on_two_threads() -> None:
     """What threads add up must not depend on which comes first: a run is to be repeatable."""
     torch.manual_seed(0)

@@ -251,6 +251,7 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_no_tensor_is_as_large_as_the_logits(dtype: torch.dtype) -> None:
     n = 600

@@ -33,6 +33,8 @@ MEASURED_BUILD = """
 import json, resource, sys
 from unicl_fast.packing.build import build_dataset
 
+pytestmark = pytest.mark.slow
+
 if __name__ == "__main__":
     source, out, max_pixels, format = sys.argv[1:]
     summary = build_dataset(
@@ -102,6 +104,7 @@ def test_of_the_hostile_set_all_that_decoders_agree_on_is_packed(
     assert taken <= agreed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "format",
     ["keep", *(pytest.param(name, marks=pytest.mark.slow) for name in ("jpeg", "webp", "png"))],

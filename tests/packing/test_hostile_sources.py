@@ -25,6 +25,8 @@ from unicl_fast.packing.sources.items import EntryError
 from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
 from unicl_fast.packing.sources.trees import open_tree
 
+pytestmark = pytest.mark.slow
+
 IMAGE = bytes(simplejpeg.encode_jpeg(np.full((8, 8, 3), 90, np.uint8)))
 
 

@@ -268,6 +268,7 @@ def test_equal_images_of_all_sets_become_one_sample(
     assert not faults_of(tmp_path / "a")
 
 
+@pytest.mark.slow
 def test_texts_beyond_what_one_sample_can_have_stay_with_another(tmp_path: Path) -> None:
     texts = {
         "a": [f"a {number}" for number in range(40_000)],

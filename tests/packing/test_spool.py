@@ -164,6 +164,7 @@ def test_a_placeholder_for_many_images_stays_several_samples(
     assert [joined[number][1].problem for number in (50, 51)] == [None, None]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["jsonl", "folders"])
 def test_memory_does_not_hold_what_is_read(tmp_path: Path, kind: str) -> None:
     """Bytes a sample that are still held, and at the worst moment; 590 when all was in memory."""

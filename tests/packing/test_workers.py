@@ -136,6 +136,7 @@ def test_captions_are_tokenised_after_a_crash_as_before(tmp_path: Path) -> None:
     assert [len(ids) for ids in result.tokens] == [4, 4]
 
 
+@pytest.mark.slow
 def test_a_image_that_takes_long_to_decode_is_left_out(tmp_path: Path) -> None:
     """A real one: 60 million transparent pixels in a file of 250 kB, one second by the clock."""
     (tmp_path / "in" / "cat").mkdir(parents=True)

@@ -258,6 +258,7 @@ def test_ranks_join_to_the_same_global_batches(
         assert torch.equal(torch.cat([texts_of(part) for part in parts]), texts_of(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("start", [2, 3, 8])
 def test_a_restart_gives_the_same_with_and_without_memory(
     sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts, start: int
@@ -338,6 +339,7 @@ def rows_of(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_the_quarantine_file_lists_each_once_over_ranks_and_restarts(
     sound: list[PackedDataset], folders: list[Path], spoilt: Any, prompts: ClassPrompts,
     tmp_path: Path, caplog: pytest.LogCaptureFixture,

@@ -25,7 +25,7 @@ from unicl_fast.pipelines.graph import (
 )
 from unicl_fast.pipelines.plan.crop import central_windows
 
-pytestmark = pytest.mark.dali
+pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
 SIZE = 32
 CPU = torch.device("cpu")

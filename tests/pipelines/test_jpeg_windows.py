@@ -101,6 +101,7 @@ def test_a_last_stretch_of_a_few_pixels_is_interpolated_as_in_the_whole(
         )
 
 
+@pytest.mark.slow
 def test_the_graph_makes_the_same_crops_of_real_photographs(shared_data: Path) -> None:
     files = sorted((shared_data / "decode" / "images").glob("*.JPEG"))[:32]
     images, sizes = [], []
@@ -283,6 +284,7 @@ print(num_cut)
 """
 
 
+@pytest.mark.slow
 def test_damaged_files_lead_nowhere_else(tmp_path: Path) -> None:
     """With every index checked, which compiled code does not do by itself.
 

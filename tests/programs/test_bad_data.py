@@ -20,7 +20,7 @@ from unicl_fast.tools import pretrain
 from unicl_fast.tools.pack import __main__ as pack_dataset
 from unicl_fast.training.metrics import read_metrics
 
-pytestmark = pytest.mark.dali
+pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
 NUM_SAMPLES = 40
 SETTINGS = [

@@ -15,7 +15,7 @@ from programs import Program, has_loaded, hears, running
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.tools.pack import __main__ as pack_dataset
 
-pytestmark = [pytest.mark.dali, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.dali, pytest.mark.slow, pytest.mark.timeout(600)]
 
 SETTINGS = [
     *("--preset", "digits-small", "--model.image-encoder", "test_vit", "--data.image-size", "32"),

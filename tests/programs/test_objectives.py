@@ -27,7 +27,7 @@ from unicl_fast.training.data import (
 )
 from unicl_fast.training.metrics import read_metrics
 
-pytestmark = pytest.mark.dali
+pytestmark = [pytest.mark.dali, pytest.mark.slow]
 
 
 def objective(name: str) -> list[str]:

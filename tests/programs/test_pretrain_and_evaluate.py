@@ -189,6 +189,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_the_difference_shown(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_average_of_the_weights_and_the_best_checkpoint_can_be_asked_for(
     data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

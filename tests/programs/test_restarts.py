@@ -29,7 +29,7 @@ from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.tools import ledger, pretrain
 from unicl_fast.training.metrics import read_metrics
 
-pytestmark = [pytest.mark.dali, pytest.mark.dist]
+pytestmark = [pytest.mark.dali, pytest.mark.dist, pytest.mark.slow]
 
 STEPS_OF_A_RUN = 40
 FP64 = [

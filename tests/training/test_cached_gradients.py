@@ -97,6 +97,7 @@ def test_micro_batches_with_a_fixed_scale(
             torch.testing.assert_close(gradient, plain[1][name], rtol=1e-9, atol=1e-13, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_gradients_are_reduced_once_a_step(images: torch.Tensor, tmp_path: Path) -> None:
     """As many values go over the network as the model has parameters, whatever the micro-batch."""

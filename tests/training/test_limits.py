@@ -101,6 +101,7 @@ def test_a_nonfinite_step_is_left_out_and_nothing_else(
     assert without.optimizer.param_groups[0]["lr"] == poisoned.optimizer.param_groups[0]["lr"]
 
 
+@pytest.mark.slow
 def test_a_nonfinite_step_is_logged_counted_and_written_down(
     images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -170,6 +171,7 @@ def test_a_gradient_norm_that_is_not_finite_counts_too(
     assert trainer.step == 4
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_the_samples_of_all_ranks_are_written_down(images: torch.Tensor, tmp_path: Path) -> None:
     """Rank 1 alone sees the poison; both leave the step out, and stay alike."""
@@ -245,6 +247,7 @@ class Replacing:
     def close(self) -> None: ...
 
 
+@pytest.mark.slow
 def test_a_run_with_too_many_stops_and_says_where_to_look(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -280,6 +283,7 @@ def test_the_first_ten_thousand_draws_have_one_allowance(images: torch.Tensor) -
     assert draws.total(Ranks()) == 12
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_ranks_add_up_their_counts(images: torch.Tensor, tmp_path: Path) -> None:
     run_on_ranks(train_with_replaced_samples, 2, images, str(tmp_path))

@@ -28,7 +28,9 @@ from unicl_fast.training.trainer import Trainer
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("world_size", [2, 3, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "world_size", [2, *(pytest.param(ranks, marks=pytest.mark.slow) for ranks in (3, 4))]
+)
 def test_ranks_give_the_loss_and_gradients_of_one_process(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:
@@ -94,6 +96,7 @@ def test_each_logit_is_computed_once_and_only_texts_travel(tmp_path: Path) -> No
         }
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config(steps=6)
@@ -170,7 +173,13 @@ def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> t
 
 
 @pytest.fixture(
-    scope="module", params=["test_vit", "unicl_convnet7_small", "test_resnet"], name="plain"
+    scope="module",
+    params=[
+        "test_vit",
+        "unicl_convnet7_small",
+        pytest.param("test_resnet", marks=pytest.mark.slow),
+    ],
+    name="plain",
 )
 def train_plainly(images: torch.Tensor, request: pytest.FixtureRequest) -> tuple[str, tuple]:
     """The image encoder's name, and what it is after steps without any switch."""

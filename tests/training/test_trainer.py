@@ -32,12 +32,13 @@ FORMATS += [("fp16", "lamb")]
 @pytest.mark.parametrize(
     ("image_encoder", "precision", "optimizer"),
     [
-        *(("test_vit", *names) for names in FORMATS),
+        ("test_vit", *FORMATS[0]),
+        *(pytest.param("test_vit", *names, marks=pytest.mark.slow) for names in FORMATS[1:]),
         # few processors have kernels for convolutions in fp16: without them it takes minutes
         *(
             pytest.param(
                 *("unicl_convnet7_small", *names),
-                marks=[pytest.mark.slow, pytest.mark.long] if names[0] == "fp16" else (),
+                marks=[pytest.mark.slow, *([pytest.mark.long] if names[0] == "fp16" else [])],
             )
             for names in FORMATS
         ),
