@@ -1,6 +1,6 @@
-"""What mkdocs does to a page before it is made: links out of docs/ lead nowhere in the site.
+"""Rewrites links out of docs/ before mkdocs makes a page: they lead nowhere in the site.
 
-On a code host `../unicl_fast/loss.py` is the file; here a module becomes a link to its place in the
+On a code host `../unicl_fast/objectives/loss.py` is the file; here a module becomes a link to its place in the
 API page, and everything else its own name.
 """
 

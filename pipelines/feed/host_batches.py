@@ -109,21 +109,22 @@ class HostBatches:
             yield
 
     def batches(self, start_step: int) -> Generator[HostBatch[TrainFacts], None, None]:
-        """Every step from `start_step` on."""
-        if self._images != "crops":
+        """Yields every step from `start_step` on, without end."""
+        if self._images == "crops":
+            with contextlib.closing(self.crop_resizer()) as resizer:
+                for first in itertools.count(start_step, resizer.batches_at_once):
+                    yield from self.group(resizer, first)
+        else:
             count = steps_at_once(self._batch_size)
             for first in itertools.count(start_step, count):
                 yield from map(self._with_images, self._plan_steps(first, count))
-        with contextlib.closing(self.crop_resizer()) as resizer:
-            for first in itertools.count(start_step, resizer.batches_at_once):
-                yield from self.group(resizer, first)
 
     def batch(self, step: int) -> HostBatch[TrainFacts]:
-        """One step, of files or pixels."""
+        """Prepares one step whose images are files or pixels."""
         return self._with_images(*self._plan_steps(step, 1))
 
     def group(self, resizer: CropResizer, first_step: int) -> list[HostBatch[TrainFacts]]:
-        """Some steps with crops instead of images; in any thread."""
+        """Prepares some steps whose images are cropped and resized here; runs in any thread."""
         planned = self._plan_steps(first_step, resizer.batches_at_once)
         self._say_where(first_step)
         fed, pixels = self._bad.read_pixels(self._plan, [step.batch for step in planned])
@@ -138,7 +139,7 @@ class HostBatches:
         ]
 
     def crop_resizer(self) -> CropResizer:
-        """The argument of `group`; to be closed."""
+        """Makes the resizer that `group` takes; the caller closes it."""
         data, shape = self._config.data, self._datasets[0].image_shape
         assert shape is not None
         return CropResizer(

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 Schedule = Callable[[int], tuple[NDArray[np.int32], NDArray[np.int64]] | None]
 """Sources and samples of a stretch of the order, by its number; None behind the end."""
 _Block = tuple[int, int, int]
-"""Source, file, block."""
+"""The numbers of a source, of a file in it, and of a block in that."""
 _JOIN_SECONDS = 2.0
 
 

@@ -31,7 +31,7 @@ _BLOCK = 8
 _PLAINLY_ENLARGED = 2
 """Up to this many columns of coarser colour, libjpeg repeats them instead of interpolating."""
 _SCANNED_AT_ONCE = 64
-"""Bytes."""
+"""Bytes that are searched for a marker in one go."""
 
 
 def _define_marker_bytes(typing: Any, address: Any) -> Any:

@@ -40,7 +40,7 @@ class TokenRow(NamedTuple):
     """int32, rising from 0 to p: where each text begins in the row, where the last one ends, and
     then where stretches of computed padding do, of up to l tokens or empty. For `attend` only."""
     shape: tuple[int, int]
-    """u and l."""
+    """The numbers of texts u and of tokens in each l."""
 
     @classmethod
     def build(cls, last: Int[Tensor, " u"], num_tokens: int, shape: tuple[int, int]) -> TokenRow:

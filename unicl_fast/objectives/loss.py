@@ -6,8 +6,8 @@ for every use: training, one rank or many, and the special cases CLIP, SupCon an
 
 Three things make it cheap, and none changes the result; docs/loss.md has the derivation:
 
-- Equal texts give equal columns of logits, so columns are the DISTINCT texts k with counts m_k:
-  a row's log-sum-exp adds log m_k, and the loss of column k counts m_k times.
+- Equal texts give equal columns of logits, so columns are the DISTINCT texts k of each rank with
+  counts m_k: a row's log-sum-exp adds log m_k, and the loss of column k counts m_k times.
 - The positives of an image need only the sum of the texts of its class (`positives.py`).
 - From 2^20 logits on no logit is stored (`loss_tiled.py`).
 
@@ -30,7 +30,8 @@ from unicl_fast.objectives.positives import Membership, as_membership, find_posi
 
 Directions = Literal["both", "i2t", "t2i"]
 
-# Logits b u. Below it the dense form is as fast or faster on the CPU, and small; docs/loss.md.
+# "auto" takes tiles from so many logits b u on. Below, the dense form is as fast or faster on the
+# CPU, and small; docs/loss.md.
 _SMALLEST_TILED = 1 << 20
 
 
@@ -80,8 +81,8 @@ class LogitStatistics(NamedTuple):
 
 
 Merge = Callable[[LogitStatistics | None, Tensor], tuple[LogitStatistics | None, Tensor]]
-"""Takes this rank's column statistics (None where only rows are wanted) and its images' mean loss,
-returns both for the images of all ranks."""
+"""Takes this rank's column statistics (None where only rows are wanted) and its images' mean loss;
+returns the statistics over, and the mean over, the images of all ranks."""
 
 
 def one_rank(
@@ -120,8 +121,8 @@ def unified_contrastive_loss(
             image.
         text_counts: int64 [u], how many samples have each text; None means 1. A text of count 0 is
             as if it were not there.
-        exclude_self: leave out the pairs (i, i), for two views of the same images; texts from b on
-            are those of other ranks.
+        exclude_self: leave out the pairs (i, i), for two views of the same images: the first b
+            texts are the images themselves, the others those of other ranks.
         directions: which of the two terms to take; "both" is their mean.
         form: "dense" holds the logits [b u]; "tiled" computes them twice and holds O((b + u) d);
             "auto" takes the faster one for the size.

@@ -48,8 +48,8 @@ class Targets:
 class TargetSteps:
     """Targets of several batches of one size, concatenated.
 
-    Fields as of `Targets`; the entries of a batch's texts begin where its samples begin, and those
-    after its last text mean nothing.
+    Fields as of `Targets`; the texts of batch s begin at s * size, and only its first num_texts[s]
+    entries are valid.
     """
 
     size: int
@@ -88,12 +88,12 @@ def map_targets(
     4. if it leaves none: a key of the tokens, in [2**62, 2**63). The same text has the same key on
        every rank and whatever its padding.
 
-    The loader maps each rank's local batch by itself, and ranks agree without talking: in a packed
-    data set a text with a label is always a prompt of its class, and `ClassPrompts` has joined the
-    classes that share a prompt before training, so the class of a text never depends on the other
-    samples of the batch. Where rows and labels come from elsewhere, rules 1 and 3 may depend on
-    them: then every rank maps the global batch and takes its part with `slice_targets`, as
-    `collate` does.
+    The loader maps each rank's local batch by itself, and ranks agree without talking: it gives a
+    label only together with a prompt of its class as the text (a caption comes with -1), and
+    `ClassPrompts` has joined the classes that share a prompt before training, so the class of a
+    text never depends on the other samples of the batch. Where rows and labels come from
+    elsewhere, rules 1 and 3 may depend on them: then every rank maps the global batch and takes its
+    part with `slice_targets`, as `collate` does.
 
     Args:
         rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
@@ -212,7 +212,7 @@ def _classes_of_texts(
     num_conflicts: int,
     num_unlabelled: int,
 ) -> Int64Array:
-    """int64 [u]: the rules of `map_targets`, for each distinct text; the last four are known."""
+    """int64 [u]: the rules of `map_targets` for each text; the last four are `group_texts`'."""
     if not num_unlabelled and not num_conflicts:
         return classes
     same = []  # blocks of pairs of classes that turn out to be one

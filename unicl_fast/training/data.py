@@ -19,7 +19,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.remote.block_cache import CacheOptions
 from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -152,11 +152,17 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
     )  # fmt: skip
 
 
-def build_prompts(datasets: Sequence[PackedDataset], data: DataConfig) -> ClassPrompts:
-    """The prompts of all classes of all data sets, by the config's rule for label spaces."""
+def build_prompts(
+    datasets: Sequence[PackedDataset], data: DataConfig, *, context_length: int = CONTEXT_LENGTH
+) -> ClassPrompts:
+    """Builds the prompts of all classes of all data sets, by the config's rule for label spaces.
+
+    They are as long as the model reads them, so that classes whose prompts it cannot tell apart are
+    joined here, and not in some batches of some ranks.
+    """
     return ClassPrompts(
         [(dataset.manifest.class_names, dataset.manifest.templates) for dataset in datasets],
-        Tokenizer(),
+        Tokenizer(min(context_length, CONTEXT_LENGTH)),
         label_space=data.label_space,
     )
 

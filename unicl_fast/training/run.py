@@ -97,10 +97,10 @@ def _open_checked(
     config: TrainConfig,
 ) -> tuple[TrainConfig, list[PackedDataset], list[float] | None]:
     """Opens the data and refuses what the model cannot take; adapts the objective to the data."""
-    datasets, shares = open_sources(config.data)
+    datasets, weights = open_sources(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
-    return adapt_objective_to_data(config, datasets), datasets, shares
+    return adapt_objective_to_data(config, datasets), datasets, weights
 
 
 def pretrain(
@@ -221,15 +221,15 @@ def build_trainer(
     ledger: bool = False,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together."""
-    config, datasets, shares = _open_checked(config)
+    config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
         samples = _DEFAULT_EPOCHS * sum(len(dataset) for dataset in datasets)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
-    prompts = build_prompts(datasets, config.data)
+    prompts = build_prompts(datasets, config.data, context_length=config.model.context_length)
     loader = build_loader(
         config,
         datasets,
-        shares,
+        weights,
         prompts,
         rank=ranks.rank,
         world_size=ranks.world_size,
@@ -243,7 +243,7 @@ def build_trainer(
         ranks=ranks,
         device=device,
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
-        data=describe_sources(datasets, shares),
+        data=describe_sources(datasets, weights),
         sources=SourceMeter(
             names_of(datasets), epochs=loader.plan.epochs, traffic=traffic_of(datasets)
         ),
