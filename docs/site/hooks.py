@@ -1,7 +1,7 @@
 """Rewrites links out of docs/ before mkdocs makes a page: they lead nowhere in the site.
 
-On a code host `../unicl_fast/objectives/loss.py` is the file; here a module becomes a link to its place in the
-API page, and everything else its own name.
+On a code host `../unicl_fast/objectives/loss.py` is the file; here a module becomes a link to its
+place in the API page, and everything else its own name.
 """
 
 from __future__ import annotations
