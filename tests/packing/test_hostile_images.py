@@ -15,6 +15,8 @@ from bombs import BOMBS, SOUND_BOMBS, honest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import MAX_PIXELS as DEFAULT_PIXELS
 
+pytestmark = pytest.mark.slow
+
 MAX_PIXELS = 1_000_000
 
 # Pillow reads these, and yet they are left out: five PNGs in which Pillow's own `verify` finds a
@@ -32,8 +34,6 @@ AGREED_AND_LEFT_OUT = {
 MEASURED_BUILD = """
 import json, resource, sys
 from unicl_fast.packing.build import build_dataset
-
-pytestmark = pytest.mark.slow
 
 if __name__ == "__main__":
     source, out, max_pixels, format = sys.argv[1:]
