@@ -77,7 +77,7 @@ def test_captions_of_clip_are_classes_and_labels_are_not(data: Path) -> None:
         run=dataclasses.replace(config.run, global_batch_size=16),
     )
     datasets, shares = open_sources(config.data)
-    loader = TrainLoader(config, datasets, shares, build_prompts(datasets, config.data))
+    loader = TrainLoader(config, datasets, shares, build_prompts(datasets, config))
     batch = next(loader.batches(0))
     assert (batch.class_ids >= CAPTION_KEYS_START).all()
     assert len(set(batch.class_ids.tolist())) == len(batch.tokens)
@@ -101,7 +101,7 @@ def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
     wrong = dataclasses.replace(ce, objective=ObjectiveConfig(name="ce", num_classes=(9,)))
     with pytest.raises(ValueError, match=r"is \(9,\), but the data has \(10, 10\)"):
         adapt_objective_to_data(wrong, datasets)
-    prompts = build_prompts(datasets[1:], config.data)
+    prompts = build_prompts(datasets[1:], config)
     rows = rows_of_class_names(datasets[1:], ["cat", "airplane"], prompts=prompts)
     assert rows.tolist() == [3, 0]
     with pytest.raises(ValueError, match="such as 'unicorn'"):
@@ -116,7 +116,7 @@ def test_classes_that_are_one_in_training_are_evaluated_by_its_row(tmp_path: Pat
         pack(tmp_path / str(number), samples, class_names=some, tokenizer=Tokenizer())
         for number, some in enumerate(names)
     ]
-    prompts = build_prompts(datasets, build_preset("digits-small").data)
+    prompts = build_prompts(datasets, build_preset("digits-small"))
     asked = ["hen", "Cat", "CAT", "cat", "Dog"]
     assert rows_of_class_names(datasets, asked, prompts=prompts).tolist() == [4, 1, 1, 1, 0]
 

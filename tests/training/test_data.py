@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,6 +17,7 @@ from unicl_fast.presets import build_preset
 from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import (
+    build_prompts,
     check_tokenizer,
     describe_sources,
     names_of,
@@ -54,6 +57,20 @@ def test_a_token_beyond_the_vocabulary_is_refused(tmp_path: Path, token: int) ->
         else:
             with pytest.raises(ValueError, match="token 49408 is beyond the vocabulary of 49408"):
                 check_tokenizer(dataset, context_length=77)
+
+
+@pytest.mark.parametrize(("context_length", "are_one"), [(77, False), (6, True)])
+def test_classes_that_a_short_context_cannot_tell_apart_are_joined_before_training(
+    context_length: int, are_one: bool
+) -> None:
+    """Otherwise a rank would join them where both are in its local batch, and another would not."""
+    config = build_preset("digits-small")
+    model = dataclasses.replace(config.model, context_length=context_length)
+    names = ["old fishing boat red", "old fishing boat green"]
+    dataset: Any = SimpleNamespace(manifest=SimpleNamespace(class_names=names, templates=["a {}"]))
+    prompts = build_prompts([dataset], dataclasses.replace(config, model=model))
+    one, other = prompts.classes_of(0, np.arange(2))
+    assert (one == other) == are_one
 
 
 def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:

@@ -395,7 +395,7 @@ def _training_loader(
         config,
         [train.dataset],
         weights=None,
-        prompts=build_prompts([train.dataset], config.data),
+        prompts=build_prompts([train.dataset], config),
         rank=ranks.rank,
         world_size=ranks.world_size,
         device=device,

@@ -152,9 +152,7 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
     )  # fmt: skip
 
 
-def build_prompts(
-    datasets: Sequence[PackedDataset], data: DataConfig, *, context_length: int = CONTEXT_LENGTH
-) -> ClassPrompts:
+def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
     """Builds the prompts of all classes of all data sets, by the config's rule for label spaces.
 
     They are as long as the model reads them, so that classes whose prompts it cannot tell apart are
@@ -162,8 +160,8 @@ def build_prompts(
     """
     return ClassPrompts(
         [(dataset.manifest.class_names, dataset.manifest.templates) for dataset in datasets],
-        Tokenizer(min(context_length, CONTEXT_LENGTH)),
-        label_space=data.label_space,
+        Tokenizer(min(config.model.context_length, CONTEXT_LENGTH)),
+        label_space=config.data.label_space,
     )
 
 

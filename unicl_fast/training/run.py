@@ -225,7 +225,7 @@ def build_trainer(
     if not config.run.total_steps:
         samples = _DEFAULT_EPOCHS * sum(len(dataset) for dataset in datasets)
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
-    prompts = build_prompts(datasets, config.data, context_length=config.model.context_length)
+    prompts = build_prompts(datasets, config)
     loader = build_loader(
         config,
         datasets,
