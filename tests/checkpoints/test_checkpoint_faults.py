@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from damage import limited_files
 from rank_workers import StepwiseLoader
 from safetensors.torch import save_file
 from small_runs import tiny_config
@@ -46,17 +46,6 @@ def run_folder(trained: Path, tmp_path: Path) -> Path:
 def full_disk() -> contextlib.AbstractContextManager[None]:
     """No file may grow beyond 10 kB."""
     return limited_files(10_000)
-
-
-@contextlib.contextmanager
-def limited_files(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond a size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def flip_a_byte(path: Path) -> None:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import resource
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from damage import limited_files
 from rank_workers import describe_sources_of_slices, run_on_ranks
 from small_runs import global_batch, tiny_config
 
@@ -18,17 +16,6 @@ from unicl_fast.batch import ListLoader
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.metrics import MetricsWriter, SourceMeter, read_metrics
 from unicl_fast.training.trainer import Trainer
-
-
-@contextlib.contextmanager
-def limited_files(num_bytes: int) -> Iterator[None]:
-    """No file may grow beyond a size."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's

@@ -53,9 +53,8 @@ def draw_pairs(
 
     is_mixed = random_units(key(0), pairs) < objective.mix_probability
     is_cut = is_mixed & (random_units(key(1), pairs) < _part_of_cutmix(objective))
-    alphas = (objective.mixup or 1.0), (objective.cutmix or 1.0)
-    by_mixup, by_cutmix = (random_betas(key(2), pairs, alpha) for alpha in alphas)
-    lambdas = np.where(is_mixed, np.where(is_cut, by_cutmix, by_mixup), 1.0)
+    alphas = np.where(is_cut, objective.cutmix or 1.0, objective.mixup or 1.0)
+    lambdas = np.where(is_mixed, random_betas(key(2), pairs, alphas), 1.0)
     side = image_size * np.sqrt(1 - lambdas)
     centres = np.stack([random_units(key(3), pairs), random_units(key(4), pairs)]) * image_size
     low = np.clip(centres - side / 2, 0, image_size).astype(np.int64)

@@ -64,16 +64,16 @@ def random_units(key: Any, counters: Any) -> Any:
 
 
 @kernel
-def random_betas(key: Any, counters: Any, alpha: Any) -> Any:
-    """Numbers from Beta(alpha, alpha), one for each counter: float64 [n].
+def random_betas(key: Any, counters: Any, alphas: Any) -> Any:
+    """Numbers from Beta(alpha, alpha), one for each counter and its alpha: float64 [n].
 
     As the ratio of two gamma variates, in logarithms, so that a small alpha does not underflow.
     """
     drawn = np.empty(counters.size, np.float64)
     for i in range(counters.size):
         stream = random_bits(key, counters[i])
-        one = _log_gamma_variate(random_bits(stream, 0), alpha)
-        other = _log_gamma_variate(random_bits(stream, 1), alpha)
+        one = _log_gamma_variate(random_bits(stream, 0), alphas[i])
+        other = _log_gamma_variate(random_bits(stream, 1), alphas[i])
         drawn[i] = 1 / (1 + math.exp(min(other - one, 700.0)))
     return drawn
 
