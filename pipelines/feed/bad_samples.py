@@ -24,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from unicl_fast.dataset.errors import DamagedSampleError, TooManyBadSamplesError
+from unicl_fast.dataset.reader import DamagedSampleError, TooManyBadSamplesError
 from unicl_fast.dataset.reader import PackedDataset, sample_key
 from unicl_fast.system.atomic_files import lock
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.remote.object_store import CONNECTIONS
+from unicl_fast.dataset.object_store import CONNECTIONS
 
 logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from damage import copy_of, flip_byte, shard_of, store, undecodable
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
-from unicl_fast.dataset.errors import (
+from unicl_fast.dataset.reader import (
     DamagedDatasetError,
     DamagedSampleError,
     TooManyBadSamplesError,

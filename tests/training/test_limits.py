@@ -22,7 +22,7 @@ from small_runs import global_batch, poison_step, tiny_config
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import TrainConfig
-from unicl_fast.dataset.errors import TooManyBadSamplesError
+from unicl_fast.dataset.reader import TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.limits import _REMEMBERED_STEPS, NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import read_metrics

@@ -17,9 +17,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.dataset.errors import DamagedSampleError
 from unicl_fast.dataset.growing_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
-from unicl_fast.dataset.reader import PackedDataset, sample_key
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 
 _FIELDS = {"captions", "labels", "source", "name"}
 _MEMBERS = (["jpg", "json"], ["webp", "json"], ["png", "json"])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from unicl_fast.config import PrecisionName, TrainConfig
 from unicl_fast.models.text_encoder import CausalAttention, find_varlen_attention
-from unicl_fast.system.host_buffers import HostBuffers
+from unicl_fast.system.memory import HostBuffers
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.machine import choose_device
 

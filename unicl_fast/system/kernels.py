@@ -1,6 +1,7 @@
-"""Numba's decorators as this package uses them: compiled once for a machine, and kept on disk.
+"""Numba's decorators as this package uses them, and a kernel that reads files.
 
-Numba takes what it keeps of a function for fresh until the function's own file changes. But
+Kernels are compiled once for a machine, and kept on disk. Numba takes what it keeps of a function
+for fresh until the function's own file changes. But
 constants, enumerations and functions of other modules are part of the compiled code too: after an
 update of those alone, a stale kernel would plan other batches here than on the next machine. So
 kernels are kept in a folder that is named by a hash of all code that can be part of them. It must
@@ -22,6 +23,7 @@ from typing import Any, TypeVar, overload
 
 import llvmlite
 import numba
+import numpy as np
 from numba import cfunc, njit, types
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -116,3 +118,27 @@ def _hash_code() -> str:
     for file in sorted(files):
         digest.update(f"{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+# The C library's function, which a compiled loop can call.
+_pread = types.ExternalFunction(
+    "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
+)
+
+
+@kernel
+def pread_rows(file: Any, offsets: Any, rows: Any, positions: Any) -> Any:
+    """Reads bytes of a file from offsets[i] on into rows[positions[i]], a whole row of uint8 each.
+
+    All in one call without Python's lock, and by `pread` instead of a mapped file: one that shrinks
+    or vanishes under a running job is then a missing row instead of a bus error.
+
+    Returns:
+        bool [k], whether a row came whole; the content of one that did not is undefined.
+    """
+    size = rows.shape[1]
+    whole = np.empty(offsets.size, np.bool_)
+    for i in range(offsets.size):
+        target = rows[positions[i]]
+        whole[i] = _pread(file, target.ctypes.data, size, offsets[i]) == size
+    return whole

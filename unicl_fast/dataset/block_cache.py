@@ -31,10 +31,12 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.dataset.remote.object_store import ObjectStore
+from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.system.atomic_files import is_at, lock
 
 logger = logging.getLogger(__name__)
+
+Int64Array = npt.NDArray[np.int64]
 
 DEFAULT_CACHE_BYTES = 20_000_000_000
 DEFAULT_BLOCK_BYTES = 4 << 20
@@ -114,15 +116,13 @@ class BlockCache:
             fetch: returns the block; its exceptions come through.
         """
         for _ in range(_MOST_ROUNDS):
-            file = self._open(name, size)
-            if file is not None:
+            if (file := self._open(name, size)) is not None:
                 try:
                     yield file
                 finally:
                     os.close(file)
                 return
-            data = self._store(name, size, fetch)
-            if data is not None:
+            if (data := self._store(name, size, fetch)) is not None:
                 yield data
                 return
         yield fetch()
@@ -140,11 +140,10 @@ class BlockCache:
 
     def ensure(self, name: str, size: int, fetch: Callable[[], bytes]) -> None:
         """Fetches a block before it is needed, unless it is there or on its way."""
-        file = self._open(name, size)
-        if file is not None:
+        if (file := self._open(name, size)) is not None:
             os.close(file)
-            return
-        self._store(name, size, fetch, wait=False)
+        else:
+            self._store(name, size, fetch, wait=False)
 
     def discard(self, name: str) -> None:
         """Removes a block whose bytes are wrong."""
@@ -206,23 +205,25 @@ class BlockCache:
         while True:
             file = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                if not _lock(file, wait=wait):
-                    yield None
-                    return
+                if not lock(file):
+                    if not wait:
+                        yield None
+                        return
+                    _wait_for_lock(file)
                 # the former holder may have renamed or removed the file that we opened
                 is_ours, is_stored = is_at(file, part), path.exists()
-                if is_ours and not is_stored:
+                if is_stored:
+                    if is_ours:
+                        os.unlink(part)
+                    yield None
+                    return
+                if is_ours:
                     try:
                         yield file
                     except BaseException:
                         with contextlib.suppress(OSError):
                             os.unlink(part)
                         raise
-                    return
-                if is_stored:
-                    if is_ours:
-                        os.unlink(part)
-                    yield None
                     return
             finally:
                 os.close(file)
@@ -242,7 +243,7 @@ class BlockCache:
         mine = self._own_turn.acquire(timeout=_OWN_TURN_SECONDS)
         file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(file, wait=True, longest=_FIRST_WAIT_SECONDS)
+            _wait_for_lock(file, longest=_FIRST_WAIT_SECONDS)
             yield file
         finally:
             os.close(file)
@@ -328,14 +329,10 @@ class BlockReader:
         return done
 
     def read_rows(
-        self,
-        number: int,
-        offsets: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.uint8],
-        positions: npt.NDArray[np.int64],
+        self, number: int, offsets: Int64Array, rows: npt.NDArray[np.uint8], positions: Int64Array
     ) -> npt.NDArray[np.bool_]:
         """Reads many ranges of equal size; opens each block once."""
-        from unicl_fast.dataset.pixels import read_rows  # here, because it loads Numba
+        from unicl_fast.system.kernels import pread_rows  # here, because it loads Numba
 
         size = rows.shape[1]
         whole = np.zeros(len(offsets), np.bool_)
@@ -343,45 +340,34 @@ class BlockReader:
         inside = (offsets + size - 1) // self._block_bytes == blocks
         inside &= offsets + size <= self._files[number].num_bytes
         for i in np.flatnonzero(~inside).tolist():
-            whole[i] = self._read_row(number, rows[positions[i]], int(offsets[i]))
+            with contextlib.suppress(FileNotFoundError):
+                whole[i] = self.read_into(number, rows[positions[i]], int(offsets[i])) == size
         for block in np.unique(blocks[inside]).tolist():
             mine = np.flatnonzero(inside & (blocks == block))
             starts = offsets[mine] - block * self._block_bytes
             name, block_size, fetch = self._block(number, block)
-            try:
-                with self._cache.opened(name, block_size, fetch) as stored:
-                    if isinstance(stored, int):
-                        whole[mine] = read_rows(stored, starts, rows, positions[mine])
-                    else:
-                        data = np.frombuffer(stored, np.uint8)
-                        rows[positions[mine]] = data[starts[:, None] + np.arange(size)]
-                        whole[mine] = True
-            except FileNotFoundError:
-                pass
+            with (
+                contextlib.suppress(FileNotFoundError),
+                self._cache.opened(name, block_size, fetch) as stored,
+            ):
+                if isinstance(stored, int):
+                    whole[mine] = pread_rows(stored, starts, rows, positions[mine])
+                else:
+                    data = np.frombuffer(stored, np.uint8)
+                    rows[positions[mine]] = data[starts[:, None] + np.arange(size)]
+                    whole[mine] = True
         self._count(int(whole[inside].sum()) * size)  # the others were counted
         return whole
 
-    def _read_row(self, number: int, row: npt.NDArray[np.uint8], offset: int) -> bool:
-        try:
-            return self.read_into(number, row, offset) == len(row)
-        except FileNotFoundError:
-            return False
-
     def blocks_of(
-        self,
-        numbers: npt.NDArray[np.int64],
-        offsets: npt.NDArray[np.int64],
-        sizes: npt.NDArray[np.int64],
+        self, numbers: Int64Array, offsets: Int64Array, sizes: Int64Array
     ) -> list[tuple[int, int]]:
         """The blocks that some ranges lie in, (file, block) once each, in this order."""
         first = offsets // self._block_bytes
         last = (offsets + np.maximum(sizes, 1) - 1) // self._block_bytes
         ranges = zip(numbers.tolist(), first.tolist(), last.tolist(), strict=True)
-        return list(
-            dict.fromkeys(
-                (number, block) for number, start, end in ranges for block in range(start, end + 1)
-            )
-        )
+        blocks = [(number, i) for number, start, end in ranges for i in range(start, end + 1)]
+        return list(dict.fromkeys(blocks))
 
     def fetch_ahead(self, number: int, block: int) -> None:
         """Brings a block into the cache, unless it is there or on its way.
@@ -394,12 +380,11 @@ class BlockReader:
         if size > 0 and not self._closed:
             self._cache.ensure(name, size, fetch)
 
-    def discard(self, number: int, offset: int, size: int) -> bool:
+    def discard(self, number: int, offset: int, size: int) -> None:
         """Removes what the cache holds of a range that turned out to be wrong."""
-        first, last = offset // self._block_bytes, (offset + max(size, 1) - 1) // self._block_bytes
-        for block in range(first, last + 1):
+        wrong = self.blocks_of(np.array([number]), np.array([offset]), np.array([size]))
+        for number, block in wrong:
             self._cache.discard(self._block(number, block)[0])
-        return True
 
     def close(self) -> None:
         """Closes the reader; reading afterwards is an error."""
@@ -422,20 +407,14 @@ class _StuckError(Exception):
     """A lock was held for longer than any request takes."""
 
 
-def _lock(file: int, *, wait: bool, longest: float = _LONGEST_WAIT_SECONDS) -> bool:
-    """Takes the lock on an open file; False if another process has it and `wait` is not set.
-
-    It polls, since a call that waits in the kernel could not be given up.
+def _wait_for_lock(file: int, *, longest: float = _LONGEST_WAIT_SECONDS) -> None:
+    """Takes the lock on an open file by polling: a call that waits could not be given up.
 
     Raises:
         _StuckError: another process has had it for too long.
     """
     pause, end = _FIRST_WAIT_SECONDS, time.monotonic() + _LOCK_PATIENCE_SECONDS
-    while True:
-        if lock(file):
-            return True
-        if not wait:
-            return False
+    while not lock(file):
         if time.monotonic() > end:
             raise _StuckError
         time.sleep(pause)
@@ -449,10 +428,9 @@ def _remove_if_left(path: str) -> bool:
     except OSError:
         return True
     try:
-        if not _lock(file, wait=False) or not is_at(file, path):
-            return False
-        os.unlink(path)
-        return True
+        if left := lock(file) and is_at(file, path):
+            os.unlink(path)
+        return left
     finally:
         os.close(file)
 
