@@ -24,8 +24,12 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from unicl_fast.dataset.reader import DamagedSampleError, TooManyBadSamplesError
-from unicl_fast.dataset.reader import PackedDataset, sample_key
+from unicl_fast.dataset.reader import (
+    DamagedSampleError,
+    PackedDataset,
+    TooManyBadSamplesError,
+    sample_key,
+)
 from unicl_fast.system.atomic_files import lock
 
 from ..graph import DecodingError, HostBatch, Pipeline, Source, run_graphs

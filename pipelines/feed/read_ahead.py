@@ -17,8 +17,8 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.object_store import CONNECTIONS
+from unicl_fast.dataset.reader import PackedDataset
 
 logger = logging.getLogger(__name__)
 

@@ -21,12 +21,11 @@ from object_stores import FaultyStore, empty, upload
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset import block_cache, files, object_store
 from unicl_fast.dataset.block_cache import BlockCache, CacheOptions
 from unicl_fast.dataset.files import copy_small_files
 from unicl_fast.dataset.object_store import ObjectStore, Patience, StorageError, is_url
+from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.system.atomic_files import lock
 from unicl_fast.text.tokenizer import Tokenizer
 

@@ -26,8 +26,7 @@ from small_runs import (
 )
 
 from unicl_fast.batch import EvaluationBatch, ListLoader
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.distributed.ranks import process_group
+from unicl_fast.distributed.ranks import Ranks, process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
 from unicl_fast.evaluation.encode import ModelOnRanks, collect_rows

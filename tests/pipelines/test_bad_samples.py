@@ -20,9 +20,9 @@ from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import (
     DamagedDatasetError,
     DamagedSampleError,
+    PackedDataset,
     TooManyBadSamplesError,
 )
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.feed import bad_samples
 from unicl_fast.pipelines.feed.bad_samples import MAX_ATTEMPTS

@@ -14,10 +14,10 @@ import pytest
 from object_stores import FaultyLine, s3_environment, s3_server
 from program_runs import SMALL, losses, run, weights
 
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset import object_store
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, Patience, StorageError
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.staging import local_copy
 from unicl_fast.packing.upload import build_anywhere, upload_dataset

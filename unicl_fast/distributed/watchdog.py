@@ -68,14 +68,7 @@ class Watchdog:
         world_size: int = 1,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        """Nothing is watched before it is entered.
-
-        Args:
-            limit_seconds: how long a stage may last; 0 watches nothing.
-            rank: this process among its peers, as far as it is known before they have met.
-            world_size: number of ranks.
-            end: ends the process, given the exit code.
-        """
+        """Ends the process, by `end`, when a stage lasts longer than the limit (0: never)."""
         self._limit = limit_seconds
         self._rank, self._world_size = rank, world_size
         self._end = end
@@ -123,18 +116,17 @@ class Watchdog:
             if now >= self._beat_due or left < 0:
                 self._beat_due = now + self._beat_every
                 self._heartbeats.send(stage, age_seconds=self._age, left_seconds=left)
-        if left < 0 and not (stage.waits_for_ranks and self._another_works(now)):
-            os.write(2, f"\nunicl_fast: {self._describe(now)}\n".encode())
-            faulthandler.dump_traceback(2)
-            self._end(EXIT_HUNG)
-
-    def _another_works(self, now: float) -> bool:
-        return any(
+        heard = self._heartbeats.heard if self._heartbeats is not None else {}
+        another_works = any(
             now - beat.heard < self._silence
             and beat.left_seconds > 0
             and not beat.stage.waits_for_ranks
-            for beat in (self._heartbeats.heard.values() if self._heartbeats else ())
+            for beat in heard.values()
         )
+        if left < 0 and not (stage.waits_for_ranks and another_works):
+            os.write(2, f"\nunicl_fast: {self._describe(now)}\n".encode())
+            faulthandler.dump_traceback(2)
+            self._end(EXIT_HUNG)
 
     def _describe(self, now: float) -> str:
         """Says which rank hangs in what, what the others do, and what to do."""
@@ -170,7 +162,7 @@ def describe_others(
 
     Args:
         heard: the last heartbeat of each other rank; None if none was ever heard.
-        now: on the clock of `heard`.
+        now: on the clock of the heartbeats.
         silence: seconds after which a silent rank is taken for stopped or lost.
         blame: whether it is another rank's fault, since the speaker waits in a collective.
     """

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
-from unicl_fast.dataset.manifest import Manifest
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.block_cache import CacheOptions
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 

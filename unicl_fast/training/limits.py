@@ -22,8 +22,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
-from unicl_fast.dataset.reader import TooManyBadSamplesError
-from unicl_fast.dataset.reader import QUARANTINE_NAME
+from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 
 logger = logging.getLogger(__name__)

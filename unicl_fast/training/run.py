@@ -24,8 +24,7 @@ from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, 
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
-from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
-from unicl_fast.distributed.ranks import process_group
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
