@@ -13,7 +13,7 @@ import mmap
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -59,6 +59,7 @@ _MAX_HEADER_BYTES = 10_000
 _BLOCK_ROWS = 1 << 16
 """Rows checked together: a few megabytes, which stay in the processor's cache."""
 
+Index = TypeVar("Index", int, npt.NDArray[np.int64])
 Rows = npt.NDArray[Any]
 Problems = list[tuple[npt.NDArray[np.bool_], str]]
 """Flags of the wrong rows of a block, and what is wrong with them."""
@@ -148,13 +149,7 @@ class PixelLayout:
         self.pnm_header = f"P6\n{info.width} {info.height}\n255\n".encode("ascii")
         """Put before the bytes of an image, it makes a file that decoders read."""
 
-    @overload
-    def offset_of(self, index: int) -> int: ...
-
-    @overload
-    def offset_of(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
-
-    def offset_of(self, index: Any) -> Any:
+    def offset_of(self, index: Index) -> Index:
         """The first byte of image `index`, or of several, in the file."""
         return HEADER_BYTES + index * self.row_bytes
 
@@ -191,14 +186,8 @@ def verify_arrays(
 ) -> int:
     """Compares the arrays with their checksums, and each reference in them with what is there.
 
-    They are read, not mapped: mapped pages would count as this process's memory.
-
-    Args:
-        folder: the data set's folder.
-        manifest: its manifest.
-        dtypes: the types of the arrays to check, by their names.
-        checksums: the data set's list of checksums; None where it has none, or where they have
-            been compared.
+    They are read, not mapped: mapped pages would count as this process's memory. Checksums are
+    None where the data set has no list of them, or where they have been compared.
 
     Returns:
         The largest token id.
@@ -264,18 +253,14 @@ def _check_samples(rows: Rows, manifest: Manifest, shard_bytes: Rows) -> Problem
     ends = shard_bytes[rows["shard"]]
     height, width = rows["height"], rows["width"]
     captions, labels = rows["captions_count"], rows["labels_count"]
+    no_captions = _leaves(rows["captions_start"], captions, manifest.num_captions)
+    no_labels = _leaves(rows["labels_start"], labels, manifest.num_labels)
     problems = [
         (_leaves(rows["offset"], rows["size"], ends), "lies beyond the end of its shard"),
         (rows["size"] == 0, "is an image of no bytes"),
         ((height == 0) | (width == 0), "is an image of no pixels"),
-        (
-            _leaves(rows["captions_start"], captions, manifest.num_captions),
-            "names captions that do not exist",
-        ),
-        (
-            _leaves(rows["labels_start"], labels, manifest.num_labels),
-            "names labels that do not exist",
-        ),
+        (no_captions, "names captions that do not exist"),
+        (no_labels, "names labels that do not exist"),
         ((captions | labels) == 0, "has neither captions nor labels"),
     ]
     if (pixels := manifest.pixels) is not None:
@@ -285,16 +270,12 @@ def _check_samples(rows: Rows, manifest: Manifest, shard_bytes: Rows) -> Problem
 
 
 def _check_captions(rows: Rows, manifest: Manifest) -> Problems:
-    lengths = rows["tokens_length"]
+    lengths, longest = rows["tokens_length"], manifest.context_length
+    wrong_length = (lengths == 0) | (lengths > longest)
+    no_tokens = _leaves(rows["tokens_start"], lengths, manifest.num_tokens)
     return [
-        (
-            (lengths == 0) | (lengths > manifest.context_length),
-            f"is a caption of no tokens, or of more than {manifest.context_length}",
-        ),
-        (
-            _leaves(rows["tokens_start"], lengths, manifest.num_tokens),
-            "names tokens that do not exist",
-        ),
+        (wrong_length, f"is a caption of no tokens, or of more than {longest}"),
+        (no_tokens, "names tokens that do not exist"),
     ]
 
 

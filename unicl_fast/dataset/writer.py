@@ -107,8 +107,7 @@ class DatasetWriter:
         Args:
             out: the final folder; must not exist, or be empty.
             shard_bytes: largest size of a shard.
-            images: files as they come, in the shards, or (raw, format version 2) decoded pixels
-                of one size in one array.
+            images: files as they come, or (raw, format version 2) decoded pixels of one size.
             work: a folder beside the final one that outlives a program that is killed: the shards
                 that an earlier writer finished in it are kept. The caller ensures that samples and
                 options are the same, leaves out the first `num_places` samples, and removes the
@@ -140,7 +139,11 @@ class DatasetWriter:
             finished.pop()
         if not finished:
             self._open_files(None)
-        _remove_others(self.aside, self._file_names())
+        shards = {shard.name for shard in self._shards}
+        own = {*shards, *map(_index_name, shards), *self._files()}
+        for path in self.aside.iterdir():
+            if path.name not in own:  # a killed program had begun it
+                path.unlink()
         if work is not None:
             self._journal = ShardJournal(work / JOURNAL_NAME, finished)
 
@@ -154,21 +157,6 @@ class DatasetWriter:
     def num_places(self) -> int:
         """Samples so far, packed or quarantined."""
         return self.num_samples + self.num_quarantined
-
-    @property
-    def num_captions(self) -> int:
-        return self._arrays["captions"].length
-
-    @property
-    def num_labels(self) -> int:
-        return self._arrays["labels"].length
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the shards, and of decoded images, so far."""
-        unfinished = 0 if self._shard is None else self._shard.num_bytes
-        pixels = 0 if self._pixels is None else self._pixels.num_bytes
-        return sum(shard.num_bytes for shard in self._shards) + unfinished + pixels
 
     def add(self, sample: PackedSample) -> None:
         """Appends a sample; its number is the count of samples before it."""
@@ -212,7 +200,7 @@ class DatasetWriter:
         if self._image_size is None or self._pixels is None:
             self._image_size, self._pixels = size, self._open_pixels(size)
         height, width = self._image_size
-        if size != self._image_size or len(sample.image) != CHANNELS * height * width:
+        if size != (height, width) or len(sample.image) != CHANNELS * height * width:
             raise ValueError(
                 f"a raw data set has images of one size, {width} x {height} pixels of three bytes "
                 f"here, not {sample.width} x {sample.height} in {len(sample.image)} bytes"
@@ -241,12 +229,13 @@ class DatasetWriter:
             raise ValueError("a data set needs at least one sample")
         self._close_shard()
         pixels = self._finish_pixels()
+        encoded = WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
         manifest = Manifest(
-            version=self._version(),
+            version=RAW_FORMAT_VERSION if self._is_raw else encoded,
             num_samples=self.num_samples,
-            num_captions=self.num_captions,
+            num_captions=self._arrays["captions"].length,
             num_tokens=self._arrays["tokens"].length,
-            num_labels=self.num_labels,
+            num_labels=self._arrays["labels"].length,
             num_quarantined=self.num_quarantined,
             shards=tuple(self._shards),
             tokenizer=tokenizer,
@@ -275,11 +264,6 @@ class DatasetWriter:
         if self._journal is not None:
             self._journal.close()
         return manifest
-
-    def _version(self) -> int:
-        if self._is_raw:
-            return RAW_FORMAT_VERSION
-        return WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
 
     def _finish_pixels(self) -> PixelsInfo | None:
         if self._pixels is None or self._image_size is None:
@@ -312,10 +296,9 @@ class DatasetWriter:
         """
         if not self.aside.exists():
             return
-        if self._shard is not None:
-            self._shard.file.close()
-        for file in self._files().values():
-            file.file.close()
+        for file in (self._shard, *self._files().values()):
+            if file is not None:
+                file.file.close()
         if self._journal is not None:
             self._journal.close()
         if self._work is None:
@@ -365,10 +348,6 @@ class DatasetWriter:
             files[PIXELS_NAME] = self._pixels
         return files
 
-    def _file_names(self) -> set[str]:
-        names = {shard.name for shard in self._shards}
-        return {*names, *(_index_name(name) for name in names), *self._files()}
-
     def _shard_for(self, members: list[tuple[str, bytes]]) -> ShardFile:
         needed = sum(BLOCK + padded_bytes(len(data)) for _, data in members)
         full = self._shard_bytes - len(END_OF_TAR) - needed
@@ -381,14 +360,13 @@ class DatasetWriter:
     def _close_shard(self) -> None:
         if self._shard is None:
             return
-        self._shards.append(self._shard.finish_shard())
-        self._shard = None
+        shard, self._shard = self._shard.finish_shard(), None
+        self._shards.append(shard)
         if self._journal is None:
             return
         for file in self._files().values():
             file.sync()
         flush_to_disk(self.aside)
-        shard = self._shards[-1]
         self._journal.append(
             FinishedShard(
                 shard=shard,
@@ -427,13 +405,6 @@ def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
     return whole
 
 
-def _remove_others(folder: Path, names: set[str]) -> None:
-    """Removes files that a killed program had begun."""
-    for path in folder.iterdir():
-        if path.name not in names:
-            path.unlink()
-
-
 def require_free(out: Path) -> None:
     """Raises ValueError for a folder that holds anything already."""
     if (out / MANIFEST_NAME).exists():
@@ -443,11 +414,7 @@ def require_free(out: Path) -> None:
 
 
 def _describe(sample: PackedSample) -> bytes:
-    fields = {
-        "captions": list(sample.captions),
-        "labels": list(sample.labels),
-        "source": sample.source,
-        "name": sample.name,
-    }
+    fields: dict[str, Any] = {"captions": list(sample.captions), "labels": list(sample.labels)}
+    fields |= {"source": sample.source, "name": sample.name}
     # a file name that is not UTF-8 arrives as lone surrogates, which escapes can carry
     return _encode_json(fields).encode("ascii")
