@@ -22,12 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unicl_fast.checkpoints.export import is_export, read_export
-from unicl_fast.checkpoints.files import (
-    STATE_FILE,
-    checkpoint_name,
-    list_checkpoints,
-    read_best,
-)
+from unicl_fast.checkpoints.files import STATE_FILE, checkpoint_name, list_checkpoints, read_best
 from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
@@ -40,7 +35,6 @@ Weights = Literal["auto", "ema", "model"]
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_BEST = "best"
 _TYPES = {
     "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str, "checksums": dict,
 }  # fmt: skip
@@ -116,10 +110,7 @@ def _check_types(values: dict[str, Any]) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for.
-
-    Args:
-        path: a run folder, for its newest checkpoint; RUN/best, for its best one; or a checkpoint.
+    """The checkpoint that a path stands for: RUN for its newest, RUN/best, or one itself.
 
     Raises:
         FileNotFoundError: none of these.
@@ -128,7 +119,7 @@ def find_checkpoint(path: str | Path) -> Path:
     path = Path(path)
     if (path / STATE_FILE).is_file():
         return path
-    if path.name == _BEST and not path.exists():
+    if path.name == "best" and not path.exists():
         return _find_best(path.parent)
     checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not checkpoints:
@@ -142,14 +133,15 @@ def find_checkpoint(path: str | Path) -> Path:
 def _find_best(run_folder: Path) -> Path:
     for folder in (run_folder / "checkpoints", run_folder):
         best = read_best(folder)
-        if best is not None:
-            checkpoint = folder / checkpoint_name(best.step)
-            if not checkpoint.is_dir():
-                raise FileNotFoundError(
-                    f"{folder} names {checkpoint.name} as its best, which is not there; take "
-                    f"another one: {run_folder} stands for the newest"
-                )
-            return checkpoint
+        if best is None:
+            continue
+        checkpoint = folder / checkpoint_name(best.step)
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(
+                f"{folder} names {checkpoint.name} as its best, which is not there; take another "
+                f"one: {run_folder} stands for the newest"
+            )
+        return checkpoint
     raise FileNotFoundError(
         f"{run_folder} has no best checkpoint: a run has one when it evaluates (data.evaluate); "
         f"{run_folder} itself stands for the newest"
@@ -193,11 +185,10 @@ def find_model(path: str | Path) -> Path:
 
 
 def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
-    """The trained model of a run, a checkpoint or an export, in evaluation mode on the CPU.
+    """The trained model that a path stands for (`find_model`), in evaluation mode on the CPU.
 
     Args:
-        path: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or a folder
-            that `unicl-convert hf` or `official` wrote.
+        path: RUN for its newest checkpoint, RUN/best, a checkpoint, or an export.
         weights: "ema" takes the moving average of the weights, "model" those of the last step,
             "auto" the average where there is one. An export has one set, which "ema" refuses.
 
@@ -244,11 +235,7 @@ def _checksum_read_once(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        DamagedCheckpointError: it is none.
-    """
+    """The tensors of a safetensors file; raises DamagedCheckpointError if it is none."""
     with _refusing_other_files(path):
         return load_file(path)
 

@@ -40,12 +40,7 @@ class CheckpointWriter:
     """Writes the checkpoints of one run; used by one thread."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        """Touches nothing yet.
-
-        Args:
-            folder: `checkpoints/` of the run.
-            keep: how many of the newest stay in addition to the best; 0 keeps all.
-        """
+        """Touches nothing yet; `keep` of the newest will stay in addition to the best (0: all)."""
         self.folder = folder
         self.keep = keep
         self.best: Best | None = None
@@ -57,12 +52,10 @@ class CheckpointWriter:
         self._fault: BaseException | None = None
 
     def begin(self, *, step: int, metric: str | None, lines: Iterable[Mapping[str, float]]) -> None:
-        """Makes the folder that of a run that resumes from `step`.
+        """Makes the folder that of a run that resumes from `step`: later checkpoints are renamed.
 
-        Args:
-            step: checkpoints of later steps are renamed.
-            metric: key of metrics.jsonl whose highest value is the best; None looks for no new one.
-            lines: those of metrics.jsonl up to the step.
+        The best has the highest value of `metric` in the lines of metrics.jsonl up to the step;
+        None looks for no new one.
 
         Raises:
             OSError: the folder cannot be read or written.
@@ -84,17 +77,18 @@ class CheckpointWriter:
     ) -> None:
         """Copies the tensors now, and writes `step-XXXXXXXX` now (if it `must`) or in a thread.
 
-        Args:
-            files: name of a file -> its tensors, on any device.
-            state: more of state.json.
-            step: optimizer steps done.
-            must: return when it is on the disk.
-
         Raises:
             OSError: it cannot be written, and it `must`. Otherwise that is only logged, loudly:
                 training continues, and the next one may fit.
         """
-        self._wait_for_the_one_before(step)
+        started = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - started
+        if waited > _NOTEWORTHY_SECONDS:
+            logger.warning(
+                "training waited %.1f s at step %d for the checkpoint before to be written: raise "
+                "checkpoint.every_steps, or write to a faster disk", waited, step,
+            )  # fmt: skip
         copies = self._copies.take(files)
 
         def write_and_tidy() -> None:
@@ -108,12 +102,7 @@ class CheckpointWriter:
             self._thread = self._start(write_and_tidy, failed=f"NO CHECKPOINT of step {step}")
 
     def better_than_best(self, step: int, numbers: Mapping[str, float]) -> Best | None:
-        """The step as the new best, if its number is higher than that of any on the disk.
-
-        Args:
-            step: that was evaluated.
-            numbers: of its evaluations, by their keys in metrics.jsonl.
-        """
+        """The step as the new best, if its number is higher than that of any on the disk."""
         if self._metric is None:
             return None
         if self._metric not in numbers:
@@ -194,16 +183,6 @@ class CheckpointWriter:
         thread.start()
         return thread
 
-    def _wait_for_the_one_before(self, step: int) -> None:
-        started = time.perf_counter()
-        self.wait()
-        waited = time.perf_counter() - started
-        if waited > _NOTEWORTHY_SECONDS:
-            logger.warning(
-                "training waited %.1f s at step %d for the checkpoint before to be written: raise "
-                "checkpoint.every_steps, or write to a faster disk", waited, step,
-            )  # fmt: skip
-
     def _remove_old(self) -> None:
         remove_old(self.folder, keep=self.keep, pinned={self.best.step} if self.best else set())
 
@@ -245,7 +224,15 @@ def _empty_like(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
     """Host tensors in logical order, whatever the memory format of the ones they are like."""
     every = [tensor for tensors in files.values() for tensor in tensors.values()]
     spaces = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in every]
-    memory = _host_memory(sum(spaces), page_locked=any(tensor.is_cuda for tensor in every))
+    num_bytes = sum(spaces)
+    memory = torch.empty(0, dtype=torch.uint8)
+    if any(tensor.is_cuda for tensor in every):
+        try:
+            memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
+        except RuntimeError as error:
+            logger.warning("no page-locked memory (%s): each checkpoint waits for its copy", error)
+    if len(memory) < num_bytes:
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
     pieces = iter(memory.split(spaces))
     return {
         file: {
@@ -254,12 +241,3 @@ def _empty_like(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
         }
         for file, tensors in files.items()
     }
-
-
-def _host_memory(num_bytes: int, *, page_locked: bool) -> Tensor:
-    if page_locked:
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            logger.warning("no page-locked memory (%s): each checkpoint waits for its copy", error)
-    return torch.empty(num_bytes, dtype=torch.uint8)

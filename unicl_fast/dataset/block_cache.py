@@ -89,15 +89,9 @@ class BlockCache:
     """The blocks of one folder. Safe in several threads and processes."""
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
-        """Makes the folder.
+        """Makes the folder; raises OSError if it cannot.
 
-        Args:
-            folder: blocks lie in `blocks` below it.
-            max_bytes: most that all blocks take together. Where processes differ, the smallest
-                limit holds while that process reads.
-
-        Raises:
-            OSError: the folder cannot be made.
+        Where processes differ in `max_bytes`, the smallest limit holds while that process reads.
         """
         self._blocks = folder / "blocks"
         self._max_bytes = max_bytes
@@ -110,10 +104,7 @@ class BlockCache:
     def opened(self, name: str, size: int, fetch: Callable[[], bytes]) -> Iterator[int | bytes]:
         """A block for reading: a descriptor, or its bytes where they were just fetched.
 
-        Args:
-            name: FOLDER/NAME of the block; identifies its content for ever.
-            size: bytes of the block.
-            fetch: returns the block; its exceptions come through.
+        Its name, FOLDER/NAME, identifies its content for ever. What `fetch` raises comes through.
         """
         for _ in range(_MOST_ROUNDS):
             if (file := self._open(name, size)) is not None:
@@ -255,18 +246,15 @@ class BlockCache:
 
         A block that is being written counts in full.
         """
-        found = []
-        total = 0
+        found, total = [], 0
         for folder, _, names in os.walk(self._blocks):
             for name in names:
                 path = os.path.join(folder, name)
-                try:
-                    status = os.stat(path)
-                except OSError:  # removed meanwhile
-                    continue
                 if name.endswith(_PART):
                     total += 0 if _remove_if_left(path) else size
-                else:
+                    continue
+                with contextlib.suppress(OSError):  # removed meanwhile
+                    status = os.stat(path)
                     total += status.st_size
                     found.append((status.st_mtime, status.st_size, path))
         if total + size > self._max_bytes:
@@ -298,11 +286,8 @@ class BlockReader:
     def __init__(
         self, store: ObjectStore, files: Sequence[LargeFile], cache: BlockCache, *, block_bytes: int
     ) -> None:
-        """Fetches nothing before it is read."""
-        self._store = store
-        self._files = list(files)
-        self._cache = cache
-        self._block_bytes = block_bytes
+        self._store, self._files = store, list(files)
+        self._cache, self._block_bytes = cache, block_bytes
         self._closed = False
         self._counting = threading.Lock()
         self.num_bytes_read = 0
@@ -370,12 +355,7 @@ class BlockReader:
         return list(dict.fromkeys(blocks))
 
     def fetch_ahead(self, number: int, block: int) -> None:
-        """Brings a block into the cache, unless it is there or on its way.
-
-        Raises:
-            FileNotFoundError: the object does not exist any more.
-            StorageError: it could not be read.
-        """
+        """Brings a block into the cache, unless it is there or on its way."""
         name, size, fetch = self._block(number, block)
         if size > 0 and not self._closed:
             self._cache.ensure(name, size, fetch)

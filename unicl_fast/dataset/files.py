@@ -61,7 +61,6 @@ class LocalReader:
     """
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Opens no file before it is read."""
         self._paths = [folder / name for name in names]
         self._files: dict[int, int] = {}
         self._folder = folder
@@ -92,13 +91,7 @@ class LocalReader:
     def read_rows(
         self, number: int, offsets: Int64Array, rows: npt.NDArray[np.uint8], positions: Int64Array
     ) -> npt.NDArray[np.bool_]:
-        """Reads many ranges of equal size in one call.
-
-        Args:
-            number: which file.
-            offsets: where the ranges begin, int64 [k].
-            rows: uint8 [b n], contiguous; rows[positions[i]] becomes the range of offsets[i].
-            positions: int64 [k], each in 0 to b - 1.
+        """Reads ranges of one size into rows [b n], contiguous: offsets[i] to rows[positions[i]].
 
         Returns:
             bool [k], which of them came whole; the content of the others is undefined.
@@ -143,9 +136,7 @@ class LocalFiles:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        """Folder of the manifest and the arrays."""
         self.place = str(self.folder)
-        """The data set's name in messages."""
 
     def where(self, name: str) -> str:
         """A file's path or URL, for messages."""
@@ -210,14 +201,9 @@ def check_files(
 ) -> None:
     """Compares the sizes of the large files with the manifest, without reading them.
 
-    A missing file need not be the end, since training can feed other samples than those in it.
-
-    Args:
-        files: the data set's files.
-        manifest: its manifest.
-        layout: its decoded images; None if the images are in the shards.
-        max_bad_fraction: files that are missing or of another size are tolerated, with a warning,
-            if they hold at most this part of the images; None tolerates all without a warning.
+    Files that are missing or of another size are tolerated, with a warning, if they hold at most
+    the part `max_bad_fraction` of the images, since training can feed other samples than those;
+    None tolerates all without a warning.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -310,12 +296,7 @@ def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str
     """Makes a folder with the manifest, the checksums and the named files of a data set.
 
     What is there already is compared with its checksums. Processes that ask at the same time fetch
-    the files once.
-
-    Args:
-        store: where the data set lies.
-        cache_folder: the folder is made below it; its own name is that of the data set.
-        names: files beside these two; missing ones are left for the reader to find.
+    the files once. Missing ones are left for the reader to find.
 
     Raises:
         FileNotFoundError: the URL is not that of a data set.
@@ -382,7 +363,7 @@ def _fetch_if_changed(store: ObjectStore, path: Path, expected: str | None) -> N
     aside = path.with_name(f".{path.name}.partial")
     found = ""
     for _ in range(2):
-        found = store.fetch_file(path.name, aside, size=size, progress=lambda _: mark_progress())
+        found = store.fetch_file(path.name, aside, size=size)
         if expected is None or found == expected:
             aside.replace(path)
             return

@@ -200,7 +200,7 @@ class FinishedShard:
         checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 : -1]
         if not line.endswith(b"\n") or checksum != xxhash.xxh3_64_hexdigest(text).encode("ascii"):
             return None
-        return msgspec.json.decode(text, type=cls)
+        return msgspec.convert(json.loads(text), cls)
 
 
 def read_journal(path: Path) -> list[FinishedShard]:

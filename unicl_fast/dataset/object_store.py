@@ -23,6 +23,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from unicl_fast.system.progress import mark_progress
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -32,7 +34,7 @@ CONNECTIONS = 8
 TRANSFER_BYTES = 8 << 20
 """Size of one request where a whole object is read."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.+)", re.DOTALL)
-_EXTRAS = {"s3": "remote", "s3a": "remote"}
+_S3 = ("s3", "s3a")
 # Faults of the settings, not of the network: repeating the request does not help.
 _NOT_TRANSIENT = (NotImplementedError, TypeError)
 _NO_KEYS = ("NoCredentialsError", "PartialCredentialsError")
@@ -95,13 +97,11 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         """Connects to nothing before the first request.
 
-        Args:
-            url: a folder's, such as s3://bucket/packed/photos. Keys, regions and endpoints are
-                found where the store's client looks for them (~/.aws, AWS_... of the environment),
-                and where fsspec does (FSSPEC_S3_... of the environment, ~/.config/fsspec).
+        Keys, regions and endpoints are found where the store's client looks for them (~/.aws,
+        AWS_... of the environment), and where fsspec does (FSSPEC_S3_..., ~/.config/fsspec).
 
         Raises:
-            ValueError: not such a URL.
+            ValueError: it is not a URL of a folder such as s3://bucket/packed/photos.
         """
         match = _URL.fullmatch(url)
         if match is None or "::" in url or "?" in url or "#" in url:
@@ -158,8 +158,7 @@ class ObjectStore:
 
     def size_of(self, name: str) -> int | None:
         """Bytes of an object; None where it does not exist."""
-        found = self.find(name)
-        return None if found is None else found.size
+        return found.size if (found := self.find(name)) is not None else None
 
     def find(self, name: str) -> StoredObject | None:
         """Size and version of an object; None where it does not exist."""
@@ -184,10 +183,7 @@ class ObjectStore:
         return None if listed is None else {name: one.size for name, one in listed.items()}
 
     def list_objects(self) -> dict[str, StoredObject] | None:
-        """All objects below the URL by name; None where the store cannot list.
-
-        Names of objects in folders contain a /.
-        """
+        """All objects below the URL by name (with a / in folders); None if it cannot list."""
         if self._protocol in _LISTS_NOTHING:
             return None
         root = self._path("")
@@ -215,37 +211,22 @@ class ObjectStore:
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
             return dict(zip(wanted, pool.map(self.find, wanted), strict=True))
 
-    def fetch_file(
-        self, name: str, path: Path, *, size: int, progress: Callable[[int], None] | None = None
-    ) -> str:
+    def fetch_file(self, name: str, path: Path, *, size: int) -> str:
         """Copies an object into a file, which is replaced; otherwise as `checksum_of`."""
         with path.open("wb") as file:
-
-            def write(data: bytes) -> None:
-                file.write(data)
-                if progress is not None:
-                    progress(len(data))
-
-            return self._read_in_order(name, size, write)
+            return self.checksum_of(name, size=size, take=file.write)
 
     def checksum_of(
-        self, name: str, *, size: int, progress: Callable[[int], None] | None = None
+        self, name: str, *, size: int, take: Callable[[bytes], object] = lambda piece: None
     ) -> str:
         """XXH3-64 in hexadecimal digits of an object of `size` bytes, which is read once.
 
-        Args:
-            name: the object's.
-            size: its bytes.
-            progress: called with the bytes of each piece as it comes.
+        Its pieces, a few of which are fetched ahead, are given to `take` in order.
 
         Raises:
             FileNotFoundError: it does not exist.
             StorageError: it could not be read.
         """
-        return self._read_in_order(name, size, lambda data: progress and progress(len(data)))
-
-    def _read_in_order(self, name: str, size: int, take: Callable[[bytes], object]) -> str:
-        """Passes an object on in pieces, a few of which are fetched ahead; returns its XXH3-64."""
         digest = xxhash.xxh3_64()
         starts = range(0, size, TRANSFER_BYTES)
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
@@ -256,22 +237,15 @@ class ObjectStore:
                 ):
                     take(data)
                     digest.update(data)
+                    mark_progress()
         return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a small object, which then exists whole or not at all.
-
-        Raises:
-            StorageError: it could not be written.
-        """
+        """Writes a small object whole or not at all; raises StorageError if it cannot."""
         self._write(name, len(data), lambda: self._call("pipe_file", self._path(name), data))
 
     def write_file(self, path: Path, name: str) -> None:
-        """Writes a file as an object, in parts where it is large.
-
-        Raises:
-            StorageError: it could not be written.
-        """
+        """Writes a file as an object, in parts where it is large; raises as `write`."""
         size = path.stat().st_size
         # each of its parts may take as long as an answer
         limit = patience.answer_seconds * (1 + size // TRANSFER_BYTES)
@@ -385,19 +359,15 @@ def _connect(protocol: str, url: str) -> Any:
     import fsspec
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if protocol in ("s3", "s3a"):
+    if protocol in _S3:
         # Only our tries count: botocore's inside s3fs's inside ours would be 180.
         configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
-        options["config_kwargs"] = {
-            "retries": {"max_attempts": 1},
-            "max_pool_connections": 4 * CONNECTIONS,
-            **configured,
-        }
+        once = {"retries": {"max_attempts": 1}, "max_pool_connections": 4 * CONNECTIONS}
+        options["config_kwargs"] = once | configured
     try:
         system = fsspec.filesystem(protocol, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        how = f"pip install 'unicl_fast[{extra}]'" if extra else str(error)
+        how = "pip install 'unicl_fast[remote]'" if protocol in _S3 else str(error)
         raise ValueError(f"{url}: {protocol}:// takes one more package: {how}") from error
     except ValueError as error:  # a protocol that nobody knows
         raise ValueError(

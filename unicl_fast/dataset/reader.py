@@ -83,10 +83,8 @@ class PackedDataset:
             folder: a path or a URL such as s3://bucket/folder that `unicl-pack build` wrote.
             fraction: part of its samples to use, in (0, 1]: the first ones, at least one. Packing
                 has shuffled them, so it is a random part, always the same.
-            max_bad_fraction: shards (and the file of decoded images) that are missing or of
-                another size are tolerated, with a warning, if they hold at most this part of the
-                images. For training, which feeds others instead; an evaluation would count wrong.
-                None tolerates all without a warning: for callers that report damage themselves.
+            max_bad_fraction: as for `check_files`. For training, which feeds others instead; an
+                evaluation would count wrong. None is for callers that report damage themselves.
             verify: compare the arrays with their checksums, and each reference with its target:
                 about a second for ten million samples. Without it a damaged array gives wrong
                 samples, or worse.
@@ -145,9 +143,7 @@ class PackedDataset:
     def image_bytes(self, index: int, *, verify: bool = False) -> npt.NDArray[np.uint8]:
         """The image of sample `index` as a file: JPEG, WebP or PNG; from a raw set PNM (P6).
 
-        Args:
-            index: 0 to len - 1.
-            verify: also compare with the checksum taken when packing; costs about 10 us for 100 kB.
+        With `verify` also compared with the checksum taken when packing: 10 us for 100 kB.
 
         Raises:
             DamagedSampleError: the file that holds it cannot be read or is shorter than it was, or
@@ -218,10 +214,7 @@ class PackedDataset:
     ) -> npt.NDArray[np.bool_]:
         """Reads many images of a raw data set and compares their checksums: 1 us each of 3 kB.
 
-        Args:
-            indices: which samples, int64 [k], each in 0 to len - 1.
-            out: uint8 [b h w 3], contiguous; out[positions[i]] becomes the image of indices[i].
-            positions: int64 [k].
+        The image of indices[i] comes to out[positions[i]], of a contiguous uint8 [b h w 3].
 
         Returns:
             bool [k], which of them are as they were packed. `image_bytes` says what is wrong with
