@@ -34,8 +34,7 @@ except ImportError as error:
         "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
     ) from error
 
-from unicl_fast.system.machine import cores_of_this_rank
-from unicl_fast.system.memory import return_freed_memory
+from unicl_fast.system.machine import cores_of_this_rank, return_freed_memory
 
 from .kernels.operators import GraphParts, augment, augment_operator, resample_operator
 

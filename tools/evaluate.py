@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
     from unicl_fast.distributed.ranks import adopt_slurm_ranks
-    from unicl_fast.system.memory import keep_freed_memory
+    from unicl_fast.system.machine import keep_freed_memory
 
     try:
         command.check()

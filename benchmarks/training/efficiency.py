@@ -40,8 +40,7 @@ from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import DeviceName, TrainConfig
 from unicl_fast.models.precision import Precision, settle_precision
 from unicl_fast.presets import build_preset
-from unicl_fast.system.machine import choose_device
-from unicl_fast.system.memory import keep_freed_memory
+from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.training.cached_gradients import back_propagate_learnt
 from unicl_fast.training.step import contrast_over_ranks, encoder_input, texts_to_encode
 from unicl_fast.training.trainer import Trainer

@@ -46,7 +46,7 @@ from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.objectives.collate import collate
 from unicl_fast.presets import build_preset
-from unicl_fast.system.memory import keep_freed_memory
+from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.models.precision import normalise_images
-from unicl_fast.system.memory import HostBuffers
+from unicl_fast.system.machine import HostBuffers
 
 SHAPE = (4, 300, 300)
 
@@ -147,7 +147,7 @@ def test_batches_held_at_once_are_different_and_stay_as_they_were() -> None:
 SCRIPT = """
 import resource, sys
 import numpy as np
-from unicl_fast.system.memory import keep_freed_memory
+from unicl_fast.system.machine import keep_freed_memory
 
 if sys.argv[1] == "keep":
     assert keep_freed_memory()
@@ -161,7 +161,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 RETURNING = """
 from pathlib import Path
-from unicl_fast.system.memory import keep_freed_memory, return_freed_memory
+from unicl_fast.system.machine import keep_freed_memory, return_freed_memory
 
 def resident():
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096

@@ -140,8 +140,7 @@ class Best:
 def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
     """The key of metrics.jsonl that `checkpoint.best` means; None keeps no best.
 
-    Raises:
-        ValueError: no evaluation of this run gives such a number.
+    Raises ValueError if no evaluation of this run gives such a number.
     """
     names = list(evaluations)
     if choice == "none" or not (choice or names):

@@ -112,9 +112,7 @@ def _check_types(values: dict[str, Any]) -> None:
 def find_checkpoint(path: str | Path) -> Path:
     """The checkpoint that a path stands for: RUN for its newest, RUN/best, or one itself.
 
-    Raises:
-        FileNotFoundError: none of these.
-        ValueError: best.json is damaged.
+    Raises FileNotFoundError if there is none, ValueError if best.json is damaged.
     """
     path = Path(path)
     if (path / STATE_FILE).is_file():
@@ -174,12 +172,7 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_model(path: str | Path) -> Path:
-    """The folder that a path stands for where a model is wanted: an export, or a checkpoint.
-
-    Raises:
-        FileNotFoundError: neither.
-        ValueError: best.json is damaged.
-    """
+    """The export, or the checkpoint, that a path stands for; raises as `find_checkpoint`."""
     path = Path(path)
     return path if is_export(path) else find_checkpoint(path)
 
@@ -284,8 +277,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
 def load_weights(model: UniCL, path: Path) -> None:
     """Loads the weights in a safetensors file into a model, in the model's own type and layout.
 
-    Raises:
-        ValueError: the file is damaged, or holds the weights of another model.
+    Raises ValueError if the file is damaged, or holds the weights of another model.
     """
     tensors = read_tensors(path)
     try:

@@ -133,10 +133,9 @@ class CheckpointWriter:
         self._thread = self._pinning = self._start(pin, failed=failed)
 
     def wait(self) -> None:
-        """Returns when all is written.
+        """Returns when all is written; a disk's faults are only logged.
 
-        Raises:
-            RuntimeError: a fault of the program while writing; a disk's faults are only logged.
+        Raises RuntimeError for a fault of the program while writing.
         """
         if self._thread is not None:
             self._thread.join()
@@ -224,14 +223,13 @@ def _empty_like(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
     """Host tensors in logical order, whatever the memory format of the ones they are like."""
     every = [tensor for tensors in files.values() for tensor in tensors.values()]
     spaces = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in every]
-    num_bytes = sum(spaces)
-    memory = torch.empty(0, dtype=torch.uint8)
-    if any(tensor.is_cuda for tensor in every):
-        try:
-            memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            logger.warning("no page-locked memory (%s): each checkpoint waits for its copy", error)
-    if len(memory) < num_bytes:
+    num_bytes, page_locked = sum(spaces), any(tensor.is_cuda for tensor in every)
+    try:
+        memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=page_locked)
+    except RuntimeError as error:
+        if not page_locked:
+            raise
+        logger.warning("no page-locked memory (%s): each checkpoint waits for its copy", error)
         memory = torch.empty(num_bytes, dtype=torch.uint8)
     pieces = iter(memory.split(spaces))
     return {

@@ -68,9 +68,7 @@ Problems = list[tuple[npt.NDArray[np.bool_], str]]
 def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
     """Maps a one-dimensional .npy file that must hold `length` rows of `dtype`, read-only.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds anything else, or fewer or more bytes.
+    Raises FileNotFoundError, or ValueError if it holds anything else, or fewer or more bytes.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -132,11 +130,7 @@ class PixelLayout:
     """The layout of `pixels.npy`: one array of rows of equal size, an image each."""
 
     def __init__(self, place: str | Path, info: PixelsInfo, num_samples: int) -> None:
-        """Computes the layout; `place` names the data set in messages.
-
-        Raises:
-            ValueError: the manifest contradicts itself.
-        """
+        """Raises ValueError if the manifest, of the data set at `place`, contradicts itself."""
         self.num_samples = num_samples
         self.shape = (info.height, info.width, CHANNELS)
         self.row_bytes = info.height * info.width * CHANNELS
@@ -187,10 +181,8 @@ def verify_arrays(
     """Compares the arrays with their checksums, and each reference in them with what is there.
 
     They are read, not mapped: mapped pages would count as this process's memory. Checksums are
-    None where the data set has no list of them, or where they have been compared.
-
-    Returns:
-        The largest token id.
+    None where the data set has no list of them, or where they have been compared. Returns the
+    largest token id.
 
     Raises:
         ValueError: a file was changed, or a row refers to what does not exist.

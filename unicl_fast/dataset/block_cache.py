@@ -163,11 +163,7 @@ class BlockCache:
     def _store(
         self, name: str, size: int, fetch: Callable[[], bytes], *, wait: bool = True
     ) -> bytes | None:
-        """Fetches a block and keeps it.
-
-        Returns:
-            The block; None if another process has stored it meanwhile, or (without `wait`) does.
-        """
+        """Fetches and keeps a block; None if another has stored it, or (without `wait`) does."""
         path = self._blocks / name
         data: bytes | None = None
         try:
@@ -388,11 +384,7 @@ class _StuckError(Exception):
 
 
 def _wait_for_lock(file: int, *, longest: float = _LONGEST_WAIT_SECONDS) -> None:
-    """Takes the lock on an open file by polling: a call that waits could not be given up.
-
-    Raises:
-        _StuckError: another process has had it for too long.
-    """
+    """Takes a lock by polling, since a call that waits could not be given up."""
     pause, end = _FIRST_WAIT_SECONDS, time.monotonic() + _LOCK_PATIENCE_SECONDS
     while not lock(file):
         if time.monotonic() > end:

@@ -67,12 +67,7 @@ class LocalReader:
         self._closed = False
 
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
-        """Fills `buffer` from a file; returns how many bytes there were.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: the reader has been closed.
-        """
+        """Fills `buffer` from a file; returns how many bytes there were, or raises OSError."""
         file, is_kept = self._open(number, most=_MAX_OPEN_FILES)
         if is_kept:
             try:
@@ -95,10 +90,6 @@ class LocalReader:
 
         Returns:
             bool [k], which of them came whole; the content of the others is undefined.
-
-        Raises:
-            OSError: the file cannot be opened.
-            ValueError: the reader has been closed.
         """
         from unicl_fast.system.kernels import pread_rows  # here, because it loads Numba
 
@@ -160,13 +151,7 @@ class RemoteFiles:
     """The files of a data set under a URL; its methods are those of `LocalFiles`."""
 
     def __init__(self, url: str, options: CacheOptions, array_names: Sequence[str]) -> None:
-        """Fetches the small files, those of `array_names` among them.
-
-        Raises:
-            FileNotFoundError: the URL is not that of a data set.
-            ValueError: the data differ from their checksums.
-            StorageError: the store cannot be reached.
-        """
+        """Fetches the small files; raises as `copy_small_files`."""
         self.store = ObjectStore(url)
         self.place = self.store.url
         self.options = options

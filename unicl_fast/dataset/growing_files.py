@@ -51,9 +51,7 @@ class GrowingFile:
     def __init__(self, path: Path, *, header_bytes: int = 0, kept: Kept | None = None) -> None:
         """Begins a file, or continues behind what was `kept`; what lies beyond that is cut off.
 
-        Raises:
-            ValueError: the file does not hold what was kept.
-            FileNotFoundError: it does not exist.
+        Raises ValueError if the file does not hold what was kept.
         """
         self.file: BinaryIO = path.open("wb" if kept is None else "r+b", buffering=1 << 20)
         self.num_bytes = header_bytes

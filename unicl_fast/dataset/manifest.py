@@ -87,11 +87,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "the manifest") -> Manifest:
-        """Reads what `to_json` wrote; `where` names the file in messages.
-
-        Raises:
-            ValueError: it is damaged, or of another version.
-        """
+        """Reads what `to_json` wrote; raises ValueError, naming `where`, if it is anything else."""
         values = parse_json(text, where=where)
         if not isinstance(values, dict) or not isinstance(values.get("version"), int):
             raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")

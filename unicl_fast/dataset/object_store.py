@@ -124,12 +124,7 @@ class ObjectStore:
         return f"{self.url}/{name}" if name else self.url
 
     def read(self, name: str, start: int, end: int) -> bytes:
-        """Reads bytes [start, end) of an object.
-
-        Raises:
-            FileNotFoundError: it does not exist.
-            StorageError: it could not be read.
-        """
+        """Reads bytes [start, end); raises FileNotFoundError or, for good, StorageError."""
         if end <= start:
             return b""
 
@@ -221,11 +216,7 @@ class ObjectStore:
     ) -> str:
         """XXH3-64 in hexadecimal digits of an object of `size` bytes, which is read once.
 
-        Its pieces, a few of which are fetched ahead, are given to `take` in order.
-
-        Raises:
-            FileNotFoundError: it does not exist.
-            StorageError: it could not be read.
+        Its pieces, a few of which are fetched ahead, go to `take` in order. Raises as `read`.
         """
         digest = xxhash.xxh3_64()
         starts = range(0, size, TRANSFER_BYTES)

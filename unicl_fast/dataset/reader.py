@@ -271,15 +271,12 @@ class PackedDataset:
         return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
 
     def check_arrays(self) -> None:
-        """Raises an error if an array's file has shrunk since it was opened; costs 2 us.
+        """Raises DamagedDatasetError if an array's file has shrunk since it was opened; costs 2 us.
 
         Reading behind the end of a mapped file ends the process with a bus error and no message.
         A file that is removed or replaced by another (as `mv` and most programs that copy do) does
         not change for processes that have it open; only one that is cut in place does. Called
         before each batch, this leaves only the moment between the check and the reading.
-
-        Raises:
-            DamagedDatasetError: a file has shrunk; the message names it.
         """
         arrays: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
         for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
@@ -296,11 +293,7 @@ class PackedDataset:
         return self._files.reader(self._large)
 
     def blocks_of(self, indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Lists the cache's blocks that hold the images of some samples, if it is under a URL.
-
-        Returns:
-            Each (file, block) once, in the order of need.
-        """
+        """Lists the cache's blocks that hold images under a URL, (file, block) once, as needed."""
         if self._layout is not None:
             files = np.full(len(indices), len(self.manifest.shards))
             sizes = np.full(len(indices), self._layout.row_bytes)

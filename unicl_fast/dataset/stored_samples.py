@@ -78,8 +78,7 @@ class SampleReader:
     def span(self, index: int) -> tuple[int, int, int]:
         """Shard number, and where a sample's first header begins and its last padding ends.
 
-        Raises:
-            DamagedSampleError: samples.npy places it outside its shard.
+        Raises DamagedSampleError if samples.npy places it outside its shard.
         """
         rows = self._dataset.samples
         shard, start = int(rows[index]["shard"]), int(rows[index]["offset"]) - BLOCK
@@ -95,8 +94,7 @@ class SampleReader:
     def read(self, index: int) -> StoredSample:
         """Everything the shard holds of sample `index`; checksums are left to the caller.
 
-        Raises:
-            DamagedSampleError: it cannot be read, or is not what the format says.
+        Raises DamagedSampleError if it cannot be read, or is not what the format says.
         """
         members = self._members(index)
         found = [member.extension for member in members]
@@ -117,11 +115,7 @@ class SampleReader:
         return StoredSample(members=members, description=description)
 
     def read_description(self, index: int) -> Description:
-        """Reads KEY.json of a sample, without its image.
-
-        Raises:
-            DamagedSampleError: it cannot be read.
-        """
+        """Reads KEY.json alone; raises DamagedSampleError if it cannot be read."""
         image = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
         members = self._members(index, skipped=0 if self._is_raw else image)
         if [member.extension for member in members] != ["json"]:
@@ -182,8 +176,7 @@ def equal_images(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
     """Splits a piece of a shard, from byte `start` on, into the members that fill it.
 
-    Raises:
-        ValueError: a byte differs from what `DatasetWriter` would have written.
+    Raises ValueError if a byte differs from what `DatasetWriter` would have written.
     """
     members: list[Member] = []
     position = 0

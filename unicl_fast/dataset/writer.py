@@ -307,9 +307,7 @@ class DatasetWriter:
     def _open_files(self, last: FinishedShard | None) -> None:
         """Opens the growing files, to continue after the last finished shard.
 
-        Raises:
-            ValueError: one of them has changed.
-            OSError: one of them is missing.
+        Raises ValueError if one of them has changed, OSError if it is missing.
         """
         kept = {} if last is None else last.files
         self._arrays = {

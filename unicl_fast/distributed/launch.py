@@ -149,8 +149,7 @@ class _Launcher:
     def wait(self) -> tuple[int, int]:
         """Waits for all ranks; after the first that fails the others are ended.
 
-        Returns:
-            The rank that explains the end, and its code: minus the signal that killed it.
+        Returns the rank that explains the end, and its code: minus the signal that killed it.
         """
         cause, follow_until = (0, 0), math.inf
         while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them

@@ -54,11 +54,7 @@ class Ranks:
         return self.rank == 0
 
     def local_batch_size(self, global_batch_size: int) -> int:
-        """Computes the size of a rank's local batch.
-
-        Raises:
-            ValueError: the ranks cannot share the global batch evenly.
-        """
+        """Computes the size of a rank's local batch; raises ValueError if it would not be even."""
         size, left = divmod(global_batch_size, self.world_size)
         if not left:
             return size
@@ -215,10 +211,8 @@ def agree_on_session(
     """Agrees on a name that exactly the ranks that run now have in common.
 
     Every rank writes a nonce. Rank 0 replies with the nonces it has read, and a name; a rank
-    accepts a reply that contains its nonce, then acknowledges it.
-
-    Raises:
-        RuntimeError: not all ranks came in time.
+    accepts a reply that contains its nonce, then acknowledges it. Raises RuntimeError if not all
+    came in time.
     """
     nonce = secrets.token_hex(8)
     deadline = time.monotonic() + timeout.total_seconds()

@@ -65,9 +65,6 @@ def exit_immediately_on_signals(program: str) -> Iterator[None]:
 
     Python runs signal handlers only when the main thread returns from whatever it is in; so a
     thread reads which signals have come, and ends the process itself.
-
-    Args:
-        program: its name, for the message.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

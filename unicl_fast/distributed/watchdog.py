@@ -160,11 +160,8 @@ def describe_others(
 ) -> list[str]:
     """Writes sentences on what the other ranks were last known to do; the suspects first.
 
-    Args:
-        heard: the last heartbeat of each other rank; None if none was ever heard.
-        now: on the clock of the heartbeats.
-        silence: seconds after which a silent rank is taken for stopped or lost.
-        blame: whether it is another rank's fault, since the speaker waits in a collective.
+    None was never heard; `silence` is how many seconds later a rank is taken for stopped or lost.
+    With `blame` it is another rank's fault, since the speaker waits in a collective.
     """
     silent, working, waiting, unheard = (defaultdict[str, list[int]](list) for _ in range(4))
     for rank, beat in heard.items():

@@ -24,8 +24,7 @@ from torch import Tensor, nn
 from unicl_fast.config import PrecisionName, TrainConfig
 from unicl_fast.models.text_encoder import CausalAttention, find_varlen_attention
 from unicl_fast.system.kernels import kernel
-from unicl_fast.system.machine import choose_device
-from unicl_fast.system.memory import HostBuffers
+from unicl_fast.system.machine import HostBuffers, choose_device
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _COMPUTE_TYPES: dict[str, torch.dtype] = {

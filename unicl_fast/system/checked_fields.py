@@ -50,10 +50,7 @@ def check_fields(instance: object, *, name: str = "") -> None:
 def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
     """Builds a dataclass, and those within it, from what `parse_json` returned.
 
-    Args:
-        cls: the dataclass; fields with a default may be missing.
-        values: the parsed object.
-        name: what the object is called in messages.
+    Fields with a default may be missing; messages call the object `name`.
 
     Raises:
         ValueError: a field is unknown, missing or of another type, or its value out of range.
@@ -85,8 +82,7 @@ def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
 def convert(value: Any, kind: Any, *, name: str) -> Any:
     """Returns a value as a field of type `kind` holds it: lists are tuples, objects dataclasses.
 
-    Raises:
-        ValueError: it is of another type or out of range.
+    Raises ValueError if it is of another type or out of range.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType) and value is not None:  # all are `... | None`
@@ -105,8 +101,7 @@ def convert(value: Any, kind: Any, *, name: str) -> Any:
 def parse_json(data: bytes | str, *, where: str) -> Any:
     """Parses JSON, `Infinity` included; a name that stands twice in an object is refused.
 
-    Raises:
-        ValueError: it is not JSON in UTF-8; the message begins with `where`.
+    Raises ValueError if it is not JSON in UTF-8; the message begins with `where`.
     """
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")

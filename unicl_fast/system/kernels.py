@@ -43,9 +43,7 @@ def kernel(**options: Any) -> Callable[[F], F]: ...
 def kernel(function: Any = None, /, **options: Any) -> Any:
     """Compiles a function by `numba.njit`, without Python's lock, and keeps the result on disk.
 
-    Args:
-        function: what to compile; left out, this returns a decorator.
-        **options: more of Numba's, such as `inline` or `fastmath`.
+    Also a decorator with more of Numba's options, such as `inline` or `fastmath`.
     """
     if function is None:
         return lambda function: kernel(function, **options)
@@ -55,8 +53,7 @@ def kernel(function: Any = None, /, **options: Any) -> Any:
 def c_function(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
     """Returns a decorator like `numba.cfunc` whose result is kept; its `address` is for C code.
 
-    Args:
-        *arguments: Numba's types of the function's arguments; it returns nothing.
+    The arguments are Numba's types of the function's arguments; it returns nothing.
     """
     decorator = functools.partial(cfunc, types.void(*arguments))
     return lambda function: _compile(function, decorator)
@@ -131,10 +128,8 @@ def pread_rows(file: Any, offsets: Any, rows: Any, positions: Any) -> Any:
     """Reads bytes of a file from offsets[i] on into rows[positions[i]], a whole row of uint8 each.
 
     All in one call without Python's lock, and by `pread` instead of a mapped file: one that shrinks
-    or vanishes under a running job is then a missing row instead of a bus error.
-
-    Returns:
-        bool [k], whether a row came whole; the content of one that did not is undefined.
+    or vanishes under a running job is then a missing row instead of a bus error. Returns bool [k],
+    whether a row came whole; the content of one that did not is undefined.
     """
     size = rows.shape[1]
     whole = np.empty(offsets.size, np.bool_)

@@ -104,27 +104,17 @@ def fold_key(*parts: int) -> int:
 
 
 def uniform_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
-    """Computes `random_unit` for tensors, on any device, bit for bit.
+    """Computes `random_unit` for tensors, on any device, bit for bit, as float64.
 
-    Args:
-        keys: int64 with the bits of the keys, or one key.
-        counters: int64, broadcast against `keys`.
-
-    Returns:
-        float64 in [0, 1) of the broadcast shape.
+    Keys are int64 with the bits of the keys, or one key; counters int64, broadcast against them.
     """
     return _shift_right(_random_bits_tensor(keys, counters), 11).double() * _TO_UNIT
 
 
 def fold_key_tensor(key: int, parts: Tensor) -> Tensor:
-    """Folds one more part into a key, for many parts, on their device and without copies to it.
+    """Folds one more int64 part into a key, for many parts, on their device, without copies to it.
 
-    Args:
-        key: result of `fold_key` for the parts before.
-        parts: int64.
-
-    Returns:
-        int64 with the bits of `fold_key(..., part)` for each part.
+    Returns int64 with the bits of `fold_key(..., part)` for each part.
     """
     return _random_bits_tensor(key, parts)
 
