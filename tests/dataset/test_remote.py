@@ -24,7 +24,7 @@ from PIL import Image
 from unicl_fast.dataset import block_cache, files, object_store
 from unicl_fast.dataset.block_cache import BlockCache, CacheOptions
 from unicl_fast.dataset.files import copy_small_files
-from unicl_fast.dataset.object_store import ObjectStore, Patience, StorageError, is_url
+from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.system.atomic_files import lock
 from unicl_fast.text.tokenizer import Tokenizer
@@ -34,8 +34,8 @@ BLOCK = 4096
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    quick = Patience(tries=3, first_pause_seconds=0.01, answer_seconds=2)
-    monkeypatch.setattr(object_store, "patience", quick)
+    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01), ("ANSWER_SECONDS", 2)):
+        monkeypatch.setattr(object_store, name, value)
     monkeypatch.setattr(files, "_BETWEEN_READINGS_SECONDS", 0.01)
     empty()
     yield

@@ -3,9 +3,6 @@
 `checkpoints/best.json` names the step whose evaluation gave the highest number. It is a small file
 that is replaced atomically, not a link, which a copy or another file system would lose. The
 checkpoint itself stays in its own folder, where nothing removes it while it is the best.
-
-Tensors are known here by their names in files, models are not: what is stored, and how it comes
-back, is the business of `unicl_fast.checkpoints.load`.
 """
 
 from __future__ import annotations
@@ -138,10 +135,7 @@ class Best:
 
 
 def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
-    """The key of metrics.jsonl that `checkpoint.best` means; None keeps no best.
-
-    Raises ValueError if no evaluation of this run gives such a number.
-    """
+    """The key of metrics.jsonl that `checkpoint.best` means; ValueError if nothing gives it."""
     names = list(evaluations)
     if choice == "none" or not (choice or names):
         return None

@@ -275,10 +275,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
 
 
 def load_weights(model: UniCL, path: Path) -> None:
-    """Loads the weights in a safetensors file into a model, in the model's own type and layout.
-
-    Raises ValueError if the file is damaged, or holds the weights of another model.
-    """
+    """Loads weights in the type and layout of the model; raises ValueError if they do not fit."""
     tensors = read_tensors(path)
     try:
         for name, value in model.state_dict().items():

@@ -133,10 +133,7 @@ class CheckpointWriter:
         self._thread = self._pinning = self._start(pin, failed=failed)
 
     def wait(self) -> None:
-        """Returns when all is written; a disk's faults are only logged.
-
-        Raises RuntimeError for a fault of the program while writing.
-        """
+        """Returns when all is written; raises RuntimeError for a fault of the program."""
         if self._thread is not None:
             self._thread.join()
             self._thread = self._pinning = None

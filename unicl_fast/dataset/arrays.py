@@ -11,7 +11,7 @@ from __future__ import annotations
 import ast
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -188,12 +188,7 @@ def verify_arrays(
         ValueError: a file was changed, or a row refers to what does not exist.
     """
     largest_token = 0
-    shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
-    checks: dict[str, Callable[[Rows], Problems]] = {
-        "samples": lambda rows: _check_samples(rows, manifest, shard_bytes),
-        "captions": lambda rows: _check_captions(rows, manifest),
-        "labels": lambda rows: _check_labels(rows, manifest),
-    }
+    checks = {"samples": _check_samples, "captions": _check_captions, "labels": _check_labels}
     for name, dtype in dtypes.items():
         path = folder / f"{name}.npy"
         digest = xxhash.xxh3_64()
@@ -202,7 +197,7 @@ def verify_arrays(
             if name == "tokens":
                 largest_token = max(largest_token, int(block.max(initial=0)))
             else:
-                _refuse_first(checks[name](block), path=path, first=first)
+                _refuse_first(checks[name](block, manifest), path=path, first=first)
             first += len(block)
         if checksums is not None:
             compare_checksum(path, digest.hexdigest(), checksums)
@@ -237,8 +232,9 @@ def _refuse_first(problems: Problems, *, path: Path, first: int) -> None:
             raise ValueError(f"{path} is damaged: row {row} {message}; copy the data set again")
 
 
-def _check_samples(rows: Rows, manifest: Manifest, shard_bytes: Rows) -> Problems:
+def _check_samples(rows: Rows, manifest: Manifest) -> Problems:
     """Every sample lies inside its shard and its ranges inside the other arrays."""
+    shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
     no_shard = rows["shard"] >= len(shard_bytes)
     if no_shard.any():
         return [(no_shard, "names a shard that does not exist")]

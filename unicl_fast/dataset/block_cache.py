@@ -3,8 +3,8 @@
 A block is a file of its own, written aside and renamed, so one of the right name is whole. It is
 named by the checksum of the file that it is a part of, so a data set that was replaced under its
 URL has other blocks, and two copies of a data set share theirs. A process that wants a missing
-block takes the lock on the file aside (flock: the kernel releases it when its holder dies, by
-SIGKILL too); the others wait for it and then read what it wrote, so each block is fetched once.
+block takes the lock on the file aside, which does not outlive it; the others wait for it and then
+read what it wrote, so each block is fetched once.
 Before a block is fetched its bytes are added to a count in the folder; where they would pass the
 limit, the least recently used blocks make room, and the count is taken anew from the files that
 are there. So what a killed process leaves makes the folder smaller than it may be, never larger.
@@ -23,7 +23,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,12 +31,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.dataset.manifest import PixelsInfo, ShardInfo
 from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.system.atomic_files import is_at, lock
 
 logger = logging.getLogger(__name__)
 
 Int64Array = npt.NDArray[np.int64]
+LargeFiles = Mapping[str, ShardInfo | PixelsInfo]
+"""Files that are read in ranges, by name; in this order they are numbered."""
 
 DEFAULT_CACHE_BYTES = 20_000_000_000
 DEFAULT_BLOCK_BYTES = 4 << 20
@@ -75,24 +78,11 @@ class CacheOptions:
         return Path(home) / "unicl_fast"
 
 
-@dataclass(frozen=True, slots=True)
-class LargeFile:
-    """A file that is read in ranges."""
-
-    name: str
-    num_bytes: int
-    xxh3: str
-    """Checksum of the whole file, as the manifest has it; never compared, only part of names."""
-
-
 class BlockCache:
     """The blocks of one folder. Safe in several threads and processes."""
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
-        """Makes the folder; raises OSError if it cannot.
-
-        Where processes differ in `max_bytes`, the smallest limit holds while that process reads.
-        """
+        """Makes the folder; of several limits the smallest holds while its process reads."""
         self._blocks = folder / "blocks"
         self._max_bytes = max_bytes
         self._blocks.mkdir(parents=True, exist_ok=True)
@@ -217,37 +207,30 @@ class BlockCache:
 
     def _make_room(self, size: int) -> None:
         """Adds bytes to the count before they are fetched, after making room for them."""
-        with self._counting() as file:
-            used = _read_count(file)
-            if used is None or used + size > self._max_bytes:
-                used = self._remove_oldest(size)
-            os.pwrite(file, b"%0*d" % (_COUNT_DIGITS, used + size), 0)
-
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[int]:
         # Threads queue here, so that only one of each process polls for the lock: nine of them held
         # each other up for 20 ms a block. Not for ever: a fork may have copied it locked.
         mine = self._own_turn.acquire(timeout=_OWN_TURN_SECONDS)
         file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             _wait_for_lock(file, longest=_FIRST_WAIT_SECONDS)
-            yield file
+            text = os.pread(file, _COUNT_DIGITS + 1, 0)  # what is no count is taken for full
+            used = int(text) if len(text) == _COUNT_DIGITS and text.isdigit() else self._max_bytes
+            if used + size > self._max_bytes:
+                used = self._remove_oldest(size)
+            os.pwrite(file, b"%0*d" % (_COUNT_DIGITS, used + size), 0)
         finally:
             os.close(file)
             if mine:
                 self._own_turn.release()
 
     def _remove_oldest(self, size: int) -> int:
-        """Removes the least recently used blocks until `size` more bytes fit; returns what is left.
-
-        A block that is being written counts in full.
-        """
+        """Removes the least recently used blocks until `size` more fit; returns what is left."""
         found, total = [], 0
         for folder, _, names in os.walk(self._blocks):
             for name in names:
                 path = os.path.join(folder, name)
                 if name.endswith(_PART):
-                    total += 0 if _remove_if_left(path) else size
+                    total += 0 if _remove_if_left(path) else size  # in full
                     continue
                 with contextlib.suppress(OSError):  # removed meanwhile
                     status = os.stat(path)
@@ -274,15 +257,12 @@ class BlockCache:
 
 
 class BlockReader:
-    """Reads ranges of a data set's large files through the cache, like `LocalReader` in a folder.
-
-    It is safe in several threads, and after a fork.
-    """
+    """Reads ranges of large files through the cache; safe in several threads, and after a fork."""
 
     def __init__(
-        self, store: ObjectStore, files: Sequence[LargeFile], cache: BlockCache, *, block_bytes: int
+        self, store: ObjectStore, files: LargeFiles, cache: BlockCache, *, block_bytes: int
     ) -> None:
-        self._store, self._files = store, list(files)
+        self._store, self._files = store, list(files.items())
         self._cache, self._block_bytes = cache, block_bytes
         self._closed = False
         self._counting = threading.Lock()
@@ -299,7 +279,7 @@ class BlockReader:
         if self._closed:
             raise ValueError(f"{self._store.url} has been closed")
         view, done = buffer.data, 0
-        wanted = min(len(view), max(0, self._files[number].num_bytes - offset))
+        wanted = min(len(view), max(0, self._files[number][1].num_bytes - offset))
         while done < wanted:
             block, start = divmod(offset + done, self._block_bytes)
             name, size, fetch = self._block(number, block)
@@ -319,7 +299,7 @@ class BlockReader:
         whole = np.zeros(len(offsets), np.bool_)
         blocks = offsets // self._block_bytes
         inside = (offsets + size - 1) // self._block_bytes == blocks
-        inside &= offsets + size <= self._files[number].num_bytes
+        inside &= offsets + size <= self._files[number][1].num_bytes
         for i in np.flatnonzero(~inside).tolist():
             with contextlib.suppress(FileNotFoundError):
                 whole[i] = self.read_into(number, rows[positions[i]], int(offsets[i])) == size
@@ -368,11 +348,11 @@ class BlockReader:
 
     def _block(self, number: int, block: int) -> tuple[str, int, partial[bytes]]:
         """The name of a block in the cache, its size, and a function that fetches it."""
-        file = self._files[number]
+        file_name, file = self._files[number]
         start = block * self._block_bytes
         end = min(start + self._block_bytes, file.num_bytes)
         name = f"{file.xxh3}-{file.num_bytes}-{self._block_bytes}/{block:08d}"
-        return name, end - start, partial(self._store.read, file.name, start, end)
+        return name, end - start, partial(self._store.read, file_name, start, end)
 
     def _count(self, num_bytes: int) -> None:
         with self._counting:
@@ -405,11 +385,6 @@ def _remove_if_left(path: str) -> bool:
         return left
     finally:
         os.close(file)
-
-
-def _read_count(file: int) -> int | None:
-    text = os.pread(file, _COUNT_DIGITS + 1, 0)
-    return int(text) if len(text) == _COUNT_DIGITS and text.isdigit() else None
 
 
 def _write_all(file: int, data: bytes) -> None:

@@ -33,7 +33,7 @@ from unicl_fast.dataset.block_cache import (
     BlockReader,
     CacheOptions,
     Int64Array,
-    LargeFile,
+    LargeFiles,
 )
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, shard_name
 from unicl_fast.dataset.object_store import ObjectStore
@@ -55,10 +55,7 @@ Fault = ValueError | FileNotFoundError
 
 
 class LocalReader:
-    """Reads ranges of one folder's large files by their number, and keeps the files open.
-
-    It is safe in several threads. `BlockReader` reads in the same way.
-    """
+    """Reads ranges of one folder's large files, and keeps them open; safe in several threads."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
         self._paths = [folder / name for name in names]
@@ -142,9 +139,9 @@ class LocalFiles:
         with (self.folder / name).open("rb") as file:
             return file.read(size)
 
-    def reader(self, files: Sequence[LargeFile]) -> FileReader:
+    def reader(self, files: LargeFiles) -> FileReader:
         """A reader of large files, which are numbered in this order."""
-        return LocalReader(self.folder, [file.name for file in files])
+        return LocalReader(self.folder, list(files))
 
 
 class RemoteFiles:
@@ -169,7 +166,7 @@ class RemoteFiles:
     def head_of(self, name: str, size: int) -> bytes:
         return self.store.read(name, 0, size)
 
-    def reader(self, files: Sequence[LargeFile]) -> FileReader:
+    def reader(self, files: LargeFiles) -> FileReader:
         return BlockReader(self.store, files, self._cache, block_bytes=self.options.block_bytes)
 
     def is_unchanged(self) -> bool:
@@ -235,10 +232,7 @@ def check_files(
 def find_pixel_fault(
     files: LocalFiles | RemoteFiles, layout: PixelLayout
 ) -> tuple[Fault, int] | None:
-    """A fault of pixels.npy and how many images it costs; None if the file is whole.
-
-    Compares the size and the header; pixels are compared when they are read.
-    """
+    """A fault of the size or header of pixels.npy, and how many images it costs; or None."""
     path, total = files.where(PIXELS_NAME), layout.num_samples
     num_bytes = files.sizes_of([PIXELS_NAME])[PIXELS_NAME]
     fault = _size_fault(path, num_bytes, layout.num_bytes)

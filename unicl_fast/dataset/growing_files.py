@@ -1,7 +1,6 @@
 """The files of a packed data set while they grow, and the journal that a killed build resumes from.
 
-`DatasetWriter` decides what goes where; each class here knows one file: its layout, its checksum,
-how it gets safely onto the disk, and how it is continued after a program died.
+`DatasetWriter` decides what goes where; each class here knows one file.
 
 The journal gets a line when a shard is finished and everything that the line describes is on the
 disk. It says how much of each file belongs to the samples of the shards so far, so the rest can be
@@ -49,10 +48,7 @@ class GrowingFile:
     """A file that only grows, apart from a header at its beginning that is written last."""
 
     def __init__(self, path: Path, *, header_bytes: int = 0, kept: Kept | None = None) -> None:
-        """Begins a file, or continues behind what was `kept`; what lies beyond that is cut off.
-
-        Raises ValueError if the file does not hold what was kept.
-        """
+        """Begins a file, or continues it behind `kept`; raises ValueError if that has changed."""
         self.file: BinaryIO = path.open("wb" if kept is None else "r+b", buffering=1 << 20)
         self.num_bytes = header_bytes
         self._hash = xxhash.xxh3_64()
@@ -100,6 +96,11 @@ class ShardFile(GrowingFile):
         super().__init__(folder / name)
         self._path = folder / name
         self._index: list[str] = []
+
+    def size_with(self, members: list[tuple[str, bytes]]) -> int:
+        """Bytes of the whole shard if it got one more sample and then ended."""
+        more = sum(BLOCK + padded_bytes(len(data)) for _, data in members)
+        return self.num_bytes + more + len(END_OF_TAR)
 
     def add(self, key: str, members: list[tuple[str, bytes]]) -> int:
         """Appends the members of one sample; returns the offset of the first one's bytes."""
@@ -258,10 +259,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
-    """Begins a list: returns the open file and its csv writer, which has written the columns.
-
-    Bytes of a name that are not UTF-8 are written as escapes.
-    """
+    """Begins a list, with escapes for what is not UTF-8; returns the file and its csv writer."""
     file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
     rows = _csv_writer(file)
     rows.writerow(columns)

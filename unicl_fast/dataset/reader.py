@@ -3,8 +3,8 @@
 A data set is a folder, or the objects under a URL: tar shards that WebDataset and DALI also read,
 four small arrays that say where each image lies and which texts and labels it has, and a manifest.
 In a raw data set (version 2) the images are decoded and lie in an array of their own.
-`docs/data-format.md` holds the full text. This module only reads; `writer` writes. Decoding images
-and choosing which sample comes when belong to other rooms.
+`docs/data-format.md` holds the full text. Decoding images and choosing which sample comes when
+belong to other rooms.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from unicl_fast.dataset.arrays import (
     open_array,
     verify_arrays,
 )
-from unicl_fast.dataset.block_cache import BlockReader, CacheOptions, LargeFile
+from unicl_fast.dataset.block_cache import BlockReader, CacheOptions, LargeFiles
 from unicl_fast.dataset.files import FileReader, LocalFiles, RemoteFiles, check_files
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
@@ -33,7 +33,6 @@ from unicl_fast.system.checksums import read_checksums
 
 QUARANTINE_NAME = "quarantine.csv"
 QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
-KEY_DIGITS = 10
 
 Part = Literal["image", "members"]
 """A part of a sample: its image, or its members in a shard, which a raw data set keeps apart."""
@@ -56,7 +55,7 @@ class TooManyBadSamplesError(RuntimeError):
 
 def sample_key(index: int) -> str:
     """The name of sample `index` inside its shard, without extension."""
-    return f"{index:0{KEY_DIGITS}d}"
+    return f"{index:010d}"
 
 
 class PackedDataset:
@@ -64,8 +63,7 @@ class PackedDataset:
 
     Images are read with `preadv`, never mapped: a shard that shrinks or vanishes under a running
     job is then an error with a name instead of a bus error. Reads from several threads at once are
-    safe. Arrays are memory-mapped and read-only, since they may be larger than memory should pay
-    for; see `check_arrays` for what that costs.
+    safe. Arrays are memory-mapped and read-only; see `check_arrays` for what that costs.
     """
 
     def __init__(
@@ -114,9 +112,8 @@ class PackedDataset:
         pixels = self.manifest.pixels
         self._layout = None if pixels is None else PixelLayout(self.place, pixels, total)
         self._files = files
-        self._large = [LargeFile(one.name, one.num_bytes, one.xxh3) for one in self.manifest.shards]
-        if pixels is not None:
-            self._large.append(LargeFile(PIXELS_NAME, pixels.num_bytes, pixels.xxh3))
+        large: LargeFiles = {shard.name: shard for shard in self.manifest.shards}
+        self._large = large if pixels is None else {**large, PIXELS_NAME: pixels}
         self._reader = self.new_reader()
         check_files(files, self.manifest, layout=self._layout, max_bad_fraction=max_bad_fraction)
         self.largest_token: int | None = None

@@ -1,9 +1,8 @@
 """One sample of a packed data set with everything its shard holds of it: image, texts, origin.
 
-Training needs only the arrays and the image (`unicl_fast.dataset.reader`). Programs that check,
-describe or copy a data set also read the JSON members, and account for each byte of a shard: a
-sample is read in one piece, from its first header to the next sample's. In a raw data set that
-piece is the JSON; the pixels are one array, which `PackedDataset` reads.
+Programs that check, describe or copy a data set also read the JSON members, and account for each
+byte of a shard: a sample is read in one piece, from its first header to the next sample's. In a raw
+data set that piece is the JSON; the pixels are one array, which `PackedDataset` reads.
 """
 
 from __future__ import annotations
@@ -76,10 +75,7 @@ class SampleReader:
         self._reader = dataset.new_reader()
 
     def span(self, index: int) -> tuple[int, int, int]:
-        """Shard number, and where a sample's first header begins and its last padding ends.
-
-        Raises DamagedSampleError if samples.npy places it outside its shard.
-        """
+        """A sample's shard, and where its first header begins and its last padding ends in it."""
         rows = self._dataset.samples
         shard, start = int(rows[index]["shard"]), int(rows[index]["offset"]) - BLOCK
         if shard >= len(self._shards):
@@ -92,10 +88,7 @@ class SampleReader:
         return shard, start, end
 
     def read(self, index: int) -> StoredSample:
-        """Everything the shard holds of sample `index`; checksums are left to the caller.
-
-        Raises DamagedSampleError if it cannot be read, or is not what the format says.
-        """
+        """Everything its shard holds of a sample, or DamagedSampleError; compares no checksum."""
         members = self._members(index)
         found = [member.extension for member in members]
         # WebPs are accepted under version 1 too, as data sets of earlier programs have them
@@ -115,7 +108,7 @@ class SampleReader:
         return StoredSample(members=members, description=description)
 
     def read_description(self, index: int) -> Description:
-        """Reads KEY.json alone; raises DamagedSampleError if it cannot be read."""
+        """Reads KEY.json alone, or raises DamagedSampleError."""
         image = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
         members = self._members(index, skipped=0 if self._is_raw else image)
         if [member.extension for member in members] != ["json"]:

@@ -2,12 +2,9 @@
 
 Everything is written into a folder beside the final one and renamed when it is whole, so a build
 that fails or is killed leaves nothing that looks like a data set. The bytes written depend on the
-samples and their order only: tar headers carry no time, owner or machine. Images are taken as
-they come; checking them belongs to `unicl_fast.images`. The decoded images of a raw data set go
-into an array of their own, and its shards hold their descriptions.
-
-A writer that is given a folder to work in keeps a journal there (growing_files.py), and the next
-one with the same samples continues after the last finished shard.
+samples and their order only. Images are taken as they come; checking them belongs to
+`unicl_fast.images`. A writer that is given a folder to work in keeps a journal there
+(growing_files.py), and the next one with the same samples continues after the last finished shard.
 """
 
 from __future__ import annotations
@@ -28,8 +25,6 @@ import xxhash
 
 from unicl_fast.dataset.arrays import ARRAY_DTYPES, CHANNELS, PIXEL_DTYPE, PIXELS_NAME
 from unicl_fast.dataset.growing_files import (
-    BLOCK,
-    END_OF_TAR,
     ArrayFile,
     FinishedShard,
     GrowingFile,
@@ -37,7 +32,6 @@ from unicl_fast.dataset.growing_files import (
     ListFile,
     ShardFile,
     ShardJournal,
-    padded_bytes,
     read_journal,
     sync_and_close,
 )
@@ -174,20 +168,10 @@ class DatasetWriter:
             self._add_pixels(sample)
         offset = shard.add(sample_key(self.num_samples), members)
         captions, labels, tokens = (self._arrays[name] for name in ("captions", "labels", "tokens"))
-        self._arrays["samples"].append(
-            _SAMPLE_ROW.pack(
-                len(self._shards),
-                offset,
-                len(members[0][1]),
-                sample.height,
-                sample.width,
-                sample.xxh3,
-                captions.length,
-                len(sample.captions),
-                labels.length,
-                len(sample.labels),
-            )
-        )
+        place = (len(self._shards), offset, len(members[0][1]))
+        image = (sample.height, sample.width, sample.xxh3)
+        texts = (captions.length, len(sample.captions), labels.length, len(sample.labels))
+        self._arrays["samples"].append(_SAMPLE_ROW.pack(*place, *image, *texts))
         for ids in sample.tokens:
             captions.append(_CAPTION_ROW.pack(tokens.length, len(ids)))
             tokens.append(ids.astype("<u2").tobytes())
@@ -290,10 +274,7 @@ class DatasetWriter:
             sync_and_close(file)
 
     def discard(self) -> None:
-        """Removes what has been written, or only closes it where there is a folder to work in.
-
-        Does nothing after `finish`.
-        """
+        """Removes what was written, or only closes it in a `work` folder; not after `finish`."""
         if not self.aside.exists():
             return
         for file in (self._shard, *self._files().values()):
@@ -305,10 +286,7 @@ class DatasetWriter:
             shutil.rmtree(self.aside)
 
     def _open_files(self, last: FinishedShard | None) -> None:
-        """Opens the growing files, to continue after the last finished shard.
-
-        Raises ValueError if one of them has changed, OSError if it is missing.
-        """
+        """Opens the growing files; raises ValueError or OSError if those of `last` have changed."""
         kept = {} if last is None else last.files
         self._arrays = {
             name: ArrayFile(self.aside, name, kept=kept.get(f"{name}.npy")) for name in ARRAY_DTYPES
@@ -347,9 +325,7 @@ class DatasetWriter:
         return files
 
     def _shard_for(self, members: list[tuple[str, bytes]]) -> ShardFile:
-        needed = sum(BLOCK + padded_bytes(len(data)) for _, data in members)
-        full = self._shard_bytes - len(END_OF_TAR) - needed
-        if self._shard is not None and self._shard.num_bytes > full:
+        if self._shard is not None and self._shard.size_with(members) > self._shard_bytes:
             self._close_shard()
         if self._shard is None:
             self._shard = ShardFile(self.aside, shard_name(len(self._shards)))

@@ -156,8 +156,8 @@ class _Launcher:
             now = time.monotonic()
             if self._deadline == math.inf:  # later failures are the launcher's own doing
                 cause = self._root_cause()
-                if cause[1] and follow_until == math.inf:  # one may be seen before its cause;
-                    # and asked to stop, all end after the same step, and save
+                if cause[1] and follow_until == math.inf:
+                    # one may be seen before its cause; asked to stop, all save after the same step
                     follow_until = now + (10 if cause[1] == EXIT_INTERRUPTED else 2)
                 if now >= follow_until:
                     self._send(signal.SIGTERM)  # a rank that waits for a hung one says so, and ends

@@ -244,10 +244,7 @@ def _read(store: Store, key: str) -> str:
 
 
 def adopt_slurm_ranks() -> None:
-    """Under `srun` with several tasks, sets torchrun's variables from SLURM's.
-
-    Does nothing under torchrun, or where srun started a single task.
-    """
+    """Under `srun` with several tasks, but not torchrun, sets its variables from SLURM's."""
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" in os.environ or tasks == 1:
         return

@@ -1,13 +1,12 @@
 """Exit codes, and what SIGTERM, SIGUSR1 and Ctrl-C do to a training program.
 
-The step that runs is finished, a checkpoint is written, and the program ends with code 75 ("try
-again later"), so that a job script knows that the run can be resumed (`Interruption`). All ranks
-stop after the same step.
+The step that runs is finished, on all ranks, a checkpoint is written, and the program ends with
+code 75 ("try again later"), so that a job script knows that the run can be resumed.
 
 Until the first step is done there is nothing to save, and imports, opening data, compiling and the
 first batch take seconds to minutes. A scheduler that wants the machine back must not be kept
-waiting then, nor be told of a fault (143): the program ends immediately, with the same code
-(`exit_immediately_on_signals`). Imports nothing heavy: it is entered before everything else.
+waiting then, nor be told of a fault (143): the program ends immediately, with the same code.
+Imports nothing heavy: it is entered before everything else.
 """
 
 from __future__ import annotations

@@ -11,9 +11,8 @@ count. What holds Python's global lock for ever (a page of a memory-mapped file 
 stops this thread too: then it is the other ranks that notice.
 
 Other tools were considered. `faulthandler.dump_traceback_later` ends a process with 1 and knows no
-stage. torch's `monitored_barrier` names the rank that is missing, but only where all ranks call it,
-at the price of a round trip, and on gloo. NCCL's flight recorder knows collectives alone, and not
-the storage or the thread that held a rank up before one.
+stage. torch's `monitored_barrier` names the missing rank, but only on gloo and at the price of a
+round trip. NCCL's flight recorder knows collectives alone, not the storage or thread before one.
 """
 
 from __future__ import annotations
@@ -140,8 +139,7 @@ class Watchdog:
             f"and {allowed} allows no more."
         ]
         known = self._heartbeats.heard if self._heartbeats else {}
-        others = (rank for rank in range(self._world_size) if rank != self._rank)
-        heard = {rank: known.get(rank) for rank in others}
+        heard = {rank: known.get(rank) for rank in range(self._world_size) if rank != self._rank}
         sentences += describe_others(
             heard, now=now, silence=self._silence, blame=stage.waits_for_ranks
         )

@@ -84,10 +84,7 @@ def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]:
-    """Makes a folder, and removes it at the end; those that killed programs left are removed first.
-
-    `prefix` begins the folder's name, the same for all runs of a program.
-    """
+    """Makes a folder for a while, after removing those that killed programs left."""
     root = root or Path(tempfile.gettempdir())
     for old in root.glob(f"{prefix}*/{_LOCK_NAME}"):
         with contextlib.suppress(OSError), _locked(old) as is_unused:

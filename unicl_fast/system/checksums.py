@@ -1,12 +1,11 @@
 """XXH3-64 checksums: of files, of the files of a packed data set, of JSON objects.
 
-A packed data set lists the checksums of its files in a file beside the manifest, which readers of
-earlier versions ignore. A data set without that list is read too, but damage to its arrays can then
-be found only where it contradicts itself.
+A packed data set lists the checksums of its files beside the manifest. One without that list is
+read too, but damage to its arrays can then be found only where it contradicts itself.
 
 A JSON object carries its own checksum in one more field (`seal`), of the other fields in a fixed
-spelling, so that white space and the order of fields do not matter: nothing else would reveal a
-flipped digit. Objects without one, as earlier versions wrote them, are read as they are.
+spelling, so that white space and order do not matter: nothing else would reveal a flipped digit.
+Objects without one, as earlier versions wrote them, are read as they are.
 """
 
 from __future__ import annotations

@@ -1,9 +1,8 @@
 """Numba's decorators as this package uses them, and a kernel that reads files.
 
 Kernels are compiled once for a machine, and kept on disk. Numba takes what it keeps of a function
-for fresh until the function's own file changes. But
-constants, enumerations and functions of other modules are part of the compiled code too: after an
-update of those alone, a stale kernel would plan other batches here than on the next machine. So
+for fresh until the function's own file changes. But code of other modules is part of it too: after
+an update of those alone, a stale kernel would plan other batches here than on the next machine. So
 kernels are kept in a folder that is named by a hash of all code that can be part of them. It must
 belong to this user alone, since loading a kept kernel runs code.
 """
@@ -41,20 +40,14 @@ def kernel(function: F, /, **options: Any) -> F: ...
 @overload
 def kernel(**options: Any) -> Callable[[F], F]: ...
 def kernel(function: Any = None, /, **options: Any) -> Any:
-    """Compiles a function by `numba.njit`, without Python's lock, and keeps the result on disk.
-
-    Also a decorator with more of Numba's options, such as `inline` or `fastmath`.
-    """
+    """Compiles by `numba.njit` without Python's lock, and keeps it on disk; options are Numba's."""
     if function is None:
         return lambda function: kernel(function, **options)
     return _compile(function, functools.partial(njit, nogil=True, **options))
 
 
 def c_function(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
-    """Returns a decorator like `numba.cfunc` whose result is kept; its `address` is for C code.
-
-    The arguments are Numba's types of the function's arguments; it returns nothing.
-    """
+    """Returns a decorator like `numba.cfunc` whose result is kept; its `address` is for C code."""
     decorator = functools.partial(cfunc, types.void(*arguments))
     return lambda function: _compile(function, decorator)
 

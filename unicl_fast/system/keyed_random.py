@@ -4,9 +4,7 @@ Data plan and drop path ask "what is random number `counter` of the stream `(see
 and get the same answer on any rank, in any order, after any restart. A key is made on the host by
 folding integers together; a number is one more mix of key and counter. The mixer is the finaliser
 of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-
-The kernels serve the host; `uniform_tensor` computes the same numbers on any device of torch, which
-is not imported for that: programs that use the kernels alone need not wait for it.
+The kernels serve the host; `uniform_tensor` computes the same numbers on any device of torch.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import numpy as np
 
 from unicl_fast.system.kernels import kernel
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # programs that use the kernels alone need not wait for it
     from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -108,21 +106,13 @@ def uniform_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
 
     Keys are int64 with the bits of the keys, or one key; counters int64, broadcast against them.
     """
-    return _shift_right(_random_bits_tensor(keys, counters), 11).double() * _TO_UNIT
+    return _shift_right(fold_key_tensor(keys, counters), 11).double() * _TO_UNIT
 
 
-def fold_key_tensor(key: int, parts: Tensor) -> Tensor:
-    """Folds one more int64 part into a key, for many parts, on their device, without copies to it.
-
-    Returns int64 with the bits of `fold_key(..., part)` for each part.
-    """
-    return _random_bits_tensor(key, parts)
-
-
-def _random_bits_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
+def fold_key_tensor(keys: Tensor | int, parts: Tensor) -> Tensor:
+    """Returns int64 with the bits of `fold_key(..., part)` for each int64 part, on their device."""
     key = _signed(keys) if isinstance(keys, int) else keys
-    mixed = _mix_tensor(counters * _signed(_GOLDEN) + key)
-    return _mix_tensor(mixed ^ key)
+    return _mix_tensor(_mix_tensor(parts * _signed(_GOLDEN) + key) ^ key)
 
 
 def _mix_tensor(value: Tensor) -> Tensor:

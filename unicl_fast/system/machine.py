@@ -105,10 +105,7 @@ def _quotas() -> list[int]:
 
 
 def choose_device(name: str, *, local_rank: int = 0) -> torch.device:
-    """Chooses the device that `run.device` means for this rank.
-
-    Raises ValueError if CUDA is asked for and missing, or this rank has no device of its own.
-    """
+    """Chooses the device that `run.device` means for this rank; raises ValueError without one."""
     import torch
 
     if name == "cuda" and not torch.cuda.is_available():
