@@ -55,10 +55,7 @@ class CheckpointWriter:
         """Makes the folder that of a run that resumes from `step`: later checkpoints are renamed.
 
         The best has the highest value of `metric` in the lines of metrics.jsonl up to the step;
-        None looks for no new one.
-
-        Raises:
-            OSError: the folder cannot be read or written.
+        None looks for no new one. Raises OSError if the folder cannot be read or written.
         """
         self.wait()
         set_later_checkpoints_aside(self.folder, step=step)

@@ -53,7 +53,7 @@ PIXEL_DTYPE = np.dtype("|u1")
 CHANNELS = 3
 
 HEADER_BYTES = 512
-"""Length of the header of the .npy files that we write."""
+"""Length of the header of our .npy files, fixed before the number of rows is known."""
 _MAGIC = b"\x93NUMPY\x01\x00"
 _MAX_HEADER_BYTES = 10_000
 _BLOCK_ROWS = 1 << 16
@@ -96,10 +96,7 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The first `HEADER_BYTES` of our .npy files (NPY format 1.0).
-
-    Its length is fixed, so that a file can be written before its number of rows is known.
-    """
+    """The first `HEADER_BYTES` of our .npy files (NPY format 1.0)."""
     descr = np.lib.format.dtype_to_descr(dtype)
     length = HEADER_BYTES - len(_MAGIC) - 2
     fields = {"descr": descr, "fortran_order": False, "shape": shape}
@@ -161,10 +158,7 @@ def blocks_of(array: Rows) -> Iterator[Rows]:
 
 
 def mapping_of(array: Rows) -> mmap.mmap | None:
-    """The mapped file that an array's rows lie in; None if they lie in memory.
-
-    A part of a mapped array only knows the array that it is a part of, which knows the file.
-    """
+    """The mapped file that an array, or the array that it is a part of, lies in; or None."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base

@@ -45,7 +45,6 @@ class PixelsInfo:
     num_bytes: Count
     """Size of the whole file, header included."""
     xxh3: str
-    """XXH3-64 of the whole file, 16 hexadecimal digits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

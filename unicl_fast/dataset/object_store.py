@@ -86,10 +86,8 @@ class ObjectStore:
         """Connects to nothing before the first request.
 
         Keys, regions and endpoints are found where the store's client looks for them (~/.aws,
-        AWS_... of the environment), and where fsspec does (FSSPEC_S3_..., ~/.config/fsspec).
-
-        Raises:
-            ValueError: it is not a URL of a folder such as s3://bucket/packed/photos.
+        AWS_... of the environment), and where fsspec does (FSSPEC_S3_..., ~/.config/fsspec). Raises
+        ValueError if it is not a URL of a folder such as s3://bucket/packed/photos.
         """
         match = _URL.fullmatch(url)
         if match is None or "::" in url or "?" in url or "#" in url:

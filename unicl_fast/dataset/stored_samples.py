@@ -130,10 +130,18 @@ class SampleReader:
             raise self._damaged(index, str(error)) from error
 
     def _description(self, index: int, member: Member) -> Description:
+        """Reads KEY.json, if it is as `unicl-pack build` would write it."""
         try:
-            return parse_description(bytes(member.data))
-        except ValueError as error:
-            raise self._damaged(index, str(error)) from error
+            values: Any = json.loads(bytes(member.data))
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(index, f"its JSON cannot be read: {error}") from error
+        if not isinstance(values, dict) or set(values) != _FIELDS:
+            fields = f"the fields {sorted(_FIELDS)}, and no others"
+            raise self._damaged(index, f"its JSON does not hold {fields}")
+        try:
+            return msgspec.convert(values, Description)
+        except msgspec.ValidationError as error:
+            raise self._damaged(index, "its JSON holds values of the wrong type") from error
 
     def close(self) -> None:
         self._reader.close()
@@ -200,17 +208,3 @@ def _read_header(header: bytes) -> tuple[str, int] | None:
         return (name, size) if size >= 0 and tar_header(name, size) == header else None
     except (ValueError, IndexError):
         return None
-
-
-def parse_description(data: bytes) -> Description:
-    """Reads KEY.json; raises ValueError if `unicl-pack build` would not write it so."""
-    try:
-        values: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its JSON cannot be read: {error}") from error
-    if not isinstance(values, dict) or set(values) != _FIELDS:
-        raise ValueError(f"its JSON does not hold the fields {sorted(_FIELDS)}, and no others")
-    try:
-        return msgspec.convert(values, Description)
-    except msgspec.ValidationError as error:
-        raise ValueError("its JSON holds values of the wrong type") from error

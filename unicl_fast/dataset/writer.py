@@ -212,7 +212,13 @@ class DatasetWriter:
         if self.num_samples == 0:
             raise ValueError("a data set needs at least one sample")
         self._close_shard()
-        pixels = self._finish_pixels()
+        pixels = None
+        if self._pixels is not None and self._image_size is not None:
+            self._pixels.finish()
+            height, width = self._image_size
+            # read again: the header, its beginning, is written last
+            found, num_bytes = file_checksum(self.aside / PIXELS_NAME), self._pixels.num_bytes
+            pixels = PixelsInfo(height=height, width=width, num_bytes=num_bytes, xxh3=found)
         encoded = WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
         manifest = Manifest(
             version=RAW_FORMAT_VERSION if self._is_raw else encoded,
@@ -248,18 +254,6 @@ class DatasetWriter:
         if self._journal is not None:
             self._journal.close()
         return manifest
-
-    def _finish_pixels(self) -> PixelsInfo | None:
-        if self._pixels is None or self._image_size is None:
-            return None
-        self._pixels.finish()
-        return PixelsInfo(
-            height=self._image_size[0],
-            width=self._image_size[1],
-            num_bytes=self._pixels.num_bytes,
-            # read again: the header, its beginning, is written last
-            xxh3=file_checksum(self.aside / PIXELS_NAME),
-        )
 
     def _write_checksums(self, manifest: bytes, pixels: PixelsInfo | None) -> None:
         """Lists all files of the folder, and the manifest that is written next."""

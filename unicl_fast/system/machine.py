@@ -1,4 +1,4 @@
-"""What this process may use of the machine: cores and limits, a device, and its memory.
+"""The machine as this process may use it: cores and limits, a device, and memory.
 
 Freed memory is kept in the process, because getting it anew costs more than filling it. glibc takes
 every block above 32 MB (less at first) from the kernel and gives it back when it is freed. The

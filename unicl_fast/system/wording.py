@@ -24,11 +24,7 @@ def shorten(value: Any, *, limit: int = 100) -> str:
 
 
 def refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Refuses to resume a checkpoint whose description differs from the present one.
-
-    Raises ValueError, which names the first element that differs, and how many more do; `what` is
-    the noun for what is described. A tuple equals a list.
-    """
+    """Raises ValueError, naming the first difference, if a checkpoint is of another `what`."""
     differences = list(config_diff(stored, present))
     if differences:
         more = len(differences) - 1
