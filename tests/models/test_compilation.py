@@ -102,6 +102,7 @@ def test_padded_texts_do_not_count(
         torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "trimmed"])
 def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
     images: torch.Tensor, layout: str, monkeypatch: pytest.MonkeyPatch

@@ -112,7 +112,11 @@ def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"activation_checkpointing": True}, {"precision": "bf16"}],
+    [
+        {},
+        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
+    ],
     ids=["plain", "recomputed activations", "bf16"],
 )
 def test_it_is_what_is_evaluated_and_what_load_model_takes(

@@ -58,15 +58,9 @@ def test_micro_batches_give_the_gradients_of_the_batch(
     assert_equal_gradients(gradients, plain[1])
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("world_size", "micro_batch_size"),
-    [
-        (2, 4),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(3, 3, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 4), (2, 1), (3, 3)])
 def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
     images: torch.Tensor,
     plain: tuple[float, dict],

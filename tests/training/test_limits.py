@@ -72,9 +72,9 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
     [
         {},
         pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
-        {"micro_batch_size": 5},
+        pytest.param({"micro_batch_size": 5}, marks=pytest.mark.slow),
         pytest.param({"fused_optimizer": False}, marks=pytest.mark.slow),
-        {"optimizer": "lamb"},
+        pytest.param({"optimizer": "lamb"}, marks=pytest.mark.slow),
         # its BatchNorm takes in all that it sees
         pytest.param({"image_encoder": "unicl_convnet7_small"}, marks=pytest.mark.slow),
         {"image_encoder": "unicl_convnet7_small", "precision": "fp32"},
