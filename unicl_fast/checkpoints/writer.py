@@ -80,18 +80,18 @@ class CheckpointWriter:
         state: Mapping[str, Any],
         *,
         step: int,
-        must: bool,
+        required: bool,
     ) -> None:
-        """Copies the tensors now, and writes `step-XXXXXXXX` now (if it `must`) or in a thread.
+        """Copies the tensors now, and writes `step-XXXXXXXX` now (if `required`) or in a thread.
 
         Args:
             files: name of a file -> its tensors, on any device.
             state: more of state.json.
             step: optimizer steps done.
-            must: return when it is on the disk.
+            required: return when it is on the disk.
 
         Raises:
-            OSError: it cannot be written, and it `must`. Otherwise that is only logged, loudly:
+            OSError: it cannot be written, and is `required`. Otherwise that is only logged, loudly:
                 training continues, and the next one may fit.
         """
         self._wait_for_the_one_before(step)
@@ -102,7 +102,7 @@ class CheckpointWriter:
             write_checkpoint(self.folder, step=step, files=copies, state=state)
             self._remove_old()
 
-        if must:
+        if required:
             write_and_tidy()
         else:
             self._thread = self._start(write_and_tidy, failed=f"NO CHECKPOINT of step {step}")

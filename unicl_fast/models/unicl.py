@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.models.activation_checkpointing import checkpoint_blocks
+from unicl_fast.models.efficiency import checkpoint_blocks
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.text_encoder import TextEncoder
 

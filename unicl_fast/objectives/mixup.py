@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import ObjectiveConfig
+from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.objectives.positives import Membership
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.keyed_random import fold_key, random_betas, random_units
@@ -66,27 +66,17 @@ def draw_pairs(
 
 
 def mix(
-    images: Float[Tensor, "b c h w"],
-    batch: Batch,
-    objective: ObjectiveConfig,
-    *,
-    seed: int,
-    global_batch_size: int,
+    images: Float[Tensor, "b c h w"], batch: Batch, config: TrainConfig
 ) -> tuple[Float[Tensor, "b c h w"], Membership]:
-    """This rank's images mixed with their neighbours, and the labels of each.
+    """This rank's normalised images mixed with their neighbours, and the labels of each.
 
-    Args:
-        images: normalised; an even number, beginning at an even global index.
-        batch: their class ids, global indices and step.
-        objective: the settings of mixup and CutMix.
-        seed: seed of the run.
-        global_batch_size: n.
+    There is an even number of images, and the first one's global index is even.
     """
     draws = draw_pairs(
-        objective,
-        seed=seed,
+        config.objective,
+        seed=config.run.seed,
         step=batch.step,
-        num_pairs=global_batch_size // 2,
+        num_pairs=config.run.global_batch_size // 2,
         image_size=images.shape[-1],
     )
     device = images.device

@@ -28,14 +28,20 @@ from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.training.step import Encode, contrast_over_ranks, encoder_input, texts_to_encode
+from unicl_fast.training.global_loss import (
+    Encode,
+    contrast_over_ranks,
+    encoder_input,
+    texts_to_encode,
+)
 
 
-def refuse_batch_statistics(model: nn.Module) -> None:
-    """Refuses models whose features depend on the other images of a micro-batch.
+def check_micro_batches(model: nn.Module, objective: ObjectiveConfig) -> None:
+    """Refuses what cannot be trained in micro-batches.
 
     Raises:
-        ValueError: the model has BatchNorm.
+        ValueError: the model has BatchNorm, so that features depend on the other images of a
+            micro-batch; or the objective has no texts.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
@@ -45,14 +51,6 @@ def refuse_batch_statistics(model: nn.Module) -> None:
                 "efficiency.micro_batch_size=0, or take an image encoder without BatchNorm (Swin, "
                 "ViT, FocalNet)"
             )
-
-
-def refuse_without_texts(objective: ObjectiveConfig) -> None:
-    """Refuses objectives without texts: micro-batches are of images and texts.
-
-    Raises:
-        ValueError: an objective without texts.
-    """
     if not objective.has_texts:
         raise ValueError(
             f"efficiency.micro_batch_size is for images and texts; objective.name="
@@ -67,20 +65,13 @@ def back_propagate_in_micro_batches(
     batch: Batch,
     config: TrainConfig,
     ranks: Ranks,
-    *,
     scale_loss: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
 
-    Args:
-        model: the bare model, for passes whose gradients are not yet reduced over ranks.
-        encode: its DDP wrapper, or the model itself where there is one rank. It sees the last
-            micro-batch only, when all other gradients are there: one reduction a step.
-        batch: the local batch, on the model's device.
-        config: the run's settings; `efficiency.micro_batch_size` images, and as many distinct
-            texts, go through an encoder at once. It need not divide the local batch.
-        ranks: this process among its peers.
-        scale_loss: loss -> what is differentiated.
+    `efficiency.micro_batch_size` images, and as many distinct texts, go through an encoder at once;
+    it need not divide the local batch. Only the last micro-batch goes through `encode`, the DDP
+    wrapper, when all other gradients are there: one reduction over ranks a step.
 
     Returns:
         The loss of the global batch, not scaled, equal on all ranks.

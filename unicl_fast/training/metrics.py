@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch
+from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_integers
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.progress import WaitingForRanks
@@ -83,7 +84,7 @@ class StepMeter:
         return values
 
 
-class SourceMeter:
+class DatasetMeter:
     """Measures whether a mix of data sets does what it is for, at logging steps only.
 
     `epochs/NAME` counts how often a data set was gone through: one in its tenth epoch while the
@@ -97,57 +98,54 @@ class SourceMeter:
         names: Sequence[str],
         *,
         epochs: Callable[[int], Sequence[float]],
-        traffic: Callable[[], tuple[int, int]] | None = None,
+        datasets: Sequence[PackedDataset] = (),
     ) -> None:
         """Measures nothing yet.
 
         Args:
             names: of the data sets.
             epochs: number of steps done -> epochs of each data set.
-            traffic: bytes that this rank has read from stores, and bytes of images that it needed
-                of them; None where all data sets are in folders.
+            datasets: those whose traffic is counted, if they are under URLs.
         """
-        self._names = list(names)
-        self._epochs = epochs
-        self._traffic = traffic
+        self._names, self._epochs = list(names), epochs
+        self._stores = [(one, one.remote.store) for one in datasets if one.remote is not None]
         self.traffic: tuple[int, int] | None = None
-        """The traffic of all ranks at the last `describe`."""
+        """Bytes that all ranks had read from stores at the last `describe`, and bytes of images
+        that they needed of them; None where all data sets are in folders."""
 
     def describe(self, batch: Batch, ranks: Ranks, *, num_steps: int) -> dict[str, float]:
         """The numbers after `num_steps` steps; all ranks call it together.
 
         Positives are counted in the global batch, the row itself included, and averaged over the
-        rows of a source. A source without a row in this batch has no such number.
+        rows of a data set, which has no such number where it has no row in this batch.
         """
         values = {
-            f"epochs/{name}": number
-            for name, number in zip(self._names, self._epochs(num_steps), strict=True)
+            f"epochs/{name}": epochs
+            for name, epochs in zip(self._names, self._epochs(num_steps), strict=True)
         }
-        if self._traffic is not None:
-            read, needed = (sum(gather_integers(number, ranks)) for number in self._traffic())
+        if self._stores:
+            own = [(store.traffic.read_bytes, one.needed_bytes) for one, store in self._stores]
+            read, needed = (
+                sum(gather_integers(sum(each), ranks)) for each in zip(*own, strict=True)
+            )
             self.traffic = read, needed
             values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
         if batch.source_ids is None:
             return values
         columns = torch.stack([batch.class_ids.cpu(), batch.source_ids])
-        class_ids, source_ids = _join_columns(columns, ranks).numpy()
+        if ranks.world_size > 1:
+            gathered = [torch.empty_like(columns) for _ in range(ranks.world_size)]
+            with WaitingForRanks():
+                torch.distributed.all_gather(gathered, columns, group=ranks.host_group)
+            columns = torch.cat(gathered, dim=1)
+        class_ids, source_ids = columns.numpy()
         _, index, counts = np.unique(class_ids, return_inverse=True, return_counts=True)
         positives = counts[index]
-        for source, name in enumerate(self._names):
-            mine = positives[source_ids == source]
-            if len(mine):
-                values[f"positives_per_row/{name}"] = float(mine.mean())
+        for number, name in enumerate(self._names):
+            own = positives[source_ids == number]
+            if len(own):
+                values[f"positives_per_row/{name}"] = float(own.mean())
         return values
-
-
-def _join_columns(columns: Tensor, ranks: Ranks) -> Tensor:
-    """The columns of all ranks side by side, exchanged on the host."""
-    if ranks.world_size == 1:
-        return columns
-    gathered = [torch.empty_like(columns) for _ in range(ranks.world_size)]
-    with WaitingForRanks():
-        torch.distributed.all_gather(gathered, columns, group=ranks.host_group)
-    return torch.cat(gathered, dim=1)
 
 
 class MetricsWriter:
@@ -170,7 +168,7 @@ class MetricsWriter:
             lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [f"{line}\n" for line in lines if _step_of(line) <= start_step]
             write_text_atomically(self._path, "".join(kept))
-        self._file = _open_to_append(self._path)
+        self._open()
         self._fails = False
         self._tensorboard: SummaryWriter | None = SummaryWriter(
             str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
@@ -198,12 +196,16 @@ class MetricsWriter:
                     if name != "step":
                         tensorboard.add_scalar(name, value, global_step=step)
 
+    def _open(self) -> None:
+        # unbuffered: what is refused does not come back later
+        self._file = io.FileIO(self._path, "a")
+
     def _append(self, line: bytes) -> None:
         """Appends the whole line or nothing: the next one must not stick to half a line."""
         if not self._path.exists():  # the folder was moved or removed
             self._file.close()
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open_to_append(self._path)
+            self._open()
         size = os.fstat(self._file.fileno()).st_size
         try:
             written = 0
@@ -245,16 +247,12 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def unwritten_evaluations(
+def find_missing_evaluations(
     lines: Iterable[Mapping[str, float]], names: Collection[str], *, step: int
 ) -> list[str]:
     """The named evaluations that have no line at `step` among those of metrics.jsonl."""
     written = {key for line in lines if line["step"] == step for key in line}
     return [name for name in names if not any(key.startswith(f"{name}/") for key in written)]
-
-
-def _open_to_append(path: Path) -> io.FileIO:
-    return io.FileIO(path, "a")  # unbuffered: what is refused does not come back later
 
 
 def _step_of(line: str) -> float:

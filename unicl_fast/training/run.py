@@ -29,7 +29,7 @@ from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
-from unicl_fast.models.precision import fast_precision, settle_precision
+from unicl_fast.models.precision import fast_precision, resolve_precision
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import mark
@@ -39,16 +39,14 @@ from unicl_fast.training.data import (
     build_prompts,
     cache_options,
     check_tokenizer,
-    describe_sources,
-    describe_traffic,
+    describe_datasets,
     names_of,
-    open_sources,
+    open_datasets,
     rows_of_class_names,
-    traffic_of,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves
-from unicl_fast.training.memory_check import check_memory
-from unicl_fast.training.metrics import SourceMeter
+from unicl_fast.training.limits import check_memory
+from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Evaluation, Trainer
 
 logger = logging.getLogger("unicl_fast")
@@ -97,7 +95,7 @@ def _open_checked(
     config: TrainConfig,
 ) -> tuple[TrainConfig, list[PackedDataset], list[float] | None]:
     """Opens the data and refuses what the model cannot take; adapts the objective to the data."""
-    datasets, weights = open_sources(config.data)
+    datasets, weights = open_datasets(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
     return adapt_objective_to_data(config, datasets), datasets, weights
@@ -179,8 +177,14 @@ def pretrain(
 
 
 def _report(trainer: Trainer, run_folder: Path) -> None:
-    if trainer.sources is not None and trainer.sources.traffic is not None:
-        logger.info(describe_traffic(*trainer.sources.traffic))
+    if trainer.dataset_meter is not None and trainer.dataset_meter.traffic is not None:
+        read, needed = trainer.dataset_meter.traffic
+        logger.info(
+            "read from stores: %s MB, arrays included; needed: %s MB of images%s",
+            f"{read / 1e6:,.1f}",
+            f"{needed / 1e6:,.1f}",
+            f", {read / needed:.2f} times as much" if needed else "",
+        )
     mark("drawing the curves")
     try:
         draw_curves(run_folder, run_folder / "curves.png")
@@ -207,7 +211,7 @@ def _with_precision(
     else:
         with refused_together(ranks):
             precision = read_state(checkpoint).config.efficiency.precision
-    return settle_precision(config, device, precision)
+    return resolve_precision(config, device, precision)
 
 
 def build_trainer(
@@ -243,9 +247,9 @@ def build_trainer(
         ranks=ranks,
         device=device,
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
-        data=describe_sources(datasets, weights),
-        sources=SourceMeter(
-            names_of(datasets), epochs=loader.plan.epochs, traffic=traffic_of(datasets)
+        data=describe_datasets(datasets, weights),
+        dataset_meter=DatasetMeter(
+            names_of(datasets), epochs=loader.plan.epochs, datasets=datasets
         ),
         ledger=_build_ledger(run_folder, loader.plan, datasets, ranks) if ledger else None,
     )

@@ -36,9 +36,8 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.models.compilation import compile_encoders
-from unicl_fast.models.ema import build_weight_average
-from unicl_fast.models.precision import Precision, place_module, settle_precision
+from unicl_fast.models.efficiency import compile_encoders
+from unicl_fast.models.precision import Precision, place_module, resolve_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.system.machine import choose_device
@@ -51,19 +50,24 @@ from unicl_fast.system.progress import (
 )
 from unicl_fast.training.cached_gradients import (
     back_propagate_in_micro_batches,
-    refuse_batch_statistics,
-    refuse_without_texts,
+    check_micro_batches,
 )
+from unicl_fast.training.global_loss import global_loss, shown_indices
 from unicl_fast.training.limits import BatchNormBackup, NonfiniteSteps, ReplacedSamples
 from unicl_fast.training.metrics import (
+    DatasetMeter,
     MetricsWriter,
-    SourceMeter,
     StepMeter,
+    find_missing_evaluations,
     read_metrics,
-    unwritten_evaluations,
 )
-from unicl_fast.training.optim import build_optimizer, build_schedule, gradient_norm, update
-from unicl_fast.training.step import global_loss, shown_indices
+from unicl_fast.training.optim import (
+    build_optimizer,
+    build_schedule,
+    build_weight_average,
+    gradient_norm,
+    update,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +89,8 @@ class _Session:
     meter: StepMeter
     replaced_samples: ReplacedSamples
     best_metric: str | None
-    owed_evaluations: list[str]
-    """Evaluations of the step to resume from that a stop had cut off."""
+    missing_evaluations: list[str]
+    """Evaluations that were due at the step we resume from and have not written their numbers."""
 
 
 class Trainer:
@@ -103,7 +107,7 @@ class Trainer:
         device: torch.device | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
         data: Mapping[str, Any] | None = None,
-        sources: SourceMeter | None = None,
+        dataset_meter: DatasetMeter | None = None,
         ledger: Ledger | None = None,
         progress: bool = True,
     ) -> None:
@@ -111,17 +115,16 @@ class Trainer:
 
         Args:
             config: the run's settings.
-            loader: feeds the local batches of this rank.
+            loader: gives the local batches of this rank.
             run_folder: where metrics and checkpoints go; None writes nothing.
             model: None builds one from the config.
-            ranks: this process among its peers; None is one process alone.
-            device: where to train; None takes the one that `run.device` means.
-            evaluations: name -> function of the model that returns named numbers; all ranks call
-                them together.
+            ranks: None is one process alone.
+            device: None takes the one that `run.device` means.
+            evaluations: by name; all ranks call them together.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
-            sources: measures each data set at logging steps; None measures nothing of them.
-            ledger: records what every step was fed; None records nothing.
+            dataset_meter: measures each data set at logging steps.
+            ledger: records the samples of every step.
             progress: show a progress bar on rank 0.
 
         Raises:
@@ -132,8 +135,8 @@ class Trainer:
         self.ranks = ranks or Ranks()
         _check_settings(config, self.ranks)
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
-        self.config = config = settle_precision(config, self.device)
-        self.loader, self.sources, self.ledger = loader, sources, ledger
+        self.config = config = resolve_precision(config, self.device)
+        self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
         self.run_folder = run_folder
         self.total_steps = config.run.total_steps
@@ -198,32 +201,27 @@ class Trainer:
         """
         every = self.config.run
         with self._session() as session:
-            if session.owed_evaluations:
-                with session.meter.paused():
-                    self._evaluate(session, session.owed_evaluations)
+            self._evaluate(session, session.missing_evaluations)
             batches = self.loader.batches(self.step)
             while self.step < self.total_steps:
                 batch = self._next_batch(session, batches)
                 loss, grad_norm = self.train_step(batch)
                 self._record(session, batch, loss=loss, grad_norm=grad_norm)
-                stops = session.interruption.has_come(self.ranks)
+                is_stopped = session.interruption.has_come(self.ranks)
                 if self._is_due(every.log_every_steps):
                     self._log(session, batch)
-                with session.meter.paused():
-                    if self._is_due(self.config.checkpoint.every_steps) or stops:
-                        self._check_finite(session.meter)
-                        self.save(must=stops or self.step == self.total_steps)
-                    if stops and self.step < self.total_steps:
-                        self._stop(session)
-                    if self.evaluations and self._is_due(every.evaluate_every_steps):
-                        self._check_finite(session.meter)
-                        self._evaluate(session, self.evaluations)
+                if is_stopped or self._is_due(self.config.checkpoint.every_steps):
+                    self._save(session, required=is_stopped or self.step == self.total_steps)
+                if is_stopped and self.step < self.total_steps:
+                    self._stop(session)
+                if self._is_due(every.evaluate_every_steps):
+                    self._evaluate(session, self.evaluations)
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Updates the weights once, unless the loss or the gradient norm is not finite.
 
-        Nothing here waits for the device, as far as the optimizer allows (see `optim.update`): a
-        non-finite step is reported at the next logging step.
+        The host does not wait for the device here, except with optimizers that need it to (see
+        `optim.update`). So the next logging step is the first that can report a non-finite one.
 
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
@@ -244,21 +242,13 @@ class Trainer:
         return loss, grad_norm
 
     def back_propagate(self, batch: Batch) -> Tensor:
-        """Adds the gradient of the global batch's loss to the parameters' `.grad`.
+        """Returns the loss of the global batch, and adds its gradient to the parameters' `.grad`.
 
-        It is the loss scaler's multiple of the gradient where there is a scaler (fp16).
-
-        Returns:
-            The loss of the global batch, on the device.
+        Under fp16 the gradient is multiplied by the loss scaler's factor.
         """
         if 0 < self.config.efficiency.micro_batch_size < batch.batch_size:
             return back_propagate_in_micro_batches(
-                self.model,
-                self._encode,
-                batch,
-                self.config,
-                self.ranks,
-                scale_loss=self._scale_loss,
+                self.model, self._encode, batch, self.config, self.ranks, self._scale_loss
             )
         global_index = shown_indices(batch, global_batch_size=self.config.run.global_batch_size)
         self.model.set_drop_path_key(step=batch.step, global_index=global_index)
@@ -273,7 +263,7 @@ class Trainer:
         return self.scaler.scale(loss * self.ranks.world_size)
 
     def update(self, loss: Tensor) -> Tensor:
-        """Does the second half of `train_step`, when gradients are there; returns their norm."""
+        """Updates the weights with the gradients in `.grad`; returns their norm."""
         self.schedule.step_update(self.step + 1)
         self.scaler.unscale_(self.optimizer)
         grad_norm = gradient_norm(self.model)
@@ -290,18 +280,18 @@ class Trainer:
             self.ema.update(self.model, step=self.step)
         return grad_norm
 
-    def save(self, *, must: bool = True) -> None:
+    def save(self, *, required: bool = True) -> None:
         """Writes a checkpoint of the present step into the run folder; all ranks call it together.
 
         Args:
-            must: return when it is on the disk; otherwise it is written while training continues.
+            required: return when it is on the disk. Otherwise it is written while training
+                continues, and where that fails it is only logged, loudly: the next one may fit.
 
         Raises:
-            OSError: it cannot be written, and it `must`. Otherwise that is only logged, loudly:
-                training continues, and the next one may fit.
+            OSError: a required one cannot be written.
         """
         self._mark("checkpoint", waits_for_ranks=self.ledger is not None)
-        if self.ledger is not None and not self.ledger.settle(must=must):
+        if self.ledger is not None and not self.ledger.flush(required=required):
             return
         self._saved_step = self.step
         if self._checkpoints is None:
@@ -312,7 +302,7 @@ class Trainer:
                 model=self.model, optimizer=self.optimizer, scaler=self.scaler, data=self.data
             ),
             step=self.step,
-            must=must,
+            required=required,
         )
 
     def finish_writing(self) -> None:
@@ -323,7 +313,7 @@ class Trainer:
     @contextlib.contextmanager
     def _session(self) -> Iterator[_Session]:
         """Opens what a `fit` writes to, from the present step on, and closes it at the end."""
-        run, folder = self.config.run, self.run_folder
+        folder = self.run_folder
         self._start_step = self.step
         best_metric = choose_best_metric(self.config.checkpoint.best, self.evaluations)
         metrics, lines = None, []
@@ -332,17 +322,29 @@ class Trainer:
                 folder.mkdir(parents=True, exist_ok=True)
                 metrics = stack.enter_context(MetricsWriter(folder, start_step=self.step))
                 lines = read_metrics(folder)
-            bar = stack.enter_context(self._progress_bar())
+            bar = stack.enter_context(
+                tqdm(
+                    total=self.total_steps,
+                    initial=self.step,
+                    desc="train",
+                    unit="step",
+                    # a log file wants a line now and then, a terminal a live image
+                    mininterval=0.2 if sys.stderr.isatty() else 30,
+                    dynamic_ncols=True,
+                    disable=not self._show_progress,
+                )
+            )
             interruption = stack.enter_context(Interruption())
             if self.ledger is not None:
                 stack.enter_context(self.ledger.segment(self.step))
             if self._checkpoints is not None:
                 stack.enter_context(self._checkpoints.finishing())
                 self._checkpoints.begin(step=self.step, metric=best_metric, lines=lines)
-            owed: list[str] = []
-            if folder is not None and self.step > 0 and self._is_due(run.evaluate_every_steps):
-                owed = unwritten_evaluations(lines, self.evaluations, step=self.step)
-                owed = from_rank_0(owed, self.ranks)
+            missing: list[str] = []
+            every_steps = self.config.run.evaluate_every_steps
+            if folder is not None and self.step > 0 and self._is_due(every_steps):
+                missing = find_missing_evaluations(lines, self.evaluations, step=self.step)
+                missing = from_rank_0(missing, self.ranks)
             yield _Session(
                 metrics=metrics,
                 bar=bar,
@@ -350,7 +352,7 @@ class Trainer:
                 meter=StepMeter(),
                 replaced_samples=ReplacedSamples(self.config, run_folder=folder),
                 best_metric=best_metric,
-                owed_evaluations=owed,
+                missing_evaluations=missing,
             )
 
     def _next_batch(self, session: _Session, batches: Iterator[Batch]) -> Batch:
@@ -359,7 +361,7 @@ class Trainer:
             return next(batches).to(self.device)
 
     def _record(self, session: _Session, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        """Notes what a step was fed and gave; reads nothing from the device."""
+        """Notes the samples and the results of a step; reads nothing from the device."""
         if self.ledger is not None:
             self.ledger.record(batch)
         session.meter.add(loss=loss, grad_norm=grad_norm)
@@ -380,8 +382,8 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "replaced_samples": num_replaced,
         }
-        if self.sources is not None:
-            values |= self.sources.describe(batch, self.ranks, num_steps=self.step)
+        if self.dataset_meter is not None:
+            values |= self.dataset_meter.describe(batch, self.ranks, num_steps=self.step)
         self._last_metrics = values
         if session.metrics is not None:
             session.metrics.write(values)
@@ -396,43 +398,57 @@ class Trainer:
         self._mark("reading the loss", waits_for_ranks=True)
         self._nonfinite_steps.judge(meter.read(), done=self.step, last_metrics=self._last_metrics)
 
+    def _save(self, session: _Session, *, required: bool) -> None:
+        with session.meter.paused():
+            self._check_finite(session.meter)
+            self.save(required=required)
+
     def _evaluate(self, session: _Session, names: Collection[str]) -> None:
         """Runs the named evaluations of the present step, and keeps its checkpoint if it is best.
 
         Raises:
-            Interrupted: a signal came; a resumed run makes up for those that have no line yet.
+            Interrupted: a signal came; a resumed run does the evaluations that are missing.
         """
-        values: dict[str, float] = {}
-        interruption = session.interruption
-        try:
-            with stopping_when(lambda: bool(interruption.signal_name)):
-                for name in names:
-                    self._mark(f"evaluation {name}")
-                    model = self.model if self.ema is None else self.ema.module
-                    _take_buffers_of_rank_0(model, self.ranks)
-                    found = self.evaluations[name](model.eval())
-                    named = {f"{name}/{key}": value for key, value in found.items()}
-                    if session.metrics is not None:
-                        session.metrics.write({"step": self.step, **named})
-                        shown = ", ".join(f"{key} {value:.4g}" for key, value in named.items())
-                        tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
-                    values |= named
-        except EvaluationStopped:
-            if self._saved_step != self.step:
-                self.save()
-            self._stop(session)
-        # when some are made up for, the numbers of the others are known since the start
-        if len(names) == len(self.evaluations) or session.best_metric in values:
-            self._keep_if_best(values)
+        if not names:
+            return
+        with session.meter.paused():
+            self._check_finite(session.meter)
+            values: dict[str, float] = {}
+            try:
+                with stopping_when(lambda: bool(session.interruption.signal_name)):
+                    for name in names:
+                        values |= self._evaluate_one(session, name)
+            except EvaluationStopped:
+                if self._saved_step != self.step:
+                    self.save()
+                self._stop(session)
+            # `begin` has read the best number of evaluations that ran before we resumed
+            if len(names) == len(self.evaluations) or session.best_metric in values:
+                self._keep_if_best(values)
+
+    def _evaluate_one(self, session: _Session, name: str) -> dict[str, float]:
+        self._mark(f"evaluation {name}")
+        model = self.model if self.ema is None else self.ema.module
+        if self.ranks.world_size > 1:  # BatchNorm's averages, as DDP does before a forward pass
+            with WaitingForRanks():
+                for buffer in model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+        results = self.evaluations[name](model.eval())
+        values = {f"{name}/{key}": value for key, value in results.items()}
+        if session.metrics is not None:
+            session.metrics.write({"step": self.step, **values})
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
+        return values
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:
-        """Pins the checkpoint of this step, written now if need be, if none is better."""
+        """Keeps the checkpoint of this step, written now if need be, if none is better."""
         best = None
         if self._checkpoints is not None:
             best = self._checkpoints.better_than_best(self.step, values)
-        # evaluations have a cadence of their own
+        # no checkpoint may be due at a step that evaluates
         if self._saved_step != self.step and from_rank_0(best is not None, self.ranks):
-            self.save(must=False)
+            self.save(required=False)
         if self._checkpoints is not None and best is not None:
             self._checkpoints.keep_as_best(best)
 
@@ -462,18 +478,6 @@ class Trainer:
         name = stage + OR_WAITING if waits_for_ranks else stage
         mark(name, self.step, patience=patience, waits_for_ranks=waits_for_ranks)
 
-    def _progress_bar(self) -> tqdm[Any]:
-        return tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            # a log file wants a line now and then, a terminal a live image
-            mininterval=0.2 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-            disable=not self._show_progress,
-        )
-
 
 def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     """Refuses settings that cannot work together, before anything is built."""
@@ -491,17 +495,8 @@ def _place_model(model: UniCL, config: TrainConfig, device: torch.device) -> Uni
     """Checks that the model can be trained as the config asks, and moves it to the device."""
     efficiency = config.efficiency
     if efficiency.micro_batch_size:
-        refuse_batch_statistics(model)
-        refuse_without_texts(config.objective)
+        check_micro_batches(model, config.objective)
     place_module(model, device=device, precision=Precision(efficiency.precision))
     if efficiency.channels_last:
         model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model
-
-
-def _take_buffers_of_rank_0(model: UniCL, ranks: Ranks) -> None:
-    """Gives all ranks rank 0's BatchNorm averages, as DDP does before a forward pass only."""
-    if ranks.world_size > 1:
-        with WaitingForRanks():
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)
