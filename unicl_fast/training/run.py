@@ -1,7 +1,7 @@
 """A training run on this rank: data, model and trainer are put together from a config, and run.
 
-The loop itself is trainer.py's. What builds the loader and what evaluates a model are arguments, so
-that this room needs neither DALI nor the protocols of evaluation.
+What builds the loader and what evaluates a model are arguments, so that this room needs neither
+DALI nor the protocols of evaluation.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     Ranks(world_size=nproc).local_batch_size(config.run.global_batch_size)
     check_views(config.data.augment, objective=config.objective.name)
     if resume != "auto":  # rank 0 reads checkpoints and reports those it skips; once is enough
-        choose_checkpoint(resume, run_folder)
+        _choose_checkpoint(resume, run_folder)
     _, datasets, _ = _open_checked(config)
     augmentations_of(config.data.augment, [dataset.place for dataset in datasets])
     datasets += [
@@ -115,10 +115,10 @@ def pretrain(
     Args:
         config: the run's settings.
         run_folder: where everything is written.
-        build_loader: builds the loader, on the data sets that the config names.
-        evaluate: evaluates the model on each data set in `data.evaluate`.
+        build_loader: see `BuildLoader`.
+        evaluate: see `Evaluate`.
         resume: "never", "auto" or the path of a checkpoint.
-        ledger: record what every step is fed; a run that has a ledger continues it anyway.
+        ledger: keep a ledger; a run that has one continues it anyway.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -147,14 +147,14 @@ def pretrain(
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
         mark("opening the data and building the model")
-        trainer = build_trainer(
+        trainer = _build_trainer(
             config,
             run_folder=run_folder,
             build_loader=build_loader,
             evaluate=evaluate,
             ranks=ranks,
             device=device,
-            ledger=has_ledger(run_folder, ranks) or ledger,
+            keeps_ledger=has_ledger(run_folder, ranks) or ledger,
         )
         views = 2 if trainer.config.objective.name == "supcon" else 1
         num_images = views * local_batch_size
@@ -180,10 +180,9 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
     if trainer.dataset_meter is not None and trainer.dataset_meter.traffic is not None:
         read, needed = trainer.dataset_meter.traffic
         logger.info(
-            "read from stores: %s MB, arrays included; needed: %s MB of images%s",
-            f"{read / 1e6:,.1f}",
-            f"{needed / 1e6:,.1f}",
-            f", {read / needed:.2f} times as much" if needed else "",
+            f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: "
+            f"{needed / 1e6:,.1f} MB of images"
+            + (f", {read / needed:.2f} times as much" if needed else "")
         )
     mark("drawing the curves")
     try:
@@ -192,11 +191,8 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
         logger.error("no curves: %s", error)
     else:
         logger.info("curves in %s", run_folder / "curves.png")
-    logger.info(
-        "%d steps done. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
-        trainer.step,
-        run_folder,
-    )
+    following = f"unicl-eval zero-shot --checkpoint {run_folder} --data DIR"
+    logger.info("%d steps done. Next: %s", trainer.step, following)
 
 
 def _with_precision(
@@ -214,7 +210,7 @@ def _with_precision(
     return resolve_precision(config, device, precision)
 
 
-def build_trainer(
+def _build_trainer(
     config: TrainConfig,
     *,
     run_folder: Path,
@@ -222,7 +218,7 @@ def build_trainer(
     evaluate: Evaluate,
     ranks: Ranks,
     device: torch.device,
-    ledger: bool = False,
+    keeps_ledger: bool,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together."""
     config, datasets, weights = _open_checked(config)
@@ -240,6 +236,17 @@ def build_trainer(
         device=device,
         quarantine=run_folder / QUARANTINE_NAME,
     )
+    ledger = None
+    if keeps_ledger:
+        ledger = Ledger(
+            run_folder / LEDGER_FOLDER,
+            sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
+            global_batch_size=loader.plan.global_batch_size,
+            seed=loader.plan.seed,
+            shares=loader.plan.weights,
+            shuffle_window=loader.plan.shuffle_window,
+            ranks=ranks,
+        )
     return Trainer(
         config,
         _DrawsFirstBatch(loader, run_folder / "contact-sheet.png") if ranks.is_main else loader,
@@ -251,21 +258,7 @@ def build_trainer(
         dataset_meter=DatasetMeter(
             names_of(datasets), epochs=loader.plan.epochs, datasets=datasets
         ),
-        ledger=_build_ledger(run_folder, loader.plan, datasets, ranks) if ledger else None,
-    )
-
-
-def _build_ledger(
-    run_folder: Path, plan: TrainPlan, datasets: Sequence[PackedDataset], ranks: Ranks
-) -> Ledger:
-    return Ledger(
-        run_folder / LEDGER_FOLDER,
-        sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
-        global_batch_size=plan.global_batch_size,
-        seed=plan.seed,
-        shares=plan.weights,
-        shuffle_window=plan.shuffle_window,
-        ranks=ranks,
+        ledger=ledger,
     )
 
 
@@ -289,7 +282,7 @@ class _DrawsFirstBatch:
 
 
 def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | None:
-    """Returns rank 0's `choose_checkpoint` on all ranks: others might see other files.
+    """Returns rank 0's `_choose_checkpoint` on all ranks, since others might see other files.
 
     Ranks that were started again after a failure resume from the newest checkpoint of this run; if
     none has been written yet, they start as at first.
@@ -301,7 +294,7 @@ def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | Non
         try:
             if restarted and list_checkpoints(run_folder / "checkpoints"):
                 resume = "auto"
-            chosen = choose_checkpoint(resume, run_folder)
+            chosen = _choose_checkpoint(resume, run_folder)
         except (ValueError, OSError) as error:
             chosen = error
     chosen = from_rank_0(chosen, ranks)
@@ -311,14 +304,8 @@ def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | Non
     return chosen
 
 
-def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
-    """Returns the checkpoint that `--resume` means, or None for a fresh start.
-
-    Raises:
-        ValueError: the run folder already holds a run and `--resume` does not say what to do, or
-            all its checkpoints are damaged.
-        FileNotFoundError: no checkpoint at the path given.
-    """
+def _choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
+    """Returns the checkpoint that `--resume` means, or None for a fresh start."""
     if resume == "auto":
         return find_sound_checkpoint(run_folder)
     if resume != "never":

@@ -1,8 +1,8 @@
-"""The training loop: batches in, updates, then the cadence of logging, saving and evaluating.
+"""The training loop (`Trainer.fit`): take a batch, update, log, save, evaluate.
 
-The trainer takes any `Loader`, a `ListLoader` on a laptop too; it knows no DALI and no command
-line. The batch of a step, its drop path and its learning rate are functions of the step, so the
-state of a run is the step, the weights and their average, the optimizer and the loss scaler.
+The trainer takes any `Loader`, a `ListLoader` on a laptop too. The batch of a step, its drop path
+and its learning rate are functions of the step, so the state of a run is the step, the weights and
+their average, the optimizer and the loss scaler.
 """
 
 from __future__ import annotations
@@ -128,9 +128,7 @@ class Trainer:
             progress: show a progress bar on rank 0.
 
         Raises:
-            ValueError: the run has no length, the ranks cannot divide the global batch, the model
-                or objective cannot be trained in micro-batches or compiled as the config asks, or
-                the objective needs another number of views.
+            ValueError: settings that cannot work together, or with this number of ranks.
         """
         self.ranks = ranks or Ranks()
         _check_settings(config, self.ranks)
@@ -143,17 +141,23 @@ class Trainer:
         self.step = self._start_step = self._saved_step = 0
         self._show_progress = progress and self.ranks.is_main
 
-        self.model = _place_model(model or UniCL(config), config, self.device)
-        averages = config.optim.ema_decay > 0
-        self.ema = build_weight_average(self.model, config.optim) if averages else None
-        if config.efficiency.compile:
+        efficiency, optim = config.efficiency, config.optim
+        precision = Precision(efficiency.precision)
+        self.model = model or UniCL(config)
+        if efficiency.micro_batch_size:
+            check_micro_batches(self.model, config.objective)
+        place_module(self.model, device=self.device, precision=precision)
+        if efficiency.channels_last:
+            self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
+        if efficiency.compile:
             compile_encoders(self.model)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
         if self.ranks.world_size > 1:
             self._encode = DistributedDataParallel(self.model)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
-        self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
+        self.scaler = precision.build_scaler(self.device.type)
 
         self._checkpoints: CheckpointWriter | None = None
         if run_folder is not None and self.ranks.is_main:
@@ -387,11 +391,11 @@ class Trainer:
         self._last_metrics = values
         if session.metrics is not None:
             session.metrics.write(values)
-        session.bar.set_postfix_str(
+        rates = (
             f"loss {values.get('loss', math.nan):.3f}, {values['images_per_second']:.0f} images/s, "
-            f"{values['data_wait_fraction']:.0%} waiting for data",
-            refresh=False,
+            f"{values['data_wait_fraction']:.0%} waiting for data"
         )
+        session.bar.set_postfix_str(rates, refresh=False)
         session.replaced_samples.check(num_replaced)
 
     def _check_finite(self, meter: StepMeter) -> None:
@@ -429,7 +433,7 @@ class Trainer:
     def _evaluate_one(self, session: _Session, name: str) -> dict[str, float]:
         self._mark(f"evaluation {name}")
         model = self.model if self.ema is None else self.ema.module
-        if self.ranks.world_size > 1:  # BatchNorm's averages, as DDP does before a forward pass
+        if self.ranks.world_size > 1:  # DDP shares BatchNorm's averages before forward passes only
             with WaitingForRanks():
                 for buffer in model.buffers():
                     torch.distributed.broadcast(buffer, src=0)
@@ -463,20 +467,15 @@ class Trainer:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
     def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
-        """Tells a watchdog what begins now (see `unicl_fast.system.progress`).
-
-        Args:
-            stage: its name.
-            waits_for_ranks: whether some of it is a collective, for example DDP's.
-        """
+        """Tells a watchdog what begins now, and whether some of it waits in a collective."""
         steps_done = self.step - self._start_step
         patience = 1.0 if steps_done else 3.0
         may_compile = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")
         if self.config.efficiency.compile and may_compile:
             patience = 6.0
         waits_for_ranks = waits_for_ranks and self.ranks.world_size > 1
-        name = stage + OR_WAITING if waits_for_ranks else stage
-        mark(name, self.step, patience=patience, waits_for_ranks=waits_for_ranks)
+        stage += OR_WAITING if waits_for_ranks else ""
+        mark(stage, self.step, patience=patience, waits_for_ranks=waits_for_ranks)
 
 
 def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
@@ -489,14 +488,3 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     )
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
-
-
-def _place_model(model: UniCL, config: TrainConfig, device: torch.device) -> UniCL:
-    """Checks that the model can be trained as the config asks, and moves it to the device."""
-    efficiency = config.efficiency
-    if efficiency.micro_batch_size:
-        check_micro_batches(model, config.objective)
-    place_module(model, device=device, precision=Precision(efficiency.precision))
-    if efficiency.channels_last:
-        model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
