@@ -20,7 +20,6 @@ from unicl_fast.training.data import (
     build_prompts,
     check_tokenizer,
     describe_datasets,
-    names_of,
     numbered,
     open_datasets,
 )
@@ -114,7 +113,8 @@ def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
     (tmp_path / "labels").symlink_to(data / "labels")
     folders = (str(data / "labels"), str(data / "captions"), str(tmp_path / "labels"))
     datasets, _ = open_datasets(DataConfig(train=folders))
-    assert names_of(datasets) == ["labels-1", "captions", "labels-2"]
+    names = [dataset.folder.name for dataset in datasets]
+    assert numbered(names) == ["labels-1", "captions", "labels-2"]
     assert numbered(["a", "a", "a-1"]) == ["a-2", "a-3", "a-1"]
     for dataset in datasets:
         dataset.close()

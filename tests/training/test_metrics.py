@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
 from pathlib import Path
@@ -22,7 +23,7 @@ from unicl_fast.training.trainer import Trainer
 def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    with MetricsWriter(tmp_path) as metrics:
+    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
         metrics.write({"step": 1, "loss": 4.0})
         size = (tmp_path / "metrics.jsonl").stat().st_size
         step, deadline = 2, time.monotonic() + 60

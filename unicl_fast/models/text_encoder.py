@@ -38,7 +38,7 @@ class TokenRow(NamedTuple):
     """Index in the row of the last token of each text."""
     bounds: Int[Tensor, " n"]
     """int32, rising from 0 to p: where each text begins in the row, where the last one ends, and
-    then where stretches of computed padding do, of up to l tokens or empty. For `attend` only."""
+    then where pieces of computed padding do, of up to l tokens or empty. For `attend` only."""
     shape: tuple[int, int]
     """The numbers of texts u and of tokens in each l."""
 
@@ -206,10 +206,8 @@ class TextEncoder(nn.Module):
     ) -> Float[Tensor, "u w"]:
         """Features at the end-of-text token, which has the largest id of the vocabulary.
 
-        Args:
-            tokens: int64 [u l], l at most the context length.
-            num_tokens: how many of them are not padding, to compute those only; or more, and some
-                padding is computed too.
+        `num_tokens`, where given, computes so many tokens only: those that are not padding; or
+        more, and some padding is computed too.
         """
         u, l = tokens.shape  # noqa: E741
         if l > self.context_length:

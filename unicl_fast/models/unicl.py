@@ -118,17 +118,17 @@ class UniCL(nn.Module):
         tokens: Int[Tensor, "u l"] | None = None,
         num_tokens: int | None = None,
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "u d"], Float[Tensor, ""]]:
-        """Computes image features, what they are compared with, and the scale of the products.
+        """Computes image features, the features they are contrasted with, and their scale.
 
-        They are compared with the features of texts if there are tokens, else with the learnt rows
-        of classes, else with themselves.
+        Those are the features of texts if there are tokens, else the learnt rows of classes, else
+        the images' own.
         """
         # texts first: their order decides how gradients are added up
-        others = None if tokens is None else self.encode_text(tokens, num_tokens)
+        contrast = None if tokens is None else self.encode_text(tokens, num_tokens)
         features = self.encode_image(images)
-        if others is None:
-            others = features if self.class_rows is None else self.class_rows
-        return features, others, self.logit_scale.exp()
+        if contrast is None:
+            contrast = features if self.class_rows is None else self.class_rows
+        return features, contrast, self.logit_scale.exp()
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""

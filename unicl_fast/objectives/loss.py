@@ -26,7 +26,7 @@ from torch import Tensor
 
 from unicl_fast.config import LossForm
 from unicl_fast.objectives.loss_tiled import tiled_statistics
-from unicl_fast.objectives.positives import Membership, as_membership, find_positives
+from unicl_fast.objectives.positives import Membership, Positives, as_membership, find_positives
 
 Directions = Literal["both", "i2t", "t2i"]
 
@@ -151,16 +151,17 @@ def unified_contrastive_loss(
         if operands == torch.float16 or form == "dense":
             operands = arithmetic  # the gradients of logits are too small for fp16
         counts = None if text_counts is None else text_counts.to(arithmetic)
-        statistics = _tiled_statistics if form == "tiled" else _dense_statistics
-        rows, columns = statistics(
-            image_features.to(operands),
-            text_features.to(operands),
-            class_ids,
-            text_class_ids,
-            torch.as_tensor(scale, dtype=arithmetic, device=image_features.device),
-            counts,
-            exclude_self,
-        )
+        images, texts = image_features.to(operands), text_features.to(operands)
+        scale = torch.as_tensor(scale, dtype=arithmetic, device=images.device)
+        if form == "dense":
+            weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
+            logits = scale * (images @ texts.T)
+            rows, columns = _dense_statistics(logits, weights, counts, exclude_self=exclude_self)
+        else:
+            positives = find_positives(
+                class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
+            )
+            rows, columns = _tiled_statistics(images, texts, scale, counts, positives)
         complete, i2t = all_reduce(None if directions == "i2t" else columns, rows.losses().mean())
         if complete is None:
             return i2t
@@ -173,29 +174,13 @@ def unified_contrastive_loss(
 
 
 def _tiled_statistics(
-    images: Tensor,
-    texts: Tensor,
-    class_ids: Tensor | Membership,
-    text_class_ids: Tensor | Membership,
-    scale: Tensor,
-    counts: Tensor | None,
-    exclude_self: bool,
+    images: Tensor, texts: Tensor, scale: Tensor, counts: Tensor | None, positives: Positives
 ) -> tuple[LogitStatistics, LogitStatistics]:
     """Statistics of the rows (images) and of the columns (texts) of the logits s u_i.v_k."""
-    b, u = len(images), len(texts)
-    positives = find_positives(
-        class_ids,
-        text_class_ids,
-        num_images=b,
-        num_texts=u,
-        dtype=scale.dtype,
-        exclude_self=exclude_self,
-    )
-    row_logs, column_logs, row_sums, column_sums = tiled_statistics(
-        images, texts, scale, counts=counts, positives=positives, exclude_self=exclude_self
-    )
-    row_weights = positives.times(scale.new_ones(u, 1), counts).squeeze(1)
-    column_weights = positives.transposed_times(scale.new_ones(b, 1)).squeeze(1)
+    logs_and_sums = tiled_statistics(images, texts, scale, counts=counts, positives=positives)
+    row_logs, column_logs, row_sums, column_sums = logs_and_sums
+    row_weights = positives.times(scale.new_ones(len(texts), 1), counts).squeeze(1)
+    column_weights = positives.transposed_times(scale.new_ones(len(images), 1)).squeeze(1)
     return (
         LogitStatistics(row_logs, row_sums, row_weights),
         LogitStatistics(column_logs, column_sums, column_weights),
@@ -203,17 +188,9 @@ def _tiled_statistics(
 
 
 def _dense_statistics(
-    images: Tensor,
-    texts: Tensor,
-    class_ids: Tensor | Membership,
-    text_class_ids: Tensor | Membership,
-    scale: Tensor,
-    counts: Tensor | None,
-    exclude_self: bool,
+    logits: Float[Tensor, "b u"], weights: Tensor, counts: Tensor | None, *, exclude_self: bool
 ) -> tuple[LogitStatistics, LogitStatistics]:
-    """The same from all logits [b u] and the weights of all pairs as positives [b u]."""
-    weights = _positive_weights(class_ids, text_class_ids, len(images), len(texts), scale.dtype)
-    logits = scale * (images @ texts.T)
+    """The same from all logits, and the weights [b u] of all pairs as positives."""
     if exclude_self:
         itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
         weights = weights.masked_fill(itself, 0)
@@ -279,20 +256,17 @@ def _check_shapes(
     if text_counts is not None and text_counts.shape != (u,):
         raise ValueError(f"expected {u} text_counts, got {list(text_counts.shape)}")
     for membership in (class_ids, text_class_ids):
-        if isinstance(membership, Membership):
-            _check_membership(membership, exclude_self)
+        if not isinstance(membership, Membership):
+            continue
+        shapes = [list(field.shape) for field in membership]
+        if shapes != [shapes[0]] * 3 or len(shapes[0]) != 1 or not shapes[0][0]:
+            raise ValueError(
+                f"expected samples, labels and weights of a Membership to be [e], got {shapes}"
+            )
+        if exclude_self:
+            raise ValueError("exclude_self takes class ids, not a Membership")
     if exclude_self and (u < b or text_counts is not None):
         raise ValueError(
             "exclude_self compares the images with themselves: it takes the image features as the "
             f"first text features and no text_counts, got {u} text features for {b} images"
         )
-
-
-def _check_membership(membership: Membership, exclude_self: bool) -> None:
-    shapes = [list(field.shape) for field in membership]
-    if shapes[0] != shapes[1] or shapes[0] != shapes[2] or len(shapes[0]) != 1 or not shapes[0][0]:
-        raise ValueError(
-            f"expected samples, labels and weights of a Membership to be [e], got {shapes}"
-        )
-    if exclude_self:
-        raise ValueError("exclude_self takes class ids, not a Membership")

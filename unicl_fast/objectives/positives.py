@@ -93,21 +93,16 @@ class Positives(NamedTuple):
 def find_positives(
     class_ids: Int[Tensor, " b"] | Membership,
     text_class_ids: Int[Tensor, " u"] | Membership,
-    *,
     num_images: int,
     num_texts: int,
+    *,
     dtype: torch.dtype,
     exclude_self: bool = False,
 ) -> Positives:
-    """Prepares the products with W, from the class ids of images and texts.
+    """Prepares the products with W, whose weights are of type `dtype`.
 
-    Args:
-        class_ids: of the images; values that no text has are allowed.
-        text_class_ids: of the texts.
-        num_images: b.
-        num_texts: u.
-        dtype: type of the weights.
-        exclude_self: leave out the pairs (i, i); both must be class ids then, and u >= b.
+    Images may have classes that no text has. `exclude_self` leaves out the pairs (i, i); both must
+    be class ids then, and u >= b.
     """
     images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
     known = texts.labels.sort().values

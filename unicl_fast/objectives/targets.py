@@ -56,16 +56,13 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TargetSteps:
-    """Targets of several batches of one size, concatenated.
+    """Targets of several batches of `size` samples, concatenated, with fields as of `Targets`.
 
-    Fields as of `Targets`; the texts of batch s begin at s * size, and only its first num_texts[s]
-    entries are valid.
+    The texts of batch s begin at s * size, and only its first num_texts[s] entries are valid.
     """
 
     size: int
-    """Samples of a batch."""
     num_texts: Int64Array
-    """int64 [steps]."""
     tokens: UInt16Array
     text_index: Int64Array
     text_class_ids: Int64Array
@@ -121,22 +118,16 @@ def map_targets(
     )
     text_class_ids = _classes_of_texts(labels, text_index, tokens, keys, prompts, *known)
     class_ids = text_class_ids[text_index]
-    if unique:
-        return Targets(
-            tokens=tokens,
-            text_index=text_index,
-            class_ids=class_ids,
-            text_class_ids=text_class_ids,
-            text_counts=text_counts,
-            text_lengths=text_lengths,
-        )
+    if not unique:
+        tokens, text_index, text_class_ids = rows, np.arange(len(rows)), class_ids.copy()
+        text_counts, text_lengths = np.ones(len(rows), dtype=np.int64), row_lengths(rows)
     return Targets(
-        tokens=rows,
-        text_index=np.arange(len(rows)),
+        tokens=tokens,
+        text_index=text_index,
         class_ids=class_ids,
-        text_class_ids=class_ids.copy(),
-        text_counts=np.ones(len(rows), dtype=np.int64),
-        text_lengths=row_lengths(rows),
+        text_class_ids=text_class_ids,
+        text_counts=text_counts,
+        text_lengths=text_lengths,
     )
 
 
@@ -145,24 +136,18 @@ def map_steps(
 ) -> TargetSteps:
     """`map_targets` of consecutive batches of `size` samples, in one call for small batches."""
     if size == len(rows):
-        targets = map_targets(rows, labels, prompts)
-        return TargetSteps(
-            size=size,
-            num_texts=np.array([len(targets.tokens)]),
-            tokens=targets.tokens,
-            text_index=targets.text_index,
-            text_class_ids=targets.text_class_ids,
-            text_counts=targets.text_counts,
-            text_lengths=targets.text_lengths,
+        only = map_targets(rows, labels, prompts)
+        tokens, index, classes = only.tokens, only.text_index, only.text_class_ids
+        counts, lengths, num_texts = only.text_counts, only.text_lengths, np.array([len(tokens)])
+    else:
+        rows, labels = _check(rows, labels)
+        tokens, index, counts, lengths, classes, num_texts, is_plain = _group_steps(
+            rows, labels, position_factors(rows.shape[1]), size
         )
-    rows, labels = _check(rows, labels)
-    tokens, index, counts, lengths, classes, num_texts, is_plain = _group_steps(
-        rows, labels, position_factors(rows.shape[1]), size
-    )
-    for step in np.flatnonzero(~is_plain).tolist():
-        mine = slice(step * size, (step + 1) * size)
-        targets = map_targets(rows[mine], labels[mine], prompts)
-        classes[mine.start : mine.start + num_texts[step]] = targets.text_class_ids
+        for step in np.flatnonzero(~is_plain).tolist():
+            own = slice(step * size, (step + 1) * size)
+            targets = map_targets(rows[own], labels[own], prompts)
+            classes[own.start : own.start + num_texts[step]] = targets.text_class_ids
     return TargetSteps(
         size=size,
         num_texts=num_texts,
@@ -188,8 +173,7 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
         targets.text_index[start:stop], return_index=True, return_inverse=True, return_counts=True
     )
     order = np.argsort(first)
-    position = np.empty_like(order)
-    position[order] = np.arange(len(order))
+    position = np.argsort(order)
     texts = texts[order]
     return Targets(
         tokens=targets.tokens[texts],
@@ -217,9 +201,9 @@ def collate(
         images: uint8 [n h w c], RGB, of the global batch.
         tokens: [n l] token rows padded with 0, as `Tokenizer` makes them.
         labels: int64 [n]; -1 is a caption without a class.
-        prompts: finds captions that are prompts of classes.
+        prompts: as in `map_targets`.
         step: optimizer step of the batch.
-        rank: the rank whose local batch is made.
+        rank: whose local batch is made.
         world_size: number of ranks; divides n.
     """
     import torch
@@ -255,28 +239,27 @@ def _classes_of_texts(
     keys: Int64Array,
     prompts: PromptLookup | None,
     classes: Int64Array,
-    unlabelled: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    unlabelled: npt.NDArray[np.bool_],
     num_conflicts: int,
     num_unlabelled: int,
 ) -> Int64Array:
     """int64 [u]: the rules of `map_targets` for each text; the last four are `_group_texts`'."""
     if not num_unlabelled and not num_conflicts:
         return classes
-    same = []  # blocks of pairs of classes that turn out to be one
+    pairs = [np.empty((0, 2), dtype=np.int64)]  # of classes that turn out to be one
     if num_conflicts:
         of_text = classes[text_index]
         differs = (labels >= 0) & (labels != of_text)
-        same.append(np.stack([labels[differs], of_text[differs]], axis=1))
+        pairs.append(np.stack([labels[differs], of_text[differs]], axis=1))
     if prompts is not None and num_unlabelled:
         texts = np.flatnonzero(unlabelled)
         found = prompts.lookup(tokens[texts])
         texts, found = texts[found >= 0], found[found >= 0]
         differs = (classes[texts] >= 0) & (classes[texts] != found)
-        same.append(np.stack([found[differs], classes[texts][differs]], axis=1))
+        pairs.append(np.stack([found[differs], classes[texts][differs]], axis=1))
         classes[texts] = found
-    pairs = np.concatenate(same) if same else np.empty((0, 2), dtype=np.int64)
-    if len(pairs):
-        classes = replace_classes(classes, *merge_classes(pairs))
+    if sum(map(len, pairs)):
+        classes = replace_classes(classes, *merge_classes(np.concatenate(pairs)))
     return np.where(classes >= 0, classes, keys)
 
 

@@ -75,12 +75,6 @@ def cache_options(data: DataConfig) -> CacheOptions:
     )
 
 
-def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
-    """Short names: those of the folders, numbered where several folders have the same."""
-    # of a URL, the folder in the cache has its last part as its name
-    return numbered([dataset.folder.resolve().name for dataset in datasets])
-
-
 def numbered(names: Sequence[str]) -> list[str]:
     """Makes names differ, by a number behind each of those that are there several times."""
     taken = {name for name in names if names.count(name) == 1}

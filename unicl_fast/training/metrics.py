@@ -15,7 +15,7 @@ import os
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -230,19 +230,9 @@ class MetricsWriter:
             if tensorboard is not None:
                 tensorboard.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
+    """The lines of a run's metrics.jsonl."""
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
 

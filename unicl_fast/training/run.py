@@ -40,7 +40,7 @@ from unicl_fast.training.data import (
     cache_options,
     check_tokenizer,
     describe_datasets,
-    names_of,
+    numbered,
     open_datasets,
     rows_of_class_names,
 )
@@ -256,7 +256,10 @@ def _build_trainer(
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
         data=describe_datasets(datasets, weights),
         dataset_meter=DatasetMeter(
-            names_of(datasets), epochs=loader.plan.epochs, datasets=datasets
+            # the folder in the cache has the last part of a URL as its name
+            numbered([dataset.folder.resolve().name for dataset in datasets]),
+            epochs=loader.plan.epochs,
+            datasets=datasets,
         ),
         ledger=ledger,
     )

@@ -324,7 +324,8 @@ class Trainer:
         with contextlib.ExitStack() as stack:
             if folder is not None and self.ranks.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
-                metrics = stack.enter_context(MetricsWriter(folder, start_step=self.step))
+                metrics = MetricsWriter(folder, start_step=self.step)
+                stack.callback(metrics.close)
                 lines = read_metrics(folder)
             bar = stack.enter_context(
                 tqdm(
