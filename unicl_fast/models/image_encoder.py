@@ -97,9 +97,6 @@ class KeyedDropPath(nn.Module):
         kept = (self.key.uniform(self.layer) < keep_prob).to(x.dtype).div_(keep_prob)
         return x * kept.view(-1, *[1] * (x.ndim - 1))
 
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob:.3f}, layer={self.layer}"
-
 
 def _replace_drop_path(encoder: nn.Module, key: DropPathKey) -> None:
     """Exchanges every timm DropPath, numbering layers in order of appearance."""

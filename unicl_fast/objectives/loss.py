@@ -161,7 +161,7 @@ def unified_contrastive_loss(
             positives = find_positives(
                 class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
             )
-            rows, columns = _tiled_statistics(images, texts, scale, counts, positives)
+            rows, columns = _tiled_statistics(images, texts, scale, counts, *positives)
         complete, i2t = all_reduce(None if directions == "i2t" else columns, rows.losses().mean())
         if complete is None:
             return i2t
@@ -174,13 +174,19 @@ def unified_contrastive_loss(
 
 
 def _tiled_statistics(
-    images: Tensor, texts: Tensor, scale: Tensor, counts: Tensor | None, positives: Positives
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    counts: Tensor | None,
+    positives: Positives,
+    transposed: Positives,
 ) -> tuple[LogitStatistics, LogitStatistics]:
     """Statistics of the rows (images) and of the columns (texts) of the logits s u_i.v_k."""
-    logs_and_sums = tiled_statistics(images, texts, scale, counts=counts, positives=positives)
-    row_logs, column_logs, row_sums, column_sums = logs_and_sums
+    row_logs, column_logs, row_sums, column_sums = tiled_statistics(
+        images, texts, scale, counts, positives, transposed
+    )
     row_weights = positives.times(scale.new_ones(len(texts), 1), counts).squeeze(1)
-    column_weights = positives.transposed_times(scale.new_ones(len(images), 1)).squeeze(1)
+    column_weights = transposed.times(scale.new_ones(len(images), 1)).squeeze(1)
     return (
         LogitStatistics(row_logs, row_sums, row_weights),
         LogitStatistics(column_logs, column_sums, column_weights),

@@ -32,9 +32,9 @@ def tiled_statistics(
     image_features: Float[Tensor, "b d"],
     text_features: Float[Tensor, "u d"],
     scale: Float[Tensor, ""],
-    *,
     counts: Float[Tensor, " u"] | None,
     positives: Positives,
+    transposed: Positives,
 ) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"], Float[Tensor, " b"], Float[Tensor, " u"]]:
     """Statistics of rows and columns of the logits, differentiable in features and scale.
 
@@ -42,17 +42,18 @@ def tiled_statistics(
         image_features: fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
             results, which is twice as fast; everything else is fp32.
         text_features: of the same type.
-        scale: a scalar in fp64 or fp32.
+        scale: in fp64 or fp32.
         counts: m_k in the type of the scale; 0 is a text that is not there; None means 1.
         positives: W, in the type of the scale. Pairs (i, i) that it leaves out are left out of the
             log-sum-exps too.
+        transposed: W^T.
 
     Returns:
         log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,
         sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
     """
     statistics: tuple[Tensor, Tensor, Tensor, Tensor] = _TiledStatistics.apply(  # type: ignore[no-untyped-call]
-        image_features, text_features, scale, counts, positives
+        image_features, text_features, scale, counts, positives, transposed
     )
     return statistics
 
@@ -66,15 +67,16 @@ class _TiledStatistics(torch.autograd.Function):
         scale: Tensor,
         counts: Tensor | None,
         positives: Positives,
+        transposed: Positives,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         log2_counts = None if counts is None else counts.log2()
         tiles = _Tiles(images, texts, scale, exclude_self=positives.of_itself is not None)
         row_logs, column_logs = _log2_sum_exps(tiles, log2_counts)
         wide = scale.dtype
         row_positives = positives.times(texts.to(wide), counts).mul_(images).sum(dim=1)
-        column_positives = positives.transposed_times(images.to(wide)).mul_(texts).sum(dim=1)
+        column_positives = transposed.times(images.to(wide)).mul_(texts).sum(dim=1)
         ctx.save_for_backward(images, texts, scale, counts, log2_counts, row_logs, column_logs)
-        ctx.positives = positives
+        ctx.positives, ctx.transposed = positives, transposed
         positive_sums = row_positives.mul_(scale), column_positives.mul_(scale)
         return row_logs / _LOG2_E, column_logs / _LOG2_E, *positive_sums
 
@@ -89,7 +91,7 @@ class _TiledStatistics(torch.autograd.Function):
         sum_i u_i . (G V)_i, since the logits are products of all three.
         """
         images, texts, scale, counts, log2_counts, row_logs, column_logs = ctx.saved_tensors
-        positives: Positives = ctx.positives
+        positives, transposed = ctx.positives, ctx.transposed
         want_images, want_texts, want_scale = ctx.needs_input_grad[:3]
         want_images |= want_scale
         of_images = of_texts = of_scale = None
@@ -100,10 +102,10 @@ class _TiledStatistics(torch.autograd.Function):
             of_images += positives.times(wide, of_columns)
         if want_texts:
             wide = images.to(scale.dtype)
-            of_texts = positives.transposed_times(wide, of_rows)
+            of_texts = transposed.times(wide, of_rows)
             if counts is not None:
                 of_texts.mul_(counts.unsqueeze(1))
-            of_texts += positives.transposed_times(wide).mul_(of_columns.unsqueeze(1))
+            of_texts += transposed.times(wide).mul_(of_columns.unsqueeze(1))
         wide = None
         tiles = _Tiles(images, texts, scale, exclude_self=positives.of_itself is not None)
         for rows, columns, logits, spare in tiles:
@@ -123,7 +125,7 @@ class _TiledStatistics(torch.autograd.Function):
             of_images = of_images.mul_(scale).to(images.dtype)
         if of_texts is not None:
             of_texts = of_texts.mul_(scale).to(texts.dtype)
-        return of_images, of_texts, of_scale, None, None
+        return of_images, of_texts, of_scale, None, None, None
 
 
 class _Tiles:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
-from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.remote.block_cache import CacheOptions
 from unicl_fast.dataset.remote.object_store import is_url
@@ -93,8 +92,9 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
     if dataset.remote is None:
         return
     manifest, num_samples = dataset.manifest, len(dataset)
-    files = manifest.shards if manifest.pixels is None else [manifest.pixels]
-    total = sum(file.num_bytes for file in files)
+    total = sum(shard.num_bytes for shard in manifest.shards)
+    if manifest.pixels is not None:
+        total = manifest.pixels.num_bytes
     total = total * num_samples // max(1, manifest.num_samples)
     window = min(data.shuffle_window or num_samples, num_samples)
     # a window, and the next one, which is fetched meanwhile
@@ -138,21 +138,16 @@ def describe_datasets(
         "sources": [
             {
                 "num_samples": len(dataset),
-                "shards": _checksums(dataset.manifest),
-                "num_classes": len(dataset.manifest.class_names),
+                "shards": [shard.xxh3 for shard in manifest.shards]
+                + ([] if manifest.pixels is None else [manifest.pixels.xxh3]),
+                "num_classes": len(manifest.class_names),
             }
-            for dataset in datasets
+            for dataset, manifest in zip(datasets, manifests, strict=True)
         ],
         "vocabulary_hash": [manifest.vocabulary_hash for manifest in manifests],
         "class_names": [list(manifest.class_names) for manifest in manifests],
         "templates": [list(manifest.templates) for manifest in manifests],
     }
-
-
-def _checksums(manifest: Manifest) -> list[str]:
-    """Checksums of all files that hold samples."""
-    pixels = [] if manifest.pixels is None else [manifest.pixels.xxh3]
-    return [shard.xxh3 for shard in manifest.shards] + pixels
 
 
 def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from unicl_fast.batch import Batch
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks, gather_integers
+from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.progress import WaitingForRanks
 
 if TYPE_CHECKING:  # slow to import, and rank 0's alone
     from torch.utils.tensorboard import SummaryWriter
@@ -72,8 +71,7 @@ class StepMeter:
         steps = self.read()
         values = {}
         # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
-        losses, norms = zip(*steps, strict=True)
-        for name, column in (("loss", losses), ("grad_norm", norms)):
+        for name, column in zip(("loss", "grad_norm"), zip(*steps, strict=True), strict=True):
             if finite := [value for value in column if math.isfinite(value)]:
                 values[name] = sum(finite) / len(finite)
         elapsed = time.perf_counter() - self._started
@@ -124,27 +122,22 @@ class DatasetMeter:
             for name, epochs in zip(self._names, self._epochs(num_steps), strict=True)
         }
         if self._stores:
-            own = [(store.traffic.read_bytes, one.needed_bytes) for one, store in self._stores]
-            read, needed = (
-                sum(gather_integers(sum(each), ranks)) for each in zip(*own, strict=True)
-            )
+            own_read = sum(store.traffic.read_bytes for _, store in self._stores)
+            own_needed = sum(dataset.needed_bytes for dataset, _ in self._stores)
+            read = sum(gather_integers(own_read, ranks))
+            needed = sum(gather_integers(own_needed, ranks))
             self.traffic = read, needed
             values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
         if batch.source_ids is None:
             return values
-        columns = torch.stack([batch.class_ids.cpu(), batch.source_ids])
-        if ranks.world_size > 1:
-            gathered = [torch.empty_like(columns) for _ in range(ranks.world_size)]
-            with WaitingForRanks():
-                torch.distributed.all_gather(gathered, columns, group=ranks.host_group)
-            columns = torch.cat(gathered, dim=1)
-        class_ids, source_ids = columns.numpy()
+        own = np.stack([batch.class_ids.cpu().numpy(), batch.source_ids.numpy()])
+        class_ids, source_ids = np.concatenate(gather_objects(own, ranks), axis=1)
         _, index, counts = np.unique(class_ids, return_inverse=True, return_counts=True)
         positives = counts[index]
         for number, name in enumerate(self._names):
-            own = positives[source_ids == number]
-            if len(own):
-                values[f"positives_per_row/{name}"] = float(own.mean())
+            of_dataset = positives[source_ids == number]
+            if len(of_dataset):
+                values[f"positives_per_row/{name}"] = float(of_dataset.mean())
         return values
 
 
