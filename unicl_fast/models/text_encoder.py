@@ -98,9 +98,8 @@ def find_varlen_attention(
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return None
-    if compute_type not in VARLEN_TYPES or head_width % 8 or head_width > 256:
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    fits = compute_type in VARLEN_TYPES and not head_width % 8 and head_width <= 256
+    if not fits or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn

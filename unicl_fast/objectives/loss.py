@@ -25,7 +25,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unicl_fast.config import LossForm
-from unicl_fast.objectives.loss_tiled import tiled_statistics
+from unicl_fast.objectives.loss_tiled import TiledStatistics
 from unicl_fast.objectives.positives import Membership, Positives, as_membership, find_positives
 
 Directions = Literal["both", "i2t", "t2i"]
@@ -182,7 +182,7 @@ def _tiled_statistics(
     transposed: Positives,
 ) -> tuple[LogitStatistics, LogitStatistics]:
     """Statistics of the rows (images) and of the columns (texts) of the logits s u_i.v_k."""
-    row_logs, column_logs, row_sums, column_sums = tiled_statistics(
+    row_logs, column_logs, row_sums, column_sums = TiledStatistics.apply(  # type: ignore[no-untyped-call]
         images, texts, scale, counts, positives, transposed
     )
     row_weights = positives.times(scale.new_ones(len(texts), 1), counts).squeeze(1)

@@ -28,37 +28,9 @@ LARGEST_TILE = {"cpu": 1024, "cuda": 4096}
 run at full rate; on a GPU tiles are there to bound memory, and large ones fill it."""
 
 
-def tiled_statistics(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "u d"],
-    scale: Float[Tensor, ""],
-    counts: Float[Tensor, " u"] | None,
-    positives: Positives,
-    transposed: Positives,
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"], Float[Tensor, " b"], Float[Tensor, " u"]]:
-    """Statistics of rows and columns of the logits, differentiable in features and scale.
+class TiledStatistics(torch.autograd.Function):
+    """Statistics of rows and columns of the logits, differentiable in features and scale."""
 
-    Args:
-        image_features: fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
-            results, which is twice as fast; everything else is fp32.
-        text_features: of the same type.
-        scale: in fp64 or fp32.
-        counts: m_k in the type of the scale; 0 is a text that is not there; None means 1.
-        positives: W, in the type of the scale. Pairs (i, i) that it leaves out are left out of the
-            log-sum-exps too.
-        transposed: W^T.
-
-    Returns:
-        log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,
-        sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
-    """
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor] = _TiledStatistics.apply(  # type: ignore[no-untyped-call]
-        image_features, text_features, scale, counts, positives, transposed
-    )
-    return statistics
-
-
-class _TiledStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -69,6 +41,23 @@ class _TiledStatistics(torch.autograd.Function):
         positives: Positives,
         transposed: Positives,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Computes log-sum-exps and sums of positives, of each image [b] and each text [u].
+
+        Args:
+            ctx: torch's.
+            images: features u [b d] in fp64, fp32 or bf16. With bf16 the matrix products have bf16
+                operands and results, which is twice as fast; everything else is fp32.
+            texts: features v [u d], of the same type.
+            scale: s in fp64 or fp32.
+            counts: m [u] in the type of the scale; 0 is a text that is not there; None means 1.
+            positives: W, in the type of the scale. Pairs (i, i) that it leaves out are left out of
+                the log-sum-exps too.
+            transposed: W^T.
+
+        Returns:
+            log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,
+            sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
+        """
         log2_counts = None if counts is None else counts.log2()
         tiles = _Tiles(images, texts, scale, exclude_self=positives.of_itself is not None)
         row_logs, column_logs = _log2_sum_exps(tiles, log2_counts)

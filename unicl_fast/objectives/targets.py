@@ -23,7 +23,6 @@ from unicl_fast.text.token_rows import (
     merge_classes,
     position_factors,
     replace_classes,
-    row_lengths,
     unique_rows,
 )
 
@@ -38,20 +37,17 @@ CAPTION_KEYS_START = 1 << 62
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """Distinct texts and class ids of one batch; letters as in `unicl_fast.batch`."""
+    """Distinct texts and class ids of one batch: the fields of a `Batch` that have these names.
+
+    `tokens` are in order of first occurrence; `class_ids` are text_class_ids[text_index].
+    """
 
     tokens: UInt16Array
-    """uint16 [u l], distinct rows in order of first occurrence, padded with 0."""
     text_index: Int64Array
-    """int64 [b], the row of `tokens` that is the text of each sample."""
     class_ids: Int64Array
-    """int64 [b]; always text_class_ids[text_index]."""
     text_class_ids: Int64Array
-    """int64 [u]."""
     text_counts: Int64Array
-    """int64 [u], how many samples have that text."""
     text_lengths: Int64Array
-    """int64 [u], tokens of each row without padding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -80,10 +76,7 @@ class PromptLookup(Protocol):
 
 
 def map_targets(
-    rows: UInt16Array,
-    labels: Int64Array,
-    prompts: PromptLookup | None = None,
-    unique: bool = True,
+    rows: UInt16Array, labels: Int64Array, prompts: PromptLookup | None = None
 ) -> Targets:
     """TargetM (Algorithm 1 of the paper): gives every sample a class id, and finds distinct texts.
 
@@ -106,8 +99,6 @@ def map_targets(
         rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
         labels: int64 [b], the class of each sample or -1. Label 0 is a class.
         prompts: finds captions that are prompts of classes; None where there are no prompts.
-        unique: False leaves equal texts apart (u = b, counts of 1), without a copy of `rows`: the
-            plain twin, for tests and comparisons.
 
     Raises:
         ValueError: no rows, or arrays of other shapes, types or ranges.
@@ -117,14 +108,10 @@ def map_targets(
         rows, labels, position_factors(rows.shape[1])
     )
     text_class_ids = _classes_of_texts(labels, text_index, tokens, keys, prompts, *known)
-    class_ids = text_class_ids[text_index]
-    if not unique:
-        tokens, text_index, text_class_ids = rows, np.arange(len(rows)), class_ids.copy()
-        text_counts, text_lengths = np.ones(len(rows), dtype=np.int64), row_lengths(rows)
     return Targets(
         tokens=tokens,
         text_index=text_index,
-        class_ids=class_ids,
+        class_ids=text_class_ids[text_index],
         text_class_ids=text_class_ids,
         text_counts=text_counts,
         text_lengths=text_lengths,

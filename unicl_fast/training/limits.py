@@ -104,8 +104,10 @@ class NonfiniteSteps:
                 fault = f"the gradient norm of step {step} is {grad_norm}"
             else:
                 continue
+            self.count += 1
             values = {"step": step, "loss": loss, "grad_norm": grad_norm}
-            self._report(f"{fault}, and the update was left out", values, last_metrics)
+            where = self._write(values, last_metrics)
+            self._report(f"{fault}, and the update was left out", where)
         self._remembered.clear()
         overflowed = bool(steps) and not any(math.isfinite(norm) for _, norm in steps)
         # updates are left out while the scale halves; below 1 it has nothing more to give
@@ -115,12 +117,8 @@ class NonfiniteSteps:
                 "whatever the loss scale: use efficiency.precision=bf16"
             )
 
-    def _report(
-        self, fault: str, values: dict[str, Any], last_metrics: Mapping[str, float]
-    ) -> None:
-        self.count += 1
+    def _report(self, fault: str, where: str) -> None:
         allowed = self._config.run.max_bad_steps
-        where = self._write(values, last_metrics)
         if self.count > allowed:
             if allowed:
                 fault += f" (non-finite step {self.count}, run.max_bad_steps={allowed})"

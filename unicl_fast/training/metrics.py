@@ -13,7 +13,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -228,14 +228,6 @@ def read_metrics(run_folder: Path) -> list[dict[str, float]]:
     """The lines of a run's metrics.jsonl."""
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
-
-
-def find_missing_evaluations(
-    lines: Iterable[Mapping[str, float]], names: Collection[str], *, step: int
-) -> list[str]:
-    """The named evaluations that have no line at `step` among those of metrics.jsonl."""
-    written = {key for line in lines if line["step"] == step for key in line}
-    return [name for name in names if not any(key.startswith(f"{name}/") for key in written)]
 
 
 def _step_of(line: str) -> float:

@@ -58,7 +58,6 @@ from unicl_fast.training.metrics import (
     DatasetMeter,
     MetricsWriter,
     StepMeter,
-    find_missing_evaluations,
     read_metrics,
 )
 from unicl_fast.training.optim import (
@@ -348,7 +347,9 @@ class Trainer:
             missing: list[str] = []
             every_steps = self.config.run.evaluate_every_steps
             if folder is not None and self.step > 0 and self._is_due(every_steps):
-                missing = find_missing_evaluations(lines, self.evaluations, step=self.step)
+                keys = {key for line in lines if line["step"] == self.step for key in line}
+                names = self.evaluations
+                missing = [n for n in names if not any(key.startswith(f"{n}/") for key in keys)]
                 missing = from_rank_0(missing, self.ranks)
             yield _Session(
                 metrics=metrics,
