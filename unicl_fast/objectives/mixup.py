@@ -1,8 +1,8 @@
 """mixup and CutMix: images blended two by two, and their labels with the same weights.
 
-Zhang et al., arXiv 1710.09412, and Yun et al., arXiv 1905.04899. Under the unified contrast the
-authors' rule is affinity = mixed labels x mixed labels transposed: image and text i have the
-labels of both images with their weights, and k is a positive of i with the weight (Y Y^T)_ik.
+Zhang et al., arXiv 1710.09412, and Yun et al., arXiv 1905.04899. Under the unified contrast image
+and text i have the labels of both images with their weights, and k is a positive of i with the
+weight (Y Y^T)_ik: the UniCL authors' affinity, mixed labels x mixed labels transposed.
 
 Partners are the neighbours in the global batch, samples 2k and 2k + 1, and a pair's numbers are a
 function of (seed, step, pair): the same on any number of ranks and after any restart, which timm's

@@ -1,17 +1,15 @@
 """Batches larger than memory: encode in micro-batches, compare the whole batch, encode again.
 
-The loss compares every image with every text, so gradients of micro-batches cannot simply be
-added up as for a classifier. But it sees a sample only through its feature, which is small:
+The loss compares every image with every text, so gradients of micro-batches do not add up as for a
+classifier. But it sees a sample only through its feature, which is small:
 
     1. encode all micro-batches without a graph and keep the features;
     2. take the loss of the whole global batch and its gradient with respect to the features;
     3. encode each micro-batch once more, with a graph, and back-propagate its features' gradient.
 
-The result is the plain step's, up to the order of summation: drop path is a function of a
-sample's global index in the batch, so both forward passes drop the same branches and no generator
-has to be rewound. The price is one more forward pass, about 4/3 of the time; in return only one
-micro-batch's activations are held. The idea: Gao et al., "Scaling Deep Contrastive Learning
-Batch Size under Memory Limited Setup", 2021 (arXiv 2101.06983).
+The result is the plain step's, up to the order of summation: drop path is a function of a sample's
+global index, so both forward passes drop the same branches. The price is one more forward pass,
+about 4/3 of the time. Gao et al., arXiv 2101.06983.
 """
 
 from __future__ import annotations
@@ -134,17 +132,12 @@ def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor
 
 def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:
     """Splits the texts of a batch; each piece is as long as its own longest text."""
-    names: tuple[str, ...]
+    names = ["text_index", "class_ids"]
     if config.efficiency.unique_texts:
-        num_texts = len(batch.tokens)
-        names = ("tokens", "text_lengths", "text_class_ids", "text_counts")
-    else:
-        num_texts = len(batch.text_index)
-        names = ("text_index", "class_ids")
+        names = ["tokens", "text_lengths", "text_class_ids", "text_counts"]
+    fields = {name: getattr(batch, name) for name in names}
     size = config.efficiency.micro_batch_size
     return [
-        dataclasses.replace(
-            batch, **{name: getattr(batch, name)[start : start + size] for name in names}
-        )
-        for start in range(0, num_texts, size)
+        dataclasses.replace(batch, **{name: fields[name][start : start + size] for name in names})
+        for start in range(0, len(fields[names[0]]), size)
     ]

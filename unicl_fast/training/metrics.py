@@ -85,10 +85,9 @@ class StepMeter:
 class DatasetMeter:
     """Measures whether a mix of data sets does what it is for, at logging steps only.
 
-    `epochs/NAME` counts how often a data set was gone through: one in its tenth epoch while the
-    others are in their first has too large a weight. `positives_per_row/NAME` is 1 for a data set
-    that teaches as CLIP does, and large for one that teaches as a classifier does.
-    `storage_bytes_read` and `storage_bytes_needed` are there for data sets under URLs.
+    A data set in its tenth epoch (`epochs/NAME`) while others are in their first has too large a
+    weight. `positives_per_row/NAME` is 1 for one that teaches as CLIP does, and large for one that
+    teaches as a classifier does. `storage_bytes_*` are there for data sets under URLs.
     """
 
     def __init__(

@@ -45,11 +45,7 @@ _UNDECAYED_NAMES = (
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters with and without weight decay.
-
-    Without: 1-D parameters (norms, biases), logit_scale, position embeddings and tables of
-    relative positions, as in the released recipe.
-    """
+    """Trainable parameters with and without weight decay, as in the released recipe."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -111,9 +107,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def load_apex_optimizers() -> ModuleType:
     """NVIDIA's `apex.optimizers`, with `FusedAdam` and `FusedLAMB`.
 
-    The name alone says nothing, since PyPI's `apex` is a web toolkit, so apex is recognised by its
-    contents. `amp_C`, the compiled extension that its optimizers call, is tried first, so that a
-    package that is another project is not even imported.
+    PyPI's `apex` is a web toolkit, so apex is recognised by its contents. `amp_C`, the compiled
+    extension that its optimizers call, is tried first: another project is not even imported.
 
     Raises:
         ValueError: it is not installed, another project is, or it lacks its CUDA extensions.
@@ -209,16 +204,11 @@ def scaled_lr(lr: float, config: TrainConfig) -> float:
 def build_weight_average(model: UniCL, optim: OptimConfig) -> ModelEmaV3:
     """The moving average of the weights, which begins as a copy of the model.
 
-    It is a function of the weights after each step, and of the step: nothing is read from the
-    device, and it is equal on all ranks. BatchNorm's averages are averaged too, as in timm's own
-    training script; counters are copied. It is updated after a step whose update was left out too:
-    to know which those are would mean to wait for the device, and weights that stayed as they were
-    do no harm.
-
-    Args:
-        model: on the device and in the types where it will be trained. The average of a compiled
-            model is not compiled, and keeps its activations.
-        optim: with an ema_decay above 0.
+    It is a function of the weights after each step, and of the step, so it is equal on all ranks.
+    BatchNorm's averages are averaged too, as in timm's own training script; counters are copied. It
+    is updated after a step whose update was left out too: to know which those are would mean to
+    wait for the device. The model is on its device by now; the average of a compiled one is not
+    compiled, and keeps its activations.
     """
     # timm's own defaults of the warm-up, named here since they decide the result
     average = ModelEmaV3(
