@@ -292,19 +292,13 @@ def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | Non
     """
     # agents of torchrun on nodes whose ranks did not fail do not count it as a restart
     restarted = any(gather_integers(int(is_restarted()), ranks))
-    chosen: Path | Exception | None = None
-    if ranks.is_main:
-        try:
+    chosen = None
+    with refused_together(ranks):
+        if ranks.is_main:
             if restarted and list_checkpoints(run_folder / "checkpoints"):
                 resume = "auto"
             chosen = _choose_checkpoint(resume, run_folder)
-        except (ValueError, OSError) as error:
-            chosen = error
-    chosen = from_rank_0(chosen, ranks)
-    with refused_together(ranks):
-        if isinstance(chosen, Exception):
-            raise chosen
-    return chosen
+    return from_rank_0(chosen, ranks)  # type: ignore[no-any-return]
 
 
 def _choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
