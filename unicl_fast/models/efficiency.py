@@ -67,20 +67,14 @@ def keep_activations_in_copy(encoder: nn.Module) -> None:
 
 def _checkpoint_forward(block: nn.Module) -> None:
     forward = block.forward
-    options: dict[str, Any] = {}
+    # nothing in our models draws from a generator, whose state would have to be restored
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
     # torch.compile can take no contexts: only where there are averages to leave alone
     if has_batch_norm(block):
         options["context_fn"] = lambda: (contextlib.nullcontext(), _averages_left_alone(block))
 
     def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
-        return checkpoint(
-            forward,
-            *args,
-            use_reentrant=False,
-            preserve_rng_state=False,  # nothing in our models draws from a generator
-            **options,
-            **kwargs,
-        )
+        return checkpoint(forward, *args, **options, **kwargs)
 
     block.forward = recomputing_forward
 

@@ -299,9 +299,9 @@ def _label_texts(
 
 @kernel
 def _group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> tuple[Any, ...]:
-    """Finds the distinct texts of a batch and what is known of each, in one call.
+    """Finds the distinct texts of a batch and what is known of each; rows are C-contiguous.
 
-    For small batches, where a call takes longer than what it does. Rows are C-contiguous.
+    One call, since for small batches a call takes longer than what it does.
 
     Returns:
         tokens: uint16 [u, l], the distinct rows in order of first occurrence.

@@ -1,4 +1,4 @@
-"""Figures of a run for people: its curves, and what the pipeline fed."""
+"""Figures of a run for people: its curves, and its first batch."""
 
 from __future__ import annotations
 

@@ -121,12 +121,10 @@ def shown_indices(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
     """Turns decoded images uint8 [b h w c] into the image encoder's input: normalised [b c h w]."""
+    data, channels_last = config.data, config.efficiency.channels_last
+    dtype = Precision(config.efficiency.precision).compute_type
     return normalise_images(
-        images,
-        mean=config.data.mean,
-        std=config.data.std,
-        dtype=Precision(config.efficiency.precision).compute_type,
-        channels_last=config.efficiency.channels_last,
+        images, mean=data.mean, std=data.std, dtype=dtype, channels_last=channels_last
     )
 
 

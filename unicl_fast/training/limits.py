@@ -84,10 +84,7 @@ class NonfiniteSteps:
     ) -> None:
         """Looks at the steps that were not judged yet; all ranks call it together.
 
-        Args:
-            steps: loss and gradient norm of the last steps, the last being step `done` - 1.
-            done: how many steps the run has done.
-            last_metrics: what was logged last, for the file.
+        `steps` holds loss and gradient norm of the last ones of the `done` steps of the run.
 
         Raises:
             FloatingPointError: one more than `run.max_bad_steps`, or gradients that overflow at

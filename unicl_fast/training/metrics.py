@@ -97,12 +97,9 @@ class DatasetMeter:
         epochs: Callable[[int], Sequence[float]],
         datasets: Sequence[PackedDataset] = (),
     ) -> None:
-        """Measures nothing yet.
+        """`epochs` gives those of each data set after a number of steps.
 
-        Args:
-            names: of the data sets.
-            epochs: number of steps done -> epochs of each data set.
-            datasets: those whose traffic is counted, if they are under URLs.
+        The traffic of `datasets` is counted where they are under URLs.
         """
         self._names, self._epochs = list(names), epochs
         self._stores = [(one, one.remote.store) for one in datasets if one.remote is not None]

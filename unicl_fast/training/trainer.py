@@ -270,12 +270,9 @@ class Trainer:
         self.schedule.step_update(self.step + 1)
         self.scaler.unscale_(self.optimizer)
         grad_norm = gradient_norm(self.model)
-        update(
-            self.optimizer,
-            grad_norm,
-            clip_norm=self.config.optim.clip_norm,
-            leave_out=~(loss.isfinite() & grad_norm.isfinite()),
-        )
+        leave_out = ~(loss.isfinite() & grad_norm.isfinite())
+        clip_norm = self.config.optim.clip_norm
+        update(self.optimizer, grad_norm, clip_norm=clip_norm, leave_out=leave_out)
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
@@ -286,9 +283,8 @@ class Trainer:
     def save(self, *, required: bool = True) -> None:
         """Writes a checkpoint of the present step into the run folder; all ranks call it together.
 
-        Args:
-            required: return when it is on the disk. Otherwise it is written while training
-                continues, and where that fails it is only logged, loudly: the next one may fit.
+        A required one is on the disk when this returns. Another is written while training
+        continues, and where that fails it is only logged, loudly: the next one may fit.
 
         Raises:
             OSError: a required one cannot be written.
@@ -299,14 +295,11 @@ class Trainer:
         self._saved_step = self.step
         if self._checkpoints is None:
             return
-        self._checkpoints.write(
-            collect_tensors(model=self.model, ema=self.ema, optimizer=self.optimizer),
-            describe_state(
-                model=self.model, optimizer=self.optimizer, scaler=self.scaler, data=self.data
-            ),
-            step=self.step,
-            required=required,
+        tensors = collect_tensors(model=self.model, ema=self.ema, optimizer=self.optimizer)
+        state = describe_state(
+            model=self.model, optimizer=self.optimizer, scaler=self.scaler, data=self.data
         )
+        self._checkpoints.write(tensors, state, step=self.step, required=required)
 
     def finish_writing(self) -> None:
         """Returns when the checkpoint that `save` began is on the disk, or has failed."""
