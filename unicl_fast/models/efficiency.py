@@ -4,10 +4,9 @@ Activation checkpointing: one mechanism serves both encoders, since timm's own s
 the image side, and counts every BatchNorm statistic twice. Blocks are known by their class names;
 an architecture without any of them is refused instead of left silently as it was.
 
-Compilation: images come in few shapes, but distinct texts in another shape at every step. Rounded
-up to a few sizes they meet graphs that exist; the first change of a size makes torch compile once
-more, for any value of it. What is added does not count: padding tokens come after what is read, and
-a text of count 0 is as if it were not there.
+Compilation: distinct texts come in another shape at every step. Rounded up to a few sizes they meet
+graphs that exist (docs/architecture.md). What is added does not count: padding tokens come after
+what is read, and a text of count 0 is as if it were not there.
 """
 
 from __future__ import annotations

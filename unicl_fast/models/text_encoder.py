@@ -38,7 +38,7 @@ class TokenRow(NamedTuple):
     """Index in the row of the last token of each text."""
     bounds: Int[Tensor, " n"]
     """int32, rising from 0 to p: where each text begins in the row, where the last one ends, and
-    then where pieces of computed padding do, of up to l tokens or empty. For `attend` only."""
+    then where pieces of computed padding do, of up to l tokens or empty. For kernels only."""
     shape: tuple[int, int]
     """The numbers of texts u and of tokens in each l."""
 
@@ -75,17 +75,6 @@ class TokenRow(NamedTuple):
         u, l = self.shape  # noqa: E741
         padded = packed.new_zeros(u * l, packed.shape[1])
         return padded.index_copy(0, self.positions, packed).view(u, l, -1)
-
-    def attend(
-        self, attention: VarlenAttention, qkv: Float[Tensor, "p 3 h d"]
-    ) -> Float[Tensor, "p h d"]:
-        """Causal attention within each text, in the row as it is."""
-        query, key, value = qkv.unbind(1)
-        longest = self.shape[1]
-        return attention(
-            *(query, key, value, self.bounds, self.bounds, longest, longest),
-            window_size=(-1, 0),  # all that came before, nothing that comes after
-        )
 
 
 def find_varlen_attention(
@@ -138,7 +127,10 @@ class CausalAttention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         attention = self.varlen_attn if qkv.dtype in VARLEN_TYPES else None
         if row is not None and attention is not None:
-            mixed = row.attend(attention, qkv.view(len(qkv), 3, self.heads, -1)).flatten(1)
+            query_key_value = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)
+            bounds = (row.bounds, row.bounds, row.shape[1], row.shape[1])
+            # each token sees all that came before in its text, and nothing that comes after
+            mixed = attention(*query_key_value, *bounds, window_size=(-1, 0)).flatten(1)
         else:
             padded = self._attend_padded(qkv if row is None else row.spread(qkv))
             mixed = padded if row is None else row.pack(padded)

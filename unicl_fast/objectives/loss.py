@@ -4,12 +4,10 @@ Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022
 `dense_loss` is these equations as they are written. `unified_contrastive_loss` is the same number
 for every use: training, one rank or many, and the special cases CLIP, SupCon and cross-entropy.
 
-Three things make it cheap, and none changes the result; docs/loss.md has the derivation:
-
-- Equal texts give equal columns of logits, so columns are the DISTINCT texts k of each rank with
-  counts m_k: a row's log-sum-exp adds log m_k, and the loss of column k counts m_k times.
-- The positives of an image need only the sum of the texts of its class (`positives.py`).
-- From 2^20 logits on no logit is stored (`loss_tiled.py`).
+Three things make it cheap, and none changes the result (docs/loss.md): columns are the DISTINCT
+texts k with counts m_k, so a row's log-sum-exp adds log m_k, and the loss of column k counts m_k
+times; positives need only sums over classes (`positives.py`); from 2^20 logits on none is stored
+(`loss_tiled.py`).
 
 The loss knows no ranks. A rank compares its images with the texts of all ranks, so its rows are
 complete; the function `all_reduce` that the training step hands in completes its columns.

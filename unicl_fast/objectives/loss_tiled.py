@@ -1,9 +1,8 @@
 """Statistics of the logits from tiles that are computed, used and overwritten: none is stored.
 
-`loss.py` says what the loss is; this file says how its statistics come in O((b + u) d) memory:
-log-sum-exps of rows AND columns from the same tiles, positives from class sums, and a backward pass
-that multiplies the tiles again (one product, then two for the gradients). Ordinary torch
-operations, for any device. docs/loss.md has the prices.
+The statistics of `loss.py` in O((b + u) d) memory: log-sum-exps of rows AND columns from the same
+tiles, positives from class sums, and a backward pass that multiplies the tiles again (one product,
+then two for the gradients). Ordinary torch operations, for any device. docs/loss.md has the prices.
 
 Exponentials are taken with base 2: the logits are multiplied by log2(e) along with the scale, and
 `exp2` costs a third of `exp` on the CPU.
@@ -29,8 +28,6 @@ run at full rate; on a GPU tiles are there to bound memory, and large ones fill 
 
 
 class TiledStatistics(torch.autograd.Function):
-    """Statistics of rows and columns of the logits, differentiable in features and scale."""
-
     @staticmethod
     def forward(
         ctx: Any,
@@ -41,18 +38,11 @@ class TiledStatistics(torch.autograd.Function):
         positives: Positives,
         transposed: Positives,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Computes log-sum-exps and sums of positives, of each image [b] and each text [u].
+        """Computes statistics of each image [b] and each text [u], differentiable in all features.
 
-        Args:
-            ctx: torch's.
-            images: features u [b d] in fp64, fp32 or bf16. With bf16 the matrix products have bf16
-                operands and results, which is twice as fast; everything else is fp32.
-            texts: features v [u d], of the same type.
-            scale: s in fp64 or fp32.
-            counts: m [u] in the type of the scale; 0 is a text that is not there; None means 1.
-            positives: W, in the type of the scale. Pairs (i, i) that it leaves out are left out of
-                the log-sum-exps too.
-            transposed: W^T.
+        Both features are fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
+        results, which is twice as fast; the others are fp32 then. `positives` is W, `transposed`
+        W^T; pairs (i, i) that they leave out are left out of the log-sum-exps too.
 
         Returns:
             log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.batch import Batch
@@ -50,12 +51,7 @@ class NonfiniteSteps:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        ranks: Ranks,
-        run_folder: Path | None,
-        scaler: torch.amp.GradScaler,
+        self, config: TrainConfig, *, ranks: Ranks, run_folder: Path | None, scaler: GradScaler
     ) -> None:
         """Starts at step 0.
 
@@ -229,9 +225,8 @@ def check_memory(
 
     A process that runs out of memory on the host is ended without a message, often late in the run.
     So the bytes that backward needs of one image are measured, and multiplied by `images_per_step`
-    of this rank, both views counted. Only the image encoder's activations are counted: texts come
-    in all lengths, and the rest is small beside them. So the number in the message is a lower
-    bound, except for compiled encoders.
+    of this rank, both views counted: a lower bound (except for compiled encoders), since texts come
+    in all lengths and the rest is small.
 
     Raises:
         ValueError: more than twice what is free would be needed.

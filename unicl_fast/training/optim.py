@@ -153,11 +153,8 @@ def update(
     read all gradients once more; for others gradients are divided, and the host has to read the
     flag. Zeroed gradients would not do: weight decay and the averages would move all the same.
 
-    Args:
-        optimizer: from `build_optimizer`.
-        grad_norm: from `gradient_norm`.
-        clip_norm: the longest gradient that is used as it is; 0 is any.
-        leave_out: bool [], on the parameters' device.
+    Gradients longer than `clip_norm` are clipped, unless it is 0; `leave_out` is a bool [] on the
+    parameters' device.
     """
     is_fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
     if not is_fused and leave_out.item():

@@ -54,12 +54,7 @@ from unicl_fast.training.cached_gradients import (
 )
 from unicl_fast.training.global_loss import global_loss, shown_indices
 from unicl_fast.training.limits import BatchNormBackup, NonfiniteSteps, ReplacedSamples
-from unicl_fast.training.metrics import (
-    DatasetMeter,
-    MetricsWriter,
-    StepMeter,
-    read_metrics,
-)
+from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, StepMeter, read_metrics
 from unicl_fast.training.optim import (
     build_optimizer,
     build_schedule,
