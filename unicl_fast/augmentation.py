@@ -225,12 +225,10 @@ def check_views(entries: Sequence[str], *, objective: str) -> None:
 
 
 def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> list[Augmentation]:
-    """Returns each data set's augmentation.
+    """Returns each data set's augmentation, by the entries of `data.augment`.
 
-    Args:
-        entries: as in `data.augment`: SPEC for all data sets, NAME:SPEC for those whose folder is
-            called NAME (or whose path or URL ends with it); the longest NAME that fits counts.
-        places: folders or URLs of the data sets.
+    An entry is SPEC for all data sets, or NAME:SPEC for those whose folder is called NAME (or whose
+    path or URL, in `places`, ends with it); the longest NAME that fits counts.
 
     Raises:
         ValueError: an entry that cannot be read or names no data set, or some data sets with one

@@ -151,12 +151,8 @@ def normalise_images(
     lose a bit and a half. On the CPU, fp32 is made by one kernel, and other types in pieces of the
     batch that stay in the cache.
 
-    Args:
-        images: uint8 [b h w c].
-        mean: of each channel, of values in 0 to 1.
-        std: of each channel, of values in 0 to 1.
-        dtype: type of the result, [b c h w].
-        channels_last: False copies the result into [b c h w] memory order.
+    `mean` and `std` are those of each channel, of values in 0 to 1. The result is [b c h w];
+    without `channels_last` it has this order in memory too.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != len(mean):
         raise ValueError(

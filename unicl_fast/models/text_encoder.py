@@ -46,10 +46,8 @@ class TokenRow(NamedTuple):
     def build(cls, last: Int[Tensor, " u"], num_tokens: int, shape: tuple[int, int]) -> TokenRow:
         """Decides the row without reading the device.
 
-        Args:
-            last: int64 [u], the position of the last token of each text.
-            num_tokens: how many tokens are computed: those up to `last`, or more.
-            shape: u and l.
+        `last` is the position of the last token of each text; `num_tokens` are computed, those up
+        to `last` or more.
         """
         u, l = shape  # noqa: E741
         if not u <= num_tokens <= u * l:

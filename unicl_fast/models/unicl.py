@@ -78,8 +78,7 @@ class UniCL(nn.Module):
     @property
     def encoders(self) -> list[nn.Module]:
         """The image encoder and, where there is one, the text encoder."""
-        encoders = [self.image_encoder, self.text_encoder]
-        return [encoder for encoder in encoders if encoder is not None]
+        return [one for one in (self.image_encoder, self.text_encoder) if one is not None]
 
     def encode_image(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Features of normalised images, of unit norm.
@@ -95,12 +94,10 @@ class UniCL(nn.Module):
     def encode_text(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
     ) -> Float[Tensor, "u d"]:
-        """Features of token rows that end with the end-of-text token, of unit norm.
+        """Features of token rows, padded behind the end-of-text token, of unit norm.
 
-        Args:
-            tokens: int64 [u l], padded behind the end-of-text token.
-            num_tokens: how many of them are not padding, to compute those only; not fewer, which
-                is not checked (that would read the device). None computes all.
+        `num_tokens` is how many of them are not padding, to compute those only; not fewer, which is
+        not checked (that would read the device). None computes all.
 
         Raises:
             ValueError: the model was trained without texts.

@@ -26,8 +26,6 @@ from unicl_fast.config import LossForm
 from unicl_fast.objectives.loss_tiled import TiledStatistics
 from unicl_fast.objectives.positives import Membership, Positives, as_membership, find_positives
 
-Directions = Literal["both", "i2t", "t2i"]
-
 # "auto" takes tiles from so many logits b u on. Below, the dense form is as fast or faster on the
 # CPU, and small; docs/loss.md.
 _SMALLEST_TILED = 1 << 20
@@ -99,7 +97,7 @@ def unified_contrastive_loss(
     text_class_ids: Int[Tensor, " u"] | Membership | None = None,
     text_counts: Int[Tensor, " u"] | None = None,
     exclude_self: bool = False,
-    directions: Directions = "both",
+    directions: Literal["both", "i2t", "t2i"] = "both",
     form: LossForm = "auto",
     all_reduce: AllReduce = one_rank,
 ) -> Float[Tensor, ""]:

@@ -6,8 +6,8 @@ a sample, text k is a positive of image i with the weight
 
     W = Y_images Y_texts^T
 
-What the loss wants of W are its products with features, and those need no W: Y_texts^T V are the
-sums of V over each class, and Y_images picks them out again. Two sparse products of O(n d).
+The loss needs products of W with features only: Y_texts^T V are the sums of V over each class, and
+Y_images picks them out again. Two sparse products of O(n d).
 
 Class ids are any int64. They become rows of a small table by sorting and binary search, whose
 results have sizes known beforehand: the host never waits for the device.

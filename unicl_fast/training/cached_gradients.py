@@ -119,8 +119,7 @@ def back_propagate_in_micro_batches(
         text_features.backward(gradient)
     with precision.autocast(device_type):
         last_features = encode(input_of(*pixels[-1]), *texts[-1])
-    last_gradients = [image_gradients[-1], text_gradients[-1], scale_gradient]
-    back_propagate_learnt(last_features, last_gradients)
+    back_propagate_learnt(last_features, [image_gradients[-1], text_gradients[-1], scale_gradient])
     return loss.detach()
 
 

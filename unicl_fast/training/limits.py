@@ -53,11 +53,7 @@ class NonfiniteSteps:
     def __init__(
         self, config: TrainConfig, *, ranks: Ranks, run_folder: Path | None, scaler: GradScaler
     ) -> None:
-        """Starts at step 0.
-
-        Where the scaler is enabled (fp16), it tries how far gradients can go: a norm that is not
-        finite is then its business.
-        """
+        """Where the scaler is enabled (fp16), infinite gradient norms are its business."""
         self.count = 0
         """Non-finite steps of this process so far."""
         self._config, self._ranks, self._run_folder = config, ranks, run_folder

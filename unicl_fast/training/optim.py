@@ -27,7 +27,6 @@ logger = logging.getLogger(__name__)
 _SUMMED_AT_ONCE = 2**18
 """Squares in one dot product: more round too much in fp32, fewer cost calls."""
 
-_OF_APEX = ("fusedadamw", "fusedlamb")
 _HOW_TO_BUILD_APEX = (
     "build it from its source, with a CUDA compiler of the version that torch was built with: "
     "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
@@ -67,7 +66,8 @@ def choose_optimizer(name: str, *, device: torch.device, precision: str) -> str:
     Raises:
         ValueError: an optimizer of apex that cannot work here; says why.
     """
-    if name in _OF_APEX and (device.type != "cuda" or precision == "fp64"):
+    is_apex = name in ("fusedadamw", "fusedlamb")
+    if is_apex and (device.type != "cuda" or precision == "fp64"):
         raise ValueError(
             f"optim.name={name} runs on CUDA devices with weights in fp32, not on {device.type} "
             f"with efficiency.precision={precision}; take adamw or lamb"

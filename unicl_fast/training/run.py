@@ -51,8 +51,6 @@ from unicl_fast.training.trainer import Evaluation, Trainer
 
 logger = logging.getLogger("unicl_fast")
 
-_DEFAULT_EPOCHS = 32  # the released recipe's
-
 
 class PlannedLoader(Loader, Protocol):
     """A loader whose batches follow a plan, which the ledger and the metrics read."""
@@ -112,13 +110,8 @@ def pretrain(
 ) -> None:
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
-    Args:
-        config: the run's settings.
-        run_folder: where everything is written.
-        build_loader: see `BuildLoader`.
-        evaluate: see `Evaluate`.
-        resume: "never", "auto" or the path of a checkpoint.
-        ledger: keep a ledger; a run that has one continues it anyway.
+    `resume` is "never", "auto" or the path of a checkpoint. `ledger` asks for a ledger; a run that
+    has one continues it anyway.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -185,12 +178,12 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
             + (f", {read / needed:.2f} times as much" if needed else "")
         )
     mark("drawing the curves")
+    curves = run_folder / "curves.png"
     try:
-        draw_curves(run_folder, run_folder / "curves.png")
+        draw_curves(run_folder, curves)
+        logger.info("curves in %s", curves)
     except (OSError, ValueError) as error:  # the model is trained all the same
         logger.error("no curves: %s", error)
-    else:
-        logger.info("curves in %s", run_folder / "curves.png")
     following = f"unicl-eval zero-shot --checkpoint {run_folder} --data DIR"
     logger.info("%d steps done. Next: %s", trainer.step, following)
 
@@ -223,7 +216,7 @@ def _build_trainer(
     """Opens the data, checks that it suits the model, and puts the trainer together."""
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
-        samples = _DEFAULT_EPOCHS * sum(len(dataset) for dataset in datasets)
+        samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     prompts = build_prompts(datasets, config)
     loader = build_loader(

@@ -471,10 +471,7 @@ class Trainer:
 def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     """Refuses settings that cannot work together, before anything is built."""
     check_views(config.data.augment, objective=config.objective.name)
-    check_pairs_on_one_rank(
-        config.objective,
-        local_batch_size=ranks.local_batch_size(config.run.global_batch_size),
-        micro_batch_size=config.efficiency.micro_batch_size,
-    )
+    local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
+    check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
