@@ -38,8 +38,7 @@ def check_micro_batches(model: nn.Module, objective: ObjectiveConfig) -> None:
     """Refuses what cannot be trained in micro-batches.
 
     Raises:
-        ValueError: the model has BatchNorm, so that features depend on the other images of a
-            micro-batch; or the objective has no texts.
+        ValueError: the model has BatchNorm, or the objective has no texts.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):

@@ -53,7 +53,7 @@ class NonfiniteSteps:
     def __init__(
         self, config: TrainConfig, *, ranks: Ranks, run_folder: Path | None, scaler: GradScaler
     ) -> None:
-        """Where the scaler is enabled (fp16), infinite gradient norms are its business."""
+        """Gradient norms that are not finite are the scaler's business where it is enabled."""
         self.count = 0
         """Non-finite steps of this process so far."""
         self._config, self._ranks, self._run_folder = config, ranks, run_folder
@@ -147,11 +147,7 @@ class NonfiniteSteps:
 
 
 class BatchNormBackup:
-    """Puts BatchNorm's averages back after a non-finite step.
-
-    Weights and the optimizer's state are masked, but the forward pass has changed the averages by
-    the time the loss is known.
-    """
+    """Puts back BatchNorm's averages, which the forward pass of a non-finite step has changed."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
