@@ -1,8 +1,7 @@
 """Number formats and memory layout, decided in this one place.
 
 `Precision` tells what autocast runs in and whether fp16's loss scaler is needed; `place_module`
-moves weights accordingly; `normalise_images` turns the bytes of decoded images into the encoder's
-input. The rest of the program asks for a `Precision` and does not look inside.
+moves weights accordingly; `normalise_images` makes the encoder's input of decoded images.
 """
 
 from __future__ import annotations

@@ -113,10 +113,9 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
 
 
 def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
-    """Builds the prompts of all classes of all data sets, by the config's rule for label spaces.
+    """Builds the prompts of all classes of all data sets, as long as the model reads them.
 
-    They are as long as the model reads them, so that classes whose prompts it cannot tell apart are
-    joined here, and not in some batches of some ranks.
+    So classes whose prompts it cannot tell apart are joined here (see `map_targets`).
     """
     return ClassPrompts(
         [(dataset.manifest.class_names, dataset.manifest.templates) for dataset in datasets],
