@@ -44,7 +44,7 @@ from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.step import global_loss
+from unicl_fast.training.global_loss import global_loss
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import Stage, rate_of, ratio_of, take_turns

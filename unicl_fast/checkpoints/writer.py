@@ -70,12 +70,12 @@ class CheckpointWriter:
         state: Mapping[str, Any],
         *,
         step: int,
-        must: bool,
+        required: bool,
     ) -> None:
-        """Copies the tensors now, and writes `step-XXXXXXXX` now (if it `must`) or in a thread.
+        """Copies the tensors now, and writes `step-XXXXXXXX` now (if `required`) or in a thread.
 
         Raises:
-            OSError: it cannot be written, and it `must`. Otherwise that is only logged, loudly:
+            OSError: it cannot be written, and is `required`. Otherwise that is only logged, loudly:
                 training continues, and the next one may fit.
         """
         started = time.perf_counter()
@@ -93,7 +93,7 @@ class CheckpointWriter:
             write_checkpoint(self.folder, step=step, files=copies, state=state)
             self._remove_old()
 
-        if must:
+        if required:
             write_and_tidy()
         else:
             self._thread = self._start(write_and_tidy, failed=f"NO CHECKPOINT of step {step}")
