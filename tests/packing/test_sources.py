@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from unicl_fast.packing.class_names import (
+from unicl_fast.packing.samples import (
     LabelSpace,
     collect_label_space,
     read_label_space,

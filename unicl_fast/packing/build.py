@@ -1,8 +1,7 @@
 """Packs sources into one data set folder: `unicl-pack build` as a function.
 
-The chapters: read the sources, number their labels, choose and shuffle the samples, check images in
-workers, write. `sources` reads files of all kinds, `class_names` numbers labels, `samples` orders,
-`workers` checks images, `unicl_fast.dataset.writer` writes the folder.
+The chapters: read the sources (`sources`), number their labels, choose and shuffle the samples
+(`samples`), check images in workers (`workers`), write (`unicl_fast.dataset.writer`).
 """
 
 from __future__ import annotations
@@ -28,12 +27,6 @@ from unicl_fast.dataset.writer import (
     require_free,
 )
 from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
-from unicl_fast.packing.class_names import (
-    LabelSpace,
-    collect_label_space,
-    read_label_space,
-    refuse_numbers,
-)
 from unicl_fast.packing.quarantine import (
     LeaveOut,
     Refusals,
@@ -44,10 +37,14 @@ from unicl_fast.packing.quarantine import (
 )
 from unicl_fast.packing.ray_engine import Engine, check_on_ray, require_engine
 from unicl_fast.packing.samples import (
+    LabelSpace,
     Samples,
     all_samples,
     choose,
+    collect_label_space,
     join_duplicates,
+    read_label_space,
+    refuse_numbers,
     reorder,
     shuffled_order,
 )
@@ -58,7 +55,6 @@ from unicl_fast.packing.sources.read_sources import (
     Problem,
     Source,
     read_sources,
-    split_condition,
 )
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
@@ -151,8 +147,7 @@ class BuildOptions:
         _require_in("--max-pixels", self.max_pixels, 1, MAX_SIDE**2)
         _require_in("--image-seconds", self.image_seconds, 0, 86_400)
         require_engine(self.engine)
-        for condition in self.where:
-            split_condition(condition)
+        self.lists.conditions()
         short_side, square_side = self._resized_to()
         return ImageOptions(
             short_side=short_side,
@@ -161,6 +156,17 @@ class BuildOptions:
             max_pixels=self.max_pixels,
             seconds=self.image_seconds,
             format=self.format,
+        )
+
+    @property
+    def lists(self) -> ListOptions:
+        """The options of lists."""
+        return ListOptions(
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            label_column=self.label_column,
+            image_root=self.image_root,
+            where=tuple(self.where),
         )
 
     def _resized_to(self) -> tuple[int, int]:
@@ -212,27 +218,42 @@ def _require_in(name: str, value: float, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie in {low:,} to {high:,}, not {value:,}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildSummary:
-    """The outcome of a build, in numbers."""
+@dataclass(frozen=True, kw_only=True)
+class PackedSummary:
+    """The data set that a build or merge has written, in numbers."""
 
     out: Path | str
     """A folder, or the URL that it was uploaded to."""
     num_samples: int
     num_captions: int
     num_labels: int
-    num_reencoded: int
     num_quarantined: int
+    """Rows of its quarantine.csv; a merge includes those of its inputs."""
     class_names: tuple[str, ...]
+    num_bytes: int
+    """Bytes of the shards, and of decoded images."""
+    seconds: float
+
+    @staticmethod
+    def values_of(manifest: Manifest, *, out: Path, started: float) -> dict[str, Any]:
+        """The fields above; `started` is a time of `perf_counter`."""
+        names = ("samples", "captions", "labels", "quarantined", "bytes")
+        numbers = {f"num_{name}": getattr(manifest, f"num_{name}") for name in names}
+        seconds = time.perf_counter() - started
+        return numbers | {"out": out, "class_names": manifest.class_names, "seconds": seconds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSummary(PackedSummary):
+    """The outcome of a build."""
+
+    num_reencoded: int
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
     passed_over: dict[str, int]
     """Files and rows that were not tried, by reason."""
     image_size: tuple[int, int] | None
     """Height and width of all images of a raw data set."""
-    num_bytes: int
-    """Bytes of the shards, and of decoded images."""
-    seconds: float
     num_taken_over: int = 0
     """Samples that an earlier run of the same build had packed, before it was stopped."""
 
@@ -270,7 +291,7 @@ def build_dataset(
     out, paths = Path(out), [os.fspath(source) for source in sources]
     if not paths:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
-    chosen.check()
+    images = chosen.check()
     with WorkFolder(out, restart=chosen.restart) as work:
         is_done = work.summary is not None and (out / MANIFEST_NAME).is_file()
         if not is_done:
@@ -279,20 +300,10 @@ def build_dataset(
         repeated["source_names"] = list(source_names)
         work.require_same("options", describe_options(paths, repeated))
         if not is_done:
-            _pack(paths, out, work, chosen, source_names=source_names, progress=progress)
+            _pack(paths, out, work, chosen, images, source_names=source_names, progress=progress)
         assert work.summary is not None, "noted before the data set is renamed"
-        manifest = Manifest.load(out)
-        summary = BuildSummary(
-            out=out,
-            num_samples=manifest.num_samples,
-            num_captions=manifest.num_captions,
-            num_labels=manifest.num_labels,
-            class_names=manifest.class_names,
-            num_quarantined=manifest.num_quarantined,
-            num_bytes=manifest.num_bytes,
-            seconds=time.perf_counter() - started,
-            **work.summary,
-        )
+        values = BuildSummary.values_of(Manifest.load(out), out=out, started=started)
+        summary = BuildSummary(**values, **work.summary)
         work.remove()
     return summary
 
@@ -302,28 +313,26 @@ def _pack(
     out: Path,
     work: WorkFolder,
     options: BuildOptions,
+    images: ImageOptions,
     *,
     source_names: Sequence[str],
     progress: bool,
 ) -> None:
     """Reads the sources and writes the data set, from its beginning or from where it stands."""
-    images = options.check()
     tokenizer = Tokenizer()
     is_raw = options.format == "raw"
-    with Spool(out, folder=work.spool) as spool:
-        plan = _read(paths, options, spool, work, progress=progress)
+    kind: Literal["raw", "encoded"] = "raw" if is_raw else "encoded"
+    with Spool(work.spool) as spool:
+        plan = _read(paths, options, images, spool, work, progress=progress)
         with DatasetWriter(
-            out,
-            shard_bytes=options.shard_bytes,
-            images="raw" if is_raw else "encoded",
-            work=work.path,
+            out, shard_bytes=options.shard_bytes, images=kind, work=work.path
         ) as writer:
             one_size = OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples
             refusals = Refusals()
             if writer.num_quarantined:
                 for row in read_left_out(writer.aside / QUARANTINE_NAME):
-                    refusals.note(row.name, Problem(kind=row.kind, message=row.message))
+                    refusals.note(row.name, Problem(row.kind, row.message))
             order = shuffled_order(len(plan.samples), seed=options.seed)
             checked = _check(
                 reorder(plan.samples, order[writer.num_places :]),
@@ -342,16 +351,15 @@ def _pack(
                 smoothing=0.1,
             )
             _write(bar, writer, plan.numbers, one_size, refusals)
-            passed_over = dict(plan.passed_over)
             if writer.num_samples == 0:
-                parts = [f"{count:,} {what}" for what, count in passed_over.items()]
+                parts = [f"{count:,} {what}" for what, count in plan.passed_over.items()]
                 passed = f"\npassed over: {', '.join(parts)}" if parts else ""
                 raise ValueError(f"nothing could be packed: {refusals.describe()}{passed}")
             work.note_summary(
                 {
                     "num_reencoded": writer.notes.get("num_reencoded", 0),
                     "quarantined": refusals.describe(),
-                    "passed_over": passed_over,
+                    "passed_over": dict(plan.passed_over),
                     "image_size": None if one_size is None else one_size.size,
                     "num_taken_over": num_taken_over,
                 }
@@ -382,19 +390,18 @@ class _Plan:
 
 
 def _read(
-    paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolder, *, progress: bool
+    paths: list[str],
+    options: BuildOptions,
+    images: ImageOptions,
+    spool: Spool,
+    work: WorkFolder,
+    *,
+    progress: bool,
 ) -> _Plan:
     """Reads all sources, numbers their labels, and chooses and joins samples."""
     unwanted = LeaveOut(options.leave_out)
     listed = read_retry(options.retry) if options.retry else None
-    lists = ListOptions(
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        label_column=options.label_column,
-        image_root=options.image_root,
-        where=tuple(options.where),
-    )
-    read = read_sources(paths, lists, spool)
+    read = read_sources(paths, options.lists, spool)
     space, numbers = _number_labels(read, options.class_names, spool, work)
     templates = read_templates(options.templates or "imagenet") if space.names else ()
     passed_over = sum((source.passed_over for source in read), Counter[str]())
@@ -411,7 +418,7 @@ def _read(
         samples = join_duplicates(
             samples,
             spool.new_items(),
-            max_file_bytes=options.check().max_file_bytes,
+            max_file_bytes=images.max_file_bytes,
             workers=options.workers or usable_cores(),
             progress=progress,
         )
@@ -485,9 +492,7 @@ def _write(
     num_reencoded: int = writer.notes.get("num_reencoded", 0)
     for source, item, result in checked:
         if isinstance(result, Problem):
-            writer.quarantine(
-                source=source, name=item.name, kind=result.kind, message=result.message
-            )
+            writer.quarantine(source=source, name=item.name, **asdict(result))
             refusals.note(item.name, result)
             continue
         image = result.image

@@ -34,7 +34,6 @@ from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.items import Problem, Span
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
-from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 
 _TOKENISE_TOGETHER = 1024
@@ -95,10 +94,11 @@ def verify_dataset(
     folder = Path(folder)
     faults = FaultLog(note)
     dataset = check_folder(folder, faults=faults, progress=progress)
-    manifest = None if dataset is None else dataset.manifest
     is_raw = dataset is not None and dataset.image_shape is not None
+    numbers = dict.fromkeys(("num_samples", "num_captions", "num_labels"), 0)
     num_decoded = 0
     if dataset is not None:
+        numbers = {name: getattr(dataset.manifest, name) for name in numbers}
         options = ImageOptions(
             short_side=0,
             quality=RESIZE_QUALITY,
@@ -114,14 +114,12 @@ def verify_dataset(
                 dataset,
                 faults=faults,
                 options=options if decode and not is_raw else None,
-                workers=workers or usable_cores(),
+                workers=workers,
                 progress=progress,
             )
     return VerifySummary(
         folder=folder,
-        num_samples=0 if manifest is None else manifest.num_samples,
-        num_captions=0 if manifest is None else manifest.num_captions,
-        num_labels=0 if manifest is None else manifest.num_labels,
+        **numbers,
         num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         is_raw=is_raw,
         num_decoded=num_decoded,

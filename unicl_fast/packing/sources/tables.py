@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import errno
-import functools
 import importlib.util
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,9 @@ from unicl_fast.packing.sources.items import (
     add_texts,
     refused,
 )
-from unicl_fast.packing.sources.lists import add_named, find_image
+from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.spool import Spool, full_disk, stamp
-from unicl_fast.packing.sources.trees import Tree, Trees
+from unicl_fast.packing.sources.trees import Trees, find_image
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
@@ -63,7 +62,7 @@ class TableResult:
 
     labels_are_names: bool = True
     """Whether the file has names for all numbers that are labels."""
-    passed_over: Counter[str] = field(default_factory=Counter)
+    passed_over: dict[str, int] = field(default_factory=dict)
     damaged: list[tuple[int, int, str]] = field(default_factory=list)
     """Rows that cannot be read: the first, the one behind the last or -1, and why."""
 
@@ -73,12 +72,7 @@ def read_tables(
 ) -> Source:
     """Reads Parquet or Arrow files as one source.
 
-    Args:
-        name: what the source is to be called.
-        paths: the files.
-        options: for lists.
-        spool: where images are unpacked.
-        features: of Hugging Face's `datasets`, as JSON.
+    `features` are those of Hugging Face's `datasets`, as JSON.
 
     Raises:
         ValueError: pyarrow is not installed, or no file has rows that can be read.
@@ -108,16 +102,10 @@ def read_tables(
     results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
     try:
         for task, values in zip(tasks, known, strict=True):
-            result: TableResult | Problem
-            if values is not None:
-                passed_over = Counter(values["passed_over"])
-                result = TableResult(**values | {"passed_over": passed_over})
-            else:
-                result = next(results)
-                if not isinstance(result, Problem):
-                    counts = dict(result.passed_over)  # `asdict` would count its pairs
-                    values = dataclasses.asdict(result) | {"passed_over": counts}
-                    spool.remember(*_files_of(task), values)
+            result = next(results) if values is None else TableResult(**values)
+            # a file that cannot even be opened has left nothing
+            if values is None and isinstance(result, TableResult) and Path(task.rows_file).exists():
+                spool.remember(*_files_of(task), dataclasses.asdict(result))
             reader.add(task, result)
         assert next(results, None) is None, "which also ends their process"
     except OSError as error:
@@ -138,8 +126,8 @@ def read_tables(
 
 def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
     """Returns what is made of a file, and what that depends on, for `Spool.remember`."""
-    made_of = [*stamp(task.path), repr(task.options), task.features]
-    return [Path(task.rows_file), Path(task.images_file)], made_of
+    files = [Path(task.rows_file), Path(task.images_file)]
+    return files, [*stamp(task.path), repr(task.options), task.features]
 
 
 class _Reader:
@@ -147,7 +135,6 @@ class _Reader:
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         self._root = options.image_root
-        self._spool = spool
         self._trees = Trees()
         self.items = spool.new_items()
         self.broken: list[Item] = []
@@ -158,46 +145,46 @@ class _Reader:
         """Adds the rows of a file, and what is wrong with it."""
         path, rows = Path(task.path), Path(task.rows_file)
         tree = self._trees.find(Path(self._root) if self._root else path.parent)
+
+        def find(name: str) -> Item:
+            if re.match(r"https?://", name):
+                message = "an address, not a file; img2dataset fetches such lists"
+                return refused(name, "missing", message)
+            return find_image(tree, name)
+
         behind = 0
         if rows.exists():
             with rows.open("rb") as file:
                 for line in file:
                     if line.endswith(b"\n"):  # not so where the process died in the middle
                         row = json.loads(line)
-                        self._add_row(task, path.name, tree, row)
+                        self._add_row(task, path.name, find, row)
                         behind = row["row"] + 1
-            self._spool.release(rows)
         if isinstance(result, Problem):
             self.broken.append(Item(f"{path.name} from row {behind}", problem=result))
             return
-        self.passed_over += result.passed_over
+        self.passed_over.update(result.passed_over)
         self.labels_are_names &= result.labels_are_names
         for first, end, message in result.damaged:
             rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
             self.broken.append(refused(f"{path.name} {rest}", "damaged", message))
 
-    def _add_row(self, task: TableTask, file_name: str, tree: Tree, row: dict[str, Any]) -> None:
+    def _add_row(
+        self, task: TableTask, file_name: str, find: Callable[[str], Item], row: dict[str, Any]
+    ) -> None:
         number: int = row["row"]
         where = f"{file_name}, row {number}"
         if "path" in row:  # rows with one path are one sample
-            find = functools.partial(_find, tree)
             add_named(self.items, row["path"], row, _COLUMNS, number, where, find)
             return
         item = Item(f"{file_name}:{number}", position=number)
         if "problem" in row:
-            kind, message = row["problem"]
-            item.problem = Problem(kind=kind, message=message)
+            item.problem = Problem(*row["problem"])
         else:
             file = task.path if row["in_place"] else task.images_file
             item.entry = Span(file, row["offset"], row["size"])
             add_texts(item, row, _COLUMNS, where)
         self.items.append(item)
-
-
-def _find(tree: Tree, path: str) -> Item:
-    if re.match(r"https?://", path):
-        return refused(path, "missing", "an address, not a file; img2dataset fetches such lists")
-    return find_image(tree, path)
 
 
 def is_saved_dataset(folder: Path) -> bool:

@@ -25,7 +25,6 @@ from typing import Any, BinaryIO, cast
 from unicl_fast.packing.sources.items import (
     FAILED_DOWNLOADS,
     LEFT_OUT,
-    Columns,
     Entry,
     EntryError,
     Item,
@@ -38,7 +37,6 @@ from unicl_fast.packing.sources.items import (
     meets,
     open_regular,
     refused,
-    split_condition,
 )
 from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
 from unicl_fast.packing.sources.spool import Spool
@@ -48,10 +46,12 @@ IMAGES = frozenset(
     "jpg jpeg png webp gif bmp tif tiff avif jp2 ppm pgm img image".split()  # noqa: SIM905
 )
 _TEXTS = ("txt", "cls", "json")
+_NOT_REGULAR = "not a regular file but a link or a device"
 _MAX_TEXT_BYTES = 1 << 20
 """The most bytes of a .txt, .cls or .json."""
 GZIPPED = (".tar.gz", ".tgz")
 
+_NO_SAMPLE = "files that belong to no sample"
 _MAX_HEADER_BYTES = 1 << 20
 """Limit for all headers of a member; a path has 4,096."""
 _PADDING = 1 << 20
@@ -84,13 +84,7 @@ def expand_braces(name: str) -> list[str]:
 
 
 def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
-    """Reads tars as one source.
-
-    Args:
-        name: what the source is to be called.
-        paths: .tar, .tar.gz or .tgz files.
-        options: which fields of KEY.json are captions and labels, and `where`.
-        spool: where compressed tars are unpacked.
+    """Reads .tar, .tar.gz or .tgz files as one source.
 
     Raises:
         ValueError: there is no image in any of them.
@@ -113,29 +107,34 @@ def read_image_folders(path: Path, options: ListOptions, spool: Spool) -> Source
         ValueError: there is no image.
     """
     maker = _SampleMaker(options, spool)
-    key, group = "", None
+    at, group = "", _Group()
     for name, entry in open_tree(path).entries():
-        folder, slash, file_name = name.rpartition("/")
-        stem, dot, extension = file_name.partition(".")
-        if not folder or not dot or file_name.startswith("."):
-            if not file_name.endswith((".parquet", "_stats.json")):
-                maker.passed_over["files that belong to no sample"] += 1
+        key, extension = _split_name(name)
+        if extension is None or "/" not in key:
+            if not name.endswith((".parquet", "_stats.json")):
+                maker.passed_over[_NO_SAMPLE] += 1
             continue
-        if group is None or key != folder + slash + stem:  # sorted, so a sample's follow each other
-            if group is not None:
-                maker.add(key, group)
-            key, group = folder + slash + stem, _Group()
-        extension = extension.lower()
+        if key != at:  # sorted, so the files of a sample follow each other
+            if at:
+                maker.add(at, group)
+            at, group = key, _Group()
         if extension in IMAGES:
             group.add_image(extension, entry)
         else:
             read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
             maker.add_text(group, extension, read)
-    if group is not None:
-        maker.add(key, group)
+    if at:
+        maker.add(at, group)
     for shard in sorted(each for each in path.iterdir() if each.is_dir()):
         _count_failures(shard, maker)
     return maker.source(path.name or str(path), "images")
+
+
+def _split_name(name: str) -> tuple[str, str | None]:
+    """Returns the key of a file's sample, and its extension in small letters, if it has both."""
+    folder, slash, file_name = name.rpartition("/")
+    stem, dot, extension = file_name.partition(".")
+    return folder + slash + stem, extension.lower() if stem and dot else None
 
 
 @dataclass(slots=True)
@@ -157,7 +156,7 @@ class _Group:
     def note(self, extension: str) -> None:
         if extension in self.seen:
             message = f"several files of this name end in .{extension}"
-            self.problem = Problem(kind="ambiguous", message=message)
+            self.problem = Problem("ambiguous", message)
         self.seen.add(extension)
 
 
@@ -166,12 +165,8 @@ class _SampleMaker:
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         # .txt and .cls say nothing where a field of .json is asked for by name
-        self._columns = Columns(
-            "",
-            (options.caption_column,) if options.caption_column else ("txt", *CAPTION_COLUMNS),
-            (options.label_column,) if options.label_column else ("cls", *LABEL_COLUMNS),
-        )
-        self._conditions = [split_condition(condition) for condition in options.where]
+        self._columns = options.text_columns(("txt", *CAPTION_COLUMNS), ("cls", *LABEL_COLUMNS))
+        self._conditions = options.conditions()
         asked = {column for column, _ in self._conditions}
         wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
         self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
@@ -206,9 +201,9 @@ class _SampleMaker:
                 is_number = extension == "cls" and len(text) < 10 and text.isdecimal()
                 group.row[extension] = int(text) if is_number else text
         except EntryError as error:
-            group.problem = Problem(kind=error.kind, message=f".{extension}: {error}")
+            group.problem = Problem(error.kind, f".{extension}: {error}")
         except (ValueError, RecursionError) as error:
-            group.problem = Problem(kind="bad row", message=f".{extension}: {error!s:.300}")
+            group.problem = Problem("bad row", f".{extension}: {error!s:.300}")
 
     def add(self, key: str, group: _Group) -> None:
         """Makes the item of one sample."""
@@ -216,7 +211,7 @@ class _SampleMaker:
             status = group.row.get("status")
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
-            problem = group.problem or Problem(kind="missing", message="a sample without an image")
+            problem = group.problem or Problem("missing", "a sample without an image")
             self.append(Item(key, problem=problem, position=group.position))
             return
         if not meets(group.row, self._conditions):
@@ -226,9 +221,9 @@ class _SampleMaker:
         _, image = group.images[0]
         if len(group.images) > 1 and item.problem is None:
             names = " and ".join(f".{name}" for name, _ in group.images)
-            item.problem = Problem(kind="ambiguous", message=f"several images: {names}")
+            item.problem = Problem("ambiguous", f"several images: {names}")
         elif isinstance(image, RefusedEntry):
-            item.problem = Problem(kind=image.kind, message=image.message)
+            item.problem = Problem(image.kind, image.message)
         else:
             item.entry = image
         if item.problem is None:
@@ -277,13 +272,11 @@ def _group_members(
     with open_regular(path) as file:
         try:
             for member in iter_members(file):
-                folder, slash, file_name = member.name.rpartition("/")
-                key, dot, extension = file_name.partition(".")
-                if not dot or file_name.startswith("."):
-                    maker.passed_over["files that belong to no sample"] += 1
+                key, extension = _split_name(member.name)
+                if extension is None:
+                    maker.passed_over[_NO_SAMPLE] += 1
                     continue
-                group = groups.setdefault(folder + slash + key, _Group(position=member.offset))
-                extension = extension.lower()
+                group = groups.setdefault(key, _Group(position=member.offset))
                 if extension in IMAGES:
                     group.add_image(extension, _image(path, member))
                 else:
@@ -291,7 +284,7 @@ def _group_members(
         except DamagedTarError as error:
             if group is not None:
                 message = "the tar is cut behind it, and some of its files may be lost"
-                group.problem = Problem(kind="damaged", message=message)
+                group.problem = Problem("damaged", message)
             return groups, error
     return groups, None
 
@@ -299,12 +292,12 @@ def _group_members(
 def _image(path: str, member: tarfile.TarInfo) -> Entry:
     if is_plain(member):
         return Span(path, member.offset_data, member.size)
-    return RefusedEntry("unreadable", "not a regular file but a link or a device")
+    return RefusedEntry("unreadable", _NOT_REGULAR)
 
 
 def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     if not is_plain(member):
-        raise EntryError("unreadable", "not a regular file but a link or a device")
+        raise EntryError("unreadable", _NOT_REGULAR)
     if member.size > _MAX_TEXT_BYTES:
         raise EntryError("bad row", f"a text of {member.size:,} bytes")
     file.seek(member.offset_data)
