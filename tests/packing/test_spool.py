@@ -24,7 +24,7 @@ from unicl_fast.packing.sources.items import (
     add_texts,
     require_text,
 )
-from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
+from unicl_fast.packing.sources.read_sources import Source, read_source
 from unicl_fast.packing.sources.spool import ItemStore, Spool
 from unicl_fast.packing.sources.trees import FileEntry, ZipEntry, open_tree
 

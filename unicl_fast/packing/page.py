@@ -17,7 +17,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import markupsafe
@@ -38,30 +38,11 @@ _ENDS_OF_CLASSES = 15
 _MOST_COLUMNS = 200
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShownImage:
-    """A sample to look at. Its texts come from anywhere and are not escaped."""
-
-    index: int
-    key: str
-    uri: str
-    """The image as a JPEG or PNG inside a `data:` address."""
-    height: int
-    width: int
-    """In pixels, of the sample; the image here is at most 200 on a side."""
-    class_names: tuple[str, ...]
-    captions: tuple[str, ...]
-    source: str
-    name: str
-
-    @property
-    def is_tiny(self) -> bool:
-        """Whether its pixels are to be seen as such."""
-        return max(self.height, self.width) <= 100
+ShownImage = dict[str, Any]
+"""A sample to look at; `page.html` names the fields. Its texts come from anywhere."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShownGroup:
+class ShownGroup(NamedTuple):
     """A group of copies, and images of the first few."""
 
     group: Group
@@ -78,20 +59,20 @@ def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownIm
     with contextlib.closing(SampleReader(dataset)) as reader:
         for index in indices:
             row, text = dataset.samples[index], reader.read_description(index)
+            height, width = int(row["height"]), int(row["width"])
             names = dataset.manifest.class_names
-            shown.append(
-                ShownImage(
-                    index=index,
-                    key=sample_key(index),
-                    uri=_thumbnail(dataset.image_bytes(index, verify=True).data),
-                    height=int(row["height"]),
-                    width=int(row["width"]),
-                    class_names=tuple(names[label] for label in dataset.labels_of(index)),
-                    captions=text.captions,
-                    source=text.source,
-                    name=text.name,
-                )
-            )
+            image = {
+                "key": sample_key(index),
+                "uri": _thumbnail(dataset.image_bytes(index, verify=True).data),
+                "height": height,
+                "width": width,
+                "is_tiny": max(height, width) <= 100,  # its pixels are to be seen as such
+                "class_names": [names[label] for label in dataset.labels_of(index)],
+                "captions": text.captions,
+                "source": text.source,
+                "name": text.name,
+            }
+            shown.append(image)
     return shown
 
 
@@ -115,11 +96,7 @@ def make_page(
 ) -> str:
     """The page as text, to be written in UTF-8.
 
-    Args:
-        inspection: the numbers.
-        sheet: images of the contact sheet.
-        exact: groups of exact copies to show.
-        near: groups of near copies to show.
+    `sheet` are the images of the contact sheet, `exact` and `near` groups of copies to show.
     """
     environment = jinja2.Environment(
         autoescape=True,
@@ -130,9 +107,7 @@ def make_page(
     )
     environment.filters["thousands"] = "{:,}".format
     environment.globals["count_of"] = count_of
-    template = environment.from_string(
-        Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    )
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     caption_plots = []
     if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
         caption_plots = [
@@ -140,7 +115,7 @@ def make_page(
             _histogram("Captions of an image", inspection.captions_per_image),
         ]
     size_of = "Size of the pixels" if inspection.is_raw else "Size of the file"
-    return template.render(
+    return environment.from_string(page).render(
         data=inspection,
         name=Path(inspection.folder).resolve().name,  # of a URL, its last part as well
         tiles=_tiles(inspection),

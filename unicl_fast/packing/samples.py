@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from itertools import accumulate, islice
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
+from unicl_fast.packing.limited_processes import in_order
 from unicl_fast.packing.quarantine import DUPLICATE, duplicate_message
 from unicl_fast.packing.sources.items import (
     Entry,
@@ -162,11 +163,11 @@ def _digests(
         except EntryError:
             return None
 
-    waiting = iter(entries)
     with ThreadPoolExecutor(workers, thread_name_prefix="unicl-digest") as threads:
         # not all at once: results would pile up, and an interruption would wait for them
-        while chunk := list(islice(waiting, workers * _AHEAD)):
-            yield from threads.map(digest, chunk)
+        yield from in_order(
+            lambda entry: threads.submit(digest, entry), entries, ahead=workers * _AHEAD
+        )
 
 
 def _equal_rows(rows: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64]]:
