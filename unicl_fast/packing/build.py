@@ -137,11 +137,7 @@ class BuildOptions:
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
 
     def check(self) -> ImageOptions:
-        """Refuses what cannot work; returns the options of the workers.
-
-        Raises:
-            ValueError: names the option and what it takes.
-        """
+        """Refuses what cannot work, by a ValueError that names it; returns the workers' options."""
         _require_in("--seed", self.seed, 0, 2**63 - 1)
         _require_in("--workers", self.workers, 0, 1024)
         _require_in("--max-pixels", self.max_pixels, 1, MAX_SIDE**2)

@@ -185,8 +185,7 @@ def inspect_dataset(
 ) -> Inspection:
     """Describes a data set; `tools.pack.inspect.Inspect` explains the arguments.
 
-    With `near` it starts worker processes by spawning them, so a script that calls this must guard
-    its main part by `if __name__ == "__main__":`.
+    With `near` worker processes are spawned, as `build_dataset` says.
 
     Raises:
         FileNotFoundError: not a data set.
@@ -267,13 +266,8 @@ def count_concepts(
 ) -> Concepts:
     """Counts distinct concepts that occur more than 5 times, as the paper's Table 1 does.
 
-    The paper takes the noun phrases that spaCy finds. Where spaCy or its English model is not
-    installed, words are counted in the same way, and the result says so.
-
-    Args:
-        texts: captions.
-        how: "noun-phrases" as in the paper, "words", or "auto": the first if it can be done.
-        model: spaCy's English model.
+    The paper takes the noun phrases that spaCy finds. With `auto`, where spaCy or its English model
+    is not installed, words are counted in the same way, and the result says so.
 
     Raises:
         ValueError: noun phrases are asked for, and spaCy or the model is not installed.
@@ -343,14 +337,10 @@ def _table_1(
 
 
 def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
-    """Five numbers, and a histogram of at most some 30 bins at round numbers.
+    """Five numbers of one value or more, and a histogram of some 30 bins at round numbers.
 
     A few very large values, in whose scale all others would fall into one bin, share a last bin
-    that is wider than the others.
-
-    Args:
-        values: at least one.
-        unit: a bin is at least so wide; 1 for whole numbers.
+    that is wider than the others. A bin is at least `unit` wide; 1 for whole numbers.
     """
     low, high = float(values.min()), float(values.max())
     reach, most = high, float(np.percentile(values, 99))

@@ -70,14 +70,9 @@ class LimitedProcess:
 
 
 def enter(connection: Connection, memory_bytes: int) -> None:
-    """Puts this process under the limits, and reports that it is ready; to be called first.
+    """Limits this process to so many bytes more than it has, and reports that it is ready.
 
-    Args:
-        connection: to the main process.
-        memory_bytes: limit beyond the memory that the process has.
-
-    Raises:
-        OSError: the main process is gone.
+    It is to be called first.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
     # What libraries in C, libtiff above all, print would tear the progress bar; what matters of it
@@ -95,12 +90,7 @@ def enter(connection: Connection, memory_bytes: int) -> None:
 
 
 def describe_death(code: int, *, too_large: str) -> Problem:
-    """Describes the end of a process that the main one did not want.
-
-    Args:
-        code: its exit code.
-        too_large: says what it means that memory ran out.
-    """
+    """Describes the end of a process by its exit code; `too_large` is for want of memory."""
     if code == -signal.SIGVTALRM:
         return Problem("too slow", "reading it takes too much CPU time")
     if code == OUT_OF_MEMORY:
@@ -127,7 +117,7 @@ def in_order(submit: Callable[[T], Future[R]], tasks: Iterable[T], *, ahead: int
 def run_limited(
     function: Callable[[T], R], tasks: Sequence[T], *, memory_bytes: int, seconds: float = 0
 ) -> Iterator[R | Problem]:
-    """Calls a function with each task, in a process that may take so much memory and time.
+    """Calls a function with each task, in a process under limits.
 
     Args:
         function: of a module's top level; a ValueError, OSError or RuntimeError is raised here.
@@ -138,9 +128,6 @@ def run_limited(
     Yields:
         What the function returns, or how the process ended at that task; the next task then gets a
         new process.
-
-    Raises:
-        RuntimeError: a process cannot be started.
     """
     left = list(tasks)
     while left:

@@ -151,8 +151,7 @@ def _copy_all(
 ) -> tuple[Counter[str], list[str]]:
     """Writes all samples in the new order, and lists of them and of the inputs what was left out.
 
-    Returns:
-        How many samples were left out, by kind, and the first few damaged ones in words.
+    Returns how many were left out, by kind, and the first few damaged ones in words.
     """
     counts: Counter[str] = Counter()
     damaged: list[str] = []
@@ -261,11 +260,7 @@ def join_classes(
 
 
 def join_templates(manifests: dict[str, Manifest], given: str) -> tuple[str, ...]:
-    """The templates of all data sets that have classes.
-
-    Args:
-        manifests: by the name of the data set.
-        given: templates for all by --templates, whatever they had.
+    """The templates of all data sets that have classes, by their names; or those `given` for all.
 
     Raises:
         ValueError: they differ, and none were given.

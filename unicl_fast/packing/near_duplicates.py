@@ -56,11 +56,7 @@ def has_imagehash() -> bool:
 
 
 def hash_images(folder: Path, count: int, *, workers: int, progress: bool) -> Hashes:
-    """The hashes of samples 0 to `count` - 1, uint64 [count].
-
-    Raises:
-        ValueError: an image cannot be read; says which.
-    """
+    """The hashes of samples 0 to `count` - 1, uint64 [count]; a bad image is a ValueError."""
     parts = [np.empty(0, np.uint64)]
     with (
         ProcessPoolExecutor(
@@ -124,15 +120,12 @@ def perceptual_hash(data: bytes | memoryview) -> int:
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
     """Finds the earlier image that each one looks like.
 
-    An image follows the first earlier one within `max_distance` bits that follows no other itself.
-    So each follower is near the image that stays for it, never merely a neighbour's neighbour.
-
-    Args:
-        hashes: uint64 [n].
-        max_distance: in bits, 0 to 12.
+    An image follows the first earlier one within `max_distance` bits (0 to 12) that follows no
+    other itself. So each follower is near the image that stays for it, never merely a neighbour's
+    neighbour.
 
     Returns:
-        int64 [n]: the image that each follows, its own number if it follows none.
+        int64 [n] for uint64 [n]: the image that each follows, its own number if it follows none.
 
     Raises:
         TooManyPairsError: more than 20 million pairs are near each other.
@@ -154,11 +147,7 @@ def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
 
 
 def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
-    """All pairs within a distance.
-
-    Args:
-        hashes: uint64 [n], all different.
-        max_distance: in bits.
+    """All pairs of hashes, uint64 [n] and all different, within `max_distance` bits.
 
     Returns:
         int64 [pairs, 2], the smaller number first; sorted by the larger, then by the smaller.

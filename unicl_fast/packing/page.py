@@ -50,11 +50,7 @@ class ShownGroup(NamedTuple):
 
 
 def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownImage]:
-    """Reads samples for a page.
-
-    Raises:
-        ValueError: one is damaged.
-    """
+    """Reads samples for a page; a damaged one is a ValueError."""
     shown = []
     with contextlib.closing(SampleReader(dataset)) as reader:
         for index in indices:

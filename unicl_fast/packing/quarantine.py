@@ -44,11 +44,7 @@ class LeftOut:
 
 
 def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOut]:
-    """Reads all rows of a quarantine.csv, in order.
-
-    Args:
-        path: of the list.
-        num_rows: how many there are, as the manifest says; None takes any number.
+    """Reads all rows of a quarantine.csv, in order; `num_rows` is what the manifest says.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -115,11 +111,10 @@ class LeaveOut:
     """
 
     def __init__(self, path: str) -> None:
-        """Reads the list.
+        """Reads the list, or with "" names nothing.
 
-        Args:
-            path: a CSV file whose header has the columns `source` and `name`, as quarantine.csv and
-                what `unicl-pack inspect --duplicates-list` writes; "" names nothing.
+        It has the columns `source` and `name`, as quarantine.csv and what `unicl-pack inspect
+        --duplicates-list` writes.
 
         Raises:
             FileNotFoundError: no such file.
@@ -138,11 +133,7 @@ class LeaveOut:
         return (as_listed(source), as_listed(name)) in self._listed
 
     def take(self, source: str, name: str) -> bool:
-        """Like `names`; counts the sample.
-
-        Raises:
-            ValueError: more samples are called so than the list names.
-        """
+        """Like `names`; counts the sample, and refuses more of them than the list names."""
         if not self.names(source, name):
             return False
         key = as_listed(source), as_listed(name)
@@ -209,11 +200,7 @@ def read_retry(path: str | os.PathLike[str]) -> Listed:
 
 
 def require_same_classes(quarantine: Path, class_names: Sequence[str]) -> None:
-    """Refuses to number labels otherwise than the build that the list is of, if that lies there.
-
-    Raises:
-        ValueError: the class names differ.
-    """
+    """Refuses other class names than those of the build that the list is of, if that lies there."""
     if not (quarantine.parent / MANIFEST_NAME).is_file():
         return
     before = Manifest.load(quarantine.parent).class_names
@@ -233,12 +220,8 @@ def choose_listed(
     """The samples that a list names, with their source's name, in the order of the sources.
 
     Where the list names the rest of a file that was cut or damaged, these are all samples from
-    there on; where it names a line of a list, the image of that line.
-
-    Args:
-        listed: the list.
-        sources: all that was read.
-        passed_over: gets the number of names that fit nothing any more.
+    there on; where it names a line of a list, the image of that line. `passed_over` gets the number
+    of names that fit nothing any more.
 
     Raises:
         ValueError: the sources have nothing that is named, or have it more often.

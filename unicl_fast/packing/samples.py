@@ -102,12 +102,8 @@ def join_duplicates(
     are different, so only those that share their size with another are read. Images that merely
     look alike are found by `near_duplicates`.
 
-    Args:
-        samples: in the order in which sources were named; some 50 bytes of each are in memory.
-        changed: an empty store, for the items that change.
-        max_file_bytes: larger files are not read.
-        workers: threads that read.
-        progress: show a progress bar.
+    `changed` is an empty store for the items that change, `workers` the number of threads that
+    read. Some 50 bytes a sample are in memory.
     """
     candidates = _equal_in_size(samples)
     digests = np.zeros((len(candidates), 2), np.uint64)
@@ -246,9 +242,8 @@ def display_name(label: str) -> str:
 def read_label_space(source: str) -> LabelSpace:
     """Reads class names from a file, or takes the built-in `imagenet`.
 
-    Args:
-        source: `imagenet` (the names CLIP uses; keys are the WordNet ids), or a file with one name
-            a line in label order, or one KEY<TAB>NAME.
+    That has the names CLIP uses, and WordNet ids as keys. A file has one name a line in label
+    order, or one KEY<TAB>NAME.
     """
     lines = read_class_names(source)
     if source == "imagenet":

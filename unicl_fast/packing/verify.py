@@ -75,17 +75,8 @@ def verify_dataset(
 ) -> VerifySummary:
     """Looks at every byte of a data set; `tools.pack.verify.Verify` explains the arguments.
 
-    Starts worker processes by spawning them, so a script that calls this with `decode` must guard
-    its main part by `if __name__ == "__main__":`.
-
-    Args:
-        folder: what `unicl-pack build` or `merge` made.
-        note: called with each fault as soon as it is found, a data set's many thousands too.
-        decode: also decode all images; by far the longest part. Has no meaning for a raw set.
-        workers: processes that decode; 0 takes one for each core.
-        max_pixels: as in a build.
-        image_seconds: as in a build.
-        progress: show a progress bar.
+    `note` is called with each fault as soon as it is found, a data set's many thousands too. With
+    `decode` worker processes are spawned, as `build_dataset` says.
 
     Raises:
         FileNotFoundError: the folder is no data set, not even a damaged one.

@@ -110,9 +110,8 @@ class WorkFolder:
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
         """Notes what the build is made of; where shards are finished, it must be what it was.
 
-        Args:
-            what: the group of values, `options` or `sources`.
-            values: JSON values; their names are how a user knows them.
+        `what` names the group of values, `options` or `sources`. Values are JSON, under names that
+        a user knows.
 
         Raises:
             ValueError: something differs; the message names it.
@@ -206,12 +205,7 @@ def _show(value: Any) -> str:
 
 
 def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists all that a data set depends on besides the contents of its sources, as JSON values.
-
-    Args:
-        sources: paths.
-        options: of the build, without those that only change how fast it is.
-    """
+    """Lists all that a data set depends on besides the contents of its sources, as JSON values."""
     described: dict[str, Any] = {"sources": list(sources)}
     for name, value in options.items():
         plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -234,8 +228,7 @@ def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]
     somebody changes files and puts their times back.
 
     Returns:
-        Distinct labels in the order of their first sample, and the number of samples with their
-        checksum, as text.
+        Distinct labels in the order of their first sample; number of samples and checksum as text.
     """
     labels: dict[Label, None] = {}
     digest = xxhash.xxh3_128()

@@ -157,11 +157,9 @@ def check_in_order(
     """Checks tasks in parallel; results come in the order of the tasks.
 
     `workers` is the number of processes; 0 takes one for each core. Only a few chunks are under
-    way at a time, so memory does not grow with the data set.
-
-    Worker processes are spawned, so a script that calls this must guard its main part by
-    `if __name__ == "__main__":`. A single worker is a process too: an image that crashes a decoder
-    must not take this program's files with it.
+    way at a time, so memory does not grow with the data set. Processes are spawned, as
+    `build_dataset` says. A single worker is a process too: an image that crashes a decoder must not
+    take this program's files with it.
 
     Raises:
         RuntimeError: no worker process can be started.
@@ -221,11 +219,7 @@ class ImageWorker:
         self._closed = False
 
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
-        """Returns one result for each task, whatever becomes of the process.
-
-        Raises:
-            RuntimeError: the process cannot be started, which is no image's fault.
-        """
+        """Returns one result for each task, whatever becomes of the process."""
         results: list[Checked | Problem] = []
         while len(results) < len(tasks):
             left = tasks[len(results) :]

@@ -77,10 +77,6 @@ def read_cifar(path: Path, options: ListOptions, spool: Spool) -> Source:
     """Reads CIFAR's files as one source: a folder, an archive, or one file in either.
 
     `label_column` may be `coarse_labels`, for the 20 classes of CIFAR-100.
-
-    Raises:
-        ValueError: there is nothing of CIFAR in it.
-        FileNotFoundError: the file is not there.
     """
     wanted = ""
     if path.is_dir():
@@ -342,10 +338,6 @@ def read_idx(path: Path, spool: Spool) -> Source:
 
     These are the file with `labels` for `images` and `idx1` for `idx3` in its name, with or without
     .gz.
-
-    Raises:
-        ValueError: the files are no such pair.
-        FileNotFoundError: there is no file of labels.
     """
     file, broken = _unpack_if_needed(path, spool)
     count, height, width = _read_shape(path, file)

@@ -58,12 +58,7 @@ _Place = Callable[[pa.Buffer], int | None]
 
 
 def convert(task: TableTask) -> TableResult:
-    """Reads one file.
-
-    Raises:
-        ValueError: it has no columns of the kinds that are wanted.
-        OSError: it cannot be read, or the disk is full.
-    """
+    """Reads one file; a ValueError says what columns it lacks."""
     with open_regular(task.path) as file:
         magic = file.read(6)
     try:

@@ -43,16 +43,9 @@ def is_coco(path: Path) -> bool:
 def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
     """Reads COCO files as one source.
 
-    Args:
-        paths: captions_*.json, instances_*.json, or others of this form: `images` with `id` and
-            `file_name`; `annotations` with `image_id`, and `caption` or `category_id`;
-            `categories` with `id` and `name`.
-        options: `image_root`, the folder or zip with the images; by default it is looked for
-            beside each file.
-        spool: has room for the items.
-
-    Raises:
-        ValueError: a file is no such thing, or is cut short.
+    They are captions_*.json, instances_*.json, or others of this form: `images` with `id` and
+    `file_name`; `annotations` with `image_id`, and `caption` or `category_id`; `categories` with
+    `id` and `name`. Without `image_root` the images are looked for beside each file.
     """
     items: dict[Entry | str, Item] = {}
     broken: list[Item] = []
@@ -203,7 +196,6 @@ def iter_elements(path: Path) -> Iterator[tuple[str, Any]]:
 
     Raises:
         ValueError: it is not JSON, or is cut short; what came before has been yielded.
-        OSError: it cannot be read.
     """
     with path.open(encoding="utf-8-sig") as file:
         try:

@@ -61,11 +61,7 @@ class Entry(Protocol):
 
 @functools.cache
 def field_names(kind: type[Entry]) -> tuple[str, ...]:
-    """Returns the fields of an entry, in order: entries are stored and compared by them.
-
-    Raises:
-        TypeError: the class is no dataclass.
-    """
+    """Returns the fields of an entry, in order: entries are stored and compared by them."""
     return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
 
 
@@ -153,11 +149,7 @@ class PixelSpan:
 
 
 def read_span(path: str, offset: int, num_bytes: int) -> bytes:
-    """Returns exactly these bytes of a regular file.
-
-    Raises:
-        EntryError: the file cannot be read, or is shorter.
-    """
+    """Returns exactly these bytes of a regular file, or raises `EntryError`."""
     try:
         with open_regular(path) as file:
             file.seek(offset)
@@ -170,14 +162,11 @@ def read_span(path: str, offset: int, num_bytes: int) -> bytes:
 
 
 def open_regular(path: str) -> io.BufferedReader:
-    """Opens a regular file, and nothing else.
+    """Opens a regular file; anything else is an OSError.
 
     Opening a device can have effects (a tape rewinds), so the file is looked at first; and again
     once it is open, since it may be another one by then. The call does not block: a pipe that lies
     among images must not stop the program.
-
-    Raises:
-        OSError: the file is not regular, or cannot be opened.
     """
     _require_regular(os.stat(path), path)
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
@@ -261,11 +250,7 @@ class ListOptions:
     """`COLUMN=VALUE` conditions, all of which a row must meet."""
 
     def conditions(self) -> list[tuple[str, str]]:
-        """`where` as columns and values.
-
-        Raises:
-            ValueError: one is not COLUMN=VALUE.
-        """
+        """`where` as columns and values; what is not COLUMN=VALUE is a ValueError."""
         for condition in self.where:
             if condition.find("=") < 1:
                 raise ValueError(f"--where takes COLUMN=VALUE, not {condition!r}")
@@ -292,12 +277,8 @@ def choose_columns(
 ) -> Columns:
     """Chooses the columns of a list: those that the options name, else those of usual names.
 
-    Args:
-        path: of the list.
-        header: names of all its columns.
-        options: as they were given.
-        find: returns the columns with a usual name for an `image`, `caption` or `label`.
-        no_image: the error where there is none with images.
+    `find` returns the columns with a usual name for an `image`, `caption` or `label`; `no_image` is
+    the error where there is none with images.
 
     Raises:
         ValueError: a column that an option names, of images, or of any text is not there.
@@ -336,11 +317,7 @@ def _matches(found: Any, wanted: str) -> bool:
 def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> None:
     """Adds a row's captions and labels, each once; a value of a wrong type is the item's problem.
 
-    Args:
-        item: gets them.
-        row: fields by column; a field is one value or a list.
-        columns: which to take.
-        where: the row in words, such as `line 3`, for messages.
+    A field of the row is one value or a list. `where` is the row in words, for messages.
     """
     if item.problem is not None and item.problem.kind == TOO_MANY:
         return

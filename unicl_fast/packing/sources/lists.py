@@ -119,9 +119,6 @@ def _collect_rows(
     """Makes samples of numbered rows; rows with the same image are one, with all their texts.
 
     `find` makes the item of an image that is named for the first time.
-
-    Raises:
-        ValueError: there are no rows.
     """
     conditions = options.conditions()
     items, broken = spool.new_items(), spool.new_items()
@@ -253,10 +250,6 @@ def read_tsv(path: Path, options: ListOptions, spool: Spool) -> Source:
     In JSON, `class` and `label`, `labels` give labels, `caption` and `captions` captions, in an
     object or in each object of a list. Plain text between key and image, and in .label.tsv, is a
     label; in .caption.tsv a caption.
-
-    Raises:
-        ValueError: there are no lines.
-        OSError: it cannot be read.
     """
     columns = options.text_columns(CAPTION_COLUMNS, (*LABEL_COLUMNS, "class"))
     conditions = options.conditions()

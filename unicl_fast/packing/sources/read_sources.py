@@ -62,17 +62,15 @@ def read_sources(
 def read_source(
     path: str, options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
 ) -> Source:
-    """Reads one source.
+    """Reads one source (docs/sources.md).
 
-    Args:
-        path: see docs/sources.md.
-        options: for lists, and for what else has columns or fields.
-        spool: where what cannot be read in place is unpacked; it must outlive the items. Without
-            one such sources are refused.
+    What cannot be read in place is unpacked into the spool, which must outlive the items; without
+    one such sources are refused.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it is not such a thing; the message says what to do.
+        FileNotFoundError: it, or a file that belongs to it, is not there.
+        ValueError: it is not such a thing, or holds nothing; the message says what to do.
+        OSError: it cannot be read, or the disk is full.
     """
     place = Path(path)
     spool = spool or Spool(None)

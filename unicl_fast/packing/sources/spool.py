@@ -101,10 +101,8 @@ class Spool:
     def remember(self, paths: Sequence[Path], made_of: Any, values: Mapping[str, Any]) -> None:
         """Notes that files are complete, for a build that resumes.
 
-        Args:
-            paths: the files.
-            made_of: tells whether they would be made of the same again; a JSON value.
-            values: what else is to be known of them; JSON values.
+        `made_of` tells whether they would be made of the same again, `values` what else is to be
+        known of them; both are JSON values.
         """
         for path in paths:
             flush_to_disk(path)
@@ -125,14 +123,11 @@ class Spool:
         return values
 
     def gunzip(self, path: str) -> tuple[Path, str]:
-        """Unpacks a .gz file.
+        """Unpacks a .gz file; a full disk is an OSError.
 
         Returns:
             The unpacked file, and what is wrong with the .gz, or nothing. What could be unpacked
             before the fault is kept.
-
-        Raises:
-            OSError: the file cannot be opened, or the disk is full.
         """
         unpacked_path = self.new_file()
         self.origins.append(path)

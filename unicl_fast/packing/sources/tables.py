@@ -73,10 +73,6 @@ def read_tables(
     """Reads Parquet or Arrow files as one source.
 
     `features` are those of Hugging Face's `datasets`, as JSON.
-
-    Raises:
-        ValueError: pyarrow is not installed, or no file has rows that can be read.
-        OSError: the disk is full.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
@@ -197,12 +193,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def read_saved_dataset(folder: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads a folder that `save_to_disk` made: one split of a data set.
-
-    Raises:
-        ValueError: it holds several splits, or its description cannot be read.
-        FileNotFoundError: a file of it is not there.
-    """
+    """Reads a folder that `save_to_disk` made: one split of a data set."""
     if not (folder / "state.json").is_file():
         splits = _read_json(folder / "dataset_dict.json").get("splits")
         known = ", ".join(map(str, splits)) if isinstance(splits, list) else "?"
@@ -252,11 +243,7 @@ def find_parquet(folder: Path) -> list[Path]:
 
 
 def choose_split(folder: Path, paths: list[Path], split: str = "") -> list[Path]:
-    """Returns the files of one split, by names such as train-00000-of-00002.parquet.
-
-    Raises:
-        ValueError: there are several and none is asked for, or not the one that is.
-    """
+    """Returns the files of one split, by names such as train-00000-of-00002.parquet."""
     splits = {
         path: match.group(1) if (match := _SPLIT.fullmatch(path.name)) else "" for path in paths
     }

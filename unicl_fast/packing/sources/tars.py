@@ -63,11 +63,7 @@ _MANY_DIGITS = re.compile(rb"\d{1000}")
 
 
 def expand_braces(name: str) -> list[str]:
-    """Expands `shard-{000..002}.tar` to three names; a name without braces is itself.
-
-    Raises:
-        ValueError: the braces are no range.
-    """
+    """Expands `shard-{000..002}.tar` to three names; a name without braces is itself."""
     names = [name]
     while match := _BRACES.search(names[0]):
         low, high = match.group(1), match.group(2)
@@ -84,12 +80,7 @@ def expand_braces(name: str) -> list[str]:
 
 
 def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
-    """Reads .tar, .tar.gz or .tgz files as one source.
-
-    Raises:
-        ValueError: there is no image in any of them.
-        FileNotFoundError: one is not there.
-    """
+    """Reads .tar, .tar.gz or .tgz files as one source."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} tars are not there: {missing[0]}")
@@ -101,11 +92,7 @@ def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spo
 
 
 def read_image_folders(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads img2dataset's folders of files: 00000/000000000.jpg, .txt, .json.
-
-    Raises:
-        ValueError: there is no image.
-    """
+    """Reads img2dataset's folders of files: 00000/000000000.jpg, .txt, .json."""
     maker = _SampleMaker(options, spool)
     at, group = "", _Group()
     for name, entry in open_tree(path).entries():
@@ -333,7 +320,6 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
     Raises:
         DamagedTarError: the rest cannot be read, or is not there.
-        OSError: the storage fails.
     """
     end = os.fstat(file.fileno()).st_size
     headers = _HeaderFile(file)

@@ -170,12 +170,7 @@ def _list_files(path: str, prefix: str) -> Iterator[tuple[str, Entry | None]]:
 
 
 def open_tree(path: Path) -> Tree:
-    """Opens a folder, a zip, or a folder inside a zip (`images.zip/train`).
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the file is no zip.
-    """
+    """Opens a folder, a zip, or a folder inside a zip (`images.zip/train`)."""
     if path.is_dir():
         return FolderTree(path)
     archive = next((each for each in (path, *path.parents) if each.is_file()), None)
