@@ -20,18 +20,12 @@ from tqdm import tqdm
 import unicl_fast
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
-from unicl_fast.dataset.writer import (
-    DEFAULT_SHARD_BYTES,
-    DatasetWriter,
-    PackedSample,
-    require_free,
-)
+from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
 from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
 from unicl_fast.packing.quarantine import (
     LeaveOut,
-    Refusals,
     choose_listed,
-    read_left_out,
+    describe_left_out,
     read_retry,
     require_same_classes,
 )
@@ -299,7 +293,8 @@ def build_dataset(
             _pack(paths, out, work, chosen, images, source_names=source_names, progress=progress)
         assert work.summary is not None, "noted before the data set is renamed"
         values = BuildSummary.values_of(Manifest.load(out), out=out, started=started)
-        summary = BuildSummary(**values, **work.summary)
+        quarantined = describe_left_out(out / QUARANTINE_NAME)
+        summary = BuildSummary(**values, **work.summary, quarantined=quarantined)
         work.remove()
     return summary
 
@@ -319,19 +314,17 @@ def _pack(
     is_raw = options.format == "raw"
     kind: Literal["raw", "encoded"] = "raw" if is_raw else "encoded"
     with Spool(work.spool) as spool:
-        plan = _read(paths, options, images, spool, work, progress=progress)
+        samples, space, numbers, templates, passed_over = _read(
+            paths, options, images, spool, work, progress=progress
+        )
         with DatasetWriter(
             out, shard_bytes=options.shard_bytes, images=kind, work=work.path
         ) as writer:
             one_size = OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples
-            refusals = Refusals()
-            if writer.num_quarantined:
-                for row in read_left_out(writer.aside / QUARANTINE_NAME):
-                    refusals.note(row.name, Problem(row.kind, row.message))
-            order = shuffled_order(len(plan.samples), seed=options.seed)
+            order = shuffled_order(len(samples), seed=options.seed)
             checked = _check(
-                reorder(plan.samples, order[writer.num_places :]),
+                reorder(samples, order[writer.num_places :]),
                 images=images,
                 one_size=one_size,
                 context_length=tokenizer.context_length,
@@ -346,43 +339,30 @@ def _pack(
                 disable=not progress,
                 smoothing=0.1,
             )
-            _write(bar, writer, plan.numbers, one_size, refusals)
-            if writer.num_samples == 0:
-                parts = [f"{count:,} {what}" for what, count in plan.passed_over.items()]
-                passed = f"\npassed over: {', '.join(parts)}" if parts else ""
-                raise ValueError(f"nothing could be packed: {refusals.describe()}{passed}")
-            work.note_summary(
-                {
+            _write(bar, writer, numbers, one_size)
+            if writer.num_samples:
+                summary = {
                     "num_reencoded": writer.notes.get("num_reencoded", 0),
-                    "quarantined": refusals.describe(),
-                    "passed_over": dict(plan.passed_over),
+                    "passed_over": dict(passed_over),
                     "image_size": None if one_size is None else one_size.size,
                     "num_taken_over": num_taken_over,
                 }
-            )
-            writer.finish(
-                tokenizer=tokenizer.name,
-                vocabulary_hash=tokenizer.vocabulary_hash,
-                context_length=tokenizer.context_length,
-                class_names=plan.space.names,
-                templates=plan.templates,
-                source=list(source_names) or paths,
-                seed=options.seed,
-                tool_version=unicl_fast.__version__,
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """All that is known before the first image is opened."""
-
-    samples: Samples
-    """In the order of the sources."""
-    space: LabelSpace
-    numbers: dict[Label, int]
-    """The class number of each label."""
-    templates: tuple[str, ...]
-    passed_over: Counter[str]
+                work.note("summary", summary)
+                writer.finish(
+                    tokenizer=tokenizer.name,
+                    vocabulary_hash=tokenizer.vocabulary_hash,
+                    context_length=tokenizer.context_length,
+                    class_names=space.names,
+                    templates=templates,
+                    source=list(source_names) or paths,
+                    seed=options.seed,
+                    tool_version=unicl_fast.__version__,
+                )
+                return
+    parts = [f"{count:,} {what}" for what, count in passed_over.items()]
+    passed = f"\npassed over: {', '.join(parts)}" if parts else ""
+    left_out = describe_left_out(writer.aside / QUARANTINE_NAME)
+    raise ValueError(f"nothing could be packed: {left_out}{passed}")
 
 
 def _read(
@@ -393,8 +373,12 @@ def _read(
     work: WorkFolder,
     *,
     progress: bool,
-) -> _Plan:
-    """Reads all sources, numbers their labels, and chooses and joins samples."""
+) -> tuple[Samples, LabelSpace, dict[Label, int], tuple[str, ...], Counter[str]]:
+    """Reads all sources, numbers their labels, and chooses and joins samples.
+
+    Returns the samples in the order of the sources, the label space, the class number of each
+    label, the templates, and how many files and rows were passed over, by reason.
+    """
     unwanted = LeaveOut(options.leave_out)
     listed = read_retry(options.retry) if options.retry else None
     read = read_sources(paths, options.lists, spool)
@@ -418,13 +402,7 @@ def _read(
             workers=options.workers or usable_cores(),
             progress=progress,
         )
-    return _Plan(
-        samples=samples,
-        space=space,
-        numbers=numbers,
-        templates=templates,
-        passed_over=passed_over,
-    )
+    return samples, space, numbers, templates, passed_over
 
 
 def _number_labels(
@@ -482,14 +460,12 @@ def _write(
     writer: DatasetWriter,
     numbers: dict[Label, int],
     one_size: OneSize | None,
-    refusals: Refusals,
 ) -> None:
     """Writes sound samples, and lists the others."""
     num_reencoded: int = writer.notes.get("num_reencoded", 0)
     for source, item, result in checked:
         if isinstance(result, Problem):
             writer.quarantine(source=source, name=item.name, **asdict(result))
-            refusals.note(item.name, result)
             continue
         image = result.image
         if one_size is not None:

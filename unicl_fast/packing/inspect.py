@@ -25,12 +25,7 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
-from unicl_fast.packing.near_duplicates import (
-    count_bits,
-    find_leaders,
-    has_imagehash,
-    hash_images,
-)
+from unicl_fast.packing.near_duplicates import count_bits, find_leaders, has_imagehash, hash_images
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer

@@ -31,18 +31,8 @@ from unicl_fast.dataset.errors import DamagedSampleError
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset, sample_key
 from unicl_fast.dataset.remote.object_store import is_url
-from unicl_fast.dataset.stored_samples import (
-    Description,
-    SampleReader,
-    StoredSample,
-    equal_images,
-)
-from unicl_fast.dataset.writer import (
-    DEFAULT_SHARD_BYTES,
-    DatasetWriter,
-    PackedSample,
-    require_free,
-)
+from unicl_fast.dataset.stored_samples import Description, SampleReader, StoredSample, equal_images
+from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build import PackedSummary
 from unicl_fast.packing.quarantine import (
     DUPLICATE,

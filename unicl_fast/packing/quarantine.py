@@ -20,7 +20,7 @@ from pathlib import Path
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
 from unicl_fast.dataset.remote.object_store import is_url
-from unicl_fast.packing.sources.items import Item, Problem, Source
+from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.system.wording import count_of
 
 DUPLICATE = "duplicate"
@@ -76,21 +76,15 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
         )
 
 
-class Refusals:
-    """Counts images that were refused by kind, and keeps the first few reasons for the report."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: list[str] = []
-
-    def note(self, name: str, problem: Problem) -> None:
-        self._counts[problem.kind] += 1
-        if len(self._first) < _REASONS_SHOWN:
-            self._first.append(f"{name}: {problem.message}")
-
-    def describe(self) -> str:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in self._counts.most_common())
-        return "\n".join([counts, *(f"  {reason}" for reason in self._first)])
+def describe_left_out(path: Path) -> str:
+    """How many samples a quarantine.csv lists by kind, and the first few reasons, as text."""
+    counts: Counter[str] = Counter()
+    reasons: list[str] = []
+    for row in read_left_out(path):
+        counts[row.kind] += 1
+        if len(reasons) < _REASONS_SHOWN:
+            reasons.append(f"  {row.name}: {row.message}")
+    return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts.most_common()), *reasons])
 
 
 def duplicate_message(source: str, name: str) -> str:

@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 
@@ -188,24 +187,18 @@ def _joined(samples: Samples, group: list[int]) -> Iterator[tuple[int, Item]]:
     yield group[0], first
 
 
-@dataclass(frozen=True, slots=True)
 class LabelSpace:
     """Class names in label order, and the number of each label."""
 
-    names: tuple[str, ...]
-    keys: tuple[str, ...] = ()
-    """Other names by which sources may call each class; in the same order."""
-    _numbers: dict[str, int] = field(init=False, repr=False)
-
-    def __post_init__(self) -> None:
-        repeated = [name for name, count in Counter(self.names).items() if count > 1]
-        numbers = {display_name(name): number for number, name in enumerate(self.names)}
-        numbers |= {name: number for number, name in enumerate(self.names)}
-        for name in repeated:  # only keys and numbers tell such classes apart
-            numbers.pop(name, None)
+    def __init__(self, names: tuple[str, ...], keys: tuple[str, ...] = ()) -> None:
+        """`keys` are other names by which sources may call each class; in the same order."""
+        self.names, self.keys = names, keys
+        numbers = {display_name(name): number for number, name in enumerate(names)}
+        numbers |= {name: number for number, name in enumerate(names)}
+        for name in [name for name, count in Counter(names).items() if count > 1]:
+            numbers.pop(name, None)  # only keys and numbers tell such classes apart
             numbers.pop(display_name(name), None)
-        numbers |= {key: number for number, key in enumerate(self.keys)}
-        object.__setattr__(self, "_numbers", numbers)
+        self._numbers = numbers | {key: number for number, key in enumerate(keys)}
 
     def number_of(self, label: Label) -> int:
         """The class number of a label.

@@ -126,8 +126,8 @@ def _check_pixels(dataset: PackedDataset, *, faults: FaultLog, progress: bool) -
     """
     if not (dataset.folder / PIXELS_NAME).is_file():  # noted already
         return
-    numbers = range(len(dataset))
-    for index in tqdm(numbers, desc="pixels", unit=" images", disable=not progress):
+    bar = tqdm(range(len(dataset)), desc="pixels", unit=" images", disable=not progress)
+    for index in bar:
         try:
             dataset.image_bytes(index, verify=True)
         except DamagedSampleError as error:
@@ -182,22 +182,23 @@ def _check_samples(
 
 def _tokenizer_of(dataset: PackedDataset, *, faults: FaultLog) -> Tokenizer | None:
     """The tokenizer that made the tokens; None, and a fault, if it is not ours."""
-    manifest = dataset.manifest
-    if not 2 <= manifest.context_length <= 255:
-        message = f"context_length is {manifest.context_length}; expected is 2 to 255"
+    length = dataset.manifest.context_length
+    if not 2 <= length <= 255:
+        message = f"context_length is {length}; expected is 2 to 255"
         faults.add(MANIFEST_NAME, "manifest", message)
         return None
-    tokenizer = _make_tokenizer(manifest.context_length)
-    ours = (tokenizer.name, tokenizer.vocabulary_hash)
-    if (manifest.tokenizer, manifest.vocabulary_hash) != ours:
-        message = (
-            f"packed with the tokenizer {manifest.tokenizer!r}, vocabulary "
-            f"{manifest.vocabulary_hash[:12]}..., this program has {ours[0]!r}, {ours[1][:12]}...; "
-            "its tokens mean nothing here, and were not compared with the captions"
-        )
-        faults.add(MANIFEST_NAME, "tokens", message)
-        return None
-    return tokenizer
+    tokenizer = _make_tokenizer(length)
+    ours = tokenizer.name, tokenizer.vocabulary_hash
+    theirs = dataset.manifest.tokenizer, dataset.manifest.vocabulary_hash
+    if theirs == ours:
+        return tokenizer
+    message = (
+        f"packed with the tokenizer {theirs[0]!r}, vocabulary {theirs[1][:12]}..., this program "
+        f"has {ours[0]!r}, {ours[1][:12]}...; its tokens mean nothing here, and were not compared "
+        "with the captions"
+    )
+    faults.add(MANIFEST_NAME, "tokens", message)
+    return None
 
 
 _make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each
@@ -304,20 +305,21 @@ class _SampleChecks:
             return None
         row, text = self._dataset.samples[index], sample.description
         labels, count = tuple(self._dataset.labels_of(index).tolist()), int(row["captions_count"])
-        is_sound = True
+        faults: dict[str, str] = {}
         # the image of a raw data set was compared already
         if sample.image and xxhash.xxh3_64_intdigest(sample.image.data) != int(row["xxh3"]):
-            self.fault(index, "checksum", "the image's bytes are not those that were packed")
-            is_sound = False
+            faults["checksum"] = "the image's bytes are not those that were packed"
         if text.labels != labels:
-            message = f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
-            self.fault(index, "labels", message)
-            is_sound = False
+            faults["labels"] = (
+                f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
+            )
         if len(text.captions) != count:
-            message = f"{len(text.captions)} captions in its JSON, {count} in samples.npy"
-            self.fault(index, "captions", message)
-            is_sound = False
-        return sample if is_sound else None
+            faults["captions"] = (
+                f"{len(text.captions)} captions in its JSON, {count} in samples.npy"
+            )
+        for kind, message in faults.items():
+            self.fault(index, kind, message)
+        return None if faults else sample
 
     def compare_tokens(self, index: int, tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
         """Compares captions tokenised again with the stored tokens."""
@@ -327,41 +329,34 @@ class _SampleChecks:
             except (IndexError, OverflowError):  # of a damaged array
                 stored = ids[:0]
             if not np.array_equal(ids, stored):
-                self.fault(
-                    index,
-                    "tokens",
+                message = (
                     f"caption {which} gives other tokens than those in tokens.npy: one of them was "
-                    "changed, or they were made with another version of ftfy or regex",
+                    "changed, or they were made with another version of ftfy or regex"
                 )
+                self.fault(index, "tokens", message)
 
     def compare_image(self, index: int, checked: Checked, *, extension: str) -> None:
         """Compares a strictly decoded image with its row and its member's name."""
         row, image = self._dataset.samples[index], checked.image
         if image.reencoded:
-            self.fault(
-                index,
-                "image",
+            message = (
                 "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "
-                "way up; a build would have encoded it anew",
+                "way up; a build would have encoded it anew"
             )
+            self.fault(index, "image", message)
         elif image.extension != extension:
             message = f"its bytes are those of a .{image.extension}, not of a .{extension}"
             self.fault(index, "image", message)
-        found = (image.height, image.width)
-        stored = (int(row["height"]), int(row["width"]))
+        found, stored = f"{image.height} x {image.width}", f"{row['height']} x {row['width']}"
         if found != stored:
-            message = f"it has {found[0]} x {found[1]} pixels, samples.npy says {stored[0]} x "
-            self.fault(index, "image", f"{message}{stored[1]} (height x width)")
+            message = f"it has {found} pixels, samples.npy says {stored} (height x width)"
+            self.fault(index, "image", message)
 
     def _check_index(self, path: Path, lines: list[str]) -> None:
         expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
-        try:
-            differs = path.read_bytes() != expected.encode("ascii")
-        except OSError:  # noted already
-            return
-        if differs:
-            message = f"it does not say where the members of {path.stem}.tar lie"
-            self._faults.add(path.name, "index", message)
+        with self._faults.catch(path.name, "index", known=OSError):
+            if path.read_bytes() != expected.encode("ascii"):
+                raise ValueError(f"it does not say where the members of {path.stem}.tar lie")
 
 
 def _without_name(error: DamagedSampleError) -> str:

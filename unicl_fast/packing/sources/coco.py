@@ -6,6 +6,7 @@ one sample with the captions of one and the labels of the other.
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections import Counter
@@ -25,7 +26,7 @@ from unicl_fast.packing.sources.items import (
     refused,
 )
 from unicl_fast.packing.sources.spool import Spool
-from unicl_fast.packing.sources.trees import Tree, Trees, find_image
+from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
 
 _COLUMNS = Columns("", ("caption",), ("category",))
 
@@ -50,11 +51,10 @@ def read_coco(paths: Sequence[Path], options: ListOptions, spool: Spool) -> Sour
     items: dict[Entry | str, Item] = {}
     broken: list[Item] = []
     passed_over: Counter[str] = Counter()
-    trees = Trees()
+    open_once = functools.cache(open_tree)  # a zip may have a long directory
     for path in paths:
         found = _read_file(path)
-        root = Path(options.image_root) if options.image_root else _image_folder(path)
-        tree = trees.find(root)
+        tree = open_once(Path(options.image_root) if options.image_root else _image_folder(path))
         for number, name in found.images:
             _add_image(number, name, found, tree, items, broken)
         if unlisted := sum(texts.count for texts in found.texts.values() if not texts.listed):

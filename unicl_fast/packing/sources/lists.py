@@ -12,6 +12,7 @@ the file is read once, and only the offset of each image's base64 is kept.
 from __future__ import annotations
 
 import csv
+import functools
 import json
 import sys
 from collections import Counter
@@ -36,7 +37,7 @@ from unicl_fast.packing.sources.items import (
     refused,
 )
 from unicl_fast.packing.sources.spool import ItemStore, Spool
-from unicl_fast.packing.sources.trees import Trees, find_image, open_tree
+from unicl_fast.packing.sources.trees import find_image, open_tree
 
 IMAGE_COLUMNS = ("image", "file", "path")
 CAPTION_COLUMNS = ("caption", "captions")
@@ -88,14 +89,14 @@ def read_map(path: Path, options: ListOptions, spool: Spool) -> Source:
     stem = path.name.lower().removesuffix(MAP_ENDING).rstrip("_-.")
     beside = path.with_name(path.name[: len(stem)] + ".zip") if stem else path.parent
     root = Path(options.image_root) if options.image_root else beside
-    trees = Trees()
+    open_once = functools.cache(open_tree)  # a zip may have a long directory
 
     def find(name: str) -> Item:
         archive, at, inside = name.rpartition("@")
         if ".." in archive.split("/") or archive.startswith("/"):
             return refused(name, "outside", "the zip lies elsewhere")
         try:
-            tree = trees.find(path.parent / archive if at else root)
+            tree = open_once(path.parent / archive if at else root)
         except (OSError, ValueError) as error:
             if not at:
                 raise

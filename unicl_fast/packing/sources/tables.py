@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import functools
 import importlib.util
 import json
 import re
@@ -31,7 +32,7 @@ from unicl_fast.packing.sources.items import (
 )
 from unicl_fast.packing.sources.lists import add_named
 from unicl_fast.packing.sources.spool import Spool, full_disk, stamp
-from unicl_fast.packing.sources.trees import Trees, find_image
+from unicl_fast.packing.sources.trees import find_image, open_tree
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
@@ -131,7 +132,7 @@ class _Reader:
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         self._root = options.image_root
-        self._trees = Trees()
+        self._open_once = functools.cache(open_tree)
         self.items = spool.new_items()
         self.broken: list[Item] = []
         self.passed_over: Counter[str] = Counter()
@@ -140,7 +141,7 @@ class _Reader:
     def add(self, task: TableTask, result: TableResult | Problem) -> None:
         """Adds the rows of a file, and what is wrong with it."""
         path, rows = Path(task.path), Path(task.rows_file)
-        tree = self._trees.find(Path(self._root) if self._root else path.parent)
+        tree = self._open_once(Path(self._root) if self._root else path.parent)
 
         def find(name: str) -> Item:
             if re.match(r"https?://", name):

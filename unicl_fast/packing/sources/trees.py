@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from unicl_fast.packing.sources.items import (
     MAX_FILE_BYTES,
@@ -39,18 +39,6 @@ _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 _MADE_ON_UNIX = 3
 """Only then do the upper 16 bits of the attributes say what kind of file a member was."""
-
-
-class Tree(Protocol):
-    """Named files under one root, names with forward slashes."""
-
-    def entries(self) -> Iterator[tuple[str, Entry]]:
-        """Yields all files, sorted by name."""
-        ...
-
-    def find(self, name: str) -> Entry:
-        """Returns the file called `name`, or raises `EntryError`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,6 +105,7 @@ class FolderTree:
         return found
 
     def find(self, name: str) -> Entry:
+        """Returns the file called `name`, or raises `EntryError`."""
         try:
             if len(os.fsencode(name)) > _MAX_PATH_BYTES:
                 raise EntryError("missing", "the path is longer than any file's")
@@ -167,50 +156,6 @@ def _list_files(path: str, prefix: str) -> Iterator[tuple[str, Entry | None]]:
                 yield name, FileEntry(child.path, 0)
             except OSError as error:  # a link to itself
                 yield name, RefusedEntry("unreadable", error.strerror or str(error))
-
-
-def open_tree(path: Path) -> Tree:
-    """Opens a folder, a zip, or a folder inside a zip (`images.zip/train`)."""
-    if path.is_dir():
-        return FolderTree(path)
-    archive = next((each for each in (path, *path.parents) if each.is_file()), None)
-    if archive is None:
-        raise FileNotFoundError(
-            f"{path}: no such folder or zip of images, and no list (.csv, .jsonl, .parquet, ...)"
-        )
-    if not zipfile.is_zipfile(archive):
-        raise ValueError(
-            f"{archive} is neither a folder nor a zip; sources are folders of class folders, zips "
-            "of them, lists whose name ends in .csv, .tsv, .jsonl, .json or .parquet, and what "
-            "docs/sources.md names"
-        )
-    return ZipTree(archive, path.relative_to(archive).as_posix() if path != archive else "")
-
-
-def find_image(tree: Tree, name: str) -> Item:
-    """Returns the item of an image; an absolute path is taken if it leads into the tree."""
-    if ".." in name.split("/"):
-        return refused(name, "outside", "paths must stay inside the image root")
-    try:
-        entry = tree.find(name)
-        if isinstance(entry, RefusedEntry):
-            raise EntryError(entry.kind, entry.message)
-        return Item(name, entry)
-    except EntryError as error:
-        return refused(name, error.kind, str(error))
-
-
-class Trees:
-    """Trees by their paths, each opened once: a zip may have a long directory."""
-
-    def __init__(self) -> None:
-        self._opened: dict[Path, Tree] = {}
-
-    def find(self, path: Path) -> Tree:
-        """Returns what `open_tree` makes of a path, or raises its errors."""
-        if path not in self._opened:
-            self._opened[path] = open_tree(path)
-        return self._opened[path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,9 +241,11 @@ class ZipTree:
             )
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
+        """Yields all files, sorted by name."""
         return ((name, self._entries[name]) for name in sorted(self._entries))
 
     def find(self, name: str) -> Entry:
+        """Returns the file called `name`, or raises `EntryError`."""
         entry = self._entries.get(name.removeprefix("./"))
         if entry is None:
             raise EntryError("missing", f"no such file in {self._archive}")
@@ -346,3 +293,38 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
         if end > reach:
             reach, reached_by = end, start
     return overlapping
+
+
+Tree = FolderTree | ZipTree
+"""Named files under one root, names with forward slashes."""
+
+
+def open_tree(path: Path) -> Tree:
+    """Opens a folder, a zip, or a folder inside a zip (`images.zip/train`)."""
+    if path.is_dir():
+        return FolderTree(path)
+    archive = next((each for each in (path, *path.parents) if each.is_file()), None)
+    if archive is None:
+        raise FileNotFoundError(
+            f"{path}: no such folder or zip of images, and no list (.csv, .jsonl, .parquet, ...)"
+        )
+    if not zipfile.is_zipfile(archive):
+        raise ValueError(
+            f"{archive} is neither a folder nor a zip; sources are folders of class folders, zips "
+            "of them, lists whose name ends in .csv, .tsv, .jsonl, .json or .parquet, and what "
+            "docs/sources.md names"
+        )
+    return ZipTree(archive, path.relative_to(archive).as_posix() if path != archive else "")
+
+
+def find_image(tree: Tree, name: str) -> Item:
+    """Returns the item of an image; an absolute path is taken if it leads into the tree."""
+    if ".." in name.split("/"):
+        return refused(name, "outside", "paths must stay inside the image root")
+    try:
+        entry = tree.find(name)
+        if isinstance(entry, RefusedEntry):
+            raise EntryError(entry.kind, entry.message)
+        return Item(name, entry)
+    except EntryError as error:
+        return refused(name, error.kind, str(error))
