@@ -20,8 +20,8 @@ from PIL import Image
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import arrays
 from unicl_fast.packing.sources.arrays import PickledArray, read_pickle
-from unicl_fast.packing.sources.items import Span
-from unicl_fast.packing.sources.read_sources import Item, ListOptions, Problem, read_source
+from unicl_fast.packing.sources.items import Item, ListOptions, Problem, Span
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.spool import Spool
 
 NAMES = ["airplane", "cat", "ship"]

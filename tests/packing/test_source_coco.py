@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from unicl_fast.packing.sources import coco as source_coco
 from unicl_fast.packing.sources.coco import iter_elements
-from unicl_fast.packing.sources.read_sources import ListOptions, read_source, read_sources
+from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.sources.read_sources import read_source, read_sources
 
 CAPTIONS = {
     "info": {"year": 2017},

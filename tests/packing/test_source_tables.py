@@ -21,8 +21,8 @@ from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
 from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, convert
-from unicl_fast.packing.sources.items import Problem
-from unicl_fast.packing.sources.read_sources import ListOptions, read_source
+from unicl_fast.packing.sources.items import ListOptions, Problem
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import ZipTree
 

@@ -17,7 +17,8 @@ from foreign_sources import jpeg, outcomes, read, texts, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.packing.sources.read_sources import ListOptions, read_source
+from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.tars import DamagedTarError, iter_members
 

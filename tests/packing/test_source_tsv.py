@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.packing.sources import lists
-from unicl_fast.packing.sources.read_sources import ListOptions, read_source
+from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.sources.read_sources import read_source
 
 
 def write_lines(path: Path, *lines: tuple[str, ...], end: str = "\n") -> Path:

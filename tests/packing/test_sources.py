@@ -15,8 +15,8 @@ from unicl_fast.packing.samples import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.sources.items import Entry, EntryError
-from unicl_fast.packing.sources.read_sources import Item, ListOptions, Source, read_source
+from unicl_fast.packing.sources.items import Entry, EntryError, Item, ListOptions, Source
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.trees import FileEntry, open_tree
 
 

@@ -21,10 +21,11 @@ from unicl_fast.packing.sources.items import (
     PixelSpan,
     Problem,
     RefusedEntry,
+    Source,
     add_texts,
     require_text,
 )
-from unicl_fast.packing.sources.read_sources import Source, read_source
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.spool import ItemStore, Spool
 from unicl_fast.packing.sources.trees import FileEntry, ZipEntry, open_tree
 

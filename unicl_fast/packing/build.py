@@ -42,14 +42,8 @@ from unicl_fast.packing.samples import (
     reorder,
     shuffled_order,
 )
-from unicl_fast.packing.sources.read_sources import (
-    Item,
-    Label,
-    ListOptions,
-    Problem,
-    Source,
-    read_sources,
-)
+from unicl_fast.packing.sources.items import Item, Label, ListOptions, Problem, Source
+from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order

@@ -52,11 +52,9 @@ class Entry(Protocol):
     @property
     def num_bytes(self) -> int:
         """The size as listed; a hint for dividing work."""
-        ...
 
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """Returns the bytes, or raises `EntryError`, also for more than `max_bytes`."""
-        ...
 
 
 @functools.cache
@@ -68,9 +66,8 @@ def field_names(kind: type[Entry]) -> tuple[str, ...]:
 def check_file_size(num_bytes: int, max_bytes: int) -> None:
     """Raises `EntryError` for a file of too many bytes."""
     if num_bytes > max_bytes:
-        raise EntryError(
-            "too large", f"{num_bytes:,} bytes; files of at most {max_bytes:,} are read"
-        )
+        message = f"{num_bytes:,} bytes; files of at most {max_bytes:,} are read"
+        raise EntryError("too large", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,20 +165,12 @@ def open_regular(path: str) -> io.BufferedReader:
     once it is open, since it may be another one by then. The call does not block: a pipe that lies
     among images must not stop the program.
     """
-    _require_regular(os.stat(path), path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    file = open(descriptor, "rb")  # noqa: SIM115
-    try:
-        _require_regular(os.fstat(descriptor), path)
-    except OSError:
+    if stat.S_ISREG(os.stat(path).st_mode):
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY), "rb")  # noqa: SIM115
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
         file.close()
-        raise
-    return file
-
-
-def _require_regular(status: os.stat_result, path: str) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is not a regular file")
+    raise OSError(f"{path} is not a regular file")
 
 
 @dataclass(frozen=True, slots=True)

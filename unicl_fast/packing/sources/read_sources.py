@@ -15,12 +15,7 @@ from pathlib import Path
 
 from unicl_fast.packing.sources import arrays, lists, tables, tars
 from unicl_fast.packing.sources.coco import is_coco, read_coco
-from unicl_fast.packing.sources.items import Item as Item
-from unicl_fast.packing.sources.items import Label as Label
-from unicl_fast.packing.sources.items import ListOptions as ListOptions
-from unicl_fast.packing.sources.items import Problem as Problem
-from unicl_fast.packing.sources.items import RefusedEntry, refused
-from unicl_fast.packing.sources.items import Source as Source
+from unicl_fast.packing.sources.items import Item, ListOptions, RefusedEntry, Source, refused
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
 
