@@ -101,9 +101,17 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
     damaged = _check_checksums(folder, manifest, faults=faults, progress=progress)
     if manifest is None:
         return None
-    _check_manifest(manifest, faults=faults)
+    if not manifest.num_samples:
+        faults.add(MANIFEST_NAME, "manifest", "no samples")
+    if manifest.num_labels and not manifest.class_names:
+        faults.add(MANIFEST_NAME, "manifest", f"{manifest.num_labels} labels, but no class names")
+    if manifest.class_names:
+        with faults.catch(MANIFEST_NAME, "manifest"):
+            check_templates(manifest.templates, origin="templates")
     _check_shards(folder, manifest, faults=faults)
-    _check_quarantine(folder, manifest, faults=faults)
+    with faults.catch(QUARANTINE_NAME, "quarantine", known=OSError):
+        for _ in read_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined):
+            pass
     pixels_agree = _check_pixels(folder, manifest, faults=faults)
     dataset: PackedDataset | None = None
     if _check_arrays(folder, manifest, damaged, faults=faults) and pixels_agree:
@@ -186,16 +194,6 @@ def _is_as_listed(
     return True
 
 
-def _check_manifest(manifest: Manifest, *, faults: FaultLog) -> None:
-    if not manifest.num_samples:
-        faults.add(MANIFEST_NAME, "manifest", "no samples")
-    if bool(manifest.num_labels) and not manifest.class_names:
-        faults.add(MANIFEST_NAME, "manifest", f"{manifest.num_labels} labels, but no class names")
-    if manifest.class_names:
-        with faults.catch(MANIFEST_NAME, "manifest"):
-            check_templates(manifest.templates, origin="templates")
-
-
 def _check_shards(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
     """Sizes, and the two empty blocks at the end of a tar."""
     for shard in manifest.shards:
@@ -223,12 +221,6 @@ def _check_pixels(folder: Path, manifest: Manifest, *, faults: FaultLog) -> bool
             if found is not None and isinstance(found[0], ValueError):
                 faults.add(PIXELS_NAME, "array", str(found[0]))
     return agrees
-
-
-def _check_quarantine(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
-    with faults.catch(QUARANTINE_NAME, "quarantine", known=OSError):
-        for _ in read_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined):
-            pass
 
 
 def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults: FaultLog) -> bool:

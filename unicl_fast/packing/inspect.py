@@ -216,7 +216,11 @@ def inspect_dataset(
         near_copies = None
         if near:
             hashes = hash_images(dataset.folder, len(dataset), workers=workers, progress=progress)
-            near_copies = _near_copies(dataset, hashes, exact, near_distance)
+            # among what is left when exact ones are gone
+            kept = np.flatnonzero(exact == np.arange(len(exact)))
+            leaders = np.arange(len(hashes))
+            leaders[kept] = kept[find_leaders(hashes[kept], near_distance)]
+            near_copies = _copies(dataset, leaders, hashes)
         return Inspection(
             folder=dataset.folder,
             **{name: getattr(manifest, name) for name in _OF_MANIFEST},
@@ -361,19 +365,6 @@ def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
         edges=tuple(edges.tolist()),
         counts=tuple(counts.tolist()),
     )
-
-
-def _near_copies(
-    dataset: PackedDataset,
-    hashes: npt.NDArray[np.uint64],
-    exact: npt.NDArray[np.int64],
-    distance: int,
-) -> Copies:
-    """Near copies among what is left when exact ones are gone."""
-    kept = np.flatnonzero(exact == np.arange(len(exact)))
-    leaders = np.arange(len(hashes))
-    leaders[kept] = kept[find_leaders(hashes[kept], distance)]
-    return _copies(dataset, leaders, hashes)
 
 
 def _copies(

@@ -31,7 +31,7 @@ from unicl_fast.dataset.errors import DamagedSampleError
 from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset, sample_key
 from unicl_fast.dataset.remote.object_store import is_url
-from unicl_fast.dataset.stored_samples import Description, SampleReader, StoredSample, equal_images
+from unicl_fast.dataset.stored_samples import Description, SampleReader, equal_images
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
 from unicl_fast.packing.build import PackedSummary
 from unicl_fast.packing.quarantine import (
@@ -369,7 +369,10 @@ class _Input:
         """A sample as it is written into the new data set, or what is wrong with it."""
         try:
             sample = self._reader.read(index)
-            image = self._image_of(index, sample)
+            if sample.image is not None:
+                image = bytes(sample.image.data)
+            else:  # pixels [h w 3]
+                image = self.dataset.pixels_of(self.dataset.image_bytes(index)).tobytes()
         except DamagedSampleError as error:
             folder = str(self.dataset.folder)
             return LeftOut(folder, sample_key(index), _DAMAGED, message=str(error))
@@ -396,12 +399,6 @@ class _Input:
 
     def close(self) -> None:
         self._reader.close()
-
-    def _image_of(self, index: int, sample: StoredSample) -> bytes:
-        """The image as it is stored: a file, or pixels [h w 3]."""
-        if sample.image is not None:
-            return bytes(sample.image.data)
-        return self.dataset.pixels_of(self.dataset.image_bytes(index)).tobytes()
 
     def _fault_of(
         self, index: int, text: Description, image: bytes, tokens: Sequence[npt.NDArray[np.uint16]]

@@ -16,6 +16,7 @@ import statistics
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -110,11 +111,20 @@ def make_page(
             _histogram("Tokens of a caption", inspection.caption_tokens),
             _histogram("Captions of an image", inspection.captions_per_image),
         ]
+    near_copies = inspection.near_copies
+    tiles = [
+        (inspection.num_samples, "images"),
+        (inspection.num_captions, "captions"),
+        (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
+        (inspection.exact_copies.num_surplus, "exact copies"),
+        *([(near_copies.num_surplus, "look like another")] if near_copies is not None else ()),
+        (inspection.num_quarantined, "left out when packed"),
+    ]
     size_of = "Size of the pixels" if inspection.is_raw else "Size of the file"
     return environment.from_string(page).render(
         data=inspection,
         name=Path(inspection.folder).resolve().name,  # of a URL, its last part as well
-        tiles=_tiles(inspection),
+        tiles=tiles,
         concept_rows=[
             (
                 row.data,
@@ -156,19 +166,6 @@ def _number(value: float) -> str:
     if 0 < value < 0.1:
         return f"{value:.2g}"
     return f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:,.2f}"
-
-
-def _tiles(inspection: Inspection) -> list[tuple[int, str]]:
-    """The numbers at the head of the page."""
-    tiles = [
-        (inspection.num_samples, "images"),
-        (inspection.num_captions, "captions"),
-        (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
-        (inspection.exact_copies.num_surplus, "exact copies"),
-    ]
-    if inspection.near_copies is not None:
-        tiles.append((inspection.near_copies.num_surplus, "look like another"))
-    return [*tiles, (inspection.num_quarantined, "left out when packed")]
 
 
 def _classes(inspection: Inspection) -> dict[str, Any]:
@@ -254,8 +251,6 @@ def _histogram(title: str, spread: Spread, unit: str = "") -> _Plot:
         ends=(_number(first), end),
         hovers=[
             f"{_number(low)} to {_number(high)}: {count:,}"
-            for low, high, count in zip(
-                spread.edges[:-1], spread.edges[1:], spread.counts, strict=True
-            )
+            for (low, high), count in zip(pairwise(spread.edges), spread.counts, strict=True)
         ],
     )

@@ -128,9 +128,9 @@ class LeaveOut:
 
     def take(self, source: str, name: str) -> bool:
         """Like `names`; counts the sample, and refuses more of them than the list names."""
-        if not self.names(source, name):
-            return False
         key = as_listed(source), as_listed(name)
+        if key not in self._listed:
+            return False
         self._taken[key] += 1
         if self._taken[key] > (rows := self._listed[key]):
             raise ValueError(
@@ -145,11 +145,15 @@ class LeaveOut:
         return True
 
 
-def _read_names(path: str) -> Listed:
+def _require_file(option: str, path: str | os.PathLike[str], beside: str = "") -> None:
     if is_url(path):
-        raise ValueError(f"--leave-out takes a file on this machine, not {path}: copy it here")
+        raise ValueError(f"{option} takes a file on this machine, not {path}: copy it here{beside}")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--leave-out: there is no file {path}")
+        raise FileNotFoundError(f"{option}: there is no file {path}")
+
+
+def _read_names(path: str) -> Listed:
+    _require_file("--leave-out", path)
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
@@ -172,13 +176,8 @@ def read_retry(path: str | os.PathLike[str]) -> Listed:
         FileNotFoundError: it is not there.
         ValueError: it is none, or names nothing.
     """
-    if is_url(path):
-        raise ValueError(
-            f"--retry takes a file on this machine, not {path}: copy it here, and "
-            f"{MANIFEST_NAME} beside it, whose class numbers are kept"
-        )
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--retry: there is no file {path}")
+    beside = f", and {MANIFEST_NAME} beside it, whose class numbers are kept"
+    _require_file("--retry", path, beside)
     rows = list(read_left_out(Path(path)))
     found: Listed = Counter((row.source, row.name) for row in rows if row.kind != DUPLICATE)
     into_left_out = {duplicate_message(*key) for key in found}

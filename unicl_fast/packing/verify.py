@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 from collections import deque
@@ -220,29 +221,20 @@ def _tokenise_again(
     samples: Iterable[_Sound], tokenizer: Tokenizer | None, checks: _SampleChecks
 ) -> None:
     """Compares captions with tokens where no worker does, in groups for the tokenizer's threads."""
-    group: list[_Sound] = []
-
-    def compare() -> None:
+    left = iter(samples)
+    while group := list(itertools.islice(left, _TOKENISE_TOGETHER)):
         if tokenizer is None:
-            return
+            continue
         try:
             rows = iter(tokenizer.encode([text for sample in group for text in sample.captions]))
+            for sample in group:
+                checks.compare_tokens(sample.index, [next(rows) for _ in sample.captions])
         except (UnicodeError, TypeError):  # lone surrogates: find out where
             for sample in group:
                 try:
                     checks.compare_tokens(sample.index, tokenizer.encode(sample.captions))
                 except (UnicodeError, TypeError) as error:
                     checks.fault(sample.index, "tokens", f"a caption is no text: {error}")
-            return
-        for sample in group:
-            checks.compare_tokens(sample.index, [next(rows) for _ in sample.captions])
-
-    for sample in samples:
-        group.append(sample)
-        if len(group) >= _TOKENISE_TOGETHER:
-            compare()
-            group.clear()
-    compare()
 
 
 class _SampleChecks:
@@ -285,7 +277,13 @@ class _SampleChecks:
                         "" if image is None else image.extension,
                     )
                 if len(lines) == shard.num_samples:
-                    self._check_index(path.with_suffix(".idx"), lines)
+                    expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
+                    file = path.with_suffix(".idx")
+                    with self._faults.catch(file.name, "index", known=OSError):
+                        if file.read_bytes() != expected.encode("ascii"):
+                            raise ValueError(
+                                f"it does not say where the members of {path.name} lie"
+                            )
 
     def _read(
         self, reader: SampleReader, index: int, shard: int, *, is_first: bool
@@ -351,12 +349,6 @@ class _SampleChecks:
         if found != stored:
             message = f"it has {found} pixels, samples.npy says {stored} (height x width)"
             self.fault(index, "image", message)
-
-    def _check_index(self, path: Path, lines: list[str]) -> None:
-        expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
-        with self._faults.catch(path.name, "index", known=OSError):
-            if path.read_bytes() != expected.encode("ascii"):
-                raise ValueError(f"it does not say where the members of {path.stem}.tar lie")
 
 
 def _without_name(error: DamagedSampleError) -> str:

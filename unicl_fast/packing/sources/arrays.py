@@ -68,9 +68,8 @@ def is_cifar(names: Sequence[str]) -> bool:
 
 def is_cifar_file(path: Path) -> bool:
     """Whether a file is one of CIFAR's batches, by its name and those beside it."""
-    if not (_TRAIN.fullmatch(path.name) or _TEST.fullmatch(path.name)):
-        return False
-    return any((path.parent / name).is_file() for name in _NAME_FILES)
+    beside = [name for name in _NAME_FILES if (path.parent / name).is_file()]
+    return path.name not in beside and is_cifar([path.name, *beside])
 
 
 def read_cifar(path: Path, options: ListOptions, spool: Spool) -> Source:
@@ -174,9 +173,9 @@ def _read_python(
     if isinstance(batch, Problem):
         yield Item(f"{name} from row 0", problem=batch)
         return
-    offset, labels = batch
+    start, labels = at.offset + batch[0], batch[1]
     for row, label in enumerate(labels):
-        yield _item(name, row, at.path, at.offset + offset + row * _PIXELS, label, names)
+        yield _item(name, row, at.path, start + row * _PIXELS, label, names)
 
 
 def _check_batch(fields: Fields, kind: str) -> tuple[int, list[int | str]] | Problem:

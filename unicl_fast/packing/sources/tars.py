@@ -106,7 +106,8 @@ def read_image_folders(path: Path, options: ListOptions, spool: Spool) -> Source
                 maker.add(at, group)
             at, group = key, _Group()
         if extension in IMAGES:
-            group.add_image(extension, entry)
+            group.note(extension)
+            group.images.append((extension, entry))
         else:
             read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
             maker.add_text(group, extension, read)
@@ -135,10 +136,6 @@ class _Group:
     seen: set[str] = field(default_factory=set)
     position: int = 0
     problem: Problem | None = None
-
-    def add_image(self, extension: str, entry: Entry) -> None:
-        self.note(extension)
-        self.images.append((extension, entry))
 
     def note(self, extension: str) -> None:
         if extension in self.seen:
@@ -265,7 +262,10 @@ def _group_members(
                     continue
                 group = groups.setdefault(key, _Group(position=member.offset))
                 if extension in IMAGES:
-                    group.add_image(extension, _image(path, member))
+                    span = Span(path, member.offset_data, member.size)
+                    refusal = RefusedEntry("unreadable", _NOT_REGULAR)
+                    group.note(extension)
+                    group.images.append((extension, span if is_plain(member) else refusal))
                 else:
                     maker.add_text(group, extension, functools.partial(_read_text, file, member))
         except DamagedTarError as error:
@@ -274,12 +274,6 @@ def _group_members(
                 group.problem = Problem("damaged", message)
             return groups, error
     return groups, None
-
-
-def _image(path: str, member: tarfile.TarInfo) -> Entry:
-    if is_plain(member):
-        return Span(path, member.offset_data, member.size)
-    return RefusedEntry("unreadable", _NOT_REGULAR)
 
 
 def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
