@@ -70,10 +70,7 @@ class LimitedProcess:
 
 
 def enter(connection: Connection, memory_bytes: int) -> None:
-    """Limits this process to so many bytes more than it has, and reports that it is ready.
-
-    It is to be called first.
-    """
+    """Limits this process to so many bytes more than it has, and reports that it is ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
     # What libraries in C, libtiff above all, print would tear the progress bar; what matters of it
     # comes back as the reason in quarantine.csv.

@@ -105,10 +105,7 @@ class LeaveOut:
     """
 
     def __init__(self, path: str) -> None:
-        """Reads the list, or with "" names nothing.
-
-        It has the columns `source` and `name`, as quarantine.csv and what `unicl-pack inspect
-        --duplicates-list` writes.
+        """Reads the list, which has the columns `source` and `name`; with "" names nothing.
 
         Raises:
             FileNotFoundError: no such file.

@@ -9,6 +9,7 @@ takes as much room as they do, on the disk that is to hold the packed ones anywa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import json
@@ -84,9 +85,8 @@ class Spool:
     def new_file(self) -> Path:
         """Returns the path for one more file, which the caller makes."""
         if self._folder is None:
-            raise ValueError(
-                "this source must be unpacked to be read, and there is no place for it"
-            )
+            message = "this source must be unpacked to be read, and there is no place for it"
+            raise ValueError(message)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
         return self._folder / f"{self._num_files:06d}"
@@ -134,15 +134,11 @@ class Spool:
         made_of = [*stamp(path)]
         if (known := self.recall([unpacked_path], made_of)) is not None:
             return unpacked_path, str(known["broken"])
-        try:
+        with explaining_a_full_disk(unpacked_path):
             with open_regular(path) as packed, unpacked_path.open("wb") as unpacked:
                 broken = _inflate(packed, unpacked)
             self.remember([unpacked_path], made_of, {"broken": broken})
-            return unpacked_path, broken
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise full_disk(unpacked_path) from error
-            raise
+        return unpacked_path, broken
 
 
 def _note_of(path: Path) -> Path:
@@ -175,13 +171,19 @@ def _inflate(packed: BinaryIO, unpacked: BinaryIO) -> str:
     return ""
 
 
-def full_disk(path: object) -> OSError:
-    """Returns the error that says what the room is for."""
-    return OSError(
-        errno.ENOSPC,
-        f"no room left for {path}, where images that cannot be read in place are unpacked; it "
-        "takes as much room as they do, on the disk of --out",
-    )
+@contextlib.contextmanager
+def explaining_a_full_disk(path: object) -> Iterator[None]:
+    """Says in the error of a full disk what the room is for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = (
+            f"no room left for {path}, where images that cannot be read in place are unpacked; it "
+            "takes as much room as they do, on the disk of --out"
+        )
+        raise OSError(errno.ENOSPC, message) from error
 
 
 def _open_database(folder: Path | None) -> sqlite3.Connection:

@@ -8,13 +8,13 @@ line of JSON for each row.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import importlib.util
 import json
+import os
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,8 +31,8 @@ from unicl_fast.packing.sources.items import (
     refused,
 )
 from unicl_fast.packing.sources.lists import add_named
-from unicl_fast.packing.sources.spool import Spool, full_disk, stamp
-from unicl_fast.packing.sources.trees import find_image, open_tree
+from unicl_fast.packing.sources.spool import ItemStore, Spool, explaining_a_full_disk, stamp
+from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
@@ -43,7 +43,7 @@ _COLUMNS = Columns("", ("captions",), ("labels",))
 _MAX_JSON_BYTES = 64_000_000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TableTask:
     """One file to read."""
 
@@ -82,42 +82,41 @@ def read_tables(
         )
     from unicl_fast.packing.sources.arrow_tables import convert
 
-    tasks = [
-        TableTask(
-            path=str(path),
-            options=options,
-            rows_file=str(spool.new_file()),
-            images_file=str(spool.new_file()),
-            features=features,
-        )
-        for path in paths
-    ]
-    spool.origins.extend(task.path for task in tasks)
-    reader = _Reader(options, spool)
+    tasks = []
+    for path in map(str, paths):
+        rows, images = str(spool.new_file()), str(spool.new_file())
+        tasks.append(TableTask(path, options, rows, images, features))
+        spool.origins.append(path)
     known = [spool.recall(*_files_of(task)) for task in tasks]
     new = [task for task, values in zip(tasks, known, strict=True) if values is None]
     results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
-    try:
+    open_once = functools.cache(open_tree)  # a zip may have a long directory
+    items, broken = spool.new_items(), list[Item]()
+    passed_over, labels_are_names = Counter[str](), True
+    with explaining_a_full_disk(tasks[0].images_file):
         for task, values in zip(tasks, known, strict=True):
             result = next(results) if values is None else TableResult(**values)
             # a file that cannot even be opened has left nothing
             if values is None and isinstance(result, TableResult) and Path(task.rows_file).exists():
                 spool.remember(*_files_of(task), dataclasses.asdict(result))
-            reader.add(task, result)
+            path = Path(task.path)
+            tree = open_once(Path(options.image_root) if options.image_root else path.parent)
+            behind = _read_rows(task, tree, items)
+            if isinstance(result, Problem):
+                broken.append(Item(f"{path.name} from row {behind}", problem=result))
+                continue
+            passed_over.update(result.passed_over)
+            labels_are_names &= result.labels_are_names
+            for first, end, message in result.damaged:
+                rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
+                broken.append(refused(f"{path.name} {rest}", "damaged", message))
         assert next(results, None) is None, "which also ends their process"
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise full_disk(tasks[0].images_file) from error
-        raise
-    if not reader.items:
-        reasons = [problem.message for item in reader.broken if (problem := item.problem)]
+    if not items:
+        reasons = [problem.message for item in broken if (problem := item.problem)]
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
-    reader.items.extend(reader.broken)
+    items.extend(broken)
     return Source(
-        name=name,
-        items=reader.items,
-        labels_are_names=reader.labels_are_names,
-        passed_over=reader.passed_over,
+        name=name, items=items, labels_are_names=labels_are_names, passed_over=passed_over
     )
 
 
@@ -127,61 +126,37 @@ def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
     return files, [*stamp(task.path), repr(task.options), task.features]
 
 
-class _Reader:
-    """Makes items of the rows that have been written out."""
+def _read_rows(task: TableTask, tree: Tree, items: ItemStore) -> int:
+    """Adds the rows that have been written out; returns the number behind the last."""
+    file_name, number = Path(task.path).name, -1
 
-    def __init__(self, options: ListOptions, spool: Spool) -> None:
-        self._root = options.image_root
-        self._open_once = functools.cache(open_tree)
-        self.items = spool.new_items()
-        self.broken: list[Item] = []
-        self.passed_over: Counter[str] = Counter()
-        self.labels_are_names = True
+    def find(name: str) -> Item:
+        if re.match(r"https?://", name):
+            message = "an address, not a file; img2dataset fetches such lists"
+            return refused(name, "missing", message)
+        return find_image(tree, name)
 
-    def add(self, task: TableTask, result: TableResult | Problem) -> None:
-        """Adds the rows of a file, and what is wrong with it."""
-        path, rows = Path(task.path), Path(task.rows_file)
-        tree = self._open_once(Path(self._root) if self._root else path.parent)
-
-        def find(name: str) -> Item:
-            if re.match(r"https?://", name):
-                message = "an address, not a file; img2dataset fetches such lists"
-                return refused(name, "missing", message)
-            return find_image(tree, name)
-
-        behind = 0
-        if rows.exists():
-            with rows.open("rb") as file:
-                for line in file:
-                    if line.endswith(b"\n"):  # not so where the process died in the middle
-                        row = json.loads(line)
-                        self._add_row(task, path.name, find, row)
-                        behind = row["row"] + 1
-        if isinstance(result, Problem):
-            self.broken.append(Item(f"{path.name} from row {behind}", problem=result))
-            return
-        self.passed_over.update(result.passed_over)
-        self.labels_are_names &= result.labels_are_names
-        for first, end, message in result.damaged:
-            rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
-            self.broken.append(refused(f"{path.name} {rest}", "damaged", message))
-
-    def _add_row(
-        self, task: TableTask, file_name: str, find: Callable[[str], Item], row: dict[str, Any]
-    ) -> None:
-        number: int = row["row"]
-        where = f"{file_name}, row {number}"
-        if "path" in row:  # rows with one path are one sample
-            add_named(self.items, row["path"], row, _COLUMNS, number, where, find)
-            return
-        item = Item(f"{file_name}:{number}", position=number)
-        if "problem" in row:
-            item.problem = Problem(*row["problem"])
-        else:
-            file = task.path if row["in_place"] else task.images_file
-            item.entry = Span(file, row["offset"], row["size"])
-            add_texts(item, row, _COLUMNS, where)
-        self.items.append(item)
+    if not os.path.exists(task.rows_file):
+        return 0
+    with open(task.rows_file, "rb") as rows:
+        for line in rows:
+            if not line.endswith(b"\n"):  # the process died in the middle
+                break
+            row = json.loads(line)
+            number = row["row"]
+            where = f"{file_name}, row {number}"
+            item = Item(f"{file_name}:{number}", position=number)
+            if "path" in row:  # rows with one path are one sample
+                add_named(items, row["path"], row, _COLUMNS, number, where, find)
+                continue
+            if "problem" in row:
+                item.problem = Problem(*row["problem"])
+            else:
+                file = task.path if row["in_place"] else task.images_file
+                item.entry = Span(file, row["offset"], row["size"])
+                add_texts(item, row, _COLUMNS, where)
+            items.append(item)
+    return number + 1
 
 
 def is_saved_dataset(folder: Path) -> bool:

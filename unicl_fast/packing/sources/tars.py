@@ -105,12 +105,8 @@ def read_image_folders(path: Path, options: ListOptions, spool: Spool) -> Source
             if at:
                 maker.add(at, group)
             at, group = key, _Group()
-        if extension in IMAGES:
-            group.note(extension)
-            group.images.append((extension, entry))
-        else:
-            read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
-            maker.add_text(group, extension, read)
+        read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
+        maker.add_file(group, extension, entry, read)
     if at:
         maker.add(at, group)
     for shard in sorted(each for each in path.iterdir() if each.is_dir()):
@@ -137,12 +133,6 @@ class _Group:
     position: int = 0
     problem: Problem | None = None
 
-    def note(self, extension: str) -> None:
-        if extension in self.seen:
-            message = f"several files of this name end in .{extension}"
-            self.problem = Problem("ambiguous", message)
-        self.seen.add(extension)
-
 
 class _SampleMaker:
     """Turns groups of files into items."""
@@ -167,12 +157,20 @@ class _SampleMaker:
             name=name, items=self._items, labels_are_names=False, passed_over=self.passed_over
         )
 
-    def add_text(self, group: _Group, extension: str, read: Callable[[], bytes]) -> None:
-        """Keeps what is wanted of a .txt, .cls or .json; counts files of any other kind."""
-        if extension not in _TEXTS:
+    def add_file(
+        self, group: _Group, extension: str, entry: Entry, read: Callable[[], bytes]
+    ) -> None:
+        """Keeps an image, and what is wanted of a .txt, .cls or .json; counts other files."""
+        if extension not in IMAGES and extension not in _TEXTS:
             self.passed_over[f".{extension} files"] += 1
             return
-        group.note(extension)
+        if extension in group.seen:
+            message = f"several files of this name end in .{extension}"
+            group.problem = Problem("ambiguous", message)
+        group.seen.add(extension)
+        if extension in IMAGES:
+            group.images.append((extension, entry))
+            return
         try:
             data = read()
             if extension == "json":
@@ -261,13 +259,11 @@ def _group_members(
                     maker.passed_over[_NO_SAMPLE] += 1
                     continue
                 group = groups.setdefault(key, _Group(position=member.offset))
-                if extension in IMAGES:
-                    span = Span(path, member.offset_data, member.size)
-                    refusal = RefusedEntry("unreadable", _NOT_REGULAR)
-                    group.note(extension)
-                    group.images.append((extension, span if is_plain(member) else refusal))
-                else:
-                    maker.add_text(group, extension, functools.partial(_read_text, file, member))
+                entry: Entry = Span(path, member.offset_data, member.size)
+                if not is_plain(member):
+                    entry = RefusedEntry("unreadable", _NOT_REGULAR)
+                read = functools.partial(_read_text, file, member)
+                maker.add_file(group, extension, entry, read)
         except DamagedTarError as error:
             if group is not None:
                 message = "the tar is cut behind it, and some of its files may be lost"
