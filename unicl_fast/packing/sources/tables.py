@@ -83,10 +83,10 @@ def read_tables(
     from unicl_fast.packing.sources.arrow_tables import convert
 
     tasks = []
-    for path in map(str, paths):
+    for file in map(str, paths):
         rows, images = str(spool.new_file()), str(spool.new_file())
-        tasks.append(TableTask(path, options, rows, images, features))
-        spool.origins.append(path)
+        tasks.append(TableTask(file, options, rows, images, features))
+        spool.origins.append(file)
     known = [spool.recall(*_files_of(task)) for task in tasks]
     new = [task for task, values in zip(tasks, known, strict=True) if values is None]
     results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
