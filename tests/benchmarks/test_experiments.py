@@ -23,7 +23,7 @@ from unicl_fast.benchmarks.experiments.harness import (
 )
 from unicl_fast.benchmarks.experiments.labels_and_captions import LabelsAndCaptions
 from unicl_fast.config import TrainConfig
-from unicl_fast.packing.class_names import read_label_space
+from unicl_fast.packing.samples import read_label_space
 from unicl_fast.tools.pack.__main__ import main as pack
 from unicl_fast.tools.pretrain import parse_arguments, split_config
 

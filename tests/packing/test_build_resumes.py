@@ -33,9 +33,9 @@ from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import work_folder
 from unicl_fast.packing.build import BuildSummary, build_dataset
+from unicl_fast.packing.remote import build_anywhere
 from unicl_fast.packing.sources import spool
 from unicl_fast.packing.sources import tables as source_tables
-from unicl_fast.packing.upload import build_anywhere
 
 SHARD_BYTES = 30_000
 Kill = Callable[[], None]

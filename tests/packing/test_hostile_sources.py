@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources import trees
-from unicl_fast.packing.sources.items import EntryError
-from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
+from unicl_fast.packing.sources.items import EntryError, ListOptions, Source
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.trees import open_tree
 
 pytestmark = pytest.mark.slow

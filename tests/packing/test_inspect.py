@@ -370,22 +370,22 @@ def test_wrong_usage_is_exit_code_2(
 
 
 def test_histograms_have_round_bins() -> None:
-    spread = inspect_module._spread_of_some(np.array([3, 4, 4, 5]))
+    spread = inspect_module._spread(np.array([3, 4, 4, 5]))
     assert (spread.edges, spread.counts) == ((3.0, 4.0, 5.0, 6.0), (1, 2, 1))
-    spread = inspect_module._spread_of_some(np.array([213, 640, 480, 333]))
+    spread = inspect_module._spread(np.array([213, 640, 480, 333]))
     assert spread.edges[0] == 200
     assert spread.edges[1] == 220
     assert sum(spread.counts) == 4
-    spread = inspect_module._spread_of_some(np.array([0.5, 3.01, 1.0]), unit=0.05)
+    spread = inspect_module._spread(np.array([0.5, 3.01, 1.0]), unit=0.05)
     assert spread.edges[1] - spread.edges[0] == pytest.approx(0.1)
     assert sum(spread.counts) == 3
-    spread = inspect_module._spread_of_some(np.array([1.0]), unit=0.05)
+    spread = inspect_module._spread(np.array([1.0]), unit=0.05)
     assert spread.counts == (1,)
 
 
 def test_a_few_huge_values_share_a_bin_and_leave_the_others_theirs() -> None:
     values = np.array([*range(20, 64)] * 5 + [65_280, 900])
-    spread = inspect_module._spread_of_some(values)
+    spread = inspect_module._spread(values)
     assert spread.edges[-3:] == (62.0, 64.0, 65_280.0)
     assert spread.counts[-1] == 2
     assert sum(spread.counts) == len(values)

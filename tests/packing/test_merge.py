@@ -23,9 +23,8 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.class_names import join_classes
 from unicl_fast.packing.folder_check import Fault
-from unicl_fast.packing.merge import MergeSummary, merge_datasets
+from unicl_fast.packing.merge import MergeSummary, join_classes, merge_datasets
 from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.tools.pack.__main__ import main

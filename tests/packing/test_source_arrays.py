@@ -20,8 +20,8 @@ from PIL import Image
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import arrays
 from unicl_fast.packing.sources.arrays import PickledArray, read_pickle
-from unicl_fast.packing.sources.items import Span
-from unicl_fast.packing.sources.read_sources import Item, ListOptions, Problem, read_source
+from unicl_fast.packing.sources.items import Item, ListOptions, Problem, Span
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.spool import Spool
 
 NAMES = ["airplane", "cat", "ship"]
@@ -128,16 +128,16 @@ def test_archives_are_read_as_they_are_downloaded(tmp_path: Path) -> None:
     data = write_tar(tmp_path / "x", files).read_bytes()
     archive = tmp_path / "cifar-10-python.tar.gz"
     archive.write_bytes(gzip.compress(data))
-    with Spool(tmp_path / "out") as spool:
-        train = read_source(str(archive), None, spool)
-        test = read_source(str(archive / "test_batch"), None, spool)
+    with Spool(tmp_path / "spool") as spool:
+        train = read_source(str(archive), spool=spool)
+        test = read_source(str(archive / "test_batch"), spool=spool)
         assert np.array_equal(np.stack([decoded(item) for item in train.items]), batches[0])
         assert np.array_equal(np.stack([decoded(item) for item in test.items]), batches[1])
         with pytest.raises(FileNotFoundError, match=r"no data_batch_9; it has .*test_batch"):
-            read_source(str(archive / "data_batch_9"), None, spool)
+            read_source(str(archive / "data_batch_9"), spool=spool)
         archive.write_bytes(archive.read_bytes()[:-100_000])
         with pytest.raises(ValueError, match="cifar-10-python.tar.gz is damaged.*fetch it again"):
-            read_source(str(archive), None, spool)
+            read_source(str(archive), spool=spool)
 
 
 class Trap:
@@ -299,15 +299,15 @@ def test_idx_files_are_read_with_the_labels_beside_them(tmp_path: Path, name: st
     (tmp_path / name).write_bytes(pack(idx(images)))
     beside = name.replace("images", "labels").replace("idx3", "idx1")
     (tmp_path / beside).write_bytes(pack(idx(labels)))
-    with Spool(tmp_path / "out") as spool:
-        source = read_source(str(tmp_path / name), None, spool)
+    with Spool(tmp_path / "spool") as spool:
+        source = read_source(str(tmp_path / name), spool=spool)
         assert np.array_equal(np.stack([decoded(item) for item in source.items]), images)
         assert [item.labels for item in source.items] == [[number] for number in range(7)]
         with pytest.raises(ValueError, match="holds labels"):
-            read_source(str(tmp_path / beside), None, spool)
+            read_source(str(tmp_path / beside), spool=spool)
         (tmp_path / beside).unlink()
         with pytest.raises(FileNotFoundError, match="labels"):
-            read_source(str(tmp_path / name), None, spool)
+            read_source(str(tmp_path / name), spool=spool)
 
 
 @pytest.mark.parametrize("cut", ["images-idx3.gz", "labels-idx1.gz"])
@@ -317,8 +317,8 @@ def test_an_idx_file_whose_checksum_is_cut_off_is_named_and_keeps_its_rows(
     (tmp_path / "images-idx3.gz").write_bytes(gzip.compress(idx(pixels(3)[..., 0])))
     (tmp_path / "labels-idx1.gz").write_bytes(gzip.compress(idx(np.arange(3, dtype=np.uint8))))
     (tmp_path / cut).write_bytes((tmp_path / cut).read_bytes()[:-6])
-    with Spool(tmp_path / "out") as spool:
-        source = read_source(str(tmp_path / "images-idx3.gz"), None, spool)
+    with Spool(tmp_path / "spool") as spool:
+        source = read_source(str(tmp_path / "images-idx3.gz"), spool=spool)
         assert outcomes(source) == {
             **{f"images-idx3.gz:{row}": "read" for row in range(3)},
             "images-idx3.gz from row 3": "damaged",

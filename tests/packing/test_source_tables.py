@@ -21,8 +21,8 @@ from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
 from unicl_fast.packing.sources import trees as trees
 from unicl_fast.packing.sources.arrow_tables import TableResult, TableTask, convert
-from unicl_fast.packing.sources.items import Problem
-from unicl_fast.packing.sources.read_sources import ListOptions, read_source
+from unicl_fast.packing.sources.items import ListOptions, Problem
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import ZipTree
 
@@ -62,13 +62,13 @@ def spool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spool:
     monkeypatch.setattr(
         source_tables, "run_limited", lambda function, tasks, **_: map(function, tasks)
     )
-    return Spool(tmp_path / "out")
+    return Spool(tmp_path / "spool")
 
 
 def test_images_in_parquet_with_names_for_numbers(tmp_path: Path, spool: Spool) -> None:
     found = described(table(tags=[[0], [1, 0], None, [], [1], [1]]))
     pq.write_table(found, tmp_path / "a.parquet", row_group_size=4)
-    source = read_source(str(tmp_path / "a.parquet"), None, spool)
+    source = read_source(str(tmp_path / "a.parquet"), spool=spool)
     assert texts(source)["a.parquet:1"] == ([], ["cat"])
     assert source.labels_are_names  # though one is "0"
     assert [read(item) for item in source.items] == [jpeg(number) for number in range(6)]
@@ -91,7 +91,7 @@ def test_paths_in_parquet_are_read_as_those_of_a_csv(tmp_path: Path, spool: Spoo
         "label": [3, -1, 3, 3, 3, 3, 3],
     }
     pq.write_table(pa.table(rows), tmp_path / "list.parquet")
-    source = read_source(str(tmp_path / "list.parquet"), None, spool)
+    source = read_source(str(tmp_path / "list.parquet"), spool=spool)
     assert texts(source) == {"1.jpg": (["one", "eins"], [3]), "2.jpg": (["two"], [])}
     assert list(outcomes(source).values()) == [
         *("read", "read", "outside", "missing", "missing", "missing"),
@@ -135,12 +135,12 @@ def test_what_img2dataset_and_others_call_their_columns(tmp_path: Path, spool: S
         "url": ["http://x", "http://y"],
     }
     pq.write_table(pa.table(rows), tmp_path / "a.parquet")
-    source = read_source(str(tmp_path / "a.parquet"), None, spool)
+    source = read_source(str(tmp_path / "a.parquet"), spool=spool)
     assert texts(source) == {"a.parquet:0": (["one"], [])}
     assert source.passed_over == {"failed downloads of img2dataset": 1}
     pq.write_table(pa.table({"URL": ["http://x"], "TEXT": ["a"]}), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match="addresses of images but no images.*img2dataset"):
-        read_source(str(tmp_path / "a.parquet"), None, spool)
+        read_source(str(tmp_path / "a.parquet"), spool=spool)
     odd = pa.table({"image": pa.array([jpeg(1), None]).dictionary_encode(), "say": ["x", "y"]})
     pq.write_table(odd, tmp_path / "a.parquet")
     options = ListOptions(image_column="image", caption_column="say")
@@ -176,18 +176,18 @@ def test_a_saved_dataset_is_read_where_it_lies(tmp_path: Path, spool: Spool) -> 
     (folder / "state.json").write_text(json.dumps(state))
     (folder / "dataset_info.json").write_text(json.dumps({"features": FEATURES}))
     (tmp_path / "set" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
-    source = read_source(str(folder), None, spool)
+    source = read_source(str(folder), spool=spool)
     assert source.name == "train"
     assert [read(item) for item in source.items] == [jpeg(n) for n in (*range(5), *range(3))]
     assert texts(source)[f"{second}:1"] == ([], ["cat"])
-    made = [path for path in tmp_path.glob("out.spool-*/*") if path.stat().st_size]
-    assert not made  # nothing was copied
+    for number in (2, 4):  # 1 and 3 hold the rows
+        assert (tmp_path / "spool" / f"{number:06d}").stat().st_size == 0, "nothing was copied"
     with pytest.raises(ValueError, match=r"splits train, test; name one, such as .*set/train"):
-        read_source(str(tmp_path / "set"), None, spool)
+        read_source(str(tmp_path / "set"), spool=spool)
     state["_data_files"] = [{"filename": "../../x.arrow"}]
     (folder / "state.json").write_text(json.dumps(state))
     with pytest.raises(ValueError, match="does not say what files"):
-        read_source(str(folder), None, spool)
+        read_source(str(folder), spool=spool)
 
 
 def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: Spool) -> None:
@@ -197,14 +197,14 @@ def test_folders_as_on_the_hub_hold_one_split_or_several(tmp_path: Path, spool: 
         pq.write_table(described(table(count)), path)
     path.rename(path.with_name("test-00000-of-00001.parquet"))
     with pytest.raises(ValueError, match=r"several splits: test, train; name one, .*set/train"):
-        read_source(str(tmp_path / "set"), None, spool)
-    source = read_source(str(tmp_path / "set" / "train"), None, spool)
+        read_source(str(tmp_path / "set"), spool=spool)
+    source = read_source(str(tmp_path / "set" / "train"), spool=spool)
     assert source.name == "set/train"
     assert len(source.items) == 5
     with pytest.raises(ValueError, match="no split 'val'; it has test, train"):
-        read_source(str(tmp_path / "set" / "val"), None, spool)
+        read_source(str(tmp_path / "set" / "val"), spool=spool)
     path.with_name("test-00000-of-00001.parquet").unlink()
-    assert len(read_source(str(tmp_path / "set"), None, spool).items) == 5
+    assert len(read_source(str(tmp_path / "set"), spool=spool).items) == 5
 
 
 def test_labels_beyond_the_names_and_values_of_other_types_are_named(
@@ -212,13 +212,13 @@ def test_labels_beyond_the_names_and_values_of_other_types_are_named(
 ) -> None:
     found = described(pa.table({"image": images(*range(5)), "label": [0, 2, -2, 2**40, -1]}))
     pq.write_table(found, tmp_path / "a.parquet")
-    source = read_source(str(tmp_path / "a.parquet"), None, spool)
+    source = read_source(str(tmp_path / "a.parquet"), spool=spool)
     assert list(outcomes(source).values()) == ["read", *["bad row"] * 3, "no text"]
-    copied = sum(path.stat().st_size for path in tmp_path.glob("out.spool-*/*"))
+    copied = (tmp_path / "spool" / "000002").stat().st_size
     assert copied == len(jpeg(0)) + len(jpeg(4))  # not those of bad rows
     odd = pa.table({"image": images(0, 1), "caption": [b"x", None], "label": [1.5, 2.0]})
     pq.write_table(odd, tmp_path / "a.parquet")
-    found = outcomes(read_source(str(tmp_path / "a.parquet"), None, spool))
+    found = outcomes(read_source(str(tmp_path / "a.parquet"), spool=spool))
     assert set(found.values()) == {"bad row"}
 
 
@@ -237,7 +237,7 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
         pq.write_table(table(9), tmp_path / f"{name}.parquet", row_group_size=3)
     break_page(tmp_path / "a.parquet")
     (tmp_path / "b.parquet").write_bytes((tmp_path / "b.parquet").read_bytes()[:-10])
-    found = outcomes(read_source(str(tmp_path), None, spool))
+    found = outcomes(read_source(str(tmp_path), spool=spool))
     assert found.pop("a.parquet rows 3 to 5") == "damaged"
     assert found.pop("b.parquet from row 0") == "damaged"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(9)} - {
@@ -245,7 +245,7 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
     }
     assert set(found.values()) == {"read"}
     with pytest.raises(ValueError, match=r"b\.parquet has no rows that can be read: "):
-        read_source(str(tmp_path / "b.parquet"), None, spool)
+        read_source(str(tmp_path / "b.parquet"), spool=spool)
 
 
 def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(
@@ -268,7 +268,7 @@ def test_a_cut_arrow_file_gives_what_comes_before(tmp_path: Path, spool: Spool) 
     data = path.read_bytes()
     for cut, rows in ((len(data) // 2, 3), (len(data) - 8, 9)):
         path.write_bytes(data[:cut])
-        source = read_source(str(path), None, spool)
+        source = read_source(str(path), spool=spool)
         assert outcomes(source) == {
             **{f"a.arrow:{row}": "read" for row in range(rows)},
             f"a.arrow from row {rows}": "damaged",
@@ -323,8 +323,8 @@ def test_any_damage_to_a_table_is_named(
 
 def test_a_build_with_where_remembers_what_it_left_out(tmp_path: Path, spool: Spool) -> None:
     pq.write_table(table(6, set=[*"aab", *"aab"]), tmp_path / "a.parquet")
-    stays = Spool(tmp_path / "out", folder=tmp_path / "spool")
-    again = Spool(tmp_path / "out", folder=tmp_path / "spool")
+    stays = Spool(tmp_path / "spool")
+    again = Spool(tmp_path / "spool")
     for each in (stays, again):
         source = read_source(str(tmp_path / "a.parquet"), ListOptions(where=["set=b"]), each)
         assert source.passed_over == {"rows that --where left out": 4}
@@ -336,13 +336,13 @@ def test_a_file_that_ends_its_process_costs_what_comes_after(
 ) -> None:
     """One value of 20 MB that a dictionary repeats: read out, 20 GB."""
     monkeypatch.setattr(source_tables, "_MEMORY_BYTES", 200_000_000)
-    spool = Spool(tmp_path / "out")
+    spool = Spool(tmp_path / "spool")
     value = b"x" * 20_000_000
     column = pa.DictionaryArray.from_arrays(pa.array([0] * 1000, pa.int32()), pa.array([value]))
     pq.write_table(pa.table({"image": column, "label": [1] * 1000}), tmp_path / "b.parquet")
     pq.write_table(table(3), tmp_path / "a.parquet")
     pq.write_table(table(3), tmp_path / "c.parquet")
-    source = read_source(str(tmp_path), None, spool)
+    source = read_source(str(tmp_path), spool=spool)
     found = outcomes(source)
     assert found.pop("b.parquet from row 0") == "too large"
     assert set(found) == {f"{name}.parquet:{row}" for name in "ac" for row in range(3)}
@@ -390,7 +390,7 @@ def test_without_pyarrow_the_extra_is_named(
     pq.write_table(table(3), tmp_path / "a.parquet")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     with pytest.raises(ValueError, match=r"pip install 'unicl_fast\[sources\]'"):
-        read_source(str(tmp_path / "a.parquet"), None, spool)
+        read_source(str(tmp_path / "a.parquet"), spool=spool)
 
 
 def test_without_a_spool_nothing_is_unpacked(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from foreign_sources import jpeg, outcomes, read, texts, write_tar
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unicl_fast.packing.sources.read_sources import ListOptions, read_source
+from unicl_fast.packing.sources.items import ListOptions
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.tars import DamagedTarError, iter_members
 
@@ -89,8 +90,8 @@ def test_folders_braces_archives_in_a_row_and_gzip_are_read_through(tmp_path: Pa
     (tmp_path / "s-09.tar").write_bytes(one.read_bytes() + two.read_bytes())
     (tmp_path / "s-10.tar.gz").write_bytes(gzip.compress(one.read_bytes()))
     two.unlink()
-    spool = Spool(tmp_path / "out")
-    folder = read_source(str(tmp_path), None, spool)
+    spool = Spool(tmp_path / "spool")
+    folder = read_source(str(tmp_path), spool=spool)
     assert len(folder.items) == 10
     assert {len(read(item)) > 100 for item in folder.items} == {True}
     assert outcomes(folder)["s-09.tar/9"] == "no text"
@@ -100,11 +101,7 @@ def test_folders_braces_archives_in_a_row_and_gzip_are_read_through(tmp_path: Pa
         read_source(str(tmp_path / "s-{07..09}.tar"))
     with pytest.raises(ValueError, match="no range"):
         read_source(str(tmp_path / "s-{09..07}.tar"))
-    made = [path for path in tmp_path.iterdir() if "spool" in path.name]
-    assert len(made) == 1
-    with spool:
-        pass
-    assert not made[0].exists()
+    assert sum("spool" in path.name for path in tmp_path.iterdir()) == 1
 
 
 def test_folders_that_programs_leave_do_not_hide_tars(tmp_path: Path) -> None:
@@ -274,7 +271,7 @@ def test_no_bytes_make_the_tar_reader_fail_otherwise(
 
 
 def test_gzip_bombs_and_cut_gzip_are_named(tmp_path: Path) -> None:
-    spool = Spool(tmp_path / "out")
+    spool = Spool(tmp_path / "spool")
     with gzip.open(tmp_path / "a.tar.gz", "wb", compresslevel=9) as file:
         for _ in range(40):
             file.write(bytes(1_000_000))
@@ -283,7 +280,7 @@ def test_gzip_bombs_and_cut_gzip_are_named(tmp_path: Path) -> None:
     assert unpacked.stat().st_size <= 16_000_000
     whole = gzip.compress(three_samples(tmp_path / "b").read_bytes())
     (tmp_path / "b.tar.gz").write_bytes(whole[:-20])
-    source = read_source(str(tmp_path / "b.tar.gz"), None, spool)
+    source = read_source(str(tmp_path / "b.tar.gz"), spool=spool)
     (problem,) = [name for name in outcomes(source) if "from byte" in name]
     assert outcomes(source)[problem] == "damaged"
     assert outcomes(source)["b.tar.gz/000"] == "read"
@@ -294,10 +291,10 @@ def test_a_full_disk_is_told_by_what_it_is_needed_for(
 ) -> None:
     whole = gzip.compress(three_samples(tmp_path / "b").read_bytes())
     (tmp_path / "b.tar.gz").write_bytes(whole)
-    spool = Spool(tmp_path / "out")
+    spool = Spool(tmp_path / "spool")
     monkeypatch.setattr(spool, "new_file", lambda: Path("/dev/full"))
     with pytest.raises(OSError, match="no room left for .*takes as much room as they do"):
-        read_source(str(tmp_path / "b.tar.gz"), None, spool)
+        read_source(str(tmp_path / "b.tar.gz"), spool=spool)
 
 
 def test_img2dataset_in_tars_counts_its_failures(tmp_path: Path) -> None:

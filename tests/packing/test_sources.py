@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from unicl_fast.packing.class_names import (
+from unicl_fast.packing.samples import (
     LabelSpace,
     collect_label_space,
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.sources.items import Entry, EntryError
-from unicl_fast.packing.sources.read_sources import Item, ListOptions, Source, read_source
+from unicl_fast.packing.sources.items import Entry, EntryError, Item, ListOptions, Source
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.trees import FileEntry, open_tree
 
 

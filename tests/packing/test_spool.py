@@ -21,10 +21,11 @@ from unicl_fast.packing.sources.items import (
     PixelSpan,
     Problem,
     RefusedEntry,
+    Source,
     add_texts,
     require_text,
 )
-from unicl_fast.packing.sources.read_sources import ListOptions, Source, read_source
+from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.spool import ItemStore, Spool
 from unicl_fast.packing.sources.trees import FileEntry, ZipEntry, open_tree
 
@@ -81,7 +82,7 @@ def test_all_kinds_of_entries_come_back(tmp_path: Path) -> None:
         RefusedEntry("outside", "no"),
         None,
     ]
-    spool = Spool(tmp_path / "out", folder=tmp_path / "a spool? of\udcff #1")
+    spool = Spool(tmp_path / "a spool? of\udcff #1")
     store = spool.new_items()
     count = len(entries) * 100  # more than are read at once
     store.extend(Item(str(n), entry, ["x"], [n]) for n, entry in enumerate(entries * 100))
@@ -95,7 +96,7 @@ def test_all_kinds_of_entries_come_back(tmp_path: Path) -> None:
 
 
 def test_stores_of_a_spool_do_not_mix_and_close_with_it(tmp_path: Path) -> None:
-    with Spool(tmp_path / "out") as spool:
+    with Spool(tmp_path / "spool") as spool:
         one, two = spool.new_items(), spool.new_items()
         for number in range(10):
             one.append_named(Item(f"{number}", labels=[number]))
@@ -105,7 +106,7 @@ def test_stores_of_a_spool_do_not_mix_and_close_with_it(tmp_path: Path) -> None:
         assert two[number].labels == [-7]
         assert one[number].labels == [7]
         assert one.find("10") is None
-    assert list(tmp_path.iterdir()) == []
+    assert list((tmp_path / "spool").iterdir()) == []
 
 
 def test_a_full_disk_is_told_by_what_it_is_needed_for() -> None:
@@ -151,7 +152,7 @@ def test_a_placeholder_for_many_images_stays_several_samples(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Equal files with captions of their own: all that one sample can have, and the rest."""
-    monkeypatch.setattr("unicl_fast.packing.samples.MAX_TEXTS", 50)
+    monkeypatch.setattr("unicl_fast.packing.sources.items.MAX_TEXTS", 50)
     store = new_store()
     many = Source(name="s", items=store, labels_are_names=True, passed_over=None)  # type: ignore[arg-type]
     here = FileEntry(__file__, 10)
@@ -178,10 +179,10 @@ def test_memory_does_not_hold_what_is_read(tmp_path: Path, kind: str) -> None:
         for name in names:
             file.write(json.dumps({"image": name, "caption": f"an image that is {name}"}) + "\n")
     place = tmp_path / "in" / ("list.jsonl" if kind == "jsonl" else "")
-    spool = Spool(tmp_path / "out")
-    read_source(str(place), ListOptions(), spool)  # what is loaded once
+    spool = Spool(tmp_path / "spool")
+    read_source(str(place), spool=spool)  # what is loaded once
     tracemalloc.start()
-    found = read_source(str(place), ListOptions(), spool)
+    found = read_source(str(place), spool=spool)
     held, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert len(found.items) == count

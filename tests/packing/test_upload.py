@@ -15,8 +15,8 @@ from pack_runs import jpeg, run_pack
 
 from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
-from unicl_fast.packing import upload as upload_module
-from unicl_fast.packing.upload import build_anywhere
+from unicl_fast.packing import remote
+from unicl_fast.packing.remote import build_anywhere
 
 SHARD_BYTES = 30_000
 
@@ -103,7 +103,7 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
 
     monkeypatch.setattr(DatasetWriter, "add", real)
     with monkeypatch.context() as patch:
-        patch.setattr(upload_module, "_send", raising(error))
+        patch.setattr(remote, "_send", raising(error))
         found, text = run_pack(*arguments, capsys=capsys)
     assert found == code
     (packed,) = work.glob("*/set")
@@ -111,7 +111,7 @@ def test_a_stopped_build_to_a_url_says_what_is_kept(
     assert f"resume by: unicl-pack upload {packed} --out {url}" in text
 
     with monkeypatch.context() as patch:
-        patch.setattr(upload_module, "_send", raising(error))
+        patch.setattr(remote, "_send", raising(error))
         found, text = run_pack("upload", packed, "--out", url, capsys=capsys)
     assert found == code
     assert f"stopped; what was uploaded stays under {url}" in text
@@ -127,7 +127,7 @@ def test_what_was_uploaded_later_is_not_said_to_be_missing(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(upload_module, "_send", raising(OSError("the line is cut")))
+        patch.setattr(remote, "_send", raising(OSError("the line is cut")))
         with pytest.raises(RuntimeError, match="packed, but not uploaded: the line is cut"):
             build(photos, url)
     (packed,) = work.glob("*/set")

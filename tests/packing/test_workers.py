@@ -18,8 +18,7 @@ from PIL import Image
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.sources.items import Entry, RefusedEntry
-from unicl_fast.packing.sources.read_sources import ListOptions, Source
+from unicl_fast.packing.sources.items import Entry, ListOptions, RefusedEntry, Source
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.workers import (
     Checked,

@@ -19,8 +19,7 @@ from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import ObjectStore, StorageError
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing.build import build_dataset
-from unicl_fast.packing.staging import local_copy
-from unicl_fast.packing.upload import build_anywhere, upload_dataset
+from unicl_fast.packing.remote import build_anywhere, local_copy, upload_dataset
 from unicl_fast.packing.verify import verify_dataset
 from unicl_fast.training.metrics import read_metrics
 

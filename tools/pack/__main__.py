@@ -22,8 +22,7 @@ import tyro
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.packing.build import BuildOptions, BuildSummary
-from unicl_fast.packing.staging import DEFAULT_STAGING_BYTES
-from unicl_fast.packing.upload import build_anywhere, upload_dataset
+from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 

@@ -28,7 +28,7 @@ from unicl_fast.packing.inspect import (
 from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.quarantine import DUPLICATE
-from unicl_fast.packing.staging import DEFAULT_STAGING_BYTES, local_copy
+from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 

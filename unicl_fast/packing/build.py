@@ -1,8 +1,7 @@
 """Packs sources into one data set folder: `unicl-pack build` as a function.
 
-The chapters: read the sources, number their labels, choose and shuffle the samples, check images in
-workers, write. `sources` reads files of all kinds, `class_names` numbers labels, `samples` orders,
-`workers` checks images, `unicl_fast.dataset.writer` writes the folder.
+The chapters: read the sources (`sources`), number their labels, choose and shuffle the samples
+(`samples`), check images in workers (`workers`), write (`unicl_fast.dataset.writer`).
 """
 
 from __future__ import annotations
@@ -21,45 +20,30 @@ from tqdm import tqdm
 import unicl_fast
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
-from unicl_fast.dataset.writer import (
-    DEFAULT_SHARD_BYTES,
-    DatasetWriter,
-    PackedSample,
-    require_free,
-)
+from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
 from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
-from unicl_fast.packing.class_names import (
-    LabelSpace,
-    collect_label_space,
-    read_label_space,
-    refuse_numbers,
-)
 from unicl_fast.packing.quarantine import (
     LeaveOut,
-    Refusals,
     choose_listed,
-    read_left_out,
+    describe_left_out,
     read_retry,
     require_same_classes,
 )
 from unicl_fast.packing.ray_engine import Engine, check_on_ray, require_engine
 from unicl_fast.packing.samples import (
+    LabelSpace,
     Samples,
     all_samples,
     choose,
+    collect_label_space,
     join_duplicates,
+    read_label_space,
+    refuse_numbers,
     reorder,
     shuffled_order,
 )
-from unicl_fast.packing.sources.read_sources import (
-    Item,
-    Label,
-    ListOptions,
-    Problem,
-    Source,
-    read_sources,
-    split_condition,
-)
+from unicl_fast.packing.sources.items import Item, Label, ListOptions, Problem, Source
+from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
@@ -141,18 +125,13 @@ class BuildOptions:
     """Begin anew, and throw away what an unfinished build has left in OUT.partial."""
 
     def check(self) -> ImageOptions:
-        """Refuses what cannot work; returns the options of the workers.
-
-        Raises:
-            ValueError: names the option and what it takes.
-        """
+        """Refuses what cannot work, by a ValueError that names it; returns the workers' options."""
         _require_in("--seed", self.seed, 0, 2**63 - 1)
         _require_in("--workers", self.workers, 0, 1024)
         _require_in("--max-pixels", self.max_pixels, 1, MAX_SIDE**2)
         _require_in("--image-seconds", self.image_seconds, 0, 86_400)
         require_engine(self.engine)
-        for condition in self.where:
-            split_condition(condition)
+        self.lists.conditions()
         short_side, square_side = self._resized_to()
         return ImageOptions(
             short_side=short_side,
@@ -161,6 +140,17 @@ class BuildOptions:
             max_pixels=self.max_pixels,
             seconds=self.image_seconds,
             format=self.format,
+        )
+
+    @property
+    def lists(self) -> ListOptions:
+        """The options of lists."""
+        return ListOptions(
+            image_column=self.image_column,
+            caption_column=self.caption_column,
+            label_column=self.label_column,
+            image_root=self.image_root,
+            where=tuple(self.where),
         )
 
     def _resized_to(self) -> tuple[int, int]:
@@ -212,27 +202,42 @@ def _require_in(name: str, value: float, low: int, high: int) -> None:
         raise ValueError(f"{name} must lie in {low:,} to {high:,}, not {value:,}")
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class BuildSummary:
-    """The outcome of a build, in numbers."""
+@dataclass(frozen=True, kw_only=True)
+class PackedSummary:
+    """The data set that a build or merge has written, in numbers."""
 
     out: Path | str
     """A folder, or the URL that it was uploaded to."""
     num_samples: int
     num_captions: int
     num_labels: int
-    num_reencoded: int
     num_quarantined: int
+    """Rows of its quarantine.csv; a merge includes those of its inputs."""
     class_names: tuple[str, ...]
+    num_bytes: int
+    """Bytes of the shards, and of decoded images."""
+    seconds: float
+
+    @staticmethod
+    def values_of(manifest: Manifest, *, out: Path, started: float) -> dict[str, Any]:
+        """The fields above; `started` is a time of `perf_counter`."""
+        names = ("samples", "captions", "labels", "quarantined", "bytes")
+        numbers = {f"num_{name}": getattr(manifest, f"num_{name}") for name in names}
+        seconds = time.perf_counter() - started
+        return numbers | {"out": out, "class_names": manifest.class_names, "seconds": seconds}
+
+
+@dataclass(frozen=True, kw_only=True)
+class BuildSummary(PackedSummary):
+    """The outcome of a build."""
+
+    num_reencoded: int
     quarantined: str
     """Counts by kind and the first few reasons, as text."""
     passed_over: dict[str, int]
     """Files and rows that were not tried, by reason."""
     image_size: tuple[int, int] | None
     """Height and width of all images of a raw data set."""
-    num_bytes: int
-    """Bytes of the shards, and of decoded images."""
-    seconds: float
     num_taken_over: int = 0
     """Samples that an earlier run of the same build had packed, before it was stopped."""
 
@@ -270,7 +275,7 @@ def build_dataset(
     out, paths = Path(out), [os.fspath(source) for source in sources]
     if not paths:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
-    chosen.check()
+    images = chosen.check()
     with WorkFolder(out, restart=chosen.restart) as work:
         is_done = work.summary is not None and (out / MANIFEST_NAME).is_file()
         if not is_done:
@@ -279,20 +284,11 @@ def build_dataset(
         repeated["source_names"] = list(source_names)
         work.require_same("options", describe_options(paths, repeated))
         if not is_done:
-            _pack(paths, out, work, chosen, source_names=source_names, progress=progress)
+            _pack(paths, out, work, chosen, images, source_names=source_names, progress=progress)
         assert work.summary is not None, "noted before the data set is renamed"
-        manifest = Manifest.load(out)
-        summary = BuildSummary(
-            out=out,
-            num_samples=manifest.num_samples,
-            num_captions=manifest.num_captions,
-            num_labels=manifest.num_labels,
-            class_names=manifest.class_names,
-            num_quarantined=manifest.num_quarantined,
-            num_bytes=manifest.num_bytes,
-            seconds=time.perf_counter() - started,
-            **work.summary,
-        )
+        values = BuildSummary.values_of(Manifest.load(out), out=out, started=started)
+        quarantined = describe_left_out(out / QUARANTINE_NAME)
+        summary = BuildSummary(**values, **work.summary, quarantined=quarantined)
         work.remove()
     return summary
 
@@ -302,31 +298,27 @@ def _pack(
     out: Path,
     work: WorkFolder,
     options: BuildOptions,
+    images: ImageOptions,
     *,
     source_names: Sequence[str],
     progress: bool,
 ) -> None:
     """Reads the sources and writes the data set, from its beginning or from where it stands."""
-    images = options.check()
     tokenizer = Tokenizer()
     is_raw = options.format == "raw"
-    with Spool(out, folder=work.spool) as spool:
-        plan = _read(paths, options, spool, work, progress=progress)
+    kind: Literal["raw", "encoded"] = "raw" if is_raw else "encoded"
+    with Spool(work.spool) as spool:
+        samples, space, numbers, templates, passed_over = _read(
+            paths, options, images, spool, work, progress=progress
+        )
         with DatasetWriter(
-            out,
-            shard_bytes=options.shard_bytes,
-            images="raw" if is_raw else "encoded",
-            work=work.path,
+            out, shard_bytes=options.shard_bytes, images=kind, work=work.path
         ) as writer:
             one_size = OneSize(images.square_side, writer.notes) if is_raw else None
             num_taken_over = writer.num_samples
-            refusals = Refusals()
-            if writer.num_quarantined:
-                for row in read_left_out(writer.aside / QUARANTINE_NAME):
-                    refusals.note(row.name, Problem(kind=row.kind, message=row.message))
-            order = shuffled_order(len(plan.samples), seed=options.seed)
+            order = shuffled_order(len(samples), seed=options.seed)
             checked = _check(
-                reorder(plan.samples, order[writer.num_places :]),
+                reorder(samples, order[writer.num_places :]),
                 images=images,
                 one_size=one_size,
                 context_length=tokenizer.context_length,
@@ -341,60 +333,49 @@ def _pack(
                 disable=not progress,
                 smoothing=0.1,
             )
-            _write(bar, writer, plan.numbers, one_size, refusals)
-            passed_over = dict(plan.passed_over)
-            if writer.num_samples == 0:
-                parts = [f"{count:,} {what}" for what, count in passed_over.items()]
-                passed = f"\npassed over: {', '.join(parts)}" if parts else ""
-                raise ValueError(f"nothing could be packed: {refusals.describe()}{passed}")
-            work.note_summary(
-                {
+            _write(bar, writer, numbers, one_size)
+            if writer.num_samples:
+                summary = {
                     "num_reencoded": writer.notes.get("num_reencoded", 0),
-                    "quarantined": refusals.describe(),
-                    "passed_over": passed_over,
+                    "passed_over": dict(passed_over),
                     "image_size": None if one_size is None else one_size.size,
                     "num_taken_over": num_taken_over,
                 }
-            )
-            writer.finish(
-                tokenizer=tokenizer.name,
-                vocabulary_hash=tokenizer.vocabulary_hash,
-                context_length=tokenizer.context_length,
-                class_names=plan.space.names,
-                templates=plan.templates,
-                source=list(source_names) or paths,
-                seed=options.seed,
-                tool_version=unicl_fast.__version__,
-            )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Plan:
-    """All that is known before the first image is opened."""
-
-    samples: Samples
-    """In the order of the sources."""
-    space: LabelSpace
-    numbers: dict[Label, int]
-    """The class number of each label."""
-    templates: tuple[str, ...]
-    passed_over: Counter[str]
+                work.note("summary", summary)
+                writer.finish(
+                    tokenizer=tokenizer.name,
+                    vocabulary_hash=tokenizer.vocabulary_hash,
+                    context_length=tokenizer.context_length,
+                    class_names=space.names,
+                    templates=templates,
+                    source=list(source_names) or paths,
+                    seed=options.seed,
+                    tool_version=unicl_fast.__version__,
+                )
+                return
+    parts = [f"{count:,} {what}" for what, count in passed_over.items()]
+    passed = f"\npassed over: {', '.join(parts)}" if parts else ""
+    left_out = describe_left_out(writer.aside / QUARANTINE_NAME)
+    raise ValueError(f"nothing could be packed: {left_out}{passed}")
 
 
 def _read(
-    paths: list[str], options: BuildOptions, spool: Spool, work: WorkFolder, *, progress: bool
-) -> _Plan:
-    """Reads all sources, numbers their labels, and chooses and joins samples."""
+    paths: list[str],
+    options: BuildOptions,
+    images: ImageOptions,
+    spool: Spool,
+    work: WorkFolder,
+    *,
+    progress: bool,
+) -> tuple[Samples, LabelSpace, dict[Label, int], tuple[str, ...], Counter[str]]:
+    """Reads all sources, numbers their labels, and chooses and joins samples.
+
+    Returns the samples in the order of the sources, the label space, the class number of each
+    label, the templates, and how many files and rows were passed over, by reason.
+    """
     unwanted = LeaveOut(options.leave_out)
     listed = read_retry(options.retry) if options.retry else None
-    lists = ListOptions(
-        image_column=options.image_column,
-        caption_column=options.caption_column,
-        label_column=options.label_column,
-        image_root=options.image_root,
-        where=tuple(options.where),
-    )
-    read = read_sources(paths, lists, spool)
+    read = read_sources(paths, options.lists, spool)
     space, numbers = _number_labels(read, options.class_names, spool, work)
     templates = read_templates(options.templates or "imagenet") if space.names else ()
     passed_over = sum((source.passed_over for source in read), Counter[str]())
@@ -411,17 +392,11 @@ def _read(
         samples = join_duplicates(
             samples,
             spool.new_items(),
-            max_file_bytes=options.check().max_file_bytes,
+            max_file_bytes=images.max_file_bytes,
             workers=options.workers or usable_cores(),
             progress=progress,
         )
-    return _Plan(
-        samples=samples,
-        space=space,
-        numbers=numbers,
-        templates=templates,
-        passed_over=passed_over,
-    )
+    return samples, space, numbers, templates, passed_over
 
 
 def _number_labels(
@@ -479,16 +454,12 @@ def _write(
     writer: DatasetWriter,
     numbers: dict[Label, int],
     one_size: OneSize | None,
-    refusals: Refusals,
 ) -> None:
     """Writes sound samples, and lists the others."""
     num_reencoded: int = writer.notes.get("num_reencoded", 0)
     for source, item, result in checked:
         if isinstance(result, Problem):
-            writer.quarantine(
-                source=source, name=item.name, kind=result.kind, message=result.message
-            )
-            refusals.note(item.name, result)
+            writer.quarantine(source=source, name=item.name, **asdict(result))
             continue
         image = result.image
         if one_size is not None:

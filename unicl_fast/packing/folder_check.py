@@ -6,9 +6,11 @@ opened if its manifest and arrays allow looking at samples.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import stat
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,6 +67,18 @@ class FaultLog:
         self.counts[kind] += 1
         self._note(Fault(file=file, kind=kind, message=message, sample=sample))
 
+    @contextlib.contextmanager
+    def catch(
+        self, file: str, kind: str, *, known: type[OSError] | tuple[()] = ()
+    ) -> Iterator[None]:
+        """Makes a fault of a ValueError or OSError, but of those that were noted already."""
+        try:
+            yield
+        except known:
+            pass
+        except (ValueError, OSError) as error:
+            self.add(file, kind, str(error))
+
 
 def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDataset | None:
     """Checks everything but the contents of samples.
@@ -79,27 +93,34 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
     if not (folder / MANIFEST_NAME).is_file() and not (folder / CHECKSUMS_NAME).is_file():
         Manifest.load(folder)  # says what a data set is, and how to make one
     manifest: Manifest | None = None
-    try:
-        manifest = Manifest.load(folder)
-    except FileNotFoundError:
+    if not (folder / MANIFEST_NAME).is_file():
         faults.add(MANIFEST_NAME, "missing", "there is no manifest")
-    except (ValueError, OSError) as error:
-        faults.add(MANIFEST_NAME, "manifest", str(error))
+    else:
+        with faults.catch(MANIFEST_NAME, "manifest"):
+            manifest = Manifest.load(folder)
     damaged = _check_checksums(folder, manifest, faults=faults, progress=progress)
     if manifest is None:
         return None
-    _check_manifest(manifest, faults=faults)
+    if not manifest.num_samples:
+        faults.add(MANIFEST_NAME, "manifest", "no samples")
+    if manifest.num_labels and not manifest.class_names:
+        faults.add(MANIFEST_NAME, "manifest", f"{manifest.num_labels} labels, but no class names")
+    if manifest.class_names:
+        with faults.catch(MANIFEST_NAME, "manifest"):
+            check_templates(manifest.templates, origin="templates")
     _check_shards(folder, manifest, faults=faults)
-    _check_quarantine(folder, manifest, faults=faults)
+    with faults.catch(QUARANTINE_NAME, "quarantine", known=OSError):
+        for _ in read_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined):
+            pass
     pixels_agree = _check_pixels(folder, manifest, faults=faults)
-    if not _check_arrays(folder, manifest, damaged, faults=faults) or not pixels_agree:
-        return None
-    try:
-        dataset = PackedDataset(folder, max_bad_fraction=None, verify=False)
-    except (ValueError, OSError) as error:
-        faults.add(MANIFEST_NAME, "manifest", str(error))
-        return None
-    if not damaged & {MANIFEST_NAME, *(f"{name}.npy" for name in ARRAY_DTYPES)}:
+    dataset: PackedDataset | None = None
+    if _check_arrays(folder, manifest, damaged, faults=faults) and pixels_agree:
+        with faults.catch(MANIFEST_NAME, "manifest"):
+            dataset = PackedDataset(folder, max_bad_fraction=None, verify=False)
+    if dataset is not None and not damaged & {
+        MANIFEST_NAME,
+        *(f"{name}.npy" for name in ARRAY_DTYPES),
+    }:
         _check_ranges(dataset, faults=faults)
     return dataset
 
@@ -119,7 +140,7 @@ def _check_checksums(
     """Compares all files with the list; returns those that are missing or not what they were."""
     listed: dict[str, str] = {}
     path = folder / CHECKSUMS_NAME
-    try:
+    with faults.catch(CHECKSUMS_NAME, "checksum"):
         listed = read_checksums(folder) or {}
         if not path.is_file():
             message = (
@@ -129,8 +150,6 @@ def _check_checksums(
             faults.add(CHECKSUMS_NAME, "missing", message)
         elif format_checksums(listed.items()).encode() != path.read_bytes():
             raise ValueError(f"{path} is not as it was written; copy the data set again")
-    except (ValueError, OSError) as error:
-        faults.add(CHECKSUMS_NAME, "checksum", str(error))
     expected = set(listed) if manifest is None else expected_files(manifest)
     damaged: set[str] = set()
     entries = {entry.name: entry for entry in folder.iterdir()}
@@ -140,7 +159,8 @@ def _check_checksums(
     for name in sorted(set(entries) - expected - {CHECKSUMS_NAME, MANIFEST_NAME}):
         faults.add(name, "extra", "it is no file of this data set")
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))
-    total = sum(entries[name].stat().st_size for name in present if entries[name].is_file())
+    sizes = {name: entries[name].stat().st_size for name in present if entries[name].is_file()}
+    total = sum(sizes.values())
     bar = tqdm(total=total, desc="checksums", unit="B", unit_scale=True, disable=not progress)
     large = {shard.name: shard.xxh3 for shard in manifest.shards} if manifest else {}
     if manifest is not None and manifest.pixels is not None:
@@ -149,7 +169,7 @@ def _check_checksums(
         for name in present:
             if not _is_as_listed(entries[name], listed, large, faults=faults):
                 damaged.add(name)
-            bar.update(entries[name].stat().st_size if entries[name].is_file() else 0)
+            bar.update(sizes.get(name, 0))
     return damaged
 
 
@@ -157,13 +177,12 @@ def _is_as_listed(
     path: Path, listed: dict[str, str], large: dict[str, str], *, faults: FaultLog
 ) -> bool:
     """Compares one file with the list and, a large one, with the manifest."""
-    try:
+    found = ""
+    with faults.catch(path.name, "unreadable"):
         if not stat.S_ISREG(path.stat().st_mode):
-            faults.add(path.name, "unreadable", "it is not an ordinary file")
-            return False
+            raise ValueError("it is not an ordinary file")
         found = file_checksum(path)
-    except OSError as error:
-        faults.add(path.name, "unreadable", str(error))
+    if not found:
         return False
     # without a list everything passes that the manifest has no checksum of
     by_list = listed.get(path.name, "nothing of it") if listed else found
@@ -175,81 +194,46 @@ def _is_as_listed(
     return True
 
 
-def _check_manifest(manifest: Manifest, *, faults: FaultLog) -> None:
-    if not manifest.num_samples:
-        faults.add(MANIFEST_NAME, "manifest", "no samples")
-    if bool(manifest.num_labels) and not manifest.class_names:
-        faults.add(MANIFEST_NAME, "manifest", f"{manifest.num_labels} labels, but no class names")
-    if manifest.class_names:
-        try:
-            check_templates(manifest.templates, origin="templates")
-        except ValueError as error:
-            faults.add(MANIFEST_NAME, "manifest", str(error))
-
-
 def _check_shards(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
     """Sizes, and the two empty blocks at the end of a tar."""
     for shard in manifest.shards:
-        try:
-            with (folder / shard.name).open("rb") as file:
-                num_bytes = (folder / shard.name).stat().st_size
-                if num_bytes == shard.num_bytes:
-                    file.seek(max(0, num_bytes - len(END_OF_TAR)))
-                    if file.read() != END_OF_TAR:
-                        message = "it does not end with two empty blocks"
-                        faults.add(shard.name, "shard", message)
-                    continue
-        except OSError:  # missing or unreadable, which was noted
-            continue
-        message = f"{num_bytes} bytes, the manifest says {shard.num_bytes}"
-        faults.add(shard.name, "shard", message)
+        with (
+            faults.catch(shard.name, "shard", known=OSError),
+            (folder / shard.name).open("rb") as file,
+        ):
+            num_bytes = os.fstat(file.fileno()).st_size
+            if num_bytes != shard.num_bytes:
+                raise ValueError(f"{num_bytes} bytes, the manifest says {shard.num_bytes}")
+            file.seek(max(0, num_bytes - len(END_OF_TAR)))
+            if file.read() != END_OF_TAR:
+                raise ValueError("it does not end with two empty blocks")
 
 
 def _check_pixels(folder: Path, manifest: Manifest, *, faults: FaultLog) -> bool:
     """Size and header of decoded images; whether the manifest agrees with itself about them."""
-    if manifest.pixels is None:
-        return True
-    try:
-        layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
-        found = find_pixel_fault(LocalFiles(folder), layout)
-    except ValueError as error:
-        faults.add(MANIFEST_NAME, "manifest", str(error))
-        return False
-    if found is not None and isinstance(found[0], ValueError):  # if it is missing, that was noted
-        faults.add(PIXELS_NAME, "array", str(found[0]))
-    return True
-
-
-def _check_quarantine(folder: Path, manifest: Manifest, *, faults: FaultLog) -> None:
-    try:
-        for _ in read_left_out(folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined):
-            pass
-    except OSError:  # noted already
-        return
-    except ValueError as error:
-        faults.add(QUARANTINE_NAME, "quarantine", str(error))
+    agrees = manifest.pixels is None
+    if manifest.pixels is not None:
+        with faults.catch(MANIFEST_NAME, "manifest"):
+            layout = PixelLayout(folder, manifest.pixels, manifest.num_samples)
+            found = find_pixel_fault(LocalFiles(folder), layout)
+            agrees = True
+            # if it is missing, that was noted
+            if found is not None and isinstance(found[0], ValueError):
+                faults.add(PIXELS_NAME, "array", str(found[0]))
+    return agrees
 
 
 def _check_arrays(folder: Path, manifest: Manifest, damaged: set[str], *, faults: FaultLog) -> bool:
     """Types, lengths and references of the arrays; whether all can be opened."""
     can_be_opened = True
     for name, dtype in ARRAY_DTYPES.items():
-        file = f"{name}.npy"
-        try:
+        file, is_open = f"{name}.npy", False
+        with faults.catch(file, "array", known=FileNotFoundError):
             open_array(folder / file, dtype, getattr(manifest, f"num_{name}"))
-        except FileNotFoundError:  # noted already
-            can_be_opened = False
-            continue
-        except (ValueError, OSError) as error:
-            faults.add(file, "array", str(error))
-            can_be_opened = False
-            continue
-        if damaged & {file, MANIFEST_NAME}:
-            continue
-        try:
-            verify_arrays(folder, manifest, {name: dtype}, checksums=None)  # they were compared
-        except (ValueError, OSError) as error:
-            faults.add(file, "array", str(error))
+            is_open = True
+            if not damaged & {file, MANIFEST_NAME}:
+                verify_arrays(folder, manifest, {name: dtype}, checksums=None)  # were compared
+        can_be_opened &= is_open
     return can_be_opened
 
 

@@ -25,12 +25,7 @@ from tqdm import tqdm
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader, equal_images, image_sizes
-from unicl_fast.packing.near_duplicates import (
-    count_bits,
-    find_leaders,
-    hash_images,
-    require_imagehash,
-)
+from unicl_fast.packing.near_duplicates import count_bits, find_leaders, has_imagehash, hash_images
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
@@ -98,7 +93,7 @@ class Copies:
     groups: tuple[Group, ...]
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class ConceptRow:
     """A row of the paper's Table 1."""
 
@@ -109,6 +104,12 @@ class ConceptRow:
     """0 where there are no concepts."""
     kind: str
     """The meaning of a concept here, in words."""
+
+
+_OF_MANIFEST = (
+    *("num_samples", "num_captions", "num_tokens", "num_labels", "num_bytes", "num_quarantined"),
+    *("source", "seed", "tool_version"),
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,56 +180,67 @@ def inspect_dataset(
 ) -> Inspection:
     """Describes a data set; `tools.pack.inspect.Inspect` explains the arguments.
 
-    With `near` it starts worker processes by spawning them, so a script that calls this must guard
-    its main part by `if __name__ == "__main__":`.
+    With `near` worker processes are spawned, as `build_dataset` says.
 
     Raises:
         FileNotFoundError: not a data set.
         ValueError: it is damaged, or ImageHash or spaCy is asked for and not installed.
     """
     started = time.perf_counter()
-    if near:
-        require_imagehash()
+    if near and not has_imagehash():
+        raise ValueError(
+            "near duplicates are found with the package ImageHash: pip install "
+            "'unicl_fast[inspect]', or leave them out by --no-near"
+        )
     with PackedDataset(folder) as dataset:
         rows, manifest = dataset.samples, dataset.manifest
-        quarantined = _quarantined(dataset)  # refused now, rather than after a look at all images
+        # refused now, rather than after a look at all images
+        left_out = Counter(
+            row.kind
+            for row in read_left_out(
+                dataset.folder / QUARANTINE_NAME, num_rows=manifest.num_quarantined
+            )
+        )
         has_labels, has_captions = rows["labels_count"] > 0, rows["captions_count"] > 0
-        found = None
+        found = per_image = lengths = None
         if len(dataset.captions):
             texts = _captions(dataset, progress=progress)
             found = count_concepts(texts, how=concepts, model=spacy_model)
-        class_counts = _class_counts(dataset)
-        exact = _exact_leaders(dataset)
+            per_image = _spread(rows["captions_count"][has_captions])
+            lengths = _spread(dataset.captions["tokens_length"].astype(int) - 2)
+        counts = np.bincount(dataset.labels, minlength=len(manifest.class_names)).tolist()
+        class_counts = tuple(zip(manifest.class_names, counts, strict=True))
+        exact = np.arange(len(dataset))  # of each, the first image with the same bytes
+        for group in equal_images([dataset]):
+            exact[group] = group[0]
         near_copies = None
         if near:
             hashes = hash_images(dataset.folder, len(dataset), workers=workers, progress=progress)
-            near_copies = _near_copies(dataset, hashes, exact, near_distance)
+            # among what is left when exact ones are gone
+            kept = np.flatnonzero(exact == np.arange(len(exact)))
+            leaders = np.arange(len(hashes))
+            leaders[kept] = kept[find_leaders(hashes[kept], near_distance)]
+            near_copies = _copies(dataset, leaders, hashes)
         return Inspection(
             folder=dataset.folder,
-            num_samples=manifest.num_samples,
-            num_captions=manifest.num_captions,
-            num_tokens=manifest.num_tokens,
-            num_labels=manifest.num_labels,
+            **{name: getattr(manifest, name) for name in _OF_MANIFEST},
             num_shards=len(manifest.shards),
-            num_bytes=manifest.num_bytes,
             is_raw=manifest.pixels is not None,
-            num_quarantined=manifest.num_quarantined,
-            quarantined=quarantined,
-            source=manifest.source,
-            seed=manifest.seed,
-            tool_version=manifest.tool_version,
+            quarantined=dict(left_out.most_common()),
             num_with_labels=int(has_labels.sum()),
             num_with_captions=int(has_captions.sum()),
             num_with_both=int((has_labels & has_captions).sum()),
             class_counts=class_counts,
-            labels_per_image=_counted(rows["labels_count"][has_labels]),
-            captions_per_image=_spread(rows["captions_count"][has_captions]),
-            caption_tokens=_spread(dataset.captions["tokens_length"].astype(int) - 2),
+            labels_per_image=dict(
+                sorted(Counter(rows["labels_count"][has_labels].tolist()).items())
+            ),
+            captions_per_image=per_image,
+            caption_tokens=lengths,
             frequent_concepts=() if found is None else found.most_frequent,
-            heights=_spread_of_some(rows["height"]),
-            widths=_spread_of_some(rows["width"]),
-            aspects=_spread_of_some(rows["width"] / rows["height"], unit=0.05),
-            image_bytes=_spread_of_some(image_sizes(dataset)),
+            heights=_spread(rows["height"]),
+            widths=_spread(rows["width"]),
+            aspects=_spread(rows["width"] / rows["height"], unit=0.05),
+            image_bytes=_spread(image_sizes(dataset)),
             exact_copies=_copies(dataset, exact),
             near_distance=near_distance,
             near_copies=near_copies,
@@ -253,13 +265,8 @@ def count_concepts(
 ) -> Concepts:
     """Counts distinct concepts that occur more than 5 times, as the paper's Table 1 does.
 
-    The paper takes the noun phrases that spaCy finds. Where spaCy or its English model is not
-    installed, words are counted in the same way, and the result says so.
-
-    Args:
-        texts: captions.
-        how: "noun-phrases" as in the paper, "words", or "auto": the first if it can be done.
-        model: spaCy's English model.
+    The paper takes the noun phrases that spaCy finds. With `auto`, where spaCy or its English model
+    is not installed, words are counted in the same way, and the result says so.
 
     Raises:
         ValueError: noun phrases are asked for, and spaCy or the model is not installed.
@@ -313,51 +320,26 @@ def _table_1(
     num_captioned: int,
 ) -> tuple[ConceptRow, ...]:
     """The paper's row for labelled images, and for captioned ones."""
-    rows: list[tuple[str, int, int, str]] = []
+    rows: list[ConceptRow] = []
+
+    def add(data: str, num_images: int, num_concepts: int, kind: str) -> None:
+        each = num_images / num_concepts if num_concepts else 0.0
+        rows.append(ConceptRow(data, num_images, num_concepts, each, kind))
+
     if num_labelled:
         used = sum(count > 0 for _, count in class_counts)
-        kind = "categories with images"
-        if used < len(class_counts):
-            kind += f", of {len(class_counts):,} named"
-        rows.append(("image-label", num_labelled, used, kind))
+        named = f", of {len(class_counts):,} named" if used < len(class_counts) else ""
+        add("image-label", num_labelled, used, f"categories with images{named}")
     if found is not None:
-        rows.append(("image-text", num_captioned, found.num_concepts, found.kind))
-    return tuple(
-        ConceptRow(
-            data=data,
-            num_images=images,
-            num_concepts=concepts,
-            images_per_concept=images / concepts if concepts else 0.0,
-            kind=kind,
-        )
-        for data, images, concepts, kind in rows
-    )
+        add("image-text", num_captioned, found.num_concepts, found.kind)
+    return tuple(rows)
 
 
-def _class_counts(dataset: PackedDataset) -> tuple[tuple[str, int], ...]:
-    names = dataset.manifest.class_names
-    counts = np.bincount(dataset.labels, minlength=len(names))
-    return tuple(zip(names, counts.tolist(), strict=True))
-
-
-def _counted(values: npt.NDArray[Any]) -> dict[int, int]:
-    numbers, counts = np.unique(values, return_counts=True)
-    return dict(zip(numbers.tolist(), counts.tolist(), strict=True))
-
-
-def _spread(values: npt.NDArray[Any]) -> Spread | None:
-    return _spread_of_some(values) if len(values) else None
-
-
-def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
-    """Five numbers, and a histogram of at most some 30 bins at round numbers.
+def _spread(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
+    """Five numbers of one value or more, and a histogram of some 30 bins at round numbers.
 
     A few very large values, in whose scale all others would fall into one bin, share a last bin
-    that is wider than the others.
-
-    Args:
-        values: at least one.
-        unit: a bin is at least so wide; 1 for whole numbers.
+    that is wider than the others. A bin is at least `unit` wide; 1 for whole numbers.
     """
     low, high = float(values.min()), float(values.max())
     reach, most = high, float(np.percentile(values, 99))
@@ -383,34 +365,6 @@ def _spread_of_some(values: npt.NDArray[Any], *, unit: float = 1.0) -> Spread:
         edges=tuple(edges.tolist()),
         counts=tuple(counts.tolist()),
     )
-
-
-def _quarantined(dataset: PackedDataset) -> dict[str, int]:
-    """How much was left out, by kind."""
-    path = dataset.folder / QUARANTINE_NAME
-    rows = read_left_out(path, num_rows=dataset.manifest.num_quarantined)
-    return dict(Counter(row.kind for row in rows).most_common())
-
-
-def _exact_leaders(dataset: PackedDataset) -> npt.NDArray[np.int64]:
-    """The first image with the same bytes."""
-    leaders = np.arange(len(dataset))
-    for group in equal_images([dataset]):
-        leaders[group] = group[0]
-    return leaders
-
-
-def _near_copies(
-    dataset: PackedDataset,
-    hashes: npt.NDArray[np.uint64],
-    exact: npt.NDArray[np.int64],
-    distance: int,
-) -> Copies:
-    """Near copies among what is left when exact ones are gone."""
-    kept = np.flatnonzero(exact == np.arange(len(exact)))
-    leaders = np.arange(len(hashes))
-    leaders[kept] = kept[find_leaders(hashes[kept], distance)]
-    return _copies(dataset, leaders, hashes)
 
 
 def _copies(

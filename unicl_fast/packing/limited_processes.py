@@ -1,9 +1,9 @@
 """Processes that read other people's files, under limits that the kernel holds.
 
 Readers written in C can crash or ask for all memory there is. In a process of its own this costs
-the file and nothing else. `run_limited` is for whole files, one at a time; images are checked by
-`build.worker`, which has the same `LimitedProcess`. concurrent.futures is not used: it calls a pool
-broken when a worker dies, and tells neither its exit code nor the task it died of.
+the file and nothing else. `run_limited` is for whole files, one at a time; `workers` checks images
+in a `LimitedProcess` too. concurrent.futures calls a pool broken when a worker dies, and tells
+neither its exit code nor the task it died of.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import os
 import resource
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from multiprocessing.connection import Connection
 from typing import Any, TypeVar
 
@@ -68,71 +70,51 @@ class LimitedProcess:
 
 
 def enter(connection: Connection, memory_bytes: int) -> None:
-    """Puts this process under the limits, and reports that it is ready; to be called first.
-
-    Args:
-        connection: to the main process.
-        memory_bytes: limit beyond the memory that the process has.
-
-    Raises:
-        OSError: the main process is gone.
-    """
+    """Limits this process to so many bytes more than it has, and reports that it is ready."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the main process, which stops us
-    _silence_complaints()
-    _limit_memory(memory_bytes)
-    connection.send(None)
-
-
-def _limit_memory(num_bytes: int) -> None:
-    """Limits this process to `num_bytes` more than it has; an allocation beyond that fails.
-
-    RLIMIT_DATA counts private writable memory (since Linux 4.7), not files and not the address
-    space that allocators merely reserve.
-    """
+    # What libraries in C, libtiff above all, print would tear the progress bar; what matters of it
+    # comes back as the reason in quarantine.csv.
+    with contextlib.suppress(OSError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    # RLIMIT_DATA counts private writable memory (since Linux 4.7), not files and not the address
+    # space that allocators merely reserve; an allocation beyond it fails.
     pages = int(open("/proc/self/statm", encoding="ascii").read().split()[5])  # noqa: SIM115
-    limit = pages * resource.getpagesize() + num_bytes
+    limit = pages * resource.getpagesize() + memory_bytes
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
     if hard == resource.RLIM_INFINITY or limit < hard:
         resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
-
-
-def _silence_complaints() -> None:
-    """Discards what libraries in C, libtiff above all, print: it would tear the progress bar.
-
-    What matters of it comes back as the reason in quarantine.csv.
-    """
-    with contextlib.suppress(OSError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    connection.send(None)
 
 
 def describe_death(code: int, *, too_large: str) -> Problem:
-    """Describes the end of a process that the main one did not want.
-
-    Args:
-        code: its exit code.
-        too_large: says what it means that memory ran out.
-    """
+    """Describes the end of a process by its exit code; `too_large` is for want of memory."""
     if code == -signal.SIGVTALRM:
-        return Problem(kind="too slow", message="reading it takes too much CPU time")
+        return Problem("too slow", "reading it takes too much CPU time")
     if code == OUT_OF_MEMORY:
-        return Problem(kind="too large", message=too_large)
+        return Problem("too large", too_large)
     if code == -signal.SIGKILL:
-        return Problem(kind="crash", message="the process was killed, for want of memory maybe")
-    how = f"exit code {code}" if code >= 0 else _signal_name(-code)
-    return Problem(kind="crash", message=f"a decoder crashed ({how})")
+        return Problem("crash", "the process was killed, for want of memory maybe")
+    how = f"exit code {code}" if code >= 0 else f"signal {-code}"
+    with contextlib.suppress(ValueError):  # a real-time signal has no name
+        how = signal.Signals(-code).name
+    return Problem("crash", f"a decoder crashed ({how})")
 
 
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # a real-time signal
-        return f"signal {number}"
+def in_order(submit: Callable[[T], Future[R]], tasks: Iterable[T], *, ahead: int) -> Iterator[R]:
+    """Yields results in the order of the tasks, with at most `ahead` of these under way."""
+    under_way: deque[Future[R]] = deque()
+    for task in tasks:
+        under_way.append(submit(task))
+        if len(under_way) >= ahead:
+            yield under_way.popleft().result()
+    while under_way:
+        yield under_way.popleft().result()
 
 
 def run_limited(
     function: Callable[[T], R], tasks: Sequence[T], *, memory_bytes: int, seconds: float = 0
 ) -> Iterator[R | Problem]:
-    """Calls a function with each task, in a process that may take so much memory and time.
+    """Calls a function with each task, in a process under limits.
 
     Args:
         function: of a module's top level; a ValueError, OSError or RuntimeError is raised here.
@@ -143,9 +125,6 @@ def run_limited(
     Yields:
         What the function returns, or how the process ended at that task; the next task then gets a
         new process.
-
-    Raises:
-        RuntimeError: a process cannot be started.
     """
     left = list(tasks)
     while left:

@@ -27,21 +27,12 @@ import xxhash
 from tqdm import tqdm
 
 import unicl_fast
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
-from unicl_fast.dataset.stored_samples import (
-    Description,
-    SampleReader,
-    StoredSample,
-    equal_images,
-)
-from unicl_fast.dataset.writer import (
-    DEFAULT_SHARD_BYTES,
-    DatasetWriter,
-    PackedSample,
-    require_free,
-)
-from unicl_fast.packing.class_names import join_classes, join_templates
+from unicl_fast.dataset.stored_samples import Description, SampleReader, equal_images
+from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
+from unicl_fast.packing.build import PackedSummary
 from unicl_fast.packing.quarantine import (
     DUPLICATE,
     LeaveOut,
@@ -50,25 +41,20 @@ from unicl_fast.packing.quarantine import (
     read_left_out,
 )
 from unicl_fast.packing.samples import shuffled_order
-from unicl_fast.packing.sources.items import join_texts
+from unicl_fast.packing.sources.items import JoinedTexts
 from unicl_fast.system.checksums import compare_checksum, file_checksum, read_checksums
+from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
 _DAMAGED, _UNWANTED = "damaged", "left out"
 _DAMAGED_SHOWN = 5
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MergeSummary:
-    """The outcome of a merge, in numbers."""
+@dataclass(frozen=True, kw_only=True)
+class MergeSummary(PackedSummary):
+    """The outcome of a merge."""
 
     out: Path
-    num_samples: int
-    num_captions: int
-    num_labels: int
-    num_quarantined: int
-    """Rows of the new quarantine.csv, those of the inputs included."""
-    class_names: tuple[str, ...]
     num_left_out: int
     """Samples that the list of --leave-out named."""
     num_joined: int
@@ -76,9 +62,6 @@ class MergeSummary:
     damaged: tuple[str, ...]
     """The first few samples that were left out because they are damaged, each with its reason."""
     num_damaged: int
-    num_bytes: int
-    """Bytes of the shards, and of decoded images."""
-    seconds: float
 
 
 def merge_datasets(
@@ -108,17 +91,17 @@ def merge_datasets(
     require_free(Path(out))
     unwanted = LeaveOut(leave_out)
     with contextlib.ExitStack() as stack:
-        inputs = _open_inputs(folders, stack)
-        manifests = {str(one.dataset.folder): one.dataset.manifest for one in inputs}
+        datasets = _open_inputs(folders, stack)
+        manifests = {str(dataset.folder): dataset.manifest for dataset in datasets}
         names, label_maps = join_classes([one.class_names for one in manifests.values()])
         template_list = join_templates(manifests, templates)
         context_length = max(manifest.context_length for manifest in manifests.values())
-        for one, labels in zip(inputs, label_maps, strict=True):
-            one.prepare(labels, context_length=context_length, progress=progress)
-        is_raw = inputs[0].dataset.image_shape is not None
-        writer = stack.enter_context(
-            DatasetWriter(out, shard_bytes=shard_bytes, images="raw" if is_raw else "encoded")
-        )
+        inputs = []
+        for dataset, labels in zip(datasets, label_maps, strict=True):
+            inputs.append(_Input(dataset, labels, context_length, progress=progress))
+            stack.callback(inputs[-1].close)
+        kind: Literal["raw", "encoded"] = "raw" if datasets[0].image_shape else "encoded"
+        writer = stack.enter_context(DatasetWriter(out, shard_bytes=shard_bytes, images=kind))
         samples = _Samples(inputs, unwanted=unwanted, join=duplicates == "join")
         counts, damaged = _copy_all(inputs, samples, writer, unwanted, seed=seed, progress=progress)
         if writer.num_samples == 0:
@@ -126,7 +109,7 @@ def merge_datasets(
                 f"nothing was left to copy: {counts[_DAMAGED]} samples are damaged, "
                 f"{counts[_UNWANTED]} were to be left out"
             )
-        first = inputs[0].dataset.manifest
+        first = datasets[0].manifest
         manifest = writer.finish(
             tokenizer=first.tokenizer,
             vocabulary_hash=first.vocabulary_hash,
@@ -138,18 +121,11 @@ def merge_datasets(
             tool_version=unicl_fast.__version__,
         )
     return MergeSummary(
-        out=Path(out),
-        num_samples=manifest.num_samples,
-        num_captions=manifest.num_captions,
-        num_labels=manifest.num_labels,
-        num_quarantined=manifest.num_quarantined,
-        class_names=manifest.class_names,
+        **MergeSummary.values_of(manifest, out=Path(out), started=started),
         num_left_out=counts[_UNWANTED],
         num_joined=counts[DUPLICATE],
         damaged=tuple(damaged),
         num_damaged=counts[_DAMAGED],
-        num_bytes=manifest.num_bytes,
-        seconds=time.perf_counter() - started,
     )
 
 
@@ -164,8 +140,7 @@ def _copy_all(
 ) -> tuple[Counter[str], list[str]]:
     """Writes all samples in the new order, and lists of them and of the inputs what was left out.
 
-    Returns:
-        How many samples were left out, by kind, and the first few damaged ones in words.
+    Returns how many were left out, by kind, and the first few damaged ones in words.
     """
     counts: Counter[str] = Counter()
     damaged: list[str] = []
@@ -204,30 +179,28 @@ def _refuse_urls(folders: Sequence[str | os.PathLike[str]], out: str | os.PathLi
 
 def _open_inputs(
     folders: Sequence[str | os.PathLike[str]], stack: contextlib.ExitStack
-) -> list[_Input]:
+) -> list[PackedDataset]:
     """Opens all inputs, and refuses those that cannot become one."""
     named: dict[Path, str] = {}
-    inputs: list[_Input] = []
+    datasets: list[PackedDataset] = []
     for folder in folders:
         path = Path(folder).resolve()
         if path in named:
             raise ValueError(f"{folder} is {named[path]} once more; name each data set once")
         named[path] = str(folder)
-        one = _Input(stack.enter_context(PackedDataset(folder)))
-        stack.callback(one.close)
-        inputs.append(one)
-    first = inputs[0].dataset
-    for one in inputs[1:]:
-        mine, other = first.manifest, one.dataset.manifest
+        datasets.append(stack.enter_context(PackedDataset(folder)))
+    first = datasets[0]
+    for dataset in datasets[1:]:
+        mine, other = first.manifest, dataset.manifest
         if (mine.tokenizer, mine.vocabulary_hash) != (other.tokenizer, other.vocabulary_hash):
             raise ValueError(
                 f"{first.folder} was packed with the tokenizer {mine.tokenizer!r}, vocabulary "
-                f"{mine.vocabulary_hash[:12]}..., {one.dataset.folder} with {other.tokenizer!r}, "
+                f"{mine.vocabulary_hash[:12]}..., {dataset.folder} with {other.tokenizer!r}, "
                 f"{other.vocabulary_hash[:12]}...; their tokens mean different things. Pack one of "
                 "them again with the other's version of unicl-pack"
             )
-        _require_equal_images(first, one.dataset)
-    return inputs
+        _require_equal_images(first, dataset)
+    return datasets
 
 
 def _require_equal_images(first: PackedDataset, other: PackedDataset) -> None:
@@ -249,6 +222,53 @@ def _require_equal_images(first: PackedDataset, other: PackedDataset) -> None:
         f"they are. Build their sources again, {again}, or do not merge: --data.train takes "
         "several data sets, of any kinds"
     )
+
+
+def join_classes(
+    lists: Sequence[Sequence[str]],
+) -> tuple[tuple[str, ...], list[npt.NDArray[np.int64]]]:
+    """Joins the class names of several data sets; classes with equal names become one.
+
+    Those of the first list keep their numbers, new ones follow. A list may hold a name twice
+    (ImageNet has two cranes): only names of different lists are joined, the first with the first
+    and the second with the second.
+
+    Returns:
+        All names, and for each list an array that gives the new number of each of its labels.
+    """
+    numbers: dict[tuple[str, int], int] = {}
+    maps = []
+    for names in lists:
+        seen: Counter[str] = Counter()
+        new = []
+        for name in names:
+            new.append(numbers.setdefault((name, seen[name]), len(numbers)))
+            seen[name] += 1
+        maps.append(np.array(new, dtype=np.int64))
+    return tuple(name for name, _ in numbers), maps
+
+
+def join_templates(manifests: dict[str, Manifest], given: str) -> tuple[str, ...]:
+    """The templates of all data sets that have classes, by their names; or those `given` for all.
+
+    Raises:
+        ValueError: they differ, and none were given.
+    """
+    with_classes = {name: one for name, one in manifests.items() if one.class_names}
+    if not with_classes:
+        return ()
+    if given:
+        return read_templates(given)
+    first_name, first = next(iter(with_classes.items()))
+    for name, manifest in with_classes.items():
+        if manifest.templates != first.templates:
+            raise ValueError(
+                f"{first_name} has {len(first.templates)} prompt templates "
+                f"({first.templates[0]!r}, ...) and {name} has {len(manifest.templates)} others "
+                f"({manifest.templates[0]!r}, ...); say by --templates which to take: a file, "
+                "imagenet or simple"
+            )
+    return first.templates
 
 
 class _Samples:
@@ -279,22 +299,19 @@ class _Samples:
             return LeftOut(copied.source, copied.name, DUPLICATE, message=self._written[number])
         self._written[number] = message = duplicate_message(copied.source, copied.name)
         tokens = dict(zip(copied.captions, copied.tokens, strict=True))
-        captions, labels = list(tokens), list(dict.fromkeys(copied.labels))
+        texts = JoinedTexts(copied.captions, copied.labels)
         for other_number in (one for one in equal if one not in self._written):
             other = self._copy(other_number)
             if not isinstance(other, PackedSample) or other.image != copied.image:
                 continue
-            joined = join_texts(captions, labels, other.captions, other.labels)
-            if joined is None:  # it becomes a sample of its own
-                continue
-            captions, labels = joined
-            tokens |= dict(zip(other.captions, other.tokens, strict=True))
-            self._written[other_number] = message
+            if texts.add(other.captions, other.labels):  # else it becomes a sample of its own
+                tokens |= dict(zip(other.captions, other.tokens, strict=True))
+                self._written[other_number] = message
         return dataclasses.replace(
             copied,
-            captions=captions,
-            tokens=[tokens[caption] for caption in captions],
-            labels=labels,
+            captions=list(texts.captions),
+            tokens=[tokens[caption] for caption in texts.captions],
+            labels=list(texts.labels),
         )
 
     def _copy(self, number: int) -> PackedSample | LeftOut:
@@ -308,43 +325,36 @@ class _Samples:
 class _Input:
     """One data set that is copied from."""
 
-    def __init__(self, dataset: PackedDataset) -> None:
-        self.dataset = dataset
-        self._reader = SampleReader(dataset)
-        self._labels: npt.NDArray[np.int64] = np.empty(0, np.int64)
-        self._changed_shards: set[int] = set()
-        self._old_tokenizer: Tokenizer | None = None
-        """Tokenises texts that must be compared with their tokens."""
-        self._new_tokenizer: Tokenizer | None = None
-        """Tokenises captions that were cut shorter than they will be."""
-
-    def prepare(
-        self, labels: npt.NDArray[np.int64], *, context_length: int, progress: bool
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        labels: npt.NDArray[np.int64],
+        context_length: int,
+        *,
+        progress: bool,
     ) -> None:
-        """Notes the new numbers of labels, and which shards are not what they were.
+        """Takes the new numbers of labels, and looks which shards are not what they were.
 
         Reading all shards from end to end costs little beside copying them: it is what brings them
         into the cache. Only so is it known that texts, which have no checksums of their own, are
         whole.
         """
+        self.dataset = dataset
+        self._reader = SampleReader(dataset)
         self._labels = labels
-        shards = self.dataset.manifest.shards
-        with tqdm(
-            total=sum(shard.num_bytes for shard in shards),
-            desc=f"checking {self.dataset.folder.name}",
-            unit="B",
-            unit_scale=True,
-            disable=not progress,
-        ) as bar:
+        self._changed_shards: set[int] = set()
+        shards, folder = dataset.manifest.shards, dataset.folder
+        total, desc = sum(shard.num_bytes for shard in shards), f"checking {folder.name}"
+        with tqdm(total=total, desc=desc, unit="B", unit_scale=True, disable=not progress) as bar:
             for number, shard in enumerate(shards):
-                if file_checksum(self.dataset.folder / shard.name) != shard.xxh3:
+                if file_checksum(folder / shard.name) != shard.xxh3:
                     self._changed_shards.add(number)
                 bar.update(shard.num_bytes)
-        old_length = self.dataset.manifest.context_length
-        if self._changed_shards:
-            self._old_tokenizer = Tokenizer(old_length)
-        if context_length > old_length:
-            self._new_tokenizer = Tokenizer(context_length)
+        old_length = dataset.manifest.context_length
+        self._old_tokenizer = Tokenizer(old_length) if self._changed_shards else None
+        """Tokenises texts that must be compared with their tokens."""
+        self._new_tokenizer = Tokenizer(context_length) if context_length > old_length else None
+        """Tokenises captions that were cut shorter than they will be."""
 
     def left_out(self) -> Iterator[LeftOut]:
         """The samples that were left out when this data set was packed."""
@@ -358,7 +368,10 @@ class _Input:
         """A sample as it is written into the new data set, or what is wrong with it."""
         try:
             sample = self._reader.read(index)
-            image = self._image_of(index, sample)
+            if sample.image is not None:
+                image = bytes(sample.image.data)
+            else:  # pixels [h w 3]
+                image = self.dataset.pixels_of(self.dataset.image_bytes(index)).tobytes()
         except DamagedSampleError as error:
             folder = str(self.dataset.folder)
             return LeftOut(folder, sample_key(index), _DAMAGED, message=str(error))
@@ -385,12 +398,6 @@ class _Input:
 
     def close(self) -> None:
         self._reader.close()
-
-    def _image_of(self, index: int, sample: StoredSample) -> bytes:
-        """The image as it is stored: a file, or pixels [h w 3]."""
-        if sample.image is not None:
-            return bytes(sample.image.data)
-        return self.dataset.pixels_of(self.dataset.image_bytes(index)).tobytes()
 
     def _fault_of(
         self, index: int, text: Description, image: bytes, tokens: Sequence[npt.NDArray[np.uint16]]

@@ -17,9 +17,7 @@ import io
 import itertools
 import math
 import multiprocessing
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -29,6 +27,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
+from unicl_fast.packing.limited_processes import in_order
 from unicl_fast.system.machine import usable_cores
 
 MAX_DISTANCE = 12
@@ -55,29 +54,9 @@ def has_imagehash() -> bool:
     return importlib.util.find_spec("imagehash") is not None
 
 
-def require_imagehash() -> None:
-    """Refuses to begin without ImageHash.
-
-    Raises:
-        ValueError: it is not installed; says how to install it.
-    """
-    if not has_imagehash():
-        raise ValueError(
-            "near duplicates are found with the package ImageHash: pip install "
-            "'unicl_fast[inspect]', or leave them out by --no-near"
-        )
-
-
 def hash_images(folder: Path, count: int, *, workers: int, progress: bool) -> Hashes:
-    """The hashes of samples 0 to `count` - 1.
-
-    Returns:
-        uint64 [count].
-
-    Raises:
-        ValueError: an image cannot be read; says which.
-    """
-    parts = []
+    """The hashes of samples 0 to `count` - 1, uint64 [count]; a bad image is a ValueError."""
+    parts = [np.empty(0, np.uint64)]
     with (
         ProcessPoolExecutor(
             workers or usable_cores(),
@@ -88,7 +67,11 @@ def hash_images(folder: Path, count: int, *, workers: int, progress: bool) -> Ha
         tqdm(total=count, desc="hashing", unit=" images", disable=not progress) as bar,
     ):
         try:
-            for part in _in_turn(processes, count):
+            for part in in_order(
+                lambda start: processes.submit(_hash, start, min(start + _CHUNK, count)),
+                range(0, count, _CHUNK),
+                ahead=_CHUNKS_AHEAD,
+            ):
                 parts.append(part)
                 bar.update(len(part))
         except BrokenProcessPool as error:
@@ -97,18 +80,7 @@ def hash_images(folder: Path, count: int, *, workers: int, progress: bool) -> Ha
                 f"crash of the decoder: unicl-pack verify {folder} finds such an image, --no-near "
                 "does without decoding"
             ) from error
-    return np.concatenate([*parts, np.empty(0, np.uint64)])
-
-
-def _in_turn(processes: ProcessPoolExecutor, count: int) -> Iterator[Hashes]:
-    """Results in order, with few chunks under way."""
-    under_way: deque[Future[Hashes]] = deque()
-    for start in range(0, count, _CHUNK):
-        under_way.append(processes.submit(_hash, start, min(start + _CHUNK, count)))
-        if len(under_way) > _CHUNKS_AHEAD:
-            yield under_way.popleft().result()
-    while under_way:
-        yield under_way.popleft().result()
+    return np.concatenate(parts)
 
 
 _dataset: PackedDataset | None = None
@@ -147,15 +119,12 @@ def perceptual_hash(data: bytes | memoryview) -> int:
 def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
     """Finds the earlier image that each one looks like.
 
-    An image follows the first earlier one within `max_distance` bits that follows no other itself.
-    So each follower is near the image that stays for it, never merely a neighbour's neighbour.
-
-    Args:
-        hashes: uint64 [n].
-        max_distance: in bits, 0 to 12.
+    An image follows the first earlier one within `max_distance` bits (0 to 12) that follows no
+    other itself. So each follower is near the image that stays for it, never merely a neighbour's
+    neighbour.
 
     Returns:
-        int64 [n]: the image that each follows, its own number if it follows none.
+        int64 [n] for uint64 [n]: the image that each follows, its own number if it follows none.
 
     Raises:
         TooManyPairsError: more than 20 million pairs are near each other.
@@ -177,11 +146,7 @@ def find_leaders(hashes: Hashes, max_distance: int) -> Indices:
 
 
 def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
-    """All pairs within a distance.
-
-    Args:
-        hashes: uint64 [n], all different.
-        max_distance: in bits.
+    """All pairs of hashes, uint64 [n] and all different, within `max_distance` bits.
 
     Returns:
         int64 [pairs, 2], the smaller number first; sorted by the larger, then by the smaller.
@@ -192,9 +157,7 @@ def near_pairs(hashes: Hashes, max_distance: int) -> Indices:
     num_exact = _choose_blocks(len(hashes), max_distance)
     num_blocks = max_distance + num_exact
     bounds = [_BITS * block // num_blocks for block in range(num_blocks + 1)]
-    masks = [
-        (1 << end) - (1 << start) for start, end in itertools.pairwise(bounds)
-    ]  # of the bits of each block
+    masks = [(1 << end) - (1 << start) for start, end in itertools.pairwise(bounds)]
     found: Indices = np.empty(0, np.int64)  # later * n + earlier, each pair once
     for blocks in itertools.combinations(masks, num_exact):
         found = np.union1d(found, _pairs_by_key(hashes, sum(blocks), max_distance))
@@ -225,7 +188,6 @@ def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
     order = np.argsort(keys, kind="stable").astype(np.int64)
     keys = keys[order]
     found = [np.empty(0, np.int64)]
-    num_found = 0
     # positions whose neighbour `step` further has the same key; fewer with each step
     rows = np.flatnonzero(keys[1:] == keys[:-1])
     step = 1
@@ -233,8 +195,7 @@ def _pairs_by_key(hashes: Hashes, mask: int, max_distance: int) -> Indices:
         one, other = order[rows], order[rows + step]  # stable: `one` is the earlier
         near = count_bits(hashes[one] ^ hashes[other]) <= max_distance
         found.append(other[near] * len(hashes) + one[near])
-        num_found += len(found[-1])
-        if num_found > MAX_PAIRS:
+        if sum(map(len, found)) > MAX_PAIRS:
             break
         step += 1
         rows = rows[rows + step < len(keys)]

@@ -16,8 +16,9 @@ import statistics
 import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 import markupsafe
@@ -38,30 +39,11 @@ _ENDS_OF_CLASSES = 15
 _MOST_COLUMNS = 200
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShownImage:
-    """A sample to look at. Its texts come from anywhere and are not escaped."""
-
-    index: int
-    key: str
-    uri: str
-    """The image as a JPEG or PNG inside a `data:` address."""
-    height: int
-    width: int
-    """In pixels, of the sample; the image here is at most 200 on a side."""
-    class_names: tuple[str, ...]
-    captions: tuple[str, ...]
-    source: str
-    name: str
-
-    @property
-    def is_tiny(self) -> bool:
-        """Whether its pixels are to be seen as such."""
-        return max(self.height, self.width) <= 100
+ShownImage = dict[str, Any]
+"""A sample to look at; `page.html` names the fields. Its texts come from anywhere."""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ShownGroup:
+class ShownGroup(NamedTuple):
     """A group of copies, and images of the first few."""
 
     group: Group
@@ -69,29 +51,25 @@ class ShownGroup:
 
 
 def shown_images(dataset: PackedDataset, indices: Iterable[int]) -> list[ShownImage]:
-    """Reads samples for a page.
-
-    Raises:
-        ValueError: one is damaged.
-    """
+    """Reads samples for a page; a damaged one is a ValueError."""
     shown = []
     with contextlib.closing(SampleReader(dataset)) as reader:
         for index in indices:
             row, text = dataset.samples[index], reader.read_description(index)
+            height, width = int(row["height"]), int(row["width"])
             names = dataset.manifest.class_names
-            shown.append(
-                ShownImage(
-                    index=index,
-                    key=sample_key(index),
-                    uri=_thumbnail(dataset.image_bytes(index, verify=True).data),
-                    height=int(row["height"]),
-                    width=int(row["width"]),
-                    class_names=tuple(names[label] for label in dataset.labels_of(index)),
-                    captions=text.captions,
-                    source=text.source,
-                    name=text.name,
-                )
-            )
+            image = {
+                "key": sample_key(index),
+                "uri": _thumbnail(dataset.image_bytes(index, verify=True).data),
+                "height": height,
+                "width": width,
+                "is_tiny": max(height, width) <= 100,  # its pixels are to be seen as such
+                "class_names": [names[label] for label in dataset.labels_of(index)],
+                "captions": text.captions,
+                "source": text.source,
+                "name": text.name,
+            }
+            shown.append(image)
     return shown
 
 
@@ -115,11 +93,7 @@ def make_page(
 ) -> str:
     """The page as text, to be written in UTF-8.
 
-    Args:
-        inspection: the numbers.
-        sheet: images of the contact sheet.
-        exact: groups of exact copies to show.
-        near: groups of near copies to show.
+    `sheet` are the images of the contact sheet, `exact` and `near` groups of copies to show.
     """
     environment = jinja2.Environment(
         autoescape=True,
@@ -130,20 +104,27 @@ def make_page(
     )
     environment.filters["thousands"] = "{:,}".format
     environment.globals["count_of"] = count_of
-    template = environment.from_string(
-        Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-    )
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     caption_plots = []
     if inspection.caption_tokens is not None and inspection.captions_per_image is not None:
         caption_plots = [
             _histogram("Tokens of a caption", inspection.caption_tokens),
             _histogram("Captions of an image", inspection.captions_per_image),
         ]
+    near_copies = inspection.near_copies
+    tiles = [
+        (inspection.num_samples, "images"),
+        (inspection.num_captions, "captions"),
+        (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
+        (inspection.exact_copies.num_surplus, "exact copies"),
+        *([(near_copies.num_surplus, "look like another")] if near_copies is not None else ()),
+        (inspection.num_quarantined, "left out when packed"),
+    ]
     size_of = "Size of the pixels" if inspection.is_raw else "Size of the file"
-    return template.render(
+    return environment.from_string(page).render(
         data=inspection,
         name=Path(inspection.folder).resolve().name,  # of a URL, its last part as well
-        tiles=_tiles(inspection),
+        tiles=tiles,
         concept_rows=[
             (
                 row.data,
@@ -185,19 +166,6 @@ def _number(value: float) -> str:
     if 0 < value < 0.1:
         return f"{value:.2g}"
     return f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:,.2f}"
-
-
-def _tiles(inspection: Inspection) -> list[tuple[int, str]]:
-    """The numbers at the head of the page."""
-    tiles = [
-        (inspection.num_samples, "images"),
-        (inspection.num_captions, "captions"),
-        (inspection.num_labels, f"labels of {count_of(len(inspection.class_counts), 'class')}"),
-        (inspection.exact_copies.num_surplus, "exact copies"),
-    ]
-    if inspection.near_copies is not None:
-        tiles.append((inspection.near_copies.num_surplus, "look like another"))
-    return [*tiles, (inspection.num_quarantined, "left out when packed")]
 
 
 def _classes(inspection: Inspection) -> dict[str, Any]:
@@ -283,8 +251,6 @@ def _histogram(title: str, spread: Spread, unit: str = "") -> _Plot:
         ends=(_number(first), end),
         hovers=[
             f"{_number(low)} to {_number(high)}: {count:,}"
-            for low, high, count in zip(
-                spread.edges[:-1], spread.edges[1:], spread.counts, strict=True
-            )
+            for (low, high), count in zip(pairwise(spread.edges), spread.counts, strict=True)
         ],
     )

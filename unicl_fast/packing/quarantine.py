@@ -20,7 +20,7 @@ from pathlib import Path
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
-from unicl_fast.packing.sources.items import Item, Problem, Source
+from unicl_fast.packing.sources.items import Item, Source
 from unicl_fast.system.wording import count_of
 
 DUPLICATE = "duplicate"
@@ -44,11 +44,7 @@ class LeftOut:
 
 
 def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOut]:
-    """Reads all rows of a quarantine.csv, in order.
-
-    Args:
-        path: of the list.
-        num_rows: how many there are, as the manifest says; None takes any number.
+    """Reads all rows of a quarantine.csv, in order; `num_rows` is what the manifest says.
 
     Raises:
         FileNotFoundError: it is not there.
@@ -80,21 +76,15 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
         )
 
 
-class Refusals:
-    """Counts images that were refused by kind, and keeps the first few reasons for the report."""
-
-    def __init__(self) -> None:
-        self._counts: Counter[str] = Counter()
-        self._first: list[str] = []
-
-    def note(self, name: str, problem: Problem) -> None:
-        self._counts[problem.kind] += 1
-        if len(self._first) < _REASONS_SHOWN:
-            self._first.append(f"{name}: {problem.message}")
-
-    def describe(self) -> str:
-        counts = ", ".join(f"{count:,} {kind}" for kind, count in self._counts.most_common())
-        return "\n".join([counts, *(f"  {reason}" for reason in self._first)])
+def describe_left_out(path: Path) -> str:
+    """How many samples a quarantine.csv lists by kind, and the first few reasons, as text."""
+    counts: Counter[str] = Counter()
+    reasons: list[str] = []
+    for row in read_left_out(path):
+        counts[row.kind] += 1
+        if len(reasons) < _REASONS_SHOWN:
+            reasons.append(f"  {row.name}: {row.message}")
+    return "\n".join([", ".join(f"{n:,} {kind}" for kind, n in counts.most_common()), *reasons])
 
 
 def duplicate_message(source: str, name: str) -> str:
@@ -115,11 +105,7 @@ class LeaveOut:
     """
 
     def __init__(self, path: str) -> None:
-        """Reads the list.
-
-        Args:
-            path: a CSV file whose header has the columns `source` and `name`, as quarantine.csv and
-                what `unicl-pack inspect --duplicates-list` writes; "" names nothing.
+        """Reads the list, which has the columns `source` and `name`; with "" names nothing.
 
         Raises:
             FileNotFoundError: no such file.
@@ -138,14 +124,10 @@ class LeaveOut:
         return (as_listed(source), as_listed(name)) in self._listed
 
     def take(self, source: str, name: str) -> bool:
-        """Like `names`; counts the sample.
-
-        Raises:
-            ValueError: more samples are called so than the list names.
-        """
-        if not self.names(source, name):
-            return False
+        """Like `names`; counts the sample, and refuses more of them than the list names."""
         key = as_listed(source), as_listed(name)
+        if key not in self._listed:
+            return False
         self._taken[key] += 1
         if self._taken[key] > (rows := self._listed[key]):
             raise ValueError(
@@ -160,11 +142,15 @@ class LeaveOut:
         return True
 
 
-def _read_names(path: str) -> Listed:
+def _require_file(option: str, path: str | os.PathLike[str], beside: str = "") -> None:
     if is_url(path):
-        raise ValueError(f"--leave-out takes a file on this machine, not {path}: copy it here")
+        raise ValueError(f"{option} takes a file on this machine, not {path}: copy it here{beside}")
     if not Path(path).is_file():
-        raise FileNotFoundError(f"--leave-out: there is no file {path}")
+        raise FileNotFoundError(f"{option}: there is no file {path}")
+
+
+def _read_names(path: str) -> Listed:
+    _require_file("--leave-out", path)
     try:
         with Path(path).open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file)
@@ -187,13 +173,8 @@ def read_retry(path: str | os.PathLike[str]) -> Listed:
         FileNotFoundError: it is not there.
         ValueError: it is none, or names nothing.
     """
-    if is_url(path):
-        raise ValueError(
-            f"--retry takes a file on this machine, not {path}: copy it here, and "
-            f"{MANIFEST_NAME} beside it, whose class numbers are kept"
-        )
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"--retry: there is no file {path}")
+    beside = f", and {MANIFEST_NAME} beside it, whose class numbers are kept"
+    _require_file("--retry", path, beside)
     rows = list(read_left_out(Path(path)))
     found: Listed = Counter((row.source, row.name) for row in rows if row.kind != DUPLICATE)
     into_left_out = {duplicate_message(*key) for key in found}
@@ -209,11 +190,7 @@ def read_retry(path: str | os.PathLike[str]) -> Listed:
 
 
 def require_same_classes(quarantine: Path, class_names: Sequence[str]) -> None:
-    """Refuses to number labels otherwise than the build that the list is of, if that lies there.
-
-    Raises:
-        ValueError: the class names differ.
-    """
+    """Refuses other class names than those of the build that the list is of, if that lies there."""
     if not (quarantine.parent / MANIFEST_NAME).is_file():
         return
     before = Manifest.load(quarantine.parent).class_names
@@ -233,12 +210,8 @@ def choose_listed(
     """The samples that a list names, with their source's name, in the order of the sources.
 
     Where the list names the rest of a file that was cut or damaged, these are all samples from
-    there on; where it names a line of a list, the image of that line.
-
-    Args:
-        listed: the list.
-        sources: all that was read.
-        passed_over: gets the number of names that fit nothing any more.
+    there on; where it names a line of a list, the image of that line. `passed_over` gets the number
+    of names that fit nothing any more.
 
     Raises:
         ValueError: the sources have nothing that is named, or have it more often.

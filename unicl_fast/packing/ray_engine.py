@@ -39,11 +39,7 @@ _NOT_READ = ("unreadable", "missing")
 
 
 def require_engine(engine: Engine) -> None:
-    """Refuses an engine that is none, or not installed.
-
-    Raises:
-        ValueError: the message says what to do.
-    """
+    """Refuses an engine that is none, or not installed, in a ValueError that says what to do."""
     if engine not in get_args(Engine):
         raise ValueError(f"--engine takes {' or '.join(get_args(Engine))}, not {engine!r}")
     if engine == "ray" and importlib.util.find_spec("ray") is None:
@@ -55,16 +51,11 @@ def require_engine(engine: Engine) -> None:
 def check_on_ray(
     tasks: Iterable[Task], *, options: ImageOptions, context_length: int, workers: int
 ) -> Iterator[Checked | Problem]:
-    """Checks tasks on a Ray cluster; results come in the order of the tasks.
+    """Checks tasks on a Ray cluster, like `check_in_order` here.
 
     Joins the cluster that RAY_ADDRESS names or that runs on this machine, and starts one here for
     the time of the build where there is none. A caller that has joined one already stays in it.
-
-    Args:
-        tasks: what to check.
-        options: as for local workers.
-        context_length: of the tokens.
-        workers: chunks that are checked at the same time; 0 takes one for each core of the cluster.
+    `workers` chunks are checked at the same time; 0 takes one for each core of the cluster.
 
     Raises:
         RuntimeError: the cluster cannot run the tasks, or a machine of it does not see an image

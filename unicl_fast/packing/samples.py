@@ -1,24 +1,39 @@
-"""The samples of all sources as one sequence: in another order, some of them, or joined.
+"""The samples of all sources as one sequence, and their labels as one label space.
 
 No list of ten million samples is ever made: each step of a build keeps numbers, 8 bytes a sample,
 and a sample is made when it is asked for. A sample is the name of its source, and its item.
+
+A label, as sources spell it, may be a key (a folder name, a WordNet id), a class name, or a number.
+The list of class names is given, or made of the labels found.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate, islice
+from itertools import accumulate
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 from tqdm import tqdm
 
+from unicl_fast.packing.limited_processes import in_order
 from unicl_fast.packing.quarantine import DUPLICATE, duplicate_message
-from unicl_fast.packing.sources.items import MAX_TEXTS, Entry, EntryError, Item, Problem, Source
+from unicl_fast.packing.sources.items import (
+    Entry,
+    EntryError,
+    Item,
+    JoinedTexts,
+    Label,
+    Problem,
+    Source,
+)
 from unicl_fast.packing.sources.spool import ItemStore
+from unicl_fast.text.class_lists import imagenet_wnids, read_class_names
 
 _AHEAD = 64
 """Files under way for each thread that looks for duplicates."""
@@ -86,30 +101,22 @@ def join_duplicates(
     are different, so only those that share their size with another are read. Images that merely
     look alike are found by `near_duplicates`.
 
-    Args:
-        samples: in the order in which sources were named.
-        changed: an empty store, for the items that change.
-        max_file_bytes: larger files are not read.
-        workers: threads that read.
-        progress: show a progress bar.
-
-    Returns:
-        The samples, with these changes. In memory are some 50 bytes for each.
+    `changed` is an empty store for the items that change, `workers` the number of threads that
+    read. Some 50 bytes a sample are in memory.
     """
     candidates = _equal_in_size(samples)
     digests = np.zeros((len(candidates), 2), np.uint64)
     is_read = np.zeros(len(candidates), np.bool_)
     entries = (item.entry for _, item in reorder(samples, candidates))
-    for number, digest in enumerate(
-        tqdm(
-            _digests(entries, max_file_bytes=max_file_bytes, workers=workers),
-            total=len(candidates),
-            desc="looking for duplicates",
-            unit=" images",
-            disable=not progress,
-            smoothing=0.1,
-        )
-    ):
+    read = tqdm(
+        _digests(entries, max_file_bytes=max_file_bytes, workers=workers),
+        total=len(candidates),
+        desc="looking for duplicates",
+        unit=" images",
+        disable=not progress,
+        smoothing=0.1,
+    )
+    for number, digest in enumerate(read):
         if digest is not None:
             digests[number] = np.frombuffer(digest, np.uint64)
             is_read[number] = True
@@ -151,11 +158,11 @@ def _digests(
         except EntryError:
             return None
 
-    waiting = iter(entries)
     with ThreadPoolExecutor(workers, thread_name_prefix="unicl-digest") as threads:
         # not all at once: results would pile up, and an interruption would wait for them
-        while chunk := list(islice(waiting, workers * _AHEAD)):
-            yield from threads.map(digest, chunk)
+        yield from in_order(
+            lambda entry: threads.submit(digest, entry), entries, ahead=workers * _AHEAD
+        )
 
 
 def _equal_rows(rows: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64]]:
@@ -168,23 +175,104 @@ def _equal_rows(rows: npt.NDArray[np.uint64]) -> Iterator[npt.NDArray[np.int64]]
 
 
 def _joined(samples: Samples, group: list[int]) -> Iterator[tuple[int, Item]]:
-    """Numbers and new items of the samples of one image, which are joined into the first.
-
-    A placeholder may have as many texts as one sample can have, so what is known stays a dict.
-    """
-    first_source, first = samples[group[0]]
-    captions, labels = dict.fromkeys(first.captions), dict.fromkeys(first.labels)
+    """Numbers and new items of the samples of one image, which are joined into the first."""
+    source, first = samples[group[0]]
+    texts = JoinedTexts(first.captions, first.labels)
     for number in group[1:]:
         _, item = samples[number]
-        more_captions = dict.fromkeys(text for text in item.captions if text not in captions)
-        more_labels = dict.fromkeys(label for label in item.labels if label not in labels)
-        counts = len(captions) + len(more_captions), len(labels) + len(more_labels)
-        if max(counts) > MAX_TEXTS:  # it stays a sample of its own, so no text is lost
-            continue
-        captions |= more_captions
-        labels |= more_labels
-        message = duplicate_message(first_source, first.name)
-        item.problem = Problem(kind=DUPLICATE, message=message)
-        yield number, item
-    first.captions, first.labels = list(captions), list(labels)
+        if texts.add(item.captions, item.labels):
+            item.problem = Problem(DUPLICATE, duplicate_message(source, first.name))
+            yield number, item
+    first.captions, first.labels = list(texts.captions), list(texts.labels)
     yield group[0], first
+
+
+class LabelSpace:
+    """Class names in label order, and the number of each label."""
+
+    def __init__(self, names: tuple[str, ...], keys: tuple[str, ...] = ()) -> None:
+        """`keys` are other names by which sources may call each class; in the same order."""
+        self.names, self.keys = names, keys
+        numbers = {display_name(name): number for number, name in enumerate(names)}
+        numbers |= {name: number for number, name in enumerate(names)}
+        for name in [name for name, count in Counter(names).items() if count > 1]:
+            numbers.pop(name, None)  # only keys and numbers tell such classes apart
+            numbers.pop(display_name(name), None)
+        self._numbers = numbers | {key: number for number, key in enumerate(keys)}
+
+    def number_of(self, label: Label) -> int:
+        """The class number of a label.
+
+        A text is looked up among the keys, then the names (also with blanks for underscores), then
+        taken as a number if it is one.
+
+        Raises:
+            ValueError: no class fits; the message names the label.
+        """
+        if isinstance(label, str):
+            for spelling in (label, display_name(label)):
+                if spelling in self._numbers:
+                    return self._numbers[spelling]
+        if isinstance(label, int) or label.isdecimal():
+            if 0 <= int(label) < len(self.names):
+                return int(label)
+            raise ValueError(
+                f"label {label} is beyond the {len(self.names)} class names, which are numbered "
+                f"from 0 to {len(self.names) - 1}"
+            )
+        raise ValueError(
+            f"label {label!r} is not among the {len(self.names)} class names or their keys "
+            f"({', '.join((self.keys or self.names)[:3])}, ...); add it to the class names, or "
+            "leave --class-names out to take the labels as names"
+        )
+
+
+def display_name(label: str) -> str:
+    """A label as text: blanks for underscores."""
+    return " ".join(label.replace("_", " ").split()) or label
+
+
+def read_label_space(source: str) -> LabelSpace:
+    """Reads class names from a file, or takes the built-in `imagenet`.
+
+    That has the names CLIP uses, and WordNet ids as keys. A file has one name a line in label
+    order, or one KEY<TAB>NAME.
+    """
+    lines = read_class_names(source)
+    if source == "imagenet":
+        return LabelSpace(lines, imagenet_wnids())
+    with_key = sum("\t" in line for line in lines)
+    if not with_key:
+        return LabelSpace(lines)
+    if with_key < len(lines):
+        raise ValueError(
+            f"{Path(source)}: {with_key} of {len(lines)} lines are KEY<TAB>NAME; "
+            "either all must be, or none"
+        )
+    keys, names = zip(*(line.split("\t", 1) for line in lines), strict=True)
+    if repeated := [key for key, count in Counter(keys).items() if count > 1]:
+        raise ValueError(f"{Path(source)} has the key {repeated[0]!r} twice")
+    return LabelSpace(tuple(name.strip() for name in names), keys)
+
+
+def collect_label_space(labels: Iterable[Label]) -> LabelSpace:
+    """The label space of a build without class names: its distinct labels as text, sorted."""
+    names = sorted({display_name(str(label)) for label in labels})
+    for name in names:
+        if not name.isprintable():  # also true of bytes that are no UTF-8
+            raise ValueError(f"the class name {name!r} cannot be printed; rename it")
+    return LabelSpace(tuple(names))
+
+
+def refuse_numbers(labels: Iterable[Label], source: str) -> None:
+    """Refuses numbers as labels of a list: nobody can tell what "a photo of a 3" was to show.
+
+    Class folders called 0 to 9 are another matter: a folder's name is all the name there is.
+    """
+    for label in labels:
+        if isinstance(label, int) or label.isdecimal():
+            raise ValueError(
+                f"{source}: labels are numbers, such as {label}. Say what they stand for by "
+                "--class-names FILE, one name a line in label order, or choose a column with names "
+                "by --label-column"
+            )

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import os
 import time
 from collections import deque
@@ -33,7 +34,6 @@ from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.items import Problem, Span
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
-from unicl_fast.system.machine import usable_cores
 from unicl_fast.text.tokenizer import Tokenizer
 
 _TOKENISE_TOGETHER = 1024
@@ -75,17 +75,8 @@ def verify_dataset(
 ) -> VerifySummary:
     """Looks at every byte of a data set; `tools.pack.verify.Verify` explains the arguments.
 
-    Starts worker processes by spawning them, so a script that calls this with `decode` must guard
-    its main part by `if __name__ == "__main__":`.
-
-    Args:
-        folder: what `unicl-pack build` or `merge` made.
-        note: called with each fault as soon as it is found, a data set's many thousands too.
-        decode: also decode all images; by far the longest part. Has no meaning for a raw set.
-        workers: processes that decode; 0 takes one for each core.
-        max_pixels: as in a build.
-        image_seconds: as in a build.
-        progress: show a progress bar.
+    `note` is called with each fault as soon as it is found, a data set's many thousands too. With
+    `decode` worker processes are spawned, as `build_dataset` says.
 
     Raises:
         FileNotFoundError: the folder is no data set, not even a damaged one.
@@ -94,10 +85,11 @@ def verify_dataset(
     folder = Path(folder)
     faults = FaultLog(note)
     dataset = check_folder(folder, faults=faults, progress=progress)
-    manifest = None if dataset is None else dataset.manifest
     is_raw = dataset is not None and dataset.image_shape is not None
+    numbers = dict.fromkeys(("num_samples", "num_captions", "num_labels"), 0)
     num_decoded = 0
     if dataset is not None:
+        numbers = {name: getattr(dataset.manifest, name) for name in numbers}
         options = ImageOptions(
             short_side=0,
             quality=RESIZE_QUALITY,
@@ -113,14 +105,12 @@ def verify_dataset(
                 dataset,
                 faults=faults,
                 options=options if decode and not is_raw else None,
-                workers=workers or usable_cores(),
+                workers=workers,
                 progress=progress,
             )
     return VerifySummary(
         folder=folder,
-        num_samples=0 if manifest is None else manifest.num_samples,
-        num_captions=0 if manifest is None else manifest.num_captions,
-        num_labels=0 if manifest is None else manifest.num_labels,
+        **numbers,
         num_bytes=sum(path.stat().st_size for path in folder.iterdir() if path.is_file()),
         is_raw=is_raw,
         num_decoded=num_decoded,
@@ -136,8 +126,8 @@ def _check_pixels(dataset: PackedDataset, *, faults: FaultLog, progress: bool) -
     """
     if not (dataset.folder / PIXELS_NAME).is_file():  # noted already
         return
-    numbers = range(len(dataset))
-    for index in tqdm(numbers, desc="pixels", unit=" images", disable=not progress):
+    bar = tqdm(range(len(dataset)), desc="pixels", unit=" images", disable=not progress)
+    for index in bar:
         try:
             dataset.image_bytes(index, verify=True)
         except DamagedSampleError as error:
@@ -192,22 +182,23 @@ def _check_samples(
 
 def _tokenizer_of(dataset: PackedDataset, *, faults: FaultLog) -> Tokenizer | None:
     """The tokenizer that made the tokens; None, and a fault, if it is not ours."""
-    manifest = dataset.manifest
-    if not 2 <= manifest.context_length <= 255:
-        message = f"context_length is {manifest.context_length}; expected is 2 to 255"
+    length = dataset.manifest.context_length
+    if not 2 <= length <= 255:
+        message = f"context_length is {length}; expected is 2 to 255"
         faults.add(MANIFEST_NAME, "manifest", message)
         return None
-    tokenizer = _make_tokenizer(manifest.context_length)
-    ours = (tokenizer.name, tokenizer.vocabulary_hash)
-    if (manifest.tokenizer, manifest.vocabulary_hash) != ours:
-        message = (
-            f"packed with the tokenizer {manifest.tokenizer!r}, vocabulary "
-            f"{manifest.vocabulary_hash[:12]}..., this program has {ours[0]!r}, {ours[1][:12]}...; "
-            "its tokens mean nothing here, and were not compared with the captions"
-        )
-        faults.add(MANIFEST_NAME, "tokens", message)
-        return None
-    return tokenizer
+    tokenizer = _make_tokenizer(length)
+    ours = tokenizer.name, tokenizer.vocabulary_hash
+    theirs = dataset.manifest.tokenizer, dataset.manifest.vocabulary_hash
+    if theirs == ours:
+        return tokenizer
+    message = (
+        f"packed with the tokenizer {theirs[0]!r}, vocabulary {theirs[1][:12]}..., this program "
+        f"has {ours[0]!r}, {ours[1][:12]}...; its tokens mean nothing here, and were not compared "
+        "with the captions"
+    )
+    faults.add(MANIFEST_NAME, "tokens", message)
+    return None
 
 
 _make_tokenizer = functools.lru_cache(maxsize=1)(Tokenizer)  # a tenth of a second each
@@ -229,29 +220,20 @@ def _tokenise_again(
     samples: Iterable[_Sound], tokenizer: Tokenizer | None, checks: _SampleChecks
 ) -> None:
     """Compares captions with tokens where no worker does, in groups for the tokenizer's threads."""
-    group: list[_Sound] = []
-
-    def compare() -> None:
+    left = iter(samples)
+    while group := list(itertools.islice(left, _TOKENISE_TOGETHER)):
         if tokenizer is None:
-            return
+            continue
         try:
             rows = iter(tokenizer.encode([text for sample in group for text in sample.captions]))
+            for sample in group:
+                checks.compare_tokens(sample.index, [next(rows) for _ in sample.captions])
         except (UnicodeError, TypeError):  # lone surrogates: find out where
             for sample in group:
                 try:
                     checks.compare_tokens(sample.index, tokenizer.encode(sample.captions))
                 except (UnicodeError, TypeError) as error:
                     checks.fault(sample.index, "tokens", f"a caption is no text: {error}")
-            return
-        for sample in group:
-            checks.compare_tokens(sample.index, [next(rows) for _ in sample.captions])
-
-    for sample in samples:
-        group.append(sample)
-        if len(group) >= _TOKENISE_TOGETHER:
-            compare()
-            group.clear()
-    compare()
 
 
 class _SampleChecks:
@@ -294,7 +276,13 @@ class _SampleChecks:
                         "" if image is None else image.extension,
                     )
                 if len(lines) == shard.num_samples:
-                    self._check_index(path.with_suffix(".idx"), lines)
+                    expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
+                    file = path.with_suffix(".idx")
+                    with self._faults.catch(file.name, "index", known=OSError):
+                        if file.read_bytes() != expected.encode("ascii"):
+                            raise ValueError(
+                                f"it does not say where the members of {path.name} lie"
+                            )
 
     def _read(
         self, reader: SampleReader, index: int, shard: int, *, is_first: bool
@@ -314,20 +302,21 @@ class _SampleChecks:
             return None
         row, text = self._dataset.samples[index], sample.description
         labels, count = tuple(self._dataset.labels_of(index).tolist()), int(row["captions_count"])
-        is_sound = True
+        faults: dict[str, str] = {}
         # the image of a raw data set was compared already
         if sample.image and xxhash.xxh3_64_intdigest(sample.image.data) != int(row["xxh3"]):
-            self.fault(index, "checksum", "the image's bytes are not those that were packed")
-            is_sound = False
+            faults["checksum"] = "the image's bytes are not those that were packed"
         if text.labels != labels:
-            message = f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
-            self.fault(index, "labels", message)
-            is_sound = False
+            faults["labels"] = (
+                f"labels are {text.labels[:9]} in its JSON, {labels[:9]} in labels.npy"
+            )
         if len(text.captions) != count:
-            message = f"{len(text.captions)} captions in its JSON, {count} in samples.npy"
-            self.fault(index, "captions", message)
-            is_sound = False
-        return sample if is_sound else None
+            faults["captions"] = (
+                f"{len(text.captions)} captions in its JSON, {count} in samples.npy"
+            )
+        for kind, message in faults.items():
+            self.fault(index, kind, message)
+        return None if faults else sample
 
     def compare_tokens(self, index: int, tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
         """Compares captions tokenised again with the stored tokens."""
@@ -337,41 +326,28 @@ class _SampleChecks:
             except (IndexError, OverflowError):  # of a damaged array
                 stored = ids[:0]
             if not np.array_equal(ids, stored):
-                self.fault(
-                    index,
-                    "tokens",
+                message = (
                     f"caption {which} gives other tokens than those in tokens.npy: one of them was "
-                    "changed, or they were made with another version of ftfy or regex",
+                    "changed, or they were made with another version of ftfy or regex"
                 )
+                self.fault(index, "tokens", message)
 
     def compare_image(self, index: int, checked: Checked, *, extension: str) -> None:
         """Compares a strictly decoded image with its row and its member's name."""
         row, image = self._dataset.samples[index], checked.image
         if image.reencoded:
-            self.fault(
-                index,
-                "image",
+            message = (
                 "it can be read, but is no plain 8-bit JPEG, WebP or PNG in grey or RGB, the right "
-                "way up; a build would have encoded it anew",
+                "way up; a build would have encoded it anew"
             )
+            self.fault(index, "image", message)
         elif image.extension != extension:
             message = f"its bytes are those of a .{image.extension}, not of a .{extension}"
             self.fault(index, "image", message)
-        found = (image.height, image.width)
-        stored = (int(row["height"]), int(row["width"]))
+        found, stored = f"{image.height} x {image.width}", f"{row['height']} x {row['width']}"
         if found != stored:
-            message = f"it has {found[0]} x {found[1]} pixels, samples.npy says {stored[0]} x "
-            self.fault(index, "image", f"{message}{stored[1]} (height x width)")
-
-    def _check_index(self, path: Path, lines: list[str]) -> None:
-        expected = "".join(f"{line}\n" for line in [f"v1.2 {len(lines)}", *lines])
-        try:
-            differs = path.read_bytes() != expected.encode("ascii")
-        except OSError:  # noted already
-            return
-        if differs:
-            message = f"it does not say where the members of {path.stem}.tar lie"
-            self._faults.add(path.name, "index", message)
+            message = f"it has {found} pixels, samples.npy says {stored} (height x width)"
+            self.fault(index, "image", message)
 
 
 def _without_name(error: DamagedSampleError) -> str:

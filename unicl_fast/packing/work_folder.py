@@ -15,7 +15,6 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import xxhash
@@ -64,25 +63,20 @@ class WorkFolder:
         if self._restart:
             self._clear()
         self._finished = read_journal(self.path / JOURNAL_NAME)
-        if self._finished:
-            try:
-                self._record = parse_checksummed_json((self.path / _RECORD_NAME).read_bytes())
-            except (ValueError, OSError) as error:
-                os.close(self._lock)
-                raise ValueError(
-                    f"{self.path} holds an unfinished build, but what it was to become cannot be "
-                    f"read ({error}); add --restart to begin anew, or name another --out"
-                ) from error
-        else:
+        if not self._finished:
             self._clear()
+            return self
+        try:
+            self._record = parse_checksummed_json((self.path / _RECORD_NAME).read_bytes())
+        except (ValueError, OSError) as error:
+            os.close(self._lock)
+            raise ValueError(
+                f"{self.path} holds an unfinished build, but what it was to become cannot be read "
+                f"({error}); add --restart to begin anew, or name another --out"
+            ) from error
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         kept = describe_unfinished(self._out)
         if kept and error is not None:
             error.add_note(kept)
@@ -103,26 +97,25 @@ class WorkFolder:
         found: dict[str, Any] | None = self._record.get("summary")
         return found
 
-    def note_summary(self, summary: Mapping[str, Any]) -> None:
-        """Notes the report for a program that dies between renaming and removing."""
-        self._note("summary", dict(summary))
-
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
         """Notes what the build is made of; where shards are finished, it must be what it was.
 
-        Args:
-            what: the group of values, `options` or `sources`.
-            values: JSON values; their names are how a user knows them.
+        `what` names the group of values, `options` or `sources`. Values are JSON, under names that
+        a user knows.
 
         Raises:
             ValueError: something differs; the message names it.
         """
         if not self._finished:
-            self._note(what, dict(values))
+            self.note(what, values)
             return
         before = self._record.get(what, {})
+
+        def show(value: Any) -> str:
+            return "not there" if value is None else shorten(value, limit=200)
+
         differences = [
-            f"{name}: it was {_show(before.get(name))}, and is {_show(values.get(name))}"
+            f"{name}: it was {show(before.get(name))}, and is {show(values.get(name))}"
             for name in dict.fromkeys([*before, *values])
             if before.get(name) != values.get(name)
         ]
@@ -146,8 +139,9 @@ class WorkFolder:
             elif path.name != _LOCK_NAME:
                 path.unlink()
 
-    def _note(self, what: str, values: dict[str, Any]) -> None:
-        self._record[what] = values
+    def note(self, what: str, values: Mapping[str, Any]) -> None:
+        """Notes JSON values, for a build that resumes or dies before the folder is removed."""
+        self._record[what] = dict(values)
         write_text_atomically(self.path / _RECORD_NAME, dump_checksummed_json(self._record))
 
 
@@ -201,17 +195,8 @@ def lock_folder(folder: Path) -> int:
         os.close(descriptor)  # of a folder that is gone
 
 
-def _show(value: Any) -> str:
-    return "not there" if value is None else shorten(value, limit=200)
-
-
 def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists all that a data set depends on besides the contents of its sources, as JSON values.
-
-    Args:
-        sources: paths.
-        options: of the build, without those that only change how fast it is.
-    """
+    """Lists all that a data set depends on besides the contents of its sources, as JSON values."""
     described: dict[str, Any] = {"sources": list(sources)}
     for name, value in options.items():
         plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
@@ -234,8 +219,7 @@ def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]
     somebody changes files and puts their times back.
 
     Returns:
-        Distinct labels in the order of their first sample, and the number of samples with their
-        checksum, as text.
+        Distinct labels in the order of their first sample; number of samples and checksum as text.
     """
     labels: dict[Label, None] = {}
     digest = xxhash.xxh3_128()

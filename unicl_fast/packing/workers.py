@@ -28,9 +28,8 @@ import multiprocessing
 import os
 import queue
 import signal
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from typing import Any, Literal
@@ -45,6 +44,7 @@ from unicl_fast.packing.limited_processes import (
     LimitedProcess,
     describe_death,
     enter,
+    in_order,
 )
 from unicl_fast.packing.sources.items import MAX_FILE_BYTES, Entry, EntryError, Problem
 from unicl_fast.system.machine import usable_cores
@@ -157,11 +157,9 @@ def check_in_order(
     """Checks tasks in parallel; results come in the order of the tasks.
 
     `workers` is the number of processes; 0 takes one for each core. Only a few chunks are under
-    way at a time, so memory does not grow with the data set.
-
-    Worker processes are spawned, so a script that calls this must guard its main part by
-    `if __name__ == "__main__":`. A single worker is a process too: an image that crashes a decoder
-    must not take this program's files with it.
+    way at a time, so memory does not grow with the data set. Processes are spawned, as
+    `build_dataset` says. A single worker is a process too: an image that crashes a decoder must not
+    take this program's files with it.
 
     Raises:
         RuntimeError: no worker process can be started.
@@ -180,17 +178,13 @@ def check_in_order(
             idle.put(worker)
 
     threads = ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-pack")
-    under_way: deque[Future[list[Checked | Problem]]] = deque()
-    chunks = make_chunks(tasks, options)
     try:
-        while True:
-            for chunk in chunks:
-                under_way.append(threads.submit(check, chunk))
-                if len(under_way) >= workers * CHUNKS_AHEAD:
-                    break
-            if not under_way:
-                return
-            yield from under_way.popleft().result()
+        for results in in_order(
+            lambda chunk: threads.submit(check, chunk),
+            make_chunks(tasks, options),
+            ahead=workers * CHUNKS_AHEAD,
+        ):
+            yield from results
     finally:
         for worker in started:
             worker.kill()
@@ -225,11 +219,7 @@ class ImageWorker:
         self._closed = False
 
     def check(self, tasks: list[Task]) -> list[Checked | Problem]:
-        """Returns one result for each task, whatever becomes of the process.
-
-        Raises:
-            RuntimeError: the process cannot be started, which is no image's fault.
-        """
+        """Returns one result for each task, whatever becomes of the process."""
         results: list[Checked | Problem] = []
         while len(results) < len(tasks):
             left = tasks[len(results) :]
@@ -273,7 +263,7 @@ class ImageWorker:
             raise RuntimeError("the build is over")  # nobody waits for this chunk any more
         if code == -signal.SIGALRM:
             message = f"not done after {self._options.seconds:g} seconds"
-            return results, Problem(kind="too slow", message=message)
+            return results, Problem("too slow", message)
         too_large = "takes more memory than its number of pixels should"
         return results, describe_death(code, too_large=too_large)
 
@@ -290,8 +280,7 @@ class ImageWorker:
 def _unpack(answer: tuple[Any, ...]) -> Checked | Problem:
     """Makes a result again of what `_pack` made of it."""
     if len(answer) == 2:
-        kind, message = answer
-        return Problem(kind=kind, message=message)
+        return Problem(*answer)
     image, xxh3, tokens = answer
     return Checked(
         image=CheckedImage(**dict(zip(_IMAGE_FIELDS, image, strict=True))),
@@ -359,11 +348,11 @@ class ImageChecker:
         except (EntryError, ImageError) as error:
             if isinstance(error.__cause__, MemoryError):
                 os._exit(OUT_OF_MEMORY)
-            return Problem(kind=error.kind, message=str(error))
+            return Problem(error.kind, str(error))
         except MemoryError:
             os._exit(OUT_OF_MEMORY)  # to be tried again with a heap that nobody has used
         except Exception as error:  # a fault of ours or of a library must cost one sample only
-            return Problem(kind="failed", message=f"{type(error).__name__}: {error}")
+            return Problem("failed", f"{type(error).__name__}: {error}")
 
     def _check(self, task: Task) -> Checked | Problem:
         image = check_image(
@@ -382,7 +371,7 @@ class ImageChecker:
             try:
                 tokens = self._tokenizer.encode(list(task.captions))
             except (UnicodeError, TypeError) as error:  # lone surrogates, which JSON can carry
-                return Problem(kind="bad caption", message=f"cannot be tokenised: {error}")
+                return Problem("bad caption", f"cannot be tokenised: {error}")
         xxh3 = xxhash.xxh3_64_intdigest(image.data)
         if not self._options.return_images:
             image = dataclasses.replace(image, data=b"")

@@ -68,22 +68,14 @@ def is_cifar(names: Sequence[str]) -> bool:
 
 def is_cifar_file(path: Path) -> bool:
     """Whether a file is one of CIFAR's batches, by its name and those beside it."""
-    if not (_TRAIN.fullmatch(path.name) or _TEST.fullmatch(path.name)):
-        return False
-    return any((path.parent / name).is_file() for name in _NAME_FILES)
+    beside = [name for name in _NAME_FILES if (path.parent / name).is_file()]
+    return path.name not in beside and is_cifar([path.name, *beside])
 
 
 def read_cifar(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads CIFAR's files as one source.
+    """Reads CIFAR's files as one source: a folder, an archive, or one file in either.
 
-    Args:
-        path: a folder, an archive, or one file in either.
-        options: `label_column` may be `coarse_labels`, for the 20 classes of CIFAR-100.
-        spool: where a .tar.gz is unpacked.
-
-    Raises:
-        ValueError: there is nothing of CIFAR in it.
-        FileNotFoundError: the file is not there.
+    `label_column` may be `coarse_labels`, for the 20 classes of CIFAR-100.
     """
     wanted = ""
     if path.is_dir():
@@ -181,30 +173,26 @@ def _read_python(
     if isinstance(batch, Problem):
         yield Item(f"{name} from row 0", problem=batch)
         return
-    offset, labels = batch
+    start, labels = at.offset + batch[0], batch[1]
     for row, label in enumerate(labels):
-        yield _item(name, row, at.path, at.offset + offset + row * _PIXELS, label, names)
+        yield _item(name, row, at.path, start + row * _PIXELS, label, names)
 
 
 def _check_batch(fields: Fields, kind: str) -> tuple[int, list[int | str]] | Problem:
     """Returns the offset of a batch's pixels, and its labels; or what is missing."""
     data = fields.get("data")
     if not isinstance(data, PickledArray):
-        return _damaged("it has no array called `data`")
+        return Problem("damaged", "it has no array called `data`")
     if len(data.shape) != 2 or data.shape[1] != _PIXELS or data.dtype != "|u1":
         found = f"{data.dtype} of shape {data.shape}"
-        return _damaged(f"`data` is {found}, where CIFAR has bytes of N x {_PIXELS}")
+        return Problem("damaged", f"`data` is {found}, where CIFAR has bytes of N x {_PIXELS}")
     if data.offset < 0:
         message = "`data` is stored column by column or encoded, where CIFAR has rows of bytes"
-        return _damaged(message)
+        return Problem("damaged", message)
     labels = fields.get(f"{kind}_labels", fields.get("labels"))
     if not isinstance(labels, list) or len(labels) != data.shape[0]:
-        return _damaged(f"it has no list of {data.shape[0]:,} labels")
+        return Problem("damaged", f"it has no list of {data.shape[0]:,} labels")
     return data.offset, labels
-
-
-def _damaged(message: str) -> Problem:
-    return Problem(kind="damaged", message=message)
 
 
 def _read_binary(name: str, at: Span, names: tuple[str, ...], kind: str) -> Iterator[Item]:
@@ -220,7 +208,7 @@ def _read_binary(name: str, at: Span, names: tuple[str, ...], kind: str) -> Iter
             label = file.read(label_bytes)[which]
             yield _item(name, row, at.path, start + label_bytes, label, names)
     if rest:
-        problem = _damaged(f"the file ends {rest:,} bytes into a record of {record:,}")
+        problem = Problem("damaged", f"the file ends {rest:,} bytes into a record of {record:,}")
         yield Item(f"{name} from row {count}", problem=problem)
 
 
@@ -240,7 +228,7 @@ def _item(
     else:
         item.labels = [names[label] if names else label]
         return item
-    item.problem = Problem(kind="bad row", message=message)
+    item.problem = Problem("bad row", message)
     return item
 
 
@@ -277,13 +265,13 @@ class _RefusedError(ValueError):
 
 class _ArrayUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in _KNOWN:
-            asked = f"{module}.{name}"
-            raise _RefusedError(
-                f"the pickle asks for {asked!r:.200}; only arrays of numpy are read, and nothing "
-                "else is called"
-            )
-        return _KNOWN[module, name]
+        if (module, name) in _KNOWN:
+            return _KNOWN[module, name]
+        asked = f"{module}.{name}"
+        raise _RefusedError(
+            f"the pickle asks for {asked!r:.200}; only arrays of numpy are read, and nothing else "
+            "is called"
+        )
 
 
 def read_pickle(at: Span) -> Fields | Problem:
@@ -298,11 +286,11 @@ def read_pickle(at: Span) -> Fields | Problem:
     except MemoryError:
         raise
     except (_RefusedError, EntryError) as error:
-        return _damaged(str(error))
+        return Problem("damaged", str(error))
     except Exception as error:  # a broken pickle can make anything stumble
-        return _damaged(f"the pickle is broken: {error!s:.300}")
+        return Problem("damaged", f"the pickle is broken: {error!s:.300}")
     if not isinstance(found, dict):
-        return _damaged("the pickle is no dict")
+        return Problem("damaged", "the pickle is no dict")
     fields: Fields = {}
     for key, value in found.items():
         if isinstance(value, np.ndarray) and not value.dtype.hasobject:
@@ -347,14 +335,8 @@ def is_idx(path: Path) -> bool:
 def read_idx(path: Path, spool: Spool) -> Source:
     """Reads the images of an IDX file and the labels beside it.
 
-    Args:
-        path: the images; the labels are the file with `labels` for `images` and `idx1` for
-            `idx3` in its name, with or without .gz.
-        spool: where a .gz is unpacked.
-
-    Raises:
-        ValueError: the files are no such pair.
-        FileNotFoundError: there is no file of labels.
+    These are the file with `labels` for `images` and `idx1` for `idx3` in its name, with or without
+    .gz.
     """
     file, broken = _unpack_if_needed(path, spool)
     count, height, width = _read_shape(path, file)
@@ -364,22 +346,17 @@ def read_idx(path: Path, spool: Spool) -> Source:
     size = height * width
     whole = min(count, max(0, os.stat(file).st_size - _IDX_HEADER_BYTES) // size)
     items = spool.new_items()
-    for row in range(min(whole, len(labels))):
-        item = Item(
-            f"{path.name}:{row}",
-            PixelSpan(str(file), _IDX_HEADER_BYTES + row * size, height, width, channels=1),
-            labels=[labels[row]],
-            position=row,
-        )
-        items.append(item)
+    for row, label in enumerate(labels[:whole]):
+        span = PixelSpan(str(file), _IDX_HEADER_BYTES + row * size, height, width, channels=1)
+        items.append(Item(f"{path.name}:{row}", span, labels=[label], position=row))
     damage = [
         _shortage(path.name, whole, count, broken),
         _shortage(labels_path.name, len(labels), count, labels_broken),
     ]
     if any(damage):
-        problem = _damaged(" and ".join(filter(None, damage)))
+        problem = Problem("damaged", " and ".join(filter(None, damage)))
         items.append(Item(f"{path.name} from row {len(items)}", problem=problem))
-    return Source(name=path.name, items=items, labels_are_names=False, passed_over=Counter())
+    return Source(name=path.name, items=items, labels_are_names=False)
 
 
 def _shortage(name: str, found: int, count: int, broken: str) -> str:

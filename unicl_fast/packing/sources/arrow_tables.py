@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, TextIO
 
 import numpy as np
@@ -24,11 +24,9 @@ from unicl_fast.packing.sources.items import (
     MAX_FILE_BYTES,
     Columns,
     ListOptions,
+    choose_columns,
     meets,
     open_regular,
-    require_column,
-    require_text_columns,
-    split_condition,
 )
 from unicl_fast.packing.sources.tables import TableResult, TableTask
 
@@ -39,6 +37,11 @@ IMAGE_COLUMNS = (
 CAPTION_COLUMNS = (("caption", "captions"), ("text", "texts"), ("sentence", "sentences"))
 """The first group of which there is a column."""
 LABEL_COLUMNS = (("label", "labels"), ("fine_label",), ("class", "cls"))
+_USUAL: dict[str, Sequence[Sequence[str]]] = {
+    "image": [(name,) for name in IMAGE_COLUMNS],
+    "caption": CAPTION_COLUMNS,
+    "label": LABEL_COLUMNS,
+}
 ADDRESS_COLUMNS = ("url", "image_url")
 _IMG2DATASET = {"key", "status", "error_message"}
 
@@ -46,7 +49,7 @@ _BATCH_BYTES = 16_000_000
 _MAX_BATCH_ROWS = 1024
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
-
+_BYTES = (pa.binary(), pa.large_binary(), pa.binary_view())
 _BROKEN = (pa.ArrowException, OSError, ValueError)
 """The errors that pyarrow raises at files that are broken."""
 
@@ -55,12 +58,7 @@ _Place = Callable[[pa.Buffer], int | None]
 
 
 def convert(task: TableTask) -> TableResult:
-    """Reads one file.
-
-    Raises:
-        ValueError: it has no columns of the kinds that are wanted.
-        OSError: it cannot be read, or the disk is full.
-    """
+    """Reads one file; a ValueError says what columns it lacks."""
     with open_regular(task.path) as file:
         magic = file.read(6)
     try:
@@ -71,7 +69,7 @@ def convert(task: TableTask) -> TableResult:
     columns = _choose_columns(task.path, header, task.options)
     names = _class_names(table.schema, task.features, columns.labels)
     result = TableResult(labels_are_names=all(label in names for label in columns.labels))
-    conditions = [split_condition(condition) for condition in task.options.where]
+    conditions = task.options.conditions()
     others = [column for column, _ in conditions]
     if set(header) >= _IMG2DATASET:
         others.append("status")
@@ -80,7 +78,7 @@ def convert(task: TableTask) -> TableResult:
         open(task.rows_file, "w", encoding="ascii") as rows,
         open(task.images_file, "wb") as images,
     ):
-        writer = _RowWriter(columns, others, names, conditions, result, rows, images)
+        writer = _RowWriter(columns, others, names, conditions, rows, images)
         for first, batch in table.batches(wanted, result.damaged):
             try:
                 writer.write(first, batch, table.offset_of)
@@ -90,6 +88,7 @@ def convert(task: TableTask) -> TableResult:
                 raise ValueError(f"{task.path}: {error}") from error
             images.flush()
             rows.flush()  # so that complete lines can be taken if this process is to die
+    result.passed_over = dict(writer.passed_over)
     return result
 
 
@@ -105,34 +104,24 @@ def _choose_columns(path: str, header: list[str], options: ListOptions) -> Colum
     if len(set(header)) < len(header):
         raise ValueError(f"{path} has several columns of one name: {header}")
 
-    def choose(wanted: str, usual: Sequence[Sequence[str]], option: str) -> tuple[str, ...]:
-        if wanted:
-            require_column(path, wanted, header, option)
-            return (wanted,)
-        for group in usual:
+    def find(what: str) -> tuple[str, ...]:
+        for group in _USUAL[what]:
             if found := tuple(name for name in header if name.lower() in group):
                 return found
         return ()
 
-    images = choose(options.image_column, [(name,) for name in IMAGE_COLUMNS], "--image-column")
-    captions = choose(options.caption_column, CAPTION_COLUMNS, "--caption-column")
-    labels = choose(options.label_column, LABEL_COLUMNS, "--label-column")
-    for condition in options.where:
-        require_column(path, split_condition(condition)[0], header, "--where")
-    if not images:
-        if any(name.lower() in ADDRESS_COLUMNS for name in header):
-            raise ValueError(
-                f"{path} has addresses of images but no images. Fetch them with img2dataset "
-                "(img2dataset --url_list FILE --input_format parquet --output_format webdataset "
-                "...) and build from the folder that it makes"
-            )
-        raise ValueError(
-            f"{path} has no column with images or their paths of a usual name "
-            f"({', '.join(IMAGE_COLUMNS[:3])}, ..., {IMAGE_COLUMNS[-1]}); name it by "
-            f"--image-column. It has {header}"
+    no_image = (
+        f"{path} has no column with images or their paths of a usual name "
+        f"({', '.join(IMAGE_COLUMNS[:3])}, ..., {IMAGE_COLUMNS[-1]}); name it by --image-column. "
+        f"It has {header}"
+    )
+    if any(name.lower() in ADDRESS_COLUMNS for name in header):
+        no_image = (
+            f"{path} has addresses of images but no images. Fetch them with img2dataset "
+            "(img2dataset --url_list FILE --input_format parquet --output_format webdataset "
+            "...) and build from the folder that it makes"
         )
-    require_text_columns(path, captions, labels, header)
-    return Columns(images[0], captions, labels)
+    return choose_columns(path, header, options, find, no_image=no_image)
 
 
 def _class_names(
@@ -185,13 +174,10 @@ class _ParquetTable:
             group = self._file.metadata.row_group(number)
             end = first + group.num_rows
             at, trouble = first, "it holds fewer rows than it declares"
+            row_bytes = max(1, group.total_byte_size // max(1, group.num_rows))
+            size = max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
             try:
-                for batch in self._file.iter_batches(
-                    batch_size=self._batch_rows(group),
-                    row_groups=[number],
-                    columns=columns,
-                    use_threads=False,
-                ):
+                for batch in self._file.iter_batches(size, [number], columns, use_threads=False):
                     yield at, batch
                     at += batch.num_rows
             except _BROKEN as error:
@@ -200,13 +186,7 @@ class _ParquetTable:
                 damaged.append((at, end, trouble))
             first = end
 
-    @staticmethod
-    def _batch_rows(group: Any) -> int:
-        row_bytes: int = max(1, group.total_byte_size // max(1, group.num_rows))
-        return max(1, min(_MAX_BATCH_ROWS, _BATCH_BYTES // row_bytes))
-
-    @staticmethod
-    def offset_of(buffer: pa.Buffer) -> int | None:
+    def offset_of(self, buffer: pa.Buffer) -> int | None:
         return None  # images are compressed, or split into pages
 
 
@@ -264,10 +244,10 @@ class _RowWriter:
     """The columns of `conditions`, and img2dataset's `status`."""
     names: dict[str, tuple[str, ...]]
     conditions: Sequence[tuple[str, str]]
-    result: TableResult
     rows: TextIO
     images: BinaryIO
     num_written: int = 0
+    passed_over: Counter[str] = field(default_factory=Counter)
 
     def write(self, first: int, batch: pa.RecordBatch, offset_of: _Place) -> None:
         """Writes the rows of a batch, or none if one cannot be read: all are then named as one."""
@@ -292,7 +272,7 @@ class _RowWriter:
                 found |= self._image(images, number, offset_of)
             lines.append(json.dumps(found | {"row": first + number}, default=_other_type) + "\n")
         self.rows.writelines(lines)
-        self.result.passed_over += passed_over
+        self.passed_over += passed_over
 
     def _texts_of(self, row: dict[str, Any]) -> dict[str, Any]:
         """Returns the row's texts, with names for numbers; or its problem."""
@@ -338,7 +318,7 @@ class _Images:
             parts = dict(zip(names, column.flatten(), strict=True))
             self._paths, values = parts.get("path"), parts.get("bytes")
             is_image = "bytes" in parts or "path" in parts
-        elif _is_text(column.type):
+        elif column.type in (pa.string(), pa.large_string(), pa.string_view()):
             self._paths, values, is_image = column, None, True
         else:
             values, is_image = column, _is_bytes(column.type)
@@ -377,19 +357,8 @@ def _as_list(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    )
-
-
 def _is_bytes(kind: pa.DataType) -> bool:
-    return bool(
-        pa.types.is_binary(kind)
-        or pa.types.is_large_binary(kind)
-        or pa.types.is_binary_view(kind)
-        or pa.types.is_fixed_size_binary(kind)
-    )
+    return kind in _BYTES or bool(pa.types.is_fixed_size_binary(kind))
 
 
 def _other_type(value: Any) -> dict[str, str]:

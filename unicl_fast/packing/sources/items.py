@@ -16,12 +16,14 @@ import io
 import os
 import stat
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
+
+from unicl_fast.system.wording import shorten
 
 MAX_FILE_BYTES = 512_000_000
 """Size of the largest file read as an image; no larger one could be used in training."""
@@ -34,7 +36,6 @@ FAILED_DOWNLOADS = "failed downloads of img2dataset"
 """Both are counted in `Source.passed_over` by several readers."""
 
 Label = str | int
-_L = TypeVar("_L", bound=str | int)
 
 
 class EntryError(ValueError):
@@ -51,29 +52,22 @@ class Entry(Protocol):
     @property
     def num_bytes(self) -> int:
         """The size as listed; a hint for dividing work."""
-        ...
 
     def read(self, *, max_bytes: int = MAX_FILE_BYTES) -> bytes:
         """Returns the bytes, or raises `EntryError`, also for more than `max_bytes`."""
-        ...
 
 
 @functools.cache
 def field_names(kind: type[Entry]) -> tuple[str, ...]:
-    """Returns the fields of an entry, in order: entries are stored and compared by them.
-
-    Raises:
-        TypeError: the class is no dataclass.
-    """
+    """Returns the fields of an entry, in order: entries are stored and compared by them."""
     return tuple(field.name for field in dataclasses.fields(kind))  # type: ignore[arg-type]
 
 
 def check_file_size(num_bytes: int, max_bytes: int) -> None:
     """Raises `EntryError` for a file of too many bytes."""
     if num_bytes > max_bytes:
-        raise EntryError(
-            "too large", f"{num_bytes:,} bytes; files of at most {max_bytes:,} are read"
-        )
+        message = f"{num_bytes:,} bytes; files of at most {max_bytes:,} are read"
+        raise EntryError("too large", message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,11 +146,7 @@ class PixelSpan:
 
 
 def read_span(path: str, offset: int, num_bytes: int) -> bytes:
-    """Returns exactly these bytes of a regular file.
-
-    Raises:
-        EntryError: the file cannot be read, or is shorter.
-    """
+    """Returns exactly these bytes of a regular file, or raises `EntryError`."""
     try:
         with open_regular(path) as file:
             file.seek(offset)
@@ -169,32 +159,21 @@ def read_span(path: str, offset: int, num_bytes: int) -> bytes:
 
 
 def open_regular(path: str) -> io.BufferedReader:
-    """Opens a regular file, and nothing else.
+    """Opens a regular file; anything else is an OSError.
 
     Opening a device can have effects (a tape rewinds), so the file is looked at first; and again
     once it is open, since it may be another one by then. The call does not block: a pipe that lies
     among images must not stop the program.
-
-    Raises:
-        OSError: the file is not regular, or cannot be opened.
     """
-    _require_regular(os.stat(path), path)
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
-    file = open(descriptor, "rb")  # noqa: SIM115
-    try:
-        _require_regular(os.fstat(descriptor), path)
-    except OSError:
+    if stat.S_ISREG(os.stat(path).st_mode):
+        file = open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY), "rb")  # noqa: SIM115
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
         file.close()
-        raise
-    return file
+    raise OSError(f"{path} is not a regular file")
 
 
-def _require_regular(status: os.stat_result, path: str) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise OSError(f"{path} is not a regular file")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class Problem:
     """The reason why an item cannot be packed: a short `kind` to count by, and a sentence."""
 
@@ -219,7 +198,7 @@ class Item:
 
 def refused(name: str, kind: str, message: str) -> Item:
     """Returns an item that cannot be packed."""
-    return Item(name, problem=Problem(kind=kind, message=message))
+    return Item(name, problem=Problem(kind, message))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -234,8 +213,17 @@ class Source:
     """Whether labels are names though they may look like numbers: folders, or classes that the
     source itself names. A list may hold numbers that mean something only together with a list of
     class names."""
-    passed_over: Counter[str]
+    passed_over: Counter[str] = field(default_factory=Counter)
     """How many files or rows were passed over, by reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Columns:
+    """The columns of a list, or fields of a description, that are read."""
+
+    image: str
+    captions: tuple[str, ...]
+    labels: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -248,26 +236,77 @@ class ListOptions:
     image_root: str = ""
     """Folder or zip that image paths are relative to; by default the folder of the list."""
     where: Sequence[str] = ()
-    """`column=value` conditions, all of which a row must meet."""
+    """`COLUMN=VALUE` conditions, all of which a row must meet."""
+
+    def conditions(self) -> list[tuple[str, str]]:
+        """`where` as columns and values; what is not COLUMN=VALUE is a ValueError."""
+        for condition in self.where:
+            if condition.find("=") < 1:
+                raise ValueError(f"--where takes COLUMN=VALUE, not {condition!r}")
+        return [
+            (column, value) for column, _, value in (each.partition("=") for each in self.where)
+        ]
+
+    def text_columns(self, captions: tuple[str, ...], labels: tuple[str, ...]) -> Columns:
+        """The columns of texts, with these for those that are not named."""
+        return Columns(
+            "",
+            (self.caption_column,) if self.caption_column else captions,
+            (self.label_column,) if self.label_column else labels,
+        )
 
 
-@dataclass(frozen=True, slots=True)
-class Columns:
-    """The columns of a list, or fields of a description, that are read."""
+def choose_columns(
+    path: object,
+    header: Sequence[str],
+    options: ListOptions,
+    find: Callable[[str], tuple[str, ...]],
+    *,
+    no_image: str,
+) -> Columns:
+    """Chooses the columns of a list: those that the options name, else those of usual names.
 
-    image: str
-    captions: tuple[str, ...]
-    labels: tuple[str, ...]
+    `find` returns the columns with a usual name for an `image`, `caption` or `label`; `no_image` is
+    the error where there is none with images.
+
+    Raises:
+        ValueError: a column that an option names, of images, or of any text is not there.
+    """
+    named = {
+        "image": options.image_column,
+        "caption": options.caption_column,
+        "label": options.label_column,
+    }
+    asked = [(name, f"--{what}-column") for what, name in named.items() if name]
+    for column, option in [*asked, *((column, "--where") for column, _ in options.conditions())]:
+        if column not in header:
+            raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}")
+    images, captions, labels = ((name,) if name else find(what) for what, name in named.items())
+    if not images:
+        raise ValueError(no_image)
+    if not captions and not labels:
+        raise ValueError(
+            f"{path} has neither captions nor labels in columns of the usual names; name them by "
+            f"--caption-column or --label-column. It has {header}"
+        )
+    return Columns(images[0], captions, labels)
+
+
+def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
+    """Whether a row has all the values that `--where` asks for."""
+    return all(_matches(row.get(column), value) for column, value in conditions)
+
+
+def _matches(found: Any, wanted: str) -> bool:
+    if isinstance(found, list):
+        return any(_matches(entry, wanted) for entry in found)
+    return str(found) == wanted
 
 
 def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> None:
     """Adds a row's captions and labels, each once; a value of a wrong type is the item's problem.
 
-    Args:
-        item: gets them.
-        row: fields by column; a field is one value or a list.
-        columns: which to take.
-        where: the row in words, such as `line 3`, for messages.
+    A field of the row is one value or a list. `where` is the row in words, for messages.
     """
     if item.problem is not None and item.problem.kind == TOO_MANY:
         return
@@ -288,47 +327,6 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
     join_rows(item, captions, labels)
 
 
-def join_rows(item: Item, captions: list[str], labels: list[Label]) -> None:
-    """Adds texts that an item does not have yet; too many are its problem."""
-    item.captions = _merge(item.captions, captions)
-    item.labels = _merge(item.labels, labels)
-    if max(len(item.captions), len(item.labels)) > MAX_TEXTS:
-        message = f"more than {MAX_TEXTS:,} captions or labels"
-        item.problem = Problem(kind=TOO_MANY, message=message)
-
-
-def require_text(item: Item) -> None:
-    """Gives an item without captions and labels its problem, once all rows have been read."""
-    if item.problem is None and not item.captions and not item.labels:
-        item.problem = Problem(kind="no text", message="neither a caption nor a label")
-
-
-def join_texts(
-    captions: Sequence[str],
-    labels: Sequence[_L],
-    more_captions: Sequence[str],
-    more_labels: Sequence[_L],
-) -> tuple[list[str], list[_L]] | None:
-    """Joins the captions and labels of two samples with the same image, each once, in order.
-
-    Returns:
-        Both; None if they are more than one sample can have. A placeholder may stand for any number
-        of images, and must then stay several samples, so that no text is lost.
-    """
-    all_captions = list(dict.fromkeys([*captions, *more_captions]))
-    all_labels = list(dict.fromkeys([*labels, *more_labels]))
-    if max(len(all_captions), len(all_labels)) > MAX_TEXTS:
-        return None
-    return all_captions, all_labels
-
-
-def _merge(known: list[Any], new: list[Any]) -> list[Any]:
-    """Returns both, each value once, in order. A row with one value, the usual case, is cheap."""
-    if len(new) == 1:
-        return known if new[0] in known else [*known, *new]
-    return list(dict.fromkeys([*known, *new]))
-
-
 def _values(value: Any) -> list[Any]:
     """Returns a field as a list, without blanks."""
     values = value if isinstance(value, list) else [value]
@@ -340,47 +338,48 @@ def _values(value: Any) -> list[Any]:
 
 
 def _bad_value(where: str, column: str, value: Any) -> Problem:
-    shown = repr(value)
-    if len(shown) > 200:
-        shown = shown[:200] + "..."
-    return Problem(kind="bad row", message=f"{where}: {column} holds {shown}")
+    return Problem("bad row", f"{where}: {column} holds {shorten(value, limit=200)}")
 
 
-def require_column(path: object, column: str, header: Sequence[str], option: str) -> None:
-    """Raises `ValueError` for a list without a column that an option names."""
-    if column not in header:
-        raise ValueError(f"{path} has no column {column!r} ({option}); it has {header}")
+def join_rows(item: Item, captions: list[str], labels: list[Label]) -> None:
+    """Adds texts that an item does not have yet; too many are its problem."""
+    item.captions = _merge(item.captions, captions)
+    item.labels = _merge(item.labels, labels)
+    if max(len(item.captions), len(item.labels)) > MAX_TEXTS:
+        item.problem = Problem(TOO_MANY, f"more than {MAX_TEXTS:,} captions or labels")
 
 
-def require_text_columns(
-    path: object, captions: Sequence[str], labels: Sequence[str], header: Sequence[str]
-) -> None:
-    """Raises `ValueError` for a list with columns neither of captions nor of labels."""
-    if not captions and not labels:
-        raise ValueError(
-            f"{path} has neither captions nor labels in columns of the usual names; name them by "
-            f"--caption-column or --label-column. It has {header}"
-        )
+def _merge(known: list[Any], new: list[Any]) -> list[Any]:
+    """Returns both, each value once, in order. A row with one value, the usual case, is cheap."""
+    if len(new) == 1:
+        return known if new[0] in known else [*known, *new]
+    return list(dict.fromkeys([*known, *new]))
 
 
-def split_condition(condition: str) -> tuple[str, str]:
-    """Splits a `--where` condition into column and value.
-
-    Raises:
-        ValueError: it is not COLUMN=VALUE.
-    """
-    column, equals, value = condition.partition("=")
-    if not equals or not column:
-        raise ValueError(f"--where takes COLUMN=VALUE, not {condition!r}")
-    return column, value
+def require_text(item: Item) -> None:
+    """Gives an item without captions and labels its problem, once all rows have been read."""
+    if item.problem is None and not item.captions and not item.labels:
+        item.problem = Problem("no text", "neither a caption nor a label")
 
 
-def meets(row: dict[str, Any], conditions: Sequence[tuple[str, str]]) -> bool:
-    """Whether a row has all the values that `--where` asks for."""
-    return all(_matches(row.get(column), value) for column, value in conditions)
+class JoinedTexts:
+    """The captions and labels of samples with the same image, each once, in order."""
 
+    def __init__(self, captions: Iterable[str], labels: Iterable[Any]) -> None:
+        self.captions = dict.fromkeys(captions)
+        self.labels = dict.fromkeys(labels)
 
-def _matches(found: Any, wanted: str) -> bool:
-    if isinstance(found, list):
-        return any(_matches(entry, wanted) for entry in found)
-    return str(found) == wanted
+    def add(self, captions: Iterable[str], labels: Iterable[Any]) -> bool:
+        """Adds those of one more sample; adds nothing if that were more than a sample can have.
+
+        A placeholder may stand for any number of images, and must then stay several samples, so
+        that no text is lost.
+        """
+        new_captions = dict.fromkeys(text for text in captions if text not in self.captions)
+        new_labels = dict.fromkeys(label for label in labels if label not in self.labels)
+        counts = len(self.captions) + len(new_captions), len(self.labels) + len(new_labels)
+        if max(counts) > MAX_TEXTS:
+            return False
+        self.captions |= new_captions
+        self.labels |= new_labels
+        return True

@@ -13,16 +13,9 @@ from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
-from unicl_fast.packing.sources import arrays, tables, tars, tsv
-from unicl_fast.packing.sources.coco import read_coco
-from unicl_fast.packing.sources.items import Item as Item
-from unicl_fast.packing.sources.items import Label as Label
-from unicl_fast.packing.sources.items import ListOptions as ListOptions
-from unicl_fast.packing.sources.items import Problem as Problem
-from unicl_fast.packing.sources.items import RefusedEntry, refused
-from unicl_fast.packing.sources.items import Source as Source
-from unicl_fast.packing.sources.items import split_condition as split_condition
-from unicl_fast.packing.sources.lists import MAP_ENDING, first_character, read_list, read_map
+from unicl_fast.packing.sources import arrays, lists, tables, tars
+from unicl_fast.packing.sources.coco import is_coco, read_coco
+from unicl_fast.packing.sources.items import Item, ListOptions, RefusedEntry, Source, refused
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
 
@@ -41,39 +34,40 @@ NOT_IMAGES = frozenset(
 """Extensions passed over in class folders; a file with any other, or none, is tried."""
 
 
+_NO_OPTIONS = ListOptions()
+
+
 def read_sources(
-    paths: Sequence[str], options: ListOptions | None = None, spool: Spool | None = None
+    paths: Sequence[str], options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
 ) -> list[Source]:
     """Reads all sources of a build; COCO's files become one, whatever stands between them."""
-    coco = list(dict.fromkeys(Path(path) for path in paths if _is_coco(Path(path))))
+    spool = spool or Spool(None)
+    coco = list(dict.fromkeys(Path(path) for path in paths if is_coco(Path(path))))
     sources = []
     is_coco_read = False
     for path in paths:
         if Path(path) not in coco:
             sources.append(read_source(path, options, spool))
         elif not is_coco_read:
-            sources.append(read_coco(coco, options or ListOptions(), spool or Spool(None)))
+            sources.append(read_coco(coco, options, spool))
             is_coco_read = True
     return sources
 
 
 def read_source(
-    path: str, options: ListOptions | None = None, spool: Spool | None = None
+    path: str, options: ListOptions = _NO_OPTIONS, spool: Spool | None = None
 ) -> Source:
-    """Reads one source.
+    """Reads one source (docs/sources.md).
 
-    Args:
-        path: see docs/sources.md.
-        options: for lists, and for what else has columns or fields.
-        spool: where what cannot be read in place is unpacked; it must outlive the items. Without
-            one such sources are refused.
+    What cannot be read in place is unpacked into the spool, which must outlive the items; without
+    one such sources are refused.
 
     Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: it is not such a thing; the message says what to do.
+        FileNotFoundError: it, or a file that belongs to it, is not there.
+        ValueError: it is not such a thing, or holds nothing; the message says what to do.
+        OSError: it cannot be read, or the disk is full.
     """
     place = Path(path)
-    options = options or ListOptions()
     spool = spool or Spool(None)
     name = place.name or str(place)
     if place.is_dir():
@@ -92,20 +86,20 @@ def read_source(
 
 def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
     suffix = path.suffix.lower()
-    if suffix == ".tsv" and tsv.holds_images(path):
-        return tsv.read_tsv(path, options, spool)
-    if _is_coco(path):
+    if suffix == ".tsv" and lists.holds_images(path):
+        return lists.read_tsv(path, options, spool)
+    if is_coco(path):
         return read_coco([path], options, spool)
     if suffix in LIST_SUFFIXES:
-        return read_list(path, options, spool)
+        return lists.read_list(path, options, spool)
     if suffix in TABLE_SUFFIXES:
         return tables.read_tables(path.name, [path], options, spool)
     if arrays.ARCHIVE.fullmatch(path.name) or arrays.is_cifar_file(path):
         return arrays.read_cifar(path, options, spool)
     if path.name.lower().endswith(TAR_SUFFIXES):
         return tars.read_tars(path.name, [path], options, spool)
-    if path.name.lower().endswith(MAP_ENDING):
-        return read_map(path, options, spool)
+    if path.name.lower().endswith(lists.MAP_ENDING):
+        return lists.read_map(path, options, spool)
     if arrays.is_idx(path):
         return arrays.read_idx(path, spool)
     return _read_class_folders(path, path.name, spool)
@@ -137,11 +131,6 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
         return _read_class_folders(path, name, spool, beside=beside)
     source.passed_over.update(f"folder {folder}" for folder in sorted(aside))
     return source
-
-
-def _is_coco(path: Path) -> bool:
-    """Whether a .json is one object; one that is an array is a list like any other."""
-    return path.suffix.lower() == ".json" and path.is_file() and first_character(path) != "["
 
 
 def _read_class_folders(

@@ -9,15 +9,13 @@ takes as much room as they do, on the disk that is to hold the packed ones anywa
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import gzip
 import json
 import os
-import secrets
-import shutil
 import sqlite3
 import tempfile
-import weakref
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -54,30 +52,23 @@ _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Spool:
-    """The folder; made when it is first needed, and removed at the end.
+    """The folder, made when it is first needed; use it as a context manager.
 
-    Use it as a context manager. Without, the folder is removed with the object. A spool that was
-    given its folder leaves it there, for a build that resumes: what was unpacked of the same files
-    need not be unpacked again.
+    It stays, for a build that resumes: what was unpacked of the same files need not be unpacked
+    again. The caller removes it.
     """
 
-    def __init__(self, out: Path | None, *, folder: Path | None = None) -> None:
+    def __init__(self, folder: Path | None) -> None:
         """Makes nothing yet.
 
-        Args:
-            out: the output folder that is to be made; the spool lies beside it. None allows no
-                file; items then wait in the system's folder for temporary files.
-            folder: where the spool is to lie instead. The caller removes it.
+        None allows no file; items then wait in the system's folder for temporary files.
         """
-        self._folder = folder or (out and out.with_name(f"{out.name}.spool-{secrets.token_hex(4)}"))
-        self._stays = folder is not None
+        self._folder = folder
         self._num_files = 0
         self._database: sqlite3.Connection | None = None
         self._num_stores = 0
         self.origins: list[str] = []
         """The files that were unpacked."""
-        if self._folder is not None and not self._stays:
-            self._removal = weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
     def __enter__(self) -> Spool:
         return self
@@ -85,8 +76,6 @@ class Spool:
     def __exit__(self, *_: object) -> None:
         if self._database is not None:
             self._database.close()
-        if self._folder is not None and not self._stays:
-            self._removal()
 
     def locate(self, path: str) -> str | None:
         """Returns a file's name in the spool, equal in every build; None for files elsewhere."""
@@ -96,9 +85,8 @@ class Spool:
     def new_file(self) -> Path:
         """Returns the path for one more file, which the caller makes."""
         if self._folder is None:
-            raise ValueError(
-                "this source must be unpacked to be read, and there is no place for it"
-            )
+            message = "this source must be unpacked to be read, and there is no place for it"
+            raise ValueError(message)
         self._folder.mkdir(parents=True, exist_ok=True)
         self._num_files += 1
         return self._folder / f"{self._num_files:06d}"
@@ -113,13 +101,9 @@ class Spool:
     def remember(self, paths: Sequence[Path], made_of: Any, values: Mapping[str, Any]) -> None:
         """Notes that files are complete, for a build that resumes.
 
-        Args:
-            paths: the files.
-            made_of: tells whether they would be made of the same again; a JSON value.
-            values: what else is to be known of them; JSON values.
+        `made_of` tells whether they would be made of the same again, `values` what else is to be
+        known of them; both are JSON values.
         """
-        if not self._stays:
-            return
         for path in paths:
             flush_to_disk(path)
         sizes = [path.stat().st_size for path in paths]
@@ -128,8 +112,6 @@ class Spool:
 
     def recall(self, paths: Sequence[Path], made_of: Any) -> dict[str, Any] | None:
         """Returns the values noted with files that are complete and made of the same, or None."""
-        if not self._stays:
-            return None
         try:
             note = parse_checksummed_json(_note_of(paths[0]).read_bytes())
             sizes = [path.stat().st_size for path in paths]
@@ -140,35 +122,23 @@ class Spool:
         values: dict[str, Any] = note["values"]
         return values
 
-    def release(self, path: Path) -> None:
-        """Removes a file that has been read, unless a build that resumes may need it again."""
-        if not self._stays:
-            path.unlink()
-
     def gunzip(self, path: str) -> tuple[Path, str]:
-        """Unpacks a .gz file.
+        """Unpacks a .gz file; a full disk is an OSError.
 
         Returns:
             The unpacked file, and what is wrong with the .gz, or nothing. What could be unpacked
             before the fault is kept.
-
-        Raises:
-            OSError: the file cannot be opened, or the disk is full.
         """
         unpacked_path = self.new_file()
         self.origins.append(path)
         made_of = [*stamp(path)]
         if (known := self.recall([unpacked_path], made_of)) is not None:
             return unpacked_path, str(known["broken"])
-        try:
+        with explaining_a_full_disk(unpacked_path):
             with open_regular(path) as packed, unpacked_path.open("wb") as unpacked:
                 broken = _inflate(packed, unpacked)
             self.remember([unpacked_path], made_of, {"broken": broken})
-            return unpacked_path, broken
-        except OSError as error:
-            if error.errno == errno.ENOSPC:
-                raise full_disk(unpacked_path) from error
-            raise
+        return unpacked_path, broken
 
 
 def _note_of(path: Path) -> Path:
@@ -201,13 +171,19 @@ def _inflate(packed: BinaryIO, unpacked: BinaryIO) -> str:
     return ""
 
 
-def full_disk(path: object) -> OSError:
-    """Returns the error that says what the room is for."""
-    return OSError(
-        errno.ENOSPC,
-        f"no room left for {path}, where images that cannot be read in place are unpacked; it "
-        "takes as much room as they do, on the disk of --out",
-    )
+@contextlib.contextmanager
+def explaining_a_full_disk(path: object) -> Iterator[None]:
+    """Says in the error of a full disk what the room is for."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        message = (
+            f"no room left for {path}, where images that cannot be read in place are unpacked; it "
+            "takes as much room as they do, on the disk of --out"
+        )
+        raise OSError(errno.ENOSPC, message) from error
 
 
 def _open_database(folder: Path | None) -> sqlite3.Connection:
@@ -282,11 +258,10 @@ class ItemStore(Sequence[Item]):
         number = self._count
         kind, fields = -1, []
         if item.entry is not None:
-            entry_class = type(item.entry)
-            if entry_class not in self._kinds:
-                self._kinds.append(entry_class)
-            kind = self._kinds.index(entry_class)
-            fields = [getattr(item.entry, name) for name in field_names(entry_class)]
+            if type(item.entry) not in self._kinds:
+                self._kinds.append(type(item.entry))
+            kind = self._kinds.index(type(item.entry))
+            fields = [getattr(item.entry, name) for name in field_names(type(item.entry))]
         self._write(number, [*_texts_of(item), item.name, item.position, kind, *fields])
         self._count += 1
         return number
@@ -309,7 +284,7 @@ class ItemStore(Sequence[Item]):
         for (number,) in self._execute(self._find_name, _checksum(name)):
             if self[number].name == name:
                 self._last = (name, number)
-                return self._last[1]
+                return int(number)
         return None
 
     def add_row(self, number: int, row: Item) -> None:
@@ -326,13 +301,16 @@ class ItemStore(Sequence[Item]):
         for number, text in self._execute(self._select, first << 32, end << 32):
             captions, labels, problem, *others = json.loads(text)
             if problem is not None:
-                problem = Problem(kind=problem[0], message=problem[1])
+                problem = Problem(*problem)
             if number - first == len(items):
                 name, position, kind, *fields = others
                 entry = None if kind < 0 else self._kinds[kind](*fields)
                 items.append(Item(name, entry, captions, labels, problem, position))
             else:
-                _add_row(items[-1], captions, labels, problem)
+                item = items[-1]  # as if `add_texts` had been called with it
+                if item.problem is None or item.problem.kind != TOO_MANY:
+                    item.problem = problem or item.problem
+                    join_rows(item, captions, labels)
         for item in items:
             require_text(item)
         return items
@@ -353,14 +331,6 @@ class ItemStore(Sequence[Item]):
 def _texts_of(item: Item) -> list[Any]:
     problem = item.problem and [item.problem.kind, item.problem.message]
     return [item.captions, item.labels, problem]
-
-
-def _add_row(item: Item, captions: list[str], labels: list[Any], problem: Problem | None) -> None:
-    """Adds what one more row says, as if `add_texts` had been called with it."""
-    if item.problem is not None and item.problem.kind == TOO_MANY:
-        return
-    item.problem = problem or item.problem
-    join_rows(item, captions, labels)
 
 
 def _checksum(name: str) -> int:

@@ -8,10 +8,10 @@ line of JSON for each row.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import functools
 import importlib.util
 import json
+import os
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -30,9 +30,9 @@ from unicl_fast.packing.sources.items import (
     add_texts,
     refused,
 )
-from unicl_fast.packing.sources.lists import add_named, find_image
-from unicl_fast.packing.sources.spool import Spool, full_disk, stamp
-from unicl_fast.packing.sources.trees import Tree, Trees
+from unicl_fast.packing.sources.lists import add_named
+from unicl_fast.packing.sources.spool import ItemStore, Spool, explaining_a_full_disk, stamp
+from unicl_fast.packing.sources.trees import Tree, find_image, open_tree
 
 PARQUET = (".parquet", ".pq")
 ARROW = (".arrow", ".feather")
@@ -43,7 +43,7 @@ _COLUMNS = Columns("", ("captions",), ("labels",))
 _MAX_JSON_BYTES = 64_000_000
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, slots=True)
 class TableTask:
     """One file to read."""
 
@@ -63,7 +63,7 @@ class TableResult:
 
     labels_are_names: bool = True
     """Whether the file has names for all numbers that are labels."""
-    passed_over: Counter[str] = field(default_factory=Counter)
+    passed_over: dict[str, int] = field(default_factory=dict)
     damaged: list[tuple[int, int, str]] = field(default_factory=list)
     """Rows that cannot be read: the first, the one behind the last or -1, and why."""
 
@@ -73,16 +73,7 @@ def read_tables(
 ) -> Source:
     """Reads Parquet or Arrow files as one source.
 
-    Args:
-        name: what the source is to be called.
-        paths: the files.
-        options: for lists.
-        spool: where images are unpacked.
-        features: of Hugging Face's `datasets`, as JSON.
-
-    Raises:
-        ValueError: pyarrow is not installed, or no file has rows that can be read.
-        OSError: the disk is full.
+    `features` are those of Hugging Face's `datasets`, as JSON.
     """
     if importlib.util.find_spec("pyarrow") is None:
         raise ValueError(
@@ -91,113 +82,81 @@ def read_tables(
         )
     from unicl_fast.packing.sources.arrow_tables import convert
 
-    tasks = [
-        TableTask(
-            path=str(path),
-            options=options,
-            rows_file=str(spool.new_file()),
-            images_file=str(spool.new_file()),
-            features=features,
-        )
-        for path in paths
-    ]
-    spool.origins.extend(task.path for task in tasks)
-    reader = _Reader(options, spool)
+    tasks = []
+    for file in map(str, paths):
+        rows, images = str(spool.new_file()), str(spool.new_file())
+        tasks.append(TableTask(file, options, rows, images, features))
+        spool.origins.append(file)
     known = [spool.recall(*_files_of(task)) for task in tasks]
     new = [task for task, values in zip(tasks, known, strict=True) if values is None]
     results = run_limited(convert, new, memory_bytes=_MEMORY_BYTES)
-    try:
+    open_once = functools.cache(open_tree)  # a zip may have a long directory
+    items, broken = spool.new_items(), list[Item]()
+    passed_over, labels_are_names = Counter[str](), True
+    with explaining_a_full_disk(tasks[0].images_file):
         for task, values in zip(tasks, known, strict=True):
-            result: TableResult | Problem
-            if values is not None:
-                passed_over = Counter(values["passed_over"])
-                result = TableResult(**values | {"passed_over": passed_over})
-            else:
-                result = next(results)
-                if not isinstance(result, Problem):
-                    counts = dict(result.passed_over)  # `asdict` would count its pairs
-                    values = dataclasses.asdict(result) | {"passed_over": counts}
-                    spool.remember(*_files_of(task), values)
-            reader.add(task, result)
+            result = next(results) if values is None else TableResult(**values)
+            # a file that cannot even be opened has left nothing
+            if values is None and isinstance(result, TableResult) and Path(task.rows_file).exists():
+                spool.remember(*_files_of(task), dataclasses.asdict(result))
+            path = Path(task.path)
+            tree = open_once(Path(options.image_root) if options.image_root else path.parent)
+            behind = _read_rows(task, tree, items)
+            if isinstance(result, Problem):
+                broken.append(Item(f"{path.name} from row {behind}", problem=result))
+                continue
+            passed_over.update(result.passed_over)
+            labels_are_names &= result.labels_are_names
+            for first, end, message in result.damaged:
+                rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
+                broken.append(refused(f"{path.name} {rest}", "damaged", message))
         assert next(results, None) is None, "which also ends their process"
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise full_disk(tasks[0].images_file) from error
-        raise
-    if not reader.items:
-        reasons = [problem.message for item in reader.broken if (problem := item.problem)]
+    if not items:
+        reasons = [problem.message for item in broken if (problem := item.problem)]
         raise ValueError(": ".join([f"{name} has no rows that can be read", *reasons[:1]]))
-    reader.items.extend(reader.broken)
+    items.extend(broken)
     return Source(
-        name=name,
-        items=reader.items,
-        labels_are_names=reader.labels_are_names,
-        passed_over=reader.passed_over,
+        name=name, items=items, labels_are_names=labels_are_names, passed_over=passed_over
     )
 
 
 def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
     """Returns what is made of a file, and what that depends on, for `Spool.remember`."""
-    made_of = [*stamp(task.path), repr(task.options), task.features]
-    return [Path(task.rows_file), Path(task.images_file)], made_of
+    files = [Path(task.rows_file), Path(task.images_file)]
+    return files, [*stamp(task.path), repr(task.options), task.features]
 
 
-class _Reader:
-    """Makes items of the rows that have been written out."""
+def _read_rows(task: TableTask, tree: Tree, items: ItemStore) -> int:
+    """Adds the rows that have been written out; returns the number behind the last."""
+    file_name, number = Path(task.path).name, -1
 
-    def __init__(self, options: ListOptions, spool: Spool) -> None:
-        self._root = options.image_root
-        self._spool = spool
-        self._trees = Trees()
-        self.items = spool.new_items()
-        self.broken: list[Item] = []
-        self.passed_over: Counter[str] = Counter()
-        self.labels_are_names = True
+    def find(name: str) -> Item:
+        if re.match(r"https?://", name):
+            message = "an address, not a file; img2dataset fetches such lists"
+            return refused(name, "missing", message)
+        return find_image(tree, name)
 
-    def add(self, task: TableTask, result: TableResult | Problem) -> None:
-        """Adds the rows of a file, and what is wrong with it."""
-        path, rows = Path(task.path), Path(task.rows_file)
-        tree = self._trees.find(Path(self._root) if self._root else path.parent)
-        behind = 0
-        if rows.exists():
-            with rows.open("rb") as file:
-                for line in file:
-                    if line.endswith(b"\n"):  # not so where the process died in the middle
-                        row = json.loads(line)
-                        self._add_row(task, path.name, tree, row)
-                        behind = row["row"] + 1
-            self._spool.release(rows)
-        if isinstance(result, Problem):
-            self.broken.append(Item(f"{path.name} from row {behind}", problem=result))
-            return
-        self.passed_over += result.passed_over
-        self.labels_are_names &= result.labels_are_names
-        for first, end, message in result.damaged:
-            rest = f"from row {first}" if end < 0 else f"rows {first} to {end - 1}"
-            self.broken.append(refused(f"{path.name} {rest}", "damaged", message))
-
-    def _add_row(self, task: TableTask, file_name: str, tree: Tree, row: dict[str, Any]) -> None:
-        number: int = row["row"]
-        where = f"{file_name}, row {number}"
-        if "path" in row:  # rows with one path are one sample
-            find = functools.partial(_find, tree)
-            add_named(self.items, row["path"], row, _COLUMNS, number, where, find)
-            return
-        item = Item(f"{file_name}:{number}", position=number)
-        if "problem" in row:
-            kind, message = row["problem"]
-            item.problem = Problem(kind=kind, message=message)
-        else:
-            file = task.path if row["in_place"] else task.images_file
-            item.entry = Span(file, row["offset"], row["size"])
-            add_texts(item, row, _COLUMNS, where)
-        self.items.append(item)
-
-
-def _find(tree: Tree, path: str) -> Item:
-    if re.match(r"https?://", path):
-        return refused(path, "missing", "an address, not a file; img2dataset fetches such lists")
-    return find_image(tree, path)
+    if not os.path.exists(task.rows_file):
+        return 0
+    with open(task.rows_file, "rb") as rows:
+        for line in rows:
+            if not line.endswith(b"\n"):  # the process died in the middle
+                break
+            row = json.loads(line)
+            number = row["row"]
+            where = f"{file_name}, row {number}"
+            item = Item(f"{file_name}:{number}", position=number)
+            if "path" in row:  # rows with one path are one sample
+                add_named(items, row["path"], row, _COLUMNS, number, where, find)
+                continue
+            if "problem" in row:
+                item.problem = Problem(*row["problem"])
+            else:
+                file = task.path if row["in_place"] else task.images_file
+                item.entry = Span(file, row["offset"], row["size"])
+                add_texts(item, row, _COLUMNS, where)
+            items.append(item)
+    return number + 1
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -210,12 +169,7 @@ def is_saved_dataset(folder: Path) -> bool:
 
 
 def read_saved_dataset(folder: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads a folder that `save_to_disk` made: one split of a data set.
-
-    Raises:
-        ValueError: it holds several splits, or its description cannot be read.
-        FileNotFoundError: a file of it is not there.
-    """
+    """Reads a folder that `save_to_disk` made: one split of a data set."""
     if not (folder / "state.json").is_file():
         splits = _read_json(folder / "dataset_dict.json").get("splits")
         known = ", ".join(map(str, splits)) if isinstance(splits, list) else "?"
@@ -265,11 +219,7 @@ def find_parquet(folder: Path) -> list[Path]:
 
 
 def choose_split(folder: Path, paths: list[Path], split: str = "") -> list[Path]:
-    """Returns the files of one split, by names such as train-00000-of-00002.parquet.
-
-    Raises:
-        ValueError: there are several and none is asked for, or not the one that is.
-    """
+    """Returns the files of one split, by names such as train-00000-of-00002.parquet."""
     splits = {
         path: match.group(1) if (match := _SPLIT.fullmatch(path.name)) else "" for path in paths
     }

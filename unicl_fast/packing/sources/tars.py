@@ -25,7 +25,6 @@ from typing import Any, BinaryIO, cast
 from unicl_fast.packing.sources.items import (
     FAILED_DOWNLOADS,
     LEFT_OUT,
-    Columns,
     Entry,
     EntryError,
     Item,
@@ -38,7 +37,6 @@ from unicl_fast.packing.sources.items import (
     meets,
     open_regular,
     refused,
-    split_condition,
 )
 from unicl_fast.packing.sources.lists import CAPTION_COLUMNS, LABEL_COLUMNS
 from unicl_fast.packing.sources.spool import Spool
@@ -48,10 +46,12 @@ IMAGES = frozenset(
     "jpg jpeg png webp gif bmp tif tiff avif jp2 ppm pgm img image".split()  # noqa: SIM905
 )
 _TEXTS = ("txt", "cls", "json")
+_NOT_REGULAR = "not a regular file but a link or a device"
 _MAX_TEXT_BYTES = 1 << 20
 """The most bytes of a .txt, .cls or .json."""
 GZIPPED = (".tar.gz", ".tgz")
 
+_NO_SAMPLE = "files that belong to no sample"
 _MAX_HEADER_BYTES = 1 << 20
 """Limit for all headers of a member; a path has 4,096."""
 _PADDING = 1 << 20
@@ -63,11 +63,7 @@ _MANY_DIGITS = re.compile(rb"\d{1000}")
 
 
 def expand_braces(name: str) -> list[str]:
-    """Expands `shard-{000..002}.tar` to three names; a name without braces is itself.
-
-    Raises:
-        ValueError: the braces are no range.
-    """
+    """Expands `shard-{000..002}.tar` to three names; a name without braces is itself."""
     names = [name]
     while match := _BRACES.search(names[0]):
         low, high = match.group(1), match.group(2)
@@ -84,18 +80,7 @@ def expand_braces(name: str) -> list[str]:
 
 
 def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spool) -> Source:
-    """Reads tars as one source.
-
-    Args:
-        name: what the source is to be called.
-        paths: .tar, .tar.gz or .tgz files.
-        options: which fields of KEY.json are captions and labels, and `where`.
-        spool: where compressed tars are unpacked.
-
-    Raises:
-        ValueError: there is no image in any of them.
-        FileNotFoundError: one is not there.
-    """
+    """Reads .tar, .tar.gz or .tgz files as one source."""
     missing = [str(path) for path in paths if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"{len(missing)} of {len(paths)} tars are not there: {missing[0]}")
@@ -107,35 +92,33 @@ def read_tars(name: str, paths: Sequence[Path], options: ListOptions, spool: Spo
 
 
 def read_image_folders(path: Path, options: ListOptions, spool: Spool) -> Source:
-    """Reads img2dataset's folders of files: 00000/000000000.jpg, .txt, .json.
-
-    Raises:
-        ValueError: there is no image.
-    """
+    """Reads img2dataset's folders of files: 00000/000000000.jpg, .txt, .json."""
     maker = _SampleMaker(options, spool)
-    key, group = "", None
+    at, group = "", _Group()
     for name, entry in open_tree(path).entries():
-        folder, slash, file_name = name.rpartition("/")
-        stem, dot, extension = file_name.partition(".")
-        if not folder or not dot or file_name.startswith("."):
-            if not file_name.endswith((".parquet", "_stats.json")):
-                maker.passed_over["files that belong to no sample"] += 1
+        key, extension = _split_name(name)
+        if extension is None or "/" not in key:
+            if not name.endswith((".parquet", "_stats.json")):
+                maker.passed_over[_NO_SAMPLE] += 1
             continue
-        if group is None or key != folder + slash + stem:  # sorted, so a sample's follow each other
-            if group is not None:
-                maker.add(key, group)
-            key, group = folder + slash + stem, _Group()
-        extension = extension.lower()
-        if extension in IMAGES:
-            group.add_image(extension, entry)
-        else:
-            read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
-            maker.add_text(group, extension, read)
-    if group is not None:
-        maker.add(key, group)
+        if key != at:  # sorted, so the files of a sample follow each other
+            if at:
+                maker.add(at, group)
+            at, group = key, _Group()
+        read = functools.partial(entry.read, max_bytes=_MAX_TEXT_BYTES)
+        maker.add_file(group, extension, entry, read)
+    if at:
+        maker.add(at, group)
     for shard in sorted(each for each in path.iterdir() if each.is_dir()):
         _count_failures(shard, maker)
     return maker.source(path.name or str(path), "images")
+
+
+def _split_name(name: str) -> tuple[str, str | None]:
+    """Returns the key of a file's sample, and its extension in small letters, if it has both."""
+    folder, slash, file_name = name.rpartition("/")
+    stem, dot, extension = file_name.partition(".")
+    return folder + slash + stem, extension.lower() if stem and dot else None
 
 
 @dataclass(slots=True)
@@ -150,28 +133,14 @@ class _Group:
     position: int = 0
     problem: Problem | None = None
 
-    def add_image(self, extension: str, entry: Entry) -> None:
-        self.note(extension)
-        self.images.append((extension, entry))
-
-    def note(self, extension: str) -> None:
-        if extension in self.seen:
-            message = f"several files of this name end in .{extension}"
-            self.problem = Problem(kind="ambiguous", message=message)
-        self.seen.add(extension)
-
 
 class _SampleMaker:
     """Turns groups of files into items."""
 
     def __init__(self, options: ListOptions, spool: Spool) -> None:
         # .txt and .cls say nothing where a field of .json is asked for by name
-        self._columns = Columns(
-            "",
-            (options.caption_column,) if options.caption_column else ("txt", *CAPTION_COLUMNS),
-            (options.label_column,) if options.label_column else ("cls", *LABEL_COLUMNS),
-        )
-        self._conditions = [split_condition(condition) for condition in options.where]
+        self._columns = options.text_columns(("txt", *CAPTION_COLUMNS), ("cls", *LABEL_COLUMNS))
+        self._conditions = options.conditions()
         asked = {column for column, _ in self._conditions}
         wanted = {*self._columns.captions, *self._columns.labels, *asked, "status"}
         self._fields = wanted - set(_TEXTS)  # of a .json; .txt and .cls have their own files
@@ -188,12 +157,20 @@ class _SampleMaker:
             name=name, items=self._items, labels_are_names=False, passed_over=self.passed_over
         )
 
-    def add_text(self, group: _Group, extension: str, read: Callable[[], bytes]) -> None:
-        """Keeps what is wanted of a .txt, .cls or .json; counts files of any other kind."""
-        if extension not in _TEXTS:
+    def add_file(
+        self, group: _Group, extension: str, entry: Entry, read: Callable[[], bytes]
+    ) -> None:
+        """Keeps an image, and what is wanted of a .txt, .cls or .json; counts other files."""
+        if extension not in IMAGES and extension not in _TEXTS:
             self.passed_over[f".{extension} files"] += 1
             return
-        group.note(extension)
+        if extension in group.seen:
+            message = f"several files of this name end in .{extension}"
+            group.problem = Problem("ambiguous", message)
+        group.seen.add(extension)
+        if extension in IMAGES:
+            group.images.append((extension, entry))
+            return
         try:
             data = read()
             if extension == "json":
@@ -206,9 +183,9 @@ class _SampleMaker:
                 is_number = extension == "cls" and len(text) < 10 and text.isdecimal()
                 group.row[extension] = int(text) if is_number else text
         except EntryError as error:
-            group.problem = Problem(kind=error.kind, message=f".{extension}: {error}")
+            group.problem = Problem(error.kind, f".{extension}: {error}")
         except (ValueError, RecursionError) as error:
-            group.problem = Problem(kind="bad row", message=f".{extension}: {error!s:.300}")
+            group.problem = Problem("bad row", f".{extension}: {error!s:.300}")
 
     def add(self, key: str, group: _Group) -> None:
         """Makes the item of one sample."""
@@ -216,7 +193,7 @@ class _SampleMaker:
             status = group.row.get("status")
             if isinstance(status, str) and status != "success":
                 return  # img2dataset's files format describes failures too; they are counted once
-            problem = group.problem or Problem(kind="missing", message="a sample without an image")
+            problem = group.problem or Problem("missing", "a sample without an image")
             self.append(Item(key, problem=problem, position=group.position))
             return
         if not meets(group.row, self._conditions):
@@ -226,9 +203,9 @@ class _SampleMaker:
         _, image = group.images[0]
         if len(group.images) > 1 and item.problem is None:
             names = " and ".join(f".{name}" for name, _ in group.images)
-            item.problem = Problem(kind="ambiguous", message=f"several images: {names}")
+            item.problem = Problem("ambiguous", f"several images: {names}")
         elif isinstance(image, RefusedEntry):
-            item.problem = Problem(kind=image.kind, message=image.message)
+            item.problem = Problem(image.kind, image.message)
         else:
             item.entry = image
         if item.problem is None:
@@ -277,34 +254,27 @@ def _group_members(
     with open_regular(path) as file:
         try:
             for member in iter_members(file):
-                folder, slash, file_name = member.name.rpartition("/")
-                key, dot, extension = file_name.partition(".")
-                if not dot or file_name.startswith("."):
-                    maker.passed_over["files that belong to no sample"] += 1
+                key, extension = _split_name(member.name)
+                if extension is None:
+                    maker.passed_over[_NO_SAMPLE] += 1
                     continue
-                group = groups.setdefault(folder + slash + key, _Group(position=member.offset))
-                extension = extension.lower()
-                if extension in IMAGES:
-                    group.add_image(extension, _image(path, member))
-                else:
-                    maker.add_text(group, extension, functools.partial(_read_text, file, member))
+                group = groups.setdefault(key, _Group(position=member.offset))
+                entry: Entry = Span(path, member.offset_data, member.size)
+                if not is_plain(member):
+                    entry = RefusedEntry("unreadable", _NOT_REGULAR)
+                read = functools.partial(_read_text, file, member)
+                maker.add_file(group, extension, entry, read)
         except DamagedTarError as error:
             if group is not None:
                 message = "the tar is cut behind it, and some of its files may be lost"
-                group.problem = Problem(kind="damaged", message=message)
+                group.problem = Problem("damaged", message)
             return groups, error
     return groups, None
 
 
-def _image(path: str, member: tarfile.TarInfo) -> Entry:
-    if is_plain(member):
-        return Span(path, member.offset_data, member.size)
-    return RefusedEntry("unreadable", "not a regular file but a link or a device")
-
-
 def _read_text(file: BinaryIO, member: tarfile.TarInfo) -> bytes:
     if not is_plain(member):
-        raise EntryError("unreadable", "not a regular file but a link or a device")
+        raise EntryError("unreadable", _NOT_REGULAR)
     if member.size > _MAX_TEXT_BYTES:
         raise EntryError("bad row", f"a text of {member.size:,} bytes")
     file.seek(member.offset_data)
@@ -340,7 +310,6 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
 
     Raises:
         DamagedTarError: the rest cannot be read, or is not there.
-        OSError: the storage fails.
     """
     end = os.fstat(file.fileno()).st_size
     headers = _HeaderFile(file)

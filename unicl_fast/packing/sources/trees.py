@@ -1,6 +1,6 @@
 """Folders and zips, seen as trees of named files: they are listed and read here.
 
-`read_sources` decides what the files mean. Nothing is ever written under a name found in a source.
+Nothing is ever written under a name found in a source.
 
 A zip may lie: about sizes, offsets, names and what a member is. Its directory is read by `zipfile`,
 once. Workers read a member by the offset and size that the directory gave, since opening the zip
@@ -20,15 +20,17 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
 from unicl_fast.packing.sources.items import (
     MAX_FILE_BYTES,
     Entry,
     EntryError,
+    Item,
     RefusedEntry,
     check_file_size,
     open_regular,
+    refused,
 )
 
 _MAX_PATH_BYTES = 4096
@@ -37,18 +39,6 @@ _LOCAL_HEADER_BYTES = 30
 _ENCRYPTED = 0x1
 _MADE_ON_UNIX = 3
 """Only then do the upper 16 bits of the attributes say what kind of file a member was."""
-
-
-class Tree(Protocol):
-    """Named files under one root, names with forward slashes."""
-
-    def entries(self) -> Iterator[tuple[str, Entry]]:
-        """Yields all files, sorted by name."""
-        ...
-
-    def find(self, name: str) -> Entry:
-        """Returns the file called `name`, or raises `EntryError`."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,16 +95,17 @@ class FolderTree:
         """
         found: dict[str, str] = {}
         seen: set[str] = set()
-        waiting = [_Folder(str(self._root), self._real_root, "")]
+        waiting = [("", str(self._root), self._real_root)]
         while waiting:
-            folder = waiting.pop()
-            if folder.real not in seen:
-                seen.add(folder.real)
-                found[folder.prefix] = folder.path
-                waiting.extend(reversed(_list_folders(folder)))
+            prefix, path, real = waiting.pop()
+            if real not in seen:
+                seen.add(real)
+                found[prefix] = path
+                waiting.extend(reversed(_list_folders(prefix, path, real)))
         return found
 
     def find(self, name: str) -> Entry:
+        """Returns the file called `name`, or raises `EntryError`."""
         try:
             if len(os.fsencode(name)) > _MAX_PATH_BYTES:
                 raise EntryError("missing", "the path is longer than any file's")
@@ -126,40 +117,28 @@ class FolderTree:
             status = os.stat(path)
             if not stat.S_ISREG(status.st_mode):
                 raise EntryError("unreadable", "not a regular file")
-        except EntryError:
-            raise
         except (OSError, ValueError) as error:  # ValueError: a zero byte, or half a character
+            if isinstance(error, EntryError):
+                raise
             raise EntryError("missing", f"no such file in {self._root}") from error
         return FileEntry(path, status.st_size, status.st_mtime_ns)
 
 
-@dataclass(frozen=True, slots=True)
-class _Folder:
-    """A folder on the way through a tree; `real` is its path without links."""
-
-    path: str
-    real: str
-    prefix: str
-
-
-def _list_folders(folder: _Folder) -> list[_Folder]:
-    """Returns the folders directly in a folder, sorted."""
+def _list_folders(prefix: str, path: str, real: str) -> list[tuple[str, str, str]]:
+    """Returns prefix, path, and path without links, of the folders in a folder; sorted."""
     folders = []
-    with os.scandir(folder.path) as listing:
+    with os.scandir(path) as listing:
         for child in listing:
             try:
                 if not child.is_dir():
                     continue
             except OSError:  # a link to itself; it is named among the files
                 continue
-            # resolving is slow where it is deep, and only links need it
-            real = (
-                os.path.realpath(child.path)
-                if child.is_symlink()
-                else os.path.join(folder.real, child.name)
-            )
-            folders.append(_Folder(child.path, real, f"{folder.prefix}{child.name}/"))
-    return sorted(folders, key=lambda each: each.prefix.removesuffix("/"))
+            inside = os.path.join(real, child.name)
+            if child.is_symlink():  # resolving is slow where it is deep
+                inside = os.path.realpath(child.path)
+            folders.append((f"{prefix}{child.name}/", child.path, inside))
+    return sorted(folders, key=lambda each: each[0].removesuffix("/"))
 
 
 def _list_files(path: str, prefix: str) -> Iterator[tuple[str, Entry | None]]:
@@ -177,42 +156,6 @@ def _list_files(path: str, prefix: str) -> Iterator[tuple[str, Entry | None]]:
                 yield name, FileEntry(child.path, 0)
             except OSError as error:  # a link to itself
                 yield name, RefusedEntry("unreadable", error.strerror or str(error))
-
-
-def open_tree(path: Path) -> Tree:
-    """Opens a folder, a zip, or a folder inside a zip (`images.zip/train`).
-
-    Raises:
-        FileNotFoundError: nothing is there.
-        ValueError: the file is no zip.
-    """
-    if path.is_dir():
-        return FolderTree(path)
-    archive = next((each for each in (path, *path.parents) if each.is_file()), None)
-    if archive is None:
-        raise FileNotFoundError(
-            f"{path}: no such folder or zip of images, and no list (.csv, .jsonl, .parquet, ...)"
-        )
-    if not zipfile.is_zipfile(archive):
-        raise ValueError(
-            f"{archive} is neither a folder nor a zip; sources are folders of class folders, zips "
-            "of them, lists whose name ends in .csv, .tsv, .jsonl, .json or .parquet, and what "
-            "docs/sources.md names"
-        )
-    return ZipTree(archive, path.relative_to(archive).as_posix() if path != archive else "")
-
-
-class Trees:
-    """Trees by their paths, each opened once: a zip may have a long directory."""
-
-    def __init__(self) -> None:
-        self._opened: dict[Path, Tree] = {}
-
-    def find(self, path: Path) -> Tree:
-        """Returns what `open_tree` makes of a path, or raises its errors."""
-        if path not in self._opened:
-            self._opened[path] = open_tree(path)
-        return self._opened[path]
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,9 +241,11 @@ class ZipTree:
             )
 
     def entries(self) -> Iterator[tuple[str, Entry]]:
+        """Yields all files, sorted by name."""
         return ((name, self._entries[name]) for name in sorted(self._entries))
 
     def find(self, name: str) -> Entry:
+        """Returns the file called `name`, or raises `EntryError`."""
         entry = self._entries.get(name.removeprefix("./"))
         if entry is None:
             raise EntryError("missing", f"no such file in {self._archive}")
@@ -348,3 +293,38 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
         if end > reach:
             reach, reached_by = end, start
     return overlapping
+
+
+Tree = FolderTree | ZipTree
+"""Named files under one root, names with forward slashes."""
+
+
+def open_tree(path: Path) -> Tree:
+    """Opens a folder, a zip, or a folder inside a zip (`images.zip/train`)."""
+    if path.is_dir():
+        return FolderTree(path)
+    archive = next((each for each in (path, *path.parents) if each.is_file()), None)
+    if archive is None:
+        raise FileNotFoundError(
+            f"{path}: no such folder or zip of images, and no list (.csv, .jsonl, .parquet, ...)"
+        )
+    if not zipfile.is_zipfile(archive):
+        raise ValueError(
+            f"{archive} is neither a folder nor a zip; sources are folders of class folders, zips "
+            "of them, lists whose name ends in .csv, .tsv, .jsonl, .json or .parquet, and what "
+            "docs/sources.md names"
+        )
+    return ZipTree(archive, path.relative_to(archive).as_posix() if path != archive else "")
+
+
+def find_image(tree: Tree, name: str) -> Item:
+    """Returns the item of an image; an absolute path is taken if it leads into the tree."""
+    if ".." in name.split("/"):
+        return refused(name, "outside", "paths must stay inside the image root")
+    try:
+        entry = tree.find(name)
+        if isinstance(entry, RefusedEntry):
+            raise EntryError(entry.kind, entry.message)
+        return Item(name, entry)
+    except EntryError as error:
+        return refused(name, error.kind, str(error))
