@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from torch.nn import functional as F
 from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.conversion.requests import ModelConversion
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.text.tokenizer import Tokenizer
 
 TOLERANCE = 1e-4
@@ -92,35 +92,20 @@ def new_file(path: Path) -> Iterator[Path]:
     """
     require_new(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    _remove(aside)
-    try:
+    with temporary_folder(f".{path.name}.partial-", root=path.parent) as folder:
+        aside = folder / path.name
         yield aside
         if path.is_dir():
             path.rmdir()
         aside.rename(path)
-    finally:
-        _remove(aside)
 
 
 @contextlib.contextmanager
 def new_folder(path: Path) -> Iterator[Path]:
-    """A folder to write into, which becomes `path` when the block ends without an error.
-
-    Raises:
-        ValueError: something is there already.
-        OSError: it cannot be written.
-    """
+    """A folder to write into, else as `new_file`."""
     with new_file(path) as aside:
         aside.mkdir()
         yield aside
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:
@@ -153,6 +138,13 @@ class Samples:
     image_features: Tensor
     text_features: Tensor
 
+    @classmethod
+    def of(cls, model: UniCL) -> Samples:
+        """Samples of the size that a model takes; it has texts, fp32 and evaluation mode."""
+        images = images_for(model)
+        tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
+        return cls(images, tokens, model.encode_image(images), model.encode_text(tokens))
+
 
 def images_for(model: UniCL) -> Tensor:
     """Images of the size that a model takes: float32 [2 3 h w], normal."""
@@ -160,21 +152,10 @@ def images_for(model: UniCL) -> Tensor:
     return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
-@torch.no_grad()
-def samples_of(model: UniCL) -> Samples:
-    """Samples of the size that a model takes; the model in fp32 and evaluation mode, with texts."""
-    images = images_for(model)
-    tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
-    return Samples(images, tokens, model.encode_image(images), model.encode_text(tokens))
-
-
 def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
     """The largest difference of two sets of features after scaling them to unit norm.
 
-    Args:
-        expected: ours [n d].
-        found: those of the converted model [n d].
-        what: names it in the error.
+    `expected` are ours [n d], `found` those of the converted model; `what` names them in the error.
 
     Raises:
         RuntimeError: they differ by more than the tolerance.

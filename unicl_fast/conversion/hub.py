@@ -36,8 +36,7 @@ from unicl_fast.conversion.requests import ToHub
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checksums import file_checksum
 
-PREPROCESSOR_FILE = "preprocessor_config.json"
-CARD_FILE = "README.md"
+_CARD_FILE = "README.md"
 
 
 def convert(command: ToHub) -> None:
@@ -53,7 +52,7 @@ def convert(command: ToHub) -> None:
     print_written(command.out)
     print(f"next: unicl-eval zero-shot --checkpoint {command.out} --data DIR")
     print(
-        f"to publish it: say in {command.out / CARD_FILE} what it was trained on and what it is "
+        f"to publish it: say in {command.out / _CARD_FILE} what it was trained on and what it is "
         f"good for{'' if command.license else ', add a license'}; hf upload NAME {command.out}"
     )
 
@@ -73,7 +72,7 @@ def write_export(
         ValueError: the folder is there already.
         OSError: it cannot be written.
     """
-    config = publishable(model.config)
+    config = _publishable(model.config)
     with new_folder(folder) as aside:
         write_tensors(aside / WEIGHTS_FILE, model.state_dict())
         write_json(
@@ -91,24 +90,26 @@ def write_export(
                 "checksums": {WEIGHTS_FILE: file_checksum(aside / WEIGHTS_FILE)},
             },
         )
-        write_json(aside / PREPROCESSOR_FILE, Preprocessing.of(config).for_transformers())
-        card = model_card(model, origin=origin, license=license)
-        (aside / CARD_FILE).write_text(card, encoding="utf-8")
+        write_json(aside / "preprocessor_config.json", Preprocessing.of(config).for_transformers())
+        card = _model_card(model, origin=origin, license=license)
+        (aside / _CARD_FILE).write_text(card, encoding="utf-8")
 
 
-def publishable(config: TrainConfig) -> TrainConfig:
+def _publishable(config: TrainConfig) -> TrainConfig:
     """A config without paths and names of data sets, for weights in fp32."""
     augment = tuple(entry for entry in config.data.augment if ":" not in entry)
-    efficiency = config.efficiency
-    if efficiency.precision == "fp64":
-        efficiency = dataclasses.replace(efficiency, precision="fp32")
-    return dataclasses.replace(
+    replace = dataclasses.replace
+    precision = config.efficiency.precision
+    return replace(
         config,
-        data=dataclasses.replace(
-            config.data, train=(), evaluate=(), fraction=(1.0,), augment=augment
+        data=replace(config.data, train=(), evaluate=(), fraction=(1.0,), augment=augment),
+        efficiency=replace(
+            config.efficiency,
+            precision="fp32" if precision == "fp64" else precision,
+            activation_checkpointing=False,
+            compile=False,
         ),
-        efficiency=dataclasses.replace(efficiency, activation_checkpointing=False, compile=False),
-        checkpoint=dataclasses.replace(config.checkpoint, best=""),
+        checkpoint=replace(config.checkpoint, best=""),
     )
 
 
@@ -179,14 +180,8 @@ known to the program that wrote this card: add it before you publish the model.
 """
 
 
-def model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str:
-    """The README.md of an exported model, which the hub shows.
-
-    Args:
-        model: that is exported.
-        origin: more rows of its table, in JSON's types.
-        license: an identifier of the hub; empty names none.
-    """
+def _model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str:
+    """The README.md of an exported model, which the hub shows."""
     config, of = model.config.model, Preprocessing.of(model.config)
     text = f"{config.text_layers} causal blocks, width {config.text_width}"
     rows = {
@@ -197,17 +192,17 @@ def model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str:
         "scale of the logits": f"{model.logit_scale.detach().exp().item():.4g}",
         **origin,
     }
+
+    def in_a_cell(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value)
+        return text.replace("|", "\\|").replace("\n", " ")
+
     return _CARD.format(
         library=LIBRARY,
         license=f"license: {license}\n" if license else "",
         encoder=config.image_encoder,
-        rows="\n".join(f"| {key} | {_in_a_cell(value)} |" for key, value in rows.items()),
+        rows="\n".join(f"| {key} | {in_a_cell(value)} |" for key, value in rows.items()),
         of=of,
         interpolation=of.interpolation.upper(),
         tokenizer=f"Tokenizer({'' if of.context_length == 77 else of.context_length})",
     )
-
-
-def _in_a_cell(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text.replace("|", "\\|").replace("\n", " ")

@@ -6,14 +6,16 @@ which neither `--help` nor a mistyped option has to wait.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 
-class Conversion:
+class Conversion(abc.ABC):
     """A command of `unicl-convert`."""
 
+    @abc.abstractmethod
     def run(self) -> None:
         """Converts, and prints what was read, what was written and what to do with it.
 
@@ -24,7 +26,6 @@ class Conversion:
             RuntimeError: the converted model does not give our features.
             OSError: a disk that failed.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +99,9 @@ class ToOpenClip(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import torch_libraries
+        from unicl_fast.conversion import libraries
 
-        torch_libraries.convert_to_open_clip(self)
+        libraries.convert_to_open_clip(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +115,9 @@ class ToTimm(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import torch_libraries
+        from unicl_fast.conversion import libraries
 
-        torch_libraries.convert_to_timm(self)
+        libraries.convert_to_timm(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +153,9 @@ class ToOnnx(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import programs
+        from unicl_fast.conversion import libraries
 
-        programs.convert_to_onnx(self)
+        libraries.convert_to_onnx(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +169,9 @@ class ToExport(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import programs
+        from unicl_fast.conversion import libraries
 
-        programs.convert_to_export(self)
+        libraries.convert_to_export(self)
 
 
 COMMANDS: dict[str, type[Conversion]] = {
