@@ -56,12 +56,9 @@ _TEMPLATE_KEYS = {
     "PCAM": "pcam", "RenderedSST2": "renderedsst2", "STL10": "stl10", "SUN397": "sun397",
     "SVHN": "svhn", "StanfordCars": "cars",
 }  # fmt: skip
-_NAME_KEYS = {
-    kind: _TEMPLATE_KEYS[kind]
-    for kind in (
-        *("Country211", "EuroSAT", "FER2013", "Flowers102", "GTSRB", "ImageNet", "MNIST"),
-        *("OxfordIIITPet", "PCAM", "SVHN"),
-    )
+_WITH_NAMES = {
+    *("Country211", "EuroSAT", "FER2013", "Flowers102", "GTSRB", "ImageNet", "MNIST"),
+    *("OxfordIIITPet", "PCAM", "SVHN"),
 }
 
 
@@ -119,8 +116,7 @@ def short_names(specs: Sequence[str]) -> list[str]:
 
 def protocol_metric(name: str) -> Metric:
     """The metric that CLIP's protocol reports for a data set of this name."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    plain = re.sub(r"(test|train|val|trainval)$", "", plain)
+    plain = re.sub(r"(test|train|val|trainval)$", "", _plain(name))
     return "mean_per_class" if _MEAN_PER_CLASS.fullmatch(plain) else "top1"
 
 
@@ -207,24 +203,20 @@ def open_data(
 
 
 def _choose_templates(spec: str, templates: str, dataset: PackedDataset) -> tuple[str, ...]:
-    if not templates and (key := _clip_benchmark_key(spec, _TEMPLATE_KEYS)):
+    if not templates and (key := _clip_benchmark_key(spec)):
         templates = f"{CLIP_BENCHMARK}{key}"
     return read_templates(templates) if templates else dataset.manifest.templates
 
 
-def _clip_benchmark_key(spec: str, keys: dict[str, str]) -> str | None:
-    """The key of clip-benchmark's list for a torchvision data set, if the package is installed."""
+def _clip_benchmark_key(spec: str) -> str | None:
+    """The key of clip-benchmark's lists for a torchvision data set, if the package is installed."""
     if not spec.startswith(TORCHVISION) or not has_clip_benchmark():
         return None
-    return keys.get(spec.split(":")[1])
+    return _TEMPLATE_KEYS.get(spec.split(":")[1])
 
 
 def _require_same_order(given: Sequence[str], own: Sequence[str], spec: str) -> None:
-    """Refuses names whose order visibly differs from the data's.
-
-    Raises:
-        ValueError: a name has different numbers in the two lists.
-    """
+    """Refuses names whose order visibly differs from the data's."""
     number_of = {_plain(name): number for number, name in enumerate(own)}
     for number, name in enumerate(given):
         other = number_of.get(_plain(name), number)
@@ -320,25 +312,21 @@ def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
                 image.convert("RGB").save(path, compress_level=1)
             row = {"image": os.path.relpath(path, image_root), "label": int(label)}
             file.write(json.dumps(row) + "\n")
-    (folder / "names.txt").write_text("".join(f"{one}\n" for one in names), encoding="utf-8")
-    _pack(
-        folder / "list.jsonl",
-        folder,
-        class_names=str(folder / "names.txt"),
-        image_root=image_root,
-    )
+    listed = folder / "names.txt"
+    listed.write_text("".join(f"{one}\n" for one in names), encoding="utf-8")
+    _pack(folder / "list.jsonl", folder, class_names=str(listed), image_root=image_root)
 
 
 def _torchvision_names(dataset: Any, spec: str, class_names: str) -> tuple[str, ...]:
     """Class names in label order: those asked for, clip-benchmark's, or torchvision's own."""
-    own = tuple(
-        _first_name(name)
-        for name in getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or ()
-    )
-    key = _clip_benchmark_key(spec, _NAME_KEYS)
+    own: tuple[str, ...] = ()
+    for name in getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or ():
+        first = str(name[0] if isinstance(name, (tuple, list)) else name)  # ImageNet's have several
+        own += (" ".join(first.replace("_", " ").split()),)
+    key = _clip_benchmark_key(spec)
     if class_names:
         return own or read_class_names(class_names)
-    if key is not None:
+    if key is not None and spec.split(":")[1] in _WITH_NAMES:
         names = clip_benchmark_list("class names", key)
         if own and len(own) != len(names):
             raise ValueError(
@@ -353,9 +341,3 @@ def _torchvision_names(dataset: Any, spec: str, class_names: str) -> tuple[str, 
             "'unicl_fast[evaluation]' for those of clip-benchmark"
         )
     return own
-
-
-def _first_name(name: Any) -> str:
-    """The first of the several names that ImageNet's classes have."""
-    text = str(name[0] if isinstance(name, (tuple, list)) else name)
-    return " ".join(text.replace("_", " ").split())

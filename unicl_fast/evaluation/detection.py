@@ -36,7 +36,7 @@ from unicl_fast.evaluation.coco import (
     coco_metrics,
     training_batches,
 )
-from unicl_fast.evaluation.encode import device_of, model_on_ranks
+from unicl_fast.evaluation.features import device_of, model_on_ranks
 from unicl_fast.evaluation.report import markdown_table, percent, write_results
 from unicl_fast.evaluation.requests import Detect, DetectorRecipe
 from unicl_fast.models.unicl import UniCL
@@ -125,8 +125,7 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
 def _choose_levels(strides: Sequence[int], *, encoder: str) -> list[int]:
     """Numbers of the finest map of each stride, from stride 4 on where that leaves three.
 
-    Raises:
-        ValueError: fewer than three strides; a plain ViT has one, a Swin of two stages two.
+    A plain ViT has one stride and a Swin of two stages two, which are refused.
     """
     finest = {stride: level for level, stride in reversed(list(enumerate(strides)))}
     if len(finest) < 3:
@@ -314,10 +313,8 @@ def run(command: Detect) -> None:
 
 def _table(metrics: dict[str, float]) -> str:
     """A row for boxes, and one for masks where there are any; sizes without objects say none."""
-    kinds = dict.fromkeys(name.split("/")[0] for name in metrics)
-    values = [[metrics[f"{kind}/{name}"] for name in METRICS] for kind in kinds]
-    rows = [
-        [kind, *("none" if value < 0 else percent(value) for value in row)]
-        for kind, row in zip(kinds, values, strict=True)
-    ]
+    rows = []
+    for kind in dict.fromkeys(name.split("/")[0] for name in metrics):
+        values = [metrics[f"{kind}/{name}"] for name in METRICS]
+        rows.append([kind, *("none" if value < 0 else percent(value) for value in values)])
     return markdown_table(["%", *METRICS], rows)

@@ -10,7 +10,7 @@ import contextlib
 import io
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from torch import Tensor
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.evaluation.data import open_data
-from unicl_fast.evaluation.encode import (
+from unicl_fast.evaluation.features import (
     ModelOnRanks,
     collect_rows,
     device_of,
@@ -92,9 +92,9 @@ class RetrievalResult:
         }
         for name in ("image_to_text", "text_to_image"):
             for recall in getattr(self, name):
-                values[f"{name}_recall_at_{recall.k}"] = recall.rate
-                values[f"{name}_recall_at_{recall.k}_interval_95"] = recall.interval
-                values[f"{name}_recall_at_{recall.k}_chance"] = recall.chance
+                key = f"{name}_recall_at_{recall.k}"
+                values |= {key: recall.rate, f"{key}_interval_95": recall.interval}
+                values[f"{key}_chance"] = recall.chance
         return values
 
     def to_markdown(self) -> str:
@@ -116,11 +116,11 @@ def retrieval(
     text_features: Float[Tensor, "m d"],
     image_of_text: Int[Tensor, " m"],
 ) -> RetrievalResult:
-    """Ranks every caption for every image and the other way round.
+    """Ranks every caption for every image and the other way round, by features of unit norm.
 
     Args:
-        image_features: [n d], unit norm.
-        text_features: [m d], unit norm.
+        image_features: [n d].
+        text_features: [m d].
         image_of_text: int64 [m], the image of each caption; every image has one at least.
 
     Raises:
@@ -149,23 +149,25 @@ def retrieval(
         num_images=n,
         num_captions=m,
         image_to_text=_recalls(
-            torch.cat(better_texts), [_chance(m, int(c), k) for k in KS for c in captions_of_image]
+            torch.cat(better_texts),
+            lambda k: sum(_chance(m, int(c), k) for c in captions_of_image) / n,
         ),
-        text_to_image=_recalls(torch.cat(better_images), [_chance(n, 1, k) for k in KS]),
+        text_to_image=_recalls(torch.cat(better_images), lambda k: _chance(n, 1, k)),
     )
 
 
-def _recalls(num_better: Int[Tensor, " q"], chances: list[float]) -> tuple[Recall, ...]:
-    """Recalls at `KS`; `chances` holds as many values for each k, which are averaged."""
-    each = len(chances) // len(KS)
+def _recalls(
+    num_better: Int[Tensor, " q"], chance_at: Callable[[int], float]
+) -> tuple[Recall, ...]:
+    """Recalls at `KS`, by how many are more similar to each query than the best of its own."""
     return tuple(
         Recall(
             k=k,
             num_queries=len(num_better),
             num_found=int((num_better < k).sum()),
-            chance=sum(chances[i * each : (i + 1) * each]) / each,
+            chance=chance_at(k),
         )
-        for i, k in enumerate(KS)
+        for k in KS
     )
 
 
@@ -189,10 +191,7 @@ class RetrievalFeatures:
 
 
 def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> RetrievalFeatures | None:
-    """Features of images and captions; samples without captions are left out.
-
-    Returns:
-        None on all ranks but rank 0.
+    """Features of images and captions, on rank 0; samples without captions are left out.
 
     Raises:
         ValueError: no sample has a caption, or the model has no text encoder.
@@ -246,15 +245,11 @@ def run(command: Retrieval) -> None:
         print(result.to_markdown())
         write_results(command, {"data": command.data} | result.to_json(), result.to_markdown())
         if command.figures is not None:
-            for draw, name in (
-                (draw_captions_found, "captions-found.png"),
-                (draw_images_found, "images-found.png"),
-            ):
-                draw(found, data.dataset, command.figures / name)
-                print(f"written to {command.figures / name}")
+            _draw_captions_found(found, data.dataset, command.figures / "captions-found.png")
+            _draw_images_found(found, data.dataset, command.figures / "images-found.png")
 
 
-def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
+def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
     """Draws 12 images over the 3 captions they find; an image's own are green, as a PNG."""
     chosen = _spread(len(found.samples), 12)
     columns = 4
@@ -282,9 +277,10 @@ def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: 
     for axis in axes[len(chosen) :]:
         axis.set_axis_off()
     save_figure(figure, path)
+    print(f"written to {path}")
 
 
-def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
+def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
     """Draws 8 captions over the 5 images they find; its own has a green frame, as a PNG."""
     chosen = _spread(len(found.text_features), 8)
     columns = min(5, len(found.image_features))
@@ -303,6 +299,7 @@ def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Pa
             loc="left", fontsize=8, color=INK,
         )  # fmt: skip
     save_figure(figure, path)
+    print(f"written to {path}")
 
 
 def _read_captions(

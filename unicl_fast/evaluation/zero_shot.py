@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.data import open_data, short_names
-from unicl_fast.evaluation.encode import (
+from unicl_fast.evaluation.features import (
     ModelOnRanks,
     encode_images,
     encode_token_rows,
@@ -46,14 +46,7 @@ def zero_shot_classifier(
     batch_size: int = 512,
     progress: bool = False,
 ) -> Float[Tensor, "k d"]:
-    """One unit-norm row for each class.
-
-    Args:
-        model: in evaluation mode.
-        class_names: k names.
-        templates: texts with one `{}` each.
-        batch_size: prompts encoded at once.
-        progress: show a progress bar.
+    """One unit-norm row for each class, from templates with one `{}` each.
 
     Raises:
         ValueError: the model has no text encoder.
@@ -124,8 +117,8 @@ def evaluate_zero_shot(
 def run(command: ZeroShot) -> None:
     """Evaluates one data set after the other, each reported as soon as it is done."""
     names = short_names(command.data)
-    class_names = command.for_each("class_names", default="own")
-    templates = command.for_each("templates", default="own")
+    class_names = command.for_each("class_names", default="")
+    templates = command.for_each("templates", default="")
     metrics: list[MetricChoice] = command.for_each("metric", default="auto")
     rows: list[tuple[str, Metric, ClassificationResult]] = []
     values: list[dict[str, Any]] = []
@@ -135,8 +128,8 @@ def run(command: ZeroShot) -> None:
                 spec,
                 ranks=on_ranks.ranks,
                 metric=metrics[number],
-                class_names=_unless_own(class_names[number]),
-                templates=_unless_own(templates[number]),
+                class_names=class_names[number],
+                templates=templates[number],
                 name=name,
             ) as data:
                 result = evaluate_zero_shot(
@@ -158,9 +151,8 @@ def run(command: ZeroShot) -> None:
             print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
             if num_quarantined:
                 print(f"{num_quarantined} files were refused when packing; not counted above")
-            if command.figures is not None:
-                path = command.figures / f"confusion-{name}.png"
-                draw_confusion(result, data.class_names, path, title=f"{name}, zero-shot")
+            title = f"{name}, zero-shot"
+            draw_confusion(result, data.class_names, command.figures, name, title=title)
         if not on_ranks.ranks.is_main:
             return
         table = classification_table(rows)
@@ -170,7 +162,3 @@ def run(command: ZeroShot) -> None:
         print(f"\n{table}")
         mean = sum(result.value(metric) for _, metric, result in rows) / len(rows)
         write_results(command, {"mean": mean, "data_sets": values}, table)
-
-
-def _unless_own(source: str) -> str:
-    return "" if source == "own" else source
