@@ -19,8 +19,7 @@ from torch.nn import functional as F
 from unicl_fast import UniCL, load_model
 from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
-from unicl_fast.conversion.checked_output import new_folder, require_equal
-from unicl_fast.conversion.hub import write_export
+from unicl_fast.conversion.export import new_folder, require_equal, write_export
 from unicl_fast.conversion.libraries import (
     write_exported_programs,
     write_onnx,

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl_fast.checkpoints.export import Preprocessing
-from unicl_fast.conversion.checked_output import (
+from unicl_fast.conversion.export import (
     Samples,
     images_for,
     load_source,

@@ -26,8 +26,13 @@ import torch
 from torch import Tensor
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.conversion.checked_output import load_source, new_file, print_written, require_new
-from unicl_fast.conversion.hub import write_export
+from unicl_fast.conversion.export import (
+    load_source,
+    new_file,
+    print_written,
+    require_new,
+    write_export,
+)
 from unicl_fast.conversion.requests import FromOfficial, ToOfficial
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import build_preset

@@ -136,9 +136,9 @@ class ToHub(ModelConversion):
     """An identifier of the hub, for example apache-2.0; left out, the card names none."""
 
     def run(self) -> None:
-        from unicl_fast.conversion import hub
+        from unicl_fast.conversion import export
 
-        hub.convert(self)
+        export.convert_to_hub(self)
 
 
 @dataclass(frozen=True, kw_only=True)
