@@ -32,11 +32,10 @@ from unicl_fast.checkpoints.export import (
     LIBRARY,
     WEIGHTS_FILE,
     Preprocessing,
-    is_export,
 )
-from unicl_fast.checkpoints.load import find_model, load_model, read_state
+from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.config import TrainConfig, config_to_dict
-from unicl_fast.conversion.requests import ModelConversion, ToHub
+from unicl_fast.conversion.requests import ModelConversion
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import temporary_folder
 from unicl_fast.system.checksums import file_checksum
@@ -90,11 +89,7 @@ def print_written(path: Path, *, difference: float | None = None, where: str = "
 
 
 def require_new(path: Path) -> None:
-    """Refuses a path that exists; an empty folder is accepted.
-
-    Raises:
-        ValueError: there is something.
-    """
+    """Refuses (ValueError) a path that exists; an empty folder is accepted."""
     is_empty_folder = path.is_dir() and not any(path.iterdir())
     if path.is_symlink() or (path.exists() and not is_empty_folder):
         raise ValueError(f"{path} is there already: name a new one, or remove it first")
@@ -133,11 +128,7 @@ def write_json(path: Path, values: Mapping[str, Any]) -> None:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Writes a safetensors file whose tensors share no memory.
-
-    Raises:
-        OSError: it cannot be written.
-    """
+    """Writes a safetensors file whose tensors share no memory; a full disk is an OSError."""
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     try:
         save_file(copies, path, metadata={"format": "pt"})  # the hub's readers ask for this word
@@ -191,24 +182,6 @@ def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
             "model's config and the versions of the libraries"
         )
     return difference
-
-
-def convert_to_hub(command: ToHub) -> None:
-    """Runs `unicl-convert hf`."""
-    model = load_source(command)
-    checkpoint = find_model(command.model)
-    origin: dict[str, Any] = {}
-    if not is_export(checkpoint):  # where the weights come from, as far as it may be published
-        step = read_state(checkpoint).step
-        seen = step * model.config.run.global_batch_size
-        origin = {"steps": step, "samples seen in training": seen}
-    write_export(model, command.out, origin=origin, license=command.license)
-    print_written(command.out)
-    print(f"next: unicl-eval zero-shot --checkpoint {command.out} --data DIR")
-    print(
-        f"to publish it: say in {command.out / _CARD_FILE} what it was trained on and what it is "
-        f"good for{'' if command.license else ', add a license'}; hf upload NAME {command.out}"
-    )
 
 
 def write_export(

@@ -33,14 +33,11 @@ from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.conversion.export import (
     Samples,
     images_for,
-    load_source,
     new_folder,
-    print_written,
     require_equal,
     write_json,
     write_tensors,
 )
-from unicl_fast.conversion.requests import ToExport, ToOnnx, ToOpenClip, ToTimm
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.unicl import UniCL
 
@@ -50,60 +47,6 @@ _KEPT_BY_TIMM = ("fixed_input_size", "pool_size", "first_conv", "classifier")
 _OTHER_SIZE = 7
 """Samples of a batch, beside one and as many as were traced: an export may be fixed to a size."""
 _OPSET = 18  # of 2022: current runtimes all have it
-_AT_SIZES = ", at batches of 1 and more"
-
-
-def convert_to_open_clip(command: ToOpenClip) -> None:
-    """Runs `unicl-convert open-clip`."""
-    model = load_source(command)
-    print_written(command.out, difference=write_open_clip(model, command.out))
-    data = model.config.data
-    if data.evaluation_resize != data.image_size:
-        print(
-            f"note: open_clip scales the shorter side to {data.image_size} pixels, unicl-eval to "
-            f"{data.evaluation_resize} and then crops {data.image_size}: accuracies differ a little"
-        )
-    _print_registration(model)
-    print(f'next: open_clip.create_model_and_transforms("local-dir:{command.out}")')
-    print(f"  or: clip_benchmark eval --model local-dir:{command.out} --dataset ...")
-
-
-def convert_to_timm(command: ToTimm) -> None:
-    """Runs `unicl-convert timm`."""
-    model = load_source(command, needs_texts=False)
-    print_written(command.out, difference=write_timm(model, command.out))
-    _print_registration(model)
-    name = model.config.model.image_encoder
-    more = "".join(f", {key}={value}" for key, value in _timm_arguments(model).items())
-    print(
-        f'next: timm.create_model("{name}", num_classes=0, '
-        f'checkpoint_path="{command.out / "model.safetensors"}"{more})'
-    )
-    if timm.get_pretrained_cfg(name) is not None:
-        print(
-            "  or, from timm 1.0.16 on: "
-            f'timm.create_model("local-dir:{command.out}", pretrained=True)'
-        )
-
-
-def convert_to_onnx(command: ToOnnx) -> None:
-    """Runs `unicl-convert onnx`."""
-    require_packages()  # before a model is loaded for nothing
-    difference = write_onnx(load_source(command), command.out)
-    print_written(command.out, difference=difference, where=_AT_SIZES)
-    print(f'next: onnxruntime.InferenceSession("{command.out / "image.onnx"}")')
-
-
-def convert_to_export(command: ToExport) -> None:
-    """Runs `unicl-convert export`."""
-    difference = write_exported_programs(load_source(command), command.out)
-    print_written(command.out, difference=difference, where=_AT_SIZES)
-    print(f'next: torch.export.load("{command.out / "image.pt2"}").module()(images)')
-
-
-def _print_registration(model: UniCL) -> None:
-    if model.config.model.image_encoder.startswith("unicl_"):
-        print("note: this encoder is registered with timm by: import unicl_fast.models.small")
 
 
 @torch.no_grad()
@@ -222,7 +165,7 @@ def write_timm(model: UniCL, folder: Path) -> float:
         "architecture": name,
         "num_classes": 0,
         "num_features": feature_width(model.image_encoder),
-        "model_args": _timm_arguments(model),
+        "model_args": timm_arguments(model),
         "pretrained_cfg": kept
         | {"num_classes": 0, "license": "unknown"}
         | Preprocessing.of(config).for_timm(),
@@ -232,13 +175,13 @@ def write_timm(model: UniCL, folder: Path) -> float:
         weights = aside / "model.safetensors"
         write_tensors(weights, model.image_encoder.state_dict())
         theirs = timm.create_model(
-            name, num_classes=0, checkpoint_path=str(weights), **_timm_arguments(model)
+            name, num_classes=0, checkpoint_path=str(weights), **timm_arguments(model)
         ).eval()
         images = images_for(model)
         return require_equal(model.image_encoder(images), theirs(images), what="image features")
 
 
-def _timm_arguments(model: UniCL) -> dict[str, Any]:
+def timm_arguments(model: UniCL) -> dict[str, Any]:
     """Arguments of timm.create_model beside the name: the size, where tables depend on it."""
     size = model.config.data.image_size
     known = _fixed_size(model.config.model.image_encoder)

@@ -68,6 +68,11 @@ class ModelConversion(Conversion):
     """The moving average of the weights, those of the last step, or the average if there is one."""
 
 
+def _print_registration(image_encoder: str) -> None:
+    if image_encoder.startswith("unicl_"):
+        print("note: this encoder is registered with timm by: import unicl_fast.models.small")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToOfficial(ModelConversion):
     """A model of ours (Swin-T or Swin-B) to a file that microsoft/UniCL's code loads.
@@ -99,9 +104,21 @@ class ToOpenClip(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import libraries
+        from unicl_fast.conversion.export import load_source, print_written
+        from unicl_fast.conversion.libraries import write_open_clip
 
-        libraries.convert_to_open_clip(self)
+        model = load_source(self)
+        print_written(self.out, difference=write_open_clip(model, self.out))
+        data = model.config.data
+        if data.evaluation_resize != data.image_size:
+            print(
+                f"note: open_clip scales the shorter side to {data.image_size} pixels, unicl-eval "
+                f"to {data.evaluation_resize} and then crops {data.image_size}: accuracies differ "
+                "a little"
+            )
+        _print_registration(model.config.model.image_encoder)
+        print(f'next: open_clip.create_model_and_transforms("local-dir:{self.out}")')
+        print(f"  or: clip_benchmark eval --model local-dir:{self.out} --dataset ...")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,9 +132,23 @@ class ToTimm(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import libraries
+        import timm
 
-        libraries.convert_to_timm(self)
+        from unicl_fast.conversion.export import load_source, print_written
+        from unicl_fast.conversion.libraries import timm_arguments, write_timm
+
+        model = load_source(self, needs_texts=False)
+        print_written(self.out, difference=write_timm(model, self.out))
+        name = model.config.model.image_encoder
+        _print_registration(name)
+        more = "".join(f", {key}={value}" for key, value in timm_arguments(model).items())
+        weights = self.out / "model.safetensors"
+        print(
+            f'next: timm.create_model("{name}", num_classes=0, checkpoint_path="{weights}"{more})'
+        )
+        if timm.get_pretrained_cfg(name) is not None:
+            again = f'timm.create_model("local-dir:{self.out}", pretrained=True)'
+            print(f"  or, from timm 1.0.16 on: {again}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +167,24 @@ class ToHub(ModelConversion):
     """An identifier of the hub, for example apache-2.0; left out, the card names none."""
 
     def run(self) -> None:
-        from unicl_fast.conversion import export
+        from unicl_fast.checkpoints.export import is_export
+        from unicl_fast.checkpoints.load import find_model, read_state
+        from unicl_fast.conversion.export import load_source, print_written, write_export
 
-        export.convert_to_hub(self)
+        model = load_source(self)
+        checkpoint = find_model(self.model)
+        origin: dict[str, int] = {}
+        if not is_export(checkpoint):  # where the weights come from, as far as it may be published
+            step = read_state(checkpoint).step
+            seen = step * model.config.run.global_batch_size
+            origin = {"steps": step, "samples seen in training": seen}
+        write_export(model, self.out, origin=origin, license=self.license)
+        print_written(self.out)
+        print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
+        print(
+            f"to publish it: say in {self.out / 'README.md'} what it was trained on and what it is "
+            f"good for{'' if self.license else ', add a license'}; hf upload NAME {self.out}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,9 +199,13 @@ class ToOnnx(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import libraries
+        from unicl_fast.conversion.export import load_source, print_written
+        from unicl_fast.conversion.libraries import require_packages, write_onnx
 
-        libraries.convert_to_onnx(self)
+        require_packages()  # before a model is loaded for nothing
+        difference = write_onnx(load_source(self), self.out)
+        print_written(self.out, difference=difference, where=", at batches of 1 and more")
+        print(f'next: onnxruntime.InferenceSession("{self.out / "image.onnx"}")')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,9 +219,12 @@ class ToExport(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import libraries
+        from unicl_fast.conversion.export import load_source, print_written
+        from unicl_fast.conversion.libraries import write_exported_programs
 
-        libraries.convert_to_export(self)
+        difference = write_exported_programs(load_source(self), self.out)
+        print_written(self.out, difference=difference, where=", at batches of 1 and more")
+        print(f'next: torch.export.load("{self.out / "image.pt2"}").module()(images)')
 
 
 COMMANDS: dict[str, type[Conversion]] = {

@@ -83,11 +83,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         return [index for index, one in enumerate(self.images) if self._boxes[one["id"]]]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """An image [3 h w] in 0 to 1 and its target.
-
-        Raises:
-            ValueError: the image cannot be read.
-        """
+        """An image [3 h w] in 0 to 1 and its target."""
         listed = self.images[index]
         path = self._folder / listed["file_name"]
         try:

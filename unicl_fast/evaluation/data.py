@@ -79,11 +79,7 @@ class EvaluationData:
         return [self.dataset.labels_of(sample).tolist() for sample in range(len(self.dataset))]
 
     def labels_among(self, other: EvaluationData) -> list[list[int]]:
-        """The labels of each sample as numbers of another data set's classes, found by name.
-
-        Raises:
-            ValueError: a class that the other lacks, or has several times.
-        """
+        """The labels of each sample as numbers of another data set's classes, found by name."""
         if self.class_names == other.class_names:
             return self.labels()
         number_of = {name: number for number, name in enumerate(other.class_names)}
@@ -121,12 +117,7 @@ def protocol_metric(name: str) -> Metric:
 
 
 def check_data(spec: str) -> None:
-    """Refuses a data set that is visibly wrong, without packing anything.
-
-    Raises:
-        ValueError: not a data set that can be read.
-        FileNotFoundError: nothing is there.
-    """
+    """Refuses a data set that is visibly wrong or not there, without packing anything."""
     if spec.startswith(TORCHVISION):
         _parse_torchvision(spec)
     elif _is_packed(spec):

@@ -138,11 +138,7 @@ def _choose_levels(strides: Sequence[int], *, encoder: str) -> list[int]:
 
 
 def build_detector(model: UniCL, recipe: DetectorRecipe, *, num_classes: int) -> FasterRCNN:
-    """A detector with fresh heads over the model's encoder, for classes beside the background.
-
-    Raises:
-        ValueError: an encoder that cannot be a backbone.
-    """
+    """A detector with fresh heads over the model's encoder, for classes beside the background."""
     backbone = PyramidBackbone(model)
     strides = [*backbone.strides, 2 * backbone.strides[-1]]
     anchors = AnchorGenerator(
@@ -186,11 +182,7 @@ def train_detector(
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> None:
-    """Trains in place, in fp32, on this rank's images [3 h w] in 0 to 1 and their targets.
-
-    Raises:
-        ValueError: a loss that is not finite.
-    """
+    """Trains in place, in fp32, on this rank's images [3 h w] in 0 to 1 and their targets."""
     device = next(detector.parameters()).device
     parameters = [p for p in detector.parameters() if p.requires_grad]
     decay = 0.05 if recipe.optimizer == "adamw" else 1e-4
@@ -234,10 +226,8 @@ def detect(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Finds objects in images, given as id and image [3 h w] in 0 to 1.
 
-    Yields:
-        Id, and boxes [m 4] (left, top, right, bottom in pixels of the image), labels [m] from 1,
-        scores [m] falling, and masks [m 1 h w] of probabilities where it is a Mask R-CNN; on the
-        host.
+    Yields the id, and on the host boxes [m 4] (left, top, right, bottom in pixels of the image),
+    labels [m] from 1, scores [m] falling, and of a Mask R-CNN masks [m 1 h w] of probabilities.
     """
     device = next(detector.parameters()).device
     detector.eval()

@@ -88,11 +88,7 @@ class ModelOnRanks:
         )
 
     def _batches(self, loader: EvaluationLoader, *, title: str) -> Iterator[EvaluationBatch]:
-        """All batches of this rank; if any rank is asked to stop, all raise at the end.
-
-        Raises:
-            EvaluationStopped: on all ranks.
-        """
+        """All batches of this rank; if any is asked to stop, all raise EvaluationStopped."""
         stopped = False
         for batch in tqdm(loader, desc=title, disable=not self.progress):
             if not heartbeat_and_check_stop():
@@ -137,9 +133,7 @@ class ModelOnRanks:
     def features(
         self, dataset: PackedDataset, *, layer: Layer = "projection"
     ) -> Float[Tensor, "n d"] | None:
-        """Features of all images of a data set, in its order, on the host, in fp32 or fp64.
-
-        They are None on all ranks but rank 0.
+        """Features of a data set's images, in its order, on rank 0's host, in fp32 or fp64.
 
         Raises:
             EvaluationStopped: it was asked to stop, on all ranks.
@@ -191,6 +185,12 @@ def require_text_encoder(model: UniCL, what: str) -> None:
             f"{what} compares images with texts, and this model has no text encoder, since it "
             "was trained without one: take linear-probe, knn, finetune or detect"
         )
+
+
+def require_finite(*features: Tensor) -> None:
+    """Refuses (ValueError) features that a broken model made."""
+    if not all(bool(one.isfinite().all()) for one in features):
+        raise ValueError("features hold values that are not finite: the model is broken")
 
 
 def prepare_images(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
@@ -295,29 +295,20 @@ class LabelledFeatures:
     def take(self, rows: NDArray[np.int64]) -> LabelledFeatures:
         """Some of them, in the order of `rows`."""
         chosen = torch.from_numpy(rows).to(self.labels.device)
-        return LabelledFeatures(
-            self.features[chosen],
-            self.labels[chosen],
-            [self.all_labels[row] for row in rows.tolist()],
-        )
+        labels = [self.all_labels[row] for row in rows.tolist()]
+        return LabelledFeatures(self.features[chosen], self.labels[chosen], labels)
 
     def join(self, other: LabelledFeatures) -> LabelledFeatures:
         """Both, one after the other."""
-        return LabelledFeatures(
-            torch.cat([self.features, other.features]),
-            torch.cat([self.labels, other.labels]),
-            [*self.all_labels, *other.all_labels],
-        )
+        features = torch.cat([self.features, other.features])
+        labels = torch.cat([self.labels, other.labels])
+        return LabelledFeatures(features, labels, [*self.all_labels, *other.all_labels])
 
 
 def with_labels(
     features: Float[Tensor, "n d"], labels: Sequence[Sequence[int]], *, what: str
 ) -> LabelledFeatures:
-    """Features of the samples that have labels; `what` names the data set in the message.
-
-    Raises:
-        ValueError: no sample has a label.
-    """
+    """Features of the samples of `what` that have labels; it is a ValueError if none has one."""
     kept = [row for row, own in enumerate(labels) if own]
     if not kept:
         raise ValueError(f"no sample of {what} has a label")
@@ -332,12 +323,9 @@ def with_labels(
 def split_validation(
     labels: NDArray[np.int64], *, fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sets a part of each class aside, drawn by the seed.
+    """Rows of training and of validation samples, rising; the seed draws a part of each class.
 
     A class gives round(fraction * its samples), but keeps one at least for training.
-
-    Returns:
-        Rows of training and of validation samples, rising.
 
     Raises:
         ValueError: nothing is left for validation.
@@ -358,14 +346,10 @@ def split_validation(
 def draw_shots(
     labels: NDArray[np.int64], *, shots: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Few-shot samples: `shots` of each class to fit on, and min(shots, 4) others to choose C by.
+    """Rows of `shots` samples of each class to fit on, and min(shots, 4) others to choose C by.
 
     The rule of CoOp (Zhou et al., arXiv 2109.01134): validation is no larger than few-shot learning
     could afford. A class with too few samples gives all it has, to training first.
-
-    Returns:
-        Rows of training and of validation samples; the latter are none if every class has given
-        all it has.
     """
     classes = _shuffled_classes(labels, fold_key(seed, _SHOTS, shots))
     aside = [rows[shots : shots + min(shots, 4)] for rows in classes]
@@ -410,9 +394,6 @@ def extract_sets(
     """Features and labels of the data sets of a command; None on all ranks but rank 0.
 
     `dtype` is the type of the features; None leaves them as they are, in fp32 or fp64.
-
-    Raises:
-        ValueError: a class that the training data lacks, or a set without labels.
     """
     found: list[LabelledFeatures] = []
     opened: list[EvaluationData] = []

@@ -38,7 +38,6 @@ from unicl_fast.evaluation.features import (
     encode_images,
     model_on_ranks,
     prepare_images,
-    require_text_encoder,
     split_validation,
     with_labels,
 )
@@ -91,14 +90,9 @@ def zero_shot_head(
 ) -> LinearClassifier:
     """A head on the encoder's features that ranks classes as zero-shot classification does.
 
-    Zero-shot scores are s (x P) . t / |x P|. A linear head cannot divide by an image's own norm,
-    which changes no ranking; it divides by the mean norm, so that probabilities begin near those of
-    the model.
-
-    Args:
-        model: P is its projection, s its scale.
-        classifier: unit-norm t of each class.
-        features: x of some images, for the mean norm.
+    Zero-shot scores are s (x P) . t / |x P|, for features x, the unit-norm t of a class, and the
+    model's projection P and scale s. A linear head cannot divide by an image's own norm, which
+    changes no ranking; it divides by the mean norm, so that probabilities begin near the model's.
     """
     assert model.image_projection is not None  # it has texts to compare with
     projection = model.image_projection.to(features.dtype)
@@ -324,7 +318,7 @@ def run(command: Finetune) -> None:
 
         before: dict[str, Any] = {"head": command.head}
         if command.head != "fresh":
-            module.set_head(_first_head(command, on_ranks, module, train))
+            _begin_head(command, on_ranks, module, train)
             before["before"] = tested(module.eval()).to_json()
         # in steps from here on: the last batch of an epoch may reach into the next epoch
         steps = max(1, round(command.epochs * len(train.dataset) / command.train_batch_size))
@@ -370,11 +364,7 @@ def run(command: Finetune) -> None:
 
 
 def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> TrainConfig:
-    """The checkpoint's config with the data and batches of this training.
-
-    Raises:
-        ValueError: images in two views, of which one would be for nothing.
-    """
+    """The checkpoint's config with the data and batches of this training."""
     data = dataclasses.replace(
         config.data,
         train=(str(train.dataset.folder),),
@@ -385,6 +375,7 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
         max_bad_fraction=0.0,
     )
     objective = ObjectiveConfig()  # whatever the checkpoint was trained by
+    # images in two views, of which one would be for nothing, are refused
     check_views(data.augment, objective=objective.name)
     run = dataclasses.replace(
         config.run, global_batch_size=command.train_batch_size, seed=command.seed
@@ -392,13 +383,12 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
     return dataclasses.replace(config, data=data, run=run, objective=objective)
 
 
-def _first_head(
+def _begin_head(
     command: Finetune, on_ranks: ModelOnRanks, module: FineTuned, train: EvaluationData
-) -> LinearClassifier:
-    """The head to begin with, the same on all ranks."""
+) -> None:
+    """Sets the head to begin with, the same on all ranks."""
     model = on_ranks.model
     if command.head == "zero-shot":
-        require_text_encoder(model, "finetune --head zero-shot")
         classifier = zero_shot_classifier(
             model,
             class_names=train.class_names,
@@ -409,22 +399,19 @@ def _first_head(
         alone = dataclasses.replace(on_ranks, ranks=Ranks())
         first = next(iter(alone.loader(train.dataset)))
         shown = encode_images(model, first.images, layer="encoder")
-        return zero_shot_head(model, classifier, shown)
+        module.set_head(zero_shot_head(model, classifier, shown))
+        return
     features = on_ranks.features(train.dataset, layer="encoder")
-    weight = torch.zeros_like(module.head.weight)
-    bias = torch.zeros_like(module.head.bias)
     if features is not None:
-        samples = with_labels(features.to(weight.device), train.labels(), what=command.train)
+        samples = with_labels(features.to(device_of(model)), train.labels(), what=command.train)
         kept, aside = split_validation(
             samples.labels.cpu().numpy(), fraction=0.2, seed=command.seed
         )
         fit = fit_probe(samples.take(kept), samples.take(aside), class_names=train.class_names)
-        weight.copy_(fit.classifier.weight)
-        bias.copy_(fit.classifier.bias)
+        module.set_head(fit.classifier)
     if on_ranks.ranks.world_size > 1:
-        torch.distributed.broadcast(weight, src=0)
-        torch.distributed.broadcast(bias, src=0)
-    return LinearClassifier(weight, bias)
+        for parameter in module.head.parameters():
+            torch.distributed.broadcast(parameter.detach(), src=0)
 
 
 def _scores_by(model: UniCL, module: FineTuned) -> Callable[[Tensor], Tensor]:

@@ -34,6 +34,7 @@ from unicl_fast.evaluation.features import (
     LabelledFeatures,
     draw_shots,
     extract_sets,
+    require_finite,
     split_validation,
 )
 from unicl_fast.evaluation.report import (
@@ -99,13 +100,8 @@ class PreparedFeatures:
 
     @classmethod
     def of(cls, features: Float[Tensor, "n d"]) -> PreparedFeatures:
-        """Costs 4 n d^2 operations, as much as d / k steps of a fit of k classes.
-
-        Raises:
-            ValueError: features that are not finite.
-        """
-        if not bool(features.isfinite().all()):
-            raise ValueError("features hold values that are not finite: the model is broken")
+        """Costs 4 n d^2 operations, as much as d / k steps of a fit of k classes."""
+        require_finite(features)
         mean = features.double().mean(dim=0)
         covariance = mean.new_zeros(len(mean), len(mean))
         for rows in features.split(_ROWS_AT_ONCE):
@@ -217,10 +213,8 @@ def search_peak(
     """CLIP's parametric binary search over a grid: coarse first, then half as far around the best.
 
     `score` of a point is better the higher it is, and asked once for each; `first_step`, the
-    distance of the first points, is a power of two.
-
-    Returns:
-        The best point (of equals the lowest), and all scores that were asked for.
+    distance of the first points, is a power of two. Returns the best point (of equals the lowest),
+    and all scores that were asked for.
     """
     scores: dict[int, float] = {}
 
@@ -372,11 +366,7 @@ def _full_probe(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, An
 
 
 def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any], str]:
-    """Draws shots, fits and tests; returns values for the JSON and a table.
-
-    Raises:
-        ValueError: C is to be chosen, and the shots leave nothing to choose it by.
-    """
+    """Draws shots, fits and tests; returns values for the JSON and a table."""
     train, validation, names = sets.train, sets.validation, sets.class_names
     labels = train.labels.cpu().numpy()
     counts = np.bincount(labels)
@@ -483,8 +473,7 @@ def knn_accuracy(
         raise ValueError(
             f"k must lie in 1 to the {len(train)} training samples, not {', '.join(map(str, ks))}"
         )
-    if not (train.features.isfinite().all() and test.features.isfinite().all()):
-        raise ValueError("features hold values that are not finite: the model is broken")
+    require_finite(train.features, test.features)
     cosines, neighbours = nearest(test.features, train.features, k=max(ks))
     results = {}
     for k in ks:

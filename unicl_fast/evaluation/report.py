@@ -125,11 +125,7 @@ class ClassificationCounts:
     """Adds up rankings of samples, on one rank or many."""
 
     def __init__(self, class_names: Sequence[str], *, confusion: bool = False) -> None:
-        """Starts with all counts at 0; `confusion` also counts which class is taken for which.
-
-        Raises:
-            ValueError: too many classes for a confusion matrix.
-        """
+        """Starts with all counts at 0; `confusion` also counts which class is taken for which."""
         k = len(class_names)
         if confusion and k > MAX_CONFUSION_CLASSES:
             raise ValueError(
@@ -171,11 +167,7 @@ class ClassificationCounts:
                     dist.all_reduce(counts, group=ranks.host_group)
 
     def result(self, *, what: str) -> ClassificationResult:
-        """The counts as a result; `what` needs labels, for the message.
-
-        Raises:
-            ValueError: no sample has a label.
-        """
+        """The counts as a result; without any label it is a ValueError that names `what`."""
         labelled, right, in_five, without = self._totals.tolist()
         if labelled == 0:
             raise ValueError(f"no sample of this data set has a label: {what} needs some")
@@ -247,11 +239,7 @@ def classification_table(
 
 
 def write_results(command: Evaluation, values: Mapping[str, Any], table: str) -> dict[str, Any]:
-    """Writes the JSON and the Markdown that a command asks for, and says where they are.
-
-    Returns:
-        The content of the JSON: the values behind checkpoint and weights.
-    """
+    """Writes the JSON (which it returns) and the Markdown that a command asks for."""
     described = {"checkpoint": str(command.checkpoint), "weights": command.weights, **values}
     for path, content in (
         (command.json, json.dumps(described, indent=1)),

@@ -33,6 +33,7 @@ from unicl_fast.evaluation.features import (
     device_of,
     encode_token_rows,
     model_on_ranks,
+    require_finite,
     require_text_encoder,
 )
 from unicl_fast.evaluation.report import (
@@ -130,8 +131,7 @@ def retrieval(
     captions_of_image = torch.bincount(image_of_text, minlength=n)
     if n == 0 or int(captions_of_image.min()) == 0:
         raise ValueError("retrieval needs images that have a caption each")
-    if not (image_features.isfinite().all() and text_features.isfinite().all()):
-        raise ValueError("features hold values that are not finite: the model is broken")
+    require_finite(image_features, text_features)
     better_texts, better_images = [], []
     for start in range(0, n, _CHUNK):
         scores = image_features[start : start + _CHUNK] @ text_features.T
@@ -191,11 +191,7 @@ class RetrievalFeatures:
 
 
 def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> RetrievalFeatures | None:
-    """Features of images and captions, on rank 0; samples without captions are left out.
-
-    Raises:
-        ValueError: no sample has a caption, or the model has no text encoder.
-    """
+    """Features of images and captions, on rank 0; samples without captions are left out."""
     model, ranks = on_ranks.model, on_ranks.ranks
     require_text_encoder(model, "retrieval")
     counts = dataset.samples["captions_count"].astype(np.int64)
