@@ -21,22 +21,12 @@ import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.conversion.export import (
-    load_source,
-    new_file,
-    print_written,
-    require_new,
-    write_export,
-)
-from unicl_fast.conversion.requests import FromOfficial, ToOfficial
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import build_preset
-from unicl_fast.system.checksums import file_checksum
 
 _MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
 """By the encoder's width: the model's name, and our preset of it."""
@@ -55,58 +45,6 @@ _ZIP = b"PK\x03\x04"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 """The released models take ImageNet's statistics, not CLIP's, which ours are trained with."""
-
-
-def convert_from(command: FromOfficial) -> None:
-    """Runs `unicl-convert official`."""
-    require_new(command.out)
-    entries = read_official_file(command.file)
-    print(f"read {command.file}: {len(entries):,} entries, {num_parameters(entries):,} parameters")
-    model = model_of(entries, source=command.file)
-    origin = {
-        "converted from": f"{command.file.name}, a checkpoint in the layout of microsoft/UniCL",
-        "xxh3 of that file": file_checksum(command.file),
-    }
-    write_export(model, command.out, origin=origin)
-    print_written(command.out)
-    print(
-        f"every entry fits: {model.config.model.image_encoder}, {_view(model)}, "
-        "normalised as ImageNet's"
-    )
-    print(f"next: unicl-eval zero-shot --checkpoint {command.out} --data DIR")
-
-
-def convert_to(command: ToOfficial) -> None:
-    """Runs `unicl-convert to-official`."""
-    model = load_source(command)
-    entries = official_entries(model)
-    with new_file(command.out) as aside:
-        write_official_file(aside, entries)
-        again = read_official_file(aside)
-        assert again.keys() == entries.keys()
-        assert all(torch.equal(again[name], entries[name]) for name in entries)
-    print_written(command.out)
-    print(f"{len(entries):,} entries, {num_parameters(entries):,} parameters")
-    print(f"the file cannot hold it: this model wants {_view(model)}; set that in the config")
-    data = model.config.data
-    if not (np.allclose(data.mean, IMAGENET_MEAN) and np.allclose(data.std, IMAGENET_STD)):
-        print(
-            f"note: this model wants images normalised with mean {data.mean} and deviation "
-            f"{data.std}; microsoft/UniCL's code takes ImageNet's: change them in its data/build.py"
-        )
-    print(
-        "next, with a config of microsoft/UniCL of the same sizes: "
-        f"python -m torch.distributed.launch main.py --eval --cfg CONFIG --resume {command.out}"
-    )
-
-
-def _view(model: UniCL) -> str:
-    """How an evaluation shows images to a model, in words."""
-    data = model.config.data
-    return (
-        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
-        "the centre"
-    )
 
 
 @torch.no_grad()

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from unicl_fast.config import DataConfig
+
 
 class Conversion(abc.ABC):
     """A command of `unicl-convert`."""
@@ -51,8 +53,25 @@ class FromOfficial(Conversion):
 
     def run(self) -> None:
         from unicl_fast.conversion import official
+        from unicl_fast.conversion.export import print_written, require_new, write_export
+        from unicl_fast.system.checksums import file_checksum
 
-        official.convert_from(self)
+        require_new(self.out)
+        entries = official.read_official_file(self.file)
+        size = official.num_parameters(entries)
+        print(f"read {self.file}: {len(entries):,} entries, {size:,} parameters")
+        model = official.model_of(entries, source=self.file)
+        origin = {
+            "converted from": f"{self.file.name}, a checkpoint in the layout of microsoft/UniCL",
+            "xxh3 of that file": file_checksum(self.file),
+        }
+        write_export(model, self.out, origin=origin)
+        print_written(self.out)
+        print(
+            f"every entry fits: {model.config.model.image_encoder}, {_view(model.config.data)}, "
+            "normalised as ImageNet's"
+        )
+        print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +85,14 @@ class ModelConversion(Conversion):
     """OUT: a new folder; for to-official a new file, ending in .pth."""
     weights: Literal["auto", "ema", "model"] = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
+
+
+def _view(data: DataConfig) -> str:
+    """How an evaluation shows images to a model, in words."""
+    return (
+        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
+        "the centre"
+    )
 
 
 def _print_registration(image_encoder: str) -> None:
@@ -86,9 +113,34 @@ class ToOfficial(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import official
+        import numpy as np
+        import torch
 
-        official.convert_to(self)
+        from unicl_fast.conversion import official
+        from unicl_fast.conversion.export import load_source, new_file, print_written
+
+        model = load_source(self)
+        entries = official.official_entries(model)
+        with new_file(self.out) as aside:
+            official.write_official_file(aside, entries)
+            again = official.read_official_file(aside)
+            assert again.keys() == entries.keys()
+            assert all(torch.equal(again[name], entries[name]) for name in entries)
+        print_written(self.out)
+        print(f"{len(entries):,} entries, {official.num_parameters(entries):,} parameters")
+        data = model.config.data
+        print(f"the file cannot hold it: this model wants {_view(data)}; set that in the config")
+        theirs = [official.IMAGENET_MEAN, official.IMAGENET_STD]
+        if not np.allclose([data.mean, data.std], theirs):
+            print(
+                f"note: this model wants images normalised with mean {data.mean} and deviation "
+                f"{data.std}; microsoft/UniCL's code takes ImageNet's: change them in its "
+                "data/build.py"
+            )
+        print(
+            "next, with a config of microsoft/UniCL of the same sizes: "
+            f"python -m torch.distributed.launch main.py --eval --cfg CONFIG --resume {self.out}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -309,7 +309,7 @@ def run(command: Finetune) -> None:
         def tested(module: FineTuned) -> ClassificationResult:
             return on_ranks.classify(
                 on_ranks.loader(test.dataset),
-                _scores_by(model, module),
+                lambda images: _scores(model, module, images),
                 labels_of=lambda sample: labels[sample],
                 class_names=names,
                 what="fine-tuning",
@@ -414,13 +414,9 @@ def _begin_head(
             torch.distributed.broadcast(parameter.detach(), src=0)
 
 
-def _scores_by(model: UniCL, module: FineTuned) -> Callable[[Tensor], Tensor]:
-    """A function from images uint8 [b h w c] to their scores [b k], for `classify`."""
-
-    def scores_of(images: Tensor) -> Tensor:
-        normalised = prepare_images(model, images)
-        with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
-            scores: Tensor = module(normalised)
-        return scores
-
-    return scores_of
+def _scores(model: UniCL, module: FineTuned, images: Tensor) -> Tensor:
+    """Scores [b k] of images uint8 [b h w c]."""
+    normalised = prepare_images(model, images)
+    with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
+        scores: Tensor = module(normalised)
+    return scores
