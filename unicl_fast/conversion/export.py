@@ -53,12 +53,7 @@ _TEXTS = (
 
 
 def load_source(command: ModelConversion, *, needs_texts: bool = True) -> UniCL:
-    """The model that a command converts, in fp32 and evaluation mode; prints what it is.
-
-    Raises:
-        ValueError: the output is there already, or the model has no text encoder.
-        FileNotFoundError: no model there.
-    """
+    """The model that a command converts, in fp32 and evaluation mode; prints what it is."""
     require_new(command.out)  # before minutes are spent
     model = load_model(command.model, weights=command.weights).float()
     if needs_texts and model.text_encoder is None:
@@ -187,13 +182,10 @@ def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
 def write_export(
     model: UniCL, folder: Path, *, origin: Mapping[str, Any], license: str = ""
 ) -> None:
-    """Writes a model without its run.
+    """Writes a model in fp32 without its run, into a new folder.
 
-    Args:
-        model: in fp32.
-        folder: a new one.
-        origin: where the weights come from, in JSON's types; stands in the config and on the card.
-        license: an identifier of the hub, for example apache-2.0; empty leaves it open.
+    `origin` says, in JSON's types, where the weights come from; it stands in the config and on the
+    card. `license` is an identifier of the hub, for example apache-2.0; empty leaves it open.
 
     Raises:
         ValueError: the folder is there already.

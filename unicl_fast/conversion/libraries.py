@@ -207,17 +207,8 @@ Export = Callable[[Tower, Tensor, Path], Callable[[Tensor], Tensor]]
 def write_onnx(model: UniCL, folder: Path) -> float:
     """Writes a folder, and runs both files with onnxruntime at three batch sizes.
 
-    Args:
-        model: in fp32 and evaluation mode, with texts.
-        folder: a new one.
-
-    Returns:
-        The largest difference of a feature's coordinates, onnxruntime's from ours.
-
-    Raises:
-        ValueError: a package is not installed, or the folder is there already.
-        RuntimeError: the encoder has what the exporter does not know, or the features are not ours.
-        OSError: it cannot be written.
+    The rest is as in `write_open_clip`; a package that is not installed is a ValueError, and what
+    the exporter does not know in an encoder a RuntimeError.
     """
     require_packages()
     return _write_towers(model, folder, ".onnx", export=_export_onnx)

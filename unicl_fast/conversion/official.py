@@ -36,6 +36,7 @@ _OLD_NAMES = (
     ("visual.", "image_encoder."),
     ("lang_encoder.", "text_encoder."),
     ("text.", "text_encoder."),
+    ("vision_projection", "image_projection"),
 )
 _TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
 _DOWNSAMPLE = re.compile(r"^image_encoder\.layers\.(\d+)\.downsample\.")
@@ -108,8 +109,6 @@ def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[
         for old, new in _OLD_NAMES:
             if name.startswith(old):
                 name = new + name[len(old) :]
-        if name == "vision_projection":
-            name = "image_projection"
         if name in renamed:
             raise ValueError(f"{source} has {name} twice, under its present and an older name")
         renamed[name] = tensor
@@ -159,28 +158,24 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
 
 def _faults(entries: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
     """Reasons why entries do not fit the model, all names included; empty where all fit."""
-    both = [name for name in tensors if name in entries]
-    alike = [name for name in both if entries[name].shape == tensors[name].shape]
+    missing = [name for name in tensors if name not in entries]
+    left_over = [name for name in entries if name not in tensors]
+    shapes, not_finite, tables = [], [], []
+    for name, tensor in tensors.items():
+        entry = entries.get(name, tensor)  # missing ones are named already
+        if entry.shape != tensor.shape:
+            shapes.append(f"{name} {list(entry.shape)} instead of {list(tensor.shape)}")
+        elif _TABLES.search(name):
+            if not torch.equal(entry.to(tensor.dtype), tensor):
+                tables.append(name)
+        elif not (entry.is_floating_point() and bool(entry.isfinite().all())):
+            not_finite.append(name)
     kinds = {
-        "missing": [name for name in tensors if name not in entries],
-        "left over": [name for name in entries if name not in tensors],
-        "of another shape": [
-            f"{name} {list(entries[name].shape)} instead of {list(tensors[name].shape)}"
-            for name in both
-            if entries[name].shape != tensors[name].shape
-        ],
-        "not finite numbers": [
-            name
-            for name in alike
-            if not _TABLES.search(name)
-            and not (entries[name].is_floating_point() and bool(entries[name].isfinite().all()))
-        ],
-        "tables of other windows than 7 x 7 patches in images of 224 pixels": [
-            name
-            for name in alike
-            if _TABLES.search(name)
-            and not torch.equal(entries[name].to(tensors[name].dtype), tensors[name])
-        ],
+        "missing": missing,
+        "left over": left_over,
+        "of another shape": shapes,
+        "not finite numbers": not_finite,
+        "tables of other windows than 7 x 7 patches in images of 224 pixels": tables,
     }
     return [f"{kind}: {', '.join(names)} ({len(names)})" for kind, names in kinds.items() if names]
 

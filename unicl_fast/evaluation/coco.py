@@ -233,13 +233,8 @@ def coco_metrics(
 ) -> dict[str, float]:
     """COCO's average precisions, in 0 to 1; -1 where there is nothing of that size.
 
-    Args:
-        content: of the annotation file.
-        detections: rows from `as_coco`, of all its images.
-        masks: also those of masks.
-
-    Returns:
-        `box/AP` (mean over IoU 0.5 to 0.95), `box/AP50`, ... and `mask/AP`, ...
+    `content` is that of the annotation file, `detections` are rows from `as_coco`, of all its
+    images. Names are `box/AP` (mean over IoU 0.5 to 0.95), `box/AP50`, ..., with `masks` `mask/AP`.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

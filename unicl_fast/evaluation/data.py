@@ -147,14 +147,9 @@ def open_data(
 ) -> Iterator[EvaluationData]:
     """Opens the data set that a spec names, on all ranks; leaves nothing behind.
 
-    Args:
-        spec: a packed data set; anything that unicl-pack reads, such as class folders; or
-            torchvision:CLASS:FOLDER[:SPLIT].
-        ranks: rank 0 packs, the others wait.
-        metric: is reported first; auto goes by CLIP's protocol.
-        class_names: instead of the data's own: a file, imagenet, or clip-benchmark:KEY.
-        templates: instead of the data's own: a file, imagenet, simple, or clip-benchmark:KEY.
-        name: for tables; empty takes `short_name`.
+    Specs, metrics, class names and templates are those of `requests.ZeroShot`; empty ones are the
+    data's own. What is not packed is packed by rank 0, while the others wait. `name` is for tables;
+    empty takes `short_name`.
 
     Raises:
         ValueError: not such a data set, or class names that are not its own in number or order.

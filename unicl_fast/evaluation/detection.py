@@ -73,9 +73,8 @@ class PyramidBackbone(nn.Module):
             nn.Identity() if has_batch_norm else LayerNorm2d(width) for width in widths
         )
         self.encoder = freeze_batch_norm_2d(self.encoder)
-        self.pyramid = FeaturePyramidNetwork(
-            widths, _PYRAMID_CHANNELS, extra_blocks=LastLevelMaxPool()
-        )
+        coarser = LastLevelMaxPool()
+        self.pyramid = FeaturePyramidNetwork(widths, _PYRAMID_CHANNELS, extra_blocks=coarser)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
         """Maps [b 256 h w] by level, the last one half as fine again."""
@@ -99,20 +98,14 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
             f"detect needs an encoder with timm's forward_intermediates, which {name} lacks; "
             f"{_FITTING}"
         )
-    arguments: dict[str, Any] = {
-        "pretrained": False,
-        "num_classes": 0,
-        "drop_path_rate": model.config.model.drop_path,
-    }
+    flexible: dict[str, Any] = {}
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
-        arguments |= {
-            "img_size": model.config.data.image_size,
-            "strict_img_size": False,
-            "always_partition": True,
-        }
+        flexible = {"strict_img_size": False, "always_partition": True}
+        flexible["img_size"] = model.config.data.image_size
+    drop_path = model.config.model.drop_path
     try:
-        encoder = timm.create_model(name, **arguments)
+        encoder = timm.create_model(name, num_classes=0, drop_path_rate=drop_path, **flexible)
     except TypeError as error:
         raise ValueError(
             f"detect needs an encoder for images of any size, and {name} is built for one: "
@@ -190,10 +183,8 @@ def train_detector(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
-    else:
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
+    if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     forward: Callable[..., dict[str, Tensor]] = detector
     if ranks is not None and ranks.world_size > 1:

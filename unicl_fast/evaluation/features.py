@@ -109,10 +109,10 @@ class ModelOnRanks:
         what: str,
         confusion: bool = False,
     ) -> ClassificationResult:
-        """Classifies the images of a loader and counts over all ranks.
+        """Classifies the images of a loader, each sample once over all ranks, and counts.
 
         Args:
-            loader: over all ranks, each sample once.
+            loader: this rank's part.
             scores_of: scores [b k] of images, uint8 [b h w c].
             labels_of: labels of a sample of the data set; see `ClassificationCounts.add`.
             class_names: k names.
@@ -138,14 +138,12 @@ class ModelOnRanks:
         Raises:
             EvaluationStopped: it was asked to stop, on all ranks.
         """
-        expected = torch.arange(self.ranks.rank, len(dataset), self.ranks.world_size)
         parts: list[Tensor] = []
-        done = 0
+        ids: list[int] = []
         for batch in self._batches(self.loader(dataset), title="encode images"):
-            ids = batch.sample_ids
-            assert torch.equal(ids, expected[done : done + len(ids)]), "samples out of order"
             parts.append(encode_images(self.model, batch.images, layer=layer).cpu())
-            done += len(ids)
+            ids += batch.sample_ids.tolist()
+        assert ids == list(range(self.ranks.rank, len(dataset), self.ranks.world_size))
         mine = torch.cat(parts) if parts else None
         return collect_rows(mine, num_rows=len(dataset), ranks=self.ranks)
 
@@ -404,7 +402,10 @@ def extract_sets(
                 "features behind the projection were asked for, and this model, trained by "
                 "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
             )
-        folder, keeps = _features_folder(command), command.features != "none"
+        folder, keeps = Path(command.features), command.features != "none"
+        if command.features == "auto":
+            run = find_model(command.checkpoint).parent  # of RUN/checkpoints/step-N, RUN/best, ...
+            folder = (run.parent if run.name == "checkpoints" else run) / "features"
         weights = weights_checksum(model)
         for spec in command.data_sets():
             with open_data(spec, ranks=ranks, metric=command.metric) as data:
@@ -433,13 +434,6 @@ def extract_sets(
         test_name=opened[1].name,
         metric=opened[1].metric,
     )
-
-
-def _features_folder(command: FrozenFeatures) -> Path:
-    if command.features != "auto":
-        return Path(command.features)
-    folder = find_model(command.checkpoint).parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "features"
 
 
 def weights_checksum(model: UniCL) -> str:

@@ -156,7 +156,8 @@ def fit_logistic_regression(
     if start is not None:
         weight.copy_((start.weight @ axes) * scale)
         bias.copy_(start.bias + start.weight @ mean)
-    weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight_grad, bias_grad = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight.grad, bias.grad = weight_grad, bias_grad
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=max_iterations,
@@ -165,15 +166,12 @@ def fit_logistic_regression(
         tolerance_change=torch.finfo(rotated.dtype).eps / 100,  # nothing more is gained
         line_search_fn="strong_wolfe",
     )
-
     size = max(1, _LOGITS_AT_ONCE // num_classes)
     pieces = list(zip(rotated.split(size), labels.unsqueeze(1).split(size), strict=True))
 
     def loss_and_gradient() -> Tensor:
-        assert weight.grad is not None
-        assert bias.grad is not None
-        weight.grad.copy_(weight).mul_(penalty)
-        bias.grad.zero_()
+        weight_grad.copy_(weight).mul_(penalty)
+        bias_grad.zero_()
         loss = (weight.square() * penalty).sum() / 2
         scaled = weight / scale
         for rows, own in pieces:
@@ -183,8 +181,8 @@ def fit_logistic_regression(
             error = log_probabilities.exp_()
             error.scatter_add_(1, own, error.new_full(own.shape, -1.0))
             error /= n
-            weight.grad.add_((error.T @ rows) / scale)
-            bias.grad.add_(error.sum(dim=0))
+            weight_grad.add_((error.T @ rows) / scale)
+            bias_grad.add_(error.sum(dim=0))
         heartbeat_and_check_stop()  # shows progress
         return loss
 
@@ -395,15 +393,8 @@ def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any]
     for shots, results in found.items():
         draws = np.array([value for value, _ in results])
         spread = float(draws.std(ddof=1)) if len(draws) > 1 else None
-        values.append(
-            {
-                "shots": shots,
-                "mean": float(draws.mean()),
-                "standard_deviation": spread,
-                "draws": draws.tolist(),
-                "c": [c for _, c in results],
-            }
-        )
+        value = {"shots": shots, "mean": float(draws.mean()), "standard_deviation": spread}
+        values.append(value | {"draws": draws.tolist(), "c": [c for _, c in results]})
         deviation = "" if spread is None else percent(spread)
         lowest_to_highest = interval_text((draws.min(), draws.max()))
         rows.append([str(shots), percent(draws.mean()), deviation, lowest_to_highest])
@@ -456,15 +447,10 @@ def knn_accuracy(
     temperature: float = 0.07,
     confusion: bool = False,
 ) -> dict[int, ClassificationResult]:
-    """Results for several k, from one search.
+    """Results for several numbers `ks` of neighbours, from one search.
 
-    Args:
-        train: samples that vote, each for its first label.
-        test: samples to classify.
-        class_names: names of all classes.
-        ks: numbers of neighbours.
-        temperature: of the votes, positive.
-        confusion: also count which class is taken for which.
+    Each training sample votes for its first label; `temperature` is positive. `confusion` also
+    counts which class is taken for which.
 
     Raises:
         ValueError: more neighbours than training samples, or features that are not finite.

@@ -27,11 +27,7 @@ from unicl_fast.system.progress import WaitingForRanks
 from unicl_fast.training.figures import INK, save_figure
 
 Rate = Literal["top1", "top5", "mean_per_class"]
-RATE_NAMES: dict[Rate, str] = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "mean_per_class": "mean per class",
-}
+RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 MAX_CONFUSION_CLASSES = 4096
 """Classes for which a confusion matrix is kept: 128 MiB of counts."""
 _MAX_NAMED_CLASSES = 60
@@ -139,12 +135,10 @@ class ClassificationCounts:
         self._confusion = torch.zeros(k, k, dtype=torch.int64) if confusion else None
 
     def add(self, rankings: Iterable[Sequence[int]], labels: Iterable[Sequence[int]]) -> None:
-        """Counts samples.
+        """Counts samples by their most likely classes, best first, up to five.
 
-        Args:
-            rankings: of each sample the most likely classes, best first, up to five.
-            labels: of each sample. With several, any of them is right and the first is the class
-                it counts for. Samples without labels are left out and counted.
+        With several labels any of them is right, and the first is the class it counts for. Samples
+        without labels are left out and counted.
         """
         for ranking, given in zip(rankings, labels, strict=True):
             if not given:

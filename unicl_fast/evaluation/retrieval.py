@@ -69,10 +69,7 @@ class Recall:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval.
-
-        Captions of one image are not independent: for caption queries it is a little narrow.
-        """
+        """95 % interval, a little narrow for captions: those of one image are not independent."""
         return wilson_interval(self.num_found, self.num_queries)
 
 
@@ -87,10 +84,7 @@ class RetrievalResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in JSON's types; rates in 0 to 1."""
-        values: dict[str, Any] = {
-            "num_images": self.num_images,
-            "num_captions": self.num_captions,
-        }
+        values: dict[str, Any] = {"num_images": self.num_images, "num_captions": self.num_captions}
         for name in ("image_to_text", "text_to_image"):
             for recall in getattr(self, name):
                 key = f"{name}_recall_at_{recall.k}"
@@ -119,10 +113,7 @@ def retrieval(
 ) -> RetrievalResult:
     """Ranks every caption for every image and the other way round, by features of unit norm.
 
-    Args:
-        image_features: [n d].
-        text_features: [m d].
-        image_of_text: int64 [m], the image of each caption; every image has one at least.
+    `image_of_text` is the image (its row) of each caption; every image has one at least.
 
     Raises:
         ValueError: an image without a caption, or features that are not finite.
@@ -145,29 +136,22 @@ def retrieval(
         own_score = scores.gather(1, own_image)
         # a tie counts against us, so that a collapsed model has no recall
         better_images.append((scores >= own_score).sum(dim=1) - 1)
+
+    def recalls(better: list[Tensor], chance_at: Callable[[int], float]) -> tuple[Recall, ...]:
+        num_better = torch.cat(better)
+        found = [int((num_better < k).sum()) for k in KS]
+        return tuple(
+            Recall(k=k, num_queries=len(num_better), num_found=num_found, chance=chance_at(k))
+            for k, num_found in zip(KS, found, strict=True)
+        )
+
     return RetrievalResult(
         num_images=n,
         num_captions=m,
-        image_to_text=_recalls(
-            torch.cat(better_texts),
-            lambda k: sum(_chance(m, int(c), k) for c in captions_of_image) / n,
+        image_to_text=recalls(
+            better_texts, lambda k: sum(_chance(m, int(c), k) for c in captions_of_image) / n
         ),
-        text_to_image=_recalls(torch.cat(better_images), lambda k: _chance(n, 1, k)),
-    )
-
-
-def _recalls(
-    num_better: Int[Tensor, " q"], chance_at: Callable[[int], float]
-) -> tuple[Recall, ...]:
-    """Recalls at `KS`, by how many are more similar to each query than the best of its own."""
-    return tuple(
-        Recall(
-            k=k,
-            num_queries=len(num_better),
-            num_found=int((num_better < k).sum()),
-            chance=chance_at(k),
-        )
-        for k in KS
+        text_to_image=recalls(better_images, lambda k: _chance(n, 1, k)),
     )
 
 
@@ -225,10 +209,7 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
 
 def run(command: Retrieval) -> None:
     """Encodes on all ranks; rank 0 compares, prints and writes."""
-    with (
-        model_on_ranks(command) as on_ranks,
-        open_data(command.data, ranks=on_ranks.ranks) as data,
-    ):
+    with model_on_ranks(command) as on_ranks, open_data(command.data, ranks=on_ranks.ranks) as data:
         found = encode_captioned(on_ranks, data.dataset)
         if found is None:
             return

@@ -80,13 +80,9 @@ def evaluate_zero_shot(
 ) -> ClassificationResult:
     """Zero-shot accuracy on a packed data set, or that of a model trained by cross-entropy.
 
-    Args:
-        on_ranks: the model.
-        dataset: with labels.
-        class_names: instead of the data set's own, as many.
-        templates: instead of the data set's own.
-        rows_of_classes: for cross-entropy, which of the model's rows each class has [k].
-        confusion: also count which class is taken for which.
+    Class names, as many, and templates are instead of the data set's own. For cross-entropy,
+    `rows_of_classes` [k] says which of the model's rows each class has. `confusion` also counts
+    which class is taken for which.
 
     Raises:
         ValueError: no classes, or no sample has a label.
@@ -141,11 +137,8 @@ def run(command: ZeroShot) -> None:
                 )
                 num_quarantined = data.dataset.manifest.num_quarantined
             rows.append((name, data.metric, result))
-            values.append(
-                {"data": spec, "metric": data.metric, "num_templates": len(data.templates)}
-                | result.to_json()
-                | {"num_quarantined": num_quarantined}
-            )
+            value = {"data": spec, "metric": data.metric, "num_templates": len(data.templates)}
+            values.append(value | result.to_json() | {"num_quarantined": num_quarantined})
             if not on_ranks.ranks.is_main:
                 continue
             print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())

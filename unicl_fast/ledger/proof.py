@@ -323,12 +323,9 @@ class EpochCounter:
         self._state = (sizes, first_words, seen, self._draws, self._counts, self._examples)
 
     def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
-        """Counts draws.
+        """Counts draws in their order: rows `ids` of the sources, both of any shape.
 
-        Args:
-            first: number of the first one in the run, step * n + global index, for messages.
-            source_ids: of any shape, in the order of the draws.
-            ids: of the same shape, rows of those sources.
+        `first` is the number of the first one in the run, step * n + global index, for messages.
         """
         if source_ids.size and not 0 <= source_ids.min() <= source_ids.max() < len(self._sources):
             raise ValueError(f"draws of source {source_ids.max()} of {len(self._sources)}")

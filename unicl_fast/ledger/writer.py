@@ -52,14 +52,8 @@ class Ledger:
     ) -> None:
         """Writes nothing yet.
 
-        Args:
-            folder: of the ledger, shared by all ranks and all starts of a run.
-            sources: the data sets that source ids count.
-            global_batch_size: samples of a step over all ranks.
-            seed: the run's.
-            shares: integers in the proportion of the sources' weights.
-            shuffle_window: the run's, as in its config.
-            ranks: this process among its peers; None is one process alone.
+        `folder` is shared by all ranks and all starts of a run; source ids count `sources`. The
+        facts are explained in `SegmentHeader`; without `ranks` this is one process alone.
         """
         self.folder = folder
         self._ranks = ranks or Ranks()
