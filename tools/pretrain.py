@@ -142,7 +142,7 @@ def _zero_shot(
     rows_of_classes: NDArray[np.int64] | None,
     ranks: Ranks,
 ) -> Mapping[str, float]:
-    from unicl_fast.evaluation.encode import ModelOnRanks
+    from unicl_fast.evaluation.features import ModelOnRanks
     from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 
     on_ranks = ModelOnRanks(model=model, ranks=ranks)

@@ -19,10 +19,13 @@ from torch.nn import functional as F
 from unicl_fast import UniCL, load_model
 from unicl_fast.checkpoints.export import Preprocessing
 from unicl_fast.config import DataConfig, ModelConfig, TrainConfig
-from unicl_fast.conversion.checked_output import new_folder, require_equal
-from unicl_fast.conversion.hub import write_export
-from unicl_fast.conversion.programs import write_exported_programs, write_onnx
-from unicl_fast.conversion.torch_libraries import write_open_clip, write_timm
+from unicl_fast.conversion.export import new_folder, require_equal, write_export
+from unicl_fast.conversion.libraries import (
+    write_exported_programs,
+    write_onnx,
+    write_open_clip,
+    write_timm,
+)
 from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 

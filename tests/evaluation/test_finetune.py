@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from unicl_fast import UniCL
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.encode import encode_images, prepare_images
+from unicl_fast.evaluation.features import encode_images, prepare_images
 from unicl_fast.evaluation.finetune import (
     FineTuned,
     build_optimizer,
@@ -24,7 +24,7 @@ from unicl_fast.evaluation.finetune import (
     save_finetuned,
     zero_shot_head,
 )
-from unicl_fast.evaluation.requests import FinetuneRecipe, check_ranges
+from unicl_fast.evaluation.requests import FinetuneRecipe, check_options
 
 
 @pytest.fixture(scope="module")
@@ -101,8 +101,8 @@ def test_what_cannot_be_trained_is_refused(images: torch.Tensor, tmp_path: Path)
             steps=1,
             labels_of=lambda sample: [] if sample == 4 else [0],
         )
-    with pytest.raises(ValueError, match="--layer-decay must lie in 1e-06 to 1, not 2"):
-        check_ranges(FinetuneRecipe(layer_decay=2))
+    with pytest.raises(ValueError, match="--layer-decay must be a number in 1e-06 to 1, not 2"):
+        check_options(FinetuneRecipe(layer_decay=2))
     with pytest.raises(FileNotFoundError, match=r"holds no finetuned\.json"):
         load_finetuned(tmp_path)
 

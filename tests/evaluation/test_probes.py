@@ -12,13 +12,14 @@ from unicl_fast.evaluation.features import (
     LabelledFeatures,
     with_labels,
 )
-from unicl_fast.evaluation.knn import knn_accuracy, nearest
-from unicl_fast.evaluation.linear_probe import (
+from unicl_fast.evaluation.probes import (
     LOG10_C,
     LinearClassifier,
     evaluate_classifier,
     fit_logistic_regression,
     fit_probe,
+    knn_accuracy,
+    nearest,
     search_peak,
 )
 
@@ -70,7 +71,7 @@ def test_fp32_and_another_start_lead_to_the_same_probabilities() -> None:
 def test_a_fit_in_pieces_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     data = clusters(301, seed=0)
     whole = fit_logistic_regression(data.features, data.labels, num_classes=6, c=1.0)
-    monkeypatch.setattr("unicl_fast.evaluation.linear_probe._LOGITS_AT_ONCE", 6 * 50)
+    monkeypatch.setattr("unicl_fast.evaluation.probes._LOGITS_AT_ONCE", 6 * 50)
     pieces = fit_logistic_regression(data.features, data.labels, num_classes=6, c=1.0)
     torch.testing.assert_close(pieces.weight, whole.weight, rtol=1e-4, atol=1e-7)
 

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from unicl_fast import Tokenizer, UniCL
 from unicl_fast.batch import EvaluationBatch
-from unicl_fast.evaluation.encode import ModelOnRanks, encode_images, encode_token_rows
+from unicl_fast.evaluation.features import ModelOnRanks, encode_images, encode_token_rows
 from unicl_fast.evaluation.zero_shot import scores_by, zero_shot_classifier
 
 NAMES = ("dog", "cat", "horse", "a very long class name made of many words", "cow", "pig", "hen")

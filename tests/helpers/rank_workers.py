@@ -30,7 +30,7 @@ from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
 from unicl_fast.distributed.ranks import Ranks, process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
-from unicl_fast.evaluation.encode import ModelOnRanks, collect_rows
+from unicl_fast.evaluation.features import ModelOnRanks, collect_rows
 from unicl_fast.evaluation.report import ClassificationCounts
 from unicl_fast.evaluation.zero_shot import scores_by
 from unicl_fast.ledger.format import LedgerSource

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import ObjectiveConfig, RunConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.evaluation.encode import require_text_encoder
+from unicl_fast.evaluation.features import require_text_encoder
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix

@@ -20,10 +20,9 @@ from torchvision.datasets import DTD, MNIST
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short_names
-from unicl_fast.evaluation.encode import shows_progress
-from unicl_fast.evaluation.features import LabelledFeatures
+from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
 from unicl_fast.evaluation.finetune import load_finetuned
-from unicl_fast.evaluation.linear_probe import LOG10_C, ProbeFit, fit_probe
+from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
 from unicl_fast.evaluation.requests import Detect, Finetune
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import evaluate, pretrain
@@ -253,7 +252,7 @@ def test_few_shots_need_other_images_only_where_c_is_searched(
             sizes.append((len(train), len(validation)))
         return fit_probe(train, validation, **settings)
 
-    monkeypatch.setattr("unicl_fast.evaluation.linear_probe.fit_probe", fit)
+    monkeypatch.setattr("unicl_fast.evaluation.probes.fit_probe", fit)
     sets = ["--train", data / "labels", "--data", data / "labels", "--draws", "1"]
     sets += ["--features", tmp_path, "--max-iterations", "20", "--shots"]
     searched = evaluated("linear-probe", trained, *sets, "2")

@@ -1,6 +1,6 @@
 """A model without its run: `config.json` and `model.safetensors`, as the Hugging Face hub has them.
 
-`unicl-convert hf` and `official` write such folders (`unicl_fast.conversion.hub`); `load_model`,
+`unicl-convert hf` and `official` write such folders (`unicl_fast.conversion.export`); `load_model`,
 and with it `unicl-eval`, reads them. With a model goes its `Preprocessing`: a wrong mean costs
 points of accuracy and raises no error. Every format that `unicl_fast.conversion` writes has it.
 """

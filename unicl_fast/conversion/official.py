@@ -20,32 +20,26 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.conversion.checked_output import load_source, new_file, print_written, require_new
-from unicl_fast.conversion.hub import write_export
-from unicl_fast.conversion.requests import FromOfficial, ToOfficial
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.presets import build_preset
-from unicl_fast.system.checksums import file_checksum
 
-_PRESETS_BY_WIDTH = {96: "swin-tiny", 128: "swin-base"}
-_NAMES = {"swin-tiny": "Swin-T", "swin-base": "Swin-B"}
+_MODELS = {96: ("Swin-T", "swin-tiny"), 128: ("Swin-B", "swin-base")}
+"""By the encoder's width: the model's name, and our preset of it."""
 _PATCHES = "image_encoder.patch_embed.proj.weight"
 _OLD_NAMES = (
     ("module.", ""),  # of a model wrapped for several GPUs
     ("visual.", "image_encoder."),
     ("lang_encoder.", "text_encoder."),
     ("text.", "text_encoder."),
+    ("vision_projection", "image_projection"),
 )
 _TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
 _DOWNSAMPLE = re.compile(r"^image_encoder\.layers\.(\d+)\.downsample\.")
-_WRAPPERS = ("model", "state_dict")
 _FOREIGN_OBJECT = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
 _TORCH_ADVICE = re.compile(r"^Weights only load failed.*WeightsUnpickler error:", re.DOTALL)
 _ZIP = b"PK\x03\x04"
@@ -54,79 +48,22 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 """The released models take ImageNet's statistics, not CLIP's, which ours are trained with."""
 
 
-def convert_from(command: FromOfficial) -> None:
-    """Runs `unicl-convert official`."""
-    require_new(command.out)
-    entries = read_official_file(command.file)
-    print(f"read {command.file}: {len(entries):,} entries, {num_parameters(entries):,} parameters")
-    model = model_of(entries, source=command.file)
-    origin = {
-        "converted from": f"{command.file.name}, a checkpoint in the layout of microsoft/UniCL",
-        "xxh3 of that file": file_checksum(command.file),
-    }
-    write_export(model, command.out, origin=origin)
-    print_written(command.out)
-    print(
-        f"every entry fits: {model.config.model.image_encoder}, {_view(model)}, "
-        "normalised as ImageNet's"
-    )
-    print(f"next: unicl-eval zero-shot --checkpoint {command.out} --data DIR")
-
-
-def convert_to(command: ToOfficial) -> None:
-    """Runs `unicl-convert to-official`."""
-    model = load_source(command)
-    entries = official_entries(model)
-    with new_file(command.out) as aside:
-        write_official_file(aside, entries)
-        again = read_official_file(aside)
-        assert again.keys() == entries.keys()
-        assert all(torch.equal(again[name], entries[name]) for name in entries)
-    print_written(command.out)
-    print(f"{len(entries):,} entries, {num_parameters(entries):,} parameters")
-    print(f"the file cannot hold it: this model wants {_view(model)}; set that in the config")
-    data = model.config.data
-    if not (np.allclose(data.mean, IMAGENET_MEAN) and np.allclose(data.std, IMAGENET_STD)):
-        print(
-            f"note: this model wants images normalised with mean {data.mean} and deviation "
-            f"{data.std}; microsoft/UniCL's code takes ImageNet's: change them in its data/build.py"
-        )
-    print(
-        "next, with a config of microsoft/UniCL of the same sizes: "
-        f"python -m torch.distributed.launch main.py --eval --cfg CONFIG --resume {command.out}"
-    )
-
-
-def _view(model: UniCL) -> str:
-    """How an evaluation shows images to a model, in words."""
-    data = model.config.data
-    return (
-        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
-        "the centre"
-    )
-
-
 @torch.no_grad()
 def model_of(entries: Mapping[str, Tensor], *, source: Path) -> UniCL:
     """Our model with the weights of a released one, in evaluation mode, fp32.
 
-    Its config is the preset's with the images prepared as the released models want them.
-
-    Args:
-        entries: name -> tensor, as in the file.
-        source: the file, for errors.
+    Its config is the preset's with the images prepared as the released models want them. `source`
+    is the file, for errors.
 
     Raises:
         ValueError: no Swin-T or Swin-B in this layout; entries that are missing, left over, of
             another shape or content are all named.
     """
     entries = _with_present_names(entries, source=source)
-    config = _config_of(entries, source=source)
-    model = UniCL(config).eval()
+    model = UniCL(_config_of(entries, source=source)).eval()
     tensors = official_entries(model)
-    name = _NAMES[_PRESETS_BY_WIDTH[tensors[_PATCHES].shape[0]]]
-    faults = _faults(entries, tensors)
-    if faults:
+    if faults := _faults(entries, tensors):
+        name, _ = _MODELS[tensors[_PATCHES].shape[0]]
         raise ValueError(
             f"{source} is not {name} in the layout of microsoft/UniCL, which has {len(tensors)} "
             f"entries: {'; '.join(faults)}"
@@ -143,25 +80,25 @@ def official_entries(model: UniCL) -> dict[str, Tensor]:
         ValueError: its image encoder is not one of theirs.
     """
     name = model.config.model.image_encoder
-    known = [build_preset(preset).model.image_encoder for preset in _NAMES]
+    known = [build_preset(preset).model.image_encoder for _, preset in _MODELS.values()]
     if name not in known:
         raise ValueError(
             f"microsoft/UniCL's files hold {' or '.join(known)}, this model's image encoder is "
             f"{name}: convert it to open_clip, hf or onnx"
         )
+
+    def official_name(name: str) -> str:
+        return _DOWNSAMPLE.sub(
+            lambda match: f"image_encoder.layers.{int(match[1]) - 1}.downsample.", name
+        )
+
     tensors = [*model.named_parameters(), *model.named_buffers()]
-    return {_official_name(name): tensor.detach() for name, tensor in tensors}
+    return {official_name(name): tensor.detach() for name, tensor in tensors}
 
 
 def num_parameters(entries: Mapping[str, Tensor]) -> int:
     """Number of trained parameters: the tables of Swin's windows do not count."""
     return sum(tensor.numel() for name, tensor in entries.items() if not _TABLES.search(name))
-
-
-def _official_name(name: str) -> str:
-    return _DOWNSAMPLE.sub(
-        lambda match: f"image_encoder.layers.{int(match.group(1)) - 1}.downsample.", name
-    )
 
 
 def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[str, Tensor]:
@@ -172,8 +109,6 @@ def _with_present_names(entries: Mapping[str, Tensor], *, source: Path) -> dict[
         for old, new in _OLD_NAMES:
             if name.startswith(old):
                 name = new + name[len(old) :]
-        if name == "vision_projection":
-            name = "image_projection"
         if name in renamed:
             raise ValueError(f"{source} has {name} twice, under its present and an older name")
         renamed[name] = tensor
@@ -189,68 +124,58 @@ def _config_of(entries: Mapping[str, Tensor], *, source: Path) -> TrainConfig:
             f"{len(entries)} entries begin with {', '.join(first_words[:12])}"
         )
     width = entries[_PATCHES].shape[0] if entries[_PATCHES].ndim else 0
-    if width not in _PRESETS_BY_WIDTH:
+    if width not in _MODELS:
         raise ValueError(
             f"{source} has an image encoder of width {width}; known are "
-            + " and ".join(f"{w} ({_NAMES[name]})" for w, name in _PRESETS_BY_WIDTH.items())
+            + " and ".join(f"{known} ({name})" for known, (name, _) in _MODELS.items())
         )
-    preset = build_preset(_PRESETS_BY_WIDTH[width])
-    text = preset.model
+    preset = build_preset(_MODELS[width][1])
+    model = preset.model
     for entry, expected in {
-        "text_encoder.token_embedding.weight": (text.vocab_size, text.text_width),
-        "text_encoder.positional_embedding": (text.context_length, text.text_width),
-        "text_projection": (text.text_width, text.embed_dim),
+        "text_encoder.token_embedding.weight": (model.vocab_size, model.text_width),
+        "text_encoder.positional_embedding": (model.context_length, model.text_width),
+        "text_projection": (model.text_width, model.embed_dim),
     }.items():
         if entry in entries and tuple(entries[entry].shape) != expected:
             raise ValueError(
                 f"{source}: {entry} has shape {list(entries[entry].shape)}, that of the released "
                 f"models has {list(expected)}: models of another width are not converted"
             )
-    return _released(preset, logit_scale=_scalar(entries.get("logit_scale")))
-
-
-def _released(preset: TrainConfig, *, logit_scale: float) -> TrainConfig:
-    data = dataclasses.replace(preset.data, mean=IMAGENET_MEAN, std=IMAGENET_STD)
-    # fp32, since figures were published for it; not clamped below the trained scale
-    efficiency = dataclasses.replace(preset.efficiency, precision="fp32")
-    model = dataclasses.replace(
-        preset.model,
-        logit_scale_init=1.0,
-        logit_scale_max=max(preset.model.logit_scale_max, logit_scale),
+    # fp32, since figures were published for it; not clamped below the trained scale, of which a
+    # missing or odd one is found with the other entries
+    scale = entries.get("logit_scale", torch.zeros([]))
+    trained = scale.double().item() if scale.numel() == 1 else 0.0
+    trained = trained if math.isfinite(trained) else 0.0
+    return dataclasses.replace(
+        preset,
+        data=dataclasses.replace(preset.data, mean=IMAGENET_MEAN, std=IMAGENET_STD),
+        model=dataclasses.replace(
+            model, logit_scale_init=1.0, logit_scale_max=max(model.logit_scale_max, trained)
+        ),
+        efficiency=dataclasses.replace(preset.efficiency, precision="fp32"),
     )
-    return dataclasses.replace(preset, data=data, model=model, efficiency=efficiency)
-
-
-def _scalar(tensor: Tensor | None) -> float:
-    """A missing or odd one is found with the other entries."""
-    value = float(tensor.double().item()) if tensor is not None and tensor.numel() == 1 else 0.0
-    return value if math.isfinite(value) else 0.0
 
 
 def _faults(entries: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> list[str]:
     """Reasons why entries do not fit the model, all names included; empty where all fit."""
-    both = [name for name in tensors if name in entries]
-    alike = [name for name in both if entries[name].shape == tensors[name].shape]
+    missing = [name for name in tensors if name not in entries]
+    left_over = [name for name in entries if name not in tensors]
+    shapes, not_finite, tables = [], [], []
+    for name, tensor in tensors.items():
+        entry = entries.get(name, tensor)  # missing ones are named already
+        if entry.shape != tensor.shape:
+            shapes.append(f"{name} {list(entry.shape)} instead of {list(tensor.shape)}")
+        elif _TABLES.search(name):
+            if not torch.equal(entry.to(tensor.dtype), tensor):
+                tables.append(name)
+        elif not (entry.is_floating_point() and bool(entry.isfinite().all())):
+            not_finite.append(name)
     kinds = {
-        "missing": [name for name in tensors if name not in entries],
-        "left over": [name for name in entries if name not in tensors],
-        "of another shape": [
-            f"{name} {list(entries[name].shape)} instead of {list(tensors[name].shape)}"
-            for name in both
-            if entries[name].shape != tensors[name].shape
-        ],
-        "not finite numbers": [
-            name
-            for name in alike
-            if not _TABLES.search(name)
-            and not (entries[name].is_floating_point() and bool(entries[name].isfinite().all()))
-        ],
-        "tables of other windows than 7 x 7 patches in images of 224 pixels": [
-            name
-            for name in alike
-            if _TABLES.search(name)
-            and not torch.equal(entries[name].to(tensors[name].dtype), tensors[name])
-        ],
+        "missing": missing,
+        "left over": left_over,
+        "of another shape": shapes,
+        "not finite numbers": not_finite,
+        "tables of other windows than 7 x 7 patches in images of 224 pixels": tables,
     }
     return [f"{kind}: {', '.join(names)} ({len(names)})" for kind, names in kinds.items() if names]
 
@@ -282,7 +207,26 @@ def read_official_file(path: Path) -> dict[str, Tensor]:
         raise
     except Exception as error:  # UnpicklingError, EOFError, KeyError, RuntimeError, ...
         raise ValueError(_why_not(path, error)) from error
-    return _tensors_in(path, values)
+    for wrapper in ("model", "state_dict"):
+        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
+            values = values[wrapper]
+            break
+    if not isinstance(values, dict) or not values:
+        if isinstance(values, Tensor):
+            kind = f"one tensor of shape {list(values.shape)}"
+        else:
+            kind = "nothing" if values in ({}, None) else f"a {type(values).__name__}"
+        raise ValueError(
+            f"{path} holds {kind}: expected {{'model': {{name: tensor}}}}, as "
+            "microsoft/UniCL's released files do"
+        )
+    others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
+    if others:
+        raise ValueError(
+            f"{path} holds no weights at {', '.join(others)}: expected "
+            "{'model': {name: tensor}}"
+        )
+    return {str(name): tensor for name, tensor in values.items()}
 
 
 def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
@@ -308,28 +252,3 @@ def _why_not(path: Path, error: Exception) -> str:
         "file of torch.save with {'model': {name: tensor}}, such as microsoft/UniCL's in1k.pth; "
         "copy or download it again"
     )
-
-
-def _tensors_in(path: Path, values: Any) -> dict[str, Tensor]:
-    for wrapper in _WRAPPERS:
-        if isinstance(values, dict) and isinstance(values.get(wrapper), dict):
-            values = values[wrapper]
-            break
-    if not isinstance(values, dict) or not values:
-        raise ValueError(
-            f"{path} holds {_kind(values)}: expected {{'model': {{name: tensor}}}}, as "
-            "microsoft/UniCL's released files do"
-        )
-    others = [str(name) for name, value in values.items() if not isinstance(value, Tensor)]
-    if others:
-        raise ValueError(
-            f"{path} holds no weights at {', '.join(others)}: expected "
-            "{'model': {name: tensor}}"
-        )
-    return {str(name): tensor for name, tensor in values.items()}
-
-
-def _kind(values: Any) -> str:
-    if isinstance(values, Tensor):
-        return f"one tensor of shape {list(values.shape)}"
-    return "nothing" if values in ({}, None) else f"a {type(values).__name__}"

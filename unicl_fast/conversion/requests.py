@@ -6,14 +6,18 @@ which neither `--help` nor a mistyped option has to wait.
 
 from __future__ import annotations
 
+import abc
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from unicl_fast.config import DataConfig
 
-class Conversion:
+
+class Conversion(abc.ABC):
     """A command of `unicl-convert`."""
 
+    @abc.abstractmethod
     def run(self) -> None:
         """Converts, and prints what was read, what was written and what to do with it.
 
@@ -24,7 +28,6 @@ class Conversion:
             RuntimeError: the converted model does not give our features.
             OSError: a disk that failed.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +53,25 @@ class FromOfficial(Conversion):
 
     def run(self) -> None:
         from unicl_fast.conversion import official
+        from unicl_fast.conversion.export import print_written, require_new, write_export
+        from unicl_fast.system.checksums import file_checksum
 
-        official.convert_from(self)
+        require_new(self.out)
+        entries = official.read_official_file(self.file)
+        size = official.num_parameters(entries)
+        print(f"read {self.file}: {len(entries):,} entries, {size:,} parameters")
+        model = official.model_of(entries, source=self.file)
+        origin = {
+            "converted from": f"{self.file.name}, a checkpoint in the layout of microsoft/UniCL",
+            "xxh3 of that file": file_checksum(self.file),
+        }
+        write_export(model, self.out, origin=origin)
+        print_written(self.out)
+        print(
+            f"every entry fits: {model.config.model.image_encoder}, {_view(model.config.data)}, "
+            "normalised as ImageNet's"
+        )
+        print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +87,19 @@ class ModelConversion(Conversion):
     """The moving average of the weights, those of the last step, or the average if there is one."""
 
 
+def _view(data: DataConfig) -> str:
+    """How an evaluation shows images to a model, in words."""
+    return (
+        f"images scaled to {data.evaluation_resize} ({data.interpolation}), {data.image_size} in "
+        "the centre"
+    )
+
+
+def _print_registration(image_encoder: str) -> None:
+    if image_encoder.startswith("unicl_"):
+        print("note: this encoder is registered with timm by: import unicl_fast.models.small")
+
+
 @dataclass(frozen=True, kw_only=True)
 class ToOfficial(ModelConversion):
     """A model of ours (Swin-T or Swin-B) to a file that microsoft/UniCL's code loads.
@@ -80,9 +113,34 @@ class ToOfficial(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import official
+        import numpy as np
+        import torch
 
-        official.convert_to(self)
+        from unicl_fast.conversion import official
+        from unicl_fast.conversion.export import load_source, new_file, print_written
+
+        model = load_source(self)
+        entries = official.official_entries(model)
+        with new_file(self.out) as aside:
+            official.write_official_file(aside, entries)
+            again = official.read_official_file(aside)
+            assert again.keys() == entries.keys()
+            assert all(torch.equal(again[name], entries[name]) for name in entries)
+        print_written(self.out)
+        print(f"{len(entries):,} entries, {official.num_parameters(entries):,} parameters")
+        data = model.config.data
+        print(f"the file cannot hold it: this model wants {_view(data)}; set that in the config")
+        theirs = [official.IMAGENET_MEAN, official.IMAGENET_STD]
+        if not np.allclose([data.mean, data.std], theirs):
+            print(
+                f"note: this model wants images normalised with mean {data.mean} and deviation "
+                f"{data.std}; microsoft/UniCL's code takes ImageNet's: change them in its "
+                "data/build.py"
+            )
+        print(
+            "next, with a config of microsoft/UniCL of the same sizes: "
+            f"python -m torch.distributed.launch main.py --eval --cfg CONFIG --resume {self.out}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,9 +156,21 @@ class ToOpenClip(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import torch_libraries
+        from unicl_fast.conversion.export import load_source, print_written
+        from unicl_fast.conversion.libraries import write_open_clip
 
-        torch_libraries.convert_to_open_clip(self)
+        model = load_source(self)
+        print_written(self.out, difference=write_open_clip(model, self.out))
+        data = model.config.data
+        if data.evaluation_resize != data.image_size:
+            print(
+                f"note: open_clip scales the shorter side to {data.image_size} pixels, unicl-eval "
+                f"to {data.evaluation_resize} and then crops {data.image_size}: accuracies differ "
+                "a little"
+            )
+        _print_registration(model.config.model.image_encoder)
+        print(f'next: open_clip.create_model_and_transforms("local-dir:{self.out}")')
+        print(f"  or: clip_benchmark eval --model local-dir:{self.out} --dataset ...")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,9 +184,23 @@ class ToTimm(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import torch_libraries
+        import timm
 
-        torch_libraries.convert_to_timm(self)
+        from unicl_fast.conversion.export import load_source, print_written
+        from unicl_fast.conversion.libraries import timm_arguments, write_timm
+
+        model = load_source(self, needs_texts=False)
+        print_written(self.out, difference=write_timm(model, self.out))
+        name = model.config.model.image_encoder
+        _print_registration(name)
+        more = "".join(f", {key}={value}" for key, value in timm_arguments(model).items())
+        weights = self.out / "model.safetensors"
+        print(
+            f'next: timm.create_model("{name}", num_classes=0, checkpoint_path="{weights}"{more})'
+        )
+        if timm.get_pretrained_cfg(name) is not None:
+            again = f'timm.create_model("local-dir:{self.out}", pretrained=True)'
+            print(f"  or, from timm 1.0.16 on: {again}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,9 +219,24 @@ class ToHub(ModelConversion):
     """An identifier of the hub, for example apache-2.0; left out, the card names none."""
 
     def run(self) -> None:
-        from unicl_fast.conversion import hub
+        from unicl_fast.checkpoints.export import is_export
+        from unicl_fast.checkpoints.load import find_model, read_state
+        from unicl_fast.conversion.export import load_source, print_written, write_export
 
-        hub.convert(self)
+        model = load_source(self)
+        checkpoint = find_model(self.model)
+        origin: dict[str, int] = {}
+        if not is_export(checkpoint):  # where the weights come from, as far as it may be published
+            step = read_state(checkpoint).step
+            seen = step * model.config.run.global_batch_size
+            origin = {"steps": step, "samples seen in training": seen}
+        write_export(model, self.out, origin=origin, license=self.license)
+        print_written(self.out)
+        print(f"next: unicl-eval zero-shot --checkpoint {self.out} --data DIR")
+        print(
+            f"to publish it: say in {self.out / 'README.md'} what it was trained on and what it is "
+            f"good for{'' if self.license else ', add a license'}; hf upload NAME {self.out}"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,9 +251,13 @@ class ToOnnx(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import programs
+        from unicl_fast.conversion.export import load_source, print_written
+        from unicl_fast.conversion.libraries import require_packages, write_onnx
 
-        programs.convert_to_onnx(self)
+        require_packages()  # before a model is loaded for nothing
+        difference = write_onnx(load_source(self), self.out)
+        print_written(self.out, difference=difference, where=", at batches of 1 and more")
+        print(f'next: onnxruntime.InferenceSession("{self.out / "image.onnx"}")')
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,9 +271,12 @@ class ToExport(ModelConversion):
     """
 
     def run(self) -> None:
-        from unicl_fast.conversion import programs
+        from unicl_fast.conversion.export import load_source, print_written
+        from unicl_fast.conversion.libraries import write_exported_programs
 
-        programs.convert_to_export(self)
+        difference = write_exported_programs(load_source(self), self.out)
+        print_written(self.out, difference=difference, where=", at batches of 1 and more")
+        print(f'next: torch.export.load("{self.out / "image.pt2"}").module()(images)')
 
 
 COMMANDS: dict[str, type[Conversion]] = {

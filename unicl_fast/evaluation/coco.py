@@ -12,7 +12,6 @@ import io
 import itertools
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,21 +29,6 @@ Target = dict[str, Tensor]
 _ORDER, _FLIPS = 1, 2
 """Purposes of random numbers."""
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-
-
-def require_pycocotools() -> None:
-    """Refuses to begin without pycocotools, and says how to install it.
-
-    Raises:
-        ModuleNotFoundError: pycocotools is missing.
-    """
-    try:
-        import pycocotools.mask  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(
-            "detect takes COCO's metrics and masks from the package pycocotools; install it with: "
-            "pip install 'unicl_fast[evaluation]'"
-        ) from error
 
 
 class CocoImages(Dataset[tuple[Tensor, Target]]):
@@ -99,11 +83,7 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         return [index for index, one in enumerate(self.images) if self._boxes[one["id"]]]
 
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        """An image [3 h w] in 0 to 1 and its target.
-
-        Raises:
-            ValueError: the image cannot be read.
-        """
+        """An image [3 h w] in 0 to 1 and its target."""
         listed = self.images[index]
         path = self._folder / listed["file_name"]
         try:
@@ -114,10 +94,8 @@ class CocoImages(Dataset[tuple[Tensor, Target]]):
         objects = self._boxes[listed["id"]]
         boxes = torch.tensor([one["bbox"] for one in objects], dtype=torch.float32).view(-1, 4)
         boxes[:, 2:] += boxes[:, :2]
-        target = {
-            "boxes": boxes,
-            "labels": torch.tensor([one["number"] for one in objects], dtype=torch.int64),
-        }
+        labels = torch.tensor([one["number"] for one in objects], dtype=torch.int64)
+        target = {"boxes": boxes, "labels": labels}
         if self._masks:
             target["masks"] = self._masks_of(objects, *pixels.shape[:2])
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 255, target
@@ -176,7 +154,7 @@ def training_batches(
     """
     loader = DataLoader(
         _Flipped(images),
-        batch_sampler=_Draws(images.with_boxes, batch_size, seed, slice(rank, None, world_size)),
+        batch_sampler=_draws(images.with_boxes, batch_size, seed, slice(rank, None, world_size)),
         num_workers=workers,
         collate_fn=lambda rows: tuple(map(list, zip(*rows, strict=True))),
         multiprocessing_context="fork" if workers else None,
@@ -184,36 +162,36 @@ def training_batches(
     return iter(loader)
 
 
-@dataclass(frozen=True, slots=True)
-class _Draws:
+def _draws(
+    indices: Sequence[int], batch_size: int, seed: int, mine: slice
+) -> Iterator[list[tuple[int, bool]]]:
     """A rank's (index, whether to flip) of each batch, without end."""
-
-    indices: Sequence[int]
-    batch_size: int
-    seed: int
-    mine: slice
-
-    def __iter__(self) -> Iterator[list[tuple[int, bool]]]:
-        counters = torch.arange(len(self.indices))
-        left: list[tuple[int, bool]] = []
-        for epoch in itertools.count():
-            order = uniform_tensor(fold_key(self.seed, epoch, _ORDER), counters).argsort(
-                stable=True
-            )
-            flips = uniform_tensor(fold_key(self.seed, epoch, _FLIPS), counters) < 0.5
-            left += [(self.indices[i], bool(flips[i])) for i in order.tolist()]
-            while len(left) >= self.batch_size:
-                yield left[: self.batch_size][self.mine]
-                left = left[self.batch_size :]
+    counters = torch.arange(len(indices))
+    left: list[tuple[int, bool]] = []
+    for epoch in itertools.count():
+        order = uniform_tensor(fold_key(seed, epoch, _ORDER), counters).argsort(stable=True)
+        flips = uniform_tensor(fold_key(seed, epoch, _FLIPS), counters) < 0.5
+        left += [(indices[i], bool(flips[i])) for i in order.tolist()]
+        while len(left) >= batch_size:
+            yield left[:batch_size][mine]
+            left = left[batch_size:]
 
 
 def check_annotations(command: Detect) -> None:
-    """Refuses annotations that a detector cannot be trained and tested on.
+    """Refuses to begin without pycocotools, or with annotations that cannot be trained and tested.
 
     Raises:
+        ModuleNotFoundError: pycocotools is missing.
         ValueError: no list of boxes, or two lists of different classes.
         FileNotFoundError: no annotations or images.
     """
+    try:
+        import pycocotools.mask  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            "detect takes COCO's metrics and masks from the package pycocotools; install it with: "
+            "pip install 'unicl_fast[evaluation]'"
+        ) from error
     train = CocoImages(command.train, command.train_images)
     test = CocoImages(command.data, command.images)
     if train.class_names != test.class_names:
@@ -255,13 +233,8 @@ def coco_metrics(
 ) -> dict[str, float]:
     """COCO's average precisions, in 0 to 1; -1 where there is nothing of that size.
 
-    Args:
-        content: of the annotation file.
-        detections: rows from `as_coco`, of all its images.
-        masks: also those of masks.
-
-    Returns:
-        `box/AP` (mean over IoU 0.5 to 0.95), `box/AP50`, ... and `mask/AP`, ...
+    `content` is that of the annotation file, `detections` are rows from `as_coco`, of all its
+    images. Names are `box/AP` (mean over IoU 0.5 to 0.95), `box/AP50`, ..., with `masks` `mask/AP`.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval

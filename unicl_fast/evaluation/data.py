@@ -56,12 +56,9 @@ _TEMPLATE_KEYS = {
     "PCAM": "pcam", "RenderedSST2": "renderedsst2", "STL10": "stl10", "SUN397": "sun397",
     "SVHN": "svhn", "StanfordCars": "cars",
 }  # fmt: skip
-_NAME_KEYS = {
-    kind: _TEMPLATE_KEYS[kind]
-    for kind in (
-        *("Country211", "EuroSAT", "FER2013", "Flowers102", "GTSRB", "ImageNet", "MNIST"),
-        *("OxfordIIITPet", "PCAM", "SVHN"),
-    )
+_WITH_NAMES = {
+    *("Country211", "EuroSAT", "FER2013", "Flowers102", "GTSRB", "ImageNet", "MNIST"),
+    *("OxfordIIITPet", "PCAM", "SVHN"),
 }
 
 
@@ -82,11 +79,7 @@ class EvaluationData:
         return [self.dataset.labels_of(sample).tolist() for sample in range(len(self.dataset))]
 
     def labels_among(self, other: EvaluationData) -> list[list[int]]:
-        """The labels of each sample as numbers of another data set's classes, found by name.
-
-        Raises:
-            ValueError: a class that the other lacks, or has several times.
-        """
+        """The labels of each sample as numbers of another data set's classes, found by name."""
         if self.class_names == other.class_names:
             return self.labels()
         number_of = {name: number for number, name in enumerate(other.class_names)}
@@ -119,18 +112,12 @@ def short_names(specs: Sequence[str]) -> list[str]:
 
 def protocol_metric(name: str) -> Metric:
     """The metric that CLIP's protocol reports for a data set of this name."""
-    plain = re.sub(r"[^a-z0-9]", "", name.lower())
-    plain = re.sub(r"(test|train|val|trainval)$", "", plain)
+    plain = re.sub(r"(test|train|val|trainval)$", "", _plain(name))
     return "mean_per_class" if _MEAN_PER_CLASS.fullmatch(plain) else "top1"
 
 
 def check_data(spec: str) -> None:
-    """Refuses a data set that is visibly wrong, without packing anything.
-
-    Raises:
-        ValueError: not a data set that can be read.
-        FileNotFoundError: nothing is there.
-    """
+    """Refuses a data set that is visibly wrong or not there, without packing anything."""
     if spec.startswith(TORCHVISION):
         _parse_torchvision(spec)
     elif _is_packed(spec):
@@ -160,14 +147,9 @@ def open_data(
 ) -> Iterator[EvaluationData]:
     """Opens the data set that a spec names, on all ranks; leaves nothing behind.
 
-    Args:
-        spec: a packed data set; anything that unicl-pack reads, such as class folders; or
-            torchvision:CLASS:FOLDER[:SPLIT].
-        ranks: rank 0 packs, the others wait.
-        metric: is reported first; auto goes by CLIP's protocol.
-        class_names: instead of the data's own: a file, imagenet, or clip-benchmark:KEY.
-        templates: instead of the data's own: a file, imagenet, simple, or clip-benchmark:KEY.
-        name: for tables; empty takes `short_name`.
+    Specs, metrics, class names and templates are those of `requests.ZeroShot`; empty ones are the
+    data's own. What is not packed is packed by rank 0, while the others wait. `name` is for tables;
+    empty takes `short_name`.
 
     Raises:
         ValueError: not such a data set, or class names that are not its own in number or order.
@@ -207,24 +189,20 @@ def open_data(
 
 
 def _choose_templates(spec: str, templates: str, dataset: PackedDataset) -> tuple[str, ...]:
-    if not templates and (key := _clip_benchmark_key(spec, _TEMPLATE_KEYS)):
+    if not templates and (key := _clip_benchmark_key(spec)):
         templates = f"{CLIP_BENCHMARK}{key}"
     return read_templates(templates) if templates else dataset.manifest.templates
 
 
-def _clip_benchmark_key(spec: str, keys: dict[str, str]) -> str | None:
-    """The key of clip-benchmark's list for a torchvision data set, if the package is installed."""
+def _clip_benchmark_key(spec: str) -> str | None:
+    """The key of clip-benchmark's lists for a torchvision data set, if the package is installed."""
     if not spec.startswith(TORCHVISION) or not has_clip_benchmark():
         return None
-    return keys.get(spec.split(":")[1])
+    return _TEMPLATE_KEYS.get(spec.split(":")[1])
 
 
 def _require_same_order(given: Sequence[str], own: Sequence[str], spec: str) -> None:
-    """Refuses names whose order visibly differs from the data's.
-
-    Raises:
-        ValueError: a name has different numbers in the two lists.
-    """
+    """Refuses names whose order visibly differs from the data's."""
     number_of = {_plain(name): number for number, name in enumerate(own)}
     for number, name in enumerate(given):
         other = number_of.get(_plain(name), number)
@@ -320,25 +298,21 @@ def _pack_torchvision(spec: str, folder: Path, *, class_names: str) -> None:
                 image.convert("RGB").save(path, compress_level=1)
             row = {"image": os.path.relpath(path, image_root), "label": int(label)}
             file.write(json.dumps(row) + "\n")
-    (folder / "names.txt").write_text("".join(f"{one}\n" for one in names), encoding="utf-8")
-    _pack(
-        folder / "list.jsonl",
-        folder,
-        class_names=str(folder / "names.txt"),
-        image_root=image_root,
-    )
+    listed = folder / "names.txt"
+    listed.write_text("".join(f"{one}\n" for one in names), encoding="utf-8")
+    _pack(folder / "list.jsonl", folder, class_names=str(listed), image_root=image_root)
 
 
 def _torchvision_names(dataset: Any, spec: str, class_names: str) -> tuple[str, ...]:
     """Class names in label order: those asked for, clip-benchmark's, or torchvision's own."""
-    own = tuple(
-        _first_name(name)
-        for name in getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or ()
-    )
-    key = _clip_benchmark_key(spec, _NAME_KEYS)
+    own: tuple[str, ...] = ()
+    for name in getattr(dataset, "classes", None) or getattr(dataset, "categories", None) or ():
+        first = str(name[0] if isinstance(name, (tuple, list)) else name)  # ImageNet's have several
+        own += (" ".join(first.replace("_", " ").split()),)
+    key = _clip_benchmark_key(spec)
     if class_names:
         return own or read_class_names(class_names)
-    if key is not None:
+    if key is not None and spec.split(":")[1] in _WITH_NAMES:
         names = clip_benchmark_list("class names", key)
         if own and len(own) != len(names):
             raise ValueError(
@@ -353,9 +327,3 @@ def _torchvision_names(dataset: Any, spec: str, class_names: str) -> tuple[str, 
             "'unicl_fast[evaluation]' for those of clip-benchmark"
         )
     return own
-
-
-def _first_name(name: Any) -> str:
-    """The first of the several names that ImageNet's classes have."""
-    text = str(name[0] if isinstance(name, (tuple, list)) else name)
-    return " ".join(text.replace("_", " ").split())

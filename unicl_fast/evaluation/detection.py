@@ -36,7 +36,7 @@ from unicl_fast.evaluation.coco import (
     coco_metrics,
     training_batches,
 )
-from unicl_fast.evaluation.encode import device_of, model_on_ranks
+from unicl_fast.evaluation.features import device_of, model_on_ranks
 from unicl_fast.evaluation.report import markdown_table, percent, write_results
 from unicl_fast.evaluation.requests import Detect, DetectorRecipe
 from unicl_fast.models.unicl import UniCL
@@ -73,9 +73,8 @@ class PyramidBackbone(nn.Module):
             nn.Identity() if has_batch_norm else LayerNorm2d(width) for width in widths
         )
         self.encoder = freeze_batch_norm_2d(self.encoder)
-        self.pyramid = FeaturePyramidNetwork(
-            widths, _PYRAMID_CHANNELS, extra_blocks=LastLevelMaxPool()
-        )
+        coarser = LastLevelMaxPool()
+        self.pyramid = FeaturePyramidNetwork(widths, _PYRAMID_CHANNELS, extra_blocks=coarser)
 
     def forward(self, images: Float[Tensor, "b c h w"]) -> dict[str, Tensor]:
         """Maps [b 256 h w] by level, the last one half as fine again."""
@@ -99,20 +98,14 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
             f"detect needs an encoder with timm's forward_intermediates, which {name} lacks; "
             f"{_FITTING}"
         )
-    arguments: dict[str, Any] = {
-        "pretrained": False,
-        "num_classes": 0,
-        "drop_path_rate": model.config.model.drop_path,
-    }
+    flexible: dict[str, Any] = {}
     pretrained_cfg = timm.get_pretrained_cfg(name)
     if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
-        arguments |= {
-            "img_size": model.config.data.image_size,
-            "strict_img_size": False,
-            "always_partition": True,
-        }
+        flexible = {"strict_img_size": False, "always_partition": True}
+        flexible["img_size"] = model.config.data.image_size
+    drop_path = model.config.model.drop_path
     try:
-        encoder = timm.create_model(name, **arguments)
+        encoder = timm.create_model(name, num_classes=0, drop_path_rate=drop_path, **flexible)
     except TypeError as error:
         raise ValueError(
             f"detect needs an encoder for images of any size, and {name} is built for one: "
@@ -125,8 +118,7 @@ def _flexible_encoder(model: UniCL) -> nn.Module:
 def _choose_levels(strides: Sequence[int], *, encoder: str) -> list[int]:
     """Numbers of the finest map of each stride, from stride 4 on where that leaves three.
 
-    Raises:
-        ValueError: fewer than three strides; a plain ViT has one, a Swin of two stages two.
+    A plain ViT has one stride and a Swin of two stages two, which are refused.
     """
     finest = {stride: level for level, stride in reversed(list(enumerate(strides)))}
     if len(finest) < 3:
@@ -139,11 +131,7 @@ def _choose_levels(strides: Sequence[int], *, encoder: str) -> list[int]:
 
 
 def build_detector(model: UniCL, recipe: DetectorRecipe, *, num_classes: int) -> FasterRCNN:
-    """A detector with fresh heads over the model's encoder, for classes beside the background.
-
-    Raises:
-        ValueError: an encoder that cannot be a backbone.
-    """
+    """A detector with fresh heads over the model's encoder, for classes beside the background."""
     backbone = PyramidBackbone(model)
     strides = [*backbone.strides, 2 * backbone.strides[-1]]
     anchors = AnchorGenerator(
@@ -187,11 +175,7 @@ def train_detector(
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> None:
-    """Trains in place, in fp32, on this rank's images [3 h w] in 0 to 1 and their targets.
-
-    Raises:
-        ValueError: a loss that is not finite.
-    """
+    """Trains in place, in fp32, on this rank's images [3 h w] in 0 to 1 and their targets."""
     device = next(detector.parameters()).device
     parameters = [p for p in detector.parameters() if p.requires_grad]
     decay = 0.05 if recipe.optimizer == "adamw" else 1e-4
@@ -199,10 +183,8 @@ def train_detector(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    optimizer: torch.optim.Optimizer
-    if recipe.optimizer == "adamw":
-        optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
-    else:
+    optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=recipe.lr)
+    if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(groups, lr=recipe.lr, momentum=0.9)
     forward: Callable[..., dict[str, Tensor]] = detector
     if ranks is not None and ranks.world_size > 1:
@@ -235,10 +217,8 @@ def detect(
 ) -> Iterator[tuple[int, dict[str, Tensor]]]:
     """Finds objects in images, given as id and image [3 h w] in 0 to 1.
 
-    Yields:
-        Id, and boxes [m 4] (left, top, right, bottom in pixels of the image), labels [m] from 1,
-        scores [m] falling, and masks [m 1 h w] of probabilities where it is a Mask R-CNN; on the
-        host.
+    Yields the id, and on the host boxes [m 4] (left, top, right, bottom in pixels of the image),
+    labels [m] from 1, scores [m] falling, and of a Mask R-CNN masks [m 1 h w] of probabilities.
     """
     device = next(detector.parameters()).device
     detector.eval()
@@ -314,10 +294,8 @@ def run(command: Detect) -> None:
 
 def _table(metrics: dict[str, float]) -> str:
     """A row for boxes, and one for masks where there are any; sizes without objects say none."""
-    kinds = dict.fromkeys(name.split("/")[0] for name in metrics)
-    values = [[metrics[f"{kind}/{name}"] for name in METRICS] for kind in kinds]
-    rows = [
-        [kind, *("none" if value < 0 else percent(value) for value in row)]
-        for kind, row in zip(kinds, values, strict=True)
-    ]
+    rows = []
+    for kind in dict.fromkeys(name.split("/")[0] for name in metrics):
+        values = [metrics[f"{kind}/{name}"] for name in METRICS]
+        rows.append([kind, *("none" if value < 0 else percent(value) for value in values)])
     return markdown_table(["%", *METRICS], rows)

@@ -1,43 +1,284 @@
-"""Features of labelled images: extracted once over all ranks, kept in a folder, put beside labels.
+"""A model over images and texts: who computes where, features, class scores.
+
+Ranks share the images of a data set: rank r of w takes the samples r, r + w, r + 2 w, ...
 
 A linear probe and its many fits, nearest neighbours and the first head of fine-tuning need the same
-features again and again, and only the encoder takes long. The name of a stored file is a
-checksum of everything that decides the features, so nothing stale is ever read.
+features of labelled images again and again, and only the encoder takes long. They are kept in a
+folder; the name of a file is a checksum of everything that decides the features, so nothing stale
+is ever read.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import contextlib
 import json
 import logging
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import xxhash
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from unicl_fast.checkpoints.load import find_model
+from unicl_fast.batch import EvaluationBatch, EvaluationLoader
+from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import from_rank_0
+from unicl_fast.distributed.launch import configure_logging
+from unicl_fast.distributed.ranks import (
+    Ranks,
+    from_rank_0,
+    gather_integers,
+    gather_objects,
+    process_group,
+)
 from unicl_fast.evaluation.data import EvaluationData, open_data
-from unicl_fast.evaluation.encode import device_of, model_on_ranks
-from unicl_fast.evaluation.requests import FrozenFeatures, Layer, Metric
+from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
+from unicl_fast.evaluation.requests import (
+    EncodingEvaluation,
+    Evaluation,
+    FrozenFeatures,
+    Layer,
+    Metric,
+)
+from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
+from unicl_fast.system.machine import choose_device
+from unicl_fast.system.progress import EvaluationStopped, WaitingForRanks, heartbeat_and_check_stop
 
 logger = logging.getLogger(__name__)
 
+_ROWS_AT_ONCE = 8192
+"""Rows that each rank sends in one collective: 25 MB of 768 numbers."""
 _SPLIT, _SHOTS = 1, 2
 """Purposes of random numbers, so that a split and a draw of one seed differ."""
 _KEY_VERSION = 1
 """Version of what decides features beside `feature_key`'s facts; raised when the pipeline changes.
 """
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOnRanks:
+    """A model in evaluation mode, and how ranks encode data sets with it."""
+
+    model: UniCL
+    ranks: Ranks = Ranks()  # noqa: RUF009 - frozen
+    batch_size: int = 256
+    """Images encoded at once by each rank."""
+    progress: bool = False
+    """Whether progress bars are shown."""
+
+    def loader(self, dataset: PackedDataset) -> EvaluationLoader:
+        """This rank's part of a data set, prepared as the model needs it, on its device."""
+        # here, so that the protocols serve other loaders where DALI is not installed
+        from unicl_fast.pipelines.evaluation_loader import EvaluationLoader as DaliLoader
+
+        return DaliLoader(
+            dataset,
+            self.model.config.data,
+            batch_size=self.batch_size,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            device=device_of(self.model),
+        )
+
+    def _batches(self, loader: EvaluationLoader, *, title: str) -> Iterator[EvaluationBatch]:
+        """All batches of this rank; if any is asked to stop, all raise EvaluationStopped."""
+        stopped = False
+        for batch in tqdm(loader, desc=title, disable=not self.progress):
+            if not heartbeat_and_check_stop():
+                stopped = True
+                break
+            yield batch
+        if any(gather_integers(int(stopped), self.ranks)):
+            raise EvaluationStopped
+
+    @torch.no_grad()
+    def classify(
+        self,
+        loader: EvaluationLoader,
+        scores_of: Callable[[Tensor], Tensor],
+        *,
+        labels_of: Callable[[int], Sequence[int]],
+        class_names: Sequence[str],
+        what: str,
+        confusion: bool = False,
+    ) -> ClassificationResult:
+        """Classifies the images of a loader, each sample once over all ranks, and counts.
+
+        Args:
+            loader: this rank's part.
+            scores_of: scores [b k] of images, uint8 [b h w c].
+            labels_of: labels of a sample of the data set; see `ClassificationCounts.add`.
+            class_names: k names.
+            what: is evaluated, for messages.
+            confusion: also count which class is taken for which.
+
+        Raises:
+            ValueError: no sample has a label.
+            EvaluationStopped: it was asked to stop, on all ranks.
+        """
+        counts = ClassificationCounts(class_names, confusion=confusion)
+        for batch in self._batches(loader, title="classify"):
+            labels = (list(map(int, labels_of(sample))) for sample in batch.sample_ids.tolist())
+            counts.add(rank_classes(scores_of(batch.images)), labels)
+        counts.sum_over(self.ranks)
+        return counts.result(what=what)
+
+    def features(
+        self, dataset: PackedDataset, *, layer: Layer = "projection"
+    ) -> Float[Tensor, "n d"] | None:
+        """Features of a data set's images, in its order, on rank 0's host, in fp32 or fp64.
+
+        Raises:
+            EvaluationStopped: it was asked to stop, on all ranks.
+        """
+        parts: list[Tensor] = []
+        ids: list[int] = []
+        for batch in self._batches(self.loader(dataset), title="encode images"):
+            parts.append(encode_images(self.model, batch.images, layer=layer).cpu())
+            ids += batch.sample_ids.tolist()
+        assert ids == list(range(self.ranks.rank, len(dataset), self.ranks.world_size))
+        mine = torch.cat(parts) if parts else None
+        return collect_rows(mine, num_rows=len(dataset), ranks=self.ranks)
+
+
+@contextlib.contextmanager
+def model_on_ranks(command: Evaluation) -> Iterator[ModelOnRanks]:
+    """The model of a command on its device; its ranks share the work.
+
+    Convolutions have the memory format that they were trained with.
+    """
+    device = choose_device(command.device, local_rank=int(os.environ.get("LOCAL_RANK", "0")))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    with process_group(device) as ranks:
+        configure_logging(ranks)
+        model = load_model(command.checkpoint, weights=command.weights).to(device)
+        if model.config.efficiency.channels_last:
+            model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        batch_size = command.batch_size if isinstance(command, EncodingEvaluation) else 1
+        yield ModelOnRanks(model, ranks, batch_size=batch_size, progress=shows_progress(ranks))
+
+
+def shows_progress(ranks: Ranks) -> bool:
+    """Whether this process draws progress bars: rank 0, on a terminal; a log gets none."""
+    return ranks.is_main and sys.stderr.isatty()
+
+
+def device_of(model: UniCL) -> torch.device:
+    """The device that holds the model."""
+    return next(model.image_encoder.parameters()).device
+
+
+def require_text_encoder(model: UniCL, what: str) -> None:
+    """Refuses (ValueError) a model that was trained without texts, which `what` needs."""
+    if model.text_encoder is None:
+        raise ValueError(
+            f"{what} compares images with texts, and this model has no text encoder, since it "
+            "was trained without one: take linear-probe, knn, finetune or detect"
+        )
+
+
+def require_finite(*features: Tensor) -> None:
+    """Refuses (ValueError) features that a broken model made."""
+    if not all(bool(one.isfinite().all()) for one in features):
+        raise ValueError("features hold values that are not finite: the model is broken")
+
+
+def prepare_images(model: UniCL, images: Tensor) -> Float[Tensor, "b c h w"]:
+    """Normalises decoded images uint8 [b h w c] for the model's image encoder, on its device."""
+    config = model.config
+    return normalise_images(
+        images.to(device_of(model), non_blocking=True),
+        mean=config.data.mean,
+        std=config.data.std,
+        dtype=Precision(config.efficiency.precision).compute_type,
+        channels_last=config.efficiency.channels_last,
+    )
+
+
+@torch.no_grad()
+def encode_images(
+    model: UniCL, images: Tensor, *, layer: Layer = "projection"
+) -> Float[Tensor, "b d"]:
+    """Features of images uint8 [b h w c], in the precision the model was trained in.
+
+    Layer "projection" gives the unit-norm features (under cross-entropy what `class_rows` is
+    multiplied by, see `UniCL.encode_image`), "encoder" those before the projection, in fp32 at
+    least.
+    """
+    normalised = prepare_images(model, images)
+    with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
+        if layer == "projection":
+            return model.encode_image(normalised)
+        features: Tensor = model.image_encoder(normalised)
+    return features.to(torch.promote_types(torch.float32, features.dtype))
+
+
+@torch.no_grad()
+def encode_token_rows(
+    model: UniCL,
+    rows: Sequence[NDArray[np.uint16]],
+    *,
+    batch_size: int = 512,
+    progress: bool = False,
+) -> Float[Tensor, "m d"]:
+    """Unit-norm features of m texts: token ids with start and end tokens, unpadded."""
+    if not rows:
+        raise ValueError("there are no texts to encode")
+    precision = Precision(model.config.efficiency.precision)
+    device = device_of(model)
+    # texts of similar length together: what is padded is computed for nothing
+    order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
+    features = []
+    starts = range(0, len(rows), batch_size)
+    for start in tqdm(starts, desc="encode texts", disable=not progress):
+        heartbeat_and_check_stop()  # a stop is obeyed between images, where all ranks learn of it
+        chosen = [rows[row].astype(np.int64) for row in order[start : start + batch_size]]
+        tokens = pad_sequence([torch.from_numpy(row) for row in chosen], batch_first=True)
+        with precision.autocast(device.type):
+            features.append(model.encode_text(tokens.to(device)))
+    return torch.cat(features)[torch.tensor(order).argsort()]
+
+
+def collect_rows(
+    mine: Float[Tensor, "m d"] | None, *, num_rows: int, ranks: Ranks
+) -> Float[Tensor, "n d"] | None:
+    """Puts this rank's rows, on the host, and those of the others in turn together on rank 0.
+
+    `mine` is None where a rank has no rows. The other ranks get None.
+    """
+    if ranks.world_size == 1:
+        return mine
+    num_received = ranks.world_size if ranks.is_main else 0
+    # a rank without rows knows neither their width nor their type
+    kinds = gather_objects(None if mine is None else (mine.shape[1], mine.dtype), ranks)
+    width, dtype = next(kind for kind in kinds if kind is not None)
+    mine = torch.empty(0, width, dtype=dtype) if mine is None else mine
+    whole = torch.empty(num_rows, width, dtype=dtype) if ranks.is_main else None
+    most = -(-num_rows // ranks.world_size)
+    for start in range(0, most, _ROWS_AT_ONCE):
+        sent = torch.zeros(min(_ROWS_AT_ONCE, most - start), width, dtype=dtype)
+        part = mine[start : start + len(sent)]
+        sent[: len(part)] = part
+        received = [torch.empty_like(sent) for _ in range(num_received)]
+        with WaitingForRanks():
+            dist.gather(sent, received or None, dst=0, group=ranks.host_group)
+        if whole is not None:
+            rows, begin = torch.stack(received, dim=1).flatten(0, 1), start * ranks.world_size
+            whole[begin : begin + len(rows)] = rows[: num_rows - begin]
+    return whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,36 +295,23 @@ class LabelledFeatures:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def to(self, dtype: torch.dtype) -> LabelledFeatures:
-        """The same with features of another type."""
-        return dataclasses.replace(self, features=self.features.to(dtype))
-
     def take(self, rows: NDArray[np.int64]) -> LabelledFeatures:
         """Some of them, in the order of `rows`."""
         chosen = torch.from_numpy(rows).to(self.labels.device)
-        return LabelledFeatures(
-            self.features[chosen],
-            self.labels[chosen],
-            [self.all_labels[row] for row in rows.tolist()],
-        )
+        labels = [self.all_labels[row] for row in rows.tolist()]
+        return LabelledFeatures(self.features[chosen], self.labels[chosen], labels)
 
     def join(self, other: LabelledFeatures) -> LabelledFeatures:
         """Both, one after the other."""
-        return LabelledFeatures(
-            torch.cat([self.features, other.features]),
-            torch.cat([self.labels, other.labels]),
-            [*self.all_labels, *other.all_labels],
-        )
+        features = torch.cat([self.features, other.features])
+        labels = torch.cat([self.labels, other.labels])
+        return LabelledFeatures(features, labels, [*self.all_labels, *other.all_labels])
 
 
 def with_labels(
     features: Float[Tensor, "n d"], labels: Sequence[Sequence[int]], *, what: str
 ) -> LabelledFeatures:
-    """Features of the samples that have labels; `what` names the data set in the message.
-
-    Raises:
-        ValueError: no sample has a label.
-    """
+    """Features of the samples of `what` that have labels; it is a ValueError if none has one."""
     kept = [row for row, own in enumerate(labels) if own]
     if not kept:
         raise ValueError(f"no sample of {what} has a label")
@@ -98,24 +326,18 @@ def with_labels(
 def split_validation(
     labels: NDArray[np.int64], *, fraction: float, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Sets a part of each class aside, drawn by the seed.
+    """Rows of training and of validation samples, rising; the seed draws a part of each class.
 
     A class gives round(fraction * its samples), but keeps one at least for training.
-
-    Returns:
-        Rows of training and of validation samples, rising.
 
     Raises:
         ValueError: nothing is left for validation.
     """
-    validation = np.sort(
-        np.concatenate(
-            [
-                rows[: min(round(fraction * len(rows)), len(rows) - 1)]
-                for rows in _shuffled_classes(labels, fold_key(seed, _SPLIT))
-            ]
-        )
-    )
+    parts = [
+        rows[: min(round(fraction * len(rows)), len(rows) - 1)]
+        for rows in _shuffled_classes(labels, fold_key(seed, _SPLIT))
+    ]
+    validation = np.sort(np.concatenate(parts))
     if not len(validation):
         raise ValueError(
             f"{len(labels)} training samples are too few to set any aside for validation; give a "
@@ -127,20 +349,14 @@ def split_validation(
 def draw_shots(
     labels: NDArray[np.int64], *, shots: int, seed: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Few-shot samples: `shots` of each class to fit on, and min(shots, 4) others to choose C by.
+    """Rows of `shots` samples of each class to fit on, and min(shots, 4) others to choose C by.
 
     The rule of CoOp (Zhou et al., arXiv 2109.01134): validation is no larger than few-shot learning
     could afford. A class with too few samples gives all it has, to training first.
-
-    Returns:
-        Rows of training and of validation samples; the latter are none if every class has given
-        all it has.
     """
     classes = _shuffled_classes(labels, fold_key(seed, _SHOTS, shots))
-    train = [rows[:shots] for rows in classes]
-    return np.concatenate(train), np.concatenate(
-        [rows[shots : shots + min(shots, 4)] for rows in classes]
-    )
+    aside = [rows[shots : shots + min(shots, 4)] for rows in classes]
+    return np.concatenate([rows[:shots] for rows in classes]), np.concatenate(aside)
 
 
 def _shuffled_classes(labels: NDArray[np.int64], key: int) -> list[NDArray[np.int64]]:
@@ -162,12 +378,6 @@ class ExtractedSets:
     metric: Metric
     """The metric that is reported first."""
 
-    def to(self, dtype: torch.dtype) -> ExtractedSets:
-        """The same with features of another type."""
-        validation = None if self.validation is None else self.validation.to(dtype)
-        train, test = self.train.to(dtype), self.test.to(dtype)
-        return dataclasses.replace(self, train=train, test=test, validation=validation)
-
     def described(self, command: FrozenFeatures) -> dict[str, object]:
         """The first values of a report."""
         return {
@@ -181,11 +391,12 @@ class ExtractedSets:
         }
 
 
-def extract_sets(command: FrozenFeatures) -> ExtractedSets | None:
+def extract_sets(
+    command: FrozenFeatures, *, dtype: torch.dtype | None = None
+) -> ExtractedSets | None:
     """Features and labels of the data sets of a command; None on all ranks but rank 0.
 
-    Raises:
-        ValueError: a class that the training data lacks, or a set without labels.
+    `dtype` is the type of the features; None leaves them as they are, in fp32 or fp64.
     """
     found: list[LabelledFeatures] = []
     opened: list[EvaluationData] = []
@@ -196,25 +407,28 @@ def extract_sets(command: FrozenFeatures) -> ExtractedSets | None:
                 "features behind the projection were asked for, and this model, trained by "
                 "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
             )
-        folder = _features_folder(command)
+        folder, keeps = Path(command.features), command.features != "none"
+        if command.features == "auto":
+            run = find_model(command.checkpoint).parent  # of RUN/checkpoints/step-N, RUN/best, ...
+            folder = (run.parent if run.name == "checkpoints" else run) / "features"
         weights = weights_checksum(model)
         for spec in command.data_sets():
             with open_data(spec, ranks=ranks, metric=command.metric) as data:
                 opened.append(data)
                 labels = data.labels_among(opened[0])
                 key = feature_key(model, data.dataset, layer=command.layer, weights=weights)
-                path = None if folder is None else folder / f"{key}.npy"
+                path = folder / f"{key}.npy"
                 features = None
-                if from_rank_0(path is not None and path.is_file(), ranks):
-                    if ranks.is_main and path is not None:
-                        features = load_features(path, num_samples=len(data.dataset))
-                        print(f"features of {spec}: found again")
-                else:
+                if not from_rank_0(keeps and path.is_file(), ranks):
                     features = on_ranks.features(data.dataset, layer=command.layer)
-                    if features is not None and path is not None:
+                    if keeps and features is not None:
                         keep_features(path, features)
+                elif ranks.is_main:
+                    features = load_features(path, num_samples=len(data.dataset))
+                    print(f"features of {spec}: found again")
                 if features is not None:
-                    found.append(with_labels(features.to(device_of(model)), labels, what=spec))
+                    features = features.to(device_of(model), dtype)
+                    found.append(with_labels(features, labels, what=spec))
     if not found:
         return None
     return ExtractedSets(
@@ -256,11 +470,7 @@ def feature_key(model: UniCL, dataset: PackedDataset, *, layer: Layer, weights: 
 
 
 def load_features(path: Path, *, num_samples: int) -> Float[Tensor, "n d"]:
-    """Reads kept features.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """Reads kept features; a damaged file is a ValueError."""
     try:
         values = np.load(path, allow_pickle=False)
         if values.ndim != 2 or len(values) != num_samples or values.dtype.kind != "f":
@@ -281,10 +491,3 @@ def keep_features(path: Path, features: Float[Tensor, "n d"]) -> None:
             np.save(file, features.numpy(), allow_pickle=False)
     except OSError as error:
         logger.warning("features are not kept: %s cannot be written: %s", path, error)
-
-
-def _features_folder(command: FrozenFeatures) -> Path | None:
-    if command.features != "auto":
-        return None if command.features == "none" else Path(command.features)
-    folder = find_model(command.checkpoint).parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "features"

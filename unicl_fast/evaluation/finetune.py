@@ -28,20 +28,20 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from unicl_fast.augmentation import check_views
-from unicl_fast.batch import Loader
+from unicl_fast.batch import Batch, Loader
 from unicl_fast.config import ObjectiveConfig, TrainConfig, config_from_dict, config_to_dict
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import EvaluationData, open_data
-from unicl_fast.evaluation.encode import (
+from unicl_fast.evaluation.features import (
     ModelOnRanks,
     device_of,
     encode_images,
     model_on_ranks,
     prepare_images,
-    require_text_encoder,
+    split_validation,
+    with_labels,
 )
-from unicl_fast.evaluation.features import split_validation, with_labels
-from unicl_fast.evaluation.linear_probe import LinearClassifier, fit_probe
+from unicl_fast.evaluation.probes import LinearClassifier, fit_probe
 from unicl_fast.evaluation.report import (
     ClassificationResult,
     classification_table,
@@ -56,8 +56,8 @@ from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.data import build_prompts
 
-WEIGHTS_FILE = "finetuned.safetensors"
-DESCRIPTION_FILE = "finetuned.json"
+_WEIGHTS_FILE = "finetuned.safetensors"
+_DESCRIPTION_FILE = "finetuned.json"
 
 
 class FineTuned(nn.Module):
@@ -90,14 +90,9 @@ def zero_shot_head(
 ) -> LinearClassifier:
     """A head on the encoder's features that ranks classes as zero-shot classification does.
 
-    Zero-shot scores are s (x P) . t / |x P|. A linear head cannot divide by an image's own norm,
-    which changes no ranking; it divides by the mean norm, so that probabilities begin near those of
-    the model.
-
-    Args:
-        model: P is its projection, s its scale.
-        classifier: unit-norm t of each class.
-        features: x of some images, for the mean norm.
+    Zero-shot scores are s (x P) . t / |x P|, for features x, the unit-norm t of a class, and the
+    model's projection P and scale s. A linear head cannot divide by an image's own norm, which
+    changes no ranking; it divides by the mean norm, so that probabilities begin near the model's.
     """
     assert model.image_projection is not None  # it has texts to compare with
     projection = model.image_projection.to(features.dtype)
@@ -108,13 +103,11 @@ def zero_shot_head(
 
 def build_optimizer(module: FineTuned, recipe: FinetuneRecipe) -> torch.optim.Optimizer:
     """AdamW over timm's groups by depth; the head is one layer above the encoder's last."""
-    spared: set[str] = set()
-    if hasattr(module.encoder, "no_weight_decay"):
-        spared = set(cast(Any, module.encoder).no_weight_decay())
+    spared = getattr(module.encoder, "no_weight_decay", set)
     groups = param_groups_layer_decay(
         module.encoder,
         weight_decay=recipe.weight_decay,
-        no_weight_decay_list=spared,
+        no_weight_decay_list=set(cast(Any, spared)()),
         layer_decay=recipe.layer_decay,
     )
     for group in groups:
@@ -137,11 +130,11 @@ def finetune(
     ranks: Ranks | None = None,
     progress: bool = False,
 ) -> FineTuned:
-    """Trains encoder and head.
+    """Trains encoder and head in place.
 
     Args:
         model: decides how images are normalised, and the precision.
-        module: the model's encoder and a head, trained in place.
+        module: the model's encoder and a head.
         loader: local batches of labelled images. Mixup mixes within a local batch.
         recipe: the settings.
         steps: updates of the weights.
@@ -161,7 +154,6 @@ def finetune(
     scaler = precision.build_scaler(device.type)
     optimizer = build_optimizer(module, recipe)
     schedule = _cosine_schedule(optimizer, recipe, steps=steps)
-    mix = _build_mixup(recipe, num_classes=module.head.out_features)
     average = None
     if recipe.ema_decay:
         average = ModelEmaV3(module, decay=recipe.ema_decay, use_warmup=True)
@@ -172,12 +164,11 @@ def finetune(
     bar = tqdm(range(steps), desc="fine-tune", disable=not progress)
     for step in bar:
         batch = next(batches)
-        assert batch.sample_ids is not None
-        target = _first_labels(batch.sample_ids.tolist(), labels_of).to(device)
+        target = _first_labels(batch, labels_of).to(device)
         images = prepare_images(model, batch.images)
         smoothing = recipe.label_smoothing
-        if mix is not None:
-            images, target = _mixed(mix, images, target, seed=recipe.seed, step=step)
+        if recipe.mixup or recipe.cutmix:
+            images, target = _mixed(images, target, recipe, module.head.out_features, step=step)
             smoothing = 0.0  # it is in the target
         model.set_drop_path_key(step=step, global_index=batch.global_index.to(device))
         schedule.step_update(step + 1)
@@ -221,19 +212,8 @@ def _cosine_schedule(
     )
 
 
-def _build_mixup(recipe: FinetuneRecipe, *, num_classes: int) -> Mixup | None:
-    if not (recipe.mixup or recipe.cutmix):
-        return None
-    return Mixup(
-        mixup_alpha=recipe.mixup,
-        cutmix_alpha=recipe.cutmix,
-        label_smoothing=recipe.label_smoothing,
-        num_classes=num_classes,
-    )
-
-
 def _mixed(
-    mix: Mixup, images: Tensor, labels: Tensor, *, seed: int, step: int
+    images: Tensor, labels: Tensor, recipe: FinetuneRecipe, num_classes: int, *, step: int
 ) -> tuple[Tensor, Tensor]:
     """Mixed images and their targets [b k], fp32."""
     if len(images) % 2:
@@ -241,13 +221,21 @@ def _mixed(
             f"timm's mixup takes images in pairs, and a local batch has {len(images)}: make it "
             "even, or set mixup and cutmix to 0"
         )
+    mix = Mixup(
+        mixup_alpha=recipe.mixup,
+        cutmix_alpha=recipe.cutmix,
+        label_smoothing=recipe.label_smoothing,
+        num_classes=num_classes,
+    )
     # timm draws from NumPy's legacy stream, which NumPy keeps as it is; the same on all ranks
-    np.random.seed([seed, step])
+    np.random.seed([recipe.seed, step])
     images, target = mix(images, labels)
     return images, target.to(images.device, torch.float32)
 
 
-def _first_labels(samples: Sequence[int], labels_of: Callable[[int], Sequence[int]]) -> Tensor:
+def _first_labels(batch: Batch, labels_of: Callable[[int], Sequence[int]]) -> Tensor:
+    assert batch.sample_ids is not None
+    samples = batch.sample_ids.tolist()
     found = [labels_of(sample) for sample in samples]
     without = [sample for sample, labels in zip(samples, found, strict=True) if not len(labels)]
     if without:
@@ -269,13 +257,10 @@ def save_finetuned(
     """Writes the weights, and their description, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in module.state_dict().items()}
-    save_file(tensors, folder / WEIGHTS_FILE)
-    description = {
-        "config": config_to_dict(config),
-        "class_names": list(class_names),
-        "settings": settings,
-    }
-    (folder / DESCRIPTION_FILE).write_text(json.dumps(description, indent=1) + "\n")
+    save_file(tensors, folder / _WEIGHTS_FILE)
+    description = {"config": config_to_dict(config), "class_names": class_names}
+    text = json.dumps(description | {"settings": settings}, indent=1)
+    (folder / _DESCRIPTION_FILE).write_text(text + "\n")
 
 
 def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:
@@ -285,10 +270,10 @@ def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:
         FileNotFoundError: there is none.
         ValueError: the files are damaged.
     """
-    path = Path(folder) / DESCRIPTION_FILE
+    path = Path(folder) / _DESCRIPTION_FILE
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} holds no {DESCRIPTION_FILE}, as unicl-eval finetune makes"
+            f"{folder} holds no {_DESCRIPTION_FILE}, as unicl-eval finetune makes"
         )
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
@@ -296,7 +281,7 @@ def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:
         names = tuple(description["class_names"])
         model = UniCL(config).to(Precision(config.efficiency.precision).weight_type)
         module = FineTuned(model, len(names))
-        module.load_state_dict(load_file(Path(folder) / WEIGHTS_FILE))
+        module.load_state_dict(load_file(Path(folder) / _WEIGHTS_FILE))
     except (KeyError, TypeError, RuntimeError) as error:
         raise ValueError(f"{folder} is damaged: {error}") from error
     return module.eval(), names
@@ -304,6 +289,8 @@ def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:
 
 def run(command: Finetune) -> None:
     """Trains and tests on all ranks; rank 0 prints and writes."""
+    from unicl_fast.pipelines.loader import TrainLoader  # it needs DALI
+
     with (
         model_on_ranks(command) as on_ranks,
         open_data(command.train, ranks=on_ranks.ranks) as train,
@@ -320,18 +307,33 @@ def run(command: Finetune) -> None:
         module = FineTuned(model, len(names))
 
         def tested(module: FineTuned) -> ClassificationResult:
-            return _test(command, on_ranks, module, test, labels, class_names=names)
+            return on_ranks.classify(
+                on_ranks.loader(test.dataset),
+                lambda images: _scores(model, module, images),
+                labels_of=lambda sample: labels[sample],
+                class_names=names,
+                what="fine-tuning",
+                confusion=command.figures is not None,
+            )
 
         before: dict[str, Any] = {"head": command.head}
         if command.head != "fresh":
-            module.set_head(_first_head(command, on_ranks, module, train))
+            _begin_head(command, on_ranks, module, train)
             before["before"] = tested(module.eval()).to_json()
         # in steps from here on: the last batch of an epoch may reach into the next epoch
         steps = max(1, round(command.epochs * len(train.dataset) / command.train_batch_size))
         trained = finetune(
             model,
             module,
-            _training_loader(config, train, ranks=ranks, device=device_of(model)),
+            TrainLoader(
+                config,
+                [train.dataset],
+                weights=None,
+                prompts=build_prompts([train.dataset], config),
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                device=device_of(model),
+            ),
             command,
             steps=steps,
             labels_of=lambda sample: train.dataset.labels_of(sample).tolist(),
@@ -348,9 +350,7 @@ def run(command: Finetune) -> None:
     settings = {"steps": steps, **recipe}
     save_finetuned(command.out, trained, config=config, class_names=names, settings=settings)
     print(f"written to {command.out}")
-    if command.figures is not None:
-        path = command.figures / "confusion-finetune.png"
-        draw_confusion(result, names, path, title=f"{test.name}, fine-tuned")
+    draw_confusion(result, names, command.figures, "finetune", title=f"{test.name}, fine-tuned")
     values = {
         "train": command.train,
         "data": command.data,
@@ -364,11 +364,7 @@ def run(command: Finetune) -> None:
 
 
 def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> TrainConfig:
-    """The checkpoint's config with the data and batches of this training.
-
-    Raises:
-        ValueError: images in two views, of which one would be for nothing.
-    """
+    """The checkpoint's config with the data and batches of this training."""
     data = dataclasses.replace(
         config.data,
         train=(str(train.dataset.folder),),
@@ -379,6 +375,7 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
         max_bad_fraction=0.0,
     )
     objective = ObjectiveConfig()  # whatever the checkpoint was trained by
+    # images in two views, of which one would be for nothing, are refused
     check_views(data.augment, objective=objective.name)
     run = dataclasses.replace(
         config.run, global_batch_size=command.train_batch_size, seed=command.seed
@@ -386,29 +383,12 @@ def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> Tr
     return dataclasses.replace(config, data=data, run=run, objective=objective)
 
 
-def _training_loader(
-    config: TrainConfig, train: EvaluationData, *, ranks: Ranks, device: torch.device
-) -> Loader:
-    from unicl_fast.pipelines.loader import TrainLoader
-
-    return TrainLoader(
-        config,
-        [train.dataset],
-        weights=None,
-        prompts=build_prompts([train.dataset], config),
-        rank=ranks.rank,
-        world_size=ranks.world_size,
-        device=device,
-    )
-
-
-def _first_head(
+def _begin_head(
     command: Finetune, on_ranks: ModelOnRanks, module: FineTuned, train: EvaluationData
-) -> LinearClassifier:
-    """The head to begin with, the same on all ranks."""
+) -> None:
+    """Sets the head to begin with, the same on all ranks."""
     model = on_ranks.model
     if command.head == "zero-shot":
-        require_text_encoder(model, "finetune --head zero-shot")
         classifier = zero_shot_classifier(
             model,
             class_names=train.class_names,
@@ -419,46 +399,24 @@ def _first_head(
         alone = dataclasses.replace(on_ranks, ranks=Ranks())
         first = next(iter(alone.loader(train.dataset)))
         shown = encode_images(model, first.images, layer="encoder")
-        return zero_shot_head(model, classifier, shown)
+        module.set_head(zero_shot_head(model, classifier, shown))
+        return
     features = on_ranks.features(train.dataset, layer="encoder")
-    weight = torch.zeros_like(module.head.weight)
-    bias = torch.zeros_like(module.head.bias)
     if features is not None:
-        samples = with_labels(features.to(weight.device), train.labels(), what=command.train)
+        samples = with_labels(features.to(device_of(model)), train.labels(), what=command.train)
         kept, aside = split_validation(
             samples.labels.cpu().numpy(), fraction=0.2, seed=command.seed
         )
         fit = fit_probe(samples.take(kept), samples.take(aside), class_names=train.class_names)
-        weight.copy_(fit.classifier.weight)
-        bias.copy_(fit.classifier.bias)
+        module.set_head(fit.classifier)
     if on_ranks.ranks.world_size > 1:
-        torch.distributed.broadcast(weight, src=0)
-        torch.distributed.broadcast(bias, src=0)
-    return LinearClassifier(weight, bias)
+        for parameter in module.head.parameters():
+            torch.distributed.broadcast(parameter.detach(), src=0)
 
 
-def _test(
-    command: Finetune,
-    on_ranks: ModelOnRanks,
-    module: FineTuned,
-    test: EvaluationData,
-    labels: Sequence[Sequence[int]],
-    *,
-    class_names: Sequence[str],
-) -> ClassificationResult:
-    precision = Precision(on_ranks.model.config.efficiency.precision)
-
-    def scores_of(images: Tensor) -> Tensor:
-        normalised = prepare_images(on_ranks.model, images)
-        with precision.autocast(normalised.device.type):
-            scores: Tensor = module(normalised)
-        return scores
-
-    return on_ranks.classify(
-        on_ranks.loader(test.dataset),
-        scores_of,
-        labels_of=lambda sample: labels[sample],
-        class_names=class_names,
-        what="fine-tuning",
-        confusion=command.figures is not None,
-    )
+def _scores(model: UniCL, module: FineTuned, images: Tensor) -> Tensor:
+    """Scores [b k] of images uint8 [b h w c]."""
+    normalised = prepare_images(model, images)
+    with Precision(model.config.efficiency.precision).autocast(normalised.device.type):
+        scores: Tensor = module(normalised)
+    return scores

@@ -26,17 +26,12 @@ from unicl_fast.evaluation.requests import Evaluation, Metric
 from unicl_fast.system.progress import WaitingForRanks
 from unicl_fast.training.figures import INK, save_figure
 
-METRIC_NAMES: dict[Metric, str] = {"top1": "top-1", "mean_per_class": "mean per class"}
-_RATE_NAMES: dict[Literal["top1", "top5", "mean_per_class"], str] = {
-    "top1": "top-1",
-    "top5": "top-5",
-    "mean_per_class": "mean per class",
-}
+Rate = Literal["top1", "top5", "mean_per_class"]
+RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 MAX_CONFUSION_CLASSES = 4096
 """Classes for which a confusion matrix is kept: 128 MiB of counts."""
 _MAX_NAMED_CLASSES = 60
 """More names would not be legible."""
-_NUM_LISTED_MISTAKES = 15
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -69,7 +64,7 @@ class ClassificationResult:
         """The number that a protocol reports."""
         return self.top1 if metric == "top1" else self.mean_per_class
 
-    def interval(self, name: Literal["top1", "top5", "mean_per_class"]) -> tuple[float, float]:
+    def interval(self, name: Rate) -> tuple[float, float]:
         """95 % interval of a rate.
 
         That of the mean over classes comes from each class's binomial variance, taken at
@@ -91,7 +86,7 @@ class ClassificationResult:
             "num_without_label": self.num_without_label,
             "num_classes": len(self.per_class),
         }
-        for name in _RATE_NAMES:
+        for name in RATE_NAMES:
             values |= {name: getattr(self, name), f"{name}_interval_95": self.interval(name)}
         values["per_class"] = [
             {"class": name, "num_samples": count, "top1": right / count}
@@ -104,7 +99,7 @@ class ClassificationResult:
         lines = [f"{'':16}{'%':>7}   95 % interval"]
         lines += [
             f"{title:16}{percent(getattr(self, name)):>7}   {interval_text(self.interval(name))}"
-            for name, title in _RATE_NAMES.items()
+            for name, title in RATE_NAMES.items()
         ]
         lines.append(f"{self.num_samples} samples, {len(self.per_class)} classes")
         if self.num_without_label:
@@ -112,8 +107,9 @@ class ClassificationResult:
         return "\n".join(lines)
 
 
-def wilson_interval(num_right: int, num_tried: int, *, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (1927); z = 1.96 for 95 %."""
+def wilson_interval(num_right: int, num_tried: int) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (1927), for 95 %."""
+    z = 1.96
     rate = num_right / num_tried
     centre = rate + z * z / (2 * num_tried)
     half = z * math.sqrt(rate * (1 - rate) / num_tried + z * z / (4 * num_tried**2))
@@ -125,11 +121,7 @@ class ClassificationCounts:
     """Adds up rankings of samples, on one rank or many."""
 
     def __init__(self, class_names: Sequence[str], *, confusion: bool = False) -> None:
-        """Starts with all counts at 0; `confusion` also counts which class is taken for which.
-
-        Raises:
-            ValueError: too many classes for a confusion matrix.
-        """
+        """Starts with all counts at 0; `confusion` also counts which class is taken for which."""
         k = len(class_names)
         if confusion and k > MAX_CONFUSION_CLASSES:
             raise ValueError(
@@ -143,12 +135,10 @@ class ClassificationCounts:
         self._confusion = torch.zeros(k, k, dtype=torch.int64) if confusion else None
 
     def add(self, rankings: Iterable[Sequence[int]], labels: Iterable[Sequence[int]]) -> None:
-        """Counts samples.
+        """Counts samples by their most likely classes, best first, up to five.
 
-        Args:
-            rankings: of each sample the most likely classes, best first, up to five.
-            labels: of each sample. With several, any of them is right and the first is the class
-                it counts for. Samples without labels are left out and counted.
+        With several labels any of them is right, and the first is the class it counts for. Samples
+        without labels are left out and counted.
         """
         for ranking, given in zip(rankings, labels, strict=True):
             if not given:
@@ -171,11 +161,7 @@ class ClassificationCounts:
                     dist.all_reduce(counts, group=ranks.host_group)
 
     def result(self, *, what: str) -> ClassificationResult:
-        """The counts as a result; `what` needs labels, for the message.
-
-        Raises:
-            ValueError: no sample has a label.
-        """
+        """The counts as a result; without any label it is a ValueError that names `what`."""
         labelled, right, in_five, without = self._totals.tolist()
         if labelled == 0:
             raise ValueError(f"no sample of this data set has a label: {what} needs some")
@@ -232,7 +218,7 @@ def classification_table(
         rows.append(
             [
                 *(name, f"{len(result.per_class):,}", f"{result.num_samples:,}"),
-                *(METRIC_NAMES[metric], percent(result.value(metric)), interval),
+                *(RATE_NAMES[metric], percent(result.value(metric)), interval),
                 *map(percent, (result.top1, result.top5, result.mean_per_class)),
             ]
         )
@@ -247,11 +233,7 @@ def classification_table(
 
 
 def write_results(command: Evaluation, values: Mapping[str, Any], table: str) -> dict[str, Any]:
-    """Writes the JSON and the Markdown that a command asks for, and says where they are.
-
-    Returns:
-        The content of the JSON: the values behind checkpoint and weights.
-    """
+    """Writes the JSON (which it returns) and the Markdown that a command asks for."""
     described = {"checkpoint": str(command.checkpoint), "weights": command.weights, **values}
     for path, content in (
         (command.json, json.dumps(described, indent=1)),
@@ -265,7 +247,7 @@ def write_results(command: Evaluation, values: Mapping[str, Any], table: str) ->
 
 
 def most_confused(
-    confusion: NDArray[np.int64], class_names: Sequence[str], *, count: int = _NUM_LISTED_MISTAKES
+    confusion: NDArray[np.int64], class_names: Sequence[str], *, count: int = 15
 ) -> list[tuple[str, str, int, float]]:
     """The most frequent mistakes: class, taken for, samples, part of the class."""
     wrong = confusion.copy()
@@ -281,18 +263,24 @@ def most_confused(
 
 
 def draw_confusion(
-    result: ClassificationResult, class_names: Sequence[str], path: Path, *, title: str
+    result: ClassificationResult,
+    class_names: Sequence[str],
+    folder: Path | None,
+    name: str,
+    *,
+    title: str,
 ) -> None:
-    """Draws a confusion matrix with the most frequent mistakes beside it, as a PNG.
+    """Draws a confusion matrix and the most frequent mistakes as confusion-NAME.png.
 
     Rows are classes, columns the classes they were taken for, in parts of the row. Classes without
-    samples are left out.
+    samples are left out. Without a folder, as without --figures, nothing is drawn.
     """
-    assert result.confusion is not None, "it was not counted"
     confusion = result.confusion
+    if folder is None or confusion is None:
+        return
     present = np.flatnonzero(confusion.sum(axis=1) + confusion.sum(axis=0))
     shown = confusion[np.ix_(present, present)]
-    names = [textwrap.shorten(class_names[i], 24, placeholder="...") for i in present.tolist()]
+    names = [_short(class_names[i], 24) for i in present.tolist()]
     parts = shown / np.maximum(shown.sum(axis=1, keepdims=True), 1)
     side = max(4.5, min(0.24 * len(names), 12.0))
     figure = Figure(figsize=(side + 5.5, side + 1.6), layout="constrained")
@@ -315,14 +303,17 @@ def draw_confusion(
     right.set_axis_off()
     right.set_title("most frequent mistakes", loc="left", fontsize=9, color=INK)
     lines = [
-        f"{100 * part:5.1f} %  {count:5,}   "
-        f"{textwrap.shorten(name, 22, placeholder='...')} -> "
-        f"{textwrap.shorten(taken, 22, placeholder='...')}"
-        for name, taken, count, part in most_confused(confusion, class_names)
+        f"{100 * part:5.1f} %  {count:5,}   {_short(own, 22)} -> {_short(taken, 22)}"
+        for own, taken, count, part in most_confused(confusion, class_names)
     ]
     right.text(
         *(0, 0.98, "\n".join(lines) or "none"),
         va="top", fontsize=7.5, family="monospace", color=INK, transform=right.transAxes,
     )  # fmt: skip
+    path = folder / f"confusion-{name}.png"
     save_figure(figure, path)
     print(f"written to {path}")
+
+
+def _short(name: str, width: int) -> str:
+    return textwrap.shorten(name, width, placeholder="...")

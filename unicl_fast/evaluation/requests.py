@@ -7,13 +7,22 @@ A command checks itself before ranks are started or a model is loaded (`check`),
 
 from __future__ import annotations
 
-import math
+import abc
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar, get_type_hints
 
+from msgspec import Meta
+
 from unicl_fast.config import DeviceName
+from unicl_fast.system.checked_fields import (
+    LARGEST_FLOAT,
+    LARGEST_INT,
+    Count,
+    FiniteNonNegative,
+    convert,
+)
 
 Metric = Literal["top1", "mean_per_class"]
 MetricChoice = Literal["auto", "top1", "mean_per_class"]
@@ -22,48 +31,27 @@ Layer = Literal["encoder", "projection"]
 that texts are compared in. A model trained by cross-entropy has no such space."""
 
 
-@dataclass(frozen=True, slots=True)
-class Range:
-    """The range of an option, beside its type; the ends belong to it."""
-
-    low: float
-    high: float = math.inf
-
-    def check(self, name: str, value: float) -> None:
-        """Refuses a number outside.
-
-        Raises:
-            ValueError: names the option and its range.
-        """
-        if not (self.low <= value <= self.high and math.isfinite(value)):
-            within = f"be at least {self.low:g}"
-            if self.high < math.inf:
-                within = f"lie in {self.low:g} to {self.high:g}"
-            raise ValueError(f"--{name.replace('_', '-')} must {within}, not {value}")
-
-
-Count = Annotated[int, Range(1)]
-Seed = Annotated[int, Range(0)]
-Rate = Annotated[float, Range(1e-12, 100)]
-Part = Annotated[float, Range(0, 0.999)]
+# The type of an option holds its range, as in the config.
+Number = Annotated[int, Meta(ge=1, le=LARGEST_INT)]
+Finite = Annotated[float, Meta(ge=1e-12, le=LARGEST_FLOAT)]
+Rate = Annotated[float, Meta(ge=1e-12, le=100)]
+Strength = Annotated[float, Meta(ge=0, le=100)]
+Part = Annotated[float, Meta(ge=0, le=0.999)]
 _T = TypeVar("_T")
 
 
-def check_ranges(command: object) -> None:
-    """Refuses numbers outside the ranges beside their types.
+def check_options(command: object) -> None:
+    """Refuses values that do not fit the types of their options.
 
     Raises:
-        ValueError: names the option and its range.
+        ValueError: names the option, its range, and what came.
     """
-    for name, hint in get_type_hints(type(command), include_extras=True).items():
-        for metadata in getattr(hint, "__metadata__", ()):
-            value = getattr(command, name)
-            for number in value if isinstance(value, tuple) else (value,):
-                metadata.check(name, number)
+    for field, kind in get_type_hints(type(command), include_extras=True).items():
+        convert(getattr(command, field), kind, name=f"--{field.replace('_', '-')}")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluation:
+class Evaluation(abc.ABC):
     """The options of all evaluations."""
 
     checkpoint: Path
@@ -75,7 +63,7 @@ class Evaluation:
     """Also write the table into this file, as Markdown."""
     weights: Literal["auto", "ema", "model"] = "auto"
     """The moving average of the weights, those of the last step, or the average if there is one."""
-    nproc: Count = 1
+    nproc: Number = 1
     """Ranks to start on this machine; leave it at 1 under torchrun or SLURM. They share the
     images, each of which is counted once."""
     device: DeviceName = "auto"
@@ -91,27 +79,27 @@ class Evaluation:
         """
         from unicl_fast.checkpoints.load import find_model
 
-        check_ranges(self)
+        check_options(self)
         find_model(self.checkpoint)
 
+    @abc.abstractmethod
     def run(self) -> None:
         """Evaluates on all ranks; rank 0 prints and writes."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True, kw_only=True)
 class EncodingEvaluation(Evaluation):
     """The options of evaluations that encode all images of packed data sets."""
 
-    batch_size: Count = 256
+    batch_size: Number = 256
     """Images encoded at once by each rank."""
     figures: Path | None = None
     """Also draw into this folder: a confusion matrix of each data set; for retrieval images over
     the captions they find, and captions over the images they find."""
 
+    @abc.abstractmethod
     def data_sets(self) -> Sequence[str]:
-        """All data sets that are named, for `check`."""
-        raise NotImplementedError
+        """All data sets that are named."""
 
     def check(self) -> None:
         from unicl_fast.evaluation.data import check_data
@@ -156,12 +144,12 @@ class ZeroShot(EncodingEvaluation):
         super().check()
 
     def for_each(self, name: str, *, default: _T) -> list[_T]:
-        """An option's values, one for each data set; `default` where none is given.
+        """An option's values, one for each data set; `default` where none, or own, is given.
 
         Raises:
             ValueError: neither one nor one for each.
         """
-        given = list(getattr(self, name)) or [default]
+        given = [default if one == "own" else one for one in getattr(self, name)] or [default]
         if len(given) not in (1, len(self.data)):
             raise ValueError(
                 f"--{name.replace('_', '-')} takes one value for all data sets or one for each of "
@@ -233,18 +221,18 @@ class LinearProbe(FrozenFeatures):
 
     validation: str = ""
     """Labelled images to choose C by; empty sets a part of --train aside."""
-    validation_fraction: Annotated[float, Range(1e-6, 1 - 1e-6)] = 0.2
+    validation_fraction: Annotated[float, Meta(ge=1e-6, le=1 - 1e-6)] = 0.2
     """That part, of each class."""
-    c: Annotated[float, Range(0)] = 0.0
+    c: FiniteNonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
-    shots: Annotated[tuple[int, ...], Range(1)] = ()
+    shots: tuple[Number, ...] = ()
     """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
     by up to 4 others of each class, and the fit is on the shots alone."""
-    draws: Count = 3
+    draws: Number = 3
     """Few-shot: how often images are drawn for each number of shots."""
-    seed: Seed = 0
+    seed: Count = 0
     """Seed of the split and the draws."""
-    max_iterations: Count = 1000
+    max_iterations: Number = 1000
     """Iterations of each fit, at most."""
     fit_precision: Literal["fp32", "fp64"] = "fp32"
     """Arithmetic of the fits."""
@@ -261,18 +249,18 @@ class LinearProbe(FrozenFeatures):
             )
 
     def run(self) -> None:
-        from unicl_fast.evaluation import linear_probe
+        from unicl_fast.evaluation import probes
 
-        linear_probe.run(self)
+        probes.run_linear_probe(self)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Knn(FrozenFeatures):
     """Classification by the k nearest training images, weighted as DINO does; exact."""
 
-    k: Annotated[tuple[int, ...], Range(1)] = (10, 20)
+    k: tuple[Number, ...] = (10, 20)
     """Numbers of neighbours, each reported; those beyond the training images are refused."""
-    temperature: Annotated[float, Range(1e-12)] = 0.07
+    temperature: Finite = 0.07
     """A neighbour's weight is exp(cosine / temperature)."""
 
     def check(self) -> None:
@@ -281,9 +269,9 @@ class Knn(FrozenFeatures):
             raise ValueError("--k takes numbers of neighbours, at least one")
 
     def run(self) -> None:
-        from unicl_fast.evaluation import knn
+        from unicl_fast.evaluation import probes
 
-        knn.run(self)
+        probes.run_knn(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -292,23 +280,23 @@ class FinetuneRecipe:
 
     lr: Rate = 5e-4
     """Peak learning rate of the head; a layer d below it has lr * layer_decay ** d."""
-    layer_decay: Annotated[float, Range(1e-6, 1)] = 0.75
+    layer_decay: Annotated[float, Meta(ge=1e-6, le=1)] = 0.75
     """Factor of the learning rate from a layer to the one below; 1 trains all at the same rate."""
-    weight_decay: Annotated[float, Range(0, 100)] = 0.05
+    weight_decay: Strength = 0.05
     """Decoupled weight decay; none on 1-D parameters and those that timm's model spares."""
     warmup_fraction: Part = 0.1
     """Part of the steps during which the rate climbs from 0."""
     label_smoothing: Part = 0.1
     """Part of the target that is spread over all classes."""
-    mixup: Annotated[float, Range(0, 100)] = 0.2
+    mixup: Strength = 0.2
     """Alpha of mixup; 0 does none. Mixes within a rank's local batch."""
-    cutmix: Annotated[float, Range(0, 100)] = 0.0
+    cutmix: Strength = 0.0
     """Alpha of CutMix; 0 does none."""
-    ema_decay: Annotated[float, Range(0, 0.999999)] = 0.9998
+    ema_decay: Annotated[float, Meta(ge=0, le=0.999999)] = 0.9998
     """Decay of the average of the weights, climbing to it as 1 - step ** (-2/3); 0 keeps none."""
-    clip_norm: Annotated[float, Range(0, 1e9)] = 5.0
+    clip_norm: Annotated[float, Meta(ge=0, le=1e9)] = 5.0
     """Gradients are scaled down to this norm; 0 leaves them alone."""
-    seed: Seed = 0
+    seed: Count = 0
     """Seed of the order, the crops and mixup."""
 
 
@@ -325,9 +313,9 @@ class Finetune(FinetuneRecipe, TransferEvaluation):
     """Folder for the fine-tuned weights."""
     head: Literal["probe", "zero-shot", "fresh"] = "probe"
     """The head at the start: a linear probe, the zero-shot classifier, or zeros."""
-    epochs: Annotated[float, Range(1e-12)] = 10.0
+    epochs: Finite = 10.0
     """Epochs over the training images."""
-    train_batch_size: Count = 128
+    train_batch_size: Number = 128
     """Images of one step over all ranks."""
     augment: str | None = None
     """Augmentation of training images instead of the checkpoint's data.augment, such as unicl; see
@@ -355,13 +343,13 @@ class DetectorRecipe:
     usual for ResNet."""
     lr: Rate = 1e-4
     """Peak learning rate; usual for a batch of 16: 1e-4 with adamw, 0.02 with sgd."""
-    warmup_steps: Annotated[int, Range(0)] = 500
+    warmup_steps: Count = 500
     """Steps during which the rate climbs from a thousandth; at most a quarter of all."""
-    min_size: Count = 800
+    min_size: Number = 800
     """The shorter side of an image is scaled to this, in pixels,"""
-    max_size: Count = 1333
+    max_size: Number = 1333
     """unless the longer one would be longer than this."""
-    boxes_per_image: Count = 512
+    boxes_per_image: Number = 512
     """Proposals of an image that the heads are trained on."""
 
 
@@ -384,20 +372,19 @@ class Detect(DetectorRecipe, Evaluation):
     """Folder of their images."""
     out: Path
     """Folder for the detector, its detections and its description."""
-    epochs: Annotated[float, Range(1e-12)] = 12.0
+    epochs: Finite = 12.0
     """Epochs over the training images; 12 is the 1x schedule. The rate drops to a tenth after
     8/12 and 11/12 of them."""
-    train_batch_size: Count = 16
+    train_batch_size: Number = 16
     """Images of one step over all ranks."""
-    workers: Annotated[int, Range(0)] = 2
+    workers: Count = 2
     """Processes of each rank that decode images; 0 decodes in the rank itself."""
-    seed: Seed = 0
+    seed: Count = 0
     """Seed of the heads, the order, the flips and the proposals."""
 
     def check(self) -> None:
-        from unicl_fast.evaluation.coco import check_annotations, require_pycocotools
+        from unicl_fast.evaluation.coco import check_annotations
 
-        require_pycocotools()
         super().check()
         if self.max_size < self.min_size:
             raise ValueError(

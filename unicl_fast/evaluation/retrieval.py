@@ -10,7 +10,7 @@ import contextlib
 import io
 import math
 import textwrap
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,12 +27,13 @@ from torch import Tensor
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.evaluation.data import open_data
-from unicl_fast.evaluation.encode import (
+from unicl_fast.evaluation.features import (
     ModelOnRanks,
     collect_rows,
     device_of,
     encode_token_rows,
     model_on_ranks,
+    require_finite,
     require_text_encoder,
 )
 from unicl_fast.evaluation.report import (
@@ -68,10 +69,7 @@ class Recall:
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % interval.
-
-        Captions of one image are not independent: for caption queries it is a little narrow.
-        """
+        """95 % interval, a little narrow for captions: those of one image are not independent."""
         return wilson_interval(self.num_found, self.num_queries)
 
 
@@ -86,15 +84,12 @@ class RetrievalResult:
 
     def to_json(self) -> dict[str, Any]:
         """Everything, in JSON's types; rates in 0 to 1."""
-        values: dict[str, Any] = {
-            "num_images": self.num_images,
-            "num_captions": self.num_captions,
-        }
+        values: dict[str, Any] = {"num_images": self.num_images, "num_captions": self.num_captions}
         for name in ("image_to_text", "text_to_image"):
             for recall in getattr(self, name):
-                values[f"{name}_recall_at_{recall.k}"] = recall.rate
-                values[f"{name}_recall_at_{recall.k}_interval_95"] = recall.interval
-                values[f"{name}_recall_at_{recall.k}_chance"] = recall.chance
+                key = f"{name}_recall_at_{recall.k}"
+                values |= {key: recall.rate, f"{key}_interval_95": recall.interval}
+                values[f"{key}_chance"] = recall.chance
         return values
 
     def to_markdown(self) -> str:
@@ -116,12 +111,9 @@ def retrieval(
     text_features: Float[Tensor, "m d"],
     image_of_text: Int[Tensor, " m"],
 ) -> RetrievalResult:
-    """Ranks every caption for every image and the other way round.
+    """Ranks every caption for every image and the other way round, by features of unit norm.
 
-    Args:
-        image_features: [n d], unit norm.
-        text_features: [m d], unit norm.
-        image_of_text: int64 [m], the image of each caption; every image has one at least.
+    `image_of_text` is the image (its row) of each caption; every image has one at least.
 
     Raises:
         ValueError: an image without a caption, or features that are not finite.
@@ -130,8 +122,7 @@ def retrieval(
     captions_of_image = torch.bincount(image_of_text, minlength=n)
     if n == 0 or int(captions_of_image.min()) == 0:
         raise ValueError("retrieval needs images that have a caption each")
-    if not (image_features.isfinite().all() and text_features.isfinite().all()):
-        raise ValueError("features hold values that are not finite: the model is broken")
+    require_finite(image_features, text_features)
     better_texts, better_images = [], []
     for start in range(0, n, _CHUNK):
         scores = image_features[start : start + _CHUNK] @ text_features.T
@@ -145,27 +136,22 @@ def retrieval(
         own_score = scores.gather(1, own_image)
         # a tie counts against us, so that a collapsed model has no recall
         better_images.append((scores >= own_score).sum(dim=1) - 1)
+
+    def recalls(better: list[Tensor], chance_at: Callable[[int], float]) -> tuple[Recall, ...]:
+        num_better = torch.cat(better)
+        found = [int((num_better < k).sum()) for k in KS]
+        return tuple(
+            Recall(k=k, num_queries=len(num_better), num_found=num_found, chance=chance_at(k))
+            for k, num_found in zip(KS, found, strict=True)
+        )
+
     return RetrievalResult(
         num_images=n,
         num_captions=m,
-        image_to_text=_recalls(
-            torch.cat(better_texts), [_chance(m, int(c), k) for k in KS for c in captions_of_image]
+        image_to_text=recalls(
+            better_texts, lambda k: sum(_chance(m, int(c), k) for c in captions_of_image) / n
         ),
-        text_to_image=_recalls(torch.cat(better_images), [_chance(n, 1, k) for k in KS]),
-    )
-
-
-def _recalls(num_better: Int[Tensor, " q"], chances: list[float]) -> tuple[Recall, ...]:
-    """Recalls at `KS`; `chances` holds as many values for each k, which are averaged."""
-    each = len(chances) // len(KS)
-    return tuple(
-        Recall(
-            k=k,
-            num_queries=len(num_better),
-            num_found=int((num_better < k).sum()),
-            chance=sum(chances[i * each : (i + 1) * each]) / each,
-        )
-        for i, k in enumerate(KS)
+        text_to_image=recalls(better_images, lambda k: _chance(n, 1, k)),
     )
 
 
@@ -189,14 +175,7 @@ class RetrievalFeatures:
 
 
 def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> RetrievalFeatures | None:
-    """Features of images and captions; samples without captions are left out.
-
-    Returns:
-        None on all ranks but rank 0.
-
-    Raises:
-        ValueError: no sample has a caption, or the model has no text encoder.
-    """
+    """Features of images and captions, on rank 0; samples without captions are left out."""
     model, ranks = on_ranks.model, on_ranks.ranks
     require_text_encoder(model, "retrieval")
     counts = dataset.samples["captions_count"].astype(np.int64)
@@ -230,10 +209,7 @@ def encode_captioned(on_ranks: ModelOnRanks, dataset: PackedDataset) -> Retrieva
 
 def run(command: Retrieval) -> None:
     """Encodes on all ranks; rank 0 compares, prints and writes."""
-    with (
-        model_on_ranks(command) as on_ranks,
-        open_data(command.data, ranks=on_ranks.ranks) as data,
-    ):
+    with model_on_ranks(command) as on_ranks, open_data(command.data, ranks=on_ranks.ranks) as data:
         found = encode_captioned(on_ranks, data.dataset)
         if found is None:
             return
@@ -246,15 +222,11 @@ def run(command: Retrieval) -> None:
         print(result.to_markdown())
         write_results(command, {"data": command.data} | result.to_json(), result.to_markdown())
         if command.figures is not None:
-            for draw, name in (
-                (draw_captions_found, "captions-found.png"),
-                (draw_images_found, "images-found.png"),
-            ):
-                draw(found, data.dataset, command.figures / name)
-                print(f"written to {command.figures / name}")
+            _draw_captions_found(found, data.dataset, command.figures / "captions-found.png")
+            _draw_images_found(found, data.dataset, command.figures / "images-found.png")
 
 
-def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
+def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
     """Draws 12 images over the 3 captions they find; an image's own are green, as a PNG."""
     chosen = _spread(len(found.samples), 12)
     columns = 4
@@ -282,9 +254,10 @@ def draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: 
     for axis in axes[len(chosen) :]:
         axis.set_axis_off()
     save_figure(figure, path)
+    print(f"written to {path}")
 
 
-def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
+def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
     """Draws 8 captions over the 5 images they find; its own has a green frame, as a PNG."""
     chosen = _spread(len(found.text_features), 8)
     columns = min(5, len(found.image_features))
@@ -303,6 +276,7 @@ def draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Pa
             loc="left", fontsize=8, color=INK,
         )  # fmt: skip
     save_figure(figure, path)
+    print(f"written to {path}")
 
 
 def _read_captions(

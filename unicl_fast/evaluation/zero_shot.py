@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.evaluation.data import open_data, short_names
-from unicl_fast.evaluation.encode import (
+from unicl_fast.evaluation.features import (
     ModelOnRanks,
     encode_images,
     encode_token_rows,
@@ -46,14 +46,7 @@ def zero_shot_classifier(
     batch_size: int = 512,
     progress: bool = False,
 ) -> Float[Tensor, "k d"]:
-    """One unit-norm row for each class.
-
-    Args:
-        model: in evaluation mode.
-        class_names: k names.
-        templates: texts with one `{}` each.
-        batch_size: prompts encoded at once.
-        progress: show a progress bar.
+    """One unit-norm row for each class, from templates with one `{}` each.
 
     Raises:
         ValueError: the model has no text encoder.
@@ -87,13 +80,9 @@ def evaluate_zero_shot(
 ) -> ClassificationResult:
     """Zero-shot accuracy on a packed data set, or that of a model trained by cross-entropy.
 
-    Args:
-        on_ranks: the model.
-        dataset: with labels.
-        class_names: instead of the data set's own, as many.
-        templates: instead of the data set's own.
-        rows_of_classes: for cross-entropy, which of the model's rows each class has [k].
-        confusion: also count which class is taken for which.
+    Class names, as many, and templates are instead of the data set's own. For cross-entropy,
+    `rows_of_classes` [k] says which of the model's rows each class has. `confusion` also counts
+    which class is taken for which.
 
     Raises:
         ValueError: no classes, or no sample has a label.
@@ -124,8 +113,8 @@ def evaluate_zero_shot(
 def run(command: ZeroShot) -> None:
     """Evaluates one data set after the other, each reported as soon as it is done."""
     names = short_names(command.data)
-    class_names = command.for_each("class_names", default="own")
-    templates = command.for_each("templates", default="own")
+    class_names = command.for_each("class_names", default="")
+    templates = command.for_each("templates", default="")
     metrics: list[MetricChoice] = command.for_each("metric", default="auto")
     rows: list[tuple[str, Metric, ClassificationResult]] = []
     values: list[dict[str, Any]] = []
@@ -135,8 +124,8 @@ def run(command: ZeroShot) -> None:
                 spec,
                 ranks=on_ranks.ranks,
                 metric=metrics[number],
-                class_names=_unless_own(class_names[number]),
-                templates=_unless_own(templates[number]),
+                class_names=class_names[number],
+                templates=templates[number],
                 name=name,
             ) as data:
                 result = evaluate_zero_shot(
@@ -148,19 +137,15 @@ def run(command: ZeroShot) -> None:
                 )
                 num_quarantined = data.dataset.manifest.num_quarantined
             rows.append((name, data.metric, result))
-            values.append(
-                {"data": spec, "metric": data.metric, "num_templates": len(data.templates)}
-                | result.to_json()
-                | {"num_quarantined": num_quarantined}
-            )
+            value = {"data": spec, "metric": data.metric, "num_templates": len(data.templates)}
+            values.append(value | result.to_json() | {"num_quarantined": num_quarantined})
             if not on_ranks.ranks.is_main:
                 continue
             print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
             if num_quarantined:
                 print(f"{num_quarantined} files were refused when packing; not counted above")
-            if command.figures is not None:
-                path = command.figures / f"confusion-{name}.png"
-                draw_confusion(result, data.class_names, path, title=f"{name}, zero-shot")
+            title = f"{name}, zero-shot"
+            draw_confusion(result, data.class_names, command.figures, name, title=title)
         if not on_ranks.ranks.is_main:
             return
         table = classification_table(rows)
@@ -170,7 +155,3 @@ def run(command: ZeroShot) -> None:
         print(f"\n{table}")
         mean = sum(result.value(metric) for _, metric, result in rows) / len(rows)
         write_results(command, {"mean": mean, "data_sets": values}, table)
-
-
-def _unless_own(source: str) -> str:
-    return "" if source == "own" else source

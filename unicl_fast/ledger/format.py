@@ -248,9 +248,8 @@ def read_segment_file(path: Path) -> SegmentFile | None:
                 raise DamagedSegmentError(
                     f"the record of step {one.step} follows that of step {ranges[-1].end - 1}"
                 )
-            size = header.record_bytes(one.num_substitutes)
-            _append(ranges, one, size=size)
-            offset += one.count * size
+            ranges.append(one)
+            offset += one.count * header.record_bytes(one.num_substitutes)
     return SegmentFile(
         path=path,
         header=header,
@@ -261,12 +260,7 @@ def read_segment_file(path: Path) -> SegmentFile | None:
 
 
 def _decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
-    """The header and the offset of the first record; None where it was cut off in the writing.
-
-    Raises:
-        DamagedSegmentError: it is whole, and not what was written.
-        ValueError: of a version that is not known here.
-    """
+    """The header and the offset of the first record; None where it was cut off in the writing."""
     if len(data) < _START.size:
         return None
     magic, size, checksum = _START.unpack_from(data)
@@ -284,19 +278,6 @@ def _decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
     values["sources"] = tuple(LedgerSource(**source) for source in values["sources"])
     values["shares"] = tuple(values["shares"])
     return SegmentHeader(**values), _START.size + size
-
-
-def _append(ranges: list[RecordRange], one: RecordRange, *, size: int) -> None:
-    """Appends a range, joined with the last one where it continues that."""
-    if ranges:
-        last = ranges[-1]
-        continued = RecordRange(
-            last.end, last.offset + last.count * size, one.count, last.num_substitutes
-        )
-        if one == continued:
-            ranges[-1] = dataclasses.replace(last, count=last.count + one.count)
-            return
-    ranges.append(one)
 
 
 def _read_range(view: memoryview, header: SegmentHeader, offset: int) -> RecordRange | None:

@@ -164,7 +164,12 @@ def prove(folder: Path, *, steps_done: int = 0, watch: Watch | None = None) -> L
     if not faults:
         for segment, start, source_ids, ids in _read_draws(counting, steps):
             epochs.add(start * global_batch_size, source_ids, ids)
-            _add_substitutes(substitutes, segment, start, source_ids, ids)
+            for file in segment.files:
+                first = file.header.rank * file.header.local_batch_size
+                for step, index, shown in file.substitutes(start, start + len(ids)):
+                    at = step - start, first + index
+                    key = int(source_ids[at]), int(ids[at])
+                    substitutes.setdefault(key, Counter())[shown] += 1
             if watch is not None:
                 watch(segment.header, start, source_ids, ids)
         faults += epochs.examples(global_batch_size=global_batch_size)
@@ -244,19 +249,14 @@ def _read_files(paths: dict[int, Path], notes: list[str]) -> tuple[dict[int, Seg
 
 def _contradictions(segments: Sequence[Segment]) -> list[str]:
     """Facts that must not change over a run, and did."""
-    facts = [
-        (
-            segment.header.segment,
-            segment.header.global_batch_size,
-            [source.num_samples for source in segment.header.sources],
-        )
-        for segment in segments
-    ]
+    headers = [segment.header for segment in segments]
+    facts = [(one.global_batch_size, [own.num_samples for own in one.sources]) for one in headers]
     return [
-        f"segments {one[0]} and {other[0]} are of different runs: batches of {one[1]} out of "
-        f"sources of {one[2]} samples, and batches of {other[1]} out of {other[2]}"
-        for one, other in itertools.pairwise(facts)
-        if one[1:] != other[1:]
+        f"segments {headers[i].segment} and {headers[i + 1].segment} are of different runs: "
+        f"batches of {one[0]} out of sources of {one[1]} samples, and batches of {other[0]} out of "
+        f"{other[1]}"
+        for i, (one, other) in enumerate(itertools.pairwise(facts))
+        if one != other
     ]
 
 
@@ -294,8 +294,7 @@ def _read_draws(
 ) -> Iterator[tuple[Segment, int, Int64Array, Int64Array]]:
     """The proven steps in order, some at a time, each from the segment that counts.
 
-    Yields:
-        The segment, the first step, and source ids and scheduled ids of global batches [steps n].
+    Yields segment, first step, and source ids and scheduled ids of global batches [steps n].
     """
     for segment in segments:
         at_once = max(1, _DRAWS_AT_ONCE // segment.header.global_batch_size)
@@ -309,59 +308,28 @@ def _read_draws(
             yield segment, start, source_ids, ids
 
 
-def _add_substitutes(
-    substitutes: dict[tuple[int, int], Counter[int]],
-    segment: Segment,
-    start: int,
-    source_ids: Int64Array,
-    ids: Int64Array,
-) -> None:
-    for file in segment.files:
-        first = file.header.rank * file.header.local_batch_size
-        for step, index, shown in file.substitutes(start, start + len(ids)):
-            at = step - start, first + index
-            key = int(source_ids[at]), int(ids[at])
-            substitutes.setdefault(key, Counter())[shown] += 1
-
-
 class EpochCounter:
-    """Counts the draws of all sources, given in their order, epoch by epoch."""
+    """Counts the draws of all sources, given in their order, epoch by epoch; one bit a sample."""
 
     def __init__(self, sources: Sequence[LedgerSource]) -> None:
-        """Takes one bit a sample."""
         self._sources = list(sources)
-        self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
-        words = (self._sizes + 63) // 64
-        self._first_words = np.concatenate([[0], np.cumsum(words)]).astype(np.int64)
-        self._seen = np.zeros(self._first_words[-1], dtype=np.uint64)
-        self._draws = np.zeros(len(self._sizes), dtype=np.int64)
-        self._counts = np.zeros((len(self._sizes), 3), dtype=np.int64)
+        sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
+        first_words = np.concatenate([[0], np.cumsum((sizes + 63) // 64)]).astype(np.int64)
+        seen = np.zeros(first_words[-1], dtype=np.uint64)
+        self._draws = np.zeros(len(sizes), dtype=np.int64)
+        self._counts = np.zeros((len(sizes), 3), dtype=np.int64)
         # kind, source, epoch, sample, number of the draw in the whole run (-1 for lost ones)
-        self._examples = np.zeros((_MOST_EXAMPLES, 5), dtype=np.int64)
-        self._num_examples = 0
+        self._examples = np.full((_MOST_EXAMPLES, 5), -1, dtype=np.int64)
+        self._state = (sizes, first_words, seen, self._draws, self._counts, self._examples)
 
     def add(self, first: int, source_ids: Int64Array, ids: Int64Array) -> None:
-        """Counts draws.
+        """Counts draws in their order: rows `ids` of the sources, both of any shape.
 
-        Args:
-            first: number of the first one in the run, step * n + global index, for messages.
-            source_ids: of any shape, in the order of the draws.
-            ids: of the same shape, rows of those sources.
+        `first` is the number of the first one in the run, step * n + global index, for messages.
         """
-        if source_ids.size and not 0 <= source_ids.min() <= source_ids.max() < len(self._sizes):
-            raise ValueError(f"draws of source {source_ids.max()} of {len(self._sizes)}")
-        self._num_examples = _count_draws(
-            first,
-            source_ids.reshape(-1),
-            ids.reshape(-1),
-            self._sizes,
-            self._first_words,
-            self._seen,
-            self._draws,
-            self._counts,
-            self._examples,
-            self._num_examples,
-        )
+        if source_ids.size and not 0 <= source_ids.min() <= source_ids.max() < len(self._sources):
+            raise ValueError(f"draws of source {source_ids.max()} of {len(self._sources)}")
+        _count_draws(first, source_ids.reshape(-1), ids.reshape(-1), self._state)
 
     def results(self) -> list[SourceProof]:
         return [
@@ -379,7 +347,9 @@ class EpochCounter:
     def examples(self, *, global_batch_size: int) -> list[str]:
         """The first faults, in words."""
         found = []
-        for kind, source, epoch, sample, draw in self._examples[: self._num_examples].tolist():
+        for kind, source, epoch, sample, draw in self._examples.tolist():
+            if kind < 0:
+                break
             name = self._sources[source].name
             where = f"step {draw // global_batch_size}, global index {draw % global_batch_size}"
             words = {
@@ -392,18 +362,8 @@ class EpochCounter:
 
 
 @kernel
-def _count_draws(
-    first: Any,
-    source_ids: Any,
-    ids: Any,
-    sizes: Any,
-    first_words: Any,
-    seen: Any,
-    draws: Any,
-    counts: Any,
-    examples: Any,
-    num_examples: Any,
-) -> Any:
+def _count_draws(first: Any, source_ids: Any, ids: Any, state: Any) -> None:
+    sizes, first_words, seen, draws, counts, examples = state
     one = np.uint64(1)
     for i in range(ids.size):
         source, sample = source_ids[i], ids[i]
@@ -418,19 +378,22 @@ def _count_draws(
                 kind = _TWICE
             seen[word] |= bit
         if kind >= 0:
-            counts[source, kind] += 1
-            if num_examples < len(examples):
-                examples[num_examples] = np.array([kind, source, epoch, sample, first + i])
-                num_examples += 1
+            _add_fault(counts, examples, kind, source, epoch, sample, first + i)
         draws[source] += 1
         if draws[source] % sizes[source] == 0:
             # the epoch is over: samples that were not seen in it are lost
             for sample in range(sizes[source]):
                 word = first_words[source] + (sample >> 6)
                 if not seen[word] & (one << np.uint64(sample & 63)):
-                    counts[source, _LOST] += 1
-                    if num_examples < len(examples):
-                        examples[num_examples] = np.array([_LOST, source, epoch, sample, -1])
-                        num_examples += 1
+                    _add_fault(counts, examples, _LOST, source, epoch, sample, -1)
             seen[first_words[source] : first_words[source + 1]] = 0
-    return num_examples
+
+
+@kernel
+def _add_fault(
+    counts: Any, examples: Any, kind: Any, source: Any, epoch: Any, sample: Any, draw: Any
+) -> None:
+    found = counts.sum()
+    if found < len(examples):
+        examples[found] = np.array([kind, source, epoch, sample, draw])
+    counts[source, kind] += 1

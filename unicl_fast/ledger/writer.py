@@ -52,14 +52,8 @@ class Ledger:
     ) -> None:
         """Writes nothing yet.
 
-        Args:
-            folder: of the ledger, shared by all ranks and all starts of a run.
-            sources: the data sets that source ids count.
-            global_batch_size: samples of a step over all ranks.
-            seed: the run's.
-            shares: integers in the proportion of the sources' weights.
-            shuffle_window: the run's, as in its config.
-            ranks: this process among its peers; None is one process alone.
+        `folder` is shared by all ranks and all starts of a run; source ids count `sources`. The
+        facts are explained in `SegmentHeader`; without `ranks` this is one process alone.
         """
         self.folder = folder
         self._ranks = ranks or Ranks()
@@ -99,8 +93,7 @@ class Ledger:
             self._waiting = bytearray(encode_header(self._header))
             self._next_step = step
             self._write()
-            # so that the file's name survives a machine that goes down, as its contents do
-            flush_to_disk(self.folder)
+            flush_to_disk(self.folder)  # so that the file's name survives a power cut too
             if number == 1 and step and self._ranks.is_main:
                 logger.warning(
                     "the ledger begins at step %d: what was fed before cannot be proven", step
@@ -120,14 +113,13 @@ class Ledger:
         """
         assert self._file >= 0, "records belong into a segment"
         assert batch.step == self._next_step, f"step {batch.step} came after {self._next_step - 1}"
-        ids = (batch.source_ids, batch.scheduled_ids, batch.sample_ids)
-        columns = [column.numpy() for column in ids if column is not None]
-        if len(columns) < len(ids):
+        if batch.source_ids is None or batch.scheduled_ids is None or batch.sample_ids is None:
             raise ValueError(
                 "a ledger needs a loader whose batches have source_ids, scheduled_ids and "
                 "sample_ids; use one that has, or train without a ledger"
             )
-        source_ids, scheduled_ids, shown_ids = columns
+        source_ids = batch.source_ids.numpy()
+        scheduled_ids, shown_ids = batch.scheduled_ids.numpy(), batch.sample_ids.numpy()
         if source_ids.min() < 0 or source_ids.max() >= len(self._sizes):
             raise ValueError(f"step {batch.step} has source ids beyond {len(self._sizes)} sources")
         sizes = self._sizes[source_ids]

@@ -1,12 +1,17 @@
-"""Linear probe: logistic regression on frozen features, as CLIP and scikit-learn have it.
+"""Classifiers on frozen features: a linear probe, and the k nearest training images.
 
-For features x, labels y and C > 0 the weights W [k d] and biases b [k] minimise
+The probe is logistic regression as CLIP and scikit-learn have it. For features x, labels y and
+C > 0 the weights W [k d] and biases b [k] minimise
 
     C * sum_i cross_entropy(W x_i + b, y_i) + 1/2 |W|^2
 
 by L-BFGS over the full batch. C is chosen on a validation split by CLIP's parametric binary search
 (Radford et al., arXiv 2103.00020, appendix A.3), then training and validation samples are fitted
 together. With few shots it is fitted on several draws of them instead.
+
+Neighbours are weighted as DINO does: each of the k training samples most similar to an image votes
+for its label with weight exp(similarity / temperature); similarity is the cosine (Caron et al.,
+arXiv 2104.14294, appendix F.1). The search is exact: every training sample is compared.
 """
 
 from __future__ import annotations
@@ -29,10 +34,11 @@ from unicl_fast.evaluation.features import (
     LabelledFeatures,
     draw_shots,
     extract_sets,
+    require_finite,
     split_validation,
 )
 from unicl_fast.evaluation.report import (
-    METRIC_NAMES,
+    RATE_NAMES,
     ClassificationCounts,
     ClassificationResult,
     classification_table,
@@ -43,7 +49,7 @@ from unicl_fast.evaluation.report import (
     rank_classes,
     write_results,
 )
-from unicl_fast.evaluation.requests import LinearProbe, Metric
+from unicl_fast.evaluation.requests import Knn, LinearProbe, Metric
 from unicl_fast.system.progress import heartbeat_and_check_stop
 
 MAX_ITERATIONS = 1000
@@ -57,6 +63,8 @@ _TOLERANCE = 1e-6
 another."""
 _LOGITS_AT_ONCE = 1 << 24
 _ROWS_AT_ONCE = 16_384
+_QUERIES, _KEYS = 512, 65_536
+"""Similarities at once: 128 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,15 +95,13 @@ class PreparedFeatures:
     """Orthonormal columns."""
     variances: Float[Tensor, " d"]
 
+    def __len__(self) -> int:
+        return len(self.rotated)
+
     @classmethod
     def of(cls, features: Float[Tensor, "n d"]) -> PreparedFeatures:
-        """Costs 4 n d^2 operations, as much as d / k steps of a fit of k classes.
-
-        Raises:
-            ValueError: features that are not finite.
-        """
-        if not bool(features.isfinite().all()):
-            raise ValueError("features hold values that are not finite: the model is broken")
+        """Costs 4 n d^2 operations, as much as d / k steps of a fit of k classes."""
+        require_finite(features)
         mean = features.double().mean(dim=0)
         covariance = mean.new_zeros(len(mean), len(mean))
         for rows in features.split(_ROWS_AT_ONCE):
@@ -136,7 +142,7 @@ def fit_logistic_regression(
     Raises:
         ValueError: no samples, features that are not finite, labels out of range, or c not above 0.
     """
-    _check_fit(features, labels, num_classes=num_classes, c=c)
+    _check_fit(len(features), labels, num_classes=num_classes, c=c)
     if not isinstance(features, PreparedFeatures):
         features = PreparedFeatures.of(features)
     rotated, mean, axes = features.rotated, features.mean, features.axes
@@ -150,7 +156,8 @@ def fit_logistic_regression(
     if start is not None:
         weight.copy_((start.weight @ axes) * scale)
         bias.copy_(start.bias + start.weight @ mean)
-    weight.grad, bias.grad = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight_grad, bias_grad = torch.zeros_like(weight), torch.zeros_like(bias)
+    weight.grad, bias.grad = weight_grad, bias_grad
     optimizer = torch.optim.LBFGS(
         [weight, bias],
         max_iter=max_iterations,
@@ -159,23 +166,23 @@ def fit_logistic_regression(
         tolerance_change=torch.finfo(rotated.dtype).eps / 100,  # nothing more is gained
         line_search_fn="strong_wolfe",
     )
+    size = max(1, _LOGITS_AT_ONCE // num_classes)
+    pieces = list(zip(rotated.split(size), labels.unsqueeze(1).split(size), strict=True))
 
     def loss_and_gradient() -> Tensor:
-        assert weight.grad is not None
-        assert bias.grad is not None
-        weight.grad.copy_(weight).mul_(penalty)
-        bias.grad.zero_()
+        weight_grad.copy_(weight).mul_(penalty)
+        bias_grad.zero_()
         loss = (weight.square() * penalty).sum() / 2
         scaled = weight / scale
-        for rows, own in _pieces(rotated, labels, num_classes):
+        for rows, own in pieces:
             logits = torch.addmm(bias, rows, scaled.T)
             log_probabilities = logits.log_softmax(dim=1)
             loss -= log_probabilities.gather(1, own).sum() / n
             error = log_probabilities.exp_()
             error.scatter_add_(1, own, error.new_full(own.shape, -1.0))
             error /= n
-            weight.grad.add_((error.T @ rows) / scale)
-            bias.grad.add_(error.sum(dim=0))
+            weight_grad.add_((error.T @ rows) / scale)
+            bias_grad.add_(error.sum(dim=0))
         heartbeat_and_check_stop()  # shows progress
         return loss
 
@@ -186,22 +193,16 @@ def fit_logistic_regression(
     return LinearClassifier(weight, bias)
 
 
-def _check_fit(
-    features: Tensor | PreparedFeatures, labels: Tensor, *, num_classes: int, c: float
-) -> None:
+def _check_fit(num_samples: int, labels: Tensor, *, num_classes: int, c: float) -> None:
     if not c > 0 or not math.isfinite(c):
         raise ValueError(f"C must be a positive number, not {c}")
-    n = len(features.rotated if isinstance(features, PreparedFeatures) else features)
-    if n == 0 or len(labels) != n:
-        raise ValueError(f"a fit needs samples and a label for each, not {n} and {len(labels)}")
+    if num_samples == 0 or len(labels) != num_samples:
+        raise ValueError(
+            f"a fit needs samples and a label for each, not {num_samples} and {len(labels)}"
+        )
     low, high = int(labels.min()), int(labels.max())
     if not 0 <= low <= high < num_classes:
         raise ValueError(f"labels must lie in 0 to {num_classes - 1}, not {low} to {high}")
-
-
-def _pieces(features: Tensor, labels: Tensor, num_classes: int) -> list[tuple[Tensor, Tensor]]:
-    size = max(1, _LOGITS_AT_ONCE // num_classes)
-    return list(zip(features.split(size), labels.unsqueeze(1).split(size), strict=True))
 
 
 def search_peak(
@@ -210,10 +211,8 @@ def search_peak(
     """CLIP's parametric binary search over a grid: coarse first, then half as far around the best.
 
     `score` of a point is better the higher it is, and asked once for each; `first_step`, the
-    distance of the first points, is a power of two.
-
-    Returns:
-        The best point (of equals the lowest), and all scores that were asked for.
+    distance of the first points, is a power of two. Returns the best point (of equals the lowest),
+    and all scores that were asked for.
     """
     scores: dict[int, float] = {}
 
@@ -258,11 +257,6 @@ class ProbeFit:
     """C -> the metric on the validation samples, of all that were tried, rising C; empty if C was
     given."""
 
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best C is the smallest or largest that is tried, and might lie beyond."""
-        return self.c in (10 ** LOG10_C[0], 10 ** LOG10_C[-1])
-
 
 def fit_probe(
     train: LabelledFeatures,
@@ -273,21 +267,20 @@ def fit_probe(
     metric: Metric = "top1",
     refit: bool = True,
     max_iterations: int = MAX_ITERATIONS,
-    on_fit: Callable[[str], None] = lambda text: None,
+    progress: bool = False,
 ) -> ProbeFit:
     """Fits a probe; with c = 0, C is chosen by a metric on the validation samples.
 
     With `refit` the result is fitted on training and validation samples together, as CLIP does;
-    else on the training samples alone, as few-shot protocols have it. `on_fit` gets a line of text
-    after each fit of the search.
+    else on the training samples alone, as few-shot protocols have it. `progress` shows a bar.
     """
     fits: dict[int, LinearClassifier] = {}
     scores: dict[int, float] = {}
     classifier: LinearClassifier | None = None
     if not c:
         assert validation is not None, "C cannot be chosen"
-        chosen_by = validation
         prepared = PreparedFeatures.of(train.features)
+        bar = tqdm(desc="fit", unit=" fits", disable=not progress)
 
         def score(point: int) -> float:
             nearest = min(fits, key=lambda other: abs(other - point), default=None)
@@ -299,12 +292,13 @@ def fit_probe(
                 start=None if nearest is None else fits[nearest],
                 max_iterations=max_iterations,
             )
-            result = evaluate_classifier(fits[point], chosen_by, class_names=class_names)
-            value = result.value(metric)
-            on_fit(f"C {10 ** LOG10_C[point]:.3g}: {100 * value:.2f} % of validation")
-            return value
+            result = evaluate_classifier(fits[point], validation, class_names=class_names)
+            bar.set_postfix_str(f"C {10 ** LOG10_C[point]:.3g}: {percent(result.value(metric))} %")
+            bar.update()
+            return result.value(metric)
 
         best, scores = search_peak(score, size=len(LOG10_C), first_step=_FIRST_STEP)
+        bar.close()
         classifier, c = fits[best], 10 ** LOG10_C[best]
     if classifier is None or refit:
         samples = train if validation is None or not refit else train.join(validation)
@@ -320,12 +314,12 @@ def fit_probe(
     return ProbeFit(classifier=classifier, c=c, validation=validated)
 
 
-def run(command: LinearProbe) -> None:
+def run_linear_probe(command: LinearProbe) -> None:
     """Extracts features on all ranks; rank 0 fits, prints and writes."""
-    extracted = extract_sets(command)
-    if extracted is None:
+    dtype = torch.float64 if command.fit_precision == "fp64" else torch.float32
+    sets = extract_sets(command, dtype=dtype)
+    if sets is None:
         return
-    sets = extracted.to(torch.float64 if command.fit_precision == "fp64" else torch.float32)
     values, table = (_few_shot if command.shots else _full_probe)(command, sets)
     write_results(command, sets.described(command) | values, table)
 
@@ -337,27 +331,21 @@ def _full_probe(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, An
         labels, fraction = train.labels.cpu().numpy(), command.validation_fraction
         kept, aside = split_validation(labels, fraction=fraction, seed=command.seed)
         train, validation = train.take(kept), train.take(aside)
-    with tqdm(desc="fit", unit=" fits", disable=not sys.stderr.isatty()) as bar:
-
-        def show(text: str) -> None:
-            bar.set_postfix_str(text)
-            bar.update()
-
-        fit = fit_probe(
-            train,
-            validation,
-            class_names=sets.class_names,
-            c=command.c,
-            metric=sets.metric,
-            max_iterations=command.max_iterations,
-            on_fit=show,
-        )
+    fit = fit_probe(
+        train,
+        validation,
+        class_names=sets.class_names,
+        c=command.c,
+        metric=sets.metric,
+        max_iterations=command.max_iterations,
+        progress=sys.stderr.isatty(),
+    )
     values: dict[str, Any] = {}
     num_validation = 0 if validation is None else len(validation)
     if fit.validation:
         tried = [{"c": c, sets.metric: value} for c, value in fit.validation.items()]
         values = {"validation": tried, "num_validation": num_validation}
-        if fit.at_edge:
+        if fit.c in (10 ** LOG10_C[0], 10 ** LOG10_C[-1]):
             print(f"C {fit.c:g} is at the edge of what is searched; a better one may lie beyond")
     num_fitted = len(train) + num_validation
     result = evaluate_classifier(
@@ -370,18 +358,13 @@ def _full_probe(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, An
     values["num_without_label"] = sets.test.num_without_label
     print(result.to_table())
     print(f"C {fit.c:.4g}, fitted on {num_fitted:,} samples, features of the {command.layer}")
-    if command.figures is not None:
-        path = command.figures / "confusion-linear-probe.png"
-        draw_confusion(result, sets.class_names, path, title=f"{sets.test_name}, linear probe")
+    title = f"{sets.test_name}, linear probe"
+    draw_confusion(result, sets.class_names, command.figures, "linear-probe", title=title)
     return values, classification_table([(sets.test_name, sets.metric, result)])
 
 
 def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any], str]:
-    """Draws shots, fits and tests; returns values for the JSON and a table.
-
-    Raises:
-        ValueError: C is to be chosen, and the shots leave nothing to choose it by.
-    """
+    """Draws shots, fits and tests; returns values for the JSON and a table."""
     train, validation, names = sets.train, sets.validation, sets.class_names
     labels = train.labels.cpu().numpy()
     counts = np.bincount(labels)
@@ -410,19 +393,12 @@ def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any]
     for shots, results in found.items():
         draws = np.array([value for value, _ in results])
         spread = float(draws.std(ddof=1)) if len(draws) > 1 else None
-        values.append(
-            {
-                "shots": shots,
-                "mean": float(draws.mean()),
-                "standard_deviation": spread,
-                "draws": draws.tolist(),
-                "c": [c for _, c in results],
-            }
-        )
+        value = {"shots": shots, "mean": float(draws.mean()), "standard_deviation": spread}
+        values.append(value | {"draws": draws.tolist(), "c": [c for _, c in results]})
         deviation = "" if spread is None else percent(spread)
         lowest_to_highest = interval_text((draws.min(), draws.max()))
         rows.append([str(shots), percent(draws.mean()), deviation, lowest_to_highest])
-    header = ["shots", f"{METRIC_NAMES[sets.metric]}, %", "standard deviation", "range"]
+    header = ["shots", f"{RATE_NAMES[sets.metric]}, %", "standard deviation", "range"]
     table = markdown_table(header, rows)
     print(table)
     print(f"{command.draws} draws each, {len(sets.test):,} test samples, {len(names)} classes")
@@ -430,3 +406,97 @@ def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any]
     if smallest < max(command.shots):
         print(f"the smallest class has {smallest} training samples, and gave all it has")
     return {"shots": values, "num_draws": command.draws, "smallest_class": smallest}, table
+
+
+def nearest(
+    queries: Float[Tensor, "q d"],
+    keys: Float[Tensor, "n d"],
+    *,
+    k: int,
+    queries_at_once: int = _QUERIES,
+    keys_at_once: int = _KEYS,
+) -> tuple[Float[Tensor, "q k"], Int[Tensor, "q k"]]:
+    """Cosines with the k most similar keys, falling, and the rows of these keys.
+
+    Memory is that of queries_at_once * keys_at_once similarities, whatever q and n.
+    """
+    keys = F.normalize(keys, dim=1)
+    found_cosines, found_keys = [], []
+    for query in F.normalize(queries, dim=1).split(queries_at_once):
+        heartbeat_and_check_stop()  # shows progress
+        best = query.new_empty(len(query), 0)
+        rows = torch.empty(len(query), 0, dtype=torch.int64, device=query.device)
+        for start in range(0, len(keys), keys_at_once):
+            piece = query @ keys[start : start + keys_at_once].T
+            top, where = piece.topk(min(k, piece.shape[1]), dim=1)
+            best = torch.cat([best, top], dim=1)
+            rows = torch.cat([rows, where + start], dim=1)
+            best, order = best.topk(min(k, best.shape[1]), dim=1)
+            rows = rows.gather(1, order)
+        found_cosines.append(best)
+        found_keys.append(rows)
+    return torch.cat(found_cosines), torch.cat(found_keys)
+
+
+def knn_accuracy(
+    train: LabelledFeatures,
+    test: LabelledFeatures,
+    *,
+    class_names: Sequence[str],
+    ks: Sequence[int],
+    temperature: float = 0.07,
+    confusion: bool = False,
+) -> dict[int, ClassificationResult]:
+    """Results for several numbers `ks` of neighbours, from one search.
+
+    Each training sample votes for its first label; `temperature` is positive. `confusion` also
+    counts which class is taken for which.
+
+    Raises:
+        ValueError: more neighbours than training samples, or features that are not finite.
+    """
+    if not ks or min(ks) < 1 or max(ks) > len(train):
+        raise ValueError(
+            f"k must lie in 1 to the {len(train)} training samples, not {', '.join(map(str, ks))}"
+        )
+    require_finite(train.features, test.features)
+    cosines, neighbours = nearest(test.features, train.features, k=max(ks))
+    results = {}
+    for k in ks:
+        counts = ClassificationCounts(class_names, confusion=confusion)
+        for start in range(0, len(test), _QUERIES):
+            rows = slice(start, start + _QUERIES)
+            # relative to the nearest: exp(1 / temperature) may be more than fp32 holds
+            votes = ((cosines[rows, :k] - cosines[rows, :1]) / temperature).exp()
+            scores = votes.new_zeros(len(votes), len(class_names))
+            scores.scatter_add_(1, train.labels[neighbours[rows, :k]], votes)
+            # a class without a vote is not found, even if the first five have room for it
+            voted = (scores > 0).sum(dim=1).tolist()
+            rankings = [best[:n] for best, n in zip(rank_classes(scores), voted, strict=True)]
+            counts.add(rankings, test.all_labels[rows])
+        results[k] = counts.result(what="nearest neighbours")
+    return results
+
+
+def run_knn(command: Knn) -> None:
+    """Extracts features on all ranks; rank 0 searches, prints and writes."""
+    sets = extract_sets(command)
+    if sets is None:
+        return
+    results = knn_accuracy(
+        sets.train,
+        sets.test,
+        class_names=sets.class_names,
+        ks=command.k,
+        temperature=command.temperature,
+        confusion=command.figures is not None,
+    )
+    rows = [(f"k = {k}", sets.metric, result) for k, result in results.items()]
+    table = classification_table(rows, mean=False)  # a mean over k would mean nothing
+    print(table)
+    best = max(results, key=lambda k: results[k].value(sets.metric))
+    title = f"{sets.test_name}, {best} nearest neighbours"
+    draw_confusion(results[best], sets.class_names, command.figures, "knn", title=title)
+    found = [{"k": k} | result.to_json() for k, result in results.items()]
+    values = {"temperature": command.temperature, "results": found}
+    write_results(command, sets.described(command) | values, table)

@@ -1,0 +1,327 @@
+"""Converted models on the disk: whole or not at all, checked; and our own format, the hub's.
+
+Features are compared with those of the files as another library reads them. Both sides are given
+the same tensors, so that resizing, which each library does in its own way, is left out.
+
+A folder in the layout of the Hugging Face hub (weights, config, preprocessing, model card) is what
+`load_model` takes (`unicl_fast.checkpoints.export` reads it), and `hf upload NAME FOLDER` publishes
+it as it is: it names no path of the machine that it was trained on. The card claims nothing that
+the program does not know.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from unicl_fast import __version__
+from unicl_fast.checkpoints.export import (
+    CONFIG_FILE,
+    FORMAT_VERSION,
+    LIBRARY,
+    WEIGHTS_FILE,
+    Preprocessing,
+)
+from unicl_fast.checkpoints.load import find_model, load_model
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.conversion.requests import ModelConversion
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.atomic_files import temporary_folder
+from unicl_fast.system.checksums import file_checksum
+from unicl_fast.text.tokenizer import Tokenizer
+
+_CARD_FILE = "README.md"
+TOLERANCE = 1e-4
+"""Largest difference of a coordinate of unit vectors that is accepted; fp32 leaves about 1e-6."""
+_TEXTS = (
+    "a photo of a dog",
+    "",
+    "two people and a horse in the snow, seen from far away",
+    "an airplane, an automobile, a bird, a cat, a deer, a frog, a ship and a truck " * 5,
+)
+
+
+def load_source(command: ModelConversion, *, needs_texts: bool = True) -> UniCL:
+    """The model that a command converts, in fp32 and evaluation mode; prints what it is."""
+    require_new(command.out)  # before minutes are spent
+    model = load_model(command.model, weights=command.weights).float()
+    if needs_texts and model.text_encoder is None:
+        raise ValueError(
+            f"{command.model} was trained with objective.name={model.config.objective.name} and "
+            "has no text encoder; unicl-convert timm takes its image encoder"
+        )
+    print(
+        f"read {find_model(command.model)}: {model.config.model.image_encoder}, "
+        f"{len(model.state_dict()):,} entries, {num_parameters(model):,} parameters"
+    )
+    return model
+
+
+def num_parameters(model: UniCL) -> int:
+    """Number of trained parameters."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def print_written(path: Path, *, difference: float | None = None, where: str = "") -> None:
+    """Prints the files of an output, and how much its features differ from ours."""
+    if difference is not None:
+        print(f"checked: features differ from ours by at most {difference:.1e}{where}")
+    print(f"written to {path}:")
+    for file in sorted(path.iterdir()) if path.is_dir() else [path]:
+        size = file.stat().st_size
+        print(f"  {file.name:28} {f'{size / 1e6:,.1f} MB' if size >= 1e5 else f'{size:,} bytes'}")
+
+
+def require_new(path: Path) -> None:
+    """Refuses (ValueError) a path that exists; an empty folder is accepted."""
+    is_empty_folder = path.is_dir() and not any(path.iterdir())
+    if path.is_symlink() or (path.exists() and not is_empty_folder):
+        raise ValueError(f"{path} is there already: name a new one, or remove it first")
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """A path to write to, which becomes `path` when the block ends without an error.
+
+    Raises:
+        ValueError: something is there already.
+        OSError: it cannot be written.
+    """
+    require_new(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(f".{path.name}.partial-", root=path.parent) as folder:
+        aside = folder / path.name
+        yield aside
+        if path.is_dir():
+            path.rmdir()
+        aside.rename(path)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder to write into, else as `new_file`."""
+    with new_file(path) as aside:
+        aside.mkdir()
+        yield aside
+
+
+def write_json(path: Path, values: Mapping[str, Any]) -> None:
+    """Writes strict JSON, which has no infinity."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False)
+    path.write_text(text + "\n", encoding="utf-8")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Writes a safetensors file whose tensors share no memory; a full disk is an OSError."""
+    copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(copies, path, metadata={"format": "pt"})  # the hub's readers ask for this word
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Samples:
+    """Inputs, and the features that our model makes of them."""
+
+    images: Tensor
+    """float32 [2 3 h w], normal."""
+    tokens: Tensor
+    """int64 [4 l]: short, empty, of usual length and cut."""
+    image_features: Tensor
+    text_features: Tensor
+
+    @classmethod
+    def of(cls, model: UniCL) -> Samples:
+        """Samples of the size that a model takes; it has texts, fp32 and evaluation mode."""
+        images = images_for(model)
+        tokens = Tokenizer(model.config.model.context_length)(_TEXTS)
+        return cls(images, tokens, model.encode_image(images), model.encode_text(tokens))
+
+
+def images_for(model: UniCL) -> Tensor:
+    """Images of the size that a model takes: float32 [2 3 h w], normal."""
+    size = model.config.data.image_size
+    return torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(0))
+
+
+def require_equal(expected: Tensor, found: Tensor, *, what: str) -> float:
+    """The largest difference of two sets of features after scaling them to unit norm.
+
+    `expected` are ours [n d], `found` those of the converted model; `what` names them in the error.
+
+    Raises:
+        RuntimeError: they differ by more than the tolerance.
+    """
+    if expected.shape != found.shape:
+        raise RuntimeError(
+            f"{what} of the converted model have shape {list(found.shape)}, ours "
+            f"{list(expected.shape)}: nothing was written; please report this"
+        )
+    difference = (F.normalize(expected, dim=-1) - F.normalize(found, dim=-1)).abs().max().item()
+    if not difference <= TOLERANCE:  # so that NaN is refused
+        raise RuntimeError(
+            f"{what} of the converted model differ from ours by {difference:.1e}, where "
+            f"{TOLERANCE:.0e} is allowed: nothing was written; please report this with the "
+            "model's config and the versions of the libraries"
+        )
+    return difference
+
+
+def write_export(
+    model: UniCL, folder: Path, *, origin: Mapping[str, Any], license: str = ""
+) -> None:
+    """Writes a model in fp32 without its run, into a new folder.
+
+    `origin` says, in JSON's types, where the weights come from; it stands in the config and on the
+    card. `license` is an identifier of the hub, for example apache-2.0; empty leaves it open.
+
+    Raises:
+        ValueError: the folder is there already.
+        OSError: it cannot be written.
+    """
+    config = _publishable(model.config)
+    with new_folder(folder) as aside:
+        write_tensors(aside / WEIGHTS_FILE, model.state_dict())
+        write_json(
+            aside / CONFIG_FILE,
+            {
+                "library_name": LIBRARY,
+                "library_version": __version__,
+                "format_version": FORMAT_VERSION,
+                "model_type": "unicl",
+                "architectures": ["UniCL"],
+                "num_parameters": num_parameters(model),
+                "logit_scale": model.logit_scale.item(),
+                "origin": dict(origin),
+                "config": _finite(config_to_dict(config)),
+                "checksums": {WEIGHTS_FILE: file_checksum(aside / WEIGHTS_FILE)},
+            },
+        )
+        write_json(aside / "preprocessor_config.json", Preprocessing.of(config).for_transformers())
+        card = _model_card(model, origin=origin, license=license)
+        (aside / _CARD_FILE).write_text(card, encoding="utf-8")
+
+
+def _publishable(config: TrainConfig) -> TrainConfig:
+    """A config without paths and names of data sets, for weights in fp32."""
+    augment = tuple(entry for entry in config.data.augment if ":" not in entry)
+    replace = dataclasses.replace
+    precision = config.efficiency.precision
+    return replace(
+        config,
+        data=replace(config.data, train=(), evaluate=(), fraction=(1.0,), augment=augment),
+        efficiency=replace(
+            config.efficiency,
+            precision="fp32" if precision == "fp64" else precision,
+            activation_checkpointing=False,
+            compile=False,
+        ),
+        checkpoint=replace(config.checkpoint, best=""),
+    )
+
+
+def _finite(values: Any) -> Any:
+    """A config's values with infinity, which JSON lacks, as a number that bounds nothing."""
+    if isinstance(values, dict):
+        return {name: _finite(value) for name, value in values.items()}
+    return 1e300 if values == float("inf") else values
+
+
+_CARD = """\
+---
+library_name: {library}
+pipeline_tag: zero-shot-image-classification
+{license}tags:
+- unicl
+- clip
+- image-text-label
+- contrastive-learning
+---
+
+# UniCL, {encoder}
+
+An image encoder and a text encoder that meet in one space, trained with unified
+contrastive learning in image-text-label space (Yang et al., CVPR 2022, arXiv
+2204.03610).
+
+| | |
+|---|---|
+{rows}
+
+## Preprocessing
+
+RGB; the shorter side scaled to {of.resize} pixels ({of.interpolation}, antialiased);
+the central {of.image_size} x {of.image_size}; values in 0 to 1; minus the mean
+{of.mean}, divided by the standard deviation {of.std}.
+Texts: CLIP's byte-pair encoding, {of.context_length} tokens, padded with 0.
+
+## Use
+
+```python
+import torch
+from PIL import Image
+from torchvision import transforms
+from torchvision.transforms import InterpolationMode
+from unicl_fast import Tokenizer, load_model
+
+model = load_model("FOLDER")  # where this repository was downloaded to
+prepare = transforms.Compose(
+    [
+        transforms.Resize({of.resize}, InterpolationMode.{interpolation}),
+        transforms.CenterCrop({of.image_size}),
+        transforms.ToTensor(),
+        transforms.Normalize({of.mean}, {of.std}),
+    ]
+)
+with torch.inference_mode():
+    images = prepare(Image.open("FILE").convert("RGB")).unsqueeze(0)
+    tokens = {tokenizer}(["a photo of a cat", "a photo of a dog"])
+    products = model.encode_image(images) @ model.encode_text(tokens).T
+    print((model.logit_scale.exp() * products).softmax(dim=-1))
+```
+
+Or: `unicl-eval zero-shot --checkpoint FOLDER --data DIR`.
+
+What it was trained on, how good it is and what it should not be used for is not
+known to the program that wrote this card: add it before you publish the model.
+"""
+
+
+def _model_card(model: UniCL, *, origin: Mapping[str, Any], license: str) -> str:
+    """The README.md of an exported model, which the hub shows."""
+    config, of = model.config.model, Preprocessing.of(model.config)
+    text = f"{config.text_layers} causal blocks, width {config.text_width}"
+    rows = {
+        "image encoder": f"{config.image_encoder} (timm)",
+        "text encoder": f"{text}, {config.text_heads} heads",
+        "dimensions of the common space": config.embed_dim,
+        "parameters": f"{num_parameters(model):,}",
+        "scale of the logits": f"{model.logit_scale.detach().exp().item():.4g}",
+        **origin,
+    }
+
+    def in_a_cell(value: Any) -> str:
+        text = value if isinstance(value, str) else json.dumps(value)
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    return _CARD.format(
+        library=LIBRARY,
+        license=f"license: {license}\n" if license else "",
+        encoder=config.image_encoder,
+        rows="\n".join(f"| {key} | {in_a_cell(value)} |" for key, value in rows.items()),
+        of=of,
+        interpolation=of.interpolation.upper(),
+        tokenizer=f"Tokenizer({'' if of.context_length == 77 else of.context_length})",
+    )
