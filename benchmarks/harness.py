@@ -8,17 +8,19 @@ time: on a machine that others use too, it is the figure to trust.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import gc
 import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -59,13 +61,11 @@ class Stage(abc.ABC):
         """
         if self.json is None:
             return
-        options = {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if key not in ("json", "plot")
-        }
+        settings = dataclasses.asdict(self)
+        for private in ("json", "plot"):
+            settings.pop(private, None)
         machine = describe_machine(*packages)
-        result = {**more, "figures": figures, "settings": options, "machine": machine}
+        result = {**more, "figures": figures, "settings": settings, "machine": machine}
         self.json.write_text(json.dumps(result, indent=1, default=_last_parts) + "\n")
 
 
@@ -88,15 +88,18 @@ def take_turns(
     turns: dict[str, list[Turn]] = {name: [] for name in contestants}
     for _ in range(rounds):
         for name, work in contestants.items():
-            turns[name].append(_time(work))
+            turns[name].append(timed(work))
     return turns
 
 
-def _time(work: Callable[[], object]) -> Turn:
+def timed(
+    work: Callable[[], object], *, cpu_clock: Callable[[], float] = time.process_time
+) -> Turn:
+    """One turn, after garbage was collected."""
     gc.collect()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), cpu_clock()
     work()
-    return Turn(time.perf_counter() - wall, time.process_time() - cpu)
+    return Turn(time.perf_counter() - wall, cpu_clock() - cpu)
 
 
 def ratio_of(
@@ -151,7 +154,7 @@ def _last_parts(value: object) -> str:
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-    """Describes processor and commit, and the versions of Python, torch and `packages`."""
+    """Describes processor and commit; the versions of Python, torch and installed `packages`."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -162,13 +165,17 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         text=True,
         check=False,
     ).stdout.strip()
+    versions = {}
+    for package in ("torch", *packages):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),  # above `threads`: other jobs were running
         "python": platform.python_version(),
         "commit": commit or "unknown",
-        **{package: version(package) for package in ("torch", *packages)},
+        **versions,
     }
 
 
@@ -186,14 +193,13 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, proc(5)
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     work()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; memory is measured on Linux only")
+def status_bytes(field: str, *, process: int | str = "self") -> int:
+    """A size in a process's status file, proc(5); 0 once the process has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(rf"^{field}:\s*(\d+) kB", status, flags=re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0

@@ -35,6 +35,14 @@ _STANDARD_ERRORS = 5
 _THUMBNAIL = 8
 
 
+class ContenderError(RuntimeError):
+    """A contestant could not do its work; the message says why."""
+
+
+class MissingPackageError(ContenderError):
+    """A package that the contestant needs is not installed."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Task:
     """The same images, and the same distribution of crops, for every contestant."""
@@ -239,9 +247,10 @@ def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarra
             square = _square(bytes(dataset.image_bytes(index)))
             data = square.tobytes()
             if not is_raw:
-                data = _jpeg(square)
-                with Image.open(io.BytesIO(data)) as image:
-                    square = image.convert("RGB")
+                file = io.BytesIO()
+                square.save(file, format="JPEG", quality=95)
+                data = file.getvalue()
+                square = Image.open(file).convert("RGB")
             resized = square.resize(size, Image.Resampling.BILINEAR)
             truth.append(np.asarray(resized, dtype=np.float32))
             writer.add(
@@ -288,48 +297,40 @@ def _square(encoded: bytes) -> Image.Image:
         return image.convert("RGB").crop((left, top, left + side, top + side))
 
 
-def _jpeg(square: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    square.save(buffer, format="JPEG", quality=95)
-    return buffer.getvalue()
-
-
 def gap_to(truth: np.ndarray, images: np.ndarray) -> Gap:
     """Compares each image with the most similar one of `truth`.
 
     Raises:
-        ValueError: fewer than half of the images of `truth` were found.
+        ContenderError: fewer than half of the images of `truth` were found.
     """
-    found = [int(np.argmin(_distances(truth, image))) for image in images]
-    if len(set(found)) < len(truth) / 2:
-        raise ValueError(f"only {len(set(found))} of {len(truth)} images were shown")
-    differences = np.stack(
-        [np.abs(image - truth[i]) for image, i in zip(images, found, strict=True)]
-    )
-    return Gap(float(differences.mean()), float(np.quantile(differences, 0.99)))
+    differences = _thumbnails(images)[:, None] - _thumbnails(truth)
+    found = np.square(differences).sum(axis=(2, 3, 4)).argmin(axis=1)
+    if (shown := len(np.unique(found))) < len(truth) / 2:
+        raise ContenderError(f"only {shown} of {len(truth)} images were shown")
+    levels = np.abs(images - truth[found])
+    return Gap(float(levels.mean()), float(np.quantile(levels, 0.99)))
 
 
-def _distances(truth: np.ndarray, image: np.ndarray) -> np.ndarray:
-    return np.asarray(((_thumbnail(truth) - _thumbnail(image[None])) ** 2).sum(axis=(1, 2, 3)))
-
-
-def _thumbnail(images: np.ndarray) -> np.ndarray:
-    """Means over a grid of `_THUMBNAIL` squares a side, without the remainder at the edges."""
-    count, size = len(images), images.shape[1]
+def _thumbnails(images: np.ndarray) -> np.ndarray:
+    """Means over a grid of `_THUMBNAIL` cells a side, without the remainder at the edges."""
+    count, size = images.shape[:2]
     cells = min(_THUMBNAIL, size)
     cell = size // cells
     cut = images[:, : cells * cell, : cells * cell]
     return np.asarray(cut.reshape(count, cells, cell, cells, cell, 3).mean(axis=(2, 4)))
 
 
-def differs_in_distribution(moments: np.ndarray, ours: np.ndarray) -> str:
-    """Describes how means or deviations of images [n 2] differ by more than chance; "" if not."""
-    error = np.sqrt(sum(each.var(0) / len(each) for each in (moments, ours)))
-    theirs_mean, ours_mean = moments.mean(0), ours.mean(0)
-    for i, name in enumerate(("mean", "deviation")):
-        if abs(theirs_mean[i] - ours_mean[i]) > _STANDARD_ERRORS * error[i]:
-            return (
-                f"the images' {name} is {theirs_mean[i]:.2f}, ours is {ours_mean[i]:.2f} "
-                f"(standard error {error[i]:.2f})"
+def compare_distributions(moments: np.ndarray, ours: np.ndarray) -> None:
+    """Compares means and deviations of images [n 2] with ours.
+
+    Raises:
+        ContenderError: they differ by more than chance.
+    """
+    errors = np.sqrt(sum(each.var(0) / len(each) for each in (moments, ours)))
+    for name, mean, own, error in zip(
+        ("mean", "deviation"), moments.mean(0), ours.mean(0), errors, strict=True
+    ):
+        if abs(mean - own) > _STANDARD_ERRORS * error:
+            raise ContenderError(
+                f"the images' {name} is {mean:.2f}, ours is {own:.2f} (standard error {error:.2f})"
             )
-    return ""

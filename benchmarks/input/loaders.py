@@ -15,6 +15,7 @@ size of the cache, and bytes read from the store are divided by those of the ima
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -37,7 +38,7 @@ from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
-from ..harness import Figures, Stage, Turn, rate_of, ratio_of, summarise, take_turns
+from ..harness import Figures, Stage, Turn, rate_of, ratio_of, summarise, take_turns, timed
 
 _CROP_ONLY = "none"
 _WARM_UP = 8
@@ -74,10 +75,15 @@ class _LoaderStage(Stage):
         )
 
 
-def _open_loader(dataset: PackedDataset, config: TrainConfig) -> TrainLoader:
+def prompts_of(dataset: PackedDataset) -> ClassPrompts:
+    """The prompts of a single data set, of its own class names and templates."""
     manifest = dataset.manifest
-    prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
-    return TrainLoader(config, [dataset], None, prompts)
+    return ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+
+
+def open_loader(dataset: PackedDataset, config: TrainConfig) -> TrainLoader:
+    """The training loader of a single data set."""
+    return TrainLoader(config, [dataset], None, prompts_of(dataset))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,7 +109,7 @@ class Augment(_LoaderStage):
             batches: dict[tuple[str, str], Iterator[Tensor]] = {}
             for spec, resample in itertools.product(specs, _RESAMPLERS):
                 config = self.config(resample=resample, augment=(spec,))
-                loader = stack.enter_context(contextlib.closing(_open_loader(dataset, config)))
+                loader = stack.enter_context(contextlib.closing(open_loader(dataset, config)))
                 batches[spec, resample] = (batch.images for batch in loader.batches(0))
             for spec in specs:
                 compare(spec, next(batches[spec, "fused"]), next(batches[spec, "dali"]))
@@ -115,7 +121,8 @@ class Augment(_LoaderStage):
         turns: dict[str, list[Turn]] = {", ".join(name): [] for name in batches}
         for _ in range(self.rounds):
             for name, images in zip(turns, batches.values(), strict=True):
-                turns[name].append(self._take_turn(images))
+                self._take(images, _WARM_UP)
+                turns[name].append(timed(lambda images=images: self._take(images, self.batches)))
         plain = f"{_CROP_ONLY}, fused"
         figures: Figures = {}
         for name, mine in turns.items():
@@ -126,14 +133,9 @@ class Augment(_LoaderStage):
             )
         return figures
 
-    def _take_turn(self, images: Iterator[Tensor]) -> Turn:
-        """Takes batches, after those that were ready."""
-        for _ in range(_WARM_UP):
-            next(images)
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(self.batches):
-            next(images)
-        return Turn(time.perf_counter() - wall, time.process_time() - cpu)
+    @staticmethod
+    def _take(images: Iterator[Tensor], count: int) -> None:
+        collections.deque(itertools.islice(images, count), maxlen=0)
 
 
 def compare(spec: str, fused: Tensor, dali: Tensor) -> None:
@@ -173,7 +175,7 @@ class Storage(_LoaderStage):
         config = self.config(block_bytes=self.block_bytes)
 
         def images_of(dataset: PackedDataset) -> Tensor:
-            with contextlib.closing(_open_loader(dataset, config)) as loader:
+            with contextlib.closing(open_loader(dataset, config)) as loader:
                 batches = itertools.islice(loader.batches(0), self.batches)
                 return torch.stack([batch.images[:, ::32, ::32] for batch in batches])
 
@@ -237,7 +239,7 @@ class Storage(_LoaderStage):
             with PackedDataset(self.url, cache=cache) as dataset:
                 assert dataset.remote is not None
                 traffic = dataset.remote.store.traffic
-                loader = _open_loader(dataset, config)
+                loader = open_loader(dataset, config)
                 before, started = traffic.read_bytes, time.perf_counter()
                 for _ in loader.host_batches(len(dataset) // self.batch_size):
                     pass

@@ -7,10 +7,11 @@ threads, those that its feeding thread runs one after another use one.
 
 from __future__ import annotations
 
+import collections
 import itertools
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -36,11 +37,9 @@ from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps
 from unicl_fast.system.host_memory import keep_freed_memory
-from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.text.tokenizer import Tokenizer
 
-from .contenders import Task
-from .worker import ContenderError
+from .contenders import ContenderError, Task
+from .loaders import prompts_of
 
 _HELD = 1024
 """Images that are held in memory for a stage."""
@@ -65,24 +64,21 @@ class _Own:
             run=RunConfig(global_batch_size=task.batch_size),
         )
         self.dataset = PackedDataset(task.data)
-        manifest = self.dataset.manifest
-        self.prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+        self.prompts = prompts_of(self.dataset)
         self.loader = TrainLoader(self.config, [self.dataset], None, self.prompts)
         self.bad = BadSamples([self.dataset], None)
 
-    def planned(self, step: int) -> PlannedBatch:
-        return self.loader.plan.batch(step, rank=0, world_size=1)
-
-    def some_planned(self) -> list[PlannedBatch]:
+    def planned(self) -> list[PlannedBatch]:
         """Batches that hold at least `_HELD` images together."""
-        return [self.planned(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
+        steps = range(math.ceil(_HELD / self.task.batch_size))
+        return [self.loader.plan.batch(step, rank=0, world_size=1) for step in steps]
 
     def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
         return self.bad.read_batch(self.loader.plan, planned)
 
     def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
-        """`some_planned` with their encoded images."""
-        return [self.read(planned) for planned in self.some_planned()]
+        """`planned` with the encoded images."""
+        return [self.read(planned) for planned in self.planned()]
 
 
 def ours(task: Task) -> Iterator[Tensor]:
@@ -125,7 +121,7 @@ def texts(task: Task) -> Iterator[int]:
 def read(task: Task) -> Iterator[int]:
     """The encoded images of planned batches."""
     own = _Own(task)
-    for planned in itertools.cycle(own.some_planned()):
+    for planned in itertools.cycle(own.planned()):
         yield len(own.read(planned)[1])
 
 
@@ -163,16 +159,8 @@ def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
             dtype=[types.UINT8, types.INT32, types.INT32],
             ndim=[1, 1, 1],
         )
-        pipeline.set_outputs(
-            decode_windows(
-                encoded,
-                starts,
-                shapes,
-                data=own.config.data,
-                device=torch.device("cpu"),
-                images="files",
-            )
-        )
+        where: Any = {"data": own.config.data, "device": torch.device("cpu")}
+        pipeline.set_outputs(decode_windows(encoded, starts, shapes, images="files", **where))
     while True:
         (images,) = pipeline.run()
         yield len(images)
@@ -255,8 +243,8 @@ def _in_threads(task: Task, work: Any, arguments: list[Any]) -> Iterator[int]:
         return len(piece)
 
     with ThreadPoolExecutor(task.threads) as pool:
-        running = [pool.submit(run, pieces[i % len(pieces)]) for i in range(2 * task.threads)]
-        for number in itertools.count(len(running)):
-            done = running.pop(0).result()
-            running.append(pool.submit(run, pieces[number % len(pieces)]))
-            yield done
+        running: collections.deque[Future[int]] = collections.deque()
+        for piece in itertools.cycle(pieces):
+            running.append(pool.submit(run, piece))
+            if len(running) > 2 * task.threads:
+                yield running.popleft().result()

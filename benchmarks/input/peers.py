@@ -14,11 +14,11 @@ the data set repeated many times.
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +72,7 @@ def torchvision_batches(task: Task) -> Iterator[Tensor]:
     """ImageFolder with PIL transforms, as most people write it."""
     from torchvision.datasets import ImageFolder
 
-    return _images(_data_loader(ImageFolder(str(task.class_folder), _pil_transform(task)), task))
+    return _load(ImageFolder(str(task.class_folder), _pil_transform(task)), task)
 
 
 def torchvision_v2_batches(task: Task) -> Iterator[Tensor]:
@@ -96,8 +96,7 @@ def torchvision_v2_batches(task: Task) -> Iterator[Tensor]:
         image: Tensor = decode_image(path, mode=ImageReadMode.RGB)
         return image
 
-    folder = ImageFolder(str(task.class_folder), transform, loader=decode)
-    return _images(_data_loader(folder, task))
+    return _load(ImageFolder(str(task.class_folder), transform, loader=decode), task)
 
 
 def timm_batches(task: Task) -> Iterator[Tensor]:
@@ -120,7 +119,7 @@ def timm_batches(task: Task) -> Iterator[Tensor]:
         num_workers=task.threads,
         device=torch.device("cpu"),
     )
-    return _images(loader)
+    return (images for images, _ in loader)
 
 
 def webdataset_batches(task: Task) -> Iterator[Tensor]:
@@ -140,7 +139,7 @@ def webdataset_batches(task: Task) -> Iterator[Tensor]:
     loader = webdataset.WebLoader(
         pipeline, batch_size=None, shuffle=False, num_workers=task.threads, persistent_workers=True
     )
-    return _images(loader)
+    return (images for images, _ in loader)
 
 
 def _pil_transform(task: Task) -> Compose:
@@ -161,19 +160,15 @@ def _stack(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
     return torch.stack(images), list(texts)
 
 
-def _data_loader(folder: ImageFolder, task: Task) -> DataLoader[Any]:
-    return DataLoader(
+def _load(folder: ImageFolder, task: Task) -> Iterator[Tensor]:
+    loader = DataLoader(
         _Repeated(folder),
         batch_size=task.batch_size,
         shuffle=True,
         num_workers=task.threads,
         drop_last=True,
     )
-
-
-def _images(loader: Any) -> Iterator[Tensor]:
-    for images, _ in loader:
-        yield images
+    return (images for images, _ in loader)
 
 
 def dali_batches(task: Task) -> Iterator[Tensor]:
@@ -230,9 +225,8 @@ def spdl_batches(task: Task) -> Iterator[Tensor]:
 
     def decode(path: str) -> Any:
         packets = spdl.io.demux_image(path)
-        top, left, height, width = random_crop(
-            draw, packets.codec.height, packets.codec.width, task
-        )
+        codec = packets.codec
+        top, left, height, width = random_crop(draw, codec.height, codec.width, task)
         filters = [
             f"crop={width}:{height}:{left}:{top}:exact=1",
             f"scale={size}:{size}:flags=bilinear",
@@ -290,21 +284,13 @@ def pool_batches(task: Task) -> Iterator[Tensor]:
         order = _endless_order(len(dataset))
         in_work: collections.deque[tuple[NDArray[np.float32], list[Future[None]]]]
         in_work = collections.deque()
-
-        def start() -> None:
-            batch = free.popleft()
-            samples = [next(order) for _ in range(task.batch_size)]
-            in_work.append(
-                (batch, [pool.submit(make, batch[i], *s) for i, s in enumerate(samples)])
-            )
-
-        for _ in range(_AHEAD):
-            start()
         while True:
+            while len(in_work) <= _AHEAD:
+                batch = free.popleft()
+                in_work.append((batch, [pool.submit(make, out, *next(order)) for out in batch]))
             batch, futures = in_work.popleft()
             for future in futures:
                 future.result()
-            start()
             yield torch.from_numpy(batch).permute(0, 3, 1, 2)
             free.append(batch)
 
@@ -345,44 +331,20 @@ def random_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def write_ffcv_jpg(task: Task) -> None:
-    """Writes the data set as JPEGs in FFCV's format."""
-    _write_ffcv(task, "jpg")
-
-
-def write_ffcv_raw(task: Task) -> None:
-    """Writes the data set as pixels in FFCV's format."""
-    _write_ffcv(task, "raw")
-
-
-def ffcv_jpg_batches(task: Task) -> Iterator[Tensor]:
-    """FFCV on JPEGs."""
-    return _ffcv_batches(task, "jpg")
-
-
-def ffcv_raw_batches(task: Task) -> Iterator[Tensor]:
-    """FFCV on decoded images."""
-    return _ffcv_batches(task, "raw")
-
-
-def _ffcv_path(task: Task, mode: str) -> Path:
-    return task.scratch / f"{mode}.beton"
-
-
-def _write_ffcv(task: Task, mode: str) -> None:
+def _write_ffcv(task: Task, *, mode: str) -> None:
+    """Writes the data set in FFCV's format: as JPEGs (mode jpg), or as pixels (raw)."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
 
     folder = ImageFolder(str(task.class_folder))
     image = RGBImageField(write_mode=mode, max_resolution=500, jpeg_quality=90)
-    writer = DatasetWriter(
-        str(_ffcv_path(task, mode)), {"image": image, "label": IntField()}, num_workers=1
-    )
+    path = str(task.scratch / f"{mode}.beton")
+    writer = DatasetWriter(path, {"image": image, "label": IntField()}, num_workers=1)
     writer.from_indexed_dataset(folder)
 
 
-def _ffcv_batches(task: Task, mode: str) -> Iterator[Tensor]:
+def _ffcv_batches(task: Task, *, mode: str) -> Iterator[Tensor]:
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
@@ -397,7 +359,7 @@ def _ffcv_batches(task: Task, mode: str) -> Iterator[Tensor]:
     ]
     count = sum(1 for _ in task.class_folder.glob("*/*"))
     loader = Loader(
-        str(_ffcv_path(task, mode)),
+        str(task.scratch / f"{mode}.beton"),
         batch_size=task.batch_size,
         num_workers=task.threads,
         order=OrderOption.RANDOM,
@@ -408,3 +370,9 @@ def _ffcv_batches(task: Task, mode: str) -> Iterator[Tensor]:
     while True:
         for (images,) in loader:
             yield images
+
+
+write_ffcv_jpg = functools.partial(_write_ffcv, mode="jpg")
+write_ffcv_raw = functools.partial(_write_ffcv, mode="raw")
+ffcv_jpg_batches = functools.partial(_ffcv_batches, mode="jpg")
+ffcv_raw_batches = functools.partial(_ffcv_batches, mode="raw")

@@ -20,10 +20,9 @@ import dataclasses
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -38,18 +37,18 @@ from .contenders import (
     PEERS,
     RAW,
     Contender,
+    ContenderError,
     Gap,
     Kind,
+    MissingPackageError,
     Task,
     choose,
+    compare_distributions,
     comparison_task,
-    differs_in_distribution,
     gap_to,
     write_class_folder,
 )
-from .worker import ContenderError, MissingPackageError, Worker
-
-T = TypeVar("T")
+from .worker import Worker
 
 _COLOURS = {"ours": "#c1440e", "peer": "#8a9ba8", "limit": "white"}
 _RAW = "-raw"
@@ -124,11 +123,13 @@ class Input(Stage):
                 with PackedDataset(self.raw_data) as raw_dataset:
                     questions[RAW.name] = comparison_task(raw_dataset, raw_task)
             gaps = race.compare_pixels(questions)
-            race.prepare(tasks)
+            for each in race.still_in():
+                with race.attempt(each):
+                    _prepare(each, tasks[each.name])
             figures = race.measure_memory(tasks, self.seconds)
             figures |= race.measure_rates(tasks, self)
         result = {"contenders": race.described(gaps), "left_out": race.left_out}
-        self.report(figures, *_installed(), **result)
+        self.report(figures, *_PACKAGES, **result)
         if self.plot is not None:
             plot({self.data.name: {"figures": figures, **result}}, self.plot)
 
@@ -147,26 +148,23 @@ class _Race:
             if each.name not in self.left_out and (not kinds or each.kind in kinds)
         ]
 
-    def attempt(self, contender: Contender, work: Callable[[Contender], T]) -> T | None:
-        """The result of its `work`; None if the contestant cannot do it, which leaves it out.
+    @contextlib.contextmanager
+    def attempt(self, contender: Contender) -> Iterator[None]:
+        """Leaves the contestant out if it cannot do the block.
 
         Raises:
             RuntimeError: it is ours.
         """
         try:
-            return work(contender)
+            yield
         except ContenderError as error:
             reason = str(error)
             if isinstance(error, MissingPackageError) and contender.install:
                 reason = f"{reason}; to have it: {contender.install}"
             if contender.kind == "ours":
                 raise RuntimeError(f"{contender.name}: {reason}") from error
-            self.leave_out(contender, reason)
-            return None
-
-    def leave_out(self, contender: Contender, reason: str) -> None:
-        print(f"{contender.name} is left out: {reason}", flush=True)
-        self.left_out[contender.name] = reason
+            print(f"{contender.name} is left out: {reason}", flush=True)
+            self.left_out[contender.name] = reason
 
     def compare_pixels(self, questions: Mapping[str, tuple[Task, np.ndarray]]) -> dict[str, Gap]:
         """Compares all images with Pillow's; a contestant that makes others is left out.
@@ -176,27 +174,26 @@ class _Race:
         """
         gaps = {}
         for each in self.still_in("ours", "peer"):
-            gap = self.attempt(each, lambda who: _gap(who, *questions[who.name]))
-            if gap is not None:
+            task, truth = questions[each.name]
+            with self.attempt(each):
+                _prepare(each, task)
+                with Worker(each, task) as worker:
+                    gap = gap_to(truth, worker.images(_COMPARED))
+                if gap.mean > each.tolerance:
+                    raise ContenderError(
+                        f"it makes other images: {gap.mean:.2f} levels from Pillow's in the mean, "
+                        f"where {each.tolerance} are allowed"
+                    )
                 gaps[each.name] = gap
                 print(f"{each.name}: {gap.mean:.2f} levels from Pillow's in the mean", flush=True)
         return gaps
 
-    def prepare(self, tasks: Mapping[str, Task]) -> None:
-        for each in self.still_in():
-            self.attempt(each, lambda who: _prepare(who, tasks[who.name]))
-
     def measure_memory(self, tasks: Mapping[str, Task], seconds: float) -> Figures:
         """Runs each alone, so that no other process shares its libraries."""
-
-        def measure(who: Contender) -> list[float]:
-            with Worker(who, tasks[who.name]) as worker:
-                return [number / 1e6 for number in worker.memory(seconds)]
-
         figures = {}
         for each in self.still_in("ours", "peer"):
-            megabytes = self.attempt(each, measure)
-            if megabytes:
+            with self.attempt(each), Worker(each, tasks[each.name]) as worker:
+                megabytes = [number / 1e6 for number in worker.memory(seconds)]
                 figures[f"{each.name}, MB"] = summarise(megabytes)
         return figures
 
@@ -205,18 +202,20 @@ class _Race:
         with contextlib.ExitStack() as stack:
             workers: dict[str, Worker] = {}
             for each in self.still_in():
-                worker = self.attempt(
-                    each, lambda who: stack.enter_context(Worker(who, tasks[who.name]))
-                )
-                if worker is not None:
-                    workers[each.name] = worker
-            self._compare_distributions(workers, settings)
+                with self.attempt(each):
+                    workers[each.name] = stack.enter_context(Worker(each, tasks[each.name]))
+            moments: dict[str, np.ndarray] = {}
+            for each in self.still_in("ours", "peer"):
+                with self.attempt(each):
+                    moments[each.name] = workers[each.name].moments(
+                        -(-_MOMENTS // settings.batch_size)
+                    )
+                    compare_distributions(moments[each.name], moments[OURS.name])
             turns: dict[str, list[Turn]] = {name: [] for name in workers}
             for _ in range(settings.rounds):
                 for each in self.still_in():
-                    turn = self.attempt(each, lambda who: workers[who.name].turn(settings.seconds))
-                    if turn is not None:
-                        turns[each.name].append(turn)
+                    with self.attempt(each):
+                        turns[each.name].append(workers[each.name].turn(settings.seconds))
         figures: Figures = {}
         units: dict[Unit, tuple[str, str]] = {
             "wall_seconds": ("s", ""),
@@ -224,28 +223,12 @@ class _Race:
         }
         for unit, (second, suffix) in units.items():
             for each in self.still_in():
-                rate = rate_of(turns[each.name], 1, unit=unit)
-                figures[f"{each.name}, images/{second}"] = rate
-            for own, other in itertools.product(
-                self.still_in("ours"), self.still_in("peer", "limit")
-            ):
+                figures[f"{each.name}, images/{second}"] = rate_of(turns[each.name], 1, unit=unit)
+            pairs = itertools.product(self.still_in("ours"), self.still_in("peer", "limit"))
+            for own, other in pairs:
                 ratio = ratio_of(turns, other.name, own.name, unit=unit)
                 figures[f"{own.name} / {other.name}{suffix}"] = ratio
         return figures
-
-    def _compare_distributions(self, workers: Mapping[str, Worker], settings: Input) -> None:
-        batches = -(-_MOMENTS // settings.batch_size)
-
-        def moments_of(who: Contender) -> np.ndarray:
-            return workers[who.name].moments(batches)
-
-        reference = self.attempt(OURS, moments_of)
-        assert reference is not None  # else the run has ended
-        for each in self.still_in("ours", "peer"):
-            moments = None if each is OURS else self.attempt(each, moments_of)
-            difference = "" if moments is None else differs_in_distribution(moments, reference)
-            if difference:
-                self.leave_out(each, difference)
 
     def described(self, gaps: Mapping[str, Gap]) -> dict[str, dict[str, Any]]:
         """For the JSON: each contestant, and how far its images are from Pillow's."""
@@ -260,35 +243,10 @@ class _Race:
         return described
 
 
-def _gap(contender: Contender, task: Task, truth: np.ndarray) -> Gap:
-    _prepare(contender, task)
-    with Worker(contender, task) as worker:
-        images = worker.images(_COMPARED)
-    try:
-        gap = gap_to(truth, images)
-    except ValueError as error:
-        raise ContenderError(str(error)) from error
-    if gap.mean > contender.tolerance:
-        raise ContenderError(
-            f"it makes other images: {gap.mean:.2f} levels from Pillow's in the mean, "
-            f"where {contender.tolerance} are allowed"
-        )
-    return gap
-
-
 def _prepare(contender: Contender, task: Task) -> None:
     if contender.prepare:
         with Worker(contender, task, prepare=True):
             pass
-
-
-def _installed() -> list[str]:
-    found = []
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            version(package)
-            found.append(package)
-    return found
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -323,16 +281,12 @@ def table(result: Mapping[str, Any]) -> str:
 
 def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A panel of bars for each result: median rate and spread; memory beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     bars = [_bars(result) for result in results.values()]
     height = 1.2 + 0.36 * max(len(rows) for rows, _ in bars)
-    figure, panels = pyplot.subplots(
-        1, len(results), figsize=(6.4 * len(results), height), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(6.4 * len(results), height), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)
     for panel, (title, result), (rows, beyond) in zip(
         panels[0], results.items(), bars, strict=True
     ):
@@ -362,17 +316,14 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
             label += f"\nlimits off the scale: {', '.join(beyond)}"
         panel.set_xlabel(label, fontsize=8)
         panel.set_title(title, fontsize=10)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _by_rate(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    def order(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, bool, float]:
-        name, facts = item
-        rate = result["figures"][f"{name}, images/s"]["median"]
-        return facts["kind"] == "stage", facts["kind"] == "limit", -rate
+    def order(item: tuple[str, Mapping[str, Any]]) -> tuple[int, float]:
+        kind, rate = item[1]["kind"], result["figures"][f"{item[0]}, images/s"]["median"]
+        return {"limit": 1, "stage": 2}.get(kind, 0), -rate
 
     return sorted(result["contenders"].items(), key=order)
 

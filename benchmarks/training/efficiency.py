@@ -53,10 +53,12 @@ from ..harness import (
     peak_megabytes,
     print_figures,
     ratio_of,
+    seconds_of,
     summarise,
     take_turns,
+    timed,
 )
-from .step import step_config, take_batch
+from .step import StepStage, take_batch
 
 _AS_IT_IS = "as it is"
 _LOSSES_AGREE = 0.03
@@ -66,15 +68,9 @@ _SQUARE = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Efficiency(Stage):
-    """Effect of each switch of efficiency on a training step."""
+class Efficiency(StepStage):
+    """Effect of each switch of efficiency on a step; those of texts matter with captions only."""
 
-    data: Path
-    """Packed data set; switches of texts matter with captions, hardly with labels."""
-    image_encoder: str = "swin_tiny_patch4_window7_224"
-    """A timm model."""
-    image_size: int = 224
-    """Side of the images."""
     batch_size: int = 16
     """Images of a step."""
     compile: bool = False
@@ -84,21 +80,15 @@ class Efficiency(Stage):
 
     def run(self) -> None:
         keep_freed_memory()  # as in training
-        config = step_config(
-            self.image_encoder,
-            image_size=self.image_size,
-            batch_size=self.batch_size,
-            precision="auto",
-        )
-        base = settle_precision(config, torch.device("cpu"))
+        base = settle_precision(self.config("auto"), torch.device("cpu"))
         batch = take_batch(base, self.data)
         figures: Figures = {}
         measured = {_AS_IT_IS: base}
         for name, change in switches_of(self, base.efficiency.precision).items():
-            other = changed(base, change)
-            work = steps_of(base, batch)
+            efficiency = dataclasses.replace(base.efficiency, **change)  # type: ignore[arg-type]
+            other = dataclasses.replace(base, efficiency=efficiency)
             try:
-                works = {_AS_IT_IS: work, name: steps_of(other, batch)}
+                works = {_AS_IT_IS: steps_of(base, batch), name: steps_of(other, batch)}
             except ValueError as error:  # micro-batches of BatchNorm, for example
                 print(f"{name} is left out: {error}")
                 continue
@@ -141,12 +131,6 @@ def switches_of(settings: Efficiency, precision: str) -> dict[str, dict[str, obj
     return switches
 
 
-def changed(config: TrainConfig, change: dict[str, object]) -> TrainConfig:
-    """The config with other values of `efficiency`."""
-    efficiency = dataclasses.replace(config.efficiency, **change)  # type: ignore[arg-type]
-    return dataclasses.replace(config, efficiency=efficiency)
-
-
 def steps_of(config: TrainConfig, batch: Batch) -> Callable[[], float]:
     """A function that takes a training step at each call, and returns its loss."""
     trainer = Trainer(config, ListLoader([batch]), progress=False)
@@ -186,15 +170,14 @@ class Memory(Stage):
             f"batch {self.plain:,}": (self.plain, 0),
         }
         peaks: dict[str, list[float]] = {name: [] for name in batches}
-        seconds: dict[str, list[float]] = {name: [] for name in batches}
-        for _ in range(self.rounds):
-            for name, (batch, micro) in batches.items():
-                started = time.perf_counter()
-                peaks[name].append(peak_of_a_step(self, batch, micro) / 1e9)
-                seconds[name].append(time.perf_counter() - started)
+        works = {
+            name: lambda name=name: peaks[name].append(peak_of_a_step(self, *batches[name]) / 1e9)
+            for name in batches
+        }
+        turns = take_turns(works, rounds=self.rounds, warm_up=0)
         figures = {f"{name}, peak GB": summarise(found) for name, found in peaks.items()}
-        for name, found in seconds.items():
-            figures[f"{name}, seconds with start"] = summarise(found)
+        for name, taken in turns.items():
+            figures[f"{name}, seconds with start"] = seconds_of(taken)
         self.report(figures, "timm")
 
 
@@ -352,12 +335,8 @@ def compare(step: StepInParts) -> None:
     """Raises RuntimeError if the parts do not give the gradients of the trainer's step."""
     trainer = step.trainer
     trainer.model.train()
-
-    def take_whole() -> object:
-        return trainer.back_propagate(step.batch)
-
     found = []
-    for back_propagate in (take_whole, step.back_propagate):
+    for back_propagate in (lambda: trainer.back_propagate(step.batch), step.back_propagate):
         back_propagate()
         found.append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
         trainer.optimizer.zero_grad()
@@ -370,9 +349,5 @@ def compare(step: StepInParts) -> None:
 def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of one large square product, the best of five."""
     left, right = (torch.randn(_SQUARE, _SQUARE, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        (left @ right).sum().item()
-        best = min(best, time.perf_counter() - started)
+    best = min(timed(lambda: (left @ right).sum().item()).wall_seconds for _ in range(5))
     return 2 * _SQUARE**3 / best

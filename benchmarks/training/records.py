@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
@@ -35,13 +37,7 @@ from unicl_fast.config import (
     RunConfig,
     TrainConfig,
 )
-from unicl_fast.ledger.format import (
-    LedgerSource,
-    SegmentHeader,
-    encode_header,
-    encode_record,
-    segment_name,
-)
+from unicl_fast.ledger.format import LedgerSource
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.objectives.collate import collate
@@ -101,17 +97,20 @@ def build(settings: Checkpoint, folder: Path) -> tuple[Trainer, Batch]:
         checkpoint=CheckpointConfig(keep=1),
         run=RunConfig(global_batch_size=settings.batch_size, steps=1 << 20),
     )
-    size = (settings.batch_size, settings.image_size, settings.image_size, 3)
     texts = [f"image {number} of some things" for number in range(settings.batch_size)]
-    batch = collate(
-        torch.randint(256, size, dtype=torch.uint8),
-        Tokenizer()(texts),
-        torch.full((settings.batch_size,), -1),
-    )
+    batch = noise(texts, torch.full((len(texts),), -1), side=settings.image_size)
     trainer = Trainer(config, ListLoader([batch]), run_folder=folder, progress=False)
     batch = batch.to(trainer.device)
     trainer.train_step(batch)
     return trainer, batch
+
+
+def noise(texts: Sequence[str], labels: Tensor, *, side: int) -> Batch:
+    """A batch of images without content; the others of its parts are given."""
+    size = (len(texts), side, side, 3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+    return collate(images, Tokenizer()(texts), labels)
 
 
 def compare(trainer: Trainer) -> int:
@@ -190,23 +189,20 @@ def _writing(settings: LedgerCost, folder: Path) -> Figures:
     config = dataclasses.replace(
         config, run=dataclasses.replace(config.run, steps=1_000_000, device="cpu")
     )
-    size, side = config.run.global_batch_size, config.data.image_size
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(10, (size,), generator=generator)
-    images = torch.randint(256, (size, side, side, 3), dtype=torch.uint8, generator=generator)
-    tokens = Tokenizer()([f"a photo of the digit {number}" for number in range(10)])[labels]
-    batch = collate(images, tokens, labels)
+    size = config.run.global_batch_size
+    labels = torch.randint(10, (size,), generator=torch.Generator().manual_seed(0))
+    texts = [f"a photo of the digit {number}" for number in labels.tolist()]
+    batch = noise(texts, labels, side=config.data.image_size)
     trainer = Trainer(config, ListLoader([batch]), progress=False)
     source = LedgerSource("digits", 60_000)
     ledger = Ledger(folder, sources=[source], global_batch_size=size, seed=0, shares=[1])
-    named = _with_ids(batch, source.num_samples)
-    done = 0
+    ids = torch.randint(source.num_samples, (size,))
+    named = _with_ids(batch, torch.zeros_like(ids), ids)
+    steps = itertools.count()
 
     def record() -> None:
-        nonlocal done
-        for _ in range(_RECORDS):
-            ledger.record(dataclasses.replace(named, step=done))
-            done += 1
+        for step in itertools.islice(steps, _RECORDS):
+            ledger.record(dataclasses.replace(named, step=step))
 
     with ledger.segment(0):
         turns = take_turns(
@@ -221,13 +217,6 @@ def _writing(settings: LedgerCost, folder: Path) -> Figures:
             turns, "records", "step", scale=percent, unit="cpu_seconds"
         ),
     }
-
-
-def _with_ids(batch: Batch, num_samples: int) -> Batch:
-    ids = torch.randint(num_samples, (batch.batch_size,))
-    return dataclasses.replace(
-        batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
-    )
 
 
 def _proving(settings: LedgerCost, folder: Path) -> Figures:
@@ -250,23 +239,15 @@ def _proving(settings: LedgerCost, folder: Path) -> Figures:
 def _write_epochs(settings: LedgerCost, folder: Path) -> None:
     """Writes a ledger of one rank: sources are drawn at random, and shuffled for every epoch."""
     generator = np.random.default_rng(0)
-    sources = tuple(LedgerSource(str(i), n) for i, n in enumerate(settings.samples))
+    sources = [LedgerSource(str(i), n) for i, n in enumerate(settings.samples)]
     size = settings.global_batch_size
-    header = SegmentHeader(
-        segment=1,
-        start_step=0,
-        rank=0,
-        world_size=1,
-        global_batch_size=size,
-        sources=sources,
-        seed=0,
-        shares=settings.samples,
+    ledger = Ledger(
+        folder, sources=sources, global_batch_size=size, seed=0, shares=settings.samples
     )
+    batch = noise([""], torch.tensor([-1]), side=1)  # only ids are recorded
     left = [np.empty(0, dtype=np.int64) for _ in sources]
     odds = np.array(settings.samples) / sum(settings.samples)
-    folder.mkdir()
-    with (folder / segment_name(1, 0)).open("wb") as file:
-        file.write(encode_header(header))
+    with ledger.segment(0):
         for step in range(settings.draws // size):
             source_ids = generator.choice(len(sources), size=size, p=odds)
             ids = np.empty_like(source_ids)
@@ -276,8 +257,10 @@ def _write_epochs(settings: LedgerCost, folder: Path) -> None:
                     fresh = generator.permutation(source.num_samples)
                     left[number] = np.concatenate([left[number], fresh])
                 ids[mine], left[number] = np.split(left[number], [len(mine)])
-            file.write(
-                encode_record(
-                    header, step=step, source_ids=source_ids, scheduled_ids=ids, shown_ids=ids
-                )
-            )
+            named = _with_ids(batch, torch.from_numpy(source_ids), torch.from_numpy(ids))
+            ledger.record(dataclasses.replace(named, step=step))
+
+
+def _with_ids(batch: Batch, source_ids: Tensor, ids: Tensor) -> Batch:
+    """The batch with what a record needs; all samples are shown as they were scheduled."""
+    return dataclasses.replace(batch, source_ids=source_ids, scheduled_ids=ids, sample_ids=ids)

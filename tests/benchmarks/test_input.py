@@ -26,6 +26,7 @@ from unicl_fast.benchmarks.input.contenders import (
     PEERS,
     RAW,
     Contender,
+    ContenderError,
     Kind,
     Task,
     choose,
@@ -159,7 +160,7 @@ def test_an_image_is_compared_with_the_one_it_shows() -> None:
     gap = gap_to(truth, truth[[3, 1, 5, 0, 4, 2, 2]] + 1)
     assert gap.mean == pytest.approx(1, abs=1e-4)
     assert gap.high == pytest.approx(1, abs=1e-4)
-    with pytest.raises(ValueError, match="only 2 of 6 images"):
+    with pytest.raises(ContenderError, match="only 2 of 6 images"):
         gap_to(truth, truth[[3, 1, 3, 1]])
 
 
