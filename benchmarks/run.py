@@ -15,11 +15,8 @@ import tyro
 
 STAGES = {
     "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
-    "pack": ("packing.pack:Pack", "packing, against decoding, scaling and encoding in a bare loop"),
-    "many-samples": (
-        "packing.pack:ManySamples",
-        "memory and start-up time of packing a list of a million rows",
-    ),
+    "pack": ("packing:Pack", "packing, against decoding, scaling and encoding in a bare loop"),
+    "many-samples": ("packing:ManySamples", "memory and start-up time of packing a million rows"),
     "storage": (
         "input.loaders:Storage",
         "a data set under a URL against a folder; bytes by window",

@@ -15,11 +15,11 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -34,6 +34,7 @@ from ..harness import describe_machine, print_figures, summarise
 
 Row = dict[str, Any]
 """The numbers of a run."""
+Arm = TypeVar("Arm")
 
 _LEVEL = 0.95
 INK, FAINT, ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
@@ -52,6 +53,32 @@ class ExperimentSettings:
     """Part of each run's length, to try an experiment out."""
     precision: PrecisionName = "auto"
     """efficiency.precision of all runs; each row names the chosen one."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs of each arm."""
+
+    def train_arms(
+        self, arms: Iterable[Arm], make_run: Callable[[Arm, int], Run]
+    ) -> dict[Arm, list[Row]]:
+        """Does the runs of all arms and seeds; returns each arm's rows in the seeds' order."""
+        # a stopped experiment has all arms of its first seeds
+        runs = {(arm, seed): make_run(arm, seed) for seed in self.seeds for arm in arms}
+        rows = run_all(list(runs.values()), self.out, jobs=self.jobs)
+        return {arm: [rows[runs[arm, seed].name] for seed in self.seeds] for arm in arms}
+
+    def table(
+        self,
+        title: str,
+        cells: Mapping[str, Mapping[str, Mean]],
+        pairs: Mapping[str, tuple[Mean, Mean]],
+        chance: Mapping[str, float] | None = None,
+    ) -> Table:
+        """A table of means, and of the first minus the second of each pair unless seeds are few."""
+        differences = {
+            name: difference_of(one.values, other.values)
+            for name, (one, other) in pairs.items()
+            if len(self.seeds) > 1
+        }
+        return Table(title=title, cells=cells, differences=differences, chance=chance or {})
 
     def execution(self) -> tuple[str, ...]:
         """Options of every run: beside others, one decoding thread suffices for small images."""
@@ -242,20 +269,19 @@ def numbers_of(found: Mean | Difference) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Groups (rows) of arms (columns), each a mean over seeds, and differences between arms."""
+    """Groups (rows) of arms (columns), each a mean over seeds in %, and differences of arms."""
 
     title: str
-    unit: str
     cells: Mapping[str, Mapping[str, Mean]]
-    differences: Mapping[str, Difference] = field(default_factory=dict)
-    chance: Mapping[str, float] = field(default_factory=dict)
+    differences: Mapping[str, Difference]
+    chance: Mapping[str, float]
     """Results of guessing, for groups where they are informative."""
 
     def markdown(self) -> str:
         """The table, and one of the differences below it."""
         arms = list(next(iter(self.cells.values())))
         lines = [
-            f"| {self.title}, {self.unit} | {' | '.join(arms)} |" + " chance |" * bool(self.chance),
+            f"| {self.title}, % | {' | '.join(arms)} |" + " chance |" * bool(self.chance),
             "|---|" + "---|" * (len(arms) + bool(self.chance)),
         ]
         for group, means in self.cells.items():
@@ -272,7 +298,7 @@ class Table:
         """Everything, for JSON."""
         return {
             "title": self.title,
-            "unit": self.unit,
+            "unit": "%",
             "cells": {
                 group: {arm: numbers_of(mean) for arm, mean in means.items()}
                 for group, means in self.cells.items()
@@ -286,7 +312,7 @@ def write_report(
     name: str,
     settings: ExperimentSettings,
     tables: list[Table],
-    rows: Mapping[str, Row],
+    arms: Mapping[Any, list[Row]],
     **more: object,
 ) -> None:
     """Prints the tables and writes NAME.md, NAME.png and NAME.json into `settings.out`."""
@@ -297,7 +323,7 @@ def write_report(
     result = {
         "tables": [table.numbers() for table in tables],
         **more,
-        "runs": [_shortened(row) for row in rows.values()],
+        "runs": [_shortened(row) for rows in zip(*arms.values(), strict=True) for row in rows],
         "machine": describe_machine("timm", "nvidia-dali-cuda120"),
     }
     path = settings.out / f"{name}.json"
@@ -346,7 +372,7 @@ def _draw(tables: list[Table], path: Path) -> None:
         axes.set_xticks(range(len(table.cells[group])), list(table.cells[group]), fontsize=8)
         axes.set_xlim(-0.6, len(table.cells[group]) - 0.2)
         axes.set_title(f"{table.title}\n{group}", fontsize=8, color=INK)
-        axes.set_ylabel(table.unit, fontsize=8)
+        axes.set_ylabel("%", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(panels) :]:

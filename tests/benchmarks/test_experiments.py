@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from unicl_fast.benchmarks.experiments import full_size
-from unicl_fast.benchmarks.experiments.cifar10 import Objectives, Switches, Templates
 from unicl_fast.benchmarks.experiments.full_size import FullSize
 from unicl_fast.benchmarks.experiments.harness import (
     Run,
@@ -21,7 +20,12 @@ from unicl_fast.benchmarks.experiments.harness import (
     numbers_of,
     run_all,
 )
-from unicl_fast.benchmarks.experiments.labels_and_captions import LabelsAndCaptions
+from unicl_fast.benchmarks.experiments.small_size import (
+    LabelsAndCaptions,
+    Objectives,
+    Switches,
+    Templates,
+)
 from unicl_fast.config import TrainConfig
 from unicl_fast.packing.class_names import read_label_space
 from unicl_fast.tools.pack.__main__ import main as pack
