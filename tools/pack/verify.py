@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -74,10 +73,12 @@ class Verify:
                 f"{self.max_pixels}"
             )
         first: list[Fault] = []
-        with (
-            _listed(self.list) as rows,
-            local_copy(self.folder, room=self.staging_bytes) as folder,
-        ):
+        with contextlib.ExitStack() as stack:
+            rows: Any = None
+            if self.list is not None:
+                file, rows = create_csv(self.list, ["file", "sample", "kind", "message"])
+                stack.enter_context(file)
+            folder = stack.enter_context(local_copy(self.folder, room=self.staging_bytes))
 
             def note(fault: Fault) -> None:
                 if len(first) < max(self.show, _MOST_IN_JSON):
@@ -96,20 +97,14 @@ class Verify:
             )
         summary = dataclasses.replace(summary, folder=self.folder)
         if self.json is not None:
-            text = json.dumps(_as_json(summary, first[:_MOST_IN_JSON]), indent=1)
-            write_text_atomically(self.json, f"{text}\n")
+            outcome = {
+                "sound": not summary.num_faults,
+                **dataclasses.asdict(summary),
+                "num_faults": summary.num_faults,
+                "first_faults": [dataclasses.asdict(fault) for fault in first[:_MOST_IN_JSON]],
+            }
+            write_text_atomically(self.json, json.dumps(outcome, indent=1) + "\n")
         return _in_words(summary, first[: self.show], self.list), int(summary.num_faults > 0)
-
-
-@contextlib.contextmanager
-def _listed(path: Path | None) -> Iterator[Any]:
-    """A CSV writer for the faults, or nothing."""
-    if path is None:
-        yield None
-        return
-    file, rows = create_csv(path, ["file", "sample", "kind", "message"])
-    with file:
-        yield rows
 
 
 def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -> str:
@@ -153,13 +148,3 @@ def _what_to_do(place: str) -> str:
         "copy the named files again; damaged images can be left out by: "
         f"unicl-pack merge {place} --out DIR"
     )
-
-
-def _as_json(summary: VerifySummary, faults: list[Fault]) -> dict[str, Any]:
-    return {
-        "sound": not summary.num_faults,
-        **dataclasses.asdict(summary),
-        "folder": str(summary.folder),
-        "num_faults": summary.num_faults,
-        "first_faults": [dataclasses.asdict(fault) for fault in faults],
-    }
