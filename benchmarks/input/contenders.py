@@ -1,8 +1,8 @@
 """The contestants of `unicl-bench input`, and the proof that they make the same images.
 
-This file lists them without importing their code: each runs in a process of its own (worker.py),
-which imports what that one needs and nothing else, so that memory is counted honestly and a missing
-package costs its contestant only. For the same reason nothing here imports torch.
+Nothing here imports their code, nor torch: each runs in a process of its own (worker.py), which
+imports what that one needs, so that memory is counted honestly and a missing package costs its
+contestant only.
 
 Two comparisons decide who is timed. **Pixels**: square images, of which a crop with scale and ratio
 1 is the whole, are resized by each and compared with Pillow's result for the same file. **The
@@ -13,19 +13,17 @@ and of ours may differ by five standard errors.
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import io
+import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 from PIL import Image
 
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 
 Kind = Literal["ours", "peer", "limit", "stage"]
 _SQUARES = 48
@@ -202,10 +200,8 @@ def choose(asked: tuple[str, ...], offered: tuple[Contender, ...]) -> list[Conte
 
 def load(code: str) -> Callable[[Task], Iterator[Any]]:
     """The function that `code` names."""
-    module, _, function = code.partition(":")
-    found = getattr(importlib.import_module(module), function)
-    assert callable(found)
-    return found  # type: ignore[no-any-return]
+    found: Callable[[Task], Iterator[Any]] = pkgutil.resolve_name(code)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -231,63 +227,36 @@ def write_class_folder(dataset: PackedDataset, folder: Path) -> None:
 def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarray]:
     """A task whose result is known: squares shown whole, not flipped.
 
-    Writes the squares, cropped from the middle of the data set's first images, into
-    `task.scratch`: as JPEGs, or raw as the data set is.
+    Packs the squares, cropped from the middle of the data set's first images, in `task.scratch`: as
+    JPEGs, or raw as the data set is.
 
     Returns:
         The task, and Pillow's images: float32 [n h w 3] in levels of 255.
     """
+    from unicl_fast.packing.build import build_dataset  # of which no contestant's process needs any
+
     scratch = task.scratch / "squares"
-    scratch.mkdir(parents=True)
-    size = (task.image_size, task.image_size)
-    is_raw = dataset.image_shape is not None
+    (scratch / "classes" / "square").mkdir(parents=True)
+    extension, form = ("jpg", "keep") if dataset.image_shape is None else ("png", "raw")
     truth = []
-    with DatasetWriter(scratch / "packed", images="raw" if is_raw else "encoded") as writer:
-        for index in range(min(_SQUARES, len(dataset))):
-            square = _square(bytes(dataset.image_bytes(index)))
-            data = square.tobytes()
-            if not is_raw:
-                file = io.BytesIO()
-                square.save(file, format="JPEG", quality=95)
-                data = file.getvalue()
-                square = Image.open(file).convert("RGB")
-            resized = square.resize(size, Image.Resampling.BILINEAR)
-            truth.append(np.asarray(resized, dtype=np.float32))
-            writer.add(
-                PackedSample(
-                    image=data,
-                    extension="raw" if is_raw else "jpg",
-                    height=square.height,
-                    width=square.width,
-                    xxh3=xxhash.xxh3_64_intdigest(data),
-                    labels=[0],
-                )
-            )
-        manifest = dataset.manifest
-        writer.finish(
-            tokenizer=manifest.tokenizer,
-            vocabulary_hash=manifest.vocabulary_hash,
-            context_length=manifest.context_length,
-            class_names=["square"],
-            templates=["a {}."],
-            source=["squares"],
-            seed=0,
-            tool_version=manifest.tool_version,
-        )
-    with PackedDataset(scratch / "packed") as squares:
-        write_class_folder(squares, scratch / "classes")
-    return (
-        dataclasses.replace(
-            task,
-            data=scratch / "packed",
-            scratch=scratch,
-            batch_size=min(_BATCH, len(truth)),
-            scale=(1.0, 1.0),
-            ratio=(1.0, 1.0),
-            flip=0.0,
-        ),
-        np.stack(truth),
+    for index in range(min(_SQUARES, len(dataset))):
+        path = scratch / "classes" / "square" / f"{index}.{extension}"
+        _square(bytes(dataset.image_bytes(index))).save(path, quality=95)
+        with Image.open(path) as image:
+            resized = image.resize((task.image_size, task.image_size), Image.Resampling.BILINEAR)
+        truth.append(np.asarray(resized, dtype=np.float32))
+    sources, packed = [scratch / "classes"], scratch / "packed"
+    build_dataset(sources, packed, format=form, workers=1, progress=False)
+    asked = dataclasses.replace(
+        task,
+        data=packed,
+        scratch=scratch,
+        batch_size=min(_BATCH, len(truth)),
+        scale=(1.0, 1.0),
+        ratio=(1.0, 1.0),
+        flip=0.0,
     )
+    return asked, np.stack(truth)
 
 
 def _square(encoded: bytes) -> Image.Image:

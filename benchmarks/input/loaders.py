@@ -38,7 +38,7 @@ from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
-from ..harness import Figures, Stage, Turn, rate_of, ratio_of, summarise, take_turns, timed
+from ..harness import Figures, LoaderStage, Turn, rate_of, ratio_of, summarise, take_turns, timed
 
 _CROP_ONLY = "none"
 _WARM_UP = 8
@@ -48,17 +48,9 @@ _RESAMPLERS: tuple[Resample, ...] = ("fused", "dali")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _LoaderStage(Stage):
-    """Options of stages that run the training loader."""
+class _OwnLoaderStage(LoaderStage):
+    """Options of stages that run the training loader alone."""
 
-    data: Path
-    """Packed data set."""
-    batch_size: int = 64
-    """Images of a batch."""
-    image_size: int = 224
-    """Side of the crops."""
-    threads: int = 2
-    """Decoding threads."""
     batches: int = 20
     """Batches of a turn."""
 
@@ -87,7 +79,7 @@ def open_loader(dataset: PackedDataset, config: TrainConfig) -> TrainLoader:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Augment(_LoaderStage):
+class Augment(_OwnLoaderStage):
     """Images/s with augmentation against without, and with DALI's operators."""
 
     augment: tuple[str, ...] = (
@@ -151,7 +143,7 @@ def compare(spec: str, fused: Tensor, dali: Tensor) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Storage(_LoaderStage):
+class Storage(_OwnLoaderStage):
     """Rate from a URL beside that from a folder, and bytes read by window and cache."""
 
     url: str

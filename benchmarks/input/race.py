@@ -30,7 +30,7 @@ import tyro
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
 
-from ..harness import Figures, Stage, Turn, Unit, rate_of, ratio_of, summarise
+from ..harness import Figures, LoaderStage, Turn, Unit, rate_of, ratio_of, summarise
 from .contenders import (
     OURS,
     PARTS,
@@ -68,11 +68,9 @@ _PACKAGES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Input(Stage):
+class Input(LoaderStage):
     """Images/s of the input pipeline on the CPU, beside other loaders."""
 
-    data: Path
-    """Packed data set of JPEGs or PNGs; every contestant reads its images."""
     raw_data: Path | None = None
     """The same images packed in another format, for a second contestant of ours."""
     peers: tuple[str, ...] = ("all",)
@@ -81,12 +79,6 @@ class Input(Stage):
     parts: tuple[str, ...] = ("all",)
     """Limits and stages that take turns too: decode, turbojpeg, read, write, plan, texts,
     resample, normalise, loader; or all, or none."""
-    batch_size: int = 64
-    """Images of a batch."""
-    image_size: int = 224
-    """Side of the crops."""
-    threads: int = 2
-    """Decoding threads, or worker processes."""
     rounds: int = 7
     """Turns of each contestant."""
     seconds: float = 3.0
