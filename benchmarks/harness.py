@@ -1,8 +1,7 @@
 """The harness of all benchmarks: turns, ratios, memory, the machine, the result file.
 
-Contestants take turns (A B C, A B C, ...), so that a disturbance of the machine hits all of them,
-and the figure is the median over rounds of the ratio within a round. CPU time stands beside wall
-time: on a machine that others use too, it is the figure to trust.
+The figure is the median over rounds of the ratio within a round. CPU time stands beside wall time:
+on a machine that others use too, it is the figure to trust. README.md has the rules.
 """
 
 from __future__ import annotations
@@ -44,21 +43,15 @@ class Stage(abc.ABC):
     def run(self) -> None:
         """Compares the contestants, measures, prints, and writes the JSON if one is wanted.
 
-        Raises:
-            ValueError, OSError: the options or the data are wrong.
-            RuntimeError: the contestants disagree; nothing is timed then.
+        Raises RuntimeError before anything is timed if the contestants disagree.
         """
 
     def report(self, figures: Figures, *packages: str, **more: Any) -> None:
         """Prints the figures and writes the result; `packages` are those whose version matters."""
-        print_figures(figures)
-        self.write_result(figures, *packages, **more)
+        self.write_result(printed(figures), *packages, **more)
 
     def write_result(self, figures: Figures, *packages: str, **more: Any) -> None:
-        """Writes figures, options, machine and `more` into the JSON, if one is wanted.
-
-        Only the last two parts of a path are written, since paths are private to a machine.
-        """
+        """Writes figures, options, machine and `more` into the JSON, if one is wanted."""
         if self.json is None:
             return
         settings = dataclasses.asdict(self)
@@ -93,17 +86,22 @@ class Turn:
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[Turn]]:
-    """Each contestant's turns, one in every round, after `warm_up` rounds that are not timed."""
-    for _ in range(warm_up):
-        for work in contestants.values():
-            work()
+    """Each contestant's turns, one in every round, after `warm_up` rounds that are not timed.
+
+    `before` is called with the name of each whose turn comes, outside the clock.
+    """
     turns: dict[str, list[Turn]] = {name: [] for name in contestants}
-    for _ in range(rounds):
+    for _ in range(warm_up + rounds):
         for name, work in contestants.items():
+            before(name)
             turns[name].append(timed(work))
-    return turns
+    return {name: taken[warm_up:] for name, taken in turns.items()}
 
 
 def timed(
@@ -154,14 +152,16 @@ def summarise(values: Sequence[float]) -> Figure:
     }
 
 
-def print_figures(figures: Figures) -> None:
-    """Prints a line for each figure: name, median, spread."""
+def printed(figures: Figures) -> Figures:
+    """Prints a line for each figure: name, median, spread; returns them."""
     for name, figure in figures.items():
         spread = f"({figure['low']:.4g} to {figure['high']:.4g})"
         print(f"{name:46} {figure['median']:10.4g}  {spread}", flush=True)
+    return figures
 
 
 def _last_parts(value: object) -> str:
+    """Shortens a path: its first parts are private to a machine."""
     if not isinstance(value, Path):
         raise TypeError(f"a result holds numbers, texts and paths, not {value!r}")
     return str(Path(*value.parts[-2:]))
@@ -202,8 +202,7 @@ def peak_megabytes(function: Callable[..., float], *arguments: Any) -> Figure:
 def peak_bytes(work: Callable[[], object]) -> int:
     """How far this process's resident memory rises, at most, during `work`; Linux only.
 
-    Memory that the process already holds and `work` uses again is not seen: call it once in a fresh
-    process, as `peak_megabytes` does.
+    Call it once in a fresh process: memory that is held already and used again is not seen.
     """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, proc(5)

@@ -3,18 +3,14 @@
     unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp]
     unicl-bench many-samples --samples 1000000
 
-`pack`: the contestant is a bare loop over the same files in as many processes: read, decode
-strictly, and where an image is changed scale and encode, with the same libraries and settings. It
-decodes in full, also where bytes are kept and unicl-pack takes a short cut (docs/performance.md
-says how much). It checks no header, limits no time or memory, and writes nothing. First every
-image that it makes is compared with what was packed, byte for byte. Both start their processes on
+`pack`: the contestant is a bare loop over the same files in as many processes, with the same
+libraries and settings; docs/performance.md says what it leaves out. Both start their processes on
 the clock; the start is measured with one image, and left out of the ratios that say so.
 
 `many-samples`: a JSONL list names a thousand small images again and again, by ever new paths and
 with captions of their own, so that reading, ordering and writing are those of as many pairs while
-decoding costs little. Measured are the peak of resident memory of the main process (VmHWM;
-workers hold one image each and do not grow with the number), the seconds until the first sample is
-packed, and the seconds that opening the finished data set takes.
+decoding costs little. The peak is that of the main process: workers hold one image each and do not
+grow with the number.
 """
 
 from __future__ import annotations

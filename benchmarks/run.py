@@ -1,9 +1,4 @@
-"""`unicl-bench`: measures each part beside alternatives.
-
-A stage is a class with options and `run`. It first proves that the contestants compute the same
-thing, and times nothing if they do not; then they take turns (harness.py). README.md here explains
-how to read the results.
-"""
+"""`unicl-bench`: measures each part beside alternatives; README.md here explains the results."""
 
 from __future__ import annotations
 

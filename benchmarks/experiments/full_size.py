@@ -2,10 +2,9 @@
 
     python -m unicl_fast.benchmarks.experiments full-size --out runs/published
 
-Nothing is trained here: these are commands for a cluster, printed as a script. The figure of a row
-that was run stands in the table the next time, taken from OUT/ROW.json that its last line writes.
-Published are ImageNet-1K top-1 accuracies, zero-shot but for the four rows that train on its
-labels; from the paper's tables (arXiv 2204.03610) and the authors' list of models.
+Nothing is trained here: these are commands for a cluster, printed as a script. A row's last line
+writes OUT/ROW.json, whose figure stands in the table the next time. Published are ImageNet-1K top-1
+accuracies from the paper's tables (arXiv 2204.03610) and the authors' list of models.
 """
 
 from __future__ import annotations
@@ -115,11 +114,7 @@ class FullSize:
     """Names of rows; all by default."""
 
     def run(self) -> None:
-        """Prints the script and the table.
-
-        Raises:
-            ValueError: there is no such row.
-        """
+        """Prints the script and the table; raises ValueError if there is no such row."""
         chosen = _chosen(self.rows)
         wanted = {name for row in chosen for name in row.data} | {"in1k-val"}
         for name, lines in PREPARATION.items():

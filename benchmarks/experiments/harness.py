@@ -30,7 +30,7 @@ from unicl_fast.config import PrecisionName
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.training.metrics import read_metrics
 
-from ..harness import describe_machine, print_figures, summarise
+from ..harness import describe_machine, printed, summarise
 
 Row = dict[str, Any]
 """The numbers of a run."""
@@ -100,11 +100,7 @@ class Run:
 
 
 def run_all(runs: Sequence[Run], folder: Path, *, jobs: int) -> dict[str, Row]:
-    """Does the runs that are not finished, `jobs` at a time; returns the row of each by name.
-
-    Raises:
-        RuntimeError: a program failed; the message has the end of its output.
-    """
+    """Does the runs that are not finished, `jobs` at a time; returns the row of each by name."""
     threads = max(1, usable_cores() // jobs)
     rows: dict[str, Row] = {}
     with (
@@ -134,7 +130,7 @@ def median_rate(run: Run, folder: Path) -> float:
 def compare_rates(rates: Mapping[str, Sequence[float]], one: str, other: str) -> Row:
     """Ratios of the rates of `one` to those of `other`, in pairs as they were taken."""
     found = summarise([a / b for a, b in zip(rates[one], rates[other], strict=True)])
-    print_figures({f"images/s, {one} over {other}": found})
+    printed({f"images/s, {one} over {other}": found})
     return {"ratio": found, "images_per_second": rates}
 
 
@@ -166,11 +162,7 @@ def _row_of(run: Run, folder: Path, threads: int) -> Row:
 
 
 def _note_options(run: Run, folder: Path) -> None:
-    """Writes the options before anything is trained, or compares them with those of the start.
-
-    Raises:
-        RuntimeError: it was begun with other options or evaluations.
-    """
+    """Writes the options before anything is trained, or refuses others than those of the start."""
     evaluations = {name: list(arguments) for name, arguments in run.evaluations.items()}
     asked = {"pretrain": list(run.pretrain), "evaluations": evaluations}
     path = folder / "asked.json"
@@ -185,11 +177,7 @@ def _note_options(run: Run, folder: Path) -> None:
 
 
 def run_program(module: str, options: Sequence[str], log: Path, *, threads: int) -> None:
-    """Runs a program of unicl_fast.tools, whose output goes into a file.
-
-    Raises:
-        RuntimeError: it failed; the message has the end of its output.
-    """
+    """Runs a program of unicl_fast.tools; RuntimeError has the end of `log` if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", f"unicl_fast.tools.{module}", *options]
     with log.open("wb") as file:

@@ -1,36 +1,11 @@
-r"""Four experiments that two CPU cores can train: three on CIFAR-10, one on labels and captions.
+"""Four experiments that two CPU cores can train: three on CIFAR-10, one on labels and captions.
 
-    unicl-pack build $DATA/cifar10/cifar10-train.zip --format raw --out packed/cifar10-train
-    unicl-pack build $DATA/cifar10/cifar10-test.zip --format raw --out packed/cifar10-test
-    data="--train packed/cifar10-train --test packed/cifar10-test"
-    python -m unicl_fast.benchmarks.experiments objectives $data --out runs/objectives
-    python -m unicl_fast.benchmarks.experiments templates $data --out runs/objectives
-    python -m unicl_fast.benchmarks.experiments switches $data --out runs/switches
-    python -m unicl_fast.benchmarks.experiments labels-and-captions --data $DATA --out runs/mixture
-
-$DATA is the folder that CONTRIBUTING.md calls the test data.
-
-`objectives` is Table 2 of the paper, small: CE, SupCon and UniCL with the same encoder, crops,
-steps and images. The budget is the number of images through the image encoder: SupCon's step sees
-two views of half as many samples. All see crops and flips alone. Each is evaluated as it would be
-used (CE by its rows, UniCL by its prompts, SupCon by a linear probe, having neither), and all by
-the same linear probe.
-
-`templates` draws a prompt template for each sample, as in the paper, or one for each class and
-batch: then a batch of CIFAR-10 has ten texts to encode, whatever its size. The UniCL runs of
-`objectives` are one side of the comparison: with the same --out they are not repeated.
-
-`switches` trains with every switch of `efficiency` that a CPU gains by, and without any. The same
-seeds see the same images in the same order, so accuracies should differ by less than those of
-seeds do, and rates by what the switches gain. Runs follow each other, each on all cores, in turns.
-Compilation is off, which is slower on a CPU, and micro-batches, which BatchNorm forbids.
-
-`labels-and-captions` trains on labels, on captions, or on both, at the same number of samples seen.
-Every fifth class of Tiny ImageNet is held back, with all its images; measured are zero-shot
-accuracy on these, on new images of the classes that were learnt, and whether a held-out Flickr8k
-photograph finds one of its captions. Words of some held-back classes occur in captions and among
-COCO's labels (refrigerator, goldfish, cliff, bucket), as in any data: it is their images that no
-class of Tiny ImageNet has shown.
+docs/results.md has their commands, designs and numbers. `run` of each trains the missing runs, then
+writes the tables, the plot and the numbers. The UniCL runs of `objectives` are one side of
+`templates`: with the same --out they are not repeated. `switches` leaves compilation off, which is
+slower on a CPU, and micro-batches, which BatchNorm forbids. Words of some held-back classes of
+`labels-and-captions` occur in captions and among COCO's labels (refrigerator, goldfish, cliff,
+bucket), as in any data: it is their images that no class of Tiny ImageNet has shown.
 """
 
 from __future__ import annotations
@@ -78,26 +53,18 @@ _SWITCHES = {"all on": ("--efficiency.loss", "tiled"), "plain": _PLAIN}
 """At this batch `auto` would take the dense loss; the switch is about tiles."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """An encoder's changes of the preset cifar10-small."""
-
-    images: int
-    """Images through the image encoder in one run."""
-    options: tuple[str, ...]
-
-
-_RECIPES: dict[Encoder, Recipe] = {
-    "resnet9": Recipe(
-        images=640_000,
-        options=(
+# images through the image encoder in one run, and changes of the preset cifar10-small
+_RECIPES: dict[Encoder, tuple[int, tuple[str, ...]]] = {
+    "resnet9": (
+        640_000,
+        (
             *("--model.image-encoder", "unicl_resnet9_small", "--optim.lr", "6e-3"),
             *("--optim.betas", "0.9", "0.98", "--optim.weight-decay", "0.3"),
         ),
     ),
-    "swin6": Recipe(
-        images=300_000,
-        options=("--model.image-encoder", "unicl_swin6_small", "--optim.betas", "0.9", "0.98"),
+    "swin6": (
+        300_000,
+        ("--model.image-encoder", "unicl_swin6_small", "--optim.betas", "0.9", "0.98"),
     ),
 }
 
@@ -120,7 +87,6 @@ class Objectives(Cifar10Settings):
     """unicl_resnet9_small and unicl_swin6_small, which see 28 x 28 of the 32 x 32 pixels."""
 
     def run(self) -> None:
-        """Trains the missing runs, then writes the tables, the plot and the numbers."""
         arms = [(encoder, arm) for encoder in self.encoders for arm in OBJECTIVES]
         rows = self.train_arms(arms, lambda arm, seed: make_run(self, *arm, seed))
         tables = []
@@ -143,8 +109,8 @@ class Objectives(Cifar10Settings):
 
 def make_run(settings: Cifar10Settings, encoder: Encoder, arm: str, seed: int, *more: str) -> Run:
     """The run of one objective with one seed; `more` are more options."""
-    recipe = _RECIPES[encoder]
-    images = round(settings.length * recipe.images)
+    images, recipe = _RECIPES[encoder]
+    images = round(settings.length * images)
     views = 2 if arm == "supcon" else 1
     evaluated = ("--data.evaluate", str(settings.test)) if arm != "supcon" else ()
     data = ("--train", str(settings.train), "--data", str(settings.test))
@@ -152,7 +118,7 @@ def make_run(settings: Cifar10Settings, encoder: Encoder, arm: str, seed: int, *
         name="/".join([encoder, arm, *more[-1:], f"seed{seed}"]),
         pretrain=(
             *("--preset", "cifar10-small", "--data.train", str(settings.train), *evaluated),
-            *recipe.options,
+            *recipe,
             *_OPTIONS[arm],
             *more,
             *("--run.global-batch-size", str(_BATCH_SIZE // views)),
@@ -190,7 +156,6 @@ class Templates(Cifar10Settings):
     """Steps of a turn."""
 
     def run(self) -> None:
-        """Trains the missing runs, measures the rates, and writes the report."""
         rows = self.train_arms(_TEMPLATES, self._make_run)
         means = {
             arm: mean_of([accuracy_as_used("unicl", row) for row in rows[arm]]) for arm in rows
@@ -231,7 +196,6 @@ class Switches(Cifar10Settings):
     """More would disturb the rates."""
 
     def run(self) -> None:
-        """Trains the missing runs, and writes accuracies, rates and their ratios."""
         rows = self.train_arms(_SWITCHES, self._make_run)
         means = {
             arm: mean_of([accuracy_as_used("unicl", row) for row in rows[arm]]) for arm in rows
@@ -297,7 +261,6 @@ class LabelsAndCaptions(ExperimentSettings):
     """One run of each arm."""
 
     def run(self) -> None:
-        """Packs, trains the missing runs, then writes the tables, the plot and the numbers."""
         pack(self.data, self.out / "packed")
         rows = self.train_arms(_ARMS, self._make_run)
         cells = {

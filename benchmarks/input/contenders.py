@@ -6,8 +6,7 @@ contestant only.
 
 Two comparisons decide who is timed. **Pixels**: square images, of which a crop with scale and ratio
 1 is the whole, are resized by each and compared with Pillow's result for the same file. **The
-distribution of the crops**: over images with random crops, means and deviations of a contestant
-and of ours may differ by five standard errors.
+distribution of the crops**: means and deviations of images with random crops are those of ours.
 """
 
 from __future__ import annotations
@@ -185,11 +184,7 @@ PARTS = (
 
 
 def choose(asked: tuple[str, ...], offered: tuple[Contender, ...]) -> list[Contender]:
-    """Contestants by name; `all` and `none` are names too, and commas separate as blanks do.
-
-    Raises:
-        ValueError: a name that is not offered.
-    """
+    """Contestants by name; `all` and `none` are names too, and commas separate as blanks do."""
     names = [name for text in asked for name in text.split(",") if name]
     known = [contender.name for contender in offered]
     unknown = [name for name in names if name not in (*known, "all", "none")]
@@ -267,11 +262,7 @@ def _square(encoded: bytes) -> Image.Image:
 
 
 def gap_to(truth: np.ndarray, images: np.ndarray) -> Gap:
-    """Compares each image with the most similar one of `truth`.
-
-    Raises:
-        ContenderError: fewer than half of the images of `truth` were found.
-    """
+    """Compares each image with the most similar one of `truth`, of which half must be found."""
     differences = _thumbnails(images)[:, None] - _thumbnails(truth)
     found = np.square(differences).sum(axis=(2, 3, 4)).argmin(axis=1)
     if (shown := len(np.unique(found))) < len(truth) / 2:
@@ -290,11 +281,7 @@ def _thumbnails(images: np.ndarray) -> np.ndarray:
 
 
 def compare_distributions(moments: np.ndarray, ours: np.ndarray) -> None:
-    """Compares means and deviations of images [n 2] with ours.
-
-    Raises:
-        ContenderError: they differ by more than chance.
-    """
+    """Raises ContenderError if means or deviations of images [n 2] differ by more than chance."""
     errors = np.sqrt(sum(each.var(0) / len(each) for each in (moments, ours)))
     for name, mean, own, error in zip(
         ("mean", "deviation"), moments.mean(0), ours.mean(0), errors, strict=True

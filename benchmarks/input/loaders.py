@@ -4,13 +4,13 @@
     unicl-bench storage --data PACKED --url s3://bucket/PACKED
 
 `augment`: the same images leave loaders with and without augmentation, with the fused operator and
-with DALI's; first the two are compared on a batch, then all take turns. Figures are rates against
-the loader that only crops, resizes and flips, fused.
+with DALI's, which are compared on a batch. Figures are rates against the loader that only crops,
+resizes and flips, fused.
 
-`storage`: the same data set lies in a folder and under the URL (unicl-pack upload). First the
-batches of both are compared; then loaders take turns: from the folder, from the URL with an empty
-cache, and with a full one. Then one epoch is read, undecoded, for each window of the order and each
-size of the cache, and bytes read from the store are divided by those of the images.
+`storage`: the same data set lies in a folder and under the URL (unicl-pack upload). Loaders take
+turns: from the folder, from the URL with an empty cache, and with a full one. Then one epoch is
+read, undecoded, for each window of the order and each size of the cache, and bytes read from the
+store are divided by those of the images.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import shutil
 import tempfile
@@ -38,7 +39,8 @@ from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
-from ..harness import Figures, LoaderStage, Turn, rate_of, ratio_of, summarise, take_turns, timed
+from ..harness import Figures, LoaderStage, rate_of, ratio_of, summarise, take_turns
+from .contenders import Task
 
 _CROP_ONLY = "none"
 _WARM_UP = 8
@@ -54,17 +56,14 @@ class _OwnLoaderStage(LoaderStage):
     batches: int = 20
     """Batches of a turn."""
 
-    def config(self, **data: Any) -> TrainConfig:
-        """The loader's config; `data` are more fields of its DataConfig."""
-        return TrainConfig(
-            data=DataConfig(
-                image_size=self.image_size,
-                evaluation_resize=self.image_size,
-                threads=self.threads,
-                **data,
-            ),
-            run=RunConfig(global_batch_size=self.batch_size),
-        )
+
+def config_of(options: Task | LoaderStage, **data: Any) -> TrainConfig:
+    """The loader's config; `data` are more fields of its DataConfig."""
+    size = {"image_size": options.image_size, "evaluation_resize": options.image_size}
+    return TrainConfig(
+        data=DataConfig(threads=options.threads, **size, **data),
+        run=RunConfig(global_batch_size=options.batch_size),
+    )
 
 
 def prompts_of(dataset: PackedDataset) -> ClassPrompts:
@@ -98,23 +97,25 @@ class Augment(_OwnLoaderStage):
             if parse_augmentation(spec).views != 1:
                 raise ValueError(f"{spec}: add views=1; a second view is one more image")
         with PackedDataset(self.data) as dataset, contextlib.ExitStack() as stack:
-            batches: dict[tuple[str, str], Iterator[Tensor]] = {}
+            batches: dict[str, Iterator[Tensor]] = {}
             for spec, resample in itertools.product(specs, _RESAMPLERS):
-                config = self.config(resample=resample, augment=(spec,))
+                config = config_of(self, resample=resample, augment=(spec,))
                 loader = stack.enter_context(contextlib.closing(open_loader(dataset, config)))
-                batches[spec, resample] = (batch.images for batch in loader.batches(0))
+                batches[f"{spec}, {resample}"] = (batch.images for batch in loader.batches(0))
             for spec in specs:
-                compare(spec, next(batches[spec, "fused"]), next(batches[spec, "dali"]))
+                compare(spec, next(batches[f"{spec}, fused"]), next(batches[f"{spec}, dali"]))
             figures = self._measure(batches)
         self.report(figures, "numpy", "numba", "nvidia-dali-cuda120")
 
-    def _measure(self, batches: dict[tuple[str, str], Iterator[Tensor]]) -> Figures:
+    def _measure(self, batches: dict[str, Iterator[Tensor]]) -> Figures:
         """Rates of all in turns, and the ratio of each round to its round without augmentation."""
-        turns: dict[str, list[Turn]] = {", ".join(name): [] for name in batches}
-        for _ in range(self.rounds):
-            for name, images in zip(turns, batches.values(), strict=True):
-                self._take(images, _WARM_UP)
-                turns[name].append(timed(lambda images=images: self._take(images, self.batches)))
+
+        def take(name: str, count: int) -> None:
+            collections.deque(itertools.islice(batches[name], count), maxlen=0)
+
+        works = {name: functools.partial(take, name, self.batches) for name in batches}
+        ready = functools.partial(take, count=_WARM_UP)
+        turns = take_turns(works, rounds=self.rounds, warm_up=0, before=ready)
         plain = f"{_CROP_ONLY}, fused"
         figures: Figures = {}
         for name, mine in turns.items():
@@ -124,10 +125,6 @@ class Augment(_OwnLoaderStage):
                 turns, plain, name, unit="cpu_seconds"
             )
         return figures
-
-    @staticmethod
-    def _take(images: Iterator[Tensor], count: int) -> None:
-        collections.deque(itertools.islice(images, count), maxlen=0)
 
 
 def compare(spec: str, fused: Tensor, dali: Tensor) -> None:
@@ -164,7 +161,7 @@ class Storage(_OwnLoaderStage):
 
     def _rates(self, local: PackedDataset) -> Figures:
         """Images/s of the loaders, and the ratios to the folder's within a round."""
-        config = self.config(block_bytes=self.block_bytes)
+        config = config_of(self, block_bytes=self.block_bytes)
 
         def images_of(dataset: PackedDataset) -> Tensor:
             with contextlib.closing(open_loader(dataset, config)) as loader:
@@ -179,20 +176,20 @@ class Storage(_OwnLoaderStage):
                         f"{self.url} is another data set than {self.data}: upload this one"
                     )
 
-                def from_empty() -> Tensor:
-                    for blocks in (Path(scratch) / "blocks").iterdir():
+                def empty_cache(name: str) -> None:
+                    for blocks in (Path(scratch) / "blocks").iterdir() if "empty" in name else ():
                         shutil.rmtree(blocks)
-                    return images_of(remote)
 
                 if not torch.equal(images_of(local), images_of(remote)):
                     raise RuntimeError("batches from the URL differ from those of the folder")
                 turns = take_turns(
                     {
                         "folder": lambda: images_of(local),
-                        "URL, cache empty": from_empty,
+                        "URL, cache empty": lambda: images_of(remote),
                         "URL, cache full": lambda: images_of(remote),
                     },
                     rounds=self.rounds,
+                    before=empty_cache,
                 )
         count = self.batches * self.batch_size
         figures = {f"{name}: images/s": rate_of(turns[name], count) for name in turns}
@@ -218,7 +215,8 @@ class Storage(_OwnLoaderStage):
         """Bytes read by bytes needed, and seconds."""
         # with DALI's resampling, decoded images are read step by step as others are
         resample = "dali" if window or cache_bytes < _CACHE_BYTES else "fused"
-        config = self.config(
+        config = config_of(
+            self,
             resample=resample,
             shuffle_window=window,
             cache_bytes=cache_bytes,

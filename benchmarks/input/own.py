@@ -1,13 +1,14 @@
 """Our own loader for `unicl-bench input`, its stages, and what limits them.
 
-Whole loaders yield normalised float32 [b c h w]; stages and limits yield numbers of images. A
-stage gets its input from memory. Those that run beside each other in the loader use `threads`
-threads, those that its feeding thread runs one after another use one.
+Whole loaders yield normalised float32 [b c h w]; stages and limits take their input from memory and
+yield numbers of images. Those that run beside each other in the loader use `threads` threads, those
+that its feeding thread runs one after another use one.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from unicl_fast.augmentation import AUGMENTATIONS
-from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
+from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.targets import map_steps
@@ -39,7 +40,7 @@ from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps
 from unicl_fast.system.host_memory import keep_freed_memory
 
 from .contenders import ContenderError, Task
-from .loaders import prompts_of
+from .loaders import config_of, prompts_of
 
 _HELD = 1024
 """Images that are held in memory for a stage."""
@@ -51,17 +52,12 @@ class _Own:
     def __init__(self, task: Task) -> None:
         keep_freed_memory()  # as our programs do
         self.task = task
-        self.config = TrainConfig(
-            data=DataConfig(
-                image_size=task.image_size,
-                evaluation_resize=task.image_size,
-                crop_scale=task.scale,
-                crop_ratio=task.ratio,
-                flip_probability=task.flip,
-                threads=task.threads,
-                resample=task.resample,
-            ),
-            run=RunConfig(global_batch_size=task.batch_size),
+        self.config = config_of(
+            task,
+            crop_scale=task.scale,
+            crop_ratio=task.ratio,
+            flip_probability=task.flip,
+            resample=task.resample,
         )
         self.dataset = PackedDataset(task.data)
         self.prompts = prompts_of(self.dataset)
@@ -125,25 +121,14 @@ def read(task: Task) -> Iterator[int]:
         yield len(own.read(planned)[1])
 
 
-def decode(task: Task) -> Iterator[int]:
-    """The decoder of graph.py alone, on whole files."""
+def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
+    """The decoder of graph.py alone, on whole files, or cut to windows as the loader does it."""
     own = _Own(task)
-    held = ((encoded, *fed.crops(0)[:2]) for fed, encoded in own.held())
-    yield from _decode(own, list(held))
-
-
-def decode_cut(task: Task) -> Iterator[int]:
-    """The decoder of graph.py alone, on files cut to their windows as the loader does it."""
-    own = _Own(task)
-    held = (
-        (*cut_to_windows(encoded, *fed.crops(0)[:2]), fed.crops(0)[1])
-        for fed, encoded in own.held()
-    )
-    yield from _decode(own, list(held))
-
-
-def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
-    task = own.task
+    held = []
+    for planned, encoded in own.held():
+        starts, shapes, _ = planned.crops(0)
+        cut_files = cut_to_windows(encoded, starts, shapes) if cut else (encoded, starts)
+        held.append((*cut_files, shapes))
     batches = itertools.cycle(held)
     pipeline = Pipeline(
         batch_size=task.batch_size,
@@ -165,6 +150,9 @@ def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
         (images,) = pipeline.run()
         yield len(images)
         del images
+
+
+decode_cut = functools.partial(decode, cut=True)
 
 
 def turbojpeg(task: Task) -> Iterator[int]:

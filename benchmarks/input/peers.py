@@ -1,14 +1,11 @@
 """Peers of `unicl-bench input`: loaders that users would otherwise take.
 
 Each is set up as its own documentation does it, with the same crops, the bilinear filter where it
-has one, and no other augmentation, and yields normalised float32 [b c h w]. torchvision (two ways),
-timm and webdataset use torch's DataLoader; DALI, SPDL, a thread pool and FFCV have their own
-decoders. FFCV's own files are written first, once, with the settings of its ImageNet scripts that
-apply to a CPU: at most 500 pixels, JPEG quality 90, the operating system's cache, random order.
-Each function imports its own packages, so that memory is counted honestly.
-
-Stops between epochs would weigh more on small data than on real data, so loaders with epochs get
-the data set repeated many times.
+has one, and no other augmentation, and yields normalised float32 [b c h w]. Each function imports
+its own packages, so that memory is counted honestly. FFCV's own files are written first, once, with
+the settings of its ImageNet scripts that apply to a CPU: at most 500 pixels, JPEG quality 90, the
+operating system's cache, random order. Stops between epochs would weigh more on small data than on
+real data, so loaders with epochs get the data set repeated many times.
 """
 
 from __future__ import annotations
@@ -92,10 +89,7 @@ def torchvision_v2_batches(task: Task) -> Iterator[Tensor]:
         ]
     )
 
-    def decode(path: str) -> Tensor:
-        image: Tensor = decode_image(path, mode=ImageReadMode.RGB)
-        return image
-
+    decode = functools.partial(decode_image, mode=ImageReadMode.RGB)
     return _load(ImageFolder(str(task.class_folder), transform, loader=decode), task)
 
 
@@ -237,10 +231,9 @@ def spdl_batches(task: Task) -> Iterator[Tensor]:
 
     mean, std = torch.from_numpy(_MEAN), torch.from_numpy(_STD)
 
-    def finish(frames: list[Any]) -> Tensor:
+    def finish(frames: list[Any]) -> Any:
         images = spdl.io.to_torch(spdl.io.convert_frames(frames))
-        normalised: Tensor = (images - mean) / std
-        return normalised.permute(0, 3, 1, 2)
+        return ((images - mean) / std).permute(0, 3, 1, 2)
 
     pipeline = (
         PipelineBuilder()

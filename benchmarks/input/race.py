@@ -4,13 +4,10 @@
     python -m unicl_fast.benchmarks.input.race RESULT.json ... [--plot FILE.png]
 
 Every contestant crops, resizes, flips and normalises the same files into float32 batches, with the
-same number of threads or worker processes. Their images are compared first (contenders.py). Then
-each runs alone, for its memory; then they take turns, all but one stopped, and the figure is the
-median of the ratios within a round. Limits and stages, which are parts of the work, take turns with
-them. Contestants that are not installed are named and left out.
-
-The second command prints results as Markdown tables and draws them, so that no table in the
-documentation is typed by hand.
+same number of threads or worker processes. Their images are compared first (contenders.py), then
+each runs alone, for its memory, then they take turns with the limits and stages, which are parts of
+the work. Contestants that are not installed are named and left out. The second command prints and
+draws results, so that no table in the documentation is typed by hand.
 """
 
 from __future__ import annotations
@@ -142,11 +139,7 @@ class _Race:
 
     @contextlib.contextmanager
     def attempt(self, contender: Contender) -> Iterator[None]:
-        """Leaves the contestant out if it cannot do the block.
-
-        Raises:
-            RuntimeError: it is ours.
-        """
+        """Leaves the contestant out if it cannot do the block; RuntimeError if it is ours."""
         try:
             yield
         except ContenderError as error:
@@ -159,11 +152,7 @@ class _Race:
             self.left_out[contender.name] = reason
 
     def compare_pixels(self, questions: Mapping[str, tuple[Task, np.ndarray]]) -> dict[str, Gap]:
-        """Compares all images with Pillow's; a contestant that makes others is left out.
-
-        Args:
-            questions: for each name a task and its result, see `comparison_task`.
-        """
+        """Compares all images with Pillow's, by a task and its result for each name."""
         gaps = {}
         for each in self.still_in("ours", "peer"):
             task, truth = questions[each.name]
@@ -260,9 +249,8 @@ def table(result: Mapping[str, Any]) -> str:
             _spread(figures.get(f"{ours} / {name}")),
             _spread(figures.get(f"{ours} / {name}, by CPU time")),
         ]
-        memory = figures.get(f"{name}, MB")
-        cells.append("" if memory is None else _number(memory["median"]))
-        gap = facts.get("levels_from_pillow")
+        memory, gap = figures.get(f"{name}, MB"), facts.get("levels_from_pillow")
+        cells.append(_number(memory["median"]) if memory else "")
         cells.append(f"{gap['mean']:.2f}" if gap else "")
         kind = "" if facts["kind"] in ("ours", "peer") else f"{facts['kind']}: "
         lines.append(f"| {kind}{name} | {' | '.join(cells)} |")
@@ -282,30 +270,26 @@ def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     for panel, (title, result), (rows, beyond) in zip(
         panels[0], results.items(), bars, strict=True
     ):
-        top = max(result["figures"][f"{name}, images/s"]["high"] for name, _ in rows)
-        for row, (name, kind) in enumerate(reversed(rows)):
-            rate = result["figures"][f"{name}, images/s"]
-            memory = result["figures"].get(f"{name}, MB")
-            middle = rate["median"]
-            panel.barh(
-                row,
-                middle,
-                color=_COLOURS[kind],
-                edgecolor="#4a4a4a" if kind == "limit" else _COLOURS[kind],
-                hatch="///" if kind == "limit" else None,
-                xerr=[[middle - rate["low"]], [rate["high"] - middle]],
-                error_kw={"ecolor": "#222222", "capsize": 2, "elinewidth": 0.8},
-            )
-            label = f"{middle:,.0f}" + (f"  ({memory['median']:,.0f} MB)" if memory else "")
-            panel.text(rate["high"] + 0.01 * top, row, label, va="center", fontsize=8)
-        panel.set_yticks(
-            range(len(rows)),
-            [f"limit: {name}" if kind == "limit" else name for name, kind in reversed(rows)],
+        rates = [result["figures"][f"{name}, images/s"] for name, _ in rows]
+        top = max(rate["high"] for rate in rates)
+        spreads = [(rate["median"] - rate["low"], rate["high"] - rate["median"]) for rate in rates]
+        panel.barh(
+            [f"limit: {name}" if kind == "limit" else name for name, kind in rows],
+            [rate["median"] for rate in rates],
+            color=[_COLOURS[kind] for _, kind in rows],
+            edgecolor=["#4a4a4a" if kind == "limit" else _COLOURS[kind] for _, kind in rows],
+            hatch=["///" if kind == "limit" else "" for _, kind in rows],
+            xerr=np.transpose(spreads),
+            error_kw={"ecolor": "#222222", "capsize": 2, "elinewidth": 0.8},
         )
+        panel.invert_yaxis()
+        for row, ((name, _), rate) in enumerate(zip(rows, rates, strict=True)):
+            memory = result["figures"].get(f"{name}, MB")
+            label = f"{rate['median']:,.0f}" + (f"  ({memory['median']:,.0f} MB)" if memory else "")
+            panel.text(rate["high"] + 0.01 * top, row, label, va="center", fontsize=8)
         panel.set_xlim(0, 1.32 * top)
-        label = "images/s: median and spread (memory of all processes)"
-        if beyond:
-            label += f"\nlimits off the scale: {', '.join(beyond)}"
+        off_the_scale = f"\nlimits off the scale: {', '.join(beyond)}" if beyond else ""
+        label = f"images/s: median and spread (memory of all processes){off_the_scale}"
         panel.set_xlabel(label, fontsize=8)
         panel.set_title(title, fontsize=10)
         panel.spines[["top", "right"]].set_visible(False)

@@ -1,11 +1,8 @@
 """A contestant of `unicl-bench input` in a process of its own, and the handle to it.
 
-Workers of one contestant must not run while another has its turn: the whole session of a process is
-stopped by a signal between its turns, with all its threads and children. Its memory and its CPU
-time are those of all processes of the session.
-
-This module imports no torch: pages that the handle's process has mapped too would be shared, and
-shared memory counts in part only.
+A contestant must not run while another has its turn: the whole session of its process, with all
+threads and children, is stopped by a signal between its turns. Its memory and CPU time are those of
+all processes of the session.
 """
 
 from __future__ import annotations
@@ -45,10 +42,7 @@ _MEAN, _STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 
 
 class Worker:
-    """A contestant's process; use it as a context manager.
-
-    It is stopped (in the sense of SIGSTOP) except while it answers.
-    """
+    """A contestant's process, a context manager; it is stopped by SIGSTOP unless it answers."""
 
     def __init__(self, contender: Contender, task: Task, *, prepare: bool = False) -> None:
         """Starts the process; with `prepare` it only writes the contestant's own files."""
@@ -117,14 +111,12 @@ class Worker:
         if not self._connection.poll(_PATIENCE):
             raise ContenderError(f"no answer within {_PATIENCE:.0f} s")
         try:
-            kind, answer = self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, ConnectionResetError):
             code = self._process.wait()
             raise ContenderError(f"its process ended with code {code}") from None
-        if kind == "missing":
-            raise MissingPackageError(answer)
-        if kind == "failed":
-            raise ContenderError(answer)
+        if isinstance(answer, ContenderError):
+            raise answer
         return answer
 
     def _signal(self, number: signal.Signals) -> None:
@@ -155,24 +147,24 @@ def serve(descriptor: int) -> None:
             contender, task, prepare = connection.recv()
             if prepare:
                 load(contender.prepare)(task)
-                connection.send(("done", None))
-                return
-            _serve_batches(connection, contender, task)
+                connection.send(None)
+            else:
+                _serve_batches(connection, contender, task)
         except EOFError:
             return
         except ImportError as error:
-            connection.send(("missing", str(error)))
+            connection.send(MissingPackageError(str(error)))
         except ContenderError as error:
-            connection.send(("failed", str(error)))
+            connection.send(error)
         except Exception as error:  # peers raise errors of many kinds
-            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            connection.send(ContenderError(f"{type(error).__name__}: {error}"))
 
 
 def _serve_batches(connection: Connection, contender: Contender, task: Task) -> None:
     if task.keep_memory:
         keep_freed_memory()  # workers inherit it
     batches = load(contender.code)(task)
-    connection.send(("ready", None))
+    connection.send(None)
     while True:
         command, number = connection.recv()
         if command == "images":
@@ -186,7 +178,7 @@ def _serve_batches(connection: Connection, contender: Contender, task: Task) -> 
             answer = None
         else:
             answer = take_turn(batches, number)
-        connection.send((command, answer))
+        connection.send(answer)
 
 
 def warm_up(batches: Iterator[Any], seconds: float) -> None:
@@ -214,11 +206,7 @@ def take_turn(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
 
 
 def _levels(batch: Any, task: Task) -> np.ndarray:
-    """A contestant's batch [b c h w] as levels of 255, float32 [b h w c].
-
-    Raises:
-        ContenderError: it has another shape or type than all are to make.
-    """
+    """A contestant's batch [b c h w], of the type that all are to make, as levels [b h w c]."""
     expected = (task.batch_size, 3, task.image_size, task.image_size)
     if tuple(batch.shape) != expected or "float32" not in str(batch.dtype):
         raise ContenderError(f"made {batch.dtype} {tuple(batch.shape)}, not float32 {expected}")

@@ -5,19 +5,16 @@
     unicl-bench profile --data PACKED [--preset NAME]
 
 `efficiency`: two trainers take turns on the same batch, from the same weights: one as
-`unicl-pretrain` runs it here, one with a single switch changed; then the next switch. Their first
-losses are compared before. Memory is what the first step takes above the model in a fresh process,
-at most: gradients, averages of the optimizer and activations.
+`unicl-pretrain` runs it here, one with a single switch changed; then the next switch. Memory is
+what the first step takes above the model in a fresh process, at most: gradients, averages of the
+optimizer and activations.
 
-`memory`: `unicl-pretrain` takes one step of each batch, in a process of its own: a micro-batch
-alone, the large batch in micro-batches, and a batch of medium size at once.
+`memory`: `unicl-pretrain` takes one step of each batch, in a process of its own.
 
-`profile`: a step is taken apart at the features: both encoders forward, the loss and its gradient
-with respect to the features, both encoders backward, the update. The parts give the gradients of
-the whole step, which is compared first. The floor of a part is the time that its matrix products
-and convolutions would take at the rate of one large square product of the same type on the same
-machine. (Fused attention on a CPU is not counted: it is used there in fp32 only, and is a few
-percent.)
+`profile`: a step is taken apart at the features. The parts must give the gradients of the whole
+step. The floor of a part is the time that its matrix products and convolutions would take at the
+rate of one large square product of the same type on the same machine. (Fused attention on a CPU is
+not counted: it is used there in fp32 only, and is a few percent.)
 """
 
 from __future__ import annotations
@@ -39,7 +36,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import DeviceName, TrainConfig
 from unicl_fast.models.precision import Precision, settle_precision
-from unicl_fast.presets import build_preset
 from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.system.machine import choose_device
 from unicl_fast.training.cached_gradients import back_propagate_learnt
@@ -51,14 +47,14 @@ from ..harness import (
     Stage,
     peak_bytes,
     peak_megabytes,
-    print_figures,
+    printed,
     ratio_of,
     seconds_of,
     summarise,
     take_turns,
     timed,
 )
-from .step import StepStage, take_batch
+from .step import StepStage, preset_on_cpu, take_batch
 
 _AS_IT_IS = "as it is"
 _LOSSES_AGREE = 0.03
@@ -96,18 +92,16 @@ class Efficiency(StepStage):
             if not abs(losses[0] - losses[1]) <= _LOSSES_AGREE * losses[0]:
                 raise RuntimeError(f"{name}: the losses are {losses}; nothing was timed")
             turns = take_turns(works, rounds=self.rounds)
-            figure = {f"{name}, times as long": ratio_of(turns, name, _AS_IT_IS)}
-            print_figures(figure)
-            figures |= figure
+            figures |= printed({f"{name}, times as long": ratio_of(turns, name, _AS_IT_IS)})
             measured[name] = other
         if self.memory:
-            peaks = {
-                f"{name}, MB above the model": peak_megabytes(_peak, config, batch)
-                for name, config in measured.items()
-                if not config.efficiency.compile  # its memory would be the compiler's
-            }
-            print_figures(peaks)
-            figures |= peaks
+            figures |= printed(
+                {
+                    f"{name}, MB above the model": peak_megabytes(_peak, config, batch)
+                    for name, config in measured.items()
+                    if not config.efficiency.compile  # its memory would be the compiler's
+                }
+            )
         self.write_result(figures, "timm", precision=base.efficiency.precision)
 
 
@@ -182,11 +176,7 @@ class Memory(Stage):
 
 
 def peak_of_a_step(settings: Memory, batch: int, micro: int) -> int:
-    """Largest resident size of unicl-pretrain in bytes; at least this process's own.
-
-    Raises:
-        RuntimeError: it failed; the message has the end of its output.
-    """
+    """Largest resident size of unicl-pretrain in bytes; at least this process's own."""
     size = str(settings.image_size)
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as output:
         command = (
@@ -197,13 +187,9 @@ def peak_of_a_step(settings: Memory, batch: int, micro: int) -> int:
             *("--run.global-batch-size", str(batch), "--out", f"{name}/run"),
             *("--efficiency.micro-batch-size", str(micro)),
         )
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-        try:
+        with subprocess.Popen(command, stdout=output, stderr=output) as process:
             _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
-        process.returncode = os.waitstatus_to_exitcode(status)
+            process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             output.seek(0)
             raise RuntimeError(f"{' '.join(command[2:])}:\n{output.read()[-2000:]}")
@@ -225,11 +211,7 @@ class Profile(Stage):
 
     def run(self) -> None:
         keep_freed_memory()
-        config = build_preset(self.preset)
-        run = dataclasses.replace(
-            config.run, global_batch_size=self.batch_size, steps=1000, device="cpu"
-        )
-        config = dataclasses.replace(config, run=run)
+        config = preset_on_cpu(self.preset, global_batch_size=self.batch_size)
         batch = take_batch(config, self.data)
         device = choose_device(self.device)
         trainer = Trainer(config, ListLoader([batch]), device=device, progress=False)

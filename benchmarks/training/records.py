@@ -3,9 +3,8 @@
     unicl-bench checkpoint [--folder DIR]
     unicl-bench ledger [--draws 100000000] [--folder DIR]
 
-`checkpoint`: a turn is a few steps with a checkpoint after the first, as the trainer writes it.
-What is still being written at the end of a turn is waited for outside the clock: a run writes its
-next one later.
+`checkpoint`: a turn is a few steps with a checkpoint after the first. What is still being written
+at the end of a turn is waited for outside the clock: a run writes its next one later.
 
 `ledger`: the step is that of a small preset on its CPU-sized model, the shortest that there are;
 the ledger that is proven holds shuffled epochs over two sources.
@@ -14,7 +13,7 @@ the ledger that is proven holds shuffled epochs over two sources.
 from __future__ import annotations
 
 import dataclasses
-import gc
+import functools
 import itertools
 import statistics
 import tempfile
@@ -28,38 +27,26 @@ from torch import Tensor
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
-from unicl_fast.config import (
-    CheckpointConfig,
-    DataConfig,
-    EfficiencyConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
+from unicl_fast.config import CheckpointConfig, OptimConfig
 from unicl_fast.ledger.format import LedgerSource
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.objectives.collate import collate
-from unicl_fast.presets import build_preset
 from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import Figures, Stage, ratio_of, seconds_of, summarise, take_turns
+from .step import ModelStage, preset_on_cpu
 
 _RECORDS = 200
 """Records of a turn: one is too short to be timed alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint(Stage):
+class Checkpoint(ModelStage):
     """Cost of a checkpoint for training: written beside it, or waited for."""
 
-    image_encoder: str = "swin_tiny_patch4_window7_224"
-    """A timm model; the text encoder is the paper's."""
-    image_size: int = 224
-    """Side of the images."""
     batch_size: int = 8
     """Images of a step."""
     steps: int = 4
@@ -89,13 +76,12 @@ class Checkpoint(Stage):
 
 def build(settings: Checkpoint, folder: Path) -> tuple[Trainer, Batch]:
     """A trainer after a step, and a batch of noise with captions, which takes the usual time."""
-    config = TrainConfig(
-        data=DataConfig(image_size=settings.image_size, evaluation_resize=settings.image_size),
-        model=ModelConfig(image_encoder=settings.image_encoder),
+    config = settings.config("bf16")
+    config = dataclasses.replace(
+        config,
         optim=OptimConfig(ema_decay=settings.ema_decay),
-        efficiency=EfficiencyConfig(precision="bf16"),
         checkpoint=CheckpointConfig(keep=1),
-        run=RunConfig(global_batch_size=settings.batch_size, steps=1 << 20),
+        run=dataclasses.replace(config.run, device="auto"),
     )
     texts = [f"image {number} of some things" for number in range(settings.batch_size)]
     batch = noise(texts, torch.full((len(texts),), -1), side=settings.image_size)
@@ -140,26 +126,23 @@ def measure(
         "awaited": trainer.save,
         "beside": lambda: trainer.save(must=False),
     }
-    taken: dict[str, list[float]] = {name: [] for name in saves}
     saving: dict[str, list[float]] = {name: [] for name in saves}
-    for number in range(settings.rounds + 1):
-        for name, save in saves.items():
-            gc.collect()
-            started = time.perf_counter()
-            for step in range(settings.steps):
-                loss, _ = trainer.train_step(batch)
-                if step == 0:
-                    loss.item()
-                    before = time.perf_counter()
-                    save()
-                    paused = time.perf_counter() - before
-            loss.item()  # waits for a device
-            seconds = time.perf_counter() - started
-            trainer.finish_writing()
-            if number:
-                taken[name].append(seconds)
-                saving[name].append(paused)
-    return taken, saving
+
+    def steps(name: str) -> None:
+        for step in range(settings.steps):
+            loss, _ = trainer.train_step(batch)
+            if step == 0:
+                loss.item()
+                started = time.perf_counter()
+                saves[name]()
+                saving[name].append(time.perf_counter() - started)
+        loss.item()  # waits for a device
+
+    works = {name: functools.partial(steps, name) for name in saves}
+    turns = take_turns(works, rounds=settings.rounds, before=lambda name: trainer.finish_writing())
+    trainer.finish_writing()
+    taken = {name: [turn.wall_seconds for turn in turns[name]] for name in saves}
+    return taken, {name: seconds[1:] for name, seconds in saving.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -185,10 +168,7 @@ class LedgerCost(Stage):
 
 
 def _writing(settings: LedgerCost, folder: Path) -> Figures:
-    config = build_preset(settings.preset)
-    config = dataclasses.replace(
-        config, run=dataclasses.replace(config.run, steps=1_000_000, device="cpu")
-    )
+    config = preset_on_cpu(settings.preset)
     size = config.run.global_batch_size
     labels = torch.randint(10, (size,), generator=torch.Generator().manual_seed(0))
     texts = [f"a photo of the digit {number}" for number in labels.tolist()]

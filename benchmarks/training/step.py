@@ -2,15 +2,12 @@
 
     unicl-bench step --data PACKED [--json FILE]
 
-Both train the same timm image encoder and the same text encoder on the same images and texts,
-from the same weights; first their features, the gradients of all their weights and (on captions)
-their losses are compared. Then they take turns, a step each. open_clip's step is written as its
-training script does it, with the best of its flags on a CPU: bf16 autocast. It gets its images
-normalised already; ours are counted from the bytes that the decoder gives. `unicl-bench input`
-measures decoding.
-
-unicl-pretrain keeps freed memory (unicl_fast/system/host_memory.py), open_clip's script does not,
-and gains more by it. Without --tune-contender, neither does it here.
+Both train the same timm image encoder and the same text encoder on the same images and texts, from
+the same weights; their features, the gradients of all their weights and (on captions) their losses
+are compared. open_clip's step is written as its training script does it, with the best of its flags
+on a CPU: bf16 autocast. It gets its images normalised already; ours are counted from the bytes that
+the decoder gives. unicl-pretrain keeps freed memory (unicl_fast/system/host_memory.py), open_clip's
+script does not, and gains more by it. Without --tune-contender, neither does it here.
 """
 
 from __future__ import annotations
@@ -20,6 +17,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from open_clip.loss import ClipLoss
@@ -39,6 +37,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.presets import build_preset
 from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.training.step import global_loss
 from unicl_fast.training.trainer import Trainer
@@ -52,11 +51,9 @@ entry."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class StepStage(Stage):
+class ModelStage(Stage):
     """Options of stages that train a timm model and the paper's text encoder on the CPU."""
 
-    data: Path
-    """Packed data set with captions, or with labels (one prompt a class shows the most)."""
     image_encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model."""
     image_size: int = 224
@@ -69,8 +66,16 @@ class StepStage(Stage):
             data=DataConfig(image_size=self.image_size, evaluation_resize=self.image_size),
             model=ModelConfig(image_encoder=self.image_encoder),
             efficiency=EfficiencyConfig(precision=precision),
-            run=RunConfig(global_batch_size=self.batch_size, steps=1000, device="cpu"),
+            run=RunConfig(global_batch_size=self.batch_size, steps=1 << 20, device="cpu"),
         )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepStage(ModelStage):
+    """Options of stages that do so on a data set."""
+
+    data: Path
+    """Packed data set with captions, or with labels (one prompt a class shows the most)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,6 +113,13 @@ class Step(StepStage):
         for name, value in facts.items():
             print(f"{name:46} {value}")
         self.report(figures, "open_clip_torch", "timm", facts=facts)
+
+
+def preset_on_cpu(preset: str, **run: Any) -> TrainConfig:
+    """A preset whose run is long and on the CPU; `run` are more fields of its RunConfig."""
+    config = build_preset(preset)
+    changed = dataclasses.replace(config.run, steps=1 << 20, device="cpu", **run)
+    return dataclasses.replace(config, run=changed)
 
 
 def take_batch(config: TrainConfig, data: Path) -> Batch:

@@ -4,20 +4,17 @@
     unicl-bench targets [--sizes 1024 8192]
     unicl-bench text --data PACKED
 
-`tokenize` compares the rate with open_clip's tokenizer on one thread, since importing open_clip
-switches the threads of the Rust library off; both must give the same ids first.
+`tokenize` runs on one thread: importing open_clip switches the threads of the Rust library off.
 
-`targets` compares the target map with functions of common libraries that find equal rows. Half of
-the rows are captions, half have labels; a third of the texts occurs more than once. Rows begin
-alike, as captions do, which slows sorting and not hashing. All must find the same distinct rows
-first. The others find the rows only; ours gives classes, too.
+`targets` compares the target map with functions of common libraries that find equal rows; ours
+gives classes, too. Half of the rows are captions, half have labels; a third of the texts occurs
+more than once. Rows begin alike, as captions do, which slows sorting and not hashing.
 
 `text` runs forward and backward of the paper's text encoder over real captions: padded to the
 context length, trimmed to the longest, in four groups by length, each trimmed to its own longest,
 and packed without padding; on a GPU with torch's kernel for rows of any length, and with padded
 attention as elsewhere. Beside them runs a full batch, whose texts all have as many tokens as fit:
-its time for each token is the unit in which the captions' real tokens are counted. First the
-layouts' features are compared.
+its time for each token is the unit in which the captions' real tokens are counted.
 """
 
 from __future__ import annotations
@@ -44,7 +41,7 @@ from unicl_fast.system.machine import choose_device
 from unicl_fast.text.class_lists import fill_template, imagenet_class_names, imagenet_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
-from ..harness import Figures, Stage, print_figures, rate_of, ratio_of, seconds_of, take_turns
+from ..harness import Figures, Stage, printed, rate_of, ratio_of, seconds_of, take_turns
 
 try:
     import pandas
@@ -118,23 +115,17 @@ class Targets(Stage):
             times = max(1, _ROWS_OF_A_TURN // size)  # one call is too short to be timed alone
             works = {name: functools.partial(_repeat, f, times) for name, f in contestants.items()}
             turns = take_turns(works, rounds=self.rounds)
-            measured: Figures = {
-                f"{size:,} rows, {name}, ms": seconds_of(taken, scale=1e3 / times)
-                for name, taken in turns.items()
-            }
+            for name, taken in turns.items():
+                in_ms = seconds_of(taken, scale=1e3 / times)
+                figures |= printed({f"{size:,} rows, {name}, ms": in_ms})
             for name in list(turns)[1:]:
-                measured[f"{size:,} rows, times {name}"] = ratio_of(turns, name, "map_targets")
-            print_figures(measured)
-            figures |= measured
+                ratio = ratio_of(turns, name, "map_targets")
+                figures |= printed({f"{size:,} rows, times {name}": ratio})
         self.write_result(figures, "numpy", "numba", "pandas")
 
 
 def make_contestants(rows: Rows, labels: npt.NDArray[np.int64]) -> dict[str, Callable[[], object]]:
-    """Functions that find equal rows, ours first; they have been compared.
-
-    Raises:
-        RuntimeError: they group the rows differently.
-    """
+    """Functions that find equal rows, ours first; all of them group these rows alike."""
     tensor = torch.from_numpy(rows.astype(np.int16))  # torch cannot sort uint16
     void_rows = rows.view(np.dtype((np.void, rows.shape[1] * rows.itemsize)))
 

@@ -100,7 +100,6 @@ class Build(BuildOptions, _SourcesAndOut):
     """Most that copies of sources under URLs may take there."""
 
     def run(self) -> tuple[str, int]:
-        """Packs; returns the report and the exit code."""
         options = dict(vars(self))
         path = options.pop("json")
         summary = build_anywhere(**options)
@@ -147,7 +146,6 @@ class Merge:
     """Largest size of a shard, in bytes."""
 
     def run(self) -> tuple[str, int]:
-        """Merges; returns the report and the exit code."""
         return _report_merge(merge_datasets(**vars(self)), leave_out=self.leave_out), 0
 
 
@@ -180,7 +178,6 @@ class Show:
     """Decides which numbers are drawn."""
 
     def run(self) -> tuple[str, int]:
-        """Draws; returns the report and the exit code."""
         # matplotlib, torch and DALI, which packing can do without
         from .show import show_dataset
 
@@ -206,7 +203,6 @@ class Upload:
     """URL to make. Nothing else may lie there."""
 
     def run(self) -> tuple[str, int]:
-        """Uploads; returns the report and the exit code."""
         return upload_dataset(self.folder, self.out), 0
 
 

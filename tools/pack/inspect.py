@@ -84,7 +84,6 @@ class Inspect:
     """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
-        """Describes; returns the report and the exit code."""
         if not 0 <= self.near_distance <= MAX_DISTANCE:
             raise ValueError(
                 f"--near-distance must lie in 0 to {MAX_DISTANCE}, not {self.near_distance}"
