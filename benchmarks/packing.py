@@ -129,8 +129,9 @@ def _find_jpegs(place: Path) -> list[bytes]:
 def start_turns(image: Path, folder: Path, rounds: int) -> dict[str, list[Turn]]:
     """Turns of both with an image for each process: the cost of starting them."""
     (folder / "one" / "class").mkdir(parents=True)
-    targets = (folder / "one" / "class" / f"{number}.jpg" for number in range(usable_cores()))
-    few = [shutil.copy(image, path) for path in targets]
+    few = [folder / "one" / "class" / f"{number}.jpg" for number in range(usable_cores())]
+    for path in few:
+        shutil.copy(image, path)
     return take_turns_of(few, _Recipe("keep", ""), folder, rounds)
 
 

@@ -68,7 +68,7 @@ class ExperimentSettings:
     def table(
         self,
         title: str,
-        cells: Mapping[str, Mapping[str, Mean]],
+        cells: dict[Any, dict[str, Mean]],
         pairs: Mapping[str, tuple[Mean, Mean]],
         chance: Mapping[str, float] | None = None,
     ) -> Table:

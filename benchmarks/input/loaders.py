@@ -59,7 +59,10 @@ class _OwnLoaderStage(LoaderStage):
 
 def config_of(options: Task | LoaderStage, **data: Any) -> TrainConfig:
     """The loader's config; `data` are more fields of its DataConfig."""
-    size = {"image_size": options.image_size, "evaluation_resize": options.image_size}
+    size: dict[str, Any] = {
+        "image_size": options.image_size,
+        "evaluation_resize": options.image_size,
+    }
     return TrainConfig(
         data=DataConfig(threads=options.threads, **size, **data),
         run=RunConfig(global_batch_size=options.batch_size),

@@ -305,7 +305,8 @@ def decode_whole(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return decoded
     import cv2
 
-    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[:, :, ::-1])
+    pixels: Any = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 def random_crop(

@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -318,7 +319,8 @@ def compare(step: StepInParts) -> None:
     trainer = step.trainer
     trainer.model.train()
     found = []
-    for back_propagate in (lambda: trainer.back_propagate(step.batch), step.back_propagate):
+    take_whole = functools.partial(trainer.back_propagate, step.batch)
+    for back_propagate in (take_whole, step.back_propagate):
         back_propagate()
         found.append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
         trainer.optimizer.zero_grad()
@@ -331,5 +333,5 @@ def compare(step: StepInParts) -> None:
 def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of one large square product, the best of five."""
     left, right = (torch.randn(_SQUARE, _SQUARE, dtype=dtype, device=device) for _ in range(2))
-    best = min(timed(lambda: (left @ right).sum().item()).wall_seconds for _ in range(5))
+    best = min(timed(lambda: float((left @ right).sum())).wall_seconds for _ in range(5))
     return 2 * _SQUARE**3 / best
