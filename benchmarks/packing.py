@@ -87,11 +87,19 @@ class Pack(Stage):
                 "images": summarise([len(paths)]),
                 "bytes of an image": summarise([num_bytes / len(paths)]),
             }
-            for name, turns in starts.items():
-                figures[f"start of {name}, s"] = seconds_of(turns)
+            for name, mine in starts.items():
+                figures[f"start of {name}, s"] = seconds_of(mine)
             for format in self.formats:
                 recipe = _Recipe(format, self.resize)
-                figures |= measure(recipe, paths, folder, starts, self.rounds)
+                compare(paths, recipe, folder)
+                turns = take_turns_of(paths, recipe, folder, self.rounds)
+                less = {name: _less_start(mine, starts[name]) for name, mine in turns.items()}
+                by_cpu_time = ratio_of(less, _BARE, _OURS, unit="cpu_seconds")
+                for name, mine in turns.items():
+                    figures[f"{format}: {name}, images/s"] = rate_of(mine, len(paths))
+                figures[f"{format}: rate against the bare loop"] = ratio_of(turns, _BARE, _OURS)
+                figures[f"{format}: the same, starts left out"] = ratio_of(less, _BARE, _OURS)
+                figures[f"{format}: the same by CPU time"] = by_cpu_time
         self.report(figures, "pillow", "simplejpeg", "numpy", "tokenizers")
 
 
@@ -147,32 +155,12 @@ def take_turns_of(
     return turns
 
 
-def measure(
-    recipe: _Recipe, paths: Sequence[Path], folder: Path, starts: dict[str, list[Turn]], rounds: int
-) -> Figures:
-    """Proves that both make the same images of a format, then takes turns."""
-    compare(paths, recipe, folder)
-    turns, format = take_turns_of(paths, recipe, folder, rounds), recipe.format
-    beyond = {name: _less_start(mine, starts[name]) for name, mine in turns.items()}
-    rates = {f"{format}: {name}, images/s": rate_of(turns[name], len(paths)) for name in turns}
-    return rates | {
-        f"{format}: rate against the bare loop": ratio_of(turns, _BARE, _OURS),
-        f"{format}: the same, starts left out": ratio_of(beyond, _BARE, _OURS),
-        f"{format}: the same by CPU time": ratio_of(beyond, _BARE, _OURS, unit="cpu_seconds"),
-    }
-
-
 def _less_start(turns: Sequence[Turn], starts: Sequence[Turn]) -> list[Turn]:
     """Turns without the median start; at least a tenth of them, where noise is all that is left."""
     wall = statistics.median(turn.wall_seconds for turn in starts)
     cpu = statistics.median(turn.cpu_seconds for turn in starts)
-    return [
-        Turn(
-            max(turn.wall_seconds - wall, turn.wall_seconds / 10),
-            max(turn.cpu_seconds - cpu, turn.cpu_seconds / 10),
-        )
-        for turn in turns
-    ]
+    pairs = [(turn.wall_seconds, turn.cpu_seconds) for turn in turns]
+    return [Turn(max(w - wall, w / 10), max(c - cpu, c / 10)) for w, c in pairs]
 
 
 def pack(source: Path, out: Path, recipe: _Recipe) -> Turn:

@@ -133,7 +133,9 @@ def table(settings: FullSize) -> str:
         kind = "its labels learnt" if row.sees_labels else "zero-shot"
         half = " (half of each)" if row.preset.endswith("half-half") else ""
         sources = " + ".join(row.data) + half
-        here = _measured(settings.out / f"{row.name}.json")
+        path, here = settings.out / f"{row.name}.json", ""
+        if path.is_file():
+            here = f"{100 * json.loads(path.read_text(encoding='utf-8'))['top1']:.1f}"
         lines.append(f"| {row.name} | {sources} | {kind} | {row.published} | {here} |")
     return "\n".join(lines)
 
@@ -144,9 +146,3 @@ def _chosen(names: tuple[str, ...]) -> list[PublishedRow]:
     if unknown:
         raise ValueError(f"no row {', '.join(unknown)}; rows are {', '.join(known)}")
     return [known[name] for name in names or known]
-
-
-def _measured(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    return f"{100 * json.loads(path.read_text(encoding='utf-8'))['top1']:.1f}"

@@ -247,12 +247,11 @@ def difference_of(one: Sequence[float], other: Sequence[float]) -> Difference:
     )
 
 
-def numbers_of(found: Mean | Difference) -> dict[str, Any]:
-    """The fields for JSON, which has no nan."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(found).items()
-    }
+def without_nan(value: Any) -> Any:
+    """The value for JSON, which has no nan."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,19 +281,6 @@ class Table:
             lines.append(f"| {name} | {found} | {g} |")
         return "\n".join(lines)
 
-    def numbers(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {
-            "title": self.title,
-            "unit": "%",
-            "cells": {
-                group: {arm: numbers_of(mean) for arm, mean in means.items()}
-                for group, means in self.cells.items()
-            },
-            "differences": {name: numbers_of(found) for name, found in self.differences.items()},
-            "chance": dict(self.chance),
-        }
-
 
 def write_report(
     name: str,
@@ -309,7 +295,7 @@ def write_report(
     (settings.out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     _draw(tables, settings.out / f"{name}.png")
     result = {
-        "tables": [table.numbers() for table in tables],
+        "tables": [{**without_nan(asdict(table)), "unit": "%"} for table in tables],
         **more,
         "runs": [_shortened(row) for rows in zip(*arms.values(), strict=True) for row in rows],
         "machine": describe_machine("timm", "nvidia-dali-cuda120"),

@@ -107,27 +107,21 @@ class Augment(_OwnLoaderStage):
                 batches[f"{spec}, {resample}"] = (batch.images for batch in loader.batches(0))
             for spec in specs:
                 compare(spec, next(batches[f"{spec}, fused"]), next(batches[f"{spec}, dali"]))
-            figures = self._measure(batches)
-        self.report(figures, "numpy", "numba", "nvidia-dali-cuda120")
 
-    def _measure(self, batches: dict[str, Iterator[Tensor]]) -> Figures:
-        """Rates of all in turns, and the ratio of each round to its round without augmentation."""
+            def take(name: str, count: int) -> None:
+                collections.deque(itertools.islice(batches[name], count), maxlen=0)
 
-        def take(name: str, count: int) -> None:
-            collections.deque(itertools.islice(batches[name], count), maxlen=0)
-
-        works = {name: functools.partial(take, name, self.batches) for name in batches}
-        ready = functools.partial(take, count=_WARM_UP)
-        turns = take_turns(works, rounds=self.rounds, warm_up=0, before=ready)
+            works = {name: functools.partial(take, name, self.batches) for name in batches}
+            ready = functools.partial(take, count=_WARM_UP)
+            turns = take_turns(works, rounds=self.rounds, warm_up=0, before=ready)
         plain = f"{_CROP_ONLY}, fused"
         figures: Figures = {}
         for name, mine in turns.items():
+            by_cpu_time = ratio_of(turns, plain, name, unit="cpu_seconds")
             figures[f"{name}: images/s"] = rate_of(mine, self.batches * self.batch_size)
             figures[f"{name}: rate against none"] = ratio_of(turns, plain, name)
-            figures[f"{name}: rate by CPU time against none"] = ratio_of(
-                turns, plain, name, unit="cpu_seconds"
-            )
-        return figures
+            figures[f"{name}: rate by CPU time against none"] = by_cpu_time
+        self.report(figures, "numpy", "numba", "nvidia-dali-cuda120")
 
 
 def compare(spec: str, fused: Tensor, dali: Tensor) -> None:

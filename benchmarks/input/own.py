@@ -1,8 +1,8 @@
 """Our own loader for `unicl-bench input`, its stages, and what limits them.
 
-Whole loaders yield normalised float32 [b c h w]; stages and limits take their input from memory and
-yield numbers of images. Those that run beside each other in the loader use `threads` threads, those
-that its feeding thread runs one after another use one.
+contenders.py says what each is. Whole loaders yield normalised float32 [b c h w]; stages and limits
+take their input from memory and yield numbers of images. Those that run beside each other in the
+loader use `threads` threads, those that its feeding thread runs one after another use one.
 """
 
 from __future__ import annotations
@@ -78,21 +78,18 @@ class _Own:
 
 
 def ours(task: Task) -> Iterator[Tensor]:
-    """The whole loader, normalised as the training step does it."""
     for batch in _Own(task).loader.batches(0):
         yield normalise_images(batch.images, mean=CLIP_MEAN, std=CLIP_STD)
         del batch  # held here, its buffer could not be used for the next one
 
 
 def loader(task: Task) -> Iterator[int]:
-    """Batches as the training step takes them: uint8."""
     for batch in _Own(task).loader.batches(0):
         yield len(batch.images)
         del batch
 
 
 def plan(task: Task) -> Iterator[int]:
-    """The plan of batches."""
     own = _Own(task)
     count = steps_at_once(task.batch_size)
     for first in itertools.count(0, count):
@@ -102,7 +99,6 @@ def plan(task: Task) -> Iterator[int]:
 
 
 def texts(task: Task) -> Iterator[int]:
-    """The text block of a planned batch."""
     own = _Own(task)
     length = own.config.model.context_length
     count = steps_at_once(task.batch_size)
@@ -115,7 +111,6 @@ def texts(task: Task) -> Iterator[int]:
 
 
 def read(task: Task) -> Iterator[int]:
-    """The encoded images of planned batches."""
     own = _Own(task)
     for planned in itertools.cycle(own.planned()):
         yield len(own.read(planned)[1])
@@ -156,7 +151,6 @@ decode_cut = functools.partial(decode, cut=True)
 
 
 def turbojpeg(task: Task) -> Iterator[int]:
-    """libjpeg-turbo on whole images."""
     from .peers import decode_whole
 
     images = [(image,) for _, encoded in _Own(task).held() for image in encoded]
@@ -166,7 +160,6 @@ def turbojpeg(task: Task) -> Iterator[int]:
 
 
 def resample(task: Task) -> Iterator[int]:
-    """Our kernel on crops that are decoded, in threads as DALI runs it."""
     from .peers import decode_whole
 
     crops = []
@@ -205,7 +198,6 @@ def augment(task: Task) -> Iterator[int]:
 
 
 def normalise(task: Task) -> Iterator[int]:
-    """The training step's conversion to float32."""
     keep_freed_memory()
     shape = (task.batch_size, task.image_size, task.image_size, 3)
     batches = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(4)]
@@ -214,7 +206,6 @@ def normalise(task: Task) -> Iterator[int]:
 
 
 def write(task: Task) -> Iterator[int]:
-    """Writing a finished batch into memory."""
     batch = torch.empty(task.batch_size, 3, task.image_size, task.image_size)
     for value in itertools.count():
         yield len(batch.fill_(value % 7))

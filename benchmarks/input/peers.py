@@ -5,7 +5,7 @@ has one, and no other augmentation, and yields normalised float32 [b c h w]. Eac
 its own packages, so that memory is counted honestly. FFCV's own files are written first, once, with
 the settings of its ImageNet scripts that apply to a CPU: at most 500 pixels, JPEG quality 90, the
 operating system's cache, random order. Stops between epochs would weigh more on small data than on
-real data, so loaders with epochs get the data set repeated many times.
+real data, so loaders with epochs run them without a stop.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.dlpack import from_dlpack
 
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
@@ -35,34 +35,13 @@ if TYPE_CHECKING:
     from torchvision.transforms import Compose
 
 _ENOUGH = 2_000_000
-"""Images in an epoch of a repeated data set, which no run reaches the end of."""
+"""Images that no run reaches the end of."""
 _MEAN = 255 * np.array(CLIP_MEAN, np.float32)
 _STD = 255 * np.array(CLIP_STD, np.float32)
 _AHEAD = 3
 """Batches in work beside the one that was handed out."""
 _FFCV_EPOCH = 500_000
 """Images of one of FFCV's epochs; between two of them its threads start anew."""
-
-
-class _Repeated(Dataset[Any]):
-    """An ImageFolder that is repeated many times."""
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self._folder = folder
-
-    def __len__(self) -> int:
-        return max(1, _ENOUGH // len(self._folder)) * len(self._folder)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._folder[index % len(self._folder)]
-
-    @property
-    def transform(self) -> Any:
-        return self._folder.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:  # timm's create_loader sets it from outside
-        self._folder.transform = transform
 
 
 def torchvision_batches(task: Task) -> Iterator[Tensor]:
@@ -99,7 +78,7 @@ def timm_batches(task: Task) -> Iterator[Tensor]:
     from torchvision.datasets import ImageFolder
 
     loader = create_loader(
-        _Repeated(ImageFolder(str(task.class_folder))),
+        ImageFolder(str(task.class_folder)),
         input_size=(3, task.image_size, task.image_size),
         batch_size=task.batch_size,
         is_training=True,
@@ -111,9 +90,12 @@ def timm_batches(task: Task) -> Iterator[Tensor]:
         mean=CLIP_MEAN,
         std=CLIP_STD,
         num_workers=task.threads,
+        use_multi_epochs_loader=True,
         device=torch.device("cpu"),
     )
-    return (images for images, _ in loader)
+    while True:
+        for images, _ in loader:
+            yield images
 
 
 def webdataset_batches(task: Task) -> Iterator[Tensor]:
@@ -156,9 +138,9 @@ def _stack(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
 
 def _load(folder: ImageFolder, task: Task) -> Iterator[Tensor]:
     loader = DataLoader(
-        _Repeated(folder),
+        folder,
         batch_size=task.batch_size,
-        shuffle=True,
+        sampler=RandomSampler(folder, num_samples=_ENOUGH),  # one epoch after the other
         num_workers=task.threads,
         drop_last=True,
     )

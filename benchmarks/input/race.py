@@ -213,14 +213,12 @@ class _Race:
 
     def described(self, gaps: Mapping[str, Gap]) -> dict[str, dict[str, Any]]:
         """For the JSON: each contestant, and how far its images are from Pillow's."""
-        described: dict[str, dict[str, Any]] = {}
+        described = {}
         for each in self.still_in():
-            facts: dict[str, Any] = {"kind": each.kind, "what": each.about}
-            if each.differs:
-                facts["differs"] = each.differs
+            facts: dict[str, Any] = {"kind": each.kind, "what": each.about, "differs": each.differs}
             if each.name in gaps:
                 facts["levels_from_pillow"] = dataclasses.asdict(gaps[each.name])
-            described[each.name] = facts
+            described[each.name] = {name: fact for name, fact in facts.items() if fact}
         return described
 
 

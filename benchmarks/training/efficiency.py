@@ -244,20 +244,17 @@ class StepInParts:
         self.precision = Precision(trainer.config.efficiency.precision)
         self.seconds: dict[str, float] = {}
         self.operations: dict[str, int] = {}
-        self.counting = False
+        self.counter = FlopCounterMode(display=False)  # counts while it is entered
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Times the block, or counts its operations."""
+        """Notes the seconds and the operations of the block."""
         self._wait()
-        started = time.perf_counter()
-        counter = FlopCounterMode(display=False) if self.counting else contextlib.nullcontext()
-        with counter:
-            yield
+        started, counted = time.perf_counter(), self.counter.get_total_flops()
+        yield
         self._wait()
         self.seconds[name] = time.perf_counter() - started
-        if isinstance(counter, FlopCounterMode) and counter.get_total_flops():
-            self.operations[name] = counter.get_total_flops()
+        self.operations[name] = self.counter.get_total_flops() - counted
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -307,11 +304,10 @@ class StepInParts:
 
     def count_operations(self) -> dict[str, int]:
         """Floating-point operations of the matrix products and convolutions of each part."""
-        self.counting = True
-        self.back_propagate()
-        self.counting = False
+        with self.counter:
+            self.back_propagate()
         self.trainer.optimizer.zero_grad()
-        return self.operations
+        return {name: count for name, count in self.operations.items() if count}
 
 
 def compare(step: StepInParts) -> None:

@@ -29,14 +29,14 @@ from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
 from unicl_fast.config import CheckpointConfig, OptimConfig
 from unicl_fast.ledger.format import LedgerSource
-from unicl_fast.ledger.proof import prove
+from unicl_fast.ledger.proof import LedgerProof, prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.objectives.collate import collate
 from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import Figures, Stage, ratio_of, seconds_of, summarise, take_turns
+from ..harness import Figures, Stage, rate_of, ratio_of, seconds_of, summarise, take_turns, timed
 from .step import ModelStage, preset_on_cpu
 
 _RECORDS = 200
@@ -61,11 +61,36 @@ class Checkpoint(ModelStage):
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as folder:
             trainer, batch = build(self, Path(folder))
             size = compare(trainer)
-            taken, saving = measure(trainer, batch, self)
+            saves: dict[str, Callable[[], None]] = {
+                "without": lambda: None,
+                "awaited": trainer.save,
+                "beside": lambda: trainer.save(must=False),
+            }
+            saving: dict[str, list[float]] = {name: [] for name in saves}
+
+            def steps(name: str) -> None:
+                for step in range(self.steps):
+                    loss, _ = trainer.train_step(batch)
+                    if step == 0:
+                        loss.item()
+                        # every machine waits for the call; turns cost more than it where the
+                        # writing thread and the steps share few cores
+                        started = time.perf_counter()
+                        saves[name]()
+                        saving[name].append(time.perf_counter() - started)
+                loss.item()  # waits for a device
+
+            turns = take_turns(
+                {name: functools.partial(steps, name) for name in saves},
+                rounds=self.rounds,
+                before=lambda name: trainer.finish_writing(),
+            )
+            trainer.finish_writing()
+        taken = {name: [turn.wall_seconds for turn in turns[name]] for name in saves}
         step = statistics.median(taken["without"]) / self.steps
         figures = {f"{self.steps} steps, {name}, s": values for name, values in taken.items()}
         for name in ("awaited", "beside"):
-            figures[f"save() of one {name}, s"] = saving[name]
+            figures[f"save() of one {name}, s"] = saving[name][1:]  # without the warm-up
             cost = [one - none for one, none in zip(taken[name], taken["without"], strict=True)]
             figures[f"cost of one {name}, s"] = cost
             figures[f"cost of one {name}, steps"] = [seconds / step for seconds in cost]
@@ -111,38 +136,6 @@ def compare(trainer: Trainer) -> int:
     if written[0] != written[1]:
         raise RuntimeError(f"awaited and beside write different files: {written}; nothing timed")
     return sum(path.stat().st_size for path in checkpoint.iterdir())
-
-
-def measure(
-    trainer: Trainer, batch: Batch, settings: Checkpoint
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each contestant's turns, and of the saving call in them, after a warm-up round.
-
-    Every machine waits for the call. Turns cost more than it where the writing thread and the steps
-    share few cores.
-    """
-    saves: dict[str, Callable[[], None]] = {
-        "without": lambda: None,
-        "awaited": trainer.save,
-        "beside": lambda: trainer.save(must=False),
-    }
-    saving: dict[str, list[float]] = {name: [] for name in saves}
-
-    def steps(name: str) -> None:
-        for step in range(settings.steps):
-            loss, _ = trainer.train_step(batch)
-            if step == 0:
-                loss.item()
-                started = time.perf_counter()
-                saves[name]()
-                saving[name].append(time.perf_counter() - started)
-        loss.item()  # waits for a device
-
-    works = {name: functools.partial(steps, name) for name in saves}
-    turns = take_turns(works, rounds=settings.rounds, before=lambda name: trainer.finish_writing())
-    trainer.finish_writing()
-    taken = {name: [turn.wall_seconds for turn in turns[name]] for name in saves}
-    return taken, {name: seconds[1:] for name, seconds in saving.items()}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -202,17 +195,16 @@ def _writing(settings: LedgerCost, folder: Path) -> Figures:
 def _proving(settings: LedgerCost, folder: Path) -> Figures:
     _write_epochs(settings, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    seconds = []
-    for _ in range(max(1, settings.rounds - 2)):
-        started = time.perf_counter()
-        proof = prove(folder)
-        seconds.append(time.perf_counter() - started)
-        if not proof.holds:
-            raise RuntimeError("a sound ledger was not proven: nothing is reported")
-    draws = proof.steps * proof.global_batch_size
+    proofs: list[LedgerProof] = []
+    turns = [
+        timed(lambda: proofs.append(prove(folder))) for _ in range(max(1, settings.rounds - 2))
+    ]
+    if not all(proof.holds for proof in proofs):
+        raise RuntimeError("a sound ledger was not proven: nothing is reported")
+    draws = proofs[0].steps * proofs[0].global_batch_size
     return {
         "bytes a draw": summarise([size / draws]),
-        "million draws proven/s": summarise([draws / s / 1e6 for s in seconds]),
+        "million draws proven/s": rate_of(turns, draws / 1e6),
     }
 
 

@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,10 @@ class Targets(Stage):
         for size in self.sizes:
             contestants = make_contestants(*_make_batch(size))
             times = max(1, _ROWS_OF_A_TURN // size)  # one call is too short to be timed alone
-            works = {name: functools.partial(_repeat, f, times) for name, f in contestants.items()}
+            works = {
+                name: functools.partial(timeit.timeit, work, number=times)
+                for name, work in contestants.items()
+            }
             turns = take_turns(works, rounds=self.rounds)
             for name, taken in turns.items():
                 in_ms = seconds_of(taken, scale=1e3 / times)
@@ -165,11 +169,6 @@ def make_contestants(rows: Rows, labels: npt.NDArray[np.int64]) -> dict[str, Cal
             raise RuntimeError(f"map_targets and {name} group the rows differently")
     timed = {name: work for name, (work, _) in others.items()}
     return {"map_targets": lambda: map_targets(rows, labels), **timed}
-
-
-def _repeat(work: Callable[[], object], times: int) -> None:
-    for _ in range(times):
-        work()
 
 
 def _make_batch(batch_size: int) -> tuple[Rows, npt.NDArray[np.int64]]:

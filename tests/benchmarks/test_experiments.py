@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,8 @@ from unicl_fast.benchmarks.experiments.harness import (
     Run,
     difference_of,
     mean_of,
-    numbers_of,
     run_all,
+    without_nan,
 )
 from unicl_fast.benchmarks.experiments.small_size import (
     LabelsAndCaptions,
@@ -53,7 +54,7 @@ def test_a_difference_by_hand() -> None:
     assert found.effect == pytest.approx(3 / math.sqrt(2) * 4 / 7)
     assert found.high - found.mean == pytest.approx(4.302652729911275 * math.sqrt(2))
     assert str(mean_of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
-    assert numbers_of(mean_of([1.0]))["deviation"] is None
+    assert without_nan(asdict(mean_of([1.0])))["deviation"] is None
     assert str(mean_of([1.0])) == "1.00"
     assert math.isnan(difference_of([1.0, 1.0], [2.0, 2.0]).effect)
 

@@ -206,7 +206,7 @@ class Upload:
         return upload_dataset(self.folder, self.out), 0
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "verify": Verify,
     "inspect": Inspect,
@@ -219,9 +219,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
-    command = tyro.extras.subcommand_cli_from_dict(
-        dict[str, Callable[..., Any]](COMMANDS), args=arguments, prog="unicl-pack"
-    )
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="unicl-pack")
     try:
         report, code = command.run()
     except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, SIGTERM
