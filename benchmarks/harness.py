@@ -1,24 +1,25 @@
 """The harness of all benchmarks: turns, ratios, memory, the machine, the result file.
 
-Contestants take turns (A B C, A B C, ...), so that a disturbance of the machine hits all of them,
-and the figure is the median over rounds of the ratio within a round. CPU time stands beside wall
-time: on a machine that others use too, it is the figure to trust.
+The figure is the median over rounds of the ratio within a round. CPU time stands beside wall time:
+on a machine that others use too, it is the figure to trust. README.md has the rules.
 """
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import gc
 import json
 import multiprocessing
 import os
 import platform
+import re
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,31 +43,37 @@ class Stage(abc.ABC):
     def run(self) -> None:
         """Compares the contestants, measures, prints, and writes the JSON if one is wanted.
 
-        Raises:
-            ValueError, OSError: the options or the data are wrong.
-            RuntimeError: the contestants disagree; nothing is timed then.
+        Raises RuntimeError before anything is timed if the contestants disagree.
         """
 
     def report(self, figures: Figures, *packages: str, **more: Any) -> None:
         """Prints the figures and writes the result; `packages` are those whose version matters."""
-        print_figures(figures)
-        self.write_result(figures, *packages, **more)
+        self.write_result(printed(figures), *packages, **more)
 
     def write_result(self, figures: Figures, *packages: str, **more: Any) -> None:
-        """Writes figures, options, machine and `more` into the JSON, if one is wanted.
-
-        Only the last two parts of a path are written, since paths are private to a machine.
-        """
+        """Writes figures, options, machine and `more` into the JSON, if one is wanted."""
         if self.json is None:
             return
-        options = {
-            key: value
-            for key, value in dataclasses.asdict(self).items()
-            if key not in ("json", "plot")
-        }
+        settings = dataclasses.asdict(self)
+        for private in ("json", "plot"):
+            settings.pop(private, None)
         machine = describe_machine(*packages)
-        result = {**more, "figures": figures, "settings": options, "machine": machine}
+        result = {**more, "figures": figures, "settings": settings, "machine": machine}
         self.json.write_text(json.dumps(result, indent=1, default=_last_parts) + "\n")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoaderStage(Stage):
+    """Options of stages that load images from a packed data set."""
+
+    data: Path
+    """Packed data set of JPEGs or PNGs."""
+    batch_size: int = 64
+    """Images of a batch."""
+    image_size: int = 224
+    """Side of the crops."""
+    threads: int = 2
+    """Decoding threads; of others, worker processes."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -79,24 +86,32 @@ class Turn:
 
 
 def take_turns(
-    contestants: Mapping[str, Callable[[], object]], *, rounds: int, warm_up: int = 1
+    contestants: Mapping[str, Callable[[], object]],
+    *,
+    rounds: int,
+    warm_up: int = 1,
+    before: Callable[[str], object] = lambda name: None,
 ) -> dict[str, list[Turn]]:
-    """Each contestant's turns, one in every round, after `warm_up` rounds that are not timed."""
-    for _ in range(warm_up):
-        for work in contestants.values():
-            work()
+    """Each contestant's turns, one in every round, after `warm_up` rounds that are not timed.
+
+    `before` is called with the name of each whose turn comes, outside the clock.
+    """
     turns: dict[str, list[Turn]] = {name: [] for name in contestants}
-    for _ in range(rounds):
+    for _ in range(warm_up + rounds):
         for name, work in contestants.items():
-            turns[name].append(_time(work))
-    return turns
+            before(name)
+            turns[name].append(timed(work))
+    return {name: taken[warm_up:] for name, taken in turns.items()}
 
 
-def _time(work: Callable[[], object]) -> Turn:
+def timed(
+    work: Callable[[], object], *, cpu_clock: Callable[[], float] = time.process_time
+) -> Turn:
+    """One turn, after garbage was collected."""
     gc.collect()
-    wall, cpu = time.perf_counter(), time.process_time()
+    wall, cpu = time.perf_counter(), cpu_clock()
     work()
-    return Turn(time.perf_counter() - wall, time.process_time() - cpu)
+    return Turn(time.perf_counter() - wall, cpu_clock() - cpu)
 
 
 def ratio_of(
@@ -137,21 +152,23 @@ def summarise(values: Sequence[float]) -> Figure:
     }
 
 
-def print_figures(figures: Figures) -> None:
-    """Prints a line for each figure: name, median, spread."""
+def printed(figures: Figures) -> Figures:
+    """Prints a line for each figure: name, median, spread; returns them."""
     for name, figure in figures.items():
         spread = f"({figure['low']:.4g} to {figure['high']:.4g})"
         print(f"{name:46} {figure['median']:10.4g}  {spread}", flush=True)
+    return figures
 
 
 def _last_parts(value: object) -> str:
+    """Shortens a path: its first parts are private to a machine."""
     if not isinstance(value, Path):
         raise TypeError(f"a result holds numbers, texts and paths, not {value!r}")
     return str(Path(*value.parts[-2:]))
 
 
 def describe_machine(*packages: str) -> dict[str, Any]:
-    """Describes processor and commit, and the versions of Python, torch and `packages`."""
+    """Describes processor and commit; the versions of Python, torch and installed `packages`."""
     cpu_info = Path("/proc/cpuinfo")
     lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.is_file() else []
     models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
@@ -162,13 +179,17 @@ def describe_machine(*packages: str) -> dict[str, Any]:
         text=True,
         check=False,
     ).stdout.strip()
+    versions = {}
+    for package in ("torch", *packages):
+        with contextlib.suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "load_average": os.getloadavg(),  # above `threads`: other jobs were running
         "python": platform.python_version(),
         "commit": commit or "unknown",
-        **{package: version(package) for package in ("torch", *packages)},
+        **versions,
     }
 
 
@@ -181,19 +202,17 @@ def peak_megabytes(function: Callable[..., float], *arguments: Any) -> Figure:
 def peak_bytes(work: Callable[[], object]) -> int:
     """How far this process's resident memory rises, at most, during `work`; Linux only.
 
-    Memory that the process already holds and `work` uses again is not seen: call it once in a fresh
-    process, as `peak_megabytes` does.
+    Call it once in a fresh process: memory that is held already and used again is not seen.
     """
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak, proc(5)
-    before = _status_bytes("VmRSS")
+    before = status_bytes("VmRSS")
     work()
-    return _status_bytes("VmHWM") - before
+    return status_bytes("VmHWM") - before
 
 
-def _status_bytes(field: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        name, _, value = line.partition(":")
-        if name == field:
-            return int(value.split()[0]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}; memory is measured on Linux only")
+def status_bytes(field: str, *, process: int | str = "self") -> int:
+    """A size in a process's status file, proc(5); 0 once the process has ended."""
+    status = Path(f"/proc/{process}/status").read_text()
+    found = re.search(rf"^{field}:\s*(\d+) kB", status, flags=re.MULTILINE)
+    return 1024 * int(found[1]) if found else 0

@@ -1,9 +1,4 @@
-"""`unicl-bench`: measures each part beside alternatives.
-
-A stage is a class with options and `run`. It first proves that the contestants compute the same
-thing, and times nothing if they do not; then they take turns (harness.py). README.md here explains
-how to read the results.
-"""
+"""`unicl-bench`: measures each part beside alternatives; README.md here explains the results."""
 
 from __future__ import annotations
 
@@ -15,11 +10,8 @@ import tyro
 
 STAGES = {
     "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
-    "pack": ("packing.pack:Pack", "packing, against decoding, scaling and encoding in a bare loop"),
-    "many-samples": (
-        "packing.pack:ManySamples",
-        "memory and start-up time of packing a list of a million rows",
-    ),
+    "pack": ("packing:Pack", "packing, against decoding, scaling and encoding in a bare loop"),
+    "many-samples": ("packing:ManySamples", "memory and start-up time of packing a million rows"),
     "storage": (
         "input.loaders:Storage",
         "a data set under a URL against a folder; bytes by window",

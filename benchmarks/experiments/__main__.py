@@ -8,9 +8,8 @@ from typing import Any
 
 import tyro
 
-from .cifar10 import Objectives, Switches, Templates
 from .full_size import FullSize
-from .labels_and_captions import LabelsAndCaptions
+from .small_size import LabelsAndCaptions, Objectives, Switches, Templates
 
 _EXPERIMENTS: dict[str, Callable[..., Any]] = {
     "objectives": Objectives,

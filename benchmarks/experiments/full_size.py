@@ -2,10 +2,9 @@
 
     python -m unicl_fast.benchmarks.experiments full-size --out runs/published
 
-Nothing is trained here: these are commands for a cluster, printed as a script. The figure of a row
-that was run stands in the table the next time, taken from OUT/ROW.json that its last line writes.
-Published are ImageNet-1K top-1 accuracies, zero-shot but for the four rows that train on its
-labels; from the paper's tables (arXiv 2204.03610) and the authors' list of models.
+Nothing is trained here: these are commands for a cluster, printed as a script. A row's last line
+writes OUT/ROW.json, whose figure stands in the table the next time. Published are ImageNet-1K top-1
+accuracies from the paper's tables (arXiv 2204.03610) and the authors' list of models.
 """
 
 from __future__ import annotations
@@ -115,11 +114,7 @@ class FullSize:
     """Names of rows; all by default."""
 
     def run(self) -> None:
-        """Prints the script and the table.
-
-        Raises:
-            ValueError: there is no such row.
-        """
+        """Prints the script and the table; raises ValueError if there is no such row."""
         chosen = _chosen(self.rows)
         wanted = {name for row in chosen for name in row.data} | {"in1k-val"}
         for name, lines in PREPARATION.items():
@@ -138,7 +133,9 @@ def table(settings: FullSize) -> str:
         kind = "its labels learnt" if row.sees_labels else "zero-shot"
         half = " (half of each)" if row.preset.endswith("half-half") else ""
         sources = " + ".join(row.data) + half
-        here = _measured(settings.out / f"{row.name}.json")
+        path, here = settings.out / f"{row.name}.json", ""
+        if path.is_file():
+            here = f"{100 * json.loads(path.read_text(encoding='utf-8'))['top1']:.1f}"
         lines.append(f"| {row.name} | {sources} | {kind} | {row.published} | {here} |")
     return "\n".join(lines)
 
@@ -149,9 +146,3 @@ def _chosen(names: tuple[str, ...]) -> list[PublishedRow]:
     if unknown:
         raise ValueError(f"no row {', '.join(unknown)}; rows are {', '.join(known)}")
     return [known[name] for name in names or known]
-
-
-def _measured(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    return f"{100 * json.loads(path.read_text(encoding='utf-8'))['top1']:.1f}"

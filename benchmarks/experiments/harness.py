@@ -15,11 +15,11 @@ import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -30,10 +30,11 @@ from unicl_fast.config import PrecisionName
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.training.metrics import read_metrics
 
-from ..harness import describe_machine, print_figures, summarise
+from ..harness import describe_machine, printed, summarise
 
 Row = dict[str, Any]
 """The numbers of a run."""
+Arm = TypeVar("Arm")
 
 _LEVEL = 0.95
 INK, FAINT, ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
@@ -52,6 +53,32 @@ class ExperimentSettings:
     """Part of each run's length, to try an experiment out."""
     precision: PrecisionName = "auto"
     """efficiency.precision of all runs; each row names the chosen one."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the runs of each arm."""
+
+    def train_arms(
+        self, arms: Iterable[Arm], make_run: Callable[[Arm, int], Run]
+    ) -> dict[Arm, list[Row]]:
+        """Does the runs of all arms and seeds; returns each arm's rows in the seeds' order."""
+        # a stopped experiment has all arms of its first seeds
+        runs = {(arm, seed): make_run(arm, seed) for seed in self.seeds for arm in arms}
+        rows = run_all(list(runs.values()), self.out, jobs=self.jobs)
+        return {arm: [rows[runs[arm, seed].name] for seed in self.seeds] for arm in arms}
+
+    def table(
+        self,
+        title: str,
+        cells: dict[Any, dict[str, Mean]],
+        pairs: Mapping[str, tuple[Mean, Mean]],
+        chance: Mapping[str, float] | None = None,
+    ) -> Table:
+        """A table of means, and of the first minus the second of each pair unless seeds are few."""
+        differences = {
+            name: difference_of(one.values, other.values)
+            for name, (one, other) in pairs.items()
+            if len(self.seeds) > 1
+        }
+        return Table(title=title, cells=cells, differences=differences, chance=chance or {})
 
     def execution(self) -> tuple[str, ...]:
         """Options of every run: beside others, one decoding thread suffices for small images."""
@@ -73,11 +100,7 @@ class Run:
 
 
 def run_all(runs: Sequence[Run], folder: Path, *, jobs: int) -> dict[str, Row]:
-    """Does the runs that are not finished, `jobs` at a time; returns the row of each by name.
-
-    Raises:
-        RuntimeError: a program failed; the message has the end of its output.
-    """
+    """Does the runs that are not finished, `jobs` at a time; returns the row of each by name."""
     threads = max(1, usable_cores() // jobs)
     rows: dict[str, Row] = {}
     with (
@@ -107,7 +130,7 @@ def median_rate(run: Run, folder: Path) -> float:
 def compare_rates(rates: Mapping[str, Sequence[float]], one: str, other: str) -> Row:
     """Ratios of the rates of `one` to those of `other`, in pairs as they were taken."""
     found = summarise([a / b for a, b in zip(rates[one], rates[other], strict=True)])
-    print_figures({f"images/s, {one} over {other}": found})
+    printed({f"images/s, {one} over {other}": found})
     return {"ratio": found, "images_per_second": rates}
 
 
@@ -139,11 +162,7 @@ def _row_of(run: Run, folder: Path, threads: int) -> Row:
 
 
 def _note_options(run: Run, folder: Path) -> None:
-    """Writes the options before anything is trained, or compares them with those of the start.
-
-    Raises:
-        RuntimeError: it was begun with other options or evaluations.
-    """
+    """Writes the options before anything is trained, or refuses others than those of the start."""
     evaluations = {name: list(arguments) for name, arguments in run.evaluations.items()}
     asked = {"pretrain": list(run.pretrain), "evaluations": evaluations}
     path = folder / "asked.json"
@@ -158,11 +177,7 @@ def _note_options(run: Run, folder: Path) -> None:
 
 
 def run_program(module: str, options: Sequence[str], log: Path, *, threads: int) -> None:
-    """Runs a program of unicl_fast.tools, whose output goes into a file.
-
-    Raises:
-        RuntimeError: it failed; the message has the end of its output.
-    """
+    """Runs a program of unicl_fast.tools; RuntimeError has the end of `log` if it fails."""
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     command = [sys.executable, "-m", f"unicl_fast.tools.{module}", *options]
     with log.open("wb") as file:
@@ -232,30 +247,28 @@ def difference_of(one: Sequence[float], other: Sequence[float]) -> Difference:
     )
 
 
-def numbers_of(found: Mean | Difference) -> dict[str, Any]:
-    """The fields for JSON, which has no nan."""
-    return {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value
-        for name, value in asdict(found).items()
-    }
+def without_nan(value: Any) -> Any:
+    """The value for JSON, which has no nan."""
+    if isinstance(value, dict):
+        return {name: without_nan(inner) for name, inner in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True, kw_only=True)
 class Table:
-    """Groups (rows) of arms (columns), each a mean over seeds, and differences between arms."""
+    """Groups (rows) of arms (columns), each a mean over seeds in %, and differences of arms."""
 
     title: str
-    unit: str
     cells: Mapping[str, Mapping[str, Mean]]
-    differences: Mapping[str, Difference] = field(default_factory=dict)
-    chance: Mapping[str, float] = field(default_factory=dict)
+    differences: Mapping[str, Difference]
+    chance: Mapping[str, float]
     """Results of guessing, for groups where they are informative."""
 
     def markdown(self) -> str:
         """The table, and one of the differences below it."""
         arms = list(next(iter(self.cells.values())))
         lines = [
-            f"| {self.title}, {self.unit} | {' | '.join(arms)} |" + " chance |" * bool(self.chance),
+            f"| {self.title}, % | {' | '.join(arms)} |" + " chance |" * bool(self.chance),
             "|---|" + "---|" * (len(arms) + bool(self.chance)),
         ]
         for group, means in self.cells.items():
@@ -268,25 +281,12 @@ class Table:
             lines.append(f"| {name} | {found} | {g} |")
         return "\n".join(lines)
 
-    def numbers(self) -> dict[str, Any]:
-        """Everything, for JSON."""
-        return {
-            "title": self.title,
-            "unit": self.unit,
-            "cells": {
-                group: {arm: numbers_of(mean) for arm, mean in means.items()}
-                for group, means in self.cells.items()
-            },
-            "differences": {name: numbers_of(found) for name, found in self.differences.items()},
-            "chance": dict(self.chance),
-        }
-
 
 def write_report(
     name: str,
     settings: ExperimentSettings,
     tables: list[Table],
-    rows: Mapping[str, Row],
+    arms: Mapping[Any, list[Row]],
     **more: object,
 ) -> None:
     """Prints the tables and writes NAME.md, NAME.png and NAME.json into `settings.out`."""
@@ -295,9 +295,9 @@ def write_report(
     (settings.out / f"{name}.md").write_text(text + "\n", encoding="utf-8")
     _draw(tables, settings.out / f"{name}.png")
     result = {
-        "tables": [table.numbers() for table in tables],
+        "tables": [{**without_nan(asdict(table)), "unit": "%"} for table in tables],
         **more,
-        "runs": [_shortened(row) for row in rows.values()],
+        "runs": [_shortened(row) for rows in zip(*arms.values(), strict=True) for row in rows],
         "machine": describe_machine("timm", "nvidia-dali-cuda120"),
     }
     path = settings.out / f"{name}.json"
@@ -346,7 +346,7 @@ def _draw(tables: list[Table], path: Path) -> None:
         axes.set_xticks(range(len(table.cells[group])), list(table.cells[group]), fontsize=8)
         axes.set_xlim(-0.6, len(table.cells[group]) - 0.2)
         axes.set_title(f"{table.title}\n{group}", fontsize=8, color=INK)
-        axes.set_ylabel(table.unit, fontsize=8)
+        axes.set_ylabel("%", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[len(panels) :]:

@@ -1,31 +1,28 @@
 """The contestants of `unicl-bench input`, and the proof that they make the same images.
 
-This file lists them without importing their code: each runs in a process of its own (worker.py),
-which imports what that one needs and nothing else, so that memory is counted honestly and a missing
-package costs its contestant only. For the same reason nothing here imports torch.
+Nothing here imports their code, nor torch: each runs in a process of its own (worker.py), which
+imports what that one needs, so that memory is counted honestly and a missing package costs its
+contestant only.
 
 Two comparisons decide who is timed. **Pixels**: square images, of which a crop with scale and ratio
 1 is the whole, are resized by each and compared with Pillow's result for the same file. **The
-distribution of the crops**: over images with random crops, means and deviations of a contestant
-and of ours may differ by five standard errors.
+distribution of the crops**: means and deviations of images with random crops are those of ours.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import io
+import pkgutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import xxhash
 from PIL import Image
 
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 
 Kind = Literal["ours", "peer", "limit", "stage"]
 _SQUARES = 48
@@ -33,6 +30,14 @@ _EXTENSIONS = {b"\x89PNG": "png", b"RIFF": "webp"}
 _BATCH = 16
 _STANDARD_ERRORS = 5
 _THUMBNAIL = 8
+
+
+class ContenderError(RuntimeError):
+    """A contestant could not do its work; the message says why."""
+
+
+class MissingPackageError(ContenderError):
+    """A package that the contestant needs is not installed."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
@@ -179,11 +184,7 @@ PARTS = (
 
 
 def choose(asked: tuple[str, ...], offered: tuple[Contender, ...]) -> list[Contender]:
-    """Contestants by name; `all` and `none` are names too, and commas separate as blanks do.
-
-    Raises:
-        ValueError: a name that is not offered.
-    """
+    """Contestants by name; `all` and `none` are names too, and commas separate as blanks do."""
     names = [name for text in asked for name in text.split(",") if name]
     known = [contender.name for contender in offered]
     unknown = [name for name in names if name not in (*known, "all", "none")]
@@ -194,10 +195,8 @@ def choose(asked: tuple[str, ...], offered: tuple[Contender, ...]) -> list[Conte
 
 def load(code: str) -> Callable[[Task], Iterator[Any]]:
     """The function that `code` names."""
-    module, _, function = code.partition(":")
-    found = getattr(importlib.import_module(module), function)
-    assert callable(found)
-    return found  # type: ignore[no-any-return]
+    found: Callable[[Task], Iterator[Any]] = pkgutil.resolve_name(code)
+    return found
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -223,62 +222,36 @@ def write_class_folder(dataset: PackedDataset, folder: Path) -> None:
 def comparison_task(dataset: PackedDataset, task: Task) -> tuple[Task, np.ndarray]:
     """A task whose result is known: squares shown whole, not flipped.
 
-    Writes the squares, cropped from the middle of the data set's first images, into
-    `task.scratch`: as JPEGs, or raw as the data set is.
+    Packs the squares, cropped from the middle of the data set's first images, in `task.scratch`: as
+    JPEGs, or raw as the data set is.
 
     Returns:
         The task, and Pillow's images: float32 [n h w 3] in levels of 255.
     """
+    from unicl_fast.packing.build import build_dataset  # of which no contestant's process needs any
+
     scratch = task.scratch / "squares"
-    scratch.mkdir(parents=True)
-    size = (task.image_size, task.image_size)
-    is_raw = dataset.image_shape is not None
+    (scratch / "classes" / "square").mkdir(parents=True)
+    extension, form = ("jpg", "keep") if dataset.image_shape is None else ("png", "raw")
     truth = []
-    with DatasetWriter(scratch / "packed", images="raw" if is_raw else "encoded") as writer:
-        for index in range(min(_SQUARES, len(dataset))):
-            square = _square(bytes(dataset.image_bytes(index)))
-            data = square.tobytes()
-            if not is_raw:
-                data = _jpeg(square)
-                with Image.open(io.BytesIO(data)) as image:
-                    square = image.convert("RGB")
-            resized = square.resize(size, Image.Resampling.BILINEAR)
-            truth.append(np.asarray(resized, dtype=np.float32))
-            writer.add(
-                PackedSample(
-                    image=data,
-                    extension="raw" if is_raw else "jpg",
-                    height=square.height,
-                    width=square.width,
-                    xxh3=xxhash.xxh3_64_intdigest(data),
-                    labels=[0],
-                )
-            )
-        manifest = dataset.manifest
-        writer.finish(
-            tokenizer=manifest.tokenizer,
-            vocabulary_hash=manifest.vocabulary_hash,
-            context_length=manifest.context_length,
-            class_names=["square"],
-            templates=["a {}."],
-            source=["squares"],
-            seed=0,
-            tool_version=manifest.tool_version,
-        )
-    with PackedDataset(scratch / "packed") as squares:
-        write_class_folder(squares, scratch / "classes")
-    return (
-        dataclasses.replace(
-            task,
-            data=scratch / "packed",
-            scratch=scratch,
-            batch_size=min(_BATCH, len(truth)),
-            scale=(1.0, 1.0),
-            ratio=(1.0, 1.0),
-            flip=0.0,
-        ),
-        np.stack(truth),
+    for index in range(min(_SQUARES, len(dataset))):
+        path = scratch / "classes" / "square" / f"{index}.{extension}"
+        _square(bytes(dataset.image_bytes(index))).save(path, quality=95)
+        with Image.open(path) as image:
+            resized = image.resize((task.image_size, task.image_size), Image.Resampling.BILINEAR)
+        truth.append(np.asarray(resized, dtype=np.float32))
+    sources, packed = [scratch / "classes"], scratch / "packed"
+    build_dataset(sources, packed, format=form, workers=1, progress=False)
+    asked = dataclasses.replace(
+        task,
+        data=packed,
+        scratch=scratch,
+        batch_size=min(_BATCH, len(truth)),
+        scale=(1.0, 1.0),
+        ratio=(1.0, 1.0),
+        flip=0.0,
     )
+    return asked, np.stack(truth)
 
 
 def _square(encoded: bytes) -> Image.Image:
@@ -288,48 +261,32 @@ def _square(encoded: bytes) -> Image.Image:
         return image.convert("RGB").crop((left, top, left + side, top + side))
 
 
-def _jpeg(square: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    square.save(buffer, format="JPEG", quality=95)
-    return buffer.getvalue()
-
-
 def gap_to(truth: np.ndarray, images: np.ndarray) -> Gap:
-    """Compares each image with the most similar one of `truth`.
-
-    Raises:
-        ValueError: fewer than half of the images of `truth` were found.
-    """
-    found = [int(np.argmin(_distances(truth, image))) for image in images]
-    if len(set(found)) < len(truth) / 2:
-        raise ValueError(f"only {len(set(found))} of {len(truth)} images were shown")
-    differences = np.stack(
-        [np.abs(image - truth[i]) for image, i in zip(images, found, strict=True)]
-    )
-    return Gap(float(differences.mean()), float(np.quantile(differences, 0.99)))
+    """Compares each image with the most similar one of `truth`, of which half must be found."""
+    differences = _thumbnails(images)[:, None] - _thumbnails(truth)
+    found = np.square(differences).sum(axis=(2, 3, 4)).argmin(axis=1)
+    if (shown := len(np.unique(found))) < len(truth) / 2:
+        raise ContenderError(f"only {shown} of {len(truth)} images were shown")
+    levels = np.abs(images - truth[found])
+    return Gap(float(levels.mean()), float(np.quantile(levels, 0.99)))
 
 
-def _distances(truth: np.ndarray, image: np.ndarray) -> np.ndarray:
-    return np.asarray(((_thumbnail(truth) - _thumbnail(image[None])) ** 2).sum(axis=(1, 2, 3)))
-
-
-def _thumbnail(images: np.ndarray) -> np.ndarray:
-    """Means over a grid of `_THUMBNAIL` squares a side, without the remainder at the edges."""
-    count, size = len(images), images.shape[1]
+def _thumbnails(images: np.ndarray) -> np.ndarray:
+    """Means over a grid of `_THUMBNAIL` cells a side, without the remainder at the edges."""
+    count, size = images.shape[:2]
     cells = min(_THUMBNAIL, size)
     cell = size // cells
     cut = images[:, : cells * cell, : cells * cell]
     return np.asarray(cut.reshape(count, cells, cell, cells, cell, 3).mean(axis=(2, 4)))
 
 
-def differs_in_distribution(moments: np.ndarray, ours: np.ndarray) -> str:
-    """Describes how means or deviations of images [n 2] differ by more than chance; "" if not."""
-    error = np.sqrt(sum(each.var(0) / len(each) for each in (moments, ours)))
-    theirs_mean, ours_mean = moments.mean(0), ours.mean(0)
-    for i, name in enumerate(("mean", "deviation")):
-        if abs(theirs_mean[i] - ours_mean[i]) > _STANDARD_ERRORS * error[i]:
-            return (
-                f"the images' {name} is {theirs_mean[i]:.2f}, ours is {ours_mean[i]:.2f} "
-                f"(standard error {error[i]:.2f})"
+def compare_distributions(moments: np.ndarray, ours: np.ndarray) -> None:
+    """Raises ContenderError if means or deviations of images [n 2] differ by more than chance."""
+    errors = np.sqrt(sum(each.var(0) / len(each) for each in (moments, ours)))
+    for name, mean, own, error in zip(
+        ("mean", "deviation"), moments.mean(0), ours.mean(0), errors, strict=True
+    ):
+        if abs(mean - own) > _STANDARD_ERRORS * error:
+            raise ContenderError(
+                f"the images' {name} is {mean:.2f}, ours is {own:.2f} (standard error {error:.2f})"
             )
-    return ""

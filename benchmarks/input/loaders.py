@@ -4,19 +4,21 @@
     unicl-bench storage --data PACKED --url s3://bucket/PACKED
 
 `augment`: the same images leave loaders with and without augmentation, with the fused operator and
-with DALI's; first the two are compared on a batch, then all take turns. Figures are rates against
-the loader that only crops, resizes and flips, fused.
+with DALI's, which are compared on a batch. Figures are rates against the loader that only crops,
+resizes and flips, fused.
 
-`storage`: the same data set lies in a folder and under the URL (unicl-pack upload). First the
-batches of both are compared; then loaders take turns: from the folder, from the URL with an empty
-cache, and with a full one. Then one epoch is read, undecoded, for each window of the order and each
-size of the cache, and bytes read from the store are divided by those of the images.
+`storage`: the same data set lies in a folder and under the URL (unicl-pack upload). Loaders take
+turns: from the folder, from the URL with an empty cache, and with a full one. Then one epoch is
+read, undecoded, for each window of the order and each size of the cache, and bytes read from the
+store are divided by those of the images.
 """
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
+import functools
 import itertools
 import shutil
 import tempfile
@@ -37,7 +39,8 @@ from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
-from ..harness import Figures, Stage, Turn, rate_of, ratio_of, summarise, take_turns
+from ..harness import Figures, LoaderStage, rate_of, ratio_of, summarise, take_turns
+from .contenders import Task
 
 _CROP_ONLY = "none"
 _WARM_UP = 8
@@ -47,41 +50,38 @@ _RESAMPLERS: tuple[Resample, ...] = ("fused", "dali")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _LoaderStage(Stage):
-    """Options of stages that run the training loader."""
+class _OwnLoaderStage(LoaderStage):
+    """Options of stages that run the training loader alone."""
 
-    data: Path
-    """Packed data set."""
-    batch_size: int = 64
-    """Images of a batch."""
-    image_size: int = 224
-    """Side of the crops."""
-    threads: int = 2
-    """Decoding threads."""
     batches: int = 20
     """Batches of a turn."""
 
-    def config(self, **data: Any) -> TrainConfig:
-        """The loader's config; `data` are more fields of its DataConfig."""
-        return TrainConfig(
-            data=DataConfig(
-                image_size=self.image_size,
-                evaluation_resize=self.image_size,
-                threads=self.threads,
-                **data,
-            ),
-            run=RunConfig(global_batch_size=self.batch_size),
-        )
+
+def config_of(options: Task | LoaderStage, **data: Any) -> TrainConfig:
+    """The loader's config; `data` are more fields of its DataConfig."""
+    size: dict[str, Any] = {
+        "image_size": options.image_size,
+        "evaluation_resize": options.image_size,
+    }
+    return TrainConfig(
+        data=DataConfig(threads=options.threads, **size, **data),
+        run=RunConfig(global_batch_size=options.batch_size),
+    )
 
 
-def _open_loader(dataset: PackedDataset, config: TrainConfig) -> TrainLoader:
+def prompts_of(dataset: PackedDataset) -> ClassPrompts:
+    """The prompts of a single data set, of its own class names and templates."""
     manifest = dataset.manifest
-    prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
-    return TrainLoader(config, [dataset], None, prompts)
+    return ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+
+
+def open_loader(dataset: PackedDataset, config: TrainConfig) -> TrainLoader:
+    """The training loader of a single data set."""
+    return TrainLoader(config, [dataset], None, prompts_of(dataset))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Augment(_LoaderStage):
+class Augment(_OwnLoaderStage):
     """Images/s with augmentation against without, and with DALI's operators."""
 
     augment: tuple[str, ...] = (
@@ -100,40 +100,28 @@ class Augment(_LoaderStage):
             if parse_augmentation(spec).views != 1:
                 raise ValueError(f"{spec}: add views=1; a second view is one more image")
         with PackedDataset(self.data) as dataset, contextlib.ExitStack() as stack:
-            batches: dict[tuple[str, str], Iterator[Tensor]] = {}
+            batches: dict[str, Iterator[Tensor]] = {}
             for spec, resample in itertools.product(specs, _RESAMPLERS):
-                config = self.config(resample=resample, augment=(spec,))
-                loader = stack.enter_context(contextlib.closing(_open_loader(dataset, config)))
-                batches[spec, resample] = (batch.images for batch in loader.batches(0))
+                config = config_of(self, resample=resample, augment=(spec,))
+                loader = stack.enter_context(contextlib.closing(open_loader(dataset, config)))
+                batches[f"{spec}, {resample}"] = (batch.images for batch in loader.batches(0))
             for spec in specs:
-                compare(spec, next(batches[spec, "fused"]), next(batches[spec, "dali"]))
-            figures = self._measure(batches)
-        self.report(figures, "numpy", "numba", "nvidia-dali-cuda120")
+                compare(spec, next(batches[f"{spec}, fused"]), next(batches[f"{spec}, dali"]))
 
-    def _measure(self, batches: dict[tuple[str, str], Iterator[Tensor]]) -> Figures:
-        """Rates of all in turns, and the ratio of each round to its round without augmentation."""
-        turns: dict[str, list[Turn]] = {", ".join(name): [] for name in batches}
-        for _ in range(self.rounds):
-            for name, images in zip(turns, batches.values(), strict=True):
-                turns[name].append(self._take_turn(images))
+            def take(name: str, count: int) -> None:
+                collections.deque(itertools.islice(batches[name], count), maxlen=0)
+
+            works = {name: functools.partial(take, name, self.batches) for name in batches}
+            ready = functools.partial(take, count=_WARM_UP)
+            turns = take_turns(works, rounds=self.rounds, warm_up=0, before=ready)
         plain = f"{_CROP_ONLY}, fused"
         figures: Figures = {}
         for name, mine in turns.items():
+            by_cpu_time = ratio_of(turns, plain, name, unit="cpu_seconds")
             figures[f"{name}: images/s"] = rate_of(mine, self.batches * self.batch_size)
             figures[f"{name}: rate against none"] = ratio_of(turns, plain, name)
-            figures[f"{name}: rate by CPU time against none"] = ratio_of(
-                turns, plain, name, unit="cpu_seconds"
-            )
-        return figures
-
-    def _take_turn(self, images: Iterator[Tensor]) -> Turn:
-        """Takes batches, after those that were ready."""
-        for _ in range(_WARM_UP):
-            next(images)
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(self.batches):
-            next(images)
-        return Turn(time.perf_counter() - wall, time.process_time() - cpu)
+            figures[f"{name}: rate by CPU time against none"] = by_cpu_time
+        self.report(figures, "numpy", "numba", "nvidia-dali-cuda120")
 
 
 def compare(spec: str, fused: Tensor, dali: Tensor) -> None:
@@ -149,7 +137,7 @@ def compare(spec: str, fused: Tensor, dali: Tensor) -> None:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Storage(_LoaderStage):
+class Storage(_OwnLoaderStage):
     """Rate from a URL beside that from a folder, and bytes read by window and cache."""
 
     url: str
@@ -170,10 +158,10 @@ class Storage(_LoaderStage):
 
     def _rates(self, local: PackedDataset) -> Figures:
         """Images/s of the loaders, and the ratios to the folder's within a round."""
-        config = self.config(block_bytes=self.block_bytes)
+        config = config_of(self, block_bytes=self.block_bytes)
 
         def images_of(dataset: PackedDataset) -> Tensor:
-            with contextlib.closing(_open_loader(dataset, config)) as loader:
+            with contextlib.closing(open_loader(dataset, config)) as loader:
                 batches = itertools.islice(loader.batches(0), self.batches)
                 return torch.stack([batch.images[:, ::32, ::32] for batch in batches])
 
@@ -185,20 +173,20 @@ class Storage(_LoaderStage):
                         f"{self.url} is another data set than {self.data}: upload this one"
                     )
 
-                def from_empty() -> Tensor:
-                    for blocks in (Path(scratch) / "blocks").iterdir():
+                def empty_cache(name: str) -> None:
+                    for blocks in (Path(scratch) / "blocks").iterdir() if "empty" in name else ():
                         shutil.rmtree(blocks)
-                    return images_of(remote)
 
                 if not torch.equal(images_of(local), images_of(remote)):
                     raise RuntimeError("batches from the URL differ from those of the folder")
                 turns = take_turns(
                     {
                         "folder": lambda: images_of(local),
-                        "URL, cache empty": from_empty,
+                        "URL, cache empty": lambda: images_of(remote),
                         "URL, cache full": lambda: images_of(remote),
                     },
                     rounds=self.rounds,
+                    before=empty_cache,
                 )
         count = self.batches * self.batch_size
         figures = {f"{name}: images/s": rate_of(turns[name], count) for name in turns}
@@ -224,7 +212,8 @@ class Storage(_LoaderStage):
         """Bytes read by bytes needed, and seconds."""
         # with DALI's resampling, decoded images are read step by step as others are
         resample = "dali" if window or cache_bytes < _CACHE_BYTES else "fused"
-        config = self.config(
+        config = config_of(
+            self,
             resample=resample,
             shuffle_window=window,
             cache_bytes=cache_bytes,
@@ -237,7 +226,7 @@ class Storage(_LoaderStage):
             with PackedDataset(self.url, cache=cache) as dataset:
                 assert dataset.remote is not None
                 traffic = dataset.remote.store.traffic
-                loader = _open_loader(dataset, config)
+                loader = open_loader(dataset, config)
                 before, started = traffic.read_bytes, time.perf_counter()
                 for _ in loader.host_batches(len(dataset) // self.batch_size):
                     pass

@@ -1,16 +1,18 @@
 """Our own loader for `unicl-bench input`, its stages, and what limits them.
 
-Whole loaders yield normalised float32 [b c h w]; stages and limits yield numbers of images. A
-stage gets its input from memory. Those that run beside each other in the loader use `threads`
-threads, those that its feeding thread runs one after another use one.
+contenders.py says what each is. Whole loaders yield normalised float32 [b c h w]; stages and limits
+take their input from memory and yield numbers of images. Those that run beside each other in the
+loader use `threads` threads, those that its feeding thread runs one after another use one.
 """
 
 from __future__ import annotations
 
+import collections
+import functools
 import itertools
 import math
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,7 +23,7 @@ from nvidia.dali.pipeline import Pipeline
 from torch import Tensor
 
 from unicl_fast.augmentation import AUGMENTATIONS
-from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainConfig
+from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.targets import map_steps
@@ -36,11 +38,9 @@ from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps
 from unicl_fast.system.machine import keep_freed_memory
-from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.text.tokenizer import Tokenizer
 
-from .contenders import Task
-from .worker import ContenderError
+from .contenders import ContenderError, Task
+from .loaders import config_of, prompts_of
 
 _HELD = 1024
 """Images that are held in memory for a stage."""
@@ -52,55 +52,44 @@ class _Own:
     def __init__(self, task: Task) -> None:
         keep_freed_memory()  # as our programs do
         self.task = task
-        self.config = TrainConfig(
-            data=DataConfig(
-                image_size=task.image_size,
-                evaluation_resize=task.image_size,
-                crop_scale=task.scale,
-                crop_ratio=task.ratio,
-                flip_probability=task.flip,
-                threads=task.threads,
-                resample=task.resample,
-            ),
-            run=RunConfig(global_batch_size=task.batch_size),
+        self.config = config_of(
+            task,
+            crop_scale=task.scale,
+            crop_ratio=task.ratio,
+            flip_probability=task.flip,
+            resample=task.resample,
         )
         self.dataset = PackedDataset(task.data)
-        manifest = self.dataset.manifest
-        self.prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
+        self.prompts = prompts_of(self.dataset)
         self.loader = TrainLoader(self.config, [self.dataset], None, self.prompts)
         self.bad = BadSamples([self.dataset], None)
 
-    def planned(self, step: int) -> PlannedBatch:
-        return self.loader.plan.batch(step, rank=0, world_size=1)
-
-    def some_planned(self) -> list[PlannedBatch]:
+    def planned(self) -> list[PlannedBatch]:
         """Batches that hold at least `_HELD` images together."""
-        return [self.planned(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
+        steps = range(math.ceil(_HELD / self.task.batch_size))
+        return [self.loader.plan.batch(step, rank=0, world_size=1) for step in steps]
 
     def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
         return self.bad.read_batch(self.loader.plan, planned)
 
     def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
-        """`some_planned` with their encoded images."""
-        return [self.read(planned) for planned in self.some_planned()]
+        """`planned` with the encoded images."""
+        return [self.read(planned) for planned in self.planned()]
 
 
 def ours(task: Task) -> Iterator[Tensor]:
-    """The whole loader, normalised as the training step does it."""
     for batch in _Own(task).loader.batches(0):
         yield normalise_images(batch.images, mean=CLIP_MEAN, std=CLIP_STD)
         del batch  # held here, its buffer could not be used for the next one
 
 
 def loader(task: Task) -> Iterator[int]:
-    """Batches as the training step takes them: uint8."""
     for batch in _Own(task).loader.batches(0):
         yield len(batch.images)
         del batch
 
 
 def plan(task: Task) -> Iterator[int]:
-    """The plan of batches."""
     own = _Own(task)
     count = steps_at_once(task.batch_size)
     for first in itertools.count(0, count):
@@ -110,7 +99,6 @@ def plan(task: Task) -> Iterator[int]:
 
 
 def texts(task: Task) -> Iterator[int]:
-    """The text block of a planned batch."""
     own = _Own(task)
     length = own.config.model.context_length
     count = steps_at_once(task.batch_size)
@@ -123,31 +111,19 @@ def texts(task: Task) -> Iterator[int]:
 
 
 def read(task: Task) -> Iterator[int]:
-    """The encoded images of planned batches."""
     own = _Own(task)
-    for planned in itertools.cycle(own.some_planned()):
+    for planned in itertools.cycle(own.planned()):
         yield len(own.read(planned)[1])
 
 
-def decode(task: Task) -> Iterator[int]:
-    """The decoder of graph.py alone, on whole files."""
+def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
+    """The decoder of graph.py alone, on whole files, or cut to windows as the loader does it."""
     own = _Own(task)
-    held = ((encoded, *fed.crops(0)[:2]) for fed, encoded in own.held())
-    yield from _decode(own, list(held))
-
-
-def decode_cut(task: Task) -> Iterator[int]:
-    """The decoder of graph.py alone, on files cut to their windows as the loader does it."""
-    own = _Own(task)
-    held = (
-        (*cut_to_windows(encoded, *fed.crops(0)[:2]), fed.crops(0)[1])
-        for fed, encoded in own.held()
-    )
-    yield from _decode(own, list(held))
-
-
-def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
-    task = own.task
+    held = []
+    for planned, encoded in own.held():
+        starts, shapes, _ = planned.crops(0)
+        cut_files = cut_to_windows(encoded, starts, shapes) if cut else (encoded, starts)
+        held.append((*cut_files, shapes))
     batches = itertools.cycle(held)
     pipeline = Pipeline(
         batch_size=task.batch_size,
@@ -163,24 +139,18 @@ def _decode(own: _Own, held: list[tuple[Any, ...]]) -> Iterator[int]:
             dtype=[types.UINT8, types.INT32, types.INT32],
             ndim=[1, 1, 1],
         )
-        pipeline.set_outputs(
-            decode_windows(
-                encoded,
-                starts,
-                shapes,
-                data=own.config.data,
-                device=torch.device("cpu"),
-                images="files",
-            )
-        )
+        where: Any = {"data": own.config.data, "device": torch.device("cpu")}
+        pipeline.set_outputs(decode_windows(encoded, starts, shapes, images="files", **where))
     while True:
         (images,) = pipeline.run()
         yield len(images)
         del images
 
 
+decode_cut = functools.partial(decode, cut=True)
+
+
 def turbojpeg(task: Task) -> Iterator[int]:
-    """libjpeg-turbo on whole images."""
     from .peers import decode_whole
 
     images = [(image,) for _, encoded in _Own(task).held() for image in encoded]
@@ -190,7 +160,6 @@ def turbojpeg(task: Task) -> Iterator[int]:
 
 
 def resample(task: Task) -> Iterator[int]:
-    """Our kernel on crops that are decoded, in threads as DALI runs it."""
     from .peers import decode_whole
 
     crops = []
@@ -229,7 +198,6 @@ def augment(task: Task) -> Iterator[int]:
 
 
 def normalise(task: Task) -> Iterator[int]:
-    """The training step's conversion to float32."""
     keep_freed_memory()
     shape = (task.batch_size, task.image_size, task.image_size, 3)
     batches = [torch.randint(0, 256, shape, dtype=torch.uint8) for _ in range(4)]
@@ -238,7 +206,6 @@ def normalise(task: Task) -> Iterator[int]:
 
 
 def write(task: Task) -> Iterator[int]:
-    """Writing a finished batch into memory."""
     batch = torch.empty(task.batch_size, 3, task.image_size, task.image_size)
     for value in itertools.count():
         yield len(batch.fill_(value % 7))
@@ -255,8 +222,8 @@ def _in_threads(task: Task, work: Any, arguments: list[Any]) -> Iterator[int]:
         return len(piece)
 
     with ThreadPoolExecutor(task.threads) as pool:
-        running = [pool.submit(run, pieces[i % len(pieces)]) for i in range(2 * task.threads)]
-        for number in itertools.count(len(running)):
-            done = running.pop(0).result()
-            running.append(pool.submit(run, pieces[number % len(pieces)]))
-            yield done
+        running: collections.deque[Future[int]] = collections.deque()
+        for piece in itertools.cycle(pieces):
+            running.append(pool.submit(run, piece))
+            if len(running) > 2 * task.threads:
+                yield running.popleft().result()

@@ -1,31 +1,28 @@
 """Peers of `unicl-bench input`: loaders that users would otherwise take.
 
 Each is set up as its own documentation does it, with the same crops, the bilinear filter where it
-has one, and no other augmentation, and yields normalised float32 [b c h w]. torchvision (two ways),
-timm and webdataset use torch's DataLoader; DALI, SPDL, a thread pool and FFCV have their own
-decoders. FFCV's own files are written first, once, with the settings of its ImageNet scripts that
-apply to a CPU: at most 500 pixels, JPEG quality 90, the operating system's cache, random order.
-Each function imports its own packages, so that memory is counted honestly.
-
-Stops between epochs would weigh more on small data than on real data, so loaders with epochs get
-the data set repeated many times.
+has one, and no other augmentation, and yields normalised float32 [b c h w]. Each function imports
+its own packages, so that memory is counted honestly. FFCV's own files are written first, once, with
+the settings of its ImageNet scripts that apply to a CPU: at most 500 pixels, JPEG quality 90, the
+operating system's cache, random order. Stops between epochs would weigh more on small data than on
+real data, so loaders with epochs run them without a stop.
 """
 
 from __future__ import annotations
 
 import collections
+import functools
 import math
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, RandomSampler
 from torch.utils.dlpack import from_dlpack
 
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
@@ -38,7 +35,7 @@ if TYPE_CHECKING:
     from torchvision.transforms import Compose
 
 _ENOUGH = 2_000_000
-"""Images in an epoch of a repeated data set, which no run reaches the end of."""
+"""Images that no run reaches the end of."""
 _MEAN = 255 * np.array(CLIP_MEAN, np.float32)
 _STD = 255 * np.array(CLIP_STD, np.float32)
 _AHEAD = 3
@@ -47,32 +44,11 @@ _FFCV_EPOCH = 500_000
 """Images of one of FFCV's epochs; between two of them its threads start anew."""
 
 
-class _Repeated(Dataset[Any]):
-    """An ImageFolder that is repeated many times."""
-
-    def __init__(self, folder: ImageFolder) -> None:
-        self._folder = folder
-
-    def __len__(self) -> int:
-        return max(1, _ENOUGH // len(self._folder)) * len(self._folder)
-
-    def __getitem__(self, index: int) -> Any:
-        return self._folder[index % len(self._folder)]
-
-    @property
-    def transform(self) -> Any:
-        return self._folder.transform
-
-    @transform.setter
-    def transform(self, transform: Any) -> None:  # timm's create_loader sets it from outside
-        self._folder.transform = transform
-
-
 def torchvision_batches(task: Task) -> Iterator[Tensor]:
     """ImageFolder with PIL transforms, as most people write it."""
     from torchvision.datasets import ImageFolder
 
-    return _images(_data_loader(ImageFolder(str(task.class_folder), _pil_transform(task)), task))
+    return _load(ImageFolder(str(task.class_folder), _pil_transform(task)), task)
 
 
 def torchvision_v2_batches(task: Task) -> Iterator[Tensor]:
@@ -92,12 +68,8 @@ def torchvision_v2_batches(task: Task) -> Iterator[Tensor]:
         ]
     )
 
-    def decode(path: str) -> Tensor:
-        image: Tensor = decode_image(path, mode=ImageReadMode.RGB)
-        return image
-
-    folder = ImageFolder(str(task.class_folder), transform, loader=decode)
-    return _images(_data_loader(folder, task))
+    decode = functools.partial(decode_image, mode=ImageReadMode.RGB)
+    return _load(ImageFolder(str(task.class_folder), transform, loader=decode), task)
 
 
 def timm_batches(task: Task) -> Iterator[Tensor]:
@@ -106,7 +78,7 @@ def timm_batches(task: Task) -> Iterator[Tensor]:
     from torchvision.datasets import ImageFolder
 
     loader = create_loader(
-        _Repeated(ImageFolder(str(task.class_folder))),
+        ImageFolder(str(task.class_folder)),
         input_size=(3, task.image_size, task.image_size),
         batch_size=task.batch_size,
         is_training=True,
@@ -118,9 +90,12 @@ def timm_batches(task: Task) -> Iterator[Tensor]:
         mean=CLIP_MEAN,
         std=CLIP_STD,
         num_workers=task.threads,
+        use_multi_epochs_loader=True,
         device=torch.device("cpu"),
     )
-    return _images(loader)
+    while True:
+        for images, _ in loader:
+            yield images
 
 
 def webdataset_batches(task: Task) -> Iterator[Tensor]:
@@ -140,7 +115,7 @@ def webdataset_batches(task: Task) -> Iterator[Tensor]:
     loader = webdataset.WebLoader(
         pipeline, batch_size=None, shuffle=False, num_workers=task.threads, persistent_workers=True
     )
-    return _images(loader)
+    return (images for images, _ in loader)
 
 
 def _pil_transform(task: Task) -> Compose:
@@ -161,19 +136,15 @@ def _stack(samples: list[tuple[Tensor, Any]]) -> tuple[Tensor, list[Any]]:
     return torch.stack(images), list(texts)
 
 
-def _data_loader(folder: ImageFolder, task: Task) -> DataLoader[Any]:
-    return DataLoader(
-        _Repeated(folder),
+def _load(folder: ImageFolder, task: Task) -> Iterator[Tensor]:
+    loader = DataLoader(
+        folder,
         batch_size=task.batch_size,
-        shuffle=True,
+        sampler=RandomSampler(folder, num_samples=_ENOUGH),  # one epoch after the other
         num_workers=task.threads,
         drop_last=True,
     )
-
-
-def _images(loader: Any) -> Iterator[Tensor]:
-    for images, _ in loader:
-        yield images
+    return (images for images, _ in loader)
 
 
 def dali_batches(task: Task) -> Iterator[Tensor]:
@@ -230,9 +201,8 @@ def spdl_batches(task: Task) -> Iterator[Tensor]:
 
     def decode(path: str) -> Any:
         packets = spdl.io.demux_image(path)
-        top, left, height, width = random_crop(
-            draw, packets.codec.height, packets.codec.width, task
-        )
+        codec = packets.codec
+        top, left, height, width = random_crop(draw, codec.height, codec.width, task)
         filters = [
             f"crop={width}:{height}:{left}:{top}:exact=1",
             f"scale={size}:{size}:flags=bilinear",
@@ -243,10 +213,9 @@ def spdl_batches(task: Task) -> Iterator[Tensor]:
 
     mean, std = torch.from_numpy(_MEAN), torch.from_numpy(_STD)
 
-    def finish(frames: list[Any]) -> Tensor:
+    def finish(frames: list[Any]) -> Any:
         images = spdl.io.to_torch(spdl.io.convert_frames(frames))
-        normalised: Tensor = (images - mean) / std
-        return normalised.permute(0, 3, 1, 2)
+        return ((images - mean) / std).permute(0, 3, 1, 2)
 
     pipeline = (
         PipelineBuilder()
@@ -290,21 +259,13 @@ def pool_batches(task: Task) -> Iterator[Tensor]:
         order = _endless_order(len(dataset))
         in_work: collections.deque[tuple[NDArray[np.float32], list[Future[None]]]]
         in_work = collections.deque()
-
-        def start() -> None:
-            batch = free.popleft()
-            samples = [next(order) for _ in range(task.batch_size)]
-            in_work.append(
-                (batch, [pool.submit(make, batch[i], *s) for i, s in enumerate(samples)])
-            )
-
-        for _ in range(_AHEAD):
-            start()
         while True:
+            while len(in_work) <= _AHEAD:
+                batch = free.popleft()
+                in_work.append((batch, [pool.submit(make, out, *next(order)) for out in batch]))
             batch, futures = in_work.popleft()
             for future in futures:
                 future.result()
-            start()
             yield torch.from_numpy(batch).permute(0, 3, 1, 2)
             free.append(batch)
 
@@ -326,7 +287,8 @@ def decode_whole(encoded: NDArray[np.uint8]) -> NDArray[np.uint8]:
         return decoded
     import cv2
 
-    return np.ascontiguousarray(cv2.imdecode(encoded, cv2.IMREAD_COLOR)[:, :, ::-1])
+    pixels: Any = cv2.imdecode(encoded, cv2.IMREAD_COLOR)
+    return np.ascontiguousarray(pixels[:, :, ::-1])
 
 
 def random_crop(
@@ -345,44 +307,20 @@ def random_crop(
     return (height - h) // 2, (width - w) // 2, h, w
 
 
-def write_ffcv_jpg(task: Task) -> None:
-    """Writes the data set as JPEGs in FFCV's format."""
-    _write_ffcv(task, "jpg")
-
-
-def write_ffcv_raw(task: Task) -> None:
-    """Writes the data set as pixels in FFCV's format."""
-    _write_ffcv(task, "raw")
-
-
-def ffcv_jpg_batches(task: Task) -> Iterator[Tensor]:
-    """FFCV on JPEGs."""
-    return _ffcv_batches(task, "jpg")
-
-
-def ffcv_raw_batches(task: Task) -> Iterator[Tensor]:
-    """FFCV on decoded images."""
-    return _ffcv_batches(task, "raw")
-
-
-def _ffcv_path(task: Task, mode: str) -> Path:
-    return task.scratch / f"{mode}.beton"
-
-
-def _write_ffcv(task: Task, mode: str) -> None:
+def _write_ffcv(task: Task, *, mode: str) -> None:
+    """Writes the data set in FFCV's format: as JPEGs (mode jpg), or as pixels (raw)."""
     from ffcv.fields import IntField, RGBImageField
     from ffcv.writer import DatasetWriter
     from torchvision.datasets import ImageFolder
 
     folder = ImageFolder(str(task.class_folder))
     image = RGBImageField(write_mode=mode, max_resolution=500, jpeg_quality=90)
-    writer = DatasetWriter(
-        str(_ffcv_path(task, mode)), {"image": image, "label": IntField()}, num_workers=1
-    )
+    path = str(task.scratch / f"{mode}.beton")
+    writer = DatasetWriter(path, {"image": image, "label": IntField()}, num_workers=1)
     writer.from_indexed_dataset(folder)
 
 
-def _ffcv_batches(task: Task, mode: str) -> Iterator[Tensor]:
+def _ffcv_batches(task: Task, *, mode: str) -> Iterator[Tensor]:
     from ffcv.fields.decoders import RandomResizedCropRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
     from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
@@ -397,7 +335,7 @@ def _ffcv_batches(task: Task, mode: str) -> Iterator[Tensor]:
     ]
     count = sum(1 for _ in task.class_folder.glob("*/*"))
     loader = Loader(
-        str(_ffcv_path(task, mode)),
+        str(task.scratch / f"{mode}.beton"),
         batch_size=task.batch_size,
         num_workers=task.threads,
         order=OrderOption.RANDOM,
@@ -408,3 +346,9 @@ def _ffcv_batches(task: Task, mode: str) -> Iterator[Tensor]:
     while True:
         for (images,) in loader:
             yield images
+
+
+write_ffcv_jpg = functools.partial(_write_ffcv, mode="jpg")
+write_ffcv_raw = functools.partial(_write_ffcv, mode="raw")
+ffcv_jpg_batches = functools.partial(_ffcv_batches, mode="jpg")
+ffcv_raw_batches = functools.partial(_ffcv_batches, mode="raw")

@@ -4,13 +4,10 @@
     python -m unicl_fast.benchmarks.input.race RESULT.json ... [--plot FILE.png]
 
 Every contestant crops, resizes, flips and normalises the same files into float32 batches, with the
-same number of threads or worker processes. Their images are compared first (contenders.py). Then
-each runs alone, for its memory; then they take turns, all but one stopped, and the figure is the
-median of the ratios within a round. Limits and stages, which are parts of the work, take turns with
-them. Contestants that are not installed are named and left out.
-
-The second command prints results as Markdown tables and draws them, so that no table in the
-documentation is typed by hand.
+same number of threads or worker processes. Their images are compared first (contenders.py), then
+each runs alone, for its memory, then they take turns with the limits and stages, which are parts of
+the work. Contestants that are not installed are named and left out. The second command prints and
+draws results, so that no table in the documentation is typed by hand.
 """
 
 from __future__ import annotations
@@ -20,10 +17,9 @@ import dataclasses
 import itertools
 import json
 import tempfile
-from collections.abc import Callable, Mapping
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import numpy as np
 import tyro
@@ -31,25 +27,25 @@ import tyro
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
 
-from ..harness import Figures, Stage, Turn, Unit, rate_of, ratio_of, summarise
+from ..harness import Figures, LoaderStage, Turn, Unit, rate_of, ratio_of, summarise
 from .contenders import (
     OURS,
     PARTS,
     PEERS,
     RAW,
     Contender,
+    ContenderError,
     Gap,
     Kind,
+    MissingPackageError,
     Task,
     choose,
+    compare_distributions,
     comparison_task,
-    differs_in_distribution,
     gap_to,
     write_class_folder,
 )
-from .worker import ContenderError, MissingPackageError, Worker
-
-T = TypeVar("T")
+from .worker import Worker
 
 _COLOURS = {"ours": "#c1440e", "peer": "#8a9ba8", "limit": "white"}
 _RAW = "-raw"
@@ -69,11 +65,9 @@ _PACKAGES = (
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Input(Stage):
+class Input(LoaderStage):
     """Images/s of the input pipeline on the CPU, beside other loaders."""
 
-    data: Path
-    """Packed data set of JPEGs or PNGs; every contestant reads its images."""
     raw_data: Path | None = None
     """The same images packed in another format, for a second contestant of ours."""
     peers: tuple[str, ...] = ("all",)
@@ -82,12 +76,6 @@ class Input(Stage):
     parts: tuple[str, ...] = ("all",)
     """Limits and stages that take turns too: decode, turbojpeg, read, write, plan, texts,
     resample, normalise, loader; or all, or none."""
-    batch_size: int = 64
-    """Images of a batch."""
-    image_size: int = 224
-    """Side of the crops."""
-    threads: int = 2
-    """Decoding threads, or worker processes."""
     rounds: int = 7
     """Turns of each contestant."""
     seconds: float = 3.0
@@ -124,11 +112,13 @@ class Input(Stage):
                 with PackedDataset(self.raw_data) as raw_dataset:
                     questions[RAW.name] = comparison_task(raw_dataset, raw_task)
             gaps = race.compare_pixels(questions)
-            race.prepare(tasks)
+            for each in race.still_in():
+                with race.attempt(each):
+                    _prepare(each, tasks[each.name])
             figures = race.measure_memory(tasks, self.seconds)
             figures |= race.measure_rates(tasks, self)
         result = {"contenders": race.described(gaps), "left_out": race.left_out}
-        self.report(figures, *_installed(), **result)
+        self.report(figures, *_PACKAGES, **result)
         if self.plot is not None:
             plot({self.data.name: {"figures": figures, **result}}, self.plot)
 
@@ -147,56 +137,44 @@ class _Race:
             if each.name not in self.left_out and (not kinds or each.kind in kinds)
         ]
 
-    def attempt(self, contender: Contender, work: Callable[[Contender], T]) -> T | None:
-        """The result of its `work`; None if the contestant cannot do it, which leaves it out.
-
-        Raises:
-            RuntimeError: it is ours.
-        """
+    @contextlib.contextmanager
+    def attempt(self, contender: Contender) -> Iterator[None]:
+        """Leaves the contestant out if it cannot do the block; RuntimeError if it is ours."""
         try:
-            return work(contender)
+            yield
         except ContenderError as error:
             reason = str(error)
             if isinstance(error, MissingPackageError) and contender.install:
                 reason = f"{reason}; to have it: {contender.install}"
             if contender.kind == "ours":
                 raise RuntimeError(f"{contender.name}: {reason}") from error
-            self.leave_out(contender, reason)
-            return None
-
-    def leave_out(self, contender: Contender, reason: str) -> None:
-        print(f"{contender.name} is left out: {reason}", flush=True)
-        self.left_out[contender.name] = reason
+            print(f"{contender.name} is left out: {reason}", flush=True)
+            self.left_out[contender.name] = reason
 
     def compare_pixels(self, questions: Mapping[str, tuple[Task, np.ndarray]]) -> dict[str, Gap]:
-        """Compares all images with Pillow's; a contestant that makes others is left out.
-
-        Args:
-            questions: for each name a task and its result, see `comparison_task`.
-        """
+        """Compares all images with Pillow's, by a task and its result for each name."""
         gaps = {}
         for each in self.still_in("ours", "peer"):
-            gap = self.attempt(each, lambda who: _gap(who, *questions[who.name]))
-            if gap is not None:
+            task, truth = questions[each.name]
+            with self.attempt(each):
+                _prepare(each, task)
+                with Worker(each, task) as worker:
+                    gap = gap_to(truth, worker.images(_COMPARED))
+                if gap.mean > each.tolerance:
+                    raise ContenderError(
+                        f"it makes other images: {gap.mean:.2f} levels from Pillow's in the mean, "
+                        f"where {each.tolerance} are allowed"
+                    )
                 gaps[each.name] = gap
                 print(f"{each.name}: {gap.mean:.2f} levels from Pillow's in the mean", flush=True)
         return gaps
 
-    def prepare(self, tasks: Mapping[str, Task]) -> None:
-        for each in self.still_in():
-            self.attempt(each, lambda who: _prepare(who, tasks[who.name]))
-
     def measure_memory(self, tasks: Mapping[str, Task], seconds: float) -> Figures:
         """Runs each alone, so that no other process shares its libraries."""
-
-        def measure(who: Contender) -> list[float]:
-            with Worker(who, tasks[who.name]) as worker:
-                return [number / 1e6 for number in worker.memory(seconds)]
-
         figures = {}
         for each in self.still_in("ours", "peer"):
-            megabytes = self.attempt(each, measure)
-            if megabytes:
+            with self.attempt(each), Worker(each, tasks[each.name]) as worker:
+                megabytes = [number / 1e6 for number in worker.memory(seconds)]
                 figures[f"{each.name}, MB"] = summarise(megabytes)
         return figures
 
@@ -205,18 +183,20 @@ class _Race:
         with contextlib.ExitStack() as stack:
             workers: dict[str, Worker] = {}
             for each in self.still_in():
-                worker = self.attempt(
-                    each, lambda who: stack.enter_context(Worker(who, tasks[who.name]))
-                )
-                if worker is not None:
-                    workers[each.name] = worker
-            self._compare_distributions(workers, settings)
+                with self.attempt(each):
+                    workers[each.name] = stack.enter_context(Worker(each, tasks[each.name]))
+            moments: dict[str, np.ndarray] = {}
+            for each in self.still_in("ours", "peer"):
+                with self.attempt(each):
+                    moments[each.name] = workers[each.name].moments(
+                        -(-_MOMENTS // settings.batch_size)
+                    )
+                    compare_distributions(moments[each.name], moments[OURS.name])
             turns: dict[str, list[Turn]] = {name: [] for name in workers}
             for _ in range(settings.rounds):
                 for each in self.still_in():
-                    turn = self.attempt(each, lambda who: workers[who.name].turn(settings.seconds))
-                    if turn is not None:
-                        turns[each.name].append(turn)
+                    with self.attempt(each):
+                        turns[each.name].append(workers[each.name].turn(settings.seconds))
         figures: Figures = {}
         units: dict[Unit, tuple[str, str]] = {
             "wall_seconds": ("s", ""),
@@ -224,71 +204,28 @@ class _Race:
         }
         for unit, (second, suffix) in units.items():
             for each in self.still_in():
-                rate = rate_of(turns[each.name], 1, unit=unit)
-                figures[f"{each.name}, images/{second}"] = rate
-            for own, other in itertools.product(
-                self.still_in("ours"), self.still_in("peer", "limit")
-            ):
+                figures[f"{each.name}, images/{second}"] = rate_of(turns[each.name], 1, unit=unit)
+            pairs = itertools.product(self.still_in("ours"), self.still_in("peer", "limit"))
+            for own, other in pairs:
                 ratio = ratio_of(turns, other.name, own.name, unit=unit)
                 figures[f"{own.name} / {other.name}{suffix}"] = ratio
         return figures
 
-    def _compare_distributions(self, workers: Mapping[str, Worker], settings: Input) -> None:
-        batches = -(-_MOMENTS // settings.batch_size)
-
-        def moments_of(who: Contender) -> np.ndarray:
-            return workers[who.name].moments(batches)
-
-        reference = self.attempt(OURS, moments_of)
-        assert reference is not None  # else the run has ended
-        for each in self.still_in("ours", "peer"):
-            moments = None if each is OURS else self.attempt(each, moments_of)
-            difference = "" if moments is None else differs_in_distribution(moments, reference)
-            if difference:
-                self.leave_out(each, difference)
-
     def described(self, gaps: Mapping[str, Gap]) -> dict[str, dict[str, Any]]:
         """For the JSON: each contestant, and how far its images are from Pillow's."""
-        described: dict[str, dict[str, Any]] = {}
+        described = {}
         for each in self.still_in():
-            facts: dict[str, Any] = {"kind": each.kind, "what": each.about}
-            if each.differs:
-                facts["differs"] = each.differs
+            facts: dict[str, Any] = {"kind": each.kind, "what": each.about, "differs": each.differs}
             if each.name in gaps:
                 facts["levels_from_pillow"] = dataclasses.asdict(gaps[each.name])
-            described[each.name] = facts
+            described[each.name] = {name: fact for name, fact in facts.items() if fact}
         return described
-
-
-def _gap(contender: Contender, task: Task, truth: np.ndarray) -> Gap:
-    _prepare(contender, task)
-    with Worker(contender, task) as worker:
-        images = worker.images(_COMPARED)
-    try:
-        gap = gap_to(truth, images)
-    except ValueError as error:
-        raise ContenderError(str(error)) from error
-    if gap.mean > contender.tolerance:
-        raise ContenderError(
-            f"it makes other images: {gap.mean:.2f} levels from Pillow's in the mean, "
-            f"where {contender.tolerance} are allowed"
-        )
-    return gap
 
 
 def _prepare(contender: Contender, task: Task) -> None:
     if contender.prepare:
         with Worker(contender, task, prepare=True):
             pass
-
-
-def _installed() -> list[str]:
-    found = []
-    for package in _PACKAGES:
-        with contextlib.suppress(PackageNotFoundError):
-            version(package)
-            found.append(package)
-    return found
 
 
 def table(result: Mapping[str, Any]) -> str:
@@ -310,9 +247,8 @@ def table(result: Mapping[str, Any]) -> str:
             _spread(figures.get(f"{ours} / {name}")),
             _spread(figures.get(f"{ours} / {name}, by CPU time")),
         ]
-        memory = figures.get(f"{name}, MB")
-        cells.append("" if memory is None else _number(memory["median"]))
-        gap = facts.get("levels_from_pillow")
+        memory, gap = figures.get(f"{name}, MB"), facts.get("levels_from_pillow")
+        cells.append(_number(memory["median"]) if memory else "")
         cells.append(f"{gap['mean']:.2f}" if gap else "")
         kind = "" if facts["kind"] in ("ours", "peer") else f"{facts['kind']}: "
         lines.append(f"| {kind}{name} | {' | '.join(cells)} |")
@@ -323,56 +259,45 @@ def table(result: Mapping[str, Any]) -> str:
 
 def plot(results: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     """A panel of bars for each result: median rate and spread; memory beside it."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     bars = [_bars(result) for result in results.values()]
     height = 1.2 + 0.36 * max(len(rows) for rows, _ in bars)
-    figure, panels = pyplot.subplots(
-        1, len(results), figsize=(6.4 * len(results), height), squeeze=False, layout="constrained"
-    )
+    figure = Figure(figsize=(6.4 * len(results), height), layout="constrained")
+    panels = figure.subplots(1, len(results), squeeze=False)
     for panel, (title, result), (rows, beyond) in zip(
         panels[0], results.items(), bars, strict=True
     ):
-        top = max(result["figures"][f"{name}, images/s"]["high"] for name, _ in rows)
-        for row, (name, kind) in enumerate(reversed(rows)):
-            rate = result["figures"][f"{name}, images/s"]
-            memory = result["figures"].get(f"{name}, MB")
-            middle = rate["median"]
-            panel.barh(
-                row,
-                middle,
-                color=_COLOURS[kind],
-                edgecolor="#4a4a4a" if kind == "limit" else _COLOURS[kind],
-                hatch="///" if kind == "limit" else None,
-                xerr=[[middle - rate["low"]], [rate["high"] - middle]],
-                error_kw={"ecolor": "#222222", "capsize": 2, "elinewidth": 0.8},
-            )
-            label = f"{middle:,.0f}" + (f"  ({memory['median']:,.0f} MB)" if memory else "")
-            panel.text(rate["high"] + 0.01 * top, row, label, va="center", fontsize=8)
-        panel.set_yticks(
-            range(len(rows)),
-            [f"limit: {name}" if kind == "limit" else name for name, kind in reversed(rows)],
+        rates = [result["figures"][f"{name}, images/s"] for name, _ in rows]
+        top = max(rate["high"] for rate in rates)
+        spreads = [(rate["median"] - rate["low"], rate["high"] - rate["median"]) for rate in rates]
+        panel.barh(
+            [f"limit: {name}" if kind == "limit" else name for name, kind in rows],
+            [rate["median"] for rate in rates],
+            color=[_COLOURS[kind] for _, kind in rows],
+            edgecolor=["#4a4a4a" if kind == "limit" else _COLOURS[kind] for _, kind in rows],
+            hatch=["///" if kind == "limit" else "" for _, kind in rows],
+            xerr=np.transpose(spreads),
+            error_kw={"ecolor": "#222222", "capsize": 2, "elinewidth": 0.8},
         )
+        panel.invert_yaxis()
+        for row, ((name, _), rate) in enumerate(zip(rows, rates, strict=True)):
+            memory = result["figures"].get(f"{name}, MB")
+            label = f"{rate['median']:,.0f}" + (f"  ({memory['median']:,.0f} MB)" if memory else "")
+            panel.text(rate["high"] + 0.01 * top, row, label, va="center", fontsize=8)
         panel.set_xlim(0, 1.32 * top)
-        label = "images/s: median and spread (memory of all processes)"
-        if beyond:
-            label += f"\nlimits off the scale: {', '.join(beyond)}"
+        off_the_scale = f"\nlimits off the scale: {', '.join(beyond)}" if beyond else ""
+        label = f"images/s: median and spread (memory of all processes){off_the_scale}"
         panel.set_xlabel(label, fontsize=8)
         panel.set_title(title, fontsize=10)
-        for side in ("top", "right"):
-            panel.spines[side].set_visible(False)
+        panel.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def _by_rate(result: Mapping[str, Any]) -> list[tuple[str, Mapping[str, Any]]]:
-    def order(item: tuple[str, Mapping[str, Any]]) -> tuple[bool, bool, float]:
-        name, facts = item
-        rate = result["figures"][f"{name}, images/s"]["median"]
-        return facts["kind"] == "stage", facts["kind"] == "limit", -rate
+    def order(item: tuple[str, Mapping[str, Any]]) -> tuple[int, float]:
+        kind, rate = item[1]["kind"], result["figures"][f"{item[0]}, images/s"]["median"]
+        return {"limit": 1, "stage": 2}.get(kind, 0), -rate
 
     return sorted(result["contenders"].items(), key=order)
 

@@ -1,18 +1,17 @@
 """A contestant of `unicl-bench input` in a process of its own, and the handle to it.
 
-Workers of one contestant must not run while another has its turn: the whole session of a process is
-stopped by a signal between its turns, with all its threads and children. Its memory and its CPU
-time are those of all processes of the session.
-
-This module imports no torch: pages that the handle's process has mapped too would be shared, and
-shared memory counts in part only.
+A contestant must not run while another has its turn: the whole session of its process, with all
+threads and children, is stopped by a signal between its turns. Its memory and CPU time are those of
+all processes of the session.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import itertools
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -29,7 +28,7 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from unicl_fast.system.machine import keep_freed_memory, return_freed_memory
 
 from ..harness import Turn
-from .contenders import Contender, Task, load
+from .contenders import Contender, ContenderError, MissingPackageError, Task, load
 
 _WARM_UP = 8
 """Batches taken before the clock starts: those that were ready before the turn do not count."""
@@ -42,19 +41,8 @@ _SET_PARENT_DEATH_SIGNAL = 1  # prctl(2)
 _MEAN, _STD = np.array(CLIP_MEAN, np.float32), np.array(CLIP_STD, np.float32)
 
 
-class ContenderError(RuntimeError):
-    """A contestant could not do its work; the message says why."""
-
-
-class MissingPackageError(ContenderError):
-    """A package that the contestant needs is not installed."""
-
-
 class Worker:
-    """A contestant's process; use it as a context manager.
-
-    It is stopped (in the sense of SIGSTOP) except while it answers.
-    """
+    """A contestant's process, a context manager; it is stopped by SIGSTOP unless it answers."""
 
     def __init__(self, contender: Contender, task: Task, *, prepare: bool = False) -> None:
         """Starts the process; with `prepare` it only writes the contestant's own files."""
@@ -84,49 +72,51 @@ class Worker:
 
     def images(self, count: int) -> np.ndarray:
         """Its first `count` images, or a few more: float32 [n h w 3] in levels of 0 to 255."""
-        return np.asarray(self._ask("images", count))
+        with self._running():
+            return np.asarray(self._ask("images", count))
 
     def moments(self, batches: int) -> np.ndarray:
         """Mean and deviation of each image of so many batches [n 2], in levels."""
-        return np.asarray(self._ask("moments", batches))
+        with self._running():
+            return np.asarray(self._ask("moments", batches))
 
     def turn(self, seconds: float) -> Turn:
         """Warms up, then runs for `seconds`; the turn is that of one image, on average."""
-        return Turn(*self._ask("turn", seconds))
+        with self._running():
+            self._ask("warm", seconds)
+            return Turn(*self._ask("turn", seconds))
 
     def memory(self, seconds: float) -> list[int]:
         """`session_bytes` of its processes, a few times while it runs for `seconds`."""
-        self._signal(signal.SIGCONT)
-        self._connection.send(("turn", seconds))
-        self._answer()  # warm
-        samples = []
-        while not self._connection.poll(seconds / 6):
-            samples.append(session_bytes(self._process.pid))
-        self._answer()
-        self._signal(signal.SIGSTOP)
+        with self._running():
+            self._ask("warm", seconds)
+            self._connection.send(("turn", seconds))
+            samples = []
+            while not self._connection.poll(seconds / 6):
+                samples.append(session_bytes(self._process.pid))
+            self._answer()
         return samples
 
-    def _ask(self, *question: Any) -> Any:
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
         self._signal(signal.SIGCONT)
-        self._connection.send(question)
-        answer = self._answer()
-        if question[0] == "turn":
-            answer = self._answer()  # the first one said that it is warm
+        yield
         self._signal(signal.SIGSTOP)
-        return answer
+
+    def _ask(self, command: str, number: float) -> Any:
+        self._connection.send((command, number))
+        return self._answer()
 
     def _answer(self) -> Any:
         if not self._connection.poll(_PATIENCE):
             raise ContenderError(f"no answer within {_PATIENCE:.0f} s")
         try:
-            kind, answer = self._connection.recv()
+            answer = self._connection.recv()
         except (EOFError, ConnectionResetError):
             code = self._process.wait()
             raise ContenderError(f"its process ended with code {code}") from None
-        if kind == "missing":
-            raise MissingPackageError(answer)
-        if kind == "failed":
-            raise ContenderError(answer)
+        if isinstance(answer, ContenderError):
+            raise answer
         return answer
 
     def _signal(self, number: signal.Signals) -> None:
@@ -157,44 +147,38 @@ def serve(descriptor: int) -> None:
             contender, task, prepare = connection.recv()
             if prepare:
                 load(contender.prepare)(task)
-                connection.send(("done", None))
-                return
-            _serve_batches(connection, contender, task)
+                connection.send(None)
+            else:
+                _serve_batches(connection, contender, task)
         except EOFError:
             return
         except ImportError as error:
-            connection.send(("missing", str(error)))
+            connection.send(MissingPackageError(str(error)))
         except ContenderError as error:
-            connection.send(("failed", str(error)))
+            connection.send(error)
         except Exception as error:  # peers raise errors of many kinds
-            connection.send(("failed", f"{type(error).__name__}: {error}"))
+            connection.send(ContenderError(f"{type(error).__name__}: {error}"))
 
 
 def _serve_batches(connection: Connection, contender: Contender, task: Task) -> None:
     if task.keep_memory:
         keep_freed_memory()  # workers inherit it
     batches = load(contender.code)(task)
-    connection.send(("ready", None))
+    connection.send(None)
     while True:
         command, number = connection.recv()
         if command == "images":
-            connection.send(("images", _take_images(batches, number, task)))
+            taken = [_levels(next(batches), task) for _ in range(-(-number // task.batch_size))]
+            answer: Any = np.concatenate(taken)
         elif command == "moments":
-            moments = [_moments(_levels(next(batches), task)) for _ in range(number)]
-            connection.send(("moments", np.concatenate(moments)))
-        else:
+            answer = np.concatenate([_moments(next(batches), task) for _ in range(number)])
+        elif command == "warm":
             return_freed_memory()  # the comparison's, which belongs to no loader
             warm_up(batches, min(number, _WARM_UP_SECONDS))
-            connection.send(("warm", None))
-            connection.send(("turn", take_turn(batches, number)))
-
-
-def _take_images(batches: Iterator[Any], number: int, task: Task) -> np.ndarray:
-    """At least so many images, as `_levels` has them."""
-    taken: list[np.ndarray] = []
-    while sum(map(len, taken)) < number:
-        taken.append(_levels(next(batches), task))
-    return np.concatenate(taken)
+            answer = None
+        else:
+            answer = take_turn(batches, number)
+        connection.send(answer)
 
 
 def warm_up(batches: Iterator[Any], seconds: float) -> None:
@@ -222,11 +206,7 @@ def take_turn(batches: Iterator[Any], seconds: float) -> tuple[float, float]:
 
 
 def _levels(batch: Any, task: Task) -> np.ndarray:
-    """A contestant's batch [b c h w] as levels of 255, float32 [b h w c].
-
-    Raises:
-        ContenderError: it has another shape or type than all are to make.
-    """
+    """A contestant's batch [b c h w], of the type that all are to make, as levels [b h w c]."""
     expected = (task.batch_size, 3, task.image_size, task.image_size)
     if tuple(batch.shape) != expected or "float32" not in str(batch.dtype):
         raise ContenderError(f"made {batch.dtype} {tuple(batch.shape)}, not float32 {expected}")
@@ -235,28 +215,24 @@ def _levels(batch: Any, task: Task) -> np.ndarray:
     return levels
 
 
-def _moments(levels: np.ndarray) -> np.ndarray:
-    values = levels.reshape(len(levels), -1)
+def _moments(batch: Any, task: Task) -> np.ndarray:
+    values = _levels(batch, task).reshape(len(batch), -1)
     return np.stack([values.mean(1), values.std(1)], axis=1)
 
 
-def _session_processes(session: int) -> list[tuple[Path, list[str]]]:
+def _session_processes(session: int) -> Iterator[tuple[Path, list[str]]]:
     """Folder in /proc and fields of its stat file, from the state on, of each process."""
-    found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile
             fields = (path / "stat").read_text().rpartition(")")[2].split()
             if int(fields[3]) == session:
-                found.append((path, fields))
-    return found
+                yield path, fields
 
 
 def session_seconds(session: int) -> float:
     """CPU time so far of all processes of a session, of ended children too."""
-    ticks = 0
-    for _, fields in _session_processes(session):
-        ticks += sum(int(fields[i]) for i in range(11, 15))  # utime, stime, cutime, cstime
-    return ticks / os.sysconf("SC_CLK_TCK")
+    times = (fields[11:15] for _, fields in _session_processes(session))  # utime to cstime
+    return sum(map(int, itertools.chain.from_iterable(times))) / os.sysconf("SC_CLK_TCK")
 
 
 def session_bytes(session: int) -> int:
@@ -284,18 +260,8 @@ def session_bytes(session: int) -> int:
 
 def _mappings(smaps: str) -> Iterator[tuple[tuple[str, ...] | None, dict[str, int]]]:
     """Each mapping of a process: its name, None if it has no file, and its sizes in bytes."""
-    name: tuple[str, ...] | None = None
-    sizes: dict[str, int] = {}
-    for line in smaps.splitlines():
-        first, _, rest = line.partition(" ")
-        if first.endswith(":"):
-            if rest.endswith(" kB"):
-                sizes[first[:-1]] = 1024 * int(rest[:-3])
-            continue
-        if sizes:
-            yield name, sizes
-        permissions, offset, device, inode = rest.split()[:4]
+    for block in re.split(r"^(?=[0-9a-f]+-[0-9a-f]+ )", smaps, flags=re.MULTILINE)[1:]:
+        permissions, offset, device, inode = block.split(maxsplit=5)[1:5]
+        sizes = re.findall(r"^(\w+): +(\d+) kB$", block, flags=re.MULTILINE)
         name = None if inode == "0" else (permissions, offset, device, inode)
-        sizes = {}
-    if sizes:
-        yield name, sizes
+        yield name, {size: 1024 * int(kilobytes) for size, kilobytes in sizes}

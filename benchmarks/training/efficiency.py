@@ -5,25 +5,23 @@
     unicl-bench profile --data PACKED [--preset NAME]
 
 `efficiency`: two trainers take turns on the same batch, from the same weights: one as
-`unicl-pretrain` runs it here, one with a single switch changed; then the next switch. Their first
-losses are compared before. Memory is what the first step takes above the model in a fresh process,
-at most: gradients, averages of the optimizer and activations.
+`unicl-pretrain` runs it here, one with a single switch changed; then the next switch. Memory is
+what the first step takes above the model in a fresh process, at most: gradients, averages of the
+optimizer and activations.
 
-`memory`: `unicl-pretrain` takes one step of each batch, in a process of its own: a micro-batch
-alone, the large batch in micro-batches, and a batch of medium size at once.
+`memory`: `unicl-pretrain` takes one step of each batch, in a process of its own.
 
-`profile`: a step is taken apart at the features: both encoders forward, the loss and its gradient
-with respect to the features, both encoders backward, the update. The parts give the gradients of
-the whole step, which is compared first. The floor of a part is the time that its matrix products
-and convolutions would take at the rate of one large square product of the same type on the same
-machine. (Fused attention on a CPU is not counted: it is used there in fp32 only, and is a few
-percent.)
+`profile`: a step is taken apart at the features. The parts must give the gradients of the whole
+step. The floor of a part is the time that its matrix products and convolutions would take at the
+rate of one large square product of the same type on the same machine. (Fused attention on a CPU is
+not counted: it is used there in fp32 only, and is a few percent.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -39,7 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import DeviceName, TrainConfig
 from unicl_fast.models.precision import Precision, resolve_precision
-from unicl_fast.presets import build_preset
 from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.training.cached_gradients import back_propagate_learnt
 from unicl_fast.training.global_loss import contrast_over_ranks, encoder_input, texts_to_encode
@@ -50,12 +47,14 @@ from ..harness import (
     Stage,
     peak_bytes,
     peak_megabytes,
-    print_figures,
+    printed,
     ratio_of,
+    seconds_of,
     summarise,
     take_turns,
+    timed,
 )
-from .step import step_config, take_batch
+from .step import StepStage, preset_on_cpu, take_batch
 
 _AS_IT_IS = "as it is"
 _LOSSES_AGREE = 0.03
@@ -65,15 +64,9 @@ _SQUARE = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Efficiency(Stage):
-    """Effect of each switch of efficiency on a training step."""
+class Efficiency(StepStage):
+    """Effect of each switch of efficiency on a step; those of texts matter with captions only."""
 
-    data: Path
-    """Packed data set; switches of texts matter with captions, hardly with labels."""
-    image_encoder: str = "swin_tiny_patch4_window7_224"
-    """A timm model."""
-    image_size: int = 224
-    """Side of the images."""
     batch_size: int = 16
     """Images of a step."""
     compile: bool = False
@@ -83,21 +76,15 @@ class Efficiency(Stage):
 
     def run(self) -> None:
         keep_freed_memory()  # as in training
-        config = step_config(
-            self.image_encoder,
-            image_size=self.image_size,
-            batch_size=self.batch_size,
-            precision="auto",
-        )
-        base = resolve_precision(config, torch.device("cpu"))
+        base = resolve_precision(self.config("auto"), torch.device("cpu"))
         batch = take_batch(base, self.data)
         figures: Figures = {}
         measured = {_AS_IT_IS: base}
         for name, change in switches_of(self, base.efficiency.precision).items():
-            other = changed(base, change)
-            work = steps_of(base, batch)
+            efficiency = dataclasses.replace(base.efficiency, **change)  # type: ignore[arg-type]
+            other = dataclasses.replace(base, efficiency=efficiency)
             try:
-                works = {_AS_IT_IS: work, name: steps_of(other, batch)}
+                works = {_AS_IT_IS: steps_of(base, batch), name: steps_of(other, batch)}
             except ValueError as error:  # micro-batches of BatchNorm, for example
                 print(f"{name} is left out: {error}")
                 continue
@@ -105,18 +92,16 @@ class Efficiency(Stage):
             if not abs(losses[0] - losses[1]) <= _LOSSES_AGREE * losses[0]:
                 raise RuntimeError(f"{name}: the losses are {losses}; nothing was timed")
             turns = take_turns(works, rounds=self.rounds)
-            figure = {f"{name}, times as long": ratio_of(turns, name, _AS_IT_IS)}
-            print_figures(figure)
-            figures |= figure
+            figures |= printed({f"{name}, times as long": ratio_of(turns, name, _AS_IT_IS)})
             measured[name] = other
         if self.memory:
-            peaks = {
-                f"{name}, MB above the model": peak_megabytes(_peak, config, batch)
-                for name, config in measured.items()
-                if not config.efficiency.compile  # its memory would be the compiler's
-            }
-            print_figures(peaks)
-            figures |= peaks
+            figures |= printed(
+                {
+                    f"{name}, MB above the model": peak_megabytes(_peak, config, batch)
+                    for name, config in measured.items()
+                    if not config.efficiency.compile  # its memory would be the compiler's
+                }
+            )
         self.write_result(figures, "timm", precision=base.efficiency.precision)
 
 
@@ -138,12 +123,6 @@ def switches_of(settings: Efficiency, precision: str) -> dict[str, dict[str, obj
     if settings.compile:
         switches["compiled"] = {"compile": True}
     return switches
-
-
-def changed(config: TrainConfig, change: dict[str, object]) -> TrainConfig:
-    """The config with other values of `efficiency`."""
-    efficiency = dataclasses.replace(config.efficiency, **change)  # type: ignore[arg-type]
-    return dataclasses.replace(config, efficiency=efficiency)
 
 
 def steps_of(config: TrainConfig, batch: Batch) -> Callable[[], float]:
@@ -185,24 +164,19 @@ class Memory(Stage):
             f"batch {self.plain:,}": (self.plain, 0),
         }
         peaks: dict[str, list[float]] = {name: [] for name in batches}
-        seconds: dict[str, list[float]] = {name: [] for name in batches}
-        for _ in range(self.rounds):
-            for name, (batch, micro) in batches.items():
-                started = time.perf_counter()
-                peaks[name].append(peak_of_a_step(self, batch, micro) / 1e9)
-                seconds[name].append(time.perf_counter() - started)
+        works = {
+            name: lambda name=name: peaks[name].append(peak_of_a_step(self, *batches[name]) / 1e9)
+            for name in batches
+        }
+        turns = take_turns(works, rounds=self.rounds, warm_up=0)
         figures = {f"{name}, peak GB": summarise(found) for name, found in peaks.items()}
-        for name, found in seconds.items():
-            figures[f"{name}, seconds with start"] = summarise(found)
+        for name, taken in turns.items():
+            figures[f"{name}, seconds with start"] = seconds_of(taken)
         self.report(figures, "timm")
 
 
 def peak_of_a_step(settings: Memory, batch: int, micro: int) -> int:
-    """Largest resident size of unicl-pretrain in bytes; at least this process's own.
-
-    Raises:
-        RuntimeError: it failed; the message has the end of its output.
-    """
+    """Largest resident size of unicl-pretrain in bytes; at least this process's own."""
     size = str(settings.image_size)
     with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as output:
         command = (
@@ -213,13 +187,9 @@ def peak_of_a_step(settings: Memory, batch: int, micro: int) -> int:
             *("--run.global-batch-size", str(batch), "--out", f"{name}/run"),
             *("--efficiency.micro-batch-size", str(micro)),
         )
-        process = subprocess.Popen(command, stdout=output, stderr=output)
-        try:
+        with subprocess.Popen(command, stdout=output, stderr=output) as process:
             _, status, usage = os.wait4(process.pid, 0)
-        except BaseException:
-            process.kill()
-            raise
-        process.returncode = os.waitstatus_to_exitcode(status)
+            process.returncode = os.waitstatus_to_exitcode(status)
         if process.returncode != 0:
             output.seek(0)
             raise RuntimeError(f"{' '.join(command[2:])}:\n{output.read()[-2000:]}")
@@ -241,11 +211,7 @@ class Profile(Stage):
 
     def run(self) -> None:
         keep_freed_memory()
-        config = build_preset(self.preset)
-        run = dataclasses.replace(
-            config.run, global_batch_size=self.batch_size, steps=1000, device="cpu"
-        )
-        config = dataclasses.replace(config, run=run)
+        config = preset_on_cpu(self.preset, global_batch_size=self.batch_size)
         batch = take_batch(config, self.data)
         device = choose_device(self.device)
         trainer = Trainer(config, ListLoader([batch]), device=device, progress=False)
@@ -277,20 +243,17 @@ class StepInParts:
         self.precision = Precision(trainer.config.efficiency.precision)
         self.seconds: dict[str, float] = {}
         self.operations: dict[str, int] = {}
-        self.counting = False
+        self.counter = FlopCounterMode(display=False)  # counts while it is entered
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Times the block, or counts its operations."""
+        """Notes the seconds and the operations of the block."""
         self._wait()
-        started = time.perf_counter()
-        counter = FlopCounterMode(display=False) if self.counting else contextlib.nullcontext()
-        with counter:
-            yield
+        started, counted = time.perf_counter(), self.counter.get_total_flops()
+        yield
         self._wait()
         self.seconds[name] = time.perf_counter() - started
-        if isinstance(counter, FlopCounterMode) and counter.get_total_flops():
-            self.operations[name] = counter.get_total_flops()
+        self.operations[name] = self.counter.get_total_flops() - counted
 
     def _wait(self) -> None:
         if self.device.type == "cuda":
@@ -340,22 +303,18 @@ class StepInParts:
 
     def count_operations(self) -> dict[str, int]:
         """Floating-point operations of the matrix products and convolutions of each part."""
-        self.counting = True
-        self.back_propagate()
-        self.counting = False
+        with self.counter:
+            self.back_propagate()
         self.trainer.optimizer.zero_grad()
-        return self.operations
+        return {name: count for name, count in self.operations.items() if count}
 
 
 def compare(step: StepInParts) -> None:
     """Raises RuntimeError if the parts do not give the gradients of the trainer's step."""
     trainer = step.trainer
     trainer.model.train()
-
-    def take_whole() -> object:
-        return trainer.back_propagate(step.batch)
-
     found = []
+    take_whole = functools.partial(trainer.back_propagate, step.batch)
     for back_propagate in (take_whole, step.back_propagate):
         back_propagate()
         found.append([p.grad.clone() for p in trainer.model.parameters() if p.grad is not None])
@@ -369,9 +328,5 @@ def compare(step: StepInParts) -> None:
 def measure_rate(dtype: torch.dtype, device: torch.device) -> float:
     """Operations per second of one large square product, the best of five."""
     left, right = (torch.randn(_SQUARE, _SQUARE, dtype=dtype, device=device) for _ in range(2))
-    best = float("inf")
-    for _ in range(5):
-        started = time.perf_counter()
-        (left @ right).sum().item()
-        best = min(best, time.perf_counter() - started)
+    best = min(timed(lambda: float((left @ right).sum())).wall_seconds for _ in range(5))
     return 2 * _SQUARE**3 / best

@@ -2,11 +2,10 @@
 
     unicl-bench loss [--sizes 1024 4096] [--json FILE]
 
-All classes are distinct, which is all that ClipLoss handles; then both losses are the same number,
-which is proven before anything is timed. The floor is the cost of four matrix products of the
-loss's size at the rate measured in the same round: one for the logits, one to recompute them, two
-for the gradients. Memory is measured in a fresh process for each contestant, above what it held
-with the inputs there; the gradients are included.
+All classes are distinct, which is all that ClipLoss handles; then both losses are the same number.
+The floor is the cost of four matrix products of the loss's size at the rate measured in the same
+round: one for the logits, one to recompute them, two for the gradients. Memory is above the inputs,
+in a fresh process; the gradients are included.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ from ..harness import (
     Turn,
     peak_bytes,
     peak_megabytes,
-    print_figures,
+    printed,
     ratio_of,
     seconds_of,
     take_turns,
@@ -74,14 +73,10 @@ class Loss(Stage):
         compare(self.embed_dim)
         figures: Figures = {}
         for n in self.sizes:
-            measured = measure_time(n, self)
-            if self.memory:
-                measured |= {
-                    f"{n}: {name}, MB above the inputs": peak_megabytes(_peak, name, n, self)
-                    for name in contestants_of(n, self)
-                }
-            print_figures(measured)
-            figures |= measured
+            figures |= printed(measure_time(n, self))
+            for name in contestants_of(n, self) if self.memory else ():
+                peak = peak_megabytes(_peak, name, n, self)
+                figures |= printed({f"{n}: {name}, MB above the inputs": peak})
         self.write_result(figures, "open_clip_torch")
 
 
@@ -160,7 +155,8 @@ def measure_time(n: int, settings: Loss) -> Figures:
     works: dict[str, Callable[[], object]] = {
         name: Contestant(name, n, settings.embed_dim) for name in contestants_of(n, settings)
     }
-    works |= {f"rate {dtype}": _rate_products(dtype) for dtype in ("fp32", "bf16")}
+    works |= {"rate fp32": _rate_products(torch.float32)}
+    works |= {"rate bf16": _rate_products(torch.bfloat16)}
     rounds = settings.rounds if n <= settings.largest_stored else settings.rounds_of_largest
     turns = take_turns(works, rounds=rounds, warm_up=1 if n <= 4096 else 0)
     # 4 products of 2 n^2 d operations each, at the rate of those just timed
@@ -176,17 +172,15 @@ def measure_time(n: int, settings: Loss) -> Figures:
         figures[f"{n}: {name}, s"] = seconds_of(turns[name])
         figures[f"{n}: {name}, CPU s"] = seconds_of(turns[name], unit="cpu_seconds")
         if name != base:
+            by_cpu_time = ratio_of(turns, name, base, unit="cpu_seconds")
             figures[f"{n}: {name} / {base}"] = ratio_of(turns, name, base)
-            figures[f"{n}: {name} / {base}, by CPU time"] = ratio_of(
-                turns, name, base, unit="cpu_seconds"
-            )
+            figures[f"{n}: {name} / {base}, by CPU time"] = by_cpu_time
     return figures
 
 
-def _rate_products(dtype: str) -> Callable[[], object]:
-    type_of = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
-    left, right = (torch.randn(_RATE_SIZE, _RATE_DIM).to(type_of) for _ in range(2))
-    product = torch.empty(_RATE_SIZE, _RATE_SIZE, dtype=type_of)
+def _rate_products(dtype: torch.dtype) -> Callable[[], object]:
+    left, right = (torch.randn(_RATE_SIZE, _RATE_DIM).to(dtype) for _ in range(2))
+    product = torch.empty(_RATE_SIZE, _RATE_SIZE, dtype=dtype)
 
     def work() -> None:
         for _ in range(_RATE_PRODUCTS):

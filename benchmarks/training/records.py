@@ -3,9 +3,8 @@
     unicl-bench checkpoint [--folder DIR]
     unicl-bench ledger [--draws 100000000] [--folder DIR]
 
-`checkpoint`: a turn is a few steps with a checkpoint after the first, as the trainer writes it.
-What is still being written at the end of a turn is waited for outside the clock: a run writes its
-next one later.
+`checkpoint`: a turn is a few steps with a checkpoint after the first. What is still being written
+at the end of a turn is waited for outside the clock: a run writes its next one later.
 
 `ledger`: the step is that of a small preset on its CPU-sized model, the shortest that there are;
 the ledger that is proven holds shuffled epochs over two sources.
@@ -14,56 +13,40 @@ the ledger that is proven holds shuffled epochs over two sources.
 from __future__ import annotations
 
 import dataclasses
-import gc
+import functools
+import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.load import find_checkpoint, read_state
-from unicl_fast.config import (
-    CheckpointConfig,
-    DataConfig,
-    EfficiencyConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    TrainConfig,
-)
-from unicl_fast.ledger.format import (
-    LedgerSource,
-    SegmentHeader,
-    encode_header,
-    encode_record,
-    segment_name,
-)
-from unicl_fast.ledger.proof import prove
+from unicl_fast.config import CheckpointConfig, OptimConfig
+from unicl_fast.ledger.format import LedgerSource
+from unicl_fast.ledger.proof import LedgerProof, prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.objectives.targets import collate
-from unicl_fast.presets import build_preset
 from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 
-from ..harness import Figures, Stage, ratio_of, seconds_of, summarise, take_turns
+from ..harness import Figures, Stage, rate_of, ratio_of, seconds_of, summarise, take_turns, timed
+from .step import ModelStage, preset_on_cpu
 
 _RECORDS = 200
 """Records of a turn: one is too short to be timed alone."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Checkpoint(Stage):
+class Checkpoint(ModelStage):
     """Cost of a checkpoint for training: written beside it, or waited for."""
 
-    image_encoder: str = "swin_tiny_patch4_window7_224"
-    """A timm model; the text encoder is the paper's."""
-    image_size: int = 224
-    """Side of the images."""
     batch_size: int = 8
     """Images of a step."""
     steps: int = 4
@@ -78,11 +61,36 @@ class Checkpoint(Stage):
         with tempfile.TemporaryDirectory(dir=self.folder, prefix="unicl-bench-") as folder:
             trainer, batch = build(self, Path(folder))
             size = compare(trainer)
-            taken, saving = measure(trainer, batch, self)
+            saves: dict[str, Callable[[], None]] = {
+                "without": lambda: None,
+                "awaited": trainer.save,
+                "beside": lambda: trainer.save(required=False),
+            }
+            saving: dict[str, list[float]] = {name: [] for name in saves}
+
+            def steps(name: str) -> None:
+                for step in range(self.steps):
+                    loss, _ = trainer.train_step(batch)
+                    if step == 0:
+                        loss.item()
+                        # every machine waits for the call; turns cost more than it where the
+                        # writing thread and the steps share few cores
+                        started = time.perf_counter()
+                        saves[name]()
+                        saving[name].append(time.perf_counter() - started)
+                loss.item()  # waits for a device
+
+            turns = take_turns(
+                {name: functools.partial(steps, name) for name in saves},
+                rounds=self.rounds,
+                before=lambda name: trainer.finish_writing(),
+            )
+            trainer.finish_writing()
+        taken = {name: [turn.wall_seconds for turn in turns[name]] for name in saves}
         step = statistics.median(taken["without"]) / self.steps
         figures = {f"{self.steps} steps, {name}, s": values for name, values in taken.items()}
         for name in ("awaited", "beside"):
-            figures[f"save() of one {name}, s"] = saving[name]
+            figures[f"save() of one {name}, s"] = saving[name][1:]  # without the warm-up
             cost = [one - none for one, none in zip(taken[name], taken["without"], strict=True)]
             figures[f"cost of one {name}, s"] = cost
             figures[f"cost of one {name}, steps"] = [seconds / step for seconds in cost]
@@ -93,25 +101,27 @@ class Checkpoint(Stage):
 
 def build(settings: Checkpoint, folder: Path) -> tuple[Trainer, Batch]:
     """A trainer after a step, and a batch of noise with captions, which takes the usual time."""
-    config = TrainConfig(
-        data=DataConfig(image_size=settings.image_size, evaluation_resize=settings.image_size),
-        model=ModelConfig(image_encoder=settings.image_encoder),
+    config = settings.config("bf16")
+    config = dataclasses.replace(
+        config,
         optim=OptimConfig(ema_decay=settings.ema_decay),
-        efficiency=EfficiencyConfig(precision="bf16"),
         checkpoint=CheckpointConfig(keep=1),
-        run=RunConfig(global_batch_size=settings.batch_size, steps=1 << 20),
+        run=dataclasses.replace(config.run, device="auto"),
     )
-    size = (settings.batch_size, settings.image_size, settings.image_size, 3)
     texts = [f"image {number} of some things" for number in range(settings.batch_size)]
-    batch = collate(
-        torch.randint(256, size, dtype=torch.uint8),
-        Tokenizer()(texts),
-        torch.full((settings.batch_size,), -1),
-    )
+    batch = noise(texts, torch.full((len(texts),), -1), side=settings.image_size)
     trainer = Trainer(config, ListLoader([batch]), run_folder=folder, progress=False)
     batch = batch.to(trainer.device)
     trainer.train_step(batch)
     return trainer, batch
+
+
+def noise(texts: Sequence[str], labels: Tensor, *, side: int) -> Batch:
+    """A batch of images without content; the others of its parts are given."""
+    size = (len(texts), side, side, 3)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(256, size, dtype=torch.uint8, generator=generator)
+    return collate(images, Tokenizer()(texts), labels)
 
 
 def compare(trainer: Trainer) -> int:
@@ -126,41 +136,6 @@ def compare(trainer: Trainer) -> int:
     if written[0] != written[1]:
         raise RuntimeError(f"awaited and beside write different files: {written}; nothing timed")
     return sum(path.stat().st_size for path in checkpoint.iterdir())
-
-
-def measure(
-    trainer: Trainer, batch: Batch, settings: Checkpoint
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Seconds of each contestant's turns, and of the saving call in them, after a warm-up round.
-
-    Every machine waits for the call. Turns cost more than it where the writing thread and the steps
-    share few cores.
-    """
-    saves: dict[str, Callable[[], None]] = {
-        "without": lambda: None,
-        "awaited": trainer.save,
-        "beside": lambda: trainer.save(required=False),
-    }
-    taken: dict[str, list[float]] = {name: [] for name in saves}
-    saving: dict[str, list[float]] = {name: [] for name in saves}
-    for number in range(settings.rounds + 1):
-        for name, save in saves.items():
-            gc.collect()
-            started = time.perf_counter()
-            for step in range(settings.steps):
-                loss, _ = trainer.train_step(batch)
-                if step == 0:
-                    loss.item()
-                    before = time.perf_counter()
-                    save()
-                    paused = time.perf_counter() - before
-            loss.item()  # waits for a device
-            seconds = time.perf_counter() - started
-            trainer.finish_writing()
-            if number:
-                taken[name].append(seconds)
-                saving[name].append(paused)
-    return taken, saving
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -186,27 +161,21 @@ class LedgerCost(Stage):
 
 
 def _writing(settings: LedgerCost, folder: Path) -> Figures:
-    config = build_preset(settings.preset)
-    config = dataclasses.replace(
-        config, run=dataclasses.replace(config.run, steps=1_000_000, device="cpu")
-    )
-    size, side = config.run.global_batch_size, config.data.image_size
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(10, (size,), generator=generator)
-    images = torch.randint(256, (size, side, side, 3), dtype=torch.uint8, generator=generator)
-    tokens = Tokenizer()([f"a photo of the digit {number}" for number in range(10)])[labels]
-    batch = collate(images, tokens, labels)
+    config = preset_on_cpu(settings.preset)
+    size = config.run.global_batch_size
+    labels = torch.randint(10, (size,), generator=torch.Generator().manual_seed(0))
+    texts = [f"a photo of the digit {number}" for number in labels.tolist()]
+    batch = noise(texts, labels, side=config.data.image_size)
     trainer = Trainer(config, ListLoader([batch]), progress=False)
     source = LedgerSource("digits", 60_000)
     ledger = Ledger(folder, sources=[source], global_batch_size=size, seed=0, shares=[1])
-    named = _with_ids(batch, source.num_samples)
-    done = 0
+    ids = torch.randint(source.num_samples, (size,))
+    named = _with_ids(batch, torch.zeros_like(ids), ids)
+    steps = itertools.count()
 
     def record() -> None:
-        nonlocal done
-        for _ in range(_RECORDS):
-            ledger.record(dataclasses.replace(named, step=done))
-            done += 1
+        for step in itertools.islice(steps, _RECORDS):
+            ledger.record(dataclasses.replace(named, step=step))
 
     with ledger.segment(0):
         turns = take_turns(
@@ -223,50 +192,34 @@ def _writing(settings: LedgerCost, folder: Path) -> Figures:
     }
 
 
-def _with_ids(batch: Batch, num_samples: int) -> Batch:
-    ids = torch.randint(num_samples, (batch.batch_size,))
-    return dataclasses.replace(
-        batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
-    )
-
-
 def _proving(settings: LedgerCost, folder: Path) -> Figures:
     _write_epochs(settings, folder)
     size = sum(path.stat().st_size for path in folder.iterdir())
-    seconds = []
-    for _ in range(max(1, settings.rounds - 2)):
-        started = time.perf_counter()
-        proof = prove(folder)
-        seconds.append(time.perf_counter() - started)
-        if not proof.holds:
-            raise RuntimeError("a sound ledger was not proven: nothing is reported")
-    draws = proof.steps * proof.global_batch_size
+    proofs: list[LedgerProof] = []
+    turns = [
+        timed(lambda: proofs.append(prove(folder))) for _ in range(max(1, settings.rounds - 2))
+    ]
+    if not all(proof.holds for proof in proofs):
+        raise RuntimeError("a sound ledger was not proven: nothing is reported")
+    draws = proofs[0].steps * proofs[0].global_batch_size
     return {
         "bytes a draw": summarise([size / draws]),
-        "million draws proven/s": summarise([draws / s / 1e6 for s in seconds]),
+        "million draws proven/s": rate_of(turns, draws / 1e6),
     }
 
 
 def _write_epochs(settings: LedgerCost, folder: Path) -> None:
     """Writes a ledger of one rank: sources are drawn at random, and shuffled for every epoch."""
     generator = np.random.default_rng(0)
-    sources = tuple(LedgerSource(str(i), n) for i, n in enumerate(settings.samples))
+    sources = [LedgerSource(str(i), n) for i, n in enumerate(settings.samples)]
     size = settings.global_batch_size
-    header = SegmentHeader(
-        segment=1,
-        start_step=0,
-        rank=0,
-        world_size=1,
-        global_batch_size=size,
-        sources=sources,
-        seed=0,
-        shares=settings.samples,
+    ledger = Ledger(
+        folder, sources=sources, global_batch_size=size, seed=0, shares=settings.samples
     )
+    batch = noise([""], torch.tensor([-1]), side=1)  # only ids are recorded
     left = [np.empty(0, dtype=np.int64) for _ in sources]
     odds = np.array(settings.samples) / sum(settings.samples)
-    folder.mkdir()
-    with (folder / segment_name(1, 0)).open("wb") as file:
-        file.write(encode_header(header))
+    with ledger.segment(0):
         for step in range(settings.draws // size):
             source_ids = generator.choice(len(sources), size=size, p=odds)
             ids = np.empty_like(source_ids)
@@ -276,8 +229,10 @@ def _write_epochs(settings: LedgerCost, folder: Path) -> None:
                     fresh = generator.permutation(source.num_samples)
                     left[number] = np.concatenate([left[number], fresh])
                 ids[mine], left[number] = np.split(left[number], [len(mine)])
-            file.write(
-                encode_record(
-                    header, step=step, source_ids=source_ids, scheduled_ids=ids, shown_ids=ids
-                )
-            )
+            named = _with_ids(batch, torch.from_numpy(source_ids), torch.from_numpy(ids))
+            ledger.record(dataclasses.replace(named, step=step))
+
+
+def _with_ids(batch: Batch, source_ids: Tensor, ids: Tensor) -> Batch:
+    """The batch with what a record needs; all samples are shown as they were scheduled."""
+    return dataclasses.replace(batch, source_ids=source_ids, scheduled_ids=ids, sample_ids=ids)

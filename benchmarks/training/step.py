@@ -2,20 +2,18 @@
 
     unicl-bench step --data PACKED [--json FILE]
 
-Both train the same timm image encoder and the same text encoder on the same images and texts,
-from the same weights; first their features, the gradients of all their weights and (on captions)
-their losses are compared. Then they take turns, a step each. open_clip's step is written as its
-training script does it, with the best of its flags on a CPU: bf16 autocast. It gets its images
-normalised already; ours are counted from the bytes that the decoder gives. `unicl-bench input`
-measures decoding.
-
-unicl-pretrain keeps freed memory (unicl_fast/system/machine.py), open_clip's script does not,
-and gains more by it. Without --tune-contender, neither does it here.
+Both train the same timm image encoder and the same text encoder on the same images and texts, from
+the same weights; their features, the gradients of all their weights and (on captions) their losses
+are compared. open_clip's step is written as its training script does it, with the best of its flags
+on a CPU: bf16 autocast. It gets its images normalised already; ours are counted from the bytes that
+the decoder gives. unicl-pretrain keeps freed memory (unicl_fast/system/machine.py), open_clip's
+script does not, and gains more by it. Without --tune-contender, neither does it here.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -38,16 +36,14 @@ from unicl_fast.config import (
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
-from unicl_fast.models.text_encoder import TextEncoder
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.presets import build_preset
 from unicl_fast.system.machine import keep_freed_memory
-from unicl_fast.text.prompts import ClassPrompts
-from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.global_loss import global_loss
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import Stage, rate_of, ratio_of, take_turns
+from ..input.loaders import open_loader
 
 _ROUNDING = 1e-4
 """Largest difference that two orders of the same fp32 arithmetic may cause, relative to the largest
@@ -55,29 +51,44 @@ entry."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Step(Stage):
-    """Training steps, beside open_clip's own."""
+class ModelStage(Stage):
+    """Options of stages that train a timm model and the paper's text encoder on the CPU."""
 
-    data: Path
-    """Packed data set; with captions, or with labels (one prompt a class shows the most)."""
     image_encoder: str = "swin_tiny_patch4_window7_224"
     """A timm model."""
     image_size: int = 224
     """Side of the images."""
     batch_size: int = 32
     """Images of a step."""
+
+    def config(self, precision: PrecisionName) -> TrainConfig:
+        return TrainConfig(
+            data=DataConfig(image_size=self.image_size, evaluation_resize=self.image_size),
+            model=ModelConfig(image_encoder=self.image_encoder),
+            efficiency=EfficiencyConfig(precision=precision),
+            run=RunConfig(global_batch_size=self.batch_size, steps=1 << 20, device="cpu"),
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StepStage(ModelStage):
+    """Options of stages that do so on a data set."""
+
+    data: Path
+    """Packed data set with captions, or with labels (one prompt a class shows the most)."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step(StepStage):
+    """Training steps, beside open_clip's own."""
+
     tune_contender: bool = False
     """Let the process keep freed memory, as unicl-pretrain does and open_clip's script does not."""
 
     def run(self) -> None:
         if self.tune_contender:
             keep_freed_memory()
-        config = step_config(
-            self.image_encoder,
-            image_size=self.image_size,
-            batch_size=self.batch_size,
-            precision="bf16",
-        )
+        config = self.config("bf16")
         batch = take_batch(config, self.data)
         trainer = Trainer(config, ListLoader([batch]), progress=False)
         theirs = build_open_clip(trainer.model, config)
@@ -104,34 +115,25 @@ class Step(Stage):
         self.report(figures, "open_clip_torch", "timm", facts=facts)
 
 
-def step_config(
-    image_encoder: str, *, image_size: int, batch_size: int, precision: PrecisionName
-) -> TrainConfig:
-    """The config of a training step on the CPU with a timm model and the paper's text encoder."""
-    return TrainConfig(
-        data=DataConfig(image_size=image_size, evaluation_resize=image_size),
-        model=ModelConfig(image_encoder=image_encoder),
-        efficiency=EfficiencyConfig(precision=precision),
-        run=RunConfig(global_batch_size=batch_size, steps=1000, device="cpu"),
-    )
+def preset_on_cpu(preset: str, **run: Any) -> TrainConfig:
+    """A preset whose run is long and on the CPU; `run` are more fields of its RunConfig."""
+    config = build_preset(preset)
+    changed = dataclasses.replace(config.run, steps=1 << 20, device="cpu", **run)
+    return dataclasses.replace(config, run=changed)
 
 
 def take_batch(config: TrainConfig, data: Path) -> Batch:
     """The first batch of a run on the data set, copied out of the loader's buffers."""
-    with PackedDataset(data) as dataset:
-        manifest = dataset.manifest
-        prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
-        with contextlib.closing(TrainLoader(config, [dataset], None, prompts)) as loader:
-            batch = next(loader.batches(0))
-            fields: Any = {one.name: getattr(batch, one.name) for one in dataclasses.fields(batch)}
-            tensors = {k: v.clone() for k, v in fields.items() if isinstance(v, Tensor)}
-            copied: Batch = dataclasses.replace(batch, **(fields | tensors))
-            return copied
+    with (
+        PackedDataset(data) as dataset,
+        contextlib.closing(open_loader(dataset, config)) as loader,
+    ):
+        return copy.deepcopy(next(loader.batches(0)))
 
 
 def build_open_clip(ours: UniCL, config: TrainConfig) -> CLIP:
     """The same model as open_clip builds it, with the same weights."""
-    model, (text_encoder, image_projection) = config.model, _parts(ours)
+    model = config.model
     theirs = CLIP(
         model.embed_dim,
         CLIPVisionCfg(
@@ -149,31 +151,31 @@ def build_open_clip(ours: UniCL, config: TrainConfig) -> CLIP:
         ),
         quick_gelu=True,
     )
-    with torch.no_grad():
-        theirs.visual.trunk.load_state_dict(ours.image_encoder.state_dict())
-        theirs.visual.head.proj.weight.copy_(image_projection.T)
-        theirs.text_projection.copy_(ours.text_projection)
-        theirs.logit_scale.copy_(ours.logit_scale)
-        text = {_their_name(name): w for name, w in text_encoder.state_dict().items()}
-        unknown = theirs.load_state_dict(text, strict=False).unexpected_keys
-    if unknown:
-        raise RuntimeError(f"open_clip's text encoder has no {', '.join(unknown)}")
+    for mine, copied in _pairs(ours, theirs, lambda parameter: parameter.data):
+        copied.copy_(mine)
+    theirs.logit_scale.data.copy_(ours.logit_scale.data)
+    assert ours.text_encoder is not None
     for module in [*theirs.transformer.modules(), theirs.ln_final]:
         if isinstance(module, nn.LayerNorm):
-            module.eps = text_encoder.ln_final.eps
+            module.eps = ours.text_encoder.ln_final.eps
     return theirs
 
 
-def _parts(ours: UniCL) -> tuple[TextEncoder, nn.Parameter]:
-    """The text encoder and the image projection, which only UniCL's objective has."""
+def _pairs(
+    ours: UniCL, theirs: CLIP, take: Callable[[nn.Parameter], Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Takes each of our weights and open_clip's own of it; the scale, a number, is left out."""
     assert ours.text_encoder is not None
     assert ours.image_projection is not None
-    return ours.text_encoder, ours.image_projection
-
-
-def _their_name(name: str) -> str:
-    """open_clip's name for a weight of our text encoder."""
-    return f"transformer.{name}" if name.startswith("resblocks") else name
+    trunk, whole = dict(theirs.visual.trunk.named_parameters()), dict(theirs.named_parameters())
+    for name, parameter in ours.image_encoder.named_parameters():
+        yield take(parameter), take(trunk[name])
+    for name, parameter in ours.text_encoder.named_parameters():
+        name = f"transformer.{name}" if name.startswith("resblocks") else name
+        yield take(parameter), take(whole[name])
+    assert ours.text_projection is not None
+    yield take(ours.text_projection), take(theirs.text_projection)
+    yield take(ours.image_projection).T, take(theirs.visual.head.proj.weight)
 
 
 def open_clip_step(model: CLIP, images: Tensor, texts: Tensor) -> Callable[[], object]:
@@ -218,7 +220,7 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, images: Tensor, texts: Tens
     weights = [torch.randn(one.shape) for one, _ in (image_pair, text_pair)]
     for image, text in zip(image_pair, text_pair, strict=True):
         ((image * weights[0]).sum() + (text * weights[1]).sum()).backward()
-    gaps["gradients"] = max(_largest_gap(*pair) for pair in _pairs_of_gradients(ours, theirs))
+    gaps["gradients"] = max(_largest_gap(*pair) for pair in _pairs(ours, theirs, _gradient))
     ours.zero_grad()
     theirs.zero_grad()
     for what, gap in gaps.items():
@@ -227,24 +229,9 @@ def compare(ours: UniCL, theirs: CLIP, batch: Batch, images: Tensor, texts: Tens
             raise RuntimeError(f"the {what} differ by {gap}; nothing was timed")
 
 
-def _pairs_of_gradients(ours: UniCL, theirs: CLIP) -> Iterator[tuple[Tensor, Tensor]]:
-    """The gradients of all weights but the scale, on which features do not depend."""
-    trunk = dict(theirs.visual.trunk.named_parameters())
-    whole = dict(theirs.named_parameters())
-    text_encoder, image_projection = _parts(ours)
-    for name, parameter in ours.image_encoder.named_parameters():
-        yield _gradient(parameter, name), _gradient(trunk[name], name)
-    for name, parameter in text_encoder.named_parameters():
-        yield _gradient(parameter, name), _gradient(whole[_their_name(name)], name)
-    name = "text_projection"
-    yield _gradient(ours.text_projection, name), _gradient(theirs.text_projection, name)
-    name = "image_projection"
-    yield _gradient(image_projection, name), _gradient(theirs.visual.head.proj.weight, name).T
-
-
-def _gradient(parameter: nn.Parameter | None, name: str) -> Tensor:
-    if parameter is None or parameter.grad is None:
-        raise RuntimeError(f"{name} has no gradient; nothing was timed")
+def _gradient(parameter: nn.Parameter) -> Tensor:
+    if parameter.grad is None:
+        raise RuntimeError("a weight has no gradient; nothing was timed")
     return parameter.grad
 
 

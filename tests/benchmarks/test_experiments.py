@@ -6,22 +6,27 @@ import json
 import math
 import subprocess
 import zipfile
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from unicl_fast.benchmarks.experiments import full_size
-from unicl_fast.benchmarks.experiments.cifar10 import Objectives, Switches, Templates
 from unicl_fast.benchmarks.experiments.full_size import FullSize
 from unicl_fast.benchmarks.experiments.harness import (
     Run,
     difference_of,
     mean_of,
-    numbers_of,
     run_all,
+    without_nan,
 )
-from unicl_fast.benchmarks.experiments.labels_and_captions import LabelsAndCaptions
+from unicl_fast.benchmarks.experiments.small_size import (
+    LabelsAndCaptions,
+    Objectives,
+    Switches,
+    Templates,
+)
 from unicl_fast.config import TrainConfig
 from unicl_fast.packing.samples import read_label_space
 from unicl_fast.tools.pack.__main__ import main as pack
@@ -49,7 +54,7 @@ def test_a_difference_by_hand() -> None:
     assert found.effect == pytest.approx(3 / math.sqrt(2) * 4 / 7)
     assert found.high - found.mean == pytest.approx(4.302652729911275 * math.sqrt(2))
     assert str(mean_of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
-    assert numbers_of(mean_of([1.0]))["deviation"] is None
+    assert without_nan(asdict(mean_of([1.0])))["deviation"] is None
     assert str(mean_of([1.0])) == "1.00"
     assert math.isnan(difference_of([1.0, 1.0], [2.0, 2.0]).effect)
 

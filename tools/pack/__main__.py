@@ -21,13 +21,14 @@ from typing import Annotated, Any, Literal, NoReturn, TextIO
 import tyro
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME
+from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
 from unicl_fast.packing.build import BuildOptions, BuildSummary
+from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
 from unicl_fast.system.wording import count_of
 
-from .inspect import Inspect
-from .merge import Merge
+from .inspect import Inspect, contents_of
 from .verify import Verify
 
 _WORDNET_ID = re.compile(r"n\d{8}")
@@ -98,14 +99,53 @@ class Build(BuildOptions, _SourcesAndOut):
     """Most that copies of sources under URLs may take there."""
 
     def run(self) -> tuple[str, int]:
-        """Packs; returns the report and the exit code."""
         options = dict(vars(self))
         path = options.pop("json")
         summary = build_anywhere(**options)
         if path is not None:
             values = dataclasses.asdict(summary) | {"out": str(summary.out)}
             write_text_atomically(path, json.dumps(values, indent=1) + "\n")
-        return _report(summary), 0
+        return _report_build(summary), 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merge:
+    """Make one packed data set of several, without decoding anything again.
+
+    Images and tokens are copied byte for byte and shuffled over all inputs. Classes with equal
+    names become one; those of the first data set keep their numbers. What is copied is compared
+    with its checksums: a damaged sample is left out and listed in OUT/quarantine.csv, together with
+    what the inputs list there. Raw data sets go together if their images are of one size.
+
+    Examples:
+      unicl-pack merge packed/photos packed/pairs --out packed/both
+
+      unicl-pack merge packed/photos --out packed/clean --leave-out near.csv
+    """
+
+    folders: Annotated[
+        tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="DIR [DIR ...]")
+    ]
+    """Packed data sets; folders, no URLs."""
+    out: str
+    """Folder to make, no URL. It must not exist yet, or be empty; it appears when it is whole."""
+    seed: int = 0
+    """Decides the order of the samples, shuffled over all data sets."""
+    templates: str = ""
+    """Prompts for class names, if the data sets differ in theirs: a file with one a line, {} for
+    the name, or the built-in imagenet (80 prompts) or simple (1)."""
+    leave_out: str = ""
+    """A CSV file with the columns source and name: samples to leave out, such as inspect's
+    --duplicates-list writes."""
+    duplicates: Literal["keep", "join"] = "keep"
+    """Images that are equal byte for byte: keep them all, or join them into one sample with the
+    captions and labels of all. Those that were joined into another are listed in
+    OUT/quarantine.csv."""
+    shard_bytes: int = DEFAULT_SHARD_BYTES
+    """Largest size of a shard, in bytes."""
+
+    def run(self) -> tuple[str, int]:
+        return _report_merge(merge_datasets(**vars(self)), leave_out=self.leave_out), 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,11 +177,10 @@ class Show:
     """Decides which numbers are drawn."""
 
     def run(self) -> tuple[str, int]:
-        """Draws; returns the report and the exit code."""
         # matplotlib, torch and DALI, which packing can do without
         from .show import show_dataset
 
-        return f"{show_dataset(**vars(self))}: look at it", 0
+        return f"{show_dataset(self)}: look at it", 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,11 +202,10 @@ class Upload:
     """URL to make. Nothing else may lie there."""
 
     def run(self) -> tuple[str, int]:
-        """Uploads; returns the report and the exit code."""
         return upload_dataset(self.folder, self.out), 0
 
 
-COMMANDS = {
+COMMANDS: dict[str, Callable[..., Any]] = {
     "build": Build,
     "verify": Verify,
     "inspect": Inspect,
@@ -180,9 +218,7 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
     signal.signal(signal.SIGTERM, _stop)
-    command = tyro.extras.subcommand_cli_from_dict(
-        dict[str, Callable[..., Any]](COMMANDS), args=arguments, prog="unicl-pack"
-    )
+    command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="unicl-pack")
     try:
         report, code = command.run()
     except (KeyboardInterrupt, SystemExit) as stop:  # Ctrl-C, SIGTERM
@@ -202,16 +238,19 @@ def _how_to_resume(error: BaseException) -> str:
     return "\n".join(getattr(error, "__notes__", ()))
 
 
-def _report(summary: BuildSummary) -> str:
+def _report_build(summary: BuildSummary) -> str:
     """The closing summary, and what to do next."""
-    captions = count_of(summary.num_captions, "caption")
-    labels = count_of(summary.num_labels, "label")
-    classes = f" of {count_of(len(summary.class_names), 'class')}" if summary.class_names else ""
+    if summary.image_size is None:
+        kept = summary.num_samples - summary.num_reencoded
+        treatment = f"{summary.num_reencoded:,} encoded anew, {kept:,} byte for byte"
+    else:
+        height, width = summary.image_size
+        treatment = f"decoded, {width} x {height} pixels each"
     rate = (summary.num_samples - summary.num_taken_over) / summary.seconds
     lines = [
-        f"{summary.out}: {count_of(summary.num_samples, 'image')}, {captions}, {labels}{classes}",
+        f"{summary.out}: {contents_of(summary, num_classes=len(summary.class_names))}",
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} images/s; "
-        + _treatment(summary),
+        + treatment,
     ]
     if summary.num_taken_over:
         taken_over = count_of(summary.num_taken_over, "image")
@@ -233,13 +272,29 @@ def _report(summary: BuildSummary) -> str:
     return "\n".join(lines)
 
 
-def _treatment(summary: BuildSummary) -> str:
-    """How the images were changed."""
-    if summary.image_size is None:
-        kept = summary.num_samples - summary.num_reencoded
-        return f"{summary.num_reencoded:,} encoded anew, {kept:,} byte for byte"
-    height, width = summary.image_size
-    return f"decoded, {width} x {height} pixels each"
+def _report_merge(summary: MergeSummary, *, leave_out: str) -> str:
+    lines = [
+        f"{summary.out}: {contents_of(summary, num_classes=len(summary.class_names))}",
+        f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, "
+        f"{summary.num_samples / summary.seconds:,.0f} images/s, all byte for byte",
+    ]
+    if leave_out:
+        lines.append(f"left out, since {leave_out} names them: {summary.num_left_out:,}")
+    if summary.num_joined:
+        lines.append(f"joined into others with the same image: {summary.num_joined:,}")
+    if summary.num_damaged:
+        lines.append(
+            f"DAMAGED and left out: {summary.num_damaged:,}; copy the inputs again and merge anew "
+            "to have them"
+        )
+        lines += [f"  {message}" for message in summary.damaged]
+    if summary.num_quarantined:
+        lines.append(
+            f"{summary.out / QUARANTINE_NAME} lists {count_of(summary.num_quarantined, 'image')} "
+            "left out, now or when the inputs were packed"
+        )
+    lines.append(f"next: unicl-pack verify {summary.out}")
+    return "\n".join(lines)
 
 
 def _print(text: str, file: TextIO) -> None:

@@ -8,7 +8,7 @@ import json
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
@@ -16,6 +16,7 @@ from unicl_fast.dataset.growing_files import create_csv
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.packing.build import BuildSummary
 from unicl_fast.packing.inspect import (
     DEFAULT_DISTANCE,
     DEFAULT_MODEL,
@@ -25,6 +26,7 @@ from unicl_fast.packing.inspect import (
     Spread,
     inspect_dataset,
 )
+from unicl_fast.packing.merge import MergeSummary
 from unicl_fast.packing.near_duplicates import MAX_DISTANCE, has_imagehash
 from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.quarantine import DUPLICATE
@@ -82,7 +84,6 @@ class Inspect:
     """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
-        """Describes; returns the report and the exit code."""
         if not 0 <= self.near_distance <= MAX_DISTANCE:
             raise ValueError(
                 f"--near-distance must lie in 0 to {MAX_DISTANCE}, not {self.near_distance}"
@@ -107,7 +108,8 @@ class Inspect:
         if is_url(self.folder):  # the copy will be removed
             inspection = dataclasses.replace(inspection, folder=self.folder)
         if self.json is not None:
-            write_text_atomically(self.json, json.dumps(_as_json(inspection), indent=1) + "\n")
+            values = dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
+            write_text_atomically(self.json, json.dumps(values, indent=1) + "\n")
         if self.html is not None:
             write_text_atomically(self.html, _page(inspection, folder, num_sheet=self.sheet))
         lines = [_in_words(inspection)]
@@ -135,25 +137,16 @@ def _page(inspection: Inspection, folder: Path, *, num_sheet: int) -> str:
     with PackedDataset(folder, verify=False) as dataset:  # it was verified just now
 
         def shown(copies: Copies | None) -> list[ShownGroup]:
-            groups = copies.groups[:_GROUPS_SHOWN] if copies else ()
             return [
                 ShownGroup(
-                    group=group,
-                    images=shown_images(dataset, group.samples[:_IMAGES_OF_A_GROUP]),
+                    group=group, images=shown_images(dataset, group.samples[:_IMAGES_OF_A_GROUP])
                 )
-                for group in groups
+                for group in (copies.groups[:_GROUPS_SHOWN] if copies else ())
             ]
 
-        return make_page(
-            inspection,
-            shown_images(dataset, range(min(num_sheet, len(dataset)))),
-            shown(inspection.exact_copies),
-            shown(inspection.near_copies),
-        )
-
-
-def _as_json(inspection: Inspection) -> dict[str, Any]:
-    return dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
+        sheet = shown_images(dataset, range(min(num_sheet, len(dataset))))
+        copies = shown(inspection.exact_copies), shown(inspection.near_copies)
+        return make_page(inspection, sheet, *copies)
 
 
 def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
@@ -190,29 +183,16 @@ def _write_duplicates(inspection: Inspection, folder: Path, path: Path) -> int:
 
 
 def _in_words(inspection: Inspection) -> str:
-    num_classes = len(inspection.class_counts)
-    classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
+    table = [("data", "images", "concepts", "images/concept", "concepts are")]
+    for row in inspection.concepts:
+        numbers = f"{row.num_images:,}", f"{row.num_concepts:,}", f"{row.images_per_concept:,.2f}"
+        table.append((row.data, *numbers, row.kind))
     lines = [
-        f"{inspection.folder}: {count_of(inspection.num_samples, 'image')}, "
-        f"{count_of(inspection.num_captions, 'caption')}, "
-        f"{count_of(inspection.num_labels, 'label')}{classes}, "
+        f"{inspection.folder}: "
+        f"{contents_of(inspection, num_classes=len(inspection.class_counts))}, "
         f"{inspection.num_bytes / 1e6:,.1f} MB{', kept as pixels' if inspection.is_raw else ''}",
         "",
-        *align_columns(
-            [
-                ("data", "images", "concepts", "images/concept", "concepts are"),
-                *(
-                    (
-                        row.data,
-                        f"{row.num_images:,}",
-                        f"{row.num_concepts:,}",
-                        f"{row.images_per_concept:,.2f}",
-                        row.kind,
-                    )
-                    for row in inspection.concepts
-                ),
-            ]
-        ),
+        *align_columns(table),
         "",
     ]
     spreads = [
@@ -253,6 +233,14 @@ def _in_words(inspection: Inspection) -> str:
     return "\n".join(lines)
 
 
+def contents_of(summary: BuildSummary | MergeSummary | Inspection, *, num_classes: int) -> str:
+    """Counts of images, captions, labels and classes."""
+    classes = f" of {count_of(num_classes, 'class')}" if num_classes else ""
+    images, captions = count_of(summary.num_samples, "image"), summary.num_captions
+    labels = count_of(summary.num_labels, "label")
+    return f"{images}, {count_of(captions, 'caption')}, {labels}{classes}"
+
+
 def _copies(copies: Copies) -> str:
     if not copies.num_groups:
         return "none"
@@ -261,7 +249,7 @@ def _copies(copies: Copies) -> str:
 
 
 def _numbers(what: str, spread: Spread) -> tuple[str, ...]:
-    values = (*(spread.smallest, spread.median, spread.mean, spread.percentile_95, spread.largest),)
+    values = (spread.smallest, spread.median, spread.mean, spread.percentile_95, spread.largest)
     return (what, *(f"{value:,.0f}" if value >= 100 else f"{value:.4g}" for value in values))
 
 

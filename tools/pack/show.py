@@ -15,7 +15,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,6 +46,9 @@ from unicl_fast.pipelines.plan.crop import random_windows
 from unicl_fast.system.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.text.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from .__main__ import Show
+
 _INK, _FAINT = "#1f2933", "#52606d"
 _WHOLE_ROWS = 3
 _STREAM = 0x5348  # of numbers that are drawn for a sheet
@@ -63,41 +66,21 @@ class _Strip:
     notes: list[str]
 
 
-def show_dataset(
-    folder: str | Path,
-    out: Path,
-    *,
-    augment: str = "",
-    samples: int = 8,
-    image_size: int = 224,
-    interpolation: str = "bilinear",
-    seed: int = 0,
-) -> Path:
-    """Draws the sheet as a PNG.
-
-    Args:
-        folder: packed data set.
-        out: file to write.
-        augment: as an entry of `data.augment`; empty shows the images alone.
-        samples: columns of the sheet, evenly spread over the data set.
-        image_size: side of the augmented images, in pixels.
-        interpolation: filter, as `data.interpolation`.
-        seed: decides which numbers are drawn.
-
-    Returns:
-        `out`.
+def show_dataset(options: Show) -> Path:
+    """Draws the sheet as a PNG; returns its path.
 
     Raises:
         ValueError: an augmentation that cannot be read, or no sample to show.
         FileNotFoundError: not a packed data set.
     """
-    augmentation = parse_augmentation(augment) if augment else None
-    if samples < 1:
-        raise ValueError(f"--samples must be at least 1, not {samples}")
-    with PackedDataset(folder) as dataset:
+    augmentation = parse_augmentation(options.augment) if options.augment else None
+    if options.samples < 1:
+        raise ValueError(f"--samples must be at least 1, not {options.samples}")
+    with PackedDataset(options.folder) as dataset:
         if not len(dataset):
             raise ValueError(f"{dataset.folder} has no samples to show")
-        ids = np.unique(np.linspace(0, len(dataset) - 1, min(samples, len(dataset)), dtype=int))
+        count = min(options.samples, len(dataset))
+        ids = np.unique(np.linspace(0, len(dataset) - 1, count, dtype=int))
         encoded = [dataset.image_bytes(index, verify=True) for index in ids.tolist()]
         originals = [
             np.asarray(Image.open(io.BytesIO(data.tobytes())).convert("RGB")) for data in encoded
@@ -107,18 +90,18 @@ def show_dataset(
         ]
         if augmentation is not None:
             data = DataConfig(
-                image_size=image_size,
-                evaluation_resize=image_size,
-                interpolation=interpolation,  # type: ignore[arg-type]
+                image_size=options.image_size,
+                evaluation_resize=options.image_size,
+                interpolation=options.interpolation,
             )
-            planned = list(_strips(augmentation, dataset.samples[ids], data, seed=seed))
+            planned = list(_strips(augmentation, dataset.samples[ids], data, seed=options.seed))
             images = _run(planned, encoded, augmentation, data)
             strips += [
                 (strip.title, list(shown), strip.notes)
                 for strip, shown in zip(planned, images, strict=True)
             ]
-    _draw(strips, out, title=f"{Path(folder).name}{f': {augment}' if augment else ''}")
-    return out
+    _draw(strips, options)
+    return options.out
 
 
 def _strips(
@@ -133,38 +116,33 @@ def _strips(
         "shapes": np.stack([side, side], axis=1).astype(np.int32),
         "flips": np.zeros(count, dtype=np.int32),
     }
-    draws = np.arange(count, dtype=np.int64)
-    stages = augmentation.stages
-    yield _Strip(
-        title="centre", rows=neutral_rows(count, stages=stages), notes=[""] * count, **centre
+    draw = partial(
+        draw_rows,
+        draws=np.arange(count, dtype=np.int64),
+        image_size=data.image_size,
+        stages=augmentation.stages,
     )
+    neutral, no_notes = neutral_rows(count, stages=augmentation.stages), [""] * count
+    yield _Strip(title="centre", rows=neutral, notes=no_notes, **centre)
     for operation in OPERATIONS[augmentation.policy]:
         if operation.operator != Operator.IDENTITY:
-            rows = neutral_rows(count, stages=stages)
+            rows, notes = neutral.copy(), []
             key = fold_key(seed, _STREAM, *operation.name.encode())
-            notes = []
-            for i in range(count):
+            for i, row in enumerate(rows[:, Column.STAGES : Column.STAGES + STAGE_WIDTH]):
                 level = _draw_level(augmentation, operation, key, i)
                 negate = random_unit(np.uint64(key), 100 + i) < 0.5
-                numbers = rows[i, Column.STAGES : Column.STAGES + STAGE_WIDTH]
-                write_operation(numbers, table_of((operation,))[0], level, negate, data.image_size)
-                notes.append(_describe(operation, numbers[1:]))
+                write_operation(row, table_of((operation,))[0], level, negate, data.image_size)
+                notes.append(_describe(operation, row[1:]))
             yield _Strip(title=operation.name, rows=rows, notes=notes, **centre)
     for title, alone, note in _steps(augmentation):
-        rows = draw_rows(
-            alone,
-            draws,
-            key=fold_key(seed, _STREAM, 1),
-            image_size=data.image_size,
-            stages=stages,
-        )
+        rows = draw(alone, key=fold_key(seed, _STREAM, 1))
         yield _Strip(title=title, rows=rows, notes=[note(row) for row in rows], **centre)
     for number in range(_WHOLE_ROWS if augmentation.views == 1 else 2):
         key = fold_key(seed, _STREAM, 2, number)
         starts, shapes = random_windows(
             heights,
             widths,
-            draws,
+            np.arange(count, dtype=np.int64),
             key=key,
             scale=augmentation.crop_scale or data.crop_scale,
             ratio=data.crop_ratio,
@@ -172,16 +150,13 @@ def _strips(
         chance = data.flip_probability if augmentation.flip is None else augmentation.flip
         flip_key, row_key = (fold_key(key, number) for number in (1, 2))
         flips = [random_unit(np.uint64(flip_key), i) < chance for i in range(count)]
-        rows = draw_rows(
-            augmentation, draws, key=row_key, image_size=data.image_size, stages=stages
-        )
         yield _Strip(
             title="all together" if augmentation.views == 1 else f"view {number + 1}",
             starts=starts,
             shapes=shapes,
             flips=np.array(flips, dtype=np.int32),
-            rows=rows,
-            notes=[""] * count,
+            rows=draw(augmentation, key=row_key),
+            notes=no_notes,
         )
 
 
@@ -196,17 +171,11 @@ def _steps(
     if augmentation.grayscale:
         yield "grayscale", dataclasses.replace(quiet, grayscale=1.0), lambda row: ""
     if augmentation.blur:
-        yield (
-            "blur",
-            dataclasses.replace(quiet, blur=1.0),
-            lambda row: f"sigma {row[Column.SIGMA]:.2f}",
-        )
+        blurred = dataclasses.replace(quiet, blur=1.0)
+        yield "blur", blurred, lambda row: f"sigma {row[Column.SIGMA]:.2f}"
     if augmentation.erase:
-        yield (
-            "erasing",
-            dataclasses.replace(quiet, erase=1.0),
-            lambda row: f"{row[Column.ERASED + 3]:.0f} x {row[Column.ERASED + 2]:.0f} pixels",
-        )
+        erased, height = dataclasses.replace(quiet, erase=1.0), Column.ERASED + 2
+        yield "erasing", erased, lambda row: f"{row[height + 1]:.0f} x {row[height]:.0f} pixels"
 
 
 def _draw_level(augmentation: Augmentation, operation: Operation, key: int, index: int) -> float:
@@ -261,24 +230,24 @@ def _run(
     """All images of all strips through the training graph at once, [strips n s s 3]."""
     parts = parts_for([augmentation], data.mean)
     size = len(strips) * len(encoded)
-    joined = [
+    starts, shapes, flips, rows = (
         np.concatenate([getattr(strip, name) for strip in strips])
         for name in ("starts", "shapes", "flips", "rows")
-    ]
-    starts, shapes, flips, rows = joined
+    )
     integers = np.zeros((size, 1), dtype=np.int64)
     inputs = [encoded * len(strips), starts, shapes, flips[:, None], integers]
     if parts is not None:
         inputs.append(rows)
+    device = torch.device("cpu")
     build = partial(
         build_train_graph,
         data=dataclasses.replace(data, threads=0, prefetch=1),
         batch_size=size,
         augmentation=parts,
-        device=torch.device("cpu"),
+        device=device,
     )
     batches = iter([HostBatch(inputs=tuple(inputs), facts=None)])
-    ((images, _), _) = next(run_graphs([build], batches, device=torch.device("cpu"), ahead=1))
+    ((images, _), _) = next(run_graphs([build], batches, device=device, ahead=1))
     return images.numpy().reshape(len(strips), len(encoded), *images.shape[1:])
 
 
@@ -293,9 +262,10 @@ def _text_of(dataset: PackedDataset, index: int) -> str:
     return "(no text)"
 
 
-def _draw(strips: list[tuple[str, list[Any], list[str]]], out: Path, *, title: str) -> None:
+def _draw(strips: list[tuple[str, list[Any], list[str]]], options: Show) -> None:
     columns = len(strips[0][1])
     figure = Figure(figsize=(1.5 * columns + 0.6, 1.72 * len(strips) + 0.4), layout="constrained")
+    title = Path(options.folder).name + (f": {options.augment}" if options.augment else "")
     figure.suptitle(title, fontsize=10, color=_INK)
     axes = figure.subplots(len(strips), columns, squeeze=False)
     for line, (name, images, notes) in zip(axes, strips, strict=True):
@@ -307,5 +277,5 @@ def _draw(strips: list[tuple[str, list[Any], list[str]]], out: Path, *, title: s
             axis.spines[:].set_visible(False)
             wrapped = textwrap.wrap(note, 24, max_lines=3, placeholder=" ...")
             axis.set_xlabel("\n".join(wrapped), fontsize=7, color=_FAINT)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, format="png")
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(options.out, format="png")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +22,16 @@ from unicl_fast.system.atomic_files import write_text_atomically
 
 _MOST_IN_JSON = 10_000
 """Faults that are kept in memory; --list has them all."""
+# what to do about faults of a data set at {0}
+_IN_A_FOLDER = (
+    "copy the named files again; damaged images can be left out by: unicl-pack merge {0} --out DIR"
+)
+_AT_A_URL = (
+    "if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {0} sends again what "
+    "differs; if not, damaged images can be left out: copy it into a folder DIR with the store's "
+    "own program, then unicl-pack merge DIR --out MENDED, and unicl-pack upload MENDED to another "
+    "URL"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,7 +75,6 @@ class Verify:
     """Most that the copy of a data set under a URL may take."""
 
     def run(self) -> tuple[str, int]:
-        """Verifies; returns the report and the exit code."""
         if min(self.show, self.workers, self.image_seconds) < 0 or self.max_pixels < 1:
             raise ValueError(
                 "--show, --workers and --image-seconds take numbers from 0 on, --max-pixels "
@@ -74,10 +82,12 @@ class Verify:
                 f"{self.max_pixels}"
             )
         first: list[Fault] = []
-        with (
-            _listed(self.list) as rows,
-            local_copy(self.folder, room=self.staging_bytes) as folder,
-        ):
+        with contextlib.ExitStack() as stack:
+            rows: Any = None
+            if self.list is not None:
+                file, rows = create_csv(self.list, ["file", "sample", "kind", "message"])
+                stack.enter_context(file)
+            folder = stack.enter_context(local_copy(self.folder, room=self.staging_bytes))
 
             def note(fault: Fault) -> None:
                 if len(first) < max(self.show, _MOST_IN_JSON):
@@ -96,20 +106,14 @@ class Verify:
             )
         summary = dataclasses.replace(summary, folder=self.folder)
         if self.json is not None:
-            text = json.dumps(_as_json(summary, first[:_MOST_IN_JSON]), indent=1)
-            write_text_atomically(self.json, f"{text}\n")
+            outcome = {
+                "sound": not summary.num_faults,
+                **dataclasses.asdict(summary),
+                "num_faults": summary.num_faults,
+                "first_faults": [dataclasses.asdict(fault) for fault in first[:_MOST_IN_JSON]],
+            }
+            write_text_atomically(self.json, json.dumps(outcome, indent=1) + "\n")
         return _in_words(summary, first[: self.show], self.list), int(summary.num_faults > 0)
-
-
-@contextlib.contextmanager
-def _listed(path: Path | None) -> Iterator[Any]:
-    """A CSV writer for the faults, or nothing."""
-    if path is None:
-        yield None
-        return
-    file, rows = create_csv(path, ["file", "sample", "kind", "message"])
-    with file:
-        yield rows
 
 
 def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -> str:
@@ -132,34 +136,9 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
         lines.append(f"{summary.folder}: FAULTS FOUND: {counts}; looked at {looked_at}")
         if not summary.num_samples:
             lines.append("the samples were not looked at, which takes a manifest and all arrays")
-        lines.append(_what_to_do(str(summary.folder)))
+        lines.append((_AT_A_URL if is_url(summary.folder) else _IN_A_FOLDER).format(summary.folder))
     else:
         lines.append(f"{summary.folder}: sound; {looked_at}")
         if not summary.num_decoded and not summary.is_raw:
             lines.append("images were compared with their checksums, and not decoded")
     return "\n".join(lines)
-
-
-def _what_to_do(place: str) -> str:
-    """About faults of the data set at `place`."""
-    if is_url(place):
-        return (
-            f"if you have a sound copy in a folder DIR, unicl-pack upload DIR --out {place} sends "
-            "again what differs; if not, damaged images can be left out: copy it into a folder "
-            "DIR with the store's own program, then unicl-pack merge DIR --out MENDED, and "
-            "unicl-pack upload MENDED to another URL"
-        )
-    return (
-        "copy the named files again; damaged images can be left out by: "
-        f"unicl-pack merge {place} --out DIR"
-    )
-
-
-def _as_json(summary: VerifySummary, faults: list[Fault]) -> dict[str, Any]:
-    return {
-        "sound": not summary.num_faults,
-        **dataclasses.asdict(summary),
-        "folder": str(summary.folder),
-        "num_faults": summary.num_faults,
-        "first_faults": [dataclasses.asdict(fault) for fault in faults],
-    }

@@ -75,7 +75,7 @@ def merge_datasets(
     shard_bytes: int = DEFAULT_SHARD_BYTES,
     progress: bool = True,
 ) -> MergeSummary:
-    """Writes one data set with the samples of all `folders`; `tools.pack.merge.Merge` explains.
+    """Writes one data set with the samples of all `folders`; `tools.pack.__main__.Merge` explains.
 
     Raises:
         FileNotFoundError: an input is no data set, or lacks a file.

@@ -3,18 +3,14 @@
     unicl-bench pack --data FOLDER_OR_ZIP [--resize short:256] [--formats jpeg webp]
     unicl-bench many-samples --samples 1000000
 
-`pack`: the contestant is a bare loop over the same files in as many processes: read, decode
-strictly, and where an image is changed scale and encode, with the same libraries and settings. It
-decodes in full, also where bytes are kept and unicl-pack takes a short cut (docs/performance.md
-says how much). It checks no header, limits no time or memory, and writes nothing. First every
-image that it makes is compared with what was packed, byte for byte. Both start their processes on
+`pack`: the contestant is a bare loop over the same files in as many processes, with the same
+libraries and settings; docs/performance.md says what it leaves out. Both start their processes on
 the clock; the start is measured with one image, and left out of the ratios that say so.
 
 `many-samples`: a JSONL list names a thousand small images again and again, by ever new paths and
 with captions of their own, so that reading, ordering and writing are those of as many pairs while
-decoding costs little. Measured are the peak of resident memory of the main process (VmHWM;
-workers hold one image each and do not grow with the number), the seconds until the first sample is
-packed, and the seconds that opening the finished data set takes.
+decoding costs little. The peak is that of the main process: workers hold one image each and do not
+grow with the number.
 """
 
 from __future__ import annotations
@@ -32,10 +28,10 @@ import tempfile
 import time
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import simplejpeg
@@ -47,7 +43,17 @@ from unicl_fast.images.check import RESIZE_QUALITY, RESIZE_SUBSAMPLING, ImageFor
 from unicl_fast.images.encode import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
 from unicl_fast.system.machine import usable_cores
 
-from ..harness import Figures, Stage, Turn, rate_of, ratio_of, seconds_of, summarise
+from .harness import (
+    Figures,
+    Stage,
+    Turn,
+    rate_of,
+    ratio_of,
+    seconds_of,
+    status_bytes,
+    summarise,
+    timed,
+)
 
 _OURS, _BARE = "unicl-pack", "bare loop"
 _CHUNK = 64
@@ -81,35 +87,36 @@ class Pack(Stage):
                 "images": summarise([len(paths)]),
                 "bytes of an image": summarise([num_bytes / len(paths)]),
             }
-            for name, turns in starts.items():
-                figures[f"start of {name}, s"] = seconds_of(turns)
+            for name, mine in starts.items():
+                figures[f"start of {name}, s"] = seconds_of(mine)
             for format in self.formats:
                 recipe = _Recipe(format, self.resize)
-                figures |= measure(recipe, paths, folder, starts, self.rounds)
+                compare(paths, recipe, folder)
+                turns = take_turns_of(paths, recipe, folder, self.rounds)
+                less = {name: _less_start(mine, starts[name]) for name, mine in turns.items()}
+                by_cpu_time = ratio_of(less, _BARE, _OURS, unit="cpu_seconds")
+                for name, mine in turns.items():
+                    figures[f"{format}: {name}, images/s"] = rate_of(mine, len(paths))
+                figures[f"{format}: rate against the bare loop"] = ratio_of(turns, _BARE, _OURS)
+                figures[f"{format}: the same, starts left out"] = ratio_of(less, _BARE, _OURS)
+                figures[f"{format}: the same by CPU time"] = by_cpu_time
         self.report(figures, "pillow", "simplejpeg", "numpy", "tokenizers")
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Recipe:
-    """The form of an image that the bare loop makes; its fields are options of unicl-pack build."""
+class _Recipe(NamedTuple):
+    """The form of an image that the bare loop makes, by options of unicl-pack build."""
 
     format: ImageFormat
     resize: str
 
-    def side_of(self, kind: str) -> int:
-        """Pixels of --resize KIND:PIXELS; 0 without it."""
-        own, _, pixels = self.resize.partition(":")
-        return int(pixels) if own == kind else 0
-
 
 def write_images(settings: Pack, folder: Path) -> list[Path]:
     """The images as files of one class folder, so that both read the same in the same way."""
-    images = list(_find_jpegs(settings.data))
+    images = _find_jpegs(settings.data)
     if not images:
         raise ValueError(f"{settings.data} holds no JPEG: name a folder or a zip of some")
     if 0 < settings.images < len(images):
-        step = len(images) / settings.images
-        images = [images[int(number * step)] for number in range(settings.images)]
+        images = [images[n * len(images) // settings.images] for n in range(settings.images)]
     (folder / "class").mkdir(parents=True)
     paths = []
     for number, data in enumerate(images * settings.copies):
@@ -118,23 +125,19 @@ def write_images(settings: Pack, folder: Path) -> list[Path]:
     return paths
 
 
-def _find_jpegs(place: Path) -> Iterator[bytes]:
+def _find_jpegs(place: Path) -> list[bytes]:
     if place.is_dir():
         contents = (path.read_bytes() for path in sorted(place.rglob("*")) if path.is_file())
-        yield from (data for data in contents if data.startswith(_JPEG))
-        return
+        return [data for data in contents if data.startswith(_JPEG)]
     with zipfile.ZipFile(place) as archive:
-        for name in sorted(archive.namelist()):
-            data = archive.read(name)
-            if data.startswith(_JPEG):
-                yield data
+        contents = (archive.read(name) for name in sorted(archive.namelist()))
+        return [data for data in contents if data.startswith(_JPEG)]
 
 
 def start_turns(image: Path, folder: Path, rounds: int) -> dict[str, list[Turn]]:
     """Turns of both with an image for each process: the cost of starting them."""
-    one = folder / "one" / "class"
-    one.mkdir(parents=True)
-    few = [one / f"{number}.jpg" for number in range(usable_cores())]
+    (folder / "one" / "class").mkdir(parents=True)
+    few = [folder / "one" / "class" / f"{number}.jpg" for number in range(usable_cores())]
     for path in few:
         shutil.copy(image, path)
     return take_turns_of(few, _Recipe("keep", ""), folder, rounds)
@@ -148,36 +151,16 @@ def take_turns_of(
     for _ in range(rounds):
         turns[_OURS].append(pack(paths[0].parents[1], folder / "packed", recipe))
         shutil.rmtree(folder / "packed")
-        turns[_BARE].append(_timed(lambda: loop(paths, recipe)))
+        turns[_BARE].append(timed(lambda: loop(paths, recipe), cpu_clock=_cpu_seconds))
     return turns
-
-
-def measure(
-    recipe: _Recipe, paths: Sequence[Path], folder: Path, starts: dict[str, list[Turn]], rounds: int
-) -> Figures:
-    """Proves that both make the same images of a format, then takes turns."""
-    compare(paths, recipe, folder)
-    turns, format = take_turns_of(paths, recipe, folder, rounds), recipe.format
-    beyond = {name: _less_start(mine, starts[name]) for name, mine in turns.items()}
-    rates = {f"{format}: {name}, images/s": rate_of(turns[name], len(paths)) for name in turns}
-    return rates | {
-        f"{format}: rate against the bare loop": ratio_of(turns, _BARE, _OURS),
-        f"{format}: the same, starts left out": ratio_of(beyond, _BARE, _OURS),
-        f"{format}: the same by CPU time": ratio_of(beyond, _BARE, _OURS, unit="cpu_seconds"),
-    }
 
 
 def _less_start(turns: Sequence[Turn], starts: Sequence[Turn]) -> list[Turn]:
     """Turns without the median start; at least a tenth of them, where noise is all that is left."""
     wall = statistics.median(turn.wall_seconds for turn in starts)
     cpu = statistics.median(turn.cpu_seconds for turn in starts)
-    return [
-        Turn(
-            max(turn.wall_seconds - wall, turn.wall_seconds / 10),
-            max(turn.cpu_seconds - cpu, turn.cpu_seconds / 10),
-        )
-        for turn in turns
-    ]
+    pairs = [(turn.wall_seconds, turn.cpu_seconds) for turn in turns]
+    return [Turn(max(w - wall, w / 10), max(c - cpu, c / 10)) for w, c in pairs]
 
 
 def pack(source: Path, out: Path, recipe: _Recipe) -> Turn:
@@ -185,12 +168,12 @@ def pack(source: Path, out: Path, recipe: _Recipe) -> Turn:
     result = out.with_suffix(".json")
     command = [*_BUILD, str(source), "--out", str(out), "--format", recipe.format]
     command += ["--json", str(result), *(["--resize", recipe.resize] if recipe.resize else [])]
-    before = _children_seconds()
+    before = _cpu_seconds()
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"unicl-pack failed: {done.stderr.strip().splitlines()[-1]}")
     seconds = json.loads(result.read_text(encoding="utf-8"))["seconds"]
-    return Turn(seconds, _children_seconds() - before)
+    return Turn(seconds, _cpu_seconds() - before)
 
 
 def loop(paths: Sequence[Path], recipe: _Recipe) -> list[int]:
@@ -211,9 +194,10 @@ def _make(data: bytes, recipe: _Recipe) -> bytes:
     space = "GRAY" if colours == "Gray" else "RGB"
     pixels = simplejpeg.decode_jpeg(data, colorspace=space, strict=True)
     pixels, is_scaled = _scale(pixels, height, width, recipe)
-    if not is_scaled and recipe.format in ("keep", "jpeg"):
-        return data
-    if recipe.format in ("keep", "jpeg"):  # with the markers that make ours comparable
+    if recipe.format in ("keep", "jpeg"):
+        if not is_scaled:
+            return data
+        # with the markers that make ours comparable
         return encode_jpeg(pixels, quality=RESIZE_QUALITY, subsampling=RESIZE_SUBSAMPLING)
     if recipe.format == "raw":
         return np.ascontiguousarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3))).tobytes()
@@ -227,13 +211,13 @@ def _make(data: bytes, recipe: _Recipe) -> bytes:
 
 def _scale(pixels: Any, height: int, width: int, recipe: _Recipe) -> tuple[Any, bool]:
     """Pixels [h w c] of the recipe's size, and whether that is another size than before."""
-    short_side, square_side = recipe.side_of("short"), recipe.side_of("square")
-    side, edge = square_side or short_side, min(height, width)
-    if side == 0 or (edge <= side if short_side else (height, width) == (side, side)):
+    kind, _, text = recipe.resize.partition(":")
+    side, edge = int(text or 0), min(height, width)
+    if side == 0 or (edge <= side if kind == "short" else (height, width) == (side, side)):
         return pixels, False
     image = Image.fromarray(pixels.squeeze(2) if pixels.shape[2] == 1 else pixels)
     box, size = None, (round(width * side / edge), round(height * side / edge))
-    if square_side:
+    if kind == "square":
         left, top = (width - edge) // 2, (height - edge) // 2
         box, size = (left, top, left + edge, top + edge), (side, side)
     scaled = np.asarray(image.resize(size, Image.Resampling.BICUBIC, box=box))
@@ -255,17 +239,10 @@ def compare(paths: Sequence[Path], recipe: _Recipe, folder: Path) -> None:
     print(f"{recipe.format}: all {len(paths):,} images are packed as the bare loop makes them")
 
 
-def _timed(work: Callable[[], object]) -> Turn:
-    wall, cpu = time.perf_counter(), time.process_time() + _children_seconds()
-    work()
-    cpu = time.process_time() + _children_seconds() - cpu
-    return Turn(time.perf_counter() - wall, cpu)
-
-
-def _children_seconds() -> float:
-    """CPU time of this process's children that have ended."""
+def _cpu_seconds() -> float:
+    """CPU time of this process, and of those of its children that have ended."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+    return time.process_time() + usage.ru_utime + usage.ru_stime
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -317,18 +294,14 @@ def build(folder: Path, workers: int) -> dict[str, float]:
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     peak = at_first = first = 0.0
     while process.poll() is None:
-        peak = max(peak, _peak_megabytes(process.pid))
+        peak = max(peak, status_bytes("VmHWM", process=process.pid) / 1e6)
         if not first and any(folder.glob("set.partial*/**/shard-000000.tar")):
             first, at_first = time.perf_counter() - started, peak
         time.sleep(0.2)
     seconds = time.perf_counter() - started
     if process.returncode:
         raise RuntimeError(f"unicl-pack ended with {process.returncode}")
-    opening = []
-    for _ in range(3):
-        started = time.perf_counter()
-        PackedDataset(out).close()
-        opening.append(time.perf_counter() - started)
+    opening = [timed(lambda: PackedDataset(out).close()).wall_seconds for _ in range(3)]
     return {
         "peak of the main process, MB": peak,
         "the same before the first sample is packed, MB": at_first,
@@ -336,12 +309,3 @@ def build(folder: Path, workers: int) -> dict[str, float]:
         "build, s": seconds,
         "opening the data set, s": statistics.median(opening),
     }
-
-
-def _peak_megabytes(process: int) -> float:
-    try:
-        lines = Path(f"/proc/{process}/status").read_text().splitlines()
-    except OSError:  # it has just ended
-        return 0.0
-    sizes = [int(line.split()[1]) for line in lines if line.startswith("VmHWM")]
-    return sizes[0] * 1024 / 1e6 if sizes else 0.0
