@@ -3,7 +3,7 @@
 A JPEG's codes have no fixed length, so a decoder that is to give a window must read all codes
 before the window's end, of whole rows, though it makes pixels of few. Restart markers (ITU-T T.81,
 B.2.4.4 and E.1.4) are points where decoding can begin. The packing tool sets some in each row of
-blocks (`unicl_fast.images.encode`), and here the stretches under a window become a JPEG of their
+blocks (`unicl_fast.images.codec`), and here the stretches under a window become a JPEG of their
 own: the same header with another size, the stretches, and markers numbered anew. The window's
 pixels are the same bit for bit. Of random crops of 256-pixel images 0.6 of the bytes
 are left, and DALI's decoder takes 0.85 of the time (282 us instead of 332, one thread), for files

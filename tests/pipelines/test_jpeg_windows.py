@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unicl_fast.config import DataConfig
-from unicl_fast.images.encode import encode_jpeg, restart_interval
+from unicl_fast.images.codec import encode_jpeg, restart_interval
 from unicl_fast.pipelines.graph import HostBatch, build_train_graph, run_graphs
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.plan.crop import random_windows

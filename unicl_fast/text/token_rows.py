@@ -282,6 +282,8 @@ def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
 
 
 def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
-    """`class_ids`, each id that is in `members` (rising, not empty) replaced by its `merged`."""
+    """`class_ids`, each id that is in `members` (rising) replaced by its `merged`."""
+    if not len(members):
+        return class_ids
     positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
     return np.where(members[positions] == class_ids, merged[positions], class_ids)
