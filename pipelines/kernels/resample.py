@@ -73,21 +73,16 @@ def resample_region(
         cubic: cubic filter (a = -0.5) instead of the triangular one that is called bilinear.
     """
     height, width = image.shape[0], image.shape[1]
-    size, length = out.shape[0], width * _CHANNELS
-    axes, first_values, spread, narrow, sums = _memory_for(size, height, width, cubic)
-    weights, first_rows, fixed_rows, first_columns, fixed_columns = axes
-    rows, row_places = _weights_of(
-        first_rows, weights, fixed_rows, height, top, bottom, 16, _ROW_PLACES, cubic
-    )
-    columns, column_places = _weights_of(
-        first_columns, weights, fixed_columns, width, left, right, 15, _COLUMN_PLACES, cubic
-    )
-    taps = _spread_taps(first_values, spread, first_columns, columns, flip)
+    length = width * _CHANNELS
+    (
+        exact, first_rows, fixed_rows, first_columns, fixed_columns, first_values, spread, narrow,
+        sums,
+    ) = _memory_for(out.shape[0], height, width, cubic)  # fmt: skip
     padded_line = np.empty(length + _VALUES, np.uint16)
     _fill_crop(
-        out, image.reshape(height, length), _ROW_PLACES - row_places, padded_line[:length],
-        padded_line, first_rows, rows, row_places, first_values, taps, column_places, narrow, sums,
-        cubic,
+        out, image.reshape(height, length), padded_line[:length], padded_line, exact, first_rows,
+        fixed_rows, first_columns, fixed_columns, first_values, spread, narrow, sums, width, top,
+        bottom, left, right, flip, cubic,
     )  # fmt: skip
 
 
@@ -121,42 +116,34 @@ def resample_windows(
         most_values: values of images up to which they are widened to 16 bits whole.
     """
     height, width = images.shape[1], images.shape[2]
-    size = crops.shape[1]
-    axes, first_values, spread, narrow, sums = _memory_for(size, height, width, cubic)
-    weights, first_rows, fixed_rows, first_columns, fixed_columns = axes
+    (
+        exact, first_rows, fixed_rows, first_columns, fixed_columns, first_values, spread, narrow,
+        sums,
+    ) = _memory_for(crops.shape[1], height, width, cubic)  # fmt: skip
     stride = _padded(width * _CHANNELS, _LINE)
-    line_memory = np.empty(stride + _VALUES, np.uint16)
+    line = np.empty(stride + _VALUES, np.uint16)
     small = height * stride <= most_values
     wide = np.empty(height * stride if small else 0, np.uint16)
     bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
     for i in range(begin, end):
         num_rows, num_columns = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
-        rows, row_places = _weights_of(
-            first_rows, weights, fixed_rows, num_rows, 0.0, num_rows, 16, _ROW_PLACES, cubic
-        )
-        columns, column_places = _weights_of(
-            first_columns, weights, fixed_columns, num_columns, 0.0, num_columns, 15,
-            _COLUMN_PLACES, cubic,
-        )  # fmt: skip
-        taps = _spread_taps(first_values, spread, first_columns, columns, flips[i] != 0)
         length = num_columns * _CHANNELS
         image = images[i].reshape(-1)
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
-        lift = _ROW_PLACES - row_places
         if small:
             # A loop over whole vectors has no rest, which would take longer than the vectors do.
             padded_length = _padded(length, _LINE)
             window = wide[: num_rows * padded_length].reshape(num_rows, padded_length)
-            raised = 0 if cubic else lift
             for y in range(num_rows):
                 source = image[offset + y * width * _CHANNELS :]
                 target = window[y]
                 for j in range(length):
-                    target[j] = np.uint16(source[j]) << raised
+                    target[j] = source[j]
                 target[length:] = 0
             _fill_crop(
-                crops[i], window, 0, line_memory[:padded_length], line_memory, first_rows, rows,
-                row_places, first_values, taps, column_places, narrow, sums, cubic,
+                crops[i], window, line[:padded_length], line, exact, first_rows, fixed_rows,
+                first_columns, fixed_columns, first_values, spread, narrow, sums, num_columns, 0.0,
+                num_rows, 0.0, num_columns, flips[i] != 0, cubic,
             )  # fmt: skip
         else:
             raw_window = bytes_[: num_rows * length].reshape(num_rows, length)
@@ -164,8 +151,9 @@ def resample_windows(
                 source = image[offset + y * width * _CHANNELS :]
                 raw_window[y] = source[:length]
             _fill_crop(
-                crops[i], raw_window, lift, line_memory[:length], line_memory, first_rows, rows,
-                row_places, first_values, taps, column_places, narrow, sums, cubic,
+                crops[i], raw_window, line[:length], line, exact, first_rows, fixed_rows,
+                first_columns, fixed_columns, first_values, spread, narrow, sums, num_columns, 0.0,
+                num_rows, 0.0, num_columns, flips[i] != 0, cubic,
             )  # fmt: skip
 
 
@@ -179,8 +167,11 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
     """Memory for one image's crop after the other; no image is larger than these sizes.
 
     Returns:
-        axes: float64 for weights before they are in fixed point, and for rows and columns each:
-            int64 [size] for first positions, and int32 for weights; see `_weights_of`.
+        exact: float64, weights before they are in fixed point; see `_weigh`.
+        first_rows: int64 [size]; likewise.
+        fixed_rows: int32; likewise.
+        first_columns: int64 [size]; likewise.
+        fixed_columns: int32; likewise.
         first_values: int64 [n], n a multiple of 4; see `_spread_taps`.
         spread: int16; see `_spread_taps`.
         narrow: uint8 rows of the crop's width: one, or (cubic) as many as the image has.
@@ -189,15 +180,12 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
     reach = 4.0 if cubic else 2.0
     taps = np.int64(reach * max(max(height, width) / size, 1.0)) + 2  # no region needs more
     groups = -(-size // _PIXELS)
-    axes = (
+    return (
         np.empty(size * taps, np.float64),
         np.empty(size, np.int64),
         np.empty(size * taps, np.int32),
         np.empty(size, np.int64),
         np.empty(size * taps, np.int32),
-    )
-    return (
-        axes,
         np.zeros(groups * _PIXELS, np.int64),
         np.zeros(groups * ((taps + 1) // 2) * _PIXELS * _VALUES, np.int16),
         # with the bytes that vectors write behind a line
@@ -207,74 +195,37 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
 
 
 @kernel(inline="always")
-def _weights_of(
-    first: Any,
-    weights: Any,
-    memory: Any,
-    length: Any,
-    start: Any,
-    end: Any,
-    bits: int,
-    most_places: int,
-    cubic: bool,
-) -> tuple[Any, int]:
-    """Weights of rows or columns, int32 [size taps], and how many places they have.
-
-    Args:
-        first: int64 [size], written: the first input position of every output position.
-        weights: float64 memory.
-        memory: int32 memory; the result lies in it.
-        length: rows or columns of the image.
-        start: start of the region.
-        end: end of the region.
-        bits: weights are below 2**bits; for the cubic filter, as in torchvision.
-        most_places: most binary places behind the point; likewise.
-        cubic: the cubic filter instead of the triangular one.
-    """
-    size = first.size
-    taps = _find_taps(first, length, start, end, cubic)
-    exact = weights[: size * taps].reshape(size, taps)
-    _weigh_taps(exact, first, start, end, cubic)
-    fixed = memory[: size * taps].reshape(size, taps)
-    if cubic:
-        return fixed, _to_fixed_point(fixed, exact, 1 << 15, 22, False)
-    return fixed, _to_fixed_point(fixed, exact, 1 << bits, most_places, True)
-
-
-@kernel(inline="always")
 def _fill_crop(
-    out: Any, rows: Any, lift: int, line: Any, padded_line: Any, first_rows: Any,
-    row_weights: Any, row_places: int, first_values: Any, columns: Any, column_places: int,
-    narrow: Any, sums: Any, cubic: bool,
+    out: Any, rows: Any, line: Any, padded_line: Any, exact: Any, first_rows: Any,
+    fixed_rows: Any, first_columns: Any, fixed_columns: Any, first_values: Any, spread: Any,
+    narrow: Any, sums: Any, width: int, top: Any, bottom: Any, left: Any, right: Any, flip: bool,
+    cubic: bool,
 ) -> None:  # fmt: skip
-    """Fills a crop from rows of an image.
+    """Fills a crop with the region of an image whose rows [h l], uint8 or uint16, are given.
 
-    Args:
-        out: uint8 [size size 3], written.
-        rows: rows of the image [h l], uint8; or uint16 and lifted already.
-        lift: places by which levels are lifted before they are multiplied by weights of rows, so
-            that a product of 32 bits has a value of the line in its upper half.
-        line: uint16 memory for one row.
-        padded_line: `line` and what vectors read behind it, which has no weight.
-        first_rows: as of `_weights_of`.
-        row_weights: as of `_weights_of`.
-        row_places: places of these weights.
-        first_values: as of `_spread_taps`.
-        columns: weights of columns, as of `_spread_taps`.
-        column_places: places of these weights.
-        narrow: as of `_memory_for`.
-        sums: as of `_memory_for`.
-        cubic: the cubic filter instead of the triangular one.
+    `line` is uint16 memory for one row [l], `padded_line` that and what vectors read behind it,
+    which has no weight. The memory is as of `_memory_for`, the region as of `resample_region`.
     """
+    size = out.shape[0]
+    row_taps, row_places = _weigh(
+        exact, first_rows, fixed_rows, rows.shape[0], top, bottom, 16, _ROW_PLACES, cubic
+    )
+    column_taps, column_places = _weigh(
+        exact, first_columns, fixed_columns, width, left, right, 15, _COLUMN_PLACES, cubic
+    )
+    row_weights = fixed_rows[: size * row_taps].reshape(size, row_taps)
+    column_weights = fixed_columns[: size * column_taps].reshape(size, column_taps)
+    columns = _spread_taps(first_values, spread, first_columns, column_weights, flip)
     if cubic:
         _fill_in_two_passes(
             out, rows, line, padded_line, first_rows, row_weights, row_places, first_values,
             columns, column_places, narrow, sums,
         )  # fmt: skip
     else:
+        # levels are lifted so that a product of 32 bits has a value of the line in its upper half
         _fill_in_one_pass(
-            out, rows, lift, line, padded_line, first_rows, row_weights, first_values, columns,
-            column_places, narrow,
+            out, rows, _ROW_PLACES - row_places, line, padded_line, first_rows, row_weights,
+            first_values, columns, column_places, narrow,
         )  # fmt: skip
 
 
@@ -371,34 +322,53 @@ def _fill_in_two_passes(
 
 
 @kernel(error_model="numpy")
-def _find_taps(first: Any, length: Any, start: Any, end: Any, cubic: bool) -> Any:
-    """First input position of every output position [size], and the number of taps of all.
+def _weigh(
+    exact: Any,
+    first: Any,
+    memory: Any,
+    length: Any,
+    start: Any,
+    end: Any,
+    bits: int,
+    most_places: int,
+    cubic: bool,
+) -> tuple[int, int]:
+    """Finds, weighs and rounds the input rows or columns (taps) of every output position.
 
     All have the same number of taps, some of weight 0: a loop whose length changed from pixel to
-    pixel would be mispredicted at every second one.
+    pixel would be mispredicted at every second one. A weight has as many places behind the point as
+    the largest leaves. Each is rounded by itself for the cubic filter, as torchvision's uint8
+    kernels do it; for the other, with what was lost of the one before, so that all of a pixel come
+    to 1 and an even image stays as it is, however many they are.
+
+    Args:
+        exact: float64 memory.
+        first: int64 [size], written: the first input position of every output position.
+        memory: int32, written: weights [size taps] as whole numbers.
+        length: rows or columns of the image.
+        start: start of the region.
+        end: end of the region.
+        bits: weights are below 2**bits; for the cubic filter, below 2**15, as in torchvision.
+        most_places: most binary places behind the point; for the cubic filter 22, likewise.
+        cubic: the cubic filter instead of the triangular one.
+
+    Returns:
+        The number of taps of a position, and of places of the weights.
     """
     size = first.size
     scale = (end - start) / size
     support = max(scale, 1.0) * (2.0 if cubic else 1.0)
-    taps = 0
+    taps: Any = 0
     for i in range(size):
         center = start + (i + 0.5) * scale
         low = max(np.int64(center - support + 0.5), 0)
         high = min(np.int64(center + support + 0.5), length)
         first[i] = low
         taps = max(taps, high - low)
-    for i in range(size):
-        first[i] = min(first[i], length - taps)
-    return taps
-
-
-@kernel(error_model="numpy")
-def _weigh_taps(weights: Any, first: Any, start: float, end: float, cubic: bool) -> None:
-    """Fills the weights float64 [size taps] that belong to `_find_taps`."""
-    size, taps = weights.shape
-    scale = (end - start) / size
+    weights = exact[: size * taps].reshape(size, taps)
     narrowing = 1.0 / max(scale, 1.0)  # multiplied by, as torchvision does: rounding may hang on it
     for i in range(size):
+        first[i] = min(first[i], length - taps)
         center = start + (i + 0.5) * scale
         total = 0.0
         for t in range(taps):
@@ -408,30 +378,23 @@ def _weigh_taps(weights: Any, first: Any, start: float, end: float, cubic: bool)
             total += weight
         for t in range(taps):
             weights[i, t] /= total
-
-
-@kernel(error_model="numpy")
-def _to_fixed_point(fixed: Any, weights: Any, limit: int, most_places: int, carry: bool) -> int:
-    """Weights as whole numbers int32 [size taps] below a limit; how many places they have.
-
-    As many behind the point as the largest weight leaves. Each is rounded by itself, as
-    torchvision's uint8 kernels do it; or, with `carry`, with what was lost of the one before, so
-    that all of a pixel come to 1 and an even image stays as it is, however many they are.
-    """
-    largest = weights.max()
-    rounding = 1.0 if carry else 0.5
+    limit = 1 << (15 if cubic else bits)
+    largest, rounding = weights.max(), 0.5 if cubic else 1.0
     places = 0
-    while places < most_places and np.int64(rounding + largest * 2.0 ** (places + 1)) < limit:
+    while places < (22 if cubic else most_places) and (
+        np.int64(rounding + largest * 2.0 ** (places + 1)) < limit
+    ):
         places += 1
     unit = 2.0**places
-    for i in range(weights.shape[0]):
+    fixed = memory[: size * taps].reshape(size, taps)
+    for i in range(size):
         lost = 0.0
-        for t in range(weights.shape[1]):
+        for t in range(taps):
             weight = weights[i, t] * unit + lost
             fixed[i, t] = np.int32(weight + (0.5 if weight >= 0 else -0.5))
-            if carry:
+            if not cubic:
                 lost = weight - fixed[i, t]
-    return places
+    return taps, places
 
 
 @kernel(inline="always")
