@@ -25,8 +25,8 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD, DataConfig, RunConfig, TrainC
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.targets import map_steps
-from unicl_fast.pipelines.feed.bad_samples import BadSamples
 from unicl_fast.pipelines.feed.host_batches import steps_at_once
+from unicl_fast.pipelines.feed.reading import BadSamples
 from unicl_fast.pipelines.feed.text_block import gather_texts, pack_integers
 from unicl_fast.pipelines.graph import batches_ahead, decode_windows
 from unicl_fast.pipelines.kernels.augment import augment_image
@@ -68,7 +68,7 @@ class _Own:
         manifest = self.dataset.manifest
         self.prompts = ClassPrompts([(manifest.class_names, manifest.templates)], Tokenizer())
         self.loader = TrainLoader(self.config, [self.dataset], None, self.prompts)
-        self.bad = BadSamples([self.dataset], None)
+        self.bad = BadSamples([self.dataset], self.loader.plan, None)
 
     def planned(self, step: int) -> PlannedBatch:
         return self.loader.plan.batch(step, rank=0, world_size=1)
@@ -78,7 +78,7 @@ class _Own:
         return [self.planned(step) for step in range(math.ceil(_HELD / self.task.batch_size))]
 
     def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
-        return self.bad.read_batch(self.loader.plan, planned)
+        return self.bad.read_files(planned)
 
     def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
         """`some_planned` with their encoded images."""

@@ -18,7 +18,8 @@ from PIL import Image
 
 from unicl_fast.config import DataConfig
 from unicl_fast.images.codec import encode_jpeg, restart_interval
-from unicl_fast.pipelines.graph import HostBatch, build_train_graph, run_graphs
+from unicl_fast.pipelines.feed.host_batches import HostBatch
+from unicl_fast.pipelines.graph import build_train_graph, run_graphs
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.plan.crop import random_windows
 
@@ -128,7 +129,7 @@ def graph_output(inputs: tuple[Any, ...], size: int) -> torch.Tensor:
     data, device = DataConfig(image_size=64, threads=1), torch.device("cpu")
     outputs = run_graphs(
         [lambda source: build_train_graph(source, data=data, batch_size=size, device=device)],
-        iter([HostBatch(inputs=inputs, facts=None)]),
+        iter([HostBatch(inputs=inputs, metadata=None)]),
         device=device,
         ahead=1,
     )
