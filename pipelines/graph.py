@@ -10,7 +10,7 @@ a batch that failed, `find_undecodable` names the images that are the cause.
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
 import functools
 import io
@@ -275,6 +275,24 @@ class DecodingError(RuntimeError):
         self.in_flight = tuple(in_flight)
 
 
+def decode(
+    build: Callable[..., Pipeline],
+    host_batches: Generator[HostBatch[Metadata], None, None],
+    *,
+    data: DataConfig,
+    batch_size: int,
+    device: torch.device,
+) -> Outputs[Metadata]:
+    """As `run_graphs`, with graphs as `build_train_graph` makes them for these settings."""
+    builds = [
+        functools.partial(build, data=part, batch_size=batch_size)
+        for part in split_threads(data, device)
+    ]
+    ahead = batches_ahead(data, batch_size)
+    with contextlib.closing(host_batches):
+        yield from run_graphs(builds, host_batches, device=device, ahead=ahead)
+
+
 def run_graphs(
     builds: Sequence[Callable[[NextInputs], Pipeline]],
     host_batches: Iterator[HostBatch[Metadata]],
@@ -311,14 +329,18 @@ def run_graphs(
                 pipeline.build()
             return_freed_memory()
             for number in itertools.count():
+                # On a GPU: ordered after DALI's work on torch's stream, without waiting for it on
+                # the host; positional only in DALI 2.4.
+                stream = [] if device.type == "cpu" else [torch.cuda.current_stream(device)]
                 try:
-                    outputs = _run(pipelines[number % len(pipelines)], device)
+                    outputs = pipelines[number % len(pipelines)].run(*stream)
                 except StopIteration:
                     return
                 except Exception as error:  # DALI's are of several types
                     if error is dealer.host_error or not dealer.in_flight:
                         raise
-                    raise DecodingError(str(error), list(dealer.in_flight.values())) from error
+                    in_flight = [metadata for _, metadata in sorted(dealer.in_flight.items())]
+                    raise DecodingError(str(error), in_flight) from error
                 yield (
                     [from_dlpack(output.as_tensor()) for output in outputs],
                     dealer.in_flight.pop(number),
@@ -340,55 +362,44 @@ class _Dealer(Generic[Metadata]):
         ahead: int,
     ) -> None:
         self.in_flight: dict[int, Metadata] = {}
-        """Metadata of batches that graphs have taken and not given back, by number, in order."""
+        """Metadata of batches that graphs have taken and not given back, by number."""
         self.host_error: Exception | None = None
         self._worker = worker
         self._host_batches = host_batches
-        self._prepared: collections.deque[Future[HostBatch[Metadata] | None]] = collections.deque()
-        self._dealt: list[collections.deque[HostBatch[Metadata] | None]] = [
-            collections.deque() for _ in range(num_graphs)
-        ]
-        self._num_taken = 0
+        self._num_graphs = num_graphs
+        self._prepared: dict[int, Future[HostBatch[Metadata] | None]] = {}
+        self._num_asked_for = 0
         for _ in range(ahead):
             self._prepare_next()
 
     def inputs_of(self, graph: int) -> NextInputs:
+        numbers = itertools.count(graph, self._num_graphs)
+
         def next_inputs() -> tuple[Any, ...]:
-            while not self._dealt[graph]:
-                self._deal()
-            batch = self._dealt[graph].popleft()
+            number = next(numbers)
+            while number >= self._num_asked_for:
+                self._prepare_next()
+            try:
+                batch = self._prepared.pop(number).result()
+            except Exception as error:
+                self.host_error = error
+                raise
+            self._prepare_next()
             if batch is None:
                 raise StopIteration
+            self.in_flight[number] = batch.metadata
             return batch.inputs
 
         return next_inputs
 
     def cancel(self) -> None:
-        for future in self._prepared:
+        for future in self._prepared.values():
             future.cancel()
 
     def _prepare_next(self) -> None:
-        self._prepared.append(self._worker.submit(next, self._host_batches, None))
-
-    def _deal(self) -> None:
-        """Gives the next batch to the graph whose turn it is."""
-        try:
-            batch = self._prepared.popleft().result()
-        except Exception as error:
-            self.host_error = error
-            raise
-        self._dealt[self._num_taken % len(self._dealt)].append(batch)
-        if batch is not None:
-            self.in_flight[self._num_taken] = batch.metadata
-        self._num_taken += 1
-        self._prepare_next()
-
-
-def _run(pipeline: Pipeline, device: torch.device) -> Any:
-    if device.type == "cpu":
-        return pipeline.run()
-    # Ordered after DALI's work on torch's stream, without waiting for it on the host.
-    return pipeline.run(torch.cuda.current_stream(device))  # positional only in DALI 2.4
+        future = self._worker.submit(next, self._host_batches, None)
+        self._prepared[self._num_asked_for] = future
+        self._num_asked_for += 1
 
 
 def find_undecodable(

@@ -24,14 +24,7 @@ from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.prompts import ClassPrompts
 
-from .feed.host_batches import (
-    HostBatch,
-    HostBatches,
-    Images,
-    TrainMetadata,
-    are_decoded,
-    split_views,
-)
+from .feed.host_batches import HostBatch, HostBatches, Images, TrainMetadata
 from .feed.reading import BadSamples, reading_ahead
 from .feed.text_block import unpack_integers
 from .graph import (
@@ -40,11 +33,10 @@ from .graph import (
     batches_ahead,
     build_evaluation_graph,
     build_train_graph,
+    decode,
     find_undecodable,
     is_fused,
     reason_of,
-    run_graphs,
-    split_threads,
 )
 from .kernels.operators import parts_for
 from .plan.crop import central_windows
@@ -88,7 +80,8 @@ class TrainLoader:
         self._device = torch.device(device)
         self._running: Generator[Batch, None, None] | None = None
         self._images: Images = "files"
-        if are_decoded(datasets):
+        shapes = {dataset.image_shape for dataset in datasets}
+        if len(shapes) == 1 and shapes != {None}:  # all are raw and of one size
             self._images = "crops" if is_fused(data.resample, self._device) else "pixels"
         augmentations = augmentations_of(data.augment, [dataset.place for dataset in datasets])
         self._augmentation = parts_for(augmentations, data.mean)
@@ -174,14 +167,14 @@ class TrainLoader:
             contextlib.closing(self._outputs(start_step)) as outputs,
         ):
             for (images, integers), metadata in outputs:
-                first, second = split_views(images, num_views=self.plan.num_views)
+                first, *second = images.chunk(self.plan.num_views)
                 texts = unpack_integers(
                     integers[: len(first)], num_texts=len(metadata.text_lengths)
                 )
                 yield Batch(
                     step=metadata.actual.step,
                     images=first,
-                    second_images=second,
+                    second_images=second[0] if second else None,
                     text_lengths=metadata.text_lengths,
                     sample_ids=torch.from_numpy(metadata.actual.sample_ids),
                     scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
@@ -193,19 +186,20 @@ class TrainLoader:
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
         """Images and integers of every batch, and its metadata."""
-        ahead = batches_ahead(self._data, self._num_images)
         if self._images == "crops" and self._augmentation is None:  # nothing is left for a graph
+            ahead = batches_ahead(self._data, self._num_images)
             made = self._host.batches_without_graph(start_step, ahead=ahead)
             with contextlib.closing(made):
                 for batch in made:
                     yield [torch.from_numpy(array) for array in batch.inputs], batch.metadata
-            return
-        graphs = [
-            partial(self._build, data=data, batch_size=self._num_images)
-            for data in split_threads(self._data, self._device)
-        ]
-        with contextlib.closing(self._host.batches(start_step)) as host_batches:
-            yield from run_graphs(graphs, host_batches, device=self._device, ahead=ahead)
+        else:
+            yield from decode(
+                self._build,
+                self._host.batches(start_step),
+                data=self._data,
+                batch_size=self._num_images,
+                device=self._device,
+            )
 
     def _find_bad(self, failed: PlannedBatch) -> bool:
         """Finds what the decoder refuses of a batch; whether it will hold other samples now."""
@@ -274,12 +268,21 @@ class EvaluationLoader:
         """
         if not self._batches:
             return
+        outputs = decode(
+            self._build,
+            self._host_batches(),
+            data=self._data,
+            batch_size=len(self._batches[0]),
+            device=self._device,
+        )
         try:
-            yield from self._decode()
+            with contextlib.closing(outputs):
+                for (images,), ids in outputs:
+                    yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))
+                    del images
+            return
         except DecodingError as error:
             failed, reason = error.in_flight, reason_of(error)
-        else:
-            return
         for ids in failed:
             self._refuse_undecodable(ids)
         raise DecodingError(
@@ -289,23 +292,6 @@ class EvaluationLoader:
 
     def close(self) -> None:
         """Nothing outlives an iteration; here for the protocol."""
-
-    def _decode(self) -> Generator[EvaluationBatch, None, None]:
-        batch_size = len(self._batches[0])
-        graphs = [
-            partial(self._build, data=data, batch_size=batch_size)
-            for data in split_threads(self._data, self._device)
-        ]
-        ahead = batches_ahead(self._data, batch_size)
-        with (
-            contextlib.closing(self._host_batches()) as host_batches,
-            contextlib.closing(
-                run_graphs(graphs, host_batches, device=self._device, ahead=ahead)
-            ) as outputs,
-        ):
-            for (images,), ids in outputs:
-                yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))
-                del images
 
     def _host_batches(self) -> Generator[HostBatch[NDArray[np.int64]], None, None]:
         def schedule(batch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:

@@ -17,11 +17,10 @@ import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
@@ -80,8 +79,7 @@ class TrainMetadata:
     text_lengths: NDArray[np.int64]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Planned:
+class _Planned(NamedTuple):
     """A step without its images, as long as nothing is bad."""
 
     batch: PlannedBatch
@@ -209,17 +207,9 @@ class HostBatches:
         long = self._plan.long_batch(first, count, **self._ranks)
         steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
         targets, integers = self._texts_of(long, steps[0].global_index)
-        starts = range(0, count * size, size)
-        return [
-            _Planned(
-                batch=batch,
-                integers=integers[start : start + size],
-                text_lengths=targets.text_lengths[start : start + num_texts],
-            )
-            for batch, start, num_texts in zip(
-                steps, starts, targets.num_texts.tolist(), strict=True
-            )
-        ]
+        parts = zip(range(0, count * size, size), targets.num_texts.tolist(), strict=True)
+        lengths = [targets.text_lengths[start : start + num_texts] for start, num_texts in parts]
+        return list(map(_Planned, steps, integers.reshape(count, size, -1), lengths))
 
     def _host_batch(
         self,
@@ -293,20 +283,6 @@ def graph_inputs(
     if rows.shape[2]:
         inputs.append(np.ascontiguousarray(rows.transpose(1, 0, 2)).reshape(-1, rows.shape[2]))
     return tuple(inputs)
-
-
-def split_views(images: Tensor, *, num_views: int) -> tuple[Tensor, Tensor | None]:
-    """First and second views [b h w c] of the graph's output for `graph_inputs`."""
-    if num_views == 1:
-        return images, None
-    size = len(images) // 2
-    return images[:size], images[size:]
-
-
-def are_decoded(datasets: Sequence[PackedDataset]) -> bool:
-    """Whether all images of all data sets are raw and of one size."""
-    shapes = {dataset.image_shape for dataset in datasets}
-    return len(shapes) == 1 and shapes != {None}
 
 
 class CropResizer:

@@ -50,13 +50,10 @@ def gather_texts(
         samples = dataset.samples.take(planned.sample_ids[chosen])
         positions = samples["captions_start"].astype(np.int64) + planned.captions[chosen]
         captions = dataset.captions.take(positions)
-        _copy_texts(
-            np.asarray(dataset.tokens),
-            captions["tokens_start"].astype(np.int64),
-            captions["tokens_length"].astype(np.int64),
-            chosen,
-            rows,
+        starts, lengths = (
+            captions[name].astype(np.int64) for name in ("tokens_start", "tokens_length")
         )
+        _copy_texts(np.asarray(dataset.tokens), starts, lengths, chosen, rows)
         chosen = np.flatnonzero(mine & (planned.labels >= 0))
         if len(chosen):
             labels = planned.labels[chosen]
@@ -93,30 +90,16 @@ def pack_integers(
         context_length: at least the length of the rows of tokens.
     """
     block = np.zeros((len(steps.text_index), context_length + _FIELDS), dtype=np.int64)
-    _pack(
-        block.reshape(-1),
-        steps.num_texts,
-        steps.tokens,
-        steps.text_index,
-        steps.text_class_ids,
-        steps.text_counts,
-        global_index,
-        context_length,
-    )
+    texts = steps.num_texts, steps.tokens, steps.text_index, steps.text_class_ids, steps.text_counts
+    _pack(block.reshape(-1), *texts, global_index, context_length)
     return block
 
 
 @kernel
 def _pack(
-    block: Any,
-    num_texts: Any,
-    tokens: Any,
-    text_index: Any,
-    text_class_ids: Any,
-    text_counts: Any,
-    global_index: Any,
-    context_length: Any,
-) -> None:
+    block: Any, num_texts: Any, tokens: Any, text_index: Any, text_class_ids: Any,
+    text_counts: Any, global_index: Any, context_length: Any,
+) -> None:  # fmt: skip
     size = global_index.size
     for step in range(num_texts.size):
         first = step * size

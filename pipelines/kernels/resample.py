@@ -430,15 +430,9 @@ def _spread_taps(first_values: Any, memory: Any, first: Any, weights: Any, flip:
 
 
 def _define_add_rows(
-    typing_context: Any,
-    line: Any,
-    rows: Any,
-    first: Any,
-    column: Any,
-    weights: Any,
-    y: Any,
+    typing_context: Any, line: Any, rows: Any, first: Any, column: Any, weights: Any, y: Any,
     lift: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """32 values of a line from `column` on: weighted sums of the rows from `first` on.
 
     Of few taps the upper halves of products are added up, and what the lower halves, which are
@@ -455,7 +449,7 @@ def _define_add_rows(
             context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 4)
         )
         first, column, y = arguments[2], arguments[3], arguments[5]
-        lift = _repeat(builder, builder.trunc(arguments[6], ir.IntType(16)), _LINE)
+        lift = repeat(builder, builder.trunc(arguments[6], ir.IntType(16)), _LINE)
         length = builder.extract_value(rows.shape, 1)
         taps = builder.extract_value(weights.shape, 1)
         few = builder.icmp_signed("<=", taps, ir.IntType(64)(_FEW_TAPS))
@@ -463,13 +457,13 @@ def _define_add_rows(
 
         def products_of(tap: Any) -> Any:
             place = builder.add(builder.mul(builder.add(first, tap), length), column)
-            levels = _load(builder, rows.data, place, loaded, align=1)
+            levels = load(builder, rows.data, place, loaded, align=1)
             if not is_wide:
                 levels = builder.zext(levels, short)
             levels = builder.zext(builder.shl(levels, lift), long)
             place = builder.add(builder.mul(y, taps), tap)
             weight = builder.load(builder.gep(weights.data, [place]))
-            factors = _repeat(builder, builder.trunc(weight, ir.IntType(16)), _LINE)
+            factors = repeat(builder, builder.trunc(weight, ir.IntType(16)), _LINE)
             return builder.mul(levels, builder.zext(factors, long))
 
         def store(values: Any) -> None:
@@ -480,7 +474,7 @@ def _define_add_rows(
             with is_few:
                 rest = builder.trunc(builder.lshr(taps, ir.IntType(64)(1)), ir.IntType(16))
                 total_place = cgutils.alloca_once(builder, short)
-                builder.store(_repeat(builder, rest, _LINE), total_place)
+                builder.store(repeat(builder, rest, _LINE), total_place)
                 with cgutils.for_range(builder, taps) as loop:
                     upper = builder.lshr(products_of(loop.index), upper_half)
                     added = builder.add(builder.load(total_place), builder.trunc(upper, short))
@@ -504,14 +498,9 @@ _add_rows: Any = intrinsic(_define_add_rows)
 
 
 def _define_filter_line(
-    typing_context: Any,
-    pixels: Any,
-    start: Any,
-    line: Any,
-    first_values: Any,
-    weights: Any,
+    typing_context: Any, pixels: Any, start: Any, line: Any, first_values: Any, weights: Any,
     places: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """Pixels of three channels: the weighted sums of `line`, rounded and clipped.
 
     They go to `pixels` from `start` on, four at a time, with four bytes behind the last that mean
@@ -528,17 +517,60 @@ def _define_filter_line(
             context.make_array(signature.args[i])(context, builder, arguments[i])
             for i in (0, 2, 3, 4)
         )
-        code = _LineFilter(context, builder, line.data, first_values.data, weights, arguments[5])
         target = builder.gep(pixels.data, [arguments[1]])
-        one, two = (builder.icmp_signed("==", code.pairs, _INDEX(known)) for known in (1, 2))
-        with builder.if_else(one) as (is_one, is_more):
+        num_groups, num_pairs = (builder.extract_value(weights.shape, i) for i in (0, 1))
+        shift = repeat(builder, builder.trunc(arguments[5], ir.IntType(32)), 16)
+        one = ir.Constant(_SUMS, [1] * 16)
+        half = builder.lshr(builder.shl(one, shift), one)
+
+        def products_of(group: Any, firsts: list[Any], pair: Any, count: Any) -> Any:
+            """Sums of products of two taps, for each channel of four pixels."""
+            done = builder.mul(pair, _INDEX(2 * _CHANNELS))
+            a, b, c, d = (
+                load(builder, line.data, builder.add(first, done), _EIGHT_SHORT) for first in firsts
+            )
+            ab, cd = (_shuffle(builder, *two, list(range(16))) for two in ((a, b), (c, d)))
+            # red, green and blue of two pixels, each beside its fellow, and two values left over
+            beside = [8 * i + j for i in range(4) for j in (0, 3, 1, 4, 2, 5, 6, 7)]
+            row = builder.mul(builder.add(builder.mul(group, count), pair), _INDEX(32))
+            factors = load(builder, weights.data, row, _ALL_SHORT)
+            return _multiply_pairs(context, builder, _shuffle(builder, ab, cd, beside), factors)
+
+        def filter_groups(known_pairs: int | None) -> None:
+            """All groups of a line; without an inner loop if the number of pairs is known."""
+            with cgutils.for_range(builder, num_groups) as groups_loop:
+                group = groups_loop.index
+                x = builder.mul(group, _INDEX(_PIXELS))
+                firsts = [
+                    builder.load(builder.gep(first_values.data, [builder.add(x, _INDEX(i))]))
+                    for i in range(_PIXELS)
+                ]
+                total = half
+                if known_pairs is None:
+                    total_place = cgutils.alloca_once_value(builder, half)
+                    builder.store(half, total_place)
+                    with cgutils.for_range(builder, num_pairs) as loop:
+                        products = products_of(group, firsts, loop.index, num_pairs)
+                        builder.store(builder.add(builder.load(total_place), products), total_place)
+                    total = builder.load(total_place)
+                for pair in range(known_pairs or 0):
+                    products = products_of(group, firsts, _INDEX(pair), _INDEX(known_pairs))
+                    total = builder.add(total, products)
+                levels = _levels_of(builder, builder.ashr(total, shift))
+                place = builder.gep(target, [builder.mul(x, _INDEX(_CHANNELS))])
+                builder.store(levels, builder.bitcast(place, levels.type.as_pointer()), align=1)
+
+        one_pair, two_pairs = (
+            builder.icmp_signed("==", num_pairs, _INDEX(known)) for known in (1, 2)
+        )
+        with builder.if_else(one_pair) as (is_one, is_more):
             with is_one:
-                code.filter_groups(target, known_pairs=1)
-            with is_more, builder.if_else(two) as (is_two, is_other):
+                filter_groups(1)
+            with is_more, builder.if_else(two_pairs) as (is_two, is_other):
                 with is_two:
-                    code.filter_groups(target, known_pairs=2)
+                    filter_groups(2)
                 with is_other:
-                    code.filter_groups(target, known_pairs=None)
+                    filter_groups(None)
         return context.get_dummy_value()
 
     arguments = pixels, types.int64, line, first_values, weights, types.int64
@@ -548,70 +580,14 @@ def _define_filter_line(
 _filter_line: Any = intrinsic(_define_filter_line)
 
 
-class _LineFilter:
-    """Writes the instructions of `_filter_line`."""
-
-    def __init__(
-        self, context: Any, builder: Any, line: Any, first_values: Any, weights: Any, places: Any
-    ) -> None:
-        self.context, self.builder = context, builder
-        self.line, self.first_values, self.weights = line, first_values, weights.data
-        self.groups, self.pairs = (builder.extract_value(weights.shape, i) for i in (0, 1))
-        self.shift = _repeat(builder, builder.trunc(places, ir.IntType(32)), 16)
-        one = ir.Constant(_SUMS, [1] * 16)
-        self.half = builder.lshr(builder.shl(one, self.shift), one)
-
-    def filter_groups(self, target: Any, *, known_pairs: int | None) -> None:
-        """All groups of a line; code without an inner loop if the number of pairs is known."""
-        builder = self.builder
-        with cgutils.for_range(builder, self.groups) as groups_loop:
-            group = groups_loop.index
-            x = builder.mul(group, _INDEX(_PIXELS))
-            firsts = [
-                builder.load(builder.gep(self.first_values, [builder.add(x, _INDEX(i))]))
-                for i in range(_PIXELS)
-            ]
-            if known_pairs is None:
-                total_place = cgutils.alloca_once_value(builder, self.half)
-                builder.store(self.half, total_place)
-                with cgutils.for_range(builder, self.pairs) as loop:
-                    products = self.products_of(group, firsts, loop.index, self.pairs)
-                    builder.store(builder.add(builder.load(total_place), products), total_place)
-                total = builder.load(total_place)
-            else:
-                total = self.half
-                for pair in range(known_pairs):
-                    products = self.products_of(group, firsts, _INDEX(pair), _INDEX(known_pairs))
-                    total = builder.add(total, products)
-            levels = self.levels_of(total)
-            place = builder.gep(target, [builder.mul(x, _INDEX(_CHANNELS))])
-            builder.store(levels, builder.bitcast(place, levels.type.as_pointer()), align=1)
-
-    def products_of(self, group: Any, firsts: list[Any], pair: Any, count: Any) -> Any:
-        """Sums of products of two taps, for each channel of four pixels."""
-        builder = self.builder
-        done = builder.mul(pair, _INDEX(2 * _CHANNELS))
-        a, b, c, d = (
-            _load(builder, self.line, builder.add(first, done), _EIGHT_SHORT) for first in firsts
-        )
-        ab, cd = (_shuffle(builder, *two, list(range(16))) for two in ((a, b), (c, d)))
-        # red, green and blue of two pixels, each beside its fellow, and two values left over
-        beside = [8 * i + j for i in range(4) for j in (0, 3, 1, 4, 2, 5, 6, 7)]
-        values = _shuffle(builder, ab, cd, beside)
-        row = builder.add(builder.mul(group, count), pair)
-        factors = _load(builder, self.weights, builder.mul(row, _INDEX(32)), _ALL_SHORT)
-        return _multiply_pairs(self.context, builder, values, factors)
-
-    def levels_of(self, total: Any) -> Any:
-        """Bytes of four pixels, and four that mean nothing."""
-        builder = self.builder
-        zero, most = (ir.Constant(_SUMS, [bound] * 16) for bound in (0, 255))
-        levels = builder.ashr(total, self.shift)
-        levels = builder.select(builder.icmp_signed("<", levels, zero), zero, levels)
-        levels = builder.select(builder.icmp_signed(">", levels, most), most, levels)
-        levels = builder.trunc(levels, ir.VectorType(ir.IntType(8), 16))
-        kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
-        return _shuffle(builder, levels, levels, kept + kept[:4])
+def _levels_of(builder: Any, sums: Any) -> Any:
+    """Bytes of four pixels, and four that mean nothing."""
+    zero, most = (ir.Constant(_SUMS, [bound] * 16) for bound in (0, 255))
+    levels = builder.select(builder.icmp_signed("<", sums, zero), zero, sums)
+    levels = builder.select(builder.icmp_signed(">", levels, most), most, levels)
+    levels = builder.trunc(levels, ir.VectorType(ir.IntType(8), 16))
+    kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
+    return _shuffle(builder, levels, levels, kept + kept[:4])
 
 
 def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> Any:
@@ -645,14 +621,15 @@ def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> An
     return parts[0] if width == 32 else _shuffle(builder, parts[0], parts[1], list(range(16)))
 
 
-def _repeat(builder: Any, value: Any, count: int) -> Any:
+def repeat(builder: Any, value: Any, count: int) -> Any:
     """A vector of so many times the same number."""
     empty = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     one = builder.insert_element(empty, value, ir.Constant(ir.IntType(32), 0))
     return _shuffle(builder, one, one, [0] * count)
 
 
-def _load(builder: Any, data: Any, offset: Any, kind: Any, align: int = 2) -> Any:
+def load(builder: Any, data: Any, offset: Any, kind: Any, align: int = 2) -> Any:
+    """A vector of a kind from `data` on, `offset` elements behind its beginning."""
     pointer = builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
     return builder.load(pointer, align=align)
 

@@ -36,10 +36,10 @@ signature (TGA), which would take any file for an image."""
 _ALPHA_MODES = frozenset({"LA", "La", "PA", "RGBA", "RGBa"})
 _SMALLEST_CUT = 128
 """Pixels of the shorter side from which on restart markers are written."""
-_STRETCHES_A_ROW = 8
-_SHORTEST_STRETCH = 32
+_SEGMENTS_A_ROW = 8
+_SHORTEST_SEGMENT = 32
 """Pixels between markers. A marker costs bytes and the prediction of colour: 2 to 3 % of a
-photograph in 4:2:0, 4 % in 4:4:4; stretches of half as many pixels cost twice that."""
+photograph in 4:2:0, 4 % in 4:4:4; segments of half as many pixels cost twice that."""
 MAX_WEBP_SIDE = 16_383
 """WebP keeps a side in 14 bits."""
 WEBP_METHOD = 4
@@ -186,8 +186,8 @@ def restart_interval(height: int, width: int, *, block_width: int) -> int:
 
     The loader cuts a file down to a window's part at them (`pipelines/kernels/jpeg_windows.py`), so
     each row must begin with one: the interval divides the blocks of a row. It is the divisor that
-    comes nearest to eight stretches a row without being short, which for a prime number of blocks
-    is one stretch. In a small image markers would cost more than they save.
+    comes nearest to eight segments a row without being short, which for a prime number of blocks
+    is one segment. In a small image markers would cost more than they save.
 
     Args:
         height: in pixels.
@@ -197,11 +197,11 @@ def restart_interval(height: int, width: int, *, block_width: int) -> int:
     if min(height, width) < _SMALLEST_CUT:
         return 0
     columns = -(-width // block_width)
-    wished = columns / _STRETCHES_A_ROW
+    wished = columns / _SEGMENTS_A_ROW
     fitting = (
         interval
         for interval in range(1, columns + 1)
-        if columns % interval == 0 and interval * block_width >= _SHORTEST_STRETCH
+        if columns % interval == 0 and interval * block_width >= _SHORTEST_SEGMENT
     )
     return min(fitting, key=lambda interval: abs(math.log(interval / wished)))
 
