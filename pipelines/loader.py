@@ -284,7 +284,17 @@ class EvaluationLoader:
         except DecodingError as error:
             failed, reason = error.in_flight, reason_of(error)
         for ids in failed:
-            self._refuse_undecodable(ids)
+            inputs = self._host_batch(ids).inputs
+            reasons = find_undecodable(self._build, inputs, data=self._data, device=self._device)
+            if reasons:
+                raise DecodingError(
+                    "cannot be decoded, though the bytes are those that were packed; pack the data "
+                    "again without: "
+                    + "; ".join(
+                        f"{self._dataset.describe(int(ids[row]))}: {reason}"
+                        for row, reason in reasons.items()
+                    )
+                )
         raise DecodingError(
             f"{self._dataset.place}: decoding fails, though each image can be decoded alone: "
             f"{reason}"
@@ -319,16 +329,3 @@ class EvaluationLoader:
         )
         encoded = [self._dataset.image_bytes(sample, verify=True) for sample in ids.tolist()]
         return HostBatch(inputs=(encoded, starts, ends), metadata=ids)
-
-    def _refuse_undecodable(self, ids: NDArray[np.int64]) -> None:
-        inputs = self._host_batch(ids).inputs
-        reasons = find_undecodable(self._build, inputs, data=self._data, device=self._device)
-        if reasons:
-            raise DecodingError(
-                "cannot be decoded, though the bytes are those that were packed; pack the data "
-                "again without: "
-                + "; ".join(
-                    f"{self._dataset.describe(int(ids[row]))}: {reason}"
-                    for row, reason in reasons.items()
-                )
-            )

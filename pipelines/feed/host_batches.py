@@ -170,7 +170,7 @@ class HostBatches:
     def group(self, resizer: CropResizer, first_step: int) -> list[HostBatch[TrainMetadata]]:
         """Prepares some steps whose images are cropped and resized here; runs in any thread."""
         planned = self._plan_steps(first_step, resizer.batches_at_once)
-        self._say_where(first_step)
+        self._read_ahead_from(first_step // self._steps_of_chunk)
         actual, pixels = self._bad.read_pixels([step.batch for step in planned])
         windows = np.concatenate([batch.windows for batch in actual])
         views = [
@@ -191,14 +191,11 @@ class HostBatches:
     def _with_images(self, planned: _Planned) -> HostBatch[TrainMetadata]:
         """A step with its images as files or pixels."""
         self._check_arrays()
-        self._say_where(planned.batch.step)
+        self._read_ahead_from(planned.batch.step // self._steps_of_chunk)
         if self._images == "files":
             return self._host_batch(planned, *self._bad.read_files(planned.batch))
         (actual,), pixels = self._bad.read_pixels([planned.batch])
         return self._host_batch(planned, actual, pixels)
-
-    def _say_where(self, step: int) -> None:
-        self._read_ahead_from(step // self._steps_of_chunk)
 
     def _plan_steps(self, first: int, count: int) -> list[_Planned]:
         """Some steps without their images, made in one go."""

@@ -274,11 +274,9 @@ def reading_ahead(
         return
     # More blocks than half the cache would push out those that are being used.
     most_blocks = min(one.max_bytes // (2 * one.block_bytes) for one in options)
-    ahead = _ReadAhead(datasets, schedule, start, num_chunks, most_blocks)
-    try:
-        yield ahead.follow
-    finally:
-        ahead.close()
+    reader = _ReadAhead(datasets, schedule, start, num_chunks, most_blocks)
+    with contextlib.closing(reader):
+        yield reader.follow
 
 
 class _ReadAhead:

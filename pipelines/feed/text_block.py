@@ -83,11 +83,7 @@ def pack_integers(
     """Packs some batches of b samples as int64 [steps * b, context_length + 5].
 
     Rows of tokens are padded with 0 to `context_length`; there are never more texts than samples.
-
-    Args:
-        steps: targets of the batches.
-        global_index: int64 [b], the same in each batch.
-        context_length: at least the length of the rows of tokens.
+    `global_index` [b] is the same in each batch.
     """
     block = np.zeros((len(steps.text_index), context_length + _FIELDS), dtype=np.int64)
     texts = steps.num_texts, steps.tokens, steps.text_index, steps.text_class_ids, steps.text_counts

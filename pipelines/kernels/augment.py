@@ -103,7 +103,7 @@ def _mean_grey(image: Any) -> Any:
 
 @_compiled
 def _look_up_bits(image: Any, operator: int, a: Any) -> None:
-    table = np.empty(256, np.uint8)
+    tables = np.empty((_CHANNELS, 256), np.uint8)
     for level in range(256):
         if operator == Operator.POSTERIZE:
             value = level & int(a)
@@ -113,10 +113,8 @@ def _look_up_bits(image: Any, operator: int, a: Any) -> None:
             value = min(level + int(a), 255) if level < 128 else level
         else:
             value = 255 - level
-        table[level] = value
-    values = image.reshape(-1)
-    for i in range(values.size):
-        values[i] = table[values[i]]
+        tables[:, level] = value
+    _look_up(image, tables)
 
 
 @_compiled

@@ -45,11 +45,9 @@ class GraphParts:
 
 
 def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> GraphParts | None:
-    """The parts that at least one source uses; None if images stay as they were resampled.
+    """The parts that at least one data set uses; None if images stay as they were resampled.
 
-    Args:
-        augmentations: each source's.
-        mean: colour, in 0 to 1, of erased rectangles.
+    `mean` is the colour, in 0 to 1, of erased rectangles.
     """
     if not any(each.changes_pixels for each in augmentations):
         return None
@@ -238,19 +236,13 @@ _pointer: Any = intrinsic(_define_pointer)
 
 
 def augment(images: Any, rows: Any, parts: GraphParts) -> Any:
-    """Augments each image as its row says, with DALI's operators, on either device.
+    """Augments images uint8 [s s 3] as their rows say, with DALI's operators, on either device.
 
     An image goes through those operators alone that its row asks for: DALI splits the batch at
     every `if` below (AutoGraph reads them: this module is converted when a graph with conditionals
-    is built) and puts it together behind it. What no source uses is not in a run's graph.
-
-    Args:
-        images: uint8 [s s 3] of layout HWC.
-        rows: float32 [k] on the host, columns as in `Column`.
-        parts: the parts of this graph.
-
-    Returns:
-        Images whose samples lie one after another in memory.
+    is built) and puts it together behind it. What no data set uses is not in a run's graph. Rows
+    are float32 [k] on the host, columns as in `Column`. The result's samples lie one after another
+    in memory.
     """
     for stage in range(parts.stages):
         images = _apply_stage(images, rows, parts, Column.STAGES + stage * STAGE_WIDTH)
@@ -342,20 +334,15 @@ def _beside(node: Any, data: Any) -> Any:
 
 _as_augmentation: Any = core.augmentation
 _OPERATORS = {
-    **{
-        operator: _as_augmentation(function)
-        for operator, function in (
-            (Operator.WARP, _warp),
-            (Operator.BRIGHTNESS, _by_factor(suite.brightness)),
-            (Operator.CONTRAST, _by_factor(suite.contrast)),
-            (Operator.COLOR, _by_factor(suite.color)),
-            (Operator.SHARPNESS, _sharpness),
-            (Operator.POSTERIZE, _by_bytes(suite.posterize)),
-            (Operator.SOLARIZE, _solarize),
-            (Operator.SOLARIZE_ADD, _by_bytes(suite.solarize_add)),
-            (Operator.EQUALIZE, _equalize),
-        )
-    },
+    Operator.WARP: _as_augmentation(_warp),
+    Operator.BRIGHTNESS: _as_augmentation(_by_factor(suite.brightness)),
+    Operator.CONTRAST: _as_augmentation(_by_factor(suite.contrast)),
+    Operator.COLOR: _as_augmentation(_by_factor(suite.color)),
+    Operator.SHARPNESS: _as_augmentation(_sharpness),
+    Operator.POSTERIZE: _as_augmentation(_by_bytes(suite.posterize)),
+    Operator.SOLARIZE: _as_augmentation(_solarize),
+    Operator.SOLARIZE_ADD: _as_augmentation(_by_bytes(suite.solarize_add)),
+    Operator.EQUALIZE: _as_augmentation(_equalize),
     Operator.INVERT: suite.invert,
     Operator.AUTO_CONTRAST: suite.auto_contrast,
 }

@@ -101,7 +101,7 @@ def resample_windows(
     """Resamples windows of images to crops: `resample_region` of each window, bit for bit.
 
     For decoded images of one size, by the batch. Where images are small, a call and its memory
-    cost as much as the filter does; here memory is taken once for all, and lines are as long as
+    cost as much as the filter does; for them memory is taken once for all, and lines are as long as
     vectors like them.
 
     Args:
@@ -120,7 +120,7 @@ def resample_windows(
         exact, first_rows, fixed_rows, first_columns, fixed_columns, first_values, spread, narrow,
         sums,
     ) = _memory_for(crops.shape[1], height, width, cubic)  # fmt: skip
-    stride = _padded(width * _CHANNELS, _LINE)
+    stride = -(-width * _CHANNELS // _LINE) * _LINE
     line = np.empty(stride + _VALUES, np.uint16)
     small = height * stride <= most_values
     wide = np.empty(height * stride if small else 0, np.uint16)
@@ -132,13 +132,13 @@ def resample_windows(
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
         if small:
             # A loop over whole vectors has no rest, which would take longer than the vectors do.
-            padded_length = _padded(length, _LINE)
+            padded_length = -(-length // _LINE) * _LINE
             window = wide[: num_rows * padded_length].reshape(num_rows, padded_length)
             for y in range(num_rows):
-                source = image[offset + y * width * _CHANNELS :]
+                original = image[offset + y * width * _CHANNELS :]
                 target = window[y]
                 for j in range(length):
-                    target[j] = source[j]
+                    target[j] = original[j]
                 target[length:] = 0
             _fill_crop(
                 crops[i], window, line[:padded_length], line, exact, first_rows, fixed_rows,
@@ -148,18 +148,9 @@ def resample_windows(
         else:
             raw_window = bytes_[: num_rows * length].reshape(num_rows, length)
             for y in range(num_rows):
-                source = image[offset + y * width * _CHANNELS :]
-                raw_window[y] = source[:length]
-            _fill_crop(
-                crops[i], raw_window, line[:length], line, exact, first_rows, fixed_rows,
-                first_columns, fixed_columns, first_values, spread, narrow, sums, num_columns, 0.0,
-                num_rows, 0.0, num_columns, flips[i] != 0, cubic,
-            )  # fmt: skip
-
-
-@kernel(inline="always")
-def _padded(count: Any, multiple: int) -> Any:
-    return -(-count // multiple) * multiple
+                raw_window[y] = image[offset + y * width * _CHANNELS :][:length]
+            region = raw_window.reshape(num_rows, num_columns, _CHANNELS)
+            resample_region(crops[i], region, 0.0, num_rows, 0.0, num_columns, flips[i] != 0, cubic)
 
 
 @kernel

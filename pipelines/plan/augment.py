@@ -100,17 +100,14 @@ def draw_rows(
     image_size: int,
     stages: int,
 ) -> NDArray[np.float32]:
-    """Draws the rows of one source's images.
+    """Draws the rows of some images, float32 [b k]; columns as in `Column`.
 
     Args:
-        augmentation: the source's.
+        augmentation: that of the images' data set.
         draws: number of each image's row in the stream of `key` [b].
         key: 64-bit key, as from `fold_key`.
         image_size: side of an image, in pixels.
         stages: stages that the rows have room for.
-
-    Returns:
-        float32 [b k]; columns as in `Column`.
     """
     rows = neutral_rows(len(draws), stages=stages)
     if not augmentation.changes_pixels:
@@ -196,13 +193,8 @@ def _moves(shear: float, translate: float, rotate: float, *, relative: bool) -> 
 
 def _factors(slope: float, *, least: float = 0.0) -> list[Operation]:
     rule: dict[str, Any] = {"slope": slope, "signed": True, "least": least}
-    names = {
-        "Brightness": Operator.BRIGHTNESS,
-        "Contrast": Operator.CONTRAST,
-        "Color": Operator.COLOR,
-        "Sharpness": Operator.SHARPNESS,
-    }
-    return [Operation(name, op, _Kind.FACTOR, **rule) for name, op in names.items()]
+    operators = Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR, Operator.SHARPNESS
+    return [Operation(op.name.capitalize(), op, _Kind.FACTOR, **rule) for op in operators]
 
 
 def _posterize(

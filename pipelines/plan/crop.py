@@ -35,8 +35,8 @@ def random_windows(
     permitted ratio is taken.
 
     Args:
-        heights: images' heights [b].
-        widths: images' widths [b].
+        heights: of images [b].
+        widths: of images [b].
         counters: number of each image's window in the stream of `key` [b].
         key: 64-bit key, as from `fold_key`.
         scale: smallest and largest part of the area.
@@ -105,14 +105,9 @@ def central_windows(
     Resampling just this region to crop x crop gives the same pixels as resizing the whole and
     cutting, because the scale is the same and the filter may still look beyond the region's edge.
 
-    Args:
-        heights: images' heights [b].
-        widths: images' widths [b].
-        resize: length of the shorter side after resizing; at least `crop`.
-        crop: side of the crop.
-
-    Returns:
-        float32 [b 2] region start and end (row, column) in pixels of the original.
+    Images' `heights` and `widths` are [b]; `resize` is the length of the shorter side after
+    resizing, at least `crop`, the side of the crop. Returns float32 [b 2] region start and end
+    (row, column) in pixels of the original.
     """
     original = np.stack([heights, widths], axis=1).astype(np.int64)
     shorter = original.min(axis=1, keepdims=True)

@@ -187,12 +187,8 @@ def restart_interval(height: int, width: int, *, block_width: int) -> int:
     The loader cuts a file down to a window's part at them (`pipelines/kernels/jpeg_windows.py`), so
     each row must begin with one: the interval divides the blocks of a row. It is the divisor that
     comes nearest to eight segments a row without being short, which for a prime number of blocks
-    is one segment. In a small image markers would cost more than they save.
-
-    Args:
-        height: in pixels.
-        width: in pixels.
-        block_width: pixels that are coded together: 16 where chroma is halved, else 8.
+    is one segment. In a small image markers would cost more than they save. `block_width` is the
+    pixels that are coded together: 16 where chroma is halved, else 8.
     """
     if min(height, width) < _SMALLEST_CUT:
         return 0

@@ -125,13 +125,9 @@ class ClassPrompts:
         return replace_classes(ids, self._members, self._merged)
 
     def lookup(self, rows: UInt16Array) -> Int64Array:
-        """The class that has a text as a prompt.
+        """The class, int64 [k], that has a text as a prompt; -1 where none has.
 
-        Args:
-            rows: token ids, uint16 [k, any length], padded with 0.
-
-        Returns:
-            int64 [k], -1 where the text is no prompt of any class.
+        Texts are rows of token ids, uint16 [k, any length], padded with 0.
         """
         if rows.ndim != 2 or rows.dtype != np.uint16:
             raise ValueError(f"rows must be uint16 [k, l], not {rows.dtype} {list(rows.shape)}")
