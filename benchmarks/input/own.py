@@ -34,7 +34,7 @@ from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
-from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps
+from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps, split_windows
 from unicl_fast.system.host_memory import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
@@ -132,7 +132,7 @@ def read(task: Task) -> Iterator[int]:
 def decode(task: Task) -> Iterator[int]:
     """The decoder of graph.py alone, on whole files."""
     own = _Own(task)
-    held = ((encoded, *fed.crops(0)[:2]) for fed, encoded in own.held())
+    held = ((encoded, *split_windows(fed.windows[:, 0])[:2]) for fed, encoded in own.held())
     yield from _decode(own, list(held))
 
 
@@ -140,8 +140,9 @@ def decode_cut(task: Task) -> Iterator[int]:
     """The decoder of graph.py alone, on files cut to their windows as the loader does it."""
     own = _Own(task)
     held = (
-        (*cut_to_windows(encoded, *fed.crops(0)[:2]), fed.crops(0)[1])
+        (*cut_to_windows(encoded, starts, shapes), shapes)
         for fed, encoded in own.held()
+        for starts, shapes, _ in [split_windows(fed.windows[:, 0])]
     )
     yield from _decode(own, list(held))
 
@@ -195,7 +196,7 @@ def resample(task: Task) -> Iterator[int]:
 
     crops = []
     for fed, encoded in _Own(task).held():
-        starts, shapes, flips = fed.crops(0)
+        starts, shapes, flips = split_windows(fed.windows[:, 0])
         corners = zip(starts.tolist(), shapes.tolist(), flips, strict=True)
         for image, ((top, left), (height, width), flip) in zip(encoded, corners, strict=True):
             whole = decode_whole(image)

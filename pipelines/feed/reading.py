@@ -129,11 +129,8 @@ class BadSamples:
         with self._replacing:
             for number, batch in enumerate(batches):
                 pairs = _pairs(batch)
-                bad = [
-                    row
-                    for row, pair in enumerate(pairs)
-                    if not sound[start + row] or pair in self._known
-                ]
+                known = np.array([pair in self._known for pair in pairs])
+                bad = np.flatnonzero(known | ~sound[start : start + len(pairs)]).tolist()
                 # tries again, and says what is wrong
                 actual[number], images = self._read_rows(batch, bad)
                 for row, image in zip(bad, images, strict=True):
@@ -258,15 +255,9 @@ def reading_ahead(
 ) -> Iterator[Callable[[int], None]]:
     """Fetches ahead within this context, if a data set lies under a URL and `num_chunks` is not 0.
 
-    Args:
-        datasets: the sources, open; local ones need nothing.
-        schedule: the order of samples, in chunks.
-        start: the first chunk that will be read.
-        num_chunks: how many are looked at beyond the one that is being read.
-
-    Yields:
-        A function to call with the number of a chunk that is about to be read; from any thread,
-        nearly in order.
+    Reading begins with chunk `start` of the schedule; `num_chunks` are looked at beyond the one
+    that is being read. Yields a function to call with the number of a chunk that is about to be
+    read; from any thread, nearly in order.
     """
     options = [dataset.remote.options for dataset in datasets if dataset.remote is not None]
     if not options or not num_chunks:

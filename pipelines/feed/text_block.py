@@ -50,9 +50,8 @@ def gather_texts(
         samples = dataset.samples.take(planned.sample_ids[chosen])
         positions = samples["captions_start"].astype(np.int64) + planned.captions[chosen]
         captions = dataset.captions.take(positions)
-        starts, lengths = (
-            captions[name].astype(np.int64) for name in ("tokens_start", "tokens_length")
-        )
+        starts = captions["tokens_start"].astype(np.int64)
+        lengths = captions["tokens_length"].astype(np.int64)
         _copy_texts(np.asarray(dataset.tokens), starts, lengths, chosen, rows)
         chosen = np.flatnonzero(mine & (planned.labels >= 0))
         if len(chosen):

@@ -86,18 +86,13 @@ def _scale(image: Any, factor: Any, shift: Any) -> None:
 
 @_compiled
 def _mean_grey(image: Any) -> Any:
-    sums = np.zeros(_CHANNELS, np.int64)
-    for y in range(image.shape[0]):
-        line = image[y]
-        red, green, blue = 0, 0, 0
-        for x in range(line.shape[0]):
-            red += line[x, 0]
-            green += line[x, 1]
-            blue += line[x, 2]
-        sums[0] += red
-        sums[1] += green
-        sums[2] += blue
-    grey = 0.299 * sums[0] + 0.587 * sums[1] + 0.114 * sums[2]
+    values = image.reshape(-1)
+    red, green, blue = 0, 0, 0
+    for i in range(values.size // _CHANNELS):
+        red += values[_CHANNELS * i]
+        green += values[_CHANNELS * i + 1]
+        blue += values[_CHANNELS * i + 2]
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
     return np.float32(grey / (image.shape[0] * image.shape[1]))
 
 

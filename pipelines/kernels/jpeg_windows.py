@@ -64,13 +64,8 @@ def cut_to_windows(
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32]]:
     """Leaves out of each file what its window does not need, where the file has markers for it.
 
-    Args:
-        images: encoded, of any format, uint8 [bytes] each.
-        starts: first row and column of each window [b 2].
-        shapes: height and width of each window [b 2].
-
-    Returns:
-        The files, and where the windows begin in them [b 2].
+    Files are of any format, uint8 [bytes] each; windows have first rows and columns [b 2], and
+    heights and widths [b 2]. Returns the files, and where the windows begin in them [b 2].
     """
     cut: list[NDArray[np.uint8]] = []
     moved = np.array(starts)
@@ -85,11 +80,8 @@ def cut_to_windows(
 def _cut(data: Any, start: Any, shape: Any, out: Any) -> int:
     """Writes the shorter file into `out` and moves `start`; returns its length, 0 if there is none.
 
-    Args:
-        data: a file, uint8 [bytes].
-        start: first row and column of the window [2], changed to those in the shorter file.
-        shape: height and width of the window [2].
-        out: uint8 [bytes], as long as the file.
+    `data` is a file, uint8 [bytes], and `out` as long; `start` is the window's first row and column
+    [2], changed to those in the shorter file, `shape` its height and width [2].
     """
     frame, scan, interval = _find_parts(data)
     if interval == 0:

@@ -159,10 +159,8 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
 
     Returns:
         exact: float64, weights before they are in fixed point; see `_weigh`.
-        first_rows: int64 [size]; likewise.
-        fixed_rows: int32; likewise.
-        first_columns: int64 [size]; likewise.
-        fixed_columns: int32; likewise.
+        first_rows, fixed_rows: int64 [size], and int32; see `_weigh`.
+        first_columns, fixed_columns: likewise.
         first_values: int64 [n], n a multiple of 4; see `_spread_taps`.
         spread: int16; see `_spread_taps`.
         narrow: uint8 rows of the crop's width: one, or (cubic) as many as the image has.

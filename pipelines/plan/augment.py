@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation, Policy
+from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import random_below, random_bits, random_unit
 
@@ -267,11 +267,6 @@ OPERATIONS: dict[str, tuple[Operation, ...]] = {
 }
 
 
-def operators_of(policy: Policy) -> set[Operator]:
-    """The operators that a policy may ask for, `IDENTITY` left out."""
-    return {operation.operator for operation in OPERATIONS[policy]} - {Operator.IDENTITY}
-
-
 @functools.cache
 def table_of(operations: tuple[Operation, ...]) -> NDArray[np.float64]:
     """The operations as a table [operations 8] for `write_operation`."""
@@ -296,14 +291,10 @@ def auto_pairs() -> NDArray[np.float64]:
 
 @kernel
 def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -> None:
-    """Writes an operator's number and its parameters.
+    """Writes an operator's number and its parameters to `out`, float32 [1 + NUM_PARAMETERS].
 
-    Args:
-        out: float32 [1 + NUM_PARAMETERS], written.
-        row: a row of `table_of`.
-        level: strength in 0 to 1.
-        negate: whether to negate the value, if the operation is signed.
-        side: side of the image, in pixels.
+    `row` is one of `table_of`, `level` the strength in 0 to 1, `side` that of the image in pixels;
+    `negate` negates the value, if the operation is signed.
     """
     step = abs(row[3]) * level
     if row[4] == 1:

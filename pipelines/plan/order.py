@@ -181,12 +181,8 @@ def assign_sources(
     sources a source's count differs from its exact quota by half a sample at most, and with each
     further source by less than half a sample more.
 
-    Args:
-        draws: int64, numbers of draws of the run, not negative.
-        weights: integers from `integer_weights`.
-
-    Returns:
-        int32 source ids, and int64 numbers of draws that the source had before.
+    `draws` are int64, not negative; `weights` come from `integer_weights`. Returns int32 source
+    ids, and int64 numbers of draws that the source had before.
     """
     draws = np.ascontiguousarray(draws, dtype=np.int64)
     if len(weights) == 1:

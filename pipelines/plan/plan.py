@@ -84,10 +84,6 @@ class PlannedBatch:
     def num_views(self) -> int:
         return int(self.windows.shape[1])
 
-    def crops(self, view: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Window starts [b 2], window shapes [b 2] and flips [b] of a view."""
-        return split_windows(self.windows[:, view])
-
 
 def split_windows(
     windows: NDArray[np.int32],

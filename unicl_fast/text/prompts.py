@@ -86,7 +86,14 @@ class ClassPrompts:
         )
         num_rows = self.num_classes * self.num_templates
         self.class_starts = np.cumsum(num_rows) - num_rows
-        self.tokens = _tokenize_prompts(sources, tokenizer)
+        texts = [
+            fill_template(template, name)
+            for names, templates in sources
+            for name in names
+            for template in templates
+        ]
+        encoded = tokenizer.encode(texts)
+        self.tokens = pad_rows(encoded, max(map(len, encoded), default=0))
         self._merge()
 
     def rows_of(
@@ -173,21 +180,6 @@ class ClassPrompts:
                 ),
             )
         return tuple(tuple(group) for group in groups.values())
-
-
-def _tokenize_prompts(
-    sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer: Tokenizer
-) -> UInt16Array:
-    """uint16 [rows, longest]: by source, then class, then template."""
-    encoded = tokenizer.encode(
-        [
-            fill_template(template, name)
-            for names, templates in sources
-            for name in names
-            for template in templates
-        ]
-    )
-    return pad_rows(encoded, max(map(len, encoded), default=0))
 
 
 def _check_equal_names(lists: Sequence[Sequence[str]]) -> None:
