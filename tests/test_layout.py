@@ -225,6 +225,7 @@ assert not any(name.startswith("nvidia.dali.") for name in sys.modules)
 """
 
 
+@pytest.mark.slow
 def test_the_library_trains_from_a_list_of_batches_without_dali(tmp_path: Path) -> None:
     path = str(CHECKOUT / "tests" / "helpers")
     subprocess.run(

@@ -11,9 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from damage import limited_files
-from rank_workers import StepwiseLoader
 from safetensors.torch import save_file
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast import load_model
 from unicl_fast.batch import Batch
@@ -34,7 +33,7 @@ pytestmark = pytest.mark.slow
 def trained(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder with checkpoints of steps 2, 4 and 6."""
     folder = tmp_path_factory.mktemp("trained")
-    Trainer(tiny_config(), StepwiseLoader(images), run_folder=folder, progress=False).fit()
+    Trainer(tiny_config(), StepLoader(images), run_folder=folder, progress=False).fit()
     return folder
 
 
@@ -88,7 +87,7 @@ def test_a_run_without_checkpoints_has_none(tmp_path: Path) -> None:
 def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
     images: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    trainer = Trainer(tiny_config(), StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    trainer = Trainer(tiny_config(), StepLoader(images), run_folder=tmp_path, progress=False)
     trainer.save()
     (first,) = list_checkpoints(tmp_path / "checkpoints")
     trainer.train_step(next(trainer.loader.batches(0)))
@@ -127,9 +126,7 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
     """Of steps 2, 4, 6 and 8 the disk fails those of 4 and 6."""
     folder = tmp_path / "run"
     checkpoints = folder / "checkpoints"
-    trainer = Trainer(
-        tiny_config(steps=8), StepwiseLoader(images), run_folder=folder, progress=False
-    )
+    trainer = Trainer(tiny_config(steps=8), StepLoader(images), run_folder=folder, progress=False)
     faults = contextlib.ExitStack()
 
     def before_step(step: int) -> None:
@@ -171,9 +168,7 @@ def test_a_run_outlives_its_disk_and_writes_again_when_it_can(
 
 
 def test_the_last_checkpoint_must_be_written(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer = Trainer(
-        tiny_config(steps=4), StepwiseLoader(images), run_folder=tmp_path, progress=False
-    )
+    trainer = Trainer(tiny_config(steps=4), StepLoader(images), run_folder=tmp_path, progress=False)
 
     def before_step(step: int) -> None:
         if step == 3:
@@ -217,7 +212,7 @@ def test_a_checkpoint_is_read_for_its_checksums_once(
     monkeypatch.setattr("unicl_fast.checkpoints.load.file_checksum", checksum)
     found = find_sound_checkpoint(run_folder)
     assert found is not None
-    trainer = Trainer(tiny_config(), StepwiseLoader(images), run_folder=run_folder, progress=False)
+    trainer = Trainer(tiny_config(), StepLoader(images), run_folder=run_folder, progress=False)
     trainer.resume(found)
     assert sorted(read) == ["model.safetensors", "optimizer.safetensors"]
     flip_a_byte(found / "model.safetensors")
@@ -243,7 +238,7 @@ def test_a_checkpoint_of_other_tensors_is_refused(run_folder: Path) -> None:
 
 
 def test_a_folder_that_is_gone_is_made_again(images: torch.Tensor, tmp_path: Path) -> None:
-    trainer = Trainer(tiny_config(), StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    trainer = Trainer(tiny_config(), StepLoader(images), run_folder=tmp_path, progress=False)
     trainer.save()
     shutil.rmtree(tmp_path / "checkpoints")
     trainer.save()

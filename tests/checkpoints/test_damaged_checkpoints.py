@@ -13,9 +13,8 @@ from typing import Any
 import fuzz_checkpoints
 import pytest
 import torch
-from rank_workers import StepwiseLoader
 from safetensors.torch import load_file, save_file
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model, read_state
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
@@ -53,7 +52,7 @@ def test_much_more_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) ->
 def trainer(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     folder = tmp_path_factory.mktemp("run")
     config = tiny_config(steps=2)
-    trainer = Trainer(config, StepwiseLoader(images), run_folder=folder, progress=False)
+    trainer = Trainer(config, StepLoader(images), run_folder=folder, progress=False)
     trainer.fit()
     return trainer
 

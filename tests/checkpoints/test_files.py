@@ -10,8 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import StepwiseLoader
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast import load_model
 from unicl_fast.checkpoints.files import Best, choose_best_metric, list_checkpoints, read_best
@@ -39,7 +38,7 @@ def trainer_in(
     )
     run = dataclasses.replace(config.run, evaluate_every_steps=evaluate_every)
     config = dataclasses.replace(config, checkpoint=checkpoint, run=run)
-    trainer = Trainer(config, StepwiseLoader(images), run_folder=folder, progress=False)
+    trainer = Trainer(config, StepLoader(images), run_folder=folder, progress=False)
     trainer.evaluations = {
         "zero_shot/digits": lambda model: {"top1": values[trainer.step], "top5": -trainer.step}
     }

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import StepwiseLoader
 from safetensors.torch import load_file
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.config import config_to_dict
@@ -38,9 +37,7 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
     config = dataclasses.replace(
         config, optim=dataclasses.replace(config.optim, ema_decay=ema_decay)
     )
-    trainer = Trainer(
-        config, StepwiseLoader(images), run_folder=tmp_path, data=DATA, progress=False
-    )
+    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path, data=DATA, progress=False)
     trainer.fit()
     earlier, newest = list_checkpoints(tmp_path / "checkpoints")
     weights = set(trainer.model.state_dict())
@@ -71,7 +68,7 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
 
 def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config(precision="fp16", steps=1)
-    trainer = Trainer(config, StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
     trainer.fit()
     (checkpoint,) = list_checkpoints(tmp_path / "checkpoints")
     state = parse_checksummed_json((checkpoint / "state.json").read_bytes())

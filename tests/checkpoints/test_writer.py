@@ -10,9 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import StepwiseLoader
 from safetensors.torch import load_file
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints import writer as checkpoint_writer
 from unicl_fast.checkpoints.files import list_checkpoints, write_checkpoint
@@ -22,9 +21,7 @@ from unicl_fast.training.trainer import Trainer
 
 
 def trainer_in(folder: Path, images: torch.Tensor, *, steps: int = 6) -> Trainer:
-    return Trainer(
-        tiny_config(steps=steps), StepwiseLoader(images), run_folder=folder, progress=False
-    )
+    return Trainer(tiny_config(steps=steps), StepLoader(images), run_folder=folder, progress=False)
 
 
 class SlowDisk:

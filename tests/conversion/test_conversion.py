@@ -187,6 +187,7 @@ def test_an_export_that_is_not_what_was_written_is_refused(model: UniCL, tmp_pat
             load_model(folder)
 
 
+@pytest.mark.slow
 @torch.inference_mode()
 def test_exported_programs_take_any_number_of_samples(
     model: UniCL, images: torch.Tensor, tokens: torch.Tensor, tmp_path: Path

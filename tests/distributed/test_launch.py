@@ -22,7 +22,7 @@ LAUNCH = "import sys; from unicl_fast.distributed.launch import start_ranks;" + 
         (["0", "0"], 0),
         (["0", "2"], 2),
         (["sleep", "3"], 3),  # the first rank notices nothing of the second one's end
-        (["3", "sleep"], 3),
+        pytest.param(["3", "sleep"], 3, marks=pytest.mark.slow),
         (["1", "70", "1"], 70),  # two have lost their peer
         (["sleep", "sleep", "70"], 70),
         (["75", "75"], 75),

@@ -14,13 +14,12 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import (
-    StepwiseLoader,
     ZeroShotOfFour,
     evaluate_until_rank_1_is_signalled,
     run_on_ranks,
     train_until_rank_1_is_signalled,
 )
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -39,18 +38,15 @@ def _interrupts_are_heard() -> Iterator[None]:
     signal.signal(signal.SIGINT, before)
 
 
-class SignallingLoader(StepwiseLoader):
-    """Sends this process a signal while the batch of a step is fetched."""
+def signalling_loader(images: torch.Tensor, *, number: signal.Signals) -> StepLoader:
+    """The loader sends this process a signal while the batch of step 2 is fetched."""
 
-    def __init__(self, images: torch.Tensor, *, step: int, number: signal.Signals) -> None:
-        super().__init__(images)
-        self.step, self.number = step, number
+    def send(batch: Batch) -> Batch:
+        if batch.step == 2:
+            os.kill(os.getpid(), number)
+        return batch
 
-    def batches(self, start_step: int) -> Iterator[Batch]:
-        for batch in super().batches(start_step):
-            if batch.step == self.step:
-                os.kill(os.getpid(), self.number)
-            yield batch
+    return StepLoader(images, change=send)
 
 
 @pytest.mark.parametrize(
@@ -64,12 +60,12 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     images: torch.Tensor, tmp_path: Path, number: signal.Signals
 ) -> None:
     config = tiny_config(steps=6)
-    unbroken = Trainer(config, StepwiseLoader(images), progress=False)
+    unbroken = Trainer(config, StepLoader(images), progress=False)
     unbroken.fit()
     before = signal.getsignal(number)
     stopped = Trainer(
         config,
-        SignallingLoader(images, step=2, number=number),
+        signalling_loader(images, number=number),
         run_folder=tmp_path,
         progress=False,
     )
@@ -78,7 +74,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
     assert signal.getsignal(number) is before
     newest = list_checkpoints(tmp_path / "checkpoints")[-1]
     assert newest.name == "step-00000003"
-    resumed = Trainer(config, StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    resumed = Trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
     resumed.resume(newest)
     resumed.fit()
     for name, weight in unbroken.model.state_dict().items():
@@ -86,7 +82,7 @@ def test_an_interrupted_run_resumes_as_if_nothing_had_been(
 
 
 def test_a_signal_in_the_last_step_lets_the_run_end(images: torch.Tensor) -> None:
-    loader = SignallingLoader(images, step=2, number=signal.SIGTERM)
+    loader = signalling_loader(images, number=signal.SIGTERM)
     Trainer(tiny_config(steps=3), loader, progress=False).fit()
 
 
@@ -96,7 +92,7 @@ def test_a_signal_during_a_save_waits_for_the_save(
 ) -> None:
     """The run ends well if it was the last one, and otherwise after one more step."""
     config = tiny_config(steps=steps)  # saves in every second
-    trainer = Trainer(config, StepwiseLoader(images), run_folder=tmp_path, progress=False)
+    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path, progress=False)
     state_dict = trainer.scaler.state_dict
 
     def signal_in_between() -> dict[str, object]:
@@ -210,7 +206,7 @@ def evaluating(images: torch.Tensor, folder: Path, evaluation: ZeroShotOfFour) -
     )
     return Trainer(
         config,
-        StepwiseLoader(images),
+        StepLoader(images),
         run_folder=folder,
         evaluations={"first": ZeroShotOfFour(images), "second": evaluation},
         progress=False,

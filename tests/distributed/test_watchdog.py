@@ -211,6 +211,7 @@ def test_a_data_thread_that_hangs_ends_a_single_process(
     assert "rank 0 HANGS: 'waiting for the next batch' in step 4 has lasted" in said_by(tmp_path, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timeout(200)
 def test_a_rank_whose_data_hang_is_the_one_that_speaks(

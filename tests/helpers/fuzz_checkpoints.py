@@ -19,8 +19,7 @@ import torch
 from damaged_files import damaged_bytes, damaged_json, damaged_safetensors
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from rank_workers import StepwiseLoader
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model
 from unicl_fast.config import config_to_dict, load_config
@@ -58,7 +57,7 @@ def main(folder: Path, examples: int) -> None:
     logging.disable(logging.WARNING)  # of settings that differ, which is not an error
     config = tiny_config(steps=2, precision="fp16")
     images = torch.randint(0, 256, (12, 32, 32, 3), dtype=torch.uint8)
-    trainer = Trainer(config, StepwiseLoader(images), run_folder=folder, progress=False)
+    trainer = Trainer(config, StepLoader(images), run_folder=folder, progress=False)
     trainer.data = {"classes": ["cat", "dog"]}
     trainer.fit()
     checkpoint = folder / "checkpoints" / "step-00000002"

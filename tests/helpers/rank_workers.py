@@ -17,15 +17,16 @@ import torch
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from small_runs import (
-    LabelledLoader,
+    StepLoader,
     global_batch,
+    labelled_loader,
     objective_config,
     poison_step,
     ragged_features,
     tiny_config,
 )
 
-from unicl_fast.batch import EvaluationBatch, ListLoader
+from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
@@ -96,33 +97,15 @@ def _enter(
         worker(ranks, *arguments)
 
 
-class StepwiseLoader:
-    """Feeds a rank's slice of the test's global batches."""
-
-    def __init__(self, images: torch.Tensor, *, rank: int = 0, world_size: int = 1) -> None:
-        self.images, self.rank, self.world_size = images, rank, world_size
-
-    def batches(self, start_step: int):
-        step = start_step
-        while True:
-            yield global_batch(self.images, step=step, rank=self.rank, world_size=self.world_size)
-            step += 1
-
-    def close(self) -> None: ...
-
-
 NAMED = LedgerSource("images", 32)
 
 
-class NamedLoader(StepwiseLoader):
-    """The same batches, whose samples are said to be those of one source, one after another."""
-
-    def batches(self, start_step: int):
-        for batch in super().batches(start_step):
-            ids = (batch.step * 12 + batch.global_index) % NAMED.num_samples
-            yield dataclasses.replace(
-                batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
-            )
+def named(batch: Batch) -> Batch:
+    """The batch with samples said to be those of one source, one after another."""
+    ids = (batch.step * 12 + batch.global_index) % NAMED.num_samples
+    return dataclasses.replace(
+        batch, source_ids=torch.zeros_like(ids), scheduled_ids=ids, sample_ids=ids
+    )
 
 
 def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
@@ -138,7 +121,7 @@ def ledger_in(run_folder: Path, ranks: Ranks | None = None) -> Ledger:
 
 def first_gradients(images: torch.Tensor, ranks, config, loader=None) -> tuple[float, dict]:
     """Loss and parameter gradients of the first step, before clipping."""
-    loader = loader or StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    loader = loader or StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     trainer = Trainer(config, loader, ranks=ranks, progress=False)
     batch = next(trainer.loader.batches(0))
     trainer.model.train()
@@ -179,7 +162,7 @@ def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectiv
                 images,
                 ranks,
                 objective_config(objective, loss=form),
-                LabelledLoader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
+                labelled_loader(images, objective, rank=ranks.rank, world_size=ranks.world_size),
             )
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 
@@ -261,7 +244,7 @@ def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
 
     Trainer(
         tiny_config(image_encoder="unicl_convnet7_small", steps=2, precision="fp32"),
-        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
         ranks=ranks,
         evaluations={"buffers": evaluation},
         progress=False,
@@ -270,7 +253,7 @@ def write_evaluated_buffers(ranks, images: torch.Tensor, folder: str) -> None:
 
 def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
     """Trains, and writes the average of the weights as this rank has it."""
-    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     trainer = Trainer(config, loader, ranks=ranks, progress=False)
     trainer.fit()
     torch.save(trainer.ema.module.state_dict(), folder / f"{ranks.rank}.pt")
@@ -279,7 +262,7 @@ def write_averages(ranks, images: torch.Tensor, folder: Path, config) -> None:
 def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = "") -> None:
     trainer = Trainer(
         tiny_config(steps=steps),
-        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
         run_folder=Path(folder),
         ranks=ranks,
         progress=False,
@@ -295,7 +278,7 @@ def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
 
     trainer = Trainer(
         tiny_config(micro_batch_size=2),
-        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
         ranks=ranks,
         progress=False,
     )
@@ -315,7 +298,7 @@ def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:
 
 def train_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path) -> None:
     """Rank 1 sends itself SIGTERM at step 2; each rank writes down where it stopped."""
-    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     trainer = Trainer(
         tiny_config(steps=50), loader, run_folder=folder / "run", ranks=ranks, progress=False
     )
@@ -338,7 +321,7 @@ def write_a_ledger(ranks, images: torch.Tensor, folder: Path, slow: bool) -> Non
     ledger = ledger_in(folder, ranks)
     trainer = Trainer(
         tiny_config(),
-        NamedLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size, change=named),
         run_folder=folder,
         ranks=ranks,
         ledger=ledger,
@@ -365,20 +348,18 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
     """Rank r reports r + 1 replaced samples a step; each rank writes down why the run stopped."""
     import unicl_fast.training.limits as limits
 
-    class Loader(StepwiseLoader):
-        def batches(self, start_step: int):
-            for batch in super().batches(start_step):
-                scheduled = torch.arange(batch.batch_size)
-                shown = scheduled.clone()
-                shown[: self.rank + 1] += 100
-                yield dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
+    def replaced(batch: Batch) -> Batch:
+        scheduled = torch.arange(batch.batch_size)
+        shown = scheduled.clone()
+        shown[: ranks.rank + 1] += 100
+        return dataclasses.replace(batch, sample_ids=shown, scheduled_ids=scheduled)
 
     limits.LEAST_DRAWS = 30
     config = tiny_config(steps=50)
     data = dataclasses.replace(config.data, max_bad_fraction=0.2)
     trainer = Trainer(
         dataclasses.replace(config, data=data),
-        Loader(images, rank=ranks.rank, world_size=ranks.world_size),
+        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size, change=replaced),
         run_folder=Path(folder),
         ranks=ranks,
         progress=False,
@@ -387,20 +368,6 @@ def train_with_replaced_samples(ranks, images: torch.Tensor, folder: str) -> Non
         trainer.fit()
     except limits.TooManyBadSamplesError as error:
         (Path(folder) / f"rank-{ranks.rank}").write_text(str(error))
-
-
-class HangingLoader(StepwiseLoader):
-    """Never gives the batch of a step."""
-
-    def __init__(self, images: torch.Tensor, *, hangs_at: int, **ranks: int) -> None:
-        super().__init__(images, **ranks)
-        self.hangs_at = hangs_at
-
-    def batches(self, start_step: int):
-        for batch in super().batches(start_step):
-            if batch.step == self.hangs_at:
-                time.sleep(600)
-            yield batch
 
 
 def train_watched(
@@ -422,7 +389,13 @@ def train_watched(
         config, checkpoint=dataclasses.replace(config.checkpoint, every_steps=0)
     )
     mine = {"rank": ranks.rank, "world_size": ranks.world_size}
-    loader = HangingLoader(images, hangs_at=hangs_at.get(ranks.rank, -1), **mine)
+
+    def hang(batch: Batch) -> Batch:
+        if batch.step == hangs_at.get(ranks.rank):
+            time.sleep(600)
+        return batch
+
+    loader = StepLoader(images, change=hang, **mine)
     with Watchdog(limit_seconds=limit_seconds, **mine) as watchdog:
         watchdog.meet(ranks)
         trainer = Trainer(config, loader, ranks=ranks, progress=False)
@@ -437,25 +410,22 @@ def train_watched(
         trainer.fit()
 
 
-class RecordedLoader(StepwiseLoader):
-    """Says of each sample where it comes from: ids that tell the step and the place."""
-
-    def batches(self, start_step: int):
-        for batch in super().batches(start_step):
-            sample_ids = 100 * batch.step + batch.global_index
-            yield dataclasses.replace(
-                batch,
-                sample_ids=sample_ids,
-                scheduled_ids=sample_ids + 50,
-                source_ids=batch.global_index % 2,
-            )
+def recorded(batch: Batch) -> Batch:
+    """The batch with ids of samples that tell the step and the index, and two sources."""
+    sample_ids = 100 * batch.step + batch.global_index
+    return dataclasses.replace(
+        batch,
+        sample_ids=sample_ids,
+        scheduled_ids=sample_ids + 50,
+        source_ids=batch.global_index % 2,
+    )
 
 
 def train_with_a_poisoned_rank(ranks, images: torch.Tensor, folder: Path) -> None:
     config = tiny_config(steps=4)
     trainer = Trainer(
         dataclasses.replace(config, run=dataclasses.replace(config.run, max_bad_steps=1)),
-        RecordedLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size, change=recorded),
         run_folder=folder / "run",
         ranks=ranks,
         progress=False,
@@ -507,7 +477,7 @@ def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path
     config = tiny_config(steps=50)
     trainer = Trainer(
         dataclasses.replace(config, run=dataclasses.replace(config.run, evaluate_every_steps=3)),
-        StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size),
+        StepLoader(images, rank=ranks.rank, world_size=ranks.world_size),
         run_folder=folder / "run",
         ranks=ranks,
         evaluations={
@@ -523,7 +493,7 @@ def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path
 
 def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None:
     """Each rank writes down what a `SourceMeter` says of its slice of a batch of two sources."""
-    loader = StepwiseLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     batch = next(iter(loader.batches(0)))
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
     meter = SourceMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])

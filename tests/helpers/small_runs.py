@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -138,7 +139,7 @@ def objective_config(objective: str, **settings: object) -> TrainConfig:
 
 
 def labelled_batch(
-    images: torch.Tensor, objective: str, *, step: int = 0, rank: int = 0, world_size: int = 1
+    images: torch.Tensor, *, objective: str, step: int = 0, rank: int = 0, world_size: int = 1
 ) -> Batch:
     """12 samples of five classes of two data sets, with prompts for texts.
 
@@ -160,27 +161,31 @@ def labelled_batch(
     return dataclasses.replace(batch, second_images=second)
 
 
-class LabelledLoader:
-    """A rank's slices of `labelled_batch`."""
+class StepLoader:
+    """The tests' one loader: a rank's slice of the global batch of each step, from any step on.
+
+    `make` gives the batch of a step; `change` returns it as the trainer shall see it, and may do
+    what it likes meanwhile: hang, send a signal.
+    """
 
     def __init__(
-        self, images: torch.Tensor, objective: str, *, rank: int = 0, world_size: int = 1
+        self,
+        images: torch.Tensor,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        make: Callable[..., Batch] = global_batch,
+        change: Callable[[Batch], Batch] = lambda batch: batch,
     ) -> None:
-        self.images, self.objective, self.rank, self.world_size = (
-            images,
-            objective,
-            rank,
-            world_size,
-        )
+        self.change = change
+        self.batch_of = functools.partial(make, images, rank=rank, world_size=world_size)
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         for step in itertools.count(start_step):
-            yield labelled_batch(
-                self.images,
-                self.objective,
-                step=step,
-                rank=self.rank,
-                world_size=self.world_size,
-            )
+            yield self.change(self.batch_of(step=step))
 
     def close(self) -> None: ...
+
+
+def labelled_loader(images: torch.Tensor, objective: str, **rank: int) -> StepLoader:
+    return StepLoader(images, make=functools.partial(labelled_batch, objective=objective), **rank)

@@ -14,15 +14,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rank_workers import (
-    NAMED,
-    NamedLoader,
-    StepwiseLoader,
-    ledger_in,
-    run_on_ranks,
-    write_a_ledger,
-)
-from small_runs import tiny_config
+from rank_workers import NAMED, ledger_in, named, run_on_ranks, write_a_ledger
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -383,10 +376,10 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
     assert list(file.substitutes(5, 9)) == differs
 
 
-def trainer_in(folder: Path, images: torch.Tensor, loader: StepwiseLoader | None = None) -> Trainer:
+def trainer_in(folder: Path, images: torch.Tensor, loader: StepLoader | None = None) -> Trainer:
     return Trainer(
         tiny_config(),
-        loader or NamedLoader(images),
+        loader or StepLoader(images, change=named),
         run_folder=folder,
         ledger=ledger_in(folder),
         progress=False,
@@ -467,7 +460,7 @@ def test_a_loader_that_does_not_name_its_samples_is_refused(
     images: torch.Tensor, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match="a ledger needs a loader whose batches have source_ids"):
-        trainer_in(tmp_path, images, StepwiseLoader(images)).fit()
+        trainer_in(tmp_path, images, StepLoader(images)).fit()
 
 
 @pytest.mark.parametrize("field", ["source_ids", "scheduled_ids", "sample_ids"])
@@ -475,7 +468,7 @@ def test_ids_that_do_not_exist_are_refused(
     images: torch.Tensor, tmp_path: Path, field: str
 ) -> None:
     ledger = ledger_in(tmp_path)
-    batch: Batch = next(NamedLoader(images).batches(0))
+    batch: Batch = next(StepLoader(images, change=named).batches(0))
     wrong = getattr(batch, field).clone()
     wrong[4] = NAMED.num_samples
     with ledger.segment(0), pytest.raises(ValueError, match="step 0 has s"):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import StepwiseLoader, first_gradients, run_on_ranks, write_gradients
-from small_runs import tiny_config
+from rank_workers import first_gradients, run_on_ranks, write_gradients
+from small_runs import StepLoader, tiny_config
 from torch._dynamo.utils import counters
 
 from unicl_fast.batch import Batch, ListLoader
@@ -102,6 +102,7 @@ def test_padded_texts_do_not_count(
         torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "trimmed"])
 def test_new_lengths_and_numbers_of_texts_do_not_compile_anew(
     images: torch.Tensor, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -167,7 +168,7 @@ def test_alike_batches_compile_once(images: torch.Tensor, monkeypatch: pytest.Mo
 def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict) -> None:
     def trained(**efficiency: object) -> tuple[list[float], dict[str, torch.Tensor]]:
         config = tiny_config(steps=3, **efficiency)
-        trainer = Trainer(config, StepwiseLoader(images), progress=False)
+        trainer = Trainer(config, StepLoader(images), progress=False)
         batches = trainer.loader.batches(0)
         losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
         return losses, trainer.model.state_dict()

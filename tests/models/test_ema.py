@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import StepwiseLoader, run_on_ranks, write_averages
+from rank_workers import run_on_ranks, write_averages
 from safetensors.torch import load_file
-from small_runs import IMAGE_SIZE, tiny_config
+from small_runs import IMAGE_SIZE, StepLoader, tiny_config
 
 from unicl_fast import load_model
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -25,7 +25,7 @@ def averaging_config(*, ema_warmup: bool = True, **settings: object) -> TrainCon
 
 
 def trainer_in(folder: Path | None, images: torch.Tensor, config: TrainConfig) -> Trainer:
-    return Trainer(config, StepwiseLoader(images), run_folder=folder, progress=False)
+    return Trainer(config, StepLoader(images), run_folder=folder, progress=False)
 
 
 def assert_equal_weights(one: UniCL, other: UniCL) -> None:
@@ -112,7 +112,11 @@ def test_a_nonfinite_step_moves_the_average_towards_the_weights_and_no_further(
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"activation_checkpointing": True}, {"precision": "bf16"}],
+    [
+        {},
+        pytest.param({"activation_checkpointing": True}, marks=pytest.mark.slow),
+        pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
+    ],
     ids=["plain", "recomputed activations", "bf16"],
 )
 def test_it_is_what_is_evaluated_and_what_load_model_takes(

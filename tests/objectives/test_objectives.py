@@ -12,9 +12,9 @@ import torch
 from rank_workers import first_gradients, run_on_ranks, write_objective_gradients
 from small_runs import (
     OBJECTIVES,
-    LabelledLoader,
     global_batch,
     labelled_batch,
+    labelled_loader,
     objective_config,
     tiny_config,
 )
@@ -49,7 +49,7 @@ def loss_of(model: UniCL, batch: Batch, config: TrainConfig) -> torch.Tensor:
 def test_supcon_is_the_mean_over_anchors_and_positives(images: torch.Tensor, form: str) -> None:
     """Khosla et al., equation 2, by loops."""
     config, model = evaluated("supcon", loss=form)
-    batch = labelled_batch(images, "supcon")
+    batch = labelled_batch(images, objective="supcon")
     views = model.encode_image(encoder_input(shown_images(batch), config))
     classes = batch.class_ids.repeat(2).tolist()
     scale, total = model.logit_scale.exp(), 0
@@ -65,7 +65,7 @@ def test_supcon_is_the_mean_over_anchors_and_positives(images: torch.Tensor, for
 @pytest.mark.parametrize("form", ["dense", "tiled"])
 def test_ce_is_that_of_a_linear_layer(images: torch.Tensor, form: str) -> None:
     config, model = evaluated("ce", loss=form)
-    batch = labelled_batch(images, "ce")
+    batch = labelled_batch(images, objective="ce")
     features = model.image_encoder(encoder_input(batch.images, config))
     weight, bias = model.class_rows[:, :-1], model.class_rows[:, -1]
     source, label = batch.class_ids >> 32, batch.class_ids & 0xFFFFFFFF
@@ -76,7 +76,7 @@ def test_ce_is_that_of_a_linear_layer(images: torch.Tensor, form: str) -> None:
 def test_clip_has_one_positive_a_pair_and_equal_texts_as_negatives(images: torch.Tensor) -> None:
     """Radford et al., figure 3: the diagonal of all pairs, whatever is equal."""
     config, model = evaluated("clip")
-    batch = labelled_batch(images, "clip")
+    batch = labelled_batch(images, objective="clip")
     assert len(batch.tokens) < len(images)
     pixels, texts, scale = model(encoder_input(batch.images, config), batch.tokens)
     logits = scale * pixels @ texts[batch.text_index].T
@@ -115,7 +115,7 @@ def test_unicl_of_mixed_images_takes_labels_times_labels(
 ) -> None:
     config, model = evaluated("unicl, mixed", loss=form, unique_texts=unique_texts)
     for step in range(3):
-        batch = labelled_batch(images, "unicl, mixed", step=step)
+        batch = labelled_batch(images, objective="unicl, mixed", step=step)
         mixed, shares = mixed_by_hand(batch, config)
         pixels, texts, scale = model(mixed, batch.tokens)
         logits = scale * pixels @ texts[batch.text_index].T
@@ -127,7 +127,7 @@ def test_unicl_of_mixed_images_takes_labels_times_labels(
 
 def test_ce_of_mixed_images_takes_mixed_labels(images: torch.Tensor) -> None:
     config, model = evaluated("ce, mixed")
-    batch = labelled_batch(images, "ce, mixed")
+    batch = labelled_batch(images, objective="ce, mixed")
     mixed, shares = mixed_by_hand(batch, config)
     logits = model.encode_image(mixed) @ model.class_rows.T
     expected = F.cross_entropy(logits, shares)  # the batch has all five classes, in their order
@@ -142,7 +142,7 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
     config = tiny_config()
     objective = ObjectiveConfig(mixup=mixup, cutmix=cutmix)
     batch = dataclasses.replace(
-        labelled_batch(images, "unicl"),
+        labelled_batch(images, objective="unicl"),
         images=images[:2],
         class_ids=torch.tensor([3, 4]),
         global_index=torch.arange(2),
@@ -183,7 +183,7 @@ def test_what_is_drawn_follows_its_law() -> None:
 
 def test_mixed_images_keep_their_memory_format(images: torch.Tensor) -> None:
     config = tiny_config()
-    batch = labelled_batch(images, "unicl")
+    batch = labelled_batch(images, objective="unicl")
     pixels = encoder_input(batch.images, config)
     mixed, _ = mix(pixels, batch, ObjectiveConfig(mixup=1.0), seed=0, global_batch_size=12)
     assert pixels.is_contiguous(memory_format=torch.channels_last)
@@ -211,7 +211,7 @@ def test_ranks_give_the_objectives_of_one_process(
     for objective in OBJECTIVES:
         config = objective_config(objective, loss="dense")
         alone_loss, alone = first_gradients(
-            images, Ranks(), config, LabelledLoader(images, objective)
+            images, Ranks(), config, labelled_loader(images, objective)
         )
         for form, rank in itertools.product(("dense", "tiled"), range(world_size)):
             written = f"{form}{rank}"
@@ -228,7 +228,7 @@ def test_ranks_give_the_objectives_of_one_process(
 
 
 def test_second_views_have_slots_of_their_own(images: torch.Tensor) -> None:
-    share = labelled_batch(images, "supcon", rank=1, world_size=3)
+    share = labelled_batch(images, objective="supcon", rank=1, world_size=3)
     assert shown_indices(share, global_batch_size=12).tolist() == [4, 5, 6, 7, 16, 17, 18, 19]
 
 

@@ -234,7 +234,7 @@ def test_many_bad_ones_of_both_kinds_and_bad_substitutes(
     assert_same(batches, take(remembering(make_loader(sound, prompts, device=device), set(bad))))
 
 
-@pytest.mark.parametrize("world_size", [2, 3])
+@pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_ranks_join_to_the_same_global_batches(
     sound: list[PackedDataset],
     folders: list[Path],

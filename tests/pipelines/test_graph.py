@@ -209,7 +209,9 @@ def test_real_crops_are_torchvision_s_to_one_level(
     assert gap.mean() < (0.25 if interpolation == "bilinear" else 0.01)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(
+    "interpolation", [pytest.param("bilinear", marks=pytest.mark.slow), "bicubic"]
+)
 def test_windows_of_one_pixel_are_torchvision_s_to_one_level(
     captioned: PackedDataset, interpolation: Interpolation
 ) -> None:

@@ -208,6 +208,7 @@ def test_a_crop_of_its_own_size_is_copied() -> None:
     assert np.array_equal(resampled(image, 28, cubic=True), image)
 
 
+@pytest.mark.slow
 @given(
     height=sides,
     width=sides,

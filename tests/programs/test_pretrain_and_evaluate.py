@@ -85,8 +85,9 @@ def start_long_run(data: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize("nproc", ["1", pytest.param("2", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("nproc", ["1", "2"])
 def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
     data: Path, tmp_path: Path, nproc: str
 ) -> None:
@@ -128,6 +129,7 @@ def test_what_auto_meant_stays_when_a_run_is_resumed(data: Path, tmp_path: Path)
     assert len(losses(tmp_path / "run")) == STEPS
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_wrong_input_ends_with_2_before_ranks_are_started(data: Path) -> None:
     done = run(

@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from pack_runs import jpeg, run_pack
-from rank_workers import StepwiseLoader
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.system.wording import config_diff, count_of, refuse_differences, shorten
@@ -101,7 +100,7 @@ def test_values_are_shown_up_to_a_limit_whatever_they_are() -> None:
 def test_data_that_differ_are_refused_with_the_element_that_does(
     images: torch.Tensor, checkpoint: Path, change: dict[str, Any], difference: str
 ) -> None:
-    trainer = Trainer(tiny_config(), StepwiseLoader(images), data=DATA | change, progress=False)
+    trainer = Trainer(tiny_config(), StepLoader(images), data=DATA | change, progress=False)
     before = trainer.model.image_projection.detach().clone()
     with pytest.raises(ValueError) as refused:
         trainer.resume(checkpoint)
@@ -115,13 +114,13 @@ def test_data_that_differ_are_refused_with_the_element_that_does(
 @pytest.fixture(scope="module")
 def checkpoint(images: torch.Tensor, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("run")
-    loader = StepwiseLoader(images)
+    loader = StepLoader(images)
     Trainer(tiny_config(steps=1), loader, run_folder=folder, data=DATA, progress=False).fit()
     return list_checkpoints(folder / "checkpoints")[-1]
 
 
 def test_the_same_data_are_taken(images: torch.Tensor, checkpoint: Path) -> None:
-    trainer = Trainer(tiny_config(), StepwiseLoader(images), data=DATA, progress=False)
+    trainer = Trainer(tiny_config(), StepLoader(images), data=DATA, progress=False)
     trainer.resume(checkpoint)
     assert trainer.step == 1
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import (
-    StepwiseLoader,
     count_reductions,
     first_gradients,
     run_on_ranks,
@@ -15,7 +14,7 @@ from rank_workers import (
     write_fixed_scale_gradients,
     write_gradients,
 )
-from small_runs import tiny_config
+from small_runs import StepLoader, tiny_config
 
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.training.trainer import Trainer
@@ -58,15 +57,9 @@ def test_micro_batches_give_the_gradients_of_the_batch(
     assert_equal_gradients(gradients, plain[1])
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    ("world_size", "micro_batch_size"),
-    [
-        (2, 4),
-        pytest.param(2, 1, marks=pytest.mark.slow),
-        pytest.param(3, 3, marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize(("world_size", "micro_batch_size"), [(2, 4), (2, 1), (3, 3)])
 def test_micro_batches_on_ranks_give_the_gradients_of_one_process(
     images: torch.Tensor,
     plain: tuple[float, dict],
@@ -108,7 +101,7 @@ def test_gradients_are_reduced_once_a_step(images: torch.Tensor, tmp_path: Path)
 
 
 def train_three_steps(images: torch.Tensor, **efficiency: object) -> tuple[list[float], dict]:
-    trainer = Trainer(tiny_config(steps=3, **efficiency), StepwiseLoader(images), progress=False)
+    trainer = Trainer(tiny_config(steps=3, **efficiency), StepLoader(images), progress=False)
     batches = trainer.loader.batches(0)
     losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
     return losses, trainer.model.state_dict()
@@ -139,7 +132,7 @@ def test_narrow_arithmetic_in_micro_batches_is_off_by_its_rounding(
 
 
 def test_one_micro_batch_at_a_time_is_kept_for_backward(images: torch.Tensor) -> None:
-    trainer = Trainer(tiny_config(micro_batch_size=5), StepwiseLoader(images), progress=False)
+    trainer = Trainer(tiny_config(micro_batch_size=5), StepLoader(images), progress=False)
     without_graph, with_graph = [], []
     alive = 0
 
@@ -162,7 +155,7 @@ def test_one_micro_batch_at_a_time_is_kept_for_backward(images: torch.Tensor) ->
 
 
 def test_a_batch_that_fits_is_encoded_once(images: torch.Tensor) -> None:
-    trainer = Trainer(tiny_config(micro_batch_size=12), StepwiseLoader(images), progress=False)
+    trainer = Trainer(tiny_config(micro_batch_size=12), StepLoader(images), progress=False)
     sizes = []
     trainer.model.image_encoder.register_forward_hook(
         lambda module, inputs, features: sizes.append(len(features))
@@ -175,7 +168,7 @@ def test_a_batch_that_fits_is_encoded_once(images: torch.Tensor) -> None:
 def test_batchnorm_is_refused(images: torch.Tensor, image_encoder: str) -> None:
     config = tiny_config(image_encoder=image_encoder, micro_batch_size=4)
     with pytest.raises(ValueError, match="BatchNorm.*set efficiency.micro_batch_size=0"):
-        Trainer(config, StepwiseLoader(images), progress=False)
+        Trainer(config, StepLoader(images), progress=False)
 
 
 def test_a_negative_micro_batch_is_refused() -> None:

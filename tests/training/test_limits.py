@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import (
-    RecordedLoader,
+    recorded,
     run_on_ranks,
     train_with_a_poisoned_rank,
     train_with_replaced_samples,
 )
-from small_runs import global_batch, poison_step, tiny_config
+from small_runs import StepLoader, global_batch, poison_step, tiny_config
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.checkpoints.files import list_checkpoints
@@ -48,7 +48,9 @@ def trained(
     change: Callable[[Trainer], None],
     run_folder: Path | None = None,
 ) -> Trainer:
-    trainer = Trainer(config, RecordedLoader(images), run_folder=run_folder, progress=False)
+    trainer = Trainer(
+        config, StepLoader(images, change=recorded), run_folder=run_folder, progress=False
+    )
     change(trainer)
     trainer.fit()
     return trainer
@@ -72,9 +74,9 @@ def leave_out(trainer: Trainer, *, step: int) -> None:
     [
         {},
         pytest.param({"precision": "bf16"}, marks=pytest.mark.slow),
-        {"micro_batch_size": 5},
+        pytest.param({"micro_batch_size": 5}, marks=pytest.mark.slow),
         pytest.param({"fused_optimizer": False}, marks=pytest.mark.slow),
-        {"optimizer": "lamb"},
+        pytest.param({"optimizer": "lamb"}, marks=pytest.mark.slow),
         # its BatchNorm takes in all that it sees
         pytest.param({"image_encoder": "unicl_convnet7_small"}, marks=pytest.mark.slow),
         {"image_encoder": "unicl_convnet7_small", "precision": "fp32"},
@@ -124,7 +126,7 @@ def test_a_nonfinite_step_is_logged_counted_and_written_down(
 
 
 def expected_samples(step: int, global_index: range) -> dict[str, list[int]]:
-    """The records of a RecordedLoader for some of a global batch."""
+    """The records of `recorded` for some of a global batch."""
     sample_ids = [100 * step + index for index in global_index]
     return {
         "source_ids": [index % 2 for index in global_index],
@@ -190,7 +192,7 @@ def test_the_samples_of_all_ranks_are_written_down(images: torch.Tensor, tmp_pat
 def test_what_is_remembered_is_bounded(images: torch.Tensor) -> None:
     scaler = torch.amp.GradScaler("cpu", enabled=False)
     steps = NonfiniteSteps(tiny_config(), ranks=Ranks(), run_folder=None, scaler=scaler)
-    batch = next(RecordedLoader(images).batches(0))
+    batch = next(StepLoader(images, change=recorded).batches(0))
     for step in range(_REMEMBERED_STEPS + 100):
         steps.remember(dataclasses.replace(batch, step=step))
     assert len(steps._remembered) == _REMEMBERED_STEPS

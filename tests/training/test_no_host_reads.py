@@ -142,7 +142,7 @@ def test_a_step_on_a_gpu_never_waits_for_it(images: torch.Tensor, efficiency: di
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_no_objective_reads_anything(images: torch.Tensor, objective: str) -> None:
-    batch = labelled_batch(images, objective)
+    batch = labelled_batch(images, objective=objective)
     trainer = Trainer(objective_config(objective), ListLoader([batch]), progress=False)
     trainer.train_step(batch)
     with WaitingOperators() as operators:

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 from rank_workers import (
-    StepwiseLoader,
     count_work_of_the_loss,
     first_gradients,
     run_on_ranks,
@@ -16,7 +15,7 @@ from rank_workers import (
     write_feature_gradients,
     write_gradients,
 )
-from small_runs import global_batch, ragged_features, tiny_config
+from small_runs import StepLoader, global_batch, ragged_features, tiny_config
 
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
@@ -100,7 +99,7 @@ def test_each_logit_is_computed_once_and_only_texts_travel(tmp_path: Path) -> No
 @pytest.mark.dist
 def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_path: Path) -> None:
     config = tiny_config(steps=6)
-    Trainer(config, StepwiseLoader(images), run_folder=tmp_path / "one", progress=False).fit()
+    Trainer(config, StepLoader(images), run_folder=tmp_path / "one", progress=False).fit()
     run_on_ranks(train, 2, images, str(tmp_path / "two"), 6)
     one, two = read_metrics(tmp_path / "one"), read_metrics(tmp_path / "two")
     assert [line["loss"] for line in two] == pytest.approx(
@@ -166,7 +165,7 @@ def trained(images: torch.Tensor, image_encoder: str, **efficiency: object) -> t
     """Gradients of the first step; losses and weights of three."""
     config = tiny_config(image_encoder=image_encoder, steps=3, **efficiency)
     gradients = first_gradients(images, Ranks(), config)[1]
-    trainer = Trainer(config, StepwiseLoader(images), progress=False)
+    trainer = Trainer(config, StepLoader(images), progress=False)
     batches = trainer.loader.batches(0)
     losses = [trainer.train_step(next(batches))[0].item() for _ in range(3)]
     return gradients, losses, trainer.model.state_dict()

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import StepwiseLoader
-from small_runs import global_batch, tiny_config
+from small_runs import StepLoader, global_batch, tiny_config
 
 from unicl_fast import load_model
 from unicl_fast.batch import ListLoader
@@ -20,9 +19,7 @@ from unicl_fast.training.trainer import Trainer
 
 
 def trainer_in(folder: Path, images: torch.Tensor, config=None) -> Trainer:
-    return Trainer(
-        config or tiny_config(), StepwiseLoader(images), run_folder=folder, progress=False
-    )
+    return Trainer(config or tiny_config(), StepLoader(images), run_folder=folder, progress=False)
 
 
 FORMATS = [("fp32", "adamw"), ("bf16", "adamw"), ("fp16", "adamw"), ("fp32", "lamb")]
@@ -189,7 +186,7 @@ def test_a_list_of_batches_trains_and_the_loss_falls(images: torch.Tensor) -> No
 
 def test_a_run_without_a_length_is_refused(images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match=r"set run.samples or run.steps"):
-        Trainer(tiny_config(steps=0), StepwiseLoader(images))
+        Trainer(tiny_config(steps=0), StepLoader(images))
 
 
 def test_evaluations_run_at_their_steps_and_are_written(
