@@ -89,10 +89,8 @@ def build_train_graph(
     kinds += [(types.INT64, 1, "")] + [(types.FLOAT, 1, "")] * (augmentation is not None)
 
     def define() -> tuple[Any, Any]:
-        first, *windows, integers, rows = [
-            *_inputs(next_inputs, kinds),
-            *[None] * (augmentation is None),
-        ]
+        nodes = _inputs(next_inputs, kinds) + [None] * (augmentation is None)
+        first, *windows, integers, rows = nodes
         crops = first
         if images != "crops":
             starts, shapes, flips = windows

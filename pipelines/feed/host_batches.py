@@ -36,7 +36,7 @@ from .text_block import gather_texts, pack_integers
 
 Metadata = TypeVar("Metadata")
 Images = Literal["files", "pixels", "crops"]
-"""What the graph gets: encoded files, raw images, or crops that were made of those."""
+"""The form of a graph's images: encoded files, raw images, or crops that were made of those."""
 
 _PLANNED_AT_ONCE = 4096
 """Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""

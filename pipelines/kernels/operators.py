@@ -189,10 +189,10 @@ def _augment() -> Any:
         in_data: Any, in_shapes: Any, _in_dimensions: Any, _num_inputs: Any,
     ) -> None:  # fmt: skip
         image = _image(out_data, out_shapes, 0)
-        copied, source = image.reshape(-1), _image(in_data, in_shapes, 0).reshape(-1)
+        copied, original = image.reshape(-1), _image(in_data, in_shapes, 0).reshape(-1)
         # a loop, not slices: those bring error messages along, which take Numba long to compile
         for i in range(copied.size):
-            copied[i] = source[i]
+            copied[i] = original[i]
         row = _vector(in_data, in_shapes, 1, np.float32)
         fill = _vector(in_data, in_shapes, 2, np.uint8)
         augment_image(image, row, fill)

@@ -126,7 +126,8 @@ def resample_windows(
     wide = np.empty(height * stride if small else 0, np.uint16)
     bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
     for i in range(begin, end):
-        num_rows, num_columns = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
+        num_rows: Any = np.int64(shapes[i, 0])
+        num_columns: Any = np.int64(shapes[i, 1])
         length = num_columns * _CHANNELS
         image = images[i].reshape(-1)
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
@@ -408,11 +409,11 @@ def _spread_taps(first_values: Any, memory: Any, first: Any, weights: Any, flip:
     spread = memory[: groups * pairs * _PIXELS * _VALUES].reshape(groups, pairs, _PIXELS * _VALUES)
     spread[groups - 1] = 0
     for x in range(size):
-        source = size - 1 - x if flip else x
-        first_values[x] = first[source] * _CHANNELS
+        column = size - 1 - x if flip else x
+        first_values[x] = first[column] * _CHANNELS
         at = x % _PIXELS * _VALUES
         for t in range(2 * pairs):
-            weight = np.int16(weights[source, t] if t < taps else 0)
+            weight = np.int16(weights[column, t] if t < taps else 0)
             for c in range(_CHANNELS):
                 spread[x // _PIXELS, t // 2, at + 2 * c + t % 2] = weight
     return spread

@@ -1,7 +1,7 @@
-"""The plan of a run: what each step is fed, as a pure function of (data, seed, step).
+"""The plan of a run: the samples of each step, as a pure function of (data, seed, step).
 
-For every sample of a global batch the plan says which source it comes from, which text it has,
-where it is cropped, whether it is flipped, and how it is augmented. Nothing is drawn from a
+For every sample of a global batch the plan says which source (data set) it comes from, which text
+it has, where it is cropped, whether it is flipped, and how it is augmented. Nothing is drawn from a
 generator, so resuming is knowing the step, and a rank computes just its local batch, whatever the
 number of ranks. order.py, crop.py and augment.py have the formulas. Reading bytes, filling in
 tokens and decoding are left to `feed/` and graph.py.
