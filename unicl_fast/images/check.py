@@ -423,10 +423,7 @@ def simple_webp(data: bytes) -> bytes | None:
 
 
 def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Name and bytes of each chunk, header and padding included; none if they do not fill the file.
-
-    A file that is not as long as its header says has none either.
-    """
+    """Name and bytes of each chunk, header and padding included; none if lengths disagree."""
     chunks, position = [], _RIFF_HEADER_BYTES
     while position < len(data):
         size = int.from_bytes(data[position + 4 : position + 8], "little")
