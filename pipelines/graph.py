@@ -39,7 +39,7 @@ except ImportError as error:
         "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
     ) from error
 
-from unicl_fast.system.host_memory import return_freed_memory
+from unicl_fast.system.machine import return_freed_memory
 
 from .feed.host_batches import HostBatch, Images, Metadata, decoding_threads
 from .kernels.operators import GraphParts, augment, augment_operator, resample_operator

@@ -210,7 +210,7 @@ import torch
 from unicl_fast import Batch, Tokenizer, Trainer, UniCL, build_model, load_model
 from unicl_fast import unified_contrastive_loss
 from unicl_fast.batch import ListLoader
-from unicl_fast.objectives.collate import collate
+from unicl_fast.objectives.targets import collate
 from small_runs import tiny_config
 from pathlib import Path
 

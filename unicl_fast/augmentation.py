@@ -225,12 +225,10 @@ def check_views(entries: Sequence[str], *, objective: str) -> None:
 
 
 def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> list[Augmentation]:
-    """Returns each data set's augmentation.
+    """Returns each data set's augmentation, by the entries of `data.augment`.
 
-    Args:
-        entries: as in `data.augment`: SPEC for all data sets, NAME:SPEC for those whose folder is
-            called NAME (or whose path or URL ends with it); the longest NAME that fits counts.
-        places: folders or URLs of the data sets.
+    An entry is SPEC for all data sets, or NAME:SPEC for those whose folder is called NAME (or whose
+    path or URL, in `places`, ends with it); the longest NAME that fits counts.
 
     Raises:
         ValueError: an entry that cannot be read or names no data set, or some data sets with one
@@ -238,26 +236,26 @@ def augmentations_of(entries: Sequence[str], places: Sequence[Path | str]) -> li
     """
     chosen = read_entries(entries)
     general = chosen.pop("", Augmentation())
-    paths_of = [_spellings(place) for place in places]
-    names = [paths[0].rpartition("/")[2] for paths in paths_of]
     endings = {name: _path(name) for name in chosen}
-    fitting = [
-        [name for name, ending in endings.items() if any(path.endswith(ending) for path in paths)]
-        for paths in paths_of
-    ]
-    for name in chosen:
+    names: list[str] = []
+    found: list[Augmentation] = []
+    named: set[str] = set()
+    for place in places:
+        paths = _spellings(place)
+        names.append(paths[0].rpartition("/")[2])
+        fits = [name for name, end in endings.items() if any(path.endswith(end) for path in paths)]
+        longest = max((endings[name].count("/") for name in fits), default=0)
+        best = [name for name in fits if endings[name].count("/") == longest]
         require(
-            any(name in fits for fits in fitting),
-            f"data.augment: no data set is called {name!r}; there are {', '.join(names)}",
-        )
-    found = []
-    for data_set, fits in zip(names, fitting, strict=True):
-        depths = [endings[name].count("/") for name in fits]
-        best = [name for name, depth in zip(fits, depths, strict=True) if depth == max(depths)]
-        require(
-            len(best) < 2, f"data.augment: {' and '.join(best)} both name {data_set}; give it one"
+            len(best) < 2, f"data.augment: {' and '.join(best)} both name {names[-1]}; give it one"
         )
         found.append(chosen[best[0]] if best else general)
+        named.update(fits)
+    for name in chosen:
+        require(
+            name in named,
+            f"data.augment: no data set is called {name!r}; there are {', '.join(names)}",
+        )
     views = [augmentation.views for augmentation in found]
     require(
         len(set(views)) < 2,

@@ -25,9 +25,8 @@ from torch import Tensor
 class Batch:
     """One rank's local batch: images, distinct texts, and the classes of both.
 
-    Two samples are positives of each other when their class ids are equal. Class ids are any
-    int64: labels are small numbers, captions without a label carry a 62-bit key of their tokens,
-    so that ranks agree on them without communicating.
+    Two samples are positives of each other when their class ids are equal. These are any int64;
+    `objectives.targets.map_targets` says how they are found, and why ranks agree on them.
     """
 
     step: int
@@ -37,8 +36,7 @@ class Batch:
     tokens: Tensor
     """int64 [u l]: distinct token rows, padded with 0 to the context length."""
     text_lengths: NDArray[np.int64]
-    """int64 [u] on the host: tokens of each row without padding. They are here so that leaving out
-    the padding needs no read from the device."""
+    """int64 [u]: tokens of each row without padding; on the host, where they decide shapes."""
     text_index: Tensor
     """int64 [b]: the row of `tokens` that is the text of each image."""
     class_ids: Tensor

@@ -110,9 +110,9 @@ class DataConfig:
     start, instead of when such images come."""
     shuffle_window: Count = 0
     """Samples that are shuffled together; 0 shuffles the whole data set. Otherwise an epoch takes a
-    data set in windows of this many samples, each joined from 16 stretches spread over it, and
-    other stretches in each epoch. Meant for data sets under a URL that are larger than cache_bytes:
-    a window is fetched while the previous one is trained on, and each byte once an epoch."""
+    data set in windows of this many samples, each joined from 16 chunks spread over it, and other
+    chunks in each epoch. Meant for data sets under a URL that are larger than cache_bytes: a window
+    is fetched while the previous one is trained on, and each byte once an epoch."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder). All ranks of a machine use it; empty
     takes unicl_fast in ~/.cache."""

@@ -30,10 +30,10 @@ from torch import Tensor
 
 from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig, Resample, RunConfig, TrainConfig
+from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.remote.block_cache import CacheOptions
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.system.host_memory import keep_freed_memory
+from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 

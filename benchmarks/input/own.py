@@ -35,7 +35,7 @@ from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
 from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps, split_windows
-from unicl_fast.system.host_memory import keep_freed_memory
+from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from unicl_fast.config import CLIP_MEAN, CLIP_STD
-from unicl_fast.system.host_memory import keep_freed_memory, return_freed_memory
+from unicl_fast.system.machine import keep_freed_memory, return_freed_memory
 
 from ..harness import Turn
 from .contenders import Contender, Task, load

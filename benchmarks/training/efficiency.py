@@ -38,12 +38,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import DeviceName, TrainConfig
-from unicl_fast.models.precision import Precision, settle_precision
+from unicl_fast.models.precision import Precision, resolve_precision
 from unicl_fast.presets import build_preset
-from unicl_fast.system.host_memory import keep_freed_memory
-from unicl_fast.system.machine import choose_device
+from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.training.cached_gradients import back_propagate_learnt
-from unicl_fast.training.step import contrast_over_ranks, encoder_input, texts_to_encode
+from unicl_fast.training.global_loss import contrast_over_ranks, encoder_input, texts_to_encode
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import (
@@ -90,7 +89,7 @@ class Efficiency(Stage):
             batch_size=self.batch_size,
             precision="auto",
         )
-        base = settle_precision(config, torch.device("cpu"))
+        base = resolve_precision(config, torch.device("cpu"))
         batch = take_batch(base, self.data)
         figures: Figures = {}
         measured = {_AS_IT_IS: base}

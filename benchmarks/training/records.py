@@ -44,9 +44,9 @@ from unicl_fast.ledger.format import (
 )
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.objectives.collate import collate
+from unicl_fast.objectives.targets import collate
 from unicl_fast.presets import build_preset
-from unicl_fast.system.host_memory import keep_freed_memory
+from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 
@@ -119,7 +119,7 @@ def compare(trainer: Trainer) -> int:
     assert trainer.run_folder is not None
     written = []
     for must in (True, False):
-        trainer.save(must=must)
+        trainer.save(required=must)
         trainer.finish_writing()
         checkpoint = find_checkpoint(trainer.run_folder)
         written.append(read_state(checkpoint).checksums)
@@ -139,7 +139,7 @@ def measure(
     saves: dict[str, Callable[[], None]] = {
         "without": lambda: None,
         "awaited": trainer.save,
-        "beside": lambda: trainer.save(must=False),
+        "beside": lambda: trainer.save(required=False),
     }
     taken: dict[str, list[float]] = {name: [] for name in saves}
     saving: dict[str, list[float]] = {name: [] for name in saves}

@@ -9,7 +9,7 @@ training script does it, with the best of its flags on a CPU: bf16 autocast. It 
 normalised already; ours are counted from the bytes that the decoder gives. `unicl-bench input`
 measures decoding.
 
-unicl-pretrain keeps freed memory (unicl_fast/system/host_memory.py), open_clip's script does not,
+unicl-pretrain keeps freed memory (unicl_fast/system/machine.py), open_clip's script does not,
 and gains more by it. Without --tune-contender, neither does it here.
 """
 
@@ -41,10 +41,10 @@ from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.text_encoder import TextEncoder
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.pipelines.loader import TrainLoader
-from unicl_fast.system.host_memory import keep_freed_memory
+from unicl_fast.system.machine import keep_freed_memory
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.step import global_loss
+from unicl_fast.training.global_loss import global_loss
 from unicl_fast.training.trainer import Trainer
 
 from ..harness import Stage, rate_of, ratio_of, take_turns

@@ -38,8 +38,7 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.text_encoder import CausalAttention, TextEncoder, VarlenAttention
 from unicl_fast.objectives.targets import map_targets
-from unicl_fast.system.host_memory import keep_freed_memory
-from unicl_fast.system.machine import choose_device
+from unicl_fast.system.machine import choose_device, keep_freed_memory
 from unicl_fast.text.class_lists import fill_template, imagenet_class_names, imagenet_templates
 from unicl_fast.text.tokenizer import Tokenizer
 

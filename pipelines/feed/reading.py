@@ -28,9 +28,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.dataset.errors import DamagedSampleError, TooManyBadSamplesError
-from unicl_fast.dataset.reader import PackedDataset, sample_key
-from unicl_fast.dataset.remote.object_store import CONNECTIONS
+from unicl_fast.dataset.object_store import CONNECTIONS
+from unicl_fast.dataset.reader import (
+    DamagedSampleError,
+    PackedDataset,
+    TooManyBadSamplesError,
+    sample_key,
+)
 from unicl_fast.system.atomic_files import lock
 
 from ..plan.plan import SAMPLE_FIELDS, PlannedBatch, TrainPlan

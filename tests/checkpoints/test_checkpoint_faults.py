@@ -92,7 +92,7 @@ def test_a_full_disk_costs_a_checkpoint_but_not_the_run(
     (first,) = list_checkpoints(tmp_path / "checkpoints")
     trainer.train_step(next(trainer.loader.batches(0)))
     with full_disk():
-        trainer.save(must=False)
+        trainer.save(required=False)
         with pytest.raises(OSError, match="cannot be written"):
             trainer.save()
     assert "NO CHECKPOINT of step 1" in caplog.text

@@ -60,7 +60,7 @@ def test_training_continues_while_it_is_written_and_what_is_written_is_from_befo
     trainer.train_step(next(batches))
     weights = trainer.model.image_projection.detach().clone()
     average = trainer.optimizer.state[trainer.model.image_projection]["exp_avg"].clone()
-    trainer.save(must=False)
+    trainer.save(required=False)
     assert disk.asked.wait(60)
     trainer.train_step(next(batches))
     trainer.train_step(next(batches))
@@ -96,7 +96,7 @@ def test_waiting_for_a_slow_disk_is_said(
 ) -> None:
     monkeypatch.setattr(checkpoint_writer, "_NOTEWORTHY_SECONDS", 0.1)
     trainer = trainer_in(tmp_path, images)
-    trainer.save(must=False)
+    trainer.save(required=False)
     wait = CheckpointWriter.wait
 
     def wait_for_long(self: CheckpointWriter) -> None:
@@ -217,7 +217,7 @@ def test_copies_survive_their_files(tmp_path: Path) -> None:
         }
     }
     writer = CheckpointWriter(tmp_path, keep=0)
-    writer.write(files, {}, step=3, must=True)
+    writer.write(files, {}, step=3, required=True)
     for name, tensor in load_file(tmp_path / "step-00000003" / "a.safetensors").items():
         assert torch.equal(tensor, files["a.safetensors"][name]), name
 

@@ -21,12 +21,12 @@ from object_stores import FaultyStore, empty, upload
 from packed_sets import Sample, pack
 from PIL import Image
 
-from unicl_fast.dataset.errors import DamagedDatasetError, DamagedSampleError
-from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.remote import block_cache, local_copy, object_store
-from unicl_fast.dataset.remote.block_cache import BlockCache, CacheOptions
-from unicl_fast.dataset.remote.local_copy import open_local_copy
-from unicl_fast.dataset.remote.object_store import ObjectStore, Patience, StorageError, is_url
+from unicl_fast.dataset import block_cache, files, object_store
+from unicl_fast.dataset.block_cache import BlockCache, CacheOptions
+from unicl_fast.dataset.files import copy_small_files
+from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
+from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
+from unicl_fast.system.atomic_files import lock
 from unicl_fast.text.tokenizer import Tokenizer
 
 BLOCK = 4096
@@ -34,9 +34,9 @@ BLOCK = 4096
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    quick = Patience(tries=3, first_pause_seconds=0.01, answer_seconds=2)
-    monkeypatch.setattr(object_store, "patience", quick)
-    monkeypatch.setattr(local_copy, "_BETWEEN_READINGS_SECONDS", 0.01)
+    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01), ("ANSWER_SECONDS", 2)):
+        monkeypatch.setattr(object_store, name, value)
+    monkeypatch.setattr(files, "_BETWEEN_READINGS_SECONDS", 0.01)
     empty()
     yield
     empty()
@@ -286,7 +286,7 @@ def test_arrays_are_compared_with_their_checksums(
     upload(local.folder, url)
     store.write("manifest.json", (local.folder / "manifest.json").read_bytes() + b" ")
     with pytest.raises(ValueError, match=r"manifest\.json is damaged, or just being replaced"):
-        open_local_copy(store, cache.place, [])
+        copy_small_files(store, cache.place, [])
     store.remove("manifest.json")
     with pytest.raises(FileNotFoundError, match=f"{url} is not a packed data set"):
         PackedDataset(url, cache=cache)
@@ -391,7 +391,7 @@ def test_without_a_cache_that_works_reading_continues(
             monkeypatch.setattr(block_cache, "_LOCK_PATIENCE_SECONDS", 0.1)
             (tmp_path / "blocks" / "f").mkdir()
             part = stack.enter_context((tmp_path / "blocks" / "f" / "0.part").open("w"))
-            block_cache._lock(part.fileno(), wait=False)
+            lock(part.fileno())
         for _ in range(2):
             view = bytearray(8)
             cache.read_into("f/0", BLOCK, memoryview(view), 0, lambda: b"z" * BLOCK)

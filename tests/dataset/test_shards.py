@@ -19,9 +19,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unicl_fast.dataset.arrays import CAPTION_DTYPE, SAMPLE_DTYPE
-from unicl_fast.dataset.errors import DamagedDatasetError, DamagedSampleError
 from unicl_fast.dataset.manifest import Manifest
-from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.reader import DamagedDatasetError, DamagedSampleError, PackedDataset
 from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 
 FACTS: dict[str, Any] = {

@@ -19,8 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.dataset.arrays import ARRAY_DTYPES
-from unicl_fast.dataset.errors import DamagedSampleError
-from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
 from unicl_fast.system.checksums import CHECKSUMS_NAME
 
 NOT_READ = (".idx", ".csv")

@@ -27,8 +27,7 @@ from small_runs import (
 )
 
 from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
-from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.distributed.rendezvous import process_group
+from unicl_fast.distributed.ranks import Ranks, process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Watchdog
 from unicl_fast.evaluation.encode import ModelOnRanks, collect_rows
@@ -39,7 +38,7 @@ from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
-from unicl_fast.training.metrics import SourceMeter
+from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Trainer
 
 # Ranks are forked from a process that has imported the library and done nothing else: a fresh
@@ -170,7 +169,7 @@ def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectiv
 @mock.patch.dict(LARGEST_TILE, {"cpu": 3})
 def write_feature_gradients(ranks, folder: str) -> None:
     """Loss and gradients of this rank's images and of the table of texts, as above."""
-    from unicl_fast.training.step import contrast_over_ranks
+    from unicl_fast.training.global_loss import contrast_over_ranks
 
     images, texts, text_index, class_ids = ragged_features()
     share = ranks.local_batch_size(len(images))
@@ -197,7 +196,7 @@ def count_work_of_the_loss(ranks, folder: str) -> None:
     """Products, and values that go over the network, of the loss and its gradients."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    from unicl_fast.training.step import contrast_over_ranks
+    from unicl_fast.training.global_loss import contrast_over_ranks
 
     generator = torch.Generator().manual_seed(ranks.rank)
     images = torch.randn(6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
@@ -492,11 +491,11 @@ def evaluate_until_rank_1_is_signalled(ranks, images: torch.Tensor, folder: Path
 
 
 def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None:
-    """Each rank writes down what a `SourceMeter` says of its slice of a batch of two sources."""
+    """Each rank writes down what a `DatasetMeter` says of its slice of a batch of two sources."""
     loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
     batch = next(iter(loader.batches(0)))
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
-    meter = SourceMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
+    meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
     Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
 
 

@@ -23,7 +23,7 @@ from unicl_fast.config import (
     RunConfig,
     TrainConfig,
 )
-from unicl_fast.objectives.collate import collate
+from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.trainer import Trainer
 

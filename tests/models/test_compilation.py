@@ -16,7 +16,7 @@ from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models import text_encoder
-from unicl_fast.models.compilation import (
+from unicl_fast.models.efficiency import (
     compile_encoders,
     has_compiler,
     pad_texts,
@@ -24,7 +24,7 @@ from unicl_fast.models.compilation import (
     round_up_length,
 )
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.collate import collate
+from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import trainer as trainer_module
 from unicl_fast.training.trainer import Trainer

@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from unicl_fast import UniCL, build_model
 from unicl_fast.models import text_encoder
-from unicl_fast.models.activation_checkpointing import checkpoint_blocks
+from unicl_fast.models.efficiency import checkpoint_blocks
 from unicl_fast.models.image_encoder import DropPathKey, KeyedDropPath, build_image_encoder
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.text_encoder import CausalAttention, TextEncoder, find_varlen_attention

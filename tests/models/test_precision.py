@@ -14,7 +14,7 @@ from unicl_fast.models.precision import (
     Precision,
     _normalise_on_host,
     normalise_images,
-    settle_precision,
+    resolve_precision,
 )
 from unicl_fast.presets import build_preset
 
@@ -116,7 +116,7 @@ def test_auto_is_what_the_processor_computes_fastest(
     assert precision.fast_precision(torch.device("cpu")) == expected
     monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
     assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
-    config = settle_precision(build_preset("digits-small"), torch.device("cpu"))
+    config = resolve_precision(build_preset("digits-small"), torch.device("cpu"))
     assert config.efficiency.precision == expected
-    assert settle_precision(config, torch.device("cpu"), "fp64") is config
+    assert resolve_precision(config, torch.device("cpu"), "fp64") is config
     precision._cpu_flags.cache_clear()

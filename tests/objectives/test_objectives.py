@@ -22,13 +22,13 @@ from timm.data import Mixup
 from torch.nn import functional as F
 
 from unicl_fast.batch import Batch, ListLoader
-from unicl_fast.config import ObjectiveConfig, TrainConfig
+from unicl_fast.config import ObjectiveConfig, RunConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.encode import require_text_encoder
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss import unified_contrastive_loss
 from unicl_fast.objectives.mixup import draw_pairs, labels_of_pairs, mix
-from unicl_fast.training.step import encoder_input, global_loss, shown_images, shown_indices
+from unicl_fast.training.global_loss import encoder_input, global_loss, shown_images, shown_indices
 from unicl_fast.training.trainer import Trainer
 
 
@@ -156,7 +156,9 @@ def test_a_pair_is_mixed_as_timm_mixes_it(
         lambda *_, **__: (draws.boxes[0], draws.lambdas[0]),
     )
     expected, targets = theirs(pixels.clone(), batch.class_ids)
-    mixed, labels = mix(pixels, batch, objective, seed=0, global_batch_size=2)
+    mixed, labels = mix(
+        pixels, batch, TrainConfig(objective=objective, run=RunConfig(global_batch_size=2))
+    )
     torch.testing.assert_close(mixed, expected)
     ours = torch.zeros(2, 5, dtype=torch.float64)
     ours.index_put_((labels.samples, labels.labels), labels.weights, accumulate=True)
@@ -185,7 +187,7 @@ def test_mixed_images_keep_their_memory_format(images: torch.Tensor) -> None:
     config = tiny_config()
     batch = labelled_batch(images, objective="unicl")
     pixels = encoder_input(batch.images, config)
-    mixed, _ = mix(pixels, batch, ObjectiveConfig(mixup=1.0), seed=0, global_batch_size=12)
+    mixed, _ = mix(pixels, batch, TrainConfig(objective=ObjectiveConfig(mixup=1.0)))
     assert pixels.is_contiguous(memory_format=torch.channels_last)
     assert mixed.is_contiguous(memory_format=torch.channels_last)
 

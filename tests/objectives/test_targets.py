@@ -103,22 +103,6 @@ def test_any_batch_gets_the_targets_of_the_oracle(
     assert_equal(map_targets(rows, labels), rows, labels, PlainPrompts())
 
 
-@settings(max_examples=100)
-@given(batches())
-def test_the_plain_twin_has_the_same_classes(
-    batch: tuple[Rows, npt.NDArray[np.int64], PlainPrompts],
-) -> None:
-    rows, labels, prompts = batch
-    targets = map_targets(rows, labels, prompts)
-    plain = map_targets(rows, labels, prompts, unique=False)
-    assert plain.tokens.tolist() == rows.tolist()
-    assert plain.text_index.tolist() == list(range(len(rows)))
-    assert plain.text_counts.tolist() == [1] * len(rows)
-    assert plain.class_ids.tolist() == targets.class_ids.tolist()
-    assert plain.text_class_ids.tolist() == targets.class_ids.tolist()
-    assert plain.text_lengths.max() == targets.text_lengths.max()
-
-
 @settings(max_examples=150)
 @given(batches(), st.data())
 def test_steps_mapped_together_are_mapped_as_each_alone(

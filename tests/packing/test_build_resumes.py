@@ -29,7 +29,7 @@ from PIL import Image
 
 from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
-from unicl_fast.dataset.remote.object_store import ObjectStore
+from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import work_folder
 from unicl_fast.packing.build import BuildSummary, build_dataset

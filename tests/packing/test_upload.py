@@ -13,7 +13,7 @@ import pytest
 from inline_checks import check_inline
 from pack_runs import jpeg, run_pack
 
-from unicl_fast.dataset.remote.object_store import ObjectStore
+from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
 from unicl_fast.packing import upload as upload_module
 from unicl_fast.packing.upload import build_anywhere

@@ -17,12 +17,12 @@ from damage import copy_of, flip_byte, shard_of, store, undecodable
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
-from unicl_fast.dataset.errors import (
+from unicl_fast.dataset.reader import (
     DamagedDatasetError,
     DamagedSampleError,
+    PackedDataset,
     TooManyBadSamplesError,
 )
-from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.pipelines import graph
 from unicl_fast.pipelines.feed.reading import MAX_ATTEMPTS
 from unicl_fast.pipelines.graph import DecodingError

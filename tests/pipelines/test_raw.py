@@ -21,8 +21,7 @@ from PIL import Image
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
-from unicl_fast.dataset.errors import DamagedSampleError, TooManyBadSamplesError
-from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
 from unicl_fast.pipelines.graph import DecodingError, build_train_graph, run_graphs
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts

@@ -20,10 +20,10 @@ from PIL import Image
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
+from unicl_fast.dataset import object_store
+from unicl_fast.dataset.block_cache import CacheOptions
+from unicl_fast.dataset.object_store import StorageError
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.remote import object_store
-from unicl_fast.dataset.remote.block_cache import CacheOptions
-from unicl_fast.dataset.remote.object_store import Patience, StorageError
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
@@ -35,8 +35,8 @@ BATCH = 12
 
 @pytest.fixture(autouse=True)
 def _short_patience(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    quick = Patience(tries=3, first_pause_seconds=0.01, answer_seconds=2)
-    monkeypatch.setattr(object_store, "patience", quick)
+    for name, value in (("TRIES", 3), ("FIRST_PAUSE_SECONDS", 0.01), ("ANSWER_SECONDS", 2)):
+        monkeypatch.setattr(object_store, name, value)
     empty()
     yield
     empty()

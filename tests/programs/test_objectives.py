@@ -22,7 +22,7 @@ from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.training.data import (
     adapt_objective_to_data,
     build_prompts,
-    open_sources,
+    open_datasets,
     rows_of_class_names,
 )
 from unicl_fast.training.metrics import read_metrics
@@ -76,7 +76,7 @@ def test_captions_of_clip_are_classes_and_labels_are_not(data: Path) -> None:
         data=dataclasses.replace(config.data, train=(str(data / "labels"), str(data / "captions"))),
         run=dataclasses.replace(config.run, global_batch_size=16),
     )
-    datasets, shares = open_sources(config.data)
+    datasets, shares = open_datasets(config.data)
     loader = TrainLoader(config, datasets, shares, build_prompts(datasets, config))
     batch = next(loader.batches(0))
     assert (batch.class_ids >= CAPTION_KEYS_START).all()
@@ -87,12 +87,12 @@ def test_captions_of_clip_are_classes_and_labels_are_not(data: Path) -> None:
 def test_labels_are_needed_and_their_number_must_be_right(data: Path) -> None:
     config = build_preset("digits-small")
     with_captions = dataclasses.replace(config.data, train=(str(data / "captions"),))
-    datasets, _ = open_sources(with_captions)
+    datasets, _ = open_datasets(with_captions)
     ce = dataclasses.replace(config, objective=ObjectiveConfig(name="ce"))
     with pytest.raises(ValueError, match=r"20 of the 20 samples .* have none: leave it out"):
         adapt_objective_to_data(ce, datasets)
     labelled = dataclasses.replace(config.data, train=(str(data / "labels"),) * 2)
-    datasets, _ = open_sources(labelled)
+    datasets, _ = open_datasets(labelled)
     suited = adapt_objective_to_data(ce, datasets)
     assert suited.objective.num_classes == (10, 10)
     assert suited.data.text == "labels"

@@ -14,10 +14,10 @@ import pytest
 from object_stores import FaultyLine, s3_environment, s3_server
 from program_runs import SMALL, losses, run, weights
 
+from unicl_fast.dataset import object_store
+from unicl_fast.dataset.block_cache import CacheOptions
+from unicl_fast.dataset.object_store import ObjectStore, StorageError
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.remote import object_store
-from unicl_fast.dataset.remote.block_cache import CacheOptions
-from unicl_fast.dataset.remote.object_store import ObjectStore, Patience, StorageError
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.staging import local_copy
 from unicl_fast.packing.upload import build_anywhere, upload_dataset
@@ -40,8 +40,8 @@ def line(moto: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator
     for name, value in s3_environment(line.url).items():
         monkeypatch.setenv(name, value)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    quick = Patience(tries=4, first_pause_seconds=0.02, answer_seconds=2)
-    monkeypatch.setattr(object_store, "patience", quick)
+    for name, value in (("TRIES", 4), ("FIRST_PAUSE_SECONDS", 0.02), ("ANSWER_SECONDS", 2)):
+        monkeypatch.setattr(object_store, name, value)
     yield line
     line.shutdown()
     line.server_close()

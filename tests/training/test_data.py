@@ -19,10 +19,9 @@ from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.data import (
     build_prompts,
     check_tokenizer,
-    describe_sources,
-    names_of,
+    describe_datasets,
     numbered,
-    open_sources,
+    open_datasets,
 )
 
 
@@ -75,15 +74,15 @@ def test_classes_that_a_short_context_cannot_tell_apart_are_joined_before_traini
 
 def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:
     folders = (str(data / "labels"), f"{data / 'captions'}")
-    whole, _ = open_sources(DataConfig(train=folders))
-    halves, shares = open_sources(DataConfig(train=folders, fraction=(0.5,)))
-    parts, _ = open_sources(DataConfig(train=folders, fraction=(1.0, 0.25)))
+    whole, _ = open_datasets(DataConfig(train=folders))
+    halves, shares = open_datasets(DataConfig(train=folders, fraction=(0.5,)))
+    parts, _ = open_datasets(DataConfig(train=folders, fraction=(1.0, 0.25)))
     sizes = [len(dataset) for dataset in whole]
     assert [len(dataset) for dataset in halves] == [round(size / 2) for size in sizes]
     assert [len(dataset) for dataset in parts] == [sizes[0], round(sizes[1] / 4)]
     assert shares is None
     with pytest.raises(ValueError, match=r"num_samples was 20 and is now 5"):
-        refuse_differences("data", describe_sources(whole, None), describe_sources(parts, None))
+        refuse_differences("data", describe_datasets(whole, None), describe_datasets(parts, None))
     for dataset in (*whole, *halves, *parts):
         dataset.close()
 
@@ -93,8 +92,8 @@ def test_the_presets_of_halves_mix_the_first_half_of_each(data: Path, name: str)
     """The paper's mixes: two sets together give as many samples as one of them has."""
     folders = (str(data / "labels"), str(data / "captions"))
     config = dataclasses.replace(build_preset(name).data, train=folders)
-    whole, _ = open_sources(DataConfig(train=folders))
-    halves, shares = open_sources(config)
+    whole, _ = open_datasets(DataConfig(train=folders))
+    halves, shares = open_datasets(config)
     for half, full in zip(halves, whole, strict=True):
         assert len(half) == round(len(full) / 2)
         assert np.array_equal(half.samples["xxh3"], full.samples["xxh3"][: len(half)])
@@ -113,8 +112,9 @@ def test_parts_that_make_no_sense_are_refused(fraction: tuple[float, ...]) -> No
 def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
     (tmp_path / "labels").symlink_to(data / "labels")
     folders = (str(data / "labels"), str(data / "captions"), str(tmp_path / "labels"))
-    datasets, _ = open_sources(DataConfig(train=folders))
-    assert names_of(datasets) == ["labels-1", "captions", "labels-2"]
+    datasets, _ = open_datasets(DataConfig(train=folders))
+    names = [dataset.folder.name for dataset in datasets]
+    assert numbered(names) == ["labels-1", "captions", "labels-2"]
     assert numbered(["a", "a", "a-1"]) == ["a-2", "a-3", "a-1"]
     for dataset in datasets:
         dataset.close()
@@ -137,7 +137,7 @@ def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, 
                 source=["here"], seed=0, tool_version="0",
             )  # fmt: skip
         with PackedDataset(out) as dataset:
-            described.append(describe_sources([dataset], None))
+            described.append(describe_datasets([dataset], None))
     assert described[0] == described[2]
     assert described[0] != described[1]
 

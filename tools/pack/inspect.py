@@ -13,8 +13,8 @@ from typing import Annotated, Any
 import tyro
 
 from unicl_fast.dataset.growing_files import create_csv
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, PackedDataset
-from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.dataset.stored_samples import SampleReader
 from unicl_fast.packing.inspect import (
     DEFAULT_DISTANCE,

@@ -31,11 +31,7 @@ def is_export(path: Path) -> bool:
 
 
 def read_export(folder: Path) -> tuple[TrainConfig, Path]:
-    """The config of an exported model, and its file of weights, whose checksum is compared.
-
-    Raises:
-        ValueError: of another library or version, or damaged.
-    """
+    """Reads the config of an export, and finds its weights; raises ValueError for any other."""
     path = folder / CONFIG_FILE
     try:
         values = json.loads(path.read_bytes().decode("utf-8"))

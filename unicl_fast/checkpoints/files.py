@@ -3,13 +3,11 @@
 `checkpoints/best.json` names the step whose evaluation gave the highest number. It is a small file
 that is replaced atomically, not a link, which a copy or another file system would lose. The
 checkpoint itself stays in its own folder, where nothing removes it while it is the best.
-
-Tensors are known here by their names in files, models are not: what is stored, and how it comes
-back, is the business of `unicl_fast.checkpoints.load`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -61,15 +59,9 @@ def write_checkpoint(
     files: Mapping[str, dict[str, Tensor]],
     state: Mapping[str, Any],
 ) -> Path:
-    """Writes `step-XXXXXXXX` whole or not at all.
+    """Writes `step-XXXXXXXX` whole or not at all, its tensors contiguous and on the host.
 
     safetensors and xxhash let other threads of Python run meanwhile (tried with safetensors 0.8.0).
-
-    Args:
-        checkpoints_folder: made if it is not there.
-        step: names the folder, and is part of its state.
-        files: name of a safetensors file -> its tensors, contiguous and on the host.
-        state: more of state.json, in JSON's types.
 
     Raises:
         OSError: it cannot be written (disk full, no permission); those from before are untouched.
@@ -143,15 +135,7 @@ class Best:
 
 
 def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
-    """The key of metrics.jsonl that `checkpoint.best` means; None keeps no best.
-
-    Args:
-        choice: of the config.
-        evaluations: names of the run's evaluations.
-
-    Raises:
-        ValueError: no evaluation of this run gives such a number.
-    """
+    """The key of metrics.jsonl that `checkpoint.best` means; ValueError if nothing gives it."""
     names = list(evaluations)
     if choice == "none" or not (choice or names):
         return None
@@ -166,11 +150,7 @@ def choose_best_metric(choice: str, evaluations: Iterable[str]) -> str | None:
 
 
 def read_best(checkpoints_folder: Path) -> Best | None:
-    """Reads best.json; None where there is none.
-
-    Raises:
-        ValueError: it is damaged.
-    """
+    """Reads best.json; None where there is none. Raises ValueError if it is damaged."""
     path = checkpoints_folder / _BEST_FILE
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
@@ -184,11 +164,7 @@ def read_best(checkpoints_folder: Path) -> Best | None:
 
 
 def write_best(checkpoints_folder: Path, best: Best | None) -> None:
-    """Replaces best.json, or removes it.
-
-    Raises:
-        OSError: it cannot be written; the one from before stays.
-    """
+    """Replaces best.json, or removes it; after an OSError the one from before stays."""
     path = checkpoints_folder / _BEST_FILE
     if best is None:
         path.unlink(missing_ok=True)
@@ -202,27 +178,18 @@ def find_best(
     """Finds the best of the checkpoints that are there, the earliest of equal ones.
 
     It looks into best.json and into the run's metrics: a run may have been killed between an
-    evaluation and best.json, and metrics may have been cut off.
-
-    Args:
-        checkpoints_folder: of the run.
-        metric: key of metrics.jsonl; None takes what best.json says, whatever was measured.
-        lines: of metrics.jsonl.
+    evaluation and best.json, and metrics may have been cut off. Without a metric it takes what
+    best.json says, whatever was measured.
     """
     found = [
         Best(int(line["step"]), metric, float(line[metric]))
         for line in lines
         if metric is not None and metric in line
     ]
-    try:
+    with contextlib.suppress(ValueError):  # then the metrics have to do
         stored = read_best(checkpoints_folder)
-    except ValueError:  # the metrics have to do
-        stored = None
-    if stored is not None and metric in (None, stored.metric):
-        found.append(stored)
-    there = [
-        best
-        for best in found
-        if math.isfinite(best.value) and (checkpoints_folder / checkpoint_name(best.step)).is_dir()
-    ]
+        if stored is not None and metric in (None, stored.metric):
+            found.append(stored)
+    steps = {step_of(checkpoint) for checkpoint in list_checkpoints(checkpoints_folder)}
+    there = [best for best in found if best.step in steps and math.isfinite(best.value)]
     return max(there, key=lambda best: (best.value, -best.step), default=None)

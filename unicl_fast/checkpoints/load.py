@@ -22,12 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unicl_fast.checkpoints.export import is_export, read_export
-from unicl_fast.checkpoints.files import (
-    STATE_FILE,
-    checkpoint_name,
-    list_checkpoints,
-    read_best,
-)
+from unicl_fast.checkpoints.files import STATE_FILE, checkpoint_name, list_checkpoints, read_best
 from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
@@ -40,7 +35,6 @@ Weights = Literal["auto", "ema", "model"]
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
-_BEST = "best"
 _TYPES = {
     "step": int, "config": dict, "scaler": dict, "data": dict, "optimizer": str, "checksums": dict,
 }  # fmt: skip
@@ -116,19 +110,14 @@ def _check_types(values: dict[str, Any]) -> None:
 
 
 def find_checkpoint(path: str | Path) -> Path:
-    """The checkpoint that a path stands for.
+    """The checkpoint that a path stands for: RUN for its newest, RUN/best, or one itself.
 
-    Args:
-        path: a run folder, for its newest checkpoint; RUN/best, for its best one; or a checkpoint.
-
-    Raises:
-        FileNotFoundError: none of these.
-        ValueError: best.json is damaged.
+    Raises FileNotFoundError if there is none, ValueError if best.json is damaged.
     """
     path = Path(path)
     if (path / STATE_FILE).is_file():
         return path
-    if path.name == _BEST and not path.exists():
+    if path.name == "best" and not path.exists():
         return _find_best(path.parent)
     checkpoints = list_checkpoints(path / "checkpoints") or list_checkpoints(path)
     if not checkpoints:
@@ -142,14 +131,15 @@ def find_checkpoint(path: str | Path) -> Path:
 def _find_best(run_folder: Path) -> Path:
     for folder in (run_folder / "checkpoints", run_folder):
         best = read_best(folder)
-        if best is not None:
-            checkpoint = folder / checkpoint_name(best.step)
-            if not checkpoint.is_dir():
-                raise FileNotFoundError(
-                    f"{folder} names {checkpoint.name} as its best, which is not there; take "
-                    f"another one: {run_folder} stands for the newest"
-                )
-            return checkpoint
+        if best is None:
+            continue
+        checkpoint = folder / checkpoint_name(best.step)
+        if not checkpoint.is_dir():
+            raise FileNotFoundError(
+                f"{folder} names {checkpoint.name} as its best, which is not there; take another "
+                f"one: {run_folder} stands for the newest"
+            )
+        return checkpoint
     raise FileNotFoundError(
         f"{run_folder} has no best checkpoint: a run has one when it evaluates (data.evaluate); "
         f"{run_folder} itself stands for the newest"
@@ -182,22 +172,16 @@ def find_sound_checkpoint(run_folder: Path) -> Path | None:
 
 
 def find_model(path: str | Path) -> Path:
-    """The folder that a path stands for where a model is wanted: an export, or a checkpoint.
-
-    Raises:
-        FileNotFoundError: neither.
-        ValueError: best.json is damaged.
-    """
+    """The export, or the checkpoint, that a path stands for; raises as `find_checkpoint`."""
     path = Path(path)
     return path if is_export(path) else find_checkpoint(path)
 
 
 def load_model(path: str | Path, *, weights: Weights = "auto") -> UniCL:
-    """The trained model of a run, a checkpoint or an export, in evaluation mode on the CPU.
+    """The trained model that a path stands for (`find_model`), in evaluation mode on the CPU.
 
     Args:
-        path: a run folder (its newest checkpoint is taken), RUN/best, a checkpoint, or a folder
-            that `unicl-convert hf` or `official` wrote.
+        path: RUN for its newest checkpoint, RUN/best, a checkpoint, or an export.
         weights: "ema" takes the moving average of the weights, "model" those of the last step,
             "auto" the average where there is one. An export has one set, which "ema" refuses.
 
@@ -244,11 +228,7 @@ def _checksum_read_once(path: Path) -> str:
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file.
-
-    Raises:
-        DamagedCheckpointError: it is none.
-    """
+    """The tensors of a safetensors file; raises DamagedCheckpointError if it is none."""
     with _refusing_other_files(path):
         return load_file(path)
 
@@ -295,11 +275,7 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
 
 
 def load_weights(model: UniCL, path: Path) -> None:
-    """Loads the weights in a safetensors file into a model, in the model's own type and layout.
-
-    Raises:
-        ValueError: the file is damaged, or holds the weights of another model.
-    """
+    """Loads weights in the type and layout of the model; raises ValueError if they do not fit."""
     tensors = read_tensors(path)
     try:
         for name, value in model.state_dict().items():

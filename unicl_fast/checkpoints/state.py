@@ -127,13 +127,13 @@ def restore_checkpoint(
         _check_optimizer_tensors(model, optimizer, tensors)
         if scaler.is_enabled() and set(state.scaler) != set(scaler.state_dict()):
             raise ValueError(f"the loss scaler's state has {sorted(state.scaler)}")
-    except ValueError as error:
+        scaler.load_state_dict(state.scaler)
+    except (ValueError, OverflowError, RuntimeError) as error:  # torch's, of numbers too large
         raise DamagedCheckpointError(
             f"{checkpoint} does not hold the optimizer's state of this model: {error}; use another "
             "checkpoint"
         ) from error
     _restore_optimizer(model, optimizer, tensors)
-    scaler.load_state_dict(state.scaler)
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

@@ -40,12 +40,7 @@ class CheckpointWriter:
     """Writes the checkpoints of one run; used by one thread."""
 
     def __init__(self, folder: Path, *, keep: int) -> None:
-        """Touches nothing yet.
-
-        Args:
-            folder: `checkpoints/` of the run.
-            keep: how many of the newest stay in addition to the best; 0 keeps all.
-        """
+        """Touches nothing yet; `keep` of the newest will stay in addition to the best (0: all)."""
         self.folder = folder
         self.keep = keep
         self.best: Best | None = None
@@ -57,15 +52,10 @@ class CheckpointWriter:
         self._fault: BaseException | None = None
 
     def begin(self, *, step: int, metric: str | None, lines: Iterable[Mapping[str, float]]) -> None:
-        """Makes the folder that of a run that resumes from `step`.
+        """Makes the folder that of a run that resumes from `step`: later checkpoints are renamed.
 
-        Args:
-            step: checkpoints of later steps are renamed.
-            metric: key of metrics.jsonl whose highest value is the best; None looks for no new one.
-            lines: those of metrics.jsonl up to the step.
-
-        Raises:
-            OSError: the folder cannot be read or written.
+        The best has the highest value of `metric` in the lines of metrics.jsonl up to the step;
+        None looks for no new one. Raises OSError if the folder cannot be read or written.
         """
         self.wait()
         set_later_checkpoints_aside(self.folder, step=step)
@@ -80,21 +70,22 @@ class CheckpointWriter:
         state: Mapping[str, Any],
         *,
         step: int,
-        must: bool,
+        required: bool,
     ) -> None:
-        """Copies the tensors now, and writes `step-XXXXXXXX` now (if it `must`) or in a thread.
-
-        Args:
-            files: name of a file -> its tensors, on any device.
-            state: more of state.json.
-            step: optimizer steps done.
-            must: return when it is on the disk.
+        """Copies the tensors now, and writes `step-XXXXXXXX` now (if `required`) or in a thread.
 
         Raises:
-            OSError: it cannot be written, and it `must`. Otherwise that is only logged, loudly:
+            OSError: it cannot be written, and is `required`. Otherwise that is only logged, loudly:
                 training continues, and the next one may fit.
         """
-        self._wait_for_the_one_before(step)
+        started = time.perf_counter()
+        self.wait()
+        waited = time.perf_counter() - started
+        if waited > _NOTEWORTHY_SECONDS:
+            logger.warning(
+                "training waited %.1f s at step %d for the checkpoint before to be written: raise "
+                "checkpoint.every_steps, or write to a faster disk", waited, step,
+            )  # fmt: skip
         copies = self._copies.take(files)
 
         def write_and_tidy() -> None:
@@ -102,18 +93,13 @@ class CheckpointWriter:
             write_checkpoint(self.folder, step=step, files=copies, state=state)
             self._remove_old()
 
-        if must:
+        if required:
             write_and_tidy()
         else:
             self._thread = self._start(write_and_tidy, failed=f"NO CHECKPOINT of step {step}")
 
     def better_than_best(self, step: int, numbers: Mapping[str, float]) -> Best | None:
-        """The step as the new best, if its number is higher than that of any on the disk.
-
-        Args:
-            step: that was evaluated.
-            numbers: of its evaluations, by their keys in metrics.jsonl.
-        """
+        """The step as the new best, if its number is higher than that of any on the disk."""
         if self._metric is None:
             return None
         if self._metric not in numbers:
@@ -144,11 +130,7 @@ class CheckpointWriter:
         self._thread = self._pinning = self._start(pin, failed=failed)
 
     def wait(self) -> None:
-        """Returns when all is written.
-
-        Raises:
-            RuntimeError: a fault of the program while writing; a disk's faults are only logged.
-        """
+        """Returns when all is written; raises RuntimeError for a fault of the program."""
         if self._thread is not None:
             self._thread.join()
             self._thread = self._pinning = None
@@ -194,16 +176,6 @@ class CheckpointWriter:
         thread.start()
         return thread
 
-    def _wait_for_the_one_before(self, step: int) -> None:
-        started = time.perf_counter()
-        self.wait()
-        waited = time.perf_counter() - started
-        if waited > _NOTEWORTHY_SECONDS:
-            logger.warning(
-                "training waited %.1f s at step %d for the checkpoint before to be written: raise "
-                "checkpoint.every_steps, or write to a faster disk", waited, step,
-            )  # fmt: skip
-
     def _remove_old(self) -> None:
         remove_old(self.folder, keep=self.keep, pinned={self.best.step} if self.best else set())
 
@@ -245,7 +217,14 @@ def _empty_like(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
     """Host tensors in logical order, whatever the memory format of the ones they are like."""
     every = [tensor for tensors in files.values() for tensor in tensors.values()]
     spaces = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in every]
-    memory = _host_memory(sum(spaces), page_locked=any(tensor.is_cuda for tensor in every))
+    num_bytes, page_locked = sum(spaces), any(tensor.is_cuda for tensor in every)
+    try:
+        memory = torch.empty(num_bytes, dtype=torch.uint8, pin_memory=page_locked)
+    except RuntimeError as error:
+        if not page_locked:
+            raise
+        logger.warning("no page-locked memory (%s): each checkpoint waits for its copy", error)
+        memory = torch.empty(num_bytes, dtype=torch.uint8)
     pieces = iter(memory.split(spaces))
     return {
         file: {
@@ -254,12 +233,3 @@ def _empty_like(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, dict[str
         }
         for file, tensors in files.items()
     }
-
-
-def _host_memory(num_bytes: int, *, page_locked: bool) -> Tensor:
-    if page_locked:
-        try:
-            return torch.empty(num_bytes, dtype=torch.uint8, pin_memory=True)
-        except RuntimeError as error:
-            logger.warning("no page-locked memory (%s): each checkpoint waits for its copy", error)
-    return torch.empty(num_bytes, dtype=torch.uint8)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import ast
 import mmap
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -53,12 +53,13 @@ PIXEL_DTYPE = np.dtype("|u1")
 CHANNELS = 3
 
 HEADER_BYTES = 512
-"""Length of the header of the .npy files that we write."""
+"""Length of the header of our .npy files, fixed before the number of rows is known."""
 _MAGIC = b"\x93NUMPY\x01\x00"
 _MAX_HEADER_BYTES = 10_000
 _BLOCK_ROWS = 1 << 16
 """Rows checked together: a few megabytes, which stay in the processor's cache."""
 
+Index = TypeVar("Index", int, npt.NDArray[np.int64])
 Rows = npt.NDArray[Any]
 Problems = list[tuple[npt.NDArray[np.bool_], str]]
 """Flags of the wrong rows of a block, and what is wrong with them."""
@@ -67,9 +68,7 @@ Problems = list[tuple[npt.NDArray[np.bool_], str]]
 def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any]:
     """Maps a one-dimensional .npy file that must hold `length` rows of `dtype`, read-only.
 
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file holds anything else, or fewer or more bytes.
+    Raises FileNotFoundError, or ValueError if it holds anything else, or fewer or more bytes.
     """
     if not path.is_file():
         raise FileNotFoundError(
@@ -97,10 +96,7 @@ def open_array(path: Path, dtype: np.dtype[Any], length: int) -> npt.NDArray[Any
 
 
 def npy_header(dtype: np.dtype[Any], shape: tuple[int, ...]) -> bytes:
-    """The first `HEADER_BYTES` of our .npy files (NPY format 1.0).
-
-    Its length is fixed, so that a file can be written before its number of rows is known.
-    """
+    """The first `HEADER_BYTES` of our .npy files (NPY format 1.0)."""
     descr = np.lib.format.dtype_to_descr(dtype)
     length = HEADER_BYTES - len(_MAGIC) - 2
     fields = {"descr": descr, "fortran_order": False, "shape": shape}
@@ -131,11 +127,7 @@ class PixelLayout:
     """The layout of `pixels.npy`: one array of rows of equal size, an image each."""
 
     def __init__(self, place: str | Path, info: PixelsInfo, num_samples: int) -> None:
-        """Computes the layout; `place` names the data set in messages.
-
-        Raises:
-            ValueError: the manifest contradicts itself.
-        """
+        """Raises ValueError if the manifest, of the data set at `place`, contradicts itself."""
         self.num_samples = num_samples
         self.shape = (info.height, info.width, CHANNELS)
         self.row_bytes = info.height * info.width * CHANNELS
@@ -148,13 +140,7 @@ class PixelLayout:
         self.pnm_header = f"P6\n{info.width} {info.height}\n255\n".encode("ascii")
         """Put before the bytes of an image, it makes a file that decoders read."""
 
-    @overload
-    def offset_of(self, index: int) -> int: ...
-
-    @overload
-    def offset_of(self, index: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]: ...
-
-    def offset_of(self, index: Any) -> Any:
+    def offset_of(self, index: Index) -> Index:
         """The first byte of image `index`, or of several, in the file."""
         return HEADER_BYTES + index * self.row_bytes
 
@@ -172,10 +158,7 @@ def blocks_of(array: Rows) -> Iterator[Rows]:
 
 
 def mapping_of(array: Rows) -> mmap.mmap | None:
-    """The mapped file that an array's rows lie in; None if they lie in memory.
-
-    A part of a mapped array only knows the array that it is a part of, which knows the file.
-    """
+    """The mapped file that an array, or the array that it is a part of, lies in; or None."""
     base: Any = array
     while isinstance(base, np.ndarray):
         base = base.base
@@ -191,28 +174,15 @@ def verify_arrays(
 ) -> int:
     """Compares the arrays with their checksums, and each reference in them with what is there.
 
-    They are read, not mapped: mapped pages would count as this process's memory.
-
-    Args:
-        folder: the data set's folder.
-        manifest: its manifest.
-        dtypes: the types of the arrays to check, by their names.
-        checksums: the data set's list of checksums; None where it has none, or where they have
-            been compared.
-
-    Returns:
-        The largest token id.
+    They are read, not mapped: mapped pages would count as this process's memory. Checksums are
+    None where the data set has no list of them, or where they have been compared. Returns the
+    largest token id.
 
     Raises:
         ValueError: a file was changed, or a row refers to what does not exist.
     """
     largest_token = 0
-    shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
-    checks: dict[str, Callable[[Rows], Problems]] = {
-        "samples": lambda rows: _check_samples(rows, manifest, shard_bytes),
-        "captions": lambda rows: _check_captions(rows, manifest),
-        "labels": lambda rows: _check_labels(rows, manifest),
-    }
+    checks = {"samples": _check_samples, "captions": _check_captions, "labels": _check_labels}
     for name, dtype in dtypes.items():
         path = folder / f"{name}.npy"
         digest = xxhash.xxh3_64()
@@ -221,7 +191,7 @@ def verify_arrays(
             if name == "tokens":
                 largest_token = max(largest_token, int(block.max(initial=0)))
             else:
-                _refuse_first(checks[name](block), path=path, first=first)
+                _refuse_first(checks[name](block, manifest), path=path, first=first)
             first += len(block)
         if checksums is not None:
             compare_checksum(path, digest.hexdigest(), checksums)
@@ -256,26 +226,23 @@ def _refuse_first(problems: Problems, *, path: Path, first: int) -> None:
             raise ValueError(f"{path} is damaged: row {row} {message}; copy the data set again")
 
 
-def _check_samples(rows: Rows, manifest: Manifest, shard_bytes: Rows) -> Problems:
+def _check_samples(rows: Rows, manifest: Manifest) -> Problems:
     """Every sample lies inside its shard and its ranges inside the other arrays."""
+    shard_bytes = np.array([shard.num_bytes for shard in manifest.shards], np.uint64)
     no_shard = rows["shard"] >= len(shard_bytes)
     if no_shard.any():
         return [(no_shard, "names a shard that does not exist")]
     ends = shard_bytes[rows["shard"]]
     height, width = rows["height"], rows["width"]
     captions, labels = rows["captions_count"], rows["labels_count"]
+    no_captions = _leaves(rows["captions_start"], captions, manifest.num_captions)
+    no_labels = _leaves(rows["labels_start"], labels, manifest.num_labels)
     problems = [
         (_leaves(rows["offset"], rows["size"], ends), "lies beyond the end of its shard"),
         (rows["size"] == 0, "is an image of no bytes"),
         ((height == 0) | (width == 0), "is an image of no pixels"),
-        (
-            _leaves(rows["captions_start"], captions, manifest.num_captions),
-            "names captions that do not exist",
-        ),
-        (
-            _leaves(rows["labels_start"], labels, manifest.num_labels),
-            "names labels that do not exist",
-        ),
+        (no_captions, "names captions that do not exist"),
+        (no_labels, "names labels that do not exist"),
         ((captions | labels) == 0, "has neither captions nor labels"),
     ]
     if (pixels := manifest.pixels) is not None:
@@ -285,16 +252,12 @@ def _check_samples(rows: Rows, manifest: Manifest, shard_bytes: Rows) -> Problem
 
 
 def _check_captions(rows: Rows, manifest: Manifest) -> Problems:
-    lengths = rows["tokens_length"]
+    lengths, longest = rows["tokens_length"], manifest.context_length
+    wrong_length = (lengths == 0) | (lengths > longest)
+    no_tokens = _leaves(rows["tokens_start"], lengths, manifest.num_tokens)
     return [
-        (
-            (lengths == 0) | (lengths > manifest.context_length),
-            f"is a caption of no tokens, or of more than {manifest.context_length}",
-        ),
-        (
-            _leaves(rows["tokens_start"], lengths, manifest.num_tokens),
-            "names tokens that do not exist",
-        ),
+        (wrong_length, f"is a caption of no tokens, or of more than {longest}"),
+        (no_tokens, "names tokens that do not exist"),
     ]
 
 

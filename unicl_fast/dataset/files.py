@@ -1,8 +1,10 @@
 """A data set's files, in a folder or under a URL, and how they are read.
 
 `PackedDataset` asks here for what it does not map: how large files are, whether they are what the
-manifest says, and ranges of the large ones. A data set under a URL keeps its small files in a local
-folder too (`remote.local_copy`), and reads the large ones through a cache (`remote.block_cache`).
+manifest says, and ranges of the large ones. Of a data set under a URL the large files are read
+through a cache (`block_cache`). Every batch needs the small ones, manifest, checksums and arrays,
+so they are copied into a local folder once, and mapped there. Manifest and checksums are read at
+every opening, and name that folder: a data set that was replaced under its URL gets another one.
 """
 
 from __future__ import annotations
@@ -10,11 +12,14 @@ from __future__ import annotations
 import errno
 import logging
 import os
-from collections.abc import Sequence
+import shutil
+import time
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
+import xxhash
 
 from unicl_fast.dataset.arrays import (
     HEADER_BYTES,
@@ -23,44 +28,43 @@ from unicl_fast.dataset.arrays import (
     PixelLayout,
     npy_header,
 )
+from unicl_fast.dataset.block_cache import (
+    BlockCache,
+    BlockReader,
+    CacheOptions,
+    Int64Array,
+    LargeFiles,
+)
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest, shard_name
-from unicl_fast.dataset.remote.block_cache import BlockCache, BlockReader, CacheOptions, LargeFile
-from unicl_fast.dataset.remote.local_copy import open_local_copy
-from unicl_fast.dataset.remote.object_store import ObjectStore, is_url
-from unicl_fast.system.atomic_files import read_fully
+from unicl_fast.dataset.object_store import ObjectStore
+from unicl_fast.system.atomic_files import lock, read_fully, replacing
+from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, parse_checksums
+from unicl_fast.system.progress import mark_progress
 
 logger = logging.getLogger(__name__)
 
 # Beyond this many files one is opened for each read: descriptors are a scarce resource (often
 # 1,024 a process), opening a local file costs a few microseconds.
 _MAX_OPEN_FILES = 256
+_READINGS = 3
+_BETWEEN_READINGS_SECONDS = 1.0
+_UNUSED_DAYS = 30
+"""Local copies that were not opened for so long are removed, to make room."""
 
-Int64Array = npt.NDArray[np.int64]
 Fault = ValueError | FileNotFoundError
 
 
 class LocalReader:
-    """Reads ranges of one folder's large files by their number, and keeps the files open.
-
-    It is safe in several threads. `BlockReader` has the same methods.
-    """
+    """Reads ranges of one folder's large files, and keeps them open; safe in several threads."""
 
     def __init__(self, folder: Path, names: Sequence[str]) -> None:
-        """Opens no file before it is read."""
-        self.num_bytes_read = 0
-        """Bytes that this process has read through a cache, which a folder does not have."""
         self._paths = [folder / name for name in names]
         self._files: dict[int, int] = {}
         self._folder = folder
         self._closed = False
 
     def read_into(self, number: int, buffer: npt.NDArray[np.uint8], offset: int) -> int:
-        """Fills `buffer` from a file; returns how many bytes there were.
-
-        Raises:
-            OSError: the file cannot be read.
-            ValueError: the reader has been closed.
-        """
+        """Fills `buffer` from a file; returns how many bytes there were, or raises OSError."""
         file, is_kept = self._open(number, most=_MAX_OPEN_FILES)
         if is_kept:
             try:
@@ -79,39 +83,16 @@ class LocalReader:
     def read_rows(
         self, number: int, offsets: Int64Array, rows: npt.NDArray[np.uint8], positions: Int64Array
     ) -> npt.NDArray[np.bool_]:
-        """Reads many ranges of equal size in one call.
-
-        Args:
-            number: which file.
-            offsets: where the ranges begin, int64 [k].
-            rows: uint8 [b n], contiguous; rows[positions[i]] becomes the range of offsets[i].
-            positions: int64 [k], each in 0 to b - 1.
+        """Reads ranges of one size into rows [b n], contiguous: offsets[i] to rows[positions[i]].
 
         Returns:
             bool [k], which of them came whole; the content of the others is undefined.
-
-        Raises:
-            OSError: the file cannot be opened.
-            ValueError: the reader has been closed.
         """
-        from unicl_fast.dataset.pixels import read_rows  # here, because it loads Numba
+        from unicl_fast.system.kernels import pread_rows  # here, because it loads Numba
 
         file, _ = self._open(number, most=None)
-        whole: npt.NDArray[np.bool_] = read_rows(file, offsets, rows, positions)
+        whole: npt.NDArray[np.bool_] = pread_rows(file, offsets, rows, positions)
         return whole
-
-    def blocks_of(
-        self, numbers: Int64Array, offsets: Int64Array, sizes: Int64Array
-    ) -> list[tuple[int, int]]:
-        """Lists the cache's blocks that some ranges lie in: none here, a folder has no cache."""
-        return []
-
-    def fetch_ahead(self, number: int, block: int) -> None:
-        """Does nothing, since a folder has no cache."""
-
-    def discard(self, number: int, offset: int, size: int) -> bool:
-        """Returns False: there is no cache that could hold wrong bytes of a range."""
-        return False
 
     def close(self) -> None:
         """Closes the files; reading afterwards is an error."""
@@ -143,9 +124,7 @@ class LocalFiles:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        """Folder of the manifest and the arrays."""
         self.place = str(self.folder)
-        """The data set's name in messages."""
 
     def where(self, name: str) -> str:
         """A file's path or URL, for messages."""
@@ -160,27 +139,21 @@ class LocalFiles:
         with (self.folder / name).open("rb") as file:
             return file.read(size)
 
-    def reader(self, files: Sequence[LargeFile]) -> FileReader:
+    def reader(self, files: LargeFiles) -> FileReader:
         """A reader of large files, which are numbered in this order."""
-        return LocalReader(self.folder, [file.name for file in files])
+        return LocalReader(self.folder, list(files))
 
 
 class RemoteFiles:
     """The files of a data set under a URL; its methods are those of `LocalFiles`."""
 
     def __init__(self, url: str, options: CacheOptions, array_names: Sequence[str]) -> None:
-        """Fetches the small files, those of `array_names` among them.
-
-        Raises:
-            FileNotFoundError: the URL is not that of a data set.
-            ValueError: the data differ from their checksums.
-            StorageError: the store cannot be reached.
-        """
+        """Fetches the small files; raises as `copy_small_files`."""
         self.store = ObjectStore(url)
         self.place = self.store.url
         self.options = options
         self._cache = BlockCache(options.place, max_bytes=options.max_bytes)
-        self.folder = open_local_copy(self.store, options.place, array_names)
+        self.folder = copy_small_files(self.store, options.place, array_names)
         self._manifest = (self.folder / MANIFEST_NAME).read_bytes()
 
     def where(self, name: str) -> str:
@@ -193,21 +166,12 @@ class RemoteFiles:
     def head_of(self, name: str, size: int) -> bytes:
         return self.store.read(name, 0, size)
 
-    def reader(self, files: Sequence[LargeFile]) -> FileReader:
+    def reader(self, files: LargeFiles) -> FileReader:
         return BlockReader(self.store, files, self._cache, block_bytes=self.options.block_bytes)
 
     def is_unchanged(self) -> bool:
         """Whether the data set at the URL is still the one that was opened."""
         return self.store.read_whole(MANIFEST_NAME) == self._manifest
-
-
-def open_files(
-    place: str | os.PathLike[str], options: CacheOptions | None, array_names: Sequence[str]
-) -> LocalFiles | RemoteFiles:
-    """The files of the data set at a path or a URL; raises what `RemoteFiles` does."""
-    if is_url(place):
-        return RemoteFiles(str(place), options or CacheOptions(), array_names)
-    return LocalFiles(place)
 
 
 def check_files(
@@ -219,14 +183,9 @@ def check_files(
 ) -> None:
     """Compares the sizes of the large files with the manifest, without reading them.
 
-    A missing file need not be the end, since training can feed other samples than those in it.
-
-    Args:
-        files: the data set's files.
-        manifest: its manifest.
-        layout: its decoded images; None if the images are in the shards.
-        max_bad_fraction: files that are missing or of another size are tolerated, with a warning,
-            if they hold at most this part of the images; None tolerates all without a warning.
+    Files that are missing or of another size are tolerated, with a warning, if they hold at most
+    the part `max_bad_fraction` of the images, since training can feed other samples than those;
+    None tolerates all without a warning.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -245,30 +204,25 @@ def check_files(
                 f"{files.where(MANIFEST_NAME)}: shard {number} should be called "
                 f"{shard_name(number)}, not {shard.name!r}"
             )
-    faults: list[Fault] = []
-    num_bad = 0
-    if layout is not None and (found := find_pixel_fault(files, layout)) is not None:
-        faults.append(found[0])
-        num_bad = found[1]
+    pixel_fault = None if layout is None else find_pixel_fault(files, layout)
+    faults: list[tuple[Fault, int]] = [] if pixel_fault is None else [pixel_fault]
     sizes = files.sizes_of([shard.name for shard in manifest.shards])
     for shard in manifest.shards:
         fault = _size_fault(files.where(shard.name), sizes[shard.name], shard.num_bytes)
         if fault is not None:
-            faults.append(fault)
-            num_bad += shard.num_samples if layout is None else 0
+            faults.append((fault, shard.num_samples if layout is None else 0))
     if not faults or max_bad_fraction is None:
         return
+    first, num_bad = faults[0][0], sum(num_images for _, num_images in faults)
     if not max_bad_fraction:
-        raise faults[0]
+        raise first
     num_files = len(manifest.shards) + (layout is not None)
     damage = (
-        f"{faults[0]} ({len(faults)} such of {num_files} files, with the images of {num_bad} of "
+        f"{first} ({len(faults)} such of {num_files} files, with the images of {num_bad} of "
         f"{total} samples"
     )
     if num_bad > max_bad_fraction * total:
-        raise type(faults[0])(
-            f"{damage}: more than data.max_bad_fraction = {max_bad_fraction} allows)"
-        )
+        raise type(first)(f"{damage}: more than data.max_bad_fraction = {max_bad_fraction} allows)")
     logger.warning(
         "DAMAGED DATA SET: %s: within data.max_bad_fraction = %s, so others are fed instead)",
         damage, max_bad_fraction,
@@ -278,10 +232,7 @@ def check_files(
 def find_pixel_fault(
     files: LocalFiles | RemoteFiles, layout: PixelLayout
 ) -> tuple[Fault, int] | None:
-    """A fault of pixels.npy and how many images it costs; None if the file is whole.
-
-    Compares the size and the header; pixels are compared when they are read.
-    """
+    """A fault of the size or header of pixels.npy, and how many images it costs; or None."""
     path, total = files.where(PIXELS_NAME), layout.num_samples
     num_bytes = files.sizes_of([PIXELS_NAME])[PIXELS_NAME]
     fault = _size_fault(path, num_bytes, layout.num_bytes)
@@ -318,3 +269,91 @@ def _size_of(path: Path) -> int | OSError | None:
         return path.stat().st_size if path.is_file() else None
     except OSError as error:
         return error
+
+
+def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str]) -> Path:
+    """Makes a folder with the manifest, the checksums and the named files of a data set.
+
+    What is there already is compared with its checksums. Processes that ask at the same time fetch
+    the files once. Missing ones are left for the reader to find.
+
+    Raises:
+        FileNotFoundError: the URL is not that of a data set.
+        ValueError: the data differ from their checksums.
+        StorageError: the store cannot be reached.
+    """
+    manifest, checksums, listed = _read_heads(store)
+    identity = xxhash.xxh3_128_hexdigest(b"\0".join((store.url.encode(), manifest, checksums)))
+    above = cache_folder / "datasets"
+    folder = above / identity / store.name
+    folder.mkdir(parents=True, exist_ok=True)
+    with (above / f"{identity}.lock").open("w") as file:
+        while not lock(file.fileno()):  # its holder shows progress of its own
+            mark_progress()
+            time.sleep(0.05)
+        os.utime(folder.parent)
+        for name in names:
+            _fetch_if_changed(store, folder / name, listed.get(name))
+        if checksums:
+            _put(folder / CHECKSUMS_NAME, checksums)
+        _put(folder / MANIFEST_NAME, manifest)
+        oldest = time.time() - _UNUSED_DAYS * 86_400
+        for old in above.iterdir():
+            if old.is_dir() and old.stat().st_mtime < oldest:
+                logger.info("%s was not used for %d days, and is removed", old, _UNUSED_DAYS)
+                shutil.rmtree(old, ignore_errors=True)
+    return folder
+
+
+def _read_heads(store: ObjectStore) -> tuple[bytes, bytes, dict[str, str]]:
+    """Reads a manifest, and the list of checksums that belongs to it: b"" where there is none."""
+    found, listed = "", dict[str, str]()
+    for reading in range(_READINGS):
+        if reading:
+            time.sleep(_BETWEEN_READINGS_SECONDS)
+        manifest = store.read_whole(MANIFEST_NAME)
+        if manifest is None:
+            raise FileNotFoundError(
+                f"{store.url} is not a packed data set: it has no {MANIFEST_NAME}. "
+                f"Make one with: unicl-pack build SOURCE... --out {store.url}"
+            )
+        checksums = store.read_whole(CHECKSUMS_NAME)
+        if checksums is None:
+            return manifest, b"", {}
+        listed = parse_checksums(checksums, where=store.url_of(CHECKSUMS_NAME))
+        found = xxhash.xxh3_64_hexdigest(manifest)
+        if listed.get(MANIFEST_NAME) == found:
+            return manifest, checksums, listed
+    raise ValueError(
+        f"{store.url_of(MANIFEST_NAME)} is damaged, or just being replaced: its checksum is "
+        f"{found}, {CHECKSUMS_NAME} says {listed.get(MANIFEST_NAME) or 'nothing of it'}; wait "
+        "until it is whole, or upload the data set again"
+    )
+
+
+def _fetch_if_changed(store: ObjectStore, path: Path, expected: str | None) -> None:
+    """Fetches a file unless it has its checksum already; one without a checksum always."""
+    if expected is not None and path.is_file() and file_checksum(path) == expected:
+        return
+    size = store.size_of(path.name)
+    if size is None:
+        path.unlink(missing_ok=True)
+        return
+    aside = path.with_name(f".{path.name}.partial")
+    found = ""
+    for _ in range(2):
+        found = store.fetch_file(path.name, aside, size=size)
+        if expected is None or found == expected:
+            aside.replace(path)
+            return
+    aside.unlink()
+    raise ValueError(
+        f"{store.url_of(path.name)} is damaged: its checksum is {found}, {CHECKSUMS_NAME} says "
+        f"{expected}; upload the data set again"
+    )
+
+
+def _put(path: Path, data: bytes) -> None:
+    if not path.is_file() or path.read_bytes() != data:
+        with replacing(path, flush=False) as aside:
+            aside.write_bytes(data)

@@ -1,7 +1,6 @@
 """The files of a packed data set while they grow, and the journal that a killed build resumes from.
 
-`DatasetWriter` decides what goes where; each class here knows one file: its layout, its checksum,
-how it gets safely onto the disk, and how it is continued after a program died.
+`DatasetWriter` decides what goes where; each class here knows one file.
 
 The journal gets a line when a shard is finished and everything that the line describes is on the
 disk. It says how much of each file belongs to the samples of the shards so far, so the rest can be
@@ -22,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+import msgspec
 import numpy as np
 import xxhash
 
@@ -48,17 +48,7 @@ class GrowingFile:
     """A file that only grows, apart from a header at its beginning that is written last."""
 
     def __init__(self, path: Path, *, header_bytes: int = 0, kept: Kept | None = None) -> None:
-        """Opens the file.
-
-        Args:
-            path: the file.
-            header_bytes: left empty at its beginning, for `finish`.
-            kept: continue after these bytes and cut off the rest. None begins a new file.
-
-        Raises:
-            ValueError: the file does not hold what was kept.
-            FileNotFoundError: it does not exist.
-        """
+        """Begins a file, or continues it behind `kept`; raises ValueError if that has changed."""
         self.file: BinaryIO = path.open("wb" if kept is None else "r+b", buffering=1 << 20)
         self.num_bytes = header_bytes
         self._hash = xxhash.xxh3_64()
@@ -107,6 +97,11 @@ class ShardFile(GrowingFile):
         self._path = folder / name
         self._index: list[str] = []
 
+    def size_with(self, members: list[tuple[str, bytes]]) -> int:
+        """Bytes of the whole shard if it got one more sample and then ended."""
+        more = sum(BLOCK + padded_bytes(len(data)) for _, data in members)
+        return self.num_bytes + more + len(END_OF_TAR)
+
     def add(self, key: str, members: list[tuple[str, bytes]]) -> int:
         """Appends the members of one sample; returns the offset of the first one's bytes."""
         entries, first = [], self.num_bytes + BLOCK
@@ -126,12 +121,11 @@ class ShardFile(GrowingFile):
             file.write(f"v1.2 {len(self._index)}\n")
             file.writelines(f"{line}\n" for line in self._index)
             sync_and_close(file)
-        kept = self.kept()
         return ShardInfo(
             name=self._path.name,
             num_samples=len(self._index),
-            num_bytes=kept.num_bytes,
-            xxh3=kept.xxh3,
+            num_bytes=self.num_bytes,
+            xxh3=self._hash.hexdigest(),
         )
 
 
@@ -166,12 +160,9 @@ class ListFile(GrowingFile):
 
     def __init__(self, path: Path, columns: Sequence[str], *, kept: Kept | None = None) -> None:
         super().__init__(path, kept=kept)
-        self._rows = _csv_writer(self)
+        self.write_row = _csv_writer(self).writerow
         if kept is None:
             self.write_row(columns)
-
-    def write_row(self, fields: Sequence[str]) -> None:
-        self._rows.writerow(fields)
 
     def write(self, text: str) -> None:
         """Implements the file that the csv writer writes to."""
@@ -208,12 +199,7 @@ class FinishedShard:
         checksum, text = line[:_CHECKSUM_DIGITS], line[_CHECKSUM_DIGITS + 1 : -1]
         if not line.endswith(b"\n") or checksum != xxhash.xxh3_64_hexdigest(text).encode("ascii"):
             return None
-        values: dict[str, Any] = json.loads(text)
-        size = values["image_size"]
-        values["shard"] = ShardInfo(**values["shard"])
-        values["files"] = {name: Kept(**kept) for name, kept in values["files"].items()}
-        values["image_size"] = None if size is None else (size[0], size[1])
-        return cls(**values)
+        return msgspec.convert(json.loads(text), cls)
 
 
 def read_journal(path: Path) -> list[FinishedShard]:
@@ -230,10 +216,9 @@ def read_journal(path: Path) -> list[FinishedShard]:
 
 
 class ShardJournal:
-    """The journal while it grows."""
+    """The journal while it grows; it begins with lines that are known to be true, and no others."""
 
     def __init__(self, path: Path, finished: Sequence[FinishedShard]) -> None:
-        """Begins with lines that are known to be true; any others in the file are removed."""
         data = b"".join(each.to_line() for each in finished)
         self._file = path.open("r+b" if path.exists() else "wb", buffering=0)
         # overwritten with the same bytes, then cut: at no moment is a true line missing
@@ -255,13 +240,7 @@ def padded_bytes(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
 
 
-def _make_tar_template() -> bytes:
-    info = tarfile.TarInfo("")
-    info.mode = 0o644
-    return info.tobuf(format=tarfile.USTAR_FORMAT)
-
-
-_TAR_TEMPLATE = _make_tar_template()
+_TAR_TEMPLATE = tarfile.TarInfo("").tobuf(format=tarfile.USTAR_FORMAT)  # its mode is 0644
 # Sum of all bytes but name and size, with blanks in the place of the checksum itself.
 _TEMPLATE_SUM = sum(_TAR_TEMPLATE) - sum(_TAR_TEMPLATE[124:136] + _TAR_TEMPLATE[148:156]) + 8 * 32
 
@@ -280,10 +259,7 @@ def tar_header(name: str, size: int) -> bytes:
 
 
 def create_csv(path: Path, columns: Sequence[str]) -> tuple[TextIO, Any]:
-    """Begins a list: returns the open file and its csv writer, which has written the columns.
-
-    Bytes of a name that are not UTF-8 are written as escapes.
-    """
+    """Begins a list, with escapes for what is not UTF-8; returns the file and its csv writer."""
     file = path.open("w", encoding="utf-8", errors="backslashreplace", newline="")
     rows = _csv_writer(file)
     rows.writerow(columns)

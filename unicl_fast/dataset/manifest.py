@@ -45,7 +45,6 @@ class PixelsInfo:
     num_bytes: Count
     """Size of the whole file, header included."""
     xxh3: str
-    """XXH3-64 of the whole file, 16 hexadecimal digits."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -87,11 +86,7 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str | bytes, *, where: str = "the manifest") -> Manifest:
-        """Reads what `to_json` wrote; `where` names the file in messages.
-
-        Raises:
-            ValueError: it is damaged, or of another version.
-        """
+        """Reads what `to_json` wrote; raises ValueError, naming `where`, if it is anything else."""
         values = parse_json(text, where=where)
         if not isinstance(values, dict) or not isinstance(values.get("version"), int):
             raise ValueError(f"{where} is not the manifest of a packed data set (no version in it)")

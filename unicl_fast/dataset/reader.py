@@ -3,8 +3,8 @@
 A data set is a folder, or the objects under a URL: tar shards that WebDataset and DALI also read,
 four small arrays that say where each image lies and which texts and labels it has, and a manifest.
 In a raw data set (version 2) the images are decoded and lie in an array of their own.
-`docs/data-format.md` holds the full text. This module only reads; `writer` writes. Decoding images
-and choosing which sample comes when belong to other rooms.
+`docs/data-format.md` holds the full text. Decoding images and choosing which sample comes when
+belong to other rooms.
 """
 
 from __future__ import annotations
@@ -25,15 +25,14 @@ from unicl_fast.dataset.arrays import (
     open_array,
     verify_arrays,
 )
-from unicl_fast.dataset.errors import DamagedDatasetError, DamagedSampleError
-from unicl_fast.dataset.files import FileReader, RemoteFiles, check_files, open_files
+from unicl_fast.dataset.block_cache import BlockReader, CacheOptions, LargeFiles
+from unicl_fast.dataset.files import FileReader, LocalFiles, RemoteFiles, check_files
 from unicl_fast.dataset.manifest import Manifest
-from unicl_fast.dataset.remote.block_cache import CacheOptions, LargeFile
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.system.checksums import read_checksums
 
 QUARANTINE_NAME = "quarantine.csv"
 QUARANTINE_COLUMNS = ("source", "name", "kind", "message")
-KEY_DIGITS = 10
 
 Part = Literal["image", "members"]
 """A part of a sample: its image, or its members in a shard, which a raw data set keeps apart."""
@@ -42,9 +41,21 @@ Part = Literal["image", "members"]
 _NOT_THE_FILES = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 
 
+class DamagedSampleError(ValueError):
+    """The bytes of one sample are missing or differ from those packed; the message names it."""
+
+
+class DamagedDatasetError(RuntimeError):
+    """A data set was changed under a running job, beyond what the job can recover from."""
+
+
+class TooManyBadSamplesError(RuntimeError):
+    """Too much of the data is bad for the run to mean what was asked for."""
+
+
 def sample_key(index: int) -> str:
     """The name of sample `index` inside its shard, without extension."""
-    return f"{index:0{KEY_DIGITS}d}"
+    return f"{index:010d}"
 
 
 class PackedDataset:
@@ -52,8 +63,7 @@ class PackedDataset:
 
     Images are read with `preadv`, never mapped: a shard that shrinks or vanishes under a running
     job is then an error with a name instead of a bus error. Reads from several threads at once are
-    safe. Arrays are memory-mapped and read-only, since they may be larger than memory should pay
-    for; see `check_arrays` for what that costs.
+    safe. Arrays are memory-mapped and read-only; see `check_arrays` for what that costs.
     """
 
     def __init__(
@@ -71,10 +81,8 @@ class PackedDataset:
             folder: a path or a URL such as s3://bucket/folder that `unicl-pack build` wrote.
             fraction: part of its samples to use, in (0, 1]: the first ones, at least one. Packing
                 has shuffled them, so it is a random part, always the same.
-            max_bad_fraction: shards (and the file of decoded images) that are missing or of
-                another size are tolerated, with a warning, if they hold at most this part of the
-                images. For training, which feeds others instead; an evaluation would count wrong.
-                None tolerates all without a warning: for callers that report damage themselves.
+            max_bad_fraction: as for `check_files`. For training, which feeds others instead; an
+                evaluation would count wrong. None is for callers that report damage themselves.
             verify: compare the arrays with their checksums, and each reference with its target:
                 about a second for ten million samples. Without it a damaged array gives wrong
                 samples, or worse.
@@ -85,7 +93,10 @@ class PackedDataset:
             ValueError: its files contradict each other or their checksums.
             StorageError: the store of a URL cannot be reached.
         """
-        files = open_files(folder, cache, [f"{name}.npy" for name in ARRAY_DTYPES])
+        files: LocalFiles | RemoteFiles = LocalFiles(folder)
+        if is_url(folder):
+            names = [f"{name}.npy" for name in ARRAY_DTYPES]
+            files = RemoteFiles(str(folder), cache or CacheOptions(), names)
         self.place = files.place
         """Its name in messages: its folder, or its URL."""
         self.folder = files.folder
@@ -94,19 +105,16 @@ class PackedDataset:
         self.manifest = Manifest.load(self.folder)
         total = self.manifest.num_samples
         num_used = min(max(1, round(fraction * total)), total)
-        self.samples: npt.NDArray[Any] = self._load_array("samples", total)[:num_used]
-        self.captions: npt.NDArray[Any] = self._load_array("captions", self.manifest.num_captions)
-        self.tokens: npt.NDArray[np.uint16] = self._load_array("tokens", self.manifest.num_tokens)
-        self.labels: npt.NDArray[np.int32] = self._load_array("labels", self.manifest.num_labels)
+        self.samples = self._open_array("samples", total)[:num_used]
+        self.captions = self._open_array("captions", self.manifest.num_captions)
+        self.tokens: npt.NDArray[np.uint16] = self._open_array("tokens", self.manifest.num_tokens)
+        self.labels: npt.NDArray[np.int32] = self._open_array("labels", self.manifest.num_labels)
         pixels = self.manifest.pixels
         self._layout = None if pixels is None else PixelLayout(self.place, pixels, total)
-        large = [
-            LargeFile(shard.name, shard.num_bytes, shard.xxh3) for shard in self.manifest.shards
-        ]
-        if pixels is not None:
-            large.append(LargeFile(PIXELS_NAME, pixels.num_bytes, pixels.xxh3))
-        self._files, self._large = files, large
-        self._reader = files.reader(large)
+        self._files = files
+        large: LargeFiles = {shard.name: shard for shard in self.manifest.shards}
+        self._large = large if pixels is None else {**large, PIXELS_NAME: pixels}
+        self._reader = self.new_reader()
         check_files(files, self.manifest, layout=self._layout, max_bad_fraction=max_bad_fraction)
         self.largest_token: int | None = None
         """Largest token id of all captions; None if opened without `verify`."""
@@ -132,9 +140,7 @@ class PackedDataset:
     def image_bytes(self, index: int, *, verify: bool = False) -> npt.NDArray[np.uint8]:
         """The image of sample `index` as a file: JPEG, WebP or PNG; from a raw set PNM (P6).
 
-        Args:
-            index: 0 to len - 1.
-            verify: also compare with the checksum taken when packing; costs about 10 us for 100 kB.
+        With `verify` also compared with the checksum taken when packing: 10 us for 100 kB.
 
         Raises:
             DamagedSampleError: the file that holds it cannot be read or is shorter than it was, or
@@ -153,15 +159,13 @@ class PackedDataset:
         data = np.empty(len(header) + size, dtype=np.uint8)
         data[: len(header)] = np.frombuffer(header, dtype=np.uint8)
         stored = data[len(header) :]
-        self._read_stored(index, file, stored, offset)
-        expected = int(row["xxh3"])
-        if not verify or xxhash.xxh3_64_intdigest(stored.data) == expected:
-            return data
-        if self._reader.discard(file, offset, size):  # perhaps only the cache is damaged
+        for _ in range(1 if self.remote is None else 2):
             self._read_stored(index, file, stored, offset)
-            if xxhash.xxh3_64_intdigest(stored.data) == expected:
+            if not verify or xxhash.xxh3_64_intdigest(stored.data) == int(row["xxh3"]):
                 return data
-            self._refuse_change()
+            if isinstance(self._reader, BlockReader):  # perhaps only the cache is damaged
+                self._reader.discard(file, offset, size)
+        self._refuse_change()
         raise DamagedSampleError(
             f"{self.describe(index)}: the bytes differ from those that were packed (checksum)"
         )
@@ -207,19 +211,13 @@ class PackedDataset:
     ) -> npt.NDArray[np.bool_]:
         """Reads many images of a raw data set and compares their checksums: 1 us each of 3 kB.
 
-        Args:
-            indices: which samples, int64 [k], each in 0 to len - 1.
-            out: uint8 [b h w 3], contiguous; out[positions[i]] becomes the image of indices[i].
-            positions: int64 [k].
+        The image of indices[i] comes to out[positions[i]], of a contiguous uint8 [b h w 3].
 
         Returns:
             bool [k], which of them are as they were packed. `image_bytes` says what is wrong with
             the others.
         """
-        from unicl_fast.dataset.pixels import row_checksums  # here, because it loads Numba
-
         assert self._layout is not None
-        expected = np.asarray(self.samples)["xxh3"][indices]
         rows = out.reshape(len(out), self._layout.row_bytes)
         file, offsets = len(self.manifest.shards), self._layout.offset_of(indices)
         try:
@@ -228,7 +226,10 @@ class PackedDataset:
             if error.errno in _NOT_THE_FILES:
                 raise
             return np.zeros(len(indices), np.bool_)
-        sound: npt.NDArray[np.bool_] = whole & (row_checksums(rows, positions) == expected)
+        # 0.2 us each of 3 kB
+        views, digest = list(rows), xxhash.xxh3_64_intdigest
+        found = np.array([digest(views[i]) for i in positions.tolist()], dtype=np.uint64)
+        sound: npt.NDArray[np.bool_] = whole & (found == np.asarray(self.samples)["xxh3"][indices])
         return sound
 
     def caption_tokens(self, index: int, which: int) -> npt.NDArray[np.uint16]:
@@ -267,15 +268,12 @@ class PackedDataset:
         return self.manifest.shards[shard].name if known else f"shard {shard}, which does not exist"
 
     def check_arrays(self) -> None:
-        """Raises an error if an array's file has shrunk since it was opened; costs 2 us.
+        """Raises DamagedDatasetError if an array's file has shrunk since it was opened; costs 2 us.
 
         Reading behind the end of a mapped file ends the process with a bus error and no message.
         A file that is removed or replaced by another (as `mv` and most programs that copy do) does
         not change for processes that have it open; only one that is cut in place does. Called
         before each batch, this leaves only the moment between the check and the reading.
-
-        Raises:
-            DamagedDatasetError: a file has shrunk; the message names it.
         """
         arrays: list[npt.NDArray[Any]] = [self.samples, self.captions, self.tokens, self.labels]
         for name, array in zip(ARRAY_DTYPES, arrays, strict=True):
@@ -292,27 +290,28 @@ class PackedDataset:
         return self._files.reader(self._large)
 
     def blocks_of(self, indices: npt.NDArray[np.int64]) -> list[tuple[int, int]]:
-        """Lists the cache's blocks that hold the images of some samples.
-
-        Returns:
-            Each (file, block) once, in the order of need; empty for a data set in a folder.
-        """
+        """Lists the cache's blocks that hold images under a URL, (file, block) once, as needed."""
         if self._layout is not None:
             files = np.full(len(indices), len(self.manifest.shards))
             sizes = np.full(len(indices), self._layout.row_bytes)
-            return self._reader.blocks_of(files, self._layout.offset_of(indices), sizes)
+            return self._cached.blocks_of(files, self._layout.offset_of(indices), sizes)
         rows = self.samples.take(indices)
         places = (rows[field].astype(np.int64) for field in ("shard", "offset", "size"))
-        return self._reader.blocks_of(*places)
+        return self._cached.blocks_of(*places)
 
     def fetch_ahead(self, file: int, block: int) -> None:
         """Brings a block that `blocks_of` named into the cache."""
-        self._reader.fetch_ahead(file, block)
+        self._cached.fetch_ahead(file, block)
 
     @property
     def needed_bytes(self) -> int:
-        """Bytes of images that this process has read of a data set under a URL; else 0."""
-        return self._reader.num_bytes_read
+        """Bytes of images that this process has read through the cache."""
+        return self._cached.num_bytes_read
+
+    @property
+    def _cached(self) -> BlockReader:
+        assert isinstance(self._reader, BlockReader), "a folder has no cache"
+        return self._reader
 
     def close(self) -> None:
         """Closes the shard files; reading images afterwards is an error."""
@@ -323,5 +322,5 @@ class PackedDataset:
             raise IndexError(f"{self.place} has samples 0 to {len(self) - 1}, not {index}")
         return index
 
-    def _load_array(self, name: str, length: int) -> npt.NDArray[Any]:
+    def _open_array(self, name: str, length: int) -> npt.NDArray[Any]:
         return open_array(self.folder / f"{name}.npy", ARRAY_DTYPES[name], length)

@@ -1,9 +1,8 @@
 """One sample of a packed data set with everything its shard holds of it: image, texts, origin.
 
-Training needs only the arrays and the image (`unicl_fast.dataset.reader`). Programs that check,
-describe or copy a data set also read the JSON members, and account for each byte of a shard: a
-sample is read in one piece, from its first header to the next sample's. In a raw data set that
-piece is the JSON; the pixels are one array, which `PackedDataset` reads.
+Programs that check, describe or copy a data set also read the JSON members, and account for each
+byte of a shard: a sample is read in one piece, from its first header to the next sample's. In a raw
+data set that piece is the JSON; the pixels are one array, which `PackedDataset` reads.
 """
 
 from __future__ import annotations
@@ -14,16 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.dataset.errors import DamagedSampleError
 from unicl_fast.dataset.growing_files import BLOCK, END_OF_TAR, padded_bytes, tar_header
-from unicl_fast.dataset.reader import PackedDataset, sample_key
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 
 _FIELDS = {"captions", "labels", "source", "name"}
 _MEMBERS = (["jpg", "json"], ["webp", "json"], ["png", "json"])
-_MEMBERS_OF_RAW = (["json"],)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -60,10 +58,10 @@ class StoredSample:
 
     def index_line(self, index: int) -> str:
         """The sample's line of the shard's .idx file, without the line's end."""
+        key = sample_key(index)
         return " ".join(
-            f"{member.extension} {member.offset} {len(member.data)} "
-            f"{sample_key(index)}.{member.extension}"
-            for member in self.members
+            f"{one.extension} {one.offset} {len(one.data)} {key}.{one.extension}"
+            for one in self.members
         )
 
 
@@ -77,11 +75,7 @@ class SampleReader:
         self._reader = dataset.new_reader()
 
     def span(self, index: int) -> tuple[int, int, int]:
-        """Shard number, and where a sample's first header begins and its last padding ends.
-
-        Raises:
-            DamagedSampleError: samples.npy places it outside its shard.
-        """
+        """A sample's shard, and where its first header begins and its last padding ends in it."""
         rows = self._dataset.samples
         shard, start = int(rows[index]["shard"]), int(rows[index]["offset"]) - BLOCK
         if shard >= len(self._shards):
@@ -94,26 +88,17 @@ class SampleReader:
         return shard, start, end
 
     def read(self, index: int) -> StoredSample:
-        """Everything the shard holds of sample `index`; checksums are left to the caller.
-
-        Raises:
-            DamagedSampleError: it cannot be read, or is not what the format says.
-        """
-        shard, start, end = self.span(index)
-        block = np.empty(end - start, np.uint8)
-        try:
-            done = self._reader.read_into(shard, block, start)
-        except OSError as error:
-            raise self._damaged(index, f"the shard cannot be read: {error}") from error
-        if done < len(block):
-            raise self._damaged(index, f"the shard ends after {done} of {len(block)} bytes")
-        try:
-            members = split_members(block.data, start=start, key=sample_key(index))
-            _check_kinds(members, is_raw=self._is_raw)
-            description = parse_description(bytes(members[-1].data))
-        except ValueError as error:
-            raise self._damaged(index, str(error)) from error
+        """Everything its shard holds of a sample, or DamagedSampleError; compares no checksum."""
+        members = self._members(index)
+        found = [member.extension for member in members]
+        # WebPs are accepted under version 1 too, as data sets of earlier programs have them
+        if found not in ([["json"]] if self._is_raw else _MEMBERS):
+            expected = "json alone" if self._is_raw else "jpg, webp or png, then json"
+            raise self._damaged(
+                index, f"its members are {', '.join(found)}; expected are {expected}"
+            )
         row, first = self._dataset.samples[index], members[0]
+        description = self._description(index, members[-1])
         if (first.offset, len(first.data)) != (int(row["offset"]), int(row["size"])):
             raise self._damaged(
                 index,
@@ -123,23 +108,40 @@ class SampleReader:
         return StoredSample(members=members, description=description)
 
     def read_description(self, index: int) -> Description:
-        """Reads KEY.json of a sample, without its image.
-
-        Raises:
-            DamagedSampleError: it cannot be read.
-        """
-        shard, start, end = self.span(index)
+        """Reads KEY.json alone, or raises DamagedSampleError."""
         image = BLOCK + padded_bytes(int(self._dataset.samples[index]["size"]))
-        skipped = 0 if self._is_raw else image
+        members = self._members(index, skipped=0 if self._is_raw else image)
+        if [member.extension for member in members] != ["json"]:
+            raise self._damaged(index, "there is no JSON where it should be")
+        return self._description(index, members[0])
+
+    def _members(self, index: int, *, skipped: int = 0) -> tuple[Member, ...]:
+        shard, start, end = self.span(index)
         block = np.empty(max(0, end - start - skipped), np.uint8)
         try:
             done = self._reader.read_into(shard, block, start + skipped)
-            members = split_members(block[:done].data, start=start + skipped, key=sample_key(index))
-            if [member.extension for member in members] != ["json"]:
-                raise ValueError("there is no JSON where it should be")
-            return parse_description(bytes(members[0].data))
-        except (OSError, ValueError) as error:
+        except OSError as error:
+            raise self._damaged(index, f"the shard cannot be read: {error}") from error
+        if done < len(block):
+            raise self._damaged(index, f"the shard ends after {done} of {len(block)} bytes")
+        try:
+            return split_members(block.data, start=start + skipped, key=sample_key(index))
+        except ValueError as error:
             raise self._damaged(index, str(error)) from error
+
+    def _description(self, index: int, member: Member) -> Description:
+        """Reads KEY.json, if it is as `unicl-pack build` would write it."""
+        try:
+            values: Any = json.loads(bytes(member.data))
+        except (ValueError, RecursionError) as error:
+            raise self._damaged(index, f"its JSON cannot be read: {error}") from error
+        if not isinstance(values, dict) or set(values) != _FIELDS:
+            fields = f"the fields {sorted(_FIELDS)}, and no others"
+            raise self._damaged(index, f"its JSON does not hold {fields}")
+        try:
+            return msgspec.convert(values, Description)
+        except msgspec.ValidationError as error:
+            raise self._damaged(index, "its JSON holds values of the wrong type") from error
 
     def close(self) -> None:
         self._reader.close()
@@ -173,75 +175,36 @@ def equal_images(datasets: Sequence[PackedDataset]) -> list[npt.NDArray[np.int64
 
 
 def split_members(block: memoryview, *, start: int, key: str) -> tuple[Member, ...]:
-    """Splits a piece of a shard into the members that fill it from its first to its last byte.
+    """Splits a piece of a shard, from byte `start` on, into the members that fill it.
 
-    Args:
-        block: headers, contents and padding.
-        start: where the piece begins in the shard.
-        key: the members' name, without extension.
-
-    Raises:
-        ValueError: a byte differs from what `DatasetWriter` would have written.
+    Raises ValueError if a byte differs from what `DatasetWriter` would have written.
     """
     members: list[Member] = []
     position = 0
     while position < len(block):
-        header = bytes(block[position : position + BLOCK])
-        name, size = _read_header(header)
-        if name is None:
+        header = _read_header(bytes(block[position : position + BLOCK]))
+        if header is None:
             raise ValueError(f"the tar header at byte {start + position} is damaged")
+        name, size = header
         stem, _, extension = name.partition(".")
         if stem != key or not extension:
             raise ValueError(f"a member is called {name!r}, which should be {key}.EXTENSION")
         first = position + BLOCK
-        end = first + padded_bytes(size)
-        if end > len(block):
+        position = first + padded_bytes(size)
+        if position > len(block):
             raise ValueError(f"{name} of {size} bytes reaches into the next sample")
-        if any(block[first + size : end]):
+        if any(block[first + size : position]):
             raise ValueError(f"the padding after {name} is not empty")
-        members.append(
-            Member(extension=extension, offset=start + first, data=block[first : first + size])
-        )
-        position = end
+        data = block[first : first + size]
+        members.append(Member(extension=extension, offset=start + first, data=data))
     return tuple(members)
 
 
-def _read_header(header: bytes) -> tuple[str | None, int]:
-    """Name and size in a tar header; no name if any byte of it is not as we write it."""
+def _read_header(header: bytes) -> tuple[str, int] | None:
+    """Name and size in a tar header; None if any byte of it is not as we write it."""
     try:
         name = header[:100].split(b"\0", 1)[0].decode("ascii")
         size = int(header[124:135], 8)
-        sound = size >= 0 and tar_header(name, size) == header
+        return (name, size) if size >= 0 and tar_header(name, size) == header else None
     except (ValueError, IndexError):
-        return None, 0
-    return (name, size) if sound else (None, 0)
-
-
-def _check_kinds(members: tuple[Member, ...], *, is_raw: bool) -> None:
-    """A sample is an image and a JSON, in this order; in a raw data set, a JSON.
-
-    WebPs are accepted under version 1 too, as data sets of earlier programs have them.
-    """
-    found = [member.extension for member in members]
-    if found not in (_MEMBERS_OF_RAW if is_raw else _MEMBERS):
-        expected = "json alone" if is_raw else "jpg, webp or png, then json"
-        raise ValueError(f"its members are {', '.join(found)}; expected are {expected}")
-
-
-def parse_description(data: bytes) -> Description:
-    """Reads KEY.json; raises ValueError if `unicl-pack build` would not write it so."""
-    try:
-        values: Any = json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"its JSON cannot be read: {error}") from error
-    if not isinstance(values, dict) or set(values) != _FIELDS:
-        raise ValueError(f"its JSON does not hold the fields {sorted(_FIELDS)}, and no others")
-    captions, labels = values["captions"], values["labels"]
-    if not (
-        isinstance(captions, list)
-        and isinstance(labels, list)
-        and all(isinstance(value, str) for value in [*captions, values["source"], values["name"]])
-        and all(type(label) is int for label in labels)
-    ):
-        raise ValueError("its JSON holds values of the wrong type")
-    return Description(**values | {"captions": tuple(captions), "labels": tuple(labels)})
+        return None

@@ -2,12 +2,9 @@
 
 Everything is written into a folder beside the final one and renamed when it is whole, so a build
 that fails or is killed leaves nothing that looks like a data set. The bytes written depend on the
-samples and their order only: tar headers carry no time, owner or machine. Images are taken as
-they come; checking them belongs to `unicl_fast.images`. The decoded images of a raw data set go
-into an array of their own, and its shards hold their descriptions.
-
-A writer that is given a folder to work in keeps a journal there (growing_files.py), and the next
-one with the same samples continues after the last finished shard.
+samples and their order only. Images are taken as they come; checking them belongs to
+`unicl_fast.images`. A writer that is given a folder to work in keeps a journal there
+(growing_files.py), and the next one with the same samples continues after the last finished shard.
 """
 
 from __future__ import annotations
@@ -28,8 +25,6 @@ import xxhash
 
 from unicl_fast.dataset.arrays import ARRAY_DTYPES, CHANNELS, PIXEL_DTYPE, PIXELS_NAME
 from unicl_fast.dataset.growing_files import (
-    BLOCK,
-    END_OF_TAR,
     ArrayFile,
     FinishedShard,
     GrowingFile,
@@ -37,7 +32,6 @@ from unicl_fast.dataset.growing_files import (
     ListFile,
     ShardFile,
     ShardJournal,
-    padded_bytes,
     read_journal,
     sync_and_close,
 )
@@ -107,8 +101,7 @@ class DatasetWriter:
         Args:
             out: the final folder; must not exist, or be empty.
             shard_bytes: largest size of a shard.
-            images: files as they come, in the shards, or (raw, format version 2) decoded pixels
-                of one size in one array.
+            images: files as they come, or (raw, format version 2) decoded pixels of one size.
             work: a folder beside the final one that outlives a program that is killed: the shards
                 that an earlier writer finished in it are kept. The caller ensures that samples and
                 options are the same, leaves out the first `num_places` samples, and removes the
@@ -140,7 +133,11 @@ class DatasetWriter:
             finished.pop()
         if not finished:
             self._open_files(None)
-        _remove_others(self.aside, self._file_names())
+        shards = {shard.name for shard in self._shards}
+        own = {*shards, *map(_index_name, shards), *self._files()}
+        for path in self.aside.iterdir():
+            if path.name not in own:  # a killed program had begun it
+                path.unlink()
         if work is not None:
             self._journal = ShardJournal(work / JOURNAL_NAME, finished)
 
@@ -154,21 +151,6 @@ class DatasetWriter:
     def num_places(self) -> int:
         """Samples so far, packed or quarantined."""
         return self.num_samples + self.num_quarantined
-
-    @property
-    def num_captions(self) -> int:
-        return self._arrays["captions"].length
-
-    @property
-    def num_labels(self) -> int:
-        return self._arrays["labels"].length
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the shards, and of decoded images, so far."""
-        unfinished = 0 if self._shard is None else self._shard.num_bytes
-        pixels = 0 if self._pixels is None else self._pixels.num_bytes
-        return sum(shard.num_bytes for shard in self._shards) + unfinished + pixels
 
     def add(self, sample: PackedSample) -> None:
         """Appends a sample; its number is the count of samples before it."""
@@ -186,20 +168,10 @@ class DatasetWriter:
             self._add_pixels(sample)
         offset = shard.add(sample_key(self.num_samples), members)
         captions, labels, tokens = (self._arrays[name] for name in ("captions", "labels", "tokens"))
-        self._arrays["samples"].append(
-            _SAMPLE_ROW.pack(
-                len(self._shards),
-                offset,
-                len(members[0][1]),
-                sample.height,
-                sample.width,
-                sample.xxh3,
-                captions.length,
-                len(sample.captions),
-                labels.length,
-                len(sample.labels),
-            )
-        )
+        place = (len(self._shards), offset, len(members[0][1]))
+        image = (sample.height, sample.width, sample.xxh3)
+        texts = (captions.length, len(sample.captions), labels.length, len(sample.labels))
+        self._arrays["samples"].append(_SAMPLE_ROW.pack(*place, *image, *texts))
         for ids in sample.tokens:
             captions.append(_CAPTION_ROW.pack(tokens.length, len(ids)))
             tokens.append(ids.astype("<u2").tobytes())
@@ -212,7 +184,7 @@ class DatasetWriter:
         if self._image_size is None or self._pixels is None:
             self._image_size, self._pixels = size, self._open_pixels(size)
         height, width = self._image_size
-        if size != self._image_size or len(sample.image) != CHANNELS * height * width:
+        if size != (height, width) or len(sample.image) != CHANNELS * height * width:
             raise ValueError(
                 f"a raw data set has images of one size, {width} x {height} pixels of three bytes "
                 f"here, not {sample.width} x {sample.height} in {len(sample.image)} bytes"
@@ -240,13 +212,20 @@ class DatasetWriter:
         if self.num_samples == 0:
             raise ValueError("a data set needs at least one sample")
         self._close_shard()
-        pixels = self._finish_pixels()
+        pixels = None
+        if self._pixels is not None and self._image_size is not None:
+            self._pixels.finish()
+            height, width = self._image_size
+            # read again: the header, its beginning, is written last
+            found, num_bytes = file_checksum(self.aside / PIXELS_NAME), self._pixels.num_bytes
+            pixels = PixelsInfo(height=height, width=width, num_bytes=num_bytes, xxh3=found)
+        encoded = WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
         manifest = Manifest(
-            version=self._version(),
+            version=RAW_FORMAT_VERSION if self._is_raw else encoded,
             num_samples=self.num_samples,
-            num_captions=self.num_captions,
+            num_captions=self._arrays["captions"].length,
             num_tokens=self._arrays["tokens"].length,
-            num_labels=self.num_labels,
+            num_labels=self._arrays["labels"].length,
             num_quarantined=self.num_quarantined,
             shards=tuple(self._shards),
             tokenizer=tokenizer,
@@ -276,23 +255,6 @@ class DatasetWriter:
             self._journal.close()
         return manifest
 
-    def _version(self) -> int:
-        if self._is_raw:
-            return RAW_FORMAT_VERSION
-        return WEBP_FORMAT_VERSION if self._has_webp else FORMAT_VERSION
-
-    def _finish_pixels(self) -> PixelsInfo | None:
-        if self._pixels is None or self._image_size is None:
-            return None
-        self._pixels.finish()
-        return PixelsInfo(
-            height=self._image_size[0],
-            width=self._image_size[1],
-            num_bytes=self._pixels.num_bytes,
-            # read again: the header, its beginning, is written last
-            xxh3=file_checksum(self.aside / PIXELS_NAME),
-        )
-
     def _write_checksums(self, manifest: bytes, pixels: PixelsInfo | None) -> None:
         """Lists all files of the folder, and the manifest that is written next."""
         known = {shard.name: shard.xxh3 for shard in self._shards}
@@ -306,28 +268,19 @@ class DatasetWriter:
             sync_and_close(file)
 
     def discard(self) -> None:
-        """Removes what has been written, or only closes it where there is a folder to work in.
-
-        Does nothing after `finish`.
-        """
+        """Removes what was written, or only closes it in a `work` folder; not after `finish`."""
         if not self.aside.exists():
             return
-        if self._shard is not None:
-            self._shard.file.close()
-        for file in self._files().values():
-            file.file.close()
+        for file in (self._shard, *self._files().values()):
+            if file is not None:
+                file.file.close()
         if self._journal is not None:
             self._journal.close()
         if self._work is None:
             shutil.rmtree(self.aside)
 
     def _open_files(self, last: FinishedShard | None) -> None:
-        """Opens the growing files, to continue after the last finished shard.
-
-        Raises:
-            ValueError: one of them has changed.
-            OSError: one of them is missing.
-        """
+        """Opens the growing files; raises ValueError or OSError if those of `last` have changed."""
         kept = {} if last is None else last.files
         self._arrays = {
             name: ArrayFile(self.aside, name, kept=kept.get(f"{name}.npy")) for name in ARRAY_DTYPES
@@ -365,14 +318,8 @@ class DatasetWriter:
             files[PIXELS_NAME] = self._pixels
         return files
 
-    def _file_names(self) -> set[str]:
-        names = {shard.name for shard in self._shards}
-        return {*names, *(_index_name(name) for name in names), *self._files()}
-
     def _shard_for(self, members: list[tuple[str, bytes]]) -> ShardFile:
-        needed = sum(BLOCK + padded_bytes(len(data)) for _, data in members)
-        full = self._shard_bytes - len(END_OF_TAR) - needed
-        if self._shard is not None and self._shard.num_bytes > full:
+        if self._shard is not None and self._shard.size_with(members) > self._shard_bytes:
             self._close_shard()
         if self._shard is None:
             self._shard = ShardFile(self.aside, shard_name(len(self._shards)))
@@ -381,14 +328,13 @@ class DatasetWriter:
     def _close_shard(self) -> None:
         if self._shard is None:
             return
-        self._shards.append(self._shard.finish_shard())
-        self._shard = None
+        shard, self._shard = self._shard.finish_shard(), None
+        self._shards.append(shard)
         if self._journal is None:
             return
         for file in self._files().values():
             file.sync()
         flush_to_disk(self.aside)
-        shard = self._shards[-1]
         self._journal.append(
             FinishedShard(
                 shard=shard,
@@ -427,13 +373,6 @@ def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
     return whole
 
 
-def _remove_others(folder: Path, names: set[str]) -> None:
-    """Removes files that a killed program had begun."""
-    for path in folder.iterdir():
-        if path.name not in names:
-            path.unlink()
-
-
 def require_free(out: Path) -> None:
     """Raises ValueError for a folder that holds anything already."""
     if (out / MANIFEST_NAME).exists():
@@ -443,11 +382,7 @@ def require_free(out: Path) -> None:
 
 
 def _describe(sample: PackedSample) -> bytes:
-    fields = {
-        "captions": list(sample.captions),
-        "labels": list(sample.labels),
-        "source": sample.source,
-        "name": sample.name,
-    }
+    fields: dict[str, Any] = {"captions": list(sample.captions), "labels": list(sample.labels)}
+    fields |= {"source": sample.source, "name": sample.name}
     # a file name that is not UTF-8 arrives as lone surrogates, which escapes can carry
     return _encode_json(fields).encode("ascii")

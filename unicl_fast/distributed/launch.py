@@ -42,25 +42,14 @@ if TYPE_CHECKING:  # it imports torch, for which --help need not wait
 _RESTART_COUNT = "TORCHELASTIC_RESTART_COUNT"  # torchrun's own, so that ranks have one rule
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None)
-# How long other ranks may take to end by themselves, by the code of the first: 2 s, but asked to
-# stop, all end after the same step, and save. Then how long when they are told to: 30 s, but one
-# that waits for a hung rank has only its message to write.
-_SECONDS_TO_FOLLOW = {EXIT_INTERRUPTED: 10.0}
-_SECONDS_TO_END = {EXIT_HUNG: 10.0}
 
 
 def start_ranks(module: str, *, nproc: int, argv: Sequence[str], max_restarts: int = 0) -> NoReturn:
     """Starts a program `nproc` times on this machine as ranks of one group, and ends as they do.
 
     Signals are passed on to all ranks. If a rank fails, the others are ended too; ranks do not
-    outlive this process.
-
-    Args:
-        module: module to start, as for `python -m`.
-        nproc: number of ranks.
-        argv: the program's arguments; --nproc means nothing to a rank.
-        max_restarts: how often all ranks are started again after one has died; never after wrong
-            input or a signal that asked for an end. They see `is_restarted`.
+    outlive this process. After a rank has died all are started again, up to `max_restarts` times,
+    and see `is_restarted`; never after wrong input or a signal that asked for an end.
     """
     launcher = _Launcher()
     for attempt in range(max_restarts + 1):
@@ -126,22 +115,17 @@ class _Launcher:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        shared = {
-            "WORLD_SIZE": str(nproc),
-            "LOCAL_WORLD_SIZE": str(nproc),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-            _RESTART_COUNT: str(attempt),
-            LAUNCHED_BY_US: "1",
-        }
-        # without this every rank would start as many threads as the machine has cores
-        threads = {"OMP_NUM_THREADS": str(max(1, usable_cores() // nproc))}
+        # without OMP_NUM_THREADS every rank would start as many threads as the machine has cores
+        shared = {"OMP_NUM_THREADS": str(max(1, usable_cores() // nproc))} | os.environ
+        shared |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
+        shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        shared |= {_RESTART_COUNT: str(attempt), LAUNCHED_BY_US: "1"}
         sys.stdout.flush()
         self._deadline = math.inf
         self._ranks = [
             subprocess.Popen(
                 [sys.executable, "-m", module, *argv],
-                env=threads | os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 start_new_session=True,  # Ctrl-C reaches them once, through this process
                 preexec_fn=functools.partial(_begin_rank, os.getpid()),
             )
@@ -165,20 +149,19 @@ class _Launcher:
     def wait(self) -> tuple[int, int]:
         """Waits for all ranks; after the first that fails the others are ended.
 
-        Returns:
-            The rank that explains the end, and its code as subprocess has it: minus the signal
-            that killed it.
+        Returns the rank that explains the end, and its code: minus the signal that killed it.
         """
         cause, follow_until = (0, 0), math.inf
         while [rank for rank in self._ranks if rank.poll() is None]:  # asks all of them
             now = time.monotonic()
             if self._deadline == math.inf:  # later failures are the launcher's own doing
                 cause = self._root_cause()
-                if cause[1] and follow_until == math.inf:  # one may be seen before its cause
-                    follow_until = now + _SECONDS_TO_FOLLOW.get(cause[1], 2.0)
+                if cause[1] and follow_until == math.inf:
+                    # one may be seen before its cause; asked to stop, all save after the same step
+                    follow_until = now + (10 if cause[1] == EXIT_INTERRUPTED else 2)
                 if now >= follow_until:
-                    self._send(signal.SIGTERM)
-                    self._deadline = now + _SECONDS_TO_END.get(cause[1], 30.0)
+                    self._send(signal.SIGTERM)  # a rank that waits for a hung one says so, and ends
+                    self._deadline = now + (10 if cause[1] == EXIT_HUNG else 30)
             if now > self._deadline:
                 self._send(signal.SIGKILL)  # stopped ones end by it too
             time.sleep(0.05)

@@ -1,13 +1,12 @@
 """Exit codes, and what SIGTERM, SIGUSR1 and Ctrl-C do to a training program.
 
-The step that runs is finished, a checkpoint is written, and the program ends with code 75 ("try
-again later"), so that a job script knows that the run can be resumed (`Interruption`). All ranks
-stop after the same step.
+The step that runs is finished, on all ranks, a checkpoint is written, and the program ends with
+code 75 ("try again later"), so that a job script knows that the run can be resumed.
 
 Until the first step is done there is nothing to save, and imports, opening data, compiling and the
 first batch take seconds to minutes. A scheduler that wants the machine back must not be kept
-waiting then, nor be told of a fault (143): the program ends immediately, with the same code
-(`exit_immediately_on_signals`). Imports nothing heavy: it is entered before everything else.
+waiting then, nor be told of a fault (143): the program ends immediately, with the same code.
+Imports nothing heavy: it is entered before everything else.
 """
 
 from __future__ import annotations
@@ -65,9 +64,6 @@ def exit_immediately_on_signals(program: str) -> Iterator[None]:
 
     Python runs signal handlers only when the main thread returns from whatever it is in; so a
     thread reads which signals have come, and ends the process itself.
-
-    Args:
-        program: its name, for the message.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -11,9 +11,8 @@ count. What holds Python's global lock for ever (a page of a memory-mapped file 
 stops this thread too: then it is the other ranks that notice.
 
 Other tools were considered. `faulthandler.dump_traceback_later` ends a process with 1 and knows no
-stage. torch's `monitored_barrier` names the rank that is missing, but only where all ranks call it,
-at the price of a round trip, and on gloo. NCCL's flight recorder knows collectives alone, and not
-the storage or the thread that held a rank up before one.
+stage. torch's `monitored_barrier` names the missing rank, but only on gloo and at the price of a
+round trip. NCCL's flight recorder knows collectives alone, not the storage or thread before one.
 """
 
 from __future__ import annotations
@@ -68,14 +67,7 @@ class Watchdog:
         world_size: int = 1,
         end: Callable[[int], None] = os._exit,
     ) -> None:
-        """Nothing is watched before it is entered.
-
-        Args:
-            limit_seconds: how long a stage may last; 0 watches nothing.
-            rank: this process among its peers, as far as it is known before they have met.
-            world_size: number of ranks.
-            end: ends the process, given the exit code.
-        """
+        """Ends the process, by `end`, when a stage lasts longer than the limit (0: never)."""
         self._limit = limit_seconds
         self._rank, self._world_size = rank, world_size
         self._end = end
@@ -123,18 +115,17 @@ class Watchdog:
             if now >= self._beat_due or left < 0:
                 self._beat_due = now + self._beat_every
                 self._heartbeats.send(stage, age_seconds=self._age, left_seconds=left)
-        if left < 0 and not (stage.waits_for_ranks and self._another_works(now)):
-            os.write(2, f"\nunicl_fast: {self._describe(now)}\n".encode())
-            faulthandler.dump_traceback(2)
-            self._end(EXIT_HUNG)
-
-    def _another_works(self, now: float) -> bool:
-        return any(
+        heard = self._heartbeats.heard if self._heartbeats is not None else {}
+        another_works = any(
             now - beat.heard < self._silence
             and beat.left_seconds > 0
             and not beat.stage.waits_for_ranks
-            for beat in (self._heartbeats.heard.values() if self._heartbeats else ())
+            for beat in heard.values()
         )
+        if left < 0 and not (stage.waits_for_ranks and another_works):
+            os.write(2, f"\nunicl_fast: {self._describe(now)}\n".encode())
+            faulthandler.dump_traceback(2)
+            self._end(EXIT_HUNG)
 
     def _describe(self, now: float) -> str:
         """Says which rank hangs in what, what the others do, and what to do."""
@@ -148,8 +139,7 @@ class Watchdog:
             f"and {allowed} allows no more."
         ]
         known = self._heartbeats.heard if self._heartbeats else {}
-        others = (rank for rank in range(self._world_size) if rank != self._rank)
-        heard = {rank: known.get(rank) for rank in others}
+        heard = {rank: known.get(rank) for rank in range(self._world_size) if rank != self._rank}
         sentences += describe_others(
             heard, now=now, silence=self._silence, blame=stage.waits_for_ranks
         )
@@ -168,11 +158,8 @@ def describe_others(
 ) -> list[str]:
     """Writes sentences on what the other ranks were last known to do; the suspects first.
 
-    Args:
-        heard: the last heartbeat of each other rank; None if none was ever heard.
-        now: on the clock of `heard`.
-        silence: seconds after which a silent rank is taken for stopped or lost.
-        blame: whether it is another rank's fault, since the speaker waits in a collective.
+    None was never heard; `silence` is how many seconds later a rank is taken for stopped or lost.
+    With `blame` it is another rank's fault, since the speaker waits in a collective.
     """
     silent, working, waiting, unheard = (defaultdict[str, list[int]](list) for _ in range(4))
     for rank, beat in heard.items():

@@ -21,8 +21,8 @@ from typing import Any
 import torch.distributed as dist
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.distributed.launch import refused_together
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.evaluation.requests import Metric, MetricChoice

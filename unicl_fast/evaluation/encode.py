@@ -23,8 +23,7 @@ from unicl_fast.batch import EvaluationBatch, EvaluationLoader
 from unicl_fast.checkpoints.load import load_model
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import configure_logging
-from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
-from unicl_fast.distributed.rendezvous import process_group
+from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects, process_group
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
 from unicl_fast.evaluation.requests import EncodingEvaluation, Evaluation, Layer
 from unicl_fast.models.precision import Precision, normalise_images

@@ -50,7 +50,7 @@ from unicl_fast.evaluation.report import (
 )
 from unicl_fast.evaluation.requests import Finetune, FinetuneRecipe
 from unicl_fast.evaluation.zero_shot import zero_shot_classifier
-from unicl_fast.models.activation_checkpointing import undo_in_copy
+from unicl_fast.models.efficiency import keep_activations_in_copy
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL
@@ -165,7 +165,7 @@ def finetune(
     average = None
     if recipe.ema_decay:
         average = ModelEmaV3(module, decay=recipe.ema_decay, use_warmup=True)
-        undo_in_copy(average.module)
+        keep_activations_in_copy(average.module)
     forward = DistributedDataParallel(module) if ranks.world_size > 1 else module
     module.train()
     batches = loader.batches(0)

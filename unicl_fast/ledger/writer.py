@@ -148,14 +148,14 @@ class Ledger:
                 f"the ledger in {self.folder} could not be written for too long: {self._failure}"
             )
 
-    def settle(self, *, must: bool) -> bool:
+    def flush(self, *, required: bool) -> bool:
         """Whether all ranks' records so far are on the disk; all ranks call it together.
 
         The trainer calls it before a checkpoint is begun: one of steps that a rank has not recorded
         would leave a hole in the ledger, should that rank be killed now.
 
         Raises:
-            OSError: they are not, and they `must`. Otherwise that is only logged, loudly.
+            OSError: they are not, and are `required`. Otherwise that is only logged, loudly.
         """
         self._write()
         if self._failure is None:
@@ -172,7 +172,7 @@ class Ledger:
             f"{f' ({self._failure})' if self._failure else ''}, and a checkpoint without it would "
             "leave a hole: make room there"
         )
-        if must:
+        if required:
             raise OSError(message)
         if self._ranks.is_main:
             logger.error(

@@ -66,12 +66,7 @@ class DropPathKey:
         self._uniform: Tensor | None = None
 
     def set(self, *, step: int, global_index: Tensor) -> None:
-        """Fixes the masks of the forward passes that follow.
-
-        Args:
-            step: optimizer step.
-            global_index: int64 [b], of the samples in the global batch.
-        """
+        """Fixes the masks of the forward passes of samples `global_index` (int64 [b]) at `step`."""
         if self.num_layers == 0:
             return
         layers = torch.arange(self.num_layers, device=global_index.device)
@@ -93,9 +88,7 @@ class KeyedDropPath(nn.Module):
 
     def __init__(self, *, drop_prob: float, layer: int, key: DropPathKey) -> None:
         super().__init__()
-        self.drop_prob = drop_prob
-        self.layer = layer
-        self.key = key
+        self.drop_prob, self.layer, self.key = drop_prob, layer, key
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.drop_prob == 0.0:
@@ -104,17 +97,12 @@ class KeyedDropPath(nn.Module):
         kept = (self.key.uniform(self.layer) < keep_prob).to(x.dtype).div_(keep_prob)
         return x * kept.view(-1, *[1] * (x.ndim - 1))
 
-    def extra_repr(self) -> str:
-        return f"drop_prob={self.drop_prob:.3f}, layer={self.layer}"
-
 
 def _replace_drop_path(encoder: nn.Module, key: DropPathKey) -> None:
     """Exchanges every timm DropPath, numbering layers in order of appearance."""
     for parent in list(encoder.modules()):
         for name, child in parent.named_children():
             if isinstance(child, DropPath):
-                drop_prob = float(child.drop_prob)
-                setattr(
-                    parent, name, KeyedDropPath(drop_prob=drop_prob, layer=key.num_layers, key=key)
-                )
+                probability, layer = float(child.drop_prob), key.num_layers
+                setattr(parent, name, KeyedDropPath(drop_prob=probability, layer=layer, key=key))
                 key.num_layers += 1

@@ -1,8 +1,7 @@
 """Number formats and memory layout, decided in this one place.
 
 `Precision` tells what autocast runs in and whether fp16's loss scaler is needed; `place_module`
-moves weights accordingly; `normalise_images` turns the bytes of decoded images into the encoder's
-input. The rest of the program asks for a `Precision` and does not look inside.
+moves weights accordingly; `normalise_images` makes the encoder's input of decoded images.
 """
 
 from __future__ import annotations
@@ -23,9 +22,8 @@ from torch import Tensor, nn
 
 from unicl_fast.config import PrecisionName, TrainConfig
 from unicl_fast.models.text_encoder import CausalAttention, find_varlen_attention
-from unicl_fast.system.host_buffers import HostBuffers
 from unicl_fast.system.kernels import kernel
-from unicl_fast.system.machine import choose_device
+from unicl_fast.system.machine import HostBuffers, choose_device
 
 _CPU_INFO = Path("/proc/cpuinfo")
 _COMPUTE_TYPES: dict[str, torch.dtype] = {
@@ -43,7 +41,7 @@ class Precision:
     name: PrecisionName
 
     def __post_init__(self) -> None:
-        """Settles `auto` for this machine; a trainer has settled it for its device before."""
+        """Resolves `auto` for this machine; a trainer has resolved it for its device before."""
         if self.name == "auto":
             object.__setattr__(self, "name", fast_precision(choose_device("auto")))
 
@@ -67,14 +65,14 @@ class Precision:
         return torch.amp.GradScaler(device_type, enabled=self.name == "fp16")
 
 
-def settle_precision(
+def resolve_precision(
     config: TrainConfig, device: torch.device, precision: PrecisionName | None = None
 ) -> TrainConfig:
     """Replaces `efficiency.precision=auto` by the precision given, or the device's best."""
     if config.efficiency.precision != "auto":
         return config
-    settled = precision or fast_precision(device)
-    efficiency = dataclasses.replace(config.efficiency, precision=settled)
+    precision = precision or fast_precision(device)
+    efficiency = dataclasses.replace(config.efficiency, precision=precision)
     return dataclasses.replace(config, efficiency=efficiency)
 
 
@@ -151,12 +149,8 @@ def normalise_images(
     lose a bit and a half. On the CPU, fp32 is made by one kernel, and other types in pieces of the
     batch that stay in the cache.
 
-    Args:
-        images: uint8 [b h w c].
-        mean: of each channel, of values in 0 to 1.
-        std: of each channel, of values in 0 to 1.
-        dtype: type of the result, [b c h w].
-        channels_last: False copies the result into [b c h w] memory order.
+    `mean` and `std` are those of each channel, of values in 0 to 1. The result is [b c h w];
+    without `channels_last` it has this order in memory too.
     """
     if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[3] != len(mean):
         raise ValueError(
@@ -175,28 +169,28 @@ def normalise_images(
         _normalise_on_host(normalised, lines, scale, shift, channels=c)
     else:
         piece = b if images.device.type != "cpu" else max(1, _CACHED_VALUES // (h * w * c))
-        for target, source in zip(normalised.split(piece), lines.split(piece), strict=True):
+        for part, pixels in zip(normalised.split(piece), lines.split(piece), strict=True):
             if dtype == arithmetic:
-                target.copy_(source).mul_(scale).add_(shift)
+                part.copy_(pixels).mul_(scale).add_(shift)
             else:
-                target.copy_(source.to(arithmetic).mul_(scale).add_(shift))
+                part.copy_(pixels.to(arithmetic).mul_(scale).add_(shift))
     seen = normalised.view(b, h, w, c).permute(0, 3, 1, 2)
     return seen if channels_last else seen.contiguous()
 
 
 def _normalise_on_host(
-    target: Tensor, source: Tensor, scale: Tensor, shift: Tensor, *, channels: int
+    out: Tensor, pixels: Tensor, scale: Tensor, shift: Tensor, *, channels: int
 ) -> None:
-    """Runs a kernel; target and source are [b h v], of float32 and uint8, and contiguous."""
-    values = source.shape[2]
+    """Runs a kernel; `out` and `pixels` are [b h v], of float32 and uint8, and contiguous."""
+    values = pixels.shape[2]
     streams = (
-        target.numel() >= _LARGE_VALUES
+        out.numel() >= _LARGE_VALUES
         and channels == 3
         and values >= _BLOCK_VALUES
-        and target.data_ptr() % _ALIGNMENT == 0
+        and out.data_ptr() % _ALIGNMENT == 0
     )
     run, shape = (_normalise_rgb_streaming, (-1,)) if streams else (_normalise_lines, (-1, values))
-    run(target.view(shape).numpy(), source.reshape(shape).numpy(), scale.numpy(), shift.numpy())
+    run(out.view(shape).numpy(), pixels.reshape(shape).numpy(), scale.numpy(), shift.numpy())
 
 
 @functools.lru_cache(maxsize=32)

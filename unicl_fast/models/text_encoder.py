@@ -38,7 +38,7 @@ class TokenRow(NamedTuple):
     """Index in the row of the last token of each text."""
     bounds: Int[Tensor, " n"]
     """int32, rising from 0 to p: where each text begins in the row, where the last one ends, and
-    then where stretches of computed padding do, of up to l tokens or empty. For `attend` only."""
+    then where pieces of computed padding do, of up to l tokens or empty. For kernels only."""
     shape: tuple[int, int]
     """The numbers of texts u and of tokens in each l."""
 
@@ -46,10 +46,8 @@ class TokenRow(NamedTuple):
     def build(cls, last: Int[Tensor, " u"], num_tokens: int, shape: tuple[int, int]) -> TokenRow:
         """Decides the row without reading the device.
 
-        Args:
-            last: int64 [u], the position of the last token of each text.
-            num_tokens: how many tokens are computed: those up to `last`, or more.
-            shape: u and l.
+        `last` is the position of the last token of each text; `num_tokens` are computed, those up
+        to `last` or more.
         """
         u, l = shape  # noqa: E741
         if not u <= num_tokens <= u * l:
@@ -76,17 +74,6 @@ class TokenRow(NamedTuple):
         padded = packed.new_zeros(u * l, packed.shape[1])
         return padded.index_copy(0, self.positions, packed).view(u, l, -1)
 
-    def attend(
-        self, attention: VarlenAttention, qkv: Float[Tensor, "p 3 h d"]
-    ) -> Float[Tensor, "p h d"]:
-        """Causal attention within each text, in the row as it is."""
-        query, key, value = qkv.unbind(1)
-        longest = self.shape[1]
-        return attention(
-            *(query, key, value, self.bounds, self.bounds, longest, longest),
-            window_size=(-1, 0),  # all that came before, nothing that comes after
-        )
-
 
 def find_varlen_attention(
     *, device: torch.device, compute_type: torch.dtype, head_width: int
@@ -98,9 +85,8 @@ def find_varlen_attention(
     """
     if device.type != "cuda" or torch.version.cuda is None:
         return None
-    if compute_type not in VARLEN_TYPES or head_width % 8 or head_width > 256:
-        return None
-    if torch.cuda.get_device_capability(device) < (8, 0):
+    fits = compute_type in VARLEN_TYPES and not head_width % 8 and head_width <= 256
+    if not fits or torch.cuda.get_device_capability(device) < (8, 0):
         return None
     try:
         from torch.nn.attention.varlen import varlen_attn
@@ -139,7 +125,10 @@ class CausalAttention(nn.Module):
         qkv = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         attention = self.varlen_attn if qkv.dtype in VARLEN_TYPES else None
         if row is not None and attention is not None:
-            mixed = row.attend(attention, qkv.view(len(qkv), 3, self.heads, -1)).flatten(1)
+            query_key_value = qkv.view(len(qkv), 3, self.heads, -1).unbind(1)
+            bounds = (row.bounds, row.bounds, row.shape[1], row.shape[1])
+            # each token sees all that came before in its text, and nothing that comes after
+            mixed = attention(*query_key_value, *bounds, window_size=(-1, 0)).flatten(1)
         else:
             padded = self._attend_padded(qkv if row is None else row.spread(qkv))
             mixed = padded if row is None else row.pack(padded)
@@ -206,10 +195,8 @@ class TextEncoder(nn.Module):
     ) -> Float[Tensor, "u w"]:
         """Features at the end-of-text token, which has the largest id of the vocabulary.
 
-        Args:
-            tokens: int64 [u l], l at most the context length.
-            num_tokens: how many of them are not padding, to compute those only; or more, and some
-                padding is computed too.
+        `num_tokens`, where given, computes so many tokens only: those that are not padding; or
+        more, and some padding is computed too.
         """
         u, l = tokens.shape  # noqa: E741
         if l > self.context_length:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unicl_fast.config import TrainConfig
-from unicl_fast.models.activation_checkpointing import checkpoint_blocks
+from unicl_fast.models.efficiency import checkpoint_blocks
 from unicl_fast.models.image_encoder import DropPathKey, build_image_encoder, feature_width
 from unicl_fast.models.text_encoder import TextEncoder
 
@@ -78,8 +78,7 @@ class UniCL(nn.Module):
     @property
     def encoders(self) -> list[nn.Module]:
         """The image encoder and, where there is one, the text encoder."""
-        encoders = [self.image_encoder, self.text_encoder]
-        return [encoder for encoder in encoders if encoder is not None]
+        return [one for one in (self.image_encoder, self.text_encoder) if one is not None]
 
     def encode_image(self, images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b d"]:
         """Features of normalised images, of unit norm.
@@ -95,12 +94,10 @@ class UniCL(nn.Module):
     def encode_text(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
     ) -> Float[Tensor, "u d"]:
-        """Features of token rows that end with the end-of-text token, of unit norm.
+        """Features of token rows, padded behind the end-of-text token, of unit norm.
 
-        Args:
-            tokens: int64 [u l], padded behind the end-of-text token.
-            num_tokens: how many of them are not padding, to compute those only; not fewer, which
-                is not checked (that would read the device). None computes all.
+        `num_tokens` is how many of them are not padding, to compute those only; not fewer, which is
+        not checked (that would read the device). None computes all.
 
         Raises:
             ValueError: the model was trained without texts.
@@ -118,17 +115,17 @@ class UniCL(nn.Module):
         tokens: Int[Tensor, "u l"] | None = None,
         num_tokens: int | None = None,
     ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "u d"], Float[Tensor, ""]]:
-        """Computes image features, what they are compared with, and the scale of the products.
+        """Computes image features, the features they are contrasted with, and their scale.
 
-        They are compared with the features of texts if there are tokens, else with the learnt rows
-        of classes, else with themselves.
+        Those are the features of texts if there are tokens, else the learnt rows of classes, else
+        the images' own.
         """
         # texts first: their order decides how gradients are added up
-        others = None if tokens is None else self.encode_text(tokens, num_tokens)
+        contrast = None if tokens is None else self.encode_text(tokens, num_tokens)
         features = self.encode_image(images)
-        if others is None:
-            others = features if self.class_rows is None else self.class_rows
-        return features, others, self.logit_scale.exp()
+        if contrast is None:
+            contrast = features if self.class_rows is None else self.class_rows
+        return features, contrast, self.logit_scale.exp()
 
     def set_drop_path_key(self, *, step: int, global_index: Int[Tensor, " b"]) -> None:
         """Fixes which branches the next forward passes drop, in training mode."""

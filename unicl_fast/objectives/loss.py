@@ -4,15 +4,13 @@ Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022
 `dense_loss` is these equations as they are written. `unified_contrastive_loss` is the same number
 for every use: training, one rank or many, and the special cases CLIP, SupCon and cross-entropy.
 
-Three things make it cheap, and none changes the result; docs/loss.md has the derivation:
-
-- Equal texts give equal columns of logits, so columns are the DISTINCT texts k of each rank with
-  counts m_k: a row's log-sum-exp adds log m_k, and the loss of column k counts m_k times.
-- The positives of an image need only the sum of the texts of its class (`positives.py`).
-- From 2^20 logits on no logit is stored (`loss_tiled.py`).
+Three things make it cheap, and none changes the result (docs/loss.md): columns are the DISTINCT
+texts k with counts m_k, so a row's log-sum-exp adds log m_k, and the loss of column k counts m_k
+times; positives need only sums over classes (`positives.py`); from 2^20 logits on none is stored
+(`loss_tiled.py`).
 
 The loss knows no ranks. A rank compares its images with the texts of all ranks, so its rows are
-complete; its columns are completed by the function `merge` that the training step hands in.
+complete; the function `all_reduce` that the training step hands in completes its columns.
 """
 
 from __future__ import annotations
@@ -25,10 +23,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unicl_fast.config import LossForm
-from unicl_fast.objectives.loss_tiled import tiled_statistics
-from unicl_fast.objectives.positives import Membership, as_membership, find_positives
-
-Directions = Literal["both", "i2t", "t2i"]
+from unicl_fast.objectives.loss_tiled import TiledStatistics
+from unicl_fast.objectives.positives import Membership, Positives, as_membership, find_positives
 
 # "auto" takes tiles from so many logits b u on. Below, the dense form is as fast or faster on the
 # CPU, and small; docs/loss.md.
@@ -62,8 +58,8 @@ def dense_loss(
 class LogitStatistics(NamedTuple):
     """Statistics of rows of logits (images) or of columns (texts), from which their losses follow.
 
-    Statistics of the same texts over disjoint sets of images merge by the log-sum-exp of
-    `log_sum_exp` and the sums of the others.
+    Those of the same texts over several sets of images are one by the log-sum-exp of `log_sum_exp`
+    and the sums of the others.
     """
 
     log_sum_exp: Float[Tensor, " n"]
@@ -80,7 +76,7 @@ class LogitStatistics(NamedTuple):
         return torch.where(has_positive, self.log_sum_exp - mean, 0)
 
 
-Merge = Callable[[LogitStatistics | None, Tensor], tuple[LogitStatistics | None, Tensor]]
+AllReduce = Callable[[LogitStatistics | None, Tensor], tuple[LogitStatistics | None, Tensor]]
 """Takes this rank's column statistics (None where only rows are wanted) and its images' mean loss;
 returns the statistics over, and the mean over, the images of all ranks."""
 
@@ -88,7 +84,7 @@ returns the statistics over, and the mean over, the images of all ranks."""
 def one_rank(
     columns: LogitStatistics | None, mean_loss: Tensor
 ) -> tuple[LogitStatistics | None, Tensor]:
-    """The `Merge` of a process that holds all images: there is nothing to merge."""
+    """The `AllReduce` of a process that holds all images."""
     return columns, mean_loss
 
 
@@ -101,9 +97,9 @@ def unified_contrastive_loss(
     text_class_ids: Int[Tensor, " u"] | Membership | None = None,
     text_counts: Int[Tensor, " u"] | None = None,
     exclude_self: bool = False,
-    directions: Directions = "both",
+    directions: Literal["both", "i2t", "t2i"] = "both",
     form: LossForm = "auto",
-    merge: Merge = one_rank,
+    all_reduce: AllReduce = one_rank,
 ) -> Float[Tensor, ""]:
     """The loss of images against texts; equal class ids are positives.
 
@@ -112,22 +108,21 @@ def unified_contrastive_loss(
     AND as text features with `exclude_self=True` is SupCon.
 
     Args:
-        image_features: [b d], unit norm.
-        text_features: [u d], unit norm, the distinct texts.
-        class_ids: int64 [b], any values; or a `Membership`, for several labels an image. Text k
-            is then a positive of image i with the weight (Y Y^T)_ik over the row's sum.
+        image_features: of unit norm.
+        text_features: of unit norm, the distinct texts.
+        class_ids: any int64; or a `Membership`, for several labels an image. Text k is then a
+            positive of image i with the weight (Y Y^T)_ik over the row's sum.
         scale: factor of the products, exp(logit_scale).
-        text_class_ids: int64 [u] or `Membership`; None takes `class_ids`, one text for each
-            image.
-        text_counts: int64 [u], how many samples have each text; None means 1. A text of count 0 is
-            as if it were not there.
+        text_class_ids: None takes `class_ids`, one text for each image.
+        text_counts: how many samples have each text; None means 1. A text of count 0 is as if it
+            were not there.
         exclude_self: leave out the pairs (i, i), for two views of the same images: the first b
             texts are the images themselves, the others those of other ranks.
         directions: which of the two terms to take; "both" is their mean.
         form: "dense" holds the logits [b u]; "tiled" computes them twice and holds O((b + u) d);
             "auto" takes the faster one for the size.
-        merge: completes the statistics where other ranks hold other images of the same batch, as
-            many each, and the texts are those of all ranks.
+        all_reduce: completes the statistics where other ranks hold other images of the same batch,
+            as many each, and the texts are those of all ranks.
 
     Returns:
         A scalar, in fp64 if features are, else in fp32 whatever their type. An image or
@@ -144,76 +139,50 @@ def unified_contrastive_loss(
         image_features, text_features, class_ids, text_class_ids, text_counts, exclude_self
     )
     with torch.autocast(image_features.device.type, enabled=False):
-        rows, columns = logit_statistics(
-            image_features,
-            text_features,
-            class_ids,
-            text_class_ids,
-            text_counts,
-            scale,
-            exclude_self=exclude_self,
-            form=form,
-        )
-        wants_columns = directions != "i2t"
-        merged, i2t = merge(columns if wants_columns else None, rows.losses().mean())
-        if merged is None:
-            return i2t
-        of_texts = merged.losses()
-        if text_counts is None:
-            t2i = of_texts.mean()
+        b, u = len(image_features), len(text_features)
+        if form == "auto":
+            form = "tiled" if b * u >= _SMALLEST_TILED else "dense"
+        operands = torch.promote_types(image_features.dtype, text_features.dtype)
+        arithmetic = torch.promote_types(operands, torch.float32)
+        if operands == torch.float16 or form == "dense":
+            operands = arithmetic  # the gradients of logits are too small for fp16
+        counts = None if text_counts is None else text_counts.to(arithmetic)
+        images, texts = image_features.to(operands), text_features.to(operands)
+        scale = torch.as_tensor(scale, dtype=arithmetic, device=images.device)
+        if form == "dense":
+            weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
+            logits = scale * (images @ texts.T)
+            rows, columns = _dense_statistics(logits, weights, counts, exclude_self=exclude_self)
         else:
-            t2i = (text_counts * of_texts).sum() / text_counts.sum()
+            positives = find_positives(
+                class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
+            )
+            rows, columns = _tiled_statistics(images, texts, scale, counts, *positives)
+        complete, i2t = all_reduce(None if directions == "i2t" else columns, rows.losses().mean())
+        if complete is None:
+            return i2t
+        text_losses = complete.losses()
+        if text_counts is None:
+            t2i = text_losses.mean()
+        else:
+            t2i = (text_counts * text_losses).sum() / text_counts.sum()
         return t2i if directions == "t2i" else (i2t + t2i) / 2
 
 
-def logit_statistics(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "u d"],
-    class_ids: Int[Tensor, " b"] | Membership,
-    text_class_ids: Int[Tensor, " u"] | Membership,
-    text_counts: Int[Tensor, " u"] | None,
-    scale: Float[Tensor, ""] | float,
-    *,
-    exclude_self: bool = False,
-    form: LossForm = "auto",
+def _tiled_statistics(
+    images: Tensor,
+    texts: Tensor,
+    scale: Tensor,
+    counts: Tensor | None,
+    positives: Positives,
+    transposed: Positives,
 ) -> tuple[LogitStatistics, LogitStatistics]:
-    """Statistics of the rows (images) and of the columns (texts) of the logits s u_i.v_k.
-
-    Arguments as of `unified_contrastive_loss`.
-    """
-    b, u = len(image_features), len(text_features)
-    if form == "auto":
-        form = "tiled" if b * u >= _SMALLEST_TILED else "dense"
-    operands = torch.promote_types(image_features.dtype, text_features.dtype)
-    if operands == torch.float16 or form == "dense":
-        # the gradients of logits are too small for fp16
-        operands = torch.promote_types(operands, torch.float32)
-    arithmetic = torch.promote_types(operands, torch.float32)
-    image_features, text_features = image_features.to(operands), text_features.to(operands)
-    scale = torch.as_tensor(scale, dtype=arithmetic, device=image_features.device)
-    counts = None if text_counts is None else text_counts.to(arithmetic)
-    if form == "dense":
-        weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
-        logits = scale * (image_features @ text_features.T)
-        return _dense_statistics(logits, weights, counts, exclude_self=exclude_self)
-    positives = find_positives(
-        class_ids,
-        text_class_ids,
-        num_images=b,
-        num_texts=u,
-        dtype=arithmetic,
-        exclude_self=exclude_self,
+    """Statistics of the rows (images) and of the columns (texts) of the logits s u_i.v_k."""
+    row_logs, column_logs, row_sums, column_sums = TiledStatistics.apply(  # type: ignore[no-untyped-call]
+        images, texts, scale, counts, positives, transposed
     )
-    row_logs, column_logs, row_sums, column_sums = tiled_statistics(
-        image_features,
-        text_features,
-        scale,
-        counts=counts,
-        positives=positives,
-        exclude_self=exclude_self,
-    )
-    row_weights = positives.times(scale.new_ones(u, 1), counts).squeeze(1)
-    column_weights = positives.transposed_times(scale.new_ones(b, 1)).squeeze(1)
+    row_weights = positives.times(scale.new_ones(len(texts), 1), counts).squeeze(1)
+    column_weights = transposed.times(scale.new_ones(len(images), 1)).squeeze(1)
     return (
         LogitStatistics(row_logs, row_sums, row_weights),
         LogitStatistics(column_logs, column_sums, column_weights),
@@ -221,13 +190,9 @@ def logit_statistics(
 
 
 def _dense_statistics(
-    logits: Float[Tensor, "b u"],
-    weights: Tensor,
-    counts: Float[Tensor, " u"] | None,
-    *,
-    exclude_self: bool,
+    logits: Float[Tensor, "b u"], weights: Tensor, counts: Tensor | None, *, exclude_self: bool
 ) -> tuple[LogitStatistics, LogitStatistics]:
-    """From all logits [b u] and the weights of all pairs as positives [b u]."""
+    """The same from all logits, and the weights [b u] of all pairs as positives."""
     if exclude_self:
         itself = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
         weights = weights.masked_fill(itself, 0)
@@ -293,20 +258,17 @@ def _check_shapes(
     if text_counts is not None and text_counts.shape != (u,):
         raise ValueError(f"expected {u} text_counts, got {list(text_counts.shape)}")
     for membership in (class_ids, text_class_ids):
-        if isinstance(membership, Membership):
-            _check_membership(membership, exclude_self)
+        if not isinstance(membership, Membership):
+            continue
+        shapes = [list(field.shape) for field in membership]
+        if shapes != [shapes[0]] * 3 or len(shapes[0]) != 1 or not shapes[0][0]:
+            raise ValueError(
+                f"expected samples, labels and weights of a Membership to be [e], got {shapes}"
+            )
+        if exclude_self:
+            raise ValueError("exclude_self takes class ids, not a Membership")
     if exclude_self and (u < b or text_counts is not None):
         raise ValueError(
             "exclude_self compares the images with themselves: it takes the image features as the "
             f"first text features and no text_counts, got {u} text features for {b} images"
         )
-
-
-def _check_membership(membership: Membership, exclude_self: bool) -> None:
-    shapes = [list(field.shape) for field in membership]
-    if shapes[0] != shapes[1] or shapes[0] != shapes[2] or len(shapes[0]) != 1 or not shapes[0][0]:
-        raise ValueError(
-            f"expected samples, labels and weights of a Membership to be [e], got {shapes}"
-        )
-    if exclude_self:
-        raise ValueError("exclude_self takes class ids, not a Membership")

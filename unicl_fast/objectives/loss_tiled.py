@@ -1,9 +1,8 @@
 """Statistics of the logits from tiles that are computed, used and overwritten: none is stored.
 
-`loss.py` says what the loss is; this file says how its statistics come in O((b + u) d) memory:
-log-sum-exps of rows AND columns from the same tiles, positives from class sums, and a backward pass
-that multiplies the tiles again (one product, then two for the gradients). Ordinary torch
-operations, for any device. docs/loss.md has the prices.
+The statistics of `loss.py` in O((b + u) d) memory: log-sum-exps of rows AND columns from the same
+tiles, positives from class sums, and a backward pass that multiplies the tiles again (one product,
+then two for the gradients). Ordinary torch operations, for any device. docs/loss.md has the prices.
 
 Exponentials are taken with base 2: the logits are multiplied by log2(e) along with the scale, and
 `exp2` costs a third of `exp` on the CPU.
@@ -28,37 +27,7 @@ LARGEST_TILE = {"cpu": 1024, "cuda": 4096}
 run at full rate; on a GPU tiles are there to bound memory, and large ones fill it."""
 
 
-def tiled_statistics(
-    image_features: Float[Tensor, "b d"],
-    text_features: Float[Tensor, "u d"],
-    scale: Float[Tensor, ""],
-    *,
-    counts: Float[Tensor, " u"] | None,
-    positives: Positives,
-    exclude_self: bool,
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"], Float[Tensor, " b"], Float[Tensor, " u"]]:
-    """Statistics of rows and columns of the logits, differentiable in features and scale.
-
-    Args:
-        image_features: fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
-            results, which is twice as fast; everything else is fp32.
-        text_features: of the same type.
-        scale: a scalar in fp64 or fp32.
-        counts: m_k in the type of the scale; 0 is a text that is not there; None means 1.
-        positives: W, in the type of the scale.
-        exclude_self: leave the pairs (i, i) out of the log-sum-exps.
-
-    Returns:
-        log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,
-        sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
-    """
-    statistics: tuple[Tensor, Tensor, Tensor, Tensor] = _TiledStatistics.apply(  # type: ignore[no-untyped-call]
-        image_features, text_features, scale, counts, positives, exclude_self
-    )
-    return statistics
-
-
-class _TiledStatistics(torch.autograd.Function):
+class TiledStatistics(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -67,22 +36,28 @@ class _TiledStatistics(torch.autograd.Function):
         scale: Tensor,
         counts: Tensor | None,
         positives: Positives,
-        exclude_self: bool,
+        transposed: Positives,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Computes statistics of each image [b] and each text [u], differentiable in all features.
+
+        Both features are fp64, fp32 or bf16. With bf16 the matrix products have bf16 operands and
+        results, which is twice as fast; the others are fp32 then. `positives` is W, `transposed`
+        W^T; pairs (i, i) that they leave out are left out of the log-sum-exps too.
+
+        Returns:
+            log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,
+            sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
+        """
         log2_counts = None if counts is None else counts.log2()
-        tiles = _Tiles(images, texts, scale, exclude_self=exclude_self)
+        tiles = _Tiles(images, texts, scale, exclude_self=positives.of_itself is not None)
         row_logs, column_logs = _log2_sum_exps(tiles, log2_counts)
         wide = scale.dtype
         row_positives = positives.times(texts.to(wide), counts).mul_(images).sum(dim=1)
-        column_positives = positives.transposed_times(images.to(wide)).mul_(texts).sum(dim=1)
+        column_positives = transposed.times(images.to(wide)).mul_(texts).sum(dim=1)
         ctx.save_for_backward(images, texts, scale, counts, log2_counts, row_logs, column_logs)
-        ctx.positives, ctx.exclude_self = positives, exclude_self
-        return (
-            row_logs / _LOG2_E,
-            column_logs / _LOG2_E,
-            row_positives.mul_(scale),
-            column_positives.mul_(scale),
-        )
+        ctx.positives, ctx.transposed = positives, transposed
+        positive_sums = row_positives.mul_(scale), column_positives.mul_(scale)
+        return row_logs / _LOG2_E, column_logs / _LOG2_E, *positive_sums
 
     @staticmethod
     @once_differentiable
@@ -95,7 +70,7 @@ class _TiledStatistics(torch.autograd.Function):
         sum_i u_i . (G V)_i, since the logits are products of all three.
         """
         images, texts, scale, counts, log2_counts, row_logs, column_logs = ctx.saved_tensors
-        positives: Positives = ctx.positives
+        positives, transposed = ctx.positives, ctx.transposed
         want_images, want_texts, want_scale = ctx.needs_input_grad[:3]
         want_images |= want_scale
         of_images = of_texts = of_scale = None
@@ -106,12 +81,12 @@ class _TiledStatistics(torch.autograd.Function):
             of_images += positives.times(wide, of_columns)
         if want_texts:
             wide = images.to(scale.dtype)
-            of_texts = positives.transposed_times(wide, of_rows)
+            of_texts = transposed.times(wide, of_rows)
             if counts is not None:
                 of_texts.mul_(counts.unsqueeze(1))
-            of_texts += positives.transposed_times(wide).mul_(of_columns.unsqueeze(1))
+            of_texts += transposed.times(wide).mul_(of_columns.unsqueeze(1))
         wide = None
-        tiles = _Tiles(images, texts, scale, exclude_self=ctx.exclude_self)
+        tiles = _Tiles(images, texts, scale, exclude_self=positives.of_itself is not None)
         for rows, columns, logits, spare in tiles:
             # spare = g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k)
             torch.sub(logits, row_logs[rows].unsqueeze(1), out=spare)
@@ -124,19 +99,12 @@ class _TiledStatistics(torch.autograd.Function):
                 _add_product(of_images[rows], gradient, texts[columns])
             if of_texts is not None:
                 _add_product(of_texts[columns], gradient.T, images[rows])
-        if want_scale:
-            assert of_images is not None
-            of_scale = (of_images * images).sum()
-        return (
-            of_images.mul_(scale).to(images.dtype)
-            if want_images and of_images is not None
-            else None,
-            None if of_texts is None else of_texts.mul_(scale).to(texts.dtype),
-            of_scale,
-            None,
-            None,
-            None,
-        )
+        if of_images is not None:
+            of_scale = (of_images * images).sum() if want_scale else None
+            of_images = of_images.mul_(scale).to(images.dtype)
+        if of_texts is not None:
+            of_texts = of_texts.mul_(scale).to(texts.dtype)
+        return of_images, of_texts, of_scale, None, None, None
 
 
 class _Tiles:
@@ -146,9 +114,8 @@ class _Tiles:
         self.images, self.texts, self.exclude_self = images, texts, exclude_self
         self.factor = scale * _LOG2_E
         largest = LARGEST_TILE.get(images.device.type, 4096)
-        self.rows = list(_blocks(len(images), largest))
-        self.columns = list(_blocks(len(texts), largest))
-        size = max(map(_length, self.rows)) * max(map(_length, self.columns))
+        self.rows, self.columns = _blocks(len(images), largest), _blocks(len(texts), largest)
+        size = self.rows[0].stop * self.columns[0].stop  # the first ones are the largest
         self._logits = scale.new_empty(size)
         self._spare = scale.new_empty(size)
         self._narrow = None if images.dtype == scale.dtype else images.new_empty(size)
@@ -160,9 +127,9 @@ class _Tiles:
             if self._narrow is None:  # in 16 bits it would round once more
                 images = images * self.factor
             for columns in self.columns:
-                shape = _length(rows), _length(columns)
-                logits = _shaped(self._logits, shape)
                 texts = self.texts[columns]
+                shape = len(images), len(texts)
+                logits = _shaped(self._logits, shape)
                 if self._narrow is None:
                     torch.mm(images, texts.T, out=logits)
                 else:
@@ -215,17 +182,11 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _blocks(size: int, largest: int) -> Iterator[slice]:
+def _blocks(size: int, largest: int) -> list[slice]:
     """Nearly equal parts of a range, none above `largest`."""
     count = -(-size // largest)
     length = -(-size // count)
-    for start in range(0, size, length):
-        yield slice(start, min(start + length, size))
-
-
-def _length(block: slice) -> int:
-    length: int = block.stop - block.start
-    return length
+    return [slice(start, min(start + length, size)) for start in range(0, size, length)]
 
 
 def _shaped(memory: Tensor, shape: tuple[int, ...]) -> Tensor:

@@ -1,8 +1,8 @@
 """mixup and CutMix: images blended two by two, and their labels with the same weights.
 
-Zhang et al., arXiv 1710.09412, and Yun et al., arXiv 1905.04899. Under the unified contrast the
-authors' rule is affinity = mixed labels x mixed labels transposed: image and text i have the
-labels of both images with their weights, and k is a positive of i with the weight (Y Y^T)_ik.
+Zhang et al., arXiv 1710.09412, and Yun et al., arXiv 1905.04899. Under the unified contrast image
+and text i have the labels of both images with their weights, and k is a positive of i with the
+weight (Y Y^T)_ik: the UniCL authors' affinity, mixed labels x mixed labels transposed.
 
 Partners are the neighbours in the global batch, samples 2k and 2k + 1, and a pair's numbers are a
 function of (seed, step, pair): the same on any number of ranks and after any restart, which timm's
@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from unicl_fast.batch import Batch
-from unicl_fast.config import ObjectiveConfig
+from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.objectives.positives import Membership
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.keyed_random import fold_key, random_betas, random_units
@@ -51,8 +51,9 @@ def draw_pairs(
     def key(purpose: int) -> np.uint64:
         return np.uint64(fold_key(seed, _PURPOSE, step, purpose))
 
+    part_of_cutmix = objective.cutmix_share if objective.mixup else 1.0
     is_mixed = random_units(key(0), pairs) < objective.mix_probability
-    is_cut = is_mixed & (random_units(key(1), pairs) < _part_of_cutmix(objective))
+    is_cut = is_mixed & (random_units(key(1), pairs) < (part_of_cutmix if objective.cutmix else 0))
     alphas = np.where(is_cut, objective.cutmix or 1.0, objective.mixup or 1.0)
     lambdas = np.where(is_mixed, random_betas(key(2), pairs, alphas), 1.0)
     side = image_size * np.sqrt(1 - lambdas)
@@ -66,41 +67,33 @@ def draw_pairs(
 
 
 def mix(
-    images: Float[Tensor, "b c h w"],
-    batch: Batch,
-    objective: ObjectiveConfig,
-    *,
-    seed: int,
-    global_batch_size: int,
+    images: Float[Tensor, "b c h w"], batch: Batch, config: TrainConfig
 ) -> tuple[Float[Tensor, "b c h w"], Membership]:
-    """This rank's images mixed with their neighbours, and the labels of each.
+    """This rank's normalised images mixed with their neighbours, and the labels of each.
 
-    Args:
-        images: normalised; an even number, beginning at an even global index.
-        batch: their class ids, global indices and step.
-        objective: the settings of mixup and CutMix.
-        seed: seed of the run.
-        global_batch_size: n.
+    There is an even number of images, and the first one's global index is even.
     """
     draws = draw_pairs(
-        objective,
-        seed=seed,
+        config.objective,
+        seed=config.run.seed,
         step=batch.step,
-        num_pairs=global_batch_size // 2,
+        num_pairs=config.run.global_batch_size // 2,
         image_size=images.shape[-1],
     )
     device = images.device
     pairs = batch.global_index // 2
     lambdas = _on_device(draws.lambdas, device)[pairs]
     boxes = _on_device(draws.boxes, device)[pairs]
-    partner = _swapped(batch.class_ids)
     is_labelled = batch.class_ids < CAPTION_KEYS_START
     is_mixed = is_labelled & _swapped(is_labelled)
     lambdas = torch.where(is_mixed, lambdas, 1.0)
     boxes = boxes * is_mixed.unsqueeze(1)
-    parts = torch.where(_inside(boxes, images.shape[-1]), 0.0, _blend(lambdas, boxes))
+    # where there is a box, pixels outside of it are the image's own
+    has_box = boxes[:, 1] > boxes[:, 0]
+    outside = torch.where(has_box, 1.0, lambdas)[:, None, None]
+    parts = torch.where(_inside(boxes, images.shape[-1]), 0.0, outside)
     mixed = torch.lerp(_swapped(images), images, parts.unsqueeze(1).to(images.dtype))
-    return mixed, labels_of_pairs(batch.class_ids, partner, lambdas)
+    return mixed, labels_of_pairs(batch.class_ids, _swapped(batch.class_ids), lambdas)
 
 
 def labels_of_pairs(
@@ -115,41 +108,29 @@ def labels_of_pairs(
     )
 
 
-def check_pairs_on_one_rank(
-    objective: ObjectiveConfig, *, local_batch_size: int, micro_batch_size: int
-) -> None:
+def check_pairs_on_one_rank(config: TrainConfig, *, local_batch_size: int) -> None:
     """Refuses what would part neighbours: they must be on one rank and encoded together.
 
     Raises:
         ValueError: an odd number of images on a rank, or micro-batches.
     """
-    if not objective.mixes:
-        return
-    if local_batch_size % 2:
+    if config.objective.mixes and local_batch_size % 2:
         raise ValueError(
             "objective.mixup and objective.cutmix mix images two by two, and a rank has "
             f"{local_batch_size} of them: make run.global_batch_size an even multiple of the "
             "number of ranks"
         )
-    if micro_batch_size:
+    if config.objective.mixes and config.efficiency.micro_batch_size:
         raise ValueError(
             "efficiency.micro_batch_size cannot be used with objective.mixup or objective.cutmix; "
             "set it to 0, or these"
         )
 
 
-def _part_of_cutmix(objective: ObjectiveConfig) -> float:
-    if objective.mixup and objective.cutmix:
-        return objective.cutmix_share
-    return 1.0 if objective.cutmix else 0.0
-
-
 def _on_device(numbers: NDArray[Any], device: torch.device) -> Tensor:
     """Copies to the device from pinned memory, so that the host does not wait for it."""
     tensor = torch.from_numpy(numbers)
-    if device.type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 def _swapped(values: Tensor) -> Tensor:
@@ -165,9 +146,3 @@ def _inside(boxes: Int[Tensor, "b 4"], size: int) -> Tensor:
     rows = (positions >= top) & (positions < bottom)
     columns = (positions >= left) & (positions < right)
     return rows.unsqueeze(2) & columns.unsqueeze(1)
-
-
-def _blend(lambdas: Float[Tensor, " b"], boxes: Int[Tensor, "b 4"]) -> Float[Tensor, "b 1 1"]:
-    """The part of an image's own pixels outside of a box: all of them where there is one."""
-    has_box = boxes[:, 1] > boxes[:, 0]
-    return torch.where(has_box, 1.0, lambdas)[:, None, None]

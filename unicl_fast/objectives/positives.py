@@ -6,11 +6,11 @@ a sample, text k is a positive of image i with the weight
 
     W = Y_images Y_texts^T
 
-What the loss wants of W are its products with features, and those need no W: Y_texts^T V are the
-sums of V over each class, and Y_images picks them out again. Two sparse products of O(n d).
+The loss needs products of W with features only: Y_texts^T V are the sums of V over each class, and
+Y_images picks them out again. Two sparse products of O(n d).
 
-Class ids are any int64, 62-bit keys of captions too. They become rows of a small table by sorting
-and binary search, whose results have sizes known beforehand: the host never waits for the device.
+Class ids are any int64. They become rows of a small table by sorting and binary search, whose
+results have sizes known beforehand: the host never waits for the device.
 """
 
 from __future__ import annotations
@@ -54,60 +54,42 @@ class SparseRows(NamedTuple):
 
 
 class Positives(NamedTuple):
-    """The matrix W of images and texts as a product of sparse ones, which only multiplies.
+    """The matrix W of images and texts, or its transpose, as a product of sparse ones.
 
     Nothing here is differentiated by autograd: W is constant, and the loss's gradient is again a
     product with W or its transpose.
     """
 
-    classes_of_images: SparseRows
-    texts_of_classes: SparseRows
-    classes_of_texts: SparseRows
-    images_of_classes: SparseRows
+    from_classes: SparseRows
+    to_classes: SparseRows
     of_itself: Float[Tensor, " b"] | None
     """The weights of the pairs (i, i) where these are left out, to be subtracted."""
 
     def times(
-        self, texts: Float[Tensor, "u d"], weights: Float[Tensor, " u"] | None = None
-    ) -> Float[Tensor, "b d"]:
-        """W (weights * texts): for each image the sum of its positives."""
-        sums = self.classes_of_images.times(self.texts_of_classes.times(texts, weights))
-        return self._without_itself(sums, texts, weights)
-
-    def transposed_times(
-        self, images: Float[Tensor, "b d"], weights: Float[Tensor, " b"] | None = None
-    ) -> Float[Tensor, "u d"]:
-        """W^T (weights * images): for each text the sum of its positives."""
-        sums = self.classes_of_texts.times(self.images_of_classes.times(images, weights))
-        return self._without_itself(sums, images, weights)
-
-    def _without_itself(self, sums: Tensor, features: Tensor, weights: Tensor | None) -> Tensor:
-        if self.of_itself is None:
-            return sums
-        count = len(self.of_itself)  # there may be more texts
-        factor = self.of_itself if weights is None else self.of_itself * weights[:count]
-        sums[:count].addcmul_(factor.unsqueeze(1), features[:count], value=-1)
+        self, features: Float[Tensor, "c d"], weights: Float[Tensor, " c"] | None = None
+    ) -> Float[Tensor, "r d"]:
+        """W (weights * features): for each image (or text) the sum of its positives."""
+        sums = self.from_classes.times(self.to_classes.times(features, weights))
+        if self.of_itself is not None:
+            count = len(self.of_itself)  # there may be more texts
+            factor = self.of_itself if weights is None else self.of_itself * weights[:count]
+            sums[:count].addcmul_(factor.unsqueeze(1), features[:count], value=-1)
         return sums
 
 
 def find_positives(
     class_ids: Int[Tensor, " b"] | Membership,
     text_class_ids: Int[Tensor, " u"] | Membership,
-    *,
     num_images: int,
     num_texts: int,
+    *,
     dtype: torch.dtype,
     exclude_self: bool = False,
-) -> Positives:
-    """Prepares the products with W, from the class ids of images and texts.
+) -> tuple[Positives, Positives]:
+    """Prepares the products with W [b u] and with its transpose, whose weights are of type `dtype`.
 
-    Args:
-        class_ids: of the images; values that no text has are allowed.
-        text_class_ids: of the texts.
-        num_images: b.
-        num_texts: u.
-        dtype: type of the weights.
-        exclude_self: leave out the pairs (i, i); both must be class ids then, and u >= b.
+    Images may have classes that no text has. `exclude_self` leaves out the pairs (i, i); both must
+    be class ids then, and u >= b.
     """
     images, texts = as_membership(class_ids, dtype), as_membership(text_class_ids, dtype)
     known = texts.labels.sort().values
@@ -120,12 +102,17 @@ def find_positives(
         assert isinstance(class_ids, Tensor)
         assert isinstance(text_class_ids, Tensor)
         of_itself = (class_ids == text_class_ids[: len(class_ids)]).to(dtype)
-    return Positives(
-        _by_rows(images.samples, image_rows, image_weights, num_rows=num_images),
-        _by_rows(text_rows, texts.samples, texts.weights, num_rows=len(known)),
-        _by_rows(texts.samples, text_rows, texts.weights, num_rows=num_texts),
-        _by_rows(image_rows, images.samples, image_weights, num_rows=len(known)),
-        of_itself,
+    return (
+        Positives(
+            _by_rows(images.samples, image_rows, image_weights, num_rows=num_images),
+            _by_rows(text_rows, texts.samples, texts.weights, num_rows=len(known)),
+            of_itself,
+        ),
+        Positives(
+            _by_rows(texts.samples, text_rows, texts.weights, num_rows=num_texts),
+            _by_rows(image_rows, images.samples, image_weights, num_rows=len(known)),
+            of_itself,
+        ),
     )
 
 

@@ -2,60 +2,63 @@
 
 Two samples are positives of each other when their class ids are equal. `map_targets` decides the
 ids of one batch and finds equal texts, so that each is encoded once. It works on the host, on NumPy
-arrays; the loops are in `_target_kernels`. The loss turns ids into positives.
+arrays, with Numba for the loops; only `collate` needs torch. The loss turns ids into positives.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
-from unicl_fast.objectives._target_kernels import (
-    CAPTION_KEYS_START as CAPTION_KEYS_START,
-)
-from unicl_fast.objectives._target_kernels import group_steps, group_texts
+from unicl_fast.system.kernels import kernel
 from unicl_fast.text.token_rows import (
     Int64Array,
     UInt16Array,
+    UInt64Array,
+    hash_rows,
+    make_table,
     merge_classes,
     position_factors,
     replace_classes,
-    row_lengths,
+    unique_rows,
 )
+
+if TYPE_CHECKING:  # the data pipeline maps targets without torch
+    from torch import Tensor
+
+    from unicl_fast.batch import Batch
+
+CAPTION_KEYS_START = 1 << 62
+"""Class ids of captions without a class lie from here to 2**63 - 1, those of classes below."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Targets:
-    """Distinct texts and class ids of one batch; letters as in `unicl_fast.batch`."""
+    """Distinct texts and class ids of one batch: the fields of a `Batch` that have these names.
+
+    `tokens` are in order of first occurrence; `class_ids` are text_class_ids[text_index].
+    """
 
     tokens: UInt16Array
-    """uint16 [u l], distinct rows in order of first occurrence, padded with 0."""
     text_index: Int64Array
-    """int64 [b], the row of `tokens` that is the text of each sample."""
     class_ids: Int64Array
-    """int64 [b]; always text_class_ids[text_index]."""
     text_class_ids: Int64Array
-    """int64 [u]."""
     text_counts: Int64Array
-    """int64 [u], how many samples have that text."""
     text_lengths: Int64Array
-    """int64 [u], tokens of each row without padding."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TargetSteps:
-    """Targets of several batches of one size, concatenated.
+    """Targets of several batches of `size` samples, concatenated, with fields as of `Targets`.
 
-    Fields as of `Targets`; the texts of batch s begin at s * size, and only its first num_texts[s]
-    entries are valid.
+    The texts of batch s begin at s * size, and only its first num_texts[s] entries are valid.
     """
 
     size: int
-    """Samples of a batch."""
     num_texts: Int64Array
-    """int64 [steps]."""
     tokens: UInt16Array
     text_index: Int64Array
     text_class_ids: Int64Array
@@ -73,10 +76,7 @@ class PromptLookup(Protocol):
 
 
 def map_targets(
-    rows: UInt16Array,
-    labels: Int64Array,
-    prompts: PromptLookup | None = None,
-    unique: bool = True,
+    rows: UInt16Array, labels: Int64Array, prompts: PromptLookup | None = None
 ) -> Targets:
     """TargetM (Algorithm 1 of the paper): gives every sample a class id, and finds distinct texts.
 
@@ -99,70 +99,42 @@ def map_targets(
         rows: token ids of the texts, uint16 [b l], padded with 0 at the end.
         labels: int64 [b], the class of each sample or -1. Label 0 is a class.
         prompts: finds captions that are prompts of classes; None where there are no prompts.
-        unique: False leaves equal texts apart (u = b, counts of 1) with the same class ids: the
-            plain twin, for tests and comparisons.
-
-    Returns:
-        The targets; `tokens` is new memory unless `unique` is False.
 
     Raises:
         ValueError: no rows, or arrays of other shapes, types or ranges.
     """
     rows, labels = _check(rows, labels)
-    tokens, keys, text_index, text_counts, text_lengths, *known = group_texts(
+    tokens, keys, text_index, text_counts, text_lengths, *known = _group_texts(
         rows, labels, position_factors(rows.shape[1])
     )
     text_class_ids = _classes_of_texts(labels, text_index, tokens, keys, prompts, *known)
-    class_ids = text_class_ids[text_index]
-    if unique:
-        return Targets(
-            tokens=tokens,
-            text_index=text_index,
-            class_ids=class_ids,
-            text_class_ids=text_class_ids,
-            text_counts=text_counts,
-            text_lengths=text_lengths,
-        )
     return Targets(
-        tokens=rows,
-        text_index=np.arange(len(rows)),
-        class_ids=class_ids,
-        text_class_ids=class_ids.copy(),
-        text_counts=np.ones(len(rows), dtype=np.int64),
-        text_lengths=row_lengths(rows),
+        tokens=tokens,
+        text_index=text_index,
+        class_ids=text_class_ids[text_index],
+        text_class_ids=text_class_ids,
+        text_counts=text_counts,
+        text_lengths=text_lengths,
     )
 
 
 def map_steps(
     rows: UInt16Array, labels: Int64Array, prompts: PromptLookup | None, *, size: int
 ) -> TargetSteps:
-    """`map_targets` of consecutive batches of `size` samples, in one call for small batches.
-
-    Args:
-        rows: as of `map_targets`, of all batches.
-        labels: as of `map_targets`.
-        prompts: as of `map_targets`.
-        size: samples of each batch.
-    """
+    """`map_targets` of consecutive batches of `size` samples, in one call for small batches."""
     if size == len(rows):
-        targets = map_targets(rows, labels, prompts)
-        return TargetSteps(
-            size=size,
-            num_texts=np.array([len(targets.tokens)]),
-            tokens=targets.tokens,
-            text_index=targets.text_index,
-            text_class_ids=targets.text_class_ids,
-            text_counts=targets.text_counts,
-            text_lengths=targets.text_lengths,
+        only = map_targets(rows, labels, prompts)
+        tokens, index, classes = only.tokens, only.text_index, only.text_class_ids
+        counts, lengths, num_texts = only.text_counts, only.text_lengths, np.array([len(tokens)])
+    else:
+        rows, labels = _check(rows, labels)
+        tokens, index, counts, lengths, classes, num_texts, is_plain = _group_steps(
+            rows, labels, position_factors(rows.shape[1]), size
         )
-    rows, labels = _check(rows, labels)
-    tokens, index, counts, lengths, classes, num_texts, is_plain = group_steps(
-        rows, labels, position_factors(rows.shape[1]), size
-    )
-    for step in np.flatnonzero(~is_plain).tolist():
-        mine = slice(step * size, (step + 1) * size)
-        targets = map_targets(rows[mine], labels[mine], prompts)
-        classes[mine.start : mine.start + num_texts[step]] = targets.text_class_ids
+        for step in np.flatnonzero(~is_plain).tolist():
+            own = slice(step * size, (step + 1) * size)
+            targets = map_targets(rows[own], labels[own], prompts)
+            classes[own.start : own.start + num_texts[step]] = targets.text_class_ids
     return TargetSteps(
         size=size,
         num_texts=num_texts,
@@ -188,8 +160,7 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
         targets.text_index[start:stop], return_index=True, return_inverse=True, return_counts=True
     )
     order = np.argsort(first)
-    position = np.empty_like(order)
-    position[order] = np.arange(len(order))
+    position = np.argsort(order)
     texts = texts[order]
     return Targets(
         tokens=targets.tokens[texts],
@@ -201,6 +172,53 @@ def slice_targets(targets: Targets, start: int, stop: int) -> Targets:
     )
 
 
+def collate(
+    images: Tensor,
+    tokens: Tensor,
+    labels: Tensor,
+    *,
+    prompts: PromptLookup | None = None,
+    step: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Batch:
+    """Makes one rank's `Batch` of a global batch in memory, for loaders other than DALI's.
+
+    Args:
+        images: uint8 [n h w c], RGB, of the global batch.
+        tokens: [n l] token rows padded with 0, as `Tokenizer` makes them.
+        labels: int64 [n]; -1 is a caption without a class.
+        prompts: as in `map_targets`.
+        step: optimizer step of the batch.
+        rank: whose local batch is made.
+        world_size: number of ranks; divides n.
+    """
+    import torch
+
+    from unicl_fast.batch import Batch
+
+    n = len(images)
+    if not n == len(tokens) == len(labels) or n % world_size:
+        raise ValueError(
+            f"expected as many images as tokens and labels, and a multiple of {world_size} ranks, "
+            f"got {n}, {len(tokens)} and {len(labels)}"
+        )
+    start, stop = rank * n // world_size, (rank + 1) * n // world_size
+    whole = map_targets(tokens.numpy().astype(np.uint16), labels.numpy(), prompts)
+    targets = slice_targets(whole, start, stop)
+    return Batch(
+        step=step,
+        images=images[start:stop],
+        tokens=torch.from_numpy(targets.tokens.astype(np.int64)),
+        text_lengths=targets.text_lengths,
+        text_index=torch.from_numpy(targets.text_index),
+        class_ids=torch.from_numpy(targets.class_ids),
+        text_class_ids=torch.from_numpy(targets.text_class_ids),
+        text_counts=torch.from_numpy(targets.text_counts),
+        global_index=torch.arange(start, stop),
+    )
+
+
 def _classes_of_texts(
     labels: Int64Array,
     text_index: Int64Array,
@@ -208,28 +226,27 @@ def _classes_of_texts(
     keys: Int64Array,
     prompts: PromptLookup | None,
     classes: Int64Array,
-    unlabelled: np.ndarray[tuple[int], np.dtype[np.bool_]],
+    unlabelled: npt.NDArray[np.bool_],
     num_conflicts: int,
     num_unlabelled: int,
 ) -> Int64Array:
-    """int64 [u]: the rules of `map_targets` for each text; the last four are `group_texts`'."""
+    """int64 [u]: the rules of `map_targets` for each text; the last four are `_group_texts`'."""
     if not num_unlabelled and not num_conflicts:
         return classes
-    same = []  # blocks of pairs of classes that turn out to be one
+    pairs = [np.empty((0, 2), dtype=np.int64)]  # of classes that turn out to be one
     if num_conflicts:
         of_text = classes[text_index]
         differs = (labels >= 0) & (labels != of_text)
-        same.append(np.stack([labels[differs], of_text[differs]], axis=1))
+        pairs.append(np.stack([labels[differs], of_text[differs]], axis=1))
     if prompts is not None and num_unlabelled:
         texts = np.flatnonzero(unlabelled)
         found = prompts.lookup(tokens[texts])
         texts, found = texts[found >= 0], found[found >= 0]
         differs = (classes[texts] >= 0) & (classes[texts] != found)
-        same.append(np.stack([found[differs], classes[texts][differs]], axis=1))
+        pairs.append(np.stack([found[differs], classes[texts][differs]], axis=1))
         classes[texts] = found
-    pairs = np.concatenate(same) if same else np.empty((0, 2), dtype=np.int64)
-    if len(pairs):
-        classes = replace_classes(classes, *merge_classes(pairs))
+    if sum(map(len, pairs)):
+        classes = replace_classes(classes, *merge_classes(np.concatenate(pairs)))
     return np.where(classes >= 0, classes, keys)
 
 
@@ -251,3 +268,86 @@ def _check(rows: UInt16Array, labels: Int64Array) -> tuple[UInt16Array, Int64Arr
             f"labels must be classes from 0 to 2**62 - 1, or -1 for none, not {low} to {high}"
         )
     return np.ascontiguousarray(rows), labels
+
+
+# The loops.
+
+
+@kernel
+def _label_texts(
+    labels: Int64Array, text_index: Int64Array, num_texts: int
+) -> tuple[Int64Array, npt.NDArray[np.bool_], int]:
+    """Finds what the samples of each distinct text say about its class.
+
+    Returns:
+        text_labels: int64 [u], the first label among a text's samples, -1 if they have none.
+        unlabelled: bool [u], whether some sample of the text has no label.
+        num_conflicts: samples whose label is not the first one of their text.
+    """
+    text_labels = np.full(num_texts, -1, np.int64)
+    unlabelled = np.zeros(num_texts, np.bool_)
+    num_conflicts = 0
+    for sample in range(labels.shape[0]):
+        # without branches, which a processor could only guess
+        text, label = text_index[sample], labels[sample]
+        known = text_labels[text]
+        unlabelled[text] |= label < 0
+        text_labels[text] = known if known >= 0 else label
+        num_conflicts += int((label >= 0) & (known >= 0) & (known != label))
+    return text_labels, unlabelled, num_conflicts
+
+
+@kernel
+def _group_texts(rows: UInt16Array, labels: Int64Array, factors: UInt64Array) -> tuple[Any, ...]:
+    """Finds the distinct texts of a batch and what is known of each; rows are C-contiguous.
+
+    One call, since for small batches a call takes longer than what it does.
+
+    Returns:
+        tokens: uint16 [u, l], the distinct rows in order of first occurrence.
+        keys: int64 [u], their class ids where no label and no prompt gives one.
+        index: int64 [b], the text of each row.
+        counts: int64 [u].
+        lengths: int64 [u], as of `row_lengths`.
+        text_labels, unlabelled, num_conflicts: as of `_label_texts`.
+        num_unlabelled: texts of which some sample has no label.
+    """
+    hashes = hash_rows(rows, factors)
+    first, index, counts, tokens, lengths = unique_rows(rows, hashes, make_table(rows.shape[0]))
+    text_labels, unlabelled, num_conflicts = _label_texts(labels, index, first.size)
+    keys = np.empty(first.size, np.int64)
+    for text in range(first.size):
+        keys[text] = np.int64((hashes[first[text]] >> np.uint64(2)) | np.uint64(CAPTION_KEYS_START))
+    known = text_labels, unlabelled, num_conflicts, unlabelled.sum()
+    return tokens, keys, index, counts, lengths, *known
+
+
+@kernel
+def _group_steps(rows: UInt16Array, labels: Int64Array, factors: UInt64Array, size: int) -> Any:
+    """`_group_texts` of consecutive batches of `size` rows.
+
+    The entries of a batch's texts begin where its rows begin, and are 0 after its last text.
+
+    Returns:
+        tokens uint16 [b, l], index, counts, lengths and text_labels int64 [b]; of each batch
+        num_texts int64, and bool is_plain: all its texts have a label, each one only.
+    """
+    steps = rows.shape[0] // size
+    tokens = np.zeros(rows.shape, np.uint16)
+    index = np.empty(rows.shape[0], np.int64)
+    counts = np.zeros(rows.shape[0], np.int64)
+    lengths, text_labels = np.zeros_like(counts), np.zeros_like(counts)
+    num_texts = np.empty(steps, np.int64)
+    is_plain = np.empty(steps, np.bool_)
+    for step in range(steps):
+        start, end = step * size, (step + 1) * size
+        found = _group_texts(rows[start:end], labels[start:end], factors)
+        texts = found[0].shape[0]
+        tokens[start : start + texts] = found[0]
+        index[start:end] = found[2]
+        counts[start : start + texts] = found[3]
+        lengths[start : start + texts] = found[4]
+        text_labels[start : start + texts] = found[5]
+        num_texts[step] = texts
+        is_plain[step] = found[7] == 0 and found[8] == 0
+    return tokens, index, counts, lengths, text_labels, num_texts, is_plain

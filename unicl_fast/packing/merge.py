@@ -27,9 +27,8 @@ import xxhash
 from tqdm import tqdm
 
 import unicl_fast
-from unicl_fast.dataset.errors import DamagedSampleError
-from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset, sample_key
-from unicl_fast.dataset.remote.object_store import is_url
+from unicl_fast.dataset.object_store import is_url
+from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import (
     Description,
     SampleReader,

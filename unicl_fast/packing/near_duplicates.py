@@ -28,8 +28,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from unicl_fast.dataset.errors import DamagedSampleError
-from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset
 from unicl_fast.system.machine import usable_cores
 
 MAX_DISTANCE = 12

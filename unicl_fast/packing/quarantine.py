@@ -18,8 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS
-from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.packing.sources.items import Item, Problem, Source
 from unicl_fast.system.wording import count_of
 

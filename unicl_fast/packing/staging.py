@@ -26,8 +26,8 @@ from pathlib import Path, PurePosixPath
 import xxhash
 from tqdm import tqdm
 
-from unicl_fast.dataset.remote.block_cache import CacheOptions
-from unicl_fast.dataset.remote.object_store import ObjectStore, StoredObject, is_url
+from unicl_fast.dataset.block_cache import CacheOptions
+from unicl_fast.dataset.object_store import ObjectStore, StoredObject, is_url
 from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.packing.work_folder import describe_unfinished, lock_folder
 from unicl_fast.system.atomic_files import temporary_folder

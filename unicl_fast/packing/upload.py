@@ -18,7 +18,7 @@ import xxhash
 from tqdm import tqdm
 
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
-from unicl_fast.dataset.remote.object_store import ObjectStore, StorageError, is_url
+from unicl_fast.dataset.object_store import ObjectStore, StorageError, is_url
 from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.folder_check import expected_files
 from unicl_fast.packing.staging import DEFAULT_STAGING_BYTES, default_work_folder, staged_sources

@@ -25,9 +25,8 @@ import xxhash
 from tqdm import tqdm
 
 from unicl_fast.dataset.arrays import PIXELS_NAME
-from unicl_fast.dataset.errors import DamagedSampleError
 from unicl_fast.dataset.manifest import MANIFEST_NAME
-from unicl_fast.dataset.reader import PackedDataset, sample_key
+from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import SampleReader, StoredSample
 from unicl_fast.images.check import MAX_PIXELS, RESIZE_QUALITY
 from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS

@@ -1,5 +1,4 @@
-"""Cores, files, checksums, kernels, random numbers, progress, wording: what any program needs.
+"""Cores, memory, files, checksums, kernels, random numbers, progress, wording: any program's needs.
 
-Knows nothing of images, texts or training. Importing it does not import torch, except by
-`host_buffers`.
+Knows nothing of images, texts or training. Importing it imports no torch.
 """

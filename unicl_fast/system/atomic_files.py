@@ -17,11 +17,8 @@ _LOCK_NAME = ".in-use"
 def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     """Yields a path beside `path` to write to; at the end it takes the place of `path` atomically.
 
-    A reader finds the old file or the new one. After an error the old one is still there.
-
-    Args:
-        path: the file to replace; it need not exist.
-        flush: whether the new file must survive a power cut.
+    A reader finds the old file or the new one. After an error the old one is still there. Without
+    `flush` the new one need not survive a power cut.
     """
     # with the process's number, since two programs may write the same file
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -65,13 +62,10 @@ def read_fully(descriptor: int, buffer: memoryview, *, offset: int) -> int:
 
 
 def lock(descriptor: int, *, wait: bool = False) -> bool:
-    """Locks an open file against other processes until the descriptor is closed.
+    """Locks an open file until the descriptor is closed; False if another process holds the lock.
 
     The kernel releases the lock with the process, however that ends. (A file with a process id
     would not do: containers may share a folder.)
-
-    Returns:
-        False if another process holds the lock and `wait` is not set.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
@@ -90,12 +84,7 @@ def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
 
 @contextlib.contextmanager
 def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]:
-    """Makes a folder, and removes it at the end; those that killed programs left are removed first.
-
-    Args:
-        prefix: beginning of the folder's name, the same for all runs of a program.
-        root: where it is made; None takes the system's folder for temporary files.
-    """
+    """Makes a folder for a while, after removing those that killed programs left."""
     root = root or Path(tempfile.gettempdir())
     for old in root.glob(f"{prefix}*/{_LOCK_NAME}"):
         with contextlib.suppress(OSError), _locked(old) as is_unused:

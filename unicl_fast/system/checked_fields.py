@@ -1,10 +1,9 @@
 """Dataclasses checked against the types of their fields, which carry the ranges.
 
-`image_size: Annotated[int, Meta(ge=1, le=8192)]` is all that is written about a range: checks and
-messages read it from there. msgspec compares values with types and turns JSON's lists into tuples.
-The walk over nested dataclasses and the sentences are our own: they name the field with its dots,
-what it takes, and what came. (pydantic's dataclasses were tried: importing the config took 100 ms
-of CPU time instead of 30, and their constructors raise tables instead of sentences.)
+`image_size: Annotated[int, Meta(ge=1, le=8192)]` is all that is written about a range. msgspec
+compares values with types; the walk over nested dataclasses and the sentences are our own: they
+name the field with its dots, what it takes, and what came. (pydantic's dataclasses were tried:
+importing the config took 100 ms of CPU time instead of 30, and they raise tables, not sentences.)
 """
 
 from __future__ import annotations
@@ -50,10 +49,7 @@ def check_fields(instance: object, *, name: str = "") -> None:
 def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
     """Builds a dataclass, and those within it, from what `parse_json` returned.
 
-    Args:
-        cls: the dataclass; fields with a default may be missing.
-        values: the parsed object.
-        name: what the object is called in messages.
+    Fields with a default may be missing; messages call the object `name`.
 
     Raises:
         ValueError: a field is unknown, missing or of another type, or its value out of range.
@@ -83,11 +79,7 @@ def from_json_values(cls: type[T], values: Any, *, name: str = "") -> T:
 
 
 def convert(value: Any, kind: Any, *, name: str) -> Any:
-    """Returns a value as a field of type `kind` holds it: lists are tuples, objects dataclasses.
-
-    Raises:
-        ValueError: it is of another type or out of range.
-    """
+    """Returns a value as a field of type `kind` holds it, lists as tuples, or raises ValueError."""
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType) and value is not None:  # all are `... | None`
         return convert(value, inner[0], name=name)
@@ -103,11 +95,7 @@ def convert(value: Any, kind: Any, *, name: str) -> Any:
 
 
 def parse_json(data: bytes | str, *, where: str) -> Any:
-    """Parses JSON, `Infinity` included; a name that stands twice in an object is refused.
-
-    Raises:
-        ValueError: it is not JSON in UTF-8; the message begins with `where`.
-    """
+    """Parses JSON, `Infinity` included; raises ValueError, also if an object has a name twice."""
     try:
         text = data if isinstance(data, str) else data.decode("utf-8")
         return json.loads(text, object_pairs_hook=_without_repeats)

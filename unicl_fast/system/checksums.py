@@ -1,12 +1,11 @@
 """XXH3-64 checksums: of files, of the files of a packed data set, of JSON objects.
 
-A packed data set lists the checksums of its files in a file beside the manifest, which readers of
-earlier versions ignore. A data set without that list is read too, but damage to its arrays can then
-be found only where it contradicts itself.
+A packed data set lists the checksums of its files beside the manifest. One without that list is
+read too, but damage to its arrays can then be found only where it contradicts itself.
 
 A JSON object carries its own checksum in one more field (`seal`), of the other fields in a fixed
-spelling, so that white space and the order of fields do not matter: nothing else would reveal a
-flipped digit. Objects without one, as earlier versions wrote them, are read as they are.
+spelling, so that white space and order do not matter: nothing else would reveal a flipped digit.
+Objects without one, as earlier versions wrote them, are read as they are.
 """
 
 from __future__ import annotations
@@ -41,21 +40,13 @@ def format_checksums(checksums: Iterable[tuple[str, str]]) -> str:
 
 
 def read_checksums(folder: Path) -> dict[str, str] | None:
-    """Reads the checksum of each file that a data set lists; None if it has no list.
-
-    Raises:
-        ValueError: the list is damaged.
-    """
+    """Reads a data set's list of checksums; None if it has none. Raises as `parse_checksums`."""
     path = folder / CHECKSUMS_NAME
     return parse_checksums(path.read_bytes(), where=str(path)) if path.is_file() else None
 
 
 def parse_checksums(data: bytes, *, where: str) -> dict[str, str]:
-    """Reads the checksum of each file from a list; `where` names the list in messages.
-
-    Raises:
-        ValueError: the list is damaged.
-    """
+    """Reads name -> checksum from a list; raises ValueError, naming `where`, if it is damaged."""
     lines = data.decode("utf-8", "replace").split("\n")
     matches = [_LINE.fullmatch(line) for line in lines[:-1]]
     found = {match.group(2): match.group(1) for match in matches if match is not None}
@@ -65,11 +56,7 @@ def parse_checksums(data: bytes, *, where: str) -> dict[str, str]:
 
 
 def compare_checksum(path: Path, found: str, checksums: dict[str, str]) -> None:
-    """Refuses a file whose checksum is not the listed one.
-
-    Raises:
-        ValueError: it differs, or is not listed.
-    """
+    """Raises ValueError if the checksum of a file is not the listed one, or is not listed."""
     expected = checksums.get(path.name)
     if found != expected:
         raise ValueError(
@@ -84,11 +71,7 @@ def dump_checksummed_json(values: Mapping[str, Any]) -> str:
 
 
 def parse_checksummed_json(text: bytes) -> dict[str, Any]:
-    """Reads a JSON object, checks it, and returns it without its checksum.
-
-    Raises:
-        ValueError: the text is no JSON object, or not the one that was written.
-    """
+    """Reads a JSON object without its checksum; raises ValueError if it is not what was written."""
     try:
         values = json.loads(text.decode("utf-8"))
         if not isinstance(values, dict):

@@ -1,8 +1,8 @@
-"""Numba's decorators as this package uses them: compiled once for a machine, and kept on disk.
+"""Numba's decorators as this package uses them, and a kernel that reads files.
 
-Numba takes what it keeps of a function for fresh until the function's own file changes. But
-constants, enumerations and functions of other modules are part of the compiled code too: after an
-update of those alone, a stale kernel would plan other batches here than on the next machine. So
+Kernels are compiled once for a machine, and kept on disk. Numba takes what it keeps of a function
+for fresh until the function's own file changes. But code of other modules is part of it too: after
+an update of those alone, a stale kernel would plan other batches here than on the next machine. So
 kernels are kept in a folder that is named by a hash of all code that can be part of them. It must
 belong to this user alone, since loading a kept kernel runs code.
 """
@@ -22,6 +22,7 @@ from typing import Any, TypeVar, overload
 
 import llvmlite
 import numba
+import numpy as np
 from numba import cfunc, njit, types
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -39,23 +40,14 @@ def kernel(function: F, /, **options: Any) -> F: ...
 @overload
 def kernel(**options: Any) -> Callable[[F], F]: ...
 def kernel(function: Any = None, /, **options: Any) -> Any:
-    """Compiles a function by `numba.njit`, without Python's lock, and keeps the result on disk.
-
-    Args:
-        function: what to compile; left out, this returns a decorator.
-        **options: more of Numba's, such as `inline` or `fastmath`.
-    """
+    """Compiles by `numba.njit` without Python's lock, and keeps it on disk; options are Numba's."""
     if function is None:
         return lambda function: kernel(function, **options)
     return _compile(function, functools.partial(njit, nogil=True, **options))
 
 
 def c_function(*arguments: Any) -> Callable[[Callable[..., None]], Any]:
-    """Returns a decorator like `numba.cfunc` whose result is kept; its `address` is for C code.
-
-    Args:
-        *arguments: Numba's types of the function's arguments; it returns nothing.
-    """
+    """Returns a decorator like `numba.cfunc` whose result is kept; its `address` is for C code."""
     decorator = functools.partial(cfunc, types.void(*arguments))
     return lambda function: _compile(function, decorator)
 
@@ -116,3 +108,25 @@ def _hash_code() -> str:
     for file in sorted(files):
         digest.update(f"{file.name}\0".encode() + file.read_bytes())
     return digest.hexdigest()[:16]
+
+
+# The C library's function, which a compiled loop can call.
+_pread = types.ExternalFunction(
+    "pread", types.intp(types.int32, types.uintp, types.uintp, types.int64)
+)
+
+
+@kernel
+def pread_rows(file: Any, offsets: Any, rows: Any, positions: Any) -> Any:
+    """Reads bytes of a file from offsets[i] on into rows[positions[i]], a whole row of uint8 each.
+
+    All in one call without Python's lock, and by `pread` instead of a mapped file: one that shrinks
+    or vanishes under a running job is then a missing row instead of a bus error. Returns bool [k],
+    whether a row came whole; the content of one that did not is undefined.
+    """
+    size = rows.shape[1]
+    whole = np.empty(offsets.size, np.bool_)
+    for i in range(offsets.size):
+        target = rows[positions[i]]
+        whole[i] = _pread(file, target.ctypes.data, size, offsets[i]) == size
+    return whole

@@ -4,9 +4,7 @@ Data plan and drop path ask "what is random number `counter` of the stream `(see
 and get the same answer on any rank, in any order, after any restart. A key is made on the host by
 folding integers together; a number is one more mix of key and counter. The mixer is the finaliser
 of SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-
-The kernels serve the host; `uniform_tensor` computes the same numbers on any device of torch, which
-is not imported for that: programs that use the kernels alone need not wait for it.
+The kernels serve the host; `uniform_tensor` computes the same numbers on any device of torch.
 """
 
 from __future__ import annotations
@@ -18,7 +16,7 @@ import numpy as np
 
 from unicl_fast.system.kernels import kernel
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # programs that use the kernels alone need not wait for it
     from torch import Tensor
 
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -104,35 +102,17 @@ def fold_key(*parts: int) -> int:
 
 
 def uniform_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
-    """Computes `random_unit` for tensors, on any device, bit for bit.
+    """Computes `random_unit` for tensors, on any device, bit for bit, as float64.
 
-    Args:
-        keys: int64 with the bits of the keys, or one key.
-        counters: int64, broadcast against `keys`.
-
-    Returns:
-        float64 in [0, 1) of the broadcast shape.
+    Keys are int64 with the bits of the keys, or one key; counters int64, broadcast against them.
     """
-    return _shift_right(_random_bits_tensor(keys, counters), 11).double() * _TO_UNIT
+    return _shift_right(fold_key_tensor(keys, counters), 11).double() * _TO_UNIT
 
 
-def fold_key_tensor(key: int, parts: Tensor) -> Tensor:
-    """Folds one more part into a key, for many parts, on their device and without copies to it.
-
-    Args:
-        key: result of `fold_key` for the parts before.
-        parts: int64.
-
-    Returns:
-        int64 with the bits of `fold_key(..., part)` for each part.
-    """
-    return _random_bits_tensor(key, parts)
-
-
-def _random_bits_tensor(keys: Tensor | int, counters: Tensor) -> Tensor:
+def fold_key_tensor(keys: Tensor | int, parts: Tensor) -> Tensor:
+    """Returns int64 with the bits of `fold_key(..., part)` for each int64 part, on their device."""
     key = _signed(keys) if isinstance(keys, int) else keys
-    mixed = _mix_tensor(counters * _signed(_GOLDEN) + key)
-    return _mix_tensor(mixed ^ key)
+    return _mix_tensor(_mix_tensor(parts * _signed(_GOLDEN) + key) ^ key)
 
 
 def _mix_tensor(value: Tensor) -> Tensor:

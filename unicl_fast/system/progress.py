@@ -1,8 +1,7 @@
 """The present stage of this process, for its watchdog, and evaluations that stop early on request.
 
-The present stage is one tuple in one place. A mark costs less than a microsecond and takes no lock:
-storing a name is atomic, and a watchdog tells one mark from the next by the object. A process is
-one rank, so one place is enough.
+The present stage is one tuple in one place, since a process is one rank. A mark costs less than a
+microsecond and takes no lock: storing a name is atomic, and a watchdog tells marks by the object.
 
 Evaluations call `heartbeat_and_check_stop` between batches; the trainer decides what is asked
 there. So an evaluation knows neither the trainer nor signals; alone, it always runs to its end.
@@ -39,11 +38,7 @@ def current_stage() -> Stage:
 
 
 def mark(
-    name: str,
-    step: int | None = None,
-    *,
-    patience: float = 1.0,
-    waits_for_ranks: bool = False,
+    name: str, step: int | None = None, *, patience: float = 1.0, waits_for_ranks: bool = False
 ) -> None:
     """Ends the present stage and begins another."""
     global _now

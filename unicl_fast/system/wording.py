@@ -24,16 +24,7 @@ def shorten(value: Any, *, limit: int = 100) -> str:
 
 
 def refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:
-    """Refuses to resume a checkpoint whose description differs from the present one.
-
-    Args:
-        what: noun for what is described, for the message.
-        stored: description in the checkpoint, in JSON's types.
-        present: description of this run, in JSON's types; a tuple equals a list.
-
-    Raises:
-        ValueError: they differ; names the first element that does, and how many more do.
-    """
+    """Raises ValueError, naming the first difference, if a checkpoint is of another `what`."""
     differences = list(config_diff(stored, present))
     if differences:
         more = len(differences) - 1

@@ -1,17 +1,15 @@
 """Batches larger than memory: encode in micro-batches, compare the whole batch, encode again.
 
-The loss compares every image with every text, so gradients of micro-batches cannot simply be
-added up as for a classifier. But it sees a sample only through its feature, which is small:
+The loss compares every image with every text, so gradients of micro-batches do not add up as for a
+classifier. But it sees a sample only through its feature, which is small:
 
     1. encode all micro-batches without a graph and keep the features;
     2. take the loss of the whole global batch and its gradient with respect to the features;
     3. encode each micro-batch once more, with a graph, and back-propagate its features' gradient.
 
-The result is the plain step's, up to the order of summation: drop path is a function of a
-sample's global index in the batch, so both forward passes drop the same branches and no generator
-has to be rewound. The price is one more forward pass, about 4/3 of the time; in return only one
-micro-batch's activations are held. The idea: Gao et al., "Scaling Deep Contrastive Learning
-Batch Size under Memory Limited Setup", 2021 (arXiv 2101.06983).
+The result is the plain step's, up to the order of summation: drop path is a function of a sample's
+global index, so both forward passes drop the same branches. The price is one more forward pass,
+about 4/3 of the time. Gao et al., arXiv 2101.06983.
 """
 
 from __future__ import annotations
@@ -28,14 +26,19 @@ from unicl_fast.config import ObjectiveConfig, TrainConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.training.step import Encode, contrast_over_ranks, encoder_input, texts_to_encode
+from unicl_fast.training.global_loss import (
+    Encode,
+    contrast_over_ranks,
+    encoder_input,
+    texts_to_encode,
+)
 
 
-def refuse_batch_statistics(model: nn.Module) -> None:
-    """Refuses models whose features depend on the other images of a micro-batch.
+def check_micro_batches(model: nn.Module, objective: ObjectiveConfig) -> None:
+    """Refuses what cannot be trained in micro-batches.
 
     Raises:
-        ValueError: the model has BatchNorm.
+        ValueError: the model has BatchNorm, or the objective has no texts.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm):
@@ -45,14 +48,6 @@ def refuse_batch_statistics(model: nn.Module) -> None:
                 "efficiency.micro_batch_size=0, or take an image encoder without BatchNorm (Swin, "
                 "ViT, FocalNet)"
             )
-
-
-def refuse_without_texts(objective: ObjectiveConfig) -> None:
-    """Refuses objectives without texts: micro-batches are of images and texts.
-
-    Raises:
-        ValueError: an objective without texts.
-    """
     if not objective.has_texts:
         raise ValueError(
             f"efficiency.micro_batch_size is for images and texts; objective.name="
@@ -67,20 +62,13 @@ def back_propagate_in_micro_batches(
     batch: Batch,
     config: TrainConfig,
     ranks: Ranks,
-    *,
     scale_loss: Callable[[Tensor], Tensor],
 ) -> Tensor:
     """Adds the gradient of the scaled loss of the global batch to the parameters' `.grad`.
 
-    Args:
-        model: the bare model, for passes whose gradients are not yet reduced over ranks.
-        encode: its DDP wrapper, or the model itself where there is one rank. It sees the last
-            micro-batch only, when all other gradients are there: one reduction a step.
-        batch: the local batch, on the model's device.
-        config: the run's settings; `efficiency.micro_batch_size` images, and as many distinct
-            texts, go through an encoder at once. It need not divide the local batch.
-        ranks: this process among its peers.
-        scale_loss: loss -> what is differentiated.
+    `efficiency.micro_batch_size` images, and as many distinct texts, go through an encoder at once;
+    it need not divide the local batch. Only the last micro-batch goes through `encode`, the DDP
+    wrapper, when all other gradients are there: one reduction over ranks a step.
 
     Returns:
         The loss of the global batch, not scaled, equal on all ranks.
@@ -130,8 +118,7 @@ def back_propagate_in_micro_batches(
         text_features.backward(gradient)
     with precision.autocast(device_type):
         last_features = encode(input_of(*pixels[-1]), *texts[-1])
-    last_gradients = [image_gradients[-1], text_gradients[-1], scale_gradient]
-    back_propagate_learnt(last_features, last_gradients)
+    back_propagate_learnt(last_features, [image_gradients[-1], text_gradients[-1], scale_gradient])
     return loss.detach()
 
 
@@ -143,17 +130,12 @@ def back_propagate_learnt(features: Sequence[Tensor], gradients: Sequence[Tensor
 
 def _text_micro_batches(batch: Batch, config: TrainConfig) -> list[Batch]:
     """Splits the texts of a batch; each piece is as long as its own longest text."""
-    names: tuple[str, ...]
+    names = ["text_index", "class_ids"]
     if config.efficiency.unique_texts:
-        num_texts = len(batch.tokens)
-        names = ("tokens", "text_lengths", "text_class_ids", "text_counts")
-    else:
-        num_texts = len(batch.text_index)
-        names = ("text_index", "class_ids")
+        names = ["tokens", "text_lengths", "text_class_ids", "text_counts"]
+    fields = {name: getattr(batch, name) for name in names}
     size = config.efficiency.micro_batch_size
     return [
-        dataclasses.replace(
-            batch, **{name: getattr(batch, name)[start : start + size] for name in names}
-        )
-        for start in range(0, num_texts, size)
+        dataclasses.replace(batch, **{name: fields[name][start : start + size] for name in names})
+        for start in range(0, len(fields[names[0]]), size)
     ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,20 +14,17 @@ from numpy.typing import NDArray
 
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.arrays import blocks_of
-from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.block_cache import CacheOptions
+from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.dataset.remote.block_cache import CacheOptions
-from unicl_fast.dataset.remote.object_store import is_url
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
 
 
-def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
+def open_datasets(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
     """Opens what `data.train` names, DIR or DIR=WEIGHT each, as far as `data.fraction` says.
-
-    DIR may be a URL too.
 
     Returns:
         The data sets and their weights; None where no weight was given.
@@ -49,13 +46,9 @@ def open_sources(data: DataConfig) -> tuple[list[PackedDataset], list[float] | N
         if weight is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
             raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
+    limit, cache = data.max_bad_fraction, cache_options(data)
     datasets = [
-        PackedDataset(
-            folder,
-            fraction=fraction,
-            max_bad_fraction=data.max_bad_fraction,
-            cache=cache_options(data),
-        )
+        PackedDataset(folder, fraction=fraction, max_bad_fraction=limit, cache=cache)
         for folder, fraction in zip(folders, fractions, strict=True)
     ]
     for dataset in datasets:
@@ -81,12 +74,6 @@ def cache_options(data: DataConfig) -> CacheOptions:
     )
 
 
-def names_of(datasets: Sequence[PackedDataset]) -> list[str]:
-    """Short names: those of the folders, numbered where several folders have the same."""
-    # of a URL, the folder in the cache has its last part as its name
-    return numbered([dataset.folder.resolve().name for dataset in datasets])
-
-
 def numbered(names: Sequence[str]) -> list[str]:
     """Makes names differ, by a number behind each of those that are there several times."""
     taken = {name for name in names if names.count(name) == 1}
@@ -100,38 +87,14 @@ def numbered(names: Sequence[str]) -> list[str]:
     return found
 
 
-def traffic_of(datasets: Sequence[PackedDataset]) -> Callable[[], tuple[int, int]] | None:
-    """A function that counts bytes read from stores, and bytes of images that were needed.
-
-    None where no data set is under a URL.
-    """
-    remote = [dataset for dataset in datasets if dataset.remote is not None]
-    if not remote:
-        return None
-
-    def count() -> tuple[int, int]:
-        read = sum(one.remote.store.traffic.read_bytes for one in remote if one.remote is not None)
-        return read, sum(one.needed_bytes for one in remote)
-
-    return count
-
-
-def describe_traffic(read: int, needed: int) -> str:
-    """A sentence about both, for the log."""
-    ratio = f", {read / needed:.2f} times as much" if needed else ""
-    return (
-        f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: {needed / 1e6:,.1f} MB "
-        f"of images{ratio}"
-    )
-
-
 def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
     """Warns where the order of training will read much more from a store than it needs."""
     if dataset.remote is None:
         return
     manifest, num_samples = dataset.manifest, len(dataset)
-    pixels = [] if manifest.pixels is None else [manifest.pixels.num_bytes]
-    total = sum(pixels or (shard.num_bytes for shard in manifest.shards))
+    total = sum(shard.num_bytes for shard in manifest.shards)
+    if manifest.pixels is not None:
+        total = manifest.pixels.num_bytes
     total = total * num_samples // max(1, manifest.num_samples)
     window = min(data.shuffle_window or num_samples, num_samples)
     # a window, and the next one, which is fetched meanwhile
@@ -139,12 +102,9 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
     if at_once <= data.cache_bytes:
         return
     fitting = max(16, int(data.cache_bytes * num_samples / (2.5 * total)))
+    what = f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
     if window == num_samples:
         what = f"all of it is shuffled together, {total / 1e9:.1f} GB"
-    else:
-        what = (
-            f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
-        )
     logger.warning(
         "DATA: %s: %s, and data.cache_bytes keeps %.1f GB: the same blocks will be read again and "
         "again. Set data.shuffle_window to %d or less, or give the cache more room",
@@ -153,10 +113,9 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
 
 
 def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:
-    """Builds the prompts of all classes of all data sets, by the config's rule for label spaces.
+    """Builds the prompts of all classes of all data sets, as long as the model reads them.
 
-    They are as long as the model reads them, so that classes whose prompts it cannot tell apart are
-    joined here, and not in some batches of some ranks.
+    So classes whose prompts it cannot tell apart are joined here (see `map_targets`).
     """
     return ClassPrompts(
         [(dataset.manifest.class_names, dataset.manifest.templates) for dataset in datasets],
@@ -165,7 +124,7 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
     )
 
 
-def describe_sources(
+def describe_datasets(
     datasets: Sequence[PackedDataset], weights: Sequence[float] | None
 ) -> dict[str, Any]:
     """Describes what a run is trained on: contents, not paths, so that data may be moved.
@@ -178,21 +137,16 @@ def describe_sources(
         "sources": [
             {
                 "num_samples": len(dataset),
-                "shards": _checksums(dataset.manifest),
-                "num_classes": len(dataset.manifest.class_names),
+                "shards": [shard.xxh3 for shard in manifest.shards]
+                + ([] if manifest.pixels is None else [manifest.pixels.xxh3]),
+                "num_classes": len(manifest.class_names),
             }
-            for dataset in datasets
+            for dataset, manifest in zip(datasets, manifests, strict=True)
         ],
         "vocabulary_hash": [manifest.vocabulary_hash for manifest in manifests],
         "class_names": [list(manifest.class_names) for manifest in manifests],
         "templates": [list(manifest.templates) for manifest in manifests],
     }
-
-
-def _checksums(manifest: Manifest) -> list[str]:
-    """Checksums of all files that hold samples."""
-    pixels = [] if manifest.pixels is None else [manifest.pixels.xxh3]
-    return [shard.xxh3 for shard in manifest.shards] + pixels
 
 
 def adapt_objective_to_data(config: TrainConfig, datasets: Sequence[PackedDataset]) -> TrainConfig:
@@ -244,9 +198,9 @@ def rows_of_class_names(
     """
     starts = np.cumsum(prompts.num_classes) - prompts.num_classes
     row_of: dict[str, int] = {}
-    for source, dataset in enumerate(datasets):
+    for number, dataset in enumerate(datasets):
         class_names = dataset.manifest.class_names
-        ids = prompts.classes_of(source, np.arange(len(class_names)))
+        ids = prompts.classes_of(number, np.arange(len(class_names)))
         rows = starts[ids >> 32] + (ids & 0xFFFF_FFFF)
         for name, row in zip(class_names, rows.tolist(), strict=True):
             row_of.setdefault(name, row)

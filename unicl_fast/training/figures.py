@@ -1,11 +1,10 @@
-"""Figures of a run for people: its curves, and what the pipeline fed."""
+"""Figures of a run for people: its curves, and its first batch."""
 
 from __future__ import annotations
 
 import math
 import textwrap
 from pathlib import Path
-from typing import Any
 
 from matplotlib import colormaps
 from matplotlib.axes import Axes
@@ -62,7 +61,9 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
     count = min(_COLUMNS * _MOST_ROWS, batch.batch_size)
     rows = math.ceil(count / _COLUMNS)
     tokenizer = Tokenizer()
-    colours = _class_colours(batch.class_ids[:count].tolist())
+    class_ids = batch.class_ids[:count].tolist()
+    # as far apart as the golden angle keeps the first ones
+    order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}
     figure = Figure(figsize=(1.6 * _COLUMNS, 2.05 * rows), layout="constrained")
     for number, axis in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
         axis.set_xticks([])
@@ -75,14 +76,10 @@ def draw_contact_sheet(batch: Batch, path: Path) -> None:
         lines = textwrap.wrap(text, width=22, max_lines=3, placeholder=" ...")
         axis.set_xlabel("\n".join(lines), fontsize=7, color=INK)
         for spine in axis.spines.values():
-            spine.set(color=colours[number], linewidth=3)
+            spine.set(
+                color=colormaps["turbo"](order[class_ids[number]] * 0.381966 % 1), linewidth=3
+            )
     save_figure(figure, path)
-
-
-def _class_colours(class_ids: list[int]) -> list[Any]:
-    """One colour a class, as far apart as the golden angle keeps the first ones."""
-    order = {class_id: number for number, class_id in enumerate(dict.fromkeys(class_ids))}
-    return [colormaps["turbo"]((order[class_id] * 0.381966) % 1) for class_id in class_ids]
 
 
 def _label(axis: Axes, *, title: str, y: str) -> None:

@@ -1,8 +1,8 @@
-"""Limits on what may go wrong in a run: steps that are not finite, and samples that were replaced.
+"""Limits of a run: non-finite steps, replaced samples, and memory before the first step.
 
-Both are counted on every rank and judged at logging steps, on all ranks alike, so that no other
-step waits for the device or for another rank. What is counted is on the host anyway: a `Batch`
-tells which samples it holds and which were planned, so nothing here knows files or decoders.
+Steps and samples are counted on every rank and judged at logging steps, on all ranks alike, so that
+no other step waits for the device or for another rank. What is counted is on the host anyway: a
+`Batch` tells which samples it holds and which were planned.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import collections
 import json
 import logging
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,18 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.amp import GradScaler
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
-from unicl_fast.dataset.errors import TooManyBadSamplesError
-from unicl_fast.dataset.reader import QUARANTINE_NAME
+from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
+from unicl_fast.models.efficiency import has_batch_norm
+from unicl_fast.models.precision import Precision
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.machine import control_groups
+from unicl_fast.training.global_loss import encoder_input
 
 logger = logging.getLogger(__name__)
 
@@ -44,22 +50,9 @@ class NonfiniteSteps:
     """
 
     def __init__(
-        self,
-        config: TrainConfig,
-        *,
-        ranks: Ranks,
-        run_folder: Path | None,
-        scaler: torch.amp.GradScaler,
+        self, config: TrainConfig, *, ranks: Ranks, run_folder: Path | None, scaler: GradScaler
     ) -> None:
-        """Starts at step 0.
-
-        Args:
-            config: the run's; beyond `run.max_bad_steps` such steps the run stops.
-            ranks: this process among its peers.
-            run_folder: where files are written; None writes nothing.
-            scaler: where it is enabled (fp16), it tries how far gradients can go: a norm that is
-                not finite is then its business.
-        """
+        """Gradient norms that are not finite are the scaler's business where it is enabled."""
         self.count = 0
         """Non-finite steps of this process so far."""
         self._config, self._ranks, self._run_folder = config, ranks, run_folder
@@ -82,10 +75,7 @@ class NonfiniteSteps:
     ) -> None:
         """Looks at the steps that were not judged yet; all ranks call it together.
 
-        Args:
-            steps: loss and gradient norm of the last steps.
-            done: how many steps the run has done; `steps` ends there.
-            last_metrics: what was logged last, for the file.
+        `steps` holds loss and gradient norm of the last ones of the `done` steps of the run.
 
         Raises:
             FloatingPointError: one more than `run.max_bad_steps`, or gradients that overflow at
@@ -102,8 +92,10 @@ class NonfiniteSteps:
                 fault = f"the gradient norm of step {step} is {grad_norm}"
             else:
                 continue
+            self.count += 1
             values = {"step": step, "loss": loss, "grad_norm": grad_norm}
-            self._report(f"{fault}, and the update was left out", values, last_metrics)
+            where = self._write(values, last_metrics)
+            self._report(f"{fault}, and the update was left out", where)
         self._remembered.clear()
         overflowed = bool(steps) and not any(math.isfinite(norm) for _, norm in steps)
         # updates are left out while the scale halves; below 1 it has nothing more to give
@@ -113,18 +105,13 @@ class NonfiniteSteps:
                 "whatever the loss scale: use efficiency.precision=bf16"
             )
 
-    def _report(
-        self, fault: str, values: dict[str, Any], last_metrics: Mapping[str, float]
-    ) -> None:
-        self.count += 1
+    def _report(self, fault: str, where: str) -> None:
         allowed = self._config.run.max_bad_steps
-        where = self._write(values, last_metrics)
         if self.count > allowed:
-            many = (
-                f" (non-finite step {self.count}, run.max_bad_steps={allowed})" if allowed else ""
-            )
+            if allowed:
+                fault += f" (non-finite step {self.count}, run.max_bad_steps={allowed})"
             raise FloatingPointError(
-                f"{fault}{many}: lower optim.lr or lengthen the warm-up; checkpoints are from "
+                f"{fault}: lower optim.lr or lengthen the warm-up; checkpoints are from "
                 f"before{where}"
             )
         if self._ranks.is_main:
@@ -136,15 +123,14 @@ class NonfiniteSteps:
     def _write(self, values: dict[str, Any], last_metrics: Mapping[str, float]) -> str:
         """Writes the step with the samples of all ranks; returns the end of a message about it."""
         step = values["step"]
-        records = dict(self._remembered).get(step, {})
-        columns = {name: records.get(name) for name in _RECORDS}
-        mine = {name: None if ids is None else ids.tolist() for name, ids in columns.items()}
-        every = gather_objects(mine, self._ranks)
+        columns = dict(self._remembered).get(step, dict.fromkeys(_RECORDS))
+        own = {name: None if ids is None else ids.tolist() for name, ids in columns.items()}
+        every = gather_objects(own, self._ranks)
         if self._run_folder is None:
             return ""
         path = self._run_folder / f"non-finite-step-{step:08d}.json"
         if self._ranks.is_main:
-            facts = {
+            content = {
                 **_for_json(values),
                 "last_metrics": _for_json(last_metrics),
                 "seed": self._config.run.seed,
@@ -153,18 +139,14 @@ class NonfiniteSteps:
                 "ranks": [{"rank": rank, **samples} for rank, samples in enumerate(every)],
             }
             try:
-                path.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+                path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
             except OSError as error:
                 logger.error("the samples of step %d cannot be written down: %s", step, error)
         return f"; its samples are in {path}"
 
 
 class BatchNormBackup:
-    """Puts BatchNorm's averages back after a non-finite step.
-
-    Weights and the optimizer's state are masked, but the forward pass has changed the averages by
-    the time the loss is known.
-    """
+    """Puts back BatchNorm's averages, which the forward pass of a non-finite step has changed."""
 
     def __init__(self, model: nn.Module) -> None:
         norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
@@ -183,10 +165,7 @@ class BatchNormBackup:
 
 
 class ReplacedSamples:
-    """Counts draws that were fed another sample than the planned one, and stops at a limit.
-
-    Counts since this process began to train.
-    """
+    """Counts draws of another sample than the planned one, since this process began to train."""
 
     def __init__(self, config: TrainConfig, *, run_folder: Path | None) -> None:
         """Takes the limit from the config; `run_folder` is for the message."""
@@ -228,3 +207,97 @@ def _for_json(values: Mapping[str, Any]) -> dict[str, Any]:
         name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in values.items()
     }
+
+
+def check_memory(
+    model: UniCL, config: TrainConfig, *, images_per_step: int, device: torch.device
+) -> None:
+    """Warns before the first step where one will hardly fit, and refuses where it cannot.
+
+    A process that runs out of memory on the host is ended without a message, often late in the run.
+    So the bytes that backward needs of one image are measured, and multiplied by `images_per_step`
+    of this rank, both views counted: a lower bound (except for compiled encoders), since texts come
+    in all lengths and the rest is small.
+
+    Raises:
+        ValueError: more than twice what is free would be needed.
+    """
+    at_once = min(images_per_step, config.efficiency.micro_batch_size or images_per_step)
+    image_bytes = activation_bytes(model, config, device)
+    free = free_memory(device)
+    needed = at_once * image_bytes
+    if needed <= free:
+        return
+    message = (
+        f"a step keeps about {needed / 1e9:.0f} GB for backward ({at_once} images of "
+        f"{image_bytes / 1e6:.0f} MB), and {free / 1e9:.0f} GB are free: "
+        + _advice(model, int(free // image_bytes))
+    )
+    if needed > 2 * free:
+        raise ValueError(message)
+    logger.warning(message)
+
+
+def activation_bytes(model: UniCL, config: TrainConfig, device: torch.device) -> int:
+    """Bytes an image that the image encoder's forward pass keeps for backward.
+
+    Two passes of different size are compared, since weights in a narrow type are kept once, not
+    for each image. Compiled encoders run as they are written here, and may keep less in training.
+    """
+    few, more = (_kept_bytes(model, config, device, num_images) for num_images in (2, 4))
+    return (more - few) // 2
+
+
+def _kept_bytes(model: UniCL, config: TrainConfig, device: torch.device, num_images: int) -> int:
+    kept: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    size = config.data.image_size
+    images = torch.zeros(num_images, size, size, 3, dtype=torch.uint8, device=device)
+    was_training = model.training
+    model.eval()  # keeps as much, and leaves BatchNorm's averages and drop path alone
+    with (
+        torch.compiler.set_stance("force_eager"),
+        torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor),
+        Precision(config.efficiency.precision).autocast(device.type),
+    ):
+        model.encode_image(encoder_input(images, config))
+    model.train(was_training)
+    return sum(kept.values())
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank can still have: of its device, or its part of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024
+    for folder in control_groups():
+        limit = folder / "memory.max"
+        if limit.is_file() and limit.read_text().strip() != "max":
+            free = min(free, _free_in_group(folder))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_in_group(folder: Path) -> int:
+    limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+    files = _fields_of(folder / "memory.stat")
+    # files that were read count as used, and make room when it is needed
+    return limit - used + files["inactive_file"] + files["active_file"]
+
+
+def _fields_of(path: Path) -> dict[str, int]:
+    lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    return {name: int(value) for name, value, *_ in lines}
+
+
+def _advice(model: UniCL, fitting: int) -> str:
+    if fitting < 1:
+        return "not even one image fits; take a smaller image encoder or data.image_size"
+    smaller = 1 << max(0, fitting.bit_length() - 2)  # half of what would fit, or less
+    if has_batch_norm(model):
+        return f"set run.global_batch_size to {smaller} a rank, or use more ranks"
+    return f"set efficiency.micro_batch_size to {smaller} (the same result), or use more ranks"

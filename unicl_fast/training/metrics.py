@@ -13,18 +13,18 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from unicl_fast.batch import Batch
-from unicl_fast.distributed.ranks import Ranks, gather_integers
+from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.progress import WaitingForRanks
 
 if TYPE_CHECKING:  # slow to import, and rank 0's alone
     from torch.utils.tensorboard import SummaryWriter
@@ -71,8 +71,7 @@ class StepMeter:
         steps = self.read()
         values = {}
         # JSON knows no infinity: steps that were left out, and overflows of the loss scaler
-        losses, norms = zip(*steps, strict=True)
-        for name, column in (("loss", losses), ("grad_norm", norms)):
+        for name, column in zip(("loss", "grad_norm"), zip(*steps, strict=True), strict=True):
             if finite := [value for value in column if math.isfinite(value)]:
                 values[name] = sum(finite) / len(finite)
         elapsed = time.perf_counter() - self._started
@@ -83,13 +82,12 @@ class StepMeter:
         return values
 
 
-class SourceMeter:
+class DatasetMeter:
     """Measures whether a mix of data sets does what it is for, at logging steps only.
 
-    `epochs/NAME` counts how often a data set was gone through: one in its tenth epoch while the
-    others are in their first has too large a weight. `positives_per_row/NAME` is 1 for a data set
-    that teaches as CLIP does, and large for one that teaches as a classifier does.
-    `storage_bytes_read` and `storage_bytes_needed` are there for data sets under URLs.
+    A data set in its tenth epoch (`epochs/NAME`) while others are in their first has too large a
+    weight. `positives_per_row/NAME` is 1 for one that teaches as CLIP does, and large for one that
+    teaches as a classifier does. `storage_bytes_*` are there for data sets under URLs.
     """
 
     def __init__(
@@ -97,57 +95,46 @@ class SourceMeter:
         names: Sequence[str],
         *,
         epochs: Callable[[int], Sequence[float]],
-        traffic: Callable[[], tuple[int, int]] | None = None,
+        datasets: Sequence[PackedDataset] = (),
     ) -> None:
-        """Measures nothing yet.
+        """`epochs` gives those of each data set after a number of steps.
 
-        Args:
-            names: of the data sets.
-            epochs: number of steps done -> epochs of each data set.
-            traffic: bytes that this rank has read from stores, and bytes of images that it needed
-                of them; None where all data sets are in folders.
+        The traffic of `datasets` is counted where they are under URLs.
         """
-        self._names = list(names)
-        self._epochs = epochs
-        self._traffic = traffic
+        self._names, self._epochs = list(names), epochs
+        self._stores = [(one, one.remote.store) for one in datasets if one.remote is not None]
         self.traffic: tuple[int, int] | None = None
-        """The traffic of all ranks at the last `describe`."""
+        """Bytes that all ranks had read from stores at the last `describe`, and bytes of images
+        that they needed of them; None where all data sets are in folders."""
 
     def describe(self, batch: Batch, ranks: Ranks, *, num_steps: int) -> dict[str, float]:
         """The numbers after `num_steps` steps; all ranks call it together.
 
         Positives are counted in the global batch, the row itself included, and averaged over the
-        rows of a source. A source without a row in this batch has no such number.
+        rows of a data set, which has no such number where it has no row in this batch.
         """
         values = {
-            f"epochs/{name}": number
-            for name, number in zip(self._names, self._epochs(num_steps), strict=True)
+            f"epochs/{name}": epochs
+            for name, epochs in zip(self._names, self._epochs(num_steps), strict=True)
         }
-        if self._traffic is not None:
-            read, needed = (sum(gather_integers(number, ranks)) for number in self._traffic())
+        if self._stores:
+            own_read = sum(store.traffic.read_bytes for _, store in self._stores)
+            own_needed = sum(dataset.needed_bytes for dataset, _ in self._stores)
+            read = sum(gather_integers(own_read, ranks))
+            needed = sum(gather_integers(own_needed, ranks))
             self.traffic = read, needed
             values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
         if batch.source_ids is None:
             return values
-        columns = torch.stack([batch.class_ids.cpu(), batch.source_ids])
-        class_ids, source_ids = _join_columns(columns, ranks).numpy()
+        own = np.stack([batch.class_ids.cpu().numpy(), batch.source_ids.numpy()])
+        class_ids, source_ids = np.concatenate(gather_objects(own, ranks), axis=1)
         _, index, counts = np.unique(class_ids, return_inverse=True, return_counts=True)
         positives = counts[index]
-        for source, name in enumerate(self._names):
-            mine = positives[source_ids == source]
-            if len(mine):
-                values[f"positives_per_row/{name}"] = float(mine.mean())
+        for number, name in enumerate(self._names):
+            of_dataset = positives[source_ids == number]
+            if len(of_dataset):
+                values[f"positives_per_row/{name}"] = float(of_dataset.mean())
         return values
-
-
-def _join_columns(columns: Tensor, ranks: Ranks) -> Tensor:
-    """The columns of all ranks side by side, exchanged on the host."""
-    if ranks.world_size == 1:
-        return columns
-    gathered = [torch.empty_like(columns) for _ in range(ranks.world_size)]
-    with WaitingForRanks():
-        torch.distributed.all_gather(gathered, columns, group=ranks.host_group)
-    return torch.cat(gathered, dim=1)
 
 
 class MetricsWriter:
@@ -170,7 +157,7 @@ class MetricsWriter:
             lines = self._path.read_text(encoding="utf-8").splitlines()
             kept = [f"{line}\n" for line in lines if _step_of(line) <= start_step]
             write_text_atomically(self._path, "".join(kept))
-        self._file = _open_to_append(self._path)
+        self._open()
         self._fails = False
         self._tensorboard: SummaryWriter | None = SummaryWriter(
             str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
@@ -198,12 +185,16 @@ class MetricsWriter:
                     if name != "step":
                         tensorboard.add_scalar(name, value, global_step=step)
 
+    def _open(self) -> None:
+        # unbuffered: what is refused does not come back later
+        self._file = io.FileIO(self._path, "a")
+
     def _append(self, line: bytes) -> None:
         """Appends the whole line or nothing: the next one must not stick to half a line."""
         if not self._path.exists():  # the folder was moved or removed
             self._file.close()
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = _open_to_append(self._path)
+            self._open()
         size = os.fstat(self._file.fileno()).st_size
         try:
             written = 0
@@ -228,33 +219,11 @@ class MetricsWriter:
             if tensorboard is not None:
                 tensorboard.close()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl.
-
-    Raises:
-        FileNotFoundError: no such file.
-    """
+    """The lines of a run's metrics.jsonl."""
     lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     return [json.loads(line) for line in lines]
-
-
-def unwritten_evaluations(
-    lines: Iterable[Mapping[str, float]], names: Collection[str], *, step: int
-) -> list[str]:
-    """The named evaluations that have no line at `step` among those of metrics.jsonl."""
-    written = {key for line in lines if line["step"] == step for key in line}
-    return [name for name in names if not any(key.startswith(f"{name}/") for key in written)]
-
-
-def _open_to_append(path: Path) -> io.FileIO:
-    return io.FileIO(path, "a")  # unbuffered: what is refused does not come back later
 
 
 def _step_of(line: str) -> float:

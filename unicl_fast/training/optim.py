@@ -1,7 +1,8 @@
-"""Parameter groups of the released recipe, an optimizer over them, timm's warm-up and cosine.
+"""Parameter groups of the released recipe, an optimizer over them, its schedule, weight averages.
 
 AdamW is torch's, LAMB (You et al., arXiv 1904.00962) is timm's, and the fused twins of both are
-NVIDIA apex's, which is imported here alone, and only when it is asked for.
+NVIDIA apex's, which is imported here alone, and only when it is asked for. Warm-up, cosine and the
+moving average of the weights are timm's.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ from typing import Any
 import torch
 from timm.optim import Lamb
 from timm.scheduler.cosine_lr import CosineLRScheduler
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from unicl_fast.config import TrainConfig
+from unicl_fast.config import OptimConfig, TrainConfig
+from unicl_fast.models.efficiency import keep_activations_in_copy
+from unicl_fast.models.unicl import UniCL
 
 logger = logging.getLogger(__name__)
 
 _SUMMED_AT_ONCE = 2**18
 """Squares in one dot product: more round too much in fp32, fewer cost calls."""
 
-_OF_APEX = ("fusedadamw", "fusedlamb")
 _HOW_TO_BUILD_APEX = (
     "build it from its source, with a CUDA compiler of the version that torch was built with: "
     "git clone https://github.com/NVIDIA/apex && cd apex && APEX_CPP_EXT=1 APEX_CUDA_EXT=1 "
@@ -41,11 +44,7 @@ _UNDECAYED_NAMES = (
 
 
 def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """Trainable parameters with and without weight decay.
-
-    Without: 1-D parameters (norms, biases), logit_scale, position embeddings and tables of
-    relative positions, as in the released recipe.
-    """
+    """Trainable parameters with and without weight decay, as in the released recipe."""
     decayed: list[nn.Parameter] = []
     undecayed: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -60,17 +59,15 @@ def split_parameters(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Para
 def choose_optimizer(name: str, *, device: torch.device, precision: str) -> str:
     """The optimizer that `optim.name` means on this machine.
 
-    Args:
-        name: of the config, as timm spells them; "auto" is torch's AdamW, whose fused kernel takes
-            the clipping factor and leaves out a non-finite step without the host: apex's would
-            read all gradients once more for the one and wait for the device for the other.
-        device: of the parameters.
-        precision: of the config.
+    "auto" is torch's AdamW, whose fused kernel takes the clipping factor and leaves out a
+    non-finite step without the host: apex's would read all gradients once more for the one and wait
+    for the device for the other.
 
     Raises:
         ValueError: an optimizer of apex that cannot work here; says why.
     """
-    if name in _OF_APEX and (device.type != "cuda" or precision == "fp64"):
+    is_apex = name in ("fusedadamw", "fusedlamb")
+    if is_apex and (device.type != "cuda" or precision == "fp64"):
         raise ValueError(
             f"optim.name={name} runs on CUDA devices with weights in fp32, not on {device.type} "
             f"with efficiency.precision={precision}; take adamw or lamb"
@@ -92,11 +89,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     ]
     name = choose_optimizer(optim.name, device=decayed[0].device, precision=efficiency.precision)
     logger.info("optimizer: %s", name)
-    common: dict[str, Any] = {
-        "lr": scaled_lr(optim.lr, config),
-        "betas": optim.betas,
-        "eps": optim.eps,
-    }
+    lr = scaled_lr(optim.lr, config)
+    common: dict[str, Any] = {"lr": lr, "betas": optim.betas, "eps": optim.eps}
     # the two LAMBs clip the gradient to norm 1 by themselves; here optim.clip_norm decides
     match name:
         case "adamw":
@@ -113,9 +107,8 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
 def load_apex_optimizers() -> ModuleType:
     """NVIDIA's `apex.optimizers`, with `FusedAdam` and `FusedLAMB`.
 
-    The name alone says nothing, since PyPI's `apex` is a web toolkit, so apex is recognised by its
-    contents. `amp_C`, the compiled extension that its optimizers call, is tried first, so that a
-    package that is another project is not even imported.
+    PyPI's `apex` is a web toolkit, so apex is recognised by its contents. `amp_C`, the compiled
+    extension that its optimizers call, is tried first: another project is not even imported.
 
     Raises:
         ValueError: it is not installed, another project is, or it lacks its CUDA extensions.
@@ -152,11 +145,7 @@ def gradient_norm(model: nn.Module) -> Tensor:
 
 @torch.no_grad()
 def update(
-    optimizer: torch.optim.Optimizer,
-    grad_norm: Tensor,
-    *,
-    clip_norm: float,
-    leave_out: Tensor,
+    optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip_norm: float, leave_out: Tensor
 ) -> None:
     """Updates the weights with the clipped gradient, or leaves them and the optimizer alone.
 
@@ -164,11 +153,8 @@ def update(
     read all gradients once more; for others gradients are divided, and the host has to read the
     flag. Zeroed gradients would not do: weight decay and the averages would move all the same.
 
-    Args:
-        optimizer: from `build_optimizer`.
-        grad_norm: from `gradient_norm`, [].
-        clip_norm: the longest gradient that is used as it is; 0 is any.
-        leave_out: bool [], on the parameters' device.
+    Gradients longer than `clip_norm` are clipped, unless it is 0; `leave_out` is a bool [] on the
+    parameters' device.
     """
     is_fused = isinstance(optimizer, torch.optim.AdamW) and optimizer.defaults["fused"]
     if not is_fused and leave_out.item():
@@ -210,3 +196,25 @@ def scaled_lr(lr: float, config: TrainConfig) -> float:
     """Linear scaling: the rate given for lr_batch_size samples, for the run's global batch."""
     reference = config.optim.lr_batch_size
     return lr * config.run.global_batch_size / reference if reference else lr
+
+
+def build_weight_average(model: UniCL, optim: OptimConfig) -> ModelEmaV3:
+    """The moving average of the weights, which begins as a copy of the model.
+
+    It is a function of the weights after each step, and of the step, so it is equal on all ranks.
+    BatchNorm's averages are averaged too, as in timm's own training script; counters are copied. It
+    is updated after a step whose update was left out too: to know which those are would mean to
+    wait for the device. The model is on its device by now; the average of a compiled one is not
+    compiled, and keeps its activations.
+    """
+    # timm's own defaults of the warm-up, named here since they decide the result
+    average = ModelEmaV3(
+        model,
+        decay=optim.ema_decay,
+        use_warmup=optim.ema_warmup,
+        warmup_gamma=1.0,
+        warmup_power=2 / 3,
+    )
+    average.module.requires_grad_(False)
+    keep_activations_in_copy(average.module)
+    return average

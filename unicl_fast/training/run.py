@@ -1,7 +1,7 @@
 """A training run on this rank: data, model and trainer are put together from a config, and run.
 
-The loop itself is trainer.py's. What builds the loader and what evaluates a model are arguments, so
-that this room needs neither DALI nor the protocols of evaluation.
+What builds the loader and what evaluates a model are arguments, so that this room needs neither
+DALI nor the protocols of evaluation.
 """
 
 from __future__ import annotations
@@ -24,12 +24,11 @@ from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, 
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
-from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
-from unicl_fast.distributed.rendezvous import process_group
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
-from unicl_fast.models.precision import fast_precision, settle_precision
+from unicl_fast.models.precision import fast_precision, resolve_precision
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import mark
@@ -39,21 +38,17 @@ from unicl_fast.training.data import (
     build_prompts,
     cache_options,
     check_tokenizer,
-    describe_sources,
-    describe_traffic,
-    names_of,
-    open_sources,
+    describe_datasets,
+    numbered,
+    open_datasets,
     rows_of_class_names,
-    traffic_of,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves
-from unicl_fast.training.memory_check import check_memory
-from unicl_fast.training.metrics import SourceMeter
+from unicl_fast.training.limits import check_memory
+from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Evaluation, Trainer
 
 logger = logging.getLogger("unicl_fast")
-
-_DEFAULT_EPOCHS = 32  # the released recipe's
 
 
 class PlannedLoader(Loader, Protocol):
@@ -80,7 +75,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     Ranks(world_size=nproc).local_batch_size(config.run.global_batch_size)
     check_views(config.data.augment, objective=config.objective.name)
     if resume != "auto":  # rank 0 reads checkpoints and reports those it skips; once is enough
-        choose_checkpoint(resume, run_folder)
+        _choose_checkpoint(resume, run_folder)
     _, datasets, _ = _open_checked(config)
     augmentations_of(config.data.augment, [dataset.place for dataset in datasets])
     datasets += [
@@ -97,7 +92,7 @@ def _open_checked(
     config: TrainConfig,
 ) -> tuple[TrainConfig, list[PackedDataset], list[float] | None]:
     """Opens the data and refuses what the model cannot take; adapts the objective to the data."""
-    datasets, weights = open_sources(config.data)
+    datasets, weights = open_datasets(config.data)
     for dataset in datasets:
         check_tokenizer(dataset, context_length=config.model.context_length)
     return adapt_objective_to_data(config, datasets), datasets, weights
@@ -114,13 +109,8 @@ def pretrain(
 ) -> None:
     """Trains on this rank from the first step, or a checkpoint's, to the end.
 
-    Args:
-        config: the run's settings.
-        run_folder: where everything is written.
-        build_loader: builds the loader, on the data sets that the config names.
-        evaluate: evaluates the model on each data set in `data.evaluate`.
-        resume: "never", "auto" or the path of a checkpoint.
-        ledger: record what every step is fed; a run that has a ledger continues it anyway.
+    `resume` is "never", "auto" or the path of a checkpoint. `ledger` asks for a ledger; a run that
+    has one continues it anyway.
 
     Raises:
         SharedRefusal: a ValueError that ranks found together.
@@ -149,14 +139,14 @@ def pretrain(
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
         mark("opening the data and building the model")
-        trainer = build_trainer(
+        trainer = _build_trainer(
             config,
             run_folder=run_folder,
             build_loader=build_loader,
             evaluate=evaluate,
             ranks=ranks,
             device=device,
-            ledger=has_ledger(run_folder, ranks) or ledger,
+            keeps_ledger=has_ledger(run_folder, ranks) or ledger,
         )
         views = 2 if trainer.config.objective.name == "supcon" else 1
         num_images = views * local_batch_size
@@ -179,20 +169,22 @@ def pretrain(
 
 
 def _report(trainer: Trainer, run_folder: Path) -> None:
-    if trainer.sources is not None and trainer.sources.traffic is not None:
-        logger.info(describe_traffic(*trainer.sources.traffic))
+    if trainer.dataset_meter is not None and trainer.dataset_meter.traffic is not None:
+        read, needed = trainer.dataset_meter.traffic
+        logger.info(
+            f"read from stores: {read / 1e6:,.1f} MB, arrays included; needed: "
+            f"{needed / 1e6:,.1f} MB of images"
+            + (f", {read / needed:.2f} times as much" if needed else "")
+        )
     mark("drawing the curves")
+    curves = run_folder / "curves.png"
     try:
-        draw_curves(run_folder, run_folder / "curves.png")
+        draw_curves(run_folder, curves)
+        logger.info("curves in %s", curves)
     except (OSError, ValueError) as error:  # the model is trained all the same
         logger.error("no curves: %s", error)
-    else:
-        logger.info("curves in %s", run_folder / "curves.png")
-    logger.info(
-        "%d steps done. Next: unicl-eval zero-shot --checkpoint %s --data DIR",
-        trainer.step,
-        run_folder,
-    )
+    following = f"unicl-eval zero-shot --checkpoint {run_folder} --data DIR"
+    logger.info("%d steps done. Next: %s", trainer.step, following)
 
 
 def _with_precision(
@@ -207,10 +199,10 @@ def _with_precision(
     else:
         with refused_together(ranks):
             precision = read_state(checkpoint).config.efficiency.precision
-    return settle_precision(config, device, precision)
+    return resolve_precision(config, device, precision)
 
 
-def build_trainer(
+def _build_trainer(
     config: TrainConfig,
     *,
     run_folder: Path,
@@ -218,12 +210,12 @@ def build_trainer(
     evaluate: Evaluate,
     ranks: Ranks,
     device: torch.device,
-    ledger: bool = False,
+    keeps_ledger: bool,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together."""
     config, datasets, weights = _open_checked(config)
     if not config.run.total_steps:
-        samples = _DEFAULT_EPOCHS * sum(len(dataset) for dataset in datasets)
+        samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     prompts = build_prompts(datasets, config)
     loader = build_loader(
@@ -236,6 +228,17 @@ def build_trainer(
         device=device,
         quarantine=run_folder / QUARANTINE_NAME,
     )
+    ledger = None
+    if keeps_ledger:
+        ledger = Ledger(
+            run_folder / LEDGER_FOLDER,
+            sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
+            global_batch_size=loader.plan.global_batch_size,
+            seed=loader.plan.seed,
+            shares=loader.plan.weights,
+            shuffle_window=loader.plan.shuffle_window,
+            ranks=ranks,
+        )
     return Trainer(
         config,
         _DrawsFirstBatch(loader, run_folder / "contact-sheet.png") if ranks.is_main else loader,
@@ -243,25 +246,14 @@ def build_trainer(
         ranks=ranks,
         device=device,
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
-        data=describe_sources(datasets, weights),
-        sources=SourceMeter(
-            names_of(datasets), epochs=loader.plan.epochs, traffic=traffic_of(datasets)
+        data=describe_datasets(datasets, weights),
+        dataset_meter=DatasetMeter(
+            # the folder in the cache has the last part of a URL as its name
+            numbered([dataset.folder.resolve().name for dataset in datasets]),
+            epochs=loader.plan.epochs,
+            datasets=datasets,
         ),
-        ledger=_build_ledger(run_folder, loader.plan, datasets, ranks) if ledger else None,
-    )
-
-
-def _build_ledger(
-    run_folder: Path, plan: TrainPlan, datasets: Sequence[PackedDataset], ranks: Ranks
-) -> Ledger:
-    return Ledger(
-        run_folder / LEDGER_FOLDER,
-        sources=[LedgerSource(dataset.folder.name, len(dataset)) for dataset in datasets],
-        global_batch_size=plan.global_batch_size,
-        seed=plan.seed,
-        shares=plan.weights,
-        shuffle_window=plan.shuffle_window,
-        ranks=ranks,
+        ledger=ledger,
     )
 
 
@@ -285,36 +277,24 @@ class _DrawsFirstBatch:
 
 
 def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | None:
-    """Returns rank 0's `choose_checkpoint` on all ranks: others might see other files.
+    """Returns rank 0's `_choose_checkpoint` on all ranks, since others might see other files.
 
     Ranks that were started again after a failure resume from the newest checkpoint of this run; if
     none has been written yet, they start as at first.
     """
     # agents of torchrun on nodes whose ranks did not fail do not count it as a restart
     restarted = any(gather_integers(int(is_restarted()), ranks))
-    chosen: Path | Exception | None = None
-    if ranks.is_main:
-        try:
+    chosen = None
+    with refused_together(ranks):
+        if ranks.is_main:
             if restarted and list_checkpoints(run_folder / "checkpoints"):
                 resume = "auto"
-            chosen = choose_checkpoint(resume, run_folder)
-        except (ValueError, OSError) as error:
-            chosen = error
-    chosen = from_rank_0(chosen, ranks)
-    with refused_together(ranks):
-        if isinstance(chosen, Exception):
-            raise chosen
-    return chosen
+            chosen = _choose_checkpoint(resume, run_folder)
+    return from_rank_0(chosen, ranks)  # type: ignore[no-any-return]
 
 
-def choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
-    """Returns the checkpoint that `--resume` means, or None for a fresh start.
-
-    Raises:
-        ValueError: the run folder already holds a run and `--resume` does not say what to do, or
-            all its checkpoints are damaged.
-        FileNotFoundError: no checkpoint at the path given.
-    """
+def _choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
+    """Returns the checkpoint that `--resume` means, or None for a fresh start."""
     if resume == "auto":
         return find_sound_checkpoint(run_folder)
     if resume != "never":

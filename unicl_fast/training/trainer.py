@@ -1,8 +1,8 @@
-"""The training loop: batches in, updates, then the cadence of logging, saving and evaluating.
+"""The training loop (`Trainer.fit`): take a batch, update, log, save, evaluate.
 
-The trainer takes any `Loader`, a `ListLoader` on a laptop too; it knows no DALI and no command
-line. The batch of a step, its drop path and its learning rate are functions of the step, so the
-state of a run is the step, the weights and their average, the optimizer and the loss scaler.
+The trainer takes any `Loader`, a `ListLoader` on a laptop too. The batch of a step, its drop path
+and its learning rate are functions of the step, so the state of a run is the step, the weights and
+their average, the optimizer and the loss scaler.
 """
 
 from __future__ import annotations
@@ -36,9 +36,8 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.models.compilation import compile_encoders
-from unicl_fast.models.ema import build_weight_average
-from unicl_fast.models.precision import Precision, place_module, settle_precision
+from unicl_fast.models.efficiency import compile_encoders
+from unicl_fast.models.precision import Precision, place_module, resolve_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.system.machine import choose_device
@@ -51,19 +50,18 @@ from unicl_fast.system.progress import (
 )
 from unicl_fast.training.cached_gradients import (
     back_propagate_in_micro_batches,
-    refuse_batch_statistics,
-    refuse_without_texts,
+    check_micro_batches,
 )
+from unicl_fast.training.global_loss import global_loss, shown_indices
 from unicl_fast.training.limits import BatchNormBackup, NonfiniteSteps, ReplacedSamples
-from unicl_fast.training.metrics import (
-    MetricsWriter,
-    SourceMeter,
-    StepMeter,
-    read_metrics,
-    unwritten_evaluations,
+from unicl_fast.training.metrics import DatasetMeter, MetricsWriter, StepMeter, read_metrics
+from unicl_fast.training.optim import (
+    build_optimizer,
+    build_schedule,
+    build_weight_average,
+    gradient_norm,
+    update,
 )
-from unicl_fast.training.optim import build_optimizer, build_schedule, gradient_norm, update
-from unicl_fast.training.step import global_loss, shown_indices
 
 logger = logging.getLogger(__name__)
 
@@ -85,8 +83,8 @@ class _Session:
     meter: StepMeter
     replaced_samples: ReplacedSamples
     best_metric: str | None
-    owed_evaluations: list[str]
-    """Evaluations of the step to resume from that a stop had cut off."""
+    missing_evaluations: list[str]
+    """Evaluations that were due at the step we resume from and have not written their numbers."""
 
 
 class Trainer:
@@ -103,7 +101,7 @@ class Trainer:
         device: torch.device | None = None,
         evaluations: Mapping[str, Evaluation] | None = None,
         data: Mapping[str, Any] | None = None,
-        sources: SourceMeter | None = None,
+        dataset_meter: DatasetMeter | None = None,
         ledger: Ledger | None = None,
         progress: bool = True,
     ) -> None:
@@ -111,46 +109,49 @@ class Trainer:
 
         Args:
             config: the run's settings.
-            loader: feeds the local batches of this rank.
+            loader: gives the local batches of this rank.
             run_folder: where metrics and checkpoints go; None writes nothing.
             model: None builds one from the config.
-            ranks: this process among its peers; None is one process alone.
-            device: where to train; None takes the one that `run.device` means.
-            evaluations: name -> function of the model that returns named numbers; all ranks call
-                them together.
+            ranks: None is one process alone.
+            device: None takes the one that `run.device` means.
+            evaluations: by name; all ranks call them together.
             data: what the run is trained on, in JSON's types; stored in checkpoints and compared
                 when a run is resumed.
-            sources: measures each data set at logging steps; None measures nothing of them.
-            ledger: records what every step was fed; None records nothing.
+            dataset_meter: measures each data set at logging steps.
+            ledger: records the samples of every step.
             progress: show a progress bar on rank 0.
 
         Raises:
-            ValueError: the run has no length, the ranks cannot divide the global batch, the model
-                or objective cannot be trained in micro-batches or compiled as the config asks, or
-                the objective needs another number of views.
+            ValueError: settings that cannot work together, or with this number of ranks.
         """
         self.ranks = ranks or Ranks()
         _check_settings(config, self.ranks)
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
-        self.config = config = settle_precision(config, self.device)
-        self.loader, self.sources, self.ledger = loader, sources, ledger
+        self.config = config = resolve_precision(config, self.device)
+        self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
         self.run_folder = run_folder
         self.total_steps = config.run.total_steps
         self.step = self._start_step = self._saved_step = 0
         self._show_progress = progress and self.ranks.is_main
 
-        self.model = _place_model(model or UniCL(config), config, self.device)
-        averages = config.optim.ema_decay > 0
-        self.ema = build_weight_average(self.model, config.optim) if averages else None
-        if config.efficiency.compile:
+        efficiency, optim = config.efficiency, config.optim
+        precision = Precision(efficiency.precision)
+        self.model = model or UniCL(config)
+        if efficiency.micro_batch_size:
+            check_micro_batches(self.model, config.objective)
+        place_module(self.model, device=self.device, precision=precision)
+        if efficiency.channels_last:
+            self.model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.ema = build_weight_average(self.model, optim) if optim.ema_decay else None
+        if efficiency.compile:
             compile_encoders(self.model)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
         if self.ranks.world_size > 1:
             self._encode = DistributedDataParallel(self.model)
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
-        self.scaler = Precision(config.efficiency.precision).build_scaler(self.device.type)
+        self.scaler = precision.build_scaler(self.device.type)
 
         self._checkpoints: CheckpointWriter | None = None
         if run_folder is not None and self.ranks.is_main:
@@ -198,32 +199,27 @@ class Trainer:
         """
         every = self.config.run
         with self._session() as session:
-            if session.owed_evaluations:
-                with session.meter.paused():
-                    self._evaluate(session, session.owed_evaluations)
+            self._evaluate(session, session.missing_evaluations)
             batches = self.loader.batches(self.step)
             while self.step < self.total_steps:
                 batch = self._next_batch(session, batches)
                 loss, grad_norm = self.train_step(batch)
                 self._record(session, batch, loss=loss, grad_norm=grad_norm)
-                stops = session.interruption.has_come(self.ranks)
+                is_stopped = session.interruption.has_come(self.ranks)
                 if self._is_due(every.log_every_steps):
                     self._log(session, batch)
-                with session.meter.paused():
-                    if self._is_due(self.config.checkpoint.every_steps) or stops:
-                        self._check_finite(session.meter)
-                        self.save(must=stops or self.step == self.total_steps)
-                    if stops and self.step < self.total_steps:
-                        self._stop(session)
-                    if self.evaluations and self._is_due(every.evaluate_every_steps):
-                        self._check_finite(session.meter)
-                        self._evaluate(session, self.evaluations)
+                if is_stopped or self._is_due(self.config.checkpoint.every_steps):
+                    self._save(session, required=is_stopped or self.step == self.total_steps)
+                if is_stopped and self.step < self.total_steps:
+                    self._stop(session)
+                if self._is_due(every.evaluate_every_steps):
+                    self._evaluate(session, self.evaluations)
 
     def train_step(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Updates the weights once, unless the loss or the gradient norm is not finite.
 
-        Nothing here waits for the device, as far as the optimizer allows (see `optim.update`): a
-        non-finite step is reported at the next logging step.
+        The host does not wait for the device here, except with optimizers that need it to (see
+        `optim.update`). So the next logging step is the first that can report a non-finite one.
 
         Returns:
             The loss of the global batch and the gradient norm before clipping, both on the device.
@@ -244,21 +240,13 @@ class Trainer:
         return loss, grad_norm
 
     def back_propagate(self, batch: Batch) -> Tensor:
-        """Adds the gradient of the global batch's loss to the parameters' `.grad`.
+        """Returns the loss of the global batch, and adds its gradient to the parameters' `.grad`.
 
-        It is the loss scaler's multiple of the gradient where there is a scaler (fp16).
-
-        Returns:
-            The loss of the global batch, on the device.
+        Under fp16 the gradient is multiplied by the loss scaler's factor.
         """
         if 0 < self.config.efficiency.micro_batch_size < batch.batch_size:
             return back_propagate_in_micro_batches(
-                self.model,
-                self._encode,
-                batch,
-                self.config,
-                self.ranks,
-                scale_loss=self._scale_loss,
+                self.model, self._encode, batch, self.config, self.ranks, self._scale_loss
             )
         global_index = shown_indices(batch, global_batch_size=self.config.run.global_batch_size)
         self.model.set_drop_path_key(step=batch.step, global_index=global_index)
@@ -273,16 +261,13 @@ class Trainer:
         return self.scaler.scale(loss * self.ranks.world_size)
 
     def update(self, loss: Tensor) -> Tensor:
-        """Does the second half of `train_step`, when gradients are there; returns their norm."""
+        """Updates the weights with the gradients in `.grad`; returns their norm."""
         self.schedule.step_update(self.step + 1)
         self.scaler.unscale_(self.optimizer)
         grad_norm = gradient_norm(self.model)
-        update(
-            self.optimizer,
-            grad_norm,
-            clip_norm=self.config.optim.clip_norm,
-            leave_out=~(loss.isfinite() & grad_norm.isfinite()),
-        )
+        leave_out = ~(loss.isfinite() & grad_norm.isfinite())
+        clip_norm = self.config.optim.clip_norm
+        update(self.optimizer, grad_norm, clip_norm=clip_norm, leave_out=leave_out)
         self.scaler.update()
         self.model.clamp_logit_scale()
         self.step += 1
@@ -290,30 +275,26 @@ class Trainer:
             self.ema.update(self.model, step=self.step)
         return grad_norm
 
-    def save(self, *, must: bool = True) -> None:
+    def save(self, *, required: bool = True) -> None:
         """Writes a checkpoint of the present step into the run folder; all ranks call it together.
 
-        Args:
-            must: return when it is on the disk; otherwise it is written while training continues.
+        A required one is on the disk when this returns. Another is written while training
+        continues, and where that fails it is only logged, loudly: the next one may fit.
 
         Raises:
-            OSError: it cannot be written, and it `must`. Otherwise that is only logged, loudly:
-                training continues, and the next one may fit.
+            OSError: a required one cannot be written.
         """
         self._mark("checkpoint", waits_for_ranks=self.ledger is not None)
-        if self.ledger is not None and not self.ledger.settle(must=must):
+        if self.ledger is not None and not self.ledger.flush(required=required):
             return
         self._saved_step = self.step
         if self._checkpoints is None:
             return
-        self._checkpoints.write(
-            collect_tensors(model=self.model, ema=self.ema, optimizer=self.optimizer),
-            describe_state(
-                model=self.model, optimizer=self.optimizer, scaler=self.scaler, data=self.data
-            ),
-            step=self.step,
-            must=must,
+        tensors = collect_tensors(model=self.model, ema=self.ema, optimizer=self.optimizer)
+        state = describe_state(
+            model=self.model, optimizer=self.optimizer, scaler=self.scaler, data=self.data
         )
+        self._checkpoints.write(tensors, state, step=self.step, required=required)
 
     def finish_writing(self) -> None:
         """Returns when the checkpoint that `save` began is on the disk, or has failed."""
@@ -323,26 +304,41 @@ class Trainer:
     @contextlib.contextmanager
     def _session(self) -> Iterator[_Session]:
         """Opens what a `fit` writes to, from the present step on, and closes it at the end."""
-        run, folder = self.config.run, self.run_folder
+        folder = self.run_folder
         self._start_step = self.step
         best_metric = choose_best_metric(self.config.checkpoint.best, self.evaluations)
         metrics, lines = None, []
         with contextlib.ExitStack() as stack:
             if folder is not None and self.ranks.is_main:
                 folder.mkdir(parents=True, exist_ok=True)
-                metrics = stack.enter_context(MetricsWriter(folder, start_step=self.step))
+                metrics = MetricsWriter(folder, start_step=self.step)
+                stack.callback(metrics.close)
                 lines = read_metrics(folder)
-            bar = stack.enter_context(self._progress_bar())
+            bar = stack.enter_context(
+                tqdm(
+                    total=self.total_steps,
+                    initial=self.step,
+                    desc="train",
+                    unit="step",
+                    # a log file wants a line now and then, a terminal a live image
+                    mininterval=0.2 if sys.stderr.isatty() else 30,
+                    dynamic_ncols=True,
+                    disable=not self._show_progress,
+                )
+            )
             interruption = stack.enter_context(Interruption())
             if self.ledger is not None:
                 stack.enter_context(self.ledger.segment(self.step))
             if self._checkpoints is not None:
                 stack.enter_context(self._checkpoints.finishing())
                 self._checkpoints.begin(step=self.step, metric=best_metric, lines=lines)
-            owed: list[str] = []
-            if folder is not None and self.step > 0 and self._is_due(run.evaluate_every_steps):
-                owed = unwritten_evaluations(lines, self.evaluations, step=self.step)
-                owed = from_rank_0(owed, self.ranks)
+            missing: list[str] = []
+            every_steps = self.config.run.evaluate_every_steps
+            if folder is not None and self.step > 0 and self._is_due(every_steps):
+                keys = {key for line in lines if line["step"] == self.step for key in line}
+                names = self.evaluations
+                missing = [n for n in names if not any(key.startswith(f"{n}/") for key in keys)]
+                missing = from_rank_0(missing, self.ranks)
             yield _Session(
                 metrics=metrics,
                 bar=bar,
@@ -350,7 +346,7 @@ class Trainer:
                 meter=StepMeter(),
                 replaced_samples=ReplacedSamples(self.config, run_folder=folder),
                 best_metric=best_metric,
-                owed_evaluations=owed,
+                missing_evaluations=missing,
             )
 
     def _next_batch(self, session: _Session, batches: Iterator[Batch]) -> Batch:
@@ -359,7 +355,7 @@ class Trainer:
             return next(batches).to(self.device)
 
     def _record(self, session: _Session, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
-        """Notes what a step was fed and gave; reads nothing from the device."""
+        """Notes the samples and the results of a step; reads nothing from the device."""
         if self.ledger is not None:
             self.ledger.record(batch)
         session.meter.add(loss=loss, grad_norm=grad_norm)
@@ -380,59 +376,73 @@ class Trainer:
             "lr": self.optimizer.param_groups[0]["lr"],
             "replaced_samples": num_replaced,
         }
-        if self.sources is not None:
-            values |= self.sources.describe(batch, self.ranks, num_steps=self.step)
+        if self.dataset_meter is not None:
+            values |= self.dataset_meter.describe(batch, self.ranks, num_steps=self.step)
         self._last_metrics = values
         if session.metrics is not None:
             session.metrics.write(values)
-        session.bar.set_postfix_str(
+        rates = (
             f"loss {values.get('loss', math.nan):.3f}, {values['images_per_second']:.0f} images/s, "
-            f"{values['data_wait_fraction']:.0%} waiting for data",
-            refresh=False,
+            f"{values['data_wait_fraction']:.0%} waiting for data"
         )
+        session.bar.set_postfix_str(rates, refresh=False)
         session.replaced_samples.check(num_replaced)
 
     def _check_finite(self, meter: StepMeter) -> None:
         self._mark("reading the loss", waits_for_ranks=True)
         self._nonfinite_steps.judge(meter.read(), done=self.step, last_metrics=self._last_metrics)
 
+    def _save(self, session: _Session, *, required: bool) -> None:
+        with session.meter.paused():
+            self._check_finite(session.meter)
+            self.save(required=required)
+
     def _evaluate(self, session: _Session, names: Collection[str]) -> None:
         """Runs the named evaluations of the present step, and keeps its checkpoint if it is best.
 
         Raises:
-            Interrupted: a signal came; a resumed run makes up for those that have no line yet.
+            Interrupted: a signal came; a resumed run does the evaluations that are missing.
         """
-        values: dict[str, float] = {}
-        interruption = session.interruption
-        try:
-            with stopping_when(lambda: bool(interruption.signal_name)):
-                for name in names:
-                    self._mark(f"evaluation {name}")
-                    model = self.model if self.ema is None else self.ema.module
-                    _take_buffers_of_rank_0(model, self.ranks)
-                    found = self.evaluations[name](model.eval())
-                    named = {f"{name}/{key}": value for key, value in found.items()}
-                    if session.metrics is not None:
-                        session.metrics.write({"step": self.step, **named})
-                        shown = ", ".join(f"{key} {value:.4g}" for key, value in named.items())
-                        tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
-                    values |= named
-        except EvaluationStopped:
-            if self._saved_step != self.step:
-                self.save()
-            self._stop(session)
-        # when some are made up for, the numbers of the others are known since the start
-        if len(names) == len(self.evaluations) or session.best_metric in values:
-            self._keep_if_best(values)
+        if not names:
+            return
+        with session.meter.paused():
+            self._check_finite(session.meter)
+            values: dict[str, float] = {}
+            try:
+                with stopping_when(lambda: bool(session.interruption.signal_name)):
+                    for name in names:
+                        values |= self._evaluate_one(session, name)
+            except EvaluationStopped:
+                if self._saved_step != self.step:
+                    self.save()
+                self._stop(session)
+            # `begin` has read the best number of evaluations that ran before we resumed
+            if len(names) == len(self.evaluations) or session.best_metric in values:
+                self._keep_if_best(values)
+
+    def _evaluate_one(self, session: _Session, name: str) -> dict[str, float]:
+        self._mark(f"evaluation {name}")
+        model = self.model if self.ema is None else self.ema.module
+        if self.ranks.world_size > 1:  # DDP shares BatchNorm's averages before forward passes only
+            with WaitingForRanks():
+                for buffer in model.buffers():
+                    torch.distributed.broadcast(buffer, src=0)
+        results = self.evaluations[name](model.eval())
+        values = {f"{name}/{key}": value for key, value in results.items()}
+        if session.metrics is not None:
+            session.metrics.write({"step": self.step, **values})
+            shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
+            tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
+        return values
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:
-        """Pins the checkpoint of this step, written now if need be, if none is better."""
+        """Keeps the checkpoint of this step, written now if need be, if none is better."""
         best = None
         if self._checkpoints is not None:
             best = self._checkpoints.better_than_best(self.step, values)
-        # evaluations have a cadence of their own
+        # no checkpoint may be due at a step that evaluates
         if self._saved_step != self.step and from_rank_0(best is not None, self.ranks):
-            self.save(must=False)
+            self.save(required=False)
         if self._checkpoints is not None and best is not None:
             self._checkpoints.keep_as_best(best)
 
@@ -447,61 +457,21 @@ class Trainer:
         return self.step == self.total_steps or (every_steps > 0 and self.step % every_steps == 0)
 
     def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
-        """Tells a watchdog what begins now (see `unicl_fast.system.progress`).
-
-        Args:
-            stage: its name.
-            waits_for_ranks: whether some of it is a collective, for example DDP's.
-        """
+        """Tells a watchdog what begins now, and whether some of it waits in a collective."""
         steps_done = self.step - self._start_step
         patience = 1.0 if steps_done else 3.0
         may_compile = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")
         if self.config.efficiency.compile and may_compile:
             patience = 6.0
         waits_for_ranks = waits_for_ranks and self.ranks.world_size > 1
-        name = stage + OR_WAITING if waits_for_ranks else stage
-        mark(name, self.step, patience=patience, waits_for_ranks=waits_for_ranks)
-
-    def _progress_bar(self) -> tqdm[Any]:
-        return tqdm(
-            total=self.total_steps,
-            initial=self.step,
-            desc="train",
-            unit="step",
-            # a log file wants a line now and then, a terminal a live image
-            mininterval=0.2 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-            disable=not self._show_progress,
-        )
+        stage += OR_WAITING if waits_for_ranks else ""
+        mark(stage, self.step, patience=patience, waits_for_ranks=waits_for_ranks)
 
 
 def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     """Refuses settings that cannot work together, before anything is built."""
     check_views(config.data.augment, objective=config.objective.name)
-    check_pairs_on_one_rank(
-        config.objective,
-        local_batch_size=ranks.local_batch_size(config.run.global_batch_size),
-        micro_batch_size=config.efficiency.micro_batch_size,
-    )
+    local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
+    check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
-
-
-def _place_model(model: UniCL, config: TrainConfig, device: torch.device) -> UniCL:
-    """Checks that the model can be trained as the config asks, and moves it to the device."""
-    efficiency = config.efficiency
-    if efficiency.micro_batch_size:
-        refuse_batch_statistics(model)
-        refuse_without_texts(config.objective)
-    place_module(model, device=device, precision=Precision(efficiency.precision))
-    if efficiency.channels_last:
-        model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return model
-
-
-def _take_buffers_of_rank_0(model: UniCL, ranks: Ranks) -> None:
-    """Gives all ranks rank 0's BatchNorm averages, as DDP does before a forward pass only."""
-    if ranks.world_size > 1:
-        with WaitingForRanks():
-            for buffer in model.buffers():
-                torch.distributed.broadcast(buffer, src=0)

@@ -3,8 +3,8 @@
 A block is a file of its own, written aside and renamed, so one of the right name is whole. It is
 named by the checksum of the file that it is a part of, so a data set that was replaced under its
 URL has other blocks, and two copies of a data set share theirs. A process that wants a missing
-block takes the lock on the file aside (flock: the kernel releases it when its holder dies, by
-SIGKILL too); the others wait for it and then read what it wrote, so each block is fetched once.
+block takes the lock on the file aside, which does not outlive it; the others wait for it and then
+read what it wrote, so each block is fetched once.
 Before a block is fetched its bytes are added to a count in the folder; where they would pass the
 limit, the least recently used blocks make room, and the count is taken anew from the files that
 are there. So what a killed process leaves makes the folder smaller than it may be, never larger.
@@ -23,7 +23,7 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,10 +31,15 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from unicl_fast.dataset.remote.object_store import ObjectStore
+from unicl_fast.dataset.manifest import PixelsInfo, ShardInfo
+from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.system.atomic_files import is_at, lock
 
 logger = logging.getLogger(__name__)
+
+Int64Array = npt.NDArray[np.int64]
+LargeFiles = Mapping[str, ShardInfo | PixelsInfo]
+"""Files that are read in ranges, by name; in this order they are numbered."""
 
 DEFAULT_CACHE_BYTES = 20_000_000_000
 DEFAULT_BLOCK_BYTES = 4 << 20
@@ -73,30 +78,11 @@ class CacheOptions:
         return Path(home) / "unicl_fast"
 
 
-@dataclass(frozen=True, slots=True)
-class LargeFile:
-    """A file that is read in ranges."""
-
-    name: str
-    num_bytes: int
-    xxh3: str
-    """Checksum of the whole file, as the manifest has it; never compared, only part of names."""
-
-
 class BlockCache:
     """The blocks of one folder. Safe in several threads and processes."""
 
     def __init__(self, folder: Path, *, max_bytes: int) -> None:
-        """Makes the folder.
-
-        Args:
-            folder: blocks lie in `blocks` below it.
-            max_bytes: most that all blocks take together. Where processes differ, the smallest
-                limit holds while that process reads.
-
-        Raises:
-            OSError: the folder cannot be made.
-        """
+        """Makes the folder; of several limits the smallest holds while its process reads."""
         self._blocks = folder / "blocks"
         self._max_bytes = max_bytes
         self._blocks.mkdir(parents=True, exist_ok=True)
@@ -108,21 +94,16 @@ class BlockCache:
     def opened(self, name: str, size: int, fetch: Callable[[], bytes]) -> Iterator[int | bytes]:
         """A block for reading: a descriptor, or its bytes where they were just fetched.
 
-        Args:
-            name: FOLDER/NAME of the block; identifies its content for ever.
-            size: bytes of the block.
-            fetch: returns the block; its exceptions come through.
+        Its name, FOLDER/NAME, identifies its content for ever. What `fetch` raises comes through.
         """
         for _ in range(_MOST_ROUNDS):
-            file = self._open(name, size)
-            if file is not None:
+            if (file := self._open(name, size)) is not None:
                 try:
                     yield file
                 finally:
                     os.close(file)
                 return
-            data = self._store(name, size, fetch)
-            if data is not None:
+            if (data := self._store(name, size, fetch)) is not None:
                 yield data
                 return
         yield fetch()
@@ -140,11 +121,10 @@ class BlockCache:
 
     def ensure(self, name: str, size: int, fetch: Callable[[], bytes]) -> None:
         """Fetches a block before it is needed, unless it is there or on its way."""
-        file = self._open(name, size)
-        if file is not None:
+        if (file := self._open(name, size)) is not None:
             os.close(file)
-            return
-        self._store(name, size, fetch, wait=False)
+        else:
+            self._store(name, size, fetch, wait=False)
 
     def discard(self, name: str) -> None:
         """Removes a block whose bytes are wrong."""
@@ -173,11 +153,7 @@ class BlockCache:
     def _store(
         self, name: str, size: int, fetch: Callable[[], bytes], *, wait: bool = True
     ) -> bytes | None:
-        """Fetches a block and keeps it.
-
-        Returns:
-            The block; None if another process has stored it meanwhile, or (without `wait`) does.
-        """
+        """Fetches and keeps a block; None if another has stored it, or (without `wait`) does."""
         path = self._blocks / name
         data: bytes | None = None
         try:
@@ -206,12 +182,19 @@ class BlockCache:
         while True:
             file = os.open(part, os.O_RDWR | os.O_CREAT, 0o666)
             try:
-                if not _lock(file, wait=wait):
-                    yield None
-                    return
+                if not lock(file):
+                    if not wait:
+                        yield None
+                        return
+                    _wait_for_lock(file)
                 # the former holder may have renamed or removed the file that we opened
                 is_ours, is_stored = is_at(file, part), path.exists()
-                if is_ours and not is_stored:
+                if is_stored:
+                    if is_ours:
+                        os.unlink(part)
+                    yield None
+                    return
+                if is_ours:
                     try:
                         yield file
                     except BaseException:
@@ -219,53 +202,38 @@ class BlockCache:
                             os.unlink(part)
                         raise
                     return
-                if is_stored:
-                    if is_ours:
-                        os.unlink(part)
-                    yield None
-                    return
             finally:
                 os.close(file)
 
     def _make_room(self, size: int) -> None:
         """Adds bytes to the count before they are fetched, after making room for them."""
-        with self._counting() as file:
-            used = _read_count(file)
-            if used is None or used + size > self._max_bytes:
-                used = self._remove_oldest(size)
-            os.pwrite(file, b"%0*d" % (_COUNT_DIGITS, used + size), 0)
-
-    @contextlib.contextmanager
-    def _counting(self) -> Iterator[int]:
         # Threads queue here, so that only one of each process polls for the lock: nine of them held
         # each other up for 20 ms a block. Not for ever: a fork may have copied it locked.
         mine = self._own_turn.acquire(timeout=_OWN_TURN_SECONDS)
         file = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(file, wait=True, longest=_FIRST_WAIT_SECONDS)
-            yield file
+            _wait_for_lock(file, longest=_FIRST_WAIT_SECONDS)
+            text = os.pread(file, _COUNT_DIGITS + 1, 0)  # what is no count is taken for full
+            used = int(text) if len(text) == _COUNT_DIGITS and text.isdigit() else self._max_bytes
+            if used + size > self._max_bytes:
+                used = self._remove_oldest(size)
+            os.pwrite(file, b"%0*d" % (_COUNT_DIGITS, used + size), 0)
         finally:
             os.close(file)
             if mine:
                 self._own_turn.release()
 
     def _remove_oldest(self, size: int) -> int:
-        """Removes the least recently used blocks until `size` more bytes fit; returns what is left.
-
-        A block that is being written counts in full.
-        """
-        found = []
-        total = 0
+        """Removes the least recently used blocks until `size` more fit; returns what is left."""
+        found, total = [], 0
         for folder, _, names in os.walk(self._blocks):
             for name in names:
                 path = os.path.join(folder, name)
-                try:
-                    status = os.stat(path)
-                except OSError:  # removed meanwhile
-                    continue
                 if name.endswith(_PART):
-                    total += 0 if _remove_if_left(path) else size
-                else:
+                    total += 0 if _remove_if_left(path) else size  # in full
+                    continue
+                with contextlib.suppress(OSError):  # removed meanwhile
+                    status = os.stat(path)
                     total += status.st_size
                     found.append((status.st_mtime, status.st_size, path))
         if total + size > self._max_bytes:
@@ -289,19 +257,13 @@ class BlockCache:
 
 
 class BlockReader:
-    """Reads ranges of a data set's large files through the cache, like `LocalReader` in a folder.
-
-    It is safe in several threads, and after a fork.
-    """
+    """Reads ranges of large files through the cache; safe in several threads, and after a fork."""
 
     def __init__(
-        self, store: ObjectStore, files: Sequence[LargeFile], cache: BlockCache, *, block_bytes: int
+        self, store: ObjectStore, files: LargeFiles, cache: BlockCache, *, block_bytes: int
     ) -> None:
-        """Fetches nothing before it is read."""
-        self._store = store
-        self._files = list(files)
-        self._cache = cache
-        self._block_bytes = block_bytes
+        self._store, self._files = store, list(files.items())
+        self._cache, self._block_bytes = cache, block_bytes
         self._closed = False
         self._counting = threading.Lock()
         self.num_bytes_read = 0
@@ -317,7 +279,7 @@ class BlockReader:
         if self._closed:
             raise ValueError(f"{self._store.url} has been closed")
         view, done = buffer.data, 0
-        wanted = min(len(view), max(0, self._files[number].num_bytes - offset))
+        wanted = min(len(view), max(0, self._files[number][1].num_bytes - offset))
         while done < wanted:
             block, start = divmod(offset + done, self._block_bytes)
             name, size, fetch = self._block(number, block)
@@ -328,78 +290,57 @@ class BlockReader:
         return done
 
     def read_rows(
-        self,
-        number: int,
-        offsets: npt.NDArray[np.int64],
-        rows: npt.NDArray[np.uint8],
-        positions: npt.NDArray[np.int64],
+        self, number: int, offsets: Int64Array, rows: npt.NDArray[np.uint8], positions: Int64Array
     ) -> npt.NDArray[np.bool_]:
         """Reads many ranges of equal size; opens each block once."""
-        from unicl_fast.dataset.pixels import read_rows  # here, because it loads Numba
+        from unicl_fast.system.kernels import pread_rows  # here, because it loads Numba
 
         size = rows.shape[1]
         whole = np.zeros(len(offsets), np.bool_)
         blocks = offsets // self._block_bytes
         inside = (offsets + size - 1) // self._block_bytes == blocks
-        inside &= offsets + size <= self._files[number].num_bytes
+        inside &= offsets + size <= self._files[number][1].num_bytes
         for i in np.flatnonzero(~inside).tolist():
-            whole[i] = self._read_row(number, rows[positions[i]], int(offsets[i]))
+            with contextlib.suppress(FileNotFoundError):
+                whole[i] = self.read_into(number, rows[positions[i]], int(offsets[i])) == size
         for block in np.unique(blocks[inside]).tolist():
             mine = np.flatnonzero(inside & (blocks == block))
             starts = offsets[mine] - block * self._block_bytes
             name, block_size, fetch = self._block(number, block)
-            try:
-                with self._cache.opened(name, block_size, fetch) as stored:
-                    if isinstance(stored, int):
-                        whole[mine] = read_rows(stored, starts, rows, positions[mine])
-                    else:
-                        data = np.frombuffer(stored, np.uint8)
-                        rows[positions[mine]] = data[starts[:, None] + np.arange(size)]
-                        whole[mine] = True
-            except FileNotFoundError:
-                pass
+            with (
+                contextlib.suppress(FileNotFoundError),
+                self._cache.opened(name, block_size, fetch) as stored,
+            ):
+                if isinstance(stored, int):
+                    whole[mine] = pread_rows(stored, starts, rows, positions[mine])
+                else:
+                    data = np.frombuffer(stored, np.uint8)
+                    rows[positions[mine]] = data[starts[:, None] + np.arange(size)]
+                    whole[mine] = True
         self._count(int(whole[inside].sum()) * size)  # the others were counted
         return whole
 
-    def _read_row(self, number: int, row: npt.NDArray[np.uint8], offset: int) -> bool:
-        try:
-            return self.read_into(number, row, offset) == len(row)
-        except FileNotFoundError:
-            return False
-
     def blocks_of(
-        self,
-        numbers: npt.NDArray[np.int64],
-        offsets: npt.NDArray[np.int64],
-        sizes: npt.NDArray[np.int64],
+        self, numbers: Int64Array, offsets: Int64Array, sizes: Int64Array
     ) -> list[tuple[int, int]]:
         """The blocks that some ranges lie in, (file, block) once each, in this order."""
         first = offsets // self._block_bytes
         last = (offsets + np.maximum(sizes, 1) - 1) // self._block_bytes
         ranges = zip(numbers.tolist(), first.tolist(), last.tolist(), strict=True)
-        return list(
-            dict.fromkeys(
-                (number, block) for number, start, end in ranges for block in range(start, end + 1)
-            )
-        )
+        blocks = [(number, i) for number, start, end in ranges for i in range(start, end + 1)]
+        return list(dict.fromkeys(blocks))
 
     def fetch_ahead(self, number: int, block: int) -> None:
-        """Brings a block into the cache, unless it is there or on its way.
-
-        Raises:
-            FileNotFoundError: the object does not exist any more.
-            StorageError: it could not be read.
-        """
+        """Brings a block into the cache, unless it is there or on its way."""
         name, size, fetch = self._block(number, block)
         if size > 0 and not self._closed:
             self._cache.ensure(name, size, fetch)
 
-    def discard(self, number: int, offset: int, size: int) -> bool:
+    def discard(self, number: int, offset: int, size: int) -> None:
         """Removes what the cache holds of a range that turned out to be wrong."""
-        first, last = offset // self._block_bytes, (offset + max(size, 1) - 1) // self._block_bytes
-        for block in range(first, last + 1):
+        wrong = self.blocks_of(np.array([number]), np.array([offset]), np.array([size]))
+        for number, block in wrong:
             self._cache.discard(self._block(number, block)[0])
-        return True
 
     def close(self) -> None:
         """Closes the reader; reading afterwards is an error."""
@@ -407,11 +348,11 @@ class BlockReader:
 
     def _block(self, number: int, block: int) -> tuple[str, int, partial[bytes]]:
         """The name of a block in the cache, its size, and a function that fetches it."""
-        file = self._files[number]
+        file_name, file = self._files[number]
         start = block * self._block_bytes
         end = min(start + self._block_bytes, file.num_bytes)
         name = f"{file.xxh3}-{file.num_bytes}-{self._block_bytes}/{block:08d}"
-        return name, end - start, partial(self._store.read, file.name, start, end)
+        return name, end - start, partial(self._store.read, file_name, start, end)
 
     def _count(self, num_bytes: int) -> None:
         with self._counting:
@@ -422,20 +363,10 @@ class _StuckError(Exception):
     """A lock was held for longer than any request takes."""
 
 
-def _lock(file: int, *, wait: bool, longest: float = _LONGEST_WAIT_SECONDS) -> bool:
-    """Takes the lock on an open file; False if another process has it and `wait` is not set.
-
-    It polls, since a call that waits in the kernel could not be given up.
-
-    Raises:
-        _StuckError: another process has had it for too long.
-    """
+def _wait_for_lock(file: int, *, longest: float = _LONGEST_WAIT_SECONDS) -> None:
+    """Takes a lock by polling, since a call that waits could not be given up."""
     pause, end = _FIRST_WAIT_SECONDS, time.monotonic() + _LOCK_PATIENCE_SECONDS
-    while True:
-        if lock(file):
-            return True
-        if not wait:
-            return False
+    while not lock(file):
         if time.monotonic() > end:
             raise _StuckError
         time.sleep(pause)
@@ -449,17 +380,11 @@ def _remove_if_left(path: str) -> bool:
     except OSError:
         return True
     try:
-        if not _lock(file, wait=False) or not is_at(file, path):
-            return False
-        os.unlink(path)
-        return True
+        if left := lock(file) and is_at(file, path):
+            os.unlink(path)
+        return left
     finally:
         os.close(file)
-
-
-def _read_count(file: int) -> int | None:
-    text = os.pread(file, _COUNT_DIGITS + 1, 0)
-    return int(text) if len(text) == _COUNT_DIGITS and text.isdigit() else None
 
 
 def _write_all(file: int, data: bytes) -> None:

@@ -1,8 +1,8 @@
-"""The forward half of a step: from a batch and a model to the loss of the global batch.
+"""The loss of the global batch, from each rank's local batch and a model.
 
     encode  this rank's images and distinct texts
     gather  the texts of all ranks, with gradient; images stay where they are
-    loss    `unified_contrastive_loss`, whose column statistics are merged over ranks
+    loss    `unified_contrastive_loss`, whose column statistics are all-reduced
 
 The other objectives are the same loss with other operands: for SupCon the texts are the images
 themselves, seen twice; for cross-entropy they are one learnt row for each class, and nothing is
@@ -14,6 +14,7 @@ so summing parameter gradients over ranks gives the gradient of one process on t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -29,11 +30,11 @@ from unicl_fast.distributed.ranks import (
     max_over_ranks,
     sum_over_ranks,
 )
-from unicl_fast.models.compilation import pad_texts, round_up_length
+from unicl_fast.models.efficiency import pad_texts, round_up_length
 from unicl_fast.models.precision import Precision, normalise_images
 from unicl_fast.objectives.loss import (
+    AllReduce,
     LogitStatistics,
-    Merge,
     one_rank,
     unified_contrastive_loss,
 )
@@ -43,61 +44,65 @@ from unicl_fast.text.prompts import LABEL_BITS
 
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """The model, or its DDP wrapper: from images and, where there are texts, tokens and how many of
-them to compute, to image features, the features they are compared with, and the scale."""
+them to compute, to image features, the features they are contrasted with, and the scale."""
 
 
 def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks) -> Tensor:
-    """The loss of the global batch under `objective.name`.
-
-    Args:
-        encode: see `Encode`.
-        batch: the local batch, on the model's device.
-        config: the run's settings.
-        ranks: this process among its peers.
-
-    Returns:
-        A scalar, equal on all ranks.
-    """
-    objective, form = config.objective, config.efficiency.loss
+    """The loss of the global batch under `objective.name`: a scalar, equal on all ranks."""
+    objective = config.objective
     images = encoder_input(shown_images(batch), config)
     class_ids: Tensor | Membership = batch.class_ids
     if objective.mixes:
-        images, class_ids = mix(
-            images,
-            batch,
-            objective,
-            seed=config.run.seed,
-            global_batch_size=config.run.global_batch_size,
-        )
+        images, class_ids = mix(images, batch, config)
     inputs: tuple[Tensor, int | None] | tuple[()] = ()
     if objective.has_texts:
         tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
         inputs = tokens, num_tokens
     with Precision(config.efficiency.precision).autocast(batch.images.device.type):
-        image_features, others, scale = encode(images, *inputs)
-    if objective.name == "ce":
-        rows = _rows_of_classes(class_ids, objective.num_classes)
-        return classify_over_ranks(
-            image_features, others, rows, scale=scale, ranks=ranks, form=form
+        image_features, contrast_features, scale = encode(images, *inputs)
+    one_direction = functools.partial(
+        unified_contrastive_loss,
+        directions="i2t",
+        form=config.efficiency.loss,
+        all_reduce=all_reduce_over(ranks),
+    )
+    if objective.name == "ce":  # the learnt rows, which all ranks have
+        return one_direction(
+            image_features,
+            contrast_features,
+            _rows_of_classes(class_ids, objective.num_classes),
+            scale,
+            text_class_ids=torch.arange(len(contrast_features), device=images.device),
         )
-    if objective.name == "supcon":
-        return contrast_views_over_ranks(
-            image_features, batch.class_ids.repeat(2), scale=scale, ranks=ranks, form=form
+    if objective.name == "supcon":  # Khosla et al., arXiv 2004.11362, L_out
+        view_ids = batch.class_ids.repeat(2)
+        sizes = [len(view_ids)] * ranks.world_size
+        # a rank's own views first, so that the pair of a view with itself is (i, i) on every rank
+        shift = -ranks.rank * len(view_ids)
+        # every view is a row and a column, so one direction is the mean of both
+        return one_direction(
+            image_features,
+            gather_rows(contrast_features, sizes).roll(shift, 0),
+            view_ids,
+            scale,
+            text_class_ids=gather_rows(view_ids, sizes).roll(shift, 0),
+            exclude_self=True,
         )
-    of_texts: Tensor | Membership = text_class_ids
+    column_ids: Tensor | Membership = text_class_ids
     if isinstance(class_ids, Membership):
         # equal texts have other labels now, and are columns of their own
-        others = others[batch.text_index if config.efficiency.unique_texts else ...]
-        of_texts, text_counts = class_ids, torch.ones_like(batch.class_ids)
+        unique = config.efficiency.unique_texts
+        contrast_features = contrast_features[batch.text_index if unique else ...]
+        column_ids, text_counts = class_ids, torch.ones_like(batch.class_ids)
     return contrast_over_ranks(
         image_features,
-        others,
+        contrast_features,
         class_ids=class_ids,
-        text_class_ids=of_texts,
+        text_class_ids=column_ids,
         text_counts=text_counts,
         scale=scale,
         ranks=ranks,
-        form=form,
+        form=config.efficiency.loss,
     )
 
 
@@ -117,12 +122,10 @@ def shown_indices(batch: Batch, *, global_batch_size: int) -> Int[Tensor, " b"]:
 
 def encoder_input(images: Tensor, config: TrainConfig) -> Tensor:
     """Turns decoded images uint8 [b h w c] into the image encoder's input: normalised [b c h w]."""
+    data, channels_last = config.data, config.efficiency.channels_last
+    dtype = Precision(config.efficiency.precision).compute_type
     return normalise_images(
-        images,
-        mean=config.data.mean,
-        std=config.data.std,
-        dtype=Precision(config.efficiency.precision).compute_type,
-        channels_last=config.efficiency.channels_last,
+        images, mean=data.mean, std=data.std, dtype=dtype, channels_last=channels_last
     )
 
 
@@ -164,8 +167,8 @@ def contrast_over_ranks(
         text_class_ids = _gather_membership(text_class_ids, sizes, ranks)
         text_counts = gather_rows(text_counts, sizes)
     else:
-        facts = torch.stack([text_class_ids, text_counts], dim=1)
-        text_class_ids, text_counts = gather_rows(facts, sizes).T.contiguous()
+        both = torch.stack([text_class_ids, text_counts], dim=1)
+        text_class_ids, text_counts = gather_rows(both, sizes).T.contiguous()
     return unified_contrastive_loss(
         image_features,
         text_features,
@@ -174,77 +177,11 @@ def contrast_over_ranks(
         text_class_ids=text_class_ids,
         text_counts=text_counts,
         form=form,
-        merge=merge_over(ranks),
+        all_reduce=all_reduce_over(ranks),
     )
 
 
-def contrast_views_over_ranks(
-    features: Float[Tensor, "b d"],
-    class_ids: Int[Tensor, " b"],
-    *,
-    scale: Tensor,
-    ranks: Ranks,
-    form: LossForm = "auto",
-) -> Float[Tensor, ""]:
-    """SupCon (Khosla et al., arXiv 2004.11362, L_out): the views of all ranks against each other.
-
-    Every view is a row and a column, so one direction is the mean of both.
-
-    Args:
-        features: unit norm, this rank's first views and then its second ones.
-        class_ids: their classes.
-        scale: 1 / temperature.
-        ranks: hold as many views each.
-        form: as in `unified_contrastive_loss`.
-    """
-    sizes = [len(features)] * ranks.world_size
-    # a rank's own views first, so that the pair of a view with itself is (i, i) on every rank
-    shift = -ranks.rank * len(features)
-    return unified_contrastive_loss(
-        features,
-        gather_rows(features, sizes).roll(shift, 0),
-        class_ids,
-        scale,
-        text_class_ids=gather_rows(class_ids, sizes).roll(shift, 0),
-        exclude_self=True,
-        directions="i2t",
-        form=form,
-        merge=merge_over(ranks),
-    )
-
-
-def classify_over_ranks(
-    features: Float[Tensor, "b d"],
-    class_rows: Float[Tensor, "k d"],
-    labels: Int[Tensor, " b"] | Membership,
-    *,
-    scale: Tensor,
-    ranks: Ranks,
-    form: LossForm = "auto",
-) -> Float[Tensor, ""]:
-    """Cross-entropy: this rank's images against k learnt rows, which all ranks have.
-
-    Args:
-        features: this rank's.
-        class_rows: equal on all ranks.
-        labels: the row of each image, 0 to k - 1; several with weights for mixed images.
-        scale: factor of the products; a model's is 1 (a number would be copied to the device).
-        ranks: hold as many images each.
-        form: as in `unified_contrastive_loss`.
-    """
-    return unified_contrastive_loss(
-        features,
-        class_rows,
-        labels,
-        scale,
-        text_class_ids=torch.arange(len(class_rows), device=class_rows.device),
-        directions="i2t",
-        form=form,
-        merge=merge_over(ranks),
-    )
-
-
-def merge_over(ranks: Ranks) -> Merge:
+def all_reduce_over(ranks: Ranks) -> AllReduce:
     """Completes the loss's statistics over ranks that hold disjoint images and the same texts.
 
     Two all-reduces: of maxima [u], so that no exponential overflows, and of sums [3 u + 1], with
@@ -253,7 +190,7 @@ def merge_over(ranks: Ranks) -> Merge:
     if ranks.world_size == 1:
         return one_rank
 
-    def merge(
+    def all_reduce(
         columns: LogitStatistics | None, mean_loss: Tensor
     ) -> tuple[LogitStatistics | None, Tensor]:
         mean_loss = mean_loss / ranks.world_size
@@ -265,7 +202,7 @@ def merge_over(ranks: Ranks) -> Merge:
         exp_sum, positive_sum, positive_weight = sums[:-1].view(3, -1)
         return LogitStatistics(maximum + exp_sum.log(), positive_sum, positive_weight), sums[-1]
 
-    return merge
+    return all_reduce
 
 
 def _rows_of_classes(

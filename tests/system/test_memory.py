@@ -1,10 +1,13 @@
-"""Memory of large tensors on the host is used again, and never while somebody looks at it."""
+"""Freed memory is used again, and never while somebody looks at it."""
 
 from __future__ import annotations
 
 import errno
 import gc
 import mmap
+import platform
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +17,7 @@ import torch
 from torch import Tensor
 
 from unicl_fast.models.precision import normalise_images
-from unicl_fast.system.host_buffers import HostBuffers
+from unicl_fast.system.machine import HostBuffers
 
 SHAPE = (4, 300, 300)
 
@@ -139,3 +142,56 @@ def test_batches_held_at_once_are_different_and_stay_as_they_were() -> None:
     assert [float(batch.max()) for batch in held] == pytest.approx([0, 0.2, 1])
     place = held.pop(1).data_ptr()
     assert normalised(102).data_ptr() == place
+
+
+SCRIPT = """
+import resource, sys
+import numpy as np
+from unicl_fast.system.machine import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+for turn in range(12):
+    if turn == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    np.empty(40_000_000, dtype=np.uint8)[::4096] = 1
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+RETURNING = """
+from pathlib import Path
+from unicl_fast.system.machine import keep_freed_memory, return_freed_memory
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+assert keep_freed_memory()
+texts = [bytes(1000) for _ in range(100_000)]
+held = bytes(1000)
+del texts
+kept = resident()
+return_freed_memory()
+print(kept - resident())
+"""
+
+glibc = pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+
+
+@glibc
+def test_what_is_free_can_be_given_back_once() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", RETURNING], capture_output=True, text=True, check=True
+    )
+    assert int(result.stdout) > 80_000_000
+
+
+@glibc
+def test_a_large_block_is_reused_instead_of_fetched_anew() -> None:
+    faults = {}
+    for mode in ("plain", "keep"):
+        result = subprocess.run(
+            [sys.executable, "-c", SCRIPT, mode], capture_output=True, text=True, check=True
+        )
+        faults[mode] = int(result.stdout)
+    assert faults["keep"] < faults["plain"] / 10

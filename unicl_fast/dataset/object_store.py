@@ -2,8 +2,7 @@
 
 fsspec speaks to the stores; here is what a job needs beyond that. An answer has a time limit, a
 request that fails is repeated after growing pauses, and an error names URL, range, cause, number of
-tries and what to do. An object that does not exist is a FileNotFoundError at once, as a file would
-be: asking again makes none.
+tries and what to do. An object that does not exist is a FileNotFoundError at once.
 """
 
 from __future__ import annotations
@@ -23,6 +22,8 @@ from typing import Any, TypeVar
 
 import xxhash
 
+from unicl_fast.system.progress import mark_progress
+
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
@@ -31,8 +32,14 @@ CONNECTIONS = 8
 """Requests of one process at the same time: a store gives about 50 MB/s over each."""
 TRANSFER_BYTES = 8 << 20
 """Size of one request where a whole object is read."""
+TRIES = 6
+FIRST_PAUSE_SECONDS = 0.5
+"""Doubled after each further try, a quarter more or less, so that ranks spread out."""
+ANSWER_SECONDS = 60.0
+"""Time limit of one answer. All tries together stay below run.timeout_seconds' default, so that the
+store is named before the watchdog speaks."""
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://(.+)", re.DOTALL)
-_EXTRAS = {"s3": "remote", "s3a": "remote"}
+_S3 = ("s3", "s3a")
 # Faults of the settings, not of the network: repeating the request does not help.
 _NOT_TRANSIENT = (NotImplementedError, TypeError)
 _NO_KEYS = ("NoCredentialsError", "PartialCredentialsError")
@@ -40,21 +47,6 @@ _LISTS_NOTHING = ("http", "https")
 # Here an object needs no folder, and making one that is not there would make a bucket.
 _IN_BUCKETS = ("s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "oss", "oci", "http", "https")
 _jitter = random.Random()
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class Patience:
-    """Number of tries of a request, and its time limits."""
-
-    tries: int = 6
-    first_pause_seconds: float = 0.5
-    """Doubled after each further try, a quarter more or less, so that ranks spread out."""
-    answer_seconds: float = 60.0
-    """Time limit of one answer. All tries together stay below run.timeout_seconds' default, so that
-    the store is named before the watchdog speaks."""
-
-
-patience = Patience()
 
 
 class StorageError(RuntimeError):
@@ -67,11 +59,9 @@ class _IncompleteError(Exception):
 
 @dataclass(slots=True)
 class Traffic:
-    """Counts what this process has sent to one store and read from it."""
+    """Counts what this process has read from one store, and requests that it had to repeat."""
 
     read_bytes: int = 0
-    written_bytes: int = 0
-    requests: int = 0
     tried_again: int = 0
 
 
@@ -95,13 +85,9 @@ class ObjectStore:
     def __init__(self, url: str) -> None:
         """Connects to nothing before the first request.
 
-        Args:
-            url: a folder's, such as s3://bucket/packed/photos. Keys, regions and endpoints are
-                found where the store's client looks for them (~/.aws, AWS_... of the environment),
-                and where fsspec does (FSSPEC_S3_... of the environment, ~/.config/fsspec).
-
-        Raises:
-            ValueError: not such a URL.
+        Keys, regions and endpoints are found where the store's client looks for them (~/.aws,
+        AWS_... of the environment), and where fsspec does (FSSPEC_S3_..., ~/.config/fsspec). Raises
+        ValueError if it is not a URL of a folder such as s3://bucket/packed/photos.
         """
         match = _URL.fullmatch(url)
         if match is None or "::" in url or "?" in url or "#" in url:
@@ -123,43 +109,34 @@ class ObjectStore:
     def url_of(self, name: str) -> str:
         return f"{self.url}/{name}" if name else self.url
 
-    def read(self, name: str, start: int, end: int) -> bytes:
-        """Reads bytes [start, end) of an object.
-
-        Raises:
-            FileNotFoundError: it does not exist.
-            StorageError: it could not be read.
-        """
-        if end <= start:
-            return b""
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """Reads bytes [start, end); raises FileNotFoundError or, for good, StorageError."""
+        what = self.url_of(name)
+        span: dict[str, int] = {}
+        if end is not None:
+            if end <= start:
+                return b""
+            what, span = f"{what}, bytes {start} to {end - 1}", {"start": start, "end": end}
 
         def attempt() -> bytes:
-            data: bytes = self._call("cat_file", self._path(name), start=start, end=end)
-            if len(data) != end - start:
+            data: bytes = self._call("cat_file", self._path(name), **span)
+            if end is not None and len(data) != end - start:
                 raise _IncompleteError(f"{len(data)} bytes came where {end - start} were asked for")
             self._count(read_bytes=len(data))
             return data
 
-        what = f"{self.url_of(name)}, bytes {start} to {end - 1}"
         return self._retry(what, "be read", attempt)
 
     def read_whole(self, name: str) -> bytes | None:
         """Reads all bytes of a small object; None where it does not exist."""
-
-        def attempt() -> bytes:
-            data: bytes = self._call("cat_file", self._path(name))
-            self._count(read_bytes=len(data))
-            return data
-
         try:
-            return self._retry(self.url_of(name), "be read", attempt)
+            return self.read(name)
         except FileNotFoundError:
             return None
 
     def size_of(self, name: str) -> int | None:
         """Bytes of an object; None where it does not exist."""
-        found = self.find(name)
-        return None if found is None else found.size
+        return found.size if (found := self.find(name)) is not None else None
 
     def find(self, name: str) -> StoredObject | None:
         """Size and version of an object; None where it does not exist."""
@@ -184,10 +161,7 @@ class ObjectStore:
         return None if listed is None else {name: one.size for name, one in listed.items()}
 
     def list_objects(self) -> dict[str, StoredObject] | None:
-        """All objects below the URL by name; None where the store cannot list.
-
-        Names of objects in folders contain a /.
-        """
+        """All objects below the URL by name (with a / in folders); None if it cannot list."""
         if self._protocol in _LISTS_NOTHING:
             return None
         root = self._path("")
@@ -215,37 +189,18 @@ class ObjectStore:
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
             return dict(zip(wanted, pool.map(self.find, wanted), strict=True))
 
-    def fetch_file(
-        self, name: str, path: Path, *, size: int, progress: Callable[[int], None] | None = None
-    ) -> str:
+    def fetch_file(self, name: str, path: Path, *, size: int) -> str:
         """Copies an object into a file, which is replaced; otherwise as `checksum_of`."""
         with path.open("wb") as file:
-
-            def write(data: bytes) -> None:
-                file.write(data)
-                if progress is not None:
-                    progress(len(data))
-
-            return self._read_in_order(name, size, write)
+            return self.checksum_of(name, size=size, take=file.write)
 
     def checksum_of(
-        self, name: str, *, size: int, progress: Callable[[int], None] | None = None
+        self, name: str, *, size: int, take: Callable[[bytes], object] = lambda piece: None
     ) -> str:
         """XXH3-64 in hexadecimal digits of an object of `size` bytes, which is read once.
 
-        Args:
-            name: the object's.
-            size: its bytes.
-            progress: called with the bytes of each piece as it comes.
-
-        Raises:
-            FileNotFoundError: it does not exist.
-            StorageError: it could not be read.
+        Its pieces, a few of which are fetched ahead, go to `take` in order. Raises as `read`.
         """
-        return self._read_in_order(name, size, lambda data: progress and progress(len(data)))
-
-    def _read_in_order(self, name: str, size: int, take: Callable[[bytes], object]) -> str:
-        """Passes an object on in pieces, a few of which are fetched ahead; returns its XXH3-64."""
         digest = xxhash.xxh3_64()
         starts = range(0, size, TRANSFER_BYTES)
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="unicl-storage") as pool:
@@ -256,31 +211,23 @@ class ObjectStore:
                 ):
                     take(data)
                     digest.update(data)
+                    mark_progress()
         return digest.hexdigest()
 
     def write(self, name: str, data: bytes) -> None:
-        """Writes a small object, which then exists whole or not at all.
-
-        Raises:
-            StorageError: it could not be written.
-        """
-        self._write(name, len(data), lambda: self._call("pipe_file", self._path(name), data))
+        """Writes a small object whole or not at all; raises StorageError if it cannot."""
+        self._write(name, lambda: self._call("pipe_file", self._path(name), data))
 
     def write_file(self, path: Path, name: str) -> None:
-        """Writes a file as an object, in parts where it is large.
-
-        Raises:
-            StorageError: it could not be written.
-        """
-        size = path.stat().st_size
+        """Writes a file as an object, in parts where it is large; raises as `write`."""
         # each of its parts may take as long as an answer
-        limit = patience.answer_seconds * (1 + size // TRANSFER_BYTES)
+        limit = ANSWER_SECONDS * (1 + path.stat().st_size // TRANSFER_BYTES)
         self._write(
-            name, size, lambda: self._call("put_file", str(path), self._path(name), seconds=limit)
+            name, lambda: self._call("put_file", str(path), self._path(name), seconds=limit)
         )
 
-    def _write(self, name: str, num_bytes: int, put: Callable[[], None]) -> None:
-        """Writes an object of `num_bytes` by `put`, and makes its folder where stores have them."""
+    def _write(self, name: str, put: Callable[[], None]) -> None:
+        """Writes an object by `put`, and makes its folder where stores have them."""
 
         def attempt() -> None:
             try:
@@ -290,7 +237,6 @@ class ObjectStore:
                     raise
                 self._call("makedirs", self._path(name).rpartition("/")[0], exist_ok=True)
                 put()
-            self._count(written_bytes=num_bytes)
 
         try:
             self._retry(self.url_of(name), "be written", attempt)
@@ -311,11 +257,10 @@ class ObjectStore:
 
     def _retry(self, what: str, deed: str, attempt: Callable[[], Result]) -> Result:
         """Calls `attempt` until it succeeds or trying again is pointless."""
-        limits = patience
-        pause = limits.first_pause_seconds
+        pause = FIRST_PAUSE_SECONDS
         self._system()  # faults of the URL or the installation are raised as they are
-        for number in range(1, limits.tries + 1):
-            self._count(requests=1, tried_again=int(number > 1))
+        for number in range(1, TRIES + 1):
+            self._count(tried_again=int(number > 1))
             try:
                 return attempt()
             except FileNotFoundError as error:
@@ -328,17 +273,17 @@ class ObjectStore:
             except Exception as error:  # clients raise errors of many kinds
                 if isinstance(error, _NOT_TRANSIENT) or type(error).__name__ in _NO_KEYS:
                     raise StorageError(f"{what} cannot {deed}: {_describe(error)}") from error
-                if number == limits.tries:
+                if number == TRIES:
                     raise StorageError(
                         f"{what} could not {deed}: {_describe(error)} ({number} tries); see that "
                         "the store can be reached and answers within "
-                        f"{limits.answer_seconds:g} s, then start again: nothing was lost, and "
+                        f"{ANSWER_SECONDS:g} s, then start again: nothing was lost, and "
                         "--resume auto resumes a training run"
                     ) from error
                 seconds = pause * _jitter.uniform(0.75, 1.25)
                 logger.warning(
                     "STORAGE: %s could not %s: %s; try %d of %d in %.1f s",
-                    what, deed, _describe(error), number + 1, limits.tries, seconds,
+                    what, deed, _describe(error), number + 1, TRIES, seconds,
                 )  # fmt: skip
                 time.sleep(seconds)
                 pause *= 2
@@ -351,7 +296,7 @@ class ObjectStore:
             return getattr(system, method)(*arguments, **keywords)
         from fsspec.asyn import sync
 
-        limit = seconds or patience.answer_seconds
+        limit = seconds or ANSWER_SECONDS
         return sync(
             system.loop, getattr(system, f"_{method}"), *arguments, timeout=limit, **keywords
         )
@@ -366,10 +311,10 @@ class ObjectStore:
     def _path(self, name: str) -> str:
         return str(self._system()._strip_protocol(self.url_of(name)))
 
-    def _count(self, **numbers: int) -> None:
+    def _count(self, *, read_bytes: int = 0, tried_again: int = 0) -> None:
         with self._counting:
-            for name, number in numbers.items():
-                setattr(self.traffic, name, getattr(self.traffic, name) + number)
+            self.traffic.read_bytes += read_bytes
+            self.traffic.tried_again += tried_again
 
 
 def _version_in(info: Mapping[str, Any]) -> str:
@@ -385,19 +330,15 @@ def _connect(protocol: str, url: str) -> Any:
     import fsspec
 
     options: dict[str, Any] = {"use_listings_cache": False, "skip_instance_cache": True}
-    if protocol in ("s3", "s3a"):
+    if protocol in _S3:
         # Only our tries count: botocore's inside s3fs's inside ours would be 180.
         configured = fsspec.config.conf.get(protocol, {}).get("config_kwargs", {})
-        options["config_kwargs"] = {
-            "retries": {"max_attempts": 1},
-            "max_pool_connections": 4 * CONNECTIONS,
-            **configured,
-        }
+        once = {"retries": {"max_attempts": 1}, "max_pool_connections": 4 * CONNECTIONS}
+        options["config_kwargs"] = once | configured
     try:
         system = fsspec.filesystem(protocol, **options)
     except ImportError as error:
-        extra = _EXTRAS.get(protocol)
-        how = f"pip install 'unicl_fast[{extra}]'" if extra else str(error)
+        how = "pip install 'unicl_fast[remote]'" if protocol in _S3 else str(error)
         raise ValueError(f"{url}: {protocol}:// takes one more package: {how}") from error
     except ValueError as error:  # a protocol that nobody knows
         raise ValueError(

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from unicl_fast.distributed.rendezvous import adopt_slurm_ranks, agree_on_session, first_host
+from unicl_fast.distributed.ranks import adopt_slurm_ranks, agree_on_session, first_host
 
 pytestmark = pytest.mark.slow
 

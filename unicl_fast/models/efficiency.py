@@ -1,0 +1,152 @@
+"""Encoders that take less memory or time for the same result, as `efficiency` in the config asks.
+
+Activation checkpointing: one mechanism serves both encoders, since timm's own switch covers only
+the image side, and counts every BatchNorm statistic twice. Blocks are known by their class names;
+an architecture without any of them is refused instead of left silently as it was.
+
+Compilation: distinct texts come in another shape at every step. Rounded up to a few sizes they meet
+graphs that exist (docs/architecture.md). What is added does not count: padding tokens come after
+what is read, and a text of count 0 is as if it were not there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
+
+if TYPE_CHECKING:  # the model checkpoints its own blocks
+    from unicl_fast.models.unicl import UniCL
+
+_BLOCKS = {
+    "SwinTransformerBlock",  # Swin
+    "SwinTransformerV2Block",
+    "Block",  # ViT
+    "FocalNetBlock",
+    "BasicBlock",  # ResNet
+    "Bottleneck",
+    "ConvNeXtBlock",
+    "SmallConvBlock",  # ours
+    "SmallResidualBlock",
+    "TextBlock",
+}
+
+
+def checkpoint_blocks(encoder: nn.Module) -> int:
+    """Makes every block of an encoder recompute its forward pass in backward; returns how many.
+
+    Raises:
+        ValueError: no module of a known block class.
+    """
+    blocks = [module for module in encoder.modules() if type(module).__name__ in _BLOCKS]
+    if not blocks:
+        raise ValueError(
+            f"activation checkpointing knows the blocks {', '.join(sorted(_BLOCKS))}; "
+            f"{type(encoder).__name__} has none of them: set "
+            "efficiency.activation_checkpointing=False or add its block class"
+        )
+    for block in blocks:
+        _checkpoint_forward(block)
+    return len(blocks)
+
+
+def keep_activations_in_copy(encoder: nn.Module) -> None:
+    """Undoes `checkpoint_blocks` in a copy, whose blocks would run those of the original."""
+    for module in encoder.modules():
+        if type(module).__name__ in _BLOCKS:
+            module.__dict__.pop("forward", None)
+
+
+def _checkpoint_forward(block: nn.Module) -> None:
+    forward = block.forward
+    # nothing in our models draws from a generator, whose state would have to be restored
+    options: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": False}
+    # torch.compile can take no contexts: only where there are averages to leave alone
+    if has_batch_norm(block):
+        options["context_fn"] = lambda: (contextlib.nullcontext(), _averages_left_alone(block))
+
+    def recomputing_forward(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, **options, **kwargs)
+
+    block.forward = recomputing_forward
+
+
+@contextlib.contextmanager
+def _averages_left_alone(block: nn.Module) -> Iterator[None]:
+    """Keeps the second forward pass from moving BatchNorm's running averages again."""
+    norms = [m for m in block.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    kept = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, num_batches_tracked) in zip(norms, kept, strict=True):
+            norm.momentum, norm.num_batches_tracked = momentum, num_batches_tracked
+
+
+def has_batch_norm(module: nn.Module) -> bool:
+    return any(isinstance(part, _BatchNorm) for part in module.modules())
+
+
+def has_compiler() -> bool:
+    """Whether there is the C++ compiler that torch.compile takes: $CXX, or g++."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+def compile_encoders(model: UniCL, *, backend: str = "inductor") -> None:
+    """Makes both encoders compile themselves at their next calls; names of weights stay the same.
+
+    Raises:
+        ValueError: no C++ compiler, or blocks with BatchNorm that are recomputed in backward.
+    """
+    if backend == "inductor" and not has_compiler():
+        raise ValueError(
+            f"efficiency.compile needs a C++ compiler, and {os.environ.get('CXX', 'g++')} is not "
+            "found: install one (for example the package g++ of your distribution), name it in "
+            "the environment variable CXX, or set efficiency.compile=False"
+        )
+    if model.config.efficiency.activation_checkpointing and has_batch_norm(model):
+        raise ValueError(
+            "efficiency.compile cannot leave BatchNorm's averages alone in recomputed blocks: "
+            "take an image encoder without BatchNorm (Swin, ViT, FocalNet), or set "
+            "efficiency.activation_checkpointing=False or efficiency.compile=False"
+        )
+    for encoder in model.encoders:
+        encoder.compile(backend=backend)
+
+
+def round_up_length(length: int) -> int:
+    """The next multiple of 8: at most ten lengths for a context of 77."""
+    return -(-length // 8) * 8
+
+
+def round_up_count(count: int) -> int:
+    """The next of four sizes an octave (8, 16, 24, 32, 40, 48, 56, 64, 80, ..., 512, 640, ...).
+
+    At most a quarter is added from 32 on. A run whose batches are alike meets one or two sizes.
+    """
+    step = max(8, (1 << (count - 1).bit_length()) // 8)
+    return -(-count // step) * step
+
+
+def pad_texts(
+    tokens: Tensor, num_tokens: int | None, class_ids: Tensor, counts: Tensor
+) -> tuple[Tensor, int | None, Tensor, Tensor]:
+    """Rounds up how many texts there are, and how many of their tokens are computed.
+
+    Takes and returns tokens int64 [u l], how many of them are computed (None for all), class ids
+    int64 [u] and counts int64 [u]; l stays the same, and the texts that are added have count 0.
+    """
+    added = round_up_count(len(tokens)) - len(tokens)
+    tokens = F.pad(tokens, (0, 0, 0, added))
+    if num_tokens is not None:  # the encoder reads the first token of an empty row
+        num_tokens = min(round_up_count(num_tokens + added), tokens.numel())
+    return tokens, num_tokens, F.pad(class_ids, (0, added)), F.pad(counts, (0, added))
