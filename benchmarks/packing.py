@@ -40,7 +40,7 @@ from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.images.check import RESIZE_QUALITY, RESIZE_SUBSAMPLING, ImageFormat
-from unicl_fast.images.encode import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
+from unicl_fast.images.codec import PNG_COMPRESSION, WEBP_METHOD, encode_jpeg
 from unicl_fast.system.machine import usable_cores
 
 from .harness import (

@@ -2,6 +2,5 @@
 
 `loader.py` is the table of contents: `plan/` decides which samples and which random numbers,
 `feed/` prepares their bytes and texts on the host, `graph.py` decodes and augments them with DALI,
-`kernels/` holds the pixel work in Numba. `evaluation_loader.py` does the same for evaluation.
-Models, losses and trainers are not known here.
+`kernels/` holds the pixel work in Numba. Models, losses and trainers are not known here.
 """

@@ -4,21 +4,26 @@ One definition serves both devices: on `cpu` everything runs on the host and no 
 on `cuda` decoding starts on the host and ends on the device ("mixed"), and the rest follows it.
 Nothing in a graph is random; every number that shapes an image is an input (see plan/). Images
 leave as uint8 because that is a quarter of float32's bytes; `unicl_fast.models.precision`
-normalises them. First graphs are built, then they are run over batches that the host prepares;
-`feed/` decides what a batch holds, and which image of a failed batch was the cause.
+normalises them. First graphs are built, then they are run over batches that `feed/` prepares; of
+a batch that failed, `find_undecodable` names the images that are the cause.
 """
 
 from __future__ import annotations
 
-import collections
+import contextlib
 import dataclasses
+import functools
+import io
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from typing import Any, Generic, Literal, TypeVar
+from typing import Any, Generic
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
@@ -34,24 +39,27 @@ except ImportError as error:
         "install it with: pip install nvidia-dali-cuda120 (it runs without a GPU too)"
     ) from error
 
-from unicl_fast.system.machine import cores_of_this_rank, return_freed_memory
+from unicl_fast.system.machine import return_freed_memory
 
+from .feed.host_batches import HostBatch, Images, Metadata, decoding_threads
 from .kernels.operators import GraphParts, augment, augment_operator, resample_operator
 
-Source = Callable[[], tuple[Any, ...]]
+NextInputs = Callable[[], tuple[Any, ...]]
 """Gives the inputs of one batch; raises StopIteration behind the last one."""
-
-Images = Literal["files", "pixels", "crops"]
+Outputs = Generator[tuple[list[Tensor], Metadata], None, None]
+"""The output tensors of each batch, and its metadata."""
 
 _SMALL_BATCH_BYTES = 5_000_000
 """Bytes of a small batch's crops."""
+_SOUND_SIDE = 16
+"""Pixels of a side of the image that any decoder takes."""
 # DALI widens these filters when it shrinks an image (antialias=True); linear is then the
 # triangular filter that Pillow and torchvision call bilinear.
 _FILTERS = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
 def build_train_graph(
-    source: Source,
+    next_inputs: NextInputs,
     *,
     data: DataConfig,
     batch_size: int,
@@ -62,26 +70,27 @@ def build_train_graph(
     """Decode the window, resample it to a crop, flip it, augment it.
 
     Args:
-        source: gives encoded images as a list of uint8 arrays, window starts (row, column) int32
-            [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1], integers int64
-            [b k], and, where there is augmentation, its rows float32 [b m]. With `images` as
-            pixels the first is uint8 [b h w 3]; as crops, uint8 [b size size 3], and windows and
-            flips are not given.
+        next_inputs: gives what `feed.host_batches.graph_inputs` makes: images, window starts (row,
+            column) int32 [b 2], window shapes (height, width) int32 [b 2], flips int32 [b 1],
+            integers int64 [b k], and, where there is augmentation, its rows float32 [b m]. For
+            crops, windows and flips are not given.
         data: the settings of crops, decoding threads and batches made ahead.
         batch_size: most samples of a batch.
         device: where images end up.
-        images: what the source gives: files, decoded images, or crops that are made of those.
-        augmentation: what the sources need (see `operators.parts_for`); None does without.
+        images: the form of the images that are given.
+        augmentation: what the data sets need (see `operators.parts_for`); None does without.
 
     Returns:
         A pipeline with two outputs: images uint8 [b h w c] and the integers, both on `device`.
     """
     fused = is_fused(data.resample, device)
+    kinds = [(types.UINT8, 1, "") if images == "files" else (types.UINT8, 3, "HWC")]
+    kinds += [(types.INT32, 1, "")] * (0 if images == "crops" else 3)
+    kinds += [(types.INT64, 1, "")] + [(types.FLOAT, 1, "")] * (augmentation is not None)
 
     def define() -> tuple[Any, Any]:
-        first, *windows, integers, rows = _training_inputs(
-            source, images=images, has_rows=augmentation is not None
-        )
+        nodes = _inputs(next_inputs, kinds) + [None] * (augmentation is None)
+        first, *windows, integers, rows = nodes
         crops = first
         if images != "crops":
             starts, shapes, flips = windows
@@ -99,23 +108,17 @@ def build_train_graph(
     return build(**_pipeline_settings(data, batch_size, device))
 
 
-def _training_inputs(source: Source, *, images: Images, has_rows: bool) -> list[Any]:
-    """Nodes of the source's inputs; the last is None where there is no augmentation."""
-    first = (types.UINT8, 1, "") if images == "files" else (types.UINT8, 3, "HWC")
-    kinds = [first, (types.INT64, 1, "")]
-    if images != "crops":
-        kinds[1:1] = [(types.INT32, 1, "")] * 3
-    if has_rows:
-        kinds.append((types.FLOAT, 1, ""))
+def _inputs(next_inputs: NextInputs, kinds: list[tuple[Any, int, str]]) -> list[Any]:
+    """Nodes of the inputs, of each its type, number of dimensions and layout."""
     nodes = fn.external_source(
-        source,
+        next_inputs,
         num_outputs=len(kinds),
         batch=True,
         dtype=[dtype for dtype, _, _ in kinds],
         ndim=[ndim for _, ndim, _ in kinds],
         layout=[layout for _, _, layout in kinds],
     )
-    return [*nodes, *[None] * (not has_rows)]
+    return list(nodes)
 
 
 def decode_windows(
@@ -160,7 +163,7 @@ def _resampled(windows: Any, flips: Any, *, data: DataConfig, fused: bool) -> An
 
 
 def build_evaluation_graph(
-    source: Source,
+    next_inputs: NextInputs,
     *,
     data: DataConfig,
     batch_size: int,
@@ -168,25 +171,14 @@ def build_evaluation_graph(
 ) -> Pipeline:
     """Decode the whole image and resample its central region to a crop.
 
-    Args:
-        source: gives encoded images as a list of uint8 arrays, and region starts and ends
-            float32 [b 2] from `crop.central_windows`; batches may be smaller than `batch_size`.
-        data: as for `build_train_graph`.
-        batch_size: most samples of a batch.
-        device: where images end up.
-
-    Returns:
-        A pipeline with one output: images uint8 [b h w c] on `device`.
+    `next_inputs` gives encoded images as a list of uint8 arrays, and region starts and ends float32
+    [b 2] from `crop.central_windows`; the rest is as for `build_train_graph`. The pipeline has one
+    output: images uint8 [b h w c] on `device`.
     """
     pipeline = Pipeline(**_pipeline_settings(data, batch_size, device))
     with pipeline:
-        encoded, starts, ends = fn.external_source(
-            source,
-            num_outputs=3,
-            batch=True,
-            dtype=[types.UINT8, types.FLOAT, types.FLOAT],
-            ndim=[1, 1, 1],
-        )
+        kinds = [(types.UINT8, 1, ""), (types.FLOAT, 1, ""), (types.FLOAT, 1, "")]
+        encoded, starts, ends = _inputs(next_inputs, kinds)
         whole = fn.decoders.image(
             encoded,
             output_type=types.RGB,
@@ -208,11 +200,6 @@ def build_evaluation_graph(
             )
         pipeline.set_outputs(images)
     return pipeline
-
-
-def decoding_threads(threads: int) -> int:
-    """Decoding threads of this rank: as given, or (0) one for each of its cores."""
-    return threads or cores_of_this_rank()
 
 
 def batches_ahead(data: DataConfig, batch_size: int) -> int:
@@ -276,40 +263,42 @@ def _on_device(node: Any, device: torch.device) -> Any:
 
 # Running graphs.
 
-Facts = TypeVar("Facts")
-Outputs = Generator[tuple[list[Tensor], Facts], None, None]
-"""The output tensors of each batch, and its facts."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class HostBatch(Generic[Facts]):
-    """The inputs of one run of a graph, and facts that are kept beside them.
-
-    DALI cannot carry numbers that the host must know without reading the device, or names for
-    messages. Graphs give their batches in the order in which they took them, so facts are queued.
-    """
-
-    inputs: tuple[Any, ...]
-    facts: Facts
-
 
 class DecodingError(RuntimeError):
     """DALI could not make images of a batch, and its graph is of no more use."""
 
     def __init__(self, message: str, in_flight: Sequence[Any] = ()) -> None:
-        """`in_flight`: facts of the batches that had not come out, the one that failed first."""
+        """`in_flight`: metadata of the batches that had not come out, first the one that failed."""
         super().__init__(message)
         self.in_flight = tuple(in_flight)
 
 
+def decode(
+    build: Callable[..., Pipeline],
+    host_batches: Generator[HostBatch[Metadata], None, None],
+    *,
+    data: DataConfig,
+    batch_size: int,
+    device: torch.device,
+) -> Outputs[Metadata]:
+    """As `run_graphs`, with graphs as `build_train_graph` makes them for these settings."""
+    builds = [
+        functools.partial(build, data=part, batch_size=batch_size)
+        for part in split_threads(data, device)
+    ]
+    ahead = batches_ahead(data, batch_size)
+    with contextlib.closing(host_batches):
+        yield from run_graphs(builds, host_batches, device=device, ahead=ahead)
+
+
 def run_graphs(
-    builds: Sequence[Callable[[Source], Pipeline]],
-    host_batches: Iterator[HostBatch[Facts]],
+    builds: Sequence[Callable[[NextInputs], Pipeline]],
+    host_batches: Iterator[HostBatch[Metadata]],
     *,
     device: torch.device,
     ahead: int,
-) -> Outputs[Facts]:
-    """Outputs and facts of every batch, in order. Close the generator to stop before the end.
+) -> Outputs[Metadata]:
+    """Outputs and metadata of every batch, in order. Close the generator to stop before the end.
 
     Graphs take turns: of k graphs each gets every k-th batch. Within one, an operator begins when
     the one before has done the whole batch, and threads that are done early wait; another graph's
@@ -320,7 +309,7 @@ def run_graphs(
     looks at it (a test pins that).
 
     Args:
-        builds: each makes a graph around a source.
+        builds: each makes a graph that asks a function for its inputs.
         host_batches: the batches; iterated in another thread, so that waiting for storage hides
             behind decoding.
         device: where the graphs' outputs lie.
@@ -332,20 +321,24 @@ def run_graphs(
     """
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="unicl-feed") as worker:
         dealer = _Dealer(worker, host_batches, num_graphs=len(builds), ahead=ahead)
-        pipelines = [build(dealer.source_of(graph)) for graph, build in enumerate(builds)]
+        pipelines = [build(dealer.inputs_of(graph)) for graph, build in enumerate(builds)]
         try:
             for pipeline in pipelines:
                 pipeline.build()
             return_freed_memory()
             for number in itertools.count():
+                # On a GPU: ordered after DALI's work on torch's stream, without waiting for it on
+                # the host; positional only in DALI 2.4.
+                stream = [] if device.type == "cpu" else [torch.cuda.current_stream(device)]
                 try:
-                    outputs = _run(pipelines[number % len(pipelines)], device)
+                    outputs = pipelines[number % len(pipelines)].run(*stream)
                 except StopIteration:
                     return
                 except Exception as error:  # DALI's are of several types
                     if error is dealer.host_error or not dealer.in_flight:
                         raise
-                    raise DecodingError(str(error), list(dealer.in_flight.values())) from error
+                    in_flight = [metadata for _, metadata in sorted(dealer.in_flight.items())]
+                    raise DecodingError(str(error), in_flight) from error
                 yield (
                     [from_dlpack(output.as_tensor()) for output in outputs],
                     dealer.in_flight.pop(number),
@@ -355,94 +348,118 @@ def run_graphs(
             dealer.cancel()
 
 
-class _Dealer(Generic[Facts]):
+class _Dealer(Generic[Metadata]):
     """Prepares batches ahead in a thread and deals them to graphs, which take turns."""
 
     def __init__(
         self,
         worker: Executor,
-        host_batches: Iterator[HostBatch[Facts]],
+        host_batches: Iterator[HostBatch[Metadata]],
         *,
         num_graphs: int,
         ahead: int,
     ) -> None:
-        self.in_flight: dict[int, Facts] = {}
-        """Facts of the batches that graphs have taken and not given back, by number, in order."""
+        self.in_flight: dict[int, Metadata] = {}
+        """Metadata of batches that graphs have taken and not given back, by number."""
         self.host_error: Exception | None = None
         self._worker = worker
         self._host_batches = host_batches
-        self._prepared: collections.deque[Future[HostBatch[Facts] | None]] = collections.deque()
-        self._dealt: list[collections.deque[HostBatch[Facts] | None]] = [
-            collections.deque() for _ in range(num_graphs)
-        ]
-        self._num_taken = 0
+        self._num_graphs = num_graphs
+        self._prepared: dict[int, Future[HostBatch[Metadata] | None]] = {}
+        self._num_asked_for = 0
         for _ in range(ahead):
             self._prepare_next()
 
-    def source_of(self, graph: int) -> Source:
-        def source() -> tuple[Any, ...]:
-            while not self._dealt[graph]:
-                self._deal()
-            batch = self._dealt[graph].popleft()
+    def inputs_of(self, graph: int) -> NextInputs:
+        numbers = itertools.count(graph, self._num_graphs)
+
+        def next_inputs() -> tuple[Any, ...]:
+            number = next(numbers)
+            while number >= self._num_asked_for:
+                self._prepare_next()
+            try:
+                batch = self._prepared.pop(number).result()
+            except Exception as error:
+                self.host_error = error
+                raise
+            self._prepare_next()
             if batch is None:
                 raise StopIteration
+            self.in_flight[number] = batch.metadata
             return batch.inputs
 
-        return source
+        return next_inputs
 
     def cancel(self) -> None:
-        for future in self._prepared:
+        for future in self._prepared.values():
             future.cancel()
 
     def _prepare_next(self) -> None:
-        self._prepared.append(self._worker.submit(next, self._host_batches, None))
-
-    def _deal(self) -> None:
-        """Gives the next batch to the graph whose turn it is."""
-        try:
-            batch = self._prepared.popleft().result()
-        except Exception as error:
-            self.host_error = error
-            raise
-        self._dealt[self._num_taken % len(self._dealt)].append(batch)
-        if batch is not None:
-            self.in_flight[self._num_taken] = batch.facts
-        self._num_taken += 1
-        self._prepare_next()
+        future = self._worker.submit(next, self._host_batches, None)
+        self._prepared[self._num_asked_for] = future
+        self._num_asked_for += 1
 
 
-def run_without_graph(
-    make_group: Callable[[int], Sequence[HostBatch[Facts]]],
-    starts: Iterator[int],
+def find_undecodable(
+    build: Callable[..., Pipeline],
+    inputs: tuple[Any, ...],
     *,
-    workers: int,
-    ahead: int,
-) -> Outputs[Facts]:
-    """As `run_graphs` on the CPU, where nothing is left for a graph to do: inputs are the outputs.
+    data: DataConfig,
+    device: torch.device,
+) -> dict[int, str]:
+    """Finds the images of a batch that the decoder refuses, and its reasons, by row; often one.
+
+    DALI says that a batch failed, seldom at which image. So every sample is decoded alone, by the
+    same graph with room for one. That is slow (about the time of the batch on one thread, and a
+    new graph behind each image that fails) and happens only when a batch has failed.
 
     Args:
-        make_group: makes some consecutive batches; called in several threads at once.
-        starts: arguments of `make_group`, in order; without end.
-        workers: threads.
-        ahead: groups prepared before they are asked for.
+        build: makes the graph that failed, as `build_train_graph`.
+        inputs: of the batch, as the graph takes them: encoded images, two corners or a corner
+            and a size of the window, and more with a row a sample.
+        data: the settings of the graph that failed.
+        device: where the graph's outputs lie.
+
+    Raises:
+        DecodingError: the decoder fails at a sound image too, so the images are not the cause (a
+            device that is lost, or out of memory).
     """
-    ready: collections.deque[Future[Sequence[HostBatch[Facts]]]] = collections.deque()
-    with ThreadPoolExecutor(max_workers=workers, thread_name_prefix="unicl-feed") as pool:
+    alone = dataclasses.replace(data, threads=1, prefetch=1)
+    builds = [functools.partial(build, data=alone, batch_size=1)]
+    reasons: dict[int, str] = {}
+    start, size = 0, len(inputs[0])
+    while start < size:
+        one_by_one = (
+            HostBatch(inputs=tuple(column[row : row + 1] for column in inputs), metadata=row)
+            for row in range(start, size)
+        )
         try:
-            for start in itertools.islice(starts, ahead):
-                ready.append(pool.submit(make_group, start))
-            while True:
-                group = ready.popleft().result()
-                ready.append(pool.submit(make_group, next(starts)))
-                for batch in group:
-                    yield [torch.from_numpy(array) for array in batch.inputs], batch.facts
-        finally:
-            for future in ready:
-                future.cancel()
+            for _ in run_graphs(builds, one_by_one, device=device, ahead=1):
+                pass
+            break
+        except DecodingError as error:
+            (row,) = error.in_flight
+            reasons[row] = reason_of(error)
+            start = row + 1
+    if reasons:
+        _, first, end_or_shape, *more = (column[:1] for column in inputs)
+        window = np.zeros_like(first), np.full_like(end_or_shape, _SOUND_SIDE)
+        sound = HostBatch(inputs=([_sound_image()], *window, *more), metadata=0)
+        for _ in run_graphs(builds, iter([sound]), device=device, ahead=1):
+            pass
+    return reasons
 
 
-def _run(pipeline: Pipeline, device: torch.device) -> Any:
-    if device.type == "cpu":
-        return pipeline.run()
-    # Ordered after DALI's work on torch's stream, without waiting for it on the host.
-    return pipeline.run(torch.cuda.current_stream(device))  # positional only in DALI 2.4
+def reason_of(error: DecodingError) -> str:
+    """The heart of DALI's message in one line: it wraps it in tracebacks of the graph."""
+    text = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
+    text = text.partition("C++ context:")[0]
+    return " ".join((text.strip() or str(error)).split()) or type(error).__name__
+
+
+@functools.cache
+def _sound_image() -> NDArray[np.uint8]:
+    """A file that any decoder takes."""
+    file = io.BytesIO()
+    Image.new("RGB", (_SOUND_SIDE, _SOUND_SIDE), (120, 130, 140)).save(file, format="JPEG")
+    return np.frombuffer(file.getvalue(), dtype=np.uint8)

@@ -1,14 +1,14 @@
-"""From packed data sets to a trainer's batches, without end: plan, feed, graph, `Batch`.
+"""From packed data sets to a trainer's batches, without end, and to an evaluation's, once each.
 
-Each chapter has its own place: `plan/` says what a step is fed, `feed/` reads it and replaces bad
-samples, `graph.py` decodes it, `unicl_fast.objectives.targets` finds classes.
-evaluation_loader.py shows each sample of one data set once.
+`TrainLoader._decode` is the table of contents. Its chapters: `plan/` says which samples and which
+random numbers a step is given, `feed/` reads and replaces images and makes the texts, `graph.py`
+decodes and augments, and a `Batch` is put together. `EvaluationLoader` shows each sample of one
+data set once.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
@@ -16,29 +16,30 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from unicl_fast.augmentation import augmentations_of
-from unicl_fast.batch import Batch
+from unicl_fast.batch import Batch, EvaluationBatch
 from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.prompts import ClassPrompts
 
-from .feed.bad_samples import BadSamples, find_undecodable, reason_of
-from .feed.host_batches import HostBatches, TrainFacts, are_decoded, split_views
+from .feed.host_batches import HostBatch, HostBatches, Images, TrainMetadata
+from .feed.reading import BadSamples, reading_ahead
 from .feed.text_block import unpack_integers
 from .graph import (
     DecodingError,
-    Images,
     Outputs,
-    Pipeline,
     batches_ahead,
+    build_evaluation_graph,
     build_train_graph,
+    decode,
+    find_undecodable,
     is_fused,
-    run_graphs,
-    run_without_graph,
-    split_threads,
+    reason_of,
 )
 from .kernels.operators import parts_for
+from .plan.crop import central_windows
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
 
 
@@ -79,11 +80,17 @@ class TrainLoader:
         self._device = torch.device(device)
         self._running: Generator[Batch, None, None] | None = None
         self._images: Images = "files"
-        if are_decoded(datasets):
+        shapes = {dataset.image_shape for dataset in datasets}
+        if len(shapes) == 1 and shapes != {None}:  # all are raw and of one size
             self._images = "crops" if is_fused(data.resample, self._device) else "pixels"
         augmentations = augmentations_of(data.augment, [dataset.place for dataset in datasets])
         self._augmentation = parts_for(augmentations, data.mean)
-        self._bad = BadSamples(datasets, quarantine)
+        self._build = partial(
+            build_train_graph,
+            device=self._device,
+            images=self._images,
+            augmentation=self._augmentation,
+        )
         self.plan = TrainPlan(
             [_plan_source(dataset, prompts, i) for i, dataset in enumerate(datasets)],
             data=data,
@@ -94,6 +101,7 @@ class TrainLoader:
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self._num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
+        self._bad = BadSamples(datasets, self.plan, quarantine)
         self._host = HostBatches(
             config,
             list(datasets),
@@ -119,11 +127,11 @@ class TrainLoader:
         self._running = self._iterate(start_step)
         return self._running
 
-    def host_batches(self, num_steps: int) -> Iterator[TrainFacts]:
-        """Facts of the first steps, each read and not decoded: for measuring storage."""
+    def host_batches(self, num_steps: int) -> Iterator[TrainMetadata]:
+        """Metadata of the first steps, each read and not decoded: for measuring storage."""
         with self._host.reading_ahead(0), contextlib.closing(self._host.batches(0)) as batches:
             for batch in itertools.islice(batches, num_steps):
-                yield batch.facts
+                yield batch.metadata
 
     def close(self) -> None:
         """Stops decoding and frees its buffers; batches that are still held stay valid."""
@@ -143,10 +151,10 @@ class TrainLoader:
                 failed, reason = error.in_flight, reason_of(error)
             else:
                 return
-            step = failed[0].fed.step
+            step = failed[0].actual.step
             if self._images != "files":  # nothing is decoded, so no image is the cause
                 raise DecodingError(f"step {step}, rank {self._rank}: the graph fails: {reason}")
-            if not any(self._find_bad(facts.fed) for facts in failed):
+            if not any(self._find_bad(metadata.actual) for metadata in failed):
                 raise DecodingError(
                     f"step {step}, rank {self._rank}: decoding fails, though each image can be "
                     f"decoded alone: {reason}"
@@ -156,62 +164,53 @@ class TrainLoader:
         """Batches from a step on, until there is one that cannot be decoded."""
         with (
             self._host.reading_ahead(start_step),
-            contextlib.closing(self._run(start_step)) as running,
+            contextlib.closing(self._outputs(start_step)) as outputs,
         ):
-            for (images, integers), facts in running:
-                first, second = split_views(images, num_views=self.plan.num_views)
+            for (images, integers), metadata in outputs:
+                first, *second = images.chunk(self.plan.num_views)
+                texts = unpack_integers(
+                    integers[: len(first)], num_texts=len(metadata.text_lengths)
+                )
                 yield Batch(
-                    step=facts.fed.step,
+                    step=metadata.actual.step,
                     images=first,
-                    second_images=second,
-                    text_lengths=facts.text_lengths,
-                    sample_ids=torch.from_numpy(facts.fed.sample_ids),
-                    scheduled_ids=torch.from_numpy(facts.scheduled_ids),
-                    source_ids=torch.from_numpy(facts.fed.source_ids.astype(np.int64)),
-                    **unpack_integers(integers[: len(first)], num_texts=len(facts.text_lengths)),
+                    second_images=second[0] if second else None,
+                    text_lengths=metadata.text_lengths,
+                    sample_ids=torch.from_numpy(metadata.actual.sample_ids),
+                    scheduled_ids=torch.from_numpy(metadata.scheduled_ids),
+                    source_ids=torch.from_numpy(metadata.actual.source_ids.astype(np.int64)),
+                    **texts,
                 )
-                del images, first, second, integers  # held here, their buffers could not be reused
+                # held here, their buffers could not be reused
+                del images, first, second, integers, texts
 
-    def _run(self, start_step: int) -> Outputs[TrainFacts]:
-        """Images and integers of every batch, and its facts."""
-        ahead = batches_ahead(self._data, self._num_images)
-        if self._images == "crops" and self._augmentation is None:
-            with contextlib.closing(self._host.crop_resizer()) as resizer:
-                yield from run_without_graph(
-                    partial(self._host.group, resizer),
-                    itertools.count(start_step, resizer.batches_at_once),
-                    workers=resizer.groups_at_once,
-                    ahead=ahead + resizer.groups_at_once - 1,
-                )
-            return
-        graphs = [
-            self._graph(data, batch_size=self._num_images)
-            for data in split_threads(self._data, self._device)
-        ]
-        with contextlib.closing(self._host.batches(start_step)) as host_batches:
-            yield from run_graphs(graphs, host_batches, device=self._device, ahead=ahead)
-
-    def _graph(self, data: DataConfig, *, batch_size: int) -> partial[Pipeline]:
-        return partial(
-            build_train_graph,
-            data=data,
-            batch_size=batch_size,
-            device=self._device,
-            images=self._images,
-            augmentation=self._augmentation,
-        )
+    def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
+        """Images and integers of every batch, and its metadata."""
+        if self._images == "crops" and self._augmentation is None:  # nothing is left for a graph
+            ahead = batches_ahead(self._data, self._num_images)
+            made = self._host.batches_without_graph(start_step, ahead=ahead)
+            with contextlib.closing(made):
+                for batch in made:
+                    yield [torch.from_numpy(array) for array in batch.inputs], batch.metadata
+        else:
+            yield from decode(
+                self._build,
+                self._host.batches(start_step),
+                data=self._data,
+                batch_size=self._num_images,
+                device=self._device,
+            )
 
     def _find_bad(self, failed: PlannedBatch) -> bool:
-        """Finds what the decoder refuses of a batch; whether another is to be fed from now on."""
+        """Finds what the decoder refuses of a batch; whether it will hold other samples now."""
         batch = self._host.batch(failed.step)
-        one = self._graph(dataclasses.replace(self._data, threads=1, prefetch=1), batch_size=1)
-        fed = batch.facts.fed
-        reasons = find_undecodable(one, batch.inputs, device=self._device)
+        actual = batch.metadata.actual
+        reasons = find_undecodable(self._build, batch.inputs, data=self._data, device=self._device)
         for row, reason in reasons.items():
-            row %= len(fed.sample_ids)  # of the second view
-            source, sample = int(fed.source_ids[row]), int(fed.sample_ids[row])
+            row %= len(actual.sample_ids)  # of the second view
+            source, sample = int(actual.source_ids[row]), int(actual.sample_ids[row])
             self._bad.add(source, sample, f"the decoder refuses it: {reason}")
-        return bool(reasons) or not np.array_equal(fed.sample_ids, failed.sample_ids)
+        return bool(reasons) or not np.array_equal(actual.sample_ids, failed.sample_ids)
 
 
 def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:
@@ -223,3 +222,110 @@ def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> 
         num_templates=int(prompts.num_templates[number]),
         class_ids=prompts.classes_of(number, labels),
     )
+
+
+class EvaluationLoader:
+    """Images of one data set for evaluation; implements `unicl_fast.batch.EvaluationLoader`.
+
+    Rank r of w shows the samples r, r + w, r + 2 w, ...: over all ranks each sample exactly once,
+    without padding, so that counts can be summed. May be iterated any number of times.
+
+    Nothing is replaced: an accuracy over other images than those of the data set would be another
+    number. An image that cannot be read or decoded ends the evaluation, with its name.
+    """
+
+    def __init__(
+        self,
+        dataset: PackedDataset,
+        data: DataConfig,
+        *,
+        batch_size: int,
+        rank: int = 0,
+        world_size: int = 1,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Args as for `TrainLoader`; `batch_size` is this rank's, its last batch may be smaller."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be positive, not {batch_size}")
+        self._dataset = dataset
+        self._data = data
+        self._batch_size = batch_size
+        self._device = torch.device(device)
+        self._build = partial(build_evaluation_graph, device=self._device)
+        ids = np.arange(rank, len(dataset), world_size, dtype=np.int64)
+        self._batches = [ids[i : i + batch_size] for i in range(0, len(ids), batch_size)]
+
+    def __len__(self) -> int:
+        """Batches of this rank in one epoch."""
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[EvaluationBatch]:
+        """Iterates over the images once.
+
+        Raises:
+            DamagedSampleError: an image's bytes are gone or not those that were packed.
+            DecodingError: images that the decoder refuses; names them.
+        """
+        if not self._batches:
+            return
+        outputs = decode(
+            self._build,
+            self._host_batches(),
+            data=self._data,
+            batch_size=len(self._batches[0]),
+            device=self._device,
+        )
+        try:
+            with contextlib.closing(outputs):
+                for (images,), ids in outputs:
+                    yield EvaluationBatch(images=images, sample_ids=torch.from_numpy(ids))
+                    del images
+            return
+        except DecodingError as error:
+            failed, reason = error.in_flight, reason_of(error)
+        for ids in failed:
+            inputs = self._host_batch(ids).inputs
+            reasons = find_undecodable(self._build, inputs, data=self._data, device=self._device)
+            if reasons:
+                raise DecodingError(
+                    "cannot be decoded, though the bytes are those that were packed; pack the data "
+                    "again without: "
+                    + "; ".join(
+                        f"{self._dataset.describe(int(ids[row]))}: {reason}"
+                        for row, reason in reasons.items()
+                    )
+                )
+        raise DecodingError(
+            f"{self._dataset.place}: decoding fails, though each image can be decoded alone: "
+            f"{reason}"
+        )
+
+    def close(self) -> None:
+        """Nothing outlives an iteration; here for the protocol."""
+
+    def _host_batches(self) -> Generator[HostBatch[NDArray[np.int64]], None, None]:
+        def schedule(batch: int) -> tuple[NDArray[np.int32], NDArray[np.int64]] | None:
+            if batch >= len(self._batches):
+                return None
+            ids = self._batches[batch]
+            return np.zeros(len(ids), np.int32), ids
+
+        num_chunks = -(-self._data.read_ahead // self._batch_size)
+        with reading_ahead(
+            [self._dataset], schedule, start=0, num_chunks=num_chunks
+        ) as read_ahead_from:
+            for batch, ids in enumerate(self._batches):
+                read_ahead_from(batch)
+                yield self._host_batch(ids)
+
+    def _host_batch(self, ids: NDArray[np.int64]) -> HostBatch[NDArray[np.int64]]:
+        self._dataset.check_arrays()
+        samples = self._dataset.samples[ids]
+        starts, ends = central_windows(
+            samples["height"],
+            samples["width"],
+            resize=self._data.evaluation_resize,
+            crop=self._data.image_size,
+        )
+        encoded = [self._dataset.image_bytes(sample, verify=True) for sample in ids.tolist()]
+        return HostBatch(inputs=(encoded, starts, ends), metadata=ids)

@@ -27,8 +27,8 @@ from unicl_fast.config import CLIP_MEAN, CLIP_STD
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.objectives.targets import map_steps
-from unicl_fast.pipelines.feed.bad_samples import BadSamples
 from unicl_fast.pipelines.feed.host_batches import steps_at_once
+from unicl_fast.pipelines.feed.reading import BadSamples
 from unicl_fast.pipelines.feed.text_block import gather_texts, pack_integers
 from unicl_fast.pipelines.graph import batches_ahead, decode_windows
 from unicl_fast.pipelines.kernels.augment import augment_image
@@ -36,7 +36,7 @@ from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.kernels.resample import resample_region
 from unicl_fast.pipelines.loader import TrainLoader
 from unicl_fast.pipelines.plan.augment import draw_rows, num_stages
-from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps
+from unicl_fast.pipelines.plan.plan import PlannedBatch, split_steps, split_windows
 from unicl_fast.system.machine import keep_freed_memory
 
 from .contenders import ContenderError, Task
@@ -62,7 +62,7 @@ class _Own:
         self.dataset = PackedDataset(task.data)
         self.prompts = prompts_of(self.dataset)
         self.loader = TrainLoader(self.config, [self.dataset], None, self.prompts)
-        self.bad = BadSamples([self.dataset], None)
+        self.bad = BadSamples([self.dataset], self.loader.plan, None)
 
     def planned(self) -> list[PlannedBatch]:
         """Batches that hold at least `_HELD` images together."""
@@ -70,7 +70,7 @@ class _Own:
         return [self.loader.plan.batch(step, rank=0, world_size=1) for step in steps]
 
     def read(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
-        return self.bad.read_batch(self.loader.plan, planned)
+        return self.bad.read_files(planned)
 
     def held(self) -> list[tuple[PlannedBatch, list[NDArray[np.uint8]]]]:
         """`planned` with the encoded images."""
@@ -121,7 +121,7 @@ def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
     own = _Own(task)
     held = []
     for planned, encoded in own.held():
-        starts, shapes, _ = planned.crops(0)
+        starts, shapes, _ = split_windows(planned.windows[:, 0])
         cut_files = cut_to_windows(encoded, starts, shapes) if cut else (encoded, starts)
         held.append((*cut_files, shapes))
     batches = itertools.cycle(held)
@@ -164,7 +164,7 @@ def resample(task: Task) -> Iterator[int]:
 
     crops = []
     for fed, encoded in _Own(task).held():
-        starts, shapes, flips = fed.crops(0)
+        starts, shapes, flips = split_windows(fed.windows[:, 0])
         corners = zip(starts.tolist(), shapes.tolist(), flips, strict=True)
         for image, ((top, left), (height, width), flip) in zip(encoded, corners, strict=True):
             whole = decode_whole(image)

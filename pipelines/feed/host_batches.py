@@ -9,31 +9,34 @@ would save only where their windows overlap.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
-from typing import Any
+from typing import Any, Generic, Literal, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
 
-from unicl_fast.config import Interpolation, TrainConfig
+from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.objectives.targets import TargetSteps, map_steps
+from unicl_fast.system.machine import cores_of_this_rank
 from unicl_fast.text.prompts import ClassPrompts
 
-from ..graph import HostBatch, Images, decoding_threads
 from ..kernels.jpeg_windows import cut_to_windows
 from ..kernels.resample import resample_windows
 from ..plan.plan import PlannedBatch, TrainPlan, split_steps, split_windows
-from .bad_samples import BadSamples
-from .read_ahead import reading_ahead
+from .reading import BadSamples, reading_ahead
 from .text_block import gather_texts, pack_integers
+
+Metadata = TypeVar("Metadata")
+Images = Literal["files", "pixels", "crops"]
+"""The form of a graph's images: encoded files, raw images, or crops that were made of those."""
 
 _PLANNED_AT_ONCE = 4096
 """Samples whose plan and texts are made in one go: a megabyte of memory, a few milliseconds."""
@@ -49,18 +52,34 @@ def steps_at_once(batch_size: int) -> int:
     return max(1, _PLANNED_AT_ONCE // batch_size)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class TrainFacts:
-    """Facts of a batch that the host keeps while it is decoded."""
+def decoding_threads(threads: int) -> int:
+    """Decoding threads of this rank: as given, or (0) one for each of its cores."""
+    return threads or cores_of_this_rank()
 
-    fed: PlannedBatch
-    """The plan, with substitutes for bad samples."""
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class HostBatch(Generic[Metadata]):
+    """The inputs of one run of a graph, and metadata that is kept beside them.
+
+    DALI cannot carry numbers that the host must know without reading the device, or names for
+    messages. Graphs give their batches in the order in which they took them, so metadata is queued.
+    """
+
+    inputs: tuple[Any, ...]
+    metadata: Metadata
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class TrainMetadata:
+    """Metadata of a training batch."""
+
+    actual: PlannedBatch
+    """The plan, with substitutes for bad samples: what the batch holds."""
     scheduled_ids: NDArray[np.int64]
     text_lengths: NDArray[np.int64]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
-class _Planned:
+class _Planned(NamedTuple):
     """A step without its images, as long as nothing is bad."""
 
     batch: PlannedBatch
@@ -92,23 +111,23 @@ class HostBatches:
         self._ranks = {"rank": rank, "world_size": world_size}
         self._images = images
         self._batch_size = config.run.global_batch_size // world_size
-        self._steps_of_stretch = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
-        self._read_ahead_from: Callable[[int], None] = lambda stretch: None
+        self._steps_of_chunk = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
+        self._read_ahead_from: Callable[[int], None] = lambda chunk: None
 
     @contextlib.contextmanager
     def reading_ahead(self, start_step: int) -> Iterator[None]:
         """Within this context, samples under a URL are fetched before their turn."""
-        count = self._steps_of_stretch
+        count = self._steps_of_chunk
         samples = count * self._config.run.global_batch_size
         with reading_ahead(
             self._datasets,
-            lambda stretch: self._plan.schedule(stretch * count, count, **self._ranks),
+            lambda chunk: self._plan.schedule(chunk * count, count, **self._ranks),
             start=start_step // count,
-            stretches=-(-self._config.data.read_ahead // samples),
+            num_chunks=-(-self._config.data.read_ahead // samples),
         ) as self._read_ahead_from:
             yield
 
-    def batches(self, start_step: int) -> Generator[HostBatch[TrainFacts], None, None]:
+    def batches(self, start_step: int) -> Generator[HostBatch[TrainMetadata], None, None]:
         """Yields every step from `start_step` on, without end."""
         if self._images == "crops":
             with contextlib.closing(self.crop_resizer()) as resizer:
@@ -119,103 +138,110 @@ class HostBatches:
             for first in itertools.count(start_step, count):
                 yield from map(self._with_images, self._plan_steps(first, count))
 
-    def batch(self, step: int) -> HostBatch[TrainFacts]:
+    def batch(self, step: int) -> HostBatch[TrainMetadata]:
         """Prepares one step whose images are files or pixels."""
         return self._with_images(*self._plan_steps(step, 1))
 
-    def group(self, resizer: CropResizer, first_step: int) -> list[HostBatch[TrainFacts]]:
+    def batches_without_graph(
+        self, start_step: int, *, ahead: int
+    ) -> Generator[HostBatch[TrainMetadata], None, None]:
+        """Yields every step from `start_step` on, its crops being made in threads.
+
+        `ahead` is the number of groups that are made before they are asked for, beside those that
+        are made at the same time.
+        """
+        ready: collections.deque[Future[list[HostBatch[TrainMetadata]]]] = collections.deque()
+        with (
+            contextlib.closing(self.crop_resizer()) as resizer,
+            ThreadPoolExecutor(resizer.groups_at_once, thread_name_prefix="unicl-feed") as pool,
+        ):
+            starts = itertools.count(start_step, resizer.batches_at_once)
+            try:
+                for start in itertools.islice(starts, ahead + resizer.groups_at_once - 1):
+                    ready.append(pool.submit(self.group, resizer, start))
+                while True:
+                    group = ready.popleft().result()
+                    ready.append(pool.submit(self.group, resizer, next(starts)))
+                    yield from group
+            finally:
+                for future in ready:
+                    future.cancel()
+
+    def group(self, resizer: CropResizer, first_step: int) -> list[HostBatch[TrainMetadata]]:
         """Prepares some steps whose images are cropped and resized here; runs in any thread."""
         planned = self._plan_steps(first_step, resizer.batches_at_once)
-        self._say_where(first_step)
-        fed, pixels = self._bad.read_pixels(self._plan, [step.batch for step in planned])
-        windows = np.concatenate([batch.windows for batch in fed])
+        self._read_ahead_from(first_step // self._steps_of_chunk)
+        actual, pixels = self._bad.read_pixels([step.batch for step in planned])
+        windows = np.concatenate([batch.windows for batch in actual])
         views = [
-            np.split(resizer.crop(pixels, windows[:, view]), len(fed))
+            np.split(resizer.crop(pixels, windows[:, view]), len(actual))
             for view in range(self._plan.num_views)
         ]
         return [
             self._host_batch(step, batch, crops[0] if len(crops) == 1 else np.concatenate(crops))
-            for step, batch, *crops in zip(planned, fed, *views, strict=True)
+            for step, batch, *crops in zip(planned, actual, *views, strict=True)
         ]
 
     def crop_resizer(self) -> CropResizer:
         """Makes the resizer that `group` takes; the caller closes it."""
-        data, shape = self._config.data, self._datasets[0].image_shape
+        shape = self._datasets[0].image_shape
         assert shape is not None
-        return CropResizer(
-            batch_size=self._batch_size,
-            image_shape=shape,
-            image_size=data.image_size,
-            interpolation=data.interpolation,
-            threads=decoding_threads(data.threads),
-        )
+        return CropResizer(self._config.data, batch_size=self._batch_size, image_shape=shape)
 
-    def _with_images(self, planned: _Planned) -> HostBatch[TrainFacts]:
+    def _with_images(self, planned: _Planned) -> HostBatch[TrainMetadata]:
         """A step with its images as files or pixels."""
         self._check_arrays()
-        self._say_where(planned.batch.step)
+        self._read_ahead_from(planned.batch.step // self._steps_of_chunk)
         if self._images == "files":
-            return self._host_batch(planned, *self._bad.read_batch(self._plan, planned.batch))
-        (fed,), pixels = self._bad.read_pixels(self._plan, [planned.batch])
-        return self._host_batch(planned, fed, pixels)
-
-    def _say_where(self, step: int) -> None:
-        self._read_ahead_from(step // self._steps_of_stretch)
+            return self._host_batch(planned, *self._bad.read_files(planned.batch))
+        (actual,), pixels = self._bad.read_pixels([planned.batch])
+        return self._host_batch(planned, actual, pixels)
 
     def _plan_steps(self, first: int, count: int) -> list[_Planned]:
         """Some steps without their images, made in one go."""
         self._check_arrays()
         size = self._batch_size
         long = self._plan.long_batch(first, count, **self._ranks)
-        # A rank's own texts are enough: a text with a label is always a prompt, and captions equal
-        # to a prompt are found by look-up, so no other rank's labels can change a class here.
-        targets = self._targets_of(long)
         steps = split_steps(long, count, global_batch_size=self._plan.global_batch_size)
-        context_length = self._config.model.context_length
-        integers = pack_integers(targets, steps[0].global_index, context_length=context_length)
-        starts = range(0, count * size, size)
-        return [
-            _Planned(
-                batch=batch,
-                integers=integers[start : start + size],
-                text_lengths=targets.text_lengths[start : start + num_texts],
-            )
-            for batch, start, num_texts in zip(
-                steps, starts, targets.num_texts.tolist(), strict=True
-            )
-        ]
+        targets, integers = self._texts_of(long, steps[0].global_index)
+        parts = zip(range(0, count * size, size), targets.num_texts.tolist(), strict=True)
+        lengths = [targets.text_lengths[start : start + num_texts] for start, num_texts in parts]
+        return list(map(_Planned, steps, integers.reshape(count, size, -1), lengths))
 
     def _host_batch(
         self,
         planned: _Planned,
-        fed: PlannedBatch,
+        actual: PlannedBatch,
         images: list[NDArray[np.uint8]] | NDArray[np.uint8],
-    ) -> HostBatch[TrainFacts]:
-        """Puts together a step; `fed` is its plan with substitutes."""
+    ) -> HostBatch[TrainMetadata]:
+        """Puts together a step; `actual` is its plan with substitutes."""
         integers, text_lengths = planned.integers, planned.text_lengths
-        if fed is not planned.batch:  # substitutes come with texts of their own
-            targets = self._targets_of(fed)
-            context_length = self._config.model.context_length
-            integers = pack_integers(targets, fed.global_index, context_length=context_length)
+        if actual is not planned.batch:  # substitutes come with texts of their own
+            targets, integers = self._texts_of(actual, actual.global_index)
             text_lengths = targets.text_lengths[: targets.num_texts[0]]
         return HostBatch(
-            inputs=graph_inputs(fed, images, integers, are_crops=self._images == "crops"),
-            facts=TrainFacts(
-                fed=fed, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths
+            inputs=graph_inputs(actual, images, integers, are_crops=self._images == "crops"),
+            metadata=TrainMetadata(
+                actual=actual, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths
             ),
         )
 
-    def _targets_of(self, planned: PlannedBatch) -> TargetSteps:
-        """The targets of some steps; the objective says what samples' classes are."""
-        rows, labels = gather_texts(
-            planned,
-            self._datasets,
-            self._prompts,
-            context_length=self._config.model.context_length,
-        )
+    def _texts_of(
+        self, planned: PlannedBatch, global_index: NDArray[np.int64]
+    ) -> tuple[TargetSteps, NDArray[np.int64]]:
+        """The targets of some steps, and the integers that DALI carries.
+
+        The objective says what samples' classes are. A rank's own texts are enough: a text with a
+        label is always a prompt, and captions equal to a prompt are found by look-up, so no other
+        rank's labels can change a class here.
+        """
+        length = self._config.model.context_length
+        rows, labels = gather_texts(planned, self._datasets, self._prompts, context_length=length)
+        prompts: ClassPrompts | None = self._prompts
         if self._config.objective.name == "clip":  # a text is its own class
-            return map_steps(rows, np.full_like(labels, -1), None, size=self._batch_size)
-        return map_steps(rows, labels, self._prompts, size=self._batch_size)
+            labels, prompts = np.full_like(labels, -1), None
+        targets = map_steps(rows, labels, prompts, size=self._batch_size)
+        return targets, pack_integers(targets, global_index, context_length=length)
 
     def _check_arrays(self) -> None:
         for dataset in self._datasets:
@@ -233,8 +259,8 @@ def graph_inputs(
 
     Args:
         planned: the batch.
-        images: encoded images, which are cut to what their windows need; or pixels [b h w 3]; or
-            the crops of all views, [v*b size size 3].
+        images: encoded images, a list of uint8 arrays, which are cut to what their windows need;
+            or pixels uint8 [b h w 3]; or the crops of all views, uint8 [v*b size size 3].
         integers: see `pack_integers`.
         are_crops: whether `images` are crops.
     """
@@ -256,20 +282,6 @@ def graph_inputs(
     return tuple(inputs)
 
 
-def split_views(images: Tensor, *, num_views: int) -> tuple[Tensor, Tensor | None]:
-    """First and second views [b h w c] of the graph's output for `graph_inputs`."""
-    if num_views == 1:
-        return images, None
-    size = len(images) // 2
-    return images[:size], images[size:]
-
-
-def are_decoded(datasets: Sequence[PackedDataset]) -> bool:
-    """Whether all images of all data sets are raw and of one size."""
-    shapes = {dataset.image_shape for dataset in datasets}
-    return len(shapes) == 1 and shapes != {None}
-
-
 class CropResizer:
     """Crops raw images, resizes and flips the crops; close it at the end.
 
@@ -284,18 +296,13 @@ class CropResizer:
     """
 
     def __init__(
-        self,
-        *,
-        batch_size: int,
-        image_shape: tuple[int, int, int],
-        image_size: int,
-        interpolation: Interpolation,
-        threads: int,
+        self, data: DataConfig, *, batch_size: int, image_shape: tuple[int, int, int]
     ) -> None:
         """As for `graph.build_train_graph`; `image_shape` is that of all images."""
-        self._image_size = image_size
-        self._cubic = interpolation == "bicubic"
-        bytes_of_one = 3 * image_size**2 + math.prod(image_shape)
+        self._image_size = data.image_size
+        self._cubic = data.interpolation == "bicubic"
+        threads = decoding_threads(data.threads)
+        bytes_of_one = 3 * data.image_size**2 + math.prod(image_shape)
         most = min(_CROPPED_AT_ONCE, _CROPPED_BYTES_AT_ONCE // bytes_of_one)
         self.batches_at_once = max(1, most // batch_size)
         """How many batches make a group."""
@@ -311,14 +318,14 @@ class CropResizer:
         starts, shapes, flips = split_windows(windows)
         num_parts = min(self._threads, size)
         edges = itertools.pairwise(size * part // num_parts for part in range(num_parts + 1))
-        *others, mine = (
+        *rest, mine = (
             partial(resample_windows, crops, images, starts, shapes, flips, self._cubic, begin, end)
             for begin, end in edges
         )
-        running = [self._pool.submit(other) for other in others]
+        running = [self._pool.submit(part) for part in rest]
         mine()
-        for part in running:
-            part.result()
+        for future in running:
+            future.result()
         return crops
 
     def close(self) -> None:

@@ -50,13 +50,9 @@ def gather_texts(
         samples = dataset.samples.take(planned.sample_ids[chosen])
         positions = samples["captions_start"].astype(np.int64) + planned.captions[chosen]
         captions = dataset.captions.take(positions)
-        _copy_texts(
-            np.asarray(dataset.tokens),
-            captions["tokens_start"].astype(np.int64),
-            captions["tokens_length"].astype(np.int64),
-            chosen,
-            rows,
-        )
+        starts = captions["tokens_start"].astype(np.int64)
+        lengths = captions["tokens_length"].astype(np.int64)
+        _copy_texts(np.asarray(dataset.tokens), starts, lengths, chosen, rows)
         chosen = np.flatnonzero(mine & (planned.labels >= 0))
         if len(chosen):
             labels = planned.labels[chosen]
@@ -86,37 +82,19 @@ def pack_integers(
     """Packs some batches of b samples as int64 [steps * b, context_length + 5].
 
     Rows of tokens are padded with 0 to `context_length`; there are never more texts than samples.
-
-    Args:
-        steps: targets of the batches.
-        global_index: int64 [b], the same in each batch.
-        context_length: at least the length of the rows of tokens.
+    `global_index` [b] is the same in each batch.
     """
     block = np.zeros((len(steps.text_index), context_length + _FIELDS), dtype=np.int64)
-    _pack(
-        block.reshape(-1),
-        steps.num_texts,
-        steps.tokens,
-        steps.text_index,
-        steps.text_class_ids,
-        steps.text_counts,
-        global_index,
-        context_length,
-    )
+    texts = steps.num_texts, steps.tokens, steps.text_index, steps.text_class_ids, steps.text_counts
+    _pack(block.reshape(-1), *texts, global_index, context_length)
     return block
 
 
 @kernel
 def _pack(
-    block: Any,
-    num_texts: Any,
-    tokens: Any,
-    text_index: Any,
-    text_class_ids: Any,
-    text_counts: Any,
-    global_index: Any,
-    context_length: Any,
-) -> None:
+    block: Any, num_texts: Any, tokens: Any, text_index: Any, text_class_ids: Any,
+    text_counts: Any, global_index: Any, context_length: Any,
+) -> None:  # fmt: skip
     size = global_index.size
     for step in range(num_texts.size):
         first = step * size

@@ -20,6 +20,7 @@ from numba.extending import intrinsic
 from unicl_fast.system.kernels import kernel
 
 from ..plan.augment import STAGE_WIDTH, Column, Operator
+from .resample import load, repeat
 
 _CHANNELS = 3
 # Plain numbers, which Numba can index with.
@@ -54,27 +55,20 @@ def augment_image(image: Any, row: Any, fill: Any) -> None:
 def _apply_operator(image: Any, operator: int, numbers: Any, fill: Any) -> None:
     a = numbers[0]
     if operator == Operator.WARP:
-        warp(image, numbers, grey_of(fill))
+        # DALI takes one level for all channels
+        warp(image, numbers, (int(fill[0]) + int(fill[1]) + int(fill[2]) + 1) // 3)
     elif operator == Operator.COLOR:
         _twist(image, np.float32(1.0), np.float32(1.0), a, np.float32(0.0))
     elif operator == Operator.SHARPNESS:
         _sharpen(image, a)
-    elif operator == Operator.EQUALIZE:
-        _equalize(image)
-    elif operator == Operator.AUTO_CONTRAST:
-        _stretch(image)
+    elif operator == Operator.EQUALIZE or operator == Operator.AUTO_CONTRAST:
+        _spread_levels(image, operator == Operator.EQUALIZE)
     elif operator == Operator.BRIGHTNESS:
         _scale(image, a, np.float32(0.0))
     elif operator == Operator.CONTRAST:
         _scale(image, a, _mean_grey(image) * (np.float32(1.0) - a))
     elif operator >= Operator.POSTERIZE and operator <= Operator.INVERT:
         _look_up_bits(image, operator, a)
-
-
-@_compiled
-def grey_of(fill: Any) -> int:
-    """The level that a warp shows outside the image: DALI takes one for all channels."""
-    return (int(fill[0]) + int(fill[1]) + int(fill[2]) + 1) // 3
 
 
 @_inlined
@@ -92,24 +86,19 @@ def _scale(image: Any, factor: Any, shift: Any) -> None:
 
 @_compiled
 def _mean_grey(image: Any) -> Any:
-    sums = np.zeros(_CHANNELS, np.int64)
-    for y in range(image.shape[0]):
-        line = image[y]
-        red, green, blue = 0, 0, 0
-        for x in range(line.shape[0]):
-            red += line[x, 0]
-            green += line[x, 1]
-            blue += line[x, 2]
-        sums[0] += red
-        sums[1] += green
-        sums[2] += blue
-    grey = 0.299 * sums[0] + 0.587 * sums[1] + 0.114 * sums[2]
+    values = image.reshape(-1)
+    red, green, blue = 0, 0, 0
+    for i in range(values.size // _CHANNELS):
+        red += values[_CHANNELS * i]
+        green += values[_CHANNELS * i + 1]
+        blue += values[_CHANNELS * i + 2]
+    grey = 0.299 * red + 0.587 * green + 0.114 * blue
     return np.float32(grey / (image.shape[0] * image.shape[1]))
 
 
 @_compiled
 def _look_up_bits(image: Any, operator: int, a: Any) -> None:
-    table = np.empty(256, np.uint8)
+    tables = np.empty((_CHANNELS, 256), np.uint8)
     for level in range(256):
         if operator == Operator.POSTERIZE:
             value = level & int(a)
@@ -119,10 +108,8 @@ def _look_up_bits(image: Any, operator: int, a: Any) -> None:
             value = min(level + int(a), 255) if level < 128 else level
         else:
             value = 255 - level
-        table[level] = value
-    values = image.reshape(-1)
-    for i in range(values.size):
-        values[i] = table[values[i]]
+        tables[:, level] = value
+    _look_up(image, tables)
 
 
 @_compiled
@@ -148,30 +135,12 @@ def _histograms(image: Any) -> Any:
 
 
 @_compiled
-def _equalize(image: Any) -> None:
-    """OpenCV's formula, which is DALI's: the darkest level goes to 0."""
-    counts = _histograms(image)
-    tables = np.empty((_CHANNELS, 256), np.uint8)
-    total = image.shape[0] * image.shape[1]
-    for c in range(_CHANNELS):
-        darkest = 0
-        while counts[c, darkest] == 0:
-            darkest += 1
-        rest = total - counts[c, darkest]
-        below = 0
-        for level in range(256):
-            if rest == 0:  # a channel of one level stays as it is
-                tables[c, level] = level
-                continue
-            if level > darkest:
-                below += counts[c, level]
-            tables[c, level] = _level(np.float32(below) * (np.float32(255.0) / np.float32(rest)))
-    _look_up(image, tables)
+def _spread_levels(image: Any, equalize: bool) -> None:
+    """Brings each channel's darkest level to 0 and its brightest to 255.
 
-
-@_compiled
-def _stretch(image: Any) -> None:
-    """Auto contrast: each channel's darkest level to 0 and its brightest to 255."""
+    To equalize by OpenCV's formula, which is DALI's, or linearly (auto contrast). A channel of one
+    level stays as it is.
+    """
     counts = _histograms(image)
     tables = np.empty((_CHANNELS, 256), np.uint8)
     for c in range(_CHANNELS):
@@ -180,10 +149,19 @@ def _stretch(image: Any) -> None:
             darkest += 1
         while counts[c, brightest] == 0:
             brightest -= 1
-        spread = brightest - darkest
+        rest = brightest - darkest
+        if equalize:
+            rest = image.shape[0] * image.shape[1] - counts[c, darkest]
+        place = 0
         for level in range(256):
-            scaled = np.float32(level - darkest) * (np.float32(255.0) / np.float32(spread or 1))
-            tables[c, level] = _level(scaled) if spread > 0 else np.uint8(level)
+            if rest == 0:
+                tables[c, level] = level
+                continue
+            if not equalize:
+                place = level - darkest
+            elif level > darkest:
+                place += counts[c, level]
+            tables[c, level] = _level(np.float32(place) * (np.float32(255.0) / np.float32(rest)))
     _look_up(image, tables)
 
 
@@ -337,11 +315,11 @@ def warp(image: Any, matrix: Any, grey: int) -> None:
         grey: level outside the image.
     """
     size = image.shape[0]
-    source = np.empty(image.size + _SPARE_BYTES, np.uint8)
+    original = np.empty(image.size + _SPARE_BYTES, np.uint8)
     pixels = image.reshape(-1)
     # Loops, not slices: those bring error messages along, which take Numba seconds to compile.
     for i in range(pixels.size):
-        source[i] = pixels[i]
+        original[i] = pixels[i]
     half = np.float32(0.5)
     step_x, step_y = matrix[0], matrix[3]
     for y in range(size):
@@ -357,13 +335,13 @@ def warp(image: Any, matrix: Any, grey: int) -> None:
         for i in range((y * size + last) * _CHANNELS, (y + 1) * size * _CHANNELS):
             pixels[i] = grey
         for x in range(first, low):
-            _blend_at_border(pixels, source, size, x, y, start_x, step_x, start_y, step_y, grey)
+            _blend_at_border(pixels, original, size, x, y, start_x, step_x, start_y, step_y, grey)
         for x in range(low, high):
             at_x, at_y = start_x + step_x * np.float32(x), start_y + step_y * np.float32(x)
             left, upper = np.int64(at_x), np.int64(at_y)  # not negative here
             _blend_pixel(
                 pixels,
-                source,
+                original,
                 (y * size + x) * _CHANNELS,
                 (upper * size + left) * _CHANNELS,
                 size * _CHANNELS,
@@ -371,7 +349,7 @@ def warp(image: Any, matrix: Any, grey: int) -> None:
                 at_y - np.float32(upper),
             )
         for x in range(high, last):
-            _blend_at_border(pixels, source, size, x, y, start_x, step_x, start_y, step_y, grey)
+            _blend_at_border(pixels, original, size, x, y, start_x, step_x, start_y, step_y, grey)
 
 
 @_compiled
@@ -399,17 +377,9 @@ def _run(
 
 @_compiled
 def _blend_at_border(
-    pixels: Any,
-    source: Any,
-    size: int,
-    x: int,
-    y: int,
-    start_x: Any,
-    step_x: Any,
-    start_y: Any,
-    step_y: Any,
-    grey: int,
-) -> None:
+    pixels: Any, original: Any, size: int, x: int, y: int, start_x: Any, step_x: Any,
+    start_y: Any, step_y: Any, grey: int,
+) -> None:  # fmt: skip
     """Blends one pixel, some of whose neighbours lie outside the image: those are grey."""
     at_x, at_y = start_x + step_x * np.float32(x), start_y + step_y * np.float32(x)
     floor_x, floor_y = math.floor(at_x), math.floor(at_y)
@@ -426,7 +396,7 @@ def _blend_at_border(
             for dx in range(2):
                 value = np.float32(grey)
                 if 0 <= left + dx < size and 0 <= upper + dy < size:
-                    value = np.float32(source[((upper + dy) * size + left + dx) * _CHANNELS + c])
+                    value = np.float32(original[((upper + dy) * size + left + dx) * _CHANNELS + c])
                 weight = right if dx == 1 else np.float32(1.0) - right
                 weight *= down if dy == 1 else np.float32(1.0) - down
                 total += weight * value
@@ -434,48 +404,35 @@ def _blend_at_border(
 
 
 def _define_blend_pixel(
-    typing_context: Any,
-    pixels: Any,
-    source: Any,
-    target: Any,
-    upper_left: Any,
-    row_bytes: Any,
-    right: Any,
-    down: Any,
-) -> Any:
+    typing_context: Any, pixels: Any, original: Any, target: Any, upper_left: Any,
+    row_bytes: Any, right: Any, down: Any,
+) -> Any:  # fmt: skip
     """Blends one pixel from its four neighbours."""
     bytes_of = ir.VectorType(ir.IntType(8), 4)
     floats = ir.VectorType(ir.FloatType(), 4)
     lanes = ir.VectorType(ir.IntType(32), 4)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pixels, source = (
+        pixels, original = (
             context.make_array(kind)(context, builder, value)
             for kind, value in zip(signature.args[:2], arguments[:2], strict=True)
         )
-        target, upper_left, row_bytes, right, down = arguments[2:]
+        target, upper_left, row_bytes = arguments[2:5]
+        right, down = (repeat(builder, part, 4) for part in arguments[5:])
         index = ir.IntType(64)
 
-        def load(offset: Any) -> Any:
-            pointer = builder.bitcast(builder.gep(source.data, [offset]), bytes_of.as_pointer())
-            wide = builder.zext(builder.load(pointer, align=1), lanes)
+        def pixel_at(offset: Any) -> Any:
+            wide = builder.zext(load(builder, original.data, offset, bytes_of, align=1), lanes)
             return builder.sitofp(wide, floats)
-
-        def spread(value: Any) -> Any:
-            single = builder.insert_element(
-                ir.Constant(floats, ir.Undefined), value, ir.Constant(ir.IntType(32), 0)
-            )
-            return builder.shuffle_vector(single, single, ir.Constant(lanes, [0] * 4))
 
         def blend(one: Any, other: Any, part: Any) -> Any:
             step = builder.fmul(builder.fsub(other, one), part, flags=["contract"])
             return builder.fadd(one, step, flags=["contract"])
 
-        right, down = spread(right), spread(down)
         below = builder.add(upper_left, row_bytes)
         pixel = ir.Constant(index, _CHANNELS)
-        upper = blend(load(upper_left), load(builder.add(upper_left, pixel)), right)
-        lower = blend(load(below), load(builder.add(below, pixel)), right)
+        upper = blend(pixel_at(upper_left), pixel_at(builder.add(upper_left, pixel)), right)
+        lower = blend(pixel_at(below), pixel_at(builder.add(below, pixel)), right)
         total = builder.fadd(blend(upper, lower, down), ir.Constant(floats, [0.5] * 4))
         # Byte by byte: the store that narrows a vector takes longer than all before on Zen 4.
         levels = builder.fptosi(total, lanes)
@@ -486,7 +443,7 @@ def _define_blend_pixel(
         return context.get_dummy_value()
 
     signature = types.void(
-        pixels, source, types.int64, types.int64, types.int64, types.float32, types.float32
+        pixels, original, types.int64, types.int64, types.int64, types.float32, types.float32
     )
     return signature, generate
 

@@ -1,13 +1,13 @@
 """Shorter JPEGs for the decoder: only the parts of a file that its crop window lies in.
 
-A JPEG's codes have no fixed length, so a decoder that is to give a window must read all codes
-before the window's end, of whole rows, though it makes pixels of few. Restart markers (ITU-T T.81,
-B.2.4.4 and E.1.4) are points where decoding can begin. The packing tool sets some in each row of
-blocks (`unicl_fast.images.encode`), and here the stretches under a window become a JPEG of their
-own: the same header with another size, the stretches, and markers numbered anew. The window's
-pixels are the same bit for bit. Of random crops of 256-pixel images 0.6 of the bytes
-are left, and DALI's decoder takes 0.85 of the time (282 us instead of 332, one thread), for files
-that are 2 to 3 % longer; cutting takes 7 us. On a GPU less goes over the bus.
+A JPEG's codes have no fixed length, so a decoder that is to give a window reads all codes before
+the window's end, of whole rows, though it makes pixels of few. Restart markers (ITU-T T.81, B.2.4.4
+and E.1.4) are points where decoding can begin. The packing tool sets some in each row of blocks
+(`unicl_fast.images.codec`), and here the segments between markers that lie under a window become a
+JPEG of their own: the same header with another size, the segments, and markers numbered anew. The
+window's pixels are the same bit for bit. Of random crops of 256-pixel images 0.6 of the bytes are
+left, and DALI's decoder takes 0.85 of the time (282 us instead of 332, one thread), for files that
+are 2 to 3 % longer; cutting takes 7 us. On a GPU less goes over the bus.
 
 Files without such markers are left as they are, and so is what looks damaged: the decoder judges
 that.
@@ -64,13 +64,8 @@ def cut_to_windows(
 ) -> tuple[list[NDArray[np.uint8]], NDArray[np.int32]]:
     """Leaves out of each file what its window does not need, where the file has markers for it.
 
-    Args:
-        images: encoded, of any format, uint8 [bytes] each.
-        starts: first row and column of each window [b 2].
-        shapes: height and width of each window [b 2].
-
-    Returns:
-        The files, and where the windows begin in them [b 2].
+    Files are of any format, uint8 [bytes] each; windows have first rows and columns [b 2], and
+    heights and widths [b 2]. Returns the files, and where the windows begin in them [b 2].
     """
     cut: list[NDArray[np.uint8]] = []
     moved = np.array(starts)
@@ -85,11 +80,8 @@ def cut_to_windows(
 def _cut(data: Any, start: Any, shape: Any, out: Any) -> int:
     """Writes the shorter file into `out` and moves `start`; returns its length, 0 if there is none.
 
-    Args:
-        data: a file, uint8 [bytes].
-        start: first row and column of the window [2], changed to those in the shorter file.
-        shape: height and width of the window [2].
-        out: uint8 [bytes], as long as the file.
+    `data` is a file, uint8 [bytes], and `out` as long; `start` is the window's first row and column
+    [2], changed to those in the shorter file, `shape` its height and width [2].
     """
     frame, scan, interval = _find_parts(data)
     if interval == 0:
@@ -106,52 +98,52 @@ def _cut(data: Any, start: Any, shape: Any, out: Any) -> int:
     columns = -(-width // (_BLOCK * across))
     if columns % interval:
         return 0
-    row_stretches = columns // interval
-    stretch_height, stretch_width = _BLOCK * down, _BLOCK * across * interval
+    row_segments = columns // interval
+    segment_height, segment_width = _BLOCK * down, _BLOCK * across * interval
     top, left, bottom, right = start[0], start[1], start[0] + shape[0], start[1] + shape[1]
     if top < 0 or left < 0 or bottom > height or right > width or shape[0] < 1 or shape[1] < 1:
         return 0
     # where colour is coarser, a pixel also takes some of the next sample's
     row_margin, column_margin = down if down > 1 else 0, across if across > 1 else 0
-    first_row = max(0, top - row_margin) // stretch_height
-    end_row = -(-min(height, bottom + row_margin) // stretch_height)
-    first_column = max(0, left - column_margin) // stretch_width
-    end_column = -(-min(width, right + column_margin) // stretch_width)
-    end_height = min(height, end_row * stretch_height)
-    end_width = min(width, end_column * stretch_width)
-    narrow = end_width - first_column * stretch_width <= _PLAINLY_ENLARGED * across
+    first_row = max(0, top - row_margin) // segment_height
+    end_row = -(-min(height, bottom + row_margin) // segment_height)
+    first_column = max(0, left - column_margin) // segment_width
+    end_column = -(-min(width, right + column_margin) // segment_width)
+    end_height = min(height, end_row * segment_height)
+    end_width = min(width, end_column * segment_width)
+    narrow = end_width - first_column * segment_width <= _PLAINLY_ENLARGED * across
     if across > 1 and narrow and first_column > 0:
         first_column -= 1
-    if (end_row - first_row) * (end_column - first_column) == row_stretches * (
-        -(-height // stretch_height)
+    if (end_row - first_row) * (end_column - first_column) == row_segments * (
+        -(-height // segment_height)
     ):
         return 0
-    if 2 * end_row * row_stretches > data.size:  # its header lies
+    if 2 * end_row * row_segments > data.size:  # its header lies
         return 0
-    markers = np.empty(end_row * row_stretches, np.int64)
+    markers = np.empty(end_row * row_segments, np.int64)
     if not _find_markers(data, scan, markers):
         return 0
     last = markers[-1] + 1
-    expected = _EOI if end_row * stretch_height >= height else _RST0 + (markers.size - 1) % 8
+    expected = _EOI if end_row * segment_height >= height else _RST0 + (markers.size - 1) % 8
     if data[last] != expected:
         return 0
     _copy(out, 0, data, 0, scan)
-    _set_two_bytes(out, frame + 5, end_height - first_row * stretch_height)
-    _set_two_bytes(out, frame + 7, end_width - first_column * stretch_width)
+    _set_two_bytes(out, frame + 5, end_height - first_row * segment_height)
+    _set_two_bytes(out, frame + 7, end_width - first_column * segment_width)
     length, number = scan, 0
     for row in range(first_row, end_row):
-        first = row * row_stretches + first_column
-        end = row * row_stretches + end_column
+        first = row * row_segments + first_column
+        end = row * row_segments + end_column
         begin = markers[first - 1] + 2 if first else scan
         size = markers[end - 1] + 2 - begin
         _copy(out, length, data, begin, size)
-        for stretch in range(first, end):
-            out[length + markers[stretch] - begin + 1] = _RST0 + number % 8
+        for segment in range(first, end):
+            out[length + markers[segment] - begin + 1] = _RST0 + number % 8
             number += 1
         length += size
     out[length - 1] = _EOI
-    start[0] = top - first_row * stretch_height
-    start[1] = left - first_column * stretch_width
+    start[0] = top - first_row * segment_height
+    start[1] = left - first_column * segment_width
     return length
 
 
@@ -192,9 +184,9 @@ def _find_parts(data: Any) -> tuple[int, int, int]:
 
 @kernel
 def _find_markers(data: Any, position: int, markers: Any) -> bool:
-    """The first markers in the codes from a position on; False if they are not what they must be.
+    """Finds the first markers in the codes from a position on.
 
-    All but the last must be restart markers, counted modulo eight.
+    False if one of them, the last left out, is no restart marker counted modulo eight.
     """
     found = 0
     last = data.size - 1  # the last byte alone is no marker

@@ -25,7 +25,7 @@ from nvidia.dali.plugin.numba import NumbaFunction
 from unicl_fast.augmentation import Augmentation
 from unicl_fast.system.kernels import c_function, kernel
 
-from ..plan.augment import STAGE_WIDTH, Column, Operator, num_stages, operators_of
+from ..plan.augment import OPERATIONS, STAGE_WIDTH, Column, Operator, num_stages
 from .augment import augment_image
 from .resample import resample_region
 
@@ -43,26 +43,18 @@ class GraphParts:
     fill: tuple[int, int, int]
     """Levels that an erased rectangle shows."""
 
-    @property
-    def grey(self) -> int:
-        """The level that a warp shows outside the image: DALI takes one for all channels."""
-        return (sum(self.fill) + 1) // 3
-
 
 def parts_for(augmentations: Sequence[Augmentation], mean: Sequence[float]) -> GraphParts | None:
-    """The parts that at least one source uses; None if images stay as they were resampled.
+    """The parts that at least one data set uses; None if images stay as they were resampled.
 
-    Args:
-        augmentations: each source's.
-        mean: colour, in 0 to 1, of erased rectangles.
+    `mean` is the colour, in 0 to 1, of erased rectangles.
     """
     if not any(each.changes_pixels for each in augmentations):
         return None
     red, green, blue = (round(255 * min(max(level, 0.0), 1.0)) for level in mean)
+    operators = {op.operator for each in augmentations for op in OPERATIONS[each.policy]}
     return GraphParts(
-        operators=tuple(
-            sorted(set().union(*(operators_of(each.policy) for each in augmentations)))
-        ),
+        operators=tuple(sorted(operators - {Operator.IDENTITY})),
         stages=num_stages(augmentations),
         twists=any(each.changes_colours for each in augmentations),
         blurs=any(each.blur > 0 for each in augmentations),
@@ -87,11 +79,8 @@ def resample_operator(image_size: int, interpolation: str) -> Any:
     Takes images uint8 [h w 3], starts and ends of regions float32 [2] in pixels (rows, then
     columns; ends beyond the image mean its end), and flips int32 [1]; gives uint8 [size size 3].
     """
-    return _Compiled(
-        _resample(interpolation == "bicubic"),
-        _set_shapes(image_size),
-        in_types=[types.UINT8, types.FLOAT, types.FLOAT, types.INT32],
-    )
+    in_types = [types.UINT8, types.FLOAT, types.FLOAT, types.INT32]
+    return _Compiled(_resample(interpolation == "bicubic"), image_size, in_types=in_types)
 
 
 def augment_operator(image_size: int) -> Any:
@@ -100,11 +89,7 @@ def augment_operator(image_size: int) -> Any:
     Takes images uint8 [size size 3], rows float32 [k], columns as in `Column`, and the colour of
     erased rectangles, uint8 [3]; gives uint8 [size size 3].
     """
-    return _Compiled(
-        _augment(),
-        _set_shapes(image_size),
-        in_types=[types.UINT8, types.FLOAT, types.UINT8],
-    )
+    return _Compiled(_augment(), image_size, in_types=[types.UINT8, types.FLOAT, types.UINT8])
 
 
 class _Compiled(NumbaFunction):
@@ -114,8 +99,8 @@ class _Compiled(NumbaFunction):
     takes two seconds and 16 MB.
     """
 
-    def __init__(self, run: Any, set_shapes: Any, *, in_types: list[Any]) -> None:
-        """The first input is an image, the others are vectors, of the types given.
+    def __init__(self, run: Any, image_size: int, *, in_types: list[Any]) -> None:
+        """The first input is an image, the rest are vectors, of the types given.
 
         Raises:
             RuntimeError: this DALI calls such functions in another way.
@@ -128,7 +113,7 @@ class _Compiled(NumbaFunction):
             )
         super().__init__(
             run_fn=run,
-            setup_fn=set_shapes,
+            setup_fn=_set_shapes(image_size),
             out_types=[types.UINT8],
             in_types=in_types,
             outs_ndim=[3],
@@ -204,10 +189,10 @@ def _augment() -> Any:
         in_data: Any, in_shapes: Any, _in_dimensions: Any, _num_inputs: Any,
     ) -> None:  # fmt: skip
         image = _image(out_data, out_shapes, 0)
-        copied, source = image.reshape(-1), _image(in_data, in_shapes, 0).reshape(-1)
+        copied, original = image.reshape(-1), _image(in_data, in_shapes, 0).reshape(-1)
         # a loop, not slices: those bring error messages along, which take Numba long to compile
         for i in range(copied.size):
-            copied[i] = source[i]
+            copied[i] = original[i]
         row = _vector(in_data, in_shapes, 1, np.float32)
         fill = _vector(in_data, in_shapes, 2, np.uint8)
         augment_image(image, row, fill)
@@ -251,19 +236,13 @@ _pointer: Any = intrinsic(_define_pointer)
 
 
 def augment(images: Any, rows: Any, parts: GraphParts) -> Any:
-    """Augments each image as its row says, with DALI's operators, on either device.
+    """Augments images uint8 [s s 3] as their rows say, with DALI's operators, on either device.
 
     An image goes through those operators alone that its row asks for: DALI splits the batch at
     every `if` below (AutoGraph reads them: this module is converted when a graph with conditionals
-    is built) and puts it together behind it. What no source uses is not in a run's graph.
-
-    Args:
-        images: uint8 [s s 3] of layout HWC.
-        rows: float32 [k] on the host, columns as in `Column`.
-        parts: the parts of this graph.
-
-    Returns:
-        Images whose samples lie one after another in memory.
+    is built) and puts it together behind it. What no data set uses is not in a run's graph. Rows
+    are float32 [k] on the host, columns as in `Column`. The result's samples lie one after another
+    in memory.
     """
     for stage in range(parts.stages):
         images = _apply_stage(images, rows, parts, Column.STAGES + stage * STAGE_WIDTH)
@@ -306,7 +285,7 @@ def _apply_stage(images: Any, rows: Any, parts: GraphParts, start: int) -> Any:
             position,
             data=images,
             numbers=rows[start + 1 : start + STAGE_WIDTH],
-            grey=parts.grey,
+            grey=(sum(parts.fill) + 1) // 3,  # DALI takes one level for all channels
         )
     return images
 
@@ -318,16 +297,11 @@ def _warp(data: Any, _: None, numbers: Any, grey: int) -> Any:
     )
 
 
-def _brightness(data: Any, _: None, numbers: Any) -> Any:
-    return suite.brightness.op(data, numbers[0])
+def _by_factor(augmentation: Any) -> Any:
+    def apply(data: Any, _: None, numbers: Any) -> Any:
+        return augmentation.op(data, numbers[0])
 
-
-def _contrast(data: Any, _: None, numbers: Any) -> Any:
-    return suite.contrast.op(data, numbers[0])
-
-
-def _color(data: Any, _: None, numbers: Any) -> Any:
-    return suite.color.op(data, numbers[0])
+    return apply
 
 
 def _sharpness(data: Any, _: None, numbers: Any) -> Any:
@@ -338,16 +312,15 @@ def _sharpness(data: Any, _: None, numbers: Any) -> Any:
     return fn.filter(data, _beside(kernel, data))
 
 
-def _posterize(data: Any, _: None, numbers: Any) -> Any:
-    return suite.posterize.op(data, _beside(fn.cast(numbers[0], dtype=types.UINT8), data))
+def _by_bytes(augmentation: Any) -> Any:
+    def apply(data: Any, _: None, numbers: Any) -> Any:
+        return augmentation.op(data, _beside(fn.cast(numbers[0], dtype=types.UINT8), data))
+
+    return apply
 
 
 def _solarize(data: Any, _: None, numbers: Any) -> Any:
     return suite.solarize.op(data, _beside(numbers[0], data))
-
-
-def _solarize_add(data: Any, _: None, numbers: Any) -> Any:
-    return suite.solarize_add.op(data, _beside(fn.cast(numbers[0], dtype=types.UINT8), data))
 
 
 def _equalize(data: Any, _: None) -> Any:
@@ -361,20 +334,15 @@ def _beside(node: Any, data: Any) -> Any:
 
 _as_augmentation: Any = core.augmentation
 _OPERATORS = {
-    **{
-        operator: _as_augmentation(function)
-        for operator, function in (
-            (Operator.WARP, _warp),
-            (Operator.BRIGHTNESS, _brightness),
-            (Operator.CONTRAST, _contrast),
-            (Operator.COLOR, _color),
-            (Operator.SHARPNESS, _sharpness),
-            (Operator.POSTERIZE, _posterize),
-            (Operator.SOLARIZE, _solarize),
-            (Operator.SOLARIZE_ADD, _solarize_add),
-            (Operator.EQUALIZE, _equalize),
-        )
-    },
+    Operator.WARP: _as_augmentation(_warp),
+    Operator.BRIGHTNESS: _as_augmentation(_by_factor(suite.brightness)),
+    Operator.CONTRAST: _as_augmentation(_by_factor(suite.contrast)),
+    Operator.COLOR: _as_augmentation(_by_factor(suite.color)),
+    Operator.SHARPNESS: _as_augmentation(_sharpness),
+    Operator.POSTERIZE: _as_augmentation(_by_bytes(suite.posterize)),
+    Operator.SOLARIZE: _as_augmentation(_solarize),
+    Operator.SOLARIZE_ADD: _as_augmentation(_by_bytes(suite.solarize_add)),
+    Operator.EQUALIZE: _as_augmentation(_equalize),
     Operator.INVERT: suite.invert,
     Operator.AUTO_CONTRAST: suite.auto_contrast,
 }

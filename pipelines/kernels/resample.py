@@ -73,21 +73,16 @@ def resample_region(
         cubic: cubic filter (a = -0.5) instead of the triangular one that is called bilinear.
     """
     height, width = image.shape[0], image.shape[1]
-    size, length = out.shape[0], width * _CHANNELS
-    axes, first_values, spread, narrow, sums = _memory_for(size, height, width, cubic)
-    weights, first_rows, fixed_rows, first_columns, fixed_columns = axes
-    rows, row_places = _weights_of(
-        first_rows, weights, fixed_rows, height, top, bottom, 16, _ROW_PLACES, cubic
-    )
-    columns, column_places = _weights_of(
-        first_columns, weights, fixed_columns, width, left, right, 15, _COLUMN_PLACES, cubic
-    )
-    taps = _spread_taps(first_values, spread, first_columns, columns, flip)
+    length = width * _CHANNELS
+    (
+        exact, first_rows, fixed_rows, first_columns, fixed_columns, first_values, spread, narrow,
+        sums,
+    ) = _memory_for(out.shape[0], height, width, cubic)  # fmt: skip
     padded_line = np.empty(length + _VALUES, np.uint16)
     _fill_crop(
-        out, image.reshape(height, length), _ROW_PLACES - row_places, padded_line[:length],
-        padded_line, first_rows, rows, row_places, first_values, taps, column_places, narrow, sums,
-        cubic,
+        out, image.reshape(height, length), padded_line[:length], padded_line, exact, first_rows,
+        fixed_rows, first_columns, fixed_columns, first_values, spread, narrow, sums, width, top,
+        bottom, left, right, flip, cubic,
     )  # fmt: skip
 
 
@@ -106,7 +101,7 @@ def resample_windows(
     """Resamples windows of images to crops: `resample_region` of each window, bit for bit.
 
     For decoded images of one size, by the batch. Where images are small, a call and its memory
-    cost as much as the filter does; here memory is taken once for all, and lines are as long as
+    cost as much as the filter does; for them memory is taken once for all, and lines are as long as
     vectors like them.
 
     Args:
@@ -121,57 +116,42 @@ def resample_windows(
         most_values: values of images up to which they are widened to 16 bits whole.
     """
     height, width = images.shape[1], images.shape[2]
-    size = crops.shape[1]
-    axes, first_values, spread, narrow, sums = _memory_for(size, height, width, cubic)
-    weights, first_rows, fixed_rows, first_columns, fixed_columns = axes
-    stride = _padded(width * _CHANNELS, _LINE)
-    line_memory = np.empty(stride + _VALUES, np.uint16)
+    (
+        exact, first_rows, fixed_rows, first_columns, fixed_columns, first_values, spread, narrow,
+        sums,
+    ) = _memory_for(crops.shape[1], height, width, cubic)  # fmt: skip
+    stride = -(-width * _CHANNELS // _LINE) * _LINE
+    line = np.empty(stride + _VALUES, np.uint16)
     small = height * stride <= most_values
     wide = np.empty(height * stride if small else 0, np.uint16)
     bytes_ = np.empty(0 if small else height * width * _CHANNELS, np.uint8)
     for i in range(begin, end):
-        num_rows, num_columns = np.int64(shapes[i, 0]), np.int64(shapes[i, 1])
-        rows, row_places = _weights_of(
-            first_rows, weights, fixed_rows, num_rows, 0.0, num_rows, 16, _ROW_PLACES, cubic
-        )
-        columns, column_places = _weights_of(
-            first_columns, weights, fixed_columns, num_columns, 0.0, num_columns, 15,
-            _COLUMN_PLACES, cubic,
-        )  # fmt: skip
-        taps = _spread_taps(first_values, spread, first_columns, columns, flips[i] != 0)
+        num_rows: Any = np.int64(shapes[i, 0])
+        num_columns: Any = np.int64(shapes[i, 1])
         length = num_columns * _CHANNELS
         image = images[i].reshape(-1)
         offset = (starts[i, 0] * width + starts[i, 1]) * _CHANNELS
-        lift = _ROW_PLACES - row_places
         if small:
             # A loop over whole vectors has no rest, which would take longer than the vectors do.
-            padded_length = _padded(length, _LINE)
+            padded_length = -(-length // _LINE) * _LINE
             window = wide[: num_rows * padded_length].reshape(num_rows, padded_length)
-            raised = 0 if cubic else lift
             for y in range(num_rows):
-                source = image[offset + y * width * _CHANNELS :]
+                original = image[offset + y * width * _CHANNELS :]
                 target = window[y]
                 for j in range(length):
-                    target[j] = np.uint16(source[j]) << raised
+                    target[j] = original[j]
                 target[length:] = 0
             _fill_crop(
-                crops[i], window, 0, line_memory[:padded_length], line_memory, first_rows, rows,
-                row_places, first_values, taps, column_places, narrow, sums, cubic,
+                crops[i], window, line[:padded_length], line, exact, first_rows, fixed_rows,
+                first_columns, fixed_columns, first_values, spread, narrow, sums, num_columns, 0.0,
+                num_rows, 0.0, num_columns, flips[i] != 0, cubic,
             )  # fmt: skip
         else:
             raw_window = bytes_[: num_rows * length].reshape(num_rows, length)
             for y in range(num_rows):
-                source = image[offset + y * width * _CHANNELS :]
-                raw_window[y] = source[:length]
-            _fill_crop(
-                crops[i], raw_window, lift, line_memory[:length], line_memory, first_rows, rows,
-                row_places, first_values, taps, column_places, narrow, sums, cubic,
-            )  # fmt: skip
-
-
-@kernel(inline="always")
-def _padded(count: Any, multiple: int) -> Any:
-    return -(-count // multiple) * multiple
+                raw_window[y] = image[offset + y * width * _CHANNELS :][:length]
+            region = raw_window.reshape(num_rows, num_columns, _CHANNELS)
+            resample_region(crops[i], region, 0.0, num_rows, 0.0, num_columns, flips[i] != 0, cubic)
 
 
 @kernel
@@ -179,8 +159,9 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
     """Memory for one image's crop after the other; no image is larger than these sizes.
 
     Returns:
-        axes: float64 for weights before they are in fixed point, and for rows and columns each:
-            int64 [size] for first positions, and int32 for weights; see `_weights_of`.
+        exact: float64, weights before they are in fixed point; see `_weigh`.
+        first_rows, fixed_rows: int64 [size], and int32; see `_weigh`.
+        first_columns, fixed_columns: likewise.
         first_values: int64 [n], n a multiple of 4; see `_spread_taps`.
         spread: int16; see `_spread_taps`.
         narrow: uint8 rows of the crop's width: one, or (cubic) as many as the image has.
@@ -189,15 +170,12 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
     reach = 4.0 if cubic else 2.0
     taps = np.int64(reach * max(max(height, width) / size, 1.0)) + 2  # no region needs more
     groups = -(-size // _PIXELS)
-    axes = (
+    return (
         np.empty(size * taps, np.float64),
         np.empty(size, np.int64),
         np.empty(size * taps, np.int32),
         np.empty(size, np.int64),
         np.empty(size * taps, np.int32),
-    )
-    return (
-        axes,
         np.zeros(groups * _PIXELS, np.int64),
         np.zeros(groups * ((taps + 1) // 2) * _PIXELS * _VALUES, np.int16),
         # with the bytes that vectors write behind a line
@@ -207,74 +185,37 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
 
 
 @kernel(inline="always")
-def _weights_of(
-    first: Any,
-    weights: Any,
-    memory: Any,
-    length: Any,
-    start: Any,
-    end: Any,
-    bits: int,
-    most_places: int,
-    cubic: bool,
-) -> tuple[Any, int]:
-    """Weights of rows or columns, int32 [size taps], and how many places they have.
-
-    Args:
-        first: int64 [size], written: the first input position of every output position.
-        weights: float64 memory.
-        memory: int32 memory; the result lies in it.
-        length: rows or columns of the image.
-        start: start of the region.
-        end: end of the region.
-        bits: weights are below 2**bits; for the cubic filter, as in torchvision.
-        most_places: most binary places behind the point; likewise.
-        cubic: the cubic filter instead of the triangular one.
-    """
-    size = first.size
-    taps = _find_taps(first, length, start, end, cubic)
-    exact = weights[: size * taps].reshape(size, taps)
-    _weigh_taps(exact, first, start, end, cubic)
-    fixed = memory[: size * taps].reshape(size, taps)
-    if cubic:
-        return fixed, _to_fixed_point(fixed, exact, 1 << 15, 22, False)
-    return fixed, _to_fixed_point(fixed, exact, 1 << bits, most_places, True)
-
-
-@kernel(inline="always")
 def _fill_crop(
-    out: Any, rows: Any, lift: int, line: Any, padded_line: Any, first_rows: Any,
-    row_weights: Any, row_places: int, first_values: Any, columns: Any, column_places: int,
-    narrow: Any, sums: Any, cubic: bool,
+    out: Any, rows: Any, line: Any, padded_line: Any, exact: Any, first_rows: Any,
+    fixed_rows: Any, first_columns: Any, fixed_columns: Any, first_values: Any, spread: Any,
+    narrow: Any, sums: Any, width: int, top: Any, bottom: Any, left: Any, right: Any, flip: bool,
+    cubic: bool,
 ) -> None:  # fmt: skip
-    """Fills a crop from rows of an image.
+    """Fills a crop with the region of an image whose rows [h l], uint8 or uint16, are given.
 
-    Args:
-        out: uint8 [size size 3], written.
-        rows: rows of the image [h l], uint8; or uint16 and lifted already.
-        lift: places by which levels are lifted before they are multiplied by weights of rows, so
-            that a product of 32 bits has a value of the line in its upper half.
-        line: uint16 memory for one row.
-        padded_line: `line` and what vectors read behind it, which has no weight.
-        first_rows: as of `_weights_of`.
-        row_weights: as of `_weights_of`.
-        row_places: places of these weights.
-        first_values: as of `_spread_taps`.
-        columns: weights of columns, as of `_spread_taps`.
-        column_places: places of these weights.
-        narrow: as of `_memory_for`.
-        sums: as of `_memory_for`.
-        cubic: the cubic filter instead of the triangular one.
+    `line` is uint16 memory for one row [l], `padded_line` that and what vectors read behind it,
+    which has no weight. The memory is as of `_memory_for`, the region as of `resample_region`.
     """
+    size = out.shape[0]
+    row_taps, row_places = _weigh(
+        exact, first_rows, fixed_rows, rows.shape[0], top, bottom, 16, _ROW_PLACES, cubic
+    )
+    column_taps, column_places = _weigh(
+        exact, first_columns, fixed_columns, width, left, right, 15, _COLUMN_PLACES, cubic
+    )
+    row_weights = fixed_rows[: size * row_taps].reshape(size, row_taps)
+    column_weights = fixed_columns[: size * column_taps].reshape(size, column_taps)
+    columns = _spread_taps(first_values, spread, first_columns, column_weights, flip)
     if cubic:
         _fill_in_two_passes(
             out, rows, line, padded_line, first_rows, row_weights, row_places, first_values,
             columns, column_places, narrow, sums,
         )  # fmt: skip
     else:
+        # levels are lifted so that a product of 32 bits has a value of the line in its upper half
         _fill_in_one_pass(
-            out, rows, lift, line, padded_line, first_rows, row_weights, first_values, columns,
-            column_places, narrow,
+            out, rows, _ROW_PLACES - row_places, line, padded_line, first_rows, row_weights,
+            first_values, columns, column_places, narrow,
         )  # fmt: skip
 
 
@@ -371,34 +312,53 @@ def _fill_in_two_passes(
 
 
 @kernel(error_model="numpy")
-def _find_taps(first: Any, length: Any, start: Any, end: Any, cubic: bool) -> Any:
-    """First input position of every output position [size], and the number of taps of all.
+def _weigh(
+    exact: Any,
+    first: Any,
+    memory: Any,
+    length: Any,
+    start: Any,
+    end: Any,
+    bits: int,
+    most_places: int,
+    cubic: bool,
+) -> tuple[int, int]:
+    """Finds, weighs and rounds the input rows or columns (taps) of every output position.
 
     All have the same number of taps, some of weight 0: a loop whose length changed from pixel to
-    pixel would be mispredicted at every second one.
+    pixel would be mispredicted at every second one. A weight has as many places behind the point as
+    the largest leaves. Each is rounded by itself for the cubic filter, as torchvision's uint8
+    kernels do it; for the other, with what was lost of the one before, so that all of a pixel come
+    to 1 and an even image stays as it is, however many they are.
+
+    Args:
+        exact: float64 memory.
+        first: int64 [size], written: the first input position of every output position.
+        memory: int32, written: weights [size taps] as whole numbers.
+        length: rows or columns of the image.
+        start: start of the region.
+        end: end of the region.
+        bits: weights are below 2**bits; for the cubic filter, below 2**15, as in torchvision.
+        most_places: most binary places behind the point; for the cubic filter 22, likewise.
+        cubic: the cubic filter instead of the triangular one.
+
+    Returns:
+        The number of taps of a position, and of places of the weights.
     """
     size = first.size
     scale = (end - start) / size
     support = max(scale, 1.0) * (2.0 if cubic else 1.0)
-    taps = 0
+    taps: Any = 0
     for i in range(size):
         center = start + (i + 0.5) * scale
         low = max(np.int64(center - support + 0.5), 0)
         high = min(np.int64(center + support + 0.5), length)
         first[i] = low
         taps = max(taps, high - low)
-    for i in range(size):
-        first[i] = min(first[i], length - taps)
-    return taps
-
-
-@kernel(error_model="numpy")
-def _weigh_taps(weights: Any, first: Any, start: float, end: float, cubic: bool) -> None:
-    """Fills the weights float64 [size taps] that belong to `_find_taps`."""
-    size, taps = weights.shape
-    scale = (end - start) / size
+    weights = exact[: size * taps].reshape(size, taps)
     narrowing = 1.0 / max(scale, 1.0)  # multiplied by, as torchvision does: rounding may hang on it
     for i in range(size):
+        first[i] = min(first[i], length - taps)
         center = start + (i + 0.5) * scale
         total = 0.0
         for t in range(taps):
@@ -408,30 +368,23 @@ def _weigh_taps(weights: Any, first: Any, start: float, end: float, cubic: bool)
             total += weight
         for t in range(taps):
             weights[i, t] /= total
-
-
-@kernel(error_model="numpy")
-def _to_fixed_point(fixed: Any, weights: Any, limit: int, most_places: int, carry: bool) -> int:
-    """Weights as whole numbers int32 [size taps] below a limit; how many places they have.
-
-    As many behind the point as the largest weight leaves. Each is rounded by itself, as
-    torchvision's uint8 kernels do it; or, with `carry`, with what was lost of the one before, so
-    that all of a pixel come to 1 and an even image stays as it is, however many they are.
-    """
-    largest = weights.max()
-    rounding = 1.0 if carry else 0.5
+    limit = 1 << (15 if cubic else bits)
+    largest, rounding = weights.max(), 0.5 if cubic else 1.0
     places = 0
-    while places < most_places and np.int64(rounding + largest * 2.0 ** (places + 1)) < limit:
+    while places < (22 if cubic else most_places) and (
+        np.int64(rounding + largest * 2.0 ** (places + 1)) < limit
+    ):
         places += 1
     unit = 2.0**places
-    for i in range(weights.shape[0]):
+    fixed = memory[: size * taps].reshape(size, taps)
+    for i in range(size):
         lost = 0.0
-        for t in range(weights.shape[1]):
+        for t in range(taps):
             weight = weights[i, t] * unit + lost
             fixed[i, t] = np.int32(weight + (0.5 if weight >= 0 else -0.5))
-            if carry:
+            if not cubic:
                 lost = weight - fixed[i, t]
-    return places
+    return taps, places
 
 
 @kernel(inline="always")
@@ -456,26 +409,20 @@ def _spread_taps(first_values: Any, memory: Any, first: Any, weights: Any, flip:
     spread = memory[: groups * pairs * _PIXELS * _VALUES].reshape(groups, pairs, _PIXELS * _VALUES)
     spread[groups - 1] = 0
     for x in range(size):
-        source = size - 1 - x if flip else x
-        first_values[x] = first[source] * _CHANNELS
+        column = size - 1 - x if flip else x
+        first_values[x] = first[column] * _CHANNELS
         at = x % _PIXELS * _VALUES
         for t in range(2 * pairs):
-            weight = np.int16(weights[source, t] if t < taps else 0)
+            weight = np.int16(weights[column, t] if t < taps else 0)
             for c in range(_CHANNELS):
                 spread[x // _PIXELS, t // 2, at + 2 * c + t % 2] = weight
     return spread
 
 
 def _define_add_rows(
-    typing_context: Any,
-    line: Any,
-    rows: Any,
-    first: Any,
-    column: Any,
-    weights: Any,
-    y: Any,
+    typing_context: Any, line: Any, rows: Any, first: Any, column: Any, weights: Any, y: Any,
     lift: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """32 values of a line from `column` on: weighted sums of the rows from `first` on.
 
     Of few taps the upper halves of products are added up, and what the lower halves, which are
@@ -492,7 +439,7 @@ def _define_add_rows(
             context.make_array(signature.args[i])(context, builder, arguments[i]) for i in (0, 1, 4)
         )
         first, column, y = arguments[2], arguments[3], arguments[5]
-        lift = _repeat(builder, builder.trunc(arguments[6], ir.IntType(16)), _LINE)
+        lift = repeat(builder, builder.trunc(arguments[6], ir.IntType(16)), _LINE)
         length = builder.extract_value(rows.shape, 1)
         taps = builder.extract_value(weights.shape, 1)
         few = builder.icmp_signed("<=", taps, ir.IntType(64)(_FEW_TAPS))
@@ -500,13 +447,13 @@ def _define_add_rows(
 
         def products_of(tap: Any) -> Any:
             place = builder.add(builder.mul(builder.add(first, tap), length), column)
-            levels = _load(builder, rows.data, place, loaded, align=1)
+            levels = load(builder, rows.data, place, loaded, align=1)
             if not is_wide:
                 levels = builder.zext(levels, short)
             levels = builder.zext(builder.shl(levels, lift), long)
             place = builder.add(builder.mul(y, taps), tap)
             weight = builder.load(builder.gep(weights.data, [place]))
-            factors = _repeat(builder, builder.trunc(weight, ir.IntType(16)), _LINE)
+            factors = repeat(builder, builder.trunc(weight, ir.IntType(16)), _LINE)
             return builder.mul(levels, builder.zext(factors, long))
 
         def store(values: Any) -> None:
@@ -517,7 +464,7 @@ def _define_add_rows(
             with is_few:
                 rest = builder.trunc(builder.lshr(taps, ir.IntType(64)(1)), ir.IntType(16))
                 total_place = cgutils.alloca_once(builder, short)
-                builder.store(_repeat(builder, rest, _LINE), total_place)
+                builder.store(repeat(builder, rest, _LINE), total_place)
                 with cgutils.for_range(builder, taps) as loop:
                     upper = builder.lshr(products_of(loop.index), upper_half)
                     added = builder.add(builder.load(total_place), builder.trunc(upper, short))
@@ -541,14 +488,9 @@ _add_rows: Any = intrinsic(_define_add_rows)
 
 
 def _define_filter_line(
-    typing_context: Any,
-    pixels: Any,
-    start: Any,
-    line: Any,
-    first_values: Any,
-    weights: Any,
+    typing_context: Any, pixels: Any, start: Any, line: Any, first_values: Any, weights: Any,
     places: Any,
-) -> Any:
+) -> Any:  # fmt: skip
     """Pixels of three channels: the weighted sums of `line`, rounded and clipped.
 
     They go to `pixels` from `start` on, four at a time, with four bytes behind the last that mean
@@ -565,17 +507,60 @@ def _define_filter_line(
             context.make_array(signature.args[i])(context, builder, arguments[i])
             for i in (0, 2, 3, 4)
         )
-        code = _LineFilter(context, builder, line.data, first_values.data, weights, arguments[5])
         target = builder.gep(pixels.data, [arguments[1]])
-        one, two = (builder.icmp_signed("==", code.pairs, _INDEX(known)) for known in (1, 2))
-        with builder.if_else(one) as (is_one, is_more):
+        num_groups, num_pairs = (builder.extract_value(weights.shape, i) for i in (0, 1))
+        shift = repeat(builder, builder.trunc(arguments[5], ir.IntType(32)), 16)
+        one = ir.Constant(_SUMS, [1] * 16)
+        half = builder.lshr(builder.shl(one, shift), one)
+
+        def products_of(group: Any, firsts: list[Any], pair: Any, count: Any) -> Any:
+            """Sums of products of two taps, for each channel of four pixels."""
+            done = builder.mul(pair, _INDEX(2 * _CHANNELS))
+            a, b, c, d = (
+                load(builder, line.data, builder.add(first, done), _EIGHT_SHORT) for first in firsts
+            )
+            ab, cd = (_shuffle(builder, *two, list(range(16))) for two in ((a, b), (c, d)))
+            # red, green and blue of two pixels, each beside its fellow, and two values left over
+            beside = [8 * i + j for i in range(4) for j in (0, 3, 1, 4, 2, 5, 6, 7)]
+            row = builder.mul(builder.add(builder.mul(group, count), pair), _INDEX(32))
+            factors = load(builder, weights.data, row, _ALL_SHORT)
+            return _multiply_pairs(context, builder, _shuffle(builder, ab, cd, beside), factors)
+
+        def filter_groups(known_pairs: int | None) -> None:
+            """All groups of a line; without an inner loop if the number of pairs is known."""
+            with cgutils.for_range(builder, num_groups) as groups_loop:
+                group = groups_loop.index
+                x = builder.mul(group, _INDEX(_PIXELS))
+                firsts = [
+                    builder.load(builder.gep(first_values.data, [builder.add(x, _INDEX(i))]))
+                    for i in range(_PIXELS)
+                ]
+                total = half
+                if known_pairs is None:
+                    total_place = cgutils.alloca_once_value(builder, half)
+                    builder.store(half, total_place)
+                    with cgutils.for_range(builder, num_pairs) as loop:
+                        products = products_of(group, firsts, loop.index, num_pairs)
+                        builder.store(builder.add(builder.load(total_place), products), total_place)
+                    total = builder.load(total_place)
+                for pair in range(known_pairs or 0):
+                    products = products_of(group, firsts, _INDEX(pair), _INDEX(known_pairs))
+                    total = builder.add(total, products)
+                levels = _levels_of(builder, builder.ashr(total, shift))
+                place = builder.gep(target, [builder.mul(x, _INDEX(_CHANNELS))])
+                builder.store(levels, builder.bitcast(place, levels.type.as_pointer()), align=1)
+
+        one_pair, two_pairs = (
+            builder.icmp_signed("==", num_pairs, _INDEX(known)) for known in (1, 2)
+        )
+        with builder.if_else(one_pair) as (is_one, is_more):
             with is_one:
-                code.filter_groups(target, known_pairs=1)
-            with is_more, builder.if_else(two) as (is_two, is_other):
+                filter_groups(1)
+            with is_more, builder.if_else(two_pairs) as (is_two, is_other):
                 with is_two:
-                    code.filter_groups(target, known_pairs=2)
+                    filter_groups(2)
                 with is_other:
-                    code.filter_groups(target, known_pairs=None)
+                    filter_groups(None)
         return context.get_dummy_value()
 
     arguments = pixels, types.int64, line, first_values, weights, types.int64
@@ -585,70 +570,14 @@ def _define_filter_line(
 _filter_line: Any = intrinsic(_define_filter_line)
 
 
-class _LineFilter:
-    """Writes the instructions of `_filter_line`."""
-
-    def __init__(
-        self, context: Any, builder: Any, line: Any, first_values: Any, weights: Any, places: Any
-    ) -> None:
-        self.context, self.builder = context, builder
-        self.line, self.first_values, self.weights = line, first_values, weights.data
-        self.groups, self.pairs = (builder.extract_value(weights.shape, i) for i in (0, 1))
-        self.shift = _repeat(builder, builder.trunc(places, ir.IntType(32)), 16)
-        one = ir.Constant(_SUMS, [1] * 16)
-        self.half = builder.lshr(builder.shl(one, self.shift), one)
-
-    def filter_groups(self, target: Any, *, known_pairs: int | None) -> None:
-        """All groups of a line; code without an inner loop if the number of pairs is known."""
-        builder = self.builder
-        with cgutils.for_range(builder, self.groups) as groups_loop:
-            group = groups_loop.index
-            x = builder.mul(group, _INDEX(_PIXELS))
-            firsts = [
-                builder.load(builder.gep(self.first_values, [builder.add(x, _INDEX(i))]))
-                for i in range(_PIXELS)
-            ]
-            if known_pairs is None:
-                total_place = cgutils.alloca_once_value(builder, self.half)
-                builder.store(self.half, total_place)
-                with cgutils.for_range(builder, self.pairs) as loop:
-                    products = self.products_of(group, firsts, loop.index, self.pairs)
-                    builder.store(builder.add(builder.load(total_place), products), total_place)
-                total = builder.load(total_place)
-            else:
-                total = self.half
-                for pair in range(known_pairs):
-                    products = self.products_of(group, firsts, _INDEX(pair), _INDEX(known_pairs))
-                    total = builder.add(total, products)
-            levels = self.levels_of(total)
-            place = builder.gep(target, [builder.mul(x, _INDEX(_CHANNELS))])
-            builder.store(levels, builder.bitcast(place, levels.type.as_pointer()), align=1)
-
-    def products_of(self, group: Any, firsts: list[Any], pair: Any, count: Any) -> Any:
-        """Sums of products of two taps, for each channel of four pixels."""
-        builder = self.builder
-        done = builder.mul(pair, _INDEX(2 * _CHANNELS))
-        a, b, c, d = (
-            _load(builder, self.line, builder.add(first, done), _EIGHT_SHORT) for first in firsts
-        )
-        ab, cd = (_shuffle(builder, *two, list(range(16))) for two in ((a, b), (c, d)))
-        # red, green and blue of two pixels, each beside its fellow, and two values left over
-        beside = [8 * i + j for i in range(4) for j in (0, 3, 1, 4, 2, 5, 6, 7)]
-        values = _shuffle(builder, ab, cd, beside)
-        row = builder.add(builder.mul(group, count), pair)
-        factors = _load(builder, self.weights, builder.mul(row, _INDEX(32)), _ALL_SHORT)
-        return _multiply_pairs(self.context, builder, values, factors)
-
-    def levels_of(self, total: Any) -> Any:
-        """Bytes of four pixels, and four that mean nothing."""
-        builder = self.builder
-        zero, most = (ir.Constant(_SUMS, [bound] * 16) for bound in (0, 255))
-        levels = builder.ashr(total, self.shift)
-        levels = builder.select(builder.icmp_signed("<", levels, zero), zero, levels)
-        levels = builder.select(builder.icmp_signed(">", levels, most), most, levels)
-        levels = builder.trunc(levels, ir.VectorType(ir.IntType(8), 16))
-        kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
-        return _shuffle(builder, levels, levels, kept + kept[:4])
+def _levels_of(builder: Any, sums: Any) -> Any:
+    """Bytes of four pixels, and four that mean nothing."""
+    zero, most = (ir.Constant(_SUMS, [bound] * 16) for bound in (0, 255))
+    levels = builder.select(builder.icmp_signed("<", sums, zero), zero, sums)
+    levels = builder.select(builder.icmp_signed(">", levels, most), most, levels)
+    levels = builder.trunc(levels, ir.VectorType(ir.IntType(8), 16))
+    kept = [_LANES * i + c for i in range(_PIXELS) for c in range(_CHANNELS)]
+    return _shuffle(builder, levels, levels, kept + kept[:4])
 
 
 def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> Any:
@@ -682,14 +611,15 @@ def _multiply_pairs(context: Any, builder: Any, values: Any, factors: Any) -> An
     return parts[0] if width == 32 else _shuffle(builder, parts[0], parts[1], list(range(16)))
 
 
-def _repeat(builder: Any, value: Any, count: int) -> Any:
+def repeat(builder: Any, value: Any, count: int) -> Any:
     """A vector of so many times the same number."""
     empty = ir.Constant(ir.VectorType(value.type, count), ir.Undefined)
     one = builder.insert_element(empty, value, ir.Constant(ir.IntType(32), 0))
     return _shuffle(builder, one, one, [0] * count)
 
 
-def _load(builder: Any, data: Any, offset: Any, kind: Any, align: int = 2) -> Any:
+def load(builder: Any, data: Any, offset: Any, kind: Any, align: int = 2) -> Any:
+    """A vector of a kind from `data` on, `offset` elements behind its beginning."""
     pointer = builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
     return builder.load(pointer, align=align)
 

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation, Policy
+from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation
 from unicl_fast.system.kernels import kernel
 from unicl_fast.system.keyed_random import random_below, random_bits, random_unit
 
@@ -100,17 +100,14 @@ def draw_rows(
     image_size: int,
     stages: int,
 ) -> NDArray[np.float32]:
-    """Draws the rows of one source's images.
+    """Draws the rows of some images, float32 [b k]; columns as in `Column`.
 
     Args:
-        augmentation: the source's.
+        augmentation: that of the images' data set.
         draws: number of each image's row in the stream of `key` [b].
         key: 64-bit key, as from `fold_key`.
         image_size: side of an image, in pixels.
         stages: stages that the rows have room for.
-
-    Returns:
-        float32 [b k]; columns as in `Column`.
     """
     rows = neutral_rows(len(draws), stages=stages)
     if not augmentation.changes_pixels:
@@ -121,17 +118,24 @@ def draw_rows(
     erase = (augmentation.erase, *augmentation.erase_area, *augmentation.erase_ratio)
     _draw_colours(rows, draws, key, np.array(jitter), np.array(blur))
     _draw_rectangles(rows, draws, key, np.array(erase), image_size)
-    table = table_of(OPERATIONS[augmentation.policy])
-    policy_rows = rows[:, Column.STAGES :]
-    if augmentation.policy == "rand":
-        strength = np.array(
-            [augmentation.policy_probability, augmentation.magnitude, augmentation.magnitude_std]
-        )
-        _draw_rand(policy_rows, draws, key, table, strength, augmentation.policy_ops, image_size)
-    elif augmentation.policy == "trivial":
-        _draw_trivial(policy_rows, draws, key, table, image_size)
-    elif augmentation.policy == "auto":
-        _draw_auto(policy_rows, draws, key, table, auto_pairs(), image_size)
+    if augmentation.policy == "none":
+        return rows
+    strength = (
+        augmentation.policy_probability if augmentation.policy == "rand" else 1.0,
+        augmentation.magnitude,
+        augmentation.magnitude_std,
+    )
+    _draw_stages(
+        rows[:, Column.STAGES :],
+        draws,
+        key,
+        augmentation.stages,
+        table_of(OPERATIONS[augmentation.policy]),
+        auto_pairs() if augmentation.policy == "auto" else np.empty((0, 2, 3)),
+        np.array(strength),
+        augmentation.policy == "trivial",
+        image_size,
+    )
     return rows
 
 
@@ -189,13 +193,8 @@ def _moves(shear: float, translate: float, rotate: float, *, relative: bool) -> 
 
 def _factors(slope: float, *, least: float = 0.0) -> list[Operation]:
     rule: dict[str, Any] = {"slope": slope, "signed": True, "least": least}
-    names = {
-        "Brightness": Operator.BRIGHTNESS,
-        "Contrast": Operator.CONTRAST,
-        "Color": Operator.COLOR,
-        "Sharpness": Operator.SHARPNESS,
-    }
-    return [Operation(name, op, _Kind.FACTOR, **rule) for name, op in names.items()]
+    operators = Operator.BRIGHTNESS, Operator.CONTRAST, Operator.COLOR, Operator.SHARPNESS
+    return [Operation(op.name.capitalize(), op, _Kind.FACTOR, **rule) for op in operators]
 
 
 def _posterize(
@@ -268,11 +267,6 @@ OPERATIONS: dict[str, tuple[Operation, ...]] = {
 }
 
 
-def operators_of(policy: Policy) -> set[Operator]:
-    """The operators that a policy may ask for, `IDENTITY` left out."""
-    return {operation.operator for operation in OPERATIONS[policy]} - {Operator.IDENTITY}
-
-
 @functools.cache
 def table_of(operations: tuple[Operation, ...]) -> NDArray[np.float64]:
     """The operations as a table [operations 8] for `write_operation`."""
@@ -297,14 +291,10 @@ def auto_pairs() -> NDArray[np.float64]:
 
 @kernel
 def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -> None:
-    """Writes an operator's number and its parameters.
+    """Writes an operator's number and its parameters to `out`, float32 [1 + NUM_PARAMETERS].
 
-    Args:
-        out: float32 [1 + NUM_PARAMETERS], written.
-        row: a row of `table_of`.
-        level: strength in 0 to 1.
-        negate: whether to negate the value, if the operation is signed.
-        side: side of the image, in pixels.
+    `row` is one of `table_of`, `level` the strength in 0 to 1, `side` that of the image in pixels;
+    `negate` negates the value, if the operation is signed.
     """
     step = abs(row[3]) * level
     if row[4] == 1:
@@ -399,53 +389,34 @@ def _draw_rectangles(rows: Any, draws: Any, key: Any, erase: Any, side: int) -> 
 
 
 @kernel
-def _draw_rand(
-    rows: Any, draws: Any, key: Any, table: Any, strength: Any, num_ops: int, side: int
-) -> None:
+def _draw_stages(
+    rows: Any, draws: Any, key: Any, num_stages: int, table: Any, pairs: Any, strength: Any,
+    is_trivial: bool, side: int,
+) -> None:  # fmt: skip
+    """Draws an operation for each stage of a policy; its strength comes from `pairs`, if any."""
     for i in range(draws.size):
         stream = random_bits(key, draws[i])
-        for stage in range(num_ops):
+        pair = random_below(stream, _PAIR, pairs.shape[0])
+        for stage in range(num_stages):
             draw = _STAGES + 8 * stage
-            if random_unit(stream, draw + 1) >= strength[0]:
+            chance = pairs[pair, stage, 1] if pairs.shape[0] else strength[0]
+            if random_unit(stream, draw + 1) >= chance:
                 continue
-            # Box and Muller; the first number lies in [0, 1), so that its logarithm exists.
-            radius = math.sqrt(-2.0 * math.log(1.0 - random_unit(stream, draw + 2)))
-            normal = radius * math.cos(2.0 * math.pi * random_unit(stream, draw + 3))
-            magnitude = strength[1] + strength[2] * normal
+            number = random_below(stream, draw, table.shape[0])
+            if pairs.shape[0]:
+                number, level = np.int64(pairs[pair, stage, 0]), pairs[pair, stage, 2]
+            elif is_trivial:
+                level = random_below(stream, draw + 2, TRIVIAL_LEVELS) / (TRIVIAL_LEVELS - 1)
+            else:
+                # Box and Muller; the first number lies in [0, 1), so that its logarithm exists.
+                radius = math.sqrt(-2.0 * math.log(1.0 - random_unit(stream, draw + 2)))
+                normal = radius * math.cos(2.0 * math.pi * random_unit(stream, draw + 3))
+                magnitude = strength[1] + strength[2] * normal
+                level = min(max(magnitude, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE
             write_operation(
                 rows[i, stage * STAGE_WIDTH : (stage + 1) * STAGE_WIDTH],
-                table[random_below(stream, draw, table.shape[0])],
-                min(max(magnitude, 0.0), LARGEST_MAGNITUDE) / LARGEST_MAGNITUDE,
+                table[number],
+                level,
                 random_unit(stream, draw + 4) < 0.5,
                 side,
             )
-
-
-@kernel
-def _draw_trivial(rows: Any, draws: Any, key: Any, table: Any, side: int) -> None:
-    for i in range(draws.size):
-        stream = random_bits(key, draws[i])
-        write_operation(
-            rows[i, :STAGE_WIDTH],
-            table[random_below(stream, _STAGES, table.shape[0])],
-            random_below(stream, _STAGES + 2, TRIVIAL_LEVELS) / (TRIVIAL_LEVELS - 1),
-            random_unit(stream, _STAGES + 4) < 0.5,
-            side,
-        )
-
-
-@kernel
-def _draw_auto(rows: Any, draws: Any, key: Any, table: Any, pairs: Any, side: int) -> None:
-    for i in range(draws.size):
-        stream = random_bits(key, draws[i])
-        pair = pairs[random_below(stream, _PAIR, pairs.shape[0])]
-        for stage in range(2):
-            draw = _STAGES + 8 * stage
-            if random_unit(stream, draw + 1) < pair[stage, 1]:
-                write_operation(
-                    rows[i, stage * STAGE_WIDTH : (stage + 1) * STAGE_WIDTH],
-                    table[np.int64(pair[stage, 0])],
-                    pair[stage, 2],
-                    random_unit(stream, draw + 4) < 0.5,
-                    side,
-                )

@@ -34,16 +34,9 @@ def random_windows(
     its logarithm) and take the first window that fits; otherwise the largest central window of a
     permitted ratio is taken.
 
-    Args:
-        heights: images' heights [b].
-        widths: images' widths [b].
-        counters: number of each image's window in the stream of `key` [b].
-        key: 64-bit key, as from `fold_key`.
-        scale: smallest and largest part of the area.
-        ratio: smallest and largest width/height.
-
-    Returns:
-        int32 [b 2] first row and column, and int32 [b 2] height and width.
+    Images' `heights` and `widths` are [b], and `counters` the number of each image's window in the
+    stream of `key`. `scale` has the smallest and largest part of the area, `ratio` of width/height.
+    Returns int32 [b 2] first row and column, and int32 [b 2] height and width.
     """
     starts, shapes = _random_windows(
         heights.astype(np.int64),
@@ -66,7 +59,6 @@ def _random_windows(
     for i in range(heights.size):
         image_key = random_bits(key, np.uint64(counters[i]))
         height, width = heights[i], widths[i]
-        found = False
         for attempt in range(_TRIES):
             draw = 4 * attempt
             part = scale[0] + (scale[1] - scale[0]) * random_unit(image_key, draw)
@@ -78,9 +70,8 @@ def _random_windows(
             if 0 < w <= width and 0 < h <= height:
                 top = np.int64(random_unit(image_key, draw + 2) * (height - h + 1))
                 left = np.int64(random_unit(image_key, draw + 3) * (width - w + 1))
-                found = True
                 break
-        if not found:
+        else:
             w, h = width, height
             if width < height * ratio[0]:
                 h = np.int64(np.rint(width / ratio[0]))
@@ -105,14 +96,9 @@ def central_windows(
     Resampling just this region to crop x crop gives the same pixels as resizing the whole and
     cutting, because the scale is the same and the filter may still look beyond the region's edge.
 
-    Args:
-        heights: images' heights [b].
-        widths: images' widths [b].
-        resize: length of the shorter side after resizing; at least `crop`.
-        crop: side of the crop.
-
-    Returns:
-        float32 [b 2] region start and end (row, column) in pixels of the original.
+    Images' `heights` and `widths` are [b]; `resize` is the length of the shorter side after
+    resizing, at least `crop`, the side of the crop. Returns float32 [b 2] region start and end
+    (row, column) in pixels of the original.
     """
     original = np.stack([heights, widths], axis=1).astype(np.int64)
     shorter = original.min(axis=1, keepdims=True)

@@ -1,10 +1,10 @@
 """The order of samples in closed formulas: no state, no array of all samples.
 
-The draws of a run are numbered through: number step * n + global index, for global batches of n.
-Two questions about a draw are answered in constant time. Which source does it take, and how many
-draws did that source have before? Fixed weights say so (`assign_sources`). Which sample is draw `q`
-of an epoch? A keyed permutation says so (`permute`). This module knows neither images nor texts;
-plan.py puts the answers together.
+The draws of a run are numbered: step * n + global index, for global batches of n. Two questions
+about a draw are answered in constant time. Which source (data set) does it take, and how many draws
+did that source have before? Fixed weights say so (`assign_sources`). Which sample is draw `q` of an
+epoch? A keyed permutation says so (`permute`). This module knows neither images nor texts; plan.py
+puts the answers together.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ Int64Array = NDArray[np.int64]
 
 _ROUNDS = 8
 _AT_ONCE = 64
+_PIECES_OF_A_SHUFFLE_WINDOW = 16
 _MAX_SIZE = 1 << 48
 # Keeps remainder * weight below 2**62 in the closed formula of `_count_before`.
 _MAX_TOTAL_WEIGHT = 1 << 31
@@ -37,13 +38,7 @@ def permute(index: Int64Array, *, size: int, key: int) -> Int64Array:
     value that falls outside is permuted again until it is inside ("cycle walking", Black and
     Rogaway 2002), fewer than four times on average (more below 64 elements).
 
-    Args:
-        index: int64 of any shape, each in [0, size).
-        size: number of elements, at least 1.
-        key: 64-bit key, as from `fold_key`.
-
-    Returns:
-        int64 of the shape of `index`.
+    `index` is int64 of any shape, each in [0, size); `key` has 64 bits, as from `fold_key`.
     """
     if not 1 <= size <= _MAX_SIZE:
         raise ValueError(f"a permutation needs 1 to 2**48 elements, not {size}")
@@ -89,9 +84,6 @@ def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
     return values.view(np.int64)
 
 
-PIECES_OF_A_SHUFFLE_WINDOW = 16
-
-
 def permute_in_shuffle_windows(
     index: Int64Array, *, size: int, window: int, key: int
 ) -> Int64Array:
@@ -103,15 +95,11 @@ def permute_in_shuffle_windows(
     its pieces and nothing else. Packing has shuffled the samples, so neighbours have nothing in
     common; each key brings other pieces together.
 
-    Args:
-        index: int64 of any shape, each in [0, size).
-        size: number of elements, at least 1.
-        window: most elements of one; from `size` on this is a single `permute`.
-        key: 64-bit key, as from `fold_key`.
+    `window` is the most elements of one; from `size` on this is a single `permute`.
     """
     if window >= size:
         return permute(index, size=size, key=key)
-    piece = -(-window // PIECES_OF_A_SHUFFLE_WINDOW)
+    piece = -(-window // _PIECES_OF_A_SHUFFLE_WINDOW)
     pieces, firsts, edges = _shuffle_windows(size, piece, max(1, window // piece), key)
     flat = np.ascontiguousarray(index, dtype=np.int64).reshape(-1)
     windows = np.searchsorted(edges, flat, side="right") - 1
@@ -187,17 +175,14 @@ def assign_sources(
 ) -> tuple[NDArray[np.int32], Int64Array]:
     """The source that each draw takes, and the number of that draw among the source's own.
 
-    Source 0 takes a draw when its rounded quota of all draws so far rises there; the draws that it
-    leaves are numbered anew and split among the others in the same way. So a source's draws are
-    spread evenly, and its count after any number of draws differs from the exact weight by half a
-    sample for one or two sources, and by less than half a sample more for each further one.
+    After k draws, source 0 should have had its weight times k of them, rounded: it takes the draws
+    at which that number rises. The draws left over are numbered anew, and source 1 takes its part
+    of them in the same way, and so on. So a source's draws are spread evenly. With one or two
+    sources a source's count differs from its exact quota by half a sample at most, and with each
+    further source by less than half a sample more.
 
-    Args:
-        draws: int64, numbers of draws of the run, not negative.
-        weights: integers from `integer_weights`.
-
-    Returns:
-        int32 source ids, and int64 numbers of draws that the source had before.
+    `draws` are int64, not negative; `weights` come from `integer_weights`. Returns int32 source
+    ids, and int64 numbers of draws that the source had before.
     """
     draws = np.ascontiguousarray(draws, dtype=np.int64)
     if len(weights) == 1:

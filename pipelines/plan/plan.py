@@ -1,10 +1,10 @@
-"""The plan of a run: what each step is fed, as a pure function of (data, seed, step).
+"""The plan of a run: the samples of each step, as a pure function of (data, seed, step).
 
-For every sample of a global batch the plan says which source it comes from, which text it has,
-where it is cropped, whether it is flipped, and how it is augmented. Nothing is drawn from a
+For every sample of a global batch the plan says which source (data set) it comes from, which text
+it has, where it is cropped, whether it is flipped, and how it is augmented. Nothing is drawn from a
 generator, so resuming is knowing the step, and a rank computes just its local batch, whatever the
 number of ranks. order.py, crop.py and augment.py have the formulas. Reading bytes, filling in
-tokens and decoding are left to `feed/` and `graph/`.
+tokens and decoding are left to `feed/` and graph.py.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from unicl_fast.augmentation import Augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.system.kernels import kernel
-from unicl_fast.system.keyed_random import fold_key, random_below, random_bits, random_unit
+from unicl_fast.system.keyed_random import (
+    fold_key,
+    random_below,
+    random_bits,
+    random_unit,
+    random_units,
+)
 
 from .augment import draw_rows, num_stages, row_width
 from .crop import random_windows
@@ -37,7 +43,7 @@ from .order import (
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class PlanSource:
-    """One data set, as far as the plan must know it."""
+    """The part of a data set that the plan needs."""
 
     name: str
     """The name in messages."""
@@ -78,10 +84,6 @@ class PlannedBatch:
     def num_views(self) -> int:
         return int(self.windows.shape[1])
 
-    def crops(self, view: int) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int32]]:
-        """Window starts [b 2], window shapes [b 2] and flips [b] of a view."""
-        return split_windows(self.windows[:, view])
-
 
 def split_windows(
     windows: NDArray[np.int32],
@@ -98,12 +100,12 @@ SAMPLE_FIELDS = tuple(
 
 
 def split_steps(long: PlannedBatch, count: int, *, global_batch_size: int) -> list[PlannedBatch]:
-    """The batches of a long one, as `TrainPlan.batch` gives them; views of its arrays."""
+    """Splits a `TrainPlan.long_batch` into the batches of its steps, views of its arrays."""
     size = len(long.global_index) // count
     global_index = long.global_index[:size] % global_batch_size
     names = [name for name in SAMPLE_FIELDS if name != "global_index"]
     arrays = [getattr(long, name) for name in names]
-    # to go through an array costs less than to take slices of it
+    # Iterating over an array with an axis of steps is cheaper than slicing it for each step.
     parts = zip(*(values.reshape(count, size, *values.shape[1:]) for values in arrays), strict=True)
     return [
         PlannedBatch(
@@ -150,7 +152,7 @@ def samples_of_draws(
 
 
 class TrainPlan:
-    """Answers what is fed at any step. Holds no state beyond its arguments."""
+    """Plans the batch of any step. Holds no state beyond its arguments."""
 
     def __init__(
         self,
@@ -238,9 +240,9 @@ class TrainPlan:
 
         A substitute is another sample of the same source, with text, window, flip and augmentation
         of its own: as `batch`, a function of (data, seed, step, global index, attempt) and nothing
-        else. The attempts at one global index take all other samples of its source, in an order of
-        that draw's own, before any comes again; a source of one sample has only that one. A
-        substitute may appear in the batch, or the epoch, a second time.
+        else. Successive attempts at one global index try all other samples of its source, in an
+        order of that draw's own, before any comes again; a source of one sample has only that one.
+        A substitute may appear in the batch, or the epoch, a second time.
 
         Args:
             step: step of the batch.
@@ -251,10 +253,10 @@ class TrainPlan:
         draws = step * self.global_batch_size + global_index
         for i, (draw, number) in enumerate(zip(draws.tolist(), source_ids.tolist(), strict=True)):
             size = len(self._sources[number].samples)
-            num_others = max(1, size - 1)
+            num_substitutes = max(1, size - 1)
             key = self._key(_Purpose.SUBSTITUTE, _Purpose.ORDER, number, draw)
-            position = np.array([(attempt - 1) % num_others], dtype=np.int64)
-            distance = 1 + int(permute(position, size=num_others, key=key)[0])
+            position = np.array([(attempt - 1) % num_substitutes], dtype=np.int64)
+            distance = 1 + int(permute(position, size=num_substitutes, key=key)[0])
             sample_ids[i] = (sample_ids[i] + distance) % size
         return self._fill_in(
             step, global_index, source_ids, sample_ids, streams=(_Purpose.SUBSTITUTE, attempt)
@@ -299,7 +301,6 @@ class TrainPlan:
             rows = source.samples.take(sample_ids[mine])  # of whole rows 18 times as fast as []
             sizes[0, mine], sizes[1, mine] = rows["height"], rows["width"]
             texts[:, mine] = self._draw_texts(source, rows, draws[mine], streams=streams)
-        captions, labels, templates = texts
         windows, augment_rows = self._draw_views(sizes, source_ids, draws, streams=streams)
         return PlannedBatch(
             step=step,
@@ -307,9 +308,9 @@ class TrainPlan:
             source_ids=source_ids,
             sample_ids=sample_ids,
             windows=windows,
-            captions=captions,
-            labels=labels,
-            templates=templates,
+            captions=texts[0],
+            labels=texts[1],
+            templates=texts[2],
             augment_rows=augment_rows,
         )
 
@@ -338,11 +339,9 @@ class TrainPlan:
                     ratio=data.crop_ratio,
                 )
                 flip = augmentation.flip
-                windows[mine, view, 4] = _draw_flips(
-                    np.uint64(self._key(*own, _Purpose.FLIP)),
-                    draws[mine],
-                    data.flip_probability if flip is None else flip,
-                )
+                flip = data.flip_probability if flip is None else flip
+                key = np.uint64(self._key(*own, _Purpose.FLIP))
+                windows[mine, view, 4] = random_units(key, draws[mine]) < flip
                 if width:
                     augment_rows[mine, view] = draw_rows(
                         augmentation,
@@ -382,11 +381,13 @@ class TrainPlan:
             key = self._key(_Purpose.TEMPLATE)
             steps = draws[prompted] // self.global_batch_size
             classes = source.class_ids[labels[prompted]]
-            drawn = _draw_by_step(np.uint64(key), steps, classes, source.num_templates)
+            templates[prompted] = _draw_by_step(
+                np.uint64(key), steps, classes, source.num_templates
+            )
         else:
             key = self._key(*streams, _Purpose.TEMPLATE)
-            drawn = _draw_below(np.uint64(key), draws[prompted], source.num_templates)
-        templates[prompted] = drawn
+            drawn = random_units(np.uint64(key), draws[prompted]) * source.num_templates
+            templates[prompted] = drawn.astype(np.int64)
         return np.stack([captions, labels, templates])
 
     def _key(self, *parts: int) -> int:
@@ -419,24 +420,8 @@ def _draw_captions_or_labels(
 
 
 @kernel
-def _draw_flips(key: Any, draws: Any, probability: Any) -> Any:
-    flips = np.empty(draws.size, np.int32)
-    for i in range(draws.size):
-        flips[i] = random_unit(key, draws[i]) < probability
-    return flips
-
-
-@kernel
-def _draw_below(key: Any, counters: Any, bound: Any) -> Any:
-    drawn = np.empty(counters.size, np.int64)
-    for i in range(counters.size):
-        drawn[i] = random_below(key, counters[i], bound)
-    return drawn
-
-
-@kernel
 def _draw_by_step(key: Any, steps: Any, counters: Any, bound: Any) -> Any:
-    """`_draw_below` with the key that `fold_key` makes of `key` and each one's step."""
+    """Draws below `bound`, each by the key that `fold_key` makes of `key` and its step."""
     drawn = np.empty(counters.size, np.int64)
     for i in range(counters.size):
         drawn[i] = random_below(random_bits(key, steps[i]), counters[i], bound)

@@ -23,11 +23,10 @@ from unicl_fast.dataset.reader import (
     PackedDataset,
     TooManyBadSamplesError,
 )
-from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.feed import bad_samples
-from unicl_fast.pipelines.feed.bad_samples import MAX_ATTEMPTS
+from unicl_fast.pipelines import graph
+from unicl_fast.pipelines.feed.reading import MAX_ATTEMPTS
 from unicl_fast.pipelines.graph import DecodingError
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 
 pytestmark = pytest.mark.dali
@@ -149,7 +148,7 @@ def test_one_bad_sample_is_replaced_and_nothing_else_changes(
     if kind == "flipped byte":
         flip_byte(folders[CAPTIONED], bad)
     elif kind == "wrong size":  # a sound image, smaller than the index says
-        store(folders[CAPTIONED], bad, bad_samples._sound_image().tobytes())
+        store(folders[CAPTIONED], bad, graph._sound_image().tobytes())
     else:
         store(folders[CAPTIONED], bad, undecodable(kind))
     batches = take(make_loader(spoilt(), prompts))
@@ -401,7 +400,7 @@ def test_a_decoder_that_fails_at_everything_condemns_nothing(
 ) -> None:
     store(folders[CAPTIONED], 17, undecodable("html"))
     no_image = np.frombuffer(b"as if the device were gone", dtype=np.uint8)
-    monkeypatch.setattr(bad_samples, "_sound_image", lambda: no_image)
+    monkeypatch.setattr(graph, "_sound_image", lambda: no_image)
     loader = make_loader(spoilt(), prompts, quarantine=tmp_path / "quarantine.csv")
     with pytest.raises(DecodingError):
         list(itertools.islice(loader.batches(0), STEPS))

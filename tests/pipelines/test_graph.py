@@ -37,8 +37,8 @@ from torchvision.transforms.v2 import functional
 
 from unicl_fast.config import DataConfig, Interpolation, Resample
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.pipelines.feed.host_batches import HostBatch
 from unicl_fast.pipelines.graph import (
-    HostBatch,
     build_evaluation_graph,
     build_train_graph,
     run_graphs,
@@ -89,7 +89,7 @@ def train_images(
     encoded = [dataset.image_bytes(index) for index in range(count)]
     integers = np.arange(3 * count).reshape(count, 3)
     batch = HostBatch(
-        inputs=(encoded, starts, shapes, alternate_flips(count), integers), facts="all"
+        inputs=(encoded, starts, shapes, alternate_flips(count), integers), metadata="all"
     )
     build = partial(
         build_train_graph,
@@ -148,7 +148,7 @@ def evaluation_images(
         batch_size=len(dataset),
         device=torch.device(device),
     )
-    batch = HostBatch(inputs=(encoded, *regions), facts="all")
+    batch = HostBatch(inputs=(encoded, *regions), metadata="all")
     ((images,), _) = next(run_graphs([build], iter([batch]), device=torch.device(device), ahead=1))
     return images.cpu()
 
@@ -257,7 +257,8 @@ def test_decoding_a_window_equals_cutting_the_decoded_image(
     shapes = np.full((count, 2), side, dtype=np.int32)
     integers = np.zeros((count, 1), dtype=np.int64)
     batch = HostBatch(
-        inputs=(encoded, starts, shapes, np.zeros((count, 1), dtype=np.int32), integers), facts=""
+        inputs=(encoded, starts, shapes, np.zeros((count, 1), dtype=np.int32), integers),
+        metadata="",
     )
     cpu = torch.device("cpu")
     build = partial(

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from unicl_fast.config import DataConfig
-from unicl_fast.images.encode import encode_jpeg, restart_interval
-from unicl_fast.pipelines.graph import HostBatch, build_train_graph, run_graphs
+from unicl_fast.images.codec import encode_jpeg, restart_interval
+from unicl_fast.pipelines.feed.host_batches import HostBatch
+from unicl_fast.pipelines.graph import build_train_graph, run_graphs
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
 from unicl_fast.pipelines.plan.crop import random_windows
 
@@ -87,7 +88,7 @@ def test_windows_of_any_image_have_the_same_pixels(subsampling: str, values: st.
 
 @pytest.mark.parametrize("subsampling", ["420", "422"])
 @pytest.mark.parametrize("width", [131, 132])
-def test_a_last_stretch_of_a_few_pixels_is_interpolated_as_in_the_whole(
+def test_a_last_segment_of_a_few_pixels_is_interpolated_as_in_the_whole(
     subsampling: str, width: int
 ) -> None:
     """Alone it would be so narrow that libjpeg repeats its colours."""
@@ -128,7 +129,7 @@ def graph_output(inputs: tuple[Any, ...], size: int) -> torch.Tensor:
     data, device = DataConfig(image_size=64, threads=1), torch.device("cpu")
     outputs = run_graphs(
         [lambda source: build_train_graph(source, data=data, batch_size=size, device=device)],
-        iter([HostBatch(inputs=inputs, facts=None)]),
+        iter([HostBatch(inputs=inputs, metadata=None)]),
         device=device,
         ahead=1,
     )
@@ -255,7 +256,7 @@ def test_the_last_marker_must_be_the_one_that_is_due() -> None:
     end[-1] = 0xD0  # in the place of the end
     assert cut_one(end, (150, 20), (50, 30))[0] is end
     middle = encoded(noise(200, 200), "420")
-    # one stretch a row of 16 pixels, as 13 is prime; with the margin the window needs seven of them
+    # one segment a row of 16 pixels, as 13 is prime; with the margin the window needs seven of them
     last = _restart_markers(middle)[6]
     assert cut_one(middle, (50, 20), (50, 30))[0] is not middle
     middle[last + 1] = 0xD0 + (middle[last + 1] - 0xD0 + 1) % 8
@@ -306,9 +307,9 @@ def test_damaged_files_lead_nowhere_else(tmp_path: Path) -> None:
         (256, 341, 16, 2),  # 22 blocks
         (384, 256, 16, 2),  # 16
         (256, 384, 16, 3),  # 24
-        (256, 272, 16, 17),  # 17, a prime: one stretch
+        (256, 272, 16, 17),  # 17, a prime: one segment
         (128, 144, 16, 3),  # 9
-        (128, 128, 16, 2),  # 8, which would make stretches of 16 pixels
+        (128, 128, 16, 2),  # 8, which would make segments of 16 pixels
         (976, 732, 16, 2),  # 46
         (256, 256, 8, 4),  # 32
         (256, 192, 8, 4),  # 24
@@ -316,7 +317,7 @@ def test_damaged_files_lead_nowhere_else(tmp_path: Path) -> None:
         (32, 32, 8, 0),
     ],
 )
-def test_stretches_are_some_eight_a_row_and_not_short(
+def test_segments_are_some_eight_a_row_and_not_short(
     height: int, width: int, block_width: int, expected: int
 ) -> None:
     assert restart_interval(height, width, block_width=block_width) == expected

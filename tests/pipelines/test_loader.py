@@ -17,11 +17,11 @@ from PIL import Image
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, ModelConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.images.encode import encode_jpeg
-from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead, decoding_threads
+from unicl_fast.images.codec import encode_jpeg
+from unicl_fast.pipelines.feed.host_batches import decoding_threads
+from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
@@ -111,7 +111,7 @@ def test_each_image_comes_with_a_text_of_its_own_sample(
                 label = int(labelled.labels_of(sample)[0])
                 name = manifest.class_names[label]
                 allowed = [fill_template(t, name) for t in manifest.templates]
-                assert class_id == prompts.class_of(0, label)
+                assert class_id == prompts.classes_of(0, label)
                 assert (tokenizer(allowed).numpy() == row).all(axis=1).any()
             else:
                 count = int(captioned.samples[sample]["captions_count"])
@@ -353,7 +353,7 @@ def test_a_rank_without_samples_has_nothing_to_evaluate(captioned: PackedDataset
 def test_threads_are_as_given_or_this_rank_s_part_of_the_cores(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("unicl_fast.pipelines.graph.cores_of_this_rank", lambda: 12)
+    monkeypatch.setattr("unicl_fast.pipelines.feed.host_batches.cores_of_this_rank", lambda: 12)
     assert decoding_threads(0) == 12
     assert decoding_threads(7) == 7
 

@@ -15,7 +15,13 @@ from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.pipelines.plan.augment import Column
-from unicl_fast.pipelines.plan.plan import PlannedBatch, PlanSource, TrainPlan, split_steps
+from unicl_fast.pipelines.plan.plan import (
+    PlannedBatch,
+    PlanSource,
+    TrainPlan,
+    split_steps,
+    split_windows,
+)
 
 NUM_CLASSES = 10
 EVERYTHING = "supcon,policy=rand,policy_probability=1,jitter_probability=1,erase=0.5"
@@ -190,7 +196,7 @@ def test_the_views_of_a_image_share_nothing_drawn_but_its_text() -> None:
     batch = make_plan(make_source(500, labels=1), batch=400, augment=EVERYTHING).batch(
         3, rank=0, world_size=1
     )
-    (starts, shapes, flips), others = batch.crops(1), batch.crops(0)
+    (starts, shapes, flips), others = (split_windows(batch.windows[:, i]) for i in (1, 0))
     assert np.mean((starts == others[0]) & (shapes == others[1])) < 0.02
     assert 0.4 < np.mean(flips == others[2]) < 0.6
     first, second = batch.augment_rows.transpose(1, 0, 2)
@@ -225,7 +231,7 @@ def test_each_source_has_its_own_crops_flips_and_augmentation() -> None:
     )
     batch = plan.batch(0, rank=0, world_size=1)
     mild, strong = (batch.source_ids == number for number in (0, 1))
-    _, shapes, flips = batch.crops(0)
+    _, shapes, flips = split_windows(batch.windows[:, 0])
     area = shapes.prod(axis=1)
     assert area[mild].min() > 0.85 * 100 * 120
     assert np.median(area[strong]) < 0.7 * 100 * 120

@@ -22,9 +22,8 @@ from PIL import Image
 from unicl_fast.batch import Batch
 from unicl_fast.config import DataConfig, RunConfig, TrainConfig
 from unicl_fast.dataset.reader import DamagedSampleError, PackedDataset, TooManyBadSamplesError
-from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
 from unicl_fast.pipelines.graph import DecodingError, build_train_graph, run_graphs
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -181,8 +180,8 @@ def test_crops_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts) -
         images="crops",
     )
     running = run_graphs([build], host_batches, device=torch.device("cpu"), ahead=1)
-    for batch, ((images, integers), facts) in zip(batches, running, strict=False):
-        assert facts.fed.step == batch.step
+    for batch, ((images, integers), metadata) in zip(batches, running, strict=False):
+        assert metadata.actual.step == batch.step
         assert torch.equal(images, batch.images)
         assert len(integers) == BATCH
     running.close()

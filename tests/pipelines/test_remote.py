@@ -24,8 +24,7 @@ from unicl_fast.dataset import object_store
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import StorageError
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.pipelines.evaluation_loader import EvaluationLoader
-from unicl_fast.pipelines.loader import TrainLoader
+from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
 

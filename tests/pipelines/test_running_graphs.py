@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from unicl_fast.config import DataConfig
-from unicl_fast.pipelines.graph import DecodingError, HostBatch, build_train_graph, run_graphs
+from unicl_fast.pipelines.feed.host_batches import HostBatch
+from unicl_fast.pipelines.graph import DecodingError, build_train_graph, run_graphs
 
 pytestmark = pytest.mark.dali
 
@@ -42,7 +43,7 @@ def host_batches(
             np.zeros((4, 1), dtype=np.int32),
             np.full((4, 2), number, dtype=np.int64),
         )
-        yield HostBatch(inputs=inputs, facts=number)
+        yield HostBatch(inputs=inputs, metadata=number)
 
 
 def run(
@@ -59,7 +60,7 @@ def run(
 
 @pytest.mark.parametrize("count", [0, 1, 2, 7])
 @pytest.mark.parametrize(("prefetch", "graphs"), [(1, 1), (2, 1), (4, 1), (1, 2), (2, 2), (3, 3)])
-def test_every_batch_comes_once_and_beside_its_facts(
+def test_every_batch_comes_once_and_beside_its_metadata(
     encoded: list[np.ndarray], count: int, prefetch: int, graphs: int
 ) -> None:
     seen = []

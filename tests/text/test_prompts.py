@@ -69,7 +69,7 @@ def test_every_imagenet_prompt_has_its_row_and_its_class(
     assert imagenet.tokens.shape[0] == 80_000
     assert imagenet.tokens[:, -1].any(), "the table must be no wider than the longest prompt"
     for label, template in [(0, 0), (0, 79), (1, 0), (512, 33), (999, 79)]:
-        row = imagenet.prompt_row(0, label, template)
+        row = imagenet.rows_of(0, label, template)
         text = templates[template].replace("{}", names[label])
         expected = pad(tokenizer.encode([text]), imagenet.tokens.shape[1])[0]
         assert imagenet.tokens[row].tolist() == expected.tolist()
@@ -80,7 +80,7 @@ def test_every_imagenet_prompt_has_its_row_and_its_class(
 def test_imagenet_classes_of_equal_name_are_one_class(imagenet: ClassPrompts) -> None:
     assert imagenet.merged_classes == (((0, 657), (0, 744)), ((0, 836), (0, 837)))
     assert imagenet_class_names()[744] == imagenet_class_names()[657] == "missile"
-    assert imagenet.class_of(0, 744) == imagenet.class_of(0, 657) == 657
+    assert imagenet.classes_of(0, 744) == imagenet.classes_of(0, 657) == 657
     assert len(np.unique(imagenet.classes_of(0, np.arange(1000)))) == 998
 
 
@@ -101,7 +101,7 @@ def test_rows_are_numbered_by_source_label_and_template(tokenizer: Tokenizer) ->
     ]
     assert prompts.rows_of(0, [0, 1, 1], [1, 0, 1]).tolist() == [1, 2, 3]
     assert prompts.rows_of(0, 1, [0, 1]).tolist() == [2, 3]
-    assert prompts.prompt_row(2, 0, 0) == 4
+    assert prompts.rows_of(2, 0, 0) == 4
     assert prompts.rows_of(1, [], []).tolist() == []
 
 
@@ -125,8 +125,8 @@ def test_separate_labels_are_different_classes_and_meet_in_equal_names(
     sources = [(("cat", "dog"), TEMPLATES), (("car", "Cat"), SIMPLE_TEMPLATES)]
     with caplog.at_level(logging.INFO, logger="unicl_fast.text.prompts"):
         prompts = ClassPrompts(sources, tokenizer)
-    assert prompts.class_of(0, 0) == prompts.class_of(1, 1) == 0
-    assert len({prompts.class_of(0, 0), prompts.class_of(0, 1), prompts.class_of(1, 0)}) == 3
+    assert prompts.classes_of(0, 0) == prompts.classes_of(1, 1) == 0
+    assert len({*prompts.classes_of(0, [0, 1]).tolist(), int(prompts.classes_of(1, 0))}) == 3
     assert prompts.merged_classes == (((0, 0), (1, 1)),)
     assert "'cat' (source 0, label 0), 'Cat' (source 1, label 1)" in caplog.text
     assert prompts.classes_of(1, [-1, 1]).tolist() == [-1, 0]
@@ -144,9 +144,8 @@ def test_classes_are_merged_along_chains_of_common_prompts(tokenizer: Tokenizer)
 
 def test_a_source_without_names_can_have_labels(tokenizer: Tokenizer) -> None:
     prompts = ClassPrompts([(("cat",), TEMPLATES), NO_NAMES, NO_NAMES], tokenizer)
-    classes = [
-        prompts.class_of(source, label) for source in (0, 1, 2) for label in (0, 1, 2**31 - 1)
-    ]
+    labels = [0, 1, 2**31 - 1]
+    classes = np.concatenate([prompts.classes_of(source, labels) for source in (0, 1, 2)]).tolist()
     assert len(set(classes)) == 9
     assert 0 <= min(classes) <= max(classes) < 2**62
 
@@ -155,7 +154,7 @@ def test_captions_only_have_an_empty_table(tokenizer: Tokenizer) -> None:
     prompts = ClassPrompts([NO_NAMES], tokenizer)
     assert prompts.tokens.shape == (0, 0)
     assert prompts.lookup(pad(tokenizer.encode(["a cat", ""]))).tolist() == [-1, -1]
-    assert prompts.class_of(0, 5) == 5
+    assert prompts.classes_of(0, 5) == 5
     assert ClassPrompts([], tokenizer).class_ids.tolist() == []
 
 
@@ -247,8 +246,8 @@ def test_equal_rows_always_have_equal_classes(
     for source, (names, templates) in enumerate(sources):
         for label in range(len(names)):
             for template in range(len(templates)):
-                assert prompts.prompt_row(source, label, template) == row
-                class_id = prompts.class_of(source, label)
+                assert prompts.rows_of(source, label, template) == row
+                class_id = int(prompts.classes_of(source, label))
                 assert prompts.class_ids[row] == class_id
                 assert claimed.setdefault(prompts.tokens[row].tobytes(), class_id) == class_id
                 row += 1

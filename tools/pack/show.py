@@ -26,7 +26,8 @@ from PIL import Image
 from unicl_fast.augmentation import LARGEST_MAGNITUDE, Augmentation, parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.pipelines.graph import HostBatch, build_train_graph, run_graphs
+from unicl_fast.pipelines.feed.host_batches import HostBatch
+from unicl_fast.pipelines.graph import build_train_graph, run_graphs
 from unicl_fast.pipelines.kernels.operators import parts_for
 from unicl_fast.pipelines.plan.augment import (
     AUTO,
@@ -246,7 +247,7 @@ def _run(
         augmentation=parts,
         device=device,
     )
-    batches = iter([HostBatch(inputs=tuple(inputs), facts=None)])
+    batches = iter([HostBatch(inputs=tuple(inputs), metadata=None)])
     ((images, _), _) = next(run_graphs([build], batches, device=device, ahead=1))
     return images.numpy().reshape(len(strips), len(encoded), *images.shape[1:])
 

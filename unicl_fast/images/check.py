@@ -5,13 +5,18 @@ its bytes. Anything else that can be read is decoded here and encoded anew, so t
 the training run meets no surprises. What cannot be read, or reads only with warnings, is refused
 with an `ImageError` that gives the reason. Where all images shall have one format, only plain ones
 of that format keep their bytes. `docs/data-format.md` lists the conversions. For a raw data set the
-same decoding gives pixels, and nothing is encoded.
+same decoding gives pixels, and nothing is encoded. Decoding for training is DALI's work; this
+module only decides what DALI is given.
 
-Decoding for training is DALI's work; this module only decides what DALI is given.
+Decoders agree on plain 8-bit Huffman JPEGs in grey or YCbCr, and on WebP's simple format, and part
+ways on the rest. Pillow and libjpeg-turbo's short interface do not tell all of it, so a JPEG's
+markers are walked here (ITU-T T.81, annex B; Exif 2.32, section 4.6), and a WebP's chunks too
+(developers.google.com/speed/webp/docs/riff_container).
 """
 
 from __future__ import annotations
 
+import struct
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,12 +24,16 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from unicl_fast.images.decode import MAX_PIXELS as MAX_PIXELS
-from unicl_fast.images.decode import MAX_SIDE as MAX_SIDE
-from unicl_fast.images.decode import ImageError as ImageError
-from unicl_fast.images.decode import (
+from unicl_fast.images.codec import MAX_PIXELS as MAX_PIXELS
+from unicl_fast.images.codec import MAX_SIDE as MAX_SIDE
+from unicl_fast.images.codec import ImageError as ImageError
+from unicl_fast.images.codec import (
     Pixels,
     check_size,
+    encode_jpeg,
+    encode_png,
+    encode_webp,
+    image_of,
     open_image,
     orientation_of,
     pillow_error,
@@ -32,8 +41,6 @@ from unicl_fast.images.decode import (
     pixels_of,
     turn_upright,
 )
-from unicl_fast.images.encode import encode_jpeg, encode_png, encode_webp, image_of
-from unicl_fast.images.headers import JpegHeader, is_webp, read_jpeg_header, simple_webp
 
 MAX_SCANS = 500
 """A progressive JPEG with more scans attacks the decoder's time; cameras write about 10."""
@@ -45,9 +52,23 @@ RESIZE_QUALITY = 90
 RESIZE_SUBSAMPLING = "420"
 
 _JPEG_SIGNATURE = b"\xff\xd8\xff"
+_SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
+_WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})
+_SOS, _EOI, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xE0, 0xE1, 0xEE
+_PLAIN_PROCESSES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; all Huffman
+_ORIENTATION_TAG = 0x0112
+_EXIF_FORMATS = {1: "B", 3: "H", 4: "I"}
+_EXIF_SHORT = 3
+
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
 
+_RIFF_HEADER_BYTES = 12
+_CHUNK_HEADER_BYTES = 8
+_BITSTREAMS = frozenset({b"VP8 ", b"VP8L"})
+_ALPHA_OR_FRAMES = frozenset({b"ALPH", b"ANIM", b"ANMF"})
+_LOSSLESS_SIGNATURE = 0x2F
+_LOSSLESS_ALPHA_BIT = 28  # behind 14 bits of width and 14 of height
 
 ImageFormat = Literal["keep", "jpeg", "webp", "png", "raw"]
 """The form of a sound image: its bytes are kept (or encoded anew as JPEG where needed), it becomes
@@ -124,9 +145,8 @@ def check_image(
             data = encode_jpeg(pixels, quality=REENCODE_QUALITY, subsampling=REENCODE_SUBSAMPLING)
         _check_jpeg_data(data)
         extension = "jpg"
-    reencoded = format != "raw"
     return CheckedImage(
-        data=data, extension=extension, height=height, width=width, reencoded=reencoded
+        data=data, extension=extension, height=height, width=width, reencoded=format != "raw"
     )
 
 
@@ -148,16 +168,18 @@ class _Target:
         if not self.needs_resize(height, width):
             return pixels
         edge = min(height, width)
-        if not self.square_side:
-            scale = self.short_side / edge
-            size = max(1, round(width * scale)), max(1, round(height * scale))
-            return _resample(pixels, size=size)
         top, left = (height - edge) // 2, (width - edge) // 2
         if edge == self.square_side:
             return pixels[top : top + edge, left : left + edge]
-        # only the square is made, since an image of one row of pixels would become millions of them
-        size = self.square_side, self.square_side
-        return _resample(pixels, size=size, box=(left, top, left + edge, top + edge))
+        if self.square_side:
+            # only this is made, since an image of one row of pixels would become millions of them
+            size, box = (self.square_side,) * 2, (left, top, left + edge, top + edge)
+        else:
+            scale = self.short_side / edge
+            size = max(1, round(width * scale)), max(1, round(height * scale))
+            box = (0, 0, width, height)
+        scaled = np.asarray(image_of(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
+        return scaled if scaled.ndim == 3 else scaled[..., None]
 
 
 def _decode(
@@ -169,7 +191,7 @@ def _decode(
     with pillow_limits(max_pixels):
         if data.startswith(_PNG_SIGNATURE):
             return _decode_png(data, target, keep="png" in kept)
-        if is_webp(data):
+        if data[:4] == b"RIFF" and data[8:_RIFF_HEADER_BYTES] == b"WEBP":
             return _decode_webp(data, target, keep="webp" in kept)
         return pixels_of(open_image(data))
 
@@ -177,10 +199,7 @@ def _decode(
 def _decode_any_jpeg(
     data: bytes, target: _Target, *, max_pixels: int, keep: bool
 ) -> CheckedImage | Pixels:
-    try:
-        header = read_jpeg_header(data)
-    except ValueError as error:
-        raise ImageError("damaged", str(error)) from error
+    header = read_jpeg_header(data)
     height, width = header.height, header.width
     check_size(height, width, max_pixels)
     if data.count(b"\xff\xda") > MAX_SCANS:
@@ -214,11 +233,10 @@ def _decode_jpeg(data: bytes, **options: object) -> Pixels:
 
 def _jpeg_pixels(data: bytes, header: JpegHeader) -> Pixels:
     """Decodes any JPEG that is read without warnings, turned the right way up."""
-    if len(header.component_ids) == 4:
+    if header.num_components == 4:
         _decode_jpeg(data, colorspace="CMYK", min_height=1, min_width=1)
         return pixels_of(open_image(data))  # Pillow knows which CMYK files are stored inverted
-    grey = len(header.component_ids) == 1
-    pixels = _decode_jpeg(data, colorspace="GRAY" if grey else "RGB")
+    pixels = _decode_jpeg(data, colorspace="GRAY" if header.num_components == 1 else "RGB")
     return turn_upright(pixels, header.orientation)
 
 
@@ -261,26 +279,165 @@ def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | 
     """Decodes a WebP; libwebp refuses a file that is cut, but cannot notice changed bytes."""
     image = open_image(data)
     pixels = pixels_of(image)
-    simple = simple_webp(data) if keep else None
-    if (
-        simple is None
-        or image.mode != "RGB"
-        or orientation_of(image) != 1
-        or target.needs_resize(image.height, image.width)
-    ):
+    width, height = image.size
+    simple = simple_webp(data) if keep and not target.needs_resize(height, width) else None
+    if simple is None or image.mode != "RGB" or orientation_of(image) != 1:
         return pixels
     return CheckedImage(
-        data=simple,
-        extension="webp",
-        height=image.height,
-        width=image.width,
-        reencoded=simple is not data,
+        data=simple, extension="webp", height=height, width=width, reencoded=simple is not data
     )
 
 
-def _resample(
-    pixels: Pixels, *, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
-) -> Pixels:
-    """Resizes the image, or a box (left, top, right, bottom) of it."""
-    scaled = np.asarray(image_of(pixels).resize(size, Image.Resampling.BICUBIC, box=box))
-    return scaled if scaled.ndim == 3 else scaled[..., None]
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JpegHeader:
+    """Decides whether a JPEG can be kept as it is."""
+
+    height: int
+    width: int
+    num_components: int
+    orientation: int
+    """Exif orientation 1 to 8; 1 where there is none."""
+    is_plain: bool
+    """8-bit grey or YCbCr, Huffman coded, the right way up for every decoder."""
+
+
+def read_jpeg_header(data: bytes) -> JpegHeader:
+    """Walks the markers up to the first scan.
+
+    Raises:
+        ImageError: the markers do not lead to a frame and a scan.
+    """
+    frame: tuple[int, bytes] | None = None
+    jfif, adobe_transform = False, None
+    orientations: list[int | None] = []
+    position = 2
+    while True:
+        marker, body, position = _next_segment(data, position)
+        if marker in _SOF_MARKERS and frame is None:
+            frame = marker, body
+        elif marker == _APP0 and body.startswith(b"JFIF\0"):
+            jfif = True
+        elif marker == _APP14 and body.startswith(b"Adobe") and len(body) >= 12:
+            adobe_transform = body[11]
+        elif marker == _APP1 and body.startswith(b"Exif\0"):
+            orientations.append(_exif_orientation(body[6:]))
+        elif marker == _SOS:
+            break
+        elif marker == _EOI:
+            raise ImageError("damaged", "the JPEG ends before its image begins")
+    if frame is None:
+        raise ImageError("damaged", "the JPEG has no frame header before its first scan")
+    process, body = frame
+    if len(body) < 6 or len(body) < 6 + 3 * body[5]:
+        raise ImageError("damaged", "the JPEG's frame header is cut short")
+    precision, height, width, num_components = struct.unpack_from(">BHHB", body)
+    # three components are luma and chroma by the rules that libjpeg follows
+    is_ycbcr = num_components == 3 and (
+        jfif or (body[6:15:3] != b"RGB" if adobe_transform is None else adobe_transform == 1)
+    )
+    known = orientations[0] if orientations else 1
+    return JpegHeader(
+        height=height,
+        width=width,
+        num_components=num_components,
+        orientation=known if known is not None and 1 <= known <= 8 else 1,
+        is_plain=(
+            process in _PLAIN_PROCESSES
+            and precision == 8
+            and (num_components == 1 or is_ycbcr)
+            and len(orientations) <= 1
+            and known == 1
+        ),
+    )
+
+
+def _next_segment(data: bytes, position: int) -> tuple[int, bytes, int]:
+    """The marker at `position`, its body, and where the next marker is expected."""
+    if data[position : position + 1] != b"\xff":
+        where = "ends inside its header" if position >= len(data) else "has garbage in its header"
+        raise ImageError("damaged", f"the JPEG {where} (byte {position})")
+    while data[position : position + 1] == b"\xff":  # any number of fill bytes may come first
+        position += 1
+    length = 0
+    if position < len(data):
+        marker = data[position]
+        position += 1
+        if marker in _WITHOUT_LENGTH or marker == _EOI:
+            return marker, b"", position
+        length = int.from_bytes(data[position : position + 2], "big")
+    if length < 2 or position + length > len(data):
+        raise ImageError("damaged", f"the JPEG ends inside its header (byte {position})")
+    return marker, data[position + 2 : position + length], position + length
+
+
+def _exif_orientation(tiff: bytes) -> int | None:
+    """The orientation in Exif data: 1 if none is given, None if it cannot be read for certain."""
+    order = {b"II*\0": "<", b"MM\0*": ">"}.get(tiff[:4])
+    if order is None:
+        return None
+    try:
+        (start,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, start)
+        for entry in range(start + 2, start + 2 + 12 * count, 12):
+            tag, kind, number = struct.unpack_from(order + "HHI", tiff, entry)
+            if tag == _ORIENTATION_TAG:
+                if kind not in _EXIF_FORMATS or number != 1:
+                    return None
+                (value,) = struct.unpack_from(order + _EXIF_FORMATS[kind], tiff, entry + 8)
+                if value == 0 and kind == _EXIF_SHORT:
+                    return 1  # "unknown", which Picasa wrote into many photos; none rotates it
+                # in another type than SHORT some decoders see the value and some do not
+                return None if kind != _EXIF_SHORT and value == 1 else int(value)
+    except struct.error:
+        return None
+    return 1
+
+
+def simple_webp(data: bytes) -> bytes | None:
+    """The same image in WebP's simple format: one bitstream, lossy (VP8) or lossless (VP8L).
+
+    DALI promises to read no other. The extended format (VP8X) wraps the same bitstream together
+    with a colour profile, Exif data or the like, and may add alpha or frames. Where it adds only
+    what no decoder of pixels reads, the wrapping is removed and the bitstream stays as it is, so
+    that a lossy image is not encoded twice.
+
+    Args:
+        data: a file that a decoder has read without complaint.
+
+    Returns:
+        `data` itself where it is simple, else its bitstream alone; None where there is no such file
+        (alpha, animation) or decoders may see different images (several bitstreams, bytes after
+        the end).
+    """
+    chunks = _chunks(data)
+    names = [name for name, _ in chunks]
+    bitstreams = [chunk for name, chunk in chunks if name in _BITSTREAMS]
+    if len(bitstreams) != 1 or _ALPHA_OR_FRAMES.intersection(names):
+        return None
+    (chunk,) = bitstreams
+    if names[0] not in (_BITSTREAMS | {b"VP8X"}) or _has_alpha(chunk):
+        return None
+    if len(chunks) == 1:
+        return data
+    return b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
+
+
+def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    """Name and bytes of each chunk, header and padding included; none if lengths disagree."""
+    chunks, position = [], _RIFF_HEADER_BYTES
+    while position < len(data):
+        size = int.from_bytes(data[position + 4 : position + 8], "little")
+        end = position + _CHUNK_HEADER_BYTES + size + size % 2
+        chunks.append((data[position : position + 4], data[position:end]))
+        position = end
+    whole = position == len(data) == int.from_bytes(data[4:8], "little") + 8
+    return chunks if whole else []
+
+
+def _has_alpha(chunk: bytes) -> bool:
+    if chunk[:4] != b"VP8L":
+        return False
+    header = chunk[_CHUNK_HEADER_BYTES : _CHUNK_HEADER_BYTES + 5]
+    if len(header) < 5 or header[0] != _LOSSLESS_SIGNATURE:
+        return True  # an unknown bitstream is not plain
+    return bool(int.from_bytes(header[1:], "little") >> _LOSSLESS_ALPHA_BIT & 1)

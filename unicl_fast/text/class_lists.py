@@ -1,8 +1,8 @@
-"""Lists of class names and prompt templates: files, and the built-in ones of ImageNet.
+"""Lists of class names and prompt templates: files, and those that installed packages bring.
 
-Separate from `prompts` because packing needs the lists only, not the compiled kernels of the token
-table. Names and templates are open_clip's, wnids are timm's; those of the data sets that CLIP was
-evaluated on come from the package clip-benchmark, where it is installed. `prompts` makes prompts.
+Names and templates of ImageNet are open_clip's, its wnids are timm's; those of the data sets that
+CLIP was evaluated on come from the package clip-benchmark, where it is installed. `prompts` makes
+prompts of them; packing needs the lists only, without the compiled kernels there.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ SIMPLE_TEMPLATES = ("a photo of a {}.",)
 
 CLIP_BENCHMARK = "clip-benchmark:"
 """Prefix of a data set's key that names a list of the package clip-benchmark."""
-_CLIP_BENCHMARK_FILES = {
+_ListName = Literal["class names", "templates"]
+_CLIP_BENCHMARK_FILES: dict[_ListName, str] = {
     "class names": "en_classnames.json",
     "templates": "en_zeroshot_classification_templates.json",
 }
@@ -47,10 +48,8 @@ def imagenet_wnids() -> tuple[str, ...]:
 def read_class_names(source: str | Path) -> tuple[str, ...]:
     """Class names from a file, the built-in "imagenet", or "clip-benchmark:KEY".
 
-    Args:
-        source: "imagenet"; "clip-benchmark:pets" for the names that package has for Pets; or a
-            UTF-8 text file with one name a line, label 0 first. Empty lines may follow the last
-            name; one in between would shift the labels and is refused.
+    A file is UTF-8 text with one name a line, label 0 first. Empty lines may follow the last name;
+    one in between would shift the labels and is refused.
 
     Raises:
         FileNotFoundError: no such file.
@@ -58,20 +57,14 @@ def read_class_names(source: str | Path) -> tuple[str, ...]:
     """
     if str(source) == "imagenet":
         return imagenet_class_names()
-    if str(source).startswith(CLIP_BENCHMARK):
-        return clip_benchmark_list("class names", str(source).removeprefix(CLIP_BENCHMARK))
-    return _read_lines(
-        Path(source), what="class names", built_in=f"imagenet, {CLIP_BENCHMARK}DATA_SET"
-    )
+    return _read_list(str(source), "class names", built_in="imagenet")
 
 
 def read_templates(source: str | Path) -> tuple[str, ...]:
     """Prompt templates from a file, "imagenet" (80), "simple" (1), or "clip-benchmark:KEY".
 
-    Args:
-        source: the name of a built-in list; "clip-benchmark:dtd" for the templates that package has
-            for DTD; or a UTF-8 text file with one template a line, each with exactly one "{}" where
-            the class name goes.
+    A file is UTF-8 text with one template a line, each with exactly one "{}" where the class name
+    goes.
 
     Raises:
         FileNotFoundError: no such file.
@@ -81,15 +74,10 @@ def read_templates(source: str | Path) -> tuple[str, ...]:
         return imagenet_templates()
     if str(source) == "simple":
         return SIMPLE_TEMPLATES
+    found = _read_list(str(source), "templates", built_in="imagenet, simple")
     if str(source).startswith(CLIP_BENCHMARK):
-        found = clip_benchmark_list("templates", str(source).removeprefix(CLIP_BENCHMARK))
-        return check_templates(
-            tuple(line.replace("{c}", "{}") for line in found), origin=str(source)
-        )
-    lines = _read_lines(
-        Path(source), what="templates", built_in=f"imagenet, simple, {CLIP_BENCHMARK}DATA_SET"
-    )
-    return check_templates(lines, origin=str(source))
+        found = tuple(line.replace("{c}", "{}") for line in found)
+    return check_templates(found, origin=str(source))
 
 
 def fill_template(template: str, class_name: str) -> str:
@@ -110,12 +98,15 @@ def check_templates(templates: tuple[str, ...], *, origin: str) -> tuple[str, ..
     return templates
 
 
-def _read_lines(path: Path, *, what: str, built_in: str) -> tuple[str, ...]:
-    """The lines of a list in a file, stripped."""
+def _read_list(source: str, what: _ListName, *, built_in: str) -> tuple[str, ...]:
+    """A list of clip-benchmark, or the stripped lines of a file."""
+    if source.startswith(CLIP_BENCHMARK):
+        return clip_benchmark_list(what, source.removeprefix(CLIP_BENCHMARK))
+    path = Path(source)
     if not path.is_file():
         raise FileNotFoundError(
             f"no file of {what} at {path}; give a text file with one a line, "
-            f"or one of the built-in lists: {built_in}"
+            f"or one of the built-in lists: {built_in}, {CLIP_BENCHMARK}DATA_SET"
         )
     try:
         lines = path.read_text(encoding="utf-8-sig").rstrip().splitlines()
@@ -134,12 +125,10 @@ def has_clip_benchmark() -> bool:
     return importlib.util.find_spec("clip_benchmark") is not None
 
 
-def clip_benchmark_list(what: Literal["class names", "templates"], key: str) -> tuple[str, ...]:
-    """A list of clip-benchmark, read from its file: the package itself imports much.
+def clip_benchmark_list(what: _ListName, key: str) -> tuple[str, ...]:
+    """A list of clip-benchmark for a data set such as cifar10, pets or fgvc_aircraft.
 
-    Args:
-        what: which list.
-        key: of the data set, such as cifar10, pets or fgvc_aircraft.
+    It is read from the package's file: the package itself imports much.
 
     Raises:
         ModuleNotFoundError: the package is not installed.

@@ -27,24 +27,25 @@ from unicl_fast.text.token_rows import (
     replace_classes,
     unique_rows,
 )
-from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.text.tokenizer import Tokenizer, pad_rows
 
 _log = logging.getLogger(__name__)
 
+LABEL_BITS = 32
+"""A class id is `source << LABEL_BITS | label`: a label (stored as int32) and its data set."""
 _LABELS_END = 1 << 31
-"""Labels are stored as int32."""
 
 
 class ClassPrompts:
     """The prompts of all classes of all sources as one table of tokens.
 
-    A class id is a label with its source in front (source * 2**32 + label; the label itself in
-    source 0 or in a shared label space), so that ids need no list of classes and a source without
-    class names can have labels too. Classes that have a prompt in common are merged: the smallest
-    id stands for all of them. Equal rows of `tokens` therefore always have equal `class_ids`.
+    A class id is a label with its source in front (see `LABEL_BITS`; the label itself in source 0
+    or in a shared label space), so that ids need no list of classes and a source without class
+    names can have labels too. Classes that have a prompt in common are merged: the smallest id
+    stands for all of them. Equal rows of `tokens` therefore always have equal `class_ids`.
 
     Attributes:
-        tokens: uint16 [rows, l], all prompts, padded with 0, l being the longest one's length.
+        tokens: uint16 [rows, l], all prompts, padded with 0 to the longest one's length.
         class_ids: int64 [rows], the training class of each prompt.
         class_starts: int64 [sources], the row of each source's first prompt. Its other prompts
             follow by label, then by template.
@@ -72,14 +73,12 @@ class ClassPrompts:
             ValueError: class names without templates, a template without exactly one "{}", or
                 different class names in a shared label space.
         """
-        if label_space not in ("separate", "shared"):
-            raise ValueError(f'label_space must be "separate" or "shared", not {label_space!r}')
         for source, (names, templates) in enumerate(sources):
             if names:
                 check_templates(tuple(templates), origin=f"the templates of source {source}")
         if label_space == "shared":
             _check_equal_names([names for names, _ in sources])
-        self._source_step = 0 if label_space == "shared" else _LABELS_END * 2
+        self._source_step = 0 if label_space == "shared" else 1 << LABEL_BITS
         self._names = [tuple(names) for names, _ in sources]
         self.num_classes = np.array([len(names) for names, _ in sources], dtype=np.int64)
         self.num_templates = np.array(
@@ -87,7 +86,14 @@ class ClassPrompts:
         )
         num_rows = self.num_classes * self.num_templates
         self.class_starts = np.cumsum(num_rows) - num_rows
-        self.tokens = _tokenize_prompts(sources, tokenizer)
+        texts = [
+            fill_template(template, name)
+            for names, templates in sources
+            for name in names
+            for template in templates
+        ]
+        encoded = tokenizer.encode(texts)
+        self.tokens = pad_rows(encoded, max(map(len, encoded), default=0))
         self._merge()
 
     def rows_of(
@@ -100,10 +106,8 @@ class ClassPrompts:
         """
         labels, templates = np.asarray(labels), np.asarray(templates)
         num_classes, num_templates = self.num_classes[source], self.num_templates[source]
-        for what, values, end in (
-            ("labels", labels, num_classes),
-            ("templates", templates, num_templates),
-        ):
+        ends = {"labels": (labels, num_classes), "templates": (templates, num_templates)}
+        for what, (values, end) in ends.items():
             if values.size and not 0 <= values.min() <= values.max() < end:
                 raise ValueError(
                     f"{what} of source {source} must lie in 0 to {end - 1} "
@@ -112,10 +116,6 @@ class ClassPrompts:
                 )
         rows = self.class_starts[source] + labels.astype(np.int64) * num_templates + templates
         return np.asarray(rows, dtype=np.int64)
-
-    def prompt_row(self, source: int, label: int, template: int) -> int:
-        """The row of `tokens` for one label and template."""
-        return int(self.rows_of(source, label, template))
 
     def classes_of(self, source: int, labels: npt.ArrayLike) -> Int64Array:
         """Training classes of labels of one source; -1 (none) stays -1.
@@ -129,27 +129,12 @@ class ClassPrompts:
                 f"labels must lie in -1 to {_LABELS_END - 1}, not {ids.min()} to {ids.max()}"
             )
         ids = np.where(ids >= 0, ids + source * self._source_step, ids)
-        if len(self._members):
-            ids = replace_classes(ids, self._members, self._merged)
-        return ids
-
-    def class_of(self, source: int, label: int) -> int:
-        """The training class of one label; -1 (none) stays -1."""
-        return int(self.classes_of(source, label))
-
-    def class_name(self, source: int, label: int) -> str:
-        """The name of a class, for messages; its number if it has none."""
-        names = self._names[source]
-        return names[label] if 0 <= label < len(names) else f"class {label}"
+        return replace_classes(ids, self._members, self._merged)
 
     def lookup(self, rows: UInt16Array) -> Int64Array:
-        """The class that has a text as a prompt.
+        """The class, int64 [k], that has a text as a prompt; -1 where none has.
 
-        Args:
-            rows: token ids, uint16 [k, any length], padded with 0.
-
-        Returns:
-            int64 [k], -1 where the text is no prompt of any class.
+        Texts are rows of token ids, uint16 [k, any length], padded with 0.
         """
         if rows.ndim != 2 or rows.dtype != np.uint16:
             raise ValueError(f"rows must be uint16 [k, l], not {rows.dtype} {list(rows.shape)}")
@@ -173,10 +158,8 @@ class ClassPrompts:
         differs = claimed != class_ids
         pairs = np.stack([claimed[differs], class_ids[differs]], axis=1)
         self._members, self._merged = merge_classes(pairs)
-        if len(self._members):
-            class_ids = replace_classes(class_ids, self._members, self._merged)
-        self.class_ids = class_ids
-        self._class_of_distinct = np.append(class_ids[first], -1)  # found[-1] is "no prompt"
+        self.class_ids = replace_classes(class_ids, self._members, self._merged)
+        self._class_of_distinct = np.append(self.class_ids[first], -1)  # found[-1] is "no prompt"
         self.merged_classes = self._describe_merged()
 
     def _describe_merged(self) -> tuple[tuple[tuple[int, int], ...], ...]:
@@ -192,47 +175,27 @@ class ClassPrompts:
             _log.info(
                 "these classes have a prompt in common and are one class in training: %s",
                 ", ".join(
-                    f"{self.class_name(source, label)!r} (source {source}, label {label})"
+                    f"{self._names[source][label]!r} (source {source}, label {label})"
                     for source, label in group
                 ),
             )
         return tuple(tuple(group) for group in groups.values())
 
 
-def _tokenize_prompts(
-    sources: Sequence[tuple[Sequence[str], Sequence[str]]], tokenizer: Tokenizer
-) -> UInt16Array:
-    """uint16 [rows, longest]: by source, then class, then template."""
-    encoded = tokenizer.encode(
-        [
-            fill_template(template, name)
-            for names, templates in sources
-            for name in names
-            for template in templates
-        ]
-    )
-    lengths = np.array([len(row) for row in encoded], dtype=np.int64)
-    tokens = np.zeros((len(encoded), lengths.max(initial=0)), dtype=np.uint16)
-    if encoded:
-        tokens[np.arange(tokens.shape[1]) < lengths[:, None]] = np.concatenate(encoded)
-    return tokens
-
-
 def _check_equal_names(lists: Sequence[Sequence[str]]) -> None:
     """In a shared label space, label k must have the same name wherever it has one."""
+    advice = 'make the lists equal, or set label_space to "separate"'
     named = [(source, list(names)) for source, names in enumerate(lists) if names]
     for source, names in named[1:]:
         first_source, first_names = named[0]
-        if names == first_names:
-            continue
-        advice = 'make the lists equal, or set label_space to "separate"'
         for label, (expected, name) in enumerate(zip(first_names, names, strict=False)):
             if expected != name:
                 raise ValueError(
                     f"label_space is shared, but label {label} is {expected!r} in source "
                     f"{first_source} and {name!r} in source {source}; {advice}"
                 )
-        raise ValueError(
-            f"label_space is shared, but source {first_source} has {len(first_names)} class names "
-            f"and source {source} has {len(names)}; {advice}"
-        )
+        if len(names) != len(first_names):
+            raise ValueError(
+                f"label_space is shared, but source {first_source} has {len(first_names)} class "
+                f"names and source {source} has {len(names)}; {advice}"
+            )

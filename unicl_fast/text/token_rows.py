@@ -47,19 +47,11 @@ def _define_prefetch(typing: Any, address: Any) -> Any:
 _prefetch: Any = intrinsic(_define_prefetch)
 
 
-@kernel
-def _make_factors(length: int) -> UInt64Array:
-    factors = np.empty(length, np.uint64)
-    for position in range(length):
-        factors[position] = mix64(np.uint64(position + 1) * np.uint64(_GOLDEN)) | np.uint64(1)
-    return factors
-
-
 @functools.lru_cache(maxsize=16)
 def position_factors(length: int) -> UInt64Array:
-    """Odd random factors for rows of that length, for `hash_rows`."""
-    factors: UInt64Array = _make_factors(-(-length // 2))  # one for a pair of tokens
-    return factors
+    """Odd random factors for rows of that length, one for a pair of tokens, for `hash_rows`."""
+    counters = [np.uint64((pair + 1) * _GOLDEN % 2**64) for pair in range(-(-length // 2))]
+    return np.array([mix64(one) | np.uint64(1) for one in counters], dtype=np.uint64)
 
 
 @kernel
@@ -268,10 +260,7 @@ def union_find(pairs: Int64Array, num_members: int) -> Int64Array:
 
 
 def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
-    """Merges classes that are the same.
-
-    Args:
-        pairs: int64 [c, 2], ids of classes that are the same.
+    """Merges classes that are the same, of which `pairs` int64 [c, 2] has the ids.
 
     Returns:
         members: int64 [m], the distinct ids of `pairs`, rising.
@@ -282,6 +271,8 @@ def merge_classes(pairs: Int64Array) -> tuple[Int64Array, Int64Array]:
 
 
 def replace_classes(class_ids: Int64Array, members: Int64Array, merged: Int64Array) -> Int64Array:
-    """`class_ids`, each id that is in `members` (rising, not empty) replaced by its `merged`."""
+    """`class_ids`, each id that is in `members` (rising) replaced by its `merged`."""
+    if not len(members):
+        return class_ids
     positions = np.minimum(np.searchsorted(members, class_ids), len(members) - 1)
     return np.where(members[positions] == class_ids, merged[positions], class_ids)

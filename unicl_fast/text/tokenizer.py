@@ -108,10 +108,7 @@ class Tokenizer:
         import torch  # here, so that packing workers never load it
 
         rows = self.encode([texts] if isinstance(texts, str) else texts)
-        tokens = np.zeros((len(rows), self.context_length), dtype=np.int64)
-        for token_row, row in zip(tokens, rows, strict=True):
-            token_row[: len(row)] = row
-        return torch.from_numpy(tokens)
+        return torch.from_numpy(pad_rows(rows, self.context_length).astype(np.int64))
 
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of ids, for people to read: lower case, words separated by spaces.
@@ -145,6 +142,14 @@ class Tokenizer:
             else:
                 ids.extend(token.id for token in self._bpe.model.tokenize(word))
         return ids
+
+
+def pad_rows(rows: Sequence[npt.NDArray[np.uint16]], length: int) -> npt.NDArray[np.uint16]:
+    """Rows of token ids as one array [number of rows, length], padded with 0."""
+    padded = np.zeros((len(rows), length), dtype=np.uint16)
+    for padded_row, row in zip(padded, rows, strict=True):
+        padded_row[: len(row)] = row
+    return padded
 
 
 def _clean(text: str) -> str:

@@ -40,6 +40,7 @@ from unicl_fast.objectives.loss import (
 )
 from unicl_fast.objectives.mixup import mix
 from unicl_fast.objectives.positives import Membership
+from unicl_fast.text.prompts import LABEL_BITS
 
 Encode = Callable[..., tuple[Tensor, Tensor, Tensor]]
 """The model, or its DDP wrapper: from images and, where there are texts, tokens and how many of
@@ -207,16 +208,16 @@ def all_reduce_over(ranks: Ranks) -> AllReduce:
 def _rows_of_classes(
     class_ids: Tensor | Membership, num_classes: tuple[int, ...]
 ) -> Tensor | Membership:
-    """Maps class ids (data set * 2**32 + label, see `ClassPrompts`) to rows of the classifier."""
+    """Maps class ids (see `ClassPrompts`) to rows of the classifier."""
     if isinstance(class_ids, Membership):
         labels = _rows_of_classes(class_ids.labels, num_classes)
         assert isinstance(labels, Tensor)
         return class_ids._replace(labels=labels)
-    row = class_ids & (2**32 - 1)
+    row = class_ids & ((1 << LABEL_BITS) - 1)
     start = 0
     for source, count in enumerate(num_classes[:-1], start=1):
         start += count
-        row = torch.where(class_ids >> 32 == source, row + start, row)
+        row = torch.where(class_ids >> LABEL_BITS == source, row + start, row)
     return row
 
 

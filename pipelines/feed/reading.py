@@ -1,29 +1,34 @@
-"""Bad samples of a run: found, remembered, listed, and replaced by others.
+"""Reads the images of planned samples, and replaces those that are bad.
 
 A sample is bad when its bytes cannot be read, are not those that were packed (checksum), or are
 refused by the decoder. The plan says which samples may stand in for it; `BadSamples` reads them
-until one is good. Its memory only saves trying again: a process without it feeds the same.
-`QuarantineFile` lists what is bad, and `find_undecodable` finds it in a batch that failed.
+until one is good. What it remembers only spares it from trying a bad sample again: a process that
+has seen none of them yet feeds the same batches. `QuarantineFile` lists what is bad.
+
+`reading_ahead` brings blocks of data sets under a URL into the local cache before the samples in
+them are read. The plan knows which samples come, however far ahead, so nothing is guessed: the
+reader says where it is, and a few threads fetch the blocks that come after, in the order in which
+they will be needed. A fetch that fails is left to the reading itself, which tries anew and says
+what is wrong; so nothing waits for these threads, and they may stop at any time.
 """
 
 from __future__ import annotations
 
 import contextlib
 import csv
-import functools
+import dataclasses
 import io
 import logging
 import os
+import queue
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from PIL import Image
 
+from unicl_fast.dataset.object_store import CONNECTIONS
 from unicl_fast.dataset.reader import (
     DamagedSampleError,
     PackedDataset,
@@ -32,7 +37,6 @@ from unicl_fast.dataset.reader import (
 )
 from unicl_fast.system.atomic_files import lock
 
-from ..graph import DecodingError, HostBatch, Pipeline, Source, run_graphs
 from ..plan.plan import SAMPLE_FIELDS, PlannedBatch, TrainPlan
 
 logger = logging.getLogger(__name__)
@@ -45,15 +49,23 @@ _REASON_LENGTH = 300
 COLUMNS = ("data_set", "shard", "key", "offset", "reason")
 """Columns of quarantine.csv: folder of the packed data set, name of the shard file, name of the
 sample in it, first byte of its image, and what is wrong."""
-_SOUND_SIDE = 16
+
+Schedule = Callable[[int], tuple[NDArray[np.int32], NDArray[np.int64]] | None]
+"""Sources and samples of a chunk of the order, by its number; None behind the end."""
+_Block = tuple[int, int, int]
+"""The numbers of a source, of a file in it, and of a block in that."""
+_JOIN_SECONDS = 2.0
 
 
 class BadSamples:
-    """The samples of this process's data sets that are known to be bad; images are read here."""
+    """Reads images, and knows the samples of this process's data sets that turned out bad."""
 
-    def __init__(self, datasets: Sequence[PackedDataset], quarantine: Path | None) -> None:
+    def __init__(
+        self, datasets: Sequence[PackedDataset], plan: TrainPlan, quarantine: Path | None
+    ) -> None:
         """`quarantine`: the list in the run's folder, shared by its ranks; None writes none."""
         self._datasets = list(datasets)
+        self._plan = plan
         self._known: set[tuple[int, int]] = set()
         self._replacing = threading.Lock()
         self._file = None if quarantine is None else QuarantineFile(quarantine)
@@ -86,38 +98,25 @@ class BadSamples:
                 self._where,
             )
         if self._file is not None:
-            shard, offset = dataset.shard_of(sample), dataset.offset_of(sample)
-            self._file.add(
-                dataset.place, shard, sample_key(sample), offset, reason[:_REASON_LENGTH]
-            )
+            where = dataset.place, dataset.shard_of(sample), sample_key(sample)
+            self._file.add(*where, dataset.offset_of(sample), reason[:_REASON_LENGTH])
 
-    def read_batch(
-        self, plan: TrainPlan, planned: PlannedBatch
-    ) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
+    def read_files(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
         """The encoded images of a batch, and the batch with substitutes where they were needed.
 
         Raises:
             TooManyBadSamplesError: no good sample was found in place of a bad one.
         """
-        encoded = [self.read(source, sample) for source, sample in _pairs(planned)]
-        bad = [row for row, image in enumerate(encoded) if image is None]
-        if bad:
-            planned = _copied(planned)
-        for row in bad:
-            encoded[row] = self._read_substitute(plan, planned, row)
-        return planned, [image for image in encoded if image is not None]
+        return self._read_rows(planned, range(len(planned.global_index)))
 
     def read_pixels(
-        self, plan: TrainPlan, batches: Sequence[PlannedBatch]
+        self, batches: Sequence[PlannedBatch]
     ) -> tuple[list[PlannedBatch], NDArray[np.uint8]]:
-        """As `read_batch`, for several batches from raw data sets of one size; from any thread.
+        """As `read_files`, for several batches from raw data sets of one size; from any thread.
 
         Returns:
             The batches, with substitutes where they were needed, and uint8 [b h w 3] of all of
             them, concatenated.
-
-        Raises:
-            TooManyBadSamplesError: no good sample was found in place of a bad one.
         """
         sample_ids = np.concatenate([batch.sample_ids for batch in batches])
         source_ids = np.concatenate([batch.source_ids for batch in batches])
@@ -127,44 +126,43 @@ class BadSamples:
         for number, dataset in enumerate(self._datasets):
             mine = np.flatnonzero(source_ids == number)
             sound[mine] = dataset.read_pixels(sample_ids[mine], pixels, mine)
-        fed = list(batches)
+        actual = list(batches)
         if not self._known and sound.all():
-            return fed, pixels
+            return actual, pixels
         start = 0
         with self._replacing:
             for number, batch in enumerate(batches):
-                end = start + len(batch.global_index)
-                fed[number] = self._replace_bad(plan, batch, pixels[start:end], sound[start:end])
-                start = end
-        return fed, pixels
+                pairs = _pairs(batch)
+                known = np.array([pair in self._known for pair in pairs])
+                bad = np.flatnonzero(known | ~sound[start : start + len(pairs)]).tolist()
+                # tries again, and says what is wrong
+                actual[number], images = self._read_rows(batch, bad)
+                for row, image in zip(bad, images, strict=True):
+                    pixels[start + row] = self._datasets[pairs[row][0]].pixels_of(image)
+                start += len(pairs)
+        return actual, pixels
 
-    def _replace_bad(
-        self,
-        plan: TrainPlan,
-        planned: PlannedBatch,
-        pixels: NDArray[np.uint8],
-        sound: NDArray[np.bool_],
-    ) -> PlannedBatch:
-        """The batch with substitutes where it is not `sound` [b]; their pixels are filled in."""
-        pairs = _pairs(planned)
-        bad = [row for row, pair in enumerate(pairs) if not sound[row] or pair in self._known]
-        if bad:
-            planned = _copied(planned)
-        for row in bad:
-            image = self.read(*pairs[row])  # tries again, and says what is wrong
+    def _read_rows(
+        self, planned: PlannedBatch, rows: Sequence[int]
+    ) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:
+        """The images of some rows, and the batch (a copy where needed) with their substitutes."""
+        actual, images, pairs = planned, [], _pairs(planned)
+        for row in rows:
+            image = self.read(*pairs[row])
             if image is None:
-                image = self._read_substitute(plan, planned, row)
-            pixels[row] = self._datasets[pairs[row][0]].pixels_of(image)
-        return planned
+                if actual is planned:
+                    copies = {field: getattr(planned, field).copy() for field in SAMPLE_FIELDS}
+                    actual = dataclasses.replace(planned, **copies)
+                image = self._read_substitute(actual, row)
+            images.append(image)
+        return actual, images
 
-    def _read_substitute(
-        self, plan: TrainPlan, planned: PlannedBatch, row: int
-    ) -> NDArray[np.uint8]:
+    def _read_substitute(self, planned: PlannedBatch, row: int) -> NDArray[np.uint8]:
         """Puts the first good substitute into a row of `planned`; returns its image."""
         source, scheduled = int(planned.source_ids[row]), int(planned.sample_ids[row])
         global_index = planned.global_index[row : row + 1]
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            substitute = plan.substitute(planned.step, global_index, attempt=attempt)
+            substitute = self._plan.substitute(planned.step, global_index, attempt=attempt)
             image = self.read(source, int(substitute.sample_ids[0]))
             if image is not None:
                 for field in SAMPLE_FIELDS:
@@ -186,16 +184,11 @@ def _pairs(planned: PlannedBatch) -> list[tuple[int, int]]:
     return list(zip(planned.source_ids.tolist(), planned.sample_ids.tolist(), strict=True))
 
 
-def _copied(planned: PlannedBatch) -> PlannedBatch:
-    copies = {field: getattr(planned, field).copy() for field in SAMPLE_FIELDS}
-    return PlannedBatch(step=planned.step, **copies)
-
-
 class QuarantineFile:
     """The list of a run's bad samples, `quarantine.csv`: one row each, however often met.
 
     Several ranks, and the same run after a restart, append to one file. Each row goes out in a
-    single write at its end, under a lock, after reading what others wrote meanwhile; so rows stay
+    single write at its end, under a lock, after reading what the rest wrote meanwhile; so rows stay
     whole and no sample stands there twice. Training never depends on the list: if the file cannot
     be written, that is logged once. Not for several threads at once.
     """
@@ -260,59 +253,109 @@ def _printable(text: str) -> str:
     return " ".join(text.splitlines()).encode(errors="backslashreplace").decode()
 
 
-def find_undecodable(
-    build: Callable[[Source], Pipeline], inputs: tuple[Any, ...], *, device: torch.device
-) -> dict[int, str]:
-    """Finds the images of a batch that the decoder refuses, and its reasons, by row; often one.
+@contextlib.contextmanager
+def reading_ahead(
+    datasets: Sequence[PackedDataset], schedule: Schedule, *, start: int, num_chunks: int
+) -> Iterator[Callable[[int], None]]:
+    """Fetches ahead within this context, if a data set lies under a URL and `num_chunks` is not 0.
 
-    DALI says that a batch failed, seldom at which image. So every sample is decoded alone, by the
-    same graph with room for one. That is slow (about the time of the batch on one thread, and a
-    new graph behind each image that fails) and happens only when a batch has failed.
-
-    Args:
-        build: makes the graph that failed, for batches of one.
-        inputs: of the batch, as the graph takes them: encoded images, two corners or a corner
-            and a size of the window, and others with a row a sample.
-        device: where the graph's outputs lie.
-
-    Raises:
-        DecodingError: the decoder fails at a sound image too, so the images are not the cause (a
-            device that is lost, or out of memory).
+    Reading begins with chunk `start` of the schedule; `num_chunks` are looked at beyond the one
+    that is being read. Yields a function to call with the number of a chunk that is about to be
+    read; from any thread, nearly in order.
     """
-    reasons: dict[int, str] = {}
-    start, size = 0, len(inputs[0])
-    while start < size:
-        one_by_one = (
-            HostBatch(inputs=tuple(column[row : row + 1] for column in inputs), facts=row)
-            for row in range(start, size)
-        )
-        try:
-            for _ in run_graphs([build], one_by_one, device=device, ahead=1):
-                pass
-            break
-        except DecodingError as error:
-            (row,) = error.in_flight
-            reasons[row] = reason_of(error)
-            start = row + 1
-    if reasons:
-        _, first, end_or_shape, *others = (column[:1] for column in inputs)
-        window = np.zeros_like(first), np.full_like(end_or_shape, _SOUND_SIDE)
-        sound = HostBatch(inputs=([_sound_image()], *window, *others), facts=0)
-        for _ in run_graphs([build], iter([sound]), device=device, ahead=1):
-            pass
-    return reasons
+    options = [dataset.remote.options for dataset in datasets if dataset.remote is not None]
+    if not options or not num_chunks:
+        yield lambda chunk: None
+        return
+    # More blocks than half the cache would push out those that are being used.
+    most_blocks = min(one.max_bytes // (2 * one.block_bytes) for one in options)
+    reader = _ReadAhead(datasets, schedule, start, num_chunks, most_blocks)
+    with contextlib.closing(reader):
+        yield reader.follow
 
 
-def reason_of(error: DecodingError) -> str:
-    """The heart of DALI's message in one line: it wraps it in tracebacks of the graph."""
-    text = str(error).rpartition("encountered:")[2].partition("Current pipeline object")[0]
-    text = text.partition("C++ context:")[0]
-    return " ".join((text.strip() or str(error)).split()) or type(error).__name__
+class _ReadAhead:
+    """Follows one rank through its order."""
 
+    def __init__(
+        self,
+        datasets: Sequence[PackedDataset],
+        schedule: Schedule,
+        start: int,
+        num_chunks: int,
+        most_blocks: int,
+    ) -> None:
+        self._datasets = list(datasets)
+        self._schedule = schedule
+        self._num_chunks = num_chunks
+        self._most_blocks = most_blocks
+        self._next = start
+        self._last_use: dict[_Block, int] = {}
+        self._uses: dict[int, list[_Block]] = {}
+        self._done = start
+        self._lock = threading.Lock()
+        self._wanted: queue.SimpleQueue[_Block | None] = queue.SimpleQueue()
+        self._closed = False
+        # Daemons: one that waits for a store that does not answer must not hold up the end.
+        self._threads = [
+            threading.Thread(target=self._fetch, name="unicl-read-ahead", daemon=True)
+            for _ in range(CONNECTIONS)
+        ]
+        for thread in self._threads:
+            thread.start()
+        self.follow(start)
 
-@functools.cache
-def _sound_image() -> NDArray[np.uint8]:
-    """A file that any decoder takes."""
-    file = io.BytesIO()
-    Image.new("RGB", (_SOUND_SIDE, _SOUND_SIDE), (120, 130, 140)).save(file, format="JPEG")
-    return np.frombuffer(file.getvalue(), dtype=np.uint8)
+    def follow(self, chunk: int) -> None:
+        with self._lock:
+            while self._done < chunk:
+                for block in self._uses.pop(self._done, ()):
+                    if self._last_use.get(block, self._done) <= self._done:
+                        self._last_use.pop(block, None)
+                self._done += 1
+            self._next = max(self._next, chunk)
+            while (
+                not self._closed
+                and self._next <= chunk + self._num_chunks
+                and len(self._last_use) < self._most_blocks
+            ):
+                scheduled = self._schedule(self._next)
+                if scheduled is None:
+                    return
+                self._want(*scheduled)
+                self._next += 1
+
+    def close(self) -> None:
+        """Ends the threads, without waiting long for one whose request is under way."""
+        with self._lock:
+            self._closed = True
+        for _ in self._threads:
+            self._wanted.put(None)
+        for thread in self._threads:
+            thread.join(_JOIN_SECONDS / len(self._threads))
+
+    def _want(self, source_ids: NDArray[np.int32], sample_ids: NDArray[np.int64]) -> None:
+        used: list[_Block] = []
+        for source, dataset in enumerate(self._datasets):
+            if dataset.remote is not None:
+                mine = sample_ids[source_ids == source]
+                used += [(source, *block) for block in dataset.blocks_of(mine)]
+        for block in used:
+            if block not in self._last_use:
+                self._wanted.put(block)
+            self._last_use[block] = self._next
+        self._uses[self._next] = used
+
+    def _fetch(self) -> None:
+        while not self._closed:
+            block = self._wanted.get()
+            if block is None:
+                return
+            source, file, number = block
+            with self._lock:
+                is_past = self._last_use.get(block, -1) < self._done
+            if is_past:  # it has been read meanwhile
+                continue
+            try:
+                self._datasets[source].fetch_ahead(file, number)
+            except Exception as error:  # whoever needs it will say so
+                logger.debug("reading ahead: %s", error)
