@@ -51,7 +51,7 @@ SMALL = {
 ON_DATA = ("text", "step", "efficiency", "memory", "profile", "input", "augment", "pack", "storage")
 SLOW = (
     *("pack", "many-samples", "storage", "memory", "efficiency", "checkpoint"),
-    *("loss", "targets", "step", "profile", "input"),
+    *("loss", "targets", "step", "profile", "input", "text", "augment", "ledger"),
 )
 LONG = ("memory", "efficiency", "checkpoint")
 

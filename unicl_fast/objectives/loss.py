@@ -139,25 +139,16 @@ def unified_contrastive_loss(
         image_features, text_features, class_ids, text_class_ids, text_counts, exclude_self
     )
     with torch.autocast(image_features.device.type, enabled=False):
-        b, u = len(image_features), len(text_features)
-        if form == "auto":
-            form = "tiled" if b * u >= _SMALLEST_TILED else "dense"
-        operands = torch.promote_types(image_features.dtype, text_features.dtype)
-        arithmetic = torch.promote_types(operands, torch.float32)
-        if operands == torch.float16 or form == "dense":
-            operands = arithmetic  # the gradients of logits are too small for fp16
-        counts = None if text_counts is None else text_counts.to(arithmetic)
-        images, texts = image_features.to(operands), text_features.to(operands)
-        scale = torch.as_tensor(scale, dtype=arithmetic, device=images.device)
-        if form == "dense":
-            weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
-            logits = scale * (images @ texts.T)
-            rows, columns = _dense_statistics(logits, weights, counts, exclude_self=exclude_self)
-        else:
-            positives = find_positives(
-                class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
-            )
-            rows, columns = _tiled_statistics(images, texts, scale, counts, *positives)
+        rows, columns = logit_statistics(
+            image_features,
+            text_features,
+            class_ids,
+            text_class_ids,
+            scale,
+            text_counts=text_counts,
+            exclude_self=exclude_self,
+            form=form,
+        )
         complete, i2t = all_reduce(None if directions == "i2t" else columns, rows.losses().mean())
         if complete is None:
             return i2t
@@ -169,6 +160,41 @@ def unified_contrastive_loss(
         return t2i if directions == "t2i" else (i2t + t2i) / 2
 
 
+def logit_statistics(
+    image_features: Float[Tensor, "b d"],
+    text_features: Float[Tensor, "u d"],
+    class_ids: Int[Tensor, " b"] | Membership,
+    text_class_ids: Int[Tensor, " u"] | Membership,
+    scale: Float[Tensor, ""] | float,
+    *,
+    text_counts: Int[Tensor, " u"] | None = None,
+    exclude_self: bool = False,
+    form: LossForm = "auto",
+) -> tuple[LogitStatistics, LogitStatistics]:
+    """Computes the statistics of rows (images) and columns (texts) of the logits s u_i.v_k.
+
+    The arguments are those of `unified_contrastive_loss`, already checked.
+    """
+    b, u = len(image_features), len(text_features)
+    if form == "auto":
+        form = "tiled" if b * u >= _SMALLEST_TILED else "dense"
+    operands = torch.promote_types(image_features.dtype, text_features.dtype)
+    arithmetic = torch.promote_types(operands, torch.float32)
+    if operands == torch.float16 or form == "dense":
+        operands = arithmetic  # the gradients of logits are too small for fp16
+    counts = None if text_counts is None else text_counts.to(arithmetic)
+    images, texts = image_features.to(operands), text_features.to(operands)
+    scale = torch.as_tensor(scale, dtype=arithmetic, device=images.device)
+    if form == "dense":
+        weights = _positive_weights(class_ids, text_class_ids, b, u, arithmetic)
+        logits = scale * (images @ texts.T)
+        return _dense_statistics(logits, weights, counts, exclude_self=exclude_self)
+    positives = find_positives(
+        class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
+    )
+    return _tiled_statistics(images, texts, scale, counts, *positives)
+
+
 def _tiled_statistics(
     images: Tensor,
     texts: Tensor,
@@ -177,7 +203,7 @@ def _tiled_statistics(
     positives: Positives,
     transposed: Positives,
 ) -> tuple[LogitStatistics, LogitStatistics]:
-    """Statistics of the rows (images) and of the columns (texts) of the logits s u_i.v_k."""
+    """`logit_statistics` without a stored logit."""
     row_logs, column_logs, row_sums, column_sums = TiledStatistics.apply(  # type: ignore[no-untyped-call]
         images, texts, scale, counts, positives, transposed
     )
