@@ -41,11 +41,11 @@ except ImportError as error:
 
 from unicl_fast.system.machine import return_freed_memory
 
-from .feed.host_batches import HostBatch, Images, Metadata, decoding_threads
+from .feed.host_batches import HostBatch, ImageForm, Metadata, decoding_threads
 from .kernels.operators import GraphParts, augment, augment_operator, resample_operator
 
 NextInputs = Callable[[], tuple[Any, ...]]
-"""Gives the inputs of one batch; raises StopIteration behind the last one."""
+"""Gives the inputs of one batch; raises StopIteration after the last one."""
 Outputs = Generator[tuple[list[Tensor], Metadata], None, None]
 """The output tensors of each batch, and its metadata."""
 
@@ -64,7 +64,7 @@ def build_train_graph(
     data: DataConfig,
     batch_size: int,
     device: torch.device,
-    images: Images = "files",
+    form: ImageForm = "files",
     augmentation: GraphParts | None = None,
 ) -> Pipeline:
     """Decode the window, resample it to a crop, flip it, augment it.
@@ -77,24 +77,24 @@ def build_train_graph(
         data: the settings of crops, decoding threads and batches made ahead.
         batch_size: most samples of a batch.
         device: where images end up.
-        images: the form of the images that are given.
+        form: of the images that are given.
         augmentation: what the data sets need (see `operators.parts_for`); None does without.
 
     Returns:
         A pipeline with two outputs: images uint8 [b h w c] and the integers, both on `device`.
     """
     fused = is_fused(data.resample, device)
-    kinds = [(types.UINT8, 1, "") if images == "files" else (types.UINT8, 3, "HWC")]
-    kinds += [(types.INT32, 1, "")] * (0 if images == "crops" else 3)
+    kinds = [(types.UINT8, 1, "") if form == "files" else (types.UINT8, 3, "HWC")]
+    kinds += [(types.INT32, 1, "")] * (0 if form == "crops" else 3)
     kinds += [(types.INT64, 1, "")] + [(types.FLOAT, 1, "")] * (augmentation is not None)
 
     def define() -> tuple[Any, Any]:
         nodes = _inputs(next_inputs, kinds) + [None] * (augmentation is None)
         first, *windows, integers, rows = nodes
         crops = first
-        if images != "crops":
+        if form != "crops":
             starts, shapes, flips = windows
-            regions = decode_windows(first, starts, shapes, data=data, device=device, images=images)
+            regions = decode_windows(first, starts, shapes, data=data, device=device, form=form)
             crops = _resampled(regions, flips, data=data, fused=fused)
         if augmentation is not None:
             if fused:
@@ -128,10 +128,10 @@ def decode_windows(
     *,
     data: DataConfig,
     device: torch.device,
-    images: Images,
+    form: ImageForm,
 ) -> Any:
     """The window of each image, uint8 [h w c] of its own size."""
-    if images == "pixels":
+    if form == "pixels":
         return fn.slice(_on_device(first, device), start=starts, shape=shapes, axis_names="HW")
     # Only the blocks under the window are decoded. Sizes in the index are as displayed and
     # packing leaves no image with an orientation tag, so nothing may turn it here.
@@ -311,7 +311,7 @@ def run_graphs(
     Args:
         builds: each makes a graph that asks a function for its inputs.
         host_batches: the batches; iterated in another thread, so that waiting for storage hides
-            behind decoding.
+            after decoding.
         device: where the graphs' outputs lie.
         ahead: batches prepared before they are asked for, beside those that graphs prefetch.
 
@@ -411,7 +411,7 @@ def find_undecodable(
 
     DALI says that a batch failed, seldom at which image. So every sample is decoded alone, by the
     same graph with room for one. That is slow (about the time of the batch on one thread, and a
-    new graph behind each image that fails) and happens only when a batch has failed.
+    new graph after each image that fails) and happens only when a batch has failed.
 
     Args:
         build: makes the graph that failed, as `build_train_graph`.

@@ -24,7 +24,7 @@ from unicl_fast.config import DataConfig, TrainConfig
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.text.prompts import ClassPrompts
 
-from .feed.host_batches import HostBatch, HostBatches, Images, TrainMetadata
+from .feed.host_batches import HostBatch, HostBatches, ImageForm, TrainMetadata
 from .feed.reading import BadSamples, reading_ahead
 from .feed.text_block import unpack_integers
 from .graph import (
@@ -79,16 +79,16 @@ class TrainLoader:
         self._rank = rank
         self._device = torch.device(device)
         self._running: Generator[Batch, None, None] | None = None
-        self._images: Images = "files"
+        self._form: ImageForm = "files"
         shapes = {dataset.image_shape for dataset in datasets}
         if len(shapes) == 1 and shapes != {None}:  # all are raw and of one size
-            self._images = "crops" if is_fused(data.resample, self._device) else "pixels"
-        augmentations = augmentations_of(data.augment, [dataset.place for dataset in datasets])
+            self._form = "crops" if is_fused(data.resample, self._device) else "pixels"
+        augmentations = augmentations_of(data.augment, [dataset.location for dataset in datasets])
         self._augmentation = parts_for(augmentations, data.mean)
         self._build = partial(
             build_train_graph,
             device=self._device,
-            images=self._images,
+            form=self._form,
             augmentation=self._augmentation,
         )
         self.plan = TrainPlan(
@@ -110,7 +110,7 @@ class TrainLoader:
             self._bad,
             rank=rank,
             world_size=world_size,
-            images=self._images,
+            form=self._form,
         )
 
     def batches(self, start_step: int) -> Iterator[Batch]:
@@ -127,7 +127,7 @@ class TrainLoader:
         self._running = self._iterate(start_step)
         return self._running
 
-    def host_batches(self, num_steps: int) -> Iterator[TrainMetadata]:
+    def metadata_without_decoding(self, num_steps: int) -> Iterator[TrainMetadata]:
         """Metadata of the first steps, each read and not decoded: for measuring storage."""
         with self._host.reading_ahead(0), contextlib.closing(self._host.batches(0)) as batches:
             for batch in itertools.islice(batches, num_steps):
@@ -152,7 +152,7 @@ class TrainLoader:
             else:
                 return
             step = failed[0].actual.step
-            if self._images != "files":  # nothing is decoded, so no image is the cause
+            if self._form != "files":  # nothing is decoded, so no image is the cause
                 raise DecodingError(f"step {step}, rank {self._rank}: the graph fails: {reason}")
             if not any(self._find_bad(metadata.actual) for metadata in failed):
                 raise DecodingError(
@@ -186,7 +186,7 @@ class TrainLoader:
 
     def _outputs(self, start_step: int) -> Outputs[TrainMetadata]:
         """Images and integers of every batch, and its metadata."""
-        if self._images == "crops" and self._augmentation is None:  # nothing is left for a graph
+        if self._form == "crops" and self._augmentation is None:  # nothing is left for a graph
             ahead = batches_ahead(self._data, self._num_images)
             made = self._host.batches_without_graph(start_step, ahead=ahead)
             with contextlib.closing(made):
@@ -216,7 +216,7 @@ class TrainLoader:
 def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
     return PlanSource(
-        name=dataset.place,
+        name=dataset.location,
         samples=dataset.samples,
         labels=dataset.labels,
         num_templates=int(prompts.num_templates[number]),
@@ -296,7 +296,7 @@ class EvaluationLoader:
                     )
                 )
         raise DecodingError(
-            f"{self._dataset.place}: decoding fails, though each image can be decoded alone: "
+            f"{self._dataset.location}: decoding fails, though each image can be decoded alone: "
             f"{reason}"
         )
 

@@ -129,13 +129,13 @@ def _main(argv: Sequence[str]) -> None:
         config,
         run_folder=run_folder,
         build_loader=TrainLoader,
-        evaluate=_zero_shot,
+        evaluate=_evaluate,
         resume=resume,
         ledger=arguments.ledger,
     )
 
 
-def _zero_shot(
+def _evaluate(
     model: UniCL,
     *,
     dataset: PackedDataset,
@@ -143,10 +143,10 @@ def _zero_shot(
     ranks: Ranks,
 ) -> Mapping[str, float]:
     from unicl_fast.evaluation.features import ModelOnRanks
-    from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
+    from unicl_fast.evaluation.zero_shot import evaluate_evaluate
 
     on_ranks = ModelOnRanks(model=model, ranks=ranks)
-    result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
+    result = evaluate_evaluate(on_ranks, dataset, rows_of_classes=rows_of_classes)
     return {"top1": result.top1, "top5": result.top5}
 
 

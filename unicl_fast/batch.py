@@ -87,7 +87,7 @@ class EvaluationBatch:
 
 @runtime_checkable
 class Loader(Protocol):
-    """Feeds a trainer. A batch is valid until the next one is requested."""
+    """Feeds a trainer, which lets go of a batch before it requests the next one."""
 
     def batches(self, start_step: int) -> Iterator[Batch]:
         """Yields the batches of the steps `start_step`, `start_step + 1`, ... without end."""

@@ -104,7 +104,7 @@ PRESETS = {
     "resnet50": Preset("ResNet-50; BatchNorm sees the local batch", _released("resnet50")),
     "resnet101": Preset("ResNet-101; BatchNorm sees the local batch", _released("resnet101")),
     "vit-base": Preset("ViT-B/16, CLIP's encoder", _released("vit_base_patch16_224")),
-    "cifar10-small": Preset("CIFAR-10, 20 minutes on two CPU cores", _CIFAR10),
+    "cifar10-small": Preset("CIFAR-10, about 20 minutes on two CPU cores", _CIFAR10),
     "digits-small": Preset("the demo's digits, two minutes on two CPU cores", _DIGITS),
     "mixed-small": Preset("photographs at 64 pixels, minutes on two CPU cores", _MIXED),
 }

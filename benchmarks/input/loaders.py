@@ -228,7 +228,7 @@ class Storage(_OwnLoaderStage):
                 traffic = dataset.remote.store.traffic
                 loader = open_loader(dataset, config)
                 before, started = traffic.read_bytes, time.perf_counter()
-                for _ in loader.host_batches(len(dataset) // self.batch_size):
+                for _ in loader.metadata_without_decoding(len(dataset) // self.batch_size):
                     pass
                 seconds = time.perf_counter() - started
                 return (traffic.read_bytes - before) / dataset.needed_bytes, seconds

@@ -140,7 +140,7 @@ def decode(task: Task, *, cut: bool = False) -> Iterator[int]:
             ndim=[1, 1, 1],
         )
         where: Any = {"data": own.config.data, "device": torch.device("cpu")}
-        pipeline.set_outputs(decode_windows(encoded, starts, shapes, images="files", **where))
+        pipeline.set_outputs(decode_windows(encoded, starts, shapes, form="files", **where))
     while True:
         (images,) = pipeline.run()
         yield len(images)

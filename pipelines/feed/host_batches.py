@@ -35,7 +35,7 @@ from .reading import BadSamples, reading_ahead
 from .text_block import gather_texts, pack_integers
 
 Metadata = TypeVar("Metadata")
-Images = Literal["files", "pixels", "crops"]
+ImageForm = Literal["files", "pixels", "crops"]
 """The form of a graph's images: encoded files, raw images, or crops that were made of those."""
 
 _PLANNED_AT_ONCE = 4096
@@ -100,16 +100,16 @@ class HostBatches:
         *,
         rank: int,
         world_size: int,
-        images: Images,
+        form: ImageForm,
     ) -> None:
-        """As for `loader.TrainLoader`; `images` as for `graph.build_train_graph`."""
+        """As for `loader.TrainLoader`; `form` as for `graph.build_train_graph`."""
         self._config = config
         self._datasets = datasets
         self._prompts = prompts
         self._plan = plan
         self._bad = bad
         self._ranks = {"rank": rank, "world_size": world_size}
-        self._images = images
+        self._form = form
         self._batch_size = config.run.global_batch_size // world_size
         self._steps_of_chunk = max(1, _SCHEDULED_AT_ONCE // self._batch_size)
         self._read_ahead_from: Callable[[int], None] = lambda chunk: None
@@ -129,7 +129,7 @@ class HostBatches:
 
     def batches(self, start_step: int) -> Generator[HostBatch[TrainMetadata], None, None]:
         """Yields every step from `start_step` on, without end."""
-        if self._images == "crops":
+        if self._form == "crops":
             with contextlib.closing(self.crop_resizer()) as resizer:
                 for first in itertools.count(start_step, resizer.batches_at_once):
                     yield from self.group(resizer, first)
@@ -192,7 +192,7 @@ class HostBatches:
         """A step with its images as files or pixels."""
         self._check_arrays()
         self._read_ahead_from(planned.batch.step // self._steps_of_chunk)
-        if self._images == "files":
+        if self._form == "files":
             return self._host_batch(planned, *self._bad.read_files(planned.batch))
         (actual,), pixels = self._bad.read_pixels([planned.batch])
         return self._host_batch(planned, actual, pixels)
@@ -220,7 +220,7 @@ class HostBatches:
             targets, integers = self._texts_of(actual, actual.global_index)
             text_lengths = targets.text_lengths[: targets.num_texts[0]]
         return HostBatch(
-            inputs=graph_inputs(actual, images, integers, are_crops=self._images == "crops"),
+            inputs=graph_inputs(actual, images, integers, are_crops=self._form == "crops"),
             metadata=TrainMetadata(
                 actual=actual, scheduled_ids=planned.batch.sample_ids, text_lengths=text_lengths
             ),

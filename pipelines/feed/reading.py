@@ -51,7 +51,7 @@ COLUMNS = ("data_set", "shard", "key", "offset", "reason")
 sample in it, first byte of its image, and what is wrong."""
 
 Schedule = Callable[[int], tuple[NDArray[np.int32], NDArray[np.int64]] | None]
-"""Sources and samples of a chunk of the order, by its number; None behind the end."""
+"""Sources and samples of a chunk of the order, by its number; None after the end."""
 _Block = tuple[int, int, int]
 """The numbers of a source, of a file in it, and of a block in that."""
 _JOIN_SECONDS = 2.0
@@ -98,7 +98,7 @@ class BadSamples:
                 self._where,
             )
         if self._file is not None:
-            where = dataset.place, dataset.shard_of(sample), sample_key(sample)
+            where = dataset.location, dataset.shard_of(sample), sample_key(sample)
             self._file.add(*where, dataset.offset_of(sample), reason[:_REASON_LENGTH])
 
     def read_files(self, planned: PlannedBatch) -> tuple[PlannedBatch, list[NDArray[np.uint8]]]:

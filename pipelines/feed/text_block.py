@@ -1,4 +1,4 @@
-"""Texts and whole numbers of a batch: gathered, packed into one array for DALI, unpacked behind it.
+"""Texts and whole numbers of a batch: gathered, packed into one array for DALI, unpacked after it.
 
 Each input costs DALI a bookkeeping pass over the batch, and each tensor sent to a GPU a transfer of
 its own; five fields and the tokens in one block cost one. The block is [b l + 5] because DALI wants
@@ -57,7 +57,7 @@ def gather_texts(
         if len(chosen):
             labels = planned.labels[chosen]
             found = prompts.tokens[prompts.rows_of(number, labels, planned.templates[chosen])]
-            # Up to the end token: 0 is padding behind it, and "!" before.
+            # Up to the end token: 0 is padding after it, and "!" before.
             lengths = (found.shape[1] - np.argmax(found[:, ::-1] != 0, axis=1)).astype(np.int64)
             starts = np.arange(len(chosen), dtype=np.int64) * found.shape[1]
             _copy_texts(found.reshape(-1), starts, lengths, chosen, rows)

@@ -1,4 +1,4 @@
-"""The graph's operators behind decoding: our fused ones, and augmentation with DALI's own.
+"""The graph's operators after decoding: our fused ones, and augmentation with DALI's own.
 
 On the CPU our kernels run inside the graph on DALI's threads, one call a sample, without Python's
 lock. On a GPU, and on the CPU with `data.resample=dali`, DALI's operators do the same.
@@ -240,7 +240,7 @@ def augment(images: Any, rows: Any, parts: GraphParts) -> Any:
 
     An image goes through those operators alone that its row asks for: DALI splits the batch at
     every `if` below (AutoGraph reads them: this module is converted when a graph with conditionals
-    is built) and puts it together behind it. What no data set uses is not in a run's graph. Rows
+    is built) and puts it together after it. What no data set uses is not in a run's graph. Rows
     are float32 [k] on the host, columns as in `Column`. The result's samples lie one after another
     in memory.
     """
@@ -259,7 +259,7 @@ def augment(images: Any, rows: Any, parts: GraphParts) -> Any:
         if rows[Column.SIGMA] > 0:
             images = fn.gaussian_blur(images, sigma=rows[Column.SIGMA])
     if parts.erases:
-        # Not split: it copies as it goes, and what was put together behind an `if` must be copied
+        # Not split: it copies as it goes, and what was put together after an `if` must be copied
         # into one piece of memory anyway. A rectangle of 0 rows erases nothing.
         erased = Column.ERASED
         return fn.erase(

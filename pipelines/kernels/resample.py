@@ -26,11 +26,11 @@ from unicl_fast.system.kernels import kernel
 cgutils: Any = untyped_cgutils
 _CHANNELS = 3
 # What one vector instruction of _filter_line works on: four pixels, of each eight values, which
-# are two taps and what lies behind them; four sums become of one pixel.
+# are two taps and what lies after them; four sums become of one pixel.
 _PIXELS = 4
 _VALUES = 8
 _LANES = 4
-# Places behind the point: of a line's values, of the largest weights of rows and of columns. More
+# Places after the point: of a line's values, of the largest weights of rows and of columns. More
 # would not fit into 16 and 32 bits.
 _LINE_PLACES = 7
 _ROW_PLACES = _LINE_PLACES + 16
@@ -112,7 +112,7 @@ def resample_windows(
         flips: int32 [b], whether it is flipped.
         cubic: the cubic filter instead of the triangular one.
         begin: the first image to take, for threads that share a batch.
-        end: behind the last one.
+        end: after the last one.
         most_values: values of images up to which they are widened to 16 bits whole.
     """
     height, width = images.shape[1], images.shape[2]
@@ -178,7 +178,7 @@ def _memory_for(size: int, height: int, width: int, cubic: bool) -> Any:
         np.empty(size * taps, np.int32),
         np.zeros(groups * _PIXELS, np.int64),
         np.zeros(groups * ((taps + 1) // 2) * _PIXELS * _VALUES, np.int16),
-        # with the bytes that vectors write behind a line
+        # with the bytes that vectors write after a line
         np.empty((height if cubic else 1, (groups * _CHANNELS + 1) * _PIXELS), np.uint8),
         np.empty(size * _CHANNELS, np.float32),
     )
@@ -193,7 +193,7 @@ def _fill_crop(
 ) -> None:  # fmt: skip
     """Fills a crop with the region of an image whose rows [h l], uint8 or uint16, are given.
 
-    `line` is uint16 memory for one row [l], `padded_line` that and what vectors read behind it,
+    `line` is uint16 memory for one row [l], `padded_line` that and what vectors read after it,
     which has no weight. The memory is as of `_memory_for`, the region as of `resample_region`.
     """
     size = out.shape[0]
@@ -326,7 +326,7 @@ def _weigh(
     """Finds, weighs and rounds the input rows or columns (taps) of every output position.
 
     All have the same number of taps, some of weight 0: a loop whose length changed from pixel to
-    pixel would be mispredicted at every second one. A weight has as many places behind the point as
+    pixel would be mispredicted at every second one. A weight has as many places after the point as
     the largest leaves. Each is rounded by itself for the cubic filter, as torchvision's uint8
     kernels do it; for the other, with what was lost of the one before, so that all of a pixel come
     to 1 and an even image stays as it is, however many they are.
@@ -339,7 +339,7 @@ def _weigh(
         start: start of the region.
         end: end of the region.
         bits: weights are below 2**bits; for the cubic filter, below 2**15, as in torchvision.
-        most_places: most binary places behind the point; for the cubic filter 22, likewise.
+        most_places: most binary places after the point; for the cubic filter 22, likewise.
         cubic: the cubic filter instead of the triangular one.
 
     Returns:
@@ -493,7 +493,7 @@ def _define_filter_line(
 ) -> Any:  # fmt: skip
     """Pixels of three channels: the weighted sums of `line`, rounded and clipped.
 
-    They go to `pixels` from `start` on, four at a time, with four bytes behind the last that mean
+    They go to `pixels` from `start` on, four at a time, with four bytes after the last that mean
     nothing. `places` are those of line and weights together, to be rounded away.
 
     Vector instructions are spelt out because no compiler finds them: for each pair of taps four
@@ -619,7 +619,7 @@ def repeat(builder: Any, value: Any, count: int) -> Any:
 
 
 def load(builder: Any, data: Any, offset: Any, kind: Any, align: int = 2) -> Any:
-    """A vector of a kind from `data` on, `offset` elements behind its beginning."""
+    """A vector of a kind from `data` on, `offset` elements after its beginning."""
     pointer = builder.bitcast(builder.gep(data, [offset]), kind.as_pointer())
     return builder.load(pointer, align=align)
 

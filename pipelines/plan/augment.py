@@ -336,7 +336,7 @@ def write_operation(out: Any, row: Any, level: float, negate: bool, side: int) -
 
 # Uses of the numbers of an image's stream: part of what a seed means, never reuse.
 _JITTER_COIN = 0
-_JITTER = 1  # and the three behind it
+_JITTER = 1  # and the three after it
 _GRAYSCALE_COIN = 5
 _BLUR_COIN = 6
 _BLUR_SIGMA = 7

@@ -127,7 +127,7 @@ def test_windows_of_real_photographs_are_what_pillow_cuts_out(
     with pipeline:
         inputs = fn.external_source(lambda: (encoded, starts, shapes), num_outputs=3, batch=True)
         pipeline.set_outputs(
-            decode_windows(*inputs, data=settings("dali"), device=CPU, images="files")
+            decode_windows(*inputs, data=settings("dali"), device=CPU, form="files")
         )
     (windows,) = pipeline.run()
     for place, data in enumerate(encoded):

@@ -177,7 +177,7 @@ def test_crops_go_through_a_graph_unchanged(sets: Sets, prompts: ClassPrompts) -
         data=DataConfig(image_size=SIZE, evaluation_resize=36, threads=1, prefetch=1),
         batch_size=BATCH,
         device=torch.device("cpu"),
-        images="crops",
+        form="crops",
     )
     running = run_graphs([build], host_batches, device=torch.device("cpu"), ahead=1)
     for batch, ((images, integers), metadata) in zip(batches, running, strict=False):

@@ -88,7 +88,7 @@ def test_rows_are_numbered_by_source_label_and_template(tokenizer: Tokenizer) ->
     prompts = ClassPrompts(
         [(("cat", "dog"), TEMPLATES), NO_NAMES, (("car",), SIMPLE_TEMPLATES)], tokenizer
     )
-    assert prompts.class_starts.tolist() == [0, 4, 4]
+    assert prompts.first_prompt_rows.tolist() == [0, 4, 4]
     assert prompts.num_classes.tolist() == [2, 0, 1]
     assert prompts.num_templates.tolist() == [2, 0, 1]
     texts = [tokenizer.decode(row) for row in prompts.tokens]

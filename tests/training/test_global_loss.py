@@ -20,7 +20,7 @@ from small_runs import StepLoader, global_batch, ragged_features, tiny_config
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.precision import normalise_images
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.objectives.loss import dense_loss, unified_contrastive_loss
+from unicl_fast.objectives.loss import reference_loss, unified_contrastive_loss
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
@@ -151,7 +151,7 @@ def test_a_training_step_is_the_public_function_on_its_features(
         batch.class_ids,
         model.logit_scale.exp(),
     )
-    for plain in (unified_contrastive_loss(*features), dense_loss(*features)):
+    for plain in (unified_contrastive_loss(*features), reference_loss(*features)):
         assert loss == pytest.approx(plain.item(), rel=1e-13)
         model.zero_grad()
         plain.backward(retain_graph=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_runs import StepLoader, global_batch, tiny_config
+from small_runs import StepLoader, global_batch, labelled_loader, objective_config, tiny_config
 
 from unicl_fast import load_model
 from unicl_fast.batch import ListLoader
@@ -217,3 +217,10 @@ def test_two_views_that_the_objective_would_not_look_at_are_refused() -> None:
     images = torch.zeros(12, config.data.image_size, config.data.image_size, 3, dtype=torch.uint8)
     with pytest.raises(ValueError, match=r"two views.*supcon,views=1"):
         Trainer(config, ListLoader([global_batch(images)]), progress=False)
+
+
+def test_classes_are_refused_where_a_text_is_its_own_class(images: torch.Tensor) -> None:
+    clip = objective_config("clip", steps=1)
+    with pytest.raises(ValueError, match="objective.name=clip: .* labels of -1"):
+        Trainer(clip, StepLoader(images), progress=False).fit()
+    Trainer(clip, labelled_loader(images, "clip"), progress=False).fit()

@@ -63,7 +63,7 @@ class Build(BuildOptions, _SourcesAndOut):
     reason, and the others are packed. Plain JPEGs and PNGs keep their bytes.
 
     A build that was stopped or killed keeps its finished shards in OUT.partial: the same command
-    resumes behind them, and the data set becomes what it would have been without the break.
+    resumes after them, and the data set becomes what it would have been without the break.
 
     Examples:
       unicl-pack build photos/ --out packed/photos

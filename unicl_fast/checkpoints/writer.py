@@ -155,7 +155,7 @@ class CheckpointWriter:
         self.wait()
 
     def _start(self, job: Callable[[], None], *, failed: str) -> threading.Thread:
-        """Runs a job behind the one before, in a thread.
+        """Runs a job after the one before, in a thread.
 
         A daemon thread, not one of concurrent.futures, whose threads the interpreter waits for: a
         second Ctrl-C need not wait for a slow disk.

@@ -268,6 +268,6 @@ def _check_labels(rows: Rows, manifest: Manifest) -> Problems:
 
 
 def _leaves(starts: Rows, counts: Rows, end: Any) -> npt.NDArray[np.bool_]:
-    """Whether ranges end behind `end`; a start near 2**64 must not wrap around."""
+    """Whether ranges end after `end`; a start near 2**64 must not wrap around."""
     result: npt.NDArray[np.bool_] = (starts > end) | (starts + counts > end)
     return result

@@ -124,7 +124,7 @@ class LocalFiles:
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        self.place = str(self.folder)
+        self.location = str(self.folder)
 
     def where(self, name: str) -> str:
         """A file's path or URL, for messages."""
@@ -150,7 +150,7 @@ class RemoteFiles:
     def __init__(self, url: str, options: CacheOptions, array_names: Sequence[str]) -> None:
         """Fetches the small files; raises as `copy_small_files`."""
         self.store = ObjectStore(url)
-        self.place = self.store.url
+        self.location = self.store.url
         self.options = options
         self._cache = BlockCache(options.place, max_bytes=options.max_bytes)
         self.folder = copy_small_files(self.store, options.place, array_names)

@@ -48,7 +48,7 @@ class GrowingFile:
     """A file that only grows, apart from a header at its beginning that is written last."""
 
     def __init__(self, path: Path, *, header_bytes: int = 0, kept: Kept | None = None) -> None:
-        """Begins a file, or continues it behind `kept`; raises ValueError if that has changed."""
+        """Begins a file, or continues it after `kept`; raises ValueError if that has changed."""
         self.file: BinaryIO = path.open("wb" if kept is None else "r+b", buffering=1 << 20)
         self.num_bytes = header_bytes
         self._hash = xxhash.xxh3_64()

@@ -93,7 +93,7 @@ class ObjectStore:
         if match is None or "::" in url or "?" in url or "#" in url:
             raise ValueError(
                 f"{url} is not the URL of a folder: expected is for example s3://bucket/folder, "
-                "with nothing behind a ? or # and without ::"
+                "with nothing after a ? or # and without ::"
             )
         self.url = url.rstrip("/")
         self._protocol = match.group(1).lower()

@@ -97,7 +97,7 @@ class PackedDataset:
         if is_url(folder):
             names = [f"{name}.npy" for name in ARRAY_DTYPES]
             files = RemoteFiles(str(folder), cache or CacheOptions(), names)
-        self.place = files.place
+        self.location = files.location
         """Its name in messages: its folder, or its URL."""
         self.folder = files.folder
         """Folder of manifest and arrays; for a data set under a URL, in the cache."""
@@ -110,7 +110,7 @@ class PackedDataset:
         self.tokens: npt.NDArray[np.uint16] = self._open_array("tokens", self.manifest.num_tokens)
         self.labels: npt.NDArray[np.int32] = self._open_array("labels", self.manifest.num_labels)
         pixels = self.manifest.pixels
-        self._layout = None if pixels is None else PixelLayout(self.place, pixels, total)
+        self._layout = None if pixels is None else PixelLayout(self.location, pixels, total)
         self._files = files
         large: LargeFiles = {shard.name: shard for shard in self.manifest.shards}
         self._large = large if pixels is None else {**large, PIXELS_NAME: pixels}
@@ -193,7 +193,7 @@ class PackedDataset:
         """Raises DamagedDatasetError if the whole data set under a URL was replaced."""
         if self.remote is not None and not self.remote.is_unchanged():
             raise DamagedDatasetError(
-                f"{self.place} was replaced or removed while it was in use: its manifest is "
+                f"{self.location} was replaced or removed while it was in use: its manifest is "
                 "another one now. Upload a changed data set under another URL; to resume this run, "
                 "put back the data set that it began with"
             )
@@ -251,7 +251,7 @@ class PackedDataset:
     def describe(self, index: int, part: Part = "image") -> str:
         """Names one sample for a message: data set, file, key and offset."""
         place = f"{self.shard_of(index, part)}, offset {self.offset_of(index, part)}"
-        return f"sample {sample_key(index)} of {self.place} ({place})"
+        return f"sample {sample_key(index)} of {self.location} ({place})"
 
     def offset_of(self, index: int, part: Part = "image") -> int:
         """The first byte of a part of sample `index` in its file, for messages."""
@@ -270,7 +270,7 @@ class PackedDataset:
     def check_arrays(self) -> None:
         """Raises DamagedDatasetError if an array's file has shrunk since it was opened; costs 2 us.
 
-        Reading behind the end of a mapped file ends the process with a bus error and no message.
+        Reading after the end of a mapped file ends the process with a bus error and no message.
         A file that is removed or replaced by another (as `mv` and most programs that copy do) does
         not change for processes that have it open; only one that is cut in place does. Called
         before each batch, this leaves only the moment between the check and the reading.
@@ -319,7 +319,7 @@ class PackedDataset:
 
     def _checked(self, index: int) -> int:
         if not 0 <= index < len(self):
-            raise IndexError(f"{self.place} has samples 0 to {len(self) - 1}, not {index}")
+            raise IndexError(f"{self.location} has samples 0 to {len(self) - 1}, not {index}")
         return index
 
     def _open_array(self, name: str, length: int) -> npt.NDArray[Any]:

@@ -404,7 +404,7 @@ def extract_sets(
         model, ranks = on_ranks.model, on_ranks.ranks
         if command.layer == "projection" and model.image_projection is None:
             raise ValueError(
-                "features behind the projection were asked for, and this model, trained by "
+                "features after the projection were asked for, and this model, trained by "
                 "cross-entropy, has no projection: take those of the encoder (--layer encoder)"
             )
         folder, keeps = Path(command.features), command.features != "none"

@@ -204,7 +204,7 @@ class FrozenFeatures(TransferEvaluation):
 
     layer: Layer = "encoder"
     """Features before the projection into the space of texts, as CLIP's linear probes take them, or
-    behind it (unit norm), which a model trained by cross-entropy lacks."""
+    after it (unit norm), which a model trained by cross-entropy lacks."""
     features: str = "auto"
     """Folder where features are kept and found again, by a checksum of weights and images; auto
     is the folder features/ of the run, none keeps nothing."""

@@ -68,7 +68,7 @@ _CHUNK_HEADER_BYTES = 8
 _BITSTREAMS = frozenset({b"VP8 ", b"VP8L"})
 _ALPHA_OR_FRAMES = frozenset({b"ALPH", b"ANIM", b"ANMF"})
 _LOSSLESS_SIGNATURE = 0x2F
-_LOSSLESS_ALPHA_BIT = 28  # behind 14 bits of width and 14 of height
+_LOSSLESS_ALPHA_BIT = 28  # after 14 bits of width and 14 of height
 
 ImageFormat = Literal["keep", "jpeg", "webp", "png", "raw"]
 """The form of a sound image: its bytes are kept (or encoded anew as JPEG where needed), it becomes

@@ -107,7 +107,7 @@ class QuickGELU(nn.Module):
 class CausalAttention(nn.Module):
     """Multi-head self-attention in which a token sees itself and what came before.
 
-    Causality is what lets padding be cut off: nothing behind the end-of-text token can reach it.
+    Causality is what lets padding be cut off: nothing after the end-of-text token can reach it.
     """
 
     def __init__(self, *, width: int, heads: int) -> None:

@@ -94,7 +94,7 @@ class UniCL(nn.Module):
     def encode_text(
         self, tokens: Int[Tensor, "u l"], num_tokens: int | None = None
     ) -> Float[Tensor, "u d"]:
-        """Features of token rows, padded behind the end-of-text token, of unit norm.
+        """Features of token rows, padded after the end-of-text token, of unit norm.
 
         `num_tokens` is how many of them are not padding, to compute those only; not fewer, which is
         not checked (that would read the device). None computes all.

@@ -1,8 +1,9 @@
 """The unified contrastive loss: a pure function of features and class ids.
 
-Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022, equations 2 and 3.
-`dense_loss` is these equations as they are written. `unified_contrastive_loss` is the same number
-for every use: training, one rank or many, and the special cases CLIP, SupCon and cross-entropy.
+Yang et al., "Unified Contrastive Learning in Image-Text-Label Space", CVPR 2022: equations 2 and 3,
+averaged over the batch and over both directions as in Algorithm 1. `reference_loss` is that formula
+as it is written. `unified_contrastive_loss` gives the same number, is what training calls on one
+rank or many, and has the special cases CLIP, SupCon and cross-entropy.
 
 Three things make it cheap, and none changes the result (docs/loss.md): columns are the DISTINCT
 texts k with counts m_k, so a row's log-sum-exp adds log m_k, and the loss of column k counts m_k
@@ -31,7 +32,7 @@ from unicl_fast.objectives.positives import Membership, Positives, as_membership
 _SMALLEST_TILED = 1 << 20
 
 
-def dense_loss(
+def reference_loss(
     image_features: Float[Tensor, "n d"],
     text_features: Float[Tensor, "n d"],
     class_ids: Int[Tensor, " n"],
@@ -45,7 +46,7 @@ def dense_loss(
         L_t2i = the same with images and texts exchanged
         L     = (L_i2t + L_t2i) / 2
 
-    Everything else in this file computes this number, and tests compare it with this.
+    Training calls `unified_contrastive_loss`, which a test compares with this on a real step.
     """
     logits = scale * image_features @ text_features.T
     positives = (class_ids[:, None] == class_ids[None, :]).to(logits.dtype)
@@ -58,8 +59,8 @@ def dense_loss(
 class LogitStatistics(NamedTuple):
     """Statistics of rows of logits (images) or of columns (texts), from which their losses follow.
 
-    Those of the same texts over several sets of images are one by the log-sum-exp of `log_sum_exp`
-    and the sums of the others.
+    To merge those of the same texts over disjoint sets of images, take the log-sum-exp of
+    `log_sum_exp` and add up the others.
     """
 
     log_sum_exp: Float[Tensor, " n"]
@@ -226,16 +227,16 @@ def _dense_statistics(
         logits = logits.masked_fill(itself, torch.finfo(logits.dtype).min)
     weighted = weights * logits
 
-    def statistics(logits: Tensor, dim: int) -> LogitStatistics:
+    def statistics(logits: Tensor, weights: Tensor, weighted: Tensor, dim: int) -> LogitStatistics:
         return LogitStatistics(
             logits.logsumexp(dim), weighted.sum(dim), weights.sum(dim, dtype=logits.dtype)
         )
 
-    columns = statistics(logits, dim=0)
+    columns = statistics(logits, weights, weighted, dim=0)
     if counts is not None:
         logits = logits + counts.log()
         weighted, weights = weighted * counts, weights * counts
-    return statistics(logits, dim=1), columns
+    return statistics(logits, weights, weighted, dim=1), columns
 
 
 def _positive_weights(

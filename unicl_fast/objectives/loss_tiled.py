@@ -49,11 +49,11 @@ class TiledStatistics(torch.autograd.Function):
             sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
         """
         log2_counts = None if counts is None else counts.log2()
-        tiles = _Tiles(images, texts, scale, exclude_self=positives.of_itself is not None)
+        tiles = _Tiles(images, texts, scale, exclude_self=positives.self_weights is not None)
         row_logs, column_logs = _log2_sum_exps(tiles, log2_counts)
-        wide = scale.dtype
-        row_positives = positives.times(texts.to(wide), counts).mul_(images).sum(dim=1)
-        column_positives = transposed.times(images.to(wide)).mul_(texts).sum(dim=1)
+        dtype = scale.dtype
+        row_positives = positives.times(texts.to(dtype), counts).mul_(images).sum(dim=1)
+        column_positives = transposed.times(images.to(dtype)).mul_(texts).sum(dim=1)
         ctx.save_for_backward(images, texts, scale, counts, log2_counts, row_logs, column_logs)
         ctx.positives, ctx.transposed = positives, transposed
         positive_sums = row_positives.mul_(scale), column_positives.mul_(scale)
@@ -62,49 +62,53 @@ class TiledStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(
-        ctx: Any, of_row_logs: Tensor, of_column_logs: Tensor, of_rows: Tensor, of_columns: Tensor
+        ctx: Any,
+        grad_row_logs: Tensor,
+        grad_column_logs: Tensor,
+        grad_row_sums: Tensor,
+        grad_column_sums: Tensor,
     ) -> tuple[Tensor | None, ...]:
         """The gradients of features and scale.
 
-        With G the gradient of the logits, the features' are s G V and s G^T U. The scale's is
-        sum_i u_i . (G V)_i, since the logits are products of all three.
+        With G the gradient of the logits, the features' are s G V and s G^T X. The scale's is
+        sum_i x_i . (G V)_i, since the logits are products of all three.
         """
         images, texts, scale, counts, log2_counts, row_logs, column_logs = ctx.saved_tensors
         positives, transposed = ctx.positives, ctx.transposed
         want_images, want_texts, want_scale = ctx.needs_input_grad[:3]
         want_images |= want_scale
-        of_images = of_texts = of_scale = None
+        grad_images = grad_texts = grad_scale = None
         # positives first: their class sums are gone when the tiles come
         if want_images:
             wide = texts.to(scale.dtype)
-            of_images = positives.times(wide, counts).mul_(of_rows.unsqueeze(1))
-            of_images += positives.times(wide, of_columns)
+            grad_images = positives.times(wide, counts).mul_(grad_row_sums.unsqueeze(1))
+            grad_images += positives.times(wide, grad_column_sums)
         if want_texts:
             wide = images.to(scale.dtype)
-            of_texts = transposed.times(wide, of_rows)
+            grad_texts = transposed.times(wide, grad_row_sums)
             if counts is not None:
-                of_texts.mul_(counts.unsqueeze(1))
-            of_texts += transposed.times(wide).mul_(of_columns.unsqueeze(1))
+                grad_texts.mul_(counts.unsqueeze(1))
+            grad_texts += transposed.times(wide).mul_(grad_column_sums.unsqueeze(1))
         wide = None
-        tiles = _Tiles(images, texts, scale, exclude_self=positives.of_itself is not None)
-        for rows, columns, logits, spare in tiles:
-            # spare = g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k)
-            torch.sub(logits, row_logs[rows].unsqueeze(1), out=spare)
+        tiles = _Tiles(images, texts, scale, exclude_self=positives.self_weights is not None)
+        for rows, columns, logits, scratch in tiles:
+            # scratch = g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k)
+            torch.sub(logits, row_logs[rows].unsqueeze(1), out=scratch)
             if log2_counts is not None:
-                spare.add_(log2_counts[columns])
-            spare.exp2_().mul_(of_row_logs[rows].unsqueeze(1))
-            spare.addcmul_(logits.sub_(column_logs[columns]).exp2_(), of_column_logs[columns])
-            gradient = tiles.narrowed(spare)
-            if of_images is not None:
-                _add_product(of_images[rows], gradient, texts[columns])
-            if of_texts is not None:
-                _add_product(of_texts[columns], gradient.T, images[rows])
-        if of_images is not None:
-            of_scale = (of_images * images).sum() if want_scale else None
-            of_images = of_images.mul_(scale).to(images.dtype)
-        if of_texts is not None:
-            of_texts = of_texts.mul_(scale).to(texts.dtype)
-        return of_images, of_texts, of_scale, None, None, None
+                scratch.add_(log2_counts[columns])
+            scratch.exp2_().mul_(grad_row_logs[rows].unsqueeze(1))
+            scratch.addcmul_(logits.sub_(column_logs[columns]).exp2_(), grad_column_logs[columns])
+            gradient = tiles.narrowed(scratch)
+            if grad_images is not None:
+                _add_product(grad_images[rows], gradient, texts[columns])
+            if grad_texts is not None:
+                _add_product(grad_texts[columns], gradient.T, images[rows])
+        if grad_images is not None:
+            grad_scale = (grad_images * images).sum() if want_scale else None
+            grad_images = grad_images.mul_(scale).to(images.dtype)
+        if grad_texts is not None:
+            grad_texts = grad_texts.mul_(scale).to(texts.dtype)
+        return grad_images, grad_texts, grad_scale, None, None, None
 
 
 class _Tiles:
@@ -117,7 +121,7 @@ class _Tiles:
         self.rows, self.columns = _blocks(len(images), largest), _blocks(len(texts), largest)
         size = self.rows[0].stop * self.columns[0].stop  # the first ones are the largest
         self._logits = scale.new_empty(size)
-        self._spare = scale.new_empty(size)
+        self._scratch = scale.new_empty(size)
         self._narrow = None if images.dtype == scale.dtype else images.new_empty(size)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
@@ -139,7 +143,7 @@ class _Tiles:
                     offset = rows.start - columns.start
                     if -shape[0] < offset < shape[1]:
                         logits.diagonal(offset).fill_(-math.inf)
-                yield rows, columns, logits, _shaped(self._spare, shape)
+                yield rows, columns, logits, _shaped(self._scratch, shape)
 
     def narrowed(self, tile: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
         """A tile in the features' type, until the next one is asked for."""
@@ -155,11 +159,11 @@ def _log2_sum_exps(tiles: _Tiles, log2_counts: Tensor | None) -> tuple[Tensor, T
     row_maxima = like.new_full((len(tiles.images),), lowest)
     column_maxima = like.new_full((len(tiles.texts),), lowest)
     row_sums, column_sums = torch.zeros_like(row_maxima), torch.zeros_like(column_maxima)
-    for rows, columns, logits, spare in tiles:
-        _accumulate(logits, spare, 0, column_maxima[columns], column_sums[columns])
+    for rows, columns, logits, scratch in tiles:
+        _accumulate(logits, scratch, 0, column_maxima[columns], column_sums[columns])
         if log2_counts is not None:
             logits.add_(log2_counts[columns])
-        _accumulate(logits, spare, 1, row_maxima[rows], row_sums[rows])
+        _accumulate(logits, scratch, 1, row_maxima[rows], row_sums[rows])
     # nothing to sum gives the lowest number, not -inf: its loss is masked, its gradient must be 0
     return (
         (row_maxima + row_sums.log2()).clamp_(min=lowest),
@@ -167,12 +171,12 @@ def _log2_sum_exps(tiles: _Tiles, log2_counts: Tensor | None) -> tuple[Tensor, T
     )
 
 
-def _accumulate(logits: Tensor, spare: Tensor, dim: int, maxima: Tensor, sums: Tensor) -> None:
+def _accumulate(logits: Tensor, scratch: Tensor, dim: int, maxima: Tensor, sums: Tensor) -> None:
     """Rescales running sums to the new maxima and adds a tile's exponentials."""
     grown = torch.maximum(maxima, logits.amax(dim))
     sums.mul_((maxima - grown).exp2_())
     maxima.copy_(grown)
-    sums.add_(torch.sub(logits, grown.unsqueeze(dim), out=spare).exp2_().sum(dim))
+    sums.add_(torch.sub(logits, grown.unsqueeze(dim), out=scratch).exp2_().sum(dim))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

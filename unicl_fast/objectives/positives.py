@@ -60,19 +60,21 @@ class Positives(NamedTuple):
     product with W or its transpose.
     """
 
-    from_classes: SparseRows
-    to_classes: SparseRows
-    of_itself: Float[Tensor, " b"] | None
+    class_to_row: SparseRows
+    """Y of the rows: picks the sums of their classes."""
+    column_to_class: SparseRows
+    """Y^T of the columns: sums their features by class."""
+    self_weights: Float[Tensor, " b"] | None
     """The weights of the pairs (i, i) where these are left out, to be subtracted."""
 
     def times(
         self, features: Float[Tensor, "c d"], weights: Float[Tensor, " c"] | None = None
     ) -> Float[Tensor, "r d"]:
         """W (weights * features): for each image (or text) the sum of its positives."""
-        sums = self.from_classes.times(self.to_classes.times(features, weights))
-        if self.of_itself is not None:
-            count = len(self.of_itself)  # there may be more texts
-            factor = self.of_itself if weights is None else self.of_itself * weights[:count]
+        sums = self.class_to_row.times(self.column_to_class.times(features, weights))
+        if self.self_weights is not None:
+            count = len(self.self_weights)  # there may be more texts
+            factor = self.self_weights if weights is None else self.self_weights * weights[:count]
             sums[:count].addcmul_(factor.unsqueeze(1), features[:count], value=-1)
         return sums
 
@@ -97,21 +99,21 @@ def find_positives(
     text_rows = torch.searchsorted(known, texts.labels)
     image_rows = torch.searchsorted(known, images.labels).clamp(max=len(known) - 1)
     image_weights = images.weights * (known[image_rows] == images.labels)
-    of_itself = None
+    self_weights = None
     if exclude_self:
         assert isinstance(class_ids, Tensor)
         assert isinstance(text_class_ids, Tensor)
-        of_itself = (class_ids == text_class_ids[: len(class_ids)]).to(dtype)
+        self_weights = (class_ids == text_class_ids[: len(class_ids)]).to(dtype)
     return (
         Positives(
             _by_rows(images.samples, image_rows, image_weights, num_rows=num_images),
             _by_rows(text_rows, texts.samples, texts.weights, num_rows=len(known)),
-            of_itself,
+            self_weights,
         ),
         Positives(
             _by_rows(texts.samples, text_rows, texts.weights, num_rows=num_texts),
             _by_rows(image_rows, images.samples, image_weights, num_rows=len(known)),
-            of_itself,
+            self_weights,
         ),
     )
 

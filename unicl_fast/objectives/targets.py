@@ -52,9 +52,10 @@ class Targets:
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class TargetSteps:
-    """Targets of several batches of `size` samples, concatenated, with fields as of `Targets`.
+    """Targets of several batches of `size` samples, concatenated.
 
-    The texts of batch s begin at s * size, and only its first num_texts[s] entries are valid.
+    Fields are those of `Targets` but for class_ids, which are text_class_ids[text_index]. The texts
+    of batch s begin at s * size, and only its first num_texts[s] entries are valid.
     """
 
     size: int

@@ -252,7 +252,7 @@ def build_dataset(
 ) -> BuildSummary:
     """Packs sources into one data set folder.
 
-    A build that was stopped or killed resumes behind its last finished shard when it is called with
+    A build that was stopped or killed resumes after its last finished shard when it is called with
     the same arguments, and the result is the same as if nothing had happened.
 
     Starts worker processes by spawning them, so a script that calls this must guard its main part

@@ -162,7 +162,7 @@ def _visible(value: Any) -> Any:
 
 
 def _number(value: float) -> str:
-    """Whole numbers whole, others with two digits behind the point at most, small ones with two."""
+    """Whole numbers whole, others with two digits after the point at most, small ones with two."""
     if 0 < value < 0.1:
         return f"{value:.2g}"
     return f"{value:,.0f}" if value == round(value) or value >= 1000 else f"{value:,.2f}"

@@ -157,7 +157,7 @@ def describe_unfinished(out: Path) -> str:
     if not finished:
         return ""
     return (
-        f"{folder} keeps {_describe_finished(finished)}; the same command resumes behind them, "
+        f"{folder} keeps {_describe_finished(finished)}; the same command resumes after them, "
         "with --restart it begins anew"
     )
 

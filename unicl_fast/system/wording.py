@@ -9,13 +9,13 @@ _ABSENT = object()
 
 
 def count_of(number: int, noun: str) -> str:
-    """Formats a count: `1 class`, `2,000 classes`; the plural takes s or, behind an s, es."""
+    """Formats a count: `1 class`, `2,000 classes`; the plural takes s or, after an s, es."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
     return f"{number:,} {noun if number == 1 else plural}"
 
 
 def shorten(value: Any, *, limit: int = 100) -> str:
-    """Returns `repr(value)`, cut off behind `limit` characters; only the type if it has none."""
+    """Returns `repr(value)`, cut off after `limit` characters; only the type if it has none."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deep; a number of more than 4,300 digits
@@ -50,7 +50,7 @@ def config_diff(stored: Any, present: Any, path: str = "") -> Iterator[str]:
         if len(stored) == len(present):
             yield from inner
         else:
-            # one inserted element moves all behind it: where the lists part is what helps
+            # one inserted element moves all after it: where the lists part is what helps
             yield (
                 f"{path} had {len(stored)} elements and now has {len(present)}"
                 f", and {inner[0] if inner else _first_beyond(stored, present, path)}"

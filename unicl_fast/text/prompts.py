@@ -47,7 +47,7 @@ class ClassPrompts:
     Attributes:
         tokens: uint16 [rows, l], all prompts, padded with 0 to the longest one's length.
         class_ids: int64 [rows], the training class of each prompt.
-        class_starts: int64 [sources], the row of each source's first prompt. Its other prompts
+        first_prompt_rows: int64 [sources], the row of each source's first prompt. Its other prompts
             follow by label, then by template.
         num_classes: int64 [sources], 0 for a source without class names.
         num_templates: int64 [sources], 0 for a source without class names.
@@ -85,7 +85,7 @@ class ClassPrompts:
             [len(templates) if names else 0 for names, templates in sources], dtype=np.int64
         )
         num_rows = self.num_classes * self.num_templates
-        self.class_starts = np.cumsum(num_rows) - num_rows
+        self.first_prompt_rows = np.cumsum(num_rows) - num_rows
         texts = [
             fill_template(template, name)
             for names, templates in sources
@@ -114,7 +114,7 @@ class ClassPrompts:
                     f"({num_classes} class names, {num_templates} templates), "
                     f"not {values.min()} to {values.max()}"
                 )
-        rows = self.class_starts[source] + labels.astype(np.int64) * num_templates + templates
+        rows = self.first_prompt_rows[source] + labels.astype(np.int64) * num_templates + templates
         return np.asarray(rows, dtype=np.int64)
 
     def classes_of(self, source: int, labels: npt.ArrayLike) -> Int64Array:

@@ -17,7 +17,7 @@ from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def open_datasets(data: DataConfig) -> tuple[list[PackedDataset], list[float] | 
         )
     for folder, weight in zip(folders, weights, strict=True):
         if weight is None and "=" in folder and not is_url(folder) and not Path(folder).exists():
-            raise ValueError(f"data.train: no folder {folder}, and no number behind its =")
+            raise ValueError(f"data.train: no folder {folder}, and no number after its =")
     fractions = data.fraction if len(data.fraction) > 1 else data.fraction * len(folders)
     limit, cache = data.max_bad_fraction, cache_options(data)
     datasets = [
@@ -75,7 +75,7 @@ def cache_options(data: DataConfig) -> CacheOptions:
 
 
 def numbered(names: Sequence[str]) -> list[str]:
-    """Makes names differ, by a number behind each of those that are there several times."""
+    """Makes names differ, by a number after each of those that are there several times."""
     taken = {name for name in names if names.count(name) == 1}
     found = []
     for name in names:
@@ -108,7 +108,7 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
     logger.warning(
         "DATA: %s: %s, and data.cache_bytes keeps %.1f GB: the same blocks will be read again and "
         "again. Set data.shuffle_window to %d or less, or give the cache more room",
-        dataset.place, what, data.cache_bytes / 1e9, fitting,
+        dataset.location, what, data.cache_bytes / 1e9, fitting,
     )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ def rows_of_class_names(
     for number, dataset in enumerate(datasets):
         class_names = dataset.manifest.class_names
         ids = prompts.classes_of(number, np.arange(len(class_names)))
-        rows = starts[ids >> 32] + (ids & 0xFFFF_FFFF)
+        rows = starts[ids >> LABEL_BITS] + (ids & ((1 << LABEL_BITS) - 1))
         for name, row in zip(class_names, rows.tolist(), strict=True):
             row_of.setdefault(name, row)
     unknown = [name for name in names if name not in row_of]
@@ -222,7 +222,7 @@ def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
     manifest, tokenizer = dataset.manifest, Tokenizer()
     if manifest.vocabulary_hash != tokenizer.vocabulary_hash:
         raise ValueError(
-            f"{dataset.place} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
+            f"{dataset.location} was packed with the tokenizer {manifest.tokenizer} of vocabulary "
             f"{manifest.vocabulary_hash[:16]}, this version has {tokenizer.name} "
             f"{tokenizer.vocabulary_hash[:16]}: pack it again"
         )
@@ -233,6 +233,6 @@ def check_tokenizer(dataset: PackedDataset, *, context_length: int) -> None:
         )
     if manifest.context_length > context_length:
         raise ValueError(
-            f"{dataset.place} holds texts of up to {manifest.context_length} tokens, the model "
+            f"{dataset.location} holds texts of up to {manifest.context_length} tokens, the model "
             f"takes {context_length}: set model.context_length={manifest.context_length}"
         )

@@ -6,7 +6,8 @@
 
 The other objectives are the same loss with other operands: for SupCon the texts are the images
 themselves, seen twice; for cross-entropy they are one learnt row for each class, and nothing is
-gathered. docs/objectives.md.
+gathered. For CLIP it is the same call: whoever makes the batch gives each text a class of its own.
+docs/objectives.md.
 
 Every rank ends with the same scalar. Its gradient with respect to a rank's own features is exact,
 so summing parameter gradients over ranks gives the gradient of one process on the joined batch.

@@ -77,7 +77,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     if resume != "auto":  # rank 0 reads checkpoints and reports those it skips; once is enough
         _choose_checkpoint(resume, run_folder)
     _, datasets, _ = _open_checked(config)
-    augmentations_of(config.data.augment, [dataset.place for dataset in datasets])
+    augmentations_of(config.data.augment, [dataset.location for dataset in datasets])
     datasets += [
         PackedDataset(each, cache=cache_options(config.data)) for each in config.data.evaluate
     ]
@@ -335,7 +335,7 @@ def _build_evaluations(
                 + " ".join(config.data.evaluate)
             )
         if not class_names:
-            raise ValueError(f"data.evaluate: {dataset.place} has no labels for zero-shot")
+            raise ValueError(f"data.evaluate: {dataset.location} has no labels for zero-shot")
         rows = None
         if config.objective.name == "ce":
             rows = rows_of_class_names(trained, class_names, prompts=prompts)

@@ -40,6 +40,7 @@ from unicl_fast.models.efficiency import compile_encoders
 from unicl_fast.models.precision import Precision, place_module, resolve_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
+from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import (
     OR_WAITING,
@@ -189,12 +190,13 @@ class Trainer:
 
         Raises:
             Interrupted: a signal came; a checkpoint of the last step is written.
-            FloatingPointError: a loss or a gradient norm was not finite, once more than
-                `run.max_bad_steps`; names the step. Raised at the next logging, checkpoint or
+            FloatingPointError: a loss or a gradient norm was not finite in more than
+                `run.max_bad_steps` steps; names the step. Raised at the next logging, checkpoint or
                 evaluation step.
             TooManyBadSamplesError: more samples had to be replaced than the config allows. Raised
                 at the next logging step.
-            ValueError: `checkpoint.best` names what no evaluation gives.
+            ValueError: `checkpoint.best` names what no evaluation gives, or samples have classes
+                that the objective does not look at.
             OSError: the run folder, or the last checkpoint, cannot be written.
         """
         every = self.config.run
@@ -352,7 +354,10 @@ class Trainer:
     def _next_batch(self, session: _Session, batches: Iterator[Batch]) -> Batch:
         self._mark("waiting for the next batch")
         with session.meter.waiting():
-            return next(batches).to(self.device)
+            batch = next(batches)
+        if self.step == self._start_step:
+            _check_classes(batch, self.config)
+        return batch.to(self.device)
 
     def _record(self, session: _Session, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         """Notes the samples and the results of a step; reads nothing from the device."""
@@ -475,3 +480,16 @@ def _check_settings(config: TrainConfig, ranks: Ranks) -> None:
     check_pairs_on_one_rank(config, local_batch_size=local_batch_size)
     if not config.run.total_steps:
         raise ValueError("the run has no length: set run.samples or run.steps")
+
+
+def _check_classes(batch: Batch, config: TrainConfig) -> None:
+    """Refuses samples with classes under CLIP's objective, whose loss would take them for UniCL's.
+
+    That a text is its own class is decided where the batch is made.
+    """
+    if config.objective.name == "clip" and (batch.text_class_ids < CAPTION_KEYS_START).any():
+        raise ValueError(
+            "objective.name=clip: the loader's samples have classes, and the loss would take those "
+            "of one class for positives of each other: make batches with labels of -1 and without "
+            "prompts, or choose objective.name=unicl"
+        )

@@ -272,7 +272,7 @@ class _JsonWindow:
                     reason = getattr(error, "msg", error)
                     raise ValueError(f"at character {position:,}: {reason}") from error
             else:
-                # a number at the end of the window, as 1 or 1. may be, can continue behind it
+                # a number at the end of the window, as 1 or 1. may be, can continue after it
                 if is_all or self._text[end : end + 1] in _BEHIND_VALUES:
                     self._at = end
                     return value

@@ -193,7 +193,7 @@ class Item:
     problem: Problem | None = None
     position: int = 0
     """The line, row or byte at which its file first names it. `retry` finds by it the samples
-    behind a cut."""
+    after a cut."""
 
 
 def refused(name: str, kind: str, message: str) -> Item:

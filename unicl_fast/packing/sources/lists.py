@@ -291,7 +291,7 @@ class _Line:
     """The first bytes, at most `_HEAD_BYTES`."""
     start: int
     end: int
-    """The offset behind its last byte, not counting the line's end."""
+    """The offset after its last byte, not counting the line's end."""
     num_tabs: int
     last_field: int
     """The offset of its last field in the line."""

@@ -65,7 +65,7 @@ class TableResult:
     """Whether the file has names for all numbers that are labels."""
     passed_over: dict[str, int] = field(default_factory=dict)
     damaged: list[tuple[int, int, str]] = field(default_factory=list)
-    """Rows that cannot be read: the first, the one behind the last or -1, and why."""
+    """Rows that cannot be read: the first, the one after the last or -1, and why."""
 
 
 def read_tables(
@@ -127,7 +127,7 @@ def _files_of(task: TableTask) -> tuple[list[Path], list[Any]]:
 
 
 def _read_rows(task: TableTask, tree: Tree, items: ItemStore) -> int:
-    """Adds the rows that have been written out; returns the number behind the last."""
+    """Adds the rows that have been written out; returns the number after the last."""
     file_name, number = Path(task.path).name, -1
 
     def find(name: str) -> Item:

@@ -55,7 +55,7 @@ _NO_SAMPLE = "files that belong to no sample"
 _MAX_HEADER_BYTES = 1 << 20
 """Limit for all headers of a member; a path has 4,096."""
 _PADDING = 1 << 20
-"""How far behind the end mark more members are looked for; GNU tar pads to 10,240 bytes."""
+"""How far after the end mark more members are looked for; GNU tar pads to 10,240 bytes."""
 
 _BRACES = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _MAX_EXPANDED = 1_000_000
@@ -266,7 +266,7 @@ def _group_members(
                 maker.add_file(group, extension, entry, read)
         except DamagedTarError as error:
             if group is not None:
-                message = "the tar is cut behind it, and some of its files may be lost"
+                message = "the tar is cut after it, and some of its files may be lost"
                 group.problem = Problem("damaged", message)
             return groups, error
     return groups, None
@@ -323,7 +323,7 @@ def iter_members(file: BinaryIO) -> Iterator[tarfile.TarInfo]:
         try:
             member = tarfile.TarInfo.fromtarfile(archive)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            archive.offset = _behind_end_mark(file, at)
+            archive.offset = _after_end_mark(file, at)
             if archive.offset < 0:
                 return
             continue
@@ -375,8 +375,8 @@ class _HeaderFile:
         return data
 
 
-def _behind_end_mark(file: BinaryIO, at: int) -> int:
-    """Returns where another archive begins behind this one's end; -1 if only padding follows."""
+def _after_end_mark(file: BinaryIO, at: int) -> int:
+    """Returns where another archive begins after this one's end; -1 if only padding follows."""
     file.seek(at)
     padding = file.read(_PADDING)
     rest = padding.lstrip(b"\0")
