@@ -139,7 +139,7 @@ def test_samples_are_those_of_the_folder_and_come_once(
         header = 0 if local.image_shape is None else len(b"P6\n34 34\n255\n")
         sizes = [len(local.image_bytes(i)) - header for i in range(len(local))]
         assert remote.needed_bytes == sum(sizes)
-        assert remote.place == url
+        assert remote.location == url
         assert remote.folder.name == "noise"
         assert url in remote.describe(3)
     FaultyStore.reads.clear()
