@@ -143,10 +143,10 @@ def _evaluate(
     ranks: Ranks,
 ) -> Mapping[str, float]:
     from unicl_fast.evaluation.features import ModelOnRanks
-    from unicl_fast.evaluation.zero_shot import evaluate_evaluate
+    from unicl_fast.evaluation.zero_shot import evaluate_zero_shot
 
     on_ranks = ModelOnRanks(model=model, ranks=ranks)
-    result = evaluate_evaluate(on_ranks, dataset, rows_of_classes=rows_of_classes)
+    result = evaluate_zero_shot(on_ranks, dataset, rows_of_classes=rows_of_classes)
     return {"top1": result.top1, "top5": result.top5}
 
 
