@@ -125,7 +125,7 @@ def test_raw_and_files_train_together_through_the_decoder(
     sets: Sets, prompts: ClassPrompts
 ) -> None:
     loader = make_loader([sets["raw"][LABELLED], sets["png"][CAPTIONED]], prompts)
-    assert loader._images == "files"
+    assert loader._form == "files"
     assert_same(take(loader), take(make_loader(sets["raw"], prompts)))
 
 

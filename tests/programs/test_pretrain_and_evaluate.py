@@ -289,7 +289,7 @@ def test_retrieval_reports_chance(data: Path, unbroken: Path, tmp_path: Path) ->
         ([*SMALL, "--out", "x", "--data.train", "{labels}=0.5", "{captions}"], "or none"),
         ([*SMALL, "--out", "x", "--data.train", "{labels}", "--run.global-batch-size", "64"], "21"),
         ([*SMALL, "--out", "x", "--model.context-length", "20", "--data.train", "{labels}"], "77"),
-        ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "no number behind its ="),
+        ([*SMALL, "--out", "x", "--data.train", "{labels}=many"], "no number after its ="),
         ([*SMALL, "--out", "x", "--nproc", "0"], "at least 1, not 0"),
         (
             [
