@@ -102,7 +102,7 @@ def test_raw_images_give_the_batches_of_files(
 ) -> None:
     settings = {"resample": resample, "augment": (augment,)}
     raw = make_loader(sets["raw"], prompts, **settings)
-    assert raw._images == {"fused": "crops", "dali": "pixels"}[resample]
+    assert raw._form == {"fused": "crops", "dali": "pixels"}[resample]
     batches = take(raw)
     assert (batches[0].second_images is None) == (augment in ("none", "unicl"))
     assert_same(batches, take(make_loader(sets["png"], prompts, **settings)))
