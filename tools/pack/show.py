@@ -46,6 +46,7 @@ from unicl_fast.pipelines.plan.augment import (
 from unicl_fast.pipelines.plan.crop import random_windows
 from unicl_fast.system.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.figures import plain_texts
 
 if TYPE_CHECKING:
     from .__main__ import Show
@@ -263,6 +264,7 @@ def _text_of(dataset: PackedDataset, index: int) -> str:
     return "(no text)"
 
 
+@plain_texts()
 def _draw(strips: list[tuple[str, list[Any], list[str]]], options: Show) -> None:
     columns = len(strips[0][1])
     figure = Figure(figsize=(1.5 * columns + 0.6, 1.72 * len(strips) + 0.4), layout="constrained")

@@ -350,7 +350,6 @@ def run(command: Finetune) -> None:
     settings = {"steps": steps, **recipe}
     save_finetuned(command.out, trained, config=config, class_names=names, settings=settings)
     print(f"written to {command.out}")
-    draw_confusion(result, names, command.figures, "finetune", title=f"{test.name}, fine-tuned")
     values = {
         "train": command.train,
         "data": command.data,
@@ -361,6 +360,7 @@ def run(command: Finetune) -> None:
         **result.to_json(),
     }
     write_results(command, values, classification_table([(test.name, test.metric, result)]))
+    draw_confusion(result, names, command.figures, "finetune", title=f"{test.name}, fine-tuned")
 
 
 def _config(command: Finetune, config: TrainConfig, train: EvaluationData) -> TrainConfig:

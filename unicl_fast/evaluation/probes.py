@@ -320,12 +320,20 @@ def run_linear_probe(command: LinearProbe) -> None:
     sets = extract_sets(command, dtype=dtype)
     if sets is None:
         return
-    values, table = (_few_shot if command.shots else _full_probe)(command, sets)
+    if command.shots:
+        values, table = _few_shot(command, sets)
+        write_results(command, sets.described(command) | values, table)
+        return
+    result, values, table = _full_probe(command, sets)
     write_results(command, sets.described(command) | values, table)
+    title = f"{sets.test_name}, linear probe"
+    draw_confusion(result, sets.class_names, command.figures, "linear-probe", title=title)
 
 
-def _full_probe(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any], str]:
-    """Fits on everything and tests; returns values for the JSON and a table."""
+def _full_probe(
+    command: LinearProbe, sets: ExtractedSets
+) -> tuple[ClassificationResult, dict[str, Any], str]:
+    """Fits on everything and tests; returns the result, values for the JSON and a table."""
     train, validation = sets.train, sets.validation
     if validation is None and not command.c:
         labels, fraction = train.labels.cpu().numpy(), command.validation_fraction
@@ -358,9 +366,7 @@ def _full_probe(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, An
     values["num_without_label"] = sets.test.num_without_label
     print(result.to_table())
     print(f"C {fit.c:.4g}, fitted on {num_fitted:,} samples, features of the {command.layer}")
-    title = f"{sets.test_name}, linear probe"
-    draw_confusion(result, sets.class_names, command.figures, "linear-probe", title=title)
-    return values, classification_table([(sets.test_name, sets.metric, result)])
+    return result, values, classification_table([(sets.test_name, sets.metric, result)])
 
 
 def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any], str]:
@@ -496,7 +502,7 @@ def run_knn(command: Knn) -> None:
     print(table)
     best = max(results, key=lambda k: results[k].value(sets.metric))
     title = f"{sets.test_name}, {best} nearest neighbours"
-    draw_confusion(results[best], sets.class_names, command.figures, "knn", title=title)
     found = [{"k": k} | result.to_json() for k, result in results.items()]
     values = {"temperature": command.temperature, "results": found}
     write_results(command, sets.described(command) | values, table)
+    draw_confusion(results[best], sets.class_names, command.figures, "knn", title=title)

@@ -24,7 +24,7 @@ from torch import Tensor
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.requests import Evaluation, Metric
 from unicl_fast.system.progress import WaitingForRanks
-from unicl_fast.training.figures import INK, save_figure
+from unicl_fast.training.figures import INK, drawing, save_figure
 
 Rate = Literal["top1", "top5", "mean_per_class"]
 RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
@@ -278,6 +278,15 @@ def draw_confusion(
     confusion = result.confusion
     if folder is None or confusion is None:
         return
+    path = folder / f"confusion-{name}.png"
+    with drawing(path):
+        _draw_confusion(confusion, class_names, path, title=title)
+        print(f"written to {path}")
+
+
+def _draw_confusion(
+    confusion: NDArray[np.int64], class_names: Sequence[str], path: Path, *, title: str
+) -> None:
     present = np.flatnonzero(confusion.sum(axis=1) + confusion.sum(axis=0))
     shown = confusion[np.ix_(present, present)]
     names = [_short(class_names[i], 24) for i in present.tolist()]
@@ -310,9 +319,7 @@ def draw_confusion(
         *(0, 0.98, "\n".join(lines) or "none"),
         va="top", fontsize=7.5, family="monospace", color=INK, transform=right.transAxes,
     )  # fmt: skip
-    path = folder / f"confusion-{name}.png"
     save_figure(figure, path)
-    print(f"written to {path}")
 
 
 def _short(name: str, width: int) -> str:

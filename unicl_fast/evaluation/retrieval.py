@@ -44,7 +44,7 @@ from unicl_fast.evaluation.report import (
     write_results,
 )
 from unicl_fast.evaluation.requests import Retrieval
-from unicl_fast.training.figures import FAINT, INK, save_figure
+from unicl_fast.training.figures import FAINT, INK, drawing, save_figure
 
 KS = (1, 5, 10)
 _CHUNK = 1024
@@ -222,8 +222,13 @@ def run(command: Retrieval) -> None:
         print(result.to_markdown())
         write_results(command, {"data": command.data} | result.to_json(), result.to_markdown())
         if command.figures is not None:
-            _draw_captions_found(found, data.dataset, command.figures / "captions-found.png")
-            _draw_images_found(found, data.dataset, command.figures / "images-found.png")
+            for name, draw in (
+                ("captions-found.png", _draw_captions_found),
+                ("images-found.png", _draw_images_found),
+            ):
+                with drawing(command.figures / name):
+                    draw(found, data.dataset, command.figures / name)
+                    print(f"written to {command.figures / name}")
 
 
 def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
@@ -254,7 +259,6 @@ def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path:
     for axis in axes[len(chosen) :]:
         axis.set_axis_off()
     save_figure(figure, path)
-    print(f"written to {path}")
 
 
 def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:
@@ -276,7 +280,6 @@ def _draw_images_found(found: RetrievalFeatures, dataset: PackedDataset, path: P
             loc="left", fontsize=8, color=INK,
         )  # fmt: skip
     save_figure(figure, path)
-    print(f"written to {path}")
 
 
 def _read_captions(

@@ -118,6 +118,7 @@ def run(command: ZeroShot) -> None:
     metrics: list[MetricChoice] = command.for_each("metric", default="auto")
     rows: list[tuple[str, Metric, ClassificationResult]] = []
     values: list[dict[str, Any]] = []
+    names_of_classes: list[Sequence[str]] = []
     with model_on_ranks(command) as on_ranks:
         for number, (spec, name) in enumerate(zip(command.data, names, strict=True)):
             with open_data(
@@ -137,6 +138,7 @@ def run(command: ZeroShot) -> None:
                 )
                 num_quarantined = data.dataset.manifest.num_quarantined
             rows.append((name, data.metric, result))
+            names_of_classes.append(data.class_names)
             value = {"data": spec, "metric": data.metric, "num_templates": len(data.templates)}
             values.append(value | result.to_json() | {"num_quarantined": num_quarantined})
             if not on_ranks.ranks.is_main:
@@ -144,14 +146,14 @@ def run(command: ZeroShot) -> None:
             print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
             if num_quarantined:
                 print(f"{num_quarantined} files were refused when packing; not counted above")
-            title = f"{name}, zero-shot"
-            draw_confusion(result, data.class_names, command.figures, name, title=title)
         if not on_ranks.ranks.is_main:
             return
         table = classification_table(rows)
         if len(rows) == 1:
             write_results(command, values[0], table)
-            return
-        print(f"\n{table}")
-        mean = sum(result.value(metric) for _, metric, result in rows) / len(rows)
-        write_results(command, {"mean": mean, "data_sets": values}, table)
+        else:
+            print(f"\n{table}")
+            mean = sum(result.value(metric) for _, metric, result in rows) / len(rows)
+            write_results(command, {"mean": mean, "data_sets": values}, table)
+        for (name, _, result), known in zip(rows, names_of_classes, strict=True):
+            draw_confusion(result, known, command.figures, name, title=f"{name}, zero-shot")

@@ -1,4 +1,4 @@
-"""The present stage of this process, for its watchdog, and evaluations that stop early on request.
+"""The present stage of this process, for its watchdog; early stops; a stderr for progress bars.
 
 The present stage is one tuple in one place, since a process is one rank. A mark costs less than a
 microsecond and takes no lock: storing a name is atomic, and a watchdog tells marks by the object.
@@ -10,6 +10,7 @@ there. So an evaluation knows neither the trainer nor signals; alone, it always 
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -96,3 +97,22 @@ def stopping_when(is_stopped: Callable[[], bool]) -> Iterator[None]:
         yield
     finally:
         _stop_checks.remove(is_stopped)
+
+
+class ForgivingStderr:
+    """stderr for a progress bar, which must not end a run when its log is on a full disk.
+
+    What cannot be written is lost. (tqdm forgives a terminal that is gone, and nothing else.)
+    """
+
+    def write(self, text: str) -> int:
+        with contextlib.suppress(OSError, ValueError):  # ValueError: it was closed
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(sys.stderr, name)

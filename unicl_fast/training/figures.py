@@ -1,12 +1,19 @@
-"""Figures of a run for people: its curves, and its first batch."""
+"""Figures of a run for people: its curves, and its first batch.
+
+No figure is worth a run: what goes wrong while one is drawn is logged (`drawing`). Texts of users
+are drawn as they are: two dollar signs in a caption are no formula.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import math
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
-from matplotlib import colormaps
+from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
@@ -15,8 +22,25 @@ from unicl_fast.batch import Batch
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.metrics import read_metrics
 
+logger = logging.getLogger(__name__)
+
 _COLUMNS, _MOST_ROWS = 8, 4  # of the contact sheet
 INK, FAINT, _ACCENT = "#1f2933", "#9aa5b1", "#2563a8"
+
+
+@contextlib.contextmanager
+def drawing(path: Path) -> Iterator[None]:
+    """Around what draws the figure at `path`: logs why there is none, whatever the error was."""
+    try:
+        with plain_texts():
+            yield
+    except Exception as error:  # of matplotlib, a font, a text nobody has thought of, the disk
+        logger.error("NO FIGURE %s: %s: %s", path, type(error).__name__, error)
+
+
+def plain_texts() -> contextlib.AbstractContextManager[None]:
+    """Lets matplotlib draw texts as they are, without looking for formulas in them."""
+    return rc_context({"text.parse_math": False, "text.usetex": False})
 
 
 def draw_curves(run_folder: Path, path: Path) -> None:

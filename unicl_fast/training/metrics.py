@@ -150,8 +150,6 @@ class MetricsWriter:
         Raises:
             OSError: the folder cannot be written.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = run_folder / "metrics.jsonl"
         if self._path.is_file():
             lines = self._path.read_text(encoding="utf-8").splitlines()
@@ -159,9 +157,13 @@ class MetricsWriter:
             write_text_atomically(self._path, "".join(kept))
         self._open()
         self._fails = False
-        self._tensorboard: SummaryWriter | None = SummaryWriter(
-            str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
-        )
+        self._tensorboard: SummaryWriter | None = None
+        with self._tensorboard_or_none():
+            from torch.utils.tensorboard import SummaryWriter
+
+            self._tensorboard = SummaryWriter(
+                str(run_folder / "tensorboard"), purge_step=start_step + 1 if start_step else None
+            )
 
     def write(self, values: Mapping[str, float]) -> None:
         """Writes one line; `step` is among the values."""
@@ -208,7 +210,7 @@ class MetricsWriter:
     def _tensorboard_or_none(self) -> Iterator[SummaryWriter | None]:
         try:
             yield self._tensorboard
-        except (OSError, RuntimeError) as error:  # its thread has died of it
+        except Exception as error:  # of the disk, a thread that died of it, protobuf's versions
             logger.error("NO MORE TensorBoard files: %s; training continues", error)
             self._tensorboard = None
 

@@ -43,7 +43,7 @@ from unicl_fast.training.data import (
     open_datasets,
     rows_of_class_names,
 )
-from unicl_fast.training.figures import draw_contact_sheet, draw_curves
+from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.limits import check_memory
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Evaluation, Trainer
@@ -178,11 +178,9 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
         )
     mark("drawing the curves")
     curves = run_folder / "curves.png"
-    try:
+    with drawing(curves):
         draw_curves(run_folder, curves)
         logger.info("curves in %s", curves)
-    except (OSError, ValueError) as error:  # the model is trained all the same
-        logger.error("no curves: %s", error)
     following = f"unicl-eval zero-shot --checkpoint {run_folder} --data DIR"
     logger.info("%d steps done. Next: %s", trainer.step, following)
 
@@ -266,10 +264,8 @@ class _DrawsFirstBatch:
     def batches(self, start_step: int) -> Iterator[Batch]:
         for batch in self._loader.batches(start_step):
             if batch.step == 0:
-                try:
+                with drawing(self._path):
                     draw_contact_sheet(batch, self._path)
-                except OSError as error:
-                    logger.error("no contact sheet: %s", error)
             yield batch
 
     def close(self) -> None:

@@ -45,6 +45,7 @@ from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import (
     OR_WAITING,
     EvaluationStopped,
+    ForgivingStderr,
     WaitingForRanks,
     mark,
     stopping_when,
@@ -325,6 +326,7 @@ class Trainer:
                     # a log file wants a line now and then, a terminal a live image
                     mininterval=0.2 if sys.stderr.isatty() else 30,
                     dynamic_ncols=True,
+                    file=ForgivingStderr(),
                     disable=not self._show_progress,
                 )
             )
@@ -437,7 +439,7 @@ class Trainer:
         if session.metrics is not None:
             session.metrics.write({"step": self.step, **values})
             shown = ", ".join(f"{key} {value:.4g}" for key, value in values.items())
-            tqdm.write(f"step {self.step}: {shown}", file=sys.stderr)
+            tqdm.write(f"step {self.step}: {shown}", file=ForgivingStderr())
         return values
 
     def _keep_if_best(self, values: Mapping[str, float]) -> None:

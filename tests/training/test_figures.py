@@ -1,0 +1,133 @@
+"""Figures show texts as they are, and cannot end what they are drawn for."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from small_runs import StepLoader, tiny_config
+
+from unicl_fast.batch import Batch
+from unicl_fast.evaluation.report import ClassificationCounts, draw_confusion
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.figures import draw_contact_sheet, drawing
+from unicl_fast.training.metrics import MetricsWriter, read_metrics
+from unicl_fast.training.trainer import Trainer
+
+HOSTILE = (
+    "pay $5 or $6",
+    "$\\frac{$",
+    "$$",
+    "a_b^c \\alpha \\",
+    "<b> & % {} {0} %s",
+    "\N{PILE OF POO}\N{RIGHT-TO-LEFT OVERRIDE}\u0000",
+)
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """All texts of figures as they are saved; none of them was looked at as a formula."""
+    texts: list[str] = []
+    save = Figure.savefig
+
+    def remember(self: Figure, *arguments: object, **options: object) -> None:
+        found = self.findobj(Text)
+        assert not any(text.get_parse_math() for text in found)
+        texts.extend(text.get_text() for text in found)
+        save(self, *arguments, **options)
+
+    monkeypatch.setattr(Figure, "savefig", remember)
+    return texts
+
+
+def hostile_batch(images: torch.Tensor) -> Batch:
+    from unicl_fast.objectives.targets import collate
+
+    captions = [HOSTILE[number % len(HOSTILE)] for number in range(12)]
+    return collate(images, Tokenizer()(captions), torch.full((12,), -1))
+
+
+def test_a_contact_sheet_shows_any_text(
+    images: torch.Tensor, tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "sheet.png"
+    with drawing(path):
+        draw_contact_sheet(hostile_batch(images), path)
+    assert path.is_file()
+    assert not caplog.records
+    assert "pay $ 5 or $ 6" in drawn
+
+
+def test_a_confusion_matrix_shows_any_class_name(
+    tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = ClassificationCounts(HOSTILE, confusion=True)
+    rankings = [[(number + 1) % len(HOSTILE)] for number in range(len(HOSTILE))]
+    counts.add(rankings, [[number] for number in range(len(HOSTILE))])
+    draw_confusion(counts.result(), HOSTILE, tmp_path, "set", title="set, 100 % of $ and $")
+    assert (tmp_path / "confusion-set.png").is_file()
+    assert not caplog.records
+    assert "pay $5 or $6" in drawn
+    assert "set, 100 % of $ and $" in drawn
+
+
+@pytest.mark.parametrize("error", [ValueError("no such glyph"), OSError(28, "full"), MemoryError()])
+def test_what_goes_wrong_in_a_figure_is_logged(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, error: Exception
+) -> None:
+    with drawing(tmp_path / "x.png"):
+        raise error
+    (record,) = caplog.records
+    assert record.levelno == logging.ERROR
+    assert f"NO FIGURE {tmp_path / 'x.png'}: {type(error).__name__}" in record.getMessage()
+
+
+def test_a_confusion_matrix_that_cannot_be_drawn_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no font")
+
+    monkeypatch.setattr("unicl_fast.evaluation.report.save_figure", fail)
+    counts = ClassificationCounts(["a", "b"], confusion=True)
+    counts.add([[0]], [[1]])
+    draw_confusion(counts.result(), ["a", "b"], tmp_path, "set", title="set")
+    assert "NO FIGURE" in caplog.text
+
+
+def test_a_tracker_that_fails_in_any_way_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As a protobuf of another version does when TensorBoard is imported or writes."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise TypeError("Descriptors cannot be created directly")
+
+    monkeypatch.setattr("torch.utils.tensorboard.SummaryWriter.__init__", fail)
+    metrics = MetricsWriter(tmp_path, start_step=0)
+    metrics.write({"step": 1, "loss": 2.0})
+    metrics.close()
+    assert "NO MORE TensorBoard files: Descriptors" in caplog.text
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 2.0}]
+
+
+def test_a_log_on_a_full_disk_ends_nothing(
+    images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Path("/dev/full").open("w", buffering=1) as full:
+        monkeypatch.setattr("sys.stderr", full)
+        config = tiny_config(steps=2)
+        Trainer(
+            config,
+            StepLoader(images),
+            run_folder=tmp_path,
+            evaluations={"any": lambda model: {"top1": 0.5}},
+        ).fit()
+        monkeypatch.undo()
+        full.detach()  # what is still in it cannot be written when it is closed
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()][-1] == 2
