@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import io
 import logging
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from small_runs import StepLoader, tiny_config
 
 from unicl_fast.batch import Batch
 from unicl_fast.evaluation.report import ClassificationCounts, draw_confusion
+from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.figures import draw_contact_sheet, drawing
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
@@ -46,8 +48,6 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def hostile_batch(images: torch.Tensor) -> Batch:
-    from unicl_fast.objectives.targets import collate
-
     captions = [HOSTILE[number % len(HOSTILE)] for number in range(12)]
     return collate(images, Tokenizer()(captions), torch.full((12,), -1))
 
@@ -69,7 +69,9 @@ def test_a_confusion_matrix_shows_any_class_name(
     counts = ClassificationCounts(HOSTILE, confusion=True)
     rankings = [[(number + 1) % len(HOSTILE)] for number in range(len(HOSTILE))]
     counts.add(rankings, [[number] for number in range(len(HOSTILE))])
-    draw_confusion(counts.result(), HOSTILE, tmp_path, "set", title="set, 100 % of $ and $")
+    draw_confusion(
+        counts.result(what="test"), HOSTILE, tmp_path, "set", title="set, 100 % of $ and $"
+    )
     assert (tmp_path / "confusion-set.png").is_file()
     assert not caplog.records
     assert "pay $5 or $6" in drawn
@@ -96,7 +98,7 @@ def test_a_confusion_matrix_that_cannot_be_drawn_ends_nothing(
     monkeypatch.setattr("unicl_fast.evaluation.report.save_figure", fail)
     counts = ClassificationCounts(["a", "b"], confusion=True)
     counts.add([[0]], [[1]])
-    draw_confusion(counts.result(), ["a", "b"], tmp_path, "set", title="set")
+    draw_confusion(counts.result(what="test"), ["a", "b"], tmp_path, "set", title="set")
     assert "NO FIGURE" in caplog.text
 
 
@@ -119,15 +121,18 @@ def test_a_tracker_that_fails_in_any_way_ends_nothing(
 def test_a_log_on_a_full_disk_ends_nothing(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Path("/dev/full").open("w", buffering=1) as full:
-        monkeypatch.setattr("sys.stderr", full)
-        config = tiny_config(steps=2)
-        Trainer(
-            config,
-            StepLoader(images),
-            run_folder=tmp_path,
-            evaluations={"any": lambda model: {"top1": 0.5}},
-        ).fit()
-        monkeypatch.undo()
-        full.detach()  # what is still in it cannot be written when it is closed
-    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").open()][-1] == 2
+    class FullDisk(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def flush(self) -> None:
+            self.write("")
+
+    monkeypatch.setattr("sys.stderr", FullDisk())
+    Trainer(
+        tiny_config(steps=2),
+        StepLoader(images),
+        run_folder=tmp_path,
+        evaluations={"any": lambda model: {"top1": 0.5}},
+    ).fit()
+    assert read_metrics(tmp_path)[-1]["step"] == 2
