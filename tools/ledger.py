@@ -22,7 +22,7 @@ from unicl_fast.distributed.launch import stop
 from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
-    from unicl_fast.ledger.proof import LedgerProof
+    from unicl_fast.ledger.proof import LedgerProof, Run
 
 _MOST_LINES = 10
 
@@ -59,11 +59,9 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     replan = Replan() if arguments.replan else None
     try:
-        proof = prove(
-            arguments.run / LEDGER_FOLDER,
-            steps_done=newest_checkpoint_step(arguments.run),
-            watch=replan,
-        )
+        steps_done, run = newest_checkpoint(arguments.run)
+        folder = arguments.run / LEDGER_FOLDER
+        proof = prove(folder, steps_done=steps_done, run=run, watch=replan)
     except (ValueError, FileNotFoundError) as error:
         stop("unicl-ledger", error, code=2)
     except OSError as error:
@@ -78,10 +76,30 @@ def main(argv: Sequence[str] | None = None) -> None:
     sys.exit(0 if proof.holds and not (replan and replan.num_different) else 1)
 
 
-def newest_checkpoint_step(run_folder: Path) -> int:
-    """How many steps the newest checkpoint has done, by its name; 0 if there is none."""
-    names = [path.name for path in (run_folder / "checkpoints").glob("step-*")]
-    return max((int(name[5:]) for name in names if name[5:].isdigit()), default=0)
+def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
+    """The steps that the newest checkpoint has done, by its name, and its run; 0 if there is none.
+
+    The run is None where state.json is damaged: then the steps alone are compared.
+    """
+    from unicl_fast.ledger.proof import Run
+    from unicl_fast.system.checksums import parse_checksummed_json
+
+    folders = (run_folder / "checkpoints").glob("step-*")
+    steps = {int(path.name[5:]): path for path in folders if path.name[5:].isdigit()}
+    if not steps:
+        return 0, None
+    newest = max(steps)
+    try:
+        state = parse_checksummed_json((steps[newest] / "state.json").read_bytes())
+        run = Run(
+            run_id=str(state.get("run_id", "")),
+            seed=state["config"]["run"]["seed"],
+            global_batch_size=state["config"]["run"]["global_batch_size"],
+            sizes=[source["num_samples"] for source in state["data"]["sources"]],
+        )
+    except (OSError, ValueError, KeyError, TypeError):
+        return newest, None
+    return newest, run
 
 
 class Replan:

@@ -7,15 +7,29 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import StepLoader, tiny_config
 
+import unicl_fast.checkpoints.files as checkpoint_files
 from unicl_fast import load_model
-from unicl_fast.checkpoints.files import Best, choose_best_metric, list_checkpoints, read_best
-from unicl_fast.checkpoints.load import find_checkpoint
+from unicl_fast.checkpoints.files import (
+    Best,
+    choose_best_metric,
+    list_checkpoints,
+    read_best,
+    write_checkpoint,
+)
+from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
 from unicl_fast.distributed.signals import Interrupted
+from unicl_fast.system.checksums import (
+    dump_checksummed_json,
+    file_checksum,
+    parse_checksummed_json,
+)
 from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -201,3 +215,47 @@ def test_a_key_that_is_not_among_the_numbers_keeps_no_best(
         trainer_in(tmp_path, images, RISING_AND_FALLING, best="zero_shot/digits/top3").fit()
     assert kept(tmp_path) == [6]
     assert caplog.text.count("checkpoint.best means zero_shot/digits/top3") == 1
+
+
+def test_two_writers_of_one_step_do_not_join_their_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The second writes all of its checkpoint between two files of the first."""
+    save_file, is_first = checkpoint_files.save_file, True
+
+    def write(run_id: str, value: float) -> None:
+        tensors = {"weight": torch.full((3,), value)}
+        files = {"model.safetensors": tensors, "optimizer.safetensors": tensors}
+        write_checkpoint(tmp_path, step=6, files=files, state={"run_id": run_id})
+
+    def interrupted(*arguments: Any, **options: Any) -> None:
+        nonlocal is_first
+        save_file(*arguments, **options)
+        if is_first:
+            is_first = False
+            write("second", 2.0)
+
+    monkeypatch.setattr(checkpoint_files, "save_file", interrupted)
+    write("first", 1.0)
+    (written,) = list_checkpoints(tmp_path)
+    values = {load_file(path)["weight"][0].item() for path in written.glob("*.safetensors")}
+    assert values == {1.0}
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors"])
+def test_a_file_of_another_checkpoint_is_refused_whatever_the_checksums_say(
+    images: torch.Tensor, tmp_path: Path, name: str
+) -> None:
+    for run in ("one", "other"):
+        Trainer(
+            tiny_config(steps=2), StepLoader(images), run_folder=tmp_path / run, progress=False
+        ).fit()
+    one, other = (list_checkpoints(tmp_path / run / "checkpoints")[-1] for run in ("one", "other"))
+    foreign = read_state(other).run_id
+    (one / name).write_bytes((other / name).read_bytes())
+    state = parse_checksummed_json((one / "state.json").read_bytes())
+    state["checksums"][name] = file_checksum(one / name)
+    (one / "state.json").write_text(dump_checksummed_json(state))
+    with pytest.raises(DamagedCheckpointError, match=f"{name} is of step 2 of run {foreign}, "):
+        read_state(one)

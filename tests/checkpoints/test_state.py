@@ -55,6 +55,7 @@ def test_a_checkpoint_is_config_step_weights_average_optimizer_and_scaler(
     )
     assert state == {
         "step": 4,
+        "run_id": trainer.run_id,
         "config": json.loads(json.dumps(config_to_dict(config))),
         "scaler": {},
         "data": DATA,
@@ -75,4 +76,4 @@ def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Pat
     assert set(state["scaler"]) == {
         *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),
     }
-    assert set(state) == {"step", "config", "scaler", "data", "optimizer", "checksums"}
+    assert set(state) == {"step", "run_id", *("config", "scaler", "data", "optimizer", "checksums")}

@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from types import ModuleType
 
+from safetensors.torch import load_file
+
 from unicl_fast.checkpoints.files import list_checkpoints
 from unicl_fast.training.metrics import read_metrics
 
@@ -46,7 +48,8 @@ def losses(run_folder: Path) -> list[float]:
 
 def weights(run_folder: Path) -> bytes:
     newest = list_checkpoints(run_folder / "checkpoints")[-1]
-    return (newest / "model.safetensors").read_bytes()
+    tensors = load_file(newest / "model.safetensors")
+    return b"".join(tensors[name].numpy().tobytes() for name in sorted(tensors))
 
 
 STARTED: list[subprocess.Popen[str]] = []

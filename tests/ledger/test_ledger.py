@@ -29,7 +29,7 @@ from unicl_fast.ledger.format import (
     read_segment_file,
     segment_name,
 )
-from unicl_fast.ledger.proof import prove
+from unicl_fast.ledger.proof import Run, prove
 from unicl_fast.training.trainer import Trainer
 
 SOURCES = (LedgerSource("labels", 37), LedgerSource("captions", 300))
@@ -77,13 +77,18 @@ def write(
     shown: np.ndarray | None = None,
     fewer: dict[int, int] | None = None,
     lacks: set[int] | None = None,
+    **run: object,
 ) -> list[Path]:
-    """A start of the program that did the steps `start` to `end`; rank r lost the last fewer[r]."""
+    """A start of the program that did the steps `start` to `end`; rank r lost the last fewer[r].
+
+    `run` has more fields of the headers.
+    """
     folder.mkdir(exist_ok=True)
     shown = ids if shown is None else shown
     paths = []
     for rank in range(world_size):
         head = header(number, start, rank=rank, world_size=world_size)
+        head = dataclasses.replace(head, **run)
         mine = slice(rank * head.local_batch_size, (rank + 1) * head.local_batch_size)
         parts = [encode_header(head)]
         parts += [
@@ -327,6 +332,29 @@ def test_another_version_is_refused_by_its_number(
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format version 2, this program reads 1"):
         prove(tmp_path)
+
+
+def test_starts_of_runs_with_other_ids_or_seeds_are_no_proof(tmp_path: Path) -> None:
+    """What two runs leave that shared a folder: the same sources and batches."""
+    for change in ({"run_id": "b"}, {"seed": 1}):
+        folder = tmp_path / "-".join(change)
+        folder.mkdir()
+        write(folder, 1, 0, 30, run_id="a")
+        write(folder, 2, 30, STEPS, **{"run_id": "a"} | change)
+        proof = prove(folder)
+        assert not proof.holds
+        assert "segments 1 and 2 are of different runs: run a with seed 0" in proof.faults[0]
+
+
+def test_a_checkpoint_is_vouched_for_by_the_ledger_of_its_own_run(tmp_path: Path) -> None:
+    write(tmp_path, 1, 0, STEPS, run_id="a")
+    own = Run(run_id="a", seed=0, global_batch_size=N, sizes=[37, 300])
+    assert prove(tmp_path, steps_done=STEPS, run=own).holds
+    assert prove(tmp_path, steps_done=STEPS, run=dataclasses.replace(own, run_id="")).holds
+    for change in ({"run_id": "b"}, {"seed": 1}, {"sizes": [37, 301]}, {"global_batch_size": 6}):
+        proof = prove(tmp_path, steps_done=STEPS, run=dataclasses.replace(own, **change))
+        assert not proof.holds
+        assert "the newest checkpoint is of another run than segment 1" in proof.faults[0]
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ from program_runs import (
 )
 
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.load import read_state
 from unicl_fast.config import TrainConfig
 from unicl_fast.tools import evaluate, pretrain
 from unicl_fast.tools.pack import __main__ as pack_dataset
@@ -104,6 +105,25 @@ def test_a_run_that_is_asked_to_stop_saves_and_ends_with_75(
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.parametrize("nproc", ["1", "2"])
+def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path, nproc: str) -> None:
+    """As when a scheduler starts a job again beside its own zombie."""
+    out = tmp_path / "run"
+    process = start_long_run(data, out, "--nproc", "1")
+    config = (out / "config.json").read_bytes()
+    sources = ["--data.train", data / "labels", data / "captions"]
+    more = ["--run.seed", "7", "--resume", "auto", "--nproc", nproc]
+    refused = run(*LONG, *sources, "--out", out, *more, expect=2)
+    assert refused.stderr.count("is being written by process") == 1
+    assert (out / "config.json").read_bytes() == config
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    assert process.returncode == 75
+    for checkpoint in list_checkpoints(out / "checkpoints"):
+        read_state(checkpoint)
+
+
+@pytest.mark.slow
 @pytest.mark.dist
 def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
     out = data / "two"
@@ -120,7 +140,7 @@ def test_two_ranks_follow_one(data: Path, unbroken: Path) -> None:
 
 
 def test_what_auto_meant_stays_when_a_run_is_resumed(data: Path, tmp_path: Path) -> None:
-    """Whatever the machine that goes on with it computes fastest: here it begins in fp64."""
+    """Whatever the machine that resumes it computes fastest: here it begins in fp64."""
     arguments = [*SMALL, "--data.train", data / "labels", "--out", tmp_path / "run"]
     call(pretrain, *arguments, "--efficiency.precision", "fp64", "--run.steps", "4")
     call(pretrain, *arguments, "--efficiency.precision", "auto", "--resume", "auto")

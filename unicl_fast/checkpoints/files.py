@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import re
+import secrets
 import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -67,13 +68,14 @@ def write_checkpoint(
         OSError: it cannot be written (disk full, no permission); those from before are untouched.
     """
     target = checkpoints_folder / checkpoint_name(step)
-    partial = checkpoints_folder / f".{target.name}.partial"
+    # a name of its own: two runs that share a folder by mistake must not join their files
+    partial = checkpoints_folder / f".{target.name}.{secrets.token_hex(4)}.partial"
     replaced = checkpoints_folder / f".{target.name}.replaced"
-    shutil.rmtree(partial, ignore_errors=True)
+    origin = {"run_id": str(state.get("run_id", "")), "step": str(step)}
     try:
         partial.mkdir(parents=True)
         for name, tensors in files.items():
-            save_file(tensors, partial / name)
+            save_file(tensors, partial / name, metadata=origin)
         checksums = {name: file_checksum(partial / name) for name in files}
         text = dump_checksummed_json({"step": step, **state, "checksums": checksums})
         (partial / STATE_FILE).write_text(text, encoding="utf-8")

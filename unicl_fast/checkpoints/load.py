@@ -58,6 +58,8 @@ class CheckpointState:
     optimizer: str
     """Class name of the optimizer, whose state no other can take over."""
     checksums: dict[str, str]
+    run_id: str = ""
+    """The run, over all its starts; empty in checkpoints of 0.1."""
 
 
 def read_state(checkpoint: Path) -> CheckpointState:
@@ -81,7 +83,8 @@ def read_state(checkpoint: Path) -> CheckpointState:
             f"{path} is damaged: {error}; use another checkpoint"
         ) from error
     config = config_from_dict(values["config"])
-    state = CheckpointState(**{name: values[name] for name in _TYPES} | {"config": config})
+    known = {name: values[name] for name in _TYPES} | {"config": config}
+    state = CheckpointState(**known, run_id=values.get("run_id", ""))
     for name, expected in state.checksums.items():
         if not (checkpoint / name).is_file():
             raise FileNotFoundError(f"{checkpoint} lacks {name}; use another checkpoint")
@@ -91,7 +94,20 @@ def read_state(checkpoint: Path) -> CheckpointState:
                 f"{checkpoint / name} is damaged: its xxh3 is {found}, {STATE_FILE} says "
                 f"{expected}; use another checkpoint"
             )
+        if state.run_id:
+            _check_origin(checkpoint / name, state)
     return state
+
+
+def _check_origin(path: Path, state: CheckpointState) -> None:
+    """Refuses a file that was written for another checkpoint than the one it lies in."""
+    with _refusing_other_files(path), safe_open(path, framework="pt") as file:
+        found = file.metadata() or {}
+    if found != {"run_id": state.run_id, "step": str(state.step)}:
+        raise DamagedCheckpointError(
+            f"{path} is of step {found.get('step')} of run {found.get('run_id')}, {STATE_FILE} is "
+            f"of step {state.step} of run {state.run_id}; use another checkpoint"
+        )
 
 
 def _check_types(values: dict[str, Any]) -> None:
@@ -99,6 +115,8 @@ def _check_types(values: dict[str, Any]) -> None:
     for name, kind in _TYPES.items():
         if type(values.get(name)) is not kind:
             raise ValueError(f"{name} should be there and of type {kind.__name__}")
+    if type(values.get("run_id", "")) is not str:
+        raise ValueError("run_id should be a text")
     if not 0 <= values["step"] < 2**53:
         raise ValueError("step should be a count")
     checksums = values["checksums"]

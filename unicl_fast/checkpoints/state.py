@@ -57,9 +57,11 @@ def describe_state(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     data: Mapping[str, Any],
+    run_id: str,
 ) -> dict[str, Any]:
     """The content of state.json, without the step and the checksums."""
     return {
+        "run_id": run_id,
         "config": config_to_dict(model.config),
         "scaler": scaler.state_dict(),
         "data": dict(data),

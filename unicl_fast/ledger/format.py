@@ -72,6 +72,8 @@ class SegmentHeader:
     again."""
     shuffle_window: int = 0
     """`data.shuffle_window`, which that takes too; not in the file where it is 0."""
+    run_id: str = ""
+    """The run's, as in its checkpoints; not in the files of 0.1."""
 
     @property
     def local_batch_size(self) -> int:
@@ -112,8 +114,9 @@ def list_segments(folder: Path) -> dict[int, dict[int, Path]]:
 
 def encode_header(header: SegmentHeader) -> bytes:
     values = {"version": VERSION} | dataclasses.asdict(header)
-    if not header.shuffle_window:
-        del values["shuffle_window"]
+    for name in ("shuffle_window", "run_id"):
+        if not values[name]:
+            del values[name]
     text = json.dumps(values).encode()
     return _START.pack(_MAGIC, len(text), _checksum(text)) + text
 

@@ -39,6 +39,18 @@ Watch = Callable[[SegmentHeader, int, Int64Array, Int64Array], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Run:
+    """What tells one run from another, in its ledger and in its checkpoints."""
+
+    run_id: str
+    """Empty where 0.1 wrote it."""
+    seed: int
+    global_batch_size: int
+    sizes: list[int]
+    """Samples of each source."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SourceProof:
     """The result for the epochs of one source."""
 
@@ -124,12 +136,15 @@ class LedgerProof:
         return sum(counter.total() for counter in self.substitutes.values())
 
 
-def prove(folder: Path, *, steps_done: int = 0, watch: Watch | None = None) -> LedgerProof:
+def prove(
+    folder: Path, *, steps_done: int = 0, run: Run | None = None, watch: Watch | None = None
+) -> LedgerProof:
     """Reads all of a ledger.
 
     Args:
         folder: where the segments are, `ledger` of a run folder.
         steps_done: steps that are known to be done from elsewhere, as the newest checkpoint.
+        run: the run that this checkpoint is of, which the ledger must be of too.
         watch: is called with all draws too, in their order: a header of their segment, the first
             step, and source ids and scheduled sample ids [steps n].
 
@@ -147,7 +162,7 @@ def prove(folder: Path, *, steps_done: int = 0, watch: Watch | None = None) -> L
     faults: list[str] = []
     segments = _read_segments(found, notes, faults)
     counting = [segment for segment in segments if segment.counts]
-    faults += _contradictions(counting)
+    faults += _contradictions(counting, run)
     covered = _union(
         (max(start, segment.header.start_step), min(end, segment.counts_until))
         for segment in counting
@@ -247,17 +262,46 @@ def _read_files(paths: dict[int, Path], notes: list[str]) -> tuple[dict[int, Seg
     return files, any_damaged
 
 
-def _contradictions(segments: Sequence[Segment]) -> list[str]:
-    """Facts that must not change over a run, and did."""
+def _contradictions(segments: Sequence[Segment], run: Run | None) -> list[str]:
+    """Finds starts of different runs, or of another run than the checkpoint's."""
     headers = [segment.header for segment in segments]
-    facts = [(one.global_batch_size, [own.num_samples for own in one.sources]) for one in headers]
-    return [
-        f"segments {headers[i].segment} and {headers[i + 1].segment} are of different runs: "
-        f"batches of {one[0]} out of sources of {one[1]} samples, and batches of {other[0]} out of "
-        f"{other[1]}"
-        for i, (one, other) in enumerate(itertools.pairwise(facts))
-        if one != other
+    faults = [
+        f"segments {one.segment} and {other.segment} are of different runs: {_origin(one)}, and "
+        f"{_origin(other)}"
+        for one, other in itertools.pairwise(headers)
+        if _differ(_run_of(one), _run_of(other))
     ]
+    if run is not None and headers and _differ(run, _run_of(headers[-1])):
+        faults.append(
+            f"the newest checkpoint is of another run than segment {headers[-1].segment}: run "
+            f"{run.run_id or 'without an id'} with seed {run.seed} on sources of {run.sizes} "
+            f"samples, and {_origin(headers[-1])}"
+        )
+    return faults
+
+
+def _run_of(header: SegmentHeader) -> Run:
+    return Run(
+        run_id=header.run_id,
+        seed=header.seed,
+        global_batch_size=header.global_batch_size,
+        sizes=[source.num_samples for source in header.sources],
+    )
+
+
+def _differ(one: Run, other: Run) -> bool:
+    """Whether two are not one run; those of 0.1 have no id."""
+    if not (one.run_id and other.run_id):
+        one, other = (dataclasses.replace(each, run_id="") for each in (one, other))
+    return one != other
+
+
+def _origin(header: SegmentHeader) -> str:
+    run = _run_of(header)
+    return (
+        f"run {run.run_id or 'without an id'} with seed {run.seed} and batches of "
+        f"{run.global_batch_size} out of sources of {run.sizes} samples"
+    )
 
 
 def _union(ranges: Iterable[Steps]) -> list[Steps]:

@@ -75,7 +75,7 @@ class Ledger:
         self._failure: OSError | None = None
 
     @contextlib.contextmanager
-    def segment(self, step: int) -> Iterator[None]:
+    def segment(self, step: int, *, run_id: str = "") -> Iterator[None]:
         """Opens a segment whose first record is of `step`; all ranks call it together.
 
         Records that could not be written when it is closed are lost.
@@ -86,7 +86,9 @@ class Ledger:
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = max(list_segments(self.folder), default=0) if self._ranks.is_main else 0
         number: int = from_rank_0(newest + 1, self._ranks)
-        self._header = dataclasses.replace(self._header, segment=number, start_step=step)
+        self._header = dataclasses.replace(
+            self._header, segment=number, start_step=step, run_id=run_id
+        )
         path = self.folder / segment_name(number, self._ranks.rank)
         self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
         try:

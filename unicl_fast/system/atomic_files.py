@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import fcntl
+import logging
 import os
+import secrets
 import shutil
+import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 _LOCK_NAME = ".in-use"
 
@@ -80,6 +86,74 @@ def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
     except FileNotFoundError:
         return False
+
+
+@contextlib.contextmanager
+def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
+    """Makes the folder if needed, and lets no other process enter this for it meanwhile.
+
+    The lock is on a file in it that names host and process; the kernel releases it when the process
+    ends, over NFS when the client is gone. A file system without locks gets a warning. There, and
+    where clients of NFS do not share their locks, a second writer takes the file over; so the first
+    should call what is yielded before it writes.
+
+    Yields:
+        A function that raises RuntimeError once another process has taken the folder over.
+
+    Raises:
+        ValueError: another process writes there; names it.
+    """
+    path = folder / _LOCK_NAME
+    now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
+    token = secrets.token_hex(4)  # processes in containers may share host name and number
+    name = f"process {os.getpid()} on {socket.gethostname()}, since {now} ({token})"
+    descriptor = _open_locked(path)
+
+    def check() -> None:
+        with contextlib.suppress(FileNotFoundError):  # somebody has removed the folder
+            if (holder := path.read_text(encoding="utf-8")) not in ("", name):
+                raise RuntimeError(
+                    f"{folder} was taken over by {holder}: this process stops before it mixes its "
+                    "files with those of the other"
+                )
+
+    try:
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, name.encode(), 0)
+        yield check
+    finally:
+        with contextlib.suppress(OSError, RuntimeError):
+            check()
+            path.unlink()  # whoever has opened it meanwhile opens it anew
+            folder.rmdir()  # if nothing was written
+        os.close(descriptor)
+
+
+def _open_locked(path: Path) -> int:
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:  # the one before has just removed the folder
+            continue
+        try:
+            is_free = lock(descriptor)
+        except OSError as error:
+            logger.warning(
+                "%s: no locks there (%s): see to it that one program at a time writes there",
+                path.parent, error.strerror,
+            )  # fmt: skip
+            is_free = True
+        if not is_free:
+            holder = os.pread(descriptor, 1000, 0).decode("utf-8", "replace")
+            os.close(descriptor)
+            raise ValueError(
+                f"{path.parent} is being written by {holder or 'another process'}: wait for it or "
+                "end it, or choose another folder"
+            )
+        if is_at(descriptor, path):
+            return descriptor
+        os.close(descriptor)
 
 
 @contextlib.contextmanager

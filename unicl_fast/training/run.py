@@ -6,6 +6,7 @@ DALI nor the protocols of evaluation.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -30,6 +31,7 @@ from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import fast_precision, resolve_precision
 from unicl_fast.pipelines.plan.plan import TrainPlan
+from unicl_fast.system.atomic_files import sole_writer
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import mark
 from unicl_fast.text.prompts import ClassPrompts
@@ -130,12 +132,16 @@ def pretrain(
             world_size=int(os.environ.get("WORLD_SIZE", "1")),
         ) as watchdog,
         process_group(device, timeout_seconds=group_timeout(limit)) as ranks,
+        contextlib.ExitStack() as stack,
     ):
         configure_logging(ranks)
         watchdog.meet(ranks)
         mark("reading checkpoints")
         with refused_together(ranks):
             local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
+            check_run_folder: Callable[[], None] | None = None
+            if ranks.is_main:
+                check_run_folder = stack.enter_context(sole_writer(run_folder))
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
         mark("opening the data and building the model")
@@ -147,6 +153,7 @@ def pretrain(
             ranks=ranks,
             device=device,
             keeps_ledger=has_ledger(run_folder, ranks) or ledger,
+            check_run_folder=check_run_folder,
         )
         views = 2 if trainer.config.objective.name == "supcon" else 1
         num_images = views * local_batch_size
@@ -209,6 +216,7 @@ def _build_trainer(
     ranks: Ranks,
     device: torch.device,
     keeps_ledger: bool,
+    check_run_folder: Callable[[], None] | None,
 ) -> Trainer:
     """Opens the data, checks that it suits the model, and puts the trainer together."""
     config, datasets, weights = _open_checked(config)
@@ -252,6 +260,7 @@ def _build_trainer(
             datasets=datasets,
         ),
         ledger=ledger,
+        check_run_folder=check_run_folder,
     )
 
 

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import logging
 import math
+import secrets
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
@@ -105,6 +106,7 @@ class Trainer:
         data: Mapping[str, Any] | None = None,
         dataset_meter: DatasetMeter | None = None,
         ledger: Ledger | None = None,
+        check_run_folder: Callable[[], None] | None = None,
         progress: bool = True,
     ) -> None:
         """Puts the parts together; nothing is trained or written yet.
@@ -121,6 +123,8 @@ class Trainer:
                 when a run is resumed.
             dataset_meter: measures each data set at logging steps.
             ledger: records the samples of every step.
+            check_run_folder: is called before rank 0 writes a checkpoint, and raises if another
+                process has taken the run folder over (`atomic_files.sole_writer`).
             progress: show a progress bar on rank 0.
 
         Raises:
@@ -132,7 +136,9 @@ class Trainer:
         self.config = config = resolve_precision(config, self.device)
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
-        self.run_folder = run_folder
+        self.run_folder, self._check_run_folder = run_folder, check_run_folder
+        self.run_id: str = from_rank_0(secrets.token_hex(8), self.ranks)
+        """The run, over all its starts: in every file of its checkpoints, and in its ledger."""
         self.total_steps = config.run.total_steps
         self.step = self._start_step = self._saved_step = 0
         self._show_progress = progress and self.ranks.is_main
@@ -183,6 +189,7 @@ class Trainer:
             scaler=self.scaler,
         )
         self.step = self._saved_step = state.step
+        self.run_id = state.run_id or self.run_id
         self._nonfinite_steps.start_at(self.step)
         logger.info("resumed from %s: %d of %d steps done", checkpoint, self.step, self.total_steps)
 
@@ -293,9 +300,15 @@ class Trainer:
         self._saved_step = self.step
         if self._checkpoints is None:
             return
+        if self._check_run_folder is not None:
+            self._check_run_folder()
         tensors = collect_tensors(model=self.model, ema=self.ema, optimizer=self.optimizer)
         state = describe_state(
-            model=self.model, optimizer=self.optimizer, scaler=self.scaler, data=self.data
+            model=self.model,
+            optimizer=self.optimizer,
+            scaler=self.scaler,
+            data=self.data,
+            run_id=self.run_id,
         )
         self._checkpoints.write(tensors, state, step=self.step, required=required)
 
@@ -332,7 +345,7 @@ class Trainer:
             )
             interruption = stack.enter_context(Interruption())
             if self.ledger is not None:
-                stack.enter_context(self.ledger.segment(self.step))
+                stack.enter_context(self.ledger.segment(self.step, run_id=self.run_id))
             if self._checkpoints is not None:
                 stack.enter_context(self._checkpoints.finishing())
                 self._checkpoints.begin(step=self.step, metric=best_metric, lines=lines)

@@ -1,0 +1,82 @@
+"""One process at a time writes into a folder, and the next one is told which."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from unicl_fast.system import atomic_files
+from unicl_fast.system.atomic_files import sole_writer
+
+HOLD = """
+import sys
+from pathlib import Path
+from unicl_fast.system.atomic_files import sole_writer
+with sole_writer(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.timeout(120)
+def test_the_second_is_refused_by_name_until_the_first_has_ended_however(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    named = f"{folder} is being written by process {holder.pid} on {socket.gethostname()}, since 20"
+    with pytest.raises(ValueError, match=named), sole_writer(folder):
+        pass
+    holder.send_signal(signal.SIGKILL)
+    holder.wait()
+    with sole_writer(folder) as check:
+        check()
+
+
+def test_nothing_is_left_of_it(tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "empty"):
+        assert len(list((tmp_path / "empty").iterdir())) == 1
+    assert not (tmp_path / "empty").exists()
+    with pytest.raises(KeyError), sole_writer(tmp_path / "failed"):
+        raise KeyError
+    assert not (tmp_path / "failed").exists()
+    with sole_writer(tmp_path / "used"):
+        (tmp_path / "used" / "file").touch()
+    assert [path.name for path in (tmp_path / "used").iterdir()] == ["file"]
+
+
+def test_without_locks_the_first_notices_that_a_second_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As on network drives that are mounted without a lock service."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(atomic_files.fcntl, "flock", refuse)
+    with sole_writer(tmp_path) as first:
+        first()
+        assert "no locks there (No locks available)" in caplog.text
+        with sole_writer(tmp_path) as second:
+            second()
+            with pytest.raises(RuntimeError, match=f"{tmp_path} was taken over by process"):
+                first()
+
+
+def test_a_folder_that_somebody_removes_is_none_of_its_faults(tmp_path: Path) -> None:
+    with sole_writer(tmp_path / "run") as check:
+        next((tmp_path / "run").iterdir()).unlink()
+        (tmp_path / "run").rmdir()
+        check()
