@@ -350,6 +350,9 @@ class RunConfig:
     """Steps with a non-finite loss or gradient norm that are allowed. Each update is left out and
     logged; one more stops the run. The samples are listed in non-finite-step-*.json. Steps of this
     process are counted, not those before a resume."""
+    check_ranks_every_steps: Count = 1000
+    """Steps between comparisons of the weights' bits over ranks; 0 makes none. A rank whose weights
+    have silently parted from the others' ends the run."""
     timeout_seconds: FiniteNonNegative = 600
     """Longest wait for a batch, other ranks or storage; 0 sets no limit. A rank that waits longer
     has hung: it names its stage and ends the run with code 70. Before the first step is done the

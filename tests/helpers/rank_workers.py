@@ -38,6 +38,7 @@ from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Trainer
 
@@ -543,3 +544,40 @@ def finetune_slices(ranks, images: torch.Tensor, path: str) -> None:
     )
     if ranks.is_main:
         save_file(trained.state_dict(), path)
+
+
+def disagree(ranks, same: dict, descriptions: list[dict], folder: str) -> None:
+    """Rank 1 has each of the descriptions, rank 0 the same one; writes what each rank raises."""
+    check_ranks_agree(same, ranks)
+    said = []
+    for other in descriptions:
+        try:
+            check_ranks_agree(other if ranks.rank else same, ranks)
+        except ValueError as error:
+            said.append(str(error))
+    (Path(folder) / str(ranks.rank)).write_text(json.dumps(said))
+
+
+def train_with_a_parted_weight(ranks, images: torch.Tensor, folder: str, every_steps: int) -> None:
+    """One bit of one weight of rank 1 changes after step 3."""
+    config = tiny_config(steps=6)
+    run = dataclasses.replace(config.run, check_ranks_every_steps=every_steps)
+    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    trainer = Trainer(dataclasses.replace(config, run=run), loader, ranks=ranks, progress=False)
+    train_step = trainer.train_step
+
+    def parting(batch: Batch):
+        result = train_step(batch)
+        if ranks.rank == 1 and trainer.step == 3:
+            with torch.no_grad():
+                weight = trainer.model.image_projection.view(torch.int64)
+                weight[0, 0] ^= 1
+        return result
+
+    trainer.train_step = parting
+    said = Path(folder) / str(ranks.rank)
+    try:
+        trainer.fit()
+        said.write_text(f"{trainer.step} steps")
+    except RuntimeError as error:
+        said.write_text(str(error))

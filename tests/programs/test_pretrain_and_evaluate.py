@@ -7,6 +7,7 @@ import json
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -113,7 +114,7 @@ def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path, nproc: str) -> 
     config = (out / "config.json").read_bytes()
     sources = ["--data.train", data / "labels", data / "captions"]
     more = ["--run.seed", "7", "--resume", "auto", "--nproc", nproc]
-    refused = run(*LONG, *sources, "--out", out, *more, expect=2)
+    refused = run("pretrain", *LONG, *sources, "--out", out, *more, expect=2)
     assert refused.stderr.count("is being written by process") == 1
     assert (out / "config.json").read_bytes() == config
     process.send_signal(signal.SIGTERM)
@@ -121,6 +122,37 @@ def test_a_run_folder_has_one_writer(data: Path, tmp_path: Path, nproc: str) -> 
     assert process.returncode == 75
     for checkpoint in list_checkpoints(out / "checkpoints"):
         read_state(checkpoint)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.parametrize(
+    ("of_rank_1", "expected"),
+    [
+        (["--run.seed", "7"], "run.seed is 0 on rank 0 and 7 on rank 1"),
+        (["--optim.lr", "0.5"], "optim.lr is "),
+        (["--data.train", "{captions}", "{labels}"], "contents of data."),
+    ],
+    ids=["seed", "learning rate", "order of data sets"],
+)
+def test_ranks_that_disagree_end_before_the_first_step(
+    data: Path, tmp_path: Path, of_rank_1: list[str], expected: str
+) -> None:
+    out = tmp_path / "run"
+    train = ["--data.train", str(data / "labels"), str(data / "captions")]
+    others = [word.format(labels=data / "labels", captions=data / "captions") for word in of_rank_1]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    ranks = []
+    for rank, more in enumerate(([], others)):
+        where = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        where |= {"LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(start(*SMALL, *train, "--out", out, *more, env=where))
+    errors = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 2], errors
+    assert f"unicl-pretrain: ranks disagree: {expected}" in errors[0]
+    assert not (out / "metrics.jsonl").exists()
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ Watch = Callable[[SegmentHeader, int, Int64Array, Int64Array], None]
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class Run:
-    """What tells one run from another, in its ledger and in its checkpoints."""
+    """The marks by which one run is told from another, in its ledger and in its checkpoints."""
 
     run_id: str
     """Empty where 0.1 wrote it."""

@@ -35,6 +35,7 @@ from unicl_fast.system.atomic_files import sole_writer
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import mark
 from unicl_fast.text.prompts import ClassPrompts
+from unicl_fast.training.agreement import check_ranks_agree, describe_rank
 from unicl_fast.training.data import (
     adapt_objective_to_data,
     build_prompts,
@@ -223,6 +224,11 @@ def _build_trainer(
     if not config.run.total_steps:
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
+    data = describe_datasets(datasets, weights)
+    mark("comparing ranks", waits_for_ranks=ranks.world_size > 1)
+    with refused_together(ranks):
+        check_ranks_agree(describe_rank(config, data), ranks)
+    mark("opening the data and building the model")
     prompts = build_prompts(datasets, config)
     loader = build_loader(
         config,
@@ -252,7 +258,7 @@ def _build_trainer(
         ranks=ranks,
         device=device,
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
-        data=describe_datasets(datasets, weights),
+        data=data,
         dataset_meter=DatasetMeter(
             # the folder in the cache has the last part of a URL as its name
             numbered([dataset.folder.resolve().name for dataset in datasets]),

@@ -51,6 +51,7 @@ from unicl_fast.system.progress import (
     mark,
     stopping_when,
 )
+from unicl_fast.training.agreement import check_weights_agree
 from unicl_fast.training.cached_gradients import (
     back_propagate_in_micro_batches,
     check_micro_batches,
@@ -206,6 +207,7 @@ class Trainer:
             ValueError: `checkpoint.best` names what no evaluation gives, or samples have classes
                 that the objective does not look at.
             OSError: the run folder, or the last checkpoint, cannot be written.
+            RuntimeError: the weights of ranks differ (`run.check_ranks_every_steps`).
         """
         every = self.config.run
         with self._session() as session:
@@ -215,6 +217,8 @@ class Trainer:
                 batch = self._next_batch(session, batches)
                 loss, grad_norm = self.train_step(batch)
                 self._record(session, batch, loss=loss, grad_norm=grad_norm)
+                if self._is_due(every.check_ranks_every_steps):
+                    self._check_weights(session)
                 is_stopped = session.interruption.has_come(self.ranks)
                 if self._is_due(every.log_every_steps):
                     self._log(session, batch)
@@ -411,6 +415,12 @@ class Trainer:
     def _check_finite(self, meter: StepMeter) -> None:
         self._mark("reading the loss", waits_for_ranks=True)
         self._nonfinite_steps.judge(meter.read(), done=self.step, last_metrics=self._last_metrics)
+
+    def _check_weights(self, session: _Session) -> None:
+        if self.config.run.check_ranks_every_steps and self.ranks.world_size > 1:
+            self._mark("comparing the weights of all ranks", waits_for_ranks=True)
+            with session.meter.paused():
+                check_weights_agree(self.model, self.ranks, step=self.step)
 
     def _save(self, session: _Session, *, required: bool) -> None:
         with session.meter.paused():

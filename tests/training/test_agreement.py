@@ -1,0 +1,73 @@
+"""Ranks that do not run the same thing are found, and said by what differs."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rank_workers import disagree, run_on_ranks, train_with_a_parted_weight
+from small_runs import tiny_config
+
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.training.agreement import check_ranks_agree, code_digest, describe_rank
+
+DATA = {"sources": [{"num_samples": 12, "shards": ["abc"]}], "shares": None}
+
+
+@pytest.mark.dist
+def test_what_differs_is_named_with_its_rank(tmp_path: Path) -> None:
+    same = describe_rank(tiny_config(), DATA)
+    changes = {
+        "run.seed is 0 on rank 0 and 7 on rank 1": ("run", "seed", 7),
+        "optim.lr is 0.001 on rank 0 and 0.002 on rank 1": ("optim", "lr", 0.002),
+        "contents of data.sources[0].shards[0] is 'abc' on rank 0 and 'abd' on rank 1": (
+            *("contents of data", "sources"),
+            [{"num_samples": 12, "shards": ["abd"]}],
+        ),
+        "version of.torch is ": ("version of", "torch", "0"),
+        "code is ": ("code", "0"),
+    }
+    descriptions = []
+    for path in changes.values():
+        *groups, name, value = path
+        descriptions.append(copy.deepcopy(same))
+        inner = descriptions[-1]
+        for group in groups:
+            inner = inner[group]
+        inner[name] = value
+    run_on_ranks(disagree, 2, same, descriptions, str(tmp_path))
+    for rank in range(2):
+        said = json.loads((tmp_path / str(rank)).read_text())
+        assert len(said) == len(changes)
+        for text, expected in zip(said, changes, strict=True):
+            assert text.startswith(f"ranks disagree: {expected}")
+            assert "start all ranks with the same arguments" in text
+
+
+def test_one_rank_agrees_with_itself() -> None:
+    check_ranks_agree(describe_rank(tiny_config(), DATA), Ranks())
+    assert len(code_digest()) == 32
+
+
+def test_where_data_lie_may_differ_from_node_to_node() -> None:
+    described = describe_rank(tiny_config(), DATA)
+    assert "train" not in described["data"]
+    assert "flip_probability" in described["data"]
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("every_steps", [2, 0])
+def test_a_weight_that_parts_from_the_other_rank_s_ends_the_run(
+    images: torch.Tensor, tmp_path: Path, every_steps: int
+) -> None:
+    run_on_ranks(train_with_a_parted_weight, 2, images, str(tmp_path), every_steps)
+    said = [(tmp_path / str(rank)).read_text() for rank in range(2)]
+    if every_steps:
+        expected = "weights differ between ranks after step 4, in 1 parameter such as "
+        assert said[0] == said[1]
+        assert said[0].startswith(f"{expected}image_projection")
+    else:
+        assert said == ["6 steps"] * 2

@@ -1,0 +1,130 @@
+"""Whether all ranks run the same thing: settings, data, code and, now and then, weights.
+
+Ranks that disagree do not fail: they sum gradients of different losses and end with 0. So what each
+rank has is compared before the first step of every start, and a fingerprint of the weights every
+`run.check_ranks_every_steps`. The price is a hash of the package's files and one small gather.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib.metadata
+import json
+import platform
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import unicl_fast
+from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
+from unicl_fast.system.wording import count_of, shorten
+
+_PACKAGES = ("torch", "timm", "numpy", "numba", "nvidia-dali-cuda120", "tokenizers")
+# Where the data lie and how they are fetched may differ from node to node.
+_OF_A_NODE = ("train", "evaluate", "threads", "cache_folder", "cache_bytes", "block_bytes")
+
+
+def describe_rank(config: TrainConfig, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Describes all that ranks must have in common, in JSON's types.
+
+    Args:
+        config: the settings, as this rank will use them.
+        data: the contents of the data sets (`data.describe_datasets`).
+    """
+    settings = config_to_dict(config)
+    for name in _OF_A_NODE:
+        del settings["data"][name]
+    versions = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return {
+        **settings,
+        "contents of data": dict(data),
+        "code": code_digest(),
+        "version of": versions,
+    }
+
+
+@functools.cache
+def code_digest() -> str:
+    """A hash of the package's source files, by which ranks with another checkout are found."""
+    digest = hashlib.blake2b(digest_size=16)
+    for root in map(Path, unicl_fast.__path__):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
+    return digest.hexdigest()
+
+
+def check_ranks_agree(description: Mapping[str, Any], ranks: Ranks) -> None:
+    """Compares the description of every rank with rank 0's; all ranks call it together.
+
+    Raises:
+        ValueError: names, on every rank, the first rank that differs and its first difference.
+    """
+    text = json.dumps(description, sort_keys=True)
+    digest = int.from_bytes(hashlib.blake2b(text.encode(), digest_size=7).digest())
+    if len(set(gather_integers(digest, ranks))) == 1:
+        return
+    everyone = [dict(_leaves(json.loads(each))) for each in gather_objects(text, ranks)]
+    for rank, its in enumerate(everyone):
+        own = everyone[0]
+        paths = [path for path in sorted({*own, *its}) if own.get(path, "") != its.get(path, "")]
+        if paths:
+            of_rank_0, of_other = (shorten(one.get(paths[0], "not there")) for one in (own, its))
+            raise ValueError(
+                f"ranks disagree: {paths[0]} is {of_rank_0} on rank 0 and {of_other} on rank {rank}"
+                + (f" ({count_of(len(paths) - 1, 'more difference')})" if len(paths) > 1 else "")
+                + "; start all ranks with the same arguments, data and installation"
+            )
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    """Values of nested dictionaries and lists, by paths such as run.seed or sources[1]."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _leaves(inner, f"{path}.{name}" if path else name)
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}[{index}]")
+    else:
+        yield path, value
+
+
+def check_weights_agree(model: nn.Module, ranks: Ranks, *, step: int) -> None:
+    """Compares the bits of all ranks' weights; all ranks call it together. Waits for the device.
+
+    BatchNorm's averages are not compared: they are those of each rank's local batches.
+
+    Raises:
+        RuntimeError: names the parameters that differ.
+    """
+    if ranks.world_size == 1:
+        return
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    prints = torch.stack([_fingerprint(parameter.detach()) for parameter in parameters]).tolist()
+    everyone = gather_objects(prints, ranks)
+    different = [
+        name for name, each in zip(names, zip(*everyone, strict=True), strict=True)
+        if len(set(each)) > 1
+    ]  # fmt: skip
+    if different:
+        raise RuntimeError(
+            f"weights differ between ranks after step {step}, in "
+            f"{count_of(len(different), 'parameter')} such as {different[0]}: a device or a "
+            "library computes wrongly on one of them, or training was changed; checkpoints hold "
+            "rank 0's. Resume from one that was written before the ranks parted"
+        )
+
+
+def _fingerprint(weights: Tensor) -> Tensor:
+    """The sum of a tensor's bits as whole numbers, which wraps around; int64 []."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[weights.element_size()]
+    return weights.contiguous().view(kind).sum(dtype=torch.int64)
