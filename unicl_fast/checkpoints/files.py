@@ -71,7 +71,7 @@ def write_checkpoint(
     # a name of its own: two runs that share a folder by mistake must not join their files
     partial = checkpoints_folder / f".{target.name}.{secrets.token_hex(4)}.partial"
     replaced = checkpoints_folder / f".{target.name}.replaced"
-    origin = {"run_id": str(state.get("run_id", "")), "step": str(step)}
+    origin = origin_of(str(state.get("run_id", "")), step)
     try:
         partial.mkdir(parents=True)
         for name, tensors in files.items():
@@ -93,6 +93,11 @@ def write_checkpoint(
         raise OSError(f"{target} cannot be written: {error}") from error
     shutil.rmtree(replaced, ignore_errors=True)
     return target
+
+
+def origin_of(run_id: str, step: int) -> dict[str, str]:
+    """The metadata of a checkpoint's files; one entry, since safetensors orders more at random."""
+    return {"origin": f"step {step} of run {run_id}"}
 
 
 def remove_old(checkpoints_folder: Path, *, keep: int, pinned: Collection[int]) -> None:

@@ -22,7 +22,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from unicl_fast.checkpoints.export import is_export, read_export
-from unicl_fast.checkpoints.files import STATE_FILE, checkpoint_name, list_checkpoints, read_best
+from unicl_fast.checkpoints.files import (
+    STATE_FILE,
+    checkpoint_name,
+    list_checkpoints,
+    origin_of,
+    read_best,
+)
 from unicl_fast.config import TrainConfig, config_from_dict
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
@@ -102,11 +108,11 @@ def read_state(checkpoint: Path) -> CheckpointState:
 def _check_origin(path: Path, state: CheckpointState) -> None:
     """Refuses a file that was written for another checkpoint than the one it lies in."""
     with _refusing_other_files(path), safe_open(path, framework="pt") as file:
-        found = file.metadata() or {}
-    if found != {"run_id": state.run_id, "step": str(state.step)}:
+        found = (file.metadata() or {}).get("origin", "an unknown step")
+    expected = origin_of(state.run_id, state.step)["origin"]
+    if found != expected:
         raise DamagedCheckpointError(
-            f"{path} is of step {found.get('step')} of run {found.get('run_id')}, {STATE_FILE} is "
-            f"of step {state.step} of run {state.run_id}; use another checkpoint"
+            f"{path} is of {found}, {STATE_FILE} is of {expected}; use another checkpoint"
         )
 
 

@@ -374,9 +374,30 @@ class Trainer:
         self._mark("waiting for the next batch")
         with session.meter.waiting():
             batch = next(batches)
-        if self.step == self._start_step:
-            _check_classes(batch, self.config)
-        return batch.to(self.device)
+        if self.step > self._start_step:
+            return batch.to(self.device)
+        _check_classes(batch, self.config)
+        batch = batch.to(self.device)
+        with session.meter.paused():
+            self._settle_buckets(batch)
+        return batch
+
+    def _settle_buckets(self, batch: Batch) -> None:
+        """Does a backward pass that does not count, so that a start cannot be seen in the results.
+
+        DDP puts gradients into buckets by the order of parameters, and after its first backward
+        pass by the order in which they came. A gradient's place decides in which order three or
+        more ranks are added up, so the first step of each start would be rounded in another way.
+        """
+        if self.ranks.world_size == 1:
+            return
+        self._mark("step: encoding", waits_for_ranks=True)
+        self.model.train()
+        buffers = {name: buffer.clone() for name, buffer in self.model.named_buffers()}
+        self.back_propagate(batch)
+        self.optimizer.zero_grad()
+        for name, buffer in self.model.named_buffers():  # BatchNorm's averages
+            buffer.copy_(buffers[name])
 
     def _record(self, session: _Session, batch: Batch, *, loss: Tensor, grad_norm: Tensor) -> None:
         """Notes the samples and the results of a step; reads nothing from the device."""
