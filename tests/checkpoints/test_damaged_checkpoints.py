@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from small_runs import StepLoader, tiny_config
 
+from unicl_fast.checkpoints.files import origin_of
 from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model, read_state
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
 from unicl_fast.training.trainer import Trainer
@@ -83,7 +84,8 @@ def change_tensors(checkpoint: Path, file: str, **changes: torch.Tensor | None) 
             del tensors[name]
         else:
             tensors[name] = value
-    save_file(tensors, checkpoint / file)
+    state = read_state(checkpoint)
+    save_file(tensors, checkpoint / file, metadata=origin_of(state.run_id, state.step))
     fuzz_checkpoints.make_fit(checkpoint)
 
 
