@@ -295,6 +295,35 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
     return overlapping
 
 
+def require_there(entry: Entry | None, source: str) -> None:
+    """Tells an image that cannot be read from a source that has vanished, such as a dropped mount.
+
+    A file may be gone by itself, and is listed then. If its folder is gone too, or empty as the
+    folder of a mount that was dropped, or the archive is gone that held it, so are all others.
+
+    Raises:
+        FileNotFoundError: the source has vanished.
+    """
+    if isinstance(entry, FileEntry):
+        place = os.path.dirname(entry.path)
+        try:
+            with os.scandir(place) as listing:
+                is_there = next(listing, None) is not None
+        except PermissionError:  # images can be read by name where names cannot be listed
+            is_there = True
+        except OSError:
+            is_there = False
+    else:
+        place = entry.archive if isinstance(entry, ZipEntry) else getattr(entry, "path", "")
+        is_there = not place or os.path.exists(place)
+    if not is_there:
+        raise FileNotFoundError(
+            f"the source {source} has vanished while it was packed: {place} was there when it was "
+            "listed, and is gone or empty. Bring it back (a mount that was dropped, say) and give "
+            "the same command again"
+        )
+
+
 Tree = FolderTree | ZipTree
 """Named files under one root, names with forward slashes."""
 
