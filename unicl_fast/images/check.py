@@ -314,7 +314,7 @@ class JpegHeader:
     first_scan: bytes
     """The body of the first scan's header."""
     scan_start: int
-    """Where the data of the first scan begin."""
+    """The first byte of the first scan's data."""
     orientation: int
     """Exif orientation 1 to 8; 1 where there is none."""
     is_plain: bool

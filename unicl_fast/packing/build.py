@@ -73,9 +73,11 @@ class BuildOptions:
     """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
     (80 prompts) or simple (1). By default imagenet where there are labels."""
     image_column: str = ""
-    """Column with image paths, or images, if it is not called image, file or path."""
+    """Column with image paths, or images, if it is not called image, file, path or
+    file_name."""
     caption_column: str = ""
-    """Column with captions, if it is not called caption or captions; in tars, field of KEY.json."""
+    """Column with captions, if it is not called caption, captions or text; in tars, field of
+    KEY.json."""
     label_column: str = ""
     """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
     into --class-names. For CIFAR-100, coarse_labels."""
