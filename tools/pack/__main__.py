@@ -273,8 +273,8 @@ def _report_build(summary: BuildSummary) -> str:
         more = ", ..." if len(summary.class_names) > 3 else ""
         lines.append(
             f"WARNING: the class names are numbers ({', '.join(summary.class_names[:3])}{more}), "
-            "of which prompts would be made; --class-names FILE, with lines KEY<TAB>NAME whose keys "
-            "are the folders' names, gives them words"
+            "of which prompts would be made; --class-names FILE, with lines KEY<TAB>NAME whose "
+            "keys are the folders' names, gives them words"
         )
     lines.append(f"next: unicl-pretrain --preset NAME --data.train {summary.out} --out RUN")
     return "\n".join(lines)
