@@ -67,7 +67,12 @@ class FileEntry:
 
 
 class FolderTree:
-    """The files under a folder. Links are followed; each folder is listed once."""
+    """The files under a folder; each folder is listed once.
+
+    Links are followed wherever they lead, in `entries` and in `find`: who made them could have put
+    the files there. A name that itself leaves the folder is refused, since a list may come from
+    somebody else.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -110,7 +115,8 @@ class FolderTree:
             if len(os.fsencode(name)) > _MAX_PATH_BYTES:
                 raise EntryError("missing", "the path is longer than any file's")
             path = os.path.realpath(self._root / name)
-            if os.path.commonpath([path, self._real_root]) != self._real_root:
+            # `..` behind a link leads elsewhere than it reads, and a whole path may be spelled anew
+            if not self._names_inside(name) and not _is_under(path, self._real_root):
                 raise EntryError(
                     "outside", f"the path leaves {self._root}; --image-root says where images are"
                 )
@@ -122,6 +128,16 @@ class FolderTree:
                 raise
             raise EntryError("missing", f"no such file in {self._root}") from error
         return FileEntry(path, status.st_size, status.st_mtime_ns)
+
+    def _names_inside(self, name: str) -> bool:
+        """Whether a path stays in the folder as it is written, whatever links do."""
+        if ".." in name.split("/"):
+            return False
+        return not os.path.isabs(name) or _is_under(name, os.path.abspath(self._root))
+
+
+def _is_under(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _list_folders(prefix: str, path: str, real: str) -> list[tuple[str, str, str]]:
