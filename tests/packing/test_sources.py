@@ -16,7 +16,14 @@ from unicl_fast.packing.samples import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.sources.items import Entry, EntryError, Item, ListOptions, Source
+from unicl_fast.packing.sources.items import (
+    MAX_FILE_BYTES,
+    Entry,
+    EntryError,
+    Item,
+    ListOptions,
+    Source,
+)
 from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.trees import FileEntry, open_tree
 
@@ -177,6 +184,11 @@ def test_an_imagefolder_is_read_as_its_metadata_says(tmp_path: Path, kind: str) 
     assert source.name == "train"
     assert read(source.items[1].entry) == b"cat/2.jpg"
     assert source.passed_over == {f"images that metadata.{kind} does not name": 1}
+    with (tmp_path / "train" / f"metadata.{kind}").open("a") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # large lists are lists too, though no image is so large
+    with pytest.raises(ValueError, match="holds train/metadata"):
+        read_source(str(tmp_path))
+    (tmp_path / "train" / f"metadata.{kind}").write_text(text)
     # one floor too high: its only class would be "train"
     with pytest.raises(ValueError, match=f"unicl-pack build {tmp_path}/train --out"):
         read_source(str(tmp_path))

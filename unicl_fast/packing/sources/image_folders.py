@@ -22,6 +22,7 @@ from unicl_fast.packing.sources.items import (
     Problem,
     RefusedEntry,
     Source,
+    open_regular,
     require_text,
 )
 from unicl_fast.packing.sources.lists import read_list
@@ -50,9 +51,14 @@ def is_metadata(name: str, entry: Entry) -> bool:
     if os.path.basename(name) not in METADATA_NAMES:
         return False
     try:
-        return _NAMES_FILES.search(entry.read()[:_HEAD_BYTES]) is not None
-    except EntryError:
+        if isinstance(entry, FileEntry):  # which may be larger than any image
+            with open_regular(entry.path) as file:
+                head = file.read(_HEAD_BYTES)
+        else:
+            head = entry.read()[:_HEAD_BYTES]
+    except (OSError, EntryError):
         return False
+    return _NAMES_FILES.search(head) is not None
 
 
 def find_metadata(folder: Path, files: Iterable[str]) -> Path | None:
