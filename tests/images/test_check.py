@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import struct
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -130,6 +132,19 @@ def test_16_bit_grey_is_divided_by_257_and_stays_grey() -> None:
     assert np.abs(decoded(image.data)[..., 0] - expected).max() <= 3
 
 
+def test_the_transparent_value_of_a_16_bit_grey_png_lies_on_white() -> None:
+    values = np.full((16, 16), 1000, np.uint16)
+    values[:8] = 999  # the same grey in 8 bits
+    data = saved(Image.fromarray(values), format="PNG")
+    body = b"tRNS" + (999).to_bytes(2, "big")
+    chunk = b"\0\0\0\x02" + body + zlib.crc32(body).to_bytes(4, "big")
+    start = data.index(b"IDAT") - 4
+    image = check_image(data[:start] + chunk + data[start:], format="png")
+    grey = decoded(image.data)[..., 0]
+    assert (grey[:8] == 255).all()
+    assert (grey[8:] == 4).all()
+
+
 def test_a_cut_jpeg_closed_with_an_end_marker_is_damaged() -> None:
     """Pillow and DALI decode such a file to a grey tail without a word."""
     data = saved(Image.fromarray(photo(400, 600)), format="JPEG")
@@ -138,6 +153,51 @@ def test_a_cut_jpeg_closed_with_an_end_marker_is_damaged() -> None:
     with pytest.raises(ImageError, match="libjpeg") as caught:
         check_image(cut)
     assert caught.value.kind == "damaged"
+
+
+SCAN = re.compile(rb"\xff\xda\x00[\x06-\x0c]")
+
+
+@pytest.mark.parametrize("kind", ["colour", "grey", "cmyk", "one scan a component"])
+def test_a_jpeg_cut_between_scans_is_damaged(kind: str) -> None:
+    """No decoder warns: the file ends where a file may end, and its image is coarse."""
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (80, 96, 3), np.uint8))
+    image = image.convert({"grey": "L", "cmyk": "CMYK"}.get(kind, "RGB"))
+    data = saved(image, format="JPEG", progressive=kind != "one scan a component")
+    if kind == "one scan a component":
+        data = as_one_scan_a_component(data)
+    starts = [found.start() for found in SCAN.finditer(data)]
+    assert len(starts) >= 3
+    assert check_image(data).reencoded == (kind == "cmyk")
+    for start in starts[1:]:
+        cut = data[:start] + b"\xff\xd9"
+        Image.open(io.BytesIO(cut)).load()
+        with pytest.raises(ImageError, match="scans; its image needs more") as caught:
+            check_image(cut, format="packed")
+        assert caught.value.kind == "damaged"
+
+
+def as_one_scan_a_component(data: bytes) -> bytes:
+    """A baseline JPEG of one grey component in three scans, each its component's alone."""
+    grey = saved(Image.open(io.BytesIO(data)).convert("L"), format="JPEG")
+    frame, scan = grey.index(b"\xff\xc0"), grey.index(b"\xff\xda")
+    sides = grey[frame + 4 : frame + 9]
+    components = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    head = grey[:frame] + b"\xff\xc0\x00\x11" + sides + b"\x03" + components
+    scans = (
+        b"\xff\xda\x00\x08\x01" + bytes([number]) + grey[scan + 6 : -2] for number in (1, 2, 3)
+    )
+    return head + grey[frame + 13 : scan] + b"".join(scans) + b"\xff\xd9"
+
+
+@pytest.mark.slow
+def test_real_photos_cut_between_scans_are_damaged(shared_data: Path) -> None:
+    for path in sorted((shared_data / "decode" / "images").iterdir())[::28]:
+        data = saved(Image.open(path), format="JPEG", progressive=True, quality=90)
+        assert check_image(data).data is data
+        for found in list(SCAN.finditer(data))[1:]:
+            with pytest.raises(ImageError):
+                check_image(data[: found.start()] + b"\xff\xd9")
 
 
 def test_a_png_with_a_wrong_checksum_is_damaged() -> None:

@@ -178,6 +178,24 @@ def test_the_program_says_what_it_did_and_what_comes_next(
     assert f"unicl-pretrain --preset NAME --data.train {out} --out RUN" in text
 
 
+@pytest.mark.parametrize(("names", "warns"), [(("00", "42"), True), (("00", "cat"), False)])
+def test_class_names_that_are_numbers_are_warned_of(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], names: tuple[str, ...], warns: bool
+) -> None:
+    for name in names:
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "1.jpg").write_bytes(jpeg(1))
+    arguments = (str(tmp_path / "in"), "--workers", "1", "--out")
+    _, text, _ = run(*arguments, str(tmp_path / "set"), capsys=capsys)
+    assert ("WARNING: the class names are numbers (00, 42)" in text) == warns
+    assert ("--class-names FILE" in text) == warns
+    (tmp_path / "names").write_text("".join(f"{name}\tclass {name}\n" for name in names))
+    named = ("--class-names", str(tmp_path / "names"))
+    _, text, _ = run(*arguments, str(tmp_path / "named"), *named, capsys=capsys)
+    assert "2 classes" in text
+    assert "WARNING" not in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -31,6 +31,7 @@ from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
 from unicl_fast.dataset.object_store import ObjectStore
 from unicl_fast.dataset.writer import DatasetWriter
+from unicl_fast.packing import build as build_module
 from unicl_fast.packing import work_folder
 from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.remote import build_anywhere
@@ -171,6 +172,61 @@ def test_a_killed_build_resumes_as_if_nothing_had_happened(
     rows = unbroken["quarantine.csv"].decode().splitlines()[1:]
     assert summary.num_quarantined == len(rows)
     assert summary.quarantined.startswith("9 damaged, 3 missing, 1 bad row\n")
+
+
+@pytest.mark.parametrize("kind", ["folder", "mount", "zip"])
+def test_a_source_that_vanishes_stops_the_build_which_resumes_when_it_is_back(
+    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """A dropped mount is not 30 bad images: its folder stays, empty."""
+    photos, aside = tmp_path / "photos", tmp_path / "aside"
+    for number in range(40):
+        (photos / "cat").mkdir(exist_ok=True, parents=True)
+        (photos / "cat" / f"{number:03d}.jpg").write_bytes(jpeg(number))
+    source = photos
+    if kind == "zip":
+        source = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", photos))
+    place = photos / "cat" if kind == "mount" else source
+    options = {"shard_bytes": 9000}
+    build([source], tmp_path / "unbroken", **options)
+    real, calls = DatasetWriter.add, []
+
+    def add(self: DatasetWriter, sample: Any) -> None:
+        calls.append(sample)
+        if len(calls) == 20:
+            place.rename(aside)
+            if kind == "mount":
+                place.mkdir()
+        real(self, sample)
+
+    monkeypatch.setattr(DatasetWriter, "add", add)
+    with pytest.raises(FileNotFoundError, match=f"photos.* has vanished .*{place}") as caught:
+        build([source], tmp_path / "set", **options)
+    assert "the same command resumes after them" in str(caught.value.__notes__)
+    assert not (tmp_path / "set").exists()
+    if kind == "mount":
+        place.rmdir()
+    aside.rename(place)
+    assert build([source], tmp_path / "set", **options).num_taken_over > 0
+    assert contents(tmp_path / "set") == contents(tmp_path / "unbroken")
+
+
+def test_a_file_that_vanishes_by_itself_is_listed(
+    checked: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(9):
+        (tmp_path / "photos" / "cat").mkdir(exist_ok=True, parents=True)
+        (tmp_path / "photos" / "cat" / f"{number}.jpg").write_bytes(jpeg(number))
+    real = build_module.shuffled_order
+
+    def shuffled_order(count: int, *, seed: int) -> Any:
+        (tmp_path / "photos" / "cat" / "3.jpg").unlink()
+        return real(count, seed=seed)
+
+    monkeypatch.setattr(build_module, "shuffled_order", shuffled_order)
+    summary = build([tmp_path / "photos"], tmp_path / "set")
+    assert (summary.num_samples, summary.num_quarantined) == (8, 1)
+    assert "1 unreadable" in summary.quarantined
 
 
 def test_a_build_killed_again_and_again_resumes_each_time(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -16,6 +18,7 @@ import pytest
 from foreign_sources import jpeg, outcomes, read, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from pack_runs import run_pack
 
 from unicl_fast.packing.limited_processes import run_limited
 from unicl_fast.packing.sources import tables as source_tables
@@ -246,6 +249,46 @@ def test_a_damaged_row_group_costs_its_rows_and_a_cut_file_the_file(
     assert set(found.values()) == {"read"}
     with pytest.raises(ValueError, match=r"b\.parquet has no rows that can be read: "):
         read_source(str(tmp_path / "b.parquet"), spool=spool)
+
+
+def test_a_build_lists_files_that_are_empty_or_cut_to_half(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number, name in enumerate(("cut", "empty", "sound")):
+        path = tmp_path / "in" / f"{name}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(described(table().slice(2 * number, 2)), path)
+        left = {"cut": path.stat().st_size // 2, "empty": 0, "sound": path.stat().st_size}[name]
+        path.write_bytes(path.read_bytes()[:left])
+    out = tmp_path / "set"
+    code, text = run_pack("build", tmp_path / "in", "--workers", 1, "--out", out, capsys=capsys)
+    assert code == 0, text
+    assert "2 images" in text
+    with (out / "quarantine.csv").open(newline="") as file:
+        assert sorted((row["name"], row["kind"]) for row in csv.DictReader(file)) == [
+            ("cut.parquet from row 0", "damaged"),
+            ("empty.parquet from row 0", "damaged"),
+        ]
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.arrow"])
+@pytest.mark.parametrize("size", [0, 100])
+def test_a_build_of_nothing_but_a_damaged_file_ends_with_a_sentence(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, size: int
+) -> None:
+    path = tmp_path / name
+    if name.endswith(".parquet"):
+        pq.write_table(described(table()), path)
+    else:
+        write_stream(path, described(table()))
+    path.write_bytes(path.read_bytes()[:size])
+    code, text = run_pack("build", path, "--out", tmp_path / "set", capsys=capsys)
+    assert code == 2
+    why = r"\w+" if size else "the file is empty"
+    assert re.search(rf"{name} has no rows that can be read: {why}", text)
+    assert "spool" not in text
+    assert "Traceback" not in text
+    assert [each.name for each in tmp_path.iterdir()] == [name]
 
 
 def test_rows_that_share_the_fate_of_a_damaged_one_are_named_once(

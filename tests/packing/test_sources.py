@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from foreign_sources import outcomes, write_tar
 
 from unicl_fast.packing.samples import (
     LabelSpace,
@@ -15,7 +16,14 @@ from unicl_fast.packing.samples import (
     read_label_space,
     refuse_numbers,
 )
-from unicl_fast.packing.sources.items import Entry, EntryError, Item, ListOptions, Source
+from unicl_fast.packing.sources.items import (
+    MAX_FILE_BYTES,
+    Entry,
+    EntryError,
+    Item,
+    ListOptions,
+    Source,
+)
 from unicl_fast.packing.sources.read_sources import read_source
 from unicl_fast.packing.sources.trees import FileEntry, open_tree
 
@@ -48,15 +56,15 @@ def kinds(source: Source) -> list[str]:
 
 
 def test_class_is_the_folder_that_holds_the_image(tmp_path: Path) -> None:
-    make_files(tmp_path, "train/big_cat/1.jpg", "train/dog/2.PNG", "val/dog/3", "dog/4.odd")
+    make_files(tmp_path, "old/big_cat/1.jpg", "old/dog/2.PNG", "new/dog/3", "dog/4.odd")
     items = by_name(read_source(str(tmp_path)))
     assert {name: item.labels for name, item in items.items()} == {
-        "train/big_cat/1.jpg": ["big_cat"],
-        "train/dog/2.PNG": ["dog"],
-        "val/dog/3": ["dog"],
+        "old/big_cat/1.jpg": ["big_cat"],
+        "old/dog/2.PNG": ["dog"],
+        "new/dog/3": ["dog"],
         "dog/4.odd": ["dog"],
     }
-    assert read(items["val/dog/3"].entry) == b"val/dog/3"
+    assert read(items["new/dog/3"].entry) == b"new/dog/3"
 
 
 def test_what_is_no_image_is_passed_over_and_counted(tmp_path: Path) -> None:
@@ -82,6 +90,24 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
         read(items["cat/gone.jpg"].entry)
 
 
+def test_a_list_follows_links_as_class_folders_do(tmp_path: Path) -> None:
+    make_files(tmp_path, "far/1.jpg", "far/cat/2.jpg", "set/dog/3.jpg")
+    root = tmp_path / "set"
+    (root / "cat").symlink_to(tmp_path / "far" / "cat")
+    (root / "dog" / "1.jpg").symlink_to(tmp_path / "far" / "1.jpg")
+    names = {item.name for item in read_source(str(root)).items}
+    assert names == {"cat/2.jpg", "dog/1.jpg", "dog/3.jpg"}
+    # names that leave the root by themselves, through a link or not, are another matter
+    outside = [f"{tmp_path}/far/1.jpg", "../far/1.jpg", "cat/../1.jpg", f"{root}/cat/../1.jpg"]
+    named = [*names, f"{root}/cat/2.jpg"]
+    rows = [json.dumps({"image": name, "caption": "x"}) for name in [*named, *outside]]
+    (root / "list.jsonl").write_text("\n".join(rows))
+    assert outcomes(read_source(str(root / "list.jsonl"))) == {
+        **dict.fromkeys(named, "read"),
+        **dict.fromkeys(outside, "outside"),
+    }
+
+
 def test_a_pipe_among_the_images_does_not_stop_the_program(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo.jpg")
     with pytest.raises(EntryError, match="not a regular file"):
@@ -91,13 +117,13 @@ def test_a_pipe_among_the_images_does_not_stop_the_program(tmp_path: Path) -> No
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA])
 def test_a_zip_is_read_like_the_folder_in_it(tmp_path: Path, method: int) -> None:
     with zipfile.ZipFile(tmp_path / "set.zip", "w", method) as archive:
-        for name in ("train/cat/1.jpg", "train/dog/2.jpg", "val/dog/3.jpg", "__MACOSX/cat/_1.jpg"):
+        for name in ("train/cat/1.jpg", "train/dog/2.jpg", "zoo/dog/3.jpg", "__MACOSX/cat/_1.jpg"):
             archive.writestr(name, name * 50)
     whole = read_source(str(tmp_path / "set.zip"))
     assert [item.name for item in whole.items] == [
         "train/cat/1.jpg",
         "train/dog/2.jpg",
-        "val/dog/3.jpg",
+        "zoo/dog/3.jpg",
     ]
     part = by_name(read_source(str(tmp_path / "set.zip" / "train")))
     assert {name: item.labels for name, item in part.items()} == {
@@ -139,6 +165,126 @@ def test_a_zip_entry_cannot_grow_beyond_what_it_declares(tmp_path: Path) -> None
     path.write_bytes(data)
     with pytest.raises(EntryError, match="checksum"):
         read(read_source(str(path)).items[0].entry)
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_an_imagefolder_is_read_as_its_metadata_says(tmp_path: Path, kind: str) -> None:
+    make_files(tmp_path / "train", "1.jpg", "cat/2.jpg", "3.jpg", "4.png")
+    rows = [("1.jpg", "one", "cat"), ("cat/2.jpg", "two", "dog"), ("3.jpg", "three", "cat")]
+    if kind == "jsonl":
+        fields = [{"file_name": name, "text": text, "label": label} for name, text, label in rows]
+        text = "\n".join(map(json.dumps, fields))
+    else:
+        text = "\n".join(map(",".join, [("file_name", "text", "label"), *rows]))
+    (tmp_path / "train" / f"metadata.{kind}").write_text(text)
+    source = read_source(str(tmp_path / "train"))
+    assert [(item.name, item.captions, item.labels) for item in source.items] == [
+        (name, [text], [label]) for name, text, label in rows
+    ]
+    assert source.name == "train"
+    assert read(source.items[1].entry) == b"cat/2.jpg"
+    assert source.passed_over == {f"images that metadata.{kind} does not name": 1}
+    with (tmp_path / "train" / f"metadata.{kind}").open("a") as file:
+        file.truncate(MAX_FILE_BYTES + 1)  # large lists are lists too, though no image is so large
+    with pytest.raises(ValueError, match="holds train/metadata"):
+        read_source(str(tmp_path))
+    (tmp_path / "train" / f"metadata.{kind}").write_text(text)
+    # one floor too high: its only class would be "train"
+    with pytest.raises(ValueError, match=f"unicl-pack build {tmp_path}/train --out"):
+        read_source(str(tmp_path))
+
+
+def test_other_files_called_metadata_leave_class_folders_alone(tmp_path: Path) -> None:
+    make_files(tmp_path, "cat/1.jpg", "dog/2.jpg")
+    (tmp_path / "metadata.csv").write_text("old_file_name,licence\n1.jpg,CC\n")
+    (tmp_path / "cat" / "metadata.jsonl").write_text('{"width": 3}')
+    source = read_source(str(tmp_path))
+    assert [item.labels for item in source.items] == [["cat"], ["dog"]]
+    assert source.passed_over == {".csv files": 1, ".jsonl files": 1}
+
+
+def test_two_files_of_metadata_are_not_chosen_from(tmp_path: Path) -> None:
+    make_files(tmp_path, "1.jpg")
+    for name in ("metadata.csv", "metadata.jsonl"):
+        (tmp_path / name).write_text('file_name,"text"\n')
+    with pytest.raises(ValueError, match="name the one to be read"):
+        read_source(str(tmp_path))
+
+
+def test_texts_beside_the_images_of_a_flat_folder_are_their_captions(tmp_path: Path) -> None:
+    make_files(tmp_path, "a.b.jpg", "2.PNG", "3.jpg", "4.jpg", ".hidden.jpg", "x.json")
+    for name, text in (("a.b", "\ufeffa cat\n"), ("2", "two"), ("3", " "), ("9", "nothing")):
+        (tmp_path / f"{name}.txt").write_text(text, encoding="utf-8")
+    (tmp_path / "4.txt").write_bytes(b"\xff\xfe")
+    source = read_source(str(tmp_path))
+    captions = {item.name: item.captions for item in source.items if item.problem is None}
+    assert captions == {"a.b.jpg": ["a cat"], "2.PNG": ["two"]}
+    problems = {item.name: item.problem.kind for item in source.items if item.problem}
+    assert problems == {"3.jpg": "no text", "4.jpg": "bad row"}
+    assert read(by_name(source)["a.b.jpg"].entry) == b"a.b.jpg"
+    assert source.passed_over == {
+        "hidden files": 1,
+        ".json files": 1,
+        ".txt files without an image": 1,
+    }
+
+
+@pytest.mark.parametrize(
+    ("content", "packed"),
+    [
+        ("cat/1.jpg", "folder"),
+        ("cat/1.jpg", "zip"),
+        ("1.jpg", "folder"),
+        ("1.jpg", "zip"),
+        ("metadata.jsonl", "folder"),
+    ],
+)
+def test_several_splits_are_not_joined(tmp_path: Path, content: str, packed: str) -> None:
+    names = [f"{split}/{content}" for split in ("test", "train", "Validation")]
+    place = tmp_path / "photos"
+    make_files(place, *names, "readme.txt")
+    if packed == "zip":
+        with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+            for name in names:
+                archive.writestr(name, name)
+        place = tmp_path / "photos.zip"
+    with pytest.raises(ValueError, match="Validation, test, train") as caught:
+        read_source(str(place))
+    assert f"unicl-pack build {place}/train --out" in str(caught.value)
+    if content == "cat/1.jpg":
+        assert [item.labels for item in read_source(f"{place}/train").items] == [["cat"]]
+
+
+def test_a_split_alone_is_read_and_is_no_class(tmp_path: Path) -> None:
+    make_files(tmp_path / "a", "train/cat/1.jpg", "other/dog/2.jpg")
+    assert [item.labels for item in read_source(str(tmp_path / "a")).items] == [["dog"], ["cat"]]
+    make_files(tmp_path / "b", "train/1.jpg", "train/2.jpg")
+    with pytest.raises(ValueError, match=r"'train', .* split.*train/cat/1\.jpg"):
+        read_source(str(tmp_path / "b"))
+
+
+def test_a_list_in_a_zip_is_not_taken_for_class_folders(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as archive:
+        archive.writestr("in/1.jpg", b"one")
+        archive.writestr("in/metadata.jsonl", b'{"file_name": "1.jpg", "text": "x"}')
+    with pytest.raises(ValueError, match="unpack it"):
+        read_source(str(tmp_path / "p.zip"))
+
+
+def test_patterns_in_quotes_name_files_or_are_refused_with_what_to_write(tmp_path: Path) -> None:
+    for number in range(3):
+        members = {f"{number}.jpg": b"x", f"{number}.txt": b"text"}
+        write_tar(tmp_path / f"shard-{number}.tar", members)
+    source = read_source(f"{tmp_path}/shard-*.tar")
+    assert [item.name for item in source.items] == [f"shard-{n}.tar/{n}" for n in range(3)]
+    make_files(tmp_path, "photos/1.jpg", "photos/2.jpg", "photos/cat[1]/3.jpg")
+    with pytest.raises(ValueError, match=r"matches 2 files .*Name the folder"):
+        read_source(f"{tmp_path}/photos/*.jpg")
+    with pytest.raises(ValueError, match="matches 3 files"):
+        read_source(f"{tmp_path}/photos/*")
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        read_source(f"{tmp_path}/photos/*.png")
+    assert len(read_source(f"{tmp_path}/photos/cat[1]").items) == 1
 
 
 def test_csv_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
@@ -198,14 +344,13 @@ def test_broken_rows_and_paths_that_leave_the_root_are_kept_with_their_problem(
     tmp_path: Path,
 ) -> None:
     make_files(tmp_path, "root/1.jpg", "secret.jpg")
-    (tmp_path / "root" / "link.jpg").symlink_to(tmp_path / "secret.jpg")
     (tmp_path / "root" / "folder").mkdir()
     (tmp_path / "root" / "list.csv").write_text(
         "image,caption\n../secret.jpg,a\n"
-        f"{tmp_path}/secret.jpg,b\nlink.jpg,c\ngone.jpg,d\nfolder,e\ntoo,many,fields\n,no path\n"
+        f"{tmp_path}/secret.jpg,b\ngone.jpg,d\nfolder,e\ntoo,many,fields\n,no path\n"
     )
     source = read_source(str(tmp_path / "root" / "list.csv"))
-    assert kinds(source) == ["outside"] * 3 + ["missing", "unreadable", "bad row", "bad row"]
+    assert kinds(source) == ["outside"] * 2 + ["missing", "unreadable", "bad row", "bad row"]
 
 
 def test_broken_json_lines_are_named_by_number(tmp_path: Path) -> None:

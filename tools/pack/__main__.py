@@ -52,7 +52,8 @@ class Build(BuildOptions, _SourcesAndOut):
     Each SOURCE is a folder of class folders (the class is the name of the folder that directly
     holds the image), a zip of one (FILE.zip, or FILE.zip/FOLDER for a part of it), or a list with
     one image a row (.csv, .tsv, .jsonl, .json or .parquet) and columns for its path, or itself,
-    captions and labels. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
+    captions and labels; metadata.jsonl in a folder is one, and in a flat folder x.txt is the
+    caption of x.jpg. Or what others have made: WebDataset tars (FILE.tar, a folder of them,
     {000..123}.tar), img2dataset's folders, data sets of Hugging Face (a folder of save_to_disk or
     of Parquet files), COCO's captions and instances (.json, both together), a map of a zip
     (train_map.txt beside train.zip), TSV files with images in base64, CIFAR (folder or .tar.gz),
@@ -267,6 +268,13 @@ def _report_build(summary: BuildSummary) -> str:
         lines.append(
             "note: the class names are WordNet ids, from which no text encoder learns much; "
             "--class-names imagenet, or a file of KEY<TAB>NAME lines, gives them words"
+        )
+    if summary.class_names and all(map(str.isdecimal, summary.class_names)):
+        more = ", ..." if len(summary.class_names) > 3 else ""
+        lines.append(
+            f"WARNING: the class names are numbers ({', '.join(summary.class_names[:3])}{more}), "
+            "of which prompts would be made; --class-names FILE, with lines KEY<TAB>NAME whose "
+            "keys are the folders' names, gives them words"
         )
     lines.append(f"next: unicl-pretrain --preset NAME --data.train {summary.out} --out RUN")
     return "\n".join(lines)

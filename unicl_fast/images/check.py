@@ -16,6 +16,7 @@ markers are walked here (ITU-T T.81, annex B; Exif 2.32, section 4.6), and a Web
 
 from __future__ import annotations
 
+import re
 import struct
 from dataclasses import dataclass
 from typing import Literal
@@ -56,6 +57,11 @@ _SOF_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _WITHOUT_LENGTH = frozenset({0x01, *range(0xD0, 0xD8)})
 _SOS, _EOI, _APP0, _APP1, _APP14 = 0xDA, 0xD9, 0xE0, 0xE1, 0xEE
 _PLAIN_PROCESSES = frozenset({0xC0, 0xC1, 0xC2})  # baseline, extended, progressive; all Huffman
+_PROGRESSIVE = frozenset({0xC2, 0xCA})
+_LOSSLESS = frozenset({0xC3, 0xC7, 0xCB, 0xCF})
+_ALL_COEFFICIENTS = (1 << 64) - 1
+_MARKER_AFTER_SCAN = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")
+"""Within a scan, FF is followed by a zero, or is a restart marker."""
 _ORIENTATION_TAG = 0x0112
 _EXIF_FORMATS = {1: "B", 3: "H", 4: "I"}
 _EXIF_SHORT = 3
@@ -204,11 +210,18 @@ def _decode_any_jpeg(
     check_size(height, width, max_pixels)
     if data.count(b"\xff\xda") > MAX_SCANS:
         raise ImageError("unsupported", f"the JPEG has more than {MAX_SCANS} scans")
+    decoded: CheckedImage | Pixels
     if keep and header.is_plain and not target.needs_resize(height, width):
         _check_jpeg_data(data)
-        return CheckedImage(data=data, extension="jpg", height=height, width=width, reencoded=False)
-    with pillow_limits(max_pixels):
-        return _jpeg_pixels(data, header)
+        decoded = CheckedImage(
+            data=data, extension="jpg", height=height, width=width, reencoded=False
+        )
+    else:
+        with pillow_limits(max_pixels):
+            decoded = _jpeg_pixels(data, header)
+    if header.process not in _LOSSLESS:
+        _require_all_scans(data, header)
+    return decoded
 
 
 def _check_jpeg_data(data: bytes) -> None:
@@ -295,6 +308,13 @@ class JpegHeader:
     height: int
     width: int
     num_components: int
+    component_ids: bytes
+    process: int
+    """The frame's marker, which says how the image is coded."""
+    first_scan: bytes
+    """The body of the first scan's header."""
+    scan_start: int
+    """The first byte of the first scan's data."""
     orientation: int
     """Exif orientation 1 to 8; 1 where there is none."""
     is_plain: bool
@@ -322,6 +342,7 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
         elif marker == _APP1 and body.startswith(b"Exif\0"):
             orientations.append(_exif_orientation(body[6:]))
         elif marker == _SOS:
+            first_scan = body
             break
         elif marker == _EOI:
             raise ImageError("damaged", "the JPEG ends before its image begins")
@@ -340,6 +361,10 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
         height=height,
         width=width,
         num_components=num_components,
+        component_ids=body[6 : 6 + 3 * num_components : 3],
+        process=process,
+        first_scan=first_scan,
+        scan_start=position,
         orientation=known if known is not None and 1 <= known <= 8 else 1,
         is_plain=(
             process in _PLAIN_PROCESSES
@@ -349,6 +374,37 @@ def read_jpeg_header(data: bytes) -> JpegHeader:
             and known == 1
         ),
     )
+
+
+def _require_all_scans(data: bytes, header: JpegHeader) -> None:
+    """Refuses a JPEG whose scans do not bring all coefficients with all their bits.
+
+    One that was cut between two scans and closed with an end marker reads without a warning, as a
+    coarse image. T.81 allows to leave bits out for good (annex G.1.1), which no usual encoder does.
+    The first scan of a baseline JPEG has all components as a rule: then nothing more is read.
+    """
+    scan, position, num_scans = header.first_scan, header.scan_start, 1
+    missing = dict.fromkeys(header.component_ids, _ALL_COEFFICIENTS)
+    while True:
+        if not scan or len(scan) < 4 + 2 * scan[0]:
+            raise ImageError("damaged", f"the header of the JPEG's scan {num_scans} is cut short")
+        brought = _ALL_COEFFICIENTS
+        if header.process in _PROGRESSIVE:
+            first, last, bits = scan[1 + 2 * scan[0] : 4 + 2 * scan[0]]
+            # the lower half of `bits` counts those that later scans bring
+            brought = 0 if bits & 15 else (1 << last + 1) - (1 << first)
+        for component in scan[1 : 1 + 2 * scan[0] : 2]:
+            missing[component] = missing.get(component, 0) & ~brought
+        if not any(missing.values()):
+            return
+        marker = 0
+        while marker != _SOS:
+            found = _MARKER_AFTER_SCAN.search(data, position)
+            if found is None or data[found.end() - 1] == _EOI:
+                message = f"the JPEG ends after {num_scans} of its scans; its image needs more"
+                raise ImageError("damaged", message)
+            marker, scan, position = _next_segment(data, found.start())
+        num_scans += 1
 
 
 def _next_segment(data: bytes, position: int) -> tuple[int, bytes, int]:

@@ -115,7 +115,7 @@ def pillow_error(error: Exception) -> ImageError:
 
 def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "I" or image.mode.startswith("I;16"):
-        return _from_16_bits(np.asarray(image))
+        return _from_16_bits(np.asarray(image), image.info.get("transparency"))
     if image.mode in _ALPHA_MODES or "transparency" in image.info:
         opaque = Image.new("RGBA", image.size, "white")
         opaque.alpha_composite(image.convert("RGBA"))
@@ -125,11 +125,16 @@ def _to_grey_or_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _from_16_bits(values: npt.NDArray[np.integer]) -> Image.Image:
-    """Scales 0 to 65,535 onto 0 to 255, rounded: a division by 257."""
+def _from_16_bits(values: npt.NDArray[np.integer], transparent: Any) -> Image.Image:
+    """Scales 0 to 65,535 onto 0 to 255, rounded: a division by 257.
+
+    `transparent` is the PNG's value for no paint, where it has one: there it lies on white.
+    """
     if values.min() < 0 or values.max() > 65535:
         raise ImageError("unsupported", "32-bit pixels beyond 16 bits have no known range")
     scaled = (values.astype(np.uint32) + 128) // 257
+    if isinstance(transparent, int):
+        scaled[values == transparent] = 255
     return Image.fromarray(scaled.astype(np.uint8))
 
 

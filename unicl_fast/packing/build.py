@@ -45,6 +45,7 @@ from unicl_fast.packing.samples import (
 from unicl_fast.packing.sources.items import Item, Label, ListOptions, Problem, Source
 from unicl_fast.packing.sources.read_sources import read_sources
 from unicl_fast.packing.sources.spool import Spool
+from unicl_fast.packing.sources.trees import require_there
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
@@ -72,9 +73,11 @@ class BuildOptions:
     """Prompts for class names: a file with one a line, {} for the name, or the built-in imagenet
     (80 prompts) or simple (1). By default imagenet where there are labels."""
     image_column: str = ""
-    """Column with image paths, or images, if it is not called image, file or path."""
+    """Column with image paths, or images, if it is not called image, file, path or
+    file_name."""
     caption_column: str = ""
-    """Column with captions, if it is not called caption or captions; in tars, field of KEY.json."""
+    """Column with captions, if it is not called caption, captions or text; in tars, field of
+    KEY.json."""
     label_column: str = ""
     """Column with labels, if it is not called label or labels. Labels are names, keys, or numbers
     into --class-names. For CIFAR-100, coarse_labels."""
@@ -268,7 +271,8 @@ def build_dataset(
     Raises:
         ValueError: a source, list, label or argument is not what it should be, nothing at all
             could be packed, or the unfinished build of this folder is another one.
-        FileNotFoundError: a source or file of names is not there.
+        FileNotFoundError: a source or file of names is not there, or a source vanishes while it is
+            packed.
     """
     started = time.perf_counter()
     chosen = BuildOptions(**options)
@@ -424,7 +428,11 @@ def _check(
     context_length: int,
     options: BuildOptions,
 ) -> Iterator[tuple[str, Item, Checked | Problem]]:
-    """Each sample with its result, in order; samples with a problem never reach a worker."""
+    """Each sample with its result, in order; samples with a problem never reach a worker.
+
+    Raises:
+        FileNotFoundError: a source has vanished.
+    """
     check = check_on_ray if options.engine == "ray" else check_in_order
     # Made once, and kept while they are under way: making them takes as long as writing them.
     ahead, behind = itertools.tee(samples)
@@ -446,7 +454,10 @@ def _check(
         workers=options.workers,
     )
     for source, item in behind:
-        yield source, item, next(results) if item.problem is None else item.problem
+        result = next(results) if item.problem is None else item.problem
+        if item.problem is None and isinstance(result, Problem) and result.kind == "unreadable":
+            require_there(item.entry, source)
+        yield source, item, result
 
 
 def _write(

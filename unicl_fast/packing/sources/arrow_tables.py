@@ -61,6 +61,8 @@ def convert(task: TableTask) -> TableResult:
     """Reads one file; a ValueError says what columns it lacks."""
     with open_regular(task.path) as file:
         magic = file.read(6)
+    if not magic:
+        return TableResult(damaged=[(0, -1, "the file is empty")])
     try:
         table = _ParquetTable(task.path) if magic[:4] == b"PAR1" else _ArrowTable(task.path)
         header = list(table.schema.names)  # which need not be UTF-8

@@ -39,7 +39,7 @@ from unicl_fast.packing.sources.items import (
 from unicl_fast.packing.sources.spool import ItemStore, Spool
 from unicl_fast.packing.sources.trees import find_image, open_tree
 
-IMAGE_COLUMNS = ("image", "file", "path")
+IMAGE_COLUMNS = ("image", "file", "path", "file_name")
 CAPTION_COLUMNS = ("caption", "captions")
 LABEL_COLUMNS = ("label", "labels")
 _USUAL = {"image": IMAGE_COLUMNS, "caption": CAPTION_COLUMNS, "label": LABEL_COLUMNS}
@@ -67,11 +67,17 @@ def read_list(path: Path, options: ListOptions, spool: Spool) -> Source:
     header = list(dict.fromkeys(name for row in named for name in row))
     if not header:
         raise ValueError(f"{path} has no rows that can be read")
+
+    def find(what: str) -> tuple[str, ...]:
+        found = tuple(name for name in _USUAL[what] if name in header)
+        # as Hugging Face's ImageFolder calls it, and Parquet files
+        return ("text",) if what == "caption" and not found and "text" in header else found
+
     columns = choose_columns(
         path,
         header,
         options,
-        lambda what: tuple(name for name in _USUAL[what] if name in header),
+        find,
         no_image=f"{path} has no column {' or '.join(IMAGE_COLUMNS)}; name the one with image "
         f"paths by --image-column. It has {header}",
     )

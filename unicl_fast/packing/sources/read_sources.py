@@ -8,6 +8,7 @@ in the list with its problem and ends in quarantine.csv.
 
 from __future__ import annotations
 
+import glob
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -15,6 +16,16 @@ from pathlib import Path
 
 from unicl_fast.packing.sources import arrays, lists, tables, tars
 from unicl_fast.packing.sources.coco import is_coco, read_coco
+from unicl_fast.packing.sources.image_folders import (
+    NOT_IMAGES,
+    find_metadata,
+    has_text_files,
+    is_metadata,
+    read_with_metadata,
+    read_with_text_files,
+    require_classes,
+    require_one_split,
+)
 from unicl_fast.packing.sources.items import Item, ListOptions, RefusedEntry, Source, refused
 from unicl_fast.packing.sources.spool import Spool
 from unicl_fast.packing.sources.trees import open_tree
@@ -22,17 +33,6 @@ from unicl_fast.packing.sources.trees import open_tree
 LIST_SUFFIXES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json")
 TABLE_SUFFIXES = (*tables.PARQUET, *tables.ARROW)
 TAR_SUFFIXES = (".tar", *tars.GZIPPED)
-
-NOT_IMAGES = frozenset(
-    f".{extension}"
-    for group in (
-        "txt csv tsv json jsonl md rst xml html htm yaml yml toml ini cfg log pdf",
-        "py sh db pkl npy npz mat h5 idx zip tar gz tgz mp3 wav mp4 avi mov parquet arrow",
-    )
-    for extension in group.split()
-)
-"""Extensions passed over in class folders; a file with any other, or none, is tried."""
-
 
 _NO_OPTIONS = ListOptions()
 
@@ -81,7 +81,23 @@ def read_source(
     if place.parent.is_dir() and (parquet := tables.find_parquet(place.parent)):
         chosen = tables.choose_split(place.parent, parquet, split=place.name)
         return tables.read_tables(f"{place.parent.name}/{name}", chosen, options, spool)
+    if found := sorted(glob.glob(path)):
+        return _read_matches(path, found, options, spool)
     return _read_class_folders(place, name, spool)
+
+
+def _read_matches(pattern: str, found: Sequence[str], options: ListOptions, spool: Spool) -> Source:
+    """Reads the files that a pattern in quotes matches: tars, or tables, as one source."""
+    paths, name = [Path(each) for each in found], Path(pattern).name
+    if all(each.lower().endswith(TAR_SUFFIXES) for each in found):
+        return tars.read_tars(name, paths, options, spool)
+    if all(each.lower().endswith(TABLE_SUFFIXES) for each in found):
+        return tables.read_tables(name, paths, options, spool)
+    raise ValueError(
+        f"{pattern} matches {len(found):,} files or folders, such as {found[0]}; patterns are read "
+        "for tars and Parquet files alone, since an image by itself has neither class nor caption. "
+        "Name the folder that holds the class folders, or a list (.csv, .jsonl, ...)"
+    )
 
 
 def _read_file(path: Path, options: ListOptions, spool: Spool) -> Source:
@@ -126,7 +142,12 @@ def _read_folder(path: Path, name: str, options: ListOptions, spool: Spool) -> S
     elif parquet and folders - aside <= {"data"}:
         chosen = tables.choose_split(path, parquet)
         source = tables.read_tables(name, chosen, options, spool)
+    elif metadata := find_metadata(path, files):
+        return read_with_metadata(name, metadata, options, spool)
+    elif folders == aside and has_text_files(files):
+        source = read_with_text_files(name, path, spool)
     else:
+        require_one_split(path, folders)
         beside = archives or [file.name for file in parquet if file.parent == path]
         return _read_class_folders(path, name, spool, beside=beside)
     source.passed_over.update(f"folder {folder}" for folder in sorted(aside))
@@ -142,6 +163,7 @@ def _read_class_folders(
     """
     items = spool.new_items()
     passed_over: Counter[str] = Counter()
+    tops, classes = set[str](), set[str]()
     for name, entry in open_tree(path).entries():
         *folders, file_name = name.split("/")
         suffix = os.path.splitext(file_name)[1].lower()
@@ -151,9 +173,17 @@ def _read_class_folders(
             passed_over["hidden files"] += 1
         elif name in beside:
             passed_over[f"{suffix} files beside folders (name them to pack them)"] += 1
+        elif is_metadata(name, entry):
+            holder = "/".join([str(path), *folders])
+            raise ValueError(
+                f"{path} holds {name}, a list of images with their texts, which class folders do "
+                f"not have: unicl-pack build {holder} --out ... reads it (out of a zip: unpack it)"
+            )
         elif suffix in NOT_IMAGES:
             passed_over[f"{suffix} files"] += 1
         elif folders:
+            tops.add(folders[0])
+            classes.add(folders[-1])
             items.append(Item(name, entry, labels=[folders[-1]]))
         else:
             message = "the image lies in no class folder; expected for example cat/1.jpg"
@@ -165,4 +195,6 @@ def _read_class_folders(
             message += f". Files such as {beside[0]} lie there too, and are not read where there "
             message += "are folders beside them: name the files, or move the folders away"
         raise ValueError(message)
+    require_one_split(path, tops)
+    require_classes(path, classes)
     return Source(name=source_name, items=items, labels_are_names=True, passed_over=passed_over)

@@ -67,7 +67,12 @@ class FileEntry:
 
 
 class FolderTree:
-    """The files under a folder. Links are followed; each folder is listed once."""
+    """The files under a folder; each folder is listed once.
+
+    Links are followed wherever they lead, in `entries` and in `find`: who made them could have put
+    the files there. A name that itself leaves the folder is refused, since a list may come from
+    somebody else.
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -110,7 +115,8 @@ class FolderTree:
             if len(os.fsencode(name)) > _MAX_PATH_BYTES:
                 raise EntryError("missing", "the path is longer than any file's")
             path = os.path.realpath(self._root / name)
-            if os.path.commonpath([path, self._real_root]) != self._real_root:
+            # `..` behind a link leads elsewhere than it reads, and a whole path may be spelled anew
+            if not self._names_inside(name) and not _is_under(path, self._real_root):
                 raise EntryError(
                     "outside", f"the path leaves {self._root}; --image-root says where images are"
                 )
@@ -122,6 +128,16 @@ class FolderTree:
                 raise
             raise EntryError("missing", f"no such file in {self._root}") from error
         return FileEntry(path, status.st_size, status.st_mtime_ns)
+
+    def _names_inside(self, name: str) -> bool:
+        """Whether a path stays in the folder as it is written, whatever links do."""
+        if ".." in name.split("/"):
+            return False
+        return not os.path.isabs(name) or _is_under(name, os.path.abspath(self._root))
+
+
+def _is_under(path: str, folder: str) -> bool:
+    return os.path.commonpath([path, folder]) == folder
 
 
 def _list_folders(prefix: str, path: str, real: str) -> list[tuple[str, str, str]]:
@@ -293,6 +309,35 @@ def _find_overlapping(members: Sequence[zipfile.ZipInfo]) -> set[int]:
         if end > reach:
             reach, reached_by = end, start
     return overlapping
+
+
+def require_there(entry: Entry | None, source: str) -> None:
+    """Tells an image that cannot be read from a source that has vanished, such as a dropped mount.
+
+    A file may be gone by itself, and is listed then. If its folder is gone too, or empty as the
+    folder of a mount that was dropped, or the archive is gone that held it, so are all others.
+
+    Raises:
+        FileNotFoundError: the source has vanished.
+    """
+    if isinstance(entry, FileEntry):
+        place = os.path.dirname(entry.path)
+        try:
+            with os.scandir(place) as listing:
+                is_there = next(listing, None) is not None
+        except PermissionError:  # images can be read by name where names cannot be listed
+            is_there = True
+        except OSError:
+            is_there = False
+    else:
+        place = entry.archive if isinstance(entry, ZipEntry) else getattr(entry, "path", "")
+        is_there = not place or os.path.exists(place)
+    if not is_there:
+        raise FileNotFoundError(
+            f"the source {source} has vanished while it was packed: {place} was there when it was "
+            "listed, and is gone or empty. Bring it back (a mount that was dropped, say) and give "
+            "the same command again"
+        )
 
 
 Tree = FolderTree | ZipTree
