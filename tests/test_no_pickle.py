@@ -44,6 +44,11 @@ FORBIDDEN_CALLS = {
     *("torch.hub.load_state_dict_from_url", "pandas.read_pickle", "pd.read_pickle"),
     "torch.serialization.load",
 }
+# of torch.distributed, whatever it is imported as: they unpickle what comes over the network
+FORBIDDEN_METHODS = {
+    *("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"),
+    *("send_object_list", "recv_object_list"),
+}
 FORBIDDEN_BUILTINS = {"eval", "exec", "compile"}
 
 
@@ -71,6 +76,7 @@ def offences(source: str, path: str) -> list[str]:
                 bad = not (allowed and keywords.get("weights_only") == "True")
             if name == "torch.save":
                 bad = path not in WRITES_WEIGHTS_FOR_OTHERS
+            bad |= name.split(".")[-1] in FORBIDDEN_METHODS
             # an import that is allowed brings no way to unpickle without a whitelist
             bad |= name.startswith("pickle.")
             bad |= keywords.get("allow_pickle", "False") != "False"
@@ -104,6 +110,7 @@ def test_nothing_reads_or_writes_a_pickle() -> None:
         "import torch; torch.save({}, 'x')",
         "import joblib",
         "eval('1')",
+        "import torch.distributed as dist; dist.broadcast_object_list([1], src=0)",
     ],
 )
 def test_the_search_finds_what_it_looks_for(line: str) -> None:

@@ -11,8 +11,21 @@ import pytest
 
 HELPERS = Path(__file__).resolve().parents[1] / "helpers"
 LAUNCH = "import sys; from unicl_fast.distributed.launch import start_ranks;" + (
-    "start_ranks('rank_program', nproc=len(sys.argv) - 1, argv=sys.argv[1:])"
+    "start_ranks(sys.argv[1], nproc=len(sys.argv) - 2, argv=sys.argv[2:])"
 )
+
+
+def launched(program: str, *ranks: str) -> int:
+    paths = f"{HELPERS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+    command = [sys.executable, "-c", LAUNCH, program, *ranks]
+    return subprocess.run(command, timeout=100, env=os.environ | {"PYTHONPATH": paths}).returncode
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_no_rank_of_one_machine_listens_to_other_machines() -> None:
+    """Neither the store of the ranks, nor their gloo connections, nor their heartbeats."""
+    assert launched("listening_program", "-", "-") == 0
 
 
 @pytest.mark.dist
@@ -32,8 +45,4 @@ LAUNCH = "import sys; from unicl_fast.distributed.launch import start_ranks;" + 
 def test_the_code_is_that_of_the_rank_that_brought_about_the_end(
     ranks: list[str], code: int
 ) -> None:
-    paths = f"{HELPERS}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
-    done = subprocess.run(
-        [sys.executable, "-c", LAUNCH, *ranks], timeout=60, env=os.environ | {"PYTHONPATH": paths}
-    )
-    assert done.returncode == code
+    assert launched("rank_program", *ranks) == code

@@ -9,8 +9,14 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
+from rank_workers import exchange_objects, run_on_ranks
 
-from unicl_fast.distributed.ranks import adopt_slurm_ranks, agree_on_session, first_host
+from unicl_fast.distributed.ranks import (
+    adopt_slurm_ranks,
+    agree_on_session,
+    first_host,
+    tasks_of_node,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -49,6 +55,12 @@ def test_one_rank_waits_for_nobody() -> None:
     assert agree(dist.HashStore(), late=0, world_size=1)
 
 
+@pytest.mark.dist
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_ranks_exchange_objects_and_unpickle_nothing(world_size: int) -> None:
+    run_on_ranks(exchange_objects, world_size)
+
+
 @pytest.mark.parametrize(
     ("node_list", "first"),
     [
@@ -56,16 +68,33 @@ def test_one_rank_waits_for_nobody() -> None:
         ("node[007-012,020],gpu1", "node007"),
         ("a1,b[2-3]", "a1"),
         ("cluster-gpu[3]", "cluster-gpu3"),
+        ("n[1-2]-ib", "n1-ib"),
+        ("rack[1-2]node[1-4]", "rack1node1"),
+        ("rack[01,03]node[07-12,20]-ib,gpu[1,2]", "rack01node07-ib"),
     ],
 )
 def test_first_host_of_a_node_list(node_list: str, first: str) -> None:
     assert first_host(node_list) == first
 
 
+@pytest.mark.parametrize("node_list", ["", "n[1-2", "n[]", ",n1", "n]1["])
+def test_what_is_no_node_list_is_refused(node_list: str) -> None:
+    with pytest.raises(ValueError, match="set MASTER_ADDR"):
+        first_host(node_list)
+
+
+def test_each_node_has_its_own_number_of_tasks() -> None:
+    assert [tasks_of_node("2,4(x2),1", node) for node in range(4)] == [2, 4, 4, 1]
+    for wrong in ("2,4(x2)", "", "4(x", "4(x9)(x2)"):
+        with pytest.raises(ValueError, match="start the ranks with torchrun"):
+            tasks_of_node(wrong, 3)
+
+
 SLURM = {
     "SLURM_STEP_NUM_TASKS": "8",
     "SLURM_PROCID": "5",
     "SLURM_LOCALID": "1",
+    "SLURM_NODEID": "1",
     "SLURM_STEP_NODELIST": "n[1-2]",
     "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
     "SLURM_JOB_ID": "4711",
@@ -73,11 +102,14 @@ SLURM = {
 TORCHRUN = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
-def test_slurm_tasks_become_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tasks_per_node", "local"), [("4(x2)", "4"), ("2,6", "6")])
+def test_slurm_tasks_become_ranks(
+    monkeypatch: pytest.MonkeyPatch, tasks_per_node: str, local: str
+) -> None:
     for name in TORCHRUN:
         monkeypatch.setenv(name, "")  # so that what is set here is taken back afterwards
         monkeypatch.delenv(name)
-    for name, value in SLURM.items():
+    for name, value in (SLURM | {"SLURM_STEP_TASKS_PER_NODE": tasks_per_node}).items():
         monkeypatch.setenv(name, value)
     adopt_slurm_ranks()
     taken = {name: os.environ[name] for name in TORCHRUN[:5]}
@@ -85,7 +117,7 @@ def test_slurm_tasks_become_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
         "RANK": "5",
         "LOCAL_RANK": "1",
         "WORLD_SIZE": "8",
-        "LOCAL_WORLD_SIZE": "4",
+        "LOCAL_WORLD_SIZE": local,
         "MASTER_ADDR": "n1",
     }
     assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000

@@ -12,10 +12,25 @@ from pathlib import Path
 
 import pytest
 import torch
-from rank_workers import ranks_of, train_watched
+from hypothesis import given
+from hypothesis import strategies as st
+from rank_workers import (
+    hear_hostile_datagrams,
+    old_datagrams,
+    ranks_of,
+    run_on_ranks,
+    train_watched,
+)
 
 from unicl_fast.distributed.signals import EXIT_HUNG
-from unicl_fast.distributed.watchdog import Heartbeat, Watchdog, describe_others, group_timeout
+from unicl_fast.distributed.watchdog import (
+    Heartbeat,
+    Watchdog,
+    describe_others,
+    format_heartbeat,
+    group_timeout,
+    parse_heartbeat,
+)
 from unicl_fast.system import progress
 from unicl_fast.system.progress import Stage, WaitingForRanks, mark, mark_progress
 
@@ -131,6 +146,113 @@ def test_a_rank_that_hangs_in_its_own_work_does_not_wait_for_others() -> None:
     clock.watchdog._heartbeats = Line(clock, {1: (Stage("checkpoint", 8), 50.0)})
     clock.pass_by(102)
     assert clock.codes == [EXIT_HUNG]
+
+
+class Failing:
+    """Heartbeats that fail whenever they are asked for."""
+
+    def __init__(self) -> None:
+        self.heard: dict[int, Heartbeat] = {}
+
+    def receive(self) -> None:
+        raise RecursionError("too deep")
+
+    def close(self) -> None: ...
+
+
+def test_failing_heartbeats_are_logged_once_and_the_watch_goes_on(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    codes: list[int] = []
+    with Watchdog(limit_seconds=0.5, world_size=2, end=codes.append) as watchdog:
+        watchdog._heartbeats = Failing()
+        wait_for(lambda: codes)
+    assert codes[0] == EXIT_HUNG
+    assert caplog.text.count("THE WATCHDOG FAILED with RecursionError: too deep") == 1
+
+
+def test_one_failed_tick_does_no_harm(caplog: pytest.LogCaptureFixture) -> None:
+    watchdog = Watchdog(limit_seconds=100)
+    for _ in range(50):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("unicl_fast.distributed.watchdog.current_stage", fail)
+            watchdog._tick_or_log(time.monotonic())
+        watchdog._tick_or_log(time.monotonic())
+    assert caplog.text.count("THE WATCHDOG FAILED with MemoryError") == 1
+
+
+def fail(*_: object) -> None:
+    raise MemoryError("nothing left")
+
+
+def test_a_watchdog_that_cannot_watch_ends_the_process(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    codes: list[int] = []
+    with Watchdog(limit_seconds=0.5, end=codes.append):
+        monkeypatch.setattr("unicl_fast.distributed.watchdog.current_stage", fail)
+        wait_for(lambda: codes)
+    assert codes == [EXIT_HUNG]
+    said = capfd.readouterr().err
+    assert "THE WATCHDOG CANNOT CONTINUE" in said
+    assert "MemoryError: nothing left" in said
+
+
+def test_a_process_whose_messages_nobody_reads_is_ended_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(descriptor: int, text: bytes) -> None:
+        raise BrokenPipeError
+
+    codes: list[int] = []
+    with Watchdog(limit_seconds=0.5, end=codes.append):
+        monkeypatch.setattr(os, "write", refuse)
+        wait_for(lambda: codes)
+    assert codes[0] == EXIT_HUNG
+
+
+TOKEN = b"t" * 16
+
+
+@given(st.binary(max_size=300), st.integers(0, 2**32 - 1))
+def test_no_datagram_makes_the_parser_fail(content: bytes, rank: int) -> None:
+    """Random bytes alone, behind the right token, and as the rest of a heartbeat of right size."""
+    beat = format_heartbeat(Stage("x"), token=TOKEN, rank=rank, age_seconds=1, left_seconds=2)
+    rest = (TOKEN + content)[: len(beat)]
+    for datagram in (content, TOKEN + content, rest + beat[len(rest) :]):
+        found = parse_heartbeat(datagram, token=TOKEN, world_size=3)
+        assert found is None or 0 <= found[0] < 3
+    assert parse_heartbeat(content.ljust(len(beat), b"\0"), token=TOKEN, world_size=3) is None or (
+        content.startswith(TOKEN)
+    )
+
+
+def test_what_is_no_heartbeat_of_these_ranks_is_not_heard() -> None:
+    for datagram in old_datagrams(TOKEN):
+        assert parse_heartbeat(datagram, token=TOKEN, world_size=3) is None
+
+
+@given(st.text(max_size=400), st.none() | st.integers(0, 2**62), st.booleans(), st.integers(0, 2))
+def test_heartbeats_come_as_they_were_sent(
+    name: str, step: int | None, waits_for_ranks: bool, rank: int
+) -> None:
+    stage = Stage(name, step, 1.0, waits_for_ranks)
+    datagram = format_heartbeat(
+        stage, token=TOKEN, rank=rank, age_seconds=1 / 3, left_seconds=-1 / 7
+    )
+    found = parse_heartbeat(datagram, token=TOKEN, world_size=3)
+    assert found is not None
+    sender, beat = found
+    assert (sender, beat.age_seconds, beat.left_seconds) == (rank, 1 / 3, -1 / 7)
+    assert beat.stage[1:] == stage[1:]
+    shown = name.encode()[:160].decode(errors="ignore").rstrip("\0")
+    assert beat.stage.name == shown
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_hostile_datagrams_do_nothing() -> None:
+    run_on_ranks(hear_hostile_datagrams, 2)
 
 
 def test_suspects_are_named_first() -> None:

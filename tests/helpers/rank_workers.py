@@ -27,9 +27,15 @@ from small_runs import (
 )
 
 from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
-from unicl_fast.distributed.ranks import Ranks, process_group
+from unicl_fast.distributed.ranks import (
+    Ranks,
+    from_rank_0,
+    gather_integers,
+    gather_objects,
+    process_group,
+)
 from unicl_fast.distributed.signals import Interrupted
-from unicl_fast.distributed.watchdog import Watchdog
+from unicl_fast.distributed.watchdog import Heartbeat, Heartbeats, Watchdog, format_heartbeat
 from unicl_fast.evaluation.features import ModelOnRanks, collect_rows
 from unicl_fast.evaluation.report import ClassificationCounts
 from unicl_fast.evaluation.zero_shot import scores_by
@@ -38,6 +44,7 @@ from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.system.progress import Stage
 from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Trainer
@@ -498,6 +505,65 @@ def describe_sources_of_slices(ranks, images: torch.Tensor, folder: str) -> None
     batch = dataclasses.replace(batch, source_ids=batch.global_index % 2)
     meter = DatasetMeter(["a", "b"], epochs=lambda step: [1.0, 2.0])
     Path(folder, str(ranks.rank)).write_text(repr(meter.describe(batch, ranks, num_steps=1)))
+
+
+def exchange_objects(ranks: Ranks) -> None:
+    """Values of all kinds and of unequal sizes, among them names that UTF-8 cannot write."""
+    texts = ["", "a" * 70_000, "b/\udcff.jpg"]
+    with mock.patch.object(torch.distributed.distributed_c10d, "_tensor_to_object") as unpickle:
+        value = [None, True, 1.5 / 7, {"name": texts[ranks.rank]}, [[2**53 + 1], []]]
+        for rank, found in enumerate(gather_objects(value, ranks)):
+            assert found == [*value[:3], {"name": texts[rank]}, value[4]]
+        for text in texts:
+            assert from_rank_0(text if ranks.is_main else "other", ranks) == text
+        assert gather_objects(None, ranks) == [None] * ranks.world_size
+    assert not unpickle.called
+
+
+def old_datagrams(token: bytes) -> list[bytes]:
+    """What must do nothing: nesting, random bytes, heartbeats in an older form, cut or foreign."""
+    stage = ["step", 3, 1.0, False]
+    beat = format_heartbeat(Stage("step"), token=token, rank=1, age_seconds=1, left_seconds=1)
+    foreign = format_heartbeat(
+        Stage("step"), token=bytes(16), rank=1, age_seconds=1, left_seconds=1
+    )
+    wild = format_heartbeat(Stage("step"), token=token, rank=9999, age_seconds=1, left_seconds=1)
+    return [
+        *(b"[" * 4000, b'{"a":' * 500, b"", b"null", os.urandom(len(beat)), os.urandom(2000)),
+        *(json.dumps([token.hex(), rank, stage, 1.0, 1.0]).encode() for rank in (1, 10**400)),
+        *(beat[:-1], beat + b"\0", beat[:16], foreign, wild),
+    ]
+
+
+def hear_hostile_datagrams(ranks: Ranks) -> None:
+    """Both ranks' ports get datagrams of others; then each rank is heard all the same."""
+    heartbeats = Heartbeats(ranks)
+    host, port = heartbeats._socket.getsockname()
+    assert host == "127.0.0.1"
+    token = heartbeats._token
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other:
+        for datagram in old_datagrams(token):
+            other.sendto(datagram, (host, port))
+            time.sleep(0.01)
+            heartbeats.receive()
+            assert heartbeats.heard == {}
+        gather_integers(0, ranks)
+        heartbeats.send(Stage("näher " * 90, 7, 1.0, True), age_seconds=1.5, left_seconds=-2.5)
+        gather_integers(0, ranks)
+        (_rank, beat), *more = _heard(heartbeats).items()
+        assert not more
+    assert beat.stage.name.startswith("näher näher")
+    assert (beat.stage.step, beat.stage.waits_for_ranks) == (7, True)
+    assert (beat.age_seconds, beat.left_seconds) == (1.5, -2.5)
+    heartbeats.close()
+
+
+def _heard(heartbeats: Heartbeats) -> dict[int, Heartbeat]:
+    deadline = time.monotonic() + 30
+    while not heartbeats.heard and time.monotonic() < deadline:
+        heartbeats.receive()
+        time.sleep(0.01)
+    return heartbeats.heard
 
 
 def gather_features_of_slices(ranks, path: str) -> None:

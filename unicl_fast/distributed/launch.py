@@ -116,7 +116,9 @@ class _Launcher:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         # without OMP_NUM_THREADS every rank would start as many threads as the machine has cores
-        shared = {"OMP_NUM_THREADS": str(max(1, usable_cores() // nproc))} | os.environ
+        shared = {"OMP_NUM_THREADS": str(max(1, usable_cores() // nproc))}
+        shared |= {"GLOO_SOCKET_IFNAME": "lo"}  # ranks of one machine listen to nobody else
+        shared |= os.environ
         shared |= {"WORLD_SIZE": str(nproc), "LOCAL_WORLD_SIZE": str(nproc)}
         shared |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared |= {_RESTART_COUNT: str(attempt), LAUNCHED_BY_US: "1"}

@@ -22,20 +22,27 @@ import math
 import os
 import re
 import secrets
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
+from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from unicl_fast.system.progress import WaitingForRanks, mark
 
+Json = bool | int | float | str | list[Any] | dict[str, Any] | None
+"""Values that ranks exchange; without tuples, paths or arrays they arrive as they were sent."""
+T = TypeVar("T", bound=Json)
+
+_LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.02
 
 
@@ -83,24 +90,43 @@ def gather_integers(value: int, ranks: Ranks) -> list[int]:
     return [int(tensor) for tensor in gathered]
 
 
-def gather_objects(value: Any, ranks: Ranks) -> list[Any]:
-    """Gathers an object of every rank, in rank order, on the host; pickled, so keep it small."""
+def gather_objects(value: T, ranks: Ranks) -> list[T]:
+    """Gathers an object of every rank, in rank order, on the host, as JSON: keep it small.
+
+    torch's own way would unpickle, and so run, whatever comes over the network.
+    """
     if ranks.world_size == 1:
         return [value]
-    gathered: list[Any] = [None] * ranks.world_size
+    content = _to_bytes(value)
+    sizes = gather_integers(len(content), ranks)
+    mine = _pad_rows(content, max(sizes))
+    gathered = [torch.empty_like(mine) for _ in sizes]
     with WaitingForRanks():
-        dist.all_gather_object(gathered, value, group=ranks.host_group)
-    return gathered
+        dist.all_gather(gathered, mine, group=ranks.host_group)
+    return [_from_bytes(rows[:size]) for rows, size in zip(gathered, sizes, strict=True)]
 
 
-def from_rank_0(value: Any, ranks: Ranks) -> Any:
-    """Returns rank 0's value on all ranks, by way of the host."""
+def from_rank_0(value: T, ranks: Ranks) -> T:
+    """Returns rank 0's value on all ranks, by way of the host, as JSON."""
     if ranks.world_size == 1:
         return value
-    values = [value]
+    content = _to_bytes(value if ranks.is_main else None)
+    size = torch.tensor([len(content)])
     with WaitingForRanks():
-        dist.broadcast_object_list(values, src=0, group=ranks.host_group)
-    return values[0]
+        dist.broadcast(size, src=0, group=ranks.host_group)
+        content = content if ranks.is_main else content.new_empty(int(size))
+        dist.broadcast(content, src=0, group=ranks.host_group)
+    found: T = _from_bytes(content)
+    return found
+
+
+def _to_bytes(value: Json) -> UInt8[Tensor, " n"]:
+    # ASCII, since the names of files may hold what UTF-8 cannot
+    return torch.frombuffer(bytearray(json.dumps(value).encode("ascii")), dtype=torch.uint8)
+
+
+def _from_bytes(content: UInt8[Tensor, " n"]) -> Any:
+    return json.loads(content.numpy().tobytes())
 
 
 def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
@@ -186,7 +212,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
     mark("meeting the other ranks", waits_for_ranks=True)
-    store, rank, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+    store, rank, world_size = _open_store(timeout)
     store.set_timeout(timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         session = agree_on_session(store, rank=rank, world_size=world_size, timeout=timeout)
@@ -203,6 +229,30 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     finally:
         mark("parting from the other ranks", waits_for_ranks=True)
         dist.destroy_process_group()
+
+
+def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
+    """Opens the store that torchrun's variables name; returns the rank and world size too.
+
+    torch's own way listens on all interfaces. Where ranks meet on the loopback interface, so does
+    the store. torchrun's is its own, and already open.
+    """
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, address = os.environ.get("RANK"), os.environ.get("MASTER_ADDR")
+    if agents or rank != "0" or address != _LOOPBACK:
+        store, number, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+        return store, number, world_size
+    world_size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    listening = socket.create_server((_LOOPBACK, port), backlog=max(128, world_size))
+    store = TCPStore(
+        _LOOPBACK,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        master_listen_fd=listening.detach(),  # the store closes it
+    )
+    return store, 0, world_size
 
 
 def agree_on_session(
@@ -244,7 +294,11 @@ def _read(store: Store, key: str) -> str:
 
 
 def adopt_slurm_ranks() -> None:
-    """Under `srun` with several tasks, but not torchrun, sets its variables from SLURM's."""
+    """Under `srun` with several tasks, but not torchrun, sets its variables from SLURM's.
+
+    Raises:
+        ValueError: a variable of SLURM is not written as SLURM documents it.
+    """
     tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
     if "WORLD_SIZE" in os.environ or tasks == 1:
         return
@@ -252,7 +306,11 @@ def adopt_slurm_ranks() -> None:
         "RANK": os.environ["SLURM_PROCID"],
         "LOCAL_RANK": os.environ["SLURM_LOCALID"],
         "WORLD_SIZE": str(tasks),
-        "LOCAL_WORLD_SIZE": re.split(r"[(,]", os.environ["SLURM_STEP_TASKS_PER_NODE"])[0],
+        "LOCAL_WORLD_SIZE": str(
+            tasks_of_node(
+                os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ.get("SLURM_NODEID", "0"))
+            )
+        ),
     }
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
     # the same on all ranks, and different for jobs that share a node
@@ -260,7 +318,26 @@ def adopt_slurm_ranks() -> None:
 
 
 def first_host(node_list: str) -> str:
-    """Returns the first name of a SLURM node list: `node007` of `node[007-012,020],gpu1`."""
-    found = re.match(r"([^,\[]+)(?:\[(\w+))?", node_list)
-    assert found is not None, node_list
-    return found[1] + (found[2] or "")
+    """Returns the first name of a SLURM node list: `r1n07-ib` of `r[1-2]n[07-12,20]-ib,gpu1`."""
+    found = re.match(r"(?:[^,\[\]]|\[\w[^\[\]]*\])+(?=,|$)", node_list)
+    if found is None:
+        raise ValueError(
+            f"SLURM_STEP_NODELIST={node_list} is no node list such as node[1-4],gpu1: set "
+            "MASTER_ADDR to the address of the first node"
+        )
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
+
+
+def tasks_of_node(tasks_per_node: str, node: int) -> int:
+    """Returns how many tasks a node has: 4 for the nodes 1 and 2 of SLURM's `2,4(x2)`."""
+    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in tasks_per_node.split(",")]
+    for part in found:
+        if part is None:
+            break
+        if node < (repeats := int(part[2] or 1)):
+            return int(part[1])
+        node -= repeats
+    raise ValueError(
+        f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node} has no number of tasks such as 2,4(x2) for "
+        f"node {os.environ.get('SLURM_NODEID', '0')}: start the ranks with torchrun"
+    )

@@ -19,18 +19,18 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
-import json
 import logging
 import os
 import secrets
 import socket
+import struct
 import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from unicl_fast.distributed.ranks import Ranks, gather_objects
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, gather_objects
 from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.system.progress import Stage, current_stage
 
@@ -40,6 +40,13 @@ logger = logging.getLogger(__name__)
 _GROUP_TIMEOUTS = 10
 _NO_LIMIT_SECONDS = 365 * 24 * 3600.0
 _MOST_SENTENCES = 8
+_MOST_FAILED_TICKS = 20
+_MOST_DATAGRAMS = 10_000
+"""Read in one tick at most, so that a flood of them cannot hold up the thread that watches."""
+
+_TOKEN_BYTES = 16
+# token, rank, step (-1: none), whether it waits for ranks, age and rest in seconds, stage's name
+_HEARTBEAT = struct.Struct(f"!{_TOKEN_BYTES}sIq?dd160s")
 
 _ADVICE = {
     "waiting for the next batch": "the storage of data.train is stuck, or a thread that reads or "
@@ -78,6 +85,8 @@ class Watchdog:
         self._stage, self._age = current_stage(), 0.0
         self._beat_due = self._ticked = time.monotonic()
         self._stopped = threading.Event()
+        self._num_failed_ticks = 0
+        self._logged_errors: set[type[Exception]] = set()
         self._thread: threading.Thread | None = None
 
     def __enter__(self) -> Watchdog:
@@ -99,8 +108,42 @@ class Watchdog:
             self._heartbeats = Heartbeats(ranks)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(self._interval):
-            self._tick(time.monotonic())
+        try:
+            while not self._stopped.wait(self._interval):
+                self._tick_or_log(time.monotonic())
+        except BaseException as error:  # a thread that died of it would protect nobody, in silence
+            self._end_process(
+                f"rank {self._rank}: THE WATCHDOG CANNOT CONTINUE, and no hang would be noticed "
+                f"({type(error).__name__}: {error}). Resume with --resume auto. Ending with code "
+                f"{EXIT_HUNG}; what its threads were doing:"
+            )
+
+    def _tick_or_log(self, now: float) -> None:
+        """Watches on after an error, but not when every tick ends in one."""
+        try:
+            self._tick(now)
+        except Exception as error:
+            self._num_failed_ticks += 1
+            if self._num_failed_ticks == _MOST_FAILED_TICKS:
+                raise
+            self._log_once(error)
+        else:
+            self._num_failed_ticks = 0
+
+    def _log_once(self, error: Exception) -> None:
+        if type(error) not in self._logged_errors:
+            self._logged_errors.add(type(error))
+            logger.error(
+                "THE WATCHDOG FAILED with %s: %s; it continues to watch (please report this)",
+                type(error).__name__, error, exc_info=error,
+            )  # fmt: skip
+
+    def _end_process(self, text: str) -> None:
+        try:
+            os.write(2, f"\nunicl_fast: {text}\n".encode(errors="replace"))
+            faulthandler.dump_traceback(2)
+        finally:  # also where nobody reads what is said
+            self._end(EXIT_HUNG)
 
     def _tick(self, now: float) -> None:
         # when this thread itself was held up, the process was stopped, and has not hung so long
@@ -110,11 +153,10 @@ class Watchdog:
         self._age = self._age + passed if stage is self._stage else 0.0
         self._stage = stage
         left = self._limit * stage.patience - self._age
-        if self._heartbeats is not None:
-            self._heartbeats.receive()
-            if now >= self._beat_due or left < 0:
-                self._beat_due = now + self._beat_every
-                self._heartbeats.send(stage, age_seconds=self._age, left_seconds=left)
+        try:
+            self._exchange_heartbeats(now, left_seconds=left)
+        except Exception as error:  # this rank's own stage is judged all the same
+            self._log_once(error)
         heard = self._heartbeats.heard if self._heartbeats is not None else {}
         another_works = any(
             now - beat.heard < self._silence
@@ -123,9 +165,15 @@ class Watchdog:
             for beat in heard.values()
         )
         if left < 0 and not (stage.waits_for_ranks and another_works):
-            os.write(2, f"\nunicl_fast: {self._describe(now)}\n".encode())
-            faulthandler.dump_traceback(2)
-            self._end(EXIT_HUNG)
+            self._end_process(self._describe(now))
+
+    def _exchange_heartbeats(self, now: float, *, left_seconds: float) -> None:
+        if self._heartbeats is None:
+            return
+        self._heartbeats.receive()
+        if now >= self._beat_due or left_seconds < 0:
+            self._beat_due = now + self._beat_every
+            self._heartbeats.send(self._stage, age_seconds=self._age, left_seconds=left_seconds)
 
     def _describe(self, now: float) -> str:
         """Says which rank hangs in what, what the others do, and what to do."""
@@ -206,6 +254,40 @@ class Heartbeat:
     """When the message came, on this rank's monotonic clock."""
 
 
+def format_heartbeat(
+    stage: Stage, *, token: bytes, rank: int, age_seconds: float, left_seconds: float
+) -> bytes:
+    """Returns the datagram of a heartbeat; a long name of a stage is cut."""
+    step = -1 if stage.step is None else stage.step
+    name = stage.name.encode(errors="replace")
+    return _HEARTBEAT.pack(
+        token, rank, step, stage.waits_for_ranks, age_seconds, left_seconds, name
+    )
+
+
+def parse_heartbeat(
+    datagram: bytes, *, token: bytes, world_size: int
+) -> tuple[int, Heartbeat] | None:
+    """Returns the rank and what it says; None for whatever is no heartbeat of these ranks.
+
+    Anybody may send anything to the port: the size and the token are compared before a byte of the
+    rest is looked at, and what follows has a fixed form.
+    """
+    if len(datagram) != _HEARTBEAT.size or not secrets.compare_digest(
+        datagram[:_TOKEN_BYTES], token
+    ):
+        return None
+    _, rank, step, waits, age_seconds, left_seconds, name = _HEARTBEAT.unpack(datagram)
+    if rank >= world_size:
+        return None
+    stage = Stage(
+        name.rstrip(b"\0").decode(errors="ignore"),
+        step if step >= 0 else None,
+        waits_for_ranks=waits,
+    )
+    return rank, Heartbeat(stage, age_seconds, left_seconds, time.monotonic())
+
+
 class Heartbeats:
     """One datagram to each other rank every few seconds, sent and read without waiting.
 
@@ -217,24 +299,27 @@ class Heartbeats:
     def __init__(self, ranks: Ranks) -> None:
         """Opens a port and exchanges addresses; all ranks come here together.
 
+        Ranks of one machine meet on its loopback interface, where no other machine reaches them.
         A rank that gets no port logs an error, and neither hears nor is heard.
         """
         self.heard: dict[int, Heartbeat] = {}
-        self._rank = ranks.rank
+        self._rank, self._world_size = ranks.rank, ranks.world_size
+        host, own_ip = socket.gethostname(), _own_ip()
+        machines = gather_objects([host, own_ip], ranks)
+        is_one_machine = all(machine == machines[0] for machine in machines)
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         port = 0
         try:
-            self._socket.bind(("", 0))
+            self._socket.bind(("127.0.0.1" if is_one_machine else "", 0))
             port = self._socket.getsockname()[1]
         except OSError as error:
             logger.error("no heartbeats: %s; if a rank hangs, it may go unnamed", error)
-        host = socket.gethostname()
-        mine = (secrets.token_hex(8), host, _own_ip(), port)
-        everyone = gather_objects(mine, ranks)
-        self._token = everyone[0][0]  # tells our ranks from others that send to this port
+        ports = gather_integers(port, ranks)
+        # tells our ranks from others that send to this port
+        self._token = bytes.fromhex(from_rank_0(secrets.token_hex(_TOKEN_BYTES), ranks))
         self._targets: list[tuple[str, int]] = []
-        for rank, (_, other_host, ip, other_port) in enumerate(everyone):
+        for rank, (other_port, (other_host, ip)) in enumerate(zip(ports, machines, strict=True)):
             if rank == self._rank or not port or not other_port:
                 continue
             # a machine that finds its own name in /etc/hosts may think it is 127.0.1.1
@@ -246,25 +331,27 @@ class Heartbeats:
 
     def send(self, stage: Stage, *, age_seconds: float, left_seconds: float) -> None:
         """Sends to all others; what cannot be sent now is not sent."""
-        content = [self._token, self._rank, list(stage), age_seconds, left_seconds]
-        datagram = json.dumps(content).encode()
+        datagram = format_heartbeat(
+            stage,
+            token=self._token,
+            rank=self._rank,
+            age_seconds=age_seconds,
+            left_seconds=left_seconds,
+        )
         for target in self._targets:
             with contextlib.suppress(OSError):
                 self._socket.sendto(datagram, target)
 
     def receive(self) -> None:
         """Reads into `heard` what has come since the last time."""
-        while True:
+        for _ in range(_MOST_DATAGRAMS):
             try:
-                datagram = self._socket.recv(4096)
+                datagram = self._socket.recv(_HEARTBEAT.size + 1)  # longer ones differ in size too
             except OSError:  # nothing more; or the error of an earlier sending, which is of no use
                 return
-            with contextlib.suppress(ValueError, TypeError):
-                token, rank, stage, age_seconds, left_seconds = json.loads(datagram)
-                if token == self._token:
-                    self.heard[int(rank)] = Heartbeat(
-                        Stage(*stage), float(age_seconds), float(left_seconds), time.monotonic()
-                    )
+            found = parse_heartbeat(datagram, token=self._token, world_size=self._world_size)
+            if found is not None:
+                rank, self.heard[rank] = found
 
     def close(self) -> None:
         self._socket.close()

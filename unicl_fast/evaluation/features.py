@@ -18,6 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -263,8 +264,9 @@ def collect_rows(
         return mine
     num_received = ranks.world_size if ranks.is_main else 0
     # a rank without rows knows neither their width nor their type
-    kinds = gather_objects(None if mine is None else (mine.shape[1], mine.dtype), ranks)
-    width, dtype = next(kind for kind in kinds if kind is not None)
+    kind: list[Any] | None = None if mine is None else [mine.shape[1], str(mine.dtype)]
+    width, name = next(kind for kind in gather_objects(kind, ranks) if kind is not None)
+    dtype = getattr(torch, name.removeprefix("torch."))
     mine = torch.empty(0, width, dtype=dtype) if mine is None else mine
     whole = torch.empty(num_rows, width, dtype=dtype) if ranks.is_main else None
     most = -(-num_rows // ranks.world_size)

@@ -126,8 +126,9 @@ class DatasetMeter:
             values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
         if batch.source_ids is None:
             return values
-        own = np.stack([batch.class_ids.cpu().numpy(), batch.source_ids.numpy()])
-        class_ids, source_ids = np.concatenate(gather_objects(own, ranks), axis=1)
+        own = [batch.class_ids.tolist(), batch.source_ids.tolist()]
+        every = [np.array(part, dtype=np.int64) for part in gather_objects(own, ranks)]
+        class_ids, source_ids = np.concatenate(every, axis=1)
         _, index, counts = np.unique(class_ids, return_inverse=True, return_counts=True)
         positives = counts[index]
         for number, name in enumerate(self._names):

@@ -301,7 +301,8 @@ def _choose_on_rank_0(ranks: Ranks, resume: str, run_folder: Path) -> Path | Non
             if restarted and list_checkpoints(run_folder / "checkpoints"):
                 resume = "auto"
             chosen = _choose_checkpoint(resume, run_folder)
-    return from_rank_0(chosen, ranks)  # type: ignore[no-any-return]
+    path = from_rank_0(str(chosen or ""), ranks)
+    return Path(path) if path else None
 
 
 def _choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
