@@ -102,7 +102,8 @@ def show_dataset(options: Show) -> Path:
                 (strip.title, list(shown), strip.notes)
                 for strip, shown in zip(planned, images, strict=True)
             ]
-    _draw(strips, options)
+    with plain_texts():
+        _draw(strips, options)
     return options.out
 
 
@@ -264,7 +265,6 @@ def _text_of(dataset: PackedDataset, index: int) -> str:
     return "(no text)"
 
 
-@plain_texts()
 def _draw(strips: list[tuple[str, list[Any], list[str]]], options: Show) -> None:
     columns = len(strips[0][1])
     figure = Figure(figsize=(1.5 * columns + 0.6, 1.72 * len(strips) + 0.4), layout="constrained")
