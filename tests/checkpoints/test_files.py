@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import shutil
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from unicl_fast.checkpoints.files import (
     choose_best_metric,
     list_checkpoints,
     read_best,
+    save_tensors,
     write_checkpoint,
 )
 from unicl_fast.checkpoints.load import DamagedCheckpointError, find_checkpoint, read_state
@@ -259,3 +262,15 @@ def test_a_file_of_another_checkpoint_is_refused_whatever_the_checksums_say(
     (one / "state.json").write_text(dump_checksummed_json(state))
     with pytest.raises(DamagedCheckpointError, match=f"{name} is of step 2 of run {foreign}, "):
         read_state(one)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o002, 0o664), (0o077, 0o600)])
+def test_weights_have_the_permissions_of_any_new_file(
+    tmp_path: Path, umask: int, mode: int
+) -> None:
+    before = os.umask(umask)
+    try:
+        save_tensors({"weight": torch.ones(3)}, tmp_path / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "model.safetensors").stat().st_mode) == mode

@@ -59,7 +59,7 @@ def test_where_data_lie_may_differ_from_node_to_node() -> None:
 
 
 @pytest.mark.dist
-@pytest.mark.parametrize("every_steps", [2, 0])
+@pytest.mark.parametrize("every_steps", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_a_weight_that_parts_from_the_other_rank_s_ends_the_run(
     images: torch.Tensor, tmp_path: Path, every_steps: int
 ) -> None:

@@ -110,11 +110,9 @@ def test_a_run_on_two_ranks_follows_the_run_of_one(images: torch.Tensor, tmp_pat
     )
 
 
+@pytest.mark.slow
 @pytest.mark.dist
-@pytest.mark.parametrize(
-    "world_size",
-    [3, *(pytest.param(n, marks=pytest.mark.slow) for n in (1, 2, 4))],
-)
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 def test_resumed_ranks_equal_unbroken_ones(
     images: torch.Tensor, tmp_path: Path, world_size: int
 ) -> None:

@@ -75,7 +75,7 @@ def write_checkpoint(
     try:
         partial.mkdir(parents=True)
         for name, tensors in files.items():
-            save_file(tensors, partial / name, metadata=origin)
+            save_tensors(tensors, partial / name, metadata=origin)
         checksums = {name: file_checksum(partial / name) for name in files}
         text = dump_checksummed_json({"step": step, **state, "checksums": checksums})
         (partial / STATE_FILE).write_text(text, encoding="utf-8")
@@ -93,6 +93,17 @@ def write_checkpoint(
         raise OSError(f"{target} cannot be written: {error}") from error
     shutil.rmtree(replaced, ignore_errors=True)
     return target
+
+
+def save_tensors(
+    tensors: dict[str, Tensor], path: Path, *, metadata: dict[str, str] | None = None
+) -> None:
+    """Writes a safetensors file with the permissions of any new file; safetensors' own are 0600."""
+    save_file(tensors, path, metadata=metadata)
+    status = Path("/proc/self/status").read_text(encoding="ascii", errors="replace")
+    found = re.search(r"^Umask:\s*(\d+)", status, re.MULTILINE)  # os.umask would have to set it
+    if found is not None:
+        path.chmod(0o666 & ~int(found[1], 8))
 
 
 def origin_of(run_id: str, step: int) -> dict[str, str]:

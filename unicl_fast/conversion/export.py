@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -33,6 +32,7 @@ from unicl_fast.checkpoints.export import (
     WEIGHTS_FILE,
     Preprocessing,
 )
+from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.conversion.requests import ModelConversion
@@ -126,7 +126,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """Writes a safetensors file whose tensors share no memory; a full disk is an OSError."""
     copies = {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()}
     try:
-        save_file(copies, path, metadata={"format": "pt"})  # the hub's readers ask for this word
+        save_tensors(copies, path, metadata={"format": "pt"})  # the hub's readers ask for this word
     except SafetensorError as error:
         raise OSError(f"{path} cannot be written: {error}") from error
 

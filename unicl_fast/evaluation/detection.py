@@ -16,7 +16,6 @@ from typing import Any, cast
 import timm
 import torch
 from jaxtyping import Float
-from safetensors.torch import save_file
 from timm.layers import LayerNorm2d, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,6 +26,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from tqdm import tqdm
 
+from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.distributed.ranks import Ranks, gather_objects
 from unicl_fast.evaluation.coco import (
     METRICS,
@@ -270,7 +270,7 @@ def run(command: Detect) -> None:
     print(table)
     command.out.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
-    save_file(tensors, command.out / "detector.safetensors")
+    save_tensors(tensors, command.out / "detector.safetensors")
     values = {
         "image_encoder": model.config.model.image_encoder,
         "train": str(command.train),

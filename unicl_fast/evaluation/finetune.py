@@ -17,7 +17,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from jaxtyping import Float
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.data import Mixup
 from timm.optim import param_groups_layer_decay
 from timm.scheduler.cosine_lr import CosineLRScheduler
@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 from unicl_fast.augmentation import check_views
 from unicl_fast.batch import Batch, Loader
+from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.config import ObjectiveConfig, TrainConfig, config_from_dict, config_to_dict
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.data import EvaluationData, open_data
@@ -257,7 +258,7 @@ def save_finetuned(
     """Writes the weights, and their description, into a folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {name: value.cpu().contiguous() for name, value in module.state_dict().items()}
-    save_file(tensors, folder / _WEIGHTS_FILE)
+    save_tensors(tensors, folder / _WEIGHTS_FILE)
     description = {"config": config_to_dict(config), "class_names": class_names}
     text = json.dumps(description | {"settings": settings}, indent=1)
     (folder / _DESCRIPTION_FILE).write_text(text + "\n")
