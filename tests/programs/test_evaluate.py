@@ -392,3 +392,22 @@ def test_a_detector_is_trained_and_its_figures_written(
         capsys, "detect", "--checkpoint", trained, *sets, *small, "--out", tmp_path / "other"
     )
     assert "take timm's ResNet, Swin" in message
+
+
+@pytest.mark.parametrize("name", ["LSUN", "LSUNClass"])
+def test_what_torchvision_would_unpickle_is_refused(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    spec = f"torchvision:{name}:{tmp_path}"
+    message = refusal(capsys, "zero-shot", "--checkpoint", trained, "--data", spec)
+    assert f"torchvision's {name} unpickles a file _cache_*" in message
+
+
+def test_figures_of_many_classifiers_are_refused(
+    data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--train", data / "labels", "--data", data / "labels", "--shots", "1"]
+    message = refusal(
+        *(capsys, "linear-probe", "--checkpoint", trained, *sets, "--figures", tmp_path),
+    )
+    assert "--figures draws the mistakes of one classifier" in message

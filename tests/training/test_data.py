@@ -146,3 +146,14 @@ def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, 
 def tokenizer_facts() -> dict[str, str]:
     tokenizer = Tokenizer()
     return {"tokenizer": tokenizer.name, "vocabulary_hash": tokenizer.vocabulary_hash}
+
+
+@pytest.mark.parametrize(("weights", "warned"), [((0.25, 0.75), False), ((1, 3), True)])
+def test_weights_that_do_not_sum_to_1_are_warned_of(
+    data: Path, caplog: pytest.LogCaptureFixture, weights: tuple[float, float], warned: bool
+) -> None:
+    names = ("labels", "captions")
+    train = tuple(f"{data / name}={weight}" for name, weight in zip(names, weights, strict=True))
+    open_datasets(DataConfig(train=train))
+    assert ("weights sum to 4, not 1" in caplog.text) == warned
+    assert ("labels 25.0%" in caplog.text) == warned

@@ -245,6 +245,13 @@ def _parse_torchvision(spec: str) -> tuple[type[Any], str, str, dict[str, Any]]:
             f"torchvision {torchvision.__version__} has no data set {name}; write it as "
             "torchvision.datasets does, such as OxfordIIITPet"
         )
+    # The only one that unpickles besides CIFAR's, which we read ourselves; others have torch.load
+    # with weights_only (torchvision 0.28, all files of its datasets/ were read for this).
+    if kind.__module__.endswith(".lsun"):
+        raise ValueError(
+            f"{spec}: torchvision's {name} unpickles a file _cache_* of the working directory, and "
+            "a pickle can run any program: export its images into class folders, and give those"
+        )
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"{spec}: there is no folder {folder}")
     known = inspect.signature(kind.__init__).parameters

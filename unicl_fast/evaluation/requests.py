@@ -247,6 +247,11 @@ class LinearProbe(FrozenFeatures):
                 f"--validation is to choose C by, and --c {self.c:g} fixes it: with --shots, "
                 "which are fitted alone, give one of the two"
             )
+        if self.shots and self.figures is not None:
+            raise ValueError(
+                "--figures draws the mistakes of one classifier, and --shots fits many: leave one "
+                "of the two out"
+            )
 
     def run(self) -> None:
         from unicl_fast.evaluation import probes

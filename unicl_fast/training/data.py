@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -53,6 +54,11 @@ def open_datasets(data: DataConfig) -> tuple[list[PackedDataset], list[float] | 
     ]
     for dataset in datasets:
         _warn_of_traffic(dataset, data)
+    if given and not math.isclose(total := sum(given), 1, rel_tol=1e-6):
+        parts = ", ".join(
+            f"{folder} {weight / total:.1%}" for folder, weight in zip(folders, given, strict=True)
+        )
+        logger.warning("data.train: weights sum to %g, not 1; of each batch are: %s", total, parts)
     return datasets, given or None
 
 

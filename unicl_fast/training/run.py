@@ -34,6 +34,7 @@ from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import sole_writer
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import mark
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.agreement import check_ranks_agree, describe_rank
 from unicl_fast.training.data import (
@@ -189,8 +190,11 @@ def _report(trainer: Trainer, run_folder: Path) -> None:
     with drawing(curves):
         draw_curves(run_folder, curves)
         logger.info("curves in %s", curves)
+    objective = trainer.config.objective
     following = f"unicl-eval zero-shot --checkpoint {run_folder} --data DIR"
-    logger.info("%d steps done. Next: %s", trainer.step, following)
+    if not objective.has_texts:  # SupCon's and cross-entropy's models know no texts
+        following = f"unicl-eval knn --checkpoint {run_folder} --train DIR --data DIR"
+    logger.info("%s done. Next: %s", count_of(trainer.step, "step"), following)
 
 
 def _with_precision(
