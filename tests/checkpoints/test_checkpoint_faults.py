@@ -18,6 +18,7 @@ from unicl_fast import load_model
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import (
     list_checkpoints,
+    origin_of,
     set_later_checkpoints_aside,
     write_checkpoint,
 )
@@ -222,12 +223,14 @@ def test_a_checkpoint_is_read_for_its_checksums_once(
 
 def test_a_checkpoint_of_other_tensors_is_refused(run_folder: Path) -> None:
     newest = list_checkpoints(run_folder / "checkpoints")[-1]
+    run_id = read_state(newest).run_id
     for content, message in (
         (b"not tensors", "no safetensors file"),
         (None, "not of the model that"),
     ):
         if content is None:
-            save_file({"weight": torch.ones(3)}, newest / "model.safetensors")
+            origin = origin_of(run_id, 6)
+            save_file({"weight": torch.ones(3)}, newest / "model.safetensors", metadata=origin)
         else:
             (newest / "model.safetensors").write_bytes(content)
         state = parse_checksummed_json((newest / "state.json").read_bytes())
