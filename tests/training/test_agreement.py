@@ -12,6 +12,7 @@ from rank_workers import disagree, run_on_ranks, train_with_a_parted_weight
 from small_runs import tiny_config
 
 from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.system.kernels import source_files
 from unicl_fast.training.agreement import check_ranks_agree, code_digest, describe_rank
 
 DATA = {"sources": [{"num_samples": 12, "shards": ["abc"]}], "shares": None}
@@ -50,6 +51,12 @@ def test_what_differs_is_named_with_its_rank(tmp_path: Path) -> None:
 def test_one_rank_agrees_with_itself() -> None:
     check_ranks_agree(describe_rank(tiny_config(), DATA), Ranks())
     assert len(code_digest()) == 32
+
+
+def test_the_code_that_is_compared_is_all_that_trains() -> None:
+    """Wherever pipelines/ lies: in a checkout it is beside the library."""
+    found = {(path.parent.name, path.name) for path in source_files(without=("tools",))}
+    assert {("plan", "order.py"), ("training", "trainer.py"), ("objectives", "loss.py")} <= found
 
 
 def test_where_data_lie_may_differ_from_node_to_node() -> None:

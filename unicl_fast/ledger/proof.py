@@ -264,19 +264,18 @@ def _read_files(paths: dict[int, Path], notes: list[str]) -> tuple[dict[int, Seg
 
 def _contradictions(segments: Sequence[Segment], run: Run | None) -> list[str]:
     """Finds starts of different runs, or of another run than the checkpoint's."""
-    headers = [segment.header for segment in segments]
+    numbered = [(segment.header.segment, _run_of(segment.header)) for segment in segments]
     faults = [
-        f"segments {one.segment} and {other.segment} are of different runs: {_origin(one)}, and "
-        f"{_origin(other)}"
-        for one, other in itertools.pairwise(headers)
-        if _differ(_run_of(one), _run_of(other))
+        f"segments {one} and {other} are of different runs: {_origin(first)}, and {_origin(second)}"
+        for (one, first), (other, second) in itertools.pairwise(numbered)
+        if _differ(first, second)
     ]
-    if run is not None and headers and _differ(run, _run_of(headers[-1])):
-        faults.append(
-            f"the newest checkpoint is of another run than segment {headers[-1].segment}: run "
-            f"{run.run_id or 'without an id'} with seed {run.seed} on sources of {run.sizes} "
-            f"samples, and {_origin(headers[-1])}"
-        )
+    for number, last in numbered[-1:]:
+        if run is not None and _differ(run, last):
+            faults.append(
+                f"the newest checkpoint is of another run than segment {number}: {_origin(run)}, "
+                f"and {_origin(last)}"
+            )
     return faults
 
 
@@ -296,8 +295,7 @@ def _differ(one: Run, other: Run) -> bool:
     return one != other
 
 
-def _origin(header: SegmentHeader) -> str:
-    run = _run_of(header)
+def _origin(run: Run) -> str:
     return (
         f"run {run.run_id or 'without an id'} with seed {run.seed} and batches of "
         f"{run.global_batch_size} out of sources of {run.sizes} samples"

@@ -15,7 +15,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, overload
@@ -99,15 +99,20 @@ def _hash_code() -> str:
     By content, in 5 ms: after `git checkout` or `pip install` two versions may agree in sizes and
     times. Numba itself tells processors and versions of Python apart.
     """
+    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
+    for file in sorted(source_files(without=_ROOMS_ABOVE)):
+        digest.update(f"{file.name}\0".encode() + file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def source_files(*, without: Collection[str]) -> set[Path]:
+    """Finds the Python files of the library and of pipelines/, without some rooms."""
     package = Path(__file__).parents[1]
-    rooms = [path for path in package.iterdir() if path.name not in _ROOMS_ABOVE]
+    rooms = [path for path in package.iterdir() if path.name not in without]
     pipelines = find_spec("unicl_fast.pipelines")  # it may lie beside the package, in a checkout
     rooms += map(Path, (pipelines and pipelines.submodule_search_locations) or ())
     files = {file for room in rooms for file in (room.rglob("*.py") if room.is_dir() else [room])}
-    digest = hashlib.sha256(f"{numba.__version__} {llvmlite.__version__}".encode())
-    for file in sorted(files):
-        digest.update(f"{file.name}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:16]
+    return {file for file in files if file.suffix == ".py"}
 
 
 # The C library's function, which a compiled loop can call.

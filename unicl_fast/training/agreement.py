@@ -13,15 +13,14 @@ import importlib.metadata
 import json
 import platform
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-import unicl_fast
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
+from unicl_fast.system.kernels import source_files
 from unicl_fast.system.wording import count_of, shorten
 
 _PACKAGES = ("torch", "timm", "numpy", "numba", "nvidia-dali-cuda120", "tokenizers")
@@ -55,12 +54,10 @@ def describe_rank(config: TrainConfig, data: Mapping[str, Any]) -> dict[str, Any
 
 @functools.cache
 def code_digest() -> str:
-    """A hash of the package's source files, by which ranks with another checkout are found."""
-    digest = hashlib.blake2b(digest_size=16)
-    for root in map(Path, unicl_fast.__path__):
-        for path in sorted(root.rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode() + path.read_bytes())
-    return digest.hexdigest()
+    """Hashes all code that trains; the same for an install and for a checkout."""
+    files = source_files(without=("tools", "benchmarks"))
+    digests = sorted(hashlib.blake2b(path.read_bytes()).digest() for path in files)
+    return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
 
 
 def check_ranks_agree(description: Mapping[str, Any], ranks: Ranks) -> None:

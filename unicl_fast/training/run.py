@@ -229,10 +229,11 @@ def _build_trainer(
         samples = 32 * sum(len(dataset) for dataset in datasets)  # the released recipe's epochs
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     data = describe_datasets(datasets, weights)
-    mark("comparing ranks", waits_for_ranks=ranks.world_size > 1)
-    with refused_together(ranks):
-        check_ranks_agree(describe_rank(config, data), ranks)
-    mark("opening the data and building the model")
+    if ranks.world_size > 1:
+        mark("comparing ranks", waits_for_ranks=True)
+        with refused_together(ranks):
+            check_ranks_agree(describe_rank(config, data), ranks)
+        mark("opening the data and building the model")
     prompts = build_prompts(datasets, config)
     loader = build_loader(
         config,
