@@ -151,7 +151,8 @@ def test_the_folder_belongs_to_this_user_alone(package: Path) -> None:
     (folder,) = (package.parents[1] / "cache" / "unicl_fast" / "numba").iterdir()
     assert folder.stat().st_mode & 0o077 == 0
     folder.chmod(0o777)
-    said = run(package, ADD, "1")
+    (package.parent / "tmp").mkdir()
+    said = run(package, ADD, "1", TMPDIR=str(package.parent / "tmp"))
     assert said.startswith("1 0\n")
     assert "can be written by other users" in said
 
@@ -163,13 +164,37 @@ def test_numba_s_own_variable_names_the_place(package: Path, tmp_path: Path) -> 
     assert not (tmp_path / "cache").exists()
 
 
-def test_where_nothing_can_be_written_kernels_are_compiled_and_it_is_said_once(
+def test_without_a_writable_home_kernels_are_kept_in_a_private_temporary_folder(
     package: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "file").touch()
-    said = run(package, PROGRAM, XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert said.startswith("157 157\n0 0 0\n")
-    assert said.count("set NUMBA_CACHE_DIR") == 1
+    (tmp_path / "tmp").mkdir()
+    homeless = {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(tmp_path / "tmp")}
+    for hits in ("0 0 0", "1 1 1"):
+        said = run(package, PROGRAM, **homeless)
+        assert said.startswith(f"157 157\n{hits}\n")
+        assert said.count("set NUMBA_CACHE_DIR") == 1
+    (private,) = (tmp_path / "tmp").iterdir()
+    assert private.stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.parametrize("taken_by", ["a link", "a folder that others can write"])
+def test_where_others_can_write_kernels_are_compiled_anew_and_it_is_said_once(
+    package: Path, tmp_path: Path, taken_by: str
+) -> None:
+    (tmp_path / "file").touch()
+    private = tmp_path / "tmp" / f"unicl_fast-{os.getuid()}"
+    private.parent.mkdir()
+    if taken_by == "a link":
+        private.symlink_to(tmp_path)
+    else:
+        private.mkdir()
+        private.chmod(0o777)
+    homeless = {"XDG_CACHE_HOME": str(tmp_path / "file"), "TMPDIR": str(private.parent)}
+    for hits in ("0 0 0", "0 1 0"):  # Numba keeps `plain` beside its file
+        said = run(package, PROGRAM, **homeless)
+        assert said.startswith(f"157 157\n{hits}\n")
+        assert said.count("set NUMBA_CACHE_DIR") == 1
 
 
 def test_only_the_last_used_folders_stay(package: Path, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import hashlib
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Collection
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,24 +74,49 @@ def _cache_folder() -> Path | None:
     try:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         # NUMBA_CACHE_DIR comes first
-        above = Path(_config.CACHE_DIR or home / "unicl_fast" / "numba")
-        folder = above / f"unicl_fast-{_hash_code()}"
-        if not folder.is_dir():
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):  # another process removes them too
-                folders = sorted(above.glob("unicl_fast-*"), key=lambda path: path.stat().st_mtime)
-                for old in folders[:-_MOST_FOLDERS]:
-                    shutil.rmtree(old, ignore_errors=True)  # Numba makes one in use again
-        os.utime(folder)
-        if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
-            raise PermissionError(f"{folder} can be written by other users")
+        return _make_folder(Path(_config.CACHE_DIR or home / "unicl_fast" / "numba"))
     except (OSError, RuntimeError) as error:  # RuntimeError: the user has no home
+        reason = error
+    try:
+        private = Path(tempfile.gettempdir(), f"unicl_fast-{os.getuid()}")
+        private.mkdir(mode=0o700, exist_ok=True)
+        _require_own(private)  # who can write there can put another folder in the place of ours
+        folder = _make_folder(private)
+    except OSError as error:
         logger.warning(
             "every process compiles its kernels anew, for some 20 s, since they cannot be kept "
-            "(%s): set NUMBA_CACHE_DIR to a folder of this user", error,
+            "(%s; %s): set NUMBA_CACHE_DIR to a folder of this user", reason, error,
         )  # fmt: skip
         return None
+    logger.warning(
+        "compiled kernels are kept in %s (%s): set NUMBA_CACHE_DIR to a folder of this user that "
+        "lasts longer", folder.parent, reason,
+    )  # fmt: skip
     return folder
+
+
+def _make_folder(above: Path) -> Path:
+    """Makes the folder of this version in `above`.
+
+    Raises:
+        OSError: it cannot be made, or other users can write there.
+    """
+    folder = above / f"unicl_fast-{_hash_code()}"
+    if not folder.is_dir():
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with contextlib.suppress(FileNotFoundError):  # another process removes them too
+            folders = sorted(above.glob("unicl_fast-*"), key=lambda path: path.stat().st_mtime)
+            for old in folders[:-_MOST_FOLDERS]:
+                shutil.rmtree(old, ignore_errors=True)  # Numba makes one in use again
+    os.utime(folder)
+    _require_own(folder)
+    return folder
+
+
+def _require_own(folder: Path) -> None:
+    status = folder.lstat()  # a link in /tmp may be somebody else's
+    if status.st_uid != os.getuid() or status.st_mode & 0o022:
+        raise PermissionError(f"{folder} can be written by other users")
 
 
 def _hash_code() -> str:
