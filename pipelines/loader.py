@@ -101,7 +101,7 @@ class TrainLoader:
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self._num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
-        self._bad = BadSamples(datasets, self.plan, quarantine)
+        self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
         self._host = HostBatches(
             config,
             list(datasets),
@@ -263,7 +263,8 @@ class EvaluationLoader:
         """Iterates over the images once.
 
         Raises:
-            DamagedSampleError: an image's bytes are gone or not those that were packed.
+            DamagedSampleError: an image's bytes are gone or not those that were packed, or it has
+                more than `data.max_pixels`.
             DecodingError: images that the decoder refuses; names them.
         """
         if not self._batches:
@@ -327,5 +328,9 @@ class EvaluationLoader:
             resize=self._data.evaluation_resize,
             crop=self._data.image_size,
         )
-        encoded = [self._dataset.image_bytes(sample, verify=True) for sample in ids.tolist()]
+        limit = self._data.max_pixels
+        encoded = [
+            self._dataset.image_bytes(sample, verify=True, max_pixels=limit)
+            for sample in ids.tolist()
+        ]
         return HostBatch(inputs=(encoded, starts, ends), metadata=ids)

@@ -123,6 +123,9 @@ class DataConfig:
     read_ahead: Count = 65_536
     """Samples whose images are fetched from a URL before they are needed. They are counted in the
     order of the global batches, and limited to half of cache_bytes; 0 fetches on demand."""
+    max_pixels: Annotated[int, Meta(ge=1, le=65_500**2)] = 89_478_485
+    """Largest image that is decoded, as the default of unicl-pack build. A larger one counts as
+    unreadable; decoded it would take 3 bytes a pixel, for each image of a batch."""
     max_bad_fraction: Fraction = 0.01
     """Largest part of the samples that may be unreadable. They are replaced by others and listed in
     the run's quarantine.csv. A run stops when they exceed this part of the samples fed (of at least
