@@ -100,7 +100,8 @@ class DataConfig:
     prefetch: Count = 0
     """Batches decoded ahead of the step, in each decoding graph. There are two graphs on the CPU,
     which take turns, and one on a GPU. 0 takes four small batches (up to 5 MB of images a rank) or
-    two large ones, where more cost memory and gain nothing."""
+    two large ones, where more cost memory and gain nothing; one, in one graph, where images are so
+    large that a batch of them takes 1 GB before it is resized."""
     hw_decoder_load: Fraction = 0.65
     """Part of a batch's JPEGs for the hardware decoder of a GPU that has one. The GPU's cores
     decode the others. Worth tuning: DALI's own benchmark on a Hopper takes 0.12 with 70
