@@ -61,7 +61,7 @@ def largest_extra(png: bytes) -> int:
     return max((len(body) for name, body in _png_chunks(png) if name != b"IDAT"), default=0)
 
 
-def _png_chunks(data: bytes) -> Iterator[tuple[bytes, memoryview]]:
+def _png_chunks(data: bytes) -> Iterator[tuple[bytes, bytes | memoryview]]:
     """Name and body of each chunk up to the image's end."""
     name, position = b"", _PNG_SIGNATURE_BYTES
     while name != b"IEND" and position + 8 <= len(data):
