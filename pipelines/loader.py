@@ -9,6 +9,7 @@ data set once.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import itertools
 from collections.abc import Generator, Iterator, Sequence
 from functools import partial
@@ -41,6 +42,10 @@ from .graph import (
 from .kernels.operators import parts_for
 from .plan.crop import central_windows
 from .plan.plan import PlannedBatch, PlanSource, TrainPlan
+
+_LARGE_BATCH_BYTES = 1_000_000_000
+"""Bytes of a batch's windows, decoded and before they are resized, of which one is enough."""
+_SAMPLES_MEASURED = 100_000
 
 
 class TrainLoader:
@@ -101,7 +106,9 @@ class TrainLoader:
         )
         self.plan.batch(0, rank=rank, world_size=world_size)  # refuses what cannot be shared, now
         self._num_images = self.plan.num_views * (config.run.global_batch_size // world_size)
-        self._bad = BadSamples(datasets, self.plan, quarantine)
+        if self._form == "files":
+            self._data = fit_prefetch(data, datasets, num_images=self._num_images)
+        self._bad = BadSamples(datasets, self.plan, quarantine, max_pixels=data.max_pixels)
         self._host = HostBatches(
             config,
             list(datasets),
@@ -213,6 +220,31 @@ class TrainLoader:
         return bool(reasons) or not np.array_equal(actual.sample_ids, failed.sample_ids)
 
 
+def fit_prefetch(
+    data: DataConfig, datasets: Sequence[PackedDataset], *, num_images: int
+) -> DataConfig:
+    """Settings by which one batch is decoded at a time, where its images are very large.
+
+    Decoders hold all windows of a batch. Images of 88 megapixels take 1.1 GB for eight, and 8.3 GB
+    with the usual batches ahead (4.6 GB without); a stop waits until those under way are decoded.
+
+    Args:
+        data: the run's; a `prefetch` that is set stays.
+        datasets: those of the run.
+        num_images: in a rank's batch, over all views.
+    """
+    # packing has shuffled the samples: the first ones tell of all
+    sizes = [dataset.samples[:_SAMPLES_MEASURED] for dataset in datasets]
+    pixels = max(
+        float(np.mean(rows["height"].astype(np.float64) * rows["width"])) for rows in sizes
+    )
+    # larger images are replaced; a window is on average the middle of the scales
+    window_bytes = 3 * min(pixels, data.max_pixels) * sum(data.crop_scale) / 2
+    if data.prefetch or num_images * window_bytes < _LARGE_BATCH_BYTES:
+        return data
+    return dataclasses.replace(data, prefetch=1)
+
+
 def _plan_source(dataset: PackedDataset, prompts: ClassPrompts, number: int) -> PlanSource:
     labels = np.arange(prompts.num_classes[number])
     return PlanSource(
@@ -263,7 +295,8 @@ class EvaluationLoader:
         """Iterates over the images once.
 
         Raises:
-            DamagedSampleError: an image's bytes are gone or not those that were packed.
+            DamagedSampleError: an image's bytes are gone or not those that were packed, or it has
+                more than `data.max_pixels`.
             DecodingError: images that the decoder refuses; names them.
         """
         if not self._batches:
@@ -327,5 +360,9 @@ class EvaluationLoader:
             resize=self._data.evaluation_resize,
             crop=self._data.image_size,
         )
-        encoded = [self._dataset.image_bytes(sample, verify=True) for sample in ids.tolist()]
+        limit = self._data.max_pixels
+        encoded = [
+            self._dataset.image_bytes(sample, verify=True, max_pixels=limit)
+            for sample in ids.tolist()
+        ]
         return HostBatch(inputs=(encoded, starts, ends), metadata=ids)

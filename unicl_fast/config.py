@@ -100,7 +100,8 @@ class DataConfig:
     prefetch: Count = 0
     """Batches decoded ahead of the step, in each decoding graph. There are two graphs on the CPU,
     which take turns, and one on a GPU. 0 takes four small batches (up to 5 MB of images a rank) or
-    two large ones, where more cost memory and gain nothing."""
+    two large ones, where more cost memory and gain nothing; one, in one graph, where images are so
+    large that a batch of them takes 1 GB before it is resized."""
     hw_decoder_load: Fraction = 0.65
     """Part of a batch's JPEGs for the hardware decoder of a GPU that has one. The GPU's cores
     decode the others. Worth tuning: DALI's own benchmark on a Hopper takes 0.12 with 70
@@ -123,6 +124,9 @@ class DataConfig:
     read_ahead: Count = 65_536
     """Samples whose images are fetched from a URL before they are needed. They are counted in the
     order of the global batches, and limited to half of cache_bytes; 0 fetches on demand."""
+    max_pixels: Annotated[int, Meta(ge=1, le=65_500**2)] = 89_478_485
+    """Largest image that is decoded, as the default of unicl-pack build. A larger one counts as
+    unreadable; decoded it would take 3 bytes a pixel, for each image of a batch."""
     max_bad_fraction: Fraction = 0.01
     """Largest part of the samples that may be unreadable. They are replaced by others and listed in
     the run's quarantine.csv. A run stops when they exceed this part of the samples fed (of at least

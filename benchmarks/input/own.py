@@ -62,7 +62,9 @@ class _Own:
         self.dataset = PackedDataset(task.data)
         self.prompts = prompts_of(self.dataset)
         self.loader = TrainLoader(self.config, [self.dataset], None, self.prompts)
-        self.bad = BadSamples([self.dataset], self.loader.plan, None)
+        self.bad = BadSamples(
+            [self.dataset], self.loader.plan, None, max_pixels=self.config.data.max_pixels
+        )
 
     def planned(self) -> list[PlannedBatch]:
         """Batches that hold at least `_HELD` images together."""

@@ -1,9 +1,10 @@
 """Reads the images of planned samples, and replaces those that are bad.
 
-A sample is bad when its bytes cannot be read, are not those that were packed (checksum), or are
-refused by the decoder. The plan says which samples may stand in for it; `BadSamples` reads them
-until one is good. What it remembers only spares it from trying a bad sample again: a process that
-has seen none of them yet feeds the same batches. `QuarantineFile` lists what is bad.
+A sample is bad when its bytes cannot be read, are not those that were packed (checksum), hold more
+than `data.max_pixels`, or are refused by the decoder. The plan says which samples may stand in for
+it; `BadSamples` reads them until one is good. What it remembers only spares it from trying a bad
+sample again: a process that has seen none of them yet feeds the same batches. `QuarantineFile`
+lists what is bad.
 
 `reading_ahead` brings blocks of data sets under a URL into the local cache before the samples in
 them are read. The plan knows which samples come, however far ahead, so nothing is guessed: the
@@ -61,10 +62,23 @@ class BadSamples:
     """Reads images, and knows the samples of this process's data sets that turned out bad."""
 
     def __init__(
-        self, datasets: Sequence[PackedDataset], plan: TrainPlan, quarantine: Path | None
+        self,
+        datasets: Sequence[PackedDataset],
+        plan: TrainPlan,
+        quarantine: Path | None,
+        *,
+        max_pixels: int,
     ) -> None:
-        """`quarantine`: the list in the run's folder, shared by its ranks; None writes none."""
+        """Knows none yet.
+
+        Args:
+            datasets: those of the plan.
+            plan: says which samples may stand in for a bad one.
+            quarantine: the list in the run's folder, shared by its ranks; None writes none.
+            max_pixels: an encoded image that has more is bad; it is known before it is decoded.
+        """
         self._datasets = list(datasets)
+        self._max_pixels = max_pixels
         self._plan = plan
         self._known: set[tuple[int, int]] = set()
         self._replacing = threading.Lock()
@@ -76,7 +90,7 @@ class BadSamples:
             return None
         dataset = self._datasets[source]
         try:
-            return dataset.image_bytes(sample, verify=True)
+            return dataset.image_bytes(sample, verify=True, max_pixels=self._max_pixels)
         except DamagedSampleError as error:
             self.add(source, sample, str(error).removeprefix(f"{dataset.describe(sample)}: "))
             return None

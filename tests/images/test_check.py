@@ -207,6 +207,38 @@ def test_a_png_with_a_wrong_checksum_is_damaged() -> None:
         check_image(bytes(data))
 
 
+def png_of_chunks(data: bytes, *pixels: bytes) -> bytes:
+    """A PNG with the header of another, and these parts of its pixels' compressed stream."""
+    chunks = [(b"IHDR", data[16:29]), *((b"IDAT", part) for part in pixels), (b"IEND", b"")]
+    return data[:8] + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+        for name, body in chunks
+    )
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "LA", "I;16"])
+def test_the_checksum_of_a_pngs_pixels_is_compared(mode: str) -> None:
+    """Chunks' own checksums do not tell; Pillow never reads so far, and DALI refuses the file."""
+    values = np.arange(40 * 56, dtype=np.uint16).reshape(40, 56)
+    image = Image.fromarray(values) if mode == "I;16" else Image.fromarray(photo()).convert(mode)
+    data = saved(image, format="PNG")
+    length = int.from_bytes(data[33:37], "big")
+    stream, checksum = data[41 : 37 + length], data[37 + length : 41 + length]
+    assert check_image(png_of_chunks(data, stream, checksum))
+    assert check_image(png_of_chunks(data, stream[:50], stream[50:], checksum + b"behind"))
+    for wrong, why in ((bytes(4), "incorrect data check"), (b"", "end before their checksum")):
+        with pytest.raises(ImageError, match=why) as caught:
+            check_image(png_of_chunks(data, stream, wrong))
+        assert caught.value.kind == "damaged"
+
+
+def test_what_follows_a_pngs_pixels_is_not_inflated_without_end() -> None:
+    data = saved(Image.new("RGB", (8, 8)), format="PNG")
+    rows = bytes(8 * 25)
+    bomb = png_of_chunks(data, zlib.compress(rows + bytes(200_000_000)))
+    assert check_image(bomb)
+
+
 def test_a_cut_png_is_damaged() -> None:
     data = PLAIN["png rgb"]()
     with pytest.raises(ImageError):

@@ -230,6 +230,53 @@ def test_a_cut_webp_is_damaged_also_where_its_sizes_say_otherwise(lossless: bool
             struct.pack_into("<I", cut, 16, len(cut) - 20)
 
 
+NOISE = Image.effect_noise((200, 150), 60).convert("RGB")
+CHECKED_ENDS = {
+    "webp": saved(NOISE, format="WEBP"),
+    "lossless webp": saved(NOISE, format="WEBP", lossless=True),
+    "webp with alpha": saved(with_alpha(NOISE), format="WEBP"),
+    "webp with exif": turned(NOISE, format="WEBP"),
+    "avif": saved(NOISE, format="AVIF"),
+    "qoi": saved(NOISE, format="QOI"),
+    "png": saved(NOISE, format="PNG"),
+    "jpeg": saved(NOISE, format="JPEG"),
+    "gif": saved(NOISE, format="GIF"),
+    "jpeg 2000": saved(NOISE, format="JPEG2000"),
+}
+
+
+@pytest.mark.parametrize("kind", CHECKED_ENDS)
+@pytest.mark.parametrize("part", [0.3, 0.6, 0.9, 0.99])
+def test_zeros_in_place_of_the_tail_are_damage(kind: str, part: float) -> None:
+    data = CHECKED_ENDS[kind]
+    assert check_image(data)
+    start = int(len(data) * part)
+    with pytest.raises(ImageError) as caught:
+        check_image(data[:start] + bytes(len(data) - start))
+    assert caught.value.kind == "damaged"
+
+
+@pytest.mark.parametrize("format", ["BMP", "PPM", "QOI"])
+def test_plain_pixels_that_lack_their_last_byte_are_damaged(format: str) -> None:
+    with pytest.raises(ImageError) as caught:
+        check_image(saved(NOISE, format=format)[:-1])
+    assert caught.value.kind == "damaged"
+
+
+def test_zeros_at_the_end_of_sound_files_are_no_damage() -> None:
+    """Black areas of lossless WebPs end in them, Exif data too, and files that were padded."""
+    black = NOISE.copy()
+    black.paste(0, (0, 75, 200, 150))
+    webp = saved(black, format="WEBP", lossless=True, method=0, quality=0)
+    assert webp.endswith(bytes(1000))
+    assert check_image(webp, format="webp").data is webp
+    exif = b"Exif\0\0MM\0*\0\0\0\x08\0\0" + bytes(30)
+    assert check_image(saved(NOISE, format="AVIF", exif=exif))
+    assert check_image(saved(NOISE, format="WEBP", exif=exif))
+    for kind in ("qoi", "png", "jpeg"):
+        assert check_image(CHECKED_ENDS[kind] + bytes(100))
+
+
 def test_what_is_too_wide_for_webp_is_refused_and_fits_elsewhere() -> None:
     wide = saved(Image.new("RGB", (MAX_WEBP_SIDE + 1, 2)), format="PNG")
     with pytest.raises(ImageError, match="16384 x 2 pixels; WebP holds at most 16,383"):
@@ -259,7 +306,7 @@ def test_of_hostile_files_every_format_takes_what_it_has_room_for(
         return found
 
     kept, made = taken("keep"), taken(format)
-    assert len(kept) == 176
+    assert len(kept) == 175
     left_out = [kept[name] for name in kept.keys() - made.keys()]
     if format == "webp":  # one is that wide
         assert [max(one.height, one.width) > MAX_WEBP_SIDE for one in left_out] == [True]

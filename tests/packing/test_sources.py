@@ -17,6 +17,7 @@ from unicl_fast.packing.samples import (
     refuse_numbers,
 )
 from unicl_fast.packing.sources.items import (
+    MAX_CAPTION_BYTES,
     MAX_FILE_BYTES,
     Entry,
     EntryError,
@@ -302,6 +303,34 @@ def test_csv_rows_of_one_image_are_one_sample(tmp_path: Path) -> None:
     assert items["im/1.jpg"].labels == ["cat", "animal"]
     assert items["im/2.jpg"].captions == []
     assert read(items["im/2.jpg"].entry) == b"im/2.jpg"
+
+
+def test_a_caption_of_too_many_bytes_is_refused_by_name_and_kept_nowhere(tmp_path: Path) -> None:
+    make_files(tmp_path, "1.jpg", "2.jpg", "3.jpg")
+    longest = "é" * (MAX_CAPTION_BYTES // 2)
+    rows = [
+        {"image": "1.jpg", "captions": ["a dog", longest + "!"]},
+        {"image": "2.jpg", "caption": longest},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    items = by_name(read_source(str(tmp_path / "list.jsonl")))
+    assert items["1.jpg"].captions == ["a dog"]
+    problem = items["1.jpg"].problem
+    assert problem is not None
+    assert problem.kind == "too long"
+    assert problem.message.endswith(
+        "line 1: captions holds 100,001 bytes; captions of at most 100,000 are read"
+    )
+    assert (items["2.jpg"].captions, items["2.jpg"].problem) == ([longest], None)
+
+    (tmp_path / "list.jsonl").unlink()
+    (tmp_path / "1.txt").write_text(longest + "!", encoding="utf-8")
+    (tmp_path / "2.txt").write_text(longest, encoding="utf-8")
+    items = by_name(read_source(str(tmp_path)))
+    assert items["2.jpg"].captions == [longest]
+    problem = items["1.jpg"].problem
+    assert problem is not None
+    assert "100,001 bytes; files of at most 100,000 are read" in problem.message
 
 
 def test_jsonl_takes_lists_and_single_values(tmp_path: Path) -> None:

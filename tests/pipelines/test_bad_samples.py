@@ -23,6 +23,7 @@ from unicl_fast.dataset.reader import (
     PackedDataset,
     TooManyBadSamplesError,
 )
+from unicl_fast.images.check import MAX_PIXELS
 from unicl_fast.pipelines import graph
 from unicl_fast.pipelines.feed.reading import MAX_ATTEMPTS
 from unicl_fast.pipelines.graph import DecodingError
@@ -36,10 +37,16 @@ STEPS = 10  # more than a pass over both data sets
 LABELLED, CAPTIONED = 0, 1
 
 
-def make_loader(datasets: Sequence[PackedDataset], prompts: ClassPrompts, **more: Any) -> Any:
+def make_loader(
+    datasets: Sequence[PackedDataset],
+    prompts: ClassPrompts,
+    max_pixels: int = MAX_PIXELS,
+    **more: Any,
+) -> Any:
     config = TrainConfig(
         data=DataConfig(
             image_size=32,
+            max_pixels=max_pixels,
             evaluation_resize=36,
             threads=2,
             prefetch=2,  # a test counts what is made ahead
@@ -153,6 +160,32 @@ def test_one_bad_sample_is_replaced_and_nothing_else_changes(
         store(folders[CAPTIONED], bad, undecodable(kind))
     batches = take(make_loader(spoilt(), prompts))
     assert assert_only_bad_ones_differ(batches, expected, {(CAPTIONED, bad)}) >= 1
+
+
+def test_images_beyond_the_limit_on_pixels_are_never_decoded(
+    sound: list[PackedDataset], prompts: ClassPrompts, tmp_path: Path
+) -> None:
+    assert DataConfig().max_pixels == MAX_PIXELS  # as packing's
+    pixels = {
+        (source, i): int(row["height"]) * int(row["width"])
+        for source, dataset in enumerate(sound)
+        for i, row in enumerate(dataset.samples)
+    }
+    limit = sorted(pixels.values())[-4]
+    bad = {pair for pair, number in pixels.items() if number > limit}
+    path = tmp_path / "quarantine.csv"
+    batches = take(make_loader(sound, prompts, limit, quarantine=path))
+    assert assert_only_bad_ones_differ(batches, take(make_loader(sound, prompts)), bad) >= 1
+    assert 1 <= len(rows_of(path)) <= len(bad)
+    for row in rows_of(path):
+        size = sound[LABELLED].samples[int(row["key"])]
+        assert row["reason"] == (
+            f"{size['width']} x {size['height']} pixels; at most {limit:,} are taken "
+            "(data.max_pixels)"
+        )
+    data = DataConfig(image_size=32, evaluation_resize=36, threads=2, max_pixels=limit)
+    with pytest.raises(DamagedSampleError, match=rf"sample \d+ .* pixels; at most {limit:,} are"):
+        list(EvaluationLoader(sound[LABELLED], data, batch_size=5))
 
 
 def test_the_substitute_is_the_plan_s_with_text_window_and_flip_of_its_own(

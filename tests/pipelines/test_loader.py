@@ -21,7 +21,7 @@ from unicl_fast.images.codec import encode_jpeg
 from unicl_fast.pipelines.feed.host_batches import decoding_threads
 from unicl_fast.pipelines.graph import _decoder_settings, batches_ahead
 from unicl_fast.pipelines.kernels.jpeg_windows import cut_to_windows
-from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
+from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader, fit_prefetch
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.text.tokenizer import Tokenizer
@@ -72,6 +72,20 @@ def assert_equal(one: Batch, other: Batch) -> None:
     for field in dataclasses.fields(Batch):
         left, right = getattr(one, field.name), getattr(other, field.name)
         assert np.array_equal(left, right), field.name
+
+
+def test_batches_of_very_large_images_are_decoded_one_at_a_time(
+    datasets: list[PackedDataset], prompts: ClassPrompts
+) -> None:
+    data = make_config(crop_scale=(0.5, 1.0)).data
+    shown = np.mean([int(row["height"]) * int(row["width"]) for row in datasets[0].samples])
+    enough = int(1e9 / (3 * 0.75 * shown)) + 1  # images of the data set with the larger ones
+    assert fit_prefetch(data, datasets, num_images=enough - 1) is data
+    assert fit_prefetch(data, datasets, num_images=enough).prefetch == 1
+    few_pixels = dataclasses.replace(data, max_pixels=1000)  # none is decoded
+    assert fit_prefetch(few_pixels, datasets, num_images=enough) is few_pixels
+    asked_for = dataclasses.replace(data, prefetch=3)
+    assert fit_prefetch(asked_for, datasets, num_images=enough) is asked_for
 
 
 def test_a_batch_keeps_its_contract(datasets: list[PackedDataset], prompts: ClassPrompts) -> None:

@@ -137,14 +137,18 @@ class PackedDataset:
         """Height, width and channels of every image of a raw data set; None for others."""
         return None if self._layout is None else self._layout.shape
 
-    def image_bytes(self, index: int, *, verify: bool = False) -> npt.NDArray[np.uint8]:
+    def image_bytes(
+        self, index: int, *, verify: bool = False, max_pixels: int = 0
+    ) -> npt.NDArray[np.uint8]:
         """The image of sample `index` as a file: JPEG, WebP or PNG; from a raw set PNM (P6).
 
-        With `verify` also compared with the checksum taken when packing: 10 us for 100 kB.
+        With `verify` also compared with the checksum taken when packing: 10 us for 100 kB. One of
+        more than `max_pixels` is refused, since it is about to be decoded; 0 sets no limit, and raw
+        images need none.
 
         Raises:
-            DamagedSampleError: the file that holds it cannot be read or is shorter than it was, or
-                `verify` found other bytes.
+            DamagedSampleError: the file that holds it cannot be read or is shorter than it was,
+                `verify` found other bytes, or it is too large.
             DamagedDatasetError: the data set under a URL was replaced meanwhile.
         """
         row = self.samples[self._checked(index)]
@@ -153,6 +157,12 @@ class PackedDataset:
             header = b""
             if file >= len(self.manifest.shards):
                 raise DamagedSampleError(f"{self.describe(index)}: samples.npy is damaged")
+            height, width = int(row["height"]), int(row["width"])
+            if 0 < max_pixels < height * width:
+                raise DamagedSampleError(
+                    f"{self.describe(index)}: {width} x {height} pixels; at most {max_pixels:,} "
+                    "are taken (data.max_pixels)"
+                )
         else:
             file, offset = len(self.manifest.shards), self._layout.offset_of(index)
             header, size = self._layout.pnm_header, self._layout.row_bytes

@@ -10,8 +10,8 @@ module only decides what DALI is given.
 
 Decoders agree on plain 8-bit Huffman JPEGs in grey or YCbCr, and on WebP's simple format, and part
 ways on the rest. Pillow and libjpeg-turbo's short interface do not tell all of it, so a JPEG's
-markers are walked here (ITU-T T.81, annex B; Exif 2.32, section 4.6), and a WebP's chunks too
-(developers.google.com/speed/webp/docs/riff_container).
+markers are walked here (ITU-T T.81, annex B; Exif 2.32, section 4.6), and the
+parts of other files in `containers`.
 """
 
 from __future__ import annotations
@@ -42,6 +42,15 @@ from unicl_fast.images.codec import (
     pixels_of,
     turn_upright,
 )
+from unicl_fast.images.containers import (
+    RIFF_HEADER_BYTES,
+    check_avif_end,
+    check_png_stream,
+    check_qoi_end,
+    check_webp_end,
+    largest_extra,
+)
+from unicl_fast.images.containers import simple_webp as simple_webp
 
 MAX_SCANS = 500
 """A progressive JPEG with more scans attacks the decoder's time; cameras write about 10."""
@@ -68,13 +77,6 @@ _EXIF_SHORT = 3
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _PLAIN_PNG_COLOUR_TYPES = frozenset({0, 2})
-
-_RIFF_HEADER_BYTES = 12
-_CHUNK_HEADER_BYTES = 8
-_BITSTREAMS = frozenset({b"VP8 ", b"VP8L"})
-_ALPHA_OR_FRAMES = frozenset({b"ALPH", b"ANIM", b"ANMF"})
-_LOSSLESS_SIGNATURE = 0x2F
-_LOSSLESS_ALPHA_BIT = 28  # after 14 bits of width and 14 of height
 
 ImageFormat = Literal["keep", "jpeg", "webp", "png", "raw"]
 """The form of a sound image: its bytes are kept (or encoded anew as JPEG where needed), it becomes
@@ -197,9 +199,14 @@ def _decode(
     with pillow_limits(max_pixels):
         if data.startswith(_PNG_SIGNATURE):
             return _decode_png(data, target, keep="png" in kept)
-        if data[:4] == b"RIFF" and data[8:_RIFF_HEADER_BYTES] == b"WEBP":
+        if data[:4] == b"RIFF" and data[8:RIFF_HEADER_BYTES] == b"WEBP":
             return _decode_webp(data, target, keep="webp" in kept)
-        return pixels_of(open_image(data))
+        image = open_image(data)
+        if image.format == "QOI":
+            check_qoi_end(data)
+        elif image.format == "AVIF":
+            check_avif_end(data, image.info.get("exif", b""))
+        return pixels_of(image)
 
 
 def _decode_any_jpeg(
@@ -262,6 +269,7 @@ def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | P
     image = open_image(data)
     pixels = pixels_of(image)
     width, height = image.size
+    check_png_stream(data, height=height, width=width)
     bit_depth, colour_type = data[24], data[25]
     if (
         keep
@@ -270,28 +278,18 @@ def _decode_png(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | P
         and "transparency" not in image.info
         and not getattr(image, "is_animated", False)
         and orientation_of(image) == 1
-        and _largest_extra(data) <= MAX_PNG_EXTRA
+        and largest_extra(data) <= MAX_PNG_EXTRA
         and not target.needs_resize(height, width)
     ):
         return CheckedImage(data=data, extension="png", height=height, width=width, reencoded=False)
     return pixels
 
 
-def _largest_extra(png: bytes) -> int:
-    """Length of a sound PNG's longest chunk that holds no pixels: profiles, texts, Exif data."""
-    largest, position = 0, len(_PNG_SIGNATURE)
-    while position + 8 <= len(png):
-        length = int.from_bytes(png[position : position + 4], "big")
-        if png[position + 4 : position + 8] != b"IDAT":
-            largest = max(largest, length)
-        position += 12 + length
-    return largest
-
-
 def _decode_webp(data: bytes, target: _Target, *, keep: bool) -> CheckedImage | Pixels:
     """Decodes a WebP; libwebp refuses a file that is cut, but cannot notice changed bytes."""
     image = open_image(data)
     pixels = pixels_of(image)
+    check_webp_end(data)
     width, height = image.size
     simple = simple_webp(data) if keep and not target.needs_resize(height, width) else None
     if simple is None or image.mode != "RGB" or orientation_of(image) != 1:
@@ -447,53 +445,3 @@ def _exif_orientation(tiff: bytes) -> int | None:
     except struct.error:
         return None
     return 1
-
-
-def simple_webp(data: bytes) -> bytes | None:
-    """The same image in WebP's simple format: one bitstream, lossy (VP8) or lossless (VP8L).
-
-    DALI promises to read no other. The extended format (VP8X) wraps the same bitstream together
-    with a colour profile, Exif data or the like, and may add alpha or frames. Where it adds only
-    what no decoder of pixels reads, the wrapping is removed and the bitstream stays as it is, so
-    that a lossy image is not encoded twice.
-
-    Args:
-        data: a file that a decoder has read without complaint.
-
-    Returns:
-        `data` itself where it is simple, else its bitstream alone; None where there is no such file
-        (alpha, animation) or decoders may see different images (several bitstreams, bytes after
-        the end).
-    """
-    chunks = _chunks(data)
-    names = [name for name, _ in chunks]
-    bitstreams = [chunk for name, chunk in chunks if name in _BITSTREAMS]
-    if len(bitstreams) != 1 or _ALPHA_OR_FRAMES.intersection(names):
-        return None
-    (chunk,) = bitstreams
-    if names[0] not in (_BITSTREAMS | {b"VP8X"}) or _has_alpha(chunk):
-        return None
-    if len(chunks) == 1:
-        return data
-    return b"RIFF" + (4 + len(chunk)).to_bytes(4, "little") + b"WEBP" + chunk
-
-
-def _chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    """Name and bytes of each chunk, header and padding included; none if lengths disagree."""
-    chunks, position = [], _RIFF_HEADER_BYTES
-    while position < len(data):
-        size = int.from_bytes(data[position + 4 : position + 8], "little")
-        end = position + _CHUNK_HEADER_BYTES + size + size % 2
-        chunks.append((data[position : position + 4], data[position:end]))
-        position = end
-    whole = position == len(data) == int.from_bytes(data[4:8], "little") + 8
-    return chunks if whole else []
-
-
-def _has_alpha(chunk: bytes) -> bool:
-    if chunk[:4] != b"VP8L":
-        return False
-    header = chunk[_CHUNK_HEADER_BYTES : _CHUNK_HEADER_BYTES + 5]
-    if len(header) < 5 or header[0] != _LOSSLESS_SIGNATURE:
-        return True  # an unknown bitstream is not plain
-    return bool(int.from_bytes(header[1:], "little") >> _LOSSLESS_ALPHA_BIT & 1)

@@ -14,7 +14,7 @@ import functools
 import gzip
 import hashlib
 import html
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import ftfy
@@ -36,7 +36,9 @@ _NUM_MERGES = 49152 - 256 - 2
 """The file holds more merges than CLIP uses: 2 x 256 bytes, these, and 2 markers make 49,408."""
 
 _ENCODED_AT_ONCE = 4096
-"""Texts in one call: the library's result for a text is many times as large as its ids."""
+_CHARACTERS_AT_ONCE = 1_000_000
+"""Texts, and their characters, in one call: the library's result for a text is many times as large
+as its ids, 140 bytes for each character."""
 
 
 class Tokenizer:
@@ -91,8 +93,8 @@ class Tokenizer:
             raise TypeError("encode takes a list of texts; wrap a single text in a list")
         room = self.context_length - 2
         rows = []
-        for start in range(0, len(texts), _ENCODED_AT_ONCE):
-            cleaned = [_clean(text) for text in texts[start : start + _ENCODED_AT_ONCE]]
+        for group in _groups(texts):
+            cleaned = [_clean(text) for text in group]
             encodings = self._bpe.encode_batch_fast(cleaned, add_special_tokens=False)
             for text, encoding in zip(cleaned, encodings, strict=True):
                 ids = self._encode_with_markers(text) if "_of_text>" in text else encoding.ids
@@ -150,6 +152,20 @@ def pad_rows(rows: Sequence[npt.NDArray[np.uint16]], length: int) -> npt.NDArray
     for padded_row, row in zip(padded, rows, strict=True):
         padded_row[: len(row)] = row
     return padded
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Groups texts that are encoded in one call, in their order."""
+    group: list[str] = []
+    num_characters = 0
+    for text in texts:
+        num_characters += len(text)
+        if group and (len(group) == _ENCODED_AT_ONCE or num_characters > _CHARACTERS_AT_ONCE):
+            yield group
+            group, num_characters = [], len(text)
+        group.append(text)
+    if group:
+        yield group
 
 
 def _clean(text: str) -> str:

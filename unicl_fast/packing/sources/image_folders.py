@@ -15,6 +15,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from unicl_fast.packing.sources.items import (
+    MAX_CAPTION_BYTES,
     Entry,
     EntryError,
     Item,
@@ -43,7 +44,6 @@ METADATA_NAMES = ("metadata.jsonl", "metadata.csv")
 SPLITS = frozenset({"train", "training", "val", "valid", "validation", "dev", "test", "testing"})
 _NAMES_FILES = re.compile(rb"\bfile_name\b")
 _HEAD_BYTES = 65_536
-_MAX_TEXT_BYTES = 1 << 20
 
 
 def is_metadata(name: str, entry: Entry) -> bool:
@@ -113,7 +113,7 @@ def _with_caption(name: str, image: Entry, text: Entry | None) -> Item:
         item.problem = Problem(image.kind, image.message)
     if text is not None:
         try:
-            caption = text.read(max_bytes=_MAX_TEXT_BYTES).decode("utf-8-sig").strip()
+            caption = text.read(max_bytes=MAX_CAPTION_BYTES).decode("utf-8-sig").strip()
             item.captions = [caption] if caption else []
         except (EntryError, UnicodeDecodeError) as error:
             item.problem = Problem("bad row", f"its .txt: {error}")

@@ -30,6 +30,9 @@ MAX_FILE_BYTES = 512_000_000
 MAX_TEXTS = 65_535
 """Captions, and labels, that the packed format counts for one sample."""
 TOO_MANY = "too many texts"
+MAX_CAPTION_BYTES = 100_000
+"""Size of the longest caption that is read, in UTF-8. Encoders see its first words, and tokenizing
+takes 140 bytes of memory for each byte."""
 
 LEFT_OUT = "rows that --where left out"
 FAILED_DOWNLOADS = "failed downloads of img2dataset"
@@ -314,10 +317,13 @@ def add_texts(item: Item, row: dict[str, Any], columns: Columns, where: str) -> 
     labels: list[Label] = []
     for column in columns.captions:
         for caption in _values(row.get(column)):
-            if isinstance(caption, str):
-                captions.append(caption)
-            else:
+            if not isinstance(caption, str):
                 item.problem = _bad_value(where, column, caption)
+            elif (size := len(caption.encode(errors="surrogatepass"))) > MAX_CAPTION_BYTES:
+                message = f"{size:,} bytes; captions of at most {MAX_CAPTION_BYTES:,} are read"
+                item.problem = Problem("too long", f"{where}: {column} holds {message}")
+            else:
+                captions.append(caption)
     for column in columns.labels:
         for label in _values(row.get(column)):
             if not isinstance(label, (str, int)) or isinstance(label, bool):
