@@ -91,7 +91,7 @@ def test_each_logit_is_computed_once_and_only_texts_travel(tmp_path: Path) -> No
         assert found["forward"] == 2 * 6 * texts * 4
         assert found["calls"] == {
             "_all_gather": [texts * 4, texts * 2],  # features, classes and counts
-            "all_reduce": [texts, 3 * texts + 1],  # maxima, sums
+            "all_reduce": [1, texts, 3 * texts + 1],  # the most texts, maxima, sums
             "_reduce_scatter": [most * 4],
         }
 
