@@ -40,6 +40,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from unicl_fast.system.machine import STORE_SOCKET
 from unicl_fast.system.progress import WaitingForRanks, mark
 
 Json = bool | int | float | str | list[Any] | dict[str, Any] | None
@@ -400,7 +401,10 @@ def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
         store, number, world_size = next(iter(rendezvous("env://", timeout=timeout)))
         return store, number, world_size
     world_size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
-    listening = socket.create_server((_LOOPBACK, port), backlog=max(128, world_size))
+    if inherited := os.environ.pop(STORE_SOCKET, ""):
+        listening = socket.socket(fileno=int(inherited))
+    else:
+        listening = socket.create_server((_LOOPBACK, port), backlog=max(128, world_size))
     store = TCPStore(
         _LOOPBACK,
         port,
@@ -473,8 +477,9 @@ def adopt_slurm_ranks() -> None:
         ),
     }
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
-    # the same on all ranks, and different for jobs that share a node
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    # The same on all ranks, different for jobs that share a node, and below the ports that Linux
+    # gives to outgoing connections.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
 
 
 def first_host(node_list: str) -> str:
