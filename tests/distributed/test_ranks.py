@@ -12,9 +12,11 @@ import torch.distributed as dist
 from rank_workers import exchange_objects, run_on_ranks
 
 from unicl_fast.distributed.ranks import (
+    address_towards_rank_0,
     adopt_slurm_ranks,
     agree_on_session,
     first_host,
+    interface_with,
     tasks_of_node,
 )
 
@@ -49,6 +51,19 @@ def test_a_rank_does_not_take_those_of_an_earlier_attempt_for_its_peers(rank: in
     with pytest.raises(RuntimeError, match="not all 3 ranks came"):
         agree_on_session(store, rank=rank, world_size=3, timeout=datetime.timedelta(seconds=0.3))
     assert len(set(agree(store, late=1))) == 1
+
+
+def test_forty_ranks_meet() -> None:
+    store = dist.HashStore()
+    assert len(set(agree(store, late=20, world_size=40))) == 1
+
+
+def test_gloo_takes_the_interface_that_leads_to_rank_0(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    assert interface_with(address_towards_rank_0()) == "lo"
+    monkeypatch.setenv("MASTER_ADDR", "no such host.invalid")
+    assert address_towards_rank_0() == "127.0.0.1"
+    assert interface_with("192.0.2.1") is None  # reserved for documentation
 
 
 def test_one_rank_waits_for_nobody() -> None:
@@ -120,7 +135,7 @@ def test_slurm_tasks_become_ranks(
         "LOCAL_WORLD_SIZE": local,
         "MASTER_ADDR": "n1",
     }
-    assert 20000 <= int(os.environ["MASTER_PORT"]) < 40000
+    assert 20000 <= int(os.environ["MASTER_PORT"]) < 32000
     for name in TORCHRUN:
         monkeypatch.delenv(name)
 

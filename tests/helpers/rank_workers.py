@@ -11,6 +11,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from unittest import mock
 
 import torch
@@ -204,6 +205,7 @@ def count_work_of_the_loss(ranks, folder: str) -> None:
     """Products, and values that go over the network, of the loss and its gradients."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    from unicl_fast.distributed import ranks as ranks_module
     from unicl_fast.training.global_loss import contrast_over_ranks
 
     generator = torch.Generator().manual_seed(ranks.rank)
@@ -213,8 +215,8 @@ def count_work_of_the_loss(ranks, folder: str) -> None:
     )
     calls: dict[str, list[int]] = {}
 
-    def counting(name: str) -> Callable[..., object]:
-        plain = getattr(torch.distributed, name)
+    def counting(module: ModuleType, name: str) -> Callable[..., object]:
+        plain = getattr(module, name)
 
         def count(tensor: torch.Tensor, *rest: object, **options: object) -> object:
             calls.setdefault(name, []).append(tensor.numel())
@@ -222,10 +224,14 @@ def count_work_of_the_loss(ranks, folder: str) -> None:
 
         return count
 
-    names = ("all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor")
+    collectives = (
+        (torch.distributed, "all_reduce"),
+        (ranks_module, "_all_gather"),
+        (ranks_module, "_reduce_scatter"),
+    )
     with contextlib.ExitStack() as stack:
-        for name in names:
-            stack.enter_context(mock.patch.object(torch.distributed, name, counting(name)))
+        for module, name in collectives:
+            stack.enter_context(mock.patch.object(module, name, counting(module, name)))
         flops = stack.enter_context(FlopCounterMode(display=False))
         loss = contrast_over_ranks(
             images,

@@ -34,7 +34,7 @@ from unicl_fast.distributed.signals import (
     defer_signals,
     handle_stop_signals,
 )
-from unicl_fast.system.machine import LAUNCHED_BY_US, usable_cores
+from unicl_fast.system.machine import LAUNCHED_BY_US, STORE_SOCKET, usable_cores
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.distributed.ranks import Ranks
@@ -112,9 +112,9 @@ class _Launcher:
         defer_signals(True)  # the ranks decide; not before their signals are passed on
 
     def start(self, module: str, *, nproc: int, argv: Sequence[str], attempt: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        # rank 0 takes the socket over: a port that was only looked up could be taken meanwhile
+        listening = socket.create_server(("127.0.0.1", 0), backlog=max(128, nproc))
+        port = listening.getsockname()[1]
         # without OMP_NUM_THREADS every rank would start as many threads as the machine has cores
         shared = {"OMP_NUM_THREADS": str(max(1, usable_cores() // nproc))}
         shared |= {"GLOO_SOCKET_IFNAME": "lo"}  # ranks of one machine listen to nobody else
@@ -124,15 +124,20 @@ class _Launcher:
         shared |= {_RESTART_COUNT: str(attempt), LAUNCHED_BY_US: "1"}
         sys.stdout.flush()
         self._deadline = math.inf
-        self._ranks = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, *argv],
-                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                start_new_session=True,  # Ctrl-C reaches them once, through this process
-                preexec_fn=functools.partial(_begin_rank, os.getpid()),
-            )
-            for rank in range(nproc)
-        ]
+        store = {STORE_SOCKET: str(listening.fileno())}
+        with listening:
+            self._ranks = [
+                subprocess.Popen(
+                    [sys.executable, "-m", module, *argv],
+                    env=shared
+                    | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+                    | ({} if rank else store),
+                    pass_fds=() if rank else (listening.fileno(),),
+                    start_new_session=True,  # Ctrl-C reaches them once, through this process
+                    preexec_fn=functools.partial(_begin_rank, os.getpid()),
+                )
+                for rank in range(nproc)
+            ]
         if self.forwarded:  # while they were being started
             self._send(signal.SIGTERM)
 

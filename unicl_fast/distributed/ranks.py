@@ -17,14 +17,18 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import fcntl
 import json
+import logging
 import math
 import os
 import re
+import resource
 import secrets
 import socket
+import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,14 +40,23 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from unicl_fast.system.machine import STORE_SOCKET
 from unicl_fast.system.progress import WaitingForRanks, mark
 
 Json = bool | int | float | str | list[Any] | dict[str, Any] | None
 """Values that ranks exchange; without tuples, paths or arrays they arrive as they were sent."""
 T = TypeVar("T", bound=Json)
 
+# torch 2.13 renames both.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+logger = logging.getLogger(__name__)
+
 _LOOPBACK = "127.0.0.1"
-_POLL_SECONDS = 0.02
+_SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
+_FILES_BESIDE_SOCKETS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +103,25 @@ def gather_integers(value: int, ranks: Ranks) -> list[int]:
     return [int(tensor) for tensor in gathered]
 
 
+def sum_integers(values: Sequence[int], ranks: Ranks) -> list[int]:
+    """Sums each of the values over ranks, on the host."""
+    sums = torch.tensor(values, dtype=torch.int64)
+    if ranks.world_size > 1:
+        with WaitingForRanks():
+            dist.all_reduce(sums, group=ranks.host_group)
+    return [int(value) for value in sums]
+
+
+def gather_to_rank_0(rows: Tensor, ranks: Ranks) -> list[Tensor]:
+    """Gathers tensors of one shape on rank 0, on the host; other ranks get an empty list."""
+    if ranks.world_size == 1:
+        return [rows]
+    gathered = [torch.empty_like(rows) for _ in range(ranks.world_size)] if ranks.is_main else []
+    with WaitingForRanks():
+        dist.gather(rows, gathered or None, dst=0, group=ranks.host_group)
+    return gathered
+
+
 def gather_objects(value: T, ranks: Ranks) -> list[T]:
     """Gathers an object of every rank, in rank order, on the host, as JSON: keep it small.
 
@@ -129,15 +161,73 @@ def _from_bytes(content: UInt8[Tensor, " n"]) -> Any:
     return json.loads(content.numpy().tobytes())
 
 
-def gather_rows(rows: Tensor, sizes: list[int]) -> Tensor:
-    """Gathers the rows [sizes[rank], ...] of all ranks in rank order.
+class PendingMaximum:
+    """The maximum of an integer over ranks: asked for early, waited for late, on the host."""
+
+    def __init__(self, value: int, ranks: Ranks) -> None:
+        """Sends this rank's value; all ranks come here in the same order."""
+        self._value = torch.tensor([value], dtype=torch.int64)
+        self._work: dist.Work | None = None
+        if ranks.world_size > 1:
+            self._work = dist.all_reduce(
+                self._value, op=dist.ReduceOp.MAX, group=ranks.host_group, async_op=True
+            )
+
+    def wait(self) -> int:
+        if self._work is not None:
+            with WaitingForRanks():
+                self._work.wait()
+        return int(self._value)
+
+
+class RowsInFlight:
+    """The rows of all ranks in rank order, on their way while other work is done.
+
+    Backward mirrors forward: `receive` begins to send the gradients back, each summed over ranks,
+    and `send` waits for them. What is computed between the two calls hides both ways.
+    """
+
+    def __init__(self, ranks: Ranks) -> None:
+        self.world_size = ranks.world_size
+        self.own_gradient: Tensor | None = None
+        self._work: dist.Work | None = None
+        self._in_use: tuple[Tensor, ...] = ()
+
+    def send(self, rows: Tensor, *, num_rows: int) -> Tensor:
+        """Begins to gather [world_size num_rows, ...], which only `receive` may read.
+
+        A rank's rows are padded with zeros to `num_rows`, the same on all ranks.
+        """
+        if self.world_size == 1:
+            return rows
+        gathered: Tensor = _Send.apply(rows, num_rows, self)  # type: ignore[no-untyped-call]
+        return gathered
+
+    def receive(self, gathered: Tensor) -> Tensor:
+        """Waits for what `send` returned."""
+        if self.world_size == 1:
+            return gathered
+        received: Tensor = _Receive.apply(gathered, self)  # type: ignore[no-untyped-call]
+        return received
+
+    def start(self, collective: Callable[..., Any], output: Tensor, rows: Tensor) -> None:
+        self._work = collective(output, rows, async_op=True)
+        self._in_use = output, rows  # until the work is done
+
+    def wait(self) -> None:
+        assert self._work is not None
+        with WaitingForRanks():
+            self._work.wait()
+        self._work, self._in_use = None, ()
+
+
+def gather_rows(rows: Tensor, ranks: Ranks) -> Tensor:
+    """Gathers the rows of all ranks, as many on each, in rank order.
 
     Differentiable for floating types: a rank gets back the sum over ranks of its rows' gradients.
     """
-    if len(sizes) == 1:
-        return rows
-    gathered: Tensor = _GatherRows.apply(rows, sizes)  # type: ignore[no-untyped-call]
-    return gathered
+    in_flight = RowsInFlight(ranks)
+    return in_flight.receive(in_flight.send(rows, num_rows=len(rows)))
 
 
 def sum_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
@@ -159,27 +249,34 @@ def max_over_ranks(x: Tensor, ranks: Ranks) -> Tensor:
     return x
 
 
-class _GatherRows(torch.autograd.Function):
+class _Send(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, sizes: list[int]) -> Tensor:
-        ctx.sizes = sizes
-        padded = _pad_rows(rows, max(sizes))
-        gathered = rows.new_empty(len(sizes) * max(sizes), *rows.shape[1:])
-        with WaitingForRanks():
-            dist.all_gather_into_tensor(gathered, padded)
-        if min(sizes) == max(sizes):
-            return gathered
-        blocks = gathered.split(max(sizes))
-        return torch.cat([block[:size] for block, size in zip(blocks, sizes, strict=True)])
+    def forward(ctx: Any, rows: Tensor, num_rows: int, in_flight: RowsInFlight) -> Tensor:
+        ctx.num_own, ctx.in_flight = len(rows), in_flight
+        gathered = rows.new_empty(in_flight.world_size * num_rows, *rows.shape[1:])
+        in_flight.start(_all_gather, gathered, _pad_rows(rows, num_rows))
+        return gathered
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        ctx.in_flight.wait()
+        return ctx.in_flight.own_gradient[: ctx.num_own], None, None
+
+
+class _Receive(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gathered: Tensor, in_flight: RowsInFlight) -> Tensor:
+        ctx.in_flight = in_flight
+        in_flight.wait()
+        return gathered.view_as(gathered)
 
     @staticmethod
     def backward(ctx: Any, grad: Float[Tensor, "u d"]) -> tuple[Tensor, None]:
-        sizes, rank = ctx.sizes, dist.get_rank()
-        blocks = [_pad_rows(block, max(sizes)) for block in grad.split(sizes)]
-        mine = torch.empty_like(blocks[rank])
-        with WaitingForRanks():
-            dist.reduce_scatter_tensor(mine, torch.cat(blocks))
-        return mine[: sizes[rank]], None
+        in_flight = ctx.in_flight
+        num_rows = len(grad) // in_flight.world_size
+        in_flight.own_gradient = grad.new_empty(num_rows, *grad.shape[1:])
+        in_flight.start(_reduce_scatter, in_flight.own_gradient, grad.contiguous())
+        return grad, None
 
 
 class _SumOverRanks(torch.autograd.Function):
@@ -210,6 +307,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     if os.environ.get("WORLD_SIZE", "1") == "1":
         yield Ranks()
         return
+    _prepare_sockets(int(os.environ["WORLD_SIZE"]))
     timeout = datetime.timedelta(seconds=timeout_seconds)
     mark("meeting the other ranks", waits_for_ranks=True)
     store, rank, world_size = _open_store(timeout)
@@ -217,8 +315,16 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         session = agree_on_session(store, rank=rank, world_size=world_size, timeout=timeout)
         store = PrefixStore(f"unicl_fast/{session}", store)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    options: dict[str, Any] = {"backend": "gloo"}
+    if device.type == "cuda":
+        # NCCL connects at once, to a device that it need not guess; its last collectives are
+        # written to a file when one of them outlasts the limit
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        options = {"backend": "nccl", "device_id": device}
+    dist.init_process_group(
+        **options, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
     try:
         yield Ranks(
             rank=rank,
@@ -229,6 +335,58 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
     finally:
         mark("parting from the other ranks", waits_for_ranks=True)
         dist.destroy_process_group()
+
+
+def _prepare_sockets(world_size: int) -> None:
+    """Makes room for the connections to other ranks, and chooses the interface that gloo uses.
+
+    By itself gloo takes the interface of the host's own name, which often is the loopback one, and
+    connects every rank with every other at once.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects the ranks that talk
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * world_size + _FILES_BESIDE_SOCKETS
+    if soft < needed:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    if hard < needed:
+        logger.warning(
+            "%d ranks may need %d open files in a process, and the system allows %d: raise "
+            "`ulimit -Hn`", world_size, needed, hard,
+        )  # fmt: skip
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address = address_towards_rank_0()
+    if name := interface_with(address):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    elif world_size != int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+        logger.warning(
+            "no network interface has the address %s from which MASTER_ADDR=%s is reached: if "
+            "ranks do not meet, name one in GLOO_SOCKET_IFNAME",
+            address, os.environ.get("MASTER_ADDR"),
+        )  # fmt: skip
+
+
+def address_towards_rank_0() -> str:
+    """Finds this machine's IPv4 address on the network of MASTER_ADDR; sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", _LOOPBACK), 9))
+        except OSError:
+            return _LOOPBACK
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def interface_with(address: str) -> str | None:
+    """Finds the network interface that has this IPv4 address: `eth0`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
 
 
 def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
@@ -243,7 +401,10 @@ def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
         store, number, world_size = next(iter(rendezvous("env://", timeout=timeout)))
         return store, number, world_size
     world_size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
-    listening = socket.create_server((_LOOPBACK, port), backlog=max(128, world_size))
+    if inherited := os.environ.pop(STORE_SOCKET, ""):
+        listening = socket.socket(fileno=int(inherited))
+    else:
+        listening = socket.create_server((_LOOPBACK, port), backlog=max(128, world_size))
     store = TCPStore(
         _LOOPBACK,
         port,
@@ -260,31 +421,34 @@ def agree_on_session(
 ) -> str:
     """Agrees on a name that exactly the ranks that run now have in common.
 
-    Every rank writes a nonce. Rank 0 replies with the nonces it has read, and a name; a rank
+    Every rank writes a nonce. Rank 0 replies to each with the nonce it has read, and a name; a rank
     accepts a reply that contains its nonce, then acknowledges it. Raises RuntimeError if not all
     came in time.
     """
     nonce = secrets.token_hex(8)
     deadline = time.monotonic() + timeout.total_seconds()
-    others = range(1, world_size)
-    heard: dict[str, str] | None = None
+    waiting = dict.fromkeys(range(1, world_size), "") if rank == 0 else {}
+    pause = _FIRST_PAUSE_SECONDS
     if rank:
         store.set(f"unicl_fast/hello/{rank}", nonce)
     while time.monotonic() < deadline:
         if rank:
-            reply = json.loads(_read(store, "unicl_fast/reply") or "{}")
-            if reply.get("heard", {}).get(str(rank)) == nonce:
-                session: str = reply["session"]
+            heard, _, session = _read(store, f"unicl_fast/reply/{rank}").partition(" ")
+            if heard == nonce:
                 store.set(f"unicl_fast/accepted/{rank}", session)
                 return session
         else:
-            hellos = {str(other): _read(store, f"unicl_fast/hello/{other}") for other in others}
-            if hellos != heard:
-                heard = hellos
-                store.set("unicl_fast/reply", json.dumps({"session": nonce, "heard": heard}))
-            if all(_read(store, f"unicl_fast/accepted/{other}") == nonce for other in others):
+            for other, answered in list(waiting.items()):
+                hello = _read(store, f"unicl_fast/hello/{other}")
+                if hello != answered:
+                    waiting[other] = hello
+                    store.set(f"unicl_fast/reply/{other}", f"{hello} {nonce}")
+                elif hello and _read(store, f"unicl_fast/accepted/{other}") == nonce:
+                    del waiting[other]
+            if not waiting:
                 return nonce
-        time.sleep(_POLL_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)  # a thousand ranks ask one store
     raise RuntimeError(f"not all {world_size} ranks came within {timeout}: see what the others say")
 
 
@@ -313,8 +477,9 @@ def adopt_slurm_ranks() -> None:
         ),
     }
     os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
-    # the same on all ranks, and different for jobs that share a node
-    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 20000))
+    # The same on all ranks, different for jobs that share a node, and below the ports that Linux
+    # gives to outgoing connections.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
 
 
 def first_host(node_list: str) -> str:

@@ -19,10 +19,8 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-from unicl_fast.system.progress import WaitingForRanks
-
 if TYPE_CHECKING:
-    from unicl_fast.distributed.ranks import Ranks
+    from unicl_fast.distributed.ranks import PendingMaximum, Ranks
 
 # One number for each way to end; 0: all is done.
 EXIT_FAULT = 1
@@ -147,7 +145,7 @@ class Interruption:
         """The first signal that came, "" for none."""
         self._num_interrupts = 0
         self._before: dict[signal.Signals, Any] = {}
-        self._pending: Any = None
+        self._pending: PendingMaximum | None = None
 
     def __enter__(self) -> Interruption:
         self._before = handle_stop_signals(self._note)
@@ -158,8 +156,7 @@ class Interruption:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if self._pending is not None and kind in (None, Interrupted):
-            with WaitingForRanks():  # all have asked; none must leave before it is answered
-                self._pending[0].wait()
+            self._pending.wait()  # all have asked; none must leave before it is answered
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._num_interrupts += number == signal.SIGINT
@@ -176,16 +173,8 @@ class Interruption:
         defer_signals(True)  # a step is done: there is something to save
         if ranks.world_size == 1:
             return bool(self.signal_name)
-        import torch
-        import torch.distributed as dist
+        from unicl_fast.distributed.ranks import PendingMaximum  # imports torch
 
-        answer = False
-        if self._pending is not None:
-            work, flag = self._pending
-            with WaitingForRanks():
-                work.wait()
-            answer = bool(flag)
-        flag = torch.tensor(int(bool(self.signal_name)))
-        work = dist.all_reduce(flag, op=dist.ReduceOp.MAX, group=ranks.host_group, async_op=True)
-        self._pending = work, flag
+        answer = self._pending is not None and bool(self._pending.wait())
+        self._pending = PendingMaximum(int(bool(self.signal_name)), ranks)
         return answer

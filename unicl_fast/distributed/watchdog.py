@@ -30,7 +30,13 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, gather_objects
+from unicl_fast.distributed.ranks import (
+    Ranks,
+    address_towards_rank_0,
+    from_rank_0,
+    gather_integers,
+    gather_objects,
+)
 from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.system.progress import Stage, current_stage
 
@@ -304,7 +310,7 @@ class Heartbeats:
         """
         self.heard: dict[int, Heartbeat] = {}
         self._rank, self._world_size = ranks.rank, ranks.world_size
-        host, own_ip = socket.gethostname(), _own_ip()
+        host, own_ip = socket.gethostname(), address_towards_rank_0()
         machines = gather_objects([host, own_ip], ranks)
         is_one_machine = all(machine == machines[0] for machine in machines)
         self._socket = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
@@ -355,14 +361,3 @@ class Heartbeats:
 
     def close(self) -> None:
         self._socket.close()
-
-
-def _own_ip() -> str:
-    """Finds this machine's address on the network of the group's first rank; sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((os.environ.get("MASTER_ADDR", "127.0.0.1"), 9))
-        except OSError:
-            return "127.0.0.1"
-        ip: str = probe.getsockname()[0]
-        return ip

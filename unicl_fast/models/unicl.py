@@ -6,6 +6,8 @@ This is the model and how it is built from a config. Files of weights are the bu
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
@@ -114,14 +116,18 @@ class UniCL(nn.Module):
         images: Float[Tensor, "b c h w"],
         tokens: Int[Tensor, "u l"] | None = None,
         num_tokens: int | None = None,
-    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "u d"], Float[Tensor, ""]]:
+        after_texts: Callable[[Tensor], Tensor] | None = None,
+    ) -> tuple[Float[Tensor, "b d"], Float[Tensor, "n d"], Float[Tensor, ""]]:
         """Computes image features, the features they are contrasted with, and their scale.
 
         Those are the features of texts if there are tokens, else the learnt rows of classes, else
-        the images' own.
+        the images' own. `after_texts` may begin to send the texts' to other ranks, and returns what
+        takes their place.
         """
-        # texts first: their order decides how gradients are added up
+        # texts first: their order decides how gradients are added up, and sending takes time
         contrast = None if tokens is None else self.encode_text(tokens, num_tokens)
+        if contrast is not None and after_texts is not None:
+            contrast = after_texts(contrast)
         features = self.encode_image(images)
         if contrast is None:
             contrast = features if self.class_rows is None else self.class_rows

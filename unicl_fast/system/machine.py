@@ -33,6 +33,8 @@ if TYPE_CHECKING:  # programs that train nothing need not wait for torch
 
 LAUNCHED_BY_US = "UNICL_FAST_RANK"
 """Environment variable that `start_ranks` sets for its ranks, as torchrun sets its run id."""
+STORE_SOCKET = "UNICL_STORE_SOCKET"
+"""Variable with the file descriptor on which rank 0's store is to listen, from the launcher."""
 _LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _CGROUPS = Path("/sys/fs/cgroup")
 _MY_CGROUP = Path("/proc/self/cgroup")

@@ -28,7 +28,7 @@ from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.training.global_loss import (
     Encode,
-    contrast_over_ranks,
+    TextColumns,
     encoder_input,
     texts_to_encode,
 )
@@ -79,31 +79,33 @@ def back_propagate_in_micro_batches(
     pixels = list(zip(batch.images.split(size), batch.global_index.split(size), strict=True))
     pieces = [texts_to_encode(piece, config) for piece in _text_micro_batches(batch, config)]
     texts = [(tokens, num_tokens) for tokens, num_tokens, _, _ in pieces]
+    columns = TextColumns(
+        torch.cat([class_ids for _, _, class_ids, _ in pieces]),
+        torch.cat([counts for _, _, _, counts in pieces]),
+        ranks,
+    )
 
     def input_of(images: Tensor, global_index: Tensor) -> Tensor:
         model.set_drop_path_key(step=batch.step, global_index=global_index)
         return encoder_input(images, config)
 
-    # one autocast for all micro-batches: the weights are cast once
+    # one autocast for all micro-batches of an encoder: its weights are cast once
+    with torch.no_grad(), precision.autocast(device_type):
+        text_features = torch.cat([model.encode_text(*rows) for rows in texts])
+    texts_of_all = columns.send(text_features.requires_grad_())
     with torch.no_grad(), precision.autocast(device_type):
         image_features = torch.cat([model.encode_image(input_of(*piece)) for piece in pixels])
-        text_features = torch.cat([model.encode_text(*rows) for rows in texts])
         scale = model.logit_scale.exp()
-
-    features = [image_features, text_features, scale]
-    for feature in features:
-        feature.requires_grad_()
-    loss = contrast_over_ranks(
-        image_features,
-        text_features,
+    loss = columns.contrast(
+        image_features.requires_grad_(),
+        texts_of_all,
         class_ids=batch.class_ids,
-        text_class_ids=torch.cat([class_ids for _, _, class_ids, _ in pieces]),
-        text_counts=torch.cat([counts for _, _, _, counts in pieces]),
-        scale=scale,
-        ranks=ranks,
+        scale=scale.requires_grad_(),
         form=config.efficiency.loss,
     )
-    image_gradient, text_gradient, scale_gradient = torch.autograd.grad(scale_loss(loss), features)
+    image_gradient, text_gradient, scale_gradient = torch.autograd.grad(
+        scale_loss(loss), [image_features, text_features, scale]
+    )
     image_gradients = image_gradient.split(size)
     text_gradients = text_gradient.split([len(tokens) for tokens, _ in texts])
 

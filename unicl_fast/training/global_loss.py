@@ -1,7 +1,8 @@
 """The loss of the global batch, from each rank's local batch and a model.
 
-    encode  this rank's images and distinct texts
-    gather  the texts of all ranks, with gradient; images stay where they are
+    encode  this rank's distinct texts, then its images
+    gather  the texts of all ranks, with gradient, while images are encoded; these stay where they
+            are
     loss    `unified_contrastive_loss`, whose column statistics are all-reduced
 
 The other objectives are the same loss with other operands: for SupCon the texts are the images
@@ -25,8 +26,9 @@ from torch import Tensor
 from unicl_fast.batch import Batch
 from unicl_fast.config import LossForm, TrainConfig
 from unicl_fast.distributed.ranks import (
+    PendingMaximum,
     Ranks,
-    gather_integers,
+    RowsInFlight,
     gather_rows,
     max_over_ranks,
     sum_over_ranks,
@@ -55,17 +57,27 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
     class_ids: Tensor | Membership = batch.class_ids
     if objective.mixes:
         images, class_ids = mix(images, batch, config)
-    inputs: tuple[Tensor, int | None] | tuple[()] = ()
+    columns, encode_both = None, encode
     if objective.has_texts:
         tokens, num_tokens, text_class_ids, text_counts = texts_to_encode(batch, config)
-        inputs = tokens, num_tokens
+        if isinstance(class_ids, Membership):
+            # equal texts have other labels now, and are columns of their own
+            rows = batch.text_index if config.efficiency.unique_texts else None
+            columns = TextColumns(class_ids, torch.ones_like(batch.class_ids), ranks, rows=rows)
+        else:
+            columns = TextColumns(text_class_ids, text_counts, ranks)
+        encode_both = functools.partial(
+            encode, tokens=tokens, num_tokens=num_tokens, after_texts=columns.send
+        )
     with Precision(config.efficiency.precision).autocast(batch.images.device.type):
-        image_features, contrast_features, scale = encode(images, *inputs)
+        image_features, contrast_features, scale = encode_both(images)
+    form = config.efficiency.loss
+    if columns is not None:
+        return columns.contrast(
+            image_features, contrast_features, class_ids=class_ids, scale=scale, form=form
+        )
     one_direction = functools.partial(
-        unified_contrastive_loss,
-        directions="i2t",
-        form=config.efficiency.loss,
-        all_reduce=all_reduce_over(ranks),
+        unified_contrastive_loss, directions="i2t", form=form, all_reduce=all_reduce_over(ranks)
     )
     if objective.name == "ce":  # the learnt rows, which all ranks have
         return one_direction(
@@ -75,35 +87,18 @@ def global_loss(encode: Encode, batch: Batch, config: TrainConfig, ranks: Ranks)
             scale,
             text_class_ids=torch.arange(len(contrast_features), device=images.device),
         )
-    if objective.name == "supcon":  # Khosla et al., arXiv 2004.11362, L_out
-        view_ids = batch.class_ids.repeat(2)
-        sizes = [len(view_ids)] * ranks.world_size
-        # a rank's own views first, so that the pair of a view with itself is (i, i) on every rank
-        shift = -ranks.rank * len(view_ids)
-        # every view is a row and a column, so one direction is the mean of both
-        return one_direction(
-            image_features,
-            gather_rows(contrast_features, sizes).roll(shift, 0),
-            view_ids,
-            scale,
-            text_class_ids=gather_rows(view_ids, sizes).roll(shift, 0),
-            exclude_self=True,
-        )
-    column_ids: Tensor | Membership = text_class_ids
-    if isinstance(class_ids, Membership):
-        # equal texts have other labels now, and are columns of their own
-        unique = config.efficiency.unique_texts
-        contrast_features = contrast_features[batch.text_index if unique else ...]
-        column_ids, text_counts = class_ids, torch.ones_like(batch.class_ids)
-    return contrast_over_ranks(
+    # SupCon: Khosla et al., arXiv 2004.11362, L_out
+    view_ids = batch.class_ids.repeat(2)
+    # a rank's own views first, so that the pair of a view with itself is (i, i) on every rank
+    shift = -ranks.rank * len(view_ids)
+    # every view is a row and a column, so one direction is the mean of both
+    return one_direction(
         image_features,
-        contrast_features,
-        class_ids=class_ids,
-        text_class_ids=column_ids,
-        text_counts=text_counts,
-        scale=scale,
-        ranks=ranks,
-        form=config.efficiency.loss,
+        gather_rows(contrast_features, ranks).roll(shift, 0),
+        view_ids,
+        scale,
+        text_class_ids=gather_rows(view_ids, ranks).roll(shift, 0),
+        exclude_self=True,
     )
 
 
@@ -150,36 +145,100 @@ def texts_to_encode(batch: Batch, config: TrainConfig) -> tuple[Tensor, int | No
     return pad_texts(*texts) if efficiency.compile else texts
 
 
+class TextColumns:
+    """The texts of all ranks, which are the columns of the loss of UniCL and CLIP.
+
+    They are sent as soon as they are encoded, and arrive while images are encoded. Ranks have
+    different numbers of texts, and pad them to the largest with texts of count 0: so all ranks
+    send and compute the same shapes.
+    """
+
+    def __init__(
+        self,
+        class_ids: Int[Tensor, " u"] | Membership,
+        counts: Int[Tensor, " u"],
+        ranks: Ranks,
+        *,
+        rows: Int[Tensor, " u"] | None = None,
+    ) -> None:
+        """Tells the other ranks how many texts this one has; all ranks come here together.
+
+        Args:
+            class_ids: the class of each text. A `Membership` has as many entries on each rank.
+            counts: how many samples have each text.
+            ranks: the ranks of the run.
+            rows: which rows of the encoded texts to take; None means all.
+        """
+        self._class_ids, self._counts, self._ranks, self._rows = class_ids, counts, ranks, rows
+        self._num_texts = PendingMaximum(len(counts), ranks)
+        self._features = RowsInFlight(ranks)
+        self._tables: list[tuple[RowsInFlight, Tensor]] = []
+
+    def send(self, text_features: Float[Tensor, "u d"]) -> Float[Tensor, "n d"]:
+        """Begins to send this rank's texts; those of all, which it returns, are for `contrast`."""
+        if self._rows is not None:
+            text_features = text_features[self._rows]
+        num_texts = self._num_texts.wait()
+        gathered = self._features.send(text_features, num_rows=num_texts)
+        if isinstance(self._class_ids, Membership):
+            samples, labels, weights = self._class_ids
+            first = self._ranks.rank * num_texts  # samples are numbered as in the joined batch
+            self._send_table(torch.stack([samples + first, labels], dim=1), len(samples))
+            self._send_table(weights, len(samples))
+            self._send_table(self._counts, num_texts)
+        else:
+            self._send_table(torch.stack([self._class_ids, self._counts], dim=1), num_texts)
+        return gathered
+
+    def _send_table(self, rows: Tensor, num_rows: int) -> None:
+        in_flight = RowsInFlight(self._ranks)
+        self._tables.append((in_flight, in_flight.send(rows, num_rows=num_rows)))
+
+    def contrast(
+        self,
+        image_features: Float[Tensor, "b d"],
+        text_features: Float[Tensor, "n d"],
+        *,
+        class_ids: Int[Tensor, " b"] | Membership,
+        scale: Tensor,
+        form: LossForm = "auto",
+    ) -> Float[Tensor, ""]:
+        """The loss of this rank's images against what `send` returned: equal on all ranks."""
+        tables = [in_flight.receive(table) for in_flight, table in self._tables]
+        text_class_ids: Tensor | Membership
+        if isinstance(self._class_ids, Membership):
+            entries, weights, text_counts = tables
+            samples, labels = entries.T.contiguous()
+            text_class_ids = Membership(samples, labels, weights)
+        else:
+            text_class_ids, text_counts = tables[0].T.contiguous()
+        return unified_contrastive_loss(
+            image_features,
+            self._features.receive(text_features),
+            class_ids,
+            scale,
+            text_class_ids=text_class_ids,
+            text_counts=text_counts,
+            form=form,
+            all_reduce=all_reduce_over(self._ranks),
+        )
+
+
 def contrast_over_ranks(
     image_features: Float[Tensor, "b d"],
     text_features: Float[Tensor, "u d"],
     *,
-    class_ids: Tensor | Membership,
-    text_class_ids: Tensor | Membership,
-    text_counts: Tensor,
+    class_ids: Int[Tensor, " b"] | Membership,
+    text_class_ids: Int[Tensor, " u"] | Membership,
+    text_counts: Int[Tensor, " u"],
     scale: Tensor,
     ranks: Ranks,
     form: LossForm = "auto",
 ) -> Float[Tensor, ""]:
     """UniCL and CLIP: this rank's images against all ranks' texts, each logit computed once."""
-    sizes = gather_integers(len(text_features), ranks)
-    text_features = gather_rows(text_features, sizes)
-    if isinstance(text_class_ids, Membership):
-        text_class_ids = _gather_membership(text_class_ids, sizes, ranks)
-        text_counts = gather_rows(text_counts, sizes)
-    else:
-        both = torch.stack([text_class_ids, text_counts], dim=1)
-        text_class_ids, text_counts = gather_rows(both, sizes).T.contiguous()
-    return unified_contrastive_loss(
-        image_features,
-        text_features,
-        class_ids,
-        scale,
-        text_class_ids=text_class_ids,
-        text_counts=text_counts,
-        form=form,
-        all_reduce=all_reduce_over(ranks),
-    )
+    columns = TextColumns(text_class_ids, text_counts, ranks)
+    texts = columns.send(text_features)
+    return columns.contrast(image_features, texts, class_ids=class_ids, scale=scale, form=form)
 
 
 def all_reduce_over(ranks: Ranks) -> AllReduce:
@@ -220,14 +279,3 @@ def _rows_of_classes(
         start += count
         row = torch.where(class_ids >> LABEL_BITS == source, row + start, row)
     return row
-
-
-def _gather_membership(membership: Membership, sizes: list[int], ranks: Ranks) -> Membership:
-    """Joins the entries of all ranks; samples are numbered as in the joined batch."""
-    samples, labels, weights = membership
-    entries = gather_integers(len(samples), ranks)
-    return Membership(
-        gather_rows(samples + sum(sizes[: ranks.rank]), entries),
-        gather_rows(labels, entries),
-        gather_rows(weights, entries),
-    )

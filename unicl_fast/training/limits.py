@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from unicl_fast.batch import Batch
 from unicl_fast.config import TrainConfig
 from unicl_fast.dataset.reader import QUARANTINE_NAME, TooManyBadSamplesError
-from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
+from unicl_fast.distributed.ranks import Ranks, gather_objects, sum_integers
 from unicl_fast.models.efficiency import has_batch_norm
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
@@ -184,7 +184,7 @@ class ReplacedSamples:
 
     def total(self, ranks: Ranks) -> int:
         """Adds up the counts of all ranks, which call it together."""
-        return sum(gather_integers(self._replaced, ranks))
+        return sum_integers([self._replaced], ranks)[0]
 
     def check(self, total: int) -> None:
         """Stops a run whose limit `total` exceeds; the same on all ranks.

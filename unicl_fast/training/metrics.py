@@ -23,7 +23,7 @@ from torch import Tensor
 
 from unicl_fast.batch import Batch
 from unicl_fast.dataset.reader import PackedDataset
-from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
+from unicl_fast.distributed.ranks import Ranks, gather_to_rank_0, sum_integers
 from unicl_fast.system.atomic_files import write_text_atomically
 
 if TYPE_CHECKING:  # slow to import, and rank 0's alone
@@ -108,7 +108,7 @@ class DatasetMeter:
         that they needed of them; None where all data sets are in folders."""
 
     def describe(self, batch: Batch, ranks: Ranks, *, num_steps: int) -> dict[str, float]:
-        """The numbers after `num_steps` steps; all ranks call it together.
+        """The numbers after `num_steps` steps; all ranks call it together, and rank 0 gets all.
 
         Positives are counted in the global batch, the row itself included, and averaged over the
         rows of a data set, which has no such number where it has no row in this batch.
@@ -120,15 +120,16 @@ class DatasetMeter:
         if self._stores:
             own_read = sum(store.traffic.read_bytes for _, store in self._stores)
             own_needed = sum(dataset.needed_bytes for dataset, _ in self._stores)
-            read = sum(gather_integers(own_read, ranks))
-            needed = sum(gather_integers(own_needed, ranks))
+            read, needed = sum_integers([own_read, own_needed], ranks)
             self.traffic = read, needed
             values |= {"storage_bytes_read": read, "storage_bytes_needed": needed}
         if batch.source_ids is None:
             return values
-        own = [batch.class_ids.tolist(), batch.source_ids.tolist()]
-        every = [np.array(part, dtype=np.int64) for part in gather_objects(own, ranks)]
-        class_ids, source_ids = np.concatenate(every, axis=1)
+        own = torch.stack([batch.class_ids.cpu(), batch.source_ids])
+        every = gather_to_rank_0(own, ranks)
+        if not every:
+            return values
+        class_ids, source_ids = torch.cat(every, dim=1).numpy()
         _, index, counts = np.unique(class_ids, return_inverse=True, return_counts=True)
         positives = counts[index]
         for number, name in enumerate(self._names):

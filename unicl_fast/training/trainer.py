@@ -37,7 +37,7 @@ from unicl_fast.config import TrainConfig
 from unicl_fast.distributed.ranks import Ranks, from_rank_0
 from unicl_fast.distributed.signals import Interrupted, Interruption
 from unicl_fast.ledger.writer import Ledger
-from unicl_fast.models.efficiency import compile_encoders
+from unicl_fast.models.efficiency import compile_encoders, has_batch_norm
 from unicl_fast.models.precision import Precision, place_module, resolve_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
@@ -157,7 +157,11 @@ class Trainer:
             compile_encoders(self.model)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
         if self.ranks.world_size > 1:
-            self._encode = DistributedDataParallel(self.model)
+            self._encode = DistributedDataParallel(
+                self.model,
+                broadcast_buffers=has_batch_norm(self.model),  # other buffers never change
+                gradient_as_bucket_view=True,
+            )
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)
         self.scaler = precision.build_scaler(self.device.type)
