@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from unicl_fast.distributed.launch import end_with_torchrun, start_ranks, stop
+from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.evaluation.requests import COMMANDS, Evaluation
 
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         stop("unicl-eval", error, code=2)
     except (OSError, RuntimeError) as error:  # an image, a disk or a device that failed
-        stop("unicl-eval", error, code=1)
+        stop("unicl-eval", explain(error), code=1)
 
 
 if __name__ == "__main__":

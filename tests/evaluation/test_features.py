@@ -12,7 +12,7 @@ import pytest
 import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack
-from rank_workers import gather_features_of_slices, run_on_ranks
+from rank_workers import gather_features_of_slices, open_class_folders, ranks_of, run_on_ranks
 from small_runs import tiny_config
 
 from unicl_fast import Tokenizer, UniCL
@@ -129,3 +129,18 @@ def test_ranks_put_their_rows_and_counts_together(tmp_path: Path) -> None:
     assert found["tables"] == [np.arange(n * 3.0).reshape(n, 3).tolist() for n in (1, 7)]
     assert (found["num_samples"], found["num_without_label"], found["top1"]) == (6, 1, 0.5)
     assert found["confusion"] == [[3, 3], [0, 0]]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ranks_wait_for_rank_0_to_pack_longer_than_a_collective_may_last(data: Path) -> None:
+    run_on_ranks(open_class_folders, 2, str(data / "classes"), 3.0, False)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ranks_that_wait_for_rank_0_say_that_it_has_ended(data: Path) -> None:
+    with ranks_of(open_class_folders, 2, str(data / "classes"), 60.0, True) as processes:
+        for process in processes:
+            process.join(50)
+        assert [process.exitcode for process in processes] == [3, 4]

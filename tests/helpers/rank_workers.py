@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from small_runs import (
@@ -27,6 +30,7 @@ from small_runs import (
 )
 
 from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
+from unicl_fast.distributed.launch import explain
 from unicl_fast.distributed.ranks import (
     Ranks,
     from_rank_0,
@@ -36,6 +40,7 @@ from unicl_fast.distributed.ranks import (
 )
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Heartbeat, Heartbeats, Watchdog, format_heartbeat
+from unicl_fast.evaluation import data
 from unicl_fast.evaluation.features import ModelOnRanks, collect_rows
 from unicl_fast.evaluation.report import ClassificationCounts
 from unicl_fast.evaluation.zero_shot import scores_by
@@ -518,6 +523,27 @@ def exchange_objects(ranks: Ranks) -> None:
             assert from_rank_0(text if ranks.is_main else "other", ranks) == text
         assert gather_objects(None, ranks) == [None] * ranks.world_size
     assert not unpickle.called
+
+
+def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) -> None:
+    """Rank 0 packs longer than a collective may last; or ends instead, and rank 1 explains it."""
+    timeout = datetime.timedelta(seconds=seconds)
+    ranks = dataclasses.replace(ranks, host_group=dist.new_group(backend="gloo", timeout=timeout))
+    pack = data._pack
+
+    def pack_slowly(*arguments: object, **settings: object) -> None:
+        if ends:
+            os._exit(3)
+        time.sleep(2 * seconds)
+        pack(*arguments, **settings)
+
+    with mock.patch.object(data, "_pack", pack_slowly):
+        try:
+            with data.open_data(source, ranks=ranks) as opened:
+                assert len(opened.dataset) == 21
+        except RuntimeError as error:
+            assert "another rank has ended" in str(explain(error)), error
+            sys.exit(4)
 
 
 def old_datagrams(token: bytes) -> list[bytes]:

@@ -23,7 +23,7 @@ from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short
 from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
 from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
-from unicl_fast.evaluation.requests import Detect, Finetune
+from unicl_fast.evaluation.requests import Detect, Finetune, Knn
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import evaluate, pretrain
 
@@ -352,6 +352,32 @@ def test_a_fine_tuned_encoder_is_tested_and_kept(
     assert len(names) == module.head.out_features == 10
     again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
     assert "name another folder as --out" in again
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("Connection closed by peer [127.0.0.1]:4711", "another rank has ended"),
+        ("Timed out waiting 600000ms for recv operation to complete", "another rank hangs"),
+    ],
+)
+def test_a_rank_that_lost_another_says_so(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: str,
+    sentence: str,
+) -> None:
+    def fail(self: Knn) -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(Knn, "check", lambda self: None)
+    monkeypatch.setattr(Knn, "run", fail)
+    with pytest.raises(SystemExit) as stopped:
+        call(evaluate, "knn", "--checkpoint", trained, "--train", tmp_path, "--data", tmp_path)
+    assert stopped.value.code == 1
+    assert f"unicl-eval: {sentence}" in capsys.readouterr().err
 
 
 def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,8 +23,10 @@ import os
 import re
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -36,7 +38,7 @@ from torch._C._distributed_c10d import TCPStore
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
-from unicl_fast.system.progress import WaitingForRanks, mark
+from unicl_fast.system.progress import START_PATIENCE, WaitingForRanks, mark
 
 Json = bool | int | float | str | list[Any] | dict[str, Any] | None
 """Values that ranks exchange; without tuples, paths or arrays they arrive as they were sent."""
@@ -44,6 +46,7 @@ T = TypeVar("T", bound=Json)
 
 _LOOPBACK = "127.0.0.1"
 _POLL_SECONDS = 0.02
+_BEAT_SECONDS = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,45 @@ def from_rank_0(value: T, ranks: Ranks) -> T:
         dist.broadcast(content, src=0, group=ranks.host_group)
     found: T = _from_bytes(content)
     return found
+
+
+@contextlib.contextmanager
+def rank_0_alone(ranks: Ranks) -> Iterator[None]:
+    """Around what rank 0 does alone, however long it takes: the others wait at the end of the block.
+
+    A thread of rank 0 tells them every moment that it still works, so no single collective comes
+    near the group's time limit. If rank 0 ends, so does their waiting, in a RuntimeError.
+    """
+    if ranks.world_size == 1:
+        yield
+        return
+    if not ranks.is_main:
+        yield
+        with WaitingForRanks():
+            while _rank_0_works(ranks):
+                pass
+        return
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(_BEAT_SECONDS):
+            _rank_0_works(ranks)
+
+    with ThreadPoolExecutor(1, thread_name_prefix="unicl-rank-0") as pool:
+        beating = pool.submit(beat)
+        try:
+            yield
+        finally:
+            done.set()
+            beating.result()
+            _rank_0_works(ranks, answer=False)
+
+
+def _rank_0_works(ranks: Ranks, *, answer: bool = True) -> bool:
+    """Returns rank 0's `answer` on all ranks."""
+    works = torch.tensor([int(answer)])
+    dist.broadcast(works, src=0, group=ranks.host_group)
+    return bool(works)
 
 
 def _to_bytes(value: Json) -> UInt8[Tensor, " n"]:
@@ -211,7 +253,7 @@ def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iter
         yield Ranks()
         return
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    mark("meeting the other ranks", waits_for_ranks=True)
+    mark("meeting the other ranks", patience=START_PATIENCE, waits_for_ranks=True)
     store, rank, world_size = _open_store(timeout)
     store.set_timeout(timeout)
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":

@@ -24,7 +24,7 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import refused_together
-from unicl_fast.distributed.ranks import Ranks, from_rank_0
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, rank_0_alone
 from unicl_fast.evaluation.requests import Metric, MetricChoice
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.samples import read_label_space
@@ -157,7 +157,7 @@ def open_data(
     with contextlib.ExitStack() as stack:
         packed = spec
         if not (is_packed := _is_packed(spec)):
-            with refused_together(ranks):
+            with refused_together(ranks), rank_0_alone(ranks):
                 if ranks.is_main:
                     folder = stack.enter_context(temporary_folder("unicl-eval-"))
                     packed = str(folder / "packed")

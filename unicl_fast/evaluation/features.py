@@ -40,6 +40,7 @@ from unicl_fast.distributed.ranks import (
     gather_integers,
     gather_objects,
     process_group,
+    rank_0_alone,
 )
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
@@ -420,17 +421,18 @@ def extract_sets(
                 labels = data.labels_among(opened[0])
                 key = feature_key(model, data.dataset, layer=command.layer, weights=weights)
                 path = folder / f"{key}.npy"
-                features = None
-                if not from_rank_0(keeps and path.is_file(), ranks):
+                features, is_kept = None, from_rank_0(keeps and path.is_file(), ranks)
+                if not is_kept:
                     features = on_ranks.features(data.dataset, layer=command.layer)
-                    if keeps and features is not None:
+                with rank_0_alone(ranks):
+                    if is_kept and ranks.is_main:
+                        features = load_features(path, num_samples=len(data.dataset))
+                        print(f"features of {spec}: found again")
+                    elif keeps and features is not None:
                         keep_features(path, features)
-                elif ranks.is_main:
-                    features = load_features(path, num_samples=len(data.dataset))
-                    print(f"features of {spec}: found again")
-                if features is not None:
-                    features = features.to(device_of(model), dtype)
-                    found.append(with_labels(features, labels, what=spec))
+                    if features is not None:
+                        features = features.to(device_of(model), dtype)
+                        found.append(with_labels(features, labels, what=spec))
     if not found:
         return None
     return ExtractedSets(

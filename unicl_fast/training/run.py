@@ -33,7 +33,7 @@ from unicl_fast.models.precision import fast_precision, resolve_precision
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import sole_writer
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.progress import mark
+from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.agreement import check_ranks_agree, describe_rank
@@ -138,7 +138,7 @@ def pretrain(
     ):
         configure_logging(ranks)
         watchdog.meet(ranks)
-        mark("reading checkpoints")
+        mark("reading checkpoints", patience=START_PATIENCE)
         with refused_together(ranks):
             local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
             check_run_folder: Callable[[], None] | None = None
@@ -146,7 +146,7 @@ def pretrain(
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
-        mark("opening the data and building the model")
+        mark("opening the data and building the model", patience=START_PATIENCE)
         trainer = _build_trainer(
             config,
             run_folder=run_folder,
@@ -161,7 +161,7 @@ def pretrain(
         num_images = views * local_batch_size
         check_memory(trainer.model, trainer.config, images_per_step=num_images, device=device)
         if checkpoint is not None:
-            mark("reading the checkpoint")
+            mark("reading the checkpoint", patience=START_PATIENCE)
             with refused_together(ranks):
                 trainer.resume(checkpoint)
         if ranks.is_main:
@@ -230,10 +230,10 @@ def _build_trainer(
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     data = describe_datasets(datasets, weights)
     if ranks.world_size > 1:
-        mark("comparing ranks", waits_for_ranks=True)
+        mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
             check_ranks_agree(describe_rank(config, data), ranks)
-        mark("opening the data and building the model")
+        mark("opening the data and building the model", patience=START_PATIENCE)
     prompts = build_prompts(datasets, config)
     loader = build_loader(
         config,

@@ -45,6 +45,7 @@ from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import (
     OR_WAITING,
+    START_PATIENCE,
     EvaluationStopped,
     ForgivingStderr,
     WaitingForRanks,
@@ -510,7 +511,7 @@ class Trainer:
     def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
         """Tells a watchdog what begins now, and whether some of it waits in a collective."""
         steps_done = self.step - self._start_step
-        patience = 1.0 if steps_done else 3.0
+        patience = 1.0 if steps_done else START_PATIENCE
         may_compile = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")
         if self.config.efficiency.compile and may_compile:
             patience = 6.0
