@@ -28,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "docs/evaluation.md has the protocols.",
     )
     # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
+    from unicl_fast.system.machine import keep_freed_memory, sleep_while_waiting
+
+    sleep_while_waiting(command.device)
     from unicl_fast.distributed.ranks import adopt_slurm_ranks
-    from unicl_fast.system.machine import keep_freed_memory
 
     try:
         command.check()

@@ -125,7 +125,7 @@ def from_rank_0(value: T, ranks: Ranks) -> T:
 
 @contextlib.contextmanager
 def rank_0_alone(ranks: Ranks) -> Iterator[None]:
-    """Around what rank 0 does alone, however long it takes: the others wait at the end of the block.
+    """Around what rank 0 does alone, however long: the others wait at the end of the block.
 
     A thread of rank 0 tells them every moment that it still works, so no single collective comes
     near the group's time limit. If rank 0 ends, so does their waiting, in a RuntimeError.

@@ -51,7 +51,7 @@ from unicl_fast.evaluation.requests import (
     Layer,
     Metric,
 )
-from unicl_fast.models.precision import Precision, normalise_images
+from unicl_fast.models.precision import Precision, normalise_images, resolve_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
@@ -167,6 +167,7 @@ def model_on_ranks(command: Evaluation) -> Iterator[ModelOnRanks]:
     with process_group(device) as ranks:
         configure_logging(ranks)
         model = load_model(command.checkpoint, weights=command.weights).to(device)
+        model.config = resolve_precision(model.config, device, ranks=ranks)
         if model.config.efficiency.channels_last:
             model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batch_size = command.batch_size if isinstance(command, EncodingEvaluation) else 1

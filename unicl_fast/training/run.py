@@ -29,7 +29,7 @@ from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, pr
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
-from unicl_fast.models.precision import fast_precision, resolve_precision
+from unicl_fast.models.precision import resolve_precision
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import sole_writer
 from unicl_fast.system.machine import choose_device
@@ -201,15 +201,11 @@ def _with_precision(
     config: TrainConfig, *, device: torch.device, checkpoint: Path | None, ranks: Ranks
 ) -> TrainConfig:
     """Replaces `efficiency.precision=auto` by the checkpoint's precision, or rank 0's fastest."""
-    if config.efficiency.precision != "auto":
-        return config
-    if checkpoint is None:
-        precision = from_rank_0(fast_precision(device), ranks)
-        logger.info("precision: %s, the fastest here (efficiency.precision=auto)", precision)
-    else:
+    precision = None
+    if checkpoint is not None and config.efficiency.precision == "auto":
         with refused_together(ranks):
             precision = read_state(checkpoint).config.efficiency.precision
-    return resolve_precision(config, device, precision)
+    return resolve_precision(config, device, precision=precision, ranks=ranks)
 
 
 def _build_trainer(

@@ -135,7 +135,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         _check_settings(config, self.ranks)
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
-        self.config = config = resolve_precision(config, self.device)
+        self.config = config = resolve_precision(config, self.device, ranks=self.ranks)
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
         self.run_folder, self._check_run_folder = run_folder, check_run_folder
