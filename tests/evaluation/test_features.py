@@ -22,6 +22,7 @@ from unicl_fast.evaluation.features import (
     feature_key,
     keep_features,
     load_features,
+    split_folds,
     split_validation,
     weights_checksum,
 )
@@ -101,8 +102,25 @@ def test_splits_and_draws_hold_each_class_and_follow_the_seed() -> None:
     assert not set(shots) & set(others)
     assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
     assert [len(places) for places in draw_shots(labels, shots=64, seed=0)] == [62, 0]
-    with pytest.raises(ValueError, match="too few to set any aside"):
-        split_validation(np.array([0, 1, 2]), fraction=0.2, seed=0)
+    assert [len(rows) for rows in split_validation(np.arange(3), fraction=0.2, seed=0)] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "folds"), [((9, 7, 6), 5), ((4, 3), 3), ((5, 2), 2), ((4, 1), 2)]
+)
+def test_folds_hold_out_each_sample_once_but_never_a_class_s_only_one(
+    sizes: tuple[int, ...], folds: int
+) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    found = split_folds(labels, seed=0)
+    assert len(found) == folds
+    held_out = np.concatenate([aside for _, aside in found])
+    assert sorted(held_out) == [row for row, label in enumerate(labels) if sizes[label] > 1]
+    for kept, aside in found:
+        assert sorted([*kept, *aside]) == list(range(len(labels)))
+        assert set(labels[kept]) == set(labels)
+    assert not np.array_equal(split_folds(labels, seed=1)[0][1], found[0][1])
+    assert split_folds(np.arange(3), seed=0) == []
 
 
 def test_kept_features_come_back_and_damaged_ones_are_refused(

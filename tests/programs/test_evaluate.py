@@ -200,7 +200,7 @@ def test_what_zero_shot_cannot_read_is_refused(
 def test_a_linear_probe_finds_its_features_again(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = ["--train", data / "labels", "--data", data / "classes", "--validation-fraction", "0.4"]
+    sets = ["--train", data / "labels", "--data", data / "classes"]
     features = tmp_path / "features"
     alone = evaluated(
         *("linear-probe", trained, *sets, "--features", features, "--figures", tmp_path),
@@ -210,6 +210,7 @@ def test_a_linear_probe_finds_its_features_again(
     assert len(kept) == 1
     assert (alone["num_train"], alone["num_test"], alone["num_fitted"]) == (21, 21, 21)
     assert alone["c"] in [row["c"] for row in alone["validation"]]
+    assert (alone["c_chosen_by"], alone["num_folds"]) == ("cross-validation", 2)
     assert Image.open(tmp_path / "confusion-linear-probe.png").size[0] > 500
     capsys.readouterr()
     again = evaluated("linear-probe", trained, *sets, "--features", features)
@@ -237,7 +238,7 @@ def test_few_shots_are_drawn_several_times(data: Path, trained: Path) -> None:
     assert values["shots"][1]["mean"] > values["shots"][0]["mean"], "tested on what it was shown"
 
 
-def test_few_shots_need_other_images_only_where_c_is_searched(
+def test_few_shots_choose_c_by_other_images_or_among_themselves(
     data: Path,
     trained: Path,
     tmp_path: Path,
@@ -247,24 +248,25 @@ def test_few_shots_need_other_images_only_where_c_is_searched(
     """Of nine classes there are two images, of cats three."""
     sizes = []
 
-    def fit(train: LabelledFeatures, validation: LabelledFeatures, **settings: Any) -> ProbeFit:
+    def fit(
+        train: LabelledFeatures, validation: LabelledFeatures | None, **settings: Any
+    ) -> ProbeFit:
         if not settings["c"]:
-            sizes.append((len(train), len(validation)))
+            sizes.append((len(train), 0 if validation is None else len(validation)))
         return fit_probe(train, validation, **settings)
 
     monkeypatch.setattr("unicl_fast.evaluation.probes.fit_probe", fit)
     sets = ["--train", data / "labels", "--data", data / "labels", "--draws", "1"]
     sets += ["--features", tmp_path, "--max-iterations", "20", "--shots"]
-    searched = evaluated("linear-probe", trained, *sets, "2")
-    assert searched["shots"][0]["c"][0] in [10**power for power in LOG10_C]
-    message = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, "1", "3")
-    assert "no class has more than 3 training samples" in message
+    searched = evaluated("linear-probe", trained, *sets, "1", "2")["shots"]
+    assert [row["c_chosen_by"] for row in searched] == ["validation", "cross-validation"]
+    assert all(row["c"][0] in [10**power for power in LOG10_C] for row in searched)
     fixed = evaluated("linear-probe", trained, *sets, "3", "--c", "1")
     assert fixed["shots"][0]["c"] == [1.0]
     others = ["3", "--validation", data / "classes"]
     by_others = evaluated("linear-probe", trained, *sets, *others)
     assert by_others["smallest_class"] == 2, "shots are drawn from the training images alone"
-    assert sizes == [(20, 1), (21, 21)]
+    assert sizes == [(10, 10), (20, 0), (21, 21)]
     refused = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, *others, "--c", "1")
     assert "give one of the two" in refused
 

@@ -62,8 +62,8 @@ logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 8192
 """Rows that each rank sends in one collective: 25 MB of 768 numbers."""
-_SPLIT, _SHOTS = 1, 2
-"""Purposes of random numbers, so that a split and a draw of one seed differ."""
+_SPLIT, _SHOTS, _FOLDS = 1, 2, 3
+"""Purposes of random numbers, so that those of one seed differ."""
 _KEY_VERSION = 1
 """Version of what decides features beside `feature_key`'s facts; raised when the pipeline changes.
 """
@@ -333,21 +333,30 @@ def split_validation(
     """Rows of training and of validation samples, rising; the seed draws a part of each class.
 
     A class gives round(fraction * its samples), but keeps one at least for training.
-
-    Raises:
-        ValueError: nothing is left for validation.
     """
     parts = [
         rows[: min(round(fraction * len(rows)), len(rows) - 1)]
         for rows in _shuffled_classes(labels, fold_key(seed, _SPLIT))
     ]
     validation = np.sort(np.concatenate(parts))
-    if not len(validation):
-        raise ValueError(
-            f"{len(labels)} training samples are too few to set any aside for validation; give a "
-            "validation set, or a fixed C"
-        )
     return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def split_folds(
+    labels: NDArray[np.int64], *, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows to fit on and rows held out, for each fold of a cross-validation.
+
+    There are as many folds as the smallest class has samples, from 2 to 5, and each holds out its
+    part of every class. A class's only sample is never held out; without a class of two there are
+    no folds.
+    """
+    classes = _shuffled_classes(labels, fold_key(seed, _FOLDS))
+    count = max(2, min(5, min(map(len, classes))))
+    several = [rows for rows in classes if len(rows) > 1]
+    held_out = [np.sort(np.concatenate([rows[fold::count] for rows in several]))
+                for fold in range(count) if several]  # fmt: skip
+    return [(np.setdiff1d(np.arange(len(labels)), rows), rows) for rows in held_out]
 
 
 def draw_shots(

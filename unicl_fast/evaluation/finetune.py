@@ -39,10 +39,9 @@ from unicl_fast.evaluation.features import (
     encode_images,
     model_on_ranks,
     prepare_images,
-    split_validation,
     with_labels,
 )
-from unicl_fast.evaluation.probes import LinearClassifier, fit_probe
+from unicl_fast.evaluation.probes import LinearClassifier, fit_probe, hold_out
 from unicl_fast.evaluation.report import (
     ClassificationResult,
     classification_table,
@@ -406,10 +405,8 @@ def _begin_head(
     with rank_0_alone(on_ranks.ranks):
         if features is not None:
             samples = with_labels(features.to(device_of(model)), train.labels(), what=command.train)
-            kept, aside = split_validation(
-                samples.labels.cpu().numpy(), fraction=0.2, seed=command.seed
-            )
-            fit = fit_probe(samples.take(kept), samples.take(aside), class_names=train.class_names)
+            kept, aside = hold_out(samples, fraction=0.2, seed=command.seed)
+            fit = fit_probe(kept, aside, class_names=train.class_names, seed=command.seed)
             module.set_head(fit.classifier)
     if on_ranks.ranks.world_size > 1:
         for parameter in module.head.parameters():
