@@ -151,7 +151,13 @@ def test_the_metric_follows_the_protocol_and_names_tell_data_sets_apart() -> Non
         assert protocol_metric(name) == "mean_per_class", name
     for name in ("CIFAR10", "food101", "StanfordCars", "petsounds"):
         assert protocol_metric(name) == "top1", name
-    assert short_names(["a/x", "b/x", "torchvision:DTD:/data", "y"]) == ["x-1", "x-2", "DTD", "y"]
+    assert short_names(["a/x", "b/x", "y"]) == ["a-x", "b-x", "y"]
+
+
+def test_splits_of_torchvision_are_told_apart(tmp_path: Path) -> None:
+    spec = f"torchvision:DTD:{tmp_path}"
+    assert short_names([spec, "y"]) == ["DTD", "y"]
+    assert short_names([spec, f"{spec}:train"]) == ["test-DTD", "train-DTD"]
 
 
 def require_clip_benchmark() -> None:
@@ -178,10 +184,11 @@ def test_data_sets_of_clip_benchmark_take_its_lists() -> None:
         (["--data", "{tmp}/nothing"], "nothing is at"),
         (["--data", "{labels}", "{labels}", "--templates", "simple", "simple", "simple"],
          "--templates takes one value for all data sets or one for each of the 2, not 3"),
+        (["--data", "{labels}", "{labels}/"], "is the same data set as"),
         (["--data", "{labels}", "--class-names", "clip-benchmark:nothing"], "it has them for"),
         (["--data", "{labels}", "--class-names", "clip-benchmark:pets"], "37 names"),
     ],
-    ids=["kind", "form", "missing", "split", "nowhere", "too many", "no list", "other list"],
+    ids=["kind", "form", "missing", "split", "nowhere", "too many", "twice", "no list", "names"],
 )  # fmt: skip
 def test_what_zero_shot_cannot_read_is_refused(
     data: Path,

@@ -36,7 +36,7 @@ from unicl_fast.text.class_lists import (
     read_class_names,
     read_templates,
 )
-from unicl_fast.training.data import numbered
+from unicl_fast.training.data import distinct_names
 
 TORCHVISION = "torchvision:"
 _CIFAR_BATCHES = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
@@ -106,8 +106,15 @@ def short_name(spec: str) -> str:
 
 
 def short_names(specs: Sequence[str]) -> list[str]:
-    """A name for each, numbered where several would have the same."""
-    return numbered([short_name(spec) for spec in specs])
+    """A name for each, by `distinct_names`; torchvision's are told apart by split, then folder."""
+    return distinct_names([_as_path(spec) for spec in specs])
+
+
+def _as_path(spec: str) -> str:
+    if not spec.startswith(TORCHVISION):
+        return spec
+    kind, folder, split, _ = _parse_torchvision(spec)
+    return str(Path(folder) / split / kind.__name__)
 
 
 def protocol_metric(name: str) -> Metric:

@@ -142,6 +142,9 @@ class ZeroShot(EncodingEvaluation):
         for name in ("class_names", "templates", "metric"):
             self.for_each(name, default="")
         super().check()
+        from unicl_fast.evaluation.data import short_names
+
+        short_names(self.data)
 
     def for_each(self, name: str, *, default: _T) -> list[_T]:
         """An option's values, one for each data set; `default` where none, or own, is given.

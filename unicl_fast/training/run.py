@@ -43,7 +43,7 @@ from unicl_fast.training.data import (
     cache_options,
     check_tokenizer,
     describe_datasets,
-    numbered,
+    distinct_names,
     open_datasets,
     rows_of_class_names,
 )
@@ -87,9 +87,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     ]
     for dataset in datasets:
         dataset.close()
-    choose_best_metric(
-        config.checkpoint.best, [_evaluation_name(config, each) for each in config.data.evaluate]
-    )
+    choose_best_metric(config.checkpoint.best, _evaluation_names(config))
 
 
 def _open_checked(
@@ -261,8 +259,7 @@ def _build_trainer(
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
         data=data,
         dataset_meter=DatasetMeter(
-            # the folder in the cache has the last part of a URL as its name
-            numbered([dataset.folder.resolve().name for dataset in datasets]),
+            distinct_names([dataset.location for dataset in datasets], may_repeat=True),
             epochs=loader.plan.epochs,
             datasets=datasets,
         ),
@@ -320,9 +317,13 @@ def _choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
     return None
 
 
-def _evaluation_name(config: TrainConfig, folder: str | Path) -> str:
+def _evaluation_names(config: TrainConfig) -> list[str]:
+    """The names of `data.evaluate` in metrics; ValueError where one is there twice."""
     kind = "accuracy" if config.objective.name == "ce" else "zero_shot"
-    return f"{kind}/{Path(folder).name}"
+    try:
+        return [f"{kind}/{name}" for name in distinct_names(config.data.evaluate)]
+    except ValueError as error:
+        raise ValueError(f"data.evaluate: {error}") from error
 
 
 def _build_evaluations(
@@ -338,15 +339,9 @@ def _build_evaluations(
             "classes; leave it empty, and take unicl-eval linear-probe or knn afterwards"
         )
     evaluations: dict[str, Evaluation] = {}
-    for folder in config.data.evaluate:
+    for folder, name in zip(config.data.evaluate, _evaluation_names(config), strict=True):
         dataset = PackedDataset(folder, cache=cache_options(config.data))
         class_names = dataset.manifest.class_names
-        name = _evaluation_name(config, dataset.folder)
-        if name in evaluations:
-            raise ValueError(
-                "data.evaluate: folders need different names to be told apart, got "
-                + " ".join(config.data.evaluate)
-            )
         if not class_names:
             raise ValueError(f"data.evaluate: {dataset.location} has no labels for zero-shot")
         rows = None
