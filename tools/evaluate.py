@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
-from unicl_fast.distributed.launch import end_with_torchrun, start_ranks, stop
+from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.evaluation.requests import COMMANDS, Evaluation
 
 
@@ -28,8 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "docs/evaluation.md has the protocols.",
     )
     # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
-    from unicl_fast.distributed.ranks import adopt_slurm_ranks
-    from unicl_fast.system.machine import keep_freed_memory
+    from unicl_fast.system.machine import keep_freed_memory, sleep_while_waiting
+
+    sleep_while_waiting(command.device)
+    from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
     try:
         command.check()
@@ -41,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     except (ValueError, FileNotFoundError, ModuleNotFoundError) as error:
         stop("unicl-eval", error, code=2)
     except (OSError, RuntimeError) as error:  # an image, a disk or a device that failed
-        stop("unicl-eval", error, code=1)
+        stop("unicl-eval", explain(error), code=1)
 
 
 if __name__ == "__main__":

@@ -107,9 +107,11 @@ def _main(argv: Sequence[str]) -> None:
     nproc, max_restarts = arguments.nproc, arguments.max_restarts
     require(nproc >= 1, f"--nproc must be at least 1, not {nproc}")
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
-    from unicl_fast.distributed.ranks import adopt_slurm_ranks
+    from unicl_fast.system.machine import keep_freed_memory, sleep_while_waiting
+
+    sleep_while_waiting(config.run.device)
+    from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.pipelines.loader import TrainLoader
-    from unicl_fast.system.machine import keep_freed_memory
     from unicl_fast.training.run import check_request, pretrain
 
     adopt_slurm_ranks()

@@ -282,9 +282,9 @@ class EfficiencyConfig:
 
     precision: PrecisionName = "fp32"
     """Arithmetic of the encoders: auto, fp32, bf16, fp16 or fp64. bf16 and fp16 are autocast, fp16
-    with loss scaling; the loss is always computed in fp32 or better. auto takes bf16 where the
-    machine computes it faster than fp32 (fp16 on GPUs without it), else fp32; a resumed run keeps
-    its precision."""
+    with loss scaling; the loss is always computed in fp32 or better. auto takes bf16 on GPUs (fp16
+    on those without it); on a CPU it measures both for a moment, and takes bf16 if that is faster
+    than fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Keep images and convolution weights in NHWC order, as the decoder returns them."""
     activation_checkpointing: bool = False

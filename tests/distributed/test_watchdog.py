@@ -22,6 +22,7 @@ from rank_workers import (
     train_watched,
 )
 
+from unicl_fast.config import RunConfig, TrainConfig
 from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.distributed.watchdog import (
     Heartbeat,
@@ -32,7 +33,8 @@ from unicl_fast.distributed.watchdog import (
     parse_heartbeat,
 )
 from unicl_fast.system import progress
-from unicl_fast.system.progress import Stage, WaitingForRanks, mark, mark_progress
+from unicl_fast.system.progress import Stage, WaitingForRanks, current_stage, mark, mark_progress
+from unicl_fast.training import run
 
 
 @pytest.fixture(autouse=True)
@@ -97,6 +99,30 @@ def test_what_needs_patience_gets_it() -> None:
     assert clock.codes == []
     clock.pass_by(2)
     assert clock.codes == [EXIT_HUNG]
+
+
+def test_all_before_the_first_step_has_the_patience_that_the_config_promises(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    stages = []
+
+    def choose(*arguments: object) -> None:
+        stages.append(current_stage())
+
+    def build(*arguments: object, **settings: object) -> None:
+        stages.append(current_stage())
+        raise ValueError("enough")
+
+    monkeypatch.setattr(run, "_choose_on_rank_0", choose)
+    monkeypatch.setattr(run, "_build_trainer", build)
+    config = TrainConfig(run=RunConfig(timeout_seconds=0, device="cpu"))
+    with pytest.raises(ValueError, match="enough"):
+        run.pretrain(config, run_folder=tmp_path, build_loader=build, evaluate=build)
+    assert [stage.name for stage in stages] == [
+        "reading checkpoints",
+        "opening the data and building the model",
+    ]
+    assert all(stage.patience == 3 for stage in stages)
 
 
 def test_time_in_which_the_process_is_stopped_does_not_count() -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from pack_runs import jpeg
 from packed_sets import Sample, pack
-from rank_workers import gather_features_of_slices, run_on_ranks
+from rank_workers import gather_features_of_slices, open_class_folders, ranks_of, run_on_ranks
 from small_runs import tiny_config
 
 from unicl_fast import Tokenizer, UniCL
@@ -22,6 +22,7 @@ from unicl_fast.evaluation.features import (
     feature_key,
     keep_features,
     load_features,
+    split_folds,
     split_validation,
     weights_checksum,
 )
@@ -101,8 +102,25 @@ def test_splits_and_draws_hold_each_class_and_follow_the_seed() -> None:
     assert not set(shots) & set(others)
     assert not np.array_equal(shots, draw_shots(labels, shots=8, seed=1)[0])
     assert [len(places) for places in draw_shots(labels, shots=64, seed=0)] == [62, 0]
-    with pytest.raises(ValueError, match="too few to set any aside"):
-        split_validation(np.array([0, 1, 2]), fraction=0.2, seed=0)
+    assert [len(rows) for rows in split_validation(np.arange(3), fraction=0.2, seed=0)] == [3, 0]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "folds"), [((9, 7, 6), 5), ((4, 3), 3), ((5, 2), 2), ((4, 1), 2)]
+)
+def test_folds_hold_out_each_sample_once_but_never_a_class_s_only_one(
+    sizes: tuple[int, ...], folds: int
+) -> None:
+    labels = np.repeat(np.arange(len(sizes)), sizes)
+    found = split_folds(labels, seed=0)
+    assert len(found) == folds
+    held_out = np.concatenate([aside for _, aside in found])
+    assert sorted(held_out) == [row for row, label in enumerate(labels) if sizes[label] > 1]
+    for kept, aside in found:
+        assert sorted([*kept, *aside]) == list(range(len(labels)))
+        assert set(labels[kept]) == set(labels)
+    assert not np.array_equal(split_folds(labels, seed=1)[0][1], found[0][1])
+    assert split_folds(np.arange(3), seed=0) == []
 
 
 def test_kept_features_come_back_and_damaged_ones_are_refused(
@@ -129,3 +147,18 @@ def test_ranks_put_their_rows_and_counts_together(tmp_path: Path) -> None:
     assert found["tables"] == [np.arange(n * 3.0).reshape(n, 3).tolist() for n in (1, 7)]
     assert (found["num_samples"], found["num_without_label"], found["top1"]) == (6, 1, 0.5)
     assert found["confusion"] == [[3, 3], [0, 0]]
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ranks_wait_for_rank_0_to_pack_longer_than_a_collective_may_last(data: Path) -> None:
+    run_on_ranks(open_class_folders, 2, str(data / "classes"), 3.0, False)
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_ranks_that_wait_for_rank_0_say_that_it_has_ended(data: Path) -> None:
+    with ranks_of(open_class_folders, 2, str(data / "classes"), 60.0, True) as processes:
+        for process in processes:
+            process.join(50)
+        assert [process.exitcode for process in processes] == [3, 4]

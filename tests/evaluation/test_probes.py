@@ -10,14 +10,17 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from unicl_fast.evaluation.features import (
     LabelledFeatures,
+    split_validation,
     with_labels,
 )
 from unicl_fast.evaluation.probes import (
+    DEFAULT_C,
     LOG10_C,
     LinearClassifier,
     evaluate_classifier,
     fit_logistic_regression,
     fit_probe,
+    hold_out,
     knn_accuracy,
     nearest,
     search_peak,
@@ -113,6 +116,49 @@ def test_a_probe_takes_the_c_that_validates_best_and_fits_both_parts() -> None:
     few = fit_probe(data, validation, class_names=NAMES, refit=False, max_iterations=60)
     assert few.c == fit.c
     assert not torch.allclose(few.classifier.weight, fit.classifier.weight, rtol=0.05)
+
+
+def balanced(per_class: int, *, seed: int) -> LabelledFeatures:
+    """So many samples of each of six classes, overlapping in 12 dimensions."""
+    samples = clusters(60 * per_class, seed=seed, spread=1.5)
+    rows = np.concatenate([np.flatnonzero(samples.labels == k)[:per_class] for k in range(6)])
+    return samples.take(rows)
+
+
+@pytest.mark.parametrize(("per_class", "is_held_out"), [(20, True), (19, True), (15, False)])
+def test_a_part_is_held_out_where_it_has_four_samples_a_class(
+    per_class: int, is_held_out: bool
+) -> None:
+    samples = balanced(per_class, seed=0)
+    kept, aside = hold_out(samples, fraction=0.2, seed=0)
+    assert (aside is not None) == is_held_out
+    assert len(kept) + (0 if aside is None else len(aside)) == len(samples)
+
+
+def test_few_samples_choose_c_by_cross_validation() -> None:
+    """Of all that hold five samples a class, one a class would choose C nearly at random."""
+    test = clusters(600, seed=9, spread=1.5)
+    crossed, alone = [], []
+    for seed in range(4):
+        train = balanced(5, seed=seed)
+        fit = fit_probe(train, None, class_names=NAMES, max_iterations=60)
+        assert (fit.chosen_by, fit.num_folds) == ("cross-validation", 5)
+        assert fit.validation[fit.c] == max(fit.validation.values())
+        crossed.append(evaluate_classifier(fit.classifier, test, class_names=NAMES).top1)
+        parts = [
+            train.take(r) for r in split_validation(train.labels.numpy(), fraction=0.2, seed=0)
+        ]
+        one = fit_probe(*parts, class_names=NAMES, max_iterations=60)
+        alone.append(evaluate_classifier(one.classifier, test, class_names=NAMES).top1)
+    assert sum(crossed) > sum(alone), (crossed, alone)
+
+
+def test_one_sample_a_class_takes_the_default_c() -> None:
+    train = balanced(1, seed=0)
+    fit = fit_probe(train, None, class_names=NAMES)
+    assert (fit.chosen_by, fit.c, fit.validation) == ("default", DEFAULT_C, {})
+    given = fit_probe(train, None, class_names=NAMES, c=3.0)
+    assert (given.chosen_by, given.c) == ("given", 3.0)
 
 
 def test_any_of_several_labels_is_right_and_samples_without_are_left_out() -> None:

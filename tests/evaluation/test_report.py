@@ -2,11 +2,34 @@
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
 
 import numpy as np
+import pytest
+from PIL import Image
 
-from unicl_fast.evaluation.report import most_confused, wilson_interval
+from unicl_fast.evaluation.report import (
+    ClassificationCounts,
+    classification_table,
+    draw_confusion,
+    markdown_table,
+    most_confused,
+    wilson_interval,
+    write_results,
+)
+from unicl_fast.evaluation.requests import Knn
+
+HOSTILE = (
+    "$\\frac{$",
+    "5 $ and 6 $",
+    "a\\b & <script>",
+    "100 % {} {0}",
+    "_tail ^up",
+    "\U0001f600 \u732b",
+    "a | b",
+)
 
 
 def test_intervals_cover_as_often_as_they_say() -> None:
@@ -30,3 +53,32 @@ def test_mistakes_are_listed_by_their_number_and_go_from_class_to_what_it_was_ta
         ("cat", "hen", 1, 1 / 10),
     ]
     assert [row[2] for row in most_confused(confusion, ("dog", "cat", "hen"), count=2)] == [4, 3]
+
+
+def test_texts_of_users_are_written_and_drawn_as_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    counts = ClassificationCounts(HOSTILE, confusion=True)
+    numbers = range(len(HOSTILE))
+    counts.add([[(number + 1) % len(HOSTILE)] for number in numbers], [[n] for n in numbers])
+    result = counts.result(what="this")
+    title = " ".join(HOSTILE)
+    draw_confusion(result, HOSTILE, tmp_path, "hostile", title=title)
+    assert "NO FIGURE" not in caplog.text
+    assert Image.open(tmp_path / "confusion-hostile.png").size[0] > 500
+    command = Knn(
+        checkpoint=tmp_path, train="x", data="y",
+        json=tmp_path / "values.json", markdown=tmp_path / "table.md",
+    )  # fmt: skip
+    table = classification_table([(name, "top1", result) for name in HOSTILE])
+    write_results(command, result.to_json(), table)
+    values = json.loads((tmp_path / "values.json").read_text())
+    assert [row["class"] for row in values["per_class"]] == list(HOSTILE)
+    assert table in (tmp_path / "table.md").read_text(encoding="utf-8")
+    assert len({line.count(" | ") for line in table.replace("\\|", "").splitlines()}) == 1
+
+
+def test_cells_of_a_table_hold_no_markup() -> None:
+    table = markdown_table(["data set"], [["<b>a|b</b> $x$ *y* `z` [w] \\ &amp;\n1"]])
+    cell = r"| \<b>a\|b\</b> \$x\$ \*y\* \`z\` \[w] \\ \&amp; 1 |"
+    assert table.splitlines()[2] == cell

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from unicl_fast.distributed.ranks import gather_integers, process_group
+from unicl_fast.distributed.ranks import gather_integers
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Heartbeats
 
 _LISTENING, _ANY_STATE = "0A", "07"  # of TCP, of UDP sockets that are connected to nobody

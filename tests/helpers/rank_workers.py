@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ from types import ModuleType
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 from safetensors.torch import save_file
 from small_runs import (
@@ -28,23 +31,27 @@ from small_runs import (
 )
 
 from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
+from unicl_fast.distributed.launch import explain
 from unicl_fast.distributed.ranks import (
     Ranks,
     from_rank_0,
     gather_integers,
     gather_objects,
-    process_group,
 )
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.signals import Interrupted
 from unicl_fast.distributed.watchdog import Heartbeat, Heartbeats, Watchdog, format_heartbeat
+from unicl_fast.evaluation import data
 from unicl_fast.evaluation.features import ModelOnRanks, collect_rows
 from unicl_fast.evaluation.report import ClassificationCounts
 from unicl_fast.evaluation.zero_shot import scores_by
 from unicl_fast.ledger.format import LedgerSource
 from unicl_fast.ledger.proof import prove
 from unicl_fast.ledger.writer import Ledger
+from unicl_fast.models import precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.presets import build_preset
 from unicl_fast.system.progress import Stage
 from unicl_fast.training.agreement import check_ranks_agree
 from unicl_fast.training.metrics import DatasetMeter
@@ -524,6 +531,36 @@ def exchange_objects(ranks: Ranks) -> None:
             assert from_rank_0(text if ranks.is_main else "other", ranks) == text
         assert gather_objects(None, ranks) == [None] * ranks.world_size
     assert not unpickle.called
+
+
+def agree_on_a_precision(ranks: Ranks) -> None:
+    """Rank 0 finds bf16 faster; the others, which find it slower, are not asked."""
+    seconds = (2.0, 1.0) if ranks.is_main else (1.0, 2.0)
+    with mock.patch.object(precision, "_seconds_of_products", return_value=seconds):
+        config = precision.resolve_precision(
+            build_preset("digits-small"), torch.device("cpu"), ranks=ranks
+        )
+    assert config.efficiency.precision == "bf16"
+
+
+def open_class_folders(ranks: Ranks, source: str, seconds: float, ends: bool) -> None:
+    """Rank 0 packs longer than a collective may last; or ends instead, and rank 1 explains it."""
+    timeout = datetime.timedelta(seconds=seconds)
+    ranks = dataclasses.replace(ranks, host_group=dist.new_group(backend="gloo", timeout=timeout))
+    pack = data._pack
+
+    def pack_slowly(*arguments: object, **settings: object) -> None:
+        if ends:
+            os._exit(3)
+        time.sleep(2 * seconds)
+        pack(*arguments, **settings)
+
+    with mock.patch.object(data, "_pack", pack_slowly):
+        try:
+            with data.open_data(source, ranks=ranks) as opened:
+                assert len(opened.dataset) == 21
+        except RuntimeError as error:
+            sys.exit(4 if "another rank has ended" in str(explain(error)) else str(error))
 
 
 def old_datagrams(token: bytes) -> list[bytes]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torchvision.transforms.v2 import functional as V
@@ -95,28 +93,32 @@ def test_only_fp16_scales_the_loss() -> None:
 
 
 @pytest.mark.parametrize(
-    ("cpu", "expected"),
-    [
-        ("vendor_id : GenuineIntel\nflags : avx2 avx512_bf16 amx_bf16 amx_tile", "bf16"),
-        ("vendor_id : AuthenticAMD\nflags : avx2 avx512_bf16", "bf16"),
-        ("vendor_id : GenuineIntel\nflags : avx2 avx512_bf16", "fp32"),
-        ("vendor_id : GenuineIntel\nflags : avx2", "fp32"),
-        ("Features : fp asimd bf16", "fp32"),
-        (None, "fp32"),
-    ],
+    ("fp32", "bf16", "expected"),
+    [(0.0123, 0.0054, "bf16"), (0.005, 0.0046, "fp32"), (0.005, 0.07, "fp32")],
+    ids=["faster", "hardly faster", "emulated"],
 )
-def test_auto_is_what_the_processor_computes_fastest(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, cpu: str | None, expected: str
+def test_auto_is_what_was_measured_to_be_faster(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    fp32: float,
+    bf16: float,
+    expected: str,
 ) -> None:
-    info = tmp_path / "cpuinfo"
-    if cpu is not None:
-        info.write_text(f"processor : 0\n{cpu}\n\nprocessor : 1\n")
-    monkeypatch.setattr(precision, "_CPU_INFO", info)
-    precision._cpu_flags.cache_clear()
-    assert precision.fast_precision(torch.device("cpu")) == expected
+    monkeypatch.setattr(precision, "_seconds_of_products", lambda threads: (fp32, bf16))
     monkeypatch.setattr(precision, "choose_device", lambda name: torch.device("cpu"))
     assert Precision("auto") == Precision(expected)  # type: ignore[arg-type]
-    config = resolve_precision(build_preset("digits-small"), torch.device("cpu"))
+    with caplog.at_level("INFO"):
+        config = resolve_precision(build_preset("digits-small"), torch.device("cpu"))
     assert config.efficiency.precision == expected
-    assert resolve_precision(config, torch.device("cpu"), "fp64") is config
-    precision._cpu_flags.cache_clear()
+    assert f"precision: {expected}" in caplog.text
+    assert f"took {1000 * fp32:.1f} ms in fp32 and {1000 * bf16:.1f} ms in bf16" in caplog.text
+    assert resolve_precision(config, torch.device("cpu"), precision="fp64") is config
+
+
+def test_both_precisions_are_measured_once_and_no_random_number_is_drawn() -> None:
+    precision._seconds_of_products.cache_clear()
+    before = torch.get_rng_state()
+    fp32, bf16 = precision._seconds_of_products(1)
+    assert 0 < min(fp32, bf16) <= max(fp32, bf16) < 10
+    assert torch.equal(torch.get_rng_state(), before)
+    assert precision._seconds_of_products(1) == (fp32, bf16)

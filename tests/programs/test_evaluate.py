@@ -23,7 +23,7 @@ from unicl_fast.evaluation.data import _choose_templates, protocol_metric, short
 from unicl_fast.evaluation.features import LabelledFeatures, shows_progress
 from unicl_fast.evaluation.finetune import load_finetuned
 from unicl_fast.evaluation.probes import LOG10_C, ProbeFit, fit_probe
-from unicl_fast.evaluation.requests import Detect, Finetune
+from unicl_fast.evaluation.requests import Detect, Finetune, Knn
 from unicl_fast.text.class_lists import has_clip_benchmark, read_class_names, read_templates
 from unicl_fast.tools import evaluate, pretrain
 
@@ -151,7 +151,13 @@ def test_the_metric_follows_the_protocol_and_names_tell_data_sets_apart() -> Non
         assert protocol_metric(name) == "mean_per_class", name
     for name in ("CIFAR10", "food101", "StanfordCars", "petsounds"):
         assert protocol_metric(name) == "top1", name
-    assert short_names(["a/x", "b/x", "torchvision:DTD:/data", "y"]) == ["x-1", "x-2", "DTD", "y"]
+    assert short_names(["a/x", "b/x", "y"]) == ["a-x", "b-x", "y"]
+
+
+def test_splits_of_torchvision_are_told_apart(tmp_path: Path) -> None:
+    spec = f"torchvision:DTD:{tmp_path}"
+    assert short_names([spec, "y"]) == ["DTD", "y"]
+    assert short_names([spec, f"{spec}:train"]) == ["test-DTD", "train-DTD"]
 
 
 def require_clip_benchmark() -> None:
@@ -178,10 +184,11 @@ def test_data_sets_of_clip_benchmark_take_its_lists() -> None:
         (["--data", "{tmp}/nothing"], "nothing is at"),
         (["--data", "{labels}", "{labels}", "--templates", "simple", "simple", "simple"],
          "--templates takes one value for all data sets or one for each of the 2, not 3"),
+        (["--data", "{labels}", "{labels}/"], "is the same data set as"),
         (["--data", "{labels}", "--class-names", "clip-benchmark:nothing"], "it has them for"),
         (["--data", "{labels}", "--class-names", "clip-benchmark:pets"], "37 names"),
     ],
-    ids=["kind", "form", "missing", "split", "nowhere", "too many", "no list", "other list"],
+    ids=["kind", "form", "missing", "split", "nowhere", "too many", "twice", "no list", "names"],
 )  # fmt: skip
 def test_what_zero_shot_cannot_read_is_refused(
     data: Path,
@@ -200,7 +207,7 @@ def test_what_zero_shot_cannot_read_is_refused(
 def test_a_linear_probe_finds_its_features_again(
     data: Path, trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    sets = ["--train", data / "labels", "--data", data / "classes", "--validation-fraction", "0.4"]
+    sets = ["--train", data / "labels", "--data", data / "classes"]
     features = tmp_path / "features"
     alone = evaluated(
         *("linear-probe", trained, *sets, "--features", features, "--figures", tmp_path),
@@ -210,6 +217,7 @@ def test_a_linear_probe_finds_its_features_again(
     assert len(kept) == 1
     assert (alone["num_train"], alone["num_test"], alone["num_fitted"]) == (21, 21, 21)
     assert alone["c"] in [row["c"] for row in alone["validation"]]
+    assert (alone["c_chosen_by"], alone["num_folds"]) == ("cross-validation", 2)
     assert Image.open(tmp_path / "confusion-linear-probe.png").size[0] > 500
     capsys.readouterr()
     again = evaluated("linear-probe", trained, *sets, "--features", features)
@@ -237,7 +245,7 @@ def test_few_shots_are_drawn_several_times(data: Path, trained: Path) -> None:
     assert values["shots"][1]["mean"] > values["shots"][0]["mean"], "tested on what it was shown"
 
 
-def test_few_shots_need_other_images_only_where_c_is_searched(
+def test_few_shots_choose_c_by_other_images_or_among_themselves(
     data: Path,
     trained: Path,
     tmp_path: Path,
@@ -247,24 +255,25 @@ def test_few_shots_need_other_images_only_where_c_is_searched(
     """Of nine classes there are two images, of cats three."""
     sizes = []
 
-    def fit(train: LabelledFeatures, validation: LabelledFeatures, **settings: Any) -> ProbeFit:
+    def fit(
+        train: LabelledFeatures, validation: LabelledFeatures | None, **settings: Any
+    ) -> ProbeFit:
         if not settings["c"]:
-            sizes.append((len(train), len(validation)))
+            sizes.append((len(train), 0 if validation is None else len(validation)))
         return fit_probe(train, validation, **settings)
 
     monkeypatch.setattr("unicl_fast.evaluation.probes.fit_probe", fit)
     sets = ["--train", data / "labels", "--data", data / "labels", "--draws", "1"]
     sets += ["--features", tmp_path, "--max-iterations", "20", "--shots"]
-    searched = evaluated("linear-probe", trained, *sets, "2")
-    assert searched["shots"][0]["c"][0] in [10**power for power in LOG10_C]
-    message = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, "1", "3")
-    assert "no class has more than 3 training samples" in message
+    searched = evaluated("linear-probe", trained, *sets, "1", "2")["shots"]
+    assert [row["c_chosen_by"] for row in searched] == ["validation", "cross-validation"]
+    assert all(row["c"][0] in [10**power for power in LOG10_C] for row in searched)
     fixed = evaluated("linear-probe", trained, *sets, "3", "--c", "1")
     assert fixed["shots"][0]["c"] == [1.0]
     others = ["3", "--validation", data / "classes"]
     by_others = evaluated("linear-probe", trained, *sets, *others)
     assert by_others["smallest_class"] == 2, "shots are drawn from the training images alone"
-    assert sizes == [(20, 1), (21, 21)]
+    assert sizes == [(10, 10), (20, 0), (21, 21)]
     refused = refusal(capsys, "linear-probe", "--checkpoint", trained, *sets, *others, "--c", "1")
     assert "give one of the two" in refused
 
@@ -352,6 +361,32 @@ def test_a_fine_tuned_encoder_is_tested_and_kept(
     assert len(names) == module.head.out_features == 10
     again = refusal(capsys, "finetune", "--checkpoint", trained, *sets, "--out", out)
     assert "name another folder as --out" in again
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        ("Connection closed by peer [127.0.0.1]:4711", "another rank has ended"),
+        ("Timed out waiting 600000ms for recv operation to complete", "another rank hangs"),
+    ],
+)
+def test_a_rank_that_lost_another_says_so(
+    trained: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: str,
+    sentence: str,
+) -> None:
+    def fail(self: Knn) -> None:
+        raise RuntimeError(error)
+
+    monkeypatch.setattr(Knn, "check", lambda self: None)
+    monkeypatch.setattr(Knn, "run", fail)
+    with pytest.raises(SystemExit) as stopped:
+        call(evaluate, "knn", "--checkpoint", trained, "--train", tmp_path, "--data", tmp_path)
+    assert stopped.value.code == 1
+    assert f"unicl-eval: {sentence}" in capsys.readouterr().err
 
 
 def test_progress_is_shown_by_rank_0_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
+from unittest import mock
 
 import pytest
 
 from unicl_fast.system import machine
-from unicl_fast.system.machine import LAUNCHED_BY_US, cores_of_this_rank, usable_cores
+from unicl_fast.system.machine import (
+    LAUNCHED_BY_US,
+    cores_of_this_rank,
+    sleep_while_waiting,
+    usable_cores,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -72,3 +80,54 @@ def test_a_quota_of_any_group_around_counts(tmp_path: Path) -> None:
     assert usable_cores() == 12
     (tmp_path / "mine").unlink()
     assert usable_cores() == 12
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "chosen", "expected"),
+    [
+        ("cpu", ["nvidia0"], None, "passive"),
+        ("auto", ["nvidiactl"], None, "passive"),
+        ("auto", ["nvidia0"], None, None),
+        ("cuda", [], None, None),
+        ("cpu", [], "active", "active"),
+    ],
+)
+def test_idle_threads_sleep_where_no_gpu_computes(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    device: str,
+    gpus: list[str],
+    chosen: str | None,
+    expected: str | None,
+) -> None:
+    monkeypatch.setattr(machine, "_DEVICES", tmp_path)
+    for name in gpus:
+        (tmp_path / name).touch()
+    with mock.patch.dict(os.environ):
+        for name in ("OMP_WAIT_POLICY", "KMP_BLOCKTIME"):
+            os.environ.pop(name, None)
+        if chosen:
+            os.environ["OMP_WAIT_POLICY"] = chosen
+        sleep_while_waiting(device)
+        assert os.environ.get("OMP_WAIT_POLICY") == expected
+        assert os.environ.get("KMP_BLOCKTIME") == ("0" if expected == "passive" else None)
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        ("pretrain", ["--data.train", "x", "--out", "y", "--run.device", "cpu"]),
+        ("evaluate", ["knn", "--checkpoint", "x", "--train", "y", "--data", "z"]),
+    ],
+)
+def test_programs_choose_how_threads_wait_before_torch_is_imported(
+    program: str, arguments: list[str]
+) -> None:
+    """OpenMP reads the variable once, when it is loaded."""
+    code = (
+        "import sys; from unicl_fast.system import machine\n"
+        "def look(device): sys.exit(1 if 'torch' in sys.modules else 7)\n"
+        "machine.sleep_while_waiting = look\n"
+        f"from unicl_fast.tools import {program}; {program}.main({arguments})"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 7

@@ -20,7 +20,7 @@ from unicl_fast.training.data import (
     build_prompts,
     check_tokenizer,
     describe_datasets,
-    numbered,
+    distinct_names,
     open_datasets,
 )
 
@@ -109,15 +109,30 @@ def test_parts_that_make_no_sense_are_refused(fraction: tuple[float, ...]) -> No
         DataConfig(train=("a", "b", "c"), fraction=fraction)
 
 
-def test_data_sets_of_one_name_are_numbered(data: Path, tmp_path: Path) -> None:
-    (tmp_path / "labels").symlink_to(data / "labels")
-    folders = (str(data / "labels"), str(data / "captions"), str(tmp_path / "labels"))
-    datasets, _ = open_datasets(DataConfig(train=folders))
-    names = [dataset.folder.name for dataset in datasets]
-    assert numbered(names) == ["labels-1", "captions", "labels-2"]
-    assert numbered(["a", "a", "a-1"]) == ["a-2", "a-3", "a-1"]
-    for dataset in datasets:
-        dataset.close()
+@pytest.mark.parametrize(
+    ("locations", "names"),
+    [
+        (["/a/test", "/b/test", "/b/y/"], ["a-test", "b-test", "y"]),
+        (["/a/x/test", "/b/x/test", "/test"], ["a-x-test", "b-x-test", "test"]),
+        (["/a/test", "/b/test", "/b/a-test"], ["a-test", "b-test", "b-a-test"]),
+        (["s3://bucket/a/test", "s3://bucket/b/test/"], ["a-test", "b-test"]),
+    ],
+)
+def test_data_sets_of_one_name_are_told_apart_by_the_folders_above(
+    locations: list[str], names: list[str]
+) -> None:
+    assert distinct_names(locations) == names
+
+
+def test_one_data_set_twice_is_refused_or_numbered(tmp_path: Path) -> None:
+    (tmp_path / "labels").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "labels")
+    twice = [str(tmp_path / "labels"), str(tmp_path / "link")]
+    with pytest.raises(ValueError, match="link is the same data set as .*labels: name it once"):
+        distinct_names(twice)
+    assert distinct_names(twice, may_repeat=True) == ["labels", "labels-2"]
+    with pytest.raises(ValueError, match="would both be called a-b-c: rename"):
+        distinct_names(["s3://a-b/c", "s3://a/b-c", "s3://x/c", "s3://x/b-c"])
 
 
 def test_other_pixels_are_other_data(tmp_path: Path, tokenizer_facts: dict[str, str]) -> None:

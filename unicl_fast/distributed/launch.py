@@ -219,12 +219,14 @@ def refused_together(ranks: Ranks) -> Iterator[None]:
 
 
 def explain(error: Exception) -> Exception:
-    """Puts into words what torch says of a collective whose other side is gone."""
-    if "by peer" not in str(error):  # connection closed, or reset
+    """Puts into words what torch says of a collective whose other side is gone, or stuck."""
+    if "by peer" in str(error):  # connection closed, or reset
+        what = "another rank has ended, and its own message says why"
+    elif "Timed out waiting" in str(error):
+        what = "another rank hangs, or its process was stopped: see what it does, and start again"
+    else:
         return error
-    return RuntimeError(
-        f"another rank has ended, and its own message says why; this one cannot continue ({error})"
-    )
+    return RuntimeError(f"{what}; this one cannot continue ({error})")
 
 
 def stop(program: str, error: Exception, *, code: int) -> NoReturn:

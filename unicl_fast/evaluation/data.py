@@ -24,7 +24,7 @@ from unicl_fast.dataset.manifest import MANIFEST_NAME
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.launch import refused_together
-from unicl_fast.distributed.ranks import Ranks, from_rank_0
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, rank_0_alone
 from unicl_fast.evaluation.requests import Metric, MetricChoice
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.samples import read_label_space
@@ -36,7 +36,7 @@ from unicl_fast.text.class_lists import (
     read_class_names,
     read_templates,
 )
-from unicl_fast.training.data import numbered
+from unicl_fast.training.data import distinct_names
 
 TORCHVISION = "torchvision:"
 _CIFAR_BATCHES = {"CIFAR10": "cifar-10-batches-py", "CIFAR100": "cifar-100-python"}
@@ -106,8 +106,15 @@ def short_name(spec: str) -> str:
 
 
 def short_names(specs: Sequence[str]) -> list[str]:
-    """A name for each, numbered where several would have the same."""
-    return numbered([short_name(spec) for spec in specs])
+    """A name for each, by `distinct_names`; torchvision's are told apart by split, then folder."""
+    return distinct_names([_as_path(spec) for spec in specs])
+
+
+def _as_path(spec: str) -> str:
+    if not spec.startswith(TORCHVISION):
+        return spec
+    kind, folder, split, _ = _parse_torchvision(spec)
+    return str(Path(folder) / split / kind.__name__)
 
 
 def protocol_metric(name: str) -> Metric:
@@ -157,7 +164,7 @@ def open_data(
     with contextlib.ExitStack() as stack:
         packed = spec
         if not (is_packed := _is_packed(spec)):
-            with refused_together(ranks):
+            with refused_together(ranks), rank_0_alone(ranks):
                 if ranks.is_main:
                     folder = stack.enter_context(temporary_folder("unicl-eval-"))
                     packed = str(folder / "packed")

@@ -39,8 +39,9 @@ from unicl_fast.distributed.ranks import (
     from_rank_0,
     gather_integers,
     gather_objects,
-    process_group,
+    rank_0_alone,
 )
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.report import ClassificationCounts, ClassificationResult, rank_classes
 from unicl_fast.evaluation.requests import (
@@ -50,7 +51,7 @@ from unicl_fast.evaluation.requests import (
     Layer,
     Metric,
 )
-from unicl_fast.models.precision import Precision, normalise_images
+from unicl_fast.models.precision import Precision, normalise_images, resolve_precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import replacing
 from unicl_fast.system.keyed_random import fold_key, uniform_tensor
@@ -61,8 +62,8 @@ logger = logging.getLogger(__name__)
 
 _ROWS_AT_ONCE = 8192
 """Rows that each rank sends in one collective: 25 MB of 768 numbers."""
-_SPLIT, _SHOTS = 1, 2
-"""Purposes of random numbers, so that a split and a draw of one seed differ."""
+_SPLIT, _SHOTS, _FOLDS = 1, 2, 3
+"""Purposes of random numbers, so that those of one seed differ."""
 _KEY_VERSION = 1
 """Version of what decides features beside `feature_key`'s facts; raised when the pipeline changes.
 """
@@ -166,6 +167,7 @@ def model_on_ranks(command: Evaluation) -> Iterator[ModelOnRanks]:
     with process_group(device) as ranks:
         configure_logging(ranks)
         model = load_model(command.checkpoint, weights=command.weights).to(device)
+        model.config = resolve_precision(model.config, device, ranks=ranks)
         if model.config.efficiency.channels_last:
             model.image_encoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         batch_size = command.batch_size if isinstance(command, EncodingEvaluation) else 1
@@ -331,21 +333,30 @@ def split_validation(
     """Rows of training and of validation samples, rising; the seed draws a part of each class.
 
     A class gives round(fraction * its samples), but keeps one at least for training.
-
-    Raises:
-        ValueError: nothing is left for validation.
     """
     parts = [
         rows[: min(round(fraction * len(rows)), len(rows) - 1)]
         for rows in _shuffled_classes(labels, fold_key(seed, _SPLIT))
     ]
     validation = np.sort(np.concatenate(parts))
-    if not len(validation):
-        raise ValueError(
-            f"{len(labels)} training samples are too few to set any aside for validation; give a "
-            "validation set, or a fixed C"
-        )
     return np.setdiff1d(np.arange(len(labels)), validation), validation
+
+
+def split_folds(
+    labels: NDArray[np.int64], *, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Rows to fit on and rows held out, for each fold of a cross-validation.
+
+    There are as many folds as the smallest class has samples, from 2 to 5, and each holds out its
+    part of every class. A class's only sample is never held out; without a class of two there are
+    no folds.
+    """
+    classes = _shuffled_classes(labels, fold_key(seed, _FOLDS))
+    count = max(2, min(5, min(map(len, classes))))
+    several = [rows for rows in classes if len(rows) > 1]
+    held_out = [np.sort(np.concatenate([rows[fold::count] for rows in several]))
+                for fold in range(count) if several]  # fmt: skip
+    return [(np.setdiff1d(np.arange(len(labels)), rows), rows) for rows in held_out]
 
 
 def draw_shots(
@@ -420,17 +431,18 @@ def extract_sets(
                 labels = data.labels_among(opened[0])
                 key = feature_key(model, data.dataset, layer=command.layer, weights=weights)
                 path = folder / f"{key}.npy"
-                features = None
-                if not from_rank_0(keeps and path.is_file(), ranks):
+                features, is_kept = None, from_rank_0(keeps and path.is_file(), ranks)
+                if not is_kept:
                     features = on_ranks.features(data.dataset, layer=command.layer)
-                    if keeps and features is not None:
+                with rank_0_alone(ranks):
+                    if is_kept and ranks.is_main:
+                        features = load_features(path, num_samples=len(data.dataset))
+                        print(f"features of {spec}: found again")
+                    elif keeps and features is not None:
                         keep_features(path, features)
-                elif ranks.is_main:
-                    features = load_features(path, num_samples=len(data.dataset))
-                    print(f"features of {spec}: found again")
-                if features is not None:
-                    features = features.to(device_of(model), dtype)
-                    found.append(with_labels(features, labels, what=spec))
+                    if features is not None:
+                        features = features.to(device_of(model), dtype)
+                        found.append(with_labels(features, labels, what=spec))
     if not found:
         return None
     return ExtractedSets(

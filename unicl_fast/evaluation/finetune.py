@@ -31,7 +31,7 @@ from unicl_fast.augmentation import check_views
 from unicl_fast.batch import Batch, Loader
 from unicl_fast.checkpoints.files import save_tensors
 from unicl_fast.config import ObjectiveConfig, TrainConfig, config_from_dict, config_to_dict
-from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.distributed.ranks import Ranks, rank_0_alone
 from unicl_fast.evaluation.data import EvaluationData, open_data
 from unicl_fast.evaluation.features import (
     ModelOnRanks,
@@ -39,10 +39,9 @@ from unicl_fast.evaluation.features import (
     encode_images,
     model_on_ranks,
     prepare_images,
-    split_validation,
     with_labels,
 )
-from unicl_fast.evaluation.probes import LinearClassifier, fit_probe
+from unicl_fast.evaluation.probes import LinearClassifier, fit_probe, hold_out
 from unicl_fast.evaluation.report import (
     ClassificationResult,
     classification_table,
@@ -403,13 +402,12 @@ def _begin_head(
         module.set_head(zero_shot_head(model, classifier, shown))
         return
     features = on_ranks.features(train.dataset, layer="encoder")
-    if features is not None:
-        samples = with_labels(features.to(device_of(model)), train.labels(), what=command.train)
-        kept, aside = split_validation(
-            samples.labels.cpu().numpy(), fraction=0.2, seed=command.seed
-        )
-        fit = fit_probe(samples.take(kept), samples.take(aside), class_names=train.class_names)
-        module.set_head(fit.classifier)
+    with rank_0_alone(on_ranks.ranks):
+        if features is not None:
+            samples = with_labels(features.to(device_of(model)), train.labels(), what=command.train)
+            kept, aside = hold_out(samples, fraction=0.2, seed=command.seed)
+            fit = fit_probe(kept, aside, class_names=train.class_names, seed=command.seed)
+            module.set_head(fit.classifier)
     if on_ranks.ranks.world_size > 1:
         for parameter in module.head.parameters():
             torch.distributed.broadcast(parameter.detach(), src=0)

@@ -7,7 +7,8 @@ C > 0 the weights W [k d] and biases b [k] minimise
 
 by L-BFGS over the full batch. C is chosen on a validation split by CLIP's parametric binary search
 (Radford et al., arXiv 2103.00020, appendix A.3), then training and validation samples are fitted
-together. With few shots it is fitted on several draws of them instead.
+together. Where a validation split would be too small, C is chosen by cross-validation. With few
+shots the probe is fitted on several draws of them instead.
 
 Neighbours are weighted as DINO does: each of the k training samples most similar to an image votes
 for its label with weight exp(similarity / temperature); similarity is the cosine (Caron et al.,
@@ -16,11 +17,12 @@ arXiv 2104.14294, appendix F.1). The search is exact: every training sample is c
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -35,6 +37,7 @@ from unicl_fast.evaluation.features import (
     draw_shots,
     extract_sets,
     require_finite,
+    split_folds,
     split_validation,
 )
 from unicl_fast.evaluation.report import (
@@ -52,11 +55,22 @@ from unicl_fast.evaluation.report import (
 from unicl_fast.evaluation.requests import Knn, LinearProbe, Metric
 from unicl_fast.system.progress import heartbeat_and_check_stop
 
+logger = logging.getLogger(__name__)
+
 MAX_ITERATIONS = 1000
 """L-BFGS iterations of a fit, as CLIP's."""
 LOG10_C = tuple(-6 + step / 8 for step in range(97))
 """The grid of the search: 1e-6 to 1e6 in eighths of a decade."""
 
+DEFAULT_C = 1.0
+"""Taken where no class has two samples, so that nothing can choose C; scikit-learn's default."""
+
+_FEWEST_HELD_OUT = 4
+"""Validation samples of each class, on the average, that are enough to choose C by."""
+_DEFAULT_TAKEN = (
+    "C IS NOT CHOSEN: no class has two training images, so C is the default, %g; give images to "
+    "choose it by with --validation, or C with --c"
+)
 _FIRST_STEP = 16
 _TOLERANCE = 1e-6
 """A hundredth of scikit-learn's default, whose answers differ in the third digit from one start to
@@ -240,11 +254,31 @@ def evaluate_classifier(
 ) -> ClassificationResult:
     """Counts how often the best class is a label of the sample."""
     counts = ClassificationCounts(class_names, confusion=confusion)
-    size = max(1, _LOGITS_AT_ONCE // len(class_names))
+    _count(counts, classifier, samples)
+    return counts.result(what="a linear probe")
+
+
+def _count(
+    counts: ClassificationCounts, classifier: LinearClassifier, samples: LabelledFeatures
+) -> None:
+    size = max(1, _LOGITS_AT_ONCE // len(classifier.bias))
     for start in range(0, len(samples), size):
         scores = classifier.scores(samples.features[start : start + size])
         counts.add(rank_classes(scores), samples.all_labels[start : start + size])
-    return counts.result(what="a linear probe")
+
+
+def hold_out(
+    samples: LabelledFeatures, *, fraction: float, seed: int
+) -> tuple[LabelledFeatures, LabelledFeatures | None]:
+    """Training and validation samples; all and None where so few would choose C at random.
+
+    Those are fewer than four of each class on the average.
+    """
+    labels = samples.labels.cpu().numpy()
+    kept, aside = split_validation(labels, fraction=fraction, seed=seed)
+    if len(aside) < _FEWEST_HELD_OUT * len(np.unique(labels)):
+        return samples, None
+    return samples.take(kept), samples.take(aside)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,9 +287,13 @@ class ProbeFit:
 
     classifier: LinearClassifier
     c: float
+    chosen_by: Literal["given", "validation", "cross-validation", "default"]
+    """How C was chosen; `DEFAULT_C` is taken where no class has two samples."""
     validation: dict[float, float]
-    """C -> the metric on the validation samples, of all that were tried, rising C; empty if C was
-    given."""
+    """C -> the metric on the samples held out, of all that were tried, rising C; empty if C was
+    given or is the default."""
+    num_folds: int = 0
+    """Folds of the cross-validation."""
 
 
 def fit_probe(
@@ -266,41 +304,37 @@ def fit_probe(
     c: float = 0.0,
     metric: Metric = "top1",
     refit: bool = True,
+    seed: int = 0,
     max_iterations: int = MAX_ITERATIONS,
     progress: bool = False,
 ) -> ProbeFit:
     """Fits a probe; with c = 0, C is chosen by a metric on the validation samples.
 
-    With `refit` the result is fitted on training and validation samples together, as CLIP does;
-    else on the training samples alone, as few-shot protocols have it. `progress` shows a bar.
+    Without validation samples it is chosen by cross-validation over the training samples, whose
+    folds `seed` draws. With `refit` the result is fitted on training and validation samples
+    together, as CLIP does; else on the training samples alone, as few-shot protocols have it.
+    `progress` shows a bar.
     """
-    fits: dict[int, LinearClassifier] = {}
     scores: dict[int, float] = {}
     classifier: LinearClassifier | None = None
-    if not c:
-        assert validation is not None, "C cannot be chosen"
-        prepared = PreparedFeatures.of(train.features)
-        bar = tqdm(desc="fit", unit=" fits", disable=not progress)
-
-        def score(point: int) -> float:
-            nearest = min(fits, key=lambda other: abs(other - point), default=None)
-            fits[point] = fit_logistic_regression(
-                prepared,
-                train.labels,
-                num_classes=len(class_names),
-                c=10 ** LOG10_C[point],
-                start=None if nearest is None else fits[nearest],
-                max_iterations=max_iterations,
-            )
-            result = evaluate_classifier(fits[point], validation, class_names=class_names)
-            bar.set_postfix_str(f"C {10 ** LOG10_C[point]:.3g}: {percent(result.value(metric))} %")
-            bar.update()
-            return result.value(metric)
-
-        best, scores = search_peak(score, size=len(LOG10_C), first_step=_FIRST_STEP)
-        bar.close()
-        classifier, c = fits[best], 10 ** LOG10_C[best]
-    if classifier is None or refit:
+    chosen_by: Literal["given", "validation", "cross-validation", "default"] = "given"
+    parts: list[tuple[LabelledFeatures, LabelledFeatures]] = []
+    if not c and validation is not None:
+        chosen_by, parts = "validation", [(train, validation)]
+    elif not c:
+        folds = split_folds(train.labels.cpu().numpy(), seed=seed)
+        parts = [(train.take(kept), train.take(aside)) for kept, aside in folds]
+        chosen_by, c = "cross-validation" if parts else "default", 0.0 if parts else DEFAULT_C
+    if parts:
+        scores, best, fits = _search_c(
+            parts,
+            class_names=class_names,
+            metric=metric,
+            max_iterations=max_iterations,
+            progress=progress,
+        )
+        classifier, c = fits[0], 10 ** LOG10_C[best]
+    if classifier is None or refit or validation is None:
         samples = train if validation is None or not refit else train.join(validation)
         classifier = fit_logistic_regression(
             samples.features,
@@ -311,7 +345,55 @@ def fit_probe(
             max_iterations=max_iterations,
         )
     validated = {10 ** LOG10_C[point]: scores[point] for point in sorted(scores)}
-    return ProbeFit(classifier=classifier, c=c, validation=validated)
+    num_folds = len(parts) if chosen_by == "cross-validation" else 0
+    return ProbeFit(
+        classifier=classifier,
+        c=c,
+        chosen_by=chosen_by,
+        validation=validated,
+        num_folds=num_folds,
+    )
+
+
+def _search_c(
+    parts: Sequence[tuple[LabelledFeatures, LabelledFeatures]],
+    *,
+    class_names: Sequence[str],
+    metric: Metric,
+    max_iterations: int,
+    progress: bool,
+) -> tuple[dict[int, float], int, list[LinearClassifier]]:
+    """Searches C for pairs of samples to fit on and samples held out, which are counted together.
+
+    Returns the metric at all points of the grid that were tried, the best point, and its fits.
+    """
+    fits: dict[int, list[LinearClassifier]] = {}
+    prepared = [PreparedFeatures.of(train.features) for train, _ in parts]
+    bar = tqdm(desc="fit", unit=" fits", disable=not progress)
+
+    def score(point: int) -> float:
+        nearest = min(fits, key=lambda other: abs(other - point), default=None)
+        counts = ClassificationCounts(class_names)
+        fits[point] = []
+        for number, (train, held_out) in enumerate(parts):
+            classifier = fit_logistic_regression(
+                prepared[number],
+                train.labels,
+                num_classes=len(class_names),
+                c=10 ** LOG10_C[point],
+                start=None if nearest is None else fits[nearest][number],
+                max_iterations=max_iterations,
+            )
+            fits[point].append(classifier)
+            _count(counts, classifier, held_out)
+            bar.update()
+        value = counts.result(what="a linear probe").value(metric)
+        bar.set_postfix_str(f"C {10 ** LOG10_C[point]:.3g}: {percent(value)} %")
+        return value
+
+    best, scores = search_peak(score, size=len(LOG10_C), first_step=_FIRST_STEP)
+    bar.close()
+    return scores, best, fits[best]
 
 
 def run_linear_probe(command: LinearProbe) -> None:
@@ -336,23 +418,28 @@ def _full_probe(
     """Fits on everything and tests; returns the result, values for the JSON and a table."""
     train, validation = sets.train, sets.validation
     if validation is None and not command.c:
-        labels, fraction = train.labels.cpu().numpy(), command.validation_fraction
-        kept, aside = split_validation(labels, fraction=fraction, seed=command.seed)
-        train, validation = train.take(kept), train.take(aside)
+        train, validation = hold_out(train, fraction=command.validation_fraction, seed=command.seed)
     fit = fit_probe(
         train,
         validation,
         class_names=sets.class_names,
         c=command.c,
         metric=sets.metric,
+        seed=command.seed,
         max_iterations=command.max_iterations,
         progress=sys.stderr.isatty(),
     )
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = {"c_chosen_by": fit.chosen_by}
+    how = f"chosen by {fit.chosen_by}" if fit.validation else fit.chosen_by
     num_validation = 0 if validation is None else len(validation)
+    if fit.num_folds:
+        values["num_folds"] = fit.num_folds
+        how += f" in {fit.num_folds} folds, since too few images could be set aside"
+    if fit.chosen_by == "default":
+        logger.warning(_DEFAULT_TAKEN, fit.c)
     if fit.validation:
         tried = [{"c": c, sets.metric: value} for c, value in fit.validation.items()]
-        values = {"validation": tried, "num_validation": num_validation}
+        values |= {"validation": tried, "num_validation": num_validation}
         if fit.c in (10 ** LOG10_C[0], 10 ** LOG10_C[-1]):
             print(f"C {fit.c:g} is at the edge of what is searched; a better one may lie beyond")
     num_fitted = len(train) + num_validation
@@ -365,7 +452,9 @@ def _full_probe(
     values |= {"c": fit.c, "num_fitted": num_fitted} | result.to_json()
     values["num_without_label"] = sets.test.num_without_label
     print(result.to_table())
-    print(f"C {fit.c:.4g}, fitted on {num_fitted:,} samples, features of the {command.layer}")
+    print(
+        f"C {fit.c:.4g} ({how}), fitted on {num_fitted:,} samples, features of the {command.layer}"
+    )
     return result, values, classification_table([(sets.test_name, sets.metric, result)])
 
 
@@ -374,33 +463,37 @@ def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any]
     train, validation, names = sets.train, sets.validation, sets.class_names
     labels = train.labels.cpu().numpy()
     counts = np.bincount(labels)
-    if not command.c and validation is None and max(command.shots) >= counts.max():
-        raise ValueError(
-            f"no class has more than {max(command.shots)} training samples, so none are left to "
-            "choose C by: take fewer --shots, give other images by --validation, or C by --c"
-        )
+    ways: dict[int, str] = {}
     found: dict[int, list[tuple[float, float]]] = {shots: [] for shots in command.shots}
     work = [(shots, draw) for shots in command.shots for draw in range(command.draws)]
     for shots, draw in tqdm(work, desc="few-shot", disable=not sys.stderr.isatty()):
         kept, aside = draw_shots(labels, shots=shots, seed=command.seed + draw)
+        others = validation
+        if others is None and len(aside) >= np.count_nonzero(counts):
+            others = train.take(aside)
         fit = fit_probe(
             train.take(kept),
-            train.take(aside) if validation is None else validation,
+            others,
             class_names=names,
             c=command.c,
             metric=sets.metric,
             refit=False,
+            seed=command.seed + draw,
             max_iterations=command.max_iterations,
         )
         result = evaluate_classifier(fit.classifier, sets.test, class_names=names)
         found[shots].append((result.value(sets.metric), fit.c))
+        if fit.chosen_by == "default" and shots not in ways:
+            logger.warning(_DEFAULT_TAKEN, fit.c)
+        ways[shots] = fit.chosen_by
     values: list[dict[str, Any]] = []
     rows = []
     for shots, results in found.items():
         draws = np.array([value for value, _ in results])
         spread = float(draws.std(ddof=1)) if len(draws) > 1 else None
         value = {"shots": shots, "mean": float(draws.mean()), "standard_deviation": spread}
-        values.append(value | {"draws": draws.tolist(), "c": [c for _, c in results]})
+        value |= {"draws": draws.tolist(), "c": [c for _, c in results]}
+        values.append(value | {"c_chosen_by": ways[shots]})
         deviation = "" if spread is None else percent(spread)
         lowest_to_highest = interval_text((draws.min(), draws.max()))
         rows.append([str(shots), percent(draws.mean()), deviation, lowest_to_highest])

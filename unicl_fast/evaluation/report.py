@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ Rate = Literal["top1", "top5", "mean_per_class"]
 RATE_NAMES: dict[Rate, str] = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
 MAX_CONFUSION_CLASSES = 4096
 """Classes for which a confusion matrix is kept: 128 MiB of counts."""
+_MARKUP = re.compile(r"[\\|<&$*`\[]")
 _MAX_NAMED_CLASSES = 60
 """More names would not be legible."""
 
@@ -196,8 +198,13 @@ def interval_text(interval: tuple[float, float]) -> str:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table that reads well on a screen too; the first column is aligned left."""
-    cells = [[cell.replace("|", "\\|") for cell in row] for row in (header, *rows)]
+    """A table that reads well on a screen too; the first column is aligned left.
+
+    A cell is shown as it is: what would be markup in Markdown or HTML is escaped.
+    """
+    cells = [
+        [_MARKUP.sub(r"\\\g<0>", " ".join(cell.split())) for cell in row] for row in (header, *rows)
+    ]
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]
     rule = ["-" * (width - 1) + ":" for width in widths]
     rule[0] = rule[0][::-1]

@@ -142,6 +142,9 @@ class ZeroShot(EncodingEvaluation):
         for name in ("class_names", "templates", "metric"):
             self.for_each(name, default="")
         super().check()
+        from unicl_fast.evaluation.data import short_names
+
+        short_names(self.data)
 
     def for_each(self, name: str, *, default: _T) -> list[_T]:
         """An option's values, one for each data set; `default` where none, or own, is given.
@@ -222,12 +225,15 @@ class LinearProbe(FrozenFeatures):
     validation: str = ""
     """Labelled images to choose C by; empty sets a part of --train aside."""
     validation_fraction: Annotated[float, Meta(ge=1e-6, le=1 - 1e-6)] = 0.2
-    """That part, of each class."""
+    """That part, of each class. Where it would have fewer than 4 images a class on the average, C
+    is chosen by cross-validation over all of --train instead, in 2 to 5 folds, as many as the
+    smallest class has images. Where no class has two images, C is 1."""
     c: FiniteNonNegative = 0.0
     """Inverse strength of the penalty, scikit-learn's C; 0 searches it."""
     shots: tuple[Number, ...] = ()
     """Few-shot: training images of each class, such as 1 2 4 8 16. C is chosen by --validation or
-    by up to 4 others of each class, and the fit is on the shots alone."""
+    by up to 4 others of each class, and the fit is on the shots alone. Where the others are fewer
+    than one a class on the average, C is chosen by cross-validation over the shots."""
     draws: Number = 3
     """Few-shot: how often images are drawn for each number of shots."""
     seed: Count = 0

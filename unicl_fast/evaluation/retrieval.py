@@ -26,6 +26,7 @@ from torch import Tensor
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
+from unicl_fast.distributed.ranks import rank_0_alone
 from unicl_fast.evaluation.data import open_data
 from unicl_fast.evaluation.features import (
     ModelOnRanks,
@@ -211,24 +212,30 @@ def run(command: Retrieval) -> None:
     """Encodes on all ranks; rank 0 compares, prints and writes."""
     with model_on_ranks(command) as on_ranks, open_data(command.data, ranks=on_ranks.ranks) as data:
         found = encode_captioned(on_ranks, data.dataset)
-        if found is None:
-            return
-        device = device_of(on_ranks.model)
-        result = retrieval(
-            found.image_features.to(device),
-            found.text_features.to(device),
-            found.image_of_text.to(device),
-        )
-        print(result.to_markdown())
-        write_results(command, {"data": command.data} | result.to_json(), result.to_markdown())
-        if command.figures is not None:
-            for name, draw in (
-                ("captions-found.png", _draw_captions_found),
-                ("images-found.png", _draw_images_found),
-            ):
-                with drawing(command.figures / name):
-                    draw(found, data.dataset, command.figures / name)
-                    print(f"written to {command.figures / name}")
+        with rank_0_alone(on_ranks.ranks):
+            if found is not None:
+                _report(command, found, data.dataset, device=device_of(on_ranks.model))
+
+
+def _report(
+    command: Retrieval, found: RetrievalFeatures, dataset: PackedDataset, *, device: torch.device
+) -> None:
+    """Compares, prints, writes and draws."""
+    result = retrieval(
+        found.image_features.to(device),
+        found.text_features.to(device),
+        found.image_of_text.to(device),
+    )
+    print(result.to_markdown())
+    write_results(command, {"data": command.data} | result.to_json(), result.to_markdown())
+    if command.figures is not None:
+        for name, draw in (
+            ("captions-found.png", _draw_captions_found),
+            ("images-found.png", _draw_images_found),
+        ):
+            with drawing(command.figures / name):
+                draw(found, dataset, command.figures / name)
+                print(f"written to {command.figures / name}")
 
 
 def _draw_captions_found(found: RetrievalFeatures, dataset: PackedDataset, path: Path) -> None:

@@ -139,7 +139,8 @@ def run(command: ZeroShot) -> None:
                 num_quarantined = data.dataset.manifest.num_quarantined
             rows.append((name, data.metric, result))
             names_of_classes.append(data.class_names)
-            value = {"data": spec, "metric": data.metric, "num_templates": len(data.templates)}
+            value: dict[str, Any] = {"data": spec, "name": name, "metric": data.metric}
+            value["num_templates"] = len(data.templates)
             values.append(value | result.to_json() | {"num_quarantined": num_quarantined})
             if not on_ranks.ranks.is_main:
                 continue

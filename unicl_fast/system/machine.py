@@ -38,6 +38,9 @@ STORE_SOCKET = "UNICL_STORE_SOCKET"
 _LAUNCHED_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
 _CGROUPS = Path("/sys/fs/cgroup")
 _MY_CGROUP = Path("/proc/self/cgroup")
+_DEVICES = Path("/dev")
+_GPUS = ("nvidia[0-9]*", "kfd", "dxg")
+"""Device files of NVIDIA's and AMD's drivers, and of WSL."""
 # From glibc's malloc.h.
 _M_TRIM_THRESHOLD = -1
 _M_MMAP_MAX = -4
@@ -146,6 +149,20 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     return all(mallopt(name, value) for name, value in choices.items())
+
+
+def sleep_while_waiting(device: str) -> None:
+    """Lets idle threads of OpenMP sleep where they would spin; for programs, before torch's import.
+
+    They spin for the next parallel region, and so take the cores from whoever else has work: the
+    loader's threads, other programs, and the thread that they wait for. `device` is `run.device`;
+    where a GPU computes, nothing changes, and neither does what the user has set.
+    """
+    if device == "cuda" or (device == "auto" and any(map(any, map(_DEVICES.glob, _GPUS)))):
+        return
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ["OMP_WAIT_POLICY"] = "passive"
+        os.environ.setdefault("KMP_BLOCKTIME", "0")  # the same for Intel's library
 
 
 class HostBuffers:

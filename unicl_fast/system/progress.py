@@ -18,6 +18,10 @@ OR_WAITING = ", or waiting for other ranks"
 """Suffix of a stage's name whose work contains collectives that are not marked one by one."""
 
 
+START_PATIENCE = 3.0
+"""How many times the time limit a stage may last before the first step is done."""
+
+
 class Stage(NamedTuple):
     """Work that ends, or shows progress, within the time limit."""
 
@@ -30,7 +34,7 @@ class Stage(NamedTuple):
     """Whether the stage cannot end before other ranks have reached it."""
 
 
-_now = Stage("starting")
+_now = Stage("starting", patience=START_PATIENCE)
 
 
 def current_stage() -> Stage:

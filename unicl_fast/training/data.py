@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import logging
 import math
 from collections.abc import Sequence
@@ -80,17 +79,47 @@ def cache_options(data: DataConfig) -> CacheOptions:
     )
 
 
-def numbered(names: Sequence[str]) -> list[str]:
-    """Makes names differ, by a number after each of those that are there several times."""
-    taken = {name for name in names if names.count(name) == 1}
-    found = []
-    for name in names:
-        if names.count(name) > 1:
-            numbers = (f"{name}-{number}" for number in itertools.count(1))
-            name = next(each for each in numbers if each not in taken)
-            taken.add(name)
-        found.append(name)
-    return found
+def distinct_names(locations: Sequence[str], *, may_repeat: bool = False) -> list[str]:
+    """A name for each data set, by the folder or URL of each, in metrics and results.
+
+    It is the last part of the path. Where several end alike, as many parts before it as tell them
+    apart come first: a-test and b-test for a/test and b/test. Where one data set `may_repeat`, its
+    second name ends in -2.
+
+    Raises:
+        ValueError: one data set is there twice, or names cannot be told apart.
+    """
+    paths: list[tuple[str, ...]] = []
+    given = [_parts_of(location) for location in locations]
+    for number, path in enumerate(given):
+        count = given[:number].count(path)
+        if count and not may_repeat:
+            raise ValueError(
+                f"{locations[number]} is the same data set as {locations[given.index(path)]}: "
+                "name it once"
+            )
+        paths.append((*path[:-1], f"{path[-1]}-{count + 1}") if count else path)
+    lengths = [1] * len(paths)
+    while True:
+        names = ["-".join(path[-length:]) for path, length in zip(paths, lengths, strict=True)]
+        alike = [number for number, name in enumerate(names) if names.count(name) > 1]
+        if not alike:
+            return names
+        if all(lengths[number] >= len(paths[number]) for number in alike):
+            raise ValueError(
+                f"{locations[alike[0]]} and {locations[alike[1]]} would both be called "
+                f"{names[alike[0]]}: rename one of the folders"
+            )
+        for number in alike:
+            lengths[number] += 1
+
+
+def _parts_of(location: str) -> tuple[str, ...]:
+    """The parts of a URL without its scheme, or below the root of a path with links followed."""
+    if is_url(location):
+        return tuple(part for part in location.partition("://")[2].split("/") if part)
+    path = Path(location).resolve()
+    return path.parts[1:] or path.parts
 
 
 def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:

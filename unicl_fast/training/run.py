@@ -25,15 +25,16 @@ from unicl_fast.checkpoints.load import find_checkpoint, find_sound_checkpoint, 
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
 from unicl_fast.distributed.launch import configure_logging, is_restarted, refused_together
-from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers, process_group
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, gather_integers
+from unicl_fast.distributed.rendezvous import process_group
 from unicl_fast.distributed.watchdog import Watchdog, group_timeout
 from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
-from unicl_fast.models.precision import fast_precision, resolve_precision
+from unicl_fast.models.precision import resolve_precision
 from unicl_fast.pipelines.plan.plan import TrainPlan
 from unicl_fast.system.atomic_files import sole_writer
 from unicl_fast.system.machine import choose_device
-from unicl_fast.system.progress import mark
+from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import ClassPrompts
 from unicl_fast.training.agreement import check_ranks_agree, describe_rank
@@ -43,7 +44,7 @@ from unicl_fast.training.data import (
     cache_options,
     check_tokenizer,
     describe_datasets,
-    numbered,
+    distinct_names,
     open_datasets,
     rows_of_class_names,
 )
@@ -87,9 +88,7 @@ def check_request(config: TrainConfig, *, run_folder: Path, nproc: int, resume: 
     ]
     for dataset in datasets:
         dataset.close()
-    choose_best_metric(
-        config.checkpoint.best, [_evaluation_name(config, each) for each in config.data.evaluate]
-    )
+    choose_best_metric(config.checkpoint.best, _evaluation_names(config))
 
 
 def _open_checked(
@@ -138,7 +137,7 @@ def pretrain(
     ):
         configure_logging(ranks)
         watchdog.meet(ranks)
-        mark("reading checkpoints")
+        mark("reading checkpoints", patience=START_PATIENCE)
         with refused_together(ranks):
             local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
             check_run_folder: Callable[[], None] | None = None
@@ -146,7 +145,7 @@ def pretrain(
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
         checkpoint = _choose_on_rank_0(ranks, resume, run_folder)
         config = _with_precision(config, device=device, checkpoint=checkpoint, ranks=ranks)
-        mark("opening the data and building the model")
+        mark("opening the data and building the model", patience=START_PATIENCE)
         trainer = _build_trainer(
             config,
             run_folder=run_folder,
@@ -161,7 +160,7 @@ def pretrain(
         num_images = views * local_batch_size
         check_memory(trainer.model, trainer.config, images_per_step=num_images, device=device)
         if checkpoint is not None:
-            mark("reading the checkpoint")
+            mark("reading the checkpoint", patience=START_PATIENCE)
             with refused_together(ranks):
                 trainer.resume(checkpoint)
         if ranks.is_main:
@@ -201,15 +200,11 @@ def _with_precision(
     config: TrainConfig, *, device: torch.device, checkpoint: Path | None, ranks: Ranks
 ) -> TrainConfig:
     """Replaces `efficiency.precision=auto` by the checkpoint's precision, or rank 0's fastest."""
-    if config.efficiency.precision != "auto":
-        return config
-    if checkpoint is None:
-        precision = from_rank_0(fast_precision(device), ranks)
-        logger.info("precision: %s, the fastest here (efficiency.precision=auto)", precision)
-    else:
+    precision = None
+    if checkpoint is not None and config.efficiency.precision == "auto":
         with refused_together(ranks):
             precision = read_state(checkpoint).config.efficiency.precision
-    return resolve_precision(config, device, precision)
+    return resolve_precision(config, device, precision=precision, ranks=ranks)
 
 
 def _build_trainer(
@@ -230,10 +225,10 @@ def _build_trainer(
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, samples=samples))
     data = describe_datasets(datasets, weights)
     if ranks.world_size > 1:
-        mark("comparing ranks", waits_for_ranks=True)
+        mark("comparing ranks", patience=START_PATIENCE, waits_for_ranks=True)
         with refused_together(ranks):
             check_ranks_agree(describe_rank(config, data), ranks)
-        mark("opening the data and building the model")
+        mark("opening the data and building the model", patience=START_PATIENCE)
     prompts = build_prompts(datasets, config)
     loader = build_loader(
         config,
@@ -265,8 +260,7 @@ def _build_trainer(
         evaluations=_build_evaluations(config, datasets, prompts, ranks, evaluate),
         data=data,
         dataset_meter=DatasetMeter(
-            # the folder in the cache has the last part of a URL as its name
-            numbered([dataset.folder.resolve().name for dataset in datasets]),
+            distinct_names([dataset.location for dataset in datasets], may_repeat=True),
             epochs=loader.plan.epochs,
             datasets=datasets,
         ),
@@ -324,9 +318,13 @@ def _choose_checkpoint(resume: str, run_folder: Path) -> Path | None:
     return None
 
 
-def _evaluation_name(config: TrainConfig, folder: str | Path) -> str:
+def _evaluation_names(config: TrainConfig) -> list[str]:
+    """The names of `data.evaluate` in metrics; ValueError where one is there twice."""
     kind = "accuracy" if config.objective.name == "ce" else "zero_shot"
-    return f"{kind}/{Path(folder).name}"
+    try:
+        return [f"{kind}/{name}" for name in distinct_names(config.data.evaluate)]
+    except ValueError as error:
+        raise ValueError(f"data.evaluate: {error}") from error
 
 
 def _build_evaluations(
@@ -342,15 +340,9 @@ def _build_evaluations(
             "classes; leave it empty, and take unicl-eval linear-probe or knn afterwards"
         )
     evaluations: dict[str, Evaluation] = {}
-    for folder in config.data.evaluate:
+    for folder, name in zip(config.data.evaluate, _evaluation_names(config), strict=True):
         dataset = PackedDataset(folder, cache=cache_options(config.data))
         class_names = dataset.manifest.class_names
-        name = _evaluation_name(config, dataset.folder)
-        if name in evaluations:
-            raise ValueError(
-                "data.evaluate: folders need different names to be told apart, got "
-                + " ".join(config.data.evaluate)
-            )
         if not class_names:
             raise ValueError(f"data.evaluate: {dataset.location} has no labels for zero-shot")
         rows = None

@@ -45,6 +45,7 @@ from unicl_fast.objectives.targets import CAPTION_KEYS_START
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import (
     OR_WAITING,
+    START_PATIENCE,
     EvaluationStopped,
     ForgivingStderr,
     WaitingForRanks,
@@ -134,7 +135,7 @@ class Trainer:
         self.ranks = ranks or Ranks()
         _check_settings(config, self.ranks)
         self.device = device or choose_device(config.run.device, local_rank=self.ranks.local_rank)
-        self.config = config = resolve_precision(config, self.device)
+        self.config = config = resolve_precision(config, self.device, ranks=self.ranks)
         self.loader, self.dataset_meter, self.ledger = loader, dataset_meter, ledger
         self.evaluations, self.data = dict(evaluations or {}), dict(data or {})
         self.run_folder, self._check_run_folder = run_folder, check_run_folder
@@ -514,7 +515,7 @@ class Trainer:
     def _mark(self, stage: str, *, waits_for_ranks: bool = False) -> None:
         """Tells a watchdog what begins now, and whether some of it waits in a collective."""
         steps_done = self.step - self._start_step
-        patience = 1.0 if steps_done else 3.0
+        patience = 1.0 if steps_done else START_PATIENCE
         may_compile = steps_done < _COMPILING_STEPS or stage.startswith("evaluation")
         if self.config.efficiency.compile and may_compile:
             patience = 6.0

@@ -9,9 +9,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch.distributed as dist
-from rank_workers import exchange_objects, run_on_ranks
+from rank_workers import agree_on_a_precision, exchange_objects, run_on_ranks
 
-from unicl_fast.distributed.ranks import (
+from unicl_fast.distributed.rendezvous import (
     address_towards_rank_0,
     adopt_slurm_ranks,
     agree_on_session,
@@ -74,6 +74,11 @@ def test_one_rank_waits_for_nobody() -> None:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_ranks_exchange_objects_and_unpickle_nothing(world_size: int) -> None:
     run_on_ranks(exchange_objects, world_size)
+
+
+@pytest.mark.dist
+def test_all_ranks_take_the_precision_that_rank_0_measured() -> None:
+    run_on_ranks(agree_on_a_precision, 2)
 
 
 @pytest.mark.parametrize(

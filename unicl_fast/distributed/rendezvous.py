@@ -1,0 +1,251 @@
+"""How the ranks of a run find each other: by the variables of torchrun or SLURM, and torch's store.
+
+torchrun keeps one store for all its restarts, and torch (2.13, pytorch issue 135712) puts the same
+keys into it each time. A rank that is quicker than its peers reads where they WERE, and calls an
+address at which nobody answers: most restarts of two ranks that were watched ended so. The number
+of restarts does not tell attempts apart, since agents on nodes whose ranks were well do not count.
+So ranks agree on a name for each attempt first.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import fcntl
+import logging
+import os
+import re
+import resource
+import secrets
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.system.machine import STORE_SOCKET
+from unicl_fast.system.progress import START_PATIENCE, mark
+
+logger = logging.getLogger(__name__)
+
+_LOOPBACK = "127.0.0.1"
+_SIOCGIFADDR = 0x8915  # Linux's request for an interface's address
+_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.02, 0.5
+_FILES_BESIDE_SOCKETS = 4096
+
+
+@contextlib.contextmanager
+def process_group(device: torch.device, *, timeout_seconds: float = 600) -> Iterator[Ranks]:
+    """Joins the ranks that torchrun's variables name; a process alone has nothing to join.
+
+    Within `timeout_seconds` the ranks must have met, and each collective must be done.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        yield Ranks()
+        return
+    _prepare_sockets(int(os.environ["WORLD_SIZE"]))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    mark("meeting the other ranks", patience=START_PATIENCE, waits_for_ranks=True)
+    store, rank, world_size = _open_store(timeout)
+    store.set_timeout(timeout)
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        session = agree_on_session(store, rank=rank, world_size=world_size, timeout=timeout)
+        store = PrefixStore(f"unicl_fast/{session}", store)
+    options: dict[str, Any] = {"backend": "gloo"}
+    if device.type == "cuda":
+        # NCCL connects at once, to a device that it need not guess; its last collectives are
+        # written to a file when one of them outlasts the limit
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+        os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+        options = {"backend": "nccl", "device_id": device}
+    dist.init_process_group(
+        **options, store=store, rank=rank, world_size=world_size, timeout=timeout
+    )
+    try:
+        yield Ranks(
+            rank=rank,
+            local_rank=int(os.environ.get("LOCAL_RANK", "0")),
+            world_size=world_size,
+            host_group=dist.new_group(backend="gloo", timeout=timeout),
+        )
+    finally:
+        mark("parting from the other ranks", waits_for_ranks=True)
+        dist.destroy_process_group()
+
+
+def _prepare_sockets(world_size: int) -> None:
+    """Makes room for the connections to other ranks, and chooses the interface that gloo uses.
+
+    By itself gloo takes the interface of the host's own name, which often is the loopback one, and
+    connects every rank with every other at once.
+    """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")  # connects the ranks that talk
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = 2 * world_size + _FILES_BESIDE_SOCKETS
+    if soft < needed:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(needed, hard), hard))
+    if hard < needed:
+        logger.warning(
+            "%d ranks may need %d open files in a process, and the system allows %d: raise "
+            "`ulimit -Hn`", world_size, needed, hard,
+        )  # fmt: skip
+    if "GLOO_SOCKET_IFNAME" in os.environ:
+        return
+    address = address_towards_rank_0()
+    if name := interface_with(address):
+        os.environ["GLOO_SOCKET_IFNAME"] = name
+    elif world_size != int(os.environ.get("LOCAL_WORLD_SIZE", world_size)):
+        logger.warning(
+            "no network interface has the address %s from which MASTER_ADDR=%s is reached: if "
+            "ranks do not meet, name one in GLOO_SOCKET_IFNAME",
+            address, os.environ.get("MASTER_ADDR"),
+        )  # fmt: skip
+
+
+def address_towards_rank_0() -> str:
+    """Finds this machine's IPv4 address on the network of MASTER_ADDR; sends nothing."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", _LOOPBACK), 9))
+        except OSError:
+            return _LOOPBACK
+        address: str = probe.getsockname()[0]
+        return address
+
+
+def interface_with(address: str) -> str | None:
+    """Finds the network interface that has this IPv4 address: `eth0`."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            with contextlib.suppress(OSError):  # it has none
+                found = fcntl.ioctl(probe, _SIOCGIFADDR, struct.pack("256s", name.encode()))
+                if socket.inet_ntoa(found[20:24]) == address:
+                    return name
+    return None
+
+
+def _open_store(timeout: datetime.timedelta) -> tuple[Store, int, int]:
+    """Opens the store that torchrun's variables name; returns the rank and world size too.
+
+    torch's own way listens on all interfaces. Where ranks meet on the loopback interface, so does
+    the store. torchrun's is its own, and already open.
+    """
+    agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    rank, address = os.environ.get("RANK"), os.environ.get("MASTER_ADDR")
+    if agents or rank != "0" or address != _LOOPBACK:
+        store, number, world_size = next(iter(rendezvous("env://", timeout=timeout)))
+        return store, number, world_size
+    world_size, port = int(os.environ["WORLD_SIZE"]), int(os.environ["MASTER_PORT"])
+    if inherited := os.environ.pop(STORE_SOCKET, ""):
+        listening = socket.socket(fileno=int(inherited))
+    else:
+        listening = socket.create_server((_LOOPBACK, port), backlog=max(128, world_size))
+    store = TCPStore(
+        _LOOPBACK,
+        port,
+        world_size,
+        is_master=True,
+        timeout=timeout,
+        master_listen_fd=listening.detach(),  # the store closes it
+    )
+    return store, 0, world_size
+
+
+def agree_on_session(
+    store: Store, *, rank: int, world_size: int, timeout: datetime.timedelta
+) -> str:
+    """Agrees on a name that exactly the ranks that run now have in common.
+
+    Every rank writes a nonce. Rank 0 replies to each with the nonce it has read, and a name; a rank
+    accepts a reply that contains its nonce, then acknowledges it. Raises RuntimeError if not all
+    came in time.
+    """
+    nonce = secrets.token_hex(8)
+    deadline = time.monotonic() + timeout.total_seconds()
+    waiting = dict.fromkeys(range(1, world_size), "") if rank == 0 else {}
+    pause = _FIRST_PAUSE_SECONDS
+    if rank:
+        store.set(f"unicl_fast/hello/{rank}", nonce)
+    while time.monotonic() < deadline:
+        if rank:
+            heard, _, session = _read(store, f"unicl_fast/reply/{rank}").partition(" ")
+            if heard == nonce:
+                store.set(f"unicl_fast/accepted/{rank}", session)
+                return session
+        else:
+            for other, answered in list(waiting.items()):
+                hello = _read(store, f"unicl_fast/hello/{other}")
+                if hello != answered:
+                    waiting[other] = hello
+                    store.set(f"unicl_fast/reply/{other}", f"{hello} {nonce}")
+                elif hello and _read(store, f"unicl_fast/accepted/{other}") == nonce:
+                    del waiting[other]
+            if not waiting:
+                return nonce
+        time.sleep(pause)
+        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)  # a thousand ranks ask one store
+    raise RuntimeError(f"not all {world_size} ranks came within {timeout}: see what the others say")
+
+
+def _read(store: Store, key: str) -> str:
+    """Reads what is there now, "" for nothing; `get` alone would wait for it."""
+    return store.get(key).decode() if store.check([key]) else ""
+
+
+def adopt_slurm_ranks() -> None:
+    """Under `srun` with several tasks, but not torchrun, sets its variables from SLURM's.
+
+    Raises:
+        ValueError: a variable of SLURM is not written as SLURM documents it.
+    """
+    tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", "1"))
+    if "WORLD_SIZE" in os.environ or tasks == 1:
+        return
+    os.environ |= {
+        "RANK": os.environ["SLURM_PROCID"],
+        "LOCAL_RANK": os.environ["SLURM_LOCALID"],
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(
+            tasks_of_node(
+                os.environ["SLURM_STEP_TASKS_PER_NODE"], int(os.environ.get("SLURM_NODEID", "0"))
+            )
+        ),
+    }
+    os.environ.setdefault("MASTER_ADDR", first_host(os.environ["SLURM_STEP_NODELIST"]))
+    # The same on all ranks, different for jobs that share a node, and below the ports that Linux
+    # gives to outgoing connections.
+    os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ["SLURM_JOB_ID"]) % 12000))
+
+
+def first_host(node_list: str) -> str:
+    """Returns the first name of a SLURM node list: `r1n07-ib` of `r[1-2]n[07-12,20]-ib,gpu1`."""
+    found = re.match(r"(?:[^,\[\]]|\[\w[^\[\]]*\])+(?=,|$)", node_list)
+    if found is None:
+        raise ValueError(
+            f"SLURM_STEP_NODELIST={node_list} is no node list such as node[1-4],gpu1: set "
+            "MASTER_ADDR to the address of the first node"
+        )
+    return re.sub(r"\[(\w+)[^\]]*\]", r"\1", found[0])
+
+
+def tasks_of_node(tasks_per_node: str, node: int) -> int:
+    """Returns how many tasks a node has: 4 for the nodes 1 and 2 of SLURM's `2,4(x2)`."""
+    found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in tasks_per_node.split(",")]
+    for part in found:
+        if part is None:
+            break
+        if node < (repeats := int(part[2] or 1)):
+            return int(part[1])
+        node -= repeats
+    raise ValueError(
+        f"SLURM_STEP_TASKS_PER_NODE={tasks_per_node} has no number of tasks such as 2,4(x2) for "
+        f"node {os.environ.get('SLURM_NODEID', '0')}: start the ranks with torchrun"
+    )
