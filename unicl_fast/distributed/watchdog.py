@@ -32,11 +32,11 @@ from dataclasses import dataclass
 
 from unicl_fast.distributed.ranks import (
     Ranks,
-    address_towards_rank_0,
     from_rank_0,
     gather_integers,
     gather_objects,
 )
+from unicl_fast.distributed.rendezvous import address_towards_rank_0
 from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.system.progress import Stage, current_stage
 
