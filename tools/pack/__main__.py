@@ -31,6 +31,7 @@ from unicl_fast.system.wording import count_of
 from .inspect import Inspect, contents_of
 from .verify import Verify
 
+_COMPLETE = "complete already: an earlier run of this command has written all of it"
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -253,7 +254,9 @@ def _report_build(summary: BuildSummary) -> str:
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} images/s; "
         + treatment,
     ]
-    if summary.num_taken_over:
+    if summary.was_complete:
+        lines[1:] = [_COMPLETE]
+    elif summary.num_taken_over:
         taken_over = count_of(summary.num_taken_over, "image")
         lines.append(f"{taken_over} had been packed before this run")
     if summary.passed_over:
@@ -286,6 +289,8 @@ def _report_merge(summary: MergeSummary, *, leave_out: str) -> str:
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, "
         f"{summary.num_samples / summary.seconds:,.0f} images/s, all byte for byte",
     ]
+    if summary.was_complete:
+        lines[1:] = [_COMPLETE]
     if leave_out:
         lines.append(f"left out, since {leave_out} names them: {summary.num_left_out:,}")
     if summary.num_joined:

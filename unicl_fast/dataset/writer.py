@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -47,7 +47,13 @@ from unicl_fast.dataset.manifest import (
 )
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, QUARANTINE_NAME, sample_key
 from unicl_fast.system.atomic_files import flush_to_disk
-from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
+from unicl_fast.system.checksums import (
+    CHECKSUMS_NAME,
+    dump_checksummed_json,
+    file_checksum,
+    format_checksums,
+    parse_checksummed_json,
+)
 
 DEFAULT_SHARD_BYTES = 512_000_000
 """A shard is closed before it would grow beyond this: large enough for sequential reads, small
@@ -55,6 +61,10 @@ enough to copy and to check one by one."""
 
 SET_NAME, JOURNAL_NAME = "set", "journal"
 """Names in a folder to work in: the data set so far, and the journal of its shards."""
+MADE_OF_NAME = "made-of.json"
+"""Options and sources, by which the command that made a data set knows it again. It is no part of
+the data set, which is the same bytes wherever and whenever it is packed: paths and times are in
+it."""
 
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
@@ -207,8 +217,12 @@ class DatasetWriter:
         source: Sequence[str],
         seed: int,
         tool_version: str,
+        made_of: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Closes and syncs all files, writes the manifest and renames the folder into place."""
+        """Closes and syncs all files, writes the manifest and renames the folder into place.
+
+        `made_of` are JSON values for `read_made_of`.
+        """
         if self.num_samples == 0:
             raise ValueError("a data set needs at least one sample")
         self._close_shard()
@@ -244,6 +258,11 @@ class DatasetWriter:
         # lone surrogates stand for bytes of a file name; as escapes they are good JSON
         manifest_bytes = manifest.to_json().encode("utf-8", "backslashreplace")
         self._write_checksums(manifest_bytes, pixels)
+        if made_of is not None:
+            note = dump_checksummed_json({**made_of, MANIFEST_NAME: _checksum_of(manifest_bytes)})
+            with (self.aside / MADE_OF_NAME).open("w", encoding="utf-8") as text:
+                text.write(note)
+                sync_and_close(text)
         with (self.aside / MANIFEST_NAME).open("wb") as file:
             file.write(manifest_bytes)
             sync_and_close(file)
@@ -260,7 +279,7 @@ class DatasetWriter:
         known = {shard.name: shard.xxh3 for shard in self._shards}
         if pixels is not None:
             known[PIXELS_NAME] = pixels.xxh3
-        known[MANIFEST_NAME] = xxhash.xxh3_64_hexdigest(manifest)
+        known[MANIFEST_NAME] = _checksum_of(manifest)
         others = (path for path in self.aside.iterdir() if path.name not in known)
         known |= {path.name: file_checksum(path) for path in others}
         with (self.aside / CHECKSUMS_NAME).open("w", encoding="utf-8") as file:
@@ -371,6 +390,21 @@ def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
     while whole and file_checksum(folder / whole[-1].shard.name) != whole[-1].shard.xxh3:
         whole.pop()
     return whole
+
+
+def read_made_of(out: Path) -> dict[str, Any] | None:
+    """Reads what `finish` was told that a data set is made of; None for one without it."""
+    try:
+        found = parse_checksummed_json((out / MADE_OF_NAME).read_bytes())
+        manifest = (out / MANIFEST_NAME).read_bytes()
+    except (ValueError, OSError):
+        return None
+    # another data set may have been copied over the one that it was written with
+    return found if found.pop(MANIFEST_NAME, "") == _checksum_of(manifest) else None
+
+
+def _checksum_of(manifest: bytes) -> str:
+    return str(xxhash.xxh3_64_hexdigest(manifest))
 
 
 def require_free(out: Path) -> None:

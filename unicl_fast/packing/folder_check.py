@@ -31,6 +31,7 @@ from unicl_fast.dataset.files import LocalFiles, find_pixel_fault
 from unicl_fast.dataset.growing_files import END_OF_TAR
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
@@ -156,7 +157,7 @@ def _check_checksums(
     for name in sorted(expected - set(entries) - {MANIFEST_NAME}):
         faults.add(name, "missing", "it is not there; copy the data set again")
         damaged.add(name)
-    for name in sorted(set(entries) - expected - {CHECKSUMS_NAME, MANIFEST_NAME}):
+    for name in sorted(set(entries) - expected - {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME}):
         faults.add(name, "extra", "it is no file of this data set")
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))
     sizes = {name: entries[name].stat().st_size for name in present if entries[name].is_file()}

@@ -89,8 +89,10 @@ def build_anywhere(
     store = ObjectStore(out) if is_url(out) else None
     folder = _packed_folder(out, work_folder) if store is not None else Path(out)
     if store is not None:
-        _require_not_packed(folder, store)
-        _require_free_url(store, None, store.list_sizes() or {}, names=set())
+        is_packed = (folder / MANIFEST_NAME).is_file()  # by a run that did not end its upload
+        names = set(_checksums_of(folder, Manifest.load(folder))) if is_packed else set()
+        there = store.list_sizes() or {}
+        _require_free_url(store, folder if is_packed else None, there, names=names)
     with _staged_sources(sources, image_root, out=folder, work=work_folder, room=staging_bytes) as (
         paths,
         root,
@@ -411,22 +413,6 @@ def _command(folder: Path, url: str) -> str:
 
 def _has_manifest_of(folder: Path, store: ObjectStore) -> bool:
     return store.read_whole(MANIFEST_NAME) == (folder / MANIFEST_NAME).read_bytes()
-
-
-def _require_not_packed(folder: Path, store: ObjectStore) -> None:
-    """Refuses to pack again what is there; a copy whose upload is complete is removed."""
-    if not (folder / MANIFEST_NAME).is_file():
-        return
-    if not _has_manifest_of(folder, store):
-        raise ValueError(
-            f"{folder} holds a data set that was packed for {store.url} and not uploaded: resume "
-            f"by {_command(folder, store.url)}, or remove it"
-        )
-    shutil.rmtree(folder.parent)  # the manifest comes last, so all of it is there
-    raise ValueError(
-        f"{store.url} holds the data set that was packed for it already (the copy in {folder} was "
-        "still there, and is removed now); name another URL, or remove what lies there"
-    )
 
 
 def _require_free_url(
