@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -528,6 +529,36 @@ def test_a_stopped_build_says_what_is_kept(
     code, printed = run_pack("build", *arguments, capsys=capsys)
     assert code == 0
     assert "images had been packed before this run" in printed
+
+
+def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
+    sources: list[Path],
+    unbroken: dict[str, bytes],
+    checked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ("build", *sources, "--out", tmp_path / "set", "--shard-bytes", SHARD_BYTES)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, calls = ShardJournal.append, []
+
+    def append(self: ShardJournal, finished: FinishedShard) -> None:
+        real(self, finished)
+        calls.append(finished)
+        if len(calls) == 2:  # no file may grow beyond it, and the next shard wants to
+            resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+
+    monkeypatch.setattr(ShardJournal, "append", append)
+    try:
+        code, printed = run_pack(*command, capsys=capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1, printed
+    assert f"File too large: '{tmp_path}/set.partial/set'\nmake room there, then" in printed
+    assert "set.partial keeps 2 finished shards" in printed
+    assert run_pack(*command, capsys=capsys)[0] == 0
+    assert contents(tmp_path / "set") == unbroken
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), OSError("disk full")])

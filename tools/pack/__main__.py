@@ -22,10 +22,11 @@ import tyro
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
+from unicl_fast.distributed.signals import EXIT_FAULT
 from unicl_fast.packing.build import BuildOptions, BuildSummary
 from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
-from unicl_fast.system.atomic_files import write_text_atomically
+from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.wording import count_of
 
 from .inspect import Inspect, contents_of
@@ -218,7 +219,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
+    """The command line; 0 when done, 1 for faults found or a full disk, 2 for wrong input."""
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="unicl-pack")
     try:
@@ -227,7 +228,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
         _fail(f"stopped; {_how_to_resume(stop) or 'this run has written nothing'}", code=code)
     except (OSError, RuntimeError) as error:
-        _fail("\n".join(filter(None, [str(error), _how_to_resume(error)])), code=2)
+        is_full = isinstance(error, OSError) and error.errno in FULL_DISK
+        advice = "make room there, then give the same command again" if is_full else ""
+        lines = [str(error), advice, _how_to_resume(error)]
+        _fail("\n".join(filter(None, lines)), code=EXIT_FAULT if is_full else 2)
     except ValueError as error:
         _fail(str(error), code=2)
     _print(report, sys.stdout)

@@ -9,6 +9,7 @@ samples and their order only. Images are taken as they come; checking them belon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -46,7 +47,7 @@ from unicl_fast.dataset.manifest import (
     shard_name,
 )
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, QUARANTINE_NAME, sample_key
-from unicl_fast.system.atomic_files import flush_to_disk
+from unicl_fast.system.atomic_files import flush_to_disk, naming_full_disk
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
     dump_checksummed_json,
@@ -154,8 +155,11 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.discard()
+        if isinstance(error, OSError):
+            with naming_full_disk(self.aside):
+                raise error
 
     @property
     def num_places(self) -> int:
@@ -292,7 +296,8 @@ class DatasetWriter:
             return
         for file in (self._shard, *self._files().values()):
             if file is not None:
-                file.file.close()
+                with contextlib.suppress(OSError):  # a full disk, whose error has come before
+                    file.file.close()
         if self._journal is not None:
             self._journal.close()
         if self._work is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import logging
 import os
@@ -16,7 +17,21 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk without room for more: all of it, the user's part, or the largest file."""
 _LOCK_NAME = ".in-use"
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds to the error of a full disk what was written: the system names no open file."""
+    try:
+        yield
+    except OSError as error:
+        is_bare = error.filename is None and error.errno in FULL_DISK
+        if is_bare and error.strerror == os.strerror(error.errno or 0):
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -29,9 +44,10 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     # with the process's number, since two programs may write the same file
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield aside
-        if flush:
-            flush_to_disk(aside)
+        with naming_full_disk(path):
+            yield aside
+            if flush:
+                flush_to_disk(aside)
         aside.replace(path)
         if flush:
             flush_to_disk(path.parent)
