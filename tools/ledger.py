@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from unicl_fast.distributed.launch import stop
 from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
+from unicl_fast.system.program import begin_program
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
     from unicl_fast.ledger.proof import LedgerProof, Run
@@ -53,7 +54,7 @@ class LedgerArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 1 where nothing is proven, 2 on wrong input."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = begin_program() if argv is None else list(argv)
     arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
     from unicl_fast.ledger.proof import prove
 

@@ -24,6 +24,7 @@ from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.images.check import ImageFormat
 from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.system.program import begin_program
 
 from .pack import __main__ as pack_dataset
 from .pack.inspect import align_columns
@@ -83,6 +84,7 @@ class PackEverything:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 1 if a data set is not what was packed, 2 if there is no data."""
+    arguments = begin_program() if arguments is None else arguments
     tour = tyro.cli(PackEverything, args=arguments, prog="pack_everything")
     if unknown := set(tour.sets) - set(DATA_SETS):
         known = ", ".join(sorted(DATA_SETS))

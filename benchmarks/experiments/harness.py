@@ -185,7 +185,7 @@ def run_program(module: str, options: Sequence[str], log: Path, *, threads: int)
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
         ).returncode
     if code != 0:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"unicl {module} {' '.join(options)} ended with {code} ({log}):\n{end}")
 
 

@@ -95,6 +95,31 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
+    """Nor do bytes of names that are not UTF-8; in a list, by their whole paths, and as captions."""
+    photos = tmp_path / "m\u00fcller" / "photos"
+    (photos / "h\u00fchner").mkdir(parents=True)
+    for number, name in enumerate((b"\xc3\xa9.jpg", b"\xe9.jpg")):
+        (photos / "h\u00fchner" / os.fsdecode(name)).write_bytes(jpeg(number))
+    rows = [{"image": "h\u00fchner/\u00e9.jpg", "caption": "zwei H\u00fchner"}]
+    path = photos.parent / "list.jsonl"
+    path.write_text(json.dumps(rows[0], ensure_ascii=False), encoding="utf-8")
+    sources = [str(photos), str(path)]
+    build_dataset(sources, tmp_path / "here", image_root=str(photos), workers=1, progress=False)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "unicl_fast.tools.pack", "build", *sources),
+            *("--image-root", str(photos), "--workers", "1", "--out", str(tmp_path / "there")),
+        ],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        check=True,
+        timeout=120,
+    )
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
 def test_the_number_of_workers_leaves_no_trace(
     packed: PackedDataset, folder: Path, tmp_path: Path
 ) -> None:

@@ -27,6 +27,7 @@ from unicl_fast.packing.build import BuildOptions, BuildSummary
 from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
+from unicl_fast.system.program import begin_program
 from unicl_fast.system.wording import count_of
 
 from .inspect import Inspect, contents_of
@@ -220,6 +221,7 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """The command line; 0 when done, 1 for faults found or a full disk, 2 for wrong input."""
+    arguments = begin_program() if arguments is None else arguments
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="unicl-pack")
     try:

@@ -287,8 +287,10 @@ def run(command: Detect) -> None:
         **metrics,
     }
     described = write_results(command, values, table)
-    (command.out / "detector.json").write_text(json.dumps(described, indent=1) + "\n")
-    (command.out / "detections.json").write_text(json.dumps(detections) + "\n")
+    (command.out / "detector.json").write_text(
+        json.dumps(described, indent=1) + "\n", encoding="utf-8"
+    )
+    (command.out / "detections.json").write_text(json.dumps(detections) + "\n", encoding="utf-8")
     print(f"written to {command.out}")
 
 

@@ -261,7 +261,7 @@ def save_finetuned(
     save_tensors(tensors, folder / _WEIGHTS_FILE)
     description = {"config": config_to_dict(config), "class_names": class_names}
     text = json.dumps(description | {"settings": settings}, indent=1)
-    (folder / _DESCRIPTION_FILE).write_text(text + "\n")
+    (folder / _DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:

@@ -49,6 +49,7 @@ from unicl_fast.packing.sources.trees import require_there
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
+from unicl_fast.system.program import require_utf8_names
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -283,6 +284,7 @@ def build_dataset(
     if not paths:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     images = chosen.check()
+    require_utf8_names()
     with WorkFolder(out, restart=chosen.restart) as work:
         if not work.is_complete:
             require_free(out)
