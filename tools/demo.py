@@ -50,7 +50,8 @@ def main() -> None:
     arguments = parser.parse_args(begin_program())
     out: Path = arguments.out
     started = time.perf_counter()
-    if out.exists() and not (out / _MARK).is_file() and any(out.iterdir()):
+    is_ours = not out.exists() or (out / _MARK).is_file()
+    if not is_ours and (not out.is_dir() or any(out.iterdir())):
         raise SystemExit(f"{out} holds something else than an earlier demo: choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)

@@ -24,6 +24,7 @@ from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.images.check import ImageFormat
 from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.program import begin_program
 
 from .pack import __main__ as pack_dataset
@@ -98,10 +99,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not there:
         print(f"no test data in {tour.data}: name its folder, or set UNICL_TEST_DATA")
         raise SystemExit(2)
-    if tour.out.exists() and any(tour.out.iterdir()):
-        print(f"{tour.out} is not empty: name another --out, or remove it")
+    if tour.out.exists() and (not tour.out.is_dir() or any(tour.out.iterdir())):
+        print(f"{tour.out} is no empty folder: name another --out, or remove it")
         raise SystemExit(2)
-    tour.out.mkdir(parents=True, exist_ok=True)
+    make_folder(tour.out)
     rows = [_make(name, _build_command(name, tour), tour) for name in there]
     rows.append(_make(_ALL, ["merge", *(tour.out / name for name in there)], tour))
     (tour.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")

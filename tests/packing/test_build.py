@@ -98,7 +98,7 @@ def contents(out: Path) -> dict[str, bytes]:
 @pytest.mark.slow
 @pytest.mark.dist
 def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
-    """Nor do bytes of names that are not UTF-8; in a list, by their whole paths, and as captions."""
+    """Nor do bytes of names that are not UTF-8."""
     photos = tmp_path / "m\u00fcller" / "photos"
     (photos / "h\u00fchner").mkdir(parents=True)
     for number, name in enumerate((b"\xc3\xa9.jpg", b"\xe9.jpg")):

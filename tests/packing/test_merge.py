@@ -138,6 +138,20 @@ def test_a_merge_that_is_done_is_complete_for_the_same_command(
     assert (code, "made with other sources:" in printed) == (2, True), printed
 
 
+@pytest.mark.parametrize("name", ["file", "file/set"])
+def test_a_file_as_the_output_is_named(
+    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").touch()
+    for command in (("merge", packed["photos"]), ("build", tmp_path)):
+        code, printed = run_pack(*command, "--out", tmp_path / name, capsys=capsys)
+        assert code == 2
+        assert f"{tmp_path}/file" in printed
+        assert "name another" in printed
+        assert "Errno" not in printed
+    assert os.listdir(tmp_path) == ["file"]
+
+
 def test_a_merge_of_raw_sets_is_one_raw_build(raw: dict[str, Path], tmp_path: Path) -> None:
     summary = merge(raw["photos"], raw["pairs"], out=tmp_path / "set")
     assert contents(tmp_path / "set") == contents(raw["both"])

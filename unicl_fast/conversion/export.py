@@ -37,7 +37,7 @@ from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.conversion.requests import ModelConversion
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.atomic_files import temporary_folder
+from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.checksums import file_checksum
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -99,7 +99,7 @@ def new_file(path: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     require_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with temporary_folder(f".{path.name}.partial-", root=path.parent) as folder:
         aside = folder / path.name
         yield aside

@@ -47,7 +47,7 @@ from unicl_fast.dataset.manifest import (
     shard_name,
 )
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, QUARANTINE_NAME, sample_key
-from unicl_fast.system.atomic_files import flush_to_disk, naming_full_disk
+from unicl_fast.system.atomic_files import flush_to_disk, make_folder, naming_full_disk
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
     dump_checksummed_json,
@@ -122,7 +122,7 @@ class DatasetWriter:
             raise ValueError(f"shard_bytes must be positive, not {shard_bytes}")
         self.out = Path(out)
         require_free(self.out)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out.parent)
         self._work = work
         unique = self.out.with_name(f"{self.out.name}.partial-{secrets.token_hex(4)}")
         self.aside = unique if work is None else work / SET_NAME

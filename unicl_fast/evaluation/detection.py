@@ -40,6 +40,7 @@ from unicl_fast.evaluation.features import device_of, model_on_ranks
 from unicl_fast.evaluation.report import markdown_table, percent, write_results
 from unicl_fast.evaluation.requests import Detect, DetectorRecipe
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import heartbeat_and_check_stop
 
 _FITTING = (
@@ -268,7 +269,7 @@ def run(command: Detect) -> None:
     metrics = coco_metrics(test.content, detections, masks=command.masks)
     table = _table(metrics)
     print(table)
-    command.out.mkdir(parents=True, exist_ok=True)
+    make_folder(command.out)
     tensors = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
     save_tensors(tensors, command.out / "detector.safetensors")
     values = {

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.requests import Evaluation, Metric
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import WaitingForRanks
 from unicl_fast.training.figures import INK, drawing, save_figure
 
@@ -240,7 +241,7 @@ def write_results(command: Evaluation, values: Mapping[str, Any], table: str) ->
         (command.markdown, table.rstrip()),
     ):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             path.write_text(content + "\n", encoding="utf-8")
             print(f"written to {path}")
     return described

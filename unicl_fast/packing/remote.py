@@ -36,7 +36,7 @@ from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.folder_check import expected_files
 from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.packing.work_folder import describe_unfinished, lock_folder
-from unicl_fast.system.atomic_files import temporary_folder
+from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.system.wording import count_of
 
@@ -133,7 +133,7 @@ def _staged_sources(
     out = out.absolute()
     made_of = json.dumps([*sources, image_root, str(out)])
     folder = work / f"{_KEPT}{xxhash.xxh3_64_hexdigest(made_of.encode())}"
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     _sweep(work, but=folder)
     lock = lock_folder(folder)
     try:
@@ -176,7 +176,7 @@ def local_copy(folder: str, *, room: int = DEFAULT_STAGING_BYTES) -> Iterator[Pa
         yield Path(folder)
         return
     work = default_work_folder()
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     with temporary_folder("staging-", root=work) as copies:
         path, wanted = _find_folder(folder, copies)
         _fetch(wanted, work=work, room=room, advice="give more room")

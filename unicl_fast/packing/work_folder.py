@@ -25,7 +25,13 @@ from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME, read_made_of
 from unicl_fast.packing.sources.items import Entry, Label, Source, field_names
 from unicl_fast.packing.sources.spool import Spool, stamp
 from unicl_fast.packing.sources.trees import FileEntry
-from unicl_fast.system.atomic_files import flush_to_disk, is_at, lock, write_text_atomically
+from unicl_fast.system.atomic_files import (
+    flush_to_disk,
+    is_at,
+    lock,
+    make_folder,
+    write_text_atomically,
+)
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
 from unicl_fast.system.wording import count_of, shorten
 
@@ -60,7 +66,7 @@ class WorkFolder:
         self._lock = -1
 
     def __enter__(self) -> WorkFolder:
-        self._out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._out.parent)
         self._lock = lock_folder(self.path)
         flush_to_disk(self._out.parent)
         made_of = None if (self.path / SET_NAME).exists() else read_made_of(self._out)

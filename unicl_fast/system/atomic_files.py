@@ -63,6 +63,20 @@ def write_text_atomically(path: Path, text: str) -> None:
         aside.write_text(text, encoding="utf-8")
 
 
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, where they are not there; raises as `refuse_file`."""
+    refuse_file(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_file(path: Path) -> None:
+    """Raises ValueError where a file stands in the way of a folder that is to be made."""
+    there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+    if os.path.lexists(there) and not there.is_dir():
+        what = "is no folder" if there == path else f"cannot be made a folder: {there} is none"
+        raise ValueError(f"{path} {what}; name another one, or move that file away")
+
+
 def flush_to_disk(path: Path) -> None:
     """Returns when a file's bytes, or a folder's names, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
@@ -147,7 +161,7 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
 
 def _open_locked(path: Path) -> int:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the one before has just removed the folder
