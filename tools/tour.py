@@ -26,6 +26,7 @@ from unicl_fast.images.check import ImageFormat
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.program import begin_program
+from unicl_fast.system.wording import count_of
 
 from .pack import __main__ as pack_dataset
 from .pack.inspect import align_columns
@@ -141,7 +142,7 @@ def _make(name: str, command: _Words, tour: PackEverything) -> dict[str, Any]:
         "verify_seconds": verify_seconds,
         "inspect_seconds": inspect_seconds,
         "num_faults": num_faults,
-        "verify": f"{num_faults:,} faults" if num_faults else "sound",
+        "verify": f"{count_of(num_faults, 'fault')}" if num_faults else "sound",
     }
 
 

@@ -198,7 +198,7 @@ def test_the_program_says_what_it_did_and_what_comes_next(
     assert code == 0
     assert "91 images, 0 captions, 91 labels of 3 classes" in text
     assert "1 encoded anew" in text
-    assert "passed over: 1 .txt files" in text
+    assert "passed over: 1 .txt file\n" in text
     assert "dog/page.jpg: no known image format" in text
     assert f"unicl-pretrain --preset NAME --data.train {out} --out RUN" in text
 
@@ -261,7 +261,7 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(
     code, _, errors = run(str(tmp_path / "in"), "--out", str(tmp_path / "out"), capsys=capsys)
     assert code == 2
     assert "nothing could be packed: 1 not an image" in errors
-    assert "passed over: 1 .tar files beside folders (name them to pack them)" in errors
+    assert "passed over: 1 .tar file beside folders (name them to pack them)" in errors
     assert os.listdir(tmp_path) == ["in"]
 
 

@@ -28,7 +28,7 @@ from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, count_of_kind
 
 from .inspect import Inspect, contents_of
 from .verify import Verify
@@ -266,8 +266,8 @@ def _report_build(summary: BuildSummary) -> str:
         taken_over = count_of(summary.num_taken_over, "image")
         lines.append(f"{taken_over} had been packed before this run")
     if summary.passed_over:
-        parts = ", ".join(f"{count:,} {what}" for what, count in summary.passed_over.items())
-        lines.append(f"passed over: {parts}")
+        parts = (count_of_kind(count, kind) for kind, count in summary.passed_over.items())
+        lines.append(f"passed over: {', '.join(parts)}")
     if summary.num_quarantined:
         lines.append(
             f"left out: {summary.num_quarantined:,}, listed in {summary.out}/{QUARANTINE_NAME} - "

@@ -39,6 +39,7 @@ from unicl_fast.conversion.requests import ModelConversion
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
 _CARD_FILE = "README.md"
@@ -63,7 +64,8 @@ def load_source(command: ModelConversion, *, needs_texts: bool = True) -> UniCL:
         )
     print(
         f"read {find_model(command.model)}: {model.config.model.image_encoder}, "
-        f"{len(model.state_dict()):,} entries, {num_parameters(model):,} parameters"
+        f"{count_of(len(model.state_dict()), 'entry')}, "
+        f"{count_of(num_parameters(model), 'parameter')}"
     )
     return model
 

@@ -42,6 +42,7 @@ from unicl_fast.evaluation.requests import Detect, DetectorRecipe
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import heartbeat_and_check_stop
+from unicl_fast.system.wording import count_of
 
 _FITTING = (
     "take timm's ResNet, Swin, ConvNeXt or FocalNet, or unicl_resnet9_small or unicl_convnet7_small"
@@ -240,8 +241,10 @@ def run(command: Detect) -> None:
         steps = max(1, round(command.epochs * len(train.with_boxes) / command.train_batch_size))
         if ranks.is_main:
             print(
-                f"{len(train.with_boxes):,} images with boxes, {len(train.class_names)} classes, "
-                f"{steps:,} steps of {command.train_batch_size} ({local_batch_size} a rank)"
+                f"{count_of(len(train.with_boxes), 'image')} with boxes, "
+                f"{count_of(len(train.class_names), 'class')}, "
+                f"{count_of(steps, 'step')} of {command.train_batch_size} ({local_batch_size} a "
+                "rank)"
             )
         torch.manual_seed(command.seed)  # fresh heads are the same on all ranks
         detector = build_detector(model, command, num_classes=len(train.class_names))

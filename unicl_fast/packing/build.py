@@ -50,6 +50,7 @@ from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_a
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.system.program import require_utf8_names
+from unicl_fast.system.wording import count_of_kind
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -369,7 +370,7 @@ def _pack(
                     made_of={**work.record, "summary": summary},
                 )
                 return summary | {"num_taken_over": num_taken_over}
-    parts = [f"{count:,} {what}" for what, count in passed_over.items()]
+    parts = [count_of_kind(count, kind) for kind, count in passed_over.items()]
     passed = f"\npassed over: {', '.join(parts)}" if parts else ""
     left_out = describe_left_out(writer.aside / QUARANTINE_NAME)
     raise ValueError(f"nothing could be packed: {left_out}{passed}")

@@ -39,6 +39,7 @@ from unicl_fast.system.checksums import (
     format_checksums,
     read_checksums,
 )
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import check_templates
 
 
@@ -105,7 +106,11 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
     if not manifest.num_samples:
         faults.add(MANIFEST_NAME, "manifest", "no samples")
     if manifest.num_labels and not manifest.class_names:
-        faults.add(MANIFEST_NAME, "manifest", f"{manifest.num_labels} labels, but no class names")
+        faults.add(
+            MANIFEST_NAME,
+            "manifest",
+            f"{count_of(manifest.num_labels, 'label')}, but no class names",
+        )
     if manifest.class_names:
         with faults.catch(MANIFEST_NAME, "manifest"):
             check_templates(manifest.templates, origin="templates")

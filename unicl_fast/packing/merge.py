@@ -55,6 +55,7 @@ from unicl_fast.system.checksums import (
     file_checksum,
     read_checksums,
 )
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -138,8 +139,8 @@ def merge_datasets(
         counts, damaged = _copy_all(inputs, samples, writer, unwanted, seed=seed, progress=progress)
         if writer.num_samples == 0:
             raise ValueError(
-                f"nothing was left to copy: {counts[_DAMAGED]} samples are damaged, "
-                f"{counts[_UNWANTED]} were to be left out"
+                f"nothing was left to copy: damaged are {count_of(counts[_DAMAGED], 'sample')}, "
+                f"to be left out {counts[_UNWANTED]:,}"
             )
         first = datasets[0].manifest
         summary = {
@@ -452,7 +453,10 @@ class _Input:
         if text.labels != tuple(self.dataset.labels_of(index).tolist()):
             fault = "its JSON has other labels than labels.npy"
         elif len(text.captions) != len(tokens):
-            fault = f"{len(text.captions)} captions in its JSON, {len(tokens)} in the arrays"
+            fault = (
+                f"{count_of(len(text.captions), 'caption')} in its JSON, {len(tokens)} in "
+                "the arrays"
+            )
         elif self._old_tokenizer is not None and int(row["shard"]) in self._changed_shards:
             again = self._old_tokenizer.encode(text.captions)
             if not all(map(np.array_equal, again, tokens)):

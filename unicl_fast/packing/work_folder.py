@@ -262,13 +262,16 @@ def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]
         digest.update(_ENCODER.encode(fields).encode("ascii"))
     for path in holders:
         digest.update(json.dumps(stamp(path)).encode("ascii"))
-    return labels, f"{len(source.items):,} samples, checksum {digest.hexdigest()}"
+    return labels, f"{count_of(len(source.items), 'sample')}, checksum {digest.hexdigest()}"
 
 
 def stamp_all(paths: Sequence[str]) -> str:
     """A checksum of the stamps of files."""
     text = json.dumps([stamp(path) for path in paths])
-    return f"{len(paths):,} files, checksum {xxhash.xxh3_128_hexdigest(text.encode('ascii'))}"
+    return (
+        f"{count_of(len(paths), 'file')}, checksum "
+        f"{xxhash.xxh3_128_hexdigest(text.encode('ascii'))}"
+    )
 
 
 def _spell_entry(entry: Entry, spool: Spool, holders: dict[str, None]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""What every program does before it reads its arguments.
+"""The first things that every program does, before it reads its arguments.
 
 Names of files and texts mean the same bytes under every locale, and a reader of the output that
 leaves early, as `head` does, is no fault of the program.
@@ -46,7 +46,7 @@ class _Output(io.FileIO):
         try:
             return super().write(data) or 0
         except BrokenPipeError:
-            # The work goes on; so does what C++ libraries write, and Python's flush at the end.
+            # The work continues; what C++ libraries write, and Python's last flush, need it too.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
