@@ -66,7 +66,7 @@ class LimitedProcess:
         try:
             self.connection.recv()
         except (EOFError, OSError):
-            return self.reap() or os.EX_SOFTWARE  # it may have ended without a word
+            return self.reap() or os.EX_SOFTWARE  # it may have ended with 0, and is not ready
         return 0
 
     def kill(self) -> None:

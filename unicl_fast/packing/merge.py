@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -106,7 +106,7 @@ def merge_datasets(
         raise ValueError(f"--seed must lie in 0 to {2**63 - 1:,}, not {seed:,}")
     _refuse_urls(folders, out)
     out = Path(out)
-    if (made_of := read_made_of(out)) is None:
+    if read_made_of(out) is None:
         require_free(out)
     unwanted = LeaveOut(leave_out)
     with contextlib.ExitStack() as stack:
@@ -119,12 +119,8 @@ def merge_datasets(
             ),
             "sources": dict(map(_describe_input, datasets)),
         }
-        if made_of is not None:
-            for what, values in origin.items():
-                require_same_origin(out, what, made_of.get(what, {}), values)
-            known = MergeSummary.values_of(Manifest.load(out), out=out, started=started)
-            outcome = made_of["summary"] | {"damaged": tuple(made_of["summary"]["damaged"])}
-            return MergeSummary(**known, **outcome, was_complete=True)
+        if (complete := _summarize_complete(out, origin, started=started)) is not None:
+            return complete
         manifests = {str(dataset.folder): dataset.manifest for dataset in datasets}
         names, label_maps = join_classes([one.class_names for one in manifests.values()])
         template_list = join_templates(manifests, templates)
@@ -143,7 +139,7 @@ def merge_datasets(
                 f"to be left out {counts[_UNWANTED]:,}"
             )
         first = datasets[0].manifest
-        summary = {
+        summary: dict[str, Any] = {
             "num_left_out": counts[_UNWANTED],
             "num_joined": counts[DUPLICATE],
             "damaged": tuple(damaged),
@@ -161,6 +157,20 @@ def merge_datasets(
             made_of={**origin, "summary": summary},
         )
     return MergeSummary(**MergeSummary.values_of(manifest, out=out, started=started), **summary)
+
+
+def _summarize_complete(
+    out: Path, origin: dict[str, dict[str, Any]], *, started: float
+) -> MergeSummary | None:
+    """The summary of a merge that an earlier run has ended; ValueError if that was another."""
+    made_of = read_made_of(out)
+    if made_of is None:
+        return None
+    for what, values in origin.items():
+        require_same_origin(out, what, made_of.get(what, {}), values)
+    known = MergeSummary.values_of(Manifest.load(out), out=out, started=started)
+    outcome = made_of["summary"] | {"damaged": tuple(made_of["summary"]["damaged"])}
+    return MergeSummary(**known, **outcome, was_complete=True)
 
 
 def _describe_input(dataset: PackedDataset) -> tuple[str, str]:

@@ -103,7 +103,7 @@ class WorkFolder:
 
     @property
     def record(self) -> dict[str, Any]:
-        """What the build is made of, by group; of a complete one also its summary."""
+        """The options and sources of the build; of a complete one also its summary."""
         return self._record
 
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
