@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,8 +14,10 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from inline_checks import check_inline
 from pack_runs import jpeg
 from PIL import Image
 
@@ -93,6 +96,38 @@ def test_samples_are_shuffled_over_the_whole_set(packed: PackedDataset) -> None:
 
 def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+
+
+def test_the_order_in_which_the_system_lists_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal images in equal sources: one given twice, one called like it, links to one folder."""
+    check_inline(monkeypatch)
+    for number in range(12):
+        for place in ("a", "b"):
+            path = tmp_path / place / "train" / ("cat", "dog")[number % 2] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(number // 3))
+    (tmp_path / "links").mkdir()
+    for name in ("x", "y", "z"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / "a" / "train" / "cat")
+    sources = [tmp_path / name for name in ("a/train", "a/train", "b/train", "links")]
+    real = os.scandir
+    outs = []
+    for duplicates in ("keep", "join"):
+        for backwards in (False, True):
+
+            @contextlib.contextmanager
+            def scandir(path: Any = ".", backwards: bool = backwards) -> Iterator[list[Any]]:
+                with real(path) as listing:
+                    yield sorted(listing, key=lambda entry: entry.name, reverse=backwards)
+
+            outs.append(tmp_path / f"{duplicates}-{backwards}")
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "scandir", scandir)
+                build_dataset(sources, outs[-1], duplicates=duplicates, progress=False)
+    assert contents(outs[0]) == contents(outs[1])
+    assert contents(outs[2]) == contents(outs[3])
 
 
 @pytest.mark.slow
