@@ -59,7 +59,9 @@ class Stage(abc.ABC):
             settings.pop(private, None)
         machine = describe_machine(*packages)
         result = {**more, "figures": figures, "settings": settings, "machine": machine}
-        self.json.write_text(json.dumps(result, indent=1, default=_last_parts) + "\n")
+        self.json.write_text(
+            json.dumps(result, indent=1, default=_last_parts) + "\n", encoding="utf-8"
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -205,7 +207,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     Call it once in a fresh process: memory that is held already and used again is not seen.
     """
     gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, proc(5)
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")  # resets the peak, proc(5)
     before = status_bytes("VmRSS")
     work()
     return status_bytes("VmHWM") - before
@@ -213,6 +215,6 @@ def peak_bytes(work: Callable[[], object]) -> int:
 
 def status_bytes(field: str, *, process: int | str = "self") -> int:
     """A size in a process's status file, proc(5); 0 once the process has ended."""
-    status = Path(f"/proc/{process}/status").read_text()
+    status = Path(f"/proc/{process}/status").read_text(encoding="utf-8")
     found = re.search(rf"^{field}:\s*(\d+) kB", status, flags=re.MULTILINE)
     return 1024 * int(found[1]) if found else 0

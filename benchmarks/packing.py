@@ -278,7 +278,7 @@ def make_list(folder: Path, count: int) -> None:
         Image.fromarray(pixels).save(images / f"{number:03d}.png")
     for number in range(-(-count // _SMALL_IMAGES)):
         (folder / f"{number:05d}").symlink_to(images)
-    with (folder / "list.jsonl").open("w") as file:
+    with (folder / "list.jsonl").open("w", encoding="utf-8") as file:
         for number in range(count):
             link, image = divmod(number, _SMALL_IMAGES)
             caption = f"number {number} of many images, with a caption of its own"

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 import tyro
 
+from unicl_fast.system.program import begin_program
+
 STAGES = {
     "input": ("input.race:Input", "images/s, against nine other loaders and the limits"),
     "pack": ("packing:Pack", "packing, against decoding, scaling and encoding in a bare loop"),
@@ -40,7 +42,7 @@ unicl-bench STAGE --help explains the options of a stage."""
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
-    stage, *options = (sys.argv[1:] if argv is None else list(argv)) or ["--help"]
+    stage, *options = (begin_program() if argv is None else list(argv)) or ["--help"]
     if stage not in STAGES:
         lines = [f"  {name:14}{about}" for name, (_, about) in STAGES.items()]
         asked = stage in ("-h", "--help")

@@ -91,6 +91,22 @@ def test_every_room_has_a_floor_and_knows_only_those_below() -> None:
     assert not wrong, "\n".join(sorted(wrong))
 
 
+def test_text_is_read_and_written_as_utf_8() -> None:
+    """Whatever the locale; ruff's PLW1514 sees only what it knows to be a path."""
+    wrong = []
+    for path in ALL_FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+                continue
+            modes = {one.value for one in node.args[:2] if isinstance(one, ast.Constant)}
+            is_text = node.func.attr in ("read_text", "write_text") or (
+                node.func.attr in ("open", "fdopen") and modes & {"r", "w", "a", "x", "r+", "w+"}
+            )
+            if is_text and not any(word.arg == "encoding" for word in node.keywords):
+                wrong.append(f"{path.relative_to(CHECKOUT)}:{node.lineno}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_what_comes_from_outside_is_known_where_it_belongs() -> None:
     wrong = [
         f"{path.relative_to(CHECKOUT)} imports {name}"

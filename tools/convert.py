@@ -6,18 +6,18 @@ are `unicl_fast.conversion.requests`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import tyro
 
 from unicl_fast.conversion.requests import COMMANDS, Conversion
 from unicl_fast.distributed.launch import stop
+from unicl_fast.system.program import begin_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = begin_program() if argv is None else list(argv)
     if argv and argv[0] == "open_clip":  # as the package is spelt
         argv = ["open-clip", *argv[1:]]
     command: Conversion = tyro.extras.subcommand_cli_from_dict(

@@ -18,6 +18,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from unicl_fast.system.program import begin_program
+
 from . import evaluate, pretrain
 from .pack import __main__ as pack_dataset
 
@@ -45,10 +47,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[1])
     parser.add_argument("--out", type=Path, default=Path("demo-run"), help="folder, made anew")
     parser.add_argument("--samples", type=int, default=0, help="samples seen; 0: the preset's")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(begin_program())
     out: Path = arguments.out
     started = time.perf_counter()
-    if out.exists() and not (out / _MARK).is_file() and any(out.iterdir()):
+    is_ours = not out.exists() or (out / _MARK).is_file()
+    if not is_ours and (not out.is_dir() or any(out.iterdir())):
         raise SystemExit(f"{out} holds something else than an earlier demo: choose another --out")
     shutil.rmtree(out, ignore_errors=True)
     out.mkdir(parents=True)
@@ -79,7 +82,7 @@ def main() -> None:
     run(evaluate.main, "unicl-eval", "zero-shot", *held_out)
 
     print_next_steps(trained, seconds=time.perf_counter() - started)
-    print(f"zero-shot top-1: {100 * json.loads(result.read_text())['top1']:.1f}")
+    print(f"zero-shot top-1: {100 * json.loads(result.read_text(encoding='utf-8'))['top1']:.1f}")
 
 
 def run(program: Callable[[Sequence[str]], None], *words: str | Path) -> None:

@@ -7,19 +7,19 @@ their options are `unicl_fast.evaluation.requests`.
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Sequence
 
 import tyro
 
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.evaluation.requests import COMMANDS, Evaluation
+from unicl_fast.system.program import begin_program
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 2 on wrong input."""
     end_with_torchrun()
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = begin_program() if argv is None else list(argv)
     command: Evaluation = tyro.extras.subcommand_cli_from_dict(
         dict(COMMANDS),
         args=argv,

@@ -20,6 +20,8 @@ from numpy.typing import NDArray
 
 from unicl_fast.distributed.launch import stop
 from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
+from unicl_fast.system.program import begin_program
+from unicl_fast.system.wording import count_of
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
     from unicl_fast.ledger.proof import LedgerProof, Run
@@ -53,7 +55,7 @@ class LedgerArguments:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Entry point; exits with 1 where nothing is proven, 2 on wrong input."""
-    argv = sys.argv[1:] if argv is None else list(argv)
+    argv = begin_program() if argv is None else list(argv)
     arguments = tyro.cli(LedgerArguments, args=argv, prog="unicl-ledger")
     from unicl_fast.ledger.proof import prove
 
@@ -153,34 +155,37 @@ def in_words(proof: LedgerProof) -> str:
     """The result for a person."""
     sizes = [segment.header.world_size for segment in proof.segments]
     lines = [
-        f"{proof.steps} steps of {proof.global_batch_size} samples are covered, "
-        f"by {_count(len(sizes), 'start')} of the program on "
-        f"{', then '.join(_count(size, 'rank') for size, _ in itertools.groupby(sizes))}; "
-        f"{_count(proof.num_superseded, 'step')} of them were done twice, after resuming",
+        f"{count_of(proof.steps, 'step')} of {count_of(proof.global_batch_size, 'sample')} "
+        f"{'is' if proof.steps == 1 else 'are'} covered, "
+        f"by {count_of(len(sizes), 'start')} of the program on "
+        f"{', then '.join(count_of(size, 'rank') for size, _ in itertools.groupby(sizes))}; "
+        f"{count_of(proof.num_superseded, 'step')} of them were done twice, after resuming",
     ]
     lines += [
-        f"{source.name}: {source.draws} draws of {source.num_samples} samples, "
-        f"{source.complete_epochs} epochs complete; lost {source.lost}, "
+        f"{source.name}: {count_of(source.draws, 'draw')} "
+        f"of {count_of(source.num_samples, 'sample')}, "
+        f"{count_of(source.complete_epochs, 'epoch')} complete; lost {source.lost}, "
         f"scheduled twice in an epoch {source.scheduled_twice}"
         for source in proof.sources
     ]
-    lines.append(f"substitutes were shown for {_count(proof.num_substituted, 'draw')}")
+    lines.append(f"substitutes were shown for {count_of(proof.num_substituted, 'draw')}")
     by_count = sorted(proof.substitutes.items(), key=lambda item: -item[1].total())
     for (source, sample), shown in by_count[:_MOST_LINES]:
         others = ", ".join(map(str, sorted(shown)[:_MOST_LINES]))
         lines.append(
             f"  for sample {sample} of {proof.sources[source].name}, "
-            f"{_count(shown.total(), 'time')}: {others}"
+            f"{count_of(shown.total(), 'time')}: {others}"
         )
     if len(by_count) > _MOST_LINES:
-        lines.append(f"  and for {len(by_count) - _MOST_LINES} more samples; --json has them all")
+        more = count_of(len(by_count) - _MOST_LINES, "more sample")
+        lines.append(f"  and for {more}; --json has them all")
     lines += [f"note: {note}" for note in proof.notes]
     lines += [f"FAULT: {fault}" for fault in proof.faults]
     for start, end in proof.holes[:_MOST_LINES]:
         which = f"step {start} has" if end == start + 1 else f"steps {start} to {end - 1} have"
         lines.append(f"HOLE: {which} no record of all ranks, though the run resumed from {end}")
     if len(proof.holes) > _MOST_LINES:
-        lines.append(f"and {len(proof.holes) - _MOST_LINES} more holes")
+        lines.append(f"and {count_of(len(proof.holes) - _MOST_LINES, 'more hole')}")
     if proof.holds:
         lines.append("PROVEN: no step is missing, and every epoch schedules each sample once")
     elif proof.holes:
@@ -224,10 +229,6 @@ def as_json(proof: LedgerProof) -> dict[str, Any]:
         "faults": proof.faults,
         "notes": proof.notes,
     }
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from unicl_fast.distributed.signals import (
 )
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.system.checked_fields import require
+from unicl_fast.system.program import begin_program
 
 if TYPE_CHECKING:
     import numpy as np
@@ -87,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with exit_immediately_on_signals(_PROGRAM):
         end_with_torchrun()
         try:
-            _main(sys.argv[1:] if argv is None else list(argv))
+            _main(begin_program() if argv is None else list(argv))
         except (ValueError, FileNotFoundError) as error:
             stop(_PROGRAM, error, code=EXIT_WRONG_INPUT)
         except Interrupted as error:

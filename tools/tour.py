@@ -24,6 +24,9 @@ from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.images.check import ImageFormat
 from unicl_fast.packing.quarantine import read_left_out
+from unicl_fast.system.atomic_files import make_folder
+from unicl_fast.system.program import begin_program
+from unicl_fast.system.wording import count_of
 
 from .pack import __main__ as pack_dataset
 from .pack.inspect import align_columns
@@ -83,6 +86,7 @@ class PackEverything:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point; exits with 1 if a data set is not what was packed, 2 if there is no data."""
+    arguments = begin_program() if arguments is None else arguments
     tour = tyro.cli(PackEverything, args=arguments, prog="pack_everything")
     if unknown := set(tour.sets) - set(DATA_SETS):
         known = ", ".join(sorted(DATA_SETS))
@@ -96,10 +100,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if not there:
         print(f"no test data in {tour.data}: name its folder, or set UNICL_TEST_DATA")
         raise SystemExit(2)
-    if tour.out.exists() and any(tour.out.iterdir()):
-        print(f"{tour.out} is not empty: name another --out, or remove it")
+    if tour.out.exists() and (not tour.out.is_dir() or any(tour.out.iterdir())):
+        print(f"{tour.out} is no empty folder: name another --out, or remove it")
         raise SystemExit(2)
-    tour.out.mkdir(parents=True, exist_ok=True)
+    make_folder(tour.out)
     rows = [_make(name, _build_command(name, tour), tour) for name in there]
     rows.append(_make(_ALL, ["merge", *(tour.out / name for name in there)], tour))
     (tour.out / "table.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
@@ -138,7 +142,7 @@ def _make(name: str, command: _Words, tour: PackEverything) -> dict[str, Any]:
         "verify_seconds": verify_seconds,
         "inspect_seconds": inspect_seconds,
         "num_faults": num_faults,
-        "verify": f"{num_faults:,} faults" if num_faults else "sound",
+        "verify": f"{count_of(num_faults, 'fault')}" if num_faults else "sound",
     }
 
 

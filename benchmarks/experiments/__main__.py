@@ -8,6 +8,8 @@ from typing import Any
 
 import tyro
 
+from unicl_fast.system.program import begin_program
+
 from .full_size import FullSize
 from .small_size import LabelsAndCaptions, Objectives, Switches, Templates
 
@@ -24,6 +26,7 @@ def main() -> None:
     """Entry point; exits with 2 on wrong input, 1 where a run failed."""
     experiment = tyro.extras.subcommand_cli_from_dict(
         _EXPERIMENTS,
+        args=begin_program(),
         prog="python -m unicl_fast.benchmarks.experiments",
         description=sys.modules[__package__].__doc__,
     )

@@ -27,6 +27,7 @@ from scipy import stats
 from tqdm import tqdm
 
 from unicl_fast.config import PrecisionName
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import usable_cores
 from unicl_fast.training.metrics import read_metrics
 
@@ -167,7 +168,7 @@ def _note_options(run: Run, folder: Path) -> None:
     asked = {"pretrain": list(run.pretrain), "evaluations": evaluations}
     path = folder / "asked.json"
     if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         path.write_text(json.dumps(asked, indent=1) + "\n", encoding="utf-8")
     elif (before := json.loads(path.read_text(encoding="utf-8"))) != asked:
         raise RuntimeError(
@@ -185,7 +186,7 @@ def run_program(module: str, options: Sequence[str], log: Path, *, threads: int)
             command, stdout=file, stderr=subprocess.STDOUT, env=environment, check=False
         ).returncode
     if code != 0:
-        end = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        end = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
         raise RuntimeError(f"unicl {module} {' '.join(options)} ended with {code} ({log}):\n{end}")
 
 

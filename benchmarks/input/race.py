@@ -26,6 +26,7 @@ import tyro
 
 from unicl_fast.config import Resample
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.system.program import begin_program
 
 from ..harness import Figures, LoaderStage, Turn, Unit, rate_of, ratio_of, summarise
 from .contenders import (
@@ -336,8 +337,10 @@ class Report:
 
 def main() -> None:
     """Entry point of the second command."""
-    report = tyro.cli(Report, prog="python -m unicl_fast.benchmarks.input.race")
-    results = {path.stem: json.loads(path.read_text()) for path in report.results}
+    report = tyro.cli(
+        Report, args=begin_program(), prog="python -m unicl_fast.benchmarks.input.race"
+    )
+    results = {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in report.results}
     for name, result in results.items():
         print(f"\n{name}\n\n{table(result)}")
     if report.plot is not None:

@@ -224,7 +224,12 @@ def _session_processes(session: int) -> Iterator[tuple[Path, list[str]]]:
     """Folder in /proc and fields of its stat file, from the state on, of each process."""
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):  # ended meanwhile
-            fields = (path / "stat").read_text().rpartition(")")[2].split()
+            fields = (
+                (path / "stat")
+                .read_text(encoding="utf-8", errors="replace")
+                .rpartition(")")[2]
+                .split()
+            )
             if int(fields[3]) == session:
                 yield path, fields
 
@@ -247,7 +252,9 @@ def session_bytes(session: int) -> int:
     unnamed = 0
     for path, _ in _session_processes(session):
         with contextlib.suppress(OSError):  # ended meanwhile
-            for name, sizes in _mappings((path / "smaps").read_text()):
+            for name, sizes in _mappings(
+                (path / "smaps").read_text(encoding="utf-8", errors="replace")
+            ):
                 if name is None:
                     unnamed += sizes["Pss"]
                     continue

@@ -178,7 +178,10 @@ class Memory(Stage):
 def peak_of_a_step(settings: Memory, batch: int, micro: int) -> int:
     """Largest resident size of unicl-pretrain in bytes; at least this process's own."""
     size = str(settings.image_size)
-    with tempfile.TemporaryDirectory() as name, tempfile.TemporaryFile("w+") as output:
+    with (
+        tempfile.TemporaryDirectory() as name,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as output,
+    ):
         command = (
             *(sys.executable, "-m", "unicl_fast.tools.pretrain", "--preset", settings.preset),
             *("--model.image-encoder", settings.image_encoder, "--data.image-size", size),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import os
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -187,6 +189,16 @@ class Trap:
         return Path.touch, (self.path,)
 
 
+class Reducing:
+    """Calls a function when it is unpickled."""
+
+    def __init__(self, function: Callable[..., object]) -> None:
+        self.function = function
+
+    def __reduce__(self) -> tuple:
+        return self.function, ("1",)
+
+
 @pytest.mark.parametrize("zipped", [True, False])
 def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, zipped: bool) -> None:
     file, sprung = tmp_path / "in1k.pth", tmp_path / "sprung"
@@ -203,6 +215,30 @@ def test_a_file_with_code_is_refused_and_its_code_not_run(tmp_path: Path, zipped
         assert sprung.exists()
 
 
+@pytest.mark.parametrize(
+    ("value", "name"),
+    [
+        (argparse.Namespace(a=1), r"argparse\.Namespace"),
+        (Reducing(os.system), r"posix\.system"),  # of a module that torch knows as dangerous
+        (Reducing(eval), r"(__builtin__\.|builtins\.)?eval"),
+    ],
+)
+def test_the_object_that_a_file_is_refused_for_is_named(
+    tmp_path: Path, value: object, name: str
+) -> None:
+    file = tmp_path / "in1k.pth"
+    torch.save({"model": {"x": torch.ones(1)}, "config": value}, file)
+    with pytest.raises(ValueError, match=rf"in1k.pth holds .* besides tensors \({name}\)"):
+        read_official_file(file)
+    file.write_bytes(pickle.dumps({"config": value}, protocol=4))
+    with pytest.raises(ValueError, match=r"in1k.pth is a pickle of protocol 4 or 5, which"):
+        read_official_file(file)
+    file.write_bytes(pickle.dumps(value, protocol=2).replace(b"argparse", b"a\x1b[2J"))
+    with pytest.raises(ValueError, match="besides tensors") as refusal:
+        read_official_file(file)
+    assert str(refusal.value).isprintable()
+
+
 def test_files_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
     whole, file = tmp_path / "whole.pth", tmp_path / "in1k.pth"
     write_official_file(whole, {"logit_scale": torch.ones([]), "x": torch.ones(100, 100)})
@@ -213,7 +249,7 @@ def test_files_that_are_no_checkpoints_are_told_apart(tmp_path: Path) -> None:
     for contents, message in (
         (whole.read_bytes()[:-200], "cut short"),
         (b"<html>404 Not Found</html>", "no checkpoint that torch can read"),
-        (pickle.dumps({"x": 1}, protocol=4), "no checkpoint that torch can read"),
+        (pickle.dumps({"x": 1}, protocol=4), "is a pickle of protocol 4 or 5"),
         (b"", "no checkpoint that torch can read"),
     ):
         file.write_bytes(contents)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
@@ -13,8 +14,10 @@ import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+from inline_checks import check_inline
 from pack_runs import jpeg
 from PIL import Image
 
@@ -95,6 +98,63 @@ def contents(out: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
+def test_the_order_in_which_the_system_lists_leaves_no_trace(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal images in equal sources: one given twice, one called like it, links to one folder."""
+    check_inline(monkeypatch)
+    for number in range(12):
+        for place in ("a", "b"):
+            path = tmp_path / place / "train" / ("cat", "dog")[number % 2] / f"{number}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(jpeg(number // 3))
+    (tmp_path / "links").mkdir()
+    for name in ("x", "y", "z"):
+        (tmp_path / "links" / name).symlink_to(tmp_path / "a" / "train" / "cat")
+    sources = [tmp_path / name for name in ("a/train", "a/train", "b/train", "links")]
+    real = os.scandir
+    outs = []
+    for duplicates in ("keep", "join"):
+        for backwards in (False, True):
+
+            @contextlib.contextmanager
+            def scandir(path: Any = ".", backwards: bool = backwards) -> Iterator[list[Any]]:
+                with real(path) as listing:
+                    yield sorted(listing, key=lambda entry: entry.name, reverse=backwards)
+
+            outs.append(tmp_path / f"{duplicates}-{backwards}")
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "scandir", scandir)
+                build_dataset(sources, outs[-1], duplicates=duplicates, progress=False)
+    assert contents(outs[0]) == contents(outs[1])
+    assert contents(outs[2]) == contents(outs[3])
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_locale_leaves_no_trace(tmp_path: Path) -> None:
+    """Nor do bytes of names that are not UTF-8."""
+    photos = tmp_path / "m\u00fcller" / "photos"
+    (photos / "h\u00fchner").mkdir(parents=True)
+    for number, name in enumerate((b"\xc3\xa9.jpg", b"\xe9.jpg")):
+        (photos / "h\u00fchner" / os.fsdecode(name)).write_bytes(jpeg(number))
+    rows = [{"image": "h\u00fchner/\u00e9.jpg", "caption": "zwei H\u00fchner"}]
+    path = photos.parent / "list.jsonl"
+    path.write_text(json.dumps(rows[0], ensure_ascii=False), encoding="utf-8")
+    sources = [str(photos), str(path)]
+    build_dataset(sources, tmp_path / "here", image_root=str(photos), workers=1, progress=False)
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "unicl_fast.tools.pack", "build", *sources),
+            *("--image-root", str(photos), "--workers", "1", "--out", str(tmp_path / "there")),
+        ],
+        env=os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        check=True,
+        timeout=120,
+    )
+    assert contents(tmp_path / "here") == contents(tmp_path / "there")
+
+
 def test_the_number_of_workers_leaves_no_trace(
     packed: PackedDataset, folder: Path, tmp_path: Path
 ) -> None:
@@ -173,7 +233,7 @@ def test_the_program_says_what_it_did_and_what_comes_next(
     assert code == 0
     assert "91 images, 0 captions, 91 labels of 3 classes" in text
     assert "1 encoded anew" in text
-    assert "passed over: 1 .txt files" in text
+    assert "passed over: 1 .txt file\n" in text
     assert "dog/page.jpg: no known image format" in text
     assert f"unicl-pretrain --preset NAME --data.train {out} --out RUN" in text
 
@@ -236,7 +296,7 @@ def test_nothing_to_pack_is_an_error_and_leaves_nothing(
     code, _, errors = run(str(tmp_path / "in"), "--out", str(tmp_path / "out"), capsys=capsys)
     assert code == 2
     assert "nothing could be packed: 1 not an image" in errors
-    assert "passed over: 1 .tar files beside folders (name them to pack them)" in errors
+    assert "passed over: 1 .tar file beside folders (name them to pack them)" in errors
     assert os.listdir(tmp_path) == ["in"]
 
 

@@ -8,6 +8,7 @@ import json
 import os
 import random
 import re
+import resource
 import shutil
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from PIL import Image
 from unicl_fast.dataset import writer as shard_writer
 from unicl_fast.dataset.growing_files import FinishedShard, ShardJournal, read_journal
 from unicl_fast.dataset.object_store import ObjectStore
-from unicl_fast.dataset.writer import DatasetWriter
+from unicl_fast.dataset.writer import MADE_OF_NAME, DatasetWriter
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing import work_folder
 from unicl_fast.packing.build import BuildSummary, build_dataset
@@ -43,7 +44,9 @@ Kill = Callable[[], None]
 
 
 def contents(out: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
+    """All files of a data set; made-of.json, which holds times and paths, is none."""
+    names = sorted(set(os.listdir(out)) - {MADE_OF_NAME})
+    return {name: (out / name).read_bytes() for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +147,55 @@ PLACES: dict[str, tuple[Callable[[pytest.MonkeyPatch], None], int]] = {
     "before the renaming": (lambda p: at_call(p, Path, "rename", 1, after=False), -1),
     "behind the renaming": (lambda p: at_call(p, Path, "rename", 1, after=True), -1),
 }
+
+
+@pytest.mark.parametrize("place", ["with its work half removed", "when all is done"])
+def test_a_build_killed_at_its_very_end_is_complete_for_the_same_command(
+    sources: list[Path],
+    unbroken: dict[str, bytes],
+    checked: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    place: str,
+) -> None:
+    """A scheduler that starts the job again must not hear of wrong usage."""
+    out = tmp_path / "set"
+    with pytest.MonkeyPatch.context() as patch:
+        if place == "with its work half removed":
+            at_call(patch, os, "rmdir", 1, after=False)
+        else:
+            at_call(patch, work_folder.WorkFolder, "remove", 1, after=True)
+        killed(lambda: build(sources, out))
+    command = ("build", *sources, "--out", out, "--shard-bytes", SHARD_BYTES)
+    code, printed = run_pack(*command, "--workers", 2, capsys=capsys)
+    assert (code, "complete already" in printed) == (0, True), printed
+    assert "left out: 13, listed in" in printed
+    assert not checked
+    assert contents(out) == unbroken
+    assert os.listdir(tmp_path) == ["set"]
+    code, printed = run_pack(*command, "--seed", 1, capsys=capsys)
+    assert code == 2
+    assert "already holds a packed data set, made with other options:\n  --seed: it" in printed
+    (out / "manifest.json").write_bytes(unbroken["manifest.json"] + b" ")
+    code, printed = run_pack(*command, capsys=capsys)
+    assert (code, "already holds a packed data set; name" in printed) == (2, True)
+    assert os.listdir(tmp_path) == ["set"]
+
+
+def test_a_finished_build_of_changed_sources_is_another(
+    checked: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = tmp_path / "photos" / "cat" / "1.jpg"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(jpeg(1))
+    command = ("build", tmp_path / "photos", "--out", tmp_path / "set", "--format", "raw")
+    assert run_pack(*command, capsys=capsys)[0] == 0
+    code, printed = run_pack(*command, capsys=capsys)
+    assert (code, "complete already" in printed) == (0, True)
+    image.write_bytes(jpeg(2))
+    code, printed = run_pack(*command, capsys=capsys)
+    assert code == 2
+    assert "set already holds a packed data set, made with other sources:\n  source 1" in printed
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -477,6 +529,36 @@ def test_a_stopped_build_says_what_is_kept(
     code, printed = run_pack("build", *arguments, capsys=capsys)
     assert code == 0
     assert "images had been packed before this run" in printed
+
+
+def test_a_full_disk_is_no_wrong_usage_and_the_build_resumes(
+    sources: list[Path],
+    unbroken: dict[str, bytes],
+    checked: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ("build", *sources, "--out", tmp_path / "set", "--shard-bytes", SHARD_BYTES)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    real, calls = ShardJournal.append, []
+
+    def append(self: ShardJournal, finished: FinishedShard) -> None:
+        real(self, finished)
+        calls.append(finished)
+        if len(calls) == 2:  # no file may grow beyond it, and the next shard wants to
+            resource.setrlimit(resource.RLIMIT_FSIZE, (12_000, before[1]))
+
+    monkeypatch.setattr(ShardJournal, "append", append)
+    try:
+        code, printed = run_pack(*command, capsys=capsys)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert code == 1, printed
+    assert f"File too large: '{tmp_path}/set.partial/set'\nmake room there, then" in printed
+    assert "set.partial keeps 2 finished shards" in printed
+    assert run_pack(*command, capsys=capsys)[0] == 0
+    assert contents(tmp_path / "set") == unbroken
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt(), SystemExit(143), OSError("disk full")])

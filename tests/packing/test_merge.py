@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import numpy as np
 import pytest
 import xxhash
 from damage import copy_of, flip_byte, mend_checksums
-from pack_runs import jpeg
+from pack_runs import jpeg, run_pack
 
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.dataset.stored_samples import SampleReader
@@ -117,6 +118,38 @@ def test_a_merge_is_one_build_of_all_sources(packed: dict[str, Path], tmp_path: 
         assert merged.manifest.source == both.manifest.source
         has_caption = merged.samples["captions_count"] > 0
     assert 3 < has_caption[:25].sum() < 22  # shuffled over both
+
+
+def test_a_merge_that_is_done_is_complete_for_the_same_command(
+    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "set"
+    shutil.copytree(packed["photos"], tmp_path / "photos")
+    command = ("merge", tmp_path / "photos", packed["pairs"], "--out", out)
+    assert run_pack(*command, capsys=capsys)[0] == 0
+    before = contents(out)
+    code, printed = run_pack(*command, capsys=capsys)
+    assert (code, "complete already" in printed) == (0, True), printed
+    assert contents(out) == before
+    code, printed = run_pack(*command, "--duplicates", "join", capsys=capsys)
+    assert (code, "made with other options:\n  --duplicates" in printed) == (2, True), printed
+    (tmp_path / "photos" / "checksums.txt").unlink()
+    code, printed = run_pack(*command, capsys=capsys)
+    assert (code, "made with other sources:" in printed) == (2, True), printed
+
+
+@pytest.mark.parametrize("name", ["file", "file/set"])
+def test_a_file_as_the_output_is_named(
+    packed: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    (tmp_path / "file").touch()
+    for command in (("merge", packed["photos"]), ("build", tmp_path)):
+        code, printed = run_pack(*command, "--out", tmp_path / name, capsys=capsys)
+        assert code == 2
+        assert f"{tmp_path}/file" in printed
+        assert "name another" in printed
+        assert "Errno" not in printed
+    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_a_merge_of_raw_sets_is_one_raw_build(raw: dict[str, Path], tmp_path: Path) -> None:

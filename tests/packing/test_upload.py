@@ -131,19 +131,42 @@ def test_what_was_uploaded_later_is_not_said_to_be_missing(
         with pytest.raises(RuntimeError, match="packed, but not uploaded: the line is cut"):
             build(photos, url)
     (packed,) = work.glob("*/set")
-    with pytest.raises(ValueError, match="not uploaded: resume by unicl-pack upload"):
-        build(photos, url)
     code, text = run_pack("upload", packed, "--out", url, capsys=capsys)
     assert code == 0
     assert f"is not needed any more: rm -r {packed.parent}" in text
     code, text = run_pack("upload", packed, "--out", f"{url}-2", capsys=capsys)
     assert code == 0
     assert "not needed" not in text
-    with pytest.raises(ValueError, match=r"holds the data set .* already .*is removed now"):
-        build(photos, url)
+    build(photos, url)
     assert not os.listdir(work)
     with pytest.raises(ValueError, match="already holds another packed data set"):
         build(photos, url)
+
+
+def test_the_same_build_resumes_an_upload_that_was_cut_off(
+    photos: Path, url: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, sent = remote._send, []
+
+    def send(store: ObjectStore, path: Path, expected: str) -> None:
+        if len(sent) == 2:
+            raise OSError("the line is cut")
+        sent.append(path.name)
+        real(store, path, expected)
+
+    monkeypatch.setattr(remote, "_send", send)
+    with pytest.raises(RuntimeError, match="packed, but not uploaded: the line is cut"):
+        build(photos, url)
+    monkeypatch.setattr(remote, "_send", real)
+    with pytest.raises(ValueError, match="made with other options:\n  --seed"):
+        build_anywhere([str(photos)], url, workers=1, shard_bytes=SHARD_BYTES, seed=1)
+    build(photos, url)
+    assert not os.listdir(work)
+    build(photos, str(tmp_path / "whole"))
+    store = tmp_path / "store" / "new" / "set"
+    for name in os.listdir(store):
+        assert (store / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+    assert set(os.listdir(tmp_path / "whole")) - set(os.listdir(store)) == {"made-of.json"}
 
 
 def test_a_build_to_a_url_that_fails_leaves_nothing(url: str, work: Path, tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry
+from bad_entries import Crashing, CrashingOnce, Faulty, Hanging, Hungry, KillingAtStart
 from pack_runs import jpeg
 from PIL import Image
 
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing import build as build_module
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.sources.items import Entry, ListOptions, RefusedEntry, Source
@@ -89,6 +90,7 @@ def build(
     monkeypatch.setattr(build_module, "read_sources", replaced)
     build_dataset([folder], out, workers=workers, image_seconds=2, progress=False)
     monkeypatch.undo()
+    (out / MADE_OF_NAME).unlink()  # which knows the entries, and is no part of the data set
     return {path.name: path.read_bytes() for path in sorted(out.iterdir())}
 
 
@@ -121,6 +123,24 @@ def test_a_death_that_was_not_the_images_fault_costs_nothing(tmp_path: Path) -> 
     assert [result.image.data for result in results if isinstance(result, Checked)] == [
         jpeg(number) for number in range(3)
     ]
+
+
+@pytest.mark.parametrize("times", [1, 99])
+def test_a_worker_that_is_killed_while_it_starts_is_started_again(
+    tmp_path: Path, times: int
+) -> None:
+    """The kernel's OOM killer does not wait for the first image."""
+    killing = KillingAtStart(
+        **dataclasses.asdict(options(seconds=5)), folder=str(tmp_path), times=times
+    )
+    tasks = [Task(name=str(number), entry=CrashingOnce("/", jpeg(number))) for number in range(3)]
+    results = check_in_order(tasks, options=killing, context_length=77, workers=1)
+    if times == 1:
+        assert all(isinstance(result, Checked) for result in results)
+        return
+    with pytest.raises(RuntimeError, match=r"could not start \(exit code -9\)"):
+        list(results)
+    assert len(list(tmp_path.iterdir())) == 3, "not for ever"
 
 
 def test_captions_are_tokenised_after_a_crash_as_before(tmp_path: Path) -> None:

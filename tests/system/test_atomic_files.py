@@ -13,11 +13,34 @@ import pytest
 from unicl_fast.system.atomic_files import (
     is_at,
     lock,
+    make_folder,
     read_fully,
     replacing,
+    sole_writer,
     temporary_folder,
     write_text_atomically,
 )
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("file", "file is no folder; name another one"),
+        ("file/a/b", "b cannot be made a folder: .*file is none; name another one"),
+        ("link", "link is no folder; name another one"),
+    ],
+)
+def test_a_file_in_the_place_of_a_folder_is_named(tmp_path: Path, name: str, message: str) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(ValueError, match=message):
+        make_folder(tmp_path / name)
+    with pytest.raises(ValueError, match=message), sole_writer(tmp_path / name):  # unicl-pretrain
+        pass
+    make_folder(tmp_path / "c" / "d")
+    make_folder(tmp_path / "c" / "d")
+    assert (tmp_path / "c" / "d").is_dir()
+
 
 HOLDING = """
 import sys, time

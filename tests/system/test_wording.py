@@ -11,7 +11,13 @@ from pack_runs import jpeg, run_pack
 from small_runs import StepLoader, tiny_config
 
 from unicl_fast.checkpoints.files import list_checkpoints
-from unicl_fast.system.wording import config_diff, count_of, refuse_differences, shorten
+from unicl_fast.system.wording import (
+    config_diff,
+    count_of,
+    count_of_kind,
+    refuse_differences,
+    shorten,
+)
 from unicl_fast.training.trainer import Trainer
 
 DATA: dict[str, Any] = {
@@ -30,6 +36,10 @@ def test_one_thing_is_no_plural() -> None:
     assert count_of(1, "image") == "1 image"
     assert count_of(0, "class") == "0 classes"
     assert count_of(2000, "caption") == "2,000 captions"
+    assert [count_of(n, "entry") for n in (1, 3)] == ["1 entry", "3 entries"]
+    assert count_of_kind(1, "rows that --where left out") == "1 row that --where left out"
+    assert count_of_kind(1, "folder _tmps") == "1 folder _tmps"
+    assert count_of_kind(2000, ".txt files") == "2,000 .txt files"
 
 
 def test_a_data_set_of_one_image_is_spoken_of_in_the_singular(

@@ -128,11 +128,27 @@ def test_separate_labels_are_different_classes_and_meet_in_equal_names(
     assert prompts.classes_of(0, 0) == prompts.classes_of(1, 1) == 0
     assert len({*prompts.classes_of(0, [0, 1]).tolist(), int(prompts.classes_of(1, 0))}) == 3
     assert prompts.merged_classes == (((0, 0), (1, 1)),)
-    assert "'cat' (source 0, label 0), 'Cat' (source 1, label 1)" in caplog.text
+    assert "'cat' (source 0, label 0) = 'Cat' (source 1, label 1)" in caplog.text
     assert prompts.classes_of(1, [-1, 1]).tolist() == [-1, 0]
     # The other prompt of "cat" follows, though the second source does not have it.
     art_of_cat = pad(tokenizer.encode(["art of the cat."]))
     assert prompts.lookup(art_of_cat).tolist() == [0]
+
+
+def test_many_classes_that_meet_are_one_line_of_the_log(
+    tokenizer: Tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two data sets of one label space have all their classes in common."""
+    names = tuple(f"thing {number}" for number in range(155))
+    with caplog.at_level(logging.INFO, logger="unicl_fast.text.prompts"):
+        prompts = ClassPrompts([(names, SIMPLE_TEMPLATES)] * 2, tokenizer)
+    assert len(prompts.merged_classes) == 155
+    (record,) = caplog.records
+    message = record.getMessage()
+    assert message.startswith("classes that have a prompt in common are one class in training, ")
+    assert "155 groups of them: 'thing 0' (source 0, label 0) = 'thing 0' (source 1" in message
+    assert message.count("thing") == 6
+    assert message.endswith("; and 152 more, all of which are in ClassPrompts.merged_classes")
 
 
 def test_classes_are_merged_along_chains_of_common_prompts(tokenizer: Tokenizer) -> None:

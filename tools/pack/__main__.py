@@ -22,15 +22,18 @@ import tyro
 
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES
+from unicl_fast.distributed.signals import EXIT_FAULT
 from unicl_fast.packing.build import BuildOptions, BuildSummary
 from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
-from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
+from unicl_fast.system.program import begin_program
+from unicl_fast.system.wording import count_of, count_of_kind
 
 from .inspect import Inspect, contents_of
 from .verify import Verify
 
+_COMPLETE = "complete already: an earlier run of this command has written all of it"
 _WORDNET_ID = re.compile(r"n\d{8}")
 
 
@@ -217,7 +220,8 @@ COMMANDS: dict[str, Callable[..., Any]] = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line; exits with 0 when done, 1 for faults found, 2 for wrong input or usage."""
+    """The command line; 0 when done, 1 for faults found or a full disk, 2 for wrong input."""
+    arguments = begin_program() if arguments is None else arguments
     signal.signal(signal.SIGTERM, _stop)
     command = tyro.extras.subcommand_cli_from_dict(COMMANDS, args=arguments, prog="unicl-pack")
     try:
@@ -226,7 +230,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         code = int(stop.code or 0) if isinstance(stop, SystemExit) else 130
         _fail(f"stopped; {_how_to_resume(stop) or 'this run has written nothing'}", code=code)
     except (OSError, RuntimeError) as error:
-        _fail("\n".join(filter(None, [str(error), _how_to_resume(error)])), code=2)
+        is_full = isinstance(error, OSError) and error.errno in FULL_DISK
+        advice = "make room there, then give the same command again" if is_full else ""
+        lines = [str(error), advice, _how_to_resume(error)]
+        _fail("\n".join(filter(None, lines)), code=EXIT_FAULT if is_full else 2)
     except ValueError as error:
         _fail(str(error), code=2)
     _print(report, sys.stdout)
@@ -253,12 +260,14 @@ def _report_build(summary: BuildSummary) -> str:
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, {rate:,.0f} images/s; "
         + treatment,
     ]
-    if summary.num_taken_over:
+    if summary.was_complete:
+        lines[1:] = [_COMPLETE]
+    elif summary.num_taken_over:
         taken_over = count_of(summary.num_taken_over, "image")
         lines.append(f"{taken_over} had been packed before this run")
     if summary.passed_over:
-        parts = ", ".join(f"{count:,} {what}" for what, count in summary.passed_over.items())
-        lines.append(f"passed over: {parts}")
+        parts = (count_of_kind(count, kind) for kind, count in summary.passed_over.items())
+        lines.append(f"passed over: {', '.join(parts)}")
     if summary.num_quarantined:
         lines.append(
             f"left out: {summary.num_quarantined:,}, listed in {summary.out}/{QUARANTINE_NAME} - "
@@ -286,6 +295,8 @@ def _report_merge(summary: MergeSummary, *, leave_out: str) -> str:
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s, "
         f"{summary.num_samples / summary.seconds:,.0f} images/s, all byte for byte",
     ]
+    if summary.was_complete:
+        lines[1:] = [_COMPLETE]
     if leave_out:
         lines.append(f"left out, since {leave_out} names them: {summary.num_left_out:,}")
     if summary.num_joined:

@@ -44,6 +44,7 @@ from unicl_fast.pipelines.plan.augment import (
     write_operation,
 )
 from unicl_fast.pipelines.plan.crop import random_windows
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.keyed_random import fold_key, random_below, random_unit
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.figures import plain_texts
@@ -280,5 +281,5 @@ def _draw(strips: list[tuple[str, list[Any], list[str]]], options: Show) -> None
             axis.spines[:].set_visible(False)
             wrapped = textwrap.wrap(note, 24, max_lines=3, placeholder=" ...")
             axis.set_xlabel("\n".join(wrapped), fontsize=7, color=_FAINT)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(options.out.parent)
     figure.savefig(options.out, format="png")

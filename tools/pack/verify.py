@@ -19,6 +19,7 @@ from unicl_fast.packing.folder_check import Fault
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.packing.verify import VerifySummary, verify_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
+from unicl_fast.system.wording import count_of
 
 _MOST_IN_JSON = 10_000
 """Faults that are kept in memory; --list has them all."""
@@ -126,8 +127,8 @@ def _in_words(summary: VerifySummary, first: list[Fault], listed: Path | None) -
         lines.append(f"{rest}, listed in {listed}" if listed else f"{rest}; --list FILE has all")
     decoded = "kept as pixels" if summary.is_raw else f"{summary.num_decoded:,} decoded"
     looked_at = (
-        f"{summary.num_samples:,} images ({decoded}), "
-        f"{summary.num_captions:,} captions, {summary.num_labels:,} labels, "
+        f"{count_of(summary.num_samples, 'image')} ({decoded}), "
+        f"{count_of(summary.num_captions, 'caption')}, {count_of(summary.num_labels, 'label')}, "
         f"{summary.num_bytes / 1e6:,.1f} MB in {summary.seconds:,.1f} s"
     )
     if summary.num_faults:

@@ -37,8 +37,9 @@ from unicl_fast.checkpoints.load import find_model, load_model
 from unicl_fast.config import TrainConfig, config_to_dict
 from unicl_fast.conversion.requests import ModelConversion
 from unicl_fast.models.unicl import UniCL
-from unicl_fast.system.atomic_files import temporary_folder
+from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.checksums import file_checksum
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
 _CARD_FILE = "README.md"
@@ -63,7 +64,8 @@ def load_source(command: ModelConversion, *, needs_texts: bool = True) -> UniCL:
         )
     print(
         f"read {find_model(command.model)}: {model.config.model.image_encoder}, "
-        f"{len(model.state_dict()):,} entries, {num_parameters(model):,} parameters"
+        f"{count_of(len(model.state_dict()), 'entry')}, "
+        f"{count_of(num_parameters(model), 'parameter')}"
     )
     return model
 
@@ -99,7 +101,7 @@ def new_file(path: Path) -> Iterator[Path]:
         OSError: it cannot be written.
     """
     require_new(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     with temporary_folder(f".{path.name}.partial-", root=path.parent) as folder:
         aside = folder / path.name
         yield aside

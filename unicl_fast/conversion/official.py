@@ -40,7 +40,10 @@ _OLD_NAMES = (
 )
 _TABLES = re.compile(r"\.(attn_mask|relative_position_index)$")
 _DOWNSAMPLE = re.compile(r"^image_encoder\.layers\.(\d+)\.downsample\.")
-_FOREIGN_OBJECT = re.compile(r"Unsupported global: GLOBAL ([\w.]+)")
+# torch says it in two ways: of modules that it knows as dangerous (os.system), and of all others
+_FOREIGN_OBJECT = re.compile(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)")
+_NEW_PROTOCOL = "Unsupported operand 149"
+"""The operation FRAME, with which pickles of protocols 4 and 5 begin."""
 _TORCH_ADVICE = re.compile(r"^Weights only load failed.*WeightsUnpickler error:", re.DOTALL)
 _ZIP = b"PK\x03\x04"
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -235,15 +238,27 @@ def write_official_file(path: Path, entries: Mapping[str, Tensor]) -> None:
     torch.save({"model": copies}, path)
 
 
+def _printable(name: str) -> str:
+    """A name out of a file of somebody's, which the terminal must not obey."""
+    return name.encode("unicode_escape").decode("ascii")[:200]
+
+
 def _why_not(path: Path, error: Exception) -> str:
     text = str(error)
     foreign = _FOREIGN_OBJECT.search(text)
     if foreign is not None:
         return (
-            f"{path} holds Python objects besides tensors ({foreign.group(1)}), which could run "
-            "any code: it was not read. If it is a training checkpoint that you made yourself, "
+            f"{path} holds Python objects besides tensors ({_printable(foreign[1])}), which could "
+            "run any code: it was not read. If it is a training checkpoint that you made yourself, "
             "save its weights alone where you made it: "
             'torch.save({"model": torch.load(FILE, weights_only=False)["model"]}, NEW)'
+        )
+    if _NEW_PROTOCOL in text or "TorchScript" in text:
+        kind = "a TorchScript program" if "TorchScript" in text else "a pickle of protocol 4 or 5"
+        return (
+            f"{path} is {kind}, which torch reads only together with any code in it: it was not "
+            'read. Save its weights alone where it was made: torch.save({"model": '
+            "MODEL.state_dict()}, NEW)"
         )
     # torch advises to read the file all the same, code included: that is cut off
     reason = _TORCH_ADVICE.sub("", text).strip().split("\n")[0][:200] or type(error).__name__

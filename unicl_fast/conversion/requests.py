@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Literal
 
 from unicl_fast.config import DataConfig
+from unicl_fast.system.wording import count_of
 
 
 class Conversion(abc.ABC):
@@ -59,7 +60,7 @@ class FromOfficial(Conversion):
         require_new(self.out)
         entries = official.read_official_file(self.file)
         size = official.num_parameters(entries)
-        print(f"read {self.file}: {len(entries):,} entries, {size:,} parameters")
+        print(f"read {self.file}: {count_of(len(entries), 'entry')}, {count_of(size, 'parameter')}")
         model = official.model_of(entries, source=self.file)
         origin = {
             "converted from": f"{self.file.name}, a checkpoint in the layout of microsoft/UniCL",
@@ -127,7 +128,10 @@ class ToOfficial(ModelConversion):
             assert again.keys() == entries.keys()
             assert all(torch.equal(again[name], entries[name]) for name in entries)
         print_written(self.out)
-        print(f"{len(entries):,} entries, {official.num_parameters(entries):,} parameters")
+        print(
+            f"{count_of(len(entries), 'entry')}, "
+            f"{count_of(official.num_parameters(entries), 'parameter')}"
+        )
         data = model.config.data
         print(f"the file cannot hold it: this model wants {_view(data)}; set that in the config")
         theirs = [official.IMAGENET_MEAN, official.IMAGENET_STD]

@@ -287,7 +287,7 @@ def copy_small_files(store: ObjectStore, cache_folder: Path, names: Iterable[str
     above = cache_folder / "datasets"
     folder = above / identity / store.name
     folder.mkdir(parents=True, exist_ok=True)
-    with (above / f"{identity}.lock").open("w") as file:
+    with (above / f"{identity}.lock").open("wb") as file:
         while not lock(file.fileno()):  # its holder shows progress of its own
             mark_progress()
             time.sleep(0.05)

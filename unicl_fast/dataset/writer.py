@@ -9,12 +9,13 @@ samples and their order only. Images are taken as they come; checking them belon
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
 import shutil
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,8 +47,14 @@ from unicl_fast.dataset.manifest import (
     shard_name,
 )
 from unicl_fast.dataset.reader import QUARANTINE_COLUMNS, QUARANTINE_NAME, sample_key
-from unicl_fast.system.atomic_files import flush_to_disk
-from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, format_checksums
+from unicl_fast.system.atomic_files import flush_to_disk, make_folder, naming_full_disk
+from unicl_fast.system.checksums import (
+    CHECKSUMS_NAME,
+    dump_checksummed_json,
+    file_checksum,
+    format_checksums,
+    parse_checksummed_json,
+)
 
 DEFAULT_SHARD_BYTES = 512_000_000
 """A shard is closed before it would grow beyond this: large enough for sequential reads, small
@@ -55,6 +62,10 @@ enough to copy and to check one by one."""
 
 SET_NAME, JOURNAL_NAME = "set", "journal"
 """Names in a folder to work in: the data set so far, and the journal of its shards."""
+MADE_OF_NAME = "made-of.json"
+"""Options and sources, by which the command that made a data set knows it again. It is no part of
+the data set, which is the same bytes wherever and whenever it is packed: paths and times are in
+it."""
 
 _SAMPLE_ROW = struct.Struct("<IQIHHQQHQH")
 _CAPTION_ROW = struct.Struct("<QB")
@@ -111,7 +122,7 @@ class DatasetWriter:
             raise ValueError(f"shard_bytes must be positive, not {shard_bytes}")
         self.out = Path(out)
         require_free(self.out)
-        self.out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self.out.parent)
         self._work = work
         unique = self.out.with_name(f"{self.out.name}.partial-{secrets.token_hex(4)}")
         self.aside = unique if work is None else work / SET_NAME
@@ -144,8 +155,11 @@ class DatasetWriter:
     def __enter__(self) -> DatasetWriter:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.discard()
+        if isinstance(error, OSError):
+            with naming_full_disk(self.aside):
+                raise error
 
     @property
     def num_places(self) -> int:
@@ -207,8 +221,12 @@ class DatasetWriter:
         source: Sequence[str],
         seed: int,
         tool_version: str,
+        made_of: Mapping[str, Any] | None = None,
     ) -> Manifest:
-        """Closes and syncs all files, writes the manifest and renames the folder into place."""
+        """Closes and syncs all files, writes the manifest and renames the folder into place.
+
+        `made_of` are JSON values for `read_made_of`.
+        """
         if self.num_samples == 0:
             raise ValueError("a data set needs at least one sample")
         self._close_shard()
@@ -244,6 +262,11 @@ class DatasetWriter:
         # lone surrogates stand for bytes of a file name; as escapes they are good JSON
         manifest_bytes = manifest.to_json().encode("utf-8", "backslashreplace")
         self._write_checksums(manifest_bytes, pixels)
+        if made_of is not None:
+            note = dump_checksummed_json({**made_of, MANIFEST_NAME: _checksum_of(manifest_bytes)})
+            with (self.aside / MADE_OF_NAME).open("w", encoding="utf-8") as text:
+                text.write(note)
+                sync_and_close(text)
         with (self.aside / MANIFEST_NAME).open("wb") as file:
             file.write(manifest_bytes)
             sync_and_close(file)
@@ -260,7 +283,7 @@ class DatasetWriter:
         known = {shard.name: shard.xxh3 for shard in self._shards}
         if pixels is not None:
             known[PIXELS_NAME] = pixels.xxh3
-        known[MANIFEST_NAME] = xxhash.xxh3_64_hexdigest(manifest)
+        known[MANIFEST_NAME] = _checksum_of(manifest)
         others = (path for path in self.aside.iterdir() if path.name not in known)
         known |= {path.name: file_checksum(path) for path in others}
         with (self.aside / CHECKSUMS_NAME).open("w", encoding="utf-8") as file:
@@ -273,7 +296,8 @@ class DatasetWriter:
             return
         for file in (self._shard, *self._files().values()):
             if file is not None:
-                file.file.close()
+                with contextlib.suppress(OSError):  # a full disk, whose error has come before
+                    file.file.close()
         if self._journal is not None:
             self._journal.close()
         if self._work is None:
@@ -371,6 +395,21 @@ def _whole_shards(folder: Path, work: Path) -> list[FinishedShard]:
     while whole and file_checksum(folder / whole[-1].shard.name) != whole[-1].shard.xxh3:
         whole.pop()
     return whole
+
+
+def read_made_of(out: Path) -> dict[str, Any] | None:
+    """Reads what `finish` was told that a data set is made of; None for one without it."""
+    try:
+        found = parse_checksummed_json((out / MADE_OF_NAME).read_bytes())
+        manifest = (out / MANIFEST_NAME).read_bytes()
+    except (ValueError, OSError):
+        return None
+    # another data set may have been copied over the one that it was written with
+    return found if found.pop(MANIFEST_NAME, "") == _checksum_of(manifest) else None
+
+
+def _checksum_of(manifest: bytes) -> str:
+    return str(xxhash.xxh3_64_hexdigest(manifest))
 
 
 def require_free(out: Path) -> None:

@@ -29,6 +29,7 @@ from unicl_fast.evaluation.requests import Metric, MetricChoice
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.samples import read_label_space
 from unicl_fast.system.atomic_files import temporary_folder
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import (
     CLIP_BENCHMARK,
     clip_benchmark_list,
@@ -179,7 +180,8 @@ def open_data(
             given = read_label_space(class_names).names
             if len(given) != len(names):
                 raise ValueError(
-                    f"{spec} has {len(names)} classes, {class_names} has {len(given)} names"
+                    f"{spec} has {count_of(len(names), 'class')}, {class_names} has "
+                    f"{count_of(len(given), 'name')}"
                 )
             if class_names.startswith(CLIP_BENCHMARK):
                 _require_same_order(given, names, spec)
@@ -330,7 +332,8 @@ def _torchvision_names(dataset: Any, spec: str, class_names: str) -> tuple[str, 
         names = clip_benchmark_list("class names", key)
         if own and len(own) != len(names):
             raise ValueError(
-                f"{spec} has {len(own)} classes, clip-benchmark has {len(names)} names for {key}; "
+                f"{spec} has {count_of(len(own), 'class')}, clip-benchmark has "
+                f"{count_of(len(names), 'name')} for {key}; "
                 "give names by --class-names"
             )
         _require_same_order(names, own, spec)

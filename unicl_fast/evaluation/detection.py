@@ -40,7 +40,9 @@ from unicl_fast.evaluation.features import device_of, model_on_ranks
 from unicl_fast.evaluation.report import markdown_table, percent, write_results
 from unicl_fast.evaluation.requests import Detect, DetectorRecipe
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import heartbeat_and_check_stop
+from unicl_fast.system.wording import count_of
 
 _FITTING = (
     "take timm's ResNet, Swin, ConvNeXt or FocalNet, or unicl_resnet9_small or unicl_convnet7_small"
@@ -239,8 +241,10 @@ def run(command: Detect) -> None:
         steps = max(1, round(command.epochs * len(train.with_boxes) / command.train_batch_size))
         if ranks.is_main:
             print(
-                f"{len(train.with_boxes):,} images with boxes, {len(train.class_names)} classes, "
-                f"{steps:,} steps of {command.train_batch_size} ({local_batch_size} a rank)"
+                f"{count_of(len(train.with_boxes), 'image')} with boxes, "
+                f"{count_of(len(train.class_names), 'class')}, "
+                f"{count_of(steps, 'step')} of {command.train_batch_size} ({local_batch_size} a "
+                "rank)"
             )
         torch.manual_seed(command.seed)  # fresh heads are the same on all ranks
         detector = build_detector(model, command, num_classes=len(train.class_names))
@@ -268,7 +272,7 @@ def run(command: Detect) -> None:
     metrics = coco_metrics(test.content, detections, masks=command.masks)
     table = _table(metrics)
     print(table)
-    command.out.mkdir(parents=True, exist_ok=True)
+    make_folder(command.out)
     tensors = {name: value.cpu().contiguous() for name, value in detector.state_dict().items()}
     save_tensors(tensors, command.out / "detector.safetensors")
     values = {
@@ -287,8 +291,10 @@ def run(command: Detect) -> None:
         **metrics,
     }
     described = write_results(command, values, table)
-    (command.out / "detector.json").write_text(json.dumps(described, indent=1) + "\n")
-    (command.out / "detections.json").write_text(json.dumps(detections) + "\n")
+    (command.out / "detector.json").write_text(
+        json.dumps(described, indent=1) + "\n", encoding="utf-8"
+    )
+    (command.out / "detections.json").write_text(json.dumps(detections) + "\n", encoding="utf-8")
     print(f"written to {command.out}")
 
 

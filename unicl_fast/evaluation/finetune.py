@@ -54,6 +54,7 @@ from unicl_fast.models.efficiency import keep_activations_in_copy
 from unicl_fast.models.image_encoder import feature_width
 from unicl_fast.models.precision import Precision, place_module
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.training.data import build_prompts
 
 _WEIGHTS_FILE = "finetuned.safetensors"
@@ -255,12 +256,12 @@ def save_finetuned(
     settings: dict[str, Any],
 ) -> None:
     """Writes the weights, and their description, into a folder."""
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     tensors = {name: value.cpu().contiguous() for name, value in module.state_dict().items()}
     save_tensors(tensors, folder / _WEIGHTS_FILE)
     description = {"config": config_to_dict(config), "class_names": class_names}
     text = json.dumps(description | {"settings": settings}, indent=1)
-    (folder / _DESCRIPTION_FILE).write_text(text + "\n")
+    (folder / _DESCRIPTION_FILE).write_text(text + "\n", encoding="utf-8")
 
 
 def load_finetuned(folder: str | Path) -> tuple[FineTuned, tuple[str, ...]]:

@@ -54,6 +54,7 @@ from unicl_fast.evaluation.report import (
 )
 from unicl_fast.evaluation.requests import Knn, LinearProbe, Metric
 from unicl_fast.system.progress import heartbeat_and_check_stop
+from unicl_fast.system.wording import count_of
 
 logger = logging.getLogger(__name__)
 
@@ -453,7 +454,8 @@ def _full_probe(
     values["num_without_label"] = sets.test.num_without_label
     print(result.to_table())
     print(
-        f"C {fit.c:.4g} ({how}), fitted on {num_fitted:,} samples, features of the {command.layer}"
+        f"C {fit.c:.4g} ({how}), fitted on {count_of(num_fitted, 'sample')}, features of the "
+        f"{command.layer}"
     )
     return result, values, classification_table([(sets.test_name, sets.metric, result)])
 
@@ -500,7 +502,10 @@ def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any]
     header = ["shots", f"{RATE_NAMES[sets.metric]}, %", "standard deviation", "range"]
     table = markdown_table(header, rows)
     print(table)
-    print(f"{command.draws} draws each, {len(sets.test):,} test samples, {len(names)} classes")
+    print(
+        f"{count_of(command.draws, 'draw')} each, {len(sets.test):,} test samples, "
+        f"{count_of(len(names), 'class')}"
+    )
     smallest = int(counts[counts > 0].min())
     if smallest < max(command.shots):
         print(f"the smallest class has {smallest} training samples, and gave all it has")

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.requests import Evaluation, Metric
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import WaitingForRanks
+from unicl_fast.system.wording import count_of
 from unicl_fast.training.figures import INK, drawing, save_figure
 
 Rate = Literal["top1", "top5", "mean_per_class"]
@@ -103,9 +105,12 @@ class ClassificationResult:
             f"{title:16}{percent(getattr(self, name)):>7}   {interval_text(self.interval(name))}"
             for name, title in RATE_NAMES.items()
         ]
-        lines.append(f"{self.num_samples} samples, {len(self.per_class)} classes")
+        lines.append(
+            f"{count_of(self.num_samples, 'sample')}, {count_of(len(self.per_class), 'class')}"
+        )
         if self.num_without_label:
-            lines.append(f"{self.num_without_label} samples without a label were left out")
+            num_left_out = count_of(self.num_without_label, "sample")
+            lines.append(f"left out for want of a label: {num_left_out}")
         return "\n".join(lines)
 
 
@@ -247,7 +252,7 @@ def write_results(command: Evaluation, values: Mapping[str, Any], table: str) ->
         (command.markdown, table.rstrip()),
     ):
         if path is not None:
-            path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(path.parent)
             path.write_text(content + "\n", encoding="utf-8")
             print(f"written to {path}")
     return described

@@ -16,6 +16,7 @@ from typing import Annotated, Literal, TypeVar, get_type_hints
 from msgspec import Meta
 
 from unicl_fast.config import DeviceName
+from unicl_fast.system.atomic_files import refuse_file
 from unicl_fast.system.checked_fields import (
     LARGEST_FLOAT,
     LARGEST_INT,
@@ -334,6 +335,7 @@ class Finetune(FinetuneRecipe, TransferEvaluation):
 
     def check(self) -> None:
         super().check()
+        refuse_file(self.out)
         if (self.out / "finetuned.json").exists():
             raise ValueError(f"{self.out} holds a fine-tuned model: name another folder as --out")
 
@@ -402,6 +404,7 @@ class Detect(DetectorRecipe, Evaluation):
                 f"--max-size ({self.max_size}) must not be below --min-size ({self.min_size})"
             )
         check_annotations(self)
+        refuse_file(self.out)
         if (self.out / "detector.json").exists():
             raise ValueError(f"{self.out} holds a detector: name another folder as --out")
 

@@ -45,6 +45,7 @@ from unicl_fast.evaluation.report import (
     write_results,
 )
 from unicl_fast.evaluation.requests import Retrieval
+from unicl_fast.system.wording import count_of
 from unicl_fast.training.figures import FAINT, INK, drawing, save_figure
 
 KS = (1, 5, 10)
@@ -104,7 +105,10 @@ class RetrievalResult:
             for one in recalls
         ]
         table = markdown_table(["direction", "at", "%", "95 % interval", "chance"], rows)
-        return f"{table}\n\n{self.num_images} images, {self.num_captions} captions"
+        return (
+            f"{table}\n\n{count_of(self.num_images, 'image')}, "
+            f"{count_of(self.num_captions, 'caption')}"
+        )
 
 
 def retrieval(

@@ -33,6 +33,7 @@ from unicl_fast.evaluation.report import (
 )
 from unicl_fast.evaluation.requests import Metric, MetricChoice, ZeroShot
 from unicl_fast.models.unicl import UniCL
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import fill_template
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -146,7 +147,8 @@ def run(command: ZeroShot) -> None:
                 continue
             print((f"\n{name}\n" if len(names) > 1 else "") + result.to_table())
             if num_quarantined:
-                print(f"{num_quarantined} files were refused when packing; not counted above")
+                refused = count_of(num_quarantined, "file")
+                print(f"refused when packing, and not counted above: {refused}")
         if not on_ranks.ranks.is_main:
             return
         table = classification_table(rows)

@@ -18,7 +18,7 @@ from typing import Any, Literal, get_args
 from tqdm import tqdm
 
 import unicl_fast
-from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
+from unicl_fast.dataset.manifest import Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME
 from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
 from unicl_fast.images.check import MAX_PIXELS, MAX_SIDE, RESIZE_QUALITY, ImageFormat
@@ -49,6 +49,8 @@ from unicl_fast.packing.sources.trees import require_there
 from unicl_fast.packing.work_folder import WorkFolder, describe_options, stamp_all, survey_source
 from unicl_fast.packing.workers import Checked, ImageOptions, OneSize, Task, check_in_order
 from unicl_fast.system.machine import usable_cores
+from unicl_fast.system.program import require_utf8_names
+from unicl_fast.system.wording import count_of_kind
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -239,10 +241,12 @@ class BuildSummary(PackedSummary):
     """Counts by kind and the first few reasons, as text."""
     passed_over: dict[str, int]
     """Files and rows that were not tried, by reason."""
-    image_size: tuple[int, int] | None
+    image_size: tuple[int, int] | None = None
     """Height and width of all images of a raw data set."""
     num_taken_over: int = 0
     """Samples that an earlier run of the same build had packed, before it was stopped."""
+    was_complete: bool = False
+    """Whether an earlier run had packed them all, and this one had nothing to do."""
 
 
 def build_dataset(
@@ -256,7 +260,8 @@ def build_dataset(
     """Packs sources into one data set folder.
 
     A build that was stopped or killed resumes after its last finished shard when it is called with
-    the same arguments, and the result is the same as if nothing had happened.
+    the same arguments, and the result is the same as if nothing had happened. One that is complete
+    stays as it is.
 
     Starts worker processes by spawning them, so a script that calls this must guard its main part
     by `if __name__ == "__main__":`.
@@ -270,7 +275,7 @@ def build_dataset(
 
     Raises:
         ValueError: a source, list, label or argument is not what it should be, nothing at all
-            could be packed, or the unfinished build of this folder is another one.
+            could be packed, or the build of this folder, unfinished or complete, is another one.
         FileNotFoundError: a source or file of names is not there, or a source vanishes while it is
             packed.
     """
@@ -280,19 +285,24 @@ def build_dataset(
     if not paths:
         raise ValueError("name at least one source: class folders, a zip of them, a list, ...")
     images = chosen.check()
+    require_utf8_names()
     with WorkFolder(out, restart=chosen.restart) as work:
-        is_done = work.summary is not None and (out / MANIFEST_NAME).is_file()
-        if not is_done:
+        if not work.is_complete:
             require_free(out)
         repeated = {k: v for k, v in asdict(chosen).items() if k not in _FREE_TO_CHANGE}
         repeated["source_names"] = list(source_names)
         work.require_same("options", describe_options(paths, repeated))
-        if not is_done:
-            _pack(paths, out, work, chosen, images, source_names=source_names, progress=progress)
-        assert work.summary is not None, "noted before the data set is renamed"
-        values = BuildSummary.values_of(Manifest.load(out), out=out, started=started)
+        outcome = _pack(
+            paths, out, work, chosen, images, source_names=source_names, progress=progress
+        )
+        manifest = Manifest.load(out)
+        values = BuildSummary.values_of(manifest, out=out, started=started)
+        if (pixels := manifest.pixels) is not None:
+            values["image_size"] = (pixels.height, pixels.width)
+        if work.is_complete:
+            outcome |= {"num_taken_over": values["num_samples"], "was_complete": True}
         quarantined = describe_left_out(out / QUARANTINE_NAME)
-        summary = BuildSummary(**values, **work.summary, quarantined=quarantined)
+        summary = BuildSummary(**values, **outcome, quarantined=quarantined)
         work.remove()
     return summary
 
@@ -306,8 +316,11 @@ def _pack(
     *,
     source_names: Sequence[str],
     progress: bool,
-) -> None:
-    """Reads the sources and writes the data set, from its beginning or from where it stands."""
+) -> dict[str, Any]:
+    """Reads the sources and writes the data set, from its beginning or from where it stands.
+
+    Returns the fields of the summary that the data set does not tell.
+    """
     tokenizer = Tokenizer()
     is_raw = options.format == "raw"
     kind: Literal["raw", "encoded"] = "raw" if is_raw else "encoded"
@@ -315,6 +328,8 @@ def _pack(
         samples, space, numbers, templates, passed_over = _read(
             paths, options, images, spool, work, progress=progress
         )
+        if work.is_complete:
+            return dict(work.record["summary"])
         with DatasetWriter(
             out, shard_bytes=options.shard_bytes, images=kind, work=work.path
         ) as writer:
@@ -342,10 +357,7 @@ def _pack(
                 summary = {
                     "num_reencoded": writer.notes.get("num_reencoded", 0),
                     "passed_over": dict(passed_over),
-                    "image_size": None if one_size is None else one_size.size,
-                    "num_taken_over": num_taken_over,
                 }
-                work.note("summary", summary)
                 writer.finish(
                     tokenizer=tokenizer.name,
                     vocabulary_hash=tokenizer.vocabulary_hash,
@@ -355,9 +367,10 @@ def _pack(
                     source=list(source_names) or paths,
                     seed=options.seed,
                     tool_version=unicl_fast.__version__,
+                    made_of={**work.record, "summary": summary},
                 )
-                return
-    parts = [f"{count:,} {what}" for what, count in passed_over.items()]
+                return summary | {"num_taken_over": num_taken_over}
+    parts = [count_of_kind(count, kind) for kind, count in passed_over.items()]
     passed = f"\npassed over: {', '.join(parts)}" if parts else ""
     left_out = describe_left_out(writer.aside / QUARANTINE_NAME)
     raise ValueError(f"nothing could be packed: {left_out}{passed}")

@@ -31,6 +31,7 @@ from unicl_fast.dataset.files import LocalFiles, find_pixel_fault
 from unicl_fast.dataset.growing_files import END_OF_TAR
 from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.reader import QUARANTINE_NAME, PackedDataset
+from unicl_fast.dataset.writer import MADE_OF_NAME
 from unicl_fast.packing.quarantine import read_left_out
 from unicl_fast.system.checksums import (
     CHECKSUMS_NAME,
@@ -38,6 +39,7 @@ from unicl_fast.system.checksums import (
     format_checksums,
     read_checksums,
 )
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import check_templates
 
 
@@ -104,7 +106,11 @@ def check_folder(folder: Path, *, faults: FaultLog, progress: bool) -> PackedDat
     if not manifest.num_samples:
         faults.add(MANIFEST_NAME, "manifest", "no samples")
     if manifest.num_labels and not manifest.class_names:
-        faults.add(MANIFEST_NAME, "manifest", f"{manifest.num_labels} labels, but no class names")
+        faults.add(
+            MANIFEST_NAME,
+            "manifest",
+            f"{count_of(manifest.num_labels, 'label')}, but no class names",
+        )
     if manifest.class_names:
         with faults.catch(MANIFEST_NAME, "manifest"):
             check_templates(manifest.templates, origin="templates")
@@ -156,7 +162,7 @@ def _check_checksums(
     for name in sorted(expected - set(entries) - {MANIFEST_NAME}):
         faults.add(name, "missing", "it is not there; copy the data set again")
         damaged.add(name)
-    for name in sorted(set(entries) - expected - {CHECKSUMS_NAME, MANIFEST_NAME}):
+    for name in sorted(set(entries) - expected - {CHECKSUMS_NAME, MANIFEST_NAME, MADE_OF_NAME}):
         faults.add(name, "extra", "it is no file of this data set")
     present = sorted((expected | {MANIFEST_NAME}) & set(entries))
     sizes = {name: entries[name].stat().st_size for name in present if entries[name].is_file()}

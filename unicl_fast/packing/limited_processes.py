@@ -27,6 +27,8 @@ R = TypeVar("R")
 
 OUT_OF_MEMORY = 77
 """Exit code of a process that ran into its limit."""
+_STARTS = 3
+"""Times to start a process that is killed from outside, by the OOM killer say, as it starts."""
 
 # Starting and reaping children is not safe in several threads at once (multiprocessing polls all
 # children of the process whenever one is started).
@@ -42,6 +44,19 @@ class LimitedProcess:
         Raises:
             RuntimeError: it cannot be started, which is the fault of nothing that it would read.
         """
+        for _ in range(_STARTS):
+            code = self._start(serve, arguments)
+            if code == 0:
+                return
+            if code > 0:  # it has ended by itself, and would again
+                break
+        raise RuntimeError(
+            f"a worker process could not start (exit code {code}); if this is a script of yours, "
+            'guard its main part by if __name__ == "__main__":, and see if memory is free'
+        )
+
+    def _start(self, serve: Callable[..., None], arguments: Sequence[Any]) -> int:
+        """Returns 0 when the process has called `enter`, else the exit code that it ended with."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=serve, args=(theirs, *arguments), daemon=True)
@@ -50,12 +65,9 @@ class LimitedProcess:
         theirs.close()  # only the process holds it now: its end is the end of the pipe
         try:
             self.connection.recv()
-        except (EOFError, OSError) as error:
-            raise RuntimeError(
-                f"a worker process could not start (exit code {self.reap()}); if this is a script "
-                'of yours, guard its main part by if __name__ == "__main__":, and see if memory '
-                "is free"
-            ) from error
+        except (EOFError, OSError):
+            return self.reap() or os.EX_SOFTWARE  # it may have ended with 0, and is not ready
+        return 0
 
     def kill(self) -> None:
         """Ends the process at once; a thread that waits for its answer gets an `EOFError`."""

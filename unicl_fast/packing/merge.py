@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -27,11 +27,17 @@ import xxhash
 from tqdm import tqdm
 
 import unicl_fast
-from unicl_fast.dataset.manifest import Manifest
+from unicl_fast.dataset.manifest import MANIFEST_NAME, Manifest
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import QUARANTINE_NAME, DamagedSampleError, PackedDataset, sample_key
 from unicl_fast.dataset.stored_samples import Description, SampleReader, equal_images
-from unicl_fast.dataset.writer import DEFAULT_SHARD_BYTES, DatasetWriter, PackedSample, require_free
+from unicl_fast.dataset.writer import (
+    DEFAULT_SHARD_BYTES,
+    DatasetWriter,
+    PackedSample,
+    read_made_of,
+    require_free,
+)
 from unicl_fast.packing.build import PackedSummary
 from unicl_fast.packing.quarantine import (
     DUPLICATE,
@@ -42,7 +48,14 @@ from unicl_fast.packing.quarantine import (
 )
 from unicl_fast.packing.samples import shuffled_order
 from unicl_fast.packing.sources.items import JoinedTexts
-from unicl_fast.system.checksums import compare_checksum, file_checksum, read_checksums
+from unicl_fast.packing.work_folder import describe_options, require_same_origin
+from unicl_fast.system.checksums import (
+    CHECKSUMS_NAME,
+    compare_checksum,
+    file_checksum,
+    read_checksums,
+)
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import read_templates
 from unicl_fast.text.tokenizer import Tokenizer
 
@@ -62,6 +75,8 @@ class MergeSummary(PackedSummary):
     damaged: tuple[str, ...]
     """The first few samples that were left out because they are damaged, each with its reason."""
     num_damaged: int
+    was_complete: bool = False
+    """Whether an earlier run of the same merge had written all of it."""
 
 
 def merge_datasets(
@@ -77,6 +92,8 @@ def merge_datasets(
 ) -> MergeSummary:
     """Writes one data set with the samples of all `folders`; `tools.pack.__main__.Merge` explains.
 
+    One that the same call has written stays as it is.
+
     Raises:
         FileNotFoundError: an input is no data set, or lacks a file.
         ValueError: inputs that do not go together, a damaged array or quarantine list, or nothing
@@ -88,10 +105,22 @@ def merge_datasets(
     if not 0 <= seed < 2**63:
         raise ValueError(f"--seed must lie in 0 to {2**63 - 1:,}, not {seed:,}")
     _refuse_urls(folders, out)
-    require_free(Path(out))
+    out = Path(out)
+    if read_made_of(out) is None:
+        require_free(out)
     unwanted = LeaveOut(leave_out)
     with contextlib.ExitStack() as stack:
         datasets = _open_inputs(folders, stack)
+        origin = {
+            "options": describe_options(
+                folders,
+                {"seed": seed, "templates": templates, "leave_out": leave_out}
+                | {"duplicates": duplicates, "shard_bytes": shard_bytes},
+            ),
+            "sources": dict(map(_describe_input, datasets)),
+        }
+        if (complete := _summarize_complete(out, origin, started=started)) is not None:
+            return complete
         manifests = {str(dataset.folder): dataset.manifest for dataset in datasets}
         names, label_maps = join_classes([one.class_names for one in manifests.values()])
         template_list = join_templates(manifests, templates)
@@ -106,10 +135,16 @@ def merge_datasets(
         counts, damaged = _copy_all(inputs, samples, writer, unwanted, seed=seed, progress=progress)
         if writer.num_samples == 0:
             raise ValueError(
-                f"nothing was left to copy: {counts[_DAMAGED]} samples are damaged, "
-                f"{counts[_UNWANTED]} were to be left out"
+                f"nothing was left to copy: damaged are {count_of(counts[_DAMAGED], 'sample')}, "
+                f"to be left out {counts[_UNWANTED]:,}"
             )
         first = datasets[0].manifest
+        summary: dict[str, Any] = {
+            "num_left_out": counts[_UNWANTED],
+            "num_joined": counts[DUPLICATE],
+            "damaged": tuple(damaged),
+            "num_damaged": counts[_DAMAGED],
+        }
         manifest = writer.finish(
             tokenizer=first.tokenizer,
             vocabulary_hash=first.vocabulary_hash,
@@ -119,14 +154,29 @@ def merge_datasets(
             source=[source for one in manifests.values() for source in one.source],
             seed=seed,
             tool_version=unicl_fast.__version__,
+            made_of={**origin, "summary": summary},
         )
-    return MergeSummary(
-        **MergeSummary.values_of(manifest, out=Path(out), started=started),
-        num_left_out=counts[_UNWANTED],
-        num_joined=counts[DUPLICATE],
-        damaged=tuple(damaged),
-        num_damaged=counts[_DAMAGED],
-    )
+    return MergeSummary(**MergeSummary.values_of(manifest, out=out, started=started), **summary)
+
+
+def _summarize_complete(
+    out: Path, origin: dict[str, dict[str, Any]], *, started: float
+) -> MergeSummary | None:
+    """The summary of a merge that an earlier run has ended; ValueError if that was another."""
+    made_of = read_made_of(out)
+    if made_of is None:
+        return None
+    for what, values in origin.items():
+        require_same_origin(out, what, made_of.get(what, {}), values)
+    known = MergeSummary.values_of(Manifest.load(out), out=out, started=started)
+    outcome = made_of["summary"] | {"damaged": tuple(made_of["summary"]["damaged"])}
+    return MergeSummary(**known, **outcome, was_complete=True)
+
+
+def _describe_input(dataset: PackedDataset) -> tuple[str, str]:
+    """An input's path, and a checksum of all of its files."""
+    names = (name for name in (CHECKSUMS_NAME, MANIFEST_NAME) if (dataset.folder / name).is_file())
+    return str(dataset.folder), " ".join(file_checksum(dataset.folder / name) for name in names)
 
 
 def _copy_all(
@@ -413,7 +463,10 @@ class _Input:
         if text.labels != tuple(self.dataset.labels_of(index).tolist()):
             fault = "its JSON has other labels than labels.npy"
         elif len(text.captions) != len(tokens):
-            fault = f"{len(text.captions)} captions in its JSON, {len(tokens)} in the arrays"
+            fault = (
+                f"{count_of(len(text.captions), 'caption')} in its JSON, {len(tokens)} in "
+                "the arrays"
+            )
         elif self._old_tokenizer is not None and int(row["shard"]) in self._changed_shards:
             again = self._old_tokenizer.encode(text.captions)
             if not all(map(np.array_equal, again, tokens)):

@@ -176,7 +176,7 @@ def _classes(inspection: Inspection) -> dict[str, Any]:
     several = {count: number for count, number in inspection.labels_per_image.items() if count > 1}
     values: dict[str, Any] = {
         "largest": max(1, largest),
-        "range": f"{smallest:,} to {largest:,} images"
+        "range": f"{smallest:,} to {count_of(largest, 'image')}"
         if smallest < largest
         else count_of(largest, "image"),
         "num_empty": len(ordered) - len(present),

@@ -71,7 +71,8 @@ def read_left_out(path: Path, *, num_rows: int | None = None) -> Iterator[LeftOu
         raise ValueError(f"{path} cannot be read: {error}") from error
     if num_rows is not None and count != num_rows:
         raise ValueError(
-            f"{path} is damaged or cut short: {count} rows, the manifest says {num_rows}; "
+            f"{path} is damaged or cut short: {count_of(count, 'row')}, the manifest says "
+            f"{num_rows}; "
             "copy the data set again"
         )
 

@@ -36,7 +36,7 @@ from unicl_fast.packing.build import BuildSummary, build_dataset
 from unicl_fast.packing.folder_check import expected_files
 from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.packing.work_folder import describe_unfinished, lock_folder
-from unicl_fast.system.atomic_files import temporary_folder
+from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
 from unicl_fast.system.wording import count_of
 
@@ -89,8 +89,10 @@ def build_anywhere(
     store = ObjectStore(out) if is_url(out) else None
     folder = _packed_folder(out, work_folder) if store is not None else Path(out)
     if store is not None:
-        _require_not_packed(folder, store)
-        _require_free_url(store, None, store.list_sizes() or {}, names=set())
+        is_packed = (folder / MANIFEST_NAME).is_file()  # by a run that did not end its upload
+        names = set(_checksums_of(folder, Manifest.load(folder))) if is_packed else set()
+        there = store.list_sizes() or {}
+        _require_free_url(store, folder if is_packed else None, there, names=names)
     with _staged_sources(sources, image_root, out=folder, work=work_folder, room=staging_bytes) as (
         paths,
         root,
@@ -131,7 +133,7 @@ def _staged_sources(
     out = out.absolute()
     made_of = json.dumps([*sources, image_root, str(out)])
     folder = work / f"{_KEPT}{xxhash.xxh3_64_hexdigest(made_of.encode())}"
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     _sweep(work, but=folder)
     lock = lock_folder(folder)
     try:
@@ -174,7 +176,7 @@ def local_copy(folder: str, *, room: int = DEFAULT_STAGING_BYTES) -> Iterator[Pa
         yield Path(folder)
         return
     work = default_work_folder()
-    work.mkdir(parents=True, exist_ok=True)
+    make_folder(work)
     with temporary_folder("staging-", root=work) as copies:
         path, wanted = _find_folder(folder, copies)
         _fetch(wanted, work=work, room=room, advice="give more room")
@@ -411,22 +413,6 @@ def _command(folder: Path, url: str) -> str:
 
 def _has_manifest_of(folder: Path, store: ObjectStore) -> bool:
     return store.read_whole(MANIFEST_NAME) == (folder / MANIFEST_NAME).read_bytes()
-
-
-def _require_not_packed(folder: Path, store: ObjectStore) -> None:
-    """Refuses to pack again what is there; a copy whose upload is complete is removed."""
-    if not (folder / MANIFEST_NAME).is_file():
-        return
-    if not _has_manifest_of(folder, store):
-        raise ValueError(
-            f"{folder} holds a data set that was packed for {store.url} and not uploaded: resume "
-            f"by {_command(folder, store.url)}, or remove it"
-        )
-    shutil.rmtree(folder.parent)  # the manifest comes last, so all of it is there
-    raise ValueError(
-        f"{store.url} holds the data set that was packed for it already (the copy in {folder} was "
-        "still there, and is removed now); name another URL, or remove what lies there"
-    )
 
 
 def _require_free_url(

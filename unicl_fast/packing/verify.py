@@ -34,6 +34,7 @@ from unicl_fast.packing.build import DEFAULT_IMAGE_SECONDS
 from unicl_fast.packing.folder_check import Fault, FaultLog, check_folder
 from unicl_fast.packing.sources.items import Problem, Span
 from unicl_fast.packing.workers import Checked, ImageOptions, Task, check_in_order
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.tokenizer import Tokenizer
 
 _TOKENISE_TOGETHER = 1024
@@ -312,7 +313,7 @@ class _SampleChecks:
             )
         if len(text.captions) != count:
             faults["captions"] = (
-                f"{len(text.captions)} captions in its JSON, {count} in samples.npy"
+                f"{count_of(len(text.captions), 'caption')} in its JSON, {count} in samples.npy"
             )
         for kind, message in faults.items():
             self.fault(index, kind, message)

@@ -21,11 +21,17 @@ import xxhash
 
 import unicl_fast
 from unicl_fast.dataset.growing_files import FinishedShard, read_journal
-from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME
+from unicl_fast.dataset.writer import JOURNAL_NAME, SET_NAME, read_made_of
 from unicl_fast.packing.sources.items import Entry, Label, Source, field_names
 from unicl_fast.packing.sources.spool import Spool, stamp
 from unicl_fast.packing.sources.trees import FileEntry
-from unicl_fast.system.atomic_files import flush_to_disk, is_at, lock, write_text_atomically
+from unicl_fast.system.atomic_files import (
+    flush_to_disk,
+    is_at,
+    lock,
+    make_folder,
+    write_text_atomically,
+)
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum, parse_checksummed_json
 from unicl_fast.system.wording import count_of, shorten
 
@@ -54,13 +60,19 @@ class WorkFolder:
         self._restart = restart
         self._record: dict[str, Any] = {}
         self._finished: list[FinishedShard] = []
+        self.is_complete = False
+        """Whether an earlier build has finished the data set; nothing is left to do if
+        `require_same` finds that it is the same build."""
         self._lock = -1
 
     def __enter__(self) -> WorkFolder:
-        self._out.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._out.parent)
         self._lock = lock_folder(self.path)
         flush_to_disk(self._out.parent)
-        if self._restart:
+        made_of = None if (self.path / SET_NAME).exists() else read_made_of(self._out)
+        if made_of is not None:
+            self._record, self.is_complete = made_of, True
+        if self._restart or self.is_complete:
             self._clear()
         self._finished = read_journal(self.path / JOURNAL_NAME)
         if not self._finished:
@@ -90,15 +102,14 @@ class WorkFolder:
         return self.path / "spool"
 
     @property
-    def summary(self) -> dict[str, Any] | None:
-        """The summary noted before the data set was renamed, if nothing was done since."""
-        if (self.path / SET_NAME).exists():
-            return None
-        found: dict[str, Any] | None = self._record.get("summary")
-        return found
+    def record(self) -> dict[str, Any]:
+        """The options and sources of the build; of a complete one also its summary."""
+        return self._record
 
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
         """Notes what the build is made of; where shards are finished, it must be what it was.
+
+        The same holds where the whole data set is finished.
 
         `what` names the group of values, `options` or `sources`. Values are JSON, under names that
         a user knows.
@@ -106,43 +117,60 @@ class WorkFolder:
         Raises:
             ValueError: something differs; the message names it.
         """
-        if not self._finished:
-            self.note(what, values)
-            return
-        before = self._record.get(what, {})
-
-        def show(value: Any) -> str:
-            return "not there" if value is None else shorten(value, limit=200)
-
-        differences = [
-            f"{name}: it was {show(before.get(name))}, and is {show(values.get(name))}"
-            for name in dict.fromkeys([*before, *values])
-            if before.get(name) != values.get(name)
-        ]
-        if differences:
-            more = f"\n  and {len(differences) - _SHOWN} more" if len(differences) > _SHOWN else ""
+        if self.is_complete:
+            require_same_origin(self._out, what, self._record.get(what, {}), values)
+        elif not self._finished:
+            self._record[what] = dict(values)
+            text = dump_checksummed_json(self._record)
+            write_text_atomically(self.path / _RECORD_NAME, text)
+        elif differences := _differences(self._record.get(what, {}), values):
             raise ValueError(
                 f"{self.path} holds {_describe_finished(self._finished)} of a build with other "
-                f"{what}:\n  " + "\n  ".join(differences[:_SHOWN]) + more + "\n"
+                f"{what}:{differences}\n"
                 "Give these as they were to resume it; or add --restart to throw it away and "
                 "begin anew, or name another --out"
             )
 
     def remove(self) -> None:
         """Removes the folder: the build is done, or there is nothing worth keeping."""
+        self._clear()
         shutil.rmtree(self.path)
 
     def _clear(self) -> None:
+        """Empties the folder but for the lock, without which it would not be known as ours."""
+        # first of all: without it, a program that is killed on the way leaves nothing to resume
+        (self.path / JOURNAL_NAME).unlink(missing_ok=True)
         for path in self.path.iterdir():
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != _LOCK_NAME:
                 path.unlink()
 
-    def note(self, what: str, values: Mapping[str, Any]) -> None:
-        """Notes JSON values, for a build that resumes or dies before the folder is removed."""
-        self._record[what] = dict(values)
-        write_text_atomically(self.path / _RECORD_NAME, dump_checksummed_json(self._record))
+
+def require_same_origin(
+    out: Path, what: str, before: Mapping[str, Any], values: Mapping[str, Any]
+) -> None:
+    """Refuses to take a finished data set for one with other options or sources (`what`)."""
+    if differences := _differences(before, values):
+        raise ValueError(
+            f"{out} already holds a packed data set, made with other {what}:{differences}\n"
+            "Name another folder, or remove it"
+        )
+
+
+def _differences(before: Mapping[str, Any], values: Mapping[str, Any]) -> str:
+    """The first few values that differ, a line for each; empty if none does."""
+
+    def show(value: Any) -> str:
+        return "not there" if value is None else shorten(value, limit=200)
+
+    found = [
+        f"\n  {name}: it was {show(before.get(name))}, and is {show(values.get(name))}"
+        for name in dict.fromkeys([*before, *values])
+        if before.get(name) != values.get(name)
+    ]
+    more = f"\n  and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+    return "".join(found[:_SHOWN]) + more
 
 
 def work_folder_of(out: Path) -> Path:
@@ -195,15 +223,17 @@ def lock_folder(folder: Path) -> int:
         os.close(descriptor)  # of a folder that is gone
 
 
-def describe_options(sources: Sequence[str], options: Mapping[str, Any]) -> dict[str, Any]:
+def describe_options(
+    sources: Sequence[str | os.PathLike[str]], options: Mapping[str, Any]
+) -> dict[str, Any]:
     """Lists all that a data set depends on besides the contents of its sources, as JSON values."""
-    described: dict[str, Any] = {"sources": list(sources)}
+    described: dict[str, Any] = {"sources": [os.fspath(source) for source in sources]}
     for name, value in options.items():
         plain: Any = os.fspath(value) if isinstance(value, os.PathLike) else value
         described[f"--{name.replace('_', '-')}"] = list(plain) if name in _LISTS else plain
         if name in _FILES and plain and os.path.isfile(plain):
             described[f"contents of {plain}"] = file_checksum(Path(plain))
-    paths = [*sources, *filter(None, [options["image_root"]])]
+    paths = [*sources, *filter(None, [options.get("image_root")])]
     described["where the sources lie"] = [os.path.realpath(path) for path in paths]
     described["version of unicl_fast"] = unicl_fast.__version__
     for package in _MADE_BY:
@@ -232,13 +262,16 @@ def survey_source(source: Source, spool: Spool) -> tuple[dict[Label, None], str]
         digest.update(_ENCODER.encode(fields).encode("ascii"))
     for path in holders:
         digest.update(json.dumps(stamp(path)).encode("ascii"))
-    return labels, f"{len(source.items):,} samples, checksum {digest.hexdigest()}"
+    return labels, f"{count_of(len(source.items), 'sample')}, checksum {digest.hexdigest()}"
 
 
 def stamp_all(paths: Sequence[str]) -> str:
     """A checksum of the stamps of files."""
     text = json.dumps([stamp(path) for path in paths])
-    return f"{len(paths):,} files, checksum {xxhash.xxh3_128_hexdigest(text.encode('ascii'))}"
+    return (
+        f"{count_of(len(paths), 'file')}, checksum "
+        f"{xxhash.xxh3_128_hexdigest(text.encode('ascii'))}"
+    )
 
 
 def _spell_entry(entry: Entry, spool: Spool, holders: dict[str, None]) -> list[Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import logging
 import os
@@ -16,7 +17,21 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""Errors of a disk without room for more: all of it, the user's part, or the largest file."""
 _LOCK_NAME = ".in-use"
+
+
+@contextlib.contextmanager
+def naming_full_disk(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Adds to the error of a full disk what was written: the system names no open file."""
+    try:
+        yield
+    except OSError as error:
+        is_bare = error.filename is None and error.errno in FULL_DISK
+        if is_bare and error.strerror == os.strerror(error.errno or 0):
+            error.filename = os.fspath(path)
+        raise
 
 
 @contextlib.contextmanager
@@ -29,9 +44,10 @@ def replacing(path: Path, *, flush: bool = True) -> Iterator[Path]:
     # with the process's number, since two programs may write the same file
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        yield aside
-        if flush:
-            flush_to_disk(aside)
+        with naming_full_disk(path):
+            yield aside
+            if flush:
+                flush_to_disk(aside)
         aside.replace(path)
         if flush:
             flush_to_disk(path.parent)
@@ -45,6 +61,20 @@ def write_text_atomically(path: Path, text: str) -> None:
     """Replaces a small file atomically; after an OSError the old one is still there."""
     with replacing(path) as aside:
         aside.write_text(text, encoding="utf-8")
+
+
+def make_folder(path: Path) -> None:
+    """Makes a folder, and those above it, where they are not there; raises as `refuse_file`."""
+    refuse_file(path)
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def refuse_file(path: Path) -> None:
+    """Raises ValueError where a file stands in the way of a folder that is to be made."""
+    there = next((each for each in (path, *path.parents) if os.path.lexists(each)), path)
+    if os.path.lexists(there) and not there.is_dir():
+        what = "is no folder" if there == path else f"cannot be made a folder: {there} is none"
+        raise ValueError(f"{path} {what}; name another one, or move that file away")
 
 
 def flush_to_disk(path: Path) -> None:
@@ -131,7 +161,7 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
 
 def _open_locked(path: Path) -> int:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:  # the one before has just removed the folder

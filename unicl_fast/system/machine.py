@@ -89,7 +89,7 @@ def _is_bound_alone() -> bool:
 def control_groups() -> list[Path]:
     """Folders of this process's control group (version 2) and of those around it."""
     try:
-        lines = _MY_CGROUP.read_text().splitlines()
+        lines = _MY_CGROUP.read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     own = next((line[3:].strip("/") for line in lines if line.startswith("0::")), "")
@@ -101,7 +101,7 @@ def _quotas() -> list[int]:
     found = []
     for folder in control_groups():
         try:
-            quota, period = (folder / "cpu.max").read_text().split()
+            quota, period = (folder / "cpu.max").read_text(encoding="utf-8").split()
         except (OSError, ValueError):
             continue  # the root has none
         if quota != "max":

@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 _ABSENT = object()
+_PLURAL = re.compile(r"\b(file|image|row|download)s\b")
 
 
 def count_of(number: int, noun: str) -> str:
-    """Formats a count: `1 class`, `2,000 classes`; the plural takes s or, after an s, es."""
+    """Formats a count: `1 class`, `2,000 classes`, `3 entries`."""
     plural = f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    if noun.endswith("y"):
+        plural = f"{noun[:-1]}ies"
     return f"{number:,} {noun if number == 1 else plural}"
+
+
+def count_of_kind(number: int, kind: str) -> str:
+    """Formats a count of what is named in the plural: `1 hidden file`, `2 hidden files`."""
+    if number == 1:
+        kind = _PLURAL.sub(r"\1", kind, count=1)
+    return f"{number:,} {kind}"
 
 
 def shorten(value: Any, *, limit: int = 100) -> str:

@@ -8,6 +8,7 @@ plan decides which template a sample gets; the classes of one batch are `objecti
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Sequence
 from typing import Literal
@@ -15,6 +16,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.class_lists import check_templates, fill_template
 from unicl_fast.text.token_rows import (
     Int64Array,
@@ -34,6 +36,7 @@ _log = logging.getLogger(__name__)
 LABEL_BITS = 32
 """A class id is `source << LABEL_BITS | label`: a label (stored as int32) and its data set."""
 _LABELS_END = 1 << 31
+_GROUPS_SHOWN = 3
 
 
 class ClassPrompts:
@@ -111,7 +114,8 @@ class ClassPrompts:
             if values.size and not 0 <= values.min() <= values.max() < end:
                 raise ValueError(
                     f"{what} of source {source} must lie in 0 to {end - 1} "
-                    f"({num_classes} class names, {num_templates} templates), "
+                    f"({count_of(num_classes, 'class name')}, "
+                    f"{count_of(num_templates, 'template')}), "
                     f"not {values.min()} to {values.max()}"
                 )
         rows = self.first_prompt_rows[source] + labels.astype(np.int64) * num_templates + templates
@@ -163,7 +167,7 @@ class ClassPrompts:
         self.merged_classes = self._describe_merged()
 
     def _describe_merged(self) -> tuple[tuple[tuple[int, int], ...], ...]:
-        """Computes `merged_classes`; each group is also written to the log."""
+        """Computes `merged_classes`; the first few groups are also written to the log."""
         groups: dict[int, list[tuple[int, int]]] = {}
         for member, merged in zip(self._members.tolist(), self._merged.tolist(), strict=True):
             if self._source_step:
@@ -171,14 +175,20 @@ class ClassPrompts:
             else:  # the names are the same wherever there are any
                 source, label = next(i for i, names in enumerate(self._names) if names), member
             groups.setdefault(merged, []).append((source, label))
-        for group in groups.values():
-            _log.info(
-                "these classes have a prompt in common and are one class in training: %s",
-                ", ".join(
-                    f"{self._names[source][label]!r} (source {source}, label {label})"
-                    for source, label in group
-                ),
+        shown = [
+            " = ".join(
+                f"{self._names[source][label]!r} (source {source}, label {label})"
+                for source, label in group
             )
+            for group in itertools.islice(groups.values(), _GROUPS_SHOWN)
+        ]
+        if more := len(groups) - len(shown):
+            shown.append(f"and {more:,} more, all of which are in ClassPrompts.merged_classes")
+        if shown:
+            _log.info(
+                "classes that have a prompt in common are one class in training, %s of them: %s",
+                count_of(len(groups), "group"), "; ".join(shown),
+            )  # fmt: skip
         return tuple(tuple(group) for group in groups.values())
 
 

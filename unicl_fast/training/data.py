@@ -17,6 +17,7 @@ from unicl_fast.dataset.arrays import blocks_of
 from unicl_fast.dataset.block_cache import CacheOptions
 from unicl_fast.dataset.object_store import is_url
 from unicl_fast.dataset.reader import PackedDataset
+from unicl_fast.system.wording import count_of
 from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
@@ -242,8 +243,8 @@ def rows_of_class_names(
     unknown = [name for name in names if name not in row_of]
     if unknown:
         raise ValueError(
-            f"data.evaluate: {len(unknown)} classes are not among those that the run learns, such "
-            f"as {unknown[0]!r}; a model trained with objective.name=ce knows no others"
+            f"data.evaluate has {count_of(len(unknown), 'class')} that the run does not learn, "
+            f"such as {unknown[0]!r}; a model trained with objective.name=ce knows no others"
         )
     return np.array([row_of[name] for name in names], dtype=np.int64)
 

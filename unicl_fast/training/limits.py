@@ -277,20 +277,24 @@ def free_memory(device: torch.device) -> int:
     free = _fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024
     for folder in control_groups():
         limit = folder / "memory.max"
-        if limit.is_file() and limit.read_text().strip() != "max":
+        if limit.is_file() and limit.read_text(encoding="utf-8").strip() != "max":
             free = min(free, _free_in_group(folder))
     return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 def _free_in_group(folder: Path) -> int:
-    limit, used = (int((folder / f"memory.{name}").read_text()) for name in ("max", "current"))
+    limit, used = (
+        int((folder / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current")
+    )
     files = _fields_of(folder / "memory.stat")
     # files that were read count as used, and make room when it is needed
     return limit - used + files["inactive_file"] + files["active_file"]
 
 
 def _fields_of(path: Path) -> dict[str, int]:
-    lines = (line.replace(":", " ").split() for line in path.read_text().splitlines())
+    lines = (
+        line.replace(":", " ").split() for line in path.read_text(encoding="utf-8").splitlines()
+    )
     return {name: int(value) for name, value, *_ in lines}
 
 

@@ -32,7 +32,7 @@ from unicl_fast.ledger.format import LEDGER_FOLDER, LedgerSource
 from unicl_fast.ledger.writer import Ledger, has_ledger
 from unicl_fast.models.precision import resolve_precision
 from unicl_fast.pipelines.plan.plan import TrainPlan
-from unicl_fast.system.atomic_files import sole_writer
+from unicl_fast.system.atomic_files import make_folder, sole_writer
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import START_PATIENCE, mark
 from unicl_fast.system.wording import count_of
@@ -164,7 +164,7 @@ def pretrain(
             with refused_together(ranks):
                 trainer.resume(checkpoint)
         if ranks.is_main:
-            run_folder.mkdir(parents=True, exist_ok=True)
+            make_folder(run_folder)
             text = json.dumps(config_to_dict(trainer.config), indent=1)
             (run_folder / "config.json").write_text(text + "\n", encoding="utf-8")
         try:

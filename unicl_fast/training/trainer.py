@@ -42,6 +42,7 @@ from unicl_fast.models.precision import Precision, place_module, resolve_precisi
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.mixup import check_pairs_on_one_rank
 from unicl_fast.objectives.targets import CAPTION_KEYS_START
+from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.machine import choose_device
 from unicl_fast.system.progress import (
     OR_WAITING,
@@ -335,7 +336,7 @@ class Trainer:
         metrics, lines = None, []
         with contextlib.ExitStack() as stack:
             if folder is not None and self.ranks.is_main:
-                folder.mkdir(parents=True, exist_ok=True)
+                make_folder(folder)
                 metrics = MetricsWriter(folder, start_step=self.step)
                 stack.callback(metrics.close)
                 lines = read_metrics(folder)
