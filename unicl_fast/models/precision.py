@@ -87,7 +87,8 @@ def resolve_precision(
         return config
     if precision is None:
         fastest: PrecisionName = fast_precision(device) if ranks.is_main else "fp32"
-        precision = from_rank_0(fastest, ranks)
+        fastest = from_rank_0(fastest, ranks)
+        precision = fastest
     efficiency = dataclasses.replace(config.efficiency, precision=precision)
     return dataclasses.replace(config, efficiency=efficiency)
 
