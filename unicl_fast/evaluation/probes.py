@@ -493,7 +493,11 @@ def _few_shot(command: LinearProbe, sets: ExtractedSets) -> tuple[dict[str, Any]
     for shots, results in found.items():
         draws = np.array([value for value, _ in results])
         spread = float(draws.std(ddof=1)) if len(draws) > 1 else None
-        value = {"shots": shots, "mean": float(draws.mean()), "standard_deviation": spread}
+        value: dict[str, Any] = {
+            "shots": shots,
+            "mean": float(draws.mean()),
+            "standard_deviation": spread,
+        }
         value |= {"draws": draws.tolist(), "c": [c for _, c in results]}
         values.append(value | {"c_chosen_by": ways[shots]})
         deviation = "" if spread is None else percent(spread)

@@ -86,7 +86,9 @@ def resolve_precision(
     if config.efficiency.precision != "auto":
         return config
     if precision is None:
-        precision = from_rank_0(fast_precision(device) if ranks.is_main else "fp32", ranks)
+        fastest: PrecisionName = fast_precision(device) if ranks.is_main else "fp32"
+        fastest = from_rank_0(fastest, ranks)
+        precision = fastest
     efficiency = dataclasses.replace(config.efficiency, precision=precision)
     return dataclasses.replace(config, efficiency=efficiency)
 
