@@ -222,6 +222,13 @@ class QuarantineFile:
             self._has_failed = True
 
     def _read_new_rows(self, file: int) -> None:
+        if os.fstat(file).st_size < self._bytes_read:
+            logger.warning(
+                "%s was removed or cut while the run wrote to it: samples that it listed before "
+                "are in the log or lost", self.path,
+            )  # fmt: skip
+            self._bytes_read, self._unfinished = 0, b""
+            self._listed.clear()
         while data := os.pread(file, 1 << 20, self._bytes_read):
             self._bytes_read += len(data)
             *lines, self._unfinished = (self._unfinished + data).split(b"\n")

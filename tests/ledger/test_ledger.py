@@ -472,6 +472,25 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
     assert not proof.notes
 
 
+def test_a_ledger_that_is_removed_ends_the_run_before_its_next_checkpoint(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    def move_away(batch: Batch) -> Batch:
+        if batch.step == 2:
+            (tmp_path / "ledger").rename(tmp_path / "elsewhere")
+        return named(batch)
+
+    with pytest.raises(OSError, match=r"ledger was moved or removed .* from step 0 on"):
+        trainer_in(tmp_path, images, StepLoader(images, change=move_away)).fit()
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000002"]
+    (tmp_path / "elsewhere").rename(tmp_path / "ledger")
+    trainer = trainer_in(tmp_path, images)
+    trainer.resume(tmp_path / "checkpoints" / "step-00000002")
+    trainer.fit()
+    assert prove(tmp_path / "ledger", steps_done=6).holds
+
+
 def test_a_ledger_that_cannot_be_written_at_the_end_is_an_error(
     images: torch.Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

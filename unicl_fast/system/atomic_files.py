@@ -84,7 +84,7 @@ def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
     """Whether an open file is the one that has this path now."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
