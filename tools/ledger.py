@@ -66,6 +66,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop("unicl-ledger", error, code=2)
     except OSError as error:
         stop("unicl-ledger", error, code=1)
+    except MemoryError as error:  # one bit a sample
+        too_large = MemoryError(f"{folder} tells of data sets that no memory holds: {error}")
+        stop("unicl-ledger", too_large, code=1)
     print(in_words(proof))
     values = as_json(proof)
     if replan is not None:
@@ -85,7 +88,7 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
     from unicl_fast.system.checksums import parse_checksummed_json
 
     folders = (run_folder / "checkpoints").glob("step-*")
-    steps = {int(path.name[5:]): path for path in folders if path.name[5:].isdigit()}
+    steps = {int(path.name[5:]): path for path in folders if path.name[5:].isdecimal()}
     if not steps:
         return 0, None
     newest = max(steps)

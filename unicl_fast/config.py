@@ -404,4 +404,8 @@ def load_config(path: Path) -> TrainConfig:
         FileNotFoundError: no such file.
         ValueError: not JSON, or not a config of this version.
     """
-    return config_from_dict(parse_json(path.read_bytes(), where=str(path)))
+    values = parse_json(path.read_bytes(), where=str(path))
+    try:
+        return config_from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -216,6 +216,7 @@ class QuarantineFile:
                 data = (header + line_break + row).encode()
                 if os.write(file, data) != len(data):
                     raise OSError("only part of a row could be written")
+                self._read_new_rows(file)
         except (OSError, csv.Error) as error:
             if not self._has_failed:
                 logger.error("cannot write %s: %s; training continues without it", self.path, error)

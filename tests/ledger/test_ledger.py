@@ -374,7 +374,9 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
     tmp_path: Path, sizes: tuple[int, ...], id_bytes: int, source_bytes: int
 ) -> None:
     head = dataclasses.replace(
-        header(1, 5), sources=tuple(LedgerSource(str(i), size) for i, size in enumerate(sizes))
+        header(1, 5),
+        sources=tuple(LedgerSource(str(i), size) for i, size in enumerate(sizes)),
+        shares=(1,) * len(sizes),
     )
     assert (head.id_bytes, head.source_bytes) == (id_bytes, source_bytes)
     generator = np.random.default_rng(3)
