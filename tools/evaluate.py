@@ -29,9 +29,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
     from unicl_fast.distributed.ranks import adopt_slurm_ranks
-    from unicl_fast.system.machine import keep_freed_memory
+    from unicl_fast.system.machine import check_current_folder, keep_freed_memory
 
     try:
+        check_current_folder()
         command.check()
         if command.nproc > 1 and "WORLD_SIZE" not in os.environ:
             start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import errno
 import fcntl
 import logging
 import os
@@ -17,6 +18,9 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 _LOCK_NAME = ".in-use"
+_NO_PLACE_TO_WRITE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -101,7 +105,7 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
         A function that raises RuntimeError once another process has taken the folder over.
 
     Raises:
-        ValueError: another process writes there; names it.
+        ValueError: another process writes there; names it. Or nobody can write there.
     """
     path = folder / _LOCK_NAME
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
@@ -131,11 +135,19 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
 
 def _open_locked(path: Path) -> int:
     while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one before has just removed the folder
-            continue
+            path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # the one before has just removed the folder
+                continue
+        except OSError as error:
+            if error.errno not in _NO_PLACE_TO_WRITE:
+                raise
+            raise ValueError(
+                f"{path.parent.absolute()} cannot be written to ({error.strerror}): choose a "
+                "folder where you may write"
+            ) from error
         try:
             is_free = lock(descriptor)
         except OSError as error:
