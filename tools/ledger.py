@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from unicl_fast.distributed.launch import stop
 from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
+from unicl_fast.system.wording import print_text
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
     from unicl_fast.ledger.proof import LedgerProof, Run
@@ -69,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     except MemoryError as error:  # one bit a sample
         too_large = MemoryError(f"{folder} tells of data sets that no memory holds: {error}")
         stop("unicl-ledger", too_large, code=1)
-    print(in_words(proof))
+    print_text(in_words(proof), sys.stdout)
     values = as_json(proof)
     if replan is not None:
-        print(replan.in_words())
+        print_text(replan.in_words(), sys.stdout)
         values["num_different_from_plan"] = replan.num_different
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")

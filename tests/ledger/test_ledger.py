@@ -30,6 +30,7 @@ from unicl_fast.ledger.format import (
     segment_name,
 )
 from unicl_fast.ledger.proof import Run, prove
+from unicl_fast.tools import ledger as ledger_program
 from unicl_fast.training.trainer import Trainer
 
 SOURCES = (LedgerSource("labels", 37), LedgerSource("captions", 300))
@@ -332,6 +333,22 @@ def test_another_version_is_refused_by_its_number(
     monkeypatch.undo()
     with pytest.raises(ValueError, match="format version 2, this program reads 1"):
         prove(tmp_path)
+
+
+def test_any_name_of_a_data_set_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "100 % {} $x$ <b> \N{PILE OF POO}\n\0\x1b[2J\udcff"
+    (path,) = write(tmp_path / "ledger", 1, 0, 3)
+    records = path.read_bytes()[len(encode_header(header(1, 0))) :]
+    named = dataclasses.replace(header(1, 0), sources=(LedgerSource(hostile, 37), SOURCES[1]))
+    path.write_bytes(encode_header(named) + records)
+    with pytest.raises(SystemExit) as end:
+        ledger_program.main([str(tmp_path), "--json", str(tmp_path / "proof.json")])
+    assert end.value.code == 0
+    assert "100 % {} $x$ <b> \N{PILE OF POO}\n\\x00\\x1b[2J\\udcff: " in capsys.readouterr().out
+    proof = json.loads((tmp_path / "proof.json").read_text())
+    assert proof["sources"][0]["name"] == hostile
 
 
 def test_starts_of_runs_with_other_ids_or_seeds_are_no_proof(tmp_path: Path) -> None:

@@ -11,12 +11,11 @@ import json
 import re
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, TextIO
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -26,7 +25,7 @@ from unicl_fast.packing.build import BuildOptions, BuildSummary
 from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
 from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, print_text
 
 from .inspect import Inspect, contents_of
 from .verify import Verify
@@ -229,7 +228,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("\n".join(filter(None, [str(error), _how_to_resume(error)])), code=2)
     except ValueError as error:
         _fail(str(error), code=2)
-    _print(report, sys.stdout)
+    print_text(report, sys.stdout)
     if code:
         raise SystemExit(code)
 
@@ -305,20 +304,8 @@ def _report_merge(summary: MergeSummary, *, leave_out: str) -> str:
     return "\n".join(lines)
 
 
-def _print(text: str, file: TextIO) -> None:
-    """Prints names from anywhere: what the terminal cannot show, or would obey, is escaped."""
-    encoding = file.encoding or "utf-8"
-    shown = "".join(
-        character
-        if character == "\n" or unicodedata.category(character) != "Cc"
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
-    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
-
-
 def _fail(message: str, *, code: int) -> NoReturn:
-    _print(f"unicl-pack: {message}", sys.stderr)
+    print_text(f"unicl-pack: {message}", sys.stderr)
     raise SystemExit(code)
 
 

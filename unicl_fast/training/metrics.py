@@ -25,7 +25,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_integers, gather_objects
 from unicl_fast.system.atomic_files import is_at, write_text_atomically
-from unicl_fast.system.wording import shorten
+from unicl_fast.system.wording import encodable, shorten
 
 if TYPE_CHECKING:  # slow to import, and rank 0's alone
     from torch.utils.tensorboard import SummaryWriter
@@ -190,7 +190,7 @@ class MetricsWriter:
             if tensorboard is not None:
                 for name, value in values.items():
                     if name != "step":
-                        tensorboard.add_scalar(name, value, global_step=step)
+                        tensorboard.add_scalar(encodable(name), value, global_step=step)
 
     def _open(self) -> None:
         # unbuffered: what is refused does not come back later
