@@ -182,7 +182,7 @@ def test_no_file_and_no_message_holds_a_password_of_a_url(
     call(pretrain, *again, "--run.steps", 6, "--resume", "auto")
 
     def refuse(path: str, content: bytes) -> bytes:
-        raise OSError(f"no answer from http://ann:geheim@host{path}?sig=geheim")
+        raise OSError("no answer from http://ann:geheim@host/a?sig=geheim")
 
     monkeypatch.setattr(FaultyStore, "spoil", refuse)
     with pytest.raises(SystemExit):
