@@ -14,6 +14,7 @@ import tyro
 
 from unicl_fast.distributed.launch import end_with_torchrun, start_ranks, stop
 from unicl_fast.evaluation.requests import COMMANDS, Evaluation
+from unicl_fast.system.machine import check_current_folder
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,12 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Evaluates a trained model. unicl-eval COMMAND --help explains each; "
         "docs/evaluation.md has the protocols.",
     )
-    # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
-    from unicl_fast.distributed.ranks import adopt_slurm_ranks
-    from unicl_fast.system.machine import check_current_folder, keep_freed_memory
-
     try:
         check_current_folder()
+        # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
+        from unicl_fast.distributed.ranks import adopt_slurm_ranks
+        from unicl_fast.system.machine import keep_freed_memory
+
         command.check()
         if command.nproc > 1 and "WORLD_SIZE" not in os.environ:
             start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)
