@@ -12,6 +12,7 @@ import tyro
 
 from unicl_fast.conversion.requests import COMMANDS, Conversion
 from unicl_fast.distributed.launch import stop
+from unicl_fast.system.machine import check_current_folder
 from unicl_fast.system.program import begin_program
 
 
@@ -32,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config=(tyro.conf.PositionalRequiredArgs,),
     )
     try:
+        check_current_folder()
         command.run()
     except (ValueError, FileNotFoundError) as error:
         stop("unicl-convert", error, code=2)

@@ -13,6 +13,7 @@ import tyro
 
 from unicl_fast.distributed.launch import end_with_torchrun, explain, start_ranks, stop
 from unicl_fast.evaluation.requests import COMMANDS, Evaluation
+from unicl_fast.system.machine import check_current_folder, keep_freed_memory, sleep_while_waiting
 from unicl_fast.system.program import begin_program
 
 
@@ -27,13 +28,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Evaluates a trained model. unicl-eval COMMAND --help explains each; "
         "docs/evaluation.md has the protocols.",
     )
-    # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
-    from unicl_fast.system.machine import keep_freed_memory, sleep_while_waiting
-
-    sleep_while_waiting(command.device)
-    from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
-
     try:
+        check_current_folder()
+        # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
+        sleep_while_waiting(command.device)
+        from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
+
         command.check()
         if command.nproc > 1 and "WORLD_SIZE" not in os.environ:
             start_ranks("unicl_fast.tools.evaluate", nproc=command.nproc, argv=argv)

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from unicl_fast.distributed.launch import stop
 from unicl_fast.ledger.format import LEDGER_FOLDER, SegmentHeader
 from unicl_fast.system.program import begin_program
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, print_text
 
 if TYPE_CHECKING:  # it imports numba, for which --help need not wait
     from unicl_fast.ledger.proof import LedgerProof, Run
@@ -68,10 +68,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         stop("unicl-ledger", error, code=2)
     except OSError as error:
         stop("unicl-ledger", error, code=1)
-    print(in_words(proof))
+    except MemoryError as error:  # one bit a sample
+        too_large = MemoryError(f"{folder} tells of data sets that no memory holds: {error}")
+        stop("unicl-ledger", too_large, code=1)
+    print_text(in_words(proof), sys.stdout)
     values = as_json(proof)
     if replan is not None:
-        print(replan.in_words())
+        print_text(replan.in_words(), sys.stdout)
         values["num_different_from_plan"] = replan.num_different
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
@@ -87,7 +90,7 @@ def newest_checkpoint(run_folder: Path) -> tuple[int, Run | None]:
     from unicl_fast.system.checksums import parse_checksummed_json
 
     folders = (run_folder / "checkpoints").glob("step-*")
-    steps = {int(path.name[5:]): path for path in folders if path.name[5:].isdigit()}
+    steps = {int(path.name[5:]): path for path in folders if path.name[5:].isdecimal()}
     if not steps:
         return 0, None
     newest = max(steps)

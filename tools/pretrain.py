@@ -30,6 +30,7 @@ from unicl_fast.distributed.signals import (
 )
 from unicl_fast.presets import PRESETS, build_preset
 from unicl_fast.system.checked_fields import require
+from unicl_fast.system.machine import check_current_folder, keep_freed_memory, sleep_while_waiting
 from unicl_fast.system.program import begin_program
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ def _main(argv: Sequence[str]) -> None:
     nproc, max_restarts = arguments.nproc, arguments.max_restarts
     require(nproc >= 1, f"--nproc must be at least 1, not {nproc}")
     require(max_restarts >= 0, f"--max-restarts must be at least 0, not {max_restarts}")
-    from unicl_fast.system.machine import keep_freed_memory, sleep_while_waiting
-
+    check_current_folder()
     sleep_while_waiting(config.run.device)
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
     from unicl_fast.pipelines.loader import TrainLoader

@@ -31,6 +31,7 @@ from unicl_fast.system.checked_fields import (
     parse_json,
     require,
 )
+from unicl_fast.system.wording import without_secrets
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -385,8 +386,11 @@ class TrainConfig:
 
 
 def config_to_dict(config: TrainConfig) -> dict[str, Any]:
-    """Returns plain nested dictionaries, as stored in config.json."""
-    return dataclasses.asdict(config)
+    """Returns plain nested dictionaries, as stored in config.json: URLs without their secrets."""
+    values = dataclasses.asdict(config)
+    for name in ("train", "evaluate"):
+        values["data"][name] = tuple(map(without_secrets, values["data"][name]))
+    return values
 
 
 def config_from_dict(values: Any) -> TrainConfig:
@@ -408,4 +412,8 @@ def load_config(path: Path) -> TrainConfig:
         FileNotFoundError: no such file.
         ValueError: not JSON, or not a config of this version.
     """
-    return config_from_dict(parse_json(path.read_bytes(), where=str(path)))
+    values = parse_json(path.read_bytes(), where=str(path))
+    try:
+        return config_from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error

@@ -230,12 +230,20 @@ class QuarantineFile:
                 data = (header + line_break + row).encode()
                 if os.write(file, data) != len(data):
                     raise OSError("only part of a row could be written")
+                self._read_new_rows(file)
         except (OSError, csv.Error) as error:
             if not self._has_failed:
                 logger.error("cannot write %s: %s; training continues without it", self.path, error)
             self._has_failed = True
 
     def _read_new_rows(self, file: int) -> None:
+        if os.fstat(file).st_size < self._bytes_read:
+            logger.warning(
+                "%s was removed or cut while the run wrote to it: samples that it listed before "
+                "are in the log or lost", self.path,
+            )  # fmt: skip
+            self._bytes_read, self._unfinished = 0, b""
+            self._listed.clear()
         while data := os.pread(file, 1 << 20, self._bytes_read):
             self._bytes_read += len(data)
             *lines, self._unfinished = (self._unfinished + data).split(b"\n")

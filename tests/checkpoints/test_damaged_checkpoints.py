@@ -5,20 +5,41 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import fuzz_checkpoints
+import numpy as np
 import pytest
 import torch
+import xxhash
+from damaged_files import damaged_json
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from small_runs import StepLoader, tiny_config
 
-from unicl_fast.checkpoints.files import origin_of
-from unicl_fast.checkpoints.load import DamagedCheckpointError, load_model, read_state
+from unicl_fast.checkpoints.files import Best, find_best, origin_of, write_best
+from unicl_fast.checkpoints.load import (
+    DamagedCheckpointError,
+    find_checkpoint,
+    load_model,
+    read_state,
+)
+from unicl_fast.config import config_to_dict, load_config
+from unicl_fast.ledger.format import (
+    LedgerSource,
+    SegmentHeader,
+    encode_header,
+    encode_record,
+    segment_name,
+)
 from unicl_fast.system.checksums import dump_checksummed_json, parse_checksummed_json
+from unicl_fast.tools import ledger
+from unicl_fast.training.metrics import read_metrics
 from unicl_fast.training.trainer import Trainer
 
 
@@ -47,6 +68,123 @@ def test_any_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
 @pytest.mark.long
 def test_much_more_damage_is_a_clear_error_or_changes_nothing(tmp_path: Path) -> None:
     fuzz(tmp_path, 1500)
+
+
+NUM_DRAWS = 12
+
+
+@pytest.fixture(scope="module")
+def whole_run(trainer: Trainer, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder with every file that is read again: of a checkpoint, and a ledger."""
+    assert trainer.run_folder is not None
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    shutil.copytree(trainer.run_folder, folder)
+    (folder / "config.json").write_text(json.dumps(config_to_dict(trainer.config)))
+    write_best(folder / "checkpoints", Best(2, "zero_shot/digits/top1", 0.5))
+    (folder / "ledger").mkdir()
+    records = b"".join(
+        encode_record(
+            LEDGER_HEADER,
+            step=step,
+            source_ids=np.arange(NUM_DRAWS) % 2,
+            scheduled_ids=np.arange(NUM_DRAWS) // 2,
+            shown_ids=np.arange(NUM_DRAWS)[::-1] // 2,
+        )
+        for step in range(2)
+    )
+    (folder / SEGMENT).write_bytes(encode_header(LEDGER_HEADER) + records)
+    return folder
+
+
+LEDGER_HEADER = SegmentHeader(
+    segment=1,
+    start_step=0,
+    rank=0,
+    world_size=1,
+    global_batch_size=NUM_DRAWS,
+    sources=(LedgerSource("photos", 6), LedgerSource("pairs", 100)),
+    seed=0,
+    shares=(1, 1),
+    shuffle_window=40,
+    run_id="a",
+)
+SEGMENT = f"ledger/{segment_name(1, 0)}"
+
+
+def use(folder: Path, name: str) -> None:
+    """Reads a file of a run as the programs do; raises what they would print."""
+    checkpoints, checkpoint = folder / "checkpoints", folder / "checkpoints" / "step-00000002"
+    if name == "config.json":
+        load_config(folder / name)
+    elif name == "metrics.jsonl":
+        find_best(checkpoints, metric="loss", lines=read_metrics(folder))
+    elif name == "checkpoints/best.json":
+        find_best(checkpoints, metric=None, lines=[])
+        find_checkpoint(folder / "best")
+    elif name == SEGMENT:
+        with pytest.raises(SystemExit) as end:
+            ledger.main([str(folder), "--replan", "--json", str(folder / "ledger.json")])
+        assert end.value.code in (0, 1, 2)
+    else:
+        ledger.newest_checkpoint(folder)
+        read_state(checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [
+        ("config.json", "whole"),
+        ("metrics.jsonl", "first line"),
+        ("checkpoints/best.json", "whole"),
+        ("checkpoints/step-00000002/state.json", "with its checksum"),
+        (SEGMENT, "header"),
+        (SEGMENT, "record"),
+    ],
+)
+def test_no_file_of_a_run_whatever_it_says_is_an_error_without_a_sentence(
+    whole_run: Path, name: str, part: str
+) -> None:
+    path = whole_run / name
+    original = path.read_bytes()
+
+    @settings(max_examples=40)
+    @given(st.data())
+    def check(data: st.DataObject) -> None:
+        path.write_bytes(damaged_part(data, original, part))
+        if part == "with its checksum":
+            fuzz_checkpoints.make_fit(path.parent)
+        try:
+            use(whole_run, name)
+        except Exception as error:
+            assert fuzz_checkpoints.is_clear(error), repr(error)  # noqa: PT017
+            assert path.name in str(error)  # noqa: PT017
+        finally:
+            path.write_bytes(original)
+
+    check()
+
+
+def damaged_part(data: st.DataObject, original: bytes, part: str) -> bytes:
+    """Other values in a part of a file, around which all checksums are right."""
+    if part == "first line":
+        first, rest = original.split(b"\n", 1)
+        return bytes(data.draw(damaged_json(first))) + b"\n" + rest
+    if part not in ("header", "record"):
+        return bytes(data.draw(damaged_json(original)))
+    size = len(encode_header(LEDGER_HEADER))
+    start, body = original[:size], bytearray(original[size:])
+    if part == "header":
+        text = data.draw(damaged_json(original[16:size]))
+        return original[:8] + struct.pack("<II", len(text), low_digest(text)) + text + bytes(body)
+    length = LEDGER_HEADER.record_bytes(NUM_DRAWS)
+    at = data.draw(st.integers(8, length - 1))
+    body[at : at + 8] = data.draw(st.sampled_from([b"\xff" * 8, bytes(8), b"\x7f"]))
+    body[4:8] = struct.pack("<I", low_digest(body[8:length]))
+    return start + bytes(body)
+
+
+def low_digest(data: bytes) -> int:
+    return int(xxhash.xxh3_64_intdigest(data)) & 0xFFFFFFFF
 
 
 @pytest.fixture(scope="module")

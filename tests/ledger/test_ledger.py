@@ -30,6 +30,7 @@ from unicl_fast.ledger.format import (
     segment_name,
 )
 from unicl_fast.ledger.proof import Run, prove
+from unicl_fast.tools import ledger as ledger_program
 from unicl_fast.training.trainer import Trainer
 
 SOURCES = (LedgerSource("labels", 37), LedgerSource("captions", 300))
@@ -334,6 +335,22 @@ def test_another_version_is_refused_by_its_number(
         prove(tmp_path)
 
 
+def test_any_name_of_a_data_set_is_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    hostile = "100 % {} $x$ <b> \N{PILE OF POO}\n\0\x1b[2J\udcff"
+    (path,) = write(tmp_path / "ledger", 1, 0, 3)
+    records = path.read_bytes()[len(encode_header(header(1, 0))) :]
+    named = dataclasses.replace(header(1, 0), sources=(LedgerSource(hostile, 37), SOURCES[1]))
+    path.write_bytes(encode_header(named) + records)
+    with pytest.raises(SystemExit) as end:
+        ledger_program.main([str(tmp_path), "--json", str(tmp_path / "proof.json")])
+    assert end.value.code == 0
+    assert "100 % {} $x$ <b> \N{PILE OF POO}\n\\x00\\x1b[2J\\udcff: " in capsys.readouterr().out
+    proof = json.loads((tmp_path / "proof.json").read_text())
+    assert proof["sources"][0]["name"] == hostile
+
+
 def test_starts_of_runs_with_other_ids_or_seeds_are_no_proof(tmp_path: Path) -> None:
     """What two runs leave that shared a folder: the same sources and batches."""
     for change in ({"run_id": "b"}, {"seed": 1}):
@@ -374,7 +391,9 @@ def test_ids_take_as_few_bytes_as_their_sources_allow(
     tmp_path: Path, sizes: tuple[int, ...], id_bytes: int, source_bytes: int
 ) -> None:
     head = dataclasses.replace(
-        header(1, 5), sources=tuple(LedgerSource(str(i), size) for i, size in enumerate(sizes))
+        header(1, 5),
+        sources=tuple(LedgerSource(str(i), size) for i, size in enumerate(sizes)),
+        shares=(1,) * len(sizes),
     )
     assert (head.id_bytes, head.source_bytes) == (id_bytes, source_bytes)
     generator = np.random.default_rng(3)
@@ -470,6 +489,25 @@ def test_a_full_disk_costs_checkpoints_until_there_is_room_and_no_record(
     proof = prove(tmp_path / "ledger", steps_done=6)
     assert proof.holds
     assert not proof.notes
+
+
+def test_a_ledger_that_is_removed_ends_the_run_before_its_next_checkpoint(
+    images: torch.Tensor, tmp_path: Path
+) -> None:
+    def move_away(batch: Batch) -> Batch:
+        if batch.step == 2:
+            (tmp_path / "ledger").rename(tmp_path / "elsewhere")
+        return named(batch)
+
+    with pytest.raises(OSError, match=r"ledger was moved or removed .* from step 0 on"):
+        trainer_in(tmp_path, images, StepLoader(images, change=move_away)).fit()
+    names = [path.name for path in list_checkpoints(tmp_path / "checkpoints")]
+    assert names == ["step-00000002"]
+    (tmp_path / "elsewhere").rename(tmp_path / "ledger")
+    trainer = trainer_in(tmp_path, images)
+    trainer.resume(tmp_path / "checkpoints" / "step-00000002")
+    trainer.fit()
+    assert prove(tmp_path / "ledger", steps_done=6).holds
 
 
 def test_a_ledger_that_cannot_be_written_at_the_end_is_an_error(

@@ -347,6 +347,37 @@ def test_the_small_networks(name: str, size: int, width: int, parameters: int) -
     assert [one.shape[0] for one in maps] == [3] * len(maps)
 
 
+@pytest.mark.parametrize(
+    ("name", "size", "message"),
+    [
+        ("test_vit", 100, "patches of 16 pixels do not divide 100; take data.image_size=96 or 112"),
+        ("vit_tiny_patch16_224", 231, "patches of 16 .* take data.image_size=224 or 240"),
+        ("unicl_swin6_small", 30, "patches of 4 .* take data.image_size=28 or 32"),
+        pytest.param(
+            *("maxvit_tiny_tf_224", 230, "divisible by window .* take data.image_size=224 or 256"),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            *("vit_small_patch14_dinov2", 225, "take data.image_size=224 or 238"),
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_an_image_size_that_a_model_cannot_take_is_refused_with_the_nearest(
+    name: str, size: int, message: str
+) -> None:
+    with pytest.raises(ValueError, match=f"{name} cannot be built for .*{message}"):
+        build_image_encoder(name, image_size=size, drop_path=0.0, key=DropPathKey(seed=0))
+
+
+def test_a_drop_path_that_a_model_cannot_take_is_no_matter_of_the_size() -> None:
+    with pytest.raises(ValueError, match="drop_path=0.5") as refused:
+        build_image_encoder(
+            "unicl_convnet7_small", image_size=28, drop_path=0.5, key=DropPathKey(seed=0)
+        )
+    assert "take data.image_size" not in str(refused.value)
+
+
 def test_the_small_swin_gives_timm_its_maps_and_takes_drop_path() -> None:
     with pytest.raises(ValueError, match="checkpoint_path="):
         timm.create_model("unicl_swin6_small", pretrained=True)

@@ -25,7 +25,7 @@ from unicl_fast.dataset.reader import (
 )
 from unicl_fast.images.check import MAX_PIXELS
 from unicl_fast.pipelines import graph
-from unicl_fast.pipelines.feed.reading import MAX_ATTEMPTS
+from unicl_fast.pipelines.feed.reading import MAX_ATTEMPTS, QuarantineFile
 from unicl_fast.pipelines.graph import DecodingError
 from unicl_fast.pipelines.loader import EvaluationLoader, TrainLoader
 from unicl_fast.text.prompts import ClassPrompts
@@ -369,6 +369,20 @@ def test_arrays_cut_in_place_end_the_run_with_a_sentence(
 def rows_of(path: Path) -> list[dict[str, str]]:
     with path.open(newline="") as file:
         return list(csv.DictReader(file))
+
+
+def test_a_quarantine_file_that_is_removed_begins_anew(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "quarantine.csv"
+    lists = QuarantineFile(path)
+    for key in ("one", "two", "three"):
+        if key == "three":
+            path.unlink()
+        lists.add("photos", "shard-000000.tar", key, 0, "it is damaged")
+    rows = list(csv.reader(path.read_text().splitlines()))
+    assert [row[2] for row in rows] == ["key", "three"]
+    assert caplog.text.count(f"{path} was removed or cut") == 1
 
 
 @pytest.mark.slow

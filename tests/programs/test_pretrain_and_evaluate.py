@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 import shutil
 import signal
@@ -394,6 +395,37 @@ def test_what_cannot_be_evaluated_ends_with_2_and_a_sentence(
         call(evaluate, *(word.format(**places) for word in arguments))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["pretrain", "--data.train", "x", "--out", "y"],
+        pytest.param(["evaluate", "retrieval", "--checkpoint", "x", "--data", "y"],
+                     marks=pytest.mark.slow),
+        pytest.param(["convert", "hf", "x", "y"], marks=pytest.mark.slow),
+    ],
+    ids=lambda words: words[0],
+)  # fmt: skip
+def test_a_current_folder_that_was_removed_is_said(tmp_path: Path, words: list[str]) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+
+    def remove_and_stay() -> None:
+        os.chdir(gone)
+        gone.rmdir()
+
+    program, *options = words
+    done = subprocess.run(
+        [sys.executable, "-m", f"unicl_fast.tools.{program}", *options],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        preexec_fn=remove_and_stay,
+    )
+    assert done.returncode == 2, done.stderr
+    assert "the current directory was removed or replaced" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

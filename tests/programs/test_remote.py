@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from object_stores import FaultyLine, s3_environment, s3_server
-from program_runs import SMALL, losses, run, weights
+from object_stores import FaultyLine, FaultyStore, s3_environment, s3_server
+from program_runs import SMALL, call, losses, run, weights
 
 from unicl_fast.dataset import object_store
 from unicl_fast.dataset.block_cache import CacheOptions
@@ -21,6 +21,8 @@ from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.packing.build import build_dataset
 from unicl_fast.packing.remote import build_anywhere, local_copy, upload_dataset
 from unicl_fast.packing.verify import verify_dataset
+from unicl_fast.tools import evaluate, pretrain
+from unicl_fast.tools.pack import __main__ as pack
 from unicl_fast.training.metrics import read_metrics
 
 pytest.importorskip("s3fs")
@@ -150,6 +152,54 @@ def test_a_build_from_urls_to_a_url_is_the_build_of_files(
         assert remote.manifest.shards == local.manifest.shards
         assert remote.manifest.source == (f"{root}/classes",)
     assert not list((tmp_path / "home").rglob("staging-*"))
+
+
+def test_no_file_and_no_message_holds_a_password_of_a_url(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(object_store, "TRIES", 2)
+    monkeypatch.setattr(object_store, "FIRST_PAUSE_SECONDS", 0.01)
+    root, out = "faulty://ann:geheim@store", tmp_path / "run"
+    store = ObjectStore(f"{root}/classes")
+    for path in (data / "classes").rglob("*.jpg"):
+        store.write_file(path, str(path.relative_to(data / "classes")))
+    store.write("cat/bad.jpg", b"no image")
+    call(pack, "build", f"{root}/classes", "--out", f"{root}/labels", "--workers", 1)
+    call(pack, "inspect", f"{root}/labels", "--html", tmp_path / "page.html", "--no-near")
+    call(pack, "verify", f"{root}/labels")
+    train = [*SMALL, "--data.train", f"{root}/labels=1", "--data.evaluate", f"{root}/labels",
+             "--out", out, "--ledger"]  # fmt: skip
+    call(pretrain, *train, "--run.steps", 2)
+    call(pretrain, *train, "--run.steps", 4, "--resume", "auto", "--data.crop-scale", "0.5", "1")
+    call(evaluate, "zero-shot", "--checkpoint", out, "--data", f"{root}/labels", "--json",
+         tmp_path / "results.json")  # fmt: skip
+    # with another password it is the same data
+    for name in list(FaultyStore.store):
+        FaultyStore.store[name.replace("geheim", "secret")] = FaultyStore.store[name]
+    again = [str(word).replace("geheim", "secret") for word in train]
+    call(pretrain, *again, "--run.steps", 6, "--resume", "auto")
+
+    def refuse(path: str, content: bytes) -> bytes:
+        raise OSError("no answer from http://ann:geheim@host/a?sig=geheim")
+
+    monkeypatch.setattr(FaultyStore, "spoil", refuse)
+    with pytest.raises(SystemExit):
+        call(pretrain, *train[:-3], "--out", tmp_path / "other")
+    with pytest.raises(SystemExit):
+        call(pretrain, *SMALL, "--data.train", "http://ann:geheim@host/a?b", "--out", out)
+    shown = capfd.readouterr()
+    assert "could not be read" in shown.err
+    said = [shown.out, shown.err, caplog.text]
+    places = [out, tmp_path / "home", tmp_path / "page.html", tmp_path / "results.json"]
+    files = [path for place in places for path in [place, *place.rglob("*")] if path.is_file()]
+    assert len(files) > 10
+    for secret in ("geheim", "secret"):
+        assert not [text for text in said if secret in text]
+        assert not [path for path in files if secret.encode() in path.read_bytes()]
+        stored = {name: file for name, file in FaultyStore.store.items() if "/labels/" in name}
+        assert not [name for name, file in stored.items() if secret.encode() in file.getvalue()]
 
 
 @pytest.mark.long

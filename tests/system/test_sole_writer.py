@@ -45,6 +45,27 @@ def test_the_second_is_refused_by_name_until_the_first_has_ended_however(tmp_pat
         check()
 
 
+@pytest.mark.parametrize("code", [errno.EROFS, errno.EACCES])
+def test_a_folder_where_nobody_can_write_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Path, "mkdir", refuse)  # tests may be root, who may write anywhere
+    refusal = f"{tmp_path}/run cannot be written to .{os.strerror(code)}.: choose a folder"
+    with pytest.raises(ValueError, match=refusal), sole_writer(Path("run")):
+        pass
+
+
+def test_a_file_is_no_folder_to_write_in(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(ValueError, match="cannot be written to"), sole_writer(folder):
+            pass
+
+
 def test_nothing_is_left_of_it(tmp_path: Path) -> None:
     with sole_writer(tmp_path / "empty"):
         assert len(list((tmp_path / "empty").iterdir())) == 1

@@ -17,6 +17,7 @@ from unicl_fast.system.wording import (
     count_of_kind,
     refuse_differences,
     shorten,
+    without_secrets,
 )
 from unicl_fast.training.trainer import Trainer
 
@@ -30,6 +31,25 @@ DATA: dict[str, Any] = {
     "class_names": [["ant", "bee", "cat"], []],
     "templates": [["a photo of a {}", "a {}"], []],
 }
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("http://user:pw@host/set=0.5", "http://host/set=0.5"),
+        ("see https://u:p@w:d@host:80/a and s3://KEY:SECRET@bucket/b.",
+         "see https://host:80/a and s3://bucket/b."),
+        ("https://token@host/a", "https://host/a"),
+        ("abfs://container@account.net/set", "abfs://container@account.net/set"),
+        ("sftp://user@host/set", "sftp://user@host/set"),
+        ("'http://host/a?X-Amz-Signature=1&sig=2' came", "'http://host/a?...' came"),
+        ("404, url='http://host/a?token=x', twice", "404, url='http://host/a?...', twice"),
+        ("http://host/path@2x:3/a", "http://host/path@2x:3/a"),
+        ("/folder/a:b@c?d=e", "/folder/a:b@c?d=e"),
+    ],
+)  # fmt: skip
+def test_urls_are_shown_without_their_secrets(text: str, shown: str) -> None:
+    assert without_secrets(text) == shown
 
 
 def test_one_thing_is_no_plural() -> None:

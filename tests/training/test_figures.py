@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import logging
@@ -17,7 +18,7 @@ from unicl_fast.batch import Batch
 from unicl_fast.evaluation.report import ClassificationCounts, draw_confusion
 from unicl_fast.objectives.targets import collate
 from unicl_fast.text.tokenizer import Tokenizer
-from unicl_fast.training.figures import draw_contact_sheet, drawing
+from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
 from unicl_fast.training.metrics import MetricsWriter, read_metrics
 from unicl_fast.training.trainer import Trainer
 
@@ -61,6 +62,22 @@ def test_a_contact_sheet_shows_any_text(
     assert path.is_file()
     assert not caplog.records
     assert "pay $ 5 or $ 6" in drawn
+
+
+def test_curves_metrics_and_tensorboard_take_any_name_of_a_data_set(
+    tmp_path: Path, drawn: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    keys = [f"zero_shot/{name}/top1" for name in (*HOSTILE, "line\nbreak", "\udcff")]
+    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
+        for step in (1, 2):
+            metrics.write({"step": step, "samples_seen": step, "loss": 1.0, "lr": 0.1})
+            metrics.write({"step": step} | dict.fromkeys(keys, 0.5))
+    assert list(read_metrics(tmp_path)[-1]) == ["step", *keys]
+    with drawing(tmp_path / "curves.png"):
+        draw_curves(tmp_path, tmp_path / "curves.png")
+    assert not caplog.records
+    assert "pay $5 or $6" in drawn
+    assert (tmp_path / "curves.png").is_file()
 
 
 def test_a_confusion_matrix_shows_any_class_name(

@@ -40,6 +40,43 @@ def test_metrics_that_cannot_be_written_cost_lines_and_not_the_run(
     assert caplog.text.count("NO MORE TensorBoard files") == 1
 
 
+@pytest.mark.parametrize("what", ["removed", "replaced"])
+def test_lines_continue_in_another_file_when_theirs_is_gone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, what: str
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    with contextlib.closing(MetricsWriter(tmp_path)) as metrics:
+        metrics.write({"step": 1})
+        path.rename(tmp_path / "old")
+        if what == "replaced":  # as editors save a file
+            path.write_text('{"step": 1, "edited": 1}\n')
+        metrics.write({"step": 2})
+        metrics.write({"step": 3})
+    assert [line["step"] for line in read_metrics(tmp_path)][-2:] == [2, 3]
+    assert caplog.text.count(f"{path} was moved, removed or replaced") == 1
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [b'{"step": 2, "lo\xff": 1}', b'{"step": 2, "loss": "low"}', b'{"step": "2"}', b"[2]", b"{}",
+     b'{"step": 2, "loss": ' + b"9" * 400 + b"}", b"[" * 100_000, b"", b"\0" * 20],
+)  # fmt: skip
+def test_a_damaged_line_is_named_and_left_out_when_a_run_resumes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, damaged: bytes
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    lines = [b'{"step": 1, "loss": 0.1}', damaged, b'{"step": 3}', b'{"step": 4}', b'{"step']
+    path.write_bytes(b"\n".join(lines))
+    with contextlib.closing(MetricsWriter(tmp_path, start_step=3)) as metrics:
+        metrics.write({"step": 4, "loss": 0.5})
+    assert path.read_bytes().split(b"\n") == [
+        *(lines[0], lines[2], b'{"step": 4, "loss": 0.5}', b""),
+    ]  # fmt: skip
+    read_metrics(tmp_path)
+    assert caplog.text.count(f"{path}: line 2 is damaged and is left out: ") == 1
+    assert len(caplog.records) == 1
+
+
 def test_epochs_and_positives_of_each_source(images: torch.Tensor) -> None:
     batch = dataclasses.replace(
         global_batch(images),

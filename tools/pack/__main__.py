@@ -11,12 +11,11 @@ import json
 import re
 import signal
 import sys
-import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any, Literal, NoReturn, TextIO
+from typing import Annotated, Any, Literal, NoReturn
 
 import tyro
 
@@ -28,7 +27,7 @@ from unicl_fast.packing.merge import MergeSummary, merge_datasets
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, build_anywhere, upload_dataset
 from unicl_fast.system.atomic_files import FULL_DISK, write_text_atomically
 from unicl_fast.system.program import begin_program
-from unicl_fast.system.wording import count_of, count_of_kind
+from unicl_fast.system.wording import count_of, count_of_kind, print_text
 
 from .inspect import Inspect, contents_of
 from .verify import Verify
@@ -236,7 +235,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _fail("\n".join(filter(None, lines)), code=EXIT_FAULT if is_full else 2)
     except ValueError as error:
         _fail(str(error), code=2)
-    _print(report, sys.stdout)
+    print_text(report, sys.stdout)
     if code:
         raise SystemExit(code)
 
@@ -316,20 +315,8 @@ def _report_merge(summary: MergeSummary, *, leave_out: str) -> str:
     return "\n".join(lines)
 
 
-def _print(text: str, file: TextIO) -> None:
-    """Prints names from anywhere: what the terminal cannot show, or would obey, is escaped."""
-    encoding = file.encoding or "utf-8"
-    shown = "".join(
-        character
-        if character == "\n" or unicodedata.category(character) != "Cc"
-        else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
-    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
-
-
 def _fail(message: str, *, code: int) -> NoReturn:
-    _print(f"unicl-pack: {message}", sys.stderr)
+    print_text(f"unicl-pack: {message}", sys.stderr)
     raise SystemExit(code)
 
 

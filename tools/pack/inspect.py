@@ -32,7 +32,7 @@ from unicl_fast.packing.page import ShownGroup, make_page, shown_images
 from unicl_fast.packing.quarantine import DUPLICATE
 from unicl_fast.packing.remote import DEFAULT_STAGING_BYTES, local_copy
 from unicl_fast.system.atomic_files import write_text_atomically
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, without_secrets
 
 _GROUPS_SHOWN = 12
 _IMAGES_OF_A_GROUP = 6
@@ -106,7 +106,7 @@ class Inspect:
             workers=self.workers,
         )
         if is_url(self.folder):  # the copy will be removed
-            inspection = dataclasses.replace(inspection, folder=self.folder)
+            inspection = dataclasses.replace(inspection, folder=without_secrets(self.folder))
         if self.json is not None:
             values = dataclasses.asdict(inspection) | {"folder": str(inspection.folder)}
             write_text_atomically(self.json, json.dumps(values, indent=1) + "\n")

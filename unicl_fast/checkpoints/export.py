@@ -56,7 +56,10 @@ def read_export(folder: Path) -> tuple[TrainConfig, Path]:
             f"{weights} is damaged or was exchanged: its xxh3 is {found}, {CONFIG_FILE} says "
             f"{expected}; copy the folder again or convert the model again"
         )
-    return config_from_dict(values.get("config")), weights
+    try:
+        return config_from_dict(values.get("config")), weights
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -7,7 +7,6 @@ checkpoint itself stays in its own folder, where nothing removes it while it is 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
@@ -17,13 +16,15 @@ import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from unicl_fast.system.atomic_files import flush_to_disk, write_text_atomically
+from unicl_fast.system.checked_fields import from_json_values, parse_json
 from unicl_fast.system.checksums import dump_checksummed_json, file_checksum
 
 logger = logging.getLogger(__name__)
@@ -146,7 +147,7 @@ def set_later_checkpoints_aside(checkpoints_folder: Path, *, step: int) -> None:
 class Best:
     """A step and the number that it reached."""
 
-    step: int
+    step: Annotated[int, Meta(ge=0, lt=1 << 53)]
     metric: str
     """Key of metrics.jsonl."""
     value: float
@@ -171,13 +172,12 @@ def read_best(checkpoints_folder: Path) -> Best | None:
     """Reads best.json; None where there is none. Raises ValueError if it is damaged."""
     path = checkpoints_folder / _BEST_FILE
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return Best(int(values["step"]), str(values["metric"]), float(values["value"]))
+        return from_json_values(Best, parse_json(path.read_bytes(), where="it"))
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, IsADirectoryError) as error:
         raise ValueError(
-            f"{path} is damaged ({error!r}): remove it, and name a checkpoint by its own folder"
+            f"{path} is damaged ({error}): remove it, and name a checkpoint by its own folder"
         ) from error
 
 
@@ -204,10 +204,12 @@ def find_best(
         for line in lines
         if metric is not None and metric in line
     ]
-    with contextlib.suppress(ValueError):  # then the metrics have to do
+    try:
         stored = read_best(checkpoints_folder)
         if stored is not None and metric in (None, stored.metric):
             found.append(stored)
+    except ValueError as error:
+        logger.warning("%s; the run's metrics say which is the best", error)
     steps = {step_of(checkpoint) for checkpoint in list_checkpoints(checkpoints_folder)}
     there = [best for best in found if best.step in steps and math.isfinite(best.value)]
     return max(there, key=lambda best: (best.value, -best.step), default=None)

@@ -88,7 +88,10 @@ def read_state(checkpoint: Path) -> CheckpointState:
         raise DamagedCheckpointError(
             f"{path} is damaged: {error}; use another checkpoint"
         ) from error
-    config = config_from_dict(values["config"])
+    try:
+        config = config_from_dict(values["config"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     known = {name: values[name] for name in _TYPES} | {"config": config}
     state = CheckpointState(**known, run_id=values.get("run_id", ""))
     for name, expected in state.checksums.items():

@@ -23,6 +23,7 @@ from typing import Any, TypeVar
 import xxhash
 
 from unicl_fast.system.progress import mark_progress
+from unicl_fast.system.wording import without_secrets
 
 logger = logging.getLogger(__name__)
 
@@ -92,10 +93,12 @@ class ObjectStore:
         match = _URL.fullmatch(url)
         if match is None or "::" in url or "?" in url or "#" in url:
             raise ValueError(
-                f"{url} is not the URL of a folder: expected is for example s3://bucket/folder, "
-                "with nothing after a ? or # and without ::"
+                f"{without_secrets(url)} is not the URL of a folder: expected is for example "
+                "s3://bucket/folder, with nothing after a ? or # and without ::"
             )
-        self.url = url.rstrip("/")
+        self._address = url.rstrip("/")
+        self.url = without_secrets(self._address)
+        """For messages and files: without user and password."""
         self._protocol = match.group(1).lower()
         self.traffic = Traffic()
         self._systems: dict[int, Any] = {}
@@ -107,6 +110,7 @@ class ObjectStore:
         return self.url.rsplit("/", 1)[-1]
 
     def url_of(self, name: str) -> str:
+        """An object's URL for messages: without user and password."""
         return f"{self.url}/{name}" if name else self.url
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
@@ -309,7 +313,8 @@ class ObjectStore:
         return system
 
     def _path(self, name: str) -> str:
-        return str(self._system()._strip_protocol(self.url_of(name)))
+        address = f"{self._address}/{name}" if name else self._address
+        return str(self._system()._strip_protocol(address))
 
     def _count(self, *, read_bytes: int = 0, tried_again: int = 0) -> None:
         with self._counting:
@@ -352,7 +357,7 @@ def _connect(protocol: str, url: str) -> Any:
 
 def _describe(error: BaseException) -> str:
     """A client's error in a line."""
-    text = " ".join(str(error).split())[:300]
+    text = without_secrets(" ".join(str(error).split()))[:300]
     if isinstance(error, _IncompleteError):
         return text
     if isinstance(error, TimeoutError) and not text:

@@ -35,6 +35,7 @@ from unicl_fast.distributed.signals import (
     handle_stop_signals,
 )
 from unicl_fast.system.machine import LAUNCHED_BY_US, STORE_SOCKET, usable_cores
+from unicl_fast.system.wording import print_text, without_secrets
 
 if TYPE_CHECKING:  # it imports torch, for which --help need not wait
     from unicl_fast.distributed.ranks import Ranks
@@ -236,15 +237,22 @@ def stop(program: str, error: Exception, *, code: int) -> NoReturn:
     if isinstance(error, SharedRefusal) and os.environ.get("RANK", "0") != "0":
         time.sleep(1)  # torchrun ends all ranks after the first: rank 0 must have spoken by then
     else:
-        print(f"{program}: {error}", file=sys.stderr)
+        print_text(f"{program}: {error}", sys.stderr)
     sys.exit(code)
+
+
+class _LogWithoutSecrets(logging.Formatter):
+    """Formats lines of the log; URLs in them lose user, password and query."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return without_secrets(super().format(record))
 
 
 def configure_logging(ranks: Ranks) -> None:
     """Lets rank 0 log; the others log only errors."""
-    logging.basicConfig(
-        level=logging.INFO if ranks.is_main else logging.ERROR,
-        format="%(levelname).1s %(name)s: %(message)s",
-    )
+    handler = logging.StreamHandler()
+    handler.setFormatter(_LogWithoutSecrets("%(levelname).1s %(name)s: %(message)s"))
+    level = logging.INFO if ranks.is_main else logging.ERROR
+    logging.basicConfig(level=level, handlers=[handler])
     if not ranks.is_main:
         warnings.simplefilter("ignore")

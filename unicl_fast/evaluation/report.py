@@ -26,7 +26,7 @@ from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.requests import Evaluation, Metric
 from unicl_fast.system.atomic_files import make_folder
 from unicl_fast.system.progress import WaitingForRanks
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, without_secrets
 from unicl_fast.training.figures import INK, drawing, save_figure
 
 Rate = Literal["top1", "top5", "mean_per_class"]
@@ -248,7 +248,7 @@ def write_results(command: Evaluation, values: Mapping[str, Any], table: str) ->
     """Writes the JSON (which it returns) and the Markdown that a command asks for."""
     described = {"checkpoint": str(command.checkpoint), "weights": command.weights, **values}
     for path, content in (
-        (command.json, json.dumps(described, indent=1)),
+        (command.json, without_secrets(json.dumps(described, indent=1))),
         (command.markdown, table.rstrip()),
     ):
         if path is not None:

@@ -16,11 +16,21 @@ import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
+from msgspec import Meta
 from numpy.typing import NDArray
+
+from unicl_fast.system.checked_fields import (
+    LARGEST_INT,
+    Count,
+    from_json_values,
+    parse_json,
+    require,
+)
+from unicl_fast.system.wording import shorten
 
 LEDGER_FOLDER = "ledger"
 VERSION = 1
@@ -40,6 +50,13 @@ _CHECKED_FROM = 8
 _INDEX_BYTES = 4
 _HEADS_AT_ONCE = 1024
 
+# What is beyond these was not written by a run, and must take neither memory nor time.
+_STEPS = 1 << 53
+_Step = Annotated[int, Meta(ge=0, lt=_STEPS)]
+_Size = Annotated[int, Meta(ge=1, le=1 << 48)]
+_Rank = Annotated[int, Meta(ge=0, lt=1 << 20)]
+_Share = Annotated[int, Meta(ge=1, le=1 << 31)]
+
 
 class DamagedSegmentError(ValueError):
     """A segment's file is not what was written, and cannot be read."""
@@ -50,27 +67,27 @@ class LedgerSource:
     """A data set as the ledger knows it."""
 
     name: str
-    num_samples: int
+    num_samples: _Size
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
 class SegmentHeader:
     """Describes one rank at a start of the program; sizes of records follow from it."""
 
-    segment: int
+    segment: Count
     """Starts of the program are numbered from 1."""
-    start_step: int
+    start_step: _Step
     """The first step of this start. It supersedes what earlier segments have of it and of later
     steps."""
-    rank: int
-    world_size: int
-    global_batch_size: int
+    rank: _Rank
+    world_size: Annotated[int, Meta(ge=1, le=1 << 20)]
+    global_batch_size: Annotated[int, Meta(ge=1, le=LARGEST_INT)]
     sources: tuple[LedgerSource, ...]
-    seed: int
-    shares: tuple[int, ...]
+    seed: Annotated[int, Meta(ge=-LARGEST_INT - 1, le=LARGEST_INT)]
+    shares: tuple[_Share, ...]
     """Integers in the proportion of the sources' weights. With the seed they allow to plan the run
     again."""
-    shuffle_window: int = 0
+    shuffle_window: Count = 0
     """`data.shuffle_window`, which that takes too; not in the file where it is 0."""
     run_id: str = ""
     """The run's, as in its checkpoints; not in the files of 0.1."""
@@ -274,13 +291,29 @@ def _decode_header(data: memoryview) -> tuple[SegmentHeader, int] | None:
         return None
     if _checksum(text) != checksum:
         raise DamagedSegmentError("its header's checksum does not agree")
-    values = json.loads(text)
-    version = values.pop("version")
-    if version != VERSION:
-        raise ValueError(f"it has format version {version}, this program reads {VERSION}")
-    values["sources"] = tuple(LedgerSource(**source) for source in values["sources"])
-    values["shares"] = tuple(values["shares"])
-    return SegmentHeader(**values), _START.size + size
+    try:
+        values = parse_json(text, where="its header")
+        version = values.pop("version", None) if isinstance(values, dict) else VERSION
+        if version == VERSION:
+            return _checked_header(values), _START.size + size
+    except ValueError as error:
+        raise DamagedSegmentError(f"its header cannot be that of a run: {error}") from error
+    raise ValueError(f"it has format version {shorten(version)}, this program reads {VERSION}")
+
+
+def _checked_header(values: Any) -> SegmentHeader:
+    """The header of JSON's values; raises ValueError where no run can have written them."""
+    header = from_json_values(SegmentHeader, values)
+    require(header.rank < header.world_size, "rank must be below world_size")
+    require(
+        header.global_batch_size % header.world_size == 0,
+        "world_size must divide global_batch_size",
+    )
+    require(
+        1 <= len(header.sources) == len(header.shares) <= 1 << 16,
+        "sources and shares must be as many as each other, and one at least",
+    )
+    return header
 
 
 def _read_range(view: memoryview, header: SegmentHeader, offset: int) -> RecordRange | None:
@@ -312,6 +345,8 @@ def _sound_head(view: memoryview, header: SegmentHeader, offset: int) -> tuple[i
     mark, checksum, step, num_substitutes = _HEAD.unpack_from(view, offset)
     end = offset + header.record_bytes(num_substitutes)
     if mark != _MARK or num_substitutes > header.local_batch_size or end > len(view):
+        return None
+    if step >= _STEPS:
         return None
     if _checksum(view[offset + _CHECKED_FROM : end]) != checksum:
         return None

@@ -178,6 +178,9 @@ def prove(
     substitutes: dict[tuple[int, int], Counter[int]] = {}
     if not faults:
         for segment, start, source_ids, ids in _read_draws(counting, steps):
+            if fault := _impossible_record(segment, start, source_ids):
+                faults.append(fault)
+                break
             epochs.add(start * global_batch_size, source_ids, ids)
             for file in segment.files:
                 first = file.header.rank * file.header.local_batch_size
@@ -207,7 +210,7 @@ def _read_segments(
     segments: list[Segment] = []
     counts_until = _ENDLESS
     for number in sorted(found, reverse=True):
-        files, any_damaged = _read_files(found[number], notes)
+        files, any_damaged = _read_files(number, found[number], notes)
         if not files:
             if any_damaged:
                 faults.append(
@@ -238,8 +241,10 @@ def _read_segments(
     return segments[::-1]
 
 
-def _read_files(paths: dict[int, Path], notes: list[str]) -> tuple[dict[int, SegmentFile], bool]:
-    """The readable ones of a segment by rank, and whether another was damaged."""
+def _read_files(
+    number: int, paths: dict[int, Path], notes: list[str]
+) -> tuple[dict[int, SegmentFile], bool]:
+    """The readable ones of segment `number` by rank, and whether another was damaged."""
     files, any_damaged = {}, False
     for rank, path in paths.items():
         try:
@@ -250,6 +255,13 @@ def _read_files(paths: dict[int, Path], notes: list[str]) -> tuple[dict[int, Seg
             continue
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
+        if file is not None and (file.header.segment, file.header.rank) != (number, rank):
+            notes.append(
+                f"{path.name} cannot be read: its header is of segment {file.header.segment} and "
+                f"rank {file.header.rank}"
+            )
+            any_damaged = True
+            continue
         if file is None:
             notes.append(f"{path.name} ends within its header: that rank was ended there")
             continue
@@ -348,6 +360,22 @@ def _read_draws(
                 np.concatenate(columns, axis=1) for columns in zip(*parts, strict=True)
             )
             yield segment, start, source_ids, ids
+
+
+def _impossible_record(segment: Segment, start: int, source_ids: Int64Array) -> str:
+    """Names records from step `start` on that lead out of the batch or its sources; or nothing."""
+    num_sources = len(segment.header.sources)
+    if source_ids.size and source_ids.max() >= num_sources:
+        return (
+            f"segment {segment.header.segment} draws from source {source_ids.max()} after step "
+            f"{start}, and its header names {num_sources}"
+        )
+    for file in segment.files:
+        size = file.header.local_batch_size
+        for step, index, _ in file.substitutes(start, start + len(source_ids)):
+            if index >= size:
+                return f"{file.path.name}: step {step} has a substitute at {index} of {size} draws"
+    return ""
 
 
 class EpochCounter:

@@ -28,12 +28,14 @@ from unicl_fast.ledger.format import (
     list_segments,
     segment_name,
 )
-from unicl_fast.system.atomic_files import flush_to_disk
+from unicl_fast.system.atomic_files import flush_to_disk, is_at
 
 logger = logging.getLogger(__name__)
 
 # Records that a full disk did not take wait in memory; beyond this the run stops.
 _MOST_WAITING_BYTES = 64 << 20
+# A rank's answer whether its records are on the disk.
+_ON_DISK, _NOT_WRITTEN, _REMOVED = range(3)
 
 
 class Ledger:
@@ -70,6 +72,7 @@ class Ledger:
         )
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
         self._file = -1
+        self._path = folder
         self._next_step = 0
         self._waiting = bytearray()
         self._failure: OSError | None = None
@@ -89,8 +92,8 @@ class Ledger:
         self._header = dataclasses.replace(
             self._header, segment=number, start_step=step, run_id=run_id
         )
-        path = self.folder / segment_name(number, self._ranks.rank)
-        self._file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
+        self._path = self.folder / segment_name(number, self._ranks.rank)
+        self._file = os.open(self._path, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_EXCL, 0o666)
         try:
             self._waiting = bytearray(encode_header(self._header))
             self._next_step = step
@@ -149,18 +152,30 @@ class Ledger:
         would leave a hole in the ledger, should that rank be killed now.
 
         Raises:
-            OSError: they are not, and are `required`. Otherwise that is only logged, loudly.
+            OSError: they are not, and are `required`. Otherwise that is only logged, loudly. Also
+                if a rank's file is no longer where it was: what it held cannot be written again.
         """
         self._write()
+        is_there = True
         if self._failure is None:
             try:
                 os.fdatasync(self._file)
+                # a file that was removed takes records too, and no call fails
+                is_there = is_at(self._file, self._path)
             except OSError as error:
                 self._failure = error
-        failed = gather_integers(int(self._failure is not None), self._ranks)
-        if not any(failed):
+        code = _NOT_WRITTEN if self._failure else _ON_DISK if is_there else _REMOVED
+        codes = gather_integers(code, self._ranks)
+        if not any(codes):
             return True
-        ranks = ", ".join(str(rank) for rank, code in enumerate(failed) if code)
+        ranks = ", ".join(str(rank) for rank, code in enumerate(codes) if code == max(codes))
+        if _REMOVED in codes:
+            raise OSError(
+                f"the ledger in {self.folder} was moved or removed while rank {ranks} wrote to it: "
+                f"the records from step {self._header.start_step} on are not there, and a later "
+                "checkpoint would leave a hole. Put it back and resume; without it, the run "
+                "resumes from its newest checkpoint, and what was fed before cannot be proven"
+            )
         message = (
             f"the ledger in {self.folder} cannot be written by rank {ranks}"
             f"{f' ({self._failure})' if self._failure else ''}, and a checkpoint without it would "

@@ -8,18 +8,22 @@ itself, "stochastic depth": Huang et al., arXiv 1603.09382.
 
 from __future__ import annotations
 
+import bisect
 import difflib
+import itertools
 from typing import Any
 
 import timm
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, PatchEmbed
 from torch import Tensor, nn
 
 import unicl_fast.models.small  # noqa: F401  registers the small networks with timm
 from unicl_fast.system.keyed_random import fold_key, fold_key_tensor, uniform_tensor
 
 _PURPOSE = 0xD409
+_NOT_BUILT = (TypeError, ValueError, AssertionError, RuntimeError)
+_TRIED_SIZES = 12
 
 
 def build_image_encoder(
@@ -35,21 +39,73 @@ def build_image_encoder(
         raise ValueError(
             f"model.image_encoder: timm knows no model {name!r}; similar names: {similar}"
         )
-    arguments: dict[str, Any] = {}
-    pretrained_cfg = timm.get_pretrained_cfg(name)
-    if pretrained_cfg is not None and pretrained_cfg.fixed_input_size:
-        arguments["img_size"] = image_size  # position tables and windows are made for one size
     try:
-        encoder: nn.Module = timm.create_model(
-            name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **arguments
-        )
-    except (TypeError, AssertionError) as error:
+        encoder = _create(name, image_size=image_size, drop_path=drop_path)
+    except _NOT_BUILT as error:
         raise ValueError(
             f"model.image_encoder: {name} cannot be built for data.image_size={image_size} and "
-            f"model.drop_path={drop_path}: {error}"
+            f"model.drop_path={drop_path}: {error}{_suggest_sizes(name, image_size)}"
         ) from error
     _replace_drop_path(encoder, key)
     return encoder
+
+
+def _create(name: str, *, image_size: int, drop_path: float = 0.0) -> nn.Module:
+    """Builds timm's model; raises one of _NOT_BUILT if it cannot take this size or drop path."""
+    arguments: dict[str, Any] = {}
+    pretrained_cfg = timm.get_pretrained_cfg(name)
+    has_one_size = pretrained_cfg is not None and pretrained_cfg.fixed_input_size
+    if has_one_size:
+        arguments["img_size"] = image_size  # position tables and windows are made for one size
+    encoder: nn.Module = timm.create_model(
+        name, pretrained=False, num_classes=0, drop_path_rate=drop_path, **arguments
+    )
+    if has_one_size:
+        _try_size(encoder, image_size)
+    return encoder
+
+
+def _try_size(encoder: nn.Module, image_size: int) -> None:
+    """Raises what an image would meet: many models are built for a size that they cannot take."""
+    for embedding in encoder.modules():
+        # timm leaves out the pixels beyond the last whole patch, and says nothing
+        if isinstance(embedding, PatchEmbed) and not embedding.dynamic_img_pad:
+            patch = max(embedding.patch_size)
+            if image_size % patch:
+                raise ValueError(f"its patches of {patch} pixels do not divide {image_size}")
+    tensors = itertools.chain(encoder.named_parameters(), encoder.named_buffers())
+    shapes = {name: tensor.detach().to("meta") for name, tensor in tensors}
+    size = 1, 3, image_size, image_size
+    encoder.eval()
+    with torch.no_grad():
+        try:  # shapes alone, in milliseconds
+            torch.func.functional_call(encoder, shapes, torch.empty(size, device="meta"))
+        except Exception:  # it may be a tensor that is made in passing, and not the size
+            encoder(torch.zeros(size))
+    encoder.train()
+
+
+def _suggest_sizes(name: str, image_size: int) -> str:
+    """Names the nearest sizes that a model takes, as the end of a sentence; or nothing."""
+
+    def fits(size: int) -> bool:
+        try:
+            with torch.device("meta"):
+                _create(name, image_size=size)
+        except _NOT_BUILT:
+            return False
+        return True
+
+    if fits(image_size):  # the size is not what is wrong
+        return ""
+    # sides of patches, windows and strides are multiples of 4, or of 14
+    sizes = [size for size in range(1, 8192) if size % 4 == 0 or size % 14 == 0]
+    at = bisect.bisect_left(sizes, image_size)
+    below, above = sizes[max(0, at - _TRIED_SIZES) : at][::-1], sizes[at : at + _TRIED_SIZES]
+    found = [
+        str(size) for side in (below, above) for size in itertools.islice(filter(fits, side), 1)
+    ]
+    return f"; take data.image_size={' or '.join(found)}" if found else ""
 
 
 def feature_width(encoder: nn.Module) -> int:

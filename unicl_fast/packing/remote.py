@@ -38,7 +38,7 @@ from unicl_fast.packing.sources.tars import expand_braces
 from unicl_fast.packing.work_folder import describe_unfinished, lock_folder
 from unicl_fast.system.atomic_files import make_folder, temporary_folder
 from unicl_fast.system.checksums import CHECKSUMS_NAME, file_checksum, read_checksums
-from unicl_fast.system.wording import count_of
+from unicl_fast.system.wording import count_of, without_secrets
 
 DEFAULT_STAGING_BYTES = 100_000_000_000
 _FILES_AT_ONCE = 4
@@ -98,7 +98,7 @@ def build_anywhere(
         root,
     ):
         if any(map(is_url, sources)):
-            options["source_names"] = list(sources)
+            options["source_names"] = list(map(without_secrets, sources))
         try:
             summary = build_dataset(paths, folder, image_root=root, **options)
         except BaseException:
@@ -109,7 +109,7 @@ def build_anywhere(
         if store is None:
             return summary
         try:
-            upload_dataset(folder, store.url, progress=options.get("progress", True))
+            upload_dataset(folder, out, progress=options.get("progress", True))
         except (RuntimeError, OSError) as error:
             raise RuntimeError(
                 f"packed, but not uploaded: {error}. Resume by: {_command(folder, store.url)}"
@@ -131,7 +131,8 @@ def _staged_sources(
         yield list(sources), image_root
         return
     out = out.absolute()
-    made_of = json.dumps([*sources, image_root, str(out)])
+    # passwords change, and what was copied with another one is as good
+    made_of = json.dumps([*map(without_secrets, sources), without_secrets(image_root), str(out)])
     folder = work / f"{_KEPT}{xxhash.xxh3_64_hexdigest(made_of.encode())}"
     make_folder(work)
     _sweep(work, but=folder)
@@ -330,10 +331,11 @@ def _find_folder(url: str, folder: Path) -> tuple[str, list[_Wanted]]:
     listed = store.list_objects()
     if listed is None:
         raise ValueError(
-            f"{url} is no file, and http cannot list folders: name its archives or lists one by one"
+            f"{store.url} is no file, and http cannot list folders: name its archives or lists one "
+            "by one"
         )
     if not listed:
-        raise FileNotFoundError(f"{url}: there is no such object, and no folder of this name")
+        raise FileNotFoundError(f"{store.url}: there is no such object, and no folder of this name")
     target = folder / store.name
     wanted = []
     for name in sorted(listed):
@@ -361,7 +363,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
     checksums = _checksums_of(folder, manifest)
     there = store.list_sizes()
     if there is None:
-        raise ValueError(f"{url}: http takes no uploads; give the URL of an object store")
+        raise ValueError(f"{store.url}: http takes no uploads; give the URL of an object store")
     _require_free_url(store, folder, there, names=set(checksums))
     names = sorted(checksums, key=lambda name: (not name.endswith(".tar"), name))
     names.remove(MANIFEST_NAME)
@@ -403,7 +405,7 @@ def upload_dataset(folder: Path, url: str, *, progress: bool = True) -> str:
 
 def _packed_folder(url: str, work: Path) -> Path:
     """The folder below `work` in which a data set for a URL is packed; alone in one of its own."""
-    url = url.rstrip("/")
+    url = without_secrets(url).rstrip("/")
     return work / xxhash.xxh3_64_hexdigest(url.encode()) / url.rpartition("/")[2]
 
 

@@ -20,6 +20,9 @@ logger = logging.getLogger(__name__)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk without room for more: all of it, the user's part, or the largest file."""
 _LOCK_NAME = ".in-use"
+_NO_PLACE_TO_WRITE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -114,7 +117,7 @@ def is_at(descriptor: int, path: str | os.PathLike[str]) -> bool:
     """Whether an open file is the one that has this path now."""
     try:
         return os.path.samestat(os.fstat(descriptor), os.stat(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return False
 
 
@@ -131,7 +134,7 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
         A function that raises RuntimeError once another process has taken the folder over.
 
     Raises:
-        ValueError: another process writes there; names it.
+        ValueError: another process writes there; names it. Or nobody can write there.
     """
     path = folder / _LOCK_NAME
     now = datetime.datetime.now().astimezone().isoformat(" ", "seconds")
@@ -161,11 +164,19 @@ def sole_writer(folder: Path) -> Iterator[Callable[[], None]]:
 
 def _open_locked(path: Path) -> int:
     while True:
-        make_folder(path.parent)
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        except FileNotFoundError:  # the one before has just removed the folder
-            continue
+            make_folder(path.parent)
+            try:
+                descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            except FileNotFoundError:  # the one before has just removed the folder
+                continue
+        except OSError as error:
+            if error.errno not in _NO_PLACE_TO_WRITE:
+                raise
+            raise ValueError(
+                f"{path.parent.absolute()} cannot be written to ({error.strerror}): choose a "
+                "folder where you may write"
+            ) from error
         try:
             is_free = lock(descriptor)
         except OSError as error:

@@ -50,6 +50,21 @@ _SPARE = 1
 """Free buffers kept beside the one handed out: for who holds two at times and one at others."""
 
 
+def check_current_folder() -> None:
+    """Refuses a current folder that was removed: MKL would end the process when torch is imported.
+
+    Raises:
+        FileNotFoundError: says what to do.
+    """
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            "the current directory was removed or replaced since you changed to it: change to one "
+            "that is there (cd ~), and start again"
+        ) from None
+
+
 def usable_cores() -> int:
     """Cores that this process may run on, or fewer where its container has a quota of CPU time."""
     return max(1, min(len(os.sched_getaffinity(0)), os.cpu_count() or 1, *_quotas()))

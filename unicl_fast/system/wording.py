@@ -1,13 +1,18 @@
-"""Values in messages: counts with their nouns, shortened values, and how two configs differ."""
+"""Values in messages: counts, shortened values, URLs without secrets, how two configs differ."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 _ABSENT = object()
 _PLURAL = re.compile(r"\b(file|image|row|download)s\b")
+_SCHEME = r"[A-Za-z][A-Za-z0-9+.\-]*://"
+# user:password, and over http a token alone; abfs://container@account names no user
+_USER = re.compile(rf"({_SCHEME})[^/\s?#@:]*:[^/\s?#]*@|(https?://)[^/\s?#]*@")
+_QUERY = re.compile(rf"({_SCHEME}[^\s?]*)\?[^\s'\",;)]+")
 
 
 def count_of(number: int, noun: str) -> str:
@@ -32,6 +37,35 @@ def shorten(value: Any, *, limit: int = 100) -> str:
     except (RecursionError, ValueError):  # nested too deep; a number of more than 4,300 digits
         return f"a {type(value).__name__}"
     return text if len(text) <= limit else text[:limit] + "..."
+
+
+def without_secrets(text: str) -> str:
+    """Returns a text whose URLs have neither user and password nor a query (signatures, tokens).
+
+    For all that is shown or stored; requests take the URL as it was given.
+    """
+    text = _USER.sub(lambda match: match[1] or match[2], text)
+    return _QUERY.sub(r"\1?...", text)
+
+
+def encodable(text: str) -> str:
+    """Writes out bytes of file names that are not UTF-8, which protobuf and matplotlib refuse."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def print_text(text: str, file: TextIO) -> None:
+    """Prints names from anywhere: what the terminal cannot show, or would obey, is escaped.
+
+    URLs are printed without user, password and query.
+    """
+    encoding = file.encoding or "utf-8"
+    shown = "".join(
+        character
+        if character == "\n" or unicodedata.category(character) != "Cc"
+        else character.encode("unicode_escape").decode("ascii")
+        for character in without_secrets(text)
+    )
+    print(shown.encode(encoding, "backslashreplace").decode(encoding), file=file)
 
 
 def refuse_differences(what: str, stored: Mapping[str, Any], present: Mapping[str, Any]) -> None:

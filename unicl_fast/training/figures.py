@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter
 
 from unicl_fast.batch import Batch
+from unicl_fast.system.wording import encodable
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training.metrics import read_metrics
 
@@ -66,7 +67,7 @@ def draw_curves(run_folder: Path, path: Path) -> None:
     rate.set_ylabel("learning rate (dashed)", color=FAINT)
     rate.tick_params(colors=FAINT)
     for name, points in evaluations.items():
-        label = name.removeprefix("zero_shot/").removesuffix("/top1")
+        label = encodable(name.removeprefix("zero_shot/").removesuffix("/top1"))
         axes[1].plot(*zip(*points, strict=True), marker="o", markersize=4, label=label)
         axes[1].annotate(f"{points[-1][1]:.1f}", points[-1], textcoords="offset points",
                          xytext=(-4, 8), ha="right")  # fmt: skip

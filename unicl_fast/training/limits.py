@@ -30,6 +30,7 @@ from unicl_fast.models.efficiency import has_batch_norm
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.machine import control_groups
+from unicl_fast.system.wording import without_secrets
 from unicl_fast.training.global_loss import encoder_input
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,7 @@ class NonfiniteSteps:
                 "last_metrics": _for_json(last_metrics),
                 "seed": self._config.run.seed,
                 "global_batch_size": self._config.run.global_batch_size,
-                "sources": list(self._config.data.train),
+                "sources": list(map(without_secrets, self._config.data.train)),
                 "ranks": [{"rank": rank, **samples} for rank, samples in enumerate(every)],
             }
             try:

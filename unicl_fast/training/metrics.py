@@ -24,7 +24,8 @@ from torch import Tensor
 from unicl_fast.batch import Batch
 from unicl_fast.dataset.reader import PackedDataset
 from unicl_fast.distributed.ranks import Ranks, gather_to_rank_0, sum_integers
-from unicl_fast.system.atomic_files import write_text_atomically
+from unicl_fast.system.atomic_files import is_at, write_text_atomically
+from unicl_fast.system.wording import encodable, shorten
 
 if TYPE_CHECKING:  # slow to import, and rank 0's alone
     from torch.utils.tensorboard import SummaryWriter
@@ -154,9 +155,12 @@ class MetricsWriter:
         """
         self._path = run_folder / "metrics.jsonl"
         if self._path.is_file():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
-            kept = [f"{line}\n" for line in lines if _step_of(line) <= start_step]
-            write_text_atomically(self._path, "".join(kept))
+            lines = [
+                json.dumps(line) + "\n"
+                for line in read_metrics(run_folder)
+                if line["step"] <= start_step
+            ]
+            write_text_atomically(self._path, "".join(lines))
         self._open()
         self._fails = False
         self._tensorboard: SummaryWriter | None = None
@@ -187,7 +191,7 @@ class MetricsWriter:
             if tensorboard is not None:
                 for name, value in values.items():
                     if name != "step":
-                        tensorboard.add_scalar(name, value, global_step=step)
+                        tensorboard.add_scalar(encodable(name), value, global_step=step)
 
     def _open(self) -> None:
         # unbuffered: what is refused does not come back later
@@ -195,10 +199,14 @@ class MetricsWriter:
 
     def _append(self, line: bytes) -> None:
         """Appends the whole line or nothing: the next one must not stick to half a line."""
-        if not self._path.exists():  # the folder was moved or removed
+        if not is_at(self._file.fileno(), self._path):
             self._file.close()
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._open()
+            logger.warning(
+                "%s was moved, removed or replaced while the run wrote to it: its lines continue "
+                "in the file that is there now", self._path,
+            )  # fmt: skip
         size = os.fstat(self._file.fileno()).st_size
         try:
             written = 0
@@ -225,13 +233,30 @@ class MetricsWriter:
 
 
 def read_metrics(run_folder: Path) -> list[dict[str, float]]:
-    """The lines of a run's metrics.jsonl."""
-    lines = (run_folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    """The lines of a run's metrics.jsonl; those that are damaged are left out, with a warning.
+
+    A last line that was cut off is left out too: the run was ended there.
+    """
+    path = run_folder / "metrics.jsonl"
+    *lines, cut_off = path.read_bytes().split(b"\n")
+    found = [_parse_line(line) for line in lines]
+    damaged = [number for number, values in enumerate(found) if values is None]
+    if damaged:
+        logger.warning(
+            "%s: line %d is damaged and is left out: %s (%d of %d lines are)",
+            path, damaged[0] + 1, shorten(lines[damaged[0]]), len(damaged), len(lines),
+        )  # fmt: skip
+    return [values for values in [*found, _parse_line(cut_off)] if values is not None]
 
 
-def _step_of(line: str) -> float:
+def _parse_line(line: bytes) -> dict[str, float] | None:
+    """Reads numbers by name, a step among them; None where a line is anything else."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")  # a line cut off in the middle of writing
+        values = json.loads(line.decode("utf-8"))
+        is_sound = type(values["step"]) is int and all(
+            type(value) is float or (type(value) is int and abs(value) < 2**63)
+            for value in values.values()
+        )
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return values if is_sound else None

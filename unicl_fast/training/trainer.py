@@ -212,7 +212,8 @@ class Trainer:
                 at the next logging step.
             ValueError: `checkpoint.best` names what no evaluation gives, or samples have classes
                 that the objective does not look at.
-            OSError: the run folder, or the last checkpoint, cannot be written.
+            OSError: the run folder, or the last checkpoint, cannot be written; or the ledger was
+                moved or removed. Raised at the next checkpoint.
             RuntimeError: the weights of ranks differ (`run.check_ranks_every_steps`).
         """
         every = self.config.run
@@ -302,7 +303,7 @@ class Trainer:
         continues, and where that fails it is only logged, loudly: the next one may fit.
 
         Raises:
-            OSError: a required one cannot be written.
+            OSError: a required one cannot be written, or the ledger was moved or removed.
         """
         self._mark("checkpoint", waits_for_ranks=self.ledger is not None)
         if self.ledger is not None and not self.ledger.flush(required=required):
