@@ -62,7 +62,7 @@ def test_a_folder_where_nobody_can_write_is_refused(
 def test_a_file_is_no_folder_to_write_in(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(ValueError, match="cannot be written to"), sole_writer(folder):
+        with pytest.raises(ValueError, match="move that file away"), sole_writer(folder):
             pass
 
 

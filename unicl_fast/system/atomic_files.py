@@ -20,9 +20,7 @@ logger = logging.getLogger(__name__)
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """Errors of a disk without room for more: all of it, the user's part, or the largest file."""
 _LOCK_NAME = ".in-use"
-_NO_PLACE_TO_WRITE = (
-    errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR,
-)  # fmt: skip
+_NO_PLACE_TO_WRITE = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 
 @contextlib.contextmanager
