@@ -239,10 +239,32 @@ def test_many_blocks_on_a_gpu(
 def test_features_may_lie_in_memory_as_they_like(compute: Compute) -> None:
     assert_equals_the_dense_form(
         compute,
-        unit_rows(20, 9, seed=1).T.contiguous().T,
-        unit_rows(20, 30, seed=2)[:, 3:21:2],
+        unit_rows(20, 16, seed=1).T.contiguous().T,
+        unit_rows(20, 40, seed=2)[:, 3:35:2],
         torch.arange(20) // 2,
         10.0,
+    )
+
+
+def test_rows_of_features_begin_at_16_bytes() -> None:
+    from unicl_fast.objectives.loss_triton import _aligned
+
+    features = torch.ones(3, 9, dtype=torch.bfloat16)
+    assert _aligned(features).stride() == (16, 1)
+    assert _aligned(features).sum() == features.sum()
+    assert _aligned(whole := torch.ones(3, 32)) is whole
+
+
+def test_a_block_of_padding_texts_changes_nothing(compute: Compute) -> None:
+    counts = F.pad(torch.tensor([2, 1, 3]), (0, 40))
+    assert_equals_the_dense_form(
+        compute,
+        unit_rows(6, 8, seed=1),
+        unit_rows(43, 8, seed=2),
+        torch.arange(6) % 3,
+        10.0,
+        text_class_ids=torch.arange(43) % 3,
+        text_counts=counts,
     )
 
 
@@ -305,10 +327,8 @@ NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp64"}
             for dtype, options in [
                 (torch.bfloat16, {}),
                 (torch.bfloat16, {"counted": False, "exclude_self": True}),
-                (torch.bfloat16, {"aligned": False}),
                 (torch.float32, {}),
                 (torch.float32, {"counted": False, "exclude_self": True}),
-                (torch.float32, {"aligned": False}),
                 (torch.float32, {"precision": "tf32"}),
                 (torch.float64, {}),
             ]
@@ -343,10 +363,9 @@ def compile_ahead(
     folder: Path,
     counted: bool = True,
     exclude_self: bool = False,
-    aligned: bool = True,
     precision: str | None = None,
 ) -> Any:
-    """What a launch with these features would compile; `aligned` rows begin at 16 bytes."""
+    """What a launch with such features would compile."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -369,7 +388,7 @@ def compile_ahead(
     attributes = {
         (index,): [["tt.divisibility", 16]]
         for index, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or (name == "d" and aligned)
+        if signature[name].startswith("*") or name == "d"
     }
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_CACHE_DIR", str(folder))

@@ -22,6 +22,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from torch.nn import functional as F
 
 from unicl_fast.objectives.loss_tiled import Tiles
 
@@ -53,8 +54,7 @@ class TritonTiles(Tiles):
     """Tiles that never leave the chip."""
 
     def __init__(self, images: Tensor, texts: Tensor, *rest: Any, **options: Any) -> None:
-        """Makes rows of features contiguous, which is how the kernels load them."""
-        super().__init__(images.contiguous(), texts.contiguous(), *rest, **options)
+        super().__init__(_aligned(images), _aligned(texts), *rest, **options)
         if images.device.type != "cuda" and isinstance(_sum_exps, triton.JITFunction):
             raise ValueError(
                 f"the loss in Triton computes on a CUDA device, not on {images.device.type}; "
@@ -115,6 +115,15 @@ class TritonTiles(Tiles):
                 precision=_precision(images.dtype),
                 **self._blocks._asdict(),
             )
+
+
+def _aligned(features: Tensor) -> Tensor:
+    """Features row by row, with zeros up to a multiple of 16 numbers.
+
+    The kernels copy 16 bytes at once then; number by number they run out of registers.
+    """
+    missing = -features.shape[1] % 16
+    return F.pad(features, (0, missing)) if missing else features.contiguous()
 
 
 def _precision(dtype: torch.dtype) -> str:
