@@ -80,10 +80,11 @@ class TritonTiles(Tiles):
     ) -> Iterator[tuple[slice, slice, Tensor]]:
         of_rows = torch.stack([row_logs, grad_row_logs])
         of_columns = torch.stack([column_logs, grad_column_logs])
+        memory = self.images.new_empty(self.rows[0].stop * self.columns[0].stop)
         for rows in self.rows:
             for columns in self.columns:
-                shape = rows.stop - rows.start, columns.stop - columns.start
-                gradient = self.images.new_empty(shape)
+                height, width = rows.stop - rows.start, columns.stop - columns.start
+                gradient = memory[: height * width].view(height, width)
                 self._launch(
                     _logit_gradients,
                     rows,
