@@ -140,18 +140,24 @@ sys.exit(", ".join({"torch", "tyro"} & set(sys.modules)) or 0)
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)
 
 
-def test_apex_is_imported_in_one_place_and_only_when_asked() -> None:
+@pytest.mark.parametrize(
+    ("packages", "module"),
+    [
+        (("apex", "amp_C"), "unicl_fast.training.optim"),
+        (("triton",), "unicl_fast.objectives.loss"),
+    ],
+)
+def test_an_optional_package_is_imported_in_one_place_and_only_when_asked(
+    packages: tuple[str, ...], module: str
+) -> None:
     found = {
         path.relative_to(CHECKOUT).as_posix()
         for path in ALL_FILES
         for name in imports_of(path)
-        if name.split(".")[0] in ("apex", "amp_C")
+        if name.split(".")[0] in packages
     }
     assert len(found) == 1
-    code = (
-        "import sys; sys.modules['apex'] = sys.modules['amp_C'] = None;"
-        "import unicl_fast.training.optim"
-    )
+    code = f"import sys; sys.modules.update(dict.fromkeys({packages})); import {module}"
     subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, check=True, timeout=60)
 
 

@@ -39,7 +39,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 Interpolation = Literal["bilinear", "bicubic"]
 Resample = Literal["fused", "dali"]
 PrecisionName = Literal["auto", "fp32", "bf16", "fp16", "fp64"]
-LossForm = Literal["auto", "dense", "tiled"]
+LossForm = Literal["auto", "dense", "tiled", "triton"]
 DeviceName = Literal["auto", "cpu", "cuda"]
 ObjectiveName = Literal["unicl", "clip", "supcon", "ce"]
 OptimizerName = Literal["adamw", "lamb", "fusedadamw", "fusedlamb", "auto"]
@@ -307,7 +307,8 @@ class EfficiencyConfig:
     takes rows of any length. packed needs unique_texts; without it texts are trimmed."""
     loss: LossForm = "auto"
     """Hold all logits (dense), or compute the loss in tiles without storing them (tiled). Both give
-    the same loss; tiles take a fiftieth of the memory. auto takes tiles where they are faster."""
+    the same loss; tiles take a fiftieth of the memory. triton makes them by kernels on a CUDA
+    device and needs the package triton. auto takes the fastest that the machine has."""
     fused_optimizer: bool = True
     """Use torch's fused kernel for optim.name=adamw. It also leaves out the update of a bad step
     without the host waiting for the device."""

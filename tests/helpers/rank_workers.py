@@ -161,7 +161,7 @@ def write_fixed_scale_gradients(ranks, images: torch.Tensor, folder: str) -> Non
     torch.save(first_gradients(images, ranks, config), Path(folder) / f"{ranks.rank}.pt")
 
 
-@mock.patch.dict(LARGEST_TILE, {"cpu": 3})
+@mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
 def write_gradients(ranks, images: torch.Tensor, folder: str, efficiency: dict) -> None:
     """Loss and parameter gradients of this rank, with the loss in both forms and several tiles."""
     for form in ("dense", "tiled"):
@@ -182,7 +182,7 @@ def write_objective_gradients(ranks, images: torch.Tensor, folder: str, objectiv
             torch.save(result, Path(folder) / f"{objective}-{form}{ranks.rank}.pt")
 
 
-@mock.patch.dict(LARGEST_TILE, {"cpu": 3})
+@mock.patch.dict(LARGEST_TILE, {"cpu": 3 * 3})
 def write_feature_gradients(ranks, folder: str) -> None:
     """Loss and gradients of this rank's images and of the table of texts, as above."""
     from unicl_fast.training.global_loss import contrast_over_ranks

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -24,7 +25,7 @@ FORMS = ("dense", "tiled")
 def small_tiles() -> Iterator[None]:
     """Of 5 rows and columns, so that small batches have several and ragged ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(LARGEST_TILE, "cpu", 5)
+        patch.setitem(LARGEST_TILE, "cpu", 5 * 5)
         yield
 
 
@@ -296,3 +297,12 @@ def test_shapes_that_do_not_fit_are_refused(arguments: dict, message: str) -> No
     } | arguments
     with pytest.raises(ValueError, match=message):
         unified_contrastive_loss(**given_arguments)
+
+
+def test_without_triton_only_its_form_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, "unicl_fast.objectives.loss_triton", raising=False)
+    images, class_ids = unit_rows(4), torch.arange(4)
+    unified_contrastive_loss(images, images, class_ids, 1.0)
+    with pytest.raises(ModuleNotFoundError, match="needs the package triton .*pip install triton"):
+        unified_contrastive_loss(images, images, class_ids, 1.0, form="triton")

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from unicl_fast.objectives.loss import unified_contrastive_loss
-from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.objectives.loss_tiled import LARGEST_TILE, _blocks
 from unicl_fast.objectives.positives import Membership
 
 CAPTION_KEY = 2**62
@@ -25,7 +25,7 @@ D = 8
 def small_tiles() -> Iterator[None]:
     """Of 7 rows and columns, so that small batches have several and ragged ones."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(LARGEST_TILE, "cpu", 7)
+        patch.setitem(LARGEST_TILE, "cpu", 7 * 7)
         yield
 
 
@@ -234,6 +234,31 @@ def test_logits_beyond_the_range_of_exp_in_one_batch() -> None:
     for dense, tiled in zip(*found, strict=True):
         assert tiled.isfinite().all()
         torch.testing.assert_close(tiled, dense, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "number"),
+    [
+        ((1, 1), 1),
+        ((4096, 4096), 1),
+        ((16_384, 16_384), 16),
+        ((64, 65_536), 1),
+        ((64, 1 << 20), 4),
+        ((1 << 20, 64), 4),
+        ((4097, 3), 1),
+        ((1, 3 << 24), 3),
+    ],
+)
+def test_tiles_of_a_gpu_are_as_few_as_their_area_allows(
+    shape: tuple[int, int], number: int
+) -> None:
+    rows, columns = _blocks(*shape, "cuda")
+    assert len(rows) * len(columns) == number
+    assert rows[0].stop * columns[0].stop <= LARGEST_TILE["cuda"]
+    for size, parts in zip(shape, (rows, columns), strict=True):
+        ends = [0, *(part.stop for part in parts)]
+        assert [part.start for part in parts] == ends[:-1]
+        assert ends[-1] == size
 
 
 class LargestTensor(TorchDispatchMode):

@@ -119,6 +119,7 @@ def test_a_training_step_reads_nothing(images: torch.Tensor, efficiency: dict) -
         {"precision": "bf16"},
         {"precision": "fp16"},
         {"precision": "bf16", "loss": "tiled"},
+        {"precision": "bf16", "loss": "triton"},
         {"precision": "bf16", "micro_batch_size": 5},
         {"precision": "bf16", "ema_decay": 0.99},
     ],

@@ -8,7 +8,7 @@ rank or many, and has the special cases CLIP, SupCon and cross-entropy.
 Three things make it cheap, and none changes the result (docs/loss.md): columns are the DISTINCT
 texts k with counts m_k, so a row's log-sum-exp adds log m_k, and the loss of column k counts m_k
 times; positives need only sums over classes (`positives.py`); from 2^20 logits on none is stored
-(`loss_tiled.py`).
+(`loss_tiled.py`, and on a GPU `loss_triton.py`).
 
 The loss knows no ranks. A rank compares its images with the texts of all ranks, so its rows are
 complete; the function `all_reduce` that the training step hands in completes its columns.
@@ -16,7 +16,9 @@ complete; the function `all_reduce` that the training step hands in completes it
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Literal, NamedTuple
 
 import torch
@@ -24,12 +26,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from unicl_fast.config import LossForm
-from unicl_fast.objectives.loss_tiled import TiledStatistics
+from unicl_fast.objectives.loss_tiled import TiledStatistics, Tiles, TorchTiles
 from unicl_fast.objectives.positives import Membership, Positives, as_membership, find_positives
 
-# "auto" takes tiles from so many logits b u on. Below, the dense form is as fast or faster on the
-# CPU, and small; docs/loss.md.
-_SMALLEST_TILED = 1 << 20
+# "auto" stores no logits from so many of them (b u) on, by device. Below, the dense form is as fast
+# or faster, and small. The CPU's number is measured, a GPU's only modelled; docs/loss.md.
+_SMALLEST_TILED = {"cpu": 1 << 20, "cuda": 1 << 22}
 
 
 def reference_loss(
@@ -121,7 +123,8 @@ def unified_contrastive_loss(
             texts are the images themselves, the others those of other ranks.
         directions: which of the two terms to take; "both" is their mean.
         form: "dense" holds the logits [b u]; "tiled" computes them twice and holds O((b + u) d);
-            "auto" takes the faster one for the size.
+            "triton" does so by kernels on a CUDA device, and needs triton; "auto" takes the fastest
+            one for the size and the device.
         all_reduce: completes the statistics where other ranks hold other images of the same batch,
             as many each, and the texts are those of all ranks.
 
@@ -129,10 +132,13 @@ def unified_contrastive_loss(
         A scalar, in fp64 if features are, else in fp32 whatever their type. An image or
         text without any positive contributes 0. In the tiled form the products of bf16 features
         are rounded to bf16, as autocast does, before anything is summed up in fp32: the loss is
-        off by less than 0.1 %, a gradient by 1 % (scale 15) to 3 % (100) of its norm.
+        off by less than 0.1 %, a gradient by 1 % (scale 15) to 3 % (100) of its norm. In Triton
+        the logits are not rounded, their gradients are.
 
     Raises:
-        ValueError: shapes that do not fit together.
+        ValueError: shapes that do not fit together, or "triton" for features that are not on a
+            CUDA device.
+        ModuleNotFoundError: "triton" where it is not installed.
     """
     if text_class_ids is None:
         text_class_ids = class_ids
@@ -178,7 +184,7 @@ def logit_statistics(
     """
     b, u = len(image_features), len(text_features)
     if form == "auto":
-        form = "tiled" if b * u >= _SMALLEST_TILED else "dense"
+        form = _fastest_form(b * u, image_features.device)
     operands = torch.promote_types(image_features.dtype, text_features.dtype)
     arithmetic = torch.promote_types(operands, torch.float32)
     if operands == torch.float16 or form == "dense":
@@ -193,7 +199,35 @@ def logit_statistics(
     positives = find_positives(
         class_ids, text_class_ids, b, u, dtype=arithmetic, exclude_self=exclude_self
     )
-    return _tiled_statistics(images, texts, scale, counts, *positives)
+    tiles_type = _triton_tiles() if form == "triton" else TorchTiles
+    return _tiled_statistics(images, texts, scale, counts, *positives, tiles_type)
+
+
+def _fastest_form(num_logits: int, device: torch.device) -> LossForm:
+    if num_logits < _SMALLEST_TILED.get(device.type, _SMALLEST_TILED["cpu"]):
+        return "dense"
+    return "triton" if device.type == "cuda" and _gpu_takes_triton(device.index) else "tiled"
+
+
+@functools.cache
+def _gpu_takes_triton(index: int | None) -> bool:
+    """Whether triton is installed, and the GPU has its instructions (A100 and later)."""
+    return (
+        find_spec("triton") is not None
+        and torch.cuda.is_available()
+        and torch.cuda.get_device_capability(index) >= (8, 0)
+    )
+
+
+def _triton_tiles() -> type[Tiles]:
+    try:
+        from unicl_fast.objectives.loss_triton import TritonTiles
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f"form (efficiency.loss) triton needs the package triton ({error}): install it by "
+            "`pip install triton`, or use auto, which does without"
+        ) from error
+    return TritonTiles
 
 
 def _tiled_statistics(
@@ -203,10 +237,11 @@ def _tiled_statistics(
     counts: Tensor | None,
     positives: Positives,
     transposed: Positives,
+    tiles_type: type[Tiles],
 ) -> tuple[LogitStatistics, LogitStatistics]:
     """`logit_statistics` without a stored logit."""
     row_logs, column_logs, row_sums, column_sums = TiledStatistics.apply(  # type: ignore[no-untyped-call]
-        images, texts, scale, counts, positives, transposed
+        images, texts, scale, counts, positives, transposed, tiles_type
     )
     row_weights = positives.times(scale.new_ones(len(texts), 1), counts).squeeze(1)
     column_weights = transposed.times(scale.new_ones(len(images), 1)).squeeze(1)

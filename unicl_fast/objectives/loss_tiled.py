@@ -2,7 +2,8 @@
 
 The statistics of `loss.py` in O((b + u) d) memory: log-sum-exps of rows AND columns from the same
 tiles, positives from class sums, and a backward pass that multiplies the tiles again (one product,
-then two for the gradients). Ordinary torch operations, for any device. docs/loss.md has the prices.
+then two for the gradients). `TorchTiles` makes them by ordinary torch operations on any device;
+`loss_triton.py` by kernels that keep them on the chip. docs/loss.md has the prices.
 
 Exponentials are taken with base 2: the logits are multiplied by log2(e) along with the scale, and
 `exp2` costs a third of `exp` on the CPU.
@@ -11,7 +12,7 @@ Exponentials are taken with base 2: the logits are multiplied by log2(e) along w
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -22,9 +23,12 @@ from torch.autograd.function import once_differentiable
 from unicl_fast.objectives.positives import Positives
 
 _LOG2_E = 1 / math.log(2)
-LARGEST_TILE = {"cpu": 1024, "cuda": 4096}
-"""Rows and columns. On the CPU two fp32 tiles (8 MiB) stay in the third-level cache while products
-run at full rate; on a GPU tiles are there to bound memory, and large ones fill it."""
+LARGEST_TILE = {"cpu": 1 << 20, "cuda": 1 << 24}
+"""Logits of a tile, by device. On the CPU two fp32 tiles (8 MiB) stay in the third-level cache
+while products run at full rate. On a GPU they are there to bound memory, and large ones fill it."""
+_LONGEST_SIDE = {"cpu": 1024}
+"""Rows or columns of a tile. A GPU has no such limit, since each tile costs it two dozen launches;
+on the CPU longer tiles of narrow logits were up to 17 % slower (65,536 x 64)."""
 
 
 class TiledStatistics(torch.autograd.Function):
@@ -37,6 +41,7 @@ class TiledStatistics(torch.autograd.Function):
         counts: Tensor | None,
         positives: Positives,
         transposed: Positives,
+        tiles_type: type[Tiles],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Computes statistics of each image [b] and each text [u], differentiable in all features.
 
@@ -48,14 +53,14 @@ class TiledStatistics(torch.autograd.Function):
             log sum_k m_k exp(s u_i.v_k) of each image i, log sum_i exp(s u_i.v_k) of each text k,
             sum_k W_ik m_k s u_i.v_k of each image, and sum_i W_ik s u_i.v_k of each text.
         """
-        log2_counts = None if counts is None else counts.log2()
-        tiles = _Tiles(images, texts, scale, exclude_self=positives.self_weights is not None)
-        row_logs, column_logs = _log2_sum_exps(tiles, log2_counts)
+        exclude_self = positives.self_weights is not None
+        tiles = tiles_type(images, texts, scale, counts, exclude_self=exclude_self)
+        row_logs, column_logs = tiles.log2_sum_exps()
         dtype = scale.dtype
         row_positives = positives.times(texts.to(dtype), counts).mul_(images).sum(dim=1)
         column_positives = transposed.times(images.to(dtype)).mul_(texts).sum(dim=1)
-        ctx.save_for_backward(images, texts, scale, counts, log2_counts, row_logs, column_logs)
-        ctx.positives, ctx.transposed = positives, transposed
+        ctx.save_for_backward(images, texts, scale, counts, row_logs, column_logs)
+        ctx.positives, ctx.transposed, ctx.tiles_type = positives, transposed, tiles_type
         positive_sums = row_positives.mul_(scale), column_positives.mul_(scale)
         return row_logs / _LOG2_E, column_logs / _LOG2_E, *positive_sums
 
@@ -73,7 +78,7 @@ class TiledStatistics(torch.autograd.Function):
         With G the gradient of the logits, the features' are s G V and s G^T X. The scale's is
         sum_i x_i . (G V)_i, since the logits are products of all three.
         """
-        images, texts, scale, counts, log2_counts, row_logs, column_logs = ctx.saved_tensors
+        images, texts, scale, counts, row_logs, column_logs = ctx.saved_tensors
         positives, transposed = ctx.positives, ctx.transposed
         want_images, want_texts, want_scale = ctx.needs_input_grad[:3]
         want_images |= want_scale
@@ -90,15 +95,10 @@ class TiledStatistics(torch.autograd.Function):
                 grad_texts.mul_(counts.unsqueeze(1))
             grad_texts += transposed.times(wide).mul_(grad_column_sums.unsqueeze(1))
         wide = None
-        tiles = _Tiles(images, texts, scale, exclude_self=positives.self_weights is not None)
-        for rows, columns, logits, scratch in tiles:
-            # scratch = g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k)
-            torch.sub(logits, row_logs[rows].unsqueeze(1), out=scratch)
-            if log2_counts is not None:
-                scratch.add_(log2_counts[columns])
-            scratch.exp2_().mul_(grad_row_logs[rows].unsqueeze(1))
-            scratch.addcmul_(logits.sub_(column_logs[columns]).exp2_(), grad_column_logs[columns])
-            gradient = tiles.narrowed(scratch)
+        exclude_self = positives.self_weights is not None
+        tiles = ctx.tiles_type(images, texts, scale, counts, exclude_self=exclude_self)
+        of_logs = row_logs, column_logs, grad_row_logs, grad_column_logs
+        for rows, columns, gradient in tiles.gradients(*of_logs):
             if grad_images is not None:
                 _add_product(grad_images[rows], gradient, texts[columns])
             if grad_texts is not None:
@@ -108,21 +108,93 @@ class TiledStatistics(torch.autograd.Function):
             grad_images = grad_images.mul_(scale).to(images.dtype)
         if grad_texts is not None:
             grad_texts = grad_texts.mul_(scale).to(texts.dtype)
-        return grad_images, grad_texts, grad_scale, None, None, None
+        return grad_images, grad_texts, grad_scale, None, None, None, None
 
 
-class _Tiles:
-    """The logits with base 2, tile by tile, in memory that is used again for every tile."""
+class Tiles:
+    """The logits with base 2, tile by tile, and what is made of them."""
 
-    def __init__(self, images: Tensor, texts: Tensor, scale: Tensor, *, exclude_self: bool) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        texts: Tensor,
+        scale: Tensor,
+        counts: Tensor | None,
+        *,
+        exclude_self: bool,
+    ) -> None:
         self.images, self.texts, self.exclude_self = images, texts, exclude_self
         self.factor = scale * _LOG2_E
-        largest = LARGEST_TILE.get(images.device.type, 4096)
-        self.rows, self.columns = _blocks(len(images), largest), _blocks(len(texts), largest)
+        self.log2_counts = None if counts is None else counts.log2()
+        self.rows, self.columns = _blocks(len(images), len(texts), images.device.type)
+
+    def log2_sum_exps(self) -> tuple[Float[Tensor, " b"], Float[Tensor, " u"]]:
+        """Computes log2 of the sums of 2**logit, of rows with counts and of columns without.
+
+        Where there is nothing to sum it is the lowest finite number.
+        """
+        raise NotImplementedError
+
+    def gradients(
+        self,
+        row_logs: Float[Tensor, " b"],
+        column_logs: Float[Tensor, " u"],
+        grad_row_logs: Float[Tensor, " b"],
+        grad_column_logs: Float[Tensor, " u"],
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        """Yields rows, columns, and the gradient of their logits [r c] through the log-sum-exps.
+
+        The logs are those of `log2_sum_exps`. A gradient has the features' type, and is valid
+        until the next one is asked for.
+        """
+        raise NotImplementedError
+
+
+class TorchTiles(Tiles):
+    """Tiles by torch operations, in memory that is used again for every tile."""
+
+    def __init__(self, *operands: Any, **options: Any) -> None:
+        super().__init__(*operands, **options)
         size = self.rows[0].stop * self.columns[0].stop  # the first ones are the largest
-        self._logits = scale.new_empty(size)
-        self._scratch = scale.new_empty(size)
-        self._narrow = None if images.dtype == scale.dtype else images.new_empty(size)
+        self._logits = self.factor.new_empty(size)
+        self._scratch = self.factor.new_empty(size)
+        wide = self.images.dtype == self.factor.dtype
+        self._narrow = None if wide else self.images.new_empty(size)
+
+    def log2_sum_exps(self) -> tuple[Tensor, Tensor]:
+        lowest = torch.finfo(self.factor.dtype).min  # finite: no infinity is ever subtracted
+        row_maxima = self.factor.new_full((len(self.images),), lowest)
+        column_maxima = self.factor.new_full((len(self.texts),), lowest)
+        row_sums, column_sums = torch.zeros_like(row_maxima), torch.zeros_like(column_maxima)
+        for rows, columns, logits, scratch in self:
+            _accumulate(logits, scratch, 0, column_maxima[columns], column_sums[columns])
+            if self.log2_counts is not None:
+                logits.add_(self.log2_counts[columns])
+            _accumulate(logits, scratch, 1, row_maxima[rows], row_sums[rows])
+        # nothing to sum gives the lowest number, not -inf: its loss is masked, its gradient is 0
+        return (
+            (row_maxima + row_sums.log2()).clamp_(min=lowest),
+            (column_maxima + column_sums.log2()).clamp_(min=lowest),
+        )
+
+    def gradients(
+        self,
+        row_logs: Tensor,
+        column_logs: Tensor,
+        grad_row_logs: Tensor,
+        grad_column_logs: Tensor,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        for rows, columns, logits, scratch in self:
+            # scratch = g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k)
+            torch.sub(logits, row_logs[rows].unsqueeze(1), out=scratch)
+            if self.log2_counts is not None:
+                scratch.add_(self.log2_counts[columns])
+            scratch.exp2_().mul_(grad_row_logs[rows].unsqueeze(1))
+            scratch.addcmul_(logits.sub_(column_logs[columns]).exp2_(), grad_column_logs[columns])
+            if self._narrow is None:
+                yield rows, columns, scratch
+            else:
+                yield rows, columns, _shaped(self._narrow, scratch.shape).copy_(scratch)
 
     def __iter__(self) -> Iterator[tuple[slice, slice, Tensor, Tensor]]:
         """Yields rows, columns, their logits [r c] to be overwritten, and scratch [r c]."""
@@ -145,31 +217,6 @@ class _Tiles:
                         logits.diagonal(offset).fill_(-math.inf)
                 yield rows, columns, logits, _shaped(self._scratch, shape)
 
-    def narrowed(self, tile: Float[Tensor, "r c"]) -> Float[Tensor, "r c"]:
-        """A tile in the features' type, until the next one is asked for."""
-        if self._narrow is None:
-            return tile
-        return _shaped(self._narrow, tuple(tile.shape)).copy_(tile)
-
-
-def _log2_sum_exps(tiles: _Tiles, log2_counts: Tensor | None) -> tuple[Tensor, Tensor]:
-    """log2 of the sums of 2**logit, over each row with counts and over each column without."""
-    like = tiles.factor
-    lowest = torch.finfo(like.dtype).min  # finite, so that no infinity is ever subtracted
-    row_maxima = like.new_full((len(tiles.images),), lowest)
-    column_maxima = like.new_full((len(tiles.texts),), lowest)
-    row_sums, column_sums = torch.zeros_like(row_maxima), torch.zeros_like(column_maxima)
-    for rows, columns, logits, scratch in tiles:
-        _accumulate(logits, scratch, 0, column_maxima[columns], column_sums[columns])
-        if log2_counts is not None:
-            logits.add_(log2_counts[columns])
-        _accumulate(logits, scratch, 1, row_maxima[rows], row_sums[rows])
-    # nothing to sum gives the lowest number, not -inf: its loss is masked, its gradient must be 0
-    return (
-        (row_maxima + row_sums.log2()).clamp_(min=lowest),
-        (column_maxima + column_sums.log2()).clamp_(min=lowest),
-    )
-
 
 def _accumulate(logits: Tensor, scratch: Tensor, dim: int, maxima: Tensor, sums: Tensor) -> None:
     """Rescales running sums to the new maxima and adds a tile's exponentials."""
@@ -186,12 +233,21 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         total.add_(left @ right)
 
 
-def _blocks(size: int, largest: int) -> list[slice]:
-    """Nearly equal parts of a range, none above `largest`."""
+def _blocks(num_rows: int, num_columns: int, device: str) -> tuple[list[slice], list[slice]]:
+    """Rows and columns of tiles of nearly equal size, as few as the device's limits allow."""
+    area = LARGEST_TILE.get(device, LARGEST_TILE["cuda"])
+    longest = _LONGEST_SIDE.get(device, max(num_rows, num_columns))
+    rows = min(num_rows, math.isqrt(area))
+    columns = min(num_columns, area // rows, longest)
+    rows = min(num_rows, area // columns, longest)
+    return _parts(num_rows, rows), _parts(num_columns, columns)
+
+
+def _parts(size: int, largest: int) -> list[slice]:
     count = -(-size // largest)
     length = -(-size // count)
     return [slice(start, min(start + length, size)) for start in range(0, size, length)]
 
 
-def _shaped(memory: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _shaped(memory: Tensor, shape: Sequence[int]) -> Tensor:
     return memory[: math.prod(shape)].view(shape)

@@ -1,0 +1,95 @@
+"""The loss and its gradients, in a process whose Triton kernels are interpreted on the CPU.
+
+Triton reads TRITON_INTERPRET as it is imported, and torch imports triton: a process that has begun
+without the variable cannot turn to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from unicl_fast.objectives.loss import LogitStatistics, logit_statistics, unified_contrastive_loss
+
+
+def loss_and_gradients(
+    images: torch.Tensor, texts: torch.Tensor, class_ids: Any, scale: float, **arguments: Any
+) -> list[torch.Tensor]:
+    """The loss, and its gradients of images, texts and scale."""
+    wide = torch.promote_types(images.dtype, torch.float32)
+    inputs = [x.detach().clone(memory_format=torch.preserve_format) for x in (images, texts)]
+    inputs.append(torch.tensor(scale, dtype=wide, device=images.device))
+    inputs = [x.requires_grad_() for x in inputs]
+    loss = unified_contrastive_loss(*inputs[:2], class_ids, inputs[2], **arguments)
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def loss_of_two_ranks(
+    images: torch.Tensor,
+    texts: torch.Tensor,
+    class_ids: torch.Tensor,
+    scale: float,
+    **arguments: Any,
+) -> list[torch.Tensor]:
+    """The same, where another rank has half of the images and the columns are all-reduced."""
+    half = len(images) // 2
+    inputs = [x.detach().clone().requires_grad_() for x in (images, texts)]
+    options = {name: arguments[name] for name in ("text_counts", "form")}
+    rows, columns = logit_statistics(
+        inputs[0][half:],
+        inputs[1],
+        class_ids[half:],
+        arguments["text_class_ids"],
+        scale,
+        **options,
+    )
+
+    def all_reduce(
+        mine: LogitStatistics, mean: torch.Tensor
+    ) -> tuple[LogitStatistics, torch.Tensor]:
+        joined = LogitStatistics(
+            torch.logaddexp(mine.log_sum_exp, columns.log_sum_exp),
+            mine.positive_sum + columns.positive_sum,
+            mine.positive_weight + columns.positive_weight,
+        )
+        return joined, (mean + rows.losses().mean()) / 2
+
+    loss = unified_contrastive_loss(
+        inputs[0][:half], inputs[1], class_ids[:half], scale, all_reduce=all_reduce, **arguments
+    )
+    return [loss.detach(), *torch.autograd.grad(loss, inputs)]
+
+
+def set_up_interpreter() -> None:
+    """Blocks of 16 and tiles of 40 x 40, so that small batches have several and ragged ones."""
+    from unicl_fast.objectives import loss_tiled, loss_triton
+
+    for dtype in loss_triton.BLOCKS:
+        loss_triton.BLOCKS[dtype] = loss_triton.Blocks(16, 16, 16, num_warps=4, num_stages=1)
+    loss_tiled.LARGEST_TILE["cpu"] = 40 * 40
+    _mend_bf16()
+
+
+def _mend_bf16() -> None:
+    """Triton 3.9 interprets bf16 as integers: it multiplies them, and cuts off where GPUs round."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    multiply, truncate = InterpreterBuilder.create_dot, InterpreterBuilder.create_fp_trunc
+
+    def create_dot(self: Any, left: Any, right: Any, *rest: Any) -> Any:
+        wide = [
+            self.create_fp_ext(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+            for x in (left, right)
+        ]
+        return multiply(self, *wide, *rest)
+
+    def create_fp_trunc(self: Any, value: Any, dtype: Any) -> Any:
+        if dtype.scalar != tl.bfloat16:
+            return truncate(self, value, dtype)
+        rounded = torch.from_numpy(value.data).bfloat16().view(torch.uint16)
+        return TensorHandle(rounded.numpy(), tl.bfloat16)
+
+    InterpreterBuilder.create_dot = create_dot
+    InterpreterBuilder.create_fp_trunc = create_fp_trunc

@@ -1,0 +1,259 @@
+"""The tiles of `loss_tiled.py` by two Triton kernels, for NVIDIA GPUs from compute capability 8.0.
+
+`_sum_exps` multiplies a tile of logits and reduces it on the chip, to a number for each of its rows
+and columns. `_logit_gradients` multiplies it again and writes its gradient, which the matrix
+library then multiplies with texts and images. So there are four products of the logits' size, as
+with torch's tiles, but only gradients of logits pass through memory: once written, twice read.
+
+Kernels that keep those too would compute each logit once more for every 128 or 256 numbers of a
+feature, since no more sums fit into registers; atomic additions would make the sums depend on
+their order. Here each number is summed up in a fixed order. Positives stay with `Positives`: they
+cost O((b + u) d), and a tile could not look up several labels of a sample by comparing ids.
+
+Importing this module imports triton; `loss.py` does so when it is first needed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from torch.nn import functional as F
+
+from unicl_fast.objectives.loss_tiled import Tiles
+
+# Not -inf, so that no infinity is ever subtracted. `torch.finfo(torch.float32).min`, for fp64 too.
+_LOWEST = tl.constexpr(-3.4028234663852886e38)
+# Rows of blocks whose images and texts stay in the second-level cache together.
+_GROUP = tl.constexpr(8)
+
+
+class Blocks(NamedTuple):
+    """How a kernel is cut: a program makes height x width logits, from depth numbers at a time."""
+
+    height: int
+    width: int
+    depth: int
+    num_warps: int
+    num_stages: int
+
+
+BLOCKS = {
+    torch.bfloat16: Blocks(128, 128, 64, num_warps=8, num_stages=3),
+    torch.float32: Blocks(128, 64, 32, num_warps=8, num_stages=3),
+    torch.float64: Blocks(64, 64, 16, num_warps=8, num_stages=2),
+}
+"""By the features' type. A test compiles them and looks at shared memory and spilled registers."""
+
+
+class TritonTiles(Tiles):
+    """Tiles that never leave the chip."""
+
+    def __init__(self, images: Tensor, texts: Tensor, *rest: Any, **options: Any) -> None:
+        super().__init__(_aligned(images), _aligned(texts), *rest, **options)
+        if images.device.type != "cuda" and isinstance(_sum_exps, triton.JITFunction):
+            raise ValueError(
+                f"the loss in Triton computes on a CUDA device, not on {images.device.type}; "
+                "use form (efficiency.loss) auto, dense or tiled there"
+            )
+        if self.log2_counts is not None:
+            self.log2_counts.clamp_(min=_LOWEST.value)
+        self._blocks = BLOCKS[images.dtype]
+
+    def log2_sum_exps(self) -> tuple[Tensor, Tensor]:
+        b, u, (height, width, *_) = len(self.images), len(self.texts), self._blocks
+        by_rows = self.factor.new_empty(triton.cdiv(u, width), b)
+        by_columns = self.factor.new_empty(triton.cdiv(b, height), u)
+        self._launch(_sum_exps, slice(0, b), slice(0, u), by_rows, by_columns)
+        return _join(by_rows), _join(by_columns)
+
+    def gradients(
+        self,
+        row_logs: Tensor,
+        column_logs: Tensor,
+        grad_row_logs: Tensor,
+        grad_column_logs: Tensor,
+    ) -> Iterator[tuple[slice, slice, Tensor]]:
+        of_rows = torch.stack([row_logs, grad_row_logs])
+        of_columns = torch.stack([column_logs, grad_column_logs])
+        memory = self.images.new_empty(self.rows[0].stop * self.columns[0].stop)
+        for rows in self.rows:
+            for columns in self.columns:
+                height, width = rows.stop - rows.start, columns.stop - columns.start
+                gradient = memory[: height * width].view(height, width)
+                self._launch(
+                    _logit_gradients,
+                    rows,
+                    columns,
+                    of_rows[:, rows].contiguous(),
+                    of_columns[:, columns].contiguous(),
+                    gradient,
+                )
+                yield rows, columns, gradient
+
+    def _launch(self, kernel: Any, rows: slice, columns: slice, *operands: Tensor) -> None:
+        """Runs a kernel over the logits of these rows and columns."""
+        images, texts = self.images[rows], self.texts[columns]
+        counts = None if self.log2_counts is None else self.log2_counts[columns]
+        height, width, *_ = self._blocks
+        programs = triton.cdiv(len(images), height) * triton.cdiv(len(texts), width)
+        with torch.cuda.device_of(images):
+            kernel[(programs,)](
+                images,
+                texts,
+                self.factor,
+                counts,
+                *operands,
+                len(images),
+                len(texts),
+                images.shape[1],
+                rows.start - columns.start,
+                exclude_self=self.exclude_self,
+                precision=_precision(images.dtype),
+                **self._blocks._asdict(),
+            )
+
+
+def _aligned(features: Tensor) -> Tensor:
+    """Features row by row, with zeros up to a multiple of 16 numbers.
+
+    The kernels copy 16 bytes at once then; number by number they run out of registers.
+    """
+    missing = -features.shape[1] % 16
+    return F.pad(features, (0, missing)) if missing else features.contiguous()
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """How tensor cores multiply fp32: in three parts, or in one where torch may use TF32, too."""
+    matmul = torch.backends.cuda.matmul
+    setting = getattr(matmul, "fp32_precision", None)  # torch 2.9 and up
+    allowed = matmul.allow_tf32 if setting is None else setting == "tf32"
+    return "ieee" if dtype != torch.float32 else "tf32" if allowed else "tf32x3"
+
+
+def _join(logs: Tensor) -> Tensor:
+    """log2 of the sum of 2**log over the first dimension."""
+    highest = logs.amax(0)
+    return highest + (logs - highest).exp2_().sum(0).log2_()
+
+
+@triton.jit
+def _tile(
+    images: tl.tensor,
+    texts: tl.tensor,
+    factor: tl.tensor,
+    b: tl.tensor,
+    u: tl.tensor,
+    d: tl.tensor,
+    offset: tl.tensor,
+    exclude_self: tl.constexpr,
+    precision: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    depth: tl.constexpr,
+) -> tl.tensor:
+    """This program's rows, columns, logits with base 2, and which of them exist."""
+    row_blocks, column_blocks = tl.cdiv(b, height), tl.cdiv(u, width)
+    program = tl.program_id(0)
+    row, column = tl.swizzle2d(
+        program // column_blocks, program % column_blocks, row_blocks, column_blocks, _GROUP
+    )
+    rows, columns = row * height + tl.arange(0, height), column * width + tl.arange(0, width)
+    of_images = images + rows.to(tl.int64)[:, None] * d
+    of_texts = texts + columns.to(tl.int64)[None, :] * d
+    scale = tl.load(factor)
+    logits = tl.zeros((height, width), dtype=scale.dtype)
+    for start in range(0, d, depth):
+        k = start + tl.arange(0, depth)
+        left = tl.load(of_images + k[None, :], mask=(rows < b)[:, None] & (k < d)[None, :], other=0)
+        right = tl.load(
+            of_texts + k[:, None], mask=(columns < u)[None, :] & (k < d)[:, None], other=0
+        )
+        logits = tl.dot(left, right, logits, input_precision=precision, out_dtype=scale.dtype)
+    exists = (rows < b)[:, None] & (columns < u)[None, :]
+    if exclude_self:
+        exists = exists & (rows[:, None] + offset != columns[None, :])
+    return row, column, rows, columns, logits * scale, exists
+
+
+@triton.jit
+def _log2_sum_exp(logits: tl.tensor, axis: tl.constexpr) -> tl.tensor:
+    highest = tl.max(logits, axis)
+    exps = tl.exp2(logits - tl.expand_dims(highest, axis))
+    return highest + tl.log2(tl.sum(exps, axis))
+
+
+@triton.jit(do_not_specialize=["b", "u", "offset"])
+def _sum_exps(
+    images: tl.tensor,
+    texts: tl.tensor,
+    factor: tl.tensor,
+    counts: tl.tensor,
+    by_rows: tl.tensor,
+    by_columns: tl.tensor,
+    b: tl.tensor,
+    u: tl.tensor,
+    d: tl.tensor,
+    offset: tl.tensor,
+    exclude_self: tl.constexpr,
+    precision: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    depth: tl.constexpr,
+) -> None:
+    """Stores log2-sum-exps of a tile: by_rows [column blocks, b], by_columns [row blocks, u]."""
+    row, column, rows, columns, logits, exists = _tile(
+        images, texts, factor, b, u, d, offset, exclude_self, precision, height, width, depth
+    )
+    logits = tl.where(exists, logits, _LOWEST)
+    # rows before columns: in the other order a B200 is short of registers
+    weighted = logits
+    if counts is not None:
+        weighted += tl.load(counts + columns, mask=columns < u, other=0)[None, :]
+    of_rows = by_rows + column.to(tl.int64) * b + rows
+    tl.store(of_rows, _log2_sum_exp(weighted, 1), mask=rows < b)
+    of_columns = by_columns + row.to(tl.int64) * u + columns
+    tl.store(of_columns, _log2_sum_exp(logits, 0), mask=columns < u)
+
+
+@triton.jit(do_not_specialize=["b", "u", "offset"])
+def _logit_gradients(
+    images: tl.tensor,
+    texts: tl.tensor,
+    factor: tl.tensor,
+    counts: tl.tensor,
+    of_rows: tl.tensor,
+    of_columns: tl.tensor,
+    gradient: tl.tensor,
+    b: tl.tensor,
+    u: tl.tensor,
+    d: tl.tensor,
+    offset: tl.tensor,
+    exclude_self: tl.constexpr,
+    precision: tl.constexpr,
+    height: tl.constexpr,
+    width: tl.constexpr,
+    depth: tl.constexpr,
+) -> None:
+    """Stores g_i m_k exp(logit - log-sum-exp_i) + h_k exp(logit - log-sum-exp_k) in [b, u].
+
+    `of_rows` [2, b] are the log-sum-exps and their gradients g, `of_columns` [2, u] those of h.
+    """
+    _, _, rows, columns, logits, exists = _tile(
+        images, texts, factor, b, u, d, offset, exclude_self, precision, height, width, depth
+    )
+    row_logs = tl.load(of_rows + rows, mask=rows < b, other=0)[:, None]
+    grad_row_logs = tl.load(of_rows + b + rows, mask=rows < b, other=0)[:, None]
+    column_logs = tl.load(of_columns + columns, mask=columns < u, other=0)[None, :]
+    grad_column_logs = tl.load(of_columns + u + columns, mask=columns < u, other=0)[None, :]
+    by_column = grad_column_logs * tl.exp2(logits - column_logs)
+    if counts is not None:
+        logits += tl.load(counts + columns, mask=columns < u, other=0)[None, :]
+    total = by_column + grad_row_logs * tl.exp2(logits - row_logs)
+    where = gradient + rows.to(tl.int64)[:, None] * u + columns[None, :]
+    stored = (rows < b)[:, None] & (columns < u)[None, :]
+    tl.store(where, tl.where(exists, total, 0).to(gradient.dtype.element_ty), mask=stored)
