@@ -1,7 +1,7 @@
 """Steps on a GPU that is not there: tensors have shapes and the device `cuda:0`, and no memory.
 
 Torch's FakeTensorMode knows what every operator makes on a GPU. On a machine without one it cannot
-back-propagate, since the autograd engine asks the device for its streams: twenty lines of C++
+back-propagate, since the autograd engine asks the device for its streams: a few lines of C++
 answer for it. `Kernels` watches what a step does: it counts, and refuses what makes the host wait.
 """
 
@@ -83,21 +83,20 @@ def build_stand_in(folder: Path) -> ctypes.CDLL:
     source.write_text(_STAND_IN)
     paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
     compiler = os.environ.get("CXX", "g++")
+    how = ["-std=c++20", "-O0", "-shared", "-fPIC", *paths]
     subprocess.run(
-        [compiler, "-std=c++20", "-O0", "-shared", "-fPIC", "-o", library, source, *paths]
-        + ["-ltorch_cpu", "-lc10"],
-        check=True,
+        [compiler, "-o", library, source, *how, "-ltorch_cpu", "-lc10"], check=True, timeout=120
     )
     return ctypes.CDLL(str(library))
 
 
 @contextlib.contextmanager
 def fake_gpu(stand_in: ctypes.CDLL) -> Iterator[FakeTensorMode]:
-    """Inside, tensors are fake and may lie on `cuda:0`; models come from `model_on_gpu`."""
+    """Inside, tensors are fake and may lie on `cuda:0`: an H100, as far as torch is asked."""
     patches = [
-        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", lambda: False),
-        mock.patch("torch.cuda.is_bf16_supported", lambda *_: True),
-        mock.patch("torch.cuda.get_device_capability", lambda *_: (9, 0)),
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
         mock.patch("torch.version.cuda", "12.8"),
         # lists of tensors go to one kernel by their exact type
         mock.patch("torch.utils._foreach_utils._foreach_supported_types", [Tensor, FakeTensor]),
@@ -159,7 +158,7 @@ def fake_trainer(mode: FakeTensorMode, config: TrainConfig, batch: Batch) -> tup
     return Trainer(config, ListLoader([batch]), model=model, device=GPU, progress=False), batch
 
 
-class HostWaits(AssertionError):
+class HostWaitsError(AssertionError):
     """The host would wait for the device here; the traceback names the line."""
 
 
@@ -170,7 +169,7 @@ _READS_ROWS = {"embedding", "index", "index_select", "gather"}
 
 
 class Kernels(TorchDispatchMode):
-    """Counts operators that launch kernels and their bytes, and copies; raises `HostWaits`.
+    """Counts operators that launch kernels and their bytes, and copies; raises `HostWaitsError`.
 
     An operator counts as one launch, though some make several and the fused optimizer one for each
     few dozen weights. Bytes are those of all tensors that it reads or writes, each once.
@@ -196,11 +195,11 @@ class Kernels(TorchDispatchMode):
         inputs = _tensors((args, kwargs))
         from_device = any(tensor.device.type == "cuda" for tensor in inputs)
         if name == "_local_scalar_dense" and from_device:
-            raise HostWaits(f"{name} reads a value from the device")
+            raise HostWaitsError(f"{name} reads a value from the device")
         try:
             result = function(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise HostWaits(f"{name}: the host needs values to go on") from error
+            raise HostWaitsError(f"{name}: the host needs values to go on") from error
         outputs = _tensors(result)
         if name in ("copy_", "_to_copy"):
             source = args[1] if name == "copy_" else args[0]
@@ -213,9 +212,9 @@ class Kernels(TorchDispatchMode):
     def _check_crossing(self, source: Tensor, *, non_blocking: object) -> None:
         shape = list(source.shape)
         if source.device.type == "cuda":
-            raise HostWaits(f"{shape} is copied from the device to the host")
+            raise HostWaitsError(f"{shape} is copied from the device to the host")
         if not non_blocking and not self._may_wait:
-            raise HostWaits(
+            raise HostWaitsError(
                 f"{shape} is copied to the device, and the host waits until it is there: make it "
                 "on the device, or copy pinned memory with non_blocking=True"
             )
@@ -239,7 +238,9 @@ class Kernels(TorchDispatchMode):
 
 def _tensors(values: object) -> list[Tensor]:
     """The tensors in nested values, each once."""
-    return list({id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}.values())
+    return list(
+        {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}.values()
+    )
 
 
 def _written(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict) -> list[Tensor]:
