@@ -1,8 +1,8 @@
 """The collectives of a step on many nodes, their bytes, and the work of the host beside them.
 
-tests/golden/collectives.json is the table; UNICL_WRITE_BUDGETS=1 writes it anew. Each rank has 12 images and 5 distinct texts; in
-"ragged" the other ranks have 1 to 9 texts. Gradients of the tiny model are what DDP sends; those of
-texts and sizes grow with the ranks.
+tests/golden/collectives.json is the table; UNICL_WRITE_BUDGETS=1 writes it anew. Each rank has 12
+images and 5 distinct texts; in "ragged" the other ranks have 1 to 9 texts. DDP sends the gradients
+of a tiny model; bytes of texts and sizes grow with the ranks.
 """
 
 from __future__ import annotations

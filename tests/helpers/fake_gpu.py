@@ -111,9 +111,11 @@ def fake_gpu(stand_in: ctypes.CDLL) -> Iterator[FakeTensorMode]:
         precision._lines.cache_clear()
         stack.callback(precision._lines.cache_clear)
         if not torch.cuda.is_available():
+            # The first backward pass starts a thread for each device that there is: none, now. So
+            # this thread does all the work.
+            torch.ones(1, requires_grad=True).backward()
             stand_in.begin()
             stack.callback(stand_in.end)
-        # the engine's thread of a device would have to exist since the first backward pass
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         yield stack.enter_context(FakeTensorMode())
 

@@ -48,8 +48,8 @@ _TOKEN_BYTES = 16
 # token, rank, step (-1: none), whether it waits for ranks, age and rest in seconds, stage's name
 _HEARTBEAT = struct.Struct(f"!{_TOKEN_BYTES}sIq?dd160s")
 _BUFFERED_BYTES = 1280
-"""A heartbeat in a socket's buffer: 205 bytes, and what the kernel counts beside them. Of a burst of
-1,023 the default buffer of 212,992 bytes kept 166."""
+"""A heartbeat in a socket's buffer: 205 bytes, and what the kernel counts beside them. A default
+buffer of 212,992 bytes kept 166 of a burst of 1,023."""
 
 _ADVICE = {
     "waiting for the next batch": "the storage of data.train is stuck, or a thread that reads or "
