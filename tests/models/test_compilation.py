@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models import text_encoder
+from unicl_fast.models import small, text_encoder
 from unicl_fast.models.efficiency import (
     compile_encoders,
     has_compiler,
@@ -34,7 +34,8 @@ from unicl_fast.training.trainer import Trainer
 @pytest.fixture(autouse=True)
 def _encoders_as_users_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without checks of shapes around their functions, which torch would trace too."""
-    for cls in (text_encoder.TokenRow, text_encoder.CausalAttention, text_encoder.TextEncoder):
+    encoders = (text_encoder.TextEncoder, small.SmallConvNet)
+    for cls in (text_encoder.TokenRow, text_encoder.CausalAttention, *encoders):
         for name, function in list(vars(cls).items()):
             if inspect.isfunction(function):
                 monkeypatch.setattr(cls, name, inspect.unwrap(function))
