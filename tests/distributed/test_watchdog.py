@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import re
 import signal
+import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,9 +24,12 @@ from rank_workers import (
 )
 
 from unicl_fast.config import RunConfig, TrainConfig
+from unicl_fast.distributed import watchdog as watchdog_module
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.distributed.signals import EXIT_HUNG
 from unicl_fast.distributed.watchdog import (
     Heartbeat,
+    Heartbeats,
     Watchdog,
     describe_others,
     format_heartbeat,
@@ -47,10 +51,10 @@ def _stage_is_our_own() -> Iterator[None]:
 class Clock:
     """A watchdog without its thread, whose clock advances when a test says so."""
 
-    def __init__(self, *, limit_seconds: float = 100, world_size: int = 1) -> None:
+    def __init__(self, *, limit_seconds: float = 100, rank: int = 0, world_size: int = 1) -> None:
         self.codes: list[int] = []
         self.watchdog = Watchdog(
-            limit_seconds=limit_seconds, world_size=world_size, end=self.codes.append
+            limit_seconds=limit_seconds, rank=rank, world_size=world_size, end=self.codes.append
         )
         self.now = time.monotonic()
 
@@ -279,6 +283,70 @@ def test_heartbeats_come_as_they_were_sent(
 @pytest.mark.dist
 def test_hostile_datagrams_do_nothing() -> None:
     run_on_ranks(hear_hostile_datagrams, 2)
+
+
+@pytest.fixture
+def heartbeats(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Heartbeats]]:
+    """Makes the heartbeats of rank 0; the others, on the same machine, are not there."""
+    opened: list[Heartbeats] = []
+
+    def of_ranks(world_size: int) -> Heartbeats:
+        for name in ("gather_objects", "gather_integers"):
+            monkeypatch.setattr(watchdog_module, name, lambda value, _: [value] * world_size)
+        monkeypatch.setattr(watchdog_module, "from_rank_0", lambda value, _: value)
+        opened.append(Heartbeats(Ranks(world_size=world_size)))
+        return opened[-1]
+
+    yield of_ranks
+    for each in opened:
+        each.close()
+
+
+def test_a_burst_of_a_thousand_heartbeats_is_heard(
+    heartbeats: Callable[[int], Heartbeats], caplog: pytest.LogCaptureFixture
+) -> None:
+    mine = heartbeats(1024)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sender:
+        for rank in range(1, 1024):
+            beat = format_heartbeat(
+                Stage("x"), token=mine._token, rank=rank, age_seconds=1, left_seconds=2
+            )
+            sender.sendto(beat, mine._socket.getsockname())
+    mine.receive()
+    assert len(mine.heard) == 1023 or "net.core.rmem_max=" in caplog.text
+
+
+def test_a_kernel_that_allows_no_such_buffer_is_named(
+    heartbeats: Callable[[int], Heartbeats],
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    heartbeats(8)
+    assert caplog.text == ""
+    monkeypatch.setattr(watchdog_module, "_BUFFERED_BYTES", 2**27)
+    heartbeats(8)
+    assert "heartbeats of 7 other ranks need a receive buffer of 939524096 bytes" in caplog.text
+    assert "set net.core.rmem_max=939524096" in caplog.text
+
+
+def test_ranks_send_their_heartbeats_in_turns() -> None:
+    """Also after a pause of all of them, and each rank once in ten seconds."""
+    clocks = [Clock(limit_seconds=1000, rank=rank, world_size=100) for rank in range(100)]
+    sent: list[int] = []
+    for clock in clocks:
+        clock.now = clocks[0].now
+        line = Line(clock, {})
+        line.send = lambda *_, **__: sent.append(1)
+        clock.watchdog._heartbeats = line
+    seconds = []
+    for second in range(60):
+        before = len(sent)
+        for clock in clocks:
+            clock.jump(1000 if second == 30 else 1)
+        seconds.append(len(sent) - before)
+    for twenty in (seconds[:20], seconds[40:]):
+        assert sum(twenty) == pytest.approx(200, abs=2)
+    assert max(seconds[:30] + seconds[31:]) <= 12
 
 
 def test_suspects_are_named_first() -> None:

@@ -15,7 +15,7 @@ from torch._dynamo.utils import counters
 from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
-from unicl_fast.models import text_encoder
+from unicl_fast.models import small, text_encoder
 from unicl_fast.models.efficiency import (
     compile_encoders,
     has_compiler,
@@ -25,6 +25,7 @@ from unicl_fast.models.efficiency import (
 )
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.objectives.targets import collate
+from unicl_fast.presets import build_preset
 from unicl_fast.text.tokenizer import Tokenizer
 from unicl_fast.training import trainer as trainer_module
 from unicl_fast.training.trainer import Trainer
@@ -33,7 +34,8 @@ from unicl_fast.training.trainer import Trainer
 @pytest.fixture(autouse=True)
 def _encoders_as_users_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without checks of shapes around their functions, which torch would trace too."""
-    for cls in (text_encoder.TokenRow, text_encoder.CausalAttention, text_encoder.TextEncoder):
+    encoders = (text_encoder.TextEncoder, small.SmallConvNet)
+    for cls in (text_encoder.TokenRow, text_encoder.CausalAttention, *encoders):
         for name, function in list(vars(cls).items()):
             if inspect.isfunction(function):
                 monkeypatch.setattr(cls, name, inspect.unwrap(function))
@@ -100,6 +102,42 @@ def test_padded_texts_do_not_count(
     assert loss == pytest.approx(plain_loss, rel=1e-13)
     for name, gradient in gradients.items():
         torch.testing.assert_close(gradient, plain[name], rtol=1e-9, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize(
+    "image_encoder", ["test_vit", pytest.param("unicl_convnet7_small", marks=pytest.mark.slow)]
+)
+def test_an_image_encoder_is_one_graph(image_encoder: str) -> None:
+    model = UniCL(tiny_config(image_encoder=image_encoder, precision="fp32"))
+    model.set_drop_path_key(step=0, global_index=torch.arange(3))
+    found = torch._dynamo.explain(model.image_encoder)(torch.zeros(3, 3, 32, 32))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["swin-tiny", "focalnet-base", "resnet50", "vit-base"])
+def test_the_image_encoder_of_a_preset_is_one_graph(name: str) -> None:
+    model = UniCL(build_preset(name))
+    model.set_drop_path_key(step=0, global_index=torch.arange(1))
+    found = torch._dynamo.explain(model.image_encoder)(torch.zeros(1, 3, 224, 224))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+
+
+@pytest.mark.parametrize("is_packed", [True, False], ids=["packed", "trimmed"])
+def test_texts_of_ten_lengths_meet_one_graph_or_two(is_packed: bool) -> None:
+    """A size that was new once, and one for all sizes; each without a break."""
+    encoder = UniCL(tiny_config(precision="fp32")).text_encoder
+    for length in range(8, 88, 8):
+        tokens = torch.ones(16, min(length, 77), dtype=torch.int64)
+        inputs = tokens, tokens.numel() - length if is_packed else None
+        if length == 8:
+            found = torch._dynamo.explain(encoder)(*inputs)
+            assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+            torch.compiler.reset()
+            counters.clear()
+            encoder.compile(backend="eager", fullgraph=True)
+        encoder(*inputs)
+    assert counters["stats"]["unique_graphs"] <= 2
 
 
 @pytest.mark.slow

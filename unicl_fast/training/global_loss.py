@@ -178,6 +178,8 @@ class TextColumns:
         """Begins to send this rank's texts; those of all, which it returns, are for `contrast`."""
         if self._rows is not None:
             text_features = text_features[self._rows]
+        if self._ranks.world_size == 1:
+            return text_features
         num_texts = self._num_texts.wait()
         gathered = self._features.send(text_features, num_rows=num_texts)
         if isinstance(self._class_ids, Membership):
@@ -204,14 +206,7 @@ class TextColumns:
         form: LossForm = "auto",
     ) -> Float[Tensor, ""]:
         """The loss of this rank's images against what `send` returned: equal on all ranks."""
-        tables = [in_flight.receive(table) for in_flight, table in self._tables]
-        text_class_ids: Tensor | Membership
-        if isinstance(self._class_ids, Membership):
-            entries, weights, text_counts = tables
-            samples, labels = entries.T.contiguous()
-            text_class_ids = Membership(samples, labels, weights)
-        else:
-            text_class_ids, text_counts = tables[0].T.contiguous()
+        text_class_ids, text_counts = self._receive_tables()
         return unified_contrastive_loss(
             image_features,
             self._features.receive(text_features),
@@ -222,6 +217,18 @@ class TextColumns:
             form=form,
             all_reduce=all_reduce_over(self._ranks),
         )
+
+    def _receive_tables(self) -> tuple[Tensor | Membership, Tensor]:
+        """Classes and counts of all ranks' texts."""
+        if self._ranks.world_size == 1:
+            return self._class_ids, self._counts
+        tables = [in_flight.receive(table) for in_flight, table in self._tables]
+        if isinstance(self._class_ids, Membership):
+            entries, weights, counts = tables
+            samples, labels = entries.T.contiguous()
+            return Membership(samples, labels, weights), counts
+        class_ids, counts = tables[0].T.contiguous()
+        return class_ids, counts
 
 
 def contrast_over_ranks(

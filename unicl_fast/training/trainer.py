@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 import logging
 import math
 import secrets
@@ -74,6 +75,11 @@ logger = logging.getLogger(__name__)
 Evaluation = Callable[[UniCL], Mapping[str, float]]
 """Gives named numbers of a model, for example `{"top1": 0.6}`."""
 
+# torch 2.13 renames DDP's argument.
+_ARGUMENTS = inspect.signature(DistributedDataParallel).parameters
+_SYNC_BUFFERS = next(
+    name for name in ("forward_sync_buffers", "broadcast_buffers") if name in _ARGUMENTS
+)
 # A first step fills caches and makes kernels, and torch.compile meets most sizes in a few steps.
 _COMPILING_STEPS = 16
 
@@ -159,10 +165,10 @@ class Trainer:
             compile_encoders(self.model)
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
         if self.ranks.world_size > 1:
+            # only those of BatchNorm ever change
+            buffers = {_SYNC_BUFFERS: has_batch_norm(self.model)}
             self._encode = DistributedDataParallel(
-                self.model,
-                broadcast_buffers=has_batch_norm(self.model),  # other buffers never change
-                gradient_as_bucket_view=True,
+                self.model, gradient_as_bucket_view=True, **buffers
             )
         self.optimizer = build_optimizer(self.model, config)
         self.schedule = build_schedule(self.optimizer, config, self.total_steps)

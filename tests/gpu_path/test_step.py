@@ -1,0 +1,223 @@
+"""The trainer's step on a GPU that is not there: no host read, no crossing, and a budget.
+
+tests/golden/gpu_step.json has what each step launches and how many bytes it moves;
+UNICL_WRITE_BUDGETS=1 writes it anew. Operators are counted, not kernels of a device; both are what
+an eager step costs beside its arithmetic.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator
+
+import pytest
+import timm
+import torch
+from budgets import compare
+from fake_gpu import GPU, HostWaitsError, Kernels, fake_gpu, fake_trainer
+from small_runs import labelled_batch, objective_config
+
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.config import TrainConfig
+from unicl_fast.objectives.targets import collate
+from unicl_fast.presets import build_preset
+from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training.trainer import Trainer
+
+VERSIONS = {"torch": torch.__version__.split("+")[0], "timm": timm.__version__}
+
+pytestmark = pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
+slow = pytest.mark.slow
+OBJECTIVES = ["unicl", "clip", "supcon", "ce", "unicl, mixed", "ce, mixed"]
+# What makes a step another one, by the name of its budget: objective, precision, settings.
+STEPS = [
+    pytest.param("unicl", "bf16", {}, id="unicl bf16"),
+    pytest.param("supcon", "bf16", {}, id="supcon bf16"),
+    pytest.param("ce, mixed", "fp32", {"ema_decay": 0.99}, id="ce mixed fp32 ema"),
+    pytest.param(
+        *("unicl", "fp16", {"micro_batch_size": 6, "activation_checkpointing": True}),
+        id="unicl fp16 micro-batches checkpointing",
+    ),
+    pytest.param(
+        *("unicl, mixed", "bf16", {"text_layout": "trimmed", "channels_last": False}),
+        id="unicl mixed bf16 trimmed channels-first",
+    ),
+    *(
+        pytest.param(objective, precision, {}, id=f"{objective} {precision}", marks=slow)
+        for objective in OBJECTIVES
+        for precision in ("fp32", "bf16", "fp16")
+        if (objective, precision) not in {("unicl", "bf16"), ("supcon", "bf16")}
+    ),
+    *(
+        pytest.param("unicl", "bf16", settings, id=f"unicl bf16 {name}", marks=slow)
+        for name, settings in {
+            "checkpointing": {"activation_checkpointing": True},
+            "micro-batches": {"micro_batch_size": 6},
+            "channels-first": {"channels_last": False},
+            "trimmed": {"text_layout": "trimmed"},
+            "padded": {"text_layout": "padded"},
+            "every text": {"unique_texts": False, "text_layout": "trimmed"},
+            "tiled": {"loss": "tiled"},
+            "ema": {"ema_decay": 0.99},
+            "convnet": {"image_encoder": "unicl_convnet7_small", "max_bad_steps": 3},
+        }.items()
+    ),
+]
+
+
+def config_of(objective: str, precision: str, settings: dict) -> TrainConfig:
+    settings = dict(settings)
+    ema_decay, max_bad_steps = settings.pop("ema_decay", 0.0), settings.pop("max_bad_steps", 0)
+    config = objective_config(objective, precision=precision, **settings)
+    return dataclasses.replace(
+        config,
+        optim=dataclasses.replace(config.optim, ema_decay=ema_decay),
+        run=dataclasses.replace(config.run, max_bad_steps=max_bad_steps),
+    )
+
+
+def tiny_batch(objective: str = "unicl") -> Batch:
+    images = torch.zeros(12, 32, 32, 3, dtype=torch.uint8)
+    return labelled_batch(images, objective=objective)
+
+
+def photographs(count: int, side: int) -> Batch:
+    """Images with captions of nine to twenty tokens, all distinct."""
+    texts = [f"a photo of number {i}, " + "very " * (i % 12) + "large" for i in range(count)]
+    labels = torch.full((count,), -1)
+    images = torch.zeros(count, side, side, 3, dtype=torch.uint8)
+    return collate(images, Tokenizer()(texts), labels)
+
+
+def second_step(trainer: Trainer, batch: Batch) -> Kernels:
+    """The kernels of a step after the first, which makes the optimizer's state and what is kept."""
+    with Kernels(may_wait=True):
+        trainer.train_step(batch.to(GPU))
+    with Kernels() as kernels:
+        trainer.train_step(batch.to(GPU))
+    return kernels
+
+
+def check_budget(name: str, kernels: Kernels) -> None:
+    figures = {"launches": kernels.launches.total(), "bytes": kernels.num_bytes}
+    compare("gpu_step.json", name, figures | kernels.copies_to_device, versions=VERSIONS)
+
+
+@pytest.mark.parametrize(("objective", "precision", "settings"), STEPS)
+def test_a_step_never_waits_and_stays_in_its_budget(
+    stand_in: ctypes.CDLL,
+    request: pytest.FixtureRequest,
+    objective: str,
+    precision: str,
+    settings: dict,
+) -> None:
+    config, batch = config_of(objective, precision, settings), tiny_batch(objective)
+    with fake_gpu(stand_in) as mode:
+        kernels = second_step(*fake_trainer(mode, config, batch))
+    check_budget(request.node.callspec.id, kernels)
+
+
+@slow
+@pytest.mark.parametrize("preset", ["swin-tiny", "vit-base", "resnet50", "focalnet-base"])
+def test_the_step_of_a_preset_stays_in_its_budget(stand_in: ctypes.CDLL, preset: str) -> None:
+    """512 photographs of 224 x 224 in bf16: the released recipe on eight GPUs."""
+    config = build_preset(preset)
+    config = dataclasses.replace(
+        config,
+        efficiency=dataclasses.replace(config.efficiency, precision="bf16"),
+        run=dataclasses.replace(config.run, global_batch_size=512, steps=10),
+    )
+    batch = photographs(512, 224)
+    with fake_gpu(stand_in) as mode:
+        kernels = second_step(*fake_trainer(mode, config, batch))
+    check_budget(preset, kernels)
+
+
+def test_a_run_reads_nothing_until_it_logs(stand_in: ctypes.CDLL) -> None:
+    config = config_of("unicl", "bf16", {})
+    config = dataclasses.replace(
+        config,
+        run=dataclasses.replace(config.run, log_every_steps=3),
+        checkpoint=dataclasses.replace(config.checkpoint, every_steps=0),
+    )
+    batch = tiny_batch()
+    with fake_gpu(stand_in) as mode:
+        trainer, batch = fake_trainer(mode, config, batch)
+        with Kernels(may_wait=True):
+            trainer.train_step(batch.to(GPU))
+        trainer.loader, trainer.step = ListLoader([batch]), 0
+        with Kernels(), pytest.raises(HostWaitsError) as caught:
+            trainer.fit()
+    assert trainer.step == 3
+    assert "_log" in [frame.name for frame in traceback.extract_tb(caught.tb)]
+
+
+@pytest.fixture
+def warm(stand_in: ctypes.CDLL) -> Iterator[tuple[Trainer, Batch]]:
+    config, batch = config_of("ce", "fp32", {}), tiny_batch("ce")
+    with fake_gpu(stand_in) as mode:
+        trainer, batch = fake_trainer(mode, config, batch)
+        with Kernels(may_wait=True):
+            trainer.train_step(batch.to(GPU))
+        yield trainer, batch.to(GPU)
+
+
+READS = {
+    "item": lambda images: images.sum().item(),
+    "float": lambda images: float(images.sum()),
+    "bool": lambda images: bool(images.sum() > 0),
+    "tolist": lambda images: images[0, 0, 0].tolist(),
+    "nonzero": lambda images: images.nonzero(),
+    "mask": lambda images: images[images > 0],
+    "unique": lambda images: images.unique(),
+    "cpu": lambda images: images.cpu(),
+    "into the host": lambda images: torch.empty_like(images, device="cpu").copy_(images),
+    "from the host": lambda images: torch.tensor([1.0, 2.0], device=images.device),
+    "to": lambda images: torch.ones(3).to(images.device),
+}
+
+
+def test_what_makes_the_host_wait_is_seen(warm: tuple[Trainer, Batch]) -> None:
+    trainer, batch = warm
+    seen = []
+    for name, read in READS.items():
+
+        def hook(module: object, inputs: tuple, read: Callable = read) -> None:
+            read(inputs[0])
+
+        with trainer.model.image_encoder.register_forward_pre_hook(hook), Kernels():
+            try:
+                trainer.train_step(batch)
+            except HostWaitsError:
+                seen.append(name)
+    assert seen == list(READS)
+
+
+def test_a_tensor_of_the_host_is_seen(warm: tuple[Trainer, Batch]) -> None:
+    trainer, batch = warm
+    with (
+        trainer.model.image_encoder.register_forward_hook(
+            lambda module, inputs, features: features + torch.ones(features.shape[1])
+        ),
+        Kernels(),
+        pytest.raises(RuntimeError, match="on the same device"),
+    ):
+        trainer.train_step(batch)
+
+
+def test_more_launches_and_bytes_are_seen(
+    warm: tuple[Trainer, Batch], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("UNICL_WRITE_BUDGETS", raising=False)
+    trainer, batch = warm
+    with Kernels() as plain:
+        trainer.train_step(batch)
+    double = trainer.model.image_encoder.register_forward_hook(lambda *given: 2 * given[2])
+    with double, Kernels() as more:
+        trainer.train_step(batch)
+    assert more.launches - plain.launches == {"mul": 2}  # forward and backward
+    assert more.num_bytes - plain.num_bytes == 4 * 12 * 64 * 4  # features are read and written
+    with pytest.raises(AssertionError, match="launches rose from"):
+        check_budget("ce fp32", more)

@@ -1,0 +1,47 @@
+"""Committed figures that may neither rise unseen nor fall unnoticed.
+
+A change that alters them on purpose writes them anew with `UNICL_WRITE_BUDGETS=1` in pytest's
+environment, and says in its commit why.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_FOLDER = Path(__file__).parents[1] / "golden"
+_HOW = "; if that is meant, run the test with UNICL_WRITE_BUDGETS=1 and commit the file"
+
+
+def compare(file: str, name: str, found: Any, *, versions: dict[str, str] | None = None) -> None:
+    """Compares figures, or nested ones, with those that a file in tests/golden has under a name.
+
+    `versions` are those of the libraries that the figures depend on: what other versions do is
+    another figure, which is not compared.
+    """
+    path = _FOLDER / file
+    content = json.loads(path.read_text()) if path.exists() else {}
+    if os.environ.get("UNICL_WRITE_BUDGETS"):
+        content |= {name: found} | ({"versions": versions} if versions else {})
+        content = {key: content[key] for key in sorted(content)}
+        path.write_text(json.dumps(content, indent=1) + "\n")
+        return
+    if versions and versions != content["versions"]:
+        pytest.skip(f"the figures of {file} are those of {content['versions']}, not of {versions}")
+    wrong = list(_differences(content.get(name, {}), json.loads(json.dumps(found)), name))
+    assert not wrong, f"tests/golden/{file}: " + ", ".join(wrong) + _HOW
+
+
+def _differences(known: Any, found: Any, name: str):
+    if isinstance(known, dict) and isinstance(found, dict):
+        for key in sorted({*known, *found}):
+            yield from _differences(known.get(key, 0), found.get(key, 0), f"{name}, {key}")
+    elif known != found:
+        change = ""
+        if isinstance(known, int | float) and isinstance(found, int | float):
+            change = "rose from " if found > known else "fell from "
+        yield f"{name} {change}{known} to {found}"

@@ -1,0 +1,261 @@
+"""Steps on a GPU that is not there: tensors have shapes and the device `cuda:0`, and no memory.
+
+Torch's FakeTensorMode knows what every operator makes on a GPU. On a machine without one it cannot
+back-propagate, since the autograd engine asks the device for its streams: a few lines of C++
+answer for it. `Kernels` watches what a step does: it counts, and refuses what makes the host wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import math
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from unicl_fast.batch import Batch, ListLoader
+from unicl_fast.config import TrainConfig
+from unicl_fast.models import precision
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.training.trainer import Trainer
+
+GPU = torch.device("cuda:0")
+
+_STAND_IN = """
+#include <ATen/CPUGeneratorImpl.h>
+#include <ATen/detail/CUDAHooksInterface.h>
+#include <c10/core/impl/FakeGuardImpl.h>
+#include <cstring>
+
+namespace {
+struct Hooks : at::CUDAHooksInterface {
+  bool isBuilt() const override { return true; }
+  bool hasPrimaryContext(c10::DeviceIndex) const override { return false; }
+  at::Generator getNewGenerator(c10::DeviceIndex) const override {
+    return at::detail::createCPUGenerator();
+  }
+};
+const Hooks hooks;
+const c10::impl::FakeGuardImpl<c10::DeviceType::CUDA> guard;
+const c10::impl::DeviceGuardImplInterface* real_guard;
+void* real_table;
+}
+
+// The hooks have no fields, and torch asks for them once: their table of functions is exchanged.
+extern "C" void begin() {
+  void* found = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
+  std::memcpy(&real_table, found, sizeof(void*));
+  std::memcpy(found, &hooks, sizeof(void*));
+  auto type = c10::DeviceType::CUDA;
+  real_guard = c10::impl::device_guard_impl_registry[static_cast<size_t>(type)].load();
+  c10::impl::registerDeviceGuard(type, &guard);
+}
+
+extern "C" void end() {
+  void* found = const_cast<at::CUDAHooksInterface*>(&at::detail::getCUDAHooks());
+  std::memcpy(found, &real_table, sizeof(void*));
+  c10::impl::registerDeviceGuard(c10::DeviceType::CUDA, real_guard);
+}
+"""
+
+
+def build_stand_in(folder: Path) -> ctypes.CDLL:
+    """Compiles what answers for the device, in about three seconds."""
+    source, library = folder / "stand_in.cpp", folder / "stand_in.so"
+    source.write_text(_STAND_IN)
+    paths = [f"-I{path}" for path in include_paths()] + [f"-L{path}" for path in library_paths()]
+    compiler = os.environ.get("CXX", "g++")
+    how = ["-std=c++20", "-O0", "-shared", "-fPIC", *paths]
+    subprocess.run(
+        [compiler, "-o", library, source, *how, "-ltorch_cpu", "-lc10"], check=True, timeout=120
+    )
+    return ctypes.CDLL(str(library))
+
+
+@contextlib.contextmanager
+def fake_gpu(stand_in: ctypes.CDLL) -> Iterator[FakeTensorMode]:
+    """Inside, tensors are fake and may lie on `cuda:0`: an H100, as far as torch is asked."""
+    patches = [
+        mock.patch("torch.cuda.amp.common.amp_definitely_not_available", return_value=False),
+        mock.patch("torch.cuda.is_bf16_supported", return_value=True),
+        mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)),
+        mock.patch("torch.version.cuda", "12.8"),
+        # lists of tensors go to one kernel by their exact type
+        mock.patch("torch.utils._foreach_utils._foreach_supported_types", [Tensor, FakeTensor]),
+        mock.patch("torch.nn.functional.scaled_dot_product_attention", _fused_attention),
+        mock.patch("torch.nn.Module._apply", _apply),
+        # the average of the weights begins as a copy, which is to be of the same mode
+        mock.patch.object(FakeTensorMode, "__deepcopy__", lambda mode, memo: mode, create=True),
+    ]
+    with contextlib.ExitStack() as stack:
+        for patch in patches:
+            stack.enter_context(patch)
+        precision._lines.cache_clear()
+        stack.callback(precision._lines.cache_clear)
+        if not torch.cuda.is_available():
+            # The first backward pass starts a thread for each device that there is: none, now. So
+            # this thread does all the work.
+            torch.ones(1, requires_grad=True).backward()
+            stand_in.begin()
+            stack.callback(stand_in.end)
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        yield stack.enter_context(FakeTensorMode())
+
+
+def _fused_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False, **options: object
+) -> Tensor:
+    """The kernel that CUDA takes; without it, torch would trace its steps one by one."""
+    assert not any(options.values()), options
+    if query.dtype in (torch.float16, torch.bfloat16):
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(query, key, value, 0.0, is_causal)[0]
+    efficient = torch.ops.aten._scaled_dot_product_efficient_attention
+    return efficient(query, key, value, None, True, 0.0, is_causal)[0]
+
+
+def _apply(module: torch.nn.Module, function, recurse: bool = True) -> torch.nn.Module:
+    """Makes new parameters; torch would exchange fake ones in place, which it then cannot."""
+    for part in module.modules():
+        for name, value in part._parameters.items():
+            if value is not None:
+                with torch.no_grad():
+                    made = function(value)
+                part._parameters[name] = torch.nn.Parameter(made, value.requires_grad)
+        for name, value in part._buffers.items():
+            if value is not None:
+                part._buffers[name] = function(value)
+    return module
+
+
+def fake_trainer(mode: FakeTensorMode, config: TrainConfig, batch: Batch) -> tuple[Trainer, Batch]:
+    """A trainer on the GPU, and the batch on a host of fake tensors; call it inside `fake_gpu`."""
+    # nobody reads the weights: meta tensors take no time
+    with unset_fake_temporarily(), torch.device("meta"):
+        model = UniCL(config)
+    model._apply(lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=GPU))
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    tensors = {
+        name: mode.from_tensor(value) for name, value in values.items() if isinstance(value, Tensor)
+    }
+    batch = replace(batch, **tensors)
+    return Trainer(config, ListLoader([batch]), model=model, device=GPU, progress=False), batch
+
+
+class HostWaitsError(AssertionError):
+    """The host would wait for the device here; the traceback names the line."""
+
+
+_ALLOCATIONS = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
+_OVERWRITING = {"copy_", "zero_", "fill_"}
+_READS_ROWS = {"embedding", "index", "index_select", "gather"}
+"""Operators that read as many rows of their first tensor as they give."""
+
+
+class Kernels(TorchDispatchMode):
+    """Counts operators that launch kernels and their bytes, and copies; raises `HostWaitsError`.
+
+    An operator counts as one launch, though some make several and the fused optimizer one for each
+    few dozen weights. Bytes are those of all tensors that it reads or writes, each once.
+    """
+
+    def __init__(self, *, may_wait: bool = False) -> None:
+        super().__init__()
+        self._may_wait = may_wait
+        self.launches: Counter[str] = Counter()
+        self.num_bytes = 0
+        self.copies_to_device: Counter[str] = Counter()
+        self._pinned: set[int] = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function.namespace == "prim":  # a question about a tensor
+            return function(*args, **kwargs)
+        name = function._schema.name.removeprefix("aten::")
+        if name == "_pin_memory":  # fake tensors have no such memory
+            copy = args[0].clone()
+            self._pinned.add(copy.untyped_storage()._cdata)
+            return copy
+        inputs = _tensors((args, kwargs))
+        from_device = any(tensor.device.type == "cuda" for tensor in inputs)
+        if name == "_local_scalar_dense" and from_device:
+            raise HostWaitsError(f"{name} reads a value from the device")
+        try:
+            result = function(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise HostWaitsError(f"{name}: the host needs values to go on") from error
+        outputs = _tensors(result)
+        if name in ("copy_", "_to_copy"):
+            source = args[1] if name == "copy_" else args[0]
+            if source.device.type != outputs[0].device.type:
+                self._check_crossing(source, non_blocking=kwargs.get("non_blocking", args[2:3]))
+                return result
+        self._count(name, inputs, outputs, written=_written(function._schema, args, kwargs))
+        return result
+
+    def _check_crossing(self, source: Tensor, *, non_blocking: object) -> None:
+        shape = list(source.shape)
+        if source.device.type == "cuda":
+            raise HostWaitsError(f"{shape} is copied from the device to the host")
+        if not non_blocking and not self._may_wait:
+            raise HostWaitsError(
+                f"{shape} is copied to the device, and the host waits until it is there: make it "
+                "on the device, or copy pinned memory with non_blocking=True"
+            )
+        is_pinned = source.untyped_storage()._cdata in self._pinned
+        self.copies_to_device["pinned" if is_pinned else "pageable"] += 1
+
+    def _count(
+        self, name: str, inputs: list[Tensor], outputs: list[Tensor], *, written: list[Tensor]
+    ) -> None:
+        known = {tensor.untyped_storage()._cdata for tensor in inputs}
+        made = [tensor for tensor in outputs if tensor.untyped_storage()._cdata not in known]
+        on_device = any(tensor.device.type == "cuda" for tensor in [*inputs, *outputs])
+        if not on_device or not (made or written) or name in _ALLOCATIONS:
+            return
+        self.launches[name] += 1
+        read = inputs[1:] if name in _OVERWRITING else inputs
+        if name in _READS_ROWS:
+            read = [*outputs, *inputs[1:]]
+        self.num_bytes += sum(map(_bytes_of, [*read, *written, *made]))
+
+
+def _tensors(values: object) -> list[Tensor]:
+    """The tensors in nested values, each once."""
+    return list(
+        {id(leaf): leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor)}.values()
+    )
+
+
+def _written(schema: torch._C.FunctionSchema, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The arguments that an operator changes."""
+    names = [argument.name for argument in schema.arguments]
+    values = dict(zip(names, args, strict=False)) | kwargs
+    changed = [one.name for one in schema.arguments if one.alias_info and one.alias_info.is_write]
+    return _tensors([values.get(name) for name in changed])
+
+
+def _bytes_of(tensor: Tensor) -> int:
+    """Bytes of what is on the device; what is broadcast counts once."""
+    if tensor.device.type != "cuda":
+        return 0
+    sizes = [size for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if stride]
+    return math.prod(sizes) * tensor.element_size()
