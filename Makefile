@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo tour test test-slow test-all lint types docs clean
+.PHONY: demo tour test test-slow faults test-all lint types docs clean
 
 demo: $(VENV)/demo.stamp
 	$(BIN)/python -m unicl_fast.tools.demo --out demo-run
@@ -22,6 +22,10 @@ test: $(VENV)/dev.stamp
 # What `test` leaves out because it takes minutes, as far as it does not take many.
 test-slow: $(VENV)/dev.stamp
 	$(PYTEST) -m "slow and not long and not gpu"
+
+# The tests of the fault table in docs/reliability.md.
+faults: $(VENV)/dev.stamp
+	$(PYTEST) -m "not gpu and not long" $$(grep -o 'tests/[a-z_/]*\.py::[a-z0-9_]*' docs/reliability.md | sort -u)
 
 # Everything that a machine without a GPU can run.
 test-all: $(VENV)/dev.stamp

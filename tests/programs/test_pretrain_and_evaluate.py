@@ -428,6 +428,49 @@ def test_a_current_folder_that_was_removed_is_said(tmp_path: Path, words: list[s
     assert "Traceback" not in done.stderr
 
 
+# Every mount but the test's folder becomes read-only, for this process and its children.
+READ_ONLY = """
+mount --make-rprivate / && mount --bind "$1" "$1"
+awk '{print $5}' /proc/self/mountinfo | while read -r place; do
+    [ "$place" = "$1" ] || mount -o remount,bind,ro "$place" 2> /dev/null
+done
+shift && exec "$@"
+"""
+
+
+@pytest.mark.slow
+def test_a_read_only_machine_trains_and_evaluates(data: Path, tmp_path: Path) -> None:
+    """Programs write into --out and the temporary folder alone, not into home or installation."""
+    alone = ["unshare", "--mount", "sh", "-c", READ_ONLY, "sh", str(tmp_path)]
+    probe = f"touch /probe 2> /dev/null && exit 1; touch {tmp_path}/probe"
+    if subprocess.run([*alone, "sh", "-c", probe], check=False).returncode:
+        pytest.skip("this user may not make a machine's mounts read-only for a process")
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    environment = {key: value for key, value in os.environ.items() if "CACHE" not in key}
+    environment |= {"HOME": "/nonexistent", "TMPDIR": str(temporary)}
+
+    def run_there(program: str, *words: str | Path) -> str:
+        done = subprocess.run(
+            [*alone, sys.executable, "-m", f"unicl_fast.tools.{program}", *map(str, words)],
+            capture_output=True,
+            text=True,
+            timeout=240,
+            cwd="/",
+            env=environment,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stderr
+
+    out = tmp_path / "run"
+    labels = ("--data.train", data / "labels")
+    said = run_there("pretrain", *SMALL, *labels, "--out", out)
+    assert said.count("set NUMBA_CACHE_DIR") == 1
+    assert len(losses(out)) == STEPS
+    run_there("pretrain", *SMALL, *labels, "--out", tmp_path / "two", "--nproc", "2")
+    run_there("evaluate", "zero-shot", "--checkpoint", out, "--data", data / "labels")
+
+
 @pytest.mark.parametrize(
     ("words", "imports_tyro"),
     [
