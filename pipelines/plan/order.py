@@ -101,7 +101,7 @@ class ShuffleGroups:
     """Groups of a global batch; see `shuffle_groups_of`."""
     global_batch_size: int
     weights: tuple[int, ...]
-    """Of all sources, from `integer_weights`."""
+    """All sources' weights, from `integer_weights`."""
     source: int
     """The source whose samples these are."""
 
@@ -192,8 +192,8 @@ def _group_table(
         _draw_of_source(draw, weights, source) // size for draw in (first, end - 1)
     )
     steps = np.arange(first_step, last_step + 1, dtype=np.int64)
-    slots = np.arange(groups.count + 1, dtype=np.int64) * size // groups.count
-    ends = (steps[:, None] * size + slots).reshape(-1)
+    firsts = np.arange(groups.count + 1, dtype=np.int64) * size // groups.count
+    ends = (steps[:, None] * size + firsts).reshape(-1)
     before = _draws_of_source_before(ends, np.asarray(weights, dtype=np.int64), source)
     before = before.reshape(len(steps), -1).clip(first, end) - first
     counts = np.diff(before, axis=1)

@@ -147,16 +147,9 @@ def samples_of_draws(
 ) -> Int64Array:
     """Draw q of a source is sample q mod N of its epoch q div N, each epoch shuffled anew.
 
-    Args:
-        draws: step * global batch size + global index, of draws that take this source [b].
-        source_draws: the same counted among the source's own [b], from `assign_sources`.
-        source: the source's number.
-        size: its samples, N.
-        seed: the run's.
-        weights: the sources', from `integer_weights`.
-        global_batch_size: samples of one step.
-        shuffle_window: as `data.shuffle_window`; 0 shuffles the whole epoch.
-        shuffle_groups: as `data.shuffle_groups`; means nothing without a window.
+    `draws` [b] are step * global batch size + global index, `source_draws` [b] the same counted
+    among the source's own (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch;
+    `shuffle_groups` means nothing then, and otherwise is as `data.shuffle_groups`.
     """
     groups = None
     if shuffle_window:

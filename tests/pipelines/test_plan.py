@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -168,12 +167,18 @@ def test_each_source_makes_passes_of_its_own(window: int) -> None:
 
 
 def blocks_read(
-    machine: int, machines: int, *, sizes: dict[int, float], num_groups: int, num_draws: int
+    machine: int,
+    machines: int,
+    *,
+    sizes: dict[int, float],
+    window: int,
+    num_groups: int,
+    num_draws: int,
 ) -> int:
     """Simulates the cache of one machine: blocks that it fetches in the first draws of a run.
 
     `sizes` has the samples of each data set and their weights. Samples have 30 kB, shards 1 GB,
-    blocks and cache are as in the settings; global batches have 32,768 samples, windows a million.
+    blocks and cache are as in the settings, and global batches have 32,768 samples.
     """
     data, batch, sample_bytes = DataConfig(), 32_768, 30 << 10
     per_shard = (1 << 30) // sample_bytes
@@ -190,14 +195,12 @@ def blocks_read(
             mine = source_ids == source
             samples = samples_of_draws(
                 draws[mine], source_draws[mine], source=source, size=size, seed=0, weights=weights,
-                global_batch_size=batch, shuffle_window=1_000_000, shuffle_groups=num_groups,
+                global_batch_size=batch, shuffle_window=window, shuffle_groups=num_groups,
             )  # fmt: skip
             shards, places = np.divmod(samples, per_shard)
-            offsets = places[:, None] * sample_bytes + [0, sample_bytes - 1]
-            blocks = (
-                firsts[source] + shards[:, None] * blocks_of_shard + offsets // data.block_bytes
-            )
-            blocks = np.unique(blocks)
+            ends = places[:, None] * sample_bytes + [0, sample_bytes - 1]
+            blocks = shards[:, None] * blocks_of_shard + ends // data.block_bytes
+            blocks = np.unique(firsts[source] + blocks)
             fetched += np.count_nonzero(last_use[blocks] < 0)
             last_use[blocks] = step
         kept = np.flatnonzero(last_use >= 0)
@@ -207,33 +210,43 @@ def blocks_read(
     return fetched
 
 
+ONE, TWO = {10_000_000: 1.0}, {6_000_000: 0.3, 4_000_000: 0.7}
+MILLION = 1_000_000
+
+
 @pytest.mark.parametrize(
-    ("machines", "looked_at", "sizes"),
+    ("machines", "looked_at", "sizes", "window", "num_groups", "least", "most"),
     [
-        (8, [5], {10_000_000: 1}),
-        (128, [0, 77], {10_000_000: 1}),
-        (128, [64], {6_000_000: 0.3, 4_000_000: 0.7}),
-        (12, [3], {6_000_000: 0.3, 4_000_000: 0.7}),
-        pytest.param(8, range(8), {10_000_000: 1}, marks=pytest.mark.slow),
-        pytest.param(128, range(128), {10_000_000: 1}, marks=pytest.mark.slow),
+        (8, [5], ONE, 250_000, 128, 1, 1.1),
+        (8, [5], ONE, 250_000, 1, 7.5, 8.5),
+        (128, [0, 77], ONE, 250_000, 128, 1, 1.2),
+        (128, [0, 77], ONE, 250_000, 1, 80, 90),
+        (128, [0, 77], ONE, MILLION, 128, 1, 1.1),
+        (128, [64], TWO, MILLION, 128, 1, 1.1),
+        (12, [3], TWO, MILLION, 128, 1, 1.1),
+        (100, [10, 50, 90], ONE, MILLION, 128, 1.6, 1.9),
+        pytest.param(8, range(8), ONE, MILLION, 128, 1, 1.1, marks=pytest.mark.slow),
+        pytest.param(8, [5], ONE, MILLION, 1, 40, 60, marks=pytest.mark.slow),
+        pytest.param(128, range(128), ONE, 250_000, 128, 1, 1.2, marks=pytest.mark.slow),
+        pytest.param(128, range(128), ONE, MILLION, 128, 1, 1.1, marks=pytest.mark.slow),
     ],
 )
 def test_machines_together_read_a_remote_data_set_little_more_than_once(
-    machines: int, looked_at: Sequence[int], sizes: dict[int, float]
-) -> None:
-    # windows that are begun are read as a whole, so there are whole ones
-    num_draws = 10_000_000 if len(looked_at) > 2 or len(sizes) > 1 else 4_000_000
+    machines: int, looked_at: Sequence[int], sizes: dict[int, float], window: int,
+    num_groups: int, least: float, most: float,
+) -> None:  # fmt: skip
+    # A window that is begun is read as a whole, so there are whole ones.
+    num_draws = 2_000_000 if sizes is ONE and len(looked_at) < 4 else 10_000_000
+    fetched = [
+        blocks_read(
+            one, machines, sizes=sizes, window=window, num_groups=num_groups, num_draws=num_draws
+        )
+        for one in looked_at
+    ]
     needed = num_draws * (30 << 10) / DataConfig().block_bytes
-    for num_groups, least, most in ((128, 1, 1.2), (1, 0.8 * machines, math.inf)):
-        if num_groups == 1 and (len(looked_at) > 1 or len(sizes) > 1):
-            continue
-        fetched = [
-            blocks_read(one, machines, sizes=sizes, num_groups=num_groups, num_draws=num_draws)
-            for one in looked_at
-        ]
-        ratio = sum(fetched) / len(fetched) * machines / needed
-        print(machines, sizes, num_groups, ratio)
-        assert least <= ratio <= most
+    ratio = sum(fetched) / len(fetched) * machines / needed
+    print(f"{machines} machines read {ratio:.3f} times the data, {window=}, {num_groups=}")
+    assert least <= ratio <= most
 
 
 def test_every_rank_gets_every_source_in_proportion() -> None:
