@@ -144,8 +144,8 @@ def permute_in_shuffle_windows(
 
     Without `groups` the elements of a window are permuted. With them the window is cut into a part
     for each group, beginning anywhere in it, and each part is permuted. Two samples of a window
-    come into the same batch as often either way: if they are of one part, a group of the batch
-    takes both as rarely as the whole batch takes two of the window.
+    come into the same batch as often either way if they are of different parts, and (c - 1) / c
+    times as often if a batch takes c samples of their part.
 
     `window` is the most elements of one; from `size` on this is a single `permute`, or with groups
     a single window. `groups` needs the `epoch` that `index` [b] is of, and the number of each draw
@@ -207,7 +207,7 @@ def _permute_in_groups(
 ) -> Any:
     """Permutes positions in a shuffle window within the parts of their groups.
 
-    The last three arguments but the key are `_group_table`'s. Draws in ascending order are fastest.
+    `first_step`, `offsets` and `edges` are `_group_table`'s. Draws in ascending order are fastest.
     """
     numbers = np.empty(positions.size, np.int64)
     found = np.empty(positions.size, np.int64)
