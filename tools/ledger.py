@@ -132,11 +132,15 @@ class Replan:
         for number, source in enumerate(header.sources):
             mine = np.flatnonzero(planned_sources == number)
             planned[mine] = samples_of_draws(
+                draws[mine],
                 source_draws[mine],
                 source=number,
                 size=source.num_samples,
                 seed=header.seed,
+                weights=header.shares,
+                global_batch_size=header.global_batch_size,
                 shuffle_window=header.shuffle_window,
+                shuffle_groups=header.shuffle_groups,
             )
         different = (planned != ids.reshape(-1)) | (planned_sources != source_ids.reshape(-1))
         self.num_draws += ids.size

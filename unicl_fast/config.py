@@ -115,6 +115,10 @@ class DataConfig:
     data set in windows of this many samples, each joined from 16 chunks spread over it, and other
     chunks in each epoch. Meant for data sets under a URL that are larger than cache_bytes: a window
     is fetched while the previous one is trained on, and each byte once an epoch."""
+    shuffle_groups: Annotated[int, Meta(ge=1, le=65_536)] = 128
+    """Groups of a global batch that each take a part of every shuffle window, so that a machine
+    reads its own parts alone. Without shuffle_window it means nothing. Best is a multiple of the
+    number of machines; 1 mixes all of a window."""
     cache_folder: str = ""
     """Cache of data sets under a URL (s3://bucket/folder). All ranks of a machine use it; empty
     takes unicl_fast in ~/.cache."""

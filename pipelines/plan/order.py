@@ -3,12 +3,15 @@
 The draws of a run are numbered: step * n + global index, for global batches of n. Two questions
 about a draw are answered in constant time. Which source (data set) does it take, and how many draws
 did that source have before? Fixed weights say so (`assign_sources`). Which sample is draw `q` of an
-epoch? A keyed permutation says so (`permute`). This module knows neither images nor texts; plan.py
-puts the answers together.
+epoch? A keyed permutation says so (`permute`). With shuffle windows it also depends on the global
+index, so that each machine reads a part of them (`ShuffleGroups`); that takes a table for each
+window. This module knows neither images nor texts; plan.py puts the answers together.
 """
 
 from __future__ import annotations
 
+import bisect
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -84,22 +87,73 @@ def _permute(index: Any, size: Any, half_bits: Any, key: Any) -> Any:
     return values.view(np.int64)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class ShuffleGroups:
+    """Groups of neighbouring global indices, each of which takes a part of every shuffle window.
+
+    Ranks have ranges of global indices, so a machine needs the parts of its own groups and little
+    else of a window, whatever the number of ranks. A group's part holds as many samples as it has
+    draws from the window. They are counted from tables of a row for each step, which are kept for
+    a few windows, with at most 4 bytes for each sample of a window.
+    """
+
+    count: int
+    """Groups of a global batch; see `shuffle_groups_of`."""
+    global_batch_size: int
+    weights: tuple[int, ...]
+    """All sources' weights, from `integer_weights`."""
+    source: int
+    """The source whose samples these are."""
+
+
+def shuffle_groups_of(
+    count: int, *, global_batch_size: int, weights: tuple[int, ...], source: int
+) -> ShuffleGroups | None:
+    """Groups of one source, or None if there is only one.
+
+    A source with fewer draws in a global batch than there are groups halves their number, as often
+    as needed: more would not be finer, and would take longer tables.
+    """
+    draws = global_batch_size * weights[source] // sum(weights)
+    while count > max(1, draws):
+        count //= 2
+    if count == 1:
+        return None
+    return ShuffleGroups(
+        count=count, global_batch_size=global_batch_size, weights=weights, source=source
+    )
+
+
 def permute_in_shuffle_windows(
-    index: Int64Array, *, size: int, window: int, key: int
+    index: Int64Array,
+    *,
+    size: int,
+    window: int,
+    key: int,
+    groups: ShuffleGroups | None = None,
+    epoch: int = 0,
+    draws: Int64Array | None = None,
 ) -> Int64Array:
     """Permutes as `permute`, but positions that are close together need little of the storage.
 
     [0, size) is cut into pieces of `window` / 16 neighbours, and the pieces are permuted.
     16 pieces that then follow each other are a shuffle window (fewer where windows are to be of
-    nearly equal size), whose elements are permuted. So all draws from one shuffle window need
-    its pieces and nothing else. Packing has shuffled the samples, so neighbours have nothing in
-    common; each key brings other pieces together.
+    nearly equal size). So all draws from one shuffle window need its pieces and nothing else.
+    Packing has shuffled the samples, so neighbours have nothing in common; each key brings other
+    pieces together.
 
-    `window` is the most elements of one; from `size` on this is a single `permute`.
+    Without `groups` the elements of a window are permuted. With them the window is cut into a part
+    for each group, beginning anywhere in it, and each part is permuted. Two samples of a window
+    come into the same batch as often either way if they are of different parts, and (c - 1) / c
+    times as often if a batch takes c samples of their part.
+
+    `window` is the most elements of one; from `size` on this is a single `permute`, or with groups
+    a single window. `groups` needs the `epoch` that `index` [b] is of, and the number of each draw
+    [b] among those of all sources.
     """
-    if window >= size:
+    if window >= size and groups is None:
         return permute(index, size=size, key=key)
-    piece = -(-window // _PIECES_OF_A_SHUFFLE_WINDOW)
+    piece = -(-min(window, size) // _PIECES_OF_A_SHUFFLE_WINDOW)
     pieces, firsts, edges = _shuffle_windows(size, piece, max(1, window // piece), key)
     flat = np.ascontiguousarray(index, dtype=np.int64).reshape(-1)
     windows = np.searchsorted(edges, flat, side="right") - 1
@@ -107,11 +161,80 @@ def permute_in_shuffle_windows(
     for number in np.unique(windows).tolist():
         mine = windows == number
         start, end = int(edges[number]), int(edges[number + 1])
-        within = permute(flat[mine] - start, size=end - start, key=fold_key(key, number))
+        window_key = fold_key(key, number)
+        if groups is None:
+            within = permute(flat[mine] - start, size=end - start, key=window_key)
+        else:
+            assert draws is not None
+            first = epoch * size + start
+            table = _group_table(groups, first, first + end - start)
+            within = _permute_in_groups(
+                flat[mine] - start, draws[mine], groups.global_batch_size, *table,
+                np.uint64(window_key),
+            )  # fmt: skip
         permuted[mine] = start + within
     which = np.searchsorted(firsts, permuted, side="right") - 1
     result: Int64Array = pieces[which] * piece + (permuted - firsts[which])
     return result.reshape(index.shape)
+
+
+@functools.lru_cache(maxsize=32)
+def _group_table(
+    groups: ShuffleGroups, first: int, end: int
+) -> tuple[int, NDArray[np.int32], Int64Array]:
+    """Numbers the draws [first, end) of a source, one shuffle window, within each group.
+
+    Returns the step of the first draw, what is to be added to a draw's position in the window to
+    have its number in its group [steps groups], and the group's edges in the window [groups + 1].
+    """
+    size, weights, source = groups.global_batch_size, groups.weights, groups.source
+    first_step, last_step = (
+        _draw_of_source(draw, weights, source) // size for draw in (first, end - 1)
+    )
+    steps = np.arange(first_step, last_step + 1, dtype=np.int64)
+    firsts = np.arange(groups.count + 1, dtype=np.int64) * size // groups.count
+    ends = (steps[:, None] * size + firsts).reshape(-1)
+    before = _draws_of_source_before(ends, np.asarray(weights, dtype=np.int64), source)
+    before = before.reshape(len(steps), -1).clip(first, end) - first
+    counts = np.diff(before, axis=1)
+    offsets = (np.cumsum(counts, axis=0) - counts - before[:, :-1]).astype(np.int32)
+    return first_step, offsets, np.concatenate([[0], np.cumsum(counts.sum(axis=0))])
+
+
+@kernel
+def _permute_in_groups(
+    positions: Any, draws: Any, batch_size: Any, first_step: Any, offsets: Any, edges: Any, key: Any
+) -> Any:
+    """Permutes positions in a shuffle window within the parts of their groups.
+
+    `first_step`, `offsets` and `edges` are `_group_table`'s. Draws in ascending order are fastest.
+    """
+    numbers = np.empty(positions.size, np.int64)
+    found = np.empty(positions.size, np.int64)
+    num_groups, window = offsets.shape[1], edges[-1]
+    for i in range(positions.size):
+        step = draws[i] // batch_size
+        global_index = draws[i] - step * batch_size
+        group = ((global_index + 1) * num_groups - 1) // batch_size
+        numbers[i] = positions[i] + offsets[step - first_step, group]
+        found[i] = group
+    rotation = random_bits(key, num_groups) % np.uint64(window)
+    start = 0
+    while start < positions.size:
+        group, end = found[start], start + 1
+        while end < positions.size and found[end] == group:
+            end += 1
+        size, half_bits = edges[group + 1] - edges[group], 3
+        while np.int64(1) << (2 * half_bits) < size:
+            half_bits += 1
+        part = _permute(
+            numbers[start:end], np.uint64(size), np.uint64(half_bits), random_bits(key, group)
+        )
+        for i in range(start, end):
+            place = edges[group] + part[i - start] + np.int64(rotation)
+            numbers[i] = place - window if place >= window else place
+        start = end
+    return numbers
 
 
 @functools.lru_cache(maxsize=16)
@@ -201,6 +324,20 @@ def draws_before(draw: int, weights: tuple[int, ...]) -> list[int]:
     return counts
 
 
+def _draw_of_source(source_draw: int, weights: tuple[int, ...], source: int) -> int:
+    """The draw in which a source has its draw number `source_draw`: undoes `assign_sources`."""
+    total, weight = sum(weights), weights[source]
+    # Counts are less than a draw a source away from the quota.
+    slack = len(weights)
+    low = max(0, (source_draw - slack) * total // weight)
+    high = (source_draw + 1 + slack) * total // weight
+    return low + bisect.bisect_left(
+        range(low + 1, high + 1),
+        source_draw + 1,
+        key=lambda draw: draws_before(draw, weights)[source],
+    )
+
+
 @kernel(inline="always")
 def _count_before(draw: Any, weight: Any, total: Any) -> Any:
     """How many of the draws [0, draw) `weight` of `total` gets: draw * weight / total, rounded.
@@ -208,6 +345,19 @@ def _count_before(draw: Any, weight: Any, total: Any) -> Any:
     Whole multiples of `total` are taken out first, so that no product leaves int64.
     """
     return (draw // total) * weight + ((draw % total) * weight + total // 2) // total
+
+
+@kernel
+def _draws_of_source_before(draws: Any, weights: Any, source: Any) -> Any:
+    """`draws_before` of many, for one source: int64 [n]."""
+    counts = np.empty(draws.size, np.int64)
+    for i in range(draws.size):
+        draw, total = draws[i], weights.sum()
+        for one in range(source):
+            draw -= _count_before(draw, weights[one], total)
+            total -= weights[one]
+        counts[i] = _count_before(draw, weights[source], total)
+    return counts
 
 
 @kernel

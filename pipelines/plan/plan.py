@@ -38,6 +38,7 @@ from .order import (
     integer_weights,
     permute,
     permute_in_shuffle_windows,
+    shuffle_groups_of,
 )
 
 
@@ -133,20 +134,41 @@ class _Purpose(enum.IntEnum):
 
 
 def samples_of_draws(
-    draws: Int64Array, *, source: int, size: int, seed: int, shuffle_window: int = 0
+    draws: Int64Array,
+    source_draws: Int64Array,
+    *,
+    source: int,
+    size: int,
+    seed: int,
+    weights: tuple[int, ...],
+    global_batch_size: int,
+    shuffle_window: int = 0,
+    shuffle_groups: int = 1,
 ) -> Int64Array:
     """Draw q of a source is sample q mod N of its epoch q div N, each epoch shuffled anew.
 
-    `shuffle_window` as `data.shuffle_window`; 0 shuffles the whole epoch.
+    `draws` [b] are step * global batch size + global index, `source_draws` [b] the same counted
+    among the source's own (`assign_sources`). A `shuffle_window` of 0 shuffles the whole epoch;
+    `shuffle_groups` means nothing then, and otherwise is as `data.shuffle_groups`.
     """
-    epochs, positions = np.divmod(draws, size)
+    groups = None
+    if shuffle_window:
+        groups = shuffle_groups_of(
+            shuffle_groups, global_batch_size=global_batch_size, weights=weights, source=source
+        )
+    epochs, positions = np.divmod(source_draws, size)
     found = [int(epochs[0])] if len(epochs) and (epochs == epochs[0]).all() else np.unique(epochs)
     ids = np.empty_like(positions)
     for epoch in found:
         chosen = epochs == epoch if len(found) > 1 else slice(None)
-        key = fold_key(seed, _Purpose.ORDER, source, int(epoch))
         ids[chosen] = permute_in_shuffle_windows(
-            positions[chosen], size=size, window=shuffle_window or size, key=key
+            positions[chosen],
+            size=size,
+            window=shuffle_window or size,
+            key=fold_key(seed, _Purpose.ORDER, source, int(epoch)),
+            groups=groups,
+            epoch=int(epoch),
+            draws=draws[chosen],
         )
     return ids
 
@@ -194,6 +216,7 @@ class TrainPlan:
         self.num_views = self._augmentations[0].views
         self.seed = seed
         self.shuffle_window = data.shuffle_window
+        self.shuffle_groups = data.shuffle_groups
 
     def batch(self, step: int, *, rank: int, world_size: int) -> PlannedBatch:
         """The local batch that `rank` of `world_size` ranks gets at `step`."""
@@ -272,11 +295,15 @@ class TrainPlan:
         for number, source in enumerate(self._sources):
             mine = self._rows_of(number, source_ids)
             sample_ids[mine] = samples_of_draws(
+                draws[mine],
                 source_draws[mine],
                 source=number,
                 size=len(source.samples),
                 seed=self.seed,
+                weights=self.weights,
+                global_batch_size=self.global_batch_size,
                 shuffle_window=self.shuffle_window,
+                shuffle_groups=self.shuffle_groups,
             )
         return source_ids, sample_ids
 

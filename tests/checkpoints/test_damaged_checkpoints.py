@@ -244,6 +244,16 @@ def test_a_state_without_a_seal_is_read_as_before(checkpoint: Path) -> None:
     assert read_state(checkpoint).step == 2
 
 
+@pytest.mark.parametrize(("window", "groups"), [(0, 128), (64, 1)])
+def test_a_state_from_before_shuffle_groups_keeps_its_order(
+    checkpoint: Path, window: int, groups: int
+) -> None:
+    data = parse_checksummed_json((checkpoint / "state.json").read_bytes())["config"]["data"]
+    del data["shuffle_groups"]
+    change_state(checkpoint, config__data=data | {"shuffle_window": window})
+    assert read_state(checkpoint).config.data.shuffle_groups == groups
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -19,6 +19,8 @@ from small_runs import StepLoader, tiny_config
 
 from unicl_fast.batch import Batch
 from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.config import DataConfig
+from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.ledger import writer as ledger_module
 from unicl_fast.ledger.format import (
@@ -30,7 +32,9 @@ from unicl_fast.ledger.format import (
     segment_name,
 )
 from unicl_fast.ledger.proof import Run, prove
+from unicl_fast.pipelines.plan.plan import PlanSource, TrainPlan
 from unicl_fast.tools import ledger as ledger_program
+from unicl_fast.tools.ledger import Replan
 from unicl_fast.training.trainer import Trainer
 
 SOURCES = (LedgerSource("labels", 37), LedgerSource("captions", 300))
@@ -314,6 +318,42 @@ def test_damage_where_a_later_start_has_records_costs_nothing(tmp_path: Path) ->
     proof = prove(tmp_path)
     assert proof.holds
     assert "is damaged between bytes" in proof.notes[0]
+
+
+@pytest.mark.parametrize(("window", "groups"), [(0, 128), (64, 1), (64, 4)])
+def test_a_run_is_planned_again_with_the_shuffle_groups_of_its_header(
+    tmp_path: Path, window: int, groups: int
+) -> None:
+    samples = [np.zeros(source.num_samples, dtype=SAMPLE_DTYPE) for source in SOURCES]
+    sources = []
+    for source, rows in zip(SOURCES, samples, strict=True):
+        rows["height"] = rows["width"] = rows["captions_count"] = 1
+        sources.append(
+            PlanSource(
+                name=source.name, samples=rows, labels=np.empty(0, np.int32), num_templates=0,
+                class_ids=np.empty(0, np.int64),
+            )
+        )  # fmt: skip
+    plan = TrainPlan(
+        sources, data=DataConfig(shuffle_window=window, shuffle_groups=groups),
+        global_batch_size=N, seed=0, weights=[1, 1],
+    )  # fmt: skip
+    scheduled = plan.schedule(0, STEPS, rank=0, world_size=1)
+    head = dataclasses.replace(header(1, 0), shuffle_window=window, shuffle_groups=groups)
+    encoded = encode_header(head)
+    assert (b"shuffle_groups" in encoded) == (groups == 4), "else as in the files of 0.1"
+    (tmp_path / segment_name(1, 0)).write_bytes(encoded)
+    found = read_segment_file(tmp_path / segment_name(1, 0))
+    assert found is not None
+    replan = Replan()
+    replan(found.header, 0, *(values.reshape(STEPS, N).astype(np.int64) for values in scheduled))
+    assert replan.num_draws == STEPS * N
+    assert replan.num_different == 0
+    replan(
+        dataclasses.replace(found.header, shuffle_window=64, shuffle_groups=2), 0,
+        *(values.reshape(STEPS, N).astype(np.int64) for values in scheduled),
+    )  # fmt: skip
+    assert replan.num_different > STEPS
 
 
 def test_segments_of_different_runs_are_no_proof(tmp_path: Path) -> None:

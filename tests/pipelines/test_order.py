@@ -13,11 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from unicl_fast.pipelines.plan.order import (
+    ShuffleGroups,
     assign_sources,
     draws_before,
     integer_weights,
     permute,
     permute_in_shuffle_windows,
+    shuffle_groups_of,
 )
 from unicl_fast.system.keyed_random import fold_key, random_bits
 
@@ -144,7 +146,100 @@ def test_windows_mix_their_stretches_and_meet_others_in_each_pass() -> None:
     assert len(first & second) < 10
 
 
+def test_the_order_of_one_group_is_that_of_earlier_versions() -> None:
+    """Ledgers and runs of 0.1 have it: these numbers are theirs."""
+    image = permute_in_shuffle_windows(np.arange(1000), size=1000, window=100, key=5)
+    assert image[:8].tolist() == [286, 609, 708, 446, 442, 645, 447, 258]
+    assert int((image * np.arange(1000) ** 2 % 1_000_003).sum()) == 500_432_709
+
+
 weights_strategy = st.lists(st.integers(1, 1000), min_size=1, max_size=6)
+
+
+def draws_of_epoch(groups: ShuffleGroups, size: int, epoch: int) -> np.ndarray:
+    """The draws in which an epoch of a source is shown, among those of all sources."""
+    quota = size * sum(groups.weights) // groups.weights[groups.source]
+    start = max(0, epoch * quota - 10 * sum(groups.weights))
+    draws = np.arange(start, (epoch + 1) * quota + 10 * sum(groups.weights) + size)
+    source_ids, source_draws = assign_sources(draws, groups.weights)
+    return draws[(source_ids == groups.source) & (source_draws // size == epoch)]
+
+
+def permuted(
+    groups: ShuffleGroups, *, size: int, window: int, epoch: int = 0, key: int = 0, every: int = 1
+) -> tuple[np.ndarray, np.ndarray]:
+    """The samples of an epoch (or of some of its draws), and the group of each draw."""
+    draws = draws_of_epoch(groups, size, epoch)[::every]
+    options = {"size": size, "window": window, "key": key, "groups": groups, "epoch": epoch}
+    samples = permute_in_shuffle_windows(np.arange(size)[::every], draws=draws, **options)
+    edges = np.arange(1, groups.count) * groups.global_batch_size // groups.count
+    return samples, np.searchsorted(edges, draws % groups.global_batch_size, side="right")
+
+
+@given(
+    weights=st.lists(st.integers(1, 30), min_size=1, max_size=4),
+    size=st.integers(1, 2000),
+    window=st.integers(1, 2500),
+    batch=st.integers(1, 200),
+    count=st.integers(2, 130),
+    epoch=st.integers(0, 3),
+    key=st.integers(0, 2**64 - 1),
+)
+@settings(deadline=None, max_examples=60)
+def test_groups_take_each_sample_once(
+    weights: list[int], size: int, window: int, batch: int, count: int, epoch: int, key: int
+) -> None:
+    for source in range(len(weights)):
+        groups = shuffle_groups_of(
+            count, global_batch_size=batch, weights=tuple(weights), source=source
+        )
+        if groups is None:
+            assert batch * weights[source] < count * sum(weights)
+            continue
+        options = {"size": size, "window": window, "epoch": epoch, "key": key}
+        samples, found = permuted(groups, **options)
+        assert np.array_equal(np.sort(samples), np.arange(size))
+        assert np.array_equal(permuted(groups, every=7, **options)[0], samples[::7])
+        if window >= size:  # a group's part is contiguous, but for 16 pieces and the rotation
+            piece = -(-size // 16)
+            for group in np.unique(found):
+                mine = np.sort(samples[found == group])
+                jumps = np.count_nonzero(np.diff(mine) > 1)
+                assert jumps <= len(mine) // piece + 3
+
+
+@pytest.mark.parametrize("count", [8, 64])
+def test_each_sample_meets_each_group_equally_often(count: int) -> None:
+    """Chi-square over epochs; parts of two stretches of a window, and of a quarter of one."""
+    groups = ShuffleGroups(count=count, global_batch_size=64, weights=(1,), source=0)
+    size, epochs = 1024, 60
+    counts = np.zeros((size, count))
+    for epoch in range(epochs):
+        key = fold_key(3, epoch)
+        samples, found = permuted(groups, size=size, window=256, epoch=epoch, key=key)
+        counts[samples, found] += 1
+    chi_square = ((counts - epochs / count) ** 2 / (epochs / count)).sum(axis=1)
+    # Neighbours share their part, so that some 64 samples are independent.
+    assert abs(chi_square.mean() - (count - 1)) < 4 * math.sqrt(2 * (count - 1) / 64)
+
+
+@pytest.mark.parametrize("count", [1, 8])
+def test_samples_of_a_window_share_a_batch_as_often_with_groups(count: int) -> None:
+    """Within the same piece, and whatever the groups: a batch is a quarter of a window of 256."""
+    groups = shuffle_groups_of(count, global_batch_size=64, weights=(1,), source=0)
+    together = []
+    for epoch in range(200):
+        draws = np.arange(1024) + 1024 * epoch
+        samples = permute_in_shuffle_windows(
+            np.arange(1024), size=1024, window=256, key=fold_key(4, epoch), groups=groups,
+            epoch=epoch, draws=draws,
+        )  # fmt: skip
+        batch_of = np.empty(1024, int)
+        batch_of[samples] = np.arange(1024) // 64
+        pairs = batch_of.reshape(-1, 16)
+        together.append([np.mean(pairs[:, i] == pairs[:, j]) for i, j in ((0, 1), (0, 15), (7, 8))])
+    means, expected = np.mean(together, axis=0), 63 / 255
+    assert np.allclose(means, expected, atol=0.03)
 
 
 @given(weights=weights_strategy, start=st.integers(0, 2**50))

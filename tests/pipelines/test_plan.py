@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -15,10 +16,12 @@ from unicl_fast.augmentation import parse_augmentation
 from unicl_fast.config import DataConfig
 from unicl_fast.dataset.arrays import SAMPLE_DTYPE
 from unicl_fast.pipelines.plan.augment import Column
+from unicl_fast.pipelines.plan.order import assign_sources, integer_weights
 from unicl_fast.pipelines.plan.plan import (
     PlannedBatch,
     PlanSource,
     TrainPlan,
+    samples_of_draws,
     split_steps,
     split_windows,
 )
@@ -100,11 +103,12 @@ def test_steps_planned_together_are_planned_as_each_alone(
     batch=st.integers(1, 24),
     step=st.integers(0, 2**40),
     seed=st.integers(-(2**63), 2**63),
+    window=st.sampled_from([0, 16, 60, 1000]),
     data=st.data(),
 )
 @settings(deadline=None)
 def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
-    sizes: list[int], batch: int, step: int, seed: int, data: st.DataObject
+    sizes: list[int], batch: int, step: int, seed: int, window: int, data: st.DataObject
 ) -> None:
     world_size = data.draw(st.sampled_from(divisors(batch)))
     plan = make_plan(
@@ -112,6 +116,7 @@ def test_slices_of_any_number_of_ranks_join_to_the_same_global_batch(
         batch=batch,
         seed=seed,
         augment=EVERYTHING,
+        shuffle_window=window,
     )
     whole = arrays(plan.batch(step, rank=0, world_size=1))
     slices = [arrays(plan.batch(step, rank=r, world_size=world_size)) for r in range(world_size)]
@@ -142,9 +147,13 @@ def test_an_epoch_shows_each_sample_once_from_any_start(
     assert np.array_equal(np.sort(seen), np.arange(size))
 
 
-def test_each_source_makes_passes_of_its_own() -> None:
+@pytest.mark.parametrize("window", [0, 24])
+def test_each_source_makes_passes_of_its_own(window: int) -> None:
     plan = make_plan(
-        make_source(30, captions=1), make_source(100, labels=1), weights=[0.25, 0.75], batch=40
+        *(make_source(30, captions=1), make_source(100, labels=1)),
+        weights=[0.25, 0.75],
+        batch=40,
+        shuffle_window=window,
     )
     batches = [plan.batch(step, rank=0, world_size=1) for step in range(12)]
     source_ids = np.concatenate([b.source_ids for b in batches])
@@ -155,6 +164,89 @@ def test_each_source_makes_passes_of_its_own() -> None:
         passes = draws[: len(draws) // size * size].reshape(-1, size)
         assert np.array_equal(np.sort(passes, axis=1), np.tile(np.arange(size), (len(passes), 1)))
         assert not np.array_equal(passes[0], passes[1])
+
+
+def blocks_read(
+    machine: int,
+    machines: int,
+    *,
+    sizes: dict[int, float],
+    window: int,
+    num_groups: int,
+    num_draws: int,
+) -> int:
+    """Simulates the cache of one machine: blocks that it fetches in the first draws of a run.
+
+    `sizes` has the samples of each data set and their weights. Samples have 30 kB, shards 1 GB,
+    blocks and cache are as in the settings, and global batches have 32,768 samples.
+    """
+    data, batch, sample_bytes = DataConfig(), 32_768, 30 << 10
+    per_shard = (1 << 30) // sample_bytes
+    blocks_of_shard = -(-(1 << 30) // data.block_bytes)
+    weights = integer_weights(list(sizes.values()))
+    fetched, cache = 0, data.cache_bytes // data.block_bytes
+    firsts = np.cumsum([0, *(-(-size // per_shard) * blocks_of_shard for size in sizes)])
+    last_use = np.full(firsts[-1], -1)  # by step; -1 is not in the cache
+    for step in range(num_draws // batch):
+        start, end = (step * batch + i * batch // machines for i in (machine, machine + 1))
+        draws = np.arange(start, end)
+        source_ids, source_draws = assign_sources(draws, weights)
+        for source, size in enumerate(sizes):
+            mine = source_ids == source
+            samples = samples_of_draws(
+                draws[mine], source_draws[mine], source=source, size=size, seed=0, weights=weights,
+                global_batch_size=batch, shuffle_window=window, shuffle_groups=num_groups,
+            )  # fmt: skip
+            shards, places = np.divmod(samples, per_shard)
+            ends = places[:, None] * sample_bytes + [0, sample_bytes - 1]
+            blocks = shards[:, None] * blocks_of_shard + ends // data.block_bytes
+            blocks = np.unique(firsts[source] + blocks)
+            fetched += np.count_nonzero(last_use[blocks] < 0)
+            last_use[blocks] = step
+        kept = np.flatnonzero(last_use >= 0)
+        if len(kept) > cache:
+            oldest = kept[np.argsort(last_use[kept], kind="stable")]
+            last_use[oldest[: len(kept) - int(0.8 * cache)]] = -1
+    return fetched
+
+
+ONE, TWO = {10_000_000: 1.0}, {6_000_000: 0.3, 4_000_000: 0.7}
+MILLION = 1_000_000
+
+
+@pytest.mark.parametrize(
+    ("machines", "looked_at", "sizes", "window", "num_groups", "least", "most"),
+    [
+        (8, [5], ONE, 250_000, 128, 1, 1.1),
+        (8, [5], ONE, 250_000, 1, 7.5, 8.5),
+        (128, [0, 77], ONE, 250_000, 128, 1, 1.2),
+        (128, [0, 77], ONE, 250_000, 1, 80, 90),
+        (128, [0, 77], ONE, MILLION, 128, 1, 1.1),
+        (128, [64], TWO, MILLION, 128, 1, 1.1),
+        (12, [3], TWO, MILLION, 128, 1, 1.1),
+        (100, [10, 50, 90], ONE, MILLION, 128, 1.6, 1.9),
+        pytest.param(8, range(8), ONE, MILLION, 128, 1, 1.1, marks=pytest.mark.slow),
+        pytest.param(8, [5], ONE, MILLION, 1, 40, 60, marks=pytest.mark.slow),
+        pytest.param(128, range(128), ONE, 250_000, 128, 1, 1.2, marks=pytest.mark.slow),
+        pytest.param(128, range(128), ONE, MILLION, 128, 1, 1.1, marks=pytest.mark.slow),
+    ],
+)
+def test_machines_together_read_a_remote_data_set_little_more_than_once(
+    machines: int, looked_at: Sequence[int], sizes: dict[int, float], window: int,
+    num_groups: int, least: float, most: float,
+) -> None:  # fmt: skip
+    # A window that is begun is read as a whole, so there are whole ones.
+    num_draws = 2_000_000 if sizes is ONE and len(looked_at) < 4 else 10_000_000
+    fetched = [
+        blocks_read(
+            one, machines, sizes=sizes, window=window, num_groups=num_groups, num_draws=num_draws
+        )
+        for one in looked_at
+    ]
+    needed = num_draws * (30 << 10) / DataConfig().block_bytes
+    ratio = sum(fetched) / len(fetched) * machines / needed
+    print(f"{machines} machines read {ratio:.3f} times the data, {window=}, {num_groups=}")
+    assert least <= ratio <= most
 
 
 def test_every_rank_gets_every_source_in_proportion() -> None:

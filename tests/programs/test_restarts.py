@@ -35,7 +35,7 @@ STEPS_OF_A_RUN = 40
 FP64 = [
     *[word if word != str(STEPS) else str(STEPS_OF_A_RUN) for word in SMALL],
     *("--run.global-batch-size", "12", "--efficiency.precision", "fp64", "--ledger"),
-    *("--checkpoint.every-steps", "3"),
+    *("--checkpoint.every-steps", "3", "--data.shuffle-window", "16"),
 ]
 
 

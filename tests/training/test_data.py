@@ -16,6 +16,7 @@ from unicl_fast.dataset.writer import DatasetWriter, PackedSample
 from unicl_fast.presets import build_preset
 from unicl_fast.system.wording import refuse_differences
 from unicl_fast.text.tokenizer import Tokenizer
+from unicl_fast.training import data as training_data
 from unicl_fast.training.data import (
     build_prompts,
     check_tokenizer,
@@ -70,6 +71,41 @@ def test_classes_that_a_short_context_cannot_tell_apart_are_joined_before_traini
     prompts = build_prompts([dataset], dataclasses.replace(config, model=model))
     one, other = prompts.classes_of(0, np.arange(2))
     assert (one == other) == are_one
+
+
+@pytest.mark.parametrize(
+    ("machines", "settings", "expected"),
+    [
+        (1, {}, ["all of it is shuffled together", "shuffle_window to 266666 or less"]),
+        (1, {"cache_bytes": 300 * 10**9}, []),
+        (1, {"shuffle_window": 10**6}, ["two windows of data.shuffle_window"]),
+        (8, {"shuffle_window": 10**6}, []),
+        (8, {}, ["all of it is shuffled together", "shuffle_window to 2133333 or less"]),
+        (8, {"shuffle_window": 250_000, "shuffle_groups": 1}, ["read it 8.0 times", "of 8 in"]),
+        (100, {"shuffle_window": 10**6}, ["read it 1.8 times an epoch", "a multiple of 100 in"]),
+    ],
+)
+def test_an_order_that_reads_a_url_too_often_is_warned_of(
+    machines: int, settings: dict[str, int], expected: list[str],
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Ten million samples of 30 kB, and a cache of 20 GB."""
+
+    class Large:
+        remote, location = True, "s3://bucket/large"
+        shards = (SimpleNamespace(num_bytes=30_000 * 10**7),)
+        manifest = SimpleNamespace(shards=shards, pixels=None, num_samples=10**7)
+
+        def __len__(self) -> int:
+            return 10**7
+
+    monkeypatch.setenv("WORLD_SIZE", str(machines * 4))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(training_data, "PackedDataset", lambda *_, **__: Large())
+    open_datasets(DataConfig(train=(Large.location,), **settings))
+    assert len(caplog.messages) == (expected != [])
+    for part in expected:
+        assert part in caplog.text
 
 
 def test_each_data_set_is_used_as_far_as_the_config_says(data: Path) -> None:

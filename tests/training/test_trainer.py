@@ -148,6 +148,9 @@ def test_another_model_or_other_data_is_refused(images: torch.Tensor, tmp_path: 
     reseeded = dataclasses.replace(config, run=dataclasses.replace(config.run, seed=1))
     with pytest.raises(ValueError, match="another run: seed was 0 and is now 1"):
         trainer_in(tmp_path / "d", images, reseeded).resume(checkpoint)
+    regrouped = dataclasses.replace(config, data=dataclasses.replace(config.data, shuffle_groups=8))
+    with pytest.raises(ValueError, match="another data: shuffle_groups was 128 and is now 8"):
+        trainer_in(tmp_path / "g", images, regrouped).resume(checkpoint)
     with pytest.raises(ValueError, match="precision was 'fp64' and is now 'fp16'"):
         trainer_in(tmp_path / "e", images, tiny_config(precision="fp16")).resume(checkpoint)
     with pytest.raises(ValueError, match="the state of AdamW, and optim.name now means Lamb"):

@@ -89,6 +89,9 @@ class SegmentHeader:
     again."""
     shuffle_window: Count = 0
     """`data.shuffle_window`, which that takes too; not in the file where it is 0."""
+    shuffle_groups: int = 1
+    """`data.shuffle_groups`, which means nothing without a window and is not in the file then, nor
+    where it is 1 as in the files of 0.1."""
     run_id: str = ""
     """The run's, as in its checkpoints; not in the files of 0.1."""
 
@@ -134,6 +137,8 @@ def encode_header(header: SegmentHeader) -> bytes:
     for name in ("shuffle_window", "run_id"):
         if not values[name]:
             del values[name]
+    if not header.shuffle_window or header.shuffle_groups == 1:
+        del values["shuffle_groups"]
     text = json.dumps(values).encode()
     return _START.pack(_MAGIC, len(text), _checksum(text)) + text
 

@@ -50,6 +50,7 @@ class Ledger:
         seed: int,
         shares: Sequence[int],
         shuffle_window: int = 0,
+        shuffle_groups: int = 1,
         ranks: Ranks | None = None,
     ) -> None:
         """Writes nothing yet.
@@ -69,6 +70,7 @@ class Ledger:
             seed=seed,
             shares=tuple(shares),
             shuffle_window=shuffle_window,
+            shuffle_groups=shuffle_groups,
         )
         self._sizes = np.array([source.num_samples for source in sources], dtype=np.int64)
         self._file = -1

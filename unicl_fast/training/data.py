@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,9 @@ from unicl_fast.text.prompts import LABEL_BITS, ClassPrompts
 from unicl_fast.text.tokenizer import CONTEXT_LENGTH, Tokenizer
 
 logger = logging.getLogger(__name__)
+
+_MOST_TIMES = 1.2
+"""Machines that together read a remote data set more often in an epoch get a warning."""
 
 
 def open_datasets(data: DataConfig) -> tuple[list[PackedDataset], list[float] | None]:
@@ -132,20 +136,41 @@ def _warn_of_traffic(dataset: PackedDataset, data: DataConfig) -> None:
     if manifest.pixels is not None:
         total = manifest.pixels.num_bytes
     total = total * num_samples // max(1, manifest.num_samples)
+    if total <= data.cache_bytes:
+        return
+    machines = _num_machines()
+    if data.shuffle_window and (times := _times_read(machines, data.shuffle_groups)) > _MOST_TIMES:
+        logger.warning(
+            "DATA: %s: %d machines with data.shuffle_groups = %d will together read it %.1f times "
+            "an epoch. Set that to a multiple of %d in a new run; one that is resumed keeps it",
+            dataset.location, machines, data.shuffle_groups, times, machines,
+        )  # fmt: skip
+    part = _times_read(machines, data.shuffle_groups) / machines
     window = min(data.shuffle_window or num_samples, num_samples)
-    # a window, and the next one, which is fetched meanwhile
-    at_once = total if window == num_samples else 2 * total * window // num_samples
+    # a machine's part of a window, and of the next one, which is fetched meanwhile
+    at_once = 2 * total * window / num_samples * part if data.shuffle_window else total
     if at_once <= data.cache_bytes:
         return
-    fitting = max(16, int(data.cache_bytes * num_samples / (2.5 * total)))
+    fitting = max(16, int(data.cache_bytes * num_samples / (2.5 * total * part)))
     what = f"two windows of data.shuffle_window = {window:,} samples take {at_once / 1e9:.1f} GB"
-    if window == num_samples:
+    if not data.shuffle_window:
         what = f"all of it is shuffled together, {total / 1e9:.1f} GB"
     logger.warning(
         "DATA: %s: %s, and data.cache_bytes keeps %.1f GB: the same blocks will be read again and "
         "again. Set data.shuffle_window to %d or less, or give the cache more room",
         dataset.location, what, data.cache_bytes / 1e9, fitting,
     )  # fmt: skip
+
+
+def _times_read(machines: int, groups: int) -> float:
+    """How often machines read a data set in an epoch: those that share a group both need it."""
+    return 1 + (machines - math.gcd(machines, groups)) / groups
+
+
+def _num_machines() -> int:
+    """Machines of this job, if each has as many ranks as this one."""
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, world_size // int(os.environ.get("LOCAL_WORLD_SIZE", world_size)))
 
 
 def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> ClassPrompts:

@@ -249,6 +249,7 @@ def _build_trainer(
             seed=loader.plan.seed,
             shares=loader.plan.weights,
             shuffle_window=loader.plan.shuffle_window,
+            shuffle_groups=loader.plan.shuffle_groups,
             ranks=ranks,
         )
     return Trainer(
