@@ -160,6 +160,12 @@ def build_prompts(datasets: Sequence[PackedDataset], config: TrainConfig) -> Cla
     )
 
 
+def longest_text(datasets: Sequence[PackedDataset], prompts: ClassPrompts) -> int:
+    """Tokens of the longest caption or prompt, start and end tokens included."""
+    longest = [int(dataset.captions["tokens_length"].max(initial=0)) for dataset in datasets]
+    return max(prompts.tokens.shape[1], *longest)
+
+
 def describe_datasets(
     datasets: Sequence[PackedDataset], weights: Sequence[float] | None
 ) -> dict[str, Any]:
