@@ -200,8 +200,7 @@ def _with_precision(
     """Replaces `efficiency.precision=auto` by the checkpoint's precision, or rank 0's fastest."""
     precision = None
     if checkpoint is not None and config.efficiency.precision == "auto":
-        with refused_together(ranks):
-            precision = read_state(checkpoint).config.efficiency.precision
+        precision = read_state(checkpoint, ranks).config.efficiency.precision
     return resolve_precision(config, device, precision=precision, ranks=ranks)
 
 
