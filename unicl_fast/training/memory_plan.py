@@ -61,7 +61,7 @@ class MemoryPlan:
     """Memory that the rank can have."""
     images_at_once: int
     image_bytes: int
-    """What the image encoder keeps of one image for backward."""
+    """Bytes that the image encoder keeps of one image for backward."""
 
     @property
     def total(self) -> int:
