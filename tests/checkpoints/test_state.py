@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
+import fuzz_checkpoints
 import pytest
 import torch
-from safetensors.torch import load_file
+from rank_workers import resume_and_write, run_on_ranks
+from safetensors.torch import load_file, save_file
 from small_runs import StepLoader, tiny_config
 
-from unicl_fast.checkpoints.files import list_checkpoints
+from unicl_fast.checkpoints.files import list_checkpoints, origin_of
 from unicl_fast.config import config_to_dict
 from unicl_fast.system.checksums import parse_checksummed_json
 from unicl_fast.training.trainer import Trainer
@@ -77,3 +80,39 @@ def test_a_scaler_that_is_used_is_part_of_it(images: torch.Tensor, tmp_path: Pat
         *("scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"),
     }
     assert set(state) == {"step", "run_id", *("config", "scaler", "data", "optimizer", "checksums")}
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_rank_0_reads_a_checkpoint_for_all_ranks(images: torch.Tensor, tmp_path: Path) -> None:
+    """Rank 1 has no such file: it gets what rank 0 read, bit for bit, or the same error."""
+    config = tiny_config(precision="fp32", steps=2)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, ema_decay=0.9))
+    trainer = Trainer(config, StepLoader(images), run_folder=tmp_path / "run", progress=False)
+    trainer.fit()
+    (sound,) = list_checkpoints(tmp_path / "run" / "checkpoints")
+    folders = [Path(shutil.copytree(sound, tmp_path / name)) for name in ("a", "b", "c")]
+    flipped = folders[1] / "ema.safetensors"
+    content = bytearray(flipped.read_bytes())
+    content[-1] ^= 1
+    flipped.write_bytes(content)
+    save_file({"x": torch.zeros(2)}, folders[2] / "model.safetensors", metadata=origin_of(
+        trainer.run_id, 2))  # fmt: skip
+    fuzz_checkpoints.make_fit(folders[2])
+
+    run_on_ranks(resume_and_write, 2, images, folders, config)
+    written = [
+        [torch.load(tmp_path / f"{folder.name}-{rank}.pt") for rank in range(2)]
+        for folder in folders
+    ]
+    for found, tensors in written[0]:
+        assert found == [2, trainer.run_id, {}]
+        assert set(tensors) == {path.name for path in sound.glob("*.safetensors")}
+        for file, values in tensors.items():
+            for name, expected in load_file(sound / file).items():
+                assert values[name].dtype == expected.dtype
+                assert torch.equal(values[name], expected), name
+    for number, message in [(1, f"{flipped} is damaged"), (2, "are not those of the model")]:
+        texts = [found for found, _ in written[number]]
+        assert message in texts[0]
+        assert message in texts[1]

@@ -31,6 +31,7 @@ from small_runs import (
 )
 
 from unicl_fast.batch import Batch, EvaluationBatch, ListLoader
+from unicl_fast.checkpoints.state import collect_tensors
 from unicl_fast.distributed.launch import explain
 from unicl_fast.distributed.ranks import (
     Ranks,
@@ -290,6 +291,23 @@ def train(ranks, images: torch.Tensor, folder: str, steps: int, resume: str = ""
     if resume:
         trainer.resume(Path(resume))
     trainer.fit()
+
+
+def resume_and_write(ranks, images: torch.Tensor, checkpoints: list[Path], config) -> None:
+    """Each rank writes what it resumed with, or the error, beside a checkpoint.
+
+    Rank 1 looks for the checkpoint on a disk where there is none.
+    """
+    loader = StepLoader(images, rank=ranks.rank, world_size=ranks.world_size)
+    for checkpoint in checkpoints:
+        trainer = Trainer(config, loader, ranks=ranks, progress=False)
+        try:
+            trainer.resume(checkpoint if ranks.is_main else Path("/not-there") / checkpoint.name)
+            found = [trainer.step, trainer.run_id, trainer.scaler.state_dict()]
+        except ValueError as error:
+            found = str(error)
+        tensors = collect_tensors(model=trainer.model, ema=trainer.ema, optimizer=trainer.optimizer)
+        torch.save((found, tensors), checkpoint.parent / f"{checkpoint.name}-{ranks.rank}.pt")
 
 
 def count_reductions(ranks, images: torch.Tensor, folder: str) -> None:

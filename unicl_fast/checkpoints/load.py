@@ -10,10 +10,10 @@ run (`unicl_fast.checkpoints.export`), is loaded here too.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,8 @@ from unicl_fast.checkpoints.files import (
     read_best,
 )
 from unicl_fast.config import TrainConfig, config_from_dict
+from unicl_fast.distributed.launch import refused_together
+from unicl_fast.distributed.ranks import Ranks, from_rank_0, tensors_from_rank_0
 from unicl_fast.models.precision import Precision
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
@@ -37,6 +39,8 @@ from unicl_fast.system.checksums import file_checksum, parse_checksummed_json
 logger = logging.getLogger(__name__)
 
 Weights = Literal["auto", "ema", "model"]
+
+_ALONE = Ranks()
 
 MODEL_FILE = "model.safetensors"
 EMA_FILE = "ema.safetensors"
@@ -50,7 +54,7 @@ class DamagedCheckpointError(ValueError):
     """A file of a checkpoint is not what was written."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(frozen=True, slots=True)
 class CheckpointState:
     """The content of state.json."""
 
@@ -68,16 +72,26 @@ class CheckpointState:
     """The run, over all its starts; empty in checkpoints of 0.1."""
 
 
-def read_state(checkpoint: Path) -> CheckpointState:
+def read_state(checkpoint: Path, ranks: Ranks = _ALONE) -> CheckpointState:
     """Reads state.json and compares the checksums it names.
 
-    A file is read for its checksum once in the life of a process, unless it has changed since.
+    A file is read for its checksum once in the life of a process, unless it has changed since. Of
+    several ranks, which call it together, rank 0 alone reads; what it finds is raised on all, as a
+    SharedRefusal.
 
     Raises:
         FileNotFoundError: not a checkpoint folder, or a file of it is missing.
         DamagedCheckpointError: a file was changed or is damaged.
         ValueError: a config that this version does not know.
     """
+    if ranks.world_size > 1:
+        content = None
+        with refused_together(ranks):
+            if ranks.is_main:
+                content = dataclasses.asdict(read_state(checkpoint))
+        content = from_rank_0(content, ranks)
+        assert content is not None
+        return CheckpointState(**content | {"config": config_from_dict(content["config"])})
     path = checkpoint / STATE_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{checkpoint} is not a checkpoint: it has no {STATE_FILE}")
@@ -257,8 +271,17 @@ def _checksum_read_once(path: Path) -> str:
     return _checksums_read[identity]
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises DamagedCheckpointError if it is none."""
+def read_tensors(path: Path, ranks: Ranks = _ALONE) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises DamagedCheckpointError if it is none.
+
+    Of several ranks, which call it together, rank 0 alone reads, and the others get its tensors.
+    """
+    if ranks.world_size > 1:
+        tensors: dict[str, Tensor] = {}
+        with refused_together(ranks):
+            if ranks.is_main:
+                tensors = read_tensors(path)
+        return tensors_from_rank_0(tensors, ranks)
     with _refusing_other_files(path):
         return load_file(path)
 
@@ -304,9 +327,12 @@ def _require_sizes(path: Path, config: TrainConfig) -> None:
         )
 
 
-def load_weights(model: UniCL, path: Path) -> None:
-    """Loads weights in the type and layout of the model; raises ValueError if they do not fit."""
-    tensors = read_tensors(path)
+def load_weights(model: UniCL, path: Path, ranks: Ranks = _ALONE) -> None:
+    """Loads weights in the type and layout of the model; raises ValueError if they do not fit.
+
+    Of several ranks, which call it together, rank 0 alone reads (`read_tensors`).
+    """
+    tensors = read_tensors(path, ranks)
     try:
         for name, value in model.state_dict().items():
             if name in tensors and tensors[name].is_floating_point() != value.is_floating_point():

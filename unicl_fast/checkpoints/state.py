@@ -25,11 +25,13 @@ from unicl_fast.checkpoints.load import (
     read_tensors,
 )
 from unicl_fast.config import TrainConfig, config_to_dict
+from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.models.unicl import UniCL
 from unicl_fast.system.wording import refuse_differences
 
 logger = logging.getLogger(__name__)
 
+_ALONE = Ranks()
 _GROUP_STEP = "group_step"
 # Samples are numbered by step, batch size and seed: changing these on resume would change which
 # samples come next.
@@ -102,11 +104,12 @@ def restore_checkpoint(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     ema: ModelEmaV3 | None = None,
+    ranks: Ranks = _ALONE,
 ) -> None:
     """Restores weights, their average, optimizer and scaler as they were after `state.step` steps.
 
-    `state` comes from `read_state`. An average that the checkpoint does not have starts with its
-    weights.
+    `state` comes from `read_state`. All ranks call it together, and rank 0 alone reads. An average
+    that the checkpoint does not have starts with its weights.
 
     Raises:
         ValueError: the checkpoint is of another optimizer, or its tensors are not the model's.
@@ -118,13 +121,13 @@ def restore_checkpoint(
             f"{present}: set optim.name to what means {state.optimizer} here (it was "
             f"{state.config.optim.name} where it was trained)"
         )
-    load_weights(model, checkpoint / MODEL_FILE)
+    load_weights(model, checkpoint / MODEL_FILE, ranks)
     if ema is not None and EMA_FILE in state.checksums:
-        load_weights(ema.module, checkpoint / EMA_FILE)
+        load_weights(ema.module, checkpoint / EMA_FILE, ranks)
     elif ema is not None:
         logger.warning("the checkpoint has no average of the weights: it starts with them")
         ema.set(model)
-    tensors = read_tensors(checkpoint / OPTIMIZER_FILE)
+    tensors = read_tensors(checkpoint / OPTIMIZER_FILE, ranks)
     try:
         _check_optimizer_tensors(model, optimizer, tensors)
         if scaler.is_enabled() and set(state.scaler) != set(scaler.state_dict()):

@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -125,6 +125,27 @@ def from_rank_0(value: T, ranks: Ranks) -> T:
         content = content if ranks.is_main else content.new_empty(int(size))
         dist.broadcast(content, src=0, group=ranks.host_group)
     found: T = _from_bytes(content)
+    return found
+
+
+def tensors_from_rank_0(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    """Returns rank 0's named tensors, all on the host, on all ranks, bit for bit."""
+    if ranks.world_size == 1:
+        return dict(tensors)
+    kinds = [
+        (name, str(one.dtype).removeprefix("torch."), list(one.shape))
+        for name, one in tensors.items()
+    ]
+    found = {}
+    for name, dtype, shape in from_rank_0(kinds, ranks):
+        if ranks.is_main:
+            found[name] = tensors[name].contiguous()
+        else:
+            found[name] = torch.empty(shape, dtype=getattr(torch, dtype))
+        if found[name].numel():
+            content = found[name].reshape(-1).view(torch.uint8)  # gloo does not know all types
+            with WaitingForRanks():
+                dist.broadcast(content, src=0, group=ranks.host_group)
     return found
 
 

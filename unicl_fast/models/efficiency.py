@@ -45,7 +45,7 @@ def checkpoint_blocks(encoder: nn.Module) -> int:
     Raises:
         ValueError: no module of a known block class.
     """
-    blocks = [module for module in encoder.modules() if type(module).__name__ in _BLOCKS]
+    blocks = find_blocks(encoder)
     if not blocks:
         raise ValueError(
             f"activation checkpointing knows the blocks {', '.join(sorted(_BLOCKS))}; "
@@ -57,11 +57,15 @@ def checkpoint_blocks(encoder: nn.Module) -> int:
     return len(blocks)
 
 
+def find_blocks(encoder: nn.Module) -> list[nn.Module]:
+    """The modules that activation checkpointing recomputes one at a time."""
+    return [module for module in encoder.modules() if type(module).__name__ in _BLOCKS]
+
+
 def keep_activations_in_copy(encoder: nn.Module) -> None:
     """Undoes `checkpoint_blocks` in a copy, whose blocks would run those of the original."""
-    for module in encoder.modules():
-        if type(module).__name__ in _BLOCKS:
-            module.__dict__.pop("forward", None)
+    for block in find_blocks(encoder):
+        block.__dict__.pop("forward", None)
 
 
 def _checkpoint_forward(block: nn.Module) -> None:

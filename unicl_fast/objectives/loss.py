@@ -167,6 +167,12 @@ def unified_contrastive_loss(
         return t2i if directions == "t2i" else (i2t + t2i) / 2
 
 
+def stores_logits(form: LossForm, num_logits: int, device_type: str) -> bool:
+    """Whether a form holds all logits at once; "auto" does while they are few."""
+    smallest_tiled = _SMALLEST_TILED.get(device_type, _SMALLEST_TILED["cpu"])
+    return form == "dense" or (form == "auto" and num_logits < smallest_tiled)
+
+
 def logit_statistics(
     image_features: Float[Tensor, "b d"],
     text_features: Float[Tensor, "u d"],
@@ -204,7 +210,7 @@ def logit_statistics(
 
 
 def _fastest_form(num_logits: int, device: torch.device) -> LossForm:
-    if num_logits < _SMALLEST_TILED.get(device.type, _SMALLEST_TILED["cpu"]):
+    if stores_logits("auto", num_logits, device.type):
         return "dense"
     return "triton" if device.type == "cuda" and _gpu_takes_triton(device.index) else "tiled"
 

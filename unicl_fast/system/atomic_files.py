@@ -200,21 +200,21 @@ def temporary_folder(prefix: str, *, root: Path | None = None) -> Iterator[Path]
     """Makes a folder for a while, after removing those that killed programs left."""
     root = root or Path(tempfile.gettempdir())
     for old in root.glob(f"{prefix}*/{_LOCK_NAME}"):
-        with contextlib.suppress(OSError), _locked(old) as is_unused:
+        with contextlib.suppress(OSError), locked(old) as is_unused:
             if is_unused:
                 shutil.rmtree(old.parent, ignore_errors=True)
     with (
         tempfile.TemporaryDirectory(prefix=prefix, dir=root) as name,
-        _locked(Path(name) / _LOCK_NAME),
+        locked(Path(name) / _LOCK_NAME),
     ):
         yield Path(name)
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[bool]:
+def locked(path: Path, *, wait: bool = False) -> Iterator[bool]:
     """Holds the lock of a file, which is made if needed; False if another process holds it."""
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
     try:
-        yield lock(descriptor)
+        yield lock(descriptor, wait=wait)
     finally:
         os.close(descriptor)

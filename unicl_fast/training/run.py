@@ -45,11 +45,12 @@ from unicl_fast.training.data import (
     check_tokenizer,
     describe_datasets,
     distinct_names,
+    longest_text,
     open_datasets,
     rows_of_class_names,
 )
 from unicl_fast.training.figures import draw_contact_sheet, draw_curves, drawing
-from unicl_fast.training.limits import check_memory
+from unicl_fast.training.memory_plan import check_memory
 from unicl_fast.training.metrics import DatasetMeter
 from unicl_fast.training.trainer import Evaluation, Trainer
 
@@ -139,7 +140,7 @@ def pretrain(
         watchdog.meet(ranks)
         mark("reading checkpoints", patience=START_PATIENCE)
         with refused_together(ranks):
-            local_batch_size = ranks.local_batch_size(config.run.global_batch_size)
+            ranks.local_batch_size(config.run.global_batch_size)
             check_run_folder: Callable[[], None] | None = None
             if ranks.is_main:
                 check_run_folder = stack.enter_context(sole_writer(run_folder))
@@ -156,9 +157,6 @@ def pretrain(
             keeps_ledger=has_ledger(run_folder, ranks) or ledger,
             check_run_folder=check_run_folder,
         )
-        views = 2 if trainer.config.objective.name == "supcon" else 1
-        num_images = views * local_batch_size
-        check_memory(trainer.model, trainer.config, images_per_step=num_images, device=device)
         if checkpoint is not None:
             mark("reading the checkpoint", patience=START_PATIENCE)
             with refused_together(ranks):
@@ -202,8 +200,7 @@ def _with_precision(
     """Replaces `efficiency.precision=auto` by the checkpoint's precision, or rank 0's fastest."""
     precision = None
     if checkpoint is not None and config.efficiency.precision == "auto":
-        with refused_together(ranks):
-            precision = read_state(checkpoint).config.efficiency.precision
+        precision = read_state(checkpoint, ranks).config.efficiency.precision
     return resolve_precision(config, device, precision=precision, ranks=ranks)
 
 
@@ -230,6 +227,11 @@ def _build_trainer(
             check_ranks_agree(describe_rank(config, data), ranks)
         mark("opening the data and building the model", patience=START_PATIENCE)
     prompts = build_prompts(datasets, config)
+    mark("planning memory", patience=START_PATIENCE)
+    with refused_together(ranks):
+        longest = longest_text(datasets, prompts)
+        check_memory(config, ranks=ranks, device=device, longest_text=longest)
+    mark("opening the data and building the model", patience=START_PATIENCE)
     loader = build_loader(
         config,
         datasets,

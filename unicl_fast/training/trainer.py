@@ -185,13 +185,15 @@ class Trainer:
         self._last_metrics: dict[str, float] = {}
 
     def resume(self, checkpoint: Path) -> None:
-        """Restores the state that a checkpoint of this run holds.
+        """Restores the state that a checkpoint of this run holds; all ranks call it together.
+
+        Rank 0 alone reads it, and the others get what it holds.
 
         Raises:
             FileNotFoundError: no checkpoint there.
             ValueError: it is damaged, or of another model, objective or other data.
         """
-        state = read_state(checkpoint)
+        state = read_state(checkpoint, self.ranks)
         refuse_another_run(state, self.config, self.data)
         restore_checkpoint(
             checkpoint,
@@ -200,6 +202,7 @@ class Trainer:
             ema=self.ema,
             optimizer=self.optimizer,
             scaler=self.scaler,
+            ranks=self.ranks,
         )
         self.step = self._saved_step = state.step
         self.run_id = state.run_id or self.run_id

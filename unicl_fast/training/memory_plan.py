@@ -1,0 +1,394 @@
+"""The memory of a training step, part by part, planned before anything is built.
+
+The encoders run once on tensors that have shapes and no content (torch's fake tensors), and what
+they save for backward is counted. That takes seconds and no memory, so any config can be planned
+for a GPU that is not there. The other parts follow from the settings.
+
+A run is checked against what is free before its first step, since a process that runs out of memory
+on the host is ended without a message, often late in the run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from unicl_fast.config import DataConfig, EfficiencyConfig, TrainConfig
+from unicl_fast.distributed.ranks import Ranks
+from unicl_fast.models.efficiency import find_blocks, has_batch_norm
+from unicl_fast.models.precision import Precision, place_module
+from unicl_fast.models.unicl import UniCL
+from unicl_fast.objectives.loss import stores_logits
+from unicl_fast.objectives.loss_tiled import LARGEST_TILE
+from unicl_fast.system.machine import control_groups
+
+logger = logging.getLogger(__name__)
+
+FIXED_BYTES = {"cuda": 3_000_000_000, "cpu": 0}
+"""Memory of a GPU that torch's allocator does not hold. An estimate, not yet measured: about 0.5 GB
+of CUDA context and kernels, 1 GB of NCCL's buffers, and 1.5 GB of DALI's decoder. On the host such
+libraries are loaded by the time that free memory is read."""
+SLACK = 0.1
+"""Part of the sum that is added: temporaries of single layers, and what the allocator cannot use
+for want of pieces in the right sizes."""
+_DENSE_COPIES = 7.25
+"""Matrices as large as the logits that the dense loss holds at its peak, in backward: 7.3 by the
+peak memory of a process (torch 2.13, CPU), of which the products, the logits with and without
+counts, the weighted logits twice, and two gradients make 7; masks of a byte are the rest."""
+_BATCHES_IN_FLIGHT = 4
+"""Decoded batches of a rank beside the one of the step: those of both decoding graphs."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Bytes that one rank needs at the peak of a step."""
+
+    parts: dict[str, int]
+    """By name; those named "texts: ..." are upper bounds, since texts come in all lengths."""
+    device_bytes: int
+    """Memory that the rank can have."""
+    images_at_once: int
+    image_bytes: int
+    """Bytes that the image encoder keeps of one image for backward."""
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return sum(self.parts.values())
+
+    @property
+    def certain(self) -> int:
+        """The sum without slack and without what depends on the texts that come."""
+        uncertain = ("slack", "texts: activations")
+        return sum(size for name, size in self.parts.items() if name not in uncertain)
+
+    @property
+    def fits(self) -> bool:
+        """Whether all parts fit."""
+        return self.total <= self.device_bytes
+
+    def __str__(self) -> str:
+        """The parts in GB, the largest first."""
+        largest_first = sorted(self.parts.items(), key=lambda part: -part[1])
+        return ", ".join(f"{name} {size / 1e9:.1f}" for name, size in largest_first if size > 5e7)
+
+
+def plan(
+    config: TrainConfig,
+    *,
+    world_size: int,
+    device_bytes: int,
+    device_type: str = "cuda",
+    longest_text: int | None = None,
+) -> MemoryPlan:
+    """Plans the memory of one of `world_size` ranks.
+
+    Compiled encoders run as they are written here, and may keep less. `longest_text` is in tokens;
+    None takes the context length. Every text of a batch is taken to be as long and different.
+
+    Raises:
+        ValueError: ranks that cannot share the global batch evenly, or an unknown encoder.
+    """
+    efficiency, objective = config.efficiency, config.objective
+    if efficiency.precision == "auto":
+        config = _with(config, precision="bf16" if device_type == "cuda" else "fp32")
+    precision = Precision(config.efficiency.precision)
+    batch = Ranks(world_size=world_size).local_batch_size(config.run.global_batch_size)
+    views = 2 if objective.name == "supcon" else 1
+    at_once = min(views * batch, efficiency.micro_batch_size or views * batch)
+    length = min(longest_text or config.model.context_length, config.model.context_length)
+    if efficiency.text_layout == "padded":
+        length = config.model.context_length
+    encoders = _measure(_only_encoders(config), device_type, length)
+    number_bytes = precision.weight_type.itemsize
+    weights = encoders.num_parameters * number_bytes
+    num_columns = views * config.run.global_batch_size
+    if objective.name == "ce":
+        num_columns = sum(objective.num_classes)
+    width = encoders.feature_width
+    is_gathered = world_size > 1 and objective.name != "ce"
+    gathered = num_columns * width * number_bytes if is_gathered else 0
+    pixels = views * 3 * config.data.image_size**2
+    parts = {
+        "images: activations": at_once * encoders.image_bytes,
+        "texts: activations": min(at_once, batch) * encoders.text_bytes,
+        "parameters": weights + encoders.buffer_bytes,
+        "parameters in the narrow type": encoders.narrow_bytes,
+        # DDP's buckets are the same memory (gradient_as_bucket_view)
+        "gradients": weights,
+        # AdamW and LAMB keep two averages of each parameter, in its own type. What the update takes
+        # besides, it takes when the activations are gone.
+        "optimizer": 2 * weights,
+        "moving average": weights if config.optim.ema_decay else 0,
+        # the features of all ranks, and their gradient on its way back
+        "gathered features": 2 * gathered,
+        "loss": _loss_bytes(config, views * batch, num_columns, width, device_type),
+        "batches in flight": (1 + _BATCHES_IN_FLIGHT)
+        * batch
+        * (pixels + 8 * config.model.context_length * objective.has_texts),
+        # a copy in the host's memory, from which checkpoints are written
+        "checkpoint": weights * (4 if config.optim.ema_decay else 3) if device_type == "cpu" else 0,
+        "fixed": FIXED_BYTES[device_type],
+    }
+    parts["slack"] = int(SLACK * sum(parts.values()))
+    return MemoryPlan(parts, device_bytes, at_once, encoders.image_bytes)
+
+
+def check_memory(
+    config: TrainConfig, *, ranks: Ranks, device: torch.device, longest_text: int | None = None
+) -> None:
+    """Warns where a step will hardly fit into what is free, and refuses where it cannot.
+
+    Called before the model is built.
+
+    Raises:
+        ValueError: more is needed than is free, whatever the texts; says what would fit.
+    """
+    arguments: dict[str, Any] = {
+        "device_bytes": free_memory(device),
+        "device_type": device.type,
+        "longest_text": longest_text,
+    }
+    found = plan(config, world_size=ranks.world_size, **arguments)
+    if found.fits:
+        return
+    message = (
+        f"a step may need {found.total / 1e9:.1f} GB, and {found.device_bytes / 1e9:.1f} GB are "
+        f"free. In GB: {found} ({found.images_at_once} images of {found.image_bytes / 1e6:.1f} MB "
+        f"at once). {_advice(config, world_size=ranks.world_size, **arguments)}"
+    )
+    # fused kernels save some of what the encoders keep as they are written
+    if found.certain > (2 if config.efficiency.compile else 1) * found.device_bytes:
+        raise ValueError(message)
+    logger.warning(message)
+
+
+def _advice(config: TrainConfig, *, world_size: int, **arguments: Any) -> str:
+    """Names the settings that fit, each with what it needs."""
+    batch = config.run.global_batch_size // world_size
+    micro = min(batch, config.efficiency.micro_batch_size or batch)
+    smaller = [1 << power for power in reversed(range((micro - 1).bit_length()))]
+    can_split = config.objective.has_texts and not has_batch_norm(
+        _build_on_meta(config, arguments["device_type"])
+    )
+    recomputing = _with(config, activation_checkpointing=True)
+    doubled = [world_size << power for power in range(1, batch.bit_length())]
+    kinds: list[list[tuple[str, TrainConfig, int]]] = [
+        [(f"efficiency.micro_batch_size={size} (the same result)",
+          _with(config, micro_batch_size=size), world_size) for size in smaller if can_split],
+        [("efficiency.activation_checkpointing=True (the same result)", recomputing, world_size)],
+        [(f"{n} ranks", config, n) for n in doubled if not config.run.global_batch_size % n],
+    ]  # fmt: skip
+    fitting = []
+    for kind in kinds:
+        for name, changed, ranks in kind:
+            found = plan(changed, world_size=ranks, **arguments)
+            if found.fits:
+                fitting.append(f"{name}: {found.total / 1e9:.1f} GB")
+                break
+    if not fitting:
+        return "No such change is enough: take a smaller image encoder or data.image_size"
+    return f"What fits: {'; '.join(fitting)}"
+
+
+def _loss_bytes(
+    config: TrainConfig, num_rows: int, num_columns: int, width: int, device_type: str
+) -> int:
+    """The logits, or tiles of them, and the features' copies and gradients."""
+    number_bytes = Precision(config.efficiency.precision).weight_type.itemsize
+    features = 4 * (num_rows + num_columns) * width * number_bytes
+    num_logits = num_rows * num_columns
+    if stores_logits(config.efficiency.loss, num_logits, device_type):
+        return features + int(_DENSE_COPIES * num_logits * number_bytes)
+    return features + 2 * min(num_logits, LARGEST_TILE[device_type]) * number_bytes
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Encoders:
+    """The sizes of both encoders, of one image and of one text."""
+
+    num_parameters: int
+    buffer_bytes: int
+    narrow_bytes: int
+    image_bytes: int
+    text_bytes: int
+    feature_width: int
+
+
+def _only_encoders(config: TrainConfig) -> TrainConfig:
+    """The config with defaults for all that leaves the encoders alone, so that plans share them."""
+    size, efficiency = config.data.image_size, config.efficiency
+    return TrainConfig(
+        data=DataConfig(image_size=size, evaluation_resize=size),
+        model=config.model,
+        objective=config.objective,
+        efficiency=EfficiencyConfig(
+            precision=efficiency.precision,
+            activation_checkpointing=efficiency.activation_checkpointing,
+            text_layout=efficiency.text_layout,
+        ),
+    )
+
+
+def _build_on_meta(config: TrainConfig, device_type: str) -> UniCL:
+    """The model without content, as `place_module` sets it up.
+
+    Attention for rows of any length is not planned: with texts of one length it saves nothing.
+    """
+    precision, meta = Precision(config.efficiency.precision), torch.device("meta")
+    with meta:
+        model = UniCL(config)
+    if device_type == "cpu":
+        place_module(model, device=meta, precision=precision)
+    return model.to(dtype=precision.weight_type)
+
+
+def _with(config: TrainConfig, **efficiency: Any) -> TrainConfig:
+    return dataclasses.replace(
+        config, efficiency=dataclasses.replace(config.efficiency, **efficiency)
+    )
+
+
+@functools.lru_cache(maxsize=32)
+def _measure(config: TrainConfig, device_type: str, text_length: int) -> _Encoders:
+    """Runs both encoders on fake tensors.
+
+    Batches of different size are compared, since parameters in a narrow type are kept once, not for
+    each image.
+    """
+    precision = Precision(config.efficiency.precision)
+    model = plain = _build_on_meta(config, device_type)
+    if config.efficiency.activation_checkpointing:
+        plain = _build_on_meta(_with(config, activation_checkpointing=False), device_type)
+    size = config.data.image_size
+    with FakeTensorMode(allow_non_fake_inputs=True):  # some encoders hold tables of their own
+        for one in {model, plain}:
+            one.to_empty(device="cpu").eval()
+
+        def images(count: int) -> Tensor:
+            pixels = torch.empty(count, 3, size, size, dtype=precision.compute_type)
+            return pixels.to(memory_format=torch.channels_last)
+
+        def texts(count: int) -> Tensor:
+            return torch.empty(count, text_length, dtype=torch.int64)
+
+        def encode_text(one: UniCL, rows: Tensor) -> Tensor:
+            packed = config.efficiency.text_layout == "packed"
+            return one.encode_text(rows, rows.numel() if packed else None)
+
+        def kept(encode: Callable[[UniCL, Tensor], Tensor], make: Any) -> tuple[int, int, int]:
+            """Bytes of one sample, of all samples together, and the width of a feature."""
+            (few, _, features), (more, _, _) = (
+                _kept_bytes(model, encode, make(count), precision, device_type) for count in (2, 4)
+            )
+            of_one = (more - few) // 2
+            again = 0
+            if plain is not model:  # backward recomputes one block at a time
+                (_, few_block, _), (_, more_block, _) = (
+                    _kept_bytes(plain, encode, make(count), precision, device_type)
+                    for count in (2, 4)
+                )
+                again = (more_block - few_block) // 2
+            return of_one + again, few - 2 * of_one, features.shape[1]
+
+        image_bytes, narrow_bytes, width = kept(UniCL.encode_image, images)
+        text_bytes = 0
+        if model.text_encoder is not None:
+            text_bytes, more_narrow, _ = kept(encode_text, texts)
+            narrow_bytes += more_narrow
+    return _Encoders(
+        num_parameters=sum(parameter.numel() for parameter in model.parameters()),
+        buffer_bytes=sum(buffer.nbytes for buffer in model.buffers()),
+        narrow_bytes=narrow_bytes,
+        image_bytes=image_bytes,
+        text_bytes=text_bytes,
+        feature_width=width,
+    )
+
+
+def _kept_bytes(
+    model: UniCL,
+    encode: Callable[[UniCL, Tensor], Tensor],
+    inputs: Tensor,
+    precision: Precision,
+    device_type: str,
+) -> tuple[int, int, Tensor]:
+    """Bytes that a forward pass saves for backward, those of its largest block, and the result."""
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+    blocks: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    def total() -> int:
+        return sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in own)
+
+    def begin(*_: Any) -> None:
+        blocks.append(-total())
+
+    def end(*_: Any) -> None:
+        blocks[-1] += total()
+
+    with contextlib.ExitStack() as stack:
+        for block in find_blocks(model):
+            stack.callback(block.register_forward_pre_hook(begin).remove)
+            stack.callback(block.register_forward_hook(end).remove)
+        stack.enter_context(torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor))
+        stack.enter_context(precision.autocast("cpu"))
+        if device_type == "cuda" and precision.compute_type.itemsize == 2:
+            stack.enter_context(_WideOnCuda())
+        features = encode(model, inputs)
+    return total(), max(blocks, default=0), features
+
+
+class _WideOnCuda(TorchFunctionMode):
+    """Autocast's rules for CUDA where the CPU's differ: these functions are computed in fp32."""
+
+    _FUNCTIONS = frozenset({F.layer_norm, F.group_norm, F.softmax, torch.softmax, Tensor.softmax})
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in self._FUNCTIONS:
+            args = (args[0].float(), *args[1:])
+        return func(*args, **(kwargs or {}))
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that this rank can still have: of its device, or its part of the host's."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = _fields_of(Path("/proc/meminfo"))["MemAvailable"] * 1024
+    for folder in control_groups():
+        limit = folder / "memory.max"
+        if limit.is_file() and limit.read_text(encoding="utf-8").strip() != "max":
+            free = min(free, _free_in_group(folder))
+    return free // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def _free_in_group(folder: Path) -> int:
+    limit, used = (
+        int((folder / f"memory.{name}").read_text(encoding="utf-8")) for name in ("max", "current")
+    )
+    files = _fields_of(folder / "memory.stat")
+    # files that were read count as used, and make room when it is needed
+    return limit - used + files["inactive_file"] + files["active_file"]
+
+
+def _fields_of(path: Path) -> dict[str, int]:
+    lines = (
+        line.replace(":", " ").split() for line in path.read_text(encoding="utf-8").splitlines()
+    )
+    return {name: int(value) for name, value, *_ in lines}
