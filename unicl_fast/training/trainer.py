@@ -166,7 +166,7 @@ class Trainer:
         self._encode: Callable[..., tuple[Tensor, Tensor, Tensor]] = self.model
         if self.ranks.world_size > 1:
             # only those of BatchNorm ever change
-            buffers = {_SYNC_BUFFERS: has_batch_norm(self.model)}
+            buffers: dict[str, Any] = {_SYNC_BUFFERS: has_batch_norm(self.model)}
             self._encode = DistributedDataParallel(
                 self.model, gradient_as_bucket_view=True, **buffers
             )
