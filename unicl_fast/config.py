@@ -120,8 +120,8 @@ class DataConfig:
     reads its own parts alone. Without shuffle_window it means nothing. Best is a multiple of the
     number of machines; 1 mixes all of a window."""
     cache_folder: str = ""
-    """Cache of data sets under a URL (s3://bucket/folder). All ranks of a machine use it; empty
-    takes unicl_fast in ~/.cache."""
+    """Cache of data sets under a URL (s3://bucket/folder), and of the token rows of many prompts.
+    All ranks of a machine use it; empty takes unicl_fast in ~/.cache."""
     cache_bytes: Count = 20_000_000_000
     """Largest size of the cached images. The least recently used make room; arrays come on top."""
     block_bytes: Annotated[int, Meta(ge=4096, le=LARGEST_INT)] = 4_194_304
