@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from budgets import compare
 from small_runs import objective_config, tiny_config
 
 from unicl_fast.config import TrainConfig
@@ -62,8 +63,7 @@ def plans_of(preset: str) -> dict[str, object]:
     ],
 )
 def test_a_preset_has_the_committed_plan(preset: str) -> None:
-    committed = json.loads(GOLDEN.read_text(encoding="utf-8"))[preset]
-    assert plans_of(preset) == committed
+    compare("memory_plan.json", preset, plans_of(preset))
 
 
 def test_swin_base_needs_what_a_trace_of_the_step_for_cuda_found() -> None:
