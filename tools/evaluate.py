@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "docs/evaluation.md has the protocols.",
     )
     # torch and DALI take seconds to import: --help and a mistyped option need not wait for them
-    from unicl_fast.system.machine import keep_freed_memory, sleep_while_waiting
+    from unicl_fast.system.machine import choose_environment, keep_freed_memory
 
-    sleep_while_waiting(command.device)
+    choose_environment(command.device)
     from unicl_fast.distributed.rendezvous import adopt_slurm_ranks
 
     try:

@@ -13,8 +13,8 @@ import pytest
 from unicl_fast.system import machine
 from unicl_fast.system.machine import (
     LAUNCHED_BY_US,
+    choose_environment,
     cores_of_this_rank,
-    sleep_while_waiting,
     usable_cores,
 )
 
@@ -108,7 +108,7 @@ def test_idle_threads_sleep_where_no_gpu_computes(
             os.environ.pop(name, None)
         if chosen:
             os.environ["OMP_WAIT_POLICY"] = chosen
-        sleep_while_waiting(device)
+        choose_environment(device)
         assert os.environ.get("OMP_WAIT_POLICY") == expected
         assert os.environ.get("KMP_BLOCKTIME") == ("0" if expected == "passive" else None)
 
@@ -127,7 +127,7 @@ def test_programs_choose_how_threads_wait_before_torch_is_imported(
     code = (
         "import sys; from unicl_fast.system import machine\n"
         "def look(device): sys.exit(1 if 'torch' in sys.modules else 7)\n"
-        "machine.sleep_while_waiting = look\n"
+        "machine.choose_environment = look\n"
         f"from unicl_fast.tools import {program}; {program}.main({arguments})"
     )
     assert subprocess.run([sys.executable, "-c", code], timeout=100).returncode == 7
