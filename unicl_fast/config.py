@@ -284,24 +284,25 @@ class EfficiencyConfig:
 
     precision: PrecisionName = "fp32"
     """Arithmetic of the encoders: auto, fp32, bf16, fp16 or fp64. bf16 and fp16 are autocast, fp16
-    with loss scaling; the loss is always computed in fp32 or better. auto takes bf16 on GPUs (fp16
-    on those without it); on a CPU it measures both for a moment, and takes bf16 if that is faster
-    than fp32. A resumed run keeps its precision."""
+    with loss scaling; the loss is always computed in fp32 or better (but see tf32). auto takes bf16
+    on GPUs (fp16 on those without it); on a CPU it measures both for a moment, and takes bf16 if
+    that is faster than fp32. A resumed run keeps its precision."""
     channels_last: bool = True
     """Keep images and convolution weights in NHWC order, as the decoder returns them."""
     activation_checkpointing: bool = False
     """Recompute encoder blocks in backward instead of storing activations. It takes about 1.3 times
     the time and saves a third to half of the memory."""
     compile: Compilation = "auto"
-    """What torch.compile makes faster: auto, off, blocks or encoders. blocks compiles the repeated
-    blocks of both encoders, equal ones once; encoders compiles each encoder as a whole, which takes
-    minutes at the start. auto takes blocks on a GPU, if a C++ compiler and Triton are there, and
-    off on a CPU, where it gains nothing. Texts are padded to a few sizes, so that new ones seldom
-    compile anew. Refused with activation_checkpointing of BatchNorm."""
+    """Compile the encoders by torch.compile: auto, off, blocks or encoders. blocks compiles the
+    repeated blocks of both encoders, equal ones once; encoders compiles each encoder as a whole,
+    which takes minutes at the start. auto takes blocks on a GPU, if a C++ compiler and Triton are
+    there, and off on a CPU, where it gains nothing. Texts are padded to a few sizes, so that new
+    ones seldom compile anew. Refused with activation_checkpointing of BatchNorm."""
     tf32: Switch = "auto"
     """Compute fp32 products on a GPU in TF32, with 10 bits of fraction: auto, on or off. They are
-    faster, and rounded: not for comparisons in fp32. auto takes TF32 with precision bf16 or fp16,
-    whose own rounding is 8 times or as large, and full fp32 with fp32."""
+    faster, and rounded: not for parity in fp32. auto takes TF32 with precision bf16 or fp16, which
+    round as much or more themselves, and none with fp32. What is left in fp32 there are the
+    products of the loss."""
     cudnn_benchmark: bool = True
     """Let cuDNN measure which of its convolutions is the fastest, once for each size. They differ
     in rounding, so two starts of a run on a GPU may differ in it."""

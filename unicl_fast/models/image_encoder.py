@@ -92,7 +92,7 @@ class KeyedDropPath(nn.Module):
         super().__init__()
         self.drop_prob, self.drops = drop_prob, drop_prob > 0
         self.factors: Tensor | None = None
-        """What the key multiplies each sample's branch by, float64 [b]."""
+        """The key sets them: each sample's branch is multiplied by its own, float64 [b]."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not self.drops:
