@@ -136,7 +136,7 @@ def test_both_precisions_are_measured_once_and_no_random_number_is_drawn() -> No
     ],
 )
 def test_tf32_is_for_gpus_whose_encoders_round_anyway(
-    precision_name: str, tf32: str, expected: bool, monkeypatch: pytest.MonkeyPatch
+    precision_name: str, tf32: str, expected: bool
 ) -> None:
     switches = [
         (torch.backends.cuda.matmul, "allow_tf32"),
@@ -147,11 +147,17 @@ def test_tf32_is_for_gpus_whose_encoders_round_anyway(
     def state() -> list[bool]:
         return [getattr(*switch) for switch in switches]
 
-    for module, name in switches:
-        monkeypatch.setattr(module, name, not expected)
+    def restore(values: list[bool]) -> None:
+        for (module, name), value in zip(switches, values, strict=True):
+            setattr(module, name, value)
+
     before = state()
     settings = EfficiencyConfig(precision=precision_name, tf32=tf32, cudnn_benchmark=expected)
-    set_device_arithmetic(settings, torch.device("cpu"))
-    assert state() == before == [not expected] * 3
-    set_device_arithmetic(settings, torch.device("cuda"))
-    assert state() == [expected] * 3
+    try:
+        restore([not expected] * 3)
+        set_device_arithmetic(settings, torch.device("cpu"))
+        assert state() == [not expected] * 3
+        set_device_arithmetic(settings, torch.device("cuda"))
+        assert state() == [expected] * 3
+    finally:
+        restore(before)
