@@ -19,7 +19,7 @@ from unicl_fast.batch import Batch, ListLoader
 from unicl_fast.config import EfficiencyConfig
 from unicl_fast.distributed.ranks import Ranks
 from unicl_fast.evaluation.features import encode_images, encode_token_rows
-from unicl_fast.models import efficiency, text_encoder
+from unicl_fast.models import efficiency, image_encoder, text_encoder
 from unicl_fast.models.efficiency import (
     compile_encoders,
     has_compiler,
@@ -39,7 +39,15 @@ from unicl_fast.training.trainer import Trainer
 @pytest.fixture(autouse=True)
 def _encoders_as_users_have_them(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without checks of shapes around their functions, which torch would trace too."""
-    for cls in (text_encoder.TokenRow, text_encoder.CausalAttention, text_encoder.TextEncoder):
+    classes = [
+        text_encoder.TokenRow,
+        text_encoder.QuickGELU,
+        text_encoder.CausalAttention,
+        text_encoder.TextBlock,
+        text_encoder.TextEncoder,
+        image_encoder.KeyedDropPath,
+    ]
+    for cls in classes:
         for name, function in list(vars(cls).items()):
             if inspect.isfunction(function):
                 monkeypatch.setattr(cls, name, inspect.unwrap(function))
@@ -238,15 +246,26 @@ def test_compiled_blocks_keep_names_and_leave_the_average_as_it_is(images: torch
 
 @pytest.mark.slow
 @pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
+def test_blocks_of_real_kernels_give_the_eager_gradients(images: torch.Tensor) -> None:
+    loss, gradients = first_gradients(images, Ranks(), tiny_config(compile="blocks"))
+    assert counters["stats"]["unique_graphs"] == 3
+    torch.compiler.reset()
+    eager_loss, eager = first_gradients(images, Ranks(), tiny_config())
+    assert loss == pytest.approx(eager_loss, rel=1e-12)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(gradient, eager[name], rtol=1e-9, atol=1e-12, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.long
+@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
 @pytest.mark.parametrize(
     "others",
     [
-        pytest.param({"compile": "blocks"}, id="blocks"),
-        pytest.param({"compile": "encoders"}, id="encoders", marks=pytest.mark.long),
+        pytest.param({"compile": "encoders"}, id="encoders"),
         pytest.param(
             {"compile": "blocks", "micro_batch_size": 5, "activation_checkpointing": True},
-            id="micro-batches",
-            marks=pytest.mark.long,
+            id="micro-batches of blocks",
         ),
     ],
 )
