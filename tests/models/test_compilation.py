@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from rank_workers import first_gradients, run_on_ranks, write_gradients
+from rank_workers import first_gradients, run_on_ranks, write_compiled_gradients
 from small_runs import StepLoader, tiny_config
 from torch._dynamo.utils import counters
 
@@ -289,7 +289,6 @@ def test_the_compiled_step_is_the_eager_step(images: torch.Tensor, others: dict)
 @pytest.mark.slow
 @pytest.mark.long
 @pytest.mark.dist
-@pytest.mark.skipif(not has_compiler(), reason="torch.compile needs a C++ compiler; none found")
 @pytest.mark.parametrize(
     "settings",
     [{"compile": "encoders"}, {"compile": "blocks", "activation_checkpointing": True}],
@@ -300,7 +299,7 @@ def test_compiled_ranks_give_the_gradients_of_one_eager_process(
 ) -> None:
     """Each rank has other numbers of texts and tokens, so its padding is another, too."""
     eager_loss, eager = first_gradients(images, Ranks(), tiny_config())
-    run_on_ranks(write_gradients, 2, images, str(tmp_path), settings)
+    run_on_ranks(write_compiled_gradients, 2, images, str(tmp_path), settings)
     for written in [f"{form}{rank}.pt" for form in ("dense", "tiled") for rank in range(2)]:
         loss, gradients = torch.load(tmp_path / written, weights_only=True)
         assert loss == pytest.approx(eager_loss, rel=1e-10)
